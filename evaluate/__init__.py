@@ -1,0 +1,1 @@
+"""From trained sparse autoencoders to numbers and pictures."""

@@ -1,0 +1,1 @@
+"""From a language model and a corpus to a store, in one pass of the model."""

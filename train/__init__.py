@@ -1,0 +1,1 @@
+"""From a store to trained sparse autoencoders; never imports a language model."""
