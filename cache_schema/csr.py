@@ -1,0 +1,151 @@
+"""Attention as CSR: rows in the order (window, head, query), columns are key positions in the window.
+
+A row keeps the few largest probabilities of one query; they are not renormalised, and `kept_mass`
+says how much of the row they are. All work is on whole arrays; nothing loops over rows.
+Shapes: W windows, H heads (1 where heads were averaged), T context, R = W * H * T rows, E entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import CsrInvalid
+
+
+@dataclass(frozen=True)
+class AttentionCsr:
+    """One layer's sparsified attention over some windows."""
+
+    indptr: np.ndarray  # uint32 [R + 1], starts at 0
+    indices: np.ndarray  # uint8 or uint16 [E], strictly increasing inside a row
+    data: np.ndarray  # float16 [E]
+    kept_mass: np.ndarray  # float16 [W, H, T]
+
+    @property
+    def windows(self) -> int:
+        return self.kept_mass.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.kept_mass.shape[1]
+
+    @property
+    def context(self) -> int:
+        return self.kept_mass.shape[2]
+
+    @property
+    def entries(self) -> int:
+        return len(self.indices)
+
+    def slice(self, start: int, stop: int) -> AttentionCsr:
+        """Windows start..stop as views; only indptr is copied, because it must start at 0 again."""
+        rows = self.heads * self.context
+        indptr = self.indptr[start * rows : stop * rows + 1]
+        first, last = (int(indptr[0]), int(indptr[-1])) if len(indptr) else (0, 0)
+        return AttentionCsr(
+            indptr=indptr - indptr[:1],
+            indices=self.indices[first:last],
+            data=self.data[first:last],
+            kept_mass=self.kept_mass[start:stop],
+        )
+
+    def take(self, windows: np.ndarray) -> AttentionCsr:
+        """The given windows, in the given order; repeats are allowed."""
+        windows = np.asarray(windows, dtype=np.int64)
+        rows = self.heads * self.context
+        lengths = np.diff(self.indptr.astype(np.int64)).reshape(self.windows, rows)[windows]
+        starts = self.indptr[windows * rows].astype(np.int64)
+        entry = _ranges(starts, lengths.sum(axis=1))
+        return AttentionCsr(
+            indptr=_indptr_of(lengths.ravel()),
+            indices=self.indices[entry],
+            data=self.data[entry],
+            kept_mass=self.kept_mass[windows],
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[AttentionCsr]) -> AttentionCsr:
+        """The windows of all parts, one after the other."""
+        if not parts:
+            raise ValueError("expected at least one attention part to concatenate, found none")
+        offsets = np.cumsum([0] + [part.entries for part in parts], dtype=np.int64)
+        tails = [part.indptr[1:] + np.uint32(offset) for part, offset in zip(parts, offsets, strict=False)]
+        return AttentionCsr(
+            indptr=np.concatenate([np.zeros(1, np.uint32), *tails]),
+            indices=np.concatenate([part.indices for part in parts]),
+            data=np.concatenate([part.data for part in parts]),
+            kept_mass=np.concatenate([part.kept_mass for part in parts]),
+        )
+
+    def dense(self) -> np.ndarray:
+        """float32 [W, H, T, T], zeros where nothing was kept: for small windows and for tests."""
+        dense = np.zeros((self.windows * self.heads * self.context, self.context), np.float32)
+        dense[self.row_of_entry(), self.indices] = self.data
+        return dense.reshape(self.windows, self.heads, self.context, self.context)
+
+    def row_of_entry(self) -> np.ndarray:
+        """int64 [E]: the row each entry belongs to."""
+        lengths = np.diff(self.indptr.astype(np.int64))
+        return np.repeat(np.arange(len(lengths)), lengths)
+
+    def validate(self, topk: int | None, causal: bool, where: str = "attention") -> None:
+        """Raise `CsrInvalid` that names the first rule broken."""
+        problem = _find_problem(self, topk, causal)
+        if problem:
+            raise CsrInvalid(f"{where}: {problem}")
+
+
+def index_dtype(context: int) -> np.dtype:
+    """The smallest type that holds a key position."""
+    return np.dtype(np.uint8 if context <= 256 else np.uint16)
+
+
+def _indptr_of(lengths: np.ndarray) -> np.ndarray:
+    indptr = np.zeros(len(lengths) + 1, np.uint32)
+    np.cumsum(lengths, out=indptr[1:])
+    return indptr
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... for lengths[0], then the same from starts[1], and so on."""
+    ends = np.cumsum(lengths)
+    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def _find_problem(csr: AttentionCsr, topk: int | None, causal: bool) -> str | None:
+    rows = csr.windows * csr.heads * csr.context
+    if len(csr.indptr) != rows + 1:
+        return f"expected {rows + 1} row pointers, found {len(csr.indptr)}"
+    if csr.indptr[0] != 0:
+        return f"expected the first row to start at entry 0, found {csr.indptr[0]}: a hole in front"
+    lengths = np.diff(csr.indptr.astype(np.int64))
+    if (lengths < 0).any():
+        return f"row pointers decrease at row {int(np.argmax(lengths < 0))}"
+    if csr.indptr[-1] != csr.entries:
+        return f"row pointers end at {csr.indptr[-1]}, but there are {csr.entries} entries"
+    limit = csr.context if topk is None else min(topk, csr.context)
+    if (lengths > limit).any():
+        row = int(np.argmax(lengths > limit))
+        return f"row {row} claims {lengths[row]} entries, at most {limit} are kept: a hole in the row pointers"
+    return _find_entry_problem(csr, lengths, causal)
+
+
+def _find_entry_problem(csr: AttentionCsr, lengths: np.ndarray, causal: bool) -> str | None:
+    """Rules about single entries. The causal limit is compared by row ends, as indices are sorted."""
+    if not csr.entries:
+        return None
+    if int(csr.indices.max()) >= csr.context:
+        return f"key position {csr.indices.max()} lies outside the window of {csr.context}"
+    rising = csr.indices[1:] > csr.indices[:-1]
+    filled = lengths > 0
+    ends = csr.indptr[1:][filled].astype(np.int64)
+    rising[ends[:-1] - 1] = True  # a new row may start anywhere
+    if not rising.all():
+        return f"key positions do not rise inside a row near entry {int(np.argmin(rising))}"
+    queries = np.tile(np.arange(csr.context), csr.windows * csr.heads)[filled]
+    if causal and (csr.indices[ends - 1] > queries).any():
+        return "a query attends to a later position, although the model is causal"
+    return None

@@ -1,0 +1,70 @@
+"""Everything that can be wrong with a store, drawn as one tree.
+
+    StoreError
+    ├── StoreMissing        (FileNotFoundError)  no store at this address
+    ├── StoreMismatch       (ValueError)         a store with other settings stands there, or another store was expected
+    ├── StoreBusy           (BlockingIOError)    another writer holds what is wanted
+    ├── StoreUnfinished     (LookupError)        a shard or split that was asked for is not there (yet)
+    ├── StoreFull           (OSError)            the disk cannot hold what is to be written
+    ├── ManifestInvalid     (ValueError)         metadata that do not say what FORMAT.md says
+    │   └── FormatTooNew                         written by a later saemill
+    ├── RequestInvalid      (ValueError)         the store does not hold what was asked for
+    ├── ShardCorrupt        (ValueError)         bytes that are not the bytes that were committed
+    │   ├── ChunkMissing                         a committed chunk is not there
+    │   └── CsrInvalid                           attention rows that are no CSR matrix
+    └── ImportInvalid       (ValueError)         somebody else's activations that cannot become a store
+
+A message says what was expected, what was found and what to do next.
+"""
+
+
+class StoreError(Exception):
+    """Root of the tree: catch this to catch all that a store can raise on purpose."""
+
+
+class StoreMissing(StoreError, FileNotFoundError):
+    """There is no store at the address that was given."""
+
+
+class StoreMismatch(StoreError, ValueError):
+    """The store at this address was made with other settings than the ones asked for."""
+
+
+class StoreBusy(StoreError, BlockingIOError):
+    """Another writer is at work on what this one wants."""
+
+
+class StoreUnfinished(StoreError, LookupError):
+    """A shard has no commit record: for every reader it does not exist."""
+
+
+class StoreFull(StoreError, OSError):
+    """The disk is full, or too small for what is about to be written."""
+
+
+class ManifestInvalid(StoreError, ValueError):
+    """The store's metadata do not say what FORMAT.md says they must."""
+
+
+class FormatTooNew(ManifestInvalid):
+    """The store or one of its records was written by a later version."""
+
+
+class RequestInvalid(StoreError, ValueError):
+    """The request names something that this store does not hold."""
+
+
+class ShardCorrupt(StoreError, ValueError):
+    """Stored bytes differ from the bytes that were committed."""
+
+
+class ChunkMissing(ShardCorrupt):
+    """A chunk of a committed shard is not on disk: absence is never read as zeros."""
+
+
+class CsrInvalid(ShardCorrupt):
+    """Attention rows that break a rule of the CSR layout."""
+
+
+class ImportInvalid(StoreError, ValueError):
+    """Activations from elsewhere whose shapes, types or tokens do not fit together."""

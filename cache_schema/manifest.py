@@ -1,0 +1,144 @@
+"""What a store says about itself: the records in the root's attributes["saemill"]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import FormatTooNew, ManifestInvalid
+from .strict import StrictError, from_json, to_json
+
+FORMAT = 1
+SPLITS = ("train", "validation", "test")
+Codec = Literal["raw", "lz4", "zstd"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model that computed the residuals, as far as it decides their bits."""
+
+    id: str
+    d_model: int
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    revision: str | None = None
+    num_layers: int | None = None
+    tokenizer: str | None = None  # a hash of the vocabulary and its rules; None where there are no tokens
+    bos_token: int | None = None
+    special_tokens: tuple[int, ...] = ()  # ids that never train and are never replaced
+
+    def __post_init__(self) -> None:
+        if self.d_model < 1:
+            raise ValueError(f"expected d_model of at least 1, found {self.d_model}")
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """The text, and how it became windows."""
+
+    id: str
+    revision: str | None = None
+    packing: str = "concat"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Which attention is kept, and how much of it."""
+
+    layers: tuple[int, ...] = ()
+    heads: int = 1  # heads stored per row; 1 where they were averaged
+    averaged: bool = True
+    topk: int = 16
+    mass: float = 0.95
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.topk < 1 or not 0 < self.mass <= 1:
+            raise ValueError(
+                f"expected heads >= 1, topk >= 1 and 0 < mass <= 1, "
+                f"found heads {self.heads}, topk {self.topk}, mass {self.mass}"
+            )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that is fixed before the first shard is written."""
+
+    model: ModelSpec
+    corpus: CorpusSpec
+    context: int
+    layers: tuple[int, ...]
+    windows: int
+    splits: dict[str, tuple[int, int]]
+    attention: AttentionSpec = AttentionSpec()
+    shard_windows: int = 256
+    codec: Codec = "raw"
+    format: int = FORMAT
+    cache_id: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("context", "windows", "shard_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, found {getattr(self, name)}")
+        if len(set(self.layers)) != len(self.layers) or len(set(self.attention.layers)) != len(self.attention.layers):
+            raise ValueError(f"expected each layer once, found {self.layers} and {self.attention.layers}")
+        _validate_splits(self.splits, self.windows)
+
+    @property
+    def shards(self) -> int:
+        return -(-self.windows // self.shard_windows)
+
+    @property
+    def tokens(self) -> int:
+        return self.windows * self.context
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First and last-plus-one window of a shard; the last shard may be shorter."""
+        start = shard * self.shard_windows
+        return start, min(start + self.shard_windows, self.windows)
+
+    def to_json(self) -> dict[str, Any]:
+        return to_json(self)
+
+
+def read_manifest(raw: Any, where: str) -> Manifest:
+    """The manifest in a root group's attributes, or an error that lists every problem."""
+    if not isinstance(raw, dict):
+        raise ManifestInvalid(f"{where}: expected attributes['saemill'] to be an object, found {type(raw).__name__}")
+    check_format(raw.get("format"), where)
+    try:
+        manifest = from_json(Manifest, raw)
+    except StrictError as error:
+        raise ManifestInvalid(f"{where} is not a store's manifest: {error}") from None
+    return manifest
+
+
+def check_format(found: Any, where: str) -> None:
+    """Refuse records from the future before anything else in them is looked at."""
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ManifestInvalid(f"{where}: expected a format number of at least 1, found {found!r}")
+    if found > FORMAT:
+        raise FormatTooNew(
+            f"{where} has format {found}; this saemill reads formats up to {FORMAT}. Update saemill to read it."
+        )
+
+
+def list_differences(found: Manifest, wanted: Manifest) -> list[str]:
+    """One line for each setting in which two manifests differ, ids left out."""
+    old, new = dict(_flatten(found.to_json())), dict(_flatten(wanted.to_json()))
+    keys = [key for key in {**old, **new} if key != "cache_id"]
+    return [f"{key}: the store has {old.get(key)!r}, asked for {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _validate_splits(splits: dict[str, tuple[int, int]], windows: int) -> None:
+    if tuple(splits) != SPLITS:
+        raise ValueError(f"expected the splits {', '.join(SPLITS)} in this order, found {', '.join(splits)}")
+    edges = [edge for span in splits.values() for edge in span]
+    if edges[0] != 0 or edges[-1] != windows or edges != sorted(edges) or edges[1:-1:2] != edges[2:-1:2]:
+        raise ValueError(f"expected splits that follow each other from 0 to {windows}, found {splits}")
+
+
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        return [pair for key, item in value.items() for pair in _flatten(item, f"{prefix}.{key}" if prefix else key)]
+    return [(prefix, value)]
