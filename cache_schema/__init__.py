@@ -1,1 +1,59 @@
-"""The store: what is on disk, who may write it, and what a reader may ask. Imports numpy and zarr only."""
+"""The store: what is on disk, who may write it, and what a reader may ask. Imports numpy and zarr, never torch."""
+
+from .buffers import ShardBuffers
+from .content import ShardContent
+from .csr import AttentionCsr
+from .dtypes import from_float32, to_float32
+from .errors import (
+    ChunkMissing,
+    CsrInvalid,
+    FormatTooNew,
+    ImportInvalid,
+    ManifestInvalid,
+    RequestInvalid,
+    ShardCorrupt,
+    ShardInvalid,
+    StoreBusy,
+    StoreError,
+    StoreFull,
+    StoreMismatch,
+    StoreMissing,
+    StoreUnfinished,
+)
+from .manifest import AttentionSpec, CorpusSpec, Manifest, ModelSpec
+from .moments import Moments
+from .reader import Store
+from .request import Request, ShardArrays, Span
+from .writer import StoreWriter
+
+__all__ = [
+    "AttentionCsr",
+    "AttentionSpec",
+    "ChunkMissing",
+    "CorpusSpec",
+    "CsrInvalid",
+    "FormatTooNew",
+    "ImportInvalid",
+    "Manifest",
+    "ManifestInvalid",
+    "ModelSpec",
+    "Moments",
+    "Request",
+    "RequestInvalid",
+    "ShardArrays",
+    "ShardBuffers",
+    "ShardContent",
+    "ShardCorrupt",
+    "ShardInvalid",
+    "Span",
+    "Store",
+    "StoreBusy",
+    "StoreError",
+    "StoreFull",
+    "StoreMismatch",
+    "StoreMissing",
+    "StoreUnfinished",
+    "StoreWriter",
+    "from_float32",
+    "to_float32",
+]

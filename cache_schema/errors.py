@@ -9,6 +9,7 @@
     ├── ManifestInvalid     (ValueError)         metadata that do not say what FORMAT.md says
     │   └── FormatTooNew                         written by a later saemill
     ├── RequestInvalid      (ValueError)         the store does not hold what was asked for
+    ├── ShardInvalid        (ValueError)         arrays handed to the writer that do not fit the manifest
     ├── ShardCorrupt        (ValueError)         bytes that are not the bytes that were committed
     │   ├── ChunkMissing                         a committed chunk is not there
     │   └── CsrInvalid                           attention rows that are no CSR matrix
@@ -52,6 +53,10 @@ class FormatTooNew(ManifestInvalid):
 
 class RequestInvalid(StoreError, ValueError):
     """The request names something that this store does not hold."""
+
+
+class ShardInvalid(StoreError, ValueError):
+    """Arrays handed to the writer do not have the shapes, types or layers of the manifest."""
 
 
 class ShardCorrupt(StoreError, ValueError):

@@ -127,7 +127,11 @@ def list_differences(found: Manifest, wanted: Manifest) -> list[str]:
     """One line for each setting in which two manifests differ, ids left out."""
     old, new = dict(_flatten(found.to_json())), dict(_flatten(wanted.to_json()))
     keys = [key for key in {**old, **new} if key != "cache_id"]
-    return [f"{key}: the store has {old.get(key)!r}, asked for {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+    return [
+        f"{key}: the store has {old.get(key)!r}, asked for {new.get(key)!r}"
+        for key in keys
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _validate_splits(splits: dict[str, tuple[int, int]], windows: int) -> None:

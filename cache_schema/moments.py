@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .layout import MOMENT_SCALARS
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -86,3 +88,22 @@ def measure(resid_WTD: np.ndarray, is_special_WT: np.ndarray) -> Moments:
 def is_special(tokens: np.ndarray, special_tokens: Iterable[int]) -> np.ndarray:
     """bool, like `tokens`: which of them are special."""
     return np.isin(tokens, np.fromiter(special_tokens, dtype=tokens.dtype))
+
+
+def to_line(moments: Moments) -> np.ndarray:
+    """float64 [4 + T + D]: the moments as they lie in the store, see `layout.moment_columns`."""
+    scalars = [getattr(moments, name) for name in MOMENT_SCALARS]
+    return np.concatenate([np.array(scalars, np.float64), moments.norm_by_position, moments.mean])
+
+
+def from_line(line: np.ndarray, context: int) -> Moments:
+    count, mean_norm, mean_square_norm, windows = line[: len(MOMENT_SCALARS)]
+    rest = line[len(MOMENT_SCALARS) :]
+    return Moments(
+        count=int(count),
+        mean=rest[context:],
+        mean_norm=float(mean_norm),
+        mean_square_norm=float(mean_square_norm),
+        windows=int(windows),
+        norm_by_position=rest[:context],
+    )

@@ -164,7 +164,9 @@ def _read_scalar(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
 
 def _mismatch(where: str, expected: str, raw: Any, problems: list[str]) -> None:
     shown = repr(raw)
-    problems.append(f"{where or 'value'}: expected {expected}, found {shown[:77] + '...' if len(shown) > 80 else shown}")
+    problems.append(
+        f"{where or 'value'}: expected {expected}, found {shown[:77] + '...' if len(shown) > 80 else shown}"
+    )
 
 
 def _join(where: str, key: Any) -> str:

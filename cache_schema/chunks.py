@@ -1,0 +1,83 @@
+"""Read rows of one array, chunk by chunk, straight into memory: checked, and several at a time.
+
+Rows are windows, or shards for arrays that have a line a shard. A chunk that is wanted whole is read
+into its place; one that is wanted in part goes through a scratch chunk, because its checksum is over
+all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import zarr
+
+from .codecs import CHECKSUM_BYTES, as_bytes, check, decode
+from .errors import ChunkMissing, ShardCorrupt
+from .files import Files
+from .layout import ArrayLayout
+
+
+@dataclass(frozen=True)
+class ChunkRead:
+    """Rows `first`..`last` of the chunk go to `out`."""
+
+    layout: ArrayLayout
+    index: int
+    first: int
+    last: int
+    out: np.ndarray
+
+
+def plan_reads(layout: ArrayLayout, start: int, stop: int, out: np.ndarray) -> Iterator[ChunkRead]:
+    """The chunks that hold rows start..stop of the array, each with its share of `out`."""
+    length = layout.chunks[0]
+    for index in range(start // length, -(-stop // length)):
+        base = index * length
+        first, last = max(start - base, 0), min(stop - base, length)
+        yield ChunkRead(layout, index, first, last, out[base + first - start : base + last - start])
+
+
+def read_chunk(files: Files, read: ChunkRead) -> None:
+    """Read, check and decode one chunk into its place."""
+    layout = read.layout
+    if read.last - read.first == layout.chunks[0]:
+        _read_whole(files, layout, read.index, read.out)
+        return
+    scratch = np.empty(layout.chunks, layout.dtype)
+    _read_whole(files, layout, read.index, scratch)
+    read.out[:] = scratch[read.first : read.last]
+
+
+def read_with_zarr(array: zarr.Array, files: Files, path: str, start: int, stop: int, out: np.ndarray) -> None:
+    """The slow way, for chunk layouts that only zarr knows. Absent chunks would come back as fill values."""
+    metadata = array.metadata
+    for index in range(start // array.chunks[0], -(-stop // array.chunks[0])):
+        inner = (0,) * (array.ndim - 1)
+        key = f"{path}/{metadata.encode_chunk_key((index, *inner))}"
+        if not files.exists(key):
+            raise ChunkMissing(f"chunk {key} is missing")
+    try:
+        out[:] = array[start:stop]
+    except (ValueError, RuntimeError) as error:
+        raise ShardCorrupt(f"{path}, rows {start} to {stop}: {error}") from None
+
+
+def _read_whole(files: Files, layout: ArrayLayout, index: int, out: np.ndarray) -> None:
+    key = layout.chunk_key(index)
+    try:
+        if layout.codec == "raw":
+            _read_raw(files, key, as_bytes(out))
+        else:
+            decode(layout, np.frombuffer(files.read(key), np.uint8), out, f"chunk {key}")
+    except KeyError:
+        raise ChunkMissing(f"chunk {key} is missing") from None
+
+
+def _read_raw(files: Files, key: str, body: np.ndarray) -> None:
+    tail = np.zeros(CHECKSUM_BYTES, np.uint8)
+    size, crc = files.read_into(key, body, tail)
+    if size != len(body) + CHECKSUM_BYTES:
+        raise ShardCorrupt(f"chunk {key}: expected {len(body) + CHECKSUM_BYTES} bytes, found {size}")
+    check(crc, tail, f"chunk {key}")

@@ -1,0 +1,107 @@
+"""Who may write a shard: one writer at a time.
+
+On a local disk a claim is a lock on one byte of one file, which the kernel gives back however the
+writer ends. On an object store it is an object that only the first writer can create; a claim whose
+writer died lapses after `LEASE_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import time
+import uuid
+from typing import Protocol
+
+from .files import Files, LocalFiles, RemoteFiles
+from .layout import LOCK
+
+CREATION = 2**40  # the claim on a store's creation: a number that no shard has
+LEASE_SECONDS = 3600
+
+
+class Claims(Protocol):
+    def take(self, number: int) -> bool:
+        """Try to claim; False when another writer holds it."""
+        ...
+
+    def release(self, number: int) -> None: ...
+    def close(self) -> None: ...
+
+
+def open_claims(files: Files) -> Claims:
+    if isinstance(files, LocalFiles):
+        return LockClaims(files)
+    assert isinstance(files, RemoteFiles)
+    return LeaseClaims(files)
+
+
+class LockClaims:
+    """Byte-range locks that belong to the open file, so that two writers in one process also exclude each other."""
+
+    def __init__(self, files: LocalFiles) -> None:
+        path = files.root / LOCK
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def take(self, number: int) -> bool:
+        try:
+            self._lock(fcntl.F_WRLCK, number)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def release(self, number: int) -> None:
+        self._lock(fcntl.F_UNLCK, number)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _lock(self, kind: int, number: int) -> None:
+        if not hasattr(fcntl, "F_OFD_SETLK"):  # not Linux: locks of the process are the next best
+            fcntl.lockf(self._fd, fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            return
+        request = struct.pack("hhqqixxxx", kind, os.SEEK_SET, number, 1, 0)
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
+
+
+class LeaseClaims:
+    """Objects created only if absent. The lease bounds how long a dead writer can hold a shard."""
+
+    def __init__(self, files: RemoteFiles) -> None:
+        self._files = files
+        self._owner = uuid.uuid4().hex
+
+    def take(self, number: int) -> bool:
+        if self._create(number):
+            return True
+        if not self._has_lapsed(number):
+            return False
+        self._files.remove(self._key(number))
+        return self._create(number)
+
+    def release(self, number: int) -> None:
+        self._files.remove(self._key(number))
+
+    def close(self) -> None:
+        """Claims were released one by one."""
+
+    def _create(self, number: int) -> bool:
+        lease = json.dumps({"owner": self._owner, "until": time.time() + LEASE_SECONDS}).encode()
+        try:
+            self._files.fs.pipe_file(f"{self._files.path}/{self._key(number)}", lease, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def _has_lapsed(self, number: int) -> bool:
+        try:
+            return json.loads(self._files.read(self._key(number)))["until"] < time.time()
+        except KeyError:
+            return True  # released in between
+
+    @staticmethod
+    def _key(number: int) -> str:
+        return f"claims/{number}.json"

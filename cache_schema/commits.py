@@ -1,0 +1,195 @@
+"""Commit records: a shard exists if and only if its record does.
+
+Records are compacted into one index file. A reader takes the index and looks only for records that the
+index does not name, so that opening a finished store reads two files and lists no folder. The index is
+derived: it can be deleted at any time and is made again from the records.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .errors import ManifestInvalid, StoreUnfinished
+from .files import Files
+from .layout import INDEX, encode_json, record_key
+from .manifest import FORMAT, Manifest, check_format
+from .strict import StrictError, from_json, to_json
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ArrayRecord:
+    """One array's share of a shard."""
+
+    digest: str  # of the values, see digest.py
+    bytes: int  # on disk
+
+
+@dataclass(frozen=True)
+class AttentionTotals:
+    """Sums over a layer's attention rows, in integers so that any order of adding gives the same."""
+
+    rows: int = 0
+    entries: int = 0
+    kept_mass_units: int = 0  # sum of kept_mass in units of 2^-24, of which every float16 below 2 is a multiple
+
+    def __add__(self, other: AttentionTotals) -> AttentionTotals:
+        return AttentionTotals(
+            self.rows + other.rows, self.entries + other.entries, self.kept_mass_units + other.kept_mass_units
+        )
+
+    @property
+    def kept_mass(self) -> float:
+        """Mean kept mass of a row."""
+        return self.kept_mass_units / 2**24 / max(self.rows, 1)
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """Everything that was true of a shard when it was committed."""
+
+    cache_id: str
+    shard: int
+    windows: tuple[int, int]
+    arrays: dict[str, ArrayRecord]
+    attention: dict[int, AttentionTotals] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Index:
+    """All records in one file: which shards there are, and the sums over them."""
+
+    cache_id: str
+    committed: tuple[tuple[int, int], ...] = ()  # ranges of shards, first and last plus one
+    bytes: dict[str, int] = field(default_factory=dict)
+    attention: dict[int, AttentionTotals] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def mask(self, shards: int) -> np.ndarray:
+        mask = np.zeros(shards, bool)
+        for start, stop in self.committed:
+            mask[start:stop] = True
+        return mask
+
+
+def read_index(files: Files, manifest: Manifest) -> Index:
+    """The index, or an empty one where none was written yet."""
+    try:
+        raw = files.read(INDEX)
+    except KeyError:
+        return Index(manifest.cache_id)
+    where = f"{files.url}/{INDEX}"
+    index = _parse(Index, raw, where, manifest, "It can be deleted: `sae-store repair` makes it again")
+    edges = [edge for span in index.committed for edge in span]
+    if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] <= edges[-1] <= manifest.shards):
+        raise ManifestInvalid(
+            f"{where}: expected rising ranges of the {manifest.shards} shards, found {list(index.committed)}. "
+            "It can be deleted: `sae-store repair` makes it again"
+        )
+    return index
+
+
+def read_record(files: Files, manifest: Manifest, shard: int) -> CommitRecord:
+    """The record of a committed shard."""
+    try:
+        raw = files.read(record_key(shard))
+    except KeyError:
+        raise StoreUnfinished(
+            f"shard {shard} of {files.url} has no commit record: it was never finished. "
+            "Run the harvest again, it goes on where it stopped"
+        ) from None
+    where = f"{files.url}/{record_key(shard)}"
+    record = _parse(CommitRecord, raw, where, manifest, "`sae-store repair` removes the shard")
+    if record.shard != shard or record.windows != manifest.shard_range(shard):
+        raise ManifestInvalid(
+            f"{where}: expected shard {shard} with windows {manifest.shard_range(shard)}, "
+            f"found shard {record.shard} with windows {record.windows}. `sae-store repair` removes the shard"
+        )
+    return record
+
+
+def write_record(files: Files, record: CommitRecord) -> None:
+    files.replace(record_key(record.shard), encode_json(to_json(record)))
+
+
+def find_committed(files: Files, manifest: Manifest, index: Index | None = None) -> np.ndarray:
+    """bool [S]: the shards that exist."""
+    mask = (index or read_index(files, manifest)).mask(manifest.shards)
+    names = {record_key(int(shard)).rsplit("/", 1)[1]: int(shard) for shard in np.flatnonzero(~mask)}
+    found = files.which_exist("commits", list(names))
+    mask[[names[name] for name in found]] = True
+    return mask
+
+
+def compact(files: Files, manifest: Manifest) -> Index:
+    """Bring the index up to date.
+
+    Writers may compact at the same time, and the last one to write wins; so each looks again after it
+    has written, and writes again as long as there is a record that the index lacks.
+    """
+    while True:
+        index = read_index(files, manifest)
+        committed = find_committed(files, manifest, index)
+        fresh = np.flatnonzero(committed & ~index.mask(manifest.shards))
+        if not len(fresh):
+            return index
+        records = [read_record(files, manifest, int(shard)) for shard in fresh]
+        files.replace(INDEX, encode_json(to_json(_extended(index, committed, records))))
+
+
+def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
+    """Undo commits. The index goes first: a kill in between leaves the shards committed, never half gone."""
+    gone = sorted(set(shards))
+    committed = find_committed(files, manifest)
+    committed[gone] = False
+    records = [read_record(files, manifest, int(shard)) for shard in np.flatnonzero(committed)]
+    files.replace(INDEX, encode_json(to_json(_extended(Index(manifest.cache_id), committed, records))))
+    for shard in gone:
+        files.remove(record_key(shard))
+
+
+def _extended(index: Index, committed: np.ndarray, records: Iterable[CommitRecord]) -> Index:
+    sizes, attention = dict(index.bytes), dict(index.attention)
+    for record in records:
+        for path, entry in record.arrays.items():
+            sizes[path] = sizes.get(path, 0) + entry.bytes
+        for layer, totals in record.attention.items():
+            attention[layer] = attention.get(layer, AttentionTotals()) + totals
+    return Index(index.cache_id, _ranges(committed), sizes, attention)
+
+
+def _ranges(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    return tuple((int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True))
+
+
+def _parse(cls: type[T], raw: bytes, where: str, manifest: Manifest, remedy: str) -> T:
+    value = decode_json(raw, where, remedy)
+    check_format(value.get("format"), where)
+    if value.get("cache_id") != manifest.cache_id:
+        raise ManifestInvalid(
+            f"{where}: expected cache id {manifest.cache_id}, found {value.get('cache_id')!r}: "
+            f"this file belongs to another store. {remedy}"
+        )
+    try:
+        return from_json(cls, value)
+    except StrictError as error:
+        raise ManifestInvalid(f"{where}: {error}. {remedy}") from None
+
+
+def decode_json(raw: bytes, where: str, remedy: str) -> dict[str, Any]:
+    """A JSON object, or an error that says what to do."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ManifestInvalid(f"{where} is no JSON ({error}). {remedy}") from None
+    if not isinstance(value, dict):
+        raise ManifestInvalid(f"{where}: expected a JSON object, found {type(value).__name__}. {remedy}")
+    return value

@@ -1,0 +1,239 @@
+"""The bytes under the keys of a store: on a local disk, or at any fsspec URL.
+
+Two classes with the same methods. A key is a path relative to the store. What the rest of the package
+leans on: `write` is durable once `settle` has returned, `replace` is all or nothing, and a key that is
+not there raises `KeyError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, cast
+
+import fsspec
+import google_crc32c
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from .errors import StoreFull
+
+_BLOCK = 2**20  # checksum what was just read while it is still in the processor's cache
+
+
+class Files(Protocol):
+    """What a store needs of the place it lies in."""
+
+    url: str
+
+    def read(self, key: str) -> bytes: ...
+    def read_into(self, key: str, body: np.ndarray, tail: np.ndarray) -> tuple[int, int]:
+        """Read a file into `body`, then `tail` (both uint8); return the file's size and the crc32c of `body`."""
+        ...
+
+    def size(self, key: str) -> int: ...
+    def exists(self, key: str) -> bool: ...
+    def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
+        """Those of `names` that are in the folder, in the given order."""
+        ...
+
+    def write(self, key: str, buffers: Sequence[np.ndarray]) -> None: ...
+    def settle(self, folders: Iterable[str]) -> None:
+        """Make the names of files written in these folders durable."""
+        ...
+
+    def replace(self, key: str, data: bytes) -> None: ...
+    def list(self, folder: str) -> list[str]: ...
+    def remove(self, key: str) -> None: ...
+    def free_bytes(self) -> int | None: ...
+
+
+def open_files(url: str | os.PathLike[str]) -> Files:
+    """Local paths get plain file calls; everything else goes through fsspec."""
+    fs, path = fsspec.core.url_to_fs(os.fspath(url))
+    return LocalFiles(Path(path)) if isinstance(fs, LocalFileSystem) else RemoteFiles(fs, path, os.fspath(url))
+
+
+class LocalFiles:
+    """A folder on a local disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def read(self, key: str) -> bytes:
+        try:
+            return (self.root / key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise KeyError(key) from None
+
+    def read_into(self, key: str, body: np.ndarray, tail: np.ndarray) -> tuple[int, int]:
+        try:
+            fd = os.open(self.root / key, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
+            raise KeyError(key) from None
+        try:
+            return os.fstat(fd).st_size, _read_checksummed(fd, body, tail)
+        finally:
+            os.close(fd)
+
+    def size(self, key: str) -> int:
+        return (self.root / key).stat().st_size
+
+    def exists(self, key: str) -> bool:
+        return (self.root / key).exists()
+
+    def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
+        """One stat a name: a listing would read every name of a folder that may hold 100,000."""
+        prefix = f"{self.root}/{folder}/"
+        return [name for name in names if os.path.exists(prefix + name)]
+
+    def write(self, key: str, buffers: Sequence[np.ndarray]) -> None:
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _full_disk_named(self.url, key):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                _write_all(fd, buffers)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def settle(self, folders: Iterable[str]) -> None:
+        for folder in folders:
+            _sync_folder(self.root / folder)
+
+    def replace(self, key: str, data: bytes) -> None:
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with _full_disk_named(self.url, key):
+            self.write(str(temporary.relative_to(self.root)), [np.frombuffer(data, np.uint8)])
+            os.replace(temporary, path)
+        _sync_folder(path.parent)
+
+    def list(self, folder: str) -> list[str]:
+        try:
+            return sorted(entry.name for entry in os.scandir(self.root / folder))
+        except FileNotFoundError:
+            return []
+
+    def remove(self, key: str) -> None:
+        (self.root / key).unlink(missing_ok=True)
+
+    def free_bytes(self) -> int | None:
+        place = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
+        return shutil.disk_usage(place).free
+
+
+class RemoteFiles:
+    """A prefix on an object store, or anything else fsspec knows. One PUT is all or nothing there."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str, url: str) -> None:
+        self.fs = fs
+        self.path = path.rstrip("/")
+        self.url = url
+
+    def read(self, key: str) -> bytes:
+        try:
+            return cast(bytes, self.fs.cat_file(f"{self.path}/{key}"))
+        except FileNotFoundError:
+            raise KeyError(key) from None
+
+    def read_into(self, key: str, body: np.ndarray, tail: np.ndarray) -> tuple[int, int]:
+        data = np.frombuffer(self.read(key), np.uint8)
+        if len(data) == len(body) + len(tail):
+            body[:], tail[:] = data[: len(body)], data[len(body) :]
+        return len(data), google_crc32c.value(body)
+
+    def size(self, key: str) -> int:
+        return cast(int, self.fs.size(f"{self.path}/{key}"))
+
+    def exists(self, key: str) -> bool:
+        return self.fs.exists(f"{self.path}/{key}")
+
+    def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
+        """One listing: a request answers for a thousand names, where asking for each is a request each."""
+        found = set(self.list(folder)) if names else set()
+        return [name for name in names if name in found]
+
+    def write(self, key: str, buffers: Sequence[np.ndarray]) -> None:
+        self.fs.pipe_file(f"{self.path}/{key}", b"".join(buffer.tobytes() for buffer in buffers))
+
+    def settle(self, folders: Iterable[str]) -> None:
+        """An object is durable when its PUT has returned."""
+
+    def replace(self, key: str, data: bytes) -> None:
+        self.fs.pipe_file(f"{self.path}/{key}", data)
+
+    def list(self, folder: str) -> list[str]:
+        self.fs.invalidate_cache(f"{self.path}/{folder}")
+        try:
+            return sorted(name.rsplit("/", 1)[-1] for name in self.fs.ls(f"{self.path}/{folder}", detail=False))
+        except FileNotFoundError:
+            return []
+
+    def remove(self, key: str) -> None:
+        if self.exists(key):
+            self.fs.rm_file(f"{self.path}/{key}")
+
+    def free_bytes(self) -> int | None:
+        return None
+
+
+@contextmanager
+def _full_disk_named(url: str, key: str) -> Iterator[None]:
+    """Turn 'no space left' into an error that says where, and that nothing committed is lost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, StoreFull):
+            raise
+        raise StoreFull(
+            error.errno,
+            f"the disk is full while writing {key} of {url}; committed shards are untouched. "
+            "Free some space and run the same command again: it goes on where it stopped",
+        ) from None
+
+
+def _read_checksummed(fd: int, body: np.ndarray, tail: np.ndarray) -> int:
+    """Read a file's front into `body` and what follows into `tail`; return the crc32c of `body`."""
+    crc = 0
+    for start in range(0, len(body), _BLOCK):
+        block = body[start : start + _BLOCK]
+        if not _fill(fd, block, start):
+            return crc
+        crc = google_crc32c.extend(crc, block)
+    _fill(fd, tail, len(body))
+    return crc
+
+
+def _fill(fd: int, block: np.ndarray, offset: int) -> bool:
+    """Read until `block` is full; False when the file ends before."""
+    filled = 0
+    while filled < len(block):
+        count = os.preadv(fd, [block.data[filled:]], offset + filled)
+        if count == 0:
+            return False
+        filled += count
+    return True
+
+
+def _write_all(fd: int, buffers: Sequence[np.ndarray]) -> None:
+    """write(2) may write less than it was given, above all beyond 2 GiB."""
+    for buffer in buffers:
+        view = buffer.data
+        while len(view):
+            view = view[os.write(fd, view) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

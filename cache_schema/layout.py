@@ -1,0 +1,285 @@
+"""Every name, shape and chunk of a store, and the zarr documents that say so. Nothing else builds paths.
+
+A manifest fixes all arrays before the first shard is written; `arrays_of(manifest)` lists them. The
+zarr v3 documents are built here as plain JSON, so that their bytes do not hang on zarr's version.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .csr import index_dtype
+from .dtypes import STORED_AS, UNWRITTEN
+from .manifest import Codec, Manifest
+
+ROOT = "zarr.json"
+INDEX = "commits/index.json"
+LOCK = "commits/lock"
+SUMMARY = "stats/summary.json"
+CHUNK_BYTES = 16 * 2**20  # aim for chunks of this size: large enough to stream, small enough to overlap
+
+# Moments of one shard and layer stand in one float64 line: these columns, then norm_by_position [T], mean [D].
+MOMENT_SCALARS = ("count", "mean_norm", "mean_square_norm", "windows")
+
+_CODECS: tuple[Codec, ...] = ("raw", "lz4", "zstd")
+_BLOSC: dict[Codec, dict[str, Any]] = {
+    "lz4": {"cname": "lz4", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0},
+    "zstd": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0},
+}
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One zarr array: enough to find, decode and check its chunks without zarr."""
+
+    path: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype
+    fill: Any
+    codec: Codec
+    dims: tuple[str, ...]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def chunk_bytes(self) -> int:
+        return math.prod(self.chunks) * self.dtype.itemsize
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """Chunk indices of every axis but the first: arrays are cut along windows or shards alone."""
+        return (0,) * (len(self.shape) - 1)
+
+    def chunk_key(self, index: int) -> str:
+        """Key of the chunk that is `index`-th along the first axis."""
+        return f"{self.path}/c." + ".".join(map(str, (index, *self.inner)))
+
+    def document(self) -> dict[str, Any]:
+        """The array's zarr.json."""
+        return {
+            "shape": list(self.shape),
+            "data_type": self.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunks)}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": "NaN" if isinstance(self.fill, float) and math.isnan(self.fill) else self.fill,
+            "codecs": codec_documents(self.codec, self.dtype),
+            "attributes": self.attributes,
+            "dimension_names": list(self.dims),
+            "zarr_format": 3,
+            "node_type": "array",
+            "storage_transformers": [],
+        }
+
+
+def codec_documents(codec: Codec, dtype: np.dtype) -> list[dict[str, Any]]:
+    """The codec chain: bytes, compression if any, and always a crc32c over what lies on disk."""
+    chain: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if dtype.itemsize == 1:
+        chain = [{"name": "bytes"}]
+    if codec != "raw":
+        chain.append({"name": "blosc", "configuration": {"typesize": dtype.itemsize, **_BLOSC[codec]}})
+    return [*chain, {"name": "crc32c"}]
+
+
+def blosc_settings(codec: Codec) -> tuple[bytes, int]:
+    """Compressor name and level; the shuffle is by bits for every codec here."""
+    return _BLOSC[codec]["cname"].encode(), _BLOSC[codec]["clevel"]
+
+
+def resid_path(layer: int) -> str:
+    return f"resid/layer_{layer}"
+
+
+def attention_path(layer: int, part: str) -> str:
+    return f"attention/layer_{layer}/{part}"
+
+
+def moments_path(layer: int) -> str:
+    return f"stats/layer_{layer}"
+
+
+def record_key(shard: int) -> str:
+    return f"commits/{shard:05d}.json"
+
+
+def array_document_key(path: str) -> str:
+    return f"{path}/zarr.json"
+
+
+def line_entries(manifest: Manifest) -> int:
+    """C: how many attention entries fit into a shard's line."""
+    return line_rows(manifest) * min(manifest.attention.topk, manifest.context)
+
+
+def line_rows(manifest: Manifest) -> int:
+    """R: attention rows of a shard, the last one padded to full length."""
+    return manifest.shard_windows * manifest.attention.heads * manifest.context
+
+
+def packed_codec(codec: Codec) -> Codec:
+    """The codec of attention and stats: lines end in zeros, so they are never stored raw."""
+    return "lz4" if codec == "raw" else codec
+
+
+def arrays_of(manifest: Manifest) -> dict[str, ArrayLayout]:
+    """Every array of the store, by path."""
+    arrays = [*_token_arrays(manifest)]
+    for layer in manifest.layers:
+        arrays += [_resid_array(manifest, layer), _moments_array(manifest, layer)]
+    for layer in manifest.attention.layers:
+        arrays += _attention_arrays(manifest, layer)
+    return {array.path: array for array in arrays}
+
+
+def shard_arrays(manifest: Manifest) -> list[str]:
+    """Paths of the arrays that a shard's writer fills; tokens and documents were written before."""
+    return [path for path in arrays_of(manifest) if path not in ("tokens", "documents")]
+
+
+def root_document(manifest: Manifest) -> dict[str, Any]:
+    """The root group's zarr.json with the manifest and, inline, the documents of all nodes."""
+    arrays = arrays_of(manifest)
+    nodes = {path: _group_document() for path in _group_paths(arrays)}
+    nodes |= {path: array.document() for path, array in arrays.items()}
+    return {
+        "attributes": {"saemill": manifest.to_json()},
+        "zarr_format": 3,
+        "consolidated_metadata": {
+            "kind": "inline",
+            "must_understand": False,
+            "metadata": dict(sorted(nodes.items())),
+        },
+        "node_type": "group",
+    }
+
+
+def documents_of(manifest: Manifest) -> dict[str, bytes]:
+    """Key -> bytes of every zarr.json below the root."""
+    arrays = arrays_of(manifest)
+    nodes = {path: _group_document() for path in _group_paths(arrays)}
+    nodes |= {path: array.document() for path, array in arrays.items()}
+    return {array_document_key(path): encode_json(document) for path, document in nodes.items()}
+
+
+def encode_json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode() + b"\n"
+
+
+def parse_array_document(path: str, document: dict[str, Any]) -> ArrayLayout | None:
+    """The layout that a zarr.json describes, or None where it is one that only zarr itself can read."""
+    dtype = np.dtype(document["data_type"])
+    chains = {codec: codec_documents(codec, dtype) for codec in _CODECS}
+    codec: Codec | None = next((name for name, chain in chains.items() if chain == document["codecs"]), None)
+    chunks = tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
+    shape = tuple(document["shape"])
+    separator = document["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
+    if codec is None or chunks[1:] != shape[1:] or not separator:
+        return None
+    names = tuple(document.get("dimension_names") or ())
+    return ArrayLayout(path, shape, chunks, dtype, document["fill_value"], codec, names, document["attributes"])
+
+
+def _token_arrays(manifest: Manifest) -> list[ArrayLayout]:
+    shape = (manifest.windows, manifest.context)
+    chunks = (manifest.shard_windows, manifest.context)
+    dims, dtype = ("window", "token"), np.dtype("<u4")
+    return [
+        ArrayLayout(path, shape, chunks, dtype, 2**32 - 1, manifest.codec, dims) for path in ("tokens", "documents")
+    ]
+
+
+def _resid_array(manifest: Manifest, layer: int) -> ArrayLayout:
+    dtype = STORED_AS[manifest.model.dtype]
+    width = manifest.model.d_model
+    chunk_windows = _chunk_windows(manifest.shard_windows, manifest.context * width * dtype.itemsize)
+    return ArrayLayout(
+        path=resid_path(layer),
+        shape=(manifest.windows, manifest.context, width),
+        chunks=(chunk_windows, manifest.context, width),
+        dtype=dtype,
+        fill=UNWRITTEN[manifest.model.dtype],
+        codec=manifest.codec,
+        dims=("window", "token", "width"),
+        attributes={"dtype": manifest.model.dtype},
+    )
+
+
+def _moments_array(manifest: Manifest, layer: int) -> ArrayLayout:
+    columns = moment_columns(manifest.context, manifest.model.d_model)
+    length = moments_length(manifest)
+    return ArrayLayout(
+        path=moments_path(layer),
+        shape=(manifest.shards, length),
+        chunks=(1, length),
+        dtype=np.dtype("<f8"),
+        fill=float("nan"),
+        codec="raw",
+        dims=("shard", "moment"),
+        attributes={"columns": {name: list(span) for name, span in columns.items()}},
+    )
+
+
+def moments_length(manifest: Manifest) -> int:
+    """Columns in a shard's line of moments."""
+    return len(MOMENT_SCALARS) + manifest.context + manifest.model.d_model
+
+
+def is_line(path: str) -> bool:
+    """Whether the array has a line a shard, not a row a window."""
+    return path.endswith(("/indptr", "/indices", "/data")) or path.startswith("stats/")
+
+
+def moment_columns(context: int, width: int) -> dict[str, tuple[int, int]]:
+    """Name -> first and last-plus-one column of a shard's line of moments."""
+    columns = {name: (i, i + 1) for i, name in enumerate(MOMENT_SCALARS)}
+    first = len(MOMENT_SCALARS)
+    return columns | {
+        "norm_by_position": (first, first + context),
+        "mean": (first + context, first + context + width),
+    }
+
+
+def _attention_arrays(manifest: Manifest, layer: int) -> list[ArrayLayout]:
+    shards, rows, entries = manifest.shards, line_rows(manifest), line_entries(manifest)
+    codec = packed_codec(manifest.codec)
+    indices = index_dtype(manifest.context).newbyteorder("<")
+    kept_shape = (manifest.windows, manifest.attention.heads, manifest.context)
+
+    def line(part: str, length: int, dtype: np.dtype, fill: Any, last: str) -> ArrayLayout:
+        path = attention_path(layer, part)
+        return ArrayLayout(path, (shards, length), (1, length), dtype, fill, codec, ("shard", last))
+
+    return [
+        line("indptr", rows + 1, np.dtype("<u4"), 2**32 - 1, "row"),
+        line("indices", entries, indices, 2 ** (8 * indices.itemsize) - 1, "entry"),
+        line("data", entries, np.dtype("<f2"), float("nan"), "entry"),
+        ArrayLayout(
+            path=attention_path(layer, "kept_mass"),
+            shape=kept_shape,
+            chunks=(manifest.shard_windows, *kept_shape[1:]),
+            dtype=np.dtype("<f2"),
+            fill=float("nan"),
+            codec=codec,
+            dims=("window", "head", "token"),
+        ),
+    ]
+
+
+def _chunk_windows(shard_windows: int, window_bytes: int) -> int:
+    """The largest divisor of a shard whose bytes stay near CHUNK_BYTES."""
+    limit = max(1, CHUNK_BYTES // window_bytes)
+    return max(n for n in range(1, shard_windows + 1) if shard_windows % n == 0 and (n <= limit or n == 1))
+
+
+def _group_paths(arrays: dict[str, ArrayLayout]) -> list[str]:
+    parents = {"/".join(path.split("/")[:depth]) for path in arrays for depth in range(1, path.count("/") + 1)}
+    return sorted(parents)
+
+
+def _group_document() -> dict[str, Any]:
+    return {"attributes": {}, "zarr_format": 3, "node_type": "group"}

@@ -1,0 +1,228 @@
+"""Read a store: open it, ask for arrays, get them shard by shard.
+
+1. `Store.open` reads the root document and the commit index, nothing else.
+2. `spans(request)` cuts what is asked for at shard borders; only committed shards can be read.
+3. `read` fills preallocated memory, all chunks in flight at once, every checksum verified.
+4. `stream` does that for many spans and reads ahead, so that a consumer never waits for a disk that
+   is fast enough.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import numpy as np
+import zarr
+
+from .buffers import ShardBuffers
+from .chunks import plan_reads, read_chunk, read_with_zarr
+from .commits import CommitRecord, find_committed, read_record
+from .csr import AttentionCsr
+from .errors import CsrInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
+from .files import Files, LocalFiles, open_files
+from .layout import attention_path, is_line, moments_length, moments_path, resid_path
+from .moments import Moments, from_line, merge
+from .request import Request, ShardArrays, Span, spans_of, validate_request
+from .root import read_root
+from .summary import read_summary
+
+READERS = 4  # local chunks in flight: one waits for the disk while another is checked
+REMOTE_READERS = 16  # an object store answers slowly but many at once
+
+
+class Store:
+    """A store opened for reading. Thread-safe but for `stream`, of which each caller needs its own."""
+
+    def __init__(self, files: Files, *, via_zarr: bool = False) -> None:
+        self.files = files
+        root = read_root(files)
+        self.manifest = root.manifest
+        self.committed = find_committed(files, self.manifest)
+        self._layouts = dict.fromkeys(root.arrays) if via_zarr else root.arrays
+        self._pool: ThreadPoolExecutor | None = None
+        self._zarr_root: zarr.Group | None = None
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str], *, expect_cache_id: str | None = None, via_zarr: bool = False) -> Store:
+        """Open the store at a path or fsspec URL. `via_zarr` reads all through zarr itself: slower, same bytes."""
+        store = cls(open_files(url), via_zarr=via_zarr)
+        if expect_cache_id is not None and store.manifest.cache_id != expect_cache_id:
+            raise StoreMismatch(
+                f"expected the store with cache id {expect_cache_id} at {store.url}, found {store.manifest.cache_id}. "
+                "Give the path of the store that was used before"
+            )
+        return store
+
+    @property
+    def url(self) -> str:
+        return self.files.url
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def spans(self, request: Request) -> list[Span]:
+        """The request cut at shard borders; an error where a shard is not committed yet."""
+        validate_request(self.manifest, request)
+        spans = spans_of(self.manifest, request)
+        missing = [span.shard for span in spans if not self.committed[span.shard]]
+        if missing:
+            raise StoreUnfinished(
+                f"{len(missing)} of the {len(spans)} shards asked for are not committed in {self.url} "
+                f"(the first is shard {missing[0]}). Finish the harvest: the same command goes on where it stopped"
+            )
+        return spans
+
+    def read(self, request: Request, span: Span, out: ShardBuffers | None = None) -> ShardArrays:
+        """The arrays of one span; views into `out`, or into fresh memory."""
+        return self._begin(request, span, out or ShardBuffers(self.manifest, request)).finish()
+
+    def stream(
+        self, request: Request, order: Sequence[Span] | None = None, in_flight: int = 2
+    ) -> Iterator[ShardArrays]:
+        """The arrays of many spans. Each is valid until the next is asked for: its memory is used again."""
+        spans = deque(self.spans(request) if order is None else order)
+        free = [ShardBuffers(self.manifest, request) for _ in range(min(in_flight, len(spans)) + 1)]
+        running: deque[_Reading] = deque()
+        try:
+            while spans or running:
+                while spans and free:
+                    running.append(self._begin(request, spans.popleft(), free.pop()))
+                reading = running.popleft()
+                yield reading.finish()
+                free.append(reading.buffers)
+        finally:
+            for reading in running:
+                reading.cancel()
+
+    def record(self, shard: int) -> CommitRecord:
+        return read_record(self.files, self.manifest, shard)
+
+    def moments(self, layer: int) -> Moments:
+        """Moments of a layer over the whole store; exact in whatever order the shards were written."""
+        validate_request(self.manifest, Request(layers=(layer,)))
+        if not self.committed.all():
+            missing = int((~self.committed).sum())
+            raise StoreUnfinished(
+                f"{missing} shards of {self.url} are not committed: its statistics are not final. "
+                "Finish the harvest: the same command goes on where it stopped"
+            )
+        found = read_summary(self.files, self.manifest)
+        if found is not None:
+            return found.moments(layer)
+        return merge(self.shard_moments(layer, shard) for shard in range(self.manifest.shards))
+
+    def shard_moments(self, layer: int, shard: int) -> Moments:
+        """Moments of a layer over one shard."""
+        line = np.empty((1, moments_length(self.manifest)), np.float64)
+        for job in self._jobs(moments_path(layer), shard, shard + 1, line):
+            self._run(job, shard, moments_path(layer))
+        return from_line(line[0], self.manifest.context)
+
+    def _begin(self, request: Request, span: Span, buffers: ShardBuffers) -> _Reading:
+        """Put every chunk of a span into flight."""
+        validate_request(self.manifest, request)
+        futures = []
+        for path, array in buffers.arrays.items():
+            start, stop = (span.shard, span.shard + 1) if is_line(path) else (span.start, span.stop)
+            for job in self._jobs(path, start, stop, array[: stop - start]):
+                futures.append(self._executor().submit(self._run, job, span.shard, path))
+        return _Reading(self, request, span, buffers, futures)
+
+    def _jobs(self, path: str, start: int, stop: int, out: np.ndarray) -> list[Callable[[], None]]:
+        """One call a chunk; each fills its part of `out`."""
+        layout = self._layouts[path]
+        if layout is not None:
+            return [partial(read_chunk, self.files, read) for read in plan_reads(layout, start, stop, out)]
+        return [partial(read_with_zarr, self._zarr_array(path), self.files, path, start, stop, out)]
+
+    def _run(self, job: Callable[[], None], shard: int, path: str) -> None:
+        """Run a job; damage is reported with its place and its remedy."""
+        try:
+            job()
+        except ShardCorrupt as error:
+            raise self._damage(shard, path, error) from None
+
+    def _damage(self, shard: int, path: str, error: ShardCorrupt) -> ShardCorrupt:
+        return type(error)(
+            f"shard {shard}, array {path}: {error}. "
+            f"`sae-store verify {self.url}` lists all damage, `sae-store repair {self.url}` mends it"
+        )
+
+    def _executor(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            readers = READERS if isinstance(self.files, LocalFiles) else REMOTE_READERS
+            self._pool = ThreadPoolExecutor(readers, thread_name_prefix="saemill-read")
+        return self._pool
+
+    def _zarr_array(self, path: str) -> zarr.Array:
+        if self._zarr_root is None:
+            self._zarr_root = zarr.open_group(self.url, mode="r")
+        return cast(zarr.Array, self._zarr_root[path])
+
+
+@dataclass
+class _Reading:
+    """A span on its way into memory."""
+
+    store: Store
+    request: Request
+    span: Span
+    buffers: ShardBuffers
+    futures: list[Future[None]]
+
+    def finish(self) -> ShardArrays:
+        """Wait for every chunk; the first damage found is raised once nothing is in flight any more."""
+        wait(self.futures)
+        for future in self.futures:
+            future.result()
+        windows, arrays = self.span.windows, self.buffers.arrays
+        context = self.store.manifest.context
+        return ShardArrays(
+            span=self.span,
+            tokens=arrays["tokens"][:windows] if self.request.tokens else None,
+            documents=arrays["documents"][:windows] if self.request.documents else None,
+            positions=np.broadcast_to(np.arange(context), (windows, context)) if self.request.positions else None,
+            resid={layer: arrays[resid_path(layer)][:windows] for layer in self.request.layers},
+            attention={layer: self._attention(layer) for layer in self.request.attention_layers},
+        )
+
+    def cancel(self) -> None:
+        for future in self.futures:
+            future.cancel()
+        wait(self.futures)
+
+    def _attention(self, layer: int) -> AttentionCsr:
+        """The span's rows of a shard's lines, checked against the rules of the layout."""
+        arrays, manifest = self.buffers.arrays, self.store.manifest
+        indptr, indices, data = (arrays[attention_path(layer, part)][0] for part in ("indptr", "indices", "data"))
+        first_window = self.span.start - self.span.shard * manifest.shard_windows
+        rows = manifest.attention.heads * manifest.context
+        pointers = indptr[first_window * rows : (first_window + self.span.windows) * rows + 1]
+        first, last = int(pointers[0]), int(pointers[-1])
+        csr = AttentionCsr(
+            indptr=pointers - pointers[0],
+            indices=indices[first:last],
+            data=data[first:last],
+            kept_mass=arrays[attention_path(layer, "kept_mass")][: self.span.windows],
+        )
+        try:
+            if first_window == 0 and first != 0:
+                raise CsrInvalid(f"expected the first row to start at entry 0, found {first}: a hole in front")
+            csr.validate(manifest.attention.topk, manifest.attention.causal, "attention rows")
+        except CsrInvalid as error:
+            raise self.store._damage(self.span.shard, attention_path(layer, "indptr"), error) from None
+        return csr

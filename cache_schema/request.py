@@ -1,0 +1,87 @@
+"""What a reader asks of a store, and what it gets: requests, spans and the arrays of a span."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .csr import AttentionCsr
+from .errors import RequestInvalid
+from .manifest import Manifest
+from .strict import nearest
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which arrays, and of which windows. `windows` is a range inside the split, or of the store."""
+
+    layers: tuple[int, ...] = ()
+    attention_layers: tuple[int, ...] = ()
+    tokens: bool = False
+    documents: bool = False
+    positions: bool = False
+    split: str | None = None
+    windows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Windows start..stop of one shard, counted over the whole store."""
+
+    shard: int
+    start: int
+    stop: int
+
+    @property
+    def windows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ShardArrays:
+    """The arrays of one span. W its windows, T context, D residual width."""
+
+    span: Span
+    tokens: np.ndarray | None = None  # uint32 [W, T]
+    documents: np.ndarray | None = None  # uint32 [W, T]
+    positions: np.ndarray | None = None  # int64 [W, T], position inside the window
+    resid: dict[int, np.ndarray] = field(default_factory=dict)  # [W, T, D] as stored
+    attention: dict[int, AttentionCsr] = field(default_factory=dict)
+
+
+def validate_request(manifest: Manifest, request: Request) -> None:
+    """Name everything that the store does not hold, in one message."""
+    problems = []
+    missing = sorted(set(request.layers) - set(manifest.layers))
+    if missing:
+        problems.append(f"residuals of layers {missing} (it has {list(manifest.layers)})")
+    missing = sorted(set(request.attention_layers) - set(manifest.attention.layers))
+    if missing:
+        problems.append(f"attention of layers {missing} (it has {list(manifest.attention.layers)})")
+    if request.split is not None and request.split not in manifest.splits:
+        problems.append(f"a split {request.split!r}{nearest(request.split, manifest.splits)}")
+    if problems:
+        raise RequestInvalid(
+            "the store does not hold " + " and ".join(problems) + ". Harvest again with these layers, or ask for less"
+        )
+
+
+def window_range(manifest: Manifest, request: Request) -> tuple[int, int]:
+    """First and last-plus-one window that a request covers."""
+    first, last = manifest.splits[request.split] if request.split is not None else (0, manifest.windows)
+    if request.windows is None:
+        return first, last
+    start, stop = request.windows
+    if not 0 <= start <= stop <= last - first:
+        place = f"the {request.split} split" if request.split is not None else "the store"
+        raise RequestInvalid(f"expected windows within 0 to {last - first} of {place}, found {start} to {stop}")
+    return first + start, first + stop
+
+
+def spans_of(manifest: Manifest, request: Request) -> list[Span]:
+    """The request cut at shard borders."""
+    first, last = window_range(manifest, request)
+    size = manifest.shard_windows
+    shards = range(first // size, -(-last // size)) if last > first else range(0)
+    return [Span(shard, max(first, shard * size), min(last, (shard + 1) * size)) for shard in shards]

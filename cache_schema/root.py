@@ -1,0 +1,82 @@
+"""Open the root of a store: the manifest and the layout of every array, from one file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .commits import decode_json
+from .errors import ManifestInvalid, StoreMissing
+from .files import Files
+from .identity import cache_id
+from .layout import ROOT, ArrayLayout, array_document_key, arrays_of, parse_array_document
+from .manifest import Manifest, read_manifest
+
+_REMEDY = "Restore the file, or harvest the store again"
+
+
+@dataclass(frozen=True)
+class Root:
+    """What a store says about itself. An array without a layout is one that only zarr itself can read."""
+
+    manifest: Manifest
+    arrays: dict[str, ArrayLayout | None]
+
+
+def read_root(files: Files) -> Root:
+    """Read and check zarr.json; every problem is one of the named errors."""
+    where = f"{files.url}/{ROOT}"
+    try:
+        raw = files.read(ROOT)
+    except KeyError:
+        raise StoreMissing(
+            f"there is no store at {files.url} (no {ROOT}). Make one with `make harvest LAYER=19`, "
+            "`sae-harvest` or `sae-store import`"
+        ) from None
+    document = decode_json(raw, where, _REMEDY)
+    attributes = document.get("attributes")
+    if not isinstance(attributes, dict) or "saemill" not in attributes:
+        raise ManifestInvalid(f"{where} is no store of saemill: attributes['saemill'] is missing")
+    manifest = read_manifest(attributes["saemill"], where)
+    _require_identity(manifest, where)
+    nodes = _nodes(document)
+    arrays = {path: _layout(files, nodes, expected) for path, expected in arrays_of(manifest).items()}
+    return Root(manifest, arrays)
+
+
+def _require_identity(manifest: Manifest, where: str) -> None:
+    computed = cache_id(manifest)
+    if manifest.cache_id != computed:
+        raise ManifestInvalid(
+            f"{where}: expected cache id {computed} for these settings, found {manifest.cache_id!r}: "
+            f"the file was changed by hand or damaged. {_REMEDY}"
+        )
+
+
+def _nodes(document: dict[str, Any]) -> dict[str, Any]:
+    """The documents kept inline in the root; none where another tool has written it anew without them."""
+    consolidated = document.get("consolidated_metadata")
+    nodes = consolidated.get("metadata") if isinstance(consolidated, dict) else None
+    return nodes if isinstance(nodes, dict) else {}
+
+
+def _layout(files: Files, nodes: dict[str, Any], expected: ArrayLayout) -> ArrayLayout | None:
+    """The array as it is stored; its shape and type must be those of the manifest."""
+    document = nodes.get(expected.path)
+    where = f"{files.url}/{array_document_key(expected.path)}"
+    if document is None:
+        try:
+            document = decode_json(files.read(array_document_key(expected.path)), where, _REMEDY)
+        except KeyError:
+            raise ManifestInvalid(f"{where} is missing. {_REMEDY}") from None
+    try:
+        shape, dtype = list(document["shape"]), document["data_type"]
+        layout = parse_array_document(expected.path, document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ManifestInvalid(f"{where} describes no zarr v3 array ({error!r}). {_REMEDY}") from None
+    if shape != list(expected.shape) or dtype != expected.dtype.name:
+        raise ManifestInvalid(
+            f"{where}: expected {expected.dtype.name} {list(expected.shape)} by the manifest, "
+            f"found {dtype} {shape}. {_REMEDY}"
+        )
+    return layout

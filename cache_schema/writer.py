@@ -1,0 +1,186 @@
+"""Write a store: tokens first and whole, then shards in any order, each committed by its record.
+
+1. `StoreWriter.create` writes all array documents, tokens and documents, and the root document last:
+   without the root there is no store. On a store that stands there already it checks that the settings
+   are the same, and goes on.
+2. `claim` takes a shard, so that no other writer does.
+3. `write_shard` writes every chunk and flushes it, then the record: a kill at any instant leaves
+   either the whole shard or none of it.
+4. `close` brings the index and the summary of a finished store up to date.
+
+Nothing that is written depends on who writes it, when, or in which order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+
+from .claims import CREATION, open_claims
+from .codecs import encode
+from .commits import CommitRecord, compact, find_committed, write_record
+from .content import ShardContent, ShardPart, lay_out, make_record, validate_content
+from .errors import ShardInvalid, StoreBusy, StoreMismatch
+from .files import Files, open_files
+from .identity import sealed
+from .layout import ROOT, SUMMARY, arrays_of, documents_of, encode_json, record_key, root_document
+from .manifest import Manifest, list_differences
+from .moments import merge
+from .reader import Store
+from .root import read_root
+from .summary import Summary, read_summary, summarise, write_summary
+
+WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
+COMPACT_EVERY = 64  # shards a writer commits before it brings the index up to date
+
+
+class StoreWriter:
+    """Writes one store; make it with `create` or `open`, and close it."""
+
+    def __init__(self, files: Files, manifest: Manifest) -> None:
+        self.files = files
+        self.manifest = manifest
+        self.arrays = arrays_of(manifest)
+        self._claims = open_claims(files)
+        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="saemill-write")
+        self._uncompacted = 0
+
+    @classmethod
+    def create(
+        cls, url: str | os.PathLike[str], manifest: Manifest, tokens: np.ndarray, documents: np.ndarray
+    ) -> StoreWriter:
+        """Begin a store, or go on with one of the same settings."""
+        files, manifest = open_files(url), sealed(manifest)
+        _validate_tokens(manifest, tokens, documents)
+        writer = cls(files, manifest)
+        if not writer._claims.take(CREATION):
+            writer.close()
+            raise StoreBusy(f"another process is creating {files.url} right now: wait until it has, then try again")
+        try:
+            if files.exists(ROOT):
+                _require_same_settings(files, manifest)
+            else:
+                writer._write_beginning(tokens, documents)
+        finally:
+            writer._claims.release(CREATION)
+        return writer
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str]) -> StoreWriter:
+        """Go on with a store that was begun."""
+        files = open_files(url)
+        return cls(files, read_root(files).manifest)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def pending(self) -> list[int]:
+        """Shards without a record, in rising order."""
+        return np.flatnonzero(~find_committed(self.files, self.manifest)).tolist()
+
+    @contextmanager
+    def claim(self, shard: int) -> Iterator[bool]:
+        """Hold a shard; yields False when another writer holds it or has committed it meanwhile."""
+        if not self._claims.take(shard):
+            yield False
+            return
+        try:
+            yield not self.files.exists(record_key(shard))
+        finally:
+            self._claims.release(shard)
+
+    def write(self, shard: int, content: ShardContent) -> CommitRecord:
+        """Write a claimed shard and commit it."""
+        validate_content(self.manifest, shard, content)
+        parts = lay_out(self.manifest, shard, content)
+        tasks = [(part, at) for part in parts for at in range(part.num_chunks)]
+        sizes = list(self._pool.map(lambda task: self._write_chunk(*task), tasks))
+        self.files.settle(part.layout.path for part in parts)
+        beginning = {path: self.files.size(self.arrays[path].chunk_key(shard)) for path in ("tokens", "documents")}
+        record = make_record(self.manifest, shard, content, beginning | _sum_by_path(tasks, sizes))
+        write_record(self.files, record)
+        self._compact_sometimes()
+        return record
+
+    def _write_chunk(self, part: ShardPart, at: int) -> int:
+        """Write the part's `at`-th chunk; return its size on disk."""
+        buffers = encode(part.layout, part.chunk(at))
+        self.files.write(part.layout.chunk_key(part.first_chunk + at), buffers)
+        return sum(buffer.nbytes for buffer in buffers)
+
+    def _write_beginning(self, tokens: np.ndarray, documents: np.ndarray) -> None:
+        """Everything that is there before the first shard; the root document comes last."""
+        for key, data in documents_of(self.manifest).items():
+            self.files.replace(key, data)
+        for path, values in (("tokens", tokens), ("documents", documents)):
+            part = ShardPart(self.arrays[path], 0, values)
+            list(self._pool.map(lambda at, part=part: self._write_chunk(part, at), range(part.num_chunks)))
+        self.files.settle(["tokens", "documents"])
+        self.files.replace(ROOT, encode_json(root_document(self.manifest)))
+
+    def _compact_sometimes(self) -> None:
+        self._uncompacted += 1
+        if self._uncompacted >= COMPACT_EVERY:
+            compact(self.files, self.manifest)
+            self._uncompacted = 0
+
+    def close(self) -> None:
+        """Bring what is derived up to date: the index, and the summary of a finished store."""
+        self._pool.shutdown()
+        self._claims.close()
+        if self.files.exists(ROOT):
+            refresh(self.files, self.manifest)
+
+
+def refresh(files: Files, manifest: Manifest) -> None:
+    """Derive index and summary again from the records and the lines of moments."""
+    index = compact(files, manifest)
+    if not index.mask(manifest.shards).all():
+        files.remove(SUMMARY)
+        return
+    if read_summary(files, manifest) is not None:
+        return
+    with Store(files) as store:
+        lines = {
+            layer: merge(store.shard_moments(layer, shard) for shard in range(manifest.shards))
+            for layer in manifest.layers
+        }
+    totals = sorted(index.attention.items())
+    summary = Summary(
+        cache_id=manifest.cache_id,
+        resid={layer: summarise(moments) for layer, moments in lines.items()},
+        kept_mass={layer: total.kept_mass for layer, total in totals},
+        entries_per_row={layer: total.entries / total.rows for layer, total in totals},
+    )
+    write_summary(files, summary)
+
+
+def _validate_tokens(manifest: Manifest, tokens: np.ndarray, documents: np.ndarray) -> None:
+    expected = (manifest.windows, manifest.context)
+    for name, array in (("tokens", tokens), ("documents", documents)):
+        if array.shape != expected or array.dtype.kind not in "iu":
+            raise ShardInvalid(f"expected {name} as integers of shape {expected}, found {array.dtype} {array.shape}")
+
+
+def _require_same_settings(files: Files, wanted: Manifest) -> None:
+    found = read_root(files).manifest
+    differences = list_differences(found, wanted)
+    if differences:
+        raise StoreMismatch(
+            f"{files.url} holds a store with other settings:\n  " + "\n  ".join(differences) + "\n"
+            "Use the same settings to go on with it, or another path for a new store"
+        )
+
+
+def _sum_by_path(tasks: list[tuple[ShardPart, int]], sizes: list[int]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for (part, _), size in zip(tasks, sizes, strict=True):
+        totals[part.layout.path] = totals.get(part.layout.path, 0) + size
+    return totals
