@@ -173,15 +173,14 @@ def encode_json(value: Any) -> bytes:
 def parse_array_document(path: str, document: dict[str, Any]) -> ArrayLayout | None:
     """The layout that a zarr.json describes, or None where it is one that only zarr itself can read."""
     dtype = np.dtype(document["data_type"])
-    chains = {codec: codec_documents(codec, dtype) for codec in _CODECS}
-    codec: Codec | None = next((name for name, chain in chains.items() if chain == document["codecs"]), None)
+    known = [codec for codec in _CODECS if codec_documents(codec, dtype) == document["codecs"]]
     chunks = tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
     shape = tuple(document["shape"])
     separator = document["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
-    if codec is None or chunks[1:] != shape[1:] or not separator:
+    if not known or chunks[1:] != shape[1:] or not separator:
         return None
     names = tuple(document.get("dimension_names") or ())
-    return ArrayLayout(path, shape, chunks, dtype, document["fill_value"], codec, names, document["attributes"])
+    return ArrayLayout(path, shape, chunks, dtype, document["fill_value"], known[0], names, document["attributes"])
 
 
 def _token_arrays(manifest: Manifest) -> list[ArrayLayout]:
