@@ -21,6 +21,7 @@ from .reader import Store
 from .sources import NumpySource, SaelensSource, Source
 from .verify import Damage, digest, drop_broken_derived, repair, verify_shards
 
+NOT_HARVESTED = ("import",)  # corpora that no model can bring back
 REHARVESTERS = "saemill.reharvest"  # entry points: functions (url, shards) that can write shards again
 
 
@@ -164,7 +165,7 @@ def _refuse_if_tokens_are_gone(damage: list[Damage]) -> None:
 def _reharvest(url: str, manifest: Manifest, shards: list[int]) -> None:
     """Whoever can harvest has registered itself: the store knows no model."""
     harvesters = list(entry_points(group=REHARVESTERS))
-    if manifest.corpus.id == "import" or not harvesters:
+    if manifest.corpus.id in NOT_HARVESTED or not harvesters:
         click.echo(f"{len(shards)} shards removed: {shards}. Run the import or harvest that made them again")
         return
     harvesters[0].load()(url, shards)
