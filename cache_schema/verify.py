@@ -68,13 +68,14 @@ def repair(url: str, damaged: list[int]) -> None:
         for shard in damaged:
             if not claims.take(shard):
                 raise StoreBusy(f"shard {shard} of {url} is being written right now: let that end, then repair")
-        if damaged:
-            forget(files, manifest, damaged)
+        with claims.hold_derived():
+            if damaged:
+                forget(files, manifest, damaged)
+            refresh(files, manifest)
         for shard in damaged:
             claims.release(shard)
     finally:
         claims.close()
-    refresh(files, manifest)
 
 
 def drop_broken_derived(url: str) -> list[str]:
