@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec
 from saemill.cache_schema import layout as layout_module
 from saemill.cache_schema.commits import CommitRecord, Index
