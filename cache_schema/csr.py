@@ -53,8 +53,8 @@ class AttentionCsr:
         )
 
     def take(self, windows: np.ndarray) -> AttentionCsr:
-        """The given windows, in the given order; repeats are allowed."""
-        windows = np.asarray(windows, dtype=np.int64)
+        """The given windows, in the given order; positions or a mask, as numpy takes them."""
+        windows = np.arange(self.windows)[windows]
         rows = self.heads * self.context
         lengths = np.diff(self.indptr.astype(np.int64)).reshape(self.windows, rows)[windows]
         starts = self.indptr[windows * rows].astype(np.int64)

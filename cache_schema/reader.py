@@ -28,7 +28,7 @@ from .errors import CsrInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
 from .files import Files, LocalFiles, open_files
 from .layout import attention_path, is_line, moments_length, moments_path, resid_path
 from .moments import Moments, from_line, merge
-from .request import Request, ShardArrays, Span, spans_of, validate_request
+from .request import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .root import read_root
 from .summary import read_summary
 
@@ -78,12 +78,7 @@ class Store:
         """The request cut at shard borders; an error where a shard is not committed yet."""
         validate_request(self.manifest, request)
         spans = spans_of(self.manifest, request)
-        missing = [span.shard for span in spans if not self.committed[span.shard]]
-        if missing:
-            raise StoreUnfinished(
-                f"{len(missing)} of the {len(spans)} shards asked for are not committed in {self.url} "
-                f"(the first is shard {missing[0]}). Finish the harvest: the same command goes on where it stopped"
-            )
+        self._require_committed(spans)
         return spans
 
     def read(self, request: Request, span: Span, out: ShardBuffers | None = None) -> ShardArrays:
@@ -132,9 +127,20 @@ class Store:
             self._run(job, shard, moments_path(layer))
         return from_line(line[0], self.manifest.context)
 
+    def _require_committed(self, spans: Sequence[Span]) -> None:
+        """What has no record does not exist, even where its chunks lie there already."""
+        missing = [span.shard for span in spans if not self.committed[span.shard]]
+        if missing:
+            raise StoreUnfinished(
+                f"{len(missing)} of the {len(spans)} shards asked for are not committed in {self.url} "
+                f"(the first is shard {missing[0]}). Finish the harvest: the same command goes on where it stopped"
+            )
+
     def _begin(self, request: Request, span: Span, buffers: ShardBuffers) -> _Reading:
         """Put every chunk of a span into flight."""
         validate_request(self.manifest, request)
+        validate_span(self.manifest, span)
+        self._require_committed([span])
         futures = []
         for path, array in buffers.arrays.items():
             start, stop = (span.shard, span.shard + 1) if is_line(path) else (span.start, span.stop)
