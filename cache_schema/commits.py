@@ -16,7 +16,7 @@ import numpy as np
 
 from .errors import ManifestInvalid, StoreUnfinished
 from .files import Files
-from .layout import INDEX, encode_json, record_key
+from .layout import INDEX, SUMMARY, encode_json, record_key
 from .manifest import FORMAT, Manifest, check_format
 from .strict import StrictError, from_json, to_json
 
@@ -147,6 +147,7 @@ def compact(files: Files, manifest: Manifest) -> Index:
 def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     """Undo commits. The index goes first: a kill in between leaves the shards committed, never half gone."""
     gone = sorted(set(shards))
+    files.remove(SUMMARY)  # it is of a finished store, which this is no more
     committed = find_committed(files, manifest)
     committed[gone] = False
     records = [read_record(files, manifest, int(shard)) for shard in np.flatnonzero(committed)]

@@ -103,7 +103,7 @@ def test_all_problems_come_at_once():
 
 def test_nearest_names_neighbours_or_all():
     assert nearest("trian", ["train", "test"]) == " (did you mean 'train'?)"
-    assert nearest("layer", ["layers", "layer_"]) == " (did you mean 'layer_' or 'layers'?)"
+    assert nearest("layer", ["layers", "layer_"]) == " (did you mean 'layers' or 'layer_'?)"
     assert nearest("zzz", ["train", "test"]) == " (known: test, train)"
     assert nearest("zzz", []) == ""
 
