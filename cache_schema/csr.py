@@ -126,6 +126,8 @@ def _find_problem(csr: AttentionCsr, topk: int | None, causal: bool) -> str | No
         return f"row pointers decrease at row {int(np.argmax(lengths < 0))}"
     if csr.indptr[-1] != csr.entries:
         return f"row pointers end at {csr.indptr[-1]}, but there are {csr.entries} entries"
+    if len(csr.data) != csr.entries:
+        return f"there are {csr.entries} key positions, but {len(csr.data)} probabilities"
     limit = csr.context if topk is None else min(topk, csr.context)
     if (lengths > limit).any():
         row = int(np.argmax(lengths > limit))

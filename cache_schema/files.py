@@ -194,7 +194,7 @@ def _full_disk_named(url: str, key: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, StoreFull):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or isinstance(error, StoreFull):
             raise
         raise StoreFull(
             error.errno,
