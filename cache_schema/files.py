@@ -92,8 +92,14 @@ class LocalFiles:
 
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
         """One stat a name: a listing would read every name of a folder that may hold 100,000."""
-        prefix = f"{self.root}/{folder}/"
-        return [name for name in names if os.path.exists(prefix + name)]
+        try:
+            fd = os.open(self.root / folder, os.O_RDONLY)
+        except FileNotFoundError:
+            return []
+        try:
+            return [name for name in names if os.access(name, os.F_OK, dir_fd=fd)]
+        finally:
+            os.close(fd)
 
     def write(self, key: str, buffers: Sequence[np.ndarray]) -> None:
         path = self.root / key

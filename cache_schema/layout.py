@@ -18,6 +18,7 @@ from .dtypes import STORED_AS, UNWRITTEN
 from .manifest import Codec, Manifest
 
 ROOT = "zarr.json"
+COMMITS = "commits"
 INDEX = "commits/index.json"
 LOCK = "commits/lock"
 SUMMARY = "stats/summary.json"
@@ -103,8 +104,13 @@ def moments_path(layer: int) -> str:
     return f"stats/layer_{layer}"
 
 
+def record_name(shard: int) -> str:
+    """Inside COMMITS."""
+    return f"{shard:05d}.json"
+
+
 def record_key(shard: int) -> str:
-    return f"commits/{shard:05d}.json"
+    return f"{COMMITS}/{record_name(shard)}"
 
 
 def array_document_key(path: str) -> str:

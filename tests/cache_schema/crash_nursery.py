@@ -7,6 +7,7 @@ With `die_at`, the writer kills itself before its n-th call into the file system
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -29,13 +30,18 @@ def crash_manifest(shards: int) -> Any:
     return synthetic.replace(manifest, attention=synthetic.replace(manifest.attention, layers=(2,)))
 
 
+@functools.cache
+def crash_corpus(shards: int) -> Any:
+    return synthetic.make_corpus(crash_manifest(shards))
+
+
 def write(url: str, shards: int, die_at: int | None) -> None:
     manifest = crash_manifest(shards)
     if die_at is not None:
         kill_at_call(die_at)
     while True:
         try:
-            synthetic.write_store(url, manifest, CORPORA[shards])
+            synthetic.write_store(url, manifest, crash_corpus(shards))
             return
         except StoreBusy:  # another writer is creating the store: it will have, soon
             time.sleep(0.001)
@@ -58,6 +64,7 @@ def kill_at_call(number: int) -> None:
 
 
 def start(request: dict[str, Any]) -> int:
+    crash_corpus(request["shards"])  # once, before the fork
     pid = os.fork()
     if pid:
         return pid
@@ -70,8 +77,6 @@ def start(request: dict[str, Any]) -> int:
     finally:
         os._exit(status)
 
-
-CORPORA = {shards: synthetic.make_corpus(crash_manifest(shards)) for shards in (2, 12)}
 
 if __name__ == "__main__":
     for line in sys.stdin:
