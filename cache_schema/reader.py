@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import numpy as np
 import zarr
@@ -24,7 +23,7 @@ from .buffers import ShardBuffers
 from .chunks import plan_reads, read_chunk, read_with_zarr
 from .commits import CommitRecord, find_committed, read_record
 from .csr import AttentionCsr
-from .errors import CsrInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
+from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
 from .files import Files, LocalFiles, open_files
 from .layout import attention_path, is_line, moments_length, moments_path, resid_path
 from .moments import Moments, from_line, merge
@@ -175,9 +174,19 @@ class Store:
         return self._pool
 
     def _zarr_array(self, path: str) -> zarr.Array:
-        if self._zarr_root is None:
-            self._zarr_root = zarr.open_group(self.url, mode="r")
-        return cast(zarr.Array, self._zarr_root[path])
+        """zarr parses the documents itself here, and says in many ways that it cannot."""
+        try:
+            if self._zarr_root is None:
+                self._zarr_root = zarr.open_group(self.url, mode="r")
+            found = self._zarr_root[path]
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ManifestInvalid(
+                f"zarr cannot open array {path} of {self.url} ({error!r}). Restore its zarr.json: "
+                f"`sae-store repair {self.url}` writes it anew"
+            ) from None
+        if not isinstance(found, zarr.Array):
+            raise ManifestInvalid(f"expected {path} of {self.url} to be an array, found a group. Restore its zarr.json")
+        return found
 
 
 @dataclass

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from saemill.cache_schema import Request, Store, StoreError
+from saemill.cache_schema import ManifestInvalid, Request, Store, StoreError
 from saemill.cache_schema.identity import sealed
 from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.manifest import read_manifest
@@ -24,16 +24,19 @@ from saemill.cache_schema.verify import verify_shards
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
 SPARE_BYTES = 512 * 2**20  # what a store of some kilobytes may take, at the very most
 
-FILES = (
-    "zarr.json",
-    "tokens/zarr.json",
-    "resid/layer_3/zarr.json",
-    "attention/layer_2/indptr/zarr.json",
-    "stats/layer_3/zarr.json",
-    "commits/00001.json",
-    "commits/index.json",
-    "stats/summary.json",
+# Which file of which store: array documents stand inline in the root, or only apart, as other tools leave them.
+CASES = (
+    ("inline", "zarr.json"),
+    ("inline", "commits/00001.json"),
+    ("inline", "commits/index.json"),
+    ("inline", "stats/summary.json"),
+    ("apart", "zarr.json"),
+    ("apart", "tokens/zarr.json"),
+    ("apart", "resid/layer_3/zarr.json"),
+    ("apart", "attention/layer_2/indptr/zarr.json"),
+    ("apart", "stats/layer_3/zarr.json"),
 )
+BY_ZARR = (("inline", "zarr.json"), ("apart", "resid/layer_3/zarr.json"))
 
 NASTY: tuple[Any, ...] = (
     None,
@@ -95,7 +98,7 @@ def mutate_json(document: Any, choose: random.Random) -> bytes:
         elif action == "replace" and key is not None:
             container[key] = choose.choice(NASTY)
         elif action == "nest" and key is not None:
-            container[key] = nested(choose.choice([3, 200, 400, 900]), choose.choice(["list", "dict"]))
+            container[key] = nested(choose.choice([3, 100, 250]), choose.choice(["list", "dict"]))
         elif action == "add" and isinstance(container, dict):
             container[choose.choice(["novelty", "", "--5", "007", "٣", "9" * 5000])] = choose.choice(NASTY)
         elif action == "copy" and isinstance(container, list):
@@ -171,45 +174,80 @@ def fuzz(folder: Path, name: str, choose: random.Random, via_zarr: bool = False)
         file.write_bytes(whole)
 
 
-@pytest.fixture(scope="module", params=["inline", "apart"])
-def store(request, synthetic, tmp_path_factory):
-    """Documents of the arrays inline in the root, or only in their own files, as other tools leave them."""
-    folder = tmp_path_factory.mktemp(request.param)
-    synthetic.write_store(folder, synthetic.make_manifest(windows=10))
-    if request.param == "apart":
-        root = json.loads((folder / "zarr.json").read_text())
-        del root["consolidated_metadata"]
-        (folder / "zarr.json").write_text(json.dumps(root))
-    use(folder, via_zarr=False)
-    return folder
+@pytest.fixture(scope="module")
+def stores(synthetic, tmp_path_factory) -> dict[str, Path]:
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("inline", "apart")}
+    for folder in folders.values():
+        synthetic.write_store(folder, synthetic.make_manifest(windows=10))
+    root = json.loads((folders["apart"] / "zarr.json").read_text())
+    del root["consolidated_metadata"]
+    (folders["apart"] / "zarr.json").write_text(json.dumps(root))
+    for folder in folders.values():
+        use(folder, via_zarr=False)
+    return folders
+
+
+@pytest.fixture
+def store(stores) -> Path:
+    return stores["inline"]
 
 
 ONE_SLOW_EXAMPLE_IS_A_HANG = timedelta(seconds=20)
 quick = settings(
-    max_examples=40, deadline=ONE_SLOW_EXAMPLE_IS_A_HANG, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=25,
+    deadline=ONE_SLOW_EXAMPLE_IS_A_HANG,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes and makes a mutation no clearer
 )
 long = settings(quick, max_examples=3000)
 randoms = st.randoms(use_true_random=False, note_method_calls=False)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("kind", "name"), CASES)
 @quick
 @given(choose=randoms)
-def test_mutated_metadata_work_or_are_named(store, name, choose):
-    fuzz(store, name, choose)
+def test_mutated_metadata_work_or_are_named(stores, kind, name, choose):
+    fuzz(stores[kind], name, choose)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("kind", "name"), CASES)
 @long
 @given(choose=randoms)
-def test_mutated_metadata_work_or_are_named_for_long(store, name, choose):
-    fuzz(store, name, choose)
+def test_mutated_metadata_work_or_are_named_for_long(stores, kind, name, choose):
+    fuzz(stores[kind], name, choose)
 
 
-@pytest.mark.parametrize("name", ["zarr.json", "resid/layer_3/zarr.json"])
+@pytest.mark.parametrize(("kind", "name"), BY_ZARR)
 @settings(quick, max_examples=15)
 @given(choose=randoms)
-def test_mutated_documents_are_named_where_zarr_reads_them(store, name, choose):
-    fuzz(store, name, choose, via_zarr=True)
+def test_mutated_documents_are_named_where_zarr_reads_them(stores, kind, name, choose):
+    fuzz(stores[kind], name, choose, via_zarr=True)
+
+
+def test_settings_nested_beyond_reason_are_named(store):
+    file = store / "zarr.json"
+    whole = file.read_text()
+    nest = '{"a": ' * 700 + "0" + "}" * 700
+    try:
+        file.write_text(whole.replace('"settings": {}', f'"settings": {nest}', 1))
+        with pytest.raises(ManifestInvalid, match="deep|JSON"):
+            Store.open(store)
+    finally:
+        file.write_text(whole)
+
+
+@pytest.mark.parametrize("shard_windows", [10**12, 10**18])
+def test_absurd_shards_are_refused_at_once(store, shard_windows):
+    """Not part of the cache id, so nothing else stands before it."""
+    file = store / "zarr.json"
+    whole = file.read_text()
+    root = json.loads(whole)
+    root["attributes"]["saemill"]["shard_windows"] = shard_windows
+    try:
+        file.write_text(json.dumps(root))
+        with pytest.raises(ManifestInvalid):
+            Store.open(store)
+    finally:
+        file.write_text(whole)
