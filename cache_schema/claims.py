@@ -1,4 +1,4 @@
-"""Who may write a shard: one writer at a time.
+"""Who may write a shard, or the index: one writer at a time.
 
 On a local disk a claim is a lock on one byte of one file, which the kernel gives back however the
 writer ends. On an object store it is an object that only the first writer can create; a claim whose
@@ -13,12 +13,15 @@ import os
 import struct
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from .files import Files, LocalFiles, RemoteFiles
 from .layout import LOCK
 
 CREATION = 2**40  # the claim on a store's creation: a number that no shard has
+DERIVED = 2**40 + 1  # the claim on index and summary
 LEASE_SECONDS = 3600
 
 
@@ -28,6 +31,10 @@ class Claims(Protocol):
         ...
 
     def release(self, number: int) -> None: ...
+    def hold_derived(self) -> AbstractContextManager[None]:
+        """Wait for the claim on index and summary, and hold it for a block."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -56,15 +63,24 @@ class LockClaims:
     def release(self, number: int) -> None:
         self._lock(fcntl.F_UNLCK, number)
 
+    @contextmanager
+    def hold_derived(self) -> Iterator[None]:
+        self._lock(fcntl.F_WRLCK, DERIVED, wait=True)
+        try:
+            yield
+        finally:
+            self.release(DERIVED)
+
     def close(self) -> None:
         os.close(self._fd)
 
-    def _lock(self, kind: int, number: int) -> None:
+    def _lock(self, kind: int, number: int, wait: bool = False) -> None:
         if not hasattr(fcntl, "F_OFD_SETLK"):  # not Linux: locks of the process are the next best
-            fcntl.lockf(self._fd, fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            flags = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+            fcntl.lockf(self._fd, flags, 1, number)
             return
         request = struct.pack("hhqqixxxx", kind, os.SEEK_SET, number, 1, 0)
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
 
 
 class LeaseClaims:
@@ -84,6 +100,11 @@ class LeaseClaims:
 
     def release(self, number: int) -> None:
         self._files.remove(self._key(number))
+
+    @contextmanager
+    def hold_derived(self) -> Iterator[None]:
+        """Nothing to wait for: a PUT is all or nothing, and whoever writes last looks again."""
+        yield
 
     def close(self) -> None:
         """Claims were released one by one."""

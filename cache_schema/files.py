@@ -46,7 +46,10 @@ class Files(Protocol):
         """Make the names of files written in these folders durable."""
         ...
 
-    def replace(self, key: str, data: bytes) -> None: ...
+    def replace(self, key: str, data: bytes) -> None:
+        """Write a whole file or none of it; the caller sees to it that nobody else replaces this key."""
+        ...
+
     def list(self, folder: str) -> list[str]: ...
     def remove(self, key: str) -> None: ...
     def free_bytes(self) -> int | None: ...
@@ -110,7 +113,7 @@ class LocalFiles:
     def replace(self, key: str, data: bytes) -> None:
         path = self.root / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.tmp")  # one name a key: what a killed writer left is used again
         with _full_disk_named(self.url, key):
             self.write(str(temporary.relative_to(self.root)), [np.frombuffer(data, np.uint8)])
             os.replace(temporary, path)

@@ -122,8 +122,8 @@ def line_rows(manifest: Manifest) -> int:
 
 
 def packed_codec(codec: Codec) -> Codec:
-    """The codec of attention and stats: lines end in zeros, so they are never stored raw."""
-    return "lz4" if codec == "raw" else codec
+    """The codec of attention: its lines end in zeros, so they are never stored raw."""
+    return "zstd" if codec == "raw" else codec
 
 
 def arrays_of(manifest: Manifest) -> dict[str, ArrayLayout]:
@@ -173,7 +173,7 @@ def encode_json(value: Any) -> bytes:
 def parse_array_document(path: str, document: dict[str, Any]) -> ArrayLayout | None:
     """The layout that a zarr.json describes, or None where it is one that only zarr itself can read."""
     dtype = np.dtype(document["data_type"])
-    known = [codec for codec in _CODECS if codec_documents(codec, dtype) == document["codecs"]]
+    known: list[Codec] = [codec for codec in _CODECS if codec_documents(codec, dtype) == document["codecs"]]
     chunks = tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
     shape = tuple(document["shape"])
     separator = document["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}

@@ -128,19 +128,21 @@ class StoreWriter:
     def _compact_sometimes(self) -> None:
         self._uncompacted += 1
         if self._uncompacted >= COMPACT_EVERY:
-            compact(self.files, self.manifest)
+            with self._claims.hold_derived():
+                compact(self.files, self.manifest)
             self._uncompacted = 0
 
     def close(self) -> None:
         """Bring what is derived up to date: the index, and the summary of a finished store."""
         self._pool.shutdown()
-        self._claims.close()
         if self.files.exists(ROOT):
-            refresh(self.files, self.manifest)
+            with self._claims.hold_derived():
+                refresh(self.files, self.manifest)
+        self._claims.close()
 
 
 def refresh(files: Files, manifest: Manifest) -> None:
-    """Derive index and summary again from the records and the lines of moments."""
+    """Derive index and summary again from the records and the lines of moments; the caller holds the claim."""
     index = compact(files, manifest)
     if not index.mask(manifest.shards).all():
         files.remove(SUMMARY)

@@ -1,0 +1,72 @@
+# saemill: harvest once, train every SAE. `make help` lists the verbs.
+VENV     ?= .venv
+PYTHON   ?= python3
+BIN      := $(VENV)/bin
+PEERS    ?= .venv-peers
+
+LAYER    ?= 19
+MODEL    ?= auto
+STORE    ?= ./store
+DATASET  ?=
+TOKENS   ?=
+CONTEXT  ?=
+DEMO     ?= ./demo
+
+.DEFAULT_GOAL := help
+.PHONY: help env test test-slow check format goldens demo harvest bench bench-store peers clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+env: $(VENV)/.installed ## create the environment in .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: env ## the tests that a change must pass, under ten minutes on two cores
+	$(BIN)/pytest
+
+test-slow: env ## the tests that take longer
+	$(BIN)/pytest -m slow --timeout 3600
+
+check: env ## what continuous integration runs: lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pytest
+
+goldens: env ## write the golden stores anew; review the change as a change of format
+	$(BIN)/python tests/golden/make_store.py
+
+format: env ## put the code into its format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+harvest: env ## run the model once and write a store: make harvest LAYER=19 [MODEL= DATASET= TOKENS= CONTEXT= STORE=]
+	$(BIN)/sae-harvest --model $(MODEL) --layer $(LAYER) --out $(STORE) \
+	  $(if $(DATASET),--dataset $(DATASET)) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(CONTEXT),--context $(CONTEXT))
+
+demo: env ## the whole path on the bundled pocket model
+	$(BIN)/sae-harvest --model pocket --layer 19 --tokens 300k --out $(DEMO)/store
+	$(BIN)/sae-store verify $(DEMO)/store
+	$(BIN)/sae-store info $(DEMO)/store
+
+bench: bench-store ## every benchmark against the peers
+
+bench-store: env peers ## the store against plain files and SAELens' cache
+	$(BIN)/python bench/store.py --peers $(PEERS)
+
+peers: $(PEERS)/.installed ## the peers' own environment, for side-by-side benchmarks
+
+$(PEERS)/.installed: bench/peers-requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -r bench/peers-requirements.txt
+	$(PEERS)/bin/pip install -q --force-reinstall --no-deps torch==2.13.0
+	$(PEERS)/bin/pip uninstall -q -y torchvision
+	@touch $@
+
+clean: ## remove environments and caches, never stores or runs
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

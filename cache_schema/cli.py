@@ -1,0 +1,191 @@
+"""`sae-store`: look at a store, check it, mend it, or make one from activations that exist already."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .errors import StoreError
+from .importer import ImportSettings, import_store
+from .info import describe, render
+from .manifest import Manifest
+from .reader import Store
+from .sources import NumpySource, SaelensSource, Source
+from .verify import Damage, digest, drop_broken_derived, repair, verify_shards
+
+NOT_HARVESTED = ("import",)  # corpora that no model can bring back
+REHARVESTERS = "saemill.reharvest"  # entry points: functions (url, shards) that can write shards again
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def main() -> None:
+    """Look at, check, mend and import stores of activations."""
+
+
+@main.command()
+@click.argument("url")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(url: str, as_json: bool) -> None:
+    """Say what a store holds and what it costs."""
+    with _reported(), Store.open(url) as store:
+        facts = describe(store)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        Console().print(render(facts))
+
+
+@main.command()
+@click.argument("url")
+def verify(url: str) -> None:
+    """Read every byte and hold it against what was committed."""
+    with _reported(), Store.open(url) as store:
+        damage = _find_damage(store)
+        for item in damage:
+            click.echo(str(item), err=True)
+        missing = int((~store.committed).sum())
+        shards = store.manifest.shards
+    if missing:
+        click.echo(f"{missing} of {shards} shards are not harvested yet: the same harvest goes on with them")
+    if damage:
+        broken = sorted({item.shard for item in damage})
+        click.echo(f"{len(broken)} of {shards} shards are damaged: {broken}. Mend them with: sae-store repair {url}")
+        sys.exit(1)
+    click.echo(f"{shards - missing} shards read, every one is what was committed")
+
+
+@main.command(name="digest")
+@click.argument("url")
+def digest_command(url: str) -> None:
+    """Print one hash of all content, whatever the host, the path, the codec and the order of work."""
+    with _reported(), Store.open(url) as store:
+        click.echo(digest(store))
+
+
+@main.command(name="repair")
+@click.argument("url")
+@click.option("--remove-only", is_flag=True, help="Do not harvest the damaged shards again.")
+def repair_command(url: str, remove_only: bool) -> None:
+    """Undo the commits of damaged shards and harvest just those again."""
+    with _reported():
+        for key in drop_broken_derived(url):
+            click.echo(f"{key} was damaged: made again")
+        with Store.open(url) as store:
+            damage, manifest = _find_damage(store), store.manifest
+        damaged = sorted({item.shard for item in damage})
+        for item in damage:
+            click.echo(str(item))
+        _refuse_if_tokens_are_gone(damage)
+        repair(url, damaged)
+        if not damaged:
+            click.echo("nothing is damaged")
+        elif remove_only:
+            click.echo(f"{len(damaged)} shards removed: {damaged}. The same harvest writes them again")
+        else:
+            _reharvest(url, manifest, damaged)
+
+
+@main.command(name="import")
+@click.argument("url")
+@click.option("--resid", "resid_files", type=click.Path(path_type=Path), multiple=True, help="A .npy file [W, T, D].")
+@click.option("--tokens", "tokens_file", type=click.Path(path_type=Path), help="A .npy file [W, T].")
+@click.option("--saelens", "saelens_folder", type=click.Path(path_type=Path), help="Cached activations of SAELens.")
+@click.option("--layer", "layers", type=int, multiple=True, help="The layer of each --resid file, in their order.")
+@click.option("--model", required=True, help="The model that made them, for the record.")
+@click.option("--special-token", "special", type=int, multiple=True, help="A token id that never trains, such as BOS.")
+@click.option("--bos-token", type=int)
+@click.option("--validation", default=0.05, show_default=True, help="Share of windows.")
+@click.option("--test", default=0.05, show_default=True, help="Share of windows.")
+@click.option("--codec", type=click.Choice(["raw", "lz4", "zstd"]), default="raw", show_default=True)
+def import_command(
+    url: str,
+    resid_files: tuple[Path, ...],
+    tokens_file: Path | None,
+    saelens_folder: Path | None,
+    layers: tuple[int, ...],
+    model: str,
+    special: tuple[int, ...],
+    bos_token: int | None,
+    validation: float,
+    test: float,
+    codec: str,
+) -> None:
+    """Make a store at URL from activations that exist already."""
+    special = tuple({*special, *([] if bos_token is None else [bos_token])})
+    settings = ImportSettings(model, special, bos_token, validation, test, codec=codec)  # pyright: ignore[reportArgumentType]
+    with _reported():
+        source = _open_source(resid_files, tokens_file, saelens_folder, layers)
+        with _progress("importing", "shards") as advance:
+            manifest = import_store(url, source, settings, lambda _, total: advance(total))
+    click.echo(f"{manifest.windows:,} windows of {manifest.context} tokens, layers {list(manifest.layers)}: {url}")
+    click.echo(f"next: sae-store info {url}")
+
+
+def _open_source(
+    resid_files: tuple[Path, ...], tokens_file: Path | None, saelens_folder: Path | None, layers: tuple[int, ...]
+) -> Source:
+    if (saelens_folder is None) == (not resid_files):
+        raise click.UsageError("give either --resid with --layer, or --saelens")
+    if saelens_folder is not None:
+        if len(layers) > 1:
+            raise click.UsageError("a SAELens folder holds one layer: give --layer once or not at all")
+        return SaelensSource(saelens_folder, layers[0] if layers else None)
+    if len(layers) != len(resid_files) or len(set(layers)) != len(layers):
+        raise click.UsageError(f"expected one --layer for each of the {len(resid_files)} --resid files, each once")
+    return NumpySource(dict(zip(layers, resid_files, strict=True)), tokens_file)
+
+
+def _find_damage(store: Store) -> list[Damage]:
+    damage: list[Damage] = []
+    total = int(store.committed.sum())
+    with _progress("reading", "shards") as advance:
+        for report in verify_shards(store):
+            damage += report.damage
+            advance(total)
+    return damage
+
+
+def _refuse_if_tokens_are_gone(damage: list[Damage]) -> None:
+    gone = sorted({item.shard for item in damage if item.array in ("tokens", "documents")})
+    if gone:
+        raise StoreError(
+            f"the tokens or documents of shards {gone} are damaged, and shards are harvested from them. "
+            "Restore these files from a copy, or harvest the corpus into a new store"
+        )
+
+
+def _reharvest(url: str, manifest: Manifest, shards: list[int]) -> None:
+    """Whoever can harvest has registered itself: the store knows no model."""
+    harvesters = list(entry_points(group=REHARVESTERS))
+    if manifest.corpus.id in NOT_HARVESTED or not harvesters:
+        click.echo(f"{len(shards)} shards removed: {shards}. Run the import or harvest that made them again")
+        return
+    harvesters[0].load()(url, shards)
+    click.echo(f"{len(shards)} shards harvested again: {shards}")
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """An error of the store is one line for a person, not a traceback."""
+    try:
+        yield
+    except StoreError as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)
+
+
+@contextmanager
+def _progress(verb: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error; the yielded function counts one more of a total."""
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(verb, total=None)
+        yield lambda total: progress.update(task, total=total, advance=1)

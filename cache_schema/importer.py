@@ -1,0 +1,104 @@
+"""Make a store of activations from elsewhere, so that trainers serve people who never harvested here.
+
+Windows keep their order: row i of the source is window i of the store. Splits are therefore cut by
+position, and each window counts as a document of its own unless documents are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .content import ShardContent
+from .digest import array_digest
+from .dtypes import to_float32
+from .errors import ImportInvalid
+from .manifest import AttentionSpec, Codec, CorpusSpec, Manifest, ModelSpec
+from .moments import is_special, measure
+from .sources import Source
+from .writer import StoreWriter
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """What the arrays themselves do not say."""
+
+    model: str
+    special_tokens: tuple[int, ...] = ()
+    bos_token: int | None = None
+    validation_share: float = 0.05
+    test_share: float = 0.05
+    shard_windows: int = 256
+    codec: Codec = "raw"
+
+
+def import_store(url: str, source: Source, settings: ImportSettings, on_shard: Callable[[int, int], None]) -> Manifest:
+    """Write the source as a store; goes on where an earlier import of the same source stopped."""
+    tokens = source.tokens(0, source.windows)
+    documents = np.repeat(np.arange(source.windows, dtype=np.uint32)[:, None], source.context, axis=1)
+    manifest = _manifest(source, settings, _fingerprint(source, tokens, settings.shard_windows))
+    with StoreWriter.create(url, manifest, tokens, documents) as writer:
+        for shard in writer.pending():
+            with writer.claim(shard) as is_mine:
+                if is_mine:
+                    writer.write(shard, _content(manifest, source, shard, tokens, documents))
+            on_shard(shard, manifest.shards)
+        return writer.manifest
+
+
+def _manifest(source: Source, settings: ImportSettings, fingerprint: str) -> Manifest:
+    return Manifest(
+        model=ModelSpec(
+            id=settings.model,
+            d_model=source.d_model,
+            dtype=source.dtype,  # pyright: ignore[reportArgumentType] (checked when the source was opened)
+            bos_token=settings.bos_token,
+            special_tokens=tuple(sorted(settings.special_tokens)),
+        ),
+        corpus=CorpusSpec("import", fingerprint, "as given", {"tokens": source.has_tokens}),
+        context=source.context,
+        layers=source.layers,
+        windows=source.windows,
+        splits=_splits(source.windows, settings),
+        attention=AttentionSpec(),
+        shard_windows=settings.shard_windows,
+        codec=settings.codec,
+    )
+
+
+def _splits(windows: int, settings: ImportSettings) -> dict[str, tuple[int, int]]:
+    shares = (settings.validation_share, settings.test_share)
+    if min(shares) < 0 or sum(shares) >= 1:
+        raise ImportInvalid(f"expected shares of at least 0 that leave some windows to train on, found {shares}")
+    validation, test = (round(windows * share) for share in shares)
+    train = windows - validation - test
+    if train < 1:
+        raise ImportInvalid(f"{windows} windows with shares {shares} leave no window to train on")
+    return {"train": (0, train), "validation": (train, train + validation), "test": (train + validation, windows)}
+
+
+def _fingerprint(source: Source, tokens: np.ndarray, step: int) -> str:
+    """Imported values decide the bytes by themselves, so their digest stands for model run and corpus."""
+    starts = range(0, source.windows, step)
+    parts = [
+        array_digest(source.resid(layer, start, min(start + step, source.windows)))
+        for layer in source.layers
+        for start in starts
+    ]
+    return array_digest(tokens, np.frombuffer("".join(parts).encode(), np.uint8))
+
+
+def _content(manifest: Manifest, source: Source, shard: int, tokens: np.ndarray, documents: np.ndarray) -> ShardContent:
+    start, stop = manifest.shard_range(shard)
+    special = is_special(tokens[start:stop], manifest.model.special_tokens)
+    resid = {layer: source.resid(layer, start, stop) for layer in manifest.layers}
+    moments = {}
+    for layer, values in resid.items():
+        plain = to_float32(values, manifest.model.dtype)
+        if not np.isfinite(plain).all():
+            window = start + int(np.argmin(np.isfinite(plain).all(axis=(1, 2))))
+            raise ImportInvalid(f"layer {layer}, window {window}: expected finite residuals, found NaN or infinity")
+        moments[layer] = measure(plain, special)
+    return ShardContent(tokens[start:stop], documents[start:stop], resid, moments)

@@ -1,0 +1,133 @@
+"""Activations that people already have: numpy files, and the cached activations of SAELens.
+
+A source answers for windows start..stop, so that a file of any size is imported a shard at a time.
+W windows, T context, D residual width.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .errors import ImportInvalid
+
+_DTYPES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16"}
+
+
+class Source(Protocol):
+    """Windows of residuals and tokens, by layer."""
+
+    windows: int
+    context: int
+    d_model: int
+    dtype: str  # float32, float16 or bfloat16
+    layers: tuple[int, ...]
+    has_tokens: bool
+
+    def resid(self, layer: int, start: int, stop: int) -> np.ndarray: ...
+    def tokens(self, start: int, stop: int) -> np.ndarray: ...
+
+
+class NumpySource:
+    """`.npy` files: residuals [W, T, D] for each layer and, where there are any, tokens [W, T]."""
+
+    def __init__(self, resid: dict[int, Path], tokens: Path | None) -> None:
+        self._resid = {layer: _load(path, 3) for layer, path in resid.items()}
+        self._tokens = _load(tokens, 2) if tokens else None
+        shapes = {array.shape for array in self._resid.values()}
+        dtypes = {array.dtype.name for array in self._resid.values()}
+        if len(shapes) != 1 or len(dtypes) != 1:
+            raise ImportInvalid(f"expected residuals of one shape and type, found {sorted(shapes)}, {sorted(dtypes)}")
+        self.windows, self.context, self.d_model = shapes.pop()
+        self.dtype = _stored_dtype(dtypes.pop())
+        self.layers = tuple(sorted(resid))
+        self.has_tokens = self._tokens is not None
+        if self._tokens is not None and self._tokens.shape != (self.windows, self.context):
+            raise ImportInvalid(f"expected tokens of shape {(self.windows, self.context)}, found {self._tokens.shape}")
+
+    def resid(self, layer: int, start: int, stop: int) -> np.ndarray:
+        return np.ascontiguousarray(self._resid[layer][start:stop])
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        if self._tokens is None:
+            return np.zeros((stop - start, self.context), np.uint32)
+        return _as_tokens(self._tokens[start:stop])
+
+
+class SaelensSource:
+    """A folder that SAELens' cache runner wrote: one row a window, one column named after the hook."""
+
+    def __init__(self, folder: Path, layer: int | None) -> None:
+        from datasets import Dataset, load_from_disk  # only this import needs it
+
+        try:
+            rows = load_from_disk(str(folder))
+        except (FileNotFoundError, ValueError) as error:
+            raise ImportInvalid(f"{folder} is no data set that `datasets.load_from_disk` opens: {error}") from None
+        if not isinstance(rows, Dataset):
+            raise ImportInvalid(
+                f"expected one data set in {folder}, found several splits: {list(rows)}. Give one of them"
+            )
+        self._rows = rows.with_format("numpy")
+        hook, feature = _hook_column(folder, self._rows.features)
+        self._hook = hook
+        self.windows = len(self._rows)
+        self.context, self.d_model = feature.shape
+        self.dtype = _stored_dtype(feature.dtype)
+        self.layers = (_layer_of(hook) if layer is None else layer,)
+        self.has_tokens = "token_ids" in self._rows.features
+
+    def resid(self, layer: int, start: int, stop: int) -> np.ndarray:
+        values = np.asarray(self._rows[start:stop][self._hook], np.dtype(self.dtype))
+        return values.reshape(stop - start, self.context, self.d_model)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        if not self.has_tokens:
+            return np.zeros((stop - start, self.context), np.uint32)
+        return _as_tokens(np.asarray(self._rows[start:stop]["token_ids"]))
+
+
+def _load(path: Path, ndim: int) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ImportInvalid(f"{path} is no .npy file that can be read: {error}") from None
+    if not isinstance(array, np.ndarray) or array.ndim != ndim:
+        shape = getattr(array, "shape", "an archive")
+        expected = "[windows, tokens, width]" if ndim == 3 else "[windows, tokens]"
+        raise ImportInvalid(f"{path}: expected an array {expected}, found {shape}. Reshape it and save it again")
+    return array
+
+
+def _stored_dtype(name: str) -> str:
+    if name not in _DTYPES:
+        raise ImportInvalid(
+            f"expected residuals as float32, float16 or bfloat16 bits in uint16, found {name}. "
+            "Convert them first: nothing is rounded without being told to"
+        )
+    return _DTYPES[name]
+
+
+def _as_tokens(tokens: np.ndarray) -> np.ndarray:
+    if tokens.dtype.kind not in "iu" or (tokens.size and (tokens.min() < 0 or tokens.max() >= 2**32)):
+        raise ImportInvalid(f"expected token ids from 0 to 2^32 - 1, found {tokens.dtype} from {tokens.min()}")
+    return np.ascontiguousarray(tokens, np.uint32)
+
+
+def _hook_column(folder: Path, features: Any) -> tuple[str, Any]:
+    columns = [(name, feature) for name, feature in features.items() if len(getattr(feature, "shape", ())) == 2]
+    if len(columns) != 1:
+        raise ImportInvalid(
+            f"{folder}: expected one column of windows [tokens, width] beside token_ids, found {list(features)}"
+        )
+    return columns[0]
+
+
+def _layer_of(hook: str) -> int:
+    found = re.search(r"\d+", hook)
+    if not found:
+        raise ImportInvalid(f"cannot tell the layer from the hook name {hook!r}: give it with --layer")
+    return int(found.group())

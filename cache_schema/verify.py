@@ -1,0 +1,156 @@
+"""Read everything and hold it against the commit records; undo the commits of what is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .buffers import ShardBuffers
+from .claims import open_claims
+from .commits import CommitRecord, forget, read_index, read_record
+from .digest import array_digest, store_digest
+from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError
+from .files import Files, open_files
+from .layout import INDEX, SUMMARY, attention_path, documents_of, moments_path, resid_path
+from .moments import to_line
+from .reader import Store
+from .request import Request, ShardArrays, Span
+from .root import read_root
+from .summary import read_summary
+from .writer import refresh
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One array of one shard that is not what was committed."""
+
+    shard: int
+    array: str
+    problem: str
+
+    def __str__(self) -> str:
+        return self.problem if f"shard {self.shard}" in self.problem else f"shard {self.shard}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What reading one committed shard found."""
+
+    shard: int
+    record: CommitRecord | None
+    damage: tuple[Damage, ...]
+
+
+def verify_shards(store: Store) -> Iterator[ShardReport]:
+    """Read every committed shard, in order, and report on each."""
+    buffers: dict[Request, ShardBuffers] = {}
+    for shard in range(store.manifest.shards):
+        if store.committed[shard]:
+            yield _verify_shard(store, shard, buffers)
+
+
+def digest(store: Store) -> str:
+    """One hash of all content, from the bytes on disk and not from what the records claim."""
+    records = []
+    for report in verify_shards(store):
+        if report.damage:
+            raise ShardCorrupt(str(report.damage[0]))
+        records.append(report.record)
+    return store_digest(store.manifest, records)
+
+
+def repair(url: str, damaged: list[int]) -> None:
+    """Make damaged shards uncommitted, so that a harvest writes them again, and rebuild what is derived."""
+    files = open_files(url)
+    manifest = read_root(files).manifest
+    claims = open_claims(files)
+    try:
+        for shard in damaged:
+            if not claims.take(shard):
+                raise StoreBusy(f"shard {shard} of {url} is being written right now: let that end, then repair")
+        with claims.hold_derived():
+            if damaged:
+                forget(files, manifest, damaged)
+            refresh(files, manifest)
+        for shard in damaged:
+            claims.release(shard)
+    finally:
+        claims.close()
+
+
+def drop_broken_derived(url: str) -> list[str]:
+    """Remove index and summary where they cannot be read, rewrite array documents; return what was mended."""
+    files = open_files(url)
+    manifest = read_root(files).manifest
+    mended = []
+    for key, read in ((INDEX, read_index), (SUMMARY, read_summary)):
+        try:
+            read(files, manifest)
+        except ManifestInvalid:
+            files.remove(key)
+            mended.append(key)
+    for key, data in documents_of(manifest).items():
+        if _content(files, key) != data:
+            files.replace(key, data)
+            mended.append(key)
+    return mended
+
+
+def _content(files: Files, key: str) -> bytes | None:
+    try:
+        return files.read(key)
+    except KeyError:
+        return None
+
+
+def _verify_shard(store: Store, shard: int, buffers: dict[Request, ShardBuffers]) -> ShardReport:
+    try:
+        record = read_record(store.files, store.manifest, shard)
+    except StoreError as error:
+        return ShardReport(shard, None, (Damage(shard, "commits", str(error)),))
+    damage: list[Damage] = []
+    found: dict[str, str] = {}
+    for name, request in _single_requests(store).items():
+        try:
+            found |= _digests(store, shard, request, buffers)
+        except ShardCorrupt as error:
+            damage.append(Damage(shard, name, str(error)))
+    for path, value in found.items():
+        expected = record.arrays[path].digest if path in record.arrays else "no digest"
+        if value != expected:
+            damage.append(Damage(shard, path, f"array {path}: the record says {expected}, the values give {value}"))
+    return ShardReport(shard, record, tuple(damage))
+
+
+def _single_requests(store: Store) -> dict[str, Request]:
+    """One request for each thing that can be damaged by itself."""
+    manifest = store.manifest
+    requests = {"tokens": Request(tokens=True), "documents": Request(documents=True)}
+    requests |= {resid_path(layer): Request(layers=(layer,)) for layer in manifest.layers}
+    return requests | {
+        f"attention/layer_{layer}": Request(attention_layers=(layer,)) for layer in manifest.attention.layers
+    }
+
+
+def _digests(store: Store, shard: int, request: Request, buffers: dict[Request, ShardBuffers]) -> dict[str, str]:
+    """Path -> digest of what one request reads."""
+    if request not in buffers:
+        buffers[request] = ShardBuffers(store.manifest, request)
+    arrays = store.read(request, Span(shard, *store.manifest.shard_range(shard)), buffers[request])
+    found = _digests_of_arrays(arrays)
+    for layer in request.layers:
+        found[moments_path(layer)] = array_digest(to_line(store.shard_moments(layer, shard)))
+    return found
+
+
+def _digests_of_arrays(arrays: ShardArrays) -> dict[str, str]:
+    found = {}
+    for path in ("tokens", "documents"):
+        if (values := getattr(arrays, path)) is not None:
+            found[path] = array_digest(values)
+    for layer, values in arrays.resid.items():
+        found[resid_path(layer)] = array_digest(values)
+    for layer, csr in arrays.attention.items():
+        for part in ("indptr", "indices", "data", "kept_mass"):
+            found[attention_path(layer, part)] = array_digest(getattr(csr, part))
+    return found

@@ -1,0 +1,104 @@
+"""FORMAT.md is normative: its tables are read here and held against the code."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec
+from saemill.cache_schema import layout as layout_module
+from saemill.cache_schema.commits import CommitRecord, Index
+from saemill.cache_schema.identity import NOT_IDENTITY
+from saemill.cache_schema.layout import arrays_of, codec_documents, packed_codec
+from saemill.cache_schema.manifest import FORMAT
+
+PAGE = (Path(layout_module.__file__).parent / "FORMAT.md").read_text()
+N, T, D, W, S, H, K = 300, 32, 48, 64, 5, 2, 4
+LETTERS = {"N": N, "T": T, "D": D, "S": S, "H": H, "R + 1": W * H * T + 1, "C": W * H * T * K, "M": 4 + T + D}
+
+
+def table_after(heading: str) -> list[list[str]]:
+    """Rows of the first table below a heading, without its header."""
+    lines = PAGE.split(f"\n{heading}", 1)[1].splitlines()
+    rows = []
+    for line in lines:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif rows:
+            break
+    assert len(rows) > 2, f"no table below {heading!r}"
+    return rows[2:]
+
+
+def manifest(dtype: str = "bfloat16", codec: str = "raw") -> Manifest:
+    return Manifest(
+        model=ModelSpec("m", D, dtype),
+        corpus=CorpusSpec("c"),
+        context=T,
+        layers=(19,),
+        windows=N,
+        splits={"train": (0, 200), "validation": (200, 250), "test": (250, N)},
+        attention=AttentionSpec(layers=(17,), heads=H, averaged=False, topk=K),
+        shard_windows=W,
+        codec=codec,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("codec", ["raw", "lz4", "zstd"])
+def test_array_table_is_what_the_code_lays_out(dtype: str, codec: str) -> None:
+    arrays = {re.sub(r"layer_\d+", "layer_L", path): array for path, array in arrays_of(manifest(dtype, codec)).items()}
+    rows = table_after("## 2. Arrays")
+    assert {row[0].strip("`") for row in rows} == set(arrays)
+    for path, types, shape, chunk, fill, which in rows:
+        array = arrays[path.strip("`")]
+        assert array.dtype.name in re.split(r", | or ", types)
+        assert array.shape == tuple(LETTERS[letter.strip()] for letter in shape.split(","))
+        assert (
+            array.chunks[0] in {"w": [W], "1": [1], "a divisor of w": [n for n in range(1, W + 1) if W % n == 0]}[chunk]
+        )
+        assert array.chunks[1:] == array.shape[1:]
+        assert str(array.document()["fill_value"]) in fill.split(" or ")
+        assert array.codec == {"store": codec, "packed": packed_codec(codec), "raw": "raw"}[which]
+
+
+def test_codec_table_is_the_chain_that_is_written() -> None:
+    for name, chain in table_after("### Codecs"):
+        documents = codec_documents(name, arrays_of(manifest())["tokens"].dtype)
+        written = []
+        for document in documents:
+            config = document.get("configuration", {})
+            extra = f" ({config['cname']}, level {config['clevel']}, {config['shuffle']})" if "cname" in config else ""
+            written.append(document["name"] + extra)
+        assert re.split(r", (?![^(]*\))", chain) == written
+
+
+def test_moment_columns_are_those_of_the_attribute() -> None:
+    columns = arrays_of(manifest())["stats/layer_19"].attributes["columns"]
+    assert [row[0] for row in table_after("### Statistics")] == list(columns)
+    assert columns["mean"][1] - columns["mean"][0] == D
+    assert columns["norm_by_position"][1] - columns["norm_by_position"][0] == T
+
+
+@pytest.mark.parametrize(
+    ("heading", "record"),
+    [("## 3. The manifest", Manifest), ("## 5. Commits", CommitRecord), ("`commits/index.json`", Index)],
+)
+def test_record_tables_name_every_key(heading: str, record: type) -> None:
+    assert [row[0] for row in table_after(heading)] == [field.name for field in dataclasses.fields(record)]
+
+
+def test_nested_manifest_keys_are_named() -> None:
+    meanings = dict(table_after("## 3. The manifest"))
+    for key, record in (("model", ModelSpec), ("corpus", CorpusSpec), ("attention", AttentionSpec)):
+        assert set(re.findall(r"`(\w+)`", meanings[key])) == {field.name for field in dataclasses.fields(record)}
+
+
+def test_identity_leaves_out_what_the_page_says() -> None:
+    sentence = PAGE.split("## 4. Identity")[1].split("with sorted keys")[0]
+    assert set(NOT_IDENTITY) == set(re.findall(r"`(\w+)`", sentence))
+
+
+def test_version_is_the_one_in_the_title() -> None:
+    assert PAGE.startswith(f"# The store, format {FORMAT}\n")

@@ -1,0 +1,274 @@
+"""`sae-store` as a person types it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from saemill.cache_schema import Request, Store, importer, to_float32
+from saemill.cache_schema import verify as verify_module
+from saemill.cache_schema.cli import main
+from saemill.cache_schema.digest import store_digest
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> dict[str, np.ndarray]:
+    """Residuals and tokens of 600 short windows: three shards, saved as .npy files beside the store."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "resid": rng.standard_normal((600, 8, 16)).astype(np.float32),
+        "tokens": rng.integers(0, 50, (600, 8)).astype(np.int64),
+    }
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    return arrays
+
+
+@pytest.fixture
+def store(tmp_path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    url = tmp_path / "store"
+    files = ["--resid", tmp_path / "resid.npy", "--tokens", tmp_path / "tokens.npy", "--layer", 4]
+    result = run("import", url, *files, "--model", "somebody/model", "--special-token", 7)
+    assert result.exit_code == 0, result.output
+    return url
+
+
+def flip_byte(store: Path, array: str, chunk: str) -> None:
+    path = store / array / chunk
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_import_keeps_every_window_in_order(store: Path, arrays: dict[str, np.ndarray]) -> None:
+    with Store.open(store) as opened:
+        request = Request(layers=(4,), tokens=True)
+        parts = [(part.resid[4].copy(), part.tokens.copy()) for part in opened.stream(request)]
+        assert opened.manifest.splits == {"train": (0, 540), "validation": (540, 570), "test": (570, 600)}
+        moments = opened.moments(4)
+    assert np.array_equal(np.concatenate([resid for resid, _ in parts]), arrays["resid"])
+    assert np.array_equal(np.concatenate([tokens for _, tokens in parts]), arrays["tokens"])
+    kept = arrays["resid"][arrays["tokens"] != 7].astype(np.float64)
+    assert moments.count == len(kept)
+    np.testing.assert_allclose(moments.mean, kept.mean(axis=0), atol=1e-12)
+    np.testing.assert_allclose(moments.rms_norm, np.sqrt((kept**2).sum(axis=1).mean()), rtol=1e-12)
+
+
+def test_import_twice_writes_nothing_new(store: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+    args = ["--resid", tmp_path / "resid.npy", "--tokens", tmp_path / "tokens.npy", "--layer", 4, "--special-token", 7]
+    assert run("import", store, *args, "--model", "somebody/model").exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()} == before
+
+
+def test_import_of_other_values_into_the_same_path_is_refused(store: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "resid.npy", np.zeros((600, 8, 16), np.float32))
+    args = ["--resid", tmp_path / "resid.npy", "--tokens", tmp_path / "tokens.npy", "--layer", 4, "--special-token", 7]
+    result = run("import", store, *args, "--model", "somebody/model")
+    assert result.exit_code == 1
+    assert "StoreMismatch" in result.output and "corpus.revision" in result.output
+
+
+def test_import_without_tokens_says_so_in_the_manifest(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    url = tmp_path / "patches"
+    result = run("import", url, "--resid", tmp_path / "resid.npy", "--layer", 4, "--model", "vision")
+    assert result.exit_code == 0, result.output
+    with Store.open(url) as opened:
+        assert opened.manifest.corpus.settings == {"tokens": False}
+        assert opened.moments(4).count == 600 * 8
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_import_keeps_the_dtype_it_was_given(tmp_path: Path, dtype: str) -> None:
+    values = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+    stored = values.astype(np.float16) if dtype == "float16" else (values.view(np.uint32) >> 16).astype(np.uint16)
+    np.save(tmp_path / "resid.npy", stored)
+    assert run("import", tmp_path / "s", "--resid", tmp_path / "resid.npy", "--layer", 0, "--model", "m").exit_code == 0
+    with Store.open(tmp_path / "s") as opened:
+        (part,) = opened.stream(Request(layers=(0,)))
+        assert opened.manifest.model.dtype == dtype
+        assert np.array_equal(to_float32(part.resid[0], dtype), values)
+
+
+@pytest.mark.parametrize(
+    ("resid", "tokens", "message"),
+    [
+        (np.zeros((4, 8, 2)), None, "expected residuals as float32, float16 or bfloat16 bits in uint16, found float64"),
+        (np.zeros((4, 8), np.float32), None, "expected an array [windows, tokens, width], found (4, 8)"),
+        (np.zeros((4, 8, 2), np.float32), np.zeros((4, 7), int), "expected tokens of shape (4, 8), found (4, 7)"),
+        (np.zeros((4, 8, 2), np.float32), np.full((4, 8), -1), "expected token ids from 0 to 2^32 - 1"),
+        (np.full((4, 8, 2), np.nan, np.float32), None, "window 0: expected finite residuals"),
+    ],
+)
+def test_import_names_what_is_wrong(tmp_path: Path, resid: np.ndarray, tokens: np.ndarray | None, message: str) -> None:
+    np.save(tmp_path / "resid.npy", resid)
+    args: list[object] = ["--resid", tmp_path / "resid.npy", "--layer", 0, "--model", "m"]
+    if tokens is not None:
+        np.save(tmp_path / "tokens.npy", tokens)
+        args += ["--tokens", tmp_path / "tokens.npy"]
+    result = run("import", tmp_path / "s", *args)
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_import_of_pickled_arrays_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "resid.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    result = run("import", tmp_path / "s", "--resid", tmp_path / "resid.npy", "--layer", 0, "--model", "m")
+    assert result.exit_code == 1
+    assert "is no .npy file that can be read" in result.output
+
+
+def test_import_of_a_saelens_folder(tmp_path: Path) -> None:
+    """A folder as SAELens' cache runner leaves it: Array2D by hook name, and token_ids."""
+    datasets = pytest.importorskip("datasets")
+    rng = np.random.default_rng(0)
+    resid = rng.standard_normal((20, 8, 16)).astype(np.float32)
+    tokens = rng.integers(0, 50, (20, 8)).astype(np.int32)
+    hook = "blocks.12.hook_resid_post"
+    features = datasets.Features(
+        {
+            hook: datasets.Array2D(shape=(8, 16), dtype="float32"),
+            "token_ids": datasets.Sequence(datasets.Value("int32"), length=8),
+        }
+    )
+    rows = datasets.Dataset.from_dict({hook: list(resid), "token_ids": list(tokens)}, features=features)
+    rows.save_to_disk(tmp_path / "cache")
+    result = run("import", tmp_path / "s", "--saelens", tmp_path / "cache", "--model", "m")
+    assert result.exit_code == 0, result.output
+    with Store.open(tmp_path / "s") as opened:
+        (part,) = opened.stream(Request(layers=(12,), tokens=True))
+        assert np.array_equal(part.resid[12], resid)
+        assert np.array_equal(part.tokens, tokens)
+
+
+def test_info_tells_a_person_and_a_program_the_same(store: Path) -> None:
+    facts = json.loads(run("info", store, "--json").output)
+    assert facts["model"] == "somebody/model"
+    assert facts["tokens_by_split"] == {"train": 4320, "validation": 240, "test": 240}
+    assert facts["shards_committed"] == facts["shards"] == 3
+    on_disk = sum(path.stat().st_size for path in store.rglob("c.*"))
+    assert facts["bytes"] == on_disk
+    assert sum(facts["bytes_per_token"].values()) == pytest.approx(on_disk / 4800)
+    page = run("info", store).output
+    assert "somebody/model" in page and facts["cache_id"] in page and "train 4,320" in page
+
+
+def test_verify_reads_every_byte(store: Path) -> None:
+    result = run("verify", store)
+    assert result.exit_code == 0
+    assert "3 shards read, every one is what was committed" in result.output
+
+
+@pytest.mark.parametrize("array", ["resid/layer_4", "tokens", "documents"])
+def test_verify_names_shard_array_and_remedy(store: Path, array: str) -> None:
+    flip_byte(store, array, "c.1.0.0" if "resid" in array else "c.1.0")
+    result = run("verify", store)
+    assert result.exit_code == 1
+    assert f"shard 1, array {array}: chunk" in result.output
+    assert f"sae-store repair {store}" in result.output
+
+
+def test_verify_finds_values_that_were_rewritten_with_a_right_checksum(store: Path) -> None:
+    chunk = store / "resid/layer_4/c.2.0.0"
+    chunk.write_bytes((store / "resid/layer_4/c.1.0.0").read_bytes())
+    result = run("verify", store)
+    assert result.exit_code == 1
+    assert "shard 2: array resid/layer_4: the record says xxh3_128:" in result.output
+
+
+def test_repair_removes_only_what_is_damaged(store: Path) -> None:
+    flip_byte(store, "resid/layer_4", "c.1.0.0")
+    result = run("repair", store)
+    assert result.exit_code == 0, result.output
+    assert "1 shards removed: [1]" in result.output
+    with Store.open(store) as opened:
+        assert opened.committed.tolist() == [True, False, True]
+    assert "2 of 3 committed (1 to go" in run("info", store).output
+
+
+def test_repair_then_the_same_import_gives_the_same_digest(store: Path, tmp_path: Path) -> None:
+    before = run("digest", store).output
+    flip_byte(store, "resid/layer_4", "c.1.0.0")
+    run("repair", store)
+    args = ["--resid", tmp_path / "resid.npy", "--tokens", tmp_path / "tokens.npy", "--layer", 4, "--special-token", 7]
+    assert run("import", store, *args, "--model", "somebody/model").exit_code == 0
+    assert run("digest", store).output == before
+
+
+def test_repair_makes_index_summary_and_array_documents_again(store: Path) -> None:
+    derived = [store / name for name in ("commits/index.json", "stats/summary.json", "tokens/zarr.json")]
+    before = [path.read_bytes() for path in derived]
+    for path in derived:
+        path.write_bytes(b"{")
+    result = run("repair", store)
+    assert result.exit_code == 0, result.output
+    assert "nothing is damaged" in result.output
+    assert [path.read_bytes() for path in derived] == before
+
+
+def test_repair_refuses_where_tokens_are_gone(store: Path) -> None:
+    flip_byte(store, "tokens", "c.0.0")
+    result = run("repair", store)
+    assert result.exit_code == 1
+    assert "Restore these files from a copy" in result.output
+
+
+def test_digest_is_that_of_the_records_and_free_of_path_and_codec(store: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / "zipped"
+    source = importer_source(tmp_path)
+    settings = importer.ImportSettings("somebody/model", special_tokens=(7,), codec="zstd")
+    importer.import_store(str(other), source, settings, lambda *_: None)
+    digests = {run("digest", url).output.strip() for url in (store, other)}
+    with Store.open(store) as opened:
+        records = [opened.record(shard) for shard in range(3)]
+        digests.add(store_digest(opened.manifest, records))
+    assert len(digests) == 1
+
+
+def importer_source(folder: Path) -> importer.Source:
+    from saemill.cache_schema.sources import NumpySource
+
+    return NumpySource({4: folder / "resid.npy"}, folder / "tokens.npy")
+
+
+def test_digest_of_a_damaged_store_is_no_digest(store: Path) -> None:
+    flip_byte(store, "resid/layer_4", "c.0.0.0")
+    result = run("digest", store)
+    assert result.exit_code == 1
+    assert "sha256:" not in result.output
+
+
+def test_a_store_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    for command in ("info", "verify", "digest", "repair"):
+        result = run(command, tmp_path / "nothing")
+        assert result.exit_code == 1
+        assert result.output.startswith("StoreMissing: there is no store at")
+
+
+def test_repair_hands_damaged_shards_to_whoever_can_harvest(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[tuple[str, list[int]]] = []
+
+    class Entry:
+        @staticmethod
+        def load() -> object:
+            return lambda url, shards: handed.append((url, shards))
+
+    monkeypatch.setattr("saemill.cache_schema.cli.entry_points", lambda group: [Entry])
+    monkeypatch.setattr("saemill.cache_schema.cli.NOT_HARVESTED", ())
+    flip_byte(store, "resid/layer_4", "c.2.0.0")
+    assert run("repair", store).exit_code == 0
+    assert handed == [(str(store), [2])]
+
+
+def test_verify_goes_on_after_a_broken_record(store: Path) -> None:
+    (store / "commits/00000.json").write_text("{")
+    flip_byte(store, "resid/layer_4", "c.2.0.0")
+    with Store.open(store) as opened:
+        reports = list(verify_module.verify_shards(opened))
+    assert [bool(report.damage) for report in reports] == [True, False, True]
