@@ -10,9 +10,9 @@ from ..cache_schema.manifest import Codec
 from .corpus import CorpusSource
 from .errors import SettingInvalid
 from .packing import Packing
-from .sparsify import Sparsity
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+Heads = Literal["mean", "all"]
 
 BATCH_TOKENS = 2048  # the same on every machine, because the batch decides the last bits of a residual
 ATTENTION_AROUND = "-2..+1"
@@ -37,7 +37,9 @@ class HarvestConfig:
     model: str = "auto"
     resid_layers: tuple[int, ...] = (19,)
     attention_layers: tuple[int, ...] = (17, 18, 19, 20)
-    sparsity: Sparsity = Sparsity()
+    attention_mass: float = 0.95
+    attention_topk: int = 16
+    attention_heads: Heads = "mean"
     corpus: CorpusSource | None = None
     tokens: int | None = None
     context: int = 128
@@ -56,6 +58,10 @@ class HarvestConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingInvalid(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
+        if not 0 < self.attention_mass <= 1:
+            raise SettingInvalid(f"--attention-mass: expected more than 0 and at most 1, found {self.attention_mass}")
+        if self.attention_topk < 1:
+            raise SettingInvalid(f"--attention-topk: expected at least 1, found {self.attention_topk}")
         if self.tokens is not None and self.tokens < 3 * self.context:
             raise SettingInvalid(
                 f"--tokens {self.tokens}: expected at least {3 * self.context}, one window of {self.context} tokens "

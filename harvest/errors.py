@@ -6,7 +6,6 @@ HarvestError
 ├── UnsupportedArchitecture a model type that this package cannot truncate
 ├── LayerOutOfRange         a layer that the model does not have
 ├── ContextTooLong          windows longer than the model, or than the attention format, allows
-├── InvalidSparsity         an attention setting outside its range
 ├── NonFiniteResidual       the model overflowed: infinities or NaN in a residual stream
 ├── NonFiniteAttention      the same in attention probabilities
 ├── SettingInvalid          an option that cannot be read, or that contradicts another
@@ -16,6 +15,7 @@ HarvestError
 ├── DocumentInvalid         a document that is no UTF-8 text
 ├── NetworkLost             a stream broke off too often in a row
 ├── TokenizerUnsuitable     a tokenizer without BOS, or without its fast form
+├── TokensMissing           the worker that writes the tokens never did
 └── ModelDiffers            another model than the one that a store was begun with
 """
 
@@ -42,10 +42,6 @@ class LayerOutOfRange(HarvestError, ValueError):
 
 class ContextTooLong(HarvestError, ValueError):
     """Windows longer than the model was made for, or than positions can be written down."""
-
-
-class InvalidSparsity(HarvestError, ValueError):
-    """An attention setting outside its range."""
 
 
 class NonFiniteResidual(HarvestError, ArithmeticError):
@@ -82,6 +78,10 @@ class NetworkLost(HarvestError, ConnectionError):
 
 class TokenizerUnsuitable(HarvestError, ValueError):
     """A tokenizer that cannot make windows: without BOS, or without a fast implementation."""
+
+
+class TokensMissing(HarvestError, TimeoutError):
+    """The worker that tokenises for all others did not write the tokens in time."""
 
 
 class ModelDiffers(HarvestError, ValueError):

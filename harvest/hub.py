@@ -13,7 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of whichever HTTP library the hub's client uses)
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from .corpus import CorpusSource, State, checked_text
 from .errors import CorpusUnavailable, NetworkLost
@@ -132,7 +137,8 @@ def _converted_files(names: Sequence[str], source: CorpusSource) -> tuple[str, .
     if len(fitting) != 1:
         raise CorpusUnavailable(
             f"{source.dataset}: expected one config with a split {source.split!r}, found "
-            f"{', '.join(fitting or folders) or 'no parquet conversion'}. Choose with --dataset-config and --dataset-split"
+            f"{', '.join(fitting or folders) or 'no parquet conversion'}. "
+            "Choose with --dataset-config and --dataset-split"
         )
     return tuple(sorted(name for name in names if name.startswith(f"{fitting[0]}/") and name.endswith(".parquet")))
 

@@ -1,0 +1,65 @@
+"""A random Gemma-2 so small that a harvest of it takes a second, with a tokenizer of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+WORDS = "the a cat dog sat ran on under over mat tree river and then it was not here there again".split()
+
+
+def make_text(seed: int, words: int) -> str:
+    """Words that never repeat in the same order."""
+    picks = torch.randint(len(WORDS), (words,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(WORDS[pick] for pick in picks.tolist())
+
+
+def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<eos>", "<bos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([make_text(0, 500)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", **special)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as `save_pretrained` writes it: 4 layers of width 16."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        max_position_embeddings=64,
+        sliding_window=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    make_tokenizer(bos_token="<bos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 documents with blank lines between them."""
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text("\n\n".join(make_text(seed, 20 + seed % 50) for seed in range(1, 301)))
+    return path
