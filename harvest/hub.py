@@ -49,7 +49,7 @@ class HubCorpus:
         self._source = source
         self._load = load
         self._waits = waits
-        self._rows: Any = None
+        self._position: Any = None
         self._read = 0
 
     @property
@@ -57,31 +57,30 @@ class HubCorpus:
         return {"config": self._source.config, "split": self._source.split, "column": self._source.column}
 
     def documents(self, state: State | None = None) -> Iterator[str]:
-        self._read = (state or {}).get("documents", 0)
-        for row in self._stream((state or {}).get("stream")):
+        self._read, self._position = (state or {}).get("documents", 0), (state or {}).get("stream")
+        for row in self._stream():
             self._read += 1
             yield self._text(row)
 
-    def _stream(self, position: Any) -> Iterator[dict[str, Any]]:
-        """Rows from `position` on, over any number of broken connections but not too many in a row."""
+    def state(self) -> State:
+        return {"documents": self._read, "stream": self._position}
+
+    def _stream(self) -> Iterator[dict[str, Any]]:
+        """Rows from where we are, over any number of broken connections but not too many in a row."""
         failures = 0
         while True:
-            is_moving = False
             try:
-                self._rows = self._load()
-                if position is not None:
-                    self._rows.load_state_dict(position)
-                for row in self._rows:
-                    failures, is_moving = 0, True
+                rows = self._load()
+                if self._position is not None:
+                    rows.load_state_dict(self._position)
+                for row in rows:
+                    failures = 0
+                    self._position = rows.state_dict()  # now: after a failure it may count a row that never came
                     yield row
                 return
             except NETWORK_ERRORS as error:
-                position = self._rows.state_dict() if is_moving else position
                 self._wait(failures, error)
                 failures += 1
-
-    def state(self) -> State:
-        return {"documents": self._read, "stream": self._rows.state_dict() if self._rows is not None else None}
 
     def _wait(self, failures: int, error: Exception) -> None:
         if failures == len(self._waits):

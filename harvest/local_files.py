@@ -43,8 +43,12 @@ class LocalCorpus:
             raise CorpusEmpty(f"{self._path} holds no file with text ({', '.join(FILE_SUFFIXES)})")
         return files
 
-    @cached_property
+    @property
     def revision(self) -> str:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         """A hash over the hashes of all files, in order."""
         total = hashlib.sha256()
         for file in self.files:

@@ -61,6 +61,7 @@ class Spool:
         self.quotas = share_windows(job.windows)
         self.counts = dict.fromkeys(self.quotas, 0)
         self.documents = 0
+        self.has_text = False
         self._packers = {name: Packer(job.context, bos, job.packing) for name in self.quotas}
         self._fingerprint = fingerprint | asdict(job)
 
@@ -80,6 +81,7 @@ class Spool:
                 self._path(split, array).write_bytes(b"")
             return None
         self.counts, self.documents = checkpoint["counts"], checkpoint["documents"]
+        self.has_text = checkpoint["has_text"]
         for split, array in self._keys():
             os.truncate(self._path(split, array), self.counts[split] * self.job.context * 4)
         for split, packer in self._packers.items():
@@ -88,6 +90,7 @@ class Spool:
 
     def append(self, split: str, texts: list[list[int]], numbers: list[int]) -> None:
         """Pack documents and write the windows they complete, up to the split's share."""
+        self.has_text = self.has_text or any(texts)
         windows = self._packers[split].pack(texts, numbers)
         wanted = min(len(windows), self.quotas[split] - self.counts[split])
         for array, values in zip(ARRAYS, (windows.tokens, windows.documents), strict=True):
@@ -104,6 +107,7 @@ class Spool:
             "fingerprint": self._fingerprint,
             "counts": self.counts,
             "documents": self.documents,
+            "has_text": self.has_text,
             "rows": rows,
             "corpus": corpus_state,
         }
@@ -205,14 +209,15 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 def _require_text(spool: Spool, corpus: Corpus) -> None:
     """Every split has a window, or the run stops here."""
-    if not spool.documents:
-        raise CorpusEmpty(f"the corpus {corpus.id} holds no document. Give one with text in it")
+    if not spool.has_text:
+        what = "no text in its documents" if spool.documents else "no document"
+        raise CorpusEmpty(f"the corpus {corpus.id} holds {what}. Give one with text in it")
     empty = [name for name, count in spool.counts.items() if not count]
     if empty:
         raise SplitEmpty(
             f"the {spool.documents:,} documents of corpus {corpus.id} fill no window of {spool.job.context} tokens in "
             f"{' and '.join(empty)}: documents go to train, validation and test by a hash of their text. "
-            "Give more documents, shorter ones, or a smaller --context"
+            "Give more text, or a smaller --context"
         )
 
 

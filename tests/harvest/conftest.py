@@ -9,7 +9,24 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the a cat dog sat ran on under over mat tree river and then it was not here there again".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "tree",
+    "river",
+    "and",
+    "then",
+    "it",
+    "was",
+    "not",
+]
 
 
 def make_text(seed: int, words: int) -> str:
