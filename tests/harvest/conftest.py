@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+from saemill.harvest.config import HarvestConfig
+from saemill.harvest.corpus import CorpusSource
 
 WORDS = [
     "the",
@@ -27,6 +33,12 @@ WORDS = [
     "was",
     "not",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed process wrote survives it without fsync; only a power cut would tell."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def make_text(seed: int, words: int) -> str:
@@ -80,3 +92,25 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("texts") / "text.txt"
     path.write_text("\n\n".join(make_text(seed, 20 + seed % 50) for seed in range(1, 301)))
     return path
+
+
+@pytest.fixture
+def make_config(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., HarvestConfig]:
+    """Settings of a harvest that takes a second: 125 windows in 8 shards."""
+
+    def make(**changes: Any) -> HarvestConfig:
+        settings: dict[str, Any] = {
+            "out": str(tmp_path / "store"),
+            "model": str(model_folder),
+            "resid_layers": (2,),
+            "attention_layers": (0, 1, 2, 3),
+            "corpus": CorpusSource(str(text_file)),
+            "tokens": 4000,
+            "context": 32,
+            "shard_windows": 16,
+            "batch_windows": 8,
+            "device": "cpu",
+        }
+        return HarvestConfig(**settings | changes)
+
+    return make

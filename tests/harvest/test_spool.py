@@ -66,7 +66,7 @@ def pack(corpus: ListCorpus, folder: Path, windows: int = 100, packing: Any = "c
 @pytest.fixture
 def small_batches(monkeypatch):
     """A checkpoint after every few documents."""
-    monkeypatch.setattr(spool_module, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(spool_module, "BATCH_CHARACTERS", 1000)
     monkeypatch.setattr(spool_module, "CHECKPOINT_SECONDS", -1.0)
 
 
