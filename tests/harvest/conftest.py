@@ -15,6 +15,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 from saemill.harvest.config import HarvestConfig
 from saemill.harvest.corpus import CorpusSource
 
+torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
+
 WORDS = [
     "the",
     "a",
