@@ -6,7 +6,6 @@ HarvestError
 ├── UnsupportedArchitecture a model type that this package cannot truncate
 ├── LayerOutOfRange         a layer that the model does not have
 ├── ContextTooLong          windows longer than the model, or than the attention format, allows
-├── InvalidSparsity         an attention setting outside its range
 ├── NonFiniteResidual       the model overflowed: infinities or NaN in a residual stream
 └── NonFiniteAttention      the same in attention probabilities
 """
@@ -34,10 +33,6 @@ class LayerOutOfRange(HarvestError, ValueError):
 
 class ContextTooLong(HarvestError, ValueError):
     """Windows longer than the model was made for, or than positions can be written down."""
-
-
-class InvalidSparsity(HarvestError, ValueError):
-    """An attention setting outside its range."""
 
 
 class NonFiniteResidual(HarvestError, ArithmeticError):
