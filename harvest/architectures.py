@@ -7,6 +7,7 @@ Adding a family is adding one `Architecture` to `ARCHITECTURES`. It fits when th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,17 +22,17 @@ class Architecture:
     """The attention module of a layer."""
     final_norm: str
     """The norm behind the last layer of the base model."""
-    drop_values: Callable[[nn.Module], None]
+    drop_values: Callable[[Any], None]
     """Strips an attention module of all that its probabilities do not need."""
 
 
 class AttentionOnly(nn.Module):
     """A decoder layer of which only the attention probabilities are wanted; the residual passes by."""
 
-    def __init__(self, layer: nn.Module, architecture: Architecture) -> None:
+    def __init__(self, layer: Any, architecture: Architecture) -> None:
         super().__init__()
-        self.input_layernorm = layer.input_layernorm
-        self.attention = getattr(layer, architecture.attention)
+        self.input_layernorm: nn.Module = layer.input_layernorm
+        self.attention: nn.Module = getattr(layer, architecture.attention)
         architecture.drop_values(self.attention)
 
     def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
@@ -70,12 +71,12 @@ class FusedWithoutValues(nn.Module):
         return nn.functional.pad(by_head, (0, self.head_width)).flatten(-2)
 
 
-def _drop_split_values(attention: nn.Module) -> None:
+def _drop_split_values(attention: Any) -> None:
     attention.v_proj = NoValues(attention.head_dim)
     attention.o_proj = nn.Identity()
 
 
-def _drop_fused_values(attention: nn.Module) -> None:
+def _drop_fused_values(attention: Any) -> None:
     attention.query_key_value = FusedWithoutValues(attention.query_key_value, attention.head_size)
     attention.dense = nn.Identity()
 
@@ -104,7 +105,7 @@ def architecture_of(model_type: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-def cut(stack: nn.Module, num_layers: int, attention_only_layer: int | None, architecture: Architecture) -> None:
+def cut(stack: Any, num_layers: int, attention_only_layer: int | None, architecture: Architecture) -> None:
     """Leave of a decoder stack its first `num_layers`, the last perhaps for its attention alone, and no norm."""
     stack.layers = stack.layers[:num_layers]
     setattr(stack, architecture.final_norm, nn.Identity())

@@ -13,9 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..cache_schema import AttentionSpec
 from .attend import Sinks
 from .model import TruncatedModel
-from .sparsify import KeptRows, Sparsity, sparsify
+from .sparsify import KeptRows, sparsify
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class Captured:
     attention: dict[int, KeptRows]
 
 
-def capture(model: TruncatedModel, ids_WT: Tensor, sparsity: Sparsity) -> Captured:
+def capture(model: TruncatedModel, ids_WT: Tensor, spec: AttentionSpec) -> Captured:
     """Run a batch of full windows through the model and keep what it was truncated for."""
     blocks: dict[int, list[KeptRows]] = {layer: [] for layer in model.wanted.attention_layers}
 
     def keep(layer: int, probs_WHTT: Tensor) -> None:
-        blocks[layer].append(sparsify(probs_WHTT, sparsity))
+        blocks[layer].append(sparsify(probs_WHTT, spec))
 
     resid = run(model, ids_WT, {layer: partial(keep, layer) for layer in blocks})
     return Captured(resid, {layer: KeptRows.concat(parts) for layer, parts in blocks.items()})

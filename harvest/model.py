@@ -9,18 +9,27 @@
 Everything that runs is transformers' own code; `architectures` says where its parts are found.
 """
 
+from __future__ import annotations
+
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .architectures import architecture_of, cut
 from .attend import ATTENTION, register_attention
-from .errors import ContextTooLong, LayerOutOfRange, WeightsIncomplete
+from .errors import ContextTooLong, LayerOutOfRange, ModelUnavailable, WeightsIncomplete
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class ModelFacts:
     vocab_size: int
 
     @staticmethod
-    def of(config: PretrainedConfig) -> "ModelFacts":
+    def of(config: PretrainedConfig) -> ModelFacts:
         return ModelFacts(
             model_type=config.model_type,
             num_layers=config.num_hidden_layers,
@@ -86,36 +95,35 @@ class Wanted:
 class TruncatedModel:
     """A decoder stack that computes what is wanted and stops there."""
 
-    stack: PreTrainedModel
+    stack: Any
+    """transformers' base model, cut; `stack.layers` are its decoder layers."""
     facts: ModelFacts
     wanted: Wanted
 
 
-def read_facts(source: str | Path) -> ModelFacts:
-    """Facts of a model by its folder or hub id, without its weights."""
-    facts = ModelFacts.of(AutoConfig.from_pretrained(source))
-    architecture_of(facts.model_type)
-    return facts
+def read_facts(folder: Path) -> ModelFacts:
+    """Facts of a model by its folder, without its weights."""
+    return ModelFacts.of(_read_config(folder))
 
 
 def load_model(
-    source: str | Path, wanted: Wanted, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+    folder: Path, wanted: Wanted, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
 ) -> TruncatedModel:
-    """Load from a folder or hub id the part of a model that `wanted` needs."""
-    facts = read_facts(source)
+    """Load from a folder the part of a model that `wanted` needs."""
+    config = _read_config(folder)
+    facts = ModelFacts.of(config)
     wanted.validate(facts)
-    register_attention()
-    with _without_report():
-        stack, report = AutoModel.from_pretrained(
-            source,
-            config=_shortened(AutoConfig.from_pretrained(source), wanted.num_layers),
-            dtype=dtype,
-            attn_implementation=ATTENTION,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    _validate_report(report, source)
+    stack = _load_stack(folder, _shortened(config, wanted.num_layers), dtype)
     return _truncated(stack.to(device), facts, wanted)
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a model, or none where one is missing."""
+    files = [folder / WEIGHTS_FILE]
+    if (folder / WEIGHTS_INDEX).is_file():
+        shards = json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"].values()
+        files = [folder / shard for shard in sorted(set(shards))]
+    return files if all(file.is_file() for file in files) else []
 
 
 def truncate(model: PreTrainedModel, wanted: Wanted) -> TruncatedModel:
@@ -123,13 +131,13 @@ def truncate(model: PreTrainedModel, wanted: Wanted) -> TruncatedModel:
     facts = ModelFacts.of(model.config)
     wanted.validate(facts)
     register_attention()
-    stack = model.base_model
+    stack: Any = model.base_model
     stack.set_attn_implementation(ATTENTION)
     _shortened(stack.config, wanted.num_layers)
     return _truncated(stack, facts, wanted)
 
 
-def _truncated(stack: PreTrainedModel, facts: ModelFacts, wanted: Wanted) -> TruncatedModel:
+def _truncated(stack: Any, facts: ModelFacts, wanted: Wanted) -> TruncatedModel:
     attention_only = wanted.whole_layers if wanted.num_layers > wanted.whole_layers else None
     cut(stack, wanted.num_layers, attention_only, architecture_of(facts.model_type))
     return TruncatedModel(stack.eval().requires_grad_(False), facts, wanted)
@@ -140,6 +148,36 @@ def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
         config.layer_types = config.layer_types[:num_layers]
     config.num_hidden_layers = num_layers
     return config
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    """The model type is looked at first: transformers asks to run downloaded code for types it does not know."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise ModelUnavailable(f"{folder}: no {CONFIG_FILE} there; expected the folder of a transformers model")
+    architecture_of(json.loads(file.read_text()).get("model_type"))
+    return AutoConfig.from_pretrained(folder)
+
+
+def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    if not find_weights(folder):
+        raise WeightsIncomplete(f"{folder}: expected {WEIGHTS_FILE}, or {WEIGHTS_INDEX} with all files it lists")
+    register_attention()
+    try:
+        with _without_report():
+            stack, report = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=ATTENTION,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that they come back in the report
+                output_loading_info=True,
+            )
+    except SafetensorError as error:
+        raise WeightsIncomplete(f"{folder}: a weights file is damaged ({error}); fetch the model again") from error
+    _validate_report(report, folder)
+    return stack
 
 
 @contextmanager
@@ -153,11 +191,11 @@ def _without_report() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def _validate_report(report: dict, source: str | Path) -> None:
+def _validate_report(report: dict, folder: Path) -> None:
     """transformers fills missing weights with random numbers: never harvest those."""
     absent = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if absent:
         raise WeightsIncomplete(
-            f"{source}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}; "
-            "the download may be damaged, fetch the model again"
+            f"{folder}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}; "
+            "fetch the model again"
         )

@@ -10,111 +10,102 @@
 Shape suffixes: W windows, H heads (1 where averaged), Q queries, T keys, K kept at most.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ContextTooLong, InvalidSparsity
+from ..cache_schema import AttentionCsr, AttentionSpec
+from ..cache_schema.csr import index_dtype
+from .errors import ContextTooLong, NonFiniteAttention
 
 MAX_CONTEXT = 1 << 15  # a position shares an int32 with the 16 bits of a float16
 DROPPED = (1 << 31) - 1  # sorts behind every kept entry; its low half is a NaN, so no entry equals it
 LOW_HALF = (1 << 16) - 1
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """How much of each attention row is kept."""
-
-    mass: float = 0.95
-    """Keep the largest probabilities until their sum reaches this; 1.0 keeps every one that is not zero."""
-    topk: int | None = 16
-    """At most this many a row; None for no limit."""
-    heads: Literal["mean", "all"] = "mean"
-    """One averaged pattern for a layer, or one for each head."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.mass <= 1:
-            raise InvalidSparsity(f"attention mass {self.mass}: expected more than 0 and at most 1")
-        if self.topk is not None and self.topk < 1:
-            raise InvalidSparsity(f"attention topk {self.topk}: expected at least 1, or none for no limit")
-        if self.heads not in ("mean", "all"):
-            raise InvalidSparsity(f"attention heads {self.heads!r}: expected 'mean' or 'all'")
+SHORT_ROW = 256  # up to here numpy sorts a row of int32 ten times as fast as torch.topk selects from it
 
 
 @dataclass(frozen=True)
 class KeptRows:
     """Sparsified rows where they were computed: a fixed number of slots a row, so no device has to wait."""
 
-    packed_WHQK: Tensor
-    """int32: key position << 16 | float16 bits, ascending; dropped slots hold DROPPED and come last."""
-    kept_mass_WHQ: Tensor
-    """float16: sum of the kept probabilities of a row."""
+    packed: Tensor
+    """int32 [W, H, Q, K]: key position << 16 | float16 bits, ascending; dropped slots hold DROPPED and come last."""
+    kept_mass: Tensor
+    """float16 [W, H, Q]: sum of the kept probabilities of a row."""
 
     @staticmethod
-    def concat(parts: Sequence["KeptRows"]) -> "KeptRows":
+    def concat(parts: Sequence[KeptRows]) -> KeptRows:
         """Rows of several runs of windows as one."""
-        packed = torch.cat([part.packed_WHQK for part in parts])
-        return KeptRows(packed, torch.cat([part.kept_mass_WHQ for part in parts]))
+        packed = torch.cat([part.packed for part in parts])
+        return KeptRows(packed, torch.cat([part.kept_mass for part in parts]))
 
 
-def sparsify(probs_WHQT: Tensor, settings: Sparsity) -> KeptRows:
-    """Keep of each row of attention probabilities what `settings` asks for."""
+def sparsify(probs_WHQT: Tensor, spec: AttentionSpec) -> KeptRows:
+    """Keep of each row of attention probabilities what `spec` asks for; a mass of 1 keeps all but zeros."""
     context = probs_WHQT.shape[-1]
     if context > MAX_CONTEXT:
-        raise ContextTooLong(f"attention of {context} keys: at most {MAX_CONTEXT} can be stored; lower the context")
-    if settings.heads == "mean":
+        raise ContextTooLong(f"attention to {context} keys: at most {MAX_CONTEXT} can be stored, lower the context")
+    if spec.averaged:
         probs_WHQT = probs_WHQT.mean(1, keepdim=True, dtype=torch.float32)
-    largest = _largest(_pack_by_value(probs_WHQT.half()), min(settings.topk or context, context))
+    largest = _largest(_pack_by_value(probs_WHQT.half()), min(spec.topk, context))
     bits = largest >> 16
-    values = _float16_of(bits)
+    values = bits.to(torch.int16).view(torch.float16).float()
     kept = values > 0
-    if settings.mass < 1:
-        kept[..., 1:] &= values.cumsum(-1)[..., :-1] < settings.mass  # exact in float32 up to 1, in any order
+    if spec.mass < 1:
+        kept[..., 1:] &= values.cumsum(-1)[..., :-1] < spec.mass  # exact in float32 up to 1, in any order
     kept_mass = torch.where(kept, values, 0.0).sum(-1).half()
     positions = LOW_HALF - (largest & LOW_HALF)
-    packed = torch.where(kept, positions << 16 | bits, DROPPED)
-    return KeptRows(_sorted(packed), kept_mass)
+    return KeptRows(_ascending(torch.where(kept, positions << 16 | bits, DROPPED)), kept_mass)
 
 
-def to_csr(rows: KeptRows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(indptr, indices, data, kept_mass) with rows in the order (window, head, query)."""
-    packed = rows.packed_WHQK.cpu().numpy().reshape(-1, rows.packed_WHQK.shape[-1])
+def to_csr(layer: int, rows: KeptRows) -> AttentionCsr:
+    """The rows of one layer on the host; stops where probabilities were not numbers."""
+    kept_mass = rows.kept_mass.cpu().numpy()
+    _validate_mass(layer, kept_mass)
+    packed = rows.packed.cpu().numpy().reshape(kept_mass.size, -1)
     is_kept = packed != DROPPED
-    indptr = np.zeros(len(packed) + 1, np.uint32)
-    np.cumsum(is_kept.sum(1, dtype=np.uint32), out=indptr[1:])
+    indptr = np.zeros(kept_mass.size + 1, np.uint32)
+    np.cumsum(is_kept.sum(1), out=indptr[1:])
     entries = packed[is_kept]
-    context = rows.kept_mass_WHQ.shape[-1]
-    indices = (entries >> 16).astype(np.uint8 if context <= 256 else np.uint16)
-    data = (entries & LOW_HALF).astype(np.uint16).view(np.float16)
-    return indptr, indices, data, rows.kept_mass_WHQ.cpu().numpy()
+    return AttentionCsr(
+        indptr=indptr,
+        indices=(entries >> 16).astype(index_dtype(kept_mass.shape[-1])),
+        data=(entries & LOW_HALF).astype(np.uint16).view(np.float16),
+        kept_mass=kept_mass,
+    )
 
 
 def _pack_by_value(probs: Tensor) -> Tensor:
     """int32 that orders by probability, then by lower position: bits of the float16 above the rest."""
-    bits = probs.view(torch.int16).int() & 0x7FFF  # without its sign a NaN ranks first, and shows in the mass
+    bits = probs.view(torch.int16).int()
     reversed_positions = LOW_HALF - torch.arange(probs.shape[-1], dtype=torch.int32, device=probs.device)
     return bits << 16 | reversed_positions
 
 
 def _largest(packed: Tensor, count: int) -> Tensor:
     """The `count` largest of each row, descending."""
-    if packed.device.type == "cpu" and packed.shape[-1] <= 256:
-        # numpy sorts a short int32 row ten times as fast as torch.topk selects from it.
+    if packed.device.type == "cpu" and packed.shape[-1] <= SHORT_ROW:
         return torch.from_numpy(np.sort(packed.numpy(), axis=-1)[..., : -count - 1 : -1].copy())
     return packed.topk(count).values
 
 
-def _sorted(packed: Tensor) -> Tensor:
+def _ascending(packed: Tensor) -> Tensor:
     if packed.device.type == "cpu":
         return torch.from_numpy(np.sort(packed.numpy(), axis=-1))
     return packed.sort(-1).values
 
 
-def _float16_of(bits: Tensor) -> Tensor:
-    """float32 values of float16 bit patterns."""
-    return bits.to(torch.int16).view(torch.float16).float()
-
+def _validate_mass(layer: int, kept_mass: np.ndarray) -> None:
+    """A softmax always has a largest entry above zero; a row without one, or with NaN, is an overflow."""
+    is_number = np.isfinite(kept_mass) & (kept_mass > 0)
+    if not is_number.all():
+        window, _, query = np.argwhere(~is_number)[0]
+        raise NonFiniteAttention(
+            f"layer {layer}: the attention of window {window} of the batch, query {query}, is not finite; "
+            "the model overflows in this dtype, harvest with --dtype bfloat16 or float32"
+        )
