@@ -245,7 +245,7 @@ def test_repair_refuses_another_model(make_config: Make, model_folder, tmp_path)
     other = tmp_path / "tiny"
     shutil.copytree(model_folder, other)
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
-    with pytest.raises(StoreError, match="begun with tiny at sha256-.*same harvest"):
+    with pytest.raises(StoreError, match=r"begun with tiny at sha256-.*same harvest"):
         reharvest(config.out, [0], model=str(other))
 
 
@@ -286,7 +286,7 @@ def test_what_the_model_cannot_give_is_refused_before_anything_is_written(make_c
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_shard(make_config: Make, monkeypatch):
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 2**20)
-    with pytest.raises(StoreFull, match="needs .* GB .*--codec zstd"):
+    with pytest.raises(StoreFull, match=r"needs .* GB .*--codec zstd"):
         harvest(make_config())
     with Store.open(make_config().out) as store:
         assert not store.committed.any()
