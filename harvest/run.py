@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from ..cache_schema import Manifest, Request, Span, Store, StoreBusy, StoreError, StoreWriter
+from ..cache_schema import Manifest, Store, StoreBusy, StoreError, StoreWriter
 from .begin import begin_store
 from .config import HarvestConfig
 from .errors import HarvestError, ModelDiffers
@@ -98,7 +97,8 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
         return
     harvester = make_harvester(manifest, plan.source, place.device)
     if not is_bound_to_fit(writer.files, manifest, len(shards)):
-        cost = measure_cost(harvester, _first_windows(writer, min(harvester.batch_windows, manifest.shard_windows)))
+        with Store(writer.files) as store:
+            cost = measure_cost(harvester, store.beginning(shards[0])[0])
         require_space(writer.files, needed_bytes(cost, manifest, len(shards)))
     tokens = sum(stop - start for start, stop in map(manifest.shard_range, shards)) * manifest.context
     with watch.stage("harvesting", tokens):
@@ -107,10 +107,3 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
         )
     if elsewhere:
         watch.say(f"{len(elsewhere)} shards were left to another writer that holds or has committed them")
-
-
-def _first_windows(writer: StoreWriter, count: int) -> np.ndarray:
-    with Store(writer.files) as store:
-        tokens = store.read(Request(tokens=True), Span(0, 0, min(count, writer.manifest.windows))).tokens
-    assert tokens is not None
-    return tokens

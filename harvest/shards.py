@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache_schema import AttentionCsr, Manifest, Moments, Request, ShardContent, Span, Store, StoreWriter
+from ..cache_schema import AttentionCsr, Manifest, Moments, ShardContent, Store, StoreWriter
 from ..cache_schema.commits import CommitRecord
 from ..cache_schema.dtypes import STORED_AS
 from ..cache_schema.moments import merge
@@ -53,7 +53,7 @@ def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[i
                 if not stack.enter_context(writer.claim(shard)):
                     elsewhere.append(shard)
                     continue
-                content = compute_shard(harvester, *_read_tokens(store, shard))
+                content = compute_shard(harvester, *store.beginning(shard))
                 if writing is not None:
                     writing.result()
                 writing = background.submit(_write, writer, shard, content, stack.pop_all(), report)
@@ -76,13 +76,6 @@ def compute_shard(harvester: Harvester, tokens_WT: np.ndarray, documents_WT: np.
         moments={layer: merge(parts) for layer, parts in collector.moments.items()},
         attention={layer: AttentionCsr.concat(parts) for layer, parts in collector.attention.items()},
     )
-
-
-def _read_tokens(store: Store, shard: int) -> tuple[np.ndarray, np.ndarray]:
-    span = Span(shard, *store.manifest.shard_range(shard))
-    arrays = store.read(Request(tokens=True, documents=True), span)
-    assert arrays.tokens is not None and arrays.documents is not None
-    return arrays.tokens, arrays.documents
 
 
 def _write(writer: StoreWriter, shard: int, content: ShardContent, claim: ExitStack, report: Report) -> None:
