@@ -8,6 +8,7 @@ without the store, as numpy, which is the fastest that the format allows.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -46,7 +47,9 @@ def make(folder: str, resid_file: str, tokens_file: str) -> dict[str, Any]:
     return {"windows": windows}
 
 
+@functools.cache
 def open_store(folder: str, batch: int) -> ActivationsStore:
+    """Opened once: it goes on with the next epoch by itself."""
     shape = datasets.load_from_disk(folder).features[HOOK].shape
     return ActivationsStore(
         model=None,  # a cache is read without one

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,6 +32,7 @@ from saemill.cache_schema import (
     Manifest,
     ModelSpec,
     Request,
+    ShardArrays,
     ShardBuffers,
     ShardContent,
     Store,
@@ -57,11 +59,11 @@ class Bench:
     folder: Path
     shards: int
     rounds: int
-    shard_WTD: np.ndarray  # bfloat16 bits: the residuals of every shard
+    resid: np.ndarray  # [W, T, D] bfloat16 bits: the residuals of every shard
 
     @property
     def gigabytes(self) -> float:
-        return self.shards * self.shard_WTD.nbytes / GB
+        return self.shards * self.resid.nbytes / GB
 
 
 def make_residuals(rng: np.random.Generator) -> np.ndarray:
@@ -108,17 +110,17 @@ def chunk_files(folder: Path) -> list[Path]:
 
 def bench_writing(bench: Bench) -> list[Row]:
     """A shard of raw chunks with checksums and a commit, against its bytes in plain files with as many fsyncs."""
-    folder, content = bench.folder / "write", make_content(bench.shard_WTD)
+    folder, content = bench.folder / "write", make_content(bench.resid)
     with open_writer(folder / "store", make_manifest(1)) as writer, ThreadPoolExecutor(WRITERS) as pool:
         fsyncs = count_fsyncs(lambda: writer.write(0, content))
-        chunks = np.array_split(bench.shard_WTD, len(chunk_files(folder / "store")))
+        chunks = np.array_split(bench.resid, len(chunk_files(folder / "store")))
         plain = folder / "plain"
         plain.mkdir()
         jobs = {
             "store": lambda: writer.write(0, content),
             "plain": lambda: write_plain(plain, chunks, fsyncs, pool),
         }
-        speeds = take_turns(bench.rounds * 3, bench.shard_WTD.nbytes / GB, jobs)
+        speeds = take_turns(bench.rounds * 3, bench.resid.nbytes / GB, jobs)
     shutil.rmtree(folder)
     against = f"plain files, {fsyncs} fsyncs"
     return [compare("write raw, checksums and commit", speeds["store"], speeds["plain"], "GB/s", 0.7, against)]
@@ -152,11 +154,11 @@ def write_plain(folder: Path, chunks: list[np.ndarray], fsyncs: int, pool: Threa
 
 def bench_codecs(bench: Bench) -> list[Row]:
     """One store a codec: what it takes on disk, and how fast it is read, checked, into preallocated memory."""
-    folders, rows, raw_bytes = {}, [], bench.shards * bench.shard_WTD.nbytes
+    folders, rows, raw_bytes = {}, [], bench.shards * bench.resid.nbytes
     for codec in ("raw", "lz4", "zstd"):
         folders[codec] = bench.folder / codec
         start = perf_counter()
-        write_store(folders[codec], make_manifest(bench.shards, codec=codec), bench.shard_WTD)
+        write_store(folders[codec], make_manifest(bench.shards, codec=codec), bench.resid)
         seconds = perf_counter() - start
         size = sum(file.stat().st_size for file in chunk_files(folders[codec]))
         found = f"{size / GB:,.2f} GB, written at {bench.gigabytes / seconds:,.2f} GB/s"
@@ -225,10 +227,13 @@ class Peer:
 
 
 def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
-    """The same float16 residuals and tokens from both, warm; SAELens with the batch size that suits it best."""
+    """The same float16 residuals and tokens from both, warm; SAELens with the batch size that suits it best.
+
+    Each has one reader that goes through the store once a round, as a training run goes through epochs.
+    """
     folder = bench.folder / "peer"
     folder.mkdir()
-    shard_WTD = to_float32(bench.shard_WTD, "bfloat16").astype(np.float16)
+    shard_WTD = to_float32(bench.resid, "bfloat16").astype(np.float16)
     windows = bench.shards * SHARD_WINDOWS
     np.save(folder / "resid.npy", np.concatenate([shard_WTD] * bench.shards))
     np.save(folder / "tokens.npy", np.zeros((windows, CONTEXT), np.int32))
@@ -239,7 +244,9 @@ def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
         peer.ask(make=cache, resid=str(folder / "resid.npy"), tokens=str(folder / "tokens.npy"))
         (folder / "resid.npy").unlink()
         with Store.open(folder / "store") as store:
-            rounds = [saelens_round(store, request, peer, cache) for _ in range(bench.rounds + 1)][1:]  # one to warm
+            stream = store.stream(request, store.spans(request) * (bench.rounds + 1))
+            rounds = [saelens_round(bench, stream, peer, cache) for _ in range(bench.rounds + 1)][1:]  # one to warm
+            stream.close()
     finally:
         peer.close()
         shutil.rmtree(folder)
@@ -251,10 +258,10 @@ def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
     ]
 
 
-def saelens_round(store: Store, request: Request, peer: Peer, cache: str) -> dict[str, float]:
+def saelens_round(bench: Bench, stream: Iterator[ShardArrays], peer: Peer, cache: str) -> dict[str, float]:
     """Tokens a second of each, one after the other."""
     start = perf_counter()
-    tokens = sum(arrays.resid[LAYER].shape[0] * CONTEXT for arrays in store.stream(request))
+    tokens = sum(arrays.resid[LAYER].shape[0] * CONTEXT for arrays in islice(stream, bench.shards))
     found = {"ours": tokens / (perf_counter() - start)}
     for batch in (8, 32, 256):
         answer = peer.ask(read=cache, batch=batch)

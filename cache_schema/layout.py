@@ -31,7 +31,8 @@ MOMENT_SCALARS = ("count", "mean_norm", "mean_square_norm", "windows")
 _CODECS: tuple[Codec, ...] = ("raw", "lz4", "zstd")
 _BLOSC: dict[Codec, dict[str, Any]] = {
     "lz4": {"cname": "lz4", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0},
-    "zstd": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0},
+    # Large blocks of shuffled bytes: signs and exponents get an entropy code of their own, apart from the mantissas.
+    "zstd": {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 2**19},
 }
 
 
@@ -88,9 +89,9 @@ def codec_documents(codec: Codec, dtype: np.dtype) -> list[dict[str, Any]]:
     return [*chain, {"name": "crc32c"}]
 
 
-def blosc_settings(codec: Codec) -> tuple[bytes, int]:
-    """Compressor name and level; the shuffle is by bits for every codec here."""
-    return _BLOSC[codec]["cname"].encode(), _BLOSC[codec]["clevel"]
+def blosc_settings(codec: Codec) -> dict[str, Any]:
+    """Compressor, level, shuffle and block size, by the names of zarr's codec."""
+    return _BLOSC[codec]
 
 
 def resid_path(layer: int) -> str:
@@ -181,7 +182,9 @@ def parse_array_document(expected: ArrayLayout, document: dict[str, Any]) -> Arr
     """The layout that a zarr.json describes, or None where it is one that only zarr itself can read."""
     shape, dtype = document["shape"], document["data_type"]
     if shape != list(expected.shape) or dtype != expected.dtype.name:
-        raise ValueError(f"expected {expected.dtype.name} {list(expected.shape)} by the manifest, found {dtype} {shape}")
+        raise ValueError(
+            f"expected {expected.dtype.name} {list(expected.shape)} by the manifest, found {dtype} {shape}"
+        )
     chunks = document["chunk_grid"]["configuration"]["chunk_shape"]
     if len(chunks) != len(shape) or not all(type(length) is int and length > 0 for length in chunks):
         raise ValueError(f"expected {len(shape)} positive integers as chunk shape, found {chunks}")

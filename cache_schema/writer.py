@@ -27,7 +27,7 @@ from .content import ShardContent, ShardPart, lay_out, make_record, validate_con
 from .errors import ShardInvalid, StoreBusy, StoreMismatch
 from .files import Files, open_files
 from .identity import sealed
-from .layout import ROOT, SUMMARY, arrays_of, documents_of, encode_json, record_key, root_document
+from .layout import ROOT, arrays_of, documents_of, encode_json, record_key, root_document
 from .manifest import Manifest, list_differences
 from .moments import merge
 from .reader import Store

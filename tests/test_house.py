@@ -26,7 +26,12 @@ MAY_IMPORT = {
     "train": {"cache_schema", "train"},
     "evaluate": {"cache_schema", "harvest", "train", "evaluate"},
 }
-NEVER_IMPORTS = {"cache_schema": {"torch", "transformers"}, "harvest": set(), "train": {"transformers"}, "evaluate": set()}
+NEVER_IMPORTS = {
+    "cache_schema": {"torch", "transformers"},
+    "harvest": set(),
+    "train": {"transformers"},
+    "evaluate": set(),
+}
 TRAIN_GROUND = {"sae", "losses", "schedules"}  # these know nothing above them
 TRAIN_BLIND = {"data", "step", "loop"}  # these never name a variant
 
@@ -147,9 +152,9 @@ print(json.dumps([threading.active_count(), sorted(sys.modules)]))
 
 
 def packages_in_tree() -> list[str]:
-    folders = {
-        file.parent.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("__init__.py")
-    } | {Path()}
+    folders = {file.parent.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("__init__.py")} | {
+        Path()
+    }
     return sorted(".".join(("saemill", *folder.parts)) for folder in folders)
 
 
@@ -163,9 +168,9 @@ def test_the_package_list_is_the_tree():
 
 def test_a_wheel_holds_this_package_and_nothing_beside_it(tmp_path):
     """Modules called `evaluate` or `train` at top level would overwrite other people's."""
+    options = ["--no-deps", "-q", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", str(copy_of_the_sources(tmp_path)), "--no-deps", "-q"]
-        + ["--no-build-isolation", "--no-index", "--disable-pip-version-check", "-w", str(tmp_path / "out")],
+        [sys.executable, "-m", "pip", "wheel", str(copy_of_the_sources(tmp_path)), *options, "-w", tmp_path / "out"],
         check=True,
         cwd=tmp_path,
     )

@@ -103,9 +103,7 @@ def make_content(manifest: Manifest, corpus: Corpus, shard: int) -> ShardContent
         tokens=tokens,
         documents=corpus.documents[start:stop],
         resid=resid,
-        moments={
-            layer: measure(to_float32(values, manifest.model.dtype), special) for layer, values in resid.items()
-        },
+        moments={layer: measure(to_float32(values, manifest.model.dtype), special) for layer, values in resid.items()},
         attention={layer: csr.slice(start, stop) for layer, csr in corpus.attention.items()},
     )
 

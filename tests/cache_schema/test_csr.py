@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -87,7 +89,7 @@ def test_slices_concatenate_to_the_whole(dense, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(dense)))))
     edges = [0, *cuts, len(dense)]
     csr = from_dense(dense)
-    parts = [csr.slice(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [csr.slice(start, stop) for start, stop in itertools.pairwise(edges)]
     assert_is(AttentionCsr.concat(parts), dense)
 
 
@@ -113,7 +115,7 @@ def breaks_a_rule(csr: AttentionCsr, topk: int, causal: bool) -> bool:
     pointers, context = [int(pointer) for pointer in csr.indptr], csr.context
     if len(pointers) != csr.windows * csr.heads * context + 1 or pointers[0] != 0 or pointers[-1] != csr.entries:
         return True
-    for row, (start, stop) in enumerate(zip(pointers[:-1], pointers[1:], strict=True)):
+    for row, (start, stop) in enumerate(itertools.pairwise(pointers)):
         if not 0 <= stop - start <= topk:
             return True
         positions = [int(position) for position in csr.indices[start:stop]]

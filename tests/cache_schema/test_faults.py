@@ -333,9 +333,7 @@ def test_a_refused_create_leaves_nothing_open(synthetic, tmp_path):
     before = set(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with pytest.raises(StoreMismatch):
-            StoreWriter.create(
-                tmp_path, dataclasses.replace(manifest, codec="lz4"), corpus.tokens, corpus.documents
-            )
+            StoreWriter.create(tmp_path, dataclasses.replace(manifest, codec="lz4"), corpus.tokens, corpus.documents)
     assert set(os.listdir("/proc/self/fd")) == before
 
 
@@ -477,9 +475,9 @@ def file_size_limit(limit: int) -> Iterator[None]:
 def test_a_limit_on_file_size_ends_in_the_same_name(synthetic, tmp_path):
     manifest = synthetic.make_manifest()
     corpus = synthetic.write_store(tmp_path / "store", manifest, shards=[0])
-    with file_size_limit(300), pytest.raises(StoreFull, match="committed shards are untouched"):
-        with StoreWriter.open(tmp_path / "store") as writer:
-            synthetic.write_pending(writer, corpus, [1])
+    full = pytest.raises(StoreFull, match="committed shards are untouched")
+    with file_size_limit(300), full, StoreWriter.open(tmp_path / "store") as writer:
+        synthetic.write_pending(writer, corpus, [1])
     with Store.open(tmp_path / "store") as store:
         assert np.flatnonzero(store.committed).tolist() == [0]
     synthetic.write_store(tmp_path / "store", manifest, corpus)

@@ -131,7 +131,9 @@ def mutate_bytes(raw: bytes, choose: random.Random) -> bytes:
         digits = [i for i, byte in enumerate(raw) if chr(byte).isdigit()]
         where = choose.choice(digits)
         return raw[:where] + choose.choice([b"0", b"9", b"-", b"99999999", b"9" * 5000]) + raw[where + 1 :]
-    return choose.choice([b"", b"null", b"[]", b"0", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe{}", b'{"a":1,"a":2}'])
+    return choose.choice(
+        [b"", b"null", b"[]", b"0", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe{}", b'{"a":1,"a":2}']
+    )
 
 
 def mutate(raw: bytes, choose: random.Random) -> bytes:
