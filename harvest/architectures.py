@@ -95,9 +95,9 @@ ARCHITECTURES = {  # by transformers' model_type; every entry is tested against 
 }
 
 
-def architecture_of(model_type: str) -> Architecture:
+def architecture_of(model_type: str | None) -> Architecture:
     """The entry of a model type, or an error that lists what there is."""
-    if model_type not in ARCHITECTURES:
+    if model_type is None or model_type not in ARCHITECTURES:
         raise UnsupportedArchitecture(
             f"model type {model_type!r} cannot be harvested; supported are {', '.join(sorted(ARCHITECTURES))}. "
             "Another decoder of the same build needs one entry in harvest/architectures.py"

@@ -121,7 +121,7 @@ def find_weights(folder: Path) -> list[Path]:
     """The safetensors files of a model, or none where one is missing."""
     files = [folder / WEIGHTS_FILE]
     if (folder / WEIGHTS_INDEX).is_file():
-        shards = json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"].values()
+        shards = _read_json(folder / WEIGHTS_INDEX)["weight_map"].values()
         files = [folder / shard for shard in sorted(set(shards))]
     return files if all(file.is_file() for file in files) else []
 
@@ -152,11 +152,18 @@ def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
 
 def _read_config(folder: Path) -> PretrainedConfig:
     """The model type is looked at first: transformers asks to run downloaded code for types it does not know."""
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise ModelUnavailable(f"{folder}: no {CONFIG_FILE} there; expected the folder of a transformers model")
-    architecture_of(json.loads(file.read_text()).get("model_type"))
+    architecture_of(_read_json(folder / CONFIG_FILE).get("model_type"))
     return AutoConfig.from_pretrained(folder)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        reason = "is missing; expected the folder of a transformers model"
+    except ValueError as error:  # what is not JSON, or not text at all
+        reason = f"is damaged ({error}); fetch the model again"
+    raise ModelUnavailable(f"{file} {reason}")
 
 
 def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
@@ -191,7 +198,7 @@ def _without_report() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def _validate_report(report: dict, folder: Path) -> None:
+def _validate_report(report: dict[str, Any], folder: Path) -> None:
     """transformers fills missing weights with random numbers: never harvest those."""
     absent = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if absent:

@@ -153,7 +153,14 @@ def test_code_that_comes_with_a_model_is_never_asked_for(tmp_path):
 
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(ModelUnavailable, match=r"no config\.json"):
+    with pytest.raises(ModelUnavailable, match=r"config\.json is missing; expected the folder"):
+        read_facts(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b'{"model_type": "gem', b"\xff\xfe\x00"], ids=["cut off", "not text"])
+def test_a_damaged_configuration(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelUnavailable, match=r"config\.json is damaged"):
         read_facts(tmp_path)
 
 
