@@ -102,6 +102,15 @@ class Store:
             for reading in running:
                 reading.cancel()
 
+    def beginning(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and documents of a shard, committed or not: they were written before the first one was."""
+        start, stop = self.manifest.shard_range(shard)
+        tokens, documents = (np.empty((stop - start, self.manifest.context), "<u4") for _ in range(2))
+        for path, values in (("tokens", tokens), ("documents", documents)):
+            for job in self._jobs(path, start, stop, values):
+                self._run(job, shard, path)
+        return tokens, documents
+
     def record(self, shard: int) -> CommitRecord:
         return read_record(self.files, self.manifest, shard)
 

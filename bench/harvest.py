@@ -1,0 +1,285 @@
+"""The harvest against the bare forward pass and against SAELens' CacheActivationsRunner; and its memory.
+
+All on one random Gemma-2 of 26 layers and width 576, residual after layer 19, the same tokens and the same
+batch. Ours also captures, sparsifies and stores the attention of four layers; the others do not.
+Jobs take turns within a round, so that a ratio is of one run; loading a model is never timed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from ratios import Row, Speeds, compare, conclude
+from tokenizers import Tokenizer, models
+from transformers import AutoModel, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, StoreWriter
+from saemill.harvest.model import Wanted, load_model
+from saemill.harvest.shards import Harvester, harvest_shards
+
+LAYER, ATTENTION = 19, (17, 18, 19, 20)
+WIDTH, CONTEXT, VOCABULARY, BOS = 576, 128, 32_000, 2
+BATCH = 16
+SHARD_WINDOWS = 32
+MEASURE = "--measure-memory"  # what this file says to a copy of itself
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every measurement shares."""
+
+    folder: Path
+    model: Path
+    tokens: np.ndarray  # uint32 [windows, context]
+    device: torch.device
+    rounds: int
+
+
+def make_model(folder: Path) -> Path:
+    """gemma-2-2b's shape at a quarter of its width, with random weights and a tokenizer that nobody asks."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    words = {"<pad>": 0, "<eos>": 1, "<bos>": BOS, "<unk>": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+def make_tokens(windows: int) -> np.ndarray:
+    tokens = np.random.default_rng(0).integers(4, VOCABULARY, (windows, CONTEXT), dtype=np.uint32)
+    tokens[:, 0] = BOS
+    return tokens
+
+
+def make_manifest(tokens_WT: np.ndarray, dtype: str, attention: tuple[int, ...] = ATTENTION) -> Manifest:
+    windows = len(tokens_WT)
+    return Manifest(
+        model=ModelSpec("random", WIDTH, dtype=dtype, bos_token=BOS, special_tokens=(0, 1, BOS)),  # pyright: ignore
+        corpus=CorpusSpec("random", settings={"batch_windows": BATCH}),
+        context=CONTEXT,
+        layers=(LAYER,),
+        windows=windows,
+        splits={"train": (0, windows), "validation": (windows, windows), "test": (windows, windows)},
+        attention=AttentionSpec(layers=attention),
+        shard_windows=SHARD_WINDOWS,
+    )
+
+
+class Ours:
+    """A whole harvest from tokens to committed shards."""
+
+    def __init__(self, bench: Bench, dtype: str) -> None:
+        self.bench = bench
+        model = load_model(bench.model, Wanted((LAYER,), ATTENTION), getattr(torch, dtype), bench.device)
+        self.harvester = Harvester(model, make_manifest(bench.tokens, dtype), bench.device)
+
+    def run(self, windows: int) -> float:
+        """Seconds for the first so many windows."""
+        out, tokens = self.bench.folder / "store", self.bench.tokens[:windows]
+        manifest = make_manifest(tokens, self.harvester.manifest.model.dtype)
+        with StoreWriter.create(out, manifest, tokens, np.zeros_like(tokens)) as writer:
+            start = perf_counter()
+            harvest_shards(writer, replace(self.harvester, manifest=writer.manifest), writer.pending(), lambda _: None)
+            seconds = perf_counter() - start
+        shutil.rmtree(out)
+        return seconds
+
+
+class Bare:
+    """transformers' own eager forward pass through layer 19, and nothing kept of it."""
+
+    def __init__(self, bench: Bench, dtype: str) -> None:
+        self.bench = bench
+        config = Gemma2Config.from_pretrained(bench.model)
+        config.num_hidden_layers, config.layer_types = LAYER + 1, config.layer_types[: LAYER + 1]
+        logging.set_verbosity_error()
+        model = AutoModel.from_pretrained(
+            bench.model, config=config, dtype=getattr(torch, dtype), attn_implementation="eager"
+        )
+        model.norm = torch.nn.Identity()
+        self.model = model.eval().to(bench.device)
+
+    @torch.inference_mode()
+    def run(self, windows: int) -> float:
+        ids = torch.from_numpy(self.bench.tokens[:windows].astype(np.int64)).to(self.bench.device)
+        start = perf_counter()
+        for at in range(0, windows, BATCH):
+            self.model(input_ids=ids[at : at + BATCH], use_cache=False)
+        if self.bench.device.type == "cuda":
+            torch.cuda.synchronize()
+        return perf_counter() - start
+
+
+class SaeLens:
+    """`peer_harvest.py` in the peers' environment."""
+
+    def __init__(self, bench: Bench, dtype: str, environment: Path) -> None:
+        self.bench, self.dtype = bench, dtype
+        command = [environment / "bin/python", Path(__file__).with_name("peer_harvest.py")]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, windows: int) -> float:
+        rows = self.bench.folder / "rows.npy"
+        np.save(rows, self.bench.tokens[:windows])
+        request = {
+            "model": str(self.bench.model),
+            "rows": str(rows),
+            "out": str(self.bench.folder / "peer"),
+            "layer": LAYER,
+            "width": WIDTH,
+            "batch": BATCH,
+            "dtype": self.dtype,
+            "device": str(self.bench.device),
+        }
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())["seconds"]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def bench_speed(bench: Bench, environment: Path | None) -> list[Row]:
+    jobs: dict[str, Any] = {}
+    for dtype in ("float32", "bfloat16"):
+        jobs |= {f"ours {dtype}": Ours(bench, dtype), f"bare {dtype}": Bare(bench, dtype)}
+    if environment is not None:
+        jobs["SAELens float32"] = SaeLens(bench, "float32", environment)
+    windows, seconds = len(bench.tokens), {name: [] for name in jobs}
+    for job in jobs.values():
+        job.run(BATCH)  # to warm
+    names = list(jobs)
+    for turn in range(bench.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seconds[name].append(jobs[name].run(windows))
+    if environment is not None:
+        jobs["SAELens float32"].close()
+    tokens = windows * CONTEXT
+    return compare_speeds({name: Speeds(tuple(tokens / value for value in seconds[name])) for name in names})
+
+
+def compare_speeds(speeds: dict[str, Speeds]) -> list[Row]:
+    rows = [
+        compare(f"whole harvest, {dtype}", speeds[f"ours {dtype}"], speeds[f"bare {dtype}"], "tok/s", 0.9, "bare pass")
+        for dtype in ("float32", "bfloat16")
+    ]
+    if "SAELens float32" in speeds:
+        peer = speeds["SAELens float32"]
+        rows.append(compare("both in float32", speeds["ours float32"], peer, "tok/s", 1.15, "SAELens"))
+        rows.append(compare("both at their defaults", speeds["ours bfloat16"], peer, "tok/s", 2.5, "SAELens"))
+    return rows
+
+
+def bench_memory(bench: Bench) -> list[Row]:
+    """Peak growth of a fresh process over what it had before the model, against the model and two shards."""
+    rows = []
+    for layers in (ATTENTION, tuple(range(21))):
+        command = [
+            sys.executable,
+            __file__,
+            "--measure-memory",
+            str(bench.model),
+            str(bench.folder),
+            json.dumps(layers),
+        ]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        growth, model, shard, batch = map(int, output.split()[-4:])
+        promised = model + 2 * shard + batch
+        found = f"{growth / 1e6:,.0f} MB with attention of {len(layers)} layers"
+        against = f"model {model / 1e6:,.0f} MB, two shards {2 * shard / 1e6:,.0f} MB, a batch {batch / 1e6:,.0f} MB"
+        rows.append(Row("peak memory", found, against, promised / growth, 0.9))
+    return rows
+
+
+def measure_memory(model: Path, folder: Path, layers: tuple[int, ...]) -> None:
+    """In a process of its own: print growth, and the bytes of the model, of a shard, of a bare batch's growth."""
+    tokens_WT = make_tokens(4 * 256)
+    manifest = replace(make_manifest(tokens_WT, "bfloat16", layers), shard_windows=256)
+    device = torch.device("cpu")
+    before = resident("VmRSS")
+    loaded = load_model(model, Wanted((LAYER,), layers), torch.bfloat16, device)
+    weights = sum(parameter.nbytes for parameter in loaded.stack.parameters())
+    start = resident("VmRSS")
+    reset_peak()
+    with torch.inference_mode():
+        loaded.stack(input_ids=torch.from_numpy(tokens_WT[:BATCH].astype(np.int64)), use_cache=False)
+    batch = resident("VmHWM") - start
+    out = folder / "memory"
+    with StoreWriter.create(out, manifest, tokens_WT, np.zeros_like(tokens_WT)) as writer:
+        reset_peak()
+        shard_bytes: list[int] = []
+        harvester = Harvester(loaded, writer.manifest, device)
+        harvest_shards(writer, harvester, writer.pending(), lambda record: shard_bytes.append(sum_bytes(record)))
+    shutil.rmtree(out)
+    print(resident("VmHWM") - before, weights, max(shard_bytes), batch)
+
+
+def sum_bytes(record: Any) -> int:
+    return sum(array.bytes for array in record.arrays.values())
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--peers", type=click.Path(path_type=Path), help="The environment that has SAELens; none: not compared.")
+@click.option("--windows", default=64, show_default=True, help="Windows of 128 tokens in a timed run.")
+@click.option("--rounds", default=4, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), help="On which disk; a temporary folder by default.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
+def main(
+    peers: Path | None, windows: int, rounds: int, device: str, folder: Path | None, json_file: Path | None
+) -> None:
+    """Measure the harvest; the exit status is 1 where a target is missed."""
+    if peers is not None and not (peers / "bin/python").exists():
+        raise click.UsageError(f"no environment at {peers}: make it with `make peers`, or leave --peers out")
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        model = make_model(Path(place) / "model")
+        bench = Bench(Path(place), model, make_tokens(windows), torch.device(device), rounds)
+        rows = bench_speed(bench, peers)
+        if device == "cpu":
+            rows += bench_memory(bench)
+    title = (
+        f"Harvest, random Gemma-2 of width {WIDTH}, context {CONTEXT}, {windows * CONTEXT:,} tokens, {rounds} rounds"
+    )
+    sys.exit(conclude(f"{title} in turns, {torch.get_num_threads()} threads", rows, json_file))
+
+
+if __name__ == "__main__":
+    if MEASURE in sys.argv:
+        measure_memory(Path(sys.argv[2]), Path(sys.argv[3]), tuple(json.loads(sys.argv[4])))
+    else:
+        main()

@@ -1,0 +1,58 @@
+"""SAELens' CacheActivationsRunner: runs in the peers' environment, one JSON answer a line.
+
+{"model": folder, "rows": file.npy, "out": folder, "layer", "width", "batch", "dtype", "device"} caches one
+residual of the given tokens and answers seconds and tokens; loading the model is not timed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+import warnings
+from typing import Any
+
+import datasets
+import numpy as np
+from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
+from transformers.utils import logging
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def cache(request: dict[str, Any]) -> dict[str, Any]:
+    rows = np.load(request["rows"])
+    tokens, width = rows.size, request["width"]
+    config = CacheActivationsRunnerConfig(
+        dataset_path="rows",
+        model_name=request["model"],
+        model_class_name="AutoModelForCausalLM",
+        model_from_pretrained_kwargs={"dtype": request["dtype"]},
+        model_batch_size=request["batch"],
+        hook_name=f"model.layers.{request['layer']}",
+        d_in=width,
+        training_tokens=tokens,
+        context_size=rows.shape[1],
+        new_cached_activations_path=request["out"],
+        dtype=request["dtype"],
+        device=request["device"],
+        buffer_size_gb=(tokens * width * BYTES[request["dtype"]] + 1) / 1e9,  # all in one buffer, and not a row more
+        streaming=False,
+        shuffle=False,
+    )
+    runner = CacheActivationsRunner(config, override_dataset=datasets.Dataset.from_dict({"tokens": rows.tolist()}))
+    start = time.perf_counter()
+    runner.run()
+    seconds = time.perf_counter() - start
+    shutil.rmtree(request["out"])
+    return {"seconds": seconds, "tokens": tokens}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    answers, sys.stdout = sys.stdout, sys.stderr  # nothing a library prints may pass for an answer
+    for line in sys.stdin:
+        print(json.dumps(cache(json.loads(line))), file=answers, flush=True)

@@ -1,0 +1,89 @@
+"""The attention function that models run with here: eager attention to the bit, open to whoever listens.
+
+Same operations in the same order as transformers' eager attention, so residuals do not change; but in place
+and in blocks of windows, so that on a CPU the scores never leave the cache. A layer's dense probabilities
+are handed to its sink block by block and dropped before the next block.
+
+Keywords reach this function through the model's forward: `sinks` maps a layer to a callable that takes
+probabilities [windows, heads, queries, keys]; `probs_only` (set by `AttentionOnly`) ends after that.
+
+Shape suffixes: W windows, H heads, G key-value heads, T positions, E width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+ATTENTION = "saemill"
+
+Sinks = Mapping[int, Callable[[Tensor], None]]
+
+CPU_BLOCK_BYTES = 1 << 21  # float32 scores of a block: larger ones leave the cache, smaller ones only add calls
+GPU_BLOCK_BYTES = 1 << 29  # there the limit is memory
+
+
+def register_attention() -> None:
+    """Make `attn_implementation=ATTENTION` known to transformers."""
+    AttentionInterface.register(ATTENTION, attend)
+    AttentionMaskInterface.register(ATTENTION, shared_mask)
+
+
+def shared_mask(batch_size: int, **kwargs: Any) -> Tensor | None:
+    """The eager mask of one window: all windows are full, so one mask [1, 1, T, T] serves them all."""
+    return eager_mask(1, **kwargs)
+
+
+def attend(
+    module: Any,
+    query_WHTE: Tensor,
+    key_WGTE: Tensor,
+    value_WGTE: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Sinks | None = None,
+    probs_only: bool = False,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention output [W, T, H, E]; probabilities go to the sink of this layer and nowhere else."""
+    windows, heads, context, width = query_WHTE.shape
+    sink = (sinks or {}).get(module.layer_idx)
+    out = query_WHTE.new_empty(windows, context, *((1,) if probs_only else (heads, width)))
+    size = _windows_per_block(query_WHTE)
+    for start in range(0, windows, size):
+        block = slice(start, start + size)
+        probs = _probabilities(query_WHTE[block], key_WGTE[block], attention_mask, scaling, softcap)
+        if sink is not None:
+            sink(probs)
+        if not probs_only:
+            out[block] = (probs @ _for_all_heads(value_WGTE[block], heads)).transpose(1, 2)
+        del probs  # or it would live on while the next block's scores are made
+    return out, None
+
+
+def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+    scores = query @ _for_all_heads(key, query.shape[1]).transpose(2, 3)
+    scores.mul_(scaling)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        scores.add_(mask)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+
+
+def _for_all_heads(states_WGTE: Tensor, heads: int) -> Tensor:
+    """Repeat each key-value head for the query heads that share it."""
+    groups = states_WGTE.shape[1]
+    return states_WGTE.unsqueeze(2).expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
+
+
+def _windows_per_block(query_WHTE: Tensor) -> int:
+    _, heads, context, _ = query_WHTE.shape
+    room = CPU_BLOCK_BYTES if query_WHTE.device.type == "cpu" else GPU_BLOCK_BYTES
+    return max(1, room // (4 * heads * context * context))

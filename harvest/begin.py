@@ -1,0 +1,115 @@
+"""The beginning of a store: all its tokens, or the store that stands there already.
+
+The first worker tokenises and packs the corpus and writes all tokens; the others wait for it. Where a
+store stands, its settings must be the ones asked for, and nothing is tokenised again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
+from ..cache_schema.files import Files, LocalFiles, open_files
+from ..cache_schema.layout import ROOT
+from .corpus import STDLIB, looks_like_path, open_corpus
+from .errors import TokensMissing
+from .place import Place
+from .plan import Plan, corpus_spec, manifest_of, require_same
+from .progress import Watch
+from .spool import PackingJob, spool_corpus
+
+POLL_SECONDS = 0.5
+WAIT_SECONDS = 12 * 3600
+
+
+def begin_store(plan: Plan, place: Place, watch: Watch) -> StoreWriter:
+    """The store's writer, once all tokens are written."""
+    files = open_files(plan.config.out)
+    if not files.exists(ROOT):
+        if place.is_first:
+            return _create(plan, files, watch)
+        _wait_for(files)
+    writer = StoreWriter.open(plan.config.out)
+    try:
+        require_same(plan, _corpus_of_existing(plan, writer.manifest), writer.manifest, files.url)
+    except BaseException:
+        writer.close()
+        raise
+    watch.say(f"going on with the store at {files.url}")
+    return writer
+
+
+def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
+    """Tokenise, pack, and write the beginning of the store."""
+    corpus = open_corpus(plan.corpus)
+    spec = corpus_spec(plan, corpus.id, corpus.revision, corpus.settings)
+    context = plan.config.context
+    job = PackingJob(plan.windows, context, plan.config.packing)
+    folder = _spool_folder(files)
+    with _locked(folder), watch.stage("tokenising", plan.windows * context):
+        spool, packed = spool_corpus(
+            corpus, plan.encoder, job, folder, lambda windows, documents: watch.packed(windows * context, documents)
+        )
+        if len(packed.tokens) < plan.windows:
+            watch.say(f"the corpus fills {len(packed.tokens):,} windows of the {plan.windows:,} asked for")
+        writer = StoreWriter.create(plan.config.out, manifest_of(plan, spec, packed), packed.tokens, packed.documents)
+        del packed
+        spool.remove()
+    return writer
+
+
+def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
+    """What the corpus of a store must say if it is ours. One of the hub stays pinned without asking the hub."""
+    source, recorded = plan.corpus, found.corpus
+    is_here = source.dataset == STDLIB or Path(source.dataset).expanduser().exists() or looks_like_path(source.dataset)
+    if not is_here and source.dataset == recorded.id and source.revision in (None, recorded.revision):
+        settings = {"config": source.config, "split": source.split, "column": source.column}
+        return corpus_spec(plan, recorded.id, recorded.revision, settings)
+    corpus = open_corpus(source)
+    return corpus_spec(plan, corpus.id, corpus.revision, corpus.settings)
+
+
+def _wait_for(files: Files) -> None:
+    """Until the first worker has written all tokens."""
+    end = time.monotonic() + WAIT_SECONDS
+    while not files.exists(ROOT):
+        if time.monotonic() > end:
+            raise TokensMissing(
+                f"waited {WAIT_SECONDS // 3600} hours for the first worker to write the tokens of {files.url}. "
+                "Start worker 1 (or rank 0), then this one again"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _spool_folder(files: Files) -> Path:
+    """Beside a local store; in the folder for temporary files where the store is remote."""
+    if isinstance(files, LocalFiles):
+        root = files.root.absolute()
+        return root.with_name(f"{root.name}.spool")
+    name = hashlib.sha256(files.url.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"saemill-{name}.spool"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time tokenises for a store."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise StoreBusy(
+            f"another process is tokenising into {folder}: let it end, then run this command again"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,147 @@
+"""`sae-harvest`: run a model over a corpus once, and keep residuals and attention in a store."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+
+from ..cache_schema import Store, StoreError, StoreMissing
+from ..cache_schema.info import describe
+from ..cache_schema.info import render as render_store
+from .config import ATTENTION_AROUND, HarvestConfig, parse_count, parse_layers, parse_worker
+from .corpus import CorpusSource
+from .errors import HarvestError
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--model", default="auto", show_default=True, help="auto, pocket, a model's id on the hub, or a folder.")
+@click.option("--layer", default=19, show_default=True, help="Keep the residual stream after this layer.")
+@click.option("--resid-layers", metavar="LAYERS", help="And after these: 17..20, or -2..+1 counted from --layer.")
+@click.option(
+    "--attention-layers", metavar="LAYERS", default=ATTENTION_AROUND, show_default=True, help="Likewise, or none."
+)
+@click.option("--attention-mass", default=0.95, show_default=True, help="Keep keys until they carry this much.")
+@click.option("--attention-topk", default=16, show_default=True, help="At most so many keys a row.")
+@click.option("--attention-heads", type=click.Choice(["mean", "all"]), default="mean", show_default=True)
+@click.option(
+    "--dataset",
+    help="A data set's id on the hub, a text, jsonl or parquet file, a folder of them, or stdlib.  "
+    "[default: stdlib for the pocket model, else Skylion007/openwebtext]",
+)
+@click.option("--dataset-config", help="Configuration of a data set of the hub.")
+@click.option("--dataset-split", default="train", show_default=True)
+@click.option("--dataset-revision", help="Commit or branch.  [default: today's, pinned]")
+@click.option("--column", default="text", show_default=True, help="Where rows keep their text.")
+@click.option("--tokens", metavar="N", help="How much: 200k, 10M, 1.5B.  [default: 10M; 1M of stdlib]")
+@click.option("--context", default=128, show_default=True, help="Tokens in a window.")
+@click.option("--packing", type=click.Choice(["concat", "documents"]), default="concat", show_default=True)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
+@click.option("--codec", type=click.Choice(["raw", "lz4", "zstd"]), default="raw", show_default=True)
+@click.option("--shard-windows", default=256, show_default=True, help="Windows in a shard, the unit of work.")
+@click.option("--batch-windows", type=int, help="Windows in a forward pass.  [default: 2,048 tokens' worth]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--worker", default="1/1", show_default=True, metavar="I/N", help="This is the I-th of N processes.")
+@click.option("--out", default="./store", show_default=True, help="The store: a folder, or an fsspec URL (s3://...).")
+@click.option("--dry-run", "is_dry_run", is_flag=True, help="Say what it would cost, and write nothing.")
+def main(is_dry_run: bool, **options: Any) -> None:
+    """Run a language model over a corpus once; keep residuals, attention and tokens in a store.
+
+    Stopped at any point, the same command goes on where it was. Several processes share the work under
+    `accelerate launch` or `torchrun`, or each with its own --worker.
+    """
+    with _reported(options["out"]):
+        config = make_config(options)
+        if is_dry_run:
+            _estimate(config)
+        else:
+            _harvest(config)
+
+
+def make_config(options: dict[str, Any]) -> HarvestConfig:
+    """The options as the command line gives them, read."""
+    layer = options["layer"]
+    resid = parse_layers(options["resid_layers"], layer) if options["resid_layers"] else ()
+    same = ("model", "attention_mass", "attention_topk", "attention_heads", "context", "packing", "dtype", "codec")
+    also = ("shard_windows", "batch_windows", "device", "out")
+    return HarvestConfig(
+        resid_layers=tuple(sorted({layer, *resid})),
+        attention_layers=parse_layers(options["attention_layers"], layer),
+        corpus=_corpus(options),
+        tokens=parse_count(options["tokens"]) if options["tokens"] else None,
+        worker=parse_worker(options["worker"]),
+        **{name: options[name] for name in (*same, *also)},
+    )
+
+
+def _corpus(options: dict[str, Any]) -> CorpusSource | None:
+    if options["dataset"] is None:
+        return None
+    return CorpusSource(
+        dataset=options["dataset"],
+        config=options["dataset_config"],
+        split=options["dataset_split"],
+        revision=options["dataset_revision"],
+        column=options["column"],
+    )
+
+
+def _harvest(config: HarvestConfig) -> None:
+    from .run import harvest  # late: --help must not wait for torch and transformers
+
+    finished = harvest(config)
+    if not finished.is_first:
+        return
+    with Store.open(config.out) as store:
+        Console().print(render_store(describe(store)))
+    if finished.committed == finished.shards:
+        click.echo(f"next: sae-train --store {shlex.quote(config.out)}")
+    else:
+        click.echo(f"{finished.committed} of {finished.shards} shards are committed; others belong to other workers")
+
+
+def _estimate(config: HarvestConfig) -> None:
+    from .dry_run import dry_run, render
+    from .progress import Watch
+
+    estimate = dry_run(config, Watch())
+    Console().print(render(estimate))
+    if not estimate.fits:
+        click.echo(
+            f"StoreFull: the disk of {config.out} cannot hold it. "
+            "Ask for fewer --tokens or layers, try --codec zstd, or give another --out",
+            err=True,
+        )
+        sys.exit(1)
+
+
+@contextmanager
+def _reported(url: str) -> Iterator[None]:
+    """An expected error is one line for a person; an interruption says what is safe."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except (HarvestError, StoreError) as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo(f"stopped. {_what_is_safe(url)}; the same command goes on from there", err=True)
+        sys.exit(130)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _what_is_safe(url: str) -> str:
+    try:
+        with Store.open(url) as store:
+            return f"{int(store.committed.sum())} of {store.manifest.shards} shards are committed"
+    except StoreMissing:
+        return "What was tokenised is kept"

@@ -1,0 +1,110 @@
+"""What a user asks of a harvest, and how the words of the command line are read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from ..cache_schema.manifest import Codec
+from .corpus import CorpusSource
+from .errors import SettingInvalid
+from .packing import Packing
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Heads = Literal["mean", "all"]
+
+BATCH_TOKENS = 2048  # the same on every machine, because the batch decides the last bits of a residual
+ATTENTION_AROUND = "-2..+1"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of several processes that share the shards of a store among them."""
+
+    index: int = 0  # counted from 0, though users count from 1
+    count: int = 1
+
+    def takes(self, shard: int) -> bool:
+        return shard % self.count == self.index
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """One harvest. None means: what suits the model."""
+
+    out: str
+    model: str = "auto"
+    resid_layers: tuple[int, ...] = (19,)
+    attention_layers: tuple[int, ...] = (17, 18, 19, 20)
+    attention_mass: float = 0.95
+    attention_topk: int = 16
+    attention_heads: Heads = "mean"
+    corpus: CorpusSource | None = None
+    tokens: int | None = None
+    context: int = 128
+    packing: Packing = "concat"
+    dtype: Dtype = "bfloat16"
+    codec: Codec = "raw"
+    shard_windows: int = 256
+    batch_windows: int | None = None
+    device: str = "auto"
+    worker: Worker = Worker()
+
+    def __post_init__(self) -> None:
+        if self.context < 2:
+            raise SettingInvalid(f"--context: expected at least 2 (BOS and one token), found {self.context}")
+        for name in ("shard_windows", "batch_windows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingInvalid(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
+        if not 0 < self.attention_mass <= 1:
+            raise SettingInvalid(f"--attention-mass: expected more than 0 and at most 1, found {self.attention_mass}")
+        if self.attention_topk < 1:
+            raise SettingInvalid(f"--attention-topk: expected at least 1, found {self.attention_topk}")
+        if self.tokens is not None and self.tokens < 3 * self.context:
+            raise SettingInvalid(
+                f"--tokens {self.tokens}: expected at least {3 * self.context}, one window of {self.context} tokens "
+                "for each of train, validation and test"
+            )
+
+    @property
+    def windows_per_batch(self) -> int:
+        return self.batch_windows or max(1, BATCH_TOKENS // self.context)
+
+
+def parse_count(text: str) -> int:
+    """`10M`, `1.5B`, `200k` or plain digits."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbBgG]?)", text.strip().replace("_", "").replace(",", ""))
+    if found is None:
+        raise SettingInvalid(f"{text!r} is no number of tokens: expected for example 200k, 10M or 1.5B")
+    scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[found[2].lower()]
+    return round(float(found[1]) * scale)
+
+
+def parse_layers(text: str, layer: int) -> tuple[int, ...]:
+    """Layers such as `17,19`, `17..20` or, counted from `layer`, `-2..+1`; `none` for no layer."""
+    if text.strip().lower() == "none":
+        return ()
+    layers: set[int] = set()
+    for item in text.split(","):
+        ends = [_parse_layer(end, layer, text) for end in item.split("..")]
+        if len(ends) > 2 or ends[0] > ends[-1]:
+            raise SettingInvalid(f"{text!r}: expected a range such as 17..20 or -2..+1, found {item!r}")
+        layers.update(range(ends[0], ends[-1] + 1))
+    return tuple(sorted(layers))
+
+
+def _parse_layer(text: str, layer: int, whole: str) -> int:
+    found = re.fullmatch(r"([+-]?)(\d+)", text.strip())
+    if found is None:
+        raise SettingInvalid(f"{whole!r}: expected layers such as 17,19 or 17..20 or -2..+1 or none, found {text!r}")
+    return layer + int(text) if found[1] else int(text)
+
+
+def parse_worker(text: str) -> Worker:
+    """`3/16`: the third of sixteen workers."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise SettingInvalid(f"--worker {text}: expected i/n with i from 1 to n, for example 3/16")
+    return Worker(int(found[1]) - 1, int(found[2]))

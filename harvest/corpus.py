@@ -1,0 +1,126 @@
+"""Where documents come from: a data set of the hub, local files, or the running Python's own library.
+
+A corpus has an identity that decides its text and names no path, and it can be read from any point on:
+`documents(state)` goes on behind the document at which `state()` was taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import CorpusUnavailable, DocumentInvalid
+
+State = dict[str, Any]  # plain JSON
+
+STDLIB = "stdlib"
+OPENWEBTEXT = "Skylion007/openwebtext"
+
+
+@dataclass(frozen=True)
+class CorpusSource:
+    """What a user says about the text."""
+
+    dataset: str  # `stdlib`, a file or folder, or an id on the hub
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    column: str = "text"
+
+
+class Corpus(Protocol):
+    """Documents in a fixed order."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def revision(self) -> str: ...
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What else decides the text."""
+        ...
+
+    def documents(self, state: State | None = None) -> Iterator[str]: ...
+    def state(self) -> State:
+        """Where the last `documents` has come to."""
+        ...
+
+
+def open_corpus(source: CorpusSource) -> Corpus:
+    """The corpus that a user names."""
+    from .hub import open_hub  # late: importing datasets takes seconds, which only those who use it should pay
+    from .local_files import LocalCorpus
+
+    if source.dataset == STDLIB:
+        return StdlibCorpus()
+    path = Path(source.dataset).expanduser()
+    if path.exists():
+        return LocalCorpus(path, source.column)
+    if looks_like_path(source.dataset):
+        raise CorpusUnavailable(
+            f"there is no file or folder {source.dataset}. Give a text, jsonl or parquet file or a folder of them, "
+            f"the id of a data set on the hub such as {OPENWEBTEXT}, or `{STDLIB}`"
+        )
+    return open_hub(source)
+
+
+def looks_like_path(dataset: str) -> bool:
+    """Whether a name that is no file here can only have been meant as one."""
+    return dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or Path(dataset).suffix in FILE_SUFFIXES
+
+
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+PARQUET_SUFFIXES = (".parquet",)
+FILE_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES)
+
+
+def checked_text(value: object, where: str) -> str:
+    """A document that can be written as UTF-8, or an error that says which one cannot."""
+    if not isinstance(value, str):
+        raise DocumentInvalid(
+            f"{where}: expected text, found {type(value).__name__}. Remove it, or name another --column"
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DocumentInvalid(
+            f"{where}: {value[error.start]!r} at character {error.start} is half of a pair that no UTF-8 can hold. "
+            "Mend or remove this document, then run again"
+        ) from None
+    return value
+
+
+class StdlibCorpus:
+    """The text of the running Python's standard library: every machine has it."""
+
+    id = STDLIB
+    settings: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+
+    def __init__(self) -> None:
+        self._read = 0
+
+    @cached_property
+    def _documents(self) -> list[tuple[str, str]]:
+        from .pocket.text import stdlib_documents
+
+        return list(stdlib_documents())
+
+    @property
+    def revision(self) -> str:
+        from .pocket.text import text_digest
+
+        return f"sha256:{text_digest(self._documents)}"
+
+    def documents(self, state: State | None = None) -> Iterator[str]:
+        self._read = (state or {}).get("documents", 0)
+        for _, text in islice(self._documents, self._read, None):
+            self._read += 1
+            yield text
+
+    def state(self) -> State:
+        return {"documents": self._read}

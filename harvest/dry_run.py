@@ -1,0 +1,93 @@
+"""A harvest without writing anything: what it would cost in bytes and in time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from ..cache_schema import Manifest
+from ..cache_schema.files import open_files
+from .config import HarvestConfig
+from .corpus import Corpus, open_corpus
+from .errors import CorpusEmpty
+from .estimate import Cost, measure_cost, needed_bytes
+from .packing import Packer
+from .place import taken_place
+from .plan import Plan, corpus_spec, expected_manifest
+from .progress import Watch
+from .run import decide, make_harvester
+
+TRIAL_DOCUMENTS = 2000
+DOCUMENTS_AT_ONCE = 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was found out about a harvest."""
+
+    manifest: Manifest
+    cost: Cost
+    needed_bytes: int
+    free_bytes: int | None  # None where the store does not lie on a disk of this machine
+
+    @property
+    def fits(self) -> bool:
+        return self.free_bytes is None or self.needed_bytes <= self.free_bytes
+
+    @property
+    def seconds(self) -> float:
+        return self.manifest.tokens / self.cost.tokens_per_second
+
+
+def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
+    """Time a few batches of the corpus and scale up."""
+    with taken_place(config.device, config.worker) as place:
+        plan = decide(config, watch)
+        corpus = open_corpus(plan.corpus)
+        spec = corpus_spec(plan, corpus.id, corpus.revision, corpus.settings)
+        manifest = expected_manifest(plan, spec, plan.windows)
+        tokens = _first_windows(plan, corpus)
+        cost = measure_cost(make_harvester(manifest, plan.source, place.device), tokens)
+    needed = needed_bytes(cost, manifest, manifest.shards)
+    return Estimate(manifest, cost, needed, open_files(config.out).free_bytes())
+
+
+def render(estimate: Estimate) -> RenderableType:
+    """Two small tables for a person."""
+    manifest, cost = estimate.manifest, estimate.cost
+    sizes = Table("array", "bytes per token", title="Size by array", title_justify="left")
+    sizes.columns[1].justify = "right"
+    for path, size in sorted(cost.bytes_per_token.items()):
+        sizes.add_row(path, f"{size:,.1f}")
+    sizes.add_section()
+    sizes.add_row("all", f"{cost.total_per_token:,.1f}")
+    facts = Table.grid(padding=(0, 2))
+    free = "not a disk of this machine" if estimate.free_bytes is None else f"{estimate.free_bytes / 1e9:,.2f} GB"
+    rows = {
+        "tokens": f"{manifest.tokens:,} (if the corpus holds as many)",
+        "shards": f"{manifest.shards:,} of {manifest.shard_windows} windows of {manifest.context} tokens",
+        "size": f"{estimate.needed_bytes / 1e9:,.2f} GB",
+        "free": free,
+        "rate": f"{cost.tokens_per_second:,.0f} tokens/s on this device",
+        "time": f"{estimate.seconds / 60:,.1f} minutes for one process",
+    }
+    for name, value in rows.items():
+        facts.add_row(f"[bold]{name}[/bold]", value)
+    return Group(sizes, facts)
+
+
+def _first_windows(plan: Plan, corpus: Corpus):
+    """Enough windows of the corpus for one batch, or as many as it quickly gives."""
+    packer = Packer(plan.config.context, plan.encoder.bos_token, plan.config.packing)
+    documents = islice(corpus.documents(), TRIAL_DOCUMENTS)
+    while texts := list(islice(documents, DOCUMENTS_AT_ONCE)):
+        windows = packer.pack(plan.encoder.encode(texts), [0] * len(texts))
+        if len(windows):
+            return windows.tokens[: plan.config.windows_per_batch]
+    raise CorpusEmpty(
+        f"the first {TRIAL_DOCUMENTS:,} documents of {corpus.id} fill no window of {plan.config.context} tokens. "
+        "Give more text, or a smaller --context"
+    )

@@ -1,0 +1,88 @@
+"""What can go wrong in a harvest, one class per condition.
+
+HarvestError
+├── ModelUnavailable        the weights can be had neither from the cache nor from the hub
+├── WeightsIncomplete       a checkpoint lacks weights that the wanted layers need
+├── UnsupportedArchitecture a model type that this package cannot truncate
+├── LayerOutOfRange         a layer that the model does not have
+├── ContextTooLong          windows longer than the model, or than the attention format, allows
+├── NonFiniteResidual       the model overflowed: infinities or NaN in a residual stream
+├── NonFiniteAttention      the same in attention probabilities
+├── SettingInvalid          an option that cannot be read, or that contradicts another
+├── CorpusUnavailable       no such file, data set, split or column
+├── CorpusEmpty             a corpus without one token of text
+├── SplitEmpty              too little text to fill train, validation and test
+├── DocumentInvalid         a document that is no UTF-8 text
+├── NetworkLost             a stream broke off too often in a row
+├── TokenizerUnsuitable     a tokenizer without BOS, or without its fast form
+├── TokensMissing           the worker that writes the tokens never did
+└── ModelDiffers            another model than the one that a store was begun with
+"""
+
+
+class HarvestError(Exception):
+    """Any condition that ends a harvest with one clear message."""
+
+
+class ModelUnavailable(HarvestError, OSError):
+    """The weights can be had neither from a folder, nor from the local cache, nor from the hub."""
+
+
+class WeightsIncomplete(HarvestError, ValueError):
+    """A checkpoint lacks weights of the layers that were asked for."""
+
+
+class UnsupportedArchitecture(HarvestError, ValueError):
+    """No entry in the architecture table for this model type."""
+
+
+class LayerOutOfRange(HarvestError, ValueError):
+    """A residual or attention layer that the model does not have."""
+
+
+class ContextTooLong(HarvestError, ValueError):
+    """Windows longer than the model was made for, or than positions can be written down."""
+
+
+class NonFiniteResidual(HarvestError, ArithmeticError):
+    """A residual stream holds infinities or NaN."""
+
+
+class NonFiniteAttention(HarvestError, ArithmeticError):
+    """A row of attention probabilities has no positive, finite mass."""
+
+
+class SettingInvalid(HarvestError, ValueError):
+    """An option that cannot be read, or that contradicts another."""
+
+
+class CorpusUnavailable(HarvestError, LookupError):
+    """The file, data set, split or column that was named is not there."""
+
+
+class CorpusEmpty(HarvestError, ValueError):
+    """The corpus holds no text at all."""
+
+
+class SplitEmpty(HarvestError, ValueError):
+    """The corpus is too small to fill one window of each split."""
+
+
+class DocumentInvalid(HarvestError, ValueError):
+    """A document that is no UTF-8 text."""
+
+
+class NetworkLost(HarvestError, ConnectionError):
+    """The stream of documents broke off too often in a row; what was read is kept."""
+
+
+class TokenizerUnsuitable(HarvestError, ValueError):
+    """A tokenizer that cannot make windows: without BOS, or without a fast implementation."""
+
+
+class TokensMissing(HarvestError, TimeoutError):
+    """The worker that tokenises for all others did not write the tokens in time."""
+
+
+class ModelDiffers(HarvestError, ValueError):
+    """The model at hand is not the one that the store was begun with."""

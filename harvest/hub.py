@@ -1,0 +1,163 @@
+"""A corpus from the Hugging Face hub, streamed.
+
+1. Pin the revision to a commit, so that the text is the same tomorrow.
+2. A repository whose data come by way of a script is read through its parquet conversion instead: nothing
+   that was downloaded is ever run.
+3. When the network is lost, wait and go on behind the last document, a bounded number of times.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of whichever HTTP library the hub's client uses)
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .corpus import CorpusSource, State, checked_text
+from .errors import CorpusUnavailable, NetworkLost
+
+CONVERSION = "refs/convert/parquet"
+NETWORK_ERRORS = (OSError, HTTPError)
+WAITS_SECONDS = (1, 2, 4, 8, 16)  # after so many failures in a row without one document in between, stop
+TIMEOUT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A data set as it lies on the hub: what to load, at a fixed commit."""
+
+    id: str
+    commit: str
+    files: tuple[str, ...] = ()  # parquet files to read; empty where `datasets` finds them by itself
+
+
+class HubCorpus:
+    """Documents of one split of a streamed data set. `load` gives an iterable with `datasets`' resumable state."""
+
+    def __init__(
+        self, source: CorpusSource, commit: str, load: Callable[[], Any], waits: Sequence[float] = WAITS_SECONDS
+    ) -> None:
+        self.id = source.dataset
+        self.revision = commit
+        self._source = source
+        self._load = load
+        self._waits = waits
+        self._position: Any = None
+        self._read = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"config": self._source.config, "split": self._source.split, "column": self._source.column}
+
+    def documents(self, state: State | None = None) -> Iterator[str]:
+        self._read, self._position = (state or {}).get("documents", 0), (state or {}).get("stream")
+        for row in self._stream():
+            self._read += 1
+            yield self._text(row)
+
+    def state(self) -> State:
+        return {"documents": self._read, "stream": self._position}
+
+    def _stream(self) -> Iterator[dict[str, Any]]:
+        """Rows from where we are, over any number of broken connections but not too many in a row."""
+        failures = 0
+        while True:
+            try:
+                rows = self._load()
+                if self._position is not None:
+                    rows.load_state_dict(self._position)
+                for row in rows:
+                    failures = 0
+                    self._position = rows.state_dict()  # now: after a failure it may count a row that never came
+                    yield row
+                return
+            except NETWORK_ERRORS as error:
+                self._wait(failures, error)
+                failures += 1
+
+    def _wait(self, failures: int, error: Exception) -> None:
+        if failures == len(self._waits):
+            raise NetworkLost(
+                f"the connection to {self.id} was lost {failures + 1} times in a row after {self._read:,} documents "
+                f"({error}). Nothing is lost: run the same command again and it goes on from there"
+            ) from error
+        time.sleep(self._waits[failures])
+
+    def _text(self, row: dict[str, Any]) -> str:
+        column = self._source.column
+        if column not in row:
+            raise CorpusUnavailable(
+                f"{self.id} has no column {column!r}; it has {', '.join(row)}. Name one with --column"
+            )
+        return checked_text(row[column], f"{self.id}, document {self._read - 1}")
+
+
+def open_hub(source: CorpusSource) -> HubCorpus:
+    """Find the data set on the hub and pin it to a commit."""
+    try:
+        repository = find_repository(source)
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        _refuse(
+            source, error, "check the id and the revision, accept its terms on the hub, and log in (`hf auth login`)"
+        )
+    except NETWORK_ERRORS as error:
+        _refuse(source, error, "check the network, or use a local file or `--dataset stdlib`")
+    return HubCorpus(source, repository.commit, lambda: _load(source, repository))
+
+
+def find_repository(source: CorpusSource, api: Any = None) -> Repository:
+    """The commit to read, and the files where they must be named."""
+    from huggingface_hub import HfApi
+
+    api = api or HfApi()
+    info = api.dataset_info(source.dataset, revision=source.revision, timeout=TIMEOUT_SECONDS)
+    names = [sibling.rfilename for sibling in info.siblings]
+    if source.revision is None and f"{source.dataset.rsplit('/', 1)[-1]}.py" in names:
+        info = api.dataset_info(source.dataset, revision=CONVERSION, timeout=TIMEOUT_SECONDS)
+        names = [sibling.rfilename for sibling in info.siblings]
+        return Repository(source.dataset, info.sha, _converted_files(names, source))
+    return Repository(source.dataset, info.sha)
+
+
+def _converted_files(names: Sequence[str], source: CorpusSource) -> tuple[str, ...]:
+    """The conversion keeps CONFIG/SPLIT/*.parquet, or CONFIG/partial-SPLIT/ of what is very large."""
+    folders = sorted({name.rsplit("/", 1)[0] for name in names if name.endswith(".parquet") and name.count("/") == 2})
+    wanted = (source.split, f"partial-{source.split}")
+    fitting = [
+        folder for folder in folders if folder.split("/")[1] in wanted and source.config in (None, folder.split("/")[0])
+    ]
+    if len(fitting) != 1:
+        raise CorpusUnavailable(
+            f"{source.dataset}: expected one config with a split {source.split!r}, found "
+            f"{', '.join(fitting or folders) or 'no parquet conversion'}. "
+            "Choose with --dataset-config and --dataset-split"
+        )
+    return tuple(sorted(name for name in names if name.startswith(f"{fitting[0]}/") and name.endswith(".parquet")))
+
+
+def _load(source: CorpusSource, repository: Repository) -> Any:
+    from datasets import load_dataset
+
+    if repository.files:
+        urls = [f"hf://datasets/{repository.id}@{repository.commit}/{name}" for name in repository.files]
+        return load_dataset("parquet", data_files={"train": urls}, split="train", streaming=True)
+    try:
+        return load_dataset(
+            source.dataset, source.config, split=source.split, revision=repository.commit, streaming=True
+        )
+    except (ValueError, RuntimeError) as error:  # an unknown config or split, or data that only a script can read
+        raise CorpusUnavailable(
+            f"{source.dataset} cannot be streamed: {error}. "
+            f"Choose with --dataset-config and --dataset-split, or try --dataset-revision {CONVERSION}"
+        ) from error
+
+
+def _refuse(source: CorpusSource, error: Exception, remedy: str) -> NoReturn:
+    raise CorpusUnavailable(f"data set {source.dataset} cannot be reached ({error}): {remedy}") from error

@@ -1,0 +1,175 @@
+"""A corpus of local files: text, jsonl, parquet, or a folder of any of these.
+
+A text file that stands alone holds documents with blank lines between them, or, where it has no blank
+line, one document a line. In a folder each text file is one document. jsonl and parquet files hold one
+document a row. A folder's files are read in the order of their names; other files in it are left alone.
+
+The identity is a hash of the bytes, never the path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .corpus import FILE_SUFFIXES, JSONL_SUFFIXES, PARQUET_SUFFIXES, State, checked_text
+from .errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid
+
+PARQUET_ROWS = 256
+
+
+class LocalCorpus:
+    """Documents of a file, or of all files under a folder."""
+
+    id = "local"
+
+    def __init__(self, path: Path, column: str = "text") -> None:
+        self._path = path
+        self._column = column
+        self._read = 0
+
+    @cached_property
+    def files(self) -> list[Path]:
+        if self._path.is_file():
+            return [self._path]
+        found = sorted(self._path.rglob("*"), key=lambda file: file.relative_to(self._path).as_posix())
+        files = [file for file in found if file.is_file() and file.suffix.lower() in FILE_SUFFIXES]
+        if not files:
+            raise CorpusEmpty(f"{self._path} holds no file with text ({', '.join(FILE_SUFFIXES)})")
+        return files
+
+    @property
+    def revision(self) -> str:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        """A hash over the hashes of all files, in order."""
+        total = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as opened:
+                total.update(hashlib.file_digest(opened, "sha256").digest())
+        return f"sha256:{total.hexdigest()}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        has_columns = any(file.suffix.lower() in (*JSONL_SUFFIXES, *PARQUET_SUFFIXES) for file in self.files)
+        kind = "file" if self._path.is_file() else "folder"
+        return {"kind": kind} | ({"column": self._column} if has_columns else {})
+
+    def documents(self, state: State | None = None) -> Iterator[str]:
+        self._read = (state or {}).get("documents", 0)
+        for text in islice(self._all(), self._read, None):
+            self._read += 1
+            yield text
+
+    def state(self) -> State:
+        return {"documents": self._read}
+
+    def _all(self) -> Iterator[str]:
+        for file in self.files:
+            suffix = file.suffix.lower()
+            if suffix in JSONL_SUFFIXES:
+                yield from _rows_of_jsonl(file, self._column)
+            elif suffix in PARQUET_SUFFIXES:
+                yield from _rows_of_parquet(file, self._column)
+            elif self._path.is_file():
+                yield from _blocks_of_text(file)
+            else:
+                yield _decoded(file.read_bytes(), f"{file}")
+
+
+def _blocks_of_text(file: Path) -> Iterator[str]:
+    """Runs of lines between blank lines; every line where there is no blank one."""
+    whole_lines = not _has_blank_line_inside(file)
+    block, start = bytearray(), 1
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                block += line
+            if block and (whole_lines or not line.strip()):
+                yield _decoded(bytes(block), f"{file}, line {start}")
+                block.clear()
+            if not block:
+                start = number + 1
+    if block:
+        yield _decoded(bytes(block), f"{file}, line {start}")
+
+
+def _has_blank_line_inside(file: Path) -> bool:
+    """Whether a blank line stands between two that are not."""
+    seen_text = seen_blank = False
+    with file.open("rb") as lines:
+        for line in lines:
+            if line.strip():
+                if seen_blank:
+                    return True
+                seen_text = True
+            elif seen_text:
+                seen_blank = True
+    return False
+
+
+def _rows_of_jsonl(file: Path, column: str) -> Iterator[str]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{file}, line {number}"
+                yield checked_text(_cell(_decoded(line, where), column, where), where)
+
+
+def _cell(line: str, column: str, where: str) -> object:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DocumentInvalid(f"{where} is no JSON ({error}). Mend or remove this line, then run again") from None
+    if not isinstance(row, dict) or column not in row:
+        keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise DocumentInvalid(f"{where}: expected an object with {column!r}, found {keys}. Name another with --column")
+    return row[column]
+
+
+def _rows_of_parquet(file: Path, column: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            if column not in table.schema_arrow.names:
+                raise CorpusUnavailable(
+                    f"{file} has no column {column!r}; it has {', '.join(table.schema_arrow.names)}. "
+                    "Name one of them with --column"
+                )
+            row = 0
+            for batch in table.iter_batches(PARQUET_ROWS, columns=[column]):
+                for cell in batch.column(0):
+                    yield _text_of_cell(cell, f"{file}, row {row}")
+                    row += 1
+    except pyarrow.ArrowInvalid as error:
+        raise CorpusUnavailable(f"{file} is no parquet file that can be read: {error}") from None
+
+
+def _text_of_cell(cell: Any, where: str) -> str:
+    try:
+        return checked_text(cell.as_py(), where)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, error) from None
+
+
+def _decoded(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, error) from None
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> DocumentInvalid:
+    return DocumentInvalid(
+        f"{where}: byte {error.object[error.start]:#04x} at {error.start} of this document is no UTF-8. "
+        "Convert the file to UTF-8 or remove the document, then run again"
+    )

@@ -1,0 +1,208 @@
+"""Load a causal language model and cut it down to what a harvest asks for.
+
+1. Read the facts (layers, width, context) from the configuration alone, and refuse what cannot be had.
+2. Load the decoder stack with no more layers than needed: the layers above, the final norm and the vocabulary
+   projection are neither computed nor kept in memory.
+3. Where the attention of a layer is wanted but not its residual, leave of that layer its input norm and the
+   projections to queries and keys.
+
+Everything that runs is transformers' own code; `architectures` says where its parts are found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from .architectures import architecture_of, cut
+from .attend import ATTENTION, register_attention
+from .errors import ContextTooLong, LayerOutOfRange, ModelUnavailable, WeightsIncomplete
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the configuration of a model says."""
+
+    model_type: str
+    num_layers: int
+    d_model: int
+    num_heads: int
+    max_context: int
+    vocab_size: int
+
+    @staticmethod
+    def of(config: PretrainedConfig) -> ModelFacts:
+        return ModelFacts(
+            model_type=config.model_type,
+            num_layers=config.num_hidden_layers,
+            d_model=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            max_context=config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+        )
+
+    def validate_context(self, context: int) -> None:
+        if context > self.max_context:
+            raise ContextTooLong(
+                f"context {context}: the model was made for at most {self.max_context} tokens; lower --context"
+            )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The layers whose residual stream (after the layer) and whose attention are to be captured."""
+
+    resid_layers: tuple[int, ...] = ()
+    attention_layers: tuple[int, ...] = ()
+
+    @property
+    def whole_layers(self) -> int:
+        """How many layers are computed in full."""
+        return max((*(layer + 1 for layer in self.resid_layers), *self.attention_layers), default=0)
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers are loaded: one more than computed in full where only its attention is wanted."""
+        return max((self.whole_layers, *(layer + 1 for layer in self.attention_layers)))
+
+    def validate(self, facts: ModelFacts) -> None:
+        """Every layer exists and there is one to compute."""
+        for kind, layers in (("residual", self.resid_layers), ("attention", self.attention_layers)):
+            absent = [layer for layer in layers if not 0 <= layer < facts.num_layers]
+            if absent:
+                raise LayerOutOfRange(
+                    f"{kind} of layer {absent[0]}: the model has layers 0 to {facts.num_layers - 1}; "
+                    f"ask for layers in that range (--layer, --{kind.replace('residual', 'resid')}-layers)"
+                )
+        if self.num_layers == 0:
+            raise LayerOutOfRange("no residual and no attention layer was asked for: name at least one layer")
+
+
+@dataclass(frozen=True)
+class TruncatedModel:
+    """A decoder stack that computes what is wanted and stops there."""
+
+    stack: Any
+    """transformers' base model, cut; `stack.layers` are its decoder layers."""
+    facts: ModelFacts
+    wanted: Wanted
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """Facts of a model by its folder, without its weights."""
+    return ModelFacts.of(_read_config(folder))
+
+
+def load_model(
+    folder: Path, wanted: Wanted, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+) -> TruncatedModel:
+    """Load from a folder the part of a model that `wanted` needs."""
+    config = _read_config(folder)
+    facts = ModelFacts.of(config)
+    wanted.validate(facts)
+    stack = _load_stack(folder, _shortened(config, wanted.num_layers), dtype)
+    return _truncated(stack.to(device), facts, wanted)
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a model, or none where one is missing."""
+    files = [folder / WEIGHTS_FILE]
+    if (folder / WEIGHTS_INDEX).is_file():
+        shards = _read_json(folder / WEIGHTS_INDEX)["weight_map"].values()
+        files = [folder / shard for shard in sorted(set(shards))]
+    return files if all(file.is_file() for file in files) else []
+
+
+def truncate(model: PreTrainedModel, wanted: Wanted) -> TruncatedModel:
+    """Cut a model that is in memory already; it is taken over, not copied."""
+    facts = ModelFacts.of(model.config)
+    wanted.validate(facts)
+    register_attention()
+    stack: Any = model.base_model
+    stack.set_attn_implementation(ATTENTION)
+    _shortened(stack.config, wanted.num_layers)
+    return _truncated(stack, facts, wanted)
+
+
+def _truncated(stack: Any, facts: ModelFacts, wanted: Wanted) -> TruncatedModel:
+    attention_only = wanted.whole_layers if wanted.num_layers > wanted.whole_layers else None
+    cut(stack, wanted.num_layers, attention_only, architecture_of(facts.model_type))
+    return TruncatedModel(stack.eval().requires_grad_(False), facts, wanted)
+
+
+def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    config.num_hidden_layers = num_layers
+    return config
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    """The model type is looked at first: transformers asks to run downloaded code for types it does not know."""
+    architecture_of(_read_json(folder / CONFIG_FILE).get("model_type"))
+    return AutoConfig.from_pretrained(folder)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        reason = "is missing; expected the folder of a transformers model"
+    except ValueError as error:  # what is not JSON, or not text at all
+        reason = f"is damaged ({error}); fetch the model again"
+    raise ModelUnavailable(f"{file} {reason}")
+
+
+def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    if not find_weights(folder):
+        raise WeightsIncomplete(f"{folder}: expected {WEIGHTS_FILE}, or {WEIGHTS_INDEX} with all files it lists")
+    register_attention()
+    try:
+        with _without_report():
+            stack, report = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=ATTENTION,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that they come back in the report
+                output_loading_info=True,
+            )
+    except SafetensorError as error:
+        raise WeightsIncomplete(f"{folder}: a weights file is damaged ({error}); fetch the model again") from error
+    _validate_report(report, folder)
+    return stack
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Silence the report that lists the layers left out on purpose; what matters in it is checked after."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _validate_report(report: dict[str, Any], folder: Path) -> None:
+    """transformers fills missing weights with random numbers: never harvest those."""
+    absent = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if absent:
+        raise WeightsIncomplete(
+            f"{folder}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}; "
+            "fetch the model again"
+        )

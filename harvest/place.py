@@ -1,0 +1,53 @@
+"""Where a process stands among those that harvest together, and on which device it computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from .config import Worker
+from .errors import SettingInvalid
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process."""
+
+    device: torch.device
+    worker: Worker
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the tokens for all."""
+        return self.worker.index == 0
+
+
+@contextmanager
+def taken_place(device: str, worker: Worker) -> Iterator[Place]:
+    """The place that a launcher gave this process, times the one given by hand."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Place(find_device(device), worker)
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    index = worker.index * state.num_processes + state.process_index
+    try:
+        yield Place(find_device(str(state.device)), Worker(index, worker.count * state.num_processes))
+    finally:
+        state.destroy_process_group()
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` takes a CUDA device where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SettingInvalid(f"--device {name}: {reason}. Expected auto, cpu, cuda or cuda:1 and the like") from None

@@ -1,0 +1,122 @@
+"""Settings, model and corpus to the manifest that fixes a store before its first shard is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, StoreMismatch
+from ..cache_schema.identity import sealed
+from ..cache_schema.manifest import list_differences
+from .config import HarvestConfig
+from .corpus import OPENWEBTEXT, STDLIB, CorpusSource
+from .model import ModelFacts, Wanted, read_facts
+from .resolve import POCKET, ModelSource
+from .spool import PackedCorpus
+from .tokenizer import TextEncoder, load_encoder
+
+POCKET_TOKENS = 1_000_000
+DEFAULT_TOKENS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A harvest as far as it is decided without reading the corpus or the weights."""
+
+    config: HarvestConfig
+    source: ModelSource
+    facts: ModelFacts
+    encoder: TextEncoder
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.config.resid_layers, self.config.attention_layers)
+
+    @property
+    def corpus(self) -> CorpusSource:
+        return self.config.corpus or CorpusSource(STDLIB if self.source.id == POCKET else OPENWEBTEXT)
+
+    @property
+    def tokens(self) -> int:
+        """How many are asked for; a corpus may hold less."""
+        on_hand = self.corpus.dataset == STDLIB or self.source.id == POCKET
+        return self.config.tokens or (POCKET_TOKENS if on_hand else DEFAULT_TOKENS)
+
+    @property
+    def windows(self) -> int:
+        return self.tokens // self.config.context
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        return ModelSpec(
+            id=self.source.id,
+            revision=self.source.revision,
+            d_model=self.facts.d_model,
+            dtype=self.config.dtype,
+            num_layers=self.facts.num_layers,
+            tokenizer=self.encoder.digest,
+            bos_token=self.encoder.bos_token,
+            special_tokens=self.encoder.special_tokens,
+        )
+
+    @property
+    def attention_spec(self) -> AttentionSpec:
+        averaged = self.config.attention_heads == "mean"
+        return AttentionSpec(
+            layers=self.config.attention_layers,
+            heads=1 if averaged else self.facts.num_heads,
+            averaged=averaged,
+            topk=min(self.config.attention_topk, self.config.context),
+            mass=self.config.attention_mass,
+        )
+
+
+def make_plan(config: HarvestConfig, source: ModelSource) -> Plan:
+    """Look at the model's configuration and tokenizer, and refuse what cannot be had."""
+    facts = read_facts(source.folder)
+    Wanted(config.resid_layers, config.attention_layers).validate(facts)
+    facts.validate_context(config.context)
+    return Plan(config, source, facts, load_encoder(source.folder))
+
+
+def corpus_spec(plan: Plan, name: str, revision: str | None, settings: dict[str, Any]) -> CorpusSpec:
+    """The corpus with everything that decides windows and batches."""
+    decided = {"tokens": plan.tokens, "batch_windows": plan.config.windows_per_batch}
+    return CorpusSpec(name, revision, plan.config.packing, settings | decided)
+
+
+def make_manifest(plan: Plan, corpus: CorpusSpec, windows: int, splits: dict[str, tuple[int, int]]) -> Manifest:
+    """The manifest of a store of this plan, cache id included."""
+    manifest = Manifest(
+        model=plan.model_spec,
+        corpus=corpus,
+        context=plan.config.context,
+        layers=plan.config.resid_layers,
+        windows=windows,
+        splits=splits,
+        attention=plan.attention_spec,
+        shard_windows=plan.config.shard_windows,
+        codec=plan.config.codec,
+    )
+    return sealed(manifest)
+
+
+def manifest_of(plan: Plan, corpus: CorpusSpec, packed: PackedCorpus) -> Manifest:
+    return make_manifest(plan, corpus, len(packed.tokens), packed.splits)
+
+
+def expected_manifest(plan: Plan, corpus: CorpusSpec, windows: int) -> Manifest:
+    """The manifest that a corpus of enough text would give: for estimates."""
+    rest = (windows, windows)
+    return make_manifest(plan, corpus, windows, {"train": (0, windows), "validation": rest, "test": rest})
+
+
+def require_same(plan: Plan, corpus: CorpusSpec, found: Manifest, url: str) -> None:
+    """A store that stands there already goes on only under the settings it was begun with."""
+    wanted = make_manifest(plan, corpus, found.windows, found.splits)
+    differences = list_differences(found, replace(wanted, cache_id=found.cache_id))
+    if differences:
+        raise StoreMismatch(
+            f"{url} holds a store with other settings:\n  " + "\n  ".join(differences) + "\n"
+            "Use the same settings to go on with it, or another --out for a new store"
+        )

@@ -1,0 +1,160 @@
+"""Which model `--model` means, and where its files lie.
+
+`auto`     google/gemma-2-2b where its weights are cached or within reach, else the pocket model
+`pocket`   the small model that comes with this package
+a folder   as `save_pretrained` writes it
+an id      of a model on the hub; nothing ever takes its place
+
+`choose` decides without downloading, within `DECISION_SECONDS`; `fetch` then brings the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  (the HTTP library's, whichever the hub uses)
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .errors import ModelUnavailable
+from .model import CONFIG_FILE, find_weights
+
+AUTO = "auto"
+POCKET = "pocket"
+FIRST_CHOICE = "google/gemma-2-2b"
+POCKET_FOLDER = Path(__file__).parent / "pocket" / "model"
+
+DECISION_SECONDS = 8
+ANSWER_SECONDS = 5
+FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt"]
+OTHER_FILES = ["original/*", "consolidated*"]  # the same weights once more
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+NETWORK_ERRORS = (OSError, HTTPError)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The model that was decided for."""
+
+    name: str
+    """`pocket`, a folder, or an id on the hub."""
+    revision: str | None = None
+    banner: tuple[str, ...] = ()
+    """Two lines for whoever left the choice to us: what was taken and why, and how to insist."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model whose files are on this machine."""
+
+    id: str
+    revision: str
+    """The hub's commit; for a folder a hash of what is in it."""
+    folder: Path
+
+
+def choose(model: str, revision: str | None = None) -> Choice:
+    """Decide which model is meant; only `auto` has a choice, and only `auto` asks the network here."""
+    if model != AUTO:
+        return Choice(model, revision)
+    if _cached(FIRST_CHOICE, revision):
+        return Choice(FIRST_CHOICE, revision, _banner(FIRST_CHOICE, "its weights are in the local cache"))
+    obstacle = _ask_in_time(lambda: _obstacle(FIRST_CHOICE, revision))
+    if obstacle is None:
+        return Choice(FIRST_CHOICE, revision, _banner(FIRST_CHOICE, "it can be downloaded"))
+    return Choice(POCKET, None, _banner(POCKET, f"{FIRST_CHOICE} is not cached and {obstacle}"))
+
+
+def fetch(choice: Choice) -> ModelSource:
+    """Bring the files of a choice to this machine, or say what stands in the way."""
+    if choice.name == POCKET:
+        return ModelSource(POCKET, _hash_of(POCKET_FOLDER), POCKET_FOLDER)
+    folder = Path(choice.name).expanduser()
+    if folder.is_dir():
+        return ModelSource(folder.resolve().name, _hash_of(folder), folder)
+    snapshot = _cached(choice.name, choice.revision) or _download(choice.name, choice.revision)
+    return ModelSource(choice.name, snapshot.name, snapshot)
+
+
+def _cached(model: str, revision: str | None) -> Path | None:
+    """The snapshot in the local cache, if it is all there."""
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=FILES))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return folder if (folder / CONFIG_FILE).is_file() and find_weights(folder) and has_tokenizer else None
+
+
+def _download(model: str, revision: str | None) -> Path:
+    try:
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=FILES, ignore_patterns=OTHER_FILES, etag_timeout=ANSWER_SECONDS
+        )
+    except (*NETWORK_ERRORS, HFValidationError) as error:
+        raise ModelUnavailable(f"{model}: {_explain(error, model)}") from error
+    return Path(folder)
+
+
+def _obstacle(model: str, revision: str | None) -> str | None:
+    """Why a model cannot be downloaded, by asking for one small file of it; None if it can."""
+    try:
+        get_hf_file_metadata(hf_hub_url(model, CONFIG_FILE, revision=revision), timeout=ANSWER_SECONDS)
+    except NETWORK_ERRORS as error:
+        return _explain(error, model)
+    return None
+
+
+def _explain(error: Exception, model: str) -> str:
+    """What is wrong and what to do, by kind of error."""
+    if isinstance(error, GatedRepoError):
+        return f"its licence is not accepted here: accept it at https://huggingface.co/{model}, then `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "the hub has no such revision of it"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such folder, and no model of that name on the hub; if it is private, `hf auth login`"
+    if isinstance(error, HFValidationError):
+        return "no such folder, and not a name that the hub could have"
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    if isinstance(error, HfHubHTTPError):
+        return f"the hub refused ({reason}): check your token with `hf auth whoami`"
+    return f"the hub could not be reached ({reason}): check the network, or name a folder"
+
+
+def _ask_in_time(question: Callable[[], str | None]) -> str | None:
+    """The answer of `question`, or that there was none: a name lookup without a network can hang for long."""
+    answers: list[str | None] = []
+    thread = Thread(target=lambda: answers.append(question()), daemon=True)
+    thread.start()
+    thread.join(DECISION_SECONDS)
+    return answers[0] if answers else f"the hub did not answer within {DECISION_SECONDS} seconds"
+
+
+def _banner(taken: str, reason: str) -> tuple[str, str]:
+    return (
+        f"model: {taken}, because {reason}",
+        f"to insist: MODEL={FIRST_CHOICE} never falls back, MODEL={POCKET} takes the model of this package",
+    )
+
+
+def _hash_of(folder: Path) -> str:
+    """A name for what is in a folder: its configuration and weights, wherever it lies."""
+    weights = find_weights(folder)
+    if not weights or not (folder / CONFIG_FILE).is_file():
+        raise ModelUnavailable(f"{folder}: expected {CONFIG_FILE} and complete safetensors weights there")
+    total = hashlib.sha256()
+    for file in (folder / CONFIG_FILE, *weights):
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"sha256-{total.hexdigest()[:16]}"

@@ -1,0 +1,109 @@
+"""A whole harvest: model and corpus to a store, from the start or from where another one stopped.
+
+1. Decide the model, look at its configuration and tokenizer, refuse what cannot be had.
+2. Where no store stands yet, the first worker tokenises and packs the corpus and writes all tokens; the
+   others wait for it. Where one stands, its settings must be the same, and nothing is tokenised again.
+3. Check that the disk can hold what is to come.
+4. Load the model, cut down to what is wanted, and harvest this worker's share of the pending shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..cache_schema import Manifest, Store, StoreBusy, StoreError, StoreWriter
+from .begin import begin_store
+from .config import HarvestConfig
+from .errors import HarvestError, ModelDiffers
+from .estimate import is_bound_to_fit, measure_cost, needed_bytes, require_space
+from .model import Wanted, load_model
+from .place import Place, find_device, taken_place
+from .plan import Plan, make_plan
+from .progress import Watch
+from .resolve import Choice, ModelSource, choose, fetch
+from .shards import Harvester, harvest_shards
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a harvest ended."""
+
+    url: str
+    shards: int  # in the store
+    committed: int  # of them, by whomever
+    is_first: bool  # whether this process speaks for all
+
+
+def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
+    """Write a store, or go on with one."""
+    with taken_place(config.device, config.worker) as place:
+        watch = watch or Watch(is_quiet=not place.is_first)
+        plan = decide(config, watch)
+        writer = begin_store(plan, place, watch)
+        try:
+            _harvest_share(plan, place, writer, watch)
+        finally:
+            writer.close()
+        with Store.open(config.out) as store:
+            return Finished(store.url, store.manifest.shards, int(store.committed.sum()), place.is_first)
+
+
+def decide(config: HarvestConfig, watch: Watch) -> Plan:
+    """Which model it is, and whether it can give what is wanted."""
+    choice = choose(config.model)
+    watch.say(choice.banner)
+    return make_plan(config, fetch(choice))
+
+
+def reharvest(url: str, shards: Sequence[int], device: str | None = None, model: str | None = None) -> None:
+    """Harvest given shards again from what the store says: its tokens, and the model it was begun with."""
+    with StoreWriter.open(url) as writer:
+        try:
+            source = _recorded_source(writer.manifest, model)
+            harvester = make_harvester(writer.manifest, source, find_device(device or "auto"))
+            busy = harvest_shards(writer, harvester, sorted(shards), lambda _: None)
+        except HarvestError as error:
+            raise StoreError(f"{error}. The same harvest, run again, also writes the missing shards") from error
+        if busy:
+            raise StoreBusy(f"shards {busy} of {url} are committed or held by another writer: let it end, try again")
+
+
+def _recorded_source(manifest: Manifest, model: str | None) -> ModelSource:
+    """The files of the model that the manifest names, down to the revision."""
+    recorded = manifest.model
+    is_commit = recorded.revision is not None and "-" not in recorded.revision
+    source = fetch(Choice(model or recorded.id, recorded.revision if is_commit else None))
+    if source.revision != recorded.revision:
+        raise ModelDiffers(
+            f"the store was begun with {recorded.id} at {recorded.revision}, found {source.id} at {source.revision}"
+        )
+    return source
+
+
+def make_harvester(manifest: Manifest, source: ModelSource, device: torch.device) -> Harvester:
+    """Load of the model what a store wants."""
+    wanted = Wanted(manifest.layers, manifest.attention.layers)
+    return Harvester(load_model(source.folder, wanted, getattr(torch, manifest.model.dtype), device), manifest, device)
+
+
+def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) -> None:
+    """This worker's part of what is pending."""
+    manifest = writer.manifest
+    shards = [shard for shard in writer.pending() if place.worker.takes(shard)]
+    if not shards:
+        return
+    harvester = make_harvester(manifest, plan.source, place.device)
+    if not is_bound_to_fit(writer.files, manifest, len(shards)):
+        with Store(writer.files) as store:
+            cost = measure_cost(harvester, store.beginning(shards[0])[0])
+        require_space(writer.files, needed_bytes(cost, manifest, len(shards)))
+    tokens = sum(stop - start for start, stop in map(manifest.shard_range, shards)) * manifest.context
+    with watch.stage("harvesting", tokens):
+        elsewhere = harvest_shards(
+            writer, harvester, shards, lambda record: watch.committed(record, manifest.context, writer.files)
+        )
+    if elsewhere:
+        watch.say(f"{len(elsewhere)} shards were left to another writer that holds or has committed them")

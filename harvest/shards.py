@@ -1,0 +1,146 @@
+"""From tokens to committed shards.
+
+1. Claim a shard and read its tokens back from the store: shards may be done in any order by anyone.
+2. Run its windows through the model in batches that depend on nothing but the manifest.
+3. On a CUDA device, a batch is measured and copied to the host by a second stream while the next one runs.
+4. One thread in the background writes and commits the shard while the next one is computed: never more
+   than two shards are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache_schema import AttentionCsr, Manifest, Moments, ShardContent, Store, StoreWriter
+from ..cache_schema.commits import CommitRecord
+from ..cache_schema.dtypes import STORED_AS
+from ..cache_schema.moments import merge
+from .capture import Captured, capture
+from .model import TruncatedModel
+from .sparsify import to_csr
+from .stats import is_special, measure
+
+Report = Callable[[CommitRecord], None]
+
+
+@dataclass(frozen=True)
+class Harvester:
+    """A model, and what a store wants of it."""
+
+    model: TruncatedModel
+    manifest: Manifest
+    device: torch.device
+
+    @property
+    def batch_windows(self) -> int:
+        return int(self.manifest.corpus.settings["batch_windows"])
+
+
+def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[int], report: Report) -> list[int]:
+    """Compute, write and commit; returns the shards that other writers hold or have finished meanwhile."""
+    elsewhere = []
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="saemill-commit") as background, Store(writer.files) as store:
+        for shard in shards:
+            with ExitStack() as stack:
+                if not stack.enter_context(writer.claim(shard)):
+                    elsewhere.append(shard)
+                    continue
+                content = compute_shard(harvester, *store.beginning(shard))
+                if writing is not None:
+                    writing.result()
+                writing = background.submit(_write, writer, shard, content, stack.pop_all(), report)
+                del content  # or it would outlive its writing by one shard
+    if writing is not None:
+        writing.result()
+    return elsewhere
+
+
+def compute_shard(harvester: Harvester, tokens_WT: np.ndarray, documents_WT: np.ndarray) -> ShardContent:
+    """All arrays of one shard."""
+    collector = _Collector(harvester, tokens_WT)
+    for start in range(0, len(tokens_WT), harvester.batch_windows):
+        collector.add(start, tokens_WT[start : start + harvester.batch_windows])
+    collector.finish()
+    return ShardContent(
+        tokens=tokens_WT,
+        documents=documents_WT,
+        resid=collector.resid,
+        moments={layer: merge(parts) for layer, parts in collector.moments.items()},
+        attention={layer: AttentionCsr.concat(parts) for layer, parts in collector.attention.items()},
+    )
+
+
+def _write(writer: StoreWriter, shard: int, content: ShardContent, claim: ExitStack, report: Report) -> None:
+    with claim:
+        record = writer.write(shard, content)
+    report(record)
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A batch that the device may still be working on."""
+
+    start: int
+    ids: Tensor
+    captured: Captured
+    done: torch.Event | None
+
+
+class _Collector:
+    """Gathers batches into the arrays of a shard, one batch behind the device where that can wait."""
+
+    def __init__(self, harvester: Harvester, tokens_WT: np.ndarray) -> None:
+        manifest = harvester.manifest
+        shape = (*tokens_WT.shape, manifest.model.d_model)
+        dtype = STORED_AS[manifest.model.dtype]
+        self.harvester = harvester
+        self.resid = {layer: np.empty(shape, dtype) for layer in manifest.layers}
+        self.moments: dict[int, list[Moments]] = {layer: [] for layer in manifest.layers}
+        self.attention: dict[int, list[AttentionCsr]] = {layer: [] for layer in manifest.attention.layers}
+        self._behind: _Launched | None = None
+        self._stream = torch.cuda.Stream(harvester.device) if harvester.device.type == "cuda" else None
+
+    def add(self, start: int, tokens_WT: np.ndarray) -> None:
+        """Start a batch; take in the one before it."""
+        ids = torch.from_numpy(tokens_WT.astype(np.int64)).to(self.harvester.device, non_blocking=True)
+        captured = capture(self.harvester.model, ids, self.harvester.manifest.attention)
+        done = torch.cuda.current_stream(self.harvester.device).record_event() if self._stream else None
+        self.finish()
+        self._behind = _Launched(start, ids, captured, done)
+        if self._stream is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Take in the batch that is still out."""
+        if self._behind is None:
+            return
+        launched, self._behind = self._behind, None
+        if self._stream is None:
+            self._take(launched)
+            return
+        assert launched.done is not None
+        self._stream.wait_event(launched.done)
+        with torch.cuda.stream(self._stream):
+            self._take(launched)
+
+    @torch.inference_mode()
+    def _take(self, batch: _Launched) -> None:
+        special = is_special(batch.ids, self.harvester.manifest.model.special_tokens)
+        rows = slice(batch.start, batch.start + len(batch.ids))
+        for layer, resid in batch.captured.resid.items():
+            self.moments[layer].append(measure(layer, resid, special))
+            torch.from_numpy(self.resid[layer])[rows].copy_(_as_stored(resid))
+        for layer, kept in batch.captured.attention.items():
+            self.attention[layer].append(to_csr(layer, kept))
+
+
+def _as_stored(resid: Tensor) -> Tensor:
+    return resid.view(torch.uint16) if resid.dtype == torch.bfloat16 else resid

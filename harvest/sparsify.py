@@ -1,0 +1,111 @@
+"""Dense attention rows to CSR: the few keys that carry the mass, and how much of it they carry.
+
+1. Average the heads, or keep them all; round to float16, the precision that is stored.
+2. Pack each entry into one int32, probability above reversed key position. Packed entries are all
+   different, so the k largest are the same set on every device, and ties go to the lower position.
+3. Keep the k largest of a row, up to the one with which their sum reaches `mass`; drop zeros.
+4. Repack with the position on top and sort: ascending keys, dropped entries last.
+5. Off the device: what is not dropped, row after row, is the CSR.
+
+Shape suffixes: W windows, H heads (1 where averaged), Q queries, T keys, K kept at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache_schema import AttentionCsr, AttentionSpec
+from ..cache_schema.csr import index_dtype
+from .errors import ContextTooLong, NonFiniteAttention
+
+MAX_CONTEXT = 1 << 15  # a position shares an int32 with the 16 bits of a float16
+DROPPED = (1 << 31) - 1  # sorts behind every kept entry; its low half is a NaN, so no entry equals it
+LOW_HALF = (1 << 16) - 1
+SHORT_ROW = 256  # up to here numpy sorts a row of int32 ten times as fast as torch.topk selects from it
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Sparsified rows where they were computed: a fixed number of slots a row, so no device has to wait."""
+
+    packed: Tensor
+    """int32 [W, H, Q, K]: key position << 16 | float16 bits, ascending; dropped slots hold DROPPED and come last."""
+    kept_mass: Tensor
+    """float16 [W, H, Q]: sum of the kept probabilities of a row."""
+
+    @staticmethod
+    def concat(parts: Sequence[KeptRows]) -> KeptRows:
+        """Rows of several runs of windows as one."""
+        packed = torch.cat([part.packed for part in parts])
+        return KeptRows(packed, torch.cat([part.kept_mass for part in parts]))
+
+
+def sparsify(probs_WHQT: Tensor, spec: AttentionSpec) -> KeptRows:
+    """Keep of each row of attention probabilities what `spec` asks for; a mass of 1 keeps all but zeros."""
+    context = probs_WHQT.shape[-1]
+    if context > MAX_CONTEXT:
+        raise ContextTooLong(f"attention to {context} keys: at most {MAX_CONTEXT} can be stored, lower the context")
+    if spec.averaged:
+        probs_WHQT = probs_WHQT.mean(1, keepdim=True, dtype=torch.float32)
+    largest = _largest(_pack_by_value(probs_WHQT.half()), min(spec.topk, context))
+    bits = largest >> 16
+    values = bits.to(torch.int16).view(torch.float16).float()
+    kept = values > 0
+    if spec.mass < 1:
+        kept[..., 1:] &= values.cumsum(-1)[..., :-1] < spec.mass  # exact in float32 up to 1, in any order
+    kept_mass = torch.where(kept, values, 0.0).sum(-1).half()
+    positions = LOW_HALF - (largest & LOW_HALF)
+    return KeptRows(_ascending(torch.where(kept, positions << 16 | bits, DROPPED)), kept_mass)
+
+
+def to_csr(layer: int, rows: KeptRows) -> AttentionCsr:
+    """The rows of one layer on the host; stops where probabilities were not numbers."""
+    kept_mass = rows.kept_mass.cpu().numpy()
+    _validate_mass(layer, kept_mass)
+    packed = rows.packed.cpu().numpy().reshape(kept_mass.size, -1)
+    is_kept = packed != DROPPED
+    indptr = np.zeros(kept_mass.size + 1, np.uint32)
+    np.cumsum(is_kept.sum(1), out=indptr[1:])
+    entries = packed[is_kept]
+    return AttentionCsr(
+        indptr=indptr,
+        indices=(entries >> 16).astype(index_dtype(kept_mass.shape[-1])),
+        data=(entries & LOW_HALF).astype(np.uint16).view(np.float16),
+        kept_mass=kept_mass,
+    )
+
+
+def _pack_by_value(probs: Tensor) -> Tensor:
+    """int32 that orders by probability, then by lower position: bits of the float16 above the rest."""
+    bits = probs.view(torch.int16).int()
+    reversed_positions = LOW_HALF - torch.arange(probs.shape[-1], dtype=torch.int32, device=probs.device)
+    return bits << 16 | reversed_positions
+
+
+def _largest(packed: Tensor, count: int) -> Tensor:
+    """The `count` largest of each row, descending."""
+    if packed.device.type == "cpu" and packed.shape[-1] <= SHORT_ROW:
+        return torch.from_numpy(np.sort(packed.numpy(), axis=-1)[..., : -count - 1 : -1].copy())
+    return packed.topk(count).values
+
+
+def _ascending(packed: Tensor) -> Tensor:
+    if packed.device.type == "cpu":
+        return torch.from_numpy(np.sort(packed.numpy(), axis=-1))
+    return packed.sort(-1).values
+
+
+def _validate_mass(layer: int, kept_mass: np.ndarray) -> None:
+    """A softmax always has a largest entry above zero; a row without one, or with NaN, is an overflow."""
+    is_number = np.isfinite(kept_mass) & (kept_mass > 0)
+    if not is_number.all():
+        window, _, query = np.argwhere(~is_number)[0]
+        raise NonFiniteAttention(
+            f"layer {layer}: the attention of window {window} of the batch, query {query}, is not finite; "
+            "the model overflows in this dtype, harvest with --dtype bfloat16 or float32"
+        )

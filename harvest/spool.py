@@ -1,0 +1,229 @@
+"""All windows of a corpus, on disk, before the first forward pass: resumable, in bounded memory.
+
+1. Read documents in batches; each belongs to a split by its text alone.
+2. Documents of splits that are full are counted and passed over; the others are tokenised and packed,
+   each split by itself.
+3. Full windows are appended to the split's files; every few seconds a checkpoint says how much of the
+   files counts, and where the corpus stands. A later start cuts the files there and goes on.
+4. When all splits are full, or the corpus ends, the splits are joined: train, validation, test.
+
+The windows do not depend on the batches, nor on where a run was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cache_schema.splits import share_windows, split_of
+from .corpus import Corpus
+from .errors import CorpusEmpty, SplitEmpty
+from .packing import Packer, Packing
+from .tokenizer import TextEncoder
+
+BATCH_CHARACTERS = 2_000_000
+CHECKPOINT_SECONDS = 10.0
+ARRAYS = ("tokens", "documents")
+
+
+@dataclass(frozen=True)
+class PackedCorpus:
+    """The windows of all splits, in the order train, validation, test."""
+
+    tokens: np.ndarray  # uint32 [N, T]
+    documents: np.ndarray  # uint32 [N, T]
+    splits: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class PackingJob:
+    """What decides the windows besides the corpus and the tokenizer."""
+
+    windows: int
+    context: int
+    packing: Packing
+
+
+class Spool:
+    """A folder with one file for each split and array, and a checkpoint."""
+
+    def __init__(self, folder: Path, job: PackingJob, bos: int, fingerprint: dict[str, Any]) -> None:
+        self.folder = folder
+        self.job = job
+        self.quotas = share_windows(job.windows)
+        self.counts = dict.fromkeys(self.quotas, 0)
+        self.documents = 0
+        self.has_text = False
+        self._packers = {name: Packer(job.context, bos, job.packing) for name in self.quotas}
+        self._fingerprint = fingerprint | asdict(job)
+
+    @property
+    def is_full(self) -> bool:
+        return self.counts == self.quotas
+
+    def wants(self, split: str) -> bool:
+        return self.counts[split] < self.quotas[split]
+
+    def resume(self) -> dict[str, Any] | None:
+        """Go back to the last checkpoint of the same job; the state of the corpus there, or None."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = self._read_checkpoint()
+        if checkpoint is None:
+            for split, array in self._keys():
+                self._path(split, array).write_bytes(b"")
+            return None
+        self.counts, self.documents = checkpoint["counts"], checkpoint["documents"]
+        self.has_text = checkpoint["has_text"]
+        for split, array in self._keys():
+            os.truncate(self._path(split, array), self.counts[split] * self.job.context * 4)
+        for split, packer in self._packers.items():
+            packer.tokens, packer.documents = (np.array(row, np.uint32) for row in checkpoint["rows"][split])
+        return checkpoint["corpus"]
+
+    def append(self, split: str, texts: list[list[int]], numbers: list[int]) -> None:
+        """Pack documents and write the windows they complete, up to the split's share."""
+        self.has_text = self.has_text or any(texts)
+        windows = self._packers[split].pack(texts, numbers)
+        wanted = min(len(windows), self.quotas[split] - self.counts[split])
+        for array, values in zip(ARRAYS, (windows.tokens, windows.documents), strict=True):
+            with self._path(split, array).open("ab") as file:
+                file.write(values[:wanted].tobytes())
+        self.counts[split] += wanted
+
+    def checkpoint(self, corpus_state: dict[str, Any]) -> None:
+        """Make what was appended so far the point from which a later start goes on."""
+        for split, array in self._keys():
+            _sync(self._path(split, array))
+        rows = {name: [packer.tokens.tolist(), packer.documents.tolist()] for name, packer in self._packers.items()}
+        document = {
+            "fingerprint": self._fingerprint,
+            "counts": self.counts,
+            "documents": self.documents,
+            "has_text": self.has_text,
+            "rows": rows,
+            "corpus": corpus_state,
+        }
+        temporary = self._checkpoint.with_suffix(".tmp")
+        temporary.write_text(json.dumps(document))
+        _sync(temporary)
+        temporary.replace(self._checkpoint)
+
+    def join(self) -> PackedCorpus:
+        """All splits in a row, read from disk as they are needed."""
+        ends = np.cumsum(list(self.counts.values())).tolist()
+        splits = {name: (end - count, end) for (name, count), end in zip(self.counts.items(), ends, strict=True)}
+        tokens, documents = (self._joined(array, ends[-1]) for array in ARRAYS)
+        return PackedCorpus(tokens, documents, splits)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _joined(self, array: str, windows: int) -> np.ndarray:
+        path = self.folder / f"{array}.u32"
+        with path.open("wb") as out:
+            for split in self.quotas:
+                with self._path(split, array).open("rb") as part:
+                    shutil.copyfileobj(part, out, 1 << 24)
+        return np.memmap(path, "<u4", "r", shape=(windows, self.job.context))
+
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        if not self._checkpoint.exists():
+            return None
+        checkpoint = json.loads(self._checkpoint.read_text())
+        return checkpoint if checkpoint["fingerprint"] == self._fingerprint else None
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "checkpoint.json"
+
+    def _keys(self) -> Iterator[tuple[str, str]]:
+        return ((split, array) for split in self.quotas for array in ARRAYS)
+
+    def _path(self, split: str, array: str) -> Path:
+        return self.folder / f"{split}.{array}.u32"
+
+
+def spool_corpus(
+    corpus: Corpus,
+    encoder: TextEncoder,
+    job: PackingJob,
+    folder: Path,
+    report: Callable[[int, int], None] = lambda windows, documents: None,
+) -> tuple[Spool, PackedCorpus]:
+    """Tokenise and pack until all splits are full. `report` hears of windows packed and documents read."""
+    fingerprint = {
+        "corpus": [corpus.id, corpus.revision, corpus.settings],
+        "tokenizer": [encoder.digest, encoder.bos_token],
+    }
+    spool = Spool(folder, job, encoder.bos_token, fingerprint)
+    state = spool.resume()
+    saved = time.monotonic()
+    if not spool.is_full:
+        for batch in _batches(corpus.documents(state)):
+            _add(spool, encoder, batch)
+            report(sum(spool.counts.values()), spool.documents)
+            if spool.is_full:
+                break
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                spool.checkpoint(corpus.state())
+                saved = time.monotonic()
+    spool.checkpoint(corpus.state())
+    _require_text(spool, corpus)
+    return spool, spool.join()
+
+
+def _add(spool: Spool, encoder: TextEncoder, texts: list[str]) -> None:
+    """Tokenise and pack one batch, split by split. A document's number is its place in the corpus."""
+    by_split: dict[str, tuple[list[str], list[int]]] = {name: ([], []) for name in spool.quotas}
+    for number, text in enumerate(texts, spool.documents):
+        split = split_of(text)
+        if spool.wants(split):
+            by_split[split][0].append(text)
+            by_split[split][1].append(number)
+    for split, (chosen, numbers) in by_split.items():
+        if chosen:
+            spool.append(split, encoder.encode(chosen), numbers)
+    spool.documents += len(texts)
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    """Documents in lists of bounded size."""
+    batch, characters = [], 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _require_text(spool: Spool, corpus: Corpus) -> None:
+    """Every split has a window, or the run stops here."""
+    if not spool.has_text:
+        what = "no text in its documents" if spool.documents else "no document"
+        raise CorpusEmpty(f"the corpus {corpus.id} holds {what}. Give one with text in it")
+    empty = [name for name, count in spool.counts.items() if not count]
+    if empty:
+        raise SplitEmpty(
+            f"the {spool.documents:,} documents of corpus {corpus.id} fill no window of {spool.job.context} tokens in "
+            f"{' and '.join(empty)}: documents go to train, validation and test by a hash of their text. "
+            "Give more text, or a smaller --context"
+        )
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

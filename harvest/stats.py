@@ -1,0 +1,65 @@
+"""Moments of a batch of residuals, computed where the residuals are; `cache_schema.moments` merges them.
+
+Everything is accumulated in float64. Means over channels leave out special tokens (the first token of a window
+is an attention sink, and its residual of another size); norms by position are over all tokens.
+
+Shape suffixes: W windows, T positions, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from ..cache_schema import Moments
+from .errors import NonFiniteResidual
+
+BLOCK_TOKENS = 1024  # converted to float64 at a time: small enough to stay in a CPU's cache
+
+
+def is_special(ids_WT: Tensor, special_tokens: Collection[int]) -> Tensor:
+    """Which tokens are special."""
+    return torch.isin(ids_WT, torch.tensor(sorted(special_tokens), dtype=ids_WT.dtype, device=ids_WT.device))
+
+
+def measure(layer: int, resid_WTD: Tensor, is_special_WT: Tensor) -> Moments:
+    """Moments over a batch of windows; stops at infinities and NaN, in special tokens too."""
+    counted_WT = (~is_special_WT).double()
+    norm_WT, sum_D = _norms_and_sum(resid_WTD, counted_WT)
+    _validate_finite(layer, norm_WT, resid_WTD.dtype)
+    count = int(counted_WT.sum())
+    return Moments(
+        count=count,
+        mean=(sum_D / max(count, 1)).cpu().numpy(),
+        mean_norm=float((norm_WT * counted_WT).sum()) / max(count, 1),
+        mean_square_norm=float((norm_WT.square() * counted_WT).sum()) / max(count, 1),
+        windows=len(resid_WTD),
+        norm_by_position=norm_WT.mean(0).cpu().numpy(),
+    )
+
+
+def _norms_and_sum(resid_WTD: Tensor, counted_WT: Tensor) -> tuple[Tensor, Tensor]:
+    """Norm of every token, and the sum of those that count; converted a few windows at a time."""
+    windows, context, d_model = resid_WTD.shape
+    norm_WT = counted_WT.new_empty(windows, context)
+    sum_D = counted_WT.new_zeros(d_model)
+    size = max(1, BLOCK_TOKENS // context)
+    for start in range(0, windows, size):
+        block = slice(start, start + size)
+        resid64 = resid_WTD[block].double()
+        norm_WT[block] = torch.linalg.vector_norm(resid64, dim=-1)
+        sum_D += counted_WT[block].flatten() @ resid64.flatten(0, 1)
+    return norm_WT, sum_D
+
+
+def _validate_finite(layer: int, norm_WT: Tensor, dtype: torch.dtype) -> None:
+    """A norm in float64 is finite if and only if every channel is."""
+    if not torch.isfinite(norm_WT).all():
+        window, position = torch.nonzero(~torch.isfinite(norm_WT))[0].tolist()
+        name = str(dtype).removeprefix("torch.")
+        raise NonFiniteResidual(
+            f"layer {layer}: the residual at window {window} of the batch, position {position}, holds infinities "
+            f"or NaN; the model overflows in {name}, harvest with --dtype bfloat16 or float32"
+        )

@@ -1,0 +1,201 @@
+"""Tiny random models: of every supported family as modules, and one as a folder with a tokenizer and text."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from saemill.harvest.config import HarvestConfig
+from saemill.harvest.corpus import CorpusSource
+
+torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
+
+LAYERS, CONTEXT, VOCAB, WINDOWS = 5, 24, 60, 4
+
+SHARED = {
+    "vocab_size": VOCAB,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.4,  # large, so that attention is peaked and soft caps bite
+}
+GROUPED = {**SHARED, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+SLIDING = {"sliding_window": 7}  # shorter than the context
+MIXED = ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+CONFIGS = {
+    "gemma": GROUPED,
+    "gemma2": {**GROUPED, **SLIDING, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 5},
+    "llama": {**GROUPED, "attention_bias": True},
+    "mistral": {**GROUPED, **SLIDING},
+    "qwen2": {**GROUPED, **SLIDING, "use_sliding_window": True, "layer_types": MIXED},
+    "qwen3": GROUPED,
+    "gpt_neox": {**SHARED, "hidden_size": 32, "intermediate_size": 48},
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """All that the whole eager model computes on some windows."""
+
+    ids: torch.Tensor
+    resid: list[torch.Tensor]
+    attention: list[torch.Tensor]
+
+
+def _make_model(model_type: str, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    for name, parameter in model.named_parameters():  # norms and biases start at constants that would hide errors
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return model
+
+
+def _run_whole(model: PreTrainedModel) -> Reference:
+    ids = torch.randint(3, VOCAB, (WINDOWS, CONTEXT), generator=torch.Generator().manual_seed(1))
+    ids[:, 0] = 1
+    resid: list[torch.Tensor] = []
+    whole = copy.deepcopy(model)  # the hooks that transformers installs to report attentions stay on this copy
+    for layer in whole.base_model.layers:
+        layer.register_forward_hook(lambda _module, _args, output: resid.append(output))
+    with torch.no_grad():
+        attention = whole(ids, output_attentions=True, use_cache=False).attentions
+    return Reference(ids, resid, list(attention))
+
+
+@pytest.fixture(scope="session")
+def model_types() -> list[str]:
+    return list(CONFIGS)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., PreTrainedModel]:
+    """Make a random causal language model: make_model(model_type, dtype, **config changes)."""
+    return _make_model
+
+
+@pytest.fixture(scope="session")
+def run_whole() -> Callable[[PreTrainedModel], Reference]:
+    """Run a model as it is, eagerly, and keep every residual and all attention."""
+    return _run_whole
+
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "tree",
+    "river",
+    "and",
+    "then",
+    "it",
+    "was",
+    "not",
+]
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed process wrote survives it without fsync; only a power cut would tell."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def make_text(seed: int, words: int) -> str:
+    """Words that never repeat in the same order."""
+    picks = torch.randint(len(WORDS), (words,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(WORDS[pick] for pick in picks.tolist())
+
+
+def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<eos>", "<bos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([make_text(0, 500)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", **special)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as `save_pretrained` writes it: 4 layers of width 16."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        max_position_embeddings=64,
+        sliding_window=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    make_tokenizer(bos_token="<bos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 documents with blank lines between them."""
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text("\n\n".join(make_text(seed, 20 + seed % 50) for seed in range(1, 301)))
+    return path
+
+
+@pytest.fixture
+def make_config(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., HarvestConfig]:
+    """Settings of a harvest that takes a second: 125 windows in 8 shards."""
+
+    def make(**changes: Any) -> HarvestConfig:
+        settings: dict[str, Any] = {
+            "out": str(tmp_path / "store"),
+            "model": str(model_folder),
+            "resid_layers": (2,),
+            "attention_layers": (0, 1, 2, 3),
+            "corpus": CorpusSource(str(text_file)),
+            "tokens": 4000,
+            "context": 32,
+            "shard_windows": 16,
+            "batch_windows": 8,
+            "device": "cpu",
+        }
+        return HarvestConfig(**settings | changes)
+
+    return make

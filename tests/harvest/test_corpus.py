@@ -1,0 +1,127 @@
+"""Local files and the standard library as corpora: what a document is, identity, resuming, and bad input."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from saemill.harvest.corpus import CorpusSource, StdlibCorpus, open_corpus
+from saemill.harvest.errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid
+from saemill.harvest.local_files import LocalCorpus
+
+
+def read(path: Path, column: str = "text") -> list[str]:
+    return list(LocalCorpus(path, column).documents())
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_blank_lines_part_documents(tmp_path):
+    assert read(write(tmp_path / "a.txt", "one\ntwo\n\n\nthree\n")) == ["one\ntwo\n", "three\n"]
+
+
+def test_without_blank_lines_every_line_is_a_document(tmp_path):
+    assert read(write(tmp_path / "a.txt", "\none\ntwo\nthree\n\n")) == ["one\n", "two\n", "three\n"]
+
+
+def test_in_a_folder_each_text_file_is_a_document(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "b.txt", "one\n\ntwo")
+    write(tmp_path / "sub" / "a.md", "three")
+    write(tmp_path / "c.jsonl", '{"text": "four"}\n\n{"text": "five"}\n')
+    write(tmp_path / "picture.png", b"\xff\xfe")
+    assert read(tmp_path) == ["one\n\ntwo", "four", "five", "three"]
+
+
+def test_rows_of_parquet(tmp_path):
+    texts = [f"document {i}" for i in range(1000)]
+    pq.write_table(pa.table({"body": texts, "n": range(1000)}), tmp_path / "a.parquet", row_group_size=100)
+    assert read(tmp_path / "a.parquet", "body") == texts
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7])
+def test_a_corpus_goes_on_behind_the_last_document(tmp_path, stop):
+    path = write(tmp_path / "a.txt", "\n".join(f"line {i}" for i in range(10)))
+    first = LocalCorpus(path)
+    head = list(islice(first.documents(), stop))
+    state = json.loads(json.dumps(first.state()))
+    second = LocalCorpus(path)
+    assert head + list(second.documents(state)) == read(path)
+    assert second.state() == {"documents": 10}
+
+
+def test_identity_is_of_the_bytes_and_not_of_the_path(tmp_path):
+    one, two = write(tmp_path / "a.txt", "text"), write(tmp_path / "b.txt", "text")
+    other = write(tmp_path / "c.txt", "texts")
+    assert LocalCorpus(one).revision == LocalCorpus(two).revision != LocalCorpus(other).revision
+    assert str(tmp_path) not in json.dumps([LocalCorpus(one).id, LocalCorpus(one).revision, LocalCorpus(one).settings])
+
+
+def test_moving_text_between_files_changes_the_identity_of_a_folder(tmp_path):
+    for name, parts in (("x", ("ab", "c")), ("y", ("a", "bc"))):
+        (tmp_path / name).mkdir()
+        for i, part in enumerate(parts):
+            write(tmp_path / name / f"{i}.txt", part)
+    assert LocalCorpus(tmp_path / "x").revision != LocalCorpus(tmp_path / "y").revision
+
+
+def test_the_standard_library_is_a_corpus():
+    corpus = open_corpus(CorpusSource("stdlib"))
+    assert isinstance(corpus, StdlibCorpus)
+    head = list(islice(corpus.documents(), 3))
+    again = StdlibCorpus()
+    assert next(again.documents(corpus.state())) == list(islice(again.documents(), 4))[3]
+    assert len(set(head)) == 3
+    assert corpus.revision == again.revision
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "words"),
+    [
+        ("a.txt", b"fine\n\nbad \xff\xfe byte\n", DocumentInvalid, r"line 3: byte 0xff at 4 .* UTF-8"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', DocumentInvalid, "line 2: byte 0xff"),
+        ("a.jsonl", '{"text": "half \\ud800 pair"}', DocumentInvalid, "line 1: .* character 5"),
+        ("a.jsonl", "{", DocumentInvalid, "line 1 is no JSON"),
+        ("a.jsonl", '{"body": "x"}', DocumentInvalid, "expected an object with 'text', found body"),
+        ("a.jsonl", "[1]", DocumentInvalid, "expected an object with 'text', found list"),
+        ("a.jsonl", '{"text": null}', DocumentInvalid, "expected text, found NoneType"),
+        ("a.parquet", b"no parquet", CorpusUnavailable, "no parquet file"),
+    ],
+)
+def test_bad_documents_are_named(tmp_path, name, content, error, words):
+    with pytest.raises(error, match=words):
+        read(write(tmp_path / name, content))
+
+
+def test_invalid_bytes_in_parquet_are_named(tmp_path):
+    raw = pa.array([b"fine", b"bad \xff"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    with pytest.raises(DocumentInvalid, match="row 1: byte 0xff at 4"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_missing_column_of_parquet_lists_what_there_is(tmp_path):
+    pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(CorpusUnavailable, match="no column 'text'; it has body, n"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_folder_without_text_is_empty(tmp_path):
+    write(tmp_path / "a.bin", b"x")
+    with pytest.raises(CorpusEmpty, match="no file with text"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./nothing", "nothing.txt", "/no/such/folder", "a/b/c"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(CorpusUnavailable, match="no file or folder"):
+        open_corpus(CorpusSource(name))

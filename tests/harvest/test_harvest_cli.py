@@ -1,0 +1,191 @@
+"""`sae-harvest` as typed: what it prints, its exit codes, several processes, and processes that are killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from saemill.cache_schema import Store
+from saemill.cache_schema.files import LocalFiles
+from saemill.cache_schema.verify import digest
+from saemill.harvest import shards
+from saemill.harvest.cli import main
+
+Type = Callable[..., Result]
+
+RUN = "from saemill.harvest.cli import main; main()"
+KILLED = """
+import os, signal
+from saemill.cache_schema import writer
+commit, done = writer.write_record, []
+def killing(*args):
+    if len(done) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(commit(*args))
+writer.write_record = killing
+"""
+
+
+@pytest.fixture
+def words(model_folder: Path, text_file: Path, tmp_path: Path) -> list[str]:
+    """A command that takes a second."""
+    options = {
+        "model": model_folder,
+        "layer": 2,
+        "attention-layers": "-2..+1",
+        "dataset": text_file,
+        "tokens": "4k",
+        "context": 32,
+        "shard-windows": 16,
+        "device": "cpu",
+        "out": tmp_path / "store",
+    }
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+@pytest.fixture
+def type_(words: list[str]) -> Type:
+    """Run the command in this process; later words win over earlier ones."""
+    return lambda *more: CliRunner().invoke(main, [*words, *more])
+
+
+def digest_of(path: Path) -> str:
+    with Store.open(path) as store:
+        assert store.committed.all()
+        return digest(store)
+
+
+def environment() -> dict[str, str]:
+    root = str(Path(__file__).parents[3])
+    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def test_a_harvest_ends_with_a_summary_and_the_next_command(type_: Type, tmp_path):
+    result = type_()
+    assert result.exit_code == 0, result.output
+    for words in ("125 of 32 tokens", "train 3,680", "bytes per token", "kept mass", "cache id", "sae-train --store"):
+        assert words in result.output
+    again = type_()
+    assert again.exit_code == 0
+    assert "going on with the store" in again.output
+
+
+def test_a_dry_run_writes_nothing_and_says_what_it_would_cost(type_: Type, tmp_path):
+    result = type_("--dry-run")
+    assert result.exit_code == 0, result.output
+    for words in ("4,000", "8 of 16 windows", "resid/layer_2", "GB", "tokens/s", "minutes"):
+        assert words in result.output
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_estimate_is_near_the_truth(type_: Type, tmp_path):
+    estimate = type_("--dry-run").output
+    type_()
+    with Store.open(tmp_path / "store") as store:
+        actual = np.mean([store.record(s).arrays["resid/layer_2"].bytes / 16 / 32 for s in range(7)])
+    line = next(line for line in estimate.splitlines() if "resid/layer_2" in line)
+    assert float(line.split("│")[2]) == pytest.approx(actual, rel=0.05)
+
+
+def test_a_dry_run_refuses_what_the_disk_cannot_hold(type_: Type, monkeypatch):
+    monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 1000)
+    result = type_("--dry-run")
+    assert result.exit_code == 1
+    assert "StoreFull" in result.output
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--layer=9"], "LayerOutOfRange: residual of layer 9"),
+        (["--layer=3"], "LayerOutOfRange: attention of layer 4"),
+        (["--attention-layers=7"], "LayerOutOfRange: attention of layer 7"),
+        (["--context=65"], "ContextTooLong"),
+        (["--tokens=many"], "SettingInvalid: 'many'"),
+        (["--worker=3/2"], "SettingInvalid: --worker 3/2"),
+        (["--device=abacus"], "SettingInvalid: --device abacus"),
+        (["--dataset=./nothing.txt"], "CorpusUnavailable: there is no file"),
+        (["--model=./nothing"], "ModelUnavailable"),
+    ],
+)
+def test_bad_settings_get_one_line_and_write_nothing(type_: Type, tmp_path, more, line):
+    result = type_(*more)
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].startswith(line)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [(b"", "CorpusEmpty"), (b"good\n\nbad \xff", "DocumentInvalid"), (b"one document", "SplitEmpty")],
+)
+def test_bad_text_gets_one_line(type_: Type, tmp_path, content, line):
+    (tmp_path / "text.txt").write_bytes(content)
+    result = type_(f"--dataset={tmp_path / 'text.txt'}")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].startswith(line)
+
+
+def test_a_tokenizer_without_bos_is_refused(type_: Type, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"bos_token": "<bos>",', ""))
+    result = type_(f"--model={folder}")
+    assert result.exit_code == 1
+    assert "TokenizerUnsuitable" in result.output and "no BOS token" in result.output
+
+
+def test_ctrl_c_says_what_is_safe(type_: Type, monkeypatch):
+    compute, calls = shards.compute_shard, []
+
+    def interrupted(*args):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(None)
+        return compute(*args)
+
+    monkeypatch.setattr(shards, "compute_shard", interrupted)
+    result = type_()
+    assert result.exit_code == 130
+    assert "3 of 8 shards are committed; the same command goes on" in result.output
+    monkeypatch.undo()
+    assert type_().exit_code == 0
+
+
+def test_a_killed_harvest_goes_on_to_the_same_store(words, type_: Type, tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED + RUN, *words], env=environment(), capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    with Store.open(tmp_path / "store") as store:
+        assert int(store.committed.sum()) == 2
+    assert type_().exit_code == 0
+    assert type_(f"--out={tmp_path / 'straight'}").exit_code == 0
+    assert digest_of(tmp_path / "store") == digest_of(tmp_path / "straight")
+
+
+def test_two_launched_processes_give_the_same_store(words, type_: Type, tmp_path):
+    script = tmp_path / "harvest.py"
+    script.write_text(RUN)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    ended = subprocess.run(
+        [*launch, "--mixed_precision=no", "--dynamo_backend=no", str(script), *words],
+        env=environment(),
+        capture_output=True,
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
+    assert type_(f"--out={tmp_path / 'straight'}").exit_code == 0
+    assert digest_of(tmp_path / "store") == digest_of(tmp_path / "straight")
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, saemill.harvest.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0

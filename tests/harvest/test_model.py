@@ -1,0 +1,201 @@
+"""Loading, facts, truncation, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from saemill.harvest.architectures import ARCHITECTURES
+from saemill.harvest.capture import run
+from saemill.harvest.errors import (
+    ContextTooLong,
+    LayerOutOfRange,
+    ModelUnavailable,
+    UnsupportedArchitecture,
+    WeightsIncomplete,
+)
+from saemill.harvest.model import ModelFacts, Wanted, load_model, read_facts, truncate
+from transformers import AutoConfig
+
+IDS = torch.arange(3, 15).view(2, 6)
+RESID_2 = Wanted(resid_layers=(2,))
+RESID_2_AND_ONE_ABOVE = Wanted(resid_layers=(2,), attention_layers=(0, 1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def folder(make_model, tmp_path_factory):
+    """A saved Gemma-2 of five layers, in three files."""
+    folder = tmp_path_factory.mktemp("gemma2")
+    make_model("gemma2").save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def called_modules(model, ids) -> list[str]:
+    """Names of all modules of a truncated model that a pass calls."""
+    calls: list[str] = []
+    for name, module in model.stack.named_modules():
+        module.register_forward_pre_hook(lambda _module, _args, name=name: calls.append(name))
+    run(model, ids, {})
+    return calls
+
+
+def test_facts_come_from_the_configuration(folder):
+    expected = ModelFacts("gemma2", num_layers=5, d_model=32, num_heads=4, max_context=64, vocab_size=60)
+    assert read_facts(folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("resid", "attention", "whole", "loaded"),
+    [
+        ((19,), (17, 18, 19, 20), 20, 21),
+        ((19,), (), 20, 20),
+        ((3, 19), (17,), 20, 20),
+        ((), (0,), 0, 1),
+        ((2,), (5,), 5, 6),
+    ],
+)
+def test_how_many_layers_are_needed(resid, attention, whole, loaded):
+    wanted = Wanted(resid, attention)
+    assert (wanted.whole_layers, wanted.num_layers) == (whole, loaded)
+
+
+@pytest.mark.parametrize("wanted", [RESID_2, RESID_2_AND_ONE_ABOVE], ids=["resid", "attention above"])
+def test_a_loaded_model_computes_what_the_cut_one_does(folder, make_model, wanted):
+    cut, loaded = truncate(make_model("gemma2"), wanted), load_model(folder, wanted, torch.float32)
+    assert torch.equal(run(loaded, IDS, {})[2], run(cut, IDS, {})[2])
+    names = [name for name, _ in loaded.stack.named_parameters()]
+    assert names == [name for name, _ in cut.stack.named_parameters()]
+    assert loaded.facts == cut.facts == read_facts(folder)
+
+
+def test_the_model_runs_in_the_dtype_asked_for(folder):
+    assert run(load_model(folder, RESID_2, torch.bfloat16), IDS, {})[2].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_only_what_is_wanted_is_in_memory(make_model, tmp_path, model_type):
+    make_model(model_type).save_pretrained(tmp_path)
+    stack = load_model(tmp_path, RESID_2_AND_ONE_ABOVE, torch.float32).stack
+    shapes = {name: tuple(parameter.shape) for name, parameter in stack.named_parameters()}
+    above = {name.removeprefix("layers.3."): shape for name, shape in shapes.items() if name.startswith("layers.3.")}
+    assert not any(name.startswith(("layers.4.", "norm", "final_layer_norm", "lm_head")) for name in shapes)
+    allowed = ("input_layernorm.", "attention.q_", "attention.k_", "attention.query_key_value.")
+    assert above
+    assert all(name.startswith(allowed) for name in above)
+    fused = above.get("attention.query_key_value.weight")
+    assert fused in (None, (64, 32)), "queries and keys of 32 channels each, no values"
+
+
+def test_a_pass_calls_no_more_than_it_must(make_model):
+    model = make_model("gemma2")
+    whole_layer = [name for name, _ in model.model.layers[0].named_modules(prefix="layers.0")]
+    calls = called_modules(truncate(model, RESID_2_AND_ONE_ABOVE), IDS)
+    assert len(calls) == len(set(calls))
+    expected = {"", "embed_tokens", "rotary_emb", "norm"}  # `norm` is an identity by now
+    expected |= {name.replace("layers.0", f"layers.{layer}") for layer in range(3) for name in whole_layer}
+    expected |= {f"layers.3{part}" for part in ("", ".input_layernorm", ".attention")}
+    expected |= {f"layers.3.attention.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    assert set(calls) == expected
+    kinds = {name: type(module).__name__ for name, module in model.model.named_modules()}
+    assert [kinds[name] for name in ("norm", "layers.3.attention.v_proj", "layers.3.attention.o_proj")] == [
+        "Identity",
+        "NoValues",
+        "Identity",
+    ]
+
+
+def test_loading_says_nothing_about_what_was_left_out_and_keeps_the_verbosity(folder, capfd):
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    load_model(folder, RESID_2)
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+    assert logger.level == before
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Wanted((5,)), "residual of layer 5: the model has layers 0 to 4.*--resid-layers"),
+        (Wanted((4,), (2, 3, 4, 5)), "attention of layer 5: the model has layers 0 to 4.*--attention-layers"),
+        (Wanted((-1,)), "residual of layer -1"),
+        (Wanted(), "no residual and no attention layer"),
+    ],
+)
+def test_layers_that_do_not_exist(folder, make_model, wanted, message):
+    with pytest.raises(LayerOutOfRange, match=message):
+        load_model(folder, wanted)
+    with pytest.raises(LayerOutOfRange, match=message):
+        truncate(make_model("llama"), wanted)
+
+
+def test_a_context_beyond_the_model(folder):
+    facts = read_facts(folder)
+    facts.validate_context(64)
+    with pytest.raises(ContextTooLong, match=r"context 65: .* at most 64"):
+        facts.validate_context(65)
+
+
+def test_an_unknown_architecture_is_told_what_is_supported(tmp_path):
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedArchitecture, match=r"'gpt2' .* gemma, gemma2, gpt_neox, llama"):
+        read_facts(tmp_path)
+
+
+def test_code_that_comes_with_a_model_is_never_asked_for(tmp_path):
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(UnsupportedArchitecture, match="'mine'"):
+        read_facts(tmp_path)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ModelUnavailable, match=r"config\.json is missing; expected the folder"):
+        read_facts(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b'{"model_type": "gem', b"\xff\xfe\x00"], ids=["cut off", "not text"])
+def test_a_damaged_configuration(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelUnavailable, match=r"config\.json is damaged"):
+        read_facts(tmp_path)
+
+
+@pytest.fixture
+def broken(make_model, tmp_path):
+    make_model("gemma2").save_pretrained(tmp_path, max_shard_size="40KB")
+    return tmp_path
+
+
+def test_a_missing_weights_file(broken):
+    next(broken.glob("model-00002*")).unlink()
+    with pytest.raises(WeightsIncomplete, match=r"expected model\.safetensors, or"):
+        load_model(broken, RESID_2)
+
+
+def test_a_truncated_weights_file(broken):
+    file = next(broken.glob("model-00001*"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(WeightsIncomplete, match="damaged"):
+        load_model(broken, RESID_2)
+
+
+def test_weights_that_the_files_do_not_hold(broken):
+    """transformers would fill them with random numbers."""
+    index_file = broken / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    file = index["weight_map"]["model.layers.1.mlp.up_proj.weight"]
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if shard != file}
+    index_file.write_text(json.dumps(index))
+    with pytest.raises(WeightsIncomplete, match="weights are missing"):
+        load_model(broken, RESID_2)
+
+
+def test_weights_of_another_shape(broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(WeightsIncomplete, match="of another shape"):
+        load_model(broken, RESID_2)

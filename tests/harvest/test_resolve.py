@@ -1,0 +1,174 @@
+"""What `--model` means, with a hub that answers as the test says."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from saemill.harvest import resolve
+from saemill.harvest.errors import ModelUnavailable
+from saemill.harvest.resolve import FIRST_CHOICE, choose, fetch
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def refusal(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
+    return kind("refused\nwith details", response=SimpleNamespace(headers={}, request=None))
+
+
+GATED = refusal(GatedRepoError)
+UNREACHABLE = HTTPError("Name or service not known")
+OFFLINE = OfflineModeIsEnabled("offline mode is enabled")
+FAILURES = [
+    (GATED, f"accept it at https://huggingface.co/{FIRST_CHOICE}, then `hf auth login`"),
+    (refusal(RepositoryNotFoundError), "no model of that name on the hub"),
+    (refusal(RevisionNotFoundError), "no such revision"),
+    (refusal(HfHubHTTPError), r"the hub refused \(refused\): check your token"),
+    (UNREACHABLE, r"could not be reached \(Name or service not known\): check the network"),
+    (OFFLINE, r"could not be reached \(offline mode is enabled\)"),
+    (LocalEntryNotFoundError("no snapshot here"), r"could not be reached \(no snapshot here\)"),
+    (OSError(28, "No space left on device"), "No space left on device"),
+]
+
+
+class Hub:
+    """A cache and a network; `calls` lists what was asked of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.snapshot = folder / COMMIT
+        self.calls: list[str] = []
+        self.failure: Exception | None = None
+        self.delay_seconds = 0.0
+
+    def fill_cache(self, *names: str) -> None:
+        self.snapshot.mkdir(exist_ok=True)
+        for name in names:
+            (self.snapshot / name).write_text("{}")
+
+    def snapshot_download(self, _model, *, local_files_only=False, **_options) -> str:
+        self.calls.append("cache" if local_files_only else "download")
+        if local_files_only:
+            if not self.snapshot.is_dir():
+                raise LocalEntryNotFoundError("nothing cached")
+            return str(self.snapshot)
+        if self.failure:
+            raise self.failure
+        self.fill_cache("config.json", "model.safetensors", "tokenizer.json")
+        return str(self.snapshot)
+
+    def get_hf_file_metadata(self, _url, **_options) -> None:
+        self.calls.append("ask")
+        time.sleep(self.delay_seconds)
+        if self.failure:
+            raise self.failure
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    hub = Hub(tmp_path)
+    for name in ("snapshot_download", "get_hf_file_metadata"):
+        monkeypatch.setattr(resolve, name, getattr(hub, name))
+    return hub
+
+
+def test_auto_takes_gemma_from_the_cache_without_asking_the_network(hub):
+    hub.fill_cache("config.json", "model.safetensors", "tokenizer.json")
+    hub.failure = UNREACHABLE
+    choice = choose("auto")
+    assert choice.name == FIRST_CHOICE
+    assert fetch(choice) == resolve.ModelSource(FIRST_CHOICE, COMMIT, hub.snapshot)
+    assert set(hub.calls) == {"cache"}
+
+
+def test_auto_takes_gemma_where_it_can_be_downloaded_and_downloads_only_on_fetch(hub):
+    choice = choose("auto")
+    assert choice.name == FIRST_CHOICE
+    assert "can be downloaded" in choice.banner[0]
+    assert hub.calls == ["cache", "ask"]
+    assert fetch(choice).folder == hub.snapshot
+    assert hub.calls[-1] == "download"
+
+
+@pytest.mark.parametrize(("failure", "message"), FAILURES, ids=lambda value: type(value).__name__)
+def test_auto_falls_back_to_the_pocket_model_and_says_why(hub, failure, message):
+    hub.failure = failure
+    choice = choose("auto")
+    assert choice.name == "pocket"
+    assert len(choice.banner) == 2
+    assert re.search(message, choice.banner[0])
+    assert f"MODEL={FIRST_CHOICE}" in choice.banner[1]
+
+
+@pytest.mark.parametrize("cached", [(), ("config.json",), ("config.json", "model.safetensors")], ids=len)
+def test_a_cache_that_lacks_something_is_no_cache(hub, cached):
+    hub.fill_cache(*cached)
+    hub.failure = UNREACHABLE
+    assert choose("auto").name == "pocket"
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
+    monkeypatch.setattr(resolve, "DECISION_SECONDS", 0.05)
+    hub.delay_seconds = 1.0
+    start = time.monotonic()
+    choice = choose("auto")
+    assert time.monotonic() - start < 0.9
+    assert choice.name == "pocket"
+    assert "did not answer within" in choice.banner[0]
+
+
+def test_the_decision_takes_less_than_ten_seconds_at_worst():
+    assert resolve.ANSWER_SECONDS < resolve.DECISION_SECONDS < 10
+
+
+@pytest.mark.parametrize(("failure", "message"), FAILURES, ids=lambda value: type(value).__name__)
+def test_an_id_never_falls_back(hub, failure, message):
+    hub.failure = failure
+    choice = choose(FIRST_CHOICE)
+    assert choice.banner == ()
+    with pytest.raises(ModelUnavailable, match=message) as caught:
+        fetch(choice)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "two words"])
+def test_what_is_neither_a_folder_nor_an_id(name):
+    with pytest.raises(ModelUnavailable, match="no such folder, and not a name that the hub could have"):
+        fetch(choose(name))
+
+
+def test_a_folder_is_named_by_its_content_not_by_its_place(make_model, tmp_path):
+    for place in ("a", "b"):
+        make_model("llama").save_pretrained(tmp_path / place / "mine")
+    make_model("llama", head_dim=4).save_pretrained(tmp_path / "c" / "mine")
+    a, b, c = (fetch(choose(str(tmp_path / place / "mine"))) for place in "abc")
+    assert (a.id, a.revision) == (b.id, b.revision)
+    assert a.folder != b.folder
+    assert a.revision.startswith("sha256-")
+    assert a.revision != c.revision
+
+
+def test_a_folder_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_text("pickled")
+    with pytest.raises(ModelUnavailable, match="complete safetensors weights"):
+        fetch(choose(str(tmp_path)))
+
+
+def test_the_pocket_model_asks_nobody(hub, monkeypatch, make_model, tmp_path):
+    make_model("gemma2").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(resolve, "POCKET_FOLDER", tmp_path / "model")
+    source = fetch(choose("pocket"))
+    assert (source.id, source.folder) == ("pocket", tmp_path / "model")
+    assert hub.calls == []

@@ -1,0 +1,326 @@
+"""Whole harvests of a tiny model: content, statistics, resuming, repair, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from saemill.cache_schema import (
+    Request,
+    Store,
+    StoreBusy,
+    StoreError,
+    StoreFull,
+    StoreMismatch,
+    StoreWriter,
+    to_float32,
+)
+from saemill.cache_schema.files import LocalFiles
+from saemill.cache_schema.moments import is_special
+from saemill.cache_schema.verify import digest, verify_shards
+from saemill.harvest import begin, run, shards
+from saemill.harvest.config import HarvestConfig, Worker
+from saemill.harvest.corpus import CorpusSource
+from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SplitEmpty
+from saemill.harvest.progress import Watch
+from saemill.harvest.run import Finished, reharvest
+
+Make = Callable[..., HarvestConfig]
+
+
+def harvest(config: HarvestConfig) -> Finished:
+    return run.harvest(config, Watch(is_quiet=True))
+
+
+def digest_of(url: str) -> str:
+    with Store.open(url) as store:
+        assert store.committed.all()
+        return digest(store)
+
+
+@pytest.fixture(scope="module")
+def reference(model_folder, text_file, tmp_path_factory) -> Path:
+    """A store harvested in one go, with every layer kept and no attention dropped."""
+    out = tmp_path_factory.mktemp("reference") / "store"
+    config = HarvestConfig(
+        out=str(out),
+        model=str(model_folder),
+        resid_layers=(1, 2),
+        attention_layers=(0, 3),
+        attention_mass=1.0,
+        attention_topk=32,
+        attention_heads="all",
+        corpus=CorpusSource(str(text_file)),
+        tokens=4000,
+        context=32,
+        dtype="float32",
+        shard_windows=16,
+        batch_windows=8,
+        device="cpu",
+    )
+    assert harvest(config) == Finished(str(out), 8, 8, True)
+    return out
+
+
+def read_all(store: Store) -> dict[str, np.ndarray]:
+    manifest = store.manifest
+    parts = []
+    for arrays in store.stream(Request(manifest.layers, manifest.attention.layers, tokens=True, documents=True)):
+        assert arrays.tokens is not None and arrays.documents is not None
+        part = {"tokens": arrays.tokens.copy(), "documents": arrays.documents.copy()}
+        part |= {f"resid {layer}": values.copy() for layer, values in arrays.resid.items()}
+        part |= {f"attention {layer}": csr.dense() for layer, csr in arrays.attention.items()}
+        parts.append(part)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def test_the_store_holds_what_the_eager_model_computes(reference, model_folder):
+    with Store.open(reference) as store:
+        found = read_all(store)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager")
+    ids = torch.from_numpy(found["tokens"][:24].astype(np.int64))
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True, output_attentions=True)
+    for layer in (1, 2):
+        expected = output.hidden_states[layer + 1].numpy()
+        np.testing.assert_allclose(found[f"resid {layer}"][:24], expected, rtol=1e-5, atol=1e-6)
+    for layer in (0, 3):
+        np.testing.assert_allclose(found[f"attention {layer}"][:24], output.attentions[layer].numpy(), atol=1e-3)
+
+
+def test_splits_follow_each_other_and_share_no_document(reference):
+    with Store.open(reference) as store:
+        documents, splits = read_all(store)["documents"], store.manifest.splits
+    assert splits == {"train": (0, 115), "validation": (115, 120), "test": (120, 125)}
+    owners = [set(documents[start:stop].ravel().tolist()) for start, stop in splits.values()]
+    assert len(set.union(*owners)) == sum(map(len, owners))
+
+
+def test_statistics_are_those_of_numpy(reference):
+    with Store.open(reference) as store:
+        found, manifest = read_all(store), store.manifest
+        counted = ~is_special(found["tokens"], manifest.model.special_tokens)
+        for layer in manifest.layers:
+            resid = found[f"resid {layer}"].astype(np.float64)
+            moments, norms = store.moments(layer), np.linalg.norm(resid, axis=-1)
+            assert moments.count == counted.sum()
+            np.testing.assert_allclose(moments.mean, resid[counted].mean(0), rtol=1e-12, atol=1e-14)
+            np.testing.assert_allclose(moments.rms_norm, np.sqrt((norms[counted] ** 2).mean()), rtol=1e-12)
+            np.testing.assert_allclose(moments.norm_by_position, norms.mean(0), rtol=1e-12)
+
+
+def test_manifest_names_everything_that_decides_the_bytes_and_no_path(reference, model_folder, text_file):
+    document = json.loads((reference / "zarr.json").read_text())["attributes"]["saemill"]
+    assert document["corpus"]["revision"].startswith("sha256:")
+    assert document["corpus"]["settings"] == {"kind": "file", "tokens": 4000, "batch_windows": 8}
+    assert document["model"]["bos_token"] == 2
+    assert document["model"]["special_tokens"] == [0, 1, 2]
+    for path in (model_folder, text_file, reference):
+        assert str(path.parent) not in json.dumps(document)
+
+
+def test_no_scratch_files_are_left_beside_the_store(reference):
+    assert [path.name for path in reference.parent.iterdir()] == ["store"]
+
+
+def test_residuals_stay_in_the_dtype_of_the_model(make_config: Make, model_folder):
+    config = make_config()
+    harvest(config)
+    with Store.open(config.out) as store:
+        found = read_all(store)
+    assert found["resid 2"].dtype == np.uint16
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16, attn_implementation="eager")
+    with torch.no_grad():
+        output = model(torch.from_numpy(found["tokens"][:8].astype(np.int64)), output_hidden_states=True)
+    expected = output.hidden_states[3].float().numpy()
+    np.testing.assert_allclose(to_float32(found["resid 2"][:8], "bfloat16"), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 5])
+def test_an_interrupted_harvest_goes_on_to_the_same_store(make_config: Make, tmp_path, monkeypatch, stop_after):
+    straight = make_config(out=str(tmp_path / "straight"))
+    harvest(straight)
+    compute, calls = shards.compute_shard, []
+
+    def interrupted(*args):
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+        calls.append(None)
+        return compute(*args)
+
+    monkeypatch.setattr(shards, "compute_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        harvest(make_config())
+    with Store.open(make_config().out) as store:
+        assert store.committed.tolist() == [True] * stop_after + [False] * (8 - stop_after)
+    monkeypatch.undo()
+    harvest(make_config())
+    assert digest_of(make_config().out) == digest_of(straight.out)
+
+
+def test_a_second_start_does_not_tokenise_again(make_config: Make, monkeypatch):
+    harvest(make_config())
+    monkeypatch.setattr(begin, "spool_corpus", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("loaded the model for nothing"))
+    assert harvest(make_config()).committed == 8
+
+
+def test_workers_in_any_order_give_the_same_store(make_config: Make, tmp_path):
+    straight = make_config(out=str(tmp_path / "straight"))
+    harvest(straight)
+    finished = [harvest(make_config(worker=Worker(index, 3))) for index in (0, 2, 1)]
+    assert [item.committed for item in finished] == [3, 5, 8]
+    assert [item.is_first for item in finished] == [True, False, False]
+    assert digest_of(make_config().out) == digest_of(straight.out)
+
+
+def test_a_later_worker_waits_for_the_tokens_with_a_bound(make_config: Make, monkeypatch):
+    monkeypatch.setattr(begin, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(begin, "POLL_SECONDS", 0.01)
+    with pytest.raises(TimeoutError, match="first worker"):
+        harvest(make_config(worker=Worker(1, 2)))
+
+
+def test_other_settings_are_refused_with_their_differences(make_config: Make):
+    harvest(make_config())
+    before = digest_of(make_config().out)
+    with pytest.raises(StoreMismatch, match=r"(?s)settings.tokens: .*4000, .*5000.*attention.topk: .*16, .*8\n"):
+        harvest(make_config(tokens=5000, attention_topk=8))
+    assert digest_of(make_config().out) == before
+
+
+def test_a_changed_corpus_is_refused(make_config: Make, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"text {i} " * 9 for i in range(200)))
+    config = make_config(corpus=CorpusSource(str(text)))
+    harvest(config)
+    text.write_text(text.read_text() + "more")
+    with pytest.raises(StoreMismatch, match=r"corpus\.revision"):
+        harvest(config)
+
+
+def test_a_shard_held_by_another_writer_is_left_to_it(make_config: Make, monkeypatch):
+    monkeypatch.setattr(run, "harvest_shards", lambda *_: [])
+    harvest(make_config())
+    monkeypatch.undo()
+    with StoreWriter.open(make_config().out) as other, other.claim(3) as mine:
+        assert mine
+        assert harvest(make_config()).committed == 7
+    assert harvest(make_config()).committed == 8
+
+
+def test_two_cannot_tokenise_for_one_store(make_config: Make):
+    with begin._locked(Path(make_config().out + ".spool")), pytest.raises(StoreBusy, match="tokenising"):
+        harvest(make_config())
+
+
+def test_repair_harvests_damaged_shards_again(make_config: Make, model_folder, monkeypatch):
+    config = make_config()
+    harvest(config)
+    before = digest_of(config.out)
+    with StoreWriter.open(config.out) as writer:
+        for shard in (2, 7):
+            (Path(config.out) / f"commits/{shard:05d}.json").unlink()
+            chunk = writer.arrays["resid/layer_2"].chunk_key(shard)
+            (Path(config.out) / chunk).write_bytes(b"damaged")
+        (Path(config.out) / "commits/index.json").unlink()
+    monkeypatch.chdir(model_folder.parent)
+    reharvest(config.out, [2, 7])
+    assert digest_of(config.out) == before
+    with Store.open(config.out) as store:
+        assert not [item for report in verify_shards(store) for item in report.damage]
+
+
+def test_repair_refuses_another_model(make_config: Make, model_folder, tmp_path):
+    config = make_config()
+    harvest(config)
+    other = tmp_path / "tiny"
+    shutil.copytree(model_folder, other)
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    with pytest.raises(StoreError, match=r"begun with tiny at sha256-.*same harvest"):
+        reharvest(config.out, [0], model=str(other))
+
+
+def test_repair_leaves_committed_shards_alone(make_config: Make, model_folder):
+    harvest(make_config())
+    with pytest.raises(StoreBusy, match=r"shards \[0\]"):
+        reharvest(make_config().out, [0], model=str(model_folder))
+
+
+def test_packing_by_documents(make_config: Make):
+    harvest(make_config(packing="documents", tokens=2000))
+    with Store.open(make_config().out) as store:
+        found = read_all(store)
+    assert (found["documents"] == found["documents"][:, :1]).all()
+    assert (found["tokens"][:, 0] == 2).all() and (found["tokens"][:, 1:] != 2).all()
+
+
+def test_without_attention(make_config: Make):
+    harvest(make_config(attention_layers=()))
+    with Store.open(make_config().out) as store:
+        assert store.manifest.attention.layers == ()
+        assert read_all(store)["resid 2"].shape == (125, 32, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"resid_layers": (4,)}, LayerOutOfRange, "layers 0 to 3"),
+        ({"resid_layers": (3,), "attention_layers": (1, 2, 3, 4)}, LayerOutOfRange, "attention of layer 4"),
+        ({"context": 65}, ContextTooLong, "at most 64"),
+    ],
+)
+def test_what_the_model_cannot_give_is_refused_before_anything_is_written(make_config: Make, changes, error, words):
+    with pytest.raises(error, match=words):
+        harvest(make_config(**changes))
+    assert not Path(make_config().out).exists()
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_shard(make_config: Make, monkeypatch):
+    monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 2**20)
+    with pytest.raises(StoreFull, match=r"needs .* GB .*--codec zstd"):
+        harvest(make_config())
+    with Store.open(make_config().out) as store:
+        assert not store.committed.any()
+
+
+def test_a_disk_that_only_the_bound_exceeds_is_measured_and_accepted(make_config: Make, monkeypatch):
+    monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 64 * 2**20 + 650_000)
+    measured = []
+    monkeypatch.setattr(
+        run, "measure_cost", lambda *args, real=run.measure_cost: measured.append(real(*args)) or measured[-1]
+    )
+    assert harvest(make_config()).committed == 8
+    assert len(measured) == 1
+
+
+def test_an_overflow_stops_the_run_names_the_layer_and_keeps_what_is_committed(make_config: Make, monkeypatch):
+    compute, calls = shards.capture, []
+
+    def overflowing(*args):
+        captured = compute(*args)
+        calls.append(None)
+        if len(calls) > 4:  # two batches a shard: from the third shard on
+            captured = replace(captured, resid={2: captured.resid[2] / 0})
+        return captured
+
+    monkeypatch.setattr(shards, "capture", overflowing)
+    with pytest.raises(NonFiniteResidual, match="layer 2"):
+        harvest(make_config())
+    with Store.open(make_config().out) as store:
+        assert store.committed.tolist() == [True, True] + [False] * 6
+
+
+def test_too_little_text_is_refused(make_config: Make, tmp_path):
+    (tmp_path / "short.txt").write_text("only one document here")
+    with pytest.raises(SplitEmpty, match="train, validation and test"):
+        harvest(replace(make_config(), corpus=CorpusSource(str(tmp_path / "short.txt"))))
+    assert not Path(make_config().out).exists()

@@ -1,0 +1,141 @@
+"""All windows of a corpus on disk: shares, splits, resuming, and corpora that are too small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from saemill.cache_schema.splits import split_of
+from saemill.harvest import spool as spool_module
+from saemill.harvest.errors import CorpusEmpty, SplitEmpty
+from saemill.harvest.packing import Packer
+from saemill.harvest.spool import PackedCorpus, PackingJob, spool_corpus
+
+CONTEXT = 8
+BOS = 2
+
+
+class BytesEncoder:
+    """One token a byte."""
+
+    digest = "bytes"
+    bos_token = BOS
+    special_tokens = (BOS,)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[byte + 3 for byte in text.encode()] for text in texts]
+
+
+@dataclass
+class ListCorpus:
+    """Texts in memory; may be interrupted."""
+
+    texts: list[str]
+    stop_at: int | None = None
+    id: str = "list"
+    revision: str = "1"
+    settings: dict[str, Any] = field(default_factory=dict)
+    read: int = 0
+
+    def documents(self, state: dict[str, Any] | None = None) -> Iterator[str]:
+        self.read = (state or {"documents": 0})["documents"]
+        for text in self.texts[self.read :]:
+            if self.read == self.stop_at:
+                raise KeyboardInterrupt
+            self.read += 1
+            yield text
+
+    def state(self) -> dict[str, Any]:
+        return {"documents": self.read}
+
+
+def make_texts(count: int) -> list[str]:
+    return [f"document {i} " + "x" * (i * 7 % 23) for i in range(count)]
+
+
+def pack(corpus: ListCorpus, folder: Path, windows: int = 100, packing: Any = "concat") -> PackedCorpus:
+    encoder: Any = BytesEncoder()
+    return spool_corpus(corpus, encoder, PackingJob(windows, CONTEXT, packing), folder)[1]
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """A checkpoint after every few documents."""
+    monkeypatch.setattr(spool_module, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(spool_module, "CHECKPOINT_SECONDS", -1.0)
+
+
+def test_each_split_is_packed_by_itself_up_to_its_share(tmp_path):
+    texts = make_texts(800)
+    packed = pack(ListCorpus(texts), tmp_path)
+    assert packed.splits == {"train": (0, 92), "validation": (92, 96), "test": (96, 100)}
+    for split, (start, stop) in packed.splits.items():
+        numbers = [i for i, text in enumerate(texts) if split_of(text) == split]
+        alone = Packer(CONTEXT, BOS).pack(BytesEncoder().encode([texts[i] for i in numbers]), numbers)
+        assert np.array_equal(packed.tokens[start:stop], alone.tokens[: stop - start])
+        assert np.array_equal(packed.documents[start:stop], alone.documents[: stop - start])
+
+
+def test_no_document_is_in_two_splits(tmp_path):
+    packed = pack(ListCorpus(make_texts(800)), tmp_path)
+    owners = [set(packed.documents[start:stop].ravel().tolist()) for start, stop in packed.splits.values()]
+    assert not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
+
+
+def test_a_corpus_that_ends_early_gives_what_it_has(tmp_path):
+    packed = pack(ListCorpus(make_texts(60)), tmp_path, windows=10_000)
+    assert packed.splits["test"][1] == len(packed.tokens) < 10_000
+    assert (packed.tokens[:, 0] == BOS).all()
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("stop_at", [1, 17, 200, 431])
+@pytest.mark.parametrize("packing", ["concat", "documents"])
+def test_an_interrupted_run_goes_on_to_the_same_windows(tmp_path, stop_at, packing):
+    straight = pack(ListCorpus(make_texts(800)), tmp_path / "straight", 2000, packing)
+    with pytest.raises(KeyboardInterrupt):
+        pack(ListCorpus(make_texts(800), stop_at), tmp_path / "stopped", 2000, packing)
+    second = ListCorpus(make_texts(800))
+    resumed = pack(second, tmp_path / "stopped", 2000, packing)
+    assert np.array_equal(straight.tokens, resumed.tokens)
+    assert np.array_equal(straight.documents, resumed.documents)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_resuming_reads_on_and_not_again(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        pack(ListCorpus(make_texts(800), 300), tmp_path, 2000)
+    corpus = ListCorpus(make_texts(800))
+    corpus.texts[:200] = ["never read"] * 200
+    resumed = pack(corpus, tmp_path, 2000)
+    assert np.array_equal(resumed.tokens, pack(ListCorpus(make_texts(800)), tmp_path / "straight", 2000).tokens)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_another_job_starts_anew(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        pack(ListCorpus(make_texts(800), 300), tmp_path, 2000)
+    changed = ListCorpus(make_texts(800)[100:], revision="2")
+    expected = pack(ListCorpus(make_texts(800)[100:], revision="2"), tmp_path / "straight", 2000)
+    assert np.array_equal(pack(changed, tmp_path, 2000).tokens, expected.tokens)
+
+
+def test_a_corpus_without_documents_is_empty(tmp_path):
+    with pytest.raises(CorpusEmpty, match="no document"):
+        pack(ListCorpus([]), tmp_path)
+
+
+def test_a_corpus_without_text_is_empty(tmp_path):
+    with pytest.raises(CorpusEmpty, match="no text"):
+        pack(ListCorpus(["", ""]), tmp_path)
+
+
+def test_too_few_documents_for_three_splits_are_refused(tmp_path):
+    texts = [text for text in make_texts(50) if split_of(text) == "train"]
+    with pytest.raises(SplitEmpty, match="in validation and test"):
+        pack(ListCorpus(texts), tmp_path)
