@@ -13,7 +13,7 @@ CONTEXT  ?=
 DEMO     ?= ./demo
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow check format demo harvest bench bench-store peers clean
+.PHONY: help env test test-slow check format goldens demo harvest bench bench-store peers clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ check: env ## what continuous integration runs: lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest
+
+goldens: env ## write the golden stores anew; review the change as a change of format
+	$(BIN)/python tests/golden/make_store.py
 
 format: env ## put the code into its format
 	$(BIN)/ruff check --fix .

@@ -7,6 +7,7 @@ all of it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,10 +53,10 @@ def read_chunk(files: Files, read: ChunkRead) -> None:
 
 def read_with_zarr(array: zarr.Array, files: Files, path: str, start: int, stop: int, out: np.ndarray) -> None:
     """The slow way, for chunk layouts that only zarr knows. Absent chunks would come back as fill values."""
-    metadata = array.metadata
-    for index in range(start // array.chunks[0], -(-stop // array.chunks[0])):
-        inner = (0,) * (array.ndim - 1)
-        key = f"{path}/{metadata.encode_chunk_key((index, *inner))}"
+    grid = array.shards or array.chunks
+    inner = (range(-(-size // length)) for size, length in zip(array.shape[1:], grid[1:], strict=True))
+    for index in itertools.product(range(start // grid[0], -(-stop // grid[0])), *inner):
+        key = f"{path}/{array.metadata.encode_chunk_key(index)}"
         if not files.exists(key):
             raise ChunkMissing(f"chunk {key} is missing")
     try:

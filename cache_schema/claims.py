@@ -118,10 +118,11 @@ class LeaseClaims:
         return True
 
     def _has_lapsed(self, number: int) -> bool:
+        """Also true of one released in between, and of one that nobody can read: it would hold its shard for ever."""
         try:
             return json.loads(self._files.read(self._key(number)))["until"] < time.time()
-        except KeyError:
-            return True  # released in between
+        except (KeyError, TypeError, ValueError):
+            return True
 
     @staticmethod
     def _key(number: int) -> str:

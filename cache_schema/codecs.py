@@ -15,15 +15,17 @@ from .layout import ArrayLayout, blosc_settings
 
 CHECKSUM_BYTES = 4
 BLOSC_HEADER_BYTES = 16
+_SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
 def encode(layout: ArrayLayout, chunk: np.ndarray) -> list[np.ndarray]:
     """The buffers to write one after the other; the array itself is not copied when it is stored raw."""
     body = as_bytes(np.ascontiguousarray(chunk, layout.dtype))
     if layout.codec != "raw":
-        name, level = blosc_settings(layout.codec)
+        found = blosc_settings(layout.codec)
+        compressor, shuffle = found["cname"].encode(), _SHUFFLES[found["shuffle"]]
         typed = body.view(layout.dtype)
-        body = np.frombuffer(blosc.compress(typed, name, level, blosc.BITSHUFFLE), np.uint8)
+        body = np.frombuffer(blosc.compress(typed, compressor, found["clevel"], shuffle, found["blocksize"]), np.uint8)
     return [body, checksum_of(body)]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from .errors import ManifestInvalid, StoreUnfinished
 from .files import Files
-from .layout import INDEX, encode_json, record_key
+from .layout import COMMITS, INDEX, SUMMARY, encode_json, record_key, record_name
 from .manifest import FORMAT, Manifest, check_format
 from .strict import StrictError, from_json, to_json
 
@@ -122,9 +122,9 @@ def write_record(files: Files, record: CommitRecord) -> None:
 def find_committed(files: Files, manifest: Manifest, index: Index | None = None) -> np.ndarray:
     """bool [S]: the shards that exist."""
     mask = (index or read_index(files, manifest)).mask(manifest.shards)
-    names = {record_key(int(shard)).rsplit("/", 1)[1]: int(shard) for shard in np.flatnonzero(~mask)}
-    found = files.which_exist("commits", list(names))
-    mask[[names[name] for name in found]] = True
+    shards = {record_name(shard): shard for shard in np.flatnonzero(~mask).tolist()}
+    found = files.which_exist(COMMITS, list(shards))
+    mask[[shards[name] for name in found]] = True
     return mask
 
 
@@ -147,6 +147,7 @@ def compact(files: Files, manifest: Manifest) -> Index:
 def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     """Undo commits. The index goes first: a kill in between leaves the shards committed, never half gone."""
     gone = sorted(set(shards))
+    files.remove(SUMMARY)  # it is of a finished store, which this is no more
     committed = find_committed(files, manifest)
     committed[gone] = False
     records = [read_record(files, manifest, int(shard)) for shard in np.flatnonzero(committed)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .commits import ArrayRecord, AttentionTotals, CommitRecord
-from .csr import AttentionCsr
+from .csr import AttentionCsr, index_dtype
 from .digest import array_digest
 from .errors import ShardInvalid
 from .layout import (
@@ -91,10 +91,7 @@ def validate_content(manifest: Manifest, shard: int, content: ShardContent) -> N
         if values.shape != (*expected, manifest.model.d_model) or values.dtype != dtype:
             shape = (*expected, manifest.model.d_model)
             problems.append(f"layer {layer}: expected {dtype} {shape}, found {values.dtype} {values.shape}")
-    kept = (stop - start, manifest.attention.heads, manifest.context)
-    for layer, csr in content.attention.items():
-        if csr.kept_mass.shape != kept:
-            problems.append(f"attention of layer {layer}: expected kept mass {kept}, found {csr.kept_mass.shape}")
+    problems += _moments_problems(manifest, content) + _attention_problems(manifest, stop - start, content)
     if problems:
         raise ShardInvalid(f"shard {shard} does not fit the manifest: " + "; ".join(problems))
     for layer, csr in content.attention.items():
@@ -138,6 +135,32 @@ def _layer_problems(manifest: Manifest, content: ShardContent) -> list[str]:
         for name, (layers, found) in wanted.items()
         if set(layers) != set(found)
     ]
+
+
+def _moments_problems(manifest: Manifest, content: ShardContent) -> list[str]:
+    expected = (manifest.context, manifest.model.d_model)
+    found = {layer: (len(part.norm_by_position), len(part.mean)) for layer, part in content.moments.items()}
+    return [
+        f"moments of layer {layer}: expected {expected} positions and widths, found {lengths}"
+        for layer, lengths in found.items()
+        if lengths != expected
+    ]
+
+
+def _attention_problems(manifest: Manifest, windows: int, content: ShardContent) -> list[str]:
+    """Types are exact: the digest is of the values as they are stored."""
+    kept = (windows, manifest.attention.heads, manifest.context)
+    types = {"indptr": np.uint32, "indices": index_dtype(manifest.context), "data": np.float16, "kept_mass": np.float16}
+    problems = []
+    for layer, csr in content.attention.items():
+        if csr.kept_mass.shape != kept:
+            problems.append(f"attention of layer {layer}: expected kept mass {kept}, found {csr.kept_mass.shape}")
+        problems += [
+            f"attention of layer {layer}: expected {name} of {np.dtype(dtype)}, found {getattr(csr, name).dtype}"
+            for name, dtype in types.items()
+            if getattr(csr, name).dtype != dtype
+        ]
+    return problems
 
 
 def _lines(manifest: Manifest, csr: AttentionCsr) -> dict[str, np.ndarray]:

@@ -53,8 +53,8 @@ class AttentionCsr:
         )
 
     def take(self, windows: np.ndarray) -> AttentionCsr:
-        """The given windows, in the given order; repeats are allowed."""
-        windows = np.asarray(windows, dtype=np.int64)
+        """The given windows, in the given order; positions or a mask, as numpy takes them."""
+        windows = np.arange(self.windows)[windows]
         rows = self.heads * self.context
         lengths = np.diff(self.indptr.astype(np.int64)).reshape(self.windows, rows)[windows]
         starts = self.indptr[windows * rows].astype(np.int64)
@@ -126,6 +126,8 @@ def _find_problem(csr: AttentionCsr, topk: int | None, causal: bool) -> str | No
         return f"row pointers decrease at row {int(np.argmax(lengths < 0))}"
     if csr.indptr[-1] != csr.entries:
         return f"row pointers end at {csr.indptr[-1]}, but there are {csr.entries} entries"
+    if len(csr.data) != csr.entries:
+        return f"there are {csr.entries} key positions, but {len(csr.data)} probabilities"
     limit = csr.context if topk is None else min(topk, csr.context)
     if (lengths > limit).any():
         row = int(np.argmax(lengths > limit))

@@ -92,8 +92,14 @@ class LocalFiles:
 
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
         """One stat a name: a listing would read every name of a folder that may hold 100,000."""
-        prefix = f"{self.root}/{folder}/"
-        return [name for name in names if os.path.exists(prefix + name)]
+        try:
+            fd = os.open(self.root / folder, os.O_RDONLY)
+        except FileNotFoundError:
+            return []
+        try:
+            return [name for name in names if os.access(name, os.F_OK, dir_fd=fd)]
+        finally:
+            os.close(fd)
 
     def write(self, key: str, buffers: Sequence[np.ndarray]) -> None:
         path = self.root / key
@@ -194,7 +200,7 @@ def _full_disk_named(url: str, key: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, StoreFull):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or isinstance(error, StoreFull):
             raise
         raise StoreFull(
             error.errno,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from .dtypes import STORED_AS, UNWRITTEN
 from .manifest import Codec, Manifest
 
 ROOT = "zarr.json"
+COMMITS = "commits"
 INDEX = "commits/index.json"
 LOCK = "commits/lock"
 SUMMARY = "stats/summary.json"
+MAX_CHUNK_BYTES = 2**30  # what is read in part goes through a scratch chunk: nobody's chunks may fill the memory
 CHUNK_BYTES = 16 * 2**20  # aim for chunks of this size: large enough to stream, small enough to overlap
 
 # Moments of one shard and layer stand in one float64 line: these columns, then norm_by_position [T], mean [D].
@@ -29,7 +31,8 @@ MOMENT_SCALARS = ("count", "mean_norm", "mean_square_norm", "windows")
 _CODECS: tuple[Codec, ...] = ("raw", "lz4", "zstd")
 _BLOSC: dict[Codec, dict[str, Any]] = {
     "lz4": {"cname": "lz4", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0},
-    "zstd": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0},
+    # Large blocks of shuffled bytes: signs and exponents get an entropy code of their own, apart from the mantissas.
+    "zstd": {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 2**19},
 }
 
 
@@ -86,9 +89,9 @@ def codec_documents(codec: Codec, dtype: np.dtype) -> list[dict[str, Any]]:
     return [*chain, {"name": "crc32c"}]
 
 
-def blosc_settings(codec: Codec) -> tuple[bytes, int]:
-    """Compressor name and level; the shuffle is by bits for every codec here."""
-    return _BLOSC[codec]["cname"].encode(), _BLOSC[codec]["clevel"]
+def blosc_settings(codec: Codec) -> dict[str, Any]:
+    """Compressor, level, shuffle and block size, by the names of zarr's codec."""
+    return _BLOSC[codec]
 
 
 def resid_path(layer: int) -> str:
@@ -103,8 +106,13 @@ def moments_path(layer: int) -> str:
     return f"stats/layer_{layer}"
 
 
+def record_name(shard: int) -> str:
+    """Inside COMMITS."""
+    return f"{shard:05d}.json"
+
+
 def record_key(shard: int) -> str:
-    return f"commits/{shard:05d}.json"
+    return f"{COMMITS}/{record_name(shard)}"
 
 
 def array_document_key(path: str) -> str:
@@ -170,17 +178,22 @@ def encode_json(value: Any) -> bytes:
     return json.dumps(value, indent=1).encode() + b"\n"
 
 
-def parse_array_document(path: str, document: dict[str, Any]) -> ArrayLayout | None:
+def parse_array_document(expected: ArrayLayout, document: dict[str, Any]) -> ArrayLayout | None:
     """The layout that a zarr.json describes, or None where it is one that only zarr itself can read."""
-    dtype = np.dtype(document["data_type"])
-    known: list[Codec] = [codec for codec in _CODECS if codec_documents(codec, dtype) == document["codecs"]]
-    chunks = tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
-    shape = tuple(document["shape"])
+    shape, dtype = document["shape"], document["data_type"]
+    if shape != list(expected.shape) or dtype != expected.dtype.name:
+        raise ValueError(
+            f"expected {expected.dtype.name} {list(expected.shape)} by the manifest, found {dtype} {shape}"
+        )
+    chunks = document["chunk_grid"]["configuration"]["chunk_shape"]
+    if len(chunks) != len(shape) or not all(type(length) is int and length > 0 for length in chunks):
+        raise ValueError(f"expected {len(shape)} positive integers as chunk shape, found {chunks}")
+    known: list[Codec] = [codec for codec in _CODECS if codec_documents(codec, expected.dtype) == document["codecs"]]
     separator = document["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
     if not known or chunks[1:] != shape[1:] or not separator:
         return None
-    names = tuple(document.get("dimension_names") or ())
-    return ArrayLayout(path, shape, chunks, dtype, document["fill_value"], known[0], names, document["attributes"])
+    found = replace(expected, chunks=tuple(chunks), codec=known[0])
+    return found if found.chunk_bytes <= MAX_CHUNK_BYTES else None
 
 
 def _token_arrays(manifest: Manifest) -> list[ArrayLayout]:
@@ -271,8 +284,8 @@ def _attention_arrays(manifest: Manifest, layer: int) -> list[ArrayLayout]:
 
 def _chunk_windows(shard_windows: int, window_bytes: int) -> int:
     """The largest divisor of a shard whose bytes stay near CHUNK_BYTES."""
-    limit = max(1, CHUNK_BYTES // window_bytes)
-    return max(n for n in range(1, shard_windows + 1) if shard_windows % n == 0 and (n <= limit or n == 1))
+    limit = max(1, min(shard_windows, CHUNK_BYTES // window_bytes))
+    return next(n for n in range(limit, 0, -1) if shard_windows % n == 0)
 
 
 def _group_paths(arrays: dict[str, ArrayLayout]) -> list[str]:

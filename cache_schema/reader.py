@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import numpy as np
 import zarr
@@ -24,11 +23,11 @@ from .buffers import ShardBuffers
 from .chunks import plan_reads, read_chunk, read_with_zarr
 from .commits import CommitRecord, find_committed, read_record
 from .csr import AttentionCsr
-from .errors import CsrInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
+from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
 from .files import Files, LocalFiles, open_files
 from .layout import attention_path, is_line, moments_length, moments_path, resid_path
 from .moments import Moments, from_line, merge
-from .request import Request, ShardArrays, Span, spans_of, validate_request
+from .request import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .root import read_root
 from .summary import read_summary
 
@@ -78,12 +77,7 @@ class Store:
         """The request cut at shard borders; an error where a shard is not committed yet."""
         validate_request(self.manifest, request)
         spans = spans_of(self.manifest, request)
-        missing = [span.shard for span in spans if not self.committed[span.shard]]
-        if missing:
-            raise StoreUnfinished(
-                f"{len(missing)} of the {len(spans)} shards asked for are not committed in {self.url} "
-                f"(the first is shard {missing[0]}). Finish the harvest: the same command goes on where it stopped"
-            )
+        self._require_committed(spans)
         return spans
 
     def read(self, request: Request, span: Span, out: ShardBuffers | None = None) -> ShardArrays:
@@ -132,9 +126,20 @@ class Store:
             self._run(job, shard, moments_path(layer))
         return from_line(line[0], self.manifest.context)
 
+    def _require_committed(self, spans: Sequence[Span]) -> None:
+        """What has no record does not exist, even where its chunks lie there already."""
+        missing = [span.shard for span in spans if not self.committed[span.shard]]
+        if missing:
+            raise StoreUnfinished(
+                f"{len(missing)} of the {len(spans)} shards asked for are not committed in {self.url} "
+                f"(the first is shard {missing[0]}). Finish the harvest: the same command goes on where it stopped"
+            )
+
     def _begin(self, request: Request, span: Span, buffers: ShardBuffers) -> _Reading:
         """Put every chunk of a span into flight."""
         validate_request(self.manifest, request)
+        validate_span(self.manifest, span)
+        self._require_committed([span])
         futures = []
         for path, array in buffers.arrays.items():
             start, stop = (span.shard, span.shard + 1) if is_line(path) else (span.start, span.stop)
@@ -169,9 +174,19 @@ class Store:
         return self._pool
 
     def _zarr_array(self, path: str) -> zarr.Array:
-        if self._zarr_root is None:
-            self._zarr_root = zarr.open_group(self.url, mode="r")
-        return cast(zarr.Array, self._zarr_root[path])
+        """zarr parses the documents itself here, and says in many ways that it cannot."""
+        try:
+            if self._zarr_root is None:
+                self._zarr_root = zarr.open_group(self.url, mode="r")
+            found = self._zarr_root[path]
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ManifestInvalid(
+                f"zarr cannot open array {path} of {self.url} ({error!r}). Restore its zarr.json: "
+                f"`sae-store repair {self.url}` writes it anew"
+            ) from None
+        if not isinstance(found, zarr.Array):
+            raise ManifestInvalid(f"expected {path} of {self.url} to be an array, found a group. Restore its zarr.json")
+        return found
 
 
 @dataclass

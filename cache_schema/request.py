@@ -67,6 +67,18 @@ def validate_request(manifest: Manifest, request: Request) -> None:
         )
 
 
+def validate_span(manifest: Manifest, span: Span) -> None:
+    """A span made by hand must lie inside its shard, or another shard's windows would be taken for its own."""
+    if 0 <= span.shard < manifest.shards:
+        start, stop = manifest.shard_range(span.shard)
+        if start <= span.start < span.stop <= stop:
+            return
+    raise RequestInvalid(
+        f"expected a span of windows inside one of the {manifest.shards} shards of {manifest.shard_windows} windows, "
+        f"found {span}. `Store.spans(request)` makes the spans of a request"
+    )
+
+
 def window_range(manifest: Manifest, request: Request) -> tuple[int, int]:
     """First and last-plus-one window that a request covers."""
     first, last = manifest.splits[request.split] if request.split is not None else (0, manifest.windows)

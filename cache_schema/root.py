@@ -45,7 +45,10 @@ def read_root(files: Files) -> Root:
 
 
 def _require_identity(manifest: Manifest, where: str) -> None:
-    computed = cache_id(manifest)
+    try:
+        computed = cache_id(manifest)
+    except RecursionError:
+        raise ManifestInvalid(f"{where}: the settings are nested too deeply to be read. {_REMEDY}") from None
     if manifest.cache_id != computed:
         raise ManifestInvalid(
             f"{where}: expected cache id {computed} for these settings, found {manifest.cache_id!r}: "
@@ -70,13 +73,8 @@ def _layout(files: Files, nodes: dict[str, Any], expected: ArrayLayout) -> Array
         except KeyError:
             raise ManifestInvalid(f"{where} is missing. {_REMEDY}") from None
     try:
-        shape, dtype = list(document["shape"]), document["data_type"]
-        layout = parse_array_document(expected.path, document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return parse_array_document(expected, document)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ManifestInvalid(f"{where} describes no zarr v3 array ({error!r}). {_REMEDY}") from None
-    if shape != list(expected.shape) or dtype != expected.dtype.name:
-        raise ManifestInvalid(
-            f"{where}: expected {expected.dtype.name} {list(expected.shape)} by the manifest, "
-            f"found {dtype} {shape}. {_REMEDY}"
-        )
-    return layout
+    except ValueError as error:
+        raise ManifestInvalid(f"{where}: {error}. {_REMEDY}") from None

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}", re.ASCII)  # as `str` writes it: each integer has one form
 
 
 class StrictError(ValueError):
@@ -144,7 +147,7 @@ def _read_mapping(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
     result = {}
     for key, item in raw.items():
         if key_kind is int and not isinstance(key, int):
-            if not str(key).lstrip("-").isdecimal():
+            if not _INTEGER.fullmatch(str(key)):
                 problems.append(f"{_join(where, key)}: expected an integer key")
                 continue
             key = int(key)

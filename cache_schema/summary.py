@@ -78,7 +78,9 @@ def read_summary(files: Files, manifest: Manifest) -> Summary | None:
         summary = from_json(Summary, value)
     except StrictError as error:
         raise ManifestInvalid(f"{where}: {error}. {_REMEDY}") from None
-    if summary.cache_id != manifest.cache_id or set(summary.resid) != set(manifest.layers):
+    lengths = (manifest.context, manifest.model.d_model)
+    fits = all((len(found.norm_by_position), len(found.mean)) == lengths for found in summary.resid.values())
+    if summary.cache_id != manifest.cache_id or set(summary.resid) != set(manifest.layers) or not fits:
         raise ManifestInvalid(f"{where} belongs to another store. {_REMEDY}")
     return summary
 

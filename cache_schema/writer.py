@@ -14,8 +14,8 @@ Nothing that is written depends on who writes it, when, or in which order.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 
 import numpy as np
@@ -27,7 +27,7 @@ from .content import ShardContent, ShardPart, lay_out, make_record, validate_con
 from .errors import ShardInvalid, StoreBusy, StoreMismatch
 from .files import Files, open_files
 from .identity import sealed
-from .layout import ROOT, SUMMARY, arrays_of, documents_of, encode_json, record_key, root_document
+from .layout import ROOT, arrays_of, documents_of, encode_json, record_key, root_document
 from .manifest import Manifest, list_differences
 from .moments import merge
 from .reader import Store
@@ -57,16 +57,11 @@ class StoreWriter:
         files, manifest = open_files(url), sealed(manifest)
         _validate_tokens(manifest, tokens, documents)
         writer = cls(files, manifest)
-        if not writer._claims.take(CREATION):
-            writer.close()
-            raise StoreBusy(f"another process is creating {files.url} right now: wait until it has, then try again")
         try:
-            if files.exists(ROOT):
-                _require_same_settings(files, manifest)
-            else:
-                writer._write_beginning(tokens, documents)
-        finally:
-            writer._claims.release(CREATION)
+            writer._begin(tokens, documents)
+        except BaseException:
+            writer._release()
+            raise
         return writer
 
     @classmethod
@@ -101,7 +96,7 @@ class StoreWriter:
         validate_content(self.manifest, shard, content)
         parts = lay_out(self.manifest, shard, content)
         tasks = [(part, at) for part in parts for at in range(part.num_chunks)]
-        sizes = list(self._pool.map(lambda task: self._write_chunk(*task), tasks))
+        sizes = self._write_chunks(tasks)
         self.files.settle(part.layout.path for part in parts)
         beginning = {path: self.files.size(self.arrays[path].chunk_key(shard)) for path in ("tokens", "documents")}
         record = make_record(self.manifest, shard, content, beginning | _sum_by_path(tasks, sizes))
@@ -109,11 +104,37 @@ class StoreWriter:
         self._compact_sometimes()
         return record
 
+    def _write_chunks(self, tasks: Sequence[tuple[ShardPart, int]]) -> list[int]:
+        """Write all; when one fails, nothing is in flight any more before the claim on the shard is given back."""
+        futures = [self._pool.submit(self._write_chunk, *task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+        return [future.result() for future in futures]
+
     def _write_chunk(self, part: ShardPart, at: int) -> int:
         """Write the part's `at`-th chunk; return its size on disk."""
         buffers = encode(part.layout, part.chunk(at))
         self.files.write(part.layout.chunk_key(part.first_chunk + at), buffers)
         return sum(buffer.nbytes for buffer in buffers)
+
+    def _begin(self, tokens: np.ndarray, documents: np.ndarray) -> None:
+        """Write the store's beginning, unless one of the same settings stands there."""
+        if not self._claims.take(CREATION):
+            raise StoreBusy(
+                f"another process is creating {self.files.url} right now: wait until it has, then try again"
+            )
+        try:
+            if self.files.exists(ROOT):
+                _require_same_settings(self.files, self.manifest)
+            else:
+                self._write_beginning(tokens, documents)
+        finally:
+            self._claims.release(CREATION)
 
     def _write_beginning(self, tokens: np.ndarray, documents: np.ndarray) -> None:
         """Everything that is there before the first shard; the root document comes last."""
@@ -121,7 +142,7 @@ class StoreWriter:
             self.files.replace(key, data)
         for path, values in (("tokens", tokens), ("documents", documents)):
             part = ShardPart(self.arrays[path], 0, values)
-            list(self._pool.map(lambda at, part=part: self._write_chunk(part, at), range(part.num_chunks)))
+            self._write_chunks([(part, at) for at in range(part.num_chunks)])
         self.files.settle(["tokens", "documents"])
         self.files.replace(ROOT, encode_json(root_document(self.manifest)))
 
@@ -134,20 +155,22 @@ class StoreWriter:
 
     def close(self) -> None:
         """Bring what is derived up to date: the index, and the summary of a finished store."""
+        try:
+            if self.files.exists(ROOT):
+                with self._claims.hold_derived():
+                    refresh(self.files, self.manifest)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         self._pool.shutdown()
-        if self.files.exists(ROOT):
-            with self._claims.hold_derived():
-                refresh(self.files, self.manifest)
         self._claims.close()
 
 
 def refresh(files: Files, manifest: Manifest) -> None:
     """Derive index and summary again from the records and the lines of moments; the caller holds the claim."""
     index = compact(files, manifest)
-    if not index.mask(manifest.shards).all():
-        files.remove(SUMMARY)
-        return
-    if read_summary(files, manifest) is not None:
+    if not index.mask(manifest.shards).all() or read_summary(files, manifest) is not None:
         return
     with Store(files) as store:
         lines = {

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec
 from saemill.cache_schema import layout as layout_module
 from saemill.cache_schema.commits import CommitRecord, Index
@@ -68,8 +69,9 @@ def test_codec_table_is_the_chain_that_is_written() -> None:
         written = []
         for document in documents:
             config = document.get("configuration", {})
-            extra = f" ({config['cname']}, level {config['clevel']}, {config['shuffle']})" if "cname" in config else ""
-            written.append(document["name"] + extra)
+            extra = f" ({config['cname']}, level {config['clevel']}, {config['shuffle']}" if "cname" in config else ""
+            blocks = f", blocks of {config['blocksize']} bytes" if config.get("blocksize") else ""
+            written.append(document["name"] + extra + blocks + ")" * bool(extra))
         assert re.split(r", (?![^(]*\))", chain) == written
 
 

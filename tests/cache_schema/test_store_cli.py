@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+
 from saemill.cache_schema import Request, Store, importer, to_float32
 from saemill.cache_schema import verify as verify_module
 from saemill.cache_schema.cli import main

@@ -1,0 +1,334 @@
+"""The store against plain files, against plain zarr, and against SAELens' cache.
+
+Every ratio is of medians of one run in which the two took turns. The residuals are random: Gaussian
+in bfloat16, with a heavy-tailed scale a dimension, as residual streams have it; real ones compress
+better, never worse, as their dimensions are not independent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+import numpy as np
+import zarr
+from ratios import Row, Speeds, compare, conclude, take_turns
+
+from saemill.cache_schema import (
+    CorpusSpec,
+    Manifest,
+    ModelSpec,
+    Request,
+    ShardArrays,
+    ShardBuffers,
+    ShardContent,
+    Store,
+    StoreWriter,
+    from_float32,
+    to_float32,
+)
+from saemill.cache_schema.commits import Index
+from saemill.cache_schema.identity import sealed
+from saemill.cache_schema.layout import INDEX, ROOT, encode_json, root_document
+from saemill.cache_schema.moments import Moments
+from saemill.cache_schema.strict import to_json
+from saemill.cache_schema.writer import WRITERS
+
+CONTEXT, WIDTH, LAYER, SHARD_WINDOWS = 128, 2304, 19, 256
+RESID = Request(layers=(LAYER,))
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where, how much, how often. W windows of a shard, T context, D width."""
+
+    folder: Path
+    shards: int
+    rounds: int
+    resid: np.ndarray  # [W, T, D] bfloat16 bits: the residuals of every shard
+
+    @property
+    def gigabytes(self) -> float:
+        return self.shards * self.resid.nbytes / GB
+
+
+def make_residuals(rng: np.random.Generator) -> np.ndarray:
+    scales = rng.lognormal(0, 1, WIDTH).astype(np.float32)
+    return rng.standard_normal((SHARD_WINDOWS, CONTEXT, WIDTH), np.float32) * scales
+
+
+def make_manifest(shards: int, **changes: Any) -> Manifest:
+    windows = shards * SHARD_WINDOWS
+    manifest = Manifest(
+        model=ModelSpec("random", WIDTH, dtype=changes.pop("dtype", "bfloat16")),
+        corpus=CorpusSpec("random"),
+        context=CONTEXT,
+        layers=(LAYER,),
+        windows=windows,
+        splits={"train": (0, windows), "validation": (windows, windows), "test": (windows, windows)},
+        shard_windows=SHARD_WINDOWS,
+    )
+    return replace(manifest, **changes)
+
+
+def make_content(shard_WTD: np.ndarray) -> ShardContent:
+    """Moments are the harvest's work: here they are zeros of the right size."""
+    tokens = np.zeros((SHARD_WINDOWS, CONTEXT), np.uint32)
+    moments = Moments(1, np.zeros(WIDTH), 1.0, 1.0, SHARD_WINDOWS, np.ones(CONTEXT))
+    return ShardContent(tokens, tokens, {LAYER: shard_WTD}, {LAYER: moments})
+
+
+def open_writer(folder: Path, manifest: Manifest) -> StoreWriter:
+    tokens = np.zeros((manifest.windows, CONTEXT), np.uint32)
+    return StoreWriter.create(folder, manifest, tokens, tokens)
+
+
+def write_store(folder: Path, manifest: Manifest, shard_WTD: np.ndarray) -> None:
+    with open_writer(folder, manifest) as writer:
+        for shard in writer.pending():
+            with writer.claim(shard):
+                writer.write(shard, make_content(shard_WTD))
+
+
+def chunk_files(folder: Path) -> list[Path]:
+    return sorted((folder / f"resid/layer_{LAYER}").glob("c.*"), key=lambda path: int(path.name.split(".")[1]))
+
+
+def bench_writing(bench: Bench) -> list[Row]:
+    """A shard of raw chunks with checksums and a commit, against its bytes in plain files with as many fsyncs."""
+    folder, content = bench.folder / "write", make_content(bench.resid)
+    with open_writer(folder / "store", make_manifest(1)) as writer, ThreadPoolExecutor(WRITERS) as pool:
+        fsyncs = count_fsyncs(lambda: writer.write(0, content))
+        chunks = np.array_split(bench.resid, len(chunk_files(folder / "store")))
+        plain = folder / "plain"
+        plain.mkdir()
+        jobs = {
+            "store": lambda: writer.write(0, content),
+            "plain": lambda: write_plain(plain, chunks, fsyncs, pool),
+        }
+        speeds = take_turns(bench.rounds * 3, bench.resid.nbytes / GB, jobs)
+    shutil.rmtree(folder)
+    against = f"plain files, {fsyncs} fsyncs"
+    return [compare("write raw, checksums and commit", speeds["store"], speeds["plain"], "GB/s", 0.7, against)]
+
+
+def count_fsyncs(job: Callable[[], object]) -> int:
+    """How often a job calls fsync."""
+    calls, fsync = [], os.fsync
+    os.fsync = lambda fd: (calls.append(fd), fsync(fd))[1]
+    try:
+        job()
+    finally:
+        os.fsync = fsync
+    return len(calls)
+
+
+def write_plain(folder: Path, chunks: list[np.ndarray], fsyncs: int, pool: ThreadPoolExecutor) -> None:
+    """One file a chunk, as many at once as the store writes; the fsyncs left over go to the folder."""
+
+    def write(at: int) -> None:
+        with open(folder / f"{at}.bin", "wb", buffering=0) as file:
+            file.write(chunks[at].data)
+            os.fsync(file.fileno())
+
+    list(pool.map(write, range(len(chunks))))
+    fd = os.open(folder, os.O_RDONLY)
+    for _ in range(fsyncs - len(chunks)):
+        os.fsync(fd)
+    os.close(fd)
+
+
+def bench_codecs(bench: Bench) -> list[Row]:
+    """One store a codec: what it takes on disk, and how fast it is read, checked, into preallocated memory."""
+    folders, rows, raw_bytes = {}, [], bench.shards * bench.resid.nbytes
+    for codec in ("raw", "lz4", "zstd"):
+        folders[codec] = bench.folder / codec
+        start = perf_counter()
+        write_store(folders[codec], make_manifest(bench.shards, codec=codec), bench.resid)
+        seconds = perf_counter() - start
+        size = sum(file.stat().st_size for file in chunk_files(folders[codec]))
+        found = f"{size / GB:,.2f} GB, written at {bench.gigabytes / seconds:,.2f} GB/s"
+        target = 1.25 if codec == "zstd" else None
+        rows.append(Row(f"size of {codec}", found, f"values {raw_bytes / GB:,.2f} GB", raw_bytes / size, target))
+    with open_readers(bench, folders) as jobs:
+        for job in jobs.values():  # warm
+            job()
+        speeds = take_turns(bench.rounds, bench.gigabytes, jobs)
+    rows.append(compare("read raw, verified", speeds["raw"], speeds["readinto"], "GB/s", 0.5, "readinto, page cache"))
+    for name in ("lz4", "zstd", "zarr"):
+        title = "read raw by plain zarr" if name == "zarr" else f"read {name}, verified"
+        rows.append(compare(title, speeds[name], speeds["readinto"], "GB/s", None, "readinto"))
+    for codec in ("lz4", "zstd"):
+        shutil.rmtree(folders[codec])
+    return rows
+
+
+@contextmanager
+def open_readers(bench: Bench, folders: dict[str, Path]) -> Iterator[dict[str, Callable[[], object]]]:
+    """Every way to read all residuals once."""
+    stores = {codec: Store.open(folder) for codec, folder in folders.items()}
+    buffers = ShardBuffers(stores["raw"].manifest, RESID)
+    array = zarr.open_array(folders["raw"] / f"resid/layer_{LAYER}", mode="r")
+    files = chunk_files(folders["raw"])
+    memory = bytearray(files[0].stat().st_size)
+
+    def read(store: Store) -> None:
+        for span in store.spans(RESID):
+            store.read(RESID, span, buffers)
+
+    def read_into() -> None:
+        for file in files:
+            with open(file, "rb", buffering=0) as opened:
+                opened.readinto(memory)
+
+    def read_by_zarr() -> None:
+        for shard in range(bench.shards):
+            array[shard * SHARD_WINDOWS : (shard + 1) * SHARD_WINDOWS]
+
+    jobs: dict[str, Callable[[], object]] = {codec: (lambda s=store: read(s)) for codec, store in stores.items()}
+    try:
+        yield jobs | {"readinto": read_into, "zarr": read_by_zarr}
+    finally:
+        for store in stores.values():
+            store.close()
+
+
+class Peer:
+    """`peer_saelens.py` in the peers' environment."""
+
+    def __init__(self, environment: Path) -> None:
+        command = [environment / "bin/python", Path(__file__).with_name("peer_saelens.py")]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
+    """The same float16 residuals and tokens from both, warm; SAELens with the batch size that suits it best.
+
+    Each has one reader that goes through the store once a round, as a training run goes through epochs.
+    """
+    folder = bench.folder / "peer"
+    folder.mkdir()
+    shard_WTD = to_float32(bench.resid, "bfloat16").astype(np.float16)
+    windows = bench.shards * SHARD_WINDOWS
+    np.save(folder / "resid.npy", np.concatenate([shard_WTD] * bench.shards))
+    np.save(folder / "tokens.npy", np.zeros((windows, CONTEXT), np.int32))
+    write_store(folder / "store", make_manifest(bench.shards, dtype="float16"), shard_WTD)
+    peer, cache = Peer(environment), str(folder / "cache")
+    request = Request(layers=(LAYER,), tokens=True)
+    try:
+        peer.ask(make=cache, resid=str(folder / "resid.npy"), tokens=str(folder / "tokens.npy"))
+        (folder / "resid.npy").unlink()
+        with Store.open(folder / "store") as store:
+            stream = store.stream(request, store.spans(request) * (bench.rounds + 1))
+            rounds = [saelens_round(bench, stream, peer, cache) for _ in range(bench.rounds + 1)][1:]  # one to warm
+            stream.close()
+    finally:
+        peer.close()
+        shutil.rmtree(folder)
+    speeds = {name: Speeds(tuple(found[name] / 1e6 for found in rounds)) for name in rounds[0]}
+    best = max((name for name in speeds if name.startswith("store ")), key=lambda name: speeds[name].median)
+    return [
+        compare("stream, verified", speeds["ours"], speeds[best], "M tokens/s", 1.2, f"SAELens {best}"),
+        compare("", speeds["ours"], speeds["arrow"], "M tokens/s", None, "its Arrow files as numpy"),
+    ]
+
+
+def saelens_round(bench: Bench, stream: Iterator[ShardArrays], peer: Peer, cache: str) -> dict[str, float]:
+    """Tokens a second of each, one after the other."""
+    start = perf_counter()
+    tokens = sum(arrays.resid[LAYER].shape[0] * CONTEXT for arrays in islice(stream, bench.shards))
+    found = {"ours": tokens / (perf_counter() - start)}
+    for batch in (8, 32, 256):
+        answer = peer.ask(read=cache, batch=batch)
+        found[f"store batch {batch}"] = answer["tokens"] / answer["seconds"]
+    answer = peer.ask(raw=cache, batch=32)
+    return found | {"arrow": answer["tokens"] / answer["seconds"]}
+
+
+def bench_memory(bench: Bench) -> list[Row]:
+    """Peak growth of a fresh process that streams the whole store, against the buffers it says it holds."""
+    code = """
+import sys
+from pathlib import Path
+from saemill.cache_schema import Request, ShardBuffers, Store
+def peak():  # not ru_maxrss: a new process inherits that of its parent
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+request = Request(layers=(19,))
+with Store.open(sys.argv[1]) as store:
+    before, buffers = peak(), 2 * ShardBuffers(store.manifest, request).nbytes
+    for arrays in store.stream(request, in_flight=1):
+        pass
+    print(peak() - before, buffers)
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", code, bench.folder / "raw"], capture_output=True, text=True, check=True
+    )
+    growth, buffers = map(int, output.stdout.split())
+    found = f"{growth / 1e6:,.0f} MB for a store of {bench.gigabytes * 1e3:,.0f} MB"
+    return [Row("memory while streaming", found, f"buffers {buffers / 1e6:,.0f} MB", buffers / growth, 0.8)]
+
+
+def bench_opening(bench: Bench) -> list[Row]:
+    """A store of 100,000 shards: its root and its index, nothing else is needed to open it."""
+    folder, shards = bench.folder / "many", 100_000
+    (folder / "commits").mkdir(parents=True)
+    manifest = sealed(make_manifest(shards))
+    (folder / ROOT).write_bytes(encode_json(root_document(manifest)))
+    speeds = []
+    for name, ranges in (("finished", ((0, shards),)), ("in the making", ((0, shards // 2),))):
+        (folder / INDEX).write_bytes(encode_json(to_json(Index(manifest.cache_id, ranges))))
+        opened = take_turns(5, 1, {"open": lambda: Store.open(folder)})["open"]
+        found = f"{1e3 / opened.median:,.1f} ms"
+        speeds.append(Row(f"open 100,000 shards, {name}", found, "1 second", opened.median, 1.0))
+    return speeds
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--peers", type=click.Path(path_type=Path), help="The environment that has SAELens; none: not compared.")
+@click.option("--gigabytes", default=1.0, show_default=True, help="Size of the store.")
+@click.option("--rounds", default=7, show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), help="On which disk; a temporary folder by default.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
+def main(peers: Path | None, gigabytes: float, rounds: int, folder: Path | None, json_file: Path | None) -> None:
+    """Measure the store; the exit status is 1 where a target is missed."""
+    if peers is not None and not (peers / "bin/python").exists():
+        raise click.UsageError(f"no environment at {peers}: make it with `make peers`, or leave --peers out")
+    shard_WTD = from_float32(make_residuals(np.random.default_rng(0)), "bfloat16")
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        bench = Bench(Path(place), max(2, round(gigabytes * GB / shard_WTD.nbytes)), rounds, shard_WTD)
+        rows = [*bench_writing(bench), *bench_codecs(bench), *bench_memory(bench), *bench_opening(bench)]
+        if peers is not None:
+            shutil.rmtree(bench.folder / "raw")
+            rows += bench_saelens(bench, peers)
+    title = f"Store of {bench.gigabytes:.2f} GB, width {WIDTH}, context {CONTEXT}, bfloat16, {rounds} rounds in turns"
+    sys.exit(conclude(title, rows, json_file))
+
+
+if __name__ == "__main__":
+    main()

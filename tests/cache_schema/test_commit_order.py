@@ -1,0 +1,60 @@
+"""What is flushed when: the order of calls that a commit's promise stands on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from saemill.cache_schema import StoreWriter
+
+
+@pytest.fixture
+def journal(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(what was done, to which path), in order."""
+    done: list[tuple[str, str]] = []
+    replace = os.replace
+
+    def record_sync(fd: int) -> None:
+        done.append(("fsync", os.readlink(f"/proc/self/fd/{fd}")))
+
+    def record_replace(source: str, target: str) -> None:
+        done.append(("replace", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    return done
+
+
+def test_every_chunk_and_its_folder_is_flushed_before_the_record_appears(synthetic, small_chunks, tmp_path, journal):
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.make_corpus(manifest)
+    with StoreWriter.create(tmp_path, manifest, corpus.tokens, corpus.documents) as writer, writer.claim(1):
+        before = set(synthetic.tree_of(tmp_path))
+        journal.clear()
+        writer.write(1, synthetic.make_content(manifest, corpus, 1))
+        chunks = {tmp_path / name for name in set(synthetic.tree_of(tmp_path)) - before if "/c." in name}
+    record = ("replace", str(tmp_path / "commits/00001.json"))
+    at = journal.index(record)
+    flushed = {Path(path) for what, path in journal[:at] if what == "fsync"}
+    assert len(chunks) == 2 * 2 + 2 + 2 * 4
+    assert chunks <= flushed
+    assert {chunk.parent for chunk in chunks} <= flushed
+    assert tmp_path / "commits/.00001.json.tmp" in flushed
+    for folder in {chunk.parent for chunk in chunks}:  # a name is durable only after its file is
+        last = max(i for i, (_, path) in enumerate(journal[:at]) if Path(path).parent == folder)
+        assert ("fsync", str(folder)) in journal[last:at]
+    assert ("fsync", str(tmp_path / "commits")) in journal[at:]
+
+
+def test_the_root_appears_last(synthetic, tmp_path, journal):
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.make_corpus(manifest)
+    StoreWriter.create(tmp_path, manifest, corpus.tokens, corpus.documents).close()
+    begun = journal[: journal.index(("replace", str(tmp_path / "zarr.json")))]
+    tokens = [("fsync", str(tmp_path / name / f"c.{i}.0")) for name in ("tokens", "documents") for i in range(6)]
+    assert set(tokens) <= set(begun)
+    assert ("fsync", str(tmp_path / "tokens")) in begun
+    assert ("replace", str(tmp_path / "resid/layer_3/zarr.json")) in begun

@@ -1,0 +1,195 @@
+"""Stores on object stores: in memory, and behind a real S3 server on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import s3fs
+
+from saemill.cache_schema import (
+    ChunkMissing,
+    Request,
+    ShardCorrupt,
+    Span,
+    Store,
+    StoreMismatch,
+    StoreMissing,
+    StoreUnfinished,
+    StoreWriter,
+)
+from saemill.cache_schema.claims import LeaseClaims
+from saemill.cache_schema.files import RemoteFiles, open_files
+
+EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """s3://... on a server that speaks the real protocol; found through the environment, as a user's would be."""
+    with pytest.MonkeyPatch.context() as patch:
+        process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("s3_server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None and process.stdin is not None
+        patch.setenv("AWS_ENDPOINT_URL", process.stdout.readline().decode().strip())
+        patch.setenv("AWS_ACCESS_KEY_ID", "anybody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3").mkdir("mill")
+        yield "s3://mill"
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def url(request):
+    name = uuid.uuid4().hex
+    return f"memory://{name}" if request.param == "memory" else f"{request.getfixturevalue('bucket')}/{name}"
+
+
+def objects_of(url: str) -> dict[str, str]:
+    """Key -> hash of every object below a URL."""
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.invalidate_cache()
+    return {name.removeprefix(path).lstrip("/"): hashlib.sha256(fs.cat(name)).hexdigest() for name in fs.find(path)}
+
+
+def test_the_same_store_as_on_a_disk(synthetic, tmp_path, url):
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.write_store(url, manifest)
+    synthetic.write_store(tmp_path, manifest, corpus)
+    on_disk = synthetic.tree_of(tmp_path)
+    del on_disk["commits/lock"]  # claims are objects there, and gone when they are released
+    assert objects_of(url) == on_disk
+
+
+@pytest.mark.parametrize("via_zarr", [False, True], ids=["direct", "via_zarr"])
+def test_streams_come_back(synthetic, url, via_zarr):
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.write_store(url, manifest)
+    with Store.open(url, via_zarr=via_zarr) as store:
+        spans = []
+        for arrays in store.stream(EVERYTHING, in_flight=3):
+            start, stop = arrays.span.start, arrays.span.stop
+            np.testing.assert_array_equal(arrays.resid[5], corpus.resid[5][start:stop])
+            np.testing.assert_array_equal(arrays.attention[3].dense(), corpus.attention[3].slice(start, stop).dense())
+            np.testing.assert_array_equal(arrays.documents, corpus.documents[start:stop])
+            spans.append(arrays.span)
+        assert spans == store.spans(EVERYTHING)
+        assert store.moments(3).count == int((corpus.tokens != synthetic.SPECIAL).sum())
+
+
+def test_two_writers_share_the_shards(synthetic, url):
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.make_corpus(manifest)
+    with (
+        StoreWriter.create(url, manifest, corpus.tokens, corpus.documents) as one,
+        StoreWriter.create(url, manifest, corpus.tokens, corpus.documents) as two,
+    ):
+        with one.claim(0) as first, two.claim(0) as second, two.claim(1) as other:
+            assert (first, second, other) == (True, False, True)
+        written = synthetic.write_pending(one, corpus, [0, 2, 4])
+        assert two.pending() == [1, 3, 5]
+        written += synthetic.write_pending(two, corpus, range(manifest.shards))
+        assert one.pending() == []
+        with one.claim(1) as is_to_do:
+            assert not is_to_do
+    assert sorted(written) == list(range(manifest.shards))
+    with Store.open(url) as store:
+        assert store.committed.all()
+
+
+def test_processes_side_by_side_make_the_store_of_one(synthetic, bucket, tmp_path):
+    """Real processes, so that nothing is shared but the server."""
+    script, url = Path(__file__).with_name("crash_nursery.py"), f"{bucket}/{uuid.uuid4().hex}"
+    nursery = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert nursery.stdin is not None and nursery.stdout is not None
+
+    def ask(**request) -> int:
+        print(json.dumps(request), file=nursery.stdin, flush=True)
+        return int(nursery.stdout.readline())
+
+    with nursery:
+        writers = [ask(start=url, shards=4) for _ in range(2)]
+        assert [ask(wait=pid) for pid in writers] == [0, 0]
+        assert ask(wait=ask(start=str(tmp_path), shards=4)) == 0
+    on_disk = synthetic.tree_of(tmp_path)
+    del on_disk["commits/lock"]
+    assert objects_of(url) == on_disk
+    with Store.open(url) as store:
+        assert store.committed.all()
+
+
+def test_faults_have_the_same_names(synthetic, url):
+    manifest = synthetic.make_manifest()
+    with pytest.raises(StoreMissing, match="no store at"):
+        Store.open(url)
+    corpus = synthetic.write_store(url, manifest, shards=[0, 1, 2])
+    with Store.open(url) as store, pytest.raises(StoreUnfinished):
+        store.spans(EVERYTHING)
+    with pytest.raises(StoreMismatch, match="codec: the store has 'raw', asked for 'zstd'"):
+        synthetic.write_store(url, synthetic.make_manifest(codec="zstd"), corpus)
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.pipe_file(f"{path}/resid/layer_3/c.1.0.0", b"short")
+    fs.rm_file(f"{path}/resid/layer_5/c.2.0.0")
+    with Store.open(url) as store:
+        with pytest.raises(ShardCorrupt, match="shard 1, array resid/layer_3"):
+            store.read(Request(layers=(3,)), Span(1, 4, 8))
+        with pytest.raises(ChunkMissing, match="shard 2, array resid/layer_5"):
+            store.read(Request(layers=(5,)), Span(2, 8, 12))
+
+
+def test_opening_a_finished_store_reads_two_objects_and_lists_nothing(synthetic, bucket, monkeypatch):
+    """s3fs asks for the size of an object before it gets it: two requests an object."""
+    synthetic.write_store(f"{bucket}/finished", synthetic.make_manifest())
+    fsspec.filesystem("s3").invalidate_cache()
+    calls = []
+    call = s3fs.S3FileSystem._call_s3
+
+    async def counted(self, method, *args, **kwargs):
+        calls.append(method)
+        return await call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    with Store.open(f"{bucket}/finished") as store:
+        assert calls == ["head_object", "get_object"] * 2
+        store.read(Request(layers=(3,)), Span(0, 0, 4))
+    assert calls == ["head_object", "get_object"] * 3
+
+
+def test_a_dead_writers_claim_lapses(synthetic, url, monkeypatch):
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.make_corpus(manifest)
+    with StoreWriter.create(url, manifest, corpus.tokens, corpus.documents) as writer:
+        files = open_files(url)
+        assert isinstance(files, RemoteFiles)
+        dead = LeaseClaims(files)
+        assert dead.take(0)
+        with writer.claim(0) as is_mine:
+            assert not is_mine
+        later = time.time() + 2 * 3600
+        monkeypatch.setattr(time, "time", lambda: later)
+        with writer.claim(0) as is_mine:
+            assert is_mine
+
+
+@pytest.mark.parametrize("lease", [b"", b"[]", b"{", b'{"until": "tomorrow"}', b"\xff"])
+def test_a_claim_that_nobody_can_read_has_lapsed(synthetic, lease):
+    """It can only be half of something: holding a shard for ever because of it would help nobody."""
+    files = open_files(f"memory://{uuid.uuid4().hex}")
+    assert isinstance(files, RemoteFiles)
+    claims = LeaseClaims(files)
+    assert claims.take(3)
+    assert not claims.take(3)
+    files.write("claims/3.json", [np.frombuffer(lease, np.uint8)])
+    assert claims.take(3)

@@ -1,0 +1,175 @@
+"""A reader with nothing but zarr, numpy and scipy gets the same arrays, and this package writes what zarr writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import zarr
+from scipy.sparse import csr_matrix
+
+from saemill.cache_schema import Request, Store
+from saemill.cache_schema.chunks import plan_reads, read_chunk
+from saemill.cache_schema.codecs import decode, encode
+from saemill.cache_schema.files import open_files
+from saemill.cache_schema.layout import ArrayLayout, arrays_of, is_line
+
+CODECS = ("raw", "lz4", "zstd")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_zarr_alone_reads_every_array(synthetic, small_chunks, tmp_path, codec):
+    manifest = synthetic.make_manifest(codec=codec)
+    corpus = synthetic.write_store(tmp_path, manifest)
+    group = zarr.open_group(tmp_path, mode="r")
+    np.testing.assert_array_equal(group["tokens"][:], corpus.tokens)
+    np.testing.assert_array_equal(group["documents"][:], corpus.documents)
+    for layer in manifest.layers:
+        array = group[f"resid/layer_{layer}"]
+        assert dict(array.attrs) == {"dtype": "bfloat16"}
+        np.testing.assert_array_equal(array[:], corpus.resid[layer])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_scipy_reads_a_shard_of_attention_as_documented(synthetic, tmp_path, codec):
+    manifest = synthetic.make_manifest(codec=codec)
+    corpus = synthetic.write_store(tmp_path, manifest)
+    parts = zarr.open_group(tmp_path, mode="r")["attention/layer_2"]
+    rows = manifest.shard_windows * manifest.attention.heads * manifest.context
+    for shard in range(manifest.shards):
+        start, stop = manifest.shard_range(shard)
+        indptr = parts["indptr"][shard]
+        n = int(indptr[-1])
+        data, indices = parts["data"][shard, :n], parts["indices"][shard, :n]
+        matrix = csr_matrix((data.astype(np.float32), indices, indptr), shape=(rows, manifest.context))
+        expected = corpus.attention[2].slice(start, stop).dense().reshape(-1, manifest.context)
+        np.testing.assert_array_equal(matrix.toarray()[: len(expected)], expected)
+        assert matrix[len(expected) :].nnz == 0
+        assert not parts["data"][shard, n:].any() and not parts["indices"][shard, n:].any()
+    np.testing.assert_array_equal(parts["kept_mass"][:], corpus.attention[2].kept_mass)
+
+
+def test_array_groups_and_root_open_without_the_inline_documents(synthetic, tmp_path):
+    corpus = synthetic.write_store(tmp_path, synthetic.make_manifest())
+    group = zarr.open_group(tmp_path, mode="r", use_consolidated=False)
+    np.testing.assert_array_equal(group["tokens"][:], corpus.tokens)
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "resid/layer_3", mode="r")[:], corpus.resid[3])
+
+
+def test_unwritten_shards_read_as_not_a_number_in_zarr(synthetic, tmp_path):
+    manifest = synthetic.make_manifest()
+    synthetic.write_store(tmp_path, manifest, shards=[0])
+    group = zarr.open_group(tmp_path, mode="r")
+    bits = group["resid/layer_3"][4:]
+    assert np.isnan((bits.astype(np.uint32) << 16).view(np.float32)).all()
+    for name in ("data", "kept_mass"):
+        assert np.isnan(group[f"attention/layer_2/{name}"][-1]).all(), name
+    assert np.isnan(group["stats/layer_3"][1:]).all()
+    assert (group["attention/layer_2/indptr"][1:] == 2**32 - 1).all()
+    assert (group["attention/layer_2/indices"][1:] == 255).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_unwritten_residuals_of_other_types_are_no_zeros_either(synthetic, tmp_path, dtype):
+    synthetic.write_store(tmp_path, synthetic.make_manifest(dtype=dtype), shards=[1])
+    assert np.isnan(zarr.open_group(tmp_path, mode="r")["resid/layer_3"][:4]).all()
+
+
+def zarr_chunk(layout: ArrayLayout, chunk: np.ndarray) -> bytes:
+    """The bytes that zarr itself writes for one chunk of an array."""
+    store = zarr.storage.MemoryStore()
+    document = layout.document() | {"shape": list(layout.chunks)}
+    key, buffers = layout.chunk_key(0).removeprefix(f"{layout.path}/"), zarr.core.buffer.default_buffer_prototype()
+    zarr.core.sync.sync(store.set("zarr.json", buffers.buffer.from_bytes(json.dumps(document).encode())))
+    zarr.open_array(store, mode="r+")[:] = chunk
+    found = zarr.core.sync.sync(store.get(key, buffers))
+    assert found is not None
+    return found.to_bytes()
+
+
+def sample_chunk(layout: ArrayLayout, rng: np.random.Generator) -> np.ndarray:
+    bits = rng.integers(0, 60, (int(np.prod(layout.chunks)), layout.dtype.itemsize), np.uint8)
+    return np.ascontiguousarray(bits).view(layout.dtype).reshape(layout.chunks)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_chunks_are_those_that_zarr_writes(synthetic, rng, codec, dtype):
+    """Byte for byte where nothing is compressed; where something is, each side decodes the other's."""
+    for layout in arrays_of(synthetic.make_manifest(codec=codec, dtype=dtype)).values():
+        chunk = sample_chunk(layout, rng)
+        ours = b"".join(buffer.tobytes() for buffer in encode(layout, chunk))
+        theirs = zarr_chunk(layout, chunk)
+        if layout.codec == "raw":
+            assert ours == theirs, layout.path
+        out = np.empty(layout.chunks, layout.dtype)
+        decode(layout, np.frombuffer(theirs, np.uint8), out, layout.path)
+        assert out.tobytes() == chunk.tobytes(), layout.path
+
+
+def test_our_chunks_are_decoded_by_zarr(synthetic, tmp_path):
+    """All arrays of a compressed store through zarr's own codecs, against this package's reader."""
+    manifest = synthetic.make_manifest(codec="zstd")
+    synthetic.write_store(tmp_path, manifest)
+    group, files = zarr.open_group(tmp_path, mode="r"), open_files(tmp_path)
+    for path, layout in arrays_of(manifest).items():
+        out = np.empty(layout.shape, layout.dtype)
+        for read in plan_reads(layout, 0, layout.shape[0], out):
+            read_chunk(files, read)
+        np.testing.assert_array_equal(group[path][:], out, err_msg=path)
+
+
+def test_documents_are_those_that_zarr_would_write(synthetic, tmp_path):
+    """zarr reads each document and gives it back unchanged: no field is missing, superfluous or misspelt."""
+    for layout in arrays_of(synthetic.make_manifest(codec="lz4")).values():
+        document = layout.document()
+        parsed = zarr.core.metadata.ArrayV3Metadata.from_dict(json.loads(json.dumps(document)))
+        again = json.loads(parsed.to_buffer_dict(zarr.core.buffer.default_buffer_prototype())["zarr.json"].to_bytes())
+        assert again == json.loads(json.dumps(document)), layout.path
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 22])
+def test_arrays_cut_anew_by_another_tool_are_read_too(synthetic, tmp_path, chunks):
+    """Somebody rewrites residuals with other chunks and another codec: only zarr can read them, so zarr does."""
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.write_store(tmp_path, manifest)
+    rewrite_residuals(tmp_path, corpus.resid[3], chunks)
+    request = Request(layers=(3,))
+    with Store.open(tmp_path) as store:
+        for span in store.spans(request):
+            found = store.read(request, span).resid[3]
+            np.testing.assert_array_equal(found, corpus.resid[3][span.start : span.stop])
+
+
+def rewrite_residuals(folder, values: np.ndarray, chunks: int) -> None:
+    shutil.rmtree(folder / "resid/layer_3")
+    root = json.loads((folder / "zarr.json").read_text())
+    del root["consolidated_metadata"]
+    (folder / "zarr.json").write_text(json.dumps(root))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        array = zarr.open_group(folder, mode="r+")["resid"].create_array(
+            "layer_3", shape=values.shape, dtype=values.dtype, chunks=(chunks, *values.shape[1:]), fill_value=0x7FFF
+        )
+    array[:] = values
+
+
+def test_line_arrays_are_known_by_their_names(synthetic):
+    manifest = synthetic.make_manifest()
+    by_shape = {path for path, layout in arrays_of(manifest).items() if layout.shape[0] == manifest.shards}
+    assert {path for path in arrays_of(manifest) if is_line(path)} == by_shape
+
+
+def test_encoding_leaves_no_trace_of_the_thread_that_does_it(synthetic, rng):
+    """A compressor that works in several threads may order its blocks by chance: bytes must not."""
+    layout = arrays_of(synthetic.make_manifest(windows=4, context=128, width=2304, codec="zstd"))["resid/layer_3"]
+    chunk = rng.normal(size=layout.chunks).astype(np.float32).view(np.uint32)
+    chunk = (chunk >> 16).astype(np.uint16)
+    here = {b"".join(part.tobytes() for part in encode(layout, chunk)) for _ in range(5)}
+    with ThreadPoolExecutor(4) as pool:
+        there = set(pool.map(lambda _: b"".join(part.tobytes() for part in encode(layout, chunk)), range(8)))
+    assert len(here | there) == 1

@@ -1,0 +1,186 @@
+"""What was written comes back, whatever the codec, type, cut and way of reading."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from saemill.cache_schema import AttentionCsr, Request, ShardBuffers, Span, Store, to_float32
+from saemill.cache_schema.moments import measure
+
+EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True, positions=True)
+CODECS = ("raw", "lz4", "zstd")
+
+
+def collect(store: Store, request: Request) -> dict[str, np.ndarray]:
+    """All that a request yields, joined; attention dense."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for arrays in store.stream(request):
+        for name in ("tokens", "documents", "positions"):
+            parts.setdefault(name, []).append(getattr(arrays, name).copy())
+        for layer, values in arrays.resid.items():
+            parts.setdefault(f"resid {layer}", []).append(values.copy())
+        for layer, csr in arrays.attention.items():
+            parts.setdefault(f"attention {layer}", []).append(csr.dense())
+            parts.setdefault(f"kept mass {layer}", []).append(csr.kept_mass.copy())
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def expect(manifest, corpus, start: int, stop: int) -> dict[str, np.ndarray]:
+    attention = {layer: csr.dense()[start:stop] for layer, csr in corpus.attention.items()}
+    return {
+        "tokens": corpus.tokens[start:stop],
+        "documents": corpus.documents[start:stop],
+        "positions": np.tile(np.arange(manifest.context), (stop - start, 1)),
+        **{f"resid {layer}": values[start:stop] for layer, values in corpus.resid.items()},
+        **{f"attention {layer}": dense for layer, dense in attention.items()},
+        **{f"kept mass {layer}": csr.kept_mass[start:stop] for layer, csr in corpus.attention.items()},
+    }
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype, name
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("via_zarr", [False, True], ids=["direct", "via_zarr"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_everything_comes_back(synthetic, small_chunks, tmp_path, codec, dtype, heads, via_zarr):
+    manifest = synthetic.make_manifest(codec=codec, dtype=dtype, heads=heads)
+    corpus = synthetic.write_store(tmp_path, manifest)
+    with Store.open(tmp_path, via_zarr=via_zarr) as store:
+        assert store.committed.all()
+        assert_same(collect(store, EVERYTHING), expect(manifest, corpus, 0, manifest.windows))
+
+
+@pytest.mark.parametrize("via_zarr", [False, True], ids=["direct", "via_zarr"])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_splits_and_windows_cut_inside_shards(synthetic, small_chunks, tmp_path, split, via_zarr):
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.write_store(tmp_path, manifest)
+    first, last = manifest.splits[split]
+    with Store.open(tmp_path, via_zarr=via_zarr) as store:
+        request = Request(**{**vars(EVERYTHING), "split": split})
+        assert_same(collect(store, request), expect(manifest, corpus, first, last))
+        request = Request(**{**vars(EVERYTHING), "split": split, "windows": (1, last - first - 1)})
+        assert_same(collect(store, request), expect(manifest, corpus, first + 1, last - 1))
+
+
+def test_a_request_for_no_windows_reads_nothing(synthetic, tmp_path):
+    synthetic.write_store(tmp_path, synthetic.make_manifest())
+    with Store.open(tmp_path) as store:
+        assert list(store.stream(Request(layers=(3,), windows=(5, 5)))) == []
+
+
+def test_wide_contexts_store_key_positions_in_sixteen_bits(synthetic, tmp_path):
+    manifest = synthetic.make_manifest(windows=3, context=300)
+    corpus = synthetic.write_store(tmp_path, manifest)
+    with Store.open(tmp_path) as store:
+        found = store.read(Request(attention_layers=(2,)), Span(0, 0, 3)).attention[2]
+    assert found.indices.dtype == np.uint16
+    np.testing.assert_array_equal(found.indices, corpus.attention[2].indices)
+
+
+def test_buffers_are_filled_in_place_and_used_again(synthetic, tmp_path):
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.write_store(tmp_path, manifest)
+    with Store.open(tmp_path) as store:
+        out = ShardBuffers(manifest, EVERYTHING)
+        for span in reversed(store.spans(EVERYTHING)):  # the half full shard first: what it left must not be seen
+            arrays = store.read(EVERYTHING, span, out)
+            np.testing.assert_array_equal(arrays.resid[3], corpus.resid[3][span.start : span.stop])
+            np.testing.assert_array_equal(
+                arrays.attention[2].dense(), corpus.attention[2].slice(span.start, span.stop).dense()
+            )
+            assert np.shares_memory(arrays.resid[3], out.arrays["resid/layer_3"])
+            assert np.shares_memory(arrays.tokens, out.arrays["tokens"])
+
+
+@pytest.mark.parametrize("in_flight", [0, 1, 2, 5, 50])
+def test_stream_keeps_the_given_order_whatever_it_reads_ahead(synthetic, tmp_path, in_flight):
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.write_store(tmp_path, manifest)
+    request = Request(layers=(3,))
+    with Store.open(tmp_path) as store:
+        order = [store.spans(request)[shard] for shard in (4, 0, 5, 2, 2, 1)]
+        seen = []
+        for arrays in store.stream(request, order, in_flight):
+            seen.append(arrays.span)
+            np.testing.assert_array_equal(arrays.resid[3], corpus.resid[3][arrays.span.start : arrays.span.stop])
+        assert seen == order
+
+
+def test_stream_holds_no_more_memory_than_is_in_flight(synthetic, tmp_path, monkeypatch):
+    manifest = synthetic.make_manifest(windows=100)
+    synthetic.write_store(tmp_path, manifest)
+    made = []
+
+    class Counted(ShardBuffers):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr("saemill.cache_schema.reader.ShardBuffers", Counted)
+    with Store.open(tmp_path) as store:
+        assert sum(1 for _ in store.stream(EVERYTHING, in_flight=2)) == 25
+    assert len(made) == 3
+
+
+def test_a_stream_that_is_dropped_leaves_nothing_in_flight(synthetic, tmp_path):
+    synthetic.write_store(tmp_path, synthetic.make_manifest())
+    with Store.open(tmp_path) as store:
+        stream = store.stream(EVERYTHING)
+        next(stream)
+        stream.close()
+        assert next(store.stream(EVERYTHING)).span == Span(0, 0, 4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_moments_of_the_store_are_those_of_all_its_tokens(synthetic, tmp_path, dtype):
+    manifest = synthetic.make_manifest(dtype=dtype)
+    corpus = synthetic.write_store(tmp_path, manifest)
+    x_WTD = to_float32(corpus.resid[3], dtype).astype(np.float64)
+    kept = x_WTD[corpus.tokens != synthetic.SPECIAL]
+    with Store.open(tmp_path) as store:
+        moments = store.moments(3)
+    assert moments.count == len(kept)
+    np.testing.assert_allclose(moments.mean, kept.mean(axis=0), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(moments.rms_norm, np.sqrt((kept**2).sum(axis=1).mean()), rtol=1e-12)
+    np.testing.assert_allclose(moments.mean_norm, np.linalg.norm(kept, axis=1).mean(), rtol=1e-12)
+    np.testing.assert_allclose(moments.norm_by_position, np.linalg.norm(x_WTD, axis=2).mean(axis=0), rtol=1e-12)
+    centred = kept - kept.mean(axis=0)
+    np.testing.assert_allclose(moments.total_variance, (centred**2).sum(axis=1).mean(), rtol=1e-10)
+
+
+def test_moments_are_the_same_bits_without_the_summary(synthetic, tmp_path):
+    synthetic.write_store(tmp_path, synthetic.make_manifest())
+    with Store.open(tmp_path) as store:
+        summarised = store.moments(5)
+    (tmp_path / "stats/summary.json").unlink()
+    with Store.open(tmp_path) as store:
+        merged = store.moments(5)
+    for name in vars(merged):
+        np.testing.assert_array_equal(getattr(merged, name), getattr(summarised, name), err_msg=name)
+
+
+def test_concatenated_spans_are_the_whole(synthetic, tmp_path):
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.write_store(tmp_path, manifest)
+    request = Request(attention_layers=(3,))
+    with Store.open(tmp_path) as store:
+        parts = [store.read(request, span).attention[3] for span in store.spans(request)]
+    whole = AttentionCsr.concat(parts)
+    for name in vars(whole):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(corpus.attention[3], name), err_msg=name)
+
+
+def test_measure_ignores_special_tokens_only_where_it_says(synthetic):
+    resid = np.ones((1, 2, 4), np.float32)
+    resid[0, 1] = 100
+    found = measure(resid, np.array([[False, True]]))
+    assert (found.count, found.mean_norm, found.windows) == (1, 2.0, 1)
+    np.testing.assert_array_equal(found.norm_by_position, [2.0, 200.0])

@@ -1,0 +1,249 @@
+"""The house: who may import whom, what importing starts, and what a wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import importlib
+import json
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from saemill import cache_schema
+from saemill.cache_schema import errors
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("cache_schema", "harvest", "train", "evaluate")
+MAY_IMPORT = {
+    "cache_schema": {"cache_schema"},
+    "harvest": {"cache_schema", "harvest"},
+    "train": {"cache_schema", "train"},
+    "evaluate": {"cache_schema", "harvest", "train", "evaluate"},
+}
+NEVER_IMPORTS = {
+    "cache_schema": {"torch", "transformers"},
+    "harvest": set(),
+    "train": {"transformers"},
+    "evaluate": set(),
+}
+TRAIN_GROUND = {"sae", "losses", "schedules"}  # these know nothing above them
+TRAIN_BLIND = {"data", "step", "loop"}  # these never name a variant
+
+
+def sources(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """Dotted names that a file imports, in full: relative ones as saemill.room.module."""
+    package = ("saemill", *file.relative_to(ROOT).parts[:-1])
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            parts = [*base, *(node.module or "").split(".")] if node.module else base
+            yield from (".".join([*parts, alias.name]) for alias in node.names)
+
+
+def inner_imports(room: str) -> Iterator[tuple[Path, list[str]]]:
+    for file in sources(room):
+        for name in imports_of(file):
+            if name.split(".")[0] == "saemill":
+                yield file, name.split(".")[1:]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_lies_below_them(room):
+    wrong = [
+        f"{file.relative_to(ROOT)}: {'.'.join(name)}"
+        for file, name in inner_imports(room)
+        if name and name[0] in ROOMS and name[0] not in MAY_IMPORT[room]
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_never_import_what_is_forbidden_to_them(room):
+    wrong = [
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in sources(room)
+        for name in imports_of(file)
+        if name.split(".")[0] in NEVER_IMPORTS[room]
+    ]
+    assert not wrong
+
+
+def test_imports_inside_the_package_are_relative():
+    wrong = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for room in ROOMS
+        for file in sources(room)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if (isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "saemill")
+        or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "saemill" for alias in node.names))
+    ]
+    assert not wrong
+
+
+def test_the_floors_of_train():
+    """{sae, losses, schedules} <- compose <- variants <- recipes; data, step and loop name no variant."""
+    floors = {**dict.fromkeys(TRAIN_GROUND, 0), "compose": 1, "variants": 2, "recipes": 3}
+    for file, name in inner_imports("train"):
+        part = file.relative_to(ROOT / "train").parts[0].removesuffix(".py")
+        if name[0] != "train" or len(name) < 2:
+            continue
+        where = f"{file.relative_to(ROOT)}: {'.'.join(name)}"
+        if part in floors:
+            assert floors.get(name[1], floors[part]) <= floors[part], where
+        if part in TRAIN_BLIND:
+            assert not (name[1] == "variants" and len(name) > 3), where
+
+
+def test_nobody_imports_evaluate():
+    assert not [str(file) for room in ROOMS[:3] for file, name in inner_imports(room) if name[:1] == ["evaluate"]]
+
+
+def test_nothing_stored_is_ever_evaluated():
+    """No pickle, no eval: stored bytes are numbers and JSON."""
+    for room in ROOMS:
+        for file in sources(room):
+            assert not {"pickle", "dill", "cloudpickle", "marshal", "shelve"} & {
+                name.split(".")[0] for name in imports_of(file)
+            }, file
+            calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+            named = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+            assert not named & {"eval", "exec"}, file
+            assert not any(keyword.arg == "trust_remote_code" for call in calls for keyword in call.keywords), file
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_the_store_starts_nothing_and_brings_no_torch():
+    code = """
+import json, sys, threading
+import saemill.cache_schema
+print(json.dumps([threading.active_count(), sorted(sys.modules)]))
+"""
+    threads, modules = json.loads(run_python(code))
+    assert threads == 1
+    assert not {"torch", "transformers", "datasets", "pandas", "s3fs", "click"} & set(modules)
+
+
+def test_importing_all_of_train_brings_no_transformers():
+    code = """
+import json, pkgutil, sys, threading
+import saemill.train
+for module in pkgutil.walk_packages(saemill.train.__path__, "saemill.train."):
+    __import__(module.name)
+print(json.dumps([threading.active_count(), sorted(sys.modules)]))
+"""
+    threads, modules = json.loads(run_python(code))
+    assert threads == 1
+    assert not {"transformers", "wandb", "datasets"} & set(modules)
+
+
+def packages_in_tree() -> list[str]:
+    folders = {file.parent.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("__init__.py")} | {
+        Path()
+    }
+    return sorted(".".join(("saemill", *folder.parts)) for folder in folders)
+
+
+def test_the_package_list_is_the_tree():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == packages_in_tree()
+    for room in ROOMS:
+        for file in sources(room):
+            assert (file.parent / "__init__.py").exists(), f"{file} lies in no package"
+
+
+def test_a_wheel_holds_this_package_and_nothing_beside_it(tmp_path):
+    """Modules called `evaluate` or `train` at top level would overwrite other people's."""
+    options = ["--no-deps", "-q", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", str(copy_of_the_sources(tmp_path)), *options, "-w", tmp_path / "out"],
+        check=True,
+        cwd=tmp_path,
+    )
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} - {name.split("/")[0] for name in names if ".dist-info/" in name} == {
+        "saemill"
+    }
+    python = sorted(name for name in names if name.endswith(".py"))
+    expected = {"saemill/__init__.py"} | {
+        f"saemill/{file.relative_to(ROOT)}" for room in ROOMS for file in sources(room)
+    }
+    assert set(python) == expected
+    assert "saemill/cache_schema/FORMAT.md" in names
+
+
+def copy_of_the_sources(folder: Path) -> Path:
+    """Building leaves folders behind: it happens to a copy."""
+    tracked = [*(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py"))]
+    for file in [*tracked, *(file for room in ROOMS for file in (ROOT / room).rglob("*") if file.is_file())]:
+        if "__pycache__" not in file.parts:
+            target = folder / "sources" / file.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    return folder / "sources"
+
+
+def test_public_names_are_sorted_and_there():
+    assert cache_schema.__all__ == sorted(cache_schema.__all__)
+    public = {name for name, value in vars(cache_schema).items() if not name.startswith("_")}
+    modules = {name for name in public if isinstance(getattr(cache_schema, name), type(ast))}
+    assert set(cache_schema.__all__) == public - modules
+
+
+def error_classes() -> dict[str, type]:
+    return {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+
+
+def test_every_error_is_public_and_also_a_builtin():
+    plain = {value for value in vars(builtins).values() if isinstance(value, type)} - {object, Exception, BaseException}
+    for name, error in error_classes().items():
+        assert name in cache_schema.__all__
+        assert issubclass(error, errors.StoreError)
+        assert error.__doc__, name
+        if error is not errors.StoreError:
+            assert plain & set(error.__mro__), f"{name} is no builtin error too"
+
+
+def test_the_drawn_tree_of_errors_is_the_tree():
+    """Each line of the drawing: indentation says the parent, brackets the builtin."""
+    assert errors.__doc__ is not None
+    drawn = [line for line in errors.__doc__.splitlines() if "──" in line]
+    parents = {0: errors.StoreError}
+    seen = {"StoreError"}
+    for line in drawn:
+        depth = (line.index("──") - 5) // 4
+        words = line.split("── ")[1].split()
+        error = error_classes()[words[0]]
+        parents[depth + 1] = error
+        seen.add(words[0])
+        assert error.__bases__[0] is parents[depth], words[0]
+        if words[1].startswith("("):
+            assert error.__bases__[1] is getattr(builtins, words[1].strip("()")), words[0]
+        else:
+            assert len(error.__bases__) == 1, words[0]
+    assert seen == set(error_classes())
+
+
+def test_modules_say_what_they_are_for():
+    for room in ROOMS:
+        for file in sources(room):
+            assert ast.get_docstring(ast.parse(file.read_text())), f"{file} has no docstring"
+
+
+def test_the_store_imports_under_its_own_name():
+    assert importlib.import_module("saemill.cache_schema") is cache_schema
