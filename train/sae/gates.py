@@ -1,0 +1,166 @@
+"""Gates: from pre-activations to activations.
+
+A gate does three things. `choose` picks the support of a training batch from dense pre-activations,
+without gradient. `open` turns the pre-activations at that support into activations, with gradient.
+`infer` is what the saved SAE computes: dense, row by row, without the batch. B rows, F latents.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .codes import Codes
+from .kernels.select import marked, positive, support_topk, topk_batch
+from .kernels.support import Support, support_from_flat
+from .kernels.threshold import heaviside_ste, jump_ste
+from .side import Side
+
+DENSE_SHARE = 0.06  # above this share of active entries the dense products are faster (measured)
+
+
+class Gate(nn.Module):
+    """What every gate offers."""
+
+    def choose(self, pre: Tensor, side: Side) -> Support | None:
+        raise NotImplementedError
+
+    def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
+        return pre.map(torch.relu)
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def observe(self, codes: Codes, side: Side) -> None:
+        """Update running statistics after a step; most gates have none."""
+
+
+class Relu(Gate):
+    """max(pre, 0)."""
+
+    def choose(self, pre: Tensor, side: Side) -> Support | None:
+        return positive(pre, DENSE_SHARE)
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        return pre.relu()
+
+
+class TopK(Gate):
+    """The k largest pre-activations of each row, then relu."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def choose(self, pre: Tensor, side: Side) -> Support:
+        return support_topk(pre, min(pre.shape[1], round(side.knob("k", self.k))))
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        values, latents = pre.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter_(-1, latents, values.relu())
+
+
+class BatchTopK(Gate):
+    """The k B largest of a batch of B rows; at inference all above a threshold learned on the way.
+
+    The threshold is the running mean of the smallest activation that the batch kept.
+    """
+
+    threshold: Tensor
+    threshold_steps: Tensor
+
+    def __init__(self, k: float, threshold_decay: float = 0.99) -> None:
+        super().__init__()
+        self.k = k
+        self.threshold_decay = threshold_decay
+        # Double: the increments of a slow mean vanish in single precision.
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64))
+
+    def choose(self, pre: Tensor, side: Side) -> Support:
+        count = round(side.knob("k", self.k) * pre.shape[0])
+        flat = topk_batch(pre, min(count, pre.numel()))
+        if side.ranks.size > 1:
+            flat = _keep_globally(pre, flat, count, side)
+        return support_from_flat(flat, pre.shape[0], pre.shape[1])
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        return torch.where(pre > self.threshold.to(pre.dtype), pre, 0.0).relu()
+
+    @torch.no_grad()
+    def observe(self, codes: Codes, side: Side) -> None:
+        values = codes.values.detach()
+        smallest = torch.where(values > 0, values, torch.inf).amin().double() if values.numel() else None
+        if smallest is None:
+            return
+        smallest = side.ranks.gather(smallest.reshape(1)).amin()
+        if not torch.isfinite(smallest):
+            return
+        self.threshold_steps += 1
+        weight = max(1.0 - self.threshold_decay, 1.0 / float(self.threshold_steps))
+        self.threshold += weight * (smallest - self.threshold)
+
+
+class JumpRelu(Gate):
+    """pre where pre > threshold, else 0; the threshold learns through straight-through windows."""
+
+    def __init__(self, num_latents: int, initial_threshold: float, bandwidth: float) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(torch.full((num_latents,), initial_threshold))
+        self.bandwidth = bandwidth
+
+    def choose(self, pre: Tensor, side: Side) -> Support | None:
+        # Entries just below the threshold have a derivative too, so they belong to the support.
+        lowest = self.threshold.detach() - 0.5 * side.knob("bandwidth", self.bandwidth)
+        return marked(pre > lowest, DENSE_SHARE)
+
+    def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
+        theta = pre.per_latent(self.threshold)
+        return pre.with_values(jump_ste(pre.values, theta, side.knob("bandwidth", self.bandwidth)))
+
+    def count(self, codes: Codes, side: Side) -> Tensor:
+        """Mean number of active latents in a row, with straight-through gradient to the threshold."""
+        assert codes.pre is not None
+        theta = codes.per_latent(self.threshold)
+        active = heaviside_ste(codes.pre, theta, side.knob("bandwidth", self.bandwidth))
+        return active.sum() / codes.num_rows
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        return torch.where(pre > self.threshold, pre, 0.0).relu()
+
+
+class Gated(Gate):
+    """A gate pre > 0 decides whether, a rescaled magnitude decides how much.
+
+    The encoder bias is the gate's; the magnitude shares the encoder's directions.
+    """
+
+    def __init__(self, num_latents: int) -> None:
+        super().__init__()
+        self.r_mag = nn.Parameter(torch.zeros(num_latents))
+        self.b_mag = nn.Parameter(torch.zeros(num_latents))
+
+    def choose(self, pre: Tensor, side: Side) -> Support | None:
+        return positive(pre, DENSE_SHARE)
+
+    def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
+        projected = pre.values - pre.per_latent(b_enc)
+        magnitude = projected * pre.per_latent(self.r_mag.exp()) + pre.per_latent(self.b_mag)
+        return pre.with_values(torch.where(pre.values > 0, magnitude.relu(), 0.0))
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        magnitude = (pre - b_enc) * self.r_mag.exp() + self.b_mag
+        return torch.where(pre > 0, magnitude.relu(), 0.0)
+
+
+def _keep_globally(pre: Tensor, flat: Tensor, count: int, side: Side) -> Tensor:
+    """Of this rank's candidates, those above the global batch's threshold."""
+    values = pre.view(-1)[flat]
+    everyone = side.ranks.gather(values)
+    total = min(count * side.ranks.size, everyone.numel())
+    if total == 0:
+        return flat
+    lowest: Any = everyone.topk(total, sorted=False).values.amin()
+    return flat[values >= lowest]
