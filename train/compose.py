@@ -81,8 +81,8 @@ class View:
 
     @property
     def residual(self) -> Tensor:
-        """target - x_hat; a term that reconstructs on its own way may have left it under this name."""
-        return self.once("residual", lambda: self.target - self.x_hat)
+        """target - x_hat, without gradient; a term that reconstructs its own way leaves it under this name."""
+        return self.once("residual", lambda: self.target - self.x_hat.detach())
 
     @cached_property
     def dead_latents(self) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .sae.model import SparseAutoencoder
 
+BLOCK_ROWS = 256
+
 
 @dataclass(frozen=True)
 class UnitDecoder:
@@ -20,14 +22,15 @@ class UnitDecoder:
 
     @torch.no_grad()
     def before_step(self, sae: SparseAutoencoder) -> None:
-        gradient = sae.W_dec.grad
-        if gradient is not None:
-            gradient.addcmul_(sae.W_dec, _row_dots(sae.W_dec, gradient)[:, None], value=-1.0)
+        if sae.W_dec.grad is None:
+            return
+        for rows, gradient in zip(_blocks(sae.W_dec), _blocks(sae.W_dec.grad), strict=True):
+            gradient.addcmul_(rows, torch.linalg.vecdot(rows, gradient)[:, None], value=-1.0)
 
     @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:
-        norms = torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
-        sae.W_dec.div_(norms.clamp_min(1e-12))
+        for rows in _blocks(sae.W_dec):
+            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12))
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,6 @@ class NonNegativeThreshold:
         threshold.clamp_min_(0.0)
 
 
-def _row_dots(left: Tensor, right: Tensor) -> Tensor:
-    """[F] dot products of rows, without an intermediate table."""
-    return torch.bmm(left[:, None, :], right[:, :, None]).view(-1)
+def _blocks(table: Tensor) -> tuple[Tensor, ...]:
+    """The table in runs of rows that stay in cache between two passes."""
+    return table.split(BLOCK_ROWS if table.device.type == "cpu" else table.shape[0])

@@ -154,7 +154,7 @@ class Trainee:
         losses: Mapping[str, Tensor],
         weights: Mapping[str, float],
     ) -> Report:
-        residual = view.residual.detach().reshape(-1)
+        residual = view.residual.reshape(-1)
         error = torch.dot(residual, residual) / view.x.shape[0]
         return Report(
             step=self.step_index,

@@ -31,13 +31,13 @@ class AuxK:
     rectified: bool = True
 
     def __call__(self, view: View) -> Tensor:
-        error = view.residual.detach()
+        error = view.residual
         dead = view.dead_latents
         if dead.numel() == 0:
             return error.new_zeros(())
         codes = self._codes(view, dead)
         error_hat = codes.decode(view.sae.W_dec[dead])
-        return squared_error(error - error_hat) / _spread(error, view)
+        return squared_error(error_hat, error - error_hat.detach()) / _spread(error, view)
 
     def _codes(self, view: View, dead: Tensor) -> Codes:
         W_MD, b_M = view.sae.W_enc[dead], view.sae.b_enc[dead]
@@ -64,5 +64,5 @@ def _spread(error: Tensor, view: View) -> Tensor:
     """E||e - mean(e)||^2 over the global batch."""
     ranks = view.side.ranks
     mean = ranks.mean(error.mean(0))
-    total = ranks.mean(squared_error(error))
+    total = ranks.mean(error.square().sum() / error.shape[0])
     return (total - mean @ mean).clamp_min(torch.finfo(error.dtype).tiny)

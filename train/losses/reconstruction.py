@@ -10,4 +10,4 @@ from ..sae.kernels.functions import squared_error
 
 def reconstruction(view: View) -> Tensor:
     """Mean of ||x - x_hat||^2 over E||x - mean||^2: the share of variance left unexplained."""
-    return squared_error(view.residual) / view.stats.variance
+    return squared_error(view.x_hat, view.residual) / view.stats.variance

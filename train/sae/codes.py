@@ -45,11 +45,11 @@ class Codes:
         """A per-row vector in the shape of `values`."""
         return vector_B[:, None] if self.support is None else spread_rows(vector_B, self.support)
 
-    def decode(self, W_dec: Tensor) -> Tensor:
-        """values @ W_dec, without bias: [B, D]."""
-        if self.support is None:
-            return self.values @ W_dec
-        return decode_at(self.values, W_dec, self.support)
+    def decode(self, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+        """values @ W_dec + b_dec: [B, D]."""
+        if self.support is not None:
+            return decode_at(self.values, W_dec, b_dec, self.support)
+        return self.values @ W_dec if b_dec is None else torch.addmm(b_dec, self.values, W_dec)
 
     def dense(self) -> Tensor:
         """[B, F], differentiable."""

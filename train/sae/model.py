@@ -82,7 +82,7 @@ class SparseAutoencoder(nn.Module):
 
     def reconstruct(self, codes: Codes, side: Side = NO_SIDE) -> Tensor:
         """x_hat of codes: [B, D_out]."""
-        return codes.decode(self.W_dec) + self.b_dec
+        return codes.decode(self.W_dec, self.b_dec)
 
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
         """Activations [..., F] as the saved SAE computes them."""

@@ -36,8 +36,9 @@ def to(support: Support, device: str) -> Support:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_encode_gate_decode_has_the_gradients_of_the_dense_formula(device, share, rng):
-    rows, width, latents = 12, 10, 17
+@pytest.mark.parametrize("shape", [(12, 10, 17), (17, 10, 12)], ids=["more latents", "more rows"])
+def test_encode_gate_decode_has_the_gradients_of_the_dense_formula(device, share, shape, rng):
+    rows, width, latents = shape
     support = to(random_support(rows, latents, share, rng), device)
     mask = mask_of(support).to(device)
     x, target = (torch.randn(rows, width, generator=rng).to(device) for _ in range(2))
@@ -54,8 +55,8 @@ def test_encode_gate_decode_has_the_gradients_of_the_dense_formula(device, share
 
     pre = affine((x - ours["b_dec"]).detach(), ours["b_dec"], ours["W_enc"], ours["b_enc"], support)
     acts = pre.relu() * spread_latents(ours["scale"], support) * spread_rows(ours["row_scale"], support)
-    x_hat = decode_at(acts, ours["W_dec"], support) + ours["b_dec"]
-    loss = squared_error(target - x_hat) + acts.sum() / 7
+    x_hat = decode_at(acts, ours["W_dec"], ours["b_dec"], support)
+    loss = squared_error(x_hat, target - x_hat) + acts.sum() / 7
 
     pre_dense = (x - dense["b_dec"]) @ dense["W_enc"].t() + dense["b_enc"]
     acts_dense = pre_dense.relu() * mask * dense["scale"] * dense["row_scale"][:, None]
@@ -77,7 +78,8 @@ def test_gradients_hold_at_a_real_size_to_1e_5_of_their_norm(rng):
     zeros = torch.zeros(latents)
     support = support_from_topk((x @ W.t()).topk(k).indices, latents)
     acts = affine(x, None, ours, zeros, support)
-    squared_error(x - decode_at(acts, ours, support)).backward()
+    x_hat = decode_at(acts, ours, None, support)
+    squared_error(x_hat, x - x_hat).backward()
     acts_dense = (x @ dense.t()) * mask_of(support)
     (x - acts_dense @ dense).square().sum(1).mean().backward()
     assert ours.grad is not None and dense.grad is not None
@@ -89,11 +91,12 @@ def test_double_precision_gradients_pass_finite_differences(rng):
     x = torch.randn(5, 4, generator=rng).double()
     W, V = (torch.randn(6, 4, generator=rng).double().requires_grad_() for _ in range(2))
     b = torch.randn(6, generator=rng).double().requires_grad_()
+    c = torch.randn(4, generator=rng).double().requires_grad_()
 
-    def loss(W, b, V):
-        return decode_at(affine(x, None, W, b, support).tanh(), V, support)
+    def loss(W, b, V, c):
+        return decode_at(affine(x, None, W, b, support).tanh(), V, c, support)
 
-    assert torch.autograd.gradcheck(loss, (W, b, V))
+    assert torch.autograd.gradcheck(loss, (W, b, V, c))
 
 
 def test_an_input_that_needs_a_gradient_gets_one(rng):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .products import decode_sum, latent_sum, pair_dots, row_sum, weight_sum
+from .products import column_sum, decode_sum, latent_sum, pair_dots, row_sum, weight_sum
 from .support import Support
 
 
@@ -70,19 +70,22 @@ class _AffineDense(torch.autograd.Function):
 
 class _DecodeAt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values_N: Tensor, W_FD: Tensor, support: Support) -> Tensor:
+    def forward(ctx: Any, values_N: Tensor, W_FD: Tensor, b_D: Tensor | None, support: Support) -> Tensor:
         ctx.support = support
         ctx.save_for_backward(values_N, W_FD)
-        return decode_sum(support, values_N, W_FD)
+        decoded = decode_sum(support, values_N, W_FD)
+        return decoded if b_D is None else decoded.add_(b_D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
         values_N, W_FD = ctx.saved_tensors
         grad_BD = grad_BD.contiguous()
-        grad_values = pair_dots(ctx.support, grad_BD, W_FD) if ctx.needs_input_grad[0] else None
-        grad_W = weight_sum(ctx.support, values_N, grad_BD) if ctx.needs_input_grad[1] else None
-        return grad_values, grad_W, None
+        need_values, need_W, need_b = ctx.needs_input_grad[:3]
+        grad_values = pair_dots(ctx.support, grad_BD, W_FD) if need_values else None
+        grad_W = weight_sum(ctx.support, values_N, grad_BD) if need_W else None
+        grad_b = column_sum(grad_BD) if need_b else None
+        return grad_values, grad_W, grad_b, None
 
 
 class _SpreadLatents(torch.autograd.Function):
@@ -111,16 +114,16 @@ class _SpreadRows(torch.autograd.Function):
 
 class _SquaredError(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual_BD: Tensor) -> Tensor:
+    def forward(ctx: Any, x_hat_BD: Tensor, residual_BD: Tensor) -> Tensor:
         ctx.save_for_backward(residual_BD)
         flat = residual_BD.reshape(-1)
         return torch.dot(flat, flat) / residual_BD.shape[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (residual_BD,) = ctx.saved_tensors
-        return residual_BD * (grad * (2.0 / residual_BD.shape[0]))
+        return residual_BD * (grad * (-2.0 / residual_BD.shape[0])), None
 
 
 def affine(
@@ -138,9 +141,9 @@ def affine(
     return sparse
 
 
-def decode_at(values: Tensor, W: Tensor, support: Support) -> Tensor:
-    """Sum of decoder rows weighted by `values` [N], without bias: [B, D]."""
-    result: Tensor = _DecodeAt.apply(values, W, support)
+def decode_at(values: Tensor, W: Tensor, b: Tensor | None, support: Support) -> Tensor:
+    """Sum of decoder rows weighted by `values` [N], plus a bias: [B, D]."""
+    result: Tensor = _DecodeAt.apply(values, W, b, support)
     return result
 
 
@@ -156,7 +159,7 @@ def spread_rows(vector: Tensor, support: Support) -> Tensor:
     return result
 
 
-def squared_error(residual: Tensor) -> Tensor:
-    """Mean over rows of the squared norm of `residual` [B, D]."""
-    result: Tensor = _SquaredError.apply(residual)
+def squared_error(x_hat: Tensor, residual: Tensor) -> Tensor:
+    """Mean over rows of ||residual||^2, where `residual` = target - x_hat is known and the target constant."""
+    result: Tensor = _SquaredError.apply(x_hat, residual.detach())
     return result

@@ -37,7 +37,7 @@ class Support:
         """The same pairs ordered by latent, then by row."""
         order = torch.argsort(self.latents, stable=True)
         counts = torch.bincount(self.latents, minlength=self.num_latents)
-        return Transposed(_starts(counts), self.rows[order], order)
+        return Transposed(_starts(counts), self.rows[order], self.latents[order], order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,7 @@ class Transposed:
 
     offsets: Tensor  # int32 [F + 1]
     rows: Tensor  # int32 [N]
+    latents: Tensor  # int32 [N], rising
     order: Tensor  # int64 [N], where each of these entries stands in the support
 
 
