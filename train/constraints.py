@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .sae.gates import JumpRelu
 from .sae.model import SparseAutoencoder
 
 BLOCK_ROWS = 256
@@ -42,8 +43,8 @@ class NonNegativeThreshold:
 
     @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:
-        threshold = getattr(sae.gate, "threshold")  # noqa: B009
-        threshold.clamp_min_(0.0)
+        assert isinstance(sae.gate, JumpRelu)
+        sae.gate.raw_threshold.clamp_min_(0.0)
 
 
 def _blocks(table: Tensor) -> tuple[Tensor, ...]:

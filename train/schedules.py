@@ -103,5 +103,16 @@ class Product:
         return math.prod(factor(step, total_steps) for factor in self.factors)
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What another schedule says some steps later."""
+
+    schedule: Schedule
+    steps: int
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return self.schedule(step + self.steps, total_steps)
+
+
 def _clip01(value: float) -> float:
     return min(1.0, max(0.0, value))

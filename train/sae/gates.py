@@ -18,6 +18,7 @@ from .kernels.support import Support, support_from_flat
 from .kernels.threshold import heaviside_ste, jump_ste
 from .side import Side
 
+FLOOR = 1e-4
 DENSE_SHARE = 0.06  # above this share of active entries the dense products are faster (measured)
 
 
@@ -45,6 +46,34 @@ class Relu(Gate):
 
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
         return pre.relu()
+
+
+class AnnealedRelu(Relu):
+    """max(pre, 0), with the running coefficient of a penalty whose exponent p changes.
+
+    When p changes after a step, the coefficient becomes what gives the same penalty on that batch.
+    """
+
+    penalty_scale: Tensor
+
+    def __init__(self, unit: float) -> None:
+        super().__init__()
+        self.unit = unit
+        self.register_buffer("penalty_scale", torch.ones((), dtype=torch.float64))
+
+    def powers(self, codes: Codes, p: float) -> Tensor:
+        """Mean over rows of the sum of (activation / unit)^p over active latents."""
+        active = torch.where(codes.values > 0, codes.values / self.unit, 1.0)
+        # The derivative of x^p has no bound at zero; activations below FLOOR count linearly there.
+        powers = torch.where(active > FLOOR, active.clamp_min(FLOOR) ** p, active * FLOOR ** (p - 1.0))
+        return torch.where(codes.values > 0, powers, 0.0).sum() / codes.num_rows
+
+    @torch.no_grad()
+    def observe(self, codes: Codes, side: Side) -> None:
+        now, then = side.knob("p", 1.0), side.knob("next_p", 1.0)
+        if now != then:
+            old, new = (side.ranks.mean(self.powers(codes, p).double()) for p in (now, then))
+            self.penalty_scale *= torch.where(new > 0, old / new.clamp_min(1e-30), 1.0)
 
 
 class TopK(Gate):
@@ -104,31 +133,41 @@ class BatchTopK(Gate):
 
 
 class JumpRelu(Gate):
-    """pre where pre > threshold, else 0; the threshold learns through straight-through windows."""
+    """pre where pre > threshold, else 0; the threshold learns through straight-through windows.
 
-    def __init__(self, num_latents: int, initial_threshold: float, bandwidth: float) -> None:
+    Threshold and bandwidth are given, and learned, in multiples of `unit`.
+    """
+
+    def __init__(self, num_latents: int, threshold: float, bandwidth: float, unit: float = 1.0) -> None:
         super().__init__()
-        self.threshold = nn.Parameter(torch.full((num_latents,), initial_threshold))
+        self.raw_threshold = nn.Parameter(torch.full((num_latents,), threshold))
         self.bandwidth = bandwidth
+        self.unit = unit
+
+    @property
+    def threshold(self) -> Tensor:
+        return self.raw_threshold * self.unit
 
     def choose(self, pre: Tensor, side: Side) -> Support | None:
         # Entries just below the threshold have a derivative too, so they belong to the support.
-        lowest = self.threshold.detach() - 0.5 * side.knob("bandwidth", self.bandwidth)
+        lowest = self.threshold.detach() - 0.5 * self._window(side)
         return marked(pre > lowest, DENSE_SHARE)
 
     def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
         theta = pre.per_latent(self.threshold)
-        return pre.with_values(jump_ste(pre.values, theta, side.knob("bandwidth", self.bandwidth)))
+        return pre.with_values(jump_ste(pre.values, theta, self._window(side)))
 
     def count(self, codes: Codes, side: Side) -> Tensor:
         """Mean number of active latents in a row, with straight-through gradient to the threshold."""
         assert codes.pre is not None
         theta = codes.per_latent(self.threshold)
-        active = heaviside_ste(codes.pre, theta, side.knob("bandwidth", self.bandwidth))
-        return active.sum() / codes.num_rows
+        return heaviside_ste(codes.pre, theta, self._window(side)).sum() / codes.num_rows
 
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
         return torch.where(pre > self.threshold, pre, 0.0).relu()
+
+    def _window(self, side: Side) -> float:
+        return side.knob("bandwidth", self.bandwidth) * self.unit
 
 
 class Gated(Gate):

@@ -37,7 +37,7 @@ class Support:
         """The same pairs ordered by latent, then by row."""
         order = torch.argsort(self.latents, stable=True)
         counts = torch.bincount(self.latents, minlength=self.num_latents)
-        return Transposed(_starts(counts), self.rows[order], self.latents[order], order)
+        return Transposed(starts(counts), self.rows[order], self.latents[order], order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +61,10 @@ def support_from_flat(flat: Tensor, rows: int, num_latents: int) -> Support:
     """Support of increasing positions `flat` int64 [N] in a row-major [rows, num_latents] table."""
     row = torch.div(flat, num_latents, rounding_mode="floor")
     latents = (flat - row * num_latents).to(torch.int32)
-    return Support(_starts(torch.bincount(row, minlength=rows)), latents, num_latents)
+    return Support(starts(torch.bincount(row, minlength=rows)), latents, num_latents)
 
 
-def _starts(counts: Tensor) -> Tensor:
+def starts(counts: Tensor) -> Tensor:
     starts = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
     torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
     return starts
