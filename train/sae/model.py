@@ -13,7 +13,7 @@ Inference (`encode`) is dense and float32 throughout.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ class SparseAutoencoder(nn.Module):
         self.gate = gate
         self.centres_input = centres_input
         self.encoder_product: EncoderProduct = encoder_product
+        self.metadata: dict[str, Any] = {}  # where a loaded SAE belongs
 
     @property
     def num_latents(self) -> int:
