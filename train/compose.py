@@ -160,4 +160,3 @@ class Assembly:
         """Side inputs of a batch together with the knobs of a step."""
         knobs = {name: schedule(step, total_steps) for name, schedule in self.knobs.items()}
         return Side(batch_side, knobs, ranks)
-

@@ -42,12 +42,12 @@ def batches(config: Any, count: int, rows: int = ROWS, seed: int = 3) -> list[Ba
     def draw(layers: tuple[int, ...]) -> Tensor:
         return torch.randn(rows, D * len(layers), generator=generator)
 
-    return [
-        Batch(draw(needs.inputs), None if needs.targets is None else draw(needs.targets)) for _ in range(count)
-    ]
+    return [Batch(draw(needs.inputs), None if needs.targets is None else draw(needs.targets)) for _ in range(count)]
 
 
-def train(config: Any, count: int = STEPS, trainee: Trainee | None = None, start: int = 0) -> tuple[Trainee, list[Report]]:
+def train(
+    config: Any, count: int = STEPS, trainee: Trainee | None = None, start: int = 0
+) -> tuple[Trainee, list[Report]]:
     trainee = trainee or Trainee("one", config.build(D), STEPS)
     return trainee, [trainee.step(batch) for batch in batches(config, STEPS)[start : start + count]]
 
@@ -148,7 +148,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(variant):
     trainee.step(batch)
     before = {name: tensor.clone() for name, tensor in trainee.state().items()}
     batch.x[3] = float("nan")
-    with pytest.raises(NonFiniteLoss, match="step 1: .*reconstruction = nan"):
+    with pytest.raises(NonFiniteLoss, match=r"step 1: .*reconstruction = nan"):
         trainee.step(batch)
     after = trainee.state()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

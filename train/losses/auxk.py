@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torch import Tensor
 
 from ..compose import View
@@ -44,10 +44,10 @@ class AuxK:
         x = view.sae.centred(view.x).detach()
         if self.k < DENSE_SHARE * dead.numel():
             with torch.no_grad():
-                support = support_topk(F.linear(x, W_MD, b_M), self.k)
+                support = support_topk(functional.linear(x, W_MD, b_M), self.k)
             codes = Codes(affine(x, None, W_MD, b_M, support), support, x.shape[0], dead.numel())
         else:
-            pre = F.linear(x, W_MD, b_M)
+            pre = functional.linear(x, W_MD, b_M)
             codes = codes_from_dense(_keep_topk(pre, self.k), None)
         return codes.map(torch.relu) if self.rectified else codes
 

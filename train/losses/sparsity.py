@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torch import Tensor
 
 from ..compose import View
@@ -64,7 +64,7 @@ class DeadPreActivation:
         if dead.numel() == 0:
             return view.x.new_zeros(())
         assert isinstance(gate, JumpRelu)
-        pre = F.linear(view.sae.centred(view.x).detach(), view.sae.W_enc[dead], view.sae.b_enc[dead])
+        pre = functional.linear(view.sae.centred(view.x).detach(), view.sae.W_enc[dead], view.sae.b_enc[dead])
         below = torch.relu(gate.threshold[dead] - pre)
         return below.sum() / view.x.shape[0]
 

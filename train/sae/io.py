@@ -89,9 +89,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _config_of(
-    plain: PlainSae, variant: str, metadata: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, Any]:
+def _config_of(plain: PlainSae, variant: str, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     d_in, width = plain.tensors["W_enc"].shape
     expressible = plain.centres_input and len(metadata.get("layers", [0])) == 1
     written = {

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torch import Tensor, nn
 
 from .codes import Codes
@@ -87,7 +87,7 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
         """Activations [..., F] as the saved SAE computes them."""
-        return self.gate.infer(F.linear(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
+        return self.gate.infer(functional.linear(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
 
     def decode(self, acts: Tensor) -> Tensor:
         """x_hat of dense activations [..., F]."""
@@ -98,9 +98,9 @@ class SparseAutoencoder(nn.Module):
 
     def _all_pre(self, x_centred: Tensor) -> Tensor:
         if self.encoder_product == "float32":
-            return F.linear(x_centred, self.W_enc, self.b_enc)
+            return functional.linear(x_centred, self.W_enc, self.b_enc)
         low = torch.bfloat16
-        return F.linear(x_centred.to(low), self.W_enc.to(low), self.b_enc.to(low))
+        return functional.linear(x_centred.to(low), self.W_enc.to(low), self.b_enc.to(low))
 
     def _known(self, pre_all: Tensor, support: Support | None) -> Tensor | None:
         if pre_all.dtype != self.W_enc.dtype:
@@ -113,5 +113,5 @@ class SparseAutoencoder(nn.Module):
 def tied_weights(num_latents: int, d_in: int, generator: torch.Generator, norm: float = 1.0) -> tuple[Tensor, Tensor]:
     """Encoder and decoder that start equal, with random rows of length `norm`."""
     rows = torch.randn(num_latents, d_in, generator=generator)
-    W_dec = norm * F.normalize(rows, dim=1)
+    W_dec = norm * functional.normalize(rows, dim=1)
     return W_dec.clone(), W_dec

@@ -37,9 +37,7 @@ class Config:
     optim: Optim = field(default_factory=lambda: Optim(epsilon=6.25e-10))
 
     def request(self) -> Needs:
-        require(
-            self.layer != self.to_layer, f"to_layer: expected another layer than {self.layer}, found the same one"
-        )
+        require(self.layer != self.to_layer, f"to_layer: expected another layer than {self.layer}, found the same one")
         return Needs(inputs=(self.layer,), targets=(self.to_layer,))
 
     def build(self, d_model: int, stats: Stats | None = None, target_stats: Stats | None = None) -> Assembly:

@@ -25,7 +25,13 @@ class _AffineAt(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_BD: Tensor, center_D: Tensor | None, W_FD: Tensor, b_F: Tensor, support: Support, known: Tensor | None
+        ctx: Any,
+        x_BD: Tensor,
+        center_D: Tensor | None,
+        W_FD: Tensor,
+        b_F: Tensor,
+        support: Support,
+        known: Tensor | None,
     ) -> Tensor:
         ctx.support = support
         ctx.save_for_backward(x_BD, W_FD)

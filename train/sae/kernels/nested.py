@@ -50,9 +50,7 @@ class _NestedErrors(torch.autograd.Function):
         return grad_values, weight_sum(ctx.support, values_N, table), column_sum(grads[0]), None, None, None
 
 
-def nested_errors(
-    codes: Codes, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
+def nested_errors(codes: Codes, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Mean over rows of the squared error of each prefix [M], and the residual of the last [B, D]."""
     if codes.support is None:
         return _dense_errors(codes.values, W, b, target, widths)
@@ -61,9 +59,7 @@ def nested_errors(
     return errors, residual
 
 
-def _dense_errors(
-    acts: Tensor, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
+def _dense_errors(acts: Tensor, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     residual, start, errors = target - b, 0, []
     for stop in widths:
         residual = residual - acts[:, start:stop] @ W[start:stop]

@@ -9,7 +9,7 @@ times as fast as the CSR products of the sparse library at these shapes.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torch import Tensor
 
 from .support import Support
@@ -19,9 +19,7 @@ def bag_sum(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) ->
     """out[r] = sum of weights[n] * table[indices[n]] over offsets[r] <= n < offsets[r + 1]."""
     if indices.numel() == 0:
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
-    return F.embedding_bag(
-        indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
+    return functional.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def decode_sum(support: Support, values: Tensor, W_FD: Tensor) -> Tensor:
@@ -72,6 +70,4 @@ def _bag_dots(bags: Tensor, table: Tensor, indices: Tensor, offsets: Tensor, bag
     """<bags[bag_of[n]], table[indices[n]]> for every n."""
     # The gradient that an embedding bag has for its weights is exactly this; the sparse library's
     # sampled product is as fast but builds a CSR tensor that warns of being in beta.
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        bags, table, indices, offsets[:-1], bag_of, 0
-    )
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(bags, table, indices, offsets[:-1], bag_of, 0)

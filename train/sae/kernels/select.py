@@ -63,7 +63,7 @@ def support_topk(pre: Tensor, k: int) -> Support:
 
 def _sampled_threshold(pre: Tensor, count: int) -> Tensor:
     """A value that about `count` entries of the batch exceed, never below zero."""
-    rows, width = pre.shape
+    rows = pre.shape[0]
     sample = pre[:: max(1, rows // SAMPLE_ROWS)]
     rank = min(sample.numel(), max(1, count * sample.shape[0] // rows))
     return sample.reshape(-1).kthvalue(sample.numel() - rank + 1).values.clamp_min(0)
