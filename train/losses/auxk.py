@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 from torch import Tensor
+from torch.nn import functional
 
 from ..compose import View
 from ..sae.codes import Codes, codes_from_dense

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..compose import View
-from .sparsity import gate_path
 from ..sae.kernels.functions import squared_error
+from .sparsity import gate_path
 
 
 def reconstruction(view: View) -> Tensor:

@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch.nn import functional
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .codes import Codes
 from .gates import Gate

@@ -55,7 +55,7 @@ def test_the_batchtopk_threshold_is_the_mean_of_the_smallest_kept():
     expected = 0.5 * (0.5 * (0.5 * (smallest[0] + smallest[1]) + smallest[2]) + smallest[3])
     assert float(gate.threshold) == pytest.approx(expected, rel=1e-6)
     kept = gate.infer(PRE, torch.zeros(4))
-    assert torch.equal(kept, torch.where(PRE > gate.threshold, PRE, 0.0))
+    assert torch.equal(kept, torch.where(gate.threshold < PRE, PRE, 0.0))
 
 
 def test_a_batch_in_which_nothing_fires_leaves_the_threshold():

@@ -9,8 +9,8 @@ times as fast as the CSR products of the sparse library at these shapes.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 from torch import Tensor
+from torch.nn import functional
 
 from .support import Support
 
@@ -19,7 +19,9 @@ def bag_sum(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) ->
     """out[r] = sum of weights[n] * table[indices[n]] over offsets[r] <= n < offsets[r + 1]."""
     if indices.numel() == 0:
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
-    return functional.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+    return functional.embedding_bag(
+        indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
 
 
 def decode_sum(support: Support, values: Tensor, W_FD: Tensor) -> Tensor:
