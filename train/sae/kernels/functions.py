@@ -8,6 +8,9 @@
 Every backward costs k / F of the dense one. Gradients equal autograd's on the dense formula.
 """
 
+# pyright: reportIncompatibleMethodOverride=false
+# (`once_differentiable` makes ctx positional, which the stub of Function.backward does not foresee)
+
 from __future__ import annotations
 
 from typing import Any

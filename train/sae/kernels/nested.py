@@ -5,6 +5,9 @@ the M contributions [M, B, D], and running differences turn them into residuals 
 group the gradients gather from one [B, D] slice, which stays in cache.
 """
 
+# pyright: reportIncompatibleMethodOverride=false
+# (`once_differentiable` makes ctx positional, which the stub of Function.backward does not foresee)
+
 from __future__ import annotations
 
 from typing import Any

@@ -5,6 +5,9 @@ window around theta. heaviside(z, theta) = 1 where z > theta, else 0; its deriva
 -1 / bandwidth inside the window. Neither passes a gradient of the window on to z.
 """
 
+# pyright: reportIncompatibleMethodOverride=false
+# (`once_differentiable` makes ctx positional, which the stub of Function.backward does not foresee)
+
 from __future__ import annotations
 
 from typing import Any
