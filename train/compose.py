@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -71,23 +70,23 @@ class View:
     generator: torch.Generator
     memory: dict[str, Any] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def codes(self) -> Codes:
-        return self.sae.codes(self.x, self.side)
+        return self.once("codes", lambda: self.sae.codes(self.x, self.side))
 
-    @cached_property
+    @property
     def x_hat(self) -> Tensor:
-        return self.sae.reconstruct(self.codes, self.side)
+        return self.once("x_hat", lambda: self.sae.reconstruct(self.codes, self.side))
 
     @property
     def residual(self) -> Tensor:
         """target - x_hat, without gradient; a term that reconstructs its own way leaves it under this name."""
         return self.once("residual", lambda: self.target - self.x_hat.detach())
 
-    @cached_property
+    @property
     def dead_latents(self) -> Tensor:
         """int64, the dead latents in rising order."""
-        return self.dead.nonzero().view(-1)
+        return self.once("dead_latents", lambda: self.dead.nonzero().view(-1))
 
     def once(self, name: str, compute: Callable[[], T]) -> T:
         """A value that several terms share under one name, computed by the first."""

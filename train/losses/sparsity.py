@@ -36,7 +36,7 @@ def lp(view: View) -> Tensor:
     gate = view.sae.gate
     assert isinstance(gate, AnnealedRelu)
     powers = gate.powers(view.codes, view.side.knob("p", 1.0))
-    return gate.penalty_scale.to(powers.dtype) * powers
+    return gate.penalty_scale * powers
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ class TargetL0:
     def __call__(self, view: View) -> Tensor:
         gate = view.sae.gate
         assert isinstance(gate, JumpRelu)
-        return (gate.count(view.codes, view.side) / self.target - 1.0).square()
+        count = gate.count(view.codes, view.side)
+        # The square is of the global batch's count, the gradient of this rank's.
+        others = view.side.ranks.mean(count.detach().clone()) - count.detach()
+        return ((count + others) / self.target - 1.0).square()
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _gate_form(sae: SparseAutoencoder, lengths: Tensor) -> tuple[str, dict[str, 
         case JumpRelu() as gate:
             return "jumprelu", {"b_enc": bias, "threshold": gate.threshold * lengths}
         case BatchTopK() as gate:
-            return "jumprelu", {"b_enc": bias, "threshold": gate.threshold.to(lengths.dtype) * lengths}
+            return "jumprelu", {"b_enc": bias, "threshold": gate.threshold * lengths}
         case TopK():
             return "topk", {"b_enc": bias}
         case Relu():

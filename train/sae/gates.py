@@ -7,8 +7,6 @@ without gradient. `open` turns the pre-activations at that support into activati
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +57,7 @@ class AnnealedRelu(Relu):
     def __init__(self, unit: float) -> None:
         super().__init__()
         self.unit = unit
-        self.register_buffer("penalty_scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("penalty_scale", torch.ones(()))
 
     def powers(self, codes: Codes, p: float) -> Tensor:
         """Mean over rows of the sum of (activation / unit)^p over active latents."""
@@ -72,7 +70,7 @@ class AnnealedRelu(Relu):
     def observe(self, codes: Codes, side: Side) -> None:
         now, then = side.knob("p", 1.0), side.knob("next_p", 1.0)
         if now != then:
-            old, new = (side.ranks.mean(self.powers(codes, p).double()) for p in (now, then))
+            old, new = (side.ranks.mean(self.powers(codes, p)) for p in (now, then))
             self.penalty_scale *= torch.where(new > 0, old / new.clamp_min(1e-30), 1.0)
 
 
@@ -104,26 +102,24 @@ class BatchTopK(Gate):
         super().__init__()
         self.k = k
         self.threshold_decay = threshold_decay
-        # Double: the increments of a slow mean vanish in single precision.
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64))
 
     def choose(self, pre: Tensor, side: Side) -> Support:
-        count = round(side.knob("k", self.k) * pre.shape[0])
+        # One rank may hold most of the largest of all ranks' rows, so each offers that many.
+        count = round(side.knob("k", self.k) * pre.shape[0] * side.ranks.size)
         flat = topk_batch(pre, min(count, pre.numel()))
         if side.ranks.size > 1:
             flat = _keep_globally(pre, flat, count, side)
         return support_from_flat(flat, pre.shape[0], pre.shape[1])
 
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
-        return torch.where(pre > self.threshold.to(pre.dtype), pre, 0.0).relu()
+        return torch.where(pre > self.threshold, pre, 0.0).relu()
 
     @torch.no_grad()
     def observe(self, codes: Codes, side: Side) -> None:
         values = codes.values.detach()
-        smallest = torch.where(values > 0, values, torch.inf).amin().double() if values.numel() else None
-        if smallest is None:
-            return
+        smallest = torch.where(values > 0, values, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
         smallest = side.ranks.gather(smallest.reshape(1)).amin()
         if not torch.isfinite(smallest):
             return
@@ -195,11 +191,10 @@ class Gated(Gate):
 
 
 def _keep_globally(pre: Tensor, flat: Tensor, count: int, side: Side) -> Tensor:
-    """Of this rank's candidates, those above the global batch's threshold."""
+    """Of this rank's candidates, those among the `count` largest of all ranks."""
     values = pre.view(-1)[flat]
     everyone = side.ranks.gather(values)
-    total = min(count * side.ranks.size, everyone.numel())
-    if total == 0:
+    if everyone.numel() <= count:
         return flat
-    lowest: Any = everyone.topk(total, sorted=False).values.amin()
+    lowest = everyone.topk(count, sorted=False).values.amin()
     return flat[values >= lowest]
