@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .optim import Optim
+from .ranks import Ranks
 from .sae.codes import Codes
 from .sae.model import SparseAutoencoder
 from .sae.scaling import Stats
@@ -155,7 +156,7 @@ class Assembly:
         """The same around another module made from this one's."""
         return replace(self, sae=wrap(self.sae))
 
-    def side(self, batch_side: Mapping[str, Any], step: int, total_steps: int, ranks: Any) -> Side:
+    def side(self, batch_side: Mapping[str, Any], step: int, total_steps: int, ranks: Ranks) -> Side:
         """Side inputs of a batch together with the knobs of a step."""
         knobs = {name: schedule(step, total_steps) for name, schedule in self.knobs.items()}
         return Side(batch_side, knobs, ranks)

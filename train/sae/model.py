@@ -4,7 +4,8 @@ B rows, D_in and D_out widths (equal unless a transcoder), F latents. Both weigh
 row-major: the sparse products read and write whole latent rows.
 
 Training (`codes`), in four steps:
-1. one dense product gives the pre-activations, in bfloat16 where that is asked for, without gradient;
+1. one dense product gives the pre-activations, without gradient; in bfloat16 where that is asked for
+   and the hardware has it;
 2. the gate chooses the support;
 3. pre-activations at the support are computed anew in float32 when the product was not, with gradient;
 4. the gate opens them.
@@ -22,6 +23,7 @@ from torch.nn import functional
 from .codes import Codes
 from .gates import Gate
 from .kernels.functions import affine
+from .kernels.hardware import has_fast_bfloat16
 from .kernels.support import Support
 from .side import NO_SIDE, Side
 
@@ -97,7 +99,7 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode(x))
 
     def _all_pre(self, x_centred: Tensor) -> Tensor:
-        if self.encoder_product == "float32":
+        if self.encoder_product == "float32" or not has_fast_bfloat16(x_centred.device.type):
             return functional.linear(x_centred, self.W_enc, self.b_enc)
         low = torch.bfloat16
         return functional.linear(x_centred.to(low), self.W_enc.to(low), self.b_enc.to(low))
