@@ -1,0 +1,99 @@
+"""Shared by the tests of training: seeded tensors and the dense oracle of every sparse product."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saemill.train.compose import Batch
+from saemill.train.step import Report, Trainee
+from saemill.train.variants import config_type
+
+D, ROWS, STEPS = 32, 512, 40
+SMALL: dict[str, Any] = {"width": 96, "k": 6, "target_l0": 6.0, "layers": (1, 2), "dead_after_tokens": 2000}
+
+
+@pytest.fixture(autouse=True)
+def _global_random_state_stays() -> Iterator[None]:
+    """Nothing in the package may draw from the global generator."""
+    torch.manual_seed(1234)
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+@pytest.fixture
+def planted(rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows [4096, 32] that are sums of 3 of 48 unit directions, and the directions [48, 32]."""
+    directions = torch.nn.functional.normalize(torch.randn(48, 32, generator=rng), dim=1)
+    chosen = torch.rand(4096, 48, generator=rng).topk(3, dim=1).indices
+    strength = 1.0 + torch.rand(4096, 3, generator=rng)
+    codes = torch.zeros(4096, 48).scatter_(1, chosen, strength)
+    rows = codes @ directions
+    return rows * (32**0.5 / rows.norm(dim=1).mean()), directions
+
+
+def config_of(variant: str, **changes: Any) -> Any:
+    cls = config_type(variant)
+    known = {field.name for field in dataclasses.fields(cls)}
+    wanted = {name: value for name, value in (SMALL | changes).items() if name in known}
+    return cls(**wanted)
+
+
+def quick(variant: str, lr: float = 1e-3, **changes: Any) -> Any:
+    """A config with a learning rate for tests of tens of steps."""
+    config = config_of(variant, **changes)
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr, warmup_steps=0))
+
+
+def batches(config: Any, count: int, rows: int = ROWS, seed: int = 3) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    needs = config.request()
+
+    def draw(layers: tuple[int, ...]) -> Tensor:
+        return torch.randn(rows, D * len(layers), generator=generator)
+
+    return [Batch(draw(needs.inputs), None if needs.targets is None else draw(needs.targets)) for _ in range(count)]
+
+
+def train(
+    config: Any, count: int = STEPS, trainee: Trainee | None = None, start: int = 0
+) -> tuple[Trainee, list[Report]]:
+    trainee = trainee or Trainee("one", config.build(D), STEPS)
+    return trainee, [trainee.step(batch) for batch in batches(config, STEPS)[start : start + count]]
+
+
+def recovered(config: Any, rows: Tensor, directions: Tensor, steps: int = 600) -> float:
+    """Share of the planted directions that training finds a decoder row for."""
+    trainee = Trainee("one", config.build(D), steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        trainee.step(Batch(rows[torch.randint(rows.shape[0], (ROWS,), generator=generator)]))
+    similarity = (directions @ trainee.sae.W_dec.detach().t()).amax(1)
+    return float((similarity > 0.9).double().mean())
+
+
+class Battery:
+    """What the tests over all variants share."""
+
+    D, ROWS, STEPS = D, ROWS, STEPS
+    config_of = staticmethod(config_of)
+    quick = staticmethod(quick)
+    batches = staticmethod(batches)
+    train = staticmethod(train)
+    recovered = staticmethod(recovered)
+
+
+@pytest.fixture
+def battery() -> type[Battery]:
+    return Battery
