@@ -7,7 +7,6 @@ plain tensors, which runs no code.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..runs import read_json, write_json
 from ..sae.export_form import PlainSae
 from .plain import Metadata, centred, make_plain, read_tensors, whole_k, write_tensors
 
+REFUSED = (torch.serialization.pickle.UnpicklingError,)  # what torch raises at anything but plain tensors
 README = """# An SAE for dictionary_learning
 
 `ae.safetensors` holds the tensors under the names that dictionary_learning gives them. It reads `ae.pt`:
@@ -140,7 +140,7 @@ def _read_any(folder: Path) -> dict[str, Tensor]:
         return read_tensors(folder / "ae.safetensors", ())
     try:
         found = torch.load(folder / "ae.pt", map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (*REFUSED, RuntimeError, EOFError) as error:
         raise SaeInvalid(f"{folder / 'ae.pt'}: expected plain tensors, found something else ({error})") from None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise SaeInvalid(f"{folder / 'ae.pt'}: expected tensors by name, found {type(found).__name__}")
