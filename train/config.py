@@ -41,6 +41,8 @@ class CourseConfig:
     checkpoint_every_steps: int | None = None
     """Instead of by the clock."""
     validation_tokens: int = 131_072
+    shard_width: bool = False
+    """With several processes: each holds a part of every dictionary's rows, for widths that fit no single device."""
     trackers: tuple[str, ...] = ()
     """Further logs, through accelerate: wandb, tensorboard and what else it knows."""
 

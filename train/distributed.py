@@ -11,10 +11,11 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ConfigInvalid
 from .ranks import Alone, Ranks
+from .shards import Shard
 
 
 class Group(Ranks, Protocol):
@@ -102,6 +103,19 @@ def join(device: str) -> tuple[Group, torch.device]:
     state = PartialState(cpu=choose_device(device).type == "cpu")
     place = torch.device(state.device or "cpu")
     return Processes(place), place
+
+
+def make_shard(device: torch.device) -> Shard:
+    """Deal out the rows of all parameters over the processes (FSDP)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+
+    def shard(module: nn.Module) -> None:
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
+
+    return shard
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,7 +6,8 @@ would see alone: a fleet of one and a member of many train to the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from .data.draw import Draw
 from .errors import ActivationsNotFinite, NonFiniteLoss, TrainError
 from .ranks import Ranks
 from .sae.scaling import Stats, joined_stats
+from .shards import Shard
 from .step import Report, Trainee
 
 SHOWN = 8  # windows that a message lists
@@ -32,10 +34,13 @@ class Fleet:
         total_steps: int,
         device: torch.device,
         ranks: Ranks,
+        shard: Shard | None = None,
     ) -> None:
         self.members = {member.label: member for member in members}
         self.needs = {member.label: member.config.request() for member in members}
-        self.trainees = {member.label: _make_trainee(member, stats, total_steps, device, ranks) for member in members}
+        self.trainees = {
+            member.label: _make_trainee(member, stats, total_steps, device, ranks, shard) for member in members
+        }
 
     @property
     def steps_taken(self) -> int:
@@ -54,18 +59,31 @@ class Fleet:
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {label: trainee.state() for label, trainee in self.trainees.items()}
 
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Sharded weights are whole inside, for all processes that enter together."""
+        with ExitStack() as stack:
+            for trainee in self.trainees.values():
+                stack.enter_context(trainee.gathered())
+            yield
+
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         for label, trainee in self.trainees.items():
             trainee.load_state(state[label])
 
 
 def _make_trainee(
-    member: Member, stats: Mapping[int, Stats], total_steps: int, device: torch.device, ranks: Ranks
+    member: Member,
+    stats: Mapping[int, Stats],
+    total_steps: int,
+    device: torch.device,
+    ranks: Ranks,
+    shard: Shard | None,
 ) -> Trainee:
     needs = member.config.request()
     d_model = next(iter(stats.values())).width
     assembly = member.config.build(d_model, *_stats_of(needs.inputs, needs.targets, stats))
-    return Trainee(member.label, assembly, total_steps, device, ranks)
+    return Trainee(member.label, assembly, total_steps, device, ranks, shard)
 
 
 def _stats_of(

@@ -66,8 +66,9 @@ class Keeper:
             )
 
     def save(self, steps: int) -> None:
+        state = self._fleet.state()  # by all processes together, where weights are sharded
         if self._group.rank == 0:
-            save_checkpoint(self._folder, self._standing(steps), self._fleet.state())
+            save_checkpoint(self._folder, self._standing(steps), state)
         self._saved_at = time.perf_counter()
 
     def _is_due(self, steps: int) -> bool:

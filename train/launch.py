@@ -21,7 +21,7 @@ from .config import Ask, DataConfig, RunConfig, read_run_config
 from .data.feed import Feed, joint_request
 from .data.plan import Plan
 from .data.sizes import measure_split
-from .distributed import Group
+from .distributed import Group, make_shard
 from .errors import ActivationsNotFinite, ConfigInvalid, RunFinished
 from .fleet import Fleet
 from .keeper import Keeper
@@ -68,7 +68,7 @@ def begun(
     settled: Settled, store: Store, out: str, name: str | None, group: Group, device: torch.device, console: Console
 ) -> Iterator[Run]:
     """A new run, from step 0."""
-    stats = check(settled, store, device)
+    stats = check(settled, store, group, device)
     path = str(RunFolder.create(out, name).path) if group.rank == 0 else ""
     folder = RunFolder.at(group.text(path))
     described = describe(settled, store)
@@ -86,7 +86,7 @@ def resumed(folder: RunFolder, store: Store, group: Group, device: torch.device,
     if folder.is_finished:
         raise RunFinished(f"{folder.path} is finished: nothing to resume. Evaluate it with: sae-eval {folder.name}")
     settled = settle_again(config, _total_steps(described, folder), store)
-    stats = check(settled, store, device)
+    stats = check(settled, store, group, device)
     found = load_checkpoint(folder.checkpoints)
     if group.rank == 0:
         _report_checkpoint(found, console)
@@ -94,7 +94,7 @@ def resumed(folder: RunFolder, store: Store, group: Group, device: torch.device,
         yield run
 
 
-def check(settled: Settled, store: Store, device: torch.device) -> dict[int, Stats]:
+def check(settled: Settled, store: Store, group: Group, device: torch.device) -> dict[int, Stats]:
     """Everything that can be refused before anything is written; returns the statistics of each layer."""
     members = settled.config.members
     require_trackers(settled.config.course.trackers)
@@ -105,7 +105,9 @@ def check(settled: Settled, store: Store, device: torch.device) -> dict[int, Sta
     pools = 1 if plan.is_one_block else 2
     element = 4 if manifest.model.dtype == "float32" else 2
     window_bytes = manifest.context * manifest.model.d_model * element * len(request.layers)
-    require_room(members, manifest.model.d_model, plan.batch_tokens, pools * plan.max_windows * window_bytes, device)
+    shards = group.size if settled.config.course.shard_width else 1
+    pool_bytes = pools * plan.max_windows * window_bytes
+    require_room(members, manifest.model.d_model, plan.batch_tokens // group.size, pool_bytes, shards, device)
     return {layer: _stats(store, layer) for layer in request.layers}
 
 
@@ -125,7 +127,13 @@ def with_pool(data: DataConfig, manifest: Manifest) -> DataConfig:
 def limits_for(manifest: Manifest, budget: Budget) -> dict[str, Any]:
     """Defaults are never beyond these: papers' settings are for larger models and longer runs."""
     d_model = manifest.model.d_model
-    return {"width": 16 * d_model, "k": max(1, d_model // 4), "dead_after_tokens": max(1, budget.tokens // 10)}
+    active = max(1, d_model // 4)
+    return {
+        "width": 16 * d_model,
+        "k": active,
+        "target_l0": active,
+        "dead_after_tokens": max(1, budget.tokens // 10),
+    }
 
 
 def describe(settled: Settled, store: Store) -> dict[str, Any]:
@@ -162,7 +170,8 @@ def _assembled(
     """Put the parts together, in the state of a checkpoint if there is one; take them apart in the end."""
     keep_large_blocks()
     config, steps = settled.config, settled.budget.steps
-    fleet = Fleet(config.members, stats, steps, device, group)
+    shard = make_shard(device) if config.course.shard_width and group.size > 1 else None
+    fleet = Fleet(config.members, stats, steps, device, group, shard)
     if found is not None:
         fleet.load_state(found.tensors)
     with ExitStack() as open_things:

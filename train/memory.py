@@ -16,11 +16,11 @@ _GIB = 2**30
 
 
 def require_room(
-    members: Iterable[Member], d_model: int, batch_tokens: int, pool_bytes: int, device: torch.device
+    members: Iterable[Member], d_model: int, batch_tokens: int, pool_bytes: int, shards: int, device: torch.device
 ) -> None:
     """Refuse a run that cannot fit, with what it needs."""
     members = tuple(members)
-    weights = {member.label: weight_bytes(member, d_model) for member in members}
+    weights = {member.label: weight_bytes(member, d_model, shards) for member in members}
     step = max(step_bytes(member, d_model, batch_tokens) for member in members)
     needed, free = sum(weights.values()) + step + pool_bytes, free_bytes(device)
     if needed > free:
@@ -30,14 +30,16 @@ def require_room(
             f"({sum(weights.values()) / _GIB:.1f} for weights and optimiser, most of it for {largest}, "
             f"{step / _GIB:.1f} for a step, {pool_bytes / _GIB:.1f} for the shuffle pool), "
             f"found {free / _GIB:.1f} GiB free. "
-            "Choose a smaller --width, fewer SAEs at once, or --set data.pool_tokens=..."
+            "Choose a smaller --width, fewer SAEs at once, a smaller data.pool_tokens, "
+            "or several devices with --set course.shard_width=true"
         )
 
 
-def weight_bytes(member: Member, d_model: int) -> int:
-    """Weights and optimiser state of an SAE."""
+def weight_bytes(member: Member, d_model: int, shards: int = 1) -> int:
+    """Weights and optimiser state of an SAE. Sharded weights and gradients are whole for a moment."""
     inputs, outputs = _widths(member, d_model)
-    return COPIES * 4 * getattr(member.config, "width", 0) * (inputs + outputs)
+    copies = COPIES if shards == 1 else COPIES / shards + 2
+    return int(copies * 4) * getattr(member.config, "width", 0) * (inputs + outputs)
 
 
 def step_bytes(member: Member, d_model: int, batch_tokens: int) -> int:

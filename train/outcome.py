@@ -49,15 +49,17 @@ class Outcome:
 
 def conclude(run: Run) -> Outcome | None:
     """Validate, save, write; rank 0 alone does so."""
-    if run.group.rank != 0:
-        run.group.any(False)
-        return None
-    tallies = validate(run.fleet, _held_out(run))
-    outcome = _outcome(run, tallies)
+    with run.fleet.gathered():
+        outcome = _finish(run) if run.group.rank == 0 else None
+        run.group.any(False)  # the others wait
+    return outcome
+
+
+def _finish(run: Run) -> Outcome:
+    outcome = _outcome(run, validate(run.fleet, _held_out(run)))
     for label, member in run.fleet.members.items():
         _save(run, member, outcome.saes[label])
     run.folder.write_result(to_json(outcome))
-    run.group.any(False)
     return outcome
 
 

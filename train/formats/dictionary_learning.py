@@ -19,7 +19,8 @@ from ..runs import read_json, write_json
 from ..sae.export_form import PlainSae
 from .plain import Metadata, centred, make_plain, read_tensors, whole_k, write_tensors
 
-REFUSED = (torch.serialization.pickle.UnpicklingError,)  # what torch raises at anything but plain tensors
+# What torch raises at anything but plain tensors.
+REFUSED = (torch.serialization.pickle.UnpicklingError,)  # pyright: ignore[reportPrivateImportUsage]
 README = """# An SAE for dictionary_learning
 
 `ae.safetensors` holds the tensors under the names that dictionary_learning gives them. It reads `ae.pt`:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from saemill.cache_schema import Store, to_float32
 from saemill.train.compose import Needs
 from saemill.train.data.feed import Feed, held_out

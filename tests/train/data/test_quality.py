@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from saemill.train.data.quality import ShuffleQuality, count_pairs, ideal_share
 
 

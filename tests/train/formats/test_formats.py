@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
 from saemill.train import load_sae
 from saemill.train.errors import RunMissing, SaeInvalid
 from saemill.train.export import export, largest_difference, main
 from saemill.train.formats import WRITERS, read
 from saemill.train.formats.plain import centred
 from saemill.train.sae.export_form import PlainSae, sae_from_plain
-from safetensors.torch import load_file, save_file
 
 D, F = 6, 20
 

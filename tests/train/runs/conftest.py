@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
+
 from saemill.train.cli import main
 from saemill.train.settings import parse_settings
-from safetensors.torch import load_file
 
 QUICK = ["--layer", "3", "--device", "cpu", "--set", "data.batch_tokens=64", "--set", "data.pool_tokens=600"]
 TIMING = ("tokens_per_second", "waiting_share")
@@ -42,8 +43,7 @@ def spawn(tmp_path):
     """Start the command in a process of its own."""
     processes = []
 
-    def start(*words, out=tmp_path / "runs", **environment):
-        code = "from saemill.train.cli import main; main()"
+    def start(*words, out=tmp_path / "runs", code="from saemill.train.cli import main; main()", **environment):
         roots = os.pathsep.join(path for path in sys.path if path)
         env = {**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
         command = [sys.executable, "-c", code, "--out", str(out), *map(str, words)]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from saemill.train.budget import settle_budget
 from saemill.train.config import CourseConfig
 from saemill.train.data.plan import Plan

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from saemill.train.checkpoint import Standing, list_checkpoints, load_checkpoint, save_checkpoint
 from saemill.train.errors import CheckpointDamaged
 

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+
 from saemill.cache_schema import Store
 
 TOPK = ["--variant", "topk"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from saemill.train import memory
 from saemill.train.config import Ask
 from saemill.train.errors import MemoryTooSmall
@@ -17,13 +18,14 @@ def member(*words):
 def test_what_a_width_needs():
     """F = 1000, D = 64: two tables, four copies, four bytes."""
     assert memory.weight_bytes(member("width=1000"), 64) == 1000 * 64 * 2 * 4 * 4
+    assert memory.weight_bytes(member("width=1000"), 64, shards=8) == 1000 * 64 * 2 * 4 * 2.5
 
 
 def test_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
-    memory.require_room([member("width=1000")], 64, 512, 10**6, CPU)
+    memory.require_room([member("width=1000")], 64, 512, 10**6, 1, CPU)
     with pytest.raises(MemoryTooSmall, match=r"expected 3\.\d GiB of memory on cpu .* found 1\.0 GiB free"):
-        memory.require_room([member("width=200000")], 512, 512, 10**6, CPU)
+        memory.require_room([member("width=200000")], 512, 512, 10**6, 1, CPU)
 
 
 def test_free_memory_is_a_sane_number():

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from rich.console import Console
+
 from saemill.train.distributed import Solo, choose_device
 from saemill.train.errors import ConfigInvalid, TrackerMissing
 from saemill.train.progress import Progress

@@ -30,6 +30,7 @@ def wait_for_step(run, step, process, seconds=120):
 def straight(big, tmp_path_factory):
     """A run that nobody disturbed."""
     from click.testing import CliRunner
+
     from saemill.train.cli import main
 
     out = tmp_path_factory.mktemp("straight")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from saemill.train import variants
 from saemill.train.config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from saemill.train.errors import ConfigInvalid
