@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .sae.gates import JumpRelu
 from .sae.model import SparseAutoencoder
+from .shards import local
 
 BLOCK_ROWS = 256
 
@@ -25,12 +26,12 @@ class UnitDecoder:
     def before_step(self, sae: SparseAutoencoder) -> None:
         if sae.W_dec.grad is None:
             return
-        for rows, gradient in zip(_blocks(sae.W_dec), _blocks(sae.W_dec.grad), strict=True):
+        for rows, gradient in zip(_blocks(local(sae.W_dec)), _blocks(local(sae.W_dec.grad)), strict=True):
             gradient.addcmul_(rows, torch.linalg.vecdot(rows, gradient)[:, None], value=-1.0)
 
     @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:
-        for rows in _blocks(sae.W_dec):
+        for rows in _blocks(local(sae.W_dec)):
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12))
 
 
@@ -44,7 +45,7 @@ class NonNegativeThreshold:
     @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:
         assert isinstance(sae.gate, JumpRelu)
-        sae.gate.raw_threshold.clamp_min_(0.0)
+        local(sae.gate.raw_threshold).clamp_min_(0.0)
 
 
 def _blocks(table: Tensor) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from torch.optim.adam import adam
 
 from .errors import ConfigInvalid
 from .schedules import Decay, Product, Schedule, WarmUp
+from .shards import local, whole
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,14 @@ class Adam:
         moving = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
         gradients = [_gradient(self.parameters[name]) for name in moving]
         norm, divisor = self._clip(gradients)
+        tables = (self.parameters, self._first, self._second)
+        parameters, first, second = ([local(table[name]) for name in moving] for table in tables)
         settings = self.settings
         adam(
-            [self.parameters[name] for name in moving],
-            gradients,
-            [self._first[name] for name in moving],
-            [self._second[name] for name in moving],
+            parameters,
+            [local(gradient) for gradient in gradients],
+            first,
+            second,
             [],
             [self._steps[name] for name in moving],
             fused=True,
@@ -101,7 +104,7 @@ class Adam:
         """The gradients' norm, and what the fused update shall divide them by."""
         if self.settings.clip_norm is None:
             return None, None
-        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+        norms = torch.stack([whole(torch.linalg.vector_norm(gradient)) for gradient in gradients])
         norm = torch.linalg.vector_norm(norms)
         return norm, (norm / self.settings.clip_norm).clamp_min(1.0)
 

@@ -12,17 +12,21 @@ trains to the bits it would have alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .compose import Assembly, Batch, View
+from .compose import Assembly, Batch, Term, View
 from .errors import NonFiniteLoss, StateInvalid
 from .latents import LatentCounters
 from .optim import Adam
 from .ranks import Alone, Ranks
+from .sae.model import SparseAutoencoder
+from .shards import Shard, assign, on_host
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +57,20 @@ class Report:
         return named | {f"knob/{name}": knob for name, knob in self.knobs.items()} | {"lr": self.lr}
 
 
+class Losses(nn.Module):
+    """All terms and their weighted sum. A module, so that sharded weights are whole while it runs."""
+
+    def __init__(self, sae: SparseAutoencoder, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.sae = sae
+        self._terms = tuple(terms)
+
+    def forward(self, view: View, weights: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        # A term of weight zero is not computed: it costs nothing and draws no random numbers.
+        losses = {term.name: term.fn(view) for term in self._terms if weights[term.name] != 0.0}
+        return torch.stack([weights[name] * value for name, value in losses.items()]).sum(), losses
+
+
 class Trainee:
     """An SAE in training."""
 
@@ -63,13 +81,19 @@ class Trainee:
         total_steps: int,
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
+        shard: Shard | None = None,
     ) -> None:
         self.name = name
         self.assembly = assembly
         self.total_steps = total_steps
         self.device = torch.device(device)
         self.ranks: Ranks = ranks or Alone()
-        self.sae = assembly.sae.to(self.device)
+        self.sae = assembly.sae
+        self._losses = Losses(self.sae, assembly.terms)
+        self._is_sharded = shard is not None
+        if shard is not None:
+            shard(self._losses)
+        self.sae.to(self.device)
         self.optimiser = Adam(dict(self.sae.named_parameters()), assembly.optim)
         self.counters = LatentCounters(self.sae.num_latents, self.device)
         self.step_index = 0
@@ -79,9 +103,7 @@ class Trainee:
         """Train on one batch."""
         view = self._view(batch)
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
-        # A term of weight zero is not computed: it costs nothing and draws no random numbers.
-        losses = {term.name: term.fn(view) for term in self.assembly.terms if weights[term.name] != 0.0}
-        loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+        loss, losses = self._losses(view, weights)
         self._require_finite(loss, losses)
         report = self._report(view, loss, losses, weights)
         loss.backward()
@@ -91,7 +113,19 @@ class Trainee:
         return replace(report, grad_norm=grad_norm)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a bit-exact continuation needs, as flat named tensors."""
+        """Everything a bit-exact continuation needs, as flat named tensors; all ranks of a sharded one must ask."""
+        return {name: on_host(tensor) for name, tensor in self._own_state().items()}
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Sharded weights are whole inside, for all ranks that enter together."""
+        if self._is_sharded:
+            cast(Any, self._losses).unshard()
+        yield
+        if self._is_sharded:
+            cast(Any, self._losses).reshard()
+
+    def _own_state(self) -> dict[str, Tensor]:
         state = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         state |= {f"adam.{name}": tensor for name, tensor in self.optimiser.state().items()}
         state |= {f"latents.{name}": tensor for name, tensor in self.counters.state().items()}
@@ -102,7 +136,7 @@ class Trainee:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state()` returned."""
-        own = self.state()
+        own = self._own_state()
         problems = [f"{name} is missing" for name in own.keys() - state.keys()]
         problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
         problems += [
@@ -113,7 +147,7 @@ class Trainee:
         if problems:
             raise StateInvalid(f"{self.name}: the saved state does not fit: {'; '.join(sorted(problems))}")
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            assign(tensor, state[name])
         self.assembly.generator.set_state(state["generator"].cpu())
         self.step_index = int(state["step"])
 
@@ -134,7 +168,7 @@ class Trainee:
             raise NonFiniteLoss(self.step_index, {name: float(value.detach()) for name, value in losses.items()})
 
     def _update(self, lr: float) -> Tensor | None:
-        if self.ranks.size > 1:
+        if self.ranks.size > 1 and not self._is_sharded:  # gradients of shards are averaged on their way
             for parameter in self.optimiser.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad = self.ranks.mean(parameter.grad)
