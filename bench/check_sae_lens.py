@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from saemill.cache_schema.strict import to_json
-from saemill.train.compose import Batch
 from saemill.train.sae.io import CONFIG, PLAIN, save_sae
 from saemill.train.sae.scaling import Stats
 from saemill.train.step import Trainee
 from saemill.train.variants import config_type, names
+from saemill.train.view import Batch
 
 D, WIDTH, SCALE = 64, 256, 0.05
 HERE = Path(__file__).parent

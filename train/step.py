@@ -20,13 +20,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .compose import Assembly, Batch, Term, View
+from .compose import Assembly, Term
 from .errors import NonFiniteLoss, StateInvalid
 from .latents import LatentCounters
 from .optim import Adam
 from .ranks import Alone, Ranks
 from .sae.model import SparseAutoencoder
 from .shards import Shard, assign, on_host
+from .view import Batch, View
 
 
 @dataclass(frozen=True, eq=False)

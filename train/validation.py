@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .compose import Batch
 from .data.draw import Draw
 from .fleet import Fleet
 from .step import Trainee
+from .view import Batch
 
 
 @dataclass

@@ -11,11 +11,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stepping import load_batches, serve, sparse_bias
 
-from saemill.train.compose import Batch
 from saemill.train.sae.gates import JumpRelu
 from saemill.train.sae.kernels.memory import keep_large_blocks
 from saemill.train.step import Trainee
 from saemill.train.variants import config_type
+from saemill.train.view import Batch
 
 
 def make_trainee(variant: str, width: int, k: int, l0: float, product: str, x: torch.Tensor) -> Trainee:

@@ -23,9 +23,9 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.moments import is_special, measure
-from saemill.train.compose import Batch
 from saemill.train.step import Report, Trainee
 from saemill.train.variants import config_type
+from saemill.train.view import Batch
 
 D, ROWS, STEPS = 32, 512, 40
 SMALL: dict[str, Any] = {"width": 96, "k": 6, "target_l0": 6.0, "layers": (1, 2), "dead_after_tokens": 2000}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saemill.train.compose import Batch, Needs, Term
+from saemill.train.compose import Needs, Term
 from saemill.train.constraints import UnitDecoder
 from saemill.train.errors import SideInputMissing
 from saemill.train.sae.codes import Codes
@@ -14,6 +14,7 @@ from saemill.train.sae.side import NO_SIDE, Side
 from saemill.train.schedules import Constant, Ramp
 from saemill.train.step import Trainee
 from saemill.train.variants.topk import Config
+from saemill.train.view import Batch
 
 D, WIDTH = 8, 24
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from saemill.train.compose import View
 from saemill.train.losses.auxk import AuxK
 from saemill.train.losses.nested import NestedReconstruction
 from saemill.train.losses.sparsity import TargetL0
@@ -14,6 +13,7 @@ from saemill.train.sae.scaling import unit_stats
 from saemill.train.sae.side import Side
 from saemill.train.step import Trainee
 from saemill.train.variants.topk import Config
+from saemill.train.view import View
 
 D, LATENTS = 8, 24
 

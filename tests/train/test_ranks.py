@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from saemill.train.compose import Batch
 from saemill.train.step import Trainee
 from saemill.train.variants import config_type, names
+from saemill.train.view import Batch
 
 TOKENWISE = [name for name in names() if not config_type(name)().request().windows]
 

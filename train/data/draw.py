@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import AttentionCsr
-from ..compose import Batch, Needs
+from ..compose import Needs
+from ..view import Batch
 from .block import Block
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..compose import View
 from ..sae.codes import Codes, codes_from_dense
 from ..sae.gates import DENSE_SHARE
 from ..sae.kernels.functions import affine, squared_error
 from ..sae.kernels.select import support_topk
+from ..view import View
 
 
 @dataclass(frozen=True)

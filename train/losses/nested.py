@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..compose import View
 from ..sae.kernels.nested import nested_errors
+from ..view import View
 
 
 def prefix_errors(view: View, widths: tuple[int, ...]) -> Tensor:

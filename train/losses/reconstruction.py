@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..compose import View
 from ..sae.kernels.functions import squared_error
+from ..view import View
 from .sparsity import gate_path
 
 

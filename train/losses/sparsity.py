@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..compose import View
 from ..sae.codes import Codes
 from ..sae.gates import AnnealedRelu, JumpRelu
+from ..view import View
 
 
 def l1(view: View) -> Tensor:

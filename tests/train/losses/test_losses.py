@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from saemill.train.compose import View
 from saemill.train.losses.auxk import AuxK
 from saemill.train.losses.nested import NestedReconstruction
 from saemill.train.losses.reconstruction import reconstruction, reconstruction_by_gate
@@ -15,6 +14,7 @@ from saemill.train.sae.gates import AnnealedRelu, BatchTopK, Gate, Gated, JumpRe
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.scaling import unit_stats
 from saemill.train.sae.side import Side
+from saemill.train.view import View
 
 ROWS, D, LATENTS = 40, 8, 20
 

@@ -56,7 +56,7 @@ def test_a_sharded_dictionary_trains_as_a_whole_one(big, spawn, sae_train, quick
 
 SHARDED = """
 import os, sys, torch, torch.distributed as dist
-from saemill.train.compose import Batch
+from saemill.train.view import Batch
 from saemill.train.distributed import Processes, make_shard
 from saemill.train.shards import is_sharded, local
 from saemill.train.step import Trainee

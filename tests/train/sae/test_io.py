@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saemill.cache_schema.strict import to_json
-from saemill.train.compose import Batch
 from saemill.train.errors import SaeInvalid
 from saemill.train.sae.io import CONFIG, WEIGHTS, load_plain_sae, save_sae
 from saemill.train.sae.scaling import Stats, joined_stats
 from saemill.train.step import Trainee
 from saemill.train.variants import config_type, names
+from saemill.train.view import Batch
 
 D, WIDTH = 24, 64
 
