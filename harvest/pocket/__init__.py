@@ -1,1 +1,1 @@
-"""The bundled 26-layer pocket model: a real Gemma-2 small enough to ship."""
+"""The bundled pocket model: a 26-layer Gemma-2 small enough to travel with the package."""

@@ -1,0 +1,78 @@
+"""How good the pocket model is: cross-entropy on text it has not seen.
+
+Shapes: N windows, T tokens in a window.
+
+1. Documents are packed as the harvest packs them: BOS before each document and
+   at the start of each window.
+2. Cross-entropy is the mean over all targets that are not BOS.
+3. The yardstick is the unigram entropy of the very same targets: what the best
+   guess without context would pay.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+HELD_OUT_PER_MILLE = 40
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Nats per token, over `tokens` predicted tokens in windows of `context`."""
+
+    context: int
+    tokens: int
+    cross_entropy: float
+    unigram_entropy: float
+
+    @property
+    def gain(self) -> float:
+        """What context is worth to the model, in nats per token."""
+        return self.unigram_entropy - self.cross_entropy
+
+
+def is_held_out(text: str) -> bool:
+    """Whole documents, chosen by a hash of their text."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") % 1000 < HELD_OUT_PER_MILLE
+
+
+def join_documents(documents: Iterable[list[int]], bos: int) -> np.ndarray:
+    """One run of tokens, BOS before each document."""
+    return np.concatenate([np.array([bos, *ids], dtype=np.int64) for ids in documents])
+
+
+def measure(model: torch.nn.Module, run: np.ndarray, bos: int, context: int, batch: int = 8) -> Quality:
+    """Quality over the whole windows that the run fills."""
+    inputs_NT, targets_NT = _windows(run, bos, context)
+    losses = [
+        _losses(model, inputs_NT[i : i + batch], targets_NT[i : i + batch])
+        for i in range(0, len(inputs_NT), batch)
+    ]
+    is_counted = targets_NT != bos
+    mean = float(np.concatenate(losses)[is_counted].mean(dtype=np.float64))
+    return Quality(context, int(is_counted.sum()), mean, unigram_entropy(targets_NT[is_counted]))
+
+
+def unigram_entropy(tokens: np.ndarray) -> float:
+    counts = np.bincount(tokens.ravel())
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def _windows(run: np.ndarray, bos: int, context: int) -> tuple[np.ndarray, np.ndarray]:
+    targets_NT = run[: len(run) // context * context].reshape(-1, context)
+    start_N1 = np.full((len(targets_NT), 1), bos)
+    return np.concatenate([start_N1, targets_NT[:, :-1]], axis=1), targets_NT
+
+
+@torch.no_grad()
+def _losses(model: torch.nn.Module, inputs_BT: np.ndarray, targets_BT: np.ndarray) -> np.ndarray:
+    logits_BTV = model(input_ids=torch.from_numpy(inputs_BT), use_cache=False).logits.float()
+    losses = torch.nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1), torch.from_numpy(targets_BT).flatten(), reduction="none"
+    )
+    return losses.view(targets_BT.shape).numpy()

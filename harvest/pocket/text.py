@@ -1,0 +1,100 @@
+"""The running Python's own standard library, read as a corpus of documents.
+
+Every machine that can run the project has this text, so a demo, a test and the
+pocket model need no download. The list of files is a matter of rule, not of the
+machine: what operating systems split off, generate or patch is left out.
+
+1. Walk the library folder in sorted order and keep `.py` files.
+2. Leave out tests, graphical tools, packaging helpers, generated tables and
+   anything a site installed.
+3. Decode a file as the interpreter itself would; skip what does not decode.
+4. One file is one document, but for the language reference of `pydoc`, whose
+   topics are documents of plain English of their own.
+"""
+
+import ast
+import hashlib
+import io
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+EXCLUDED_FOLDERS = frozenset(
+    {
+        "__pycache__",
+        "dist-packages",
+        "encodings",  # generated tables of code points
+        "ensurepip",  # bundles wheels, removed by distributions
+        "idlelib",  # a package of its own on many systems
+        "lib-dynload",
+        "site-packages",
+        "test",  # left out of most container images
+        "tests",
+        "tkinter",
+        "turtledemo",
+    }
+)
+EXCLUDED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars", "turtle", "sitecustomize", "usercustomize")
+TOPICS_FILE = "pydoc_data/topics.py"
+MIN_CHARACTERS = 64  # empty package markers are no documents
+
+
+def stdlib_documents(root: Path | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of every document, in the order of their names.
+
+    `root` is the library folder; the running interpreter's by default.
+    """
+    root = root or Path(sysconfig.get_path("stdlib"))
+    for name in sorted(_source_names(root)):
+        text = _decode((root / name).read_bytes())
+        if text is None:
+            continue
+        for document_name, document in _split(name, text):
+            if len(document.strip()) >= MIN_CHARACTERS:
+                yield document_name, document
+
+
+def text_digest(documents: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 over names and texts: equal digests mean the same corpus."""
+    digest = hashlib.sha256()
+    for name, text in documents:
+        for part in (name, text):
+            raw = part.encode("utf-8")
+            digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()
+
+
+def _source_names(root: Path) -> Iterator[str]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS]
+        for file in files:
+            if file.endswith(".py") and not file.startswith(EXCLUDED_PREFIXES):
+                yield (Path(folder) / file).relative_to(root).as_posix()
+
+
+def _decode(raw: bytes) -> str | None:
+    """The text of a source file, by its declared encoding; None where it has none."""
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
+        return raw.decode(encoding).replace("\r\n", "\n")
+    except (SyntaxError, UnicodeDecodeError, LookupError):
+        return None
+
+
+def _split(name: str, text: str) -> Iterator[tuple[str, str]]:
+    topics = _topics(text) if name == TOPICS_FILE else None
+    if topics is None:
+        yield name, text
+        return
+    for topic in sorted(topics):
+        yield f"{name}:{topic}", topics[topic].strip() + "\n"
+
+
+def _topics(text: str) -> dict[str, str] | None:
+    """The dictionary that the file assigns to `topics`, read without running it."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            return ast.literal_eval(node.value)
+    return None
