@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .team import Team
+
 MATRIX_RATE = 6e-3
 EMBEDDING_RATE = 3e-3
 GAIN_RATE = 3e-3
@@ -21,6 +23,7 @@ CLIP_NORM = 1.0
 class Optimizer:
     """Master weights by name, and the two optimizers that move them."""
 
+    team: Team
     model: torch.nn.Module
     masters: dict[str, Tensor]
     muon: torch.optim.Optimizer
@@ -28,17 +31,24 @@ class Optimizer:
 
     def step(self, rate: float) -> float:
         """One update at `rate` times the full learning rates; returns the gradient's norm."""
-        names, weights = zip(*self.model.named_parameters(), strict=True)
-        for name, weight in zip(names, weights, strict=True):
-            self.masters[name].grad = weight.grad.float()
-            weight.grad = None
+        self._collect_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), CLIP_NORM, error_if_nonfinite=True)
         for optimizer in (self.muon, self.adam):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["full_rate"]
             optimizer.step()
         self.write_back()
-        return float(norm)
+        return norm.item()
+
+    def _collect_gradients(self) -> None:
+        """Move the model's gradients to the masters, averaged over the team."""
+        weights = dict(self.model.named_parameters())
+        flat = torch.cat([weight.grad.float().flatten() for weight in weights.values()])
+        self.team.average_(flat)
+        sizes = [weight.numel() for weight in weights.values()]
+        for (name, weight), part in zip(weights.items(), flat.split(sizes), strict=True):
+            self.masters[name].grad = part.view_as(weight)
+            weight.grad = None
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -68,7 +78,7 @@ class Optimizer:
         self.write_back()
 
 
-def make_optimizer(model: torch.nn.Module) -> Optimizer:
+def make_optimizer(model: torch.nn.Module, team: Team) -> Optimizer:
     """Takes a float32 model, and leaves it in bfloat16."""
     masters = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
     model.to(torch.bfloat16)
@@ -86,4 +96,4 @@ def make_optimizer(model: torch.nn.Module) -> Optimizer:
         betas=(0.9, 0.95),
         fused=True,
     )
-    return Optimizer(model, masters, muon, adam)
+    return Optimizer(team, model, masters, muon, adam)
