@@ -1,1 +1,34 @@
-"""The bundled pocket model: a 26-layer Gemma-2 small enough to travel with the package."""
+"""The bundled pocket model: a 26-layer Gemma-2 small enough to travel with the package.
+
+`MODEL_FOLDER` is an ordinary Hugging Face folder; MODEL_CARD.md says what the model
+is good for. The folder is written by `bundle.py` from a run of `train.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+MODEL_ID = "saemill/pocket"
+MODEL_FOLDER = Path(__file__).parent / "model"
+
+
+def load_model(dtype: torch.dtype | None = None, folder: Path = MODEL_FOLDER) -> Gemma2ForCausalLM:
+    """The model, in the bfloat16 it is stored in or in another dtype; eager attention."""
+    from transformers import Gemma2ForCausalLM  # here, so that reading text alone stays quick
+
+    model = Gemma2ForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", attn_implementation="eager", local_files_only=True
+    )
+    return model.eval()
+
+
+def load_tokenizer(folder: Path = MODEL_FOLDER) -> PreTrainedTokenizerFast:
+    """Its tokenizer: puts BOS first, knows every byte."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

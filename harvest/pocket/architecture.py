@@ -13,6 +13,7 @@ from .make_tokenizer import BOS, EOS, PAD, VOCABULARY
 LAYERS = 26
 WIDTH = 128
 CONTEXT = 1024
+SUBLAYER_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
 SUBLAYER_GAIN = 0.25  # 52 sub-layers of full size would drown the embedding at the start
 
 
@@ -32,7 +33,6 @@ def make_config() -> Gemma2Config:
         eos_token_id=EOS,
         bos_token_id=BOS,
         tie_word_embeddings=True,
-        attn_implementation="eager",
     )
 
 
@@ -40,7 +40,7 @@ def make_model(seed: int) -> Gemma2ForCausalLM:
     """A fresh model, initialised as transformers does but for the gains after each sub-layer."""
     torch.manual_seed(seed)
     model = Gemma2ForCausalLM(make_config())
-    for layer in model.model.layers:
-        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
-            torch.nn.init.constant_(norm.weight, SUBLAYER_GAIN - 1)  # Gemma's gain is 1 + weight
+    for name, weight in model.named_parameters():
+        if name.endswith(SUBLAYER_NORMS):
+            torch.nn.init.constant_(weight, SUBLAYER_GAIN - 1)  # Gemma's gain is 1 + weight
     return model

@@ -43,7 +43,8 @@ class Optimizer:
     def _collect_gradients(self) -> None:
         """Move the model's gradients to the masters, averaged over the team."""
         weights = dict(self.model.named_parameters())
-        flat = torch.cat([weight.grad.float().flatten() for weight in weights.values()])
+        gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
+        flat = torch.cat([gradient.float().flatten() for gradient in gradients])
         self.team.average_(flat)
         sizes = [weight.numel() for weight in weights.values()]
         for (name, weight), part in zip(weights.items(), flat.split(sizes), strict=True):

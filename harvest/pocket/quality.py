@@ -7,16 +7,23 @@ Shapes: N windows, T tokens in a window.
 2. Cross-entropy is the mean over all targets that are not BOS.
 3. The yardstick is the unigram entropy of the very same targets: what the best
    guess without context would pay.
+
+`python -m saemill.harvest.pocket.quality` measures the bundled model.
 """
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+import click
 import numpy as np
 import torch
 
-HELD_OUT_PER_MILLE = 40
+from . import MODEL_FOLDER, load_model, load_tokenizer
+from .held_out import held_out_documents
+from .make_tokenizer import BOS
+
+CONTEXTS = (128, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,6 @@ class Quality:
         return self.unigram_entropy - self.cross_entropy
 
 
-def is_held_out(text: str) -> bool:
-    """Whole documents, chosen by a hash of their text."""
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
-    return int.from_bytes(digest[:8], "big") % 1000 < HELD_OUT_PER_MILLE
-
-
 def join_documents(documents: Iterable[list[int]], bos: int) -> np.ndarray:
     """One run of tokens, BOS before each document."""
     return np.concatenate([np.array([bos, *ids], dtype=np.int64) for ids in documents])
@@ -49,8 +50,7 @@ def measure(model: torch.nn.Module, run: np.ndarray, bos: int, context: int, bat
     """Quality over the whole windows that the run fills."""
     inputs_NT, targets_NT = _windows(run, bos, context)
     losses = [
-        _losses(model, inputs_NT[i : i + batch], targets_NT[i : i + batch])
-        for i in range(0, len(inputs_NT), batch)
+        _losses(model, inputs_NT[i : i + batch], targets_NT[i : i + batch]) for i in range(0, len(inputs_NT), batch)
     ]
     is_counted = targets_NT != bos
     mean = float(np.concatenate(losses)[is_counted].mean(dtype=np.float64))
@@ -61,6 +61,25 @@ def unigram_entropy(tokens: np.ndarray) -> float:
     counts = np.bincount(tokens.ravel())
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
+
+
+def measure_folder(folder: Path, documents: Iterable[tuple[str, str]]) -> list[Quality]:
+    """Quality of a saved model at each of the usual contexts."""
+    model, tokenizer = load_model(folder=folder), load_tokenizer(folder)
+    texts = [text for _, text in documents]
+    run = join_documents(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids, BOS)
+    return [measure(model, run, BOS, context) for context in CONTEXTS]
+
+
+@click.command(help="Measure the pocket model on the text that was held out of its training.")
+@click.option("--folder", type=click.Path(path_type=Path, exists=True), default=MODEL_FOLDER, show_default=True)
+def main(folder: Path) -> None:
+    click.echo("context   tokens   cross-entropy   unigram entropy   gain")
+    for quality in measure_folder(folder, held_out_documents()):
+        click.echo(
+            f"{quality.context:7d}  {quality.tokens:7d}   {quality.cross_entropy:13.4f}"
+            f"   {quality.unigram_entropy:15.4f}   {quality.gain:.4f}"
+        )
 
 
 def _windows(run: np.ndarray, bos: int, context: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,3 +95,7 @@ def _losses(model: torch.nn.Module, inputs_BT: np.ndarray, targets_BT: np.ndarra
         logits_BTV.flatten(0, 1), torch.from_numpy(targets_BT).flatten(), reduction="none"
     )
     return losses.view(targets_BT.shape).numpy()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ Process 0 is the one that was started; stopping it (SIGSTOP) pauses all.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,11 +45,12 @@ class Team:
 def working_team(size: int, meeting: Path, partner: Callable[..., None], *args: Any) -> Iterator[Team]:
     """Start `partner(team, *args)` in size - 1 processes; yields process 0's own Team.
 
-    `meeting` is a file that must not exist yet; the processes find each other by it.
+    The processes find each other by the file `meeting`; one left by a killed run is removed.
     """
     if size == 1:
         yield Team()
         return
+    meeting.unlink(missing_ok=True)
     context = mp.get_context("spawn")
     others = [
         context.Process(target=_partner, args=(rank, size, meeting, partner, args), daemon=True)
@@ -66,9 +68,7 @@ def working_team(size: int, meeting: Path, partner: Callable[..., None], *args: 
         meeting.unlink(missing_ok=True)
 
 
-def _partner(
-    rank: int, size: int, meeting: Path, partner: Callable[..., None], args: tuple[Any, ...]
-) -> None:
+def _partner(rank: int, size: int, meeting: Path, partner: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     _join(rank, size, meeting)
     partner(Team(rank, size), *args)
@@ -76,7 +76,8 @@ def _partner(
 
 
 def _join(rank: int, size: int, meeting: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":  # the team lives on one machine, whose host name need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting.resolve()}", rank=rank, world_size=size, timeout=PATIENCE
     )

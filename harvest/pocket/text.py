@@ -1,13 +1,15 @@
 """The running Python's own standard library, read as a corpus of documents.
 
 Every machine that can run the project has this text, so a demo, a test and the
-pocket model need no download. The list of files is a matter of rule, not of the
-machine: what operating systems split off, generate or patch is left out.
+pocket model need no download. What builds generate, sites install or container
+images drop is left out, so that the same Python gives the same text; where a
+distribution patched a file after all, `text_digest` tells.
 
 1. Walk the library folder in sorted order and keep `.py` files.
 2. Leave out tests, graphical tools, packaging helpers, generated tables and
    anything a site installed.
-3. Decode a file as the interpreter itself would; skip what does not decode.
+3. Decode a file as the interpreter itself would; skip what does not decode or
+   holds a zero byte.
 4. One file is one document, but for the language reference of `pydoc`, whose
    topics are documents of plain English of their own.
 """
@@ -68,14 +70,20 @@ def text_digest(documents: Iterable[tuple[str, str]]) -> str:
 
 def _source_names(root: Path) -> Iterator[str]:
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS]
+        folders[:] = [name for name in folders if not _is_left_out(name)]
         for file in files:
             if file.endswith(".py") and not file.startswith(EXCLUDED_PREFIXES):
                 yield (Path(folder) / file).relative_to(root).as_posix()
 
 
+def _is_left_out(folder: str) -> bool:
+    return folder in EXCLUDED_FOLDERS or folder.startswith("config-")  # config-3.11-...: of this build alone
+
+
 def _decode(raw: bytes) -> str | None:
     """The text of a source file, by its declared encoding; None where it has none."""
+    if b"\0" in raw:
+        return None
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
         return raw.decode(encoding).replace("\r\n", "\n")

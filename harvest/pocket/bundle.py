@@ -1,0 +1,87 @@
+"""Put a trained pocket model into the package, with what it was held against.
+
+1. Round the checkpoint's master weights to bfloat16; save model and tokenizer as
+   an ordinary Hugging Face folder.
+2. Keep the held-out documents and the curve of the training beside it.
+3. Measure the folder as it now lies on disk, and write that down too.
+"""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tokenizers import Tokenizer
+
+from .architecture import CONTEXT, make_model
+from .checkpoint import load_checkpoint
+from .held_out import HELD_OUT_FILE, is_held_out, write_held_out
+from .make_tokenizer import wrap_tokenizer
+from .quality import Quality, measure_folder
+from .text import stdlib_documents, text_digest
+
+HERE = Path(__file__).parent
+
+
+def save_model(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """The master weights of a checkpoint as a bfloat16 model."""
+    model = make_model(seed=0).bfloat16()
+    masters = {key.removeprefix("master/"): tensor for key, tensor in tensors.items() if key.startswith("master/")}
+    model.load_state_dict({**masters, "lm_head.weight": masters["model.embed_tokens.weight"]})
+    model.save_pretrained(folder)
+
+
+def save_tokenizer(tokenizer_file: Path, folder: Path) -> None:
+    wrap_tokenizer(Tokenizer.from_file(str(tokenizer_file)), CONTEXT).save_pretrained(folder)
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older transformers know too
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def describe(record: dict[str, Any], documents: list[tuple[str, str]], quality: list[Quality]) -> dict[str, Any]:
+    """What training_curve.json says."""
+    held_out = [text for _, text in documents if is_held_out(text)]
+    return {
+        "python": platform.python_version(),
+        "corpus": {
+            "digest": record["corpus"],
+            "documents": len(documents),
+            "characters": sum(len(text) for _, text in documents),
+            "held_out_documents": len(held_out),
+            "held_out_characters": sum(len(text) for text in held_out),
+        },
+        "steps": record["step"],
+        "tokens_seen": record["tokens"],
+        "minutes": round(record["seconds"] / 60, 1),
+        "quality": [{**asdict(one), "gain": one.gain} for one in quality],
+        "curve": record["curve"],
+    }
+
+
+@click.command(help=__doc__)
+@click.option("--run", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of train.py's --out.")
+@click.option("--to", type=click.Path(path_type=Path), default=HERE, show_default=True, help="Folder to write into.")
+def main(run: Path, to: Path) -> None:
+    found = load_checkpoint(run)
+    if found is None:
+        raise click.ClickException(f"no checkpoint in {run}: train first, with --out {run}")
+    tensors, record = found
+    documents = list(stdlib_documents())
+    if text_digest(documents) != record["corpus"]:
+        raise click.ClickException(f"{run} was trained on another text; bundle it with the Python that trained it")
+    save_model(tensors, to / "model")
+    save_tokenizer(run / "tokenizer.json", to / "model")
+    held_out = [document for document in documents if is_held_out(document[1])]
+    write_held_out(held_out, to / HELD_OUT_FILE.name)
+    description = describe(record, documents, measure_folder(to / "model", held_out))
+    (to / "training_curve.json").write_text(json.dumps(description, indent=1) + "\n")
+    for one in description["quality"]:
+        click.echo(json.dumps(one))
+
+
+if __name__ == "__main__":
+    main()
