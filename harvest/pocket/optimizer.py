@@ -71,10 +71,9 @@ class Optimizer:
             master.copy_(flat[f"master/{name}"])
         for kind, optimizer in (("muon", self.muon), ("adam", self.adam)):
             state: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in flat.items():
-                owner, index, slot = key.split("/", 2)
-                if owner == kind:
-                    state.setdefault(int(index), {})[slot] = tensor
+            for key in (key for key in flat if key.startswith(f"{kind}/")):
+                _, index, slot = key.split("/")
+                state.setdefault(int(index), {})[slot] = flat[key]
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.write_back()
 
