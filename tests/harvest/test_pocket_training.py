@@ -107,7 +107,7 @@ def test_two_steps_and_two_more_are_four(tmp_path: Path, corpus: Corpus) -> None
     save_checkpoint(tmp_path, first.optimizer.state(), {})
     found = load_checkpoint(tmp_path)
     assert found is not None
-    second = Trainer(Team(), corpus, seed=4, is_compiled=False)
+    second = Trainer(Team(), corpus, seed=3, is_compiled=False)
     second.optimizer.load_state(found[0])
     assert [second.advance(step, 0.5) for step in (2, 3)] == losses[2:]
     assert all(torch.equal(tensor, second.optimizer.state()[name]) for name, tensor in straight.optimizer.state().items())
