@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from .architecture import CONTEXT, make_model
 from .checkpoint import load_checkpoint
-from .held_out import HELD_OUT_FILE, is_held_out, write_held_out
+from .held_out import HELD_OUT_FILE, is_held_out, without_repeats, write_held_out
 from .make_tokenizer import wrap_tokenizer
 from .quality import Quality, measure_folder
 from .text import stdlib_documents, text_digest
@@ -42,24 +42,25 @@ def save_tokenizer(tokenizer_file: Path, folder: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def describe(record: dict[str, Any], documents: list[tuple[str, str]], quality: list[Quality]) -> dict[str, Any]:
+def describe(
+    record: dict[str, Any], trained: list[tuple[str, str]], held_out: list[tuple[str, str]], quality: list[Quality]
+) -> dict[str, Any]:
     """What training_curve.json says."""
-    held_out = [text for _, text in documents if is_held_out(text)]
     return {
         "python": platform.python_version(),
-        "corpus": {
-            "digest": record["corpus"],
-            "documents": len(documents),
-            "characters": sum(len(text) for _, text in documents),
-            "held_out_documents": len(held_out),
-            "held_out_characters": sum(len(text) for text in held_out),
-        },
+        "corpus": record["corpus"],
+        "trained": _count(trained),
+        "held_out": _count(held_out),
         "steps": record["step"],
         "tokens_seen": record["tokens"],
         "minutes": round(record["seconds"] / 60, 1),
         "quality": [{**asdict(one), "gain": one.gain} for one in quality],
         "curve": record["curve"],
     }
+
+
+def _count(documents: list[tuple[str, str]]) -> dict[str, int]:
+    return {"documents": len(documents), "characters": sum(len(text) for _, text in documents)}
 
 
 @click.command(help=__doc__)
@@ -75,9 +76,10 @@ def main(run: Path, to: Path) -> None:
         raise click.ClickException(f"{run} was trained on another text; bundle it with the Python that trained it")
     save_model(tensors, to / "model")
     save_tokenizer(run / "tokenizer.json", to / "model")
-    held_out = [document for document in documents if is_held_out(document[1])]
+    trained = [document for document in documents if not is_held_out(document[1])]
+    held_out = without_repeats((document for document in documents if is_held_out(document[1])), trained)
     write_held_out(held_out, to / HELD_OUT_FILE.name)
-    description = describe(record, documents, measure_folder(to / "model", held_out))
+    description = describe(record, trained, held_out, measure_folder(to / "model", held_out))
     (to / "training_curve.json").write_text(json.dumps(description, indent=1) + "\n")
     for one in description["quality"]:
         click.echo(json.dumps(one))

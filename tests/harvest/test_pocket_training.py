@@ -110,7 +110,9 @@ def test_two_steps_and_two_more_are_four(tmp_path: Path, corpus: Corpus) -> None
     second = Trainer(Team(), corpus, seed=3, is_compiled=False)
     second.optimizer.load_state(found[0])
     assert [second.advance(step, 0.5) for step in (2, 3)] == losses[2:]
-    assert all(torch.equal(tensor, second.optimizer.state()[name]) for name, tensor in straight.optimizer.state().items())
+    assert all(
+        torch.equal(tensor, second.optimizer.state()[name]) for name, tensor in straight.optimizer.state().items()
+    )
 
 
 def test_a_step_moves_every_weight(corpus: Corpus) -> None:
