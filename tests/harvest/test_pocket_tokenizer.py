@@ -1,7 +1,7 @@
 """The bundled tokenizer: every text comes back, every byte is a token."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -18,11 +18,13 @@ def round_trip(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     return tokenizer.decode(ids)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_comes_back(text: str) -> None:
     assert round_trip(TOKENIZER, text) == text
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_any_bytes_come_back(raw: bytes) -> None:
     """Bytes are no text until something decodes them; latin-1 does so for all of them."""
