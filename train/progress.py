@@ -6,10 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 PLAIN_SECONDS = 30.0
+WIDE = 110  # columns
 
 
 class Progress:
@@ -45,18 +46,20 @@ class Progress:
 def summary(values: Mapping[str, float], tokens_per_second: float) -> str:
     """Loss, sparsity, quality, dead latents and speed in few characters."""
     return (
-        f"loss {values['loss']:.4g}  L0 {values['l0']:.1f}  EV {values['explained_variance']:.3f}  "
-        f"dead {values['dead_share']:.1%}  {tokens_per_second:,.0f} tok/s"
+        f"loss {values['loss']:.4g} L0 {values['l0']:.1f} EV {values['explained_variance']:.3f} "
+        f"dead {values['dead_share']:.1%} {tokens_per_second:,.0f} tok/s"
     )
 
 
 def _make_bars(console: Console) -> RichProgress:
+    """A narrow terminal has room for the numbers alone."""
+    bar = [BarColumn(bar_width=20)] if console.width >= WIDE else []
     return RichProgress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
+        *bar,
+        TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[numbers]}"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         console=console,
         refresh_per_second=2,
     )
