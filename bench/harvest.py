@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +27,7 @@ from transformers import AutoModel, Gemma2Config, Gemma2ForCausalLM, PreTrainedT
 from transformers.utils import logging
 
 from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, StoreWriter
+from saemill.harvest.capture import run
 from saemill.harvest.model import Wanted, load_model
 from saemill.harvest.shards import Harvester, harvest_shards
 
@@ -197,47 +199,48 @@ def compare_speeds(speeds: dict[str, Speeds]) -> list[Row]:
 
 
 def bench_memory(bench: Bench) -> list[Row]:
-    """Peak growth of a fresh process over what it had before the model, against the model and two shards."""
+    """Peak growth of a fresh process over what it had before the model: the model and two shards, and no more.
+
+    At a low layer, because memory does not depend on how many layers are below.
+    """
     rows = []
-    for layers in (ATTENTION, tuple(range(21))):
-        command = [
-            sys.executable,
-            __file__,
-            "--measure-memory",
-            str(bench.model),
-            str(bench.folder),
-            json.dumps(layers),
-        ]
+    for layers in ((), (0, 1, 2, 3)):
+        command = [sys.executable, __file__, MEASURE, bench.model, bench.folder, json.dumps(layers)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         growth, model, shard, batch = map(int, output.split()[-4:])
-        promised = model + 2 * shard + batch
         found = f"{growth / 1e6:,.0f} MB with attention of {len(layers)} layers"
         against = f"model {model / 1e6:,.0f} MB, two shards {2 * shard / 1e6:,.0f} MB, a batch {batch / 1e6:,.0f} MB"
-        rows.append(Row("peak memory", found, against, promised / growth, 0.9))
+        rows.append(Row("peak memory", found, against, (model + 2 * shard + batch) / growth, 0.9))
     return rows
 
 
 def measure_memory(model: Path, folder: Path, layers: tuple[int, ...]) -> None:
-    """In a process of its own: print growth, and the bytes of the model, of a shard, of a bare batch's growth."""
-    tokens_WT = make_tokens(4 * 256)
-    manifest = replace(make_manifest(tokens_WT, "bfloat16", layers), shard_windows=256)
-    device = torch.device("cpu")
-    before = resident("VmRSS")
-    loaded = load_model(model, Wanted((LAYER,), layers), torch.bfloat16, device)
+    """In a process of its own: print growth, and the bytes of the model, of a shard, and of a forward pass."""
+    tokens_WT = make_tokens(3 * 512)
+    wanted, device = Wanted((2,), layers), torch.device("cpu")
+    manifest = replace(make_manifest(tokens_WT, "bfloat16", layers), layers=(2,), shard_windows=512)
+    before = resident("RssAnon")
+    loaded = load_model(model, wanted, torch.bfloat16, device)
     weights = sum(parameter.nbytes for parameter in loaded.stack.parameters())
-    start = resident("VmRSS")
-    reset_peak()
-    with torch.inference_mode():
-        loaded.stack(input_ids=torch.from_numpy(tokens_WT[:BATCH].astype(np.int64)), use_cache=False)
-    batch = resident("VmHWM") - start
+    batch = peak_growth(lambda: run(loaded, torch.from_numpy(tokens_WT[:BATCH].astype(np.int64)), {}))
     out = folder / "memory"
+    shards: list[int] = []
     with StoreWriter.create(out, manifest, tokens_WT, np.zeros_like(tokens_WT)) as writer:
-        reset_peak()
-        shard_bytes: list[int] = []
         harvester = Harvester(loaded, writer.manifest, device)
-        harvest_shards(writer, harvester, writer.pending(), lambda record: shard_bytes.append(sum_bytes(record)))
+        start = resident("RssAnon")
+        growth = peak_growth(
+            lambda: harvest_shards(writer, harvester, writer.pending(), lambda record: shards.append(sum_bytes(record)))
+        )
     shutil.rmtree(out)
-    print(resident("VmHWM") - before, weights, max(shard_bytes), batch)
+    print(start - before + growth, weights, max(shards), batch)
+
+
+def peak_growth(job: Callable[[], object]) -> int:
+    """How far the memory of this process rises over where it is now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    start = resident("VmRSS")
+    job()
+    return resident("VmHWM") - start
 
 
 def sum_bytes(record: Any) -> int:
@@ -249,14 +252,10 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--peers", type=click.Path(path_type=Path), help="The environment that has SAELens; none: not compared.")
-@click.option("--windows", default=64, show_default=True, help="Windows of 128 tokens in a timed run.")
-@click.option("--rounds", default=4, show_default=True)
+@click.option("--windows", default=96, show_default=True, help="Windows of 128 tokens in a timed run.")
+@click.option("--rounds", default=3, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="On which disk; a temporary folder by default.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
