@@ -13,7 +13,7 @@ CONTEXT  ?=
 DEMO     ?= ./demo
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow check format goldens demo harvest bench bench-store peers clean
+.PHONY: help env test test-slow check format goldens demo harvest bench bench-store bench-harvest bench-train peers clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,8 +53,15 @@ demo: env ## the whole path on the bundled pocket model
 	$(BIN)/sae-harvest --model pocket --layer 19 --tokens 300k --out $(DEMO)/store
 	$(BIN)/sae-store verify $(DEMO)/store
 	$(BIN)/sae-store info $(DEMO)/store
+	$(BIN)/sae-train --variant topk --variant standard --cache $(DEMO)/store --out $(DEMO)/runs --tokens 400k --width 512 --k 16
 
-bench: bench-store ## every benchmark against the peers
+bench: bench-store bench-harvest bench-train ## every benchmark against the peers
+
+bench-harvest: env peers ## the harvest against the bare forward pass and SAELens' runner
+	$(BIN)/python bench/harvest.py --peers $(PEERS)
+
+bench-train: env peers ## training steps against SAELens and dictionary_learning
+	$(BIN)/python bench/train.py --peers-python $(PEERS)/bin/python
 
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS)

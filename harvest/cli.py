@@ -45,7 +45,9 @@ from .errors import HarvestError
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
 @click.option("--codec", type=click.Choice(["raw", "lz4", "zstd"]), default="raw", show_default=True)
 @click.option("--shard-windows", default=256, show_default=True, help="Windows in a shard, the unit of work.")
-@click.option("--batch-windows", type=int, help="Windows in a forward pass.  [default: 2,048 tokens' worth]")
+@click.option(
+    "--batch-windows", type=int, help="Windows in a forward pass.  [default: 2,048 tokens, 512 of small models]"
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option("--worker", default="1/1", show_default=True, metavar="I/N", help="This is the I-th of N processes.")
 @click.option("--out", default="./store", show_default=True, help="The store: a folder, or an fsspec URL (s3://...).")
@@ -101,7 +103,7 @@ def _harvest(config: HarvestConfig) -> None:
     with Store.open(config.out) as store:
         Console().print(render_store(describe(store)))
     if finished.committed == finished.shards:
-        click.echo(f"next: sae-train --store {shlex.quote(config.out)}")
+        click.echo(f"next: sae-train --variant topk --cache {shlex.quote(config.out)}")
     else:
         click.echo(f"{finished.committed} of {finished.shards} shards are committed; others belong to other workers")
 

@@ -14,7 +14,10 @@ from .packing import Packing
 Dtype = Literal["bfloat16", "float16", "float32"]
 Heads = Literal["mean", "all"]
 
-BATCH_TOKENS = 2048  # the same on every machine, because the batch decides the last bits of a residual
+# Tokens of a forward pass: the same on every machine, because the batch decides the last bits of a residual.
+BATCH_TOKENS = 2048
+SMALL_BATCH_TOKENS = 512  # of models so narrow that their activations then stay in a CPU's cache
+SMALL_WIDTH = 512
 ATTENTION_AROUND = "-2..+1"
 
 
@@ -68,9 +71,9 @@ class HarvestConfig:
                 "for each of train, validation and test"
             )
 
-    @property
-    def windows_per_batch(self) -> int:
-        return self.batch_windows or max(1, BATCH_TOKENS // self.context)
+    def windows_per_batch(self, d_model: int) -> int:
+        tokens = SMALL_BATCH_TOKENS if d_model <= SMALL_WIDTH else BATCH_TOKENS
+        return self.batch_windows or max(1, tokens // self.context)
 
 
 def parse_count(text: str) -> int:

@@ -86,7 +86,7 @@ def _first_windows(plan: Plan, corpus: Corpus):
     while texts := list(islice(documents, DOCUMENTS_AT_ONCE)):
         windows = packer.pack(plan.encoder.encode(texts), [0] * len(texts))
         if len(windows):
-            return windows.tokens[: plan.config.windows_per_batch]
+            return windows.tokens[: plan.windows_per_batch]
     raise CorpusEmpty(
         f"the first {TRIAL_DOCUMENTS:,} documents of {corpus.id} fill no window of {plan.config.context} tokens. "
         "Give more text, or a smaller --context"

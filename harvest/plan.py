@@ -70,6 +70,10 @@ class Plan:
             mass=self.config.attention_mass,
         )
 
+    @property
+    def windows_per_batch(self) -> int:
+        return self.config.windows_per_batch(self.facts.d_model)
+
 
 def make_plan(config: HarvestConfig, source: ModelSource) -> Plan:
     """Look at the model's configuration and tokenizer, and refuse what cannot be had."""
@@ -81,7 +85,7 @@ def make_plan(config: HarvestConfig, source: ModelSource) -> Plan:
 
 def corpus_spec(plan: Plan, name: str, revision: str | None, settings: dict[str, Any]) -> CorpusSpec:
     """The corpus with everything that decides windows and batches."""
-    decided = {"tokens": plan.tokens, "batch_windows": plan.config.windows_per_batch}
+    decided = {"tokens": plan.tokens, "batch_windows": plan.windows_per_batch}
     return CorpusSpec(name, revision, plan.config.packing, settings | decided)
 
 

@@ -1,4 +1,4 @@
-"""Steps of this package for bench_train: folder, variant, width, k, L0 (0: as initialised), clock, product."""
+"""Our steps for the training benchmark: folder, variant, width, k, L0 (0: as initialised), clock, product."""
 
 from __future__ import annotations
 

@@ -72,4 +72,6 @@ def test_settings_out_of_range_name_their_option(changes):
 
 
 def test_the_batch_depends_on_nothing_but_the_context():
-    assert [HarvestConfig(out="x", context=context).windows_per_batch for context in (128, 1024, 8192)] == [16, 2, 1]
+    contexts = (128, 1024, 8192)
+    assert [HarvestConfig(out="x", context=context).windows_per_batch(2304) for context in contexts] == [16, 2, 1]
+    assert [HarvestConfig(out="x", context=context).windows_per_batch(128) for context in contexts] == [4, 1, 1]

@@ -72,7 +72,14 @@ def environment() -> dict[str, str]:
 def test_a_harvest_ends_with_a_summary_and_the_next_command(type_: Type, tmp_path):
     result = type_()
     assert result.exit_code == 0, result.output
-    for words in ("125 of 32 tokens", "train 3,680", "bytes per token", "kept mass", "cache id", "sae-train --store"):
+    for words in (
+        "125 of 32 tokens",
+        "train 3,680",
+        "bytes per token",
+        "kept mass",
+        "cache id",
+        "sae-train --variant topk --cache",
+    ):
         assert words in result.output
     again = type_()
     assert again.exit_code == 0

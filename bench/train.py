@@ -4,7 +4,7 @@ Every contestant is a process of its own (the peers in their own environment) th
 when told to. Rounds go through the contestants in turn, so that a machine with other work slows all
 of them alike; a ratio is the median over rounds of (peer's seconds / ours).
 
-    python bench/bench_train.py --peers-python PATH --variant topk --width 2304 --width 9216
+    python bench/train.py --peers-python PATH --variant topk --width 2304 --width 9216
 """
 
 from __future__ import annotations
