@@ -8,6 +8,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from saemill.cache_schema import AttentionSpec
 from saemill.harvest import attend as attend_module
 from saemill.harvest.architectures import ARCHITECTURES
@@ -17,7 +19,6 @@ from saemill.harvest.errors import NonFiniteResidual
 from saemill.harvest.model import Wanted, truncate
 from saemill.harvest.sparsify import to_csr
 from saemill.harvest.stats import measure
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ALL = Wanted(resid_layers=(0, 1, 2, 3, 4), attention_layers=(0, 1, 2, 3, 4))
 DEFAULT = Wanted(resid_layers=(3,), attention_layers=(1, 2, 3, 4))  # layers L-2 .. L+1 of L = 3

@@ -7,6 +7,8 @@ import logging
 
 import pytest
 import torch
+from transformers import AutoConfig
+
 from saemill.harvest.architectures import ARCHITECTURES
 from saemill.harvest.capture import run
 from saemill.harvest.errors import (
@@ -17,7 +19,6 @@ from saemill.harvest.errors import (
     WeightsIncomplete,
 )
 from saemill.harvest.model import ModelFacts, Wanted, load_model, read_facts, truncate
-from transformers import AutoConfig
 
 IDS = torch.arange(3, 15).view(2, 6)
 RESID_2 = Wanted(resid_layers=(2,))

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
 from saemill.harvest import resolve
 from saemill.harvest.errors import ModelUnavailable
 from saemill.harvest.resolve import FIRST_CHOICE, choose, fetch

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from saemill.cache_schema import AttentionCsr, AttentionSpec
 from saemill.harvest import sparsify as sparsify_module
 from saemill.harvest.errors import ContextTooLong, NonFiniteAttention

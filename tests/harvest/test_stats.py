@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from saemill.cache_schema.moments import is_special as numpy_is_special
 from saemill.cache_schema.moments import measure as numpy_measure
 from saemill.cache_schema.moments import merge
