@@ -7,7 +7,9 @@ all of it.
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +20,9 @@ from .codecs import CHECKSUM_BYTES, as_bytes, check, decode
 from .errors import ChunkMissing, ShardCorrupt
 from .files import Files
 from .layout import ArrayLayout
+
+# What the codecs of zarr raise over bytes that are not theirs.
+_UNDECODABLE = (ArithmeticError, EOFError, RuntimeError, TypeError, ValueError, gzip.BadGzipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def read_with_zarr(array: zarr.Array, files: Files, path: str, start: int, stop:
             raise ChunkMissing(f"chunk {key} is missing")
     try:
         out[:] = array[start:stop]
-    except (ValueError, RuntimeError) as error:
+    except _UNDECODABLE as error:
         raise ShardCorrupt(f"{path}, rows {start} to {stop}: {error}") from None
 
 

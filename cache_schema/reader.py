@@ -188,7 +188,7 @@ class Store:
             if self._zarr_root is None:
                 self._zarr_root = zarr.open_group(self.url, mode="r")
             found = self._zarr_root[path]
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ManifestInvalid(
                 f"zarr cannot open array {path} of {self.url} ({error!r}). Restore its zarr.json: "
                 f"`sae-store repair {self.url}` writes it anew"

@@ -32,7 +32,7 @@ NEVER_IMPORTS = {
     "train": {"transformers"},
     "evaluate": set(),
 }
-TRAIN_GROUND = {"sae", "losses", "schedules"}  # these know nothing above them
+TRAIN_GROUND = {"sae", "view", "losses", "schedules"}  # these know nothing above them
 TRAIN_BLIND = {"data", "step", "loop"}  # these never name a variant
 
 

@@ -1,1 +1,5 @@
-"""From a store to trained sparse autoencoders; never imports a language model."""
+"""Train sparse autoencoders from a store; never loads a language model."""
+
+from .find import load_sae
+
+__all__ = ["load_sae"]

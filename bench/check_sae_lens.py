@@ -1,0 +1,96 @@
+"""Saved SAEs opened by SAELens itself: encode and decode must agree with ours to 1e-5.
+
+    python bench/check_sae_lens.py --peers-python PATH
+
+Each variant that SAELens can express is trained for a few steps, saved, and opened in the peers'
+environment on the same raw activations. Exits with 1 if any of them disagrees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from saemill.cache_schema.strict import to_json
+from saemill.train.sae.io import CONFIG, PLAIN, save_sae
+from saemill.train.sae.scaling import Stats
+from saemill.train.step import Trainee
+from saemill.train.variants import config_type, names
+from saemill.train.view import Batch
+
+D, WIDTH, SCALE = 64, 256, 0.05
+HERE = Path(__file__).parent
+
+
+def make_trainee(variant: str, stats: Stats) -> Trainee:
+    cls = config_type(variant)
+    known = {field.name for field in dataclasses.fields(cls)}
+    wanted = {"width": WIDTH, "k": 8, "target_l0": 8.0}
+    config = cls(**{name: value for name, value in wanted.items() if name in known})
+    return Trainee(variant, config.build(D, stats), total_steps=20)
+
+
+def train_and_save(variant: str, folder: Path, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Raw activations, and what our own module makes of them."""
+    stats = Stats(torch.full((D,), SCALE), torch.randn(D, generator=rng), float(D))
+    trainee = make_trainee(variant, stats)
+    for _ in range(20):
+        trainee.step(Batch(torch.randn(512, D, generator=rng) + stats.mean))
+    metadata = {"model_name": "none", "hook_name": "blocks.19.hook_resid_post", "context_size": 128, "layers": [19]}
+    save_sae(folder, trainee.sae, stats, metadata, to_json({"width": WIDTH}), variant)
+    scaled = torch.randn(256, D, generator=rng) + stats.mean
+    with torch.no_grad():
+        acts = trainee.sae.encode(scaled)
+        return scaled / SCALE, acts, trainee.sae.decode(acts) / SCALE
+
+
+def disagreement(variant: str, python: str) -> tuple[float, float] | None:
+    """Largest relative difference of x_hat, and of activations; None if SAELens has no such architecture."""
+    with tempfile.TemporaryDirectory() as name:
+        work, rng = Path(name), torch.Generator().manual_seed(0)
+        x, acts, x_hat = train_and_save(variant, work / "sae", rng)
+        if json.loads((work / "sae" / CONFIG).read_text())["architecture"] not in PLAIN:
+            return None
+        np.save(work / "x.npy", x.numpy())
+        script = str(HERE / "peers" / "sae_lens_load.py")
+        subprocess.run([python, "-W", "ignore", script, str(work / "sae"), name], check=True, capture_output=True)
+        theirs = torch.from_numpy(np.load(work / "acts.npy"))
+        lengths = float(theirs.norm() / acts.norm())  # codes may be in other units, by one factor
+        difference = float((theirs / lengths - acts).abs().max() / acts.abs().max())
+        found = torch.from_numpy(np.load(work / "x_hat.npy"))
+        return float((found - x_hat).abs().max() / x_hat.abs().max()), difference
+
+
+@click.command()
+@click.option("--peers-python", required=True, help="Python with sae-lens installed.")
+@click.option("--tolerance", default=1e-5, show_default=True)
+def main(peers_python: str, tolerance: float) -> None:
+    """Open saved SAEs with SAELens."""
+    failed = []
+    for variant in names():
+        needs = config_type(variant)().request()
+        if needs.windows or needs.targets is not None or len(needs.inputs) > 1:
+            continue
+        found = disagreement(variant, peers_python)
+        if found is None:
+            click.echo(f"{variant:12} has an architecture of its own")
+            continue
+        click.echo(f"{variant:12} x_hat {found[0]:.1e}   activations {found[1]:.1e}")
+        if max(found) > tolerance:
+            failed.append(variant)
+    if failed:
+        click.echo(f"more than {tolerance:g} apart: {', '.join(failed)}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

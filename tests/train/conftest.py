@@ -1,0 +1,189 @@
+"""Shared by the tests of training: seeded tensors and the dense oracle of every sparse product."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from saemill.cache_schema import (
+    AttentionCsr,
+    AttentionSpec,
+    CorpusSpec,
+    Manifest,
+    ModelSpec,
+    ShardContent,
+    StoreWriter,
+    from_float32,
+    to_float32,
+)
+from saemill.cache_schema.moments import is_special, measure
+from saemill.train.step import Report, Trainee
+from saemill.train.variants import config_type
+from saemill.train.view import Batch
+
+D, ROWS, STEPS = 32, 512, 40
+SMALL: dict[str, Any] = {"width": 96, "k": 6, "target_l0": 6.0, "layers": (1, 2), "dead_after_tokens": 2000}
+SPECIAL = 2
+WIDTH, CONTEXT, HEADS, KEPT = 16, 8, 2, 3
+
+
+@pytest.fixture(autouse=True)
+def _global_random_state_stays() -> Iterator[None]:
+    """Nothing in the package may draw from the global generator."""
+    torch.manual_seed(1234)
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+@pytest.fixture
+def planted(rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows [4096, 32] that are sums of 3 of 48 unit directions, and the directions [48, 32]."""
+    directions = torch.nn.functional.normalize(torch.randn(48, 32, generator=rng), dim=1)
+    chosen = torch.rand(4096, 48, generator=rng).topk(3, dim=1).indices
+    strength = 1.0 + torch.rand(4096, 3, generator=rng)
+    codes = torch.zeros(4096, 48).scatter_(1, chosen, strength)
+    rows = codes @ directions
+    return rows * (32**0.5 / rows.norm(dim=1).mean()), directions
+
+
+def config_of(variant: str, **changes: Any) -> Any:
+    cls = config_type(variant)
+    known = {field.name for field in dataclasses.fields(cls)}
+    wanted = {name: value for name, value in (SMALL | changes).items() if name in known}
+    return cls(**wanted)
+
+
+def quick(variant: str, lr: float = 1e-3, **changes: Any) -> Any:
+    """A config with a learning rate for tests of tens of steps."""
+    config = config_of(variant, **changes)
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr, warmup_steps=0))
+
+
+def batches(config: Any, count: int, rows: int = ROWS, seed: int = 3) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    needs = config.request()
+
+    def draw(layers: tuple[int, ...]) -> Tensor:
+        return torch.randn(rows, D * len(layers), generator=generator)
+
+    return [Batch(draw(needs.inputs), None if needs.targets is None else draw(needs.targets)) for _ in range(count)]
+
+
+def train(
+    config: Any, count: int = STEPS, trainee: Trainee | None = None, start: int = 0
+) -> tuple[Trainee, list[Report]]:
+    trainee = trainee or Trainee("one", config.build(D), STEPS)
+    return trainee, [trainee.step(batch) for batch in batches(config, STEPS)[start : start + count]]
+
+
+def recovered(config: Any, rows: Tensor, directions: Tensor, steps: int = 600) -> float:
+    """Share of the planted directions that training finds a decoder row for."""
+    trainee = Trainee("one", config.build(D), steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        trainee.step(Batch(rows[torch.randint(rows.shape[0], (ROWS,), generator=generator)]))
+    similarity = (directions @ trainee.sae.W_dec.detach().t()).amax(1)
+    return float((similarity > 0.9).double().mean())
+
+
+class Battery:
+    """What the tests over all variants share."""
+
+    D, ROWS, STEPS = D, ROWS, STEPS
+    config_of = staticmethod(config_of)
+    quick = staticmethod(quick)
+    batches = staticmethod(batches)
+    train = staticmethod(train)
+    recovered = staticmethod(recovered)
+
+
+@pytest.fixture
+def battery() -> type[Battery]:
+    return Battery
+
+
+def plant_residuals(rng, tokens, atoms=24, active=3):
+    """Residuals that are sums of a few atoms: an SAE can learn them."""
+    directions = rng.standard_normal((atoms, WIDTH))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    chosen = rng.integers(0, atoms, (*tokens.shape, active))
+    weights = rng.uniform(2, 5, chosen.shape)
+    return (directions[chosen] * weights[..., None]).sum(axis=-2).astype(np.float32)
+
+
+def make_attention(rng, windows):
+    """Causal rows of up to KEPT keys."""
+    lengths = np.tile(np.minimum(np.arange(CONTEXT) + 1, KEPT), windows * HEADS)
+    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint32)
+    indices = np.concatenate([np.arange(length) for length in lengths]).astype(np.uint8)
+    kept = rng.random((windows, HEADS, CONTEXT)).astype(np.float16)
+    return AttentionCsr(indptr, indices, rng.random(len(indices)).astype(np.float16), kept)
+
+
+def make_store(
+    path, *, windows=300, shard_windows=32, layers=(3, 4), splits=(220, 260), seed=0, break_at=None, measured=False
+):
+    """Write a store; return what was written. `break_at` is a (layer, window) whose residuals become NaN, unseen by
+    the moments unless `measured`."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, 50, (windows, CONTEXT)).astype(np.uint32)
+    tokens[:, 0] = SPECIAL
+    documents = np.repeat(np.arange(windows) // 2, CONTEXT).reshape(windows, CONTEXT).astype(np.uint32)
+    resid = {layer: from_float32(plant_residuals(rng, tokens), "bfloat16") for layer in layers}
+    attention = make_attention(rng, windows)
+    sound = {layer: values.copy() for layer, values in resid.items()}
+    if break_at is not None:
+        resid[break_at[0]][break_at[1], 1:] = 0x7FC0
+    manifest = Manifest(
+        model=ModelSpec("test/model", WIDTH, special_tokens=(SPECIAL,), bos_token=SPECIAL),
+        corpus=CorpusSpec("test/corpus", settings={"seed": seed}),
+        context=CONTEXT,
+        layers=layers,
+        windows=windows,
+        splits={"train": (0, splits[0]), "validation": splits, "test": (splits[1], windows)},
+        attention=AttentionSpec(layers=layers, heads=HEADS, averaged=False, topk=KEPT),
+        shard_windows=shard_windows,
+    )
+    with StoreWriter.create(path, manifest, tokens, documents) as writer:
+        for shard in writer.pending():
+            start, stop = manifest.shard_range(shard)
+            special = is_special(tokens[start:stop], (SPECIAL,))
+            with writer.claim(shard):
+                content = ShardContent(
+                    tokens[start:stop],
+                    documents[start:stop],
+                    {layer: resid[layer][start:stop] for layer in layers},
+                    {
+                        layer: measure(
+                            to_float32((resid if measured else sound)[layer][start:stop], "bfloat16"), special
+                        )
+                        for layer in layers
+                    },
+                    {layer: attention.slice(start, stop) for layer in layers},
+                )
+                writer.write(shard, content)
+    return {"path": str(path), "tokens": tokens, "documents": documents, "resid": resid, "attention": attention}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """The arrays of the session's store, and its path."""
+    return make_store(tmp_path_factory.mktemp("stores") / "store")
+
+
+@pytest.fixture(scope="session")
+def write_store():
+    """A function that writes further stores."""
+    return make_store

@@ -1,0 +1,162 @@
+"""What a step draws, against picking it from the written arrays by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from saemill.cache_schema import Store, to_float32
+from saemill.train.compose import Needs
+from saemill.train.data.feed import Feed, held_out
+from saemill.train.data.plan import Plan
+from saemill.train.data.sizes import measure_split
+from saemill.train.sae.scaling import stats_from_moments
+
+CPU = torch.device("cpu")
+TOKENS = Needs(inputs=(3,), tokens=True, documents=True, positions=True)
+WINDOWS = Needs(inputs=(3, 4), targets=(4,), attention_layers=(3,), tokens=True, windows=True)
+
+
+@pytest.fixture
+def store(written):
+    with Store.open(written["path"]) as store:
+        yield store
+
+
+def make_feed(store, needs=(TOKENS,), pool_tokens=480, batch_tokens=40, **share):
+    sizes = measure_split(store, "train")
+    plan = Plan(sizes, batch_tokens=batch_tokens, pool_tokens=pool_tokens, seed=0)
+    stats = {layer: stats_from_moments(store.moments(layer)) for layer in (3, 4)}
+    return Feed(store, plan, needs, stats, CPU, **share)
+
+
+def raw_places(written, draw, windows):
+    """The (window, position) of every row."""
+    rows = draw.rows_of(windows)
+    return draw.store_windows(windows), rows.places % written["tokens"].shape[1]
+
+
+def test_sizes_count_what_trains(store, written):
+    sizes = measure_split(store, "train")
+    tokens, documents = written["tokens"][:220], written["documents"][:220]
+    assert sizes.trainable.tolist() == (tokens != 2).sum(1).tolist()
+    assert sorted(sizes.document_tokens) == sorted(np.unique(documents[tokens != 2], return_counts=True)[1])
+    assert sorted(sizes.document_windows) == sorted(np.unique(documents[:, 0], return_counts=True)[1])
+    assert sizes.first_window == 0 and sizes.tokens == (tokens != 2).sum()
+
+
+def test_an_epoch_draws_tokens_once_and_special_tokens_never(store, written):
+    feed = make_feed(store)
+    seen = []
+    for step in range(feed.plan.steps_in(1)):
+        window, position = raw_places(written, feed.draw(step), False)
+        seen += list(zip(window.tolist(), position.tolist(), strict=True))
+    feed.close()
+    assert feed.plan.num_blocks > 2
+    assert len(set(seen)) == len(seen) == 40 * feed.plan.steps_in(1)
+    assert all(position > 0 and window < 220 for window, position in seen)
+
+
+def test_rows_are_the_stores_values_scaled(store, written):
+    feed = make_feed(store)
+    for step in (0, 9, 23):
+        draw = feed.draw(step)
+        batch = draw.batch(TOKENS)
+        window, position = raw_places(written, draw, False)
+        expected = to_float32(written["resid"][3][window, position], "bfloat16")
+        assert torch.equal(batch.x, torch.from_numpy(expected) * draw._scales[3])
+        assert batch.side["token"].tolist() == written["tokens"][window, position].tolist()
+        assert batch.side["document"].tolist() == written["documents"][window, position].tolist()
+        assert batch.side["position"].tolist() == position.tolist()
+        assert batch.target is None
+    feed.close()
+
+
+def test_mean_norm_is_the_root_of_the_width(store):
+    feed = make_feed(store, pool_tokens=10000)
+    norms = torch.cat([feed.draw(step).batch(TOKENS).x.norm(dim=1) for step in range(feed.plan.steps_in(1))])
+    feed.close()
+    assert norms.mean().item() == pytest.approx(16**0.5, rel=0.01)
+
+
+def test_windows_come_whole_with_their_attention(store, written):
+    feed = make_feed(store, needs=(WINDOWS,))
+    draw = feed.draw(3)
+    batch = draw.batch(WINDOWS)
+    windows = draw.block.windows[draw.rows_of(True).windows]
+    feed.close()
+    assert len(batch.x) == (written["tokens"][windows] != 2).sum()
+    row_of = batch.side["row_of"].numpy()
+    assert (row_of[:, 0] == -1).all() and (np.sort(row_of[row_of >= 0]) == np.arange(len(batch.x))).all()
+    for at, window in enumerate(windows):
+        rows = row_of[at, 1:]
+        for layer, part in ((3, batch.x[:, :16]), (4, batch.x[:, 16:])):
+            expected = torch.from_numpy(to_float32(written["resid"][layer][window, 1:], "bfloat16"))
+            assert torch.equal(part[rows], expected * draw._scales[layer])
+        assert (batch.side["window"][rows] == at).all()
+        assert batch.side["position"][rows].tolist() == list(range(1, 8))
+    assert torch.equal(batch.target, batch.x[:, 16:])
+    attention, expected = batch.side["attention"][3], written["attention"].take(windows)
+    assert attention.indptr.tolist() == expected.indptr.tolist()
+    assert attention.data.tolist() == expected.data.astype(np.float32).tolist()
+    assert attention.kept_mass.numpy().tolist() == expected.kept_mass.astype(np.float32).tolist()
+
+
+def test_a_fleet_sees_what_each_would_see_alone(store):
+    """Both kinds of rows from one read: the same as from a stream of its own."""
+    both = make_feed(store, needs=(TOKENS, WINDOWS))
+    for needs in (TOKENS, WINDOWS):
+        alone = make_feed(store, needs=(needs,))
+        for step in (0, 11, 12, 30):
+            assert torch.equal(both.draw(step).batch(needs).x, alone.draw(step).batch(needs).x)
+        alone.close()
+    both.close()
+
+
+def test_a_step_is_the_same_from_any_start(store):
+    straight, jumping = make_feed(store), make_feed(store)
+    expected = {step: straight.draw(step).batch(TOKENS).x for step in range(100)}
+    for step in (77, 78, 5, 99, 40):
+        assert torch.equal(jumping.draw(step).batch(TOKENS).x, expected[step])
+    straight.close()
+    jumping.close()
+
+
+def test_processes_share_each_batch(store):
+    whole = make_feed(store)
+    parts = [make_feed(store, rank=rank, size=3) for rank in range(3)]
+    joined = torch.cat([part.draw(7).batch(TOKENS).x for part in parts])
+    assert torch.equal(joined, whole.draw(7).batch(TOKENS).x)
+    for feed in (whole, *parts):
+        feed.close()
+
+
+def test_a_split_that_fits_is_read_once(store):
+    feed = make_feed(store, pool_tokens=10_000)
+    first = feed.draw(0).block
+    assert feed.draw(feed.plan.steps_in(2) + 1).block is first
+    feed.close()
+
+
+def test_the_held_out_split_comes_in_order(store, written):
+    drawn = list(
+        held_out(store, [TOKENS], {3: stats_from_moments(store.moments(3))}, CPU, tokens=10**6, batch_tokens=64)
+    )
+    windows = np.concatenate([draw.block.windows[draw.rows_of(False).windows] for draw in drawn])
+    assert sorted(set(windows.tolist())) == list(range(220, 260))
+
+
+def test_damage_is_named(write_store, tmp_path):
+    """A flipped byte ends the stream with the store's own error: shard, array and remedy."""
+    from saemill.cache_schema import ShardCorrupt
+
+    write_store(tmp_path / "store")
+    chunk = sorted((tmp_path / "store/resid/layer_3").glob("c.2.*"))[0]
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 1
+    chunk.write_bytes(data)
+    with Store.open(tmp_path / "store") as store:
+        feed = make_feed(store)
+        with pytest.raises(ShardCorrupt, match=r"shard 2.*sae-store repair"):
+            for step in range(feed.plan.steps_in(1)):
+                feed.draw(step)
+        feed.close()

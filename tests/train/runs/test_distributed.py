@@ -1,0 +1,100 @@
+"""Two processes on half a batch each, against one process on all of it."""
+
+import json
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def launch(spawn, words, **options):
+    """The command as `torchrun` would start it, twice."""
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [spawn(*words, **where, RANK=str(r), LOCAL_RANK=str(r), **options) for r in range(2)]
+    said = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return said
+
+
+@pytest.mark.parametrize("variant", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one(big, spawn, sae_train, quick, tmp_path, variant):
+    """Weights agree within rounding, and only rank 0 speaks and writes."""
+    words = ["--variant", variant, *quick, "--cache", big["path"], "--tokens", 64 * 30]
+    words += ["--set", "encoder_product=float32"]
+    sae_train(*words, "--name", "one")
+    first, second = launch(spawn, [*words, "--name", "two"])
+    assert "next: sae-eval two" in first and second.strip() == ""
+    one, two = (load_file(tmp_path / f"runs/{name}/{variant}/sae_weights.safetensors") for name in ("one", "two"))
+    for key in one:
+        assert torch.allclose(one[key], two[key], rtol=1e-3, atol=1e-4), key
+    start, end = (json.loads((tmp_path / f"runs/{name}/result.json").read_text()) for name in ("one", "two"))
+    assert end["tokens"] == start["tokens"]
+    assert end["saes"][variant]["l0"] == pytest.approx(start["saes"][variant]["l0"], rel=1e-2)
+
+
+@pytest.mark.parametrize("variant", ["topk", pytest.param("jumprelu", marks=pytest.mark.slow)])
+def test_a_sharded_dictionary_trains_as_a_whole_one(big, spawn, sae_train, quick, tmp_path, variant):
+    """Rows dealt out over two processes: the same weights within rounding, and a whole checkpoint."""
+    words = ["--variant", variant, *quick, "--cache", big["path"], "--tokens", 64 * 20, "--width", 61]
+    words += ["--set", "encoder_product=float32"]
+    sae_train(*words, "--name", "one")
+    launch(spawn, [*words, "--name", "two", "--set", "course.shard_width=true"])
+    for file in (f"{variant}/sae_weights.safetensors", f"checkpoints/step_000000020/{variant}.safetensors"):
+        one, two = (load_file(tmp_path / "runs" / name / file) for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for key in one:
+            assert one[key].shape == two[key].shape
+            assert torch.allclose(one[key].double(), two[key].double(), rtol=1e-3, atol=1e-4), key
+
+
+SHARDED = """
+import os, sys, torch, torch.distributed as dist
+from saemill.train.view import Batch
+from saemill.train.distributed import Processes, make_shard
+from saemill.train.shards import is_sharded, local
+from saemill.train.step import Trainee
+from saemill.train.variants import config_type
+
+dist.init_process_group("gloo")
+rank, cpu = dist.get_rank(), torch.device("cpu")
+
+def trainee():
+    config = config_type("topk")(layer=0, width=40, k=3)
+    return Trainee("one", config.build(8), 6, cpu, Processes(cpu), make_shard(cpu))
+
+def step(trainee, at):
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(at))
+    trainee.step(Batch(x[32 * rank : 32 * (rank + 1)]))
+
+straight = trainee()
+for tensor in (straight.sae.W_enc, straight.sae.W_dec, *straight.optimiser._first.values()):
+    assert is_sharded(tensor)
+    assert local(tensor).shape[0] * 2 == tensor.shape[0]
+for at in range(6):
+    step(straight, at)
+first = trainee()
+for at in range(3):
+    step(first, at)
+second = trainee()
+second.load_state(first.state())
+for at in range(3, 6):
+    step(second, at)
+one, two = straight.state(), second.state()
+assert all(torch.equal(one[name], two[name]) for name in one), "not the same bits"
+assert one["sae.W_dec"].shape == (40, 8)
+with straight.gathered():
+    assert torch.equal(straight.sae.W_dec, one["sae.W_dec"])
+dist.destroy_process_group()
+"""
+
+
+def test_each_process_holds_half_and_resumes_to_the_same_bits(spawn):
+    """Weights and moments by rows; 3 steps, a state, 3 steps equal 6 straight."""
+    launch(spawn, [], code=SHARDED)

@@ -1,0 +1,133 @@
+"""Killed and resumed runs end with the bits of those that were left alone."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+COURSE = ["--variant", "topk", "--epochs", "4", "--set", "course.metrics_every_steps=1"]
+COURSE += ["--set", "course.checkpoint_every_steps=7"]
+
+
+def wait_for_step(run, step, process, seconds=120):
+    """Until the run's log has reached a step."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        path = run / "metrics.jsonl"
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
+            return
+        time.sleep(0.005)
+    raise TimeoutError(f"the run did not reach step {step}")
+
+
+@pytest.fixture(scope="module")
+def straight(big, tmp_path_factory):
+    """A run that nobody disturbed."""
+    from click.testing import CliRunner
+
+    from saemill.train.cli import main
+
+    out = tmp_path_factory.mktemp("straight")
+    words = [*COURSE, "--cache", big["path"], "--layer", "3", "--device", "cpu"]
+    words += ["--set", "data.batch_tokens=64", "--set", "data.pool_tokens=600", "--out", str(out), "--name", "run"]
+    assert CliRunner().invoke(main, words, catch_exceptions=False).exit_code == 0
+    return out / "run"
+
+
+def test_killed_without_warning(big, spawn, sae_train, quick, tmp_path, straight, same_bits):
+    """kill -9 at a random step."""
+    step = random.randrange(20, 250)
+    process = spawn(*COURSE, *quick, "--cache", big["path"], "--name", "run")
+    wait_for_step(tmp_path / "runs/run", step, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "runs/run/result.json").exists()
+    result = sae_train("--resume", "run", "--device", "cpu")
+    assert "going on after step" in result.output
+    same_bits(tmp_path / "runs/run", straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop(big, spawn, sae_train, quick, tmp_path, straight, same_bits, number):
+    """Ctrl-C and kill -TERM save at the step they came in."""
+    process = spawn(
+        *COURSE, *quick, "--cache", big["path"], "--name", "run", "--set", "course.checkpoint_every_steps=9999"
+    )
+    wait_for_step(tmp_path / "runs/run", random.randrange(20, 250), process)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "go on with: sae-train --resume" in said
+    assert len(list((tmp_path / "runs/run/checkpoints").iterdir())) == 1
+    sae_train("--resume", "run", "--device", "cpu")
+    same_bits(tmp_path / "runs/run", straight)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(big, spawn, quick, tmp_path, straight, same_bits):
+    """Five times kill -9, whatever the run is doing."""
+    words = [*COURSE, *quick, "--cache", big["path"], "--name", "run"]
+    for _ in range(5):
+        process = spawn(*words)
+        if words[0] != "--resume":
+            wait_for_step(tmp_path / "runs/run", 1, process)
+        time.sleep(random.uniform(0, 4))
+        process.kill()
+        process.wait()
+        words = ["--resume", "run", "--device", "cpu"]
+        if (tmp_path / "runs/run/result.json").exists():
+            break
+    else:
+        assert spawn(*words).wait() == 0
+    same_bits(tmp_path / "runs/run", straight)
+
+
+@pytest.fixture
+def stopped(big, spawn, quick, tmp_path):
+    """A run with two checkpoints that was killed."""
+    process = spawn(*COURSE, *quick, "--cache", big["path"], "--name", "run")
+    wait_for_step(tmp_path / "runs/run", 40, process)
+    process.kill()
+    process.wait()
+    return tmp_path / "runs/run"
+
+
+def test_a_damaged_checkpoint_falls_back(stopped, sae_train, straight, same_bits, tmp_path):
+    """A flipped byte in the newest: said, passed over, and the end is the same. Then in both, and in state.json."""
+    newest, older = sorted((stopped / "checkpoints").glob("step_*"), reverse=True)
+    for path in (newest / "topk.safetensors", older / "topk.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        copy = tmp_path / "copies" / path.parent.name
+        shutil.copytree(stopped, copy)
+        result = sae_train("--resume", copy, "--device", "cpu", code=0 if path.parent == newest else 1)
+        if path.parent == newest:
+            assert f"{newest.name}/topk.safetensors is not the file that was written" in result.output
+            assert f"going on after step {int(older.name[5:])}" in result.output
+            same_bits(copy, straight)
+        else:
+            assert "no checkpoint is whole" in result.output
+            assert not (copy / "result.json").exists()
+
+
+def test_another_store_is_refused_on_resume(stopped, write_store, sae_train, tmp_path):
+    write_store(tmp_path / "other", windows=300, seed=9)
+    before = sorted(path.stat().st_mtime_ns for path in stopped.rglob("*"))
+    result = sae_train("--resume", "run", "--cache", tmp_path / "other", code=1)
+    assert "expected the store with cache id" in result.output
+    assert sorted(path.stat().st_mtime_ns for path in stopped.rglob("*")) == before
+
+
+def test_a_finished_run_is_not_resumed(straight, sae_train):
+    assert "is finished" in sae_train("--resume", straight, code=1).output
+
+
+def test_settings_cannot_change_on_resume(straight, sae_train):
+    assert "leave out --set" in sae_train("--resume", straight, "--set", "k=3", code=1).output

@@ -1,0 +1,92 @@
+"""Small pieces that the variants' `build` functions share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .compose import Assembly, Constraint, Term
+from .errors import ConfigInvalid
+from .optim import Optim
+from .sae.gates import Gate
+from .sae.model import EncoderProduct, SparseAutoencoder, tied_weights
+from .sae.scaling import Stats, unit_stats
+from .schedules import Schedule
+
+DecoderBias = Literal["mean", "zero"]
+
+
+def seeded(seed: int) -> torch.Generator:
+    """The SAE's own source of randomness."""
+    return torch.Generator().manual_seed(seed)
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse a setting that cannot be satisfied."""
+    if not condition:
+        raise ConfigInvalid(message)
+
+
+def require_sparsity(k: float, width: int) -> None:
+    require(0 < k <= width, f"k: expected more than 0 and at most width = {width}, found {k}")
+
+
+def scaled_by_width(lr_at_16k: float, width: int) -> float:
+    """lr / sqrt(F / 2^14), the scaling that top-k SAEs are published with."""
+    return lr_at_16k / (width / 2**14) ** 0.5
+
+
+def with_lr(optim: Optim, default: float) -> Optim:
+    """The settings with the variant's own learning rate where none was given."""
+    return optim if optim.lr is not None else replace(optim, lr=default)
+
+
+def tied_sae(
+    width: int,
+    stats: Stats,
+    gate: Gate,
+    generator: torch.Generator,
+    decoder_bias: DecoderBias,
+    encoder_product: EncoderProduct,
+) -> SparseAutoencoder:
+    """Unit decoder rows, an encoder equal to them, and a decoder bias at the mean or at zero."""
+    W_enc, W_dec = tied_weights(width, stats.width, generator)
+    b_dec: Tensor = stats.mean.clone() if decoder_bias == "mean" else torch.zeros(stats.width)
+    return SparseAutoencoder(W_enc, W_dec, gate, b_dec=b_dec, encoder_product=encoder_product)
+
+
+def assemble(
+    sae: SparseAutoencoder,
+    stats: Stats,
+    generator: torch.Generator,
+    optim: Optim,
+    terms: Sequence[Term],
+    constraints: Sequence[Constraint],
+    dead_after_tokens: int,
+    knobs: Mapping[str, Schedule] | None = None,
+    target_stats: Stats | None = None,
+) -> Assembly:
+    """An assembly whose target is its input unless `target_stats` says otherwise."""
+    return Assembly(
+        sae=sae,
+        terms=tuple(terms),
+        constraints=tuple(constraints),
+        knobs=dict(knobs or {}),
+        optim=optim,
+        dead_after_tokens=dead_after_tokens,
+        generator=generator,
+        input_stats=stats,
+        target_stats=target_stats or stats,
+    )
+
+
+def stats_or_unit(stats: Stats | None, width: int) -> Stats:
+    """The given statistics, or those of activations that are scaled and centred already."""
+    if stats is None:
+        return unit_stats(width)
+    require(stats.width == width, f"statistics: expected width {width}, found {stats.width}")
+    return stats

@@ -1,0 +1,193 @@
+"""`sae-train`: words to a run, and what came of it back to words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..cache_schema import Store, StoreError
+from .config import Ask, CourseConfig, Member
+from .distributed import Group, join
+from .errors import ConfigInvalid, RunInterrupted, TrainError
+from .launch import Settled, begun, cache_of, resumed, settle
+from .loop import train
+from .outcome import Outcome
+from .run import Run
+from .runs import RunFolder
+from .settings import Setting, parse_grid, parse_settings, parse_value
+from .variants import names
+
+_OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
+_ALIASES = {"lr": "optim.lr"}
+
+
+def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
+    """`50M`, `16k` or a plain number."""
+    if text is None:
+        return None
+    value = parse_value(text.replace("_", "").replace(",", ""))
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        raise click.BadParameter(f"expected a number like 50M, 16k or 4096, found {text!r}")
+    return int(value)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--variant", "variants", multiple=True, help=f"Which SAE; again for a fleet. One of: {', '.join(names())}."
+)
+@click.option("--cache", metavar="URL", help="The store: a path, or any fsspec URL such as s3://bucket/store.")
+@click.option("--out", default="runs", show_default=True, metavar="DIR", help="Where runs are kept.")
+@click.option("--name", metavar="NAME", help="Name of the run.  [default: run_N, the next free number]")
+@click.option("--tokens", callback=count, metavar="N", help="Tokens to train on, such as 50M.")
+@click.option("--epochs", type=click.IntRange(1), metavar="N", help="How often the store may be read.")
+@click.option("--layer", type=int, metavar="L", help="The layer to train on.")
+@click.option("--width", callback=count, metavar="F", help="Latents.  [default: 16384, or 16 times the residual width]")
+@click.option("--k", callback=count, metavar="K", help="Active latents a token, for variants that fix them.")
+@click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [default: the variant's own]")
+@click.option("--seed", type=int, metavar="N", help="Of the SAE; the order of the data has its own, data.seed.")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=V", help="Any other setting, such as optim.beta1=0.")
+@click.option("--grid", multiple=True, metavar="A=V,V", help="A fleet over values, such as k=16,32,64.")
+@click.option("--resume", metavar="NAME", help="Go on with a run from its last checkpoint.")
+def main(
+    variants: tuple[str, ...],
+    cache: str | None,
+    out: str,
+    name: str | None,
+    tokens: int | None,
+    epochs: int | None,
+    device: str,
+    settings: tuple[str, ...],
+    grid: tuple[str, ...],
+    resume: str | None,
+    **chosen: Any,
+) -> None:
+    """Train sparse autoencoders from a store of activations.
+
+    Several --variant, or a --grid, train side by side from one read of the store; each gets the bits it
+    would have had alone.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    with errors_told():
+        group, place = join(device)
+        try:
+            if resume is not None:
+                _require_alone(resume, {"--variant": variants, "--set": settings, "--grid": grid, "--name": name})
+                outcome = _go_on(RunFolder.open(out, resume), cache, group, place, console)
+            else:
+                ask = _ask(variants, settings, grid, chosen, CourseConfig(tokens=tokens, epochs=epochs))
+                outcome = _start(ask, _required(cache), out, name, group, place, console)
+            if outcome is not None:
+                tell(console, outcome)
+        finally:
+            group.close()
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """Expected errors end in one message and an exit code, not in a traceback."""
+    try:
+        yield
+    except RunInterrupted as stop:
+        click.echo(str(stop), err=True)
+        sys.exit(128 + stop.signal)
+    except (TrainError, StoreError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def tell(console: Console, outcome: Outcome) -> None:
+    """The last lines: what came out, where it is, what to do next."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("SAE", no_wrap=True)
+    for column in ("width", "L0", "EV held out", "dead"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for label, sae in outcome.saes.items():
+        dead = f"{sae.dead_latents} ({sae.dead_share:.1%})"
+        table.add_row(label, str(sae.width), f"{sae.l0:.1f}", f"{sae.explained_variance:.4f}", dead)
+    console.print(table)
+    console.print(
+        f"{outcome.steps} steps, {outcome.tokens:,} tokens in {outcome.seconds:.0f} s: "
+        f"{outcome.tokens_per_second:,.0f} tokens/s, {outcome.waiting_share:.1%} of it waiting for data"
+    )
+    console.print(
+        f"shuffling: {outcome.same_document_share:.3%} of pairs in a batch share a document, "
+        f"{outcome.same_document_ideal:.3%} ideally (ratio {outcome.same_document_ratio:.2f})"
+    )
+    for sae in outcome.saes.values():
+        console.print(f"saved: {sae.folder}")
+    console.print(f"next: sae-eval {outcome.run}")
+
+
+def _start(
+    ask: Ask, cache: str, out: str, name: str | None, group: Group, device: torch.device, console: Console
+) -> Outcome | None:
+    with Store.open(cache) as store:
+        settled = settle(ask, store)
+        with begun(settled, store, out, name, group, device, console) as run:
+            _introduce(console, group, run, settled)
+            return train(run)
+
+
+def _go_on(
+    folder: RunFolder, cache: str | None, group: Group, device: torch.device, console: Console
+) -> Outcome | None:
+    url, cache_id = cache_of(folder)
+    with (
+        Store.open(cache or url, expect_cache_id=cache_id) as store,
+        resumed(folder, store, group, device, console) as run,
+    ):
+        return train(run)
+
+
+def _introduce(console: Console, group: Group, run: Run, settled: Settled) -> None:
+    """What is about to happen."""
+    if group.rank != 0:
+        return
+    console.print(f"{run.folder.path}: {settled.budget.remark}, {run.total_steps} steps on {run.device}")
+    for member in settled.config.members:
+        console.print(f"  {member.label}: {_settings_of(member)}")
+
+
+def _settings_of(member: Member) -> str:
+    shown = ("layer", "layers", "width", "k", "seed")
+    return ", ".join(f"{key} {getattr(member.config, key)}" for key in shown if hasattr(member.config, key))
+
+
+def _ask(
+    variants: tuple[str, ...],
+    settings: tuple[str, ...],
+    grid: tuple[str, ...],
+    chosen: dict[str, Any],
+    course: CourseConfig,
+) -> Ask:
+    if not variants:
+        raise ConfigInvalid(f"expected --variant NAME (one of {', '.join(names())}), or --resume NAME")
+    options = [Setting(_OPTIONS[key], value) for key, value in chosen.items() if value is not None]
+    points = [[_unaliased(setting) for setting in point] for point in parse_grid(grid)]
+    return Ask(variants, [*options, *map(_unaliased, parse_settings(settings))], points, course=course)
+
+
+def _unaliased(setting: Setting) -> Setting:
+    return Setting(_ALIASES.get(setting.key, setting.key), setting.value)
+
+
+def _required(cache: str | None) -> str:
+    if cache is None:
+        raise ConfigInvalid("expected --cache URL, the store to train on")
+    return cache
+
+
+def _require_alone(resume: str, others: dict[str, Sequence[str] | str | None]) -> None:
+    given = [option for option, value in others.items() if value]
+    if given:
+        raise ConfigInvalid(f"--resume {resume} goes on with the settings of that run: leave out {', '.join(given)}")

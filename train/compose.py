@@ -1,0 +1,114 @@
+"""What a variant is made of, and how its parts see a batch.
+
+An `Assembly` is a module, loss terms, constraints and knobs. A `Term` is a pure function of a `View`
+and never sees its own weight or the step; weights and knobs are schedules. A `Constraint` acts on
+the module before and after the optimiser. New behaviour comes from combining these parts:
+`with_terms`, `without_terms`, `with_constraints`, `wrapped`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .optim import Optim
+from .ranks import Ranks
+from .sae.model import SparseAutoencoder
+from .sae.scaling import Stats
+from .sae.side import Side
+from .schedules import Schedule
+from .view import View
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a variant reads from the store.
+
+    A row holds the activations of `inputs` side by side; the target those of `targets`, or the row
+    itself. With `windows` the rows are those of whole windows, special tokens left out, and the side
+    inputs `window` [B], `position` [B] and `row_of` [W, T] (-1 where there is no row) say which.
+    """
+
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...] | None = None
+    attention_layers: tuple[int, ...] = ()
+    tokens: bool = False
+    documents: bool = False
+    positions: bool = False
+    windows: bool = False
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Every layer whose activations are read, in rising order."""
+        return tuple(sorted(set(self.inputs) | set(self.targets or ())))
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss: weight(step) * fn(view) is added to the total."""
+
+    name: str
+    fn: Callable[[View], Tensor]
+    weight: Schedule
+
+
+class Constraint(Protocol):
+    """Keeps the weights where they belong."""
+
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        """Gradients are there, the optimiser has not moved."""
+        ...
+
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        """The optimiser has moved."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """An SAE with all that training it takes; knows no data and no files."""
+
+    sae: SparseAutoencoder
+    terms: tuple[Term, ...]
+    constraints: tuple[Constraint, ...]
+    knobs: Mapping[str, Schedule]
+    optim: Optim
+    dead_after_tokens: int
+    generator: torch.Generator  # of everything random in training
+    input_stats: Stats
+    target_stats: Stats
+
+    def with_terms(self, *terms: Term) -> Assembly:
+        """The same with more terms; names must be new."""
+        names = [term.name for term in (*self.terms, *terms)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected distinct names of terms, found {names}")
+        return replace(self, terms=(*self.terms, *terms))
+
+    def without_terms(self, *names: str) -> Assembly:
+        """The same without the terms of these names, all of which must exist."""
+        missing = set(names) - {term.name for term in self.terms}
+        if missing:
+            raise ValueError(f"expected terms named {sorted(missing)}, found {[t.name for t in self.terms]}")
+        return replace(self, terms=tuple(term for term in self.terms if term.name not in names))
+
+    def with_constraints(self, *constraints: Constraint) -> Assembly:
+        return replace(self, constraints=(*self.constraints, *constraints))
+
+    def with_knobs(self, **knobs: Schedule) -> Assembly:
+        return replace(self, knobs={**self.knobs, **knobs})
+
+    def wrapped(self, wrap: Callable[[SparseAutoencoder], SparseAutoencoder]) -> Assembly:
+        """The same around another module made from this one's."""
+        return replace(self, sae=wrap(self.sae))
+
+    def side(self, batch_side: Mapping[str, Any], step: int, total_steps: int, ranks: Ranks) -> Side:
+        """Side inputs of a batch together with the knobs of a step."""
+        knobs = {name: schedule(step, total_steps) for name, schedule in self.knobs.items()}
+        return Side(batch_side, knobs, ranks)

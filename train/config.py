@@ -1,0 +1,162 @@
+"""What a run was asked to do, as frozen records; and how words on a command line become them.
+
+A run is one stream (`DataConfig`), one course (`CourseConfig`) and one or more SAEs (`Member`). Settings
+are written `data.pool_tokens`, `course.tokens`, or by a variant's own names (`k`, `optim.lr`); a name with
+a variant in front (`topk.k`) is for the SAEs of that variant alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..cache_schema.strict import StrictError, from_json, nearest, to_json
+from . import variants
+from .errors import ConfigInvalid
+from .settings import Setting, flat_keys, with_settings
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The stream that all SAEs of a run share."""
+
+    seed: int = 0
+    """Of the read order. The SAEs' own seeds are theirs, so that a fleet over seeds sees one stream."""
+    batch_tokens: int = 4096
+    pool_tokens: int | None = None
+    """Tokens shuffled together in memory, twice over; None: 2 GiB of residuals for each layer."""
+
+
+@dataclass(frozen=True)
+class CourseConfig:
+    """How long a run is, and what it does on its way."""
+
+    tokens: int | None = None
+    epochs: int | None = None
+    metrics_every_steps: int = 50
+    checkpoint_every_seconds: float = 300.0
+    checkpoint_every_steps: int | None = None
+    """Instead of by the clock."""
+    validation_tokens: int = 131_072
+    shard_width: bool = False
+    """With several processes: each holds a part of every dictionary's rows, for widths that fit no single device."""
+    trackers: tuple[str, ...] = ()
+    """Further logs, through accelerate: wandb, tensorboard and what else it knows."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One SAE of a run."""
+
+    label: str
+    variant: str
+    config: Any  # the variant's own Config
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes."""
+
+    data: DataConfig
+    course: CourseConfig
+    members: tuple[Member, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        saes = {m.label: {"variant": m.variant, "config": to_json(m.config)} for m in self.members}
+        return {"data": to_json(self.data), "course": to_json(self.course), "saes": saes}
+
+
+def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
+    """The inverse of `RunConfig.to_json`."""
+    try:
+        members = [
+            Member(label, sae["variant"], from_json(variants.config_type(sae["variant"]), sae["config"], label))
+            for label, sae in raw["saes"].items()
+        ]
+        return RunConfig(
+            from_json(DataConfig, raw["data"], "data"), from_json(CourseConfig, raw["course"], "course"), tuple(members)
+        )
+    except (StrictError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigInvalid(f"{where} is no configuration of a run: {error}") from None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What was asked for on the command line, before anything is known of the store."""
+
+    variants: tuple[str, ...]
+    settings: Sequence[Setting] = ()
+    grid: Sequence[Sequence[Setting]] = ((),)
+    data: DataConfig = field(default_factory=DataConfig)
+    course: CourseConfig = field(default_factory=CourseConfig)
+
+    def stream(self) -> DataConfig:
+        """The stream that was asked for."""
+        return with_settings(self.data, self._of("data"), "data")
+
+    def length(self) -> CourseConfig:
+        """The course that was asked for."""
+        return with_settings(self.course, self._of("course"), "course")
+
+    def members(self, limits: Mapping[str, Any]) -> tuple[Member, ...]:
+        """The SAEs. `limits` bound a variant's own defaults, never what was asked for."""
+        spread = [setting for point in self.grid for setting in point]
+        misplaced = [setting.key for setting in spread if setting.in_front()[0] in ("data", "course")]
+        if misplaced:
+            raise ConfigInvalid(f"a fleet shares one stream and one course: {misplaced[0]} cannot be spread over it")
+        self._require_known([*self.settings, *spread])
+        members = [
+            self._member(variant, point, limits) for variant in dict.fromkeys(self.variants) for point in self.grid
+        ]
+        return tuple({member.label: member for member in members}.values())
+
+    def is_set(self, key: str) -> bool:
+        """Whether anyone asked for a value of this setting."""
+        keys = {setting.key for point in (self.settings, *self.grid) for setting in point}
+        return any(found == key or found.endswith(f".{key}") for found in keys)
+
+    def _member(self, variant: str, point: Sequence[Setting], limits: Mapping[str, Any]) -> Member:
+        config = variants.config_type(variant)()
+        known = set(flat_keys(to_json(config)))
+        chosen = smaller_defaults(config, limits) | _own(self.settings, variant, known)
+        spread = _own(point, variant, known)
+        return Member(_label(variant, spread), variant, with_settings(config, chosen | spread, variant))
+
+    def _of(self, head: str) -> dict[str, Any]:
+        return {s.in_front()[1]: s.value for s in self.settings if s.in_front()[0] == head}
+
+    def _require_known(self, settings: Iterable[Setting]) -> None:
+        """A key that no SAE of the run has is a mistake."""
+        by_variant = {v: list(flat_keys(to_json(variants.config_type(v)()))) for v in self.variants}
+        everything = {key for keys in by_variant.values() for key in keys}
+        for setting in settings:
+            head, rest = setting.in_front()
+            if head in ("data", "course"):
+                continue
+            if setting.key not in everything and not (head in by_variant and rest in by_variant[head]):
+                known = everything | {f"data.{k}" for k in to_json(self.data)}
+                known |= {f"course.{k}" for k in to_json(self.course)}
+                raise ConfigInvalid(
+                    f"unknown setting {setting.key!r} of {', '.join(by_variant)}{nearest(setting.key, known)}"
+                )
+
+
+def smaller_defaults(config: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
+    """The limit for each setting whose default is beyond it."""
+    own = {key: getattr(config, key, None) for key in limits}
+    return {key: limits[key] for key, value in own.items() if value is not None and value > limits[key]}
+
+
+def _own(settings: Iterable[Setting], variant: str, known: set[str]) -> dict[str, Any]:
+    """The settings that are for this variant; those with its name in front win."""
+    general = {s.key: s.value for s in settings if s.key in known}
+    return general | {s.in_front()[1]: s.value for s in settings if s.in_front()[0] == variant and s.in_front()[1]}
+
+
+def _label(variant: str, spread: Mapping[str, Any]) -> str:
+    """The name of an SAE in its run: the variant, and what sets it apart from its neighbours."""
+    parts = [f"{key.rsplit('.', 1)[-1]}{json.dumps(value)}" for key, value in spread.items()]
+    return "_".join([variant, *(re.sub(r"[^\w.+-]", "", part) for part in parts)])

@@ -1,0 +1,148 @@
+"""What one step draws from its block: rows of activations in the form each SAE wants them.
+
+A draw is shared by a whole fleet: each layer is gathered, converted and scaled once for all SAEs that
+want tokens, and once for all that want windows.
+B rows, W windows, T context, D residual width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cache_schema import AttentionCsr
+from ..compose import Needs
+from ..view import Batch
+from .block import Block
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which tokens of a block make up a batch."""
+
+    places: np.ndarray  # int64 [B], flat places in the block
+    windows: np.ndarray | None = None  # int64 [W], numbers in the block, where whole windows are drawn
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRows:
+    """Attention of a batch of windows on the device; rows are (window, head, query), see the store's format."""
+
+    indptr: Tensor  # int64 [W * H * T + 1]
+    indices: Tensor  # int64 [entries], key position in the window
+    data: Tensor  # float32 [entries]
+    kept_mass: Tensor  # float32 [W, H, T]
+
+
+class Draw:
+    """The batches of one step. `rows_of(windows)` gives tokens one by one, or whole windows."""
+
+    def __init__(
+        self,
+        block: Block,
+        tokens: Rows | None,
+        windows: Rows | None,
+        scales: Mapping[int, Tensor],
+        device: torch.device,
+    ) -> None:
+        self.block = block
+        self._rows = {False: tokens, True: windows}
+        self._scales = scales
+        self._device = device
+        self._places: dict[bool, Tensor] = {}
+        self._scaled: dict[tuple[bool, tuple[int, ...]], Tensor] = {}
+
+    def rows_of(self, windows: bool) -> Rows:
+        rows = self._rows[windows]
+        assert rows is not None, "this stream was not told that anyone needs rows of this kind"
+        return rows
+
+    def batch(self, needs: Needs) -> Batch:
+        """The batch for an SAE with these needs."""
+        target = None if needs.targets is None else self._activations(needs.windows, needs.targets)
+        return Batch(self._activations(needs.windows, needs.inputs), target, self._side(needs))
+
+    def store_windows(self, windows: bool) -> np.ndarray:
+        """int64 [B], the store's number of the window that each row comes from."""
+        return self.block.windows[self.rows_of(windows).places // self.block.context]
+
+    def non_finite_rows(self, windows: bool) -> np.ndarray:
+        """bool [B], rows with a value that is no finite number in any layer that was drawn."""
+        tables = [x for (kind, _), x in self._scaled.items() if kind == windows]
+        return torch.stack([~x.isfinite().all(dim=1) for x in tables]).any(dim=0).cpu().numpy()
+
+    def labels(self, windows: bool) -> np.ndarray:
+        """Document of each drawn token, or of the beginning of each drawn window."""
+        rows = self.rows_of(windows)
+        if rows.windows is not None:
+            return self.block.documents[rows.windows, 0]
+        return self.block.documents.ravel()[rows.places]
+
+    def _activations(self, windows: bool, layers: tuple[int, ...]) -> Tensor:
+        """float32 [B, len(layers) * D], scaled."""
+        if (windows, layers) not in self._scaled:
+            if len(layers) == 1:
+                raw = self.block.resid[layers[0]].index_select(0, self._places_on_device(windows))
+                self._scaled[windows, layers] = raw.to(torch.float32) * self._scales[layers[0]]
+            else:
+                parts = [self._activations(windows, (layer,)) for layer in layers]
+                self._scaled[windows, layers] = torch.cat(parts, dim=1)
+        return self._scaled[windows, layers]
+
+    def _places_on_device(self, windows: bool) -> Tensor:
+        if windows not in self._places:
+            self._places[windows] = self._to_device(self.rows_of(windows).places)
+        return self._places[windows]
+
+    def _side(self, needs: Needs) -> dict[str, Any]:
+        """Named side inputs, those that were asked for."""
+        rows, block = self.rows_of(needs.windows), self.block
+        side: dict[str, Any] = {}
+        if needs.tokens:
+            side["token"] = self._to_device(block.tokens.ravel()[rows.places].astype(np.int64))
+        if needs.documents:
+            side["document"] = self._to_device(block.documents.ravel()[rows.places].astype(np.int64))
+        if needs.positions or needs.windows:
+            side["position"] = self._to_device(rows.places % block.context)
+        if rows.windows is not None:
+            side |= self._window_side(rows.places, rows.windows)
+        if needs.attention_layers:
+            assert rows.windows is not None, "attention is of whole windows"
+            taken = {layer: block.attention[layer].take(rows.windows) for layer in needs.attention_layers}
+            side["attention"] = {layer: self._attention(csr) for layer, csr in taken.items()}
+        return side
+
+    def _window_side(self, places: np.ndarray, windows: np.ndarray) -> dict[str, Tensor]:
+        """`window` [B]: the row's window in the batch; `row_of` [W, T]: the row of a place, or -1."""
+        context = self.block.context
+        window = np.repeat(np.arange(len(windows)), self.block.trains[windows].sum(axis=1))
+        row_of = np.full((len(windows), context), -1, np.int64)
+        row_of[window, places % context] = np.arange(len(places))
+        return {"window": self._to_device(window), "row_of": self._to_device(row_of)}
+
+    def _attention(self, csr: AttentionCsr) -> AttentionRows:
+        return AttentionRows(
+            indptr=self._to_device(csr.indptr.astype(np.int64)),
+            indices=self._to_device(csr.indices.astype(np.int64)),
+            data=self._to_device(csr.data.astype(np.float32)),
+            kept_mass=self._to_device(csr.kept_mass.astype(np.float32)),
+        )
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def token_rows(block: Block, chosen: np.ndarray) -> Rows:
+    """The rows of chosen trainable tokens, given by their rank among the block's."""
+    return Rows(block.trainable[chosen])
+
+
+def window_rows(block: Block, windows: np.ndarray) -> Rows:
+    """The rows of all trainable tokens of some windows, given by their number in the block."""
+    window, position = np.nonzero(block.trains[windows])
+    return Rows(windows[window] * block.context + position, windows)

@@ -1,0 +1,120 @@
+"""The stream that a run trains on: step in, draw out.
+
+`Feed` joins the plan (which tokens), the loader (their bytes) and the draw (their form). It serves any
+number of SAEs from one read; `rank` of `size` processes takes its share of every batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ...cache_schema import Request, Store
+from ..compose import Needs
+from ..sae.scaling import Stats
+from .block import Block
+from .draw import Draw, token_rows, window_rows
+from .loader import Loader
+from .plan import BlockPlan, Plan, share, token_order, token_slice, window_order, window_slice
+from .pool import PIECES_IN_FLIGHT, Pool
+from .quality import ideal_share
+
+
+class Feed:
+    """Draws of a run, for all who train in it."""
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        needs: Iterable[Needs],
+        stats: Mapping[int, Stats],
+        device: torch.device,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
+        self._needs = tuple(needs)
+        self.plan = plan
+        self.loader = Loader(store, plan, joint_request(self._needs, "train"), device)
+        self._scales = {layer: stats[layer].scale.to(device) for layer in stats}
+        self.device = device
+        self._rank, self._size = rank, size
+        self._orders: dict[bool, tuple[BlockPlan, np.ndarray]] = {}
+
+    def draw(self, step: int) -> Draw:
+        """What step `step` trains on. Valid until the next draw."""
+        plan, at = self.plan.locate(step)
+        block = self.loader.block(plan)
+        kinds = {needs.windows for needs in self._needs}
+        tokens = token_rows(block, self._chosen(False, plan, at)) if False in kinds else None
+        windows = window_rows(block, self._chosen(True, plan, at)) if True in kinds else None
+        return Draw(block, tokens, windows, self._scales, self.device)
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether everyone draws whole windows; shuffling is measured on tokens where anyone draws those."""
+        return all(needs.windows for needs in self._needs)
+
+    @property
+    def ideal_share(self) -> float:
+        """The share of same-document pairs in a perfectly shuffled batch."""
+        sizes = self.plan.sizes
+        return ideal_share(sizes.document_windows if self.is_windowed else sizes.document_tokens)
+
+    def close(self) -> None:
+        self.loader.close()
+
+    def _chosen(self, windows: bool, plan: BlockPlan, at: int) -> np.ndarray:
+        """This process's share of the batch, as numbers in the block's order."""
+        if windows not in self._orders or self._orders[windows][0] != plan:
+            order = window_order if windows else token_order
+            self._orders[windows] = plan, order(plan, self.plan.seed)
+        where = window_slice(plan, at) if windows else token_slice(plan, at, self.plan.batch_tokens)
+        return self._orders[windows][1][share(where, self._rank, self._size)]
+
+
+def joint_request(needs: Iterable[Needs], split: str) -> Request:
+    """What all of them read together."""
+    needs = tuple(needs)
+    return Request(
+        layers=tuple(sorted({layer for need in needs for layer in need.layers})),
+        attention_layers=tuple(sorted({layer for need in needs for layer in need.attention_layers})),
+        tokens=True,
+        documents=True,
+        split=split,
+    )
+
+
+def held_out(
+    store: Store,
+    needs: Iterable[Needs],
+    stats: Mapping[int, Stats],
+    device: torch.device,
+    *,
+    tokens: int,
+    batch_tokens: int,
+) -> Iterator[Draw]:
+    """The beginning of the validation split, in the order of the store, about `tokens` tokens of it."""
+    request = joint_request(needs, "validation")
+    scales = {layer: stats[layer].scale.to(device) for layer in stats}
+    per_batch = max(1, batch_tokens // store.manifest.context)
+    for block in _blocks_in_order(store, request, device, max(1, tokens // store.manifest.context)):
+        for start in range(0, len(block.windows), per_batch):
+            rows = window_rows(block, np.arange(start, min(start + per_batch, len(block.windows))))
+            if len(rows.places):
+                yield Draw(block, rows, rows, scales, device)
+
+
+def _blocks_in_order(store: Store, request: Request, device: torch.device, windows: int) -> Iterator[Block]:
+    """One shard's windows at a time, until there are enough."""
+    first, last = store.manifest.splits["validation"]
+    spans = store.spans(replace(request, windows=(0, min(windows, last - first))))
+    pool = Pool(store, request, max((span.windows for span in spans), default=0), device)
+    with ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="saemill-held-out") as readers:
+        for span in spans:
+            yield pool.fill([span], readers)
+            pool.release()

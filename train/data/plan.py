@@ -1,0 +1,182 @@
+"""The read order: which tokens make up step s, as a pure function of sizes, seed, epoch and step.
+
+1. The split is cut into pieces: whole chunks, never across a shard.
+2. Each epoch shuffles the pieces and deals them out into blocks of about `pool_tokens` tokens. A block
+   is what lies in memory at a time, drawn from all over the split.
+3. Inside a block the trainable tokens are shuffled; its steps take them one batch after the other.
+   Window-wise variants shuffle the block's windows instead and spread them over the same steps, so that
+   both kinds read the same blocks at the same steps.
+4. A step is found again by arithmetic on counts; nothing before its block is ever read.
+
+What is left of a block after its last whole batch is left out for this epoch, another part in each.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ...cache_schema import Span
+from ..errors import ConfigInvalid
+from .sizes import SplitSizes
+
+PIECES_PER_BLOCK = 32  # at least so many where chunks allow it: a block should see many places of the store
+_PIECES, _TOKENS, _WINDOWS = range(3)  # what a random stream is for
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block of one epoch."""
+
+    epoch: int
+    index: int
+    pieces: tuple[Span, ...]  # in the order of the store
+    tokens: int  # trainable
+    steps: int
+    first_step: int  # counted over the whole run
+
+    @property
+    def windows(self) -> int:
+        return sum(piece.windows for piece in self.pieces)
+
+
+class Plan:
+    """The read order of a run over one split."""
+
+    def __init__(self, sizes: SplitSizes, *, batch_tokens: int, pool_tokens: int, seed: int) -> None:
+        if pool_tokens < batch_tokens:
+            raise ConfigInvalid(
+                f"expected a pool of a batch or more, found pool_tokens {pool_tokens} for batch_tokens {batch_tokens}"
+            )
+        self.sizes = sizes
+        self.batch_tokens = batch_tokens
+        self.seed = seed
+        self.pieces = cut_pieces(sizes, pool_tokens)
+        self.num_blocks = max(1, min(len(self.pieces), -(-sizes.windows * sizes.context // pool_tokens)))
+        self._piece_tokens = _tokens_of(sizes, self.pieces)
+        self._starts = [0]  # first step of each epoch, as far as anyone has asked
+        self._blocks_of = lru_cache(maxsize=4)(self._make_blocks)
+
+    def blocks(self, epoch: int) -> tuple[BlockPlan, ...]:
+        """The blocks of an epoch; those without a whole batch are left out."""
+        return self._blocks_of(epoch)
+
+    def steps_in(self, epochs: int) -> int:
+        """Steps in the first `epochs` epochs."""
+        while len(self._starts) <= epochs:
+            self._starts.append(self._starts[-1] + sum(self._deal_steps(len(self._starts) - 1)))
+        return self._starts[epochs]
+
+    def locate(self, step: int) -> tuple[BlockPlan, int]:
+        """The block that holds a step, and the step's place in it."""
+        while self._starts[-1] <= step:
+            before = self._starts[-1]
+            if self.steps_in(len(self._starts)) == before:
+                raise ConfigInvalid(
+                    f"expected at least one whole batch of {self.batch_tokens} tokens in each epoch, "
+                    f"found {self.sizes.tokens} trainable tokens in {self.num_blocks} blocks: "
+                    "set a smaller batch_tokens"
+                )
+        epoch = bisect_right(self._starts, step) - 1
+        block = next(block for block in reversed(self.blocks(epoch)) if block.first_step <= step)
+        return block, step - block.first_step
+
+    def after(self, block: BlockPlan) -> BlockPlan:
+        """The block that follows."""
+        return self.locate(block.first_step + block.steps)[0]
+
+    @property
+    def max_windows(self) -> int:
+        """No block has more windows than this."""
+        largest = sorted((piece.windows for piece in self.pieces), reverse=True)
+        return sum(largest[: -(-len(self.pieces) // self.num_blocks)])
+
+    @property
+    def is_one_block(self) -> bool:
+        """Whether the whole split fits into the pool, so that it is read once for all epochs."""
+        return self.num_blocks == 1
+
+    def _deal_steps(self, epoch: int) -> list[int]:
+        dealt = deal(len(self.pieces), self.num_blocks, self.seed, epoch)
+        return [int(self._piece_tokens[members].sum()) // self.batch_tokens for members in dealt]
+
+    def _make_blocks(self, epoch: int) -> tuple[BlockPlan, ...]:
+        first_step = self.steps_in(epoch)
+        blocks = []
+        for index, members in enumerate(deal(len(self.pieces), self.num_blocks, self.seed, epoch)):
+            tokens = int(self._piece_tokens[members].sum())
+            steps = tokens // self.batch_tokens
+            pieces = tuple(self.pieces[member] for member in members)
+            if steps:
+                blocks.append(BlockPlan(epoch, index, pieces, tokens, steps, first_step))
+            first_step += steps
+        return tuple(blocks)
+
+
+def cut_pieces(sizes: SplitSizes, pool_tokens: int) -> list[Span]:
+    """The split as runs of whole chunks inside shards, small enough that a block is made of many."""
+    wanted = pool_tokens // sizes.context // PIECES_PER_BLOCK
+    length = min(max(wanted // sizes.chunk_windows, 1) * sizes.chunk_windows, sizes.shard_windows)
+    first, last = sizes.first_window, sizes.first_window + sizes.windows
+    pieces = []
+    for shard in range(first // sizes.shard_windows, -(-last // sizes.shard_windows)):
+        begin, end = shard * sizes.shard_windows, (shard + 1) * sizes.shard_windows
+        for start in range(begin, end, length):
+            span = Span(shard, max(start, first), min(start + length, end, last))
+            if span.windows > 0:
+                pieces.append(span)
+    return pieces
+
+
+def deal(num_pieces: int, num_blocks: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Shuffle the pieces and deal them out evenly; inside a block they are in the order of the store."""
+    order = random_stream(seed, epoch, 0, _PIECES).permutation(num_pieces)
+    return [np.sort(part) for part in np.array_split(order, num_blocks) if len(part)]
+
+
+def token_order(block: BlockPlan, seed: int) -> np.ndarray:
+    """int64 [tokens]: the order in which a block's trainable tokens are drawn."""
+    return random_stream(seed, block.epoch, block.index, _TOKENS).permutation(block.tokens)
+
+
+def window_order(block: BlockPlan, seed: int) -> np.ndarray:
+    """int64 [windows]: the order in which a block's windows are drawn."""
+    return random_stream(seed, block.epoch, block.index, _WINDOWS).permutation(block.windows)
+
+
+def token_slice(block: BlockPlan, at: int, batch_tokens: int) -> slice:
+    """Where the `at`-th batch of a block stands in its token order."""
+    assert 0 <= at < block.steps
+    return slice(at * batch_tokens, (at + 1) * batch_tokens)
+
+
+def window_slice(block: BlockPlan, at: int) -> slice:
+    """Where the `at`-th batch of a block stands in its window order; every batch has the same number."""
+    per_step = block.windows // block.steps
+    if per_step == 0:
+        raise ConfigInvalid(
+            f"whole windows were asked for, but a batch is smaller than one window "
+            f"({block.windows} windows for {block.steps} steps): set batch_tokens to a window's tokens or more"
+        )
+    return slice(at * per_step, (at + 1) * per_step)
+
+
+def share(rows: slice, rank: int, size: int) -> slice:
+    """The part of a batch that one of `size` processes works on."""
+    length = rows.stop - rows.start
+    return slice(rows.start + length * rank // size, rows.start + length * (rank + 1) // size)
+
+
+def random_stream(seed: int, epoch: int, block: int, purpose: int) -> np.random.Generator:
+    """Independent random numbers for each place in the order."""
+    return np.random.default_rng([seed, epoch, block, purpose])
+
+
+def _tokens_of(sizes: SplitSizes, pieces: list[Span]) -> np.ndarray:
+    ends = np.concatenate([[0], np.cumsum(sizes.trainable)])
+    start = np.array([piece.start for piece in pieces], np.int64) - sizes.first_window
+    stop = np.array([piece.stop for piece in pieces], np.int64) - sizes.first_window
+    return ends[stop] - ends[start]

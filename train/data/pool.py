@@ -1,0 +1,111 @@
+"""The memory that a block lies in, filled from the store piece by piece, several pieces at a time.
+
+On the CPU a piece is read straight into its place. For a GPU it is read into page-locked memory and
+copied from there on a stream of its own, while the next piece is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cache_schema import AttentionCsr, Manifest, Request, ShardBuffers, Span, Store
+from ...cache_schema.layout import resid_path
+from .block import TORCH_DTYPES, Block, as_stored, joined, owned
+from .sizes import trainable
+
+PIECES_IN_FLIGHT = 4
+
+
+class PlacedBuffers(ShardBuffers):
+    """Buffers over memory that is there already."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+
+
+class Pool:
+    """Room for one block."""
+
+    def __init__(self, store: Store, request: Request, max_windows: int, device: torch.device) -> None:
+        manifest = store.manifest
+        self._store, self._request, self._device = store, request, device
+        self._tokens = np.empty((max_windows, manifest.context), "<u4")
+        self._documents = np.empty_like(self._tokens)
+        shape, dtype = (max_windows, manifest.context, manifest.model.d_model), TORCH_DTYPES[manifest.model.dtype]
+        self._resid = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in request.layers}
+        self._stages: SimpleQueue[Stage] = SimpleQueue()
+        for _ in range(PIECES_IN_FLIGHT):
+            self._stages.put(Stage(manifest, request, device))
+        self._drawn = torch.cuda.Event() if device.type == "cuda" else None
+
+    def fill(self, pieces: Sequence[Span], readers: Executor) -> Block:
+        """Read a block; returns when all of it is in place."""
+        if self._drawn is not None:
+            self._drawn.synchronize()
+        starts = np.cumsum([0] + [piece.windows for piece in pieces]).tolist()
+        attention = list(readers.map(self._load, pieces, starts[:-1]))
+        windows = starts[-1]
+        tokens = self._tokens[:windows]
+        return Block(
+            pieces=tuple(pieces),
+            tokens=tokens,
+            documents=self._documents[:windows],
+            trains=trainable(self._store.manifest, tokens),
+            resid={layer: resid.flatten(0, 1) for layer, resid in self._resid.items()},
+            attention=joined(attention),
+        )
+
+    def release(self) -> None:
+        """Nothing more will be drawn; what was asked of the GPU may still be under way."""
+        if self._drawn is not None:
+            self._drawn.record()
+
+    def _load(self, piece: Span, start: int) -> dict[int, AttentionCsr]:
+        """Read one piece into its place."""
+        stage = self._stages.get()
+        try:
+            rows = slice(start, start + piece.windows)
+            places = {layer: resid[rows] for layer, resid in self._resid.items()}
+            host = {"tokens": self._tokens[rows], "documents": self._documents[rows]}
+            found = self._store.read(self._request, piece, stage.buffers(host, places))
+            stage.copy(places)
+            return {layer: owned(csr) for layer, csr in found.attention.items()}
+        finally:
+            self._stages.put(stage)
+
+
+class Stage:
+    """Memory that a piece passes through: attention on its way, and residuals on their way to a GPU."""
+
+    def __init__(self, manifest: Manifest, request: Request, device: torch.device) -> None:
+        self._attention = ShardBuffers(manifest, Request(attention_layers=request.attention_layers)).arrays
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pinned: dict[int, Tensor] = {}
+
+    def buffers(self, host: dict[str, np.ndarray], places: dict[int, Tensor]) -> ShardBuffers:
+        """Where the store shall read a piece to."""
+        targets = places if self._stream is None else self._pinned_like(places)
+        resid = {resid_path(layer): as_stored(target) for layer, target in targets.items()}
+        return PlacedBuffers({**host, **resid, **self._attention})
+
+    def copy(self, places: dict[int, Tensor]) -> None:
+        """Bring residuals to the device, where reading has not put them already."""
+        if self._stream is None:
+            return
+        with torch.cuda.stream(self._stream):
+            for layer, place in places.items():
+                place.copy_(self._pinned[layer][: len(place)], non_blocking=True)
+        self._stream.synchronize()
+
+    def _pinned_like(self, places: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Page-locked memory of a piece's size; pieces are never larger than the first but where shards begin."""
+        for layer, place in places.items():
+            if layer not in self._pinned or len(self._pinned[layer]) < len(place):
+                self._pinned[layer] = torch.empty(place.shape, dtype=place.dtype, pin_memory=True)
+        return {layer: self._pinned[layer][: len(place)] for layer, place in places.items()}

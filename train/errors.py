@@ -1,0 +1,104 @@
+"""Everything that training can refuse, by name.
+
+TrainError
+├── ConfigInvalid (ValueError)          a setting that no run can satisfy
+├── UnknownVariant (LookupError)        no file of that name in train/variants/
+├── SideInputMissing (LookupError)      a term or a gate read what its variant did not request
+├── NonFiniteLoss (ArithmeticError)     the loss left the numbers; weights are as before the step
+├── SaeInvalid (ValueError)             a folder that is no SAE this package can read
+├── StateInvalid (ValueError)           a checkpoint's state does not fit this SAE
+├── NothingToTrain (ValueError)         no step to take, or no token to take it on
+├── StoreTooShort (ValueError)          fewer tokens than the budget, and no word of reading them again
+├── MemoryTooSmall (MemoryError)        the run does not fit
+├── ActivationsNotFinite (ArithmeticError)  the store holds values that are no numbers
+├── RunMissing (FileNotFoundError)      no run, or no SAE in it, of this name
+├── RunTaken (FileExistsError)          the name of a new run is taken
+├── RunFinished (ValueError)            nothing is left to resume
+├── CheckpointDamaged (ValueError)      no checkpoint is whole
+├── TrackerMissing (ImportError)        a tracker's package is not installed
+└── RunInterrupted                      a signal ended the run; its state is saved
+"""
+
+from __future__ import annotations
+
+
+class TrainError(Exception):
+    """Base of every error that training raises on purpose."""
+
+
+class ConfigInvalid(TrainError, ValueError):
+    """A setting is out of range, or two settings contradict each other."""
+
+
+class UnknownVariant(TrainError, LookupError):
+    """A variant was asked for that has no file in the folder of variants."""
+
+
+class SideInputMissing(TrainError, LookupError):
+    """A side input was read that the variant's `request()` did not name."""
+
+
+class NonFiniteLoss(TrainError, ArithmeticError):
+    """A loss term is not a finite number; raised before the weights change."""
+
+    def __init__(self, step: int, terms: dict[str, float], place: str = "") -> None:
+        listed = ", ".join(f"{name} = {value}" for name, value in terms.items())
+        super().__init__(
+            f"step {step}{place and f', {place}'}: expected finite losses, found {listed}; "
+            "the weights are those of the step before. "
+            "Lower the learning rate, or check the activations of this batch"
+        )
+        self.step = step
+        self.terms = terms
+
+
+class SaeInvalid(TrainError, ValueError):
+    """A folder does not hold an SAE in a layout this package reads."""
+
+
+class StateInvalid(TrainError, ValueError):
+    """Saved training state lacks tensors, or has them in other shapes."""
+
+
+class NothingToTrain(TrainError, ValueError):
+    """The run would have no step, or the split no token."""
+
+
+class StoreTooShort(TrainError, ValueError):
+    """The budget is larger than the tokens that the store has, and nobody asked to read them again."""
+
+
+class MemoryTooSmall(TrainError, MemoryError):
+    """The run does not fit into the memory that is free."""
+
+
+class ActivationsNotFinite(TrainError, ArithmeticError):
+    """Activations of the store are infinite or no numbers."""
+
+
+class RunMissing(TrainError, FileNotFoundError):
+    """There is no run, or no SAE, of the name that was given."""
+
+
+class RunTaken(TrainError, FileExistsError):
+    """A run of this name is there already."""
+
+
+class RunFinished(TrainError, ValueError):
+    """A finished run was to be resumed."""
+
+
+class CheckpointDamaged(TrainError, ValueError):
+    """No checkpoint of the run is whole."""
+
+
+class TrackerMissing(TrainError, ImportError):
+    """A tracker was asked for whose package is not installed."""
+
+
+class RunInterrupted(TrainError):
+    """A signal ended the run; its state is saved."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -1,0 +1,64 @@
+"""`sae-export`: an SAE from any known folder to any other, with proof that it computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from .cli import errors_told
+from .errors import RunTaken, SaeInvalid
+from .find import find_sae
+from .formats import WRITERS, kind_of, read
+from .sae.export_form import PlainSae, sae_from_plain
+
+ROWS = 256
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("source")
+@click.option("--to", "kind", type=click.Choice(sorted(WRITERS)), required=True, help="Whose folder to write.")
+@click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Where runs are kept.")
+def main(source: str, kind: str, target: Path, runs: str) -> None:
+    """Convert SOURCE: a run, the folder of an SAE (SAELens, sparsify, dictionary_learning), or a Hub repository."""
+    with errors_told():
+        folder = find_sae(source, runs)
+        difference = export(folder, kind, target)
+        click.echo(f"{folder} ({kind_of(folder)}) -> {target} ({kind})")
+        click.echo(f"read back, codes and reconstructions differ by {difference:.2g} at most on {ROWS} random rows")
+
+
+def export(folder: Path, kind: str, target: Path) -> float:
+    """Write the SAE of a folder in another form; the largest difference between the two."""
+    if target.exists() and any(target.iterdir()):
+        raise RunTaken(f"{target} is there already and not empty: choose another --out")
+    plain, metadata = read(folder)
+    _require_one_place(metadata, kind)
+    WRITERS[kind](target, plain, metadata)
+    return largest_difference(plain, read(target)[0])
+
+
+@torch.no_grad()
+def largest_difference(one: PlainSae, other: PlainSae) -> float:
+    """Between codes and between reconstructions, relative to their size."""
+    first, second = sae_from_plain(one), sae_from_plain(other)
+    size = first.b_dec.norm().clamp_min(1.0)
+    x = first.b_dec + size * torch.randn(ROWS, first.d_in, generator=torch.Generator().manual_seed(0))
+    parts = []
+    for a, b in ((first.encode(x), second.encode(x)), (first(x), second(x))):
+        parts.append(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
+    return max(parts)
+
+
+def _require_one_place(metadata: dict[str, Any], kind: str) -> None:
+    """Other tools know SAEs of one layer that reconstruct what they read."""
+    layers = metadata.get("layers") or [None]
+    targets = metadata.get("target_layers") or layers
+    if kind != "sae_lens" and (len(layers) > 1 or targets != layers):
+        raise SaeInvalid(
+            f"expected an SAE of one layer that reconstructs its input, found layers {layers} to {targets}: "
+            f"{kind} has no form for it"
+        )

@@ -1,0 +1,74 @@
+"""Find a trained SAE: by its folder, by its run, or on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import RunMissing
+from .formats import kind_of, read
+from .runs import run_names
+from .sae.export_form import sae_from_plain
+from .sae.io import load_plain_sae
+from .sae.model import SparseAutoencoder
+
+WEIGHTS = "sae_weights.safetensors"
+
+
+def load_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> SparseAutoencoder:
+    """An SAE in raw units, ready to encode activations as the model has them.
+
+    `name` is a folder (of this package, SAELens, sparsify or dictionary_learning), a run or `run/sae`
+    under `runs`, or a repository `owner/name` or `owner/name/folder` on the Hub.
+    """
+    folder = find_sae(name, runs)
+    if kind_of(folder) == "sae_lens":
+        return load_plain_sae(folder)
+    plain, metadata = read(folder)
+    sae = sae_from_plain(plain)
+    sae.metadata = metadata
+    return sae
+
+
+def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> Path:
+    """The folder of an SAE."""
+    for path in (Path(name), Path(runs) / name):
+        if path.is_dir():
+            return _only_sae(path)
+    text = os.fspath(name)
+    if text.count("/") in (1, 2) and not text.startswith((".", "/")):
+        return _only_sae(_download(text))
+    raise RunMissing(
+        f"no SAE {text!r}: expected a folder, a run in {runs} ({', '.join(run_names(runs)) or 'none there'}), "
+        "or a repository owner/name on the Hugging Face Hub"
+    )
+
+
+def list_saes(folder: Path) -> list[Path]:
+    """The SAEs of a run, or the folder itself where it is one."""
+    if any((folder / name).is_file() for name in (WEIGHTS, "sae.safetensors", "ae.safetensors", "ae.pt")):
+        return [folder]
+    return sorted(path.parent for path in folder.glob(f"*/{WEIGHTS}"))
+
+
+def _only_sae(folder: Path) -> Path:
+    found = list_saes(folder)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise RunMissing(f"{folder} holds no trained SAE: its run has not ended well, or it is another kind of folder")
+    raise RunMissing(f"{folder} holds {len(found)} SAEs: choose one of {', '.join(str(path) for path in found)}")
+
+
+def _download(name: str) -> Path:
+    """A repository of the Hub, or one folder of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    owner, repository, *folder = name.split("/")
+    wanted = [f"{folder[0]}/*"] if folder else ["*.json", "*.safetensors"]
+    try:
+        root = snapshot_download(f"{owner}/{repository}", allow_patterns=wanted)
+    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+        raise RunMissing(f"no folder or run {name!r} here, and the Hub did not give it either: {error}") from None
+    return Path(root, *folder)

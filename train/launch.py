@@ -1,0 +1,235 @@
+"""From a question to a run: open the store, settle every setting, check that it fits, then begin.
+
+Nothing is written before all checks have passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..cache_schema import Manifest, Store
+from ..cache_schema.request import validate_request
+from .budget import Budget, settle_budget
+from .checkpoint import Checkpoint, load_checkpoint
+from .config import Ask, DataConfig, RunConfig, read_run_config
+from .data.feed import Feed, joint_request
+from .data.plan import Plan
+from .data.sizes import measure_split
+from .distributed import Group, make_shard
+from .errors import ActivationsNotFinite, ConfigInvalid, RunFinished
+from .fleet import Fleet
+from .keeper import Keeper
+from .memory import require_room
+from .progress import Progress
+from .run import Run
+from .runs import MetricsLog, RunFolder, provenance
+from .sae.kernels.memory import keep_large_blocks
+from .sae.scaling import Stats, stats_from_moments
+from .trackers import Trackers, require_trackers
+from .watch import Watch
+
+POOL_BYTES = 2 * 2**30  # of residuals, for each layer
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A question with every blank filled in."""
+
+    config: RunConfig
+    plan: Plan
+    budget: Budget
+
+
+def settle(ask: Ask, store: Store) -> Settled:
+    """Fill in what was left open, from what the store holds."""
+    data = with_pool(ask.stream(), store.manifest)
+    plan = make_plan(data, store)
+    budget = settle_budget(ask.length(), plan, store.url)
+    course = replace(ask.length(), tokens=budget.tokens)
+    members = ask.members(limits_for(store.manifest, budget))
+    return Settled(RunConfig(data, course, members), plan, budget)
+
+
+def settle_again(config: RunConfig, steps: int, store: Store) -> Settled:
+    """The same for a run that was begun before."""
+    plan = make_plan(config.data, store)
+    return Settled(config, plan, Budget(steps, steps * config.data.batch_tokens, 0.0, ""))
+
+
+@contextmanager
+def begun(
+    settled: Settled, store: Store, out: str, name: str | None, group: Group, device: torch.device, console: Console
+) -> Iterator[Run]:
+    """A new run, from step 0."""
+    stats = check(settled, store, group, device)
+    path = str(RunFolder.create(out, name).path) if group.rank == 0 else ""
+    folder = RunFolder.at(group.text(path))
+    described = describe(settled, store)
+    if group.rank == 0:
+        folder.write_config(described)
+    with _assembled(settled, store, folder, stats, group, device, console, described, None) as run:
+        yield run
+
+
+@contextmanager
+def resumed(folder: RunFolder, store: Store, group: Group, device: torch.device, console: Console) -> Iterator[Run]:
+    """A run from its last whole checkpoint."""
+    described = folder.read_config()
+    config = read_run_config(described, str(folder.path / "config.json"))
+    if folder.is_finished:
+        raise RunFinished(f"{folder.path} is finished: nothing to resume. Evaluate it with: sae-eval {folder.name}")
+    settled = settle_again(config, _total_steps(described, folder), store)
+    stats = check(settled, store, group, device)
+    found = load_checkpoint(folder.checkpoints)
+    if group.rank == 0:
+        _report_checkpoint(found, console)
+    with _assembled(settled, store, folder, stats, group, device, console, described, found) as run:
+        yield run
+
+
+def check(settled: Settled, store: Store, group: Group, device: torch.device) -> dict[int, Stats]:
+    """Everything that can be refused before anything is written; returns the statistics of each layer."""
+    members = settled.config.members
+    require_trackers(settled.config.course.trackers)
+    request = joint_request([member.config.request() for member in members], TRAIN)
+    validate_request(store.manifest, request)
+    store.spans(request)
+    manifest, plan = store.manifest, settled.plan
+    pools = 1 if plan.is_one_block else 2
+    element = 4 if manifest.model.dtype == "float32" else 2
+    window_bytes = manifest.context * manifest.model.d_model * element * len(request.layers)
+    shards = group.size if settled.config.course.shard_width else 1
+    pool_bytes = pools * plan.max_windows * window_bytes
+    require_room(members, manifest.model.d_model, plan.batch_tokens // group.size, pool_bytes, shards, device)
+    return {layer: _stats(store, layer) for layer in request.layers}
+
+
+def make_plan(data: DataConfig, store: Store) -> Plan:
+    assert data.pool_tokens is not None
+    sizes = measure_split(store, TRAIN)
+    return Plan(sizes, batch_tokens=data.batch_tokens, pool_tokens=data.pool_tokens, seed=data.seed)
+
+
+def with_pool(data: DataConfig, manifest: Manifest) -> DataConfig:
+    """The size of the pool spelled out. It hangs on the store alone, so that a fleet draws what each would alone."""
+    if data.pool_tokens is not None:
+        return data
+    return replace(data, pool_tokens=max(data.batch_tokens, POOL_BYTES // (2 * manifest.model.d_model)))
+
+
+def limits_for(manifest: Manifest, budget: Budget) -> dict[str, Any]:
+    """Defaults are never beyond these: papers' settings are for larger models and longer runs."""
+    d_model = manifest.model.d_model
+    active = max(1, d_model // 4)
+    return {
+        "width": 16 * d_model,
+        "k": active,
+        "target_l0": active,
+        "dead_after_tokens": max(1, budget.tokens // 10),
+    }
+
+
+def describe(settled: Settled, store: Store) -> dict[str, Any]:
+    """config.json."""
+    return {
+        "format": 1,
+        "cache": {"url": store.url, "cache_id": store.manifest.cache_id},
+        **settled.config.to_json(),
+        "total_steps": settled.budget.steps,
+        "provenance": provenance(),
+    }
+
+
+def cache_of(folder: RunFolder) -> tuple[str, str]:
+    """Address and cache id of the store that a run trains on."""
+    cache = folder.read_config().get("cache")
+    if not isinstance(cache, dict) or not {"url", "cache_id"} <= set(cache):
+        raise ConfigInvalid(f"{folder.path / 'config.json'} does not say which store the run trains on")
+    return cache["url"], cache["cache_id"]
+
+
+@contextmanager
+def _assembled(
+    settled: Settled,
+    store: Store,
+    folder: RunFolder,
+    stats: Mapping[int, Stats],
+    group: Group,
+    device: torch.device,
+    console: Console,
+    described: Mapping[str, Any],
+    found: Checkpoint | None,
+) -> Iterator[Run]:
+    """Put the parts together, in the state of a checkpoint if there is one; take them apart in the end."""
+    keep_large_blocks()
+    config, steps = settled.config, settled.budget.steps
+    shard = make_shard(device) if config.course.shard_width and group.size > 1 else None
+    fleet = Fleet(config.members, stats, steps, device, group, shard)
+    if found is not None:
+        fleet.load_state(found.tensors)
+    with ExitStack() as open_things:
+        feed = Feed(store, settled.plan, fleet.needs.values(), stats, device, group.rank, group.size)
+        open_things.callback(feed.close)
+        log, trackers, progress = _make_outlets(settled, folder, fleet, group, console, described, found)
+        watch = Watch(log, trackers, progress, feed, group, config.course.metrics_every_steps, steps)
+        open_things.callback(watch.close)
+        if found is not None:
+            watch.go_on(found.standing)
+        keeper = Keeper(folder.checkpoints, config.course, fleet, watch, group)
+        yield Run(folder, config, steps, store, stats, feed, fleet, watch, keeper, group, device)
+
+
+def _make_outlets(
+    settled: Settled,
+    folder: RunFolder,
+    fleet: Fleet,
+    group: Group,
+    console: Console,
+    described: Mapping[str, Any],
+    found: Checkpoint | None,
+) -> tuple[MetricsLog | None, Trackers, Progress]:
+    """Where a run tells of itself: only rank 0 has a voice. The log is cut back to the checkpoint."""
+    labels, steps = list(fleet.trainees), settled.budget.steps
+    if group.rank != 0:
+        return None, Trackers((), folder.path, {}), Progress(console, labels, steps, 0, is_quiet=True)
+    trackers = Trackers(settled.config.course.trackers, folder.path, described)
+    progress = Progress(console, labels, steps, fleet.steps_taken, is_quiet=False)
+    log = MetricsLog(folder.metrics)
+    log.cut(found.standing.metrics_bytes if found else 0)
+    return log, trackers, progress
+
+
+def _stats(store: Store, layer: int) -> Stats:
+    """A layer's statistics; values that are no finite numbers end here, with their shard."""
+    stats = stats_from_moments(store.moments(layer))
+    if bool(stats.scale.isfinite().all() and stats.mean.isfinite().all()):
+        return stats
+    shards = range(store.manifest.shards)
+    broken = [shard for shard in shards if not torch.tensor(store.shard_moments(layer, shard).mean).isfinite().all()]
+    raise ActivationsNotFinite(
+        f"{store.url}: activations of layer {layer} are not all finite numbers, in shard "
+        f"{', '.join(map(str, broken[:8])) or 'unknown'}. Harvest again in a dtype that can hold them, such as bfloat16"
+    )
+
+
+def _total_steps(described: Mapping[str, Any], folder: RunFolder) -> int:
+    steps = described.get("total_steps")
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigInvalid(f"{folder.path / 'config.json'}: expected total_steps of at least 1, found {steps!r}")
+    return steps
+
+
+def _report_checkpoint(found: Checkpoint | None, console: Console) -> None:
+    if found is None:
+        console.print("no checkpoint was written yet: beginning at step 0")
+        return
+    for complaint in found.complaints:
+        console.print(f"[yellow]a checkpoint is damaged and was passed over:[/] {complaint}")
+    console.print(f"going on after step {found.standing.step}")

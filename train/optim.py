@@ -1,0 +1,114 @@
+"""Adam with its settings, its state as plain named tensors.
+
+One fused call updates all parameters. The step count, the two moments and nothing else is state, so
+a checkpoint is a flat dictionary of tensors and a resumed run goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+from .errors import ConfigInvalid
+from .schedules import Decay, Product, Schedule, WarmUp
+from .shards import local, whole
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Settings of the optimiser and of its learning rate."""
+
+    lr: float | None = None
+    """Peak learning rate; None: the variant's own default, scaled by width where its paper does."""
+    warmup_steps: int = 1000
+    decay_fraction: float = 0.2
+    """Share of the run, at its end, over which the learning rate falls linearly to zero."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    """Largest norm of all gradients together; None leaves them as they are."""
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and not self.lr > 0:
+            raise ConfigInvalid(f"optim.lr: expected a positive number, found {self.lr}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigInvalid(f"optim.{name}: expected 0 <= {name} < 1, found {getattr(self, name)}")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ConfigInvalid(f"optim.decay_fraction: expected 0 to 1, found {self.decay_fraction}")
+
+    def schedule(self) -> Schedule:
+        """The learning rate of every step; `lr` must be set."""
+        assert self.lr is not None
+        return Product((WarmUp(self.lr, self.warmup_steps), Decay(self.decay_fraction)))
+
+
+class Adam:
+    """Adam over named parameters."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Optim) -> None:
+        self.parameters = dict(parameters)
+        self.settings = settings
+        self._first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self._second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self._steps = {name: torch.zeros((), device=p.device) for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor | None:
+        """Update every parameter that has a gradient; the norm of all gradients if it is clipped."""
+        moving = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
+        gradients = [_gradient(self.parameters[name]) for name in moving]
+        norm, divisor = self._clip(gradients)
+        tables = (self.parameters, self._first, self._second)
+        parameters, first, second = ([local(table[name]) for name in moving] for table in tables)
+        settings = self.settings
+        adam(
+            parameters,
+            [local(gradient) for gradient in gradients],
+            first,
+            second,
+            [],
+            [self._steps[name] for name in moving],
+            fused=True,
+            grad_scale=divisor,
+            amsgrad=False,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            lr=lr,
+            weight_decay=settings.weight_decay,
+            eps=settings.epsilon,
+            maximize=False,
+        )
+        return norm
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and step counts by name."""
+        state: dict[str, Tensor] = {}
+        for name in self.parameters:
+            state[f"{name}.first_moment"] = self._first[name]
+            state[f"{name}.second_moment"] = self._second[name]
+            state[f"{name}.steps"] = self._steps[name]
+        return state
+
+    def _clip(self, gradients: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients' norm, and what the fused update shall divide them by."""
+        if self.settings.clip_norm is None:
+            return None, None
+        norms = torch.stack([whole(torch.linalg.vector_norm(gradient)) for gradient in gradients])
+        norm = torch.linalg.vector_norm(norms)
+        return norm, (norm / self.settings.clip_norm).clamp_min(1.0)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

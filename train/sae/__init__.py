@@ -1,0 +1,1 @@
+"""The autoencoder: weights, gates, sparse kernels, and its form on disk."""

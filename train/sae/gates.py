@@ -1,0 +1,200 @@
+"""Gates: from pre-activations to activations.
+
+A gate does three things. `choose` picks the support of a training batch from dense pre-activations,
+without gradient. `open` turns the pre-activations at that support into activations, with gradient.
+`infer` is what the saved SAE computes: dense, row by row, without the batch. B rows, F latents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .codes import Codes
+from .kernels.select import marked, positive, support_topk, topk_batch
+from .kernels.support import Support, support_from_flat
+from .kernels.threshold import heaviside_ste, jump_ste
+from .side import Side
+
+FLOOR = 1e-4
+DENSE_SHARE = 0.06  # above this share of active entries the dense products are faster (measured)
+
+
+class Gate(nn.Module):
+    """What every gate offers."""
+
+    def choose(self, pre: Tensor, side: Side) -> Support | None:
+        raise NotImplementedError
+
+    def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
+        return pre.map(torch.relu)
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def observe(self, codes: Codes, side: Side) -> None:
+        """Update running statistics after a step; most gates have none."""
+
+
+class Relu(Gate):
+    """max(pre, 0)."""
+
+    def choose(self, pre: Tensor, side: Side) -> Support | None:
+        return positive(pre, DENSE_SHARE)
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        return pre.relu()
+
+
+class AnnealedRelu(Relu):
+    """max(pre, 0), with the running coefficient of a penalty whose exponent p changes.
+
+    When p changes after a step, the coefficient becomes what gives the same penalty on that batch.
+    """
+
+    penalty_scale: Tensor
+
+    def __init__(self, unit: float) -> None:
+        super().__init__()
+        self.unit = unit
+        self.register_buffer("penalty_scale", torch.ones(()))
+
+    def powers(self, codes: Codes, p: float) -> Tensor:
+        """Mean over rows of the sum of (activation / unit)^p over active latents."""
+        active = torch.where(codes.values > 0, codes.values / self.unit, 1.0)
+        # The derivative of x^p has no bound at zero; activations below FLOOR count linearly there.
+        powers = torch.where(active > FLOOR, active.clamp_min(FLOOR) ** p, active * FLOOR ** (p - 1.0))
+        return torch.where(codes.values > 0, powers, 0.0).sum() / codes.num_rows
+
+    @torch.no_grad()
+    def observe(self, codes: Codes, side: Side) -> None:
+        now, then = side.knob("p", 1.0), side.knob("next_p", 1.0)
+        if now != then:
+            old, new = (side.ranks.mean(self.powers(codes, p)) for p in (now, then))
+            self.penalty_scale *= torch.where(new > 0, old / new.clamp_min(1e-30), 1.0)
+
+
+class TopK(Gate):
+    """The k largest pre-activations of each row, then relu."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def choose(self, pre: Tensor, side: Side) -> Support:
+        return support_topk(pre, min(pre.shape[1], round(side.knob("k", self.k))))
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        values, latents = pre.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter_(-1, latents, values.relu())
+
+
+class BatchTopK(Gate):
+    """The k B largest of a batch of B rows; at inference all above a threshold learned on the way.
+
+    The threshold is the running mean of the smallest activation that the batch kept.
+    """
+
+    threshold: Tensor
+    threshold_steps: Tensor
+
+    def __init__(self, k: float, threshold_decay: float = 0.99) -> None:
+        super().__init__()
+        self.k = k
+        self.threshold_decay = threshold_decay
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64))
+
+    def choose(self, pre: Tensor, side: Side) -> Support:
+        # One rank may hold most of the largest of all ranks' rows, so each offers that many.
+        count = round(side.knob("k", self.k) * pre.shape[0] * side.ranks.size)
+        flat = topk_batch(pre, min(count, pre.numel()))
+        if side.ranks.size > 1:
+            flat = _keep_globally(pre, flat, count, side)
+        return support_from_flat(flat, pre.shape[0], pre.shape[1])
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        return torch.where(pre > self.threshold, pre, 0.0).relu()
+
+    @torch.no_grad()
+    def observe(self, codes: Codes, side: Side) -> None:
+        values = codes.values.detach()
+        smallest = torch.where(values > 0, values, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
+        smallest = side.ranks.gather(smallest.reshape(1)).amin()
+        if not torch.isfinite(smallest):
+            return
+        self.threshold_steps += 1
+        weight = max(1.0 - self.threshold_decay, 1.0 / float(self.threshold_steps))
+        self.threshold += weight * (smallest - self.threshold)
+
+
+class JumpRelu(Gate):
+    """pre where pre > threshold, else 0; the threshold learns through straight-through windows.
+
+    Threshold and bandwidth are given, and learned, in multiples of `unit`.
+    """
+
+    def __init__(self, num_latents: int, threshold: float, bandwidth: float, unit: float = 1.0) -> None:
+        super().__init__()
+        self.raw_threshold = nn.Parameter(torch.full((num_latents,), threshold))
+        self.bandwidth = bandwidth
+        self.unit = unit
+
+    @property
+    def threshold(self) -> Tensor:
+        return self.raw_threshold * self.unit
+
+    def choose(self, pre: Tensor, side: Side) -> Support | None:
+        # Entries just below the threshold have a derivative too, so they belong to the support.
+        lowest = self.threshold.detach() - 0.5 * self._window(side)
+        return marked(pre > lowest, DENSE_SHARE)
+
+    def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
+        theta = pre.per_latent(self.threshold)
+        return pre.with_values(jump_ste(pre.values, theta, self._window(side)))
+
+    def count(self, codes: Codes, side: Side) -> Tensor:
+        """Mean number of active latents in a row, with straight-through gradient to the threshold."""
+        assert codes.pre is not None
+        theta = codes.per_latent(self.threshold)
+        return heaviside_ste(codes.pre, theta, self._window(side)).sum() / codes.num_rows
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        return torch.where(pre > self.threshold, pre, 0.0).relu()
+
+    def _window(self, side: Side) -> float:
+        return side.knob("bandwidth", self.bandwidth) * self.unit
+
+
+class Gated(Gate):
+    """A gate pre > 0 decides whether, a rescaled magnitude decides how much.
+
+    The encoder bias is the gate's; the magnitude shares the encoder's directions.
+    """
+
+    def __init__(self, num_latents: int) -> None:
+        super().__init__()
+        self.r_mag = nn.Parameter(torch.zeros(num_latents))
+        self.b_mag = nn.Parameter(torch.zeros(num_latents))
+
+    def choose(self, pre: Tensor, side: Side) -> Support | None:
+        return positive(pre, DENSE_SHARE)
+
+    def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
+        projected = pre.values - pre.per_latent(b_enc)
+        magnitude = projected * pre.per_latent(self.r_mag.exp()) + pre.per_latent(self.b_mag)
+        return pre.with_values(torch.where(pre.values > 0, magnitude.relu(), 0.0))
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        magnitude = (pre - b_enc) * self.r_mag.exp() + self.b_mag
+        return torch.where(pre > 0, magnitude.relu(), 0.0)
+
+
+def _keep_globally(pre: Tensor, flat: Tensor, count: int, side: Side) -> Tensor:
+    """Of this rank's candidates, those among the `count` largest of all ranks."""
+    values = pre.view(-1)[flat]
+    everyone = side.ranks.gather(values)
+    if everyone.numel() <= count:
+        return flat
+    lowest = everyone.topk(count, sorted=False).values.amin()
+    return flat[values >= lowest]

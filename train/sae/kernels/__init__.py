@@ -1,0 +1,1 @@
+"""Sparse products with gradients, and what they are made of."""

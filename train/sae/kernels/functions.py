@@ -1,0 +1,174 @@
+"""The sparse products with gradients.
+
+1. `affine`: pre = x W_enc^T + b_enc at the pairs of a support; the choice of pairs has no gradient.
+2. `decode_at`: x_hat = f W_dec for values f at the support.
+3. `spread_latents`, `spread_rows`: a per-latent or per-row vector read at the support.
+4. `squared_error`: mean over rows of ||residual||^2, one pass each way.
+
+Every backward costs k / F of the dense one. Gradients equal autograd's on the dense formula.
+"""
+
+# pyright: reportIncompatibleMethodOverride=false
+# (`once_differentiable` makes ctx positional, which the stub of Function.backward does not foresee)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .products import column_sum, decode_sum, latent_sum, pair_dots, row_sum, weight_sum
+from .support import Support
+
+
+class _AffineAt(torch.autograd.Function):
+    """values[n] = <x[row n], W[latent n]> + b[latent n], where x was centred by `center`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BD: Tensor,
+        center_D: Tensor | None,
+        W_FD: Tensor,
+        b_F: Tensor,
+        support: Support,
+        known: Tensor | None,
+    ) -> Tensor:
+        ctx.support = support
+        ctx.save_for_backward(x_BD, W_FD)
+        if known is not None:
+            return known
+        return pair_dots(support, x_BD, W_FD).add_(b_F[support.latents])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        x_BD, W_FD = ctx.saved_tensors
+        need_x, need_center, need_W = ctx.needs_input_grad[:3]
+        grad_x = decode_sum(ctx.support, grad_N, W_FD) if need_x else None
+        grad_W = weight_sum(ctx.support, grad_N, x_BD) if need_W else None
+        grad_b = latent_sum(ctx.support, grad_N)
+        # Summed over rows before the product: one vector times W instead of a bag sum.
+        grad_center = -(grad_b @ W_FD) if need_center else None
+        return grad_x, grad_center, grad_W, grad_b, None, None
+
+
+class _AffineDense(torch.autograd.Function):
+    """x W^T + b everywhere, where x was centred by `center` and the result may be known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BD: Tensor, center_D: Tensor | None, W_FD: Tensor, b_F: Tensor, known: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x_BD, W_FD)
+        return torch.nn.functional.linear(x_BD, W_FD, b_F) if known is None else known
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Tensor | None, ...]:
+        x_BD, W_FD = ctx.saved_tensors
+        need_x, need_center, need_W = ctx.needs_input_grad[:3]
+        grad_x = grad_BF @ W_FD if need_x else None
+        grad_W = grad_BF.t() @ x_BD if need_W else None
+        grad_b = grad_BF.sum(0)
+        grad_center = -(grad_b @ W_FD) if need_center else None
+        return grad_x, grad_center, grad_W, grad_b, None
+
+
+class _DecodeAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, W_FD: Tensor, b_D: Tensor | None, support: Support) -> Tensor:
+        ctx.support = support
+        ctx.save_for_backward(values_N, W_FD)
+        decoded = decode_sum(support, values_N, W_FD)
+        return decoded if b_D is None else decoded.add_(b_D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
+        values_N, W_FD = ctx.saved_tensors
+        grad_BD = grad_BD.contiguous()
+        need_values, need_W, need_b = ctx.needs_input_grad[:3]
+        grad_values = pair_dots(ctx.support, grad_BD, W_FD) if need_values else None
+        grad_W = weight_sum(ctx.support, values_N, grad_BD) if need_W else None
+        grad_b = column_sum(grad_BD) if need_b else None
+        return grad_values, grad_W, grad_b, None
+
+
+class _SpreadLatents(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vector_F: Tensor, support: Support) -> Tensor:
+        ctx.support = support
+        return vector_F[support.latents]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
+        return latent_sum(ctx.support, grad_N), None
+
+
+class _SpreadRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vector_B: Tensor, support: Support) -> Tensor:
+        ctx.support = support
+        return vector_B[support.rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
+        return row_sum(ctx.support, grad_N), None
+
+
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_hat_BD: Tensor, residual_BD: Tensor) -> Tensor:
+        ctx.save_for_backward(residual_BD)
+        flat = residual_BD.reshape(-1)
+        return torch.dot(flat, flat) / residual_BD.shape[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (residual_BD,) = ctx.saved_tensors
+        return residual_BD * (grad * (-2.0 / residual_BD.shape[0])), None
+
+
+def affine(
+    x: Tensor, center: Tensor | None, W: Tensor, b: Tensor, support: Support | None, known: Tensor | None = None
+) -> Tensor:
+    """Pre-activations x W^T + b at the support, or everywhere without one.
+
+    x is centred already; `center` only receives the gradient that x would pass on to it. `known` are
+    the resulting values where a caller has them in full precision.
+    """
+    if support is None:
+        dense: Tensor = _AffineDense.apply(x, center, W, b, known)
+        return dense
+    sparse: Tensor = _AffineAt.apply(x, center, W, b, support, known)
+    return sparse
+
+
+def decode_at(values: Tensor, W: Tensor, b: Tensor | None, support: Support) -> Tensor:
+    """Sum of decoder rows weighted by `values` [N], plus a bias: [B, D]."""
+    result: Tensor = _DecodeAt.apply(values, W, b, support)
+    return result
+
+
+def spread_latents(vector: Tensor, support: Support) -> Tensor:
+    """vector[latent] for every pair of the support: [N]."""
+    result: Tensor = _SpreadLatents.apply(vector, support)
+    return result
+
+
+def spread_rows(vector: Tensor, support: Support) -> Tensor:
+    """vector[row] for every pair of the support: [N]."""
+    result: Tensor = _SpreadRows.apply(vector, support)
+    return result
+
+
+def squared_error(x_hat: Tensor, residual: Tensor) -> Tensor:
+    """Mean over rows of ||residual||^2, where `residual` = target - x_hat is known and the target constant."""
+    result: Tensor = _SquaredError.apply(x_hat, residual.detach())
+    return result

@@ -1,0 +1,81 @@
+"""Squared errors of nested prefixes of a dictionary, with gradients, in one pass over the codes.
+
+B rows, D width, M prefixes, N entries. The support is reordered to (prefix, row): its bag sums are
+the M contributions [M, B, D], and running differences turn them into residuals in place. Group by
+group the gradients gather from one [B, D] slice, which stays in cache.
+"""
+
+# pyright: reportIncompatibleMethodOverride=false
+# (`once_differentiable` makes ctx positional, which the stub of Function.backward does not foresee)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..codes import Codes
+from .products import column_sum, decode_sum, pair_dots, weight_sum
+from .support import Support, starts
+
+
+class _NestedErrors(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values_N: Tensor, W_FD: Tensor, b_D: Tensor, target_BD: Tensor, support: Support, prefixes: int
+    ) -> tuple[Tensor, Tensor]:
+        rows, width = target_BD.shape
+        residuals = decode_sum(support, values_N, W_FD).view(prefixes, rows, width)
+        torch.sub(target_BD - b_D, residuals[0], out=residuals[0])
+        for prefix in range(1, prefixes):
+            torch.sub(residuals[prefix - 1], residuals[prefix], out=residuals[prefix])
+        flat = residuals.view(prefixes, -1)
+        errors = torch.stack([torch.dot(row, row) for row in flat]) / rows
+        ctx.support = support
+        ctx.save_for_backward(values_N, W_FD, residuals)
+        ctx.mark_non_differentiable(last := residuals[-1])
+        return errors, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_M: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        values_N, W_FD, residuals = ctx.saved_tensors
+        prefixes, rows, width = residuals.shape
+        scale = grad_M * (-2.0 / rows)
+        grads = torch.empty_like(residuals)
+        torch.mul(residuals[-1], scale[-1], out=grads[-1])
+        for prefix in range(prefixes - 2, -1, -1):
+            torch.mul(residuals[prefix], scale[prefix], out=grads[prefix]).add_(grads[prefix + 1])
+        table = grads.view(prefixes * rows, width)
+        grad_values = pair_dots(ctx.support, table, W_FD)
+        return grad_values, weight_sum(ctx.support, values_N, table), column_sum(grads[0]), None, None, None
+
+
+def nested_errors(codes: Codes, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean over rows of the squared error of each prefix [M], and the residual of the last [B, D]."""
+    if codes.support is None:
+        return _dense_errors(codes.values, W, b, target, widths)
+    order, grouped = _by_prefix(codes.support, widths)
+    errors, residual = _NestedErrors.apply(codes.values[order], W, b, target, grouped, len(widths))
+    return errors, residual
+
+
+def _dense_errors(acts: Tensor, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    residual, start, errors = target - b, 0, []
+    for stop in widths:
+        residual = residual - acts[:, start:stop] @ W[start:stop]
+        errors.append(residual.square().sum() / residual.shape[0])
+        start = stop
+    return torch.stack(errors), residual.detach()
+
+
+def _by_prefix(support: Support, widths: tuple[int, ...]) -> tuple[Tensor, Support]:
+    """The support in order of (prefix, row), and where each of its entries stood."""
+    last = torch.tensor(widths, dtype=torch.int32, device=support.latents.device)
+    prefix = torch.bucketize(support.latents, last, right=True)
+    group = prefix * support.num_rows + support.rows
+    order = torch.argsort(group, stable=True)
+    offsets = starts(torch.bincount(group, minlength=len(widths) * support.num_rows))
+    return order, Support(offsets, support.latents[order], support.num_latents)

@@ -1,0 +1,70 @@
+"""Which latents are active for which row of a batch, in compressed-row form.
+
+B rows (tokens), F latents, N entries. Row b owns entries offsets[b] to offsets[b + 1]. Indices are
+int32, the type of the fast CPU paths. The same support turned on its side (latents as rows) is what
+the weight gradients need; it is computed once, when first asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """N active (row, latent) pairs."""
+
+    offsets: Tensor  # int32 [B + 1]
+    latents: Tensor  # int32 [N]
+    num_latents: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.offsets.numel() - 1
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int32 [N], the row of each entry."""
+        rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.offsets.device)
+        return rows.repeat_interleave(self.offsets.diff(), output_size=self.latents.numel())
+
+    @cached_property
+    def by_latent(self) -> Transposed:
+        """The same pairs ordered by latent, then by row."""
+        order = torch.argsort(self.latents, stable=True)
+        counts = torch.bincount(self.latents, minlength=self.num_latents)
+        return Transposed(starts(counts), self.rows[order], self.latents[order], order)
+
+
+@dataclass(frozen=True, eq=False)
+class Transposed:
+    """A support read latent by latent."""
+
+    offsets: Tensor  # int32 [F + 1]
+    rows: Tensor  # int32 [N]
+    latents: Tensor  # int32 [N], rising
+    order: Tensor  # int64 [N], where each of these entries stands in the support
+
+
+def support_from_topk(latents: Tensor, num_latents: int) -> Support:
+    """Support of `latents` [B, k], the same number of entries in every row."""
+    rows, k = latents.shape
+    offsets = torch.arange(0, rows * k + 1, k, dtype=torch.int32, device=latents.device)
+    return Support(offsets, latents.reshape(-1).to(torch.int32), num_latents)
+
+
+def support_from_flat(flat: Tensor, rows: int, num_latents: int) -> Support:
+    """Support of increasing positions `flat` int64 [N] in a row-major [rows, num_latents] table."""
+    row = torch.div(flat, num_latents, rounding_mode="floor")
+    latents = (flat - row * num_latents).to(torch.int32)
+    return Support(starts(torch.bincount(row, minlength=rows)), latents, num_latents)
+
+
+def starts(counts: Tensor) -> Tensor:
+    starts = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
+    return starts

@@ -1,0 +1,119 @@
+"""The sparse autoencoder: an affine encoder, a gate, a linear decoder.
+
+B rows, D_in and D_out widths (equal unless a transcoder), F latents. Both weight tables are [F, D],
+row-major: the sparse products read and write whole latent rows.
+
+Training (`codes`), in four steps:
+1. one dense product gives the pre-activations, without gradient; in bfloat16 where that is asked for
+   and the hardware has it;
+2. the gate chooses the support;
+3. pre-activations at the support are computed anew in float32 when the product was not, with gradient;
+4. the gate opens them.
+Inference (`encode`) is dense and float32 throughout.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .codes import Codes
+from .gates import Gate
+from .kernels.functions import affine
+from .kernels.hardware import has_fast_bfloat16
+from .kernels.support import Support
+from .side import NO_SIDE, Side
+
+EncoderProduct = Literal["float32", "bfloat16"]
+
+
+class SparseAutoencoder(nn.Module):
+    """x -> gate((x - b_dec) W_enc^T + b_enc) -> codes W_dec + b_dec."""
+
+    def __init__(
+        self,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        gate: Gate,
+        b_dec: Tensor | None = None,
+        b_enc: Tensor | None = None,
+        centres_input: bool = True,
+        encoder_product: EncoderProduct = "float32",
+    ) -> None:
+        super().__init__()
+        self.W_enc = nn.Parameter(W_enc)
+        self.b_enc = nn.Parameter(W_enc.new_zeros(W_enc.shape[0]) if b_enc is None else b_enc)
+        self.W_dec = nn.Parameter(W_dec)
+        self.b_dec = nn.Parameter(W_dec.new_zeros(W_dec.shape[1]) if b_dec is None else b_dec)
+        self.gate = gate
+        self.centres_input = centres_input
+        self.encoder_product: EncoderProduct = encoder_product
+        self.metadata: dict[str, Any] = {}  # where a loaded SAE belongs
+
+    @property
+    def num_latents(self) -> int:
+        return self.W_dec.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.W_dec.shape[1]
+
+    def centred(self, x: Tensor) -> Tensor:
+        """The encoder's input."""
+        return x - self.b_dec if self.centres_input else x
+
+    def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
+        """Activations of a training batch [B, D_in], sparse where that pays."""
+        center = self.b_dec if self.centres_input else None
+        with torch.no_grad():
+            x_centred = self.centred(x)
+            pre_all = self._all_pre(x_centred)
+            support = self.gate.choose(pre_all, side)
+            known = self._known(pre_all, support)
+        if x.requires_grad:
+            x_centred, center = self.centred(x), None
+        pre_values = affine(x_centred, center, self.W_enc, self.b_enc, support, known)
+        pre = Codes(pre_values, support, x.shape[0], self.num_latents, pre=pre_values)
+        return self.gate.open(pre, self.b_enc, side)
+
+    def reconstruct(self, codes: Codes, side: Side = NO_SIDE) -> Tensor:
+        """x_hat of codes: [B, D_out]."""
+        return codes.decode(self.W_dec, self.b_dec)
+
+    def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
+        """Activations [..., F] as the saved SAE computes them."""
+        return self.gate.infer(functional.linear(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
+
+    def decode(self, acts: Tensor) -> Tensor:
+        """x_hat of dense activations [..., F]."""
+        return acts @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+    def _all_pre(self, x_centred: Tensor) -> Tensor:
+        if self.encoder_product == "float32" or not has_fast_bfloat16(x_centred.device.type):
+            return functional.linear(x_centred, self.W_enc, self.b_enc)
+        low = torch.bfloat16
+        return functional.linear(x_centred.to(low), self.W_enc.to(low), self.b_enc.to(low))
+
+    def _known(self, pre_all: Tensor, support: Support | None) -> Tensor | None:
+        if pre_all.dtype != self.W_enc.dtype:
+            return None
+        if support is None:
+            return pre_all
+        return pre_all.view(-1)[support.rows.long() * self.num_latents + support.latents]
+
+
+def tied_weights(num_latents: int, d_in: int, generator: torch.Generator, norm: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Encoder and decoder that start equal, with random rows of length `norm`."""
+    rows = torch.randn(num_latents, d_in, generator=generator)
+    W_dec = norm * functional.normalize(rows, dim=1)
+    return W_dec.clone(), W_dec

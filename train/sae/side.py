@@ -1,0 +1,46 @@
+"""Side inputs: what an SAE may read besides the activations, by name.
+
+Tokens, positions, windows or attention of the batch, and the knobs: scheduled values that are no loss
+weight (k, sharpness, bandwidth, temperature). Reading what was not requested is an error, so that a
+variant cannot lean on an input that it would lack at inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import SideInputMissing
+from ..ranks import Alone, Ranks
+
+
+class Side:
+    """Named side inputs and knobs of one batch."""
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        knobs: Mapping[str, float] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._inputs = dict(inputs or {})
+        self.knobs = dict(knobs or {})
+        self.ranks: Ranks = ranks or Alone()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._inputs:
+            raise SideInputMissing(
+                f"expected a side input {name!r}, found {sorted(self._inputs)}; "
+                "name it in the variant's request(), or pass it to encode()"
+            )
+        return self._inputs[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._inputs
+
+    def knob(self, name: str, default: float) -> float:
+        """The knob's value at this step; `default` where no schedule moves it."""
+        return self.knobs.get(name, default)
+
+
+NO_SIDE = Side()

@@ -1,0 +1,118 @@
+"""Schedules: pure functions (step, total_steps) -> float, written as frozen records.
+
+A schedule keeps no state, so there is none to save: step s of a resumed run sees what step s of an
+uninterrupted run sees. `step` counts from 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Schedule(Protocol):
+    """A value for every step of a run."""
+
+    def __call__(self, step: int, total_steps: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """From `start` to `end` between two fractions of the run, flat before and after; `power` bends it."""
+
+    start: float
+    end: float
+    begin_fraction: float = 0.0
+    end_fraction: float = 1.0
+    power: float = 1.0
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        span = (self.end_fraction - self.begin_fraction) * total_steps
+        done = _clip01((step - self.begin_fraction * total_steps) / span) if span > 0 else 1.0
+        return self.start + (self.end - self.start) * done**self.power
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """From near zero to `value` over `steps` steps, never longer than `max_fraction` of the run."""
+
+    value: float
+    steps: int
+    max_fraction: float = 0.1
+    power: float = 1.0
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        steps = min(self.steps, int(self.max_fraction * total_steps))
+        return self.value if step >= steps else self.value * ((step + 1) / (steps + 1)) ** self.power
+
+
+@dataclass(frozen=True)
+class Decay:
+    """1 until the last `fraction` of the run, then linearly to `floor` at its end."""
+
+    fraction: float
+    floor: float = 0.0
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        start = (1.0 - self.fraction) * total_steps
+        if step < start or self.fraction == 0.0:
+            return 1.0
+        return 1.0 - (1.0 - self.floor) * _clip01((step - start) / (total_steps - start))
+
+
+@dataclass(frozen=True)
+class ExponentialApproach:
+    """floor + (start - floor) exp(-step / steps)."""
+
+    start: float
+    floor: float
+    steps: float
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return self.floor + (self.start - self.floor) * math.exp(-step / self.steps)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """From `start` to `end` along half a cosine over the whole run."""
+
+    start: float
+    end: float
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        done = _clip01(step / total_steps)
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Product:
+    """The product of several schedules."""
+
+    factors: tuple[Schedule, ...]
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return math.prod(factor(step, total_steps) for factor in self.factors)
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What another schedule says some steps later."""
+
+    schedule: Schedule
+    steps: int
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return self.schedule(step + self.steps, total_steps)
+
+
+def _clip01(value: float) -> float:
+    return min(1.0, max(0.0, value))

@@ -1,0 +1,212 @@
+"""One training step of one SAE, and all the state that it leaves behind.
+
+1. Knobs and weights of this step from their schedules; the view of the batch.
+2. Every term, weighted and summed; a loss that is no finite number stops here.
+3. Backward; gradients averaged over ranks; constraints; Adam; constraints.
+4. Running statistics of the gate, firing counters, step count.
+
+Nothing here knows a variant by name, and no step reads a global random state: an SAE in a fleet
+trains to the bits it would have alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .compose import Assembly, Term
+from .errors import NonFiniteLoss, StateInvalid
+from .latents import LatentCounters
+from .optim import Adam
+from .ranks import Alone, Ranks
+from .sae.model import SparseAutoencoder
+from .shards import Shard, assign, on_host
+from .view import Batch, View
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What one step tells. Tensors have no dimensions; `scalars` brings them to the host at once."""
+
+    step: int
+    tokens: int
+    lr: float
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    knobs: Mapping[str, float]
+    l0: Tensor
+    explained_variance: Tensor
+    dead_share: Tensor
+    grad_norm: Tensor | None
+
+    def scalars(self) -> dict[str, float]:
+        """Flat names and numbers, for a log."""
+        values = {"loss": self.loss, "l0": self.l0, "explained_variance": self.explained_variance}
+        values |= {"dead_share": self.dead_share} | {f"loss/{name}": value for name, value in self.terms.items()}
+        if self.grad_norm is not None:
+            values["grad_norm"] = self.grad_norm
+        numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
+        named = dict(zip(values, numbers, strict=True))
+        named |= {f"weight/{name}": weight for name, weight in self.weights.items()}
+        return named | {f"knob/{name}": knob for name, knob in self.knobs.items()} | {"lr": self.lr}
+
+
+class Losses(nn.Module):
+    """All terms and their weighted sum. A module, so that sharded weights are whole while it runs."""
+
+    def __init__(self, sae: SparseAutoencoder, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.sae = sae
+        self._terms = tuple(terms)
+
+    def forward(self, view: View, weights: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        # A term of weight zero is not computed: it costs nothing and draws no random numbers.
+        losses = {term.name: term.fn(view) for term in self._terms if weights[term.name] != 0.0}
+        return torch.stack([weights[name] * value for name, value in losses.items()]).sum(), losses
+
+
+class Trainee:
+    """An SAE in training."""
+
+    def __init__(
+        self,
+        name: str,
+        assembly: Assembly,
+        total_steps: int,
+        device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
+        shard: Shard | None = None,
+    ) -> None:
+        self.name = name
+        self.assembly = assembly
+        self.total_steps = total_steps
+        self.device = torch.device(device)
+        self.ranks: Ranks = ranks or Alone()
+        self.sae = assembly.sae
+        self._losses = Losses(self.sae, assembly.terms)
+        self._is_sharded = shard is not None
+        if shard is not None:
+            shard(self._losses)
+        self.sae.to(self.device)
+        self.optimiser = Adam(dict(self.sae.named_parameters()), assembly.optim)
+        self.counters = LatentCounters(self.sae.num_latents, self.device)
+        self.step_index = 0
+        self._lr = assembly.optim.schedule()
+
+    def step(self, batch: Batch) -> Report:
+        """Train on one batch."""
+        view = self._view(batch)
+        weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
+        loss, losses = self._losses(view, weights)
+        self._require_finite(loss, losses)
+        report = self._report(view, loss, losses, weights)
+        loss.backward()
+        grad_norm = self._update(report.lr)
+        self._observe(view)
+        self.step_index += 1
+        return replace(report, grad_norm=grad_norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a bit-exact continuation needs, as flat named tensors; all ranks of a sharded one must ask."""
+        return {name: on_host(tensor) for name, tensor in self._own_state().items()}
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Sharded weights are whole inside, for all ranks that enter together."""
+        if self._is_sharded:
+            cast(Any, self._losses).unshard()
+        yield
+        if self._is_sharded:
+            cast(Any, self._losses).reshard()
+
+    def _own_state(self) -> dict[str, Tensor]:
+        state = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        state |= {f"adam.{name}": tensor for name, tensor in self.optimiser.state().items()}
+        state |= {f"latents.{name}": tensor for name, tensor in self.counters.state().items()}
+        state["generator"] = self.assembly.generator.get_state()
+        state["step"] = torch.tensor(self.step_index)
+        return {name: tensor.detach() for name, tensor in state.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state()` returned."""
+        own = self._own_state()
+        problems = [f"{name} is missing" for name in own.keys() - state.keys()]
+        problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
+        problems += [
+            f"{name}: expected shape {tuple(own[name].shape)}, found {tuple(state[name].shape)}"
+            for name in own.keys() & state.keys()
+            if own[name].shape != state[name].shape
+        ]
+        if problems:
+            raise StateInvalid(f"{self.name}: the saved state does not fit: {'; '.join(sorted(problems))}")
+        for name, tensor in own.items():
+            assign(tensor, state[name])
+        self.assembly.generator.set_state(state["generator"].cpu())
+        self.step_index = int(state["step"])
+
+    def _view(self, batch: Batch) -> View:
+        assembly = self.assembly
+        return View(
+            x=batch.x,
+            target=batch.x if batch.target is None else batch.target,
+            side=assembly.side(batch.side, self.step_index, self.total_steps, self.ranks),
+            sae=self.sae,
+            dead=self.counters.dead(assembly.dead_after_tokens),
+            stats=assembly.target_stats,
+            generator=assembly.generator,
+        )
+
+    def _require_finite(self, loss: Tensor, losses: Mapping[str, Tensor]) -> None:
+        if not math.isfinite(float(loss.detach())):
+            raise NonFiniteLoss(self.step_index, {name: float(value.detach()) for name, value in losses.items()})
+
+    def _update(self, lr: float) -> Tensor | None:
+        if self.ranks.size > 1 and not self._is_sharded:  # gradients of shards are averaged on their way
+            for parameter in self.optimiser.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad = self.ranks.mean(parameter.grad)
+        for constraint in self.assembly.constraints:
+            constraint.before_step(self.sae)
+        grad_norm = self.optimiser.step(lr)
+        self.optimiser.zero_grad()
+        for constraint in self.assembly.constraints:
+            constraint.after_step(self.sae)
+        return grad_norm
+
+    @torch.no_grad()
+    def _report(
+        self,
+        view: View,
+        loss: Tensor,
+        losses: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+    ) -> Report:
+        residual = view.residual.reshape(-1)
+        error = torch.dot(residual, residual) / view.x.shape[0]
+        return Report(
+            step=self.step_index,
+            tokens=view.x.shape[0] * self.ranks.size,
+            lr=self._lr(self.step_index, self.total_steps),
+            loss=loss.detach(),
+            terms={name: value.detach() for name, value in losses.items()},
+            weights=weights,
+            knobs=view.side.knobs,
+            l0=view.codes.l0,
+            explained_variance=1.0 - error / view.stats.variance,
+            dead_share=view.dead.double().mean(),
+            grad_norm=None,
+        )
+
+    @torch.no_grad()
+    def _observe(self, view: View) -> None:
+        self.sae.gate.observe(view.codes, view.side)
+        fired = self.ranks.sum(view.codes.fired)
+        self.counters.update(fired, view.x.shape[0] * self.ranks.size)

@@ -1,0 +1,55 @@
+"""Gated (Rajamanoharan et al. 2024): one path decides which latents fire, another how strongly.
+
+The L1 penalty and a reconstruction through a frozen decoder train the gate path; the magnitude path
+sees the reconstruction alone, so it does not shrink.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..build import DecoderBias, assemble, require, seeded, stats_or_unit, tied_sae, with_lr
+from ..compose import Assembly, Needs, Term
+from ..constraints import UnitDecoder
+from ..losses.auxk import AuxK
+from ..losses.reconstruction import reconstruction, reconstruction_by_gate
+from ..losses.sparsity import gate_l1
+from ..optim import Optim
+from ..sae.gates import Gated
+from ..sae.model import EncoderProduct
+from ..sae.scaling import Stats
+from ..schedules import Constant, Ramp
+
+
+@dataclass(frozen=True)
+class Config:
+    layer: int = 19
+    width: int = 16384
+    seed: int = 0
+    penalty: float = 0.04
+    penalty_warmup_fraction: float = 0.05
+    """Share of the run over which the penalty rises from zero."""
+    aux_weight: float = 1 / 32
+    aux_k: int | None = None
+    """Dead latents that each token may use; None: half of the residual width."""
+    dead_after_tokens: int = 10_000_000
+    decoder_bias: DecoderBias = "mean"
+    encoder_product: EncoderProduct = "float32"
+    optim: Optim = field(default_factory=lambda: Optim(beta1=0.0))
+
+    def request(self) -> Needs:
+        return Needs(inputs=(self.layer,))
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        require(self.penalty >= 0, f"penalty: expected 0 or more, found {self.penalty}")
+        stats = stats_or_unit(stats, d_model)
+        generator = seeded(self.seed)
+        sae = tied_sae(self.width, stats, Gated(self.width), generator, self.decoder_bias, self.encoder_product)
+        terms = (
+            Term("reconstruction", reconstruction, Constant(1.0)),
+            Term("gate_reconstruction", reconstruction_by_gate, Constant(1.0)),
+            Term("gate_l1", gate_l1, Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)),
+            Term("aux", AuxK(self.aux_k or d_model // 2, rectified=False), Constant(self.aux_weight)),
+        )
+        optim = with_lr(self.optim, 5e-5)
+        return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens)

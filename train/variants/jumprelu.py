@@ -1,0 +1,59 @@
+"""JumpReLU (Rajamanoharan et al. 2024): a learned threshold, trained straight through to a target L0.
+
+Thresholds and bandwidth are in units of the mean norm of the activations, as published; Adam steps
+them in those units too, or they would hardly move from where they start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..build import DecoderBias, assemble, require, require_sparsity, seeded, stats_or_unit, tied_sae, with_lr
+from ..compose import Assembly, Needs, Term
+from ..constraints import NonNegativeThreshold, UnitDecoder
+from ..losses.reconstruction import reconstruction
+from ..losses.sparsity import DeadPreActivation, TargetL0
+from ..optim import Optim
+from ..sae.gates import JumpRelu
+from ..sae.model import EncoderProduct
+from ..sae.scaling import Stats
+from ..schedules import Constant, Ramp
+
+
+@dataclass(frozen=True)
+class Config:
+    layer: int = 19
+    width: int = 16384
+    target_l0: float = 64.0
+    seed: int = 0
+    penalty: float = 1.0
+    penalty_warmup_fraction: float = 0.1
+    """Share of the run over which the penalty rises from zero."""
+    initial_threshold: float = 0.001
+    bandwidth: float = 0.001
+    dead_penalty: float = 3e-6
+    """Weight of how far the dead latents' pre-activations are below their thresholds."""
+    dead_after_tokens: int = 10_000_000
+    decoder_bias: DecoderBias = "mean"
+    encoder_product: EncoderProduct = "float32"
+    optim: Optim = field(default_factory=lambda: Optim(beta1=0.0))
+
+    def request(self) -> Needs:
+        return Needs(inputs=(self.layer,))
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        require_sparsity(self.target_l0, self.width)
+        require(self.bandwidth > 0, f"bandwidth: expected a positive number, found {self.bandwidth}")
+        stats = stats_or_unit(stats, d_model)
+        generator = seeded(self.seed)
+        gate = JumpRelu(self.width, self.initial_threshold, self.bandwidth, unit=d_model**0.5)
+        sae = tied_sae(self.width, stats, gate, generator, self.decoder_bias, self.encoder_product)
+        penalty = Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)
+        terms = (
+            Term("reconstruction", reconstruction, Constant(1.0)),
+            Term("l0", TargetL0(self.target_l0), penalty),
+            Term("dead", DeadPreActivation(), Constant(self.dead_penalty)),
+        )
+        constraints = (UnitDecoder(), NonNegativeThreshold())
+        optim = with_lr(self.optim, 7e-5)
+        return assemble(sae, stats, generator, optim, terms, constraints, self.dead_after_tokens)

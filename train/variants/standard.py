@@ -1,0 +1,54 @@
+"""Standard (Bricken et al. 2023): ReLU and an L1 penalty, decoder rows of length one.
+
+The penalty is on activations over sqrt(D), against the share of variance left unexplained, so one
+value means the same at every width of the residual stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..build import DecoderBias, assemble, require, seeded, stats_or_unit, tied_sae, with_lr
+from ..compose import Assembly, Needs, Term
+from ..constraints import UnitDecoder
+from ..losses.auxk import AuxK
+from ..losses.reconstruction import reconstruction
+from ..losses.sparsity import l1
+from ..optim import Optim
+from ..sae.gates import Relu
+from ..sae.model import EncoderProduct
+from ..sae.scaling import Stats
+from ..schedules import Constant, Ramp
+
+
+@dataclass(frozen=True)
+class Config:
+    layer: int = 19
+    width: int = 2304
+    seed: int = 0
+    penalty: float = 0.04
+    penalty_warmup_fraction: float = 0.05
+    """Share of the run over which the penalty rises from zero."""
+    aux_weight: float = 1 / 32
+    aux_k: int | None = None
+    """Dead latents that each token may use; None: half of the residual width."""
+    dead_after_tokens: int = 10_000_000
+    decoder_bias: DecoderBias = "mean"
+    encoder_product: EncoderProduct = "float32"
+    optim: Optim = field(default_factory=Optim)
+
+    def request(self) -> Needs:
+        return Needs(inputs=(self.layer,))
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        require(self.penalty >= 0, f"penalty: expected 0 or more, found {self.penalty}")
+        stats = stats_or_unit(stats, d_model)
+        generator = seeded(self.seed)
+        sae = tied_sae(self.width, stats, Relu(), generator, self.decoder_bias, self.encoder_product)
+        terms = (
+            Term("reconstruction", reconstruction, Constant(1.0)),
+            Term("l1", l1, Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)),
+            Term("aux", AuxK(self.aux_k or d_model // 2, rectified=False), Constant(self.aux_weight)),
+        )
+        optim = with_lr(self.optim, 3e-4)
+        return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens)

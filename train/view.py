@@ -1,0 +1,68 @@
+"""What the terms of a step see: a batch of rows, and everything that is computed from it once.
+
+B rows, D width, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .sae.codes import Codes
+from .sae.model import SparseAutoencoder
+from .sae.scaling import Stats
+from .sae.side import Side
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of scaled activations, float32, on the SAE's device. B rows."""
+
+    x: Tensor  # [B, D_in]
+    target: Tensor | None = None  # [B, D_out], x itself without
+    side: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What the terms of a step see. Everything costly is computed once, when first asked for."""
+
+    x: Tensor
+    target: Tensor
+    side: Side
+    sae: SparseAutoencoder
+    dead: Tensor  # bool [F], latents that have not fired for long
+    stats: Stats  # of the target
+    generator: torch.Generator
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def codes(self) -> Codes:
+        return self.once("codes", lambda: self.sae.codes(self.x, self.side))
+
+    @property
+    def x_hat(self) -> Tensor:
+        return self.once("x_hat", lambda: self.sae.reconstruct(self.codes, self.side))
+
+    @property
+    def residual(self) -> Tensor:
+        """target - x_hat, without gradient; a term that reconstructs its own way leaves it under this name."""
+        return self.once("residual", lambda: self.target - self.x_hat.detach())
+
+    @property
+    def dead_latents(self) -> Tensor:
+        """int64, the dead latents in rising order."""
+        return self.once("dead_latents", lambda: self.dead.nonzero().view(-1))
+
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """A value that several terms share under one name, computed by the first."""
+        if name not in self.memory:
+            self.memory[name] = compute()
+        result: T = self.memory[name]
+        return result
