@@ -63,11 +63,16 @@ def make_model(folder: Path) -> Path:
         query_pre_attn_scalar=64,
     )
     Gemma2ForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """SAELens wants to see one, although the tokens are there already."""
     words = {"<pad>": 0, "<eos>": 1, "<bos>": BOS, "<unk>": 3}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    return folder
 
 
 def make_tokens(windows: int) -> np.ndarray:
@@ -98,9 +103,9 @@ class Ours:
         model = load_model(bench.model, Wanted((LAYER,), ATTENTION), getattr(torch, dtype), bench.device)
         self.harvester = Harvester(model, make_manifest(bench.tokens, dtype), bench.device)
 
-    def run(self, windows: int) -> float:
-        """Seconds for the first so many windows."""
-        out, tokens = self.bench.folder / "store", self.bench.tokens[:windows]
+    def run(self, tokens: np.ndarray) -> float:
+        """Seconds for these windows."""
+        out = self.bench.folder / "store"
         manifest = make_manifest(tokens, self.harvester.manifest.model.dtype)
         with StoreWriter.create(out, manifest, tokens, np.zeros_like(tokens)) as writer:
             start = perf_counter()
@@ -125,10 +130,10 @@ class Bare:
         self.model = model.eval().to(bench.device)
 
     @torch.inference_mode()
-    def run(self, windows: int) -> float:
-        ids = torch.from_numpy(self.bench.tokens[:windows].astype(np.int64)).to(self.bench.device)
+    def run(self, tokens: np.ndarray) -> float:
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(self.bench.device)
         start = perf_counter()
-        for at in range(0, windows, BATCH):
+        for at in range(0, len(ids), BATCH):
             self.model(input_ids=ids[at : at + BATCH], use_cache=False)
         if self.bench.device.type == "cuda":
             torch.cuda.synchronize()
@@ -138,26 +143,28 @@ class Bare:
 class SaeLens:
     """`peer_harvest.py` in the peers' environment."""
 
-    def __init__(self, bench: Bench, dtype: str, environment: Path) -> None:
-        self.bench, self.dtype = bench, dtype
+    def __init__(
+        self, folder: Path, model: Path, dtype: str, device: torch.device, environment: Path, width: int, batch: int
+    ) -> None:
+        self.folder = folder
+        self.request = {
+            "model": str(model),
+            "rows": str(folder / "rows.npy"),
+            "out": str(folder / "peer"),
+            "layer": LAYER,
+            "width": width,
+            "batch": batch,
+            "dtype": dtype,
+            "device": str(device),
+        }
         command = [environment / "bin/python", Path(__file__).with_name("peer_harvest.py")]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, windows: int) -> float:
-        rows = self.bench.folder / "rows.npy"
-        np.save(rows, self.bench.tokens[:windows])
-        request = {
-            "model": str(self.bench.model),
-            "rows": str(rows),
-            "out": str(self.bench.folder / "peer"),
-            "layer": LAYER,
-            "width": WIDTH,
-            "batch": BATCH,
-            "dtype": self.dtype,
-            "device": str(self.bench.device),
-        }
+    def run(self, tokens_WT: np.ndarray) -> float:
+        """Seconds for these windows."""
+        np.save(self.folder / "rows.npy", tokens_WT)
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps(request), file=self.process.stdin, flush=True)
+        print(json.dumps(self.request), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())["seconds"]
 
     def close(self) -> None:
@@ -172,18 +179,17 @@ def bench_speed(bench: Bench, environment: Path | None) -> list[Row]:
     for dtype in ("float32", "bfloat16"):
         jobs |= {f"ours {dtype}": Ours(bench, dtype), f"bare {dtype}": Bare(bench, dtype)}
     if environment is not None:
-        jobs["SAELens float32"] = SaeLens(bench, "float32", environment)
-    windows, seconds = len(bench.tokens), {name: [] for name in jobs}
+        jobs["SAELens float32"] = SaeLens(bench.folder, bench.model, "float32", bench.device, environment, WIDTH, BATCH)
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for job in jobs.values():
-        job.run(BATCH)  # to warm
+        job.run(bench.tokens[:BATCH])  # to warm
     names = list(jobs)
     for turn in range(bench.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(jobs[name].run(windows))
+            seconds[name].append(jobs[name].run(bench.tokens))
     if environment is not None:
         jobs["SAELens float32"].close()
-    tokens = windows * CONTEXT
-    return compare_speeds({name: Speeds(tuple(tokens / value for value in seconds[name])) for name in names})
+    return compare_speeds({name: Speeds(tuple(bench.tokens.size / value for value in seconds[name])) for name in names})
 
 
 def compare_speeds(speeds: dict[str, Speeds]) -> list[Row]:

@@ -18,12 +18,13 @@ import numpy as np
 from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 from transformers.utils import logging
 
-BYTES = {"float32": 4, "bfloat16": 2}
+STORED_AS = {"float32": ("float32", 4), "bfloat16": ("float16", 2)}  # its Arrow files know no bfloat16
 
 
 def cache(request: dict[str, Any]) -> dict[str, Any]:
     rows = np.load(request["rows"])
     tokens, width = rows.size, request["width"]
+    stored_as, itemsize = STORED_AS[request["dtype"]]
     config = CacheActivationsRunnerConfig(
         dataset_path="rows",
         model_name=request["model"],
@@ -35,9 +36,9 @@ def cache(request: dict[str, Any]) -> dict[str, Any]:
         training_tokens=tokens,
         context_size=rows.shape[1],
         new_cached_activations_path=request["out"],
-        dtype=request["dtype"],
+        dtype=stored_as,
         device=request["device"],
-        buffer_size_gb=(tokens * width * BYTES[request["dtype"]] + 1) / 1e9,  # all in one buffer, and not a row more
+        buffer_size_gb=(tokens * width * itemsize + 1) / 1e9,  # all in one buffer, and not a row more
         streaming=False,
         shuffle=False,
     )

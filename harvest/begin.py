@@ -6,6 +6,7 @@ store stands, its settings must be the ones asked for, and nothing is tokenised 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -15,13 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
+from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreFull, StoreWriter
 from ..cache_schema.files import Files, LocalFiles, open_files
 from ..cache_schema.layout import ROOT
-from .corpus import STDLIB, looks_like_path, open_corpus
+from .corpus import is_on_hub, open_corpus
 from .errors import TokensMissing
+from .estimate import least_bytes, require_space
 from .place import Place
-from .plan import Plan, corpus_spec, manifest_of, require_same
+from .plan import Plan, corpus_spec, expected_manifest, manifest_of, require_same
 from .progress import Watch
 from .spool import PackingJob, spool_corpus
 
@@ -53,7 +55,9 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
     context = plan.config.context
     job = PackingJob(plan.windows, context, plan.config.packing)
     folder = _spool_folder(files)
-    with _locked(folder), watch.stage("tokenising", plan.windows * context):
+    if is_on_hub(plan.corpus):  # which surely holds what is asked for, and takes hours to read
+        require_space(files, least_bytes(expected_manifest(plan, spec, plan.windows)))
+    with _locked(folder), _full_disk_named(folder), watch.stage("tokenising", plan.windows * context):
         spool, packed = spool_corpus(
             corpus, plan.encoder, job, folder, lambda windows, documents: watch.packed(windows * context, documents)
         )
@@ -68,8 +72,7 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
 def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
     """What the corpus of a store must say if it is ours. One of the hub stays pinned without asking the hub."""
     source, recorded = plan.corpus, found.corpus
-    is_here = source.dataset == STDLIB or Path(source.dataset).expanduser().exists() or looks_like_path(source.dataset)
-    if not is_here and source.dataset == recorded.id and source.revision in (None, recorded.revision):
+    if is_on_hub(source) and source.dataset == recorded.id and source.revision in (None, recorded.revision):
         settings = {"config": source.config, "split": source.split, "column": source.column}
         return corpus_spec(plan, recorded.id, recorded.revision, settings)
     corpus = open_corpus(source)
@@ -95,6 +98,21 @@ def _spool_folder(files: Files) -> Path:
         return root.with_name(f"{root.name}.spool")
     name = hashlib.sha256(files.url.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"saemill-{name}.spool"
+
+
+@contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """The store names a full disk by itself; this is for what is written before it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, StoreFull):
+            raise
+        raise StoreFull(
+            error.errno,
+            f"the disk is full while tokenising into {folder}. Free some space and run the same command again: "
+            "it goes on where it stopped",
+        ) from None
 
 
 @contextmanager

@@ -50,6 +50,12 @@ class Corpus(Protocol):
         ...
 
 
+def is_on_hub(source: CorpusSource) -> bool:
+    """Whether a name can only be found by asking the hub."""
+    is_here = source.dataset == STDLIB or Path(source.dataset).expanduser().exists()
+    return not is_here and not looks_like_path(source.dataset)
+
+
 def open_corpus(source: CorpusSource) -> Corpus:
     """The corpus that a user names."""
     from .hub import open_hub  # late: importing datasets takes seconds, which only those who use it should pay

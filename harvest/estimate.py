@@ -45,6 +45,13 @@ def bound_bytes(manifest: Manifest, shards: int) -> int:
     return whole * shards // manifest.shards + RESERVE_BYTES
 
 
+def least_bytes(manifest: Manifest) -> int:
+    """What a store takes at least: its residuals, at best compressed to a half, and its tokens."""
+    arrays = arrays_of(manifest)
+    resid = sum(math.prod(array.shape) * array.dtype.itemsize for path, array in arrays.items() if "resid/" in path)
+    return resid // (1 if manifest.codec == "raw" else 2) + 8 * manifest.tokens
+
+
 def measure_cost(harvester: Harvester, tokens: np.ndarray) -> Cost:
     """Harvest a few batches into memory: the first one warms up, the others are timed."""
     batch = harvester.batch_windows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
 from transformers import AutoModelForCausalLM
 
 from saemill.cache_schema import (
@@ -30,8 +32,10 @@ from saemill.harvest import begin, run, shards
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus import CorpusSource
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SplitEmpty
+from saemill.harvest.hub import HubCorpus
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import Finished, reharvest
+from saemill.harvest.spool import Spool
 
 Make = Callable[..., HarvestConfig]
 
@@ -324,3 +328,42 @@ def test_too_little_text_is_refused(make_config: Make, tmp_path):
     with pytest.raises(SplitEmpty, match="train, validation and test"):
         harvest(replace(make_config(), corpus=CorpusSource(str(tmp_path / "short.txt"))))
     assert not Path(make_config().out).exists()
+
+
+def test_a_store_at_any_url_is_the_same_store(make_config: Make):
+    harvest(make_config())
+    remote = make_config(out="memory://harvest-anywhere")
+    harvest(remote)
+    assert digest_of(remote.out) == digest_of(make_config().out)
+
+
+def test_a_disk_that_fills_while_tokenising_is_named_and_what_was_read_is_kept(make_config: Make, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Spool, "append", full)
+    with pytest.raises(StoreFull, match="full while tokenising"):
+        harvest(make_config())
+    monkeypatch.undo()
+    assert harvest(make_config()).committed == 8
+
+
+def test_a_large_corpus_of_the_hub_is_not_read_for_a_disk_that_cannot_hold_it(make_config: Make, monkeypatch):
+    monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 10**9)
+    monkeypatch.setattr(begin, "open_corpus", lambda _: HubCorpus(source, "c0ffee", lambda: pytest.fail("was read")))
+    source = CorpusSource("owner/name")
+    with pytest.raises(StoreFull, match="needs 4[0-9]{2}"):
+        harvest(make_config(corpus=source, tokens=10**10))
+
+
+def test_a_corpus_of_the_hub_is_pinned_by_the_store(make_config: Make, text_file, monkeypatch):
+    source = CorpusSource("owner/name")
+    corpus = HubCorpus(
+        source, "c0ffee", lambda: load_dataset("text", data_files=str(text_file), split="train", streaming=True)
+    )
+    monkeypatch.setattr(begin, "open_corpus", lambda _: corpus)
+    harvest(make_config(corpus=source))
+    monkeypatch.setattr(begin, "open_corpus", lambda _: pytest.fail("asked the hub"))
+    assert harvest(make_config(corpus=source)).committed == 8
+    with pytest.raises(StoreMismatch, match=r"corpus\.settings\.column"):
+        harvest(make_config(corpus=replace(source, column="body")))

@@ -1,0 +1,44 @@
+"""What a person sees."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from saemill.cache_schema.commits import ArrayRecord, CommitRecord
+from saemill.cache_schema.files import LocalFiles
+from saemill.harvest import progress
+from saemill.harvest.progress import Watch
+
+RECORD = CommitRecord("id", 0, (0, 10), {"tokens": ArrayRecord("digest", 3 * 10**9)})
+
+
+def watched(is_terminal: bool, tmp_path) -> str:
+    out = io.StringIO()
+    watch = Watch(Console(file=out, force_terminal=is_terminal, width=200))
+    with watch.stage("harvesting", 2560):
+        watch.committed(RECORD, 128, LocalFiles(tmp_path))
+    return out.getvalue()
+
+
+def test_a_terminal_shows_rate_time_left_bytes_and_disk(tmp_path):
+    shown = watched(True, tmp_path)
+    for words in ("harvesting", "1,280 of 2,560 tokens", "/s", "3.00 GB written", "GB free", "left"):
+        assert words in shown
+
+
+def test_a_log_gets_a_line_now_and_then(tmp_path, monkeypatch):
+    assert watched(False, tmp_path) == ""
+    monkeypatch.setattr(progress, "LOG_SECONDS", -1.0)
+    assert watched(False, tmp_path).count("\n") == 1
+    assert "minutes left" in watched(False, tmp_path)
+
+
+@pytest.mark.parametrize("lines", ["one", ["one", "two"], ()])
+def test_brackets_in_messages_are_not_markup(lines):
+    out = io.StringIO()
+    Watch(Console(file=out)).say(lines)
+    Watch(Console(file=out)).say("[bold]")
+    assert out.getvalue().endswith("[bold]\n")
