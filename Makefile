@@ -13,7 +13,7 @@ CONTEXT  ?=
 DEMO     ?= ./demo
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow check format goldens demo harvest bench bench-store bench-harvest bench-train peers clean
+.PHONY: help env test test-slow check format goldens demo harvest bench bench-store bench-harvest bench-train bench-gpu peers clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ bench-train: env peers ## training steps against SAELens and dictionary_learning
 
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS)
+
+bench-gpu: env ## the harvest on an accelerator, wherever one is at hand
+	$(BIN)/python bench/gpu_harvest.py $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS))
 
 peers: $(PEERS)/.installed ## the peers' own environment, for side-by-side benchmarks
 

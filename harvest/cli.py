@@ -39,7 +39,7 @@ from .errors import HarvestError
 @click.option("--dataset-split", default="train", show_default=True)
 @click.option("--dataset-revision", help="Commit or branch.  [default: today's, pinned]")
 @click.option("--column", default="text", show_default=True, help="Where rows keep their text.")
-@click.option("--tokens", metavar="N", help="How much: 200k, 10M, 1.5B.  [default: 10M; 800k of stdlib]")
+@click.option("--tokens", metavar="N", help="How much: 200k, 10M, 1.5B.  [default: 10M; 600k of stdlib]")
 @click.option("--context", default=128, show_default=True, help="Tokens in a window.")
 @click.option("--packing", type=click.Choice(["concat", "documents"]), default="concat", show_default=True)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)

@@ -15,7 +15,7 @@ from .resolve import POCKET, ModelSource
 from .spool import PackedCorpus
 from .tokenizer import TextEncoder, load_encoder
 
-POCKET_TOKENS = 800_000  # a minute or so on two cores
+POCKET_TOKENS = 600_000  # a minute or so on two cores
 DEFAULT_TOKENS = 10_000_000
 
 
