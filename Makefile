@@ -53,7 +53,7 @@ demo: env ## the whole path on the bundled pocket model
 	$(BIN)/sae-harvest --model pocket --layer 19 --tokens 300k --out $(DEMO)/store
 	$(BIN)/sae-store verify $(DEMO)/store
 	$(BIN)/sae-store info $(DEMO)/store
-	$(BIN)/sae-train --variant topk --variant standard --cache $(DEMO)/store --out $(DEMO)/runs --tokens 400k --width 512 --k 16
+	$(BIN)/sae-train --variant topk --variant standard --cache $(DEMO)/store --out $(DEMO)/runs --epochs 2 --width 512
 
 bench: bench-store bench-harvest bench-train ## every benchmark against the peers
 
