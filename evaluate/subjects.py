@@ -69,7 +69,7 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None) 
 def _run_of(target: str, runs: Path) -> RunFolder | None:
     """The run of this name or path."""
     for path in (runs / target, Path(target)):
-        if (path / "config.json").is_file() and not list_saes(path) == [path]:
+        if (path / "config.json").is_file() and list_saes(path) != [path]:
             return RunFolder.at(path)
     return None
 
