@@ -141,6 +141,12 @@ def test_a_missing_model_leaves_a_part(make_world, builder, sae_eval):
     assert document["saemill"]["missing"] is None
 
 
+def test_fewer_ablations(run_1, sae_eval):
+    sae_eval("run_1/small", "--set", 'core.ablations=["zero"]')
+    (document,) = results(run_1).values()
+    assert set(document["saemill_metrics"]["ablations"]) == {"zero"}
+
+
 def test_resume_skips_what_is_done_with_the_same_settings(run_1, sae_eval):
     sae_eval("run_1/small")
     before = results(run_1)
@@ -253,6 +259,7 @@ def test_unknown_words(run_1, sae_eval):
     assert "expected a setting like core.KEY=VALUE" in sae_eval("run_1", "--set", "corr.batch=1", code=1)
     assert "unknown setting 'batch' of core" in sae_eval("run_1", "--set", "core.batch=1", code=1)
     assert "expected a split of train, validation, test" in sae_eval("run_1", "--set", "core.split=dev", code=1)
+    assert "expected zero and others of" in sae_eval("run_1", "--set", 'core.ablations=["mean"]', code=1)
     assert "--device nope" in sae_eval("run_1", "--device", "nope", code=1)
 
 
