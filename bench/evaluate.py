@@ -4,7 +4,8 @@ On the pocket model and on a random 26-layer Gemma-2 of width 576, residual afte
 model, tokens and SAEs, one batch for the losses of the model to ten for sparsity, as SAEBench's own
 proportion is. One SAE and eight; the official code runs eight one after the other. Cold means that the
 clean pass and SAEBench's own ablation are computed, as it computes them; warm that an earlier run has
-left them beside the store, with mean and resample ablation. Every run is a process of its own, rounds take turns, and loading is never timed.
+left them beside the store, with mean and resample ablation. Every run is a process of its own, rounds
+take turns, and loading is never timed.
 
     python bench/evaluate.py --saebench .venv-saebench
 """

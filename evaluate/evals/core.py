@@ -95,6 +95,8 @@ def unspliceable(subjects: Sequence[Subject]) -> dict[Subject, str]:
 
 def missing_model(scene: Scene) -> str | None:
     """Why the losses of the model cannot be measured, if so. From tokens, nothing can be."""
+    if scene.manifest.corpus.settings.get("tokens") is False:
+        return f"{scene.store.url} was imported without tokens: import it again with --tokens for the model's losses"
     try:
         _ = scene.model
     except ModelMissing as error:
