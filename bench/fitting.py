@@ -36,7 +36,7 @@ def norms(folder: str) -> dict[str, float]:
 
 @torch.no_grad()
 def tell_score(folder: str, encode: Encode, decode: Encode, scale: float) -> None:
-    """Print held-out explained variance, L0 and the share of latents that never fire, of an SAE that reads x * scale."""
+    """Print held-out explained variance, L0 and the share of latents that never fire; the SAE reads x * scale."""
     rows = torch.from_numpy(np.load(Path(folder) / "held_out.npy")) * scale
     error, active, fired = 0.0, 0, torch.zeros(0, dtype=torch.bool)
     for x in rows.split(ROWS):

@@ -1,7 +1,8 @@
 """Train an SAE of dictionary_learning for the quality benchmark: folder, variant, width, k, coefficient, lr, steps.
 
 Its own defaults, on rows of mean square norm 1 as its `normalize_activations` makes them. What counts steps
-or tokens is given the same share of the run as here: warm-up, start of the threshold, dead latents.
+or tokens is given the same share of the run as here: warm-up, start of the threshold, dead
+latents. Its own p_end of 0 divides by zero.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def settings_of(variant: str, coefficient: float, lr: float, steps: int) -> dict
     else:
         settings |= {"sparsity_warmup_steps": min(2000, steps // 10), COEFFICIENT[variant]: coefficient}
     if variant == "p_anneal":
-        settings["anneal_start"] = min(15_000, steps // 4)
+        settings |= {"anneal_start": min(15_000, steps // 4), "sparsity_function": "Lp^p", "p_end": 0.2}
     else:
         settings["decay_start"] = int(0.8 * steps)
     return settings | ({"lr": lr} if lr else {})

@@ -1,4 +1,4 @@
-"""Train one of our SAEs for the quality benchmark: folder, variant, width, k, sparsity coefficient, lr (0: default), steps."""
+"""Train one of our SAEs for the quality benchmark: folder, variant, width, k, coefficient, lr, steps, product."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Train an SAE of SAELens for the quality benchmark: folder, variant, width, k, coefficient, lr, steps.
 
-The settings its documentation recommends: rows of mean norm sqrt(D), rate falling to a tenth in the last fifth, sparsity
-warming up over 5 % of the run (JumpReLU: tanh over all of it). Dead latents after a tenth of the run, as here.
+The settings its documentation recommends: rows of mean norm sqrt(D), rate falling to a tenth in the last fifth,
+sparsity warming up over 5 % of the run (JumpReLU: tanh, over all of it). Dead after a tenth of the run, as here.
 """
 
 from __future__ import annotations
