@@ -36,11 +36,13 @@ def make_table(rows: Sequence[Row]) -> Table:
     """One line for each SAE, one column for each metric in the evaluations' summaries."""
     found = {(row.subject, row.eval_id): read_result(row.path) for row in rows}
     subjects = list(dict.fromkeys(row.subject for row in rows))
-    columns = [(e, metric) for e in dict.fromkeys(row.eval_id for row in rows) for metric in summary_of(e)]
+    eval_ids = list(dict.fromkeys(row.eval_id for row in rows))
+    columns = [(eval_id, metric) for eval_id in eval_ids for metric in summary_of(eval_id)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("SAE", no_wrap=True)
-    for _, metric in columns:
-        table.add_column(metric.rsplit(".", 1)[-1].replace("_", " "), justify="right", min_width=NUMBER_WIDTH)
+    for eval_id, metric in columns:
+        heading = metric.rsplit(".", 1)[-1] if len(eval_ids) == 1 else f"{eval_id}: {metric.rsplit('.', 1)[-1]}"
+        table.add_column(heading.replace("_", " "), justify="right", min_width=NUMBER_WIDTH)
     for subject in subjects:
         table.add_row(subject.name, *(_cell(found.get((subject, eval_id)), metric) for eval_id, metric in columns))
     return table
