@@ -1,0 +1,1 @@
+"""What the evaluations measure: pure functions of codes, decoders, positions and attention."""
