@@ -1,1 +1,1 @@
-"""What the evaluations measure: pure functions of codes, decoders, positions and attention."""
+"""Pure functions that evaluations share: tensors in, numbers out."""
