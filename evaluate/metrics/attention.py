@@ -55,7 +55,9 @@ class Explained:
     def contributions(self) -> list[float]:
         """Shapley's value of each layer in R^2 beyond nearness."""
         layers = range(len(self.products) - 2)
-        worth = {subset: self._r_squared(subset) for size in range(len(layers) + 1) for subset in combinations(layers, size)}
+        worth = {
+            subset: self._r_squared(subset) for size in range(len(layers) + 1) for subset in combinations(layers, size)
+        }
         return [_shapley(layer, worth, len(layers)) for layer in layers]
 
     def similarity_gain(self) -> list[float]:
@@ -65,7 +67,9 @@ class Explained:
     def _r_squared(self, layers: Sequence[int]) -> float:
         chosen = [1, *(layer + 2 for layer in layers)]
         gram, along = self.products[chosen][:, chosen], self.products[chosen, 0]
-        fitted = torch.linalg.lstsq(gram, along[:, None], driver="gelsd" if gram.device.type == "cpu" else None).solution
+        fitted = torch.linalg.lstsq(
+            gram, along[:, None], driver="gelsd" if gram.device.type == "cpu" else None
+        ).solution
         return float(along @ fitted[:, 0] / self.products[0, 0].clamp_min(1e-30))
 
 

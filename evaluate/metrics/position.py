@@ -29,9 +29,7 @@ class Profile:
     tokens_T: Tensor  # float64, tokens that took part
 
     def __add__(self, other: Profile) -> Profile:
-        return Profile(
-            self.mass_TF + other.mass_TF, self.fired_TF + other.fired_TF, self.tokens_T + other.tokens_T
-        )
+        return Profile(self.mass_TF + other.mass_TF, self.fired_TF + other.fired_TF, self.tokens_T + other.tokens_T)
 
     @property
     def mean_TF(self) -> Tensor:
