@@ -25,13 +25,13 @@ TIERS, RANGES, GROUPS = "tiers.membership", "mask.range", "temporal.group"
 class Assignment:
     """A number for each latent, and where it comes from."""
 
-    of_F: Tensor  # int64 [F]
+    of_latent: Tensor  # int64 [F]
     count: int
     source: str  # "saved", or how it was assigned
 
     def members(self, number: int) -> Tensor:
         """bool [F]."""
-        return self.of_F == number
+        return self.of_latent == number
 
 
 def saved(subject: Subject, name: str) -> Tensor | None:
@@ -69,7 +69,7 @@ def ranges_of(subject: Subject, count: int, context: int) -> Assignment | None:
 
 def is_bound(assignment: Assignment) -> Tensor:
     """bool [F]: latents that have a range at all."""
-    return assignment.of_F != ANYWHERE
+    return assignment.of_latent != ANYWHERE
 
 
 def _saved_or_equal(subject: Subject, name: str, count: int) -> Assignment:

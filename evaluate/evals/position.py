@@ -119,10 +119,10 @@ def profiles(
 
 def specialisation(subject: Subject, seen: Profile, ranges: Assignment, config: Config) -> dict[str, Any]:
     """Over latents that have a range and fired often enough to tell."""
-    kept = retention(seen, ranges.of_F, ranges.count)
-    faithful = fidelity(seen, meant_mask(subject, ranges, len(seen.tokens_T)))
-    told = is_bound(ranges) & (seen.fired_F >= config.least_firings)
-    mass = seen.mass_TF.sum(0)[told]
+    kept = retention(seen, ranges.of_latent, ranges.count)
+    faithful = fidelity(seen, meant_mask(subject, ranges, len(seen.tokens)))
+    told = is_bound(ranges) & (seen.firings >= config.least_firings)
+    mass = seen.mass.sum(0)[told]
     shaped = told & ~faithful.isnan()
     found: dict[str, Any] = {
         "measured": int(told.sum()),
@@ -141,7 +141,7 @@ def meant_mask(subject: Subject, ranges: Assignment, context: int) -> Tensor:
     """float64 [T, F]: the soft mask that was learned, or the range's own."""
     centre = saved(subject, "mask.centre")
     if centre is None:
-        return hard_mask(ranges.of_F, context, ranges.count)
+        return hard_mask(ranges.of_latent, context, ranges.count)
     sigma = saved(subject, "mask.sigma")
     return soft_mask(centre, context / 8 if sigma is None else sigma, context)
 

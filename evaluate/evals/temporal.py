@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
@@ -48,8 +47,8 @@ class Seen:
     groups: Assignment
     consistency: dict[str, Consistency] = field(default_factory=dict)
     persistence: Persistence | None = None
-    frequent_M: Tensor | None = None  # chosen by the first batch
-    transitions_MM: Tensor | None = None
+    frequent: Tensor | None = None  # chosen by the first batch
+    transition_counts: Tensor | None = None
 
     def take(self, acts_WTF: Tensor, batch: Windows, most_frequent: int) -> None:
         segment = segments(batch.keep, batch.documents)
@@ -58,10 +57,10 @@ class Seen:
             self.consistency[name] = self.consistency[name] + found if name in self.consistency else found
         found = persistence(acts_WTF, segment)
         self.persistence = found if self.persistence is None else self.persistence + found
-        if self.frequent_M is None:
-            self.frequent_M = found.fired_F.topk(min(most_frequent, len(found.fired_F))).indices
-        counts = transitions(acts_WTF[:, :, self.frequent_M], segment)
-        self.transitions_MM = counts if self.transitions_MM is None else self.transitions_MM + counts
+        if self.frequent is None:
+            self.frequent = found.fired.topk(min(most_frequent, len(found.fired))).indices
+        counts = transitions(acts_WTF[:, :, self.frequent], segment)
+        self.transition_counts = counts if self.transition_counts is None else self.transition_counts + counts
 
     def _by_group(self) -> dict[str, Any]:
         """The latents that are to be consistent at each scale."""
@@ -96,30 +95,30 @@ def stability(seen: Seen, config: Config) -> dict[str, float]:
     """Over latents that fired often enough to tell; `measured` says how many they are."""
     assert seen.persistence is not None
     counts = seen.persistence
-    often = counts.fired_F >= config.least_firings
+    often = counts.fired >= config.least_firings
     found: dict[str, float] = {"measured": int(often.sum())}
     if not often.any():
         return found
-    lifetime, fsm, stay = (table[often] for table in (counts.lifetime_F, counts.stability_F, counts.stay_F))
+    lifetime, fsm, stay = (table[often] for table in (counts.lifetime, counts.stability, counts.stay))
     return found | {
         "fsm_mean": float(fsm.mean()),
         "fsm_median": float(fsm.median()),
         "stay_mean": float(stay.mean()),
         "lifetime_mean": float(lifetime.mean()),
-        "lifetime_by_firing": float(counts.fired_F.sum() / counts.runs_F.sum().clamp_min(1)),
+        "lifetime_by_firing": float(counts.fired.sum() / counts.runs.sum().clamp_min(1)),
     }
 
 
 def patterns(seen: Seen, config: Config) -> dict[str, Any]:
     """For plots: the transition matrix of the most frequent latents, and every latent's lifetime."""
-    assert seen.persistence is not None and seen.frequent_M is not None and seen.transitions_MM is not None
-    counts, often = seen.persistence, seen.persistence.fired_F >= config.least_firings
-    from_M = counts.followed_F[seen.frequent_M].clamp_min(1)
+    assert seen.persistence is not None and seen.frequent is not None and seen.transition_counts is not None
+    counts, often = seen.persistence, seen.persistence.fired >= config.least_firings
+    from_M = counts.followed[seen.frequent].clamp_min(1)
     return {
         "groups": seen.groups.source,
-        "frequent_latents": seen.frequent_M.tolist(),
-        "base_rates": counts.base_F[seen.frequent_M].tolist(),
-        "transitions": (seen.transitions_MM / from_M[:, None]).tolist(),
-        "lifetimes": [round(value, 3) for value in counts.lifetime_F[often].tolist()],
-        "stabilities": [round(value, 3) for value in counts.stability_F[often].tolist()],
+        "frequent_latents": seen.frequent.tolist(),
+        "base_rates": counts.base[seen.frequent].tolist(),
+        "transitions": (seen.transition_counts / from_M[:, None]).tolist(),
+        "lifetimes": [round(value, 3) for value in counts.lifetime[often].tolist()],
+        "stabilities": [round(value, 3) for value in counts.stability[often].tolist()],
     }

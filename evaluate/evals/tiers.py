@@ -75,9 +75,9 @@ class Seen:
     strongest: Strongest | None = None
 
     def take(self, acts_NF: Tensor, first_token: int) -> None:
-        activity = tier_activity(acts_NF, self.tiers.of_F, self.tiers.count)
+        activity = tier_activity(acts_NF, self.tiers.of_latent, self.tiers.count)
         self.activity = activity if self.activity is None else self.activity + activity
-        self.dominant.append(dominant_latents(acts_NF, self.tiers.of_F, self.tiers.count).cpu())
+        self.dominant.append(dominant_latents(acts_NF, self.tiers.of_latent, self.tiers.count).cpu())
         places = torch.arange(first_token, first_token + len(acts_NF), device=acts_NF.device)
         before = self.strongest or Strongest.none(KEPT, acts_NF.shape[1], acts_NF.device)
         self.strongest = before.with_batch(acts_NF, places)
@@ -204,8 +204,8 @@ def uncomposed(seen: Seen, effects: Mapping[str, Effect]) -> dict[str, float]:
     others, activity = ~seen.composed, seen.activity
     found = {
         "latents": int(others.sum()),
-        "l0": float(activity.fired_F[others].sum() / max(activity.tokens, 1)),
-        "mass_share": float(activity.mass_F[others].sum() / activity.mass_F.sum().clamp_min(1e-30)),
+        "l0": float(activity.fired[others].sum() / max(activity.tokens, 1)),
+        "mass_share": float(activity.mass[others].sum() / activity.mass.sum().clamp_min(1e-30)),
     }
     if effects:
         found["loss_carried"] = effects["without_uncomposed"].loss - effects["all"].loss
@@ -230,13 +230,13 @@ def causal(effects: Mapping[str, Effect], tiers: int) -> dict[str, float]:
 def list_uncomposed(seen: Seen, words: Wording, config: Config) -> list[dict[str, Any]]:
     """The most active of them, and their strongest tokens."""
     assert seen.activity is not None and seen.strongest is not None
-    mass = torch.where(seen.composed, 0.0, seen.activity.mass_F)
+    mass = torch.where(seen.composed, 0.0, seen.activity.mass)
     chosen = mass.topk(min(config.listed, len(mass))).indices.tolist()
     return [
         {
             "latent": latent,
-            "tier": int(seen.tiers.of_F[latent]) + 1,
-            "fired_share": float(seen.activity.fired_F[latent] / max(seen.activity.tokens, 1)),
+            "tier": int(seen.tiers.of_latent[latent]) + 1,
+            "fired_share": float(seen.activity.fired[latent] / max(seen.activity.tokens, 1)),
             "tokens": [
                 {"token": words.token(place), "activation": value} for value, place in seen.strongest.of(latent)
             ],

@@ -24,21 +24,21 @@ def range_of_position(context: int, ranges: int) -> Tensor:
 class Profile:
     """Activation by position; those of two batches add up."""
 
-    mass_TF: Tensor  # float64, sum of activations
-    fired_TF: Tensor  # float64, number of firings
-    tokens_T: Tensor  # float64, tokens that took part
+    mass: Tensor  # float64, sum of activations
+    fired: Tensor  # float64, number of firings
+    tokens: Tensor  # float64, tokens that took part
 
     def __add__(self, other: Profile) -> Profile:
-        return Profile(self.mass_TF + other.mass_TF, self.fired_TF + other.fired_TF, self.tokens_T + other.tokens_T)
+        return Profile(self.mass + other.mass, self.fired + other.fired, self.tokens + other.tokens)
 
     @property
-    def mean_TF(self) -> Tensor:
+    def mean(self) -> Tensor:
         """Mean activation at each position; 0 where no token took part."""
-        return self.mass_TF / self.tokens_T.clamp_min(1)[:, None]
+        return self.mass / self.tokens.clamp_min(1)[:, None]
 
     @property
-    def fired_F(self) -> Tensor:
-        return self.fired_TF.sum(0)
+    def firings(self) -> Tensor:
+        return self.fired.sum(0)
 
 
 def profile(acts_WTF: Tensor, keep_WT: Tensor) -> Profile:
@@ -49,7 +49,7 @@ def profile(acts_WTF: Tensor, keep_WT: Tensor) -> Profile:
 
 def assign_ranges(seen: Profile, ranges: int) -> Tensor:
     """int64 [F]: for each latent the range where its mean activation is highest."""
-    return _by_range(seen.mean_TF, ranges).argmax(0)
+    return _by_range(seen.mean, ranges).argmax(0)
 
 
 def retention(seen: Profile, range_F: Tensor, ranges: int) -> Tensor:
@@ -57,7 +57,7 @@ def retention(seen: Profile, range_F: Tensor, ranges: int) -> Tensor:
 
     Of mean activation by position, so that windows that end early do not favour the first ranges.
     """
-    share = _by_range(seen.mean_TF, ranges)
+    share = _by_range(seen.mean, ranges)
     share = share / share.sum(0).clamp_min(1e-30)
     inside = share.gather(0, range_F.clamp_min(0)[None])[0]
     return torch.where(range_F == ANYWHERE, 1.0, inside)
@@ -77,8 +77,8 @@ def soft_mask(centre_F: Tensor, sigma: Tensor | float, context: int) -> Tensor:
 
 def fidelity(seen: Profile, mask_TF: Tensor) -> Tensor:
     """[F]: correlation over positions of a latent's mean activation with its mask; NaN where either is flat."""
-    there = seen.tokens_T > 0
-    return _correlation(seen.mean_TF[there], mask_TF[there])
+    there = seen.tokens > 0
+    return _correlation(seen.mean[there], mask_TF[there])
 
 
 def _by_range(table_TF: Tensor, ranges: int) -> Tensor:

@@ -74,39 +74,39 @@ class Persistence:
     """Counts of each latent over tokens; those of two batches add up."""
 
     tokens: int
-    fired_F: Tensor  # float64, tokens on which it fires
-    runs_F: Tensor  # float64, unbroken stretches of firing
-    followed_F: Tensor  # float64, firings that have a next token
-    stayed_F: Tensor  # float64, firings after which it fires on the next token too
+    fired: Tensor  # float64, tokens on which it fires
+    runs: Tensor  # float64, unbroken stretches of firing
+    followed: Tensor  # float64, firings that have a next token
+    stayed: Tensor  # float64, firings after which it fires on the next token too
 
     def __add__(self, other: Persistence) -> Persistence:
         return Persistence(
             self.tokens + other.tokens,
-            self.fired_F + other.fired_F,
-            self.runs_F + other.runs_F,
-            self.followed_F + other.followed_F,
-            self.stayed_F + other.stayed_F,
+            self.fired + other.fired,
+            self.runs + other.runs,
+            self.followed + other.followed,
+            self.stayed + other.stayed,
         )
 
     @property
-    def stay_F(self) -> Tensor:
+    def stay(self) -> Tensor:
         """P(active at i + 1 | active at i)."""
-        return self.stayed_F / self.followed_F.clamp_min(1)
+        return self.stayed / self.followed.clamp_min(1)
 
     @property
-    def base_F(self) -> Tensor:
+    def base(self) -> Tensor:
         """P(active)."""
-        return self.fired_F / max(self.tokens, 1)
+        return self.fired / max(self.tokens, 1)
 
     @property
-    def stability_F(self) -> Tensor:
+    def stability(self) -> Tensor:
         """FSM: how much likelier a latent is right after it fired; 1 for one that does not care."""
-        return self.stay_F / self.base_F.clamp_min(1e-12)
+        return self.stay / self.base.clamp_min(1e-12)
 
     @property
-    def lifetime_F(self) -> Tensor:
+    def lifetime(self) -> Tensor:
         """Mean length in tokens of an unbroken stretch of firing; 0 for a latent that never fires."""
-        return self.fired_F / self.runs_F.clamp_min(1)
+        return self.fired / self.runs.clamp_min(1)
 
 
 def persistence(acts_WTF: Tensor, segment_WT: Tensor) -> Persistence:

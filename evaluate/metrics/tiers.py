@@ -25,28 +25,28 @@ class Activity:
     """Sums over tokens; those of two batches add up."""
 
     tokens: int
-    fired_F: Tensor  # float64, on how many tokens each latent fires
-    mass_F: Tensor  # float64, sum of each latent's activations
-    awake_M: Tensor  # float64, on how many tokens any latent of a tier fires
+    fired: Tensor  # float64, on how many tokens each latent fires
+    mass: Tensor  # float64, sum of each latent's activations
+    awake: Tensor  # float64, on how many tokens any latent of a tier fires
 
     def __add__(self, other: Activity) -> Activity:
         return Activity(
             self.tokens + other.tokens,
-            self.fired_F + other.fired_F,
-            self.mass_F + other.mass_F,
-            self.awake_M + other.awake_M,
+            self.fired + other.fired,
+            self.mass + other.mass,
+            self.awake + other.awake,
         )
 
     def of_tier(self, members_F: Tensor, tier: int) -> dict[str, float]:
         """The numbers of one tier, whose latents `members_F` marks."""
-        fired, tokens = self.fired_F[members_F], max(self.tokens, 1)
+        fired, tokens = self.fired[members_F], max(self.tokens, 1)
         return {
             "latents": int(members_F.sum()),
             "l0": float(fired.sum() / tokens),
             "active_share": float(fired.mean() / tokens) if fired.numel() else 0.0,
-            "awake_share": float(self.awake_M[tier] / tokens),
+            "awake_share": float(self.awake[tier] / tokens),
             "silent_latent_share": float((fired == 0).double().mean()) if fired.numel() else 0.0,
-            "mass_share": float(self.mass_F[members_F].sum() / self.mass_F.sum().clamp_min(1e-30)),
+            "mass_share": float(self.mass[members_F].sum() / self.mass.sum().clamp_min(1e-30)),
         }
 
 

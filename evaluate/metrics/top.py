@@ -15,8 +15,8 @@ from torch import Tensor
 class Strongest:
     """The K largest activations of each latent, and on which tokens they were; 0 at -1 where it fired less often."""
 
-    values_KF: Tensor  # float32
-    places_KF: Tensor  # int64, numbers of tokens as they were given
+    values: Tensor  # float32
+    places: Tensor  # int64, numbers of tokens as they were given
 
     @staticmethod
     def none(kept: int, latents: int, device: torch.device | str = "cpu") -> Strongest:
@@ -27,13 +27,13 @@ class Strongest:
 
     def with_batch(self, acts_NF: Tensor, places_N: Tensor) -> Strongest:
         """The same after more tokens."""
-        kept = len(self.values_KF)
+        kept = len(self.values)
         values, rows = acts_NF.topk(min(kept, len(acts_NF)), dim=0)
         places = torch.where(values > 0, places_N[rows], -1)
-        values, chosen = torch.cat([self.values_KF, values.clamp_min(0)]).topk(kept, dim=0)
-        return Strongest(values, torch.cat([self.places_KF, places]).gather(0, chosen))
+        values, chosen = torch.cat([self.values, values.clamp_min(0)]).topk(kept, dim=0)
+        return Strongest(values, torch.cat([self.places, places]).gather(0, chosen))
 
     def of(self, latent: int) -> list[tuple[float, int]]:
         """(activation, token) of one latent, strongest first."""
-        pairs = zip(self.values_KF[:, latent].tolist(), self.places_KF[:, latent].tolist(), strict=True)
+        pairs = zip(self.values[:, latent].tolist(), self.places[:, latent].tolist(), strict=True)
         return [(value, place) for value, place in pairs if place >= 0]

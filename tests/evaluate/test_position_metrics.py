@@ -90,5 +90,5 @@ def test_special_tokens_have_no_profile():
     keep = all_of(codes)
     keep[:, 0] = False
     seen = position.profile(codes, keep)
-    assert seen.tokens_T.tolist() == [0.0] + [2.0] * (CONTEXT - 1)
-    assert float(seen.mass_TF[0, 0]) == 0.0
+    assert seen.tokens.tolist() == [0.0] + [2.0] * (CONTEXT - 1)
+    assert float(seen.mass[0, 0]) == 0.0

@@ -92,7 +92,7 @@ def test_persistence_is_what_walking_the_tokens_gives(seed):
             if i + 1 < CONTEXT and segment[w, i] == segment[w, i + 1]:
                 followed += 1
                 stayed += bool(on[w, i + 1, latent])
-        mine = [int(t[latent]) for t in (found.fired_F, found.runs_F, found.followed_F, found.stayed_F)]
+        mine = [int(t[latent]) for t in (found.fired, found.runs, found.followed, found.stayed)]
         assert mine == [fired, runs, followed, stayed]
 
 
@@ -101,15 +101,15 @@ def test_planted_lifetimes_come_back():
     codes[0, [0, 1, 2, 3, 10, 11, 12, 13], 0] = 1.0  # two runs of four
     codes[0, ::2, 1] = 1.0  # every other token: never twice in a row
     found = temporal.persistence(codes, torch.zeros(1, 40, dtype=torch.int64))
-    assert found.lifetime_F.tolist() == [4.0, 1.0, 0.0]
-    assert found.stay_F.tolist() == pytest.approx([6 / 8, 0.0, 0.0])
-    assert float(found.stability_F[0]) == pytest.approx((6 / 8) / (8 / 40))
+    assert found.lifetime.tolist() == [4.0, 1.0, 0.0]
+    assert found.stay.tolist() == pytest.approx([6 / 8, 0.0, 0.0])
+    assert float(found.stability[0]) == pytest.approx((6 / 8) / (8 / 40))
 
 
 def test_a_latent_that_does_not_care_has_stability_one():
     codes = (torch.rand(50, 400, 1, generator=torch.Generator().manual_seed(0)) < 0.2).float()
     found = temporal.persistence(codes, torch.zeros(50, 400, dtype=torch.int64))
-    assert float(found.stability_F[0]) == pytest.approx(1.0, abs=0.05)
+    assert float(found.stability[0]) == pytest.approx(1.0, abs=0.05)
 
 
 def test_transitions_count_who_follows_whom():
@@ -128,7 +128,7 @@ def test_parts_add_up_to_the_whole():
     codes, segment = make_codes(1, windows=4), make_segments(1, windows=4)
     for measure, fields in (
         (temporal.consistency, ("in_order", "shuffled", "pairs")),
-        (temporal.persistence, ("fired_F", "runs_F", "followed_F", "stayed_F")),
+        (temporal.persistence, ("fired", "runs", "followed", "stayed")),
     ):
         whole = measure(codes, segment)
         parts = measure(codes[:1], segment[:1]) + measure(codes[1:], segment[1:])
