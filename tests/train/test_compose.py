@@ -141,7 +141,7 @@ def test_an_extra_trains_along_and_is_told_of_every_step(rng):
     assert scalars["counter/weight"] == 1.0
     counter = more.sae.extras["counter"]
     assert int(counter.steps) == 1
-    assert float(1.0 - counter.weight) == pytest.approx(10.0 * scalars["lr"], rel=1e-3)  # Adam's first step is the rate
+    assert 1.0 - counter.weight.item() == pytest.approx(10.0 * scalars["lr"], rel=1e-3)  # Adam's first step is the rate
     state = more.state()
     assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state().items())
     again = Trainee("one", extended(), 10)
