@@ -15,9 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .records import Record
-from .style import INK, Look, caption, is_wide, look, new_figure
+from .style import INK, Look, caption, is_wide, log_axis, look, new_figure
 
 STEP = "training step"
+MOST_LABELLED = 18  # upright bars whose numbers have room above them
 Looks = Mapping[str, Look]
 
 
@@ -47,41 +48,52 @@ class Lines:
             steps, values = self.values(record)
             if values:
                 mark = "o" if len(values) == 1 else None
-                axis.plot(
-                    steps, values, color=looks[record.name].colour, ls=looks[record.name].line, lw=1.5, marker=mark
-                )
+                axis.plot(steps, values, **looks[record.name].strokes, marker=mark)
                 drawn += values
         if self.may_be_log and is_wide(drawn):
-            axis.set_yscale("log")
+            log_axis(axis, "y")
         caption(axis, self.title, STEP, self.y)
 
 
 @dataclass(frozen=True)
 class Bars:
-    """One number an SAE, lying, the first on top, with the number beside."""
+    """One number an SAE, lying, with the number beside; every SAE has its row in every panel.
+
+    Where numbers span orders of magnitude they are dots: a bar's length means nothing on a logarithmic axis.
+    """
 
     title: str
     x: str
     value: Callable[[Record], float | None]
     format: str = "{:.3g}"
     may_be_log: bool = False
+    floor: float | None = None  # what lies below is drawn there; the number beside it is the true one
 
     def finds(self, records: Sequence[Record]) -> bool:
         return any(self.value(record) is not None for record in records)
 
     def draw(self, axis: Axes, records: Sequence[Record], looks: Looks) -> None:
-        found = [(record.name, value) for record in records if (value := self.value(record)) is not None]
-        names, values = [name for name, _ in found], [value for _, value in found]
-        bars = axis.barh(range(len(found)), values, color=[looks[name].colour for name in names], height=0.7)
-        axis.bar_label(bars, [self.format.format(value) for value in values], padding=3, fontsize=8, color=INK)
-        axis.set_yticks(range(len(found)), names, fontsize=8, parse_math=False)
-        axis.invert_yaxis()
+        found = {row: value for row, record in enumerate(records) if (value := self.value(record)) is not None}
+        drawn = {row: value if self.floor is None else max(value, self.floor) for row, value in found.items()}
+        colours = [looks[records[row].name].colour for row in found]
+        if self.may_be_log and is_wide(list(drawn.values())):
+            axis.scatter(drawn.values(), drawn.keys(), c=colours, s=60)
+            log_axis(axis, "x")
+            axis.margins(x=0.3)
+        else:
+            axis.barh(list(drawn), list(drawn.values()), color=colours, height=0.7)
+            axis.axvline(0, color=INK, lw=0.8)
+            axis.margins(x=0.22)
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+        for row in range(len(records)):
+            text = self.format.format(found[row]) if row in found else "\N{EN DASH}"
+            at = max(drawn.get(row, 0.0), 0.0) if axis.get_xscale() == "linear" else drawn.get(row, min(drawn.values()))
+            axis.annotate(
+                text, (at, row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+            )
+        axis.set_yticks(range(len(records)), [record.name for record in records], fontsize=8, parse_math=False)
+        axis.set_ylim(len(records) - 0.5, -0.5)
         axis.grid(visible=False, axis="y")
-        if self.may_be_log and is_wide(values):
-            axis.set_xscale("log")
-        low, high = axis.get_xlim()
-        axis.set_xlim(low, high * 1.6 if axis.get_xscale() == "log" else high + 0.18 * (high - low))
-        axis.xaxis.set_major_locator(MaxNLocator(4)) if axis.get_xscale() == "linear" else None
         caption(axis, self.title, self.x, "")
 
 
@@ -148,7 +160,9 @@ def draw_parts(
     for place, (part, values) in enumerate(parts.items()):
         at = [i + (place - (len(parts) - 1) / 2) * width for i, value in enumerate(values) if value is not None]
         heights = [unit * value for value in values if value is not None]
-        axis.bar(at, heights, width=0.92 * width, color=colours[place], label=part)
+        bars = axis.bar(at, heights, width=0.92 * width, color=colours[place], label=part)
+        if len(parts) * len(names) <= MOST_LABELLED:
+            axis.bar_label(bars, [f"{height:.2g}" for height in heights], padding=2, fontsize=7, color=INK)
     is_crowded = len(names) > 4 or max(map(len, names)) > 12
     axis.set_xticks(
         range(len(names)), names, fontsize=8, rotation=35 if is_crowded else 0, ha="right" if is_crowded else "center"

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's palette without its yellow, which is too light for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
 INK, FAINT = "#333333", "#DDDDDD"
+THICKEST, THINNEST = 3.0, 1.2
 WIDTH, HEIGHT, DPI = 4.4, 3.1, 120  # inches of a panel
 UNKNOWN = "\N{MIDDLE DOT}"
 SHOWN = {"\n": "\N{DOWNWARDS ARROW WITH TIP LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW}", " ": "\N{OPEN BOX}"}
@@ -29,11 +32,18 @@ class Look:
 
     colour: str
     line: str
+    width: float
+
+    @property
+    def strokes(self) -> dict[str, Any]:
+        """For a line."""
+        return {"color": self.colour, "linestyle": self.line, "linewidth": self.width}
 
 
 def look(place: int) -> Look:
-    """Of the SAE at this place among all that are drawn."""
-    return Look(COLOURS[place % len(COLOURS)], LINES[place // len(COLOURS) % len(LINES)])
+    """Of the SAE at this place among all. Later lines are thinner: what they hide shows at their sides."""
+    width = THICKEST - (THICKEST - THINNEST) * min(place, len(COLOURS)) / len(COLOURS)
+    return Look(COLOURS[place % len(COLOURS)], LINES[place // len(COLOURS) % len(LINES)], width)
 
 
 def shades(count: int) -> list[str]:
@@ -69,6 +79,15 @@ def caption(axis: Axes, title: str, x: str, y: str) -> None:
     axis.set_title(title, fontsize=10, color=INK, parse_math=False)
     axis.set_xlabel(x, fontsize=9, color=INK, parse_math=False)
     axis.set_ylabel(y, fontsize=9, color=INK, parse_math=False)
+
+
+def log_axis(axis: Axes, which: Literal["x", "y"]) -> None:
+    """A logarithmic axis with plain numbers at it."""
+    side = axis.xaxis if which == "x" else axis.yaxis
+    axis.set(**{f"{which}scale": "log"})
+    side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    side.set_minor_formatter(NullFormatter())
 
 
 def shown(token: str) -> str:

@@ -32,7 +32,7 @@ def draw(records: Sequence[Record]) -> Figure | None:
 def draw_pattern(axis: Axes, record: Record) -> None:
     """Latents down, tokens across, dark where active."""
     pattern = pattern_of(record)
-    image = axis.imshow(pattern["activations"], aspect="auto", cmap="cividis_r", vmin=0, interpolation="nearest")
+    image = axis.imshow(pattern["activations"], aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     tokens, latents = [shown(token) for token in pattern["tokens"]], pattern["latents"]
     axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
     for text in axis.get_xticklabels():

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ..figures.panels import Lines, Looks, draw_panels, series_of
 from ..figures.records import Record
-from ..figures.style import caption
+from ..figures.style import caption, log_axis
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Spread:
         for record in records:
             values = sorted(record.unstructured("temporal").get(self.values, ()))
             shares = [100 * (place + 1) / len(values) for place in range(len(values))]
-            axis.step(values, shares, where="post", color=looks[record.name].colour, ls=looks[record.name].line, lw=1.5)
-        axis.set_xscale("log")
+            axis.step(values, shares, where="post", **looks[record.name].strokes)
+        log_axis(axis, "x")
         caption(axis, self.title, self.x, "% of latents at or below")
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..figures.panels import Looks, add_legend, draw_panels, looks_of
+from ..figures.panels import Looks, draw_panels
 from ..figures.records import Record
-from ..figures.style import LINES, caption, is_wide
+from ..figures.style import INK, LINES, caption, is_wide, log_axis
 
+FLOOR = -0.5  # a score below is drawn here, pointing down, with its number
 MARKS = dict(zip(LINES, ("o", "s", "^", "D"), strict=True))
 
 
@@ -40,10 +41,15 @@ class Points:
         found = [(r, x, y) for r in records if (x := l0(r)) and (y := self.score(r)) is not None]
         for record, x, y in found:
             style = looks[record.name]
-            axis.plot([x], [y], MARKS[style.line], color=style.colour, ms=8, mec="white", mew=0.8)
+            mark = MARKS[style.line] if y >= FLOOR else "v"
+            axis.plot([x], [max(y, FLOOR)], mark, color=style.colour, ms=9, mec="white", mew=0.8)
+            told = record.name if y >= FLOOR else f"{record.name}: {y:.3g}"
+            axis.annotate(
+                told, (x, max(y, FLOOR)), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=7, color=INK
+            ).set_parse_math(False)
         if is_wide([x for _, x, _ in found]):
-            axis.set_xscale("log")
-        axis.margins(0.12)
+            log_axis(axis, "x")
+        axis.margins(0.18)
         caption(axis, self.title, "L0 (active latents a token)", self.y)
 
 
@@ -63,7 +69,4 @@ PANELS = (
 
 
 def draw(records: Sequence[Record]) -> Figure | None:
-    figure = draw_panels(PANELS, records, "Quality against sparsity")
-    if figure is not None:
-        add_legend(figure, [record.name for record in records], looks_of(records))
-    return figure
+    return draw_panels(PANELS, records, "Quality against sparsity")

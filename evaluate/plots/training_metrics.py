@@ -35,7 +35,12 @@ PANELS = (
     *(Lines(title, "mean, before its weight", series_of(f"loss/{term}")) for term, title in TERMS.items()),
     Lines("Temporal consistency loss", "weighted sum over scales", temporal_loss),
     Lines("Activation variance", "mean over latents", series_of("temporal/activation_variance")),
-    Bars("Final reconstruction", "explained variance, held-out text", lambda r: r.outcome.get("explained_variance")),
+    Bars(
+        "Final reconstruction",
+        "explained variance, held-out text",
+        lambda r: r.outcome.get("explained_variance"),
+        floor=-1,
+    ),
 )
 
 
