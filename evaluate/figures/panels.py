@@ -75,13 +75,15 @@ class Bars:
     def draw(self, axis: Axes, records: Sequence[Record], looks: Looks) -> None:
         found = {row: value for row, record in enumerate(records) if (value := self.value(record)) is not None}
         drawn = {row: value if self.floor is None else max(value, self.floor) for row, value in found.items()}
-        colours = [looks[records[row].name].colour for row in found]
+        styles = [looks[records[row].name] for row in found]
+        colours = [style.colour for style in styles]
         if self.may_be_log and is_wide(list(drawn.values())):
             axis.scatter(drawn.values(), drawn.keys(), c=colours, s=60)
             log_axis(axis, "x")
             axis.margins(x=0.3)
         else:
-            axis.barh(list(drawn), list(drawn.values()), color=colours, height=0.7)
+            hatches = [style.hatch for style in styles]
+            axis.barh(list(drawn), list(drawn.values()), color=colours, hatch=hatches, edgecolor="white", height=0.7)
             axis.axvline(0, color=INK, lw=0.8)
             axis.margins(x=0.22)
             axis.xaxis.set_major_locator(MaxNLocator(4))
@@ -129,14 +131,16 @@ def draw_panels(panels: Sequence[Panel], records: Sequence[Record], title: str) 
     for panel, axis in zip(drawn, axes, strict=True):
         panel.draw(axis, records, looks)
     figure.suptitle(title, fontsize=12, color=INK)
-    if any(isinstance(panel, Lines) for panel in drawn):
-        add_legend(figure, [record.name for record in records], looks)
+    if not all(isinstance(panel, Bars) for panel in drawn):
+        add_legend(figure, [record.name for record in records], looks, any(isinstance(panel, Lines) for panel in drawn))
     return figure
 
 
-def add_legend(figure: Figure, names: Sequence[str], looks: Looks) -> None:
-    """One for the whole figure, below it."""
+def add_legend(figure: Figure, names: Sequence[str], looks: Looks, has_lines: bool) -> None:
+    """One for the whole figure, below it: by lines where it has any, else by marks."""
     handles = [Line2D([], [], color=looks[name].colour, ls=looks[name].line, lw=2) for name in names]
+    if not has_lines:
+        handles = [Line2D([], [], color=looks[name].colour, ls="", marker=looks[name].mark, ms=8) for name in names]
     columns = max(1, min(len(names), int(figure.get_figwidth() * 9 / max(len(name) + 4 for name in names))))
     legend = figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     for text in legend.get_texts():

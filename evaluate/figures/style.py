@@ -1,6 +1,7 @@
 """One look for all plots: colours that colour-blind readers tell apart, and text that is only text.
 
-An SAE has one colour in every panel; from the eighth on, colours come again with another line style.
+An SAE has one colour in every panel; from the eighth on, colours come again with another line style,
+mark and hatching.
 Tiers and layers are ordered, so they have shades of one scale that no SAE has.
 """
 
@@ -18,9 +19,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's palette without its yellow, which is too light for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
-LINES = ("-", "--", ":", "-.")
+LINES, MARKS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
+HATCHES = ("", "////", "....", "xxxx")
 INK, FAINT = "#333333", "#DDDDDD"
-THICKEST, THINNEST = 3.0, 1.2
+THICKEST, THINNEST = 3.4, 1.2
 WIDTH, HEIGHT, DPI = 4.4, 3.1, 120  # inches of a panel
 UNKNOWN = "\N{MIDDLE DOT}"
 SHOWN = {"\n": "\N{DOWNWARDS ARROW WITH TIP LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW}", " ": "\N{OPEN BOX}"}
@@ -32,6 +34,8 @@ class Look:
 
     colour: str
     line: str
+    mark: str
+    hatch: str
     width: float
 
     @property
@@ -43,7 +47,8 @@ class Look:
 def look(place: int) -> Look:
     """Of the SAE at this place among all. Later lines are thinner: what they hide shows at their sides."""
     width = THICKEST - (THICKEST - THINNEST) * min(place, len(COLOURS)) / len(COLOURS)
-    return Look(COLOURS[place % len(COLOURS)], LINES[place // len(COLOURS) % len(LINES)], width)
+    again = place // len(COLOURS) % len(LINES)
+    return Look(COLOURS[place % len(COLOURS)], LINES[again], MARKS[again], HATCHES[again], width)
 
 
 def shades(count: int) -> list[str]:

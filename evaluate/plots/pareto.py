@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 
 from ..figures.panels import Looks, draw_panels
 from ..figures.records import Record
-from ..figures.style import INK, LINES, caption, is_wide, log_axis
+from ..figures.style import caption, is_wide, log_axis
 
 FLOOR = -0.5  # a score below is drawn here, pointing down, with its number
-MARKS = dict(zip(LINES, ("o", "s", "^", "D"), strict=True))
 
 
 def l0(record: Record) -> float | None:
@@ -41,12 +40,14 @@ class Points:
         found = [(r, x, y) for r in records if (x := l0(r)) and (y := self.score(r)) is not None]
         for record, x, y in found:
             style = looks[record.name]
-            mark = MARKS[style.line] if y >= FLOOR else "v"
-            axis.plot([x], [max(y, FLOOR)], mark, color=style.colour, ms=9, mec="white", mew=0.8)
-            told = record.name if y >= FLOOR else f"{record.name}: {y:.3g}"
-            axis.annotate(
-                told, (x, max(y, FLOOR)), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=7, color=INK
-            ).set_parse_math(False)
+            is_off = y < FLOOR
+            axis.plot(
+                [x], [max(y, FLOOR)], "v" if is_off else style.mark, color=style.colour, ms=9, mec="white", mew=0.8
+            )
+            if is_off:
+                axis.annotate(
+                    f"{y:.3g}", (x, FLOOR), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8
+                )
         if is_wide([x for _, x, _ in found]):
             log_axis(axis, "x")
         axis.margins(0.18)
