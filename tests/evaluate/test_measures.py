@@ -168,7 +168,7 @@ def test_effects_are_those_of_the_whole_model(world, builder, open_scene, langua
     (batch,) = list(tiers.read_windows(scene, [subject], "t", 4, 4))
     tracer = make_tracers(scene, batch, [builder.LAYER])[builder.LAYER]
     _, x_hat = subject.reconstruct(batch)
-    effect, model = tracer.replaced(x_hat), scene.model
+    found, model = tracer.effects({"sae": lambda: x_hat}), scene.model
     keep = batch.keep[:, :, None]
     clean, spliced = (
         model.head(model.hidden(batch.tokens, splice).flatten(0, 1))
@@ -178,11 +178,11 @@ def test_effects_are_those_of_the_whole_model(world, builder, open_scene, langua
         for splice in (None, {builder.LAYER: lambda resid: torch.where(keep, x_hat.to(resid.dtype), resid)})
     )
     kl = (clean.exp() * (clean - spliced)).sum(-1)[batch.keep].mean()
-    predicts = batch.keep[:, 1:]
+    predicts = batch.keep[:, :-1]
     loss = -spliced[:, :-1].gather(2, batch.tokens[:, 1:, None]).squeeze(2)[predicts].mean()
-    assert effect.kl == pytest.approx(float(kl), rel=1e-4)
-    assert effect.loss == pytest.approx(float(loss), rel=1e-5)
-    assert tracer.clean.kl == 0.0
+    assert found["sae"].kl == pytest.approx(float(kl), rel=1e-4)
+    assert found["sae"].loss == pytest.approx(float(loss), rel=1e-5)
+    assert found["clean"].kl == 0.0 < tracer.given["mean"].kl
 
 
 def test_a_code_that_never_changes_has_no_temporal_score(world, builder, open_scene):
