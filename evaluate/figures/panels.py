@@ -37,7 +37,7 @@ class Lines:
     title: str
     y: str
     values: Callable[[Record], tuple[list[float], list[float]]]
-    may_be_log: bool = True
+    limits: tuple[float, float] | None = None  # of a share; without, an axis fits its values
 
     def finds(self, records: Sequence[Record]) -> bool:
         return any(self.values(record)[1] for record in records)
@@ -50,7 +50,9 @@ class Lines:
                 mark = "o" if len(values) == 1 else None
                 axis.plot(steps, values, **looks[record.name].strokes, marker=mark)
                 drawn += values
-        if self.may_be_log and is_wide(drawn):
+        if self.limits is not None:
+            axis.set_ylim(*self.limits)
+        elif is_wide(drawn):
             log_axis(axis, "y")
         caption(axis, self.title, STEP, self.y)
 
