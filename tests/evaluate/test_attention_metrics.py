@@ -119,3 +119,8 @@ def test_what_was_not_stored_counts_as_one_key(rng):
             expected += float((1 - p.sum()) * ((1 - p.sum()) / (1 - q.sum())).log())
         assert float(divergence[w, 0, i]) == pytest.approx(expected, abs=1e-4)
     assert (divergence > -1e-9).all()
+
+
+def test_rows_that_rounding_made_more_than_whole_are_rows(rng):
+    rows = random_attention(rng, heads=1)[0][:, None]
+    assert attention.attention_divergence(1.002 * rows, rows).abs().max() < 1e-6

@@ -296,3 +296,13 @@ def test_a_wide_sae_gets_small_batches(world, builder, open_scene, monkeypatch):
     monkeypatch.setattr("saemill.evaluate.reading.MOST_CODES", 2 * builder.CONTEXT * builder.F)
     sizes = [len(batch) for batch in tiers.read_windows(open_scene(world), [subject], "t", 7, 5)]
     assert sizes == [2, 2, 2, 1]
+
+
+def test_special_tokens_keep_their_residual(world, builder, open_scene):
+    """What an SAE makes of the attention sink is nobody's business."""
+    scene, subject, seen = open_scene(world), builder.subject(builder.make_sae()), attention.Seen()
+    layers = (builder.LAYER + 1,)
+    (batch,) = list(tiers.read_windows(scene, [subject], "t", 4, 4, attention_layers=layers))
+    x_hat = torch.where(batch.keep[:, :, None], batch.x(subject.layers), 99.0)
+    attention.replace(scene, subject, batch, x_hat, attention.dense_rows(batch.attention[layers[0]]), seen)
+    assert seen.divergence["sae"] == seen.divergence["true"] < seen.divergence["zero_ablation"]
