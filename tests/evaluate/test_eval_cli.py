@@ -182,6 +182,12 @@ def test_a_model_of_another_shape(imported, builder, sae_eval):
     assert "the model has 26 layers of width 128" in sae_eval(sae, "--cache", store, "--model", "pocket", code=3)
 
 
+def test_a_crosscoder_is_done_and_says_what_it_cannot_have(make_world, builder, sae_eval):
+    world = make_world(layers=(1, 2))
+    sae = builder.save(builder.root / "cross", builder.make_sae(d_in=2 * builder.D), layers=(1, 2))
+    assert "done: core of cross: cross writes layers [1, 2]" in sae_eval(sae, "--cache", world.store)
+
+
 def test_fewer_ablations(run_1, sae_eval):
     sae_eval("run_1/small", "--set", 'core.ablations=["zero"]')
     (document,) = results(run_1).values()
@@ -296,7 +302,7 @@ def test_an_evaluation_that_forgets_an_sae_is_told(run_1, sae_eval, second_eval)
 
 
 def test_unknown_words(run_1, sae_eval):
-    assert "unknown evaluation 'cor' (did you mean 'core'?)" in sae_eval("run_1", "--evals", "cor", code=1, options=[])
+    assert "unknown evaluation 'cor' (did you mean 'core'" in sae_eval("run_1", "--evals", "cor", code=1, options=[])
     assert "expected a setting like core.KEY=VALUE" in sae_eval("run_1", "--set", "corr.batch=1", code=1)
     assert "unknown setting 'batch' of core" in sae_eval("run_1", "--set", "core.batch=1", code=1)
     assert "expected a split of train, validation, test" in sae_eval("run_1", "--set", "core.split=dev", code=1)
