@@ -44,7 +44,9 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option(
     "--variant", "variants", multiple=True, help=f"Which SAE; again for a fleet. One of: {', '.join(names())}."
 )
-@click.option("--recipe", metavar="STUDY[/RUN]", help=f"A run of a study, or all its runs. Studies: {', '.join(studies())}.")
+@click.option(
+    "--recipe", metavar="STUDY[/RUN]", help=f"A run of a study, or all its runs. Studies: {', '.join(studies())}."
+)
 @click.option("--cache", metavar="URL", help="The store: a path, or any fsspec URL such as s3://bucket/store.")
 @click.option("--out", default="runs", show_default=True, metavar="DIR", help="Where runs are kept.")
 @click.option("--name", metavar="NAME", help="Name of the run.  [default: run_N, the next free number]")

@@ -167,17 +167,9 @@ class Ask:
 
 
 def smaller_defaults(config: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
-    """The limit for each setting whose default is beyond it; what a wrapper leaves open, its base decides."""
-    own = {key: _value_or_bases(config, key) for key in limits}
+    """The limit for each setting whose default is beyond it."""
+    own = {key: getattr(config, key, None) for key in limits}
     return {key: limits[key] for key, value in own.items() if value is not None and value > limits[key]}
-
-
-def _value_or_bases(config: Any, key: str) -> Any:
-    """The value of a setting; where a variant that wraps a base has left it at None, the base's default."""
-    value = getattr(config, key, None)
-    if value is None and hasattr(config, key) and hasattr(config, "base"):
-        return getattr(variants.config_type(config.base)(), key, None)
-    return value
 
 
 def _own(settings: Iterable[Setting], variant: str, known: set[str]) -> dict[str, Any]:
