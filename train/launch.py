@@ -29,6 +29,7 @@ from .fleet import Fleet
 from .keeper import Keeper
 from .memory import require_room
 from .progress import Progress
+from .recipe import Recipe
 from .run import Run
 from .runs import MetricsLog, RunFolder, provenance
 from .sae.scaling import Stats, stats_from_moments
@@ -46,6 +47,7 @@ class Settled:
     config: RunConfig
     plan: Plan
     budget: Budget
+    recipe: Recipe | None = None
 
 
 def settle(ask: Ask, store: Store) -> Settled:
@@ -55,7 +57,7 @@ def settle(ask: Ask, store: Store) -> Settled:
     budget = settle_budget(ask.length(), plan, store.url)
     course = replace(ask.length(), tokens=budget.tokens)
     members = ask.members(limits_for(store.manifest, budget))
-    return Settled(RunConfig(data, course, members), plan, budget)
+    return Settled(RunConfig(data, course, members), plan, budget, ask.recipe)
 
 
 def settle_again(config: RunConfig, steps: int, store: Store) -> Settled:
@@ -70,7 +72,7 @@ def begun(
 ) -> Iterator[Run]:
     """A new run, from step 0."""
     stats = check(settled, store, group, device)
-    path = str(RunFolder.create(out, name).path) if group.rank == 0 else ""
+    path = str(_make_folder(settled, out, name).path) if group.rank == 0 else ""
     folder = RunFolder.at(group.text(path))
     described = describe(settled, store)
     if group.rank == 0:
@@ -112,6 +114,13 @@ def check(settled: Settled, store: Store, group: Group, device: torch.device) ->
     return {layer: _stats(store, layer) for layer in request.layers}
 
 
+def _make_folder(settled: Settled, out: str, name: str | None) -> RunFolder:
+    """Of the name that was given, else of the recipe's, else of the next number."""
+    if name is None and settled.recipe is not None:
+        return RunFolder.create_like(out, settled.recipe.name)
+    return RunFolder.create(out, name)
+
+
 def make_plan(data: DataConfig, store: Store) -> Plan:
     assert data.pool_tokens is not None
     sizes = measure_split(store, TRAIN)
@@ -139,8 +148,10 @@ def limits_for(manifest: Manifest, budget: Budget) -> dict[str, Any]:
 
 def describe(settled: Settled, store: Store) -> dict[str, Any]:
     """config.json."""
+    recipe = settled.recipe
     return {
         "format": 1,
+        "recipe": recipe and f"{recipe.study}/{recipe.name}",
         "cache": {"url": store.url, "cache_id": store.manifest.cache_id},
         **settled.config.to_json(),
         "total_steps": settled.budget.steps,

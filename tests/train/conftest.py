@@ -23,6 +23,7 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.moments import is_special, measure
+from saemill.train.base import BASE_SETTINGS
 from saemill.train.compose import Assembly, Needs
 from saemill.train.data.draw import AttentionRows
 from saemill.train.ranks import Alone
@@ -66,6 +67,9 @@ def planted(rng: torch.Generator) -> tuple[Tensor, Tensor]:
 def config_of(variant: str, **changes: Any) -> Any:
     cls = config_type(variant)
     known = {field.name for field in dataclasses.fields(cls)}
+    if "base" in known:
+        base = config_type(changes.get("base", cls().base))
+        known -= set(BASE_SETTINGS) - {field.name for field in dataclasses.fields(base)}
     wanted = {name: value for name, value in (SMALL | changes).items() if name in known}
     return cls(**wanted)
 
