@@ -48,6 +48,7 @@ FAILED, NOT_RUN = 1, 3
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
 @click.option("--compare", is_flag=True, help="One table of results; evaluates only what has none yet.")
 @click.option("--resume", is_flag=True, help="Skip what is done with the same settings.")
+@click.option("--beside-untrained", is_flag=True, help="Also show what was recorded of an SAE that was never trained.")
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Pictures beside the results.")
 @click.option("--set", "settings", multiple=True, metavar="EVAL.KEY=V", help="A setting, such as core.batch_windows=8.")
 def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs: str, **options: Any) -> None:
@@ -61,7 +62,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
         rows = _evaluate(targets, Path(runs), make_configs(wanted, settings), options)
         if options["compare"]:
             require_comparable(rows)
-        tell(console, rows)
+        tell(console, rows, beside_untrained=options["beside_untrained"])
     sys.exit(exit_code(rows))
 
 
