@@ -34,11 +34,24 @@ def base_request(config: Any) -> Needs:
 def _base_config(config: Any, d_model: int | None) -> Any:
     cls = variants.config_type(config.base)
     known = {field.name for field in dataclasses.fields(cls)}
-    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "base"}
     foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
     require(not foreign, f"base {config.base} has no setting {', '.join(foreign)}")
-    shared = {name: value for name, value in given.items() if name in known and value is not None}
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    shared = {
+        name: _typed(name, value, defaults[name])
+        for name, value in given.items()
+        if name in known and value is not None
+    }
     return cls(**_bounded(cls, d_model) | shared)
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """Whole numbers where the base counts with them: `k` is a mean for one base and a count for another."""
+    if isinstance(value, float) and isinstance(default, int):
+        require(value.is_integer(), f"{name}: expected a whole number for this base, found {value}")
+        return int(value)
+    return value
 
 
 def _bounded(cls: Any, d_model: int | None) -> dict[str, Any]:

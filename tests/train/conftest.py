@@ -141,9 +141,9 @@ def recovered(config: Any, rows: Tensor, directions: Tensor, steps: int = 600) -
     """Share of the planted directions that training finds a decoder row for."""
     trainee = Trainee("one", config.build(D), steps)
     generator = torch.Generator().manual_seed(0)
+    side = side_of(config.request(), ROWS, generator)
     for _ in range(steps):
-        x = rows[torch.randint(rows.shape[0], (ROWS,), generator=generator)]
-        trainee.step(Batch(x, side=side_of(config.request(), ROWS, generator)))
+        trainee.step(Batch(rows[torch.randint(rows.shape[0], (ROWS,), generator=generator)], side=side))
     similarity = (directions @ trainee.sae.W_dec.detach().t()).amax(1)
     return float((similarity > 0.9).double().mean())
 
