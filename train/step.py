@@ -105,9 +105,10 @@ class Trainee:
     def step(self, batch: Batch) -> Report:
         """Train on one batch."""
         view = self._view(batch)
+        random_state = self.assembly.generator.get_state()
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
         loss, losses = self._losses(view, weights)
-        self._require_finite(loss, losses)
+        self._require_finite(loss, losses, random_state)
         report = self._report(view, loss, losses, weights)
         loss.backward()
         grad_norm = self._update(report.lr)
@@ -166,8 +167,9 @@ class Trainee:
             generator=assembly.generator,
         )
 
-    def _require_finite(self, loss: Tensor, losses: Mapping[str, Tensor]) -> None:
+    def _require_finite(self, loss: Tensor, losses: Mapping[str, Tensor], random_state: Tensor) -> None:
         if not math.isfinite(float(loss.detach())):
+            self.assembly.generator.set_state(random_state)  # as if the step had not been tried
             raise NonFiniteLoss(self.step_index, {name: float(value.detach()) for name, value in losses.items()})
 
     def _update(self, lr: float) -> Tensor | None:
