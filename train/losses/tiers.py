@@ -5,8 +5,9 @@ it leaves unexplained.
 - `fixed`: sum of w_t L_t with given weights that sum to 1.
 - `uncertainty`: sum of exp(-s_t) L_t, each s_t learned by exp(-s_t) L_t + s_t, so exp(-s_t) tends to
   1 / L_t. A plain learned softmax would put everything on the tier that is easiest to satisfy.
-- `learned`: the same s_t, the weights exp(-s_t) divided by their sum. Reconstruction then weighs as much
-  as in the base, and a sparsity penalty buys what it buys there.
+- `learned`: the same s_t, from 0, the weights w_t exp(-s_t) divided by their sum: what a tier counts is
+  relative to what it leaves. Reconstruction then weighs as much as in the base, so that a penalty on
+  activity buys what it buys there, and low tiers, whose losses stay large, do not crowd out the whole.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Tiers(nn.Module):
         shares = torch.tensor(tuple(weights)) / sum(weights)
         self.register_buffer("weight", shares)
         if importance != "fixed":
-            self.log_variance = nn.Parameter(-shares.log())
+            start = -shares.log() if importance == "uncertainty" else torch.zeros(len(sizes))
+            self.log_variance = nn.Parameter(start)
         self.register_buffer("grad_norm", torch.zeros(len(sizes)), persistent=False)
 
     @property
@@ -56,9 +58,11 @@ class Tiers(nn.Module):
 
     def weights(self, on_T: Tensor) -> Tensor:
         """What each tier's loss counts, [T], without gradient; tiers that are not on count nothing."""
-        raw = self.weight if self.importance == "fixed" else torch.exp(-self.log_variance.detach())
-        raw = raw * on_T
-        return raw if self.importance == "uncertainty" else raw / raw.sum()
+        if self.importance == "uncertainty":
+            return torch.exp(-self.log_variance.detach()) * on_T
+        learned = 1.0 if self.importance == "fixed" else torch.exp(-self.log_variance.detach())
+        raw = self.weight * learned * on_T
+        return raw / raw.sum()
 
     @torch.no_grad()
     def observe(self, view: View) -> None:
