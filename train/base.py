@@ -34,6 +34,7 @@ def base_request(config: Any) -> Needs:
 def _base_config(config: Any, d_model: int | None) -> Any:
     cls = variants.config_type(config.base)
     known = {field.name for field in dataclasses.fields(cls)}
+    require("base" not in known, f"base: expected a variant that wraps no other, found {config.base!r}")
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "base"}
     foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
     require(not foreign, f"base {config.base} has no setting {', '.join(foreign)}")

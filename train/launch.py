@@ -19,7 +19,7 @@ from ..cache_schema.request import validate_request
 from .budget import Budget, settle_budget
 from .build import most_active
 from .checkpoint import Checkpoint, load_checkpoint
-from .config import Ask, DataConfig, RunConfig, read_run_config
+from .config import Ask, DataConfig, Member, RunConfig, read_run_config
 from .data.feed import Feed, joint_request
 from .data.plan import Plan
 from .data.sizes import measure_split
@@ -56,7 +56,7 @@ def settle(ask: Ask, store: Store) -> Settled:
     plan = make_plan(data, store)
     budget = settle_budget(ask.length(), plan, store.url)
     course = replace(ask.length(), tokens=budget.tokens)
-    members = ask.members(limits_for(store.manifest, budget))
+    members = tuple(fitted(member, store.manifest) for member in ask.members(limits_for(store.manifest, budget)))
     return Settled(RunConfig(data, course, members), plan, budget, ask.recipe)
 
 
@@ -101,6 +101,9 @@ def check(settled: Settled, store: Store, group: Group, device: torch.device) ->
     """Everything that can be refused before anything is written; returns the statistics of each layer."""
     members = settled.config.members
     require_trackers(settled.config.course.trackers)
+    for config in (member.config for member in members):
+        if hasattr(config, "check"):
+            config.check(store.manifest)
     request = joint_request([member.config.request() for member in members], TRAIN)
     validate_request(store.manifest, request)
     store.spans(request)
@@ -139,6 +142,7 @@ def limits_for(manifest: Manifest, budget: Budget) -> dict[str, Any]:
     d_model = manifest.model.d_model
     active = most_active(d_model)
     return {
+        **dict.fromkeys(("short_to", "medium_to", "long_to"), manifest.context),
         "width": 16 * d_model,
         "k": active,
         "target_l0": active,
@@ -157,6 +161,13 @@ def describe(settled: Settled, store: Store) -> dict[str, Any]:
         "total_steps": settled.budget.steps,
         "provenance": provenance(),
     }
+
+
+def fitted(member: Member, manifest: Manifest) -> Member:
+    """With the length of the store's windows in a config that has a place for it."""
+    if not hasattr(member.config, "context") or member.config.context is not None:
+        return member
+    return replace(member, config=replace(member.config, context=manifest.context))
 
 
 def cache_of(folder: RunFolder) -> tuple[str, str]:

@@ -221,9 +221,10 @@ class Trainee:
 
 
 def _lr_scales(sae: SparseAutoencoder) -> dict[str, float]:
-    """Multiples of the learning rate, for the parameters of extras that ask for one."""
+    """Multiples of the learning rate, for the parameters of modules that ask for one."""
     return {
-        f"extras.{extra}.{name}": float(getattr(module, "lr_scale", 1.0))
-        for extra, module in sae.extras.items()
+        f"{path}.{name}": float(getattr(module, "lr_scale", 1.0))
+        for path, module in sae.named_modules()
+        if hasattr(module, "lr_scale")
         for name, _ in module.named_parameters()
     }
