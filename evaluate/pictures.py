@@ -25,6 +25,11 @@ def draw(rows: Sequence[Row], say: Say, *, together: bool = False) -> None:
         draw_run(run, say)
 
 
+def after_run(folder: Path, say: Say) -> None:
+    """What training calls when a run has ended."""
+    draw_run(RunFolder.at(folder), say)
+
+
 def draw_run(run: RunFolder, say: Say) -> None:
     """Plots and page of one run: of its log, and of whatever evaluations it has."""
     folder = run.path / "plots"
