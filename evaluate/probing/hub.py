@@ -69,10 +69,13 @@ def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
     return Task(name, train, test)
 
 
-@cache
 def load_table(name: str, is_test: bool) -> Table:
-    """The table behind a data set of two labels, `_class_set1` and the like left out."""
-    id = name.split("_class_set")[0]
+    """The table behind a data set of two labels; sets of classes share one."""
+    return _table(name.split("_class_set")[0], is_test)
+
+
+@cache
+def _table(id: str, is_test: bool) -> Table:
     columns = COLUMNS[id]
     rows = reached(id, lambda: _load(id, split="test" if is_test else "train"))
     return reached(id, lambda: Table(*(list(rows[column]) for column in (columns.text, columns.column1, columns.column2))))
