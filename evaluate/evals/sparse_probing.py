@@ -23,6 +23,7 @@ from ..needs import Needs
 from ..probing.dense_probe import FULL_WIDTH, probe_every_class
 from ..probing.features import Features, draw_probe
 from ..probing.memo import Memo, seeded
+from ..probing.perturbed import model_name, of_data
 from ..probing.pooling import Pool, pool_task
 from ..probing.sources import DataName, Source, find_source, load_all
 from ..probing.sparse_probe import sparse_accuracy
@@ -45,11 +46,11 @@ class Config:
     dataset_names: tuple[str, ...] = ()
     """Empty: all of the data's."""
     probe_train_set_size: int | None = None
-    """Rows of one probe, half of them the class; None: 4000 of the hub's data, 400 of this Python's text."""
+    """Rows of one probe, half of them the class; None: 4000 of the hub's data, 320 of this Python's text."""
     probe_test_set_size: int | None = None
-    """The same for tests; None: 1000 and 200."""
+    """The same for tests; None: 1000 and 160."""
     context_length: int | None = None
-    """None: 128 tokens of the hub's data, 64 of this Python's text."""
+    """None: 128 tokens of the hub's data, 48 of this Python's text."""
     llm_batch_size: int | None = None
     k_values: tuple[int, ...] = ALL_K
     """SAEBench's default is 1, 2, 5; every further k moves all draws after it."""
@@ -116,7 +117,9 @@ def probe_subject(
     """Every probe of one data set for one SAE, in the protocol's order."""
     residual = [pool.of_model(subject.layers, part) for part in (task.train, task.test)]
     latents = [pool.of_latents(subject, part) for part in (task.train, task.test)]
-    llm = of_model.official.recall(generator, lambda: probe_features("llm", residual, config.k_values, generator, device))
+    llm = of_model.official.recall(
+        generator, lambda: probe_features("llm", residual, config.k_values, generator, device)
+    )
     sae = probe_features("sae", latents, config.k_values, generator, device)
     own = seeded(config.random_seed)  # what is not the protocol's leaves its draws alone
     llm |= of_model.validated.recall(own, lambda: probe_validated("llm", residual, own, device))
@@ -185,12 +188,10 @@ def official_config(config: Config, scene: Scene, source: Source) -> dict[str, A
         "sae_batch_size": 125,
         "llm_batch_size": raw["llm_batch_size"],
         "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
-        "model_name": scene.model_name or (scene.opened.manifest.model.id if scene.opened else ""),
+        "model_name": model_name(scene),
         "k_values": raw["k_values"],
         "lower_vram_usage": False,
-        "data": source.name,
-        "data_revision": source.revision(),
-        "sae_dtype": "float32",
+        **of_data(source),
     }
 
 

@@ -19,7 +19,9 @@ Groups = dict[str, list[str]]
 
 def first(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Groups:
     """Which of two pieces came first."""
-    pairs = list(zip(_pieces(snippets, "code", count, rng, 2), _pieces(snippets, "prose", count, rng, 2), strict=True))
+    pairs = list(
+        zip(_pieces(snippets, "code", count, rng, 60), _pieces(snippets, "prose", count, rng, 60), strict=True)
+    )
     return {
         "code_first": [f"{code}\n{prose}" for code, prose in pairs],
         "prose_first": [f"{prose}\n{code}" for code, prose in pairs],
@@ -34,8 +36,8 @@ def reordered(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Gr
 
 def position(snippets: Sequence[Snippet], count: int, rng: random.Random) -> Groups:
     """Where among the pieces of code the prose stands."""
-    codes = [(code[: len(code) // 2], code[len(code) // 2 :]) for code in _pieces(snippets, "code", count, rng, 1.5)]
-    parts = list(zip(_pieces(snippets, "prose", count, rng, 3), codes, strict=True))
+    codes = [(code[:36], code[36:]) for code in _pieces(snippets, "code", count, rng, 72)]
+    parts = list(zip(_pieces(snippets, "prose", count, rng, 45), codes, strict=True))
     return {
         "beginning": [f"{prose}\n{one}\n{two}" for prose, (one, two) in parts],
         "middle": [f"{one}\n{prose}\n{two}" for prose, (one, two) in parts],
@@ -54,9 +56,9 @@ def _drawn(snippets: Sequence[Snippet], kind: Kind, count: int, rng: random.Rand
     return rng.sample([snippet.text for snippet in snippets if snippet.kind == kind], count)
 
 
-def _pieces(snippets: Sequence[Snippet], kind: Kind, count: int, rng: random.Random, share: float) -> list[str]:
-    """The beginnings of drawn snippets, one part in `share` of each."""
-    return [text[: int(len(text) / share)] for text in _drawn(snippets, kind, count, rng)]
+def _pieces(snippets: Sequence[Snippet], kind: Kind, count: int, rng: random.Random, characters: int) -> list[str]:
+    """The beginnings of drawn snippets: short enough that no class is cut at the end more than another."""
+    return [text[:characters] for text in _drawn(snippets, kind, count, rng)]
 
 
 def _shuffled(text: str, rng: random.Random) -> str:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
+
 from ..errors import DataMissing
+from ..probing.collection import BinarySet
 from ..probing.texts import Classes, Table, Task, balanced, by_class
 from . import order
 from .stdlib import KINDS, LIBRARIES, Snippet, snippets
@@ -16,6 +19,8 @@ from .stdlib import KINDS, LIBRARIES, Snippet, snippets
 PREFIX = "stdlib/"
 LIBRARY, KIND = "stdlib/library", "stdlib/kind"
 NAMES = (LIBRARY, KIND, *(f"{PREFIX}{name}" for name in order.TASKS))
+BINARY_NAMES = (KIND, f"{PREFIX}first", f"{PREFIX}reordered")
+BINARY_ROWS = 400
 
 
 def load_table(is_test: bool) -> Table:
@@ -32,6 +37,19 @@ def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
     return Task(name, train, test)
 
 
+def load_binary(name: str, seed: int) -> BinarySet:
+    """A data set of two classes as shuffled prompts with labels."""
+    if name not in BINARY_NAMES:
+        raise DataMissing(
+            f"there is no binary data set {name!r} of installed text: choose of {', '.join(BINARY_NAMES)}"
+        )
+    negative, positive = _draw(name, False, BINARY_ROWS, seed).values()
+    prompts = [*negative, *positive]
+    labels = np.repeat([0, 1], [len(negative), len(positive)])
+    rows = np.random.default_rng(seed).permutation(len(prompts))
+    return BinarySet(name, [prompts[row] for row in rows], labels[rows])
+
+
 def _draw(name: str, is_test: bool, size: int, seed: int) -> Classes:
     if name == LIBRARY:
         return balanced(load_table(is_test), LIBRARIES, size // 4, seed)
@@ -41,7 +59,9 @@ def _draw(name: str, is_test: bool, size: int, seed: int) -> Classes:
     chosen = _part(is_test)
     smallest = min(sum(snippet.kind == kind for snippet in chosen) for kind in KINDS)
     if size // 2 > smallest:
-        raise DataMissing(f"{name}: expected at most {smallest} texts a class, asked for {size // 2}: take smaller sets")
+        raise DataMissing(
+            f"{name}: expected at most {smallest} texts a class, asked for {size // 2}: take smaller sets"
+        )
     return order.TASKS[name.removeprefix(PREFIX)](chosen, size // 2, random.Random(seed))
 
 

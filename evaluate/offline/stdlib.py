@@ -19,7 +19,7 @@ from typing import Literal
 from ...harvest.pocket.text import stdlib_documents, text_digest
 
 LIBRARIES = ("asyncio", "email", "importlib", "unittest", "xml")
-SNIPPET_CHARACTERS = 180
+SNIPPET_CHARACTERS = 140
 TEST_SHARE = 0.35
 
 Kind = Literal["code", "prose"]
@@ -39,9 +39,8 @@ def snippets(root: Path | None = None) -> tuple[Snippet, ...]:
     """All snippets, each text once, in the order of the modules' names."""
     found: dict[str, Snippet] = {}
     for name, text in _documents(root):
-        lines = {"code": code_lines(text), "prose": prose_lines(text)}
-        for kind in KINDS:
-            cut = list(cut_snippets(lines[kind]))
+        for kind, lines in split_lines(text).items():
+            cut = list(cut_snippets(lines))
             first_test = len(cut) - int(TEST_SHARE * len(cut))
             for number, piece in enumerate(cut):
                 found.setdefault(piece, Snippet(name.split("/")[0], kind, piece, number >= first_test))
@@ -54,33 +53,33 @@ def revision(root: Path | None = None) -> str:
     return f"sha256:{text_digest(_documents(root))}"
 
 
-def code_lines(text: str) -> list[str]:
-    """Lines of a module that are neither blank nor prose."""
-    prose = {number for start, stop in (*_docstring_spans(text), *_comment_spans(text)) for number in range(start, stop)}
-    lines = text.splitlines()
-    return [line.rstrip() for number, line in enumerate(lines, 1) if number not in prose and line.strip()]
-
-
-def prose_lines(text: str) -> list[str]:
-    """Lines of documentation strings and comments, without the marks that make them such."""
-    lines = text.splitlines()
-    spans = sorted((*_docstring_spans(text), *_comment_spans(text)))
-    bare = (lines[number - 1].strip().strip("\"'#").strip() for start, stop in spans for number in range(start, stop))
-    return [line for line in bare if any(map(str.isalpha, line))]
+def split_lines(text: str) -> dict[Kind, list[str]]:
+    """The lines of a module by kind: prose without the marks that make it such, nothing blank."""
+    prose = {
+        number for start, stop in (*_docstring_spans(text), *_comment_spans(text)) for number in range(start, stop)
+    }
+    numbered = list(enumerate(text.splitlines(), 1))
+    bare = [line.strip().strip("\"'#").strip() for number, line in numbered if number in prose]
+    return {
+        "code": [line.rstrip() for number, line in numbered if number not in prose and line.strip()],
+        "prose": [line for line in bare if any(map(str.isalpha, line))],
+    }
 
 
 def cut_snippets(lines: Iterable[str], characters: int = SNIPPET_CHARACTERS) -> Iterator[str]:
     """Lines joined until they are long enough; a remainder is left out."""
-    held: list[str] = []
+    held = ""
     for line in lines:
-        held.append(line)
-        if sum(map(len, held)) + len(held) >= characters:
-            yield "\n".join(held)[: 2 * characters]
-            held = []
+        held += line + "\n"
+        if len(held) > characters:
+            yield held[: 2 * characters].rstrip()
+            held = ""
 
 
 def _documents(root: Path | None) -> list[tuple[str, str]]:
-    return [(name, text) for name, text in stdlib_documents(root) if name.split("/")[0] in LIBRARIES and ":" not in name]
+    return [
+        (name, text) for name, text in stdlib_documents(root) if name.split("/")[0] in LIBRARIES and ":" not in name
+    ]
 
 
 def _docstring_spans(text: str) -> Iterator[tuple[int, int]]:

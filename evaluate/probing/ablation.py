@@ -1,17 +1,19 @@
-"""Which latents a probe rests on, and what is left of a text's features without them.
+"""Which latents a probe rests on, and what probes say of texts without them.
 
 Effect of a latent: how much more it fires on the class, times how far its decoder row moves the probe.
-Ablation: x' = decode(acts without the chosen) + (x - decode(acts)). The decoder is linear, so that is
-x minus what the chosen latents write, and of a text's mean it is the mean of x minus their mean activations
-times their decoder rows: no text is encoded twice, whatever the number of latents and classes.
+Ablation: x' = decode(acts without the chosen) + (x - decode(acts)). The decoder is linear, so that is x
+minus what the chosen latents write; a probe is linear too, so its logit of a text's mean falls by the
+text's mean activations times the probe's logits of the decoder rows. No text is encoded twice and no
+ablated activation is ever made, whatever the number of latents, classes and probes.
 
-B texts, D residual width, F latents.
+N texts, P probes, D residual width, F latents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -42,18 +44,48 @@ def top_effects(effects_F: Tensor, count: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Ablatable:
-    """Test texts whose latents can be switched off: mean residuals and mean latents of the same texts."""
+class Logits:
+    """What every probe says of every test text."""
+
+    table: np.ndarray  # float64 [N, P]
+    probes: Sequence[str]
+    spans: Mapping[str, range]
+
+    def accuracy(self, probe: str, draw: Draw) -> float:
+        says_yes = self.table[draw.rows, self.probes.index(probe)] > 0
+        return float((says_yes == draw.labels).mean())
+
+
+@dataclass(frozen=True, eq=False)
+class TestTexts:
+    """Test texts whose latents can be switched off, before probes that look at them."""
+
+    __test__ = False  # nothing for pytest
 
     resid: Features
-    latents: Features
+    latents: Features  # of the same texts
     W_dec: Tensor  # [F, D]
+    probes: Mapping[str, LinearProbe]
 
-    def without(self, chosen: np.ndarray) -> Features:
-        """Mean residuals with the chosen latents switched off."""
-        written = self.latents.matrix[:, chosen] @ self.W_dec[torch.from_numpy(chosen)].cpu().numpy()
-        ablated = torch.from_numpy(self.resid.matrix.toarray() - written).to(self.resid.dtype)
-        return Features.of({name: ablated[span.start : span.stop] for name, span in self.resid.spans.items()})
+    def logits(self, off: np.ndarray | None = None) -> Logits:
+        """What the probes say when the latents `off` are switched off."""
+        table = self.resid.matrix @ self._weights + self._biases
+        if off is not None:
+            table -= self.latents.matrix[:, off] @ (self._decoder[off] @ self._weights)
+        return Logits(table, list(self.probes), self.resid.spans)
+
+    @cached_property
+    def _weights(self) -> np.ndarray:
+        """float64 [D, P]"""
+        return torch.cat([probe.weight for probe in self.probes.values()]).double().cpu().numpy().T
+
+    @cached_property
+    def _biases(self) -> np.ndarray:
+        return torch.cat([probe.bias for probe in self.probes.values()]).double().cpu().numpy()
+
+    @cached_property
+    def _decoder(self) -> np.ndarray:
+        return self.W_dec.double().cpu().numpy()
 
 
 def effects_of_classes(

@@ -70,9 +70,7 @@ def spans_of(sizes: Mapping[str, int]) -> dict[str, range]:
     return {name: range(int(ends[i]), int(ends[i + 1])) for i, name in enumerate(sizes)}
 
 
-def draw_probe(
-    spans: Mapping[str, range], name: str, generator: torch.Generator, opposite: str | None = None
-) -> Draw:
+def draw_probe(spans: Mapping[str, range], name: str, generator: torch.Generator, opposite: str | None = None) -> Draw:
     """The class `name` against as many rows drawn from the other classes, or from `opposite` alone."""
     positive = torch.tensor(spans[name])
     negative = torch.tensor(spans[opposite]) if opposite else _of_each_other(spans, name, generator)

@@ -24,7 +24,13 @@ from ..errors import DataMissing
 from .texts import Classes, Table, Task, balanced, by_class
 
 T = TypeVar("T")
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, HTTPError, HarvestError)  # no network, no access, no such split, a script
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    HTTPError,
+    HarvestError,
+)  # no network, no access, no such split, a script
 
 BIOS = "LabHC/bias_in_bios"
 AMAZON = "canrager/amazon_reviews_mcauley_1and5"
@@ -78,7 +84,9 @@ def load_table(name: str, is_test: bool) -> Table:
 def _table(id: str, is_test: bool) -> Table:
     columns = COLUMNS[id]
     rows = reached(id, lambda: _load(id, split="test" if is_test else "train"))
-    return reached(id, lambda: Table(*(list(rows[column]) for column in (columns.text, columns.column1, columns.column2))))
+    return reached(
+        id, lambda: Table(*(list(rows[column]) for column in (columns.text, columns.column1, columns.column2)))
+    )
 
 
 def reached(id: str, load: Callable[[], T]) -> T:

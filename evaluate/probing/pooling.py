@@ -62,7 +62,9 @@ class Pool:
 
     def _features(self, matrix: csr_matrix, classes: Classes, dtype: torch.dtype) -> Features:
         rows = [self.rows[text] for texts in classes.values() for text in texts]
-        return Features(csc_matrix(matrix[rows]), spans_of({name: len(texts) for name, texts in classes.items()}), dtype)
+        return Features(
+            csc_matrix(matrix[rows]), spans_of({name: len(texts) for name, texts in classes.items()}), dtype
+        )
 
 
 def pool_task(

@@ -43,9 +43,13 @@ class Source:
     load_table: Callable[[str, bool], Table]
     train_size: int
     test_size: int
-    confounded_sizes: tuple[int, int]
     context: int
     revision: Callable[[], str | None]
+
+    def pairs_of(self, name: str) -> Pairs:
+        if name not in self.pairs:
+            raise DataMissing(f"{name} has no two labels to confound: choose of {', '.join(self.pairs)}")
+        return self.pairs[name]
 
 
 _BIOS, _AMAZON = f"{hub.BIOS}_class_set1", hub.AMAZON
@@ -93,7 +97,6 @@ HUB = Source(
     load_table=hub.load_table,
     train_size=4000,
     test_size=1000,
-    confounded_sizes=(4000, 1000),
     context=128,
     revision=lambda: None,
 )
@@ -109,10 +112,9 @@ STDLIB = Source(
     },
     load_task=installed.load_task,
     load_table=lambda _name, is_test: installed.load_table(is_test),
-    train_size=400,
-    test_size=200,
-    confounded_sizes=(400, 200),
-    context=64,
+    train_size=320,
+    test_size=160,
+    context=48,
     revision=stdlib.revision,
 )
 

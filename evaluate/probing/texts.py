@@ -75,9 +75,7 @@ def by_class(
 ) -> dict[str, list[str]]:
     """For each class: `per_class` of its texts."""
     pairs = list(zip(texts, labels, strict=True))
-    return {
-        str(name): sample([text for text, label in pairs if label == name], per_class, seed) for name in classes
-    }
+    return {str(name): sample([text for text, label in pairs if label == name], per_class, seed) for name in classes}
 
 
 def spurious(
@@ -115,4 +113,6 @@ def _require(per_quadrant: int, pos_pos: list[str], pos_neg: list[str], neg_pos:
     needed += ((pos_neg, per_quadrant), (neg_pos, per_quadrant))
     for found, wanted in needed:
         if len(found) < wanted:
-            raise DataMissing(f"expected at least {wanted} texts of a quadrant, found {len(found)}: ask for smaller sets")
+            raise DataMissing(
+                f"expected at least {wanted} texts of a quadrant, found {len(found)}: ask for smaller sets"
+            )
