@@ -10,7 +10,10 @@ import torch
 from saemill.evaluate import baselines
 from saemill.evaluate.baselines import Baselines, elsewhere
 from saemill.evaluate.evals import core
+from saemill.evaluate.feed import store_batches
 from saemill.evaluate.lm import LanguageModel
+from saemill.evaluate.losses import mean_residual
+from saemill.evaluate.rows import Block
 
 SMALL = core.Config(batch_size_prompts=4, n_eval_reconstruction_batches=2, resamples=10)
 
@@ -94,7 +97,7 @@ def test_zero_ablation_of_one_window_is_that_of_all(world, open_scene, builder):
     """Against a batch of zeros run whole, in a model whose positions differ after ablation."""
     scene = open_scene(world)
     batch = next(iter(core_batches(scene, builder.LAYER)))
-    maker = Baselines(scene, builder.LAYER, "test", 4, torch.zeros(builder.D))
+    maker = Baselines(scene, builder.LAYER, Block("test", 4, 0, 1), torch.zeros(builder.D))
     one = maker._zero_logits(batch)(0, int(batch.keep.sum()))
     nothing = torch.zeros_like(batch.resid[builder.LAYER])
     whole = scene.model.head(scene.model.suffix(nothing, builder.LAYER)[batch.keep])
@@ -106,7 +109,7 @@ def test_zero_ablation_looks_at_positions_where_they_matter(world, open_scene, b
     batch = next(iter(core_batches(scene, builder.LAYER)))
     hidden = torch.randn(1, builder.CONTEXT, builder.D, generator=torch.Generator().manual_seed(0)).to(scene.dtype)
     monkeypatch.setattr(scene.model, "suffix", lambda resid, layer, valid=None: hidden.expand(len(resid), -1, -1))
-    maker = Baselines(scene, builder.LAYER, "test", 4, torch.zeros(builder.D))
+    maker = Baselines(scene, builder.LAYER, Block("test", 4, 0, 1), torch.zeros(builder.D))
     rows = int(batch.keep.sum())
     whole = scene.model.head(hidden.expand(len(batch), -1, -1)[batch.keep])
     assert torch.equal(maker._zero_logits(batch)(3, rows), whole[3:])
@@ -127,6 +130,12 @@ def test_a_model_nobody_can_name_leaves_nothing_behind(fresh, open_scene, builde
 
 
 def core_batches(scene, layer):
-    from saemill.evaluate.feed import store_batches
-
     return store_batches(scene.store, "test", (layer,), batch_windows=4)
+
+
+def test_a_layer_that_is_not_stored_has_the_mean_of_the_rows(world, open_scene):
+    scene = open_scene(world, from_tokens=True)
+    block = Block("test", 4, 4, 2)
+    batches = list(store_batches(scene.store, "test", batch_windows=4, first=4, count=8))
+    rows = torch.cat([scene.model.resid(batch.tokens, (1,))[1][batch.keep] for batch in batches])
+    torch.testing.assert_close(mean_residual(scene, 1, block), rows.double().mean(0))
