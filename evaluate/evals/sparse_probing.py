@@ -51,7 +51,7 @@ class Config:
     """The same for tests; None: 1000 and 160."""
     context_length: int | None = None
     """None: 128 tokens of the hub's data, 48 of this Python's text."""
-    llm_batch_size: int | None = None
+    llm_batch_size: int = 32
     k_values: tuple[int, ...] = ALL_K
     """SAEBench's default is 1, 2, 5; every further k moves all draws after it."""
 

@@ -47,7 +47,7 @@ class Config:
     """SAEBench's default is 1, 2, 5."""
     binarize: bool = False
     include_llm_baseline: bool = True
-    llm_batch_size: int | None = None
+    llm_batch_size: int = 32
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..feed import make_rows, run_windows
 from ..lm import LanguageModel
+from ..memory import PieceSize, in_pieces
 from ..scene import Scene
 from ..subject import Subject
 from ..windows import Windows
@@ -30,28 +31,35 @@ class LastTokens:
 
 
 def read_prompts(
-    scene: Scene, subjects: Sequence[Subject], title: str, prompts: Sequence[str], context: int, batch_size: int | None
+    scene: Scene, subjects: Sequence[Subject], title: str, prompts: Sequence[str], context: int, batch_size: int
 ) -> LastTokens:
     """Run the model on prompts of like length together, and put its activations back into their order."""
     rows = token_rows(scene.model, prompts, context)
     order = np.argsort([len(row) for row in rows], kind="stable")
-    size = batch_size_for(subjects, context, batch_size)
-    groups = list(dict.fromkeys(subject.layers for subject in subjects))
-    resid: dict[tuple[int, ...], list[Tensor]] = {layers: [] for layers in groups}
-    latents: dict[Subject, list[csr_matrix]] = {subject: [] for subject in subjects}
+    size = PieceSize(batch_size_for(subjects, context, batch_size), "prompts", scene.say)
+
+    def read(start: int, stop: int) -> LastTokens:
+        return read_last(_run(scene, subjects, [rows[row] for row in order[start:stop]]), subjects)
+
+    pieces: list[LastTokens] = []
     with scene.watch.stage(title, len(rows), "prompts") as advance:
-        for start in range(0, len(rows), size):
-            batch = _run(scene, subjects, [rows[row] for row in order[start : start + size]])
-            last = at_last(batch)
-            for layers in groups:
-                resid[layers].append(beside(last, layers)[:, 0].float().cpu())
-            for subject in subjects:
-                latents[subject].append(to_sparse(latents_at_last(subject, batch, last)))
-            advance(len(batch))
+        for piece in in_pieces(len(rows), size, read):
+            pieces.append(piece)
+            advance(len(next(iter(piece.resid.values()))))
     back = np.argsort(order)
     return LastTokens(
-        {layers: torch.cat(parts).numpy()[back] for layers, parts in resid.items()},
-        {subject: stacked(parts)[back] for subject, parts in latents.items()},
+        {layers: np.concatenate([piece.resid[layers] for piece in pieces])[back] for layers in pieces[0].resid},
+        {subject: stacked([piece.latents[subject] for piece in pieces])[back] for subject in subjects},
+    )
+
+
+def read_last(batch: Windows, subjects: Sequence[Subject]) -> LastTokens:
+    """Activations at the last token of the prompts of a batch."""
+    last = at_last(batch)
+    groups = dict.fromkeys(subject.layers for subject in subjects)
+    return LastTokens(
+        {layers: beside(last, layers)[:, 0].float().cpu().numpy() for layers in groups},
+        {subject: to_sparse(latents_at_last(subject, batch, last)) for subject in subjects},
     )
 
 

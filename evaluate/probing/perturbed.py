@@ -39,7 +39,7 @@ class Settings:
     """The same for tests; None: 1000 and 160."""
     context_length: int | None = None
     """None: 128 tokens of the hub's data, 48 of this Python's text."""
-    llm_batch_size: int | None = None
+    llm_batch_size: int = 32
     probe_train_batch_size: int = 16
     """Decides how much of a spurious correlation a probe learns: change it and nothing compares."""
     probe_epochs: int = 20

@@ -11,7 +11,7 @@ W texts of a batch, T positions, D residual width, F latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,8 +20,10 @@ from scipy.sparse import csc_matrix, csr_matrix, vstack
 from torch import Tensor
 
 from ...cache_schema import AttentionSpec
-from ..feed import text_batches
+from ..errors import DataMissing
+from ..feed import make_rows, run_windows
 from ..lm import LanguageModel
+from ..memory import PieceSize, in_pieces
 from ..scene import Scene
 from ..subject import Subject
 from ..windows import Windows
@@ -29,88 +31,92 @@ from .features import Features, spans_of
 from .texts import Classes, Task
 
 ACTIVATIONS_AT_ONCE = 2**27  # of one SAE in one batch: half a gigabyte
-DEFAULT_BATCH = 32
 
 
 @dataclass(frozen=True, eq=False)
-class PooledBatch:
-    """What one batch gives one SAE, or the model. W texts."""
+class Piece:
+    """What some texts give: the model's mean residuals by layers, mean latents by SAE. float32 [W, features]."""
 
-    pooled: csr_matrix  # float32 [W, F]
-    leaky: csr_matrix | None = None
+    model: Mapping[tuple[int, ...], csr_matrix]
+    latents: Mapping[Subject, csr_matrix]
+    leaky: Mapping[Subject, csr_matrix]
 
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Pooled features of texts: the model's by layers, the latents' by SAE."""
+    """Pooled features of texts."""
 
     rows: Mapping[str, int]  # by text
-    model: Mapping[tuple[int, ...], csr_matrix]
-    latents: Mapping[Subject, csr_matrix]
-    leaky: Mapping[Subject, csr_matrix]
+    whole: Piece
     dtype: torch.dtype  # of the model
 
     def of_model(self, layers: tuple[int, ...], classes: Classes) -> Features:
         """What the residuals of some layers are on average."""
-        return self._features(self.model[layers], classes, self.dtype)
+        return self._features(self.whole.model[layers], classes, self.dtype)
 
     def of_latents(self, subject: Subject, classes: Classes) -> Features:
-        return self._features(self.latents[subject], classes, torch.float32)
+        return self._features(self.whole.latents[subject], classes, torch.float32)
 
     def of_leaky_latents(self, subject: Subject, classes: Classes) -> Features:
-        return self._features(self.leaky[subject], classes, torch.float32)
+        return self._features(self.whole.leaky[subject], classes, torch.float32)
 
     def _features(self, matrix: csr_matrix, classes: Classes, dtype: torch.dtype) -> Features:
         rows = [self.rows[text] for texts in classes.values() for text in texts]
-        return Features(
-            csc_matrix(matrix[rows]), spans_of({name: len(texts) for name, texts in classes.items()}), dtype
-        )
+        sizes = {name: len(texts) for name, texts in classes.items()}
+        return Features(csc_matrix(matrix[rows]), spans_of(sizes), dtype)
 
 
 def pool_task(
-    scene: Scene, subjects: Sequence[Subject], task: Task, context: int, batch_size: int | None, leaky: bool = False
+    scene: Scene, subjects: Sequence[Subject], task: Task, context: int, batch_size: int, leaky: bool = False
 ) -> Pool:
     """Pool every text of a task, each once however often it is used."""
     texts = list(dict.fromkeys(text for part in (task.train, task.test) for each in part.values() for text in each))
-    size = batch_size_for(subjects, context, batch_size)
     layers = sorted({layer for subject in subjects for layer in subject.layers})
-    batches = text_batches(scene.model, texts, layers, context, size, attention=attention_for(scene, subjects))
+    attention = attention_for(scene, subjects)
+    size = PieceSize(batch_size_for(subjects, context, batch_size), "texts", scene.say)
+
+    def read(start: int, stop: int) -> Piece:
+        rows = make_rows(scene.model, texts[start:stop], context)
+        return read_piece(
+            without_special(scene.model, run_windows(scene.model, *rows, layers, attention)), subjects, leaky
+        )
+
+    pieces: list[Piece] = []
     with scene.watch.stage(f"{task.name}: texts", len(texts), "texts") as advance:
-        return pool(texts, subjects, masked_batches(scene.model, batches, advance), scene.model.dtype, leaky)
+        for piece in in_pieces(len(texts), size, read):
+            pieces.append(piece)
+            advance(next(iter(piece.model.values())).shape[0])
+    return make_pool(texts, pieces, scene.model.dtype)
 
 
-def pool(
-    texts: Sequence[str], subjects: Sequence[Subject], batches: Iterable[Windows], dtype: torch.dtype, leaky: bool
-) -> Pool:
-    """Pool masked batches of these texts."""
-    groups = list(dict.fromkeys(subject.layers for subject in subjects))
-    model: dict[tuple[int, ...], list[csr_matrix]] = {layers: [] for layers in groups}
-    latents: dict[Subject, list[PooledBatch]] = {subject: [] for subject in subjects}
-    for batch in batches:
-        valid = {layers: valid_positions(batch, layers) for layers in groups}
-        for layers in groups:
-            model[layers].append(to_sparse(mean_resid(batch, layers, valid[layers])))
-        for subject in subjects:
-            latents[subject].append(mean_latents(subject, batch, valid[subject.layers], leaky))
-    return Pool(
-        rows={text: row for row, text in enumerate(texts)},
-        model={layers: stacked(parts) for layers, parts in model.items()},
-        latents={subject: stacked([part.pooled for part in parts]) for subject, parts in latents.items()},
-        leaky={subject: stacked([p.leaky for p in parts if p.leaky is not None]) for subject, parts in latents.items()}
-        if leaky
-        else {},
-        dtype=dtype,
+def make_pool(texts: Sequence[str], pieces: Sequence[Piece], dtype: torch.dtype) -> Pool:
+    """The pool of texts that were read piece by piece."""
+    parts = [(piece.model, piece.latents, piece.leaky) for piece in pieces]
+    model, latents, leaky = (
+        {key: stacked([part[kind][key] for part in parts]) for key in parts[0][kind]} for kind in range(3)
     )
+    return Pool({text: row for row, text in enumerate(texts)}, Piece(model, latents, leaky), dtype)
 
 
-def masked_batches(
-    model: LanguageModel, batches: Iterable[Windows], advance: Callable[[int], None]
-) -> Iterator[Windows]:
-    """Batches with the residuals of BOS, EOS and padding set to zero."""
-    special = torch.tensor(sorted({model.bos, model.pad, *(() if model.eos is None else (model.eos,))}))
-    for batch in batches:
-        yield masked(batch, ~torch.isin(batch.tokens, special.to(batch.tokens.device)))
-        advance(len(batch))
+def read_piece(batch: Windows, subjects: Sequence[Subject], leaky: bool) -> Piece:
+    """Mean features of the texts of a masked batch, for every SAE."""
+    model, latents, leaked = {}, {}, {}
+    for layers in dict.fromkeys(subject.layers for subject in subjects):
+        valid_WT = valid_positions(batch, layers)
+        model[layers] = to_sparse(mean_resid(batch, layers, valid_WT))
+        for subject in subjects:
+            if subject.layers == layers:
+                acts_WTF = subject.encode(batch)
+                latents[subject] = to_sparse(mean_latents(acts_WTF, valid_WT, valid_WT))
+                if leaky:
+                    leaked[subject] = to_sparse(mean_latents(acts_WTF, valid_WT, torch.ones_like(valid_WT)))
+    return Piece(model, latents, leaked)
+
+
+def without_special(model: LanguageModel, batch: Windows) -> Windows:
+    """The batch with residuals of BOS, EOS and padding set to zero."""
+    special = {model.bos, model.pad, *(() if model.eos is None else (model.eos,))}
+    return masked(batch, ~torch.isin(batch.tokens, torch.tensor(sorted(special), device=batch.tokens.device)))
 
 
 def masked(batch: Windows, keep: Tensor) -> Windows:
@@ -130,12 +136,10 @@ def mean_resid(batch: Windows, layers: Sequence[int], valid_WT: Tensor) -> Tenso
     return x_WTD.sum(dim=1) / valid_WT.to(x_WTD.dtype).sum(dim=1, keepdim=True)
 
 
-def mean_latents(subject: Subject, batch: Windows, valid_WT: Tensor, leaky: bool) -> PooledBatch:
-    """Mean latents of the texts of a batch."""
-    acts_WTF = subject.encode(batch)
-    count_W1 = valid_WT.to(acts_WTF.dtype).sum(dim=1, keepdim=True)
-    pooled = torch.einsum("wtf,wt->wf", acts_WTF, valid_WT.to(acts_WTF.dtype)) / count_W1
-    return PooledBatch(to_sparse(pooled), to_sparse(acts_WTF.sum(dim=1) / count_W1) if leaky else None)
+def mean_latents(acts_WTF: Tensor, valid_WT: Tensor, counted_WT: Tensor) -> Tensor:
+    """[W, F]: the sum over counted positions, by the number of valid ones."""
+    total_WF = torch.einsum("wtf,wt->wf", acts_WTF, counted_WT.to(acts_WTF.dtype))
+    return total_WF / valid_WT.to(acts_WTF.dtype).sum(dim=1, keepdim=True)
 
 
 def beside(batch: Windows, layers: Sequence[int]) -> Tensor:
@@ -151,10 +155,10 @@ def stacked(parts: Sequence[csr_matrix]) -> csr_matrix:
     return csr_matrix(vstack(parts, dtype=np.float32))
 
 
-def batch_size_for(subjects: Sequence[Subject], context: int, wanted: int | None) -> int:
+def batch_size_for(subjects: Sequence[Subject], context: int, wanted: int) -> int:
     """As many texts at once as asked for, but no more than the widest SAE's activations allow."""
     widest = max(subject.width for subject in subjects)
-    return max(1, min(wanted or DEFAULT_BATCH, ACTIVATIONS_AT_ONCE // (context * widest)))
+    return max(1, min(wanted, ACTIVATIONS_AT_ONCE // (context * widest)))
 
 
 def attention_for(scene: Scene, subjects: Sequence[Subject]) -> AttentionSpec | None:
@@ -163,5 +167,8 @@ def attention_for(scene: Scene, subjects: Sequence[Subject]) -> AttentionSpec | 
     if not layers:
         return None
     stored = scene.manifest.attention
-    assert stored is not None, "an SAE that reads attention was trained on a store that has it"
+    if stored is None:
+        raise DataMissing(
+            "an SAE reads attention, and the store says nothing of how attention is kept: harvest with it"
+        )
     return replace(stored, layers=layers)

@@ -100,9 +100,7 @@ def speeches(pair: str) -> list[dict]:
 def files() -> list[dict]:
     rng = np.random.RandomState(5)
     kinds = ["C", "Python", "HTML", "Java", "PHP", "Go"]
-    return [
-        {"language": kinds[rng.randint(6)], "code": f"{i:06d}" * int(rng.randint(20, 120))} for i in range(2000)
-    ]
+    return [{"language": kinds[rng.randint(6)], "code": f"{i:06d}" * int(rng.randint(20, 120))} for i in range(2000)]
 
 
 def binary() -> dict[str, np.ndarray]:
@@ -132,6 +130,7 @@ def main() -> None:
         "scr": perturbed(made, perform_scr=True),
         "samples": samples(),
         "sae_probes": sae_probes(),
+        "keys": keys(),
     }
     TARGET.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -254,7 +253,14 @@ def sae_probes() -> dict:
         part = slice(0, fewer)
         return vars(
             find_best_reg(
-                rows[train][part], y_train[part], rows[test], y_test, n_jobs=-1, parallel=False, penalty=penalty, seed=SEED
+                rows[train][part],
+                y_train[part],
+                rows[test],
+                y_test,
+                n_jobs=-1,
+                parallel=False,
+                penalty=penalty,
+                seed=SEED,
             ).metrics
         )
 
@@ -265,6 +271,49 @@ def sae_probes() -> dict:
         "l1": {str(k): fitted(latents[:, ranked[:k]], "l1") for k in (1, 2, 5)},
         "l2": fitted(latents, "l2"),
         "l2_few_rows": fitted(latents, "l2", fewer=90),
+    }
+
+
+def keys() -> dict[str, dict]:
+    """The names in each evaluation's JSON: settings, metrics by category, details."""
+    from dataclasses import fields
+
+    from sae_bench.evals.scr_and_tpp import eval_output as perturbation
+    from sae_bench.evals.sparse_probing import eval_output as probing
+    from sae_bench.evals.sparse_probing_sae_probes import eval_output as probes
+
+    def names(record: type) -> list[str]:
+        return [field.name for field in fields(record)]
+
+    kinds = {
+        "sparse_probing": (
+            probing.SparseProbingEvalConfig,
+            {"llm": probing.SparseProbingLlmMetrics, "sae": probing.SparseProbingSaeMetrics},
+            probing.SparseProbingResultDetail,
+        ),
+        "scr": (
+            perturbation.ScrAndTppEvalConfig,
+            {"scr_metrics": perturbation.ScrMetrics},
+            perturbation.ScrResultDetail,
+        ),
+        "tpp": (
+            perturbation.ScrAndTppEvalConfig,
+            {"tpp_metrics": perturbation.TppMetrics},
+            perturbation.TppResultDetail,
+        ),
+        "sparse_probing_sae_probes": (
+            probes.SparseProbingSaeProbesEvalConfig,
+            {"llm": probes.SaeProbesLlmMetrics, "sae": probes.SaeProbesSaeMetrics},
+            probes.SaeProbesResultDetail,
+        ),
+    }
+    return {
+        name: {
+            "eval_config": names(config),
+            "eval_result_metrics": {category: names(record) for category, record in metrics.items()},
+            "eval_result_details": names(detail),
+        }
+        for name, (config, metrics, detail) in kinds.items()
     }
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saemill.evaluate.probing.pooling import Pool, pool
+from saemill.evaluate.probing.pooling import Pool, make_pool, read_piece
 from saemill.evaluate.probing.texts import Task
 from saemill.evaluate.subject import Subject
 from saemill.evaluate.windows import Windows
@@ -38,7 +38,9 @@ class Made:
         return [windows_of(part) for part in rows.split(size)]
 
     def pool(self, subject: Subject, leaky: bool = False) -> Pool:
-        return pool(list(self.acts), [subject], self.batches(), torch.float32, leaky)
+        return make_pool(
+            list(self.acts), [read_piece(part, [subject], leaky) for part in self.batches()], torch.float32
+        )
 
 
 def windows_of(x: Tensor) -> Windows:
