@@ -69,11 +69,6 @@ class Baselines:
         pieces = in_pieces(len(batch), self._size, lambda a, b: suffix(resid_WTD[a:b], self._layer)[batch.keep[a:b]])
         return torch.cat(list(pieces))
 
-    def spliced(self, batch: Windows, x_hat_WTD: Tensor) -> Tensor:
-        """The residual with a reconstruction in its place; special tokens keep their own."""
-        resid = batch.resid[self._layer]
-        return torch.where(batch.keep[..., None], x_hat_WTD.to(resid.dtype), resid)
-
     def logits(self, hidden_ND: Tensor) -> LogitsOf:
         head = self._scene.model.head
         return lambda start, stop: head(hidden_ND[start:stop])
@@ -83,9 +78,10 @@ class Baselines:
         return self._scene.model.facts.vocab_size
 
     def _make(self, batch: Windows) -> Clean:
-        hidden = self.hidden(batch, batch.resid[self._layer])
-        mean = self.hidden(batch, self.spliced(batch, self._mean_D.expand_as(batch.resid[self._layer])))
-        resample = self.hidden(batch, self.spliced(batch, elsewhere(batch.resid[self._layer])))
+        resid, keep = batch.resid[self._layer], batch.keep[..., None]
+        hidden = self.hidden(batch, resid)
+        mean = self.hidden(batch, torch.where(keep, self._mean_D, resid))
+        resample = self.hidden(batch, torch.where(keep, elsewhere(resid), resid))
         others = [self._zero_logits(batch), self.logits(mean), self.logits(resample)]
         targets = next_tokens(batch.tokens, batch.keep)
         ce, losses = compare(self.logits(hidden), others, targets, self.vocab_size)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .baselines import Baselines, Clean
+from .codes import read
 from .errors import NotApplicable
 from .memory import PieceSize, in_pieces
 from .metrics.bootstrap import DocumentSums
@@ -99,18 +100,22 @@ def _add_batch(
     batch: Windows,
 ) -> None:
     """The SAEs of one layer, side by side."""
-    hidden = [baselines.hidden(batch, baselines.spliced(batch, _x_hat(s, batch, size))) for s, size in subjects.items()]
+    hidden = [baselines.hidden(batch, spliced(subject, batch, size)) for subject, size in subjects.items()]
     targets = next_tokens(batch.tokens, batch.keep)
     _, losses = compare(
         baselines.logits(clean.hidden), [baselines.logits(h) for h in hidden], targets, baselines.vocab_size
     )
     documents = _documents(batch)
-    for subject, spliced in zip(subjects, losses, strict=True):
-        found[subject].add(documents, clean, spliced)
+    for subject, found_losses in zip(subjects, losses, strict=True):
+        found[subject].add(documents, clean, found_losses)
 
 
-def _x_hat(subject: Subject, batch: Windows, size: PieceSize) -> Tensor:
-    return torch.cat(list(in_pieces(len(batch), size, lambda a, b: subject.reconstruct(batch.slice(a, b))[1])))
+def spliced(subject: Subject, batch: Windows, size: PieceSize) -> Tensor:
+    """The residual with the SAE's reconstruction in its place [W, T, D]; special tokens keep their own."""
+    resid = batch.resid[splice_layer(subject)].clone()
+    pieces = in_pieces(len(batch), size, lambda a, b: read(subject, batch.slice(a, b)).x_hat)
+    resid[batch.keep] = torch.cat(list(pieces)).to(resid.dtype)
+    return resid
 
 
 def _documents(batch: Windows) -> np.ndarray:
