@@ -1,0 +1,38 @@
+"""Prompts that make a model think of a word's first letter: ten solved examples, then the word."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NUM_EXAMPLES = 10
+MAX_DRAWS = 1000
+SEPARATOR = "\n"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    word: str
+    text: str
+
+
+def make_prompt(word: str, examples: Sequence[str], template: str, draw: random.Random) -> Prompt:
+    """A prompt about `word`; its examples are drawn anew until the word is not among them."""
+    solved = [f"{template.format(word=example)} {example.strip()[0].upper()}" for example in _draw(word, examples, draw)]
+    return Prompt(word, SEPARATOR + SEPARATOR.join([*solved, template.format(word=word)]))
+
+
+def split_words(words: Sequence[str], train_share: float, draw: random.Random) -> tuple[list[str], list[str]]:
+    """Words for training and for testing, in random order."""
+    shuffled = draw.sample(list(words), len(words))
+    cut = int(len(shuffled) * train_share)
+    return shuffled[:cut], shuffled[cut:]
+
+
+def _draw(word: str, examples: Sequence[str], draw: random.Random) -> list[str]:
+    for _ in range(MAX_DRAWS):
+        drawn = draw.sample(examples, NUM_EXAMPLES)
+        if word not in drawn:
+            return drawn
+    raise ValueError(f"no {NUM_EXAMPLES} examples without {word!r} among {len(examples)} words after {MAX_DRAWS} draws")

@@ -1,0 +1,31 @@
+"""The words of the task: tokens of the model's vocabulary made of ASCII letters, perhaps after a space."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterable
+
+LETTERS = string.ascii_lowercase
+SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space
+
+
+def alphabetic_words(tokens: Iterable[str], to_text: Callable[[str], str]) -> list[str]:
+    """The text of every alphabetic token, in the order given; `to_text` is the tokenizer's decoder of one token."""
+    words = (word_of(token, to_text) for token in tokens)
+    return [word for word in words if is_alphabetic(word)]
+
+
+def word_of(token: str, to_text: Callable[[str], str]) -> str:
+    """A token as it reads, with its leading space: some decoders drop that of a first token."""
+    text = to_text(token)
+    return f" {text}" if token.startswith(SPACE_MARK) and not text.startswith(" ") else text
+
+
+def is_alphabetic(word: str) -> bool:
+    letters = word.removeprefix(" ")
+    return bool(letters) and letters.isascii() and letters.isalpha()
+
+
+def letter_index(word: str) -> int:
+    """0 for a, 25 for z."""
+    return LETTERS.index(word.strip()[0].lower())
