@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .probe import Probe
@@ -72,7 +71,3 @@ def _f1_of_first(
         regression.fit(train_NK[:, :k], is_train.astype(np.int64))
     return f1_score(is_test, regression.decision_function(test_NK[:, :k]) > 0.0)
 
-
-def gathered(acts_NF: Tensor, latents: Tensor) -> np.ndarray:
-    """float32 activations of some latents."""
-    return acts_NF[:, latents.to(acts_NF.device)].to(torch.float32).cpu().numpy()

@@ -1,0 +1,161 @@
+"""absorption: do latents for "starts with L" stay silent on words that have a latent of their own?
+
+The task is on the model's own vocabulary, so it needs no data and works with any tokenizer. It is measured on
+letters that the model knows, by the F1 of a probe; with too few of them the evaluation is not run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..absorption.probe import Training
+from ..absorption.reading import Reader, word_position
+from ..absorption.task import LetterProbe, Task, make_task
+from ..absorption.trial import LetterResult, Sparse, mean_metrics, measure_letters
+from ..absorption.vocabulary import LETTERS, alphabetic_words
+from ..errors import NotApplicable
+from ..fitting import attention_of, split_fitting
+from ..lm import LanguageModel
+from ..needs import Needs
+from ..results import Failure, Result
+from ..scene import Scene
+from ..subject import Subject
+
+NEEDS = Needs(model=True)
+SUMMARY = ("mean.mean_absorption_fraction_score", "mean.mean_full_absorption_score")
+OFFICIAL_ID = "absorption_first_letter"
+POCKET_WORDS, POCKET_LETTERS = 1000, 5
+"""The pocket model knows few letters, and a thousand words tell which within a minute."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The protocol's settings."""
+
+    random_seed: int = 42
+    f1_jump_threshold: float = 0.03
+    max_k_value: int = 10
+    prompt_template: str = "{word} has the first letter:"
+    prompt_token_pos: int | None = None
+    """None: behind the word, as the tokenizer writes the template; -6 with Gemma's."""
+    llm_batch_size: int = 32
+    k_sparse_probe_l1_decay: float = 0.01
+    k_sparse_probe_batch_size: int = 4096
+    k_sparse_probe_num_epochs: int = 50
+    min_GT_probe_f1: float = 0.6  # noqa: N815  the protocol's name
+    min_feats_for_eval: int | None = None
+    """Letters that the model must know; None: the protocol's 20, fewer for the pocket model."""
+    max_words: int | None = None
+    """Words that are asked at most; None: all, fewer for the pocket model."""
+
+    @property
+    def sparse(self) -> Sparse:
+        training = Training(
+            epochs=self.k_sparse_probe_num_epochs,
+            batch_size=self.k_sparse_probe_batch_size,
+            weight_decay=1e-6,
+            l1_decay=self.k_sparse_probe_l1_decay,
+        )
+        return Sparse(training, self.max_k_value, self.f1_jump_threshold)
+
+
+def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+    fitting, failures = split_fitting(subjects, scene.model)
+    yield from failures
+    if not fitting:
+        return
+    reader = make_reader(scene, fitting, config)
+    words = choose_words(scene, config)
+    with ExitStack() as stages:
+        task = make_task(
+            reader,
+            words,
+            config.prompt_template,
+            config.random_seed,
+            lambda title, total: stages.enter_context(scene.watch.stage(f"absorption: {title}", total, "words")),
+        )
+    for subject in fitting:
+        yield one_result(scene, task, subject, reader, config)
+
+
+def make_reader(scene: Scene, subjects: Sequence[Subject], config: Config) -> Reader:
+    position = config.prompt_token_pos
+    if position is None:
+        position = word_position(scene.model, config.prompt_template)
+    return Reader(scene.model, subjects, attention_of(scene, subjects), position, config.llm_batch_size)
+
+
+def choose_words(scene: Scene, config: Config) -> list[str]:
+    """Alphabetic words of the vocabulary by token id, or a sample of them."""
+    words = vocabulary_words(scene.model)
+    limit = config.max_words or (POCKET_WORDS if scene.is_pocket else len(words))
+    return random.Random(config.random_seed).sample(words, limit) if limit < len(words) else words
+
+
+def vocabulary_words(model: LanguageModel) -> list[str]:
+    backend = model.tokenizer.backend
+    tokens = sorted(backend.get_vocab().items(), key=lambda item: item[1])
+    return alphabetic_words((token for token, _ in tokens), lambda token: backend.decoder.decode([token]))
+
+
+def one_result(scene: Scene, task: Task, subject: Subject, reader: Reader, config: Config) -> Result | Failure:
+    probe = task.probes[subject.layer]
+    letters = probe.known_letters(config.min_GT_probe_f1)
+    needed = config.min_feats_for_eval or (POCKET_LETTERS if scene.is_pocket else 20)
+    if len(letters) < needed:
+        return Failure(subject, _too_few(subject, letters, needed, config))
+    generator = torch.Generator().manual_seed(config.random_seed)
+    results = measure_letters(task, subject, letters, config.sparse, generator)
+    return Result(
+        subject,
+        official_config(scene, reader, config, needed),
+        {"mean": mean_metrics(results)},
+        details=[result.to_json() for result in results],
+        extra={"eval_type_id": OFFICIAL_ID, "absorption": our_details(task, probe, results)},
+    )
+
+
+def our_details(task: Task, probe: LetterProbe, results: Sequence[LetterResult]) -> dict[str, Any]:
+    """What the protocol's document leaves out: which latents, which letters, and that the seed was applied."""
+    return {
+        "is_random_seed_applied": True,
+        "words": len(task.train.words) + len(task.test.words),
+        "probe_f1": dict(zip(LETTERS, probe.f1, strict=True)),
+        "split_latents": {result.letter: list(result.latents) for result in results},
+    }
+
+
+def official_config(scene: Scene, reader: Reader, config: Config, needed: int) -> dict[str, Any]:
+    """Under the protocol's keys what was done."""
+    return {
+        "model_name": scene.model_name or scene.manifest.model.id,
+        "random_seed": config.random_seed,
+        "f1_jump_threshold": config.f1_jump_threshold,
+        "max_k_value": config.max_k_value,
+        "prompt_template": config.prompt_template,
+        "prompt_token_pos": reader.word_position,
+        "llm_batch_size": config.llm_batch_size,
+        "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
+        "k_sparse_probe_l1_decay": config.k_sparse_probe_l1_decay,
+        "k_sparse_probe_batch_size": config.k_sparse_probe_batch_size,
+        "k_sparse_probe_num_epochs": config.k_sparse_probe_num_epochs,
+        "min_GT_probe_f1": config.min_GT_probe_f1,
+        "min_feats_for_eval": needed,
+        "eval_k_sparse_probe_batch_size": 24,  # decides nothing but memory in the official package
+        "precalc_k_sparse_probe_sae_acts": False,
+    }
+
+
+def _too_few(subject: Subject, letters: Sequence[int], needed: int, config: Config) -> NotApplicable:
+    known = "".join(LETTERS[letter] for letter in letters) or "none"
+    return NotApplicable(
+        f"layer {subject.layer} of the model knows {len(letters)} first letters ({known}) with F1 above "
+        f"{config.min_GT_probe_f1}, the protocol asks for {needed}. A larger model or an earlier layer knows more; "
+        "--set absorption.min_feats_for_eval=N lowers the bar, and says so in the result"
+    )
