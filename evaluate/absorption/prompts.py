@@ -1,10 +1,12 @@
-"""Prompts that make a model think of a word's first letter: ten solved examples, then the word."""
+"""Prompts that make a model think of a word's class, such as its first letter: ten solved examples, then the word."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from .vocabulary import WordClasses
 
 NUM_EXAMPLES = 10
 MAX_DRAWS = 1000
@@ -17,10 +19,10 @@ class Prompt:
     text: str
 
 
-def make_prompt(word: str, examples: Sequence[str], template: str, draw: random.Random) -> Prompt:
+def make_prompt(word: str, examples: Sequence[str], classes: WordClasses, draw: random.Random) -> Prompt:
     """A prompt about `word`; its examples are drawn anew until the word is not among them."""
-    solved = [f"{template.format(word=example)} {example.strip()[0].upper()}" for example in _draw(word, examples, draw)]
-    return Prompt(word, SEPARATOR + SEPARATOR.join([*solved, template.format(word=word)]))
+    lines = [f"{_line(classes, example)} {classes.answer(example)}" for example in _draw(word, examples, draw)]
+    return Prompt(word, SEPARATOR + SEPARATOR.join([*lines, _line(classes, word)]))
 
 
 def split_words(words: Sequence[str], train_share: float, draw: random.Random) -> tuple[list[str], list[str]]:
@@ -28,6 +30,10 @@ def split_words(words: Sequence[str], train_share: float, draw: random.Random) -
     shuffled = draw.sample(list(words), len(words))
     cut = int(len(shuffled) * train_share)
     return shuffled[:cut], shuffled[cut:]
+
+
+def _line(classes: WordClasses, word: str) -> str:
+    return classes.template.format(word=word)
 
 
 def _draw(word: str, examples: Sequence[str], draw: random.Random) -> list[str]:

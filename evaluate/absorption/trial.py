@@ -15,7 +15,6 @@ from .measure import absorption
 from .probe import Training, fit_probe
 from .sparse import LetterLatents, choose_latents, ranked_latents
 from .task import Task
-from .vocabulary import LETTERS
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def letter_latents(
     probe = fit_probe(
         rows[:, None].to(torch.float32),
         train.labels,
-        len(LETTERS),
+        len(task.classes.names),
         sparse.training,
         generator,
         encode=lambda numbers: train.reading.acts_of(subject, numbers.view(-1).long()),
@@ -97,7 +96,7 @@ def _choose(task: Task, subject: Subject, ranked: Tensor, letter: int, jump: flo
     train_NK, test_NK = (
         half.reading.columns_of(subject, ranked).cpu().numpy() for half in (task.train, task.test)
     )
-    is_train, is_test = (half.starts_with(letter) for half in (task.train, task.test))
+    is_train, is_test = (half.is_of(letter) for half in (task.train, task.test))
     return choose_latents(ranked.tolist(), train_NK, is_train, test_NK, is_test, jump)
 
 
@@ -107,4 +106,4 @@ def _measure(task: Task, subject: Subject, letter: int, own: tuple[int, ...], fo
     x_BD = task.again.x[subject.layer][places]
     with torch.no_grad():
         each = absorption(task.again.acts_of(subject, places), x_BD, subject.sae.W_dec, direction, own)
-    return LetterResult(LETTERS[letter], own, len(found), float(each.fraction.sum()), int(each.full.sum()))
+    return LetterResult(task.classes.names[letter], own, len(found), float(each.fraction.sum()), int(each.full.sum()))

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 LETTERS = string.ascii_lowercase
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space
+
+
+@dataclass(frozen=True)
+class WordClasses:
+    """What is asked of a word: one of these classes, which a prompt's examples answer."""
+
+    names: tuple[str, ...]
+    class_of: Callable[[str], int]
+    answer: Callable[[str], str]
+    template: str
+    """A word's line, to which the answer is added after a space."""
 
 
 def alphabetic_words(tokens: Iterable[str], to_text: Callable[[str], str]) -> list[str]:
@@ -28,4 +40,11 @@ def is_alphabetic(word: str) -> bool:
 
 def letter_index(word: str) -> int:
     """0 for a, 25 for z."""
-    return LETTERS.index(word.strip()[0].lower())
+    return LETTERS.index(first_letter(word).lower())
+
+
+def first_letter(word: str) -> str:
+    return word.strip()[0].upper()
+
+
+FIRST_LETTER = WordClasses(tuple(LETTERS), letter_index, first_letter, "{word} has the first letter:")

@@ -1,7 +1,8 @@
 """absorption: do latents for "starts with L" stay silent on words that have a latent of their own?
 
 The task is on the model's own vocabulary, so it needs no data and works with any tokenizer. It is measured on
-letters that the model knows, by the F1 of a probe; with too few of them the evaluation is not run.
+letters that the model knows, by the F1 of a probe; with too few of them the evaluation is not run. The pocket
+model knows none (no F1 above 0.4), so there the classes are the words' shapes, and the result says so.
 """
 
 from __future__ import annotations
@@ -9,20 +10,21 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
 from ..absorption.probe import Training
 from ..absorption.reading import Reader, word_position
-from ..absorption.task import LetterProbe, Task, make_task
+from ..absorption.task import ClassProbe, Task, make_task
 from ..absorption.trial import LetterResult, Sparse, mean_metrics, measure_letters
-from ..absorption.vocabulary import LETTERS, alphabetic_words
+from ..absorption.vocabulary import FIRST_LETTER, WordClasses, alphabetic_words
 from ..errors import NotApplicable
 from ..fitting import attention_of, split_fitting
 from ..lm import LanguageModel
 from ..needs import Needs
+from ..offline.word_shapes import WORD_SHAPES
 from ..results import Failure, Result
 from ..scene import Scene
 from ..subject import Subject
@@ -30,18 +32,21 @@ from ..subject import Subject
 NEEDS = Needs(model=True)
 SUMMARY = ("mean.mean_absorption_fraction_score", "mean.mean_full_absorption_score")
 OFFICIAL_ID = "absorption_first_letter"
-POCKET_WORDS, POCKET_LETTERS = 1000, 5
-"""The pocket model knows few letters, and a thousand words tell which within a minute."""
+POCKET_WORDS, POCKET_CLASSES = 1000, 4
+"""So many are asked within a minute, and so many of the shapes must be known."""
 
 
 @dataclass(frozen=True)
 class Config:
     """The protocol's settings."""
 
+    classes: Literal["auto", "first_letter", "shape"] = "auto"
+    """auto: shapes for the pocket model, first letters for all others."""
     random_seed: int = 42
     f1_jump_threshold: float = 0.03
     max_k_value: int = 10
-    prompt_template: str = "{word} has the first letter:"
+    prompt_template: str | None = None
+    """None: "{word} has the first letter:", or what the classes have in its place."""
     prompt_token_pos: int | None = None
     """None: behind the word, as the tokenizer writes the template; -6 with Gemma's."""
     llm_batch_size: int = 32
@@ -50,7 +55,7 @@ class Config:
     k_sparse_probe_num_epochs: int = 50
     min_GT_probe_f1: float = 0.6  # noqa: N815  the protocol's name
     min_feats_for_eval: int | None = None
-    """Letters that the model must know; None: the protocol's 20, fewer for the pocket model."""
+    """Letters that the model must know; None: the protocol's 20, or 4 of the 6 shapes."""
     max_words: int | None = None
     """Words that are asked at most; None: all, fewer for the pocket model."""
 
@@ -70,13 +75,14 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
     yield from failures
     if not fitting:
         return
-    reader = make_reader(scene, fitting, config)
+    classes = choose_classes(scene, config)
+    reader = make_reader(scene, fitting, classes, config)
     words = choose_words(scene, config)
     with ExitStack() as stages:
         task = make_task(
             reader,
             words,
-            config.prompt_template,
+            classes,
             config.random_seed,
             lambda title, total: stages.enter_context(scene.watch.stage(f"absorption: {title}", total, "words")),
         )
@@ -84,10 +90,16 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
         yield one_result(scene, task, subject, reader, config)
 
 
-def make_reader(scene: Scene, subjects: Sequence[Subject], config: Config) -> Reader:
+def choose_classes(scene: Scene, config: Config) -> WordClasses:
+    name = config.classes if config.classes != "auto" else "shape" if scene.is_pocket else "first_letter"
+    classes = WORD_SHAPES if name == "shape" else FIRST_LETTER
+    return replace(classes, template=config.prompt_template or classes.template)
+
+
+def make_reader(scene: Scene, subjects: Sequence[Subject], classes: WordClasses, config: Config) -> Reader:
     position = config.prompt_token_pos
     if position is None:
-        position = word_position(scene.model, config.prompt_template)
+        position = word_position(scene.model, classes.template)
     return Reader(scene.model, subjects, attention_of(scene, subjects), position, config.llm_batch_size)
 
 
@@ -106,39 +118,43 @@ def vocabulary_words(model: LanguageModel) -> list[str]:
 
 def one_result(scene: Scene, task: Task, subject: Subject, reader: Reader, config: Config) -> Result | Failure:
     probe = task.probes[subject.layer]
-    letters = probe.known_letters(config.min_GT_probe_f1)
-    needed = config.min_feats_for_eval or (POCKET_LETTERS if scene.is_pocket else 20)
-    if len(letters) < needed:
-        return Failure(subject, _too_few(subject, letters, needed, config))
+    known = probe.known(config.min_GT_probe_f1)
+    needed = config.min_feats_for_eval or (20 if task.classes.names == FIRST_LETTER.names else POCKET_CLASSES)
+    if len(known) < needed:
+        return Failure(subject, _too_few(subject, task, known, needed, config))
     generator = torch.Generator().manual_seed(config.random_seed)
-    results = measure_letters(task, subject, letters, config.sparse, generator)
+    results = measure_letters(task, subject, known, config.sparse, generator)
+    is_official = task.classes.names == FIRST_LETTER.names
     return Result(
         subject,
-        official_config(scene, reader, config, needed),
+        official_config(scene, task, reader, config, needed),
         {"mean": mean_metrics(results)},
         details=[result.to_json() for result in results],
-        extra={"eval_type_id": OFFICIAL_ID, "absorption": our_details(task, probe, results)},
+        extra={
+            "eval_type_id": OFFICIAL_ID if is_official else "absorption_word_shape",
+            "absorption": our_details(task, probe, results),
+        },
     )
 
 
-def our_details(task: Task, probe: LetterProbe, results: Sequence[LetterResult]) -> dict[str, Any]:
-    """What the protocol's document leaves out: which latents, which letters, and that the seed was applied."""
+def our_details(task: Task, probe: ClassProbe, results: Sequence[LetterResult]) -> dict[str, Any]:
+    """What the protocol's document leaves out: which latents, which classes, and that the seed was applied."""
     return {
         "is_random_seed_applied": True,
         "words": len(task.train.words) + len(task.test.words),
-        "probe_f1": dict(zip(LETTERS, probe.f1, strict=True)),
+        "probe_f1": dict(zip(task.classes.names, probe.f1, strict=True)),
         "split_latents": {result.letter: list(result.latents) for result in results},
     }
 
 
-def official_config(scene: Scene, reader: Reader, config: Config, needed: int) -> dict[str, Any]:
+def official_config(scene: Scene, task: Task, reader: Reader, config: Config, needed: int) -> dict[str, Any]:
     """Under the protocol's keys what was done."""
     return {
-        "model_name": scene.model_name or scene.manifest.model.id,
+        "model_name": scene.model_name or (scene.manifest.model.id if scene.opened else ""),
         "random_seed": config.random_seed,
         "f1_jump_threshold": config.f1_jump_threshold,
         "max_k_value": config.max_k_value,
-        "prompt_template": config.prompt_template,
+        "prompt_template": task.classes.template,
         "prompt_token_pos": reader.word_position,
         "llm_batch_size": config.llm_batch_size,
         "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
@@ -152,10 +168,10 @@ def official_config(scene: Scene, reader: Reader, config: Config, needed: int) -
     }
 
 
-def _too_few(subject: Subject, letters: Sequence[int], needed: int, config: Config) -> NotApplicable:
-    known = "".join(LETTERS[letter] for letter in letters) or "none"
+def _too_few(subject: Subject, task: Task, known: Sequence[int], needed: int, config: Config) -> NotApplicable:
+    names = ", ".join(task.classes.names[number] for number in known) or "none"
     return NotApplicable(
-        f"layer {subject.layer} of the model knows {len(letters)} first letters ({known}) with F1 above "
-        f"{config.min_GT_probe_f1}, the protocol asks for {needed}. A larger model or an earlier layer knows more; "
-        "--set absorption.min_feats_for_eval=N lowers the bar, and says so in the result"
+        f"layer {subject.layer} of the model knows {len(known)} of {len(task.classes.names)} classes of words ({names}) "
+        f"with F1 above {config.min_GT_probe_f1}, {needed} are needed. A larger model or an earlier layer knows more; "
+        "--set absorption.min_feats_for_eval=N lowers the bar, and the result says so"
     )
