@@ -15,12 +15,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from ..cache_schema import StoreError
 from ..cache_schema.strict import to_json
+from ..harvest.errors import HarvestError
+from ..train.errors import TrainError
 from . import evals
 from .errors import EvalError, NotRun
 from .results import Failure, Result, is_done, is_there, result_path, write_result
 from .scene import Scene
 from .subject import Subject
+
+EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
 
 Status = Literal["done", "partly", "kept", "not run", "failed"]
 Keep = Literal["none", "same", "any"]
@@ -122,7 +127,7 @@ class _Trial:
 
     def _failed(self, subject: Subject, error: Exception) -> Row:
         """A line for the table; for what nobody expected, the whole traceback beside the results."""
-        if isinstance(error, EvalError):
+        if isinstance(error, EXPECTED):
             return Row(subject, self._eval_id, "failed", str(error))
         path = result_path(subject, self._eval_id).with_name(f"{subject.label}_crash.txt")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,8 @@ class Scene:
     """Run the whole model from tokens where the store's residuals would do."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     watch: Watch = field(default_factory=Watch)
+    model_identity: str | None = None
+    """Of the loaded model, down to the revision; None where nobody knows."""
     _model: LanguageModel | None = None
     _obstacle: ModelMissing | None = None
 
@@ -62,6 +64,7 @@ class Scene:
                 source = find_model(self.opened.manifest if self.opened else None, self.model_name)
                 self.say(f"loading {source.id} in {str(self.dtype).removeprefix('torch.')}")
                 self._model = load_language_model(source.folder, self.dtype, self.device)
+                self.model_identity = f"{source.id}@{source.revision}"
             except ModelMissing as error:
                 self._obstacle = error
                 raise
@@ -73,9 +76,9 @@ class Scene:
         name = self.model_name or (self.opened.manifest.model.id if self.opened else None)
         return name == POCKET
 
-    def use(self, model: LanguageModel) -> None:
-        """Take a model that is in memory already."""
-        self._model = model
+    def use(self, model: LanguageModel, identity: str | None = None) -> None:
+        """Take a model that is in memory already. Without an identity nothing it computes is kept."""
+        self._model, self.model_identity = model, identity
 
     def forget_model(self) -> None:
         """Free the model's memory."""

@@ -35,6 +35,11 @@ def require_sparsity(k: float, width: int) -> None:
     require(0 < k <= width, f"k: expected more than 0 and at most width = {width}, found {k}")
 
 
+def most_active(d_model: int) -> int:
+    """Defaults never ask for more active latents than this: papers' settings are for wider models."""
+    return max(1, d_model // 4)
+
+
 def scaled_by_width(lr_at_16k: float, width: int) -> float:
     """lr / sqrt(F / 2^14), the scaling that top-k SAEs are published with."""
     return lr_at_16k / (width / 2**14) ** 0.5

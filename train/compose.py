@@ -3,7 +3,7 @@
 An `Assembly` is a module, loss terms, constraints and knobs. A `Term` is a pure function of a `View`
 and never sees its own weight or the step; weights and knobs are schedules. A `Constraint` acts on
 the module before and after the optimiser. New behaviour comes from combining these parts:
-`with_terms`, `without_terms`, `with_constraints`, `wrapped`.
+`with_terms`, `without_terms`, `with_constraints`, `with_knobs`, `with_extra`, `wrapped`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .optim import Optim
 from .ranks import Ranks
@@ -104,11 +104,26 @@ class Assembly:
     def with_knobs(self, **knobs: Schedule) -> Assembly:
         return replace(self, knobs={**self.knobs, **knobs})
 
+    def with_extra(self, name: str, module: nn.Module) -> Assembly:
+        """The same with a module that trains along: terms find it as `view.sae.extras[name]`.
+
+        Its method `observe(view)`, if it has one, is called after each step; `lr_scale` multiplies its
+        learning rate.
+        """
+        if name in self.sae.extras:
+            raise ValueError(f"expected a new name of an extra, found {name!r} again")
+        self.sae.extras[name] = module
+        return self
+
     def wrapped(self, wrap: Callable[[SparseAutoencoder], SparseAutoencoder]) -> Assembly:
         """The same around another module made from this one's."""
         return replace(self, sae=wrap(self.sae))
 
     def side(self, batch_side: Mapping[str, Any], step: int, total_steps: int, ranks: Ranks) -> Side:
         """Side inputs of a batch together with the knobs of a step."""
-        knobs = {name: schedule(step, total_steps) for name, schedule in self.knobs.items()}
-        return Side(batch_side, knobs, ranks)
+        return Side(batch_side, self.knobs_at(step, total_steps), ranks)
+
+    def knobs_at(self, step: int, total_steps: int | None = None) -> dict[str, float]:
+        """Every knob's value at a step; at the end of a run without the length."""
+        length = step if total_steps is None else total_steps
+        return {name: schedule(step, length) for name, schedule in self.knobs.items()}

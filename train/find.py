@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from .errors import RunMissing
+from ..cache_schema.strict import StrictError, from_json
+from . import variants
+from .errors import RunMissing, SaeInvalid
 from .formats import kind_of, read
 from .runs import run_names
 from .sae.export_form import sae_from_plain
-from .sae.io import load_plain_sae
+from .sae.io import read_sae
 from .sae.model import SparseAutoencoder
 
 WEIGHTS = "sae_weights.safetensors"
@@ -23,11 +27,20 @@ def load_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
     """
     folder = find_sae(name, runs)
     if kind_of(folder) == "sae_lens":
-        return load_plain_sae(folder)
+        return read_sae(folder, rebuild)
     plain, metadata = read(folder)
     sae = sae_from_plain(plain)
     sae.metadata = metadata
     return sae
+
+
+def rebuild(variant: str, settings: Mapping[str, Any], d_in: int) -> SparseAutoencoder:
+    """The module that a variant builds, as it is before training."""
+    try:
+        config = from_json(variants.config_type(variant), dict(settings), variant)
+    except StrictError as error:
+        raise SaeInvalid(f"its settings are not those of {variant}: {error}") from None
+    return config.build(d_in).sae
 
 
 def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> Path:

@@ -14,8 +14,10 @@ import torch
 from rich.console import Console
 
 from ..cache_schema import Manifest, Store
+from ..cache_schema.allocator import keep_large_blocks
 from ..cache_schema.request import validate_request
 from .budget import Budget, settle_budget
+from .build import most_active
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import Ask, DataConfig, RunConfig, read_run_config
 from .data.feed import Feed, joint_request
@@ -29,7 +31,6 @@ from .memory import require_room
 from .progress import Progress
 from .run import Run
 from .runs import MetricsLog, RunFolder, provenance
-from .sae.kernels.memory import keep_large_blocks
 from .sae.scaling import Stats, stats_from_moments
 from .trackers import Trackers, require_trackers
 from .watch import Watch
@@ -127,7 +128,7 @@ def with_pool(data: DataConfig, manifest: Manifest) -> DataConfig:
 def limits_for(manifest: Manifest, budget: Budget) -> dict[str, Any]:
     """Defaults are never beyond these: papers' settings are for larger models and longer runs."""
     d_model = manifest.model.d_model
-    active = max(1, d_model // 4)
+    active = most_active(d_model)
     return {
         "width": 16 * d_model,
         "k": active,

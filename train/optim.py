@@ -52,9 +52,12 @@ class Optim:
 class Adam:
     """Adam over named parameters."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Optim) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], settings: Optim, lr_scales: Mapping[str, float] | None = None
+    ) -> None:
         self.parameters = dict(parameters)
         self.settings = settings
+        self._lr_scales = dict(lr_scales or {})
         self._first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._steps = {name: torch.zeros((), device=p.device) for name, p in self.parameters.items()}
@@ -65,6 +68,14 @@ class Adam:
         moving = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
         gradients = [_gradient(self.parameters[name]) for name in moving]
         norm, divisor = self._clip(gradients)
+        scales = [self._lr_scales.get(name, 1.0) for name in moving]
+        for scale in dict.fromkeys(scales):
+            together = [index for index, own in enumerate(scales) if own == scale]
+            self._move([moving[i] for i in together], [gradients[i] for i in together], lr * scale, divisor)
+        return norm
+
+    def _move(self, moving: list[str], gradients: list[Tensor], lr: float, divisor: Tensor | None) -> None:
+        """One fused update of parameters that share a learning rate."""
         tables = (self.parameters, self._first, self._second)
         parameters, first, second = ([local(table[name]) for name in moving] for table in tables)
         settings = self.settings
@@ -85,7 +96,6 @@ class Adam:
             eps=settings.epsilon,
             maximize=False,
         )
-        return norm
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():

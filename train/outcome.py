@@ -118,6 +118,7 @@ def _save(run: Run, member: Member, outcome: SaeOutcome) -> None:
         to_json(member.config),
         member.variant,
         trainee.assembly.target_stats,
+        trainee.assembly.knobs_at(run.total_steps),
     )
 
 

@@ -3,7 +3,7 @@
 1. Knobs and weights of this step from their schedules; the view of the batch.
 2. Every term, weighted and summed; a loss that is no finite number stops here.
 3. Backward; gradients averaged over ranks; constraints; Adam; constraints.
-4. Running statistics of the gate, firing counters, step count.
+4. Running statistics of the gate and of extras, firing counters, step count.
 
 Nothing here knows a variant by name, and no step reads a global random state: an SAE in a fleet
 trains to the bits it would have alone.
@@ -41,6 +41,7 @@ class Report:
     terms: Mapping[str, Tensor]
     weights: Mapping[str, float]
     knobs: Mapping[str, float]
+    notes: Mapping[str, Tensor]
     l0: Tensor
     explained_variance: Tensor
     dead_share: Tensor
@@ -50,6 +51,7 @@ class Report:
         """Flat names and numbers, for a log."""
         values = {"loss": self.loss, "l0": self.l0, "explained_variance": self.explained_variance}
         values |= {"dead_share": self.dead_share} | {f"loss/{name}": value for name, value in self.terms.items()}
+        values |= self.notes
         if self.grad_norm is not None:
             values["grad_norm"] = self.grad_norm
         numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
@@ -95,7 +97,7 @@ class Trainee:
         if shard is not None:
             shard(self._losses)
         self.sae.to(self.device)
-        self.optimiser = Adam(dict(self.sae.named_parameters()), assembly.optim)
+        self.optimiser = Adam(dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae))
         self.counters = LatentCounters(self.sae.num_latents, self.device)
         self.step_index = 0
         self._lr = assembly.optim.schedule()
@@ -199,6 +201,7 @@ class Trainee:
             terms={name: value.detach() for name, value in losses.items()},
             weights=weights,
             knobs=view.side.knobs,
+            notes=view.notes,
             l0=view.codes.l0,
             explained_variance=1.0 - error / view.stats.variance,
             dead_share=view.dead.double().mean(),
@@ -210,3 +213,15 @@ class Trainee:
         self.sae.gate.observe(view.codes, view.side)
         fired = self.ranks.sum(view.codes.fired)
         self.counters.update(fired, view.x.shape[0] * self.ranks.size)
+        for extra in self.sae.extras.values():
+            if hasattr(extra, "observe"):
+                cast(Any, extra).observe(view)
+
+
+def _lr_scales(sae: SparseAutoencoder) -> dict[str, float]:
+    """Multiples of the learning rate, for the parameters of extras that ask for one."""
+    return {
+        f"extras.{extra}.{name}": float(getattr(module, "lr_scale", 1.0))
+        for extra, module in sae.extras.items()
+        for name, _ in module.named_parameters()
+    }

@@ -41,6 +41,7 @@ class View:
     stats: Stats  # of the target
     generator: torch.Generator
     memory: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def codes(self) -> Codes:
@@ -59,6 +60,10 @@ class View:
     def dead_latents(self) -> Tensor:
         """int64, the dead latents in rising order."""
         return self.once("dead_latents", lambda: self.dead.nonzero().view(-1))
+
+    def note(self, name: str, value: Tensor) -> None:
+        """A number [] for the log, besides the losses."""
+        self.notes[name] = value.detach().clone()  # a parameter moves after the note
 
     def once(self, name: str, compute: Callable[[], T]) -> T:
         """A value that several terms share under one name, computed by the first."""

@@ -23,11 +23,16 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.moments import is_special, measure
+from saemill.train.compose import Assembly, Needs
+from saemill.train.data.draw import AttentionRows
+from saemill.train.ranks import Alone
+from saemill.train.sae.side import Side
 from saemill.train.step import Report, Trainee
 from saemill.train.variants import config_type
 from saemill.train.view import Batch
 
 D, ROWS, STEPS = 32, 512, 40
+SPAN = 32  # trainable tokens of a window
 SMALL: dict[str, Any] = {"width": 96, "k": 6, "target_l0": 6.0, "layers": (1, 2), "dead_after_tokens": 2000}
 SPECIAL = 2
 WIDTH, CONTEXT, HEADS, KEPT = 16, 8, 2, 3
@@ -78,7 +83,47 @@ def batches(config: Any, count: int, rows: int = ROWS, seed: int = 3) -> list[Ba
     def draw(layers: tuple[int, ...]) -> Tensor:
         return torch.randn(rows, D * len(layers), generator=generator)
 
-    return [Batch(draw(needs.inputs), None if needs.targets is None else draw(needs.targets)) for _ in range(count)]
+    def batch() -> Batch:
+        target = None if needs.targets is None else draw(needs.targets)
+        return Batch(draw(needs.inputs), target, side_of(needs, rows, generator))
+
+    return [batch() for _ in range(count)]
+
+
+def side_of(needs: Needs, rows: int, generator: torch.Generator) -> dict[str, Any]:
+    """Side inputs of rows that lie in windows of SPAN trainable tokens after one special token."""
+    windows = -(-rows // SPAN)
+    window, position = torch.arange(rows) // SPAN, torch.arange(rows) % SPAN + 1
+    side: dict[str, Any] = {}
+    if needs.tokens:
+        side["token"] = torch.randint(3, 50, (rows,), generator=generator)
+    if needs.documents:
+        side["document"] = window
+    if needs.positions or needs.windows:
+        side["position"] = position
+    if needs.windows:
+        row_of = torch.full((windows, SPAN + 1), -1)
+        row_of[window, position] = torch.arange(rows)
+        side |= {"window": window, "row_of": row_of}
+    if needs.attention_layers:
+        side["attention"] = {layer: attention_of(windows, generator) for layer in needs.attention_layers}
+    return side
+
+
+def attention_of(windows: int, generator: torch.Generator, context: int = SPAN + 1) -> AttentionRows:
+    """Causal rows of HEADS heads; each keeps up to KEPT + 2 random keys, with part of the mass."""
+    causal = torch.ones(context, context).tril().bool()
+    scores = torch.randn(windows, HEADS, context, context, generator=generator)
+    probs = scores.mul(2).masked_fill(~causal, -torch.inf).softmax(-1)
+    kept = (probs >= probs.topk(KEPT + 2, dim=-1).values[..., -1:]) & (probs > 0)
+    lengths = kept.sum(-1).flatten()
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    return AttentionRows(indptr, kept.nonzero()[:, 3], probs[kept], (probs * kept).sum(-1))
+
+
+def side_for(assembly: Assembly, batch: Batch) -> Side:
+    """What the module reads of a batch in the middle of a run."""
+    return assembly.side(batch.side, STEPS // 2, STEPS, Alone())
 
 
 def train(
@@ -93,7 +138,8 @@ def recovered(config: Any, rows: Tensor, directions: Tensor, steps: int = 600) -
     trainee = Trainee("one", config.build(D), steps)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        trainee.step(Batch(rows[torch.randint(rows.shape[0], (ROWS,), generator=generator)]))
+        x = rows[torch.randint(rows.shape[0], (ROWS,), generator=generator)]
+        trainee.step(Batch(x, side=side_of(config.request(), ROWS, generator)))
     similarity = (directions @ trainee.sae.W_dec.detach().t()).amax(1)
     return float((similarity > 0.9).double().mean())
 
@@ -105,6 +151,9 @@ class Battery:
     config_of = staticmethod(config_of)
     quick = staticmethod(quick)
     batches = staticmethod(batches)
+    side_of = staticmethod(side_of)
+    side_for = staticmethod(side_for)
+    attention_of = staticmethod(attention_of)
     train = staticmethod(train)
     recovered = staticmethod(recovered)
 

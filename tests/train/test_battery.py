@@ -14,7 +14,6 @@ from saemill.train.step import Trainee
 from saemill.train.variants import config_type, names
 
 VARIANTS = names()
-TOKENWISE = [name for name in VARIANTS if not config_type(name)().request().windows]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -32,22 +31,24 @@ def test_config_defaults_build_a_request(battery, variant):
     assert needs.layers == tuple(sorted(needs.layers)) != ()
 
 
-@pytest.mark.parametrize("variant", TOKENWISE)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_shapes(battery, variant):
     config = battery.config_of(variant)
     assembly: Assembly = config.build(battery.D)
     batch = battery.batches(config, 1)[0]
     target = batch.x if batch.target is None else batch.target
-    acts = assembly.sae.encode(batch.x)
+    side = battery.side_for(assembly, batch)
+    acts = assembly.sae.encode(batch.x, side)
     assert acts.shape == (battery.ROWS, 96)
     assert assembly.sae.decode(acts).shape == target.shape
-    codes = assembly.sae.codes(batch.x)
+    codes = assembly.sae.codes(batch.x, side)
     assert codes.dense().shape == acts.shape
-    assert assembly.sae.reconstruct(codes).shape == target.shape
-    torch.testing.assert_close(assembly.sae.reconstruct(codes), assembly.sae.decode(codes.dense()))
+    x_hat = assembly.sae.reconstruct(codes, side)
+    assert x_hat.shape == target.shape
+    torch.testing.assert_close(x_hat, assembly.sae.decode(codes.dense()))
 
 
-@pytest.mark.parametrize("variant", TOKENWISE)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_training_lowers_a_finite_loss(battery, variant):
     config = battery.quick(variant)
     _, reports = battery.train(config)
@@ -60,7 +61,7 @@ def test_training_lowers_a_finite_loss(battery, variant):
     )
 
 
-@pytest.mark.parametrize("variant", TOKENWISE)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_reaches_every_parameter(battery, variant):
     config = battery.quick(variant)
     trainee = Trainee("one", config.build(battery.D), battery.STEPS)
@@ -72,7 +73,7 @@ def test_gradient_reaches_every_parameter(battery, variant):
     assert not unmoved
 
 
-@pytest.mark.parametrize("variant", TOKENWISE)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_same_seed_same_bits_and_another_seed_others(battery, variant):
     first, second = (battery.train(battery.quick(variant, seed=5), 5)[0].state() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -80,7 +81,7 @@ def test_same_seed_same_bits_and_another_seed_others(battery, variant):
     assert not torch.equal(first["sae.W_dec"], other["sae.W_dec"])
 
 
-@pytest.mark.parametrize("variant", TOKENWISE)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_stopping_and_going_on_changes_no_bit(battery, variant):
     config = battery.quick(variant)
     straight, _ = battery.train(config, 10)
@@ -93,7 +94,7 @@ def test_stopping_and_going_on_changes_no_bit(battery, variant):
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
-@pytest.mark.parametrize("variant", TOKENWISE)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_two_trained_side_by_side_have_the_bits_they_have_alone(battery, variant):
     configs = [battery.quick(variant, seed=1), battery.quick("topk", seed=2)]
     alone = [battery.train(config, 4)[0].state() for config in configs]
@@ -105,7 +106,7 @@ def test_two_trained_side_by_side_have_the_bits_they_have_alone(battery, variant
         assert all(torch.equal(tensor, trainee.state()[name]) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("variant", TOKENWISE)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(battery, variant):
     config = battery.quick(variant)
     trainee = Trainee("one", config.build(battery.D), battery.STEPS)
@@ -119,7 +120,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(battery, varia
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("variant", TOKENWISE)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_foreign_state_is_refused_whole(battery, variant):
     trainee = Trainee("one", battery.config_of(variant).build(battery.D), battery.STEPS)
     state = trainee.state()
@@ -128,7 +129,7 @@ def test_a_foreign_state_is_refused_whole(battery, variant):
         trainee.load_state(wrong)
 
 
-@pytest.mark.parametrize("variant", [name for name in TOKENWISE if config_type(name)().request().inputs == (19,)])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if config_type(name)().request().inputs == (19,)])
 def test_a_planted_dictionary_is_recovered(battery, variant, planted):
     if battery.config_of(variant).request().targets is not None:
         pytest.skip("the dictionary is planted in one layer")

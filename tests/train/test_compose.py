@@ -108,3 +108,47 @@ def test_a_target_of_its_own_is_reconstructed(rng):
     report = trainee.step(Batch(x, target))
     expected = 1 - (target - x_hat).square().sum(1).mean() / D
     torch.testing.assert_close(report.explained_variance, expected, rtol=1e-5, atol=1e-5)
+
+
+class Counter(torch.nn.Module):
+    """Learns a weight, counts steps."""
+
+    lr_scale = 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def observe(self, view) -> None:
+        self.steps += 1
+
+
+def extended():
+    def term(view):
+        weight = view.sae.extras["counter"].weight
+        view.note("counter/weight", weight)
+        return weight.square()
+
+    return assembly().with_extra("counter", Counter()).with_terms(Term("counter", term, Constant(1.0)))
+
+
+def test_an_extra_trains_along_and_is_told_of_every_step(rng):
+    x = rows(rng)
+    plain, more = Trainee("one", assembly(), 10), Trainee("one", extended(), 10)
+    plain.step(Batch(x))
+    scalars = more.step(Batch(x)).scalars()
+    assert scalars["counter/weight"] == 1.0
+    counter = more.sae.extras["counter"]
+    assert int(counter.steps) == 1
+    assert 1.0 - counter.weight.item() == pytest.approx(10.0 * scalars["lr"], rel=1e-3)  # Adam's first step is the rate
+    state = more.state()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state().items())
+    again = Trainee("one", extended(), 10)
+    again.load_state(state)
+    assert torch.equal(again.sae.extras["counter"].weight, counter.weight)
+
+
+def test_names_of_extras_must_be_new():
+    with pytest.raises(ValueError, match="'counter' again"):
+        extended().with_extra("counter", Counter())

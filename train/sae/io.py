@@ -1,8 +1,9 @@
 """SAEs on disk: a folder with cfg.json and sae_weights.safetensors.
 
 `save_sae` writes the layout that SAELens opens as it stands (6.54), for every SAE that its
-architectures can express; one with several input layers, or with another target, has the same files
-with an architecture of our own name. `load_plain_sae` reads both, and SAELens folders from elsewhere.
+architectures can express; one with several input layers, with another target, or with an inference of
+its own has the same files with an architecture of our own name. `read_sae` reads all of them, and
+SAELens folders from elsewhere. What trained along (`extras`) lies beside, in extras.safetensors.
 Files are written beside their place and renamed; cfg.json comes last, so a folder that has one is whole.
 """
 
@@ -24,8 +25,9 @@ from ..errors import SaeInvalid
 from .export_form import PlainSae, plain_sae, sae_from_plain
 from .model import SparseAutoencoder
 from .scaling import Stats
+from .wrapped import Rebuild, WrappedSae, sae_from_wrapped, wrapped_sae
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
 SAELENS_VERSION = "6.54.12"
 PLAIN = ("standard", "topk", "jumprelu", "gated")
 TENSORS = {
@@ -44,18 +46,37 @@ def save_sae(
     config: Mapping[str, Any],
     variant: str,
     target_stats: Stats | None = None,
+    knobs: Mapping[str, float] | None = None,
 ) -> None:
     """Write a trained SAE, its scale folded in and its decoder rows of length one."""
-    plain = plain_sae(sae, stats, target_stats or stats)
     folder = Path(folder)
+    target_stats = target_stats or stats
+    if sae.is_plain:
+        plain = plain_sae(sae, stats, target_stats)
+        tensors, form = plain.tensors, _plain_form(plain, variant, metadata)
+    else:
+        wrapped = wrapped_sae(sae, stats, target_stats, knobs or {})
+        tensors, form = wrapped.tensors, _wrapped_form(wrapped, sae, variant)
     folder.mkdir(parents=True, exist_ok=True)
-    written = _config_of(plain, variant, metadata, config)
-    _write(folder / WEIGHTS, lambda path: save_file(plain.tensors, path))
+    written = _config_of(form, variant, metadata, config)
+    _write(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    extras = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.extras.state_dict().items()}
+    if extras:
+        _write(folder / EXTRAS, lambda path: save_file(extras, path))
     _write(folder / CONFIG, lambda path: path.write_text(json.dumps(written, indent=1) + "\n"))
 
 
-def load_plain_sae(folder: Path) -> SparseAutoencoder:
+def read_sae(folder: Path, rebuild: Rebuild) -> SparseAutoencoder:
     """The SAE of a folder, in raw units and float32; its `metadata` is that of cfg.json."""
+    folder = Path(folder)
+    config = read_config(folder)
+    sae = _wrapped(folder, config, rebuild) if "needs_side" in config else load_plain_sae(folder)
+    sae.extras_tensors = load_tensors(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
+    return sae
+
+
+def load_plain_sae(folder: Path) -> SparseAutoencoder:
+    """The same for a folder whose weights are all there is to it."""
     folder = Path(folder)
     config = read_config(folder)
     architecture = config.get("gate", config.get("architecture"))
@@ -89,16 +110,54 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _config_of(plain: PlainSae, variant: str, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> SparseAutoencoder:
+    wrapped = WrappedSae(load_tensors(folder / WEIGHTS), config.get("knobs", {}), tuple(config["needs_side"]))
+    metadata = config.get("metadata", {})
+    try:
+        variant, settings = metadata["training_architecture"], metadata["training_architecture_details"]
+    except KeyError as error:
+        raise SaeInvalid(f"{folder / CONFIG}: expected metadata.{error.args[0]}, found none") from None
+    sae = sae_from_wrapped(wrapped, rebuild(variant, settings, config["d_in"]), str(folder))
+    sae.metadata = dict(metadata)
+    return sae
+
+
+def _plain_form(plain: PlainSae, variant: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What of cfg.json says how the tensors are computed with."""
     d_in, width = plain.tensors["W_enc"].shape
     expressible = plain.centres_input and len(metadata.get("layers", [0])) == 1
-    written = {
+    form: dict[str, Any] = {
         "architecture": plain.architecture if expressible else f"saemill_{variant}",
         "d_in": d_in,
         "d_sae": width,
+        "apply_b_dec_to_input": plain.centres_input,
+    }
+    if not expressible:
+        form |= {"gate": plain.architecture, "d_out": plain.tensors["W_dec"].shape[1]}
+    if plain.k is not None:
+        form |= {"k": plain.k, "rescale_acts_by_decoder_norm": False}
+    return form
+
+
+def _wrapped_form(wrapped: WrappedSae, sae: SparseAutoencoder, variant: str) -> dict[str, Any]:
+    return {
+        "architecture": f"saemill_{variant}",
+        "d_in": sae.d_in,
+        "d_sae": sae.num_latents,
+        "d_out": sae.d_out,
+        "apply_b_dec_to_input": sae.centres_input,
+        "needs_side": list(wrapped.needs_side),
+        "knobs": wrapped.knobs,
+    }
+
+
+def _config_of(
+    form: Mapping[str, Any], variant: str, metadata: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        **form,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": plain.centres_input,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
@@ -109,21 +168,21 @@ def _config_of(plain: PlainSae, variant: str, metadata: Mapping[str, Any], confi
             "training_architecture_details": dict(config),
         },
     }
-    if not expressible:
-        written |= {"gate": plain.architecture, "d_out": plain.tensors["W_dec"].shape[1]}
-    if plain.k is not None:
-        written |= {"k": plain.k, "rescale_acts_by_decoder_norm": False}
-    return written
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file of an SAE's folder."""
+    if not path.is_file():
+        raise SaeInvalid(f"{path.parent}: expected {path.name} beside {CONFIG}, found none")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise SaeInvalid(f"{path}: damaged ({error}); copy or export the SAE again") from error
 
 
 def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     path = folder / WEIGHTS
-    if not path.is_file():
-        raise SaeInvalid(f"{folder}: expected {WEIGHTS} beside {CONFIG}, found none")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise SaeInvalid(f"{path}: damaged ({error}); copy or export the SAE again") from error
+    tensors = load_tensors(path)
     missing = [name for name in names if name not in tensors]
     if missing:
         raise SaeInvalid(f"{path}: expected tensors {', '.join(names)}, lacks {', '.join(missing)}")

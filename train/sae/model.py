@@ -31,7 +31,14 @@ EncoderProduct = Literal["float32", "bfloat16"]
 
 
 class SparseAutoencoder(nn.Module):
-    """x -> gate((x - b_dec) W_enc^T + b_enc) -> codes W_dec + b_dec."""
+    """x -> gate((x - b_dec) W_enc^T + b_enc) -> codes W_dec + b_dec.
+
+    A subclass whose inference takes more than these weights says so by `is_plain` and `needs_side`.
+    """
+
+    is_plain = True
+    needs_side: tuple[str, ...] = ()
+    """Side inputs that `encode` reads."""
 
     def __init__(
         self,
@@ -51,6 +58,8 @@ class SparseAutoencoder(nn.Module):
         self.gate = gate
         self.centres_input = centres_input
         self.encoder_product: EncoderProduct = encoder_product
+        self.extras = nn.ModuleDict()  # what trains along but no activation needs
+        self.extras_tensors: dict[str, Tensor] = {}  # the same of a loaded SAE, by name
         self.metadata: dict[str, Any] = {}  # where a loaded SAE belongs
 
     @property

@@ -38,6 +38,10 @@ class Side:
     def __contains__(self, name: str) -> bool:
         return name in self._inputs
 
+    def with_knobs(self, knobs: Mapping[str, float]) -> Side:
+        """The same inputs with these knobs."""
+        return Side(self._inputs, knobs, self.ranks)
+
     def knob(self, name: str, default: float) -> float:
         """The knob's value at this step; `default` where no schedule moves it."""
         return self.knobs.get(name, default)

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from saemill.cache_schema.strict import to_json
 from saemill.train.errors import SaeInvalid
-from saemill.train.sae.io import CONFIG, WEIGHTS, load_plain_sae, save_sae
+from saemill.train.find import rebuild
+from saemill.train.ranks import Alone
+from saemill.train.sae.io import CONFIG, EXTRAS, WEIGHTS, load_plain_sae, read_sae, save_sae
+from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.scaling import Stats, joined_stats
+from saemill.train.sae.side import NO_SIDE, Side
 from saemill.train.step import Trainee
 from saemill.train.variants import config_type, names
 from saemill.train.view import Batch
@@ -28,15 +32,13 @@ def stats_of(seed: int) -> Stats:
     return Stats(scale, torch.randn(D, generator=generator), float(D))
 
 
-def trained(variant: str):
+def trained(variant: str, battery):
     """A config, an SAE after a few steps on scaled rows, and the statistics it was built with."""
     cls = config_type(variant)
     wanted = {"width": WIDTH, "k": 5, "target_l0": 5.0, "layers": (1, 2)}
     known = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{name: value for name, value in wanted.items() if name in known})
     needs = config.request()
-    if needs.windows:
-        pytest.skip("reads whole windows")
     stats = joined_stats([stats_of(layer) for layer in needs.inputs])
     targets = () if needs.targets is None else (joined_stats([stats_of(9) for _ in needs.targets]),)
     assembly = config.build(D, stats, *targets)
@@ -45,15 +47,24 @@ def trained(variant: str):
     for _ in range(6):
         x = torch.randn(256, stats.width, generator=generator) + stats.mean
         y = None if not targets else torch.randn(256, targets[0].width, generator=generator)
-        trainee.step(Batch(x, y))
+        trainee.step(Batch(x, y, battery.side_of(needs, 256, generator)))
     return config, trainee.sae, assembly
 
 
-def save(folder: Path, variant: str):
-    config, sae, assembly = trained(variant)
+def save(folder: Path, variant: str, battery):
+    config, sae, assembly = trained(variant, battery)
     metadata = {"model_name": "pocket", "hook_name": "blocks.19.hook_resid_post"}
     metadata["layers"] = list(config.request().inputs)
-    save_sae(folder, sae, assembly.input_stats, metadata, to_json(config), variant, assembly.target_stats)
+    save_sae(
+        folder,
+        sae,
+        assembly.input_stats,
+        metadata,
+        to_json(config),
+        variant,
+        assembly.target_stats,
+        assembly.knobs_at(10),
+    )
     return sae, assembly
 
 
@@ -76,25 +87,30 @@ def official(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("variant", names())
-def test_saved_is_what_was_trained(variant, tmp_path, rng):
-    sae, assembly = save(tmp_path, variant)
+def test_saved_is_what_was_trained(variant, tmp_path, rng, battery):
+    sae, assembly = save(tmp_path, variant, battery)
     scale, target_scale = assembly.input_stats.scale, assembly.target_stats.scale
     raw = (torch.randn(64, sae.d_in, generator=rng) + assembly.input_stats.mean) / scale
+    side = battery.side_of(config_type(variant)().request(), 64, rng)
+    loaded = read_sae(tmp_path, rebuild)
     with torch.no_grad():
-        acts = sae.encode(raw * scale)
+        acts = sae.encode(raw * scale, assembly.side(side, 10, 10, Alone()))
         x_hat = sae.decode(acts) / target_scale
-    loaded = load_plain_sae(tmp_path)
-    for found_acts, found_x_hat in (official(tmp_path, raw), (loaded.encode(raw), loaded(raw))):
+        loaded_acts = loaded.encode(raw, Side(side))
+        forms = [(loaded_acts, loaded.decode(loaded_acts))] + ([official(tmp_path, raw)] if sae.is_plain else [])
+    for found_acts, found_x_hat in forms:
         assert torch.equal(found_acts > 0, acts > 0)
         tolerance = 1e-5 * float(x_hat.abs().amax())
         torch.testing.assert_close(found_x_hat, x_hat, rtol=1e-5, atol=tolerance)
     torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(WIDTH))
     assert bool((acts > 0).any())
+    assert loaded.extras_tensors.keys() == sae.extras.state_dict().keys()
+    assert loaded.needs_side == sae.needs_side
 
 
 @pytest.mark.parametrize("variant", ["topk", "batchtopk", "jumprelu", "matryoshka", "standard", "gated", "p_anneal"])
-def test_one_layer_variants_have_an_architecture_of_the_format(variant, tmp_path):
-    save(tmp_path, variant)
+def test_one_layer_variants_have_an_architecture_of_the_format(variant, tmp_path, battery):
+    save(tmp_path, variant, battery)
     config = json.loads((tmp_path / CONFIG).read_text())
     assert config["architecture"] in ("standard", "topk", "jumprelu", "gated")
     assert config["metadata"]["sae_lens_version"] >= "6"
@@ -103,20 +119,20 @@ def test_one_layer_variants_have_an_architecture_of_the_format(variant, tmp_path
 
 
 @pytest.mark.parametrize(("variant", "gate"), [("crosscoder", "jumprelu"), ("transcoder", "topk")])
-def test_what_the_format_cannot_say_has_a_name_of_our_own(variant, gate, tmp_path):
-    save(tmp_path, variant)
+def test_what_the_format_cannot_say_has_a_name_of_our_own(variant, gate, tmp_path, battery):
+    save(tmp_path, variant, battery)
     config = json.loads((tmp_path / CONFIG).read_text())
     assert (config["architecture"], config["gate"]) == (f"saemill_{variant}", gate)
 
 
-def test_the_batchtopk_threshold_follows_the_folded_scale(tmp_path):
-    sae, assembly = save(tmp_path, "batchtopk")
+def test_the_batchtopk_threshold_follows_the_folded_scale(tmp_path, battery):
+    sae, assembly = save(tmp_path, "batchtopk", battery)
     scale = float(assembly.input_stats.scale[0])
     threshold = load_file(tmp_path / WEIGHTS)["threshold"]
     torch.testing.assert_close(threshold, (sae.gate.threshold / scale).float().expand(WIDTH))
 
 
-def test_topk_scores_scaled_by_decoder_norms_are_folded_on_load(tmp_path, rng):
+def test_topk_scores_scaled_by_decoder_norms_are_folded_on_load(tmp_path, rng, battery):
     w = {
         "W_enc": torch.randn(D, WIDTH, generator=rng),
         "b_enc": torch.randn(WIDTH, generator=rng),
@@ -146,25 +162,71 @@ def test_topk_scores_scaled_by_decoder_norms_are_folded_on_load(tmp_path, rng):
         (lambda folder: save_file({"W_enc": torch.zeros(1)}, folder / WEIGHTS), "lacks b_enc, W_dec, b_dec"),
     ],
 )
-def test_a_damaged_folder_is_named(damage, message, tmp_path):
-    save(tmp_path, "topk")
+def test_a_damaged_folder_is_named(damage, message, tmp_path, battery):
+    save(tmp_path, "topk", battery)
     damage(tmp_path)
     with pytest.raises(SaeInvalid, match=message):
         load_plain_sae(tmp_path)
 
 
-def test_normalisation_at_run_time_is_refused(tmp_path):
-    save(tmp_path, "topk")
+def test_normalisation_at_run_time_is_refused(tmp_path, battery):
+    save(tmp_path, "topk", battery)
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(config | {"normalize_activations": "layer_norm"}))
     with pytest.raises(SaeInvalid, match="layer_norm"):
         load_plain_sae(tmp_path)
 
 
-def test_topk_with_rows_of_several_lengths_is_refused(tmp_path):
-    config, sae, assembly = trained("topk")
+def test_topk_with_rows_of_several_lengths_is_refused(tmp_path, battery):
+    config, sae, assembly = trained("topk", battery)
     with torch.no_grad():
         sae.W_dec[0] *= 2
     with pytest.raises(SaeInvalid, match="one length"):
         save_sae(tmp_path, sae, assembly.input_stats, {}, to_json(config), "topk")
     assert not (tmp_path / CONFIG).exists()
+
+
+class Shifted(SparseAutoencoder):
+    """Activations of tokens behind a place are multiplied by a weight of their own."""
+
+    is_plain = False
+    needs_side = ("position",)
+
+    def __init__(self, base: SparseAutoencoder) -> None:
+        super().__init__(base.W_enc.data, base.W_dec.data, base.gate, base.b_dec.data, base.b_enc.data)
+        self.factor = torch.nn.Parameter(torch.ones(base.num_latents))
+
+    def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
+        late = (side["position"] > 4)[:, None] * side.knob("late", 0.0)
+        return super().encode(x, side) * (1.0 + late * self.factor)
+
+
+def test_an_inference_of_its_own_is_saved_whole(tmp_path, rng, battery):
+    config, base, assembly = trained("topk", battery)
+    sae = Shifted(base)
+    sae.requires_grad_(False).factor += torch.rand(WIDTH, generator=rng)
+    sae.extras["tiers"] = torch.nn.PReLU()
+    settings, stats = to_json(config), assembly.input_stats
+    save_sae(tmp_path, sae, stats, {}, settings, "topk", knobs={"late": 0.5})
+
+    def rebuilt(variant, found, d_in):
+        assert (variant, found, d_in) == ("topk", settings, D)
+        return Shifted(config.build(D).sae)
+
+    loaded = read_sae(tmp_path, rebuilt)
+    position = torch.arange(9)
+    raw = torch.randn(9, D, generator=rng) / stats.scale
+    expected = sae.encode(raw * stats.scale, Side({"position": position}, {"late": 0.5}))
+    acts = loaded.encode(raw, Side({"position": position}))
+    assert torch.equal(acts > 0, expected > 0)
+    torch.testing.assert_close(loaded.decode(acts), sae.decode(expected) / stats.scale, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(WIDTH))
+    assert sorted(loaded.extras_tensors) == ["tiers.weight"]
+    (tmp_path / EXTRAS).write_bytes(b"x")
+    with pytest.raises(SaeInvalid, match="damaged"):
+        read_sae(tmp_path, rebuilt)
+    with pytest.raises(SaeInvalid, match="found 'saemill_topk'"):
+        load_plain_sae(tmp_path)
+    (tmp_path / EXTRAS).unlink()
+    with pytest.raises(SaeInvalid, match="do not fit its variant: factor"):
+        read_sae(tmp_path, lambda variant, found, d_in: config.build(D).sae)

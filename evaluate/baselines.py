@@ -1,0 +1,167 @@
+"""The clean pass of a batch and its ablations: the same for every SAE, so computed once for a store and kept.
+
+Zero ablation takes the residual of every position away, special tokens included, as SAEBench does. All
+windows then look alike, and one of them is run. Mean and resample ablation replace what a spliced SAE
+replaces: by the store's mean, or by the residual at the same position in another window of the batch.
+
+Kept beside the store, in <store>.evals/<cache id>/clean-<settings>/<batch>.safetensors: of each kept
+token the hidden state behind the final norm, the cross entropy, and those of each ablation.
+W windows, T positions, N kept tokens, D residual width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..cache_schema.files import Files, open_files
+from .memory import PieceSize, in_pieces
+from .metrics.divergence import LogitsOf, Losses, compare, next_tokens
+from .scene import Scene
+from .windows import Windows
+
+FORMAT = 1
+ABLATIONS = ("zero", "mean", "resample")
+
+
+@dataclass(frozen=True)
+class Clean:
+    """A batch as the model itself continues it, and as it does after each ablation."""
+
+    hidden: Tensor  # [N, D] in the model's dtype
+    ce: Tensor  # [N]
+    ablated: Mapping[str, Losses]
+
+
+class Baselines:
+    """Clean passes and ablations at one layer of one store."""
+
+    def __init__(self, scene: Scene, layer: int, split: str, batch_windows: int, mean_D: Tensor) -> None:
+        self._scene, self._layer = scene, layer
+        self._mean_D = mean_D.to(scene.device, scene.model.dtype)
+        self._size = PieceSize(batch_windows, "windows", scene.say)
+        self._files = _files_of(scene, layer, split, batch_windows)
+
+    def of(self, batch: Windows, number: int) -> Clean:
+        """The baselines of the batch of this number: those that are kept, or made now and kept."""
+        key = f"{number:05d}.safetensors"
+        kept = _read(self._files, key, int(batch.keep.sum()))
+        if kept is not None:
+            return _on_device(kept, self._scene.device)
+        made = self._make(batch)
+        if self._files is not None and not _write(self._files, key, made):
+            self._scene.say(f"the clean pass cannot be kept at {self._files.url}: it will be computed again next time")
+            self._files = None
+        return made
+
+    def hidden(self, batch: Windows, resid_WTD: Tensor) -> Tensor:
+        """[N, D] behind the final norm, when the residual at the layer is this one."""
+        suffix = self._scene.model.suffix
+        pieces = in_pieces(len(batch), self._size, lambda a, b: suffix(resid_WTD[a:b], self._layer)[batch.keep[a:b]])
+        return torch.cat(list(pieces))
+
+    def spliced(self, batch: Windows, x_hat_WTD: Tensor) -> Tensor:
+        """The residual with a reconstruction in its place; special tokens keep their own."""
+        resid = batch.resid[self._layer]
+        return torch.where(batch.keep[..., None], x_hat_WTD.to(resid.dtype), resid)
+
+    def logits(self, hidden_ND: Tensor) -> LogitsOf:
+        head = self._scene.model.head
+        return lambda start, stop: head(hidden_ND[start:stop])
+
+    @property
+    def vocab_size(self) -> int:
+        return self._scene.model.facts.vocab_size
+
+    def _make(self, batch: Windows) -> Clean:
+        hidden = self.hidden(batch, batch.resid[self._layer])
+        mean = self.hidden(batch, self.spliced(batch, self._mean_D.expand_as(batch.resid[self._layer])))
+        resample = self.hidden(batch, self.spliced(batch, elsewhere(batch.resid[self._layer])))
+        others = [self._zero_logits(batch), self.logits(mean), self.logits(resample)]
+        targets = next_tokens(batch.tokens, batch.keep)
+        ce, losses = compare(self.logits(hidden), others, targets, self.vocab_size)
+        return Clean(hidden, ce, dict(zip(ABLATIONS, losses, strict=True)))
+
+    def _zero_logits(self, batch: Windows) -> LogitsOf:
+        """With a residual of zero the model sees positions and nothing else."""
+        model = self._scene.model
+        nothing = torch.zeros_like(batch.resid[self._layer][:1])
+        hidden_TD = model.suffix(nothing, self._layer)[0]
+        if bool((hidden_TD == hidden_TD[:1]).all()):
+            logits_1V = model.head(hidden_TD[:1])
+            return lambda start, stop: logits_1V.expand(stop - start, -1)
+        positions = batch.keep.nonzero()[:, 1]
+        return lambda start, stop: model.head(hidden_TD[positions[start:stop]])
+
+
+def elsewhere(resid_WTD: Tensor) -> Tensor:
+    """For each window another one's residuals, half a batch away; a lone window is shifted by half of itself."""
+    windows, context, _ = resid_WTD.shape
+    return resid_WTD.roll(windows // 2, 0) if windows > 1 else resid_WTD.roll(context // 2, 1)
+
+
+def _files_of(scene: Scene, layer: int, split: str, batch_windows: int) -> Files | None:
+    """Where they are kept: a folder for each way of computing them."""
+    settings = {
+        "format": FORMAT,
+        "model": scene.model_identity,
+        "layer": layer,
+        "split": split,
+        "batch_windows": batch_windows,
+        "dtype": str(scene.dtype),
+        "from_tokens": scene.from_tokens,
+        "device": scene.device.type,
+    }
+    if settings["model"] is None:
+        return None
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return open_files(f"{scene.store.url.rstrip('/')}.evals/{scene.manifest.cache_id}/clean-{name}")
+
+
+def _read(files: Files | None, key: str, tokens: int) -> Clean | None:
+    """What is kept, if it is whole."""
+    if files is None:
+        return None
+    try:
+        found = load(files.read(key))
+        ablated = {name: Losses(*(found[f"{name}.{part}"] for part in _PARTS)) for name in ABLATIONS}
+        clean = Clean(found["hidden"], found["ce"], ablated)
+    except (KeyError, OSError, SafetensorError):
+        return None
+    return clean if len(clean.hidden) == tokens else None
+
+
+def _write(files: Files, key: str, clean: Clean) -> bool:
+    """Whether it could be kept: a store on a read-only disk can be evaluated too."""
+    tensors = {"hidden": clean.hidden, "ce": clean.ce}
+    for name, losses in clean.ablated.items():
+        tensors |= {f"{name}.{part}": getattr(losses, part) for part in _PARTS}
+    data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    try:
+        files.replace(key, data)
+    except OSError:
+        return False
+    return True
+
+
+_PARTS = ("ce", "kl", "kl_published")
+
+
+def _on_device(clean: Clean, device: torch.device) -> Clean:
+    def move(value: Any) -> Any:
+        return value.to(device)
+
+    moved = {name: _moved(losses, move) for name, losses in clean.ablated.items()}
+    return Clean(move(clean.hidden), move(clean.ce), moved)
+
+
+def _moved(losses: Losses, move: Callable[[Any], Any]) -> Losses:
+    return Losses(*(move(getattr(losses, part)) for part in _PARTS))

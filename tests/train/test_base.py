@@ -1,0 +1,60 @@
+"""A base inside another variant's config: what is handed on, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from saemill.train.base import base_request, build_base
+from saemill.train.errors import ConfigInvalid, UnknownVariant
+from saemill.train.optim import Optim
+from saemill.train.sae.gates import TopK
+from saemill.train.variants import config_type
+
+D = 16
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    base: str = "standard"
+    layer: int = 3
+    width: int = 64
+    k: float | None = None
+    penalty: float | None = None
+    seed: int = 1
+    optim: Optim = field(default_factory=Optim)
+    alpha: float = 0.1
+
+
+def test_shared_settings_are_handed_on():
+    assembly = build_base(Wrapping(base="topk", k=3), D)
+    expected = config_type("topk")(layer=3, width=64, k=3, seed=1, optim=Optim()).build(D)
+    assert isinstance(assembly.sae.gate, TopK) and assembly.sae.gate.k == 3
+    assert all(torch.equal(a, b) for a, b in zip(assembly.sae.parameters(), expected.sae.parameters(), strict=True))
+    assert assembly.optim == expected.optim
+    assert base_request(Wrapping(layer=7)).layers == (7,)
+
+
+def test_a_sparsity_that_nobody_chose_fits_the_width_of_the_residual():
+    assert build_base(Wrapping(base="topk"), D).sae.gate.k == D // 4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Wrapping(base="topk", penalty=0.1), "base topk has no setting penalty"),
+        (Wrapping(base="standard", k=4.0), "base standard has no setting k"),
+        (Wrapping(base="crosscoder"), "found 'crosscoder'"),
+        (Wrapping(base="transcoder"), "found 'transcoder'"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused(config, message):
+    with pytest.raises(ConfigInvalid, match=message):
+        build_base(config, D)
+
+
+def test_an_unknown_base_names_its_neighbour():
+    with pytest.raises(UnknownVariant, match="topk"):
+        build_base(Wrapping(base="topkk"), D)

@@ -1,0 +1,50 @@
+"""A base inside another variant: `attention(base=topk, k=32)` is a config, not a class.
+
+The config of a variant that wraps a base is flat. What it shares by name with the base's own config is
+handed on; an optional setting (None by default) that was given must be one the base has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from . import variants
+from .build import most_active, require
+from .compose import Assembly, Needs
+from .sae.scaling import Stats
+
+BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional ones that no variant reads for itself
+
+
+def build_base(config: Any, d_model: int, stats: Stats | None = None) -> Assembly:
+    """The assembly of the variant that `config.base` names, with the settings of `config`."""
+    base_request(config)
+    return _base_config(config, d_model).build(d_model, stats)
+
+
+def base_request(config: Any) -> Needs:
+    """What the base reads. One that reads several layers, another target or windows cannot be wrapped."""
+    needs: Needs = _base_config(config, None).request()
+    plain = len(needs.inputs) == 1 and needs.targets is None and not needs.windows
+    require(plain, f"base: expected a variant that reads tokens of one layer and rebuilds them, found {config.base!r}")
+    return needs
+
+
+def _base_config(config: Any, d_model: int | None) -> Any:
+    cls = variants.config_type(config.base)
+    known = {field.name for field in dataclasses.fields(cls)}
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
+    require(not foreign, f"base {config.base} has no setting {', '.join(foreign)}")
+    shared = {name: value for name, value in given.items() if name in known and value is not None}
+    return cls(**_bounded(cls, d_model) | shared)
+
+
+def _bounded(cls: Any, d_model: int | None) -> dict[str, Any]:
+    """The base's own defaults of sparsity, where they are too many for the residual's width."""
+    if d_model is None:
+        return {}
+    limit = most_active(d_model)
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    return {name: limit for name in ("k", "target_l0") if name in defaults and defaults[name] > limit}
