@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..lm import LanguageModel
+from ..reading import Spot
 from .vocabulary import WordClasses
 
 NUM_EXAMPLES = 10
@@ -23,6 +25,18 @@ def make_prompt(word: str, examples: Sequence[str], classes: WordClasses, draw: 
     """A prompt about `word`; its examples are drawn anew until the word is not among them."""
     lines = [f"{_line(classes, example)} {classes.answer(example)}" for example in _draw(word, examples, draw)]
     return Prompt(word, SEPARATOR + SEPARATOR.join([*lines, _line(classes, word)]))
+
+
+def make_spots(prompts: Sequence[Prompt], classes: WordClasses, model: LanguageModel) -> list[Spot]:
+    """Where prompts are read: at the word's last token, so many before the end as the line has behind the word."""
+    position = word_position(model, classes.template)
+    ids = model.tokenizer.encode([prompt.text for prompt in prompts])
+    return [Spot((model.bos, *tokens), position) for tokens in ids]
+
+
+def word_position(model: LanguageModel, template: str) -> int:
+    """Where the word ends in a prompt, counted from its end; -6 for the protocol's template and Gemma's tokens."""
+    return -len(model.tokenizer.encode([template.split("{word}")[1]])[0]) - 1
 
 
 def split_words(words: Sequence[str], train_share: float, draw: random.Random) -> tuple[list[str], list[str]]:

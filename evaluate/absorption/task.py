@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..reading import Reader, Reading
 from .probe import Probe, Training, fit_probe
-from .prompts import make_prompt, split_words
-from .reading import Reader, Reading
+from .prompts import make_prompt, make_spots, split_words
 from .sparse import f1_score
 from .vocabulary import WordClasses
 
@@ -82,14 +82,14 @@ def make_task(
     prompts = [[make_prompt(word, half, classes, draw) for word in half] for half in halves]
     advance = stage("words", sum(map(len, prompts)))
     train, test = (
-        Half(half, _labels(half, classes, reader), reader.read(asked, advance))
+        Half(half, _labels(half, classes, reader), reader.read(make_spots(asked, classes, reader.model), advance))
         for half, asked in zip(halves, prompts, strict=True)
     )
     probes = {layer: _fit(layer, train, test, len(classes.names), seed) for layer in train.reading.x}
     is_found = torch.stack([probe.found for probe in probes.values()]).any(0)
     found = is_found.nonzero().view(-1).tolist()
     fresh = [make_prompt(test.words[number], words, classes, draw) for number in found]
-    again = reader.read(fresh, stage("known words", len(fresh)))
+    again = reader.read(make_spots(fresh, classes, reader.model), stage("known words", len(fresh)))
     return Task(classes, train, test, probes, again, torch.where(is_found, is_found.cumsum(0) - 1, -1))
 
 

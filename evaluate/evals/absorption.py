@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from ..absorption.probe import Training
-from ..absorption.reading import Reader, word_position
+from ..absorption.prompts import word_position
 from ..absorption.task import ClassProbe, Task, make_task
 from ..absorption.trial import LetterResult, Sparse, mean_metrics, measure_letters
 from ..absorption.vocabulary import FIRST_LETTER, WordClasses, alphabetic_words
@@ -25,6 +25,7 @@ from ..fitting import attention_of, split_fitting
 from ..lm import LanguageModel
 from ..needs import Needs
 from ..offline.word_shapes import WORD_SHAPES
+from ..reading import Reader
 from ..results import Failure, Result
 from ..scene import Scene
 from ..subject import Subject
@@ -47,8 +48,6 @@ class Config:
     max_k_value: int = 10
     prompt_template: str | None = None
     """None: "{word} has the first letter:", or what the classes have in its place."""
-    prompt_token_pos: int | None = None
-    """None: behind the word, as the tokenizer writes the template; -6 with Gemma's."""
     llm_batch_size: int = 32
     k_sparse_probe_l1_decay: float = 0.01
     k_sparse_probe_batch_size: int = 4096
@@ -76,7 +75,7 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
     if not fitting:
         return
     classes = choose_classes(scene, config)
-    reader = make_reader(scene, fitting, classes, config)
+    reader = Reader(scene.model, fitting, attention_of(scene, fitting), config.llm_batch_size)
     words = choose_words(scene, config)
     with ExitStack() as stages:
         task = make_task(
@@ -87,20 +86,13 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
             lambda title, total: stages.enter_context(scene.watch.stage(f"absorption: {title}", total, "words")),
         )
     for subject in fitting:
-        yield one_result(scene, task, subject, reader, config)
+        yield one_result(scene, task, subject, config)
 
 
 def choose_classes(scene: Scene, config: Config) -> WordClasses:
     name = config.classes if config.classes != "auto" else "shape" if scene.is_pocket else "first_letter"
     classes = WORD_SHAPES if name == "shape" else FIRST_LETTER
     return replace(classes, template=config.prompt_template or classes.template)
-
-
-def make_reader(scene: Scene, subjects: Sequence[Subject], classes: WordClasses, config: Config) -> Reader:
-    position = config.prompt_token_pos
-    if position is None:
-        position = word_position(scene.model, classes.template)
-    return Reader(scene.model, subjects, attention_of(scene, subjects), position, config.llm_batch_size)
 
 
 def choose_words(scene: Scene, config: Config) -> list[str]:
@@ -116,7 +108,7 @@ def vocabulary_words(model: LanguageModel) -> list[str]:
     return alphabetic_words((token for token, _ in tokens), lambda token: backend.decoder.decode([token]))
 
 
-def one_result(scene: Scene, task: Task, subject: Subject, reader: Reader, config: Config) -> Result | Failure:
+def one_result(scene: Scene, task: Task, subject: Subject, config: Config) -> Result | Failure:
     probe = task.probes[subject.layer]
     known = probe.known(config.min_GT_probe_f1)
     needed = config.min_feats_for_eval or (20 if task.classes.names == FIRST_LETTER.names else POCKET_CLASSES)
@@ -127,7 +119,7 @@ def one_result(scene: Scene, task: Task, subject: Subject, reader: Reader, confi
     is_official = task.classes.names == FIRST_LETTER.names
     return Result(
         subject,
-        official_config(scene, task, reader, config, needed),
+        official_config(scene, task, config, needed),
         {"mean": mean_metrics(results)},
         details=[result.to_json() for result in results],
         extra={
@@ -147,7 +139,7 @@ def our_details(task: Task, probe: ClassProbe, results: Sequence[LetterResult]) 
     }
 
 
-def official_config(scene: Scene, task: Task, reader: Reader, config: Config, needed: int) -> dict[str, Any]:
+def official_config(scene: Scene, task: Task, config: Config, needed: int) -> dict[str, Any]:
     """Under the protocol's keys what was done."""
     return {
         "model_name": scene.model_name or (scene.manifest.model.id if scene.opened else ""),
@@ -155,7 +147,7 @@ def official_config(scene: Scene, task: Task, reader: Reader, config: Config, ne
         "f1_jump_threshold": config.f1_jump_threshold,
         "max_k_value": config.max_k_value,
         "prompt_template": task.classes.template,
-        "prompt_token_pos": reader.word_position,
+        "prompt_token_pos": word_position(scene.model, task.classes.template),  # as the tokenizer writes it; -6 with Gemma's
         "llm_batch_size": config.llm_batch_size,
         "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
         "k_sparse_probe_l1_decay": config.k_sparse_probe_l1_decay,
