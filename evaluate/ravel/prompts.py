@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .answers import is_right
 
+Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
+"""Texts to token ids, without BOS."""
 SLOT = "%s"
 
 
@@ -38,15 +40,23 @@ class Prompt:
         return is_right(self.text, self.label, self.completion)
 
 
-def make_prompts(entities: EntityClass, attributes: Sequence[str], encode, bos: int) -> list[Prompt]:
-    """All prompts, in the order of the data: by entity, then attribute, then template."""
+def make_prompts(entities: EntityClass, attributes: Sequence[str], encode: Encode, bos: int) -> list[Prompt]:
+    """All prompts, in the order of the data: by entity, then attribute, then template.
+
+    An entity without an attribute is not asked for it.
+    """
     asked = [
         (attribute, template)
         for attribute, templates in entities.templates.items()
         if attribute in attributes
         for template in templates
     ]
-    filled = [(entity, attribute, template) for entity in entities.facts for attribute, template in asked]
+    filled = [
+        (entity, attribute, template)
+        for entity, facts in entities.facts.items()
+        for attribute, template in asked
+        if attribute in facts
+    ]
     texts = encode([template.replace(SLOT, entity, 1) for entity, _, template in filled])
     tails = encode([template.split(SLOT)[1] for _, template in asked])
     tail_of = {template: len(tail) for (_, template), tail in zip(asked, tails, strict=True)}
