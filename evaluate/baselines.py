@@ -25,6 +25,7 @@ from torch import Tensor
 from ..cache_schema.files import Files, open_files
 from .memory import PieceSize, in_pieces
 from .metrics.divergence import LogitsOf, Losses, compare, next_tokens
+from .rows import Block
 from .scene import Scene
 from .windows import Windows
 
@@ -44,11 +45,11 @@ class Clean:
 class Baselines:
     """Clean passes and ablations at one layer of one store."""
 
-    def __init__(self, scene: Scene, layer: int, split: str, batch_windows: int, mean_D: Tensor) -> None:
+    def __init__(self, scene: Scene, layer: int, block: Block, mean_D: Tensor) -> None:
         self._scene, self._layer = scene, layer
         self._mean_D = mean_D.to(scene.device, scene.model.dtype)
-        self._size = PieceSize(batch_windows, "windows", scene.say)
-        self._files = _files_of(scene, layer, split, batch_windows)
+        self._size = PieceSize(block.batch_windows, "windows", scene.say)
+        self._files = _files_of(scene, layer, block)
 
     def of(self, batch: Windows, number: int) -> Clean:
         """The baselines of the batch of this number: those that are kept, or made now and kept."""
@@ -108,14 +109,15 @@ def elsewhere(resid_WTD: Tensor) -> Tensor:
     return resid_WTD.roll(windows // 2, 0) if windows > 1 else resid_WTD.roll(context // 2, 1)
 
 
-def _files_of(scene: Scene, layer: int, split: str, batch_windows: int) -> Files | None:
+def _files_of(scene: Scene, layer: int, block: Block) -> Files | None:
     """Where they are kept: a folder for each way of computing them."""
     settings = {
         "format": FORMAT,
         "model": scene.model_identity,
         "layer": layer,
-        "split": split,
-        "batch_windows": batch_windows,
+        "split": block.split,
+        "batch_windows": block.batch_windows,
+        "mean_of_batches": None if layer in scene.manifest.layers else block.batches,
         "dtype": str(scene.dtype),
         "from_tokens": scene.from_tokens,
         "device": scene.device.type,

@@ -19,11 +19,13 @@ from ..train.settings import parse_settings, with_settings
 from . import evals
 from .engine import Row
 from .errors import EvalError, SettingInvalid
+from .pictures import draw
 from .progress import Watch
 from .report import require_comparable, require_one_store, tell
 from .scene import DtypeName
 from .session import Session
-from .subjects import find_subjects
+from .subject import Subject
+from .subjects import find_all
 
 ALL = "all"
 FAILED, NOT_RUN = 1, 3
@@ -58,11 +60,15 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
     """
     console = Console(highlight=False, soft_wrap=True)
     with errors_told():
-        rows = _evaluate(targets, Path(runs), make_configs(wanted, settings), options)
-        if options["compare"]:
-            require_comparable(rows)
+        configs = make_configs(wanted, settings)
+        subjects, problems = find_all(targets, Path(runs), options["layer"])
+        for problem in problems:
+            click.echo(f"error: {problem}", err=True)
+        rows = _evaluate(subjects, configs, options)
         tell(console, rows)
-    sys.exit(exit_code(rows))
+        if options["plots"]:
+            draw(rows, Watch().say)
+    sys.exit(FAILED if problems else exit_code(rows))
 
 
 def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
@@ -97,8 +103,7 @@ def errors_told() -> Iterator[None]:
         sys.exit(130)
 
 
-def _evaluate(targets: Sequence[str], runs: Path, configs: dict[str, Any], options: dict[str, Any]) -> list[Row]:
-    subjects = find_subjects(targets, runs, options["layer"])
+def _evaluate(subjects: Sequence[Subject], configs: dict[str, Any], options: dict[str, Any]) -> list[Row]:
     if options["compare"]:
         require_one_store(subjects)
     session = Session(
@@ -111,4 +116,7 @@ def _evaluate(targets: Sequence[str], runs: Path, configs: dict[str, Any], optio
         from_tokens=options["from_tokens"],
         keep="any" if options["compare"] else "same" if options["resume"] else "none",
     )
-    return session.run(subjects)
+    rows = session.run(subjects)
+    if options["compare"]:
+        require_comparable(rows)
+    return rows

@@ -70,8 +70,9 @@ class LanguageModel:
     @property
     def special(self) -> tuple[int, ...]:
         """Ids that stand for no text: BOS, EOS, padding and what else the tokenizer reserves."""
-        padding = () if self.pad == self.eos else (self.pad,)
-        return tuple(sorted({*self.tokenizer.special_tokens, *padding}))
+        reserved = self.encoder.special_tokens if self.encoder is not None else ()
+        found = {*reserved, self.eos, self.pad, self.model.config.bos_token_id}
+        return tuple(sorted(token for token in found if token is not None))
 
     @torch.inference_mode()
     def resid(
@@ -190,13 +191,19 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
 def make_language_model(model: PreTrainedModel, source: str | Path | None) -> LanguageModel:
     """A model that is in memory, with the tokenizer of `source` where there is one."""
     if source is None:
-        return LanguageModel(model, None, None, None)
+        return _without_tokenizer(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         encoder = make_encoder(tokenizer, str(source))
     except (HarvestError, OSError, ValueError):
-        return LanguageModel(model, None, None, None)
+        return _without_tokenizer(model)
     return LanguageModel(model, encoder, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def _without_tokenizer(model: PreTrainedModel) -> LanguageModel:
+    """What tokens mean is unknown; which are special, the configuration says."""
+    eos = model.config.eos_token_id
+    return LanguageModel(model, None, eos if isinstance(eos, int) else None, model.config.pad_token_id)
 
 
 @contextmanager

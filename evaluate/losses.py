@@ -76,8 +76,18 @@ def measure_losses(scene: Scene, subjects: Sequence[Subject], block: Block) -> d
 
 
 def _baselines(scene: Scene, layer: int, block: Block) -> Baselines:
-    mean = torch.from_numpy(scene.store.moments(layer).mean)
-    return Baselines(scene, layer, block.split, block.batch_windows, mean)
+    return Baselines(scene, layer, block, mean_residual(scene, layer, block))
+
+
+def mean_residual(scene: Scene, layer: int, block: Block) -> Tensor:
+    """The store's mean at a layer [D]; where it does not hold the layer, that of the block's own tokens."""
+    if layer in scene.manifest.layers:
+        return torch.from_numpy(scene.store.moments(layer).mean)
+    total, count = torch.zeros(scene.manifest.model.d_model, dtype=torch.float64), 0
+    for batch in read_block(scene, block, (layer,)):
+        total += batch.resid[layer][batch.keep].double().sum(dim=0).cpu()
+        count += int(batch.keep.sum())
+    return total / max(count, 1)
 
 
 @torch.inference_mode()

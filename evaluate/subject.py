@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache_schema.strict import from_json
+from ..train import variants
 from ..train.sae.model import SparseAutoencoder
 from ..train.sae.side import Side
 from .errors import NotApplicable
@@ -56,12 +58,16 @@ class Subject:
     @cached_property
     def needs(self) -> frozenset[str]:
         """Side inputs that the SAE reads at inference: position, attention, ..."""
-        return frozenset(getattr(self.sae, "needs_side", ()))
+        return frozenset(self.sae.needs_side)
 
     @cached_property
     def attention_layers(self) -> tuple[int, ...]:
         """The layers whose attention the SAE reads at inference."""
-        return tuple(getattr(self.sae, "attention_layers", ())) if "attention" in self.needs else ()
+        if "attention" not in self.needs:
+            return ()
+        settings = self.metadata["training_architecture_details"]
+        layers: tuple[int, ...] = from_json(variants.config_type(self.variant), settings).request().attention_layers
+        return layers
 
     @property
     def is_single_layer(self) -> bool:
@@ -86,7 +92,7 @@ class Subject:
         """Activations [W, T, F]; zero at special tokens where the SAE needs side inputs, which those do not have."""
         x_WTD = batch.x(self.layers)
         if not self.needs:
-            return self.sae.encode(x_WTD)
+            return self.sae.encode(x_WTD.flatten(0, 1)).unflatten(0, x_WTD.shape[:2])
         acts_BF = self.sae.encode(x_WTD[batch.keep], make_side(batch))
         acts_WTF = acts_BF.new_zeros(*batch.keep.shape, acts_BF.shape[-1])
         acts_WTF[batch.keep] = acts_BF
@@ -105,10 +111,11 @@ class Subject:
 
 def make_side(batch: Windows) -> Side:
     """The side inputs of the rows `x[batch.keep]`, by the names that training uses."""
-    window, position = batch.keep.nonzero(as_tuple=True)
+    window = batch.keep.nonzero()[:, 0]
     row_of = torch.full_like(batch.tokens, -1)
     row_of[batch.keep] = torch.arange(len(window), device=row_of.device)
-    inputs: dict[str, Any] = {"token": batch.tokens[batch.keep], "position": position, "window": window}
+    positions = batch.valid.long().cumsum(dim=1) - 1  # padding on the left takes no position
+    inputs: dict[str, Any] = {"token": batch.tokens[batch.keep], "position": positions[batch.keep], "window": window}
     inputs |= {"row_of": row_of, "attention": dict(batch.attention)}
     if batch.documents is not None:
         inputs["document"] = batch.documents[batch.keep]

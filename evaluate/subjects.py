@@ -17,31 +17,57 @@ from ..train.errors import RunMissing, TrainError
 from ..train.find import find_sae, list_saes, load_sae
 from ..train.launch import cache_of
 from ..train.runs import RunFolder, run_names
-from .errors import NotApplicable, RunUnfinished, TargetUnknown
+from .errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 from .subject import Subject
 
-HOOK = re.compile(r"(?:blocks|layers?)[._](\d+)(?:[._]|$)(?:.*resid_(pre|post))?")
+HOOK = re.compile(r"(?:blocks|layers)\.(\d+)\.?(?:hook_resid_(pre|post))?$|^layer_(\d+)$")
+"""transformer_lens' names of residuals before and after a layer, and transformers' names of layers."""
 RECIPE_HINT = "sae-train --recipe attention/run_4 --cache ./store"
 
 
+Problem = EvalError | TrainError
+
+
 def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[Subject]:
-    """All SAEs of all targets, each once. `layer` is for SAEs that do not say theirs."""
-    found = [subject for target in targets for subject in find_target(target, runs, layer)]
-    return list({subject.folder.resolve(): subject for subject in found}.values())
+    """All SAEs of all targets, each once; the first that cannot be had is an error."""
+    subjects, problems = find_all(targets, runs, layer)
+    if problems:
+        raise problems[0]
+    return subjects
 
 
-def find_target(target: str, runs: Path, layer: int | None = None) -> list[Subject]:
-    """The SAEs that one word on the command line means."""
+def find_all(targets: Iterable[str], runs: Path, layer: int | None = None) -> tuple[list[Subject], list[Problem]]:
+    """All SAEs of all targets that can be had, and what is wrong with the others.
+
+    `layer` is for SAEs that do not say theirs.
+    """
+    found: dict[Path, Subject] = {}
+    problems: list[Problem] = []
+    for target in targets:
+        try:
+            places = find_places(target, runs)
+        except (EvalError, TrainError) as error:
+            problems.append(error)
+            continue
+        for folder, run in places:
+            try:
+                found.setdefault(folder.resolve(), make_subject(folder, run, layer))
+            except (EvalError, TrainError) as error:
+                problems.append(error)
+    return list(found.values()), problems
+
+
+def find_places(target: str, runs: Path) -> list[tuple[Path, RunFolder | None]]:
+    """The folders of SAEs that one word on the command line means, and the run they belong to."""
     run = _run_of(target, runs)
     if run is not None:
-        return [make_subject(folder, run, layer) for folder in _saes_of(run)]
+        return [(folder, run) for folder in _saes_of(run)]
     try:
         folder = find_sae(target, runs)
     except RunMissing as error:
         raise TargetUnknown(_explain_missing(target, runs, error)) from error
     parent = RunFolder.at(folder.resolve().parent)
-    inside = (parent.path / "config.json").is_file()
-    return [make_subject(folder, parent if inside else None, layer)]
+    return [(folder, parent if (parent.path / "config.json").is_file() else None)]
 
 
 def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None) -> Subject:
@@ -86,12 +112,12 @@ def _saes_of(run: RunFolder) -> list[Path]:
 
 
 def _explain_missing(target: str, runs: Path, error: TrainError) -> str:
+    if "/" in target:
+        return str(error)
     known = ", ".join(run_names(runs)) or "none"
-    text = f"no run or SAE {target!r}. Runs in {runs}: {known}. ({error})"
+    text = f"no run {target!r} in {runs} (it has: {known}), and no folder of an SAE of that name"
     recipe = recipe_of(target)
-    if recipe is not None:
-        text += f"\n{target} is made by: {recipe}"
-    return text
+    return text if recipe is None else f"{text}. {target} is a recipe's run; this makes it: {recipe}"
 
 
 def recipe_of(target: str) -> str | None:
@@ -114,8 +140,8 @@ def _layers_of(
         return (given,)
     hook = str(metadata.get("hook_name") or config.get("hook_name") or config.get("hook_point") or "")
     match = HOOK.search(hook)
-    if match is None or (match[2] is None and "." in hook and "resid" not in hook and "hook" in hook):
-        raise NotApplicable(
+    if match is None:
+        raise SettingInvalid(
             f"{folder} does not say which layer's residual stream it reads (hook_name {hook!r}): give --layer"
         )
-    return (int(match[1]) - (match[2] == "pre"),)
+    return (int(match[1] or match[3]) - (match[2] == "pre"),)

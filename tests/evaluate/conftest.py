@@ -29,6 +29,7 @@ from saemill.cache_schema import (
 )
 from saemill.cache_schema.moments import is_special, measure
 from saemill.evaluate import scene as scene_module
+from saemill.evaluate.feed import store_batches
 from saemill.evaluate.lm import LanguageModel, make_language_model
 from saemill.evaluate.progress import Watch
 from saemill.evaluate.scene import Scene
@@ -168,8 +169,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder, tokens = make_model_folder(root / "model"), make_tokens()
     url = harvest_rows(root / "store", folder, tokens, SPLITS)
     with Store.open(url) as store:
-        from saemill.evaluate.feed import store_batches
-
         parts = [b.resid[LAYER] for s in store.manifest.splits for b in store_batches(store, s, (LAYER,))]
     return World(folder, url, tokens, torch.cat(parts).float())
 
