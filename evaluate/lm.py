@@ -115,6 +115,14 @@ class LanguageModel:
             logits_NV.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits_NV
 
+    def last_logits(self, resid_WTD: Tensor, layer: int, valid_WT: Tensor | None = None) -> Tensor:
+        """Logits [W, V] of the last position, from the residual after `layer` and with a gradient to it."""
+        with torch.enable_grad(), self._eager_attention():
+            stack = self._part(layer + 1, self.facts.num_layers, normed=True)
+            out = stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, **_padding(valid_WT))
+            logits_WV = self._unembed(out.last_hidden_state[:, -1])
+            return logits_WV if self._softcap is None else torch.tanh(logits_WV / self._softcap) * self._softcap
+
     def attention(self, resid_WTD: Tensor, layer: int, sink: Callable[[Tensor], None]) -> None:
         """Hand the attention probabilities of layer + 1, from the residual after `layer`, to `sink`."""
         stack = self._part(layer + 1, layer + 2, normed=False)
@@ -135,6 +143,15 @@ class LanguageModel:
             if valid_WT is not None:
                 valid_WT = torch.cat([valid_WT, valid_WT.new_ones(len(valid_WT), 1)], dim=1)
         return tokens_WT[:, -count:]
+
+    @contextmanager
+    def _eager_attention(self) -> Iterator[None]:
+        """transformers' own attention: ours works in place, which no gradient survives."""
+        self.stack.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.stack.set_attn_implementation(ATTENTION)
 
     def _part(self, start: int, stop: int, normed: bool) -> Any:
         """The stack with the layers start..stop alone; weights are shared, nothing is copied."""
