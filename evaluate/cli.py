@@ -68,7 +68,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
         rows = _evaluate(subjects, configs, options)
         tell(console, rows, beside_untrained=options["beside_untrained"])
         if options["plots"]:
-            draw(rows, Watch().say, together=options["compare"])
+            draw(rows, options["compare"], Watch().say)
     sys.exit(FAILED if problems else exit_code(rows))
 
 

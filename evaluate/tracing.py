@@ -1,27 +1,24 @@
 """What becomes of the model's predictions when its residual is replaced: KL and loss, from suffix passes.
 
-1. The clean pass: the suffix from the residual itself, once for a batch.
-2. A replaced pass: special tokens keep their residual, all others get what they are given.
-3. Both through the head in chunks of rows; nothing of size windows x vocabulary lives longer.
-
-W windows, T positions, D residual width, V vocabulary, N rows.
+Special tokens keep their residual, all others get what they are given. The clean pass of a batch is made once
+for all that is compared with it.
+W windows, T positions, D residual width, N kept tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .lm import LanguageModel
+from .metrics.divergence import LogitsOf, compare, next_tokens
 from .scene import Scene
 from .windows import Windows
 
-CHUNK_ELEMENTS = 1 << 25  # float32 logits at a time: 128 MiB
+CLEAN, MEAN = "clean", "mean"
 
 
 @dataclass(frozen=True)
@@ -31,15 +28,21 @@ class Effect:
     kl_sum: float = 0.0
     loss_sum: float = 0.0
     tokens: int = 0
-    predicted: int = 0
+    predicting: int = 0
 
     def __add__(self, other: Effect) -> Effect:
         return Effect(
             self.kl_sum + other.kl_sum,
             self.loss_sum + other.loss_sum,
             self.tokens + other.tokens,
-            self.predicted + other.predicted,
+            self.predicting + other.predicting,
         )
+
+    @staticmethod
+    def of(kl_N: Tensor, loss_N: Tensor) -> Effect:
+        """Of the tokens of a batch; a loss that is no number is a token that predicts nothing."""
+        losses = loss_N[~loss_N.isnan()].double()
+        return Effect(float(kl_N.double().sum()), float(losses.sum()), len(kl_N), len(losses))
 
     @property
     def kl(self) -> float:
@@ -49,50 +52,35 @@ class Effect:
     @property
     def loss(self) -> float:
         """Mean cross entropy of the next token."""
-        return self.loss_sum / max(self.predicted, 1)
+        return self.loss_sum / max(self.predicting, 1)
 
 
 class Tracer:
     """Replaces the residual of one batch at one layer, as often as one likes, against one clean pass."""
 
     def __init__(self, model: LanguageModel, batch: Windows, layer: int, mean_D: Tensor) -> None:
-        self._model, self._batch, self._layer, self._mean = model, batch, layer, mean_D
+        self._model, self._batch, self._layer = model, batch, layer
         self._resid = batch.resid[layer].to(model.dtype)
-        self._clean = model.suffix(self._resid, layer, batch.valid)
+        self._clean = self._hidden(self._resid)
+        self.given = self.effects({MEAN: lambda: mean_D.expand_as(self._resid)})
 
-    @cached_property
-    def clean(self) -> Effect:
-        """The model as it is: no KL, its own loss."""
-        return self._compare(self._clean)
+    def effects(self, replaced: Mapping[str, Callable[[], Tensor]]) -> dict[str, Effect]:
+        """Of each residual [W, T, D], made when its turn comes; and of the model as it is."""
+        keep = self._batch.keep[:, :, None]
+        hidden = [self._hidden(torch.where(keep, x_hat().to(self._resid), self._resid)) for x_hat in replaced.values()]
+        targets = next_tokens(self._batch.tokens, self._batch.keep)
+        clean_loss, losses = compare(
+            self._logits(self._clean), list(map(self._logits, hidden)), targets, self._model.facts.vocab_size
+        )
+        found = {name: Effect.of(part.kl, part.ce) for name, part in zip(replaced, losses, strict=True)}
+        return found | {CLEAN: Effect.of(torch.zeros_like(clean_loss), clean_loss)}
 
-    @cached_property
-    def mean_ablated(self) -> Effect:
-        """With the mean residual at every token."""
-        return self.replaced(self._mean.expand_as(self._resid))
+    def _hidden(self, resid_WTD: Tensor) -> Tensor:
+        """[N, D] behind the final norm."""
+        return self._model.suffix(resid_WTD, self._layer, self._batch.valid)[self._batch.keep]
 
-    def replaced(self, x_hat_WTD: Tensor) -> Effect:
-        """With another residual at every token that is not special."""
-        given = torch.where(self._batch.keep[:, :, None], x_hat_WTD.to(self._resid.dtype), self._resid)
-        return self._compare(self._model.suffix(given, self._layer, self._batch.valid))
-
-    @torch.inference_mode()
-    def _compare(self, hidden_WTD: Tensor) -> Effect:
-        """KL at kept tokens; loss where the next token is kept."""
-        keep = self._batch.keep
-        target = functional.pad(self._batch.tokens[:, 1:], (0, 1))
-        predicts = functional.pad(keep[:, 1:], (0, 1)) & self._batch.valid
-        rows = (keep | predicts).view(-1).nonzero().view(-1)
-        effect = Effect()
-        vocabulary = self._model.facts.vocab_size
-        for chunk in rows.split(max(1, CHUNK_ELEMENTS // vocabulary)):
-            clean, found = (
-                functional.log_softmax(self._model.head(hidden.flatten(0, 1)[chunk]).float(), dim=-1)
-                for hidden in (self._clean, hidden_WTD)
-            )
-            kl = (clean.exp() * (clean - found)).sum(-1)[keep.view(-1)[chunk]]
-            loss = -found.gather(1, target.view(-1)[chunk, None]).squeeze(1)[predicts.view(-1)[chunk]]
-            effect += Effect(float(kl.double().sum()), float(loss.double().sum()), len(kl), len(loss))
-        return effect
+    def _logits(self, hidden_ND: Tensor) -> LogitsOf:
+        return lambda start, stop: self._model.head(hidden_ND[start:stop])
 
 
 def make_tracers(scene: Scene, batch: Windows, layers: Sequence[int]) -> dict[int, Tracer]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,10 +157,13 @@ def trace(tracer: Tracer, subject: Subject, acts_WTF: Tensor, seen: Seen) -> dic
     tiers = range(seen.tiers.count)
     kept = {f"without_{tier + 1}": ~seen.tiers.members(tier) for tier in tiers}
     kept |= {f"only_{tier + 1}": seen.tiers.members(tier) for tier in tiers}
-    kept["without_uncomposed"] = seen.composed
-    effects = {name: tracer.replaced(subject.decode(acts_WTF * members)) for name, members in kept.items()}
-    whole = tracer.replaced(subject.decode(acts_WTF))
-    return {**effects, "all": whole, "clean": tracer.clean, "mean": tracer.mean_ablated}
+    kept |= {"without_uncomposed": seen.composed, "all": torch.ones_like(seen.composed)}
+    parts = {name: partial(_decoded, subject, acts_WTF, members) for name, members in kept.items()}
+    return {**tracer.given, **tracer.effects(parts)}
+
+
+def _decoded(subject: Subject, acts_WTF: Tensor, members_F: Tensor) -> Tensor:
+    return subject.decode(acts_WTF * members_F)
 
 
 def add_effects(total: dict[str, Effect], batch: Mapping[str, Effect]) -> None:

@@ -54,7 +54,7 @@ def look(place: int) -> Look:
 def shades(count: int) -> list[str]:
     """Colours of an ordered few: tiers, layers; dark to light."""
     scale = colormaps["cividis"]
-    places = [0.0] if count == 1 else [0.05 + 0.85 * i / (count - 1) for i in range(count)]
+    places = [0.0] if count == 1 else [0.02 + 0.8 * i / (count - 1) for i in range(count)]
     return ["#{:02X}{:02X}{:02X}".format(*(round(255 * part) for part in scale(place)[:3])) for place in places]
 
 

@@ -10,7 +10,7 @@ from ..figures.panels import STEP, draw_parts
 from ..figures.records import Record
 from ..figures.style import INK, LINES, caption, new_figure, shades
 
-LOGGED = "attention/contribution_"
+LOGGED = "contribution/layer_"
 SHARE, GAIN = "share_", "similarity_gain_"
 
 

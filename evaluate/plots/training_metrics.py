@@ -33,6 +33,16 @@ PANELS = (
         for tier in TIERS
     ),
     *(Lines(title, "mean, before its weight", series_of(f"loss/{term}")) for term, title in TERMS.items()),
+    *(
+        Lines(
+            f"Composition of tier {tier}",
+            "R^2 by the tier below",
+            series_of(f"composition/r2_{tier}"),
+            may_be_log=False,
+        )
+        for tier in TIERS[1:]
+    ),
+    Lines("Moves between tiers", "latents moved so far", series_of("tiers/moves"), may_be_log=False),
     Lines("Temporal consistency loss", "weighted sum over scales", temporal_loss),
     Lines("Activation variance", "mean over latents", series_of("temporal/activation_variance")),
     Bars(

@@ -15,7 +15,24 @@ from saemill.evaluate.page.write import page
 from saemill.train.runs import RunFolder
 
 HOSTILE = "</li><script>alert(1)</script><img src=http://x/y onerror=alert(2)>\"'&\u202e\x00"
-SAFE = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "span", "ul", "li", "bdi", "mark"}
+SAFE = {
+    "html",
+    "head",
+    "meta",
+    "title",
+    "style",
+    "body",
+    "h1",
+    "h2",
+    "h3",
+    "p",
+    "div",
+    "span",
+    "ul",
+    "li",
+    "bdi",
+    "mark",
+}
 SAFE |= {"table", "thead", "tbody", "tr", "th", "td", "br", "figure", "figcaption", "img"}
 
 

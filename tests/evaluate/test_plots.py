@@ -30,7 +30,7 @@ ALL = {
     "transition_matrix",
 }
 NOTES = {
-    "attention": ["mixing/weight_17", "mixing/weight_18", "mixing/temperature", "attention/contribution_17"],
+    "attention": ["mixing/weight_17", "mixing/weight_18", "mixing/temperature", "contribution/layer_17"],
     "tiered": ["tiers/activity_1", "tiers/activity_2", "tiers/activity_3", "loss/composition"],
     "positional": ["mask/coefficient", "mask/retention"],
     "temporal": ["temporal/activation_variance", "temporal/lifetime", "loss/temporal_short", "loss/temporal_long"],
@@ -184,9 +184,10 @@ def test_whitespace_shows_and_unknown_letters_are_dots():
     assert shown("") == "\N{MIDDLE DOT}"
 
 
-def test_no_global_state_is_touched(make_run, tmp_path):
+def test_no_global_state_is_touched(make_run):
     before = dict(rcParams)
-    make_plots([make_run()], tmp_path / "plots")
+    records = read_records([make_run(labels=("standard", "temporal"))])
+    assert all(draw_of(name)(records) is not None for name in ("training_metrics", "transition_matrix", "pareto"))
     assert dict(rcParams) == before
 
 
