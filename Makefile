@@ -68,8 +68,9 @@ bench: bench-store bench-harvest bench-train bench-quality bench-eval ## every b
 bench-harvest: env peers ## the harvest against the bare forward pass and SAELens' runner
 	$(BIN)/python bench/harvest.py --peers $(PEERS)
 
-bench-train: env peers ## training steps against SAELens and dictionary_learning
+bench-train: env peers ## training steps against SAELens and dictionary_learning, and what guidance adds to a step
 	$(BIN)/python bench/train.py --peers-python $(PEERS)/bin/python
+	$(BIN)/python bench/guided.py
 
 bench-quality: env peers ## explained variance at equal sparsity, against the peers
 	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STORE)

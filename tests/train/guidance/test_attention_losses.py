@@ -23,7 +23,7 @@ NEGATIVES = 5
 def guided_view(guidance: Any, rng: torch.Generator, gate: Any = None, **knobs: float) -> tuple[View, Any]:
     windows = guidance.make_windows(rng, dtype=torch.float64)
     view = guidance.view_of(windows, rng, gate, torch.float64, **knobs)
-    mixing = Mixing([True, True, True]).double()
+    mixing = Mixing((17, 18, 20)).double()
     mixing.theta.data.copy_(THETA)
     view.sae.extras[MIXING] = mixing
     return view, windows
@@ -172,7 +172,7 @@ def test_what_is_noted_for_the_log(guidance, rng):
     for row in range(windows.rows):
         for index in present[row]:
             along[index] += weights[index] / weights[present[row]].sum() * (tables[index][row] @ cosines[row])
-    found = torch.stack([view.notes[f"contribution/layer_{layer}"] for layer in guidance.LAYERS])
+    found = torch.stack([view.notes[f"attention/contribution_{layer}"] for layer in guidance.LAYERS])
     torch.testing.assert_close(found, along / along.sum())
 
 

@@ -41,14 +41,16 @@ def weight_sum(support: Support, values: Tensor, rows_BD: Tensor) -> Tensor:
 
 def pair_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
     """<rows[b], W[f]> for every pair of the support: [N]."""
+    if support.latents.numel() == 0:
+        return rows_BD.new_zeros(0)
     rows_BD, W_FD = rows_BD.contiguous(), W_FD.contiguous()
-    if rows_BD.device.type == "cpu" and support.latents.numel() and _has_sampled_product():
+    if rows_BD.device.type == "cpu" and _has_sampled_product():
         return _sampled_dots(support, rows_BD, W_FD)
     if support.num_latents <= support.num_rows:
-        return bag_dots(rows_BD, W_FD, support.latents, support.offsets, support.rows)
+        return _bag_dots(rows_BD, W_FD, support.latents, support.offsets, support.rows)
     # The larger table is read in order, once, and the smaller one stays in cache.
     turned = support.by_latent
-    dots = bag_dots(W_FD, rows_BD, turned.rows, turned.offsets, turned.latents)
+    dots = _bag_dots(W_FD, rows_BD, turned.rows, turned.offsets, turned.latents)
     return torch.empty_like(dots).index_copy_(0, turned.order, dots)
 
 
@@ -72,10 +74,8 @@ def row_sum(support: Support, values: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=support.offsets, initial=0.0)
 
 
-def bag_dots(bags: Tensor, table: Tensor, indices: Tensor, offsets: Tensor, bag_of: Tensor) -> Tensor:
+def _bag_dots(bags: Tensor, table: Tensor, indices: Tensor, offsets: Tensor, bag_of: Tensor) -> Tensor:
     """<bags[bag_of[n]], table[indices[n]]> for every n."""
-    if indices.numel() == 0:
-        return bags.new_zeros(0)
     # The gradient that an embedding bag has for its weights is exactly this.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(bags, table, indices, offsets[:-1], bag_of, 0)
 
