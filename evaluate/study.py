@@ -75,6 +75,7 @@ class Line:
 @click.option("--cache", required=True, metavar="URL", help="The store, with attention of layers L-2..L+1.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("studies"), show_default=True, metavar="DIR")
 @click.option("--tokens", metavar="N", help="Tokens for each run, such as 1M.  [default: the recipe's]")
+@click.option("--epochs", metavar="N", help="How often the store may be read.")
 @click.option("--width", metavar="F", help="Latents.  [default: the recipe's, at most 16 times the residual width]")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Of the headline comparison.")
 @click.option("--set", "settings", multiple=True, metavar="A.B=V", help="A setting for every run.")
@@ -83,12 +84,13 @@ def main(
     cache: str,
     out: Path,
     tokens: str | None,
+    epochs: str | None,
     width: str | None,
     seeds: int,
     settings: tuple[str, ...],
 ) -> None:
     """Train, evaluate and compare all runs of STUDY, or of every study."""
-    given = {"--tokens": tokens, "--width": width}
+    given = {"--tokens": tokens, "--epochs": epochs, "--width": width}
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
     options += [word for setting in settings for word in ("--set", setting)]
     console = Console(highlight=False, soft_wrap=True)
