@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-from rich.console import Console
 
 from ..cache_schema import StoreError
 from ..harvest.errors import SettingInvalid as PlaceInvalid
@@ -20,7 +19,7 @@ from . import evals
 from .engine import Row
 from .errors import EvalError, SettingInvalid
 from .pictures import draw
-from .progress import Watch
+from .progress import Watch, make_console
 from .report import require_comparable, require_one_store, tell
 from .scene import DtypeName
 from .session import Session
@@ -59,7 +58,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
     Results are JSON files beside the run. The exit status is 0 when all is done, 1 when something failed,
     3 when something could not be run for want of a model or data.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     with errors_told():
         configs = make_configs(wanted, settings)
         subjects, problems = find_all(targets, Path(runs), options["layer"])

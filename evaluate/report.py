@@ -13,7 +13,7 @@ from .engine import Row
 from .errors import Incomparable
 from .results import metric_of, read_result
 from .subject import Subject
-from .untrained import NAME, UNTRAINED, untrained_traits
+from .untrained import NAME, RECORDED, UNTRAINED, untrained_traits
 
 MISSING = "-"
 
@@ -23,6 +23,8 @@ def tell(console: Console, rows: Sequence[Row], *, beside_untrained: bool = Fals
     good = [row for row in rows if row.status in ("done", "kept", "partly")]
     if good:
         console.print(make_table(good, beside_untrained=beside_untrained))
+    if beside_untrained:
+        console.print(f"{NAME}: {RECORDED}", style="dim", markup=False, soft_wrap=True)
     for row in good:
         for trait in untrained_traits(read_result(row.path)):
             console.print(f"warning: {row.subject.name} did not learn: {trait}", markup=False, soft_wrap=True)
@@ -43,13 +45,18 @@ def make_table(rows: Sequence[Row], *, beside_untrained: bool = False) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("SAE", no_wrap=True)
     for _, metric in columns:
-        table.add_column(metric.rsplit(".", 1)[-1], justify="right")
+        table.add_column(heading(metric), justify="right")
     for subject in subjects:
         table.add_row(subject.name, *(_cell(found.get((subject, eval_id)), metric) for eval_id, metric in columns))
     if beside_untrained:
         recorded = (UNTRAINED.get(metric) for _, metric in columns)
         table.add_row(NAME, *(MISSING if value is None else f"{value:g}" for value in recorded), style="dim")
     return table
+
+
+def heading(metric: str) -> str:
+    """The last part of a dotted name, in words that can stand below each other."""
+    return metric.rsplit(".", 1)[-1].replace("_", " ")
 
 
 def summary_of(eval_id: str) -> tuple[str, ...]:

@@ -29,7 +29,8 @@ from ..train.files import replace_file
 from ..train.recipes import runs_of, studies
 from ..train.runs import RunFolder, read_json
 from .cli import main as sae_eval
-from .report import summary_of
+from .progress import make_console
+from .report import heading, summary_of
 from .results import metric_of, read_result
 from .untrained import untrained_traits
 
@@ -93,7 +94,7 @@ def main(
     given = {"--tokens": tokens, "--epochs": epochs, "--width": width}
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
     options += [word for setting in settings for word in ("--set", setting)]
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     problems: list[str] = []
     for study in names or studies():
         lines = carry_out(study, Course(cache, out / study, tuple(options), seeds), console)
@@ -207,7 +208,7 @@ def _cell(value: float | None) -> str:
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number < 2 else "right")
+        table.add_column(heading(name), justify="left" if number < 2 else "right")
     for row in rows:
         table.add_row(*row)
     return table

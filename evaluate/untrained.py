@@ -20,7 +20,7 @@ UNTRAINED: Mapping[str, float] = {
     "misc_metrics.frac_alive": 0.0,
     "sae.sae_top_5_test_accuracy": 0.5,
 }
-NAME = "never trained (gemma-2-2b, layer 19, as recorded)"
+NAME, RECORDED = "never trained", "what a study recorded for gemma-2-2b, layer 19, after no training step"
 
 
 def untrained_traits(document: Mapping[str, Any]) -> list[str]:
