@@ -3,6 +3,7 @@ VENV     ?= .venv
 PYTHON   ?= python3
 BIN      := $(VENV)/bin
 PEERS    ?= .venv-peers
+SAEBENCH ?= .venv-saebench
 
 LAYER    ?= 19
 MODEL    ?= auto
@@ -15,7 +16,7 @@ STUDIES  ?= ./studies
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow check format goldens demo harvest studies bench bench-store bench-harvest bench-train \
-  bench-quality bench-eval bench-gpu peers peers-eval clean
+  bench-quality bench-eval bench-gpu peers saebench clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -79,6 +80,9 @@ bench-quality: env peers ## explained variance at equal sparsity, against the pe
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS)
 
+bench-eval: env saebench ## the core evaluation against official SAEBench
+	$(BIN)/python bench/evaluate.py --saebench $(SAEBENCH)
+
 bench-gpu: env ## the harvest on an accelerator, wherever one is at hand
 	$(BIN)/python bench/gpu_harvest.py $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS))
 
@@ -91,5 +95,13 @@ $(PEERS)/.installed: bench/peers-requirements.txt
 	$(PEERS)/bin/pip uninstall -q -y torchvision
 	@touch $@
 
+saebench: $(SAEBENCH)/.installed ## official SAEBench's own environment: it needs older packages than anything else here
+
+$(SAEBENCH)/.installed: tests/golden/saebench-constraints.txt
+	$(PYTHON) -m venv $(SAEBENCH)
+	$(SAEBENCH)/bin/pip install -q -c $< sae-bench==0.6.0
+	$(SAEBENCH)/bin/pip uninstall -q -y torchvision
+	@touch $@
+
 clean: ## remove environments and caches, never stores or runs
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(SAEBENCH) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
