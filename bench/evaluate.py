@@ -207,9 +207,7 @@ def bench_memory(world: World, counts: tuple[int, ...]) -> list[Row]:
 @click.option("--dtype", "dtypes", multiple=True, default=("float32", "bfloat16"), show_default=True)
 @click.option("--saes", "counts", multiple=True, type=int, default=(1, 8), show_default=True)
 @click.option("--rounds", default=1, show_default=True)
-@click.option(
-    "--reconstruction", default=1, show_default=True, help="Batches for losses; ten times as many follow."
-)
+@click.option("--reconstruction", default=1, show_default=True, help="Batches for losses; ten times as many follow.")
 @click.option("--width", default=WIDTH, show_default=True, help="Of the random model.")
 @click.option("--layers", default=26, show_default=True, help="Of the random model.")
 @click.option("--vocabulary", default=VOCABULARY, show_default=True, help="Of the random model, for speed.")
