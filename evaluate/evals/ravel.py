@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..fitting import attention_of, split_fitting
+from ..fitting import attention_of, model_name_of, split_fitting
 from ..needs import Needs
 from ..offline.identifiers import ATTRIBUTES, ENTITY_CLASS, load_identifiers
 from ..ravel.facts import load_facts
@@ -78,9 +78,7 @@ class Findings:
 
 def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
     is_stdlib = config.data == "stdlib" or (config.data == "auto" and scene.is_pocket)
-    selection = config.entity_attribute_selection or (
-        {ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION
-    )
+    selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
     entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
     fitting, failures = split_fitting(subjects, scene.model)
     yield from failures
@@ -105,7 +103,8 @@ def study(
     """One entity class, attribute by attribute, for all SAEs."""
     prompts = known_prompts(scene, entity_class, attributes, config)
     subjects = tuple(findings)
-    reader = Reader(scene.model, subjects, attention_of(scene, subjects), config.llm_batch_size * GENERATION_FACTOR)
+    batch_size = config.llm_batch_size * GENERATION_FACTOR
+    reader = Reader(scene.model, subjects, attention_of(scene, subjects), batch_size, scene.say)
     with scene.watch.stage(f"ravel: reading {entity_class.name}", len(prompts), "prompts") as advance:
         trial = Trial(reader, prompts, advance)
     for attribute in attributes:
@@ -139,9 +138,7 @@ def swap_attribute(
     total = training.epochs * cut + len(pairs) - cut
     with scene.watch.stage(f"ravel: {entity}, {attribute}", total, "pairs") as advance:
         chosen = trial.learn(pairs[:cut], training, advance)
-        judged, said = trial.completions(
-            pairs[cut:], chosen, config.n_generated_tokens, config.llm_batch_size, advance
-        )
+        judged, said = trial.completions(pairs[cut:], chosen, config.n_generated_tokens, config.llm_batch_size, advance)
     for subject, found in findings.items():
         found.add(entity, attribute, judged, said[subject], chosen[subject])
 
@@ -191,7 +188,7 @@ def official_config(scene: Scene, selection: Mapping[str, Sequence[str]], config
         "num_pairs_per_attribute": config.num_pairs_per_attribute,
         "train_test_split": config.train_test_split,
         "force_dataset_recompute": False,
-        "model_name": scene.model_name or (scene.manifest.model.id if scene.opened else ""),
+        "model_name": model_name_of(scene),
         "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
         "llm_batch_size": config.llm_batch_size,
         "learning_rate": config.learning_rate,
