@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 
 from ..cache_schema import StoreError
+from ..cache_schema.allocator import keep_large_blocks
 from ..harvest.errors import SettingInvalid as PlaceInvalid
 from ..harvest.place import find_device
 from ..train.errors import TrainError
@@ -59,6 +60,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
     3 when something could not be run for want of a model or data.
     """
     console = Console(highlight=False, soft_wrap=True)
+    keep_large_blocks()
     with errors_told():
         configs = make_configs(wanted, settings)
         subjects, problems = find_all(targets, Path(runs), options["layer"])

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .codes import read
 from .memory import PieceSize, in_pieces
 from .metrics.bootstrap import DocumentSums
-from .metrics.quality import Firing, Tally, Tokens, count_firing, measure_tokens
+from .metrics.quality import Firing, Tally, Tokens, measure_tokens
 from .rows import Block, read_block
 from .scene import Scene
 from .subject import Subject
@@ -30,10 +31,9 @@ class Sparsity:
     tally: Tally = field(default_factory=Tally)
     documents: DocumentSums = field(default_factory=DocumentSums)
 
-    def add(self, tokens: Tokens, counts_WF: Tensor, batch: Windows, x_sum_D: Tensor) -> None:
+    def add(self, tokens: Tokens, batch: Windows, x_sum_D: Tensor) -> None:
         """One batch."""
         self.tally.add(tokens, x_sum_D)
-        self.firing.add(counts_WF, len(tokens.l0))
         if batch.documents is not None:
             values = {"tokens": torch.ones_like(tokens.l0), "l0": tokens.l0, "cosine": tokens.cosine}
             values |= {"error": tokens.error, "square": tokens.square}
@@ -76,11 +76,14 @@ def _add_batch(sparsity: Sparsity, subject: Subject, batch: Windows, size: Piece
     x_sum_D = x_WTD[batch.keep].double().sum(dim=0)
     mean_D = (x_sum_D / batch.keep.sum().clamp_min(1)).float()
 
-    def work(start: int, stop: int) -> tuple[Tokens, Tensor]:
+    def work(start: int, stop: int) -> tuple[Tokens, Tensor, Tensor]:
         piece = batch.slice(start, stop)
-        acts, x_hat = subject.reconstruct(piece)
-        tokens = measure_tokens(acts, x_WTD[start:stop], x_hat, mean_D, piece.keep)
-        return tokens, count_firing(acts, piece.keep)
+        reading = read(subject, piece)
+        tokens = measure_tokens(reading.l0, reading.l1, x_WTD[start:stop][piece.keep], reading.x_hat, mean_D)
+        window = piece.keep.nonzero()[:, 0]
+        return tokens, reading.fired(), reading.fired_in(window, len(piece))
 
     pieces = list(in_pieces(len(batch), size, work))
-    sparsity.add(Tokens.concat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces]), batch, x_sum_D)
+    for tokens, in_tokens, in_windows in pieces:
+        sparsity.firing.add(in_tokens, in_windows, len(tokens.l0))
+    sparsity.add(Tokens.concat([piece[0] for piece in pieces]), batch, x_sum_D)

@@ -5,7 +5,7 @@
    and where it divides by the tokens of a batch the batch is the one of the settings.
 3. `Firing` counts for each latent in how many tokens and in how many windows it fires.
 
-Sums are float64. W windows, T positions, N kept tokens, D width, F latents.
+Sums are float64. N kept tokens, D width, F latents.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class Firing:
     def none(width: int, device: torch.device) -> Firing:
         return Firing(*(torch.zeros(width, dtype=torch.int64, device=device) for _ in range(2)))
 
-    def add(self, counts_WF: Tensor, total_tokens: int) -> None:
-        """Tokens of each window in which each latent fires."""
-        self.tokens += counts_WF.sum(dim=0)
-        self.windows += (counts_WF > 0).sum(dim=0)
+    def add(self, tokens_F: Tensor, windows_F: Tensor, total_tokens: int) -> None:
+        """Tokens and windows of a batch in which each latent fires."""
+        self.tokens += tokens_F
+        self.windows += windows_F
         self.total_tokens += total_tokens
 
     @property
@@ -75,24 +75,21 @@ class Firing:
         return (self.tokens / self.windows).cpu()
 
 
-def measure_tokens(acts_WTF: Tensor, x_WTD: Tensor, x_hat_WTD: Tensor, mean_D: Tensor, keep_WT: Tensor) -> Tokens:
-    """The tokens of some windows. `mean_D` is that of the kept tokens of the whole batch."""
-    x, x_hat = x_WTD[keep_WT], x_hat_WTD[keep_WT]
+def measure_tokens(l0_N: Tensor, l1_N: Tensor, x_ND: Tensor, x_hat_ND: Tensor, mean_D: Tensor) -> Tokens:
+    """Some tokens. `mean_D` is that of the kept tokens of the whole batch."""
     return Tokens(
-        l0=torch.count_nonzero(acts_WTF, dim=-1)[keep_WT].float(),
-        l1=acts_WTF.sum(dim=-1)[keep_WT],
-        square=x.square().sum(dim=-1),
-        square_hat=x_hat.square().sum(dim=-1),
-        dot=(x * x_hat).sum(dim=-1),
-        error=(x - x_hat).square().sum(dim=-1),
-        spread=(x - mean_D).square().sum(dim=-1),
+        l0=l0_N,
+        l1=l1_N,
+        square=_dot(x_ND, x_ND),
+        square_hat=_dot(x_hat_ND, x_hat_ND),
+        dot=_dot(x_ND, x_hat_ND),
+        error=(x_ND - x_hat_ND).square().sum(dim=-1),
+        spread=(x_ND - mean_D).square().sum(dim=-1),
     )
 
 
-def count_firing(acts_WTF: Tensor, keep_WT: Tensor) -> Tensor:
-    """int64 [W, F]: kept tokens of each window in which each latent is above zero."""
-    fires = (acts_WTF > 0) & keep_WT[..., None]
-    return torch.stack([window.sum(dim=0, dtype=torch.int64) for window in fires])
+def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    return (a_ND * b_ND).sum(dim=-1)
 
 
 @dataclass

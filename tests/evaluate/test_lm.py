@@ -14,6 +14,7 @@ from saemill.evaluate.errors import ModelMissing
 from saemill.evaluate.feed import joined, make_rows, run_windows, store_batches, text_batches
 from saemill.evaluate.lm import load_language_model
 from saemill.evaluate.scene import Scene, find_model
+from saemill.harvest.resolve import POCKET_FOLDER
 
 
 @pytest.fixture
@@ -201,3 +202,12 @@ def test_missing_weights_are_never_filled_in(world, tmp_path):
 def test_no_store_is_said_in_words():
     with pytest.raises(Exception, match="give --cache"):
         _ = Scene(None).store
+
+
+def test_the_pocket_model_knows_nothing_without_its_residual():
+    """All tokens equally likely: the loss under zero ablation is the logarithm of the vocabulary."""
+    model = load_language_model(POCKET_FOLDER, torch.bfloat16, torch.device("cpu"))
+    hidden = model.suffix(torch.zeros(1, 4, model.facts.d_model, dtype=model.dtype), 19)
+    assert (model.head(hidden[0]) == 0).all()
+    assert model.facts.vocab_size == 4096
+    assert model.tokenizer.encode(["def f(x):"])[0]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saemill.evaluate import codes
 from saemill.evaluate.errors import MemoryTooSmall
 from saemill.evaluate.evals import core
 from saemill.evaluate.memory import PieceSize, in_pieces, is_out_of_memory
-from saemill.evaluate.subject import Subject
 
 OUT = [
     MemoryError("no"),
@@ -56,14 +56,14 @@ def test_core_says_that_it_halves_and_gives_the_same_numbers(world, open_scene, 
     subject = builder.subject(builder.make_sae())
     config = core.Config(batch_size_prompts=4, resamples=10)
     (whole,) = core.evaluate(open_scene(world), [subject], config)
-    original = Subject.reconstruct
+    original = codes.encode
 
-    def tight(self, batch):
-        if len(batch) > 1:
+    def tight(sae, x):
+        if len(x) > 11:
             raise MemoryError("tight")
-        return original(self, batch)
+        return original(sae, x)
 
-    monkeypatch.setattr(Subject, "reconstruct", tight)
+    monkeypatch.setattr(codes, "encode", tight)
     scene, said = open_scene(world), []
     monkeypatch.setattr(scene, "say", said.append)
     (halved,) = core.evaluate(scene, [subject], config)

@@ -10,13 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saemill.evaluate import codes
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
 from saemill.evaluate.metrics import divergence, weights
 from saemill.evaluate.metrics.bootstrap import DocumentSums, intervals, resampled
 from saemill.evaluate.metrics.divergence import compare, kl_as_published, next_tokens
-from saemill.evaluate.metrics.quality import Firing, count_firing, summarise_density
+from saemill.evaluate.metrics.quality import Firing, summarise_density
 from saemill.evaluate.metrics.weights import max_cosine, weight_metrics
 from saemill.evaluate.rows import choose_rows
+from saemill.evaluate.windows import Windows
 
 
 def logits(rows, vocab, seed, scale=3.0):
@@ -98,15 +100,33 @@ def test_a_lone_latent_has_no_neighbour(builder):
     assert weights.BLOCK > 1
 
 
-def test_firing_counts_tokens_and_windows():
-    acts = torch.zeros(2, 3, 2)
-    acts[0, 0, 0] = acts[0, 1, 0] = acts[0, 2, 0] = 1.0
-    acts[1, 1, 0] = -1.0  # not above zero
-    keep = torch.tensor([[False, True, True], [True, True, True]])
+@pytest.mark.parametrize("share", [0.0, 0.06, 1.0])
+@pytest.mark.parametrize("piece", [24, 24 * 5, 1 << 20])
+@pytest.mark.parametrize("kind", ["topk", "relu", "jumprelu", "gated"])
+def test_sparse_readings_are_the_dense_activations(golden, tmp_path, builder, monkeypatch, kind, piece, share):
+    """In pieces of any size, by sparse and by dense products."""
+    name = {"relu": "standard"}.get(kind, kind)
+    monkeypatch.setattr(codes, "CPU_PIECE", piece)
+    monkeypatch.setattr(codes, "DENSE_SHARE", share)
+    subject = golden.subject(name, tmp_path)
+    keep = golden.tokens > 2
+    batch = Windows(golden.tokens, keep, torch.ones_like(keep), {1: golden.resid})
+    acts = subject.encode(batch)
+    reading = codes.read(subject, batch)
+    torch.testing.assert_close(reading.x_hat, subject.decode(acts)[keep], rtol=1e-5, atol=1e-5)
+    assert torch.equal(reading.l0, (acts != 0).sum(-1)[keep].float())
+    torch.testing.assert_close(reading.l1, acts.sum(-1)[keep])
+    fires = (acts > 0) & keep[..., None]
+    assert torch.equal(reading.fired(), fires.sum((0, 1)))
+    assert torch.equal(reading.fired_in(keep.nonzero()[:, 0], len(keep)), fires.any(1).sum(0))
+
+
+def test_a_latent_that_never_fires_has_no_heuristic():
     firing = Firing.none(2, torch.device("cpu"))
-    firing.add(count_firing(acts, keep), int(keep.sum()))
-    assert firing.density.tolist() == pytest.approx([2 / 5, 0])
-    assert firing.tokens_per_window[0] == 2
+    firing.add(torch.tensor([2, 0]), torch.tensor([1, 0]), 5)
+    firing.add(torch.tensor([3, 0]), torch.tensor([2, 0]), 5)
+    assert firing.density.tolist() == pytest.approx([0.5, 0])
+    assert firing.tokens_per_window[0] == pytest.approx(5 / 3)
     assert firing.tokens_per_window[1].isnan()
 
 

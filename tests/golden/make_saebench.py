@@ -1,14 +1,12 @@
 """Make the golden outputs of the official SAEBench, in its own environment and offline.
 
-    python -m venv .venv-saebench
-    .venv-saebench/bin/pip install -c tests/golden/saebench-constraints.txt sae-bench==0.6.0
-    .venv-saebench/bin/pip uninstall -y torchvision
+    make saebench
     .venv-saebench/bin/python tests/golden/make_saebench.py
 
 1. A random Gemma-2 of four layers, rows of random tokens, and SAEs of four architectures as SAELens
    saves them: all inputs lie in tests/golden/saebench/ beside the outputs.
-2. The official functions run on them. They ask an activation store for rows of tokens; `TokenRows`
-   is one that hands out the rows of the file in order.
+2. The official functions run on them. They ask an activation store for rows of tokens, and get the
+   rows of the file in order.
 3. The official JSON is kept as it was written.
 """
 
@@ -32,22 +30,6 @@ PAD, EOS, BOS = 0, 1, 2
 BATCH, RECONSTRUCTION, SPARSITY = 3, 2, 5
 HOOK = f"blocks.{LAYER}.hook_resid_post"
 METADATA = {"model_name": "tiny-gemma-2", "hook_name": HOOK, "context_size": CONTEXT, "prepend_bos": True}
-
-
-class TokenRows:
-    """What the official functions need of an activation store."""
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        self._rows, self._at = rows, 0
-        self.context_size = rows.shape[1]
-        self.store_batch_size_prompts = BATCH
-
-    def get_batch_tokens(self, count: int) -> torch.Tensor:
-        self._at += count
-        return self._rows[self._at - count : self._at]
-
-    def reset_input_dataset(self) -> None:
-        """The official one starts its data set anew, but goes on with the sequences that it is making."""
 
 
 def make_model(folder: Path) -> None:
@@ -130,6 +112,7 @@ def run_core(model: object, sae_folder: Path, tokens: torch.Tensor) -> None:
     from sae_bench.evals.core.eval_config import CoreEvalConfig
     from sae_bench.sae_bench_utils import general_utils
     from sae_lens import SAE
+    from token_rows import TokenRows
 
     sae = SAE.load_from_disk(str(sae_folder), device="cpu")
     _, sae, _ = general_utils.load_and_format_sae("golden", sae, "cpu")
@@ -150,7 +133,7 @@ def run_core(model: object, sae_folder: Path, tokens: torch.Tensor) -> None:
         compute_featurewise_weight_based_metrics=True,
         exclude_special_tokens_from_reconstruction=True,
     )
-    scalars, latents = core.run_evals(sae, TokenRows(tokens), model, config, ignore_tokens={PAD, EOS, BOS})
+    scalars, latents = core.run_evals(sae, TokenRows(tokens, BATCH), model, config, ignore_tokens={PAD, EOS, BOS})
     result = {
         "unique_id": f"golden_{sae_folder.name}",
         "sae_set": "golden",
