@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -26,6 +27,7 @@ from ..ravel.prompts import EntityClass, Prompt, answered_prompts, make_prompts
 from ..ravel.scores import Scores, by_first_token, by_kind, mean_scores
 from ..ravel.trial import Training, Trial, complete
 from ..reading import Reader
+from ..remember import model_print, remembered
 from ..results import Failure, Result
 from ..scene import Scene
 from ..subject import Subject
@@ -48,6 +50,8 @@ class Config:
     """auto: identifiers of the standard library for the pocket model, RAVEL's prompts for all others."""
     entity_attribute_selection: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Empty: the protocol's, or those of the data that is taken in its place."""
+    cache: str = "~/.cache/saemill/ravel"
+    """Where it is remembered what a model says to the prompts."""
     top_n_entities: int = 500
     num_pairs_per_attribute: int = 5000
     train_test_split: float = 0.7
@@ -114,13 +118,24 @@ def study(
 
 
 def known_prompts(scene: Scene, entity_class: EntityClass, attributes: Sequence[str], config: Config) -> list[Prompt]:
-    """Prompts that the model answers right."""
+    """Prompts that the model answers right; what it says to the protocol's is remembered between runs."""
     model = scene.model
     prompts = make_prompts(entity_class, attributes, model.tokenizer.encode, model.bos)
-    batch_size = config.llm_batch_size * GENERATION_FACTOR
-    with scene.watch.stage(f"ravel: asking about {entity_class.name}", len(prompts), "prompts") as advance:
-        first, said = complete(model, prompts, config.n_generated_tokens, batch_size, advance)
+    if entity_class.name == ENTITY_CLASS:
+        first, said = ask(scene, entity_class.name, prompts, config)
+    else:
+        decided_by = [model_print(model), str(config.n_generated_tokens), *(prompt.text for prompt in prompts)]
+        folder = Path(config.cache).expanduser()
+        first, said = remembered(
+            folder, entity_class.name, decided_by, lambda: ask(scene, entity_class.name, prompts, config)
+        )
     return answered_prompts(prompts, first, said, config.top_n_entities)
+
+
+def ask(scene: Scene, name: str, prompts: Sequence[Prompt], config: Config) -> tuple[list[int], list[str]]:
+    batch_size = config.llm_batch_size * GENERATION_FACTOR
+    with scene.watch.stage(f"ravel: asking about {name}", len(prompts), "prompts") as advance:
+        return complete(scene.model, prompts, config.n_generated_tokens, batch_size, advance)
 
 
 def swap_attribute(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,7 @@ THINGS = EntityClass("thing", ENTITIES, {"Colour": ("colour %s",), "Size": ("siz
 class Words:
     """A token for each word."""
 
+    digest = "words"
     backend = SimpleNamespace(
         decode_batch=lambda rows, skip_special_tokens: [
             "".join(ANSWERS[token - FIRST_ANSWER] if token >= FIRST_ANSWER else "?" for token in row) for row in rows
@@ -62,7 +64,11 @@ class PlantedModel:
         answers = torch.cat([x[:, :2] * 10 * x[:, 4:5], x[:, 2:4] * 10 * x[:, 5:6]], dim=1)
         return torch.cat([torch.zeros(len(x), FIRST_ANSWER), answers], dim=1)
 
-    def generate(self, tokens, count, splice=None, valid_WT=None):
+    calls = 0
+    stack = SimpleNamespace(parameters=lambda: [torch.ones(2)])
+
+    def complete(self, tokens, count, valid, splice=None):
+        self.calls += 1
         (resid,) = self.resid(tokens, (0,)).values()
         for change in (splice or {}).values():
             resid = change(resid)
@@ -89,13 +95,17 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
     return made
 
 
-def config(**changes: object) -> ravel.Config:
-    selection = {"thing": ("Colour", "Size")}
-    settings = {"entity_attribute_selection": selection, "llm_batch_size": 2, "num_epochs": 20, "learning_rate": 0.05}
-    return ravel.Config(data="ravel", **settings | changes)
+@pytest.fixture
+def config(tmp_path) -> Callable[..., ravel.Config]:
+    def make(**changes: object) -> ravel.Config:
+        settings = {"llm_batch_size": 2, "num_epochs": 20, "learning_rate": 0.05, "cache": str(tmp_path / "cache")}
+        selection = {"thing": ("Colour", "Size")}
+        return ravel.Config(data="ravel", entity_attribute_selection=selection, **settings | changes)
+
+    return make
 
 
-def test_an_aligned_sae_has_cause_and_isolation_of_one_and_a_blind_one_neither(scene, builder):
+def test_an_aligned_sae_has_cause_and_isolation_of_one_and_a_blind_one_neither(scene, builder, config):
     subjects = [
         builder.subject(aligned_sae(), "aligned", layers=(2,)),
         builder.subject(blind_sae(), "blind", layers=(2,)),
@@ -110,13 +120,23 @@ def test_an_aligned_sae_has_cause_and_isolation_of_one_and_a_blind_one_neither(s
     assert torch.equal(torch.random.get_rng_state(), torch_state)
 
 
-def test_an_untrained_mask_isolates_and_causes_nothing(scene, builder):
+def test_an_untrained_mask_isolates_and_causes_nothing(scene, builder, config):
     subject = builder.subject(aligned_sae(), layers=(2,))
     (result,) = ravel.evaluate(scene, [subject], config(learning_rate=0.0))
     assert result.metrics["ravel"] == {"disentanglement_score": 0.5, "cause_score": 0.0, "isolation_score": 1.0}
 
 
-def test_too_few_pairs_for_a_batch_are_a_reason_not_to_run(scene, builder):
+def test_what_the_model_says_is_asked_once_for_all_runs(scene, config):
+    attributes = ("Colour", "Size")
+    first = ravel.known_prompts(scene, THINGS, attributes, config())
+    calls = scene.model.calls
+    assert ravel.known_prompts(scene, THINGS, attributes, config()) == first
+    assert scene.model.calls == calls
+    ravel.known_prompts(scene, THINGS, attributes, config(n_generated_tokens=2))
+    assert scene.model.calls > calls
+
+
+def test_too_few_pairs_for_a_batch_are_a_reason_not_to_run(scene, builder, config):
     with pytest.raises(NotApplicable, match="do not fill one batch of 64"):
         list(ravel.evaluate(scene, [builder.subject(aligned_sae(), layers=(2,))], config(llm_batch_size=64)))
 
@@ -154,3 +174,20 @@ def test_last_logits_are_the_models_and_have_the_gradient_of_finite_differences(
         up, down = (model.last_logits(resid + sign * step, builder.LAYER, valid)[:, 5].sum() for sign in (1, -1))
     assert resid.grad is not None
     assert resid.grad[0, 4, 3].item() == pytest.approx((up - down).item() / 2e-2, rel=2e-2, abs=1e-3)
+
+
+def test_completions_with_kept_keys_are_those_of_whole_passes(world, language_model, builder):
+    model = language_model(world.model)
+    tokens = world.tokens[:4, :9]
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    valid[1, :3], valid[2, :5] = False, False
+    shift = torch.randn(builder.D, generator=torch.Generator().manual_seed(0))
+
+    def change(resid):
+        changed = resid.clone()
+        changed[:, 6] += 3 * shift
+        return changed
+
+    for splice in ({}, {builder.LAYER: change}):
+        whole = model.generate(tokens, 5, splice, valid)
+        assert model.complete(tokens, 5, valid, splice).tolist() == whole.tolist()
