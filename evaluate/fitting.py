@@ -46,3 +46,8 @@ def attention_of(scene: Scene, subjects: Sequence[Subject]) -> AttentionSpec | N
     """The attention that must come along because some SAE reads it, kept as the store keeps it."""
     layers = tuple(sorted({layer for subject in subjects for layer in subject.attention_layers}))
     return replace(scene.manifest.attention, layers=layers) if layers else None
+
+
+def model_name_of(scene: Scene) -> str:
+    """The model's name as results give it."""
+    return scene.model_name or (scene.manifest.model.id if scene.opened else "")

@@ -16,7 +16,8 @@ def load_rows(dataset: str, name: str | None, split: str) -> list[dict[str, Any]
     from datasets.exceptions import DatasetsError
 
     try:
-        return list(load_dataset(dataset, name, split=split))
+        rows: Any = load_dataset(dataset, name, split=split)
+        return list(rows)
     except (*NETWORK_ERRORS, DatasetsError, ValueError, RuntimeError) as error:
         raise _missing(dataset, name, error) from error
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ from ..cache_schema import AttentionSpec
 from .feed import make_rows, run_windows
 from .fitting import layers_of
 from .lm import LanguageModel
+from .memory import PieceSize, in_pieces
 from .subject import Subject
 from .windows import Windows
 
-Key = TypeVar("Key")
 CHUNK_BYTES = 64 << 20
 """Of dense activations held at once."""
 
@@ -38,6 +37,16 @@ class Reading:
 
     x: dict[int, Tensor]  # layer -> float32 [N, D]
     acts: dict[Subject, Tensor]  # [N, F]
+
+    @staticmethod
+    def joined(parts: Sequence[Reading]) -> Reading:
+        """One reading of several, in order."""
+        x = {layer: torch.cat([part.x[layer] for part in parts]) for layer in parts[0].x}
+        return Reading(x, {subject: torch.cat([part.acts[subject] for part in parts]) for subject in parts[0].acts})
+
+    @property
+    def size(self) -> int:
+        return len(next(iter(self.x.values())))
 
     def acts_of(self, subject: Subject, rows: Tensor) -> Tensor:
         """Activations at some spots: [rows, F]."""
@@ -65,20 +74,24 @@ class Reader:
     subjects: Sequence[Subject]
     attention: AttentionSpec | None
     batch_size: int
+    say: Callable[[str], None] = print
 
     def read(self, spots: Sequence[Spot], advance: Callable[[int], None]) -> Reading:
+        """Prompts that do not fit into memory together are read in smaller batches."""
+        size = PieceSize(self.batch_size, "prompts", self.say)
+        parts = []
+        for part in in_pieces(len(spots), size, lambda start, stop: self._read(spots[start:stop])):
+            parts.append(part)
+            advance(part.size)
+        return Reading.joined(parts)
+
+    def _read(self, spots: Sequence[Spot]) -> Reading:
         layers = layers_of(self.subjects)
-        needy = [subject for subject in self.subjects if subject.needs]
-        x: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        acts: dict[Subject, list[Tensor]] = {subject: [] for subject in needy}
-        for start in range(0, len(spots), self.batch_size):
-            batch, at = self._run(spots[start : start + self.batch_size], layers)
-            for layer in layers:
-                x[layer].append(batch.x((layer,))[at].clone())
-            for subject in needy:
-                acts[subject].append(subject.encode(batch)[at].clone())
-            advance(len(batch))
-        return Reading(_joined(x), _joined(acts))
+        batch, at = self._run(spots, layers)
+        return Reading(
+            x={layer: batch.x((layer,))[at].clone() for layer in layers},
+            acts={subject: subject.encode(batch)[at].clone() for subject in self.subjects if subject.needs},
+        )
 
     def _run(self, spots: Sequence[Spot], layers: Sequence[int]) -> tuple[Windows, tuple[Tensor, Tensor]]:
         """A batch, and where its spots are."""
@@ -86,7 +99,3 @@ class Reader:
         batch = run_windows(self.model, tokens, valid, layers, self.attention)
         places = torch.tensor([len(spot.tokens) + spot.position for spot in spots], device=batch.tokens.device)
         return batch, (torch.arange(len(spots), device=places.device), places)
-
-
-def _joined(parts: dict[Key, list[Tensor]]) -> dict[Key, Tensor]:
-    return {key: torch.cat(tensors) for key, tensors in parts.items()}

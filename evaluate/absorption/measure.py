@@ -28,9 +28,7 @@ class Absorption:
     full: Tensor  # bool [B]
 
 
-def absorption(
-    acts_BF: Tensor, x_BD: Tensor, W_dec_FD: Tensor, direction_D: Tensor, own: Sequence[int]
-) -> Absorption:
+def absorption(acts_BF: Tensor, x_BD: Tensor, W_dec_FD: Tensor, direction_D: Tensor, own: Sequence[int]) -> Absorption:
     """Absorption of the feature `direction_D` whose own latents are `own`, word by word."""
     direction_D = functional.normalize(direction_D, dim=0)
     cosines_F = functional.cosine_similarity(direction_D, W_dec_FD, dim=-1)

@@ -59,9 +59,7 @@ def f1_score(truth: np.ndarray, claimed: np.ndarray) -> float:
     return 2 * hits / (int(truth.sum()) + int(claimed.sum())) if hits else 0.0
 
 
-def _f1_of_first(
-    k: int, train_NK: np.ndarray, is_train: np.ndarray, test_NK: np.ndarray, is_test: np.ndarray
-) -> float:
+def _f1_of_first(k: int, train_NK: np.ndarray, is_train: np.ndarray, test_NK: np.ndarray, is_test: np.ndarray) -> float:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression  # here: it takes a second to import
 
@@ -70,4 +68,3 @@ def _f1_of_first(
         warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol takes what 500 iterations give
         regression.fit(train_NK[:, :k], is_train.astype(np.int64))
     return f1_score(is_test, regression.decision_function(test_NK[:, :k]) > 0.0)
-

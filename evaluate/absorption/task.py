@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..spots import Reader, Reading
 from .probe import Probe, Training, fit_probe
-from .prompts import make_prompt, make_spots, split_words
+from .prompts import Prompt, make_prompt, make_spots, split_words
 from .sparse import f1_score
 from .vocabulary import WordClasses
 
@@ -79,7 +79,7 @@ def make_task(
     """Read all words and fit the probes."""
     draw = random.Random(seed)
     halves = split_words(words, TRAIN_SHARE, draw)
-    prompts = [[make_prompt(word, half, classes, draw) for word in half] for half in halves]
+    prompts = [_prompts(half, half, classes, draw) for half in halves]
     advance = stage("words", sum(map(len, prompts)))
     train, test = (
         Half(half, _labels(half, classes, reader), reader.read(make_spots(asked, classes, reader.model), advance))
@@ -88,9 +88,13 @@ def make_task(
     probes = {layer: _fit(layer, train, test, len(classes.names), seed) for layer in train.reading.x}
     is_found = torch.stack([probe.found for probe in probes.values()]).any(0)
     found = is_found.nonzero().view(-1).tolist()
-    fresh = [make_prompt(test.words[number], words, classes, draw) for number in found]
+    fresh = _prompts([test.words[number] for number in found], words, classes, draw)
     again = reader.read(make_spots(fresh, classes, reader.model), stage("known words", len(fresh)))
     return Task(classes, train, test, probes, again, torch.where(is_found, is_found.cumsum(0) - 1, -1))
+
+
+def _prompts(words: Sequence[str], examples: Sequence[str], classes: WordClasses, draw: random.Random) -> list[Prompt]:
+    return [make_prompt(word, examples, classes, draw) for word in words]
 
 
 def _labels(words: Sequence[str], classes: WordClasses, reader: Reader) -> Tensor:

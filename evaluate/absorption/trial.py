@@ -93,9 +93,7 @@ def mean_metrics(results: Sequence[LetterResult]) -> dict[str, float]:
 
 
 def _choose(task: Task, subject: Subject, ranked: Tensor, letter: int, jump: float) -> LetterLatents:
-    train_NK, test_NK = (
-        half.reading.columns_of(subject, ranked).cpu().numpy() for half in (task.train, task.test)
-    )
+    train_NK, test_NK = (half.reading.columns_of(subject, ranked).cpu().numpy() for half in (task.train, task.test))
     is_train, is_test = (half.is_of(letter) for half in (task.train, task.test))
     return choose_latents(ranked.tolist(), train_NK, is_train, test_NK, is_test, jump)
 

@@ -21,7 +21,7 @@ from ..absorption.task import ClassProbe, Task, make_task
 from ..absorption.trial import LetterResult, Sparse, mean_metrics, measure_letters
 from ..absorption.vocabulary import FIRST_LETTER, WordClasses, alphabetic_words
 from ..errors import NotApplicable
-from ..fitting import attention_of, split_fitting
+from ..fitting import attention_of, model_name_of, split_fitting
 from ..lm import LanguageModel
 from ..needs import Needs
 from ..offline.word_shapes import WORD_SHAPES
@@ -50,7 +50,8 @@ class Config:
     """None: "{word} has the first letter:", or what the classes have in its place."""
     llm_batch_size: int = 32
     k_sparse_probe_l1_decay: float = 0.01
-    k_sparse_probe_batch_size: int = 4096
+    k_sparse_probe_batch_size: int | None = None
+    """None: the protocol's 4096; 32 for a sample of the words, of which 4096 are all, and a step an epoch too few."""
     k_sparse_probe_num_epochs: int = 50
     min_GT_probe_f1: float = 0.6  # noqa: N815  the protocol's name
     min_feats_for_eval: int | None = None
@@ -58,11 +59,17 @@ class Config:
     max_words: int | None = None
     """Words that are asked at most; None: all, fewer for the pocket model."""
 
-    @property
-    def sparse(self) -> Sparse:
+    def word_limit(self, scene: Scene) -> int | None:
+        """How many words are asked; None: all."""
+        return self.max_words or (POCKET_WORDS if scene.is_pocket else None)
+
+    def batch_size(self, scene: Scene) -> int:
+        return self.k_sparse_probe_batch_size or (4096 if self.word_limit(scene) is None else 32)
+
+    def sparse(self, scene: Scene) -> Sparse:
         training = Training(
             epochs=self.k_sparse_probe_num_epochs,
-            batch_size=self.k_sparse_probe_batch_size,
+            batch_size=self.batch_size(scene),
             weight_decay=1e-6,
             l1_decay=self.k_sparse_probe_l1_decay,
         )
@@ -75,7 +82,7 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
     if not fitting:
         return
     classes = choose_classes(scene, config)
-    reader = Reader(scene.model, fitting, attention_of(scene, fitting), config.llm_batch_size)
+    reader = Reader(scene.model, fitting, attention_of(scene, fitting), config.llm_batch_size, scene.say)
     words = choose_words(scene, config)
     with ExitStack() as stages:
         task = make_task(
@@ -98,7 +105,7 @@ def choose_classes(scene: Scene, config: Config) -> WordClasses:
 def choose_words(scene: Scene, config: Config) -> list[str]:
     """Alphabetic words of the vocabulary by token id, or a sample of them."""
     words = vocabulary_words(scene.model)
-    limit = config.max_words or (POCKET_WORDS if scene.is_pocket else len(words))
+    limit = config.word_limit(scene) or len(words)
     return random.Random(config.random_seed).sample(words, limit) if limit < len(words) else words
 
 
@@ -115,7 +122,7 @@ def one_result(scene: Scene, task: Task, subject: Subject, config: Config) -> Re
     if len(known) < needed:
         return Failure(subject, _too_few(subject, task, known, needed, config))
     generator = torch.Generator().manual_seed(config.random_seed)
-    results = measure_letters(task, subject, known, config.sparse, generator)
+    results = measure_letters(task, subject, known, config.sparse(scene), generator)
     is_official = task.classes.names == FIRST_LETTER.names
     return Result(
         subject,
@@ -142,16 +149,18 @@ def our_details(task: Task, probe: ClassProbe, results: Sequence[LetterResult]) 
 def official_config(scene: Scene, task: Task, config: Config, needed: int) -> dict[str, Any]:
     """Under the protocol's keys what was done."""
     return {
-        "model_name": scene.model_name or (scene.manifest.model.id if scene.opened else ""),
+        "model_name": model_name_of(scene),
         "random_seed": config.random_seed,
         "f1_jump_threshold": config.f1_jump_threshold,
         "max_k_value": config.max_k_value,
         "prompt_template": task.classes.template,
-        "prompt_token_pos": word_position(scene.model, task.classes.template),  # as the tokenizer writes it; -6 with Gemma's
+        "prompt_token_pos": word_position(
+            scene.model, task.classes.template
+        ),  # as the tokenizer writes it; -6 with Gemma's
         "llm_batch_size": config.llm_batch_size,
         "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
         "k_sparse_probe_l1_decay": config.k_sparse_probe_l1_decay,
-        "k_sparse_probe_batch_size": config.k_sparse_probe_batch_size,
+        "k_sparse_probe_batch_size": config.batch_size(scene),
         "k_sparse_probe_num_epochs": config.k_sparse_probe_num_epochs,
         "min_GT_probe_f1": config.min_GT_probe_f1,
         "min_feats_for_eval": needed,
@@ -163,7 +172,7 @@ def official_config(scene: Scene, task: Task, config: Config, needed: int) -> di
 def _too_few(subject: Subject, task: Task, known: Sequence[int], needed: int, config: Config) -> NotApplicable:
     names = ", ".join(task.classes.names[number] for number in known) or "none"
     return NotApplicable(
-        f"layer {subject.layer} of the model knows {len(known)} of {len(task.classes.names)} classes of words ({names}) "
-        f"with F1 above {config.min_GT_probe_f1}, {needed} are needed. A larger model or an earlier layer knows more; "
-        "--set absorption.min_feats_for_eval=N lowers the bar, and the result says so"
+        f"layer {subject.layer} of the model knows {len(known)} of {len(task.classes.names)} classes of words "
+        f"({names}) with F1 above {config.min_GT_probe_f1}, {needed} are needed. A larger model or an earlier layer "
+        "knows more; --set absorption.min_feats_for_eval=N lowers the bar, and the result says so"
     )

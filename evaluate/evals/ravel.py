@@ -13,11 +13,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from ..fitting import attention_of, split_fitting
+from ..fitting import attention_of, model_name_of, split_fitting
 from ..needs import Needs
 from ..offline.identifiers import ATTRIBUTES, ENTITY_CLASS, load_identifiers
 from ..ravel.facts import load_facts
@@ -26,6 +27,7 @@ from ..ravel.prompts import EntityClass, Prompt, answered_prompts, make_prompts
 from ..ravel.scores import Scores, by_first_token, by_kind, mean_scores
 from ..ravel.trial import Training, Trial, complete
 from ..spots import Reader
+from ..remember import model_print, remembered
 from ..results import Failure, Result
 from ..scene import Scene
 from ..subject import Subject
@@ -48,6 +50,8 @@ class Config:
     """auto: identifiers of the standard library for the pocket model, RAVEL's prompts for all others."""
     entity_attribute_selection: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Empty: the protocol's, or those of the data that is taken in its place."""
+    cache: str = "~/.cache/saemill/ravel"
+    """Where it is remembered what a model says to the prompts."""
     top_n_entities: int = 500
     num_pairs_per_attribute: int = 5000
     train_test_split: float = 0.7
@@ -78,9 +82,7 @@ class Findings:
 
 def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
     is_stdlib = config.data == "stdlib" or (config.data == "auto" and scene.is_pocket)
-    selection = config.entity_attribute_selection or (
-        {ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION
-    )
+    selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
     entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
     fitting, failures = split_fitting(subjects, scene.model)
     yield from failures
@@ -105,7 +107,8 @@ def study(
     """One entity class, attribute by attribute, for all SAEs."""
     prompts = known_prompts(scene, entity_class, attributes, config)
     subjects = tuple(findings)
-    reader = Reader(scene.model, subjects, attention_of(scene, subjects), config.llm_batch_size * GENERATION_FACTOR)
+    batch_size = config.llm_batch_size * GENERATION_FACTOR
+    reader = Reader(scene.model, subjects, attention_of(scene, subjects), batch_size, scene.say)
     with scene.watch.stage(f"ravel: reading {entity_class.name}", len(prompts), "prompts") as advance:
         trial = Trial(reader, prompts, advance)
     for attribute in attributes:
@@ -115,13 +118,24 @@ def study(
 
 
 def known_prompts(scene: Scene, entity_class: EntityClass, attributes: Sequence[str], config: Config) -> list[Prompt]:
-    """Prompts that the model answers right."""
+    """Prompts that the model answers right; what it says to the protocol's is remembered between runs."""
     model = scene.model
     prompts = make_prompts(entity_class, attributes, model.tokenizer.encode, model.bos)
-    batch_size = config.llm_batch_size * GENERATION_FACTOR
-    with scene.watch.stage(f"ravel: asking about {entity_class.name}", len(prompts), "prompts") as advance:
-        first, said = complete(model, prompts, config.n_generated_tokens, batch_size, advance)
+    if entity_class.name == ENTITY_CLASS:
+        first, said = ask(scene, entity_class.name, prompts, config)
+    else:
+        decided_by = [model_print(model), str(config.n_generated_tokens), *(prompt.text for prompt in prompts)]
+        folder = Path(config.cache).expanduser()
+        first, said = remembered(
+            folder, entity_class.name, decided_by, lambda: ask(scene, entity_class.name, prompts, config)
+        )
     return answered_prompts(prompts, first, said, config.top_n_entities)
+
+
+def ask(scene: Scene, name: str, prompts: Sequence[Prompt], config: Config) -> tuple[list[int], list[str]]:
+    batch_size = config.llm_batch_size * GENERATION_FACTOR
+    with scene.watch.stage(f"ravel: asking about {name}", len(prompts), "prompts") as advance:
+        return complete(scene.model, prompts, config.n_generated_tokens, batch_size, advance)
 
 
 def swap_attribute(
@@ -139,9 +153,7 @@ def swap_attribute(
     total = training.epochs * cut + len(pairs) - cut
     with scene.watch.stage(f"ravel: {entity}, {attribute}", total, "pairs") as advance:
         chosen = trial.learn(pairs[:cut], training, advance)
-        judged, said = trial.completions(
-            pairs[cut:], chosen, config.n_generated_tokens, config.llm_batch_size, advance
-        )
+        judged, said = trial.completions(pairs[cut:], chosen, config.n_generated_tokens, config.llm_batch_size, advance)
     for subject, found in findings.items():
         found.add(entity, attribute, judged, said[subject], chosen[subject])
 
@@ -191,7 +203,7 @@ def official_config(scene: Scene, selection: Mapping[str, Sequence[str]], config
         "num_pairs_per_attribute": config.num_pairs_per_attribute,
         "train_test_split": config.train_test_split,
         "force_dataset_recompute": False,
-        "model_name": scene.model_name or (scene.manifest.model.id if scene.opened else ""),
+        "model_name": model_name_of(scene),
         "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
         "llm_batch_size": config.llm_batch_size,
         "learning_rate": config.learning_rate,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import NotApplicable
-from ..fitting import attention_of, split_fitting
+from ..fitting import attention_of, model_name_of, split_fitting
 from ..needs import Needs
 from ..offline.topic import load_topic
 from ..results import Failure, Result
@@ -27,7 +27,7 @@ from ..unlearning.exam import Exam
 from ..unlearning.known import remembered_questions
 from ..unlearning.marking import count
 from ..unlearning.material import Material
-from ..unlearning.sweep import Outcome, Setting, make_settings, unlearning_score
+from ..unlearning.sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
 from ..unlearning.trial import Trial
 from ..unlearning.wmdp import load_wmdp
 
@@ -56,12 +56,20 @@ class Config:
         "high_school_geography",
         "human_aging",
     )
-    retain_thresholds: tuple[float, ...] = (0.001, 0.01)
-    n_features_list: tuple[int, ...] = (10, 20)
-    multipliers: tuple[float, ...] = (25, 50, 100, 200)
+    retain_thresholds: tuple[float, ...] = ()
+    n_features_list: tuple[int, ...] = ()
+    multipliers: tuple[float, ...] = ()
+    """Each empty: those of the data, for WMDP the protocol's."""
     dataset_size: int = 1024
     seq_len: int = 1024
     llm_batch_size: int = 4
+
+    def sweep(self, default: Sweep) -> Sweep:
+        return Sweep(
+            self.retain_thresholds or default.retain_thresholds,
+            self.n_features_list or default.num_latents,
+            self.multipliers or default.multipliers,
+        )
 
 
 def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
@@ -70,7 +78,7 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
     yield from failures
     if not fitting:
         return
-    trial = Trial(material.model, fitting, attention_of(scene, fitting), config.llm_batch_size)
+    trial = Trial(material.model, fitting, attention_of(scene, fitting), config.llm_batch_size, scene.say)
     exams = set_exams(material, config)
     settings = choose_settings(scene, trial, material, config)
     with scene.watch.stage("unlearning: exams", count(exams), "questions") as advance:
@@ -82,7 +90,7 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
 def load_material(scene: Scene, config: Config) -> Material:
     data = config.data if config.data != "auto" else "stdlib" if scene.is_pocket else "wmdp"
     if data == "stdlib":
-        return load_topic(scene.model, config.topic, config.random_seed)
+        return load_topic(scene.model, model_name_of(scene), config.topic, config.random_seed)
     return load_wmdp(
         scene,
         config.model,
@@ -110,11 +118,9 @@ def choose_settings(
 ) -> Mapping[Subject, Sequence[Setting]]:
     tokens = material.forget_rows.numel() + material.retain_rows.numel()
     with scene.watch.stage("unlearning: firing", tokens) as advance:
-        forget, retain = (
-            trial.firing_shares(rows, advance) for rows in (material.forget_rows, material.retain_rows)
-        )
-    sweep = (config.retain_thresholds, config.n_features_list, config.multipliers)
-    return {subject: make_settings(forget[subject], retain[subject], *sweep) for subject in trial.subjects}
+        forget, retain = (trial.firing_shares(rows, advance) for rows in (material.forget_rows, material.retain_rows))
+    sweep = config.sweep(material.sweep)
+    return {subject: make_settings(forget[subject], retain[subject], sweep) for subject in trial.subjects}
 
 
 def make_result(
@@ -153,19 +159,20 @@ def run_to_json(outcome: Outcome) -> dict[str, Any]:
 
 def official_config(config: Config, material: Material) -> dict[str, Any]:
     """Under the protocol's keys what was done: the sizes are those of the rows that were read."""
+    sweep = config.sweep(material.sweep)
     return {
         "random_seed": config.random_seed,
         "dataset_names": [paper.name for paper in material.papers],
         "intervention_method": "clamp_feature_activation",
-        "retain_thresholds": list(config.retain_thresholds),
-        "n_features_list": list(config.n_features_list),
-        "multipliers": list(config.multipliers),
+        "retain_thresholds": list(sweep.retain_thresholds),
+        "n_features_list": list(sweep.num_latents),
+        "multipliers": list(sweep.multipliers),
         "dataset_size": len(material.forget_rows),
         "seq_len": material.forget_rows.shape[1],
         "n_batch_loss_added": 50,  # declared by the protocol, and never used
         "target_metric": "correct",
         "save_metrics": True,
-        "model_name": material.model.model.config.name_or_path or material.name,
+        "model_name": material.model_name,
         "llm_batch_size": config.llm_batch_size,
         "llm_dtype": str(material.model.dtype).removeprefix("torch."),
     }

@@ -19,6 +19,7 @@ from ..lm import LanguageModel
 from ..unlearning.material import Material
 from ..unlearning.papers import TextPaper
 from ..unlearning.rows import joined_rows, shuffled_rows
+from ..unlearning.sweep import Sweep
 from ..unlearning.wmdp import eos_text
 
 TEXT_ROWS, EXAM_ROWS = 48, 24
@@ -26,10 +27,13 @@ MAX_LENGTH = 128
 TEXTS = 120
 """Documents of each kind that are read at most."""
 EXAM_SHARE = 3
+SWEEP = Sweep(retain_thresholds=(0.01, 0.05), num_latents=(5, 20), multipliers=(1, 2, 5, 10))
+"""Gentler than the protocol's, whose multipliers are made for the residuals of Gemma-2-2b, and laxer about text that is
+not the topic's: all of the library is code."""
 BATCH_ROWS = 8
 
 
-def load_topic(model: LanguageModel, topic: str, seed: int) -> Material:
+def load_topic(model: LanguageModel, model_name: str, topic: str, seed: int) -> Material:
     """Forget the documents under `topic` (a folder of the library), retain the rest."""
     names_and_texts = list(stdlib_documents())
     inside = [text for name, text in names_and_texts if name.startswith(f"{topic}/")]
@@ -39,11 +43,16 @@ def load_topic(model: LanguageModel, topic: str, seed: int) -> Material:
             f"expected a package of the standard library with at least {2 * EXAM_SHARE} files, found {len(inside)} "
             f"under {topic!r}: give another by --set unlearning.topic=NAME, for example asyncio, email or xml"
         )
-    return make_material(model, inside, outside, topic, seed)
+    return make_material(model, model_name, inside, outside, topic, seed)
 
 
 def make_material(
-    model: LanguageModel, inside: Sequence[str], outside: Sequence[str], topic: str, seed: int
+    model: LanguageModel,
+    model_name: str,
+    inside: Sequence[str],
+    outside: Sequence[str],
+    topic: str,
+    seed: int,
 ) -> Material:
     """Material of two lists of texts."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -54,9 +63,8 @@ def make_material(
         TextPaper(name, rows[:EXAM_ROWS], model.special, BATCH_ROWS)
         for name, rows in ((topic, forget[1]), (f"not {topic}", retain[1]))
     ]
-    return Material(
-        f"stdlib: {topic}", model, forget[0][:TEXT_ROWS], retain[0][:TEXT_ROWS], papers[:1], papers[1:]
-    )
+    rows = (forget[0][:TEXT_ROWS], retain[0][:TEXT_ROWS])
+    return Material(f"stdlib: {topic}", model_name, model, *rows, papers[:1], papers[1:], SWEEP)
 
 
 def _set_aside(texts: Sequence[str]) -> tuple[list[str], list[str]]:

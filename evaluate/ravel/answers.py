@@ -52,7 +52,7 @@ def _near(answer: Answer) -> bool:
     """Coordinates: within two degrees, whatever the sign; an answer without a number is wrong."""
     found = re.search(r"\d+", answer.lower)
     try:
-        expected = float(answer.lower_label.strip("-−"))
+        expected = float(answer.lower_label.strip("-\N{MINUS SIGN}"))
     except ValueError:
         return False
     return found is not None and abs(expected - float(found[0])) <= TOLERANCE_DEGREES

@@ -51,8 +51,8 @@ def _pairs(
     labels = sorted({prompt.label for prompt in asking})
     if len(labels) < 2:
         raise NotApplicable(
-            f"RAVEL: of {attribute!r} the model answers prompts with {len(labels)} different labels, but swapping needs "
-            "two. A larger model knows more"
+            f"RAVEL: of {attribute!r} the model answers prompts with {len(labels)} different labels, "
+            "but swapping needs two. A larger model knows more"
         )
     sources = {label: [prompt for prompt in asking if prompt.label != label] for label in labels}
     bases = asking if len(asking) < number else draw.sample(asking, number)

@@ -119,7 +119,7 @@ class Trial:
     def _say(self, batch: PairBatch, subject: Subject, share_F: Tensor, count: int) -> list[str]:
         x_hat_WD = subject.sae.decode(mixed(*self._codes(subject, batch), share_F))
         splice = {subject.layer: lambda resid_WTD: batch.replaced(resid_WTD, x_hat_WD)}
-        return decoded(self.model, self.model.generate(batch.tokens, count, splice, batch.valid))
+        return decoded(self.model, self.model.complete(batch.tokens, count, batch.valid, splice))
 
     def _codes(self, subject: Subject, batch: PairBatch) -> tuple[Tensor, Tensor]:
         return self._reading.acts_of(subject, batch.bases), self._reading.acts_of(subject, batch.sources)
@@ -133,7 +133,7 @@ def complete(
     for start in range(0, len(prompts), batch_size):
         rows = [prompt.tokens for prompt in prompts[start : start + batch_size]]
         tokens, valid = make_rows(model, rows, max(map(len, rows)), "left")
-        new = model.generate(tokens.to(model.device), count, valid_WT=valid.to(model.device))
+        new = model.complete(tokens.to(model.device), count, valid.to(model.device))
         first += new[:, 0].tolist()
         said += decoded(model, new)
         advance(len(rows))

@@ -33,6 +33,11 @@ class Sheet:
         """The same with some of the questions (bool [N])."""
         return Sheet(self.tokens, self.rows[chosen], self.positions[chosen], self.answers[chosen])
 
+    def part(self, start: int, stop: int) -> Sheet:
+        """Some of the rows, with their questions."""
+        inside = (self.rows >= start) & (self.rows < stop)
+        return Sheet(self.tokens[start:stop], self.rows[inside] - start, self.positions[inside], self.answers[inside])
+
     def asked(self, hidden: Tensor) -> Tensor:
         """The hidden states [N, D] of [W, T, D] at the questions."""
         return hidden[self.rows, self.positions]

@@ -9,21 +9,20 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class FiringCounts:
-    """Running counts over the batches of one text."""
+    """Over some batches of a text."""
 
     fired: Tensor  # int64 [F]
-    tokens: int = 0
+    tokens: int
 
     @staticmethod
-    def zeros(width: int, device: torch.device | str = "cpu") -> FiringCounts:
-        return FiringCounts(torch.zeros(width, dtype=torch.int64, device=device))
+    def of(acts_WTF: Tensor, keep_WT: Tensor) -> FiringCounts:
+        """Those of a batch; special tokens (`keep` is false) count for nothing."""
+        return FiringCounts(((acts_WTF > 0) & keep_WT[..., None]).sum((0, 1)), int(keep_WT.sum()))
 
-    def add(self, acts_WTF: Tensor, keep_WT: Tensor) -> None:
-        """Count a batch; special tokens (`keep` is false) count for nothing."""
-        self.fired += ((acts_WTF > 0) & keep_WT[..., None]).sum((0, 1))
-        self.tokens += int(keep_WT.sum())
+    def __add__(self, other: FiringCounts) -> FiringCounts:
+        return FiringCounts(self.fired + other.fired, self.tokens + other.tokens)
 
     def shares(self) -> np.ndarray:
         """float64 [F]: the share of tokens on which each latent fires, to six decimals.

@@ -15,6 +15,15 @@ MIN_RETAINED = 0.99
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """The interventions that are tried: every combination."""
+
+    retain_thresholds: tuple[float, ...] = (0.001, 0.01)
+    num_latents: tuple[int, ...] = (10, 20)
+    multipliers: tuple[float, ...] = (25, 50, 100, 200)
+
+
+@dataclass(frozen=True)
 class Setting:
     """One intervention: these latents are clamped to -multiplier."""
 
@@ -37,20 +46,14 @@ class Outcome:
         return right / asked
 
 
-def make_settings(
-    forget_F: np.ndarray,
-    retain_F: np.ndarray,
-    retain_thresholds: Sequence[float],
-    num_latents: Sequence[int],
-    multipliers: Sequence[float],
-) -> list[Setting]:
+def make_settings(forget_F: np.ndarray, retain_F: np.ndarray, sweep: Sweep) -> list[Setting]:
     """Every combination, in the protocol's order. There may be fewer topic latents than asked for, or none."""
     settings = []
-    for threshold in retain_thresholds:
+    for threshold in sweep.retain_thresholds:
         ranked = topic_latents(forget_F, retain_F, threshold).tolist()
         settings += [
             Setting(threshold, number, multiplier, tuple(ranked[:number]))
-            for number, multiplier in product(num_latents, multipliers)
+            for number, multiplier in product(sweep.num_latents, sweep.multipliers)
         ]
     return settings
 

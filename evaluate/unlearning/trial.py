@@ -6,8 +6,10 @@ W rows, T tokens, D width, F latents, K clamped latents.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial, reduce
+from operator import add
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from ...cache_schema import AttentionSpec
 from ..feed import run_windows
 from ..fitting import layers_of
 from ..lm import LanguageModel
+from ..memory import PieceSize, in_pieces
 from ..subject import Subject
 from ..windows import Windows
 from .clamp import clamp_shift
@@ -30,22 +33,26 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """SAEs on one model."""
+    """SAEs on one model. Rows that do not fit into memory together run in smaller batches."""
 
     model: LanguageModel
     subjects: Sequence[Subject]
     attention: AttentionSpec | None
     batch_size: int
+    say: Callable[[str], None] = print
 
     def firing_shares(self, rows_WT: Tensor, advance: Advance) -> dict[Subject, np.ndarray]:
         """For each SAE the share of tokens on which each latent fires."""
-        counts = {subject: FiringCounts.zeros(subject.width, self.model.device) for subject in self.subjects}
-        for tokens_WT in rows_WT.split(self.batch_size):
+
+        def count(start: int, stop: int) -> list[FiringCounts]:
+            tokens_WT = rows_WT[start:stop]
             batch = self._run(tokens_WT, torch.ones_like(tokens_WT, dtype=torch.bool))
-            for subject, counted in counts.items():
-                counted.add(subject.encode(batch), batch.keep)
             advance(tokens_WT.numel())
-        return {subject: counted.shares() for subject, counted in counts.items()}
+            return [FiringCounts.of(subject.encode(batch), batch.keep) for subject in self.subjects]
+
+        parts = list(in_pieces(len(rows_WT), PieceSize(self.batch_size, "rows", self.say), count))
+        totals = [reduce(add, counts) for counts in zip(*parts, strict=True)]
+        return {subject: total.shares() for subject, total in zip(self.subjects, totals, strict=True)}
 
     def sit(
         self, exams: Sequence[Exam], settings: Mapping[Subject, Sequence[Setting]], advance: Advance
@@ -54,18 +61,29 @@ class Trial:
         tally = Tally()
         for exam in exams:
             for sheet in (sheet.to(self.model.device) for sheet in exam.sheets):
-                batch = self._run(sheet.tokens, valid_tokens(sheet))
-                for subject in self.subjects:
-                    self._answer(exam, sheet, batch, subject, settings[subject], tally)
+                size = PieceSize(len(sheet.tokens), "rows of an exam", self.say)
+                for right in in_pieces(len(sheet.tokens), size, partial(self._answer_part, exam, sheet, settings)):
+                    tally.add(exam, right)
                 advance(len(sheet))
         return {subject: tally.outcomes(subject, exams, settings[subject]) for subject in self.subjects}
 
     def _run(self, tokens_WT: Tensor, valid_WT: Tensor) -> Windows:
         return run_windows(self.model, tokens_WT, valid_WT, layers_of(self.subjects), self.attention)
 
-    def _answer(
-        self, exam: Exam, sheet: Sheet, batch: Windows, subject: Subject, settings: Sequence[Setting], tally: Tally
-    ) -> None:
+    def _answer_part(
+        self, exam: Exam, sheet: Sheet, settings: Mapping[Subject, Sequence[Setting]], start: int, stop: int
+    ) -> list[Right]:
+        part = sheet.part(start, stop)
+        if not len(part):
+            return []
+        batch = self._run(part.tokens, valid_tokens(part))
+        return [
+            right for subject in self.subjects for right in self._answers(exam, part, batch, subject, settings[subject])
+        ]
+
+    def _answers(
+        self, exam: Exam, sheet: Sheet, batch: Windows, subject: Subject, settings: Sequence[Setting]
+    ) -> Iterator[Right]:
         acts_WTF = subject.encode(batch)
         resid_WTD = batch.resid[subject.layer]
         for setting in distinct(settings):
@@ -73,8 +91,16 @@ class Trial:
             shift_WTD = clamp_shift(acts_WTF[..., latents], subject.sae.W_dec[latents], setting.multiplier)
             changed_WTD = (resid_WTD.to(torch.float32) + shift_WTD).to(resid_WTD.dtype)
             hidden_WTD = self.model.suffix(changed_WTD, subject.layer)
-            right = right_answers(self.model, hidden_WTD, sheet, exam.choose)
-            tally.right[subject, exam.name, _essence(setting)] += int(right.sum())
+            yield Right(subject, setting, int(right_answers(self.model, hidden_WTD, sheet, exam.choose).sum()))
+
+
+@dataclass(frozen=True)
+class Right:
+    """How many questions of a sheet were answered right under an intervention."""
+
+    subject: Subject
+    setting: Setting
+    count: int
 
 
 @dataclass
@@ -82,6 +108,10 @@ class Tally:
     """Right answers so far, by SAE, exam and intervention."""
 
     right: dict[tuple[Subject, str, tuple[object, ...]], int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, exam: Exam, answers: Sequence[Right]) -> None:
+        for each in answers:
+            self.right[each.subject, exam.name, _essence(each.setting)] += each.count
 
     def outcomes(self, subject: Subject, exams: Sequence[Exam], settings: Sequence[Setting]) -> list[Outcome]:
         return [

@@ -21,6 +21,7 @@ from .material import Material
 from .papers import ChoicePaper
 from .questions import Question
 from .rows import joined_rows, sampled_texts, shuffled_rows
+from .sweep import Sweep
 
 FORGET_EXAM = "wmdp-bio"
 FORGET_SUBJECT = "biology"
@@ -46,7 +47,7 @@ def load_wmdp(
     papers = [ChoicePaper(name, asked, model, batch) for name, asked in questions.items()]
     forget = [paper for paper in papers if paper.name == FORGET_EXAM]
     retain = [paper for paper in papers if paper.name != FORGET_EXAM]
-    return Material("wmdp-bio", model, forget_rows, retain_rows, forget, retain)
+    return Material("wmdp-bio", model_name, model, forget_rows, retain_rows, forget, retain, Sweep())
 
 
 def read_corpus(file: Path) -> list[str]:

@@ -11,13 +11,13 @@ import torch
 from saemill.evaluate.absorption.probe import Probe, Training, fit_probe
 from saemill.evaluate.absorption.prompts import make_prompt, split_words
 from saemill.evaluate.absorption.sparse import choose_latents, f1_score, ranked_latents
-from saemill.evaluate.absorption.vocabulary import alphabetic_words, letter_index
+from saemill.evaluate.absorption.vocabulary import FIRST_LETTER, alphabetic_words, letter_index
 
 WORDS = [f"{letter}{tail}" for letter in "abcdef" for tail in ("xy", "zq")]
 
 
 def test_words_are_alphabetic_tokens_with_or_without_a_space():
-    tokens = ["\u2581cat", "dog", "\u2581", "x1", "<0x41>", "caf\u00e9", "\u2581\u2581two", "A"]
+    tokens = ["\u2581cat", "dog", "\u2581", "x1", "<0x41>", "caf\u00e9", "A"]
 
     def to_text(token: str) -> str:
         """A decoder that drops the leading space of a first token."""
@@ -28,7 +28,7 @@ def test_words_are_alphabetic_tokens_with_or_without_a_space():
 
 
 def test_a_prompt_has_ten_solved_examples_without_the_word_and_ends_in_it():
-    prompt = make_prompt(WORDS[0], WORDS, "{word} has the first letter:", random.Random(0))
+    prompt = make_prompt(WORDS[0], WORDS, FIRST_LETTER, random.Random(0))
     lines = prompt.text.split("\n")
     assert lines[0] == ""
     assert lines[-1] == "axy has the first letter:"

@@ -10,16 +10,15 @@ from hypothesis import strategies as st
 
 from saemill.evaluate.unlearning.ranking import topic_latents
 from saemill.evaluate.unlearning.sparsity import FiringCounts
-from saemill.evaluate.unlearning.sweep import Outcome, Setting, make_settings, unlearning_score
+from saemill.evaluate.unlearning.sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
 
 SHARES = st.lists(st.sampled_from([0.0, 0.0005, 0.001, 0.002, 0.3]), min_size=1, max_size=30)
 
 
 def test_shares_count_kept_tokens_over_batches_and_have_six_decimals():
-    counts = FiringCounts.zeros(3)
     acts = torch.tensor([[[1.0, 0.0, -1.0], [2.0, 0.0, 0.0], [0.0, 5.0, 0.0]]])
-    counts.add(acts, torch.tensor([[False, True, True]]))
-    counts.add(acts[:, :1], torch.tensor([[True]]))
+    keep = torch.tensor([[False, True, True]])
+    counts = FiringCounts.of(acts, keep) + FiringCounts.of(acts[:, :1], torch.tensor([[True]]))
     assert counts.shares().tolist() == [0.666667, 0.333333, 0.0]
 
 
@@ -41,7 +40,7 @@ def test_a_retain_share_at_the_threshold_is_too_much():
 
 
 def test_every_combination_is_tried_in_order_and_short_rankings_are_taken_whole():
-    settings = make_settings(np.array([0.1, 0.2]), np.array([0.0, 0.005]), [0.001, 0.01], [1, 20], [25, 50])
+    settings = make_settings(np.array([0.1, 0.2]), np.array([0.0, 0.005]), Sweep((0.001, 0.01), (1, 20), (25, 50)))
     assert [(s.retain_threshold, s.num_latents, s.multiplier, s.latents) for s in settings] == [
         (0.001, 1, 25, (0,)),
         (0.001, 1, 50, (0,)),
