@@ -7,8 +7,6 @@ from pathlib import Path
 
 from ..train.runs import RunFolder
 from .engine import Row
-from .page import write_page
-from .plots import make_plots
 
 Say = Callable[[str], None]
 
@@ -29,6 +27,9 @@ def after_run(folder: Path, say: Say) -> None:
 
 
 def _draw(homes: Sequence[Path], folder: Path, say: Say) -> None:
+    from .page import write_page  # loads matplotlib, which nobody waits for who asks for no pictures
+    from .plots import make_plots
+
     runs = [RunFolder.at(home) for home in homes]
     try:
         drawn = make_plots(runs, folder)

@@ -37,7 +37,7 @@ class Lines:
     title: str
     y: str
     values: Callable[[Record], tuple[list[float], list[float]]]
-    may_be_log: bool = True
+    limits: tuple[float, float] | None = None  # of a share; without, an axis fits its values
 
     def finds(self, records: Sequence[Record]) -> bool:
         return any(self.values(record)[1] for record in records)
@@ -50,7 +50,9 @@ class Lines:
                 mark = "o" if len(values) == 1 else None
                 axis.plot(steps, values, **looks[record.name].strokes, marker=mark)
                 drawn += values
-        if self.may_be_log and is_wide(drawn):
+        if self.limits is not None:
+            axis.set_ylim(*self.limits)
+        elif is_wide(drawn):
             log_axis(axis, "y")
         caption(axis, self.title, STEP, self.y)
 
@@ -75,21 +77,13 @@ class Bars:
     def draw(self, axis: Axes, records: Sequence[Record], looks: Looks) -> None:
         found = {row: value for row, record in enumerate(records) if (value := self.value(record)) is not None}
         drawn = {row: value if self.floor is None else max(value, self.floor) for row, value in found.items()}
-        styles = [looks[records[row].name] for row in found]
-        colours = [style.colour for style in styles]
-        if self.may_be_log and is_wide(list(drawn.values())):
-            axis.scatter(drawn.values(), drawn.keys(), c=colours, s=60)
-            log_axis(axis, "x")
-            axis.margins(x=0.3)
-        else:
-            hatches = [style.hatch for style in styles]
-            axis.barh(list(drawn), list(drawn.values()), color=colours, hatch=hatches, edgecolor="white", height=0.7)
-            axis.axvline(0, color=INK, lw=0.8)
-            axis.margins(x=0.22)
-            axis.xaxis.set_major_locator(MaxNLocator(4))
+        styles = [looks[records[row].name] for row in drawn]
+        is_log = self.may_be_log and is_wide(list(drawn.values()))
+        (_draw_dots if is_log else _draw_bars)(axis, drawn, styles)
+        start = min(drawn.values()) if is_log else 0.0
         for row in range(len(records)):
             text = self.format.format(found[row]) if row in found else "\N{EN DASH}"
-            at = max(drawn.get(row, 0.0), 0.0) if axis.get_xscale() == "linear" else drawn.get(row, min(drawn.values()))
+            at = max(drawn.get(row, start), start)
             axis.annotate(
                 text, (at, row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=INK
             )
@@ -97,6 +91,21 @@ class Bars:
         axis.set_ylim(len(records) - 0.5, -0.5)
         axis.grid(visible=False, axis="y")
         caption(axis, self.title, self.x, "")
+
+
+def _draw_bars(axis: Axes, values: Mapping[int, float], styles: Sequence[Look]) -> None:
+    colours, hatches = [style.colour for style in styles], [style.hatch for style in styles]
+    axis.barh(list(values), list(values.values()), color=colours, hatch=hatches, edgecolor="white", height=0.7)
+    axis.axvline(0, color=INK, lw=0.8)
+    axis.margins(x=0.22)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def _draw_dots(axis: Axes, values: Mapping[int, float], styles: Sequence[Look]) -> None:
+    for (row, value), style in zip(values.items(), styles, strict=True):
+        axis.plot([value], [row], style.mark, color=style.colour, ms=8)
+    log_axis(axis, "x")
+    axis.margins(x=0.3)
 
 
 def series_of(name: str, factor: float = 1.0) -> Callable[[Record], tuple[list[float], list[float]]]:

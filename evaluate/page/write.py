@@ -52,7 +52,8 @@ def page(name: str, records: Sequence[Record], pictures: Sequence[Path]) -> Html
     )
     parts = [element("h1", name), numbers_table(records), figures(pictures), contexts_of(records)]
     body = element("body", joined(parts))
-    return Html("<!doctype html>\n") + element("html", element("head", head), body, lang="en") + Html("\n")
+    whole = element("html", element("head", head), body, lang="en")
+    return joined([Html("<!doctype html>"), whole, Html("")], between="\n")
 
 
 def figures(pictures: Sequence[Path]) -> Html:

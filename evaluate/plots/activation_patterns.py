@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from ..figures.records import Record
 from ..figures.style import INK, caption, new_figure, shown
@@ -24,12 +25,14 @@ def draw(records: Sequence[Record]) -> Figure | None:
         return None
     figure, axes = new_figure(len(seen), columns=1, width=WIDTH, height=HEIGHT)
     for record, axis in zip(seen, axes, strict=True):
-        draw_pattern(axis, record)
+        bar = figure.colorbar(draw_pattern(axis, record), ax=axis, pad=0.01, fraction=0.03)
+        bar.set_label("activation", fontsize=8, color=INK)
+        bar.ax.tick_params(labelsize=7, colors=INK)
     figure.suptitle("Activation patterns", fontsize=12, color=INK)
     return figure
 
 
-def draw_pattern(axis: Axes, record: Record) -> None:
+def draw_pattern(axis: Axes, record: Record) -> AxesImage:
     """Latents down, tokens across, dark where active."""
     pattern = pattern_of(record)
     image = axis.imshow(pattern["activations"], aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
@@ -39,7 +42,5 @@ def draw_pattern(axis: Axes, record: Record) -> None:
         text.set_parse_math(False)
     axis.set_yticks(range(len(latents)), [str(latent) for latent in latents], fontsize=7)
     axis.grid(visible=False)
-    bar = axis.get_figure().colorbar(image, ax=axis, pad=0.01, fraction=0.03)
-    bar.set_label("activation", fontsize=8, color=INK)
-    bar.ax.tick_params(labelsize=7, colors=INK)
     caption(axis, record.name, "token", "latent")
+    return image

@@ -30,7 +30,7 @@ PANELS = (
     Bars("Learning rate", "peak of its schedule", peak_rate, "{:.2e}"),
     Bars("Sparsity penalty", "coefficient", penalty),
     Bars("Sparsity target", "active latents a token", target_l0),
-    Lines("Learning rate over training", "learning rate", series_of("lr"), may_be_log=False),
+    Lines("Learning rate over training", "learning rate", series_of("lr")),
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..figures.panels import STEP, draw_parts
@@ -14,6 +16,22 @@ LOGGED = "contribution/layer_"
 SHARE, GAIN = "share_", "similarity_gain_"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A number of the evaluation `attention`, one for each layer."""
+
+    metric: str
+    title: str
+    unit: str
+    factor: float = 1.0
+
+
+MEASURED = (
+    Measured(SHARE, "Similarity of codes explained by attention", "% of variance, beyond nearness", 100),
+    Measured(GAIN, "How much more alike attended tokens are", "cosine above the row's mean"),
+)
+
+
 def layers_of(record: Record) -> list[int]:
     """The layers that the evaluation saw."""
     names = record.documents.get("attention", {}).get("eval_result_metrics", {}).get("contribution", {})
@@ -21,34 +39,40 @@ def layers_of(record: Record) -> list[int]:
 
 
 def draw(records: Sequence[Record]) -> Figure | None:
-    measured, logged = ([r for r in records if found(r)] for found in (layers_of, lambda r: r.numbered(LOGGED)))
-    panels = 2 * bool(measured) + len(logged)
+    measured = [record for record in records if layers_of(record)]
+    logged = [record for record in records if record.numbered(LOGGED)]
+    panels = len(MEASURED) * bool(measured) + len(logged)
     if not panels:
         return None
-    layers = sorted(
-        {layer for r in measured for layer in layers_of(r)} | {n for r in logged for n in r.numbered(LOGGED)}
-    )
-    width = max(5.0, 1.2 + 0.9 * len(measured))
-    figure, axes = new_figure(panels, columns=2 if len(logged) in (0, 2) else 3, width=width, height=3.6)
+    layers = sorted({layer for r in records for layer in (*layers_of(r), *r.numbered(LOGGED))})
     colours = dict(zip(layers, shades(len(layers)), strict=True))
+    width = max(5.0, 1.2 + 0.9 * len(measured))
+    figure, axes = new_figure(panels, columns=2 if panels in (2, 4) else 3, width=width, height=3.6)
     if measured:
-        titles = {
-            SHARE: ("Similarity of codes explained by attention", "% of variance, beyond nearness"),
-            GAIN: ("How much more alike attended tokens are", "cosine above the row's mean"),
-        }
-        for axis, (prefix, (title, unit)) in zip(axes, titles.items(), strict=False):
-            parts = {
-                f"layer {layer}": [r.metric("attention", f"contribution.{prefix}{layer}") for r in measured]
-                for layer in layers
-            }
-            draw_parts(axis, [r.name for r in measured], parts, list(colours.values()), 100 if prefix == SHARE else 1)
-            caption(axis, "", "", unit)
-            axis.set_title(title, fontsize=10, color=INK, pad=24)
-    for record, axis in zip(logged, axes[2 * bool(measured) :], strict=True):
-        for layer, name in record.numbered(LOGGED).items():
-            line = LINES[layers.index(layer) % len(LINES)]
-            axis.plot(*record.series(name), color=colours[layer], ls=line, lw=1.8, label=f"layer {layer}")
-        caption(axis, record.name, STEP, "part of the layer in the guidance")
-        axis.legend(fontsize=8, frameon=False)
+        for axis, kind in zip(axes, MEASURED, strict=False):
+            draw_measured(axis, kind, measured, colours)
+    for axis, record in zip(axes[panels - len(logged) :], logged, strict=True):
+        draw_logged(axis, record, colours)
     figure.suptitle("Contribution by layer", fontsize=12, color=INK)
     return figure
+
+
+def draw_measured(axis: Axes, kind: Measured, records: Sequence[Record], colours: Mapping[int, str]) -> None:
+    """What the evaluation found, a group of bars an SAE."""
+    parts = {
+        f"layer {layer}": [record.metric("attention", f"contribution.{kind.metric}{layer}") for record in records]
+        for layer in colours
+    }
+    draw_parts(axis, [record.name for record in records], parts, list(colours.values()), kind.factor)
+    caption(axis, "", "", kind.unit)
+    axis.set_title(kind.title, fontsize=10, color=INK, pad=24)  # above the legend
+
+
+def draw_logged(axis: Axes, record: Record, colours: Mapping[int, str]) -> None:
+    """The parts that the layers had in an SAE's training."""
+    for place, (layer, name) in enumerate(record.numbered(LOGGED).items()):
+        axis.plot(
+            *record.series(name), color=colours[layer], ls=LINES[place % len(LINES)], lw=1.8, label=f"layer {layer}"
+        )
+    caption(axis, record.name, STEP, "part of the layer in the guidance")
+    axis.legend(fontsize=8, frameon=False)

@@ -19,7 +19,7 @@ def draw(records: Sequence[Record]) -> Figure | None:
         return None
     layers = sorted({layer for record in mixed for layer in record.numbered(WEIGHT)})
     colours = dict(zip(layers, shades(len(layers)), strict=True))
-    temperature = Lines("Temperature", "softmax temperature", series_of("mixing/temperature"), may_be_log=False)
+    temperature = Lines("Temperature", "softmax temperature", series_of("mixing/temperature"))
     has_temperature = temperature.finds(mixed)
     figure, axes = new_figure(len(mixed) + has_temperature)
     for record, axis in zip(mixed, axes, strict=False):

@@ -42,7 +42,7 @@ PANELS = (
         )
         for tier in TIERS[1:]
     ),
-    Lines("Moves between tiers", "latents moved so far", series_of("tiers/moves"), may_be_log=False),
+    Lines("Moves between tiers", "latents moved so far", series_of("tiers/moves")),
     Lines("Temporal consistency loss", "weighted sum over scales", temporal_loss),
     Lines("Activation variance", "mean over latents", series_of("temporal/activation_variance")),
     Bars(

@@ -12,9 +12,9 @@ from ..figures.records import Record
 PANELS = (
     Bars("Training steps completed", "steps", lambda r: None if r.steps is None else float(r.steps), "{:,.0f}"),
     Bars("Final training loss", "weighted sum of all terms", lambda r: r.last("loss"), may_be_log=True),
-    Lines("Mask coefficient", "0 no mask, 1 full mask", series_of("mask/coefficient"), may_be_log=False),
-    Lines("Specialisation retention", "% of activation inside its range", series_of("mask/retention", 100), False),
-    Lines("Adapter gate", "mean gate", series_of("adapter/gate"), may_be_log=False),
+    Lines("Mask coefficient", "0 no mask, 1 full mask", series_of("mask/coefficient"), (-0.03, 1.03)),
+    Lines("Specialisation retention", "% of activation inside its range", series_of("mask/retention", 100), (0, 103)),
+    Lines("Adapter gate", "mean gate", series_of("adapter/gate")),
 )
 
 

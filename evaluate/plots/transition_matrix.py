@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from ..figures.records import Record
 from ..figures.style import INK, caption, new_figure
@@ -20,16 +21,15 @@ def draw(records: Sequence[Record]) -> Figure | None:
     if not seen:
         return None
     figure, axes = new_figure(len(seen), columns=2 if len(seen) in (2, 4) else 3, width=4.6, height=4.2)
-    for record, axis in zip(seen, axes, strict=True):
-        image = draw_matrix(axis, record)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02)
+    images = [draw_matrix(axis, record) for record, axis in zip(seen, axes, strict=True)]
+    bar = figure.colorbar(images[0], ax=axes, shrink=0.6, pad=0.02)
     bar.set_label("doublings over the column's base rate", fontsize=8, color=INK)
     bar.ax.tick_params(labelsize=7, colors=INK)
     figure.suptitle("Transitions of the most frequent latents", fontsize=12, color=INK)
     return figure
 
 
-def draw_matrix(axis: Axes, record: Record) -> object:
+def draw_matrix(axis: Axes, record: Record) -> AxesImage:
     """log2 of P(column on next token | row) over P(column)."""
     found = record.unstructured("temporal")
     lift = [

@@ -173,8 +173,8 @@ def test_looks_differ_for_as_many_saes_as_anyone_compares():
 
 def test_hostile_text_is_drawn_as_text(make_run, tmp_path):
     """Formulas that do not parse, glyphs that no font has, control characters: warnings are errors here."""
-    run = make_run(name="run_$x$", labels=("standard", "a$\\frac$b_c^d"), token=HOSTILE)
-    assert len(make_plots([run, make_run("run_3")], tmp_path / "plots")) == len(ALL)
+    run = make_run(name="run_$x$", labels=("attention", "a$\\frac$b_c^d"), token=HOSTILE)
+    assert {path.stem for path in make_plots([run], tmp_path / "plots")} == ALL
 
 
 def test_whitespace_shows_and_unknown_letters_are_dots():
