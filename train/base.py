@@ -37,7 +37,7 @@ def _base_config(config: Any, d_model: int | None) -> Any:
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "base"}
     foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
     require(not foreign, f"base {config.base} has no setting {', '.join(foreign)}")
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
     shared = {
         name: _typed(name, value, defaults[name])
         for name, value in given.items()
@@ -59,5 +59,5 @@ def _bounded(cls: Any, d_model: int | None) -> dict[str, Any]:
     if d_model is None:
         return {}
     limit = most_active(d_model)
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
     return {name: limit for name in ("k", "target_l0") if name in defaults and defaults[name] > limit}
