@@ -19,9 +19,9 @@ from ratios import Row, compare, conclude, take_turns
 from stepping import sparse_bias
 from torch.profiler import ProfilerActivity, profile
 
+from saemill.cache_schema.allocator import keep_large_blocks
 from saemill.train.base import build_base
 from saemill.train.data.draw import AttentionRows
-from saemill.train.sae.kernels.memory import keep_large_blocks
 from saemill.train.step import Trainee
 from saemill.train.variants import config_type
 from saemill.train.view import Batch

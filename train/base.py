@@ -38,21 +38,18 @@ def _base_config(config: Any, d_model: int | None) -> Any:
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "base"}
     foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
     require(not foreign, f"base {config.base} has no setting {', '.join(foreign)}")
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    shared = {
-        name: _typed(name, value, defaults[name])
-        for name, value in given.items()
-        if name in known and value is not None
+    shared = {name: value for name, value in given.items() if name in known and value is not None}
+    return cls(**_bounded(cls, d_model) | _whole(cls, shared))
+
+
+def _whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """A whole number where the base has one: `k` of a batch may be 32.5, that of a token may not."""
+    whole = {field.name for field in dataclasses.fields(cls) if isinstance(field.default, int)}
+    broken = [name for name in whole & settings.keys() if settings[name] != int(settings[name])]
+    require(not broken, f"{', '.join(broken)}: expected a whole number for this base")
+    return {
+        name: int(value) if name in whole and isinstance(value, float) else value for name, value in settings.items()
     }
-    return cls(**_bounded(cls, d_model) | shared)
-
-
-def _typed(name: str, value: Any, default: Any) -> Any:
-    """Whole numbers where the base counts with them: `k` is a mean for one base and a count for another."""
-    if isinstance(value, float) and isinstance(default, int):
-        require(value.is_integer(), f"{name}: expected a whole number for this base, found {value}")
-        return int(value)
-    return value
 
 
 def _bounded(cls: Any, d_model: int | None) -> dict[str, Any]:
@@ -60,5 +57,5 @@ def _bounded(cls: Any, d_model: int | None) -> dict[str, Any]:
     if d_model is None:
         return {}
     limit = most_active(d_model)
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
     return {name: limit for name in ("k", "target_l0") if name in defaults and defaults[name] > limit}

@@ -28,7 +28,7 @@ RUNS = (
         "run_3",
         "everything: four layers, learned mixing, contrast and consistency, as a loss and in the encoder",
         (_BASE, Sae("guided", "hierarchical"), Sae("encoder", "hierarchical", {"guidance": "encode"}), _SHUFFLED),
-        {"alpha": 0.1, "beta": 0.1},
+        {"alpha": 0.1},
     ),
     Recipe(
         "run_4",

@@ -192,3 +192,18 @@ def test_a_token_whose_attended_share_its_latents_costs_less(guidance, rng):
     linked = alone + alone[partner]
     wrong = alone + alone[(partner + 1) % windows.rows]
     assert loss(linked) < loss(alone) and loss(linked) < loss(wrong)
+
+
+@pytest.mark.parametrize(("objective", "collapses"), [("cross_entropy", True), ("divergence", False)])
+def test_the_cross_entropy_gives_one_layer_all_the_weight(guidance, rng, objective, collapses):
+    """Codes stand still, the mixture learns."""
+    view, _ = guided_view(guidance, rng)
+    mixing, values = view.sae.extras[MIXING], view.codes.values.detach()
+    optimiser = torch.optim.Adam(mixing.parameters(), lr=0.1)
+    for _ in range(150):
+        loss = Guidance(Attention(guidance.LAYERS), 0.3, 0, objective)(again(view, values, mixing.theta.data, 5))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    largest = float(mixing(1.0).max().detach())
+    assert largest > 0.95 if collapses else 0.33 < largest < 0.8
