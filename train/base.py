@@ -39,7 +39,15 @@ def _base_config(config: Any, d_model: int | None) -> Any:
     foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
     require(not foreign, f"base {config.base} has no setting {', '.join(foreign)}")
     shared = {name: value for name, value in given.items() if name in known and value is not None}
-    return cls(**_bounded(cls, d_model) | shared)
+    return cls(**_bounded(cls, d_model) | _whole(cls, shared))
+
+
+def _whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """A whole number where the base has one: `k` of a batch may be 32.5, that of a token may not."""
+    whole = {field.name for field in dataclasses.fields(cls) if isinstance(field.default, int)}
+    broken = [name for name in whole & settings.keys() if settings[name] != int(settings[name])]
+    require(not broken, f"{', '.join(broken)}: expected a whole number for this base")
+    return {name: int(value) if name in whole and isinstance(value, float) else value for name, value in settings.items()}
 
 
 def _bounded(cls: Any, d_model: int | None) -> dict[str, Any]:
