@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
+from saemill.train.cli import main
 from saemill.train.compose import Assembly
 from saemill.train.sae.gates import Gate, TopK
 from saemill.train.sae.model import SparseAutoencoder
@@ -91,3 +93,13 @@ class Shaping:
 @pytest.fixture
 def shaping() -> type[Shaping]:
     return Shaping
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """Run the command: `cli("--variant", "tiered", ...)` gives its result."""
+
+    def call(*words):
+        return CliRunner().invoke(main, ["--out", str(tmp_path / "runs"), "--device", "cpu", *map(str, words)])
+
+    return call

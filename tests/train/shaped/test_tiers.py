@@ -120,6 +120,7 @@ def test_entries_follow_latents_that_move():
     after = torch.tensor([0, 2, 0, 1, 1, 0, 2, 2, 2])
     for name, table in composition.named_parameters():
         table.data.copy_(torch.arange(16.0).view(4, 4) + (100 if name == "C3" else 0))
+    composition.requires_grad_(False)
     # By latent: entry (latent of the tier, latent of the tier below).
     old = {(f, g): float(composition.C2[i, j]) for i, f in enumerate((3, 4, 5)) for j, g in enumerate((0, 1, 2))}
     composition.follow(before, after)
