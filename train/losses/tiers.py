@@ -119,7 +119,10 @@ class TieredReconstruction:
 
 
 def importance_loss(view: View) -> Tensor:
-    """Sum of exp(-s_t) L_t + s_t with L_t constant: teaches s_t = log L_t and nothing else."""
-    losses = view.side.ranks.mean(tier_losses(view).detach().clone())
+    """Sum of exp(-s_t) L_t + s_t with L_t constant, less the least it can be: 0 where s_t = log L_t.
+
+    It teaches s_t and nothing else.
+    """
+    losses = view.side.ranks.mean(tier_losses(view).detach().clone()).clamp_min(1e-12)
     s = tiers_of(view).log_variance
-    return (torch.exp(-s) * losses + s).sum()
+    return (torch.exp(-s) * losses + s - losses.log() - 1.0).sum()

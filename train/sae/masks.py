@@ -38,8 +38,9 @@ class Mask(Shape):
         self.offset = nn.Parameter(torch.zeros(())) if learns_offset else None
 
     def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
-        bound = codes.per_latent(_of(self.bound.float(), latents))
-        return 1.0 + self.coefficient(side) * bound * (self.mask(codes, side["position"], latents) - 1.0)
+        mask = self.mask(codes, side["position"], latents)
+        bound = codes.per_latent(_of(self.bound.to(mask.dtype), latents))
+        return 1.0 + self.coefficient(side) * bound * (mask - 1.0)
 
     def coefficient(self, side: Side) -> Tensor | float:
         """c at this step."""

@@ -43,7 +43,8 @@ class Config:
     tier_weights: tuple[float, ...] = (0.1, 0.3, 0.6)
     """What the tiers count when they are fixed, and where learning begins."""
     composition_weight: float = 0.01
-    composition_l1: float = 1e-4
+    composition_l1: float = 2e-3
+    """Next to composition_weight it decides how few parts a latent has; far less, and any row is a sum of many."""
     composition_warmup_fraction: float = 0.1
     """Share of the run over which both rise from zero."""
     curriculum: tuple[float, ...] | None = None
