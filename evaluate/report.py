@@ -16,6 +16,7 @@ from .subject import Subject
 from .untrained import NAME, RECORDED, UNTRAINED, untrained_traits
 
 MISSING = "-"
+NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
 
 
 def tell(console: Console, rows: Sequence[Row], *, beside_untrained: bool = False) -> None:
@@ -45,7 +46,7 @@ def make_table(rows: Sequence[Row], *, beside_untrained: bool = False) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("SAE", no_wrap=True)
     for _, metric in columns:
-        table.add_column(heading(metric), justify="right")
+        table.add_column(heading(metric), justify="right", min_width=NUMBER_WIDTH)
     for subject in subjects:
         table.add_row(subject.name, *(_cell(found.get((subject, eval_id)), metric) for eval_id, metric in columns))
     if beside_untrained:
