@@ -143,7 +143,8 @@ def probe_validated(
     name: str, features: Sequence[Features], generator: torch.Generator, device: torch.device
 ) -> Accuracies:
     """The full-width probes at the epoch that held-out training rows pick."""
-    _, accuracies = probe_every_class(*features, FULL_WIDTH, generator, device, validated=True)
+    train, test = features
+    _, accuracies = probe_every_class(train, test, FULL_WIDTH, generator, device, validated=True)
     return {f"{name}_validated_test_accuracy": accuracies}
 
 
