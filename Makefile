@@ -3,6 +3,7 @@ VENV     ?= .venv
 PYTHON   ?= python3
 BIN      := $(VENV)/bin
 PEERS    ?= .venv-peers
+SAEBENCH ?= .venv-saebench
 
 LAYER    ?= 19
 MODEL    ?= auto
@@ -13,7 +14,7 @@ CONTEXT  ?=
 DEMO     ?= ./demo
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow check format goldens demo harvest bench bench-store bench-harvest bench-train bench-gpu peers clean
+.PHONY: help env test test-slow check format goldens demo harvest bench bench-store bench-harvest bench-train bench-gpu bench-eval peers saebench clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -66,6 +67,9 @@ bench-train: env peers ## training steps against SAELens and dictionary_learning
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS)
 
+bench-eval: env saebench ## the core evaluation against official SAEBench
+	$(BIN)/python bench/evaluate.py --saebench $(SAEBENCH)
+
 bench-gpu: env ## the harvest on an accelerator, wherever one is at hand
 	$(BIN)/python bench/gpu_harvest.py $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS))
 
@@ -78,5 +82,13 @@ $(PEERS)/.installed: bench/peers-requirements.txt
 	$(PEERS)/bin/pip uninstall -q -y torchvision
 	@touch $@
 
+saebench: $(SAEBENCH)/.installed ## official SAEBench's own environment: it needs older packages than anything else here
+
+$(SAEBENCH)/.installed: tests/golden/saebench-constraints.txt
+	$(PYTHON) -m venv $(SAEBENCH)
+	$(SAEBENCH)/bin/pip install -q -c $< sae-bench==0.6.0
+	$(SAEBENCH)/bin/pip uninstall -q -y torchvision
+	@touch $@
+
 clean: ## remove environments and caches, never stores or runs
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(SAEBENCH) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

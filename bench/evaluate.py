@@ -3,8 +3,9 @@
 On the pocket model and on a random 26-layer Gemma-2 of width 576, residual after layer 19: the same
 model, tokens and SAEs, one batch for the losses of the model to ten for sparsity, as SAEBench's own
 proportion is. One SAE and eight; the official code runs eight one after the other. Cold means that the
-clean pass and the ablations are computed, warm that an earlier run has left them beside the store.
-Every run is a process of its own, rounds take turns, and loading is never timed.
+clean pass and SAEBench's own ablation are computed, as it computes them; warm that an earlier run has
+left them beside the store, with mean and resample ablation. Every run is a process of its own, rounds
+take turns, and loading is never timed.
 
     python bench/evaluate.py --saebench .venv-saebench
 """
@@ -71,6 +72,7 @@ class World:
             "sparsity": self.sparsity,
             "special": SPECIAL,
             "keeps_blocks": True,
+            "ablations": ["zero", "mean", "resample"],
         }
         path.write_text(json.dumps(asked | more))
         return path
@@ -167,8 +169,9 @@ def bench_speed(name: str, world: World, environment: Path, rounds: int, counts:
     for _ in range(rounds):
         for count in counts:
             world.forget()
-            for state in ("cold", "warm"):
-                seconds.setdefault(f"{state} {count}", []).append(run_ours(world, count)["seconds"])
+            seconds.setdefault(f"cold {count}", []).append(run_ours(world, count, ablations=["zero"])["seconds"])
+            run_ours(world, count)
+            seconds.setdefault(f"warm {count}", []).append(run_ours(world, count)["seconds"])
             official = run_official(world, count, environment)["seconds"]
             seconds.setdefault(f"official {count}", []).append(sum(official))
     return [_row(name, world, count, state, seconds) for count in counts for state in ("cold", "warm")]

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,13 +23,14 @@ from torch import Tensor
 
 from ..cache_schema.files import Files, open_files
 from .memory import PieceSize, in_pieces
-from .metrics.divergence import LogitsOf, Losses, compare, next_tokens
+from .metrics.divergence import LogitsOf, Losses, chunk_rows, compare, next_tokens
 from .rows import Block
 from .scene import Scene
 from .windows import Windows
 
 FORMAT = 1
 ABLATIONS = ("zero", "mean", "resample")
+PARTS = ("ce", "kl", "kl_published")
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,19 @@ class Clean:
 class Baselines:
     """Clean passes and ablations at one layer of one store."""
 
-    def __init__(self, scene: Scene, layer: int, block: Block, mean_D: Tensor) -> None:
-        self._scene, self._layer = scene, layer
+    def __init__(
+        self, scene: Scene, layer: int, block: Block, mean_D: Tensor, ablations: Sequence[str] = ABLATIONS
+    ) -> None:
+        self._scene, self._layer, self._ablations = scene, layer, tuple(ablations)
         self._mean_D = mean_D.to(scene.device, scene.model.dtype)
         self._size = PieceSize(block.batch_windows, "windows", scene.say)
-        self._files = _files_of(scene, layer, block)
+        self.rows = PieceSize(chunk_rows(scene.model.facts.vocab_size), "rows of logits", scene.say)
+        self._files = _files_of(scene, layer, block, self._ablations)
 
     def of(self, batch: Windows, number: int) -> Clean:
         """The baselines of the batch of this number: those that are kept, or made now and kept."""
         key = f"{number:05d}.safetensors"
-        kept = _read(self._files, key, int(batch.keep.sum()))
+        kept = _read(self._files, key, int(batch.keep.sum()), self._ablations)
         if kept is not None:
             return _on_device(kept, self._scene.device)
         made = self._make(batch)
@@ -73,19 +76,20 @@ class Baselines:
         head = self._scene.model.head
         return lambda start, stop: head(hidden_ND[start:stop])
 
-    @property
-    def vocab_size(self) -> int:
-        return self._scene.model.facts.vocab_size
-
     def _make(self, batch: Windows) -> Clean:
-        resid, keep = batch.resid[self._layer], batch.keep[..., None]
-        hidden = self.hidden(batch, resid)
-        mean = self.hidden(batch, torch.where(keep, self._mean_D, resid))
-        resample = self.hidden(batch, torch.where(keep, elsewhere(resid), resid))
-        others = [self._zero_logits(batch), self.logits(mean), self.logits(resample)]
+        hidden = self.hidden(batch, batch.resid[self._layer])
+        others = [self._ablated(batch, ablation) for ablation in self._ablations]
         targets = next_tokens(batch.tokens, batch.keep)
-        ce, losses = compare(self.logits(hidden), others, targets, self.vocab_size)
-        return Clean(hidden, ce, dict(zip(ABLATIONS, losses, strict=True)))
+        ce, losses = compare(self.logits(hidden), others, targets, self.rows)
+        return Clean(hidden, ce, dict(zip(self._ablations, losses, strict=True)))
+
+    def _ablated(self, batch: Windows, ablation: str) -> LogitsOf:
+        """The model's logits at kept tokens after an ablation."""
+        if ablation == "zero":
+            return self._zero_logits(batch)
+        resid = batch.resid[self._layer]
+        instead = self._mean_D if ablation == "mean" else elsewhere(resid)
+        return self.logits(self.hidden(batch, torch.where(batch.keep[..., None], instead, resid)))
 
     def _zero_logits(self, batch: Windows) -> LogitsOf:
         """With a residual of zero the model sees positions and nothing else."""
@@ -105,7 +109,7 @@ def elsewhere(resid_WTD: Tensor) -> Tensor:
     return resid_WTD.roll(windows // 2, 0) if windows > 1 else resid_WTD.roll(context // 2, 1)
 
 
-def _files_of(scene: Scene, layer: int, block: Block) -> Files | None:
+def _files_of(scene: Scene, layer: int, block: Block, ablations: Sequence[str]) -> Files | None:
     """Where they are kept: a folder for each way of computing them."""
     settings = {
         "format": FORMAT,
@@ -115,6 +119,7 @@ def _files_of(scene: Scene, layer: int, block: Block) -> Files | None:
         "batch_windows": block.batch_windows,
         "mean_of_batches": None if layer in scene.manifest.layers else block.batches,
         "dtype": str(scene.dtype),
+        "ablations": list(ablations),
         "from_tokens": scene.from_tokens,
         "device": scene.device.type,
     }
@@ -124,13 +129,13 @@ def _files_of(scene: Scene, layer: int, block: Block) -> Files | None:
     return open_files(f"{scene.store.url.rstrip('/')}.evals/{scene.manifest.cache_id}/clean-{name}")
 
 
-def _read(files: Files | None, key: str, tokens: int) -> Clean | None:
+def _read(files: Files | None, key: str, tokens: int, ablations: Sequence[str]) -> Clean | None:
     """What is kept, if it is whole."""
     if files is None:
         return None
     try:
         found = load(files.read(key))
-        ablated = {name: Losses(*(found[f"{name}.{part}"] for part in _PARTS)) for name in ABLATIONS}
+        ablated = {name: Losses(*(found[f"{name}.{part}"] for part in PARTS)) for name in ablations}
         clean = Clean(found["hidden"], found["ce"], ablated)
     except (KeyError, OSError, SafetensorError):
         return None
@@ -141,7 +146,7 @@ def _write(files: Files, key: str, clean: Clean) -> bool:
     """Whether it could be kept: a store on a read-only disk can be evaluated too."""
     tensors = {"hidden": clean.hidden, "ce": clean.ce}
     for name, losses in clean.ablated.items():
-        tensors |= {f"{name}.{part}": getattr(losses, part) for part in _PARTS}
+        tensors |= {f"{name}.{part}": getattr(losses, part) for part in PARTS}
     data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     try:
         files.replace(key, data)
@@ -150,16 +155,9 @@ def _write(files: Files, key: str, clean: Clean) -> bool:
     return True
 
 
-_PARTS = ("ce", "kl", "kl_published")
-
-
 def _on_device(clean: Clean, device: torch.device) -> Clean:
-    def move(value: Any) -> Any:
-        return value.to(device)
+    def moved(losses: Losses) -> Losses:
+        return Losses(*(getattr(losses, part).to(device) for part in PARTS))
 
-    moved = {name: _moved(losses, move) for name, losses in clean.ablated.items()}
-    return Clean(move(clean.hidden), move(clean.ce), moved)
-
-
-def _moved(losses: Losses, move: Callable[[Any], Any]) -> Losses:
-    return Losses(*(move(getattr(losses, part)) for part in _PARTS))
+    ablated = {name: moved(losses) for name, losses in clean.ablated.items()}
+    return Clean(clean.hidden.to(device), clean.ce.to(device), ablated)

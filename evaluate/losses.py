@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .baselines import Baselines, Clean
+from .baselines import ABLATIONS, Baselines, Clean
 from .codes import read
 from .errors import NotApplicable
 from .memory import PieceSize, in_pieces
@@ -59,12 +59,15 @@ def splice_layer(subject: Subject) -> int:
     return subject.target_layers[0]
 
 
-def measure_losses(scene: Scene, subjects: Sequence[Subject], block: Block) -> dict[Subject, LossSums]:
+def measure_losses(
+    scene: Scene, subjects: Sequence[Subject], block: Block, ablations: Sequence[str] = ABLATIONS
+) -> dict[Subject, LossSums]:
     """One pass over the block for all SAEs, each of which must write one layer."""
     found = {subject: LossSums() for subject in subjects}
     if not subjects:
         return found
-    baselines = {layer: _baselines(scene, layer, block) for layer in {splice_layer(s) for s in subjects}}
+    layers = {splice_layer(subject) for subject in subjects}
+    baselines = {at: Baselines(scene, at, block, mean_residual(scene, at, block), ablations) for at in layers}
     sizes = {subject: piece_size(scene, subject, block.batch_windows) for subject in subjects}
     context = scene.manifest.context
     with scene.watch.stage("losses of the model", block.windows * context) as advance:
@@ -74,10 +77,6 @@ def measure_losses(scene: Scene, subjects: Sequence[Subject], block: Block) -> d
                 _add_batch(found, at_layer, baseline, baseline.of(batch, number), batch)
             advance(len(batch) * context)
     return found
-
-
-def _baselines(scene: Scene, layer: int, block: Block) -> Baselines:
-    return Baselines(scene, layer, block, mean_residual(scene, layer, block))
 
 
 def mean_residual(scene: Scene, layer: int, block: Block) -> Tensor:
@@ -102,9 +101,7 @@ def _add_batch(
     """The SAEs of one layer, side by side."""
     hidden = [baselines.hidden(batch, spliced(subject, batch, size)) for subject, size in subjects.items()]
     targets = next_tokens(batch.tokens, batch.keep)
-    _, losses = compare(
-        baselines.logits(clean.hidden), [baselines.logits(h) for h in hidden], targets, baselines.vocab_size
-    )
+    _, losses = compare(baselines.logits(clean.hidden), [baselines.logits(h) for h in hidden], targets, baselines.rows)
     documents = _documents(batch)
     for subject, found_losses in zip(subjects, losses, strict=True):
         found[subject].add(documents, clean, found_losses)

@@ -64,9 +64,11 @@ class Scene:
                 source = find_model(self.opened.manifest if self.opened else None, self.model_name)
                 self.say(f"loading {source.id} in {str(self.dtype).removeprefix('torch.')}")
                 self._model = load_language_model(source.folder, self.dtype, self.device)
+                if self.opened is not None:
+                    require_same_shape(self._model, self.opened.manifest)
                 self.model_identity = f"{source.id}@{source.revision}"
             except ModelMissing as error:
-                self._obstacle = error
+                self._model, self._obstacle = None, error
                 raise
         return self._model
 
@@ -113,6 +115,17 @@ def find_model(manifest: Manifest | None, override: str | None) -> ModelSource:
             "its residuals are not this model's. Give the folder of the right one by --model, or harvest again"
         )
     return source
+
+
+def require_same_shape(model: LanguageModel, manifest: Manifest) -> None:
+    """For stores that know no revision: a model of another width or depth cannot have made them."""
+    facts = model.facts
+    if facts.d_model != manifest.model.d_model or max(manifest.layers, default=0) >= facts.num_layers:
+        raise ModelMissing(
+            f"the store holds layers {list(manifest.layers)} of width {manifest.model.d_model}, "
+            f"the model has {facts.num_layers} layers of width {facts.d_model}: it is not the one that made the store. "
+            "Give that one by --model"
+        )
 
 
 def _fetch(choice: Choice) -> ModelSource:

@@ -32,7 +32,8 @@ def main() -> None:
     scene = Scene(store, model_name=request["model"], watch=Watch(is_quiet=True))
     weights = sum(parameter.nbytes for parameter in scene.model.model.parameters())
     subjects = find_subjects(request["saes"], Path())
-    config = core.Config(request["batch"], request["reconstruction"], request["sparsity"])
+    counts = request["reconstruction"], request["sparsity"]
+    config = core.Config(request["batch"], *counts, ablations=tuple(request["ablations"]))
     loaded = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     start = perf_counter()

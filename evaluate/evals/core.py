@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from ..baselines import ABLATIONS
-from ..errors import ModelMissing, NotApplicable
+from ..errors import ModelMissing, NotApplicable, SettingInvalid
 from ..losses import LossSums, measure_losses, splice_layer
 from ..metrics.bootstrap import Statistic, intervals
 from ..metrics.quality import explained_variance_of, summarise_density
@@ -54,10 +54,13 @@ class Config:
     split: str = "test"
     resamples: int = 1000
     """Of documents, for confidence intervals."""
+    ablations: tuple[str, ...] = ABLATIONS
+    """What to set the losses against; SAEBench's is `zero`, the others cost one more pass each, once for a store."""
 
 
 def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
     """All SAEs side by side; those that no model can be spliced with get the measures that need none."""
+    require_ablations(config.ablations)
     rows = rows_of(
         scene,
         config.split,
@@ -68,9 +71,15 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
     reasons, missing = unspliceable(subjects), missing_model(scene)
     able = [subject for subject in subjects if subject not in reasons]
     sparsity = measure_sparsity(scene, subjects, rows.sparsity)
-    losses = {} if missing else measure_losses(scene, able, rows.reconstruction)
+    losses = {} if missing else measure_losses(scene, able, rows.reconstruction, config.ablations)
     for subject in subjects:
         yield make_result(scene, subject, config, rows, sparsity[subject], losses.get(subject), reasons, missing)
+
+
+def require_ablations(ablations: Sequence[str]) -> None:
+    """Known ones, and the one that SAEBench's scores are about."""
+    if "zero" not in ablations or set(ablations) - set(ABLATIONS):
+        raise SettingInvalid(f"ablations: expected zero and others of {', '.join(ABLATIONS)}, found {list(ablations)}")
 
 
 def unspliceable(subjects: Sequence[Subject]) -> dict[Subject, str]:
@@ -86,6 +95,8 @@ def unspliceable(subjects: Sequence[Subject]) -> dict[Subject, str]:
 
 def missing_model(scene: Scene) -> str | None:
     """Why the losses of the model cannot be measured, if so. From tokens, nothing can be."""
+    if scene.manifest.corpus.settings.get("tokens") is False:
+        return f"{scene.store.url} was imported without tokens: import it again with --tokens for the model's losses"
     try:
         _ = scene.model
     except ModelMissing as error:
@@ -111,7 +122,7 @@ def make_result(
         "consistent_activation_heuristic": sparsity.firing.tokens_per_window,
         **weight_metrics(subject.sae),
     }
-    ours = own_metrics(sparsity, losses, config.resamples)
+    ours = own_metrics(sparsity, losses, config)
     if subject in reasons:
         ours["not_applicable"] = {"losses": reasons[subject]}
     return Result(
@@ -232,7 +243,7 @@ def latent_details(latents: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     ]
 
 
-def own_metrics(sparsity: Sparsity, losses: LossSums | None, resamples: int) -> dict[str, Any]:
+def own_metrics(sparsity: Sparsity, losses: LossSums | None, config: Config) -> dict[str, Any]:
     """What SAEBench does not say, or says wrongly."""
     square_of_mean = sparsity.tally.square_of_mean
     table = sparsity.documents.table()
@@ -241,11 +252,11 @@ def own_metrics(sparsity: Sparsity, losses: LossSums | None, resamples: int) -> 
         "l0": lambda sums: sums["l0"] / sums["tokens"],
         "cossim": lambda sums: sums["cosine"] / sums["tokens"],
     }
-    confidence = intervals(table, variance, resamples)
+    confidence = intervals(table, variance, config.resamples)
     ours: dict[str, Any] = {"explained_variance": sparsity.tally.explained_variance}
     if losses is not None:
-        ours["ablations"] = {name: against(losses.totals(), name) for name in ABLATIONS}
-        confidence |= intervals(losses.documents.table(), loss_statistics(), resamples)
+        ours["ablations"] = {name: against(losses.totals(), name) for name in config.ablations}
+        confidence |= intervals(losses.documents.table(), loss_statistics(), config.resamples)
     return ours | {"confidence_95": confidence, "documents": {"sparsity": len(next(iter(table.values()), ()))}}
 
 

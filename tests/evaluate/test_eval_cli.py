@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from saemill.cache_schema.cli import main as store_main
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
 from saemill.evaluate.evals import core
@@ -42,7 +44,7 @@ def results(run, eval_id="core"):
 def test_all_saes_of_a_run(run_1, sae_eval):
     output = sae_eval("run_1")
     assert "run_1/small" in output
-    assert "ce_loss_score" in output
+    assert "ce loss score" in output
     found = results(run_1)
     assert set(found) == {"small_eval_results.json", "large_eval_results.json"}
     assert len(found["large_eval_results.json"]["eval_result_details"]) == 32
@@ -141,6 +143,51 @@ def test_a_missing_model_leaves_a_part(make_world, builder, sae_eval):
     assert document["saemill"]["missing"] is None
 
 
+@pytest.fixture
+def imported(builder):
+    """Activations from elsewhere: imported(tokens or None, model) makes a store and gives its address."""
+
+    def make(tokens, model):
+        rng = np.random.default_rng(0)
+        np.save(builder.root / "acts.npy", rng.standard_normal((40, builder.CONTEXT, builder.D)).astype(np.float32))
+        words = ["import", builder.root / f"imported_{tokens}", "--resid", builder.root / "acts.npy"]
+        if tokens:
+            np.save(builder.root / "tokens.npy", rng.integers(3, builder.VOCAB, (40, builder.CONTEXT)))
+            words += ["--tokens", builder.root / "tokens.npy"]
+        words += ["--layer", builder.LAYER, "--model", model, "--test", "0.5"]
+        result = CliRunner().invoke(store_main, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return builder.root / f"imported_{tokens}"
+
+    return make
+
+
+@pytest.mark.parametrize(("tokens", "reason"), [(False, "import it again with --tokens"), (True, "--model")])
+def test_an_imported_store_without_tokens_or_model(imported, builder, sae_eval, tokens, reason):
+    sae = builder.save(builder.root / "sae", builder.make_sae())
+    output = sae_eval(sae, "--cache", imported(tokens, "nobody/has-this"), code=3)
+    assert reason in output
+    assert "partly: core of sae" in output
+    (document,) = results(sae).values()
+    assert document["eval_result_metrics"]["sparsity"]["l0"] == 4.0
+
+
+def test_an_imported_store_with_its_model(imported, world, builder, sae_eval):
+    sae_eval(builder.save(builder.root / "sae", builder.make_sae()), "--cache", imported(True, world.model))
+
+
+def test_a_model_of_another_shape(imported, builder, sae_eval):
+    store = imported(True, "nobody/has-this")
+    sae = builder.save(builder.root / "sae", builder.make_sae())
+    assert "the model has 26 layers of width 128" in sae_eval(sae, "--cache", store, "--model", "pocket", code=3)
+
+
+def test_fewer_ablations(run_1, sae_eval):
+    sae_eval("run_1/small", "--set", 'core.ablations=["zero"]')
+    (document,) = results(run_1).values()
+    assert set(document["saemill_metrics"]["ablations"]) == {"zero"}
+
+
 def test_resume_skips_what_is_done_with_the_same_settings(run_1, sae_eval):
     sae_eval("run_1/small")
     before = results(run_1)
@@ -173,7 +220,7 @@ def test_compare_is_one_table_and_evaluates_only_what_is_missing(world, run_1, b
     before = results(run_1)
     output = sae_eval("run_1", "run_2", "--compare")
     assert all(name in output for name in ("run_1/small", "run_1/large", "run_2/other"))
-    assert output.count("ce_loss_score") == 1
+    assert output.count("ce loss score") == 1
     assert results(run_1) == before
 
 
@@ -184,7 +231,7 @@ def test_compare_refuses_other_settings(world, run_1, builder, sae_eval):
     output = sae_eval("run_1", "run_2", "--compare", code=1)
     assert "config.n_eval_reconstruction_batches" in output
     assert "run_2/other: 1" in output
-    assert "ce_loss_score" not in output
+    assert "ce loss score" not in output
 
 
 def test_compare_refuses_other_stores(world, make_world, run_1, builder, sae_eval):
@@ -253,6 +300,7 @@ def test_unknown_words(run_1, sae_eval):
     assert "expected a setting like core.KEY=VALUE" in sae_eval("run_1", "--set", "corr.batch=1", code=1)
     assert "unknown setting 'batch' of core" in sae_eval("run_1", "--set", "core.batch=1", code=1)
     assert "expected a split of train, validation, test" in sae_eval("run_1", "--set", "core.split=dev", code=1)
+    assert "expected zero and others of" in sae_eval("run_1", "--set", 'core.ablations=["mean"]', code=1)
     assert "--device nope" in sae_eval("run_1", "--device", "nope", code=1)
 
 

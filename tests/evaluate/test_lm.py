@@ -10,10 +10,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from saemill.cache_schema import AttentionSpec, Store
-from saemill.evaluate.errors import ModelMissing
+from saemill.evaluate import lm
+from saemill.evaluate.errors import MemoryTooSmall, ModelMissing
 from saemill.evaluate.feed import joined, make_rows, run_windows, store_batches, text_batches
 from saemill.evaluate.lm import load_language_model
 from saemill.evaluate.scene import Scene, find_model
+from saemill.harvest.resolve import POCKET_FOLDER
 
 
 @pytest.fixture
@@ -198,6 +200,24 @@ def test_missing_weights_are_never_filled_in(world, tmp_path):
         load_language_model(tmp_path, torch.float32, torch.device("cpu"))
 
 
+def test_a_model_that_does_not_fit_is_not_called_damaged(world, monkeypatch):
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lm.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(MemoryTooSmall, match="does not fit"):
+        load_language_model(world.model, torch.float32, torch.device("cpu"))
+
+
 def test_no_store_is_said_in_words():
     with pytest.raises(Exception, match="give --cache"):
         _ = Scene(None).store
+
+
+def test_the_pocket_model_knows_nothing_without_its_residual():
+    """All tokens equally likely: the loss under zero ablation is the logarithm of the vocabulary."""
+    model = load_language_model(POCKET_FOLDER, torch.bfloat16, torch.device("cpu"))
+    hidden = model.suffix(torch.zeros(1, 4, model.facts.d_model, dtype=model.dtype), 19)
+    assert (model.head(hidden[0]) == 0).all()
+    assert model.facts.vocab_size == 4096
+    assert model.tokenizer.encode(["def f(x):"])[0]

@@ -1,8 +1,6 @@
 """Make the golden outputs of the official SAEBench, in its own environment and offline.
 
-    python -m venv .venv-saebench
-    .venv-saebench/bin/pip install -c tests/golden/saebench-constraints.txt sae-bench==0.6.0
-    .venv-saebench/bin/pip uninstall -y torchvision
+    make saebench
     .venv-saebench/bin/python tests/golden/make_saebench.py
 
 1. A random Gemma-2 of four layers, rows of random tokens, and SAEs of four architectures as SAELens
