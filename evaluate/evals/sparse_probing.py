@@ -23,8 +23,8 @@ from ..needs import Needs
 from ..probing.dense_probe import FULL_WIDTH, probe_every_class
 from ..probing.features import Features, draw_probe
 from ..probing.memo import Memo, seeded
-from ..probing.perturbed import model_name, of_data
 from ..probing.pooling import Pool, pool_task
+from ..probing.settings import model_name, of_data
 from ..probing.sources import DataName, Source, find_source, load_all
 from ..probing.sparse_probe import sparse_accuracy
 from ..probing.texts import Task

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..subject import Subject
-from .ablation import Kind, Logits, Ablatable, effects_of_classes, top_effects
+from .ablation import Ablatable, Kind, Logits, effects_of_classes, top_effects
 from .dense_probe import LinearProbe, Training, probe_every_class
 from .features import Draw, Features, draw_probe
 from .memo import Memo, seeded
