@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..needs import Needs
-from ..probing.perturbed import Outcome, Settings, divide, filled, official_config, perturb_all
+from ..probing.rounds import Outcome, divide, perturb_all
 from ..probing.scores import mean_scores, scr_scores
+from ..probing.settings import Settings, filled, official_config
 from ..probing.sources import Source, find_source, load_all
 from ..probing.texts import OPPOSITES, Task, spurious
 from ..results import Failure, Result

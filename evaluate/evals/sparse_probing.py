@@ -23,8 +23,8 @@ from ..needs import Needs
 from ..probing.dense_probe import FULL_WIDTH, probe_every_class
 from ..probing.features import Features, draw_probe
 from ..probing.memo import Memo, seeded
-from ..probing.perturbed import model_name, of_data
 from ..probing.pooling import Pool, pool_task
+from ..probing.settings import model_name, of_data
 from ..probing.sources import DataName, Source, find_source, load_all
 from ..probing.sparse_probe import sparse_accuracy
 from ..probing.texts import Task
@@ -143,7 +143,8 @@ def probe_validated(
     name: str, features: Sequence[Features], generator: torch.Generator, device: torch.device
 ) -> Accuracies:
     """The full-width probes at the epoch that held-out training rows pick."""
-    _, accuracies = probe_every_class(*features, FULL_WIDTH, generator, device, validated=True)
+    train, test = features
+    _, accuracies = probe_every_class(train, test, FULL_WIDTH, generator, device, validated=True)
     return {f"{name}_validated_test_accuracy": accuracies}
 
 

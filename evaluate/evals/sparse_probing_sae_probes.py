@@ -21,8 +21,8 @@ from ..offline import probing as installed
 from ..probing import collection
 from ..probing.collection import BinarySet
 from ..probing.last_token import LastTokens, read_prompts
-from ..probing.perturbed import model_name, of_data
 from ..probing.scores import mean_scores
+from ..probing.settings import model_name, of_data
 from ..probing.sources import DataName, Source, find_source, load_all
 from ..probing.tuned_probe import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
 from ..results import Result

@@ -23,7 +23,7 @@ SNIPPET_CHARACTERS = 140
 TEST_SHARE = 0.35
 
 Kind = Literal["code", "prose"]
-KINDS: tuple[Kind, ...] = ("code", "prose")
+KINDS: tuple[Kind, Kind] = ("code", "prose")
 
 
 @dataclass(frozen=True)

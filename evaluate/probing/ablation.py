@@ -57,10 +57,8 @@ class Logits:
 
 
 @dataclass(frozen=True, eq=False)
-class TestTexts:
+class Ablatable:
     """Test texts whose latents can be switched off, before probes that look at them."""
-
-    __test__ = False  # nothing for pytest
 
     resid: Features
     latents: Features  # of the same texts

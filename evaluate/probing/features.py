@@ -47,11 +47,11 @@ class Features:
 
     @property
     def width(self) -> int:
-        return self.matrix.shape[1]
+        return len(self.matrix.indptr) - 1
 
     def mean(self, rows: np.ndarray) -> Tensor:
         """[F] in `dtype`."""
-        weights = np.zeros(self.matrix.shape[0])
+        weights = np.zeros(max(span.stop for span in self.spans.values()))
         np.add.at(weights, rows, 1 / len(rows))
         return torch.from_numpy(self.matrix.T @ weights).to(self.dtype)
 

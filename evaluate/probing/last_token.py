@@ -38,14 +38,14 @@ def read_prompts(
     order = np.argsort([len(row) for row in rows], kind="stable")
     size = PieceSize(batch_size_for(subjects, context, batch_size), "prompts", scene.say)
 
-    def read(start: int, stop: int) -> LastTokens:
-        return read_last(_run(scene, subjects, [rows[row] for row in order[start:stop]]), subjects)
-
-    pieces: list[LastTokens] = []
     with scene.watch.stage(title, len(rows), "prompts") as advance:
-        for piece in in_pieces(len(rows), size, read):
-            pieces.append(piece)
-            advance(len(next(iter(piece.resid.values()))))
+
+        def read(start: int, stop: int) -> LastTokens:
+            piece = read_last(_run(scene, subjects, [rows[row] for row in order[start:stop]]), subjects)
+            advance(stop - start)
+            return piece
+
+        pieces = list(in_pieces(len(rows), size, read))
     back = np.argsort(order)
     return LastTokens(
         {layers: np.concatenate([piece.resid[layers] for piece in pieces])[back] for layers in pieces[0].resid},

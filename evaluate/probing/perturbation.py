@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..subject import Subject
-from .ablation import Kind, Logits, TestTexts, effects_of_classes, top_effects
+from .ablation import Ablatable, Kind, Logits, effects_of_classes, top_effects
 from .dense_probe import LinearProbe, Training, probe_every_class
 from .features import Draw, Features, draw_probe
 from .memo import Memo, seeded
@@ -81,7 +81,7 @@ def perturb(
     probed = of_model.official.recall(generator, lambda: probe_model(*resid, setup, generator))
     latents = pool.of_latents(subject, task.train)
     leaky = pool.of_leaky_latents(subject, task.test)
-    tests = TestTexts(resid[1], leaky, subject.sae.W_dec.detach(), probed.probes)
+    tests = Ablatable(resid[1], leaky, subject.sae.W_dec.detach(), probed.probes)
     return Perturbed(probed.clean, switch_off(latents, tests, setup, lambda: generator))
 
 
@@ -92,7 +92,7 @@ def perturb_corrected(pool: Pool, subject: Subject, task: Task, setup: Setup, of
     probed = of_model.corrected.recall(own, lambda: probe_model_corrected(*resid, setup, own))
     latents = pool.of_latents(subject, task.train)
     masked = pool.of_latents(subject, task.test)
-    tests = TestTexts(resid[1], masked, subject.sae.W_dec.detach(), probed.probes)
+    tests = Ablatable(resid[1], masked, subject.sae.W_dec.detach(), probed.probes)
     return Perturbed(probed.clean, switch_off(latents, tests, setup, lambda: seeded(setup.seed)))
 
 
@@ -111,10 +111,10 @@ def probe_model_corrected(train: Features, test: Features, setup: Setup, generat
 def untouched(test: Features, probes: Mapping[str, LinearProbe]) -> Logits:
     """What the probes say of the texts as they are."""
     nothing = torch.empty(0, test.width)
-    return TestTexts(test, test, nothing, probes).logits()
+    return Ablatable(test, test, nothing, probes).logits()
 
 
-def switch_off(latents: Features, tests: TestTexts, setup: Setup, new_generator: NewGenerator) -> Ablated:
+def switch_off(latents: Features, tests: Ablatable, setup: Setup, new_generator: NewGenerator) -> Ablated:
     """Accuracies of all probes with each class's strongest latents off."""
     generator = new_generator()
     effects = effects_of_classes(

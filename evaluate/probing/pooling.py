@@ -75,27 +75,27 @@ def pool_task(
     attention = attention_for(scene, subjects)
     size = PieceSize(batch_size_for(subjects, context, batch_size), "texts", scene.say)
 
-    def read(start: int, stop: int) -> Piece:
-        rows = make_rows(scene.model, texts[start:stop], context)
-        return read_piece(
-            without_special(scene.model, run_windows(scene.model, *rows, layers, attention)), subjects, leaky
-        )
-
-    pieces: list[Piece] = []
     with scene.watch.stage(f"{task.name}: texts", len(texts), "texts") as advance:
-        for piece in in_pieces(len(texts), size, read):
-            pieces.append(piece)
-            advance(next(iter(piece.model.values())).shape[0])
-    return make_pool(texts, pieces, scene.model.dtype)
+
+        def read(start: int, stop: int) -> Piece:
+            rows = make_rows(scene.model, texts[start:stop], context)
+            batch = run_windows(scene.model, *rows, layers, attention)
+            piece = read_piece(without_special(scene.model, batch), subjects, leaky)
+            advance(stop - start)
+            return piece
+
+        return make_pool(texts, list(in_pieces(len(texts), size, read)), scene.model.dtype)
 
 
 def make_pool(texts: Sequence[str], pieces: Sequence[Piece], dtype: torch.dtype) -> Pool:
     """The pool of texts that were read piece by piece."""
-    parts = [(piece.model, piece.latents, piece.leaky) for piece in pieces]
-    model, latents, leaky = (
-        {key: stacked([part[kind][key] for part in parts]) for key in parts[0][kind]} for kind in range(3)
+    first = pieces[0]
+    whole = Piece(
+        model={layers: stacked([piece.model[layers] for piece in pieces]) for layers in first.model},
+        latents={subject: stacked([piece.latents[subject] for piece in pieces]) for subject in first.latents},
+        leaky={subject: stacked([piece.leaky[subject] for piece in pieces]) for subject in first.leaky},
     )
-    return Pool({text: row for row, text in enumerate(texts)}, Piece(model, latents, leaky), dtype)
+    return Pool({text: row for row, text in enumerate(texts)}, whole, dtype)
 
 
 def read_piece(batch: Windows, subjects: Sequence[Subject], leaky: bool) -> Piece:

@@ -58,7 +58,7 @@ def sample(texts: Sequence[str], count: int, seed: int) -> list[str]:
     if len(texts) < count:
         raise DataMissing(f"expected at least {count} texts of a class, found {len(texts)}: ask for smaller sets")
     chosen = np.random.RandomState(seed).choice(len(texts), size=count, replace=False)
-    return [texts[row] for row in chosen]
+    return [texts[int(row)] for row in chosen]
 
 
 def balanced(table: Table, classes: Sequence[Hashable], per_quadrant: int, seed: int) -> dict[str, list[str]]:

@@ -61,7 +61,7 @@ def split_rows(labels: np.ndarray, seed: int) -> Split:
 
 def rank_latents(acts: csr_matrix, labels: np.ndarray) -> np.ndarray:
     """Latents by the difference of their means, largest first; each in units of its mean where it fires."""
-    counts = np.asarray((acts != 0).sum(axis=0)).ravel()
+    counts = acts.getnnz(axis=0)
     unit = np.asarray(abs(acts).sum(axis=0)).ravel() / (counts + EPSILON) + EPSILON
     means = [np.asarray(acts[labels == label].mean(axis=0)).ravel() for label in (1, 0)]
     difference = torch.from_numpy(np.abs((means[0] - means[1]) / unit).astype(np.float32))
@@ -78,7 +78,7 @@ def tuned_scores(
     probe = _fitted(train[order], train_labels[order], best, penalty, seed)
     said = probe.predict(test)
     return Scores(
-        test_accuracy=float((said == test_labels).mean()),
+        test_accuracy=float(np.mean(np.equal(said, test_labels))),
         test_auc=float(roc_auc_score(test_labels, probe.predict_proba(test)[:, 1])),
         test_f1=float(f1_score(test_labels, said, average="weighted")),
     )

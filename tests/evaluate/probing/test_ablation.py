@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saemill.evaluate.probing.ablation import TestTexts, effects, top_effects
+from saemill.evaluate.probing.ablation import Ablatable, effects, top_effects
 from saemill.evaluate.probing.dense_probe import Training, fresh_probe
 from saemill.evaluate.probing.features import Draw, Features
 from saemill.evaluate.probing.memo import seeded
@@ -25,7 +25,7 @@ def test_logits_are_those_of_texts_encoded_and_decoded_without_the_latents(offic
     pool = made.pool(subject, leaky=True)
     test = made.task.test
     probes = {name: fresh_probe(sae.d_in, torch.float32, seeded(i)) for i, name in enumerate(test)}
-    texts = TestTexts(
+    texts = Ablatable(
         pool.of_model(subject.layers, test), pool.of_leaky_latents(subject, test), sae.W_dec.detach(), probes
     )
     off = np.array([3, 11, 40, 7])
@@ -50,7 +50,7 @@ def test_logits_are_those_of_texts_encoded_and_decoded_without_the_latents(offic
 def test_nothing_off_is_the_probe_itself():
     features = Features.of({"a": torch.randn(5, 6), "b": torch.randn(5, 6)})
     probe = fresh_probe(6, torch.float32, seeded(0))
-    texts = TestTexts(features, features, torch.eye(6), {"a": probe})
+    texts = Ablatable(features, features, torch.eye(6), {"a": probe})
     whole = torch.from_numpy(features.matrix.toarray())
     torch.testing.assert_close(torch.from_numpy(texts.logits().table[:, 0]).float(), probe.logits(whole))
 

@@ -13,7 +13,7 @@ from saemill.evaluate.probing import hub
 from saemill.evaluate.probing.dense_probe import Training
 from saemill.evaluate.probing.memo import seeded
 from saemill.evaluate.probing.perturbation import OfModel, Setup, perturb
-from saemill.evaluate.probing.perturbed import Outcome
+from saemill.evaluate.probing.rounds import Outcome
 from saemill.evaluate.probing.texts import OPPOSITES, Table, balanced, by_class, spurious
 from saemill.evaluate.probing.tuned_probe import rank_latents, split_rows, tuned_scores
 

@@ -1,25 +1,16 @@
-"""The settings that scr and tpp share, and their way through data sets and SAEs."""
+"""The settings of the perturbing evaluations, scr and tpp, and what all probing evaluations say of theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from ...cache_schema.strict import to_json
-from ..errors import NotApplicable
-from ..results import Failure
 from ..scene import Scene
-from ..subject import Subject
 from .ablation import Kind
 from .dense_probe import Training
-from .memo import seeded
-from .perturbation import OfModel, Perturbed, Setup, perturb, perturb_corrected
-from .pooling import pool_task
 from .sources import DataName, Source
-from .texts import Task
 
 ALL_N = (2, 5, 10, 20, 50, 100, 500)
 TEST_BATCH = 500  # SAEBench's, of no effect: reported for its schema
@@ -64,14 +55,6 @@ class Settings:
         return self.train_set_size, self.test_set_size
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one task says of one SAE, by the protocol and without its faults."""
-
-    official: Perturbed
-    corrected: Perturbed
-
-
 def filled(settings: Settings, source: Source) -> Settings:
     """The settings with what the data decide."""
     return replace(
@@ -82,46 +65,6 @@ def filled(settings: Settings, source: Source) -> Settings:
         test_set_size=settings.test_set_size or source.test_size,
         context_length=settings.context_length or source.context,
     )
-
-
-def divide(subjects: Sequence[Subject]) -> tuple[list[Subject], list[Failure]]:
-    """The SAEs that read and write one layer, and why the others cannot be evaluated."""
-    able: list[Subject] = []
-    unable: list[Failure] = []
-    for subject in subjects:
-        try:
-            _ = subject.layer
-            able.append(subject)
-        except NotApplicable as reason:
-            unable.append(Failure(subject, reason))
-    return able, unable
-
-
-def perturb_all(
-    scene: Scene,
-    subjects: Sequence[Subject],
-    tasks: Sequence[Task],
-    settings: Settings,
-    kind: Kind,
-    classes_of: Callable[[Task], Sequence[str]],
-) -> Iterator[tuple[Subject, dict[str, Outcome]]]:
-    """Outcomes by task, for every SAE; the model reads each task's texts once for all."""
-    assert settings.context_length is not None
-    generators: dict[Subject, torch.Generator] = {subject: seeded(settings.random_seed) for subject in subjects}
-    outcomes: dict[Subject, dict[str, Outcome]] = {subject: {} for subject in subjects}
-    for task in tasks:
-        setup = Setup(kind, classes_of(task), settings.n_values, settings.training, settings.random_seed)
-        pool = pool_task(scene, subjects, task, settings.context_length, settings.llm_batch_size, leaky=True)
-        of_model = {subject.layers: OfModel() for subject in subjects}
-        with scene.watch.stage(f"{task.name}: ablations", len(subjects), "SAEs") as advance:
-            for subject in subjects:
-                shared = of_model[subject.layers]
-                outcomes[subject][task.name] = Outcome(
-                    perturb(pool, subject, task, setup, generators[subject], shared),
-                    perturb_corrected(pool, subject, task, setup, shared),
-                )
-                advance(1)
-    yield from outcomes.items()
 
 
 def official_config(
