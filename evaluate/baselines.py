@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..cache_schema.files import Files, open_files
 from .memory import PieceSize, in_pieces
-from .metrics.divergence import LogitsOf, Losses, compare, next_tokens
+from .metrics.divergence import LogitsOf, Losses, chunk_rows, compare, next_tokens
 from .rows import Block
 from .scene import Scene
 from .windows import Windows
@@ -51,6 +51,7 @@ class Baselines:
         self._scene, self._layer, self._ablations = scene, layer, tuple(ablations)
         self._mean_D = mean_D.to(scene.device, scene.model.dtype)
         self._size = PieceSize(block.batch_windows, "windows", scene.say)
+        self.rows = PieceSize(chunk_rows(scene.model.facts.vocab_size), "rows of logits", scene.say)
         self._files = _files_of(scene, layer, block, self._ablations)
 
     def of(self, batch: Windows, number: int) -> Clean:
@@ -75,15 +76,11 @@ class Baselines:
         head = self._scene.model.head
         return lambda start, stop: head(hidden_ND[start:stop])
 
-    @property
-    def vocab_size(self) -> int:
-        return self._scene.model.facts.vocab_size
-
     def _make(self, batch: Windows) -> Clean:
         hidden = self.hidden(batch, batch.resid[self._layer])
         others = [self._ablated(batch, ablation) for ablation in self._ablations]
         targets = next_tokens(batch.tokens, batch.keep)
-        ce, losses = compare(self.logits(hidden), others, targets, self.vocab_size)
+        ce, losses = compare(self.logits(hidden), others, targets, self.rows)
         return Clean(hidden, ce, dict(zip(self._ablations, losses, strict=True)))
 
     def _ablated(self, batch: Windows, ablation: str) -> LogitsOf:

@@ -30,6 +30,7 @@ from .subjects import find_all
 
 ALL = "all"
 FAILED, NOT_RUN = 1, 3
+LOG_WIDTH = 200  # of a table that no terminal bounds
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -59,7 +60,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
     Results are JSON files beside the run. The exit status is 0 when all is done, 1 when something failed,
     3 when something could not be run for want of a model or data.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
     keep_large_blocks()
     with errors_told():
         configs = make_configs(wanted, settings)

@@ -80,15 +80,16 @@ def encode(sae: SparseAutoencoder, x_ND: Tensor) -> Codes:
     if not isinstance(sae.gate, TopK):
         return _sparse(sae.gate.infer(pre_NF, sae.b_enc))
     values, latents = topk_rows(pre_NF, sae.gate.k)
-    return Codes(values.relu().view(-1), support_from_topk(latents, sae.num_latents), *pre_NF.shape)
+    return Codes(values.relu().view(-1), support_from_topk(latents, sae.num_latents), len(x_ND), sae.num_latents)
 
 
 def _sparse(acts_NF: Tensor) -> Codes:
     """Dense activations by their active entries, where those are few."""
+    rows, width = acts_NF.shape
     support = marked(acts_NF != 0, DENSE_SHARE)
     if support is None:
-        return Codes(acts_NF, None, *acts_NF.shape)
-    return Codes(acts_NF[support.rows.long(), support.latents.long()], support, *acts_NF.shape)
+        return Codes(acts_NF, None, rows, width)
+    return Codes(acts_NF[support.rows.long(), support.latents.long()], support, rows, width)
 
 
 def _is_active(values: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ from ..harvest.errors import HarvestError
 from ..harvest.model import ModelFacts, find_weights, read_facts
 from ..harvest.tokenizer import TextEncoder, make_encoder
 from .attend import ATTENTION, register_attention
-from .errors import ModelMissing
+from .errors import MemoryTooSmall, ModelMissing
+from .memory import is_out_of_memory
 
 Splice = Callable[[Tensor], Tensor]
 Sinks = Mapping[int, Callable[[Tensor], None]]
@@ -87,7 +88,7 @@ class LanguageModel:
 
         `sinks` are handed the attention probabilities [w, H, T, T] of their layers, block by block.
         """
-        top = max((*layers, *(sinks or {})))
+        top = max([*layers, *(sinks or {})])
         stack = self._part(0, top + 1, normed=False)
         with kept_outputs(self.stack, layers) as kept, spliced(self.stack, splice or {}):
             stack(input_ids=tokens_WT, use_cache=False, sinks=sinks or {}, **_padding(valid_WT))
@@ -203,11 +204,16 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
     register_attention()
     try:
         with _without_report():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
             )
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise MemoryTooSmall(
+                f"{folder}: the model does not fit into memory; free some, or try --device cpu"
+            ) from error
         raise ModelMissing(f"{folder}: the model cannot be loaded ({error}); fetch it again") from error
+    model, report = loaded
     if report["missing_keys"]:
         raise ModelMissing(f"{folder}: weights are missing, the first is {sorted(report['missing_keys'])[0]}")
     return make_language_model(model.to(device), folder)

@@ -101,9 +101,7 @@ def _add_batch(
     """The SAEs of one layer, side by side."""
     hidden = [baselines.hidden(batch, spliced(subject, batch, size)) for subject, size in subjects.items()]
     targets = next_tokens(batch.tokens, batch.keep)
-    _, losses = compare(
-        baselines.logits(clean.hidden), [baselines.logits(h) for h in hidden], targets, baselines.vocab_size
-    )
+    _, losses = compare(baselines.logits(clean.hidden), [baselines.logits(h) for h in hidden], targets, baselines.rows)
     documents = _documents(batch)
     for subject, found_losses in zip(subjects, losses, strict=True):
         found[subject].add(documents, clean, found_losses)

@@ -15,6 +15,7 @@ from .results import read_result
 from .subject import Subject
 
 MISSING = "-"
+NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
 
 
 def tell(console: Console, rows: Sequence[Row]) -> None:
@@ -39,7 +40,7 @@ def make_table(rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("SAE", no_wrap=True)
     for _, metric in columns:
-        table.add_column(metric.rsplit(".", 1)[-1], justify="right")
+        table.add_column(metric.rsplit(".", 1)[-1].replace("_", " "), justify="right", min_width=NUMBER_WIDTH)
     for subject in subjects:
         table.add_row(subject.name, *(_cell(found.get((subject, eval_id)), metric) for eval_id, metric in columns))
     return table

@@ -11,7 +11,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Result:
     subject: Subject
     eval_config: Mapping[str, Any]
     metrics: Mapping[str, Mapping[str, Any]]
-    details: list[Mapping[str, Any]] = field(default_factory=list)
+    details: Sequence[Mapping[str, Any]] = ()
     unstructured: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Our own top-level keys."""

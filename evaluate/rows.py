@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from .errors import NotApplicable, SettingInvalid
 from .feed import count_windows, store_batches
+from .memory import PieceSize, in_pieces
 from .scene import Scene
 from .windows import Windows
 
@@ -75,8 +79,15 @@ def read_block(
         block.windows,
         scene.device,
     )
+    size = PieceSize(block.batch_windows, "windows", scene.say)
     for batch in batches:
-        yield replace(batch, resid=scene.model.resid(batch.tokens, layers)) if scene.from_tokens else batch
+        yield replace(batch, resid=run_prefix(scene, batch, layers, size)) if scene.from_tokens else batch
+
+
+def run_prefix(scene: Scene, batch: Windows, layers: Sequence[int], size: PieceSize) -> dict[int, Tensor]:
+    """The residuals of a batch, computed from its tokens."""
+    pieces = list(in_pieces(len(batch), size, lambda a, b: scene.model.resid(batch.tokens[a:b], layers)))
+    return {layer: torch.cat([piece[layer] for piece in pieces]) for layer in layers}
 
 
 def rows_of(scene: Scene, split: str, batch_windows: int, reconstruction: int | None, sparsity: int | None) -> Rows:

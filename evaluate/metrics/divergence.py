@@ -17,10 +17,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ..memory import PieceSize, in_pieces
+
 LogitsOf = Callable[[int, int], Tensor]
 """Logits [stop - start, V] of the rows start..stop."""
 
-CHUNK_ELEMENTS = 1 << 26  # rows of a product with the head: enough to pay for reading its weights
+CHUNK_ELEMENTS = 1 << 26  # logits of a product with the head: enough to pay for reading its weights
 BLOCK_ELEMENTS = 1 << 19  # float32 in a cache
 MAY_UNDERFLOW = -80.0  # a float32 probability below this logarithm may be zero
 
@@ -44,22 +46,25 @@ def chunk_rows(vocab_size: int) -> int:
 
 @torch.inference_mode()
 def compare(
-    clean: LogitsOf, others: Sequence[LogitsOf], targets_N: Tensor, vocab_size: int
+    clean: LogitsOf, others: Sequence[LogitsOf], targets_N: Tensor, rows: PieceSize
 ) -> tuple[Tensor, list[Losses]]:
     """Cross entropy [N] of the clean distribution; of the others also their divergence from it.
 
-    `targets_N` holds the next token of each row, or -1.
+    `targets_N` holds the next token of each row, or -1; `rows` says how many have logits at once.
     """
-    clean_ce: list[Tensor] = []
-    parts: list[list[Losses]] = [[] for _ in others]
-    for start, stop in _ranges(len(targets_N), chunk_rows(vocab_size)):
+
+    def work(start: int, stop: int) -> tuple[Tensor, list[Losses]]:
         targets = targets_N[start:stop]
         logp_NV = _normalised(clean(start, stop))
-        clean_ce.append(_cross_entropy(logp_NV, targets))
-        for other, part in zip(others, parts, strict=True):
-            part.append(_losses(logp_NV, other(start, stop), targets))
-        del logp_NV
-    return _cat(clean_ce, targets_N), [Losses.concat(part) if part else _no_losses(targets_N) for part in parts]
+        return _cross_entropy(logp_NV, targets), [_losses(logp_NV, other(start, stop), targets) for other in others]
+
+    chunks = list(in_pieces(len(targets_N), rows, work))
+    nothing = torch.empty(0, device=targets_N.device)
+    losses = [
+        Losses.concat([Losses(nothing, nothing, nothing), *(chunk[1][number] for chunk in chunks)])
+        for number in range(len(others))
+    ]
+    return torch.cat([nothing, *(chunk[0] for chunk in chunks)]), losses
 
 
 def next_tokens(tokens_WT: Tensor, keep_WT: Tensor) -> Tensor:
@@ -111,12 +116,3 @@ def _block_rows(logits_NV: Tensor) -> int:
 
 def _ranges(total: int, size: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, total)) for start in range(0, total, size))
-
-
-def _cat(parts: Sequence[Tensor], like_N: Tensor) -> Tensor:
-    return torch.cat(list(parts)) if parts else torch.empty(0, device=like_N.device)
-
-
-def _no_losses(like_N: Tensor) -> Losses:
-    nothing = torch.empty(0, device=like_N.device)
-    return Losses(nothing, nothing, nothing)

@@ -57,7 +57,8 @@ class Firing:
 
     @staticmethod
     def none(width: int, device: torch.device) -> Firing:
-        return Firing(*(torch.zeros(width, dtype=torch.int64, device=device) for _ in range(2)))
+        tokens = torch.zeros(width, dtype=torch.int64, device=device)
+        return Firing(tokens, tokens.clone())
 
     def add(self, tokens_F: Tensor, windows_F: Tensor, total_tokens: int) -> None:
         """Tokens and windows of a batch in which each latent fires."""

@@ -44,7 +44,7 @@ def results(run, eval_id="core"):
 def test_all_saes_of_a_run(run_1, sae_eval):
     output = sae_eval("run_1")
     assert "run_1/small" in output
-    assert "ce_loss_score" in output
+    assert "ce loss score" in output
     found = results(run_1)
     assert set(found) == {"small_eval_results.json", "large_eval_results.json"}
     assert len(found["large_eval_results.json"]["eval_result_details"]) == 32
@@ -220,7 +220,7 @@ def test_compare_is_one_table_and_evaluates_only_what_is_missing(world, run_1, b
     before = results(run_1)
     output = sae_eval("run_1", "run_2", "--compare")
     assert all(name in output for name in ("run_1/small", "run_1/large", "run_2/other"))
-    assert output.count("ce_loss_score") == 1
+    assert output.count("ce loss score") == 1
     assert results(run_1) == before
 
 
@@ -231,7 +231,7 @@ def test_compare_refuses_other_settings(world, run_1, builder, sae_eval):
     output = sae_eval("run_1", "run_2", "--compare", code=1)
     assert "config.n_eval_reconstruction_batches" in output
     assert "run_2/other: 1" in output
-    assert "ce_loss_score" not in output
+    assert "ce loss score" not in output
 
 
 def test_compare_refuses_other_stores(world, make_world, run_1, builder, sae_eval):

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from saemill.cache_schema import AttentionSpec, Store
-from saemill.evaluate.errors import ModelMissing
+from saemill.evaluate import lm
+from saemill.evaluate.errors import MemoryTooSmall, ModelMissing
 from saemill.evaluate.feed import joined, make_rows, run_windows, store_batches, text_batches
 from saemill.evaluate.lm import load_language_model
 from saemill.evaluate.scene import Scene, find_model
@@ -197,6 +198,15 @@ def test_missing_weights_are_never_filled_in(world, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelMissing, match="missing"):
         load_language_model(tmp_path, torch.float32, torch.device("cpu"))
+
+
+def test_a_model_that_does_not_fit_is_not_called_damaged(world, monkeypatch):
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lm.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(MemoryTooSmall, match="does not fit"):
+        load_language_model(world.model, torch.float32, torch.device("cpu"))
 
 
 def test_no_store_is_said_in_words():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from saemill.evaluate import codes
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
+from saemill.evaluate.memory import PieceSize
 from saemill.evaluate.metrics import divergence, weights
 from saemill.evaluate.metrics.bootstrap import DocumentSums, intervals, resampled
 from saemill.evaluate.metrics.divergence import compare, kl_as_published, next_tokens
@@ -25,14 +26,23 @@ def logits(rows, vocab, seed, scale=3.0):
     return scale * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("chunk", "block"), [(1 << 26, 1 << 19), (7 * 3, 7 * 2), (1, 1)])
+def rows_of(table):
+    return lambda start, stop: table[start:stop]
+
+
+def rows_at_once(count):
+    return PieceSize(count, "rows", lambda _: None)
+
+
+@pytest.mark.parametrize(("chunk", "block"), [(1 << 20, 1 << 19), (3, 7 * 2), (1, 1)])
 def test_losses_are_those_of_whole_distributions(monkeypatch, chunk, block):
     """In chunks and blocks of any size."""
-    monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", chunk)
     monkeypatch.setattr(divergence, "BLOCK_ELEMENTS", block)
     clean, others = logits(11, 7, 0), [logits(11, 7, 1), logits(11, 7, 2)]
     targets = torch.tensor([0, 6, -1, 3, 3, 2, -1, 5, 1, 0, 4])
-    ce, losses = compare(lambda a, b: clean[a:b], [lambda a, b, o=o: o[a:b] for o in others], targets, 7)
+    ce, losses = compare(
+        lambda a, b: clean[a:b], [lambda a, b, o=o: o[a:b] for o in others], targets, rows_at_once(chunk)
+    )
     p, has = clean.double().softmax(-1), targets >= 0
     for other, found in zip(others, losses, strict=True):
         q = other.double().softmax(-1)
@@ -44,23 +54,37 @@ def test_losses_are_those_of_whole_distributions(monkeypatch, chunk, block):
     torch.testing.assert_close(ce[has].double(), -p.log()[has, targets[has]], rtol=1e-5, atol=1e-7)
 
 
-def test_nothing_larger_than_a_chunk_is_asked_for(monkeypatch):
-    monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", 40)
+def test_nothing_larger_than_a_chunk_is_asked_for():
     asked = []
 
     def clean(start, stop):
         asked.append(stop - start)
         return torch.zeros(stop - start, 10)
 
-    compare(clean, [clean], torch.zeros(11, dtype=torch.int64), 10)
+    compare(clean, [clean], torch.zeros(11, dtype=torch.int64), rows_at_once(4))
     assert max(asked) == 4
     assert sum(asked) == 22
+    assert divergence.chunk_rows(256_000) * 256_000 * 4 < 300e6
+
+
+def test_logits_that_do_not_fit_are_asked_for_in_smaller_chunks():
+    clean, said = logits(11, 7, 0), []
+
+    def tight(start, stop):
+        if stop - start > 2:
+            raise MemoryError("tight")
+        return clean[start:stop]
+
+    size = PieceSize(8, "rows of logits", said.append)
+    ce, _ = compare(tight, [tight], torch.zeros(11, dtype=torch.int64), size)
+    torch.testing.assert_close(ce, -clean.log_softmax(-1)[:, 0])
+    assert said == [f"out of memory: going on with {n} rows of logits at a time" for n in (4, 2)]
 
 
 def test_where_a_probability_underflows_only_the_published_divergence_breaks():
     clean = torch.tensor([[0.0, -200.0, 0.0], [0.0, 0.0, 0.0]])
     other = torch.tensor([[0.0, -1.0, 0.0], [0.0, 0.0, 1.0]])
-    _, (found,) = compare(lambda a, b: clean[a:b], [lambda a, b: other[a:b]], torch.tensor([0, 0]), 3)
+    _, (found,) = compare(rows_of(clean), [rows_of(other)], torch.tensor([0, 0]), rows_at_once(9))
     assert found.kl.isfinite().all()
     assert found.kl_published[0].isnan()
     assert found.kl_published[1] == pytest.approx(float(found.kl[1]))
@@ -69,13 +93,18 @@ def test_where_a_probability_underflows_only_the_published_divergence_breaks():
 
 def test_a_divergence_from_itself_is_zero_to_the_bit():
     clean = logits(5, 9, 3)
-    _, (found,) = compare(lambda a, b: clean[a:b], [lambda a, b: clean[a:b]], torch.zeros(5, dtype=torch.int64), 9)
+    _, (found,) = compare(
+        lambda a, b: clean[a:b], [lambda a, b: clean[a:b]], torch.zeros(5, dtype=torch.int64), rows_at_once(9)
+    )
     assert (found.kl == 0).all()
 
 
 def test_nothing_to_compare():
     ce, (found,) = compare(
-        lambda a, b: torch.zeros(b - a, 3), [lambda a, b: torch.zeros(b - a, 3)], torch.zeros(0, dtype=torch.int64), 3
+        lambda a, b: torch.zeros(b - a, 3),
+        [lambda a, b: torch.zeros(b - a, 3)],
+        torch.zeros(0, dtype=torch.int64),
+        rows_at_once(9),
     )
     assert len(ce) == len(found.kl) == 0
 
