@@ -74,7 +74,7 @@ class Reader:
     subjects: Sequence[Subject]
     attention: AttentionSpec | None
     batch_size: int
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = lambda _: None
 
     def read(self, spots: Sequence[Spot], advance: Callable[[int], None]) -> Reading:
         """Prompts that do not fit into memory together are read in smaller batches."""

@@ -87,7 +87,7 @@ def make_task(
     )
     probes = {layer: _fit(layer, train, test, len(classes.names), seed) for layer in train.reading.x}
     is_found = torch.stack([probe.found for probe in probes.values()]).any(0)
-    found = is_found.nonzero().view(-1).tolist()
+    found: list[int] = is_found.nonzero().view(-1).tolist()
     fresh = _prompts([test.words[number] for number in found], words, classes, draw)
     again = reader.read(make_spots(fresh, classes, reader.model), stage("known words", len(fresh)))
     return Task(classes, train, test, probes, again, torch.where(is_found, is_found.cumsum(0) - 1, -1))

@@ -39,7 +39,7 @@ class Trial:
     subjects: Sequence[Subject]
     attention: AttentionSpec | None
     batch_size: int
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = lambda _: None
 
     def firing_shares(self, rows_WT: Tensor, advance: Advance) -> dict[Subject, np.ndarray]:
         """For each SAE the share of tokens on which each latent fires."""

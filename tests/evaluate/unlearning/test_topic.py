@@ -1,0 +1,105 @@
+"""A topic of the installed library as material: nothing is in both halves, and every draw is the seed's."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from transformers import Gemma2ForCausalLM
+
+from saemill.evaluate.errors import DataMissing, NotApplicable
+from saemill.evaluate.evals import unlearning
+from saemill.evaluate.lm import LanguageModel, make_language_model
+from saemill.evaluate.offline import topic
+from saemill.evaluate.offline.topic import EXAM_ROWS, load_topic, make_material
+from saemill.evaluate.progress import Watch
+from saemill.evaluate.scene import Scene
+from saemill.harvest.pocket import MODEL_FOLDER
+
+
+@pytest.fixture(scope="module")
+def tiny(world) -> LanguageModel:
+    """A random model with the pocket model's tokenizer."""
+    config = Gemma2ForCausalLM.from_pretrained(world.model).config
+    config.vocab_size = 4096
+    torch.manual_seed(2)
+    return make_language_model(Gemma2ForCausalLM(config), MODEL_FOLDER)
+
+
+def texts(word: str, count: int) -> list[str]:
+    return [f"{word}{number} " * 60 for number in range(count)]
+
+
+def text_of(model: LanguageModel, rows: torch.Tensor) -> str:
+    return model.tokenizer.backend.decode(rows.reshape(-1).tolist())
+
+
+def test_latents_are_chosen_and_exams_set_on_different_texts(tiny):
+    made = make_material(tiny, "tiny", texts("in", 9), texts("out", 9), "topic", seed=0)
+    (forget,), (retain,) = made.forget, made.retain
+    assert (forget.name, retain.name) == ("topic", "not topic")
+    for rows, paper, word in ((made.forget_rows, forget, "in"), (made.retain_rows, retain, "out")):
+        chosen_on, examined = ({text[:4] for text in text_of(tiny, each).split()} for each in (rows, paper.rows))
+        numbers = [
+            {part for part in parts if part in {f"{word}{i}" for i in range(9)}} for parts in (chosen_on, examined)
+        ]
+        assert numbers[0]
+        assert numbers[1]
+        assert not numbers[0] & numbers[1]
+        assert bool((rows[:, 0] == tiny.bos).all())
+
+
+def test_draws_are_the_seeds_and_leak_nothing(tiny):
+    state, torch_state = random.getstate(), torch.random.get_rng_state()
+    first, again, other = (
+        make_material(tiny, "tiny", texts("in", 9), texts("out", 9), "topic", seed).forget_rows for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+    assert random.getstate() == state
+    assert torch.equal(torch.random.get_rng_state(), torch_state)
+
+
+def test_the_library_has_the_default_topic_and_others_are_refused_by_name(tiny):
+    made = load_topic(tiny, "tiny", unlearning.Config().topic, seed=0)
+    assert len(made.forget[0].rows) == len(made.retain[0].rows) == EXAM_ROWS
+    assert "asyncio" in made.name
+    with pytest.raises(DataMissing, match="under 'nonsense'.*asyncio, email or xml"):
+        load_topic(tiny, "tiny", "nonsense", seed=0)
+
+
+def repetitive_documents() -> list[tuple[str, str]]:
+    """Text that a model knows which says its last token again."""
+    words = ("self", "return", "import", "None", "class", "def", "if", "else", "for", "in", "not", "and")
+    return [(f"{'email' if i % 2 else 'other'}/{i}.py", f" {word}" * 400) for i, word in enumerate(words)]
+
+
+@pytest.fixture
+def echo(tiny) -> LanguageModel:
+    """Its layers add nothing, so with tied embeddings the likeliest token is often the last one."""
+    model = copy.deepcopy(tiny.model)
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data.fill_(-1.0)
+        layer.post_feedforward_layernorm.weight.data.fill_(-1.0)
+    return make_language_model(model, MODEL_FOLDER)
+
+
+def test_the_evaluation_runs_on_it(echo, builder, monkeypatch):
+    monkeypatch.setattr(topic, "stdlib_documents", repetitive_documents)
+    scene = Scene(None, model_name="echo", watch=Watch(is_quiet=True))
+    scene.use(echo)
+    subject = builder.subject(builder.make_sae(k=None))
+    config = unlearning.Config(data="stdlib", topic="email", multipliers=(5,), n_features_list=(3,))
+    (result,) = unlearning.evaluate(scene, [subject], config)
+    assert 0 <= result.metrics["unlearning"]["unlearning_score"] <= 1
+    assert result.eval_config["dataset_names"] == ["email", "not email"]
+    assert [run["multiplier"] for run in result.extra["unlearning"]["runs"]] == [5, 5]
+
+
+def test_a_model_that_knows_nothing_of_it_is_not_run(tiny, builder):
+    scene = Scene(None, model_name="tiny", watch=Watch(is_quiet=True))
+    scene.use(tiny)
+    with pytest.raises(NotApplicable, match="answers no question about what it is to forget"):
+        list(unlearning.evaluate(scene, [builder.subject(builder.make_sae())], unlearning.Config(data="stdlib")))
