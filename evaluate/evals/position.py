@@ -67,21 +67,23 @@ class Sample:
     tokens: int
     generator: torch.Generator
     positions: list[Tensor] = field(default_factory=list)  # [w, P] of each batch
-    resid: list[Tensor] = field(default_factory=list)  # [w, P, D]
-    acts: dict[Subject, list[Tensor]] = field(default_factory=dict)  # [w, P, F]
+    rows: dict[Subject | tuple[int, ...], list[Tensor]] = field(default_factory=dict)  # codes, and residuals by layers
 
-    def begin(self, batch: Windows, layers: Sequence[int]) -> None:
+    def begin(self, batch: Windows, subjects: Sequence[Subject]) -> None:
         """Draw from the next batch."""
         dice = torch.rand(batch.keep.shape, generator=self.generator).to(batch.keep.device)
         count = min(self.tokens, batch.context)
         self.positions.append(torch.where(batch.keep, dice, -1.0).topk(count, dim=1).indices)
-        self.resid.append(self._at(batch.x(layers)))
+        for layers in {subject.layers for subject in subjects}:
+            self.take(layers, batch.x(layers))
 
-    def take(self, subject: Subject, acts_WTF: Tensor) -> None:
-        self.acts.setdefault(subject, []).append(self._at(acts_WTF))
+    def take(self, key: Subject | tuple[int, ...], table_WTF: Tensor) -> None:
+        place = self.positions[-1][:, :, None].expand(-1, -1, table_WTF.shape[2])
+        self.rows.setdefault(key, []).append(table_WTF.gather(1, place))
 
-    def _at(self, table_WTF: Tensor) -> Tensor:
-        return table_WTF.gather(1, self.positions[-1][:, :, None].expand(-1, -1, table_WTF.shape[2]))
+    def of(self, key: Subject | tuple[int, ...]) -> Tensor:
+        """[W, P, F]"""
+        return torch.cat(self.rows[key])
 
 
 def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
@@ -92,11 +94,14 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
     sample = Sample(config.probe_tokens, torch.Generator().manual_seed(config.seed))
     after = profiles(scene, subjects, "position", config, "test", sample)
     positions = torch.cat(sample.positions)
-    resid = order_probes(torch.cat(sample.resid), positions, context, config, (None,))
+    resid = {
+        layers: order_probes(sample.of(layers), positions, context, config, (None,))
+        for layers in {subject.layers for subject in subjects}
+    }
     for subject in subjects:
         ranges = assigned[subject] or Assignment(assign_ranges(before[subject], config.ranges), config.ranges, STATIC)
-        order = order_probes(torch.cat(sample.acts.pop(subject)), positions, context, config, config.probe_k)
-        metrics = {"specialisation": specialisation(subject, after[subject], ranges, config), "order": order | resid}
+        order = order_probes(sample.of(subject), positions, context, config, config.probe_k) | resid[subject.layers]
+        metrics = {"specialisation": specialisation(subject, after[subject], ranges, config), "order": order}
         yield Result(subject, to_json(config), metrics, unstructured={"ranges": ranges.source})
 
 
@@ -107,7 +112,7 @@ def profiles(
     seen: dict[Subject, Profile] = {}
     for batch in read_windows(scene, subjects, title, config.windows, config.batch_windows, split):
         if sample is not None:
-            sample.begin(batch, subjects[0].layers)
+            sample.begin(batch, subjects)
         for subject in subjects:
             acts = subject.encode(batch)
             found = profile(acts, batch.keep)

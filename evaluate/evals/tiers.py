@@ -43,6 +43,7 @@ from ..wording import Wording
 NEEDS = Needs(store=True)
 SUMMARY = ("tier_information.adjusted_nmi_1_2", "composition.coverage_few_2")
 KEPT = 5
+LEAST_ROOM = 1e-3  # nats between mean ablation and the reconstruction, below which nothing can be restored
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
     for subject in subjects:
         metrics = measure(seen[subject], composition[subject][0], effects[subject], config)
         listed = {"tiers": seen[subject].tiers.source, "uncomposed": list_uncomposed(seen[subject], words, config)}
-        yield Result(subject, to_json(config), metrics, unstructured=listed, missing=missing)
+        untraced = None if subject.is_single_layer else "causal tracing is about SAEs that read and write one layer"
+        yield Result(subject, to_json(config), metrics, unstructured=listed, missing=missing or untraced)
 
 
 def model_obstacle(scene: Scene, config: Config) -> str | None:
@@ -227,7 +229,7 @@ def causal(effects: Mapping[str, Effect], tiers: int) -> dict[str, float]:
         found[f"kl_without_{tier}"] = effects[f"without_{tier}"].kl
         found[f"loss_increase_without_{tier}"] = effects[f"without_{tier}"].loss - effects["all"].loss
         restored = effects["mean"].kl - effects[f"only_{tier}"].kl
-        found[f"restored_by_{tier}"] = restored / room if room > 0 else float("nan")
+        found[f"restored_by_{tier}"] = restored / room if room > LEAST_ROOM else float("nan")
     return found
 
 

@@ -66,11 +66,10 @@ class Explained:
 
     def _r_squared(self, layers: Sequence[int]) -> float:
         chosen = [1, *(layer + 2 for layer in layers)]
-        gram, along = self.products[chosen][:, chosen], self.products[chosen, 0]
-        fitted = torch.linalg.lstsq(
-            gram, along[:, None], driver="gelsd" if gram.device.type == "cpu" else None
-        ).solution
-        return float(along @ fitted[:, 0] / self.products[0, 0].clamp_min(1e-30))
+        products = self.products.cpu()  # small, and the solver for dependent regressors is there
+        gram, along = products[chosen][:, chosen], products[chosen, 0]
+        fitted = torch.linalg.lstsq(gram, along[:, None], driver="gelsd").solution[:, 0]
+        return float(along @ fitted / products[0, 0].clamp_min(1e-30))
 
 
 def explain(acts_WTF: Tensor, attention_LWTT: Tensor, takes_part_WT: Tensor) -> Explained:

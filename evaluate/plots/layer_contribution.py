@@ -12,7 +12,7 @@ from ..figures.panels import STEP, draw_parts
 from ..figures.records import Record
 from ..figures.style import INK, LINES, caption, new_figure, shades
 
-LOGGED = "contribution/layer_"
+LOGGED = "attention/contribution_"
 SHARE, GAIN = "share_", "similarity_gain_"
 
 
@@ -74,5 +74,5 @@ def draw_logged(axis: Axes, record: Record, colours: Mapping[int, str]) -> None:
         axis.plot(
             *record.series(name), color=colours[layer], ls=LINES[place % len(LINES)], lw=1.8, label=f"layer {layer}"
         )
-    caption(axis, record.name, STEP, "part of the layer in the guidance")
+    caption(axis, record.name, STEP, "share of guided similarity (sum 1)")
     axis.legend(fontsize=8, frameon=False)

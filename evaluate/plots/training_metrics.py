@@ -36,9 +36,9 @@ PANELS = (
     *(
         Lines(
             f"Composition of tier {tier}",
-            "R^2 by the tier below",
+            "R² by the tier below",
             series_of(f"composition/r2_{tier}"),
-            may_be_log=False,
+            (-0.03, 1.03),
         )
         for tier in TIERS[1:]
     ),

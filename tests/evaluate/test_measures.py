@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -64,6 +66,29 @@ def test_every_measure_applies_to_every_sae(module, world, builder, open_scene):
         assert together[subject].missing is None
         assert frame(alone, "x", {})["eval_result_metrics"] == frame(together[subject], "x", {})["eval_result_metrics"]
     assert all(module.SUMMARY) and all(lookup(together[plain].metrics, path) is not None for path in module.SUMMARY[:1])
+
+
+@EVERY
+def test_an_sae_of_several_layers_is_measured_as_far_as_it_can_be(module, make_world, builder, open_scene):
+    """And takes nothing from its neighbour of one layer."""
+    scene = open_scene(make_world(layers=(1, 2)))
+    wide = builder.subject(builder.make_sae(d_in=2 * builder.D), "wide", layers=(1, 2))
+    plain = builder.subject(builder.make_sae(), "plain")
+    found = {result.subject: result for result in module.evaluate(scene, [wide, plain], CONFIGS[module])}
+    assert found[plain].metrics == one(module, scene, plain).metrics
+    assert all(lookup(found[wide].metrics, path) is not None for path in module.SUMMARY[:1])
+    assert (found[wide].missing is not None) == (module in (tiers, attention))
+
+
+@EVERY
+def test_an_sae_that_never_fires_has_numbers_or_none(module, world, builder, open_scene):
+    """As the studies' untrained baseline did: no division by nothing."""
+    result = one(module, open_scene(world), builder.subject(blind(builder, mean_of(world, builder.LAYER))))
+    values = [value for group in result.metrics.values() for value in group.values()]
+    assert values
+    restored = [name for name in result.metrics.get("causal", {}) if name.startswith("restored_by_")]
+    told = {name: value for group in result.metrics.values() for name, value in group.items() if name not in restored}
+    assert all(math.isfinite(value) for value in told.values()), told
 
 
 def lookup(metrics, path):

@@ -30,7 +30,7 @@ ALL = {
     "transition_matrix",
 }
 NOTES = {
-    "attention": ["mixing/weight_17", "mixing/weight_18", "mixing/temperature", "contribution/layer_17"],
+    "attention": ["mixing/weight_17", "mixing/weight_18", "mixing/temperature", "attention/contribution_17"],
     "tiered": ["tiers/activity_1", "tiers/activity_2", "tiers/activity_3", "loss/composition"],
     "positional": ["mask/coefficient", "mask/retention"],
     "temporal": ["temporal/activation_variance", "temporal/lifetime", "loss/temporal_short", "loss/temporal_long"],
