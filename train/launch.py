@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from ..cache_schema import Manifest, Store
+from ..cache_schema.allocator import keep_large_blocks
 from ..cache_schema.request import validate_request
 from .budget import Budget, settle_budget
 from .build import most_active
@@ -31,7 +32,6 @@ from .progress import Progress
 from .recipe import Recipe
 from .run import Run
 from .runs import MetricsLog, RunFolder, provenance
-from .sae.kernels.memory import keep_large_blocks
 from .sae.scaling import Stats, stats_from_moments
 from .trackers import Trackers, require_trackers
 from .watch import Watch

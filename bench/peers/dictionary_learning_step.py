@@ -24,7 +24,7 @@ TRAINERS = {
 FRACTIONS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32]
 
 
-def make_trainer(variant: str, width: int, k: int, d_model: int) -> Any:
+def make_trainer(variant: str, width: int, k: int, d_model: int, more: dict[str, Any] | None = None) -> Any:
     file, name = TRAINERS[variant]
     trainer = getattr(importlib.import_module(f"dictionary_learning.trainers.{file}"), name)
     settings: dict[str, Any] = {"steps": 100_000, "activation_dim": d_model, "dict_size": width}
@@ -35,7 +35,7 @@ def make_trainer(variant: str, width: int, k: int, d_model: int) -> Any:
         settings["group_fractions"] = FRACTIONS
     if variant == "jumprelu":
         settings["target_l0"] = float(k)
-    return trainer(**settings)
+    return trainer(**settings | (more or {}))
 
 
 def make_sparse(autoencoder: Any, x: torch.Tensor, l0: float) -> None:

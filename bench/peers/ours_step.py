@@ -11,8 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stepping import load_batches, serve, sparse_bias
 
+from saemill.cache_schema.allocator import keep_large_blocks
 from saemill.train.sae.gates import JumpRelu
-from saemill.train.sae.kernels.memory import keep_large_blocks
 from saemill.train.step import Trainee
 from saemill.train.variants import config_type
 from saemill.train.view import Batch

@@ -23,7 +23,7 @@ SAES = {
 PREFIXES = [1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0]
 
 
-def make_sae(variant: str, width: int, k: int, d_model: int) -> Any:
+def make_sae(variant: str, width: int, k: int, d_model: int, more: dict[str, Any] | None = None) -> Any:
     file, name = SAES[variant]
     module = importlib.import_module(f"sae_lens.saes.{file}")
     settings: dict[str, Any] = {"d_in": d_model, "d_sae": width}
@@ -31,34 +31,34 @@ def make_sae(variant: str, width: int, k: int, d_model: int) -> Any:
         settings["k"] = k
     if variant == "matryoshka":
         settings["matryoshka_widths"] = [round(fraction * width) for fraction in PREFIXES]
-    return getattr(module, name)(getattr(module, f"{name}Config")(**settings))
+    return getattr(module, name)(getattr(module, f"{name}Config")(**settings, **(more or {})))
 
 
-def make_trainer(sae: Any, batch_rows: int) -> Any:
+def make_trainer(sae: Any, batch_rows: int, more: dict[str, Any] | None = None) -> Any:
     config = importlib.import_module("sae_lens.config")
     trainer = importlib.import_module("sae_lens.training.sae_trainer")
-    settings = config.SAETrainerConfig(
-        total_training_samples=10**9,
-        train_batch_size_samples=batch_rows,
-        device="cpu",
-        autocast=False,
-        lr=3e-4,
-        lr_end=3e-5,
-        lr_scheduler_name="constant",
-        lr_warm_up_steps=0,
-        lr_decay_steps=0,
-        n_restart_cycles=1,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        dead_feature_window=1000,
-        feature_sampling_window=2000,
-        n_batches_for_norm_estimate=1,
-        logger=config.LoggingConfig(log_to_wandb=False),
-        n_checkpoints=0,
-        checkpoint_path=None,
-        save_final_checkpoint=False,
-    )
-    return trainer.SAETrainer(cfg=settings, sae=sae, data_provider=iter(()))
+    settings = {
+        "total_training_samples": 10**9,
+        "train_batch_size_samples": batch_rows,
+        "device": "cpu",
+        "autocast": False,
+        "lr": 3e-4,
+        "lr_end": 3e-5,
+        "lr_scheduler_name": "constant",
+        "lr_warm_up_steps": 0,
+        "lr_decay_steps": 0,
+        "n_restart_cycles": 1,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "dead_feature_window": 1000,
+        "feature_sampling_window": 2000,
+        "n_batches_for_norm_estimate": 1,
+        "logger": config.LoggingConfig(log_to_wandb=False),
+        "n_checkpoints": 0,
+        "checkpoint_path": None,
+        "save_final_checkpoint": False,
+    }
+    return trainer.SAETrainer(cfg=config.SAETrainerConfig(**settings | (more or {})), sae=sae, data_provider=iter(()))
 
 
 def make_sparse(sae: Any, x: torch.Tensor, l0: float) -> None:

@@ -6,7 +6,6 @@ import torch
 
 from saemill.train.sae.gates import TopK
 from saemill.train.sae.kernels.hardware import has_fast_bfloat16
-from saemill.train.sae.kernels.memory import keep_large_blocks
 from saemill.train.sae.model import SparseAutoencoder
 
 
@@ -24,9 +23,3 @@ def test_the_bfloat16_product_gives_way_where_it_is_emulated(rng, monkeypatch):
 
 def test_an_unknown_device_has_no_fast_bfloat16():
     assert not has_fast_bfloat16("meta")
-
-
-def test_the_allocator_answers_or_is_not_there(monkeypatch):
-    assert keep_large_blocks() in (True, False)
-    monkeypatch.setattr("sys.platform", "plan9")
-    assert keep_large_blocks() is False

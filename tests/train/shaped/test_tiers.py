@@ -203,5 +203,5 @@ def test_a_tier_stays_silent_until_its_time(battery):
     _, reports = battery.train(config)
     activity = [[float(report.notes[f"tiers/activity_{tier}"]) for tier in (1, 2, 3)] for report in reports]
     assert all(row[0] > 0 for row in activity)
-    assert [row[1] > 0 for row in activity] == [step >= 10 for step in range(battery.STEPS)]
-    assert [row[2] > 0 for row in activity] == [step >= 20 for step in range(battery.STEPS)]
+    assert [row[1] > 0 for row in activity] == [step > 10 for step in range(battery.STEPS)]
+    assert [row[2] > 0 for row in activity] == [step > 20 for step in range(battery.STEPS)]

@@ -1,0 +1,11 @@
+"""The allocator's one switch."""
+
+from __future__ import annotations
+
+from saemill.cache_schema.allocator import keep_large_blocks
+
+
+def test_the_allocator_answers_or_is_not_there(monkeypatch):
+    assert keep_large_blocks() in (True, False)
+    monkeypatch.setattr("sys.platform", "plan9")
+    assert keep_large_blocks() is False
