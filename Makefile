@@ -60,8 +60,9 @@ bench: bench-store bench-harvest bench-train ## every benchmark against the peer
 bench-harvest: env peers ## the harvest against the bare forward pass and SAELens' runner
 	$(BIN)/python bench/harvest.py --peers $(PEERS)
 
-bench-train: env peers ## training steps against SAELens and dictionary_learning
+bench-train: env peers ## training steps against SAELens and dictionary_learning, and what guidance adds to a step
 	$(BIN)/python bench/train.py --peers-python $(PEERS)/bin/python
+	$(BIN)/python bench/guided.py
 
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS)

@@ -47,7 +47,9 @@ def _whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
     whole = {field.name for field in dataclasses.fields(cls) if isinstance(field.default, int)}
     broken = [name for name in whole & settings.keys() if settings[name] != int(settings[name])]
     require(not broken, f"{', '.join(broken)}: expected a whole number for this base")
-    return {name: int(value) if name in whole and isinstance(value, float) else value for name, value in settings.items()}
+    return {
+        name: int(value) if name in whole and isinstance(value, float) else value for name, value in settings.items()
+    }
 
 
 def _bounded(cls: Any, d_model: int | None) -> dict[str, Any]:
@@ -55,5 +57,5 @@ def _bounded(cls: Any, d_model: int | None) -> dict[str, Any]:
     if d_model is None:
         return {}
     limit = most_active(d_model)
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
     return {name: limit for name in ("k", "target_l0") if name in defaults and defaults[name] > limit}

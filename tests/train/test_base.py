@@ -29,10 +29,9 @@ class Wrapping:
 
 
 def test_shared_settings_are_handed_on():
-    assembly = build_base(Wrapping(base="topk", k=3.0), D)
+    assembly = build_base(Wrapping(base="topk", k=3), D)
     expected = config_type("topk")(layer=3, width=64, k=3, seed=1, optim=Optim()).build(D)
     assert isinstance(assembly.sae.gate, TopK) and assembly.sae.gate.k == 3
-    assert isinstance(assembly.sae.gate.k, int)
     assert all(torch.equal(a, b) for a, b in zip(assembly.sae.parameters(), expected.sae.parameters(), strict=True))
     assert assembly.optim == expected.optim
     assert base_request(Wrapping(layer=7)).layers == (7,)
@@ -42,11 +41,17 @@ def test_a_sparsity_that_nobody_chose_fits_the_width_of_the_residual():
     assert build_base(Wrapping(base="topk"), D).sae.gate.k == D // 4
 
 
+def test_a_count_stays_a_count():
+    """A config in JSON says 3.0, and no top-k takes that."""
+    gate = build_base(Wrapping(base="topk", k=3.0), D).sae.gate
+    assert gate.k == 3 and isinstance(gate.k, int)
+    assert build_base(Wrapping(base="batchtopk", k=2.5), D).sae.gate.k == 2.5
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (Wrapping(base="topk", k=2.5), "k: expected a whole number"),
-        (Wrapping(base="tiered"), "expected a variant that wraps no other, found 'tiered'"),
         (Wrapping(base="topk", penalty=0.1), "base topk has no setting penalty"),
         (Wrapping(base="standard", k=4.0), "base standard has no setting k"),
         (Wrapping(base="crosscoder"), "found 'crosscoder'"),

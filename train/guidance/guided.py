@@ -24,6 +24,8 @@ from .attention import MIXING, TEMPERATURE, Attention, Noted
 from .encoder import AttendedSae
 from .mixing import Mixing
 
+ENCODER_SEEDS = 2**40  # far from those of the bases
+
 
 @dataclass(frozen=True)
 class Guided:
@@ -88,20 +90,24 @@ def build_guided(
     attention = config.attention(layers)
     if config.guidance == "encode":
         # Numbers of its own: the base's weights are those of the base alone.
-        generator = torch.Generator().manual_seed(config.seed)
+        generator = torch.Generator().manual_seed(ENCODER_SEEDS + config.seed)
         assembly = assembly.wrapped(lambda sae: AttendedSae(sae, attention, mixing, config.rank, generator))
-    elif mixing is not None:
-        assembly = assembly.with_extra(MIXING, mixing)
     if mixing is not None:
-        first, *others = assembly.terms
-        noted = replace(first, fn=Noted(first.fn, attention))
-        assembly = replace(assembly, terms=(noted, *others))
-        assembly = assembly.with_knobs(**{TEMPERATURE: mixing_temperature or Constant(1.0)})
+        assembly = _with_mixing(assembly, attention, mixing, mixing_temperature or Constant(1.0))
     guide = Guidance(attention, config.temperature, config.negatives, objective)
     assembly = assembly.with_terms(Term("guidance", guide, config.weight()))
     if beta > 0:
         assembly = assembly.with_terms(Term("consistency", Consistency(attention), config.weight(beta)))
     return assembly
+
+
+def _with_mixing(assembly: Assembly, attention: Attention, mixing: Mixing, temperature: Schedule) -> Assembly:
+    """Learned, logged and tempered; an encoder that reads attention has it inside already."""
+    if not isinstance(assembly.sae, AttendedSae):
+        assembly = assembly.with_extra(MIXING, mixing)
+    first, *others = assembly.terms
+    noted = replace(first, fn=Noted(first.fn, attention))
+    return replace(assembly, terms=(noted, *others)).with_knobs(**{TEMPERATURE: temperature})
 
 
 def annealed(start: float | None, end: float, steps: int) -> Schedule:

@@ -14,20 +14,26 @@ from .links import Links
 
 
 class Mixing(nn.Module):
-    """Learned weights over layers, equal at the start."""
+    """Learned weights over layers, equal at the start; `layers` and the last `weight` are for who reads the file."""
 
     lr_scale = 10.0  # a handful of numbers that every token of a batch has a say in
 
+    layers: Tensor
     available: Tensor
+    weight: Tensor
 
-    def __init__(self, available: Sequence[bool]) -> None:
+    def __init__(self, layers: Sequence[int], ablated: Sequence[int] = ()) -> None:
         super().__init__()
-        self.theta = nn.Parameter(torch.zeros(len(available)))
-        self.register_buffer("available", torch.tensor(available))
+        self.theta = nn.Parameter(torch.zeros(len(layers)))
+        self.register_buffer("layers", torch.tensor(layers))
+        self.register_buffer("available", torch.tensor([layer not in ablated for layer in layers]))
+        self.register_buffer("weight", torch.zeros(len(layers)))
 
     def forward(self, temperature: float = 1.0) -> Tensor:
-        """[L], sums to one; exactly zero for layers that are not available."""
-        return (self.theta / temperature).masked_fill(~self.available, -torch.inf).softmax(0)
+        """[L], sums to one; exactly zero for ablated layers."""
+        weights = (self.theta / temperature).masked_fill(~self.available, -torch.inf).softmax(0)
+        self.weight.copy_(weights.detach())
+        return weights
 
 
 def weights_by_row(weights: Tensor, links: Links) -> Tensor:

@@ -46,6 +46,7 @@ class Guidance:
         weights = link_weights(by_row, links)
         A = mixture(links, weights, view.x.shape[0])
         cosines = window_cosines(view)
+        view.note("attention/links_per_token", view.x.new_tensor(len(links.share) / view.x.shape[0]))
         _note_contributions(view, self.attention, links, weights, cosines)
         logits = torch.cat([_earlier(view, cosines), self._negatives(view)], dim=1) / self.temperature
         log_p = functional.log_softmax(logits, dim=1)[:, : links.context]
@@ -165,4 +166,4 @@ def _note_contributions(view: View, attention: Attention, links: Links, weights:
     along = weights * cosines[links.row, links.key]
     by_layer = index_sum(along, links.layer, len(attention.layers))
     for layer, share in zip(attention.layers, by_layer / by_layer.sum().clamp_min(1e-12), strict=True):
-        view.note(f"contribution/layer_{layer}", share)
+        view.note(f"attention/contribution_{layer}", share)

@@ -18,12 +18,12 @@ class Config(Guided):
     """Whose attention, counted from the SAE's layer: -1 is the layer before."""
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def attention_layers(self) -> tuple[int, ...]:
         return (self.layer + self.offset,)
 
     def request(self) -> Needs:
-        return request_guided(self, self.layers)
+        return request_guided(self, self.attention_layers)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         self.request()
-        return build_guided(self, self.layers, d_model, stats)
+        return build_guided(self, self.attention_layers, d_model, stats)

@@ -23,7 +23,7 @@ class Config(Guided):
     """Whose attention, counted from the SAE's layer."""
     ablated: tuple[int, ...] = ()
     """Those of the offsets that count for nothing."""
-    beta: float = 0.1
+    beta: float = 1.0
     """Weight of the consistency, relative to the guidance."""
     objective: Objective = "divergence"
     """What the mixture is learned by; the cross entropy gives all weight to the layer easiest to satisfy."""
@@ -34,21 +34,21 @@ class Config(Guided):
     """Steps in which tau comes e times nearer to its last value."""
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def attention_layers(self) -> tuple[int, ...]:
         return tuple(self.layer + offset for offset in sorted(self.offsets))
 
     def request(self) -> Needs:
         self._require_settings()
-        return request_guided(self, self.layers)
+        return request_guided(self, self.attention_layers)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         self.request()
         return build_guided(
             self,
-            self.layers,
+            self.attention_layers,
             d_model,
             stats,
-            mixing=Mixing([offset not in self.ablated for offset in sorted(self.offsets)]),
+            mixing=Mixing(self.attention_layers, [self.layer + offset for offset in self.ablated]),
             mixing_temperature=annealed(
                 self.mixing_temperature_start, self.mixing_temperature, self.mixing_temperature_steps
             ),

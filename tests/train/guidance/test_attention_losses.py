@@ -23,7 +23,7 @@ NEGATIVES = 5
 def guided_view(guidance: Any, rng: torch.Generator, gate: Any = None, **knobs: float) -> tuple[View, Any]:
     windows = guidance.make_windows(rng, dtype=torch.float64)
     view = guidance.view_of(windows, rng, gate, torch.float64, **knobs)
-    mixing = Mixing([True, True, True]).double()
+    mixing = Mixing((17, 18, 20)).double()
     mixing.theta.data.copy_(THETA)
     view.sae.extras[MIXING] = mixing
     return view, windows
@@ -172,7 +172,7 @@ def test_what_is_noted_for_the_log(guidance, rng):
     for row in range(windows.rows):
         for index in present[row]:
             along[index] += weights[index] / weights[present[row]].sum() * (tables[index][row] @ cosines[row])
-    found = torch.stack([view.notes[f"contribution/layer_{layer}"] for layer in guidance.LAYERS])
+    found = torch.stack([view.notes[f"attention/contribution_{layer}"] for layer in guidance.LAYERS])
     torch.testing.assert_close(found, along / along.sum())
 
 
@@ -192,3 +192,18 @@ def test_a_token_whose_attended_share_its_latents_costs_less(guidance, rng):
     linked = alone + alone[partner]
     wrong = alone + alone[(partner + 1) % windows.rows]
     assert loss(linked) < loss(alone) and loss(linked) < loss(wrong)
+
+
+@pytest.mark.parametrize(("objective", "collapses"), [("cross_entropy", True), ("divergence", False)])
+def test_the_cross_entropy_gives_one_layer_all_the_weight(guidance, rng, objective, collapses):
+    """Codes stand still, the mixture learns."""
+    view, _ = guided_view(guidance, rng)
+    mixing, values = view.sae.extras[MIXING], view.codes.values.detach()
+    optimiser = torch.optim.Adam(mixing.parameters(), lr=0.1)
+    for _ in range(150):
+        loss = Guidance(Attention(guidance.LAYERS), 0.3, 0, objective)(again(view, values, mixing.theta.data, 5))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    largest = float(mixing(1.0).max().detach())
+    assert largest > 0.95 if collapses else 0.33 < largest < 0.8

@@ -50,7 +50,7 @@ def made(guidance: Any, rng: torch.Generator) -> tuple[AttendedSae, Tensor, Any]
     windows = guidance.make_windows(rng, dtype=torch.float64)
     tables = [torch.randn(guidance.LATENTS, guidance.D, generator=rng, dtype=torch.float64) for _ in range(2)]
     base = SparseAutoencoder(*tables, Relu(), b_dec=torch.ones(guidance.D, dtype=torch.float64))
-    sae = AttendedSae(base, Attention(guidance.LAYERS), Mixing([True] * 3), 2, rng).double()
+    sae = AttendedSae(base, Attention(guidance.LAYERS), Mixing((17, 18, 20)), 2, rng).double()
     sae.mixing.theta.data.copy_(torch.tensor([0.5, -0.2, 0.1]))
     sae.U.data.normal_(generator=rng)
     return sae, torch.randn(windows.rows, guidance.D, generator=rng, dtype=torch.float64), windows

@@ -43,7 +43,7 @@ def test_every_base_can_be_guided(battery, base):
     assert sum(found[-3:]) < sum(found[:3])
     scalars = reports[-1].scalars()
     assert sum(scalars[f"mixing/weight_{layer}"] for layer in (17, 18, 19, 20)) == pytest.approx(1.0)
-    assert sum(scalars[f"contribution/layer_{layer}"] for layer in (17, 18, 19, 20)) == pytest.approx(1.0)
+    assert sum(scalars[f"attention/contribution_{layer}"] for layer in (17, 18, 19, 20)) == pytest.approx(1.0)
 
 
 def test_the_temperature_of_the_mixture_follows_its_schedule(battery):
@@ -61,7 +61,7 @@ def test_an_ablated_layer_is_out(battery):
     trainee, reports = battery.train(config, 4)
     weights = mixing_of(trainee.sae)(1.0)
     assert weights[0] == weights[3] == 0.0
-    assert float(reports[-1].notes["contribution/layer_17"]) == 0.0
+    assert float(reports[-1].notes["attention/contribution_17"]) == 0.0
     alone = battery.quick("hierarchical", offsets=(-1, 0), alpha=1.0, alpha_warmup_fraction=0.0, beta=0.0)
     masked = dataclasses.replace(config, beta=0.0)
     states = [Trainee("x", c.build(battery.D), 4) for c in (alone, masked)]
@@ -84,7 +84,7 @@ def test_an_ablated_layer_is_out(battery):
         ("hierarchical", {"ablated": (5,)}, "ablated: expected some of"),
         ("hierarchical", {"beta": -1.0}, "beta: expected 0 or more"),
         ("hierarchical", {"base": "crosscoder"}, "expected a variant that reads tokens of one layer"),
-        ("attention", {"base": "attention"}, "expected a variant that reads tokens of one layer"),
+        ("attention", {"base": "attention"}, "expected a variant that wraps no other, found 'attention'"),
         ("attention", {"base": "standard", "k": 3.0}, "base standard has no setting k"),
         ("attention", {"guidance": "encode", "shuffle_attention": True}, "shuffle_attention: it is the control"),
         ("attention", {"negatives": -1}, "negatives: expected 0 or more"),
@@ -143,8 +143,8 @@ def found_topics(battery: Any, topics: Topics, steps: int = 400, **changes: Any)
     config = battery.quick("attention", lr=3e-3, penalty=0.4, width=36, seed=1, **changes)
     trainee = Trainee("x", config.build(topics.WIDTH), steps)
     for _ in range(steps):
-        trainee.step(topics.batch(config.layers)[0])
-    batch, topic = topics.batch(config.layers)
+        trainee.step(topics.batch(config.attention_layers)[0])
+    batch, topic = topics.batch(config.attention_layers)
     fires = (trainee.sae.encode(batch.x).detach() > 0).double()
     is_topic = functional.one_hot(topic, topics.TOPICS).double()
     fires, is_topic = (functional.normalize(table - table.mean(0), dim=0) for table in (fires, is_topic))

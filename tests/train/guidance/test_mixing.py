@@ -10,7 +10,7 @@ from saemill.train.guidance.mixing import Mixing, link_weights, weights_by_row
 
 
 def test_weights_are_a_softmax_that_temperature_flattens():
-    mixing = Mixing([True, True, True])
+    mixing = Mixing((17, 18, 20))
     torch.testing.assert_close(mixing(1.0), torch.full((3,), 1 / 3))
     with torch.no_grad():
         mixing.theta.copy_(torch.tensor([1.0, 0.0, -2.0]))
@@ -19,9 +19,11 @@ def test_weights_are_a_softmax_that_temperature_flattens():
 
 
 def test_an_ablated_layer_weighs_nothing_and_learns_nothing():
-    mixing = Mixing([True, False, True])
+    mixing = Mixing((17, 18, 20), ablated=(18,))
     weights = mixing(1.0)
     assert weights[1] == 0.0 and float(weights.sum().detach()) == 1.0
+    assert mixing.state_dict()["layers"].tolist() == [17, 18, 20]
+    assert torch.equal(mixing.state_dict()["weight"], weights)
     weights.square()[0].backward()
     assert mixing.theta.grad[1] == 0.0 and mixing.theta.grad[0] != 0.0
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..codes import Codes
-from .products import bag_dots, bag_sum, row_sum
+from .products import decode_sum, pair_dots, row_sum
 from .support import Support, starts
 
 
@@ -55,18 +55,15 @@ def window_gram(codes: Codes, places: Places) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Groups:
-    """Entries of a support whose latent another token of the window uses too."""
+    """Entries of a support whose latent another token of the window uses too, M of them."""
 
-    chosen: Tensor  # int64 [M], which entries, in the order of the support
-    group: Tensor  # int32 [M]
-    offsets: Tensor  # int32 [B + 1]
-    rows: Tensor  # int32 [M]
-    size: int
+    chosen: Tensor  # int64 [M], their places in the support
+    support: Support  # rows against groups
 
     def table(self, values: Tensor, places: Places) -> Tensor:
         """[groups, T]: values over the window."""
-        table = values.new_zeros(self.size, places.row_of.shape[1])
-        table[self.group.long(), places.position[self.rows.long()]] = values[self.chosen]
+        table = values.new_zeros(self.support.num_latents, places.row_of.shape[1])
+        table[self.support.latents.long(), places.position[self.support.rows.long()]] = values[self.chosen]
         return table
 
 
@@ -75,7 +72,7 @@ class _SparseGram(torch.autograd.Function):
     def forward(ctx: Any, values_N: Tensor, support: Support, places: Places) -> Tensor:
         groups = _group(support, places.window)
         table = groups.table(values_N, places)
-        gram = bag_sum(table, groups.group, groups.offsets, values_N[groups.chosen])
+        gram = decode_sum(groups.support, values_N[groups.chosen], table)
         gram[torch.arange(len(gram), device=gram.device), places.position] = row_sum(support, values_N.square())
         ctx.support, ctx.places, ctx.groups = support, places, groups
         ctx.save_for_backward(values_N, table)
@@ -89,7 +86,7 @@ class _SparseGram(torch.autograd.Function):
         both = _symmetric(grad_BT, places)
         squares = both[torch.arange(len(both), device=both.device), places.position]
         grad = values_N * squares[ctx.support.rows]
-        grad[groups.chosen] = bag_dots(both, table, groups.group, groups.offsets, groups.rows)
+        grad[groups.chosen] = pair_dots(groups.support, both, table)
         return grad, None, None
 
 
@@ -128,6 +125,5 @@ def _group(support: Support, window: Tensor) -> _Groups:
     group = torch.full_like(run, -1)
     group[turned.order] = torch.where(is_shared[run], number[run], -1)
     chosen = (group >= 0).nonzero().view(-1)
-    rows = support.rows[chosen]
-    offsets = starts(torch.bincount(rows, minlength=support.num_rows))
-    return _Groups(chosen, group[chosen].to(torch.int32), offsets, rows, int(is_shared.sum()))
+    offsets = starts(torch.bincount(support.rows[chosen], minlength=support.num_rows))
+    return _Groups(chosen, Support(offsets, group[chosen].to(torch.int32), int(is_shared.sum())))
