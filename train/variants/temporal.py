@@ -152,7 +152,9 @@ class Config:
         return Product((self._onset(), HalfLife(2 * self.idle_max_fraction, self.half_life_fraction)))
 
     def _require_valid(self) -> None:
-        require(0 < self.short_to <= self.medium_to <= self.long_to, "short_to, medium_to, long_to: expected rising lags")
+        require(
+            0 < self.short_to <= self.medium_to <= self.long_to, "short_to, medium_to, long_to: expected rising lags"
+        )
         for name in ("temporal_weights", "group_shares"):
             require(min(getattr(self, name)) >= 0, f"{name}: expected 0 or more, found {getattr(self, name)}")
         require(sum(self.group_shares) <= 1, f"group_shares: expected at most 1 together, found {self.group_shares}")

@@ -14,7 +14,7 @@ from saemill.train.step import Trainee
 from saemill.train.view import Batch, View
 
 D, ROWS = 32, 512
-PARENTS, CHILDREN = 12, 18
+PARENTS, CHILDREN, ACTIVE = 12, 18, 2
 
 
 def draw_unit(rng: torch.Generator, count: int) -> Tensor:
@@ -38,7 +38,7 @@ def matched(found: Tensor, planted: Tensor) -> Tensor:
 
 
 def two_levels(rng: torch.Generator, steps: int) -> tuple[list[Batch], Tensor, Tensor, Tensor]:
-    """Half of the tokens are 3 parents, half are 3 children, each of which is a sum of 2 parents."""
+    """Three of four tokens are parents, one is of children, each of which is a sum of 2 parents."""
     parents = torch.linalg.qr(torch.randn(D, D, generator=rng))[0][:PARENTS]
     pairs = torch.combinations(torch.arange(PARENTS))
     pairs = pairs[torch.randperm(len(pairs), generator=rng)[:CHILDREN]]
@@ -48,9 +48,9 @@ def two_levels(rng: torch.Generator, steps: int) -> tuple[list[Batch], Tensor, T
 
     def rows() -> Tensor:
         parts = []
-        for atoms in levels:
-            chosen = torch.rand(ROWS // 2, len(atoms), generator=rng).topk(3, dim=1).indices
-            codes = torch.zeros(ROWS // 2, len(atoms)).scatter_(1, chosen, 1 + torch.rand(ROWS // 2, 3, generator=rng))
+        for atoms, count in zip(levels, (3 * ROWS // 4, ROWS // 4), strict=True):
+            chosen = torch.rand(count, len(atoms), generator=rng).topk(ACTIVE, dim=1).indices
+            codes = torch.zeros(count, len(atoms)).scatter_(1, chosen, 1 + torch.rand(count, ACTIVE, generator=rng))
             parts.append(codes @ atoms)
         return scaled(torch.cat(parts))
 
@@ -60,7 +60,8 @@ def two_levels(rng: torch.Generator, steps: int) -> tuple[list[Batch], Tensor, T
 def composition_r2(trainee: Trainee, found_C: Tensor, parents: Tensor, children: Tensor, C: Tensor) -> float:
     """R^2 of the planted matrix by the found one, rows and columns matched by direction."""
     W = trainee.sae.W_dec.detach()
-    columns, rows = matched(W[:PARENTS], parents), matched(W[PARENTS:], children)
+    lower = len(W) - found_C.shape[0]
+    columns, rows = matched(W[:lower], parents), matched(W[lower:], children)
     found = found_C[rows][:, columns]
     return float(1 - (C - found).square().sum() / (C - C.mean()).square().sum())
 
@@ -104,7 +105,7 @@ def positional_batches(rng: torch.Generator, steps: int) -> list[Batch]:
 
 @pytest.mark.parametrize("mask", ["hard", "soft"])
 def test_masks_keep_latents_in_their_ranges(mask, battery, rng):
-    batches, held_out = positional_batches(rng, 600), positional_batches(rng, 1)[0]
+    *batches, held_out = positional_batches(rng, 401)
     shared = {"width": 64, "k": 2, "base": "topk", "context": 32, "dead_after_tokens": 20_000}
 
     def measured(**settings) -> tuple[float, float]:
@@ -140,8 +141,8 @@ def slow_batches(rng: torch.Generator, steps: int, windows: int = 16, context: i
 
 
 def consistency(view: View, lag: int = 2) -> float:
-    """Mean cosine of codes `lag` tokens apart, less that of codes of random pairs."""
-    acts, past = view.codes.dense().detach(), past_rows(view.side, lag)
+    """Mean cosine of the first half's codes `lag` tokens apart, less that of random pairs."""
+    acts, past = view.codes.dense().detach()[:, :32], past_rows(view.side, lag)
     held = (past >= 0).nonzero().view(-1)
     shuffled = torch.randperm(len(acts), generator=torch.Generator().manual_seed(0))[: len(held)]
     own, chance = (functional.cosine_similarity(acts[held], acts[o]).mean() for o in (past[held], shuffled))
@@ -149,8 +150,8 @@ def consistency(view: View, lag: int = 2) -> float:
 
 
 def test_temporal_latents_change_slowly_at_the_same_explained_variance(battery, rng):
-    batches, held_out = slow_batches(rng, 500), slow_batches(rng, 1)[0]
-    shared = {"width": 64, "k": 4, "base": "topk", "dead_after_tokens": 20_000}
+    *batches, held_out = slow_batches(rng, 401)
+    shared = {"width": 64, "k": 4, "base": "topk", "dead_after_tokens": 20_000, "group_shares": (0.5, 0.0, 0.0)}
 
     def measured(weights) -> tuple[float, float, float]:
         trainee = train(battery.quick("temporal", lr=3e-3, temporal_weights=weights, **shared), batches)
@@ -159,7 +160,7 @@ def test_temporal_latents_change_slowly_at_the_same_explained_variance(battery, 
         return consistency(view), explained, float(mean_lifetime(view))
 
     base, explained_base, lifetime_base = measured((0.0, 0.0, 0.0))
-    own, explained, lifetime = measured((0.3, 0.1, 0.0))
-    assert own > base + 0.03
+    own, explained, lifetime = measured((0.3, 0.0, 0.0))
+    assert own > base + 0.1
     assert explained > explained_base - 0.01
     assert lifetime > lifetime_base

@@ -140,7 +140,7 @@ def structure(frequency, losses, **settings):
 
 
 MEMBERSHIP = torch.arange(3).repeat_interleave(4)
-IDLE = [0.5, 0.001, 0.0, 0.2] + [0.002, 0.5, 0.5, 0.5] + [0.0, 0.003, 0.0, 0.5]
+IDLE = [0.5, 0.001, 0.0, 0.2, 0.002, 0.5, 0.5, 0.5, 0.0, 0.003, 0.0, 0.5]
 
 
 def test_idle_latents_go_to_the_tier_that_leaves_most_of_what_reached_it():
