@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .compose import Assembly, Term
-from .errors import NonFiniteLoss, StateInvalid
+from .errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from .latents import LatentCounters
 from .optim import Adam
 from .ranks import Alone, Ranks
@@ -95,6 +95,7 @@ class Trainee:
         self._losses = Losses(self.sae, assembly.terms)
         self._is_sharded = shard is not None
         if shard is not None:
+            _require_shardable(name, self.sae)
             shard(self._losses)
         self.sae.to(self.device)
         self.optimiser = Adam(dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae))
@@ -218,6 +219,12 @@ class Trainee:
         for extra in self.sae.extras.values():
             if hasattr(extra, "observe"):
                 cast(Any, extra).observe(view)
+
+
+def _require_shardable(name: str, sae: SparseAutoencoder) -> None:
+    """Extras and shapes read whole tables by latent, between steps too."""
+    if len(sae.extras) > 0 or not sae.is_plain:
+        raise ConfigInvalid(f"{name}: course.shard_width is for SAEs without extras; leave it out, or choose its base")
 
 
 def _lr_scales(sae: SparseAutoencoder) -> dict[str, float]:

@@ -34,7 +34,8 @@ from saemill.train.view import Batch
 
 D, ROWS, STEPS = 32, 512, 40
 SPAN = 32  # trainable tokens of a window
-SMALL: dict[str, Any] = {"width": 96, "k": 6, "target_l0": 6.0, "layers": (1, 2), "dead_after_tokens": 2000, "context": 36}
+SMALL: dict[str, Any] = {"width": 96, "k": 6, "target_l0": 6.0, "layers": (1, 2), "dead_after_tokens": 2000}
+SMALL |= {"context": 36}
 SPECIAL = 2
 WIDTH, CONTEXT, HEADS, KEPT = 16, 8, 2, 3
 

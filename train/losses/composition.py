@@ -8,6 +8,7 @@ R^2 of the composition. Its gradient reaches C and both tiers' rows; the L1 norm
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -87,8 +88,7 @@ def composition_errors(view: View) -> Tensor:
 def _composition_errors(view: View) -> Tensor:
     tiers, composition = tiers_of(view), composition_of(view)
     rows = [view.sae.W_dec[tiers.members(tier)] for tier in range(tiers.num_tiers)]
-    pairs = zip(rows, rows[1:], strict=False)
-    left = [own - composition.matrix(tier, tiers) @ below for tier, (below, own) in enumerate(pairs, start=1)]
+    left = [own - composition.matrix(tier, tiers) @ below for tier, (below, own) in enumerate(pairwise(rows), start=1)]
     return torch.stack([part.square().sum() / len(part) for part in left])
 
 

@@ -73,7 +73,9 @@ def part_of(codes: Codes, start: int, stop: int) -> Codes:
     latents, rows = codes.support.latents, codes.support.rows
     kept = ((latents >= start) & (latents < stop)).nonzero().view(-1)
     offsets = starts(torch.bincount(rows[kept], minlength=codes.num_rows))
-    return Codes(codes.values[kept], Support(offsets, latents[kept] - start, stop - start), codes.num_rows, stop - start)
+    return Codes(
+        codes.values[kept], Support(offsets, latents[kept] - start, stop - start), codes.num_rows, stop - start
+    )
 
 
 def inconsistency(view: View, part: Codes, weight_F: Tensor, lag: int, mixing: float = 1.0) -> Tensor:

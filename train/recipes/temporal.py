@@ -47,7 +47,9 @@ RUNS = (
     ),
     Recipe("run_2", "Small fixed weights, clipped gradients.", (Sae("temporal", "temporal", CONSERVATIVE),)),
     Recipe("run_3", "Weights that rise, and a buffer of the past.", (Sae("temporal", "temporal", WARMED),)),
-    Recipe("run_4", "Late, decaying losses, scaled by each latent's variance.", (Sae("temporal", "temporal", PROGRESSIVE),)),
+    Recipe(
+        "run_4", "Late, decaying losses, scaled by each latent's variance.", (Sae("temporal", "temporal", PROGRESSIVE),)
+    ),
     Recipe(
         "run_5",
         "Reconstruction first, then temporal losses; idle latents retire, gradients are noisy.",

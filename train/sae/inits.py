@@ -32,7 +32,5 @@ def initialise(sae: SparseAutoencoder, how: Init, generator: torch.Generator) ->
 
 def orthogonal_rows(count: int, width: int, generator: torch.Generator) -> Tensor:
     """`count` rows of length one [count, width]; each run of `width` of them is orthogonal."""
-    blocks = [
-        nn.init.orthogonal_(torch.empty(width, width), generator=generator) for _ in range(-(-count // width))
-    ]
+    blocks = [nn.init.orthogonal_(torch.empty(width, width), generator=generator) for _ in range(-(-count // width))]
     return torch.cat(blocks)[:count]

@@ -11,7 +11,7 @@ from .side import Side
 
 
 class TierGates(Shape):
-    """0 or 1 for all latents of a tier, by the knob of its name; all are on in the end."""
+    """One factor for all latents of a tier, by the knob of its name; all are 1 in the end."""
 
     is_plain = True
     has_factor = True

@@ -149,9 +149,7 @@ class Config:
         return assembly.replacing(Term(old.name, l1_before_mask, old.weight))
 
     def _require_valid(self) -> None:
-        require(
-            0 < self.ranges <= self.width, f"ranges: expected 1 to width = {self.width}, found {self.ranges}"
-        )
+        require(0 < self.ranges <= self.width, f"ranges: expected 1 to width = {self.width}, found {self.ranges}")
         for name in ("masked_share", "range_encoder_share"):
             require(0 < getattr(self, name) <= 1, f"{name}: expected more than 0 and at most 1")
         require(self.sigma is None or self.sigma > 0, f"sigma: expected a positive number, found {self.sigma}")
@@ -159,7 +157,9 @@ class Config:
         require(self.adapter_hidden > 0, f"adapter_hidden: expected 1 or more, found {self.adapter_hidden}")
         for name in ("progressive", "adapter_from"):
             span = getattr(self, name)
-            require(span is None or 0 <= span[0] < span[1] <= 1, f"{name}: expected 0 <= begin < end <= 1, found {span}")
+            require(
+                span is None or 0 <= span[0] < span[1] <= 1, f"{name}: expected 0 <= begin < end <= 1, found {span}"
+            )
         masks = self.mask in ("hard", "soft")
         for name in ("progressive", "learned_coefficient", "l1_before_mask"):
             require(masks or not getattr(self, name), f"{name}: expected mask hard or soft, found {self.mask!r}")

@@ -26,7 +26,7 @@ from ..sae.norms import PreNorm
 from ..sae.scaling import Stats
 from ..sae.shaped import Shape, ShapedAutoencoder
 from ..sae.tier_gates import TierGates
-from ..schedules import Constant, Ramp, Switch
+from ..schedules import Constant, Ramp
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Config:
     composition_warmup_fraction: float = 0.1
     """Share of the run over which both rise from zero."""
     curriculum: tuple[float, ...] | None = None
-    """At which share of the run each tier's loss and latents switch on; the first at 0."""
+    """At which share of the run each tier's loss and latents begin to come in; the first at 0."""
+    curriculum_rise_fraction: float = 0.1
+    """Share of the run over which they do: a whole tier of untrained latents at once would be noise."""
     moves_every_steps: int = 0
     """How often idle latents move to the tier with the largest relative residual; 0: never."""
     idle_frequency: float = 1e-5
@@ -153,8 +155,8 @@ class Config:
         if self.curriculum is not None:
             names = tuple(switch_name(tier) for tier in range(len(self.sizes())))
             shapes["tier_gates"] = TierGates(membership, names)
-            knobs = dict(zip(names, map(Switch, self.curriculum), strict=True))
-            assembly = assembly.with_knobs(**knobs)
+            rises = [Ramp(0.0, 1.0, begin, begin + self.curriculum_rise_fraction) for begin in self.curriculum[1:]]
+            assembly = assembly.with_knobs(**dict(zip(names[1:], rises, strict=True)))
         return assembly.wrapped(lambda sae: ShapedAutoencoder(sae, shapes)) if shapes else assembly
 
     def _moves(self) -> Moves:
@@ -172,6 +174,13 @@ class Config:
         nested = self._is_nested or not self.moves_every_steps
         require(nested, "moves_every_steps: expected tiers that reconstruct on their own, found weights of 0")
         rising = self.curriculum is None or (
-            len(self.curriculum) == count and self.curriculum[0] == 0 and sorted(self.curriculum)[-1] < 1
+            len(self.curriculum) == count
+            and self.curriculum[0] == 0
+            and max(self.curriculum) + self.curriculum_rise_fraction <= 1
+            and self.curriculum_rise_fraction > 0
         )
-        require(rising, f"curriculum: expected {count} shares of the run below 1, the first 0, found {self.curriculum}")
+        require(
+            rising,
+            f"curriculum: expected {count} shares of the run, the first 0, each over before the end, "
+            f"found {self.curriculum} that rise over {self.curriculum_rise_fraction}",
+        )

@@ -18,7 +18,7 @@ from saemill.evaluate.evals import absorption
 from saemill.evaluate.lm import LanguageModel, make_language_model
 from saemill.evaluate.offline.word_shapes import SHAPES, WORD_SHAPES, shape_of
 from saemill.evaluate.progress import Watch
-from saemill.evaluate.reading import Reading
+from saemill.evaluate.spots import Reading
 from saemill.evaluate.results import Failure, Result
 from saemill.evaluate.scene import Scene
 from saemill.harvest.pocket import MODEL_FOLDER

@@ -70,10 +70,8 @@ def test_training_and_inference_multiply_by_the_mask(kind, gate, rng, shaping):
     view = shaping.make_views(rng, sae)()
     factor = oracle_factor(kind, shape, view.side["position"])
     pre = (view.x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
-    if gate == "gated":
-        expected = sae.gate.infer(pre, sae.b_enc) * factor
-    else:
-        expected = sae.gate.infer(pre * factor, sae.b_enc)
+    outside, inside = (factor, 1.0) if gate == "gated" else (1.0, factor)
+    expected = sae.gate.infer(pre * inside, sae.b_enc) * outside
     if gate != "batchtopk":  # training keeps the largest of the batch, inference what passes a threshold
         torch.testing.assert_close(view.codes.dense(), expected)
     torch.testing.assert_close(sae.encode(view.x, view.side), expected)

@@ -164,7 +164,13 @@ def test_what_was_saved_encodes_as_what_was_trained(variant, settings, battery, 
 
 def test_what_is_learned_is_written_down(battery):
     expected = {
-        "tiered": {"tiers/activity_1", "tiers/size_3", "tiers/importance_2", "composition/r2_2", "composition/sparsity_3"},
+        "tiered": {
+            "tiers/activity_1",
+            "tiers/size_3",
+            "tiers/importance_2",
+            "composition/r2_2",
+            "composition/sparsity_3",
+        },
         "positional": {"mask/coefficient", "mask/retention"},
         "temporal": {
             "temporal/weight_short",

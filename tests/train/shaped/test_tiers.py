@@ -140,7 +140,7 @@ def structure(frequency, losses, **settings):
 
 
 MEMBERSHIP = torch.arange(3).repeat_interleave(4)
-IDLE = [0.5, 0.001, 0.0, 0.2] + [0.002, 0.5, 0.5, 0.5] + [0.0, 0.003, 0.0, 0.5]
+IDLE = [0.5, 0.001, 0.0, 0.2, 0.002, 0.5, 0.5, 0.5, 0.0, 0.003, 0.0, 0.5]
 
 
 def test_idle_latents_go_to_the_tier_that_leaves_most_of_what_reached_it():
@@ -203,5 +203,5 @@ def test_a_tier_stays_silent_until_its_time(battery):
     _, reports = battery.train(config)
     activity = [[float(report.notes[f"tiers/activity_{tier}"]) for tier in (1, 2, 3)] for report in reports]
     assert all(row[0] > 0 for row in activity)
-    assert [row[1] > 0 for row in activity] == [step >= 10 for step in range(battery.STEPS)]
-    assert [row[2] > 0 for row in activity] == [step >= 20 for step in range(battery.STEPS)]
+    assert [row[1] > 0 for row in activity] == [step > 10 for step in range(battery.STEPS)]
+    assert [row[2] > 0 for row in activity] == [step > 20 for step in range(battery.STEPS)]

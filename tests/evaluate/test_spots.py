@@ -10,7 +10,7 @@ import torch
 from saemill.evaluate import reading
 from saemill.evaluate.errors import NotApplicable, WidthMismatch
 from saemill.evaluate.fitting import split_fitting
-from saemill.evaluate.reading import Reader, Spot
+from saemill.evaluate.spots import Reader, Spot
 
 SPOTS = [Spot((2, 9, 4, 7), -1), Spot((2, 5), -1), Spot((2, 8, 8, 6, 3, 11), -4)]
 
