@@ -88,8 +88,8 @@ class LanguageModel:
 
         `sinks` are handed the attention probabilities [w, H, T, T] of their layers, block by block.
         """
-        top = max([*layers, *(sinks or {})])
-        stack = self._part(0, top + 1, normed=False)
+        wanted: list[int] = [*layers, *(sinks or {})]
+        stack = self._part(0, max(wanted) + 1, normed=False)
         with kept_outputs(self.stack, layers) as kept, spliced(self.stack, splice or {}):
             stack(input_ids=tokens_WT, use_cache=False, sinks=sinks or {}, **_padding(valid_WT))
         return kept
