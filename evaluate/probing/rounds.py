@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...train.sae.model import SparseAutoencoder
 from ..errors import NotApplicable
 from ..results import Failure
 from ..scene import Scene
@@ -28,16 +29,25 @@ class Outcome:
 
 
 def divide(subjects: Sequence[Subject]) -> tuple[list[Subject], list[Failure]]:
-    """The SAEs that read and write one layer, and why the others cannot be evaluated."""
+    """The SAEs that write what they read by a plain decoder matrix, and why the others cannot be evaluated."""
     able: list[Subject] = []
     unable: list[Failure] = []
     for subject in subjects:
         try:
-            _ = subject.layer
+            require_linear(subject)
             able.append(subject)
         except NotApplicable as reason:
             unable.append(Failure(subject, reason))
     return able, unable
+
+
+def require_linear(subject: Subject) -> None:
+    """Switching latents off by logits rests on a decoder that is one matrix, back into the same layer."""
+    _ = subject.layer
+    if type(subject.sae).decode is not SparseAutoencoder.decode:
+        raise NotApplicable(
+            f"{subject.name} decodes by more than one matrix: this evaluation ablates latents by their decoder rows"
+        )
 
 
 def perturb_all(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from saemill.evaluate.errors import NotApplicable
 from saemill.evaluate.probing.pooling import (
     batch_size_for,
     make_pool,
@@ -16,9 +17,11 @@ from saemill.evaluate.probing.pooling import (
     read_piece,
     valid_positions,
 )
+from saemill.evaluate.probing.rounds import divide
 from saemill.evaluate.windows import Windows
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
+from saemill.train.sae.side import NO_SIDE
 
 LAYER = 3
 
@@ -106,3 +109,41 @@ def test_saes_of_several_layers_read_them_side_by_side(subject_of):
 def test_wide_saes_take_fewer_texts_at_once(subject_of, width, expected):
     sae = SparseAutoencoder(torch.zeros(1, 1).expand(width, 1), torch.zeros(1, 1).expand(width, 1), Relu())
     assert batch_size_for([subject_of(sae)], context=128, wanted=32) == expected
+
+
+class LateOnly(SparseAutoencoder):
+    """Fires from position 2 on."""
+
+    is_plain = False
+    needs_side = ("position",)
+
+    def encode(self, x, side=NO_SIDE):
+        return super().encode(x) * (side["position"] >= 2)[:, None]
+
+
+def test_an_sae_that_reads_more_than_the_residual_gets_it(subject_of):
+    x = torch.rand(3, 5, 4)
+    valid = torch.ones(3, 5, dtype=torch.bool)
+    batch = Windows(tokens=torch.zeros(3, 5, dtype=torch.int64), keep=valid, valid=valid, resid={LAYER: x})
+    subject = subject_of(LateOnly(torch.eye(4), torch.eye(4), Relu()))
+    keep = valid.clone()
+    keep[:, 4] = False  # as if padded
+    piece = read_piece(masked(batch, keep), [subject], leaky=True)
+    expected = x[:, 2:4].sum(1) / 4
+    np.testing.assert_allclose(piece.latents[subject].toarray(), expected, atol=1e-6)
+    np.testing.assert_allclose(piece.leaky[subject].toarray(), expected, atol=1e-6)
+
+
+class Squared(SparseAutoencoder):
+    def decode(self, acts):
+        return super().decode(acts**2)
+
+
+def test_only_saes_with_a_plain_decoder_are_perturbed(subject_of):
+    plain = subject_of(SparseAutoencoder(torch.eye(4), torch.eye(4), Relu()), "plain")
+    late = subject_of(LateOnly(torch.eye(4), torch.eye(4), Relu()), "late")
+    squared = subject_of(Squared(torch.eye(4), torch.eye(4), Relu()), "squared")
+    able, unable = divide([plain, squared, late])
+    assert able == [plain, late]
+    assert [failure.subject for failure in unable] == [squared]
+    assert isinstance(unable[0].error, NotApplicable)
