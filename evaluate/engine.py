@@ -120,7 +120,7 @@ class _Trial:
         self._scene.say(f"{self._eval_id}: {item.subject.name} done")
         if item.missing:
             return Row(item.subject, self._eval_id, "partly", item.missing)
-        return Row(item.subject, self._eval_id, "done")
+        return Row(item.subject, self._eval_id, "done", item.remark or "")
 
     def _not_run(self, subject: Subject, reason: str) -> Row:
         return Row(subject, self._eval_id, "not run", reason)

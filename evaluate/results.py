@@ -37,7 +37,9 @@ class Result:
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Our own top-level keys."""
     missing: str | None = None
-    """Why a part of the numbers is not there, if so."""
+    """What has to be had for the numbers that are not there, if so."""
+    remark: str | None = None
+    """Why numbers are not there that this SAE cannot have."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
             "label": subject.label,
             "variant": subject.variant,
             "missing": result.missing,
+            "remark": result.remark,
             "provenance": made,
         },
     }

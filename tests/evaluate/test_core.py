@@ -185,7 +185,7 @@ def test_a_crosscoder_has_sparsity_and_no_losses(make_world, open_scene, builder
     sae = builder.make_sae(d_in=2 * builder.D)
     result = run(open_scene(world), [builder.subject(sae, layers=(1, 2))])["sae"]
     assert result.missing is None
-    assert "writes layers [1, 2]" in result.extra["saemill_metrics"]["not_applicable"]["losses"]
+    assert "writes layers [1, 2]" in result.remark
     assert result.metrics["sparsity"]["l0"] == 4.0
 
 

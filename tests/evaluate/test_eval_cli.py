@@ -182,6 +182,12 @@ def test_a_model_of_another_shape(imported, builder, sae_eval):
     assert "the model has 26 layers of width 128" in sae_eval(sae, "--cache", store, "--model", "pocket", code=3)
 
 
+def test_a_crosscoder_is_done_and_says_what_it_cannot_have(make_world, builder, sae_eval):
+    world = make_world(layers=(1, 2))
+    sae = builder.save(builder.root / "cross", builder.make_sae(d_in=2 * builder.D), layers=(1, 2))
+    assert "done: core of cross: cross writes layers [1, 2]" in sae_eval(sae, "--cache", world.store)
+
+
 def test_fewer_ablations(run_1, sae_eval):
     sae_eval("run_1/small", "--set", 'core.ablations=["zero"]')
     (document,) = results(run_1).values()
