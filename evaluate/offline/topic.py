@@ -18,9 +18,8 @@ from ..errors import DataMissing
 from ..lm import LanguageModel
 from ..unlearning.material import Material
 from ..unlearning.papers import TextPaper
-from ..unlearning.rows import joined_rows, shuffled_rows
+from ..unlearning.rows import eos_text, joined_rows, shuffled_rows
 from ..unlearning.sweep import Sweep
-from ..unlearning.wmdp import eos_text
 
 TEXT_ROWS, EXAM_ROWS = 48, 24
 MAX_LENGTH = 128

@@ -9,6 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import DataMissing
+from ..lm import LanguageModel
+
 CHUNKS = 20
 """The joined text is cut into so many strings before it is tokenised, wherever the cut falls."""
 
@@ -38,3 +41,10 @@ def sampled_texts(texts: Sequence[str], number: int, draw: random.Random) -> lis
 def shuffled_rows(rows: Tensor, number: int, generator: torch.Generator) -> Tensor:
     """At most `number` of the rows, in random order."""
     return rows[torch.randperm(len(rows), generator=generator)][:number]
+
+
+def eos_text(model: LanguageModel) -> str:
+    """How EOS is written in text."""
+    if model.eos is None:
+        raise DataMissing("the model's tokenizer has no EOS token, which joins the documents")
+    return model.tokenizer.backend.id_to_token(model.eos)

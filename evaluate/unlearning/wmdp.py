@@ -20,7 +20,7 @@ from ..scene import Scene, find_model
 from .material import Material
 from .papers import ChoicePaper
 from .questions import Question
-from .rows import joined_rows, sampled_texts, shuffled_rows
+from .rows import eos_text, joined_rows, sampled_texts, shuffled_rows
 from .sweep import Sweep
 
 FORGET_EXAM = "wmdp-bio"
@@ -82,10 +82,3 @@ def load_instructed(scene: Scene, name: str) -> LanguageModel:
     source = find_model(None, name)
     scene.say(f"loading {source.id} for its answers")
     return load_language_model(source.folder, scene.dtype, scene.device)
-
-
-def eos_text(model: LanguageModel) -> str:
-    """How EOS is written in text."""
-    if model.eos is None:
-        raise DataMissing("the model's tokenizer has no EOS token, which joins the documents")
-    return model.tokenizer.backend.id_to_token(model.eos)

@@ -1,8 +1,9 @@
-"""A topic of the installed library as material: nothing is in both halves, and every draw is the seed's."""
+"""Material: a topic of the installed library, and the protocol's own; every draw is the seed's."""
 
 from __future__ import annotations
 
 import copy
+import json
 import random
 
 import pytest
@@ -16,6 +17,8 @@ from saemill.evaluate.offline import topic
 from saemill.evaluate.offline.topic import EXAM_ROWS, load_topic, make_material
 from saemill.evaluate.progress import Watch
 from saemill.evaluate.scene import Scene
+from saemill.evaluate.unlearning import wmdp
+from saemill.evaluate.unlearning.sweep import Sweep
 from saemill.harvest.pocket import MODEL_FOLDER
 
 
@@ -103,3 +106,27 @@ def test_a_model_that_knows_nothing_of_it_is_not_run(tiny, builder):
     scene.use(tiny)
     with pytest.raises(NotApplicable, match="answers no question about what it is to forget"):
         list(unlearning.evaluate(scene, [builder.subject(builder.make_sae())], unlearning.Config(data="stdlib")))
+
+
+def test_the_protocols_material_is_put_together_from_its_parts(tiny, tmp_path, monkeypatch):
+    corpus = tmp_path / "bio.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"virus {number} " * 20}) + "\n" for number in range(30)))
+    question = {"question": "what?", "choices": ["a", "b", "c", "d"], "answer": 1}
+
+    def load_rows(name: str, _part: str, _split: str) -> list[dict[str, object]]:
+        return [{"text": "plain " * 40}, {"text": "short"}] * 8 if "wikitext" in name else [question] * 3
+
+    monkeypatch.setattr(wmdp, "load_rows", load_rows)
+    monkeypatch.setattr(wmdp, "load_instructed", lambda scene, name: tiny)
+    config = unlearning.Config(data="wmdp", forget_corpus=str(corpus), dataset_size=10, seq_len=16)
+    made = unlearning.load_material(Scene(None, watch=Watch(is_quiet=True)), config)
+    assert made.forget_rows.shape == (10, 16)
+    assert "virus" in text_of(tiny, made.forget_rows)
+    assert "plain" in text_of(tiny, made.retain_rows)
+    assert [paper.name for paper in made.papers] == list(config.dataset_names)
+    assert [paper.name for paper in made.forget] == ["wmdp-bio"]
+    assert made.sweep == Sweep((0.001, 0.01), (10, 20), (25, 50, 100, 200))
+    sheet = made.papers[0].trial().sheets[0]
+    assert len(made.papers[0].trial()) == 3 * 24
+    assert (sheet.tokens == tiny.bos).sum(1).tolist() == [1] * len(sheet.tokens)  # the template has its own
+    assert len(sheet.tokens) == 2 * config.llm_batch_size
