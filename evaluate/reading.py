@@ -1,4 +1,7 @@
-"""What the measures of stored text read: some windows of a split, with the layers that all SAEs need."""
+"""What the measures of stored text read: some windows of a split, with the layers that all SAEs need.
+
+They look at dense codes [W, T, F] of one SAE at a time; batches are as small as the widest SAE asks for.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from .feed import count_windows, store_batches
 from .scene import Scene
 from .subject import Subject
 from .windows import Windows
+
+MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
 
 
 def read_windows(
@@ -26,11 +31,11 @@ def read_windows(
         raise NotApplicable(f"the store's {split} split has no windows: harvest more text")
     layers = sorted({layer for subject in subjects for layer in (*subject.layers, *subject.target_layers)})
     attention = {*attention_layers, *(layer for subject in subjects for layer in subject.attention_layers)}
-    device = scene.device
-    batches = store_batches(
-        scene.store, split, layers, sorted(attention), min(batch_windows, total), count=total, device=device
-    )
-    with scene.watch.stage(title, total * scene.manifest.context) as advance:
+    context, device = scene.manifest.context, scene.device
+    room = MOST_CODES // (context * max(subject.width for subject in subjects))
+    size = max(1, min(batch_windows, total, room))
+    batches = store_batches(scene.store, split, layers, sorted(attention), size, count=total, device=device)
+    with scene.watch.stage(title, total * context) as advance:
         for batch in batches:
             yield batch
             advance(len(batch) * batch.context)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .lm import LanguageModel
-from .metrics.divergence import LogitsOf, compare, next_tokens
+from .memory import PieceSize
+from .metrics.divergence import LogitsOf, chunk_rows, compare, next_tokens
 from .scene import Scene
 from .windows import Windows
 
@@ -58,8 +59,8 @@ class Effect:
 class Tracer:
     """Replaces the residual of one batch at one layer, as often as one likes, against one clean pass."""
 
-    def __init__(self, model: LanguageModel, batch: Windows, layer: int, mean_D: Tensor) -> None:
-        self._model, self._batch, self._layer = model, batch, layer
+    def __init__(self, model: LanguageModel, batch: Windows, layer: int, mean_D: Tensor, rows: PieceSize) -> None:
+        self._model, self._batch, self._layer, self._rows = model, batch, layer, rows
         self._resid = batch.resid[layer].to(model.dtype)
         self._clean = self._hidden(self._resid)
         self.given = self.effects({MEAN: lambda: mean_D.expand_as(self._resid)})
@@ -69,9 +70,7 @@ class Tracer:
         keep = self._batch.keep[:, :, None]
         hidden = [self._hidden(torch.where(keep, x_hat().to(self._resid), self._resid)) for x_hat in replaced.values()]
         targets = next_tokens(self._batch.tokens, self._batch.keep)
-        clean_loss, losses = compare(
-            self._logits(self._clean), list(map(self._logits, hidden)), targets, self._model.facts.vocab_size
-        )
+        clean_loss, losses = compare(self._logits(self._clean), list(map(self._logits, hidden)), targets, self._rows)
         found = {name: Effect.of(part.kl, part.ce) for name, part in zip(replaced, losses, strict=True)}
         return found | {CLEAN: Effect.of(torch.zeros_like(clean_loss), clean_loss)}
 
@@ -87,4 +86,5 @@ def make_tracers(scene: Scene, batch: Windows, layers: Sequence[int]) -> dict[in
     """A tracer for each layer, so that all SAEs of a layer share its clean pass."""
     moments = {layer: scene.store.moments(layer) for layer in set(layers)}
     means = {layer: torch.as_tensor(part.mean, dtype=torch.float32) for layer, part in moments.items()}
-    return {layer: Tracer(scene.model, batch, layer, mean.to(scene.device)) for layer, mean in means.items()}
+    rows = PieceSize(chunk_rows(scene.model.facts.vocab_size), "rows of logits", scene.say)
+    return {layer: Tracer(scene.model, batch, layer, mean.to(scene.device), rows) for layer, mean in means.items()}

@@ -289,3 +289,10 @@ def test_examples_are_the_strongest_and_their_words_those_around_them(world, bui
     shares = [entry["fired_share"] for entry in listed["latents"]]
     assert shares == sorted(shares)
     assert len(listed["pattern"]["tokens"]) == 8
+
+
+def test_a_wide_sae_gets_small_batches(world, builder, open_scene, monkeypatch):
+    subject = builder.subject(builder.make_sae())
+    monkeypatch.setattr("saemill.evaluate.reading.MOST_CODES", 2 * builder.CONTEXT * builder.F)
+    sizes = [len(batch) for batch in tiers.read_windows(open_scene(world), [subject], "t", 7, 5)]
+    assert sizes == [2, 2, 2, 1]
