@@ -25,9 +25,9 @@ from ..fitting import attention_of, model_name_of, split_fitting
 from ..lm import LanguageModel
 from ..needs import Needs
 from ..offline.word_shapes import WORD_SHAPES
-from ..spots import Reader
 from ..results import Failure, Result
 from ..scene import Scene
+from ..spots import Reader
 from ..subject import Subject
 
 NEEDS = Needs(model=True)

@@ -26,10 +26,10 @@ from ..ravel.pairs import Pair, draw_pairs
 from ..ravel.prompts import EntityClass, Prompt, answered_prompts, make_prompts
 from ..ravel.scores import Scores, by_first_token, by_kind, mean_scores
 from ..ravel.trial import Training, Trial, complete
-from ..spots import Reader
 from ..remember import model_print, remembered
 from ..results import Failure, Result
 from ..scene import Scene
+from ..spots import Reader
 from ..subject import Subject
 
 NEEDS = Needs(model=True)

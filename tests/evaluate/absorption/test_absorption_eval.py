@@ -18,9 +18,9 @@ from saemill.evaluate.evals import absorption
 from saemill.evaluate.lm import LanguageModel, make_language_model
 from saemill.evaluate.offline.word_shapes import SHAPES, WORD_SHAPES, shape_of
 from saemill.evaluate.progress import Watch
-from saemill.evaluate.spots import Reading
 from saemill.evaluate.results import Failure, Result
 from saemill.evaluate.scene import Scene
+from saemill.evaluate.spots import Reading
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
