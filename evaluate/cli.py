@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-from rich.console import Console
 
 from ..cache_schema import StoreError
 from ..cache_schema.allocator import keep_large_blocks
@@ -21,7 +20,7 @@ from . import evals
 from .engine import Row
 from .errors import EvalError, SettingInvalid
 from .pictures import draw
-from .progress import Watch
+from .progress import Watch, make_console
 from .report import require_comparable, require_one_store, tell
 from .scene import DtypeName
 from .session import Session
@@ -30,7 +29,6 @@ from .subjects import find_all
 
 ALL = "all"
 FAILED, NOT_RUN = 1, 3
-LOG_WIDTH = 200  # of a table that no terminal bounds
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -52,6 +50,7 @@ LOG_WIDTH = 200  # of a table that no terminal bounds
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
 @click.option("--compare", is_flag=True, help="One table of results; evaluates only what has none yet.")
 @click.option("--resume", is_flag=True, help="Skip what is done with the same settings.")
+@click.option("--beside-untrained", is_flag=True, help="Also show what was recorded of an SAE that was never trained.")
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Pictures beside the results.")
 @click.option("--set", "settings", multiple=True, metavar="EVAL.KEY=V", help="A setting, such as core.batch_windows=8.")
 def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs: str, **options: Any) -> None:
@@ -60,7 +59,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
     Results are JSON files beside the run. The exit status is 0 when all is done, 1 when something failed,
     3 when something could not be run for want of a model or data.
     """
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console = make_console()
     keep_large_blocks()
     with errors_told():
         configs = make_configs(wanted, settings)
@@ -68,7 +67,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
         for problem in problems:
             click.echo(f"error: {problem}", err=True)
         rows = _evaluate(subjects, configs, options)
-        tell(console, rows)
+        tell(console, rows, beside_untrained=options["beside_untrained"])
         if options["plots"]:
             draw(rows, options["compare"], Watch().say)
     sys.exit(FAILED if problems else exit_code(rows))

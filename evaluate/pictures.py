@@ -21,6 +21,11 @@ def draw(rows: Sequence[Row], compares: bool, say: Say) -> None:
         _draw(homes, homes[0].parent / "compare" / "+".join(home.name for home in homes), say)
 
 
+def after_run(folder: Path, say: Say) -> None:
+    """What training calls when a run has ended."""
+    _draw([folder], folder / "plots", say)
+
+
 def _draw(homes: Sequence[Path], folder: Path, say: Say) -> None:
     from .page import write_page  # loads matplotlib, which nobody waits for who asks for no pictures
     from .plots import make_plots
