@@ -12,9 +12,11 @@ DATASET  ?=
 TOKENS   ?=
 CONTEXT  ?=
 DEMO     ?= ./demo
+STUDIES  ?= ./studies
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow check format goldens demo harvest bench bench-store bench-harvest bench-train bench-gpu bench-eval peers saebench clean
+.PHONY: help env test test-slow check format goldens demo harvest studies bench bench-store bench-harvest bench-train \
+  bench-quality bench-eval bench-gpu peers saebench clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,19 +52,30 @@ harvest: env ## run the model once and write a store: make harvest LAYER=19 [MOD
 	$(BIN)/sae-harvest --model $(MODEL) --layer $(LAYER) --out $(STORE) \
 	  $(if $(DATASET),--dataset $(DATASET)) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(CONTEXT),--context $(CONTEXT))
 
-demo: env ## the whole path on the bundled pocket model
+demo: env ## the whole path on the bundled pocket model: harvest, train four SAEs, evaluate, plot
 	$(BIN)/sae-harvest --model pocket --layer 19 --tokens 300k --out $(DEMO)/store
 	$(BIN)/sae-store verify $(DEMO)/store
-	$(BIN)/sae-store info $(DEMO)/store
-	$(BIN)/sae-train --variant topk --variant standard --cache $(DEMO)/store --out $(DEMO)/runs --epochs 2 --width 512
+	test -f $(DEMO)/runs/demo/result.json || $(BIN)/sae-train --cache $(DEMO)/store --out $(DEMO)/runs --name demo \
+	  --variant standard --variant topk --variant attention --variant hierarchical --width 512 --epochs 8
+	$(BIN)/sae-eval demo --runs $(DEMO)/runs --evals core,sparse_probing --beside-untrained
+	@echo "next: look at $(DEMO)/runs/demo/report.html, then harvest for yourself: make harvest LAYER=19"
 
-bench: bench-store bench-harvest bench-train ## every benchmark against the peers
+studies: env ## all runs of the five studies on a pocket store, their tables and plots
+	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STUDIES)/store
+	$(BIN)/sae-study --cache $(STUDIES)/store --out $(STUDIES) --epochs 2 --width 1024 --set data.batch_tokens=2048
+
+bench: bench-store bench-harvest bench-train bench-quality bench-eval ## every benchmark against the peers
 
 bench-harvest: env peers ## the harvest against the bare forward pass and SAELens' runner
 	$(BIN)/python bench/harvest.py --peers $(PEERS)
 
-bench-train: env peers ## training steps against SAELens and dictionary_learning
+bench-train: env peers ## training steps against SAELens and dictionary_learning, and what guidance adds to a step
 	$(BIN)/python bench/train.py --peers-python $(PEERS)/bin/python
+	$(BIN)/python bench/guided.py
+
+bench-quality: env peers ## explained variance at equal sparsity, against the peers
+	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STORE)
+	$(BIN)/python bench/quality.py $(STORE) --peers-python $(PEERS)/bin/python
 
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from ..cache_schema import StoreError
 from ..cache_schema.allocator import keep_large_blocks
@@ -20,7 +17,7 @@ from . import evals
 from .engine import Row
 from .errors import EvalError, SettingInvalid
 from .pictures import draw
-from .progress import Watch
+from .progress import Watch, make_console
 from .report import require_comparable, require_one_store, tell
 from .session import Session
 from .subject import Subject
@@ -28,7 +25,6 @@ from .subjects import find_all
 
 ALL = "all"
 FAILED, NOT_RUN = 1, 3
-LOG_WIDTH = 200  # of a table that no terminal bounds
 Complain = Callable[[str], None]
 
 
@@ -43,9 +39,9 @@ def run(
         for problem in problems:
             complain(f"error: {problem}")
         rows = evaluate(subjects, configs, options)
-        tell(Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH), rows)
+        tell(make_console(), rows, beside_untrained=options["beside_untrained"])
         if options["plots"]:
-            draw(rows, Watch().say)
+            draw(rows, options["compare"], Watch().say)
         return FAILED if problems else exit_code(rows)
     return FAILED
 

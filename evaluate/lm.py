@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..harvest.architectures import architecture_of
@@ -116,6 +116,14 @@ class LanguageModel:
             logits_NV.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits_NV
 
+    def last_logits(self, resid_WTD: Tensor, layer: int, valid_WT: Tensor | None = None) -> Tensor:
+        """Logits [W, V] of the last position, from the residual after `layer` and with a gradient to it."""
+        with torch.enable_grad(), self._eager_attention():
+            stack = self._part(layer + 1, self.facts.num_layers, normed=True)
+            out = stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, **_padding(valid_WT))
+            logits_WV = self._unembed(out.last_hidden_state[:, -1])
+            return logits_WV if self._softcap is None else torch.tanh(logits_WV / self._softcap) * self._softcap
+
     def attention(self, resid_WTD: Tensor, layer: int, sink: Callable[[Tensor], None]) -> None:
         """Hand the attention probabilities of layer + 1, from the residual after `layer`, to `sink`."""
         stack = self._part(layer + 1, layer + 2, normed=False)
@@ -136,6 +144,40 @@ class LanguageModel:
             if valid_WT is not None:
                 valid_WT = torch.cat([valid_WT, valid_WT.new_ones(len(valid_WT), 1)], dim=1)
         return tokens_WT[:, -count:]
+
+    @torch.inference_mode()
+    def complete(
+        self, tokens_WT: Tensor, count: int, valid_WT: Tensor, splice: Mapping[int, Splice] | None = None
+    ) -> Tensor:
+        """The next `count` tokens [W, count], greedily, keys and values kept. The splice acts on the prompt alone."""
+        cache = DynamicCache(config=self.stack.config)
+        positions = (valid_WT.long().cumsum(dim=1) - 1).clamp_min(0)
+        with spliced(self.stack, splice or {}):
+            new = [self._next(tokens_WT, valid_WT, positions, cache)]
+        for number in range(1, count):
+            valid_WT = torch.cat([valid_WT, valid_WT.new_ones(len(valid_WT), 1)], dim=1)
+            new.append(self._next(new[-1], valid_WT, positions[:, -1:] + number, cache))
+        return torch.cat(new, dim=1)
+
+    def _next(self, tokens_WT: Tensor, valid_WT: Tensor, positions_WT: Tensor, cache: DynamicCache) -> Tensor:
+        """The most likely next token [W, 1] of each row."""
+        out = self.stack(
+            input_ids=tokens_WT,
+            attention_mask=valid_WT.long(),
+            position_ids=positions_WT,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return self.head(out.last_hidden_state[:, -1]).argmax(dim=-1, keepdim=True)
+
+    @contextmanager
+    def _eager_attention(self) -> Iterator[None]:
+        """transformers' own attention: ours works in place, which no gradient survives."""
+        self.stack.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.stack.set_attn_implementation(ATTENTION)
 
     def _part(self, start: int, stop: int, normed: bool) -> Any:
         """The stack with the layers start..stop alone; weights are shared, nothing is copied."""

@@ -12,6 +12,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 LOG_SECONDS = 30.0
 Advance = Callable[[int], None]
 
+PIPE_WIDTH = 160
+
+
+def make_console() -> Console:
+    """For what a person reads at the end; a pipe has room for a wide table."""
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=PIPE_WIDTH)
+
 
 class Watch:
     """Tells how far an evaluation is, at what rate, and how long it will take."""

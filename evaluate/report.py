@@ -11,18 +11,24 @@ from rich.table import Table
 from . import evals
 from .engine import Row
 from .errors import Incomparable
-from .results import read_result
+from .results import metric_of, read_result
 from .subject import Subject
+from .untrained import NAME, RECORDED, UNTRAINED, untrained_traits
 
 MISSING = "-"
 NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
 
 
-def tell(console: Console, rows: Sequence[Row]) -> None:
-    """The table, then everything that is not in it and why."""
+def tell(console: Console, rows: Sequence[Row], *, beside_untrained: bool = False) -> None:
+    """The table, what in it cannot be right, then everything that is not in it and why."""
     good = [row for row in rows if row.status in ("done", "kept", "partly")]
     if good:
-        console.print(make_table(good))
+        console.print(make_table(good, beside_untrained=beside_untrained))
+    if beside_untrained:
+        console.print(f"{NAME}: {RECORDED}", style="dim", markup=False, soft_wrap=True)
+    for row in good:
+        for trait in untrained_traits(read_result(row.path)):
+            console.print(f"warning: {row.subject.name} did not learn: {trait}", markup=False, soft_wrap=True)
     for reason, concerned in _by_reason(rows).items():
         status, eval_id, text = reason
         names = ", ".join(row.subject.name for row in concerned)
@@ -32,7 +38,7 @@ def tell(console: Console, rows: Sequence[Row]) -> None:
         console.print(f"results: {home / 'evals'}", markup=False, soft_wrap=True)
 
 
-def make_table(rows: Sequence[Row]) -> Table:
+def make_table(rows: Sequence[Row], *, beside_untrained: bool = False) -> Table:
     """One line for each SAE, one column for each metric in the evaluations' summaries."""
     found = {(row.subject, row.eval_id): read_result(row.path) for row in rows}
     subjects = list(dict.fromkeys(row.subject for row in rows))
@@ -41,11 +47,19 @@ def make_table(rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("SAE", no_wrap=True)
     for eval_id, metric in columns:
-        heading = metric.rsplit(".", 1)[-1] if len(eval_ids) == 1 else f"{eval_id}: {metric.rsplit('.', 1)[-1]}"
-        table.add_column(heading.replace("_", " "), justify="right", min_width=NUMBER_WIDTH)
+        whose = f"{eval_id}: " if len(eval_ids) > 1 else ""
+        table.add_column(whose + heading(metric), justify="right", min_width=NUMBER_WIDTH)
     for subject in subjects:
         table.add_row(subject.name, *(_cell(found.get((subject, eval_id)), metric) for eval_id, metric in columns))
+    if beside_untrained:
+        recorded = (UNTRAINED.get(metric) for _, metric in columns)
+        table.add_row(NAME, *(MISSING if value is None else f"{value:g}" for value in recorded), style="dim")
     return table
+
+
+def heading(metric: str) -> str:
+    """The last part of a dotted name, in words that can stand below each other."""
+    return metric.rsplit(".", 1)[-1].replace("_", " ")
 
 
 def summary_of(eval_id: str) -> tuple[str, ...]:
@@ -99,12 +113,5 @@ def _by_reason(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
 
 
 def _cell(document: Mapping[str, Any] | None, metric: str) -> str:
-    """A dotted metric: of the official metrics, or of a top-level key of ours."""
-    if document is None:
-        return MISSING
-    for value in (document["eval_result_metrics"], document):
-        for part in metric.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if isinstance(value, (int, float)):
-            return MISSING if value == -1 else f"{value:.4g}"
-    return MISSING
+    value = None if document is None else metric_of(document, metric)
+    return MISSING if value is None or value == -1 else f"{value:.4g}"

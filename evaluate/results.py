@@ -121,6 +121,16 @@ def read_result(path: Path) -> dict[str, Any]:
     return found
 
 
+def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
+    """A number by its dotted name: one of the official metrics, or of a top-level key of ours."""
+    for value in (document["eval_result_metrics"], document):
+        for part in metric.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None
+
+
 def is_there(subject: Subject, eval_id: str) -> bool:
     """Whether there is a result, of whatever settings."""
     return result_path(subject, eval_id).is_file()

@@ -12,6 +12,7 @@ from typing import Any
 from . import variants
 from .build import most_active, require
 from .compose import Assembly, Needs
+from .optim import Optim
 from .sae.scaling import Stats
 
 BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional ones that no variant reads for itself
@@ -34,11 +35,32 @@ def base_request(config: Any) -> Needs:
 def _base_config(config: Any, d_model: int | None) -> Any:
     cls = variants.config_type(config.base)
     known = {field.name for field in dataclasses.fields(cls)}
-    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    require("base" not in known, f"base: expected a variant that wraps no other, found {config.base!r}")
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "base"}
     foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
     require(not foreign, f"base {config.base} has no setting {', '.join(foreign)}")
     shared = {name: value for name, value in given.items() if name in known and value is not None}
-    return cls(**_bounded(cls, d_model) | shared)
+    if "optim" in shared:
+        shared["optim"] = _on_top_of(cls().optim, shared["optim"])
+    return cls(**_bounded(cls, d_model) | _whole(cls, shared))
+
+
+def _on_top_of(base: Optim, given: Optim) -> Optim:
+    """The base's own settings of its optimiser, and over them those that are not everybody's default."""
+    everybody = Optim()
+    names = [field.name for field in dataclasses.fields(Optim)]
+    chosen = {name: getattr(given, name) for name in names if getattr(given, name) != getattr(everybody, name)}
+    return dataclasses.replace(base, **chosen)
+
+
+def _whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """A whole number where the base has one: `k` of a batch may be 32.5, that of a token may not."""
+    whole = {field.name for field in dataclasses.fields(cls) if isinstance(field.default, int)}
+    broken = [name for name in whole & settings.keys() if settings[name] != int(settings[name])]
+    require(not broken, f"{', '.join(broken)}: expected a whole number for this base")
+    return {
+        name: int(value) if name in whole and isinstance(value, float) else value for name, value in settings.items()
+    }
 
 
 def _bounded(cls: Any, d_model: int | None) -> dict[str, Any]:
@@ -46,5 +68,5 @@ def _bounded(cls: Any, d_model: int | None) -> dict[str, Any]:
     if d_model is None:
         return {}
     limit = most_active(d_model)
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
     return {name: limit for name in ("k", "target_l0") if name in defaults and defaults[name] > limit}

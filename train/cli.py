@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,18 +14,21 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cache_schema import Store, StoreError
-from .config import Ask, CourseConfig, Member
+from .afterwards import after_run
+from .config import Ask, Member
 from .distributed import Group, join
 from .errors import ConfigInvalid, RunInterrupted, TrainError
 from .launch import Settled, begun, cache_of, resumed, settle
 from .loop import train
 from .outcome import Outcome
+from .recipes import find_recipes, studies
 from .run import Run
 from .runs import RunFolder
 from .settings import Setting, parse_grid, parse_settings, parse_value
 from .variants import names
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
+_OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
 _ALIASES = {"lr": "optim.lr"}
 
 
@@ -42,6 +46,9 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option(
     "--variant", "variants", multiple=True, help=f"Which SAE; again for a fleet. One of: {', '.join(names())}."
 )
+@click.option(
+    "--recipe", metavar="STUDY[/RUN]", help=f"A run of a study, or all its runs. Studies: {', '.join(studies())}."
+)
 @click.option("--cache", metavar="URL", help="The store: a path, or any fsspec URL such as s3://bucket/store.")
 @click.option("--out", default="runs", show_default=True, metavar="DIR", help="Where runs are kept.")
 @click.option("--name", metavar="NAME", help="Name of the run.  [default: run_N, the next free number]")
@@ -56,8 +63,10 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option("--set", "settings", multiple=True, metavar="A.B=V", help="Any other setting, such as optim.beta1=0.")
 @click.option("--grid", multiple=True, metavar="A=V,V", help="A fleet over values, such as k=16,32,64.")
 @click.option("--resume", metavar="NAME", help="Go on with a run from its last checkpoint.")
+@click.option("--plots/--no-plots", default=True, show_default=True, help="Pictures of the run when it has ended.")
 def main(
     variants: tuple[str, ...],
+    recipe: str | None,
     cache: str | None,
     out: str,
     name: str | None,
@@ -67,6 +76,7 @@ def main(
     settings: tuple[str, ...],
     grid: tuple[str, ...],
     resume: str | None,
+    plots: bool,
     **chosen: Any,
 ) -> None:
     """Train sparse autoencoders from a store of activations.
@@ -79,13 +89,13 @@ def main(
         group, place = join(device)
         try:
             if resume is not None:
-                _require_alone(resume, {"--variant": variants, "--set": settings, "--grid": grid, "--name": name})
-                outcome = _go_on(RunFolder.open(out, resume), cache, group, place, console)
+                others = {"--variant": variants, "--recipe": recipe, "--set": settings, "--grid": grid, "--name": name}
+                _require_alone(resume, others)
+                tell(console, _go_on(RunFolder.open(out, resume), cache, group, place, console), plots)
             else:
-                ask = _ask(variants, settings, grid, chosen, CourseConfig(tokens=tokens, epochs=epochs))
-                outcome = _start(ask, _required(cache), out, name, group, place, console)
-            if outcome is not None:
-                tell(console, outcome)
+                options = _options(chosen | {"tokens": tokens, "epochs": epochs}, settings)
+                for ask in _asks(variants, recipe, name, options, _points(grid)):
+                    tell(console, _start(ask, _required(cache), out, name, group, place, console), plots)
         finally:
             group.close()
 
@@ -105,8 +115,10 @@ def errors_told() -> Iterator[None]:
         sys.exit(130)
 
 
-def tell(console: Console, outcome: Outcome) -> None:
-    """The last lines: what came out, where it is, what to do next."""
+def tell(console: Console, outcome: Outcome | None, plots: bool) -> None:
+    """The last lines: what came out, where it is, what to do next. Only one of several processes has them."""
+    if outcome is None:
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("SAE", no_wrap=True)
     for column in ("width", "L0", "EV held out", "dead"):
@@ -125,6 +137,8 @@ def tell(console: Console, outcome: Outcome) -> None:
     )
     for sae in outcome.saes.values():
         console.print(f"saved: {sae.folder}")
+    if plots:
+        after_run(Path(next(iter(outcome.saes.values())).folder).parent, console.print)
     console.print(f"next: sae-eval {outcome.run}")
 
 
@@ -163,18 +177,37 @@ def _settings_of(member: Member) -> str:
     return ", ".join(f"{key} {getattr(member.config, key)}" for key in shown if hasattr(member.config, key))
 
 
-def _ask(
+def _asks(
     variants: tuple[str, ...],
-    settings: tuple[str, ...],
-    grid: tuple[str, ...],
-    chosen: dict[str, Any],
-    course: CourseConfig,
-) -> Ask:
-    if not variants:
-        raise ConfigInvalid(f"expected --variant NAME (one of {', '.join(names())}), or --resume NAME")
+    recipe: str | None,
+    name: str | None,
+    settings: list[Setting],
+    points: list[list[Setting]],
+) -> list[Ask]:
+    """The runs to make, one after the other."""
+    if variants and recipe is not None:
+        raise ConfigInvalid(f"--recipe {recipe} says which SAEs to train: leave out --variant")
+    if variants:
+        return [Ask.of_variants(variants, settings, points)]
+    if recipe is None:
+        raise ConfigInvalid(
+            f"expected --variant NAME (one of {', '.join(names())}), "
+            f"--recipe STUDY/RUN (of {', '.join(studies())}), or --resume NAME"
+        )
+    found = find_recipes(recipe)
+    if name is not None and len(found) > 1:
+        raise ConfigInvalid(f"--name {name} is of one run, and the study {recipe} has {len(found)}: leave it out")
+    return [Ask.of_recipe(one, settings, points) for one in found]
+
+
+def _options(chosen: dict[str, Any], words: tuple[str, ...]) -> list[Setting]:
+    """What was said by options, then what was said by --set."""
     options = [Setting(_OPTIONS[key], value) for key, value in chosen.items() if value is not None]
-    points = [[_unaliased(setting) for setting in point] for point in parse_grid(grid)]
-    return Ask(variants, [*options, *map(_unaliased, parse_settings(settings))], points, course=course)
+    return [*options, *map(_unaliased, parse_settings(words))]
+
+
+def _points(grid: tuple[str, ...]) -> list[list[Setting]]:
+    return [[_unaliased(setting) for setting in point] for point in parse_grid(grid)]
 
 
 def _unaliased(setting: Setting) -> Setting:

@@ -3,7 +3,7 @@
 An `Assembly` is a module, loss terms, constraints and knobs. A `Term` is a pure function of a `View`
 and never sees its own weight or the step; weights and knobs are schedules. A `Constraint` acts on
 the module before and after the optimiser. New behaviour comes from combining these parts:
-`with_terms`, `without_terms`, `with_constraints`, `with_knobs`, `with_extra`, `wrapped`.
+`with_terms`, `replacing`, `without_terms`, `with_constraints`, `with_knobs`, `with_extra`, `wrapped`.
 """
 
 from __future__ import annotations
@@ -91,12 +91,20 @@ class Assembly:
             raise ValueError(f"expected distinct names of terms, found {names}")
         return replace(self, terms=(*self.terms, *terms))
 
+    def replacing(self, term: Term) -> Assembly:
+        """The same with another term in the place of the one of its name, which must exist."""
+        self._require_terms(term.name)
+        return replace(self, terms=tuple(term if old.name == term.name else old for old in self.terms))
+
     def without_terms(self, *names: str) -> Assembly:
         """The same without the terms of these names, all of which must exist."""
+        self._require_terms(*names)
+        return replace(self, terms=tuple(term for term in self.terms if term.name not in names))
+
+    def _require_terms(self, *names: str) -> None:
         missing = set(names) - {term.name for term in self.terms}
         if missing:
             raise ValueError(f"expected terms named {sorted(missing)}, found {[t.name for t in self.terms]}")
-        return replace(self, terms=tuple(term for term in self.terms if term.name not in names))
 
     def with_constraints(self, *constraints: Constraint) -> Assembly:
         return replace(self, constraints=(*self.constraints, *constraints))

@@ -16,6 +16,7 @@ from typing import Any
 from ..cache_schema.strict import StrictError, from_json, nearest, to_json
 from . import variants
 from .errors import ConfigInvalid
+from .recipe import Recipe, Sae
 from .settings import Setting, flat_keys, with_settings
 
 
@@ -87,11 +88,26 @@ def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
 class Ask:
     """What was asked for on the command line, before anything is known of the store."""
 
-    variants: tuple[str, ...]
+    saes: tuple[Sae, ...]
     settings: Sequence[Setting] = ()
     grid: Sequence[Sequence[Setting]] = ((),)
     data: DataConfig = field(default_factory=DataConfig)
     course: CourseConfig = field(default_factory=CourseConfig)
+    recipe: Recipe | None = None
+
+    @classmethod
+    def of_recipe(
+        cls, recipe: Recipe, settings: Sequence[Setting] = (), grid: Sequence[Sequence[Setting]] = ((),)
+    ) -> Ask:
+        """A recipe, changed by what the command line says."""
+        return cls(recipe.saes, settings, grid, recipe=recipe)
+
+    @classmethod
+    def of_variants(
+        cls, names: Iterable[str], settings: Sequence[Setting] = (), grid: Sequence[Sequence[Setting]] = ((),)
+    ) -> Ask:
+        """Variants at their defaults, each once."""
+        return cls(tuple(Sae(name, name) for name in dict.fromkeys(names)), settings, grid)
 
     def stream(self) -> DataConfig:
         """The stream that was asked for."""
@@ -108,9 +124,7 @@ class Ask:
         if misplaced:
             raise ConfigInvalid(f"a fleet shares one stream and one course: {misplaced[0]} cannot be spread over it")
         self._require_known([*self.settings, *spread])
-        members = [
-            self._member(variant, point, limits) for variant in dict.fromkeys(self.variants) for point in self.grid
-        ]
+        members = [self._member(sae, point, limits) for sae in self.saes for point in self.grid]
         return tuple({member.label: member for member in members}.values())
 
     def is_set(self, key: str) -> bool:
@@ -118,19 +132,27 @@ class Ask:
         keys = {setting.key for point in (self.settings, *self.grid) for setting in point}
         return any(found == key or found.endswith(f".{key}") for found in keys)
 
-    def _member(self, variant: str, point: Sequence[Setting], limits: Mapping[str, Any]) -> Member:
-        config = variants.config_type(variant)()
+    def _member(self, sae: Sae, point: Sequence[Setting], limits: Mapping[str, Any]) -> Member:
+        config = variants.config_type(sae.variant)()
         known = set(flat_keys(to_json(config)))
-        chosen = smaller_defaults(config, limits) | _own(self.settings, variant, known)
-        spread = _own(point, variant, known)
-        return Member(_label(variant, spread), variant, with_settings(config, chosen | spread, variant))
+        spread = _own(point, sae.variant, known)
+        asked = _own(self.settings, sae.variant, known) | spread
+        draft = with_settings(config, self._of_recipe(sae, known) | asked, sae.label)
+        smaller = smaller_defaults(draft, {key: limit for key, limit in limits.items() if key not in asked})
+        return Member(_label(sae.label, spread), sae.variant, with_settings(draft, smaller, sae.label))
+
+    def _of_recipe(self, sae: Sae, known: set[str]) -> dict[str, Any]:
+        shared = self.recipe.settings if self.recipe else {}
+        return {key: value for key, value in shared.items() if key in known} | dict(sae.settings)
 
     def _of(self, head: str) -> dict[str, Any]:
-        return {s.in_front()[1]: s.value for s in self.settings if s.in_front()[0] == head}
+        shared = [Setting(key, value) for key, value in (self.recipe.settings if self.recipe else {}).items()]
+        return {s.in_front()[1]: s.value for s in (*shared, *self.settings) if s.in_front()[0] == head}
 
     def _require_known(self, settings: Iterable[Setting]) -> None:
         """A key that no SAE of the run has is a mistake."""
-        by_variant = {v: list(flat_keys(to_json(variants.config_type(v)()))) for v in self.variants}
+        names = dict.fromkeys(sae.variant for sae in self.saes)
+        by_variant = {name: list(flat_keys(to_json(variants.config_type(name)()))) for name in names}
         everything = {key for keys in by_variant.values() for key in keys}
         for setting in settings:
             head, rest = setting.in_front()
@@ -156,7 +178,7 @@ def _own(settings: Iterable[Setting], variant: str, known: set[str]) -> dict[str
     return general | {s.in_front()[1]: s.value for s in settings if s.in_front()[0] == variant and s.in_front()[1]}
 
 
-def _label(variant: str, spread: Mapping[str, Any]) -> str:
-    """The name of an SAE in its run: the variant, and what sets it apart from its neighbours."""
+def _label(name: str, spread: Mapping[str, Any]) -> str:
+    """The name of an SAE in its run, and what sets it apart from its neighbours of the same name."""
     parts = [f"{key.rsplit('.', 1)[-1]}{json.dumps(value)}" for key, value in spread.items()]
-    return "_".join([variant, *(re.sub(r"[^\w.+-]", "", part) for part in parts)])
+    return "_".join([name, *(re.sub(r"[^\w.+-]", "", part) for part in parts)])

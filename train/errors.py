@@ -3,6 +3,7 @@
 TrainError
 ├── ConfigInvalid (ValueError)          a setting that no run can satisfy
 ├── UnknownVariant (LookupError)        no file of that name in train/variants/
+├── UnknownRecipe (LookupError)         no study or run of that name in train/recipes/
 ├── SideInputMissing (LookupError)      a term or a gate read what its variant did not request
 ├── NonFiniteLoss (ArithmeticError)     the loss left the numbers; weights are as before the step
 ├── SaeInvalid (ValueError)             a folder that is no SAE this package can read
@@ -32,6 +33,10 @@ class ConfigInvalid(TrainError, ValueError):
 
 class UnknownVariant(TrainError, LookupError):
     """A variant was asked for that has no file in the folder of variants."""
+
+
+class UnknownRecipe(TrainError, LookupError):
+    """A recipe was asked for that no file in the folder of recipes has."""
 
 
 class SideInputMissing(TrainError, LookupError):

@@ -19,7 +19,7 @@ from ..cache_schema.request import validate_request
 from .budget import Budget, settle_budget
 from .build import most_active
 from .checkpoint import Checkpoint, load_checkpoint
-from .config import Ask, DataConfig, RunConfig, read_run_config
+from .config import Ask, DataConfig, Member, RunConfig, read_run_config
 from .data.feed import Feed, joint_request
 from .data.plan import Plan
 from .data.sizes import measure_split
@@ -29,6 +29,7 @@ from .fleet import Fleet
 from .keeper import Keeper
 from .memory import require_room
 from .progress import Progress
+from .recipe import Recipe
 from .run import Run
 from .runs import MetricsLog, RunFolder, provenance
 from .sae.scaling import Stats, stats_from_moments
@@ -46,6 +47,7 @@ class Settled:
     config: RunConfig
     plan: Plan
     budget: Budget
+    recipe: Recipe | None = None
 
 
 def settle(ask: Ask, store: Store) -> Settled:
@@ -54,8 +56,8 @@ def settle(ask: Ask, store: Store) -> Settled:
     plan = make_plan(data, store)
     budget = settle_budget(ask.length(), plan, store.url)
     course = replace(ask.length(), tokens=budget.tokens)
-    members = ask.members(limits_for(store.manifest, budget))
-    return Settled(RunConfig(data, course, members), plan, budget)
+    members = tuple(fitted(member, store.manifest) for member in ask.members(limits_for(store.manifest, budget)))
+    return Settled(RunConfig(data, course, members), plan, budget, ask.recipe)
 
 
 def settle_again(config: RunConfig, steps: int, store: Store) -> Settled:
@@ -70,7 +72,7 @@ def begun(
 ) -> Iterator[Run]:
     """A new run, from step 0."""
     stats = check(settled, store, group, device)
-    path = str(RunFolder.create(out, name).path) if group.rank == 0 else ""
+    path = str(_make_folder(settled, out, name).path) if group.rank == 0 else ""
     folder = RunFolder.at(group.text(path))
     described = describe(settled, store)
     if group.rank == 0:
@@ -99,6 +101,9 @@ def check(settled: Settled, store: Store, group: Group, device: torch.device) ->
     """Everything that can be refused before anything is written; returns the statistics of each layer."""
     members = settled.config.members
     require_trackers(settled.config.course.trackers)
+    for config in (member.config for member in members):
+        if hasattr(config, "check"):
+            config.check(store.manifest)
     request = joint_request([member.config.request() for member in members], TRAIN)
     validate_request(store.manifest, request)
     store.spans(request)
@@ -110,6 +115,13 @@ def check(settled: Settled, store: Store, group: Group, device: torch.device) ->
     pool_bytes = pools * plan.max_windows * window_bytes
     require_room(members, manifest.model.d_model, plan.batch_tokens // group.size, pool_bytes, shards, device)
     return {layer: _stats(store, layer) for layer in request.layers}
+
+
+def _make_folder(settled: Settled, out: str, name: str | None) -> RunFolder:
+    """Of the name that was given, else of the recipe's, else of the next number."""
+    if name is None and settled.recipe is not None:
+        return RunFolder.create_like(out, settled.recipe.name)
+    return RunFolder.create(out, name)
 
 
 def make_plan(data: DataConfig, store: Store) -> Plan:
@@ -130,6 +142,7 @@ def limits_for(manifest: Manifest, budget: Budget) -> dict[str, Any]:
     d_model = manifest.model.d_model
     active = most_active(d_model)
     return {
+        **dict.fromkeys(("short_to", "medium_to", "long_to"), manifest.context),
         "width": 16 * d_model,
         "k": active,
         "target_l0": active,
@@ -139,13 +152,22 @@ def limits_for(manifest: Manifest, budget: Budget) -> dict[str, Any]:
 
 def describe(settled: Settled, store: Store) -> dict[str, Any]:
     """config.json."""
+    recipe = settled.recipe
     return {
         "format": 1,
+        "recipe": recipe and f"{recipe.study}/{recipe.name}",
         "cache": {"url": store.url, "cache_id": store.manifest.cache_id},
         **settled.config.to_json(),
         "total_steps": settled.budget.steps,
         "provenance": provenance(),
     }
+
+
+def fitted(member: Member, manifest: Manifest) -> Member:
+    """With the length of the store's windows in a config that has a place for it."""
+    if not hasattr(member.config, "context") or member.config.context is not None:
+        return member
+    return replace(member, config=replace(member.config, context=manifest.context))
 
 
 def cache_of(folder: RunFolder) -> tuple[str, str]:

@@ -25,6 +25,9 @@ class Optim:
     lr: float | None = None
     """Peak learning rate; None: the variant's own default, scaled by width where its paper does."""
     warmup_steps: int = 1000
+    """Steps over which the learning rate rises, at most a tenth of the run."""
+    warmup_power: float = 1.0
+    """1: in a line; 3: along a cube, slowly at first."""
     decay_fraction: float = 0.2
     """Share of the run, at its end, over which the learning rate falls linearly to zero."""
     beta1: float = 0.9
@@ -40,13 +43,15 @@ class Optim:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigInvalid(f"optim.{name}: expected 0 <= {name} < 1, found {getattr(self, name)}")
+        if not self.warmup_power > 0:
+            raise ConfigInvalid(f"optim.warmup_power: expected a positive number, found {self.warmup_power}")
         if not 0 <= self.decay_fraction <= 1:
             raise ConfigInvalid(f"optim.decay_fraction: expected 0 to 1, found {self.decay_fraction}")
 
     def schedule(self) -> Schedule:
         """The learning rate of every step; `lr` must be set."""
         assert self.lr is not None
-        return Product((WarmUp(self.lr, self.warmup_steps), Decay(self.decay_fraction)))
+        return Product((WarmUp(self.lr, self.warmup_steps, power=self.warmup_power), Decay(self.decay_fraction)))
 
 
 class Adam:

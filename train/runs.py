@@ -10,12 +10,13 @@ runs/run_4/result.json          what came out (only of a run that went well)
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class RunFolder:
         root = Path(root)
         root.mkdir(parents=True, exist_ok=True)
         if name is None:
-            return cls(_make_next(root))
+            return cls(_make_first(root, (f"run_{number}" for number in itertools.count(1))))
         if name in ("", ".", "..") or "/" in name:
             raise ConfigInvalid(f"expected the name of a folder in {root}, found {name!r}")
         try:
@@ -47,6 +48,13 @@ class RunFolder:
                 f"{root / name} is there already: choose another --name, or go on with it by --resume {name}"
             ) from None
         return cls(root / name)
+
+    @classmethod
+    def create_like(cls, root: str | os.PathLike[str], name: str) -> RunFolder:
+        """A new folder of this name, or of name_2, name_3, ... where that exists."""
+        root = Path(root)
+        root.mkdir(parents=True, exist_ok=True)
+        return cls(_make_first(root, itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))))
 
     @classmethod
     def open(cls, root: str | os.PathLike[str], name: str) -> RunFolder:
@@ -145,16 +153,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _make_next(root: Path) -> Path:
-    """mkdir decides: two runs that start at once get two numbers."""
-    number = 1
+def _make_first(root: Path, names: Iterator[str]) -> Path:
+    """The first that is free. mkdir decides: two runs that start at once get two names."""
     while True:
+        path = root / next(names)
         try:
-            (root / f"run_{number}").mkdir()
+            path.mkdir()
         except FileExistsError:
-            number += 1
-        else:
-            return root / f"run_{number}"
+            continue
+        return path
 
 
 def _version(package: str) -> str | None:

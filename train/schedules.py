@@ -42,6 +42,82 @@ class Ramp:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """0 before a fraction of the run, 1 from there on."""
+
+    at_fraction: float
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return float(step >= self.at_fraction * total_steps)
+
+
+@dataclass(frozen=True)
+class SigmoidRamp:
+    """From exactly 0 to exactly 1 between two fractions of the run, along a sigmoid over +-`steepness`."""
+
+    begin_fraction: float
+    end_fraction: float
+    steepness: float = 6.0
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        done = Ramp(0.0, 1.0, self.begin_fraction, self.end_fraction)(step, total_steps)
+        low, high = _sigmoid(-self.steepness), _sigmoid(self.steepness)
+        return (_sigmoid(self.steepness * (2.0 * done - 1.0)) - low) / (high - low)
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """From `start`, twice as much after each of equally long parts of the run, `end` in the last."""
+
+    start: int
+    end: int
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        stages = 1
+        while self.start * 2**stages < 2 * self.end:
+            stages += 1
+        stage = min(stages - 1, stages * step // max(total_steps, 1))
+        return float(min(self.end, self.start * 2**stage))
+
+
+@dataclass(frozen=True)
+class Onset:
+    """0 for `idle_steps`, then rising to 1 over `rise_steps`, each at most `max_fraction` of the run."""
+
+    idle_steps: int
+    rise_steps: int
+    max_fraction: float = 0.1
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        limit = int(self.max_fraction * total_steps)
+        idle, rise = min(self.idle_steps, limit), min(self.rise_steps, limit)
+        return _clip01((step + 1 - idle) / (rise + 1))
+
+
+@dataclass(frozen=True)
+class Complement:
+    """1 + gain (1 - another schedule): `1 + gain` while that is 0, and 1 once it is 1."""
+
+    schedule: Schedule
+    gain: float
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return 1.0 + self.gain * (1.0 - self.schedule(step, total_steps))
+
+
+@dataclass(frozen=True)
+class HalfLife:
+    """1 until a fraction of the run, then half as much after every further `fraction`."""
+
+    begin_fraction: float
+    fraction: float
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        past = max(0.0, step / total_steps - self.begin_fraction)
+        return 0.5 ** (past / self.fraction)
+
+
+@dataclass(frozen=True)
 class WarmUp:
     """From near zero to `value` over `steps` steps, never longer than `max_fraction` of the run."""
 
@@ -116,3 +192,7 @@ class Ahead:
 
 def _clip01(value: float) -> float:
     return min(1.0, max(0.0, value))
+
+
+def _sigmoid(value: float) -> float:
+    return 1.0 / (1.0 + math.exp(-value))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .compose import Assembly, Term
-from .errors import NonFiniteLoss, StateInvalid
+from .errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from .latents import LatentCounters
 from .optim import Adam
 from .ranks import Alone, Ranks
@@ -95,6 +95,7 @@ class Trainee:
         self._losses = Losses(self.sae, assembly.terms)
         self._is_sharded = shard is not None
         if shard is not None:
+            _require_shardable(name, self.sae)
             shard(self._losses)
         self.sae.to(self.device)
         self.optimiser = Adam(dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae))
@@ -105,9 +106,10 @@ class Trainee:
     def step(self, batch: Batch) -> Report:
         """Train on one batch."""
         view = self._view(batch)
+        random_state = self.assembly.generator.get_state()
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
         loss, losses = self._losses(view, weights)
-        self._require_finite(loss, losses)
+        self._require_finite(loss, losses, random_state)
         report = self._report(view, loss, losses, weights)
         loss.backward()
         grad_norm = self._update(report.lr)
@@ -166,8 +168,9 @@ class Trainee:
             generator=assembly.generator,
         )
 
-    def _require_finite(self, loss: Tensor, losses: Mapping[str, Tensor]) -> None:
+    def _require_finite(self, loss: Tensor, losses: Mapping[str, Tensor], random_state: Tensor) -> None:
         if not math.isfinite(float(loss.detach())):
+            self.assembly.generator.set_state(random_state)  # as if the step had not been tried
             raise NonFiniteLoss(self.step_index, {name: float(value.detach()) for name, value in losses.items()})
 
     def _update(self, lr: float) -> Tensor | None:
@@ -218,10 +221,17 @@ class Trainee:
                 cast(Any, extra).observe(view)
 
 
+def _require_shardable(name: str, sae: SparseAutoencoder) -> None:
+    """Extras and shapes read whole tables by latent, between steps too."""
+    if len(sae.extras) > 0 or not sae.is_plain:
+        raise ConfigInvalid(f"{name}: course.shard_width is for SAEs without extras; leave it out, or choose its base")
+
+
 def _lr_scales(sae: SparseAutoencoder) -> dict[str, float]:
-    """Multiples of the learning rate, for the parameters of extras that ask for one."""
+    """Multiples of the learning rate, for the parameters of modules that ask for one."""
     return {
-        f"extras.{extra}.{name}": float(getattr(module, "lr_scale", 1.0))
-        for extra, module in sae.extras.items()
+        f"{path}.{name}": float(getattr(module, "lr_scale", 1.0))
+        for path, module in sae.named_modules()
+        if hasattr(module, "lr_scale")
         for name, _ in module.named_parameters()
     }

@@ -58,8 +58,10 @@ class View:
 
     @property
     def dead_latents(self) -> Tensor:
-        """int64, the dead latents in rising order."""
-        return self.once("dead_latents", lambda: self.dead.nonzero().view(-1))
+        """int64, the dead latents in rising order; those that were retired are past saving."""
+        retired = self.sae.retired
+        wanted = self.dead if retired is None else self.dead & ~retired
+        return self.once("dead_latents", lambda: wanted.nonzero().view(-1))
 
     def note(self, name: str, value: Tensor) -> None:
         """A number [] for the log, besides the losses."""

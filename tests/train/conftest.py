@@ -23,6 +23,7 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.moments import is_special, measure
+from saemill.train.base import BASE_SETTINGS
 from saemill.train.compose import Assembly, Needs
 from saemill.train.data.draw import AttentionRows
 from saemill.train.ranks import Alone
@@ -34,6 +35,7 @@ from saemill.train.view import Batch
 D, ROWS, STEPS = 32, 512, 40
 SPAN = 32  # trainable tokens of a window
 SMALL: dict[str, Any] = {"width": 96, "k": 6, "target_l0": 6.0, "layers": (1, 2), "dead_after_tokens": 2000}
+SMALL |= {"context": 36}
 SPECIAL = 2
 WIDTH, CONTEXT, HEADS, KEPT = 16, 8, 2, 3
 
@@ -66,6 +68,9 @@ def planted(rng: torch.Generator) -> tuple[Tensor, Tensor]:
 def config_of(variant: str, **changes: Any) -> Any:
     cls = config_type(variant)
     known = {field.name for field in dataclasses.fields(cls)}
+    if "base" in known:
+        base = config_type(changes.get("base", cls().base))
+        known -= set(BASE_SETTINGS) - {field.name for field in dataclasses.fields(base)}
     wanted = {name: value for name, value in (SMALL | changes).items() if name in known}
     return cls(**wanted)
 
@@ -137,9 +142,9 @@ def recovered(config: Any, rows: Tensor, directions: Tensor, steps: int = 600) -
     """Share of the planted directions that training finds a decoder row for."""
     trainee = Trainee("one", config.build(D), steps)
     generator = torch.Generator().manual_seed(0)
+    side = side_of(config.request(), ROWS, generator)
     for _ in range(steps):
-        x = rows[torch.randint(rows.shape[0], (ROWS,), generator=generator)]
-        trainee.step(Batch(x, side=side_of(config.request(), ROWS, generator)))
+        trainee.step(Batch(rows[torch.randint(rows.shape[0], (ROWS,), generator=generator)], side=side))
     similarity = (directions @ trainee.sae.W_dec.detach().t()).amax(1)
     return float((similarity > 0.9).double().mean())
 

@@ -49,7 +49,7 @@ class AuxK:
         else:
             pre = functional.linear(x, W_MD, b_M)
             codes = codes_from_dense(_keep_topk(pre, self.k), None)
-        return codes.map(torch.relu) if self.rectified else codes
+        return view.sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
 
 
 def _keep_topk(pre: Tensor, k: int) -> Tensor:

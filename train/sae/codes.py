@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .kernels.functions import decode_at, spread_latents, spread_rows
+from .kernels.functions import decode_at, spread_latents, spread_rows, sum_rows
 from .kernels.products import latent_sum, row_sum
 from .kernels.support import Support
 
@@ -57,6 +57,10 @@ class Codes:
             return self.values
         flat = self.values.new_zeros(self.num_rows * self.num_latents)
         return flat.index_put((self._flat,), self.values).view(self.num_rows, self.num_latents)
+
+    def sum_over_latents(self, values: Tensor) -> Tensor:
+        """[B], the sum over each row of values that lie where those of these codes lie; differentiable."""
+        return values.sum(1) if self.support is None else sum_rows(values, self.support)
 
     def mean_over_rows(self) -> Tensor:
         """Sum of the values divided by the number of rows."""

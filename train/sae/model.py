@@ -14,6 +14,7 @@ Inference (`encode`) is dense and float32 throughout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from .kernels.support import Support
 from .side import NO_SIDE, Side
 
 EncoderProduct = Literal["float32", "bfloat16"]
+Choose = Callable[[Tensor, Side], Support | None]
 
 
 class SparseAutoencoder(nn.Module):
@@ -74,23 +76,44 @@ class SparseAutoencoder(nn.Module):
     def d_out(self) -> int:
         return self.W_dec.shape[1]
 
+    @property
+    def retired(self) -> Tensor | None:
+        """bool [F], latents that shall stay silent, where an extra has retired any."""
+        found = (getattr(extra, "retired", None) for extra in self.extras.values())
+        return next((retired for retired in found if retired is not None), None)
+
     def centred(self, x: Tensor) -> Tensor:
         """The encoder's input."""
         return x - self.b_dec if self.centres_input else x
 
     def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
         """Activations of a training batch [B, D_in], sparse where that pays."""
+        return self.open(self.pre_codes(x, side), side)
+
+    def pre_codes(self, x: Tensor, side: Side = NO_SIDE, choose: Choose | None = None) -> Codes:
+        """Pre-activations where the gate may open, or where `choose` says."""
         center = self.b_dec if self.centres_input else None
         with torch.no_grad():
             x_centred = self.centred(x)
             pre_all = self._all_pre(x_centred)
-            support = self.gate.choose(pre_all, side)
+            support = (choose or self.choose)(pre_all, side)
             known = self._known(pre_all, support)
         if x.requires_grad:
             x_centred, center = self.centred(x), None
         pre_values = affine(x_centred, center, self.W_enc, self.b_enc, support, known)
-        pre = Codes(pre_values, support, x.shape[0], self.num_latents, pre=pre_values)
+        return Codes(pre_values, support, x.shape[0], self.num_latents, pre=pre_values)
+
+    def choose(self, pre_all: Tensor, side: Side) -> Support | None:
+        """Where the gate may open, from all pre-activations."""
+        return self.gate.choose(pre_all, side)
+
+    def open(self, pre: Codes, side: Side) -> Codes:
+        """Activations of the pre-activations at their support."""
         return self.gate.open(pre, self.b_enc, side)
+
+    def shape(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
+        """What a wrapper does to codes of some latents only, one column for each of `latents`."""
+        return codes
 
     def reconstruct(self, codes: Codes, side: Side = NO_SIDE) -> Tensor:
         """x_hat of codes: [B, D_out]."""

@@ -18,7 +18,7 @@ def fleet(big, tmp_path_factory):
     out = tmp_path_factory.mktemp("fleet")
     words = [word for name in names() for word in ("--variant", name)]
     for name in names():
-        for key, value in (("layer", "3"), ("to_layer", "4"), ("layers", "[3,4]")):
+        for key, value in (("layer", "3"), ("to_layer", "4"), ("layers", "[3,4]"), ("offsets", "[0,1]")):
             if hasattr(config_type(name)(), key):
                 words += ["--set", f"{name}.{key}={value}"]
     words += ["--cache", big["path"], "--device", "cpu", "--set", "data.batch_tokens=128", "--epochs", "3"]

@@ -47,7 +47,7 @@ def test_settings_are_typed_and_every_mistake_is_told():
 
 
 def members(words, *names, limits=None, grid=()):
-    return Ask(names, parse_settings(words), parse_grid(grid)).members(limits or {})
+    return Ask.of_variants(names, parse_settings(words), parse_grid(grid)).members(limits or {})
 
 
 def test_settings_reach_the_variants_that_have_them():

@@ -3,7 +3,8 @@
 1. `affine`: pre = x W_enc^T + b_enc at the pairs of a support; the choice of pairs has no gradient.
 2. `decode_at`: x_hat = f W_dec for values f at the support.
 3. `spread_latents`, `spread_rows`: a per-latent or per-row vector read at the support.
-4. `squared_error`: mean over rows of ||residual||^2, one pass each way.
+4. `sum_rows`: the sum of each row's values at the support.
+5. `squared_error`: mean over rows of ||residual||^2, one pass each way.
 
 Every backward costs k / F of the dense one. Gradients equal autograd's on the dense formula.
 """
@@ -121,6 +122,18 @@ class _SpreadRows(torch.autograd.Function):
         return row_sum(ctx.support, grad_N), None
 
 
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, support: Support) -> Tensor:
+        ctx.support = support
+        return row_sum(support, values_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor, None]:
+        return grad_B[ctx.support.rows], None
+
+
 class _SquaredError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_hat_BD: Tensor, residual_BD: Tensor) -> Tensor:
@@ -165,6 +178,12 @@ def spread_latents(vector: Tensor, support: Support) -> Tensor:
 def spread_rows(vector: Tensor, support: Support) -> Tensor:
     """vector[row] for every pair of the support: [N]."""
     result: Tensor = _SpreadRows.apply(vector, support)
+    return result
+
+
+def sum_rows(values: Tensor, support: Support) -> Tensor:
+    """Each row's sum of the values [N] at the support: [B]."""
+    result: Tensor = _SumRows.apply(values, support)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Squared errors of nested prefixes of a dictionary, with gradients, in one pass over the codes.
+"""Squared errors of nested parts of a dictionary, with gradients, in one pass over the codes.
 
 B rows, D width, M prefixes, N entries. The support is reordered to (prefix, row): its bag sums are
 the M contributions [M, B, D], and running differences turn them into residuals in place. Group by
@@ -10,6 +10,7 @@ group the gradients gather from one [B, D] slice, which stays in cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,12 +58,34 @@ def nested_errors(codes: Codes, W: Tensor, b: Tensor, target: Tensor, widths: tu
     """Mean over rows of the squared error of each prefix [M], and the residual of the last [B, D]."""
     if codes.support is None:
         return _dense_errors(codes.values, W, b, target, widths)
-    order, grouped = _by_prefix(codes.support, widths)
-    errors, residual = _NestedErrors.apply(codes.values[order], W, b, target, grouped, len(widths))
+    last = torch.tensor(widths, dtype=torch.int32, device=codes.values.device)
+    prefix_N = torch.bucketize(codes.support.latents, last, right=True)
+    return _sparse_errors(codes, W, b, target, prefix_N, len(widths))
+
+
+def tier_errors(
+    codes: Codes, W: Tensor, b: Tensor, target: Tensor, tier_F: Tensor, num_tiers: int
+) -> tuple[Tensor, Tensor]:
+    """The same for nested sets of latents: set t holds the latents of tiers 0 to t, wherever they stand."""
+    if codes.support is not None:
+        return _sparse_errors(codes, W, b, target, tier_F[codes.support.latents], num_tiers)
+    widths = torch.bincount(tier_F, minlength=num_tiers).cumsum(0).tolist()
+    if bool((tier_F.diff() >= 0).all()):
+        return _dense_errors(codes.values, W, b, target, widths)
+    order = torch.argsort(tier_F, stable=True)
+    return _dense_errors(codes.values[:, order], W[order], b, target, widths)
+
+
+def _sparse_errors(
+    codes: Codes, W: Tensor, b: Tensor, target: Tensor, prefix_N: Tensor, prefixes: int
+) -> tuple[Tensor, Tensor]:
+    assert codes.support is not None
+    order, grouped = _by_prefix(codes.support, prefix_N, prefixes)
+    errors, residual = _NestedErrors.apply(codes.values[order], W, b, target, grouped, prefixes)
     return errors, residual
 
 
-def _dense_errors(acts: Tensor, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _dense_errors(acts: Tensor, W: Tensor, b: Tensor, target: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
     residual, start, errors = target - b, 0, []
     for stop in widths:
         residual = residual - acts[:, start:stop] @ W[start:stop]
@@ -71,11 +94,9 @@ def _dense_errors(acts: Tensor, W: Tensor, b: Tensor, target: Tensor, widths: tu
     return torch.stack(errors), residual.detach()
 
 
-def _by_prefix(support: Support, widths: tuple[int, ...]) -> tuple[Tensor, Support]:
+def _by_prefix(support: Support, prefix_N: Tensor, prefixes: int) -> tuple[Tensor, Support]:
     """The support in order of (prefix, row), and where each of its entries stood."""
-    last = torch.tensor(widths, dtype=torch.int32, device=support.latents.device)
-    prefix = torch.bucketize(support.latents, last, right=True)
-    group = prefix * support.num_rows + support.rows
+    group = prefix_N * support.num_rows + support.rows
     order = torch.argsort(group, stable=True)
-    offsets = starts(torch.bincount(group, minlength=len(widths) * support.num_rows))
+    offsets = starts(torch.bincount(group, minlength=prefixes * support.num_rows))
     return order, Support(offsets, support.latents[order], support.num_latents)

@@ -1,0 +1,137 @@
+"""What guidance by attention costs: a hierarchical step against its base's step on the same windows.
+
+Both train in this process, in turns, on Gaussian rows with random sparse attention of four layers. The
+ratio is of speeds: 0.74 is a step 1.35 times as long. Memory is the largest sum of live tensors in a step.
+
+    python bench/guided.py [--d-model 2304 --width 2304 --windows 16 --context 128]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from ratios import Row, compare, conclude, take_turns
+from stepping import sparse_bias
+from torch.profiler import ProfilerActivity, profile
+
+from saemill.cache_schema.allocator import keep_large_blocks
+from saemill.train.base import build_base
+from saemill.train.data.draw import AttentionRows
+from saemill.train.step import Trainee
+from saemill.train.variants import config_type
+from saemill.train.view import Batch
+
+LAYERS = (17, 18, 19, 20)
+KEYS = 16  # of a row of attention, as a harvest keeps them
+LONGER = 1.35
+TOTAL_STEPS = 1000
+
+
+def make_batch(generator: torch.Generator, windows: int, context: int, d_model: int) -> Batch:
+    """Whole windows after a special token each."""
+    rows = windows * (context - 1)
+    window, place = torch.arange(rows) // (context - 1), torch.arange(rows) % (context - 1) + 1
+    row_of = torch.full((windows, context), -1)
+    row_of[window, place] = torch.arange(rows)
+    attention = {layer: make_attention(generator, windows, context) for layer in LAYERS}
+    side = {"window": window, "position": place, "row_of": row_of, "attention": attention}
+    return Batch(torch.randn(rows, d_model, generator=generator), side=side)
+
+
+def make_attention(generator: torch.Generator, windows: int, context: int) -> AttentionRows:
+    """The largest KEYS of random causal probabilities, heads averaged."""
+    causal = torch.ones(context, context).tril().bool()
+    scores = 2 * torch.randn(windows, 1, context, context, generator=generator)
+    probs = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+    kept = (probs >= probs.topk(min(KEYS, context), dim=-1).values[..., -1:]) & (probs > 0)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(-1).flatten().cumsum(0)])
+    return AttentionRows(indptr, kept.nonzero()[:, 3], probs[kept], (probs * kept).sum(-1))
+
+
+def make_pair(base: str, batch: Batch, width: int, sparsity: int) -> dict[str, Trainee]:
+    """The base, and the same guided; both start where `sparsity` latents fire."""
+    cls = config_type("hierarchical")
+    config = cls(base=base, width=width, k=sparsity if base == "topk" else None)
+    d_model = batch.x.shape[1]
+    pair = {}
+    for name, assembly in (("base", build_base(config, d_model)), ("hierarchical", config.build(d_model))):
+        trainee = Trainee(name, assembly, TOTAL_STEPS)
+        trainee.step_index = TOTAL_STEPS // 2  # everything is warm
+        if base != "topk":
+            with torch.no_grad():
+                sae = trainee.sae
+                sae.b_enc.fill_(-sparse_bias(sae.centred(batch.x) @ sae.W_enc.t(), sparsity))
+        pair[name] = trainee
+    return pair
+
+
+def peak_bytes(trainee: Trainee, batch: Batch) -> int:
+    """The most that tensors made during a step took together."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainee.step(batch)
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(live.cumsum(0).max())
+
+
+def measure(base: str, settings: dict[str, Any]) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (settings["windows"], settings["context"], settings["d_model"])
+    batch = make_batch(generator, *shape)
+    pair = make_pair(base, batch, settings["width"], settings["sparsity"])
+    for trainee in pair.values():
+        trainee.step(batch)
+    rows = batch.x.shape[0]
+    speeds = take_turns(
+        settings["rounds"], rows / 1000, {name: lambda t=trainee: t.step(batch) for name, trainee in pair.items()}
+    )
+    speed = compare(
+        f"{base}, {settings['sparsity']} active: step",
+        speeds["hierarchical"],
+        speeds["base"],
+        "ktok/s",
+        1 / LONGER,
+        "base",
+    )
+    peaks = {name: peak_bytes(trainee, batch) for name, trainee in pair.items()}
+    growth, room = peaks["hierarchical"] - peaks["base"], batch.x.numel() * 4
+    memory = Row(
+        f"{base}, {settings['sparsity']} active: memory",
+        f"{growth / 2**20:+.1f} MiB",
+        f"a batch of activations: {room / 2**20:.1f} MiB",
+        room / max(growth, 1),
+        1.0,
+    )
+    longer = speeds["base"].median / speeds["hierarchical"].median
+    return [dataclasses.replace(speed, against=f"{speed.against}; {longer:.2f} times as long"), memory]
+
+
+@click.command()
+@click.option("--base", "bases", multiple=True, default=("standard", "topk"), show_default=True)
+@click.option("--d-model", default=2304, show_default=True)
+@click.option("--width", default=2304, show_default=True)
+@click.option("--windows", default=16, show_default=True)
+@click.option("--context", default=128, show_default=True)
+@click.option("--sparsity", default=32, show_default=True, help="Active latents a token.")
+@click.option("--rounds", default=7, show_default=True)
+@click.option("--threads", default=os.cpu_count() or 1, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the results here.")
+def main(bases: tuple[str, ...], json_file: Path | None, **settings: Any) -> None:
+    """A hierarchical step against its base's."""
+    torch.set_num_threads(settings["threads"])
+    keep_large_blocks()
+    rows = [row for base in bases for row in measure(base, settings)]
+    shape = (
+        f"D {settings['d_model']}, width {settings['width']}, {settings['windows']} windows of {settings['context']}"
+    )
+    raise SystemExit(conclude(f"guidance by attention: {shape}, {settings['threads']} threads", rows, json_file))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What a recipe is: a run that can be called by its name, as data.
+
+A study is a file in `train/recipes/` with a tuple `RUNS` of these records. Settings are written as on
+the command line (`data.batch_tokens`, `course.epochs`, `optim.lr`, a variant's own names). They bow to
+the limits of the store, as a variant's defaults do, and to whatever the command line says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+AS_RECORDED: Mapping[str, Any] = {"optim.lr": 3e-4, "penalty": 0.04}
+"""What the studies wrote down for every run: of 2,304 latents on gemma-2-2b, layer 19."""
+
+
+@dataclass(frozen=True)
+class Sae:
+    """One SAE of a run: what it is called, its variant, and where it departs from the variant's defaults."""
+
+    label: str
+    variant: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: SAEs that train side by side from one stream."""
+
+    name: str
+    about: str
+    saes: tuple[Sae, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of the stream (`data.`), of the course (`course.`), and of all SAEs that have a setting of the name."""
+    study: str = ""
+    """The name of the file; the registry fills it in."""
+
+
+def as_recorded(runs: Iterable[Recipe]) -> tuple[Recipe, ...]:
+    """The same runs at the learning rate and penalty that the studies wrote down, where a run has none of its own."""
+    return tuple(replace(run, settings={**AS_RECORDED, **run.settings}) for run in runs)

@@ -1,0 +1,65 @@
+"""Attention guidance as it was planned before the ablations: everything at once, then less of it.
+
+The controls are those of the study `attention`: `base` without guidance, `shuffled` by the attention of
+other windows, on the same windows, seed and budget.
+"""
+
+from __future__ import annotations
+
+from ..recipe import Recipe, Sae, as_recorded
+
+_BASE = Sae("base", "hierarchical", {"alpha": 0.0})
+_SHUFFLED = Sae("shuffled", "hierarchical", {"shuffle_attention": True})
+
+_RUNS = (
+    Recipe(
+        "run_1",
+        "all four layers and the contrastive loss alone",
+        (_BASE, Sae("contrastive", "hierarchical"), _SHUFFLED),
+        {"alpha": 0.1, "beta": 0.0},
+    ),
+    Recipe(
+        "run_2",
+        "what guidance on sparse attention costs: one SAE alone, its tokens per second and links per token logged",
+        (Sae("guided", "hierarchical"),),
+        {"alpha": 0.1, "course.metrics_every_steps": 10},
+    ),
+    Recipe(
+        "run_3",
+        "everything: four layers, learned mixing, contrast and consistency, as a loss and in the encoder",
+        (_BASE, Sae("guided", "hierarchical"), Sae("encoder", "hierarchical", {"guidance": "encode"}), _SHUFFLED),
+        {"alpha": 0.1},
+    ),
+    Recipe(
+        "run_4",
+        "the SAE's own layer alone",
+        (
+            Sae("base", "attention", {"alpha": 0.0}),
+            Sae("L", "attention"),
+            Sae("shuffled", "attention", {"shuffle_attention": True}),
+        ),
+        {"alpha": 0.1, "offset": 0},
+    ),
+    Recipe(
+        "run_5",
+        "its neighbours without it",
+        (_BASE, Sae("L-1_L+1", "hierarchical"), _SHUFFLED),
+        {"alpha": 0.1, "offsets": (-1, 1)},
+    ),
+    Recipe(
+        "run_6",
+        "the parts that helped, together: four layers under a falling temperature, contrast, consistency",
+        (_BASE, Sae("combined", "hierarchical"), _SHUFFLED),
+        {"alpha": 0.1, "mixing_temperature": 0.5, "mixing_temperature_start": 1.5},
+    ),
+)
+
+RUNS = (
+    *as_recorded(_RUNS),
+    Recipe(
+        "headline",
+        "the encoder that reads attention, beside guidance by the loss and neither, at this package's defaults",
+        (_BASE, Sae("guided", "hierarchical"), Sae("encoder", "hierarchical", {"guidance": "encode"})),
+        {"alpha": 0.1},
+    ),
+)

@@ -1,0 +1,51 @@
+"""Positional SAEs: latents that belong to a part of the window, by masks, encoders or adapters."""
+
+from __future__ import annotations
+
+from ..recipe import Recipe, Sae, as_recorded
+
+WHOLE = {"masked_share": 1.0}
+SOFT = WHOLE | {"mask": "soft"}
+SEPARATED = SOFT | {"l1_before_mask": True}
+CAREFUL = SEPARATED | {"optim.clip_norm": 1.0, "optim.lr": 3e-5}
+NORMED = SEPARATED | {"optim.clip_norm": 1.0, "pre_norm": True}
+PROGRESSIVE = SOFT | {"progressive": (0.1, 0.6), "learned_coefficient": True}
+ENCODERS = {"mask": "none", "range_encoders": True}
+EMBEDDED = ENCODERS | {"init": "orthogonal", "position_embeddings": True, "pre_norm": True}
+ADAPTED = {"mask": "none", "adapters": True, "init": "orthogonal"}
+CURRICULUM = ADAPTED | {"adapter_from": (0.3, 0.7), "adapter_lr_scale": 0.3}
+
+_RUNS = (
+    Recipe(
+        "run_0",
+        "The baseline, and its latents assigned to ranges after training.",
+        (Sae("standard", "standard"), Sae("static_slicing", "positional", {"mask": "static_slicing"})),
+    ),
+    Recipe("run_1", "Hard masks: a latent fires only in its quarter.", (Sae("hard", "positional", WHOLE),)),
+    Recipe("run_2", "Soft Gaussian masks, an eighth of the window wide.", (Sae("soft", "positional", SOFT),)),
+    Recipe("run_3", "The penalty sees what the mask hides.", (Sae("separated", "positional", SEPARATED),)),
+    Recipe("run_4", "Clipped gradients at a tenth of the rate.", (Sae("careful", "positional", CAREFUL),)),
+    Recipe("run_5", "Layer norm before the mask.", (Sae("normed", "positional", NORMED),)),
+    Recipe("run_6", "Masks that come in slowly.", (Sae("progressive", "positional", PROGRESSIVE),)),
+    Recipe("run_7", "Encoders of their own for four ranges.", (Sae("encoders", "positional", ENCODERS),)),
+    Recipe(
+        "run_8",
+        "The same from orthogonal weights, with embeddings of the range.",
+        (Sae("embedded", "positional", EMBEDDED),),
+    ),
+    Recipe("run_9", "A base with gated adapters for each range.", (Sae("adapters", "positional", ADAPTED),)),
+    Recipe("run_10", "The base first, then the adapters.", (Sae("curriculum", "positional", CURRICULUM),)),
+)
+
+RUNS = (
+    *as_recorded(_RUNS),
+    Recipe(
+        "headline",
+        "Strict against soft: the same share of latents masked, hard, soft, and not at all.",
+        (
+            Sae("static_slicing", "positional", {"mask": "static_slicing"}),
+            Sae("hard", "positional"),
+            Sae("soft", "positional", {"mask": "soft"}),
+        ),
+    ),
+)

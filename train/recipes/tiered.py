@@ -1,0 +1,56 @@
+"""Tiered SAEs: three nested tiers, what they count, and what higher ones are made of."""
+
+from __future__ import annotations
+
+from ..recipe import Recipe, Sae, as_recorded
+
+EQUAL = (1 / 3, 1 / 3, 1 / 3)
+FIRST = {"importance": "fixed", "tier_weights": EQUAL}
+LEARNED = {"importance": "uncertainty", "tier_weights": EQUAL, "optim.clip_norm": 1.0}
+INITIALISED = {
+    "importance": "uncertainty",
+    "init": "xavier",
+    "optim.clip_norm": 5.0,
+    "optim.warmup_power": 3.0,
+    "optim.warmup_steps": 2000,
+    "tier_weights": (0.1, 0.3, 0.6),
+}
+SCALED = INITIALISED | {"gradient_scaling": True, "optim.weight_decay": 1e-4, "tier_grad_norms": True}
+NEXT = {
+    "init": "xavier",
+    "tier_norm": True,
+    "tier_clip_norm": 5.0,
+    "optim.clip_norm": 5.0,
+    "optim.warmup_power": 3.0,
+    "optim.warmup_steps": 2000,
+    "moves_every_steps": 100,
+    "curriculum": (0.0, 0.1, 0.2),
+}
+
+_RUNS = (
+    Recipe("run_0", "The baseline: one flat dictionary.", (Sae("standard", "standard"),)),
+    Recipe("run_1", "Three fixed tiers that count alike.", (Sae("tiered", "tiered", FIRST),)),
+    Recipe("run_2", "Learned importance of the tiers, clipped gradients.", (Sae("tiered", "tiered", LEARNED),)),
+    Recipe("run_3", "Xavier weights and a slow, cubic warm-up.", (Sae("tiered", "tiered", INITIALISED),)),
+    Recipe("run_4", "Scaled gradients and weight decay, norms logged.", (Sae("tiered", "tiered", SCALED),)),
+    Recipe(
+        "run_5",
+        "Layer norm between tiers, clipping by tier, latents that move, tiers that switch on one by one.",
+        (
+            Sae("standard", "standard"),
+            Sae("tiered", "tiered"),
+            Sae("next_steps", "tiered", NEXT),
+            Sae("moves", "tiered", {"moves_every_steps": 100}),
+            Sae("curriculum", "tiered", {"curriculum": (0.0, 0.1, 0.2)}),
+        ),
+    ),
+)
+
+RUNS = (
+    *as_recorded(_RUNS),
+    Recipe(
+        "headline",
+        "At this package's defaults: do three tiers pay, against one flat dictionary and against fixed importance?",
+        (Sae("standard", "standard"), Sae("tiered", "tiered"), Sae("fixed", "tiered", FIRST)),
+    ),
+)

@@ -1,0 +1,29 @@
+"""Guided by one layer's attention: tokens that attend to each other should share latents.
+
+A contrastive term beside the losses of any base (`base=topk`); see `losses/attention.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..compose import Assembly, Needs
+from ..guidance.guided import Guided, build_guided, request_guided
+from ..sae.scaling import Stats
+
+
+@dataclass(frozen=True)
+class Config(Guided):
+    offset: int = 0
+    """Whose attention, counted from the SAE's layer: -1 is the layer before."""
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        return (self.layer + self.offset,)
+
+    def request(self) -> Needs:
+        return request_guided(self, self.attention_layers)
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        self.request()
+        return build_guided(self, self.attention_layers, d_model, stats)

@@ -1,0 +1,68 @@
+"""Guided by the attention of several layers around the SAE's own, mixed by learned weights.
+
+1. A = sum_l w_l A^l with w = softmax(theta / tau); a layer that is ablated has weight zero.
+2. The contrastive term of `attention`, with A.
+3. A consistency term: what the layers bring to a token should agree (`losses/attention.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..build import require
+from ..compose import Assembly, Needs
+from ..guidance.guided import Guided, annealed, build_guided, request_guided
+from ..guidance.mixing import Mixing
+from ..losses.attention import Objective
+from ..sae.scaling import Stats
+
+
+@dataclass(frozen=True)
+class Config(Guided):
+    offsets: tuple[int, ...] = (-2, -1, 0, 1)
+    """Whose attention, counted from the SAE's layer."""
+    ablated: tuple[int, ...] = ()
+    """Those of the offsets that count for nothing."""
+    beta: float = 0.1
+    """Weight of the consistency, relative to the guidance."""
+    objective: Objective = "divergence"
+    """What the mixture is learned by; the cross entropy gives all weight to the layer easiest to satisfy."""
+    mixing_temperature: float = 1.0
+    """tau, towards which it falls where it starts elsewhere."""
+    mixing_temperature_start: float | None = None
+    mixing_temperature_steps: int = 1000
+    """Steps in which tau comes e times nearer to its last value."""
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        return tuple(self.layer + offset for offset in sorted(self.offsets))
+
+    def request(self) -> Needs:
+        self._require_settings()
+        return request_guided(self, self.attention_layers)
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        self.request()
+        return build_guided(
+            self,
+            self.attention_layers,
+            d_model,
+            stats,
+            mixing=Mixing(self.attention_layers, [self.layer + offset for offset in self.ablated]),
+            mixing_temperature=annealed(
+                self.mixing_temperature_start, self.mixing_temperature, self.mixing_temperature_steps
+            ),
+            beta=self.beta,
+            objective=self.objective,
+        )
+
+    def _require_settings(self) -> None:
+        offsets, ablated = set(self.offsets), set(self.ablated)
+        require(len(offsets) == len(self.offsets) > 0, f"offsets: expected distinct ones, found {list(self.offsets)}")
+        require(ablated < offsets, f"ablated: expected some of {list(self.offsets)}, found {list(self.ablated)}")
+        require(self.beta >= 0, f"beta: expected 0 or more, found {self.beta}")
+        for name in ("mixing_temperature", "mixing_temperature_start"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name}: expected more than 0, found {value}")
+        steps = self.mixing_temperature_steps
+        require(steps > 0, f"mixing_temperature_steps: expected more than 0, found {steps}")

@@ -1,0 +1,169 @@
+"""Temporal: latents that change slowly over the window, at three time scales, on any base.
+
+A quarter of the dictionary each is asked to stay the same over 1-4, 5-16 and 17-128 tokens; the last quarter
+is free. The SAE is a plain one unless the position-aware gate is on. With weights of 0 and no gate it is its
+base on whole windows, to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from ...cache_schema import Manifest
+from ..base import base_request, build_base
+from ..build import require
+from ..compose import Assembly, Needs, Term
+from ..gradients import GradientNoise
+from ..losses.dynamics import PRUNE, SCALES, Dynamics, Pruning, Retire
+from ..losses.temporal import PIECE, TEMPORAL, Adaptive, Consistency
+from ..optim import Optim
+from ..sae.model import EncoderProduct
+from ..sae.position_gate import PositionGate
+from ..sae.scaling import Stats
+from ..sae.shaped import ShapedAutoencoder
+from ..schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Schedule, Switch
+
+
+@dataclass(frozen=True)
+class Config:
+    base: str = "standard"
+    layer: int = 19
+    width: int = 2304
+    context: int | None = None
+    """Length of the store's windows; None: read from the store."""
+    short_to: int = 4
+    medium_to: int = 16
+    long_to: int = 128
+    """The longest lag of each scale, in tokens; the shortest is one more than that of the scale before."""
+    temporal_weights: tuple[float, float, float] = (0.01, 0.005, 0.001)
+    """Short, medium, long."""
+    group_shares: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    """Of the dictionary, for each scale; the rest is free."""
+    adaptive: Adaptive = "none"
+    """gradient: weights are shares of reconstruction's gradient; variance: latents count alike in a cosine."""
+    idle_steps: int = 0
+    """Steps without temporal losses, at most idle_max_fraction of the run."""
+    warmup_steps: int = 1000
+    """Steps over which they rise, at most as much."""
+    idle_max_fraction: float = 0.2
+    half_life_fraction: float | None = None
+    """After the warm-up, the share of the run over which the weights fall to a half; None: they stay."""
+    reconstruction_boost: float = 0.0
+    """How much more reconstruction counts while temporal losses are not there yet: 1 is twice as much."""
+    buffer_mixing: float = 1.0
+    """Share of the newest token in the past that codes are compared with; 1: the past token alone."""
+    progressive_window: int | None = None
+    """Pieces of the window within which tokens are compared: this long at first, doubling up to the window."""
+    variance_floor: float = 0.0
+    """Latents with less than this share of the mean variance are left out of temporal losses."""
+    prune_share: float = 0.0
+    """Latents with less than this share of the mean variance are retired; 0: none."""
+    prune_from: float = 0.5
+    """Share of the run before which none is."""
+    prune_every_steps: int = 100
+    gradient_noise: float = 0.0
+    """In multiples of each gradient's root mean square."""
+    position_gate: bool = False
+    gate_rank: int = 8
+    k: float | None = None
+    penalty: float | None = None
+    target_l0: float | None = None
+    aux_weight: float | None = None
+    aux_k: int | None = None
+    seed: int = 0
+    dead_after_tokens: int = 10_000_000
+    encoder_product: EncoderProduct = "float32"
+    optim: Optim = field(default_factory=Optim)
+
+    def request(self) -> Needs:
+        self._require_valid()
+        return replace(base_request(self), windows=True, positions=True)
+
+    def check(self, manifest: Manifest) -> None:
+        """Refuse a store whose windows do not fit."""
+        require(
+            self.context in (None, manifest.context),
+            f"context: the store's windows have {manifest.context} tokens, found {self.context}; leave it out",
+        )
+        longest = max(self.short_to, self.medium_to, self.long_to)
+        require(
+            longest <= manifest.context,
+            f"long_to: expected lags that fit the store's windows of {manifest.context} tokens, found {longest}; "
+            f"set long_to={manifest.context}, or harvest longer windows",
+        )
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        self._require_valid()
+        assembly = build_base(self, d_model, stats)
+        assembly = self._with_gate(self._with_terms(assembly))
+        if self.gradient_noise > 0:
+            assembly = assembly.with_constraints(GradientNoise(self.gradient_noise, assembly.generator))
+        pruning = Pruning(self.prune_every_steps, self.prune_share, self.variance_floor)
+        assembly = assembly.with_extra(TEMPORAL, Dynamics(self._group_sizes(), pruning))
+        if self.prune_share > 0:
+            assembly = assembly.with_constraints(Retire()).with_knobs(**{PRUNE: Switch(self.prune_from)})
+        return assembly
+
+    def _with_terms(self, assembly: Assembly) -> Assembly:
+        """A loss for each scale, under the schedule that all share."""
+        weights = {
+            scale: Product((Constant(weight), self._schedule()))
+            for scale, weight in zip(SCALES, self.temporal_weights, strict=True)
+        }
+        terms = [Term(f"temporal_{loss.scale}", loss, weights[loss.scale]) for loss in self._losses()]
+        knobs: dict[str, Schedule] = {f"temporal_{loss.scale}": weights[loss.scale] for loss in self._losses()}
+        if self.progressive_window is not None and self.context is not None:
+            knobs[PIECE] = Doubling(self.progressive_window, self.context)
+        if self.reconstruction_boost > 0:
+            (old,) = (term for term in assembly.terms if term.name == "reconstruction")
+            boost = Complement(self._onset(), self.reconstruction_boost)
+            assembly = assembly.replacing(replace(old, weight=Product((old.weight, boost))))
+        return assembly.with_terms(*terms).with_knobs(**knobs)
+
+    def _with_gate(self, assembly: Assembly) -> Assembly:
+        if not self.position_gate:
+            return assembly
+        require(self.context is not None, "context: expected the length of the store's windows, found none")
+        assert self.context is not None
+        gate = PositionGate(self.width, self.context, self.gate_rank, assembly.generator)
+        return assembly.wrapped(lambda sae: ShapedAutoencoder(sae, {"position_gate": gate}))
+
+    def _losses(self) -> list[Consistency]:
+        """One for each scale that has latents and lags."""
+        ends, losses, start, first = (self.short_to, self.medium_to, self.long_to), [], 0, 1
+        for scale, last, size in zip(SCALES, ends, self._group_sizes(), strict=False):
+            last = last if self.context is None else min(last, self.context - 1)
+            if size > 0 and last >= first:
+                loss = Consistency(scale, first, last, start, start + size, self.adaptive, self.buffer_mixing)
+                losses.append(loss)
+            start, first = start + size, max(first, last + 1)
+        return losses
+
+    def _group_sizes(self) -> tuple[int, int, int, int]:
+        short, medium, long = (int(share * self.width) for share in self.group_shares)
+        return short, medium, long, self.width - short - medium - long
+
+    def _onset(self) -> Onset:
+        return Onset(self.idle_steps, self.warmup_steps, self.idle_max_fraction)
+
+    def _schedule(self) -> Schedule:
+        if self.half_life_fraction is None:
+            return self._onset()
+        return Product((self._onset(), HalfLife(2 * self.idle_max_fraction, self.half_life_fraction)))
+
+    def _require_valid(self) -> None:
+        require(
+            0 < self.short_to <= self.medium_to <= self.long_to, "short_to, medium_to, long_to: expected rising lags"
+        )
+        for name in ("temporal_weights", "group_shares"):
+            require(min(getattr(self, name)) >= 0, f"{name}: expected 0 or more, found {getattr(self, name)}")
+        require(sum(self.group_shares) <= 1, f"group_shares: expected at most 1 together, found {self.group_shares}")
+        for name in ("idle_steps", "warmup_steps", "reconstruction_boost", "variance_floor", "prune_share"):
+            require(getattr(self, name) >= 0, f"{name}: expected 0 or more, found {getattr(self, name)}")
+        require(self.gradient_noise >= 0, f"gradient_noise: expected 0 or more, found {self.gradient_noise}")
+        require(0 < self.buffer_mixing <= 1, f"buffer_mixing: expected more than 0 to 1, found {self.buffer_mixing}")
+        require(self.half_life_fraction is None or self.half_life_fraction > 0, "half_life_fraction: expected above 0")
+        require(self.prune_every_steps > 0, f"prune_every_steps: expected 1 or more, found {self.prune_every_steps}")
+        require(self.gate_rank > 0, f"gate_rank: expected 1 or more, found {self.gate_rank}")
+        piece = self.progressive_window
+        require(piece is None or piece > 0, f"progressive_window: expected 1 or more, found {piece}")

@@ -1,0 +1,186 @@
+"""Tiered: nested tiers of latents on any base; higher tiers are composed of lower ones.
+
+The base's reconstruction becomes the weighted sum of what tiers 1 to t reconstruct on their own (the
+last is the whole SAE), and decoder rows of a tier are drawn towards sums of rows of the tier below.
+Tiers, composition matrices and weights lie beside the SAE in extras.safetensors; the SAE itself is plain
+unless layer norm stands between the tiers. With tier weights (0, 0, 1), fixed, and no composition it is
+its base to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..base import base_request, build_base
+from ..build import require
+from ..compose import Assembly, Needs, Term
+from ..gradients import TierGradients
+from ..losses.composition import COMPOSITION, Composition, NonNegative, composition_l1, composition_loss
+from ..losses.reconstruction import reconstruction
+from ..losses.structure import Moves, Structure
+from ..losses.tiers import TIERS, Importance, TieredReconstruction, Tiers, importance_loss, switch_name
+from ..optim import Optim
+from ..sae.inits import Init, initialise
+from ..sae.model import EncoderProduct
+from ..sae.norms import PreNorm
+from ..sae.scaling import Stats
+from ..sae.shaped import Shape, ShapedAutoencoder
+from ..sae.tier_gates import TierGates
+from ..schedules import Constant, Ramp
+
+
+@dataclass(frozen=True)
+class Config:
+    base: str = "standard"
+    layer: int = 19
+    width: int = 2304
+    tier_fractions: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
+    """Where each tier ends, as shares of the dictionary."""
+    boundaries: tuple[int, ...] | None = None
+    """The same in latents, instead: 768, 1536, 2304."""
+    importance: Importance = "learned"
+    """How tiers' reconstructions count: learned (sum to 1), uncertainty (exp(-s) alone), or fixed."""
+    tier_weights: tuple[float, ...] = (0.1, 0.3, 0.6)
+    """What the tiers count when they are fixed, and where learning begins."""
+    composition_weight: float = 0.01
+    composition_l1: float = 2e-3
+    """Next to composition_weight it decides how few parts a latent has; far less, and any row is a sum of many."""
+    composition_warmup_fraction: float = 0.1
+    """Share of the run over which both rise from zero."""
+    curriculum: tuple[float, ...] | None = None
+    """At which share of the run each tier's loss and latents begin to come in; the first at 0."""
+    curriculum_rise_fraction: float = 0.1
+    """Share of the run over which they do: a whole tier of untrained latents at once would be noise."""
+    moves_every_steps: int = 0
+    """How often idle latents move to the tier with the largest relative residual; 0: never."""
+    idle_frequency: float = 1e-5
+    moves_at_once: float = 0.01
+    """Share of all latents."""
+    tier_drift: float = 0.25
+    """Share of its first size by which a tier may grow or shrink."""
+    tier_norm: bool = False
+    """Layer norm of each tier's pre-activations."""
+    init: Init = "tied"
+    tier_clip_norm: float | None = None
+    tier_grad_norms: bool = False
+    """Log the norm of each tier's gradient."""
+    gradient_scaling: bool = False
+    """Divide the gradient of a tier's loss by the loss where that is over 1."""
+    k: float | None = None
+    penalty: float | None = None
+    target_l0: float | None = None
+    aux_weight: float | None = None
+    aux_k: int | None = None
+    seed: int = 0
+    dead_after_tokens: int = 10_000_000
+    encoder_product: EncoderProduct = "float32"
+    optim: Optim = field(default_factory=Optim)
+
+    def request(self) -> Needs:
+        self._require_valid()
+        return base_request(self)
+
+    def sizes(self) -> tuple[int, ...]:
+        """Latents of each tier."""
+        ends = self.boundaries or tuple(round(fraction * self.width) for fraction in self.tier_fractions)
+        sizes = tuple(end - start for start, end in zip((0, *ends), ends, strict=False))
+        name = "boundaries" if self.boundaries else "tier_fractions"
+        require(
+            len(ends) > 0 and ends[-1] == self.width and min(sizes) > 0,
+            f"{name}: expected at most as many tiers as latents, each with one or more, that end at width = "
+            f"{self.width}; found {ends}",
+        )
+        return sizes
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        self._require_valid()
+        assembly = build_base(self, d_model, stats)
+        initialise(assembly.sae, self.init, assembly.generator)
+        if not self._is_nested and self.composition_weight == 0:
+            return self._with_shapes(assembly)
+        tiers = Tiers(self.sizes(), self.tier_weights, self.importance)
+        assembly = self._with_composition(self._with_nesting(assembly.with_extra(TIERS, tiers)))
+        return self._with_structure(self._with_shapes(assembly))
+
+    @property
+    def _is_nested(self) -> bool:
+        return self.importance != "fixed" or any(self.tier_weights[:-1])
+
+    def _with_nesting(self, assembly: Assembly) -> Assembly:
+        """Every tier reconstructs."""
+        if self._is_nested:
+            old = next((term for term in assembly.terms if term.fn is reconstruction), None)
+            require(old is not None, f"base: expected one with a single reconstruction, found {self.base!r}")
+            assembly = assembly.replacing(
+                Term("reconstruction", TieredReconstruction(self.gradient_scaling), Constant(1.0))
+            )
+        if self.importance != "fixed":
+            assembly = assembly.with_terms(Term("importance", importance_loss, Constant(1.0)))
+        if self.tier_grad_norms or self.tier_clip_norm is not None:
+            assembly = assembly.with_constraints(TierGradients(self.tier_clip_norm))
+        return assembly
+
+    def _with_composition(self, assembly: Assembly) -> Assembly:
+        """Higher tiers are sums of lower ones."""
+        if self.composition_weight == 0 or len(self.sizes()) == 1:
+            return assembly
+        room = self._moves().room(self.sizes()) if self.moves_every_steps else self.sizes()
+        error, sparsity = (
+            Ramp(0.0, weight, end_fraction=self.composition_warmup_fraction)
+            for weight in (self.composition_weight, self.composition_l1)
+        )
+        return (
+            assembly.with_extra(COMPOSITION, Composition(room))
+            .with_terms(Term("composition", composition_loss, error), Term("composition_l1", composition_l1, sparsity))
+            .with_constraints(NonNegative())
+        )
+
+    def _with_structure(self, assembly: Assembly) -> Assembly:
+        """Idle latents move."""
+        if not self.moves_every_steps:
+            return assembly
+        sae, followers = assembly.sae, []
+        if COMPOSITION in sae.extras:
+            followers.append(sae.extras[COMPOSITION].follow)
+        if isinstance(sae, ShapedAutoencoder):
+            followers += [lambda _, after, shape=shape: shape.follow(after) for shape in sae.shapes.values()]
+        return assembly.with_extra("structure", Structure(self._moves(), self.sizes(), followers))
+
+    def _with_shapes(self, assembly: Assembly) -> Assembly:
+        """Layer norm between tiers, and the gates of the curriculum."""
+        membership = Tiers(self.sizes(), self.tier_weights, "fixed").membership
+        shapes: dict[str, Shape] = {}
+        if self.tier_norm:
+            shapes["norm"] = PreNorm(membership, len(self.sizes()))
+        if self.curriculum is not None:
+            names = tuple(switch_name(tier) for tier in range(len(self.sizes())))
+            shapes["tier_gates"] = TierGates(membership, names)
+            rises = [Ramp(0.0, 1.0, begin, begin + self.curriculum_rise_fraction) for begin in self.curriculum[1:]]
+            assembly = assembly.with_knobs(**dict(zip(names[1:], rises, strict=True)))
+        return assembly.wrapped(lambda sae: ShapedAutoencoder(sae, shapes)) if shapes else assembly
+
+    def _moves(self) -> Moves:
+        return Moves(self.moves_every_steps, self.idle_frequency, self.moves_at_once, self.tier_drift)
+
+    def _require_valid(self) -> None:
+        count, weights = len(self.sizes()), self.tier_weights
+        require(len(weights) == count, f"tier_weights: expected {count}, one a tier, found {weights}")
+        require(min(weights) >= 0 and sum(weights) > 0, f"tier_weights: expected 0 or more, found {weights}")
+        learns = self.importance != "fixed"
+        require(not learns or min(weights) > 0, f"tier_weights: expected more than 0 to learn from, found {weights}")
+        for name in ("composition_weight", "composition_l1", "moves_every_steps", "idle_frequency", "tier_drift"):
+            require(getattr(self, name) >= 0, f"{name}: expected 0 or more, found {getattr(self, name)}")
+        require(self.tier_drift < 1, f"tier_drift: expected less than 1, found {self.tier_drift}")
+        nested = self._is_nested or not self.moves_every_steps
+        require(nested, "moves_every_steps: expected tiers that reconstruct on their own, found weights of 0")
+        rising = self.curriculum is None or (
+            len(self.curriculum) == count
+            and self.curriculum[0] == 0
+            and max(self.curriculum) + self.curriculum_rise_fraction <= 1
+            and self.curriculum_rise_fraction > 0
+        )
+        require(
+            rising,
+            f"curriculum: expected {count} shares of the run, the first 0, each over before the end, "
+            f"found {self.curriculum} that rise over {self.curriculum_rise_fraction}",
+        )
