@@ -140,10 +140,11 @@ class Config:
         if not self.moves_every_steps:
             return assembly
         sae, followers = assembly.sae, []
-        if COMPOSITION in sae.extras:
-            followers.append(sae.extras[COMPOSITION].follow)
+        composition = sae.extras[COMPOSITION] if COMPOSITION in sae.extras else None
+        if isinstance(composition, Composition):
+            followers.append(composition.follow)
         if isinstance(sae, ShapedAutoencoder):
-            followers += [lambda _, after, shape=shape: shape.follow(after) for shape in sae.shapes.values()]
+            followers.append(lambda _, after: sae.follow(after))
         return assembly.with_extra("structure", Structure(self._moves(), self.sizes(), followers))
 
     def _with_shapes(self, assembly: Assembly) -> Assembly:

@@ -38,17 +38,18 @@ def matched(found: Tensor, planted: Tensor) -> Tensor:
 
 
 def two_levels(rng: torch.Generator, steps: int) -> tuple[list[Batch], Tensor, Tensor, Tensor]:
-    """Three of four tokens are parents, one is of children, each of which is a sum of 2 parents."""
-    parents = torch.linalg.qr(torch.randn(D, D, generator=rng))[0][:PARENTS]
+    """Half of the tokens are of parents, half are of children, each of which is a sum of 2 parents and its own."""
+    basis = torch.linalg.qr(torch.randn(D, D, generator=rng))[0]
+    parents, own = basis[:PARENTS], basis[PARENTS : PARENTS + CHILDREN]
     pairs = torch.combinations(torch.arange(PARENTS))
     pairs = pairs[torch.randperm(len(pairs), generator=rng)[:CHILDREN]]
     C = torch.zeros(CHILDREN, PARENTS).scatter_(1, pairs, 0.5 + torch.rand(CHILDREN, 2, generator=rng))
-    C = C / (C @ parents).norm(dim=1, keepdim=True)
-    levels = (parents, C @ parents)
+    C = 0.8 * C / (C @ parents).norm(dim=1, keepdim=True)
+    levels = (parents, C @ parents + 0.6 * own)
 
     def rows() -> Tensor:
         parts = []
-        for atoms, count in zip(levels, (3 * ROWS // 4, ROWS // 4), strict=True):
+        for atoms, count in zip(levels, (ROWS // 2, ROWS // 2), strict=True):
             chosen = torch.rand(count, len(atoms), generator=rng).topk(ACTIVE, dim=1).indices
             codes = torch.zeros(count, len(atoms)).scatter_(1, chosen, 1 + torch.rand(count, ACTIVE, generator=rng))
             parts.append(codes @ atoms)
