@@ -139,12 +139,10 @@ class Config:
         """Idle latents move."""
         if not self.moves_every_steps:
             return assembly
-        sae, followers = assembly.sae, []
-        composition = sae.extras[COMPOSITION] if COMPOSITION in sae.extras else None
-        if isinstance(composition, Composition):
-            followers.append(composition.follow)
+        sae = assembly.sae
+        followers = [extra.follow for extra in sae.extras.values() if isinstance(extra, Composition)]
         if isinstance(sae, ShapedAutoencoder):
-            followers.append(lambda _, after: sae.follow(after))
+            followers.append(lambda before, after: sae.follow(after))
         return assembly.with_extra("structure", Structure(self._moves(), self.sizes(), followers))
 
     def _with_shapes(self, assembly: Assembly) -> Assembly:
