@@ -3,6 +3,7 @@ VENV     ?= .venv
 PYTHON   ?= python3
 BIN      := $(VENV)/bin
 PEERS    ?= .venv-peers
+SAEBENCH ?= .venv-saebench
 
 LAYER    ?= 19
 MODEL    ?= auto
@@ -11,9 +12,11 @@ DATASET  ?=
 TOKENS   ?=
 CONTEXT  ?=
 DEMO     ?= ./demo
+STUDIES  ?= ./studies
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow check format goldens demo harvest bench bench-store bench-harvest bench-train bench-gpu peers clean
+.PHONY: help env test test-slow check format goldens demo harvest studies bench bench-store bench-harvest bench-train \
+  bench-quality bench-eval bench-gpu peers saebench clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,13 +52,19 @@ harvest: env ## run the model once and write a store: make harvest LAYER=19 [MOD
 	$(BIN)/sae-harvest --model $(MODEL) --layer $(LAYER) --out $(STORE) \
 	  $(if $(DATASET),--dataset $(DATASET)) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(CONTEXT),--context $(CONTEXT))
 
-demo: env ## the whole path on the bundled pocket model
+demo: env ## the whole path on the bundled pocket model: harvest, train four SAEs, evaluate, plot
 	$(BIN)/sae-harvest --model pocket --layer 19 --tokens 300k --out $(DEMO)/store
 	$(BIN)/sae-store verify $(DEMO)/store
-	$(BIN)/sae-store info $(DEMO)/store
-	$(BIN)/sae-train --variant topk --variant standard --cache $(DEMO)/store --out $(DEMO)/runs --epochs 2 --width 512
+	test -f $(DEMO)/runs/demo/result.json || $(BIN)/sae-train --cache $(DEMO)/store --out $(DEMO)/runs --name demo \
+	  --variant standard --variant topk --variant attention --variant hierarchical --width 512 --epochs 8
+	$(BIN)/sae-eval demo --runs $(DEMO)/runs --evals core,sparse_probing --beside-untrained
+	@echo "next: look at $(DEMO)/runs/demo/report.html, then harvest for yourself: make harvest LAYER=19"
 
-bench: bench-store bench-harvest bench-train ## every benchmark against the peers
+studies: env ## all runs of the five studies on a pocket store, their tables and plots
+	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STUDIES)/store
+	$(BIN)/sae-study --cache $(STUDIES)/store --out $(STUDIES) --epochs 2 --width 1024 --set data.batch_tokens=2048
+
+bench: bench-store bench-harvest bench-train bench-quality bench-eval ## every benchmark against the peers
 
 bench-harvest: env peers ## the harvest against the bare forward pass and SAELens' runner
 	$(BIN)/python bench/harvest.py --peers $(PEERS)
@@ -64,8 +73,15 @@ bench-train: env peers ## training steps against SAELens and dictionary_learning
 	$(BIN)/python bench/train.py --peers-python $(PEERS)/bin/python
 	$(BIN)/python bench/guided.py
 
+bench-quality: env peers ## explained variance at equal sparsity, against the peers
+	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STORE)
+	$(BIN)/python bench/quality.py $(STORE) --peers-python $(PEERS)/bin/python
+
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS)
+
+bench-eval: env saebench ## the core evaluation against official SAEBench
+	$(BIN)/python bench/evaluate.py --saebench $(SAEBENCH)
 
 bench-gpu: env ## the harvest on an accelerator, wherever one is at hand
 	$(BIN)/python bench/gpu_harvest.py $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS))
@@ -79,5 +95,13 @@ $(PEERS)/.installed: bench/peers-requirements.txt
 	$(PEERS)/bin/pip uninstall -q -y torchvision
 	@touch $@
 
+saebench: $(SAEBENCH)/.installed ## official SAEBench's own environment: it needs older packages than anything else here
+
+$(SAEBENCH)/.installed: tests/golden/saebench-constraints.txt
+	$(PYTHON) -m venv $(SAEBENCH)
+	$(SAEBENCH)/bin/pip install -q -c $< sae-bench==0.6.0
+	$(SAEBENCH)/bin/pip uninstall -q -y torchvision
+	@touch $@
+
 clean: ## remove environments and caches, never stores or runs
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(SAEBENCH) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ from typing import Any
 from . import variants
 from .build import most_active, require
 from .compose import Assembly, Needs
+from .optim import Optim
 from .sae.scaling import Stats
 
 BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional ones that no variant reads for itself
@@ -39,7 +40,17 @@ def _base_config(config: Any, d_model: int | None) -> Any:
     foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
     require(not foreign, f"base {config.base} has no setting {', '.join(foreign)}")
     shared = {name: value for name, value in given.items() if name in known and value is not None}
+    if "optim" in shared:
+        shared["optim"] = _on_top_of(cls().optim, shared["optim"])
     return cls(**_bounded(cls, d_model) | _whole(cls, shared))
+
+
+def _on_top_of(base: Optim, given: Optim) -> Optim:
+    """The base's own settings of its optimiser, and over them those that are not everybody's default."""
+    everybody = Optim()
+    names = [field.name for field in dataclasses.fields(Optim)]
+    chosen = {name: getattr(given, name) for name in names if getattr(given, name) != getattr(everybody, name)}
+    return dataclasses.replace(base, **chosen)
 
 
 def _whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:

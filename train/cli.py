@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cache_schema import Store, StoreError
+from .afterwards import after_run
 from .config import Ask, Member
 from .distributed import Group, join
 from .errors import ConfigInvalid, RunInterrupted, TrainError
@@ -61,6 +63,7 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option("--set", "settings", multiple=True, metavar="A.B=V", help="Any other setting, such as optim.beta1=0.")
 @click.option("--grid", multiple=True, metavar="A=V,V", help="A fleet over values, such as k=16,32,64.")
 @click.option("--resume", metavar="NAME", help="Go on with a run from its last checkpoint.")
+@click.option("--plots/--no-plots", default=True, show_default=True, help="Pictures of the run when it has ended.")
 def main(
     variants: tuple[str, ...],
     recipe: str | None,
@@ -73,6 +76,7 @@ def main(
     settings: tuple[str, ...],
     grid: tuple[str, ...],
     resume: str | None,
+    plots: bool,
     **chosen: Any,
 ) -> None:
     """Train sparse autoencoders from a store of activations.
@@ -87,11 +91,11 @@ def main(
             if resume is not None:
                 others = {"--variant": variants, "--recipe": recipe, "--set": settings, "--grid": grid, "--name": name}
                 _require_alone(resume, others)
-                tell(console, _go_on(RunFolder.open(out, resume), cache, group, place, console))
+                tell(console, _go_on(RunFolder.open(out, resume), cache, group, place, console), plots)
             else:
                 options = _options(chosen | {"tokens": tokens, "epochs": epochs}, settings)
                 for ask in _asks(variants, recipe, name, options, _points(grid)):
-                    tell(console, _start(ask, _required(cache), out, name, group, place, console))
+                    tell(console, _start(ask, _required(cache), out, name, group, place, console), plots)
         finally:
             group.close()
 
@@ -111,7 +115,7 @@ def errors_told() -> Iterator[None]:
         sys.exit(130)
 
 
-def tell(console: Console, outcome: Outcome | None) -> None:
+def tell(console: Console, outcome: Outcome | None, plots: bool) -> None:
     """The last lines: what came out, where it is, what to do next. Only one of several processes has them."""
     if outcome is None:
         return
@@ -133,6 +137,8 @@ def tell(console: Console, outcome: Outcome | None) -> None:
     )
     for sae in outcome.saes.values():
         console.print(f"saved: {sae.folder}")
+    if plots:
+        after_run(Path(next(iter(outcome.saes.values())).folder).parent, console.print)
     console.print(f"next: sae-eval {outcome.run}")
 
 

@@ -26,7 +26,8 @@ class SaeOutcome:
     explained_variance: float
     dead_latents: int
     dead_share: float
-    loss: float
+    loss: float | None
+    """Of the last step; None where a run was resumed after it."""
     validation_tokens: int
 
 
@@ -103,7 +104,7 @@ def _sae_outcome(run: Run, label: str, tally: Tally) -> SaeOutcome:
         explained_variance=tally.explained_variance,
         dead_latents=int(dead.sum()),
         dead_share=float(dead.double().mean()),
-        loss=run.watch.last.get(label, {}).get("loss", float("nan")),
+        loss=run.watch.last.get(label, {}).get("loss"),
         validation_tokens=tally.tokens,
     )
 

@@ -30,11 +30,17 @@ class Wrapping:
 
 def test_shared_settings_are_handed_on():
     assembly = build_base(Wrapping(base="topk", k=3), D)
-    expected = config_type("topk")(layer=3, width=64, k=3, seed=1, optim=Optim()).build(D)
+    expected = config_type("topk")(layer=3, width=64, k=3, seed=1).build(D)
     assert isinstance(assembly.sae.gate, TopK) and assembly.sae.gate.k == 3
     assert all(torch.equal(a, b) for a, b in zip(assembly.sae.parameters(), expected.sae.parameters(), strict=True))
     assert assembly.optim == expected.optim
     assert base_request(Wrapping(layer=7)).layers == (7,)
+
+
+def test_the_optimiser_is_the_bases_own_but_for_what_was_chosen():
+    assert build_base(Wrapping(base="jumprelu"), D).optim.beta1 == 0.0
+    chosen = build_base(Wrapping(base="jumprelu", optim=Optim(lr=0.5, clip_norm=1.0)), D).optim
+    assert (chosen.lr, chosen.clip_norm, chosen.beta1) == (0.5, 1.0, 0.0)
 
 
 def test_a_sparsity_that_nobody_chose_fits_the_width_of_the_residual():

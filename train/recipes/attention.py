@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..recipe import Recipe, Sae
+from ..recipe import Recipe, Sae, as_recorded
 
 
 def _with_controls(variant: str, settings: Mapping[str, Any]) -> tuple[Sae, ...]:
@@ -33,7 +33,7 @@ _COMBINATIONS = {
 _THREE = (-1, 0, 1)
 _ANNEALED = {"mixing_temperature": 0.5, "mixing_temperature_start": 1.5, "mixing_temperature_steps": 1000}
 
-RUNS = (
+_RUNS = (
     Recipe("run_0", "the standard SAE, as everything is compared with it", (Sae("standard", "standard"),)),
     Recipe(
         "run_1",
@@ -70,5 +70,14 @@ RUNS = (
         "how mixture and contributions develop: all four layers, logged closely",
         _with_controls("hierarchical", {"alpha": 0.1, **_ANNEALED}),
         {"course.metrics_every_steps": 10},
+    ),
+)
+
+RUNS = (
+    *as_recorded(_RUNS),
+    Recipe(
+        "headline",
+        "does guidance by all four layers pay at this package's defaults, and is it the attention that does it?",
+        _with_controls("hierarchical", {"alpha": 0.1}),
     ),
 )

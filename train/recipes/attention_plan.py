@@ -6,12 +6,12 @@ other windows, on the same windows, seed and budget.
 
 from __future__ import annotations
 
-from ..recipe import Recipe, Sae
+from ..recipe import Recipe, Sae, as_recorded
 
 _BASE = Sae("base", "hierarchical", {"alpha": 0.0})
 _SHUFFLED = Sae("shuffled", "hierarchical", {"shuffle_attention": True})
 
-RUNS = (
+_RUNS = (
     Recipe(
         "run_1",
         "all four layers and the contrastive loss alone",
@@ -51,5 +51,15 @@ RUNS = (
         "the parts that helped, together: four layers under a falling temperature, contrast, consistency",
         (_BASE, Sae("combined", "hierarchical"), _SHUFFLED),
         {"alpha": 0.1, "mixing_temperature": 0.5, "mixing_temperature_start": 1.5},
+    ),
+)
+
+RUNS = (
+    *as_recorded(_RUNS),
+    Recipe(
+        "headline",
+        "the encoder that reads attention, beside guidance by the loss and neither, at this package's defaults",
+        (_BASE, Sae("guided", "hierarchical"), Sae("encoder", "hierarchical", {"guidance": "encode"})),
+        {"alpha": 0.1},
     ),
 )

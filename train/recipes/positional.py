@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..recipe import Recipe, Sae
+from ..recipe import Recipe, Sae, as_recorded
 
 WHOLE = {"masked_share": 1.0}
 SOFT = WHOLE | {"mask": "soft"}
@@ -15,7 +15,7 @@ EMBEDDED = ENCODERS | {"init": "orthogonal", "position_embeddings": True, "pre_n
 ADAPTED = {"mask": "none", "adapters": True, "init": "orthogonal"}
 CURRICULUM = ADAPTED | {"adapter_from": (0.3, 0.7), "adapter_lr_scale": 0.3}
 
-RUNS = (
+_RUNS = (
     Recipe(
         "run_0",
         "The baseline, and its latents assigned to ranges after training.",
@@ -35,8 +35,12 @@ RUNS = (
     ),
     Recipe("run_9", "A base with gated adapters for each range.", (Sae("adapters", "positional", ADAPTED),)),
     Recipe("run_10", "The base first, then the adapters.", (Sae("curriculum", "positional", CURRICULUM),)),
+)
+
+RUNS = (
+    *as_recorded(_RUNS),
     Recipe(
-        "run_11",
+        "headline",
         "Strict against soft: the same share of latents masked, hard, soft, and not at all.",
         (
             Sae("static_slicing", "positional", {"mask": "static_slicing"}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..recipe import Recipe, Sae
+from ..recipe import Recipe, Sae, as_recorded
 
 EQUAL = (1 / 3, 1 / 3, 1 / 3)
 FIRST = {"importance": "fixed", "tier_weights": EQUAL}
@@ -27,7 +27,7 @@ NEXT = {
     "curriculum": (0.0, 0.1, 0.2),
 }
 
-RUNS = (
+_RUNS = (
     Recipe("run_0", "The baseline: one flat dictionary.", (Sae("standard", "standard"),)),
     Recipe("run_1", "Three fixed tiers that count alike.", (Sae("tiered", "tiered", FIRST),)),
     Recipe("run_2", "Learned importance of the tiers, clipped gradients.", (Sae("tiered", "tiered", LEARNED),)),
@@ -43,5 +43,14 @@ RUNS = (
             Sae("moves", "tiered", {"moves_every_steps": 100}),
             Sae("curriculum", "tiered", {"curriculum": (0.0, 0.1, 0.2)}),
         ),
+    ),
+)
+
+RUNS = (
+    *as_recorded(_RUNS),
+    Recipe(
+        "headline",
+        "At this package's defaults: do three tiers pay, against one flat dictionary and against fixed importance?",
+        (Sae("standard", "standard"), Sae("tiered", "tiered"), Sae("fixed", "tiered", FIRST)),
     ),
 )

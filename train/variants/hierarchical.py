@@ -23,7 +23,7 @@ class Config(Guided):
     """Whose attention, counted from the SAE's layer."""
     ablated: tuple[int, ...] = ()
     """Those of the offsets that count for nothing."""
-    beta: float = 1.0
+    beta: float = 0.1
     """Weight of the consistency, relative to the guidance."""
     objective: Objective = "divergence"
     """What the mixture is learned by; the cross entropy gives all weight to the layer easiest to satisfy."""

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..build import DecoderBias, assemble, require, require_sparsity, seeded, stats_or_unit, tied_sae, with_lr
+from ..build import (
+    DecoderBias,
+    assemble,
+    require,
+    require_sparsity,
+    scaled_by_width,
+    seeded,
+    stats_or_unit,
+    tied_sae,
+    with_lr,
+)
 from ..compose import Assembly, Needs, Term
 from ..constraints import NonNegativeThreshold, UnitDecoder
 from ..losses.reconstruction import reconstruction
@@ -55,5 +65,5 @@ class Config:
             Term("dead", DeadPreActivation(), Constant(self.dead_penalty)),
         )
         constraints = (UnitDecoder(), NonNegativeThreshold())
-        optim = with_lr(self.optim, 7e-5)
+        optim = with_lr(self.optim, scaled_by_width(5e-4, self.width))
         return assemble(sae, stats, generator, optim, terms, constraints, self.dead_after_tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..build import DecoderBias, assemble, require, seeded, stats_or_unit, tied_sae, with_lr
+from ..build import DecoderBias, assemble, require, scaled_by_width, seeded, stats_or_unit, tied_sae, with_lr
 from ..compose import Assembly, Needs, Term
 from ..constraints import UnitDecoder
 from ..losses.auxk import AuxK
@@ -26,7 +26,7 @@ class Config:
     layer: int = 19
     width: int = 16384
     seed: int = 0
-    penalty: float = 0.04
+    penalty: float = 0.1
     penalty_warmup_fraction: float = 0.05
     """Share of the run over which the penalty rises from zero."""
     p_start: float = 1.0
@@ -57,5 +57,5 @@ class Config:
         )
         p = Ramp(self.p_start, self.p_end, begin_fraction=self.anneal_begin_fraction)
         knobs = {"p": p, "next_p": Ahead(p, 1)}
-        optim = with_lr(self.optim, 3e-4)
+        optim = with_lr(self.optim, scaled_by_width(5e-4, self.width))
         return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens, knobs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..build import DecoderBias, assemble, require, seeded, stats_or_unit, tied_sae, with_lr
+from ..build import DecoderBias, assemble, require, scaled_by_width, seeded, stats_or_unit, tied_sae, with_lr
 from ..compose import Assembly, Needs, Term
 from ..constraints import UnitDecoder
 from ..losses.auxk import AuxK
@@ -26,7 +26,7 @@ class Config:
     layer: int = 19
     width: int = 2304
     seed: int = 0
-    penalty: float = 0.04
+    penalty: float = 0.1
     penalty_warmup_fraction: float = 0.05
     """Share of the run over which the penalty rises from zero."""
     aux_weight: float = 1 / 32
@@ -50,5 +50,5 @@ class Config:
             Term("l1", l1, Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)),
             Term("aux", AuxK(self.aux_k or d_model // 2, rectified=False), Constant(self.aux_weight)),
         )
-        optim = with_lr(self.optim, 3e-4)
+        optim = with_lr(self.optim, scaled_by_width(5e-4, self.width))
         return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens)

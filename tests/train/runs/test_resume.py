@@ -129,5 +129,14 @@ def test_a_finished_run_is_not_resumed(straight, sae_train):
     assert "is finished" in sae_train("--resume", straight, code=1).output
 
 
+def test_a_run_that_stopped_between_its_last_step_and_its_result_ends_well(big, sae_train, quick, tmp_path):
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--name", "short", "--tokens", "640"]
+    sae_train(*words, "--set", "course.checkpoint_every_steps=1")
+    (tmp_path / "runs/short/result.json").unlink()
+    sae_train("--resume", "short", "--device", "cpu")
+    result = json.loads((tmp_path / "runs/short/result.json").read_text())
+    assert result["steps"] == 10 and result["saes"]["topk"]["loss"] is None
+
+
 def test_settings_cannot_change_on_resume(straight, sae_train):
     assert "leave out --set" in sae_train("--resume", straight, "--set", "k=3", code=1).output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.scaling import Stats, joined_stats
 from saemill.train.sae.side import NO_SIDE, Side
 from saemill.train.step import Trainee
-from saemill.train.variants import config_type, names
+from saemill.train.variants import names
 from saemill.train.view import Batch
 
 D, WIDTH = 24, 64
@@ -34,10 +33,7 @@ def stats_of(seed: int) -> Stats:
 
 def trained(variant: str, battery):
     """A config, an SAE after a few steps on scaled rows, and the statistics it was built with."""
-    cls = config_type(variant)
-    wanted = {"width": WIDTH, "k": 5, "target_l0": 5.0, "layers": (1, 2)}
-    known = {field.name for field in dataclasses.fields(cls)}
-    config = cls(**{name: value for name, value in wanted.items() if name in known})
+    config = battery.config_of(variant, width=WIDTH, k=5, target_l0=5.0)
     needs = config.request()
     stats = joined_stats([stats_of(layer) for layer in needs.inputs])
     targets = () if needs.targets is None else (joined_stats([stats_of(9) for _ in needs.targets]),)
@@ -91,7 +87,7 @@ def test_saved_is_what_was_trained(variant, tmp_path, rng, battery):
     sae, assembly = save(tmp_path, variant, battery)
     scale, target_scale = assembly.input_stats.scale, assembly.target_stats.scale
     raw = (torch.randn(64, sae.d_in, generator=rng) + assembly.input_stats.mean) / scale
-    side = battery.side_of(config_type(variant)().request(), 64, rng)
+    side = battery.side_of(battery.config_of(variant).request(), 64, rng)
     loaded = read_sae(tmp_path, rebuild)
     with torch.no_grad():
         acts = sae.encode(raw * scale, assembly.side(side, 10, 10, Alone()))

@@ -1,0 +1,253 @@
+"""The core evaluation against official SAEBench 0.6.0, and how much memory it takes at a large vocabulary.
+
+On the pocket model and on a random 26-layer Gemma-2 of width 576, residual after layer 19: the same
+model, tokens and SAEs, one batch for the losses of the model to ten for sparsity, as SAEBench's own
+proportion is. One SAE and eight; the official code runs eight one after the other. Cold means that the
+clean pass and SAEBench's own ablation are computed, as it computes them; warm that an earlier run has
+left them beside the store, with mean and resample ablation. Every run is a process of its own, rounds
+take turns, and loading is never timed.
+
+    python bench/evaluate.py --saebench .venv-saebench
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from ratios import Row, conclude
+from safetensors.torch import save_file
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from saemill.cache_schema import CorpusSpec, Manifest, ModelSpec, ShardContent, StoreWriter
+from saemill.harvest.capture import capture
+from saemill.harvest.model import Wanted, load_model, read_facts
+from saemill.harvest.resolve import POCKET_FOLDER
+from saemill.harvest.stats import measure
+from saemill.train.sae.gates import TopK
+from saemill.train.sae.io import save_sae
+from saemill.train.sae.model import SparseAutoencoder, tied_weights
+from saemill.train.sae.scaling import unit_stats
+
+PEERS = Path(__file__).with_name("peers")
+LAYER, CONTEXT, BATCH, K = 19, 128, 16, 32
+SPECIAL, BOS = (0, 1, 2), 2
+WIDTH, VOCABULARY, LARGE_VOCABULARY = 576, 32_000, 256_000
+TARGETS = {1: 8.0, 8: 12.0}
+EXTRA_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class World:
+    """A model, rows of tokens, their residuals as a store, and SAEs for them."""
+
+    folder: Path
+    model: Path
+    dtype: str
+    saes: tuple[Path, ...]
+    reconstruction: int
+    sparsity: int
+
+    def request(self, saes: int, **more: Any) -> Path:
+        """What a process is told."""
+        path = self.folder / "request.json"
+        asked = {
+            "model": str(self.model),
+            "store": str(self.folder / "store"),
+            "tokens": str(self.folder / "tokens.safetensors"),
+            "saes": [str(sae) for sae in self.saes[:saes]],
+            "dtype": self.dtype,
+            "batch": BATCH,
+            "reconstruction": self.reconstruction,
+            "sparsity": self.sparsity,
+            "special": SPECIAL,
+            "keeps_blocks": True,
+            "ablations": ["zero", "mean", "resample"],
+        }
+        path.write_text(json.dumps(asked | more))
+        return path
+
+    def forget(self) -> None:
+        """What earlier runs have left beside the store."""
+        shutil.rmtree(self.folder / "store.evals", ignore_errors=True)
+
+
+def make_random_model(folder: Path, width: int, vocabulary: int, layers: int) -> Path:
+    """gemma-2-2b's shape at a quarter of its width."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+    )
+    Gemma2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def make_world(folder: Path, model: Path, dtype: str, saes: int, reconstruction: int, sparsity: int) -> World:
+    """Random tokens; random top-k SAEs of sixteen times the width."""
+    facts = read_facts(model)
+    layer = min(LAYER, facts.num_layers - 2)
+    windows = BATCH * (reconstruction + sparsity)
+    tokens = np.random.default_rng(0).integers(4, facts.vocab_size, (windows + 2, CONTEXT), dtype=np.uint32)
+    tokens[:, 0] = BOS
+    write_store(folder / "store", model, layer, tokens, dtype)
+    save_file({"tokens": torch.from_numpy(tokens[2:].astype(np.int64))}, folder / "tokens.safetensors")
+    folders = tuple(make_sae(folder / f"sae_{number}", facts.d_model, layer, number) for number in range(saes))
+    return World(folder, model, dtype, folders, reconstruction, sparsity)
+
+
+def write_store(path: Path, model_folder: Path, layer: int, tokens_WT: np.ndarray, dtype: str) -> None:
+    """One window to train on, one to validate on, the others to test on."""
+    model = load_model(model_folder, Wanted((layer,)), getattr(torch, dtype))
+    windows = len(tokens_WT)
+    manifest = Manifest(
+        model=ModelSpec("bench", model.facts.d_model, dtype=dtype, bos_token=BOS, special_tokens=SPECIAL),  # pyright: ignore
+        corpus=CorpusSpec("random"),
+        context=CONTEXT,
+        layers=(layer,),
+        windows=windows,
+        splits={"train": (0, 1), "validation": (1, 2), "test": (2, windows)},
+        shard_windows=BATCH,
+    )
+    documents = np.repeat(np.arange(windows, dtype=np.uint32), CONTEXT).reshape(windows, CONTEXT)
+    with StoreWriter.create(path, manifest, tokens_WT, documents) as writer:
+        for shard in writer.pending():
+            rows = slice(*manifest.shard_range(shard))
+            ids = torch.from_numpy(tokens_WT[rows].astype(np.int64))
+            resid = capture(model, ids, manifest.attention).resid[layer]
+            stored = resid.view(torch.uint16).numpy() if dtype == "bfloat16" else resid.numpy()
+            moments = measure(layer, resid, torch.isin(ids, torch.tensor(SPECIAL)))
+            with writer.claim(shard):
+                writer.write(
+                    shard, ShardContent(tokens_WT[rows], documents[rows], {layer: stored}, {layer: moments}, {})
+                )
+
+
+def make_sae(folder: Path, d_model: int, layer: int, seed: int) -> Path:
+    W_enc, W_dec = tied_weights(16 * d_model, d_model, torch.Generator().manual_seed(seed))
+    metadata = {"model_name": "bench", "hook_name": f"blocks.{layer}.hook_resid_post", "context_size": CONTEXT}
+    metadata |= {"layers": [layer], "target_layers": [layer], "prepend_bos": True}
+    sae = SparseAutoencoder(W_enc, W_dec, TopK(K))
+    save_sae(folder, sae, unit_stats(d_model), metadata, {}, "topk")
+    return folder
+
+
+def run_ours(world: World, saes: int, **more: Any) -> dict[str, Any]:
+    return _answer([sys.executable, PEERS / "ours_core.py", world.request(saes, **more)])
+
+
+def run_official(world: World, saes: int, environment: Path) -> dict[str, Any]:
+    return _answer([environment / "bin/python", "-W", "ignore", PEERS / "saebench_core.py", world.request(saes)])
+
+
+def _answer(command: list[Any]) -> dict[str, Any]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise click.ClickException(f"{command[1]} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def bench_speed(name: str, world: World, environment: Path, rounds: int, counts: tuple[int, ...]) -> list[Row]:
+    """Ratios of medians; the official seconds of eight SAEs are those of each of them, added up."""
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for count in counts:
+            world.forget()
+            seconds.setdefault(f"cold {count}", []).append(run_ours(world, count, ablations=["zero"])["seconds"])
+            run_ours(world, count)
+            seconds.setdefault(f"warm {count}", []).append(run_ours(world, count)["seconds"])
+            official = run_official(world, count, environment)["seconds"]
+            seconds.setdefault(f"official {count}", []).append(sum(official))
+    return [_row(name, world, count, state, seconds) for count in counts for state in ("cold", "warm")]
+
+
+def _row(name: str, world: World, count: int, state: str, seconds: dict[str, list[float]]) -> Row:
+    ours, theirs = (statistics.median(seconds[f"{whose} {count}"]) for whose in (state, "official"))
+    tokens = BATCH * CONTEXT * (world.reconstruction + world.sparsity) * count
+    what = f"{name}, {world.dtype}, {count} SAE{'s' if count > 1 else ''}, {state}"
+    found = f"{ours:,.2f} s ({tokens / ours:,.0f} tok/s)"
+    against = f"SAEBench {theirs:,.2f} s ({tokens / theirs:,.0f} tok/s)"
+    return Row(what, found, against, theirs / ours, TARGETS.get(count))
+
+
+def bench_memory(world: World, counts: tuple[int, ...]) -> list[Row]:
+    """Peak growth of a fresh process over what it had before its model, SAEs included."""
+    rows = []
+    for count in counts:
+        world.forget()
+        found = run_ours(world, count)
+        allowed = found["weights"] + EXTRA_BYTES
+        growth = f"{found['growth'] / 1e9:,.2f} GB, {found['work'] / 1e9:,.2f} GB of it after loading"
+        against = f"model {found['weights'] / 1e9:,.2f} GB and 2 GB"
+        vocabulary = read_facts(world.model).vocab_size
+        rows.append(
+            Row(
+                f"peak memory, vocabulary {vocabulary:,}, {count} SAEs", growth, against, allowed / found["growth"], 1.0
+            )
+        )
+    return rows
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--saebench", "environment", type=click.Path(path_type=Path), help="The environment of sae-bench 0.6.0.")
+@click.option("--model", "models", multiple=True, default=("pocket", "random"), show_default=True)
+@click.option("--dtype", "dtypes", multiple=True, default=("float32", "bfloat16"), show_default=True)
+@click.option("--saes", "counts", multiple=True, type=int, default=(1, 8), show_default=True)
+@click.option("--rounds", default=1, show_default=True)
+@click.option("--reconstruction", default=1, show_default=True, help="Batches for losses; ten times as many follow.")
+@click.option("--width", default=WIDTH, show_default=True, help="Of the random model.")
+@click.option("--layers", default=26, show_default=True, help="Of the random model.")
+@click.option("--vocabulary", default=VOCABULARY, show_default=True, help="Of the random model, for speed.")
+@click.option("--large-vocabulary", default=LARGE_VOCABULARY, show_default=True, help="For memory.")
+@click.option("--folder", type=click.Path(path_type=Path), help="On which disk; a temporary folder by default.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
+def main(
+    environment: Path | None,
+    models: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    counts: tuple[int, ...],
+    rounds: int,
+    reconstruction: int,
+    width: int,
+    layers: int,
+    vocabulary: int,
+    large_vocabulary: int,
+    folder: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Measure the core evaluation; the exit status is 1 where a target is missed."""
+    rows: list[Row] = []
+    for name in models if environment is not None else ():
+        for dtype in dtypes:
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                root = Path(place)
+                random = name != "pocket"
+                model = make_random_model(root / "model", width, vocabulary, layers) if random else POCKET_FOLDER
+                world = make_world(root, model, dtype, max(counts), reconstruction, 10 * reconstruction)
+                rows += bench_speed(f"{name} model", world, environment, rounds, counts)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        root = Path(place)
+        model = make_random_model(root / "model", width, large_vocabulary, layers)
+        rows += bench_memory(make_world(root, model, "bfloat16", max(counts), 1, 1), counts)
+    title = f"Core evaluation, {reconstruction} batches for losses to {10 * reconstruction} for sparsity, layer {LAYER}"
+    sys.exit(conclude(f"{title}, {torch.get_num_threads()} threads", rows, json_file))
+
+
+if __name__ == "__main__":
+    main()

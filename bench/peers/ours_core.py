@@ -1,0 +1,54 @@
+"""Our core evaluation of the same SAEs on the same rows; prints seconds and how far memory rose.
+
+    python ours_core.py REQUEST.json
+
+Loading is not timed; memory is told as growth over the process before its model, and the model's own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from saemill.cache_schema import Store
+from saemill.cache_schema.allocator import keep_large_blocks
+from saemill.evaluate.evals import core
+from saemill.evaluate.progress import Watch
+from saemill.evaluate.results import frame
+from saemill.evaluate.scene import Scene
+from saemill.evaluate.subjects import find_subjects
+
+
+def main() -> None:
+    request = json.loads(Path(sys.argv[1]).read_text())
+    if request["keeps_blocks"]:
+        keep_large_blocks()
+    before = resident("VmRSS")
+    store = Store.open(request["store"])
+    scene = Scene(store, model_name=request["model"], watch=Watch(is_quiet=True))
+    weights = sum(parameter.nbytes for parameter in scene.model.model.parameters())
+    subjects = find_subjects(request["saes"], Path())
+    counts = request["reconstruction"], request["sparsity"]
+    config = core.Config(request["batch"], *counts, ablations=tuple(request["ablations"]))
+    loaded = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    start = perf_counter()
+    results = list(core.evaluate(scene, subjects, config))
+    documents = [frame(result, "core", {}) for result in results]
+    seconds = perf_counter() - start
+    scores = [d["eval_result_metrics"]["model_performance_preservation"]["ce_loss_score"] for d in documents]
+    found = {"seconds": seconds, "scores": scores, "weights": weights, "threads": torch.get_num_threads()}
+    print(json.dumps(found | {"growth": resident("VmHWM") - before, "work": resident("VmHWM") - loaded}))
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+if __name__ == "__main__":
+    main()

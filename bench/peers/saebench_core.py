@@ -1,0 +1,64 @@
+"""Official SAEBench's core evaluation of some SAEs, one after the other as `multiple_evals` does; prints seconds.
+
+    python saebench_core.py REQUEST.json
+
+The request names the model's folder, the rows of tokens, SAELens folders of the SAEs, the data type and
+the numbers of batches. Loading is not timed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from hooked_gemma import load_hooked
+from sae_bench.evals.core.eval_config import CoreEvalConfig
+from sae_bench.evals.core.main import calculate_misc_metrics, run_evals
+from sae_bench.sae_bench_utils import general_utils
+from sae_lens import SAE
+from safetensors.torch import load_file
+from token_rows import TokenRows
+
+
+def main() -> None:
+    request = json.loads(Path(sys.argv[1]).read_text())
+    dtype = getattr(torch, request["dtype"])
+    model = load_hooked(Path(request["model"]), dtype)
+    tokens = load_file(request["tokens"])["tokens"]
+    seconds, scores = [], []
+    for folder in request["saes"]:
+        sae = SAE.load_from_disk(folder, device="cpu")
+        _, sae, _ = general_utils.load_and_format_sae("bench", sae, "cpu")
+        sae = sae.to(device="cpu", dtype=dtype)
+        start = perf_counter()
+        metrics = evaluate(sae, model, tokens, request)
+        seconds.append(perf_counter() - start)
+        scores.append(metrics["model_performance_preservation"]["ce_loss_score"])
+    print(json.dumps({"seconds": seconds, "scores": scores}))
+
+
+def evaluate(sae: object, model: object, tokens: torch.Tensor, request: dict) -> dict:
+    config = CoreEvalConfig(
+        batch_size_prompts=request["batch"],
+        n_eval_reconstruction_batches=request["reconstruction"],
+        n_eval_sparsity_variance_batches=request["sparsity"],
+        context_size=tokens.shape[1],
+        compute_kl=True,
+        compute_ce_loss=True,
+        compute_l2_norms=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True,
+        compute_featurewise_weight_based_metrics=True,
+        exclude_special_tokens_from_reconstruction=True,
+    )
+    rows = TokenRows(tokens, request["batch"])
+    scalars, latents = run_evals(sae, rows, model, config, ignore_tokens=set(request["special"]))
+    return scalars | {"misc_metrics": calculate_misc_metrics(latents)}
+
+
+if __name__ == "__main__":
+    main()

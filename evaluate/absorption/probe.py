@@ -1,0 +1,90 @@
+"""One-vs-rest linear probes, all letters at once. N rows, D width, L letters.
+
+Binary cross-entropy with positives weighted by negatives / positives, Adam, and a learning rate that falls
+exponentially from epoch to epoch. With `l1_decay` the weights become sparse, for choosing latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a probe is fitted; the defaults are those of the ground-truth probe."""
+
+    epochs: int = 50
+    batch_size: int = 64
+    lr: float = 1e-2
+    end_lr: float = 1e-5
+    weight_decay: float = 1e-4
+    l1_decay: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    weights: Tensor  # [L, D]
+    biases: Tensor  # [L]
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """[N, L]; above zero means yes."""
+        return functional.linear(x_ND, self.weights, self.biases)
+
+
+def fit_probe(
+    x_ND: Tensor,
+    labels_N: Tensor,
+    num_letters: int,
+    training: Training,
+    generator: torch.Generator,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    width: int | None = None,
+) -> Probe:
+    """Fit a probe on rows, or on what `encode` makes of each batch of rows (`width` wide)."""
+    targets_NL = functional.one_hot(labels_N, num_letters).to(x_ND.dtype)
+    parameters = _initial(width or x_ND.shape[1], num_letters, generator, x_ND)
+    optimizer = torch.optim.Adam(parameters, lr=training.lr, weight_decay=training.weight_decay)
+    weights = _positive_weights(targets_NL)
+    for epoch in range(training.epochs):
+        optimizer.param_groups[0]["lr"] = _lr(training, epoch)
+        order = torch.randperm(len(x_ND), generator=generator).to(x_ND.device)
+        for rows in order.split(training.batch_size):
+            x = x_ND[rows] if encode is None else encode(x_ND[rows])
+            _step(optimizer, parameters, x, targets_NL[rows], weights, training.l1_decay)
+    return Probe(*(parameter.detach() for parameter in parameters))
+
+
+def _initial(width: int, num_letters: int, generator: torch.Generator, like: Tensor) -> list[Tensor]:
+    """Uniform in +-1 / sqrt(width), as linear layers start."""
+    bound = 1 / math.sqrt(width)
+    shapes = ((num_letters, width), (num_letters,))
+    drawn = (torch.rand(shape, generator=generator) * 2 * bound - bound for shape in shapes)
+    return [values.to(like).requires_grad_() for values in drawn]
+
+
+def _positive_weights(targets_NL: Tensor) -> Tensor:
+    """negatives / positives; 1 for a letter without positives, where the protocol's infinity would spoil all."""
+    positives = targets_NL.sum(0)
+    ratio = (len(targets_NL) - positives) / positives
+    return torch.where(positives > 0, ratio, torch.ones_like(ratio))
+
+
+def _lr(training: Training, epoch: int) -> float:
+    return training.lr * (training.end_lr / training.lr) ** (epoch / training.epochs)
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], x: Tensor, targets: Tensor, weights: Tensor, l1: float
+) -> None:
+    scores = functional.linear(x, *parameters)
+    loss = functional.binary_cross_entropy_with_logits(scores, targets, pos_weight=weights)
+    loss = loss + l1 * parameters[0].abs().sum(-1).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()

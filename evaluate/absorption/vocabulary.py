@@ -1,0 +1,50 @@
+"""The words of the task: tokens of the model's vocabulary made of ASCII letters, perhaps after a space."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+LETTERS = string.ascii_lowercase
+SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space
+
+
+@dataclass(frozen=True)
+class WordClasses:
+    """What is asked of a word: one of these classes, which a prompt's examples answer."""
+
+    names: tuple[str, ...]
+    class_of: Callable[[str], int]
+    answer: Callable[[str], str]
+    template: str
+    """A word's line, to which the answer is added after a space."""
+
+
+def alphabetic_words(tokens: Iterable[str], to_text: Callable[[str], str]) -> list[str]:
+    """The text of every alphabetic token, in the order given; `to_text` is the tokenizer's decoder of one token."""
+    words = (word_of(token, to_text) for token in tokens)
+    return [word for word in words if is_alphabetic(word)]
+
+
+def word_of(token: str, to_text: Callable[[str], str]) -> str:
+    """A token as it reads, with its leading space: some decoders drop that of a first token."""
+    text = to_text(token)
+    return f" {text}" if token.startswith(SPACE_MARK) and not text.startswith(" ") else text
+
+
+def is_alphabetic(word: str) -> bool:
+    letters = word.removeprefix(" ")
+    return bool(letters) and letters.isascii() and letters.isalpha()
+
+
+def letter_index(word: str) -> int:
+    """0 for a, 25 for z."""
+    return LETTERS.index(first_letter(word).lower())
+
+
+def first_letter(word: str) -> str:
+    return word.strip()[0].upper()
+
+
+FIRST_LETTER = WordClasses(tuple(LETTERS), letter_index, first_letter, "{word} has the first letter:")

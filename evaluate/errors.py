@@ -1,0 +1,80 @@
+"""Everything that an evaluation can refuse, by name.
+
+EvalError
+├── SettingInvalid (ValueError)         an option or a setting that cannot be read
+├── UnknownEval (LookupError)           no file of that name in evaluate/evals/
+├── TargetUnknown (FileNotFoundError)   no run, and no SAE, of the name that was given
+├── RunUnfinished (ValueError)          a run that has saved no SAE yet
+├── StoreGone (FileNotFoundError)       the store of a run is not where it was
+├── CacheIdMismatch (ValueError)        another store than the one that the SAE was trained on
+├── WidthMismatch (ValueError)          an SAE for activations of another width
+├── ResultInvalid (ValueError)          a file of results that cannot be read
+├── Incomparable (ValueError)           results of other stores or settings in one table
+├── MemoryTooSmall (MemoryError)        not even one window at a time fits
+└── NotRun                              what an eval needs is not there; the others go on
+    ├── ModelMissing (FileNotFoundError)    the language model cannot be had
+    ├── DataMissing (FileNotFoundError)     a data set cannot be had
+    └── NotApplicable (TypeError)           the question makes no sense for this SAE
+"""
+
+from __future__ import annotations
+
+
+class EvalError(Exception):
+    """Base of every error that an evaluation raises on purpose."""
+
+
+class SettingInvalid(EvalError, ValueError):
+    """An option or a setting that cannot be read, or that no evaluation has."""
+
+
+class UnknownEval(EvalError, LookupError):
+    """An evaluation was asked for that has no file in the folder of evaluations."""
+
+
+class TargetUnknown(EvalError, FileNotFoundError):
+    """There is no run, and no folder of an SAE, of the name that was given."""
+
+
+class RunUnfinished(EvalError, ValueError):
+    """A run is there, but it has not ended: it has saved no SAE."""
+
+
+class StoreGone(EvalError, FileNotFoundError):
+    """The store that an SAE was trained on is not where it was."""
+
+
+class CacheIdMismatch(EvalError, ValueError):
+    """Another store stands where the one was that the SAE was trained on."""
+
+
+class WidthMismatch(EvalError, ValueError):
+    """An SAE reads activations of another width than the store or the model has."""
+
+
+class ResultInvalid(EvalError, ValueError):
+    """A file of results is damaged, or is none."""
+
+
+class Incomparable(EvalError, ValueError):
+    """Results of several stores, or of several settings, were to stand in one table."""
+
+
+class MemoryTooSmall(EvalError, MemoryError):
+    """Even the smallest piece of a batch does not fit into memory."""
+
+
+class NotRun(EvalError):
+    """Something that an evaluation needs is not there. It is reported as not run; the others go on."""
+
+
+class ModelMissing(NotRun, FileNotFoundError):
+    """The language model is neither here nor within reach, or it is another one."""
+
+
+class DataMissing(NotRun, FileNotFoundError):
+    """A data set is neither here nor within reach: the message says what to accept or download."""
+
+
+class NotApplicable(NotRun, TypeError):
+    """The question makes no sense for this SAE, or for this store."""

@@ -1,0 +1,156 @@
+"""attention: what attention says about codes, and what an SAE does to attention.
+
+Contribution by layer: how much of the similarity of two tokens' codes the stored attention of each layer
+explains, beyond their nearness. Attention fidelity: the residual after layer L is replaced by its
+reconstruction, layer L + 1 computes its attention from that, and its rows are held against the stored ones
+(KL). From the true residual they differ by rounding; mean and zero ablation are the other end.
+
+W windows, H heads, T context, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cache_schema.strict import to_json
+from ...train.data.draw import AttentionRows
+from ..errors import ModelMissing, NotApplicable
+from ..metrics.attention import Explained, attention_divergence, explain
+from ..needs import Needs
+from ..reading import read_windows
+from ..results import Failure, Result
+from ..scene import Scene
+from ..subject import Subject
+from ..windows import Windows
+
+NEEDS = Needs(store=True)
+SUMMARY = ("contribution.total", "fidelity.score", "fidelity.kl_sae")
+
+
+@dataclass(frozen=True)
+class Config:
+    windows: int = 64
+    """Of the test split."""
+    batch_windows: int = 16
+
+
+@dataclass(eq=False)
+class Seen:
+    """What a pass over windows leaves of one SAE."""
+
+    explained: Explained | None = None
+    divergence: dict[str, float] = field(default_factory=dict)  # sums over rows, by what replaced the residual
+    agreement: dict[str, float] = field(default_factory=dict)
+    rows: int = 0
+
+    def explain(self, acts_WTF: Tensor, attention_LWTT: Tensor, keep_WT: Tensor) -> None:
+        found = explain(acts_WTF, attention_LWTT, keep_WT)
+        self.explained = found if self.explained is None else self.explained + found
+
+    def compare(self, name: str, stored_WHTT: Tensor, found_WHTT: Tensor, keep_WT: Tensor) -> None:
+        """Add the rows of kept queries."""
+        rows = keep_WT[:, None, :].expand(stored_WHTT.shape[:3])
+        kl = attention_divergence(stored_WHTT, found_WHTT)[rows].sum()
+        agrees = (stored_WHTT.argmax(-1) == found_WHTT.argmax(-1))[rows].sum()
+        self.divergence[name] = self.divergence.get(name, 0.0) + float(kl)
+        self.agreement[name] = self.agreement.get(name, 0.0) + float(agrees)
+
+
+def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+    spec = scene.manifest.attention
+    if spec is None:
+        raise NotApplicable("the store holds no attention: harvest again with --attention-layers")
+    layers, seen, missing = spec.layers, {subject: Seen() for subject in subjects}, obstacles(scene, subjects)
+    for batch in read_windows(
+        scene, subjects, "attention", config.windows, config.batch_windows, attention_layers=layers
+    ):
+        stored = {layer: dense_rows(batch.attention[layer]) for layer in layers}
+        averaged = torch.stack([stored[layer].mean(1) for layer in layers])
+        for subject in subjects:
+            acts, x_hat = subject.reconstruct(batch)
+            seen[subject].explain(acts, averaged, batch.keep)
+            if missing[subject] is None:
+                replace(scene, subject, batch, x_hat, stored[subject.layer + 1], seen[subject])
+    for subject in subjects:
+        metrics = {"contribution": contribution(seen[subject], layers), "fidelity": fidelity(seen[subject])}
+        yield Result(subject, to_json(config), metrics, missing=missing[subject])
+
+
+def obstacles(scene: Scene, subjects: Sequence[Subject]) -> dict[Subject, str | None]:
+    """Why the fidelity of an SAE's attention cannot be had, if so."""
+    assert scene.manifest.attention is not None
+    stored = scene.manifest.attention.layers
+    try:
+        _ = scene.model
+    except ModelMissing as error:
+        return dict.fromkeys(subjects, f"attention fidelity needs the model: {error}")
+    found: dict[Subject, str | None] = {}
+    for subject in subjects:
+        if not subject.is_single_layer:
+            found[subject] = "attention fidelity is about SAEs that read and write one layer"
+        elif subject.layer + 1 not in stored:
+            held = ", ".join(map(str, stored))
+            found[subject] = f"attention fidelity needs layer {subject.layer + 1}; the store holds layers {held}"
+        else:
+            found[subject] = None
+    return found
+
+
+def replace(scene: Scene, subject: Subject, batch: Windows, x_hat_WTD: Tensor, stored_WHTT: Tensor, seen: Seen) -> None:
+    """The attention of the next layer from the true residual, the reconstruction and two ablations."""
+    true = batch.resid[subject.layer].float()
+    mean = torch.as_tensor(scene.store.moments(subject.layer).mean, dtype=torch.float32, device=true.device)
+    given = {"true": true, "sae": x_hat_WTD, "mean_ablation": mean.expand_as(true), "zero_ablation": true * 0}
+    seen.rows += int(batch.keep.sum()) * stored_WHTT.shape[1]
+    for name, resid in given.items():
+        replaced = torch.where(batch.keep[:, :, None], resid, true)
+        found = attention_of(scene, replaced, subject.layer, averaged=stored_WHTT.shape[1] == 1)
+        seen.compare(name, stored_WHTT, found, batch.keep)
+
+
+def attention_of(scene: Scene, resid_WTD: Tensor, layer: int, averaged: bool) -> Tensor:
+    """[W, H, T, T] of the layer after `layer`, heads averaged where the store has them so."""
+    blocks: list[Tensor] = []
+
+    def keep(probs_WHTT: Tensor) -> None:
+        blocks.append(probs_WHTT.float().mean(1, keepdim=True) if averaged else probs_WHTT.float())
+
+    scene.model.attention(resid_WTD, layer, keep)
+    return torch.cat(blocks)
+
+
+def dense_rows(rows: AttentionRows) -> Tensor:
+    """[W, H, T, T]: stored rows, zero where nothing was kept."""
+    windows, heads, context = rows.kept_mass.shape
+    dense = rows.data.new_zeros(windows * heads * context, context)
+    row = torch.repeat_interleave(torch.arange(len(dense), device=dense.device), rows.indptr.diff())
+    dense[row, rows.indices] = rows.data
+    return dense.view(windows, heads, context, context)
+
+
+def contribution(seen: Seen, layers: Sequence[int]) -> dict[str, Any]:
+    """R^2 that each layer adds beyond nearness, alone, and how much more alike attended tokens are."""
+    assert seen.explained is not None
+    explained = seen.explained
+    shares = explained.contributions()
+    found: dict[str, Any] = {"nearness": explained.nearness(), "total": sum(shares)}
+    for layer, share, alone, gain in zip(layers, shares, explained.alone(), explained.similarity_gain(), strict=True):
+        found |= {f"share_{layer}": share, f"alone_{layer}": alone, f"similarity_gain_{layer}": gain}
+    return found
+
+
+def fidelity(seen: Seen) -> Mapping[str, float]:
+    """Mean KL of a row in nats; `score` is 1 at the true residual and 0 at mean ablation."""
+    if not seen.rows:
+        return {}
+    kl = {name: total / seen.rows for name, total in seen.divergence.items()}
+    found = {f"kl_{name}": value for name, value in kl.items()}
+    found |= {f"same_favourite_{name}": total / seen.rows for name, total in seen.agreement.items()}
+    room = kl["mean_ablation"] - kl["true"]
+    found["score"] = (kl["mean_ablation"] - kl["sae"]) / room if room > 0 else float("nan")
+    return found

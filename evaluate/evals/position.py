@@ -1,0 +1,178 @@
+"""position: do latents keep to a place in the window, and do codes know about order?
+
+1. A pass over validation windows gives each latent of an SAE without masks the range where its activation is
+   highest: static slicing, the control. An SAE with masks keeps those it was trained with.
+2. A pass over test windows: specialisation retention (share of activation inside the range), positional
+   fidelity (correlation of the profile with the mask that was meant).
+3. Order probes on the same windows: the range a token stands in, and which of two tokens came first, from a
+   few latents, and from the residual itself as the reference.
+
+N tokens, W windows, T context, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cache_schema.strict import to_json
+from ..assigned import Assignment, is_bound, ranges_of, saved
+from ..metrics.position import (
+    Profile,
+    assign_ranges,
+    fidelity,
+    hard_mask,
+    profile,
+    range_of_position,
+    retention,
+    soft_mask,
+)
+from ..metrics.probes import accuracy
+from ..needs import Needs
+from ..reading import read_windows
+from ..results import Failure, Result
+from ..scene import Scene
+from ..subject import Subject
+from ..windows import Windows
+
+NEEDS = Needs(store=True)
+SUMMARY = ("specialisation.retention", "specialisation.fidelity", "order.range_top_5")
+STATIC = "static slicing"
+
+
+@dataclass(frozen=True)
+class Config:
+    windows: int = 128
+    """Of the test split, and as many of the validation split to assign ranges by."""
+    batch_windows: int = 16
+    ranges: int = 4
+    """For SAEs that were trained without."""
+    least_firings: int = 20
+    """A latent that fired less often has no profile worth the name."""
+    probe_k: tuple[int, ...] = (1, 5, 20)
+    """Latents that an order probe may read."""
+    probe_tokens: int = 24
+    """Tokens of each window that the probes see."""
+    seed: int = 0
+
+
+@dataclass(eq=False)
+class Sample:
+    """Some tokens of every window, the same for every SAE, in no order."""
+
+    tokens: int
+    generator: torch.Generator
+    positions: list[Tensor] = field(default_factory=list)  # [w, P] of each batch
+    rows: dict[Subject | tuple[int, ...], list[Tensor]] = field(default_factory=dict)  # codes, and residuals by layers
+
+    def begin(self, batch: Windows, subjects: Sequence[Subject]) -> None:
+        """Draw from the next batch."""
+        dice = torch.rand(batch.keep.shape, generator=self.generator).to(batch.keep.device)
+        count = min(self.tokens, batch.context)
+        self.positions.append(torch.where(batch.keep, dice, -1.0).topk(count, dim=1).indices)
+        for layers in {subject.layers for subject in subjects}:
+            self.take(layers, batch.x(layers))
+
+    def take(self, key: Subject | tuple[int, ...], table_WTF: Tensor) -> None:
+        place = self.positions[-1][:, :, None].expand(-1, -1, table_WTF.shape[2])
+        self.rows.setdefault(key, []).append(table_WTF.gather(1, place))
+
+    def of(self, key: Subject | tuple[int, ...]) -> Tensor:
+        """[W, P, F]"""
+        return torch.cat(self.rows[key])
+
+
+def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+    context = scene.manifest.context
+    assigned = {subject: ranges_of(subject, config.ranges, context) for subject in subjects}
+    plain = [subject for subject, ranges in assigned.items() if ranges is None]
+    before = profiles(scene, plain, "position: ranges", config, "validation") if plain else {}
+    sample = Sample(config.probe_tokens, torch.Generator().manual_seed(config.seed))
+    after = profiles(scene, subjects, "position", config, "test", sample)
+    positions = torch.cat(sample.positions)
+    resid = {
+        layers: order_probes(sample.of(layers), positions, context, config, (None,))
+        for layers in {subject.layers for subject in subjects}
+    }
+    for subject in subjects:
+        ranges = assigned[subject] or Assignment(assign_ranges(before[subject], config.ranges), config.ranges, STATIC)
+        order = order_probes(sample.of(subject), positions, context, config, config.probe_k) | resid[subject.layers]
+        metrics = {"specialisation": specialisation(subject, after[subject], ranges, config), "order": order}
+        yield Result(subject, to_json(config), metrics, unstructured={"ranges": ranges.source})
+
+
+def profiles(
+    scene: Scene, subjects: Sequence[Subject], title: str, config: Config, split: str, sample: Sample | None = None
+) -> dict[Subject, Profile]:
+    """Activation by position over some windows of a split; `sample` sees the codes as they come."""
+    seen: dict[Subject, Profile] = {}
+    for batch in read_windows(scene, subjects, title, config.windows, config.batch_windows, split):
+        if sample is not None:
+            sample.begin(batch, subjects)
+        for subject in subjects:
+            acts = subject.encode(batch)
+            found = profile(acts, batch.keep)
+            seen[subject] = seen[subject] + found if subject in seen else found
+            if sample is not None:
+                sample.take(subject, acts)
+    return seen
+
+
+def specialisation(subject: Subject, seen: Profile, ranges: Assignment, config: Config) -> dict[str, Any]:
+    """Over latents that have a range and fired often enough to tell."""
+    kept = retention(seen, ranges.of_latent, ranges.count)
+    faithful = fidelity(seen, meant_mask(subject, ranges, len(seen.tokens)))
+    told = is_bound(ranges) & (seen.firings >= config.least_firings)
+    mass = seen.mass.sum(0)[told]
+    shaped = told & ~faithful.isnan()
+    found: dict[str, Any] = {
+        "measured": int(told.sum()),
+        "bound": int(is_bound(ranges).sum()),
+        "chance": 1 / ranges.count,
+    }
+    if told.any():
+        found["retention"] = float(kept[told].mean())
+        found["retention_by_mass"] = float((kept[told] * mass).sum() / mass.sum())
+    if shaped.any():
+        found["fidelity"] = float(faithful[shaped].mean())
+    return found
+
+
+def meant_mask(subject: Subject, ranges: Assignment, context: int) -> Tensor:
+    """float64 [T, F]: the soft mask that was learned, or the range's own."""
+    centre = saved(subject, "mask.centre")
+    if centre is None:
+        return hard_mask(ranges.of_latent, context, ranges.count)
+    sigma = saved(subject, "mask.sigma")
+    return soft_mask(centre, context / 8 if sigma is None else sigma, context)
+
+
+def order_probes(
+    rows_WPF: Tensor, positions_WP: Tensor, context: int, config: Config, sizes: Sequence[int | None]
+) -> dict[str, float]:
+    """Test accuracy by number of columns (None: all, of the residual); no text is on both sides."""
+    half = len(rows_WPF) // 2
+    if half == 0:
+        return {}
+    bucket = range_of_position(context, config.ranges).to(positions_WP.device)[positions_WP]
+    tasks = {"range": (rows_WPF, bucket), "first": came_first(rows_WPF, positions_WP)}
+    found: dict[str, float] = {}
+    for name, (rows, labels) in tasks.items():
+        train, test = rows[:half].flatten(0, 1), rows[half:].flatten(0, 1)
+        answers = labels[:half].flatten(), labels[half:].flatten()
+        found[f"{name}_chance"] = float(torch.bincount(answers[1]).max() / len(answers[1]))
+        for k in sizes:
+            score = accuracy(train, answers[0], test, answers[1], k)
+            found[f"{name}_residual" if k is None else f"{name}_top_{k}"] = score
+    return found
+
+
+def came_first(acts_WPF: Tensor, positions_WP: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of the codes of two tokens of a window, and whether the first of them came first."""
+    pairs = acts_WPF.shape[1] // 2
+    left, right = acts_WPF[:, :pairs], acts_WPF[:, pairs : 2 * pairs]
+    return left - right, (positions_WP[:, :pairs] < positions_WP[:, pairs : 2 * pairs]).long()

@@ -1,0 +1,79 @@
+"""scr: whether switching latents off frees a probe of a spurious correlation.
+
+A probe is trained where a concept (profession, category) and an attribute (gender, rating) always go
+together; then the latents of the attribute are switched off and it is tested where they are independent.
+Every pair of concepts is a task of its own. `probing/perturbation.py` has the protocol's steps and says
+what `corrected` leaves out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..needs import Needs
+from ..probing.rounds import Outcome, divide, perturb_all
+from ..probing.scores import mean_scores, scr_scores
+from ..probing.settings import Settings, filled, official_config
+from ..probing.sources import Source, find_source, load_all
+from ..probing.texts import OPPOSITES, Task, spurious
+from ..results import Failure, Result
+from ..scene import Scene
+from ..subject import Subject
+
+NEEDS = Needs(model=True)
+SUMMARY = ("scr_metrics.scr_metric_threshold_10", "scr_metrics.scr_metric_threshold_50")
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Nothing of its own."""
+
+
+def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+    able, unable = divide(subjects)
+    yield from unable
+    if not able:
+        return
+    source = find_source(scene, config.data)
+    settings = filled(config, source)
+    tasks, missing = load_all(settings.dataset_names, lambda name: load_pairs(source, name, settings))
+    used = [name for name in settings.dataset_names if any(task.name.startswith(f"{name}_scr_") for task in tasks)]
+    pairs = {name: [list(pair) for pair in source.pairs[name].column1] for name in used}
+    config_json = official_config(settings, scene, source, "absolute", used, pairs)
+    for subject, outcomes in perturb_all(scene, able, tasks, settings, "absolute", lambda _: list(OPPOSITES)):
+        yield make_result(subject, config_json, outcomes, missing)
+
+
+def load_pairs(source: Source, name: str, settings: Settings) -> list[Task]:
+    """One task for each pair of concepts."""
+    pairs = source.pairs_of(name)
+    tables = [
+        (source.load_table(name, is_test), size) for is_test, size in zip((False, True), settings.sizes, strict=True)
+    ]
+
+    def task(positive: str, negative: str) -> Task:
+        concepts = pairs.values[positive], pairs.values[negative]
+        train, test = (
+            spurious(table, concepts, pairs.column2, size // 4, settings.random_seed) for table, size in tables
+        )
+        return Task(f"{name}_scr_{positive}_{negative}", train, test)
+
+    return [task(*pair) for pair in pairs.column1]
+
+
+def make_result(
+    subject: Subject, config_json: Mapping[str, Any], outcomes: Mapping[str, Outcome], missing: str | None
+) -> Result:
+    """Means over pairs."""
+    official = {name: scr_scores(found.official.ablated, found.official.clean) for name, found in outcomes.items()}
+    corrected = {name: scr_scores(found.corrected.ablated, found.corrected.clean) for name, found in outcomes.items()}
+    return Result(
+        subject,
+        config_json,
+        metrics={"scr_metrics": mean_scores(official)},
+        details=[{"dataset_name": f"{name}_results", **found} for name, found in official.items()],
+        extra={"corrected": mean_scores(corrected)},
+        missing=missing,
+    )

@@ -1,0 +1,205 @@
+"""sparse_probing: how well a class can be read off k latents, beside k channels and all of the residual stream.
+
+Protocol of SAEBench 0.6.0, for every SAE as if it were evaluated alone:
+1. Texts of each class are averaged over their tokens: residuals, and latents of every SAE, in one pass.
+2. One generator, seeded once, draws everything in the protocol's order: for each data set the probe on the
+   whole residual, those on k channels for each k, the probe on all latents, those on k latents.
+3. Every probe is a class against as many rows of the others, drawn anew each time.
+
+The protocol picks the epoch of the full-width probes by the test rows and reports that accuracy. The
+same number with epochs picked by held-out training rows is under `validated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ...cache_schema.strict import to_json
+from ..needs import Needs
+from ..probing.dense_probe import FULL_WIDTH, probe_every_class
+from ..probing.features import Features, draw_probe
+from ..probing.memo import Memo, seeded
+from ..probing.pooling import Pool, pool_task
+from ..probing.settings import model_name, of_data
+from ..probing.sources import DataName, Source, find_source, load_all
+from ..probing.sparse_probe import sparse_accuracy
+from ..probing.texts import Task
+from ..results import Result
+from ..scene import Scene
+from ..subject import Subject
+
+NEEDS = Needs(model=True)
+SUMMARY = ("sae.sae_top_1_test_accuracy", "sae.sae_top_5_test_accuracy", "llm.llm_top_5_test_accuracy")
+
+ALL_K = (1, 2, 5, 10, 20, 50, 100)
+Accuracies = dict[str, dict[str, float]]  # by metric, then by class
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataName = "auto"
+    random_seed: int = 42
+    dataset_names: tuple[str, ...] = ()
+    """Empty: all of the data's."""
+    probe_train_set_size: int | None = None
+    """Rows of one probe, half of them the class; None: 4000 of the hub's data, 320 of this Python's text."""
+    probe_test_set_size: int | None = None
+    """The same for tests; None: 1000 and 160."""
+    context_length: int | None = None
+    """None: 128 tokens of the hub's data, 48 of this Python's text."""
+    llm_batch_size: int = 32
+    k_values: tuple[int, ...] = ALL_K
+    """SAEBench's default is 1, 2, 5; every further k moves all draws after it."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Progress:
+    """How far the protocol is for one SAE."""
+
+    generator: torch.Generator
+    results: dict[str, Accuracies] = field(default_factory=dict)  # by data set
+
+
+@dataclass(frozen=True)
+class _OfModel:
+    """Probes of the model's own features, which SAEs share as far as the draws agree."""
+
+    official: Memo[Accuracies] = field(default_factory=Memo)
+    validated: Memo[Accuracies] = field(default_factory=Memo)
+
+
+def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result]:
+    source = find_source(scene, config.data)
+    config = filled(config, source)
+    tasks, missing = load_all(config.dataset_names, lambda name: [_load(source, name, config)])
+    progress = {subject: _Progress(seeded(config.random_seed)) for subject in subjects}
+    for task in tasks:
+        assert config.context_length is not None
+        pool = pool_task(scene, subjects, task, config.context_length, config.llm_batch_size)
+        of_model = {subject.layers: _OfModel() for subject in subjects}
+        with scene.watch.stage(f"{task.name}: probes", len(subjects), "SAEs") as advance:
+            for subject in subjects:
+                state = progress[subject]
+                state.results[task.name] = probe_subject(
+                    pool, subject, task, config, state.generator, of_model[subject.layers], scene.device
+                )
+                advance(1)
+    settings = official_config(replace(config, dataset_names=tuple(task.name for task in tasks)), scene, source)
+    for subject in subjects:
+        yield make_result(subject, settings, progress[subject].results, missing)
+
+
+def filled(config: Config, source: Source) -> Config:
+    """The settings with what the data decide."""
+    return replace(
+        config,
+        data=source.name,
+        dataset_names=config.dataset_names or source.probing,
+        probe_train_set_size=config.probe_train_set_size or source.train_size,
+        probe_test_set_size=config.probe_test_set_size or source.test_size,
+        context_length=config.context_length or source.context,
+    )
+
+
+def probe_subject(
+    pool: Pool,
+    subject: Subject,
+    task: Task,
+    config: Config,
+    generator: torch.Generator,
+    of_model: _OfModel,
+    device: torch.device,
+) -> Accuracies:
+    """Every probe of one data set for one SAE, in the protocol's order."""
+    residual = [pool.of_model(subject.layers, part) for part in (task.train, task.test)]
+    latents = [pool.of_latents(subject, part) for part in (task.train, task.test)]
+    llm = of_model.official.recall(
+        generator, lambda: probe_features("llm", residual, config.k_values, generator, device)
+    )
+    sae = probe_features("sae", latents, config.k_values, generator, device)
+    own = seeded(config.random_seed)  # what is not the protocol's leaves its draws alone
+    llm |= of_model.validated.recall(own, lambda: probe_validated("llm", residual, own, device))
+    sae |= probe_validated("sae", latents, seeded(config.random_seed), device)
+    return {"sae_test_accuracy": sae.pop("sae_test_accuracy")} | llm | sae  # SAEBench's order of keys
+
+
+def probe_features(
+    name: str, features: Sequence[Features], k_values: Sequence[int], generator: torch.Generator, device: torch.device
+) -> Accuracies:
+    """The full-width probes, then those on k features, of every class."""
+    train, test = features
+    _, full = probe_every_class(train, test, FULL_WIDTH, generator, device)
+    found = {f"{name}_test_accuracy": full}
+    for k in k_values:
+        found[f"{name}_top_{k}_test_accuracy"] = sparse_accuracies(train, test, k, generator)
+    return found
+
+
+def probe_validated(
+    name: str, features: Sequence[Features], generator: torch.Generator, device: torch.device
+) -> Accuracies:
+    """The full-width probes at the epoch that held-out training rows pick."""
+    train, test = features
+    _, accuracies = probe_every_class(train, test, FULL_WIDTH, generator, device, validated=True)
+    return {f"{name}_validated_test_accuracy": accuracies}
+
+
+def sparse_accuracies(train: Features, test: Features, k: int, generator: torch.Generator) -> dict[str, float]:
+    """By class."""
+
+    def one(name: str) -> float:
+        train_draw = draw_probe(train.spans, name, generator)
+        return sparse_accuracy(train, train_draw, test, draw_probe(test.spans, name, generator), k)
+
+    return {name: one(name) for name in train.spans}
+
+
+def make_result(
+    subject: Subject, settings: Mapping[str, Any], by_data_set: Mapping[str, Accuracies], missing: str | None
+) -> Result:
+    """Means over classes, then over data sets."""
+    means = {name: {key: _mean(values) for key, values in found.items()} for name, found in by_data_set.items()}
+    overall = {key: _mean({name: found[key] for name, found in means.items()}) for key in next(iter(means.values()))}
+    validated = {key: value for key, value in overall.items() if "validated" in key}
+    official = {key: value for key, value in overall.items() if key not in validated}
+    return Result(
+        subject,
+        settings,
+        metrics={kind: {k: v for k, v in official.items() if k.startswith(f"{kind}_")} for kind in ("llm", "sae")},
+        details=[{"dataset_name": f"{name}_results", **found} for name, found in means.items()],
+        unstructured={f"{name}_results": found for name, found in by_data_set.items()},
+        extra={"validated": {key.replace("_validated", ""): value for key, value in validated.items()}},
+        missing=missing,
+    )
+
+
+def official_config(config: Config, scene: Scene, source: Source) -> dict[str, Any]:
+    """SAEBench's settings under its keys, then ours."""
+    raw = to_json(config)
+    return {
+        "random_seed": raw["random_seed"],
+        "dataset_names": raw["dataset_names"],
+        "probe_train_set_size": raw["probe_train_set_size"],
+        "probe_test_set_size": raw["probe_test_set_size"],
+        "context_length": raw["context_length"],
+        "sae_batch_size": 125,
+        "llm_batch_size": raw["llm_batch_size"],
+        "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
+        "model_name": model_name(scene),
+        "k_values": raw["k_values"],
+        "lower_vram_usage": False,
+        **of_data(source),
+    }
+
+
+def _load(source: Source, name: str, config: Config) -> Task:
+    assert config.probe_train_set_size is not None and config.probe_test_set_size is not None
+    return source.load_task(name, config.probe_train_set_size, config.probe_test_set_size, config.random_seed)
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)

@@ -1,0 +1,167 @@
+"""sparse_probing_sae_probes: k latents at the last token of a prompt against a probe of the whole residual.
+
+Protocol of sae-probes 0.4.2 as SAEBench 0.6.0 runs it (setting `normal`), 113 binary data sets:
+1. Activations at each prompt's last token, in one pass of the model for all SAEs.
+2. Latents are ranked on the training rows; for each k a probe is tuned on the k first (`tuned_probe`).
+3. The baseline is the same probe, with an L2 penalty, on the residual.
+Every draw is seeded for itself, so that neither SAEs nor values of k bear on one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ...cache_schema.strict import to_json
+from ..needs import Needs
+from ..offline import probing as installed
+from ..probing import collection
+from ..probing.collection import BinarySet
+from ..probing.last_token import LastTokens, read_prompts
+from ..probing.scores import mean_scores
+from ..probing.settings import model_name, of_data
+from ..probing.sources import DataName, Source, find_source, load_all
+from ..probing.tuned_probe import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
+from ..results import Result
+from ..scene import Scene
+from ..subject import Subject
+
+NEEDS = Needs(model=True)
+SUMMARY = ("sae.sae_top_1_test_auc", "sae.sae_top_5_test_auc", "llm.llm_test_auc")
+
+MAX_TOKENS = 1024
+ByK = dict[int, Scores]
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataName = "auto"
+    random_seed: int = 42
+    dataset_names: tuple[str, ...] = ()
+    """Empty: all of the data's."""
+    reg_type: Penalty = "l1"
+    ks: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
+    """SAEBench's default is 1, 2, 5."""
+    binarize: bool = False
+    include_llm_baseline: bool = True
+    llm_batch_size: int = 32
+
+
+@dataclass(eq=False)
+class _Found:
+    """Scores of one SAE, by data set."""
+
+    sae: dict[str, ByK] = field(default_factory=dict)
+    llm: dict[str, Scores] = field(default_factory=dict)
+
+
+def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result]:
+    source = find_source(scene, config.data)
+    sets, missing = load_sets(source, config)
+    found = {subject: _Found() for subject in subjects}
+    for data in sets:
+        split = split_rows(data.labels, config.random_seed)
+        prompts = data.prompts[:MOST_ROWS]
+        context = min(MAX_TOKENS, scene.model.facts.max_context)
+        read = read_prompts(scene, subjects, data.name, prompts, context, config.llm_batch_size)
+        baselines = score_residuals(read, data, split, config) if config.include_llm_baseline else {}
+        with scene.watch.stage(f"{data.name}: probes", len(subjects), "SAEs") as advance:
+            for subject in subjects:
+                found[subject].sae[data.name] = score_latents(read, subject, data, split, config)
+                if baselines:
+                    found[subject].llm[data.name] = baselines[subject.layers]
+                advance(1)
+    names = tuple(data.name for data in sets)
+    settings = official_config(replace(config, dataset_names=names), scene, source)
+    for subject in subjects:
+        yield make_result(subject, settings, found[subject], missing)
+
+
+def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | None]:
+    """The data sets asked for, and why the rest cannot be had."""
+    if source.name == "stdlib":
+        names = config.dataset_names or installed.BINARY_NAMES
+        return load_all(names, lambda name: [installed.load_binary(name, config.random_seed)])
+    return load_all(config.dataset_names or collection.names(), lambda name: [collection.load(name)])
+
+
+def score_residuals(read: LastTokens, data: BinarySet, split: Split, config: Config) -> dict[tuple[int, ...], Scores]:
+    """The baseline, by the layers that SAEs read."""
+    return {layers: _scores(resid, data, split, "l2", config.random_seed) for layers, resid in read.resid.items()}
+
+
+def score_latents(read: LastTokens, subject: Subject, data: BinarySet, split: Split, config: Config) -> ByK:
+    """Probes on the k latents that rank first, for each k."""
+    latents = read.latents[subject]
+    ranked = rank_latents(latents[split.train], data.labels[split.train])
+
+    def at(k: int) -> Scores:
+        chosen = latents[:, ranked[:k]].toarray()
+        rows = (chosen != 0).astype(np.float32) if config.binarize else chosen
+        return _scores(rows, data, split, config.reg_type, config.random_seed)
+
+    return {k: at(k) for k in config.ks}
+
+
+def make_result(subject: Subject, settings: Mapping[str, Any], found: _Found, missing: str | None) -> Result:
+    """Means over data sets."""
+    by_set = {name: _flat(by_k) for name, by_k in found.sae.items()}
+    baselines = {name: _named("llm", scores) for name, scores in found.llm.items()}
+    means = mean_scores(by_set)
+    ks = next(iter(found.sae.values()))
+    return Result(
+        subject,
+        settings,
+        metrics={"llm": mean_scores(baselines), "sae": means},
+        details=[
+            {
+                "dataset_name": name,
+                **baselines.get(name, {}),
+                **by_set[name],
+                "sae_metrics_by_k": {str(k): asdict(scores) for k, scores in by_k.items()},
+            }
+            for name, by_k in found.sae.items()
+        ],
+        extra={
+            "sae_metrics_by_k": {
+                str(k): {name: means[f"sae_top_{k}_{name}"] for name in asdict(scores)} for k, scores in ks.items()
+            }
+        },
+        missing=missing,
+    )
+
+
+def official_config(config: Config, scene: Scene, source: Source) -> dict[str, Any]:
+    """SAEBench's settings under its keys, then ours."""
+    raw = to_json(config)
+    return {
+        "model_name": model_name(scene),
+        "random_seed": raw["random_seed"],
+        "dataset_names": raw["dataset_names"],
+        "reg_type": raw["reg_type"],
+        "setting": "normal",
+        "ks": raw["ks"],
+        "binarize": raw["binarize"],
+        "results_path": "",
+        "model_cache_path": None,
+        "include_llm_baseline": raw["include_llm_baseline"],
+        "baseline_method": "logreg",
+        "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
+        **of_data(source),
+    }
+
+
+def _scores(rows: np.ndarray, data: BinarySet, split: Split, penalty: Penalty, seed: int) -> Scores:
+    train, test = split.train, split.test
+    return tuned_scores(rows[train], data.labels[train], rows[test], data.labels[test], penalty, seed)
+
+
+def _flat(by_k: ByK) -> dict[str, float]:
+    return {key: value for k, scores in by_k.items() for key, value in _named(f"sae_top_{k}", scores).items()}
+
+
+def _named(prefix: str, scores: Scores) -> dict[str, float]:
+    return {f"{prefix}_{name}": value for name, value in asdict(scores).items()}

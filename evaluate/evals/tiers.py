@@ -1,0 +1,257 @@
+"""tiers: does a hierarchy of latents hold together, and what does each tier do to the model?
+
+1. Composition, from the weights alone: decoder rows as non-negative sums of those of the tier below.
+2. A pass over test windows: activity of each tier, and the latent that dominates it on each token.
+3. Causal tracing, where the model is there: predictions without a tier, with it alone, without the latents
+   that are composed of nothing; from one clean pass of the layers above.
+4. What those latents fire on.
+
+Tier numbers in results count from 1. A plain SAE has equal shares of its dictionary for tiers.
+N tokens, F latents, D residual width, M tiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cache_schema.strict import to_json
+from ..assigned import Assignment, every, saved, tiers_of
+from ..errors import ModelMissing
+from ..metrics.composition import EXPLAINED, explained, explained_by, explained_by_few, fit_all, random_rows
+from ..metrics.tiers import (
+    Activity,
+    adjusted_mutual_information,
+    dominant_latents,
+    normalised_mutual_information,
+    tier_activity,
+)
+from ..metrics.top import Strongest
+from ..needs import Needs
+from ..reading import read_windows
+from ..results import Failure, Result
+from ..scene import Scene
+from ..subject import Subject
+from ..tracing import Effect, Tracer, make_tracers
+from ..wording import Wording
+
+NEEDS = Needs(store=True)
+SUMMARY = ("tier_information.adjusted_nmi_1_2", "composition.coverage_few_2")
+KEPT = 5
+LEAST_ROOM = 1e-3  # nats between mean ablation and the reconstruction, below which nothing can be restored
+
+
+@dataclass(frozen=True)
+class Config:
+    windows: int = 128
+    """Of the test split, for activity and information."""
+    trace_windows: int = 16
+    """Of these, those whose predictions are traced; 0: no tracing."""
+    batch_windows: int = 16
+    tiers: int = 3
+    """For SAEs that were trained without."""
+    parts: int = 8
+    """Latents of the tier below that a composed one may consist of."""
+    fitted_rows: int = 128
+    """Decoder rows of a tier that are fitted by all of the tier below."""
+    listed: int = 12
+    """Latents composed of nothing, of which the strongest tokens are listed."""
+    seed: int = 51_866
+    """Of what is compared with chance. SAEs are born from small seeds: with one of those, the random rows
+    would be those that a dictionary started from."""
+
+
+@dataclass(eq=False)
+class Seen:
+    """What a pass over windows leaves of one SAE."""
+
+    tiers: Assignment
+    composed: Tensor  # bool [F]
+    activity: Activity | None = None
+    dominant: list[Tensor] = field(default_factory=list)
+    strongest: Strongest | None = None
+
+    def take(self, acts_NF: Tensor, first_token: int) -> None:
+        activity = tier_activity(acts_NF, self.tiers.of_latent, self.tiers.count)
+        self.activity = activity if self.activity is None else self.activity + activity
+        self.dominant.append(dominant_latents(acts_NF, self.tiers.of_latent, self.tiers.count).cpu())
+        places = torch.arange(first_token, first_token + len(acts_NF), device=acts_NF.device)
+        before = self.strongest or Strongest.none(KEPT, acts_NF.shape[1], acts_NF.device)
+        self.strongest = before.with_batch(acts_NF, places)
+
+
+def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+    composition = {subject: compose(subject, config) for subject in subjects}
+    seen = {subject: Seen(tiers_of(subject, config.tiers), composed) for subject, (_, composed) in composition.items()}
+    effects, missing = {subject: dict[str, Effect]() for subject in subjects}, model_obstacle(scene, config)
+    words = Wording(scene)
+    traced = [subject.layer for subject in subjects if subject.is_single_layer]
+    tokens = windows = 0
+    for batch in read_windows(scene, subjects, "tiers", config.windows, config.batch_windows):
+        words.read(batch)
+        is_traced = missing is None and windows < config.trace_windows
+        tracers = make_tracers(scene, batch, traced) if is_traced else {}
+        for subject in subjects:
+            acts = subject.encode(batch)
+            seen[subject].take(acts[batch.keep], tokens)
+            if tracers and subject.is_single_layer:
+                add_effects(effects[subject], trace(tracers[subject.layer], subject, acts, seen[subject]))
+        tokens, windows = tokens + int(batch.keep.sum()), windows + len(batch)
+    for subject in subjects:
+        metrics = measure(seen[subject], composition[subject][0], effects[subject], config)
+        listed = {"tiers": seen[subject].tiers.source, "uncomposed": list_uncomposed(seen[subject], words, config)}
+        untraced = None if subject.is_single_layer else "causal tracing is about SAEs that read and write one layer"
+        yield Result(subject, to_json(config), metrics, unstructured=listed, missing=missing or untraced)
+
+
+def model_obstacle(scene: Scene, config: Config) -> str | None:
+    """Why nothing can be traced, if so."""
+    if config.trace_windows == 0:
+        return None
+    try:
+        _ = scene.model
+    except ModelMissing as error:
+        return f"causal tracing needs the model: {error}"
+    return None
+
+
+def compose(subject: Subject, config: Config) -> tuple[dict[str, float], Tensor]:
+    """Coverage of each tier but the first, and which latents a few of the tier below make up."""
+    tiers, W_dec = tiers_of(subject, config.tiers), subject.sae.W_dec.detach()
+    generator = torch.Generator().manual_seed(config.seed)
+    composed = tiers.members(0).clone()
+    metrics: dict[str, float] = {}
+    for tier in range(1, tiers.count):
+        mine, atoms = tiers.members(tier), W_dec[tiers.members(tier - 1)]
+        if not mine.any() or not len(atoms):
+            continue
+        few = explained_by_few(W_dec[mine], atoms, config.parts)
+        composed[mine] = few >= EXPLAINED
+        found = coverage(W_dec[every(mine, config.fitted_rows)], atoms, config.parts, generator)
+        found |= {"coverage_few": _share(few), "r_squared_few": float(few.mean())}
+        learned = saved(subject, f"composition.C{tier + 1}")
+        if learned is not None and tuple(learned.shape) == (int(mine.sum()), len(atoms)):
+            found["coverage_learned"] = _share(explained_by(learned.float(), W_dec[mine], atoms))
+        metrics |= {f"{name}_{tier + 1}": value for name, value in found.items()}
+    return metrics, composed
+
+
+def coverage(rows_RD: Tensor, atoms_AD: Tensor, parts: int, generator: torch.Generator) -> dict[str, float]:
+    """Coverage by all atoms, and what rows that point anywhere would have by all and by few."""
+    strangers = random_rows(rows_RD, generator)
+    both = torch.cat([rows_RD, strangers])
+    own, chance = explained(both, fit_all(both, atoms_AD) @ atoms_AD).chunk(2)
+    return {
+        "coverage": _share(own),
+        "coverage_chance": _share(chance),
+        "r_squared": float(own.mean()),
+        "coverage_few_chance": _share(explained_by_few(strangers, atoms_AD, parts)),
+    }
+
+
+def trace(tracer: Tracer, subject: Subject, acts_WTF: Tensor, seen: Seen) -> dict[str, Effect]:
+    """Predictions with parts of the codes only, with all of them, and with none."""
+    tiers = range(seen.tiers.count)
+    kept = {f"without_{tier + 1}": ~seen.tiers.members(tier) for tier in tiers}
+    kept |= {f"only_{tier + 1}": seen.tiers.members(tier) for tier in tiers}
+    kept |= {"without_uncomposed": seen.composed, "all": torch.ones_like(seen.composed)}
+    parts = {name: partial(_decoded, subject, acts_WTF, members) for name, members in kept.items()}
+    return {**tracer.given, **tracer.effects(parts)}
+
+
+def _decoded(subject: Subject, acts_WTF: Tensor, members_F: Tensor) -> Tensor:
+    return subject.decode(acts_WTF * members_F)
+
+
+def add_effects(total: dict[str, Effect], batch: Mapping[str, Effect]) -> None:
+    for name, effect in batch.items():
+        total[name] = total.get(name, Effect()) + effect
+
+
+def measure(
+    seen: Seen, composition: Mapping[str, float], effects: Mapping[str, Effect], config: Config
+) -> dict[str, dict[str, Any]]:
+    """All numbers of one SAE."""
+    assert seen.activity is not None
+    activity = {
+        f"{name}_{tier + 1}": value
+        for tier in range(seen.tiers.count)
+        for name, value in seen.activity.of_tier(seen.tiers.members(tier), tier).items()
+    }
+    return {
+        "tier_information": information(torch.cat(seen.dominant), config.seed),
+        "tier_activity": activity,
+        "composition": dict(composition),
+        "uncomposed": uncomposed(seen, effects),
+        "causal": causal(effects, seen.tiers.count),
+    }
+
+
+def information(dominant_NM: Tensor, seed: int) -> dict[str, float]:
+    """What the dominant latents of two tiers tell about each other, for every pair of tiers."""
+    generator = torch.Generator().manual_seed(seed)
+    tiers = dominant_NM.shape[1]
+    found: dict[str, float] = {}
+    for first, second in ((a, b) for a in range(tiers) for b in range(a + 1, tiers)):
+        pair = dominant_NM[:, first], dominant_NM[:, second]
+        found[f"nmi_{first + 1}_{second + 1}"] = normalised_mutual_information(*pair)
+        found[f"adjusted_nmi_{first + 1}_{second + 1}"] = adjusted_mutual_information(*pair, generator)
+    return found
+
+
+def uncomposed(seen: Seen, effects: Mapping[str, Effect]) -> dict[str, float]:
+    """What the latents carry that no few of the tier below make up."""
+    assert seen.activity is not None
+    others, activity = ~seen.composed, seen.activity
+    found = {
+        "latents": int(others.sum()),
+        "l0": float(activity.fired[others].sum() / max(activity.tokens, 1)),
+        "mass_share": float(activity.mass[others].sum() / activity.mass.sum().clamp_min(1e-30)),
+    }
+    if effects:
+        found["loss_carried"] = effects["without_uncomposed"].loss - effects["all"].loss
+        found["kl_carried"] = effects["without_uncomposed"].kl - effects["all"].kl
+    return found
+
+
+def causal(effects: Mapping[str, Effect], tiers: int) -> dict[str, float]:
+    """Effects of taking a tier out, and of putting it alone into a mean-ablated residual."""
+    if not effects:
+        return {}
+    room = effects["mean"].kl - effects["all"].kl
+    found = {"kl_sae": effects["all"].kl, "kl_mean_ablation": effects["mean"].kl, "loss_clean": effects["clean"].loss}
+    for tier in range(1, tiers + 1):
+        found[f"kl_without_{tier}"] = effects[f"without_{tier}"].kl
+        found[f"loss_increase_without_{tier}"] = effects[f"without_{tier}"].loss - effects["all"].loss
+        restored = effects["mean"].kl - effects[f"only_{tier}"].kl
+        found[f"restored_by_{tier}"] = restored / room if room > LEAST_ROOM else float("nan")
+    return found
+
+
+def list_uncomposed(seen: Seen, words: Wording, config: Config) -> list[dict[str, Any]]:
+    """The most active of them, and their strongest tokens."""
+    assert seen.activity is not None and seen.strongest is not None
+    mass = torch.where(seen.composed, 0.0, seen.activity.mass)
+    chosen = mass.topk(min(config.listed, len(mass))).indices.tolist()
+    return [
+        {
+            "latent": latent,
+            "tier": int(seen.tiers.of_latent[latent]) + 1,
+            "fired_share": float(seen.activity.fired[latent] / max(seen.activity.tokens, 1)),
+            "tokens": [
+                {"token": words.token(place), "activation": value} for value, place in seen.strongest.of(latent)
+            ],
+        }
+        for latent in chosen
+        if mass[latent] > 0
+    ]
+
+
+def _share(r_squared_R: Tensor) -> float:
+    """Of rows that are explained."""
+    return float((r_squared_R >= EXPLAINED).double().mean())

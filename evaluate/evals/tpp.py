@@ -1,0 +1,62 @@
+"""tpp: whether the latents that a class's probe rests on matter to that probe and to no other.
+
+The n latents with the largest effect on a class's probe are switched off; the score is how much accuracy
+that costs the class's probe, less what it costs the other classes' probes. `probing/perturbation.py`
+has the protocol's steps and says what `corrected` leaves out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..needs import Needs
+from ..probing.rounds import Outcome, divide, perturb_all
+from ..probing.scores import mean_scores, tpp_scores
+from ..probing.settings import Settings, filled, official_config
+from ..probing.sources import find_source, load_all
+from ..results import Failure, Result
+from ..scene import Scene
+from ..subject import Subject
+
+NEEDS = Needs(model=True)
+SUMMARY = ("tpp_metrics.tpp_threshold_10_total_metric", "tpp_metrics.tpp_threshold_50_total_metric")
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Nothing of its own."""
+
+
+def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+    able, unable = divide(subjects)
+    yield from unable
+    if not able:
+        return
+    source = find_source(scene, config.data)
+    settings = filled(config, source)
+    load = source.load_task
+    tasks, missing = load_all(settings.dataset_names, lambda name: [load(name, *settings.sizes, settings.random_seed)])
+    names = [task.name for task in tasks]
+    config_json = official_config(settings, scene, source, "positive", names, {})
+    for subject, outcomes in perturb_all(scene, able, tasks, settings, "positive", lambda task: list(task.train)):
+        yield make_result(subject, config_json, outcomes, missing)
+
+
+def make_result(
+    subject: Subject, config_json: Mapping[str, Any], outcomes: Mapping[str, Outcome], missing: str | None
+) -> Result:
+    """Means over classes, then over data sets."""
+    official = {name: tpp_scores(found.official.ablated, found.official.clean) for name, found in outcomes.items()}
+    corrected = {name: tpp_scores(found.corrected.ablated, found.corrected.clean) for name, found in outcomes.items()}
+    overall = {name: means for name, (means, _) in official.items()}
+    return Result(
+        subject,
+        config_json,
+        metrics={"tpp_metrics": mean_scores(overall)},
+        details=[{"dataset_name": f"{name}_tpp_results", **means} for name, means in overall.items()],
+        unstructured={name: by_class for name, (_, by_class) in official.items()},
+        extra={"corrected": mean_scores({name: means for name, (means, _) in corrected.items()})},
+        missing=missing,
+    )

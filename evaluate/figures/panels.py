@@ -1,0 +1,187 @@
+"""Panels that are drawn alike in every plot: lines over training, bars by SAE, bars by SAE and part.
+
+A `Lines` or `Bars` knows which SAEs have its numbers; one that none has is not drawn at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .records import Record
+from .style import INK, Look, caption, is_wide, log_axis, look, new_figure
+
+STEP = "training step"
+MOST_LABELLED = 18  # upright bars whose numbers have room above them
+Looks = Mapping[str, Look]
+
+
+class Panel(Protocol):
+    """Something that can be drawn from what it finds in some records."""
+
+    def finds(self, records: Sequence[Record]) -> bool: ...
+
+    def draw(self, axis: Axes, records: Sequence[Record], looks: Looks) -> None: ...
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A number over training, one line an SAE."""
+
+    title: str
+    y: str
+    values: Callable[[Record], tuple[list[float], list[float]]]
+    limits: tuple[float, float] | None = None  # of a share; without, an axis fits its values
+
+    def finds(self, records: Sequence[Record]) -> bool:
+        return any(self.values(record)[1] for record in records)
+
+    def draw(self, axis: Axes, records: Sequence[Record], looks: Looks) -> None:
+        drawn: list[float] = []
+        for record in records:
+            steps, values = self.values(record)
+            if values:
+                mark = "o" if len(values) == 1 else None
+                axis.plot(steps, values, **looks[record.name].strokes, marker=mark)
+                drawn += values
+        if self.limits is not None:
+            axis.set_ylim(*self.limits)
+        elif is_wide(drawn):
+            log_axis(axis, "y")
+        caption(axis, self.title, STEP, self.y)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One number an SAE, lying, with the number beside; every SAE has its row in every panel.
+
+    Where numbers span orders of magnitude they are dots: a bar's length means nothing on a logarithmic axis.
+    """
+
+    title: str
+    x: str
+    value: Callable[[Record], float | None]
+    format: str = "{:.3g}"
+    may_be_log: bool = False
+    floor: float | None = None  # what lies below is drawn there; the number beside it is the true one
+
+    def finds(self, records: Sequence[Record]) -> bool:
+        return any(self.value(record) is not None for record in records)
+
+    def draw(self, axis: Axes, records: Sequence[Record], looks: Looks) -> None:
+        found = {row: value for row, record in enumerate(records) if (value := self.value(record)) is not None}
+        drawn = {row: value if self.floor is None else max(value, self.floor) for row, value in found.items()}
+        styles = [looks[records[row].name] for row in drawn]
+        is_log = self.may_be_log and is_wide(list(drawn.values()))
+        (_draw_dots if is_log else _draw_bars)(axis, drawn, styles)
+        start = min(drawn.values()) if is_log else 0.0
+        for row in range(len(records)):
+            text = self.format.format(found[row]) if row in found else "\N{EN DASH}"
+            at = max(drawn.get(row, start), start)
+            axis.annotate(
+                text, (at, row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+            )
+        axis.set_yticks(range(len(records)), [record.name for record in records], fontsize=8, parse_math=False)
+        axis.set_ylim(len(records) - 0.5, -0.5)
+        axis.grid(visible=False, axis="y")
+        caption(axis, self.title, self.x, "")
+
+
+def _draw_bars(axis: Axes, values: Mapping[int, float], styles: Sequence[Look]) -> None:
+    colours, hatches = [style.colour for style in styles], [style.hatch for style in styles]
+    axis.barh(list(values), list(values.values()), color=colours, hatch=hatches, edgecolor="white", height=0.7)
+    axis.axvline(0, color=INK, lw=0.8)
+    axis.margins(x=0.22)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def _draw_dots(axis: Axes, values: Mapping[int, float], styles: Sequence[Look]) -> None:
+    for (row, value), style in zip(values.items(), styles, strict=True):
+        axis.plot([value], [row], style.mark, color=style.colour, ms=8)
+    log_axis(axis, "x")
+    axis.margins(x=0.3)
+
+
+def series_of(name: str, factor: float = 1.0) -> Callable[[Record], tuple[list[float], list[float]]]:
+    """A logged number, in other units if need be."""
+
+    def values(record: Record) -> tuple[list[float], list[float]]:
+        steps, found = record.series(name)
+        return steps, [factor * value for value in found]
+
+    return values
+
+
+def first_series(names: Iterable[str]) -> Callable[[Record], tuple[list[float], list[float]]]:
+    """The first of some names that an SAE has logged."""
+    names = tuple(names)
+
+    def values(record: Record) -> tuple[list[float], list[float]]:
+        return next((record.series(name) for name in names if name in record.logged), ([], []))
+
+    return values
+
+
+def draw_panels(panels: Sequence[Panel], records: Sequence[Record], title: str) -> Figure | None:
+    """All panels that anyone has numbers for, and one legend for all; None where there is nothing to draw."""
+    drawn = [panel for panel in panels if panel.finds(records)]
+    if not drawn:
+        return None
+    looks = looks_of(records)
+    has_bars = any(isinstance(panel, Bars) for panel in drawn)
+    tall = 1.2 + 0.24 * len(records) if has_bars else 0.0
+    figure, axes = new_figure(len(drawn), columns=2 if len(drawn) in (2, 4) else 3, height=max(3.1, tall))
+    for panel, axis in zip(drawn, axes, strict=True):
+        panel.draw(axis, records, looks)
+    figure.suptitle(title, fontsize=12, color=INK)
+    if not all(isinstance(panel, Bars) for panel in drawn):
+        add_legend(figure, [record.name for record in records], looks, any(isinstance(panel, Lines) for panel in drawn))
+    return figure
+
+
+def add_legend(figure: Figure, names: Sequence[str], looks: Looks, has_lines: bool) -> None:
+    """One for the whole figure, below it: by lines where it has any, else by marks."""
+    handles = [Line2D([], [], color=looks[name].colour, ls=looks[name].line, lw=2) for name in names]
+    if not has_lines:
+        handles = [Line2D([], [], color=looks[name].colour, ls="", marker=looks[name].mark, ms=8) for name in names]
+    columns = max(1, min(len(names), int(figure.get_figwidth() * 9 / max(len(name) + 4 for name in names))))
+    legend = figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def looks_of(records: Sequence[Record]) -> dict[str, Look]:
+    """The look of each SAE: by its place among all, whatever a panel shows of them."""
+    return {record.name: look(place) for place, record in enumerate(records)}
+
+
+def draw_parts(
+    axis: Axes,
+    names: Sequence[str],
+    parts: Mapping[str, Sequence[float | None]],
+    colours: Sequence[str],
+    unit: float = 1.0,
+) -> None:
+    """Upright bars side by side: a group for each SAE, a bar for each part."""
+    width = 0.8 / max(len(parts), 1)
+    for place, (part, values) in enumerate(parts.items()):
+        at = [i + (place - (len(parts) - 1) / 2) * width for i, value in enumerate(values) if value is not None]
+        heights = [unit * value for value in values if value is not None]
+        bars = axis.bar(at, heights, width=0.92 * width, color=colours[place], label=part)
+        if len(parts) * len(names) <= MOST_LABELLED:
+            axis.bar_label(bars, [f"{height:.2g}" for height in heights], padding=2, fontsize=7, color=INK)
+    is_crowded = len(names) > 4 or max(map(len, names)) > 12
+    axis.set_xticks(
+        range(len(names)), names, fontsize=8, rotation=35 if is_crowded else 0, ha="right" if is_crowded else "center"
+    )
+    for text in axis.get_xticklabels():
+        text.set_parse_math(False)
+    axis.grid(visible=False, axis="x")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.legend(fontsize=8, frameon=False, ncols=min(len(parts), 4), loc="lower center", bbox_to_anchor=(0.5, 1.0))

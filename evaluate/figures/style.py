@@ -1,0 +1,109 @@
+"""One look for all plots: colours that colour-blind readers tell apart, and text that is only text.
+
+An SAE has one colour in every panel; from the eighth on, colours come again with another line style,
+mark and hatching.
+Tiers and layers are ordered, so they have shades of one scale that no SAE has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+# Okabe and Ito's palette without its yellow, which is too light for a line on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+LINES, MARKS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
+HATCHES = ("", "////", "....", "xxxx")
+INK, FAINT = "#333333", "#DDDDDD"
+THICKEST, THINNEST = 3.4, 1.2
+WIDTH, HEIGHT, DPI = 4.4, 3.1, 120  # inches of a panel
+UNKNOWN = "\N{MIDDLE DOT}"
+SHOWN = {"\n": "\N{DOWNWARDS ARROW WITH TIP LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW}", " ": "\N{OPEN BOX}"}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one SAE is drawn."""
+
+    colour: str
+    line: str
+    mark: str
+    hatch: str
+    width: float
+
+    @property
+    def strokes(self) -> dict[str, Any]:
+        """For a line."""
+        return {"color": self.colour, "linestyle": self.line, "linewidth": self.width}
+
+
+def look(place: int) -> Look:
+    """Of the SAE at this place among all. Later lines are thinner: what they hide shows at their sides."""
+    width = THICKEST - (THICKEST - THINNEST) * min(place, len(COLOURS)) / len(COLOURS)
+    again = place // len(COLOURS) % len(LINES)
+    return Look(COLOURS[place % len(COLOURS)], LINES[again], MARKS[again], HATCHES[again], width)
+
+
+def shades(count: int) -> list[str]:
+    """Colours of an ordered few: tiers, layers; dark to light."""
+    scale = colormaps["cividis"]
+    places = [0.0] if count == 1 else [0.02 + 0.8 * i / (count - 1) for i in range(count)]
+    return ["#{:02X}{:02X}{:02X}".format(*(round(255 * part) for part in scale(place)[:3])) for place in places]
+
+
+def new_figure(
+    panels: int, columns: int = 3, width: float = WIDTH, height: float = HEIGHT
+) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels, three in a row; none is left empty."""
+    columns = min(columns, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(width * columns, height * rows + 0.5), dpi=DPI, layout="constrained")
+    axes = [figure.add_subplot(rows, columns, place + 1) for place in range(panels)]
+    return figure, [plainly(axis) for axis in axes]
+
+
+def plainly(axis: Axes) -> Axes:
+    """No box, a faint grid behind."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(INK)
+    axis.tick_params(colors=INK, labelsize=8)
+    axis.set_axisbelow(True)
+    axis.grid(color=FAINT, linewidth=0.6)
+    return axis
+
+
+def caption(axis: Axes, title: str, x: str, y: str) -> None:
+    """Title and axis labels; text of runs is never read as formulas."""
+    axis.set_title(title, fontsize=10, color=INK, parse_math=False)
+    axis.set_xlabel(x, fontsize=9, color=INK, parse_math=False)
+    axis.set_ylabel(y, fontsize=9, color=INK, parse_math=False)
+
+
+def log_axis(axis: Axes, which: Literal["x", "y"]) -> None:
+    """A logarithmic axis with plain numbers at it."""
+    side = axis.xaxis if which == "x" else axis.yaxis
+    axis.set(**{f"{which}scale": "log"})
+    side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    side.set_minor_formatter(NullFormatter())
+
+
+def shown(token: str) -> str:
+    """A token as a label: whitespace made visible, a middle dot for what the font cannot draw."""
+    known = get_font(findfont(FontProperties())).get_charmap()
+    inner = token[1:] if len(token) > 1 and token[0] == " " else token  # most tokens begin with a space
+    marked = (SHOWN.get(letter, letter) for letter in inner)
+    return "".join(letter if ord(letter) in known else UNKNOWN for letter in marked) or UNKNOWN
+
+
+def is_wide(values: Sequence[float]) -> bool:
+    """Whether values span so much that only a logarithmic axis shows them all."""
+    positive = [value for value in values if value > 0]
+    return bool(positive) and len(positive) == len(values) and max(positive) > 20 * min(positive)

@@ -1,0 +1,1 @@
+"""Pure functions that evaluations share: tensors in, numbers out."""

@@ -1,0 +1,73 @@
+"""Confidence intervals by resampling documents: tokens of one document are no independent witnesses.
+
+A table holds the sums of each document, from which a statistic is computed as it is from the sums of
+all. A resample draws as many documents as there are, with replacement.
+R documents, K sums, S resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+RESAMPLES = 1000
+RESAMPLES_AT_ONCE = 50
+LEVEL = 0.95
+
+Sums = Mapping[str, np.ndarray]
+Statistic = Callable[[Sums], np.ndarray]
+"""From sums [S] by name to the statistic [S]."""
+
+
+class DocumentSums:
+    """Sums of per-token values by document, gathered batch by batch."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+
+    def add(self, documents_N: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+        """Per-token values [N], by name; NaN counts for nothing."""
+        found, place = np.unique(documents_N, return_inverse=True)
+        sums = {
+            name: np.bincount(place, np.nan_to_num(value, posinf=np.inf, neginf=-np.inf), len(found))
+            for name, value in values.items()
+        }
+        self._parts.append((found, sums))
+
+    def table(self) -> dict[str, np.ndarray]:
+        """The sums of every document: [R] by name."""
+        if not self._parts:
+            return {}
+        found, place = np.unique(np.concatenate([part[0] for part in self._parts]), return_inverse=True)
+        names = self._parts[0][1]
+        joined = {name: np.concatenate([part[1][name] for part in self._parts]) for name in names}
+        return {name: np.bincount(place, values, len(found)) for name, values in joined.items()}
+
+
+def intervals(
+    table: Sums, statistics: Mapping[str, Statistic], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, list[float] | None]:
+    """[low, high] of each statistic at `LEVEL`; None with fewer than two documents."""
+    count = len(next(iter(table.values()), ()))
+    if count < 2:
+        return dict.fromkeys(statistics)
+    sums = resampled(table, resamples, seed)
+    edges = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = {name: statistic(sums) for name, statistic in statistics.items()}
+    return {name: [float(edge) for edge in np.quantile(values, edges)] for name, values in drawn.items()}
+
+
+def resampled(table: Sums, resamples: int, seed: int) -> dict[str, np.ndarray]:
+    """The sums [S] of each resample."""
+    values_RK = np.stack([np.asarray(column, np.float64) for column in table.values()], axis=1)
+    count = len(values_RK)
+    generator = np.random.default_rng(seed)
+    shares = np.full(count, 1 / count)
+    parts = []
+    for start in range(0, resamples, RESAMPLES_AT_ONCE):
+        size = min(RESAMPLES_AT_ONCE, resamples - start)
+        parts.append(generator.multinomial(count, shares, size=size) @ values_RK)
+    sums_SK = np.concatenate(parts)
+    return dict(zip(table, sums_SK.T, strict=True))

@@ -1,0 +1,177 @@
+"""SAEBench's measures of reconstruction and sparsity, from sums; and the variance explained as it should be.
+
+1. `Tokens` holds what is computed of each kept token of one batch, whatever pieces it came in.
+2. `Tally` adds batches up. Means are over all tokens, but where SAEBench means over batches it does too,
+   and where it divides by the tokens of a batch the batch is the one of the settings.
+3. `Firing` counts for each latent in how many tokens and in how many windows it fires.
+
+Sums are float64. N kept tokens, D width, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SMALL_NORM = 1e-4  # below it SAEBench divides by one
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of each kept token: float32 [N]."""
+
+    l0: Tensor
+    l1: Tensor
+    square: Tensor  # ||x||^2
+    square_hat: Tensor  # ||x_hat||^2
+    dot: Tensor  # x . x_hat
+    error: Tensor  # ||x - x_hat||^2
+    spread: Tensor  # ||x - mean of the batch||^2
+
+    @staticmethod
+    def concat(parts: Sequence[Tokens]) -> Tokens:
+        return Tokens(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Tokens)))
+
+    @property
+    def cosine(self) -> Tensor:
+        """Not a number where a reconstruction is zero."""
+        return self.dot / (self.square.sqrt() * self.square_hat.sqrt())
+
+    @property
+    def norm_ratio(self) -> Tensor:
+        norm = self.square.sqrt()
+        return self.square_hat.sqrt() / torch.where(norm < SMALL_NORM, 1.0, norm)
+
+
+@dataclass
+class Firing:
+    """In how many tokens and windows each latent fires: int64 [F]."""
+
+    tokens: Tensor
+    windows: Tensor
+    total_tokens: int = 0
+
+    @staticmethod
+    def none(width: int, device: torch.device) -> Firing:
+        tokens = torch.zeros(width, dtype=torch.int64, device=device)
+        return Firing(tokens, tokens.clone())
+
+    def add(self, tokens_F: Tensor, windows_F: Tensor, total_tokens: int) -> None:
+        """Tokens and windows of a batch in which each latent fires."""
+        self.tokens += tokens_F
+        self.windows += windows_F
+        self.total_tokens += total_tokens
+
+    @property
+    def density(self) -> Tensor:
+        return (self.tokens / self.total_tokens).cpu()
+
+    @property
+    def tokens_per_window(self) -> Tensor:
+        """`consistent_activation_heuristic`: not a number for a latent that never fired."""
+        return (self.tokens / self.windows).cpu()
+
+
+def measure_tokens(l0_N: Tensor, l1_N: Tensor, x_ND: Tensor, x_hat_ND: Tensor, mean_D: Tensor) -> Tokens:
+    """Some tokens. `mean_D` is that of the kept tokens of the whole batch."""
+    return Tokens(
+        l0=l0_N,
+        l1=l1_N,
+        square=_dot(x_ND, x_ND),
+        square_hat=_dot(x_hat_ND, x_hat_ND),
+        dot=_dot(x_ND, x_hat_ND),
+        error=(x_ND - x_hat_ND).square().sum(dim=-1),
+        spread=(x_ND - mean_D).square().sum(dim=-1),
+    )
+
+
+def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    return (a_ND * b_ND).sum(dim=-1)
+
+
+@dataclass
+class Tally:
+    """Batches added up."""
+
+    tokens: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    batch_means: dict[str, list[float]] = field(default_factory=dict)
+    x_sum: np.ndarray = field(default_factory=lambda: np.zeros(1))  # [D]
+    mean_squares: list[float] = field(default_factory=list)  # by batch, over tokens and dimensions of x^2
+
+    def add(self, tokens: Tokens, x_sum_D: Tensor) -> None:
+        """One batch."""
+        count, width = len(tokens.l0), len(x_sum_D)
+        double = {f.name: getattr(tokens, f.name).double() for f in fields(Tokens)}
+        values = {
+            **double,
+            "norm": double["square"].sqrt(),
+            "norm_hat": double["square_hat"].sqrt(),
+            "norm_ratio": tokens.norm_ratio.double(),
+            "cosine": tokens.cosine.double(),
+            "mse": double["error"] / count,
+            "explained_legacy": 1 - double["error"] / double["spread"],
+        }
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.sum())
+        for name in ("error", "square", "square_hat", "dot"):
+            self.batch_means.setdefault(name, []).append(float(double[name].mean()))
+        self.mean_squares.append(float(double["square"].mean()) / width)
+        self.x_sum = self.x_sum + x_sum_D.double().cpu().numpy()
+        self.tokens += count
+
+    def mean(self, name: str) -> float:
+        return self.sums[name] / self.tokens if self.tokens else float("nan")
+
+    @property
+    def explained_variance_published(self) -> float:
+        """SAEBench 0.6.0: subtracts the square of a mean square instead of the squared norm of the mean."""
+        error, square = (float(np.mean(self.batch_means[name])) for name in ("error", "square"))
+        return _one_minus(error, square - float(np.mean(self.mean_squares)) ** 2)
+
+    @property
+    def explained_variance(self) -> float:
+        """1 - E||x - x_hat||^2 / E||x - mean||^2 over all tokens together."""
+        return _one_minus(self.sums["error"], self.sums["square"] - self.tokens * self.square_of_mean)
+
+    @property
+    def square_of_mean(self) -> float:
+        mean = self.x_sum / max(self.tokens, 1)
+        return float(mean @ mean)
+
+    @property
+    def reconstruction_bias(self) -> float:
+        """Mean over batches of E||x_hat||^2 / E[x . x_hat]."""
+        hats, dots = np.array(self.batch_means["square_hat"]), np.array(self.batch_means["dot"])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(np.mean(hats / dots))
+
+
+def summarise_density(density_F: Tensor) -> dict[str, float]:
+    """SAEBench's `misc_metrics` about how often latents fire."""
+    density = density_F.double()
+    total = float(density.sum())
+
+    def share(limit: float) -> float:
+        return float(density[density > limit].sum()) / total if total > 0 else 0.0
+
+    return {
+        "freq_over_1_percent": float((density > 0.01).double().mean()),
+        "freq_over_10_percent": float((density > 0.1).double().mean()),
+        "normalized_freq_over_1_percent": share(0.01),
+        "normalized_freq_over_10_percent": share(0.1),
+        "frac_alive": float((density > 0).double().mean()),
+    }
+
+
+def explained_variance_of(sums: Mapping[str, np.ndarray], square_of_mean: float) -> np.ndarray:
+    """The explained variance of resampled documents, about the mean of all of them."""
+    return 1 - sums["error"] / (sums["square"] - sums["tokens"] * square_of_mean)
+
+
+def _one_minus(numerator: float, denominator: float) -> float:
+    return 1 - numerator / denominator if denominator != 0 else float("nan")

@@ -1,0 +1,22 @@
+"""What an evaluation needs to be there before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .scene import Scene
+
+
+@dataclass(frozen=True)
+class Needs:
+    """An evaluation's file says `NEEDS = Needs(...)`."""
+
+    model: bool = False
+    store: bool = False
+
+    def require(self, scene: Scene) -> None:
+        """Raise the NotRun error that names the first thing missing."""
+        if self.store:
+            _ = scene.store
+        if self.model:
+            _ = scene.model

@@ -1,0 +1,38 @@
+"""What was set differently: learning rate, sparsity penalty or target, schedules of both where they move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from ..figures.panels import Bars, Lines, draw_panels, series_of
+from ..figures.records import Record
+
+
+def peak_rate(record: Record) -> float | None:
+    """The highest learning rate of the run."""
+    return max(record.series("lr")[1], default=None)
+
+
+def target_l0(record: Record) -> float | None:
+    """Active latents a token that the variant was told to have."""
+    value = record.settings.get("k") or record.settings.get("target_l0")
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def penalty(record: Record) -> float | None:
+    value = record.settings.get("penalty")
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+PANELS = (
+    Bars("Learning rate", "peak of its schedule", peak_rate, "{:.2e}"),
+    Bars("Sparsity penalty", "coefficient", penalty),
+    Bars("Sparsity target", "active latents a token", target_l0),
+    Lines("Learning rate over training", "learning rate", series_of("lr")),
+)
+
+
+def draw(records: Sequence[Record]) -> Figure | None:
+    return draw_panels(PANELS, records, "Hyperparameters")

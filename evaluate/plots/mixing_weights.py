@@ -1,0 +1,36 @@
+"""How much each layer's attention counts in the guidance, over training; a panel an SAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from ..figures.panels import STEP, Lines, looks_of, series_of
+from ..figures.records import Record
+from ..figures.style import INK, LINES, caption, new_figure, shades
+
+WEIGHT = "mixing/weight_"
+
+
+def draw(records: Sequence[Record]) -> Figure | None:
+    mixed = [record for record in records if record.numbered(WEIGHT)]
+    if not mixed:
+        return None
+    layers = sorted({layer for record in mixed for layer in record.numbered(WEIGHT)})
+    colours = dict(zip(layers, shades(len(layers)), strict=True))
+    temperature = Lines("Temperature", "softmax temperature", series_of("mixing/temperature"))
+    has_temperature = temperature.finds(mixed)
+    figure, axes = new_figure(len(mixed) + has_temperature)
+    for record, axis in zip(mixed, axes, strict=False):
+        for layer, name in record.numbered(WEIGHT).items():
+            line = LINES[layers.index(layer) % len(LINES)]
+            axis.plot(*record.series(name), color=colours[layer], ls=line, lw=1.8, label=f"layer {layer}")
+        axis.set_ylim(-0.02, 1.02)
+        caption(axis, record.name, STEP, "mixing weight (sum 1)")
+        axis.legend(fontsize=8, frameon=False)
+    if has_temperature:
+        temperature.draw(axes[-1], mixed, looks_of(records))
+        axes[-1].legend([record.name for record in mixed], fontsize=8, frameon=False)
+    figure.suptitle("Mixing of attention layers", fontsize=12, color=INK)
+    return figure

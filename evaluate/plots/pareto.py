@@ -1,0 +1,73 @@
+"""The summary: what an SAE keeps of the residual and of the model's predictions, against how many latents it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..figures.panels import Looks, draw_panels
+from ..figures.records import Record
+from ..figures.style import caption, is_wide, log_axis
+
+FLOOR = -0.5  # a score below is drawn here, pointing down, with its number
+
+
+def l0(record: Record) -> float | None:
+    measured = record.metric("core", "sparsity.l0")
+    return measured if measured is not None else record.outcome.get("l0")
+
+
+def explained_variance(record: Record) -> float | None:
+    measured = record.metric("core", "reconstruction_quality.explained_variance")
+    return measured if measured is not None else record.outcome.get("explained_variance")
+
+
+@dataclass(frozen=True)
+class Points:
+    """A score against L0, a point an SAE."""
+
+    title: str
+    y: str
+    score: Callable[[Record], float | None]
+
+    def finds(self, records: Sequence[Record]) -> bool:
+        return any(l0(record) and self.score(record) is not None for record in records)
+
+    def draw(self, axis: Axes, records: Sequence[Record], looks: Looks) -> None:
+        found = [(r, x, y) for r in records if (x := l0(r)) and (y := self.score(r)) is not None]
+        for record, x, y in found:
+            style = looks[record.name]
+            is_off = y < FLOOR
+            axis.plot(
+                [x], [max(y, FLOOR)], "v" if is_off else style.mark, color=style.colour, ms=9, mec="white", mew=0.8
+            )
+            if is_off:
+                axis.annotate(
+                    f"{y:.3g}", (x, FLOOR), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8
+                )
+        if is_wide([x for _, x, _ in found]):
+            log_axis(axis, "x")
+        axis.margins(0.18)
+        caption(axis, self.title, "L0 (active latents a token)", self.y)
+
+
+PANELS = (
+    Points("Residual", "explained variance", explained_variance),
+    Points(
+        "Loss of the model",
+        "CE score (1 clean, 0 ablated)",
+        lambda r: r.metric("core", "model_performance_preservation.ce_loss_score"),
+    ),
+    Points(
+        "Predictions of the model",
+        "KL score (1 clean, 0 ablated)",
+        lambda r: r.metric("core", "model_behavior_preservation.kl_div_score"),
+    ),
+)
+
+
+def draw(records: Sequence[Record]) -> Figure | None:
+    return draw_panels(PANELS, records, "Quality against sparsity")

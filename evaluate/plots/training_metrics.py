@@ -1,0 +1,58 @@
+"""Losses, tiers and time over training, and the reconstruction in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from ..figures.panels import Bars, Lines, draw_panels, first_series, series_of
+from ..figures.records import Record
+
+SCALES = ("short", "medium", "long")
+TIERS = (1, 2, 3)
+TERMS = {"guidance": "Guidance loss", "consistency": "Consistency loss", "composition": "Composition loss"}
+
+
+def temporal_loss(record: Record) -> tuple[list[float], list[float]]:
+    """The weighted sum over scales, as it enters the total."""
+    steps: dict[float, float] = {}
+    for scale in SCALES:
+        weights = dict(zip(*record.series(f"weight/temporal_{scale}"), strict=True))
+        for step, value in zip(*record.series(f"loss/temporal_{scale}"), strict=True):
+            steps[step] = steps.get(step, 0.0) + weights.get(step, 1.0) * value
+    return sorted(steps), [steps[step] for step in sorted(steps)]
+
+
+PANELS = (
+    Lines("Reconstruction loss", "share of variance unexplained", series_of("loss/reconstruction")),
+    Lines("Sparsity loss", "mean per token, before its weight", first_series(("loss/l1", "loss/l0", "loss/sparsity"))),
+    Lines("Total loss", "weighted sum of all terms", series_of("loss")),
+    *(
+        Lines(f"Tier {tier} activity", "% of its latents active on a token", series_of(f"tiers/activity_{tier}", 100))
+        for tier in TIERS
+    ),
+    *(Lines(title, "mean, before its weight", series_of(f"loss/{term}")) for term, title in TERMS.items()),
+    *(
+        Lines(
+            f"Composition of tier {tier}",
+            "R² by the tier below",
+            series_of(f"composition/r2_{tier}"),
+            (-0.03, 1.03),
+        )
+        for tier in TIERS[1:]
+    ),
+    Lines("Moves between tiers", "latents moved so far", series_of("tiers/moves")),
+    Lines("Temporal consistency loss", "weighted sum over scales", temporal_loss),
+    Lines("Activation variance", "mean over latents", series_of("temporal/activation_variance")),
+    Bars(
+        "Final reconstruction",
+        "explained variance, held-out text",
+        lambda r: r.outcome.get("explained_variance"),
+        floor=-1,
+    ),
+)
+
+
+def draw(records: Sequence[Record]) -> Figure | None:
+    return draw_panels(PANELS, records, "Training")

@@ -1,0 +1,1 @@
+"""Probes on pooled activations: what sparse_probing, scr, tpp and sae-probes share."""

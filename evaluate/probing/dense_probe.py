@@ -1,0 +1,153 @@
+"""A linear probe on every feature, trained by AdamW, kept at its best epoch.
+
+The protocol judges epochs by the test rows and reports the best: `train_probe` takes the rows that judge
+as an argument, so that the corrected number can be had from rows held out of training.
+Everything random comes from the generator: the initial weights, then one permutation an epoch.
+B rows, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .features import Draw, Features, draw_probe
+
+HELD_OUT = 5  # one row in so many judges the epochs of a validated probe
+
+
+@dataclass(frozen=True)
+class Training:
+    batch_size: int = 250
+    epochs: int = 100
+    lr: float = 1e-2
+    patience: int = 10
+    l1_penalty: float = 0.0
+
+
+FULL_WIDTH = Training()
+
+
+@dataclass(frozen=True, eq=False)
+class LinearProbe:
+    weight: Tensor  # [1, F]
+    bias: Tensor  # [1]
+
+    def logits(self, x_BF: Tensor) -> Tensor:
+        return functional.linear(x_BF, self.weight, self.bias).squeeze(-1)
+
+    @torch.no_grad()
+    def accuracy(self, x_BF: Tensor, labels_B: Tensor, batch_size: int = 500) -> float:
+        hits = [
+            ((self.logits(x) > 0).long() == labels).float()
+            for x, labels in zip(x_BF.split(batch_size), labels_B.split(batch_size), strict=True)
+        ]
+        return torch.cat(hits).mean().item()
+
+
+def fresh_probe(width: int, dtype: torch.dtype, generator: torch.Generator) -> LinearProbe:
+    """Random as `nn.Linear` is, from a generator of its own."""
+    weight = torch.empty(1, width, dtype=dtype)
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+    bound = 1 / math.sqrt(width)
+    bias = torch.empty(1, dtype=dtype).uniform_(-bound, bound, generator=generator)
+    return LinearProbe(weight, bias)
+
+
+@torch.enable_grad()
+def train_probe(
+    train: tuple[Tensor, Tensor], judge: tuple[Tensor, Tensor], training: Training, generator: torch.Generator
+) -> tuple[LinearProbe, float]:
+    """The probe at the epoch that is best on the judging rows, and its accuracy there."""
+    x_BF, labels_B = train
+    probe = _moved(fresh_probe(x_BF.shape[1], x_BF.dtype, generator), x_BF.device)
+    optimizer = torch.optim.AdamW([probe.weight, probe.bias], lr=training.lr)
+    best, best_accuracy, waited = probe, 0.0, 0
+    for _ in range(training.epochs):
+        order = torch.randperm(len(x_BF), generator=generator).to(x_BF.device)
+        for rows in order.split(training.batch_size):
+            optimizer.zero_grad()
+            _loss(probe, x_BF[rows], labels_B[rows], training.l1_penalty).backward()
+            optimizer.step()
+        accuracy = probe.accuracy(*judge, training.batch_size)
+        if accuracy > best_accuracy:
+            best, best_accuracy, waited = _copied(probe), accuracy, 0
+        else:
+            waited += 1
+        if waited >= training.patience:
+            break
+    return _copied(best), best_accuracy
+
+
+def train_on(
+    train: Features,
+    test: Features,
+    name: str,
+    training: Training,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    opposite: str | None = None,
+) -> tuple[LinearProbe, float]:
+    """The protocol's probe of a class: rows are drawn, then the test rows judge every epoch."""
+    train_draw = draw_probe(train.spans, name, generator, opposite)
+    test_draw = draw_probe(test.spans, name, generator, opposite)
+    return train_probe(rows_of(train, train_draw, device), rows_of(test, test_draw, device), training, generator)
+
+
+def train_validated(
+    train: Features,
+    test: Features,
+    name: str,
+    training: Training,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    opposite: str | None = None,
+) -> tuple[LinearProbe, float]:
+    """The same, but a part of the training rows judges the epochs, and test rows are seen once."""
+    draw = draw_probe(train.spans, name, generator, opposite)
+    test_draw = draw_probe(test.spans, name, generator, opposite)
+    x_BF, labels_B = rows_of(train, draw, device)
+    held_out = len(draw) // HELD_OUT
+    judge, rest = (x_BF[:held_out], labels_B[:held_out]), (x_BF[held_out:], labels_B[held_out:])
+    probe, _ = train_probe(rest, judge, training, generator)
+    return probe, probe.accuracy(*rows_of(test, test_draw, device))
+
+
+def rows_of(features: Features, draw: Draw, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Dense rows and their labels on a device."""
+    return features.dense(draw).to(device), torch.from_numpy(draw.labels).to(device)
+
+
+def probe_every_class(
+    train: Features,
+    test: Features,
+    training: Training,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    opposites: Mapping[str, str] | None = None,
+    validated: bool = False,
+) -> tuple[dict[str, LinearProbe], dict[str, float]]:
+    """Probes and test accuracies of all classes, in their order."""
+    one = train_validated if validated else train_on
+    trained = {
+        name: one(train, test, name, training, generator, device, (opposites or {}).get(name)) for name in train.spans
+    }
+    return {name: probe for name, (probe, _) in trained.items()}, {name: value for name, (_, value) in trained.items()}
+
+
+def _loss(probe: LinearProbe, x_BF: Tensor, labels_B: Tensor, l1_penalty: float) -> Tensor:
+    loss = functional.binary_cross_entropy_with_logits(probe.logits(x_BF), labels_B.to(x_BF.dtype))
+    return loss + l1_penalty * probe.weight.abs().sum() if l1_penalty else loss
+
+
+def _moved(probe: LinearProbe, device: torch.device) -> LinearProbe:
+    return LinearProbe(probe.weight.to(device).requires_grad_(), probe.bias.to(device).requires_grad_())
+
+
+def _copied(probe: LinearProbe) -> LinearProbe:
+    return LinearProbe(probe.weight.detach().clone(), probe.bias.detach().clone())

@@ -1,0 +1,122 @@
+"""Logistic regressions whose regularisation is chosen on a part of the training rows, as sae-probes does.
+
+1. Train and test rows are drawn from one generator, half of each label.
+2. For ten strengths of regularisation a probe is fitted on a part of the training rows and judged by its
+   area under the curve on the rest: the last rows, or six folds where there are few.
+3. The best strength is fitted on all training rows, and scored on the test rows.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.model_selection import StratifiedKFold
+
+Penalty = Literal["l1", "l2"]
+
+STRENGTHS = np.logspace(5, -5, 10)
+MAX_ITERATIONS = 1000
+MOST_ROWS, MOST_TRAIN, LEAST_TEST = 5000, 1024, 100
+FEW_ROWS, FOLDS = 128, 6
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Rows of a data set."""
+
+    train: np.ndarray  # int64
+    test: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scores:
+    test_accuracy: float
+    test_auc: float
+    test_f1: float
+
+
+def split_rows(labels: np.ndarray, seed: int) -> Split:
+    """Half of each label in both parts; drawn from the first `MOST_ROWS`."""
+    rng = np.random.RandomState(seed)
+    num_train = min(len(labels) - LEAST_TEST, MOST_TRAIN)
+    labels = labels[:MOST_ROWS]
+    positive, negative = np.where(labels == 1)[0], np.where(labels == 0)[0]
+    train_positive, train_negative = _halves(rng, positive, negative, num_train)
+    rest = np.setdiff1d(positive, train_positive), np.setdiff1d(negative, train_negative)
+    test = _halves(rng, *rest, len(labels) - num_train - 1)
+    train_rows = rng.permutation(np.concatenate([train_positive, train_negative]))
+    return Split(train_rows, rng.permutation(np.concatenate(test)))
+
+
+def rank_latents(acts: csr_matrix, labels: np.ndarray) -> np.ndarray:
+    """Latents by the difference of their means, largest first; each in units of its mean where it fires."""
+    counts = acts.getnnz(axis=0)
+    unit = np.asarray(abs(acts).sum(axis=0)).ravel() / (counts + EPSILON) + EPSILON
+    means = [np.asarray(acts[labels == label].mean(axis=0)).ravel() for label in (1, 0)]
+    difference = torch.from_numpy(np.abs((means[0] - means[1]) / unit).astype(np.float32))
+    return torch.argsort(difference, descending=True).numpy()
+
+
+def tuned_scores(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, penalty: Penalty, seed: int
+) -> Scores:
+    """Scores of the probe with the strength that suits held-out training rows best."""
+    held_out = [_mean_auc(train, train_labels, strength, penalty, seed) for strength in STRENGTHS]
+    order = np.random.RandomState(seed).permutation(len(train))
+    best = float(STRENGTHS[int(np.argmax(held_out))])
+    probe = _fitted(train[order], train_labels[order], best, penalty, seed)
+    said = probe.predict(test)
+    return Scores(
+        test_accuracy=float(np.mean(np.equal(said, test_labels))),
+        test_auc=float(roc_auc_score(test_labels, probe.predict_proba(test)[:, 1])),
+        test_f1=float(f1_score(test_labels, said, average="weighted")),
+    )
+
+
+def _halves(
+    rng: np.random.RandomState, positive: np.ndarray, negative: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    num_positive = math.ceil(0.5 * count)
+    chosen = rng.choice(positive, size=num_positive, replace=False)
+    return chosen, rng.choice(negative, size=count - num_positive, replace=False)
+
+
+def _mean_auc(rows: np.ndarray, labels: np.ndarray, strength: float, penalty: Penalty, seed: int) -> float:
+    return float(
+        np.mean(
+            [
+                roc_auc_score(
+                    labels[held_out],
+                    _fitted(rows[fit], labels[fit], strength, penalty, seed).predict_proba(rows[held_out])[:, 1],
+                )
+                for fit, held_out in _folds(rows, labels, seed)
+            ]
+        )
+    )
+
+
+def _folds(rows: np.ndarray, labels: np.ndarray, seed: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Rows to fit on, and rows to judge by."""
+    if len(rows) < FEW_ROWS:
+        return StratifiedKFold(n_splits=FOLDS, shuffle=True, random_state=seed).split(rows, labels)
+    first = len(rows) - min(int(0.2 * len(rows)), 100)
+    return [(np.arange(first), np.arange(first, len(rows)))]
+
+
+def _fitted(rows: np.ndarray, labels: np.ndarray, strength: float, penalty: Penalty, seed: int) -> LogisticRegression:
+    options = {"l1_ratio": 1.0, "solver": "saga"} if penalty == "l1" else {}
+    probe = LogisticRegression(C=strength, random_state=seed, max_iter=MAX_ITERATIONS, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # at weak regularisation the protocol stops it early
+        return probe.fit(rows, labels)

@@ -1,0 +1,155 @@
+"""Results: what an evaluation says of one SAE, as JSON in SAEBench's frame, beside the run.
+
+<home>/evals/<evaluation>/<label>_eval_results.json, where home is the run's folder or the SAE's own.
+Keys and their order are those of SAEBench 0.6.0; ours follow under `saemill` and in `extra`. There is
+no NaN in JSON: official metrics say -1, as SAEBench does, our own say null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..train.files import replace_file
+from ..train.runs import provenance
+from ..train.sae.io import SAELENS_VERSION
+from .errors import ResultInvalid
+from .subject import Subject
+
+UNKNOWN = "Unknown"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one evaluation found out about one SAE."""
+
+    subject: Subject
+    eval_config: Mapping[str, Any]
+    metrics: Mapping[str, Mapping[str, Any]]
+    details: Sequence[Mapping[str, Any]] = ()
+    unstructured: Mapping[str, Any] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Our own top-level keys."""
+    missing: str | None = None
+    """What has to be had for the numbers that are not there, if so."""
+    remark: str | None = None
+    """Why numbers are not there that this SAE cannot have."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An evaluation could not be done for one SAE."""
+
+    subject: Subject
+    error: Exception
+
+
+def result_path(subject: Subject, eval_id: str) -> Path:
+    return subject.home / "evals" / eval_id / f"{subject.label}_eval_results.json"
+
+
+def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> Path:
+    """Write a result, all or nothing. `settings` are what decides it besides the SAE."""
+    path = result_path(result.subject, eval_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(frame(result, eval_id, settings), indent=2, allow_nan=False)
+    replace_file(path, text.encode() + b"\n")
+    return path
+
+
+def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole document."""
+    subject = result.subject
+    made = provenance()
+    return {
+        "eval_type_id": eval_id,
+        "eval_config": dict(result.eval_config),
+        "eval_id": str(uuid.uuid4()),
+        "datetime_epoch_millis": int(time.time() * 1000),
+        "eval_result_metrics": without_nan(result.metrics, -1),
+        "eval_result_details": without_nan(result.details, -1),
+        "sae_bench_commit_hash": UNKNOWN,
+        "sae_lens_id": subject.label,
+        "sae_lens_release_id": subject.run or subject.folder.name,
+        "sae_lens_version": SAELENS_VERSION,
+        "sae_cfg_dict": sae_config(subject),
+        "eval_result_unstructured": without_nan(result.unstructured, -1),
+        **without_nan(result.extra, None),
+        "saemill": {
+            "settings": dict(settings),
+            "cache_id": settings.get("cache_id"),
+            "run": subject.run,
+            "label": subject.label,
+            "variant": subject.variant,
+            "missing": result.missing,
+            "remark": result.remark,
+            "provenance": made,
+        },
+    }
+
+
+def sae_config(subject: Subject) -> dict[str, Any]:
+    """cfg.json with the entries that SAEBench's tools look for at its top level."""
+    metadata = subject.metadata
+    hook = metadata.get("hook_name") or f"blocks.{subject.layers[-1]}.hook_resid_post"
+    return {
+        **subject.config,
+        "model_name": metadata.get("model_name"),
+        "d_in": subject.d_in,
+        "d_sae": subject.width,
+        "hook_layer": subject.layers[-1],
+        "hook_name": hook,
+        "context_size": metadata.get("context_size"),
+        "training_tokens": metadata.get("training_tokens", -1),
+    }
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A document as it was written."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ResultInvalid(f"{path} is damaged ({error}): remove it and evaluate again") from None
+    if not isinstance(found, dict) or "eval_result_metrics" not in found:
+        raise ResultInvalid(f"{path} is no file of results: remove it and evaluate again")
+    return found
+
+
+def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
+    """A number by its dotted name: one of the official metrics, or of a top-level key of ours."""
+    for value in (document["eval_result_metrics"], document):
+        for part in metric.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None
+
+
+def is_there(subject: Subject, eval_id: str) -> bool:
+    """Whether there is a result, of whatever settings."""
+    return result_path(subject, eval_id).is_file()
+
+
+def is_done(subject: Subject, eval_id: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a whole result of these very settings is there."""
+    if not is_there(subject, eval_id):
+        return False
+    ours = read_result(result_path(subject, eval_id)).get("saemill", {})
+    return ours.get("settings") == dict(settings) and ours.get("missing") is None
+
+
+def without_nan(value: Any, instead: Any) -> Any:
+    """The same with every number that JSON does not have replaced."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item, instead) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item, instead) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return instead
+    return value

@@ -1,0 +1,147 @@
+"""Find what is to be evaluated: runs by name or path, single SAEs, folders of other tools, the Hub.
+
+1. A run gives all its SAEs; it must have ended.
+2. A folder of an SAE inside a run belongs to that run and its store.
+3. Any other folder says itself where it belongs, as far as it does: `hook_name` in its cfg.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..train.errors import RunMissing, TrainError
+from ..train.find import find_sae, list_saes, load_sae
+from ..train.launch import cache_of
+from ..train.runs import RunFolder, run_names
+from .errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
+from .subject import Subject
+
+HOOK = re.compile(r"(?:blocks|layers)\.(\d+)\.?(?:hook_resid_(pre|post))?$|^layer_(\d+)$")
+"""transformer_lens' names of residuals before and after a layer, and transformers' names of layers."""
+RECIPE_HINT = "sae-train --recipe attention/run_4 --cache ./store"
+
+
+Problem = EvalError | TrainError
+
+
+def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[Subject]:
+    """All SAEs of all targets, each once; the first that cannot be had is an error."""
+    subjects, problems = find_all(targets, runs, layer)
+    if problems:
+        raise problems[0]
+    return subjects
+
+
+def find_all(targets: Iterable[str], runs: Path, layer: int | None = None) -> tuple[list[Subject], list[Problem]]:
+    """All SAEs of all targets that can be had, and what is wrong with the others.
+
+    `layer` is for SAEs that do not say theirs.
+    """
+    found: dict[Path, Subject] = {}
+    problems: list[Problem] = []
+    for target in targets:
+        try:
+            places = find_places(target, runs)
+        except (EvalError, TrainError) as error:
+            problems.append(error)
+            continue
+        for folder, run in places:
+            try:
+                found.setdefault(folder.resolve(), make_subject(folder, run, layer))
+            except (EvalError, TrainError) as error:
+                problems.append(error)
+    return list(found.values()), problems
+
+
+def find_places(target: str, runs: Path) -> list[tuple[Path, RunFolder | None]]:
+    """The folders of SAEs that one word on the command line means, and the run they belong to."""
+    run = _run_of(target, runs)
+    if run is not None:
+        return [(folder, run) for folder in _saes_of(run)]
+    try:
+        folder = find_sae(target, runs)
+    except RunMissing as error:
+        raise TargetUnknown(_explain_missing(target, runs, error)) from error
+    parent = RunFolder.at(folder.resolve().parent)
+    return [(folder, parent if (parent.path / "config.json").is_file() else None)]
+
+
+def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None) -> Subject:
+    """Load the SAE of a folder."""
+    sae = load_sae(folder).eval().requires_grad_(False)
+    config = _read_config(folder)
+    metadata = {**sae.metadata, **config.get("metadata", {})}
+    layers = _layers_of(metadata, config, folder, layer)
+    url, cache_id = cache_of(run) if run else (None, metadata.get("cache_id"))
+    return Subject(
+        label=folder.resolve().name,
+        folder=folder,
+        home=run.path if run else folder,
+        run=run.name if run else None,
+        variant=metadata.get("training_architecture") or str(config.get("architecture", "unknown")),
+        sae=sae,
+        config={**config, "metadata": metadata},
+        layers=layers,
+        target_layers=tuple(metadata.get("target_layers") or layers),
+        cache_id=cache_id,
+        cache_url=url,
+    )
+
+
+def _run_of(target: str, runs: Path) -> RunFolder | None:
+    """The run of this name or path."""
+    for path in (runs / target, Path(target)):
+        if (path / "config.json").is_file() and list_saes(path) != [path]:
+            return RunFolder.at(path)
+    return None
+
+
+def _saes_of(run: RunFolder) -> list[Path]:
+    if not run.is_finished:
+        raise RunUnfinished(
+            f"{run.path} has not ended: it has no result.json. Go on with it: sae-train --resume {run.name}"
+        )
+    found = list_saes(run.path)
+    if not found:
+        raise RunUnfinished(f"{run.path} holds no saved SAE: they were removed. Train it again")
+    return found
+
+
+def _explain_missing(target: str, runs: Path, error: TrainError) -> str:
+    if "/" in target:
+        return str(error)
+    known = ", ".join(run_names(runs)) or "none"
+    text = f"no run {target!r} in {runs} (it has: {known}), and no folder of an SAE of that name"
+    recipe = recipe_of(target)
+    return text if recipe is None else f"{text}. {target} is a recipe's run; this makes it: {recipe}"
+
+
+def recipe_of(target: str) -> str | None:
+    """The command that makes a run that people ask for by name, where there is one."""
+    return RECIPE_HINT if target == "run_4" else None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "cfg.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _layers_of(
+    metadata: Mapping[str, Any], config: Mapping[str, Any], folder: Path, given: int | None
+) -> tuple[int, ...]:
+    """The layers an SAE reads: as it says, as its hook says, or as the user says."""
+    if metadata.get("layers"):
+        return tuple(metadata["layers"])
+    if given is not None:
+        return (given,)
+    hook = str(metadata.get("hook_name") or config.get("hook_name") or config.get("hook_point") or "")
+    match = HOOK.search(hook)
+    if match is None:
+        raise SettingInvalid(
+            f"{folder} does not say which layer's residual stream it reads (hook_name {hook!r}): give --layer"
+        )
+    return (int(match[1] or match[3]) - (match[2] == "pre"),)

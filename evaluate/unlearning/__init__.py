@@ -1,0 +1,1 @@
+"""Unlearning: does clamping a topic's latents take the topic away, and nothing else?"""

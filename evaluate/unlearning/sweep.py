@@ -1,0 +1,65 @@
+"""The sweep over settings of the intervention, and the score that is picked from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from .ranking import topic_latents
+
+MIN_RETAINED = 0.99
+"""Settings that keep less of the retained knowledge do not count."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The interventions that are tried: every combination."""
+
+    retain_thresholds: tuple[float, ...] = (0.001, 0.01)
+    num_latents: tuple[int, ...] = (10, 20)
+    multipliers: tuple[float, ...] = (25, 50, 100, 200)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One intervention: these latents are clamped to -multiplier."""
+
+    retain_threshold: float
+    num_latents: int
+    multiplier: float
+    latents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Right answers under a setting, by exam: (right, asked)."""
+
+    setting: Setting
+    right: Mapping[str, tuple[int, int]]
+
+    def accuracy(self, exams: Sequence[str]) -> float:
+        """Pooled over exams: every question weighs the same."""
+        right, asked = (sum(numbers) for numbers in zip(*(self.right[exam] for exam in exams), strict=True))
+        return right / asked
+
+
+def make_settings(forget_F: np.ndarray, retain_F: np.ndarray, sweep: Sweep) -> list[Setting]:
+    """Every combination, in the protocol's order. There may be fewer topic latents than asked for, or none."""
+    settings = []
+    for threshold in sweep.retain_thresholds:
+        ranked = topic_latents(forget_F, retain_F, threshold).tolist()
+        settings += [
+            Setting(threshold, number, multiplier, tuple(ranked[:number]))
+            for number, multiplier in product(sweep.num_latents, sweep.multipliers)
+        ]
+    return settings
+
+
+def unlearning_score(outcomes: Sequence[Outcome], forget: Sequence[str], retain: Sequence[str]) -> float:
+    """One less the lowest accuracy on the topic among settings that keep at least 99 % of the rest; 0 if none does."""
+    return 1.0 - min(
+        outcome.accuracy(forget) if outcome.accuracy(retain) >= MIN_RETAINED else 1.0 for outcome in outcomes
+    )

@@ -1,0 +1,347 @@
+"""`sae-eval` from the command line: what is found, what is written, what goes wrong and what that costs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from saemill.cache_schema.cli import main as store_main
+from saemill.evaluate import evals
+from saemill.evaluate.cli import main
+from saemill.evaluate.evals import core
+from saemill.evaluate.results import result_path
+from saemill.evaluate.subjects import find_subjects
+
+QUICK = ["--set", "core.batch_size_prompts=4", "--set", "core.resamples=10"]
+
+
+@pytest.fixture
+def sae_eval(builder):
+    """Run the command: `sae_eval("run_1")` gives its output; `code` is the exit status to expect."""
+
+    def call(*words, code=0, options=QUICK):
+        words = ["--runs", builder.root / "runs", "--device", "cpu", *options, *words]
+        result = CliRunner().invoke(main, [str(word) for word in words])
+        assert result.exit_code == code, result.output + repr(result.exception)
+        return result.output
+
+    return call
+
+
+@pytest.fixture
+def run_1(world, builder):
+    return builder.run(world, "run_1", {"small": builder.make_sae(), "large": builder.make_sae(width=32, seed=1)})
+
+
+def results(run, eval_id="core"):
+    return {path.name: json.loads(path.read_text()) for path in sorted((run / "evals" / eval_id).glob("*.json"))}
+
+
+def test_all_saes_of_a_run(run_1, sae_eval):
+    output = sae_eval("run_1")
+    assert "run_1/small" in output
+    assert "ce loss score" in output
+    found = results(run_1)
+    assert set(found) == {"small_eval_results.json", "large_eval_results.json"}
+    assert len(found["large_eval_results.json"]["eval_result_details"]) == 32
+
+
+def test_a_path_a_single_sae_and_the_same_one_twice(run_1, sae_eval, builder):
+    assert "run_1/large" not in sae_eval(run_1 / "small", "run_1/small")
+    assert set(results(run_1)) == {"small_eval_results.json"}
+    assert len(find_subjects(["run_1", str(run_1), "run_1/small"], builder.root / "runs")) == 2
+
+
+def test_an_sae_from_elsewhere_on_a_store_that_is_named(golden, world, builder, sae_eval, make_world):
+    """A SAELens folder that knows no store of ours."""
+    subject = golden.subject("jumprelu", builder.root)
+    options = ["--set", "core.batch_size_prompts=3", "--dtype", "float32"]
+    output = sae_eval(subject.folder, "--cache", golden.store, options=options)
+    assert "jumprelu" in output
+    assert (subject.folder / "evals" / "core" / "jumprelu_eval_results.json").is_file()
+
+
+def test_an_sae_without_a_store(golden, builder, sae_eval):
+    output = sae_eval(golden.subject("topk", builder.root).folder, code=3)
+    assert "not run: core of topk" in output
+    assert "--cache" in output
+
+
+def test_an_unknown_run_lists_what_there_is(run_1, sae_eval):
+    output = sae_eval("run_2", code=1)
+    assert "no run 'run_2'" in output
+    assert "run_1" in output
+    assert "recipe" not in output
+
+
+def test_a_run_of_a_recipe_says_how_it_is_made(run_1, sae_eval):
+    assert "sae-train --recipe attention/run_4 --cache ./store" in sae_eval("run_4", code=1)
+
+
+def test_a_run_that_has_not_ended(world, builder, sae_eval):
+    builder.run(world, "run_9", {}, finished=False)
+    assert "sae-train --resume run_9" in sae_eval("run_9", code=1)
+
+
+def test_what_is_wrong_with_one_target_does_not_stop_the_others(run_1, sae_eval):
+    (run_1 / "large" / "cfg.json").write_text("{")
+    output = sae_eval("nowhere", "run_1", code=1)
+    assert "no run 'nowhere'" in output
+    assert "expected JSON" in output
+    assert set(results(run_1)) == {"small_eval_results.json"}
+
+
+def test_a_store_that_is_gone(make_world, builder, sae_eval):
+    world = make_world()
+    run = builder.run(world, "run_1", {"sae": builder.make_sae()})
+    shutil.rmtree(world.store)
+    output = sae_eval("run_1", code=1)
+    assert "there is none now" in output
+    assert "--cache" in output
+    assert not results(run)
+
+
+def test_a_store_with_another_id_costs_the_other_runs_nothing(world, make_world, builder, sae_eval):
+    other = make_world(dtype="float32")
+    run_1, run_2 = (builder.run(w, n, {"sae": builder.make_sae()}) for w, n in ((world, "run_1"), (other, "run_2")))
+    output = sae_eval("run_1", "run_2", "--cache", world.store, code=1)
+    assert "was trained on the store with cache id" in output
+    assert results(run_1)
+    assert not results(run_2)
+
+
+def test_an_sae_of_another_width(world, builder, sae_eval):
+    run = builder.run(world, "run_1", {"fits": builder.make_sae(), "wide": builder.make_sae(d_in=20)})
+    output = sae_eval("run_1", code=1)
+    assert "width 20" in output
+    assert "have 16" in output
+    assert set(results(run)) == {"fits_eval_results.json"}
+
+
+def test_a_layer_that_the_store_does_not_hold(golden, world, builder, sae_eval):
+    subject = golden.subject("topk", builder.root)  # reads layer 1
+    output = sae_eval(subject.folder, "--cache", world.store, code=1)
+    assert "residuals of layers [1]" in output
+    sae_eval(subject.folder, "--cache", world.store, "--from-tokens")
+
+
+def test_a_missing_model_leaves_a_part(make_world, builder, sae_eval):
+    world = make_world(model_id="nobody/has-this")
+    run = builder.run(world, "run_1", {"sae": builder.make_sae()})
+    output = sae_eval("run_1", code=3)
+    assert "partly: core of run_1/sae" in output
+    assert "--model" in output
+    (document,) = results(run).values()
+    assert document["eval_result_metrics"]["model_performance_preservation"]["ce_loss_score"] == -1
+    assert document["saemill"]["missing"]
+    sae_eval("run_1", "--resume", "--model", world.model)  # what was there in part is done again
+    (document,) = results(run).values()
+    assert document["saemill"]["missing"] is None
+
+
+@pytest.fixture
+def imported(builder):
+    """Activations from elsewhere: imported(tokens or None, model) makes a store and gives its address."""
+
+    def make(tokens, model):
+        rng = np.random.default_rng(0)
+        np.save(builder.root / "acts.npy", rng.standard_normal((40, builder.CONTEXT, builder.D)).astype(np.float32))
+        words = ["import", builder.root / f"imported_{tokens}", "--resid", builder.root / "acts.npy"]
+        if tokens:
+            np.save(builder.root / "tokens.npy", rng.integers(3, builder.VOCAB, (40, builder.CONTEXT)))
+            words += ["--tokens", builder.root / "tokens.npy"]
+        words += ["--layer", builder.LAYER, "--model", model, "--test", "0.5"]
+        result = CliRunner().invoke(store_main, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return builder.root / f"imported_{tokens}"
+
+    return make
+
+
+@pytest.mark.parametrize(("tokens", "reason"), [(False, "import it again with --tokens"), (True, "--model")])
+def test_an_imported_store_without_tokens_or_model(imported, builder, sae_eval, tokens, reason):
+    sae = builder.save(builder.root / "sae", builder.make_sae())
+    output = sae_eval(sae, "--cache", imported(tokens, "nobody/has-this"), code=3)
+    assert reason in output
+    assert "partly: core of sae" in output
+    (document,) = results(sae).values()
+    assert document["eval_result_metrics"]["sparsity"]["l0"] == 4.0
+
+
+def test_an_imported_store_with_its_model(imported, world, builder, sae_eval):
+    sae_eval(builder.save(builder.root / "sae", builder.make_sae()), "--cache", imported(True, world.model))
+
+
+def test_a_model_of_another_shape(imported, builder, sae_eval):
+    store = imported(True, "nobody/has-this")
+    sae = builder.save(builder.root / "sae", builder.make_sae())
+    assert "the model has 26 layers of width 128" in sae_eval(sae, "--cache", store, "--model", "pocket", code=3)
+
+
+def test_a_crosscoder_is_done_and_says_what_it_cannot_have(make_world, builder, sae_eval):
+    world = make_world(layers=(1, 2))
+    sae = builder.save(builder.root / "cross", builder.make_sae(d_in=2 * builder.D), layers=(1, 2))
+    assert "done: core of cross: cross writes layers [1, 2]" in sae_eval(sae, "--cache", world.store)
+
+
+def test_fewer_ablations(run_1, sae_eval):
+    sae_eval("run_1/small", "--set", 'core.ablations=["zero"]')
+    (document,) = results(run_1).values()
+    assert set(document["saemill_metrics"]["ablations"]) == {"zero"}
+
+
+def test_resume_skips_what_is_done_with_the_same_settings(run_1, sae_eval):
+    sae_eval("run_1/small")
+    before = results(run_1)
+    sae_eval("run_1", "--resume")
+    after = results(run_1)
+    assert after["small_eval_results.json"] == before["small_eval_results.json"]
+    assert "large_eval_results.json" in after
+    sae_eval("run_1", "--resume", "--set", "core.n_eval_reconstruction_batches=1")
+    assert results(run_1)["small_eval_results.json"] != before["small_eval_results.json"]
+
+
+def test_without_resume_everything_is_done_anew(run_1, sae_eval):
+    sae_eval("run_1/small")
+    before = results(run_1)["small_eval_results.json"]
+    sae_eval("run_1/small")
+    after = results(run_1)["small_eval_results.json"]
+    assert after["eval_id"] != before["eval_id"]
+    assert after["eval_result_metrics"] == before["eval_result_metrics"]
+
+
+def test_a_damaged_result_is_named(run_1, sae_eval):
+    sae_eval("run_1/small")
+    (run_1 / "evals" / "core" / "small_eval_results.json").write_text("{")
+    assert "remove it and evaluate again" in sae_eval("run_1/small", "--resume", code=1)
+
+
+def test_compare_is_one_table_and_evaluates_only_what_is_missing(world, run_1, builder, sae_eval):
+    builder.run(world, "run_2", {"other": builder.make_sae(seed=5)})
+    sae_eval("run_1")
+    before = results(run_1)
+    output = sae_eval("run_1", "run_2", "--compare")
+    assert all(name in output for name in ("run_1/small", "run_1/large", "run_2/other"))
+    assert output.count("ce loss score") == 1
+    assert results(run_1) == before
+
+
+def test_compare_refuses_other_settings(world, run_1, builder, sae_eval):
+    builder.run(world, "run_2", {"other": builder.make_sae(seed=5)})
+    sae_eval("run_1")
+    sae_eval("run_2", "--set", "core.n_eval_reconstruction_batches=1")
+    output = sae_eval("run_1", "run_2", "--compare", code=1)
+    assert "config.n_eval_reconstruction_batches" in output
+    assert "run_2/other: 1" in output
+    assert "ce loss score" not in output
+
+
+def test_compare_refuses_other_stores(world, make_world, run_1, builder, sae_eval):
+    builder.run(make_world(dtype="float32"), "run_2", {"other": builder.make_sae()})
+    assert "SAEs of one store" in sae_eval("run_1", "run_2", "--compare", code=1)
+    assert not results(run_1)
+
+
+def test_a_crash_in_one_sae_costs_no_other_its_result(run_1, sae_eval, monkeypatch):
+    original = core.measure_sparsity
+
+    def breaks(scene, subjects, block):
+        if any(subject.label == "large" for subject in subjects):
+            raise ZeroDivisionError("planted")
+        return original(scene, subjects, block)
+
+    monkeypatch.setattr(core, "measure_sparsity", breaks)
+    output = sae_eval("run_1", code=1)
+    assert "failed: core of run_1/large: ZeroDivisionError: planted" in output
+    assert set(results(run_1)) == {"small_eval_results.json"}
+    assert "Traceback" in (run_1 / "evals" / "core" / "large_crash.txt").read_text()
+
+
+@pytest.fixture
+def second_eval(monkeypatch):
+    """An evaluation beside core, of which a test decides what it does."""
+    import types
+
+    module = types.ModuleType("second")
+    module.Config, module.NEEDS, module.SUMMARY = core.Config, core.NEEDS, ()
+    known = evals.module
+    monkeypatch.setattr(evals, "names", lambda: ("core", "second"))
+    monkeypatch.setattr(evals, "module", lambda name: module if name == "second" else known(name))
+    return module
+
+
+def test_a_crash_in_one_evaluation_costs_no_other_its_result(run_1, sae_eval, second_eval):
+    def evaluate(scene, subjects, config):
+        raise KeyError("planted")
+
+    second_eval.evaluate = evaluate
+    output = sae_eval("run_1", "--evals", "second,core", code=1)
+    assert output.count("failed: second") == 2  # once for each SAE, which has its own traceback
+    assert len(results(run_1)) == 2
+
+
+def test_results_before_a_crash_are_kept(run_1, sae_eval, second_eval):
+    def evaluate(scene, subjects, config):
+        for subject in subjects:
+            if subject.label == "small":
+                raise KeyError("planted")
+            yield core.Result(subject, {}, {"group": {"value": 1.0}})
+
+    second_eval.evaluate = evaluate
+    sae_eval("run_1", "--evals", "second", code=1, options=[])
+    assert set(results(run_1, "second")) == {"large_eval_results.json"}
+
+
+def test_an_evaluation_that_forgets_an_sae_is_told(run_1, sae_eval, second_eval):
+    second_eval.evaluate = lambda scene, subjects, config: iter(())
+    assert "gave no result" in sae_eval("run_1", "--evals", "second", code=3, options=[])
+
+
+def test_unknown_words(run_1, sae_eval):
+    assert "unknown evaluation 'cor' (did you mean 'core'" in sae_eval("run_1", "--evals", "cor", code=1, options=[])
+    assert "expected a setting like core.KEY=VALUE" in sae_eval("run_1", "--set", "corr.batch=1", code=1)
+    assert "unknown setting 'batch' of core" in sae_eval("run_1", "--set", "core.batch=1", code=1)
+    assert "expected a split of train, validation, test" in sae_eval("run_1", "--set", "core.split=dev", code=1)
+    assert "expected zero and others of" in sae_eval("run_1", "--set", 'core.ablations=["mean"]', code=1)
+    assert "--device nope" in sae_eval("run_1", "--device", "nope", code=1)
+
+
+def test_more_batches_than_the_split_has(run_1, sae_eval):
+    assert "the test split has 5" in sae_eval("run_1", "--set", "core.n_eval_reconstruction_batches=9", code=1)
+
+
+def test_every_evaluation_has_what_the_engine_asks_for():
+    for name in evals.names():
+        module = evals.module(name)
+        assert module.NEEDS is not None
+        assert isinstance(module.SUMMARY, tuple)
+        assert evals.config_type(name)() == evals.config_type(name)()
+
+
+@pytest.mark.parametrize(
+    ("hook", "layer"),
+    [("blocks.3.hook_resid_post", 3), ("blocks.3.hook_resid_pre", 2), ("model.layers.7", 7), ("layer_12", 12)],
+)
+def test_the_layer_that_a_hook_means(golden, builder, hook, layer):
+    folder = golden.subject("topk", builder.root).folder
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["hook_name"] = hook
+    (folder / "cfg.json").write_text(json.dumps(config))
+    (subject,) = find_subjects([str(folder)], builder.root)
+    assert subject.layers == subject.target_layers == (layer,)
+    assert result_path(subject, "core").parent == folder / "evals" / "core"
+
+
+@pytest.mark.parametrize("hook", ["blocks.3.attn.hook_z", "blocks.3.hook_mlp_out", ""])
+def test_a_hook_that_is_no_residual(golden, builder, sae_eval, hook):
+    folder = golden.subject("topk", builder.root).folder
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["hook_name"] = hook
+    (folder / "cfg.json").write_text(json.dumps(config))
+    assert "give --layer" in sae_eval(folder, code=1)
+    (subject,) = find_subjects([str(folder)], builder.root, layer=4)
+    assert subject.layers == (4,)
