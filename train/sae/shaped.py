@@ -108,6 +108,11 @@ class ShapedAutoencoder(SparseAutoencoder):
         """The codes as they would be without any factor."""
         return self.gate.open(self.pre_codes(x, side, self.gate.choose), self.b_enc, side)
 
+    def follow(self, membership_F: Tensor) -> None:
+        """Latents have changed groups."""
+        for shape in self._each():
+            shape.follow(membership_F)
+
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
         if self.is_plain:
             return super().encode(x, side)

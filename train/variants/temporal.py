@@ -35,8 +35,8 @@ class Config:
     medium_to: int = 16
     long_to: int = 128
     """The longest lag of each scale, in tokens; the shortest is one more than that of the scale before."""
-    temporal_weights: tuple[float, float, float] = (0.01, 0.005, 0.001)
-    """Short, medium, long."""
+    temporal_weights: tuple[float, float, float] = (0.1, 0.1, 0.1)
+    """Short, medium, long. Below 0.01 codes stay as they are; from 0.3 up reconstruction pays for it."""
     group_shares: tuple[float, float, float] = (0.25, 0.25, 0.25)
     """Of the dictionary, for each scale; the rest is free."""
     adaptive: Adaptive = "none"

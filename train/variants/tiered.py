@@ -139,11 +139,10 @@ class Config:
         """Idle latents move."""
         if not self.moves_every_steps:
             return assembly
-        sae, followers = assembly.sae, []
-        if COMPOSITION in sae.extras:
-            followers.append(sae.extras[COMPOSITION].follow)
+        sae = assembly.sae
+        followers = [extra.follow for extra in sae.extras.values() if isinstance(extra, Composition)]
         if isinstance(sae, ShapedAutoencoder):
-            followers += [lambda _, after, shape=shape: shape.follow(after) for shape in sae.shapes.values()]
+            followers.append(lambda before, after: sae.follow(after))
         return assembly.with_extra("structure", Structure(self._moves(), self.sizes(), followers))
 
     def _with_shapes(self, assembly: Assembly) -> Assembly:

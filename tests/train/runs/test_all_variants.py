@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from saemill.cache_schema import to_float32
 from saemill.train import load_sae
 from saemill.train.cli import main
+from saemill.train.sae.side import Side
 from saemill.train.variants import config_type, names
 
 
@@ -42,7 +43,8 @@ def test_the_saved_sae_is_the_one_that_was_validated(fleet, big, variant):
 
     x, target = raw(needs.inputs), raw(needs.targets or needs.inputs)
     with torch.no_grad():
-        acts = sae.encode(x)
+        positions = torch.arange(1, big["tokens"].shape[1]).repeat(40)
+        acts = sae.encode(x, Side({"position": positions}))
         x_hat = sae.decode(acts)
     assert float((acts > 0).sum(1).double().mean()) == pytest.approx(outcome["l0"], rel=1e-3)
     if len(needs.inputs) == 1:
