@@ -17,8 +17,8 @@ PIPE_WIDTH = 160
 
 def make_console() -> Console:
     """For what a person reads at the end; a pipe has room for a wide table."""
-    console = Console(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=PIPE_WIDTH)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, markup=False, width=PIPE_WIDTH)
 
 
 class Watch:

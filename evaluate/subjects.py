@@ -103,7 +103,7 @@ def _run_of(target: str, runs: Path) -> RunFolder | None:
 def _saes_of(run: RunFolder) -> list[Path]:
     if not run.is_finished:
         raise RunUnfinished(
-            f"{run.path} has not ended: it has no result.json. Go on with it: sae-train --resume {run.name}"
+            f"{run.path} has not ended: it has no result.json. Go on with it: sae-train --resume {run.path}"
         )
     found = list_saes(run.path)
     if not found:

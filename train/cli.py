@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from .runs import RunFolder
 from .settings import Setting, parse_grid, parse_settings, parse_value
 from .variants import names
 
+RUNS = "runs"
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
 _ALIASES = {"lr": "optim.lr"}
@@ -50,12 +52,12 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
     "--recipe", metavar="STUDY[/RUN]", help=f"A run of a study, or all its runs. Studies: {', '.join(studies())}."
 )
 @click.option("--cache", metavar="URL", help="The store: a path, or any fsspec URL such as s3://bucket/store.")
-@click.option("--out", default="runs", show_default=True, metavar="DIR", help="Where runs are kept.")
+@click.option("--out", default=RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
 @click.option("--name", metavar="NAME", help="Name of the run.  [default: run_N, the next free number]")
 @click.option("--tokens", callback=count, metavar="N", help="Tokens to train on, such as 50M.")
 @click.option("--epochs", type=click.IntRange(1), metavar="N", help="How often the store may be read.")
 @click.option("--layer", type=int, metavar="L", help="The layer to train on.")
-@click.option("--width", callback=count, metavar="F", help="Latents.  [default: 16384, or 16 times the residual width]")
+@click.option("--width", callback=count, metavar="F", help="Latents.  [default: the variant's own, at most 16 times the residual width]")
 @click.option("--k", callback=count, metavar="K", help="Active latents a token, for variants that fix them.")
 @click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [default: the variant's own]")
 @click.option("--seed", type=int, metavar="N", help="Of the SAE; the order of the data has its own, data.seed.")
@@ -84,7 +86,7 @@ def main(
     Several --variant, or a --grid, train side by side from one read of the store; each gets the bits it
     would have had alone.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     with errors_told():
         group, place = join(device)
         try:
@@ -138,8 +140,19 @@ def tell(console: Console, outcome: Outcome | None, plots: bool) -> None:
     for sae in outcome.saes.values():
         console.print(f"saved: {sae.folder}")
     if plots:
-        after_run(Path(next(iter(outcome.saes.values())).folder).parent, console.print)
-    console.print(f"next: sae-eval {outcome.run}")
+        after_run(folder_of(outcome), console.print)
+    console.print(f"next: sae-eval {evaluated_as(outcome)}")
+
+
+def folder_of(outcome: Outcome) -> Path:
+    """The run's folder."""
+    return Path(next(iter(outcome.saes.values())).folder).parent
+
+
+def evaluated_as(outcome: Outcome) -> str:
+    """What to call the run at the next command: its name where that looks, else its path."""
+    folder = folder_of(outcome)
+    return outcome.run if folder == Path(RUNS, outcome.run) else shlex.quote(str(folder))
 
 
 def _start(

@@ -87,7 +87,7 @@ def resumed(folder: RunFolder, store: Store, group: Group, device: torch.device,
     described = folder.read_config()
     config = read_run_config(described, str(folder.path / "config.json"))
     if folder.is_finished:
-        raise RunFinished(f"{folder.path} is finished: nothing to resume. Evaluate it with: sae-eval {folder.name}")
+        raise RunFinished(f"{folder.path} is finished: nothing to resume. Evaluate it with: sae-eval {folder.path}")
     settled = settle_again(config, _total_steps(described, folder), store)
     stats = check(settled, store, group, device)
     found = load_checkpoint(folder.checkpoints)
@@ -254,5 +254,5 @@ def _report_checkpoint(found: Checkpoint | None, console: Console) -> None:
         console.print("no checkpoint was written yet: beginning at step 0")
         return
     for complaint in found.complaints:
-        console.print(f"[yellow]a checkpoint is damaged and was passed over:[/] {complaint}")
+        console.print(f"a checkpoint is damaged and was passed over: {complaint}", style="yellow", markup=False)
     console.print(f"going on after step {found.standing.step}")

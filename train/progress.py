@@ -36,7 +36,7 @@ class Progress:
             self._printed = time.perf_counter()
             for label, values in scalars.items():
                 line = f"{label} {steps}/{self._total} {summary(values, tokens_per_second)}"
-                self._console.print(line, highlight=False, soft_wrap=True)
+                self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
         if self._bars is not None:

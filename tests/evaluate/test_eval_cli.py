@@ -85,8 +85,8 @@ def test_a_run_of_a_recipe_says_how_it_is_made(run_1, sae_eval):
 
 
 def test_a_run_that_has_not_ended(world, builder, sae_eval):
-    builder.run(world, "run_9", {}, finished=False)
-    assert "sae-train --resume run_9" in sae_eval("run_9", code=1)
+    folder = builder.run(world, "run_9", {}, finished=False)
+    assert f"sae-train --resume {folder}" in sae_eval("run_9", code=1)
 
 
 def test_what_is_wrong_with_one_target_does_not_stop_the_others(run_1, sae_eval):
