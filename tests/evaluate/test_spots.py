@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saemill.evaluate import reading
+from saemill.evaluate import spots
 from saemill.evaluate.errors import NotApplicable, WidthMismatch
 from saemill.evaluate.fitting import split_fitting
 from saemill.evaluate.spots import Reader, Spot
@@ -60,14 +60,14 @@ def test_saes_that_need_side_inputs_are_encoded_where_they_have_them(model, buil
 def test_a_batch_that_does_not_fit_is_halved(model, builder, monkeypatch):
     subject = builder.subject(builder.make_sae())
     whole = Reader(model, [subject], None, batch_size=3).read(SPOTS, ignore)
-    run, said = reading.run_windows, []
+    run, said = spots.run_windows, []
 
     def tight(model, tokens, valid, layers, attention):
         if len(tokens) > 1:
             raise MemoryError("full")
         return run(model, tokens, valid, layers, attention)
 
-    monkeypatch.setattr(reading, "run_windows", tight)
+    monkeypatch.setattr(spots, "run_windows", tight)
     pieces = Reader(model, [subject], None, 3, said.append).read(SPOTS, ignore)
     torch.testing.assert_close(pieces.x[subject.layer], whole.x[subject.layer])
     assert "1 prompts at a time" in said[-1]

@@ -54,7 +54,9 @@ def assert_same(found: AttentionCsr, expected: AttentionCsr) -> None:
     for name in ("indptr", "indices", "data", "kept_mass"):
         a, b = getattr(found, name), getattr(expected, name)
         assert a.dtype == b.dtype, name
-        np.testing.assert_array_equal(a, b, err_msg=name)
+        # A sum halfway between two halves rounds up or down with the order it is made in.
+        step = np.float16(1 / 1024) if name == "kept_mass" else 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=step, err_msg=name)
 
 
 SPECS = st.builds(

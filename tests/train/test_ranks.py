@@ -42,7 +42,8 @@ class Pair:
 
 def half(batch: Batch, rank: int) -> Batch:
     cut = slice(rank, None, 2)
-    return Batch(batch.x[cut], None if batch.target is None else batch.target[cut])
+    side = {name: values[cut] for name, values in batch.side.items()}
+    return Batch(batch.x[cut], None if batch.target is None else batch.target[cut], side)
 
 
 @pytest.mark.parametrize("variant", TOKENWISE)

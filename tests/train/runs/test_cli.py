@@ -140,7 +140,7 @@ def test_the_options_are_few(big):
     """Growing the command needs a visible change here: everything else is --set."""
     from saemill.train.cli import main
 
-    expected = "variants recipe cache out name tokens epochs layer width k lr seed device settings grid resume"
+    expected = "variants recipe cache out name tokens epochs layer width k lr seed device settings grid resume plots"
     assert [parameter.name for parameter in main.params] == expected.split()
 
 

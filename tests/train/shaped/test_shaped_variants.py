@@ -51,8 +51,7 @@ SETTINGS = {
 @pytest.mark.parametrize("variant", OFF)
 def test_with_everything_off_it_is_its_base_to_the_bit(variant, base, battery, shaping):
     config = battery.quick(variant, base=base, **OFF[variant])
-    plain = battery.quick(base)
-    plain = dataclasses.replace(plain, optim=config.optim, encoder_product=config.encoder_product)
+    plain = dataclasses.replace(battery.quick(base), encoder_product=config.encoder_product)
     batches = battery.batches(config, 5)
     assert shaping.same_bits_as(config.build(battery.D), plain.build(battery.D), batches, 5) == []
 
