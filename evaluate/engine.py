@@ -71,12 +71,13 @@ def _is_kept(subject: Subject, eval_id: str, settings: Mapping[str, Any], keep: 
 
 def settings_of(scene: Scene, config: Any) -> dict[str, Any]:
     """All that decides a result besides the SAE."""
-    return {
+    settings = {
         "config": to_json(config),
         "cache_id": scene.opened.manifest.cache_id if scene.opened else None,
         "dtype": str(scene.dtype).removeprefix("torch."),
         "from_tokens": scene.from_tokens,
     }
+    return settings if scene.model_name is None else settings | {"model": scene.model_name}
 
 
 class _Trial:

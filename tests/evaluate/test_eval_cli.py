@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -244,6 +246,21 @@ def test_compare_refuses_other_stores(world, make_world, run_1, builder, sae_eva
     builder.run(make_world(dtype="float32"), "run_2", {"other": builder.make_sae()})
     assert "SAEs of one store" in sae_eval("run_1", "run_2", "--compare", code=1)
     assert not results(run_1)
+
+
+def test_an_sae_that_knows_no_store_compares_with_those_of_the_store_it_is_given(world, run_1, builder, sae_eval):
+    folder = builder.subject(builder.make_sae(seed=5), "elsewhere").folder
+    output = sae_eval("run_1", str(folder), "--compare", "--cache", world.store, "--layer", str(builder.LAYER))
+    assert "run_1/small" in output and "elsewhere" in output
+
+
+def test_an_sae_that_was_written_after_its_result_is_evaluated_again(run_1, sae_eval):
+    sae_eval("run_1/small")
+    before = results(run_1)
+    weights, ahead = run_1 / "small/sae_weights.safetensors", time.time() + 60
+    os.utime(weights, (ahead, ahead))
+    sae_eval("run_1/small", "--resume")
+    assert results(run_1) != before
 
 
 def test_a_crash_in_one_sae_costs_no_other_its_result(run_1, sae_eval, monkeypatch):
