@@ -275,7 +275,20 @@ def test_a_crash_in_one_sae_costs_no_other_its_result(run_1, sae_eval, monkeypat
     output = sae_eval("run_1", code=1)
     assert "failed: core of run_1/large: ZeroDivisionError: planted" in output
     assert set(results(run_1)) == {"small_eval_results.json"}
-    assert "Traceback" in (run_1 / "evals" / "core" / "large_crash.txt").read_text()
+    crash = run_1 / "evals" / "core" / "large_crash.txt"
+    assert "Traceback" in crash.read_text()
+    monkeypatch.undo()
+    sae_eval("run_1", "--resume")
+    assert not crash.exists()
+
+
+def test_a_crash_whose_traceback_cannot_be_kept_is_told(run_1, sae_eval, monkeypatch):
+    def breaks(scene, subjects, block):
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(core, "measure_sparsity", breaks)
+    (run_1 / "evals").write_text("in the way")
+    assert "planted (its traceback cannot be kept" in sae_eval("run_1", "--no-plots", code=1)
 
 
 @pytest.fixture

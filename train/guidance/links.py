@@ -70,7 +70,7 @@ def links_of(
         order = torch.argsort(place, stable=True)
         layer, row, key, key_row, weight, place = (x[order] for x in (layer, row, key, key_row, weight, place))
     mass = index_sum(weight, place, len(layers) * num_rows)
-    attends = mass >= min_mass
+    attends = (mass >= min_mass) & (mass > 0)
     kept = attends[place].nonzero().view(-1)
     share = weight[kept] / mass[place[kept]]
     attends = attends.view(len(layers), num_rows)

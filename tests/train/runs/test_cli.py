@@ -119,6 +119,12 @@ def test_what_no_run_could_end_with_is_told_before_its_folder_is_made(
     assert not list(tmp_path.glob("runs/*"))
 
 
+def test_a_place_where_no_run_can_be_kept(big, sae_train, quick, tmp_path):
+    (tmp_path / "file").touch()
+    result = sae_train(*TOPK, *quick, "--cache", big["path"], "--epochs", 2, out=tmp_path / "file", code=1)
+    assert "choose another --out" in result.output
+
+
 def test_a_loss_that_leaves_the_numbers_names_its_place(big, sae_train, quick, tmp_path):
     """Diverged, because the learning rate is absurd: step, shards and windows, and no result."""
     words = [*TOPK, *quick, "--cache", big["path"], "--epochs", 2, "--lr", "1e30", "--set", "optim.warmup_steps=0"]
