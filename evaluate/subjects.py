@@ -16,13 +16,13 @@ from typing import Any
 from ..train.errors import RunMissing, TrainError
 from ..train.find import find_sae, list_saes, load_sae
 from ..train.launch import cache_of
+from ..train.recipes import runs_of, studies
 from ..train.runs import RunFolder, run_names
 from .errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 from .subject import Subject
 
 HOOK = re.compile(r"(?:blocks|layers)\.(\d+)\.?(?:hook_resid_(pre|post))?$|^layer_(\d+)$")
 """transformer_lens' names of residuals before and after a layer, and transformers' names of layers."""
-RECIPE_HINT = "sae-train --recipe attention/run_4 --cache ./store"
 
 
 Problem = EvalError | TrainError
@@ -116,13 +116,17 @@ def _explain_missing(target: str, runs: Path, error: TrainError) -> str:
         return str(error)
     known = ", ".join(run_names(runs)) or "none"
     text = f"no run {target!r} in {runs} (it has: {known}), and no folder of an SAE of that name"
-    recipe = recipe_of(target)
-    return text if recipe is None else f"{text}. {target} is a recipe's run; this makes it: {recipe}"
+    recipe = how_to_make(target)
+    return text if recipe is None else f"{text}. {recipe}"
 
 
-def recipe_of(target: str) -> str | None:
-    """The command that makes a run that people ask for by name, where there is one."""
-    return RECIPE_HINT if target == "run_4" else None
+def how_to_make(target: str) -> str | None:
+    """The command that makes a run that studies know by this name, where there is one."""
+    found = [study for study in studies() if any(recipe.name == target for recipe in runs_of(study))]
+    if not found:
+        return None
+    others = f" (also in the studies {', '.join(found[1:])})" if len(found) > 1 else ""
+    return f"`sae-train --recipe {found[0]}/{target} --cache ./store` makes that of the study {found[0]}{others}"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

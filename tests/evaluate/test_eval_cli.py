@@ -74,14 +74,16 @@ def test_an_sae_without_a_store(golden, builder, sae_eval):
 
 
 def test_an_unknown_run_lists_what_there_is(run_1, sae_eval):
-    output = sae_eval("run_2", code=1)
-    assert "no run 'run_2'" in output
+    output = sae_eval("my_run", code=1)
+    assert "no run 'my_run'" in output
     assert "run_1" in output
     assert "recipe" not in output
 
 
 def test_a_run_of_a_recipe_says_how_it_is_made(run_1, sae_eval):
-    assert "sae-train --recipe attention/run_4 --cache ./store" in sae_eval("run_4", code=1)
+    output = sae_eval("run_4", code=1)
+    assert "no run 'run_4'" in output
+    assert "`sae-train --recipe attention/run_4 --cache ./store` makes that of the study attention" in output
 
 
 def test_a_run_that_has_not_ended(world, builder, sae_eval):
