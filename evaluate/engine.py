@@ -71,12 +71,18 @@ def _is_kept(subject: Subject, eval_id: str, settings: Mapping[str, Any], keep: 
 
 def settings_of(scene: Scene, config: Any) -> dict[str, Any]:
     """All that decides a result besides the SAE."""
-    return {
+    settings = {
         "config": to_json(config),
         "cache_id": scene.opened.manifest.cache_id if scene.opened else None,
         "dtype": str(scene.dtype).removeprefix("torch."),
         "from_tokens": scene.from_tokens,
     }
+    return settings if scene.model_name is None else settings | {"model": scene.model_name}
+
+
+def crash_path(subject: Subject, eval_id: str) -> Path:
+    """Where the traceback of an error that nobody expected is kept."""
+    return result_path(subject, eval_id).with_name(f"{subject.label}_crash.txt")
 
 
 class _Trial:
@@ -117,6 +123,7 @@ class _Trial:
                 return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
         write_result(item, self._eval_id, self._settings)
+        crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # of an earlier time
         self._scene.say(f"{self._eval_id}: {item.subject.name} done")
         if item.missing:
             return Row(item.subject, self._eval_id, "partly", item.missing)
@@ -129,7 +136,10 @@ class _Trial:
         """A line for the table; for what nobody expected, the whole traceback beside the results."""
         if isinstance(error, EXPECTED):
             return Row(subject, self._eval_id, "failed", str(error))
-        path = result_path(subject, self._eval_id).with_name(f"{subject.label}_crash.txt")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(traceback.format_exception(error)))
-        return Row(subject, self._eval_id, "failed", f"{type(error).__name__}: {error} (all of it in {path})")
+        path, said = crash_path(subject, self._eval_id), f"{type(error).__name__}: {error}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(traceback.format_exception(error)))
+        except OSError as obstacle:  # a full or read-only disk, which may be the very error
+            return Row(subject, self._eval_id, "failed", f"{said} (its traceback cannot be kept: {obstacle})")
+        return Row(subject, self._eval_id, "failed", f"{said} (all of it in {path})")

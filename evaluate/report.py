@@ -68,9 +68,10 @@ def summary_of(eval_id: str) -> tuple[str, ...]:
 
 def require_one_store(subjects: Iterable[Subject]) -> None:
     """SAEs of several stores saw different tokens: their numbers do not compare."""
-    by_id: dict[str | None, list[str]] = {}
+    by_id: dict[str, list[str]] = {}
     for subject in subjects:
-        by_id.setdefault(subject.cache_id, []).append(subject.name)
+        if subject.cache_id is not None:  # one that says none is measured on the store it is given, as the results say
+            by_id.setdefault(subject.cache_id, []).append(subject.name)
     if len(by_id) > 1:
         listed = "; ".join(f"{cache_id}: {', '.join(names)}" for cache_id, names in by_id.items())
         raise Incomparable(f"--compare is for SAEs of one store, found cache ids {listed}. Compare those of one id")
@@ -114,4 +115,4 @@ def _by_reason(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
 
 def _cell(document: Mapping[str, Any] | None, metric: str) -> str:
     value = None if document is None else metric_of(document, metric)
-    return MISSING if value is None or value == -1 else f"{value:.4g}"
+    return MISSING if value is None else f"{value:.4g}"

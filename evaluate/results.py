@@ -23,6 +23,7 @@ from .errors import ResultInvalid
 from .subject import Subject
 
 UNKNOWN = "Unknown"
+UNMEASURED = -1  # what SAEBench writes where there is no number
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,14 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
         "eval_config": dict(result.eval_config),
         "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
-        "eval_result_metrics": without_nan(result.metrics, -1),
-        "eval_result_details": without_nan(result.details, -1),
+        "eval_result_metrics": without_nan(result.metrics, UNMEASURED),
+        "eval_result_details": without_nan(result.details, UNMEASURED),
         "sae_bench_commit_hash": UNKNOWN,
         "sae_lens_id": subject.label,
         "sae_lens_release_id": subject.run or subject.folder.name,
         "sae_lens_version": SAELENS_VERSION,
-        "sae_cfg_dict": sae_config(subject),
-        "eval_result_unstructured": without_nan(result.unstructured, -1),
+        "sae_cfg_dict": without_nan(sae_config(subject), None),
+        "eval_result_unstructured": without_nan(result.unstructured, UNMEASURED),
         **without_nan(result.extra, None),
         "saemill": {
             "settings": dict(settings),
@@ -122,12 +123,12 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
-    """A number by its dotted name: one of the official metrics, or of a top-level key of ours."""
+    """A number by its dotted name: one of the official metrics, or of a top-level key of ours; None for no number."""
     for value in (document["eval_result_metrics"], document):
         for part in metric.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         if isinstance(value, (int, float)):
-            return float(value)
+            return None if value == UNMEASURED else float(value)
     return None
 
 
@@ -137,11 +138,17 @@ def is_there(subject: Subject, eval_id: str) -> bool:
 
 
 def is_done(subject: Subject, eval_id: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a whole result of these very settings is there."""
-    if not is_there(subject, eval_id):
+    """Whether a whole result of these very settings is there, and no older than the SAE."""
+    if not is_there(subject, eval_id) or _is_older(result_path(subject, eval_id), subject.folder):
         return False
     ours = read_result(result_path(subject, eval_id)).get("saemill", {})
     return ours.get("settings") == dict(settings) and ours.get("missing") is None
+
+
+def _is_older(path: Path, folder: Path) -> bool:
+    """Whether a folder's weights were written after the result: another SAE has taken the place of the one measured."""
+    weights = [found for ending in ("*.safetensors", "*.pt") for found in folder.glob(ending)]
+    return any(found.stat().st_mtime > path.stat().st_mtime for found in weights)
 
 
 def without_nan(value: Any, instead: Any) -> Any:

@@ -31,7 +31,7 @@ from ..train.runs import RunFolder, read_json
 from .cli import main as sae_eval
 from .progress import make_console
 from .report import heading, summary_of
-from .results import metric_of, read_result
+from .results import metric_of, read_result, without_nan
 from .untrained import untrained_traits
 
 OWN_EVAL = {
@@ -41,7 +41,7 @@ OWN_EVAL = {
     "positional": "position",
     "temporal": "temporal",
 }
-HEADLINE = "headline"
+HEADLINE, CORE = "headline", "core"
 SEED = re.compile(r"_seed\d+$")
 
 
@@ -109,7 +109,7 @@ def carry_out(study: str, course: Course, console: Console) -> list[Line]:
     runs = [recipe.name for recipe in runs_of(study)]
     for words in training_commands(study, runs, course):
         call(sae_train, "sae-train", words, console)
-    evals = ("core", OWN_EVAL[study])
+    evals = (CORE, OWN_EVAL[study])
     words = [*runs, "--runs", str(course.out), "--evals", ",".join(evals), "--resume"]
     call(sae_eval, "sae-eval", words, console)
     lines = [line for run in runs for line in read_lines(RunFolder.at(course.out / run), evals)]
@@ -159,6 +159,8 @@ def read_lines(folder: RunFolder, evals: Sequence[str]) -> list[Line]:
             found = {metric: metric_of(document, metric) for metric in summary_of(eval_id)}
             values |= {metric.rsplit(".", 1)[-1]: value for metric, value in found.items() if value is not None}
             problems += untrained_traits(document)
+            if eval_id == CORE:
+                problems += [f"{metric.rsplit('.', 1)[-1]} is no number" for metric, v in found.items() if v is None]
         problems += [f"{name} is no number" for name, value in values.items() if not math.isfinite(value)]
         lines.append(Line(folder.name, label, values, problems))
     return lines
@@ -179,8 +181,8 @@ def write_tables(study: str, lines: Sequence[Line], out: Path, console: Console)
             console.print(_table(title, head, rows))
             parts.append(f"**{title}**\n\n{_markdown(head, rows)}")
     replace_file(out / "table.md", "\n\n".join(parts).encode() + b"\n")
-    raw = [{"run": line.run, "label": line.label, **line.values} for line in lines]
-    replace_file(out / "table.json", json.dumps(raw, indent=1, allow_nan=True).encode() + b"\n")
+    raw = without_nan([{"run": line.run, "label": line.label, **line.values} for line in lines], None)
+    replace_file(out / "table.json", json.dumps(raw, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def seeded_rows(lines: Sequence[Line], columns: Sequence[str]) -> list[list[str]]:

@@ -148,4 +148,7 @@ def _layers_of(
         raise SettingInvalid(
             f"{folder} does not say which layer's residual stream it reads (hook_name {hook!r}): give --layer"
         )
-    return (int(match[1] or match[3]) - (match[2] == "pre"),)
+    found = int(match[1] or match[3]) - (match[2] == "pre")
+    if found < 0:
+        raise SettingInvalid(f"{folder} reads what comes before the first layer ({hook!r}), which no store holds")
+    return (found,)

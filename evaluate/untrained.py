@@ -6,7 +6,6 @@ of layer 5). A run that does no better has failed, and says so itself.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,5 +28,5 @@ def untrained_traits(document: Mapping[str, Any]) -> list[str]:
     return [
         f"{metric.rsplit('.', 1)[-1]} {value:.4g}, as if never trained ({UNTRAINED[metric]:g})"
         for metric, value in found.items()
-        if value is not None and (math.isnan(value) or value <= UNTRAINED[metric])
+        if value is not None and value <= UNTRAINED[metric]
     ]

@@ -57,7 +57,12 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option("--tokens", callback=count, metavar="N", help="Tokens to train on, such as 50M.")
 @click.option("--epochs", type=click.IntRange(1), metavar="N", help="How often the store may be read.")
 @click.option("--layer", type=int, metavar="L", help="The layer to train on.")
-@click.option("--width", callback=count, metavar="F", help="Latents.  [default: the variant's own, at most 16 times the residual width]")
+@click.option(
+    "--width",
+    callback=count,
+    metavar="F",
+    help="Latents.  [default: the variant's, at most 16 times the residual width]",
+)
 @click.option("--k", callback=count, metavar="K", help="Active latents a token, for variants that fix them.")
 @click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [default: the variant's own]")
 @click.option("--seed", type=int, metavar="N", help="Of the SAE; the order of the data has its own, data.seed.")
@@ -187,7 +192,8 @@ def _introduce(console: Console, group: Group, run: Run, settled: Settled) -> No
 
 def _settings_of(member: Member) -> str:
     shown = ("layer", "layers", "width", "k", "seed")
-    return ", ".join(f"{key} {getattr(member.config, key)}" for key in shown if hasattr(member.config, key))
+    values = {key: getattr(member.config, key, None) for key in shown}
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 
 
 def _asks(

@@ -104,9 +104,11 @@ class Ask:
 
     @classmethod
     def of_variants(
-        cls, names: Iterable[str], settings: Sequence[Setting] = (), grid: Sequence[Sequence[Setting]] = ((),)
+        cls, names: Sequence[str], settings: Sequence[Setting] = (), grid: Sequence[Sequence[Setting]] = ((),)
     ) -> Ask:
         """Variants at their defaults, each once."""
+        for name in names:
+            variants.module(name)  # an unknown one ends here, whatever else is wrong
         return cls(tuple(Sae(name, name) for name in dict.fromkeys(names)), settings, grid)
 
     def stream(self) -> DataConfig:

@@ -8,7 +8,7 @@ TrainError
 ├── NonFiniteLoss (ArithmeticError)     the loss left the numbers; weights are as before the step
 ├── SaeInvalid (ValueError)             a folder that is no SAE this package can read
 ├── StateInvalid (ValueError)           a checkpoint's state does not fit this SAE
-├── NothingToTrain (ValueError)         no step to take, or no token to take it on
+├── NothingToTrain (ValueError)         no step to take, no token to take it on, or none to measure it on
 ├── StoreTooShort (ValueError)          fewer tokens than the budget, and no word of reading them again
 ├── MemoryTooSmall (MemoryError)        the run does not fit
 ├── ActivationsNotFinite (ArithmeticError)  the store holds values that are no numbers

@@ -76,12 +76,12 @@ def _only_sae(folder: Path) -> Path:
 def _download(name: str) -> Path:
     """A repository of the Hub, or one folder of it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     owner, repository, *folder = name.split("/")
     wanted = [f"{folder[0]}/*"] if folder else ["*.json", "*.safetensors"]
     try:
         root = snapshot_download(f"{owner}/{repository}", allow_patterns=wanted)
-    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         raise RunMissing(f"no folder or run {name!r} here, and the Hub did not give it either: {error}") from None
     return Path(root, *folder)

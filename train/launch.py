@@ -24,7 +24,7 @@ from .data.feed import Feed, joint_request
 from .data.plan import Plan
 from .data.sizes import measure_split
 from .distributed import Group, make_shard
-from .errors import ActivationsNotFinite, ConfigInvalid, RunFinished
+from .errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, RunFinished
 from .fleet import Fleet
 from .keeper import Keeper
 from .memory import require_room
@@ -37,7 +37,7 @@ from .trackers import Trackers, require_trackers
 from .watch import Watch
 
 POOL_BYTES = 2 * 2**30  # of residuals, for each layer
-TRAIN = "train"
+TRAIN, VALIDATION = "train", "validation"
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def check(settled: Settled, store: Store, group: Group, device: torch.device) ->
     request = joint_request([member.config.request() for member in members], TRAIN)
     validate_request(store.manifest, request)
     store.spans(request)
+    _require_held_out(settled, store)
     manifest, plan = store.manifest, settled.plan
     pools = 1 if plan.is_one_block else 2
     element = 4 if manifest.model.dtype == "float32" else 2
@@ -115,6 +116,20 @@ def check(settled: Settled, store: Store, group: Group, device: torch.device) ->
     pool_bytes = pools * plan.max_windows * window_bytes
     require_room(members, manifest.model.d_model, plan.batch_tokens // group.size, pool_bytes, shards, device)
     return {layer: _stats(store, layer) for layer in request.layers}
+
+
+def _require_held_out(settled: Settled, store: Store) -> None:
+    """A run ends with numbers on text it has not seen: that must be there before the first step."""
+    manifest, course = store.manifest, settled.config.course
+    first, last = manifest.splits[VALIDATION]
+    if first == last:
+        raise NothingToTrain(
+            f"the validation split of {store.url} is empty: a run is measured on it in the end. "
+            "Harvest or import more text, so that the split has windows"
+        )
+    windows = min(max(1, course.validation_tokens // manifest.context), last - first)
+    request = joint_request([member.config.request() for member in settled.config.members], VALIDATION)
+    store.spans(replace(request, windows=(0, windows)))
 
 
 def _make_folder(settled: Settled, out: str, name: str | None) -> RunFolder:

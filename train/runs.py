@@ -35,8 +35,7 @@ class RunFolder:
     @classmethod
     def create(cls, root: str | os.PathLike[str], name: str | None) -> RunFolder:
         """A new folder: of this name, or of the next free number."""
-        root = Path(root)
-        root.mkdir(parents=True, exist_ok=True)
+        root = _make_root(root)
         if name is None:
             return cls(_make_first(root, (f"run_{number}" for number in itertools.count(1))))
         if name in ("", ".", "..") or "/" in name:
@@ -52,8 +51,7 @@ class RunFolder:
     @classmethod
     def create_like(cls, root: str | os.PathLike[str], name: str) -> RunFolder:
         """A new folder of this name, or of name_2, name_3, ... where that exists."""
-        root = Path(root)
-        root.mkdir(parents=True, exist_ok=True)
+        root = _make_root(root)
         return cls(_make_first(root, itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))))
 
     @classmethod
@@ -151,6 +149,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigInvalid(f"{path}: expected an object, found {type(value).__name__}")
     return value
+
+
+def _make_root(root: str | os.PathLike[str]) -> Path:
+    """The folder of runs, which may be there already."""
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigInvalid(
+            f"runs cannot be kept in {os.fspath(root)} ({error.strerror}): choose another --out"
+        ) from None
+    return Path(root)
 
 
 def _make_first(root: Path, names: Iterator[str]) -> Path:

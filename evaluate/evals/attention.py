@@ -29,6 +29,7 @@ from ..subject import Subject
 from ..windows import Windows
 
 NEEDS = Needs(store=True)
+ONE_LAYER = "attention fidelity is about SAEs that read and write one layer"
 SUMMARY = ("contribution.total", "fidelity.score", "fidelity.kl_sae")
 
 
@@ -78,7 +79,10 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
                 replace(scene, subject, batch, x_hat, stored[subject.layer + 1], seen[subject])
     for subject in subjects:
         metrics = {"contribution": contribution(seen[subject], layers), "fidelity": fidelity(seen[subject])}
-        yield Result(subject, to_json(config), metrics, missing=missing[subject])
+        if subject.is_single_layer:
+            yield Result(subject, to_json(config), metrics, missing=missing[subject])
+        else:
+            yield Result(subject, to_json(config), metrics, remark=ONE_LAYER)
 
 
 def obstacles(scene: Scene, subjects: Sequence[Subject]) -> dict[Subject, str | None]:
@@ -92,7 +96,7 @@ def obstacles(scene: Scene, subjects: Sequence[Subject]) -> dict[Subject, str | 
     found: dict[Subject, str | None] = {}
     for subject in subjects:
         if not subject.is_single_layer:
-            found[subject] = "attention fidelity is about SAEs that read and write one layer"
+            found[subject] = ONE_LAYER
         elif subject.layer + 1 not in stored:
             held = ", ".join(map(str, stored))
             found[subject] = f"attention fidelity needs layer {subject.layer + 1}; the store holds layers {held}"

@@ -87,7 +87,11 @@ def consistency_scores(seen: Seen) -> dict[str, float]:
         for name, value in values.items()
         if seen.consistency[ALL].pairs[list(SCALES).index(scale)] > 0
     }
-    own = {scale: seen.consistency[scale].scores()[scale]["tcs"] for scale in SCALES}
+    own = {
+        scale: seen.consistency[scale].scores()[scale]["tcs"]
+        for number, scale in enumerate(SCALES)
+        if seen.consistency[ALL].pairs[number] > 0
+    }
     return found | {f"tcs_own_{scale}": value for scale, value in own.items()}
 
 

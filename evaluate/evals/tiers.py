@@ -42,6 +42,7 @@ from ..wording import Wording
 
 NEEDS = Needs(store=True)
 SUMMARY = ("tier_information.adjusted_nmi_1_2", "composition.coverage_few_2")
+UNTRACED = "causal tracing is about SAEs that read and write one layer"
 KEPT = 5
 LEAST_ROOM = 1e-3  # nats between mean ablation and the reconstruction, below which nothing can be restored
 
@@ -105,8 +106,10 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
     for subject in subjects:
         metrics = measure(seen[subject], composition[subject][0], effects[subject], config)
         listed = {"tiers": seen[subject].tiers.source, "uncomposed": list_uncomposed(seen[subject], words, config)}
-        untraced = None if subject.is_single_layer else "causal tracing is about SAEs that read and write one layer"
-        yield Result(subject, to_json(config), metrics, unstructured=listed, missing=missing or untraced)
+        if subject.is_single_layer:
+            yield Result(subject, to_json(config), metrics, unstructured=listed, missing=missing)
+        else:
+            yield Result(subject, to_json(config), metrics, unstructured=listed, remark=UNTRACED)
 
 
 def model_obstacle(scene: Scene, config: Config) -> str | None:

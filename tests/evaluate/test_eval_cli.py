@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -248,6 +250,21 @@ def test_compare_refuses_other_stores(world, make_world, run_1, builder, sae_eva
     assert not results(run_1)
 
 
+def test_an_sae_that_knows_no_store_compares_with_those_of_the_store_it_is_given(world, run_1, builder, sae_eval):
+    folder = builder.subject(builder.make_sae(seed=5), "elsewhere").folder
+    output = sae_eval("run_1", str(folder), "--compare", "--cache", world.store, "--layer", str(builder.LAYER))
+    assert "run_1/small" in output and "elsewhere" in output
+
+
+def test_an_sae_that_was_written_after_its_result_is_evaluated_again(run_1, sae_eval):
+    sae_eval("run_1/small")
+    before = results(run_1)
+    weights, ahead = run_1 / "small/sae_weights.safetensors", time.time() + 60
+    os.utime(weights, (ahead, ahead))
+    sae_eval("run_1/small", "--resume")
+    assert results(run_1) != before
+
+
 def test_a_crash_in_one_sae_costs_no_other_its_result(run_1, sae_eval, monkeypatch):
     original = core.measure_sparsity
 
@@ -260,7 +277,20 @@ def test_a_crash_in_one_sae_costs_no_other_its_result(run_1, sae_eval, monkeypat
     output = sae_eval("run_1", code=1)
     assert "failed: core of run_1/large: ZeroDivisionError: planted" in output
     assert set(results(run_1)) == {"small_eval_results.json"}
-    assert "Traceback" in (run_1 / "evals" / "core" / "large_crash.txt").read_text()
+    crash = run_1 / "evals" / "core" / "large_crash.txt"
+    assert "Traceback" in crash.read_text()
+    monkeypatch.undo()
+    sae_eval("run_1", "--resume")
+    assert not crash.exists()
+
+
+def test_a_crash_whose_traceback_cannot_be_kept_is_told(run_1, sae_eval, monkeypatch):
+    def breaks(scene, subjects, block):
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(core, "measure_sparsity", breaks)
+    (run_1 / "evals").write_text("in the way")
+    assert "planted (its traceback cannot be kept" in sae_eval("run_1", "--no-plots", code=1)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from ...cache_schema import Manifest
 from ..base import base_request, build_base
 from ..build import require
 from ..compose import Assembly, Needs, Term
@@ -22,6 +23,7 @@ from ..sae.scaling import Stats
 from ..schedules import Constant, ExponentialApproach, Ramp, Schedule
 from .attention import MIXING, TEMPERATURE, Attention, Noted
 from .encoder import AttendedSae
+from .links import require_head
 from .mixing import Mixing
 
 ENCODER_SEEDS = 2**40  # far from those of the bases
@@ -58,6 +60,12 @@ class Guided:
     dead_after_tokens: int = 10_000_000
     encoder_product: EncoderProduct = "float32"
     optim: Optim = field(default_factory=Optim)
+
+    def check(self, manifest: Manifest) -> None:
+        """Refuse a store that has not the head."""
+        spec = manifest.attention
+        if self.head is not None and spec is not None:
+            require_head(self.head, 1 if spec.averaged else spec.heads)
 
     def attention(self, layers: tuple[int, ...]) -> Attention:
         return Attention(layers, self.head, self.min_mass, self.shuffle_attention)

@@ -70,7 +70,7 @@ def links_of(
         order = torch.argsort(place, stable=True)
         layer, row, key, key_row, weight, place = (x[order] for x in (layer, row, key, key_row, weight, place))
     mass = index_sum(weight, place, len(layers) * num_rows)
-    attends = mass >= min_mass
+    attends = (mass >= min_mass) & (mass > 0)
     kept = attends[place].nonzero().view(-1)
     share = weight[kept] / mass[place[kept]]
     attends = attends.view(len(layers), num_rows)
@@ -92,7 +92,7 @@ def _layer_links(
     row, key_row = row_of[window, query], row_of[window, key]
     kept = (key > 0) & (key < query) & (row >= 0) & (key_row >= 0)
     if head is not None:
-        _require_head(head, heads)
+        require_head(head, heads)
         kept &= place // context % heads == head
     chosen = kept.nonzero().view(-1)
     weight = attention.data[chosen] / (heads if head is None else 1)
@@ -113,7 +113,8 @@ def _other_window(window: Tensor, query: Tensor, windows: int) -> Tensor:
     return (window + 1 + query % (windows - 1)) % windows
 
 
-def _require_head(head: int, heads: int) -> None:
+def require_head(head: int, heads: int) -> None:
+    """A store has its heads apart, or their mean."""
     if not 0 <= head < heads:
         found = "heads averaged into one" if heads == 1 else f"{heads} heads"
         raise ConfigInvalid(f"head: expected a head that the store has, found {head} and a store with {found}")

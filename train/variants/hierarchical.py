@@ -59,7 +59,9 @@ class Config(Guided):
     def _require_settings(self) -> None:
         offsets, ablated = set(self.offsets), set(self.ablated)
         require(len(offsets) == len(self.offsets) > 0, f"offsets: expected distinct ones, found {list(self.offsets)}")
-        require(ablated < offsets, f"ablated: expected some of {list(self.offsets)}, found {list(self.ablated)}")
+        require(
+            ablated < offsets, f"ablated: expected some of {list(self.offsets)}, not all, found {list(self.ablated)}"
+        )
         require(self.beta >= 0, f"beta: expected 0 or more, found {self.beta}")
         for name in ("mixing_temperature", "mixing_temperature_start"):
             value = getattr(self, name)

@@ -36,7 +36,7 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
         "run_1/topk",
     ):
         assert said in result.output
-    assert result.output.rstrip().endswith("next: sae-eval run_1")
+    assert result.output.rstrip().endswith(f"next: sae-eval {run}")
 
 
 def test_runs_get_the_next_free_number(big, sae_train, quick, tmp_path):
@@ -98,6 +98,31 @@ def test_an_empty_split_is_an_error(write_store, sae_train, quick, tmp_path):
     result = sae_train(*TOPK, *quick, "--cache", tmp_path / "store", code=1)
     assert "has 0 windows" in result.output
     assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--variant", "topk", "--cache", "{store}"], "validation split"),
+        (["--variant", "tired", "--cache", "nowhere"], "did you mean 'tiered'"),
+        (["--variant", "attention", "--cache", "{store}", "--set", "head=7"], "head: expected a head"),
+    ],
+)
+def test_what_no_run_could_end_with_is_told_before_its_folder_is_made(
+    write_store, sae_train, quick, tmp_path, words, said
+):
+    write_store(tmp_path / "store", windows=60, splits=(60, 60))
+    words = [word.format(store=tmp_path / "store") for word in words]
+    if words[1] != "tired":
+        words += quick
+    assert said in sae_train(*words, code=1).output
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_place_where_no_run_can_be_kept(big, sae_train, quick, tmp_path):
+    (tmp_path / "file").touch()
+    result = sae_train(*TOPK, *quick, "--cache", big["path"], "--epochs", 2, out=tmp_path / "file", code=1)
+    assert "choose another --out" in result.output
 
 
 def test_a_loss_that_leaves_the_numbers_names_its_place(big, sae_train, quick, tmp_path):

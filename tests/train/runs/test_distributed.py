@@ -30,7 +30,7 @@ def test_two_processes_train_as_one(big, spawn, sae_train, quick, tmp_path, vari
     words += ["--set", "encoder_product=float32"]
     sae_train(*words, "--name", "one")
     first, second = launch(spawn, [*words, "--name", "two"])
-    assert "next: sae-eval two" in first and second.strip() == ""
+    assert f"next: sae-eval {tmp_path / 'runs/two'}" in first and second.strip() == ""
     one, two = (load_file(tmp_path / f"runs/{name}/{variant}/sae_weights.safetensors") for name in ("one", "two"))
     for key in one:
         assert torch.allclose(one[key], two[key], rtol=1e-3, atol=1e-4), key

@@ -79,7 +79,7 @@ def test_a_study_is_all_its_runs_and_options_reach_them(probe, big, sae_train, t
     for run in ("run_0", "run_1"):
         outcome = json.loads((tmp_path / f"runs/{run}/result.json").read_text())
         assert outcome["steps"] == 5 and {sae["width"] for sae in outcome["saes"].values()} == {16}
-        assert f"next: sae-eval {run}" in result.output
+        assert f"next: sae-eval {tmp_path / 'runs' / run}" in result.output
 
 
 @pytest.mark.parametrize(
