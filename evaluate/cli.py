@@ -30,7 +30,9 @@ INTERRUPTED = 130
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="The model's.  [default: the store's]"
 )
-@click.option("--from-tokens", is_flag=True, help="Run the whole model, instead of starting from the store.")
+@click.option(
+    "--from-tokens", is_flag=True, help="core: run the whole model, not only what is above the store's layer."
+)
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
 @click.option("--compare", is_flag=True, help="One table of results; evaluates only what has none yet.")
 @click.option("--resume", is_flag=True, help="Skip what is done with the same settings.")
@@ -43,7 +45,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
     Results are JSON files beside the run. The exit status is 0 when all is done, 1 when something failed,
     3 when something could not be run for want of a model or data.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         from .command import run  # late: --help must not wait for torch and transformers
 
@@ -51,6 +53,8 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
     except KeyboardInterrupt:
         click.echo("stopped; what is done is saved, and --resume goes on from there", err=True)
         status = INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     sys.exit(status)
 
 
