@@ -27,7 +27,7 @@ from rich.table import Table
 from ..train.cli import main as sae_train
 from ..train.files import replace_file
 from ..train.recipes import runs_of, studies
-from ..train.runs import RunFolder, read_json
+from ..train.runs import RunFolder, read_json, write_json
 from .cli import main as sae_eval
 from .progress import make_console
 from .report import heading, summary_of
@@ -106,15 +106,32 @@ def main(
 
 def carry_out(study: str, course: Course, console: Console) -> list[Line]:
     """All of one study; what is done already is kept."""
+    keep_course(course)
     runs = [recipe.name for recipe in runs_of(study)]
     for words in training_commands(study, runs, course):
         call(sae_train, "sae-train", words, console)
     evals = (CORE, OWN_EVAL[study])
     words = [*runs, "--runs", str(course.out), "--evals", ",".join(evals), "--resume"]
-    call(sae_eval, "sae-eval", words, console)
+    call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # what it could not do is told by line
     lines = [line for run in runs for line in read_lines(RunFolder.at(course.out / run), evals)]
     write_tables(study, lines, course.out, console)
     return lines
+
+
+def keep_course(course: Course) -> None:
+    """Runs of one table share their settings: those of an earlier call are refused if they differ."""
+    wanted = {"cache": course.cache, "options": list(course.options), "seeds": course.seeds}
+    path = course.out / "course.json"
+    if path.is_file():
+        found = read_json(path)
+        if found != wanted:
+            raise click.ClickException(
+                f"{course.out} was begun with {json.dumps(found)}, found {json.dumps(wanted)}: "
+                "say the same again, or choose another --out"
+            )
+        return
+    course.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
 
 
 def training_commands(study: str, runs: Iterable[str], course: Course) -> list[list[str]]:
@@ -133,13 +150,13 @@ def training_commands(study: str, runs: Iterable[str], course: Course) -> list[l
     return commands
 
 
-def call(command: Any, name: str, words: Sequence[str], console: Console) -> None:
+def call(command: Any, name: str, words: Sequence[str], console: Console, may_end: Sequence[int] = (0,)) -> None:
     """Run a command of this package, told as it would be typed; one that fails ends the study."""
     console.print(f"$ {shlex.join([name, *words])}", style="bold", markup=False)
     try:
         command.main(list(words), prog_name=name, standalone_mode=False)
     except SystemExit as end:
-        if end.code not in (0, None):
+        if (end.code or 0) not in may_end:
             raise click.ClickException(f"{name} ended with status {end.code}: its last lines say why") from None
 
 

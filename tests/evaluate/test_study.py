@@ -118,3 +118,11 @@ def test_a_command_that_fails_ends_the_study():
 
 def test_every_study_has_measures_of_its_own():
     assert set(study.studies()) <= set(study.OWN_EVAL)
+
+
+def test_a_table_is_of_one_course(tmp_path):
+    course = Course("./store", tmp_path / "tiered", ("--tokens", "1M"), seeds=3)
+    study.keep_course(course)
+    study.keep_course(course)
+    with pytest.raises(click.ClickException, match="say the same again"):
+        study.keep_course(Course("./store", tmp_path / "tiered", ("--tokens", "2M"), seeds=3))
