@@ -1,16 +1,12 @@
 """The three sparse products behind every step, without autograd.
 
 B rows, D width, F latents, N entries of a support. A bag sum is a sparse times dense product, pair
-dots are a dense times dense product sampled at the support. On CPU bag sums go through the
+dots are a dense times dense product sampled at the support. On CPU both go through the
 embedding-bag kernels, which read each table row once and write nothing in between: two to four
-times as fast as the CSR products of the sparse library at these shapes. Pair dots are the sparse
-library's sampled product where there is one, three quarters of the time of the bag kernels at 2,304 latents.
+times as fast as the CSR products of the sparse library at these shapes.
 """
 
 from __future__ import annotations
-
-import warnings
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,8 +40,6 @@ def pair_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
     if support.latents.numel() == 0:
         return rows_BD.new_zeros(0)
     rows_BD, W_FD = rows_BD.contiguous(), W_FD.contiguous()
-    if rows_BD.device.type == "cpu" and _has_sampled_product():
-        return _sampled_dots(support, rows_BD, W_FD)
     if support.num_latents <= support.num_rows:
         return _bag_dots(rows_BD, W_FD, support.latents, support.offsets, support.rows)
     # The larger table is read in order, once, and the smaller one stays in cache.
@@ -76,23 +70,6 @@ def row_sum(support: Support, values: Tensor) -> Tensor:
 
 def _bag_dots(bags: Tensor, table: Tensor, indices: Tensor, offsets: Tensor, bag_of: Tensor) -> Tensor:
     """<bags[bag_of[n]], table[indices[n]]> for every n."""
-    # The gradient that an embedding bag has for its weights is exactly this.
+    # The gradient that an embedding bag has for its weights is exactly this; the sparse library's
+    # sampled product is as fast but builds a CSR tensor that warns of being in beta.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(bags, table, indices, offsets[:-1], bag_of, 0)
-
-
-def _sampled_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
-    """The same by the sparse library, which keeps rows of both tables in cache."""
-    nothing = rows_BD.new_zeros(support.latents.numel())
-    shape = (support.num_rows, support.num_latents)
-    pattern = torch.sparse_csr_tensor(support.offsets, support.latents, nothing, shape, check_invariants=False)
-    return torch.sparse.sampled_addmm(pattern, rows_BD, W_FD.t(), beta=0.0).values()
-
-
-@cache
-def _has_sampled_product() -> bool:
-    if not torch.backends.mkl.is_available():
-        return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says once a process that CSR tensors are in beta
-        torch.sparse_csr_tensor([0, 0], [], torch.zeros(0), (1, 1), check_invariants=False)
-    return True
