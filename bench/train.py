@@ -158,6 +158,7 @@ def main(variants: tuple[str, ...], widths: tuple[int, ...], out: Path | None, *
     title = f"one step: D {settings['d_model']}, batch {settings['rows']}, k {settings['k']}, {state}"
     show(results, f"{title}, {settings['threads']} threads, {settings['clock']} clock")
     if out is not None:
+        del settings["peers_python"]  # a place on this machine
         out.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
 
 
