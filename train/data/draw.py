@@ -1,13 +1,13 @@
 """What one step draws from its block: rows of activations in the form each SAE wants them.
 
 A draw is shared by a whole fleet: each layer is gathered, converted and scaled once for all SAEs that
-want tokens, and once for all that want windows.
+want tokens, and once for all that want windows. So is whatever else goes to the device.
 B rows, W windows, T context, D residual width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,8 @@ class Draw:
         self._rows = {False: tokens, True: windows}
         self._scales = scales
         self._device = device
-        self._places: dict[bool, Tensor] = {}
         self._scaled: dict[tuple[bool, tuple[int, ...]], Tensor] = {}
+        self._made: dict[tuple[str, int], Any] = {}
 
     def rows_of(self, windows: bool) -> Rows:
         rows = self._rows[windows]
@@ -95,27 +95,34 @@ class Draw:
         return self._scaled[windows, layers]
 
     def _places_on_device(self, windows: bool) -> Tensor:
-        if windows not in self._places:
-            self._places[windows] = self._to_device(self.rows_of(windows).places)
-        return self._places[windows]
+        return self._once("places", windows, lambda: self._to_device(self.rows_of(windows).places))
 
     def _side(self, needs: Needs) -> dict[str, Any]:
         """Named side inputs, those that were asked for."""
-        rows, block = self.rows_of(needs.windows), self.block
+        kind, rows, block = needs.windows, self.rows_of(needs.windows), self.block
         side: dict[str, Any] = {}
         if needs.tokens:
-            side["token"] = self._to_device(block.tokens.ravel()[rows.places].astype(np.int64))
+            side["token"] = self._once("token", kind, lambda: self._of_rows(block.tokens, rows))
         if needs.documents:
-            side["document"] = self._to_device(block.documents.ravel()[rows.places].astype(np.int64))
-        if needs.positions or needs.windows:
-            side["position"] = self._to_device(rows.places % block.context)
+            side["document"] = self._once("document", kind, lambda: self._of_rows(block.documents, rows))
+        if needs.positions or kind:
+            side["position"] = self._once("position", kind, lambda: self._to_device(rows.places % block.context))
         if rows.windows is not None:
-            side |= self._window_side(rows.places, rows.windows)
+            windows = rows.windows
+            side |= self._once("window", kind, lambda: self._window_side(rows.places, windows))
         if needs.attention_layers:
             assert rows.windows is not None, "attention is of whole windows"
-            taken = {layer: block.attention[layer].take(rows.windows) for layer in needs.attention_layers}
-            side["attention"] = {layer: self._attention(csr) for layer, csr in taken.items()}
+            side["attention"] = {layer: self._attention(layer, rows.windows) for layer in needs.attention_layers}
         return side
+
+    def _once(self, name: str, of: int, make: Callable[[], Any]) -> Any:
+        """What `make` makes, made for the first SAE that wants it."""
+        if (name, of) not in self._made:
+            self._made[name, of] = make()
+        return self._made[name, of]
+
+    def _of_rows(self, table: np.ndarray, rows: Rows) -> Tensor:
+        return self._to_device(table.ravel()[rows.places].astype(np.int64))
 
     def _window_side(self, places: np.ndarray, windows: np.ndarray) -> dict[str, Tensor]:
         """`window` [B]: the row's window in the batch; `row_of` [W, T]: the row of a place, or -1."""
@@ -125,7 +132,10 @@ class Draw:
         row_of[window, places % context] = np.arange(len(places))
         return {"window": self._to_device(window), "row_of": self._to_device(row_of)}
 
-    def _attention(self, csr: AttentionCsr) -> AttentionRows:
+    def _attention(self, layer: int, windows: np.ndarray) -> AttentionRows:
+        return self._once("attention", layer, lambda: self._to_rows(self.block.attention[layer].take(windows)))
+
+    def _to_rows(self, csr: AttentionCsr) -> AttentionRows:
         return AttentionRows(
             indptr=self._to_device(csr.indptr.astype(np.int64)),
             indices=self._to_device(csr.indices.astype(np.int64)),

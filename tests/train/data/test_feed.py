@@ -101,6 +101,16 @@ def test_windows_come_whole_with_their_attention(store, written):
     assert attention.kept_mass.numpy().tolist() == expected.kept_mass.astype(np.float32).tolist()
 
 
+def test_what_a_fleet_shares_goes_to_the_device_once(store):
+    feed = make_feed(store, needs=(WINDOWS,))
+    draw = feed.draw(3)
+    first, second = draw.batch(WINDOWS), draw.batch(WINDOWS)
+    feed.close()
+    assert first.x is second.x
+    assert first.side["attention"][3] is second.side["attention"][3]
+    assert all(first.side[name] is second.side[name] for name in ("position", "window", "row_of"))
+
+
 def test_a_fleet_sees_what_each_would_see_alone(store):
     """Both kinds of rows from one read: the same as from a stream of its own."""
     both = make_feed(store, needs=(TOKENS, WINDOWS))
