@@ -7,24 +7,44 @@ handed on; an optional setting (None by default) that was given must be one the 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import variants
 from .build import most_active, require
 from .compose import Assembly, Needs
 from .optim import Optim
+from .sae.model import EncoderProduct
 from .sae.scaling import Stats
 
 BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional ones that no variant reads for itself
 
 
-def build_base(config: Any, d_model: int, stats: Stats | None = None) -> Assembly:
+@dataclass(frozen=True)
+class Wrapping:
+    """What the config of every variant on a base has; those that are None are the base's own defaults."""
+
+    base: str = "standard"
+    layer: int = 19
+    width: int = 2304
+    k: float | None = None
+    penalty: float | None = None
+    target_l0: float | None = None
+    aux_weight: float | None = None
+    aux_k: int | None = None
+    seed: int = 0
+    dead_after_tokens: int = 10_000_000
+    encoder_product: EncoderProduct = "float32"
+    optim: Optim = field(default_factory=Optim)
+
+
+def build_base(config: Wrapping, d_model: int, stats: Stats | None = None) -> Assembly:
     """The assembly of the variant that `config.base` names, with the settings of `config`."""
     base_request(config)
     return _base_config(config, d_model).build(d_model, stats)
 
 
-def base_request(config: Any) -> Needs:
+def base_request(config: Wrapping) -> Needs:
     """What the base reads. One that reads several layers, another target or windows cannot be wrapped."""
     needs: Needs = _base_config(config, None).request()
     plain = len(needs.inputs) == 1 and needs.targets is None and not needs.windows
@@ -32,7 +52,7 @@ def base_request(config: Any) -> Needs:
     return needs
 
 
-def _base_config(config: Any, d_model: int | None) -> Any:
+def _base_config(config: Wrapping, d_model: int | None) -> Any:
     cls = variants.config_type(config.base)
     known = {field.name for field in dataclasses.fields(cls)}
     require("base" not in known, f"base: expected a variant that wraps no other, found {config.base!r}")
@@ -40,17 +60,7 @@ def _base_config(config: Any, d_model: int | None) -> Any:
     foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
     require(not foreign, f"base {config.base} has no setting {', '.join(foreign)}")
     shared = {name: value for name, value in given.items() if name in known and value is not None}
-    if "optim" in shared:
-        shared["optim"] = _on_top_of(cls().optim, shared["optim"])
     return cls(**_bounded(cls, d_model) | _whole(cls, shared))
-
-
-def _on_top_of(base: Optim, given: Optim) -> Optim:
-    """The base's own settings of its optimiser, and over them those that are not everybody's default."""
-    everybody = Optim()
-    names = [field.name for field in dataclasses.fields(Optim)]
-    chosen = {name: getattr(given, name) for name in names if getattr(given, name) != getattr(everybody, name)}
-    return dataclasses.replace(base, **chosen)
 
 
 def _whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .compose import Assembly, Constraint, Term
 from .errors import ConfigInvalid
-from .optim import Optim
+from .optim import BETA1, EPSILON, Optim
 from .sae.gates import Gate
 from .sae.model import EncoderProduct, SparseAutoencoder, tied_weights
 from .sae.scaling import Stats, unit_stats
@@ -45,9 +45,10 @@ def scaled_by_width(lr_at_16k: float, width: int) -> float:
     return lr_at_16k / (width / 2**14) ** 0.5
 
 
-def with_lr(optim: Optim, default: float) -> Optim:
-    """The settings with the variant's own learning rate where none was given."""
-    return optim if optim.lr is not None else replace(optim, lr=default)
+def settled(optim: Optim, lr: float, beta1: float = BETA1, epsilon: float = EPSILON) -> Optim:
+    """The settings, with the variant's own where none was given."""
+    own = {"lr": lr, "beta1": beta1, "epsilon": epsilon}
+    return replace(optim, **{name: value for name, value in own.items() if getattr(optim, name) is None})
 
 
 def tied_sae(

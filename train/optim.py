@@ -17,6 +17,8 @@ from .errors import ConfigInvalid
 from .schedules import Decay, Product, Schedule, WarmUp
 from .shards import local, whole
 
+BETA1, EPSILON = 0.9, 1e-8  # Adam's own, where neither the user nor the variant says otherwise
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -30,9 +32,11 @@ class Optim:
     """1: in a line; 3: along a cube, slowly at first."""
     decay_fraction: float = 0.2
     """Share of the run, at its end, over which the learning rate falls linearly to zero."""
-    beta1: float = 0.9
+    beta1: float | None = None
+    """None: the variant's own, 0.9 for most."""
     beta2: float = 0.999
-    epsilon: float = 1e-8
+    epsilon: float | None = None
+    """None: the variant's own, 1e-8 for most."""
     weight_decay: float = 0.0
     clip_norm: float | None = None
     """Largest norm of all gradients together; None leaves them as they are."""
@@ -41,8 +45,9 @@ class Optim:
         if self.lr is not None and not self.lr > 0:
             raise ConfigInvalid(f"optim.lr: expected a positive number, found {self.lr}")
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigInvalid(f"optim.{name}: expected 0 <= {name} < 1, found {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigInvalid(f"optim.{name}: expected 0 <= {name} < 1, found {value}")
         if not self.warmup_power > 0:
             raise ConfigInvalid(f"optim.warmup_power: expected a positive number, found {self.warmup_power}")
         if not 0 <= self.decay_fraction <= 1:
@@ -94,11 +99,11 @@ class Adam:
             fused=True,
             grad_scale=divisor,
             amsgrad=False,
-            beta1=settings.beta1,
+            beta1=BETA1 if settings.beta1 is None else settings.beta1,
             beta2=settings.beta2,
             lr=lr,
             weight_decay=settings.weight_decay,
-            eps=settings.epsilon,
+            eps=EPSILON if settings.epsilon is None else settings.epsilon,
             maximize=False,
         )
 

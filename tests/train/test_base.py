@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from saemill.train import base
 from saemill.train.base import base_request, build_base
 from saemill.train.errors import ConfigInvalid, UnknownVariant
 from saemill.train.optim import Optim
@@ -17,14 +18,10 @@ D = 16
 
 
 @dataclass(frozen=True)
-class Wrapping:
-    base: str = "standard"
+class Wrapping(base.Wrapping):
     layer: int = 3
     width: int = 64
-    k: float | None = None
-    penalty: float | None = None
     seed: int = 1
-    optim: Optim = field(default_factory=Optim)
     alpha: float = 0.1
 
 
@@ -41,6 +38,11 @@ def test_the_optimiser_is_the_bases_own_but_for_what_was_chosen():
     assert build_base(Wrapping(base="jumprelu"), D).optim.beta1 == 0.0
     chosen = build_base(Wrapping(base="jumprelu", optim=Optim(lr=0.5, clip_norm=1.0)), D).optim
     assert (chosen.lr, chosen.clip_norm, chosen.beta1) == (0.5, 1.0, 0.0)
+
+
+def test_what_is_everybodys_default_can_be_chosen_too():
+    assert build_base(Wrapping(base="jumprelu", optim=Optim(beta1=0.9)), D).optim.beta1 == 0.9
+    assert build_base(Wrapping(base="topk", optim=Optim(epsilon=1e-8)), D).optim.epsilon == 1e-8
 
 
 def test_a_sparsity_that_nobody_chose_fits_the_width_of_the_residual():

@@ -7,18 +7,16 @@ the bit. `guidance = "encode"` lets the encoder read attention too, and so does 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from ...cache_schema import Manifest
-from ..base import base_request, build_base
+from ..base import Wrapping, base_request, build_base
 from ..build import require
 from ..compose import Assembly, Needs, Term
 from ..losses.attention import Consistency, Guidance, Objective
-from ..optim import Optim
-from ..sae.model import EncoderProduct
 from ..sae.scaling import Stats
 from ..schedules import Constant, ExponentialApproach, Ramp, Schedule
 from .attention import MIXING, TEMPERATURE, Attention, Noted
@@ -30,16 +28,9 @@ ENCODER_SEEDS = 2**40  # far from those of the bases
 
 
 @dataclass(frozen=True)
-class Guided:
+class Guided(Wrapping):
     """Settings of a guided SAE. Those of its base that are None are the base's own defaults."""
 
-    base: str = "standard"
-    layer: int = 19
-    width: int = 2304
-    seed: int = 0
-    k: float | None = None
-    penalty: float | None = None
-    target_l0: float | None = None
     guidance: Literal["loss", "encode"] = "loss"
     alpha: float = 0.1
     """Weight of the guidance."""
@@ -57,9 +48,6 @@ class Guided:
     """Of what the encoder reads by each layer's attention (guidance = "encode")."""
     shuffle_attention: bool = False
     """The control: each token gets the attention of a token at its position in another window."""
-    dead_after_tokens: int = 10_000_000
-    encoder_product: EncoderProduct = "float32"
-    optim: Optim = field(default_factory=Optim)
 
     def check(self, manifest: Manifest) -> None:
         """Refuse a store that has not the head."""

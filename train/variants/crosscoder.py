@@ -17,9 +17,9 @@ from ..build import (
     require_sparsity,
     scaled_by_width,
     seeded,
+    settled,
     stats_or_unit,
     tied_sae,
-    with_lr,
 )
 from ..compose import Assembly, Constraint, Needs, Term
 from ..constraints import UnitDecoder
@@ -51,7 +51,7 @@ class Config:
     dead_after_tokens: int = 10_000_000
     decoder_bias: DecoderBias = "mean"
     encoder_product: EncoderProduct = "bfloat16"
-    optim: Optim = field(default_factory=lambda: Optim(epsilon=6.25e-10))
+    optim: Optim = field(default_factory=Optim)
 
     def request(self) -> Needs:
         require(
@@ -75,5 +75,5 @@ class Config:
             penalty = Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)
             terms.append(Term("l1", LayerNormsL1(len(self.layers)), penalty))
         constraints: tuple[Constraint, ...] = (UnitDecoder(),) if sparse else ()
-        optim = with_lr(self.optim, scaled_by_width(2e-4, self.width))
+        optim = settled(self.optim, scaled_by_width(2e-4, self.width), epsilon=6.25e-10)
         return assemble(sae, stats, generator, optim, terms, constraints, self.dead_after_tokens)

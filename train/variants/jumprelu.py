@@ -15,9 +15,9 @@ from ..build import (
     require_sparsity,
     scaled_by_width,
     seeded,
+    settled,
     stats_or_unit,
     tied_sae,
-    with_lr,
 )
 from ..compose import Assembly, Needs, Term
 from ..constraints import NonNegativeThreshold, UnitDecoder
@@ -46,7 +46,7 @@ class Config:
     dead_after_tokens: int = 10_000_000
     decoder_bias: DecoderBias = "mean"
     encoder_product: EncoderProduct = "float32"
-    optim: Optim = field(default_factory=lambda: Optim(beta1=0.0))
+    optim: Optim = field(default_factory=Optim)
 
     def request(self) -> Needs:
         return Needs(inputs=(self.layer,))
@@ -65,5 +65,5 @@ class Config:
             Term("dead", DeadPreActivation(), Constant(self.dead_penalty)),
         )
         constraints = (UnitDecoder(), NonNegativeThreshold())
-        optim = with_lr(self.optim, scaled_by_width(5e-4, self.width))
+        optim = settled(self.optim, scaled_by_width(5e-4, self.width), beta1=0.0)
         return assemble(sae, stats, generator, optim, terms, constraints, self.dead_after_tokens)

@@ -7,20 +7,19 @@ the bit. All but that need the position at inference, and the saved SAE says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from ...cache_schema import Manifest
-from ..base import base_request, build_base
+from ..base import Wrapping, base_request, build_base
 from ..build import require
 from ..compose import Assembly, Needs, Term
 from ..losses.position import l1_before_mask, record_of
 from ..losses.sparsity import l1
-from ..optim import Optim
 from ..sae.inits import Init, initialise
 from ..sae.masks import COEFFICIENT, HardMask, Mask, MaskKind, SoftMask
-from ..sae.model import EncoderProduct, SparseAutoencoder
+from ..sae.model import SparseAutoencoder
 from ..sae.norms import PreNorm
 from ..sae.range_encoders import ADAPTER, Adapters, RangeEncoders
 from ..sae.ranges import FREE, spread_over_positions, spread_over_ranges
@@ -30,10 +29,7 @@ from ..schedules import Ramp, SigmoidRamp
 
 
 @dataclass(frozen=True)
-class Config:
-    base: str = "standard"
-    layer: int = 19
-    width: int = 2304
+class Config(Wrapping):
     context: int | None = None
     """Length of the store's windows; None: read from the store."""
     ranges: int = 4
@@ -63,15 +59,6 @@ class Config:
     adapter_lr_scale: float = 1.0
     adapter_from: tuple[float, float] | None = None
     """Between which shares of the run the adapters come in; None: they are there from the start."""
-    k: float | None = None
-    penalty: float | None = None
-    target_l0: float | None = None
-    aux_weight: float | None = None
-    aux_k: int | None = None
-    seed: int = 0
-    dead_after_tokens: int = 10_000_000
-    encoder_product: EncoderProduct = "float32"
-    optim: Optim = field(default_factory=Optim)
 
     def request(self) -> Needs:
         self._require_valid()

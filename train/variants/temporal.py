@@ -7,17 +7,15 @@ base on whole windows, to the bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from ...cache_schema import Manifest
-from ..base import base_request, build_base
+from ..base import Wrapping, base_request, build_base
 from ..build import require
 from ..compose import Assembly, Needs, Term
 from ..gradients import GradientNoise
 from ..losses.dynamics import PRUNE, SCALES, Dynamics, Pruning, Retire
 from ..losses.temporal import PIECE, TEMPORAL, Adaptive, Consistency
-from ..optim import Optim
-from ..sae.model import EncoderProduct
 from ..sae.position_gate import PositionGate
 from ..sae.scaling import Stats
 from ..sae.shaped import ShapedAutoencoder
@@ -25,10 +23,7 @@ from ..schedules import Complement, Constant, Doubling, HalfLife, Onset, Product
 
 
 @dataclass(frozen=True)
-class Config:
-    base: str = "standard"
-    layer: int = 19
-    width: int = 2304
+class Config(Wrapping):
     context: int | None = None
     """Length of the store's windows; None: read from the store."""
     short_to: int = 4
@@ -65,15 +60,6 @@ class Config:
     """In multiples of each gradient's root mean square."""
     position_gate: bool = False
     gate_rank: int = 8
-    k: float | None = None
-    penalty: float | None = None
-    target_l0: float | None = None
-    aux_weight: float | None = None
-    aux_k: int | None = None
-    seed: int = 0
-    dead_after_tokens: int = 10_000_000
-    encoder_product: EncoderProduct = "float32"
-    optim: Optim = field(default_factory=Optim)
 
     def request(self) -> Needs:
         self._require_valid()

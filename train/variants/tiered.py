@@ -9,9 +9,9 @@ its base to the bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..base import base_request, build_base
+from ..base import Wrapping, base_request, build_base
 from ..build import require
 from ..compose import Assembly, Needs, Term
 from ..gradients import TierGradients
@@ -19,9 +19,7 @@ from ..losses.composition import COMPOSITION, Composition, NonNegative, composit
 from ..losses.reconstruction import reconstruction
 from ..losses.structure import Moves, Structure
 from ..losses.tiers import TIERS, Importance, TieredReconstruction, Tiers, importance_loss, switch_name
-from ..optim import Optim
 from ..sae.inits import Init, initialise
-from ..sae.model import EncoderProduct
 from ..sae.norms import PreNorm
 from ..sae.scaling import Stats
 from ..sae.shaped import Shape, ShapedAutoencoder
@@ -30,10 +28,7 @@ from ..schedules import Constant, Ramp
 
 
 @dataclass(frozen=True)
-class Config:
-    base: str = "standard"
-    layer: int = 19
-    width: int = 2304
+class Config(Wrapping):
     tier_fractions: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
     """Where each tier ends, as shares of the dictionary."""
     boundaries: tuple[int, ...] | None = None
@@ -66,15 +61,6 @@ class Config:
     """Log the norm of each tier's gradient."""
     gradient_scaling: bool = False
     """Divide the gradient of a tier's loss by the loss where that is over 1."""
-    k: float | None = None
-    penalty: float | None = None
-    target_l0: float | None = None
-    aux_weight: float | None = None
-    aux_k: int | None = None
-    seed: int = 0
-    dead_after_tokens: int = 10_000_000
-    encoder_product: EncoderProduct = "float32"
-    optim: Optim = field(default_factory=Optim)
 
     def request(self) -> Needs:
         self._require_valid()

@@ -10,9 +10,9 @@ from ..build import (
     require_sparsity,
     scaled_by_width,
     seeded,
+    settled,
     stats_or_unit,
     tied_sae,
-    with_lr,
 )
 from ..compose import Assembly, Needs, Term
 from ..constraints import UnitDecoder
@@ -37,7 +37,7 @@ class Config:
     dead_after_tokens: int = 10_000_000
     decoder_bias: DecoderBias = "mean"
     encoder_product: EncoderProduct = "bfloat16"
-    optim: Optim = field(default_factory=lambda: Optim(epsilon=6.25e-10))
+    optim: Optim = field(default_factory=Optim)
 
     def request(self) -> Needs:
         return Needs(inputs=(self.layer,))
@@ -52,5 +52,5 @@ class Config:
             Term("reconstruction", reconstruction, Constant(1.0)),
             Term("aux", AuxK(self.aux_k or d_model // 2), Constant(self.aux_weight)),
         )
-        optim = with_lr(self.optim, scaled_by_width(2e-4, self.width))
+        optim = settled(self.optim, scaled_by_width(2e-4, self.width), epsilon=6.25e-10)
         return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..build import assemble, require, require_sparsity, scaled_by_width, seeded, stats_or_unit, with_lr
+from ..build import assemble, require, require_sparsity, scaled_by_width, seeded, settled, stats_or_unit
 from ..compose import Assembly, Needs, Term
 from ..constraints import UnitDecoder
 from ..losses.auxk import AuxK
@@ -34,7 +34,7 @@ class Config:
     """Dead latents that each token may use; None: half of the residual width."""
     dead_after_tokens: int = 10_000_000
     encoder_product: EncoderProduct = "bfloat16"
-    optim: Optim = field(default_factory=lambda: Optim(epsilon=6.25e-10))
+    optim: Optim = field(default_factory=Optim)
 
     def request(self) -> Needs:
         require(self.layer != self.to_layer, f"to_layer: expected another layer than {self.layer}, found the same one")
@@ -58,7 +58,7 @@ class Config:
             Term("reconstruction", reconstruction, Constant(1.0)),
             Term("aux", AuxK(self.aux_k or d_model // 2), Constant(self.aux_weight)),
         )
-        optim = with_lr(self.optim, scaled_by_width(2e-4, self.width))
+        optim = settled(self.optim, scaled_by_width(2e-4, self.width), epsilon=6.25e-10)
         constraints = (UnitDecoder(),)
         return assemble(
             sae,
