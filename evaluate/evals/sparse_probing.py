@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from ...cache_schema.strict import to_json
+from ..fitting import model_name_of
 from ..needs import Needs
 from ..probing.dense_probe import FULL_WIDTH, probe_every_class
 from ..probing.features import Features, draw_probe
 from ..probing.memo import Memo, seeded
 from ..probing.pooling import Pool, pool_task
-from ..probing.settings import model_name, of_data
+from ..probing.settings import of_data
 from ..probing.sources import DataName, Source, find_source, load_all
 from ..probing.sparse_probe import sparse_accuracy
 from ..probing.texts import Task
@@ -189,7 +190,7 @@ def official_config(config: Config, scene: Scene, source: Source) -> dict[str, A
         "sae_batch_size": 125,
         "llm_batch_size": raw["llm_batch_size"],
         "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
-        "model_name": model_name(scene),
+        "model_name": model_name_of(scene),
         "k_values": raw["k_values"],
         "lower_vram_usage": False,
         **of_data(source),

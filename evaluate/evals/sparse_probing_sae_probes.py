@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from ...cache_schema.strict import to_json
+from ..fitting import model_name_of
 from ..needs import Needs
 from ..offline import probing as installed
 from ..probing import collection
 from ..probing.collection import BinarySet
 from ..probing.last_token import LastTokens, read_prompts
 from ..probing.scores import mean_scores
-from ..probing.settings import model_name, of_data
+from ..probing.settings import of_data
 from ..probing.sources import DataName, Source, find_source, load_all
 from ..probing.tuned_probe import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
 from ..results import Result
@@ -138,7 +139,7 @@ def official_config(config: Config, scene: Scene, source: Source) -> dict[str, A
     """SAEBench's settings under its keys, then ours."""
     raw = to_json(config)
     return {
-        "model_name": model_name(scene),
+        "model_name": model_name_of(scene),
         "random_seed": raw["random_seed"],
         "dataset_names": raw["dataset_names"],
         "reg_type": raw["reg_type"],

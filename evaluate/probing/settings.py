@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...cache_schema.strict import to_json
+from ..fitting import model_name_of
 from ..scene import Scene
 from .ablation import Kind
 from .dense_probe import Training
@@ -89,7 +90,7 @@ def official_config(
         "llm_batch_size": raw["llm_batch_size"],
         "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
         "lower_vram_usage": False,
-        "model_name": model_name(scene),
+        "model_name": model_name_of(scene),
         "n_values": raw["n_values"],
         "column1_vals_lookup": pairs,
         **of_data(source),
@@ -99,7 +100,3 @@ def official_config(
 def of_data(source: Source) -> dict[str, Any]:
     """Our own entries: which data, and in which precision the SAEs computed."""
     return {"data": source.name, "data_revision": source.revision(), "sae_dtype": "float32"}
-
-
-def model_name(scene: Scene) -> str:
-    return scene.model_name or (scene.opened.manifest.model.id if scene.opened else "")
