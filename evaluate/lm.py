@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..harvest.architectures import architecture_of
 from ..harvest.errors import HarvestError
-from ..harvest.model import ModelFacts, find_weights, read_facts
+from ..harvest.model import ModelFacts, find_weights, read_facts, without_report
 from ..harvest.tokenizer import TextEncoder, make_encoder
 from .attend import ATTENTION, register_attention
 from .errors import MemoryTooSmall, ModelMissing
@@ -203,7 +203,7 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
         raise ModelMissing(f"{folder}: expected complete safetensors weights; fetch the model again")
     register_attention()
     try:
-        with _without_report():
+        with without_report(), _without_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
             )
@@ -271,15 +271,13 @@ def _hooked(stack: Any, hooks: Mapping[int, Callable[..., Any]]) -> Iterator[Non
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """transformers' report is read, not printed."""
-    before, had_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+def _without_bar() -> Iterator[None]:
+    """An evaluation shows its own progress."""
+    had_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(before)
         if had_bar:
             transformers_logging.enable_progress_bar()
 

@@ -171,7 +171,7 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
         raise WeightsIncomplete(f"{folder}: expected {WEIGHTS_FILE}, or {WEIGHTS_INDEX} with all files it lists")
     register_attention()
     try:
-        with _without_report():
+        with without_report():
             stack, report = AutoModel.from_pretrained(
                 folder,
                 config=config,
@@ -188,8 +188,8 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """Silence the report that lists the layers left out on purpose; what matters in it is checked after."""
+def without_report() -> Iterator[None]:
+    """Silence the report on the weights, where layers are left out on purpose; what matters in it is checked after."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
