@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers.utils import logging as transformers_logging
 
 from ..harvest.architectures import architecture_of
+from ..harvest.capture import hooked, kept_outputs
 from ..harvest.errors import HarvestError
 from ..harvest.model import ModelFacts, find_weights, read_facts, without_report
 from ..harvest.tokenizer import TextEncoder, make_encoder
@@ -238,36 +239,14 @@ def _without_tokenizer(model: PreTrainedModel) -> LanguageModel:
 
 
 @contextmanager
-def kept_outputs(stack: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collects the outputs of layers while a model runs."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(layer: int, _module: object, _args: object, output: Tensor) -> None:
-        kept[layer] = output
-
-    with _hooked(stack, {layer: partial(keep, layer) for layer in layers}):
-        yield kept
-
-
-@contextmanager
 def spliced(stack: Any, splice: Mapping[int, Splice]) -> Iterator[None]:
     """Replaces the outputs of layers while a model runs."""
 
     def replace(change: Splice, _module: object, _args: object, output: Tensor) -> Tensor:
         return change(output).to(output.dtype)
 
-    with _hooked(stack, {layer: partial(replace, change) for layer, change in splice.items()}):
+    with hooked(stack, {layer: partial(replace, change) for layer, change in splice.items()}):
         yield
-
-
-@contextmanager
-def _hooked(stack: Any, hooks: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
-    handles = [stack.layers[layer].register_forward_hook(hook) for layer, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -5,10 +5,11 @@
 3. The pass ends where the model was cut.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,23 +43,29 @@ def capture(model: TruncatedModel, ids_WT: Tensor, spec: AttentionSpec) -> Captu
 @torch.inference_mode()
 def run(model: TruncatedModel, ids_WT: Tensor, sinks: Sinks) -> dict[int, Tensor]:
     """The forward pass: residuals by layer; attention probabilities go to the sinks, block by block."""
-    with _kept_outputs(model) as resid:
+    with kept_outputs(model.stack, model.wanted.resid_layers) as resid:
         model.stack(input_ids=ids_WT, use_cache=False, sinks=sinks)
     return resid
 
 
 @contextmanager
-def _kept_outputs(model: TruncatedModel) -> Iterator[dict[int, Tensor]]:
-    resid: dict[int, Tensor] = {}
+def kept_outputs(stack: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collects the outputs of layers while a model runs."""
+    kept: dict[int, Tensor] = {}
 
     def keep(layer: int, _module: object, _args: object, output: Tensor) -> None:
-        resid[layer] = output
+        kept[layer] = output
 
-    hooks = [
-        model.stack.layers[layer].register_forward_hook(partial(keep, layer)) for layer in model.wanted.resid_layers
-    ]
+    with hooked(stack, {layer: partial(keep, layer) for layer in layers}):
+        yield kept
+
+
+@contextmanager
+def hooked(stack: Any, hooks: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
+    """Forward hooks on layers of a decoder stack, gone afterwards."""
+    handles = [stack.layers[layer].register_forward_hook(hook) for layer, hook in hooks.items()]
     try:
-        yield resid
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
