@@ -131,21 +131,6 @@ class LanguageModel:
         with torch.inference_mode():
             stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, sinks={layer + 1: sink})
 
-    def generate(
-        self,
-        tokens_WT: Tensor,
-        count: int,
-        splice: Mapping[int, Splice] | None = None,
-        valid_WT: Tensor | None = None,
-    ) -> Tensor:
-        """The next `count` tokens [W, count], greedily. Rows are padded on the left; the splice acts on every pass."""
-        for _ in range(count):
-            last_WD = self.hidden(tokens_WT, splice, valid_WT)[:, -1]
-            tokens_WT = torch.cat([tokens_WT, self.head(last_WD).argmax(dim=-1, keepdim=True)], dim=1)
-            if valid_WT is not None:
-                valid_WT = torch.cat([valid_WT, valid_WT.new_ones(len(valid_WT), 1)], dim=1)
-        return tokens_WT[:, -count:]
-
     @torch.inference_mode()
     def complete(
         self, tokens_WT: Tensor, count: int, valid_WT: Tensor, splice: Mapping[int, Splice] | None = None

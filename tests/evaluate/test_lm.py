@@ -94,7 +94,7 @@ def test_rows_padded_on_either_side_are_what_they_are_alone(model, tokens):
 def test_continuations_are_those_of_transformers(model, whole, tokens):
     rows = [tokens[0, :5].tolist(), tokens[1, :9].tolist()]
     padded, valid = make_rows(model, rows, 9, "left")
-    found = model.generate(padded, 4, valid_WT=valid)
+    found = model.complete(padded, 4, valid)
     for row, continuation in zip(rows, found, strict=True):
         ids = torch.tensor([row])
         for token in continuation:
