@@ -144,11 +144,6 @@ def arrays_of(manifest: Manifest) -> dict[str, ArrayLayout]:
     return {array.path: array for array in arrays}
 
 
-def shard_arrays(manifest: Manifest) -> list[str]:
-    """Paths of the arrays that a shard's writer fills; tokens and documents were written before."""
-    return [path for path in arrays_of(manifest) if path not in ("tokens", "documents")]
-
-
 def root_document(manifest: Manifest) -> dict[str, Any]:
     """The root group's zarr.json with the manifest and, inline, the documents of all nodes."""
     arrays = arrays_of(manifest)

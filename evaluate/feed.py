@@ -64,25 +64,6 @@ def count_windows(store: Store, split: str) -> int:
     return end - begin
 
 
-def text_batches(
-    model: LanguageModel,
-    texts: Sequence[str] | Sequence[Sequence[int]],
-    layers: Sequence[int],
-    context: int,
-    batch_size: int,
-    padding: Padding = "right",
-    attention: AttentionSpec | None = None,
-) -> Iterator[Windows]:
-    """Texts, or rows of token ids, through the model up to the highest of `layers`.
-
-    A text gets a BOS in front and is cut at `context`; rows of ids are taken as they are. Every batch has
-    `context` positions. With `attention`, rows of its layers come along, sparsified as in a store.
-    """
-    for start in range(0, len(texts), batch_size):
-        tokens_WT, valid_WT = make_rows(model, texts[start : start + batch_size], context, padding)
-        yield run_windows(model, tokens_WT, valid_WT, layers, attention)
-
-
 def run_windows(
     model: LanguageModel,
     tokens_WT: Tensor,

@@ -82,10 +82,6 @@ class Scene:
         """Take a model that is in memory already. Without an identity nothing it computes is kept."""
         self._model, self.model_identity = model, identity
 
-    def forget_model(self) -> None:
-        """Free the model's memory."""
-        self._model = None
-
     def say(self, text: str) -> None:
         self.watch.say(text)
 

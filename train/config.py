@@ -129,11 +129,6 @@ class Ask:
         members = [self._member(sae, point, limits) for sae in self.saes for point in self.grid]
         return tuple({member.label: member for member in members}.values())
 
-    def is_set(self, key: str) -> bool:
-        """Whether anyone asked for a value of this setting."""
-        keys = {setting.key for point in (self.settings, *self.grid) for setting in point}
-        return any(found == key or found.endswith(f".{key}") for found in keys)
-
     def _member(self, sae: Sae, point: Sequence[Setting], limits: Mapping[str, Any]) -> Member:
         config = variants.config_type(sae.variant)()
         known = set(flat_keys(to_json(config)))

@@ -158,18 +158,6 @@ class ExponentialApproach:
 
 
 @dataclass(frozen=True)
-class Cosine:
-    """From `start` to `end` along half a cosine over the whole run."""
-
-    start: float
-    end: float
-
-    def __call__(self, step: int, total_steps: int) -> float:
-        done = _clip01(step / total_steps)
-        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-@dataclass(frozen=True)
 class Product:
     """The product of several schedules."""
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-MODEL_ID = "saemill/pocket"
 MODEL_FOLDER = Path(__file__).parent / "model"
 
 

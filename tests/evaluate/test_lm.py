@@ -12,7 +12,7 @@ from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 from saemill.cache_schema import AttentionSpec, Store
 from saemill.evaluate import lm
 from saemill.evaluate.errors import MemoryTooSmall, ModelMissing
-from saemill.evaluate.feed import joined, make_rows, run_windows, store_batches, text_batches
+from saemill.evaluate.feed import joined, make_rows, run_windows, store_batches
 from saemill.evaluate.lm import load_language_model
 from saemill.evaluate.scene import Scene, find_model
 from saemill.harvest.resolve import POCKET_FOLDER
@@ -110,8 +110,12 @@ def test_attention_of_the_layer_above(model, whole, tokens):
     torch.testing.assert_close(torch.cat(blocks), expected, rtol=1e-4, atol=1e-5)
 
 
+def windows_of(model, texts, attention=None):
+    return run_windows(model, *make_rows(model, texts, 4), (1,), attention)
+
+
 def test_text_gets_a_bos_and_is_cut(with_words):
-    batches = list(text_batches(with_words, ["abc", "abcdefgh", ""], (1,), 4, 2))
+    batches = [windows_of(with_words, texts) for texts in (["abc", "abcdefgh"], [""])]
     assert [batch.tokens.tolist() for batch in batches] == [[[2, 3, 4, 5], [2, 3, 4, 5]], [[2, 0, 0, 0]]]
     assert batches[0].keep.tolist() == [[False, True, True, True]] * 2
     assert batches[1].valid.tolist() == [[True, False, False, False]]
@@ -122,7 +126,7 @@ def test_text_gets_a_bos_and_is_cut(with_words):
 def test_attention_rows_come_along(with_words):
     """Sparsified as in a store; of a mass of one, dense rows again."""
     spec = AttentionSpec(layers=(1, 2), heads=1, averaged=True, topk=4, mass=1.0)
-    (batch,) = text_batches(with_words, ["abc", "zyx"], (1,), 4, 2, attention=spec)
+    batch = windows_of(with_words, ["abc", "zyx"], spec)
     assert batch.attention.keys() == {1, 2}
     dense = []
     with_words.resid(batch.tokens, (1,), sinks={2: dense.append})
