@@ -92,27 +92,18 @@ def train_on(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
     opposite: str | None = None,
+    validated: bool = False,
 ) -> tuple[LinearProbe, float]:
-    """The protocol's probe of a class: rows are drawn, then the test rows judge every epoch."""
+    """The probe of a class and its test accuracy: rows are drawn, then the test rows judge every epoch.
+
+    So says the protocol. Validated, a part of the training rows judges the epochs, and test rows are seen once.
+    """
     train_draw = draw_probe(train.spans, name, generator, opposite)
     test_draw = draw_probe(test.spans, name, generator, opposite)
-    return train_probe(rows_of(train, train_draw, device), rows_of(test, test_draw, device), training, generator)
-
-
-def train_validated(
-    train: Features,
-    test: Features,
-    name: str,
-    training: Training,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-    opposite: str | None = None,
-) -> tuple[LinearProbe, float]:
-    """The same, but a part of the training rows judges the epochs, and test rows are seen once."""
-    draw = draw_probe(train.spans, name, generator, opposite)
-    test_draw = draw_probe(test.spans, name, generator, opposite)
-    x_BF, labels_B = rows_of(train, draw, device)
-    held_out = len(draw) // HELD_OUT
+    x_BF, labels_B = rows_of(train, train_draw, device)
+    if not validated:
+        return train_probe((x_BF, labels_B), rows_of(test, test_draw, device), training, generator)
+    held_out = len(train_draw) // HELD_OUT
     judge, rest = (x_BF[:held_out], labels_B[:held_out]), (x_BF[held_out:], labels_B[held_out:])
     probe, _ = train_probe(rest, judge, training, generator)
     return probe, probe.accuracy(*rows_of(test, test_draw, device))
@@ -133,9 +124,9 @@ def probe_every_class(
     validated: bool = False,
 ) -> tuple[dict[str, LinearProbe], dict[str, float]]:
     """Probes and test accuracies of all classes, in their order."""
-    one = train_validated if validated else train_on
     trained = {
-        name: one(train, test, name, training, generator, device, (opposites or {}).get(name)) for name in train.spans
+        name: train_on(train, test, name, training, generator, device, (opposites or {}).get(name), validated)
+        for name in train.spans
     }
     return {name: probe for name, (probe, _) in trained.items()}, {name: value for name, (_, value) in trained.items()}
 

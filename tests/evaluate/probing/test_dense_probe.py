@@ -13,7 +13,6 @@ from saemill.evaluate.probing.dense_probe import (
     probe_every_class,
     train_on,
     train_probe,
-    train_validated,
 )
 from saemill.evaluate.probing.features import Features
 from saemill.evaluate.probing.memo import seeded
@@ -47,8 +46,8 @@ def test_the_best_epoch_on_test_rows_flatters_and_held_out_rows_do_not():
     """Where there is nothing to learn, the protocol's accuracy is still above chance."""
     train, test = classes_of(0, 0.0, rows=40), classes_of(1, 0.0, rows=40)
     flattered, honest = (
-        sum(one(train, test, "a", FULL_WIDTH, seeded(seed))[1] for seed in range(30)) / 30
-        for one in (train_on, train_validated)
+        sum(train_on(train, test, "a", FULL_WIDTH, seeded(seed), validated=validated)[1] for seed in range(30)) / 30
+        for validated in (False, True)
     )
     assert flattered > honest + 0.02
     assert abs(honest - 0.5) < 0.04
@@ -56,8 +55,8 @@ def test_the_best_epoch_on_test_rows_flatters_and_held_out_rows_do_not():
 
 def test_a_validated_probe_does_not_depend_on_test_texts():
     train = classes_of(0, 1.0)
-    one, _ = train_validated(train, classes_of(1, 1.0), "b", FULL_WIDTH, seeded(0))
-    other, _ = train_validated(train, classes_of(2, -3.0), "b", FULL_WIDTH, seeded(0))
+    one, _ = train_on(train, classes_of(1, 1.0), "b", FULL_WIDTH, seeded(0), validated=True)
+    other, _ = train_on(train, classes_of(2, -3.0), "b", FULL_WIDTH, seeded(0), validated=True)
     assert torch.equal(one.weight, other.weight)
 
 
