@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..needs import Needs
-from ..probing.rounds import Outcome, divide, perturb_all
+from ..probing.rounds import Outcome, evaluate_able, perturb_all
 from ..probing.scores import mean_scores, scr_scores
-from ..probing.settings import Settings, filled, official_config
-from ..probing.sources import Source, find_source, load_all
+from ..probing.settings import Settings, official_config
+from ..probing.sources import Source, load_all
 from ..probing.texts import OPPOSITES, Task, spurious
 from ..results import Failure, Result
 from ..scene import Scene
@@ -32,17 +32,16 @@ class Config(Settings):
 
 
 def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
-    able, unable = divide(subjects)
-    yield from unable
-    if not able:
-        return
-    source = find_source(scene, config.data)
-    settings = filled(config, source)
+    return evaluate_able(scene, subjects, config, free_probes)
+
+
+def free_probes(scene: Scene, subjects: Sequence[Subject], source: Source, settings: Settings) -> Iterator[Result]:
+    """Every pair of concepts, for every SAE."""
     tasks, missing = load_all(settings.dataset_names, lambda name: load_pairs(source, name, settings))
     used = [name for name in settings.dataset_names if any(task.name.startswith(f"{name}_scr_") for task in tasks)]
     pairs = {name: [list(pair) for pair in source.pairs[name].column1] for name in used}
     config_json = official_config(settings, scene, source, "absolute", used, pairs)
-    for subject, outcomes in perturb_all(scene, able, tasks, settings, "absolute", lambda _: list(OPPOSITES)):
+    for subject, outcomes in perturb_all(scene, subjects, tasks, settings, "absolute", lambda _: list(OPPOSITES)):
         yield make_result(subject, config_json, outcomes, missing)
 
 

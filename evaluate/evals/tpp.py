@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..needs import Needs
-from ..probing.rounds import Outcome, divide, perturb_all
+from ..probing.rounds import Outcome, evaluate_able, perturb_all
 from ..probing.scores import mean_scores, tpp_scores
-from ..probing.settings import Settings, filled, official_config
-from ..probing.sources import find_source, load_all
+from ..probing.settings import Settings, official_config
+from ..probing.sources import Source, load_all
 from ..results import Failure, Result
 from ..scene import Scene
 from ..subject import Subject
@@ -30,17 +30,16 @@ class Config(Settings):
 
 
 def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
-    able, unable = divide(subjects)
-    yield from unable
-    if not able:
-        return
-    source = find_source(scene, config.data)
-    settings = filled(config, source)
+    return evaluate_able(scene, subjects, config, disturb_probes)
+
+
+def disturb_probes(scene: Scene, subjects: Sequence[Subject], source: Source, settings: Settings) -> Iterator[Result]:
+    """Every class of every data set, for every SAE."""
     load = source.load_task
     tasks, missing = load_all(settings.dataset_names, lambda name: [load(name, *settings.sizes, settings.random_seed)])
     names = [task.name for task in tasks]
     config_json = official_config(settings, scene, source, "positive", names, {})
-    for subject, outcomes in perturb_all(scene, able, tasks, settings, "positive", lambda task: list(task.train)):
+    for subject, outcomes in perturb_all(scene, subjects, tasks, settings, "positive", lambda task: list(task.train)):
         yield make_result(subject, config_json, outcomes, missing)
 
 

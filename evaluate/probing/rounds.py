@@ -9,14 +9,15 @@ import torch
 
 from ...train.sae.model import SparseAutoencoder
 from ..errors import NotApplicable
-from ..results import Failure
+from ..results import Failure, Result
 from ..scene import Scene
 from ..subject import Subject
 from .ablation import Kind
 from .memo import seeded
 from .perturbation import OfModel, Perturbed, Setup, perturb, perturb_corrected
 from .pooling import pool_task
-from .settings import Settings
+from .settings import Settings, filled
+from .sources import Source, find_source
 from .texts import Task
 
 
@@ -26,6 +27,20 @@ class Outcome:
 
     official: Perturbed
     corrected: Perturbed
+
+
+def evaluate_able(
+    scene: Scene,
+    subjects: Sequence[Subject],
+    config: Settings,
+    evaluate: Callable[[Scene, Sequence[Subject], Source, Settings], Iterator[Result]],
+) -> Iterator[Result | Failure]:
+    """Why some SAEs cannot be evaluated, then what `evaluate` says of the others by the data and their settings."""
+    able, unable = divide(subjects)
+    yield from unable
+    if able:
+        source = find_source(scene, config.data)
+        yield from evaluate(scene, able, source, filled(config, source))
 
 
 def divide(subjects: Sequence[Subject]) -> tuple[list[Subject], list[Failure]]:
