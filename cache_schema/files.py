@@ -114,7 +114,7 @@ class LocalFiles:
 
     def settle(self, folders: Iterable[str]) -> None:
         for folder in folders:
-            _sync_folder(self.root / folder)
+            sync(self.root / folder)
 
     def replace(self, key: str, data: bytes) -> None:
         path = self.root / key
@@ -123,7 +123,7 @@ class LocalFiles:
         with _full_disk_named(self.url, key):
             self.write(str(temporary.relative_to(self.root)), [np.frombuffer(data, np.uint8)])
             os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync(path.parent)
 
     def list(self, folder: str) -> list[str]:
         try:
@@ -240,8 +240,9 @@ def _write_all(fd: int, buffers: Sequence[np.ndarray]) -> None:
             view = view[os.write(fd, view) :]
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cache_schema.files import sync
 from ..cache_schema.splits import share_windows, split_of
 from .corpus import Corpus
 from .errors import CorpusEmpty, SplitEmpty
@@ -101,7 +102,7 @@ class Spool:
     def checkpoint(self, corpus_state: dict[str, Any]) -> None:
         """Make what was appended so far the point from which a later start goes on."""
         for split, array in self._keys():
-            _sync(self._path(split, array))
+            sync(self._path(split, array))
         rows = {name: [packer.tokens.tolist(), packer.documents.tolist()] for name, packer in self._packers.items()}
         document = {
             "fingerprint": self._fingerprint,
@@ -113,7 +114,7 @@ class Spool:
         }
         temporary = self._checkpoint.with_suffix(".tmp")
         temporary.write_text(json.dumps(document))
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(self._checkpoint)
 
     def join(self) -> PackedCorpus:
@@ -219,11 +220,3 @@ def _require_text(spool: Spool, corpus: Corpus) -> None:
             f"{' and '.join(empty)}: documents go to train, validation and test by a hash of their text. "
             "Give more text, or a smaller --context"
         )
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -18,9 +18,9 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..cache_schema.files import sync
 from ..cache_schema.strict import StrictError, from_json, to_json
 from .errors import CheckpointDamaged, ConfigInvalid
-from .files import sync
 from .runs import read_json, write_json
 
 KEPT = 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..cache_schema.files import sync
+
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file beside its place, flush it, and move it there."""
@@ -13,12 +15,3 @@ def replace_file(path: Path, data: bytes) -> None:
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...cache_schema.files import sync
 from ..errors import SaeInvalid
 from .export_form import PlainSae, plain_sae, sae_from_plain
 from .model import SparseAutoencoder
@@ -205,6 +206,5 @@ def _write(path: Path, write: Any) -> None:
     """Write beside the place, flush, rename."""
     beside = path.with_name(path.name + ".partial")
     write(beside)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(beside)
     os.replace(beside, path)
