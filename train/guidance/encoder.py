@@ -33,15 +33,7 @@ class AttendedSae(SparseAutoencoder):
         rank: int,
         generator: torch.Generator,
     ) -> None:
-        super().__init__(
-            base.W_enc.detach(),
-            base.W_dec.detach(),
-            base.gate,
-            b_dec=base.b_dec.detach(),
-            b_enc=base.b_enc.detach(),
-            centres_input=base.centres_input,
-            encoder_product=base.encoder_product,
-        )
+        super().__init__(**base.parts())
         width = rank * len(attention.layers)
         self.V = nn.Parameter(torch.randn(width, base.d_in, generator=generator) / base.d_in**0.5)
         self.U = nn.Parameter(torch.zeros(base.num_latents, width))

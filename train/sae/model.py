@@ -64,6 +64,18 @@ class SparseAutoencoder(nn.Module):
         self.extras_tensors: dict[str, Tensor] = {}  # the same of a loaded SAE, by name
         self.metadata: dict[str, Any] = {}  # where a loaded SAE belongs
 
+    def parts(self) -> dict[str, Any]:
+        """What a module around this one starts from: the same weights and gate."""
+        return {
+            "W_enc": self.W_enc.detach(),
+            "W_dec": self.W_dec.detach(),
+            "gate": self.gate,
+            "b_dec": self.b_dec.detach(),
+            "b_enc": self.b_enc.detach(),
+            "centres_input": self.centres_input,
+            "encoder_product": self.encoder_product,
+        }
+
     @property
     def num_latents(self) -> int:
         return self.W_dec.shape[0]

@@ -60,15 +60,7 @@ class ShapedAutoencoder(SparseAutoencoder):
     """The SAE `inner`, its weights, gate and extras, with shapes by name, applied in their order."""
 
     def __init__(self, inner: SparseAutoencoder, shapes: Mapping[str, Shape]) -> None:
-        super().__init__(
-            inner.W_enc.detach(),
-            inner.W_dec.detach(),
-            inner.gate,
-            b_dec=inner.b_dec.detach(),
-            b_enc=inner.b_enc.detach(),
-            centres_input=inner.centres_input,
-            encoder_product=inner.encoder_product,
-        )
+        super().__init__(**inner.parts())
         self.extras = inner.extras
         self.shapes = nn.ModuleDict(shapes)
         self.is_plain = all(shape.is_plain for shape in shapes.values())
