@@ -17,27 +17,20 @@ from .lm import LanguageModel
 from .memory import PieceSize
 from .metrics.divergence import LogitsOf, chunk_rows, compare, next_tokens
 from .scene import Scene
+from .sums import Sums
 from .windows import Windows
 
 CLEAN, MEAN = "clean", "mean"
 
 
 @dataclass(frozen=True)
-class Effect:
+class Effect(Sums):
     """Sums over tokens; those of two batches add up."""
 
     kl_sum: float = 0.0
     loss_sum: float = 0.0
     tokens: int = 0
     predicting: int = 0
-
-    def __add__(self, other: Effect) -> Effect:
-        return Effect(
-            self.kl_sum + other.kl_sum,
-            self.loss_sum + other.loss_sum,
-            self.tokens + other.tokens,
-            self.predicting + other.predicting,
-        )
 
     @staticmethod
     def of(kl_N: Tensor, loss_N: Tensor) -> Effect:

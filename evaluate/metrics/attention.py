@@ -22,25 +22,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..sums import Sums
+
 TINY = 1e-9  # below any stored probability
 
 
 @dataclass(frozen=True, eq=False)
-class Explained:
+class Explained(Sums):
     """Products of [similarity, nearness, attention of each layer], centred by row; batches add up."""
 
     products: Tensor  # float64 [2 + L, 2 + L]
     attended: Tensor  # float64 [L], sum over rows of the attention-weighted mean similarity
     usual: Tensor  # float64 [L], sum over the same rows of the plain mean similarity
     rows: Tensor  # float64 [L]
-
-    def __add__(self, other: Explained) -> Explained:
-        return Explained(
-            self.products + other.products,
-            self.attended + other.attended,
-            self.usual + other.usual,
-            self.rows + other.rows,
-        )
 
     def nearness(self) -> float:
         """R^2 of nearness alone."""

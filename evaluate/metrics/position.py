@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..sums import Sums
+
 ANYWHERE = -1  # the range of a latent that no mask binds
 
 
@@ -21,15 +23,12 @@ def range_of_position(context: int, ranges: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Profile:
+class Profile(Sums):
     """Activation by position; those of two batches add up."""
 
     mass: Tensor  # float64, sum of activations
     fired: Tensor  # float64, number of firings
     tokens: Tensor  # float64, tokens that took part
-
-    def __add__(self, other: Profile) -> Profile:
-        return Profile(self.mass + other.mass, self.fired + other.fired, self.tokens + other.tokens)
 
     @property
     def mean(self) -> Tensor:

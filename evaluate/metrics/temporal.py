@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..sums import Sums
+
 SCALES: Mapping[str, tuple[int, int]] = {"short": (1, 4), "medium": (5, 16), "long": (17, 128)}
 """First and last lag of each scale, in tokens."""
 
@@ -31,15 +33,12 @@ def follows(segment_WT: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Consistency:
+class Consistency(Sums):
     """Sums of cosines over pairs, by scale; those of two batches add up."""
 
     in_order: Tensor  # float64 [scales]
     shuffled: Tensor  # float64 [scales]
     pairs: Tensor  # float64 [scales]
-
-    def __add__(self, other: Consistency) -> Consistency:
-        return Consistency(self.in_order + other.in_order, self.shuffled + other.shuffled, self.pairs + other.pairs)
 
     def scores(self) -> dict[str, dict[str, float]]:
         """By scale: mean cosine in order, the same under shuffled order, and their difference, the TCS."""
@@ -70,7 +69,7 @@ def consistency(acts_WTF: Tensor, segment_WT: Tensor) -> Consistency:
 
 
 @dataclass(frozen=True, eq=False)
-class Persistence:
+class Persistence(Sums):
     """Counts of each latent over tokens; those of two batches add up."""
 
     tokens: int
@@ -78,15 +77,6 @@ class Persistence:
     runs: Tensor  # float64, unbroken stretches of firing
     followed: Tensor  # float64, firings that have a next token
     stayed: Tensor  # float64, firings after which it fires on the next token too
-
-    def __add__(self, other: Persistence) -> Persistence:
-        return Persistence(
-            self.tokens + other.tokens,
-            self.fired + other.fired,
-            self.runs + other.runs,
-            self.followed + other.followed,
-            self.stayed + other.stayed,
-        )
 
     @property
     def stay(self) -> Tensor:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..sums import Sums
+
 SILENT = -1  # the label of a token on which no latent of a tier fires
 PERMUTATIONS = 8  # for what two independent labellings of this size would share by chance
 
@@ -21,21 +23,13 @@ def equal_tiers(width: int, tiers: int = 3) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Activity:
+class Activity(Sums):
     """Sums over tokens; those of two batches add up."""
 
     tokens: int
     fired: Tensor  # float64, on how many tokens each latent fires
     mass: Tensor  # float64, sum of each latent's activations
     awake: Tensor  # float64, on how many tokens any latent of a tier fires
-
-    def __add__(self, other: Activity) -> Activity:
-        return Activity(
-            self.tokens + other.tokens,
-            self.fired + other.fired,
-            self.mass + other.mass,
-            self.awake + other.awake,
-        )
 
     def of_tier(self, members_F: Tensor, tier: int) -> dict[str, float]:
         """The numbers of one tier, whose latents `members_F` marks."""

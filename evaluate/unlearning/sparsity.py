@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..sums import Sums
+
 
 @dataclass(frozen=True, eq=False)
-class FiringCounts:
+class FiringCounts(Sums):
     """Over some batches of a text."""
 
     fired: Tensor  # int64 [F]
@@ -20,9 +22,6 @@ class FiringCounts:
     def of(acts_WTF: Tensor, keep_WT: Tensor) -> FiringCounts:
         """Those of a batch; special tokens (`keep` is false) count for nothing."""
         return FiringCounts(((acts_WTF > 0) & keep_WT[..., None]).sum((0, 1)), int(keep_WT.sum()))
-
-    def __add__(self, other: FiringCounts) -> FiringCounts:
-        return FiringCounts(self.fired + other.fired, self.tokens + other.tokens)
 
     def shares(self) -> np.ndarray:
         """float64 [F]: the share of tokens on which each latent fires, to six decimals.
