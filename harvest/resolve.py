@@ -21,13 +21,13 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  (the HTTP library's, whichever the hub uses)
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from .errors import ModelUnavailable
+from .hub import NETWORK_ERRORS
 from .model import CONFIG_FILE, find_weights
 
 AUTO = "auto"
@@ -40,7 +40,6 @@ ANSWER_SECONDS = 5
 FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt"]
 OTHER_FILES = ["original/*", "consolidated*"]  # the same weights once more
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-NETWORK_ERRORS = (OSError, HTTPError)
 
 
 @dataclass(frozen=True)

@@ -13,24 +13,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
-from huggingface_hub.errors import (
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of whichever HTTP library the hub's client uses)
-)
-
 from ...harvest.corpus import CorpusSource
 from ...harvest.errors import HarvestError
-from ...harvest.hub import find_repository
+from ...harvest.hub import NETWORK_ERRORS, find_repository
 from ..errors import DataMissing
 from .texts import Classes, Table, Task, balanced, by_class
 
 T = TypeVar("T")
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    HTTPError,
-    HarvestError,
-)  # no network, no access, no such split, a script
+LOAD_ERRORS = (*NETWORK_ERRORS, ValueError, RuntimeError, HarvestError)  # no access, no such split, a script
 
 BIOS = "LabHC/bias_in_bios"
 AMAZON = "canrager/amazon_reviews_mcauley_1and5"
