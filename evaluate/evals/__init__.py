@@ -10,25 +10,22 @@ It gets all SAEs at once, so that the model runs once for all of them, and yield
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from types import ModuleType
 from typing import Any
 
-from ...cache_schema.strict import nearest
+from ...train.registry import file_names, import_file, require_known
 from ..errors import UnknownEval
 
 
 def names() -> tuple[str, ...]:
     """All evaluations, sorted."""
-    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__)))
+    return file_names(__path__)
 
 
 def module(name: str) -> ModuleType:
     """The file of an evaluation."""
-    if name not in names():
-        raise UnknownEval(f"unknown evaluation {name!r}{nearest(name, names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    require_known(name, names(), "evaluation", UnknownEval)
+    return import_file(__name__, name)
 
 
 def config_type(name: str) -> type[Any]:

@@ -6,14 +6,13 @@ global state of matplotlib is touched: figures are objects that are drawn to fil
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ...train.registry import file_names, import_file
 from ...train.runs import RunFolder
 from ..figures.records import Record, read_records
 
@@ -22,12 +21,12 @@ Draw = Callable[[Sequence[Record]], Figure | None]
 
 def names() -> tuple[str, ...]:
     """All plots, sorted."""
-    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__)))
+    return file_names(__path__)
 
 
 def draw_of(name: str) -> Draw:
     """The function of a plot."""
-    draw: Draw = importlib.import_module(f"{__name__}.{name}").draw
+    draw: Draw = import_file(__name__, name).draw
     return draw
 
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from dataclasses import replace
 
 from ...cache_schema.strict import nearest
 from ..errors import UnknownRecipe
 from ..recipe import Recipe
+from ..registry import file_names, import_file, require_known
 
 
 def studies() -> tuple[str, ...]:
     """All studies, sorted."""
-    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__)))
+    return file_names(__path__)
 
 
 def runs_of(study: str) -> tuple[Recipe, ...]:
     """The runs of a study."""
-    if study not in studies():
-        raise UnknownRecipe(f"unknown study {study!r}{nearest(study, studies())}")
-    runs: tuple[Recipe, ...] = importlib.import_module(f"{__name__}.{study}").RUNS
+    require_known(study, studies(), "study", UnknownRecipe)
+    runs: tuple[Recipe, ...] = import_file(__name__, study).RUNS
     return tuple(replace(run, study=study) for run in runs)
 
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from types import ModuleType
 from typing import Any
 
-from ...cache_schema.strict import nearest
 from ..errors import UnknownVariant
+from ..registry import file_names, import_file, require_known
 
 
 def names() -> tuple[str, ...]:
     """All variants, sorted."""
-    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__)))
+    return file_names(__path__)
 
 
 def module(name: str) -> ModuleType:
     """The file of a variant."""
-    if name not in names():
-        raise UnknownVariant(f"unknown variant {name!r}{nearest(name, names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    require_known(name, names(), "variant", UnknownVariant)
+    return import_file(__name__, name)
 
 
 def config_type(name: str) -> type[Any]:

@@ -1,0 +1,27 @@
+"""Registries: a package's files, found by their names."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from types import ModuleType
+
+from ..cache_schema.strict import nearest
+
+
+def file_names(folders: Iterable[str]) -> tuple[str, ...]:
+    """All files of a package, by its `__path__`, sorted."""
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(folders)))
+
+
+def require_known(name: str, known: Iterable[str], kind: str, error: type[Exception]) -> None:
+    """A name that is not known is an error that names its neighbours."""
+    known = tuple(known)
+    if name not in known:
+        raise error(f"unknown {kind} {name!r}{nearest(name, known)}")
+
+
+def import_file(package: str, name: str) -> ModuleType:
+    """A file of a package."""
+    return importlib.import_module(f"{package}.{name}")
