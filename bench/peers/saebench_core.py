@@ -14,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from core_flags import FLAGS
 from hooked_gemma import load_hooked
 from sae_bench.evals.core.eval_config import CoreEvalConfig
 from sae_bench.evals.core.main import calculate_misc_metrics, run_evals
@@ -46,14 +47,7 @@ def evaluate(sae: object, model: object, tokens: torch.Tensor, request: dict) ->
         n_eval_reconstruction_batches=request["reconstruction"],
         n_eval_sparsity_variance_batches=request["sparsity"],
         context_size=tokens.shape[1],
-        compute_kl=True,
-        compute_ce_loss=True,
-        compute_l2_norms=True,
-        compute_sparsity_metrics=True,
-        compute_variance_metrics=True,
-        compute_featurewise_density_statistics=True,
-        compute_featurewise_weight_based_metrics=True,
-        exclude_special_tokens_from_reconstruction=True,
+        **FLAGS,
     )
     rows = TokenRows(tokens, request["batch"])
     scalars, latents = run_evals(sae, rows, model, config, ignore_tokens=set(request["special"]))

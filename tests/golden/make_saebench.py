@@ -108,6 +108,7 @@ def make_saes(folder: Path, resid: torch.Tensor) -> list[Path]:
 
 def run_core(model: object, sae_folder: Path, tokens: torch.Tensor) -> None:
     """The official core evaluation, as `multiple_evals` runs it for one SAE."""
+    from core_flags import FLAGS
     from sae_bench.evals.core import main as core
     from sae_bench.evals.core.eval_config import CoreEvalConfig
     from sae_bench.sae_bench_utils import general_utils
@@ -124,14 +125,7 @@ def run_core(model: object, sae_folder: Path, tokens: torch.Tensor) -> None:
         n_eval_sparsity_variance_batches=SPARSITY,
         dataset="golden",
         context_size=CONTEXT,
-        compute_kl=True,
-        compute_ce_loss=True,
-        compute_l2_norms=True,
-        compute_sparsity_metrics=True,
-        compute_variance_metrics=True,
-        compute_featurewise_density_statistics=True,
-        compute_featurewise_weight_based_metrics=True,
-        exclude_special_tokens_from_reconstruction=True,
+        **FLAGS,
     )
     scalars, latents = core.run_evals(sae, TokenRows(tokens, BATCH), model, config, ignore_tokens={PAD, EOS, BOS})
     result = {
