@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sae.model import SparseAutoencoder
+from ..sae.side import Side
 from ..view import View
 
 DECAY = 0.99  # of the running moments
@@ -96,11 +97,17 @@ class Retire:
         sae.b_enc[sae.retired] = SILENT
 
 
+def rows_before(side: Side, lag: int) -> Tensor:
+    """int64 [B], the row `lag` tokens before each row in the same window and document, or -1."""
+    earlier, document = side["position"] - lag, side["document"]
+    row = side["row_of"][side["window"], earlier.clamp_min(0)]
+    return torch.where((earlier >= 0) & (document[row] == document), row, -1)
+
+
 def mean_lifetime(view: View) -> Tensor:
-    """Mean length in tokens of the stretches over which a latent stays active, within the batch's windows."""
-    codes, side = view.codes, view.side
-    before = side["row_of"][side["window"], (side["position"] - 1).clamp_min(0)]
-    before = torch.where(side["position"] > 0, before, -1)
+    """Mean length in tokens of the stretches over which a latent stays active, within the batch's documents."""
+    codes = view.codes
+    before = rows_before(view.side, 1)
     active = codes.values.detach() > 0
     if codes.support is None:
         continued = active & active[before] & (before >= 0)[:, None]

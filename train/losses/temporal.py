@@ -3,9 +3,9 @@
 B rows, F_g latents of a group, j = i - lag the row that is compared with row i.
 L = mean over pairs of 1 - cos(f_i, h_j), over pairs in which either has an active latent; a silent one has
 cosine 0. h is the past, read without gradient: f itself, or with mixing m < 1 the running mean
-h_j = (m f_j + (1 - m) (m f_(j-1) + ...)) / (the same sum of ones), which starts empty in each window.
-Each scale draws its lag anew in each step. Pairs stay within pieces of the window whose length may grow over
-the run.
+h_j = (m f_j + (1 - m) (m f_(j-1) + ...)) / (the same sum of ones), which starts empty in each document.
+Each scale draws its lag anew in each step. Pairs stay within one document, and within pieces of the window
+whose length may grow over the run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..sae.kernels.functions import affine
 from ..sae.kernels.support import Support, starts
 from ..sae.side import Side
 from ..view import View
-from .dynamics import Dynamics
+from .dynamics import Dynamics, rows_before
 
 Adaptive = Literal["none", "gradient", "variance"]
 TEMPORAL = "temporal"
@@ -93,13 +93,11 @@ def inconsistency(view: View, part: Codes, weight_F: Tensor, lag: int, mixing: f
 
 
 def past_rows(side: Side, lag: int) -> Tensor:
-    """int64 [B], the row `lag` tokens before each row in the same piece of its window, or -1."""
+    """int64 [B], the row `lag` tokens before each row in the same document and piece of its window, or -1."""
     position = side["position"]
-    earlier = position - lag
-    row = side["row_of"][side["window"], earlier.clamp_min(0)]
     length = int(side.knob(PIECE, side["row_of"].shape[1]))
-    together = (earlier >= 0) & (earlier // length == position // length)
-    return torch.where(together, row, -1)
+    together = (position - lag) // length == position // length
+    return torch.where(together, rows_before(side, lag), -1)
 
 
 def read_rows(table_BF: Tensor, part: Codes, rows_B: Tensor) -> Tensor:
@@ -110,7 +108,7 @@ def read_rows(table_BF: Tensor, part: Codes, rows_B: Tensor) -> Tensor:
 
 
 def remembered(side: Side, acts_BF: Tensor, mixing: float) -> Tensor:
-    """[B, F_g], the running mean of the past up to and with each row."""
+    """[B, F_g], the running mean of the document's past up to and with each row."""
     if mixing == 1.0:
         return acts_BF
     row_of, window, position = side["row_of"], side["window"], side["position"]
@@ -120,11 +118,17 @@ def remembered(side: Side, acts_BF: Tensor, mixing: float) -> Tensor:
     place = torch.arange(context, device=acts_BF.device)
     age = place[:, None] - place
     length = int(side.knob(PIECE, context))
-    within = (age >= 0) & (place[:, None] // length == place // length)
+    within = (age >= 0) & (place[:, None] // length == place // length) & _in_one_document(side)
     decay = torch.where(within, mixing * (1.0 - mixing) ** age.clamp_min(0), 0.0).to(acts_BF.dtype)
-    held = (row_of >= 0).to(acts_BF.dtype)
-    mean = (decay @ spread) / (held @ decay.t())[:, :, None].clamp_min(TINY)
+    mean = (decay @ spread) / decay.sum(dim=2, keepdim=True).clamp_min(TINY)
     return mean[window, position]
+
+
+def _in_one_document(side: Side) -> Tensor:
+    """bool [W, T, T], the pairs of places whose rows belong to one document; a place without a row is in none."""
+    document = torch.full_like(side["row_of"], -1)
+    document[side["window"], side["position"]] = side["document"]
+    return (document[:, :, None] == document[:, None, :]) & (document >= 0)[:, :, None]
 
 
 def gradient_ratio(view: View, loss: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class Config(Wrapping):
 
     def request(self) -> Needs:
         self._require_valid()
-        return replace(base_request(self), windows=True, positions=True)
+        return replace(base_request(self), windows=True, positions=True, documents=True)
 
     def check(self, manifest: Manifest) -> None:
         """Refuse a store whose windows do not fit."""

@@ -20,6 +20,7 @@ from saemill.train.step import Trainee
 from saemill.train.view import Batch, View
 
 WINDOWS, CONTEXT, D, LATENTS = 3, 12, 6, 20
+SECOND_DOCUMENT = (12, 7, 4)  # where it begins in each window; 12: nowhere
 EPSILON = 1e-6
 
 
@@ -29,7 +30,8 @@ def window_side(rng: torch.Generator) -> dict[str, Any]:
     window, position = has_row.nonzero().unbind(1)
     row_of = torch.full((WINDOWS, CONTEXT), -1)
     row_of[window, position] = torch.arange(len(window))
-    return {"window": window, "position": position, "row_of": row_of}
+    document = 2 * window + (position >= torch.tensor(SECOND_DOCUMENT)[window])
+    return {"window": window, "position": position, "row_of": row_of, "document": document}
 
 
 def make_sae(rng: torch.Generator, gate: Gate | None = None) -> SparseAutoencoder:

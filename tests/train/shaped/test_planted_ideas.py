@@ -136,7 +136,7 @@ def slow_batches(rng: torch.Generator, steps: int, windows: int = 16, context: i
         word = torch.randint(0, 16, (windows, 32), generator=rng)
         size = 1 + torch.rand(2, windows * 32, 1, generator=rng)
         rows = size[0] * slow[topic.flatten()] + size[1] * fast[word.flatten()]
-        return Batch(scaled(rows), side={"window": window, "position": position, "row_of": row_of})
+        return Batch(scaled(rows), side={"window": window, "position": position, "row_of": row_of, "document": window})
 
     return [batch() for _ in range(steps)]
 

@@ -25,13 +25,16 @@ def weights(rng, count=STOP - START):
 
 
 def oracle_past(acts, side, mixing, length):
-    """[B, F]: each row's running mean over the rows of its piece, from the definition."""
+    """[B, F]: each row's running mean over the rows of its piece and document, from the definition."""
     out = torch.zeros_like(acts)
     for row, (window, position) in enumerate(zip(side["window"].tolist(), side["position"].tolist(), strict=True)):
         total, norm = torch.zeros_like(acts[0]), 0.0
         for age in range(position + 1):
             other = int(side["row_of"][window, position - age])
-            if other >= 0 and (position - age) // length == position // length:
+            is_same = (position - age) // length == position // length and side["document"][other] == side["document"][
+                row
+            ]
+            if other >= 0 and is_same:
                 total, norm = total + mixing * (1 - mixing) ** age * acts[other], norm + mixing * (1 - mixing) ** age
         out[row] = total / norm
     return out
@@ -43,7 +46,7 @@ def oracle(view, weight, lag, mixing=1.0, length=12):
     for row, (window, position) in enumerate(zip(side["window"].tolist(), side["position"].tolist(), strict=True)):
         before = position - lag
         other = int(side["row_of"][window, before]) if before >= 0 and before // length == position // length else -1
-        if other < 0:
+        if other < 0 or side["document"][other] != side["document"][row]:
             continue
         a, b = acts[row] * weight.sqrt(), past[other] * weight.sqrt()
         if a.any() and b.any():
@@ -90,13 +93,14 @@ def test_silence_says_nothing_and_sudden_silence_counts_one(sae, rng, shaping):
     assert float(inconsistency(view, part_of(view.codes, START, STOP), weights(rng), 1).detach()) == 0.0
 
 
-def test_pairs_stay_in_their_window(rng, shaping):
+def test_pairs_stay_in_their_window_and_document(rng, shaping):
     view = shaping.make_views(rng, shaping.make_sae(rng))()
     past = past_rows(view.side, 2)
     for row, before in enumerate(past.tolist()):
         if before >= 0:
             assert view.side["window"][row] == view.side["window"][before]
             assert view.side["position"][row] - view.side["position"][before] == 2
+            assert view.side["document"][row] == view.side["document"][before]
     assert (past >= 0).any() and (past < 0).any()
 
 
@@ -122,10 +126,12 @@ def test_lifetime_is_the_mean_length_of_active_stretches(sae, rng, shaping):
     active, side, runs = view.codes.dense() > 0, view.side, []
     for window in range(shaping.WINDOWS):
         for latent in range(shaping.LATENTS):
-            length = 0
+            length, document = 0, -1
             for row in [*side["row_of"][window].tolist(), -1]:
+                if length and row >= 0 and active[row, latent] and side["document"][row] != document:
+                    runs, length = [*runs, length], 0
                 if row >= 0 and active[row, latent]:
-                    length += 1
+                    length, document = length + 1, int(side["document"][row])
                 elif length:
                     runs, length = [*runs, length], 0
     assert float(mean_lifetime(view)) == pytest.approx(sum(runs) / len(runs))
