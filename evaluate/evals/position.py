@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...cache_schema.strict import to_json
 from ..assigned import Assignment, is_bound, ranges_of, saved
+from ..errors import NotApplicable
 from ..metrics.position import (
     Profile,
     assign_ranges,
@@ -42,6 +43,7 @@ from ..windows import Windows
 NEEDS = Needs(store=True)
 SUMMARY = ("specialisation.retention", "specialisation.fidelity", "order.range_top_5")
 STATIC = "static slicing"
+UNPROBED = "order is not probed: the test windows have no text left over from the documents that probes learn on"
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,24 @@ class Config:
 
 @dataclass(eq=False)
 class Sample:
-    """Some tokens of every window, the same for every SAE, in no order."""
+    """Some tokens of every window, the same for every SAE, in no order; special ones only where no others are left."""
 
     tokens: int
     generator: torch.Generator
     positions: list[Tensor] = field(default_factory=list)  # [w, P] of each batch
+    kept: list[Tensor] = field(default_factory=list)  # bool [w, P], no special tokens
+    documents: list[Tensor] = field(default_factory=list)  # [w, P]
     rows: dict[Subject | tuple[int, ...], list[Tensor]] = field(default_factory=dict)  # codes, and residuals by layers
 
     def begin(self, batch: Windows, subjects: Sequence[Subject]) -> None:
         """Draw from the next batch."""
         dice = torch.rand(batch.keep.shape, generator=self.generator).to(batch.keep.device)
         count = min(self.tokens, batch.context)
-        self.positions.append(torch.where(batch.keep, dice, -1.0).topk(count, dim=1).indices)
+        positions = torch.where(batch.keep, dice, -1.0).topk(count, dim=1).indices
+        assert batch.documents is not None, "windows of a store have documents"
+        self.positions.append(positions)
+        self.kept.append(batch.keep.gather(1, positions))
+        self.documents.append(batch.documents.gather(1, positions))
         for layers in {subject.layers for subject in subjects}:
             self.take(layers, batch.x(layers))
 
@@ -85,24 +93,38 @@ class Sample:
         """[W, P, F]"""
         return torch.cat(self.rows[key])
 
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """bool [W, P] each: tokens of the first half of the windows, and those of the others' further documents."""
+        kept, documents = torch.cat(self.kept), torch.cat(self.documents)
+        first = torch.arange(len(kept), device=kept.device) < len(kept) // 2
+        train = kept & first[:, None]
+        return train, kept & ~first[:, None] & ~torch.isin(documents, documents[train])
+
 
 def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
     context = scene.manifest.context
     assigned = {subject: ranges_of(subject, config.ranges, context) for subject in subjects}
     plain = [subject for subject, ranges in assigned.items() if ranges is None]
-    before = profiles(scene, plain, "position: ranges", config, "validation") if plain else {}
+    before: dict[Subject, Profile] = {}
+    try:
+        before = profiles(scene, plain, "position: ranges", config, "validation") if plain else {}
+    except NotApplicable as obstacle:  # in the way of those alone that have no ranges yet
+        yield from (Failure(subject, obstacle) for subject in plain)
+        subjects = [subject for subject in subjects if subject not in plain]
+    if not subjects:
+        return
     sample = Sample(config.probe_tokens, torch.Generator().manual_seed(config.seed))
     after = profiles(scene, subjects, "position", config, "test", sample)
-    positions = torch.cat(sample.positions)
     resid = {
-        layers: order_probes(sample.of(layers), positions, context, config, (None,))
+        layers: order_probes(sample, sample.of(layers), context, config, (None,))
         for layers in {subject.layers for subject in subjects}
     }
     for subject in subjects:
         ranges = assigned[subject] or Assignment(assign_ranges(before[subject], config.ranges), config.ranges, STATIC)
-        order = order_probes(sample.of(subject), positions, context, config, config.probe_k) | resid[subject.layers]
+        order = order_probes(sample, sample.of(subject), context, config, config.probe_k) | resid[subject.layers]
         metrics = {"specialisation": specialisation(subject, after[subject], ranges, config), "order": order}
-        yield Result(subject, to_json(config), metrics, unstructured={"ranges": ranges.source})
+        said, remark = {"ranges": ranges.source}, None if order else UNPROBED
+        yield Result(subject, to_json(config), metrics, unstructured=said, remark=remark)
 
 
 def profiles(
@@ -152,21 +174,23 @@ def meant_mask(subject: Subject, ranges: Assignment, context: int) -> Tensor:
 
 
 def order_probes(
-    rows_WPF: Tensor, positions_WP: Tensor, context: int, config: Config, sizes: Sequence[int | None]
+    sample: Sample, rows_WPF: Tensor, context: int, config: Config, sizes: Sequence[int | None]
 ) -> dict[str, float]:
-    """Test accuracy by number of columns (None: all, of the residual); no text is on both sides."""
-    half = len(rows_WPF) // 2
-    if half == 0:
-        return {}
+    """Test accuracy by number of columns (None: all, of the residual); no document is on both sides."""
+    positions_WP, (train, test) = torch.cat(sample.positions), sample.sides()
     bucket = range_of_position(context, config.ranges).to(positions_WP.device)[positions_WP]
-    tasks = {"range": (rows_WPF, bucket), "first": came_first(rows_WPF, positions_WP)}
+    tasks = {
+        "range": (rows_WPF, bucket, train, test),
+        "first": (*came_first(rows_WPF, positions_WP), in_pairs(train), in_pairs(test)),
+    }
     found: dict[str, float] = {}
-    for name, (rows, labels) in tasks.items():
-        train, test = rows[:half].flatten(0, 1), rows[half:].flatten(0, 1)
-        answers = labels[:half].flatten(), labels[half:].flatten()
-        found[f"{name}_chance"] = float(torch.bincount(answers[1]).max() / len(answers[1]))
+    for name, (rows, labels, seen, unseen) in tasks.items():
+        if len(labels[seen].unique()) < 2 or not unseen.any():
+            continue
+        answers = labels[unseen]
+        found[f"{name}_chance"] = float(torch.bincount(answers).max() / len(answers))
         for k in sizes:
-            score = accuracy(train, answers[0], test, answers[1], k)
+            score = accuracy(rows[seen], labels[seen], rows[unseen], answers, k)
             found[f"{name}_residual" if k is None else f"{name}_top_{k}"] = score
     return found
 
@@ -176,3 +200,9 @@ def came_first(acts_WPF: Tensor, positions_WP: Tensor) -> tuple[Tensor, Tensor]:
     pairs = acts_WPF.shape[1] // 2
     left, right = acts_WPF[:, :pairs], acts_WPF[:, pairs : 2 * pairs]
     return left - right, (positions_WP[:, :pairs] < positions_WP[:, pairs : 2 * pairs]).long()
+
+
+def in_pairs(chosen_WP: Tensor) -> Tensor:
+    """bool: the pairs of which both tokens are chosen."""
+    pairs = chosen_WP.shape[1] // 2
+    return chosen_WP[:, :pairs] & chosen_WP[:, pairs : 2 * pairs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -248,6 +249,43 @@ def test_static_slicing_does_not_look_at_what_it_is_measured_on(world, builder, 
     )
     assert result.metrics["specialisation"]["retention"] == pytest.approx(honest)
     assert flattering > honest
+
+
+def test_without_validation_windows_only_saes_that_have_ranges_are_measured(make_world, builder, open_scene):
+    scene = open_scene(make_world(splits=(20, 20)))
+    plain, masked = (builder.subject(builder.make_sae(k=None), name) for name in ("plain", "masked"))
+    masked.sae.extras_tensors = {"mask.range": torch.full((builder.F,), -1), "mask.num_ranges": torch.tensor(3)}
+    refused, measured = position.evaluate(scene, [plain, masked], CONFIGS[position])
+    assert refused.subject is plain and "validation split has no windows" in str(refused.error)
+    assert measured.subject is masked and measured.metrics["order"]
+
+
+def drawn(scene, subject, config):
+    sample = position.Sample(config.probe_tokens, torch.Generator().manual_seed(0))
+    position.profiles(scene, [subject], "p", config, "test", sample)
+    return sample
+
+
+def test_order_probes_see_no_special_token(world, builder, open_scene):
+    """However many tokens are asked for: position 0 is BOS, and would give its range away."""
+    scene, subject = open_scene(world), builder.subject(builder.make_sae(k=None))
+    sample = drawn(scene, subject, position.Config(windows=16, probe_tokens=builder.CONTEXT, probe_k=()))
+    positions, seen = torch.cat(sample.positions), sum(sample.sides())
+    special = torch.isin(world.tokens[20:36], torch.tensor([0, 1, 2])).gather(1, positions)
+    assert special.any() and torch.equal(seen.bool(), ~special)
+
+
+@pytest.mark.parametrize(("length", "windows"), [(5, [10, 11, 12, 13, 14, 15]), (40, [])])
+def test_no_document_is_on_both_sides_of_a_probe(length, windows, make_world, builder, open_scene):
+    """Test windows 20..35, halves of eight: documents of five windows begin at 20, 25, 30 and 35."""
+    documents = np.repeat(np.arange(40) // length, builder.CONTEXT).reshape(40, builder.CONTEXT)
+    scene, subject = open_scene(make_world(documents=documents)), builder.subject(builder.make_sae(k=None))
+    config = position.Config(windows=16, batch_windows=5, probe_tokens=6, probe_k=(2,))
+    train, test = drawn(scene, subject, config).sides()
+    assert train.any(1).nonzero().view(-1).tolist() == list(range(8))
+    assert test.any(1).nonzero().view(-1).tolist() == windows
+    (result,) = position.evaluate(scene, [subject], config)
+    assert bool(result.metrics["order"]) == bool(windows) == (result.remark is None)
 
 
 def test_a_split_without_windows_is_not_applicable(make_world, builder, open_scene):
