@@ -21,7 +21,7 @@ from ..harvest.errors import HarvestError
 from ..train.errors import TrainError
 from . import evals
 from .errors import EvalError, NotRun
-from .results import Failure, Result, is_done, is_there, result_path, write_result
+from .results import Failure, Result, is_done, is_there, read_result, result_path, told_differences, write_result
 from .scene import Scene
 from .subject import Subject
 
@@ -29,7 +29,7 @@ EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
 
 Status = Literal["done", "partly", "kept", "not run", "failed"]
 Keep = Literal["none", "same", "any"]
-"""Which results that are there already are taken: none, those of the same settings, or all."""
+"""Which results that are there are taken: none, those of the same settings, or all of the same SAE and store."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def run_evals(scene: Scene, subjects: Sequence[Subject], configs: Mapping[str, A
     for eval_id, config in configs.items():
         settings = settings_of(scene, config)
         kept = [subject for subject in subjects if _is_kept(subject, eval_id, settings, keep)]
-        rows += [Row(subject, eval_id, "kept") for subject in kept]
+        rows += [Row(subject, eval_id, "kept", _told_settings(subject, eval_id, settings)) for subject in kept]
         pending = [subject for subject in subjects if subject not in kept]
         if pending:
             rows += _Trial(scene, eval_id, config, settings).run(pending)
@@ -65,8 +65,14 @@ def run_evals(scene: Scene, subjects: Sequence[Subject], configs: Mapping[str, A
 
 def _is_kept(subject: Subject, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> bool:
     if keep == "any":
-        return is_there(subject, eval_id)
+        return is_there(subject, eval_id, settings["cache_id"])
     return keep == "same" and is_done(subject, eval_id, settings)
+
+
+def _told_settings(subject: Subject, eval_id: str, settings: Mapping[str, Any]) -> str:
+    """That a kept result is of other settings than today's, if so."""
+    found = told_differences(read_result(result_path(subject, eval_id)), settings)
+    return f"its result is of {found}. Evaluate it again without --compare to have what was asked for" if found else ""
 
 
 def settings_of(scene: Scene, config: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from . import evals
 from .engine import Row
 from .errors import Incomparable
-from .results import metric_of, read_result
+from .results import flat, metric_of, read_result, settings_in
 from .subject import Subject
 from .untrained import NAME, RECORDED, UNTRAINED, untrained_traits
 
@@ -83,7 +83,7 @@ def require_comparable(rows: Sequence[Row]) -> None:
         settings = {}
         for row in rows:
             if row.eval_id == eval_id and row.path.is_file():
-                settings[row.subject.name] = dict(_flat(read_result(row.path).get("saemill", {}).get("settings", {})))
+                settings[row.subject.name] = flat(settings_in(read_result(row.path)))
         _require_equal(eval_id, settings)
 
 
@@ -97,12 +97,6 @@ def _require_equal(eval_id: str, settings: Mapping[str, Mapping[str, Any]]) -> N
                 f"{eval_id} was run with different {key} ({listed}). "
                 "Evaluate them again with the same settings, without --compare"
             )
-
-
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        return [pair for key, item in value.items() for pair in _flat(item, f"{prefix}.{key}" if prefix else key)]
-    return [(prefix, value)]
 
 
 def _by_reason(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:

@@ -132,17 +132,40 @@ def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
     return None
 
 
-def is_there(subject: Subject, eval_id: str) -> bool:
-    """Whether there is a result, of whatever settings."""
-    return result_path(subject, eval_id).is_file()
+def is_there(subject: Subject, eval_id: str, cache_id: str | None) -> bool:
+    """Whether there is a result, of whatever settings: no older than the SAE, and of this store (None: of any)."""
+    path = result_path(subject, eval_id)
+    if not path.is_file() or _is_older(path, subject.folder):
+        return False
+    return cache_id is None or settings_in(read_result(path)).get("cache_id") == cache_id
 
 
 def is_done(subject: Subject, eval_id: str, settings: Mapping[str, Any]) -> bool:
     """Whether a whole result of these very settings is there, and no older than the SAE."""
-    if not is_there(subject, eval_id) or _is_older(result_path(subject, eval_id), subject.folder):
+    if not is_there(subject, eval_id, settings.get("cache_id")):
         return False
-    ours = read_result(result_path(subject, eval_id)).get("saemill", {})
-    return ours.get("settings") == dict(settings) and ours.get("missing") is None
+    document = read_result(result_path(subject, eval_id))
+    return settings_in(document) == dict(settings) and document.get("saemill", {}).get("missing") is None
+
+
+def settings_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What decided a result besides the SAE."""
+    return document.get("saemill", {}).get("settings", {})
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted names."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    parts = [flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items()]
+    return {key: item for part in parts for key, item in part.items()}
+
+
+def told_differences(document: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Where a result's settings are others than these, in words; nothing where they are the same."""
+    found, wanted = flat(settings_in(document)), flat(settings)
+    keys = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} {found.get(key)!r} (asked for: {wanted.get(key)!r})" for key in keys)
 
 
 def _is_older(path: Path, folder: Path) -> bool:

@@ -244,6 +244,33 @@ def test_compare_refuses_other_settings(world, run_1, builder, sae_eval):
     assert "ce loss score" not in output
 
 
+def test_compare_names_results_of_other_settings_than_were_asked_for(run_1, sae_eval):
+    sae_eval("run_1", "--set", "core.n_eval_reconstruction_batches=1")
+    before = results(run_1)
+    output = sae_eval("run_1", "--compare")
+    assert "kept: core of run_1/large, run_1/small: its result is of config.n_eval_reconstruction_batches 1" in output
+    assert "(asked for: None)" in output and results(run_1) == before
+    assert "kept:" not in sae_eval("run_1", "--compare", "--set", "core.n_eval_reconstruction_batches=1")
+
+
+def test_compare_takes_no_result_of_an_earlier_sae(run_1, sae_eval):
+    sae_eval("run_1")
+    before, ahead = results(run_1), time.time() + 60
+    os.utime(run_1 / "small/sae_weights.safetensors", (ahead, ahead))
+    sae_eval("run_1", "--compare")
+    assert {name for name, found in results(run_1).items() if found != before[name]} == {"small_eval_results.json"}
+
+
+def test_compare_takes_no_result_of_another_store(world, make_world, builder, sae_eval):
+    folder, other = builder.subject(builder.make_sae(), "elsewhere").folder, make_world(dtype="float32")
+    found = []
+    for store in (world, other, other):
+        sae_eval(folder, "--compare", "--cache", store.store, "--layer", builder.LAYER)
+        found += results(folder).values()
+    assert found[0]["saemill"]["cache_id"] != found[1]["saemill"]["cache_id"]
+    assert found[1] == found[2]
+
+
 def test_compare_refuses_other_stores(world, make_world, run_1, builder, sae_eval):
     builder.run(make_world(dtype="float32"), "run_2", {"other": builder.make_sae()})
     assert "SAEs of one store" in sae_eval("run_1", "run_2", "--compare", code=1)
