@@ -54,11 +54,13 @@ def run_evals(scene: Scene, subjects: Sequence[Subject], configs: Mapping[str, A
     """Every evaluation for every SAE; configs are by the evaluations' ids."""
     rows: list[Row] = []
     for eval_id, config in configs.items():
-        settings = settings_of(scene, config)
+        settings = settings_of(scene, eval_id, config)
         kept = [subject for subject in subjects if _is_kept(subject, eval_id, settings, keep)]
         rows += [Row(subject, eval_id, "kept", _told_settings(subject, eval_id, settings)) for subject in kept]
         pending = [subject for subject in subjects if subject not in kept]
         if pending:
+            if scene.from_tokens and not settings["from_tokens"]:
+                scene.say(f"{eval_id}: --from-tokens changes nothing here, and its results say so")
             rows += _Trial(scene, eval_id, config, settings).run(pending)
     return rows
 
@@ -75,13 +77,13 @@ def _told_settings(subject: Subject, eval_id: str, settings: Mapping[str, Any]) 
     return f"its result is of {found}. Evaluate it again without --compare to have what was asked for" if found else ""
 
 
-def settings_of(scene: Scene, config: Any) -> dict[str, Any]:
-    """All that decides a result besides the SAE."""
+def settings_of(scene: Scene, eval_id: str, config: Any) -> dict[str, Any]:
+    """All that decides a result of an evaluation besides the SAE."""
     settings = {
         "config": to_json(config),
         "cache_id": scene.opened.manifest.cache_id if scene.opened else None,
         "dtype": str(scene.dtype).removeprefix("torch."),
-        "from_tokens": scene.from_tokens,
+        "from_tokens": scene.from_tokens and evals.module(eval_id).NEEDS.from_tokens,
     }
     return settings if scene.model_name is None else settings | {"model": scene.model_name}
 

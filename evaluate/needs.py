@@ -13,6 +13,8 @@ class Needs:
 
     model: bool = False
     store: bool = False
+    from_tokens: bool = False
+    """It can compute residuals from the store's tokens in place of reading them (--from-tokens)."""
 
     def require(self, scene: Scene) -> None:
         """Raise the NotRun error that names the first thing missing."""

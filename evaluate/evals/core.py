@@ -27,7 +27,7 @@ from ..scene import Scene
 from ..sparsity import Sparsity, measure_sparsity
 from ..subject import Subject
 
-NEEDS = Needs(store=True)
+NEEDS = Needs(store=True, from_tokens=True)
 SUMMARY = (
     "sparsity.l0",
     "saemill_metrics.explained_variance",

@@ -209,6 +209,14 @@ def test_resume_skips_what_is_done_with_the_same_settings(run_1, sae_eval):
     assert results(run_1)["small_eval_results.json"] != before["small_eval_results.json"]
 
 
+def test_only_what_was_computed_from_tokens_says_so(run_1, sae_eval):
+    words = ("run_1/small", "--evals", "core,temporal", "--set", "temporal.windows=4", "--from-tokens", "--no-plots")
+    output = sae_eval(*words)
+    assert output.count("--from-tokens changes nothing here") == 1 and "temporal: --from-tokens" in output
+    said = [results(run_1, name)["small_eval_results.json"]["saemill"]["settings"] for name in ("core", "temporal")]
+    assert [settings["from_tokens"] for settings in said] == [True, False]
+
+
 def test_without_resume_everything_is_done_anew(run_1, sae_eval):
     sae_eval("run_1/small")
     before = results(run_1)["small_eval_results.json"]
