@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..errors import SettingInvalid
 from ..fitting import attention_of, model_name_of, split_fitting
 from ..needs import Needs
 from ..offline.identifiers import ATTRIBUTES, ENTITY_CLASS, load_identifiers
@@ -84,6 +85,7 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
     is_stdlib = config.data == "stdlib" or (config.data == "auto" and scene.is_pocket)
     selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
     entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
+    require_known(selection, entities)
     fitting, failures = split_fitting(subjects, scene.model)
     yield from failures
     if not fitting:
@@ -94,6 +96,21 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
         study(scene, entity_class, selection[entity_class.name], findings, config, draw)
     for subject in fitting:
         yield make_result(scene, subject, findings[subject], selection, config)
+
+
+def require_known(selection: Mapping[str, Sequence[str]], entities: Sequence[EntityClass]) -> None:
+    """What was selected is in the data that are taken."""
+    known = {entity_class.name: tuple(entity_class.templates) for entity_class in entities}
+    fits = selection.keys() == known.keys() and all(set(selection[name]) <= set(known[name]) for name in known)
+    if not fits or not all(selection.values()):
+        raise SettingInvalid(
+            f"ravel.entity_attribute_selection: expected of {listed(known)}, found {listed(selection)}. "
+            "Select of those, or take other data by ravel.data"
+        )
+
+
+def listed(selection: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{name} ({', '.join(attributes)})" for name, attributes in selection.items())
 
 
 def study(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saemill.evaluate.errors import DataMissing, NotApplicable
+from saemill.evaluate.errors import DataMissing, NotApplicable, SettingInvalid
 from saemill.evaluate.evals import ravel
 from saemill.evaluate.offline.identifiers import count_identifiers
 from saemill.evaluate.progress import Watch
@@ -124,6 +125,15 @@ def test_an_untrained_mask_isolates_and_causes_nothing(scene, builder, config):
     subject = builder.subject(aligned_sae(), layers=(2,))
     (result,) = ravel.evaluate(scene, [subject], config(learning_rate=0.0))
     assert result.metrics["ravel"] == {"disentanglement_score": 0.5, "cause_score": 0.0, "isolation_score": 1.0}
+
+
+@pytest.mark.parametrize("selection", [{"city": ("Country",)}, {"thing": ("Colour", "Weight")}, {"thing": ()}])
+@pytest.mark.parametrize("data", ["ravel", "stdlib"])
+def test_a_selection_that_the_data_do_not_have_is_named(scene, builder, config, monkeypatch, selection, data):
+    monkeypatch.setattr(ravel, "load_identifiers", lambda: [THINGS])
+    settings = dataclasses.replace(config(), entity_attribute_selection=selection, data=data)
+    with pytest.raises(SettingInvalid, match=r"expected of thing \(Colour, Size\), found"):
+        list(ravel.evaluate(scene, [builder.subject(aligned_sae(), layers=(2,))], settings))
 
 
 def test_what_the_model_says_is_asked_once_for_all_runs(scene, config):
