@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from .errors import MemoryTooSmall
 
 T = TypeVar("T")
+WEIGHTS_SHARE = 4  # of a device's free memory, one part in so many is for weights of SAEs: a model and batches follow
 
 
 class PieceSize:
@@ -44,6 +45,26 @@ def in_pieces(total: int, size: PieceSize, work: Callable[[int, int], T]) -> Ite
             continue
         yield result
         start = stop
+
+
+def room_for_weights(device: torch.device) -> int | None:
+    """Bytes that SAEs may take at once on a device; None where they lie in its memory already."""
+    if device.type != "cuda":
+        return None
+    _release()
+    return torch.cuda.mem_get_info(device)[0] // WEIGHTS_SHARE
+
+
+def within(room: int | None, items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items in order, group by group: as many at once as have room, and one at least."""
+    group: list[T] = []
+    for item in items:
+        if group and room is not None and sum(map(size_of, group)) + size_of(item) > room:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,7 +1,8 @@
 """A session: SAEs, the stores they belong to, and the evaluations asked for, brought together.
 
-SAEs of one store share a scene, so that the store is opened and the model loaded once for them. A store
-that is gone, or that is another one, fails the SAEs of that store and nothing else.
+SAEs of one store share a scene, so that the store is opened and the model loaded once for them, and lie on the
+device together as far as its memory allows. A store that is gone, or that is another one, fails the SAEs of that
+store and nothing else.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from ..cache_schema import Store, StoreError, StoreMissing
 from .engine import Keep, Row, run_evals
 from .errors import CacheIdMismatch, EvalError, StoreGone, WidthMismatch
+from .memory import room_for_weights, within
 from .progress import Watch
 from .scene import DtypeName, Scene, open_scene
 from .subject import Subject
@@ -71,9 +73,20 @@ class Session:
             except EvalError as error:
                 rows += self._refused(subject, error)
             else:
-                subject.to(self.device)
                 fitting.append(subject)
-        return rows + run_evals(scene, fitting, self.configs, self.keep)
+        for group in within(room_for_weights(self.device), fitting, lambda subject: subject.num_bytes):
+            rows += self._run_on_device(scene, group)
+        return rows
+
+    def _run_on_device(self, scene: Scene, subjects: Sequence[Subject]) -> list[Row]:
+        """SAEs that have room on the device together; they leave it in the end."""
+        try:
+            for subject in subjects:
+                subject.to(self.device)
+            return run_evals(scene, subjects, self.configs, self.keep)
+        finally:
+            for subject in subjects:
+                subject.to(torch.device("cpu"))
 
     def _refused(self, subject: Subject, error: Exception) -> list[Row]:
         return [Row(subject, eval_id, "failed", str(error)) for eval_id in self.configs]

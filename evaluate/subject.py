@@ -87,6 +87,11 @@ class Subject:
         """Move the SAE."""
         self.sae.to(device)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights."""
+        return sum(table.numel() * table.element_size() for table in (*self.sae.parameters(), *self.sae.buffers()))
+
     @torch.inference_mode()
     def encode(self, batch: Windows) -> Tensor:
         """Activations [W, T, F]; zero at special tokens where the SAE needs side inputs, which those do not have."""

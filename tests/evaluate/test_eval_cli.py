@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from saemill.cache_schema.cli import main as store_main
-from saemill.evaluate import evals
+from saemill.evaluate import evals, session
 from saemill.evaluate.cli import main
 from saemill.evaluate.evals import core
 from saemill.evaluate.results import result_path
@@ -207,6 +207,24 @@ def test_resume_skips_what_is_done_with_the_same_settings(run_1, sae_eval):
     assert "large_eval_results.json" in after
     sae_eval("run_1", "--resume", "--set", "core.n_eval_reconstruction_batches=1")
     assert results(run_1)["small_eval_results.json"] != before["small_eval_results.json"]
+
+
+def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run_1, sae_eval, monkeypatch):
+    sae_eval("run_1")
+    together, groups, run_evals = results(run_1), [], session.run_evals
+
+    def told(scene, subjects, *settings):
+        groups.append([subject.label for subject in subjects])
+        return run_evals(scene, subjects, *settings)
+
+    monkeypatch.setattr(session, "run_evals", told)
+    for room, expected in ((1 << 30, [["large", "small"]]), (5000, [["large"], ["small"]])):
+        groups.clear()
+        monkeypatch.setattr(session, "room_for_weights", lambda device, room=room: room)
+        sae_eval("run_1")
+        assert groups == expected
+        for name, found in results(run_1).items():
+            assert found["eval_result_metrics"] == together[name]["eval_result_metrics"]
 
 
 def test_only_what_was_computed_from_tokens_says_so(run_1, sae_eval):
