@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..train.errors import RunMissing, TrainError
-from ..train.find import find_sae, list_saes, load_sae
+from ..train.find import find_sae, list_saes, read_folder
 from ..train.launch import cache_of
 from ..train.recipes import runs_of, studies
-from ..train.runs import RunFolder, run_names
+from ..train.runs import RunFolder, places_of, run_names
 from .errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 from .subject import Subject
 
@@ -72,7 +72,7 @@ def find_places(target: str, runs: Path) -> list[tuple[Path, RunFolder | None]]:
 
 def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None) -> Subject:
     """Load the SAE of a folder."""
-    sae = load_sae(folder).eval().requires_grad_(False)
+    sae = read_folder(folder).eval().requires_grad_(False)
     config = _read_config(folder)
     metadata = {**sae.metadata, **config.get("metadata", {})}
     layers = _layers_of(metadata, config, folder, layer)
@@ -94,7 +94,7 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None) 
 
 def _run_of(target: str, runs: Path) -> RunFolder | None:
     """The run of this name or path."""
-    for path in (runs / target, Path(target)):
+    for path in places_of(target, runs):
         if (path / "config.json").is_file() and list_saes(path) != [path]:
             return RunFolder.at(path)
     return None

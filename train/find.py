@@ -1,4 +1,4 @@
-"""Find a trained SAE: by its folder, by its run, or on the Hugging Face Hub."""
+"""Find a trained SAE: by its run, by its folder, or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..cache_schema.strict import StrictError, from_json
 from . import variants
 from .errors import RunMissing, SaeInvalid
 from .formats import kind_of, read
-from .runs import run_names
+from .runs import places_of, run_names
 from .sae.export_form import sae_from_plain
 from .sae.io import read_sae
 from .sae.model import SparseAutoencoder
@@ -22,10 +22,14 @@ WEIGHTS = "sae_weights.safetensors"
 def load_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> SparseAutoencoder:
     """An SAE in raw units, ready to encode activations as the model has them.
 
-    `name` is a folder (of this package, SAELens, sparsify or dictionary_learning), a run or `run/sae`
-    under `runs`, or a repository `owner/name` or `owner/name/folder` on the Hub.
+    `name` is a run or `run/sae` under `runs`, a folder (of this package, SAELens, sparsify or
+    dictionary_learning), or a repository `owner/name` or `owner/name/folder` on the Hub.
     """
-    folder = find_sae(name, runs)
+    return read_folder(find_sae(name, runs))
+
+
+def read_folder(folder: Path) -> SparseAutoencoder:
+    """The SAE of this very folder."""
     if kind_of(folder) == "sae_lens":
         return read_sae(folder, rebuild)
     plain, metadata = read(folder)
@@ -45,7 +49,7 @@ def rebuild(variant: str, settings: Mapping[str, Any], d_in: int) -> SparseAutoe
 
 def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> Path:
     """The folder of an SAE."""
-    for path in (Path(name), Path(runs) / name):
+    for path in places_of(name, runs):
         if path.is_dir():
             return _only_sae(path)
     text = os.fspath(name)

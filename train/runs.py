@@ -57,7 +57,7 @@ class RunFolder:
     @classmethod
     def open(cls, root: str | os.PathLike[str], name: str) -> RunFolder:
         """A run by its name under `root`, or by its path."""
-        for path in (Path(root) / name, Path(name)):
+        for path in places_of(name, root):
             if (path / "config.json").is_file():
                 return cls(path)
         raise RunMissing(f"no run {name!r} in {root} (it has: {', '.join(run_names(root)) or 'none'})")
@@ -117,6 +117,11 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def places_of(name: str | os.PathLike[str], root: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Where a name may lie: first under the folder of runs, then as a path of its own."""
+    return Path(root) / name, Path(name)
 
 
 def run_names(root: str | os.PathLike[str]) -> list[str]:

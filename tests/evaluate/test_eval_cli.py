@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from saemill.evaluate import evals, session
 from saemill.evaluate.cli import main
 from saemill.evaluate.evals import core
 from saemill.evaluate.results import result_path
-from saemill.evaluate.subjects import find_subjects
+from saemill.evaluate.subjects import find_places, find_subjects, make_subject
+from saemill.train.find import find_sae
+from saemill.train.runs import RunFolder
 
 QUICK = ["--set", "core.batch_size_prompts=4", "--set", "core.resamples=10"]
 
@@ -56,6 +59,19 @@ def test_a_path_a_single_sae_and_the_same_one_twice(run_1, sae_eval, builder):
     assert "run_1/large" not in sae_eval(run_1 / "small", "run_1/small")
     assert set(results(run_1)) == {"small_eval_results.json"}
     assert len(find_subjects(["run_1", str(run_1), "run_1/small"], builder.root / "runs")) == 2
+
+
+def test_a_run_comes_before_a_folder_of_its_name(world, builder, monkeypatch):
+    """For whoever looks: training, export, evaluation."""
+    monkeypatch.chdir(builder.root)
+    builder.run(world, "run_1", {"one": builder.make_sae()})
+    shutil.copytree("runs/run_1", "run_1")
+    builder.save(builder.root / "run_1/one", builder.make_sae(width=32))
+    for name in ("run_1", "run_1/one"):
+        assert find_sae(name) == find_places(name, Path("runs"))[0][0] == Path("runs/run_1/one")
+    assert RunFolder.open("runs", "run_1").path == Path("runs/run_1")
+    assert find_sae(builder.root / "run_1") == builder.root / "run_1/one"
+    assert make_subject(Path("run_1/one"), None).width == 32
 
 
 def test_an_sae_from_elsewhere_on_a_store_that_is_named(golden, world, builder, sae_eval, make_world):
