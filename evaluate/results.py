@@ -1,6 +1,7 @@
 """Results: what an evaluation says of one SAE, as JSON in SAEBench's frame, beside the run.
 
-<home>/evals/<evaluation>/<label>_eval_results.json, where home is the run's folder or the SAE's own.
+<home>/evals/<evaluation>/<label>_eval_results.json, where home is the run's folder, the SAE's own,
+or runs/hub/OWNER--NAME.
 Keys and their order are those of SAEBench 0.6.0; ours follow under `saemill` and in `extra`. There is
 no NaN in JSON: official metrics say -1, as SAEBench does, our own say null.
 """

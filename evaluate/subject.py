@@ -28,7 +28,7 @@ class Subject:
 
     label: str
     folder: Path  # of the SAE
-    home: Path  # of its results: the run's folder, or the SAE's own
+    home: Path  # of its results: the run's folder, or the SAE's own; for the Hub's one under runs/hub
     run: str | None
     variant: str
     sae: SparseAutoencoder

@@ -3,6 +3,7 @@
 1. A run gives all its SAEs; it must have ended.
 2. A folder of an SAE inside a run belongs to that run and its store.
 3. Any other folder says itself where it belongs, as far as it does: `hook_name` in its cfg.json.
+4. What comes from the Hub lies in a cache that is not ours to write to: its results go to runs/hub.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..train.errors import RunMissing, TrainError
-from ..train.find import find_sae, list_saes, read_folder
+from ..train.find import find_sae, is_of_hub, list_saes, read_folder
 from ..train.launch import cache_of
 from ..train.recipes import runs_of, studies
 from ..train.runs import RunFolder, places_of, run_names
@@ -49,9 +50,10 @@ def find_all(targets: Iterable[str], runs: Path, layer: int | None = None) -> tu
         except (EvalError, TrainError) as error:
             problems.append(error)
             continue
+        home = runs / "hub" / target.replace("/", "--") if is_of_hub(target, runs) else None
         for folder, run in places:
             try:
-                found.setdefault(folder.resolve(), make_subject(folder, run, layer))
+                found.setdefault(folder.resolve(), make_subject(folder, run, layer, home))
             except (EvalError, TrainError) as error:
                 problems.append(error)
     return list(found.values()), problems
@@ -70,17 +72,17 @@ def find_places(target: str, runs: Path) -> list[tuple[Path, RunFolder | None]]:
     return [(folder, parent if (parent.path / "config.json").is_file() else None)]
 
 
-def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None) -> Subject:
-    """Load the SAE of a folder."""
+def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> Subject:
+    """Load the SAE of a folder. With a home elsewhere, of results, it has the name of that."""
     sae = read_folder(folder).eval().requires_grad_(False)
     config = _read_config(folder)
     metadata = {**sae.metadata, **config.get("metadata", {})}
     layers = _layers_of(metadata, config, folder, layer)
     url, cache_id = cache_of(run) if run else (None, metadata.get("cache_id"))
     return Subject(
-        label=folder.resolve().name,
+        label=(home or folder.resolve()).name,
         folder=folder,
-        home=run.path if run else folder,
+        home=home or (run.path if run else folder),
         run=run.name if run else None,
         variant=metadata.get("training_architecture") or str(config.get("architecture", "unknown")),
         sae=sae,

@@ -53,12 +53,19 @@ def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
         if path.is_dir():
             return _only_sae(path)
     text = os.fspath(name)
-    if text.count("/") in (1, 2) and not text.startswith((".", "/")):
+    if is_of_hub(name, runs):
         return _only_sae(_download(text))
     raise RunMissing(
         f"no SAE {text!r}: expected a folder, a run in {runs} ({', '.join(run_names(runs)) or 'none there'}), "
         "or a repository owner/name on the Hugging Face Hub"
     )
+
+
+def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> bool:
+    """Whether a name is for the Hub to know: it has the form, and there is no such folder here."""
+    text = os.fspath(name)
+    has_form = text.count("/") in (1, 2) and not text.startswith((".", "/"))
+    return has_form and not any(path.is_dir() for path in places_of(name, runs))
 
 
 def list_saes(folder: Path) -> list[Path]:

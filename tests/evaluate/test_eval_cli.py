@@ -83,6 +83,17 @@ def test_an_sae_from_elsewhere_on_a_store_that_is_named(golden, world, builder, 
     assert (subject.folder / "evals" / "core" / "jumprelu_eval_results.json").is_file()
 
 
+def test_results_of_the_hubs_saes_lie_under_the_runs(world, builder, sae_eval, monkeypatch):
+    cached = builder.root / "cache/snapshots/0123abc"
+    builder.save(cached / "layer_2", builder.make_sae())
+    before = sorted(cached.rglob("*"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(cached))
+    for _ in range(2):
+        assert "owner--name--layer_2" in sae_eval("owner/name/layer_2", "--cache", world.store)
+    assert sorted(cached.rglob("*")) == before
+    assert set(results(builder.root / "runs/hub/owner--name--layer_2")) == {"owner--name--layer_2_eval_results.json"}
+
+
 def test_an_sae_without_a_store(golden, builder, sae_eval):
     output = sae_eval(golden.subject("topk", builder.root).folder, code=3)
     assert "not run: core of topk" in output
