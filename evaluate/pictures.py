@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ..train.runs import RunFolder
 from .engine import Row
 
 Say = Callable[[str], None]
+LONGEST_NAME = 255  # bytes, of a file system
 
 
 def draw(rows: Sequence[Row], compares: bool, say: Say) -> None:
@@ -18,7 +20,16 @@ def draw(rows: Sequence[Row], compares: bool, say: Say) -> None:
         _draw([home], home / "plots", say)
     homes = list(dict.fromkeys(row.subject.home for row in rows if row.path.is_file()))
     if compares and len(homes) > 1:
-        _draw(homes, homes[0].parent / "compare" / "+".join(home.name for home in homes), say)
+        _draw(homes, homes[0].parent / "compare" / joint_name([home.name for home in homes]), say)
+
+
+def joint_name(names: Sequence[str]) -> str:
+    """The names of all; where they are too many for a folder's name, its beginning and a digest of the whole."""
+    whole = "+".join(names).encode()
+    if len(whole) <= LONGEST_NAME:
+        return whole.decode()
+    digest = f"-{hashlib.sha256(whole).hexdigest()[:12]}"
+    return whole[: LONGEST_NAME - len(digest)].decode(errors="ignore") + digest
 
 
 def after_run(folder: Path, say: Say) -> None:

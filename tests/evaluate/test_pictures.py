@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from saemill.evaluate import plots
 from saemill.evaluate.cli import main
+from saemill.evaluate.pictures import joint_name
 
 QUICK = ("--evals", "temporal", "--set", "temporal.windows=4", "--device", "cpu")
 
@@ -38,6 +39,14 @@ def test_compared_runs_share_their_figures(world, builder, invoke):
     assert invoke("run_1", "run_2", "--compare").exit_code == 0
     together = builder.root / "runs" / "compare" / "run_1+run_2"
     assert (together / "transition_matrix.png").is_file()
+
+
+def test_the_folder_of_many_runs_has_a_name_that_a_file_system_takes(tmp_path):
+    many = [f"run_{number:03d}_ü" for number in range(60)]
+    name, other = joint_name(many), joint_name([*many[:-1], "run_1"])
+    (tmp_path / name).mkdir()
+    assert name != other and name.startswith("run_000_ü+run_001_ü") and len(name.encode()) <= 255
+    assert joint_name(many[:2]) == "run_000_ü+run_001_ü"
 
 
 def test_a_plot_that_fails_costs_no_number(world, builder, invoke, monkeypatch):
