@@ -42,6 +42,8 @@ class Needs:
     documents: bool = False
     positions: bool = False
     windows: bool = False
+    least_windows: int = 1
+    """In a batch, where whole windows are read."""
 
     @property
     def layers(self) -> tuple[int, ...]:

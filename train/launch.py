@@ -108,6 +108,7 @@ def check(settled: Settled, store: Store, group: Group, device: torch.device) ->
     validate_request(store.manifest, request)
     store.spans(request)
     _require_held_out(settled, store)
+    _require_windows(settled, group.size)
     manifest, plan = store.manifest, settled.plan
     pools = 1 if plan.is_one_block else 2
     element = 4 if manifest.model.dtype == "float32" else 2
@@ -130,6 +131,21 @@ def _require_held_out(settled: Settled, store: Store) -> None:
     windows = min(max(1, course.validation_tokens // manifest.context), last - first)
     request = joint_request([member.config.request() for member in settled.config.members], VALIDATION)
     store.spans(replace(request, windows=(0, windows)))
+
+
+def _require_windows(settled: Settled, processes: int) -> None:
+    """Batches of whole windows have as many as the SAEs need, in every step of every process."""
+    wanted = {member.label: member.config.request() for member in settled.config.members}
+    wanted = {label: needs.least_windows for label, needs in wanted.items() if needs.windows}
+    if not wanted:
+        return
+    label, least = max(wanted.items(), key=lambda pair: pair[1])
+    found = settled.plan.least_windows(settled.budget.steps) // processes
+    if found < least:
+        raise ConfigInvalid(
+            f"{label}: expected {least} whole windows or more in each batch of a process, found {found} "
+            f"with data.batch_tokens={settled.plan.batch_tokens}: set a larger one"
+        )
 
 
 def _make_folder(settled: Settled, out: str, name: str | None) -> RunFolder:

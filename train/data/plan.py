@@ -94,6 +94,12 @@ class Plan:
         largest = sorted((piece.windows for piece in self.pieces), reverse=True)
         return sum(largest[: -(-len(self.pieces) // self.num_blocks)])
 
+    def least_windows(self, steps: int) -> int:
+        """How many whole windows the smallest batch of the first `steps` steps has."""
+        last = self.locate(steps - 1)[0].epoch
+        blocks = (block for epoch in range(last + 1) for block in self.blocks(epoch) if block.first_step < steps)
+        return min(block.windows // block.steps for block in blocks)
+
     @property
     def is_one_block(self) -> bool:
         """Whether the whole split fits into the pool, so that it is read once for all epochs."""

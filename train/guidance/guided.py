@@ -67,7 +67,8 @@ def request_guided(config: Guided, layers: Sequence[int]) -> Needs:
     """Whole windows of the base's layer, and the attention of `layers`."""
     _require_settings(config)
     needs = base_request(config)
-    return replace(needs, attention_layers=tuple(sorted(layers)), windows=True)
+    least = 2 if config.shuffle_attention else 1  # that exchange their rows
+    return replace(needs, attention_layers=tuple(sorted(layers)), windows=True, least_windows=least)
 
 
 def build_guided(

@@ -68,6 +68,16 @@ def test_a_step_is_found_without_what_precedes_it(sizes, pool, seed):
             assert Plan(sizes, batch_tokens=16, pool_tokens=pool, seed=seed).locate(step) == expected[step]
 
 
+@settings(deadline=None)
+@given(sizes, st.integers(16, 400), st.integers(0, 3))
+def test_the_smallest_batch_of_windows_is_known_beforehand(sizes, pool, seed):
+    plan = Plan(sizes, batch_tokens=16, pool_tokens=pool, seed=seed)
+    if all(plan.blocks(epoch) for epoch in range(2)):
+        for steps in {1, plan.steps_in(1), plan.steps_in(2)}:
+            blocks = (plan.locate(step)[0] for step in range(steps))
+            assert plan.least_windows(steps) == min(block.windows // block.steps for block in blocks)
+
+
 def test_a_step_in_a_late_epoch_is_found():
     """Two thousand epochs on, without deep recursion."""
     plan = Plan(make_sizes(40), batch_tokens=16, pool_tokens=100, seed=0)

@@ -85,3 +85,12 @@ def test_mistakes_are_named_before_anything_is_written(big, sae_train, quick, tm
     result = sae_train("--variant", "hierarchical", *words, *quick, "--cache", big["path"], code=1)
     assert said in result.output
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_one_window_in_a_batch_has_none_to_exchange_rows_with(big, sae_train, quick, tmp_path):
+    """Said before the first step, of the smallest batch of the run."""
+    words = [*GUIDED, "--set", "shuffle_attention=true", *quick, "--cache", big["path"]]
+    result = sae_train(*words, "--set", "data.batch_tokens=10", code=1)
+    assert "hierarchical: expected 2 whole windows or more in each batch of a process, found 1" in result.output
+    assert not list(tmp_path.glob("runs/*"))
+    sae_train(*words)
