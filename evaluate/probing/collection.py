@@ -12,7 +12,7 @@ import io
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,7 @@ def data_folder() -> Path:
     )
 
 
-@cache
+@lru_cache(maxsize=2)  # the index and one data set
 def _read(file: Path) -> list[Mapping[str, str]]:
     csv.field_size_limit(sys.maxsize)  # prompts may be longer than the default
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from ...harvest.corpus import CorpusSource
@@ -70,7 +70,7 @@ def load_table(name: str, is_test: bool) -> Table:
     return _table(name.split("_class_set")[0], is_test)
 
 
-@cache
+@lru_cache(maxsize=2)  # train and test of one data set: a process outlives many
 def _table(id: str, is_test: bool) -> Table:
     columns = COLUMNS[id]
     rows = reached(id, lambda: _load(id, split="test" if is_test else "train"))

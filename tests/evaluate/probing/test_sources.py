@@ -134,6 +134,18 @@ def test_the_hubs_tables_are_drawn_by_class(monkeypatch):
     hub._table.cache_clear()
 
 
+def test_no_more_than_one_data_set_is_kept_in_memory(monkeypatch):
+    def rows(_id, split):
+        return {key: [split] for key in ("text", "category", "rating", "hard_text", "profession", "gender")}
+
+    hub._table.cache_clear()
+    monkeypatch.setattr(hub, "_load", rows)
+    tables = [hub.load_table(name, is_test) for name in (hub.AMAZON, hub.BIOS) for is_test in (False, True)]
+    assert [table.text for table in tables] == [["train"], ["test"]] * 2
+    assert hub._table.cache_info().currsize == 2
+    hub._table.cache_clear()
+
+
 def test_what_can_be_had_is_taken_and_the_rest_is_named():
     def load(name):
         if name != "good":
