@@ -2,6 +2,7 @@
 
 1. Special tokens (BOS, EOS, padding) are set to zero in the residual.
 2. A position is valid when its residual does not sum to zero; features are averaged over valid positions.
+   A text without any has features of zero.
 3. An SAE encodes all positions, zeroed ones too. `latents` leave those out. `leaky` keeps them, divided by the
    number of valid ones: the protocols that ablate latents never mask them again, so a latent that fires on
    a zero vector counts once for every padding token.
@@ -133,13 +134,19 @@ def valid_positions(batch: Windows, layers: Sequence[int]) -> Tensor:
 def mean_resid(batch: Windows, layers: Sequence[int], valid_WT: Tensor) -> Tensor:
     """[W, D] in the model's dtype."""
     x_WTD = beside(batch, layers)
-    return x_WTD.sum(dim=1) / valid_WT.to(x_WTD.dtype).sum(dim=1, keepdim=True)
+    return by_count(x_WTD.sum(dim=1), valid_WT)
 
 
 def mean_latents(acts_WTF: Tensor, valid_WT: Tensor, counted_WT: Tensor) -> Tensor:
     """[W, F]: the sum over counted positions, by the number of valid ones."""
     total_WF = torch.einsum("wtf,wt->wf", acts_WTF, counted_WT.to(acts_WTF.dtype))
-    return total_WF / valid_WT.to(acts_WTF.dtype).sum(dim=1, keepdim=True)
+    return by_count(total_WF, valid_WT)
+
+
+def by_count(total_WF: Tensor, valid_WT: Tensor) -> Tensor:
+    """Sums by the number of valid positions; zero where there are none."""
+    count_W1 = valid_WT.to(total_WF.dtype).sum(dim=1, keepdim=True)
+    return torch.where(count_W1 > 0, total_WF / count_W1.clamp_min(1), 0.0)
 
 
 def beside(batch: Windows, layers: Sequence[int]) -> Tensor:

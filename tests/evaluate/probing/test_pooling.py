@@ -13,6 +13,7 @@ from saemill.evaluate.probing.pooling import (
     batch_size_for,
     make_pool,
     masked,
+    mean_latents,
     mean_resid,
     read_piece,
     valid_positions,
@@ -45,6 +46,16 @@ def test_latents_are_means_over_valid_positions_and_leaky_ones_count_padding_too
     np.testing.assert_allclose(pool.whole.latents[official.subject].toarray(), masked_means, atol=1e-5)
     np.testing.assert_allclose(pool.whole.leaky[official.subject].toarray(), leaky_means, atol=1e-5)
     assert (masked_means - leaky_means).abs().max() > 0.1  # some latents fire on a vector of zeros
+
+
+@pytest.mark.parametrize("leaky", [False, True])
+def test_a_text_without_a_valid_token_has_features_of_zero(leaky):
+    valid = torch.tensor([[True, False, True], [False, False, False]])
+    acts = torch.ones(2, 3, 4)
+    counted = torch.ones_like(valid) if leaky else valid
+    assert mean_latents(acts, valid, counted).tolist() == [[1.5 if leaky else 1.0] * 4, [0.0] * 4]
+    resid = Windows(valid.long(), valid, valid, {LAYER: acts * valid[:, :, None]})
+    assert mean_resid(resid, (LAYER,), valid).tolist() == [[1.0] * 4, [0.0] * 4]
 
 
 def test_a_token_that_sums_to_zero_is_taken_for_padding(official):
