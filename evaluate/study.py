@@ -15,8 +15,8 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,11 @@ class Line:
 
     run: str
     label: str
-    values: dict[str, float]
+    values: dict[str, float | None]
+    """None for what was measured and gave no number."""
     problems: list[str]
+    remarks: list[str] = field(default_factory=list)
+    """Why numbers are not there, where an evaluation says."""
 
     @property
     def family(self) -> str:
@@ -165,7 +168,8 @@ def read_lines(folder: RunFolder, evals: Sequence[str]) -> list[Line]:
     result = read_json(folder.path / "result.json")
     lines = []
     for label, sae in result["saes"].items():
-        values = {"steps": result["steps"], "dead": sae["dead_share"]}
+        values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
+        remarks: list[str] = []
         problems = [] if result["steps"] > 0 else ["it made no step"]
         for eval_id in evals:
             path = folder.path / "evals" / eval_id / f"{label}_eval_results.json"
@@ -174,13 +178,22 @@ def read_lines(folder: RunFolder, evals: Sequence[str]) -> list[Line]:
                 continue
             document = read_result(path)
             found = {metric: metric_of(document, metric) for metric in summary_of(eval_id)}
-            values |= {metric.rsplit(".", 1)[-1]: value for metric, value in found.items() if value is not None}
+            values |= {metric.rsplit(".", 1)[-1]: value for metric, value in found.items()}
             problems += untrained_traits(document)
+            remarks += absences(eval_id, document, found)
             if eval_id == CORE:
                 problems += [f"{metric.rsplit('.', 1)[-1]} is no number" for metric, v in found.items() if v is None]
-        problems += [f"{name} is no number" for name, value in values.items() if not math.isfinite(value)]
-        lines.append(Line(folder.name, label, values, problems))
+        problems += [f"{name} is no number" for name, value in values.items() if not math.isfinite(value or 0.0)]
+        lines.append(Line(folder.name, label, values, problems, remarks))
     return lines
+
+
+def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, float | None]) -> list[str]:
+    """The metrics of a result that are not there, and why as far as it says."""
+    names = [metric.rsplit(".", 1)[-1] for metric, value in found.items() if value is None]
+    ours = document.get("saemill", {})
+    reason = ours.get("missing") or ours.get("remark") or "its result does not say why"
+    return [f"{eval_id} has no {', '.join(names)}: {reason}"] if names else []
 
 
 def write_tables(study: str, lines: Sequence[Line], out: Path, console: Console) -> None:
@@ -197,6 +210,11 @@ def write_tables(study: str, lines: Sequence[Line], out: Path, console: Console)
         if rows:
             console.print(_table(title, head, rows))
             parts.append(f"**{title}**\n\n{_markdown(head, rows)}")
+    remarks = [f"{line.run}/{line.label}: {remark}" for line in lines for remark in line.remarks]
+    for remark in remarks:
+        console.print(remark, markup=False, soft_wrap=True)
+    if remarks:
+        parts.append("\n".join(f"- {remark}" for remark in remarks))
     replace_file(out / "table.md", "\n\n".join(parts).encode() + b"\n")
     raw = without_nan([{"run": line.run, "label": line.label, **line.values} for line in lines], None)
     replace_file(out / "table.json", json.dumps(raw, indent=1, allow_nan=False).encode() + b"\n")
@@ -207,7 +225,7 @@ def seeded_rows(lines: Sequence[Line], columns: Sequence[str]) -> list[list[str]
     rows = []
     for family in dict.fromkeys(line.family for line in lines):
         members = [line for line in lines if line.family == family]
-        cells = [spread([line.values[c] for line in members if c in line.values]) for c in columns]
+        cells = [spread([v for line in members if (v := line.values.get(c)) is not None]) for c in columns]
         rows.append([family, str(len(members)), *cells])
     return rows
 

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from saemill.evaluate import study
+from saemill.evaluate.report import summary_of
 from saemill.evaluate.study import Course, Line, call, read_lines, seeded_rows, spread, training_commands, write_tables
 from saemill.evaluate.untrained import UNTRAINED, untrained_traits
 from saemill.train.runs import RunFolder
@@ -63,6 +64,22 @@ def test_a_run_that_did_nothing_is_told(tmp_path, change, said):
 def test_a_missing_evaluation_is_told(tmp_path):
     (line,) = read_lines(write_run(tmp_path / "run_0"), ["core", "tiers"])
     assert line.problems == ["tiers gave no result"]
+
+
+def test_a_measure_that_gave_no_number_has_its_place_and_its_reason(tmp_path):
+    folder = write_run(tmp_path / "run_0")
+    metrics = {"contribution": {}, "fidelity": {"score": None}}
+    told = {"eval_result_metrics": metrics, "saemill": {"missing": None, "remark": "it has several layers"}}
+    (tmp_path / "run_0/evals/attention").mkdir()
+    (tmp_path / "run_0/evals/attention/one_eval_results.json").write_text(json.dumps(told))
+    (line,) = read_lines(folder, ["core", "attention"])
+    own = [metric.rsplit(".", 1)[-1] for metric in summary_of("attention")]
+    assert line.problems == [] and own and all(line.values[name] is None for name in own)
+    write_tables("attention", [line, Line("headline", "one_seed0", line.values, [])], tmp_path, Console(quiet=True))
+    text = (tmp_path / "table.md").read_text()
+    assert all(name in text for name in own) and text.count(" | -" * len(own) + " |") == 2
+    assert f"- run_0/one: attention has no {', '.join(own)}: it has several layers" in text
+    assert json.loads((tmp_path / "table.json").read_text())[0][own[0]] is None
 
 
 def test_every_recorded_number_counts_as_untrained():
