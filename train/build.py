@@ -40,9 +40,13 @@ def most_active(d_model: int) -> int:
     return max(1, d_model // 4)
 
 
-def scaled_by_width(lr_at_16k: float, width: int) -> float:
-    """lr / sqrt(F / 2^14), the scaling that top-k SAEs are published with."""
-    return lr_at_16k / (width / 2**14) ** 0.5
+def scaled_lr(lr_at_16k: float, width: int, d_model: int) -> float:
+    """lr / sqrt(F / 2^14), the scaling that top-k SAEs are published with, at a residual as wide as Gemma-2-2B's.
+
+    Adam turns a unit decoder row of D entries by about lr * sqrt(D) a step, so that the narrower
+    residual takes the larger rate for the same turn.
+    """
+    return lr_at_16k / (width / 2**14) ** 0.5 * (2304 / d_model) ** 0.5
 
 
 def settled(optim: Optim, lr: float, beta1: float = BETA1, epsilon: float = EPSILON) -> Optim:

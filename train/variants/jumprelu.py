@@ -13,7 +13,7 @@ from ..build import (
     assemble,
     require,
     require_sparsity,
-    scaled_by_width,
+    scaled_lr,
     seeded,
     settled,
     stats_or_unit,
@@ -65,5 +65,5 @@ class Config:
             Term("dead", DeadPreActivation(), Constant(self.dead_penalty)),
         )
         constraints = (UnitDecoder(), NonNegativeThreshold())
-        optim = settled(self.optim, scaled_by_width(5e-4, self.width), beta1=0.0)
+        optim = settled(self.optim, scaled_lr(5e-4, self.width, stats.width), beta1=0.0)
         return assemble(sae, stats, generator, optim, terms, constraints, self.dead_after_tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..build import DecoderBias, assemble, require, scaled_by_width, seeded, settled, stats_or_unit, tied_sae
+from ..build import DecoderBias, assemble, require, scaled_lr, seeded, settled, stats_or_unit, tied_sae
 from ..compose import Assembly, Needs, Term
 from ..constraints import UnitDecoder
 from ..losses.auxk import AuxK
@@ -57,5 +57,5 @@ class Config:
         )
         p = Ramp(self.p_start, self.p_end, begin_fraction=self.anneal_begin_fraction)
         knobs = {"p": p, "next_p": Ahead(p, 1)}
-        optim = settled(self.optim, scaled_by_width(5e-4, self.width))
+        optim = settled(self.optim, scaled_lr(5e-4, self.width, stats.width))
         return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens, knobs)
