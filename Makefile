@@ -62,7 +62,7 @@ demo: env ## the whole path on the bundled pocket model: harvest, train four SAE
 
 studies: env ## all runs of the five studies on a pocket store, their tables and plots
 	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STUDIES)/store
-	$(BIN)/sae-study --cache $(STUDIES)/store --out $(STUDIES) --epochs 2 --width 1024 --set data.batch_tokens=2048
+	$(BIN)/sae-study --cache $(STUDIES)/store --out $(STUDIES) --epochs 2 --width 512 --set data.batch_tokens=2048
 
 bench: bench-store bench-harvest bench-train bench-quality bench-eval ## every benchmark against the peers
 

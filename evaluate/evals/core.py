@@ -19,6 +19,7 @@ from typing import Any
 from ..baselines import ABLATIONS
 from ..core_metrics import latent_details, latent_metrics, official_metrics, own_metrics
 from ..errors import ModelMissing, NotApplicable, SettingInvalid
+from ..fitting import model_name_of
 from ..losses import LossSums, measure_losses, splice_layer
 from ..needs import Needs
 from ..results import Failure, Result
@@ -120,7 +121,7 @@ def make_result(
 def official_config(scene: Scene, rows: Rows, has_losses: bool) -> dict[str, Any]:
     """SAEBench's settings as they were used."""
     return {
-        "model_name": scene.manifest.model.id,
+        "model_name": model_name_of(scene) if has_losses else scene.manifest.model.id,
         "llm_dtype": str(scene.dtype).removeprefix("torch."),
         "batch_size_prompts": rows.sparsity.batch_windows,
         "n_eval_reconstruction_batches": rows.reconstruction.batches,
