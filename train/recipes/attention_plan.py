@@ -59,7 +59,7 @@ RUNS = (
     Recipe(
         "headline",
         "the encoder that reads attention, beside guidance by the loss and neither, at this package's defaults",
-        (_BASE, Sae("guided", "hierarchical"), Sae("encoder", "hierarchical", {"guidance": "encode"})),
+        (_BASE, Sae("guided", "hierarchical"), Sae("encoder", "hierarchical", {"guidance": "encode"}), _SHUFFLED),
         {"alpha": 0.1},
     ),
 )

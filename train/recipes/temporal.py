@@ -61,7 +61,7 @@ RUNS = (
     *as_recorded(_RUNS),
     Recipe(
         "headline",
-        "At this package's defaults, on the same windows: do temporal losses keep latents on, and at what price?",
-        (Sae("windows", "temporal", OFF), Sae("temporal", "temporal")),
+        "At this package's defaults: do temporal losses keep latents on, and at what price, on the same windows?",
+        (Sae("standard", "standard"), Sae("windows", "temporal", OFF), Sae("temporal", "temporal")),
     ),
 )
