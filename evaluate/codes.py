@@ -1,7 +1,7 @@
 """What an SAE says of the kept tokens of a batch, sparse where that pays, and its reconstruction.
 
 Same numbers as `Subject.encode` and `decode` but for the order of sums, at a fraction of the cost:
-1. Rows go in pieces whose pre-activations stay in the processor's cache.
+1. Rows go in pieces: many enough for the product to run at full speed, few enough to be held.
 2. A top-k gate is searched, not sorted; of any other gate the active entries are picked out.
 3. The decoder adds up rows of active latents. Where many are active the dense products are used.
 
@@ -24,7 +24,7 @@ from ..train.sae.model import SparseAutoencoder
 from .subject import Subject
 from .windows import Windows
 
-CPU_PIECE = 1 << 20  # pre-activations at once: 4 MB
+CPU_PIECE = 1 << 23  # pre-activations at once: 32 MB
 GPU_PIECE = 1 << 28
 
 

@@ -7,12 +7,14 @@ R documents, K sums, S resamples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 
 import numpy as np
 
 RESAMPLES = 1000
 RESAMPLES_AT_ONCE = 50
+KEPT_DRAWS = 1 << 22  # 32 MB
 LEVEL = 0.95
 
 Sums = Mapping[str, np.ndarray]
@@ -62,12 +64,25 @@ def intervals(
 def resampled(table: Sums, resamples: int, seed: int) -> dict[str, np.ndarray]:
     """The sums [S] of each resample."""
     values_RK = np.stack([np.asarray(column, np.float64) for column in table.values()], axis=1)
-    count = len(values_RK)
+    sums_SK = np.concatenate([drawn_SR @ values_RK for drawn_SR in draws(len(values_RK), resamples, seed)])
+    return dict(zip(table, sums_SK.T, strict=True))
+
+
+def draws(documents: int, resamples: int, seed: int) -> Iterable[np.ndarray]:
+    """How often each resample has each document, some resamples at a time; every SAE of a store has the same."""
+    if documents * resamples <= KEPT_DRAWS:
+        return _kept_draws(documents, resamples, seed)
+    return _new_draws(documents, resamples, seed)
+
+
+@lru_cache(maxsize=4)
+def _kept_draws(documents: int, resamples: int, seed: int) -> tuple[np.ndarray, ...]:
+    return tuple(_new_draws(documents, resamples, seed))
+
+
+def _new_draws(documents: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     generator = np.random.default_rng(seed)
-    shares = np.full(count, 1 / count)
-    parts = []
+    shares = np.full(documents, 1 / documents)
     for start in range(0, resamples, RESAMPLES_AT_ONCE):
         size = min(RESAMPLES_AT_ONCE, resamples - start)
-        parts.append(generator.multinomial(count, shares, size=size) @ values_RK)
-    sums_SK = np.concatenate(parts)
-    return dict(zip(table, sums_SK.T, strict=True))
+        yield generator.multinomial(documents, shares, size=size).astype(np.float64)
