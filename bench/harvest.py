@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,11 +26,11 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModel, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, StoreWriter
-from saemill.cache_schema.allocator import keep_large_blocks
+from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, ShardContent, Store, StoreWriter
+from saemill.cache_schema.allocator import SMALLER_THAN_SHARDS, keep_large_blocks
 from saemill.harvest.capture import run
 from saemill.harvest.model import Wanted, load_model
-from saemill.harvest.shards import Harvester, harvest_shards
+from saemill.harvest.shards import Harvester, compute_shard, harvest_shards
 
 LAYER, ATTENTION = 19, (17, 18, 19, 20)
 WIDTH, CONTEXT, VOCABULARY, BOS = 576, 128, 32_000, 2
@@ -100,7 +100,7 @@ class Ours:
     """A whole harvest from tokens to committed shards."""
 
     def __init__(self, bench: Bench, dtype: str) -> None:
-        keep_large_blocks()  # as every harvest does; the bare pass beside it has the same
+        keep_large_blocks(SMALLER_THAN_SHARDS)  # as every harvest does; the bare pass beside it has the same
         self.bench = bench
         model = load_model(bench.model, Wanted((LAYER,), ATTENTION), getattr(torch, dtype), bench.device)
         self.harvester = Harvester(model, make_manifest(bench.tokens, dtype), bench.device)
@@ -223,9 +223,9 @@ def bench_memory(bench: Bench) -> list[Row]:
 
 
 def measure_memory(model: Path, folder: Path, layers: tuple[int, ...]) -> None:
-    """In a process of its own: print growth, and the bytes of the model, of a shard, and of a forward pass."""
+    """In a process of its own: print growth, and the bytes of the model, of a shard waiting, and of a forward pass."""
     tokens_WT = make_tokens(3 * 512)
-    keep_large_blocks()
+    keep_large_blocks(SMALLER_THAN_SHARDS)
     wanted, device = Wanted((2,), layers), torch.device("cpu")
     manifest = replace(make_manifest(tokens_WT, "bfloat16", layers), layers=(2,), shard_windows=512)
     before = resident("RssAnon")
@@ -233,15 +233,14 @@ def measure_memory(model: Path, folder: Path, layers: tuple[int, ...]) -> None:
     weights = sum(parameter.nbytes for parameter in loaded.stack.parameters())
     batch = peak_growth(lambda: run(loaded, torch.from_numpy(tokens_WT[:BATCH].astype(np.int64)), {}))
     out = folder / "memory"
-    shards: list[int] = []
     with StoreWriter.create(out, manifest, tokens_WT, np.zeros_like(tokens_WT)) as writer:
         harvester = Harvester(loaded, writer.manifest, device)
         start = resident("RssAnon")
-        growth = peak_growth(
-            lambda: harvest_shards(writer, harvester, writer.pending(), lambda record: shards.append(sum_bytes(record)))
-        )
+        growth = peak_growth(lambda: harvest_shards(writer, harvester, writer.pending(), lambda record: None))
+        with Store(writer.files) as store:
+            shard = num_bytes(compute_shard(harvester, *store.beginning(0)))
     shutil.rmtree(out)
-    print(start - before + growth, weights, max(shards), batch)
+    print(start - before + growth, weights, shard, batch)
 
 
 def peak_growth(job: Callable[[], object]) -> int:
@@ -252,8 +251,10 @@ def peak_growth(job: Callable[[], object]) -> int:
     return resident("VmHWM") - start
 
 
-def sum_bytes(record: Any) -> int:
-    return sum(array.bytes for array in record.arrays.values())
+def num_bytes(content: ShardContent) -> int:
+    """Of a shard's arrays as they wait to be written."""
+    attention = [getattr(csr, field.name) for csr in content.attention.values() for field in fields(csr)]
+    return sum(array.nbytes for array in (*content.resid.values(), *attention))
 
 
 def resident(field: str) -> int:

@@ -11,17 +11,22 @@ from __future__ import annotations
 import ctypes
 import sys
 
+SMALLER_THAN_SHARDS = 32 << 20
+"""For a harvest: a shard's arrays are larger, and what one leaves must not lie idle beside the next."""
+
 _M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
 _NEVER = 2**31 - 1
 
 
-def keep_large_blocks() -> bool:
-    """Ask the allocator to keep freed blocks of any size; True if it agreed."""
+def keep_large_blocks(up_to: int | None = None) -> bool:
+    """Ask the allocator to keep freed blocks, of any size or up to at most 32 MB; True if it agreed."""
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
-    # No mapped blocks at all: a threshold for them has an upper limit in older glibc.
-    return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    # No mapped blocks at all where any size is kept: a threshold for them has this upper limit in older glibc.
+    sizes = libc.mallopt(_M_MMAP_MAX, 0) if up_to is None else libc.mallopt(_M_MMAP_THRESHOLD, up_to)
+    return bool(sizes) and bool(libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..cache_schema import Manifest, Store, StoreBusy, StoreError, StoreWriter
-from ..cache_schema.allocator import keep_large_blocks
+from ..cache_schema.allocator import SMALLER_THAN_SHARDS, keep_large_blocks
 from .begin import begin_store
 from .config import HarvestConfig
 from .errors import HarvestError, ModelDiffers
@@ -96,7 +96,7 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
     shards = [shard for shard in writer.pending() if place.worker.takes(shard)]
     if not shards:
         return
-    keep_large_blocks()
+    keep_large_blocks(SMALLER_THAN_SHARDS)
     harvester = make_harvester(manifest, plan.source, place.device)
     if not is_bound_to_fit(writer.files, manifest, len(shards)):
         with Store(writer.files) as store:

@@ -74,7 +74,7 @@ def compute_shard(harvester: Harvester, tokens_WT: np.ndarray, documents_WT: np.
         documents=documents_WT,
         resid=collector.resid,
         moments={layer: merge(parts) for layer, parts in collector.moments.items()},
-        attention={layer: AttentionCsr.concat(parts) for layer, parts in collector.attention.items()},
+        attention=collector.take_attention(),
     )
 
 
@@ -107,6 +107,11 @@ class _Collector:
         self.attention: dict[int, list[AttentionCsr]] = {layer: [] for layer in manifest.attention.layers}
         self._behind: _Launched | None = None
         self._stream = torch.cuda.Stream(harvester.device) if harvester.device.type == "cuda" else None
+
+    def take_attention(self) -> dict[int, AttentionCsr]:
+        """Each layer in one piece; its parts are gone before the next one's are joined."""
+        layers = tuple(self.attention)
+        return {layer: AttentionCsr.concat(self.attention.pop(layer)) for layer in layers}
 
     def add(self, start: int, tokens_WT: np.ndarray) -> None:
         """Start a batch; take in the one before it."""
