@@ -69,9 +69,13 @@ bench: bench-store bench-harvest bench-train bench-quality bench-eval ## every b
 bench-harvest: env peers ## the harvest against the bare forward pass and SAELens' runner
 	$(BIN)/python bench/harvest.py --peers $(PEERS)
 
-bench-train: env peers ## training steps against SAELens and dictionary_learning, and what guidance adds to a step
+bench-train: env peers ## training steps against SAELens and dictionary_learning; what guidance and a fleet add to a step
+	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STORE)
 	$(BIN)/python bench/train.py --peers-python $(PEERS)/bin/python
+	$(BIN)/python bench/train.py --peers-python $(PEERS)/bin/python --l0 64 --width 9216 \
+	  --variant standard --variant jumprelu --variant gated --variant p_anneal
 	$(BIN)/python bench/guided.py
+	$(BIN)/python bench/fleet.py $(STORE)
 
 bench-quality: env peers ## explained variance at equal sparsity, against the peers
 	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STORE)
