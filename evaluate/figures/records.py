@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...train.runs import RunFolder, read_json
+from ..results import metric_of
 
 RESULTS = "_eval_results.json"
 
@@ -50,10 +51,8 @@ class Record:
 
     def metric(self, evaluation: str, path: str) -> float | None:
         """A dotted metric of an evaluation; None where it was not measured."""
-        value: Any = self.documents.get(evaluation, {}).get("eval_result_metrics", {})
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return float(value) if isinstance(value, (int, float)) and value != -1 else None
+        document = self.documents.get(evaluation)
+        return None if document is None else metric_of(document, path)
 
     def unstructured(self, evaluation: str) -> Mapping[str, Any]:
         return self.documents.get(evaluation, {}).get("eval_result_unstructured") or {}

@@ -21,7 +21,8 @@ def l0(record: Record) -> float | None:
 
 
 def explained_variance(record: Record) -> float | None:
-    measured = record.metric("core", "reconstruction_quality.explained_variance")
+    """The centred one, which every table has; SAEBench's is another quantity."""
+    measured = record.metric("core", "saemill_metrics.explained_variance")
     return measured if measured is not None else record.outcome.get("explained_variance")
 
 

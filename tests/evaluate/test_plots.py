@@ -10,9 +10,9 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from saemill.evaluate import plots
-from saemill.evaluate.figures.records import read_records
+from saemill.evaluate.figures.records import Record, read_records
 from saemill.evaluate.figures.style import COLOURS, look, shades, shown
-from saemill.evaluate.plots import draw_of, make_plots, names
+from saemill.evaluate.plots import draw_of, make_plots, names, pareto
 from saemill.train.runs import RunFolder, write_json
 
 STEPS = 12
@@ -182,6 +182,14 @@ def test_whitespace_shows_and_unknown_letters_are_dots():
     assert shown("\n") == "\N{DOWNWARDS ARROW WITH TIP LEFTWARDS}"
     assert shown("a\u4e2d") == "a\N{MIDDLE DOT}"
     assert shown("") == "\N{MIDDLE DOT}"
+
+
+def test_pareto_shows_the_variance_that_tables_show():
+    """SAEBench's own is another quantity under the same name."""
+    core = {"eval_result_metrics": {"reconstruction_quality": {"explained_variance": 0.9}}}
+    record = Record("a", "run_1", "a", documents={"core": core | {"saemill_metrics": {"explained_variance": 0.8}}})
+    assert pareto.explained_variance(record) == 0.8
+    assert pareto.explained_variance(Record("a", "run_1", "a", outcome={"explained_variance": 0.7})) == 0.7
 
 
 def test_no_global_state_is_touched(make_run):
