@@ -14,6 +14,9 @@ CONTEXT  ?=
 DEMO     ?= ./demo
 STUDIES  ?= ./studies
 
+STUDY_NAMES  := attention attention_plan tiered positional temporal
+STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048
+
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow check format goldens demo harvest studies bench bench-store bench-harvest bench-train \
   bench-quality bench-eval bench-gpu peers saebench clean
@@ -62,7 +65,11 @@ demo: env ## the whole path on the bundled pocket model: harvest, train four SAE
 
 studies: env ## all runs of the five studies on a pocket store, their tables and plots
 	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STUDIES)/store
-	$(BIN)/sae-study --cache $(STUDIES)/store --out $(STUDIES) --epochs 2 --width 512 --set data.batch_tokens=2048
+	@# Two at a time with a thread each: steps as small as these do not keep two threads busy together.
+	@printf '%s\n' $(STUDY_NAMES) | OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
+	  'echo "{}: see $(STUDIES)/{}.log"; $(BIN)/sae-study {} --cache $(STUDIES)/store --out $(STUDIES) $(STUDY_COURSE) \
+	  > $(STUDIES)/{}.log 2>&1 || { tail -n 5 $(STUDIES)/{}.log; exit 1; }'; status=$$?; \
+	  cat $(foreach study,$(STUDY_NAMES),$(STUDIES)/$(study)/table.md); exit $$status
 
 bench: bench-store bench-harvest bench-train bench-quality bench-eval ## every benchmark against the peers
 
