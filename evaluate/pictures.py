@@ -14,9 +14,9 @@ LONGEST_NAME = 255  # bytes, of a file system
 
 
 def draw(rows: Sequence[Row], compares: bool, say: Say) -> None:
-    """Plots and the page of every run with a new result; where runs are compared, plots of all of them together."""
-    fresh = dict.fromkeys(row.subject.home for row in rows if row.status in ("done", "partly"))
-    for home in fresh:
+    """Plots and the page of every run; where runs are compared, of those with a new result, and of all together."""
+    wanted = ("done", "partly") if compares else ("done", "partly", "kept")
+    for home in dict.fromkeys(row.subject.home for row in rows if row.status in wanted):
         _draw([home], home / "plots", say)
     homes = list(dict.fromkeys(row.subject.home for row in rows if row.path.is_file()))
     if compares and len(homes) > 1:

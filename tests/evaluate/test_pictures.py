@@ -27,6 +27,14 @@ def test_a_run_gets_plots_and_a_page(world, builder, invoke):
     assert "data:image/png" in (run / "report.html").read_text()
 
 
+def test_results_that_were_kept_are_drawn_again(world, builder, invoke):
+    run = builder.run(world, "run_1", {"a": builder.make_sae(k=None)})
+    assert invoke("run_1", "--no-plots").exit_code == 0
+    ended = invoke("run_1", "--resume")
+    assert "kept" in ended.output
+    assert (run / "plots" / "transition_matrix.png").is_file() and (run / "report.html").is_file()
+
+
 def test_none_are_drawn_where_none_are_wanted(world, builder, invoke):
     run = builder.run(world, "run_1", {"a": builder.make_sae()})
     assert invoke("run_1", "--no-plots").exit_code == 0
