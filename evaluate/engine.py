@@ -21,7 +21,16 @@ from ..harvest.errors import HarvestError
 from ..train.errors import TrainError
 from . import evals
 from .errors import EvalError, NotRun
-from .results import Failure, Result, is_done, is_there, read_result, result_path, told_differences, write_result
+from .results import (
+    Failure,
+    Result,
+    is_of_store,
+    is_whole,
+    result_path,
+    standing_result,
+    told_differences,
+    write_result,
+)
 from .scene import Scene
 from .subject import Subject
 
@@ -55,8 +64,8 @@ def run_evals(scene: Scene, subjects: Sequence[Subject], configs: Mapping[str, A
     rows: list[Row] = []
     for eval_id, config in configs.items():
         settings = settings_of(scene, eval_id, config)
-        kept = [subject for subject in subjects if _is_kept(subject, eval_id, settings, keep)]
-        rows += [Row(subject, eval_id, "kept", _told_settings(subject, eval_id, settings)) for subject in kept]
+        kept = {subject: row for subject in subjects if (row := _kept(subject, eval_id, settings, keep))}
+        rows += kept.values()
         pending = [subject for subject in subjects if subject not in kept]
         if pending:
             if scene.from_tokens and not settings["from_tokens"]:
@@ -65,15 +74,21 @@ def run_evals(scene: Scene, subjects: Sequence[Subject], configs: Mapping[str, A
     return rows
 
 
-def _is_kept(subject: Subject, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> bool:
-    if keep == "any":
-        return is_there(subject, eval_id, settings["cache_id"])
-    return keep == "same" and is_done(subject, eval_id, settings)
+def _kept(subject: Subject, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
+    """A result that is taken as it is, read once; what it was measured with is told where that may be another."""
+    document = None if keep == "none" else standing_result(subject, eval_id)
+    if document is None:
+        return None
+    if keep == "same":
+        return Row(subject, eval_id, "kept") if is_whole(document, settings) else None
+    if not is_of_store(document, settings["cache_id"]):
+        return None
+    return Row(subject, eval_id, "kept", _told_settings(document, settings))
 
 
-def _told_settings(subject: Subject, eval_id: str, settings: Mapping[str, Any]) -> str:
+def _told_settings(document: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """That a kept result is of other settings than today's, if so."""
-    found = told_differences(read_result(result_path(subject, eval_id)), settings)
+    found = told_differences(document, settings)
     return f"its result is of {found}. Evaluate it again without --compare to have what was asked for" if found else ""
 
 

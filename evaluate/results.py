@@ -133,19 +133,19 @@ def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
     return None
 
 
-def is_there(subject: Subject, eval_id: str, cache_id: str | None) -> bool:
-    """Whether there is a result, of whatever settings: no older than the SAE, and of this store (None: of any)."""
+def standing_result(subject: Subject, eval_id: str) -> dict[str, Any] | None:
+    """The result that is there, if it is no older than the SAE."""
     path = result_path(subject, eval_id)
-    if not path.is_file() or _is_older(path, subject.folder):
-        return False
-    return cache_id is None or settings_in(read_result(path)).get("cache_id") == cache_id
+    return read_result(path) if path.is_file() and not _is_older(path, subject.folder) else None
 
 
-def is_done(subject: Subject, eval_id: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a whole result of these very settings is there, and no older than the SAE."""
-    if not is_there(subject, eval_id, settings.get("cache_id")):
-        return False
-    document = read_result(result_path(subject, eval_id))
+def is_of_store(document: Mapping[str, Any], cache_id: str | None) -> bool:
+    """Whether a result, of whatever settings, is of this store (None: of any)."""
+    return cache_id is None or settings_in(document).get("cache_id") == cache_id
+
+
+def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a result is of these very settings and misses nothing."""
     return settings_in(document) == dict(settings) and document.get("saemill", {}).get("missing") is None
 
 
