@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .compose import Assembly, Constraint, Term
 from .errors import ConfigInvalid
-from .optim import BETA1, EPSILON, Optim
+from .optim import Optim
 from .sae.gates import Gate
 from .sae.model import EncoderProduct, SparseAutoencoder, tied_weights
 from .sae.scaling import Stats, unit_stats
@@ -49,9 +49,8 @@ def scaled_lr(lr_at_16k: float, width: int, d_model: int) -> float:
     return lr_at_16k / (width / 2**14) ** 0.5 * (2304 / d_model) ** 0.5
 
 
-def settled(optim: Optim, lr: float, beta1: float = BETA1, epsilon: float = EPSILON) -> Optim:
+def settled(optim: Optim, **own: float) -> Optim:
     """The settings, with the variant's own where none was given."""
-    own = {"lr": lr, "beta1": beta1, "epsilon": epsilon}
     return replace(optim, **{name: value for name, value in own.items() if getattr(optim, name) is None})
 
 

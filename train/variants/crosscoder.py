@@ -75,5 +75,5 @@ class Config:
             penalty = Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)
             terms.append(Term("l1", LayerNormsL1(len(self.layers)), penalty))
         constraints: tuple[Constraint, ...] = (UnitDecoder(),) if sparse else ()
-        optim = settled(self.optim, scaled_lr(2e-4, self.width, stats.width), epsilon=6.25e-10)
+        optim = settled(self.optim, lr=scaled_lr(2e-4, self.width, stats.width), epsilon=6.25e-10)
         return assemble(sae, stats, generator, optim, terms, constraints, self.dead_after_tokens)

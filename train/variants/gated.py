@@ -51,5 +51,5 @@ class Config:
             Term("gate_l1", gate_l1, Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)),
             Term("aux", AuxK(self.aux_k or d_model // 2, rectified=False), Constant(self.aux_weight)),
         )
-        optim = settled(self.optim, scaled_lr(5e-4, self.width, stats.width), beta1=0.0)
+        optim = settled(self.optim, lr=scaled_lr(5e-4, self.width, stats.width), beta1=0.0)
         return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens)

@@ -65,5 +65,5 @@ class Config:
             Term("dead", DeadPreActivation(), Constant(self.dead_penalty)),
         )
         constraints = (UnitDecoder(), NonNegativeThreshold())
-        optim = settled(self.optim, scaled_lr(5e-4, self.width, stats.width), beta1=0.0)
+        optim = settled(self.optim, lr=scaled_lr(5e-4, self.width, stats.width), beta1=0.0)
         return assemble(sae, stats, generator, optim, terms, constraints, self.dead_after_tokens)

@@ -73,5 +73,5 @@ class Config:
             Term("reconstruction", NestedReconstruction(widths, weights), Constant(1.0)),
             Term("aux", AuxK(self.aux_k or d_model // 2), Constant(self.aux_weight)),
         )
-        optim = settled(self.optim, scaled_lr(2e-4, self.width, stats.width), epsilon=6.25e-10)
+        optim = settled(self.optim, lr=scaled_lr(2e-4, self.width, stats.width), epsilon=6.25e-10)
         return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens)

@@ -57,5 +57,5 @@ class Config:
         )
         p = Ramp(self.p_start, self.p_end, begin_fraction=self.anneal_begin_fraction)
         knobs = {"p": p, "next_p": Ahead(p, 1)}
-        optim = settled(self.optim, scaled_lr(5e-4, self.width, stats.width))
+        optim = settled(self.optim, lr=scaled_lr(5e-4, self.width, stats.width))
         return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens, knobs)

@@ -50,5 +50,5 @@ class Config:
             Term("l1", l1, Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)),
             Term("aux", AuxK(self.aux_k or d_model // 2, rectified=False), Constant(self.aux_weight)),
         )
-        optim = settled(self.optim, scaled_lr(5e-4, self.width, stats.width))
+        optim = settled(self.optim, lr=scaled_lr(5e-4, self.width, stats.width))
         return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens)

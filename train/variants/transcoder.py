@@ -58,7 +58,7 @@ class Config:
             Term("reconstruction", reconstruction, Constant(1.0)),
             Term("aux", AuxK(self.aux_k or d_model // 2), Constant(self.aux_weight)),
         )
-        optim = settled(self.optim, scaled_lr(2e-4, self.width, stats.width), epsilon=6.25e-10)
+        optim = settled(self.optim, lr=scaled_lr(2e-4, self.width, stats.width), epsilon=6.25e-10)
         constraints = (UnitDecoder(),)
         return assemble(
             sae,
