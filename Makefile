@@ -14,7 +14,7 @@ CONTEXT  ?=
 DEMO     ?= ./demo
 STUDIES  ?= ./studies
 
-STUDY_NAMES  := attention attention_plan tiered positional temporal
+STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard train/recipes/*.py)))))
 STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048
 
 .DEFAULT_GOAL := help

@@ -85,7 +85,7 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
     is_stdlib = config.data == "stdlib" or (config.data == "auto" and scene.is_pocket)
     selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
     entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
-    require_known(selection, entities)
+    require_selectable(selection, entities)
     fitting, failures = split_fitting(subjects, scene.model)
     yield from failures
     if not fitting:
@@ -98,7 +98,7 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
         yield make_result(scene, subject, findings[subject], selection, config)
 
 
-def require_known(selection: Mapping[str, Sequence[str]], entities: Sequence[EntityClass]) -> None:
+def require_selectable(selection: Mapping[str, Sequence[str]], entities: Sequence[EntityClass]) -> None:
     """What was selected is in the data that are taken."""
     known = {entity_class.name: tuple(entity_class.templates) for entity_class in entities}
     fits = selection.keys() == known.keys() and all(set(selection[name]) <= set(known[name]) for name in known)
