@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...train.sae.gates import Gated
+from ...train.sae.kernels.linear import linear
 from ...train.sae.model import SparseAutoencoder
 
 BLOCK = 2048
@@ -47,7 +48,7 @@ def max_cosine(rows_FD: Tensor, block: int = BLOCK) -> Tensor:
         rows = slice(first, first + block)
         for second in starts[first // block :]:
             columns = slice(second, second + block)
-            cosines = unit[rows] @ unit[columns].T
+            cosines = linear(unit[rows], unit[columns])
             if first == second:
                 cosines.fill_diagonal_(-torch.inf)
             best[rows] = torch.maximum(best[rows], cosines.amax(dim=1))

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ..sae.codes import Codes
 from ..sae.kernels.functions import affine
+from ..sae.kernels.linear import linear
 from ..sae.model import SparseAutoencoder
 from ..sae.side import NO_SIDE, Side
 from .attention import Attention, mixing_weights
@@ -55,7 +56,7 @@ class AttendedSae(SparseAutoencoder):
         return self.gate.open(pre, self.b_enc, side)
 
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
-        pre = functional.linear(self.centred(x), self.W_enc, self.b_enc)
+        pre = linear(self.centred(x), self.W_enc, self.b_enc)
         return self.gate.infer(pre + self.attended(x, side) @ self.U.t(), self.b_enc)
 
     def attended(self, x: Tensor, side: Side) -> Tensor:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..sae.codes import Codes, codes_from_dense
 from ..sae.gates import DENSE_SHARE
 from ..sae.kernels.functions import affine, squared_error
+from ..sae.kernels.linear import linear
 from ..sae.kernels.select import support_topk
 from ..view import View
 
@@ -44,10 +44,10 @@ class AuxK:
         x = view.sae.centred(view.x).detach()
         if self.k < DENSE_SHARE * dead.numel():
             with torch.no_grad():
-                support = support_topk(functional.linear(x, W_MD, b_M), self.k)
+                support = support_topk(linear(x, W_MD, b_M), self.k)
             codes = Codes(affine(x, None, W_MD, b_M, support), support, x.shape[0], dead.numel())
         else:
-            pre = functional.linear(x, W_MD, b_M)
+            pre = linear(x, W_MD, b_M)
             codes = codes_from_dense(_keep_topk(pre, self.k), None)
         return view.sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..sae.codes import Codes
 from ..sae.gates import AnnealedRelu, JumpRelu
+from ..sae.kernels.linear import linear
 from ..view import View
 
 
@@ -67,7 +67,7 @@ class DeadPreActivation:
         if dead.numel() == 0:
             return view.x.new_zeros(())
         assert isinstance(gate, JumpRelu)
-        pre = functional.linear(view.sae.centred(view.x).detach(), view.sae.W_enc[dead], view.sae.b_enc[dead])
+        pre = linear(view.sae.centred(view.x).detach(), view.sae.W_enc[dead], view.sae.b_enc[dead])
         below = torch.relu(gate.threshold[dead] - pre)
         return below.sum() / view.x.shape[0]
 

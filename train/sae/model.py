@@ -25,6 +25,7 @@ from .codes import Codes
 from .gates import Gate
 from .kernels.functions import affine
 from .kernels.hardware import has_fast_bfloat16
+from .kernels.linear import linear
 from .kernels.support import Support
 from .side import NO_SIDE, Side
 
@@ -133,7 +134,7 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
         """Activations [..., F] as the saved SAE computes them."""
-        return self.gate.infer(functional.linear(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
+        return self.gate.infer(linear(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
 
     def decode(self, acts: Tensor) -> Tensor:
         """x_hat of dense activations [..., F]."""
@@ -144,9 +145,9 @@ class SparseAutoencoder(nn.Module):
 
     def _all_pre(self, x_centred: Tensor) -> Tensor:
         if self.encoder_product == "float32" or not has_fast_bfloat16(x_centred.device.type):
-            return functional.linear(x_centred, self.W_enc, self.b_enc)
+            return linear(x_centred, self.W_enc, self.b_enc)
         low = torch.bfloat16
-        return functional.linear(x_centred.to(low), self.W_enc.to(low), self.b_enc.to(low))
+        return linear(x_centred.to(low), self.W_enc.to(low), self.b_enc.to(low))
 
     def _known(self, pre_all: Tensor, support: Support | None) -> Tensor | None:
         if pre_all.dtype != self.W_enc.dtype:

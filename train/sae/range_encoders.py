@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .kernels.linear import linear
 from .model import SparseAutoencoder
 from .ranges import range_of
 from .shaped import Shape
@@ -36,9 +37,9 @@ class RangeEncoders(Shape):
             x_centred = x_centred + self.embedding[here]
         order = here.argsort(stable=True)
         rows = order.split(torch.bincount(here, minlength=self.ranges).tolist())
-        parts = [functional.linear(x_centred[part], W) for part, W in zip(rows, self.W, strict=True)]
+        parts = [linear(x_centred[part], W) for part, W in zip(rows, self.W, strict=True)]
         ranged = torch.cat(parts)[order.argsort()] + sae.b_enc[:own]
-        return torch.cat([ranged, functional.linear(x_centred, sae.W_enc[own:], sae.b_enc[own:])], dim=1)
+        return torch.cat([ranged, linear(x_centred, sae.W_enc[own:], sae.b_enc[own:])], dim=1)
 
 
 class Adapters(Shape):

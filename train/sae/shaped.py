@@ -20,10 +20,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .codes import Codes, codes_from_dense
 from .gates import Gated
+from .kernels.linear import linear
 from .kernels.support import Support
 from .model import Choose, SparseAutoencoder
 from .side import NO_SIDE, Side
@@ -128,11 +128,7 @@ class ShapedAutoencoder(SparseAutoencoder):
         """All pre-activations in float32, with gradient."""
         x_centred = self.centred(x)
         makers = [shape for shape in self._each() if shape.makes_pre]
-        pre = (
-            makers[0].make_pre(self, x_centred, side)
-            if makers
-            else functional.linear(x_centred, self.W_enc, self.b_enc)
-        )
+        pre = makers[0].make_pre(self, x_centred, side) if makers else linear(x_centred, self.W_enc, self.b_enc)
         for shape in self._each():
             pre = shape.change_pre(pre, side)
         return pre

@@ -1,7 +1,9 @@
 """Two processes on half a batch each, against one process on all of it."""
 
 import json
+import random
 import socket
+from contextlib import suppress
 
 import pytest
 import torch
@@ -9,9 +11,12 @@ from safetensors.torch import load_file
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """Below those that the system deals out, so that nobody is given it before it is used."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 def launch(spawn, words, **options):

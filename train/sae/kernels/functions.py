@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .linear import linear
 from .products import column_sum, decode_sum, latent_sum, pair_dots, row_sum, weight_sum
 from .support import Support
 
@@ -64,7 +65,7 @@ class _AffineDense(torch.autograd.Function):
         ctx: Any, x_BD: Tensor, center_D: Tensor | None, W_FD: Tensor, b_F: Tensor, known: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x_BD, W_FD)
-        return torch.nn.functional.linear(x_BD, W_FD, b_F) if known is None else known
+        return linear(x_BD, W_FD, b_F) if known is None else known
 
     @staticmethod
     @once_differentiable

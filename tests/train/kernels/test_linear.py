@@ -1,0 +1,60 @@
+"""The encoder's product by oneDNN where that may be, by torch's own elsewhere."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from saemill.train.sae.kernels import linear as module
+from saemill.train.sae.kernels.linear import linear
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often oneDNN was asked."""
+    if not module.has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    calls = []
+    found = module._is_for_onednn
+    monkeypatch.setattr(module, "_is_for_onednn", lambda x, W: calls.append(found(x, W)) or calls[-1])
+    return calls
+
+
+@pytest.mark.parametrize("rows", [(5,), (3, 4), (1,)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_it_is_the_affine_map(asked, rng, rows, has_bias):
+    x, W = torch.randn(*rows, 33, generator=rng), torch.randn(17, 33, generator=rng)
+    b = torch.randn(17, generator=rng) if has_bias else None
+    found = linear(x, W, b)
+    assert asked == [True]
+    wanted = functional.linear(x.double(), W.double(), None if b is None else b.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_views_that_are_not_contiguous_give_the_same(asked, rng):
+    x, W = torch.randn(33, 6, generator=rng).t(), torch.randn(40, 33, generator=rng)[::2]
+    torch.testing.assert_close(linear(x, W), functional.linear(x.contiguous(), W.contiguous()))
+    assert asked == [True]
+
+
+@pytest.mark.parametrize(
+    ("x", "W"),
+    [
+        (torch.randn(4, 8).double(), torch.randn(3, 8).double()),
+        (torch.randn(4, 8).bfloat16(), torch.randn(3, 8).bfloat16()),
+        (torch.randn(0, 8), torch.randn(3, 8)),
+        (torch.randn(4, 8, requires_grad=True), torch.randn(3, 8)),
+    ],
+    ids=["float64", "bfloat16", "no rows", "gradient"],
+)
+def test_all_else_is_torchs_own(asked, x, W):
+    assert torch.equal(linear(x, W), functional.linear(x, W))
+    assert asked == [False]
+
+
+def test_a_parameter_without_gradient_is_read_by_onednn(asked, rng):
+    x, W = torch.randn(4, 8, generator=rng), torch.nn.Parameter(torch.randn(3, 8, generator=rng))
+    with torch.no_grad():
+        linear(x, W)
+    linear(x, W).sum().backward()
+    assert asked == [True, False]
+    assert W.grad is not None
