@@ -33,7 +33,7 @@ PEERS = ("sae_lens", "dictionary_learning")
 BY_K = ("topk", "batchtopk", "matryoshka")
 COEFFICIENTS = {  # from dense to sparse, spanning the wanted L0
     "standard": {"ours": (0.1, 0.2, 0.3), "sae_lens": (2.0, 5.0, 10.0), "dictionary_learning": (0.03, 0.1, 0.3)},
-    "gated": {"ours": (0.2, 0.3, 0.5), "sae_lens": (1.0, 3.0, 8.0), "dictionary_learning": (0.03, 0.1, 0.3)},
+    "gated": {"ours": (0.2, 0.3, 0.5), "sae_lens": (3.0, 8.0, 16.0), "dictionary_learning": (0.3, 1.0, 3.0)},
     "p_anneal": {"ours": (0.06, 0.1, 0.2), "dictionary_learning": (0.03, 0.1, 0.3)},
     "jumprelu": {"ours": (16.0,), "sae_lens": (0.5, 2.0, 5.0), "dictionary_learning": (16.0,)},
 }
