@@ -14,6 +14,9 @@ CONTEXT  ?=
 DEMO     ?= ./demo
 STUDIES  ?= ./studies
 
+# A worker a core with one thread each: the tests' tensors are too small to keep two threads busy together.
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+
 STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard train/recipes/*.py)))))
 STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048
 
@@ -33,7 +36,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test: env ## the tests that a change must pass, under ten minutes on two cores
-	$(BIN)/pytest
+	$(TEST)
 
 test-slow: env ## the tests that take longer
 	$(BIN)/pytest -m slow --timeout 3600
@@ -42,7 +45,7 @@ check: env ## what continuous integration runs: lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest
+	$(TEST)
 
 goldens: env ## write the golden stores anew; review the change as a change of format
 	$(BIN)/python tests/golden/make_store.py
