@@ -1,7 +1,7 @@
 """The dense product of an encoder, by the faster of two libraries.
 
-In float32 on a processor torch calls MKL, and oneDNN for whoever asks by name. The second runs at the same
-rate everywhere; the first falls behind on processors that its maker did not build (1.1 to 1.3 times here).
+In float32 on a processor torch calls MKL, which falls behind on those that its maker did not build; oneDNN
+was faster where both were timed, and has to be asked for by name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ...shards import is_sharded
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
@@ -22,10 +24,9 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def _is_for_onednn(x: Tensor, W: Tensor) -> bool:
-    is_plain = type(x) is Tensor and type(W) in (Tensor, torch.nn.Parameter)  # a sharded W is neither
     is_float32 = x.dtype == W.dtype == torch.float32 and x.device.type == W.device.type == "cpu"
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
-    return is_plain and is_float32 and not needs_gradient and x.numel() > 0 and has_onednn()
+    return is_float32 and not needs_gradient and not is_sharded(W) and x.numel() > 0 and has_onednn()
 
 
 @lru_cache
