@@ -51,20 +51,23 @@ class Baselines:
         self._scene, self._layer, self._ablations = scene, layer, tuple(ablations)
         self._mean_D = mean_D.to(scene.device, scene.model.dtype)
         self._size = PieceSize(block.batch_windows, "windows", scene.say)
-        self.rows = PieceSize(chunk_rows(scene.model.facts.vocab_size), "rows of logits", scene.say)
+        self._rows = PieceSize(chunk_rows(scene.model.facts.vocab_size), "rows of logits", scene.say)
         self._files = _files_of(scene, layer, block, self._ablations)
 
-    def of(self, batch: Windows, number: int) -> Clean:
-        """The baselines of the batch of this number: those that are kept, or made now and kept."""
+    def compare(self, batch: Windows, number: int, hidden: Sequence[Tensor]) -> tuple[Clean, list[Losses]]:
+        """The baselines of the batch of this number, and what follows from each of other hidden states [N, D].
+
+        Baselines are those that are kept, or made now and kept; clean logits are computed once for both.
+        """
         key = f"{number:05d}.safetensors"
+        targets, others = next_tokens(batch.tokens, batch.keep), [self._logits(h) for h in hidden]
         kept = _read(self._files, key, int(batch.keep.sum()), self._ablations)
         if kept is not None:
-            return _on_device(kept, self._scene.device)
-        made = self._make(batch)
-        if self._files is not None and not _write(self._files, key, made):
-            self._scene.say(f"the clean pass cannot be kept at {self._files.url}: it will be computed again next time")
-            self._files = None
-        return made
+            clean = _on_device(kept, self._scene.device)
+            return clean, compare(self._logits(clean.hidden), others, targets, self._rows)[1]
+        made, losses = self._make(batch, targets, others)
+        self._keep(key, made)
+        return made, losses
 
     def hidden(self, batch: Windows, resid_WTD: Tensor) -> Tensor:
         """[N, D] behind the final norm, when the residual at the layer is this one."""
@@ -72,16 +75,21 @@ class Baselines:
         pieces = in_pieces(len(batch), self._size, lambda a, b: suffix(resid_WTD[a:b], self._layer)[batch.keep[a:b]])
         return torch.cat(list(pieces))
 
-    def logits(self, hidden_ND: Tensor) -> LogitsOf:
+    def _logits(self, hidden_ND: Tensor) -> LogitsOf:
         head = self._scene.model.head
         return lambda start, stop: head(hidden_ND[start:stop])
 
-    def _make(self, batch: Windows) -> Clean:
+    def _make(self, batch: Windows, targets_N: Tensor, others: Sequence[LogitsOf]) -> tuple[Clean, list[Losses]]:
         hidden = self.hidden(batch, batch.resid[self._layer])
-        others = [self._ablated(batch, ablation) for ablation in self._ablations]
-        targets = next_tokens(batch.tokens, batch.keep)
-        ce, losses = compare(self.logits(hidden), others, targets, self.rows)
-        return Clean(hidden, ce, dict(zip(self._ablations, losses, strict=True)))
+        ablated = [self._ablated(batch, ablation) for ablation in self._ablations]
+        ce, losses = compare(self._logits(hidden), [*ablated, *others], targets_N, self._rows)
+        count = len(ablated)
+        return Clean(hidden, ce, dict(zip(self._ablations, losses[:count], strict=True))), losses[count:]
+
+    def _keep(self, key: str, made: Clean) -> None:
+        if self._files is not None and not _write(self._files, key, made):
+            self._scene.say(f"the clean pass cannot be kept at {self._files.url}: it will be computed again next time")
+            self._files = None
 
     def _ablated(self, batch: Windows, ablation: str) -> LogitsOf:
         """The model's logits at kept tokens after an ablation."""
@@ -89,7 +97,7 @@ class Baselines:
             return self._zero_logits(batch)
         resid = batch.resid[self._layer]
         instead = self._mean_D if ablation == "mean" else elsewhere(resid)
-        return self.logits(self.hidden(batch, torch.where(batch.keep[..., None], instead, resid)))
+        return self._logits(self.hidden(batch, torch.where(batch.keep[..., None], instead, resid)))
 
     def _zero_logits(self, batch: Windows) -> LogitsOf:
         """With a residual of zero the model sees positions and nothing else."""

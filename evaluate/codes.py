@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..train.sae.codes import Codes
 from ..train.sae.gates import DENSE_SHARE, TopK
+from ..train.sae.kernels.linear import linear
 from ..train.sae.kernels.select import marked, topk_rows
 from ..train.sae.kernels.support import support_from_topk
 from ..train.sae.model import SparseAutoencoder
@@ -76,7 +76,7 @@ def read(subject: Subject, batch: Windows) -> Reading:
 
 def encode(sae: SparseAutoencoder, x_ND: Tensor) -> Codes:
     """Activations of rows by a plain SAE."""
-    pre_NF = functional.linear(sae.centred(x_ND), sae.W_enc, sae.b_enc)
+    pre_NF = linear(sae.centred(x_ND), sae.W_enc, sae.b_enc)
     if not isinstance(sae.gate, TopK):
         return _sparse(sae.gate.infer(pre_NF, sae.b_enc))
     values, latents = topk_rows(pre_NF, sae.gate.k)

@@ -18,7 +18,7 @@ from .codes import read
 from .errors import NotApplicable
 from .memory import PieceSize, in_pieces
 from .metrics.bootstrap import DocumentSums
-from .metrics.divergence import Losses, compare, next_tokens
+from .metrics.divergence import Losses
 from .rows import Block, read_block
 from .scene import Scene
 from .sparsity import attention_layers_of, layers_of, piece_size
@@ -74,7 +74,7 @@ def measure_losses(
         for number, batch in enumerate(read_block(scene, block, layers_of(subjects), attention_layers_of(subjects))):
             for layer, baseline in baselines.items():
                 at_layer = {subject: sizes[subject] for subject in subjects if splice_layer(subject) == layer}
-                _add_batch(found, at_layer, baseline, baseline.of(batch, number), batch)
+                _add_batch(found, at_layer, baseline, batch, number)
             advance(len(batch) * context)
     return found
 
@@ -95,13 +95,12 @@ def _add_batch(
     found: Mapping[Subject, LossSums],
     subjects: Mapping[Subject, PieceSize],
     baselines: Baselines,
-    clean: Clean,
     batch: Windows,
+    number: int,
 ) -> None:
     """The SAEs of one layer, side by side."""
     hidden = [baselines.hidden(batch, spliced(subject, batch, size)) for subject, size in subjects.items()]
-    targets = next_tokens(batch.tokens, batch.keep)
-    _, losses = compare(baselines.logits(clean.hidden), [baselines.logits(h) for h in hidden], targets, baselines.rows)
+    clean, losses = baselines.compare(batch, number, hidden)
     documents = _documents(batch)
     for subject, found_losses in zip(subjects, losses, strict=True):
         found[subject].add(documents, clean, found_losses)

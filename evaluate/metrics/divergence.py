@@ -22,7 +22,8 @@ from ..memory import PieceSize, in_pieces
 LogitsOf = Callable[[int, int], Tensor]
 """Logits [stop - start, V] of the rows start..stop."""
 
-CHUNK_ELEMENTS = 1 << 26  # logits of a product with the head: enough to pay for reading its weights
+CHUNK_ELEMENTS = 1 << 24  # logits at once, unless that is too few rows: their memory is used again and again
+LEAST_ROWS = 256  # enough to pay for reading the weights of the head
 BLOCK_ELEMENTS = 1 << 19  # float32 in a cache
 MAY_UNDERFLOW = -80.0  # a float32 probability below this logarithm may be zero
 
@@ -41,7 +42,7 @@ class Losses:
 
 
 def chunk_rows(vocab_size: int) -> int:
-    return max(1, CHUNK_ELEMENTS // vocab_size)
+    return max(LEAST_ROWS, CHUNK_ELEMENTS // vocab_size)
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from ...train.sae.gates import Gated
 from ...train.sae.kernels.linear import linear
 from ...train.sae.model import SparseAutoencoder
 
-BLOCK = 2048
+BLOCK = 1024
 
 
 @torch.inference_mode()
