@@ -135,7 +135,6 @@ def bench_context(
         "ours": lambda: time_harvest(model, tokens_WT, shape, folder / "store", shard_windows),
         "bare": lambda: time_bare(model, tokens_WT),
     }
-    peer = None
     if peers is not None:
         batch = max(1, BATCH_TOKENS // context)
         peer = SaeLens(folder, folder / "model", "bfloat16", device, peers, shape.width, batch)
@@ -146,8 +145,6 @@ def bench_context(
             found = job()
             if turn:  # the first round warms up
                 seconds[name].append(found)
-    if peer is not None:
-        peer.close()
     rates = {name: tokens_WT.size / statistics.median(values) for name, values in seconds.items()}
     return rows_of(context, rates, shape, matrix_rate(device, MATRIX if device.type == "cuda" else 512))
 
