@@ -15,11 +15,10 @@ from ..build import (
     assemble,
     require,
     require_sparsity,
-    scaled_lr,
     seeded,
-    settled,
     stats_or_unit,
     tied_sae,
+    topk_optim,
 )
 from ..compose import Assembly, Constraint, Needs, Term
 from ..constraints import UnitDecoder
@@ -75,5 +74,5 @@ class Config:
             penalty = Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)
             terms.append(Term("l1", LayerNormsL1(len(self.layers)), penalty))
         constraints: tuple[Constraint, ...] = (UnitDecoder(),) if sparse else ()
-        optim = settled(self.optim, lr=scaled_lr(2e-4, self.width, stats.width), epsilon=6.25e-10)
+        optim = topk_optim(self.optim, self.width, stats.width)
         return assemble(sae, stats, generator, optim, terms, constraints, self.dead_after_tokens)

@@ -9,11 +9,10 @@ from ..build import (
     assemble,
     require,
     require_sparsity,
-    scaled_lr,
     seeded,
-    settled,
     stats_or_unit,
     tied_sae,
+    topk_optim,
 )
 from ..compose import Assembly, Needs, Term
 from ..constraints import UnitDecoder
@@ -73,5 +72,5 @@ class Config:
             Term("reconstruction", NestedReconstruction(widths, weights), Constant(1.0)),
             Term("aux", AuxK(self.aux_k or d_model // 2), Constant(self.aux_weight)),
         )
-        optim = settled(self.optim, lr=scaled_lr(2e-4, self.width, stats.width), epsilon=6.25e-10)
+        optim = topk_optim(self.optim, self.width, stats.width)
         return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens)

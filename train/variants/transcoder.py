@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..build import assemble, require, require_sparsity, scaled_lr, seeded, settled, stats_or_unit
+from ..build import assemble, require, require_sparsity, seeded, stats_or_unit, topk_optim
 from ..compose import Assembly, Needs, Term
 from ..constraints import UnitDecoder
 from ..losses.auxk import AuxK
@@ -58,7 +58,7 @@ class Config:
             Term("reconstruction", reconstruction, Constant(1.0)),
             Term("aux", AuxK(self.aux_k or d_model // 2), Constant(self.aux_weight)),
         )
-        optim = settled(self.optim, lr=scaled_lr(2e-4, self.width, stats.width), epsilon=6.25e-10)
+        optim = topk_optim(self.optim, self.width, stats.width)
         constraints = (UnitDecoder(),)
         return assemble(
             sae,
