@@ -59,6 +59,22 @@ def test_a_second_run_computes_its_own_part_alone(fresh, open_scene, builder, pa
     assert second.extra == first.extra
 
 
+def test_a_first_run_asks_for_the_clean_logits_once(fresh, open_scene, builder, monkeypatch):
+    rows = []
+    original = LanguageModel.head
+
+    def watched(self, hidden):
+        rows.append(len(hidden))
+        return original(self, hidden)
+
+    monkeypatch.setattr(LanguageModel, "head", watched)
+    scene = open_scene(fresh)
+    run(scene, builder.subject(builder.make_sae()))
+    batches = list(store_batches(scene.store, "test", batch_windows=4, count=8))
+    tokens = sum(int(batch.keep.sum()) for batch in batches)
+    assert sum(rows) == 4 * tokens + 2  # clean, mean, resample, spliced; one row of zeros for each batch
+
+
 @pytest.mark.parametrize("change", [{"dtype_name": "float32"}, {"from_tokens": True}])
 def test_what_is_computed_otherwise_is_kept_apart(fresh, open_scene, builder, change):
     subject = builder.subject(builder.make_sae())
