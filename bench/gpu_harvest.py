@@ -135,16 +135,16 @@ def bench_context(
         "ours": lambda: time_harvest(model, tokens_WT, shape, folder / "store", shard_windows),
         "bare": lambda: time_bare(model, tokens_WT),
     }
-    if peers is not None:
+    for job in jobs.values():
+        job()  # to warm
+    if peers is not None:  # which warms each of its processes
         batch = max(1, BATCH_TOKENS // context)
         peer = SaeLens(folder, folder / "model", "bfloat16", device, peers, shape.width, batch)
         jobs["SAELens"] = lambda: peer.run(tokens_WT)
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, job in jobs.items():
-            found = job()
-            if turn:  # the first round warms up
-                seconds[name].append(found)
+            seconds[name].append(job())
     rates = {name: tokens_WT.size / statistics.median(values) for name, values in seconds.items()}
     return rows_of(context, rates, shape, matrix_rate(device, MATRIX if device.type == "cuda" else 512))
 

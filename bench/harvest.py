@@ -143,7 +143,7 @@ class Bare:
 
 
 class SaeLens:
-    """`peer_harvest.py` in the peers' environment, in a process of its own each time: some run a fifth faster."""
+    """`peer_harvest.py` in the peers' environment, in a process of its own each time: they differ in speed."""
 
     def __init__(
         self, folder: Path, model: Path, dtype: str, device: torch.device, environment: Path, width: int, batch: int
@@ -178,11 +178,11 @@ def bench_speed(bench: Bench, environment: Path | None) -> list[Row]:
     jobs: dict[str, Any] = {}
     for dtype in ("float32", "bfloat16"):
         jobs |= {f"ours {dtype}": Ours(bench, dtype), f"bare {dtype}": Bare(bench, dtype)}
-    if environment is not None:
-        jobs["SAELens float32"] = SaeLens(bench.folder, bench.model, "float32", bench.device, environment, WIDTH, BATCH)
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for job in jobs.values():
         job.run(bench.tokens[:BATCH])  # to warm
+    if environment is not None:  # which warms each of its processes
+        jobs["SAELens float32"] = SaeLens(bench.folder, bench.model, "float32", bench.device, environment, WIDTH, BATCH)
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
     names = list(jobs)
     for turn in range(bench.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:

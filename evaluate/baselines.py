@@ -54,7 +54,7 @@ class Baselines:
         self._rows = PieceSize(chunk_rows(scene.model.facts.vocab_size), "rows of logits", scene.say)
         self._files = _files_of(scene, layer, block, self._ablations)
 
-    def compare(self, batch: Windows, number: int, hidden: Sequence[Tensor]) -> tuple[Clean, list[Losses]]:
+    def measure(self, batch: Windows, number: int, hidden: Sequence[Tensor]) -> tuple[Clean, list[Losses]]:
         """The baselines of the batch of this number, and what follows from each of other hidden states [N, D].
 
         Baselines are those that are kept, or made now and kept; clean logits are computed once for both.

@@ -100,7 +100,7 @@ def _add_batch(
 ) -> None:
     """The SAEs of one layer, side by side."""
     hidden = [baselines.hidden(batch, spliced(subject, batch, size)) for subject, size in subjects.items()]
-    clean, losses = baselines.compare(batch, number, hidden)
+    clean, losses = baselines.measure(batch, number, hidden)
     documents = _documents(batch)
     for subject, found_losses in zip(subjects, losses, strict=True):
         found[subject].add(documents, clean, found_losses)
