@@ -80,9 +80,9 @@ def make_batches(folder: str, rows: int, d_model: int, count: int = 3) -> None:
 
 
 def race(contestants: list[Contestant], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds per step of every contestant and round, after two steps to warm up."""
+    """Seconds per step of every contestant and round, after ten steps: until then the allocator still grows."""
     for contestant in contestants:
-        contestant.steps(2)
+        contestant.steps(10)
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for _ in range(rounds):
         for contestant in contestants:
