@@ -97,8 +97,9 @@ bench-store: env peers ## the store against plain files and SAELens' cache
 bench-eval: env saebench ## the core evaluation against official SAEBench
 	$(BIN)/python bench/evaluate.py --saebench $(SAEBENCH)
 
-bench-gpu: env ## the harvest on an accelerator, wherever one is at hand
+bench-gpu: env ## harvest and training on an accelerator, wherever one is at hand
 	$(BIN)/python bench/gpu_harvest.py $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS))
+	$(BIN)/python bench/gpu_train.py $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS))
 
 peers: $(PEERS)/.installed ## the peers' own environment, for side-by-side benchmarks
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 
-def load_batches(folder: str) -> list[torch.Tensor]:
+def load_batches(folder: str, device: str) -> list[torch.Tensor]:
     """The activations that every contestant trains on."""
-    return [torch.from_numpy(np.load(path)) for path in sorted(Path(folder).glob("batch_*.npy"))]
+    return [torch.from_numpy(np.load(path)).to(device) for path in sorted(Path(folder).glob("batch_*.npy"))]
 
 
 def sparse_bias(pre: torch.Tensor, l0: float) -> float:
@@ -39,6 +39,8 @@ def serve(step: Callable[[torch.Tensor], object], batches: list[torch.Tensor], c
         for _ in range(int(line)):
             start = now()
             step(batches[done % len(batches)])
+            if batches[0].is_cuda:
+                torch.cuda.synchronize()
             seconds.append(now() - start)
             done += 1
         print(json.dumps(seconds), flush=True)

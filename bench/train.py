@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-PEERS = ("sae_lens", "dictionary_learning")
-ABSENT = {("sae_lens", "p_anneal")}
+PEERS = ("sae_lens", "dictionary_learning", "sparsify")
 VARIANTS = ("topk", "batchtopk", "matryoshka", "standard", "jumprelu", "gated", "p_anneal")
 TOP_K = ("topk", "batchtopk", "matryoshka")
+ABSENT = {("sae_lens", "p_anneal"), *(("sparsify", variant) for variant in VARIANTS if variant != "topk")}
 
 
 @dataclass
@@ -94,14 +94,15 @@ def measure(variant: str, width: int, settings: dict[str, Any]) -> dict[str, Any
     """One row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         make_batches(folder, settings["rows"], settings["d_model"])
-        shared = [folder, variant, str(width), str(settings["k"]), str(settings["l0"]), settings["clock"]]
+        shared = [folder, variant, str(width), str(settings["k"]), str(settings["l0"])]
+        shared += [settings["clock"], settings["device"]]
         products = ("float32", "bfloat16") if variant in TOP_K else ("float32",)
         contestants = [
             start(f"ours {product}", sys.executable, [*shared, product], settings["threads"]) for product in products
         ]
         contestants += [
             start(peer, settings["peers_python"], shared, settings["threads"])
-            for peer in PEERS
+            for peer in settings["peers"]
             if (peer, variant) not in ABSENT
         ]
         try:
@@ -120,7 +121,7 @@ def summary(seconds: dict[str, list[float]], rows: int) -> dict[str, Any]:
     ratios = {
         name: statistics.median(peer / own for peer, own in zip(best, times, strict=True))
         for name, times in seconds.items()
-        if name.startswith("ours")
+        if peers and name.startswith("ours")
     }
     return {"tokens_per_second": speed, "ratio_to_faster_peer": ratios}
 
@@ -140,6 +141,7 @@ def show(results: list[dict[str, Any]], title: str) -> None:
 
 @click.command()
 @click.option("--peers-python", required=True, help="Python with sae-lens and dictionary-learning installed.")
+@click.option("--peer", "peers", multiple=True, type=click.Choice(PEERS), default=PEERS[:2], show_default=True)
 @click.option("--variant", "variants", multiple=True, type=click.Choice(VARIANTS), default=TOP_K)
 @click.option("--width", "widths", multiple=True, type=int, default=(2304, 9216))
 @click.option("--d-model", default=2304, show_default=True)
@@ -149,6 +151,7 @@ def show(results: list[dict[str, Any]], title: str) -> None:
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--steps", default=2, show_default=True, help="Steps of each contestant and round; the fastest counts.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
 @click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", help="cpu: for a machine with other work.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the results as JSON.")
 def main(variants: tuple[str, ...], widths: tuple[int, ...], out: Path | None, **settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""Steps of dictionary_learning for bench_train, at its own defaults: folder, variant, width, k, L0, clock."""
+"""Steps of dictionary_learning for bench_train, at its own defaults: folder, variant, width, k, L0, clock, device."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def make_sparse(autoencoder: Any, x: torch.Tensor, l0: float) -> None:
             autoencoder.encoder.bias.data.fill_(-bias)
 
 
-def main(folder: str, variant: str, width: str, k: str, l0: str, clock: str) -> None:
+def main(folder: str, variant: str, width: str, k: str, l0: str, clock: str, device: str) -> None:
     torch.manual_seed(0)
-    batches = load_batches(folder)
-    trainer = make_trainer(variant, int(width), int(k), batches[0].shape[1])
+    batches = load_batches(folder, device)
+    trainer = make_trainer(variant, int(width), int(k), batches[0].shape[1], {"device": device})
     if float(l0):
         make_sparse(trainer.ae, batches[0], float(l0))
     step = iter(range(1, 10**9))

@@ -1,4 +1,4 @@
-"""Our steps for the training benchmark: folder, variant, width, k, L0 (0: as initialised), clock, product."""
+"""Our steps for the training benchmark: folder, variant, width, k, L0 (0: as initialised), clock, device, product."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_trainee(variant: str, width: int, k: int, l0: float, product: str, x: t
     wanted = {"width": width, "k": k, "target_l0": float(k), "encoder_product": product}
     known = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{name: value for name, value in wanted.items() if name in known})
-    trainee = Trainee(variant, config.build(x.shape[1]), total_steps=100_000)
+    trainee = Trainee(variant, config.build(x.shape[1]), total_steps=100_000, device=x.device)
     if l0:
         sae = trainee.sae
         with torch.no_grad():
@@ -35,9 +35,9 @@ def make_trainee(variant: str, width: int, k: int, l0: float, product: str, x: t
     return trainee
 
 
-def main(folder: str, variant: str, width: str, k: str, l0: str, clock: str, product: str) -> None:
+def main(folder: str, variant: str, width: str, k: str, l0: str, clock: str, device: str, product: str) -> None:
     keep_large_blocks()
-    batches = load_batches(folder)
+    batches = load_batches(folder, device)
     trainee = make_trainee(variant, int(width), int(k), float(l0), product, batches[0])
     serve(lambda x: trainee.step(Batch(x)), batches, clock)
 

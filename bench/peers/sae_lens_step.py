@@ -1,4 +1,4 @@
-"""Steps of SAELens for bench_train, at its own defaults: folder, variant, width, k, L0, clock."""
+"""Steps of SAELens for bench_train, at its own defaults: folder, variant, width, k, L0, clock, device."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def make_sparse(sae: Any, x: torch.Tensor, l0: float) -> None:
             (sae.b_gate if hasattr(sae, "b_gate") else sae.b_enc).data.fill_(-bias)
 
 
-def main(folder: str, variant: str, width: str, k: str, l0: str, clock: str) -> None:
+def main(folder: str, variant: str, width: str, k: str, l0: str, clock: str, device: str) -> None:
     torch.manual_seed(0)
-    batches = load_batches(folder)
-    sae = make_sae(variant, int(width), int(k), batches[0].shape[1])
+    batches = load_batches(folder, device)
+    sae = make_sae(variant, int(width), int(k), batches[0].shape[1], {"device": device})
     if float(l0):
         make_sparse(sae, batches[0], float(l0))
-    trainer = make_trainer(sae, batches[0].shape[0])
+    trainer = make_trainer(sae, batches[0].shape[0], {"device": device})
 
     def step(x: torch.Tensor) -> None:
         trainer.step(x)

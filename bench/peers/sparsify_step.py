@@ -1,0 +1,56 @@
+"""Steps of sparsify for bench_train, at its own defaults: folder, variant (topk), width, k, L0, clock, device."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+if not sys.argv[-1].startswith("cuda"):
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read when it is imported: its kernels need a GPU
+from schedulefree import ScheduleFreeWrapper
+from sparsify.config import SparseCoderConfig
+from sparsify.sign_sgd import SignSGD
+from sparsify.sparse_coder import SparseCoder
+from stepping import load_batches, serve
+
+
+def make_optimiser(sae: Any) -> Any:
+    """Its trainer's default: the sign of the momentum, free of a schedule."""
+    groups = [{"params": sae.parameters(), "lr": 5e-3 / (sae.num_latents / 2**14) ** 0.5}]
+    optimiser = ScheduleFreeWrapper(SignSGD(groups), momentum=0.95)
+    optimiser.train()
+    return optimiser
+
+
+def main(folder: str, variant: str, width: str, k: str, l0: str, clock: str, device: str) -> None:
+    assert variant == "topk" and not float(l0), "sparsify has top-k SAEs only"
+    torch.manual_seed(0)
+    batches = load_batches(folder, device)
+    config = SparseCoderConfig(num_latents=int(width), k=int(k))
+    sae = SparseCoder(batches[0].shape[1], config, device, dtype=torch.float32)
+    optimiser = make_optimiser(sae)
+    since_fired = torch.zeros(sae.num_latents, dtype=torch.long, device=device)
+
+    def step(x: torch.Tensor) -> None:
+        """What its trainer does for one SAE between two reads of the model."""
+        sae.set_decoder_norm_to_unit_norm()
+        out = sae(x, dead_mask=None)  # the auxiliary loss has no weight by default
+        fired = torch.zeros_like(since_fired, dtype=torch.bool)
+        fired[out.latent_indices.flatten()] = True
+        out.fvu.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimiser.step()
+        optimiser.zero_grad()
+        since_fired.add_(len(x))
+        since_fired[fired] = 0
+
+    serve(step, batches, clock)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
