@@ -4,7 +4,7 @@ B rows, D width, F latents, N entries of a support. A bag sum is a sparse times 
 dots are a dense times dense product sampled at the support. Bag sums go through the embedding-bag
 kernels, which read each table row once and write nothing in between: on CPU two to four times as fast
 as the CSR products of the sparse library at these shapes. Of pair dots its sampled product is the
-faster one there, latent by latent; on GPUs both go through the bags.
+faster one there; on GPUs both go through the bags.
 """
 
 from __future__ import annotations
@@ -77,14 +77,20 @@ def _bag_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
 
 
 def _sampled_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
-    """Latent by latent: the larger table is read in order, once, and the smaller one stays in cache."""
-    _allow_csr()
+    """The larger table is read in order, once, and the smaller one stays in cache."""
+    if support.num_latents <= support.num_rows:
+        return _sampled(support.offsets, support.latents, rows_BD, W_FD)
     turned = support.by_latent
-    nothing = rows_BD.new_zeros(turned.rows.numel())
-    shape = (support.num_latents, support.num_rows)
-    pattern = torch.sparse_csr_tensor(turned.offsets, turned.rows, nothing, shape, check_invariants=False)
-    dots = torch.sparse.sampled_addmm(pattern, W_FD, rows_BD.t(), beta=0.0).values()
+    dots = _sampled(turned.offsets, turned.rows, W_FD, rows_BD)
     return torch.empty_like(dots).index_copy_(0, turned.order, dots)
+
+
+def _sampled(offsets: Tensor, indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+    """<rows[r], table[indices[n]]> for offsets[r] <= n < offsets[r + 1]."""
+    _allow_csr()
+    nothing = rows.new_zeros(indices.numel())
+    pattern = torch.sparse_csr_tensor(offsets, indices, nothing, (len(rows), len(table)), check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, rows, table.t(), beta=0.0).values()
 
 
 @cache
