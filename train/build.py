@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,12 @@ from .sae.scaling import Stats, unit_stats
 from .schedules import Schedule
 
 DecoderBias = Literal["mean", "zero"]
+
+DEAD_PART = 10
+"""A latent that did not fire for this part of the budget is dead at the latest."""
+TOPK_DEAD_PART = 30
+"""The same for the top-k family: fewer dead latents in the end than at a tenth, and no worse reconstruction, at
+every variant tried; a hundredth part made half of a matryoshka dictionary die (`bench/quality.py`)."""
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -38,6 +44,11 @@ def require_sparsity(k: float, width: int) -> None:
 def most_active(d_model: int) -> int:
     """Defaults never ask for more active latents than this: papers' settings are for wider models."""
     return max(1, d_model // 4)
+
+
+def dead_after(tokens: int, config: Any) -> int:
+    """The part of a budget after which a latent counts as dead, where the variant's default is more."""
+    return max(1, tokens // getattr(config, "dead_part", DEAD_PART))
 
 
 def scaled_lr(lr_at_16k: float, width: int, d_model: int) -> float:

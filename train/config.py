@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,9 @@ from . import variants
 from .errors import ConfigInvalid
 from .recipe import Recipe, Sae
 from .settings import Setting, flat_keys, with_settings
+
+Limits = Callable[[Any], Mapping[str, Any]]
+"""What bounds the defaults of a config."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,8 @@ class Ask:
         """The course that was asked for."""
         return with_settings(self.course, self._of("course"), "course")
 
-    def members(self, limits: Mapping[str, Any]) -> tuple[Member, ...]:
-        """The SAEs. `limits` bound a variant's own defaults, never what was asked for."""
+    def members(self, limits: Limits) -> tuple[Member, ...]:
+        """The SAEs. `limits` of a config bound the variant's own defaults, never what was asked for."""
         spread = [setting for point in self.grid for setting in point]
         misplaced = [setting.key for setting in spread if setting.in_front()[0] in ("data", "course")]
         if misplaced:
@@ -129,13 +132,13 @@ class Ask:
         members = [self._member(sae, point, limits) for sae in self.saes for point in self.grid]
         return tuple({member.label: member for member in members}.values())
 
-    def _member(self, sae: Sae, point: Sequence[Setting], limits: Mapping[str, Any]) -> Member:
+    def _member(self, sae: Sae, point: Sequence[Setting], limits: Limits) -> Member:
         config = variants.config_type(sae.variant)()
         known = set(flat_keys(to_json(config)))
         spread = _own(point, sae.variant, known)
         asked = _own(self.settings, sae.variant, known) | spread
         draft = with_settings(config, self._of_recipe(sae, known) | asked, sae.label)
-        smaller = smaller_defaults(draft, {key: limit for key, limit in limits.items() if key not in asked})
+        smaller = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
         return Member(_label(sae.label, spread), sae.variant, with_settings(draft, smaller, sae.label))
 
     def _of_recipe(self, sae: Sae, known: set[str]) -> dict[str, Any]:

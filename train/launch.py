@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..cache_schema import Manifest, Store
 from ..cache_schema.allocator import keep_large_blocks
 from ..cache_schema.request import validate_request
 from .budget import Budget, settle_budget
-from .build import most_active
+from .build import dead_after, most_active
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import Ask, DataConfig, Member, RunConfig, read_run_config
 from .data.feed import Feed, joint_request
@@ -56,7 +57,8 @@ def settle(ask: Ask, store: Store) -> Settled:
     plan = make_plan(data, store)
     budget = settle_budget(ask.length(), plan, store.url)
     course = replace(ask.length(), tokens=budget.tokens)
-    members = tuple(fitted(member, store.manifest) for member in ask.members(limits_for(store.manifest, budget)))
+    limits = partial(limits_for, store.manifest, budget)
+    members = tuple(fitted(member, store.manifest) for member in ask.members(limits))
     return Settled(RunConfig(data, course, members), plan, budget, ask.recipe)
 
 
@@ -168,7 +170,7 @@ def with_pool(data: DataConfig, manifest: Manifest) -> DataConfig:
     return replace(data, pool_tokens=max(data.batch_tokens, POOL_BYTES // (2 * manifest.model.d_model)))
 
 
-def limits_for(manifest: Manifest, budget: Budget) -> dict[str, Any]:
+def limits_for(manifest: Manifest, budget: Budget, config: Any) -> dict[str, Any]:
     """Defaults are never beyond these: papers' settings are for larger models and longer runs."""
     d_model = manifest.model.d_model
     active = most_active(d_model)
@@ -177,7 +179,7 @@ def limits_for(manifest: Manifest, budget: Budget) -> dict[str, Any]:
         "width": 16 * d_model,
         "k": active,
         "target_l0": active,
-        "dead_after_tokens": max(1, budget.tokens // 10),
+        "dead_after_tokens": dead_after(budget.tokens, config),
     }
 
 

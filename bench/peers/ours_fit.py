@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fitting import ROWS, batches, norms, tell_score
 
 from saemill.cache_schema.allocator import keep_large_blocks
+from saemill.train.build import dead_after
 from saemill.train.sae.scaling import Stats
 from saemill.train.step import Trainee
 from saemill.train.variants import config_type
@@ -32,7 +33,8 @@ def main(folder: str, variant: str, width: str, k: str, coefficient: str, lr: st
     scale = d_model**0.5 / norms(folder)["mean"]
     cls = config_type(variant)
     wanted = {"width": int(width), "k": int(k), "encoder_product": product}
-    wanted |= {"dead_after_tokens": int(steps) * ROWS // 10, COEFFICIENT.get(variant, ""): float(coefficient)}
+    wanted |= {"dead_after_tokens": dead_after(int(steps) * ROWS, cls)}
+    wanted |= {COEFFICIENT.get(variant, ""): float(coefficient)}
     known = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{name: value for name, value in wanted.items() if name in known})
     if float(lr):

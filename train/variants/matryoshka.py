@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..build import (
+    TOPK_DEAD_PART,
     DecoderBias,
     assemble,
     require,
@@ -42,6 +44,7 @@ class Config:
     threshold_decay: float = 0.99
     """Of the running mean of the smallest kept activation."""
     dead_after_tokens: int = 10_000_000
+    dead_part: ClassVar[int] = TOPK_DEAD_PART
     decoder_bias: DecoderBias = "mean"
     encoder_product: EncoderProduct = "bfloat16"
     optim: Optim = field(default_factory=Optim)

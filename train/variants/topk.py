@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..build import (
+    TOPK_DEAD_PART,
     DecoderBias,
     assemble,
     require_sparsity,
@@ -34,6 +36,7 @@ class Config:
     aux_k: int | None = None
     """Dead latents that each token may use; None: half of the residual width."""
     dead_after_tokens: int = 10_000_000
+    dead_part: ClassVar[int] = TOPK_DEAD_PART
     decoder_bias: DecoderBias = "mean"
     encoder_product: EncoderProduct = "bfloat16"
     optim: Optim = field(default_factory=Optim)

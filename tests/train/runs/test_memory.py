@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def member(*words):
-    return Ask.of_variants(("topk",), parse_settings(words)).members({})[0]
+    return Ask.of_variants(("topk",), parse_settings(words)).members(lambda _: {})[0]
 
 
 def test_what_a_width_needs():

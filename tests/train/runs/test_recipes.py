@@ -36,7 +36,7 @@ def probe(tmp_path, monkeypatch):
 
 
 def members(recipe, words=(), grid=(), limits=None):
-    asked = Ask.of_recipe(recipe, parse_settings(words), parse_grid(grid)).members(limits or {})
+    asked = Ask.of_recipe(recipe, parse_settings(words), parse_grid(grid)).members(lambda _: limits or {})
     return {member.label: member.config for member in asked}
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from saemill.train import variants
+from saemill.train.build import dead_after
 from saemill.train.config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from saemill.train.errors import ConfigInvalid
 from saemill.train.settings import parse_grid, parse_settings, parse_value, with_settings
@@ -47,7 +48,7 @@ def test_settings_are_typed_and_every_mistake_is_told():
 
 
 def members(words, *names, limits=None, grid=()):
-    return Ask.of_variants(names, parse_settings(words), parse_grid(grid)).members(limits or {})
+    return Ask.of_variants(names, parse_settings(words), parse_grid(grid)).members(lambda _: limits or {})
 
 
 def test_settings_reach_the_variants_that_have_them():
@@ -61,6 +62,13 @@ def test_limits_bound_defaults_and_not_wishes():
     assert (member.config.k, member.config.width) == (50, 256)
     (member,) = members([], "topk", limits={"k": 10**9})
     assert member.config.k == variants.config_type("topk")().k
+
+
+@pytest.mark.parametrize("variant, part", [("topk", 30), ("batchtopk", 30), ("matryoshka", 30), ("standard", 10)])
+def test_a_latent_is_dead_after_a_part_of_the_budget(variant, part):
+    asked = Ask.of_variants([variant], parse_settings([]))
+    (member,) = asked.members(lambda config: {"dead_after_tokens": dead_after(3_000_000, config)})
+    assert member.config.dead_after_tokens == 3_000_000 // part
 
 
 def test_a_variant_asked_for_twice_is_one():
