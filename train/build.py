@@ -69,7 +69,7 @@ def topk_optim(optim: Optim, width: int, d_model: int) -> Optim:
     """The settings, with those of the top-k family where none was given.
 
     The rate at 2^14 latents is twice what such SAEs are published with: better at every k and width tried
-    (`bench/quality.py`), at the price of some dead latents where the dictionary is wide and k small.
+    (`bench/quality.py`), at the price of a few dead latents where the dictionary is wide and k small.
     """
     return settled(optim, lr=scaled_lr(4e-4, width, d_model), epsilon=6.25e-10)
 
