@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .optim import Optim
-from .ranks import Ranks
+from .ranks import BatchRanks
 from .sae.model import SparseAutoencoder
 from .sae.scaling import Stats
 from .sae.side import Side
@@ -129,7 +129,7 @@ class Assembly:
         """The same around another module made from this one's."""
         return replace(self, sae=wrap(self.sae))
 
-    def side(self, batch_side: Mapping[str, Any], step: int, total_steps: int, ranks: Ranks) -> Side:
+    def side(self, batch_side: Mapping[str, Any], step: int, total_steps: int, ranks: BatchRanks) -> Side:
         """Side inputs of a batch together with the knobs of a step."""
         return Side(batch_side, self.knobs_at(step, total_steps), ranks)
 

@@ -21,9 +21,6 @@ from .shards import Shard
 class Group(Ranks, Protocol):
     """The processes, and what a loop needs of them beyond a step's sums."""
 
-    @property
-    def rank(self) -> int: ...
-
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process; all must ask."""
         ...
@@ -37,8 +34,6 @@ class Group(Ranks, Protocol):
 
 class Solo(Alone):
     """One process."""
-
-    rank = 0
 
     def any(self, flag: bool) -> bool:
         return flag
@@ -59,15 +54,12 @@ class Processes:
         self.size = dist.get_world_size()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.contiguous()
-        dist.all_reduce(tensor)
-        return tensor
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)  # all_reduce works in place
+        dist.all_reduce(total)
+        return total
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        return self.sum(tensor).div_(self.size)
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """All ranks' rows, one rank after the other. Shorter ones are padded for the journey."""
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Shorter ones are padded for the journey."""
         length = torch.tensor([len(tensor)], device=self._device)
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
         dist.all_gather(lengths, length)
@@ -76,7 +68,7 @@ class Processes:
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
-        return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
+        return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
 
     def any(self, flag: bool) -> bool:
         return bool(self.sum(torch.tensor([int(flag)], device=self._device)).item())

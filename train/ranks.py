@@ -1,46 +1,96 @@
 """What data parallelism needs from its processes, and the case of a single one.
 
-Every rank sees its own rows of one global batch. Whatever depends on the whole batch (gradients, the
-batch top-k, firing counts, normalisers) goes through these calls, so one process and many compute
-the same step.
+Every rank sees its own rows of one global batch, and not all need have as many. Whatever depends on the
+whole batch (gradients, the batch top-k, firing counts, normalisers) goes through these calls, so one
+process and many compute the same step.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
 class Ranks(Protocol):
-    """The processes of a run."""
+    """The processes of a run. All must ask alike, and none changes what it is given."""
+
+    @property
+    def rank(self) -> int: ...
 
     @property
     def size(self) -> int: ...
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks; may change `tensor` in place."""
+        """The sum over ranks, without gradient."""
+        ...
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of each rank, in rank order; lengths may differ."""
+        ...
+
+
+class BatchRanks(Ranks, Protocol):
+    """The same during one step, where each rank counts by its rows."""
+
+    @property
+    def weight(self) -> float:
+        """This rank's rows over the mean of all ranks' rows."""
+        ...
+
+    def rows(self, own: int) -> int:
+        """Rows of the global batch, of which `own` are this rank's."""
         ...
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over ranks; may change `tensor` in place."""
-        ...
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all ranks one after the other, in rank order; lengths may differ."""
+        """What a mean over this rank's rows is over all rows."""
         ...
 
 
 class Alone:
     """One process."""
 
+    rank = 0
     size = 1
+    weight = 1.0
 
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+    def rows(self, own: int) -> int:
+        return own
+
     def mean(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        return tensor
+
+class Shares:
+    """Several processes, and how the rows of one batch are shared out among them."""
+
+    def __init__(self, ranks: Ranks, own: int, device: torch.device) -> None:
+        self._ranks, self._own = ranks, own
+        self.rank, self.size = ranks.rank, ranks.size
+        self._rows = int(ranks.sum(torch.tensor([own], device=device)))
+        self.weight = own * self.size / self._rows
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self._ranks.sum(tensor)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return self._ranks.gather(tensor)
+
+    def rows(self, own: int) -> int:
+        assert own == self._own, "shares are of the rows of one batch"
+        return self._rows
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        return self._ranks.sum(tensor.detach() * self.weight) / self.size
+
+
+def shared(ranks: Ranks, own: int, device: torch.device) -> BatchRanks:
+    """The ranks of a step in which this one has `own` rows; a single process asks nobody."""
+    return Shares(ranks, own, device) if ranks.size > 1 else Alone()

@@ -24,7 +24,7 @@ from .compose import Assembly, Term
 from .errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from .latents import LatentCounters
 from .optim import Adam
-from .ranks import Alone, Ranks
+from .ranks import Alone, Ranks, shared
 from .sae.model import SparseAutoencoder
 from .shards import Shard, assign, on_host
 from .view import Batch, View
@@ -35,7 +35,8 @@ class Report:
     """What one step tells. Tensors have no dimensions; `scalars` brings them to the host at once."""
 
     step: int
-    tokens: int
+    tokens: int  # of all ranks
+    weight: float  # of this rank's numbers in a mean over ranks
     lr: float
     loss: Tensor
     terms: Mapping[str, Tensor]
@@ -111,7 +112,8 @@ class Trainee:
         loss, losses = self._losses(view, weights)
         self._require_finite(loss, losses, random_state)
         report = self._report(view, loss, losses, weights)
-        loss.backward()
+        # A rank with more rows than others counts more; alone the weight is 1 and changes no bit.
+        loss.backward(torch.full_like(loss, view.side.ranks.weight))
         grad_norm = self._update(report.lr)
         self._observe(view)
         self.step_index += 1
@@ -158,10 +160,11 @@ class Trainee:
 
     def _view(self, batch: Batch) -> View:
         assembly = self.assembly
+        ranks = shared(self.ranks, batch.x.shape[0], self.device)
         return View(
             x=batch.x,
             target=batch.x if batch.target is None else batch.target,
-            side=assembly.side(batch.side, self.step_index, self.total_steps, self.ranks),
+            side=assembly.side(batch.side, self.step_index, self.total_steps, ranks),
             sae=self.sae,
             dead=self.counters.dead(assembly.dead_after_tokens),
             stats=assembly.target_stats,
@@ -177,7 +180,7 @@ class Trainee:
         if self.ranks.size > 1 and not self._is_sharded:  # gradients of shards are averaged on their way
             for parameter in self.optimiser.parameters.values():
                 if parameter.grad is not None:
-                    parameter.grad = self.ranks.mean(parameter.grad)
+                    parameter.grad = self.ranks.sum(parameter.grad).div_(self.ranks.size)
         for constraint in self.assembly.constraints:
             constraint.before_step(self.sae)
         grad_norm = self.optimiser.step(lr)
@@ -198,7 +201,8 @@ class Trainee:
         error = torch.dot(residual, residual) / view.x.shape[0]
         return Report(
             step=self.step_index,
-            tokens=view.x.shape[0] * self.ranks.size,
+            tokens=view.side.ranks.rows(view.x.shape[0]),
+            weight=view.side.ranks.weight,
             lr=self._lr(self.step_index, self.total_steps),
             loss=loss.detach(),
             terms={name: value.detach() for name, value in losses.items()},
@@ -214,8 +218,8 @@ class Trainee:
     @torch.no_grad()
     def _observe(self, view: View) -> None:
         self.sae.gate.observe(view.codes, view.side)
-        fired = self.ranks.sum(view.codes.fired)
-        self.counters.update(fired, view.x.shape[0] * self.ranks.size)
+        ranks = view.side.ranks
+        self.counters.update(ranks.sum(view.codes.fired), ranks.rows(view.x.shape[0]))
         for extra in self.sae.extras.values():
             if hasattr(extra, "observe"):
                 cast(Any, extra).observe(view)

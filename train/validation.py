@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .data.draw import Draw
 from .fleet import Fleet
+from .ranks import Alone
 from .step import Trainee
 from .view import Batch
 
@@ -60,6 +61,6 @@ def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, Tally]:
 
 
 def _reconstruct(trainee: Trainee, batch: Batch) -> tuple[Tensor, Tensor]:
-    side = trainee.assembly.side(batch.side, trainee.total_steps, trainee.total_steps, trainee.ranks)
+    side = trainee.assembly.side(batch.side, trainee.total_steps, trainee.total_steps, Alone())
     acts = trainee.sae.encode(batch.x, side)
     return acts, trainee.sae.decode(acts)

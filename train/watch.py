@@ -91,7 +91,7 @@ class Watch:
 
     def _record(self, step: int, reports: Mapping[str, Report]) -> None:
         """A line a SAE. All processes take part; rank 0 writes."""
-        self.last = {label: self._mean_over_ranks(report.scalars()) for label, report in reports.items()}
+        self.last = {label: self._mean_over_ranks(report) for label, report in reports.items()}
         shared = {
             "step": step,
             "tokens": (step + 1) * self._feed.plan.batch_tokens,
@@ -110,8 +110,9 @@ class Watch:
         self._refreshed = time.perf_counter()
         self._progress.show(step + 1, scalars, self.tokens_per_second)
 
-    def _mean_over_ranks(self, scalars: dict[str, float]) -> dict[str, float]:
-        if self._group.size == 1:
+    def _mean_over_ranks(self, report: Report) -> dict[str, float]:
+        scalars, size = report.scalars(), self._group.size
+        if size == 1:
             return scalars
-        values = self._group.mean(torch.tensor(list(scalars.values()), device=self._feed.device))
-        return dict(zip(scalars, values.tolist(), strict=True))
+        values = torch.tensor(list(scalars.values()), device=self._feed.device) * report.weight
+        return dict(zip(scalars, (self._group.sum(values) / size).tolist(), strict=True))

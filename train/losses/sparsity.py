@@ -54,7 +54,7 @@ class TargetL0:
         assert isinstance(gate, JumpRelu)
         count = gate.count(view.codes, view.side)
         # The square is of the global batch's count, the gradient of this rank's.
-        others = view.side.ranks.mean(count.detach().clone()) - count.detach()
+        others = view.side.ranks.mean(count.detach()) - count.detach()
         return ((count + others) / self.target - 1.0).square()
 
 

@@ -82,8 +82,8 @@ class Structure(nn.Module):
 
     def _measure(self, view: View) -> None:
         ranks = view.side.ranks
-        fired = ranks.sum(view.codes.fired.clone()) / (view.x.shape[0] * ranks.size)
-        losses = ranks.mean(tier_losses(view).detach().clone())
+        fired = ranks.sum(view.codes.fired) / ranks.rows(view.x.shape[0])
+        losses = ranks.mean(tier_losses(view).detach())
         weight = max(1.0 - DECAY, 1.0 / (int(self.steps) + 1))
         self.frequency.lerp_(fired.to(self.frequency.dtype), weight)
         self.losses.lerp_(losses.to(self.losses.dtype), weight)

@@ -67,7 +67,8 @@ class Tiers(nn.Module):
     @torch.no_grad()
     def observe(self, view: View) -> None:
         """Write down activity, size and importance of each tier; tiers count from 1 in the log."""
-        fired = view.side.ranks.sum(view.codes.fired.clone()) / (view.x.shape[0] * view.side.ranks.size)
+        ranks = view.side.ranks
+        fired = ranks.sum(view.codes.fired) / ranks.rows(view.x.shape[0])
         active = torch.zeros_like(self.weight).index_add_(0, self.membership, fired.to(self.weight.dtype))
         sizes, weights = self.sizes, self.weights(switched_on(view, self.num_tiers))
         for tier in range(self.num_tiers):
@@ -123,6 +124,6 @@ def importance_loss(view: View) -> Tensor:
 
     It teaches s_t and nothing else.
     """
-    losses = view.side.ranks.mean(tier_losses(view).detach().clone()).clamp_min(1e-12)
+    losses = view.side.ranks.mean(tier_losses(view).detach()).clamp_min(1e-12)
     s = tiers_of(view).log_variance
     return (torch.exp(-s) * losses + s - losses.log() - 1.0).sum()

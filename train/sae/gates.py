@@ -107,7 +107,7 @@ class BatchTopK(Gate):
 
     def choose(self, pre: Tensor, side: Side) -> Support:
         # One rank may hold most of the largest of all ranks' rows, so each offers that many.
-        count = round(side.knob("k", self.k) * pre.shape[0] * side.ranks.size)
+        count = round(side.knob("k", self.k) * side.ranks.rows(pre.shape[0]))
         flat = topk_batch(pre, min(count, pre.numel()))
         if side.ranks.size > 1:
             flat = _keep_globally(pre, flat, count, side)
@@ -120,7 +120,7 @@ class BatchTopK(Gate):
     def observe(self, codes: Codes, side: Side) -> None:
         values = codes.values.detach()
         smallest = torch.where(values > 0, values, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
-        smallest = side.ranks.gather(smallest.reshape(1)).amin()
+        smallest = torch.cat(side.ranks.gather(smallest.reshape(1))).amin()
         if not torch.isfinite(smallest):
             return
         self.threshold_steps += 1
@@ -191,10 +191,15 @@ class Gated(Gate):
 
 
 def _keep_globally(pre: Tensor, flat: Tensor, count: int, side: Side) -> Tensor:
-    """Of this rank's candidates, those among the `count` largest of all ranks."""
-    values = pre.view(-1)[flat]
-    everyone = side.ranks.gather(values)
+    """Of this rank's candidates, those among the `count` largest of all ranks.
+
+    Of equal ones, as a product in bfloat16 has many, those of earlier ranks come first, then earlier places.
+    """
+    parts = side.ranks.gather(pre.view(-1)[flat])
+    everyone, own = torch.cat(parts), parts[side.ranks.rank]
     if everyone.numel() <= count:
         return flat
     lowest = everyone.topk(count, sorted=False).values.amin()
-    return flat[values >= lowest]
+    taken = (everyone > lowest).sum() + sum((part == lowest).sum() for part in parts[: side.ranks.rank])
+    tied = own == lowest
+    return flat[(own > lowest) | (tied & (tied.cumsum(0) <= count - taken))]

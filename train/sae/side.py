@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SideInputMissing
-from ..ranks import Alone, Ranks
+from ..ranks import Alone, BatchRanks
 
 
 class Side:
@@ -21,11 +21,11 @@ class Side:
         self,
         inputs: Mapping[str, Any] | None = None,
         knobs: Mapping[str, float] | None = None,
-        ranks: Ranks | None = None,
+        ranks: BatchRanks | None = None,
     ) -> None:
         self._inputs = dict(inputs or {})
         self.knobs = dict(knobs or {})
-        self.ranks: Ranks = ranks or Alone()
+        self.ranks: BatchRanks = ranks or Alone()
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._inputs:

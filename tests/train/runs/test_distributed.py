@@ -1,4 +1,4 @@
-"""Two processes on half a batch each, against one process on all of it."""
+"""Two processes on a share of a batch each, against one process on all of it."""
 
 import json
 import random
@@ -70,20 +70,28 @@ from saemill.train.variants import config_type
 dist.init_process_group("gloo")
 rank, cpu = dist.get_rank(), torch.device("cpu")
 
+def build():
+    return config_type("topk")(layer=0, width=40, k=3, encoder_product="float32").build(8)
+
 def trainee():
-    config = config_type("topk")(layer=0, width=40, k=3)
-    return Trainee("one", config.build(8), 6, cpu, Processes(cpu), make_shard(cpu))
+    return Trainee("one", build(), 6, cpu, Processes(cpu), make_shard(cpu))
+
+def rows(at):
+    return torch.randn(64, 8, generator=torch.Generator().manual_seed(at))
 
 def step(trainee, at):
-    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(at))
-    trainee.step(Batch(x[32 * rank : 32 * (rank + 1)]))
+    trainee.step(Batch(rows(at)[:20] if rank == 0 else rows(at)[20:]))
 
-straight = trainee()
+counts = torch.arange(3)
+assert Processes(cpu).sum(counts).tolist() == [0, 2, 4]
+assert counts.tolist() == [0, 1, 2], "changed in place"
+straight, alone = trainee(), Trainee("one", build(), 6)
 for tensor in (straight.sae.W_enc, straight.sae.W_dec, *straight.optimiser._first.values()):
     assert is_sharded(tensor)
     assert local(tensor).shape[0] * 2 == tensor.shape[0]
 for at in range(6):
     step(straight, at)
+    alone.step(Batch(rows(at)))
 first = trainee()
 for at in range(3):
     step(first, at)
@@ -94,6 +102,9 @@ for at in range(3, 6):
 one, two = straight.state(), second.state()
 assert all(torch.equal(one[name], two[name]) for name in one), "not the same bits"
 assert one["sae.W_dec"].shape == (40, 8)
+for name in ("sae.W_enc", "sae.W_dec", "sae.b_dec"):
+    assert torch.allclose(one[name], alone.state()[name], rtol=1e-3, atol=1e-5), name
+assert torch.equal(straight.counters.tokens_since_fired, alone.counters.tokens_since_fired)
 with straight.gathered():
     assert torch.equal(straight.sae.W_dec, one["sae.W_dec"])
 dist.destroy_process_group()
@@ -101,5 +112,5 @@ dist.destroy_process_group()
 
 
 def test_each_process_holds_half_and_resumes_to_the_same_bits(spawn):
-    """Weights and moments by rows; 3 steps, a state, 3 steps equal 6 straight."""
+    """Weights and moments by rows; 3 steps, a state, 3 steps equal 6 straight, and those of one process."""
     launch(spawn, [], code=SHARDED)
