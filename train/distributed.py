@@ -7,13 +7,16 @@ goes through the calls of `ranks.py`. Only rank 0 writes.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import ConfigInvalid
+from ..cache_schema import StoreError
+from .errors import ConfigInvalid, StoppedElsewhere, TrainError
 from .ranks import Alone, Ranks
 from .shards import Shard
 
@@ -84,6 +87,19 @@ class Processes:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+@contextmanager
+def all_or_none(group: Group) -> Iterator[None]:
+    """What one process is refused inside ends all: none waits for one that has gone. No sums inside."""
+    refusal: TrainError | StoreError | None = None
+    try:
+        yield
+    except (TrainError, StoreError) as error:
+        refusal = error
+    if not group.any(refusal is not None):
+        return
+    raise refusal or StoppedElsewhere("another process of the run was refused; its own message says what and why")
 
 
 def join(device: str) -> tuple[Group, torch.device]:

@@ -6,6 +6,7 @@ TrainError
 ├── UnknownRecipe (LookupError)         no study or run of that name in train/recipes/
 ├── SideInputMissing (LookupError)      a term or a gate read what its variant did not request
 ├── NonFiniteLoss (ArithmeticError)     the loss left the numbers; weights are as before the step
+├── StoppedElsewhere (RuntimeError)     another process of the run was refused something
 ├── SaeInvalid (ValueError)             a folder that is no SAE this package can read
 ├── StateInvalid (ValueError)           a checkpoint's state does not fit this SAE
 ├── NothingToTrain (ValueError)         no step to take, no token to take it on, or none to measure it on
@@ -55,6 +56,10 @@ class NonFiniteLoss(TrainError, ArithmeticError):
         )
         self.step = step
         self.terms = terms
+
+
+class StoppedElsewhere(TrainError, RuntimeError):
+    """Another process of the run has ended with an error."""
 
 
 class SaeInvalid(TrainError, ValueError):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import Member
 from .data.draw import Draw
-from .errors import ActivationsNotFinite, NonFiniteLoss, TrainError
+from .errors import ActivationsNotFinite, NonFiniteLoss, StoppedElsewhere, TrainError
 from .ranks import Ranks
 from .sae.scaling import Stats, joined_stats
 from .shards import Shard
@@ -36,6 +36,7 @@ class Fleet:
         ranks: Ranks,
         shard: Shard | None = None,
     ) -> None:
+        self._ranks = ranks
         self.members = {member.label: member for member in members}
         self.needs = {member.label: member.config.request() for member in members}
         self.trainees = {
@@ -53,7 +54,7 @@ class Fleet:
             try:
                 reports[label] = trainee.step(draw.batch(self.needs[label]))
             except NonFiniteLoss as error:
-                raise _with_place(label, error, draw, self.needs[label].windows) from None
+                raise _with_place(label, error, draw, self.needs[label].windows, self._ranks) from None
         return reports
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -95,14 +96,20 @@ def _stats_of(
     )
 
 
-def _with_place(label: str, error: NonFiniteLoss, draw: Draw, windows: bool) -> TrainError:
-    """The same error with the part of the store that the step was trained on."""
+def _with_place(label: str, error: NonFiniteLoss, draw: Draw, windows: bool, ranks: Ranks) -> TrainError:
+    """The same error with the part of the store that the step was trained on; all ranks ask."""
     broken = draw.non_finite_rows(windows)
+    is_anywhere = bool(ranks.sum(torch.tensor([int(broken.any())], device=draw.device)))
     if broken.any():
         place = _place(draw, draw.store_windows(windows)[broken])
         return ActivationsNotFinite(
             f"{label}, step {error.step}: the store holds activations that are no finite numbers: {place}. "
             "Harvest again in a dtype that can hold them, or leave these windows out"
+        )
+    if is_anywhere:
+        return StoppedElsewhere(
+            f"{label}, step {error.step}: another process's rows hold activations that are no finite numbers; "
+            "its own message names them"
         )
     place = _place(draw, draw.store_windows(windows))
     return NonFiniteLoss(error.step, error.terms, f"{label}, {place} (their activations are finite: training diverged)")

@@ -24,7 +24,7 @@ from .config import Ask, DataConfig, Member, RunConfig, read_run_config
 from .data.feed import Feed, joint_request
 from .data.plan import Plan
 from .data.sizes import measure_split
-from .distributed import Group, make_shard
+from .distributed import Group, all_or_none, make_shard
 from .errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, RunFinished
 from .fleet import Fleet
 from .keeper import Keeper
@@ -73,13 +73,15 @@ def begun(
     settled: Settled, store: Store, out: str, name: str | None, group: Group, device: torch.device, console: Console
 ) -> Iterator[Run]:
     """A new run, from step 0."""
-    stats = check(settled, store, group, device)
-    path = str(_make_folder(settled, out, name).path) if group.rank == 0 else ""
+    fleet, stats = make_fleet(settled, store, group, device)
+    described, path = describe(settled, store), ""
+    with all_or_none(group):
+        if group.rank == 0:
+            folder = _make_folder(settled, out, name)
+            folder.write_config(described)
+            path = str(folder.path)
     folder = RunFolder.at(group.text(path))
-    described = describe(settled, store)
-    if group.rank == 0:
-        folder.write_config(described)
-    with _assembled(settled, store, folder, stats, group, device, console, described, None) as run:
+    with _assembled(settled, store, folder, fleet, stats, group, device, console, described, None) as run:
         yield run
 
 
@@ -91,16 +93,29 @@ def resumed(folder: RunFolder, store: Store, group: Group, device: torch.device,
     if folder.is_finished:
         raise RunFinished(f"{folder.path} is finished: nothing to resume. Evaluate it with: sae-eval {folder.path}")
     settled = settle_again(config, _total_steps(described, folder), store)
-    stats = check(settled, store, group, device)
-    found = load_checkpoint(folder.checkpoints)
+    fleet, stats = make_fleet(settled, store, group, device)
+    with all_or_none(group):
+        found = load_checkpoint(folder.checkpoints)
     if group.rank == 0:
         _report_checkpoint(found, console)
-    with _assembled(settled, store, folder, stats, group, device, console, described, found) as run:
+    if found is not None:
+        fleet.load_state(found.tensors)
+    with _assembled(settled, store, folder, fleet, stats, group, device, console, described, found) as run:
         yield run
 
 
+def make_fleet(settled: Settled, store: Store, group: Group, device: torch.device) -> tuple[Fleet, dict[int, Stats]]:
+    """The SAEs as they are before the first step: what their configs can refuse, they refuse here."""
+    keep_large_blocks()
+    config = settled.config
+    shard = make_shard(device) if config.course.shard_width and group.size > 1 else None
+    with all_or_none(group):
+        stats = check(settled, store, group, device)
+        return Fleet(config.members, stats, settled.budget.steps, device, group, shard), stats
+
+
 def check(settled: Settled, store: Store, group: Group, device: torch.device) -> dict[int, Stats]:
-    """Everything that can be refused before anything is written; returns the statistics of each layer."""
+    """Everything that can be refused before anything is built; returns the statistics of each layer."""
     members = settled.config.members
     require_trackers(settled.config.course.trackers)
     for config in (member.config for member in members):
@@ -110,6 +125,7 @@ def check(settled: Settled, store: Store, group: Group, device: torch.device) ->
     validate_request(store.manifest, request)
     store.spans(request)
     _require_held_out(settled, store)
+    _require_rows(settled, group.size)
     _require_windows(settled, group.size)
     manifest, plan = store.manifest, settled.plan
     pools = 1 if plan.is_one_block else 2
@@ -133,6 +149,12 @@ def _require_held_out(settled: Settled, store: Store) -> None:
     windows = min(max(1, course.validation_tokens // manifest.context), last - first)
     request = joint_request([member.config.request() for member in settled.config.members], VALIDATION)
     store.spans(replace(request, windows=(0, windows)))
+
+
+def _require_rows(settled: Settled, processes: int) -> None:
+    found = settled.plan.batch_tokens
+    if found < processes:
+        raise ConfigInvalid(f"data.batch_tokens: expected one or more for each of {processes} processes, found {found}")
 
 
 def _require_windows(settled: Settled, processes: int) -> None:
@@ -216,6 +238,7 @@ def _assembled(
     settled: Settled,
     store: Store,
     folder: RunFolder,
+    fleet: Fleet,
     stats: Mapping[int, Stats],
     group: Group,
     device: torch.device,
@@ -223,13 +246,8 @@ def _assembled(
     described: Mapping[str, Any],
     found: Checkpoint | None,
 ) -> Iterator[Run]:
-    """Put the parts together, in the state of a checkpoint if there is one; take them apart in the end."""
-    keep_large_blocks()
+    """Put the parts together, where a checkpoint left them if there is one; take them apart in the end."""
     config, steps = settled.config, settled.budget.steps
-    shard = make_shard(device) if config.course.shard_width and group.size > 1 else None
-    fleet = Fleet(config.members, stats, steps, device, group, shard)
-    if found is not None:
-        fleet.load_state(found.tensors)
     with ExitStack() as open_things:
         feed = Feed(store, settled.plan, fleet.needs.values(), stats, device, group.rank, group.size)
         open_things.callback(feed.close)

@@ -10,6 +10,7 @@ from typing import Any
 from ..cache_schema.strict import to_json
 from .config import Member
 from .data.feed import held_out
+from .distributed import all_or_none
 from .run import Run
 from .sae.io import save_sae
 from .validation import Tally, validate
@@ -50,10 +51,8 @@ class Outcome:
 
 def conclude(run: Run) -> Outcome | None:
     """Validate, save, write; rank 0 alone does so."""
-    with run.fleet.gathered():
-        outcome = _finish(run) if run.group.rank == 0 else None
-        run.group.any(False)  # the others wait
-    return outcome
+    with run.fleet.gathered(), all_or_none(run.group):  # the others wait
+        return _finish(run) if run.group.rank == 0 else None
 
 
 def _finish(run: Run) -> Outcome:

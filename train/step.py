@@ -110,7 +110,7 @@ class Trainee:
         random_state = self.assembly.generator.get_state()
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
         loss, losses = self._losses(view, weights)
-        self._require_finite(loss, losses, random_state)
+        self._require_finite(view, loss, losses, random_state)
         report = self._report(view, loss, losses, weights)
         # A rank with more rows than others counts more; alone the weight is 1 and changes no bit.
         loss.backward(torch.full_like(loss, view.side.ranks.weight))
@@ -171,10 +171,12 @@ class Trainee:
             generator=assembly.generator,
         )
 
-    def _require_finite(self, loss: Tensor, losses: Mapping[str, Tensor], random_state: Tensor) -> None:
-        if not math.isfinite(float(loss.detach())):
+    def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor], random_state: Tensor) -> None:
+        """Of the whole batch: all ranks stop, or none."""
+        mean = view.side.ranks.mean
+        if not math.isfinite(float(mean(loss.detach()))):
             self.assembly.generator.set_state(random_state)  # as if the step had not been tried
-            raise NonFiniteLoss(self.step_index, {name: float(value.detach()) for name, value in losses.items()})
+            raise NonFiniteLoss(self.step_index, {name: float(mean(value.detach())) for name, value in losses.items()})
 
     def _update(self, lr: float) -> Tensor | None:
         if self.ranks.size > 1 and not self._is_sharded:  # gradients of shards are averaged on their way

@@ -53,7 +53,7 @@ class Draw:
         self.block = block
         self._rows = {False: tokens, True: windows}
         self._scales = scales
-        self._device = device
+        self.device = device
         self._scaled: dict[tuple[bool, tuple[int, ...]], Tensor] = {}
         self._made: dict[tuple[str, int], Any] = {}
 
@@ -144,7 +144,7 @@ class Draw:
         )
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return torch.from_numpy(array).to(self.device)
 
 
 def token_rows(block: Block, chosen: np.ndarray) -> Rows:

@@ -19,12 +19,12 @@ def free_port():
     raise AssertionError("no free port")
 
 
-def launch(spawn, words, **options):
-    """The command as `torchrun` would start it, twice."""
+def launch(spawn, words, codes=(0, 0), **options):
+    """The command as `torchrun` would start it, twice; what each said, which ended with its exit code."""
     where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [spawn(*words, **where, RANK=str(r), LOCAL_RANK=str(r), **options) for r in range(2)]
     said = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    assert [process.returncode for process in processes] == list(codes), said
     return said
 
 
@@ -61,6 +61,7 @@ def test_a_sharded_dictionary_trains_as_a_whole_one(big, spawn, sae_train, quick
 
 SHARDED = """
 import os, sys, torch, torch.distributed as dist
+from saemill.train.errors import NonFiniteLoss
 from saemill.train.view import Batch
 from saemill.train.distributed import Processes, make_shard
 from saemill.train.shards import is_sharded, local
@@ -107,6 +108,13 @@ for name in ("sae.W_enc", "sae.W_dec", "sae.b_dec"):
 assert torch.equal(straight.counters.tokens_since_fired, alone.counters.tokens_since_fired)
 with straight.gathered():
     assert torch.equal(straight.sae.W_dec, one["sae.W_dec"])
+step(straight, 6)
+x = torch.full((32, 8), float("nan") if rank == 0 else 1.0)
+try:
+    straight.step(Batch(x))
+    raise AssertionError("rank 1 went on alone")
+except NonFiniteLoss as error:
+    assert "reconstruction = nan" in str(error)
 dist.destroy_process_group()
 """
 
@@ -114,3 +122,19 @@ dist.destroy_process_group()
 def test_each_process_holds_half_and_resumes_to_the_same_bits(spawn):
     """Weights and moments by rows; 3 steps, a state, 3 steps equal 6 straight, and those of one process."""
     launch(spawn, [], code=SHARDED)
+
+
+def test_what_one_process_is_refused_ends_both(big, spawn, quick, tmp_path):
+    """Rank 0 alone makes the folder; the other does not wait for it."""
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--tokens", 640, "--name", "mine"]
+    first, second = launch(spawn, words, codes=(1, 1))
+    assert "is there already" in first and "another process of the run" in second
+    assert "Traceback" not in first + second
+
+
+def test_what_cannot_be_sharded_is_told_before_a_folder_is_made(big, spawn, quick, tmp_path):
+    words = ["--variant", "tiered", *quick, "--cache", big["path"], "--tokens", 640]
+    for said in launch(spawn, [*words, "--set", "course.shard_width=true"], codes=(1, 1)):
+        assert "course.shard_width is for SAEs without extras" in said
+    assert not list(tmp_path.glob("runs/*"))
