@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .compose import Assembly, Constraint, Term
 from .errors import ConfigInvalid
+from .losses.auxk import AuxK
 from .optim import Optim
 from .sae.gates import Gate
 from .sae.model import EncoderProduct, SparseAutoencoder, tied_weights
 from .sae.scaling import Stats, unit_stats
-from .schedules import Schedule
+from .schedules import Constant, Schedule
 
 DecoderBias = Literal["mean", "zero"]
 
@@ -37,7 +38,12 @@ def require(condition: bool, message: str) -> None:
         raise ConfigInvalid(message)
 
 
+def require_width(width: int) -> None:
+    require(width >= 1, f"width: expected 1 or more, found {width}")
+
+
 def require_sparsity(k: float, width: int) -> None:
+    require_width(width)
     require(0 < k <= width, f"k: expected more than 0 and at most width = {width}, found {k}")
 
 
@@ -86,6 +92,12 @@ def tied_sae(
     W_enc, W_dec = tied_weights(width, stats.width, generator)
     b_dec: Tensor = stats.mean.clone() if decoder_bias == "mean" else torch.zeros(stats.width)
     return SparseAutoencoder(W_enc, W_dec, gate, b_dec=b_dec, encoder_product=encoder_product)
+
+
+def aux_term(k: int | None, weight: float, d_model: int, rectified: bool = True) -> Term:
+    """What keeps latents alive; without `k`, half of the residual's width."""
+    require(k is None or k >= 1, f"aux_k: expected 1 or more (aux_weight=0 turns the loss off), found {k}")
+    return Term("aux", AuxK(d_model // 2 if k is None else k, rectified), Constant(weight))
 
 
 def assemble(

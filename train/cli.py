@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
     if text is None:
         return None
     value = parse_value(text.replace("_", "").replace(",", ""))
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+    is_whole = value.is_integer() if isinstance(value, float) else type(value) is int
+    if not is_whole:
         raise click.BadParameter(f"expected a number like 50M, 16k or 4096, found {text!r}")
     return int(value)
 
@@ -97,6 +98,7 @@ def main(
         try:
             if resume is not None:
                 others = {"--variant": variants, "--recipe": recipe, "--set": settings, "--grid": grid, "--name": name}
+                others |= {f"--{key}": value for key, value in (chosen | {"tokens": tokens, "epochs": epochs}).items()}
                 _require_alone(resume, others)
                 tell(console, _go_on(RunFolder.open(out, resume), cache, group, place, console), plots)
             else:
@@ -239,7 +241,7 @@ def _required(cache: str | None) -> str:
     return cache
 
 
-def _require_alone(resume: str, others: dict[str, Sequence[str] | str | None]) -> None:
-    given = [option for option, value in others.items() if value]
+def _require_alone(resume: str, others: Mapping[str, Any]) -> None:
+    given = [option for option, value in others.items() if value not in (None, ())]
     if given:
         raise ConfigInvalid(f"--resume {resume} goes on with the settings of that run: leave out {', '.join(given)}")

@@ -23,6 +23,14 @@ Limits = Callable[[Any], Mapping[str, Any]]
 """What bounds the defaults of a config."""
 
 
+def require_least(config: Any, **least: float) -> None:
+    """Refuse settings below what is given here; those that are None are open."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:  # a number that is none is not either
+            raise ConfigInvalid(f"{name}: expected {bound} or more, found {value}")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The stream that all SAEs of a run share."""
@@ -32,6 +40,9 @@ class DataConfig:
     batch_tokens: int = 4096
     pool_tokens: int | None = None
     """Tokens shuffled together in memory, twice over; None: 2 GiB of residuals for each layer."""
+
+    def __post_init__(self) -> None:
+        require_least(self, seed=0, batch_tokens=1, pool_tokens=1)
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,10 @@ class CourseConfig:
     """With several processes: each holds a part of every dictionary's rows, for widths that fit no single device."""
     trackers: tuple[str, ...] = ()
     """Further logs, through accelerate: wandb, tensorboard and what else it knows."""
+
+    def __post_init__(self) -> None:
+        require_least(self, tokens=1, epochs=1, metrics_every_steps=1, validation_tokens=1)
+        require_least(self, checkpoint_every_seconds=0, checkpoint_every_steps=1)
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,17 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigInvalid(f"expected a device like auto, cpu, cuda or cuda:1, found {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigInvalid(f"device {name} was asked for, but torch {torch.__version__} finds no CUDA device here")
+    found = _count_devices(device.type)
+    if (device.index or 0) >= found:
+        raise ConfigInvalid(
+            f"device {name} was asked for, but torch {torch.__version__} finds {found or 'no'} "
+            f"{device.type.upper()} device{'s' * (found > 1)} here: choose another --device, or auto"
+        )
     return device
+
+
+def _count_devices(kind: str) -> int:
+    try:
+        return torch.get_device_module(kind).device_count()
+    except RuntimeError:  # a kind without a module, such as meta, computes nothing
+        return 0

@@ -33,8 +33,8 @@ def main(source: str, kind: str, target: Path, runs: str) -> None:
 
 def export(folder: Path, kind: str, target: Path) -> float:
     """Write the SAE of a folder in another form; the largest difference between the two."""
-    if target.exists() and any(target.iterdir()):
-        raise RunTaken(f"{target} is there already and not empty: choose another --out")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunTaken(f"{target} is there already and not an empty folder: choose another --out")
     plain, metadata = read(folder)
     _require_one_place(metadata, kind)
     WRITERS[kind](target, plain, metadata)

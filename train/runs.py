@@ -149,6 +149,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigInvalid(f"expected {path.name} in {path.parent}, found none: copy the folder anew") from None
     except ValueError as error:
         raise ConfigInvalid(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):

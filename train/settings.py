@@ -56,7 +56,7 @@ def parse_value(text: str) -> Any:
     if number:
         return int(float(number[1]) * _UNITS[number[2]])
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=str)  # NaN and Infinity are words: no setting takes them
     except json.JSONDecodeError:
         pass
     if text in ("None", "True", "False"):

@@ -13,6 +13,7 @@ from typing import Literal
 from ..build import (
     DecoderBias,
     assemble,
+    aux_term,
     require,
     require_sparsity,
     seeded,
@@ -22,7 +23,6 @@ from ..build import (
 )
 from ..compose import Assembly, Constraint, Needs, Term
 from ..constraints import UnitDecoder
-from ..losses.auxk import AuxK
 from ..losses.reconstruction import reconstruction
 from ..losses.sparsity import LayerNormsL1
 from ..optim import Optim
@@ -68,7 +68,7 @@ class Config:
         sae = tied_sae(self.width, stats, gate, generator, self.decoder_bias, self.encoder_product)
         terms = [
             Term("reconstruction", reconstruction, Constant(1.0)),
-            Term("aux", AuxK(self.aux_k or d_model // 2, rectified=sparse), Constant(self.aux_weight)),
+            aux_term(self.aux_k, self.aux_weight, d_model, rectified=sparse),
         ]
         if not sparse:
             penalty = Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)

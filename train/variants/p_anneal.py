@@ -8,10 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..build import DecoderBias, assemble, require, scaled_lr, seeded, settled, stats_or_unit, tied_sae
+from ..build import (
+    DecoderBias,
+    assemble,
+    aux_term,
+    require,
+    require_width,
+    scaled_lr,
+    seeded,
+    settled,
+    stats_or_unit,
+    tied_sae,
+)
 from ..compose import Assembly, Needs, Term
 from ..constraints import UnitDecoder
-from ..losses.auxk import AuxK
 from ..losses.reconstruction import reconstruction
 from ..losses.sparsity import lp
 from ..optim import Optim
@@ -45,6 +55,7 @@ class Config:
         return Needs(inputs=(self.layer,))
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        require_width(self.width)
         require(0 < self.p_end <= self.p_start, f"p: expected 0 < p_end <= p_start, found {self.p_end}, {self.p_start}")
         stats = stats_or_unit(stats, d_model)
         generator = seeded(self.seed)
@@ -53,7 +64,7 @@ class Config:
         terms = (
             Term("reconstruction", reconstruction, Constant(1.0)),
             Term("lp", lp, Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)),
-            Term("aux", AuxK(self.aux_k or d_model // 2, rectified=False), Constant(self.aux_weight)),
+            aux_term(self.aux_k, self.aux_weight, d_model, rectified=False),
         )
         p = Ramp(self.p_start, self.p_end, begin_fraction=self.anneal_begin_fraction)
         knobs = {"p": p, "next_p": Ahead(p, 1)}

@@ -8,10 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..build import DecoderBias, assemble, require, scaled_lr, seeded, settled, stats_or_unit, tied_sae
+from ..build import (
+    DecoderBias,
+    assemble,
+    aux_term,
+    require,
+    require_width,
+    scaled_lr,
+    seeded,
+    settled,
+    stats_or_unit,
+    tied_sae,
+)
 from ..compose import Assembly, Needs, Term
 from ..constraints import UnitDecoder
-from ..losses.auxk import AuxK
 from ..losses.reconstruction import reconstruction
 from ..losses.sparsity import l1
 from ..optim import Optim
@@ -41,6 +51,7 @@ class Config:
         return Needs(inputs=(self.layer,))
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        require_width(self.width)
         require(self.penalty >= 0, f"penalty: expected 0 or more, found {self.penalty}")
         stats = stats_or_unit(stats, d_model)
         generator = seeded(self.seed)
@@ -48,7 +59,7 @@ class Config:
         terms = (
             Term("reconstruction", reconstruction, Constant(1.0)),
             Term("l1", l1, Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)),
-            Term("aux", AuxK(self.aux_k or d_model // 2, rectified=False), Constant(self.aux_weight)),
+            aux_term(self.aux_k, self.aux_weight, d_model, rectified=False),
         )
         optim = settled(self.optim, lr=scaled_lr(5e-4, self.width, stats.width))
         return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens)

@@ -9,6 +9,7 @@ from ..build import (
     TOPK_DEAD_PART,
     DecoderBias,
     assemble,
+    aux_term,
     require_sparsity,
     seeded,
     stats_or_unit,
@@ -17,7 +18,6 @@ from ..build import (
 )
 from ..compose import Assembly, Needs, Term
 from ..constraints import UnitDecoder
-from ..losses.auxk import AuxK
 from ..losses.reconstruction import reconstruction
 from ..optim import Optim
 from ..sae.gates import TopK
@@ -52,7 +52,7 @@ class Config:
         sae = tied_sae(self.width, stats, gate, generator, self.decoder_bias, self.encoder_product)
         terms = (
             Term("reconstruction", reconstruction, Constant(1.0)),
-            Term("aux", AuxK(self.aux_k or d_model // 2), Constant(self.aux_weight)),
+            aux_term(self.aux_k, self.aux_weight, d_model),
         )
         optim = topk_optim(self.optim, self.width, stats.width)
         return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens)

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..build import assemble, require, require_sparsity, seeded, stats_or_unit, topk_optim
+from ..build import assemble, aux_term, require, require_sparsity, seeded, stats_or_unit, topk_optim
 from ..compose import Assembly, Needs, Term
 from ..constraints import UnitDecoder
-from ..losses.auxk import AuxK
 from ..losses.reconstruction import reconstruction
 from ..optim import Optim
 from ..sae.gates import TopK
@@ -56,7 +55,7 @@ class Config:
         )
         terms = (
             Term("reconstruction", reconstruction, Constant(1.0)),
-            Term("aux", AuxK(self.aux_k or d_model // 2), Constant(self.aux_weight)),
+            aux_term(self.aux_k, self.aux_weight, d_model),
         )
         optim = topk_optim(self.optim, self.width, stats.width)
         constraints = (UnitDecoder(),)

@@ -116,6 +116,21 @@ def test_sparsify_beyond_a_plain_form_is_refused(tmp_path, setting):
         read(tmp_path)
 
 
+def test_a_folder_without_its_configuration_is_named(tmp_path):
+    WRITERS["dictionary_learning"](tmp_path / "a", make_plain("topk"), {})
+    (tmp_path / "a/config.json").unlink()
+    result = CliRunner().invoke(main, [str(tmp_path / "a"), "--to", "sae_lens", "--out", str(tmp_path / "b")])
+    assert result.exit_code == 1 and "expected config.json in" in result.output
+
+
+def test_a_file_is_no_place_for_a_folder(tmp_path):
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {})
+    (tmp_path / "b").write_text("mine")
+    result = CliRunner().invoke(main, [str(tmp_path / "a"), "--to", "sae_lens", "--out", str(tmp_path / "b")])
+    assert result.exit_code == 1 and "choose another --out" in result.output
+    assert (tmp_path / "b").read_text() == "mine"
+
+
 def test_a_damaged_file_is_named(tmp_path):
     WRITERS["sparsify"](tmp_path, make_plain("topk"), {})
     data = (tmp_path / "sae.safetensors").read_bytes()
@@ -137,7 +152,7 @@ def test_the_command(tmp_path):
     result = CliRunner().invoke(main, words, catch_exceptions=False)
     assert result.exit_code == 0 and "differ by" in result.output
     again = CliRunner().invoke(main, words, catch_exceptions=False)
-    assert again.exit_code == 1 and "not empty" in again.output
+    assert again.exit_code == 1 and "not an empty folder" in again.output
 
 
 def test_finding_an_sae(tmp_path):

@@ -7,7 +7,7 @@ from saemill.train.budget import settle_budget
 from saemill.train.config import CourseConfig
 from saemill.train.data.plan import Plan
 from saemill.train.data.sizes import SplitSizes
-from saemill.train.errors import NothingToTrain, StoreTooShort
+from saemill.train.errors import ConfigInvalid, NothingToTrain, StoreTooShort
 
 NONE = np.zeros(0, np.int64)
 
@@ -44,3 +44,10 @@ def test_nothing_to_train(case, said):
         settle_budget(CourseConfig(), case, "s")
     with pytest.raises(NothingToTrain, match="less than one batch"):
         settle_budget(CourseConfig(tokens=3), plan(), "s")
+
+
+def test_every_step_of_a_run_is_a_number_above_zero():
+    with pytest.raises(ConfigInvalid, match="tokens: expected 1 or more, found -5"):
+        CourseConfig(tokens=-5)
+    with pytest.raises(ConfigInvalid, match="checkpoint_every_seconds: expected 0 or more, found nan"):
+        CourseConfig(checkpoint_every_seconds=float("nan"))

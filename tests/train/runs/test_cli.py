@@ -70,6 +70,18 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
         ([*TOPK, "--layer", "11"], "residuals of layers [11] (it has [3, 4])"),
         ([*TOPK, "--width", "1B"], "GiB of memory on cpu"),
         ([*TOPK, "--device", "nonsense"], "expected a device like auto"),
+        ([*TOPK, "--device", "vulkan"], "finds no VULKAN device"),
+        ([*TOPK, "--tokens", "-5"], "tokens: expected 1 or more, found -5"),
+        ([*TOPK, "--set", "course.epochs=-3"], "epochs: expected 1 or more, found -3"),
+        ([*TOPK, "--set", "course.checkpoint_every_seconds=NaN"], "expected float, found 'NaN'"),
+        ([*TOPK, "--set", "course.metrics_every_steps=0"], "metrics_every_steps: expected 1 or more, found 0"),
+        ([*TOPK, "--set", "course.checkpoint_every_steps=0"], "checkpoint_every_steps: expected 1 or more, found 0"),
+        ([*TOPK, "--set", "data.batch_tokens=0"], "batch_tokens: expected 1 or more, found 0"),
+        ([*TOPK, "--set", "data.seed=-1"], "seed: expected 0 or more, found -1"),
+        ([*TOPK, "--set", "aux_k=-1"], "aux_k: expected 1 or more (aux_weight=0 turns the loss off), found -1"),
+        ([*TOPK, "--set", "aux_k=0"], "aux_k: expected 1 or more (aux_weight=0 turns the loss off), found 0"),
+        (["--variant", "standard", "--width", "0"], "width: expected 1 or more, found 0"),
+        (["--variant", "gated", "--width", "-4"], "width: expected 1 or more, found -4"),
         ([*TOPK, "--set", "data.pool_tokens=10"], "pool_tokens 10 for batch_tokens 64"),
         ([*TOPK, "--set", 'course.trackers=["nosuch"]', "--tokens", "640"], "expected trackers among"),
         (["--resume", "nothing"], "no run 'nothing'"),
@@ -80,6 +92,11 @@ def test_mistakes_are_named(big, sae_train, quick, tmp_path, words, said):
     result = sae_train(*options, *words, code=1)
     assert said in result.output
     assert not list((tmp_path / "runs").glob("*"))
+
+
+@pytest.mark.parametrize("tokens", ["NaN", "Infinity", "1e999", "2.5", "many"])
+def test_a_number_of_tokens_is_a_whole_one(sae_train, tokens):
+    assert "expected a number like 50M" in sae_train(*TOPK, "--tokens", tokens, code=2).output
 
 
 def test_a_store_that_is_not_there(sae_train, tmp_path):

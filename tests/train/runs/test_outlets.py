@@ -100,9 +100,15 @@ def test_one_process_is_a_group():
 def test_devices(monkeypatch):
     assert choose_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert choose_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigInvalid, match="finds no CUDA device"):
         choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigInvalid, match="finds 2 CUDA devices here"):
+        choose_device("cuda:2")
+    with pytest.raises(ConfigInvalid, match="finds no META device"):
+        choose_device("meta")
 
 
 def test_a_tally_is_the_formula_over_all_tokens():

@@ -140,3 +140,6 @@ def test_a_run_that_stopped_between_its_last_step_and_its_result_ends_well(big, 
 
 def test_settings_cannot_change_on_resume(straight, sae_train):
     assert "leave out --set" in sae_train("--resume", straight, "--set", "k=3", code=1).output
+    for option in ("tokens", "epochs", "layer", "width", "k", "lr", "seed"):
+        value = 0 if option in ("seed", "layer") else 3
+        assert f"leave out --{option}\n" in sae_train("--resume", straight, f"--{option}", value, code=1).output
