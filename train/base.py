@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from . import variants
-from .build import most_active, require
+from .build import SPARSE_TABLES, most_active, require
 from .compose import Assembly, Needs
 from .optim import Optim
 from .sae.model import EncoderProduct
@@ -23,6 +23,9 @@ BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional
 @dataclass(frozen=True)
 class Wrapping:
     """What the config of every variant on a base has; those that are None are the base's own defaults."""
+
+    own_tables: ClassVar[float] = 1.0
+    """[B, F] in float32 that a step holds at its peak, over and above the base's."""
 
     base: str = "standard"
     layer: int = 19
@@ -36,6 +39,10 @@ class Wrapping:
     dead_after_tokens: int = 10_000_000
     encoder_product: EncoderProduct = "float32"
     optim: Optim = field(default_factory=Optim)
+
+    @property
+    def step_tables(self) -> float:
+        return getattr(_base_config(self, None), "step_tables", SPARSE_TABLES) + self.own_tables
 
 
 def build_base(config: Wrapping, d_model: int, stats: Stats | None = None) -> Assembly:

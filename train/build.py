@@ -25,6 +25,9 @@ DEAD_PART = 10
 TOPK_DEAD_PART = 30
 """The same for the top-k family: fewer dead latents in the end than at a tenth, and no worse reconstruction, at
 every variant tried; a hundredth part made half of a matryoshka dictionary die (`bench/quality.py`)."""
+# [B, F] in float32 that a step holds at its peak, measured: pre-activations in bfloat16 and float32 alone, where the
+# activations are sparse. A variant whose activations are dense, if only in its first steps, says `step_tables`.
+SPARSE_TABLES = 1.5
 
 
 def seeded(seed: int) -> torch.Generator:

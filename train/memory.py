@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .build import SPARSE_TABLES
 from .config import Member
 from .errors import MemoryTooSmall
 
@@ -43,9 +44,10 @@ def weight_bytes(member: Member, d_model: int, shards: int = 1) -> int:
 
 
 def step_bytes(member: Member, d_model: int, batch_tokens: int) -> int:
-    """Dense pre-activations in bfloat16 and float32, and a handful of tables of the residual's width."""
+    """As many tables [B, F] as the variant says it holds at once, and a handful of the residual's width."""
     inputs, outputs = _widths(member, d_model)
-    return batch_tokens * (6 * getattr(member.config, "width", 0) + 4 * 4 * (inputs + outputs))
+    tables = getattr(member.config, "step_tables", SPARSE_TABLES)
+    return batch_tokens * int(4 * tables * getattr(member.config, "width", 0) + 4 * 4 * (inputs + outputs))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..build import (
+    SPARSE_TABLES,
     DecoderBias,
     assemble,
     aux_term,
@@ -51,6 +52,10 @@ class Config:
     decoder_bias: DecoderBias = "mean"
     encoder_product: EncoderProduct = "bfloat16"
     optim: Optim = field(default_factory=Optim)
+
+    @property
+    def step_tables(self) -> float:
+        return SPARSE_TABLES if self.gate == "batchtopk" else 5.0
 
     def request(self) -> Needs:
         require(

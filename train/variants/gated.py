@@ -7,6 +7,7 @@ sees the reconstruction alone, so it does not shrink.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..build import (
     DecoderBias,
@@ -33,6 +34,8 @@ from ..schedules import Constant, Ramp
 
 @dataclass(frozen=True)
 class Config:
+    step_tables: ClassVar[float] = 10.0
+
     layer: int = 19
     width: int = 16384
     seed: int = 0

@@ -7,6 +7,7 @@ them in those units too, or they would hardly move from where they start.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..build import (
     DecoderBias,
@@ -32,6 +33,8 @@ from ..schedules import Constant, Ramp
 
 @dataclass(frozen=True)
 class Config:
+    step_tables: ClassVar[float] = 7.0
+
     layer: int = 19
     width: int = 16384
     target_l0: float = 64.0

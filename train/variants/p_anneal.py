@@ -7,6 +7,7 @@ the running coefficient is the gate's buffer `penalty_scale`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..build import (
     DecoderBias,
@@ -33,6 +34,8 @@ from ..schedules import Ahead, Constant, Ramp
 
 @dataclass(frozen=True)
 class Config:
+    step_tables: ClassVar[float] = 11.0
+
     layer: int = 19
     width: int = 16384
     seed: int = 0

@@ -8,6 +8,7 @@ the bit. All but that need the position at inference, and the saved SAE says so.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -30,6 +31,8 @@ from ..schedules import Ramp, SigmoidRamp
 
 @dataclass(frozen=True)
 class Config(Wrapping):
+    own_tables: ClassVar[float] = 3.0
+
     context: int | None = None
     """Length of the store's windows; None: read from the store."""
     ranges: int = 4

@@ -7,6 +7,7 @@ value means the same at every width of the residual stream.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..build import (
     DecoderBias,
@@ -33,6 +34,8 @@ from ..schedules import Constant, Ramp
 
 @dataclass(frozen=True)
 class Config:
+    step_tables: ClassVar[float] = 5.0
+
     layer: int = 19
     width: int = 2304
     seed: int = 0

@@ -10,6 +10,7 @@ its base to the bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..base import Wrapping, base_request, build_base
 from ..build import require
@@ -29,6 +30,8 @@ from ..schedules import Constant, Ramp
 
 @dataclass(frozen=True)
 class Config(Wrapping):
+    own_tables: ClassVar[float] = 1.5
+
     tier_fractions: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
     """Where each tier ends, as shares of the dictionary."""
     boundaries: tuple[int, ...] | None = None
