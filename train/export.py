@@ -13,6 +13,7 @@ from .errors import RunTaken, SaeInvalid
 from .find import find_sae
 from .formats import WRITERS, kind_of, read
 from .sae.export_form import PlainSae, sae_from_plain
+from .sae.io import is_of_one_place
 
 ROWS = 256
 
@@ -55,10 +56,8 @@ def largest_difference(one: PlainSae, other: PlainSae) -> float:
 
 def _require_one_place(metadata: dict[str, Any], kind: str) -> None:
     """Other tools know SAEs of one layer that reconstruct what they read."""
-    layers = metadata.get("layers") or [None]
-    targets = metadata.get("target_layers") or layers
-    if kind != "sae_lens" and (len(layers) > 1 or targets != layers):
+    if kind != "sae_lens" and not is_of_one_place(metadata):
         raise SaeInvalid(
-            f"expected an SAE of one layer that reconstructs its input, found layers {layers} to {targets}: "
-            f"{kind} has no form for it"
+            "expected an SAE of one layer that reconstructs its input, found layers "
+            f"{metadata.get('layers')} to {metadata.get('target_layers', 'another place')}: {kind} has no form for it"
         )

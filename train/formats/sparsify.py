@@ -36,5 +36,6 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
     found = read_tensors(folder / "sae.safetensors", ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
     tensors = {"W_enc": found["encoder.weight"].t(), "b_enc": found["encoder.bias"]}
     tensors |= {"W_dec": found["W_dec"], "b_dec": found["b_dec"]}
-    is_sae = not config.get("transcode", False)
-    return make_plain("topk", tensors, whole_k(config, folder), is_sae), {"hook_name": folder.name}
+    transcodes = bool(config.get("transcode", False))
+    metadata: Metadata = {"hook_name": folder.name} | ({"transcodes": True} if transcodes else {})
+    return make_plain("topk", tensors, whole_k(config, folder), not transcodes), metadata

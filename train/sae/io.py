@@ -97,6 +97,13 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
     return sae
 
 
+def is_of_one_place(metadata: Mapping[str, Any]) -> bool:
+    """Whether the SAE reads one layer and rebuilds what it reads, the only kind that other tools have a form for."""
+    layers = metadata.get("layers") or [None]
+    targets = metadata.get("target_layers") or layers
+    return len(layers) == 1 and targets == layers and not metadata.get("transcodes", False)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """cfg.json of an SAE's folder."""
     path = Path(folder) / CONFIG
@@ -126,7 +133,7 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
 def _plain_form(plain: PlainSae, variant: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What of cfg.json says how the tensors are computed with."""
     d_in, width = plain.tensors["W_enc"].shape
-    expressible = plain.centres_input and len(metadata.get("layers", [0])) == 1
+    expressible = is_of_one_place(metadata)
     form: dict[str, Any] = {
         "architecture": plain.architecture if expressible else f"saemill_{variant}",
         "d_in": d_in,

@@ -116,6 +116,27 @@ def test_sparsify_beyond_a_plain_form_is_refused(tmp_path, setting):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+def test_sae_lens_knows_an_input_that_is_not_centred(tmp_path, architecture):
+    """By apply_b_dec_to_input; dictionary_learning's JumpReLU is such a one."""
+    plain = make_plain(architecture, centres_input=False)
+    WRITERS["sae_lens"](tmp_path, plain, {"layers": [3]})
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert (config["architecture"], config["apply_b_dec_to_input"]) == (architecture, False)
+    assert largest_difference(plain, read(tmp_path)[0]) < 1e-5
+
+
+def test_a_transcoder_of_sparsify_stays_one(tmp_path):
+    WRITERS["sparsify"](tmp_path / "a", make_plain("topk"), {})
+    config = json.loads((tmp_path / "a/cfg.json").read_text())
+    (tmp_path / "a/cfg.json").write_text(json.dumps(config | {"transcode": True}))
+    export(tmp_path / "a", "sae_lens", tmp_path / "b")
+    assert json.loads((tmp_path / "b/cfg.json").read_text())["architecture"] == "saemill_topk"
+    for folder in ("a", "b"):
+        with pytest.raises(SaeInvalid, match="dictionary_learning has no form for it"):
+            export(tmp_path / folder, "dictionary_learning", tmp_path / "c")
+
+
 def test_a_folder_without_its_configuration_is_named(tmp_path):
     WRITERS["dictionary_learning"](tmp_path / "a", make_plain("topk"), {})
     (tmp_path / "a/config.json").unlink()

@@ -50,7 +50,8 @@ def trained(variant: str, battery):
 def save(folder: Path, variant: str, battery):
     config, sae, assembly = trained(variant, battery)
     metadata = {"model_name": "pocket", "hook_name": "blocks.19.hook_resid_post"}
-    metadata["layers"] = list(config.request().inputs)
+    needs = config.request()
+    metadata |= {"layers": list(needs.inputs), "target_layers": list(needs.targets or needs.inputs)}
     save_sae(
         folder,
         sae,
