@@ -1,17 +1,18 @@
 """Checkpoints: whole or not there, checked when they are read, the last two kept.
 
 1. All tensors of each SAE go into one safetensors file, in a folder whose name no reader looks at.
-2. state.json says where the run stands, and the digest of every file.
+2. state.json says where the run stands, and the digest of every file and of itself.
 3. Everything is flushed; the folder gets its name; older ones go.
 A reader takes the newest that is whole, and says why it did not take a newer one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -24,7 +25,7 @@ from .errors import CheckpointDamaged, ConfigInvalid
 from .runs import read_json, write_json
 
 KEPT = 2
-FORMAT = 1
+FORMAT = 2  # 1 had no digest of state.json
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class _State:
     standing: Standing
     files: dict[str, str]  # name -> digest
     format: int = FORMAT
+    digest: str = ""  # of all the rest
+
+    def own_digest(self) -> str:
+        if self.format == 1:
+            return ""
+        rest = json.dumps(to_json(replace(self, digest="")), sort_keys=True)
+        return xxhash.xxh3_128(rest.encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +71,13 @@ def save_checkpoint(folder: Path, standing: Standing, tensors: Mapping[str, Mapp
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     digests = {}
-    for label, state in tensors.items():
+    for label, named in tensors.items():
         path = temporary / f"{label}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+        save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
         sync(path)
         digests[path.name] = _digest(path)
-    write_json(temporary / "state.json", to_json(_State(standing, digests)))
+    state = _State(standing, digests)
+    write_json(temporary / "state.json", to_json(replace(state, digest=state.own_digest())))
     os.rename(temporary, final)
     sync(folder)
     for old in list_checkpoints(folder)[KEPT:]:
@@ -103,8 +112,10 @@ def _read(path: Path) -> tuple[Standing, dict[str, dict[str, Tensor]]]:
         state = from_json(_State, read_json(path / "state.json"))
     except (StrictError, ConfigInvalid, OSError) as error:
         raise CheckpointDamaged(f"{path}: {error}") from None
-    if state.format != FORMAT:
-        raise CheckpointDamaged(f"{path}: expected format {FORMAT}, found {state.format}")
+    if not 1 <= state.format <= FORMAT:
+        raise CheckpointDamaged(f"{path}: expected format {FORMAT} or before, found {state.format}")
+    if state.digest != state.own_digest():
+        raise CheckpointDamaged(f"{path / 'state.json'} is not the file that was written")
     tensors = {}
     for name, digest in state.files.items():
         if not (path / name).is_file() or _digest(path / name) != digest:

@@ -144,8 +144,13 @@ class Ask:
         if misplaced:
             raise ConfigInvalid(f"a fleet shares one stream and one course: {misplaced[0]} cannot be spread over it")
         self._require_known([*self.settings, *spread])
-        members = [self._member(sae, point, limits) for sae in self.saes for point in self.grid]
-        return tuple({member.label: member for member in members}.values())
+        members: dict[str, Member] = {}
+        for member in (self._member(sae, point, limits) for sae in self.saes for point in self.grid):
+            if members.setdefault(member.label, member) != member:
+                raise ConfigInvalid(
+                    f"two SAEs of the run would both be called {member.label}: give one of them a run of its own"
+                )
+        return tuple(members.values())
 
     def _member(self, sae: Sae, point: Sequence[Setting], limits: Limits) -> Member:
         config = variants.config_type(sae.variant)()
@@ -195,5 +200,5 @@ def _own(settings: Iterable[Setting], variant: str, known: set[str]) -> dict[str
 
 def _label(name: str, spread: Mapping[str, Any]) -> str:
     """The name of an SAE in its run, and what sets it apart from its neighbours of the same name."""
-    parts = [f"{key.rsplit('.', 1)[-1]}{json.dumps(value)}" for key, value in spread.items()]
+    parts = [f"{key.rsplit('.', 1)[-1]}{json.dumps(value, separators=('-', '-'))}" for key, value in spread.items()]
     return "_".join([name, *(re.sub(r"[^\w.+-]", "", part) for part in parts)])

@@ -90,7 +90,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     owner, repository, *folder = name.split("/")
-    wanted = [f"{folder[0]}/*"] if folder else ["*.json", "*.safetensors"]
+    wanted = [f"{folder[0]}/*"] if folder else ["*.json", "*.safetensors", "*.pt"]
     try:
         root = snapshot_download(f"{owner}/{repository}", allow_patterns=wanted)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:

@@ -249,7 +249,7 @@ def _assembled(
     """Put the parts together, where a checkpoint left them if there is one; take them apart in the end."""
     config, steps = settled.config, settled.budget.steps
     with ExitStack() as open_things:
-        feed = Feed(store, settled.plan, fleet.needs.values(), stats, device, group.rank, group.size)
+        feed = Feed(store, settled.plan, fleet.needs.values(), stats, device, group.rank, group.size, steps)
         open_things.callback(feed.close)
         log, trackers, progress = _make_outlets(settled, folder, fleet, group, console, described, found)
         watch = Watch(log, trackers, progress, feed, group, config.course.metrics_every_steps, steps)

@@ -1,7 +1,8 @@
 """The stream that a run trains on: step in, draw out.
 
 `Feed` joins the plan (which tokens), the loader (their bytes) and the draw (their form). It serves any
-number of SAEs from one read; `rank` of `size` processes takes its share of every batch.
+number of SAEs from one read; `rank` of `size` processes takes its share of every batch. Nothing is read for
+steps from `steps` on.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ class Feed:
         device: torch.device,
         rank: int = 0,
         size: int = 1,
+        steps: int | None = None,
     ) -> None:
         self._needs = tuple(needs)
         self.plan = plan
-        self.loader = Loader(store, plan, joint_request(self._needs, "train"), device)
+        self.loader = Loader(store, plan, joint_request(self._needs, "train"), device, steps)
         self._scales = {layer: stats[layer].scale.to(device) for layer in stats}
         self.device = device
         self._rank, self._size = rank, size

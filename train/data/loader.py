@@ -20,8 +20,10 @@ from .pool import PIECES_IN_FLIGHT, Pool
 class Loader:
     """Gives blocks, one after the other; `close` it in the end."""
 
-    def __init__(self, store: Store, plan: Plan, request: Request, device: torch.device) -> None:
-        self._plan = plan
+    def __init__(
+        self, store: Store, plan: Plan, request: Request, device: torch.device, steps: int | None = None
+    ) -> None:
+        self._plan, self._steps = plan, steps
         self._readers = ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="saemill-piece")
         self._filler = ThreadPoolExecutor(1, thread_name_prefix="saemill-block")
         self._pools = [Pool(store, request, plan.max_windows, device) for _ in range(1 if plan.is_one_block else 2)]
@@ -59,7 +61,9 @@ class Loader:
         self._read_ahead(plan)
 
     def _read_ahead(self, plan: BlockPlan) -> None:
-        if len(self._pools) > 1:
+        """Unless the run, whose length may be unknown, ends before."""
+        is_last = self._steps is not None and plan.first_step + plan.steps >= self._steps
+        if len(self._pools) > 1 and not is_last:
             after = self._plan.after(plan)
             self._next = after, self._filler.submit(self._pools[1].fill, after.pieces, self._readers)
 

@@ -97,7 +97,7 @@ class SparseAutoencoder(nn.Module):
 
     def centred(self, x: Tensor) -> Tensor:
         """The encoder's input."""
-        return x - self.b_dec if self.centres_input else x
+        return x - self.b_dec if self.centres_input else x.to(self.W_enc.dtype)  # the difference has it by itself
 
     def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
         """Activations of a training batch [B, D_in], sparse where that pays."""

@@ -170,3 +170,23 @@ def test_damage_is_named(write_store, tmp_path):
             for step in range(feed.plan.steps_in(1)):
                 feed.draw(step)
         feed.close()
+
+
+def test_nothing_is_read_for_steps_that_the_run_does_not_take(store, monkeypatch):
+    from saemill.train.data.pool import Pool
+
+    filled = []
+    fill = Pool.fill
+    monkeypatch.setattr(
+        Pool, "fill", lambda pool, pieces, readers: filled.append(pieces) or fill(pool, pieces, readers)
+    )
+    feed = make_feed(store)
+    first, second, *_ = feed.plan.blocks(0)
+    feed.close()
+    for steps, blocks in ((first.steps, [first]), (first.steps + 1, [first, second])):
+        filled.clear()
+        feed = make_feed(store, steps=steps)
+        for step in range(steps):
+            feed.draw(step)
+        feed.close()
+        assert filled == [block.pieces for block in blocks]

@@ -203,3 +203,6 @@ def test_the_hub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load_sae("owner/name/layer_3", tmp_path / "runs").num_latents == F
     assert asked == [("owner/name", ["layer_3/*"])]
+    asked.clear()
+    load_sae("owner/name", tmp_path / "runs")
+    assert asked == [("owner/name", ["*.json", "*.safetensors", "*.pt"])]  # ae.pt is read as plain tensors

@@ -8,6 +8,7 @@ from saemill.train import variants
 from saemill.train.build import dead_after
 from saemill.train.config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from saemill.train.errors import ConfigInvalid
+from saemill.train.recipe import Sae
 from saemill.train.settings import parse_grid, parse_settings, parse_value, with_settings
 
 
@@ -73,6 +74,16 @@ def test_a_latent_is_dead_after_a_part_of_the_budget(variant, part):
 
 def test_a_variant_asked_for_twice_is_one():
     assert [member.label for member in members([], "topk", "topk")] == ["topk"]
+
+
+def test_lists_of_a_grid_have_labels_of_their_own():
+    found = members([], "crosscoder", grid=["layers=[1,2],[12]"])
+    assert [member.label for member in found] == ["crosscoder_layers1-2", "crosscoder_layers12"]
+
+
+def test_two_saes_of_one_label_are_refused():
+    with pytest.raises(ConfigInvalid, match="two SAEs of the run would both be called one"):
+        Ask((Sae("one", "topk"), Sae("one", "standard"))).members({})
 
 
 @pytest.mark.parametrize("variant", variants.names())

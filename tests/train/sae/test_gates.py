@@ -156,3 +156,11 @@ def test_values_are_float32_whatever_the_encoder_product(product, rng):
     dense = codes.dense()
     assert dense.dtype == torch.float32
     torch.testing.assert_close(dense, torch.where(dense > 0, exact, 0.0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("centres_input", [True, False])
+def test_inputs_in_bfloat16_are_encoded_in_float32(centres_input):
+    sae = SparseAutoencoder(torch.eye(4), torch.eye(4), Relu(), centres_input=centres_input)
+    acts = sae.encode(PRE.bfloat16())
+    assert acts.dtype == torch.float32
+    assert torch.equal(acts, PRE.bfloat16().float().relu())
