@@ -47,6 +47,10 @@ class BatchRanks(Ranks, Protocol):
         """What a mean over this rank's rows is over all rows."""
         ...
 
+    def share(self, count: Tensor) -> Tensor:
+        """Of all ranks' counts this rank's part by its rows, of one at least: its own sum divides by that."""
+        ...
+
 
 class Alone:
     """One process."""
@@ -66,6 +70,9 @@ class Alone:
 
     def mean(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def share(self, count: Tensor) -> Tensor:
+        return count.clamp_min(1)
 
 
 class Shares:
@@ -89,6 +96,9 @@ class Shares:
 
     def mean(self, tensor: Tensor) -> Tensor:
         return self._ranks.sum(tensor.detach() * self.weight) / self.size
+
+    def share(self, count: Tensor) -> Tensor:
+        return self._ranks.sum(count).clamp_min(1) * self.weight / self.size
 
 
 def shared(ranks: Ranks, own: int, device: torch.device) -> BatchRanks:

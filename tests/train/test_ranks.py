@@ -60,6 +60,34 @@ def part(batch: Batch, cut: slice) -> Batch:
     return Batch(batch.x[cut], None if batch.target is None else batch.target[cut], side)
 
 
+def windows_part(batch: Batch, windows: slice, spans: int) -> Batch:
+    """The rows of some whole windows, of `spans` tokens each."""
+    rows = slice(windows.start * spans, windows.stop * spans)
+    side = {name: batch.side[name][rows] for name in ("position", "document")}
+    row_of = batch.side["row_of"][windows]
+    side |= {"window": batch.side["window"][rows] - windows.start}
+    side |= {"row_of": torch.where(row_of >= 0, row_of - rows.start, -1)}
+    return Batch(batch.x[rows], side=side)
+
+
+def test_whole_windows_need_not_be_shared_out_evenly(battery):
+    """5 windows here and 11 there, and of the five no token of the first 16 has an active latent to compare."""
+    config = battery.quick("temporal", dead_after_tokens=1000, warmup_steps=0, temporal_weights=(3.0, 3.0, 3.0))
+    all_batches = battery.batches(config, 6)
+    for batch in all_batches:
+        batch.x[:160].view(5, 32, -1)[:, :16] = 0.0
+    alone = Trainee("one", config.build(battery.D), battery.STEPS)
+    for batch in all_batches:
+        alone.step(batch)
+    pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in make_pair()]
+    cuts = (slice(0, 5), slice(5, 16))
+    in_both(lambda rank: [pair[rank].step(windows_part(batch, cuts[rank], 32)) for batch in all_batches])
+    expected, first, second = (trainee.state() for trainee in (alone, *pair))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in ("sae.W_enc", "sae.W_dec", "sae.b_dec"):
+        assert float((first[name] - expected[name]).norm()) <= 1e-3 * float(expected[name].norm()), name
+
+
 @pytest.mark.parametrize("cuts", [HALVES, UNEVEN], ids=["halves", "uneven"])
 @pytest.mark.parametrize("variant", TOKENWISE)
 def test_two_ranks_train_as_one(battery, variant, cuts):

@@ -53,7 +53,7 @@ class Guidance:
         losses = -(A * log_p).sum(1)
         if self.objective == "divergence":
             losses = losses + (A * A.clamp_min(torch.finfo(A.dtype).tiny).log()).sum(1)
-        return _mean_where(losses, has_links(by_row))
+        return _mean_where(view, losses, has_links(by_row))
 
     def _negatives(self, view: View) -> Tensor:
         """[B, n]: cosines with random tokens of the batch, out of sight where the window is the same."""
@@ -85,7 +85,7 @@ class Consistency:
         A = mixture(links, link_weights(by_row, links), view.x.shape[0])
         together = (A * (by_row[:, :, None] * brought).sum(0)).sum(1)
         spread = (by_layer - together).clamp_min(0.0)
-        return _mean_where(spread / (together + self.eps), has_links(by_row))
+        return _mean_where(view, spread / (together + self.eps), has_links(by_row))
 
 
 def window_products(view: View) -> Tensor:
@@ -154,8 +154,8 @@ def _lengths(links: Links, brought: Tensor) -> Tensor:
     )
 
 
-def _mean_where(losses: Tensor, counts: Tensor) -> Tensor:
-    return torch.where(counts, losses, 0.0).sum() / counts.sum().clamp_min(1)
+def _mean_where(view: View, losses: Tensor, counts: Tensor) -> Tensor:
+    return torch.where(counts, losses, 0.0).sum() / view.side.ranks.share(counts.sum())
 
 
 @torch.no_grad()

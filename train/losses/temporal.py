@@ -89,7 +89,7 @@ def inconsistency(view: View, part: Codes, weight_F: Tensor, lag: int, mixing: f
     dots = part.sum_over_latents(weight * values * read_rows(then_BF, part, past))
     either = held & ((norms.detach() > TINY) | (norms_then**2 > TINY))
     cosine = dots / (norms.clamp_min(TINY).sqrt() * norms_then)
-    return torch.where(either, 1.0 - cosine, 0.0).sum() / either.sum().clamp_min(1)
+    return torch.where(either, 1.0 - cosine, 0.0).sum() / view.side.ranks.share(either.sum())
 
 
 def past_rows(side: Side, lag: int) -> Tensor:
