@@ -73,8 +73,7 @@ def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
     """What the corpus of a store must say if it is ours. One of the hub stays pinned without asking the hub."""
     source, recorded = plan.corpus, found.corpus
     if is_on_hub(source) and source.dataset == recorded.id and source.revision in (None, recorded.revision):
-        settings = {"config": source.config, "split": source.split, "column": source.column}
-        return corpus_spec(plan, recorded.id, recorded.revision, settings)
+        return corpus_spec(plan, recorded.id, recorded.revision, source.hub_settings)
     corpus = open_corpus(source)
     return corpus_spec(plan, corpus.id, corpus.revision, corpus.settings)
 

@@ -31,6 +31,11 @@ class CorpusSource:
     revision: str | None = None
     column: str = "text"
 
+    @property
+    def hub_settings(self) -> dict[str, Any]:
+        """What else decides the text of a data set on the hub, its id and commit apart."""
+        return {"config": self.config, "split": self.split, "column": self.column}
+
 
 class Corpus(Protocol):
     """Documents in a fixed order."""

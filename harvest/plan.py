@@ -29,10 +29,6 @@ class Plan:
     encoder: TextEncoder
 
     @property
-    def wanted(self) -> Wanted:
-        return Wanted(self.config.resid_layers, self.config.attention_layers)
-
-    @property
     def corpus(self) -> CorpusSource:
         return self.config.corpus or CorpusSource(STDLIB if self.source.id == POCKET else OPENWEBTEXT)
 
