@@ -3,28 +3,41 @@
 1. Pin the revision to a commit, so that the text is the same tomorrow.
 2. A repository whose data come by way of a script is read through its parquet conversion instead: nothing
    that was downloaded is ever run.
-3. When the network is lost, wait and go on behind the last document, a bounded number of times.
+3. When the network is lost, wait and go on behind the last document, a bounded number of times. What waiting
+   does not mend, such as a data set that is not there or a damaged file, ends the stream at once.
 """
 
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from huggingface_hub.errors import (
+    DisabledRepoError,
     GatedRepoError,
+    HFValidationError,
     HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of whichever HTTP library the hub's client uses)
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from .corpus import CorpusSource, State, checked_text
-from .errors import CorpusUnavailable, NetworkLost
+from .errors import CorpusUnavailable, DocumentInvalid, NetworkLost
 
 CONVERSION = "refs/convert/parquet"
 NETWORK_ERRORS = (OSError, HTTPError)
+REFUSALS = (
+    DisabledRepoError,
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+DAMAGE = (ValueError, zlib.error)  # pyarrow's errors about the content of a file are ValueErrors
 WAITS_SECONDS = (1, 2, 4, 8, 16)  # after so many failures in a row without one document in between, stop
 TIMEOUT_SECONDS = 10
 
@@ -54,7 +67,7 @@ class HubCorpus:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"config": self._source.config, "split": self._source.split, "column": self._source.column}
+        return self._source.hub_settings
 
     def documents(self, state: State | None = None) -> Iterator[str]:
         self._read, self._position = (state or {}).get("documents", 0), (state or {}).get("stream")
@@ -78,7 +91,13 @@ class HubCorpus:
                     self._position = rows.state_dict()  # now: after a failure it may count a row that never came
                     yield row
                 return
-            except NETWORK_ERRORS as error:
+            except UnicodeDecodeError as error:
+                raise DocumentInvalid(
+                    f"data set {self.id}: a row behind document {self._read:,} is no UTF-8 ({error}). "
+                    "Take another --dataset-revision, or convert the files and give them as a local --dataset"
+                ) from error
+            except (*NETWORK_ERRORS, *DAMAGE) as error:
+                _refuse_what_stays(self.id, error, self._read)
                 self._wait(failures, error)
                 failures += 1
 
@@ -103,12 +122,11 @@ def open_hub(source: CorpusSource) -> HubCorpus:
     """Find the data set on the hub and pin it to a commit."""
     try:
         repository = find_repository(source)
-    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        _refuse(
-            source, error, "check the id and the revision, accept its terms on the hub, and log in (`hf auth login`)"
-        )
+    except HFValidationError as error:
+        _refuse(source.dataset, error, "it is neither a file or folder here nor a name that the hub could have")
     except NETWORK_ERRORS as error:
-        _refuse(source, error, "check the network, or use a local file or `--dataset stdlib`")
+        _refuse_what_stays(source.dataset, error, 0)
+        _refuse(source.dataset, error, "check the network, or use a local file or `--dataset stdlib`")
     return HubCorpus(source, repository.commit, lambda: _load(source, repository))
 
 
@@ -159,5 +177,27 @@ def _load(source: CorpusSource, repository: Repository) -> Any:
         ) from error
 
 
-def _refuse(source: CorpusSource, error: Exception, remedy: str) -> NoReturn:
-    raise CorpusUnavailable(f"data set {source.dataset} cannot be reached ({error}): {remedy}") from error
+def _refuse_what_stays(dataset: str, error: Exception, documents: int) -> None:
+    """End the stream over an error that will be the same however long one waits."""
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import FileNotFoundDatasetsError
+
+    if isinstance(error, (*REFUSALS, EmptyDatasetError, FileNotFoundDatasetsError)):
+        _refuse(
+            dataset, error, "check the id and the revision, accept its terms on the hub, and log in (`hf auth login`)"
+        )
+    if _is_damage(error):
+        raise CorpusUnavailable(
+            f"data set {dataset} is damaged behind document {documents:,} ({error}). "
+            "Take another --dataset-revision, or another data set"
+        ) from error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether the bytes came, but are not what they should be: pyarrow raises a bare OSError for a corrupt page."""
+    is_bare = type(error) is OSError and error.errno is None
+    return is_bare or (isinstance(error, DAMAGE) and not isinstance(error, NETWORK_ERRORS))
+
+
+def _refuse(dataset: str, error: Exception, remedy: str) -> NoReturn:
+    raise CorpusUnavailable(f"data set {dataset} cannot be reached ({error}): {remedy}") from error

@@ -150,8 +150,10 @@ def _rows_of_parquet(file: Path, column: str) -> Iterator[str]:
                 for cell in batch.column(0):
                     yield _text_of_cell(cell, f"{file}, row {row}")
                     row += 1
-    except pyarrow.ArrowInvalid as error:
-        raise CorpusUnavailable(f"{file} is no parquet file that can be read: {error}") from None
+    except (pyarrow.ArrowInvalid, OSError) as error:  # a corrupt page is an OSError
+        raise CorpusUnavailable(
+            f"{file} is no parquet file that can be read: {error}. Restore or remove it, then run again"
+        ) from None
 
 
 def _text_of_cell(cell: Any, where: str) -> str:

@@ -47,6 +47,15 @@ def test_rows_of_parquet(tmp_path):
     assert read(tmp_path / "a.parquet", "body") == texts
 
 
+def test_a_parquet_file_with_a_corrupt_page_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"document {i}" for i in range(1000)]}), path, use_dictionary=False)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(60) + content[len(content) // 2 + 60 :])
+    with pytest.raises(CorpusUnavailable, match=r"a\.parquet is no parquet file that can be read: .*[Cc]orrupt"):
+        read(path)
+
+
 @pytest.mark.parametrize("stop", [0, 1, 7])
 def test_a_corpus_goes_on_behind_the_last_document(tmp_path, stop):
     path = write(tmp_path / "a.txt", "\n".join(f"line {i}" for i in range(10)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from saemill.harvest.corpus import CorpusSource
 from saemill.harvest.errors import CorpusUnavailable, DocumentInvalid, NetworkLost
-from saemill.harvest.hub import HubCorpus, find_repository
+from saemill.harvest.hub import HubCorpus, find_repository, open_hub
 
 TEXTS = [f"document {i}" for i in range(50)]
 SOURCE = CorpusSource("owner/name")
@@ -27,6 +31,7 @@ class Network:
     path: str
     breaks: list[int] = field(default_factory=list)
     loads: int = 0
+    error: Exception = field(default_factory=lambda: ConnectionError("connection reset"))
 
     def load(self) -> Any:
         self.loads += 1
@@ -37,7 +42,7 @@ class Network:
         number = int(row["text"].split()[1])
         if number in self.breaks:
             self.breaks.remove(number)
-            raise ConnectionError("connection reset")
+            raise self.error
         return row
 
 
@@ -76,6 +81,74 @@ def test_bad_rows_of_a_stream_are_named(parquet):
         next(HubCorpus(CorpusSource("owner/name", column="body"), "c", Network(parquet).load).documents())
     with pytest.raises(DocumentInvalid, match="owner/name, document 0: expected text, found NoneType"):
         next(HubCorpus(SOURCE, "c", lambda: Network(parquet).load().map(lambda _: {"text": None})).documents())
+
+
+def streamed(path: Path) -> HubCorpus:
+    """A corpus of one file, on a network that is never waited for."""
+    kind = "json" if path.suffix == ".jsonl" else "parquet"
+    return HubCorpus(
+        SOURCE,
+        "c0ffee",
+        lambda: load_dataset(kind, data_files={"train": str(path)}, split="train", streaming=True),
+        waits=(),
+    )
+
+
+def test_a_row_that_is_no_utf8_is_a_bad_document(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n')
+    with pytest.raises(DocumentInvalid, match=r"owner/name: a row behind document 1 is no UTF-8"):
+        list(streamed(tmp_path / "a.jsonl").documents())
+
+
+@pytest.mark.parametrize("content", [b'{"text": "good"}\n{"text": oops}\n', b'{"text": "go'])
+def test_jsonl_of_a_stream_that_is_no_json_is_damage(tmp_path, content):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(CorpusUnavailable, match=r"owner/name is damaged behind document 0"):
+        list(streamed(tmp_path / "a.jsonl").documents())
+
+
+def test_a_corrupt_page_is_no_reason_to_wait_for_a_network(tmp_path):
+    pq.write_table(pa.table({"text": TEXTS * 20}), tmp_path / "a.parquet", use_dictionary=False, compression="snappy")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 60] = bytes(60)
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(CorpusUnavailable, match=r"owner/name is damaged behind document 0 .*[Cc]orrupt"):
+        list(streamed(tmp_path / "a.parquet").documents())
+
+
+def test_damage_further_on_says_how_far_the_stream_came(parquet):
+    network = Network(parquet, [21], error=OSError("Corrupt snappy compressed data."))
+    with pytest.raises(CorpusUnavailable, match=r"damaged behind document 21 .*--dataset-revision"):
+        list(HubCorpus(SOURCE, "c0ffee", network.load, waits=(0, 0)).documents())
+    assert network.loads == 1
+
+
+REFUSED = [
+    *(
+        kind("refused", response=SimpleNamespace(headers={}, request=None))  # pyright: ignore[reportArgumentType]
+        for kind in (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError)
+    ),
+    *(kind("nothing there") for kind in (EmptyDatasetError, DataFilesNotFoundError, DatasetNotFoundError)),
+]
+
+
+@pytest.mark.parametrize("error", REFUSED, ids=lambda error: type(error).__name__)
+def test_what_waiting_does_not_mend_is_not_waited_for(error):
+    loads = []
+
+    def refused() -> None:
+        loads.append(None)
+        raise error
+
+    with pytest.raises(CorpusUnavailable, match=r"owner/name cannot be reached .*hf auth login"):
+        list(HubCorpus(SOURCE, "c0ffee", refused, waits=(0, 0)).documents())
+    assert len(loads) == 1
+
+
+def test_a_name_that_the_hub_could_not_have_is_refused_without_asking():
+    with pytest.raises(CorpusUnavailable, match="data set my data cannot be reached.*neither a file"):
+        open_hub(CorpusSource("my data"))
 
 
 class Hub:
