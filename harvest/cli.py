@@ -146,4 +146,4 @@ def _what_is_safe(url: str) -> str:
         with Store.open(url) as store:
             return f"{int(store.committed.sum())} of {store.manifest.shards} shards are committed"
     except StoreMissing:
-        return "What was tokenised is kept"
+        return "What was tokenised up to some seconds ago is kept"

@@ -24,6 +24,7 @@ class Watch:
         self._task = TaskID(0)
         self._logged = self._began = time.monotonic()
         self._total = self._done = 0
+        self._before: int | None = None  # what earlier runs had done; None until the stage is first reported on
         self._bytes = 0
 
     def say(self, lines: str | Sequence[str]) -> None:
@@ -41,7 +42,7 @@ class Watch:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        self._total, self._done, self._bytes = total_tokens, 0, 0
+        self._total, self._done, self._bytes, self._before = total_tokens, 0, 0, None
         self._began = self._logged = time.monotonic()
         is_live = self.console.is_terminal and not self.console.quiet
         with Progress(*columns, console=self.console, disable=not is_live) as bar:
@@ -50,7 +51,8 @@ class Watch:
         self._bar = None
 
     def packed(self, tokens: int, documents: int) -> None:
-        """So many tokens are packed by now."""
+        """So many tokens are packed by now. What the first report says of a stage was done by earlier runs."""
+        self._before = tokens if self._before is None else self._before
         self._done = tokens
         self._show(f"{documents:,} documents")
 
@@ -64,7 +66,7 @@ class Watch:
         self._show(f"{self._bytes / 1e9:,.2f} GB written{disk}")
 
     def _show(self, facts: str) -> None:
-        rate = self._done / max(time.monotonic() - self._began, 1e-9)
+        rate = (self._done - (self._before or 0)) / max(time.monotonic() - self._began, 1e-9)
         facts = f"{self._done:,} of {self._total:,} tokens, {rate:,.0f}/s, {facts}"
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, facts=facts)

@@ -3,8 +3,9 @@
 1. Read documents in batches; each belongs to a split by its text alone.
 2. Documents of splits that are full are counted and passed over; the others are tokenised and packed,
    each split by itself.
-3. Full windows are appended to the split's files; every few seconds a checkpoint says how much of the
-   files counts, and where the corpus stands. A later start cuts the files there and goes on.
+3. Full windows are appended to the split's files; every few seconds, and when the network is lost, a
+   checkpoint says how much of the files counts, and where the corpus stands. A later start cuts the files
+   there and goes on.
 4. When all splits are full, or the corpus ends, the splits are joined: train, validation, test.
 
 The windows do not depend on the batches, nor on where a run was stopped.
@@ -26,7 +27,7 @@ import numpy as np
 from ..cache_schema.files import sync
 from ..cache_schema.splits import share_windows, split_of
 from .corpus import Corpus
-from .errors import CorpusEmpty, SplitEmpty
+from .errors import CorpusEmpty, NetworkLost, SplitEmpty
 from .packing import Packer, Packing
 from .tokenizer import TextEncoder
 
@@ -166,19 +167,31 @@ def spool_corpus(
     }
     spool = Spool(folder, job, encoder.bos_token, fingerprint)
     state = spool.resume()
-    saved = time.monotonic()
+    report(sum(spool.counts.values()), spool.documents)
     if not spool.is_full:
-        for batch in _batches(corpus.documents(state)):
-            _add(spool, encoder, batch)
-            report(sum(spool.counts.values()), spool.documents)
-            if spool.is_full:
-                break
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                spool.checkpoint(corpus.state())
-                saved = time.monotonic()
+        try:
+            _fill(spool, corpus, encoder, state, report)
+        except NetworkLost:
+            spool.checkpoint(corpus.state())
+            raise
     spool.checkpoint(corpus.state())
     _require_text(spool, corpus)
     return spool, spool.join()
+
+
+def _fill(
+    spool: Spool, corpus: Corpus, encoder: TextEncoder, state: dict[str, Any] | None, report: Callable[[int, int], None]
+) -> None:
+    """Batch after batch until all splits are full or the corpus ends."""
+    saved = time.monotonic()
+    for batch in _batches(corpus.documents(state)):
+        _add(spool, encoder, batch)
+        report(sum(spool.counts.values()), spool.documents)
+        if spool.is_full:
+            return
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            spool.checkpoint(corpus.state())
+            saved = time.monotonic()
 
 
 def _add(spool: Spool, encoder: TextEncoder, texts: list[str]) -> None:
@@ -196,16 +209,24 @@ def _add(spool: Spool, encoder: TextEncoder, texts: list[str]) -> None:
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Documents in lists of bounded size."""
-    batch, characters = [], 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
+    """Documents in lists of bounded size, each closed in time for a checkpoint.
+
+    A lost network still gives what came before it. Any other error does not: at an interruption, or at a
+    document that is no text, the corpus already counts a document that nobody has packed, and a checkpoint there
+    would pass over it in silence.
+    """
+    batch, characters, began = [], 0, time.monotonic()
+    try:
+        for text in documents:
+            batch.append(text)
+            characters += len(text)
+            if characters >= BATCH_CHARACTERS or time.monotonic() - began > CHECKPOINT_SECONDS:
+                yield batch
+                batch, characters, began = [], 0, time.monotonic()
+    except NetworkLost:
         yield batch
+        raise
+    yield batch
 
 
 def _require_text(spool: Spool, corpus: Corpus) -> None:

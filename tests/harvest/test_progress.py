@@ -42,3 +42,15 @@ def test_brackets_in_messages_are_not_markup(lines):
     Watch(Console(file=out)).say(lines)
     Watch(Console(file=out)).say("[bold]")
     assert out.getvalue().endswith("[bold]\n")
+
+
+def test_what_earlier_runs_packed_is_not_counted_into_the_rate(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    watch = Watch(Console(file=out, width=200))
+    with watch.stage("tokenising", 10_000):
+        watch.packed(6_000, 10)
+        now[0] = 40.0
+        watch.packed(8_000, 20)
+    assert "8,000 of 10,000 tokens, 50/s, 20 documents, 0.7 minutes left" in out.getvalue()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from saemill.cache_schema.splits import split_of
 from saemill.harvest import spool as spool_module
-from saemill.harvest.errors import CorpusEmpty, SplitEmpty
+from saemill.harvest.errors import CorpusEmpty, DocumentInvalid, NetworkLost, SplitEmpty
 from saemill.harvest.packing import Packer
 from saemill.harvest.spool import PackedCorpus, PackingJob, spool_corpus
 
@@ -37,6 +38,7 @@ class ListCorpus:
 
     texts: list[str]
     stop_at: int | None = None
+    error: type[BaseException] = KeyboardInterrupt
     id: str = "list"
     revision: str = "1"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +48,7 @@ class ListCorpus:
         self.read = (state or {"documents": 0})["documents"]
         for text in self.texts[self.read :]:
             if self.read == self.stop_at:
-                raise KeyboardInterrupt
+                raise self.error
             self.read += 1
             yield text
 
@@ -123,6 +125,47 @@ def test_another_job_starts_anew(tmp_path):
     changed = ListCorpus(make_texts(800)[100:], revision="2")
     expected = pack(ListCorpus(make_texts(800)[100:], revision="2"), tmp_path / "straight", 2000)
     assert np.array_equal(pack(changed, tmp_path, 2000).tokens, expected.tokens)
+
+
+def checkpoint_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "checkpoint.json").read_text())
+
+
+def test_a_slow_corpus_is_kept_every_few_seconds_though_no_batch_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(spool_module, "CHECKPOINT_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        pack(ListCorpus(make_texts(800), 300), tmp_path, 2000)
+    assert checkpoint_of(tmp_path)["documents"] == 300
+
+
+def test_what_came_before_a_lost_network_is_kept(tmp_path):
+    """No batch is full and no second has passed: without a checkpoint of its own, all would be read again."""
+    with pytest.raises(NetworkLost):
+        pack(ListCorpus(make_texts(800), 300, NetworkLost), tmp_path / "lost", 2000)
+    assert checkpoint_of(tmp_path / "lost")["corpus"] == {"documents": 300}
+    resumed = pack(ListCorpus(["never read"] * 300 + make_texts(800)[300:]), tmp_path / "lost", 2000)
+    straight = pack(ListCorpus(make_texts(800)), tmp_path / "straight", 2000)
+    assert np.array_equal(resumed.tokens, straight.tokens)
+    assert np.array_equal(resumed.documents, straight.documents)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DocumentInvalid])
+def test_a_document_that_was_never_packed_is_not_passed_over(tmp_path, error):
+    with pytest.raises(error):
+        pack(ListCorpus(make_texts(800), 300, error), tmp_path, 2000)
+    assert not (tmp_path / "checkpoint.json").exists()
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_resumed_job_first_reports_what_earlier_runs_did(tmp_path):
+    job, encoder = PackingJob(2000, CONTEXT, "concat"), cast(Any, BytesEncoder())
+    with pytest.raises(KeyboardInterrupt):
+        spool_corpus(ListCorpus(make_texts(800), 300), encoder, job, tmp_path)
+    kept = checkpoint_of(tmp_path)
+    reports: list[tuple[int, int]] = []
+    spool_corpus(ListCorpus(make_texts(800)), encoder, job, tmp_path, lambda *report: reports.append(report))
+    assert reports[0] == (sum(kept["counts"].values()), kept["documents"])
+    assert reports[0][1] == 300
 
 
 def test_a_corpus_without_documents_is_empty(tmp_path):
