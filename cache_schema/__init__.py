@@ -5,6 +5,7 @@ from .content import ShardContent
 from .csr import AttentionCsr
 from .dtypes import from_float32, to_float32
 from .errors import (
+    AddressInvalid,
     ChunkMissing,
     CsrInvalid,
     FormatTooNew,
@@ -27,6 +28,7 @@ from .request import Request, ShardArrays, Span
 from .writer import StoreWriter
 
 __all__ = [
+    "AddressInvalid",
     "AttentionCsr",
     "AttentionSpec",
     "ChunkMissing",

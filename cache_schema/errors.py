@@ -1,6 +1,7 @@
 """Everything that can be wrong with a store, drawn as one tree.
 
     StoreError
+    ├── AddressInvalid      (ValueError)         an address that nothing installed here can open
     ├── StoreMissing        (FileNotFoundError)  no store at this address
     ├── StoreMismatch       (ValueError)         a store with other settings stands there, or another store was expected
     ├── StoreBusy           (BlockingIOError)    another writer holds what is wanted
@@ -21,6 +22,10 @@ A message says what was expected, what was found and what to do next.
 
 class StoreError(Exception):
     """Root of the tree: catch this to catch all that a store can raise on purpose."""
+
+
+class AddressInvalid(StoreError, ValueError):
+    """The address names a kind of storage that is unknown, or whose library is not installed."""
 
 
 class StoreMissing(StoreError, FileNotFoundError):

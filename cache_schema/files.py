@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -20,8 +20,9 @@ import google_crc32c
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from .errors import StoreFull
+from .errors import AddressInvalid, StoreFull
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 2**20  # checksum what was just read while it is still in the processor's cache
 
 
@@ -57,7 +58,13 @@ class Files(Protocol):
 
 def open_files(url: str | os.PathLike[str]) -> Files:
     """Local paths get plain file calls; everything else goes through fsspec."""
-    fs, path = fsspec.core.url_to_fs(os.fspath(url))
+    try:
+        fs, path = fsspec.core.url_to_fs(os.fspath(url))
+    except (ImportError, ValueError) as error:
+        raise AddressInvalid(
+            f"{os.fspath(url)} cannot be opened ({error}). Expected a folder, or an address such as s3://bucket/store "
+            "(pip install 'saemill[s3]'), gs://bucket/store (pip install 'saemill[gcs]') or another that fsspec knows"
+        ) from None
     return LocalFiles(Path(path)) if isinstance(fs, LocalFileSystem) else RemoteFiles(fs, path, os.fspath(url))
 
 
@@ -103,8 +110,8 @@ class LocalFiles:
 
     def write(self, key: str, buffers: Sequence[np.ndarray]) -> None:
         path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _full_disk_named(self.url, key):
+        with self._full_disk_named(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
                 _write_all(fd, buffers)
@@ -118,9 +125,8 @@ class LocalFiles:
 
     def replace(self, key: str, data: bytes) -> None:
         path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")  # one name a key: what a killed writer left is used again
-        with _full_disk_named(self.url, key):
+        with self._full_disk_named(key):
             self.write(str(temporary.relative_to(self.root)), [np.frombuffer(data, np.uint8)])
             os.replace(temporary, path)
         sync(path.parent)
@@ -137,6 +143,9 @@ class LocalFiles:
     def free_bytes(self) -> int | None:
         place = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
         return shutil.disk_usage(place).free
+
+    def _full_disk_named(self, key: str) -> AbstractContextManager[None]:
+        return full_disk_named(f"writing {key} of {self.url}; committed shards are untouched")
 
 
 class RemoteFiles:
@@ -195,16 +204,16 @@ class RemoteFiles:
 
 
 @contextmanager
-def _full_disk_named(url: str, key: str) -> Iterator[None]:
-    """Turn 'no space left' into an error that says where, and that nothing committed is lost."""
+def full_disk_named(doing: str) -> Iterator[None]:
+    """Turn 'no space left' into an error that says at what."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or isinstance(error, StoreFull):
+        if error.errno not in FULL_DISK or isinstance(error, StoreFull):
             raise
         raise StoreFull(
             error.errno,
-            f"the disk is full while writing {key} of {url}; committed shards are untouched. "
+            f"the disk is full while {doing}. "
             "Free some space and run the same command again: it goes on where it stopped",
         ) from None
 

@@ -6,7 +6,6 @@ store stands, its settings must be the ones asked for, and nothing is tokenised 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -16,11 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreFull, StoreWriter
-from ..cache_schema.files import Files, LocalFiles, open_files
+from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
+from ..cache_schema.files import Files, LocalFiles, full_disk_named, open_files
 from ..cache_schema.layout import ROOT
 from .corpus import is_on_hub, open_corpus
-from .errors import TokensMissing
+from .errors import SettingInvalid, TokensMissing
 from .estimate import least_bytes, require_space
 from .place import Place
 from .plan import Plan, corpus_spec, expected_manifest, manifest_of, require_same
@@ -48,6 +47,26 @@ def begin_store(plan: Plan, place: Place, watch: Watch) -> StoreWriter:
     return writer
 
 
+def require_place(files: Files) -> None:
+    """Refuse an --out that could not be written to, before anything is downloaded or tokenised for it."""
+    if not isinstance(files, LocalFiles):
+        return
+    _require_folder(files.root.absolute(), files.url)
+    if not files.exists(ROOT):
+        _require_folder(_spool_folder(files), files.url)
+
+
+def _require_folder(path: Path, url: str) -> None:
+    """The path can be a folder that this process writes into; nothing is made to find that out."""
+    there = next(place for place in (path, *path.parents) if os.path.exists(place))
+    if not there.is_dir():
+        raise SettingInvalid(f"--out {url}: expected a folder or a place for one, but {there} is a file. Give another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SettingInvalid(
+            f"--out {url}: nothing can be written into {there}. Change its permissions, or give another"
+        )
+
+
 def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
     """Tokenise, pack, and write the beginning of the store."""
     corpus = open_corpus(plan.corpus)
@@ -56,8 +75,9 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
     job = PackingJob(plan.windows, context, plan.config.packing)
     folder = _spool_folder(files)
     if is_on_hub(plan.corpus):  # which surely holds what is asked for, and takes hours to read
-        require_space(files, least_bytes(expected_manifest(plan, spec, plan.windows)))
-    with _locked(folder), _full_disk_named(folder), watch.stage("tokenising", plan.windows * context):
+        require_space(files.url, files.free_bytes(), least_bytes(expected_manifest(plan, spec, plan.windows)))
+    doing = f"tokenising into {folder}"  # the store names a full disk by itself; this is for what comes before it
+    with full_disk_named(doing), _locked(folder), watch.stage("tokenising", plan.windows * context):
         spool, packed = spool_corpus(
             corpus, plan.encoder, job, folder, lambda windows, documents: watch.packed(windows * context, documents)
         )
@@ -97,21 +117,6 @@ def _spool_folder(files: Files) -> Path:
         return root.with_name(f"{root.name}.spool")
     name = hashlib.sha256(files.url.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"saemill-{name}.spool"
-
-
-@contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
-    """The store names a full disk by itself; this is for what is written before it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, StoreFull):
-            raise
-        raise StoreFull(
-            error.errno,
-            f"the disk is full while tokenising into {folder}. Free some space and run the same command again: "
-            "it goes on where it stopped",
-        ) from None
 
 
 @contextmanager

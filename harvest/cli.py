@@ -110,17 +110,12 @@ def _harvest(config: HarvestConfig) -> None:
 
 def _estimate(config: HarvestConfig) -> None:
     from .dry_run import dry_run, render
+    from .estimate import require_space
     from .progress import Watch
 
     estimate = dry_run(config, Watch())
     Console().print(render(estimate))
-    if not estimate.fits:
-        click.echo(
-            f"StoreFull: the disk of {config.out} cannot hold it. "
-            "Ask for fewer --tokens or layers, try --codec zstd, or give another --out",
-            err=True,
-        )
-        sys.exit(1)
+    require_space(config.out, estimate.free_bytes, estimate.needed_bytes)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ..cache_schema import Manifest
 from ..cache_schema.files import open_files
+from .begin import require_place
 from .config import HarvestConfig
 from .corpus import Corpus, open_corpus
 from .errors import CorpusEmpty
@@ -34,16 +35,14 @@ class Estimate:
     free_bytes: int | None  # None where the store does not lie on a disk of this machine
 
     @property
-    def fits(self) -> bool:
-        return self.free_bytes is None or self.needed_bytes <= self.free_bytes
-
-    @property
     def seconds(self) -> float:
         return self.manifest.tokens / self.cost.tokens_per_second
 
 
 def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
     """Time a few batches of the corpus and scale up."""
+    files = open_files(config.out)
+    require_place(files)
     with taken_place(config.device, config.worker) as place:
         plan = decide(config, watch)
         corpus = open_corpus(plan.corpus)
@@ -52,7 +51,7 @@ def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
         tokens = _first_windows(plan, corpus)
         cost = measure_cost(make_harvester(manifest, plan.source, place.device), tokens)
     needed = needed_bytes(cost, manifest, manifest.shards)
-    return Estimate(manifest, cost, needed, open_files(config.out).free_bytes())
+    return Estimate(manifest, cost, needed, files.free_bytes())
 
 
 def render(estimate: Estimate) -> RenderableType:

@@ -71,12 +71,11 @@ def measure_cost(harvester: Harvester, tokens: np.ndarray) -> Cost:
     return Cost(_bytes_per_token(records, manifest), TIMED_BATCHES * batch * manifest.context / seconds)
 
 
-def require_space(files: Files, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold."""
-    free = files.free_bytes()
+def require_space(url: str, free: int | None, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold; None of an object store is as much as it takes."""
     if free is not None and needed > free:
         raise StoreFull(
-            f"the harvest needs {needed / 1e9:,.2f} GB, but the disk of {files.url} has {free / 1e9:,.2f} GB free. "
+            f"the harvest needs {needed / 1e9:,.2f} GB, but the disk of {url} has {free / 1e9:,.2f} GB free. "
             "Ask for fewer --tokens or layers, try --codec zstd, or give another --out"
         )
 

@@ -16,7 +16,8 @@ import torch
 
 from ..cache_schema import Manifest, Store, StoreBusy, StoreError, StoreWriter
 from ..cache_schema.allocator import SMALLER_THAN_SHARDS, keep_large_blocks
-from .begin import begin_store
+from ..cache_schema.files import open_files
+from .begin import begin_store, require_place
 from .config import HarvestConfig
 from .errors import HarvestError, ModelDiffers
 from .estimate import is_bound_to_fit, measure_cost, needed_bytes, require_space
@@ -40,6 +41,7 @@ class Finished:
 
 def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
     """Write a store, or go on with one."""
+    require_place(open_files(config.out))
     with taken_place(config.device, config.worker) as place:
         watch = watch or Watch(is_quiet=not place.is_first)
         plan = decide(config, watch)
@@ -101,7 +103,7 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
     if not is_bound_to_fit(writer.files, manifest, len(shards)):
         with Store(writer.files) as store:
             cost = measure_cost(harvester, store.beginning(shards[0])[0])
-        require_space(writer.files, needed_bytes(cost, manifest, len(shards)))
+        require_space(writer.files.url, writer.files.free_bytes(), needed_bytes(cost, manifest, len(shards)))
     tokens = sum(stop - start for start, stop in map(manifest.shard_range, shards)) * manifest.context
     with watch.stage("harvesting", tokens):
         elsewhere = harvest_shards(

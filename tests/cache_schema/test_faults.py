@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -38,6 +39,7 @@ from saemill.cache_schema import (
 )
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.codecs import decode, encode
+from saemill.cache_schema.files import LocalFiles
 from saemill.cache_schema.layout import arrays_of, attention_path
 
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
@@ -459,6 +461,16 @@ def test_a_full_disk_ends_in_its_name_and_goes_on_when_there_is_space(synthetic,
         found = synthetic.tree_of(store)
     synthetic.write_store(tmp_path / "straight", manifest, corpus)
     assert found == synthetic.tree_of(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("write", [LocalFiles.write, LocalFiles.replace])
+def test_a_disk_without_space_for_a_folder_ends_in_the_same_name(tmp_path, monkeypatch, write):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(StoreFull, match=r"writing folder.*key.* of .*committed shards are untouched"):
+        write(LocalFiles(tmp_path), "folder/key", b"" if write is LocalFiles.replace else [])
 
 
 @contextmanager

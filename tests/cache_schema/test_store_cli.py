@@ -251,6 +251,19 @@ def test_a_store_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         assert result.output.startswith("StoreMissing: there is no store at")
 
 
+@pytest.mark.parametrize("error", [ValueError("Protocol not known: foo"), ImportError("Install s3fs to access S3")])
+def test_an_address_that_cannot_be_opened_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refused(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", refused)
+    for command in ("info", "verify", "digest", "repair"):
+        result = run(command, "foo://store")
+        assert result.exit_code == 1
+        assert result.output.startswith(f"AddressInvalid: foo://store cannot be opened ({error})")
+        assert "saemill[s3]" in result.output
+
+
 def test_repair_hands_damaged_shards_to_whoever_can_harvest(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[tuple[str, list[int]]] = []
 

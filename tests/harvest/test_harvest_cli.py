@@ -107,7 +107,9 @@ def test_a_dry_run_refuses_what_the_disk_cannot_hold(type_: Type, monkeypatch):
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 1000)
     result = type_("--dry-run")
     assert result.exit_code == 1
-    assert "StoreFull" in result.output
+    assert "GB" in result.output  # the tables come first
+    assert result.output.splitlines()[-1].startswith("StoreFull: the harvest needs")
+    assert "--codec zstd" in result.output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,9 @@ def test_a_dry_run_refuses_what_the_disk_cannot_hold(type_: Type, monkeypatch):
         (["--worker=3/2"], "SettingInvalid: --worker 3/2"),
         (["--device=abacus"], "SettingInvalid: --device abacus"),
         (["--dataset=./nothing.txt"], "CorpusUnavailable: there is no file"),
+        (["--dataset=my data"], "CorpusUnavailable: data set my data cannot be reached"),
         (["--model=./nothing"], "ModelUnavailable"),
+        (["--out=foo://store"], "AddressInvalid: foo://store cannot be opened"),
     ],
 )
 def test_bad_settings_get_one_line_and_write_nothing(type_: Type, tmp_path, more, line):
@@ -129,6 +133,30 @@ def test_bad_settings_get_one_line_and_write_nothing(type_: Type, tmp_path, more
     assert result.exit_code == 1
     assert result.output.splitlines()[-1].startswith(line)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("below", ["", "/store", "/runs/store"])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_an_out_that_is_a_file_is_refused_before_tokenising(type_: Type, tmp_path, below, more):
+    (tmp_path / "afile").write_text("mine")
+    result = type_(f"--out={tmp_path}/afile{below}", "--dataset=./never-looked-for.txt", *more)
+    assert result.exit_code == 1
+    assert result.output.startswith(f"SettingInvalid: --out {tmp_path}/afile{below}: expected a folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["afile"]
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_tokenising(type_: Type, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    result = type_("--dataset=./never-looked-for.txt")
+    assert result.exit_code == 1
+    assert result.output.startswith(f"SettingInvalid: --out {tmp_path}/store: nothing can be written into {tmp_path}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_scratch_folder_beside_the_store_must_be_writable_too(type_: Type, tmp_path, monkeypatch):
+    (tmp_path / "store").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    assert f"nothing can be written into {tmp_path}." in type_("--dataset=./never-looked-for.txt").output
 
 
 @pytest.mark.parametrize(

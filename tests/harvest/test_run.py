@@ -348,6 +348,15 @@ def test_a_disk_that_fills_while_tokenising_is_named_and_what_was_read_is_kept(m
     assert harvest(make_config()).committed == 8
 
 
+def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(StoreFull, match="full while tokenising"):
+        harvest(make_config())
+
+
 def test_a_large_corpus_of_the_hub_is_not_read_for_a_disk_that_cannot_hold_it(make_config: Make, monkeypatch):
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 10**9)
     monkeypatch.setattr(begin, "open_corpus", lambda _: HubCorpus(source, "c0ffee", lambda: pytest.fail("was read")))
