@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .errors import StoreError
 from .importer import ImportSettings, import_store
 from .info import describe, render
+from .layout import BEGINNING
 from .manifest import Manifest
-from .reader import Store
+from .reader import GONE, Store
 from .sources import NumpySource, SaelensSource, Source
 from .verify import Damage, digest, drop_broken_derived, repair, verify_shards
 
@@ -57,7 +58,10 @@ def verify(url: str) -> None:
         click.echo(f"{missing} of {shards} shards are not harvested yet: the same harvest goes on with them")
     if damage:
         broken = sorted({item.shard for item in damage})
-        click.echo(f"{len(broken)} of {shards} shards are damaged: {broken}. Mend them with: sae-store repair {url}")
+        click.echo(f"{len(broken)} of {shards} shards are damaged: {broken}")
+        with _reported():
+            _refuse_if_tokens_are_gone(damage)
+        click.echo(f"Mend them with: sae-store repair {url}")
         sys.exit(1)
     click.echo(f"{shards - missing} shards read, every one is what was committed")
 
@@ -145,7 +149,7 @@ def _open_source(
 
 def _find_damage(store: Store) -> list[Damage]:
     damage: list[Damage] = []
-    total = int(store.committed.sum())
+    total = store.manifest.shards
     with _progress("reading", "shards") as advance:
         for report in verify_shards(store):
             damage += report.damage
@@ -154,12 +158,9 @@ def _find_damage(store: Store) -> list[Damage]:
 
 
 def _refuse_if_tokens_are_gone(damage: list[Damage]) -> None:
-    gone = sorted({item.shard for item in damage if item.array in ("tokens", "documents")})
+    gone = sorted({item.shard for item in damage if item.array in BEGINNING})
     if gone:
-        raise StoreError(
-            f"the tokens or documents of shards {gone} are damaged, and shards are harvested from them. "
-            "Restore these files from a copy, or harvest the corpus into a new store"
-        )
+        raise StoreError(f"the tokens or documents of shards {gone} are damaged. {GONE}")
 
 
 def _reharvest(url: str, manifest: Manifest, shards: list[int]) -> None:

@@ -22,6 +22,7 @@ COMMITS = "commits"
 INDEX = "commits/index.json"
 LOCK = "commits/lock"
 SUMMARY = "stats/summary.json"
+BEGINNING = ("tokens", "documents")  # arrays that are whole before the first shard is written
 MAX_CHUNK_BYTES = 2**30  # what is read in part goes through a scratch chunk: nobody's chunks may fill the memory
 CHUNK_BYTES = 16 * 2**20  # aim for chunks of this size: large enough to stream, small enough to overlap
 
@@ -195,9 +196,7 @@ def _token_arrays(manifest: Manifest) -> list[ArrayLayout]:
     shape = (manifest.windows, manifest.context)
     chunks = (manifest.shard_windows, manifest.context)
     dims, dtype = ("window", "token"), np.dtype("<u4")
-    return [
-        ArrayLayout(path, shape, chunks, dtype, 2**32 - 1, manifest.codec, dims) for path in ("tokens", "documents")
-    ]
+    return [ArrayLayout(path, shape, chunks, dtype, 2**32 - 1, manifest.codec, dims) for path in BEGINNING]
 
 
 def _resid_array(manifest: Manifest, layer: int) -> ArrayLayout:

@@ -25,13 +25,17 @@ from .commits import CommitRecord, find_committed, read_record
 from .csr import AttentionCsr
 from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
 from .files import Files, LocalFiles, open_files
-from .layout import attention_path, is_line, moments_length, moments_path, resid_path
+from .layout import BEGINNING, attention_path, is_line, moments_length, moments_path, resid_path
 from .moments import Moments, from_line, merge
 from .request import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .root import read_root
 from .summary import read_summary
 
 READERS = 4  # local chunks in flight: one waits for the disk while another is checked
+GONE = (
+    "Shards are harvested from their tokens and documents, so these cannot be made again: "
+    "restore their files from a copy, or harvest the corpus into a new store"
+)
 REMOTE_READERS = 16  # an object store answers slowly but many at once
 
 
@@ -104,12 +108,16 @@ class Store:
 
     def beginning(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and documents of a shard, committed or not: they were written before the first one was."""
-        start, stop = self.manifest.shard_range(shard)
-        tokens, documents = (np.empty((stop - start, self.manifest.context), "<u4") for _ in range(2))
-        for path, values in (("tokens", tokens), ("documents", documents)):
-            for job in self._jobs(path, start, stop, values):
-                self._run(job, shard, path)
+        tokens, documents = (self.read_beginning(path, shard) for path in BEGINNING)
         return tokens, documents
+
+    def read_beginning(self, path: str, shard: int) -> np.ndarray:
+        """One of the two."""
+        start, stop = self.manifest.shard_range(shard)
+        values = np.empty((stop - start, self.manifest.context), "<u4")
+        for job in self._jobs(path, start, stop, values):
+            self._run(job, shard, path)
+        return values
 
     def record(self, shard: int) -> CommitRecord:
         return read_record(self.files, self.manifest, shard)
@@ -171,9 +179,9 @@ class Store:
             raise self._damage(shard, path, error) from None
 
     def _damage(self, shard: int, path: str, error: ShardCorrupt) -> ShardCorrupt:
+        mend = GONE if path in BEGINNING else f"`sae-store repair {self.url}` mends it"
         return type(error)(
-            f"shard {shard}, array {path}: {error}. "
-            f"`sae-store verify {self.url}` lists all damage, `sae-store repair {self.url}` mends it"
+            f"shard {shard}, array {path}: {error}. `sae-store verify {self.url}` lists all damage. {mend}"
         )
 
     def _executor(self) -> ThreadPoolExecutor:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from .buffers import ShardBuffers
 from .claims import open_claims
 from .commits import CommitRecord, forget, read_index, read_record
 from .digest import array_digest, store_digest
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError
 from .files import Files, open_files
-from .layout import INDEX, SUMMARY, attention_path, documents_of, moments_path, resid_path
+from .layout import BEGINNING, INDEX, SUMMARY, attention_path, documents_of, moments_path, resid_path
 from .moments import to_line
 from .reader import Store
 from .request import Request, ShardArrays, Span
@@ -34,25 +36,26 @@ class Damage:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What reading one committed shard found."""
+    """What reading one shard found."""
 
     shard: int
-    record: CommitRecord | None
+    record: CommitRecord | None  # None where it cannot be read, or where the shard is not committed
     damage: tuple[Damage, ...]
 
 
 def verify_shards(store: Store) -> Iterator[ShardReport]:
-    """Read every committed shard, in order, and report on each."""
+    """Read every shard, in order, and report on each: of one that is not committed, what it will be made from."""
     buffers: dict[Request, ShardBuffers] = {}
     for shard in range(store.manifest.shards):
-        if store.committed[shard]:
-            yield _verify_shard(store, shard, buffers)
+        yield _verify_shard(store, shard, buffers) if store.committed[shard] else _verify_beginning(store, shard)
 
 
 def digest(store: Store) -> str:
-    """One hash of all content, from the bytes on disk and not from what the records claim."""
+    """One hash of all that is committed, from the bytes on disk and not from what the records claim."""
     records = []
-    for report in verify_shards(store):
+    buffers: dict[Request, ShardBuffers] = {}
+    for shard in np.flatnonzero(store.committed).tolist():
+        report = _verify_shard(store, shard, buffers)
         if report.damage:
             raise ShardCorrupt(str(report.damage[0]))
         records.append(report.record)
@@ -122,6 +125,16 @@ def _verify_shard(store: Store, shard: int, buffers: dict[Request, ShardBuffers]
     return ShardReport(shard, record, tuple(damage))
 
 
+def _verify_beginning(store: Store, shard: int) -> ShardReport:
+    damage: list[Damage] = []
+    for path in BEGINNING:
+        try:
+            store.read_beginning(path, shard)
+        except ShardCorrupt as error:
+            damage.append(Damage(shard, path, str(error)))
+    return ShardReport(shard, None, tuple(damage))
+
+
 def _single_requests(store: Store) -> dict[str, Request]:
     """One request for each thing that can be damaged by itself."""
     manifest = store.manifest
@@ -145,7 +158,7 @@ def _digests(store: Store, shard: int, request: Request, buffers: dict[Request, 
 
 def _digests_of_arrays(arrays: ShardArrays) -> dict[str, str]:
     found = {}
-    for path in ("tokens", "documents"):
+    for path in BEGINNING:
         if (values := getattr(arrays, path)) is not None:
             found[path] = array_digest(values)
     for layer, values in arrays.resid.items():

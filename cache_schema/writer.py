@@ -27,7 +27,7 @@ from .content import ShardContent, ShardPart, lay_out, make_record, validate_con
 from .errors import ShardInvalid, StoreBusy, StoreMismatch
 from .files import Files, open_files
 from .identity import sealed
-from .layout import ROOT, arrays_of, documents_of, encode_json, record_key, root_document
+from .layout import BEGINNING, ROOT, arrays_of, documents_of, encode_json, record_key, root_document
 from .manifest import Manifest, list_differences
 from .moments import merge
 from .reader import Store
@@ -98,7 +98,7 @@ class StoreWriter:
         tasks = [(part, at) for part in parts for at in range(part.num_chunks)]
         sizes = self._write_chunks(tasks)
         self.files.settle(part.layout.path for part in parts)
-        beginning = {path: self.files.size(self.arrays[path].chunk_key(shard)) for path in ("tokens", "documents")}
+        beginning = {path: self.files.size(self.arrays[path].chunk_key(shard)) for path in BEGINNING}
         record = make_record(self.manifest, shard, content, beginning | _sum_by_path(tasks, sizes))
         write_record(self.files, record)
         self._compact_sometimes()
@@ -143,7 +143,7 @@ class StoreWriter:
         for path, values in (("tokens", tokens), ("documents", documents)):
             part = ShardPart(self.arrays[path], 0, values)
             self._write_chunks([(part, at) for at in range(part.num_chunks)])
-        self.files.settle(["tokens", "documents"])
+        self.files.settle(BEGINNING)
         self.files.replace(ROOT, encode_json(root_document(self.manifest)))
 
     def _compact_sometimes(self) -> None:

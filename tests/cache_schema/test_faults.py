@@ -40,7 +40,7 @@ from saemill.cache_schema import (
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.codecs import decode, encode
 from saemill.cache_schema.files import LocalFiles
-from saemill.cache_schema.layout import arrays_of, attention_path
+from saemill.cache_schema.layout import BEGINNING, arrays_of, attention_path
 
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
 HURT = 2  # the shard that is damaged; all others must stay readable
@@ -114,7 +114,8 @@ def require_named(folder: Path, path: str, error: type[StoreError]) -> None:
             with pytest.raises(ShardCorrupt) as caught:
                 store.read(EVERYTHING, span)
             assert type(caught.value) is error
-            for word in (f"shard {HURT}", path, "sae-store verify", "sae-store repair"):
+            remedy = "restore their files" if path in BEGINNING else "sae-store repair"
+            for word in (f"shard {HURT}", path, "sae-store verify", remedy):
                 assert word in str(caught.value)
 
 

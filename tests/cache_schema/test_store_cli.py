@@ -171,7 +171,27 @@ def test_verify_names_shard_array_and_remedy(store: Path, array: str) -> None:
     result = run("verify", store)
     assert result.exit_code == 1
     assert f"shard 1, array {array}: chunk" in result.output
-    assert f"sae-store repair {store}" in result.output
+    is_gone = array in ("tokens", "documents")
+    assert (f"sae-store repair {store}" in result.output) is not is_gone
+    assert ("restore their files from a copy" in result.output) is is_gone
+
+
+@pytest.mark.parametrize("array", ["tokens", "documents"])
+def test_what_a_shard_to_come_is_made_from_is_read_too(store: Path, array: str) -> None:
+    """A harvest would stop there: verify must not call the store sound, nor repair say that nothing is damaged."""
+    flip_byte(store, "resid/layer_4", "c.1.0.0")
+    run("repair", store, "--remove-only")
+    before = run("digest", store).output
+    assert run("verify", store).exit_code == 0
+    flip_byte(store, array, "c.1.0")
+    for command in ("verify", "repair"):
+        result = run(command, store)
+        assert result.exit_code == 1
+        assert f"shard 1, array {array}: chunk" in result.output
+        assert "the tokens or documents of shards [1] are damaged" in result.output
+        assert f"sae-store repair {store}" not in result.output
+        assert "nothing is damaged" not in result.output
+    assert run("digest", store).output == before
 
 
 def test_verify_finds_values_that_were_rewritten_with_a_right_checksum(store: Path) -> None:
@@ -216,7 +236,7 @@ def test_repair_refuses_where_tokens_are_gone(store: Path) -> None:
     flip_byte(store, "tokens", "c.0.0")
     result = run("repair", store)
     assert result.exit_code == 1
-    assert "Restore these files from a copy" in result.output
+    assert "restore their files from a copy" in result.output
 
 
 def test_digest_is_that_of_the_records_and_free_of_path_and_codec(store: Path, tmp_path: Path) -> None:
