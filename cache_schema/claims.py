@@ -1,8 +1,8 @@
 """Who may write a shard, or the index: one writer at a time.
 
 On a local disk a claim is a lock on one byte of one file, which the kernel gives back however the
-writer ends. On an object store it is an object that only the first writer can create; a claim whose
-writer died lapses after `LEASE_SECONDS`.
+writer ends. On an object store it is an object that only the first writer can create; a living writer
+renews it, and a claim whose writer died lapses after `LEASE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,26 @@ import fcntl
 import json
 import os
 import struct
+import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Protocol
 
 from .files import Files, LocalFiles, RemoteFiles
 from .layout import LOCK
 
 CREATION = 2**40  # the claim on a store's creation: a number that no shard has
 DERIVED = 2**40 + 1  # the claim on index and summary
-LEASE_SECONDS = 3600
+LEASE_SECONDS = 600
+RENEW_SECONDS = 120
 
 
 class Claims(Protocol):
+    if_killed: str
+    """What to add for a person who finds a claim taken: when it ends though its writer was killed."""
+
     def take(self, number: int) -> bool:
         """Try to claim; False when another writer holds it."""
         ...
@@ -47,6 +52,8 @@ def open_claims(files: Files) -> Claims:
 
 class LockClaims:
     """Byte-range locks that belong to the open file, so that two writers in one process also exclude each other."""
+
+    if_killed = ""
 
     def __init__(self, files: LocalFiles) -> None:
         path = files.root / LOCK
@@ -86,20 +93,32 @@ class LockClaims:
 class LeaseClaims:
     """Objects created only if absent. The lease bounds how long a dead writer can hold a shard."""
 
+    if_killed = f". If that writer was killed, run again in {LEASE_SECONDS // 60} minutes"
+
     def __init__(self, files: RemoteFiles) -> None:
         self._files = files
         self._owner = uuid.uuid4().hex
+        self._held: set[int] = set()
+        self._turn = threading.Lock()  # or a renewal could bring back a claim that is just being released
+        self._closed = threading.Event()
+        self._renewal: threading.Thread | None = None
 
     def take(self, number: int) -> bool:
-        if self._create(number):
-            return True
-        if not self._has_lapsed(number):
-            return False
-        self._files.remove(self._key(number))
-        return self._create(number)
+        if not self._create(number):
+            if not self._has_lapsed(number):
+                return False
+            self._files.remove(self._key(number))
+            if not self._create(number):
+                return False
+        with self._turn:
+            self._held.add(number)
+        self._keep_renewing()
+        return True
 
     def release(self, number: int) -> None:
-        self._files.remove(self._key(number))
+        with self._turn:
+            self._held.discard(number)
+            self._files.remove(self._key(number))
 
     @contextmanager
     def hold_derived(self) -> Iterator[None]:
@@ -107,20 +126,50 @@ class LeaseClaims:
         yield
 
     def close(self) -> None:
-        """Claims were released one by one."""
+        """Claims were released one by one; one that was not lapses."""
+        self._closed.set()
+        if self._renewal is not None:
+            self._renewal.join()
+
+    def _keep_renewing(self) -> None:
+        if self._renewal is None:
+            self._renewal = threading.Thread(target=self._renew, name="saemill-renew", daemon=True)
+            self._renewal.start()
+
+    def _renew(self) -> None:
+        while not self._closed.wait(RENEW_SECONDS):
+            with self._turn:
+                held = tuple(self._held)
+            for number in held:
+                with self._turn, suppress(Exception):  # whatever a network raises: the lease outlasts several turns
+                    self._renew_one(number)
+
+    def _renew_one(self, number: int) -> None:
+        """Not one that was released meanwhile, nor one that lapsed while this process slept and that another took."""
+        if number not in self._held:
+            return
+        if self._lease(number).get("owner") == self._owner:
+            self._files.replace(self._key(number), self._new_lease())
+        else:
+            self._held.discard(number)
 
     def _create(self, number: int) -> bool:
-        lease = json.dumps({"owner": self._owner, "until": time.time() + LEASE_SECONDS}).encode()
         try:
-            self._files.fs.pipe_file(f"{self._files.path}/{self._key(number)}", lease, mode="create")
+            self._files.fs.pipe_file(f"{self._files.path}/{self._key(number)}", self._new_lease(), mode="create")
         except FileExistsError:
             return False
         return True
 
+    def _new_lease(self) -> bytes:
+        return json.dumps({"owner": self._owner, "until": time.time() + LEASE_SECONDS}).encode()
+
+    def _lease(self, number: int) -> dict[str, Any]:
+        return json.loads(self._files.read(self._key(number)))
+
     def _has_lapsed(self, number: int) -> bool:
         """Also true of one released in between, and of one that nobody can read: it would hold its shard for ever."""
         try:
-            return json.loads(self._files.read(self._key(number)))["until"] < time.time()
+            return self._lease(number)["until"] < time.time()
         except (KeyError, TypeError, ValueError):
             return True
 

@@ -70,7 +70,9 @@ def repair(url: str, damaged: list[int]) -> None:
     try:
         for shard in damaged:
             if not claims.take(shard):
-                raise StoreBusy(f"shard {shard} of {url} is being written right now: let that end, then repair")
+                raise StoreBusy(
+                    f"shard {shard} of {url} is being written right now: let that end, then repair{claims.if_killed}"
+                )
         with claims.hold_derived():
             if damaged:
                 forget(files, manifest, damaged)

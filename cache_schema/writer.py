@@ -76,6 +76,11 @@ class StoreWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def if_killed(self) -> str:
+        """What to add for a person who finds a shard held: when it is free again though its writer was killed."""
+        return self._claims.if_killed
+
     def pending(self) -> list[int]:
         """Shards without a record, in rising order."""
         return np.flatnonzero(~find_committed(self.files, self.manifest)).tolist()
@@ -127,6 +132,7 @@ class StoreWriter:
         if not self._claims.take(CREATION):
             raise StoreBusy(
                 f"another process is creating {self.files.url} right now: wait until it has, then try again"
+                f"{self.if_killed}"
             )
         try:
             if self.files.exists(ROOT):

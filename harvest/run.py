@@ -71,7 +71,10 @@ def reharvest(url: str, shards: Sequence[int], device: str | None = None, model:
         except HarvestError as error:
             raise StoreError(f"{error}. The same harvest, run again, also writes the missing shards") from error
         if busy:
-            raise StoreBusy(f"shards {busy} of {url} are committed or held by another writer: let it end, try again")
+            raise StoreBusy(
+                f"shards {busy} of {url} are committed or held by another writer: let it end, try again"
+                f"{writer.if_killed}"
+            )
 
 
 def _recorded_source(manifest: Manifest, model: str | None) -> ModelSource:
@@ -110,4 +113,6 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
             writer, harvester, shards, lambda record: watch.committed(record, manifest.context, writer.files)
         )
     if elsewhere:
-        watch.say(f"{len(elsewhere)} shards were left to another writer that holds or has committed them")
+        watch.say(
+            f"{len(elsewhere)} shards were left to another writer that holds or has committed them{writer.if_killed}"
+        )

@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -21,13 +22,15 @@ from saemill.cache_schema import (
     ShardCorrupt,
     Span,
     Store,
+    StoreBusy,
     StoreMismatch,
     StoreMissing,
     StoreUnfinished,
     StoreWriter,
 )
+from saemill.cache_schema import claims as claims_module
 from saemill.cache_schema.claims import LeaseClaims
-from saemill.cache_schema.files import RemoteFiles, open_files
+from saemill.cache_schema.files import Files, RemoteFiles, open_files
 
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
 
@@ -175,12 +178,88 @@ def test_a_dead_writers_claim_lapses(synthetic, url, monkeypatch):
         assert isinstance(files, RemoteFiles)
         dead = LeaseClaims(files)
         assert dead.take(0)
+        dead.close()  # nobody renews it any more
         with writer.claim(0) as is_mine:
             assert not is_mine
-        later = time.time() + 2 * 3600
+        later = time.time() + 11 * 60
         monkeypatch.setattr(time, "time", lambda: later)
         with writer.claim(0) as is_mine:
             assert is_mine
+
+
+@pytest.fixture
+def short_leases(monkeypatch):
+    monkeypatch.setattr(claims_module, "LEASE_SECONDS", 0.4)
+    monkeypatch.setattr(claims_module, "RENEW_SECONDS", 0.02)
+
+
+def make_claims(files: Files) -> LeaseClaims:
+    assert isinstance(files, RemoteFiles)
+    return LeaseClaims(files)
+
+
+@pytest.mark.usefixtures("short_leases")
+def test_a_living_writer_keeps_its_claim_beyond_the_lease():
+    files = open_files(f"memory://{uuid.uuid4().hex}")
+    living, other = make_claims(files), make_claims(files)
+    assert living.take(0)
+    time.sleep(0.8)
+    assert not other.take(0)
+    living.close()
+    time.sleep(0.8)
+    assert other.take(0)
+    other.close()
+
+
+@pytest.mark.usefixtures("short_leases")
+def test_a_released_claim_is_not_brought_back():
+    files = open_files(f"memory://{uuid.uuid4().hex}")
+    claims = make_claims(files)
+    assert claims.take(0) and claims.take(1)
+    claims.release(0)
+    time.sleep(0.2)
+    assert files.list("claims") == ["1.json"]
+    claims.close()
+
+
+@pytest.mark.usefixtures("short_leases")
+def test_a_claim_that_another_took_over_is_left_to_it():
+    files = open_files(f"memory://{uuid.uuid4().hex}")
+    slept, other = make_claims(files), make_claims(files)
+    assert slept.take(0)
+    files.remove("claims/0.json")
+    assert other.take(0)
+    lease = json.loads(files.read("claims/0.json"))
+    time.sleep(0.2)
+    assert json.loads(files.read("claims/0.json"))["owner"] == lease["owner"]
+    slept.close()
+    other.close()
+
+
+@pytest.mark.usefixtures("short_leases")
+def test_a_renewal_that_fails_is_tried_again(monkeypatch):
+    files = open_files(f"memory://{uuid.uuid4().hex}")
+    living, other = make_claims(files), make_claims(files)
+    replace, failures = RemoteFiles.replace, [TimeoutError("slow"), RuntimeError("odd")]
+
+    def failing(*args: Any) -> None:
+        if failures:
+            raise failures.pop()
+        replace(*args)
+
+    monkeypatch.setattr(RemoteFiles, "replace", failing)
+    assert living.take(0)
+    time.sleep(0.8)
+    assert not failures and not other.take(0)
+    living.close()
+
+
+def test_a_store_that_is_being_created_says_when_to_come_back(synthetic, url):
+    claims = make_claims(open_files(url))
+    assert claims.take(claims_module.CREATION)
+    with pytest.raises(StoreBusy, match=r"creating .* If that writer was killed, run again in 10 minutes"):
+        synthetic.write_store(url, synthetic.make_manifest())
+    claims.close()
 
 
 @pytest.mark.parametrize("lease", [b"", b"[]", b"{", b'{"until": "tomorrow"}', b"\xff"])
@@ -193,3 +272,4 @@ def test_a_claim_that_nobody_can_read_has_lapsed(synthetic, lease):
     assert not claims.take(3)
     files.write("claims/3.json", [np.frombuffer(lease, np.uint8)])
     assert claims.take(3)
+    claims.close()
