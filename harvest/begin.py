@@ -9,10 +9,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
@@ -28,21 +29,23 @@ from .spool import PackingJob, spool_corpus
 
 POLL_SECONDS = 0.5
 WAIT_SECONDS = 12 * 3600
+LOCK_FILE = "lock"
 
 
 def begin_store(plan: Plan, place: Place, watch: Watch) -> StoreWriter:
     """The store's writer, once all tokens are written."""
     files = open_files(plan.config.out)
-    if not files.exists(ROOT):
-        if place.is_first:
-            return _create(plan, files, watch)
-        _wait_for(files)
+    if place.is_first and not files.exists(ROOT):
+        return _create(plan, files, watch)
+    wait_for_tokens(files, watch)
     writer = StoreWriter.open(plan.config.out)
     try:
-        require_same(plan, _corpus_of_existing(plan, writer.manifest), writer.manifest, files.url)
+        require_ours(plan, writer.manifest, files.url)
     except BaseException:
         writer.close()
         raise
+    if place.is_first:
+        _remove_leftover(_spool_folder(files))
     watch.say(f"going on with the store at {files.url}")
     return writer
 
@@ -89,6 +92,11 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
     return writer
 
 
+def require_ours(plan: Plan, found: Manifest, url: str) -> None:
+    """A store that stands there must have the plan's settings, and be of its corpus."""
+    require_same(plan, _corpus_of_existing(plan, found), found, url)
+
+
 def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
     """What the corpus of a store must say if it is ours. One of the hub stays pinned without asking the hub."""
     source, recorded = plan.corpus, found.corpus
@@ -98,8 +106,11 @@ def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
     return corpus_spec(plan, corpus.id, corpus.revision, corpus.settings)
 
 
-def _wait_for(files: Files) -> None:
-    """Until the first worker has written all tokens."""
+def wait_for_tokens(files: Files, watch: Watch) -> None:
+    """Until the first worker has written them all."""
+    if files.exists(ROOT):
+        return
+    watch.say(f"waiting for worker 1 to write the tokens of {files.url}")
     end = time.monotonic() + WAIT_SECONDS
     while not files.exists(ROOT):
         if time.monotonic() > end:
@@ -119,11 +130,18 @@ def _spool_folder(files: Files) -> Path:
     return Path(tempfile.gettempdir()) / f"saemill-{name}.spool"
 
 
+def _remove_leftover(folder: Path) -> None:
+    """The scratch folder of a process that died after it had written the store's root."""
+    if (folder / LOCK_FILE).exists():
+        with suppress(OSError), _locked(folder):  # one that is in use, or another user's, stays
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time tokenises for a store."""
     folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -98,14 +98,14 @@ def _harvest(config: HarvestConfig) -> None:
     from .run import harvest  # late: --help must not wait for torch and transformers
 
     finished = harvest(config)
-    if not finished.is_first:
+    if not finished.speaks:
+        return
+    if finished.committed < finished.shards:
+        click.echo(f"{finished.committed} of {finished.shards} shards are committed; others belong to other workers")
         return
     with Store.open(config.out) as store:
         Console().print(render_store(describe(store)))
-    if finished.committed == finished.shards:
-        click.echo(f"next: sae-train --variant topk --cache {shlex.quote(config.out)}")
-    else:
-        click.echo(f"{finished.committed} of {finished.shards} shards are committed; others belong to other workers")
+    click.echo(f"next: sae-train --variant topk --cache {shlex.quote(config.out)}")
 
 
 def _estimate(config: HarvestConfig) -> None:

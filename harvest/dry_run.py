@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ..cache_schema import Manifest
-from ..cache_schema.files import open_files
-from .begin import require_place
+from ..cache_schema import Manifest, Store
+from ..cache_schema.files import Files, open_files
+from ..cache_schema.layout import ROOT
+from .begin import require_ours, require_place
 from .config import HarvestConfig
 from .corpus import Corpus, open_corpus
 from .errors import CorpusEmpty
-from .estimate import Cost, measure_cost, needed_bytes
+from .estimate import Cost, measure_cost, needed_bytes, tokens_in
 from .packing import Packer
 from .place import taken_place
 from .plan import Plan, corpus_spec, expected_manifest
@@ -26,37 +29,47 @@ DOCUMENTS_AT_ONCE = 20
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a harvest would still have to do, and tokens to try it on."""
+
+    manifest: Manifest
+    shards: Sequence[int]  # that are not committed
+    sample: np.ndarray  # uint32 [W, T]
+    is_begun: bool  # whether the store stands there already
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What was found out about a harvest."""
 
-    manifest: Manifest
+    work: Work
     cost: Cost
-    needed_bytes: int
     free_bytes: int | None  # None where the store does not lie on a disk of this machine
 
     @property
+    def needed_bytes(self) -> int:
+        return needed_bytes(self.cost, self.work.manifest, self.work.shards)
+
+    @property
     def seconds(self) -> float:
-        return self.manifest.tokens / self.cost.tokens_per_second
+        return tokens_in(self.work.manifest, self.work.shards) / self.cost.tokens_per_second
 
 
 def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
-    """Time a few batches of the corpus and scale up."""
+    """Time a few batches of the corpus and scale up to what is not harvested yet."""
     files = open_files(config.out)
     require_place(files)
     with taken_place(config.device, config.worker) as place:
         plan = decide(config, watch)
-        corpus = open_corpus(plan.corpus)
-        spec = corpus_spec(plan, corpus.id, corpus.revision, corpus.settings)
-        manifest = expected_manifest(plan, spec, plan.windows)
-        tokens = _first_windows(plan, corpus)
-        cost = measure_cost(make_harvester(manifest, plan.source, place.device), tokens)
-    needed = needed_bytes(cost, manifest, manifest.shards)
-    return Estimate(manifest, cost, needed, files.free_bytes())
+        work = _rest_of(plan, files) if files.exists(ROOT) else _whole(plan)
+        cost = measure_cost(make_harvester(work.manifest, plan.source, place.device), work.sample)
+    return Estimate(work, cost, files.free_bytes())
 
 
 def render(estimate: Estimate) -> RenderableType:
     """Two small tables for a person."""
-    manifest, cost = estimate.manifest, estimate.cost
+    work, cost = estimate.work, estimate.cost
+    manifest = work.manifest
     sizes = Table("array", "bytes per token", title="Size by array", title_justify="left")
     sizes.columns[1].justify = "right"
     for path, size in sorted(cost.bytes_per_token.items()):
@@ -65,9 +78,11 @@ def render(estimate: Estimate) -> RenderableType:
     sizes.add_row("all", f"{cost.total_per_token:,.1f}")
     facts = Table.grid(padding=(0, 2))
     free = "not a disk of this machine" if estimate.free_bytes is None else f"{estimate.free_bytes / 1e9:,.2f} GB"
+    to_go = {"to go": f"{len(work.shards):,} shards; size and time are theirs"} if work.is_begun else {}
     rows = {
-        "tokens": f"{manifest.tokens:,} (if the corpus holds as many)",
+        "tokens": f"{manifest.tokens:,}" + ("" if work.is_begun else " (if the corpus holds as many)"),
         "shards": f"{manifest.shards:,} of {manifest.shard_windows} windows of {manifest.context} tokens",
+        **to_go,
         "size": f"{estimate.needed_bytes / 1e9:,.2f} GB",
         "free": free,
         "rate": f"{cost.tokens_per_second:,.0f} tokens/s on this device",
@@ -78,7 +93,24 @@ def render(estimate: Estimate) -> RenderableType:
     return Group(sizes, facts)
 
 
-def _first_windows(plan: Plan, corpus: Corpus):
+def _whole(plan: Plan) -> Work:
+    """A harvest from the start."""
+    corpus = open_corpus(plan.corpus)
+    spec = corpus_spec(plan, corpus.id, corpus.revision, corpus.settings)
+    manifest = expected_manifest(plan, spec, plan.windows)
+    return Work(manifest, range(manifest.shards), _first_windows(plan, corpus), is_begun=False)
+
+
+def _rest_of(plan: Plan, files: Files) -> Work:
+    """What is left of a harvest that was begun; refused like the harvest where its settings are others."""
+    with Store(files) as store:
+        require_ours(plan, store.manifest, files.url)
+        shards = np.flatnonzero(~store.committed).tolist()
+        tokens, _ = store.beginning(shards[0] if shards else 0)
+    return Work(store.manifest, shards, tokens, is_begun=True)
+
+
+def _first_windows(plan: Plan, corpus: Corpus) -> np.ndarray:
     """Enough windows of the corpus for one batch, or as many as it quickly gives."""
     packer = Packer(plan.config.context, plan.encoder.bos_token, plan.config.packing)
     documents = islice(corpus.documents(), TRIAL_DOCUMENTS)

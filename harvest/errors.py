@@ -9,7 +9,7 @@ HarvestError
 ├── NonFiniteResidual       the model overflowed: infinities or NaN in a residual stream
 ├── NonFiniteAttention      the same in attention probabilities
 ├── SettingInvalid          an option that cannot be read, or that contradicts another
-├── CorpusUnavailable       no such file, data set, split or column
+├── CorpusUnavailable       no such file, data set, split or column, or one whose bytes are damaged
 ├── CorpusEmpty             a corpus without one token of text
 ├── SplitEmpty              too little text to fill train, validation and test
 ├── DocumentInvalid         a document that is no UTF-8 text
@@ -57,7 +57,7 @@ class SettingInvalid(HarvestError, ValueError):
 
 
 class CorpusUnavailable(HarvestError, LookupError):
-    """The file, data set, split or column that was named is not there."""
+    """The file, data set, split or column that was named is not there, or cannot be read."""
 
 
 class CorpusEmpty(HarvestError, ValueError):

@@ -86,10 +86,13 @@ def is_bound_to_fit(files: Files, manifest: Manifest, shards: int) -> bool:
     return free is None or bound_bytes(manifest, shards) <= free
 
 
-def needed_bytes(cost: Cost, manifest: Manifest, shards: int) -> int:
-    """What so many shards will take, by measure."""
-    tokens = min(shards * manifest.shard_windows * manifest.context, manifest.tokens)
-    return int(cost.total_per_token * tokens) + RESERVE_BYTES
+def tokens_in(manifest: Manifest, shards: Sequence[int]) -> int:
+    return sum(stop - start for start, stop in map(manifest.shard_range, shards)) * manifest.context
+
+
+def needed_bytes(cost: Cost, manifest: Manifest, shards: Sequence[int]) -> int:
+    """What these shards will take, by measure."""
+    return int(cost.total_per_token * tokens_in(manifest, shards)) + RESERVE_BYTES if shards else 0
 
 
 def _bytes_per_token(records: Sequence[CommitRecord], manifest: Manifest) -> dict[str, float]:

@@ -19,6 +19,7 @@ class Place:
 
     device: torch.device
     worker: Worker
+    speaks: bool = True  # of the processes of one launch, which share a terminal, only the first
 
     @property
     def is_first(self) -> bool:
@@ -37,7 +38,8 @@ def taken_place(device: str, worker: Worker) -> Iterator[Place]:
     state = PartialState(cpu=device == "cpu")
     index = worker.index * state.num_processes + state.process_index
     try:
-        yield Place(find_device(str(state.device)), Worker(index, worker.count * state.num_processes))
+        shared = Worker(index, worker.count * state.num_processes)
+        yield Place(find_device(str(state.device)), shared, speaks=state.process_index == 0)
     finally:
         state.destroy_process_group()
 

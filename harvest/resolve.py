@@ -5,18 +5,21 @@
 a folder   as `save_pretrained` writes it
 an id      of a model on the hub; nothing ever takes its place
 
-`choose` decides without downloading, within `DECISION_SECONDS`; `fetch` then brings the files.
+`choose` decides without downloading, within `DECISION_SECONDS`; where a store stands already, `choose_again`
+decides as it was decided for that. `fetch` then brings the files.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -26,6 +29,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..cache_schema.files import FULL_DISK
 from .errors import ModelUnavailable
 from .hub import NETWORK_ERRORS
 from .model import CONFIG_FILE, find_weights
@@ -75,6 +79,18 @@ def choose(model: str, revision: str | None = None) -> Choice:
     return Choice(POCKET, None, _banner(POCKET, f"{FIRST_CHOICE} is not cached and {obstacle}"))
 
 
+def choose_again(model: str, revision: str | None) -> Choice | None:
+    """What `auto` must mean for a store begun with this model, whatever is cached or within reach today.
+
+    None where `auto` never means that model.
+    """
+    if model not in (FIRST_CHOICE, POCKET):
+        return None
+    return Choice(
+        model, revision if model == FIRST_CHOICE else None, _banner(model, "the store at --out was begun with it")
+    )
+
+
 def fetch(choice: Choice) -> ModelSource:
     """Bring the files of a choice to this machine, or say what stands in the way."""
     if choice.name == POCKET:
@@ -101,8 +117,9 @@ def _download(model: str, revision: str | None) -> Path:
         folder = snapshot_download(
             model, revision=revision, allow_patterns=FILES, ignore_patterns=OTHER_FILES, etag_timeout=ANSWER_SECONDS
         )
-    except (*NETWORK_ERRORS, HFValidationError) as error:
+    except (*NETWORK_ERRORS, HFValidationError, RuntimeError) as error:  # the last is how the hub's own library fails
         raise ModelUnavailable(f"{model}: {_explain(error, model)}") from error
+    _weights_of(Path(folder), model)
     return Path(folder)
 
 
@@ -125,10 +142,20 @@ def _explain(error: Exception, model: str) -> str:
         return "no such folder, and no model of that name on the hub; if it is private, `hf auth login`"
     if isinstance(error, HFValidationError):
         return "no such folder, and not a name that the hub could have"
+    if _is_full_disk(error):
+        return (
+            f"the disk is full while downloading into {constants.HF_HUB_CACHE}: free some space, or set HF_HOME to a "
+            "folder on another disk, and run the same command again"
+        )
     reason = str(error).partition("\n")[0] or type(error).__name__
     if isinstance(error, HfHubHTTPError):
         return f"the hub refused ({reason}): check your token with `hf auth whoami`"
     return f"the hub could not be reached ({reason}): check the network, or name a folder"
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """The hub's own library says it in words only."""
+    return getattr(error, "errno", None) in FULL_DISK or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _ask_in_time(question: Callable[[], str | None]) -> str | None:
@@ -149,11 +176,19 @@ def _banner(taken: str, reason: str) -> tuple[str, str]:
 
 def _hash_of(folder: Path) -> str:
     """A name for what is in a folder: its configuration and weights, wherever it lies."""
-    weights = find_weights(folder)
-    if not weights or not (folder / CONFIG_FILE).is_file():
-        raise ModelUnavailable(f"{folder}: expected {CONFIG_FILE} and complete safetensors weights there")
     total = hashlib.sha256()
-    for file in (folder / CONFIG_FILE, *weights):
+    for file in (folder / CONFIG_FILE, *_weights_of(folder, str(folder))):
         with file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return f"sha256-{total.hexdigest()[:16]}"
+
+
+def _weights_of(folder: Path, name: str) -> list[Path]:
+    """The files with a model's weights; refuses a folder that does not hold all it takes to load them."""
+    weights = find_weights(folder)
+    if not weights or not (folder / CONFIG_FILE).is_file():
+        raise ModelUnavailable(
+            f"{name}: expected {CONFIG_FILE} and complete safetensors weights there. "
+            "Save the model with `save_pretrained`, which writes both, and name that folder"
+        )
+    return weights

@@ -1,9 +1,10 @@
 """A whole harvest: model and corpus to a store, from the start or from where another one stopped.
 
-1. Decide the model, look at its configuration and tokenizer, refuse what cannot be had.
+1. Decide the model, or take the one a store was begun with; look at its configuration and tokenizer, refuse
+   what cannot be had.
 2. Where no store stands yet, the first worker tokenises and packs the corpus and writes all tokens; the
    others wait for it. Where one stands, its settings must be the same, and nothing is tokenised again.
-3. Check that the disk can hold what is to come.
+3. Check that the disk can hold what is to come of all workers.
 4. Load the model, cut down to what is wanted, and harvest this worker's share of the pending shards.
 """
 
@@ -16,16 +17,18 @@ import torch
 
 from ..cache_schema import Manifest, Store, StoreBusy, StoreError, StoreWriter
 from ..cache_schema.allocator import SMALLER_THAN_SHARDS, keep_large_blocks
-from ..cache_schema.files import open_files
-from .begin import begin_store, require_place
+from ..cache_schema.files import Files, open_files
+from ..cache_schema.layout import ROOT
+from ..cache_schema.root import read_root
+from .begin import begin_store, require_place, wait_for_tokens
 from .config import HarvestConfig
 from .errors import HarvestError, ModelDiffers
-from .estimate import is_bound_to_fit, measure_cost, needed_bytes, require_space
+from .estimate import is_bound_to_fit, measure_cost, needed_bytes, require_space, tokens_in
 from .model import Wanted, load_model
 from .place import Place, find_device, taken_place
 from .plan import Plan, make_plan
 from .progress import Watch
-from .resolve import Choice, ModelSource, choose, fetch
+from .resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch
 from .shards import Harvester, harvest_shards
 
 
@@ -36,29 +39,41 @@ class Finished:
     url: str
     shards: int  # in the store
     committed: int  # of them, by whomever
-    is_first: bool  # whether this process speaks for all
+    speaks: bool  # whether this process is to say so: one that shares a terminal does only if it ended the work
 
 
 def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
     """Write a store, or go on with one."""
-    require_place(open_files(config.out))
+    files = open_files(config.out)
+    require_place(files)
     with taken_place(config.device, config.worker) as place:
-        watch = watch or Watch(is_quiet=not place.is_first)
+        watch = watch or Watch(is_quiet=not place.speaks)
+        if config.model == AUTO and not place.is_first:
+            wait_for_tokens(files, watch)  # the first worker decides for all
         plan = decide(config, watch)
         writer = begin_store(plan, place, watch)
         try:
-            _harvest_share(plan, place, writer, watch)
+            written = _harvest_share(plan, place, writer, watch)
         finally:
             writer.close()
         with Store.open(config.out) as store:
-            return Finished(store.url, store.manifest.shards, int(store.committed.sum()), place.is_first)
+            ended = bool(written) and bool(store.committed.all())
+            return Finished(store.url, store.manifest.shards, int(store.committed.sum()), place.speaks or ended)
 
 
 def decide(config: HarvestConfig, watch: Watch) -> Plan:
-    """Which model it is, and whether it can give what is wanted."""
-    choice = choose(config.model)
+    """Which model it is, and whether it can give what is wanted. `auto` is decided once for a store."""
+    begun = _begun_with(open_files(config.out)) if config.model == AUTO else None
+    choice = begun or choose(config.model)
     watch.say(choice.banner)
     return make_plan(config, fetch(choice))
+
+
+def _begun_with(files: Files) -> Choice | None:
+    if not files.exists(ROOT):
+        return None
+    model = read_root(files).manifest.model
+    return choose_again(model.id, model.revision)
 
 
 def reharvest(url: str, shards: Sequence[int], device: str | None = None, model: str | None = None) -> None:
@@ -95,20 +110,19 @@ def make_harvester(manifest: Manifest, source: ModelSource, device: torch.device
     return Harvester(load_model(source.folder, wanted, getattr(torch, manifest.model.dtype), device), manifest, device)
 
 
-def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) -> None:
-    """This worker's part of what is pending."""
-    manifest = writer.manifest
-    shards = [shard for shard in writer.pending() if place.worker.takes(shard)]
+def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) -> int:
+    """This worker's part of what is pending; returns how many shards it wrote."""
+    manifest, pending = writer.manifest, writer.pending()
+    shards = [shard for shard in pending if place.worker.takes(shard)]
     if not shards:
-        return
+        return 0
     keep_large_blocks(SMALLER_THAN_SHARDS)
     harvester = make_harvester(manifest, plan.source, place.device)
-    if not is_bound_to_fit(writer.files, manifest, len(shards)):
+    if not is_bound_to_fit(writer.files, manifest, len(pending)):  # all workers fill the same disk
         with Store(writer.files) as store:
             cost = measure_cost(harvester, store.beginning(shards[0])[0])
-        require_space(writer.files.url, writer.files.free_bytes(), needed_bytes(cost, manifest, len(shards)))
-    tokens = sum(stop - start for start, stop in map(manifest.shard_range, shards)) * manifest.context
-    with watch.stage("harvesting", tokens):
+        require_space(writer.files.url, writer.files.free_bytes(), needed_bytes(cost, manifest, pending))
+    with watch.stage("harvesting", tokens_in(manifest, shards)):
         elsewhere = harvest_shards(
             writer, harvester, shards, lambda record: watch.committed(record, manifest.context, writer.files)
         )
@@ -116,3 +130,4 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
         watch.say(
             f"{len(elsewhere)} shards were left to another writer that holds or has committed them{writer.if_killed}"
         )
+    return len(shards) - len(elsewhere)

@@ -94,6 +94,15 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would_cost(type_: Type, tmp_p
     assert not (tmp_path / "store").exists()
 
 
+def test_each_worker_of_its_own_terminal_speaks_and_the_last_one_sums_up(type_: Type):
+    first, second = type_("--worker=1/2"), type_("--worker=2/2")
+    assert "4 of 8 shards are committed; others belong to other workers" in first.output
+    assert "next: sae-train" not in first.output
+    assert "going on with the store" in second.output
+    assert "kept mass" in second.output and "next: sae-train" in second.output
+    assert "0 shards; size and time are theirs" in type_("--dry-run").output
+
+
 def test_the_estimate_is_near_the_truth(type_: Type, tmp_path):
     estimate = type_("--dry-run").output
     type_()
@@ -217,6 +226,7 @@ def test_two_launched_processes_give_the_same_store(words, type_: Type, tmp_path
         capture_output=True,
     )
     assert ended.returncode == 0, ended.stderr.decode()
+    assert b"next: sae-train" in ended.stdout  # by whichever ended the work
     assert type_(f"--out={tmp_path / 'straight'}").exit_code == 0
     assert digest_of(tmp_path / "store") == digest_of(tmp_path / "straight")
 

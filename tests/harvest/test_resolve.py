@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from saemill.harvest import resolve
 from saemill.harvest.errors import ModelUnavailable
-from saemill.harvest.resolve import FIRST_CHOICE, choose, fetch
+from saemill.harvest.resolve import FIRST_CHOICE, Choice, choose, choose_again, fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -40,7 +40,10 @@ FAILURES = [
     (UNREACHABLE, r"could not be reached \(Name or service not known\): check the network"),
     (OFFLINE, r"could not be reached \(offline mode is enabled\)"),
     (LocalEntryNotFoundError("no snapshot here"), r"could not be reached \(no snapshot here\)"),
-    (OSError(28, "No space left on device"), "No space left on device"),
+    (
+        OSError(28, "No space left on device"),
+        "disk is full while downloading into .*: free some space, or set HF_HOME",
+    ),
 ]
 
 
@@ -52,6 +55,7 @@ class Hub:
         self.calls: list[str] = []
         self.failure: Exception | None = None
         self.delay_seconds = 0.0
+        self.files = ("config.json", "model.safetensors", "tokenizer.json")
 
     def fill_cache(self, *names: str) -> None:
         self.snapshot.mkdir(exist_ok=True)
@@ -66,7 +70,7 @@ class Hub:
             return str(self.snapshot)
         if self.failure:
             raise self.failure
-        self.fill_cache("config.json", "model.safetensors", "tokenizer.json")
+        self.fill_cache(*self.files)
         return str(self.snapshot)
 
     def get_hf_file_metadata(self, _url, **_options) -> None:
@@ -158,6 +162,27 @@ def test_a_folder_is_named_by_its_content_not_by_its_place(make_model, tmp_path)
     assert a.folder != b.folder
     assert a.revision.startswith("sha256-")
     assert a.revision != c.revision
+
+
+@pytest.mark.parametrize("files", [("config.json", "tokenizer.json"), ("model.safetensors",)])
+def test_a_model_of_the_hub_without_weights_or_configuration(hub, files):
+    hub.files = files
+    with pytest.raises(ModelUnavailable, match="somebody/model: expected config.json and complete safetensors"):
+        fetch(Choice("somebody/model"))
+
+
+def test_a_disk_that_is_full_in_the_words_of_the_hubs_own_library(hub):
+    hub.failure = RuntimeError("Data processing error: I/O error: No space left on device (os error 28)")
+    with pytest.raises(ModelUnavailable, match="the disk is full while downloading into"):
+        fetch(Choice("somebody/model"))
+
+
+def test_auto_means_for_a_store_what_it_was_begun_with():
+    gemma, pocket = choose_again(FIRST_CHOICE, COMMIT), choose_again("pocket", "sha256-0")
+    assert gemma is not None and (gemma.name, gemma.revision) == (FIRST_CHOICE, COMMIT)
+    assert pocket is not None and (pocket.name, pocket.revision) == ("pocket", None)
+    assert len(gemma.banner) == len(pocket.banner) == 2
+    assert choose_again("somebody/model", COMMIT) is None
 
 
 def test_a_folder_without_weights(tmp_path):

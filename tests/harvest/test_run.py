@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from saemill.cache_schema import (
@@ -31,9 +34,13 @@ from saemill.cache_schema.verify import digest, verify_shards
 from saemill.harvest import begin, run, shards
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus import CorpusSource
+from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SplitEmpty
+from saemill.harvest.estimate import RESERVE_BYTES
 from saemill.harvest.hub import HubCorpus
+from saemill.harvest.place import Place
 from saemill.harvest.progress import Watch
+from saemill.harvest.resolve import FIRST_CHOICE, Choice, ModelSource
 from saemill.harvest.run import Finished, reharvest
 from saemill.harvest.spool import Spool
 
@@ -182,15 +189,136 @@ def test_workers_in_any_order_give_the_same_store(make_config: Make, tmp_path):
     harvest(straight)
     finished = [harvest(make_config(worker=Worker(index, 3))) for index in (0, 2, 1)]
     assert [item.committed for item in finished] == [3, 5, 8]
-    assert [item.is_first for item in finished] == [True, False, False]
+    assert all(item.speaks for item in finished)  # each in a terminal of its own
     assert digest_of(make_config().out) == digest_of(straight.out)
 
 
 def test_a_later_worker_waits_for_the_tokens_with_a_bound(make_config: Make, monkeypatch):
     monkeypatch.setattr(begin, "WAIT_SECONDS", 0)
     monkeypatch.setattr(begin, "POLL_SECONDS", 0.01)
+    said = io.StringIO()
     with pytest.raises(TimeoutError, match="first worker"):
-        harvest(make_config(worker=Worker(1, 2)))
+        run.harvest(make_config(worker=Worker(1, 2)), Watch(Console(file=said)))
+    assert "waiting for worker 1 to write the tokens" in said.getvalue()
+
+
+def test_of_one_launch_the_first_speaks_and_whoever_ends_the_work(make_config: Make, monkeypatch):
+    def launched(rank: int) -> Finished:
+        place = Place(torch.device("cpu"), Worker(rank, 2), speaks=rank == 0)
+        monkeypatch.setattr(run, "taken_place", lambda *_: nullcontext(place))
+        return run.harvest(make_config(), Watch(is_quiet=True))
+
+    first, second, again = launched(0), launched(1), launched(1)
+    assert [(item.committed, item.speaks) for item in (first, second, again)] == [(4, True), (8, True), (8, False)]
+
+
+@pytest.mark.parametrize(("rank", "is_quiet"), [(0, False), (1, True)])
+def test_of_one_launch_only_the_first_shows_what_it_does(make_config: Make, monkeypatch, rank, is_quiet):
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    watches: list[Watch] = []
+    monkeypatch.setattr(run, "taken_place", lambda *_: nullcontext(Place(torch.device("cpu"), Worker(0), rank == 0)))
+    monkeypatch.setattr(run, "decide", lambda _, watch: watches.append(watch))
+    monkeypatch.setattr(run, "begin_store", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.harvest(make_config())
+    assert watches[0].console.quiet is is_quiet
+
+
+@pytest.fixture
+def chosen(model_folder, monkeypatch) -> list[Choice]:
+    """What was fetched; every model has the files of the tiny one."""
+    choices: list[Choice] = []
+
+    def fetch(choice: Choice) -> ModelSource:
+        choices.append(choice)
+        return ModelSource(choice.name, "c0ffee", model_folder)
+
+    monkeypatch.setattr(run, "fetch", fetch)
+    return choices
+
+
+@pytest.mark.parametrize(("name", "revision"), [(FIRST_CHOICE, "c0ffee"), ("pocket", None)])
+def test_auto_is_decided_once_for_a_store(make_config: Make, chosen, monkeypatch, name, revision):
+    config = make_config(model="auto")
+    monkeypatch.setattr(run, "choose", lambda _: Choice(name))
+    harvest(replace(config, worker=Worker(0, 2)))
+    monkeypatch.setattr(run, "choose", lambda _: pytest.fail("decided anew"))
+    said = io.StringIO()
+    assert run.harvest(replace(config, worker=Worker(1, 2)), Watch(Console(file=said, width=200))).committed == 8
+    dry_run(config, Watch(is_quiet=True))
+    assert [(choice.name, choice.revision) for choice in chosen[1:]] == [(name, revision)] * 2
+    assert said.getvalue().startswith(f"model: {name}, because the store at --out was begun with it\nto insist: ")
+
+
+def test_auto_chooses_where_the_store_is_of_a_model_it_never_means(make_config: Make, chosen, monkeypatch):
+    harvest(make_config())
+    monkeypatch.setattr(run, "choose", lambda _: Choice("pocket"))
+    with pytest.raises(StoreMismatch, match=r"model\.id"):
+        harvest(make_config(model="auto"))
+
+
+def test_under_auto_a_later_worker_waits_for_the_first_ones_decision(make_config: Make, monkeypatch):
+    monkeypatch.setattr(begin, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(begin, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(run, "choose", lambda _: pytest.fail("decided by itself"))
+    with pytest.raises(TimeoutError, match="first worker"):
+        harvest(make_config(model="auto", worker=Worker(1, 2)))
+
+
+def test_a_dry_run_waits_for_nobody(make_config: Make, chosen, monkeypatch):
+    monkeypatch.setattr(begin, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(run, "choose", lambda _: Choice("pocket"))
+    dry_run(make_config(model="auto", worker=Worker(1, 2)), Watch(is_quiet=True))
+    assert not Path(make_config().out).exists()
+
+
+def test_a_dry_run_counts_what_is_left(make_config: Make):
+    config, quiet = make_config(), Watch(is_quiet=True)
+    whole = dry_run(config, quiet)
+    assert list(whole.work.shards) == list(range(8))
+    harvest(replace(config, worker=Worker(0, 2)))
+    rest = dry_run(config, quiet)
+    assert list(rest.work.shards) == [1, 3, 5, 7]
+    assert rest.work.manifest.tokens == 4000 and rest.work.is_begun
+    tokens = 16 * 32 * 3 + 13 * 32  # the last shard is a short one
+    assert rest.seconds == pytest.approx(tokens / rest.cost.tokens_per_second)
+    assert rest.needed_bytes == int(rest.cost.total_per_token * tokens) + RESERVE_BYTES
+    with pytest.raises(StoreMismatch, match="attention.topk"):
+        dry_run(replace(config, attention_topk=8), quiet)
+    harvest(config)
+    assert (dry_run(config, quiet).needed_bytes, dry_run(config, quiet).seconds) == (0, 0)
+
+
+def leave_spool(out: str) -> Path:
+    """What a process leaves that dies between the store's root document and the end of its spool."""
+    folder = Path(out + ".spool")
+    folder.mkdir()
+    for name in ("lock", "tokens.u32"):
+        (folder / name).touch()
+    return folder
+
+
+def test_a_scratch_folder_that_was_left_behind_is_removed(make_config: Make):
+    config = make_config()
+    harvest(config)
+    folder = leave_spool(config.out)
+    harvest(replace(config, worker=Worker(1, 2)))
+    with begin._locked(folder):
+        harvest(config)
+    assert (folder / "tokens.u32").exists()
+    harvest(config)
+    assert not folder.exists()
+
+
+def test_a_folder_of_that_name_that_is_no_scratch_folder_stays(make_config: Make):
+    config = make_config()
+    harvest(config)
+    folder = leave_spool(config.out)
+    (folder / "lock").unlink()
+    harvest(config)
+    assert folder.exists()
 
 
 def test_other_settings_are_refused_with_their_differences(make_config: Make):
@@ -294,6 +422,12 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_shard(make_config:
         harvest(make_config())
     with Store.open(make_config().out) as store:
         assert not store.committed.any()
+
+
+def test_a_disk_must_hold_the_shards_of_all_workers(make_config: Make, monkeypatch):
+    monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: RESERVE_BYTES + 250_000)
+    with pytest.raises(StoreFull, match="the harvest needs"):
+        harvest(make_config(worker=Worker(0, 2)))
 
 
 def test_a_disk_that_only_the_bound_exceeds_is_measured_and_accepted(make_config: Make, monkeypatch):
