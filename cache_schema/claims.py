@@ -145,9 +145,7 @@ class LeaseClaims:
                     self._renew_one(number)
 
     def _renew_one(self, number: int) -> None:
-        """Not one that was released meanwhile, nor one that lapsed while this process slept and that another took."""
-        if number not in self._held:
-            return
+        """Not one that lapsed while this process slept and that another took; of one released, nothing is there."""
         if self._lease(number).get("owner") == self._owner:
             self._files.replace(self._key(number), self._new_lease())
         else:
