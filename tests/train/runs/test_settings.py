@@ -83,7 +83,7 @@ def test_lists_of_a_grid_have_labels_of_their_own():
 
 def test_two_saes_of_one_label_are_refused():
     with pytest.raises(ConfigInvalid, match="two SAEs of the run would both be called one"):
-        Ask((Sae("one", "topk"), Sae("one", "standard"))).members({})
+        Ask((Sae("one", "topk"), Sae("one", "standard"))).members(lambda _: {})
 
 
 @pytest.mark.parametrize("variant", variants.names())
