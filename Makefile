@@ -87,7 +87,8 @@ bench-train: env peers ## training steps against SAELens and dictionary_learning
 	$(BIN)/python bench/guided.py
 	$(BIN)/python bench/fleet.py $(STORE)
 
-bench-quality: env peers ## explained variance at equal sparsity, against the peers
+bench-quality: env peers ## saved SAEs opened by SAELens; explained variance at equal sparsity, against the peers
+	$(BIN)/python bench/check_sae_lens.py --peers-python $(PEERS)/bin/python
 	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STORE)
 	$(BIN)/python bench/quality.py $(STORE) --peers-python $(PEERS)/bin/python
 
