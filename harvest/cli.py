@@ -127,6 +127,9 @@ def _reported(url: str) -> Iterator[None]:
     except (HarvestError, StoreError) as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(1)
+    except PermissionError as error:
+        click.echo(f"{error.filename} is not for this user to open. Change its permissions, or name another", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         click.echo(f"stopped. {_what_is_safe(url)}; the same command goes on from there", err=True)
         sys.exit(130)

@@ -37,7 +37,7 @@ REFUSALS = (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-DAMAGE = (ValueError, zlib.error)  # pyarrow's errors about the content of a file are ValueErrors
+DAMAGE = (ValueError, EOFError, zlib.error)  # pyarrow's errors about the content of a file are ValueErrors
 WAITS_SECONDS = (1, 2, 4, 8, 16)  # after so many failures in a row without one document in between, stop
 TIMEOUT_SECONDS = 10
 

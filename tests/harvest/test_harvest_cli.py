@@ -179,6 +179,15 @@ def test_bad_text_gets_one_line(type_: Type, tmp_path, content, line):
     assert result.output.splitlines()[-1].startswith(line)
 
 
+def test_a_file_of_another_user_gets_one_line(type_: Type, text_file, monkeypatch):
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("saemill.harvest.local_files._blocks_of_text", refuse)  # root may read everything
+    result = type_()
+    assert result.exit_code == 1 and f"{text_file} is not for this user to open" in result.output
+
+
 def test_a_tokenizer_without_bos_is_refused(type_: Type, model_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)

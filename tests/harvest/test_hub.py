@@ -117,8 +117,9 @@ def test_a_corrupt_page_is_no_reason_to_wait_for_a_network(tmp_path):
         list(streamed(tmp_path / "a.parquet").documents())
 
 
-def test_damage_further_on_says_how_far_the_stream_came(parquet):
-    network = Network(parquet, [21], error=OSError("Corrupt snappy compressed data."))
+@pytest.mark.parametrize("error", [OSError("Corrupt snappy compressed data."), EOFError("Compressed file ended")])
+def test_damage_further_on_says_how_far_the_stream_came(parquet, error):
+    network = Network(parquet, [21], error=error)
     with pytest.raises(CorpusUnavailable, match=r"damaged behind document 21 .*--dataset-revision"):
         list(HubCorpus(SOURCE, "c0ffee", network.load, waits=(0, 0)).documents())
     assert network.loads == 1
