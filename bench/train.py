@@ -128,13 +128,17 @@ def summary(seconds: dict[str, list[float]], rows: int) -> dict[str, Any]:
 
 def show(results: list[dict[str, Any]], title: str) -> None:
     table = Table(title=title)
-    names = ["ours float32", "ours bfloat16", *PEERS]
+    names = [
+        name
+        for name in ("ours float32", "ours bfloat16", *PEERS)
+        if any(name in r["tokens_per_second"] for r in results)
+    ]
     for heading in ("variant", "width", *(f"{name}\ntok/s" for name in names), "ratio\nfloat32", "ratio\nbfloat16"):
         table.add_column(heading, justify="right")
     for result in results:
         speed, ratio = result["tokens_per_second"], result["ratio_to_faster_peer"]
         cells = [f"{speed[name]:,.0f}" if name in speed else "" for name in names]
-        cells += [f"{ratio[name]:.2f}" if name in ratio else "" for name in names[:2]]
+        cells += [f"{ratio[name]:.2f}" if name in ratio else "" for name in ("ours float32", "ours bfloat16")]
         table.add_row(result["variant"], str(result["width"]), *cells)
     Console(width=140).print(table)
 
