@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from . import variants
-from .build import SPARSE_TABLES, most_active, require
+from .build import DEAD_PART, SPARSE_TABLES, most_active, require
 from .compose import Assembly, Needs
 from .optim import Optim
 from .sae.model import EncoderProduct
@@ -43,6 +43,10 @@ class Wrapping:
     @property
     def step_tables(self) -> float:
         return getattr(_base_config(self, None), "step_tables", SPARSE_TABLES) + self.own_tables
+
+    @property
+    def dead_part(self) -> int:
+        return getattr(variants.config_type(self.base), "dead_part", DEAD_PART)
 
 
 def build_base(config: Wrapping, d_model: int, stats: Stats | None = None) -> Assembly:

@@ -65,9 +65,19 @@ def test_limits_bound_defaults_and_not_wishes():
     assert member.config.k == variants.config_type("topk")().k
 
 
-@pytest.mark.parametrize("variant, part", [("topk", 30), ("batchtopk", 30), ("matryoshka", 30), ("standard", 10)])
-def test_a_latent_is_dead_after_a_part_of_the_budget(variant, part):
-    asked = Ask.of_variants([variant], parse_settings([]))
+@pytest.mark.parametrize(
+    "variant, words, part",
+    [
+        ("topk", [], 30),
+        ("batchtopk", [], 30),
+        ("matryoshka", [], 30),
+        ("standard", [], 10),
+        ("tiered", [], 10),
+        ("tiered", ["base=topk"], 30),
+    ],
+)
+def test_a_latent_is_dead_after_a_part_of_the_budget(variant, words, part):
+    asked = Ask.of_variants([variant], parse_settings(words))
     (member,) = asked.members(lambda config: {"dead_after_tokens": dead_after(3_000_000, config)})
     assert member.config.dead_after_tokens == 3_000_000 // part
 
