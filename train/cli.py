@@ -136,6 +136,8 @@ def tell(console: Console, outcome: Outcome | None, plots: bool) -> None:
         dead = f"{sae.dead_latents} ({sae.dead_share:.1%})"
         table.add_row(label, str(sae.width), f"{sae.l0:.1f}", f"{sae.explained_variance:.4f}", dead)
     console.print(table)
+    for line in warnings_of(outcome):
+        console.print(line, style="yellow")
     console.print(
         f"{outcome.steps} steps, {outcome.tokens:,} tokens in {outcome.seconds:.0f} s: "
         f"{outcome.tokens_per_second:,.0f} tokens/s, {outcome.waiting_share:.1%} of it waiting for data"
@@ -149,6 +151,17 @@ def tell(console: Console, outcome: Outcome | None, plots: bool) -> None:
     if plots:
         after_run(folder_of(outcome), console.print)
     console.print(f"next: sae-eval {evaluated_as(outcome)}")
+
+
+def warnings_of(outcome: Outcome) -> list[str]:
+    """What nobody should have to notice in the table by himself."""
+    poor = [label for label, sae in outcome.saes.items() if not sae.explained_variance > 0]
+    if not poor:
+        return []
+    return [
+        f"warning: {', '.join(poor)}: held-out activations are rebuilt no better than by their mean. "
+        "Train on more --tokens, or with a higher --lr or a smaller --width"
+    ]
 
 
 def folder_of(outcome: Outcome) -> Path:

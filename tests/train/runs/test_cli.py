@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from saemill.cache_schema import Store
+from saemill.train.cli import warnings_of
+from saemill.train.outcome import Outcome, SaeOutcome
 
 TOPK = ["--variant", "topk"]
 
@@ -37,6 +40,15 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
     ):
         assert said in result.output
     assert result.output.rstrip().endswith(f"next: sae-eval {run}")
+
+
+def test_an_sae_that_is_no_better_than_the_mean_is_pointed_out():
+    poor = SaeOutcome("runs/run_1/poor", "topk", 8, 1.0, -0.2, 0, 0.0, None, 10)
+    saes = {"poor": poor, "fair": replace(poor, explained_variance=0.5)}
+    outcome = Outcome("runs/run_1", 1, 1, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, saes)
+    (line,) = warnings_of(outcome)
+    assert line.startswith("warning: poor: held-out activations are rebuilt no better than by their mean")
+    assert warnings_of(replace(outcome, saes={"fair": saes["fair"]})) == []
 
 
 def test_runs_get_the_next_free_number(big, sae_train, quick, tmp_path):
