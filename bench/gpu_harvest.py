@@ -11,6 +11,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -74,14 +75,19 @@ def make_model(folder: Path, shape: Shape, device: torch.device) -> Path:
 def matrix_rate(device: torch.device, size: int) -> float:
     """FLOP a second of one large product in bfloat16, the best of several."""
     left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return 2 * size**3 / best_seconds(device, lambda: left @ right)
+
+
+def best_seconds(device: torch.device, job: Callable[[], object]) -> float:
+    """Of ten times, each waited for."""
     seconds = []
     for _ in range(10):
         wait_for(device)
         start = perf_counter()
-        left @ right
+        job()
         wait_for(device)
         seconds.append(perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return min(seconds)
 
 
 def wait_for(device: torch.device) -> None:

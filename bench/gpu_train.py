@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from gpu_harvest import MATRIX, matrix_rate, wait_for
+from gpu_harvest import MATRIX, best_seconds, matrix_rate, wait_for
 from ratios import Row, conclude
 from store import WIDTH, make_manifest, make_residuals, write_store
 
@@ -58,14 +59,8 @@ SMALL = Sizes((512,), 256, 8, 64, 2, 256, 2**20)
 def copy_rate(device: torch.device, floats: int) -> float:
     """Bytes a second that a large copy reads and writes, the best of several."""
     source = torch.ones(floats, device=device)
-    target, seconds = torch.empty_like(source), []
-    for _ in range(10):
-        wait_for(device)
-        start = perf_counter()
-        target.copy_(source)
-        wait_for(device)
-        seconds.append(perf_counter() - start)
-    return 2 * source.nbytes / min(seconds)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best_seconds(device, lambda: target.copy_(source))
 
 
 def bench_steps(sizes: Sizes, device: torch.device, peers: Path | None, rounds: int) -> list[Row]:
@@ -132,7 +127,7 @@ def forget(files: list[Path]) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def seconds_of(job: Any) -> float:
+def seconds_of(job: Callable[[], object]) -> float:
     start = perf_counter()
     job()
     return perf_counter() - start

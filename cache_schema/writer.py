@@ -146,7 +146,7 @@ class StoreWriter:
         """Everything that is there before the first shard; the root document comes last."""
         for key, data in documents_of(self.manifest).items():
             self.files.replace(key, data)
-        for path, values in (("tokens", tokens), ("documents", documents)):
+        for path, values in zip(BEGINNING, (tokens, documents), strict=True):
             part = ShardPart(self.arrays[path], 0, values)
             self._write_chunks([(part, at) for at in range(part.num_chunks)])
         self.files.settle(BEGINNING)

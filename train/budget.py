@@ -32,7 +32,7 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> Budget:
         return _budget(plan.steps_in(epochs), plan, said)
     epochs = course.epochs or 1
     steps = course.tokens // plan.batch_tokens
-    if steps < 1:
+    if steps == 0:
         raise NothingToTrain(
             f"a budget of {course.tokens} tokens is less than one batch of {plan.batch_tokens}: nothing to train"
         )
