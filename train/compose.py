@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,9 @@ class Term:
 
 class Constraint(Protocol):
     """Keeps the weights where they belong."""
+
+    reads_gradients: ClassVar[bool]
+    """Whether it looks at the gradient of a weight table as a table. A step in which nobody does never makes one."""
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         """Gradients are there, the optimiser has not moved."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ class UnitDecoder:
     """Decoder rows of length one.
 
     Before the step the part of each row's gradient that points along the row is removed, so that
-    Adam's moments do not gather what the normalisation would undo.
+    Adam's moments do not gather what the normalisation would undo. An optimiser that works row by row does
+    both by itself, and then leaves this constraint out.
     """
+
+    reads_gradients: ClassVar[bool] = False
 
     @torch.no_grad()
     def before_step(self, sae: SparseAutoencoder) -> None:
@@ -38,6 +42,8 @@ class UnitDecoder:
 @dataclass(frozen=True)
 class NonNegativeThreshold:
     """A jump threshold never falls below zero."""
+
+    reads_gradients: ClassVar[bool] = False
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         pass

@@ -47,7 +47,9 @@ class SideInputMissing(TrainError, LookupError):
 class NonFiniteLoss(TrainError, ArithmeticError):
     """A loss term is not a finite number; raised before the weights change."""
 
-    def __init__(self, step: int, terms: dict[str, float], place: str = "") -> None:
+    def __init__(
+        self, step: int, terms: dict[str, float], place: str = "", is_input_finite: bool | None = None
+    ) -> None:
         listed = ", ".join(f"{name} = {value}" for name, value in terms.items())
         super().__init__(
             f"step {step}{place and f', {place}'}: expected finite losses, found {listed}; "
@@ -56,6 +58,7 @@ class NonFiniteLoss(TrainError, ArithmeticError):
         )
         self.step = step
         self.terms = terms
+        self.is_input_finite = is_input_finite  # of the step's batch, where the step has looked
 
 
 class StoppedElsewhere(TrainError, RuntimeError):

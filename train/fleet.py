@@ -6,6 +6,7 @@ would see alone: a fleet of one and a member of many train to the same bits.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -13,15 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..cache_schema import Span
 from .config import Member
 from .data.draw import Draw
 from .errors import ActivationsNotFinite, NonFiniteLoss, StoppedElsewhere, TrainError
 from .ranks import Ranks
 from .sae.scaling import Stats, joined_stats
 from .shards import Shard
-from .step import Report, Trainee
+from .step import LOOK_EVERY, Report, Trainee
 
 SHOWN = 8  # windows that a message lists
+DIVERGED = "their activations are finite: training diverged"
+NOT_FINITE = "the store holds activations that are not finite numbers"
+REMEDY = "Harvest again in a dtype that can hold them, or leave these windows out"
+
+
+class Past:
+    """Where a step's rows came from."""
+
+    def __init__(self, step: int, draw: Draw) -> None:
+        self.step = step
+        self._pieces = draw.block.pieces
+        self._windows = {kind: draw.store_windows(kind) for kind in draw.kinds}
+
+    def place(self, windows: bool) -> str:
+        return _place(self._pieces, self._windows[windows])
 
 
 class Fleet:
@@ -37,6 +54,7 @@ class Fleet:
         shard: Shard | None = None,
     ) -> None:
         self._ranks = ranks
+        self._past: deque[Past] = deque(maxlen=LOOK_EVERY + 1)  # of what a GPU has not been asked about yet
         self.members = {member.label: member for member in members}
         self.needs = {member.label: member.config.request() for member in members}
         self.trainees = {
@@ -50,15 +68,34 @@ class Fleet:
     def step(self, draw: Draw) -> dict[str, Report]:
         """One step of every SAE."""
         reports = {}
+        if draw.device.type != "cpu":
+            self._past.append(Past(self.steps_taken, draw))
         for label, trainee in self.trainees.items():
             try:
                 reports[label] = trainee.step(draw.batch(self.needs[label]))
             except NonFiniteLoss as error:
-                raise _with_place(label, error, draw, self.needs[label].windows, self._ranks) from None
+                raise self._placed(label, error, draw) from None
         return reports
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        return {label: trainee.state() for label, trainee in self.trainees.items()}
+        return {label: self._state_of(label, trainee) for label, trainee in self.trainees.items()}
+
+    def _state_of(self, label: str, trainee: Trainee) -> dict[str, Tensor]:
+        try:
+            return trainee.state()
+        except NonFiniteLoss as error:
+            raise self._placed(label, error, None) from None
+
+    def _placed(self, label: str, error: NonFiniteLoss, draw: Draw | None) -> TrainError:
+        """The same error with the part of the store that its step was trained on."""
+        windows = self.needs[label].windows
+        if draw is not None and error.is_input_finite is None:
+            return _with_place(label, error, draw, windows, self._ranks)
+        # Seen late, when the step's draw is gone: what is left is which windows it held.
+        place = next((past.place(windows) for past in self._past if past.step == error.step), "")
+        if error.is_input_finite:
+            return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
+        return ActivationsNotFinite(f"{label}, step {error.step}: {NOT_FINITE} among {place}. {REMEDY}")
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -101,24 +138,21 @@ def _with_place(label: str, error: NonFiniteLoss, draw: Draw, windows: bool, ran
     broken = draw.non_finite_rows(windows)
     is_anywhere = bool(ranks.sum(torch.tensor([int(broken.any())], device=draw.device)))
     if broken.any():
-        place = _place(draw, draw.store_windows(windows)[broken])
-        return ActivationsNotFinite(
-            f"{label}, step {error.step}: the store holds activations that are no finite numbers: {place}. "
-            "Harvest again in a dtype that can hold them, or leave these windows out"
-        )
+        place = _place(draw.block.pieces, draw.store_windows(windows)[broken])
+        return ActivationsNotFinite(f"{label}, step {error.step}: {NOT_FINITE}: {place}. {REMEDY}")
     if is_anywhere:
         return StoppedElsewhere(
-            f"{label}, step {error.step}: another process's rows hold activations that are no finite numbers; "
+            f"{label}, step {error.step}: another process's rows hold activations that are not finite numbers; "
             "its own message names them"
         )
-    place = _place(draw, draw.store_windows(windows))
-    return NonFiniteLoss(error.step, error.terms, f"{label}, {place} (their activations are finite: training diverged)")
+    place = _place(draw.block.pieces, draw.store_windows(windows))
+    return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
 
 
-def _place(draw: Draw, windows: np.ndarray) -> str:
+def _place(pieces: Sequence[Span], windows: np.ndarray) -> str:
     """Shards and windows in words."""
     distinct = np.unique(windows)
-    pieces = [piece for piece in draw.block.pieces if ((piece.start <= distinct) & (distinct < piece.stop)).any()]
+    pieces = [piece for piece in pieces if ((piece.start <= distinct) & (distinct < piece.stop)).any()]
     return f"shard {_listed(np.unique([piece.shard for piece in pieces]))}, windows {_listed(distinct)}"
 
 

@@ -6,6 +6,7 @@ Both act on rows of the tables that have one for each latent (encoder, decoder, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from .sae.model import SparseAutoencoder
 @dataclass(frozen=True)
 class TierGradients:
     """Notes the norm of each tier's gradient, and scales it down to `clip_norm` where it is larger."""
+
+    reads_gradients: ClassVar[bool] = True
 
     clip_norm: float | None = None
 
@@ -41,6 +44,8 @@ class TierGradients:
 @dataclass(frozen=True, eq=False)
 class GradientNoise:
     """Normal noise of `scale` times the root mean square of each gradient, so that it ends where learning ends."""
+
+    reads_gradients: ClassVar[bool] = True
 
     scale: float
     generator: torch.Generator  # the SAE's own: its state is saved with the rest

@@ -1,7 +1,7 @@
 """How long ago each latent fired.
 
 F latents. The counters are state of the trainer, not of the SAE: they decide which latents count
-as dead.
+as dead. Counting is the device's own; a list of the dead has a length, so somebody must wait for it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,35 @@ class LatentCounters:
 
     def __init__(self, num_latents: int, device: torch.device) -> None:
         self.tokens_since_fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
+        self._listed = torch.zeros(num_latents, dtype=torch.bool, device=device)
+        self._numbers: Tensor | None = None
 
     def dead(self, after_tokens: int) -> Tensor:
         """bool [F], latents that have not fired in the last `after_tokens` tokens."""
         return self.tokens_since_fired >= after_tokens
 
+    def list_dead(self, after_tokens: int, retired: Tensor | None) -> None:
+        """Note which latents are dead now, for `listed`; those that were retired are past saving."""
+        dead = self.dead(after_tokens)
+        self._listed.copy_(dead if retired is None else dead & ~retired)
+        self._numbers = None
+
+    @property
+    def listed(self) -> Tensor:
+        """int64, the latents that were dead when last noted, in rising order."""
+        if self._numbers is None:
+            self._numbers = self._listed.nonzero().view(-1)
+        return self._numbers
+
     @torch.no_grad()
     def update(self, fired_F: Tensor, tokens: int) -> None:
         """Take in one global batch in which latent f fired fired_F[f] times."""
         self.tokens_since_fired += tokens
-        self.tokens_since_fired[fired_F > 0] = 0
+        self.tokens_since_fired.masked_fill_(fired_F > 0, 0)
 
     def state(self) -> dict[str, Tensor]:
-        return {"tokens_since_fired": self.tokens_since_fired}
+        return {"tokens_since_fired": self.tokens_since_fired, "listed": self._listed}
+
+    def loaded(self) -> None:
+        """The state was written to from outside."""
+        self._numbers = None

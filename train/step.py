@@ -1,9 +1,12 @@
 """One training step of one SAE, and all the state that it leaves behind.
 
 1. Knobs and weights of this step from their schedules; the view of the batch.
-2. Every term, weighted and summed; a loss that is no finite number stops here.
+2. Every term, weighted and summed; a loss that is not finite stops here.
 3. Backward; gradients averaged over ranks; constraints; Adam; constraints.
 4. Running statistics of the gate and of extras, firing counters, step count.
+
+On a GPU no step waits for the device: the host looks every LOOK_EVERY steps only. Until then a loss that is not
+finite freezes the weights on the device, and the list of dead latents is that of the last look.
 
 Nothing here knows a variant by name, and no step reads a global random state: an SAE in a fleet
 trains to the bits it would have alone.
@@ -12,6 +15,7 @@ trains to the bits it would have alone.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,13 +25,30 @@ import torch
 from torch import Tensor, nn
 
 from .compose import Assembly, Term
+from .constraints import UnitDecoder
 from .errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from .latents import LatentCounters
 from .optim import Adam
 from .ranks import Alone, Ranks, shared
+from .sae.kernels.hardware import runs_triton
 from .sae.model import SparseAutoencoder
 from .shards import Shard, assign, on_host
 from .view import Batch, View
+
+READ_AT_ONCE = {"cpu"}  # kinds of devices whose losses the host reads in each step, because it costs nothing
+LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait
+WIDEST_ROW = 16384  # of a table that is updated row by row: a row stands in the registers of one program
+ADDED_LATER = {"latents.listed"}  # states that checkpoints of before may lack
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What a step leaves for the next look."""
+
+    step: int
+    losses: Mapping[str, Tensor]
+    is_finite: Tensor  # bool, the loss
+    is_input_finite: Tensor  # bool, the batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,13 +120,22 @@ class Trainee:
             _require_shardable(name, self.sae)
             shard(self._losses)
         self.sae.to(self.device)
-        self.optimiser = Adam(dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae))
+        by_row = self._tables_by_row()
+        # The kernel that updates decoder rows keeps them at length one by itself.
+        self._constraints = [c for c in assembly.constraints if not (by_row and isinstance(c, UnitDecoder))]
+        self.optimiser = Adam(dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae), by_row)
         self.counters = LatentCounters(self.sae.num_latents, self.device)
         self.step_index = 0
         self._lr = assembly.optim.schedule()
+        self._looks_late = self.device.type not in READ_AT_ONCE
+        self._traces: deque[Trace] = deque(maxlen=LOOK_EVERY)
+        self._frozen = torch.zeros((), device=self.device) if self._looks_late else None
 
     def step(self, batch: Batch) -> Report:
         """Train on one batch."""
+        if self._looks_late and self.step_index % LOOK_EVERY == 0:
+            self.look()
+            self.counters.list_dead(self.assembly.dead_after_tokens, self.sae.retired)
         view = self._view(batch)
         random_state = self.assembly.generator.get_state()
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
@@ -121,6 +151,7 @@ class Trainee:
 
     def state(self) -> dict[str, Tensor]:
         """Everything a bit-exact continuation needs, as flat named tensors; all ranks of a sharded one must ask."""
+        self.look()
         return {name: on_host(tensor) for name, tensor in self._own_state().items()}
 
     @contextmanager
@@ -144,7 +175,7 @@ class Trainee:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state()` returned."""
         own = self._own_state()
-        problems = [f"{name} is missing" for name in own.keys() - state.keys()]
+        problems = [f"{name} is missing" for name in own.keys() - state.keys() - ADDED_LATER]
         problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
         problems += [
             f"{name}: expected shape {tuple(own[name].shape)}, found {tuple(state[name].shape)}"
@@ -153,8 +184,10 @@ class Trainee:
         ]
         if problems:
             raise StateInvalid(f"{self.name}: the saved state does not fit: {'; '.join(sorted(problems))}")
-        for name, tensor in own.items():
-            assign(tensor, state[name])
+        for name in own.keys() & state.keys():
+            assign(own[name], state[name])
+        self.optimiser.loaded()
+        self.counters.loaded()
         self.assembly.generator.set_state(state["generator"].cpu())
         self.step_index = int(state["step"])
 
@@ -169,11 +202,30 @@ class Trainee:
             dead=self.counters.dead(assembly.dead_after_tokens),
             stats=assembly.target_stats,
             generator=assembly.generator,
+            listed_dead=self.counters.listed if self._looks_late else None,
         )
+
+    def look(self) -> None:
+        """Where the host does not wait for each step: whether one since the last look had a loss that is not finite."""
+        traces = list(self._traces)
+        self._traces.clear()
+        if not traces:
+            return
+        found = torch.stack([torch.stack([trace.is_finite, trace.is_input_finite]) for trace in traces]).tolist()
+        for trace, (is_finite, is_input_finite) in zip(traces, found, strict=True):
+            if not is_finite:
+                losses = {name: float(value) for name, value in trace.losses.items()}
+                raise NonFiniteLoss(trace.step, losses, is_input_finite=bool(is_input_finite))
 
     def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor], random_state: Tensor) -> None:
         """Of the whole batch: all ranks stop, or none."""
         mean = view.side.ranks.mean
+        if self._frozen is not None:
+            losses = {name: mean(value.detach()) for name, value in losses.items()}
+            is_finite = mean(loss.detach()).isfinite()
+            self._traces.append(Trace(self.step_index, losses, is_finite, view.x.isfinite().all()))
+            self._frozen = torch.maximum(self._frozen, (~is_finite).float())
+            return
         if not math.isfinite(float(mean(loss.detach()))):
             self.assembly.generator.set_state(random_state)  # as if the step had not been tried
             raise NonFiniteLoss(self.step_index, {name: float(mean(value.detach())) for name, value in losses.items()})
@@ -183,13 +235,28 @@ class Trainee:
             for parameter in self.optimiser.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad = self.ranks.sum(parameter.grad).div_(self.ranks.size)
-        for constraint in self.assembly.constraints:
+        for constraint in self._constraints:
             constraint.before_step(self.sae)
-        grad_norm = self.optimiser.step(lr)
+        grad_norm = self.optimiser.step(lr, self._frozen)
         self.optimiser.zero_grad()
-        for constraint in self.assembly.constraints:
+        for constraint in self._constraints:
             constraint.after_step(self.sae)
         return grad_norm
+
+    def _tables_by_row(self) -> dict[str, bool]:
+        """The weight tables that a kernel can update row by row, and whether it keeps their rows at length one.
+
+        Not where anything but the kernel has to see their gradients: other ranks, a clip of all gradients
+        together, a constraint.
+        """
+        sees_all = self.ranks.size > 1 or self._is_sharded or self.assembly.optim.clip_norm is not None
+        if sees_all or any(constraint.reads_gradients for constraint in self.assembly.constraints):
+            return {}
+        tables = {"W_enc": self.sae.W_enc, "W_dec": self.sae.W_dec}
+        if not all(runs_triton(table) and table.shape[1] <= WIDEST_ROW for table in tables.values()):
+            return {}
+        is_unit = any(isinstance(constraint, UnitDecoder) for constraint in self.assembly.constraints)
+        return {"W_enc": False, "W_dec": is_unit}
 
     @torch.no_grad()
     def _report(

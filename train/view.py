@@ -40,6 +40,7 @@ class View:
     dead: Tensor  # bool [F], latents that have not fired for long
     stats: Stats  # of the target
     generator: torch.Generator
+    listed_dead: Tensor | None = None  # the dead latents that the step has listed; listing them waits for a GPU
     memory: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Tensor] = field(default_factory=dict)
 
@@ -59,6 +60,8 @@ class View:
     @property
     def dead_latents(self) -> Tensor:
         """int64, the dead latents in rising order; those that were retired are past saving."""
+        if self.listed_dead is not None:
+            return self.listed_dead
         retired = self.sae.retired
         wanted = self.dead if retired is None else self.dead & ~retired
         return self.once("dead_latents", lambda: wanted.nonzero().view(-1))

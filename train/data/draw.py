@@ -57,6 +57,11 @@ class Draw:
         self._scaled: dict[tuple[bool, tuple[int, ...]], Tensor] = {}
         self._made: dict[tuple[str, int], Any] = {}
 
+    @property
+    def kinds(self) -> tuple[bool, ...]:
+        """Whether tokens, whole windows or both are drawn."""
+        return tuple(kind for kind, rows in self._rows.items() if rows is not None)
+
     def rows_of(self, windows: bool) -> Rows:
         rows = self._rows[windows]
         assert rows is not None, "this stream was not told that anyone needs rows of this kind"

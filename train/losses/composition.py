@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,8 @@ class Composition(nn.Module):
 
 class NonNegative:
     """C never falls below zero."""
+
+    reads_gradients: ClassVar[bool] = False
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         pass

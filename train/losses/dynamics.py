@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,8 @@ class Dynamics(nn.Module):
 
 class Retire:
     """Retired latents read nothing and stay below zero."""
+
+    reads_gradients: ClassVar[bool] = True
 
     @torch.no_grad()
     def before_step(self, sae: SparseAutoencoder) -> None:

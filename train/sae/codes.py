@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .kernels.functions import decode_at, spread_latents, spread_rows, sum_rows
-from .kernels.products import latent_sum, row_sum
+from .kernels.products import latent_count, latent_sum, row_sum
 from .kernels.support import Support
 
 
@@ -72,7 +72,7 @@ class Codes:
         active = self.values.detach() > 0
         if self.support is None:
             return active.sum(0)
-        return torch.bincount(self.support.latents[active], minlength=self.num_latents)
+        return latent_count(self.support, active)
 
     @cached_property
     def l0(self) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .codes import Codes
-from .kernels.select import marked, positive, support_topk, topk_batch
+from .kernels.select import marked, positive, support_of_batch, support_topk, topk_batch
 from .kernels.support import Support, support_from_flat
 from .kernels.threshold import heaviside_ste, jump_ste
 from .side import Side
@@ -108,9 +108,9 @@ class BatchTopK(Gate):
     def choose(self, pre: Tensor, side: Side) -> Support:
         # One rank may hold most of the largest of all ranks' rows, so each offers that many.
         count = round(side.knob("k", self.k) * side.ranks.rows(pre.shape[0]))
-        flat = topk_batch(pre, min(count, pre.numel()))
-        if side.ranks.size > 1:
-            flat = _keep_globally(pre, flat, count, side)
+        if side.ranks.size == 1:
+            return support_of_batch(pre, min(count, pre.numel()))
+        flat = _keep_globally(pre, topk_batch(pre, min(count, pre.numel())), count, side)
         return support_from_flat(flat, pre.shape[0], pre.shape[1])
 
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
@@ -121,11 +121,11 @@ class BatchTopK(Gate):
         values = codes.values.detach()
         smallest = torch.where(values > 0, values, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
         smallest = torch.cat(side.ranks.gather(smallest.reshape(1))).amin()
-        if not torch.isfinite(smallest):
-            return
-        self.threshold_steps += 1
-        weight = max(1.0 - self.threshold_decay, 1.0 / float(self.threshold_steps))
-        self.threshold += weight * (smallest - self.threshold)
+        is_any = torch.isfinite(smallest)  # whether the batch kept an entry; never asked on the host
+        self.threshold_steps += is_any
+        weight = self.threshold_steps.double().clamp_min(1).reciprocal().clamp_min(1.0 - self.threshold_decay).float()
+        moved = self.threshold + weight * (smallest - self.threshold)
+        self.threshold.copy_(torch.where(is_any, moved, self.threshold))
 
 
 class JumpRelu(Gate):

@@ -27,6 +27,7 @@ from .kernels.functions import affine
 from .kernels.hardware import has_fast_bfloat16
 from .kernels.linear import linear
 from .kernels.support import Support
+from .kernels.tables import low_copy
 from .side import NO_SIDE, Side
 
 EncoderProduct = Literal["float32", "bfloat16"]
@@ -147,7 +148,7 @@ class SparseAutoencoder(nn.Module):
         if self.encoder_product == "float32" or not has_fast_bfloat16(x_centred.device.type):
             return linear(x_centred, self.W_enc, self.b_enc)
         low = torch.bfloat16
-        return linear(x_centred.to(low), self.W_enc.to(low), self.b_enc.to(low))
+        return linear(x_centred.to(low), low_copy(self.W_enc), self.b_enc.to(low))
 
     def _known(self, pre_all: Tensor, support: Support | None) -> Tensor | None:
         if pre_all.dtype != self.W_enc.dtype:

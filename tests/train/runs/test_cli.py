@@ -169,7 +169,7 @@ def test_activations_that_are_no_numbers_name_their_place(write_store, sae_train
     """Window 70 is broken; its moments were taken before."""
     write_store(tmp_path / "store", windows=300, break_at=(3, 70))
     result = sae_train(*TOPK, *quick, "--cache", tmp_path / "store", "--epochs", 1, code=1)
-    assert "no finite numbers: shard 2, windows 70." in result.output
+    assert "not finite numbers: shard 2, windows 70." in result.output
     assert not list(tmp_path.glob("runs/*/result.json"))
 
 

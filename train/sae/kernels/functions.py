@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .linear import linear
-from .products import column_sum, decode_sum, latent_sum, pair_dots, row_sum, weight_sum
+from .products import column_sum, decode_sum, latent_sum, pair_dots, row_sum
 from .support import Support
+from .tables import table_gradient
 
 
 class _AffineAt(torch.autograd.Function):
@@ -50,7 +51,7 @@ class _AffineAt(torch.autograd.Function):
         x_BD, W_FD = ctx.saved_tensors
         need_x, need_center, need_W = ctx.needs_input_grad[:3]
         grad_x = decode_sum(ctx.support, grad_N, W_FD) if need_x else None
-        grad_W = weight_sum(ctx.support, grad_N, x_BD) if need_W else None
+        grad_W = table_gradient(W_FD, ctx.support, grad_N, x_BD) if need_W else None
         grad_b = latent_sum(ctx.support, grad_N)
         # Summed over rows before the product: one vector times W instead of a bag sum.
         grad_center = -(grad_b @ W_FD) if need_center else None
@@ -94,7 +95,7 @@ class _DecodeAt(torch.autograd.Function):
         grad_BD = grad_BD.contiguous()
         need_values, need_W, need_b = ctx.needs_input_grad[:3]
         grad_values = pair_dots(ctx.support, grad_BD, W_FD) if need_values else None
-        grad_W = weight_sum(ctx.support, values_N, grad_BD) if need_W else None
+        grad_W = table_gradient(W_FD, ctx.support, values_N, grad_BD) if need_W else None
         grad_b = column_sum(grad_BD) if need_b else None
         return grad_values, grad_W, grad_b, None
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..codes import Codes
-from .products import column_sum, decode_sum, pair_dots, weight_sum
-from .support import Support, starts
+from .products import column_sum, decode_sum, pair_dots
+from .support import Support, group_offsets
+from .tables import table_gradient
 
 
 class _NestedErrors(torch.autograd.Function):
@@ -51,7 +52,7 @@ class _NestedErrors(torch.autograd.Function):
             torch.mul(residuals[prefix], scale[prefix], out=grads[prefix]).add_(grads[prefix + 1])
         table = grads.view(prefixes * rows, width)
         grad_values = pair_dots(ctx.support, table, W_FD)
-        return grad_values, weight_sum(ctx.support, values_N, table), column_sum(grads[0]), None, None, None
+        return grad_values, table_gradient(W_FD, ctx.support, values_N, table), column_sum(grads[0]), None, None, None
 
 
 def nested_errors(codes: Codes, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -97,6 +98,6 @@ def _dense_errors(acts: Tensor, W: Tensor, b: Tensor, target: Tensor, widths: Se
 def _by_prefix(support: Support, prefix_N: Tensor, prefixes: int) -> tuple[Tensor, Support]:
     """The support in order of (prefix, row), and where each of its entries stood."""
     group = prefix_N * support.num_rows + support.rows
-    order = torch.argsort(group, stable=True)
-    offsets = starts(torch.bincount(group, minlength=prefixes * support.num_rows))
+    groups, order = torch.sort(group, stable=True)
+    offsets = group_offsets(groups, prefixes * support.num_rows)
     return order, Support(offsets, support.latents[order], support.num_latents)

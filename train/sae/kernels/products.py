@@ -1,10 +1,10 @@
 """The three sparse products behind every step, without autograd.
 
 B rows, D width, F latents, N entries of a support. A bag sum is a sparse times dense product, pair
-dots are a dense times dense product sampled at the support. Bag sums go through the embedding-bag
-kernels, which read each table row once and write nothing in between: on CPU two to four times as fast
-as the CSR products of the sparse library at these shapes. Of pair dots its sampled product is the
-faster one there; on GPUs both go through the bags.
+dots are a dense times dense product sampled at the support. On a CPU bag sums go through the
+embedding-bag kernels, which read each table row once and write nothing in between: two to four times as
+fast as the CSR products of the sparse library at these shapes, whose sampled product is the faster one
+for pair dots. A GPU has kernels of its own, and goes through the bags where Triton is not installed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .hardware import runs_triton
 from .support import Support
 
 
@@ -23,6 +24,10 @@ def bag_sum(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) ->
     """out[r] = sum of weights[n] * table[indices[n]] over offsets[r] <= n < offsets[r + 1]."""
     if indices.numel() == 0:
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
+    if runs_triton(table):
+        from .triton import bags
+
+        return bags.bag_sum(table.contiguous(), indices, offsets, weights.contiguous())
     return functional.embedding_bag(
         indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
@@ -44,6 +49,11 @@ def pair_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
     if support.latents.numel() == 0:
         return rows_BD.new_zeros(0)
     rows_BD, W_FD = rows_BD.contiguous(), W_FD.contiguous()
+    if runs_triton(rows_BD):
+        from .triton import bags
+
+        turned = support.by_latent  # the larger table is read once, the rows stay in cache
+        return bags.pair_dots(W_FD, turned.latents, rows_BD, turned.rows, turned.order)
     if rows_BD.device.type != "cpu":
         return _bag_dots(support, rows_BD, W_FD)
     return _sampled_dots(support, rows_BD, W_FD)
@@ -59,14 +69,28 @@ def latent_sum(support: Support, values: Tensor) -> Tensor:
     if values.device.type == "cpu":
         return values.new_zeros(support.num_latents).index_add_(0, support.latents, values)
     turned = support.by_latent  # atomics would add in another order each time
-    return torch.segment_reduce(values[turned.order], "sum", offsets=turned.offsets, initial=0.0)
+    return _segment_sum(values[turned.order], turned.offsets)
 
 
 def row_sum(support: Support, values: Tensor) -> Tensor:
     """Sum of the values of each row: [B]."""
     if values.device.type == "cpu":
         return values.new_zeros(support.num_rows).index_add_(0, support.rows, values)
-    return torch.segment_reduce(values, "sum", offsets=support.offsets, initial=0.0)
+    return _segment_sum(values, support.offsets)
+
+
+def latent_count(support: Support, mask: Tensor) -> Tensor:
+    """How many entries of each latent the mask [N] holds: int64 [F]."""
+    latents = support.latents.long()
+    return torch.zeros(support.num_latents, dtype=torch.int64, device=mask.device).scatter_add_(0, latents, mask.long())
+
+
+def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    if runs_triton(values):
+        from .triton import bags
+
+        return bags.segment_sum(values.contiguous(), offsets)
+    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0)
 
 
 def _bag_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:

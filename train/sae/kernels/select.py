@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .hardware import runs_triton
 from .support import Support, support_from_flat, support_from_topk
 
 BLOCK = 8  # latents of a block in `topk_rows`; found by measuring 4 to 32
@@ -30,6 +31,20 @@ def topk_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     candidates = blocked.gather(2, block[:, None, :].expand(rows, BLOCK, k)).view(rows, BLOCK * k)
     values, chosen = candidates.topk(k, dim=1, sorted=False)
     return values, (chosen // k) * blocks + block.gather(1, chosen % k)
+
+
+def support_of_batch(pre: Tensor, count: int) -> Support:
+    """Support of the `count` largest entries of the batch.
+
+    On a GPU it holds exactly `count` entries, also such as are not positive, so that its size is known before
+    it is found; a gate makes nothing of them.
+    """
+    if runs_triton(pre):
+        from .triton import select
+
+        offsets, latents = select.top_of_batch(pre, count)
+        return Support(offsets, latents, pre.shape[1])
+    return support_from_flat(topk_batch(pre, count), *pre.shape)
 
 
 def topk_batch(pre: Tensor, count: int) -> Tensor:
@@ -58,6 +73,10 @@ def marked(mask: Tensor, max_share: float) -> Support | None:
 
 def support_topk(pre: Tensor, k: int) -> Support:
     """Support of the k largest entries of each row."""
+    if runs_triton(pre):
+        from .triton import select
+
+        return support_from_topk(select.top_latents(pre, k), pre.shape[1])
     return support_from_topk(topk_rows(pre, k)[1], pre.shape[1])
 
 

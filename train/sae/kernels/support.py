@@ -35,9 +35,8 @@ class Support:
     @cached_property
     def by_latent(self) -> Transposed:
         """The same pairs ordered by latent, then by row."""
-        order = torch.argsort(self.latents, stable=True)
-        counts = torch.bincount(self.latents, minlength=self.num_latents)
-        return Transposed(starts(counts), self.rows[order], self.latents[order], order)
+        latents, order = torch.sort(self.latents, stable=True)
+        return Transposed(group_offsets(latents, self.num_latents), self.rows[order], latents, order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +63,17 @@ def support_from_flat(flat: Tensor, rows: int, num_latents: int) -> Support:
     return Support(starts(torch.bincount(row, minlength=rows)), latents, num_latents)
 
 
+def group_offsets(groups: Tensor, num_groups: int) -> Tensor:
+    """int32 [num_groups + 1], where each group begins among rising group numbers [N]."""
+    if groups.device.type == "cpu":
+        return starts(torch.bincount(groups, minlength=num_groups))
+    # A histogram on a GPU reads its own bounds on the host; a search does not.
+    bounds = torch.arange(num_groups + 1, dtype=groups.dtype, device=groups.device)
+    return torch.searchsorted(groups, bounds, out_int32=True)
+
+
 def starts(counts: Tensor) -> Tensor:
+    """int32 [groups + 1], where each group begins, from the sizes of the groups."""
     starts = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
     torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
     return starts

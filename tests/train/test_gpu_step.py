@@ -1,0 +1,85 @@
+"""A step as a GPU takes it: kernels row by row, looked at late. Without a GPU the kernels are interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saemill.train import step
+from saemill.train.errors import NonFiniteLoss
+from saemill.train.sae.kernels import hardware
+from saemill.train.step import LOOK_EVERY, Trainee
+from saemill.train.variants import config_type
+from saemill.train.view import Batch
+
+D, F, B = 8, 20, 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    monkeypatch.setattr(hardware, "SERVED", {"cuda", "cpu"})
+    monkeypatch.setattr(step, "READ_AT_ONCE", set())
+
+
+def make(variant: str, device: str = "cpu", **settings) -> Trainee:
+    config = config_type(variant)(width=F, k=3, encoder_product="float32", **settings)
+    return Trainee(variant, config.build(D), total_steps=40, device=device)
+
+
+def batches(count: int, device: str = "cpu") -> list[Batch]:
+    rng = torch.Generator().manual_seed(1)
+    return [Batch(torch.randn(B, D, generator=rng).to(device)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("variant", ["topk", "batchtopk", "matryoshka"])
+def test_it_trains_as_on_a_cpu(as_on_gpu, monkeypatch, variant):
+    """Dead latents too: after 24 tokens, so that the auxiliary loss takes part in the end. Lists are of each step."""
+    monkeypatch.setattr(step, "LOOK_EVERY", 1)
+    ours = make(variant, DEVICE, dead_after_tokens=24)
+    assert ours.optimiser.goes_by_row("W_enc") and ours.optimiser.goes_by_row("W_dec")
+    losses = [ours.step(batch).scalars()["loss"] for batch in batches(6, DEVICE)]
+    monkeypatch.undo()
+    plain = make(variant, dead_after_tokens=24)
+    assert not plain.optimiser.goes_by_row("W_dec")
+    expected = [plain.step(batch).scalars()["loss"] for batch in batches(6)]
+    assert losses == pytest.approx(expected, rel=1e-4)
+    norms = torch.linalg.vector_norm(ours.sae.W_dec, dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def test_a_step_that_broke_is_named_at_the_next_look(as_on_gpu):
+    trainee = make("topk", DEVICE)
+    good = batches(1, DEVICE)[0]
+    for _ in range(3):
+        trainee.step(good)
+    before = {name: tensor.clone() for name, tensor in trainee.sae.state_dict().items()}
+    trainee.step(Batch(torch.full_like(good.x, torch.nan)))
+    for _ in range(LOOK_EVERY - 4):
+        trainee.step(good)
+    for name, tensor in trainee.sae.state_dict().items():
+        assert torch.equal(tensor, before[name]), name  # nothing moved after what broke
+    with pytest.raises(NonFiniteLoss, match="step 3: ") as caught:
+        trainee.step(good)
+    assert caught.value.is_input_finite is False
+
+
+def test_no_checkpoint_is_made_of_a_step_that_broke(as_on_gpu):
+    trainee = make("topk", DEVICE)
+    trainee.step(Batch(torch.full((B, D), torch.nan, device=DEVICE)))
+    with pytest.raises(NonFiniteLoss, match="step 0: "):
+        trainee.state()
+
+
+def test_it_resumes_to_the_same_bits_between_looks(as_on_gpu):
+    stream = batches(LOOK_EVERY + 6, DEVICE)
+    straight, first, second = (make("topk", DEVICE, dead_after_tokens=24) for _ in range(3))
+    for batch in stream:
+        straight.step(batch)
+    for batch in stream[: LOOK_EVERY + 3]:
+        first.step(batch)
+    second.load_state(first.state())
+    for batch in stream[LOOK_EVERY + 3 :]:
+        second.step(batch)
+    for name, tensor in straight.state().items():
+        assert torch.equal(tensor, second.state()[name]), name

@@ -1,0 +1,194 @@
+"""The update of a weight table, row by row: gradient, projection, Adam and unit length in one pass.
+
+B rows of a batch, D width, F latents, N entries in order of their latent. One program per latent adds the
+gradient of its row in registers and writes weights and moments once: the gradient of the table never exists.
+Entries are added in a fixed order, without atomics, so the same step gives the same bits.
+
+A latent that fires often would make a long tail. So the entries are cut into chunks of CHUNK; those that
+belong to one latent alone are added beforehand, by programs of their own, and enter as one row each.
+"""
+
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 64  # entries that one program adds at most before a sum is handed on
+TOGETHER = 4  # rows on their way at once
+MAX_WIDTH = 16384  # of a row that fits into the registers of one program
+
+
+@triton.jit
+def _add_entries(total, entry, stop, rows, values, x, columns, inside, D, TOGETHER: tl.constexpr):
+    """total + the sum of values[n] * x[rows[n]] over entry <= n < stop."""
+    while entry < stop:
+        entries = entry + tl.arange(0, TOGETHER)
+        there = entries < stop
+        row = tl.load(rows + entries, mask=there, other=0).to(tl.int64)
+        value = tl.load(values + entries, mask=there, other=0.0)
+        tile = tl.load(x + row[:, None] * D + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(tile.to(tl.float32) * value[:, None], axis=0)
+        entry += TOGETHER
+    return total
+
+
+@triton.jit
+def _add_chunks(
+    latents, rows, values, x, sums, N, D, CHUNK: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """sums[chunk], where all entries of the chunk are of one latent; other chunks are left to the latents."""
+    chunk = tl.program_id(0)
+    start = chunk * CHUNK
+    if start + CHUNK <= N:  # noqa: SIM102 (a kernel's `and` would load behind the end)
+        if tl.load(latents + start) == tl.load(latents + start + CHUNK - 1):
+            columns = tl.arange(0, BLOCK_D)
+            inside = columns < D
+            total = tl.zeros((BLOCK_D,), tl.float32)
+            total = _add_entries(total, start, start + CHUNK, rows, values, x, columns, inside, D, TOGETHER)
+            tl.store(sums + chunk.to(tl.int64) * D + columns, total, mask=inside)
+
+
+@triton.jit
+def _update(
+    weights,
+    first,
+    second,
+    low,
+    dense,
+    frozen,
+    offsets,
+    rows,
+    values,
+    x,
+    sums,
+    D,
+    step_size,
+    beta1,
+    beta2,
+    root_bias2,
+    epsilon,
+    weight_decay,
+    HAS_DENSE: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One row of the table."""
+    latent = tl.program_id(0).to(tl.int64)
+    if tl.load(frozen) == 0:
+        columns = tl.arange(0, BLOCK_D)
+        inside = columns < D
+        start = tl.load(offsets + latent)
+        stop = tl.load(offsets + latent + 1)
+        chunk = (start + CHUNK - 1) // CHUNK
+        chunks_end = stop // CHUNK
+        has_chunks = chunk < chunks_end
+        head_end = tl.where(has_chunks, chunk * CHUNK, stop)
+        tail = tl.where(has_chunks, chunks_end * CHUNK, stop)
+
+        place = latent * D + columns
+        gradient = tl.zeros((BLOCK_D,), tl.float32)
+        if HAS_DENSE:
+            gradient += tl.load(dense + place, mask=inside, other=0.0)
+        gradient = _add_entries(gradient, start, head_end, rows, values, x, columns, inside, D, TOGETHER)
+        while chunk < chunks_end:
+            gradient += tl.load(sums + chunk.to(tl.int64) * D + columns, mask=inside, other=0.0)
+            chunk += 1
+        gradient = _add_entries(gradient, tail, stop, rows, values, x, columns, inside, D, TOGETHER)
+
+        weight = tl.load(weights + place, mask=inside, other=0.0)
+        if UNIT:  # what points along a row would only change its length, which is put back to one
+            gradient -= weight * tl.sum(weight * gradient)
+        gradient += weight_decay * weight
+        mean = tl.load(first + place, mask=inside, other=0.0)
+        square = tl.load(second + place, mask=inside, other=0.0)
+        mean += (1.0 - beta1) * (gradient - mean)
+        square = beta2 * square + (1.0 - beta2) * gradient * gradient
+        weight -= step_size * mean / (tl.sqrt(square) / root_bias2 + epsilon)
+        if UNIT:
+            weight = weight / tl.maximum(tl.sqrt(tl.sum(weight * weight)), 1e-12)
+        tl.store(weights + place, weight, mask=inside)
+        tl.store(first + place, mean, mask=inside)
+        tl.store(second + place, square, mask=inside)
+        if HAS_LOW:
+            tl.store(low + place, weight.to(tl.bfloat16), mask=inside)
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """The numbers of one step of Adam."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    step: int  # of this one, from 1
+
+
+def update_rows(
+    weights: Tensor,
+    moments: tuple[Tensor, Tensor],
+    entries: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+    adam: AdamStep,
+    frozen: Tensor | None = None,
+    *,
+    dense: Tensor | None = None,
+    low: Tensor | None = None,
+    unit: bool = False,
+) -> None:
+    """Move a table [F, D] by the gradient sum of values[n] * x[rows[n]] over the entries of each latent.
+
+    `entries`: offsets [F + 1], latents [N], rows [N] and values [N] in order of the latent, and x [B, D]. `dense` is
+    a gradient that other losses left as a table, `low` a bfloat16 copy to be written along, `unit` keeps rows at
+    length one. Where `frozen` is not zero, nothing moves.
+    """
+    num_latents, width = weights.shape
+    offsets, latents, rows, values, x = _no_entries(weights) if entries is None else entries
+    frozen = torch.zeros((), device=weights.device) if frozen is None else frozen
+    block = triton.next_power_of_2(width)
+    warps = max(4, min(16, block // 512))
+    shared = {"CHUNK": CHUNK, "TOGETHER": TOGETHER, "BLOCK_D": block, "num_warps": warps}
+    chunks = triton.cdiv(rows.numel(), CHUNK)
+    sums = torch.empty(chunks, width, dtype=torch.float32, device=weights.device)
+    if chunks > 0:
+        _add_chunks[(chunks,)](latents, rows, values, x, sums, rows.numel(), width, **shared)
+    bias1 = 1.0 - adam.beta1**adam.step
+    root_bias2 = (1.0 - adam.beta2**adam.step) ** 0.5
+    _update[(num_latents,)](
+        weights,
+        *moments,
+        weights if low is None else low,
+        weights if dense is None else dense,
+        frozen,
+        offsets,
+        rows,
+        values,
+        x,
+        sums,
+        width,
+        adam.lr / bias1,
+        adam.beta1,
+        adam.beta2,
+        root_bias2,
+        adam.epsilon,
+        adam.weight_decay,
+        HAS_DENSE=dense is not None,
+        HAS_LOW=low is not None,
+        UNIT=unit,
+        **shared,
+    )
+
+
+def _no_entries(weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    offsets = torch.zeros(weights.shape[0] + 1, dtype=torch.int32, device=weights.device)
+    nothing = torch.zeros(0, dtype=torch.int32, device=weights.device)
+    return offsets, nothing, nothing, nothing.float(), weights
