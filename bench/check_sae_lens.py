@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from saemill.cache_schema.strict import to_json
-from saemill.train.compose import Needs
-from saemill.train.sae.io import CONFIG, PLAIN, save_sae
-from saemill.train.sae.scaling import Stats
-from saemill.train.step import Trainee
-from saemill.train.variants import config_type, names
-from saemill.train.view import Batch
+from saemill.train.data.batch import Batch, Needs
+from saemill.train.data.scaling import Stats
+from saemill.train.disk.sae_folder import CONFIG, PLAIN, save_sae
+from saemill.train.engine.step import Trainee
+from saemill.train.kit.registry import config_type, names
 
 D, WIDTH, SCALE = 64, 256, 0.05
 HERE = Path(__file__).parent

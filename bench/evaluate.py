@@ -34,10 +34,10 @@ from saemill.harvest.capture import capture
 from saemill.harvest.model import Wanted, load_model, read_facts
 from saemill.harvest.resolve import POCKET_FOLDER
 from saemill.harvest.stats import measure
+from saemill.train.data.scaling import unit_stats
+from saemill.train.disk.sae_folder import save_sae
 from saemill.train.sae.gates import TopK
-from saemill.train.sae.io import save_sae
 from saemill.train.sae.model import SparseAutoencoder, tied_weights
-from saemill.train.sae.scaling import unit_stats
 
 PEERS = Path(__file__).with_name("peers")
 LAYER, CONTEXT, BATCH, K = 19, 128, 16, 32

@@ -18,14 +18,13 @@ from ratios import Row, compare, conclude, take_turns
 
 from saemill.cache_schema import Store
 from saemill.cache_schema.allocator import keep_large_blocks
-from saemill.train.config import Member
 from saemill.train.data.feed import Feed
 from saemill.train.data.plan import Plan
-from saemill.train.data.sizes import measure_split
-from saemill.train.fleet import Fleet
-from saemill.train.ranks import Alone
-from saemill.train.sae.scaling import stats_from_moments
-from saemill.train.variants import config_type
+from saemill.train.data.scaling import stats_from_moments
+from saemill.train.data.split_sizes import measure_split
+from saemill.train.engine.fleet import Fleet, Member
+from saemill.train.kit.registry import config_type
+from saemill.train.parallel.ranks import Alone
 
 CPU = torch.device("cpu")
 TOTAL_STEPS = 10_000

@@ -25,7 +25,7 @@ from store import WIDTH, make_manifest, make_residuals, write_store
 from saemill.cache_schema import Request, Store, from_float32
 from saemill.train.data.loader import Loader
 from saemill.train.data.plan import Plan
-from saemill.train.data.sizes import measure_split
+from saemill.train.data.split_sizes import measure_split
 from train import PEERS, measure
 
 GB = 1e9

@@ -20,11 +20,10 @@ from stepping import sparse_bias
 from torch.profiler import ProfilerActivity, profile
 
 from saemill.cache_schema.allocator import keep_large_blocks
-from saemill.train.base import build_base
-from saemill.train.data.draw import AttentionRows
-from saemill.train.step import Trainee
-from saemill.train.variants import config_type
-from saemill.train.view import Batch
+from saemill.train.data.batch import AttentionRows, Batch
+from saemill.train.engine.step import Trainee
+from saemill.train.kit.registry import config_type
+from saemill.train.kit.wrapping import build_base
 
 LAYERS = (17, 18, 19, 20)
 KEYS = 16  # of a row of attention, as a harvest keeps them

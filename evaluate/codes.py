@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..train.sae.codes import Codes
 from ..train.sae.gates import DENSE_SHARE, TopK
+from ..train.sae.kernels.codes import Codes
 from ..train.sae.kernels.linear import linear
 from ..train.sae.kernels.select import marked, topk_rows
 from ..train.sae.kernels.support import support_from_topk

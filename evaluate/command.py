@@ -11,8 +11,8 @@ from ..cache_schema import StoreError
 from ..cache_schema.allocator import keep_large_blocks
 from ..harvest.errors import HarvestError
 from ..harvest.place import find_device
+from ..train.ask.settings import parse_settings, with_settings
 from ..train.errors import TrainError
-from ..train.settings import parse_settings, with_settings
 from . import evals
 from .engine import Row
 from .errors import EvalError, SettingInvalid

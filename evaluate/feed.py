@@ -16,8 +16,8 @@ from torch import Tensor
 from ..cache_schema import AttentionCsr, AttentionSpec, Request, ShardArrays, Store
 from ..harvest.sparsify import KeptRows, sparsify, to_csr
 from ..harvest.stats import is_special
+from ..train.data.batch import AttentionRows
 from ..train.data.block import TORCH_DTYPES, as_tensor
-from ..train.data.draw import AttentionRows
 from .lm import LanguageModel
 from .windows import Windows
 

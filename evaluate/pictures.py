@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..train.runs import RunFolder
+from ..train.run.folder import RunFolder
 from .engine import Row
 
 Say = Callable[[str], None]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..train.files import replace_file
+from ..train.disk.whole_files import replace_file
 from .lm import LanguageModel
 
 

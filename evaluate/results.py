@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..train.files import replace_file
-from ..train.runs import provenance
-from ..train.sae.io import SAELENS_VERSION
+from ..train.disk.sae_folder import SAELENS_VERSION
+from ..train.disk.whole_files import replace_file
+from ..train.run.folder import provenance
 from .errors import ResultInvalid
 from .subject import Subject
 

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..train.cli import main as sae_train
-from ..train.files import replace_file
+from ..train.disk.whole_files import read_json, replace_file, write_json
 from ..train.recipes import runs_of, studies
-from ..train.runs import RunFolder, read_json, write_json
+from ..train.run.folder import RunFolder
 from .cli import main as sae_eval
 from .progress import make_console
 from .report import heading, summary_of

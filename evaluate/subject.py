@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..cache_schema.strict import from_json
-from ..train import variants
+from ..train.kit import registry
 from ..train.sae.model import SparseAutoencoder
 from ..train.sae.side import Side
 from .errors import NotApplicable
@@ -66,7 +66,7 @@ class Subject:
         if "attention" not in self.needs:
             return ()
         settings = self.metadata["training_architecture_details"]
-        layers: tuple[int, ...] = from_json(variants.config_type(self.variant), settings).request().attention_layers
+        layers: tuple[int, ...] = from_json(registry.config_type(self.variant), settings).request().attention_layers
         return layers
 
     @property

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..train.errors import RunMissing, TrainError
-from ..train.find import find_sae, is_of_hub, list_saes, read_folder
-from ..train.launch import cache_of
 from ..train.recipes import runs_of, studies
-from ..train.runs import RunFolder, places_of, run_names
+from ..train.run.find_sae import find_sae, is_of_hub, list_saes, read_folder
+from ..train.run.folder import RunFolder, places_of, run_names
+from ..train.run.launch import cache_of
 from .errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 from .subject import Subject
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..train.data.draw import AttentionRows
+from ..train.data.batch import AttentionRows
 
 
 @dataclass(frozen=True, eq=False)

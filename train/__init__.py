@@ -1,5 +1,5 @@
 """Train sparse autoencoders from a store; never loads a language model."""
 
-from .find import load_sae
+from .run.find_sae import load_sae
 
 __all__ = ["load_sae"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..cache_schema import Store, StoreError
-from .afterwards import after_run
-from .config import Ask, Member
-from .distributed import Group, join
-from .errors import ConfigInvalid, RunInterrupted, TrainError
-from .launch import Settled, begun, cache_of, resumed, settle
-from .loop import train
-from .outcome import Outcome
+from ..cache_schema import Store
+from .ask.records import Ask
+from .ask.settings import Setting, parse_grid, parse_settings, parse_value
+from .command import errors_told
+from .engine.fleet import Member
+from .errors import ConfigInvalid
+from .kit.registry import names
+from .parallel.processes import Group, join
 from .recipes import find_recipes, studies
-from .run import Run
-from .runs import RunFolder
-from .settings import Setting, parse_grid, parse_settings, parse_value
-from .variants import names
+from .run.after_run import after_run
+from .run.folder import RunFolder
+from .run.launch import Settled, begun, cache_of, resumed, settle
+from .run.loop import train
+from .run.outcome import Outcome
+from .run.run import Run
 
 RUNS = "runs"
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
@@ -107,21 +107,6 @@ def main(
                     tell(console, _start(ask, _required(cache), out, name, group, place, console), plots)
         finally:
             group.close()
-
-
-@contextmanager
-def errors_told() -> Iterator[None]:
-    """Expected errors end in one message and an exit code, not in a traceback."""
-    try:
-        yield
-    except RunInterrupted as stop:
-        click.echo(str(stop), err=True)
-        sys.exit(128 + stop.signal)
-    except (TrainError, StoreError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def tell(console: Console, outcome: Outcome | None, plots: bool) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import click
 import torch
 
-from .cli import errors_told
+from .command import errors_told
+from .disk.formats import WRITERS, kind_of, read
+from .disk.plain_form import PlainSae, sae_from_plain
+from .disk.sae_folder import is_of_one_place
 from .errors import RunTaken, SaeInvalid
-from .find import find_sae
-from .formats import WRITERS, kind_of, read
-from .sae.export_form import PlainSae, sae_from_plain
-from .sae.io import is_of_one_place
+from .run.find_sae import find_sae
 
 ROWS = 256
 

@@ -12,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fitting import ROWS, batches, norms, tell_score
 
 from saemill.cache_schema.allocator import keep_large_blocks
-from saemill.train.build import dead_after
-from saemill.train.sae.scaling import Stats
-from saemill.train.step import Trainee
-from saemill.train.variants import config_type
-from saemill.train.view import Batch
+from saemill.train.data.batch import Batch
+from saemill.train.data.scaling import Stats
+from saemill.train.engine.step import Trainee
+from saemill.train.kit.build import dead_after
+from saemill.train.kit.registry import config_type
 
 COEFFICIENT = {"standard": "penalty", "gated": "penalty", "p_anneal": "penalty", "jumprelu": "target_l0"}
 

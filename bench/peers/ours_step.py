@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stepping import load_batches, serve, sparse_bias
 
 from saemill.cache_schema.allocator import keep_large_blocks
+from saemill.train.data.batch import Batch
+from saemill.train.engine.step import Trainee
+from saemill.train.kit.registry import config_type
 from saemill.train.sae.gates import JumpRelu
-from saemill.train.step import Trainee
-from saemill.train.variants import config_type
-from saemill.train.view import Batch
 
 
 def make_trainee(variant: str, width: int, k: int, l0: float, product: str, x: torch.Tensor) -> Trainee:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from ...train.registry import file_names, import_file, require_known
+from ...train.file_registry import file_names, import_file, require_known
 from ..errors import UnknownEval
 
 

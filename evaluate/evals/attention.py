@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ...train.data.draw import AttentionRows
+from ...train.data.batch import AttentionRows
 from ..errors import ModelMissing, NotApplicable
 from ..metrics.attention import Explained, attention_divergence, explain
 from ..needs import Needs

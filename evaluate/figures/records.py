@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...train.runs import RunFolder, read_json
+from ...train.disk.whole_files import read_json
+from ...train.run.folder import RunFolder
 from ..results import metric_of
 
 RESULTS = "_eval_results.json"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...train.files import replace_file
-from ...train.runs import RunFolder
+from ...train.disk.whole_files import replace_file
+from ...train.run.folder import RunFolder
 from ..figures.records import Record, read_records
 from .contexts import contexts_of
 from .markup import Html, element, image, joined, text

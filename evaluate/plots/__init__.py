@@ -12,8 +12,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ...train.registry import file_names, import_file
-from ...train.runs import RunFolder
+from ...train.file_registry import file_names, import_file
+from ...train.run.folder import RunFolder
 from ..figures.records import Record, read_records
 
 Draw = Callable[[Sequence[Record]], Figure | None]

@@ -39,11 +39,11 @@ from saemill.harvest.capture import capture
 from saemill.harvest.errors import ModelUnavailable
 from saemill.harvest.model import Wanted, load_model
 from saemill.harvest.sparsify import to_csr
-from saemill.train.runs import write_json
+from saemill.train.data.scaling import unit_stats
+from saemill.train.disk.sae_folder import save_sae
+from saemill.train.disk.whole_files import write_json
 from saemill.train.sae.gates import Relu, TopK
-from saemill.train.sae.io import save_sae
 from saemill.train.sae.model import SparseAutoencoder
-from saemill.train.sae.scaling import unit_stats
 
 torch.set_num_threads(1)
 

@@ -18,8 +18,8 @@ from saemill.evaluate.cli import main
 from saemill.evaluate.evals import core
 from saemill.evaluate.results import result_path
 from saemill.evaluate.subjects import find_places, find_subjects, make_subject
-from saemill.train.find import find_sae
-from saemill.train.runs import RunFolder
+from saemill.train.run.find_sae import find_sae
+from saemill.train.run.folder import RunFolder
 
 QUICK = ["--set", "core.batch_size_prompts=4", "--set", "core.resamples=10"]
 

@@ -12,7 +12,7 @@ from saemill.evaluate.figures.records import Record
 from saemill.evaluate.page import write_page
 from saemill.evaluate.page.markup import Html, element, text
 from saemill.evaluate.page.write import page
-from saemill.train.runs import RunFolder
+from saemill.train.run.folder import RunFolder
 
 HOSTILE = "</li><script>alert(1)</script><img src=http://x/y onerror=alert(2)>\"'&\u202e\x00"
 SAFE = {

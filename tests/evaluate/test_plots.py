@@ -13,7 +13,8 @@ from saemill.evaluate import plots
 from saemill.evaluate.figures.records import Record, read_records
 from saemill.evaluate.figures.style import COLOURS, look, shades, shown
 from saemill.evaluate.plots import draw_of, make_plots, names, pareto
-from saemill.train.runs import RunFolder, write_json
+from saemill.train.disk.whole_files import write_json
+from saemill.train.run.folder import RunFolder
 
 STEPS = 12
 HOSTILE = "<script>alert(1)</script> $\\frac{1}{0}$ \u202e\u0000\u4e2d _x^y"

@@ -12,7 +12,7 @@ from saemill.evaluate import study
 from saemill.evaluate.report import summary_of
 from saemill.evaluate.study import Course, Line, call, read_lines, seeded_rows, spread, training_commands, write_tables
 from saemill.evaluate.untrained import UNTRAINED, untrained_traits
-from saemill.train.runs import RunFolder
+from saemill.train.run.folder import RunFolder
 
 GOOD = {"l0": 20.0, "explained_variance": 0.8, "ce": 0.9, "kl": 0.9, "alive": 1.0}
 

@@ -23,14 +23,13 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.moments import is_special, measure
-from saemill.train.base import BASE_SETTINGS
-from saemill.train.compose import Assembly, Needs
-from saemill.train.data.draw import AttentionRows
-from saemill.train.ranks import Alone
+from saemill.train.data.batch import AttentionRows, Batch, Needs
+from saemill.train.engine.compose import Assembly
+from saemill.train.engine.step import Report, Trainee
+from saemill.train.kit.registry import config_type
+from saemill.train.kit.wrapping import BASE_SETTINGS
+from saemill.train.parallel.ranks import Alone
 from saemill.train.sae.side import Side
-from saemill.train.step import Report, Trainee
-from saemill.train.variants import config_type
-from saemill.train.view import Batch
 
 D, ROWS, STEPS = 32, 512, 40
 SPAN = 32  # trainable tokens of a window

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from saemill.train.losses.auxk import AuxK
-from saemill.train.losses.nested import NestedReconstruction
-from saemill.train.losses.sparsity import TargetL0
+from saemill.train.data.scaling import unit_stats
+from saemill.train.engine.step import Trainee
 from saemill.train.sae.gates import BatchTopK, JumpRelu
 from saemill.train.sae.model import SparseAutoencoder, tied_weights
-from saemill.train.sae.scaling import unit_stats
 from saemill.train.sae.side import Side
-from saemill.train.step import Trainee
+from saemill.train.sae.view import View
+from saemill.train.terms.auxk import AuxK
+from saemill.train.terms.nested import NestedReconstruction
+from saemill.train.terms.sparsity import TargetL0
 from saemill.train.variants.topk import Config
-from saemill.train.view import View
 
 D, LATENTS = 8, 24
 

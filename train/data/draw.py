@@ -8,7 +8,6 @@ B rows, W windows, T context, D residual width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,27 +15,8 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import AttentionCsr
-from ..compose import Needs
-from ..view import Batch
+from .batch import AttentionRows, Batch, Needs, Rows
 from .block import Block
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Which tokens of a block make up a batch."""
-
-    places: np.ndarray  # int64 [B], flat places in the block
-    windows: np.ndarray | None = None  # int64 [W], numbers in the block, where whole windows are drawn
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionRows:
-    """Attention of a batch of windows on the device; rows are (window, head, query), see the store's format."""
-
-    indptr: Tensor  # int64 [W * H * T + 1]
-    indices: Tensor  # int64 [entries], key position in the window
-    data: Tensor  # float32 [entries]
-    kept_mass: Tensor  # float32 [W, H, T]
 
 
 class Draw:

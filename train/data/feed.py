@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from ...cache_schema import Request, Store
-from ..compose import Needs
-from ..sae.scaling import Stats
+from .batch import Needs
 from .block import Block
 from .draw import Draw, token_rows, window_rows
 from .loader import Loader
 from .plan import BlockPlan, Plan, share, token_order, token_slice, window_order, window_slice
 from .pool import PIECES_IN_FLIGHT, Pool
-from .quality import ideal_share
+from .scaling import Stats
+from .shuffle_quality import ideal_share
 
 
 class Feed:

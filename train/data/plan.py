@@ -21,7 +21,7 @@ import numpy as np
 
 from ...cache_schema import Span
 from ..errors import ConfigInvalid
-from .sizes import SplitSizes
+from .split_sizes import SplitSizes
 
 PIECES_PER_BLOCK = 32  # at least so many where chunks allow it: a block should see many places of the store
 _PIECES, _TOKENS, _WINDOWS = range(3)  # what a random stream is for

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...cache_schema import AttentionCsr, Manifest, Request, ShardBuffers, Span, Store
 from ...cache_schema.layout import resid_path
 from .block import TORCH_DTYPES, Block, as_stored, joined, owned
-from .sizes import trainable
+from .split_sizes import trainable
 
 PIECES_IN_FLIGHT = 4
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...cache_schema.strict import nearest
+from ..ask.recipe import Recipe
 from ..errors import UnknownRecipe
-from ..recipe import Recipe
-from ..registry import file_names, import_file, require_known
+from ..file_registry import file_names, import_file, require_known
 
 
 def studies() -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..recipe import Recipe, Sae, as_recorded
+from ..ask.recipe import Recipe, Sae, as_recorded
 
 WHOLE = {"masked_share": 1.0}
 SOFT = WHOLE | {"mask": "soft"}

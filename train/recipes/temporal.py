@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..recipe import Recipe, Sae, as_recorded
+from ..ask.recipe import Recipe, Sae, as_recorded
 
 OFF = {"temporal_weights": (0.0, 0.0, 0.0)}
 SEEDED = (0.01, 0.005, 0.001)

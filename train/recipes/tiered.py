@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..recipe import Recipe, Sae, as_recorded
+from ..ask.recipe import Recipe, Sae, as_recorded
 
 EQUAL = (1 / 3, 1 / 3, 1 / 3)
 FIRST = {"importance": "fixed", "tier_weights": EQUAL}

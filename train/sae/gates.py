@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .codes import Codes
+from .kernels.codes import Codes
 from .kernels.select import marked, positive, support_of_batch, support_topk, topk_batch
 from .kernels.support import Support, support_from_flat
 from .kernels.threshold import heaviside_ste, jump_ste

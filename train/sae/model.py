@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .codes import Codes
 from .gates import Gate
+from .kernels.codes import Codes
 from .kernels.functions import affine
 from .kernels.hardware import has_fast_bfloat16
 from .kernels.linear import linear

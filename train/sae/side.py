@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SideInputMissing
-from ..ranks import Alone, BatchRanks
+from ..parallel.ranks import Alone, BatchRanks
 
 
 class Side:

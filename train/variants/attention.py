@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..compose import Assembly, Needs
-from ..guidance.guided import Guided, build_guided, request_guided
-from ..sae.scaling import Stats
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly
+from ..kit.guided import Guided, build_guided, request_guided
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..build import (
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.optim import Optim
+from ..engine.schedules import Constant
+from ..kit.build import (
     TOPK_DEAD_PART,
     DecoderBias,
     assemble,
@@ -16,14 +21,10 @@ from ..build import (
     tied_sae,
     topk_optim,
 )
-from ..compose import Assembly, Needs, Term
-from ..constraints import UnitDecoder
-from ..losses.reconstruction import reconstruction
-from ..optim import Optim
 from ..sae.gates import BatchTopK
 from ..sae.model import EncoderProduct
-from ..sae.scaling import Stats
-from ..schedules import Constant
+from ..terms.constraints import UnitDecoder
+from ..terms.reconstruction import reconstruction
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..build import (
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Constraint, Term
+from ..engine.optim import Optim
+from ..engine.schedules import Constant, Ramp
+from ..kit.build import (
     SPARSE_TABLES,
     DecoderBias,
     assemble,
@@ -22,15 +27,11 @@ from ..build import (
     tied_sae,
     topk_optim,
 )
-from ..compose import Assembly, Constraint, Needs, Term
-from ..constraints import UnitDecoder
-from ..losses.reconstruction import reconstruction
-from ..losses.sparsity import LayerNormsL1
-from ..optim import Optim
 from ..sae.gates import BatchTopK, Gate, Relu
 from ..sae.model import EncoderProduct
-from ..sae.scaling import Stats
-from ..schedules import Constant, Ramp
+from ..terms.constraints import UnitDecoder
+from ..terms.reconstruction import reconstruction
+from ..terms.sparsity import LayerNormsL1
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..build import (
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.optim import Optim
+from ..engine.schedules import Constant, Ramp
+from ..kit.build import (
     DecoderBias,
     assemble,
     aux_term,
@@ -21,15 +26,11 @@ from ..build import (
     stats_or_unit,
     tied_sae,
 )
-from ..compose import Assembly, Needs, Term
-from ..constraints import UnitDecoder
-from ..losses.reconstruction import reconstruction, reconstruction_by_gate
-from ..losses.sparsity import gate_l1
-from ..optim import Optim
 from ..sae.gates import Gated
 from ..sae.model import EncoderProduct
-from ..sae.scaling import Stats
-from ..schedules import Constant, Ramp
+from ..terms.constraints import UnitDecoder
+from ..terms.reconstruction import reconstruction, reconstruction_by_gate
+from ..terms.sparsity import gate_l1
 
 
 @dataclass(frozen=True)

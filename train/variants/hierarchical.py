@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..build import require
-from ..compose import Assembly, Needs
-from ..guidance.guided import Guided, annealed, build_guided, request_guided
-from ..guidance.mixing import Mixing
-from ..losses.attention import Objective
-from ..sae.scaling import Stats
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly
+from ..kit.build import require
+from ..kit.guided import Guided, annealed, build_guided, request_guided
+from ..sae.attention.mixing import Mixing
+from ..terms.attention import Objective
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..build import (
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.optim import Optim
+from ..engine.schedules import Constant, Ramp
+from ..kit.build import (
     DecoderBias,
     assemble,
     require,
@@ -20,15 +25,11 @@ from ..build import (
     stats_or_unit,
     tied_sae,
 )
-from ..compose import Assembly, Needs, Term
-from ..constraints import NonNegativeThreshold, UnitDecoder
-from ..losses.reconstruction import reconstruction
-from ..losses.sparsity import DeadPreActivation, TargetL0
-from ..optim import Optim
 from ..sae.gates import JumpRelu
 from ..sae.model import EncoderProduct
-from ..sae.scaling import Stats
-from ..schedules import Constant, Ramp
+from ..terms.constraints import NonNegativeThreshold, UnitDecoder
+from ..terms.reconstruction import reconstruction
+from ..terms.sparsity import DeadPreActivation, TargetL0
 
 
 @dataclass(frozen=True)

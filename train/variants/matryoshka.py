@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..build import (
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.optim import Optim
+from ..engine.schedules import Constant
+from ..kit.build import (
     TOPK_DEAD_PART,
     DecoderBias,
     assemble,
@@ -17,14 +22,10 @@ from ..build import (
     tied_sae,
     topk_optim,
 )
-from ..compose import Assembly, Needs, Term
-from ..constraints import UnitDecoder
-from ..losses.nested import NestedReconstruction
-from ..optim import Optim
 from ..sae.gates import BatchTopK
 from ..sae.model import EncoderProduct
-from ..sae.scaling import Stats
-from ..schedules import Constant
+from ..terms.constraints import UnitDecoder
+from ..terms.nested import NestedReconstruction
 
 
 @dataclass(frozen=True)

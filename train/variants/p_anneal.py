@@ -9,7 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..build import (
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.optim import Optim
+from ..engine.schedules import Ahead, Constant, Ramp
+from ..kit.build import (
     DecoderBias,
     assemble,
     aux_term,
@@ -21,15 +26,11 @@ from ..build import (
     stats_or_unit,
     tied_sae,
 )
-from ..compose import Assembly, Needs, Term
-from ..constraints import UnitDecoder
-from ..losses.reconstruction import reconstruction
-from ..losses.sparsity import lp
-from ..optim import Optim
 from ..sae.gates import AnnealedRelu
 from ..sae.model import EncoderProduct
-from ..sae.scaling import Stats
-from ..schedules import Ahead, Constant, Ramp
+from ..terms.constraints import UnitDecoder
+from ..terms.reconstruction import reconstruction
+from ..terms.sparsity import lp
 
 
 @dataclass(frozen=True)

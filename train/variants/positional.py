@@ -13,20 +13,21 @@ from typing import ClassVar
 import torch
 
 from ...cache_schema import Manifest
-from ..base import Wrapping, base_request, build_base
-from ..build import require
-from ..compose import Assembly, Needs, Term
-from ..losses.position import l1_before_mask, record_of
-from ..losses.sparsity import l1
-from ..sae.inits import Init, initialise
-from ..sae.masks import COEFFICIENT, HardMask, Mask, MaskKind, SoftMask
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.schedules import Ramp, SigmoidRamp
+from ..kit.build import require
+from ..kit.wrapping import Wrapping, base_request, build_base
+from ..sae.first_weights import Init, initialise
 from ..sae.model import SparseAutoencoder
-from ..sae.norms import PreNorm
-from ..sae.range_encoders import ADAPTER, Adapters, RangeEncoders
-from ..sae.ranges import FREE, spread_over_positions, spread_over_ranges
-from ..sae.scaling import Stats
-from ..sae.shaped import Shape, ShapedAutoencoder
-from ..schedules import Ramp, SigmoidRamp
+from ..sae.shapes.masks import COEFFICIENT, HardMask, Mask, MaskKind, SoftMask
+from ..sae.shapes.norms import PreNorm
+from ..sae.shapes.range_encoders import ADAPTER, Adapters, RangeEncoders
+from ..sae.shapes.ranges import FREE, spread_over_positions, spread_over_ranges
+from ..sae.shapes.shaped import Shape, ShapedAutoencoder
+from ..terms.position import l1_before_mask, record_of
+from ..terms.sparsity import l1
 
 
 @dataclass(frozen=True)

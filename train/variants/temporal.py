@@ -10,16 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...cache_schema import Manifest
-from ..base import Wrapping, base_request, build_base
-from ..build import require
-from ..compose import Assembly, Needs, Term
-from ..gradients import GradientNoise
-from ..losses.dynamics import PRUNE, SCALES, Dynamics, Pruning, Retire
-from ..losses.temporal import PIECE, TEMPORAL, Adaptive, Consistency
-from ..sae.position_gate import PositionGate
-from ..sae.scaling import Stats
-from ..sae.shaped import ShapedAutoencoder
-from ..schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Schedule, Switch
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Schedule, Switch
+from ..kit.build import require
+from ..kit.wrapping import Wrapping, base_request, build_base
+from ..sae.shapes.position_gate import PositionGate
+from ..sae.shapes.shaped import ShapedAutoencoder
+from ..terms.dynamics import PRUNE, SCALES, Dynamics, Pruning, Retire
+from ..terms.gradients import GradientNoise
+from ..terms.temporal import PIECE, TEMPORAL, Adaptive, Consistency
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..base import Wrapping, base_request, build_base
-from ..build import require
-from ..compose import Assembly, Needs, Term
-from ..gradients import TierGradients
-from ..losses.composition import COMPOSITION, Composition, NonNegative, composition_l1, composition_loss
-from ..losses.reconstruction import reconstruction
-from ..losses.structure import Moves, Structure
-from ..losses.tiers import TIERS, Importance, TieredReconstruction, Tiers, importance_loss, switch_name
-from ..sae.inits import Init, initialise
-from ..sae.norms import PreNorm
-from ..sae.scaling import Stats
-from ..sae.shaped import Shape, ShapedAutoencoder
-from ..sae.tier_gates import TierGates
-from ..schedules import Constant, Ramp
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.schedules import Constant, Ramp
+from ..kit.build import require
+from ..kit.wrapping import Wrapping, base_request, build_base
+from ..sae.first_weights import Init, initialise
+from ..sae.shapes.norms import PreNorm
+from ..sae.shapes.shaped import Shape, ShapedAutoencoder
+from ..sae.shapes.tier_gates import TierGates
+from ..terms.composition import COMPOSITION, Composition, NonNegative, composition_l1, composition_loss
+from ..terms.gradients import TierGradients
+from ..terms.reconstruction import reconstruction
+from ..terms.structure import Moves, Structure
+from ..terms.tiers import TIERS, Importance, TieredReconstruction, Tiers, importance_loss, switch_name
 
 
 @dataclass(frozen=True)

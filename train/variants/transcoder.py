@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..build import assemble, aux_term, require, require_sparsity, seeded, stats_or_unit, topk_optim
-from ..compose import Assembly, Needs, Term
-from ..constraints import UnitDecoder
-from ..losses.reconstruction import reconstruction
-from ..optim import Optim
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.optim import Optim
+from ..engine.schedules import Constant
+from ..kit.build import assemble, aux_term, require, require_sparsity, seeded, stats_or_unit, topk_optim
 from ..sae.gates import TopK
 from ..sae.model import EncoderProduct, SparseAutoencoder, tied_weights
-from ..sae.scaling import Stats
-from ..schedules import Constant
+from ..terms.constraints import UnitDecoder
+from ..terms.reconstruction import reconstruction
 
 
 @dataclass(frozen=True)

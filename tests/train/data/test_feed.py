@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from saemill.cache_schema import Store, to_float32
-from saemill.train.compose import Needs
+from saemill.train.data.batch import Needs
 from saemill.train.data.feed import Feed, held_out
 from saemill.train.data.plan import Plan
-from saemill.train.data.sizes import measure_split
-from saemill.train.sae.scaling import stats_from_moments
+from saemill.train.data.scaling import stats_from_moments
+from saemill.train.data.split_sizes import measure_split
 
 CPU = torch.device("cpu")
 TOKENS = Needs(inputs=(3,), tokens=True, documents=True, positions=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...shards import is_sharded
+from ...parallel.sharded_rows import is_sharded
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:

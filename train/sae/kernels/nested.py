@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..codes import Codes
+from .codes import Codes
 from .products import column_sum, decode_sum, pair_dots
 from .support import Support, group_offsets
 from .tables import table_gradient

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..codes import Codes
+from .codes import Codes
 from .products import decode_sum, pair_dots, row_sum
 from .support import Support, starts
 

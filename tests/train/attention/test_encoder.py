@@ -1,0 +1,130 @@
+"""An encoder that reads attention: its formula, its start, its way to disk and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saemill.cache_schema.strict import from_json, to_json
+from saemill.train.disk.sae_folder import read_sae, save_sae
+from saemill.train.engine.compose import Assembly
+from saemill.train.engine.step import Trainee
+from saemill.train.kit.registry import config_type
+from saemill.train.kit.wrapping import build_base
+from saemill.train.sae.attention.encoder import AttendedSae
+from saemill.train.sae.attention.mixing import Mixing
+from saemill.train.sae.attention.reading import Attention
+from saemill.train.sae.gates import Relu
+from saemill.train.sae.model import SparseAutoencoder
+from saemill.train.sae.side import Side
+
+
+def moved(assembly: Assembly, rng: torch.Generator) -> Assembly:
+    """With an encoder that uses what it reads."""
+    assembly.sae.U.data.normal_(generator=rng)
+    return assembly
+
+
+def oracle(sae: AttendedSae, x: Tensor, tables: list[Tensor], weights: Tensor) -> Tensor:
+    """Pre-activations, token by token."""
+    rank, rows = sae.V.shape[0] // len(tables), []
+    for row in range(len(x)):
+        pre = (x[row] - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+        present = [index for index, table in enumerate(tables) if table[row].any()]
+        for index in present:
+            own = slice(index * rank, (index + 1) * rank)
+            brought = tables[index][row] @ (x - sae.b_dec)
+            share = weights[index] / weights[present].sum()
+            pre = pre + share * (brought @ sae.V[own].t() @ sae.U[:, own].t())
+        rows.append(pre)
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def made(guidance: Any, rng: torch.Generator) -> tuple[AttendedSae, Tensor, Any]:
+    """In float64, over windows with holes."""
+    windows = guidance.make_windows(rng, dtype=torch.float64)
+    tables = [torch.randn(guidance.LATENTS, guidance.D, generator=rng, dtype=torch.float64) for _ in range(2)]
+    base = SparseAutoencoder(*tables, Relu(), b_dec=torch.ones(guidance.D, dtype=torch.float64))
+    sae = AttendedSae(base, Attention(guidance.LAYERS), Mixing((17, 18, 20)), 2, rng).double()
+    sae.mixing.theta.data.copy_(torch.tensor([0.5, -0.2, 0.1]))
+    sae.U.data.normal_(generator=rng)
+    return sae, torch.randn(windows.rows, guidance.D, generator=rng, dtype=torch.float64), windows
+
+
+def test_the_encoder_is_its_formula(guidance, made):
+    sae, x, windows = made
+    tables = [guidance.oracle_links(windows, layer) for layer in guidance.LAYERS]
+    expected = oracle(sae, x, tables, sae.mixing(1.0)).relu()
+    side = Side(windows.side)
+    torch.testing.assert_close(sae.encode(x, side), expected)
+    torch.testing.assert_close(sae.codes(x, side).dense(), expected)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = torch.autograd.grad(
+        (sae.codes(x, side).dense() * weights).sum(), list(sae.parameters())[:5], allow_unused=True
+    )
+    slow = torch.autograd.grad((expected * weights).sum(), list(sae.parameters())[:5], allow_unused=True)
+    for one, other in zip(found, slow, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+def test_gradients_are_finite_differences(made):
+    sae, x, windows = made
+    side = Side(windows.side)
+
+    def loss() -> Tensor:
+        return sae.codes(x, side).values.square().sum() + sae.codes(x, side).values.sum()
+
+    names = ("V", "U", "W_enc", "b_enc", "b_dec", "mixing.theta")
+    parameters = [sae.get_parameter(name) for name in names]
+    for parameter, grad in zip(parameters, torch.autograd.grad(loss(), parameters), strict=True):
+        flat, place, step = parameter.data.view(-1), parameter.numel() // 2, 1e-6
+        flat[place] += step
+        above = float(loss().detach())
+        flat[place] -= 2 * step
+        below = float(loss().detach())
+        flat[place] += step
+        assert float(grad.flatten()[place]) == pytest.approx((above - below) / (2 * step), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("base", ["standard", "topk", "jumprelu", "batchtopk"])
+def test_it_starts_as_its_base_and_every_parameter_moves(battery, base):
+    config = battery.quick("hierarchical", base=base, guidance="encode", rank=3)
+    batch = battery.batches(config, 1)[0]
+    assembly, plain = config.build(battery.D), build_base(config, battery.D)
+    side = battery.side_for(assembly, batch)
+    torch.testing.assert_close(assembly.sae.encode(batch.x, side), plain.sae.encode(batch.x), rtol=1e-5, atol=1e-5)
+    trainee = Trainee("one", assembly, battery.STEPS)
+    trainee.step_index = battery.STEPS // 2
+    before = {name: parameter.detach().clone() for name, parameter in trainee.sae.named_parameters()}
+    for batch in battery.batches(config, 3):
+        report = trainee.step(batch)
+    assert not [name for name, parameter in trainee.sae.named_parameters() if torch.equal(before[name], parameter)]
+    assert {"mixing/weight_17", "mixing/weight_20"} <= report.notes.keys()
+
+
+def test_disk_and_back(battery, tmp_path):
+    config = battery.quick("hierarchical", guidance="encode", rank=3, mixing_temperature_start=1.5)
+    trainee, _ = battery.train(config, 3)
+    assembly = trainee.assembly
+    stats = dataclasses.replace(assembly.input_stats, scale=torch.full((battery.D,), 0.5))
+    knobs = assembly.knobs_at(battery.STEPS)
+    save_sae(tmp_path, trainee.sae, stats, {"layers": [19]}, to_json(config), "hierarchical", None, knobs)
+    loaded = read_sae(tmp_path, lambda variant, raw, d: from_json(config_type(variant), raw).build(d).sae)
+    assert loaded.needs_side == ("attention", "row_of")
+    batch = battery.batches(config, 1)[0]
+    side = Side(batch.side)
+    with torch.no_grad():
+        raw = loaded.encode(batch.x / 0.5, side)
+        trained = trainee.sae.encode(batch.x, side.with_knobs(knobs))
+        torch.testing.assert_close(raw > 0, trained > 0)
+        torch.testing.assert_close(loaded.decode(raw) * 0.5, trainee.sae.decode(trained), rtol=1e-4, atol=1e-4)
+    without = Side({name: value for name, value in batch.side.items() if name != "attention"})
+    with pytest.raises(LookupError, match="expected a side input 'attention'"):
+        loaded.encode(batch.x, without)

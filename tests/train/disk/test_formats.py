@@ -1,0 +1,208 @@
+"""Every SAE through every format: the same codes and reconstructions come back."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from saemill.train import load_sae
+from saemill.train.disk.formats import WRITERS, read
+from saemill.train.disk.formats.plain import centred
+from saemill.train.disk.plain_form import PlainSae, sae_from_plain
+from saemill.train.errors import RunMissing, SaeInvalid
+from saemill.train.export import export, largest_difference, main
+
+D, F = 6, 20
+
+
+def make_plain(architecture, centres_input=True):
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tensors = {"W_enc": random(D, F), "W_dec": torch.nn.functional.normalize(random(F, D), dim=1), "b_dec": random(D)}
+    if architecture == "gated":
+        tensors |= {"b_gate": random(F), "b_mag": random(F), "r_mag": 0.3 * random(F)}
+    else:
+        tensors["b_enc"] = 0.3 * random(F)
+    if architecture == "jumprelu":
+        tensors["threshold"] = random(F).abs()
+    return PlainSae(architecture, tensors, 3 if architecture == "topk" else None, centres_input)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+def test_there_and_back(architecture, kind, tmp_path):
+    """Only sparsify refuses, and only what it does not know."""
+    plain = make_plain(architecture)
+    if kind == "sparsify" and architecture != "topk":
+        with pytest.raises(SaeInvalid, match="sparsify knows topk SAEs alone"):
+            WRITERS[kind](tmp_path, plain, {})
+        return
+    WRITERS[kind](tmp_path, plain, {"layers": [3], "model_name": "m"})
+    assert largest_difference(plain, read(tmp_path)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
+def test_centring_moves_into_the_biases(architecture):
+    plain = make_plain(architecture, centres_input=False)
+    assert largest_difference(plain, centred(plain, True)) < 1e-5
+    assert largest_difference(plain, centred(make_plain(architecture), False)) > 1e-3
+
+
+def test_dictionary_learning_by_its_own_formulas(tmp_path):
+    """Its JumpReLU: relu(pre) where pre = x W_enc + b_enc exceeds the threshold, no bias taken off x."""
+    plain = make_plain("jumprelu")
+    WRITERS["dictionary_learning"](tmp_path, plain, {})
+    w = load_file(tmp_path / "ae.safetensors")
+    x = torch.randn(9, D, generator=torch.Generator().manual_seed(0))
+    pre = x @ w["W_enc"] + w["b_enc"]
+    codes = torch.relu(pre * (pre > w["threshold"]))
+    assert torch.allclose(codes, sae_from_plain(plain).encode(x), atol=1e-5)
+    assert torch.allclose(codes @ w["W_dec"] + w["b_dec"], sae_from_plain(plain)(x), atol=1e-5)
+    assert json.loads((tmp_path / "config.json").read_text())["trainer"]["dict_class"] == "JumpReluAutoEncoder"
+    assert "torch.save" in (tmp_path / "README.md").read_text()
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_batch_top_k_from_dictionary_learning(tmp_path):
+    """Its scalar threshold becomes one for each latent; an unset one is refused."""
+    plain = make_plain("standard")
+    tensors = {"encoder.weight": plain.tensors["W_enc"].t().contiguous(), "encoder.bias": plain.tensors["b_enc"]}
+    tensors |= {"decoder.weight": plain.tensors["W_dec"].t().contiguous(), "b_dec": plain.tensors["b_dec"]}
+    config = {"trainer": {"dict_class": "BatchTopKSAE", "k": 3, "layer": 4, "lm_name": "m"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({**tensors, "k": torch.tensor(3), "threshold": torch.tensor(0.7)}, tmp_path / "ae.safetensors")
+    sae = load_sae(tmp_path)
+    x = torch.randn(9, D, generator=torch.Generator().manual_seed(0))
+    pre = (x - plain.tensors["b_dec"]) @ plain.tensors["W_enc"] + plain.tensors["b_enc"]
+    assert torch.allclose(sae.encode(x), torch.relu(pre) * (pre > 0.7), atol=1e-5)
+    save_file({**tensors, "k": torch.tensor(3), "threshold": torch.tensor(-1.0)}, tmp_path / "ae.safetensors")
+    with pytest.raises(SaeInvalid, match="learned threshold"):
+        load_sae(tmp_path)
+
+
+def test_a_pt_file_is_read_as_tensors_and_nothing_else(tmp_path):
+    plain = make_plain("standard")
+    WRITERS["dictionary_learning"](tmp_path, plain, {})
+    tensors = load_file(tmp_path / "ae.safetensors")
+    (tmp_path / "ae.safetensors").unlink()
+    torch.save(tensors, tmp_path / "ae.pt")
+    assert largest_difference(plain, read(tmp_path)[0]) < 1e-5
+    torch.save({"code": Exploit()}, tmp_path / "ae.pt")
+    with pytest.raises(SaeInvalid, match="expected plain tensors"):
+        read(tmp_path)
+    (tmp_path / "ae.pt").write_bytes(b"nothing")
+    with pytest.raises(SaeInvalid, match="expected plain tensors"):
+        read(tmp_path)
+
+
+class Exploit:
+    """What a reader of pickles would run."""
+
+    def __reduce__(self):
+        return exit, (3,)
+
+
+@pytest.mark.parametrize("setting", [("activation", "groupmax"), ("skip_connection", True), ("k", 0)])
+def test_sparsify_beyond_a_plain_form_is_refused(tmp_path, setting):
+    WRITERS["sparsify"](tmp_path, make_plain("topk"), {})
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(config | dict([setting])))
+    with pytest.raises(SaeInvalid, match=setting[0]):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+def test_sae_lens_knows_an_input_that_is_not_centred(tmp_path, architecture):
+    """By apply_b_dec_to_input; dictionary_learning's JumpReLU is such a one."""
+    plain = make_plain(architecture, centres_input=False)
+    WRITERS["sae_lens"](tmp_path, plain, {"layers": [3]})
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert (config["architecture"], config["apply_b_dec_to_input"]) == (architecture, False)
+    assert largest_difference(plain, read(tmp_path)[0]) < 1e-5
+
+
+def test_a_transcoder_of_sparsify_stays_one(tmp_path):
+    WRITERS["sparsify"](tmp_path / "a", make_plain("topk"), {})
+    config = json.loads((tmp_path / "a/cfg.json").read_text())
+    (tmp_path / "a/cfg.json").write_text(json.dumps(config | {"transcode": True}))
+    export(tmp_path / "a", "sae_lens", tmp_path / "b")
+    assert json.loads((tmp_path / "b/cfg.json").read_text())["architecture"] == "saemill_topk"
+    for folder in ("a", "b"):
+        with pytest.raises(SaeInvalid, match="dictionary_learning has no form for it"):
+            export(tmp_path / folder, "dictionary_learning", tmp_path / "c")
+
+
+def test_a_folder_without_its_configuration_is_named(tmp_path):
+    WRITERS["dictionary_learning"](tmp_path / "a", make_plain("topk"), {})
+    (tmp_path / "a/config.json").unlink()
+    result = CliRunner().invoke(main, [str(tmp_path / "a"), "--to", "sae_lens", "--out", str(tmp_path / "b")])
+    assert result.exit_code == 1 and "expected config.json in" in result.output
+
+
+def test_a_file_is_no_place_for_a_folder(tmp_path):
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {})
+    (tmp_path / "b").write_text("mine")
+    result = CliRunner().invoke(main, [str(tmp_path / "a"), "--to", "sae_lens", "--out", str(tmp_path / "b")])
+    assert result.exit_code == 1 and "choose another --out" in result.output
+    assert (tmp_path / "b").read_text() == "mine"
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    WRITERS["sparsify"](tmp_path, make_plain("topk"), {})
+    data = (tmp_path / "sae.safetensors").read_bytes()
+    (tmp_path / "sae.safetensors").write_bytes(data[:-50])
+    with pytest.raises(SaeInvalid, match=r"sae\.safetensors: damaged"):
+        read(tmp_path)
+
+
+def test_what_others_have_no_form_for_is_refused(tmp_path):
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"layers": [1, 2]})
+    with pytest.raises(SaeInvalid, match="one layer that reconstructs its input"):
+        export(tmp_path / "a", "sparsify", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_command(tmp_path):
+    WRITERS["sae_lens"](tmp_path / "runs/run_1/topk", make_plain("topk"), {"layers": [3]})
+    words = ["run_1", "--runs", str(tmp_path / "runs"), "--to", "sparsify", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert result.exit_code == 0 and "differ by" in result.output
+    again = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert again.exit_code == 1 and "not an empty folder" in again.output
+
+
+def test_finding_an_sae(tmp_path):
+    for label in ("topk_k2", "topk_k4"):
+        WRITERS["sae_lens"](tmp_path / "run_1" / label, make_plain("topk"), {})
+    assert load_sae("run_1/topk_k2", tmp_path).num_latents == F
+    with pytest.raises(RunMissing, match="holds 2 SAEs: choose one of"):
+        load_sae("run_1", tmp_path)
+    (tmp_path / "run_2").mkdir()
+    with pytest.raises(RunMissing, match="holds no trained SAE"):
+        load_sae("run_2", tmp_path)
+    with pytest.raises(RunMissing, match="expected a folder, a run in"):
+        load_sae("run_9", tmp_path)
+
+
+def test_the_hub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):
+    """`owner/name/folder` downloads that folder alone."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        WRITERS["sae_lens"](tmp_path / "hub/layer_3", make_plain("topk"), {})
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_sae("owner/name/layer_3", tmp_path / "runs").num_latents == F
+    assert asked == [("owner/name", ["layer_3/*"])]
+    asked.clear()
+    load_sae("owner/name", tmp_path / "runs")
+    assert asked == [("owner/name", ["*.json", "*.safetensors", "*.pt"])]  # ae.pt is read as plain tensors

@@ -1,0 +1,229 @@
+"""Saved SAEs: what is on disk computes what was trained, in raw units, by the formulas of the format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saemill.cache_schema.strict import to_json
+from saemill.train.data.batch import Batch
+from saemill.train.data.scaling import Stats, joined_stats
+from saemill.train.disk.sae_folder import CONFIG, EXTRAS, WEIGHTS, load_plain_sae, read_sae, save_sae
+from saemill.train.engine.step import Trainee
+from saemill.train.errors import SaeInvalid
+from saemill.train.kit.registry import names
+from saemill.train.parallel.ranks import Alone
+from saemill.train.run.find_sae import rebuild
+from saemill.train.sae.model import SparseAutoencoder
+from saemill.train.sae.side import NO_SIDE, Side
+
+D, WIDTH = 24, 64
+
+
+def stats_of(seed: int) -> Stats:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.full((D,), 0.01 + 0.3 * float(torch.rand((), generator=generator)))
+    return Stats(scale, torch.randn(D, generator=generator), float(D))
+
+
+def trained(variant: str, battery):
+    """A config, an SAE after a few steps on scaled rows, and the statistics it was built with."""
+    config = battery.config_of(variant, width=WIDTH, k=5, target_l0=5.0)
+    needs = config.request()
+    stats = joined_stats([stats_of(layer) for layer in needs.inputs])
+    targets = () if needs.targets is None else (joined_stats([stats_of(9) for _ in needs.targets]),)
+    assembly = config.build(D, stats, *targets)
+    trainee = Trainee("one", assembly, 10)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(6):
+        x = torch.randn(256, stats.width, generator=generator) + stats.mean
+        y = None if not targets else torch.randn(256, targets[0].width, generator=generator)
+        trainee.step(Batch(x, y, battery.side_of(needs, 256, generator)))
+    return config, trainee.sae, assembly
+
+
+def save(folder: Path, variant: str, battery):
+    config, sae, assembly = trained(variant, battery)
+    metadata = {"model_name": "pocket", "hook_name": "blocks.19.hook_resid_post"}
+    needs = config.request()
+    metadata |= {"layers": list(needs.inputs), "target_layers": list(needs.targets or needs.inputs)}
+    save_sae(
+        folder,
+        sae,
+        assembly.input_stats,
+        metadata,
+        to_json(config),
+        variant,
+        assembly.target_stats,
+        assembly.knobs_at(10),
+    )
+    return sae, assembly
+
+
+def official(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations and reconstruction by the format's own formulas."""
+    config, w = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    pre = (x - w["b_dec"] * config["apply_b_dec_to_input"]) @ w["W_enc"]
+    match config.get("gate", config["architecture"]):
+        case "standard":
+            acts = torch.relu(pre + w["b_enc"])
+        case "topk":
+            kept = torch.topk(pre + w["b_enc"], config["k"], dim=-1)
+            acts = torch.zeros_like(pre).scatter(-1, kept.indices, kept.values.relu())
+        case "jumprelu":
+            acts = torch.relu(pre + w["b_enc"]) * (pre + w["b_enc"] > w["threshold"])
+        case "gated":
+            magnitude = torch.relu(pre * w["r_mag"].exp() + w["b_mag"])
+            acts = magnitude * (pre + w["b_gate"] > 0)
+    return acts, acts @ w["W_dec"] + w["b_dec"]
+
+
+@pytest.mark.parametrize("variant", names())
+def test_saved_is_what_was_trained(variant, tmp_path, rng, battery):
+    sae, assembly = save(tmp_path, variant, battery)
+    scale, target_scale = assembly.input_stats.scale, assembly.target_stats.scale
+    raw = (torch.randn(64, sae.d_in, generator=rng) + assembly.input_stats.mean) / scale
+    side = battery.side_of(battery.config_of(variant).request(), 64, rng)
+    loaded = read_sae(tmp_path, rebuild)
+    with torch.no_grad():
+        acts = sae.encode(raw * scale, assembly.side(side, 10, 10, Alone()))
+        x_hat = sae.decode(acts) / target_scale
+        loaded_acts = loaded.encode(raw, Side(side))
+        forms = [(loaded_acts, loaded.decode(loaded_acts))] + ([official(tmp_path, raw)] if sae.is_plain else [])
+    for found_acts, found_x_hat in forms:
+        assert torch.equal(found_acts > 0, acts > 0)
+        tolerance = 1e-5 * float(x_hat.abs().amax())
+        torch.testing.assert_close(found_x_hat, x_hat, rtol=1e-5, atol=tolerance)
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(WIDTH))
+    assert bool((acts > 0).any())
+    assert loaded.extras_tensors.keys() == sae.extras.state_dict().keys()
+    assert loaded.needs_side == sae.needs_side
+
+
+@pytest.mark.parametrize("variant", ["topk", "batchtopk", "jumprelu", "matryoshka", "standard", "gated", "p_anneal"])
+def test_one_layer_variants_have_an_architecture_of_the_format(variant, tmp_path, battery):
+    save(tmp_path, variant, battery)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["architecture"] in ("standard", "topk", "jumprelu", "gated")
+    assert config["metadata"]["sae_lens_version"] >= "6"
+    assert config["metadata"]["training_architecture"] == variant
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+
+
+@pytest.mark.parametrize(("variant", "gate"), [("crosscoder", "jumprelu"), ("transcoder", "topk")])
+def test_what_the_format_cannot_say_has_a_name_of_our_own(variant, gate, tmp_path, battery):
+    save(tmp_path, variant, battery)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["architecture"], config["gate"]) == (f"saemill_{variant}", gate)
+
+
+def test_the_batchtopk_threshold_follows_the_folded_scale(tmp_path, battery):
+    sae, assembly = save(tmp_path, "batchtopk", battery)
+    scale = float(assembly.input_stats.scale[0])
+    threshold = load_file(tmp_path / WEIGHTS)["threshold"]
+    torch.testing.assert_close(threshold, (sae.gate.threshold / scale).float().expand(WIDTH))
+
+
+def test_topk_scores_scaled_by_decoder_norms_are_folded_on_load(tmp_path, rng, battery):
+    w = {
+        "W_enc": torch.randn(D, WIDTH, generator=rng),
+        "b_enc": torch.randn(WIDTH, generator=rng),
+        "W_dec": torch.randn(WIDTH, D, generator=rng) * 3,
+        "b_dec": torch.randn(D, generator=rng),
+    }
+    save_file(w, tmp_path / WEIGHTS)
+    config = {"architecture": "topk", "k": 5, "rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": True}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    x = torch.randn(9, D, generator=rng)
+    norms = w["W_dec"].norm(dim=1)
+    kept = torch.topk(((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norms, 5)
+    acts = torch.zeros(9, WIDTH).scatter(1, kept.indices, kept.values.relu())
+    expected = (acts / norms) @ w["W_dec"] + w["b_dec"]
+    torch.testing.assert_close(load_plain_sae(tmp_path)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / CONFIG).unlink(), "found no cfg.json"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "found none"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "expected JSON"),
+        (lambda folder: (folder / CONFIG).write_text("[]"), "expected a JSON object, found list"),
+        (lambda folder: (folder / CONFIG).write_text('{"architecture": "temporal"}'), "found 'temporal'"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 99), "damaged"),
+        (lambda folder: save_file({"W_enc": torch.zeros(1)}, folder / WEIGHTS), "lacks b_enc, W_dec, b_dec"),
+    ],
+)
+def test_a_damaged_folder_is_named(damage, message, tmp_path, battery):
+    save(tmp_path, "topk", battery)
+    damage(tmp_path)
+    with pytest.raises(SaeInvalid, match=message):
+        load_plain_sae(tmp_path)
+
+
+def test_normalisation_at_run_time_is_refused(tmp_path, battery):
+    save(tmp_path, "topk", battery)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"normalize_activations": "layer_norm"}))
+    with pytest.raises(SaeInvalid, match="layer_norm"):
+        load_plain_sae(tmp_path)
+
+
+def test_topk_with_rows_of_several_lengths_is_refused(tmp_path, battery):
+    config, sae, assembly = trained("topk", battery)
+    with torch.no_grad():
+        sae.W_dec[0] *= 2
+    with pytest.raises(SaeInvalid, match="one length"):
+        save_sae(tmp_path, sae, assembly.input_stats, {}, to_json(config), "topk")
+    assert not (tmp_path / CONFIG).exists()
+
+
+class Shifted(SparseAutoencoder):
+    """Activations of tokens behind a place are multiplied by a weight of their own."""
+
+    is_plain = False
+    needs_side = ("position",)
+
+    def __init__(self, base: SparseAutoencoder) -> None:
+        super().__init__(base.W_enc.data, base.W_dec.data, base.gate, base.b_dec.data, base.b_enc.data)
+        self.factor = torch.nn.Parameter(torch.ones(base.num_latents))
+
+    def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
+        late = (side["position"] > 4)[:, None] * side.knob("late", 0.0)
+        return super().encode(x, side) * (1.0 + late * self.factor)
+
+
+def test_an_inference_of_its_own_is_saved_whole(tmp_path, rng, battery):
+    config, base, assembly = trained("topk", battery)
+    sae = Shifted(base)
+    sae.requires_grad_(False).factor += torch.rand(WIDTH, generator=rng)
+    sae.extras["tiers"] = torch.nn.PReLU()
+    settings, stats = to_json(config), assembly.input_stats
+    save_sae(tmp_path, sae, stats, {}, settings, "topk", knobs={"late": 0.5})
+
+    def rebuilt(variant, found, d_in):
+        assert (variant, found, d_in) == ("topk", settings, D)
+        return Shifted(config.build(D).sae)
+
+    loaded = read_sae(tmp_path, rebuilt)
+    position = torch.arange(9)
+    raw = torch.randn(9, D, generator=rng) / stats.scale
+    expected = sae.encode(raw * stats.scale, Side({"position": position}, {"late": 0.5}))
+    acts = loaded.encode(raw, Side({"position": position}))
+    assert torch.equal(acts > 0, expected > 0)
+    torch.testing.assert_close(loaded.decode(acts), sae.decode(expected) / stats.scale, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(WIDTH))
+    assert sorted(loaded.extras_tensors) == ["tiers.weight"]
+    (tmp_path / EXTRAS).write_bytes(b"x")
+    with pytest.raises(SaeInvalid, match="damaged"):
+        read_sae(tmp_path, rebuilt)
+    with pytest.raises(SaeInvalid, match="found 'saemill_topk'"):
+        load_plain_sae(tmp_path)
+    (tmp_path / EXTRAS).unlink()
+    with pytest.raises(SaeInvalid, match="do not fit its variant: factor"):
+        read_sae(tmp_path, lambda variant, found, d_in: config.build(D).sae)

@@ -1,0 +1,49 @@
+"""The folder of variants as a registry, and settings no run can satisfy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from saemill import train
+from saemill.train.errors import ConfigInvalid, UnknownVariant
+from saemill.train.kit import registry
+
+
+def test_the_registry_is_the_folder():
+    files = {path.stem for path in (Path(train.__path__[0]) / "variants").glob("*.py")} - {"__init__"}
+    assert set(registry.names()) == files
+    assert {"standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "p_anneal"} <= files
+
+
+def test_an_unknown_variant_names_its_neighbours():
+    with pytest.raises(UnknownVariant, match=r"'topkk' .did you mean.*'topk'"):
+        registry.config_type("topkk")
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "message"),
+    [
+        ("topk", {"width": 16, "k": 17}, "k: expected more than 0 and at most width = 16, found 17"),
+        ("batchtopk", {"width": 16, "k": 0.0}, "found 0.0"),
+        ("matryoshka", {"width": 16, "k": 2.0, "prefix_fractions": (0.5, 0.5, 1.0)}, "rise to 16"),
+        ("matryoshka", {"width": 16, "k": 2.0, "prefix_fractions": (0.5,)}, "rise to 16"),
+        ("matryoshka", {"width": 160, "k": 2.0, "prefix_weights": (1.0,)}, "prefix_weights: expected 5, found 1"),
+        ("jumprelu", {"width": 16, "target_l0": 20.0}, "found 20.0"),
+        ("jumprelu", {"width": 160, "bandwidth": 0.0}, "bandwidth"),
+        ("standard", {"penalty": -1.0}, "penalty"),
+        ("gated", {"penalty": -1.0}, "penalty"),
+        ("p_anneal", {"p_end": 0.0}, "p_end"),
+    ],
+)
+def test_settings_that_contradict_are_refused(variant, settings, message):
+    with pytest.raises(ConfigInvalid, match=message):
+        registry.config_type(variant)(**settings).build(8)
+
+
+def test_requests_that_contradict_are_refused():
+    with pytest.raises(ConfigInvalid, match="another layer"):
+        registry.config_type("transcoder")(layer=3, to_layer=3).request()
+    with pytest.raises(ConfigInvalid, match="distinct"):
+        registry.config_type("crosscoder")(layers=(3, 3)).request()

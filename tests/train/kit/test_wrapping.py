@@ -1,0 +1,76 @@
+"""A base inside another variant's config: what is handed on, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from saemill.train.engine.optim import Optim
+from saemill.train.errors import ConfigInvalid, UnknownVariant
+from saemill.train.kit import wrapping
+from saemill.train.kit.registry import config_type
+from saemill.train.kit.wrapping import base_request, build_base
+from saemill.train.sae.gates import TopK
+
+D = 16
+
+
+@dataclass(frozen=True)
+class Wrapping(wrapping.Wrapping):
+    layer: int = 3
+    width: int = 64
+    seed: int = 1
+    alpha: float = 0.1
+
+
+def test_shared_settings_are_handed_on():
+    assembly = build_base(Wrapping(base="topk", k=3), D)
+    expected = config_type("topk")(layer=3, width=64, k=3, seed=1).build(D)
+    assert isinstance(assembly.sae.gate, TopK) and assembly.sae.gate.k == 3
+    assert all(torch.equal(a, b) for a, b in zip(assembly.sae.parameters(), expected.sae.parameters(), strict=True))
+    assert assembly.optim == expected.optim
+    assert base_request(Wrapping(layer=7)).layers == (7,)
+
+
+def test_the_optimiser_is_the_bases_own_but_for_what_was_chosen():
+    assert build_base(Wrapping(base="jumprelu"), D).optim.beta1 == 0.0
+    chosen = build_base(Wrapping(base="jumprelu", optim=Optim(lr=0.5, clip_norm=1.0)), D).optim
+    assert (chosen.lr, chosen.clip_norm, chosen.beta1) == (0.5, 1.0, 0.0)
+
+
+def test_what_is_everybodys_default_can_be_chosen_too():
+    assert build_base(Wrapping(base="jumprelu", optim=Optim(beta1=0.9)), D).optim.beta1 == 0.9
+    assert build_base(Wrapping(base="topk", optim=Optim(epsilon=1e-8)), D).optim.epsilon == 1e-8
+
+
+def test_a_sparsity_that_nobody_chose_fits_the_width_of_the_residual():
+    assert build_base(Wrapping(base="topk"), D).sae.gate.k == D // 4
+
+
+def test_a_count_stays_a_count():
+    """A config in JSON says 3.0, and no top-k takes that."""
+    gate = build_base(Wrapping(base="topk", k=3.0), D).sae.gate
+    assert gate.k == 3 and isinstance(gate.k, int)
+    assert build_base(Wrapping(base="batchtopk", k=2.5), D).sae.gate.k == 2.5
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Wrapping(base="topk", k=2.5), "k: expected a whole number"),
+        (Wrapping(base="topk", penalty=0.1), "base topk has no setting penalty"),
+        (Wrapping(base="standard", k=4.0), "base standard has no setting k"),
+        (Wrapping(base="crosscoder"), "found 'crosscoder'"),
+        (Wrapping(base="transcoder"), "found 'transcoder'"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused(config, message):
+    with pytest.raises(ConfigInvalid, match=message):
+        build_base(config, D)
+
+
+def test_an_unknown_base_names_its_neighbour():
+    with pytest.raises(UnknownVariant, match="topk"):
+        build_base(Wrapping(base="topkk"), D)

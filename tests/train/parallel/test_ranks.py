@@ -1,0 +1,125 @@
+"""Two ranks with a share of a batch each against one with all of it, for every variant."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from saemill.train.data.batch import Batch
+from saemill.train.engine.step import Trainee
+from saemill.train.kit.registry import config_type, names
+from saemill.train.parallel.ranks import shared
+from saemill.train.sae.gates import BatchTopK
+from saemill.train.sae.side import NO_SIDE, Side
+
+CPU = torch.device("cpu")
+TOKENWISE = [name for name in names() if not config_type(name)().request().windows]
+
+
+class Pair:
+    """Two ranks in threads of one process; a call returns when both have made it."""
+
+    size = 2
+
+    def __init__(self, board: list[Any], barrier: threading.Barrier, rank: int) -> None:
+        self._board, self._barrier, self.rank = board, barrier, rank
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.gather(tensor)).sum(0)
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self._board[self.rank] = tensor.detach().clone()
+        self._barrier.wait(timeout=60)
+        everyone = list(self._board)
+        self._barrier.wait(timeout=60)
+        return everyone
+
+
+def make_pair() -> list[Pair]:
+    board, barrier = [None, None], threading.Barrier(2)
+    return [Pair(board, barrier, rank) for rank in range(2)]
+
+
+def in_both(work: Callable[[int], Any]) -> list[Any]:
+    """What `work(rank)` returns in each rank."""
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(work, range(2)))
+
+
+HALVES = (slice(0, None, 2), slice(1, None, 2))
+UNEVEN = (slice(0, 150), slice(150, None))
+
+
+def part(batch: Batch, cut: slice) -> Batch:
+    side = {name: values[cut] for name, values in batch.side.items()}
+    return Batch(batch.x[cut], None if batch.target is None else batch.target[cut], side)
+
+
+def windows_part(batch: Batch, windows: slice, spans: int) -> Batch:
+    """The rows of some whole windows, of `spans` tokens each."""
+    rows = slice(windows.start * spans, windows.stop * spans)
+    side = {name: batch.side[name][rows] for name in ("position", "document")}
+    row_of = batch.side["row_of"][windows]
+    side |= {"window": batch.side["window"][rows] - windows.start}
+    side |= {"row_of": torch.where(row_of >= 0, row_of - rows.start, -1)}
+    return Batch(batch.x[rows], side=side)
+
+
+def test_whole_windows_need_not_be_shared_out_evenly(battery):
+    """5 windows here and 11 there, and of the five no token of the first 16 has an active latent to compare."""
+    config = battery.quick("temporal", dead_after_tokens=1000, warmup_steps=0, temporal_weights=(3.0, 3.0, 3.0))
+    all_batches = battery.batches(config, 6)
+    for batch in all_batches:
+        batch.x[:160].view(5, 32, -1)[:, :16] = 0.0
+    alone = Trainee("one", config.build(battery.D), battery.STEPS)
+    for batch in all_batches:
+        alone.step(batch)
+    pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in make_pair()]
+    cuts = (slice(0, 5), slice(5, 16))
+    in_both(lambda rank: [pair[rank].step(windows_part(batch, cuts[rank], 32)) for batch in all_batches])
+    expected, first, second = (trainee.state() for trainee in (alone, *pair))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in ("sae.W_enc", "sae.W_dec", "sae.b_dec"):
+        assert float((first[name] - expected[name]).norm()) <= 1e-3 * float(expected[name].norm()), name
+
+
+@pytest.mark.parametrize("cuts", [HALVES, UNEVEN], ids=["halves", "uneven"])
+@pytest.mark.parametrize("variant", TOKENWISE)
+def test_two_ranks_train_as_one(battery, variant, cuts):
+    config = battery.quick(variant, dead_after_tokens=1000, encoder_product="float32")
+    all_batches = battery.batches(config, 6)
+    alone = Trainee("one", config.build(battery.D), battery.STEPS)
+    told = [alone.step(batch) for batch in all_batches]
+
+    pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in make_pair()]
+    reports = in_both(lambda rank: [pair[rank].step(part(batch, cuts[rank])) for batch in all_batches])
+
+    expected, first, second = (trainee.state() for trainee in (alone, *pair))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in ("sae.W_enc", "sae.W_dec", "sae.b_dec"):
+        assert float((first[name] - expected[name]).norm()) <= 1e-3 * float(expected[name].norm()), name
+    assert torch.equal(first["latents.tokens_since_fired"], expected["latents.tokens_since_fired"])
+    for one, *shares in zip(told, *reports, strict=True):
+        assert {share.tokens for share in shares} == {one.tokens}
+        together = sum(float(share.l0) * share.weight for share in shares) / 2
+        assert together == pytest.approx(float(one.l0), rel=1e-2)
+
+
+def test_of_equal_values_no_more_are_kept_than_by_one_rank():
+    """114 of 30 rows: 90 are larger, and 24 of 120 that tie come from the first rank."""
+    pre = torch.ones(30, 8)
+    pre[:, :3], pre[:, 7] = 2.0, 0.5
+    shares = (pre[:20], pre[20:])
+    pair, gate = make_pair(), BatchTopK(3.8)
+
+    def tied_kept(rank: int) -> int:
+        kept = gate.choose(shares[rank], Side(ranks=shared(pair[rank], len(shares[rank]), CPU)))
+        return kept.latents.numel() - int((kept.latents < 3).sum())
+
+    assert gate.choose(pre, NO_SIDE).latents.numel() == 114
+    assert in_both(tied_kept) == [24, 0]

@@ -1,0 +1,99 @@
+"""Runs from the command line, in this process or in one that can be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from saemill.train.ask.settings import parse_settings
+from saemill.train.cli import main
+
+QUICK = ["--layer", "3", "--device", "cpu", "--set", "data.batch_tokens=64", "--set", "data.pool_tokens=600"]
+TIMING = ("tokens_per_second", "waiting_share")
+
+
+@pytest.fixture(scope="session")
+def big(write_store, tmp_path_factory):
+    """A store of 1,000 windows: 100 steps of 64 tokens in an epoch."""
+    return write_store(tmp_path_factory.mktemp("stores") / "big", windows=1000, shard_windows=64, splits=(920, 960))
+
+
+@pytest.fixture
+def sae_train(tmp_path):
+    """Run the command here: `sae_train("--variant", "topk", ...)` gives its result."""
+
+    def call(*words, out=tmp_path / "runs", code=0):
+        result = CliRunner().invoke(main, ["--out", str(out), *map(str, words)], catch_exceptions=False)
+        assert result.exit_code == code, result.output
+        return result
+
+    return call
+
+
+@pytest.fixture
+def spawn(tmp_path):
+    """Start the command in a process of its own."""
+    processes = []
+
+    def start(*words, out=tmp_path / "runs", code="from saemill.train.cli import main; main()", **environment):
+        roots = os.pathsep.join(path for path in sys.path if path)
+        env = {**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
+        command = [sys.executable, "-c", code, "--out", str(out), *map(str, words)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def bits():
+    """All that a finished run leaves behind and that time does not touch."""
+
+    def read(run: Path):
+        last = sorted((run / "checkpoints").glob("step_*"))[-1]
+        tensors = {path.name: load_file(path) for path in sorted(last.glob("*.safetensors"))}
+        tensors |= {str(p.relative_to(run)): load_file(p) for p in sorted(run.glob("*/sae_weights.safetensors"))}
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return tensors, [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+    return read
+
+
+@pytest.fixture
+def same_bits(bits):
+    """Assert that two runs left the same."""
+
+    def check(one: Path, other: Path):
+        (tensors, lines), (expected, expected_lines) = bits(one), bits(other)
+        assert tensors.keys() == expected.keys()
+        for name, state in expected.items():
+            assert state.keys() == tensors[name].keys()
+            for key, tensor in state.items():
+                assert torch.equal(tensor, tensors[name][key]), f"{name}: {key}"
+        assert lines == expected_lines
+
+    return check
+
+
+@pytest.fixture
+def quick():
+    """Options of a run of a few seconds."""
+    return list(QUICK)
+
+
+@pytest.fixture
+def settings_of():
+    return parse_settings

@@ -1,0 +1,53 @@
+"""Steps from tokens, epochs, or neither."""
+
+import numpy as np
+import pytest
+
+from saemill.train.ask.records import CourseConfig
+from saemill.train.data.plan import Plan
+from saemill.train.data.split_sizes import SplitSizes
+from saemill.train.errors import ConfigInvalid, NothingToTrain, StoreTooShort
+from saemill.train.run.budget import settle_budget
+
+NONE = np.zeros(0, np.int64)
+
+
+def plan(windows=100, tokens=10, batch=50):
+    sizes = SplitSizes(0, 16, 20, 5, np.full(windows, tokens), NONE, NONE)
+    return Plan(sizes, batch_tokens=batch, pool_tokens=400, seed=0)
+
+
+@pytest.mark.parametrize(
+    "tokens, epochs, steps",
+    [(1000, None, 20), (500, None, 10), (549, None, 10), (None, 3, 60), (1500, 3, 30), (3000, 3, 60)],
+)
+def test_steps(tokens, epochs, steps):
+    assert settle_budget(CourseConfig(tokens=tokens, epochs=epochs), plan(), "s").steps == steps
+
+
+def test_small_stores_are_read_again_and_it_is_said():
+    budget = settle_budget(CourseConfig(), plan(), "s")
+    assert budget.tokens == 16 * 1000
+    assert "no --tokens or --epochs given: 16,000 tokens, 16 epochs of 1,000" in budget.remark
+
+
+def test_too_short_a_store_names_the_remedy():
+    with pytest.raises(StoreTooShort, match=r"2,500 tokens, .* 1,000 in an epoch: give --epochs 3"):
+        settle_budget(CourseConfig(tokens=2500), plan(), "s")
+
+
+@pytest.mark.parametrize(
+    "case, said", [(plan(tokens=0), "0 tokens that may train"), (plan(batch=400, windows=30), "less")]
+)
+def test_nothing_to_train(case, said):
+    with pytest.raises(NothingToTrain, match=said):
+        settle_budget(CourseConfig(), case, "s")
+    with pytest.raises(NothingToTrain, match="less than one batch"):
+        settle_budget(CourseConfig(tokens=3), plan(), "s")
+
+
+def test_every_step_of_a_run_is_a_number_above_zero():
+    with pytest.raises(ConfigInvalid, match="tokens: expected 1 or more, found -5"):
+        CourseConfig(tokens=-5)
+    with pytest.raises(ConfigInvalid, match="checkpoint_every_seconds: expected 0 or more, found nan"):
+        CourseConfig(checkpoint_every_seconds=float("nan"))

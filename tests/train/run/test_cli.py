@@ -1,0 +1,209 @@
+"""What the command does, says and refuses."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from saemill.cache_schema import Store
+from saemill.train.cli import warnings_of
+from saemill.train.run.outcome import Outcome, SaeOutcome
+
+TOPK = ["--variant", "topk"]
+
+
+def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
+    result = sae_train(*TOPK, *quick, "--cache", big["path"], "--epochs", 2, "--k", 3, "--width", 64)
+    run = tmp_path / "runs/run_1"
+    config, outcome = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
+    with Store.open(big["path"]) as store:
+        assert config["cache"]["cache_id"] == store.manifest.cache_id
+    assert config["saes"]["topk"]["config"]["k"] == 3 and config["saes"]["topk"]["config"]["width"] == 64
+    assert {"git", "python", "packages"} == set(config["provenance"])
+    assert config["provenance"]["packages"]["torch"]
+    assert (run / "topk/cfg.json").is_file() and (run / "topk/sae_weights.safetensors").is_file()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["tokens"] == outcome["tokens"] == outcome["steps"] * 64
+    assert outcome["saes"]["topk"]["l0"] == pytest.approx(3, abs=0.1)
+    assert 0 < outcome["saes"]["topk"]["explained_variance"] < 1
+    for said in (
+        "steps",
+        "tokens/s",
+        "L0",
+        "EV held out",
+        "dead",
+        "waiting for data",
+        "share a document",
+        "run_1/topk",
+    ):
+        assert said in result.output
+    assert result.output.rstrip().endswith(f"next: sae-eval {run}")
+
+
+def test_an_sae_that_is_no_better_than_the_mean_is_pointed_out():
+    poor = SaeOutcome("runs/run_1/poor", "topk", 8, 1.0, -0.2, 0, 0.0, None, 10)
+    saes = {"poor": poor, "fair": replace(poor, explained_variance=0.5)}
+    outcome = Outcome("runs/run_1", 1, 1, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, saes)
+    (line,) = warnings_of(outcome)
+    assert line.startswith("warning: poor: held-out activations are rebuilt no better than by their mean")
+    assert warnings_of(replace(outcome, saes={"fair": saes["fair"]})) == []
+
+
+def test_runs_get_the_next_free_number(big, sae_train, quick, tmp_path):
+    (tmp_path / "runs/run_2").mkdir(parents=True)
+    for _ in range(2):
+        sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"run_1", "run_2", "run_3"}
+
+
+def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    result = sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--name", "mine", code=1)
+    assert "is there already" in result.output
+    assert not list((tmp_path / "runs/mine").iterdir())
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--variant", "topkk"], "did you mean 'topk'"),
+        ([], "expected --variant NAME"),
+        ([*TOPK, "--set", "kk=3"], "did you mean 'k'"),
+        ([*TOPK, "--set", "optim.beta=0"], "did you mean 'optim.beta"),
+        ([*TOPK, "--set", "k"], "expected a setting like"),
+        ([*TOPK, "--set", "k=three"], "topk.k: expected int, found 'three'"),
+        ([*TOPK, "--k", "99", "--width", "32"], "at most width = 32, found 99"),
+        ([*TOPK, "--grid", "data.batch_tokens=1,2"], "a fleet shares one stream"),
+        ([*TOPK, "--tokens", "10"], "less than one batch of 64"),
+        ([*TOPK, "--tokens", "1M"], "give --epochs 157 to read it again"),
+        ([*TOPK, "--tokens", "1M", "--epochs", "2"], "in an epoch, 12,880 in 2"),
+        ([*TOPK, "--layer", "11"], "residuals of layers [11] (it has [3, 4])"),
+        ([*TOPK, "--width", "1B"], "GiB of memory on cpu"),
+        ([*TOPK, "--device", "nonsense"], "expected a device like auto"),
+        ([*TOPK, "--device", "vulkan"], "finds no VULKAN device"),
+        ([*TOPK, "--tokens", "-5"], "tokens: expected 1 or more, found -5"),
+        ([*TOPK, "--set", "course.epochs=-3"], "epochs: expected 1 or more, found -3"),
+        ([*TOPK, "--set", "course.checkpoint_every_seconds=NaN"], "expected float, found 'NaN'"),
+        ([*TOPK, "--set", "course.metrics_every_steps=0"], "metrics_every_steps: expected 1 or more, found 0"),
+        ([*TOPK, "--set", "course.checkpoint_every_steps=0"], "checkpoint_every_steps: expected 1 or more, found 0"),
+        ([*TOPK, "--set", "data.batch_tokens=0"], "batch_tokens: expected 1 or more, found 0"),
+        ([*TOPK, "--set", "data.seed=-1"], "seed: expected 0 or more, found -1"),
+        ([*TOPK, "--set", "aux_k=-1"], "aux_k: expected 1 or more (aux_weight=0 turns the loss off), found -1"),
+        ([*TOPK, "--set", "aux_k=0"], "aux_k: expected 1 or more (aux_weight=0 turns the loss off), found 0"),
+        (["--variant", "standard", "--width", "0"], "width: expected 1 or more, found 0"),
+        (["--variant", "gated", "--width", "-4"], "width: expected 1 or more, found -4"),
+        ([*TOPK, "--set", "data.pool_tokens=10"], "pool_tokens 10 for batch_tokens 64"),
+        ([*TOPK, "--set", 'course.trackers=["nosuch"]', "--tokens", "640"], "expected trackers among"),
+        (["--resume", "nothing"], "no run 'nothing'"),
+    ],
+)
+def test_mistakes_are_named(big, sae_train, quick, tmp_path, words, said):
+    options = [] if "--resume" in words else ["--cache", big["path"], *quick]
+    result = sae_train(*options, *words, code=1)
+    assert said in result.output
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+@pytest.mark.parametrize("tokens", ["NaN", "Infinity", "1e999", "2.5", "many"])
+def test_a_number_of_tokens_is_a_whole_one(sae_train, tokens):
+    assert "expected a number like 50M" in sae_train(*TOPK, "--tokens", tokens, code=2).output
+
+
+def test_a_store_that_is_not_there(sae_train, tmp_path):
+    assert "no store" in sae_train(*TOPK, "--cache", tmp_path / "none", code=1).output
+    assert "expected --cache" in sae_train(*TOPK, code=1).output
+
+
+def test_everything_a_store_lacks_comes_in_one_message(big, sae_train):
+    words = ["--variant", "topk", "--grid", "layer=7,3,9", "--cache", big["path"], "--set", "data.batch_tokens=64"]
+    result = sae_train(*words, code=1)
+    assert "residuals of layers [7, 9]" in result.output
+
+
+def test_an_empty_split_is_an_error(write_store, sae_train, quick, tmp_path):
+    write_store(tmp_path / "store", windows=60, splits=(0, 30))
+    result = sae_train(*TOPK, *quick, "--cache", tmp_path / "store", code=1)
+    assert "has 0 windows" in result.output
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--variant", "topk", "--cache", "{store}"], "validation split"),
+        (["--variant", "tired", "--cache", "nowhere"], "did you mean 'tiered'"),
+        (["--variant", "attention", "--cache", "{store}", "--set", "head=7"], "head: expected a head"),
+    ],
+)
+def test_what_no_run_could_end_with_is_told_before_its_folder_is_made(
+    write_store, sae_train, quick, tmp_path, words, said
+):
+    write_store(tmp_path / "store", windows=60, splits=(60, 60))
+    words = [word.format(store=tmp_path / "store") for word in words]
+    if words[1] != "tired":
+        words += quick
+    assert said in sae_train(*words, code=1).output
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_place_where_no_run_can_be_kept(big, sae_train, quick, tmp_path):
+    (tmp_path / "file").touch()
+    result = sae_train(*TOPK, *quick, "--cache", big["path"], "--epochs", 2, out=tmp_path / "file", code=1)
+    assert "choose another --out" in result.output
+
+
+def test_a_loss_that_leaves_the_numbers_names_its_place(big, sae_train, quick, tmp_path):
+    """Diverged, because the learning rate is absurd: step, shards and windows, and no result."""
+    words = [*TOPK, *quick, "--cache", big["path"], "--epochs", 2, "--lr", "1e30", "--set", "optim.warmup_steps=0"]
+    result = sae_train(*words, code=1)
+    assert "step 1" in result.output or "step 2" in result.output
+    for said in ("shard", "windows", "their activations are finite", "Lower the learning rate"):
+        assert said in result.output
+    assert not list(tmp_path.glob("runs/run_1/result.json"))
+    assert not list(tmp_path.glob("runs/run_1/topk"))
+
+
+def test_activations_that_are_no_numbers_name_their_place(write_store, sae_train, quick, tmp_path):
+    """Window 70 is broken; its moments were taken before."""
+    write_store(tmp_path / "store", windows=300, break_at=(3, 70))
+    result = sae_train(*TOPK, *quick, "--cache", tmp_path / "store", "--epochs", 1, code=1)
+    assert "not finite numbers: shard 2, windows 70." in result.output
+    assert not list(tmp_path.glob("runs/*/result.json"))
+
+
+def test_statistics_that_are_no_numbers_name_their_shard(write_store, sae_train, quick, tmp_path):
+    write_store(tmp_path / "store", windows=300, break_at=(3, 70), measured=True)
+    result = sae_train(*TOPK, *quick, "--cache", tmp_path / "store", "--epochs", 1, code=1)
+    assert "activations of layer 3 are not all finite numbers, in shard 2." in result.output
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_damaged_shard_is_named_with_its_remedy(big, sae_train, quick, tmp_path):
+    shutil.copytree(big["path"], tmp_path / "store")
+    chunk = next((tmp_path / "store/resid/layer_3").glob("c.5.*"))
+    data = np.fromfile(chunk, np.uint8)
+    data[33] ^= 4
+    data.tofile(chunk)
+    result = sae_train(*TOPK, *quick, "--cache", tmp_path / "store", "--epochs", 1, code=1)
+    assert "shard 5, array resid/layer_3" in result.output and "sae-store repair" in result.output
+
+
+def test_the_options_are_few(big):
+    """Growing the command needs a visible change here: everything else is --set."""
+    from saemill.train.cli import main
+
+    expected = "variants recipe cache out name tokens epochs layer width k lr seed device settings grid resume plots"
+    assert [parameter.name for parameter in main.params] == expected.split()
+
+
+def test_a_store_in_an_object_store_trains_the_same(big, sae_train, quick, tmp_path, same_bits):
+    """From memory:// as from a disk."""
+    import fsspec
+
+    remote = fsspec.filesystem("memory")
+    remote.put(big["path"], "/stores/big", recursive=True)
+    for name, cache in (("near", big["path"]), ("far", "memory://stores/big")):
+        sae_train(*TOPK, *quick, "--cache", cache, "--tokens", 1280, "--name", name)
+    same_bits(tmp_path / "runs/near", tmp_path / "runs/far")

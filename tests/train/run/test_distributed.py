@@ -1,0 +1,140 @@
+"""Two processes on a share of a batch each, against one process on all of it."""
+
+import json
+import random
+import socket
+from contextlib import suppress
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+def free_port():
+    """Below those that the system deals out, so that nobody is given it before it is used."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
+def launch(spawn, words, codes=(0, 0), **options):
+    """The command as `torchrun` would start it, twice; what each said, which ended with its exit code."""
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [spawn(*words, **where, RANK=str(r), LOCAL_RANK=str(r), **options) for r in range(2)]
+    said = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == list(codes), said
+    return said
+
+
+@pytest.mark.parametrize("variant", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one(big, spawn, sae_train, quick, tmp_path, variant):
+    """Weights agree within rounding, and only rank 0 speaks and writes."""
+    words = ["--variant", variant, *quick, "--cache", big["path"], "--tokens", 64 * 30]
+    words += ["--set", "encoder_product=float32"]
+    sae_train(*words, "--name", "one")
+    first, second = launch(spawn, [*words, "--name", "two"])
+    assert f"next: sae-eval {tmp_path / 'runs/two'}" in first and second.strip() == ""
+    one, two = (load_file(tmp_path / f"runs/{name}/{variant}/sae_weights.safetensors") for name in ("one", "two"))
+    for key in one:
+        assert torch.allclose(one[key], two[key], rtol=1e-3, atol=1e-4), key
+    start, end = (json.loads((tmp_path / f"runs/{name}/result.json").read_text()) for name in ("one", "two"))
+    assert end["tokens"] == start["tokens"]
+    assert end["saes"][variant]["l0"] == pytest.approx(start["saes"][variant]["l0"], rel=1e-2)
+
+
+@pytest.mark.parametrize("variant", ["topk", pytest.param("jumprelu", marks=pytest.mark.slow)])
+def test_a_sharded_dictionary_trains_as_a_whole_one(big, spawn, sae_train, quick, tmp_path, variant):
+    """Rows dealt out over two processes: the same weights within rounding, and a whole checkpoint."""
+    words = ["--variant", variant, *quick, "--cache", big["path"], "--tokens", 64 * 20, "--width", 61]
+    words += ["--set", "encoder_product=float32"]
+    sae_train(*words, "--name", "one")
+    launch(spawn, [*words, "--name", "two", "--set", "course.shard_width=true"])
+    for file in (f"{variant}/sae_weights.safetensors", f"checkpoints/step_000000020/{variant}.safetensors"):
+        one, two = (load_file(tmp_path / "runs" / name / file) for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for key in one:
+            assert one[key].shape == two[key].shape
+            assert torch.allclose(one[key].double(), two[key].double(), rtol=1e-3, atol=1e-4), key
+
+
+SHARDED = """
+import os, sys, torch, torch.distributed as dist
+from saemill.train.errors import NonFiniteLoss
+from saemill.train.data.batch import Batch
+from saemill.train.parallel.processes import Processes, make_shard
+from saemill.train.parallel.sharded_rows import is_sharded, local
+from saemill.train.engine.step import Trainee
+from saemill.train.kit.registry import config_type
+
+dist.init_process_group("gloo")
+rank, cpu = dist.get_rank(), torch.device("cpu")
+
+def build():
+    return config_type("topk")(layer=0, width=40, k=3, encoder_product="float32").build(8)
+
+def trainee():
+    return Trainee("one", build(), 6, cpu, Processes(cpu), make_shard(cpu))
+
+def rows(at):
+    return torch.randn(64, 8, generator=torch.Generator().manual_seed(at))
+
+def step(trainee, at):
+    trainee.step(Batch(rows(at)[:20] if rank == 0 else rows(at)[20:]))
+
+counts = torch.arange(3)
+assert Processes(cpu).sum(counts).tolist() == [0, 2, 4]
+assert counts.tolist() == [0, 1, 2], "changed in place"
+straight, alone = trainee(), Trainee("one", build(), 6)
+for tensor in (straight.sae.W_enc, straight.sae.W_dec, *straight.optimiser._first.values()):
+    assert is_sharded(tensor)
+    assert local(tensor).shape[0] * 2 == tensor.shape[0]
+for at in range(6):
+    step(straight, at)
+    alone.step(Batch(rows(at)))
+first = trainee()
+for at in range(3):
+    step(first, at)
+second = trainee()
+second.load_state(first.state())
+for at in range(3, 6):
+    step(second, at)
+one, two = straight.state(), second.state()
+assert all(torch.equal(one[name], two[name]) for name in one), "not the same bits"
+assert one["sae.W_dec"].shape == (40, 8)
+for name in ("sae.W_enc", "sae.W_dec", "sae.b_dec"):
+    assert torch.allclose(one[name], alone.state()[name], rtol=1e-3, atol=1e-5), name
+assert torch.equal(straight.counters.tokens_since_fired, alone.counters.tokens_since_fired)
+with straight.gathered():
+    assert torch.equal(straight.sae.W_dec, one["sae.W_dec"])
+step(straight, 6)
+x = torch.full((32, 8), float("nan") if rank == 0 else 1.0)
+try:
+    straight.step(Batch(x))
+    raise AssertionError("rank 1 went on alone")
+except NonFiniteLoss as error:
+    assert "reconstruction = nan" in str(error)
+dist.destroy_process_group()
+"""
+
+
+def test_each_process_holds_half_and_resumes_to_the_same_bits(spawn):
+    """Weights and moments by rows; 3 steps, a state, 3 steps equal 6 straight, and those of one process."""
+    launch(spawn, [], code=SHARDED)
+
+
+def test_what_one_process_is_refused_ends_both(big, spawn, quick, tmp_path):
+    """Rank 0 alone makes the folder; the other does not wait for it."""
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--tokens", 640, "--name", "mine"]
+    first, second = launch(spawn, words, codes=(1, 1))
+    assert "is there already" in first and "another process of the run" in second
+    assert "Traceback" not in first + second
+
+
+def test_what_cannot_be_sharded_is_told_before_a_folder_is_made(big, spawn, quick, tmp_path):
+    words = ["--variant", "tiered", *quick, "--cache", big["path"], "--tokens", 640]
+    for said in launch(spawn, [*words, "--set", "course.shard_width=true"], codes=(1, 1)):
+        assert "course.shard_width is for SAEs without extras" in said
+    assert not list(tmp_path.glob("runs/*"))

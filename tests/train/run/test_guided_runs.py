@@ -1,0 +1,96 @@
+"""Guided SAEs from the command line: trained from the store, saved, loaded, resumed, refused."""
+
+import json
+
+import pytest
+import torch
+
+from saemill.cache_schema import Store
+from saemill.train import load_sae
+from saemill.train.data.feed import held_out
+from saemill.train.data.scaling import unit_stats
+from saemill.train.kit.registry import config_type
+from saemill.train.sae.side import Side
+
+GUIDED = ["--variant", "hierarchical", "--set", "offsets=[0,1]", "--width", "32", "--tokens", "1280"]
+
+
+def test_metrics_tell_how_layers_are_mixed_at_every_step(big, sae_train, quick, tmp_path):
+    words = ["--set", "course.metrics_every_steps=2", "--set", "mixing_temperature_start=1.5"]
+    sae_train(*GUIDED, *words, *quick, "--cache", big["path"])
+    lines = [json.loads(line) for line in (tmp_path / "runs/run_1/metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["mixing/weight_3"] + line["mixing/weight_4"] == pytest.approx(1.0)
+    temperatures = [line["mixing/temperature"] for line in lines]
+    assert temperatures == sorted(temperatures, reverse=True) and temperatures[0] == 1.5
+    shares = [line["attention/contribution_3"] + line["attention/contribution_4"] for line in lines[1:]]
+    assert shares == pytest.approx([1.0] * len(shares))
+    extras = load_sae(tmp_path / "runs/run_1").extras_tensors
+    assert extras["mixing.layers"].tolist() == [3, 4]
+    assert extras["mixing.weight"].tolist() == pytest.approx(
+        [lines[-1]["mixing/weight_3"], lines[-1]["mixing/weight_4"]]
+    )
+
+
+def test_a_guided_sae_is_saved_as_a_plain_one(big, sae_train, quick, tmp_path):
+    sae_train(*GUIDED, "--set", "base=topk", "--k", "3", *quick, "--cache", big["path"])
+    config = json.loads((tmp_path / "runs/run_1/hierarchical/cfg.json").read_text())
+    assert config["architecture"] == "topk" and "needs_side" not in config
+
+
+def test_an_encoder_that_reads_attention_gives_its_result_again_from_the_store(big, sae_train, quick, tmp_path):
+    sae_train(*GUIDED, "--set", "guidance=encode", "--set", "rank=4", *quick, "--cache", big["path"])
+    outcome = json.loads((tmp_path / "runs/run_1/result.json").read_text())["saes"]["hierarchical"]
+    sae = load_sae(tmp_path / "runs/run_1")
+    needs = config_type("hierarchical")(layer=3, offsets=(0, 1)).request()
+    active = tokens = 0
+    with Store.open(big["path"]) as store, torch.no_grad():
+        stats = {3: unit_stats(store.manifest.model.d_model)}
+        for draw in held_out(store, [needs], stats, torch.device("cpu"), tokens=10**6, batch_tokens=64):
+            batch = draw.batch(needs)
+            active += int((sae.encode(batch.x, Side(batch.side)) > 0).sum())
+            tokens += len(batch.x)
+    assert active / tokens == pytest.approx(outcome["l0"], rel=1e-3)
+    assert tokens == outcome["validation_tokens"]
+
+
+@pytest.mark.parametrize("guidance", ["loss", "encode"])
+def test_going_on_changes_no_bit(big, sae_train, quick, tmp_path, same_bits, guidance):
+    words = [*GUIDED, "--set", f"guidance={guidance}", "--set", "rank=4", *quick, "--cache", big["path"]]
+    words += ["--set", "course.checkpoint_every_steps=8"]
+    for name in ("straight", "stopped"):
+        sae_train(*words, "--name", name)
+    stopped = tmp_path / "runs/stopped"
+    for left in (*sorted((stopped / "checkpoints").glob("step_*"))[1:],):
+        for path in left.iterdir():
+            path.unlink()
+        left.rmdir()
+    (stopped / "result.json").unlink()
+    sae_train("--resume", "stopped")
+    same_bits(tmp_path / "runs/straight", stopped)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "attention of layers [1, 2] (it has [3, 4])"),
+        (["--set", "offsets=[]"], "offsets: expected distinct ones"),
+        (["--set", "alpha=-1"], "alpha: expected 0 or more, found -1"),
+        (["--set", "offsets=[0]", "--set", "temperature=0"], "temperature: expected more than 0"),
+        (["--set", "base=crosscoder"], "expected a variant that reads tokens of one layer"),
+        (["--set", "base=topkk"], "did you mean 'topk'"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(big, sae_train, quick, tmp_path, words, said):
+    result = sae_train("--variant", "hierarchical", *words, *quick, "--cache", big["path"], code=1)
+    assert said in result.output
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_one_window_in_a_batch_has_none_to_exchange_rows_with(big, sae_train, quick, tmp_path):
+    """Said before the first step, of the smallest batch of the run."""
+    words = [*GUIDED, "--set", "shuffle_attention=true", *quick, "--cache", big["path"]]
+    result = sae_train(*words, "--set", "data.batch_tokens=10", code=1)
+    assert "hierarchical: expected 2 whole windows or more in each batch of a process, found 1" in result.output
+    assert not list(tmp_path.glob("runs/*"))
+    sae_train(*words)

@@ -1,0 +1,60 @@
+"""A run that does not fit is refused with what it needs."""
+
+import itertools
+
+import pytest
+import torch
+
+from saemill.train.ask.records import Ask
+from saemill.train.ask.settings import parse_settings
+from saemill.train.data.batch import Batch
+from saemill.train.engine.step import Trainee
+from saemill.train.errors import MemoryTooSmall
+from saemill.train.run import memory_estimate
+
+CPU = torch.device("cpu")
+
+
+def member(*words, variant="topk"):
+    return Ask.of_variants((variant,), parse_settings(words)).members(lambda _: {})[0]
+
+
+def test_what_a_width_needs():
+    """F = 1000, D = 64: two tables, four copies, four bytes."""
+    assert memory_estimate.weight_bytes(member("width=1000"), 64) == 1000 * 64 * 2 * 4 * 4
+    assert memory_estimate.weight_bytes(member("width=1000"), 64, shards=8) == 1000 * 64 * 2 * 4 * 2.5
+
+
+@pytest.mark.parametrize("variant", ["topk", "standard", "jumprelu", "gated", "p_anneal", "tiered", "positional"])
+def test_a_step_needs_what_is_measured(battery, variant):
+    """At least what a step allocates whose activations are dense, and not several times as much."""
+    rows, width, d_model = 256, 2048, 16
+    words = [f"width={width}", "dead_after_tokens=100000000", "optim.lr=1e-3", "optim.warmup_steps=0"]
+    member_of = member(*words, *(["context=36"] if variant == "positional" else []), variant=variant)
+    trainee = Trainee("one", member_of.config.build(d_model), 10)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, d_model, generator=generator)
+    batch = Batch(x, side=battery.side_of(member_of.config.request(), rows, generator))
+    trainee.step(batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainee.step(batch)
+    estimate = memory_estimate.step_bytes(member_of, d_model, rows)
+    gradients = 4 * width * (2 * d_model + 1)
+    assert 0.3 * estimate < peak_of(profiler) - gradients < estimate
+
+
+def peak_of(profiler):
+    """The most bytes that were allocated at once."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def test_refused_with_numbers(monkeypatch):
+    monkeypatch.setattr(memory_estimate, "free_bytes", lambda device: 2**30)
+    memory_estimate.require_room([member("width=1000")], 64, 512, 10**6, 1, CPU)
+    with pytest.raises(MemoryTooSmall, match=r"expected 3\.\d GiB of memory on cpu .* found 1\.0 GiB free"):
+        memory_estimate.require_room([member("width=200000")], 512, 512, 10**6, 1, CPU)
+
+
+def test_free_memory_is_a_sane_number():
+    assert 2**20 < memory_estimate.free_bytes(CPU) < 2**50

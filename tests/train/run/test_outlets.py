@@ -1,0 +1,125 @@
+"""Progress, trackers, groups: what a run speaks through."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from saemill.train.disk.whole_files import encode_line
+from saemill.train.errors import ConfigInvalid, TrackerMissing
+from saemill.train.parallel.processes import Solo, choose_device
+from saemill.train.run.folder import MetricsLog
+from saemill.train.run.progress import Progress
+from saemill.train.run.trackers import Trackers, require_trackers
+from saemill.train.run.validation import Tally
+
+NUMBERS = {"loss": 0.25, "l0": 31.7, "explained_variance": 0.81234, "dead_share": 0.015}
+
+
+def test_a_terminal_gets_a_line_a_sae():
+    out = io.StringIO()
+    progress = Progress(Console(file=out, force_terminal=True, width=150), ["a", "b"], 100, 10, is_quiet=False)
+    progress.show(40, {"a": NUMBERS, "b": NUMBERS}, 1234.0)
+    progress.close()
+    for said in (" 40%", "loss 0.25", "L0 31.7", "EV 0.812", "dead 1.5%", "1,234 tok/s"):
+        assert said in out.getvalue()
+
+
+def test_a_log_gets_plain_lines_and_the_last_one_always():
+    out = io.StringIO()
+    progress = Progress(Console(file=out, width=40), ["a"], 100, 0, is_quiet=False)
+    progress.show(40, {"a": NUMBERS}, 1234.0)
+    progress.show(100, {"a": NUMBERS}, 1234.0)
+    assert out.getvalue().count("\n") == 1 and out.getvalue().startswith("a 100/100 loss 0.25")
+    quiet = Progress(Console(file=out), ["a"], 100, 0, is_quiet=True)
+    quiet.show(100, {"a": NUMBERS}, 1.0)
+    assert out.getvalue().count("\n") == 1
+
+
+def test_numbers_that_json_does_not_know_are_null(tmp_path):
+    assert json.loads(encode_line({"a": float("nan"), "b": 1.0})) == {"a": None, "b": 1.0}
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.write({"a": 1})
+    size = log.size
+    log.write({"a": 2})
+    log.cut(size)
+    log.write({"a": 3})
+    log.close()
+    assert [json.loads(line)["a"] for line in (tmp_path / "m.jsonl").read_text().splitlines()] == [1, 3]
+
+
+def test_trackers_are_accelerates_and_optional(tmp_path, monkeypatch):
+    """What was configured and logged reaches the tracker."""
+    from accelerate import tracking
+
+    told = []
+
+    class Heard:
+        requires_logging_directory = True
+
+        def __init__(self, name, logging_dir):
+            told.append(("init", name, logging_dir))
+
+        def start(self):
+            told.append("start")
+
+        def store_init_configuration(self, values):
+            told.append(values)
+
+        def log(self, values, step):
+            told.append((values, step))
+
+        def finish(self):
+            told.append("finish")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "heard", Heard)
+    trackers = Trackers(["heard"], tmp_path / "run_1", {"data": {"seed": 0}, "saes": {"a": {"k": None}}})
+    trackers.log({"a/loss": 1.0}, 3)
+    trackers.close()
+    assert told[0] == ("init", "run_1", str(tmp_path / "run_1/trackers"))
+    assert told[1:] == ["start", {"data.seed": 0, "saes.a.k": "None"}, ({"a/loss": 1.0}, 3), "finish"]
+
+
+def test_trackers_that_are_not_there_are_refused(monkeypatch):
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "get_available_trackers", list)
+    with pytest.raises(TrackerMissing, match="pip install wandb"):
+        require_trackers(["wandb"])
+    with pytest.raises(ConfigInvalid, match="found 'wandbb'"):
+        require_trackers(["wandbb"])
+    require_trackers([])
+
+
+def test_one_process_is_a_group():
+    group = Solo()
+    assert (group.rank, group.size, group.any(True), group.text("x")) == (0, 1, True, "x")
+
+
+def test_devices(monkeypatch):
+    assert choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ConfigInvalid, match="finds no CUDA device"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigInvalid, match="finds 2 CUDA devices here"):
+        choose_device("cuda:2")
+    with pytest.raises(ConfigInvalid, match="finds no META device"):
+        choose_device("meta")
+
+
+def test_a_tally_is_the_formula_over_all_tokens():
+    generator = torch.Generator().manual_seed(0)
+    x, acts = torch.randn(90, 5, generator=generator) + 3, torch.rand(90, 7, generator=generator) - 0.5
+    x_hat = x + 0.1 * torch.randn(90, 5, generator=generator)
+    tally = Tally()
+    for part in (slice(0, 20), slice(20, 21), slice(21, 90)):
+        tally.add(x[part], x_hat[part], acts[part])
+    expected = 1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    assert tally.explained_variance == pytest.approx(float(expected), rel=1e-4)
+    assert tally.l0 == pytest.approx(float((acts > 0).sum() / 90))
+    assert tally.tokens == 90

@@ -1,0 +1,117 @@
+"""Words to values, values to records."""
+
+import dataclasses
+
+import pytest
+
+from saemill.train.ask.recipe import Sae
+from saemill.train.ask.records import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
+from saemill.train.ask.settings import parse_grid, parse_settings, parse_value, with_settings
+from saemill.train.errors import ConfigInvalid
+from saemill.train.kit import registry
+from saemill.train.kit.build import dead_after
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("50M", 50_000_000),
+        ("1.5k", 1500),
+        ("3", 3),
+        ("1e-4", 1e-4),
+        ("true", True),
+        ("None", None),
+        ("null", None),
+        ("17,18", [17, 18]),
+        ("[17, 18]", [17, 18]),
+        ("bfloat16", "bfloat16"),
+        ('"8"', "8"),
+    ],
+)
+def test_values(text, value):
+    assert parse_value(text) == value and type(parse_value(text)) is type(value)
+
+
+def test_a_grid_is_every_combination():
+    points = parse_grid(["k=16,32", "seed=0,1,2", "layers=[1,2],[3]"])
+    assert len(points) == 2 * 3 * 2
+    assert [(s.key, s.value) for s in points[-1]] == [("k", 32), ("seed", 2), ("layers", [3])]
+    assert parse_grid([]) == [[]]
+
+
+def test_settings_are_typed_and_every_mistake_is_told():
+    changed = with_settings(CourseConfig(), {"tokens": 5, "trackers": ["wandb"]}, "course")
+    assert changed == CourseConfig(tokens=5, trackers=("wandb",))
+    with pytest.raises(ConfigInvalid, match=r"unknown setting 'token'.*did you mean 'tokens'.*; unknown setting 'x'"):
+        with_settings(CourseConfig(), {"token": 5, "x": 1}, "course")
+    with pytest.raises(ConfigInvalid, match="tokens: expected int"):
+        with_settings(CourseConfig(), {"tokens": 1.5}, "course")
+
+
+def members(words, *names, limits=None, grid=()):
+    return Ask.of_variants(names, parse_settings(words), parse_grid(grid)).members(lambda _: limits or {})
+
+
+def test_settings_reach_the_variants_that_have_them():
+    topk, standard = members(["topk.k=5", "optim.lr=0.1", "width=77"], "topk", "standard")
+    assert topk.config.k == 5 and topk.config.width == standard.config.width == 77
+    assert topk.config.optim.lr == standard.config.optim.lr == 0.1
+
+
+def test_limits_bound_defaults_and_not_wishes():
+    (member,) = members(["k=50"], "topk", limits={"k": 8, "width": 256})
+    assert (member.config.k, member.config.width) == (50, 256)
+    (member,) = members([], "topk", limits={"k": 10**9})
+    assert member.config.k == registry.config_type("topk")().k
+
+
+@pytest.mark.parametrize(
+    "variant, words, part",
+    [
+        ("topk", [], 30),
+        ("batchtopk", [], 30),
+        ("matryoshka", [], 30),
+        ("standard", [], 10),
+        ("tiered", [], 10),
+        ("tiered", ["base=topk"], 30),
+    ],
+)
+def test_a_latent_is_dead_after_a_part_of_the_budget(variant, words, part):
+    asked = Ask.of_variants([variant], parse_settings(words))
+    (member,) = asked.members(lambda config: {"dead_after_tokens": dead_after(3_000_000, config)})
+    assert member.config.dead_after_tokens == 3_000_000 // part
+
+
+def test_a_variant_asked_for_twice_is_one():
+    assert [member.label for member in members([], "topk", "topk")] == ["topk"]
+
+
+def test_lists_of_a_grid_have_labels_of_their_own():
+    found = members([], "crosscoder", grid=["layers=[1,2],[12]"])
+    assert [member.label for member in found] == ["crosscoder_layers1-2", "crosscoder_layers12"]
+
+
+def test_two_saes_of_one_label_are_refused():
+    with pytest.raises(ConfigInvalid, match="two SAEs of the run would both be called one"):
+        Ask((Sae("one", "topk"), Sae("one", "standard"))).members(lambda _: {})
+
+
+@pytest.mark.parametrize("variant", registry.names())
+def test_every_variants_run_is_written_and_read(variant):
+    """Found by the folder: the record survives JSON."""
+    config = RunConfig(DataConfig(), CourseConfig(), members([], variant, grid=["seed=0,1"]))
+    assert read_run_config(config.to_json(), "config.json") == config
+
+
+def test_a_damaged_record_is_named():
+    raw = RunConfig(DataConfig(), CourseConfig(), members([], "topk")).to_json()
+    raw["data"]["seedling"] = 1
+    with pytest.raises(ConfigInvalid, match=r"config\.json is no configuration of a run: data\.seedling: unknown key"):
+        read_run_config(raw, "config.json")
+    with pytest.raises(ConfigInvalid, match="saes"):
+        read_run_config({}, "config.json")
+
+
+def test_records_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DataConfig().seed = 1  # pyright: ignore

@@ -1,0 +1,232 @@
+"""Masks, range encoders, adapters and norms against slow versions, in training and at inference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saemill.train.sae.first_weights import orthogonal_rows
+from saemill.train.sae.gates import BatchTopK, Gated, JumpRelu, Relu, TopK
+from saemill.train.sae.shapes.masks import HardMask, SoftMask
+from saemill.train.sae.shapes.norms import PreNorm
+from saemill.train.sae.shapes.position_gate import PositionGate
+from saemill.train.sae.shapes.range_encoders import Adapters, RangeEncoders
+from saemill.train.sae.shapes.ranges import FREE, range_of, spread_over_ranges
+from saemill.train.sae.shapes.shaped import ShapedAutoencoder
+from saemill.train.terms.position import mass_by_range, retention
+from saemill.train.terms.reconstruction import reconstruction
+from saemill.train.terms.sparsity import l1
+
+RANGES, CONTEXT, LATENTS = 3, 12, 20
+
+
+def gate_of(name):
+    gates = {"relu": Relu, "topk": lambda: TopK(4), "gated": lambda: Gated(LATENTS)}
+    gates |= {"jumprelu": lambda: JumpRelu(LATENTS, 0.4, 0.2), "batchtopk": lambda: BatchTopK(3)}
+    return gates[name]().double()
+
+
+def hard_mask():
+    return HardMask(spread_over_ranges(LATENTS, RANGES, 0.75), CONTEXT, RANGES)
+
+
+def soft_mask(rng, **settings):
+    bound = torch.rand(LATENTS, generator=rng) < 0.8
+    return SoftMask(bound, CONTEXT * torch.rand(LATENTS, generator=rng), 2.0, 0.05, **settings).double()
+
+
+def gate_mask(rng):
+    gate = PositionGate(LATENTS, CONTEXT, 3, rng).double()
+    for parameter in gate.parameters():
+        parameter.data.normal_(generator=rng)
+    return gate
+
+
+SHAPES = {"hard": lambda rng: hard_mask(), "soft": soft_mask, "gate": gate_mask}
+
+
+def oracle_factor(kind, shape, positions):
+    """[B, F], entry by entry."""
+    table = torch.ones(len(positions), LATENTS, dtype=torch.float64)
+    for row, position in enumerate(positions.tolist()):
+        for latent in range(LATENTS):
+            if kind == "hard" and shape.range[latent] != FREE:
+                owner = int(shape.range[latent])
+                inside = owner * CONTEXT / RANGES <= position < (owner + 1) * CONTEXT / RANGES
+                table[row, latent] = float(inside)
+            if kind == "soft" and shape.bound[latent]:
+                height = torch.exp(-((position - shape.centre[latent].detach()) ** 2) / (2 * shape.sigma**2))
+                table[row, latent] = height if height >= shape.cutoff else 0.0
+            if kind == "gate":
+                table[row, latent] = 2 * torch.sigmoid(shape.a[latent] + shape.u[latent] @ shape.e[position]).detach()
+    return table
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("gate", ["relu", "topk", "jumprelu", "gated", "batchtopk"])
+def test_training_and_inference_multiply_by_the_mask(kind, gate, rng, shaping):
+    shape = SHAPES[kind](rng)
+    sae = ShapedAutoencoder(shaping.make_sae(rng, gate_of(gate)), {"mask": shape})
+    view = shaping.make_views(rng, sae)()
+    factor = oracle_factor(kind, shape, view.side["position"])
+    pre = (view.x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+    outside, inside = (factor, 1.0) if gate == "gated" else (1.0, factor)
+    expected = sae.gate.infer(pre * inside, sae.b_enc) * outside
+    if gate != "batchtopk":  # training keeps the largest of the batch, inference what passes a threshold
+        torch.testing.assert_close(view.codes.dense(), expected)
+    torch.testing.assert_close(sae.encode(view.x, view.side), expected)
+    if gate in ("relu", "topk") and kind == "hard":
+        assert not view.codes.dense()[factor == 0].any() and view.codes.dense()[factor == 1].any()
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("gate", ["relu", "topk", "gated"])
+def test_slopes(kind, gate, rng, shaping):
+    sae = ShapedAutoencoder(shaping.make_sae(rng, gate_of(gate)), {"mask": SHAPES[kind](rng)})
+    views = shaping.make_views(rng, sae)
+    shaping.assert_slopes(lambda: reconstruction(views()), sae, rng)
+    shaping.assert_slopes(lambda: l1(views()), sae, rng)
+
+
+def test_topk_chooses_among_the_latents_that_may_fire(rng, shaping):
+    sae = ShapedAutoencoder(shaping.make_sae(rng, TopK(4)), {"mask": hard_mask()})
+    sae.b_enc.data.fill_(20.0)  # all latents would fire
+    assert float(shaping.make_views(rng, sae)().codes.l0) == 4.0
+
+
+def test_no_gradient_reaches_a_latent_outside_its_range(rng, shaping):
+    mask = hard_mask()
+    sae = ShapedAutoencoder(shaping.make_sae(rng, Relu()), {"mask": mask})
+    view = shaping.make_views(rng, sae)()
+    weighted = reconstruction(view)
+    outside = torch.ones(LATENTS, dtype=torch.bool)
+    for position in view.side["position"].unique():
+        outside &= (mask.range != range_of(position, CONTEXT, RANGES)) & (mask.range != FREE)
+    mask.range[3] = RANGES + 5  # a range that no position has
+    again = shaping.make_views(rng, sae)()
+    (grad,) = torch.autograd.grad(reconstruction(again), sae.W_enc)
+    assert not grad[3].any() and grad[mask.range == FREE].any()
+    assert torch.isfinite(weighted)
+
+
+def test_dead_latents_learn_inside_their_ranges_only(rng, shaping):
+    mask = hard_mask()
+    sae = ShapedAutoencoder(shaping.make_sae(rng, Relu()), {"mask": mask})
+    view = shaping.make_views(rng, sae)()
+    dead = torch.tensor([0, 7, 19])
+    codes = view.codes
+    part = sae.shape(type(codes)(torch.ones(len(view.x), 3).double(), None, len(view.x), 3), view.side, dead)
+    expected = oracle_factor("hard", mask, view.side["position"])[:, dead]
+    torch.testing.assert_close(part.dense(), expected)
+
+
+def test_a_progressive_mask_begins_at_the_plain_codes_and_ends_at_the_mask(rng, shaping):
+    inner = shaping.make_sae(rng, Relu())
+    plain = shaping.make_views(rng, inner)()
+    mask = soft_mask(rng, learns_offset=True)
+    mask.offset.data.fill_(0.7)
+    sae = ShapedAutoencoder(inner, {"mask": mask})
+    views = {c: shaping.make_views(rng, sae, mask_coefficient=c)() for c in (0.0, 0.3, 1.0)}
+    assert torch.equal(
+        sae.codes(plain.x, plain.side.with_knobs({"mask_coefficient": 0.0})).dense(), plain.codes.dense()
+    )
+    moved = 0.3 * torch.tensor(0.7).exp() / (0.3 * torch.tensor(0.7).exp() + 0.7)
+    assert float(mask.coefficient(views[0.3].side).detach()) == pytest.approx(float(moved))
+    assert float(mask.coefficient(views[1.0].side).detach()) == 1.0
+    shaping.assert_slopes(lambda: reconstruction(shaping.make_views(rng_at(5), sae, mask_coefficient=0.3)()), mask, rng)
+
+
+def rng_at(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_penalty_before_the_mask_sees_what_the_mask_hides(rng, shaping):
+    sae = ShapedAutoencoder(shaping.make_sae(rng, Relu()), {"mask": hard_mask()})
+    view = shaping.make_views(rng, sae)()
+    pre = (view.x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+    torch.testing.assert_close(sae.unmasked(view.x, view.side).dense(), pre.relu())
+
+
+def test_each_range_has_its_encoder(rng, shaping):
+    inner = shaping.make_sae(rng, Relu())
+    shape = RangeEncoders(inner.W_enc.detach()[:8], CONTEXT, RANGES, embeds=True).double()
+    for parameter in shape.parameters():
+        parameter.data.normal_(generator=rng)
+    sae = ShapedAutoencoder(inner, {"range_encoders": shape})
+    views = shaping.make_views(rng, sae)
+    view = views()
+    for row, position in enumerate(view.side["position"].tolist()):
+        index = position * RANGES // CONTEXT
+        x = view.x[row] - sae.b_dec + shape.embedding[index]
+        own = shape.W[index] @ x + sae.b_enc[:8]
+        shared = sae.W_enc[8:] @ (view.x[row] - sae.b_dec + shape.embedding[index]) + sae.b_enc[8:]
+        expected = torch.cat([own, shared]).relu()
+        torch.testing.assert_close(view.codes.dense()[row], expected)
+    torch.testing.assert_close(sae.encode(view.x, view.side), view.codes.dense())
+    shaping.assert_slopes(lambda: reconstruction(views()), sae, rng)
+
+
+@pytest.mark.parametrize("gate", ["relu", "topk"])
+def test_adapters_add_what_their_range_says(gate, rng, shaping):
+    inner = shaping.make_sae(rng, gate_of(gate))
+    plain = shaping.make_views(rng, inner)()
+    shape = Adapters(shaping.D, 4, CONTEXT, RANGES, 1.0, rng).double()
+    sae = ShapedAutoencoder(inner, {"adapters": shape})
+    torch.testing.assert_close(sae.codes(plain.x, plain.side).dense(), plain.codes.dense(), rtol=0, atol=0)
+    for parameter in shape.parameters():
+        parameter.data.normal_(generator=rng)
+    views = shaping.make_views(rng, sae, adapter_coefficient=0.5)
+    view = views()
+    rows = []
+    for row, position in zip(view.x, view.side["position"].tolist(), strict=True):
+        r = position * RANGES // CONTEXT
+        normed = (row - row.mean()) / (row.var(correction=0) + 1e-5).sqrt()
+        hidden = torch.nn.functional.gelu(normed @ shape.inner[r] + shape.inner_bias[r])
+        rows.append(row + 0.5 * shape.gate[r].sigmoid() * (hidden @ shape.outer[r]))
+    expected = sae.gate.infer((torch.stack(rows) - sae.b_dec) @ sae.W_enc.t() + sae.b_enc, sae.b_enc)
+    torch.testing.assert_close(view.codes.dense(), expected)
+    torch.testing.assert_close(sae.encode(view.x, view.side), expected)
+    shaping.assert_slopes(lambda: reconstruction(views()), sae, rng)
+
+
+def test_norm_is_of_each_row_and_group(rng, shaping):
+    group = torch.randint(0, 3, (LATENTS,), generator=rng)
+    norm = PreNorm(group, 3).double()
+    norm.gain.data.normal_(generator=rng)
+    norm.bias.data.normal_(generator=rng)
+    sae = ShapedAutoencoder(shaping.make_sae(rng, TopK(5)), {"norm": norm})
+    views = shaping.make_views(rng, sae)
+    view = views()
+    pre = (view.x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+    expected = pre.clone()
+    for g in range(3):
+        part = pre[:, group == g]
+        spread = (part.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+        expected[:, group == g] = (part - part.mean(1, keepdim=True)) / spread * norm.gain[group == g]
+    expected = expected + norm.bias
+    torch.testing.assert_close(norm.change_pre(pre, view.side), expected)
+    torch.testing.assert_close(view.codes.dense(), sae.gate.infer(expected, sae.b_enc))
+    shaping.assert_slopes(lambda: reconstruction(views()), sae, rng)
+
+
+def test_retention_is_the_mean_share_inside(rng, shaping):
+    sae = ShapedAutoencoder(shaping.make_sae(rng, TopK(5)), {"gate": gate_mask(rng)})
+    view = shaping.make_views(rng, sae)()
+    acts, here = view.codes.dense().detach(), view.side["position"] * RANGES // CONTEXT
+    mass = torch.stack([acts[here == r].sum(0) for r in range(RANGES)])
+    torch.testing.assert_close(mass_by_range(view, CONTEXT, RANGES), mass)
+    owner = spread_over_ranges(LATENTS, RANGES, 0.75)
+    shares = [mass[owner[f], f] / mass[:, f].sum() for f in range(15) if mass[:, f].sum() > 0]
+    torch.testing.assert_close(retention(mass, owner), torch.stack(shares).mean())
+
+
+def test_ranges_cover_the_window_and_latents_spread_evenly():
+    assert range_of(torch.arange(8), 8, 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert torch.bincount(spread_over_ranges(16, 4, 0.5) + 1).tolist() == [8, 2, 2, 2, 2]
+
+
+def test_orthogonal_rows_are_orthogonal_in_each_block(rng):
+    rows = orthogonal_rows(20, 8, rng)
+    for start in (0, 8, 16):
+        block = rows[start : start + 8]
+        torch.testing.assert_close(block @ block.t(), torch.eye(len(block)), rtol=0, atol=1e-5)

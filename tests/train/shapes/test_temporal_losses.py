@@ -1,0 +1,164 @@
+"""Temporal losses against slow oracles and finite differences; lifetimes, variances, retired latents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saemill.train.sae.gates import Relu, TopK
+from saemill.train.terms import temporal
+from saemill.train.terms.dynamics import Dynamics, Pruning, mean_lifetime
+from saemill.train.terms.temporal import Consistency, gradient_ratio, inconsistency, part_of, past_rows, remembered
+
+START, STOP = 4, 13
+
+
+@pytest.fixture(params=["sparse", "dense"])
+def sae(request, rng, shaping):
+    made = shaping.make_sae(rng, TopK(5) if request.param == "sparse" else Relu())
+    made.extras["temporal"] = Dynamics((START, STOP - START, 0, shaping.LATENTS - STOP), Pruning(10, 0.0)).double()
+    return made
+
+
+def weights(rng, count=STOP - START):
+    return 0.5 + torch.rand(count, generator=rng, dtype=torch.float64)
+
+
+def oracle_past(acts, side, mixing, length):
+    """[B, F]: each row's running mean over the rows of its piece and document, from the definition."""
+    out = torch.zeros_like(acts)
+    for row, (window, position) in enumerate(zip(side["window"].tolist(), side["position"].tolist(), strict=True)):
+        total, norm = torch.zeros_like(acts[0]), 0.0
+        for age in range(position + 1):
+            other = int(side["row_of"][window, position - age])
+            is_same = (position - age) // length == position // length and side["document"][other] == side["document"][
+                row
+            ]
+            if other >= 0 and is_same:
+                total, norm = total + mixing * (1 - mixing) ** age * acts[other], norm + mixing * (1 - mixing) ** age
+        out[row] = total / norm
+    return out
+
+
+def oracle(view, weight, lag, mixing=1.0, length=12):
+    acts = view.codes.dense()[:, START:STOP]
+    past, side, terms = oracle_past(acts.detach(), view.side, mixing, length), view.side, []
+    for row, (window, position) in enumerate(zip(side["window"].tolist(), side["position"].tolist(), strict=True)):
+        before = position - lag
+        other = int(side["row_of"][window, before]) if before >= 0 and before // length == position // length else -1
+        if other < 0 or side["document"][other] != side["document"][row]:
+            continue
+        a, b = acts[row] * weight.sqrt(), past[other] * weight.sqrt()
+        if a.any() and b.any():
+            terms.append(1 - a @ b / (a.norm() * b.norm()))
+        elif a.any() or b.any():
+            terms.append(a.new_ones(()))
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("lag", [1, 3, 7])
+@pytest.mark.parametrize("mixing", [1.0, 0.4])
+@pytest.mark.parametrize("length", [12, 5])
+def test_inconsistency_is_what_its_definition_says(lag, mixing, length, sae, rng, shaping):
+    if lag >= length:
+        pytest.skip("no pair in a piece")
+    views, weight = shaping.make_views(rng, sae, temporal_window=float(length)), weights(rng)
+    one, other = views(), views()
+    found = inconsistency(one, part_of(one.codes, START, STOP), weight, lag, mixing)
+    expected = oracle(other, weight, lag, mixing, length)
+    torch.testing.assert_close(found, expected)
+    for name in ("W_enc", "b_enc", "b_dec"):
+        parameter = sae.get_parameter(name)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, parameter, retain_graph=True)[0],
+            torch.autograd.grad(expected, parameter, retain_graph=True)[0],
+        )
+
+
+def test_slopes_where_the_past_stands_still(sae, rng, shaping, monkeypatch):
+    views, weight = shaping.make_views(rng, sae), weights(rng)
+    past = remembered(views().side, part_of(views().codes, START, STOP).dense().detach(), 1.0).clone()
+    monkeypatch.setattr(temporal, "remembered", lambda *_: past)
+    shaping.assert_slopes(
+        lambda: inconsistency(view := views(), part_of(view.codes, START, STOP), weight, 2),
+        sae,
+        rng,
+        ("W_enc", "b_enc", "b_dec"),
+    )
+
+
+def test_silence_says_nothing_and_sudden_silence_counts_one(sae, rng, shaping):
+    sae.b_enc.data[START:STOP] = -100.0
+    view = shaping.make_views(rng, sae)()
+    assert float(inconsistency(view, part_of(view.codes, START, STOP), weights(rng), 1).detach()) == 0.0
+
+
+def test_pairs_stay_in_their_window_and_document(rng, shaping):
+    view = shaping.make_views(rng, shaping.make_sae(rng))()
+    past = past_rows(view.side, 2)
+    for row, before in enumerate(past.tolist()):
+        if before >= 0:
+            assert view.side["window"][row] == view.side["window"][before]
+            assert view.side["position"][row] - view.side["position"][before] == 2
+            assert view.side["document"][row] == view.side["document"][before]
+    assert (past >= 0).any() and (past < 0).any()
+
+
+def test_adaptive_weights_are_shares_of_reconstructions_gradient(sae, rng, shaping):
+    view = shaping.make_views(rng, sae)()
+    loss = inconsistency(view, part_of(view.codes, START, STOP), weights(rng), 1)
+    values = view.codes.values
+    share = (view.x - view.codes.decode(sae.W_dec, sae.b_dec)).square().sum() / len(view.x) / view.stats.variance
+    own, other = (torch.autograd.grad(each, values, retain_graph=True)[0].norm() for each in (loss, share))
+    assert float(gradient_ratio(view, loss)) == pytest.approx(min(100.0, float(other / own)))
+
+
+def test_a_scale_draws_its_lags_from_its_range(sae, rng, shaping, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(temporal, "past_rows", lambda side, lag: seen.add(lag) or past_rows(side, lag))
+    for _ in range(60):
+        Consistency("short", 2, 5, START, STOP)(shaping.make_views(rng, sae)())
+    assert seen == {2, 3, 4, 5}
+
+
+def test_lifetime_is_the_mean_length_of_active_stretches(sae, rng, shaping):
+    view = shaping.make_views(rng, sae)()
+    active, side, runs = view.codes.dense() > 0, view.side, []
+    for window in range(shaping.WINDOWS):
+        for latent in range(shaping.LATENTS):
+            length, document = 0, -1
+            for row in [*side["row_of"][window].tolist(), -1]:
+                if length and row >= 0 and active[row, latent] and side["document"][row] != document:
+                    runs, length = [*runs, length], 0
+                if row >= 0 and active[row, latent]:
+                    length, document = length + 1, int(side["document"][row])
+                elif length:
+                    runs, length = [*runs, length], 0
+    assert float(mean_lifetime(view)) == pytest.approx(sum(runs) / len(runs))
+
+
+def test_running_variance_begins_empty_and_is_of_the_activations(sae, rng, shaping):
+    view = shaping.make_views(rng, sae)()
+    dynamics = sae.extras["temporal"]
+    assert torch.equal(dynamics.weights(True), torch.ones(shaping.LATENTS).double())
+    dynamics.observe(view)
+    expected = view.codes.dense().detach().var(0, correction=0)
+    torch.testing.assert_close(dynamics.variance, expected)
+    torch.testing.assert_close(dynamics.weights(True), 1 / (expected / expected.mean() + 0.01), rtol=1e-4, atol=1e-4)
+
+
+def test_latents_under_the_floor_are_left_out(sae, rng, shaping):
+    dynamics = sae.extras["temporal"] = Dynamics((20,), Pruning(10, 0.0, floor=0.5)).double()
+    dynamics.steps.fill_(1)
+    dynamics.square.copy_(torch.linspace(0, 2, 20))
+    assert dynamics.weights(False).tolist() == [0.0] * 5 + [1.0] * 15
+
+
+def test_retired_latents_stay_silent_and_are_logged(battery):
+    config = battery.quick("temporal", prune_share=1.0, prune_from=0.25, prune_every_steps=4, aux_k=4)
+    trainee, reports = battery.train(config)
+    retired = trainee.sae.extras["temporal"].retired
+    pruned = [float(report.notes["temporal/pruned"]) for report in reports]
+    assert pruned[9] == 0 and 0 < pruned[-1] == int(retired.sum()) < 96
+    acts = trainee.sae.encode(battery.batches(config, 1)[0].x)
+    assert not acts[:, retired].any() and acts[:, ~retired].any()

@@ -1,0 +1,134 @@
+"""Loss terms against slow, obvious versions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from saemill.train.data.scaling import unit_stats
+from saemill.train.sae.gates import AnnealedRelu, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
+from saemill.train.sae.model import SparseAutoencoder
+from saemill.train.sae.side import Side
+from saemill.train.sae.view import View
+from saemill.train.terms.auxk import AuxK
+from saemill.train.terms.nested import NestedReconstruction
+from saemill.train.terms.reconstruction import reconstruction, reconstruction_by_gate
+from saemill.train.terms.sparsity import DeadPreActivation, LayerNormsL1, TargetL0, gate_l1, l1, lp
+
+ROWS, D, LATENTS = 40, 8, 20
+
+
+def view_of(gate: Gate, rng: torch.Generator, dead: Tensor | None = None, **knobs: float) -> View:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng)
+
+    sae = SparseAutoencoder(draw(LATENTS, D), draw(LATENTS, D), gate, b_dec=draw(D), b_enc=draw(LATENTS))
+    x = draw(ROWS, D)
+    dead = torch.zeros(LATENTS, dtype=torch.bool) if dead is None else dead
+    return View(x, x, Side(knobs=knobs), sae, dead, unit_stats(D), rng)
+
+
+def gradients(view: View, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*view.sae.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    zeros = [torch.zeros_like(parameter) for parameter in parameters]
+    return {name: zero if g is None else g for name, zero, g in zip(names, zeros, found, strict=True)}
+
+
+def assert_same(view: View, loss: Tensor, oracle: Tensor) -> None:
+    torch.testing.assert_close(loss, oracle, rtol=1e-5, atol=1e-6)
+    found, expected = gradients(view, loss), gradients(view, oracle)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def dense_acts(view: View) -> Tensor:
+    """The same activations by plain autograd; the kept places are taken from the fast version."""
+    pre = (view.x - view.sae.b_dec) @ view.sae.W_enc.t() + view.sae.b_enc
+    return torch.where(view.codes.dense().detach() > 0, pre, 0.0)
+
+
+@pytest.mark.parametrize("gate", [TopK(3), BatchTopK(3), Relu()], ids=["topk", "batchtopk", "relu"])
+def test_reconstruction_is_the_share_of_variance_left(gate, rng):
+    view = view_of(gate, rng)
+    x_hat = dense_acts(view) @ view.sae.W_dec + view.sae.b_dec
+    oracle = sum((view.x[row] - x_hat[row]).square().sum() for row in range(ROWS)) / ROWS / D
+    assert_same(view, reconstruction(view), oracle)
+
+
+def test_l1_is_the_sum_of_activations_over_root_width(rng):
+    view = view_of(Relu(), rng)
+    assert_same(view, l1(view), dense_acts(view).sum(1).mean() / D**0.5)
+
+
+def test_lp_uses_the_knob_and_the_running_coefficient(rng):
+    view = view_of(AnnealedRelu(unit=D**0.5), rng, p=0.5)
+    view.sae.gate.penalty_scale.fill_(1.7)
+    acts = dense_acts(view)
+    oracle = 1.7 * (acts[acts > 0] / D**0.5).pow(0.5).sum() / ROWS
+    assert_same(view, lp(view), oracle)
+
+
+def test_target_l0_counts_what_is_active(rng):
+    view = view_of(JumpRelu(LATENTS, 0.5, 0.3), rng)
+    active = (dense_acts(view) > 0).double().sum(1).mean()
+    torch.testing.assert_close(TargetL0(4.0)(view).double(), (active / 4.0 - 1.0) ** 2)
+
+
+def test_dead_pre_activations_are_pulled_towards_their_thresholds(rng):
+    dead = torch.zeros(LATENTS, dtype=torch.bool)
+    dead[[2, 11]] = True
+    view = view_of(JumpRelu(LATENTS, 0.5, 0.3), rng, dead)
+    pre = (view.x - view.sae.b_dec.detach()) @ view.sae.W_enc.t() + view.sae.b_enc
+    oracle = torch.relu(view.sae.gate.threshold - pre)[:, dead].sum(1).mean()
+    assert_same(view, DeadPreActivation()(view), oracle)
+
+
+def test_the_gate_path_of_a_gated_sae(rng):
+    view = view_of(Gated(LATENTS), rng)
+    pre = (view.x - view.sae.b_dec) @ view.sae.W_enc.t() + view.sae.b_enc
+    assert_same(view, gate_l1(view), pre.relu().sum(1).mean() / D**0.5)
+    x_hat = pre.relu() @ view.sae.W_dec.detach() + view.sae.b_dec.detach()
+    assert_same(view, reconstruction_by_gate(view), (view.x - x_hat).square().sum(1).mean() / D)
+
+
+def test_layer_norms_weigh_the_l1_of_a_crosscoder(rng):
+    view = view_of(Relu(), rng)
+    norms = view.sae.W_dec.view(LATENTS, 2, D // 2).norm(dim=2).sum(1)
+    assert_same(view, LayerNormsL1(2)(view), (dense_acts(view) * norms).sum(1).mean() / D**0.5)
+
+
+@pytest.mark.parametrize("gate", [BatchTopK(4), TopK(4), Relu()], ids=["batchtopk", "topk", "relu"])
+def test_nested_reconstruction_sums_the_prefixes_losses_each_weight_once(gate, rng):
+    widths, weights = (3, 11, LATENTS), (0.5, 2.0, 1.0)
+    view = view_of(gate, rng)
+    acts = dense_acts(view)
+    oracle = torch.zeros(())
+    for width, weight in zip(widths, weights, strict=True):
+        x_hat = acts[:, :width] @ view.sae.W_dec[:width] + view.sae.b_dec
+        oracle = oracle + weight * (view.x - x_hat).square().sum(1).mean() / D
+    assert_same(view, NestedReconstruction(widths, weights)(view), oracle)
+    x_hat = acts @ view.sae.W_dec + view.sae.b_dec
+    torch.testing.assert_close(view.residual, (view.x - x_hat).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rectified", [True, False])
+@pytest.mark.parametrize(("k", "share"), [(2, 0.0), (2, 1.0), (99, 0.0)], ids=["dense", "sparse", "all"])
+def test_auxk_reconstructs_the_residual_by_the_largest_dead_latents(k, share, rectified, rng, monkeypatch):
+    monkeypatch.setattr("saemill.train.terms.auxk.DENSE_SHARE", share)
+    dead = torch.rand(LATENTS, generator=rng) < 0.5
+    view = view_of(TopK(3), rng, dead)
+    error = (view.x - view.x_hat).detach()
+    pre = (view.x - view.sae.b_dec.detach()) @ view.sae.W_enc.t() + view.sae.b_enc
+    ranked = torch.where(dead, pre.detach(), -torch.inf)
+    chosen = ranked.topk(min(k, int(dead.sum())), dim=1).indices
+    acts = torch.zeros(ROWS, LATENTS).scatter(1, chosen, pre.gather(1, chosen))
+    acts = acts.relu() if rectified else acts
+    left = error - acts @ view.sae.W_dec
+    spread = (error - error.mean(0)).square().sum(1).mean()
+    assert_same(view, AuxK(k, rectified)(view), left.square().sum(1).mean() / spread)
+
+
+def test_auxk_is_zero_while_nothing_is_dead(rng):
+    assert float(AuxK(4)(view_of(TopK(3), rng))) == 0.0

@@ -1,0 +1,1 @@
+"""From words to records: settings, recipes, and what decides a run."""

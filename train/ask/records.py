@@ -1,0 +1,196 @@
+"""What a run was asked to do, as frozen records; and how words on a command line become them.
+
+A run is one stream (`DataConfig`), one course (`CourseConfig`) and one or more SAEs (`Member`). Settings
+are written `data.pool_tokens`, `course.tokens`, or by a variant's own names (`k`, `optim.lr`); a name with
+a variant in front (`topk.k`) is for the SAEs of that variant alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...cache_schema.strict import StrictError, from_json, nearest, to_json
+from ..engine.fleet import Member
+from ..errors import ConfigInvalid
+from ..kit import registry
+from .recipe import Recipe, Sae
+from .settings import Setting, flat_keys, with_settings
+
+Limits = Callable[[Any], Mapping[str, Any]]
+"""What bounds the defaults of a config."""
+
+
+def require_least(config: Any, **least: float) -> None:
+    """Refuse settings below what is given here; those that are None are open."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:  # a number that is none is not either
+            raise ConfigInvalid(f"{name}: expected {bound} or more, found {value}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The stream that all SAEs of a run share."""
+
+    seed: int = 0
+    """Of the read order. The SAEs' own seeds are theirs, so that a fleet over seeds sees one stream."""
+    batch_tokens: int = 4096
+    pool_tokens: int | None = None
+    """Tokens shuffled together in memory, twice over; None: 2 GiB of residuals for each layer."""
+
+    def __post_init__(self) -> None:
+        require_least(self, seed=0, batch_tokens=1, pool_tokens=1)
+
+
+@dataclass(frozen=True)
+class CourseConfig:
+    """How long a run is, and what it does on its way."""
+
+    tokens: int | None = None
+    epochs: int | None = None
+    metrics_every_steps: int = 50
+    checkpoint_every_seconds: float = 300.0
+    checkpoint_every_steps: int | None = None
+    """Instead of by the clock."""
+    validation_tokens: int = 131_072
+    shard_width: bool = False
+    """With several processes: each holds a part of every dictionary's rows, for widths that fit no single device."""
+    trackers: tuple[str, ...] = ()
+    """Further logs, through accelerate: wandb, tensorboard and what else it knows."""
+
+    def __post_init__(self) -> None:
+        require_least(self, tokens=1, epochs=1, metrics_every_steps=1, validation_tokens=1)
+        require_least(self, checkpoint_every_seconds=0, checkpoint_every_steps=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes."""
+
+    data: DataConfig
+    course: CourseConfig
+    members: tuple[Member, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        saes = {m.label: {"variant": m.variant, "config": to_json(m.config)} for m in self.members}
+        return {"data": to_json(self.data), "course": to_json(self.course), "saes": saes}
+
+
+def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
+    """The inverse of `RunConfig.to_json`."""
+    try:
+        members = [
+            Member(label, sae["variant"], from_json(registry.config_type(sae["variant"]), sae["config"], label))
+            for label, sae in raw["saes"].items()
+        ]
+        return RunConfig(
+            from_json(DataConfig, raw["data"], "data"), from_json(CourseConfig, raw["course"], "course"), tuple(members)
+        )
+    except (StrictError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigInvalid(f"{where} is no configuration of a run: {error}") from None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What was asked for on the command line, before anything is known of the store."""
+
+    saes: tuple[Sae, ...]
+    settings: Sequence[Setting] = ()
+    grid: Sequence[Sequence[Setting]] = ((),)
+    data: DataConfig = field(default_factory=DataConfig)
+    course: CourseConfig = field(default_factory=CourseConfig)
+    recipe: Recipe | None = None
+
+    @classmethod
+    def of_recipe(
+        cls, recipe: Recipe, settings: Sequence[Setting] = (), grid: Sequence[Sequence[Setting]] = ((),)
+    ) -> Ask:
+        """A recipe, changed by what the command line says."""
+        return cls(recipe.saes, settings, grid, recipe=recipe)
+
+    @classmethod
+    def of_variants(
+        cls, names: Sequence[str], settings: Sequence[Setting] = (), grid: Sequence[Sequence[Setting]] = ((),)
+    ) -> Ask:
+        """Variants at their defaults, each once."""
+        for name in names:
+            registry.module(name)  # an unknown one ends here, whatever else is wrong
+        return cls(tuple(Sae(name, name) for name in dict.fromkeys(names)), settings, grid)
+
+    def stream(self) -> DataConfig:
+        """The stream that was asked for."""
+        return with_settings(self.data, self._of("data"), "data")
+
+    def length(self) -> CourseConfig:
+        """The course that was asked for."""
+        return with_settings(self.course, self._of("course"), "course")
+
+    def members(self, limits: Limits) -> tuple[Member, ...]:
+        """The SAEs. `limits` of a config bound the variant's own defaults, never what was asked for."""
+        spread = [setting for point in self.grid for setting in point]
+        misplaced = [setting.key for setting in spread if setting.in_front()[0] in ("data", "course")]
+        if misplaced:
+            raise ConfigInvalid(f"a fleet shares one stream and one course: {misplaced[0]} cannot be spread over it")
+        self._require_known([*self.settings, *spread])
+        members: dict[str, Member] = {}
+        for member in (self._member(sae, point, limits) for sae in self.saes for point in self.grid):
+            if members.setdefault(member.label, member) != member:
+                raise ConfigInvalid(
+                    f"two SAEs of the run would both be called {member.label}: give one of them a run of its own"
+                )
+        return tuple(members.values())
+
+    def _member(self, sae: Sae, point: Sequence[Setting], limits: Limits) -> Member:
+        config = registry.config_type(sae.variant)()
+        known = set(flat_keys(to_json(config)))
+        spread = _own(point, sae.variant, known)
+        asked = _own(self.settings, sae.variant, known) | spread
+        draft = with_settings(config, self._of_recipe(sae, known) | asked, sae.label)
+        smaller = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
+        return Member(_label(sae.label, spread), sae.variant, with_settings(draft, smaller, sae.label))
+
+    def _of_recipe(self, sae: Sae, known: set[str]) -> dict[str, Any]:
+        shared = self.recipe.settings if self.recipe else {}
+        return {key: value for key, value in shared.items() if key in known} | dict(sae.settings)
+
+    def _of(self, head: str) -> dict[str, Any]:
+        shared = [Setting(key, value) for key, value in (self.recipe.settings if self.recipe else {}).items()]
+        return {s.in_front()[1]: s.value for s in (*shared, *self.settings) if s.in_front()[0] == head}
+
+    def _require_known(self, settings: Iterable[Setting]) -> None:
+        """A key that no SAE of the run has is a mistake."""
+        names = dict.fromkeys(sae.variant for sae in self.saes)
+        by_variant = {name: list(flat_keys(to_json(registry.config_type(name)()))) for name in names}
+        everything = {key for keys in by_variant.values() for key in keys}
+        for setting in settings:
+            head, rest = setting.in_front()
+            if head in ("data", "course"):
+                continue
+            if setting.key not in everything and not (head in by_variant and rest in by_variant[head]):
+                known = everything | {f"data.{k}" for k in to_json(self.data)}
+                known |= {f"course.{k}" for k in to_json(self.course)}
+                raise ConfigInvalid(
+                    f"unknown setting {setting.key!r} of {', '.join(by_variant)}{nearest(setting.key, known)}"
+                )
+
+
+def smaller_defaults(config: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
+    """The limit for each setting whose default is beyond it."""
+    own = {key: getattr(config, key, None) for key in limits}
+    return {key: limits[key] for key, value in own.items() if value is not None and value > limits[key]}
+
+
+def _own(settings: Iterable[Setting], variant: str, known: set[str]) -> dict[str, Any]:
+    """The settings that are for this variant; those with its name in front win."""
+    general = {s.key: s.value for s in settings if s.key in known}
+    return general | {s.in_front()[1]: s.value for s in settings if s.in_front()[0] == variant and s.in_front()[1]}
+
+
+def _label(name: str, spread: Mapping[str, Any]) -> str:
+    """The name of an SAE in its run, and what sets it apart from its neighbours of the same name."""
+    parts = [f"{key.rsplit('.', 1)[-1]}{json.dumps(value, separators=('-', '-'))}" for key, value in spread.items()]
+    return "_".join([name, *(re.sub(r"[^\w.+-]", "", part) for part in parts)])

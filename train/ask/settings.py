@@ -1,0 +1,102 @@
+"""Words on a command line to typed values: `a.b=value`, grids of them, and records changed by them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ...cache_schema.strict import StrictError, from_json, nearest, to_json
+from ..errors import ConfigInvalid
+
+T = TypeVar("T")
+_UNITS = {"k": 10**3, "M": 10**6, "B": 10**9}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One `key=value`, the value still as it was typed."""
+
+    key: str
+    value: Any
+
+    def in_front(self) -> tuple[str, str]:
+        head, _, rest = self.key.partition(".")
+        return head, rest
+
+
+def parse_settings(words: Iterable[str]) -> list[Setting]:
+    """`a.b=value` words."""
+    settings = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigInvalid(f"expected a setting like optim.lr=1e-4, found {word!r}")
+        settings.append(Setting(key.strip(), parse_value(value.strip())))
+    return settings
+
+
+def parse_grid(words: Iterable[str]) -> list[list[Setting]]:
+    """`k=16,32` words to one list of settings for each point of the grid."""
+    axes = []
+    for word in words:
+        key, equals, values = word.partition("=")
+        if not equals or not values:
+            raise ConfigInvalid(f"expected a grid like k=16,32,64, found {word!r}")
+        axes.append([Setting(key.strip(), parse_value(value)) for value in _split_values(values)])
+    return [list(point) for point in itertools.product(*axes)]
+
+
+def parse_value(text: str) -> Any:
+    """JSON where it is JSON, `50M` where it is a number with a unit, a list where there are commas."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB])", text)
+    if number:
+        return int(float(number[1]) * _UNITS[number[2]])
+    try:
+        return json.loads(text, parse_constant=str)  # NaN and Infinity are words: no setting takes them
+    except json.JSONDecodeError:
+        pass
+    if text in ("None", "True", "False"):
+        return {"None": None, "True": True, "False": False}[text]
+    return [parse_value(part) for part in text.split(",")] if "," in text else text
+
+
+def with_settings(record: T, settings: Mapping[str, Any], where: str) -> T:
+    """The record with dotted keys replaced; every problem in one error."""
+    raw, problems = to_json(record), []
+    known = list(flat_keys(raw))
+    for key, value in settings.items():
+        if not _assign(raw, key.split("."), value):
+            problems.append(f"unknown setting {key!r} of {where}{nearest(key, known)}")
+    if problems:
+        raise ConfigInvalid("; ".join(problems))
+    try:
+        return from_json(type(record), raw, where)
+    except StrictError as error:
+        raise ConfigInvalid(str(error)) from None
+
+
+def _split_values(text: str) -> list[str]:
+    """Commas outside brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[]*\])", text)]
+
+
+def _assign(raw: dict[str, Any], path: list[str], value: Any) -> bool:
+    if path[0] not in raw:
+        return False
+    if len(path) == 1:
+        raw[path[0]] = value
+        return True
+    return isinstance(raw[path[0]], dict) and _assign(raw[path[0]], path[1:], value)
+
+
+def flat_keys(raw: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    """Every setting of a record in its JSON form, by dotted name."""
+    for key, value in raw.items():
+        if isinstance(value, dict) and value:
+            yield from flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

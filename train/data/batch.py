@@ -1,0 +1,65 @@
+"""What an SAE reads from the store, and the batch that it gets.
+
+B rows, W windows, T context, H heads, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a variant reads from the store.
+
+    A row holds the activations of `inputs` side by side; the target those of `targets`, or the row
+    itself. With `windows` the rows are those of whole windows, special tokens left out, and the side
+    inputs `window` [B], `position` [B] and `row_of` [W, T] (-1 where there is no row) say which.
+    """
+
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...] | None = None
+    attention_layers: tuple[int, ...] = ()
+    tokens: bool = False
+    documents: bool = False
+    positions: bool = False
+    windows: bool = False
+    least_windows: int = 1
+    """In a batch, where whole windows are read."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Every layer whose activations are read, in rising order."""
+        return tuple(sorted(set(self.inputs) | set(self.targets or ())))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of scaled activations, float32, on the SAE's device. B rows."""
+
+    x: Tensor  # [B, D_in]
+    target: Tensor | None = None  # [B, D_out], x itself without
+    side: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which tokens of a block make up a batch."""
+
+    places: np.ndarray  # int64 [B], flat places in the block
+    windows: np.ndarray | None = None  # int64 [W], numbers in the block, where whole windows are drawn
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRows:
+    """Attention of a batch of windows on the device; rows are (window, head, query), see the store's format."""
+
+    indptr: Tensor  # int64 [W * H * T + 1]
+    indices: Tensor  # int64 [entries], key position in the window
+    data: Tensor  # float32 [entries]
+    kept_mass: Tensor  # float32 [W, H, T]

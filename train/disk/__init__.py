@@ -1,0 +1,1 @@
+"""Everything that is saved: SAEs, checkpoints, and other libraries' folders."""

@@ -1,0 +1,133 @@
+"""Checkpoints: whole or not there, checked when they are read, the last two kept.
+
+1. All tensors of each SAE go into one safetensors file, in a folder whose name no reader looks at.
+2. state.json says where the run stands, and the digest of every file and of itself.
+3. Everything is flushed; the folder gets its name; older ones go.
+A reader takes the newest that is whole, and says why it did not take a newer one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...cache_schema.files import sync
+from ...cache_schema.strict import StrictError, from_json, to_json
+from ..errors import CheckpointDamaged, ConfigInvalid
+from .whole_files import read_json, write_json
+
+KEPT = 2
+FORMAT = 2  # 1 had no digest of state.json
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands, apart from its tensors."""
+
+    step: int  # steps taken
+    metrics_bytes: int
+    seconds: float  # spent training
+    waited_seconds: float
+    same_pairs: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class _State:
+    standing: Standing
+    files: dict[str, str]  # name -> digest
+    format: int = FORMAT
+    digest: str = ""  # of all the rest
+
+    def own_digest(self) -> str:
+        if self.format == 1:
+            return ""
+        rest = json.dumps(to_json(replace(self, digest="")), sort_keys=True)
+        return xxhash.xxh3_128(rest.encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What was saved, and what could not be read on the way to it."""
+
+    standing: Standing
+    tensors: dict[str, dict[str, Tensor]]  # by label
+    complaints: tuple[str, ...]
+
+
+def save_checkpoint(folder: Path, standing: Standing, tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Write a checkpoint into `folder` and drop those before the last two."""
+    final = folder / f"step_{standing.step:09d}"
+    temporary = folder / f".{final.name}.tmp"
+    for leftover in (temporary, final):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    digests = {}
+    for label, named in tensors.items():
+        path = temporary / f"{label}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
+        sync(path)
+        digests[path.name] = _digest(path)
+    state = _State(standing, digests)
+    write_json(temporary / "state.json", to_json(replace(state, digest=state.own_digest())))
+    os.rename(temporary, final)
+    sync(folder)
+    for old in list_checkpoints(folder)[KEPT:]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; None where none was ever written."""
+    complaints: list[str] = []
+    for path in list_checkpoints(folder):
+        try:
+            standing, tensors = _read(path)
+        except CheckpointDamaged as error:
+            complaints.append(str(error))
+        else:
+            return Checkpoint(standing, tensors, tuple(complaints))
+    if complaints:
+        raise CheckpointDamaged(
+            "no checkpoint is whole: " + "; ".join(complaints) + ". Start the run anew under another name"
+        )
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, the newest first."""
+    return sorted(folder.glob("step_*"), reverse=True)
+
+
+def _read(path: Path) -> tuple[Standing, dict[str, dict[str, Tensor]]]:
+    try:
+        state = from_json(_State, read_json(path / "state.json"))
+    except (StrictError, ConfigInvalid, OSError) as error:
+        raise CheckpointDamaged(f"{path}: {error}") from None
+    if not 1 <= state.format <= FORMAT:
+        raise CheckpointDamaged(f"{path}: expected format {FORMAT} or before, found {state.format}")
+    if state.digest != state.own_digest():
+        raise CheckpointDamaged(f"{path / 'state.json'} is not the file that was written")
+    tensors = {}
+    for name, digest in state.files.items():
+        if not (path / name).is_file() or _digest(path / name) != digest:
+            raise CheckpointDamaged(f"{path / name} is not the file that was written")
+        tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+    return state.standing, tensors
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes, read back."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()

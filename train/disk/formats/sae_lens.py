@@ -1,0 +1,24 @@
+"""SAELens: cfg.json and sae_weights.safetensors, the layout of this package's own SAEs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...data.scaling import unit_stats
+from ..plain_form import PlainSae, plain_sae, sae_from_plain
+from ..sae_folder import load_plain_sae, save_sae
+from .plain import Metadata
+
+
+def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
+    sae = sae_from_plain(plain)
+    stats = unit_stats(sae.d_in)
+    details = metadata.get("training_architecture_details", {})
+    variant = metadata.get("training_architecture", plain.architecture)
+    save_sae(folder, sae, stats, metadata, details, variant, unit_stats(sae.d_out))
+
+
+def read(folder: Path) -> tuple[PlainSae, Metadata]:
+    sae = load_plain_sae(folder)
+    plain = plain_sae(sae, unit_stats(sae.d_in), unit_stats(sae.d_out))
+    return plain, dict(sae.metadata)

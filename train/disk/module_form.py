@@ -1,0 +1,85 @@
+"""SAEs on disk whose inference takes more than the plain weights: masks, gates, encoders of their own.
+
+The folder looks like any other; sae_weights.safetensors holds the module's whole state in the units it
+was trained in, and the scales. cfg.json has an architecture of our own name, the knobs' last values
+and the side inputs that `encode` reads. Reading it back takes the variant that built the module.
+D width, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.scaling import Stats
+from ..errors import SaeInvalid
+from ..sae.model import SparseAutoencoder
+from ..sae.side import NO_SIDE, Side
+
+MODULE, SCALE, TARGET_SCALE = "module.", "scale", "target_scale"
+
+Rebuild = Callable[[str, Mapping[str, Any], int], SparseAutoencoder]
+"""Variant, its config in JSON, width of the input -> the module as it was before training."""
+
+
+@dataclass(frozen=True, eq=False)
+class WrappedSae:
+    """What a folder holds of such an SAE."""
+
+    tensors: dict[str, Tensor]
+    knobs: dict[str, float]
+    needs_side: tuple[str, ...]
+
+
+class RawUnits(SparseAutoencoder):
+    """A trained module on activations as the model has them, with decoder rows of length one."""
+
+    is_plain = False
+
+    def __init__(self, inner: SparseAutoencoder, scale: Tensor, target_scale: Tensor, knobs: Mapping[str, float]):
+        W_dec = inner.W_dec.detach() / target_scale
+        lengths = torch.linalg.vector_norm(W_dec, dim=1).clamp_min(1e-30)
+        super().__init__(
+            inner.W_enc.detach() * scale * lengths[:, None],
+            W_dec / lengths[:, None],
+            inner.gate,
+            b_dec=inner.b_dec.detach() / target_scale,
+            b_enc=inner.b_enc.detach() * lengths,
+            centres_input=inner.centres_input,
+        )
+        self.inner = inner
+        self.needs_side = inner.needs_side
+        self.knobs = dict(knobs)
+        self.register_buffer("scale", scale)
+        self.register_buffer("lengths", lengths)
+
+    scale: Tensor
+    lengths: Tensor
+
+    def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
+        return self.inner.encode(x * self.scale, side.with_knobs(self.knobs)) * self.lengths
+
+
+@torch.no_grad()
+def wrapped_sae(sae: SparseAutoencoder, stats: Stats, target_stats: Stats, knobs: Mapping[str, float]) -> WrappedSae:
+    """The form of a trained module on disk."""
+    state = {name: tensor for name, tensor in sae.state_dict().items() if not name.startswith("extras.")}
+    tensors = {f"{MODULE}{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
+    tensors |= {SCALE: stats.scale.cpu().clone(), TARGET_SCALE: target_stats.scale.cpu().clone()}
+    return WrappedSae(tensors, dict(knobs), sae.needs_side)
+
+
+@torch.no_grad()
+def sae_from_wrapped(wrapped: WrappedSae, inner: SparseAutoencoder, where: str) -> RawUnits:
+    """The module that computes a saved form; `inner` is as it was before training."""
+    state = {name.removeprefix(MODULE): t for name, t in wrapped.tensors.items() if name.startswith(MODULE)}
+    expected = {name for name in inner.state_dict() if not name.startswith("extras.")}
+    different = sorted(expected ^ state.keys())
+    if different or not {SCALE, TARGET_SCALE} <= wrapped.tensors.keys():
+        raise SaeInvalid(f"{where}: its tensors do not fit its variant: {', '.join(different) or 'no scale'}")
+    inner.load_state_dict(state, strict=False)
+    return RawUnits(inner, wrapped.tensors[SCALE], wrapped.tensors[TARGET_SCALE], wrapped.knobs)

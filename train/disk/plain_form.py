@@ -1,0 +1,104 @@
+"""An SAE as others read it: raw units, decoder rows of length one, one of four plain architectures.
+
+D width, F latents, s the activation scale, n the lengths of decoder rows. Trained on s x:
+1. W_enc *= s, W_dec /= s, b_dec /= s: the same SAE on x.
+2. codes in multiples of n: W_enc, b_enc, thresholds and magnitudes *= n, W_dec /= n.
+A batch top-k becomes a jump threshold, the same for all latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.scaling import Stats
+from ..errors import SaeInvalid
+from ..sae.gates import BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
+from ..sae.model import SparseAutoencoder
+
+
+@dataclass(frozen=True, eq=False)
+class PlainSae:
+    """Weights in the layout of the SAELens format: W_enc [D_in, F], everything else as named."""
+
+    architecture: str  # standard, topk, jumprelu or gated
+    tensors: dict[str, Tensor]
+    k: int | None
+    centres_input: bool
+
+
+@torch.no_grad()
+def plain_sae(sae: SparseAutoencoder, stats: Stats, target_stats: Stats) -> PlainSae:
+    """The plain form of a trained SAE."""
+    scale, target_scale = (part.scale.to(sae.W_dec).clone() for part in (stats, target_stats))
+    W_dec = sae.W_dec / target_scale
+    lengths = _code_lengths(W_dec, sae.gate)
+    tensors = {
+        "W_enc": (sae.W_enc * scale * lengths[:, None]).t(),
+        "W_dec": W_dec / lengths[:, None],
+        "b_dec": sae.b_dec / target_scale,
+    }
+    architecture, extra = _gate_form(sae, lengths)
+    tensors = {name: tensor.float().cpu().contiguous() for name, tensor in (tensors | extra).items()}
+    k = sae.gate.k if isinstance(sae.gate, TopK) else None
+    return PlainSae(architecture, tensors, k, sae.centres_input)
+
+
+def sae_from_plain(plain: PlainSae) -> SparseAutoencoder:
+    """The module that computes a plain form."""
+    tensors = plain.tensors
+    gate: Gate
+    match plain.architecture:
+        case "standard":
+            gate = Relu()
+        case "topk" if plain.k is not None:
+            gate = TopK(plain.k)
+        case "jumprelu":
+            gate = JumpRelu(tensors["threshold"].numel(), 0.0, 1.0)
+            gate.raw_threshold.data.copy_(tensors["threshold"])
+        case "gated":
+            gate = Gated(tensors["r_mag"].numel())
+            gate.r_mag.data.copy_(tensors["r_mag"])
+            gate.b_mag.data.copy_(tensors["b_mag"])
+        case other:
+            raise SaeInvalid(f"expected architecture standard, topk, jumprelu or gated, found {other!r}")
+    bias = tensors["b_gate" if plain.architecture == "gated" else "b_enc"]
+    return SparseAutoencoder(
+        tensors["W_enc"].t().contiguous(),
+        tensors["W_dec"].contiguous(),
+        gate,
+        b_dec=tensors["b_dec"],
+        b_enc=bias,
+        centres_input=plain.centres_input,
+    )
+
+
+def _code_lengths(W_dec: Tensor, gate: Gate) -> Tensor:
+    """What codes are multiplied with so that decoder rows get length one: [F]."""
+    lengths = torch.linalg.vector_norm(W_dec, dim=1)
+    if not isinstance(gate, TopK):
+        return lengths.clamp_min(1e-30)
+    # One factor for all: the k largest of a row must stay the k largest.
+    if float(lengths.amax()) > 1.001 * float(lengths.amin()):
+        raise SaeInvalid("expected a top-k SAE whose decoder rows have one length, found several")
+    return lengths.mean().expand_as(lengths)
+
+
+def _gate_form(sae: SparseAutoencoder, lengths: Tensor) -> tuple[str, dict[str, Any]]:
+    bias = sae.b_enc * lengths
+    match sae.gate:
+        case Gated() as gate:
+            return "gated", {"b_gate": bias, "r_mag": gate.r_mag, "b_mag": gate.b_mag * lengths}
+        case JumpRelu() as gate:
+            return "jumprelu", {"b_enc": bias, "threshold": gate.threshold * lengths}
+        case BatchTopK() as gate:
+            return "jumprelu", {"b_enc": bias, "threshold": gate.threshold * lengths}
+        case TopK():
+            return "topk", {"b_enc": bias}
+        case Relu():
+            return "standard", {"b_enc": bias}
+        case other:
+            raise SaeInvalid(f"no plain form for the gate {type(other).__name__}")

@@ -1,0 +1,217 @@
+"""SAEs on disk: a folder with cfg.json and sae_weights.safetensors.
+
+`save_sae` writes the layout that SAELens opens as it stands (6.54), for every SAE that its
+architectures can express; one with several input layers, with another target, or with an inference of
+its own has the same files with an architecture of our own name. `read_sae` reads all of them, and
+SAELens folders from elsewhere. What trained along (`extras`) lies beside, in extras.safetensors.
+Files are written beside their place and renamed; cfg.json comes last, so a folder that has one is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...cache_schema.files import sync
+from ..data.scaling import Stats
+from ..errors import SaeInvalid
+from ..sae.model import SparseAutoencoder
+from .module_form import Rebuild, WrappedSae, sae_from_wrapped, wrapped_sae
+from .plain_form import PlainSae, plain_sae, sae_from_plain
+
+CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
+SAELENS_VERSION = "6.54.12"
+PLAIN = ("standard", "topk", "jumprelu", "gated")
+TENSORS = {
+    "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "topk": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+    "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
+}
+
+
+def save_sae(
+    folder: Path,
+    sae: SparseAutoencoder,
+    stats: Stats,
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    variant: str,
+    target_stats: Stats | None = None,
+    knobs: Mapping[str, float] | None = None,
+) -> None:
+    """Write a trained SAE, its scale folded in and its decoder rows of length one."""
+    folder = Path(folder)
+    target_stats = target_stats or stats
+    if sae.is_plain:
+        plain = plain_sae(sae, stats, target_stats)
+        tensors, form = plain.tensors, _plain_form(plain, variant, metadata)
+    else:
+        wrapped = wrapped_sae(sae, stats, target_stats, knobs or {})
+        tensors, form = wrapped.tensors, _wrapped_form(wrapped, sae, variant)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = _config_of(form, variant, metadata, config)
+    _write(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    extras = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.extras.state_dict().items()}
+    if extras:
+        _write(folder / EXTRAS, lambda path: save_file(extras, path))
+    _write(folder / CONFIG, lambda path: path.write_text(json.dumps(written, indent=1) + "\n"))
+
+
+def read_sae(folder: Path, rebuild: Rebuild) -> SparseAutoencoder:
+    """The SAE of a folder, in raw units and float32; its `metadata` is that of cfg.json."""
+    folder = Path(folder)
+    config = read_config(folder)
+    sae = _wrapped(folder, config, rebuild) if "needs_side" in config else load_plain_sae(folder)
+    sae.extras_tensors = load_tensors(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
+    return sae
+
+
+def load_plain_sae(folder: Path) -> SparseAutoencoder:
+    """The same for a folder whose weights are all there is to it."""
+    folder = Path(folder)
+    config = read_config(folder)
+    architecture = config.get("gate", config.get("architecture"))
+    if architecture not in PLAIN:
+        raise SaeInvalid(f"{folder}: expected an architecture of {', '.join(PLAIN)}, found {architecture!r}")
+    if config.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
+        raise SaeInvalid(
+            f"{folder}: normalize_activations is {config['normalize_activations']!r}, which cannot be folded into "
+            "weights; save the SAE with normalize_activations 'none'"
+        )
+    tensors = _read_tensors(folder, TENSORS[architecture])
+    plain = PlainSae(architecture, tensors, config.get("k"), config.get("apply_b_dec_to_input", True))
+    if config.get("rescale_acts_by_decoder_norm", False):
+        plain = _with_norms_folded(plain)
+    sae = sae_from_plain(plain)
+    sae.metadata = {**config.get("metadata", {})}
+    return sae
+
+
+def is_of_one_place(metadata: Mapping[str, Any]) -> bool:
+    """Whether the SAE reads one layer and rebuilds what it reads, the only kind that other tools have a form for."""
+    layers = metadata.get("layers") or [None]
+    targets = metadata.get("target_layers") or layers
+    return len(layers) == 1 and targets == layers and not metadata.get("transcodes", False)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """cfg.json of an SAE's folder."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise SaeInvalid(f"{folder}: expected an SAE's folder with {CONFIG} and {WEIGHTS}, found no {CONFIG}")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise SaeInvalid(f"{path}: expected JSON, found {error}; copy or export the SAE again") from error
+    if not isinstance(config, dict):
+        raise SaeInvalid(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> SparseAutoencoder:
+    wrapped = WrappedSae(load_tensors(folder / WEIGHTS), config.get("knobs", {}), tuple(config["needs_side"]))
+    metadata = config.get("metadata", {})
+    try:
+        variant, settings = metadata["training_architecture"], metadata["training_architecture_details"]
+    except KeyError as error:
+        raise SaeInvalid(f"{folder / CONFIG}: expected metadata.{error.args[0]}, found none") from None
+    sae = sae_from_wrapped(wrapped, rebuild(variant, settings, config["d_in"]), str(folder))
+    sae.metadata = dict(metadata)
+    return sae
+
+
+def _plain_form(plain: PlainSae, variant: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What of cfg.json says how the tensors are computed with."""
+    d_in, width = plain.tensors["W_enc"].shape
+    expressible = is_of_one_place(metadata)
+    form: dict[str, Any] = {
+        "architecture": plain.architecture if expressible else f"saemill_{variant}",
+        "d_in": d_in,
+        "d_sae": width,
+        "apply_b_dec_to_input": plain.centres_input,
+    }
+    if not expressible:
+        form |= {"gate": plain.architecture, "d_out": plain.tensors["W_dec"].shape[1]}
+    if plain.k is not None:
+        form |= {"k": plain.k, "rescale_acts_by_decoder_norm": False}
+    return form
+
+
+def _wrapped_form(wrapped: WrappedSae, sae: SparseAutoencoder, variant: str) -> dict[str, Any]:
+    return {
+        "architecture": f"saemill_{variant}",
+        "d_in": sae.d_in,
+        "d_sae": sae.num_latents,
+        "d_out": sae.d_out,
+        "apply_b_dec_to_input": sae.centres_input,
+        "needs_side": list(wrapped.needs_side),
+        "knobs": wrapped.knobs,
+    }
+
+
+def _config_of(
+    form: Mapping[str, Any], variant: str, metadata: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        **form,
+        "dtype": "float32",
+        "device": "cpu",
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": SAELENS_VERSION,
+            "sae_lens_training_version": None,
+            **metadata,
+            "training_architecture": variant,
+            "training_architecture_details": dict(config),
+        },
+    }
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file of an SAE's folder."""
+    if not path.is_file():
+        raise SaeInvalid(f"{path.parent}: expected {path.name} beside {CONFIG}, found none")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise SaeInvalid(f"{path}: damaged ({error}); copy or export the SAE again") from error
+
+
+def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    tensors = load_tensors(path)
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise SaeInvalid(f"{path}: expected tensors {', '.join(names)}, lacks {', '.join(missing)}")
+    return {name: tensors[name].to(torch.float32) for name in names}
+
+
+def _with_norms_folded(plain: PlainSae) -> PlainSae:
+    """The same SAE with codes in multiples of its decoder rows' lengths."""
+    tensors = dict(plain.tensors)
+    lengths = torch.linalg.vector_norm(tensors["W_dec"], dim=1)
+    tensors["W_enc"] = tensors["W_enc"] * lengths
+    tensors["W_dec"] = tensors["W_dec"] / lengths[:, None]
+    for name in ("b_enc", "threshold"):
+        if name in tensors:
+            tensors[name] = tensors[name] * lengths
+    return replace(plain, tensors=tensors)
+
+
+def _write(path: Path, write: Any) -> None:
+    """Write beside the place, flush, rename."""
+    beside = path.with_name(path.name + ".partial")
+    write(beside)
+    sync(beside)
+    os.replace(beside, path)

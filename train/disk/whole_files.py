@@ -1,0 +1,45 @@
+"""Files that are there whole or not at all, and JSON in them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...cache_schema.files import sync
+from ..errors import ConfigInvalid
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file beside its place, flush it, and move it there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """All or nothing."""
+    replace_file(path, json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigInvalid(f"expected {path.name} in {path.parent}, found none: copy the folder anew") from None
+    except ValueError as error:
+        raise ConfigInvalid(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigInvalid(f"{path}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def encode_line(values: Mapping[str, Any]) -> bytes:
+    """One line of JSON; what is no number in JSON is null."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(plain, allow_nan=False).encode() + b"\n"

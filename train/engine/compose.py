@@ -1,0 +1,117 @@
+"""What a variant is made of, and how its parts see a batch.
+
+An `Assembly` is a module, loss terms, constraints and knobs. A `Term` is a pure function of a `View`
+and never sees its own weight or the step; weights and knobs are schedules. A `Constraint` acts on
+the module before and after the optimiser. New behaviour comes from combining these parts:
+`with_terms`, `replacing`, `without_terms`, `with_constraints`, `with_knobs`, `with_extra`, `wrapped`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..data.scaling import Stats
+from ..parallel.ranks import BatchRanks
+from ..sae.model import SparseAutoencoder
+from ..sae.side import Side
+from ..sae.view import View
+from .optim import Optim
+from .schedules import Schedule
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss: weight(step) * fn(view) is added to the total."""
+
+    name: str
+    fn: Callable[[View], Tensor]
+    weight: Schedule
+
+
+class Constraint(Protocol):
+    """Keeps the weights where they belong."""
+
+    reads_gradients: ClassVar[bool]
+    """Whether it looks at the gradient of a weight table as a table. A step in which nobody does never makes one."""
+
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        """Gradients are there, the optimiser has not moved."""
+        ...
+
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        """The optimiser has moved."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """An SAE with all that training it takes; knows no data and no files."""
+
+    sae: SparseAutoencoder
+    terms: tuple[Term, ...]
+    constraints: tuple[Constraint, ...]
+    knobs: Mapping[str, Schedule]
+    optim: Optim
+    dead_after_tokens: int
+    generator: torch.Generator  # of everything random in training
+    input_stats: Stats
+    target_stats: Stats
+
+    def with_terms(self, *terms: Term) -> Assembly:
+        """The same with more terms; names must be new."""
+        names = [term.name for term in (*self.terms, *terms)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected distinct names of terms, found {names}")
+        return replace(self, terms=(*self.terms, *terms))
+
+    def replacing(self, term: Term) -> Assembly:
+        """The same with another term in the place of the one of its name, which must exist."""
+        self._require_terms(term.name)
+        return replace(self, terms=tuple(term if old.name == term.name else old for old in self.terms))
+
+    def without_terms(self, *names: str) -> Assembly:
+        """The same without the terms of these names, all of which must exist."""
+        self._require_terms(*names)
+        return replace(self, terms=tuple(term for term in self.terms if term.name not in names))
+
+    def _require_terms(self, *names: str) -> None:
+        missing = set(names) - {term.name for term in self.terms}
+        if missing:
+            raise ValueError(f"expected terms named {sorted(missing)}, found {[t.name for t in self.terms]}")
+
+    def with_constraints(self, *constraints: Constraint) -> Assembly:
+        return replace(self, constraints=(*self.constraints, *constraints))
+
+    def with_knobs(self, **knobs: Schedule) -> Assembly:
+        return replace(self, knobs={**self.knobs, **knobs})
+
+    def with_extra(self, name: str, module: nn.Module) -> Assembly:
+        """The same with a module that trains along: terms find it as `view.sae.extras[name]`.
+
+        Its method `observe(view)`, if it has one, is called after each step; `lr_scale` multiplies its
+        learning rate.
+        """
+        if name in self.sae.extras:
+            raise ValueError(f"expected a new name of an extra, found {name!r} again")
+        self.sae.extras[name] = module
+        return self
+
+    def wrapped(self, wrap: Callable[[SparseAutoencoder], SparseAutoencoder]) -> Assembly:
+        """The same around another module made from this one's."""
+        return replace(self, sae=wrap(self.sae))
+
+    def side(self, batch_side: Mapping[str, Any], step: int, total_steps: int, ranks: BatchRanks) -> Side:
+        """Side inputs of a batch together with the knobs of a step."""
+        return Side(batch_side, self.knobs_at(step, total_steps), ranks)
+
+    def knobs_at(self, step: int, total_steps: int | None = None) -> dict[str, float]:
+        """Every knob's value at a step; at the end of a run without the length."""
+        length = step if total_steps is None else total_steps
+        return {name: schedule(step, length) for name, schedule in self.knobs.items()}

@@ -1,0 +1,171 @@
+"""The SAEs of a run, trained side by side on the same draws.
+
+Each has its own weights, optimiser, schedules, counters and random numbers, and sees the rows that it
+would see alone: a fleet of one and a member of many train to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cache_schema import Span
+from ..data.draw import Draw
+from ..data.scaling import Stats, joined_stats
+from ..errors import ActivationsNotFinite, NonFiniteLoss, StoppedElsewhere, TrainError
+from ..parallel.ranks import Ranks
+from ..parallel.sharded_rows import Shard
+from .step import LOOK_EVERY, Report, Trainee
+
+SHOWN = 8  # windows that a message lists
+DIVERGED = "their activations are finite: training diverged"
+NOT_FINITE = "the store holds activations that are not finite numbers"
+REMEDY = "Harvest again in a dtype that can hold them, or leave these windows out"
+
+
+class Past:
+    """Where a step's rows came from."""
+
+    def __init__(self, step: int, draw: Draw) -> None:
+        self.step = step
+        self._pieces = draw.block.pieces
+        self._windows = {kind: draw.store_windows(kind) for kind in draw.kinds}
+
+    def place(self, windows: bool) -> str:
+        return _place(self._pieces, self._windows[windows])
+
+
+class Fleet:
+    """Trainees by label."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        stats: Mapping[int, Stats],
+        total_steps: int,
+        device: torch.device,
+        ranks: Ranks,
+        shard: Shard | None = None,
+    ) -> None:
+        self._ranks = ranks
+        self._past: deque[Past] = deque(maxlen=LOOK_EVERY + 1)  # of what a GPU has not been asked about yet
+        self.members = {member.label: member for member in members}
+        self.needs = {member.label: member.config.request() for member in members}
+        self.trainees = {
+            member.label: _make_trainee(member, stats, total_steps, device, ranks, shard) for member in members
+        }
+
+    @property
+    def steps_taken(self) -> int:
+        return next(iter(self.trainees.values())).step_index
+
+    def step(self, draw: Draw) -> dict[str, Report]:
+        """One step of every SAE."""
+        reports = {}
+        if draw.device.type != "cpu":
+            self._past.append(Past(self.steps_taken, draw))
+        for label, trainee in self.trainees.items():
+            try:
+                reports[label] = trainee.step(draw.batch(self.needs[label]))
+            except NonFiniteLoss as error:
+                raise self._placed(label, error, draw) from None
+        return reports
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return {label: self._state_of(label, trainee) for label, trainee in self.trainees.items()}
+
+    def _state_of(self, label: str, trainee: Trainee) -> dict[str, Tensor]:
+        try:
+            return trainee.state()
+        except NonFiniteLoss as error:
+            raise self._placed(label, error, None) from None
+
+    def _placed(self, label: str, error: NonFiniteLoss, draw: Draw | None) -> TrainError:
+        """The same error with the part of the store that its step was trained on."""
+        windows = self.needs[label].windows
+        if draw is not None and error.is_input_finite is None:
+            return _with_place(label, error, draw, windows, self._ranks)
+        # Seen late, when the step's draw is gone: what is left is which windows it held.
+        place = next((past.place(windows) for past in self._past if past.step == error.step), "")
+        if error.is_input_finite:
+            return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
+        return ActivationsNotFinite(f"{label}, step {error.step}: {NOT_FINITE} among {place}. {REMEDY}")
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Sharded weights are whole inside, for all processes that enter together."""
+        with ExitStack() as stack:
+            for trainee in self.trainees.values():
+                stack.enter_context(trainee.gathered())
+            yield
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for label, trainee in self.trainees.items():
+            trainee.load_state(state[label])
+
+
+def _make_trainee(
+    member: Member,
+    stats: Mapping[int, Stats],
+    total_steps: int,
+    device: torch.device,
+    ranks: Ranks,
+    shard: Shard | None,
+) -> Trainee:
+    needs = member.config.request()
+    d_model = next(iter(stats.values())).width
+    assembly = member.config.build(d_model, *_stats_of(needs.inputs, needs.targets, stats))
+    return Trainee(member.label, assembly, total_steps, device, ranks, shard)
+
+
+def _stats_of(
+    inputs: tuple[int, ...], targets: tuple[int, ...] | None, stats: Mapping[int, Stats]
+) -> tuple[Stats, ...]:
+    sides = (inputs,) if targets is None else (inputs, targets)
+    return tuple(
+        stats[layers[0]] if len(layers) == 1 else joined_stats([stats[layer] for layer in layers]) for layers in sides
+    )
+
+
+def _with_place(label: str, error: NonFiniteLoss, draw: Draw, windows: bool, ranks: Ranks) -> TrainError:
+    """The same error with the part of the store that the step was trained on; all ranks ask."""
+    broken = draw.non_finite_rows(windows)
+    is_anywhere = bool(ranks.sum(torch.tensor([int(broken.any())], device=draw.device)))
+    if broken.any():
+        place = _place(draw.block.pieces, draw.store_windows(windows)[broken])
+        return ActivationsNotFinite(f"{label}, step {error.step}: {NOT_FINITE}: {place}. {REMEDY}")
+    if is_anywhere:
+        return StoppedElsewhere(
+            f"{label}, step {error.step}: another process's rows hold activations that are not finite numbers; "
+            "its own message names them"
+        )
+    place = _place(draw.block.pieces, draw.store_windows(windows))
+    return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
+
+
+def _place(pieces: Sequence[Span], windows: np.ndarray) -> str:
+    """Shards and windows in words."""
+    distinct = np.unique(windows)
+    pieces = [piece for piece in pieces if ((piece.start <= distinct) & (distinct < piece.stop)).any()]
+    return f"shard {_listed(np.unique([piece.shard for piece in pieces]))}, windows {_listed(distinct)}"
+
+
+def _listed(numbers: np.ndarray) -> str:
+    more = len(numbers) - SHOWN
+    return ", ".join(map(str, numbers[:SHOWN])) + (f" and {more} more" if more > 0 else "")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One SAE of a run."""
+
+    label: str
+    variant: str
+    config: Any  # the variant's own Config

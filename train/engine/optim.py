@@ -1,0 +1,205 @@
+"""Adam with its settings, its state as plain named tensors.
+
+One fused call updates all parameters, but for tables of which a GPU's kernel adds the gradient, moves and
+writes one row at a time. The step count, the two moments and nothing else is state, so a checkpoint is a
+flat dictionary of tensors and a resumed run goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+from ..errors import ConfigInvalid
+from ..parallel.sharded_rows import local, whole
+from ..sae.kernels.tables import RowGradient, RowUpdates, take_rows
+from .schedules import Decay, Product, Schedule, WarmUp
+
+BETA1, EPSILON = 0.9, 1e-8  # Adam's own, where neither the user nor the variant says otherwise
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Settings of the optimiser and of its learning rate."""
+
+    lr: float | None = None
+    """Peak learning rate; None: the variant's own default, scaled by width where its paper does."""
+    warmup_steps: int = 1000
+    """Steps over which the learning rate rises, at most a tenth of the run."""
+    warmup_power: float = 1.0
+    """1: in a line; 3: along a cube, slowly at first."""
+    decay_fraction: float = 0.2
+    """Share of the run, at its end, over which the learning rate falls linearly to zero."""
+    beta1: float | None = None
+    """None: the variant's own, 0.9 for most."""
+    beta2: float = 0.999
+    epsilon: float | None = None
+    """None: the variant's own, 1e-8 for most."""
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    """Largest norm of all gradients together; None leaves them as they are."""
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and not self.lr > 0:
+            raise ConfigInvalid(f"optim.lr: expected a positive number, found {self.lr}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigInvalid(f"optim.{name}: expected 0 <= {name} < 1, found {value}")
+        if not self.warmup_power > 0:
+            raise ConfigInvalid(f"optim.warmup_power: expected a positive number, found {self.warmup_power}")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ConfigInvalid(f"optim.decay_fraction: expected 0 to 1, found {self.decay_fraction}")
+
+    def schedule(self) -> Schedule:
+        """The learning rate of every step; `lr` must be set."""
+        assert self.lr is not None
+        return Product((WarmUp(self.lr, self.warmup_steps, power=self.warmup_power), Decay(self.decay_fraction)))
+
+
+class Adam:
+    """Adam over named parameters.
+
+    `by_row` names tables that are updated row by row, and whether their rows are kept at length one.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        settings: Optim,
+        lr_scales: Mapping[str, float] | None = None,
+        by_row: Mapping[str, bool] | None = None,
+    ) -> None:
+        self.parameters = dict(parameters)
+        self._by_row = {name: (take_rows(self.parameters[name]), is_unit) for name, is_unit in (by_row or {}).items()}
+        self._taken: dict[str, int] = {}  # steps of each table that goes by row, as the host knows them
+        self.settings = settings
+        self._lr_scales = dict(lr_scales or {})
+        self._first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self._second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self._steps = {name: torch.zeros((), device=p.device) for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def step(self, lr: float, frozen: Tensor | None = None) -> Tensor | None:
+        """Update every parameter that has a gradient; the norm of all gradients if it is clipped.
+
+        Where `frozen` is not zero, nothing moves: a GPU's answer to a loss that is not finite, which the host
+        has not seen yet.
+        """
+        for name, (updates, is_unit) in self._by_row.items():
+            if updates.gradients or self.parameters[name].grad is not None:
+                self._move_rows(name, updates, is_unit, lr * self._lr_scales.get(name, 1.0), frozen)
+        moving = [name for name, p in self.parameters.items() if p.grad is not None and name not in self._by_row]
+        if not moving:
+            return None
+        gradients = [_gradient(self.parameters[name]) for name in moving]
+        norm, divisor = self._clip(gradients)
+        scales = [self._lr_scales.get(name, 1.0) for name in moving]
+        for scale in dict.fromkeys(scales):
+            together = [index for index, own in enumerate(scales) if own == scale]
+            self._move([moving[i] for i in together], [gradients[i] for i in together], lr * scale, divisor, frozen)
+        return norm
+
+    def _move_rows(self, name: str, updates: RowUpdates, is_unit: bool, lr: float, frozen: Tensor | None) -> None:
+        """One table by the kernel that adds, moves and writes a row at a time."""
+        from ..sae.kernels.triton.rows import AdamStep, update_rows
+
+        table, settings = self.parameters[name], self.settings
+        if name not in self._taken:
+            self._taken[name] = int(self._steps[name])
+        self._taken[name] += 1
+        self._steps[name] += 1 if frozen is None else 1 - frozen
+        if updates.low is None:
+            updates.low = torch.empty_like(table, dtype=torch.bfloat16)
+        dense = _dense_part(table.grad, updates.gradients[1:])
+        first = updates.gradients[0] if updates.gradients else None
+        update_rows(
+            table,
+            (self._first[name], self._second[name]),
+            None if first is None else (*first.entries(), first.rows.contiguous()),
+            AdamStep(
+                lr,
+                BETA1 if settings.beta1 is None else settings.beta1,
+                settings.beta2,
+                EPSILON if settings.epsilon is None else settings.epsilon,
+                settings.weight_decay,
+                self._taken[name],
+            ),
+            frozen,
+            dense=dense,
+            low=updates.low,
+            unit=is_unit,
+        )
+        updates.low_version = table._version
+        updates.gradients.clear()
+
+    def _move(
+        self, moving: list[str], gradients: list[Tensor], lr: float, divisor: Tensor | None, frozen: Tensor | None
+    ) -> None:
+        """One fused update of parameters that share a learning rate."""
+        tables = (self.parameters, self._first, self._second)
+        parameters, first, second = ([local(table[name]) for name in moving] for table in tables)
+        settings = self.settings
+        adam(
+            parameters,
+            [local(gradient) for gradient in gradients],
+            first,
+            second,
+            [],
+            [self._steps[name] for name in moving],
+            fused=True,
+            grad_scale=divisor,
+            found_inf=frozen,
+            amsgrad=False,
+            beta1=BETA1 if settings.beta1 is None else settings.beta1,
+            beta2=settings.beta2,
+            lr=lr,
+            weight_decay=settings.weight_decay,
+            eps=EPSILON if settings.epsilon is None else settings.epsilon,
+            maximize=False,
+        )
+
+    def goes_by_row(self, name: str) -> bool:
+        """Whether this table is updated row by row."""
+        return name in self._by_row
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def loaded(self) -> None:
+        """The state was written to from outside."""
+        self._taken.clear()
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and step counts by name."""
+        state: dict[str, Tensor] = {}
+        for name in self.parameters:
+            state[f"{name}.first_moment"] = self._first[name]
+            state[f"{name}.second_moment"] = self._second[name]
+            state[f"{name}.steps"] = self._steps[name]
+        return state
+
+    def _clip(self, gradients: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients' norm, and what the fused update shall divide them by."""
+        if self.settings.clip_norm is None:
+            return None, None
+        norms = torch.stack([whole(torch.linalg.vector_norm(gradient)) for gradient in gradients])
+        norm = torch.linalg.vector_norm(norms)
+        return norm, (norm / self.settings.clip_norm).clamp_min(1.0)
+
+
+def _dense_part(gradient: Tensor | None, further: list[RowGradient]) -> Tensor | None:
+    """What a table's gradient holds beside the entries of one support."""
+    parts = [] if gradient is None else [gradient]
+    parts += [part.table() for part in further]
+    return None if not parts else parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

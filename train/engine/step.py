@@ -1,0 +1,311 @@
+"""One training step of one SAE, and all the state that it leaves behind.
+
+1. Knobs and weights of this step from their schedules; the view of the batch.
+2. Every term, weighted and summed; a loss that is not finite stops here.
+3. Backward; gradients averaged over ranks; constraints; Adam; constraints.
+4. Running statistics of the gate and of extras, firing counters, step count.
+
+On a GPU no step waits for the device: the host looks every LOOK_EVERY steps only. Until then a loss that is not
+finite freezes the weights on the device, and the list of dead latents is that of the last look.
+
+Nothing here knows a variant by name, and no step reads a global random state: an SAE in a fleet
+trains to the bits it would have alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import Batch
+from ..errors import ConfigInvalid, NonFiniteLoss, StateInvalid
+from ..parallel.ranks import Alone, Ranks, shared
+from ..parallel.sharded_rows import Shard, assign, on_host
+from ..sae.model import SparseAutoencoder
+from ..sae.view import View
+from .compose import Assembly, Term
+from ..sae.kernels.hardware import runs_triton
+from ..terms.constraints import UnitDecoder
+from .dead_latents import LatentCounters
+from .optim import Adam
+
+READ_AT_ONCE = {"cpu"}  # kinds of devices whose losses the host reads in each step, because it costs nothing
+LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait
+WIDEST_ROW = 16384  # of a table that is updated row by row: a row stands in the registers of one program
+ADDED_LATER = {"latents.listed"}  # states that checkpoints of before may lack
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What a step leaves for the next look."""
+
+    step: int
+    losses: Mapping[str, Tensor]
+    is_finite: Tensor  # bool, the loss
+    is_input_finite: Tensor  # bool, the batch
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What one step tells. Tensors have no dimensions; `scalars` brings them to the host at once."""
+
+    step: int
+    tokens: int  # of all ranks
+    weight: float  # of this rank's numbers in a mean over ranks
+    lr: float
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    knobs: Mapping[str, float]
+    notes: Mapping[str, Tensor]
+    l0: Tensor
+    explained_variance: Tensor
+    dead_share: Tensor
+    grad_norm: Tensor | None
+
+    def scalars(self) -> dict[str, float]:
+        """Flat names and numbers, for a log."""
+        values = {"loss": self.loss, "l0": self.l0, "explained_variance": self.explained_variance}
+        values |= {"dead_share": self.dead_share} | {f"loss/{name}": value for name, value in self.terms.items()}
+        values |= self.notes
+        if self.grad_norm is not None:
+            values["grad_norm"] = self.grad_norm
+        numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
+        named = dict(zip(values, numbers, strict=True))
+        named |= {f"weight/{name}": weight for name, weight in self.weights.items()}
+        return named | {f"knob/{name}": knob for name, knob in self.knobs.items()} | {"lr": self.lr}
+
+
+class Losses(nn.Module):
+    """All terms and their weighted sum. A module, so that sharded weights are whole while it runs."""
+
+    def __init__(self, sae: SparseAutoencoder, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.sae = sae
+        self._terms = tuple(terms)
+
+    def forward(self, view: View, weights: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        # A term of weight zero is not computed: it costs nothing and draws no random numbers.
+        losses = {term.name: term.fn(view) for term in self._terms if weights[term.name] != 0.0}
+        return torch.stack([weights[name] * value for name, value in losses.items()]).sum(), losses
+
+
+class Trainee:
+    """An SAE in training."""
+
+    def __init__(
+        self,
+        name: str,
+        assembly: Assembly,
+        total_steps: int,
+        device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
+        shard: Shard | None = None,
+    ) -> None:
+        self.name = name
+        self.assembly = assembly
+        self.total_steps = total_steps
+        self.device = torch.device(device)
+        self.ranks: Ranks = ranks or Alone()
+        self.sae = assembly.sae
+        self._losses = Losses(self.sae, assembly.terms)
+        self._is_sharded = shard is not None
+        if shard is not None:
+            _require_shardable(name, self.sae)
+            shard(self._losses)
+        self.sae.to(self.device)
+        by_row = self._tables_by_row()
+        # The kernel that updates decoder rows keeps them at length one by itself.
+        self._constraints = [c for c in assembly.constraints if not (by_row and isinstance(c, UnitDecoder))]
+        self.optimiser = Adam(dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae), by_row)
+        self.counters = LatentCounters(self.sae.num_latents, self.device)
+        self.step_index = 0
+        self._lr = assembly.optim.schedule()
+        self._looks_late = self.device.type not in READ_AT_ONCE
+        self._traces: deque[Trace] = deque(maxlen=LOOK_EVERY)
+        self._frozen = torch.zeros((), device=self.device) if self._looks_late else None
+
+    def step(self, batch: Batch) -> Report:
+        """Train on one batch."""
+        if self._looks_late and self.step_index % LOOK_EVERY == 0:
+            self.look()
+            self.counters.list_dead(self.assembly.dead_after_tokens, self.sae.retired)
+        view = self._view(batch)
+        random_state = self.assembly.generator.get_state()
+        weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
+        loss, losses = self._losses(view, weights)
+        self._require_finite(view, loss, losses, random_state)
+        report = self._report(view, loss, losses, weights)
+        # A rank with more rows than others counts more; alone the weight is 1 and changes no bit.
+        loss.backward(torch.full_like(loss, view.side.ranks.weight))
+        grad_norm = self._update(report.lr)
+        self._observe(view)
+        self.step_index += 1
+        return replace(report, grad_norm=grad_norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a bit-exact continuation needs, as flat named tensors; all ranks of a sharded one must ask."""
+        self.look()
+        return {name: on_host(tensor) for name, tensor in self._own_state().items()}
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Sharded weights are whole inside, for all ranks that enter together."""
+        if self._is_sharded:
+            cast(Any, self._losses).unshard()
+        yield
+        if self._is_sharded:
+            cast(Any, self._losses).reshard()
+
+    def _own_state(self) -> dict[str, Tensor]:
+        state = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        state |= {f"adam.{name}": tensor for name, tensor in self.optimiser.state().items()}
+        state |= {f"latents.{name}": tensor for name, tensor in self.counters.state().items()}
+        state["generator"] = self.assembly.generator.get_state()
+        state["step"] = torch.tensor(self.step_index)
+        return {name: tensor.detach() for name, tensor in state.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state()` returned."""
+        own = self._own_state()
+        problems = [f"{name} is missing" for name in own.keys() - state.keys() - ADDED_LATER]
+        problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
+        problems += [
+            f"{name}: expected shape {tuple(own[name].shape)}, found {tuple(state[name].shape)}"
+            for name in own.keys() & state.keys()
+            if own[name].shape != state[name].shape
+        ]
+        if problems:
+            raise StateInvalid(f"{self.name}: the saved state does not fit: {'; '.join(sorted(problems))}")
+        for name in own.keys() & state.keys():
+            assign(own[name], state[name])
+        self.optimiser.loaded()
+        self.counters.loaded()
+        self.assembly.generator.set_state(state["generator"].cpu())
+        self.step_index = int(state["step"])
+
+    def _view(self, batch: Batch) -> View:
+        assembly = self.assembly
+        ranks = shared(self.ranks, batch.x.shape[0], self.device)
+        return View(
+            x=batch.x,
+            target=batch.x if batch.target is None else batch.target,
+            side=assembly.side(batch.side, self.step_index, self.total_steps, ranks),
+            sae=self.sae,
+            dead=self.counters.dead(assembly.dead_after_tokens),
+            stats=assembly.target_stats,
+            generator=assembly.generator,
+            listed_dead=self.counters.listed if self._looks_late else None,
+        )
+
+    def look(self) -> None:
+        """Where the host does not wait for each step: whether one since the last look had a loss that is not finite."""
+        traces = list(self._traces)
+        self._traces.clear()
+        if not traces:
+            return
+        found = torch.stack([torch.stack([trace.is_finite, trace.is_input_finite]) for trace in traces]).tolist()
+        for trace, (is_finite, is_input_finite) in zip(traces, found, strict=True):
+            if not is_finite:
+                losses = {name: float(value) for name, value in trace.losses.items()}
+                raise NonFiniteLoss(trace.step, losses, is_input_finite=bool(is_input_finite))
+
+    def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor], random_state: Tensor) -> None:
+        """Of the whole batch: all ranks stop, or none."""
+        mean = view.side.ranks.mean
+        if self._frozen is not None:
+            losses = {name: mean(value.detach()) for name, value in losses.items()}
+            is_finite = mean(loss.detach()).isfinite()
+            self._traces.append(Trace(self.step_index, losses, is_finite, view.x.isfinite().all()))
+            self._frozen = torch.maximum(self._frozen, (~is_finite).float())
+            return
+        if not math.isfinite(float(mean(loss.detach()))):
+            self.assembly.generator.set_state(random_state)  # as if the step had not been tried
+            raise NonFiniteLoss(self.step_index, {name: float(mean(value.detach())) for name, value in losses.items()})
+
+    def _update(self, lr: float) -> Tensor | None:
+        if self.ranks.size > 1 and not self._is_sharded:  # gradients of shards are averaged on their way
+            for parameter in self.optimiser.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad = self.ranks.sum(parameter.grad).div_(self.ranks.size)
+        for constraint in self._constraints:
+            constraint.before_step(self.sae)
+        grad_norm = self.optimiser.step(lr, self._frozen)
+        self.optimiser.zero_grad()
+        for constraint in self._constraints:
+            constraint.after_step(self.sae)
+        return grad_norm
+
+    def _tables_by_row(self) -> dict[str, bool]:
+        """The weight tables that a kernel can update row by row, and whether it keeps their rows at length one.
+
+        Not where anything but the kernel has to see their gradients: other ranks, a clip of all gradients
+        together, a constraint.
+        """
+        sees_all = self.ranks.size > 1 or self._is_sharded or self.assembly.optim.clip_norm is not None
+        if sees_all or any(constraint.reads_gradients for constraint in self.assembly.constraints):
+            return {}
+        tables = {"W_enc": self.sae.W_enc, "W_dec": self.sae.W_dec}
+        if not all(runs_triton(table) and table.shape[1] <= WIDEST_ROW for table in tables.values()):
+            return {}
+        is_unit = any(isinstance(constraint, UnitDecoder) for constraint in self.assembly.constraints)
+        return {"W_enc": False, "W_dec": is_unit}
+
+    @torch.no_grad()
+    def _report(
+        self,
+        view: View,
+        loss: Tensor,
+        losses: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+    ) -> Report:
+        residual = view.residual.reshape(-1)
+        error = torch.dot(residual, residual) / view.x.shape[0]
+        return Report(
+            step=self.step_index,
+            tokens=view.side.ranks.rows(view.x.shape[0]),
+            weight=view.side.ranks.weight,
+            lr=self._lr(self.step_index, self.total_steps),
+            loss=loss.detach(),
+            terms={name: value.detach() for name, value in losses.items()},
+            weights=weights,
+            knobs=view.side.knobs,
+            notes=view.notes,
+            l0=view.codes.l0,
+            explained_variance=1.0 - error / view.stats.variance,
+            dead_share=view.dead.double().mean(),
+            grad_norm=None,
+        )
+
+    @torch.no_grad()
+    def _observe(self, view: View) -> None:
+        self.sae.gate.observe(view.codes, view.side)
+        ranks = view.side.ranks
+        self.counters.update(ranks.sum(view.codes.fired), ranks.rows(view.x.shape[0]))
+        for extra in self.sae.extras.values():
+            if hasattr(extra, "observe"):
+                cast(Any, extra).observe(view)
+
+
+def _require_shardable(name: str, sae: SparseAutoencoder) -> None:
+    """Extras and shapes read whole tables by latent, between steps too."""
+    if len(sae.extras) > 0 or not sae.is_plain:
+        raise ConfigInvalid(f"{name}: course.shard_width is for SAEs without extras; leave it out, or choose its base")
+
+
+def _lr_scales(sae: SparseAutoencoder) -> dict[str, float]:
+    """Multiples of the learning rate, for the parameters of modules that ask for one."""
+    return {
+        f"{path}.{name}": float(getattr(module, "lr_scale", 1.0))
+        for path, module in sae.named_modules()
+        if hasattr(module, "lr_scale")
+        for name, _ in module.named_parameters()
+    }

@@ -1,0 +1,125 @@
+"""What the attention-guided variants share: their settings, and how a base becomes a guided one.
+
+Total loss = the base's + alpha (guidance + beta consistency). With alpha = 0 training is the base's to
+the bit. `guidance = "encode"` lets the encoder read attention too, and so does the saved SAE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from ...cache_schema import Manifest
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.schedules import Constant, ExponentialApproach, Ramp, Schedule
+from ..sae.attention.encoder import AttendedSae
+from ..sae.attention.links import require_head
+from ..sae.attention.mixing import Mixing
+from ..sae.attention.reading import MIXING, TEMPERATURE, Attention, Noted
+from ..terms.attention import Consistency, Guidance, Objective
+from .build import require
+from .wrapping import Wrapping, base_request, build_base
+
+ENCODER_SEEDS = 2**40  # far from those of the bases
+
+
+@dataclass(frozen=True)
+class Guided(Wrapping):
+    """Settings of a guided SAE. Those of its base that are None are the base's own defaults."""
+
+    guidance: Literal["loss", "encode"] = "loss"
+    alpha: float = 0.1
+    """Weight of the guidance."""
+    alpha_warmup_fraction: float = 0.1
+    """Share of the run over which alpha rises from zero."""
+    temperature: float = 0.2
+    """Of the softmax over cosines."""
+    negatives: int = 64
+    """Random tokens of other windows among the candidates of every token."""
+    min_mass: float = 0.05
+    """Rows of attention that keep less without the sink and the token itself are left out."""
+    head: int | None = None
+    """One head of a store that has them apart; None: their mean."""
+    rank: int = 64
+    """Of what the encoder reads by each layer's attention (guidance = "encode")."""
+    shuffle_attention: bool = False
+    """The control: each token gets the attention of a token at its position in another window."""
+
+    def check(self, manifest: Manifest) -> None:
+        """Refuse a store that has not the head."""
+        spec = manifest.attention
+        if self.head is not None and spec is not None:
+            require_head(self.head, 1 if spec.averaged else spec.heads)
+
+    def attention(self, layers: tuple[int, ...]) -> Attention:
+        return Attention(layers, self.head, self.min_mass, self.shuffle_attention)
+
+    def weight(self, factor: float = 1.0) -> Schedule:
+        """alpha times a factor, warmed up."""
+        return Ramp(0.0, self.alpha * factor, end_fraction=self.alpha_warmup_fraction)
+
+
+def request_guided(config: Guided, layers: Sequence[int]) -> Needs:
+    """Whole windows of the base's layer, and the attention of `layers`."""
+    _require_settings(config)
+    needs = base_request(config)
+    least = 2 if config.shuffle_attention else 1  # that exchange their rows
+    return replace(needs, attention_layers=tuple(sorted(layers)), windows=True, least_windows=least)
+
+
+def build_guided(
+    config: Guided,
+    layers: tuple[int, ...],
+    d_model: int,
+    stats: Stats | None,
+    *,
+    mixing: Mixing | None = None,
+    mixing_temperature: Schedule | None = None,
+    beta: float = 0.0,
+    objective: Objective = "divergence",
+) -> Assembly:
+    """The base with the guidance's terms, on an encoder that reads attention if it should."""
+    assembly = build_base(config, d_model, stats)
+    attention = config.attention(layers)
+    if config.guidance == "encode":
+        # Numbers of its own: the base's weights are those of the base alone.
+        generator = torch.Generator().manual_seed(ENCODER_SEEDS + config.seed)
+        assembly = assembly.wrapped(lambda sae: AttendedSae(sae, attention, mixing, config.rank, generator))
+    if mixing is not None:
+        assembly = _with_mixing(assembly, attention, mixing, mixing_temperature or Constant(1.0))
+    guide = Guidance(attention, config.temperature, config.negatives, objective)
+    assembly = assembly.with_terms(Term("guidance", guide, config.weight()))
+    if beta > 0:
+        assembly = assembly.with_terms(Term("consistency", Consistency(attention), config.weight(beta)))
+    return assembly
+
+
+def _with_mixing(assembly: Assembly, attention: Attention, mixing: Mixing, temperature: Schedule) -> Assembly:
+    """Learned, logged and tempered; an encoder that reads attention has it inside already."""
+    if not isinstance(assembly.sae, AttendedSae):
+        assembly = assembly.with_extra(MIXING, mixing)
+    first, *others = assembly.terms
+    noted = replace(first, fn=Noted(first.fn, attention))
+    return replace(assembly, terms=(noted, *others)).with_knobs(**{TEMPERATURE: temperature})
+
+
+def annealed(start: float | None, end: float, steps: int) -> Schedule:
+    """From `start` towards `end`, e times nearer every `steps` steps; `end` throughout without a start."""
+    return Constant(end) if start is None else ExponentialApproach(start, end, steps)
+
+
+def _require_settings(config: Guided) -> None:
+    require(config.alpha >= 0, f"alpha: expected 0 or more, found {config.alpha}")
+    require(config.temperature > 0, f"temperature: expected more than 0, found {config.temperature}")
+    require(config.negatives >= 0, f"negatives: expected 0 or more, found {config.negatives}")
+    require(0 <= config.min_mass < 1, f"min_mass: expected 0 or more and less than 1, found {config.min_mass}")
+    require(config.rank >= 1, f"rank: expected 1 or more, found {config.rank}")
+    require(
+        not (config.shuffle_attention and config.guidance == "encode"),
+        'shuffle_attention: it is the control of guidance = "loss", found guidance = "encode"',
+    )

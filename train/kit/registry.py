@@ -1,0 +1,30 @@
+"""The registry of variants: every file of `train/variants/` is one, and its name is the variant's id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import UnknownVariant
+from ..file_registry import file_names, import_file, require_known
+
+PACKAGE = __name__.rsplit(".", 2)[0] + ".variants"
+FOLDER = str(Path(__file__).parents[1] / "variants")
+
+
+def names() -> tuple[str, ...]:
+    """All variants, sorted."""
+    return file_names([FOLDER])
+
+
+def module(name: str) -> ModuleType:
+    """The file of a variant."""
+    require_known(name, names(), "variant", UnknownVariant)
+    return import_file(PACKAGE, name)
+
+
+def config_type(name: str) -> type[Any]:
+    """The frozen `Config` of a variant."""
+    config: type[Any] = module(name).Config
+    return config

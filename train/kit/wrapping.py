@@ -1,0 +1,94 @@
+"""A base inside another variant: `attention(base=topk, k=32)` is a config, not a class.
+
+The config of a variant that wraps a base is flat. What it shares by name with the base's own config is
+handed on; an optional setting (None by default) that was given must be one the base has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly
+from ..engine.optim import Optim
+from ..sae.model import EncoderProduct
+from . import registry
+from .build import DEAD_PART, SPARSE_TABLES, most_active, require
+
+BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional ones that no variant reads for itself
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    """What the config of every variant on a base has; those that are None are the base's own defaults."""
+
+    own_tables: ClassVar[float] = 1.0
+    """[B, F] in float32 that a step holds at its peak, over and above the base's."""
+
+    base: str = "standard"
+    layer: int = 19
+    width: int = 2304
+    k: float | None = None
+    penalty: float | None = None
+    target_l0: float | None = None
+    aux_weight: float | None = None
+    aux_k: int | None = None
+    seed: int = 0
+    dead_after_tokens: int = 10_000_000
+    encoder_product: EncoderProduct = "float32"
+    optim: Optim = field(default_factory=Optim)
+
+    @property
+    def step_tables(self) -> float:
+        return getattr(_base_config(self, None), "step_tables", SPARSE_TABLES) + self.own_tables
+
+    @property
+    def dead_part(self) -> int:
+        return getattr(registry.config_type(self.base), "dead_part", DEAD_PART)
+
+
+def build_base(config: Wrapping, d_model: int, stats: Stats | None = None) -> Assembly:
+    """The assembly of the variant that `config.base` names, with the settings of `config`."""
+    base_request(config)
+    return _base_config(config, d_model).build(d_model, stats)
+
+
+def base_request(config: Wrapping) -> Needs:
+    """What the base reads. One that reads several layers, another target or windows cannot be wrapped."""
+    needs: Needs = _base_config(config, None).request()
+    plain = len(needs.inputs) == 1 and needs.targets is None and not needs.windows
+    require(plain, f"base: expected a variant that reads tokens of one layer and rebuilds them, found {config.base!r}")
+    return needs
+
+
+def _base_config(config: Wrapping, d_model: int | None) -> Any:
+    cls = registry.config_type(config.base)
+    known = {field.name for field in dataclasses.fields(cls)}
+    require("base" not in known, f"base: expected a variant that wraps no other, found {config.base!r}")
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "base"}
+    foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
+    require(not foreign, f"base {config.base} has no setting {', '.join(foreign)}")
+    shared = {name: value for name, value in given.items() if name in known and value is not None}
+    return cls(**_bounded(cls, d_model) | _whole(cls, shared))
+
+
+def _whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """A whole number where the base has one: `k` of a batch may be 32.5, that of a token may not."""
+    whole = {field.name for field in dataclasses.fields(cls) if isinstance(field.default, int)}
+    broken = [name for name in whole & settings.keys() if settings[name] != int(settings[name])]
+    require(not broken, f"{', '.join(broken)}: expected a whole number for this base")
+    return {
+        name: int(value) if name in whole and isinstance(value, float) else value for name, value in settings.items()
+    }
+
+
+def _bounded(cls: Any, d_model: int | None) -> dict[str, Any]:
+    """The base's own defaults of sparsity, where they are too many for the residual's width."""
+    if d_model is None:
+        return {}
+    limit = most_active(d_model)
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
+    return {name: limit for name in ("k", "target_l0") if name in defaults and defaults[name] > limit}

@@ -1,0 +1,91 @@
+"""When a run is saved: by the clock or by steps, at its end, and when a signal asks it to stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from ..ask.records import CourseConfig
+from ..disk.checkpoint import Standing, save_checkpoint
+from ..engine.fleet import Fleet
+from ..errors import RunInterrupted
+from ..parallel.processes import Group
+from .metrics import Watch
+
+CLOCK_EVERY_STEPS = 16  # several processes must agree on the time: asking costs a message
+
+
+@dataclass
+class Caught:
+    """The signal that asked the run to stop, 0 while none has."""
+
+    signal: int = 0
+
+
+@contextmanager
+def signals_caught() -> Iterator[Caught]:
+    """Ctrl-C and SIGTERM end the step first; the same signal again ends at once."""
+    caught = Caught()
+
+    def catch(number: int, _: FrameType | None) -> None:
+        caught.signal = number
+        signal.signal(number, before[number])
+
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Keeper:
+    """Saves checkpoints of a run."""
+
+    def __init__(self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, group: Group) -> None:
+        self._folder, self._course = folder, course
+        self._fleet, self._watch, self._group = fleet, watch, group
+        self._saved_at = time.perf_counter()
+
+    def keep(self, steps: int, total_steps: int, caught: Caught) -> None:
+        """Called after each step: save when it is time; save and stop when a signal came."""
+        stop = self._group.any(caught.signal != 0)
+        if stop or steps == total_steps or self._is_due(steps):
+            self.save(steps)
+        if stop and steps < total_steps:
+            raise RunInterrupted(
+                caught.signal or signal.SIGTERM,
+                f"stopped after step {steps} of {total_steps}; go on with: sae-train --resume {self._folder.parent}",
+            )
+
+    def save(self, steps: int) -> None:
+        state = self._fleet.state()  # by all processes together, where weights are sharded
+        if self._group.rank == 0:
+            save_checkpoint(self._folder, self._standing(steps), state)
+        self._saved_at = time.perf_counter()
+
+    def _is_due(self, steps: int) -> bool:
+        if self._course.checkpoint_every_steps is not None:
+            return steps % self._course.checkpoint_every_steps == 0
+        if self._group.size > 1 and steps % CLOCK_EVERY_STEPS:
+            return False
+        late = time.perf_counter() - self._saved_at > self._course.checkpoint_every_seconds
+        return self._group.any(late)
+
+    def _standing(self, steps: int) -> Standing:
+        watch = self._watch
+        return Standing(
+            step=steps,
+            metrics_bytes=watch.log.size if watch.log is not None else 0,
+            seconds=watch.seconds,
+            waited_seconds=watch.waited_seconds,
+            same_pairs=watch.quality.same,
+            pairs=watch.quality.pairs,
+        )

@@ -1,0 +1,98 @@
+"""Find a trained SAE: by its run, by its folder, or on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...cache_schema.strict import StrictError, from_json
+from ..disk.formats import kind_of, read
+from ..disk.plain_form import sae_from_plain
+from ..disk.sae_folder import read_sae
+from ..errors import RunMissing, SaeInvalid
+from ..kit import registry
+from ..sae.model import SparseAutoencoder
+from .folder import places_of, run_names
+
+WEIGHTS = "sae_weights.safetensors"
+
+
+def load_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> SparseAutoencoder:
+    """An SAE in raw units, ready to encode activations as the model has them.
+
+    `name` is a run or `run/sae` under `runs`, a folder (of this package, SAELens, sparsify or
+    dictionary_learning), or a repository `owner/name` or `owner/name/folder` on the Hub.
+    """
+    return read_folder(find_sae(name, runs))
+
+
+def read_folder(folder: Path) -> SparseAutoencoder:
+    """The SAE of this very folder."""
+    if kind_of(folder) == "sae_lens":
+        return read_sae(folder, rebuild)
+    plain, metadata = read(folder)
+    sae = sae_from_plain(plain)
+    sae.metadata = metadata
+    return sae
+
+
+def rebuild(variant: str, settings: Mapping[str, Any], d_in: int) -> SparseAutoencoder:
+    """The module that a variant builds, as it is before training."""
+    try:
+        config = from_json(registry.config_type(variant), dict(settings), variant)
+    except StrictError as error:
+        raise SaeInvalid(f"its settings are not those of {variant}: {error}") from None
+    return config.build(d_in).sae
+
+
+def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> Path:
+    """The folder of an SAE."""
+    for path in places_of(name, runs):
+        if path.is_dir():
+            return _only_sae(path)
+    text = os.fspath(name)
+    if is_of_hub(name, runs):
+        return _only_sae(_download(text))
+    raise RunMissing(
+        f"no SAE {text!r}: expected a folder, a run in {runs} ({', '.join(run_names(runs)) or 'none there'}), "
+        "or a repository owner/name on the Hugging Face Hub"
+    )
+
+
+def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> bool:
+    """Whether a name is for the Hub to know: it has the form, and there is no such folder here."""
+    text = os.fspath(name)
+    has_form = text.count("/") in (1, 2) and not text.startswith((".", "/"))
+    return has_form and not any(path.is_dir() for path in places_of(name, runs))
+
+
+def list_saes(folder: Path) -> list[Path]:
+    """The SAEs of a run, or the folder itself where it is one."""
+    if any((folder / name).is_file() for name in (WEIGHTS, "sae.safetensors", "ae.safetensors", "ae.pt")):
+        return [folder]
+    return sorted(path.parent for path in folder.glob(f"*/{WEIGHTS}"))
+
+
+def _only_sae(folder: Path) -> Path:
+    found = list_saes(folder)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise RunMissing(f"{folder} holds no trained SAE: its run has not ended well, or it is another kind of folder")
+    raise RunMissing(f"{folder} holds {len(found)} SAEs: choose one of {', '.join(str(path) for path in found)}")
+
+
+def _download(name: str) -> Path:
+    """A repository of the Hub, or one folder of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    owner, repository, *folder = name.split("/")
+    wanted = [f"{folder[0]}/*"] if folder else ["*.json", "*.safetensors", "*.pt"]
+    try:
+        root = snapshot_download(f"{owner}/{repository}", allow_patterns=wanted)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
+        raise RunMissing(f"no folder or run {name!r} here, and the Hub did not give it either: {error}") from None
+    return Path(root, *folder)

@@ -1,0 +1,175 @@
+"""The folder of a run, and everything that knows its layout.
+
+runs/run_4/config.json          what was asked for, and where it ran: cache id, commit, versions
+runs/run_4/metrics.jsonl        one line a metrics step and SAE
+runs/run_4/checkpoints/step_*/  the last two
+runs/run_4/topk_k32/            an SAE: cfg.json, sae_weights.safetensors (there when training is done)
+runs/run_4/result.json          what came out (only of a run that went well)
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..disk.whole_files import encode_line, read_json, write_json
+from ..errors import ConfigInvalid, RunMissing, RunTaken
+
+_PACKAGES = ("saemill", "torch", "numpy", "safetensors", "accelerate", "zarr")
+
+
+class RunFolder:
+    """One run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, root: str | os.PathLike[str], name: str | None) -> RunFolder:
+        """A new folder: of this name, or of the next free number."""
+        root = _make_root(root)
+        if name is None:
+            return cls(_make_first(root, (f"run_{number}" for number in itertools.count(1))))
+        if name in ("", ".", "..") or "/" in name:
+            raise ConfigInvalid(f"expected the name of a folder in {root}, found {name!r}")
+        try:
+            (root / name).mkdir()
+        except FileExistsError:
+            raise RunTaken(
+                f"{root / name} is there already: choose another --name, or go on with it by --resume {name}"
+            ) from None
+        return cls(root / name)
+
+    @classmethod
+    def create_like(cls, root: str | os.PathLike[str], name: str) -> RunFolder:
+        """A new folder of this name, or of name_2, name_3, ... where that exists."""
+        root = _make_root(root)
+        return cls(_make_first(root, itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))))
+
+    @classmethod
+    def open(cls, root: str | os.PathLike[str], name: str) -> RunFolder:
+        """A run by its name under `root`, or by its path."""
+        for path in places_of(name, root):
+            if (path / "config.json").is_file():
+                return cls(path)
+        raise RunMissing(f"no run {name!r} in {root} (it has: {', '.join(run_names(root)) or 'none'})")
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> RunFolder:
+        return cls(Path(path))
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def sae(self, label: str) -> Path:
+        """Where an SAE is saved."""
+        return self.path / label
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        write_json(self.path / "config.json", config)
+
+    def read_config(self) -> dict[str, Any]:
+        return read_json(self.path / "config.json")
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        write_json(self.path / "result.json", result)
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "result.json").exists()
+
+
+class MetricsLog:
+    """metrics.jsonl: appended to while training, cut back to the checkpoint on resume."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab")
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        self._file.write(encode_line(values))
+        self._file.flush()
+
+    @property
+    def size(self) -> int:
+        return self._file.tell()
+
+    def cut(self, size: int) -> None:
+        """Forget what was written after a checkpoint; those steps will be taken again."""
+        self._file.truncate(size)
+        self._file.seek(size)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def places_of(name: str | os.PathLike[str], root: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Where a name may lie: first under the folder of runs, then as a path of its own."""
+    return Path(root) / name, Path(name)
+
+
+def run_names(root: str | os.PathLike[str]) -> list[str]:
+    """Runs under a folder."""
+    return sorted(path.parent.name for path in Path(root).glob("*/config.json"))
+
+
+def provenance() -> dict[str, Any]:
+    """Where a run comes from: never part of an identity."""
+    versions = {name: _version(name) for name in _PACKAGES}
+    return {"git": _git_state(Path(__file__).parent), "python": platform.python_version(), "packages": versions}
+
+
+def _make_root(root: str | os.PathLike[str]) -> Path:
+    """The folder of runs, which may be there already."""
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigInvalid(
+            f"runs cannot be kept in {os.fspath(root)} ({error.strerror}): choose another --out"
+        ) from None
+    return Path(root)
+
+
+def _make_first(root: Path, names: Iterator[str]) -> Path:
+    """The first that is free. mkdir decides: two runs that start at once get two names."""
+    while True:
+        path = root / next(names)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and dirty flag of the code, where it lies in a repository of its own."""
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain"])
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
+            for words in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit.strip(), "is_dirty": bool(changes.strip())}

@@ -1,0 +1,83 @@
+"""Whether a run fits, before it starts: what it needs, in bytes, against what is free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from ..engine.fleet import Member
+from ..errors import MemoryTooSmall
+from ..kit.build import SPARSE_TABLES
+
+COPIES = 4  # weights, gradients, two moments, all in float32
+_GIB = 2**30
+
+
+def require_room(
+    members: Iterable[Member], d_model: int, batch_tokens: int, pool_bytes: int, shards: int, device: torch.device
+) -> None:
+    """Refuse a run that cannot fit, with what it needs."""
+    members = tuple(members)
+    weights = {member.label: weight_bytes(member, d_model, shards) for member in members}
+    step = max(step_bytes(member, d_model, batch_tokens) for member in members)
+    needed, free = sum(weights.values()) + step + pool_bytes, free_bytes(device)
+    if needed > free:
+        largest = max(weights, key=lambda label: weights[label])
+        raise MemoryTooSmall(
+            f"expected {needed / _GIB:.1f} GiB of memory on {device} "
+            f"({sum(weights.values()) / _GIB:.1f} for weights and optimiser, most of it for {largest}, "
+            f"{step / _GIB:.1f} for a step, {pool_bytes / _GIB:.1f} for the shuffle pool), "
+            f"found {free / _GIB:.1f} GiB free. "
+            "Choose a smaller --width, fewer SAEs at once, a smaller data.pool_tokens, "
+            "or several devices with --set course.shard_width=true"
+        )
+
+
+def weight_bytes(member: Member, d_model: int, shards: int = 1) -> int:
+    """Weights and optimiser state of an SAE. Sharded weights and gradients are whole for a moment."""
+    inputs, outputs = _widths(member, d_model)
+    copies = COPIES if shards == 1 else COPIES / shards + 2
+    return int(copies * 4) * getattr(member.config, "width", 0) * (inputs + outputs)
+
+
+def step_bytes(member: Member, d_model: int, batch_tokens: int) -> int:
+    """As many tables [B, F] as the variant says it holds at once, and a handful of the residual's width."""
+    inputs, outputs = _widths(member, d_model)
+    tables = getattr(member.config, "step_tables", SPARSE_TABLES)
+    return batch_tokens * int(4 * tables * getattr(member.config, "width", 0) + 4 * 4 * (inputs + outputs))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a process may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(_free_on_host(), _free_in_group())
+
+
+def _widths(member: Member, d_model: int) -> tuple[int, int]:
+    needs = member.config.request()
+    targets = needs.inputs if needs.targets is None else needs.targets
+    return len(needs.inputs) * d_model, len(targets) * d_model
+
+
+def _free_on_host() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def _free_in_group() -> int:
+    """What a container's limit leaves; without one, no limit. Cached pages are given back when needed."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 2**62
+    return 2**62 if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))

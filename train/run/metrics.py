@@ -1,0 +1,118 @@
+"""What a run tells while it trains: metrics.jsonl, further trackers, and a line a person looks at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from ..data.draw import Draw
+from ..data.feed import Feed
+from ..data.shuffle_quality import ShuffleQuality
+from ..disk.checkpoint import Standing
+from ..engine.step import Report
+from ..parallel.processes import Group
+from .folder import MetricsLog
+from .progress import Progress
+from .trackers import Trackers
+
+REFRESH_SECONDS = 0.5
+
+
+class Watch:
+    """Looks at every step; measures time, shuffling and waiting."""
+
+    def __init__(
+        self,
+        log: MetricsLog | None,
+        trackers: Trackers,
+        progress: Progress,
+        feed: Feed,
+        group: Group,
+        every_steps: int,
+        total_steps: int,
+    ) -> None:
+        self.log, self._trackers, self._progress = log, trackers, progress
+        self._feed, self._group = feed, group
+        self._every, self._total = every_steps, total_steps
+        self.quality = ShuffleQuality(feed.ideal_share)
+        self.last: dict[str, dict[str, float]] = {}
+        self._before = (0.0, 0.0)  # seconds, seconds waited: in processes before this one
+        self._tokens = 0
+        self._started = self._refreshed = time.perf_counter()
+
+    def go_on(self, standing: Standing) -> None:
+        """On top of what earlier processes measured."""
+        self._before = standing.seconds, standing.waited_seconds
+        self.quality = ShuffleQuality(self.quality.ideal, standing.same_pairs, standing.pairs)
+
+    def begin(self) -> None:
+        """The clock runs from here."""
+        self._started = self._refreshed = time.perf_counter()
+
+    def observe(self, step: int, draw: Draw, reports: Mapping[str, Report]) -> None:
+        """Called after each step."""
+        self._tokens += self._feed.plan.batch_tokens
+        if step % self._every == 0 or step + 1 == self._total:
+            self.quality = self.quality.with_batch(draw.labels(self._feed.is_windowed))
+            self._record(step, reports)
+        elif time.perf_counter() - self._refreshed > REFRESH_SECONDS and self._group.rank == 0:
+            self._show(step, {label: report.scalars() for label, report in reports.items()})
+
+    @property
+    def seconds(self) -> float:
+        """Spent training; the wait for the very first block is not part of it."""
+        return self._before[0] + self._seconds_here
+
+    @property
+    def waited_seconds(self) -> float:
+        return self._before[1] + self._feed.loader.waited_seconds
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of the time in which training stood still for want of data."""
+        return self.waited_seconds / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this process's part of the run, for each SAE."""
+        return self._tokens / self._seconds_here if self._seconds_here > 0 else 0.0
+
+    def close(self) -> None:
+        self._progress.close()
+        self._trackers.close()
+        if self.log is not None:
+            self.log.close()
+
+    @property
+    def _seconds_here(self) -> float:
+        return max(0.0, time.perf_counter() - self._started - self._feed.loader.first_wait_seconds)
+
+    def _record(self, step: int, reports: Mapping[str, Report]) -> None:
+        """A line a SAE. All processes take part; rank 0 writes."""
+        self.last = {label: self._mean_over_ranks(report) for label, report in reports.items()}
+        shared = {
+            "step": step,
+            "tokens": (step + 1) * self._feed.plan.batch_tokens,
+            "same_document_ratio": self.quality.ratio,
+            "waiting_share": self.waiting_share,
+            "tokens_per_second": self.tokens_per_second,
+        }
+        for label, scalars in self.last.items():
+            if self.log is not None:
+                self.log.write({"sae": label, **shared, **scalars})
+            self._trackers.log({f"{label}/{name}": value for name, value in scalars.items()}, step)
+        if self._group.rank == 0:
+            self._show(step, self.last)
+
+    def _show(self, step: int, scalars: Mapping[str, Mapping[str, float]]) -> None:
+        self._refreshed = time.perf_counter()
+        self._progress.show(step + 1, scalars, self.tokens_per_second)
+
+    def _mean_over_ranks(self, report: Report) -> dict[str, float]:
+        scalars, size = report.scalars(), self._group.size
+        if size == 1:
+            return scalars
+        values = torch.tensor(list(scalars.values()), device=self._feed.device) * report.weight
+        return dict(zip(scalars, (self._group.sum(values) / size).tolist(), strict=True))

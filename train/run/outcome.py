@@ -1,0 +1,146 @@
+"""The end of a run that went well: held-out numbers, saved SAEs, result.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...cache_schema.strict import to_json
+from ..data.feed import held_out
+from ..disk.sae_folder import save_sae
+from ..engine.fleet import Member
+from ..parallel.processes import all_or_none
+from .run import Run
+from .validation import Tally, validate
+
+
+@dataclass(frozen=True)
+class SaeOutcome:
+    """One SAE, trained."""
+
+    folder: str
+    variant: str
+    width: int
+    l0: float
+    explained_variance: float
+    dead_latents: int
+    dead_share: float
+    loss: float | None
+    """Of the last step; None where a run was resumed after it."""
+    validation_tokens: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    run: str
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    first_wait_seconds: float
+    waiting_share: float
+    same_document_share: float
+    same_document_ideal: float
+    same_document_ratio: float
+    saes: dict[str, SaeOutcome]
+
+
+def conclude(run: Run) -> Outcome | None:
+    """Validate, save, write; rank 0 alone does so."""
+    with run.fleet.gathered(), all_or_none(run.group):  # the others wait
+        return _finish(run) if run.group.rank == 0 else None
+
+
+def _finish(run: Run) -> Outcome:
+    outcome = _outcome(run, validate(run.fleet, _held_out(run)))
+    for label, member in run.fleet.members.items():
+        _save(run, member, outcome.saes[label])
+    run.folder.write_result(to_json(outcome))
+    return outcome
+
+
+def _held_out(run: Run) -> Any:
+    return held_out(
+        run.store,
+        run.fleet.needs.values(),
+        run.stats,
+        run.device,
+        tokens=run.config.course.validation_tokens,
+        batch_tokens=run.config.data.batch_tokens,
+    )
+
+
+def _outcome(run: Run, tallies: Mapping[str, Tally]) -> Outcome:
+    watch, quality = run.watch, run.watch.quality
+    tokens = run.total_steps * run.config.data.batch_tokens
+    return Outcome(
+        run=run.folder.name,
+        steps=run.total_steps,
+        tokens=tokens,
+        seconds=watch.seconds,
+        tokens_per_second=tokens / watch.seconds if watch.seconds else 0.0,
+        first_wait_seconds=run.feed.loader.first_wait_seconds,
+        waiting_share=watch.waiting_share,
+        same_document_share=quality.share,
+        same_document_ideal=quality.ideal,
+        same_document_ratio=quality.ratio,
+        saes={label: _sae_outcome(run, label, tally) for label, tally in tallies.items()},
+    )
+
+
+def _sae_outcome(run: Run, label: str, tally: Tally) -> SaeOutcome:
+    trainee = run.fleet.trainees[label]
+    dead = trainee.counters.dead(trainee.assembly.dead_after_tokens)
+    return SaeOutcome(
+        folder=str(run.folder.sae(label)),
+        variant=run.fleet.members[label].variant,
+        width=trainee.sae.num_latents,
+        l0=tally.l0,
+        explained_variance=tally.explained_variance,
+        dead_latents=int(dead.sum()),
+        dead_share=float(dead.double().mean()),
+        loss=run.watch.last.get(label, {}).get("loss"),
+        validation_tokens=tally.tokens,
+    )
+
+
+def _save(run: Run, member: Member, outcome: SaeOutcome) -> None:
+    trainee = run.fleet.trainees[member.label]
+    save_sae(
+        Path(outcome.folder),
+        trainee.sae,
+        trainee.assembly.input_stats,
+        metadata_of(run, member, outcome),
+        to_json(member.config),
+        member.variant,
+        trainee.assembly.target_stats,
+        trainee.assembly.knobs_at(run.total_steps),
+    )
+
+
+def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]:
+    """Where the SAE belongs, in the names that other tools look for."""
+    manifest, needs = run.store.manifest, member.config.request()
+    return {
+        "model_name": manifest.model.id,
+        "model_revision": manifest.model.revision,
+        "model_class_name": "HookedTransformer",
+        "hook_name": f"blocks.{needs.inputs[-1]}.hook_resid_post",
+        "hook_head_index": None,
+        "context_size": manifest.context,
+        "prepend_bos": manifest.model.bos_token is not None,
+        "dataset_path": manifest.corpus.id,
+        "exclude_special_tokens": True,
+        "seqpos_slice": [None],
+        "layers": list(needs.inputs),
+        "target_layers": list(needs.inputs if needs.targets is None else needs.targets),
+        "cache_id": manifest.cache_id,
+        "training_tokens": run.total_steps * run.config.data.batch_tokens,
+        "training_architecture": member.variant,
+        "l0": outcome.l0,
+        "explained_variance": outcome.explained_variance,
+    }

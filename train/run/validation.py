@@ -1,0 +1,66 @@
+"""How good SAEs are on text they were not trained on: one pass over held-out windows for a whole fleet.
+
+B rows, D residual width, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..data.draw import Draw
+from ..engine.fleet import Fleet
+from ..engine.step import Trainee
+from ..parallel.ranks import Alone
+
+
+@dataclass
+class Tally:
+    """Sums over tokens, in float64, from which the numbers follow. `total` is the sum of all targets [D]."""
+
+    tokens: int = 0
+    active: float = 0.0
+    squared_error: float = 0.0
+    squares: float = 0.0
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, target: Tensor, x_hat: Tensor, acts: Tensor) -> None:
+        exact = target.double()
+        self.tokens += len(target)
+        self.active += float((acts > 0).sum())
+        self.squared_error += float((exact - x_hat.double()).square().sum())
+        self.squares += float(exact.square().sum())
+        self.total = self.total.to(target.device) + exact.sum(dim=0)
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents of a token."""
+        return self.active / max(self.tokens, 1)
+
+    @property
+    def explained_variance(self) -> float:
+        """1 - E||x - x_hat||^2 / E||x - mean||^2 over all tokens together; not a number without tokens."""
+        variance = self.squares - float(self.total.square().sum()) / max(self.tokens, 1)
+        return 1.0 - self.squared_error / variance if variance > 0 else float("nan")
+
+
+@torch.no_grad()
+def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, Tally]:
+    """The numbers of every SAE, as the saved SAE computes them."""
+    tallies = {label: Tally() for label in fleet.trainees}
+    for draw in draws:
+        for label, trainee in fleet.trainees.items():
+            batch = draw.batch(fleet.needs[label])
+            acts, x_hat = _reconstruct(trainee, batch)
+            tallies[label].add(batch.x if batch.target is None else batch.target, x_hat, acts)
+    return tallies
+
+
+def _reconstruct(trainee: Trainee, batch: Batch) -> tuple[Tensor, Tensor]:
+    side = trainee.assembly.side(batch.side, trainee.total_steps, trainee.total_steps, Alone())
+    acts = trainee.sae.encode(batch.x, side)
+    return acts, trainee.sae.decode(acts)

@@ -1,0 +1,76 @@
+"""An SAE whose encoder also reads what the attended tokens hold.
+
+pre_i = (x_i - b_dec) W_enc^T + b_enc + sum_l w_l (A^l (x - b_dec))_i V^l U^l, with V^l U^l of low rank.
+Activations are brought to the low rank first, so that what is gathered along links is R numbers wide.
+B rows, D width, F latents, L layers, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..kernels.codes import Codes
+from ..kernels.functions import affine
+from ..kernels.linear import linear
+from ..model import SparseAutoencoder
+from ..side import NO_SIDE, Side
+from .mixing import Mixing, link_weights, weights_by_row
+from .reading import Attention, mixing_weights
+
+
+class AttendedSae(SparseAutoencoder):
+    """Starts as the SAE it is made from: U is zero."""
+
+    is_plain = False
+    needs_side = ("attention", "row_of")
+
+    def __init__(
+        self,
+        base: SparseAutoencoder,
+        attention: Attention,
+        mixing: Mixing | None,
+        rank: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(**base.parts())
+        width = rank * len(attention.layers)
+        self.V = nn.Parameter(torch.randn(width, base.d_in, generator=generator) / base.d_in**0.5)
+        self.U = nn.Parameter(torch.zeros(base.num_latents, width))
+        self.attention = attention
+        self.mixing = mixing
+
+    def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
+        center = self.b_dec if self.centres_input else None
+        attended = self.attended(x, side)
+        with torch.no_grad():
+            x_centred = self.centred(x)
+            own, others = self._all_pre(x_centred), attended @ self.U.t()
+            support = self.gate.choose(own + others, side)
+            own, others = self._known(own, support), self._known(others, support)
+        pre_values = affine(x_centred, center, self.W_enc, self.b_enc, support, own)
+        no_bias = self.b_enc.new_zeros(self.num_latents)
+        pre_values = pre_values + affine(attended, None, self.U, no_bias, support, others)
+        pre = Codes(pre_values, support, x.shape[0], self.num_latents, pre=pre_values)
+        return self.gate.open(pre, self.b_enc, side)
+
+    def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
+        pre = linear(self.centred(x), self.W_enc, self.b_enc)
+        return self.gate.infer(pre + self.attended(x, side) @ self.U.t(), self.b_enc)
+
+    def attended(self, x: Tensor, side: Side) -> Tensor:
+        """[B, L * R]: what each layer's attention brings, weighted."""
+        rows, layers = x.shape[0], len(self.attention.layers)
+        links = self.attention.read(side, rows)
+        weights = link_weights(weights_by_row(mixing_weights(self, side, x), links), links)
+        low = (self.centred(x) @ self.V.t()).view(rows, layers, -1).transpose(0, 1).reshape(layers * rows, -1)
+        brought = functional.embedding_bag(
+            (links.layer * rows + links.key_row).to(torch.int32),
+            low,
+            links.offsets,
+            mode="sum",
+            per_sample_weights=weights.to(low.dtype),
+            include_last_offset=True,
+        )
+        return brought.view(layers, rows, -1).transpose(0, 1).reshape(rows, -1)

@@ -1,0 +1,120 @@
+"""Who attends to whom in a batch of windows: a sparse matrix A^l for each layer, on the rows of the batch.
+
+From the store's rows (window, head, query):
+1. heads are averaged, or one is taken;
+2. the column of position 0 goes (what stands there is an attention sink), so do the token itself, later
+   positions, and tokens that have no row in the batch (special ones);
+3. a row that keeps less than `min_mass` of its probability is left out;
+4. what is left of a row is divided by its sum.
+
+The control moves rows between windows (`apart`): a token then gets what a token at the same position of
+another window attended to. Everything else about the rows stays: how many keys, how far back, how sharp.
+L layers, B rows, W windows, T context, H heads, E links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...data.batch import AttentionRows
+from ...errors import ConfigInvalid
+from ..kernels.sums import index_sum
+from ..kernels.support import starts
+
+
+@dataclass(frozen=True, eq=False)
+class Links:
+    """The entries of A^0 .. A^(L-1), by layer and row."""
+
+    layer: Tensor  # int64 [E], number in the order asked for
+    row: Tensor  # int64 [E], who attends
+    key: Tensor  # int64 [E], the position attended to
+    key_row: Tensor  # int64 [E], its row
+    share: Tensor  # float32 [E], sums to one over the links of a layer and row
+    attends: Tensor  # bool [L, B], the rows that a layer has links for
+    context: int
+
+    @property
+    def place(self) -> Tensor:
+        """int64 [E], layer and row in one number."""
+        return self.layer * self.attends.shape[1] + self.row
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """int32 [L * B + 1], where the links of each layer and row begin."""
+        return starts(torch.bincount(self.place, minlength=self.attends.numel()))
+
+
+def links_of(
+    attention: Mapping[int, AttentionRows],
+    layers: Sequence[int],
+    row_of: Tensor,
+    num_rows: int,
+    *,
+    head: int | None = None,
+    min_mass: float = 0.05,
+    apart: bool = False,
+) -> Links:
+    """The links of a batch; `row_of` [W, T] is the row of a place, or -1."""
+    parts = [_layer_links(attention[layer], row_of, head, apart) for layer in layers]
+    sizes = torch.tensor([len(weight) for *_, weight in parts], device=row_of.device)
+    layer = torch.arange(len(layers), device=row_of.device).repeat_interleave(sizes)
+    row, key, key_row, weight = (torch.cat(column) for column in zip(*parts, strict=True))
+    place = layer * num_rows + row
+    if not bool((place[1:] >= place[:-1]).all()):  # several heads, or rows moved apart
+        order = torch.argsort(place, stable=True)
+        layer, row, key, key_row, weight, place = (x[order] for x in (layer, row, key, key_row, weight, place))
+    mass = index_sum(weight, place, len(layers) * num_rows)
+    attends = (mass >= min_mass) & (mass > 0)
+    kept = attends[place].nonzero().view(-1)
+    share = weight[kept] / mass[place[kept]]
+    attends = attends.view(len(layers), num_rows)
+    return Links(layer[kept], row[kept], key[kept], key_row[kept], share, attends, row_of.shape[1])
+
+
+def _layer_links(
+    attention: AttentionRows, row_of: Tensor, head: int | None, apart: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row, key, key's row and weight of all links of a layer, not yet renormalised."""
+    _, heads, context = attention.kept_mass.shape
+    lengths = attention.indptr.diff()
+    place = torch.arange(lengths.numel(), device=row_of.device)
+    place = place.repeat_interleave(lengths, output_size=attention.indices.numel())
+    query, key = place % context, attention.indices
+    window = place // (context * heads)
+    if apart:
+        window = _other_window(window, query, row_of.shape[0])
+    row, key_row = row_of[window, query], row_of[window, key]
+    kept = (key > 0) & (key < query) & (row >= 0) & (key_row >= 0)
+    if head is not None:
+        require_head(head, heads)
+        kept &= place // context % heads == head
+    chosen = kept.nonzero().view(-1)
+    weight = attention.data[chosen] / (heads if head is None else 1)
+    return row[chosen], key[chosen], key_row[chosen], weight
+
+
+def _other_window(window: Tensor, query: Tensor, windows: int) -> Tensor:
+    """Never the same; neighbouring queries come from different windows.
+
+    Which windows stand side by side is drawn anew for each batch, so the shift need not be: the random
+    numbers of the SAE stay those of a run without the control.
+    """
+    if windows < 2:
+        raise ConfigInvalid(
+            "shuffle_attention: expected two windows or more in a batch to exchange their rows, found 1; "
+            "set a larger data.batch_tokens"
+        )
+    return (window + 1 + query % (windows - 1)) % windows
+
+
+def require_head(head: int, heads: int) -> None:
+    """A store has its heads apart, or their mean."""
+    if not 0 <= head < heads:
+        found = "heads averaged into one" if heads == 1 else f"{heads} heads"
+        raise ConfigInvalid(f"head: expected a head that the store has, found {head} and a store with {found}")

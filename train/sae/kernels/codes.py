@@ -1,0 +1,103 @@
+"""Codes: what an SAE says about a batch, sparse where it pays and dense where it does not.
+
+B rows, F latents, N entries. The same elementwise code serves both forms: `values` is [N] at a
+support or [B, F] without one, and `per_latent` / `per_row` bring vectors into that shape. What is
+outside a support is exactly zero and has no gradient, so a gate must list in its support every
+entry whose value or derivative can differ from zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .functions import decode_at, spread_latents, spread_rows, sum_rows
+from .products import latent_count, latent_sum, row_sum
+from .support import Support
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Values of latents for a batch of rows."""
+
+    values: Tensor  # [N] at the support, [B, F] without
+    support: Support | None
+    num_rows: int
+    num_latents: int
+    pre: Tensor | None = None  # what the values were before their gate, in the same places
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Codes:
+        """The same places with changed values; `change` is elementwise."""
+        return self.with_values(change(self.values))
+
+    def with_values(self, values: Tensor) -> Codes:
+        return replace(self, values=values)
+
+    def per_latent(self, vector_F: Tensor) -> Tensor:
+        """A per-latent vector in the shape of `values`."""
+        return vector_F if self.support is None else spread_latents(vector_F, self.support)
+
+    def per_row(self, vector_B: Tensor) -> Tensor:
+        """A per-row vector in the shape of `values`."""
+        return vector_B[:, None] if self.support is None else spread_rows(vector_B, self.support)
+
+    def decode(self, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+        """values @ W_dec + b_dec: [B, D]."""
+        if self.support is not None:
+            return decode_at(self.values, W_dec, b_dec, self.support)
+        return self.values @ W_dec if b_dec is None else torch.addmm(b_dec, self.values, W_dec)
+
+    def dense(self) -> Tensor:
+        """[B, F], differentiable."""
+        if self.support is None:
+            return self.values
+        flat = self.values.new_zeros(self.num_rows * self.num_latents)
+        return flat.index_put((self._flat,), self.values).view(self.num_rows, self.num_latents)
+
+    def sum_over_latents(self, values: Tensor) -> Tensor:
+        """[B], the sum over each row of values that lie where those of these codes lie; differentiable."""
+        return values.sum(1) if self.support is None else sum_rows(values, self.support)
+
+    def mean_over_rows(self) -> Tensor:
+        """Sum of the values divided by the number of rows."""
+        return self.values.sum() / self.num_rows
+
+    @cached_property
+    def fired(self) -> Tensor:
+        """int64 [F], in how many rows each latent is above zero; no gradient."""
+        active = self.values.detach() > 0
+        if self.support is None:
+            return active.sum(0)
+        return latent_count(self.support, active)
+
+    @cached_property
+    def l0(self) -> Tensor:
+        """Mean number of latents above zero in a row; no gradient."""
+        return self.fired.sum() / self.num_rows
+
+    def latent_totals(self) -> Tensor:
+        """[F], each latent's values summed over rows; no gradient."""
+        values = self.values.detach()
+        return values.sum(0) if self.support is None else latent_sum(self.support, values)
+
+    def row_totals(self) -> Tensor:
+        """[B], each row's values summed over latents; no gradient."""
+        values = self.values.detach()
+        return values.sum(1) if self.support is None else row_sum(self.support, values)
+
+    @property
+    def _flat(self) -> Tensor:
+        assert self.support is not None
+        return self.support.rows.long() * self.num_latents + self.support.latents
+
+
+def codes_from_dense(acts: Tensor, support: Support | None) -> Codes:
+    """Codes read from a differentiable dense table [B, F] at the support."""
+    if support is None:
+        return Codes(acts, None, acts.shape[0], acts.shape[1])
+    flat = support.rows.long() * support.num_latents + support.latents
+    return Codes(acts.reshape(-1)[flat], support, acts.shape[0], acts.shape[1])

@@ -1,0 +1,97 @@
+"""Masks over positions: where in a window a latent may fire.
+
+p position, T context, F latents, c coefficient. m_f(p) is
+- hard: 1 inside the latent's range of positions, 0 outside;
+- soft: exp(-(p - mu_f)^2 / (2 sigma^2)) with a learned centre mu_f; 0 where it falls below a cutoff, since
+  the tails of a Gaussian would count as activity everywhere without saying anything;
+and free latents have 1 everywhere. A latent's activation is multiplied by 1 + c (m - 1). c is 1, or goes from
+exactly 0 to exactly 1 over a part of the run (progressive), moved along its sigmoid by a learned offset
+where that is asked for. Where the product is 0 no gradient passes: a latent learns inside only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.codes import Codes
+from ..side import Side
+from .ranges import FREE, range_of
+from .shaped import Shape
+
+MaskKind = Literal["none", "hard", "soft", "static_slicing"]
+COEFFICIENT = "mask_coefficient"
+
+
+class Mask(Shape):
+    """What hard and soft masks share: the coefficient, and free latents."""
+
+    needs_side = ("position",)
+    has_factor = True
+    bound: Tensor
+
+    def __init__(self, bound_F: Tensor, learns_offset: bool) -> None:
+        super().__init__()
+        self.register_buffer("bound", bound_F.clone())
+        self.offset = nn.Parameter(torch.zeros(())) if learns_offset else None
+
+    def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
+        mask = self.mask(codes, side["position"], latents)
+        bound = codes.per_latent(_of(self.bound.to(mask.dtype), latents))
+        return 1.0 + self.coefficient(side) * bound * (mask - 1.0)
+
+    def coefficient(self, side: Side) -> Tensor | float:
+        """c at this step."""
+        c = side.knob(COEFFICIENT, 1.0)
+        if self.offset is None:
+            return c
+        odds = c * self.offset.exp()
+        return odds / (odds + 1.0 - c)
+
+    def mask(self, codes: Codes, position_B: Tensor, latents: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class HardMask(Mask):
+    """Inside the range or not."""
+
+    range: Tensor
+    num_ranges: Tensor
+
+    def __init__(self, range_F: Tensor, context: int, ranges: int, learns_offset: bool = False) -> None:
+        super().__init__(range_F != FREE, learns_offset)
+        self.context, self.ranges = context, ranges
+        self.register_buffer("range", range_F.clone())
+        self.register_buffer("num_ranges", torch.tensor(ranges))
+
+    def mask(self, codes: Codes, position_B: Tensor, latents: Tensor | None) -> Tensor:
+        here = range_of(position_B, self.context, self.ranges).float()
+        own = codes.per_latent(_of(self.range.float(), latents))
+        return (codes.per_row(here) == own).float()
+
+
+class SoftMask(Mask):
+    """A Gaussian around a learned centre."""
+
+    sigma: Tensor
+
+    def __init__(
+        self, bound_F: Tensor, centre_F: Tensor, sigma: float, cutoff: float, learns_offset: bool = False
+    ) -> None:
+        super().__init__(bound_F, learns_offset)
+        self.cutoff = cutoff
+        self.centre = nn.Parameter(centre_F.clone())
+        self.register_buffer("sigma", torch.tensor(sigma))
+        self.lr_scale = 30.0 * sigma  # centres have a way of order sigma to go
+
+    def mask(self, codes: Codes, position_B: Tensor, latents: Tensor | None) -> Tensor:
+        position = position_B.to(self.centre.dtype)
+        distance = codes.per_row(position) - codes.per_latent(_of(self.centre, latents))
+        height = torch.exp(-0.5 * (distance / self.sigma).square())
+        return torch.where(height >= self.cutoff, height, 0.0)
+
+
+def _of(vector_F: Tensor, latents: Tensor | None) -> Tensor:
+    return vector_F if latents is None else vector_F[latents]

@@ -1,0 +1,76 @@
+"""Encoders of their own for ranges of positions, with one decoder; and what a range may add to the input.
+
+B rows, D width, P latents with an encoder in each of R ranges, H hidden units.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..kernels.linear import linear
+from ..model import SparseAutoencoder
+from ..side import Side
+from .ranges import range_of
+from .shaped import Shape
+
+ADAPTER = "adapter_coefficient"
+
+
+class RangeEncoders(Shape):
+    """The first P latents are read by the encoder of the row's range, the others by the SAE's own."""
+
+    needs_side = ("position",)
+    makes_pre = True
+
+    def __init__(self, W_PD: Tensor, context: int, ranges: int, embeds: bool) -> None:
+        super().__init__()
+        self.context, self.ranges = context, ranges
+        self.W = nn.Parameter(W_PD.repeat(ranges, 1, 1))
+        self.embedding = nn.Parameter(torch.zeros(ranges, W_PD.shape[1])) if embeds else None
+
+    def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side) -> Tensor:
+        own = self.W.shape[1]
+        here = range_of(side["position"], self.context, self.ranges)
+        if self.embedding is not None:
+            x_centred = x_centred + self.embedding[here]
+        order = here.argsort(stable=True)
+        rows = order.split(torch.bincount(here, minlength=self.ranges).tolist())
+        parts = [linear(x_centred[part], W) for part, W in zip(rows, self.W, strict=True)]
+        ranged = torch.cat(parts)[order.argsort()] + sae.b_enc[:own]
+        return torch.cat([ranged, linear(x_centred, sae.W_enc[own:], sae.b_enc[own:])], dim=1)
+
+
+class Adapters(Shape):
+    """x + c sigmoid(gate_r) MLP_r(layer norm of x), r the row's range; nothing at first.
+
+    The second layer begins at zero and the coefficient c may rise over the run, so the base comes first.
+    """
+
+    needs_side = ("position",)
+
+    def __init__(
+        self, width: int, hidden: int, context: int, ranges: int, lr_scale: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.context, self.ranges, self.lr_scale = context, ranges, lr_scale
+        self.inner = nn.Parameter(torch.randn(ranges, width, hidden, generator=generator) / width**0.5)
+        self.inner_bias = nn.Parameter(torch.zeros(ranges, hidden))
+        self.outer = nn.Parameter(torch.zeros(ranges, hidden, width))
+        self.gate = nn.Parameter(torch.zeros(ranges))
+
+    def adapt(self, x: Tensor, side: Side) -> Tensor:
+        c = side.knob(ADAPTER, 1.0)
+        if c == 0.0:
+            return x
+        here = range_of(side["position"], self.context, self.ranges)
+        order = here.argsort(stable=True)
+        rows = order.split(torch.bincount(here, minlength=self.ranges).tolist())
+        added = torch.cat([self._added(x[part], index) for index, part in enumerate(rows)])[order.argsort()]
+        return x + c * added
+
+    def _added(self, x: Tensor, index: int) -> Tensor:
+        normed = functional.layer_norm(x, x.shape[1:])
+        hidden = functional.gelu(normed @ self.inner[index] + self.inner_bias[index])
+        return self.gate[index].sigmoid() * (hidden @ self.outer[index])

@@ -1,0 +1,142 @@
+"""An SAE whose way from x to its codes is changed by small modules: masks, gates, adapters, norms.
+
+B rows, F latents. A `Shape` may change four things, each left alone by default:
+1. `adapt`: the input;
+2. `make_pre`: how pre-activations come about (then they are dense, with a dense backward);
+3. `change_pre`: dense pre-activations that were made (a norm);
+4. `factor`: a number from 0 up that multiplies each activation.
+The factor multiplies pre-activations, before the gate: for relu and top-k gates that is the same as
+after it, k is chosen among what is left, and thresholds (of a jump, of a batch top-k) mean the same in
+training and at inference. Only a gated SAE, whose magnitude has a bias, is multiplied after its gate.
+Where all factors are 1 the codes are those of the plain SAE to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..gates import Gated
+from ..kernels.codes import Codes, codes_from_dense
+from ..kernels.linear import linear
+from ..kernels.support import Support
+from ..model import Choose, SparseAutoencoder
+from ..side import NO_SIDE, Side
+
+
+class Shape(nn.Module):
+    """What every shape offers."""
+
+    is_plain = False
+    """Whether it is gone at inference."""
+    needs_side: tuple[str, ...] = ()
+    makes_pre = False
+    changes_pre = False
+    has_factor = False
+
+    def adapt(self, x: Tensor, side: Side) -> Tensor:
+        return x
+
+    def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side) -> Tensor:
+        raise NotImplementedError
+
+    def change_pre(self, pre: Tensor, side: Side) -> Tensor:
+        return pre
+
+    def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
+        """In the places of the codes' values; `latents` says which latents their columns are, if not all."""
+        raise NotImplementedError
+
+    def follow(self, membership_F: Tensor) -> None:
+        """Latents have changed groups."""
+
+
+class ShapedAutoencoder(SparseAutoencoder):
+    """The SAE `inner`, its weights, gate and extras, with shapes by name, applied in their order."""
+
+    def __init__(self, inner: SparseAutoencoder, shapes: Mapping[str, Shape]) -> None:
+        super().__init__(**inner.parts())
+        self.extras = inner.extras
+        self.shapes = nn.ModuleDict(shapes)
+        self.is_plain = all(shape.is_plain for shape in shapes.values())
+        self.needs_side = tuple(dict.fromkeys(name for shape in shapes.values() for name in shape.needs_side))
+
+    def pre_codes(self, x: Tensor, side: Side = NO_SIDE, choose: Choose | None = None) -> Codes:
+        x = self._adapted(x, side)
+        if not any(shape.makes_pre or shape.changes_pre for shape in self._each()):
+            return super().pre_codes(x, side, choose)
+        pre = self._dense_pre(x, side)
+        with torch.no_grad():
+            support = (choose or self.choose)(pre, side)
+        codes = codes_from_dense(pre, support)
+        return replace(codes, pre=codes.values)
+
+    def choose(self, pre_all: Tensor, side: Side) -> Support | None:
+        factor = self._factor(_as_codes(pre_all), side)
+        if factor is None:
+            return super().choose(pre_all, side)
+        # A closed latent is never chosen, not even where nothing else is above zero.
+        return super().choose(torch.where(factor > 0, pre_all * factor, -math.inf), side)
+
+    def open(self, pre: Codes, side: Side) -> Codes:
+        factor = self._factor(pre, side)
+        if factor is None:
+            return super().open(pre, side)
+        if isinstance(self.gate, Gated):
+            return super().open(pre, side).map(lambda values: values * factor)
+        values = pre.values * factor
+        return super().open(replace(pre, values=values, pre=values), side)
+
+    def shape(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
+        factor = self._factor(codes, side, latents)
+        return codes if factor is None else codes.with_values(codes.values * factor)
+
+    def unmasked(self, x: Tensor, side: Side) -> Codes:
+        """The codes as they would be without any factor."""
+        return self.gate.open(self.pre_codes(x, side, self.gate.choose), self.b_enc, side)
+
+    def follow(self, membership_F: Tensor) -> None:
+        """Latents have changed groups."""
+        for shape in self._each():
+            shape.follow(membership_F)
+
+    def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
+        if self.is_plain:
+            return super().encode(x, side)
+        pre = self._dense_pre(self._adapted(x, side), side)
+        factor = self._factor(_as_codes(pre), side)
+        if factor is None:
+            return self.gate.infer(pre, self.b_enc)
+        if isinstance(self.gate, Gated):
+            return self.gate.infer(pre, self.b_enc) * factor
+        return self.gate.infer(pre * factor, self.b_enc)
+
+    def _each(self) -> list[Shape]:
+        return [cast(Shape, shape) for shape in self.shapes.values()]
+
+    def _adapted(self, x: Tensor, side: Side) -> Tensor:
+        for shape in self._each():
+            x = shape.adapt(x, side)
+        return x
+
+    def _dense_pre(self, x: Tensor, side: Side) -> Tensor:
+        """All pre-activations in float32, with gradient."""
+        x_centred = self.centred(x)
+        makers = [shape for shape in self._each() if shape.makes_pre]
+        pre = makers[0].make_pre(self, x_centred, side) if makers else linear(x_centred, self.W_enc, self.b_enc)
+        for shape in self._each():
+            pre = shape.change_pre(pre, side)
+        return pre
+
+    def _factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor | None:
+        factors = [shape.factor(codes, side, latents) for shape in self._each() if shape.has_factor]
+        return math.prod(factors[1:], start=factors[0]) if factors else None
+
+
+def _as_codes(dense: Tensor) -> Codes:
+    return Codes(dense, None, dense.shape[0], dense.shape[1])

@@ -1,0 +1,169 @@
+"""Attention as a loss: tokens that attend to each other should have similar codes.
+
+B rows, W windows, T context, L layers, E links, n negatives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..sae.attention.links import Links
+from ..sae.attention.mixing import link_weights
+from ..sae.attention.reading import Attention, has_links, mixture, places_of
+from ..sae.kernels.codes import Codes
+from ..sae.kernels.sums import index_sum
+from ..sae.kernels.windows import window_gram
+from ..sae.view import View
+
+Objective = Literal["divergence", "cross_entropy"]
+FAR_BELOW = -1e9  # a logit that no softmax sees, and that is no infinity times zero
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Contrastive: each token should find, by its codes, the tokens it attends to.
+
+    1. s_ij = cos(f_i, f_j) for the earlier tokens j of the window, and for n tokens of other windows.
+    2. p_i = softmax over all of them of s_ij / temperature.
+    3. Mean over tokens of the divergence of p_i from A_i, an InfoNCE whose soft positives are what the
+       model attended to. Its gradient for the codes is that of the plain cross entropy; for the mixture
+       it is not: the cross entropy is linear in the layers' weights, so it can only be least where one
+       layer, the easiest, has them all.
+    """
+
+    attention: Attention
+    temperature: float
+    negatives: int
+    objective: Objective = "divergence"
+
+    def __call__(self, view: View) -> Tensor:
+        links, by_row = self.attention.links(view), self.attention.by_row(view)
+        weights = link_weights(by_row, links)
+        A = mixture(links, weights, view.x.shape[0])
+        cosines = window_cosines(view)
+        view.note("attention/links_per_token", view.x.new_tensor(len(links.share) / view.x.shape[0]))
+        _note_contributions(view, self.attention, links, weights, cosines)
+        logits = torch.cat([_earlier(view, cosines), self._negatives(view)], dim=1) / self.temperature
+        log_p = functional.log_softmax(logits, dim=1)[:, : links.context]
+        losses = -(A * log_p).sum(1)
+        if self.objective == "divergence":
+            losses = losses + (A * A.clamp_min(torch.finfo(A.dtype).tiny).log()).sum(1)
+        return _mean_where(view, losses, has_links(by_row))
+
+    def _negatives(self, view: View) -> Tensor:
+        """[B, n]: cosines with random tokens of the batch, out of sight where the window is the same."""
+        rows = view.x.shape[0]
+        picked = torch.randperm(rows, generator=view.generator)[: self.negatives].to(view.x.device)
+        norms = inverse_norms(view)
+        cosines = view.codes.decode(columns_of(view.codes, picked)) * norms[:, None] * norms[picked]
+        window = places_of(view).window
+        return cosines.masked_fill(window[:, None] == window[picked], FAR_BELOW)
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """What the layers bring together should agree.
+
+    c^l = A^l f is what layer l brings to each token, c = sum_l w_l c^l; the loss is the mean over tokens
+    of sum_l w_l ||c^l - c||^2 / (||c||^2 + eps). With the products K = f f^T of a window and
+    q(a) = a^T K a = ||sum_j a_j f_j||^2 that is (sum_l w_l q(A^l) - q(A)) / (q(A) + eps), so no c is made.
+    The weights have no gradient here: the loss is zero wherever one layer has all the weight.
+    """
+
+    attention: Attention
+    eps: float = 1e-6
+
+    def __call__(self, view: View) -> Tensor:
+        links, by_row = self.attention.links(view), self.attention.by_row(view).detach()
+        brought = _brought(links, window_products(view))
+        by_layer = (by_row * _lengths(links, brought)).sum(0)
+        A = mixture(links, link_weights(by_row, links), view.x.shape[0])
+        together = (A * (by_row[:, :, None] * brought).sum(0)).sum(1)
+        spread = (by_layer - together).clamp_min(0.0)
+        return _mean_where(view, spread / (together + self.eps), has_links(by_row))
+
+
+def window_products(view: View) -> Tensor:
+    """[B, T]: <f_i, f_j> with every token of i's window."""
+    return view.once("attention/products", lambda: window_gram(view.codes, places_of(view)))
+
+
+def inverse_norms(view: View) -> Tensor:
+    """[B]: 1 / ||f_i||."""
+
+    def compute() -> Tensor:
+        products = window_products(view)
+        squares = products[torch.arange(len(products), device=products.device), places_of(view).position]
+        return squares.clamp_min(1e-12).rsqrt()
+
+    return view.once("attention/inverse_norms", compute)
+
+
+def window_cosines(view: View) -> Tensor:
+    """[B, T]: cos(f_i, f_j) with every token of i's window, zero where no token is."""
+    places, norms = places_of(view), inverse_norms(view)
+    return window_products(view) * norms[:, None] * places.spread(norms)[places.window]
+
+
+def columns_of(codes: Codes, rows: Tensor) -> Tensor:
+    """[F, n]: the codes of some rows, as columns; differentiable."""
+    if codes.support is None:
+        return codes.values[rows].t()
+    support = codes.support
+    column = torch.full((codes.num_rows,), -1, device=rows.device)
+    column[rows] = torch.arange(len(rows), device=rows.device)
+    columns = column[support.rows]
+    chosen = (columns >= 0).nonzero().view(-1)
+    flat = codes.values.new_zeros(codes.num_latents * len(rows))
+    places = support.latents[chosen].long() * len(rows) + columns[chosen]
+    return flat.index_put((places,), codes.values[chosen]).view(codes.num_latents, len(rows))
+
+
+def _earlier(view: View, cosines: Tensor) -> Tensor:
+    """Only tokens before i, without the place of the attention sink, are candidates."""
+    places = places_of(view)
+    position = torch.arange(cosines.shape[1], device=cosines.device)
+    seen = (position < places.position[:, None]) & (position > 0) & (places.row_of >= 0)[places.window]
+    return cosines.masked_fill(~seen, FAR_BELOW)
+
+
+def _brought(links: Links, products: Tensor) -> Tensor:
+    """[L, B, T]: A^l K."""
+    layers, rows = links.attends.shape
+    brought = functional.embedding_bag(
+        links.key_row.to(torch.int32),
+        products,
+        links.offsets,
+        mode="sum",
+        per_sample_weights=links.share.to(products.dtype),
+        include_last_offset=True,
+    )
+    return brought.view(layers, rows, links.context)
+
+
+def _lengths(links: Links, brought: Tensor) -> Tensor:
+    """[L, B]: ||c^l_i||^2."""
+    at_links = brought.reshape(-1)[links.place * links.context + links.key]
+    return index_sum(links.share.to(brought.dtype) * at_links, links.place, links.attends.numel()).view(
+        links.attends.shape
+    )
+
+
+def _mean_where(view: View, losses: Tensor, counts: Tensor) -> Tensor:
+    return torch.where(counts, losses, 0.0).sum() / view.side.ranks.share(counts.sum())
+
+
+@torch.no_grad()
+def _note_contributions(view: View, attention: Attention, links: Links, weights: Tensor, cosines: Tensor) -> None:
+    """How much of the similarity along the mixture's links comes by each layer's."""
+    if len(attention.layers) == 1:
+        return
+    along = weights * cosines[links.row, links.key]
+    by_layer = index_sum(along, links.layer, len(attention.layers))
+    for layer, share in zip(attention.layers, by_layer / by_layer.sum().clamp_min(1e-12), strict=True):
+        view.note(f"attention/contribution_{layer}", share)

@@ -1,0 +1,68 @@
+"""AuxK: dead latents learn to reconstruct what the living ones left over.
+
+B rows, D width, M dead latents.
+1. Pre-activations of the dead latents only, [B, M].
+2. The k_aux largest of each row; sparse where k_aux is a small part of M.
+3. e_hat = their activations times their decoder rows, without the bias: the residual e lacks it already.
+4. Loss = ||e - e_hat||^2 / ||e - mean(e)||^2, with e a constant.
+Encoder and decoder rows of dead latents get its gradient, nothing else does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..sae.gates import DENSE_SHARE
+from ..sae.kernels.codes import Codes, codes_from_dense
+from ..sae.kernels.functions import affine, squared_error
+from ..sae.kernels.linear import linear
+from ..sae.kernels.select import support_topk
+from ..sae.view import View
+
+
+@dataclass(frozen=True)
+class AuxK:
+    """The auxiliary loss as a term's function."""
+
+    k: int
+    rectified: bool = True
+
+    def __call__(self, view: View) -> Tensor:
+        error = view.residual
+        dead = view.dead_latents
+        if dead.numel() == 0:
+            return error.new_zeros(())
+        codes = self._codes(view, dead)
+        error_hat = codes.decode(view.sae.W_dec[dead])
+        return squared_error(error_hat, error - error_hat.detach()) / _spread(error, view)
+
+    def _codes(self, view: View, dead: Tensor) -> Codes:
+        W_MD, b_M = view.sae.W_enc[dead], view.sae.b_enc[dead]
+        x = view.sae.centred(view.x).detach()
+        if self.k < DENSE_SHARE * dead.numel():
+            with torch.no_grad():
+                support = support_topk(linear(x, W_MD, b_M), self.k)
+            codes = Codes(affine(x, None, W_MD, b_M, support), support, x.shape[0], dead.numel())
+        else:
+            pre = linear(x, W_MD, b_M)
+            codes = codes_from_dense(_keep_topk(pre, self.k), None)
+        return view.sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
+
+
+def _keep_topk(pre: Tensor, k: int) -> Tensor:
+    """All but the k largest of each row set to zero."""
+    if k >= pre.shape[1]:
+        return pre
+    lowest = pre.detach().topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    return torch.where(pre >= lowest, pre, 0.0)
+
+
+def _spread(error: Tensor, view: View) -> Tensor:
+    """E||e - mean(e)||^2 over the global batch."""
+    ranks = view.side.ranks
+    mean = ranks.mean(error.mean(0))
+    total = ranks.mean(error.square().sum() / error.shape[0])
+    return (total - mean @ mean).clamp_min(torch.finfo(error.dtype).tiny)

@@ -1,0 +1,131 @@
+"""What latents do over time: running variances, lifetimes, and latents that are retired.
+
+B rows, F latents. From a part of the run on, every N steps the latents whose running variance is under a
+share of the mean variance are retired: they never fire again, and the auxiliary loss leaves them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..sae.model import SparseAutoencoder
+from ..sae.side import Side
+from ..sae.view import View
+
+DECAY = 0.99  # of the running moments
+SILENT = -1.0  # encoder bias of a retired latent, whose encoder row is zero
+PRUNE = "prune"
+SCALES = ("short", "medium", "long")
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Which latents are retired. Shares are of the mean variance; 0 retires none."""
+
+    every_steps: int
+    share: float
+    floor: float = 0.0
+    """Latents under this share are left out of the temporal losses."""
+
+
+class Dynamics(nn.Module):
+    """Running moments of activations, the groups of latents, and who is retired."""
+
+    group: Tensor
+    retired: Tensor
+    mean: Tensor
+    square: Tensor
+    steps: Tensor
+
+    def __init__(self, group_sizes: Sequence[int], pruning: Pruning) -> None:
+        super().__init__()
+        groups = torch.arange(len(group_sizes)).repeat_interleave(torch.tensor(tuple(group_sizes)))
+        self.pruning = pruning
+        self.register_buffer("group", groups)
+        self.register_buffer("retired", torch.zeros(len(groups), dtype=torch.bool))
+        self.register_buffer("mean", torch.zeros(len(groups)))
+        self.register_buffer("square", torch.zeros(len(groups)))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def variance(self) -> Tensor:
+        """[F], of each latent's activation over tokens."""
+        return (self.square - self.mean.square()).clamp_min(0.0)
+
+    def weights(self, by_variance: bool) -> Tensor:
+        """[F], what each latent counts in a cosine: 1, or 1 / variance; 0 under the floor."""
+        if int(self.steps) == 0:
+            return torch.ones_like(self.mean)
+        relative = self.variance / self.variance.mean().clamp_min(EPSILON)
+        weights = 1.0 / (relative + 0.01) if by_variance else torch.ones_like(relative)
+        return torch.where(relative >= self.pruning.floor, weights, 0.0)
+
+    @torch.no_grad()
+    def observe(self, view: View) -> None:
+        mean, square = _moments(view)
+        weight = max(1.0 - DECAY, 1.0 / (int(self.steps) + 1))
+        self.mean.lerp_(mean, weight)
+        self.square.lerp_(square, weight)
+        self.steps += 1
+        if self.pruning.share > 0 and view.side.knob(PRUNE, 0.0) and int(self.steps) % self.pruning.every_steps == 0:
+            self.retired |= self.variance < self.pruning.share * self.variance.mean()
+        view.note("temporal/activation_variance", (square - mean.square()).mean())
+        view.note("temporal/lifetime", mean_lifetime(view))
+        view.note("temporal/pruned", self.retired.sum())
+        for scale in SCALES:
+            ratio = view.memory.get(f"temporal_ratio_{scale}", view.x.new_ones(()))
+            view.note(f"temporal/weight_{scale}", ratio * view.side.knob(f"temporal_{scale}", 0.0))
+
+
+class Retire:
+    """Retired latents read nothing and stay below zero."""
+
+    reads_gradients: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        for table in (sae.W_enc.grad, sae.b_enc.grad, sae.W_dec.grad):
+            if table is not None:
+                table[sae.retired] = 0.0
+
+    @torch.no_grad()
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        sae.W_enc[sae.retired] = 0.0
+        sae.b_enc[sae.retired] = SILENT
+
+
+def rows_before(side: Side, lag: int) -> Tensor:
+    """int64 [B], the row `lag` tokens before each row in the same window and document, or -1."""
+    earlier, document = side["position"] - lag, side["document"]
+    row = side["row_of"][side["window"], earlier.clamp_min(0)]
+    return torch.where((earlier >= 0) & (document[row] == document), row, -1)
+
+
+def mean_lifetime(view: View) -> Tensor:
+    """Mean length in tokens of the stretches over which a latent stays active, within the batch's documents."""
+    codes = view.codes
+    before = rows_before(view.side, 1)
+    active = codes.values.detach() > 0
+    if codes.support is None:
+        continued = active & active[before] & (before >= 0)[:, None]
+    else:
+        rows, latents = codes.support.rows.long(), codes.support.latents.long()
+        table = active.new_zeros(codes.num_rows, codes.num_latents)
+        table[rows, latents] = active
+        continued = active & table[before[rows], latents] & (before[rows] >= 0)
+    total = active.sum()
+    return total / (total - continued.sum()).clamp_min(1)
+
+
+def _moments(view: View) -> tuple[Tensor, Tensor]:
+    """[F] each: mean activation and mean square over the global batch."""
+    codes, ranks = view.codes, view.side.ranks
+    mean = codes.latent_totals() / codes.num_rows
+    square = codes.map(torch.square).latent_totals() / codes.num_rows
+    return ranks.mean(mean), ranks.mean(square)

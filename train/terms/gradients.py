@@ -1,0 +1,68 @@
+"""Constraints on gradients: a norm for each group of latents, and noise.
+
+Both act on rows of the tables that have one for each latent (encoder, decoder, encoder bias).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..sae.model import SparseAutoencoder
+from .tiers import TIERS, Tiers
+
+
+@dataclass(frozen=True)
+class TierGradients:
+    """Notes the norm of each tier's gradient, and scales it down to `clip_norm` where it is larger."""
+
+    reads_gradients: ClassVar[bool] = True
+
+    clip_norm: float | None = None
+
+    @torch.no_grad()
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        tiers = sae.extras[TIERS]
+        assert isinstance(tiers, Tiers)
+        tables = [table.grad for table in (sae.W_enc, sae.b_enc, sae.W_dec) if table.grad is not None]
+        squares_F = sum(_row_squares(table) for table in tables)
+        assert isinstance(squares_F, Tensor)
+        tiers.grad_norm.zero_().index_add_(0, tiers.membership, squares_F).sqrt_()
+        if self.clip_norm is None:
+            return
+        factor_F = (self.clip_norm / tiers.grad_norm.clamp_min(1e-30)).clamp_max(1.0)[tiers.membership]
+        for table in tables:
+            table.mul_(factor_F if table.ndim == 1 else factor_F[:, None])
+
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        pass
+
+
+@dataclass(frozen=True, eq=False)
+class GradientNoise:
+    """Normal noise of `scale` times the root mean square of each gradient, so that it ends where learning ends."""
+
+    reads_gradients: ClassVar[bool] = True
+
+    scale: float
+    generator: torch.Generator  # the SAE's own: its state is saved with the rest
+
+    @torch.no_grad()
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        for parameter in sae.parameters():
+            if parameter.grad is None:
+                continue
+            noise = torch.randn(parameter.shape, generator=self.generator).to(parameter)
+            size = parameter.grad.square().mean().sqrt()
+            parameter.grad.add_(noise * size, alpha=self.scale)
+
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        pass
+
+
+def _row_squares(table: Tensor) -> Tensor:
+    """[F], each latent's part of the squared norm."""
+    return table.square() if table.ndim == 1 else torch.linalg.vecdot(table, table)

@@ -1,0 +1,112 @@
+"""Latents and positions: the L1 before the mask, and the record of where each latent belongs.
+
+B rows, F latents, R ranges. The record lies beside the saved SAE; for static slicing it is the whole
+difference: a standard SAE whose latents are assigned to the range that holds most of their activation.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..sae.shapes.masks import HardMask, Mask, SoftMask
+from ..sae.shapes.range_encoders import Adapters
+from ..sae.shapes.ranges import FREE, range_of
+from ..sae.shapes.shaped import ShapedAutoencoder
+from ..sae.view import View
+
+DECAY = 0.99  # of the running mass
+
+
+def l1_before_mask(view: View) -> Tensor:
+    """Sum of a row's activations as they would be without the mask, over sqrt(D)."""
+    assert isinstance(view.sae, ShapedAutoencoder)
+    codes = view.sae.unmasked(view.x, view.side)
+    return codes.mean_over_rows() / view.stats.width**0.5
+
+
+class MaskRecord(nn.Module):
+    """The range of each latent; measured where no mask says it."""
+
+    range: Tensor
+    num_ranges: Tensor
+    mass: Tensor
+
+    def __init__(self, range_F: Tensor, context: int, ranges: int, measured: bool) -> None:
+        super().__init__()
+        self.context, self.ranges, self.measured = context, ranges, measured
+        self.register_buffer("range", range_F.clone())
+        self.register_buffer("num_ranges", torch.tensor(ranges))
+        self.register_buffer("mass", torch.zeros(ranges, range_F.numel()))
+
+    @torch.no_grad()
+    def observe(self, view: View) -> None:
+        mass = view.side.ranks.sum(mass_by_range(view, self.context, self.ranges))
+        self.mass.mul_(DECAY).add_(mass, alpha=1.0 - DECAY)
+        if self.measured:
+            self.range.copy_(torch.where(self.mass.sum(0) > 0, self.mass.argmax(0), FREE))
+        view.note("mask/retention", retention(mass, self.range))
+        if isinstance(view.sae, ShapedAutoencoder):
+            self._note_shapes(view, view.sae)
+
+    def _note_shapes(self, view: View, sae: ShapedAutoencoder) -> None:
+        for shape in sae.shapes.values():
+            if isinstance(shape, Mask):
+                view.note("mask/coefficient", torch.as_tensor(shape.coefficient(view.side), dtype=torch.float32))
+            if isinstance(shape, Adapters):
+                view.note("adapter/gate", shape.gate.sigmoid().mean())
+
+
+class SoftMaskRecord(MaskRecord):
+    """The same with the centres, from which the ranges follow."""
+
+    centre: Tensor
+    sigma: Tensor
+
+    def __init__(self, mask: SoftMask, context: int, ranges: int) -> None:
+        super().__init__(torch.full((mask.centre.numel(),), FREE), context, ranges, measured=False)
+        self.register_buffer("centre", mask.centre.detach().clone())
+        self.register_buffer("sigma", mask.sigma.clone())
+        self.range.copy_(self._ranges(mask))
+
+    @torch.no_grad()
+    def observe(self, view: View) -> None:
+        mask = cast(ShapedAutoencoder, view.sae).shapes["mask"]
+        assert isinstance(mask, SoftMask)
+        self.centre.copy_(mask.centre)
+        self.range.copy_(self._ranges(mask))
+        super().observe(view)
+
+    def _ranges(self, mask: SoftMask) -> Tensor:
+        return torch.where(mask.bound, range_of(mask.centre.detach().long(), self.context, self.ranges), FREE)
+
+
+def record_of(mask: Mask | None, width: int, context: int, ranges: int) -> MaskRecord:
+    """The record that goes with a mask, or with none."""
+    if isinstance(mask, SoftMask):
+        return SoftMaskRecord(mask, context, ranges)
+    if isinstance(mask, HardMask):
+        return MaskRecord(mask.range, context, ranges, measured=False)
+    return MaskRecord(torch.full((width,), FREE), context, ranges, measured=True)
+
+
+def mass_by_range(view: View, context: int, ranges: int) -> Tensor:
+    """[R, F], the activation of each latent in each range of positions, summed over rows."""
+    codes = view.codes
+    here = range_of(view.side["position"], context, ranges)
+    values = codes.values.detach()
+    if codes.support is None:
+        return values.new_zeros(ranges, codes.num_latents).index_add_(0, here, values)
+    flat = here[codes.support.rows] * codes.num_latents + codes.support.latents
+    return values.new_zeros(ranges * codes.num_latents).index_add_(0, flat, values).view(ranges, -1)
+
+
+def retention(mass_RF: Tensor, range_F: Tensor) -> Tensor:
+    """Share of the activation of latents with a range that lies inside it; 1 where none has one."""
+    bound = (range_F != FREE) & (mass_RF.sum(0) > 0)
+    if not bound.any():
+        return mass_RF.new_ones(())
+    inside = mass_RF[range_F[bound], bound.nonzero().view(-1)]
+    return (inside / mass_RF[:, bound].sum(0)).mean()

@@ -1,0 +1,85 @@
+"""What activity costs. D width of the target; activations grow with sqrt(D), so penalties divide by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..sae.gates import AnnealedRelu, JumpRelu
+from ..sae.kernels.codes import Codes
+from ..sae.kernels.linear import linear
+from ..sae.view import View
+
+
+def l1(view: View) -> Tensor:
+    """Sum of a row's activations over sqrt(D), for decoder rows of length one."""
+    return view.codes.mean_over_rows() / view.stats.width**0.5
+
+
+def gate_l1(view: View) -> Tensor:
+    """The same of what the gate path lets through."""
+    return gate_path(view).mean_over_rows() / view.stats.width**0.5
+
+
+def gate_path(view: View) -> Codes:
+    """Codes of the gate path of a gated SAE: its pre-activations where they are positive."""
+    codes = view.codes
+    assert codes.pre is not None
+    pre = codes.pre
+    return view.once("gate_path", lambda: codes.with_values(pre.relu()))
+
+
+def lp(view: View) -> Tensor:
+    """Sum of a row's (activation / sqrt(D))^p, rescaled as p changes."""
+    gate = view.sae.gate
+    assert isinstance(gate, AnnealedRelu)
+    powers = gate.powers(view.codes, view.side.knob("p", 1.0))
+    return gate.penalty_scale * powers
+
+
+@dataclass(frozen=True)
+class TargetL0:
+    """(L0 / target - 1)^2, straight through to the thresholds of a jump gate.
+
+    The count reads pre-activations: read off the gated activations, the window below the threshold
+    would never be seen.
+    """
+
+    target: float
+
+    def __call__(self, view: View) -> Tensor:
+        gate = view.sae.gate
+        assert isinstance(gate, JumpRelu)
+        count = gate.count(view.codes, view.side)
+        # The square is of the global batch's count, the gradient of this rank's.
+        others = view.side.ranks.mean(count.detach()) - count.detach()
+        return ((count + others) / self.target - 1.0).square()
+
+
+@dataclass(frozen=True)
+class DeadPreActivation:
+    """How far the dead latents' pre-activations are below their thresholds: mean over rows of the sum."""
+
+    def __call__(self, view: View) -> Tensor:
+        dead, gate = view.dead_latents, view.sae.gate
+        if dead.numel() == 0:
+            return view.x.new_zeros(())
+        assert isinstance(gate, JumpRelu)
+        pre = linear(view.sae.centred(view.x).detach(), view.sae.W_enc[dead], view.sae.b_enc[dead])
+        below = torch.relu(gate.threshold[dead] - pre)
+        return below.sum() / view.x.shape[0]
+
+
+@dataclass(frozen=True)
+class LayerNormsL1:
+    """L1 of a crosscoder: each activation times the sum of its latent's decoder norms over layers."""
+
+    num_layers: int
+
+    def __call__(self, view: View) -> Tensor:
+        W_dec, codes = view.sae.W_dec, view.codes
+        norms = torch.linalg.vector_norm(W_dec.view(W_dec.shape[0], self.num_layers, -1), dim=2).sum(1)
+        weighted = codes.with_values(codes.values * codes.per_latent(norms))
+        return weighted.mean_over_rows() / view.stats.width**0.5

@@ -1,0 +1,152 @@
+"""Temporal consistency: what a group of latents says changes slowly over the window.
+
+B rows, F_g latents of a group, j = i - lag the row that is compared with row i.
+L = mean over pairs of 1 - cos(f_i, h_j), over pairs in which either has an active latent; a silent one has
+cosine 0. h is the past, read without gradient: f itself, or with mixing m < 1 the running mean
+h_j = (m f_j + (1 - m) (m f_(j-1) + ...)) / (the same sum of ones), which starts empty in each document.
+Each scale draws its lag anew in each step. Pairs stay within one document, and within pieces of the window
+whose length may grow over the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from ..sae.kernels.codes import Codes
+from ..sae.kernels.functions import affine
+from ..sae.kernels.support import Support, starts
+from ..sae.side import Side
+from ..sae.view import View
+from .dynamics import Dynamics, rows_before
+
+Adaptive = Literal["none", "gradient", "variance"]
+TEMPORAL = "temporal"
+PIECE = "temporal_window"
+MAX_RATIO = 100.0  # of gradient norms
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """The loss of one scale: lags `first` to `last`, on the latents `start` to `stop`."""
+
+    scale: str
+    first: int
+    last: int
+    start: int
+    stop: int
+    adaptive: Adaptive = "none"
+    mixing: float = 1.0
+
+    def __call__(self, view: View) -> Tensor:
+        lag = int(torch.randint(self.first, self.last + 1, (), generator=view.generator))
+        loss = inconsistency(view, part_of(view.codes, self.start, self.stop), self._weights(view), lag, self.mixing)
+        view.note(f"temporal/inconsistency_{self.scale}", loss)
+        if self.adaptive != "gradient":
+            return loss
+        ratio = gradient_ratio(view, loss)
+        view.memory[ratio_name(self.scale)] = ratio
+        return ratio * loss
+
+    def _weights(self, view: View) -> Tensor:
+        """[F_g], what each latent counts in the cosine."""
+        return dynamics_of(view).weights(self.adaptive == "variance")[self.start : self.stop]
+
+
+def ratio_name(scale: str) -> str:
+    """Where a step keeps the ratio of gradient norms."""
+    return f"temporal_ratio_{scale}"
+
+
+def dynamics_of(view: View) -> Dynamics:
+    return cast(Dynamics, view.sae.extras[TEMPORAL])
+
+
+def part_of(codes: Codes, start: int, stop: int) -> Codes:
+    """The codes of the latents `start` to `stop` alone."""
+    if codes.support is None:
+        return Codes(codes.values[:, start:stop], None, codes.num_rows, stop - start)
+    latents, rows = codes.support.latents, codes.support.rows
+    kept = ((latents >= start) & (latents < stop)).nonzero().view(-1)
+    offsets = starts(torch.bincount(rows[kept], minlength=codes.num_rows))
+    return Codes(
+        codes.values[kept], Support(offsets, latents[kept] - start, stop - start), codes.num_rows, stop - start
+    )
+
+
+def inconsistency(view: View, part: Codes, weight_F: Tensor, lag: int, mixing: float = 1.0) -> Tensor:
+    """Mean of 1 - cos(f_i, h_(i - lag)) with the latents weighted in the cosine."""
+    past = past_rows(view.side, lag)
+    held = past >= 0
+    then_BF = remembered(view.side, part.dense().detach(), mixing)
+    norms_then = (then_BF.square() @ weight_F).clamp_min(TINY).sqrt()[past]
+    values, weight = part.values, part.per_latent(weight_F)
+    norms = part.sum_over_latents(weight * values.square())
+    dots = part.sum_over_latents(weight * values * read_rows(then_BF, part, past))
+    either = held & ((norms.detach() > TINY) | (norms_then**2 > TINY))
+    cosine = dots / (norms.clamp_min(TINY).sqrt() * norms_then)
+    return torch.where(either, 1.0 - cosine, 0.0).sum() / view.side.ranks.share(either.sum())
+
+
+def past_rows(side: Side, lag: int) -> Tensor:
+    """int64 [B], the row `lag` tokens before each row in the same document and piece of its window, or -1."""
+    position = side["position"]
+    length = int(side.knob(PIECE, side["row_of"].shape[1]))
+    together = (position - lag) // length == position // length
+    return torch.where(together, rows_before(side, lag), -1)
+
+
+def read_rows(table_BF: Tensor, part: Codes, rows_B: Tensor) -> Tensor:
+    """The table's row `rows_B[i]` in the places of row i's codes."""
+    if part.support is None:
+        return table_BF[rows_B]
+    return table_BF[rows_B[part.support.rows], part.support.latents]
+
+
+def remembered(side: Side, acts_BF: Tensor, mixing: float) -> Tensor:
+    """[B, F_g], the running mean of the document's past up to and with each row."""
+    if mixing == 1.0:
+        return acts_BF
+    row_of, window, position = side["row_of"], side["window"], side["position"]
+    context = row_of.shape[1]
+    spread = acts_BF.new_zeros(*row_of.shape, acts_BF.shape[1])
+    spread[window, position] = acts_BF
+    place = torch.arange(context, device=acts_BF.device)
+    age = place[:, None] - place
+    length = int(side.knob(PIECE, context))
+    within = (age >= 0) & (place[:, None] // length == place // length) & _in_one_document(side)
+    decay = torch.where(within, mixing * (1.0 - mixing) ** age.clamp_min(0), 0.0).to(acts_BF.dtype)
+    mean = (decay @ spread) / decay.sum(dim=2, keepdim=True).clamp_min(TINY)
+    return mean[window, position]
+
+
+def _in_one_document(side: Side) -> Tensor:
+    """bool [W, T, T], the pairs of places whose rows belong to one document; a place without a row is in none."""
+    document = torch.full_like(side["row_of"], -1)
+    document[side["window"], side["position"]] = side["document"]
+    return (document[:, :, None] == document[:, None, :]) & (document >= 0)[:, :, None]
+
+
+def gradient_ratio(view: View, loss: Tensor) -> Tensor:
+    """Norm of reconstruction's gradient over that of the loss, both on the codes; no gradient."""
+    (own,) = torch.autograd.grad(loss, view.codes.values, retain_graph=True)
+    ranks = view.side.ranks
+    ratio = (_reconstruction_square(view) / ranks.mean(own.square().sum()).clamp_min(TINY)).sqrt()
+    return ratio.clamp_max(MAX_RATIO)
+
+
+def _reconstruction_square(view: View) -> Tensor:
+    """Squared norm of the gradient of the share of variance unexplained."""
+
+    def compute() -> Tensor:
+        with torch.no_grad():
+            scale = 2.0 / (view.x.shape[0] * view.stats.variance)
+            zero = view.sae.b_enc.new_zeros(view.sae.num_latents)
+            gradient = affine(view.residual, None, view.sae.W_dec, zero, view.codes.support)
+            return view.side.ranks.mean((scale * gradient).square().sum())
+
+    return view.once("reconstruction_gradient_square", compute)

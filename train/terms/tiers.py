@@ -1,0 +1,129 @@
+"""Tiers: nested sets of latents that each reconstruct on their own, and what each of them counts.
+
+B rows, F latents, T tiers; set t holds the latents of tiers 0 to t, L_t is the share of variance that
+it leaves unexplained.
+- `fixed`: sum of w_t L_t with given weights that sum to 1.
+- `uncertainty`: sum of exp(-s_t) L_t, each s_t learned by exp(-s_t) L_t + s_t, so exp(-s_t) tends to
+  1 / L_t. A plain learned softmax would put everything on the tier that is easiest to satisfy.
+- `learned`: the same s_t, from 0, the weights w_t exp(-s_t) divided by their sum: what a tier counts is
+  relative to what it leaves. Reconstruction then weighs as much as in the base, so that a penalty on
+  activity buys what it buys there, and low tiers, whose losses stay large, do not crowd out the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..sae.kernels.nested import tier_errors
+from ..sae.view import View
+
+Importance = Literal["learned", "uncertainty", "fixed"]
+TIERS = "tiers"
+
+
+class Tiers(nn.Module):
+    """Which tier each latent belongs to, and the importance of each tier."""
+
+    lr_scale = 30.0  # s_t has a way of order 1 to go, in steps of the learning rate
+    membership: Tensor
+    weight: Tensor
+    grad_norm: Tensor
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], importance: Importance) -> None:
+        super().__init__()
+        self.num_tiers = len(sizes)
+        self.importance: Importance = importance
+        tiers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(tuple(sizes)))
+        self.register_buffer("membership", tiers)
+        shares = torch.tensor(tuple(weights)) / sum(weights)
+        self.register_buffer("weight", shares)
+        if importance != "fixed":
+            start = -shares.log() if importance == "uncertainty" else torch.zeros(len(sizes))
+            self.log_variance = nn.Parameter(start)
+        self.register_buffer("grad_norm", torch.zeros(len(sizes)), persistent=False)
+
+    @property
+    def sizes(self) -> Tensor:
+        """int64 [T]."""
+        return torch.bincount(self.membership, minlength=self.num_tiers)
+
+    def members(self, tier: int) -> Tensor:
+        """int64, the latents of a tier in rising order."""
+        return (self.membership == tier).nonzero().view(-1)
+
+    def weights(self, on_T: Tensor) -> Tensor:
+        """What each tier's loss counts, [T], without gradient; tiers that are not on count nothing."""
+        if self.importance == "uncertainty":
+            return torch.exp(-self.log_variance.detach()) * on_T
+        learned = 1.0 if self.importance == "fixed" else torch.exp(-self.log_variance.detach())
+        raw = self.weight * learned * on_T
+        return raw / raw.sum()
+
+    @torch.no_grad()
+    def observe(self, view: View) -> None:
+        """Write down activity, size and importance of each tier; tiers count from 1 in the log."""
+        ranks = view.side.ranks
+        fired = ranks.sum(view.codes.fired) / ranks.rows(view.x.shape[0])
+        active = torch.zeros_like(self.weight).index_add_(0, self.membership, fired.to(self.weight.dtype))
+        sizes, weights = self.sizes, self.weights(switched_on(view, self.num_tiers))
+        for tier in range(self.num_tiers):
+            view.note(f"tiers/activity_{tier + 1}", active[tier] / sizes[tier])
+            view.note(f"tiers/size_{tier + 1}", sizes[tier])
+            view.note(f"tiers/importance_{tier + 1}", weights[tier])
+            if self.grad_norm.any():
+                view.note(f"tiers/grad_norm_{tier + 1}", self.grad_norm[tier])
+
+
+def tiers_of(view: View) -> Tiers:
+    return cast(Tiers, view.sae.extras[TIERS])
+
+
+def switch_name(tier: int) -> str:
+    """The knob that says whether a tier takes part; tiers count from 1 in the log."""
+    return f"tier_{tier + 1}"
+
+
+def switched_on(view: View, num_tiers: int) -> Tensor:
+    """[T], 1 for tiers that take part at this step."""
+    return view.x.new_tensor([view.side.knob(switch_name(tier), 1.0) for tier in range(num_tiers)])
+
+
+def tier_losses(view: View) -> Tensor:
+    """[T], the share of variance that the tiers up to each leave unexplained."""
+    return view.once("tier_losses", lambda: _tier_losses(view))
+
+
+def _tier_losses(view: View) -> Tensor:
+    sae, tiers = view.sae, tiers_of(view)
+    errors, residual = tier_errors(view.codes, sae.W_dec, sae.b_dec, view.target, tiers.membership, tiers.num_tiers)
+    view.once("residual", lambda: residual)
+    return errors / view.stats.variance
+
+
+@dataclass(frozen=True)
+class TieredReconstruction:
+    """Weighted sum of the tiers' losses; `scaled` divides the gradient of each by its size where that is over 1."""
+
+    scaled: bool = False
+
+    def __call__(self, view: View) -> Tensor:
+        losses = tier_losses(view)
+        if self.scaled:
+            losses = losses / losses.detach().clamp_min(1.0)
+        tiers = tiers_of(view)
+        return (losses * tiers.weights(switched_on(view, tiers.num_tiers))).sum()
+
+
+def importance_loss(view: View) -> Tensor:
+    """Sum of exp(-s_t) L_t + s_t with L_t constant, less the least it can be: 0 where s_t = log L_t.
+
+    It teaches s_t and nothing else.
+    """
+    losses = view.side.ranks.mean(tier_losses(view).detach()).clamp_min(1e-12)
+    s = tiers_of(view).log_variance
+    return (torch.exp(-s) * losses + s - losses.log() - 1.0).sum()
