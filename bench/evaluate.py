@@ -31,8 +31,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from saemill.cache_schema import CorpusSpec, Manifest, ModelSpec, ShardContent, StoreWriter
 from saemill.harvest.capture import capture
-from saemill.harvest.model import Wanted, load_model, read_facts
-from saemill.harvest.resolve import POCKET_FOLDER
+from saemill.harvest.model.load import Wanted, load_model, read_facts
+from saemill.harvest.model.resolve import POCKET_FOLDER
 from saemill.harvest.stats import measure
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import save_sae

@@ -25,7 +25,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from harvest import ATTENTION, BOS, LAYER, SaeLens, save_tokenizer
 from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, StoreWriter
 from saemill.harvest.capture import run
-from saemill.harvest.model import TruncatedModel, Wanted, load_model
+from saemill.harvest.model.load import TruncatedModel, Wanted, load_model
 from saemill.harvest.shards import Harvester, harvest_shards
 
 BATCH_TOKENS = 8192

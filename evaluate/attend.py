@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from ..harvest.attend import attend
+from ..harvest.model.attention import attend
 
 ATTENTION = "saemill_padded"
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..cache_schema import StoreError
 from ..cache_schema.allocator import keep_large_blocks
 from ..harvest.errors import HarvestError
-from ..harvest.place import find_device
+from ..harvest.model.device import find_device
 from ..train.ask.settings import parse_settings, with_settings
 from ..train.errors import TrainError
 from . import evals

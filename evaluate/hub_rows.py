@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..harvest.hub import NETWORK_ERRORS
+from ..harvest.network import NETWORK_ERRORS
 from .errors import DataMissing
 
 

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..harvest.architectures import architecture_of
-from ..harvest.capture import hooked, kept_outputs
 from ..harvest.errors import HarvestError
-from ..harvest.model import ModelFacts, find_weights, read_facts, without_report
-from ..harvest.tokenizer import TextEncoder, make_encoder
+from ..harvest.model.architectures import architecture_of
+from ..harvest.model.hooks import hooked, kept_outputs
+from ..harvest.model.load import ModelFacts, find_weights, read_facts, without_report
+from ..harvest.model.tokenizer import TextEncoder, make_encoder
 from .attend import ATTENTION, register_attention
 from .errors import MemoryTooSmall, ModelMissing
 from .memory import is_out_of_memory

@@ -11,7 +11,7 @@ import torch
 
 from ..cache_schema import Manifest, Store
 from ..harvest.errors import HarvestError
-from ..harvest.resolve import POCKET, Choice, ModelSource, fetch
+from ..harvest.model.resolve import POCKET, Choice, ModelSource, fetch
 from .errors import DataMissing, ModelMissing
 from .lm import LanguageModel, load_language_model
 from .progress import Watch

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
 from ..cache_schema.files import Files, LocalFiles, full_disk_named, open_files
 from ..cache_schema.layout import ROOT
-from .corpus import is_on_hub, open_corpus
+from .corpus.open import is_on_hub, open_corpus
 from .errors import SettingInvalid, TokensMissing
 from .estimate import least_bytes, require_space
 from .place import Place

@@ -5,18 +5,16 @@
 3. The pass ends where the model was cut.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache_schema import AttentionSpec
-from .attend import Sinks
-from .model import TruncatedModel
+from .model.attention import Sinks
+from .model.hooks import kept_outputs
+from .model.load import TruncatedModel
 from .sparsify import KeptRows, sparsify
 
 
@@ -46,26 +44,3 @@ def run(model: TruncatedModel, ids_WT: Tensor, sinks: Sinks) -> dict[int, Tensor
     with kept_outputs(model.stack, model.wanted.resid_layers) as resid:
         model.stack(input_ids=ids_WT, use_cache=False, sinks=sinks)
     return resid
-
-
-@contextmanager
-def kept_outputs(stack: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collects the outputs of layers while a model runs."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(layer: int, _module: object, _args: object, output: Tensor) -> None:
-        kept[layer] = output
-
-    with hooked(stack, {layer: partial(keep, layer) for layer in layers}):
-        yield kept
-
-
-@contextmanager
-def hooked(stack: Any, hooks: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
-    """Forward hooks on layers of a decoder stack, gone afterwards."""
-    handles = [stack.layers[layer].register_forward_hook(hook) for layer, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

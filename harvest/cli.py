@@ -16,7 +16,7 @@ from ..cache_schema import Store, StoreError, StoreMissing
 from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
 from .config import ATTENTION_AROUND, HarvestConfig, parse_count, parse_layers, parse_worker
-from .corpus import CorpusSource
+from .corpus.source import CorpusSource
 from .errors import HarvestError
 
 

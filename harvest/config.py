@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..cache_schema.manifest import Codec
-from .corpus import CorpusSource
+from .corpus.source import CorpusSource
 from .errors import SettingInvalid
 from .packing import Packing
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .config import Worker
-from .errors import SettingInvalid
+from .model.device import find_device
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,3 @@ def taken_place(device: str, worker: Worker) -> Iterator[Place]:
         yield Place(find_device(str(state.device)), shared, speaks=state.process_index == 0)
     finally:
         state.destroy_process_group()
-
-
-def find_device(name: str) -> torch.device:
-    """`auto` takes a CUDA device where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise SettingInvalid(f"--device {name}: {reason}. Expected auto, cpu, cuda or cuda:1 and the like") from None

@@ -9,11 +9,11 @@ from ..cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, Store
 from ..cache_schema.identity import sealed
 from ..cache_schema.manifest import list_differences
 from .config import HarvestConfig
-from .corpus import OPENWEBTEXT, STDLIB, CorpusSource
-from .model import ModelFacts, Wanted, read_facts
-from .resolve import POCKET, ModelSource
+from .corpus.source import OPENWEBTEXT, STDLIB, CorpusSource
+from .model.load import ModelFacts, Wanted, read_facts
+from .model.resolve import POCKET, ModelSource
+from .model.tokenizer import TextEncoder, load_encoder
 from .spool import PackedCorpus
-from .tokenizer import TextEncoder, load_encoder
 
 POCKET_TOKENS = 600_000  # a minute or so on two cores
 DEFAULT_TOKENS = 10_000_000

@@ -24,11 +24,12 @@ from .begin import begin_store, require_place, wait_for_tokens
 from .config import HarvestConfig
 from .errors import HarvestError, ModelDiffers
 from .estimate import is_bound_to_fit, measure_cost, needed_bytes, require_space, tokens_in
-from .model import Wanted, load_model
-from .place import Place, find_device, taken_place
+from .model.device import find_device
+from .model.load import Wanted, load_model
+from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch
+from .place import Place, taken_place
 from .plan import Plan, make_plan
 from .progress import Watch
-from .resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch
 from .shards import Harvester, harvest_shards
 
 

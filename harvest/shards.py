@@ -23,7 +23,7 @@ from ..cache_schema.commits import CommitRecord
 from ..cache_schema.dtypes import STORED_AS
 from ..cache_schema.moments import merge
 from .capture import Captured, capture
-from .model import TruncatedModel
+from .model.load import TruncatedModel
 from .sparsify import to_csr
 from .stats import is_special, measure
 

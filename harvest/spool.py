@@ -26,10 +26,10 @@ import numpy as np
 
 from ..cache_schema.files import sync
 from ..cache_schema.splits import share_windows, split_of
-from .corpus import Corpus
+from .corpus.source import Corpus
 from .errors import CorpusEmpty, NetworkLost, SplitEmpty
+from .model.tokenizer import TextEncoder
 from .packing import Packer, Packing
-from .tokenizer import TextEncoder
 
 BATCH_CHARACTERS = 2_000_000
 CHECKPOINT_SECONDS = 10.0

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from ...harvest.corpus import CorpusSource
+from ...harvest.corpus.hub import find_repository
+from ...harvest.corpus.source import CorpusSource
 from ...harvest.errors import HarvestError
-from ...harvest.hub import NETWORK_ERRORS, find_repository
+from ...harvest.network import NETWORK_ERRORS
 from ..errors import DataMissing
 from .texts import Classes, Table, Task, balanced, by_class
 

@@ -37,7 +37,7 @@ from saemill.evaluate.subject import Subject
 from saemill.evaluate.subjects import make_subject
 from saemill.harvest.capture import capture
 from saemill.harvest.errors import ModelUnavailable
-from saemill.harvest.model import Wanted, load_model
+from saemill.harvest.model.load import Wanted, load_model
 from saemill.harvest.sparsify import to_csr
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import save_sae

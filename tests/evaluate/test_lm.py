@@ -15,7 +15,7 @@ from saemill.evaluate.errors import MemoryTooSmall, ModelMissing
 from saemill.evaluate.feed import joined, make_rows, run_windows, store_batches
 from saemill.evaluate.lm import load_language_model
 from saemill.evaluate.scene import Scene, find_model
-from saemill.harvest.resolve import POCKET_FOLDER
+from saemill.harvest.model.resolve import POCKET_FOLDER
 
 
 @pytest.fixture

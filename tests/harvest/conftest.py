@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from saemill.harvest.config import HarvestConfig
-from saemill.harvest.corpus import CorpusSource
+from saemill.harvest.corpus.source import CorpusSource
 
 torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
 

@@ -11,12 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saemill.cache_schema import AttentionSpec
-from saemill.harvest import attend as attend_module
-from saemill.harvest.architectures import ARCHITECTURES
-from saemill.harvest.attend import ATTENTION, register_attention
 from saemill.harvest.capture import capture, run
 from saemill.harvest.errors import NonFiniteResidual
-from saemill.harvest.model import Wanted, truncate
+from saemill.harvest.model import attention as attend_module
+from saemill.harvest.model.architectures import ARCHITECTURES
+from saemill.harvest.model.attention import ATTENTION, register_attention
+from saemill.harvest.model.load import Wanted, truncate
 from saemill.harvest.sparsify import to_csr
 from saemill.harvest.stats import measure
 

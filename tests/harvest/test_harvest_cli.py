@@ -183,7 +183,7 @@ def test_a_file_of_another_user_gets_one_line(type_: Type, text_file, monkeypatc
     def refuse(path: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("saemill.harvest.local_files._blocks_of_text", refuse)  # root may read everything
+    monkeypatch.setattr("saemill.harvest.corpus.local._blocks_of_text", refuse)  # root may read everything
     result = type_()
     assert result.exit_code == 1 and f"{text_file} is not for this user to open" in result.output
 

@@ -33,14 +33,14 @@ from saemill.cache_schema.moments import is_special
 from saemill.cache_schema.verify import digest, verify_shards
 from saemill.harvest import begin, run, shards
 from saemill.harvest.config import HarvestConfig, Worker
-from saemill.harvest.corpus import CorpusSource
+from saemill.harvest.corpus.hub import HubCorpus
+from saemill.harvest.corpus.source import CorpusSource
 from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SplitEmpty
 from saemill.harvest.estimate import RESERVE_BYTES
-from saemill.harvest.hub import HubCorpus
+from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, ModelSource
 from saemill.harvest.place import Place
 from saemill.harvest.progress import Watch
-from saemill.harvest.resolve import FIRST_CHOICE, Choice, ModelSource
 from saemill.harvest.run import Finished, reharvest
 from saemill.harvest.spool import Spool
 

@@ -21,7 +21,7 @@ from saemill.evaluate.offline import probing
 from saemill.evaluate.probing import hub
 from saemill.evaluate.probing.last_token import read_prompts, token_rows
 from saemill.evaluate.probing.sources import HUB
-from saemill.harvest.tokenizer import TextEncoder
+from saemill.harvest.model.tokenizer import TextEncoder
 
 SMALL = {
     "sparse_probing": sparse_probing.Config(

@@ -16,9 +16,9 @@ from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from saemill.harvest.corpus import CorpusSource
+from saemill.harvest.corpus.hub import HubCorpus, find_repository, open_hub
+from saemill.harvest.corpus.source import CorpusSource
 from saemill.harvest.errors import CorpusUnavailable, DocumentInvalid, NetworkLost
-from saemill.harvest.hub import HubCorpus, find_repository, open_hub
 
 TEXTS = [f"document {i}" for i in range(50)]
 SOURCE = CorpusSource("owner/name")

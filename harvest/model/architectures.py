@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import UnsupportedArchitecture
+from ..errors import UnsupportedArchitecture
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def architecture_of(model_type: str | None) -> Architecture:
     if model_type is None or model_type not in ARCHITECTURES:
         raise UnsupportedArchitecture(
             f"model type {model_type!r} cannot be harvested; supported are {', '.join(sorted(ARCHITECTURES))}. "
-            "Another decoder of the same build needs one entry in harvest/architectures.py"
+            "Another decoder of the same build needs one entry in harvest/model/architectures.py"
         )
     return ARCHITECTURES[model_type]
 

@@ -17,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .corpus import FILE_SUFFIXES, JSONL_SUFFIXES, PARQUET_SUFFIXES, State, checked_text
-from .errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid
+from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid
+from .source import FILE_SUFFIXES, JSONL_SUFFIXES, PARQUET_SUFFIXES, State, checked_text
 
 PARQUET_ROWS = 256
 

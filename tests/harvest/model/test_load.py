@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from saemill.harvest.architectures import ARCHITECTURES
 from saemill.harvest.capture import run
 from saemill.harvest.errors import (
     ContextTooLong,
@@ -18,7 +17,8 @@ from saemill.harvest.errors import (
     UnsupportedArchitecture,
     WeightsIncomplete,
 )
-from saemill.harvest.model import ModelFacts, Wanted, load_model, read_facts, truncate
+from saemill.harvest.model.architectures import ARCHITECTURES
+from saemill.harvest.model.load import ModelFacts, Wanted, load_model, read_facts, truncate
 
 IDS = torch.arange(3, 15).view(2, 6)
 RESID_2 = Wanted(resid_layers=(2,))

@@ -19,17 +19,16 @@ from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
     HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of whichever HTTP library the hub's client uses)
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from .corpus import CorpusSource, State, checked_text
-from .errors import CorpusUnavailable, DocumentInvalid, NetworkLost
+from ..errors import CorpusUnavailable, DocumentInvalid, NetworkLost
+from ..network import NETWORK_ERRORS
+from .source import CorpusSource, State, checked_text
 
 CONVERSION = "refs/convert/parquet"
-NETWORK_ERRORS = (OSError, HTTPError)
 REFUSALS = (
     DisabledRepoError,
     GatedRepoError,

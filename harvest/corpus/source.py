@@ -1,4 +1,4 @@
-"""Where documents come from: a data set of the hub, local files, or the running Python's own library.
+"""What a corpus is, what a user says about one, and what holds of its text.
 
 A corpus has an identity that decides its text and names no path, and it can be read from any point on:
 `documents(state)` goes on behind the document at which `state()` was taken.
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import CorpusUnavailable, DocumentInvalid
+from ..errors import DocumentInvalid
 
 State = dict[str, Any]  # plain JSON
 
@@ -55,30 +53,6 @@ class Corpus(Protocol):
         ...
 
 
-def is_on_hub(source: CorpusSource) -> bool:
-    """Whether a name can only be found by asking the hub."""
-    is_here = source.dataset == STDLIB or Path(source.dataset).expanduser().exists()
-    return not is_here and not looks_like_path(source.dataset)
-
-
-def open_corpus(source: CorpusSource) -> Corpus:
-    """The corpus that a user names."""
-    from .hub import open_hub  # late: importing datasets takes seconds, which only those who use it should pay
-    from .local_files import LocalCorpus
-
-    if source.dataset == STDLIB:
-        return StdlibCorpus()
-    path = Path(source.dataset).expanduser()
-    if path.exists():
-        return LocalCorpus(path, source.column)
-    if looks_like_path(source.dataset):
-        raise CorpusUnavailable(
-            f"there is no file or folder {source.dataset}. Give a text, jsonl or parquet file or a folder of them, "
-            f"the id of a data set on the hub such as {OPENWEBTEXT}, or `{STDLIB}`"
-        )
-    return open_hub(source)
-
-
 def looks_like_path(dataset: str) -> bool:
     """Whether a name that is no file here can only have been meant as one."""
     return dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or Path(dataset).suffix in FILE_SUFFIXES
@@ -104,34 +78,3 @@ def checked_text(value: object, where: str) -> str:
             "Mend or remove this document, then run again"
         ) from None
     return value
-
-
-class StdlibCorpus:
-    """The text of the running Python's standard library: every machine has it."""
-
-    id = STDLIB
-    settings: dict[str, Any] = {}  # noqa: RUF012 (never changed)
-
-    def __init__(self) -> None:
-        self._read = 0
-
-    @cached_property
-    def _documents(self) -> list[tuple[str, str]]:
-        from .pocket.text import stdlib_documents
-
-        return list(stdlib_documents())
-
-    @property
-    def revision(self) -> str:
-        from .pocket.text import text_digest
-
-        return f"sha256:{text_digest(self._documents)}"
-
-    def documents(self, state: State | None = None) -> Iterator[str]:
-        self._read = (state or {}).get("documents", 0)
-        for _, text in islice(self._documents, self._read, None):
-            self._read += 1
-            yield text
-
-    def state(self) -> State:
-        return {"documents": self._read}

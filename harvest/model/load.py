@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..errors import ContextTooLong, LayerOutOfRange, ModelUnavailable, WeightsIncomplete
 from .architectures import architecture_of, cut
-from .attend import ATTENTION, register_attention
-from .errors import ContextTooLong, LayerOutOfRange, ModelUnavailable, WeightsIncomplete
+from .attention import ATTENTION, register_attention
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

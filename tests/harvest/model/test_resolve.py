@@ -18,9 +18,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from saemill.harvest import resolve
 from saemill.harvest.errors import ModelUnavailable
-from saemill.harvest.resolve import FIRST_CHOICE, Choice, choose, choose_again, fetch
+from saemill.harvest.model import resolve
+from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, choose, choose_again, fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

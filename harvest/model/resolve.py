@@ -29,15 +29,16 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..cache_schema.files import FULL_DISK
-from .errors import ModelUnavailable
-from .hub import NETWORK_ERRORS
-from .model import CONFIG_FILE, find_weights
+from ...cache_schema.files import FULL_DISK
+from ..errors import ModelUnavailable
+from ..network import NETWORK_ERRORS
+from ..pocket import MODEL_FOLDER
+from .load import CONFIG_FILE, find_weights
 
 AUTO = "auto"
 POCKET = "pocket"
 FIRST_CHOICE = "google/gemma-2-2b"
-POCKET_FOLDER = Path(__file__).parent / "pocket" / "model"
+POCKET_FOLDER = MODEL_FOLDER
 
 DECISION_SECONDS = 8
 ANSWER_SECONDS = 5

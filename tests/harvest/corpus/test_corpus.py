@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saemill.harvest.corpus import CorpusSource, StdlibCorpus, open_corpus
+from saemill.harvest.corpus.local import LocalCorpus
+from saemill.harvest.corpus.open import open_corpus
+from saemill.harvest.corpus.source import CorpusSource
+from saemill.harvest.corpus.stdlib import StdlibCorpus
 from saemill.harvest.errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid
-from saemill.harvest.local_files import LocalCorpus
 
 
 def read(path: Path, column: str = "text") -> list[str]:
