@@ -12,7 +12,7 @@ DATASET  ?=
 TOKENS   ?=
 CONTEXT  ?=
 DEMO     ?= ./demo
-STUDIES  ?= ./studies
+STUDIES  ?= ./study_runs
 
 # A worker a core with one thread each: the tests' tensors are too small to keep two threads busy together.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal

@@ -47,7 +47,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
     """
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        from .command import run  # late: --help must not wait for torch and transformers
+        from .run.command import run  # late: --help must not wait for torch and transformers
 
         status = run(targets, wanted, settings, runs, options, lambda text: click.echo(text, err=True))
     except KeyboardInterrupt:

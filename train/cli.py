@@ -22,8 +22,8 @@ from .kit.registry import names
 from .parallel.processes import Group, join
 from .recipes import find_recipes, studies
 from .run.after_run import after_run
-from .run.folder import RunFolder
-from .run.launch import Settled, begun, cache_of, resumed, settle
+from .run.folder import RunFolder, cache_of
+from .run.launch import Settled, begun, resumed, settle
 from .run.loop import train
 from .run.outcome import Outcome
 from .run.run import Run

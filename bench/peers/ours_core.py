@@ -16,11 +16,11 @@ import torch
 
 from saemill.cache_schema import Store
 from saemill.cache_schema.allocator import keep_large_blocks
-from saemill.evaluate.evals import core
-from saemill.evaluate.progress import Watch
-from saemill.evaluate.results import frame
-from saemill.evaluate.scene import Scene
-from saemill.evaluate.subjects import find_subjects
+from saemill.evaluate.context.context import Scene
+from saemill.evaluate.context.progress import Watch
+from saemill.evaluate.context.results import frame
+from saemill.evaluate.evals.core import evaluation as core
+from saemill.evaluate.run.find_saes import find_subjects
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""The registry: every file of this folder is an evaluation, and its name is the evaluation's id.
+"""The registry: an evaluation is a file of this folder, or a folder with a file `evaluation.py`.
 
-A file has a frozen dataclass `Config` of JSON-able settings, `NEEDS`, and
+The name of the file or folder is the evaluation's id. Folders without that file (`probing`, `measures`) hold what
+several evaluations share. An evaluation has a frozen dataclass `Config` of JSON-able settings, `NEEDS`, and
 
     def evaluate(scene, subjects, config) -> Iterator[Result | Failure]
 
@@ -10,6 +11,7 @@ It gets all SAEs at once, so that the model runs once for all of them, and yield
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,13 +21,21 @@ from ..errors import UnknownEval
 
 def names() -> tuple[str, ...]:
     """All evaluations, sorted."""
-    return file_names(__path__)
+    return tuple(sorted(_modules()))
 
 
 def module(name: str) -> ModuleType:
     """The file of an evaluation."""
     require_known(name, names(), "evaluation", UnknownEval)
-    return import_file(__name__, name)
+    return import_file(__name__, _modules()[name])
+
+
+def _modules() -> dict[str, str]:
+    """Where each evaluation is, by its id."""
+    folders = {file.parent.name for path in __path__ for file in Path(path).glob("*/__init__.py")}
+    wholes = {file.parent.name for path in __path__ for file in Path(path).glob("*/evaluation.py")}
+    files = set(file_names(__path__)) - folders
+    return {name: name for name in files} | {name: f"{name}.evaluation" for name in wholes}
 
 
 def config_type(name: str) -> type[Any]:

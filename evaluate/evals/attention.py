@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ...cache_schema.strict import to_json
 from ...train.data.batch import AttentionRows
+from ..context.context import Scene
+from ..context.loaded_sae import Subject
+from ..context.needs import Needs
+from ..context.results import Failure, Result
+from ..context.test_windows import read_windows
 from ..errors import ModelMissing, NotApplicable
-from ..metrics.attention import Explained, attention_divergence, explain
-from ..needs import Needs
-from ..reading import read_windows
-from ..results import Failure, Result
-from ..scene import Scene
-from ..subject import Subject
-from ..windows import Windows
+from ..model.windows import Windows
+from .measures.attention import Explained, attention_divergence, explain
 
 NEEDS = Needs(store=True)
 ONE_LAYER = "attention fidelity is about SAEs that read and write one layer"

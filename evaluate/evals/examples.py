@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..metrics.top import Strongest
-from ..needs import Needs
-from ..reading import read_windows
-from ..results import Failure, Result
-from ..scene import Scene
-from ..subject import Subject
-from ..windows import Windows
-from ..wording import Wording
+from ..context.context import Scene
+from ..context.loaded_sae import Subject
+from ..context.needs import Needs
+from ..context.results import Failure, Result
+from ..context.test_windows import read_windows
+from ..context.token_text import Wording
+from ..model.windows import Windows
+from .measures.top import Strongest
 
 NEEDS = Needs(store=True)
 SUMMARY = ("firing.alive_share",)

@@ -20,9 +20,15 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..assigned import Assignment, is_bound, ranges_of, saved
+from ..context.context import Scene
+from ..context.loaded_sae import Subject
+from ..context.needs import Needs
+from ..context.results import Failure, Result
+from ..context.test_windows import read_windows
 from ..errors import NotApplicable
-from ..metrics.position import (
+from ..model.windows import Windows
+from .measures.assignment import Assignment, is_bound, ranges_of, saved
+from .measures.position import (
     Profile,
     assign_ranges,
     fidelity,
@@ -32,13 +38,7 @@ from ..metrics.position import (
     retention,
     soft_mask,
 )
-from ..metrics.probes import accuracy
-from ..needs import Needs
-from ..reading import read_windows
-from ..results import Failure, Result
-from ..scene import Scene
-from ..subject import Subject
-from ..windows import Windows
+from .measures.probes import accuracy
 
 NEEDS = Needs(store=True)
 SUMMARY = ("specialisation.retention", "specialisation.fidelity", "order.range_top_5")

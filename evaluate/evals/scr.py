@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..needs import Needs
-from ..probing.rounds import Outcome, evaluate_able, perturb_all
-from ..probing.scores import mean_scores, scr_scores
-from ..probing.settings import Settings, official_config
-from ..probing.sources import Source, load_all
-from ..probing.texts import OPPOSITES, Task, spurious
-from ..results import Failure, Result
-from ..scene import Scene
-from ..subject import Subject
+from ..context.context import Scene
+from ..context.loaded_sae import Subject
+from ..context.needs import Needs
+from ..context.results import Failure, Result
+from .probing.rounds import Outcome, evaluate_able, perturb_all
+from .probing.scores import mean_scores, scr_scores
+from .probing.settings import Settings, official_config
+from .probing.sources import Source, load_all
+from .probing.texts import OPPOSITES, Task, spurious
 
 NEEDS = Needs(model=True)
 SUMMARY = ("scr_metrics.scr_metric_threshold_10", "scr_metrics.scr_metric_threshold_50")

@@ -19,19 +19,19 @@ from typing import Any
 import torch
 
 from ...cache_schema.strict import to_json
-from ..fitting import model_name_of
-from ..needs import Needs
-from ..probing.dense_probe import FULL_WIDTH, probe_every_class
-from ..probing.features import Features, draw_probe
-from ..probing.memo import Memo, seeded
-from ..probing.pooling import Pool, pool_task
-from ..probing.settings import of_data
-from ..probing.sources import DataName, Source, find_source, load_all
-from ..probing.sparse_probe import sparse_accuracy
-from ..probing.texts import Task
-from ..results import Result
-from ..scene import Scene
-from ..subject import Subject
+from ..context.compatible import model_name_of
+from ..context.context import Scene
+from ..context.loaded_sae import Subject
+from ..context.needs import Needs
+from ..context.results import Result
+from .probing.dense_probe import FULL_WIDTH, probe_every_class
+from .probing.features import Features, draw_probe
+from .probing.pooling import Pool, pool_task
+from .probing.rng_memo import Memo, seeded
+from .probing.settings import of_data
+from .probing.sources import DataName, Source, find_source, load_all
+from .probing.sparse_probe import sparse_accuracy
+from .probing.texts import Task
 
 NEEDS = Needs(model=True)
 SUMMARY = ("sae.sae_top_1_test_accuracy", "sae.sae_top_5_test_accuracy", "llm.llm_top_5_test_accuracy")

@@ -16,19 +16,18 @@ from typing import Any
 import numpy as np
 
 from ...cache_schema.strict import to_json
-from ..fitting import model_name_of
-from ..needs import Needs
-from ..offline import probing as installed
-from ..probing import collection
-from ..probing.collection import BinarySet
-from ..probing.last_token import LastTokens, read_prompts
-from ..probing.scores import mean_scores
-from ..probing.settings import of_data
-from ..probing.sources import DataName, Source, find_source, load_all
-from ..probing.tuned_probe import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
-from ..results import Result
-from ..scene import Scene
-from ..subject import Subject
+from ..context.compatible import model_name_of
+from ..context.context import Scene
+from ..context.loaded_sae import Subject
+from ..context.needs import Needs
+from ..context.results import Result
+from .probing import collection, installed
+from .probing.collection import BinarySet
+from .probing.last_token import LastTokens, read_prompts
+from .probing.scores import mean_scores
+from .probing.settings import of_data
+from .probing.sources import DataName, Source, find_source, load_all
+from .probing.tuned_probe import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
 
 NEEDS = Needs(model=True)
 SUMMARY = ("sae.sae_top_1_test_auc", "sae.sae_top_5_test_auc", "llm.llm_test_auc")

@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..assigned import Assignment, groups_of
-from ..metrics.temporal import SCALES, Consistency, Persistence, consistency, persistence, segments, transitions
-from ..needs import Needs
-from ..reading import read_windows
-from ..results import Failure, Result
-from ..scene import Scene
-from ..subject import Subject
-from ..windows import Windows
+from ..context.context import Scene
+from ..context.loaded_sae import Subject
+from ..context.needs import Needs
+from ..context.results import Failure, Result
+from ..context.test_windows import read_windows
+from ..model.windows import Windows
+from .measures.assignment import Assignment, groups_of
+from .measures.temporal import SCALES, Consistency, Persistence, consistency, persistence, segments, transitions
 
 NEEDS = Needs(store=True)
 SUMMARY = ("consistency.tcs_short", "consistency.tcs_long", "stability.fsm_median", "stability.lifetime_mean")

@@ -21,24 +21,24 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..assigned import Assignment, every, saved, tiers_of
+from ..context.context import Scene
+from ..context.loaded_sae import Subject
+from ..context.needs import Needs
+from ..context.results import Failure, Result
+from ..context.test_windows import read_windows
+from ..context.token_text import Wording
 from ..errors import ModelMissing
-from ..metrics.composition import EXPLAINED, explained, explained_by, explained_by_few, fit_all, random_rows
-from ..metrics.tiers import (
+from .measures.assignment import Assignment, every, saved, tiers_of
+from .measures.composition import EXPLAINED, explained, explained_by, explained_by_few, fit_all, random_rows
+from .measures.splice_effects import Effect, Tracer, make_tracers
+from .measures.tiers import (
     Activity,
     adjusted_mutual_information,
     dominant_latents,
     normalised_mutual_information,
     tier_activity,
 )
-from ..metrics.top import Strongest
-from ..needs import Needs
-from ..reading import read_windows
-from ..results import Failure, Result
-from ..scene import Scene
-from ..subject import Subject
-from ..tracing import Effect, Tracer, make_tracers
-from ..wording import Wording
+from .measures.top import Strongest
 
 NEEDS = Needs(store=True)
 SUMMARY = ("tier_information.adjusted_nmi_1_2", "composition.coverage_few_2")

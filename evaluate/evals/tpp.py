@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..needs import Needs
-from ..probing.rounds import Outcome, evaluate_able, perturb_all
-from ..probing.scores import mean_scores, tpp_scores
-from ..probing.settings import Settings, official_config
-from ..probing.sources import Source, load_all
-from ..results import Failure, Result
-from ..scene import Scene
-from ..subject import Subject
+from ..context.context import Scene
+from ..context.loaded_sae import Subject
+from ..context.needs import Needs
+from ..context.results import Failure, Result
+from .probing.rounds import Outcome, evaluate_able, perturb_all
+from .probing.scores import mean_scores, tpp_scores
+from .probing.settings import Settings, official_config
+from .probing.sources import Source, load_all
 
 NEEDS = Needs(model=True)
 SUMMARY = ("tpp_metrics.tpp_threshold_10_total_metric", "tpp_metrics.tpp_threshold_50_total_metric")

@@ -28,13 +28,13 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.moments import is_special, measure
-from saemill.evaluate import scene as scene_module
-from saemill.evaluate.feed import store_batches
-from saemill.evaluate.lm import LanguageModel, make_language_model
-from saemill.evaluate.progress import Watch
-from saemill.evaluate.scene import Scene
-from saemill.evaluate.subject import Subject
-from saemill.evaluate.subjects import make_subject
+from saemill.evaluate.context import context as scene_module
+from saemill.evaluate.context.context import Scene
+from saemill.evaluate.context.loaded_sae import Subject
+from saemill.evaluate.context.progress import Watch
+from saemill.evaluate.model.batches import store_batches
+from saemill.evaluate.model.lm import LanguageModel, make_language_model
+from saemill.evaluate.run.find_saes import make_subject
 from saemill.harvest.capture import capture
 from saemill.harvest.errors import ModelUnavailable
 from saemill.harvest.model.load import Wanted, load_model

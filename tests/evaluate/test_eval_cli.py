@@ -13,11 +13,12 @@ import pytest
 from click.testing import CliRunner
 
 from saemill.cache_schema.cli import main as store_main
-from saemill.evaluate import evals, session
+from saemill.evaluate import evals
 from saemill.evaluate.cli import main
-from saemill.evaluate.evals import core
-from saemill.evaluate.results import result_path
-from saemill.evaluate.subjects import find_places, find_subjects, make_subject
+from saemill.evaluate.context.results import result_path
+from saemill.evaluate.evals.core import evaluation as core
+from saemill.evaluate.run import by_store
+from saemill.evaluate.run.find_saes import find_places, find_subjects, make_subject
 from saemill.train.run.find_sae import find_sae
 from saemill.train.run.folder import RunFolder
 
@@ -238,16 +239,16 @@ def test_resume_skips_what_is_done_with_the_same_settings(run_1, sae_eval):
 
 def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run_1, sae_eval, monkeypatch):
     sae_eval("run_1")
-    together, groups, run_evals = results(run_1), [], session.run_evals
+    together, groups, run_evals = results(run_1), [], by_store.run_evals
 
     def told(scene, subjects, *settings):
         groups.append([subject.label for subject in subjects])
         return run_evals(scene, subjects, *settings)
 
-    monkeypatch.setattr(session, "run_evals", told)
+    monkeypatch.setattr(by_store, "run_evals", told)
     for room, expected in ((1 << 30, [["large", "small"]]), (5000, [["large"], ["small"]])):
         groups.clear()
-        monkeypatch.setattr(session, "room_for_weights", lambda device, room=room: room)
+        monkeypatch.setattr(by_store, "room_for_weights", lambda device, room=room: room)
         sae_eval("run_1")
         assert groups == expected
         for name, found in results(run_1).items():

@@ -173,3 +173,11 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"commit": commit.strip(), "is_dirty": bool(changes.strip())}
+
+
+def cache_of(folder: RunFolder) -> tuple[str, str]:
+    """Address and cache id of the store that a run trains on."""
+    cache = folder.read_config().get("cache")
+    if not isinstance(cache, dict) or not {"url", "cache_id"} <= set(cache):
+        raise ConfigInvalid(f"{folder.path / 'config.json'} does not say which store the run trains on")
+    return cache["url"], cache["cache_id"]

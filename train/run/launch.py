@@ -225,14 +225,6 @@ def fitted(member: Member, manifest: Manifest) -> Member:
     return replace(member, config=replace(member.config, context=manifest.context))
 
 
-def cache_of(folder: RunFolder) -> tuple[str, str]:
-    """Address and cache id of the store that a run trains on."""
-    cache = folder.read_config().get("cache")
-    if not isinstance(cache, dict) or not {"url", "cache_id"} <= set(cache):
-        raise ConfigInvalid(f"{folder.path / 'config.json'} does not say which store the run trains on")
-    return cache["url"], cache["cache_id"]
-
-
 @contextmanager
 def _assembled(
     settled: Settled,

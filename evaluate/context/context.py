@@ -1,0 +1,131 @@
+"""The scene of an evaluation: the store, the language model behind it, the device, and who watches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from ...cache_schema import Manifest, Store
+from ...harvest.errors import HarvestError
+from ...harvest.model.resolve import POCKET, Choice, ModelSource, fetch
+from ..errors import DataMissing, ModelMissing
+from ..model.lm import LanguageModel, load_language_model
+from .progress import Watch
+
+DtypeName = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(eq=False)
+class Scene:
+    """What all evaluations of one store share. The model is loaded when it is first asked for."""
+
+    opened: Store | None
+    model_name: str | None = None
+    """A folder, `pocket` or an id that the user insists on; None: the one that the store says."""
+    dtype_name: DtypeName | None = None
+    """None: the store's."""
+    from_tokens: bool = False
+    """Run the whole model from tokens where the store's residuals would do."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    watch: Watch = field(default_factory=Watch)
+    model_identity: str | None = None
+    """Of the loaded model, down to the revision; None where nobody knows."""
+    _model: LanguageModel | None = None
+    _obstacle: ModelMissing | None = None
+
+    @property
+    def store(self) -> Store:
+        if self.opened is None:
+            raise DataMissing("this evaluation reads activations from a store: give --cache")
+        return self.opened
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.store.manifest
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's: the store's, so that a stored residual is exactly what the model computes."""
+        name = self.dtype_name or (self.opened.manifest.model.dtype if self.opened else "bfloat16")
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+
+    @property
+    def model(self) -> LanguageModel:
+        """The whole language model; ModelMissing where it cannot be had, the same each time."""
+        if self._obstacle is not None:
+            raise self._obstacle
+        if self._model is None:
+            try:
+                source = find_model(self.opened.manifest if self.opened else None, self.model_name)
+                self.say(f"loading {source.id} in {str(self.dtype).removeprefix('torch.')}")
+                self._model = load_language_model(source.folder, self.dtype, self.device)
+                if self.opened is not None:
+                    require_same_shape(self._model, self.opened.manifest)
+                self.model_identity = f"{source.id}@{source.revision}"
+            except ModelMissing as error:
+                self._model, self._obstacle = None, error
+                raise
+        return self._model
+
+    @property
+    def is_pocket(self) -> bool:
+        """Whether the model is the one that comes with this package: evaluations then take data made here."""
+        name = self.model_name or (self.opened.manifest.model.id if self.opened else None)
+        return name == POCKET
+
+    def use(self, model: LanguageModel, identity: str | None = None) -> None:
+        """Take a model that is in memory already. Without an identity nothing it computes is kept."""
+        self._model, self.model_identity = model, identity
+
+    def say(self, text: str) -> None:
+        self.watch.say(text)
+
+
+@contextmanager
+def open_scene(store: Store | None, **settings: object) -> Iterator[Scene]:
+    """A scene that closes its store."""
+    try:
+        yield Scene(store, **settings)  # type: ignore[arg-type]
+    finally:
+        if store is not None:
+            store.close()
+
+
+def find_model(manifest: Manifest | None, override: str | None) -> ModelSource:
+    """The files of the model that a store was made with, down to the revision."""
+    if manifest is None:
+        if override is None:
+            raise ModelMissing("no store and no model: give --cache or --model")
+        return _fetch(Choice(override))
+    recorded = manifest.model
+    is_commit = recorded.revision is not None and "-" not in recorded.revision
+    source = _fetch(Choice(override or recorded.id, recorded.revision if is_commit and override is None else None))
+    if recorded.revision is not None and source.revision != recorded.revision:
+        raise ModelMissing(
+            f"the store was made with {recorded.id} at {recorded.revision}, found {source.id} at {source.revision}: "
+            "its residuals are not this model's. Give the folder of the right one by --model, or harvest again"
+        )
+    return source
+
+
+def require_same_shape(model: LanguageModel, manifest: Manifest) -> None:
+    """For stores that know no revision: a model of another width or depth cannot have made them."""
+    facts = model.facts
+    if facts.d_model != manifest.model.d_model or max(manifest.layers, default=0) >= facts.num_layers:
+        raise ModelMissing(
+            f"the store holds layers {list(manifest.layers)} of width {manifest.model.d_model}, "
+            f"the model has {facts.num_layers} layers of width {facts.d_model}: it is not the one that made the store. "
+            "Give that one by --model"
+        )
+
+
+def _fetch(choice: Choice) -> ModelSource:
+    try:
+        return fetch(choice)
+    except HarvestError as error:
+        raise ModelMissing(f"{error}. Or give its folder by --model") from error

@@ -1,0 +1,42 @@
+"""Rows of a data set on the hub, by its real name; whatever stands in the way is said with its remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...harvest.network import NETWORK_ERRORS
+from ..errors import DataMissing
+
+
+def load_rows(dataset: str, name: str | None, split: str) -> list[dict[str, Any]]:
+    """All rows of a split; data that only a script could read is refused."""
+    from datasets import load_dataset  # here: it takes seconds to import
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows: Any = load_dataset(dataset, name, split=split)
+        return list(rows)
+    except (*NETWORK_ERRORS, DatasetsError, ValueError, RuntimeError) as error:
+        raise _missing(dataset, name, error) from error
+
+
+def load_json(dataset: str, file: str) -> Any:
+    """A JSON file of a data set's repository."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return json.loads(Path(hf_hub_download(dataset, file, repo_type="dataset")).read_text())
+    except (*NETWORK_ERRORS, HFValidationError, ValueError) as error:
+        raise _missing(dataset, file, error) from error
+
+
+def _missing(dataset: str, part: str | None, error: Exception) -> DataMissing:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return DataMissing(
+        f"data set {dataset}{f' ({part})' if part else ''} cannot be had ({reason}). Open "
+        f"https://huggingface.co/datasets/{dataset} and accept its terms if it asks, then `hf auth login`, and run "
+        "this again with a network, or once elsewhere and copy ~/.cache/huggingface here"
+    )

@@ -1,0 +1,127 @@
+"""A subject: one SAE under evaluation, and how it reads a batch of windows.
+
+W windows, T positions, B rows, D_in and D_out widths, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cache_schema.strict import from_json
+from ...train.kit import registry
+from ...train.sae.model import SparseAutoencoder
+from ...train.sae.side import Side
+from ..errors import NotApplicable
+from ..model.windows import Windows
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One SAE in raw units, float32, and where it belongs."""
+
+    label: str
+    folder: Path  # of the SAE
+    home: Path  # of its results: the run's folder, or the SAE's own; for the Hub's one under runs/hub
+    run: str | None
+    variant: str
+    sae: SparseAutoencoder
+    config: Mapping[str, Any]  # cfg.json
+    layers: tuple[int, ...]
+    target_layers: tuple[int, ...]
+    cache_id: str | None = None
+    cache_url: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`run/label`, or the label alone."""
+        return f"{self.run}/{self.label}" if self.run else self.label
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.config.get("metadata", {})
+
+    @property
+    def d_in(self) -> int:
+        return self.sae.d_in
+
+    @property
+    def width(self) -> int:
+        return self.sae.num_latents
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """Side inputs that the SAE reads at inference: position, attention, ..."""
+        return frozenset(self.sae.needs_side)
+
+    @cached_property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers whose attention the SAE reads at inference."""
+        if "attention" not in self.needs:
+            return ()
+        settings = self.metadata["training_architecture_details"]
+        layers: tuple[int, ...] = from_json(registry.config_type(self.variant), settings).request().attention_layers
+        return layers
+
+    @property
+    def is_single_layer(self) -> bool:
+        return len(self.layers) == 1 and self.target_layers == self.layers
+
+    @property
+    def layer(self) -> int:
+        """The one layer that the SAE reads and writes."""
+        if not self.is_single_layer:
+            raise NotApplicable(
+                f"{self.name} reads layers {list(self.layers)} and writes {list(self.target_layers)}: "
+                "this evaluation is about SAEs that read and write one layer"
+            )
+        return self.layers[0]
+
+    def to(self, device: torch.device) -> None:
+        """Move the SAE."""
+        self.sae.to(device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights."""
+        return sum(table.numel() * table.element_size() for table in (*self.sae.parameters(), *self.sae.buffers()))
+
+    @torch.inference_mode()
+    def encode(self, batch: Windows) -> Tensor:
+        """Activations [W, T, F]; zero at special tokens where the SAE needs side inputs, which those do not have."""
+        x_WTD = batch.x(self.layers)
+        if not self.needs:
+            return self.sae.encode(x_WTD.flatten(0, 1)).unflatten(0, x_WTD.shape[:2])
+        acts_BF = self.sae.encode(x_WTD[batch.keep], make_side(batch))
+        acts_WTF = acts_BF.new_zeros(*batch.keep.shape, acts_BF.shape[-1])
+        acts_WTF[batch.keep] = acts_BF
+        return acts_WTF
+
+    @torch.inference_mode()
+    def decode(self, acts_WTF: Tensor) -> Tensor:
+        """x_hat [W, T, D_out]."""
+        return self.sae.decode(acts_WTF)
+
+    def reconstruct(self, batch: Windows) -> tuple[Tensor, Tensor]:
+        """Activations and x_hat."""
+        acts_WTF = self.encode(batch)
+        return acts_WTF, self.decode(acts_WTF)
+
+
+def make_side(batch: Windows) -> Side:
+    """The side inputs of the rows `x[batch.keep]`, by the names that training uses."""
+    window = batch.keep.nonzero()[:, 0]
+    row_of = torch.full_like(batch.tokens, -1)
+    row_of[batch.keep] = torch.arange(len(window), device=row_of.device)
+    positions = batch.valid.long().cumsum(dim=1) - 1  # padding on the left takes no position
+    inputs: dict[str, Any] = {"token": batch.tokens[batch.keep], "position": positions[batch.keep], "window": window}
+    inputs |= {"row_of": row_of, "attention": dict(batch.attention)}
+    if batch.documents is not None:
+        inputs["document"] = batch.documents[batch.keep]
+    return Side(inputs)

@@ -1,0 +1,101 @@
+"""Reading single tokens of prompts: what the model, and each SAE, makes of them. N prompts, D width, F latents.
+
+A prompt is read at one position, counted from its end, so prompts of any length will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...cache_schema import AttentionSpec
+from ..model.batches import make_rows, run_windows
+from ..model.lm import LanguageModel
+from ..model.memory import PieceSize, in_pieces
+from ..model.windows import Windows
+from .compatible import layers_of
+from .loaded_sae import Subject
+
+CHUNK_BYTES = 64 << 20
+"""Of dense activations held at once."""
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A prompt's tokens, and the position that is read: below zero, counted from the end."""
+
+    tokens: Sequence[int]
+    position: int
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Residuals at the spots; activations too of SAEs that read more than the residual there."""
+
+    x: dict[int, Tensor]  # layer -> float32 [N, D]
+    acts: dict[Subject, Tensor]  # [N, F]
+
+    @staticmethod
+    def joined(parts: Sequence[Reading]) -> Reading:
+        """One reading of several, in order."""
+        x = {layer: torch.cat([part.x[layer] for part in parts]) for layer in parts[0].x}
+        return Reading(x, {subject: torch.cat([part.acts[subject] for part in parts]) for subject in parts[0].acts})
+
+    @property
+    def size(self) -> int:
+        return len(next(iter(self.x.values())))
+
+    def acts_of(self, subject: Subject, rows: Tensor) -> Tensor:
+        """Activations at some spots: [rows, F]."""
+        if subject in self.acts:
+            return self.acts[subject][rows]
+        with torch.no_grad():
+            return subject.sae.encode(self.x[subject.layer][rows])
+
+    def columns_of(self, subject: Subject, latents: Tensor) -> Tensor:
+        """Activations of some latents at all spots: [N, latents]."""
+        return torch.cat([self.acts_of(subject, rows)[:, latents] for rows in self._chunks(subject)])
+
+    def _chunks(self, subject: Subject) -> Iterator[Tensor]:
+        """The numbers of all spots, in pieces whose activations fit into memory."""
+        x_ND = self.x[subject.layer]
+        size = max(1, CHUNK_BYTES // (4 * subject.width))
+        yield from torch.arange(len(x_ND), device=x_ND.device).split(size)
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Reads prompts for all SAEs in one pass of the model."""
+
+    model: LanguageModel
+    subjects: Sequence[Subject]
+    attention: AttentionSpec | None
+    batch_size: int
+    say: Callable[[str], None] = lambda _: None
+
+    def read(self, spots: Sequence[Spot], advance: Callable[[int], None]) -> Reading:
+        """Prompts that do not fit into memory together are read in smaller batches."""
+        size = PieceSize(self.batch_size, "prompts", self.say)
+        parts = []
+        for part in in_pieces(len(spots), size, lambda start, stop: self._read(spots[start:stop])):
+            parts.append(part)
+            advance(part.size)
+        return Reading.joined(parts)
+
+    def _read(self, spots: Sequence[Spot]) -> Reading:
+        layers = layers_of(self.subjects)
+        batch, at = self._run(spots, layers)
+        return Reading(
+            x={layer: batch.x((layer,))[at].clone() for layer in layers},
+            acts={subject: subject.encode(batch)[at].clone() for subject in self.subjects if subject.needs},
+        )
+
+    def _run(self, spots: Sequence[Spot], layers: Sequence[int]) -> tuple[Windows, tuple[Tensor, Tensor]]:
+        """A batch, and where its spots are."""
+        tokens, valid = make_rows(self.model, [spot.tokens for spot in spots], max(len(spot.tokens) for spot in spots))
+        batch = run_windows(self.model, tokens, valid, layers, self.attention)
+        places = torch.tensor([len(spot.tokens) + spot.position for spot in spots], device=batch.tokens.device)
+        return batch, (torch.arange(len(spots), device=places.device), places)

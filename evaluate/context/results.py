@@ -1,0 +1,207 @@
+"""Results: what an evaluation says of one SAE, as JSON in SAEBench's frame, beside the run.
+
+<home>/evals/<evaluation>/<label>_eval_results.json, where home is the run's folder, the SAE's own,
+or runs/hub/OWNER--NAME.
+Keys and their order are those of SAEBench 0.6.0; ours follow under `saemill` and in `extra`. There is
+no NaN in JSON: official metrics say -1, as SAEBench does, our own say null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ...train.disk.sae_folder import SAELENS_VERSION
+from ...train.disk.whole_files import replace_file
+from ...train.run.folder import provenance
+from ..errors import ResultInvalid
+from .loaded_sae import Subject
+
+UNKNOWN = "Unknown"
+UNMEASURED = -1  # what SAEBench writes where there is no number
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one evaluation found out about one SAE."""
+
+    subject: Subject
+    eval_config: Mapping[str, Any]
+    metrics: Mapping[str, Mapping[str, Any]]
+    details: Sequence[Mapping[str, Any]] = ()
+    unstructured: Mapping[str, Any] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Our own top-level keys."""
+    missing: str | None = None
+    """What has to be had for the numbers that are not there, if so."""
+    remark: str | None = None
+    """Why numbers are not there that this SAE cannot have."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An evaluation could not be done for one SAE."""
+
+    subject: Subject
+    error: Exception
+
+
+def result_path(subject: Subject, eval_id: str) -> Path:
+    return subject.home / "evals" / eval_id / f"{subject.label}_eval_results.json"
+
+
+def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> Path:
+    """Write a result, all or nothing. `settings` are what decides it besides the SAE."""
+    path = result_path(result.subject, eval_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(frame(result, eval_id, settings), indent=2, allow_nan=False)
+    replace_file(path, text.encode() + b"\n")
+    return path
+
+
+def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole document."""
+    subject = result.subject
+    made = provenance()
+    return {
+        "eval_type_id": eval_id,
+        "eval_config": dict(result.eval_config),
+        "eval_id": str(uuid.uuid4()),
+        "datetime_epoch_millis": int(time.time() * 1000),
+        "eval_result_metrics": without_nan(result.metrics, UNMEASURED),
+        "eval_result_details": without_nan(result.details, UNMEASURED),
+        "sae_bench_commit_hash": UNKNOWN,
+        "sae_lens_id": subject.label,
+        "sae_lens_release_id": subject.run or subject.folder.name,
+        "sae_lens_version": SAELENS_VERSION,
+        "sae_cfg_dict": without_nan(sae_config(subject), None),
+        "eval_result_unstructured": without_nan(result.unstructured, UNMEASURED),
+        **without_nan(result.extra, None),
+        "saemill": {
+            "settings": dict(settings),
+            "cache_id": settings.get("cache_id"),
+            "run": subject.run,
+            "label": subject.label,
+            "variant": subject.variant,
+            "missing": result.missing,
+            "remark": result.remark,
+            "provenance": made,
+        },
+    }
+
+
+def sae_config(subject: Subject) -> dict[str, Any]:
+    """cfg.json with the entries that SAEBench's tools look for at its top level."""
+    metadata = subject.metadata
+    hook = metadata.get("hook_name") or f"blocks.{subject.layers[-1]}.hook_resid_post"
+    return {
+        **subject.config,
+        "model_name": metadata.get("model_name"),
+        "d_in": subject.d_in,
+        "d_sae": subject.width,
+        "hook_layer": subject.layers[-1],
+        "hook_name": hook,
+        "context_size": metadata.get("context_size"),
+        "training_tokens": metadata.get("training_tokens", -1),
+    }
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A document as it was written."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ResultInvalid(f"{path} is damaged ({error}): remove it and evaluate again") from None
+    if not isinstance(found, dict) or "eval_result_metrics" not in found:
+        raise ResultInvalid(f"{path} is no file of results: remove it and evaluate again")
+    return found
+
+
+def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
+    """A number by its dotted name: one of the official metrics, or of a top-level key of ours; None for no number."""
+    for value in (document["eval_result_metrics"], document):
+        for part in metric.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, (int, float)):
+            return None if value == UNMEASURED else float(value)
+    return None
+
+
+def standing_result(subject: Subject, eval_id: str) -> dict[str, Any] | None:
+    """The result that is there, if it is no older than the SAE."""
+    path = result_path(subject, eval_id)
+    return read_result(path) if path.is_file() and not _is_older(path, subject.folder) else None
+
+
+def is_of_store(document: Mapping[str, Any], cache_id: str | None) -> bool:
+    """Whether a result, of whatever settings, is of this store (None: of any)."""
+    return cache_id is None or settings_in(document).get("cache_id") == cache_id
+
+
+def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a result is of these very settings and misses nothing."""
+    return settings_in(document) == dict(settings) and document.get("saemill", {}).get("missing") is None
+
+
+def settings_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What decided a result besides the SAE."""
+    return document.get("saemill", {}).get("settings", {})
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted names."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    parts = [flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items()]
+    return {key: item for part in parts for key, item in part.items()}
+
+
+def told_differences(document: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Where a result's settings are others than these, in words; nothing where they are the same."""
+    found, wanted = flat(settings_in(document)), flat(settings)
+    keys = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} {found.get(key)!r} (asked for: {wanted.get(key)!r})" for key in keys)
+
+
+def _is_older(path: Path, folder: Path) -> bool:
+    """Whether a folder's weights were written after the result: another SAE has taken the place of the one measured."""
+    weights = [found for ending in ("*.safetensors", "*.pt") for found in folder.glob(ending)]
+    return any(found.stat().st_mtime > path.stat().st_mtime for found in weights)
+
+
+def without_nan(value: Any, instead: Any) -> Any:
+    """The same with every number that JSON does not have replaced."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item, instead) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item, instead) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return instead
+    return value
+
+
+Status = Literal["done", "partly", "kept", "not run", "failed"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one evaluation of one SAE ended."""
+
+    subject: Subject
+    eval_id: str
+    status: Status
+    reason: str = ""
+
+    @property
+    def path(self) -> Path:
+        return result_path(self.subject, self.eval_id)
+
+    @property
+    def is_good(self) -> bool:
+        return self.status in ("done", "kept")

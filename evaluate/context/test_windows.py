@@ -1,0 +1,41 @@
+"""What the measures of stored text read: some windows of a split, with the layers that all SAEs need.
+
+They look at dense codes [W, T, F] of one SAE at a time; batches are as small as the widest SAE asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..errors import NotApplicable
+from ..model.batches import count_windows, store_batches
+from ..model.windows import Windows
+from .context import Scene
+from .loaded_sae import Subject
+
+MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
+
+
+def read_windows(
+    scene: Scene,
+    subjects: Sequence[Subject],
+    title: str,
+    windows: int,
+    batch_windows: int,
+    split: str = "test",
+    attention_layers: Sequence[int] = (),
+) -> Iterator[Windows]:
+    """The first `windows` windows of a split, batch by batch, with a bar."""
+    total = min(windows, count_windows(scene.store, split))
+    if total == 0:
+        raise NotApplicable(f"the store's {split} split has no windows: harvest more text")
+    layers = sorted({layer for subject in subjects for layer in (*subject.layers, *subject.target_layers)})
+    attention = {*attention_layers, *(layer for subject in subjects for layer in subject.attention_layers)}
+    context, device = scene.manifest.context, scene.device
+    room = MOST_CODES // (context * max(subject.width for subject in subjects))
+    size = max(1, min(batch_windows, total, room))
+    batches = store_batches(scene.store, split, layers, sorted(attention), size, count=total, device=device)
+    with scene.watch.stage(title, total * context) as advance:
+        for batch in batches:
+            yield batch
+            advance(len(batch) * batch.context)

@@ -1,0 +1,178 @@
+"""absorption: do latents for "starts with L" stay silent on words that have a latent of their own?
+
+The task is on the model's own vocabulary, so it needs no data and works with any tokenizer. It is measured on
+letters that the model knows, by the F1 of a probe; with too few of them the evaluation is not run. The pocket
+model knows none (no F1 above 0.4), so there the classes are the words' shapes, and the result says so.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from ...context.compatible import attention_of, model_name_of, split_fitting
+from ...context.context import Scene
+from ...context.loaded_sae import Subject
+from ...context.needs import Needs
+from ...context.prompt_positions import Reader
+from ...context.results import Failure, Result
+from ...errors import NotApplicable
+from ...model.lm import LanguageModel
+from .probe import Training
+from .prompts import word_position
+from .task import ClassProbe, Task, make_task
+from .trial import LetterResult, Sparse, mean_metrics, measure_letters
+from .vocabulary import FIRST_LETTER, WordClasses, alphabetic_words
+from .word_shapes import WORD_SHAPES
+
+NEEDS = Needs(model=True)
+SUMMARY = ("mean.mean_absorption_fraction_score", "mean.mean_full_absorption_score")
+OFFICIAL_ID = "absorption_first_letter"
+POCKET_WORDS, POCKET_CLASSES = 1000, 4
+"""So many are asked within a minute, and so many of the shapes must be known."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The protocol's settings."""
+
+    classes: Literal["auto", "first_letter", "shape"] = "auto"
+    """auto: shapes for the pocket model, first letters for all others."""
+    random_seed: int = 42
+    f1_jump_threshold: float = 0.03
+    max_k_value: int = 10
+    prompt_template: str | None = None
+    """None: "{word} has the first letter:", or what the classes have in its place."""
+    llm_batch_size: int = 32
+    k_sparse_probe_l1_decay: float = 0.01
+    k_sparse_probe_batch_size: int | None = None
+    """None: the protocol's 4096; 32 for a sample of the words, of which 4096 are all, and a step an epoch too few."""
+    k_sparse_probe_num_epochs: int = 50
+    min_GT_probe_f1: float = 0.6  # noqa: N815  the protocol's name
+    min_feats_for_eval: int | None = None
+    """Letters that the model must know; None: the protocol's 20, or 4 of the 6 shapes."""
+    max_words: int | None = None
+    """Words that are asked at most; None: all, fewer for the pocket model."""
+
+    def word_limit(self, scene: Scene) -> int | None:
+        """How many words are asked; None: all."""
+        return self.max_words or (POCKET_WORDS if scene.is_pocket else None)
+
+    def batch_size(self, scene: Scene) -> int:
+        return self.k_sparse_probe_batch_size or (4096 if self.word_limit(scene) is None else 32)
+
+    def sparse(self, scene: Scene) -> Sparse:
+        training = Training(
+            epochs=self.k_sparse_probe_num_epochs,
+            batch_size=self.batch_size(scene),
+            weight_decay=1e-6,
+            l1_decay=self.k_sparse_probe_l1_decay,
+        )
+        return Sparse(training, self.max_k_value, self.f1_jump_threshold)
+
+
+def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+    fitting, failures = split_fitting(subjects, scene.model)
+    yield from failures
+    if not fitting:
+        return
+    classes = choose_classes(scene, config)
+    reader = Reader(scene.model, fitting, attention_of(scene, fitting), config.llm_batch_size, scene.say)
+    words = choose_words(scene, config)
+    with ExitStack() as stages:
+        task = make_task(
+            reader,
+            words,
+            classes,
+            config.random_seed,
+            lambda title, total: stages.enter_context(scene.watch.stage(f"absorption: {title}", total, "words")),
+        )
+    for subject in fitting:
+        yield one_result(scene, task, subject, config)
+
+
+def choose_classes(scene: Scene, config: Config) -> WordClasses:
+    name = config.classes if config.classes != "auto" else "shape" if scene.is_pocket else "first_letter"
+    classes = WORD_SHAPES if name == "shape" else FIRST_LETTER
+    return replace(classes, template=config.prompt_template or classes.template)
+
+
+def choose_words(scene: Scene, config: Config) -> list[str]:
+    """Alphabetic words of the vocabulary by token id, or a sample of them."""
+    words = vocabulary_words(scene.model)
+    limit = config.word_limit(scene) or len(words)
+    return random.Random(config.random_seed).sample(words, limit) if limit < len(words) else words
+
+
+def vocabulary_words(model: LanguageModel) -> list[str]:
+    backend = model.tokenizer.backend
+    tokens = sorted(backend.get_vocab().items(), key=lambda item: item[1])
+    return alphabetic_words((token for token, _ in tokens), lambda token: backend.decoder.decode([token]))
+
+
+def one_result(scene: Scene, task: Task, subject: Subject, config: Config) -> Result | Failure:
+    probe = task.probes[subject.layer]
+    known = probe.known(config.min_GT_probe_f1)
+    needed = config.min_feats_for_eval or (20 if task.classes.names == FIRST_LETTER.names else POCKET_CLASSES)
+    if len(known) < needed:
+        return Failure(subject, _too_few(subject, task, known, needed, config))
+    generator = torch.Generator().manual_seed(config.random_seed)
+    results = measure_letters(task, subject, known, config.sparse(scene), generator)
+    is_official = task.classes.names == FIRST_LETTER.names
+    return Result(
+        subject,
+        official_config(scene, task, config, needed),
+        {"mean": mean_metrics(results)},
+        details=[result.to_json() for result in results],
+        extra={
+            "eval_type_id": OFFICIAL_ID if is_official else "absorption_word_shape",
+            "absorption": our_details(task, probe, results),
+        },
+    )
+
+
+def our_details(task: Task, probe: ClassProbe, results: Sequence[LetterResult]) -> dict[str, Any]:
+    """What the protocol's document leaves out: which latents, which classes, and that the seed was applied."""
+    return {
+        "is_random_seed_applied": True,
+        "words": len(task.train.words) + len(task.test.words),
+        "probe_f1": dict(zip(task.classes.names, probe.f1, strict=True)),
+        "split_latents": {result.letter: list(result.latents) for result in results},
+    }
+
+
+def official_config(scene: Scene, task: Task, config: Config, needed: int) -> dict[str, Any]:
+    """Under the protocol's keys what was done."""
+    return {
+        "model_name": model_name_of(scene),
+        "random_seed": config.random_seed,
+        "f1_jump_threshold": config.f1_jump_threshold,
+        "max_k_value": config.max_k_value,
+        "prompt_template": task.classes.template,
+        "prompt_token_pos": word_position(
+            scene.model, task.classes.template
+        ),  # as the tokenizer writes it; -6 with Gemma's
+        "llm_batch_size": config.llm_batch_size,
+        "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
+        "k_sparse_probe_l1_decay": config.k_sparse_probe_l1_decay,
+        "k_sparse_probe_batch_size": config.batch_size(scene),
+        "k_sparse_probe_num_epochs": config.k_sparse_probe_num_epochs,
+        "min_GT_probe_f1": config.min_GT_probe_f1,
+        "min_feats_for_eval": needed,
+        "eval_k_sparse_probe_batch_size": 24,  # decides nothing but memory in the official package
+        "precalc_k_sparse_probe_sae_acts": False,
+    }
+
+
+def _too_few(subject: Subject, task: Task, known: Sequence[int], needed: int, config: Config) -> NotApplicable:
+    names = ", ".join(task.classes.names[number] for number in known) or "none"
+    return NotApplicable(
+        f"layer {subject.layer} of the model knows {len(known)} of {len(task.classes.names)} classes of words "
+        f"({names}) with F1 above {config.min_GT_probe_f1}, {needed} are needed. A larger model or an earlier layer "
+        "knows more; --set absorption.min_feats_for_eval=N lowers the bar, and the result says so"
+    )

@@ -1,0 +1,171 @@
+"""The clean pass of a batch and its ablations: the same for every SAE, so computed once for a store and kept.
+
+Zero ablation takes the residual of every position away, special tokens included, as SAEBench does. All
+windows then look alike, and one of them is run. Mean and resample ablation replace what a spliced SAE
+replaces: by the store's mean, or by the residual at the same position in another window of the batch.
+
+Kept beside the store, in <store>.evals/<cache id>/clean-<settings>/<batch>.safetensors: of each kept
+token the hidden state behind the final norm, the cross entropy, and those of each ablation.
+W windows, T positions, N kept tokens, D residual width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ....cache_schema.files import Files, open_files
+from ...context.context import Scene
+from ...model.divergence import LogitsOf, Losses, chunk_rows, compare, next_tokens
+from ...model.memory import PieceSize, in_pieces
+from ...model.windows import Windows
+from .blocks import Block
+
+FORMAT = 1
+ABLATIONS = ("zero", "mean", "resample")
+PARTS = ("ce", "kl", "kl_published")
+
+
+@dataclass(frozen=True)
+class Clean:
+    """A batch as the model itself continues it, and as it does after each ablation."""
+
+    hidden: Tensor  # [N, D] in the model's dtype
+    ce: Tensor  # [N]
+    ablated: Mapping[str, Losses]
+
+
+class Baselines:
+    """Clean passes and ablations at one layer of one store."""
+
+    def __init__(
+        self, scene: Scene, layer: int, block: Block, mean_D: Tensor, ablations: Sequence[str] = ABLATIONS
+    ) -> None:
+        self._scene, self._layer, self._ablations = scene, layer, tuple(ablations)
+        self._mean_D = mean_D.to(scene.device, scene.model.dtype)
+        self._size = PieceSize(block.batch_windows, "windows", scene.say)
+        self._rows = PieceSize(chunk_rows(scene.model.facts.vocab_size), "rows of logits", scene.say)
+        self._files = _files_of(scene, layer, block, self._ablations)
+
+    def measure(self, batch: Windows, number: int, hidden: Sequence[Tensor]) -> tuple[Clean, list[Losses]]:
+        """The baselines of the batch of this number, and what follows from each of other hidden states [N, D].
+
+        Baselines are those that are kept, or made now and kept; clean logits are computed once for both.
+        """
+        key = f"{number:05d}.safetensors"
+        targets, others = next_tokens(batch.tokens, batch.keep), [self._logits(h) for h in hidden]
+        kept = _read(self._files, key, int(batch.keep.sum()), self._ablations)
+        if kept is not None:
+            clean = _on_device(kept, self._scene.device)
+            return clean, compare(self._logits(clean.hidden), others, targets, self._rows)[1]
+        made, losses = self._make(batch, targets, others)
+        self._keep(key, made)
+        return made, losses
+
+    def hidden(self, batch: Windows, resid_WTD: Tensor) -> Tensor:
+        """[N, D] behind the final norm, when the residual at the layer is this one."""
+        suffix = self._scene.model.suffix
+        pieces = in_pieces(len(batch), self._size, lambda a, b: suffix(resid_WTD[a:b], self._layer)[batch.keep[a:b]])
+        return torch.cat(list(pieces))
+
+    def _logits(self, hidden_ND: Tensor) -> LogitsOf:
+        head = self._scene.model.head
+        return lambda start, stop: head(hidden_ND[start:stop])
+
+    def _make(self, batch: Windows, targets_N: Tensor, others: Sequence[LogitsOf]) -> tuple[Clean, list[Losses]]:
+        hidden = self.hidden(batch, batch.resid[self._layer])
+        ablated = [self._ablated(batch, ablation) for ablation in self._ablations]
+        ce, losses = compare(self._logits(hidden), [*ablated, *others], targets_N, self._rows)
+        count = len(ablated)
+        return Clean(hidden, ce, dict(zip(self._ablations, losses[:count], strict=True))), losses[count:]
+
+    def _keep(self, key: str, made: Clean) -> None:
+        if self._files is not None and not _write(self._files, key, made):
+            self._scene.say(f"the clean pass cannot be kept at {self._files.url}: it will be computed again next time")
+            self._files = None
+
+    def _ablated(self, batch: Windows, ablation: str) -> LogitsOf:
+        """The model's logits at kept tokens after an ablation."""
+        if ablation == "zero":
+            return self._zero_logits(batch)
+        resid = batch.resid[self._layer]
+        instead = self._mean_D if ablation == "mean" else elsewhere(resid)
+        return self._logits(self.hidden(batch, torch.where(batch.keep[..., None], instead, resid)))
+
+    def _zero_logits(self, batch: Windows) -> LogitsOf:
+        """With a residual of zero the model sees positions and nothing else."""
+        model = self._scene.model
+        nothing = torch.zeros_like(batch.resid[self._layer][:1])
+        hidden_TD = model.suffix(nothing, self._layer)[0]
+        if bool((hidden_TD == hidden_TD[:1]).all()):
+            logits_1V = model.head(hidden_TD[:1])
+            return lambda start, stop: logits_1V.expand(stop - start, -1)
+        positions = batch.keep.nonzero()[:, 1]
+        return lambda start, stop: model.head(hidden_TD[positions[start:stop]])
+
+
+def elsewhere(resid_WTD: Tensor) -> Tensor:
+    """For each window another one's residuals, half a batch away; a lone window is shifted by half of itself."""
+    windows, context, _ = resid_WTD.shape
+    return resid_WTD.roll(windows // 2, 0) if windows > 1 else resid_WTD.roll(context // 2, 1)
+
+
+def _files_of(scene: Scene, layer: int, block: Block, ablations: Sequence[str]) -> Files | None:
+    """Where they are kept: a folder for each way of computing them."""
+    settings = {
+        "format": FORMAT,
+        "model": scene.model_identity,
+        "layer": layer,
+        "split": block.split,
+        "batch_windows": block.batch_windows,
+        "mean_of_batches": None if layer in scene.manifest.layers else block.batches,
+        "dtype": str(scene.dtype),
+        "ablations": list(ablations),
+        "from_tokens": scene.from_tokens,
+        "device": scene.device.type,
+    }
+    if settings["model"] is None:
+        return None
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return open_files(f"{scene.store.url.rstrip('/')}.evals/{scene.manifest.cache_id}/clean-{name}")
+
+
+def _read(files: Files | None, key: str, tokens: int, ablations: Sequence[str]) -> Clean | None:
+    """What is kept, if it is whole."""
+    if files is None:
+        return None
+    try:
+        found = load(files.read(key))
+        ablated = {name: Losses(*(found[f"{name}.{part}"] for part in PARTS)) for name in ablations}
+        clean = Clean(found["hidden"], found["ce"], ablated)
+    except (KeyError, OSError, SafetensorError):
+        return None
+    return clean if len(clean.hidden) == tokens else None
+
+
+def _write(files: Files, key: str, clean: Clean) -> bool:
+    """Whether it could be kept: a store on a read-only disk can be evaluated too."""
+    tensors = {"hidden": clean.hidden, "ce": clean.ce}
+    for name, losses in clean.ablated.items():
+        tensors |= {f"{name}.{part}": getattr(losses, part) for part in PARTS}
+    data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    try:
+        files.replace(key, data)
+    except OSError:
+        return False
+    return True
+
+
+def _on_device(clean: Clean, device: torch.device) -> Clean:
+    def moved(losses: Losses) -> Losses:
+        return Losses(*(getattr(losses, part).to(device) for part in PARTS))
+
+    ablated = {name: moved(losses) for name, losses in clean.ablated.items()}
+    return Clean(clean.hidden.to(device), clean.ce.to(device), ablated)

@@ -1,0 +1,97 @@
+"""Which token rows a core evaluation reads: two blocks of batches of a split, one after the other.
+
+The first block is for the losses of the model, the second for sparsity and variance. SAEBench takes
+200 and 2,000 batches; a split that has fewer is shared: a tenth for the losses as SAEBench does, but up
+to 20 batches, or half, where a tenth would be too few to say anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...context.context import Scene
+from ...errors import NotApplicable, SettingInvalid
+from ...model.batches import count_windows, store_batches
+from ...model.memory import PieceSize, in_pieces
+from ...model.windows import Windows
+
+RECONSTRUCTION, SPARSITY = 200, 2000
+ENOUGH = 20
+
+
+@dataclass(frozen=True)
+class Block:
+    """Batches that follow each other in a split."""
+
+    split: str
+    batch_windows: int
+    first: int  # window
+    batches: int
+
+    @property
+    def windows(self) -> int:
+        return self.batches * self.batch_windows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The two blocks."""
+
+    reconstruction: Block
+    sparsity: Block
+
+
+def choose_rows(windows: int, split: str, batch_windows: int, reconstruction: int | None, sparsity: int | None) -> Rows:
+    """The blocks asked for, or those that the split has room for."""
+    if windows < 2:
+        raise NotApplicable(f"the {split} split has {windows} windows: the two blocks of rows need one each")
+    batch_windows = min(batch_windows, windows // 2)
+    batches = windows // batch_windows
+    if reconstruction is None:
+        room = batches - (sparsity or 0)
+        reconstruction = max(1, min(RECONSTRUCTION, max(batches // 11, min(batches // 2, ENOUGH)), room))
+    if sparsity is None:
+        sparsity = max(1, min(SPARSITY, batches - reconstruction))
+    if min(reconstruction, sparsity) < 1 or reconstruction + sparsity > batches:
+        raise SettingInvalid(
+            f"asked for {reconstruction} and {sparsity} batches of {batch_windows} windows, at least one of each; "
+            f"the {split} split has {batches}. Ask for fewer, or give a smaller batch_size_prompts"
+        )
+    first = Block(split, batch_windows, 0, reconstruction)
+    return Rows(first, Block(split, batch_windows, first.windows, sparsity))
+
+
+def read_block(
+    scene: Scene, block: Block, layers: Sequence[int], attention_layers: Sequence[int] = ()
+) -> Iterator[Windows]:
+    """The batches of a block; residuals are the store's, or computed anew from its tokens."""
+    batches = store_batches(
+        scene.store,
+        block.split,
+        () if scene.from_tokens else layers,
+        attention_layers,
+        block.batch_windows,
+        block.first,
+        block.windows,
+        scene.device,
+    )
+    size = PieceSize(block.batch_windows, "windows", scene.say)
+    for batch in batches:
+        yield replace(batch, resid=run_prefix(scene, batch, layers, size)) if scene.from_tokens else batch
+
+
+def run_prefix(scene: Scene, batch: Windows, layers: Sequence[int], size: PieceSize) -> dict[int, Tensor]:
+    """The residuals of a batch, computed from its tokens."""
+    pieces = list(in_pieces(len(batch), size, lambda a, b: scene.model.resid(batch.tokens[a:b], layers)))
+    return {layer: torch.cat([piece[layer] for piece in pieces]) for layer in layers}
+
+
+def rows_of(scene: Scene, split: str, batch_windows: int, reconstruction: int | None, sparsity: int | None) -> Rows:
+    """The blocks of this scene's store."""
+    if split not in scene.manifest.splits:
+        raise SettingInvalid(f"expected a split of {', '.join(scene.manifest.splits)}, found {split!r}")
+    return choose_rows(count_windows(scene.store, split), split, batch_windows, reconstruction, sparsity)

@@ -1,0 +1,105 @@
+"""What an SAE says of the kept tokens of a batch, sparse where that pays, and its reconstruction.
+
+Same numbers as `Subject.encode` and `decode` but for the order of sums, at a fraction of the cost:
+1. Rows go in pieces: many enough for the product to run at full speed, few enough to be held.
+2. A top-k gate is searched, not sorted; of any other gate the active entries are picked out.
+3. The decoder adds up rows of active latents. Where many are active the dense products are used.
+
+N kept tokens, D width, F latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ....train.sae.gates import DENSE_SHARE, TopK
+from ....train.sae.kernels.codes import Codes
+from ....train.sae.kernels.linear import linear
+from ....train.sae.kernels.select import marked, topk_rows
+from ....train.sae.kernels.support import support_from_topk
+from ....train.sae.model import SparseAutoencoder
+from ...context.loaded_sae import Subject
+from ...model.windows import Windows
+
+CPU_PIECE = 1 << 23  # pre-activations at once: 32 MB
+GPU_PIECE = 1 << 28
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Some tokens as one SAE sees them."""
+
+    codes: tuple[Codes, ...]  # of pieces, in the order of the tokens
+    x_hat: Tensor  # [N, D_out]
+
+    @property
+    def l0(self) -> Tensor:
+        """Entries that are not zero, by token: float32 [N]."""
+        return torch.cat([codes.map(_is_active).row_totals() for codes in self.codes])
+
+    @property
+    def l1(self) -> Tensor:
+        """Sum of the activations, by token: float32 [N]."""
+        return torch.cat([codes.row_totals() for codes in self.codes])
+
+    def fired(self) -> Tensor:
+        """Tokens in which each latent is above zero: int64 [F]."""
+        return torch.stack([codes.fired for codes in self.codes]).sum(dim=0)
+
+    def fired_in(self, groups_N: Tensor, num_groups: int) -> Tensor:
+        """Groups of tokens, such as windows, in which each latent is above zero: int64 [F]."""
+        width = self.codes[0].num_latents
+        seen = torch.zeros(num_groups * width, dtype=torch.bool, device=groups_N.device)
+        start = 0
+        for codes in self.codes:
+            row, latent = _active_pairs(codes)
+            seen[groups_N[start : start + codes.num_rows][row] * width + latent] = True
+            start += codes.num_rows
+        return seen.view(num_groups, width).sum(dim=0)
+
+
+@torch.inference_mode()
+def read(subject: Subject, batch: Windows) -> Reading:
+    """The kept tokens of a batch."""
+    if not subject.sae.is_plain or subject.needs:
+        acts = subject.encode(batch)[batch.keep]
+        return Reading((_sparse(acts),), subject.decode(acts))
+    x_ND = batch.x(subject.layers)[batch.keep]
+    room = CPU_PIECE if x_ND.device.type == "cpu" else GPU_PIECE
+    codes = tuple(encode(subject.sae, x) for x in x_ND.split(max(1, room // subject.width)))
+    x_hat = [part.decode(subject.sae.W_dec, subject.sae.b_dec) for part in codes]
+    return Reading(codes, torch.cat(x_hat) if x_hat else x_ND.new_empty(0, subject.sae.d_out))
+
+
+def encode(sae: SparseAutoencoder, x_ND: Tensor) -> Codes:
+    """Activations of rows by a plain SAE."""
+    pre_NF = linear(sae.centred(x_ND), sae.W_enc, sae.b_enc)
+    if not isinstance(sae.gate, TopK):
+        return _sparse(sae.gate.infer(pre_NF, sae.b_enc))
+    values, latents = topk_rows(pre_NF, sae.gate.k)
+    return Codes(values.relu().view(-1), support_from_topk(latents, sae.num_latents), len(x_ND), sae.num_latents)
+
+
+def _sparse(acts_NF: Tensor) -> Codes:
+    """Dense activations by their active entries, where those are few."""
+    rows, width = acts_NF.shape
+    support = marked(acts_NF != 0, DENSE_SHARE)
+    if support is None:
+        return Codes(acts_NF, None, rows, width)
+    return Codes(acts_NF[support.rows.long(), support.latents.long()], support, rows, width)
+
+
+def _is_active(values: Tensor) -> Tensor:
+    return (values != 0).float()
+
+
+def _active_pairs(codes: Codes) -> tuple[Tensor, Tensor]:
+    """Row and latent of each entry above zero: int64."""
+    if codes.support is None:
+        row, latent = (codes.values > 0).nonzero(as_tuple=True)
+        return row, latent
+    above = codes.values > 0
+    return codes.support.rows[above].long(), codes.support.latents[above].long()

@@ -1,0 +1,140 @@
+"""core: how well an SAE reconstructs, how sparse it is, and what the model loses when it is spliced in.
+
+SAEBench 0.6.0's core evaluation on the store's held-out windows.
+
+1. Losses of the model on the first block of rows: clean, with the reconstruction, ablated.
+2. Sparsity and variance on the second block; needs no model.
+3. Bias, norms and cosines of each latent, from the weights.
+
+Metrics under SAEBench's keys are SAEBench's formulas to the letter. `saemill_metrics` adds the centred
+explained variance, scores against mean and resample ablation, and confidence intervals over documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...context.compatible import model_name_of
+from ...context.context import Scene
+from ...context.loaded_sae import Subject
+from ...context.needs import Needs
+from ...context.results import Failure, Result
+from ...errors import ModelMissing, NotApplicable, SettingInvalid
+from .baselines import ABLATIONS
+from .blocks import Rows, rows_of
+from .losses import LossSums, measure_losses, splice_layer
+from .metrics import latent_details, latent_metrics, official_metrics, own_metrics
+from .sparsity import Sparsity, measure_sparsity
+
+NEEDS = Needs(store=True, from_tokens=True)
+SUMMARY = (
+    "sparsity.l0",
+    "saemill_metrics.explained_variance",
+    "model_performance_preservation.ce_loss_score",
+    "model_behavior_preservation.kl_div_score",
+    "misc_metrics.frac_alive",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    batch_size_prompts: int = 16
+    """Windows in a batch; a part of the definition of some of SAEBench's means."""
+    n_eval_reconstruction_batches: int | None = None
+    """None: 200, or what the split has room for."""
+    n_eval_sparsity_variance_batches: int | None = None
+    """None: 2,000, or the rest of the split."""
+    split: str = "test"
+    resamples: int = 1000
+    """Of documents, for confidence intervals."""
+    ablations: tuple[str, ...] = ABLATIONS
+    """What to set the losses against; SAEBench's is `zero`, the others cost one more pass each, once for a store."""
+
+
+def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+    """All SAEs side by side; those that no model can be spliced with get the measures that need none."""
+    require_ablations(config.ablations)
+    rows = rows_of(
+        scene,
+        config.split,
+        config.batch_size_prompts,
+        config.n_eval_reconstruction_batches,
+        config.n_eval_sparsity_variance_batches,
+    )
+    reasons, missing = unspliceable(subjects), missing_model(scene)
+    able = [subject for subject in subjects if subject not in reasons]
+    sparsity = measure_sparsity(scene, subjects, rows.sparsity)
+    losses = {} if missing else measure_losses(scene, able, rows.reconstruction, config.ablations)
+    for subject in subjects:
+        result = make_result(scene, subject, config, rows, sparsity[subject], losses.get(subject))
+        remark = reasons.get(subject)
+        yield replace(result, remark=remark, missing=None if remark else missing)
+
+
+def require_ablations(ablations: Sequence[str]) -> None:
+    """Known ones, and the one that SAEBench's scores are about."""
+    if "zero" not in ablations or set(ablations) - set(ABLATIONS):
+        raise SettingInvalid(f"ablations: expected zero and others of {', '.join(ABLATIONS)}, found {list(ablations)}")
+
+
+def unspliceable(subjects: Sequence[Subject]) -> dict[Subject, str]:
+    """SAEs that have no one place in the model, and why."""
+    reasons = {}
+    for subject in subjects:
+        try:
+            splice_layer(subject)
+        except NotApplicable as reason:
+            reasons[subject] = str(reason)
+    return reasons
+
+
+def missing_model(scene: Scene) -> str | None:
+    """Why the losses of the model cannot be measured, if so. From tokens, nothing can be."""
+    if scene.manifest.corpus.settings.get("tokens") is False:
+        return f"{scene.store.url} was imported without tokens: import it again with --tokens for the model's losses"
+    try:
+        _ = scene.model
+    except ModelMissing as error:
+        if scene.from_tokens:
+            raise
+        return str(error)
+    return None
+
+
+def make_result(
+    scene: Scene, subject: Subject, config: Config, rows: Rows, sparsity: Sparsity, losses: LossSums | None
+) -> Result:
+    """The document of one SAE."""
+    latents = latent_metrics(subject, sparsity)
+    return Result(
+        subject,
+        official_config(scene, rows, losses is not None),
+        official_metrics(sparsity, losses, latents, rows, scene.manifest.context),
+        details=latent_details(latents),
+        unstructured={},
+        extra={"saemill_metrics": own_metrics(sparsity, losses, config.ablations, config.resamples)},
+    )
+
+
+def official_config(scene: Scene, rows: Rows, has_losses: bool) -> dict[str, Any]:
+    """SAEBench's settings as they were used."""
+    return {
+        "model_name": model_name_of(scene) if has_losses else scene.manifest.model.id,
+        "llm_dtype": str(scene.dtype).removeprefix("torch."),
+        "batch_size_prompts": rows.sparsity.batch_windows,
+        "n_eval_reconstruction_batches": rows.reconstruction.batches,
+        "n_eval_sparsity_variance_batches": rows.sparsity.batches,
+        "dataset": scene.manifest.corpus.id,
+        "context_size": scene.manifest.context,
+        "compute_kl": has_losses,
+        "compute_ce_loss": has_losses,
+        "compute_l2_norms": True,
+        "compute_sparsity_metrics": True,
+        "compute_variance_metrics": True,
+        "compute_featurewise_density_statistics": True,
+        "compute_featurewise_weight_based_metrics": True,
+        "exclude_special_tokens_from_reconstruction": True,
+        "verbose": False,
+    }

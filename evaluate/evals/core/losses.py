@@ -1,0 +1,121 @@
+"""The first block of rows: what the model loses when an SAE's reconstruction takes the residual's place.
+
+For each batch: the clean pass and the ablations from where they are kept, then for each SAE the layers
+above its own and the head. All SAEs of a layer share the clean logits. N kept tokens, D residual width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...context.context import Scene
+from ...context.loaded_sae import Subject
+from ...errors import NotApplicable
+from ...model.divergence import Losses
+from ...model.memory import PieceSize, in_pieces
+from ...model.windows import Windows
+from .baselines import ABLATIONS, Baselines, Clean
+from .blocks import Block, read_block
+from .bootstrap import DocumentSums
+from .encoding import read
+from .sparsity import attention_layers_of, layers_of, piece_size
+
+
+@dataclass
+class LossSums:
+    """Sums over the tokens of the first block for one SAE."""
+
+    documents: DocumentSums = field(default_factory=DocumentSums)
+    published: dict[str, float] = field(default_factory=dict)  # divergences by SAEBench's formula, NaN and all
+
+    def add(self, documents_N: np.ndarray, clean: Clean, spliced: Losses) -> None:
+        """One batch."""
+        runs: dict[str, Losses] = {**clean.ablated, "sae": spliced}
+        predicts = ~clean.ce.isnan()
+        values: dict[str, Tensor] = {"tokens": torch.ones_like(clean.ce), "predicting": predicts, "ce_clean": clean.ce}
+        for name, losses in runs.items():
+            values |= {f"ce_{name}": losses.ce, f"kl_{name}": losses.kl}
+            total = float(losses.kl_published.double().sum())
+            self.published[name] = self.published.get(name, 0.0) + total
+        self.documents.add(documents_N, {name: value.double().cpu().numpy() for name, value in values.items()})
+
+    def totals(self) -> dict[str, float]:
+        """Over all documents."""
+        return {name: float(values.sum()) for name, values in self.documents.table().items()}
+
+
+def splice_layer(subject: Subject) -> int:
+    """The layer whose residual the SAE's output can take the place of."""
+    if len(subject.target_layers) != 1:
+        raise NotApplicable(
+            f"{subject.name} writes layers {list(subject.target_layers)}: the losses of the model are about "
+            "SAEs that write one layer"
+        )
+    return subject.target_layers[0]
+
+
+def measure_losses(
+    scene: Scene, subjects: Sequence[Subject], block: Block, ablations: Sequence[str] = ABLATIONS
+) -> dict[Subject, LossSums]:
+    """One pass over the block for all SAEs, each of which must write one layer."""
+    found = {subject: LossSums() for subject in subjects}
+    if not subjects:
+        return found
+    layers = {splice_layer(subject) for subject in subjects}
+    baselines = {at: Baselines(scene, at, block, mean_residual(scene, at, block), ablations) for at in layers}
+    sizes = {subject: piece_size(scene, subject, block.batch_windows) for subject in subjects}
+    context = scene.manifest.context
+    with scene.watch.stage("losses of the model", block.windows * context) as advance:
+        for number, batch in enumerate(read_block(scene, block, layers_of(subjects), attention_layers_of(subjects))):
+            for layer, baseline in baselines.items():
+                at_layer = {subject: sizes[subject] for subject in subjects if splice_layer(subject) == layer}
+                _add_batch(found, at_layer, baseline, batch, number)
+            advance(len(batch) * context)
+    return found
+
+
+def mean_residual(scene: Scene, layer: int, block: Block) -> Tensor:
+    """The store's mean at a layer [D]; where it does not hold the layer, that of the block's own tokens."""
+    if layer in scene.manifest.layers:
+        return torch.from_numpy(scene.store.moments(layer).mean)
+    total, count = torch.zeros(scene.manifest.model.d_model, dtype=torch.float64), 0
+    for batch in read_block(scene, block, (layer,)):
+        total += batch.resid[layer][batch.keep].double().sum(dim=0).cpu()
+        count += int(batch.keep.sum())
+    return total / max(count, 1)
+
+
+@torch.inference_mode()
+def _add_batch(
+    found: Mapping[Subject, LossSums],
+    subjects: Mapping[Subject, PieceSize],
+    baselines: Baselines,
+    batch: Windows,
+    number: int,
+) -> None:
+    """The SAEs of one layer, side by side."""
+    hidden = [baselines.hidden(batch, spliced(subject, batch, size)) for subject, size in subjects.items()]
+    clean, losses = baselines.measure(batch, number, hidden)
+    documents = _documents(batch)
+    for subject, found_losses in zip(subjects, losses, strict=True):
+        found[subject].add(documents, clean, found_losses)
+
+
+def spliced(subject: Subject, batch: Windows, size: PieceSize) -> Tensor:
+    """The residual with the SAE's reconstruction in its place [W, T, D]; special tokens keep their own."""
+    resid = batch.resid[splice_layer(subject)].clone()
+    pieces = in_pieces(len(batch), size, lambda a, b: read(subject, batch.slice(a, b)).x_hat)
+    resid[batch.keep] = torch.cat(list(pieces)).to(resid.dtype)
+    return resid
+
+
+def _documents(batch: Windows) -> np.ndarray:
+    """The document of each kept token; windows stand for documents where nobody knows those."""
+    if batch.documents is not None:
+        return batch.documents[batch.keep].cpu().numpy()
+    return batch.keep.nonzero()[:, 0].cpu().numpy()

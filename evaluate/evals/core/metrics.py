@@ -1,0 +1,162 @@
+"""From the sums of a core evaluation to SAEBench's keys, and to ours beside them.
+
+Under SAEBench's keys stand SAEBench's formulas to the letter; what those leave out or get wrong has keys
+of its own. F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...context.loaded_sae import Subject
+from .blocks import Rows
+from .bootstrap import Statistic, intervals
+from .losses import LossSums
+from .quality import explained_variance_of, summarise_density
+from .sparsity import Sparsity
+from .weights import weight_metrics
+
+DECIMALS = 10
+NAN = float("nan")
+LATENT_KEYS = (
+    "feature_density",
+    "consistent_activation_heuristic",
+    "encoder_bias",
+    "encoder_norm",
+    "encoder_decoder_cosine_sim",
+    "max_decoder_cosine_sim",
+    "max_encoder_cosine_sim",
+)
+MISC_KEYS = (
+    "freq_over_1_percent",
+    "freq_over_10_percent",
+    "normalized_freq_over_1_percent",
+    "normalized_freq_over_10_percent",
+    "average_max_encoder_cosine_sim",
+    "average_max_decoder_cosine_sim",
+    "frac_alive",
+)
+
+
+def latent_metrics(subject: Subject, sparsity: Sparsity) -> dict[str, Tensor]:
+    """Of each latent: [F] by SAEBench's names, in its order."""
+    found = {
+        "feature_density": sparsity.firing.density,
+        "consistent_activation_heuristic": sparsity.firing.tokens_per_window,
+        **weight_metrics(subject.sae),
+    }
+    return {name: found[name] for name in LATENT_KEYS}
+
+
+def official_metrics(
+    sparsity: Sparsity, losses: LossSums | None, latents: Mapping[str, Tensor], rows: Rows, context: int
+) -> dict[str, dict[str, Any]]:
+    """SAEBench's keys in SAEBench's order."""
+    tally = sparsity.tally
+    return {
+        **official_losses(losses),
+        "reconstruction_quality": {
+            "explained_variance": tally.explained_variance_published,
+            "explained_variance_legacy": tally.mean("explained_legacy"),
+            "mse": tally.mean("mse"),
+            "cossim": tally.mean("cosine"),
+        },
+        "shrinkage": {
+            "l2_norm_in": tally.mean("norm"),
+            "l2_norm_out": tally.mean("norm_hat"),
+            "l2_ratio": tally.mean("norm_ratio"),
+            "relative_reconstruction_bias": tally.reconstruction_bias,
+        },
+        "sparsity": {"l0": tally.mean("l0"), "l1": tally.mean("l1")},
+        "token_stats": {
+            "total_tokens_eval_reconstruction": rows.reconstruction.windows * context,
+            "total_tokens_eval_sparsity_variance": rows.sparsity.windows * context,
+        },
+        "misc_metrics": official_misc(latents),
+    }
+
+
+def official_losses(losses: LossSums | None) -> dict[str, dict[str, float]]:
+    """Divergence and cross entropy, and their scores against zero ablation."""
+    if losses is None:
+        kl = kl_sae = ce = ce_sae = ce_clean = NAN
+    else:
+        sums = losses.totals()
+        kl, kl_sae = (losses.published[name] / sums["tokens"] for name in ("zero", "sae"))
+        ce, ce_sae, ce_clean = (sums[f"ce_{name}"] / sums["predicting"] for name in ("zero", "sae", "clean"))
+    return {
+        "model_behavior_preservation": {
+            "kl_div_score": ratio(kl - kl_sae, kl),
+            "kl_div_with_ablation": kl,
+            "kl_div_with_sae": kl_sae,
+        },
+        "model_performance_preservation": {
+            "ce_loss_score": ratio(ce - ce_sae, ce - ce_clean),
+            "ce_loss_with_ablation": ce,
+            "ce_loss_with_sae": ce_sae,
+            "ce_loss_without_sae": ce_clean,
+        },
+    }
+
+
+def official_misc(latents: Mapping[str, Tensor]) -> dict[str, float]:
+    found = summarise_density(latents["feature_density"])
+    for part in ("encoder", "decoder"):
+        found[f"average_max_{part}_cosine_sim"] = float(latents[f"max_{part}_cosine_sim"].double().mean())
+    return {name: found[name] for name in MISC_KEYS}
+
+
+def latent_details(latents: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """One object for each latent."""
+    columns = [values.tolist() for values in latents.values()]
+    return [
+        {"index": index, **{name: round(value, DECIMALS) for name, value in zip(latents, values, strict=True)}}
+        for index, values in enumerate(zip(*columns, strict=True))
+    ]
+
+
+def own_metrics(
+    sparsity: Sparsity, losses: LossSums | None, ablations: Sequence[str], resamples: int
+) -> dict[str, Any]:
+    """What SAEBench does not say, or says wrongly."""
+    square_of_mean = sparsity.tally.square_of_mean
+    table = sparsity.documents.table()
+    variance: dict[str, Statistic] = {
+        "explained_variance": lambda sums: explained_variance_of(sums, square_of_mean),
+        "l0": lambda sums: sums["l0"] / sums["tokens"],
+        "cossim": lambda sums: sums["cosine"] / sums["tokens"],
+    }
+    confidence = intervals(table, variance, resamples)
+    ours: dict[str, Any] = {"explained_variance": sparsity.tally.explained_variance}
+    if losses is not None:
+        ours["ablations"] = {name: against(losses.totals(), name) for name in ablations}
+        confidence |= intervals(losses.documents.table(), loss_statistics(), resamples)
+    return ours | {"confidence_95": confidence, "documents": {"sparsity": len(next(iter(table.values()), ()))}}
+
+
+def against(sums: Mapping[str, Any], ablation: str) -> dict[str, float]:
+    """Losses under an ablation, and the SAE's scores with it as zero; divergences that never underflow."""
+    ce, ce_sae, ce_clean = (sums[f"ce_{name}"] / sums["predicting"] for name in (ablation, "sae", "clean"))
+    kl, kl_sae = (sums[f"kl_{name}"] / sums["tokens"] for name in (ablation, "sae"))
+    return {
+        "ce_loss": ce,
+        "kl_div": kl,
+        "ce_loss_score": ratio(ce - ce_sae, ce - ce_clean),
+        "kl_div_score": ratio(kl - kl_sae, kl),
+    }
+
+
+def loss_statistics() -> dict[str, Statistic]:
+    return {
+        "ce_loss_with_sae": lambda sums: sums["ce_sae"] / sums["predicting"],
+        "kl_div_with_sae": lambda sums: sums["kl_sae"] / sums["tokens"],
+        "ce_loss_score": lambda sums: (sums["ce_zero"] - sums["ce_sae"]) / (sums["ce_zero"] - sums["ce_clean"]),
+        "kl_div_score": lambda sums: 1 - sums["kl_sae"] / sums["kl_zero"],
+    }
+
+
+def ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator != 0 else NAN

@@ -1,0 +1,89 @@
+"""The second block of rows: how sparse SAEs are and how well they reconstruct. Needs no model.
+
+N SAEs share each batch. W windows, T positions, N kept tokens, F latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...context.context import Scene
+from ...context.loaded_sae import Subject
+from ...model.memory import PieceSize, in_pieces
+from ...model.windows import Windows
+from .blocks import Block, read_block
+from .bootstrap import DocumentSums
+from .encoding import read
+from .quality import Firing, Tally, Tokens, measure_tokens
+
+PIECE_BYTES = 1 << 27  # of activations at once
+
+
+@dataclass
+class Sparsity:
+    """What the second block says about one SAE."""
+
+    firing: Firing
+    tally: Tally = field(default_factory=Tally)
+    documents: DocumentSums = field(default_factory=DocumentSums)
+
+    def add(self, tokens: Tokens, batch: Windows, x_sum_D: Tensor) -> None:
+        """One batch."""
+        self.tally.add(tokens, x_sum_D)
+        if batch.documents is not None:
+            values = {"tokens": torch.ones_like(tokens.l0), "l0": tokens.l0, "cosine": tokens.cosine}
+            values |= {"error": tokens.error, "square": tokens.square}
+            self.documents.add(
+                batch.documents[batch.keep].cpu().numpy(), {k: v.double().cpu().numpy() for k, v in values.items()}
+            )
+
+
+def measure_sparsity(scene: Scene, subjects: Sequence[Subject], block: Block) -> dict[Subject, Sparsity]:
+    """One pass over the block for all SAEs."""
+    found = {subject: Sparsity(Firing.none(subject.width, scene.device)) for subject in subjects}
+    sizes = {subject: piece_size(scene, subject, block.batch_windows) for subject in subjects}
+    context = scene.manifest.context
+    with scene.watch.stage("sparsity and variance", block.windows * context) as advance:
+        for batch in read_block(scene, block, layers_of(subjects), attention_layers_of(subjects)):
+            for subject, sparsity in found.items():
+                _add_batch(sparsity, subject, batch, sizes[subject])
+            advance(len(batch) * context)
+    return found
+
+
+def layers_of(subjects: Sequence[Subject]) -> tuple[int, ...]:
+    """Every layer that these SAEs read or write."""
+    return tuple(sorted({layer for s in subjects for layer in (*s.layers, *s.target_layers)}))
+
+
+def attention_layers_of(subjects: Sequence[Subject]) -> tuple[int, ...]:
+    return tuple(sorted({layer for subject in subjects for layer in subject.attention_layers}))
+
+
+def piece_size(scene: Scene, subject: Subject, batch_windows: int) -> PieceSize:
+    """As many windows as have activations of `PIECE_BYTES`."""
+    room = PIECE_BYTES // (4 * scene.manifest.context * subject.width)
+    return PieceSize(min(max(1, room), batch_windows), "windows", scene.say)
+
+
+@torch.inference_mode()
+def _add_batch(sparsity: Sparsity, subject: Subject, batch: Windows, size: PieceSize) -> None:
+    x_WTD = batch.x(subject.target_layers)
+    x_sum_D = x_WTD[batch.keep].double().sum(dim=0)
+    mean_D = (x_sum_D / batch.keep.sum().clamp_min(1)).float()
+
+    def work(start: int, stop: int) -> tuple[Tokens, Tensor, Tensor]:
+        piece = batch.slice(start, stop)
+        reading = read(subject, piece)
+        tokens = measure_tokens(reading.l0, reading.l1, x_WTD[start:stop][piece.keep], reading.x_hat, mean_D)
+        window = piece.keep.nonzero()[:, 0]
+        return tokens, reading.fired(), reading.fired_in(window, len(piece))
+
+    pieces = list(in_pieces(len(batch), size, work))
+    for tokens, in_tokens, in_windows in pieces:
+        sparsity.firing.add(in_tokens, in_windows, len(tokens.l0))
+    sparsity.add(Tokens.concat([piece[0] for piece in pieces]), batch, x_sum_D)

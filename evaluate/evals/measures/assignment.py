@@ -1,0 +1,87 @@
+"""Which latent belongs where: as the SAE was trained, or for a plain SAE as it is assigned afterwards.
+
+A variant saves its assignment beside its weights, under names of an extra and its tensor; a module that is
+rebuilt from its variant has the same by attribute. An SAE without gets equal shares of its dictionary, in
+the order of its latents: the baseline that every measure compares with.
+F latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from ...context.loaded_sae import Subject
+from .position import ANYWHERE, range_of_position
+from .tiers import equal_tiers
+
+TIERS, RANGES, GROUPS = "tiers.membership", "mask.range", "temporal.group"
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """A number for each latent, and where it comes from."""
+
+    of_latent: Tensor  # int64 [F]
+    count: int
+    source: str  # "saved", or how it was assigned
+
+    def members(self, number: int) -> Tensor:
+        """bool [F]."""
+        return self.of_latent == number
+
+
+def saved(subject: Subject, name: str) -> Tensor | None:
+    """A tensor that trained along, by its name beside the weights or by its path in the module."""
+    tensor = subject.sae.extras_tensors.get(name)
+    if tensor is None:
+        module = getattr(subject.sae, "inner", subject.sae)
+        tensor = reduce(lambda part, key: getattr(part, key, None), name.split("."), module)
+    return tensor.detach().to(subject.sae.W_dec.device) if isinstance(tensor, Tensor) else None
+
+
+def tiers_of(subject: Subject, count: int) -> Assignment:
+    """The tier of each latent, 0 the lowest."""
+    return _saved_or_equal(subject, TIERS, count)
+
+
+def groups_of(subject: Subject, count: int) -> Assignment:
+    """The temporal group of each latent: short, medium, long, free."""
+    return _saved_or_equal(subject, GROUPS, count)
+
+
+def ranges_of(subject: Subject, count: int, context: int) -> Assignment | None:
+    """The range of positions of each latent, from its mask; None for an SAE that was trained without."""
+    ranges = saved(subject, RANGES)
+    if ranges is not None:
+        known = saved(subject, "mask.num_ranges")
+        highest = int(ranges.max()) + 1 if ranges.numel() else 0
+        return Assignment(ranges.long(), int(known) if known is not None else max(highest, 1), "saved")
+    centre = saved(subject, "mask.centre")
+    if centre is None:
+        return None
+    place = centre.round().long().clamp(0, context - 1)
+    return Assignment(range_of_position(context, count).to(place.device)[place], count, "saved centres")
+
+
+def is_bound(assignment: Assignment) -> Tensor:
+    """bool [F]: latents that have a range at all."""
+    return assignment.of_latent != ANYWHERE
+
+
+def _saved_or_equal(subject: Subject, name: str, count: int) -> Assignment:
+    membership = saved(subject, name)
+    if membership is not None:
+        return Assignment(membership.long(), max(count, int(membership.max()) + 1), "saved")
+    return Assignment(equal_tiers(subject.width, count).to(subject.sae.W_dec.device), count, "equal shares")
+
+
+def every(members_F: Tensor, most: int) -> Tensor:
+    """int64: the numbers of the latents marked, at most `most` of them, spread evenly."""
+    numbers = members_F.nonzero().view(-1)
+    if len(numbers) <= most:
+        return numbers
+    return numbers[torch.linspace(0, len(numbers) - 1, most, device=numbers.device).long()]

@@ -1,0 +1,142 @@
+"""Attention and codes: what attention says about which tokens share codes, and what an SAE does to attention.
+
+W windows, H heads, T context, L layers, S regressors.
+
+Contribution by layer, in four steps:
+1. s_ij = cos(f_i, f_j) for earlier j; regressors are the stored attention of each layer from i to j, and
+   1 / (i - j), because near tokens attend to each other and are alike anyhow.
+2. Everything is centred within its row i: which tokens are alike, not how alike they are on the whole.
+3. Least squares of s on every subset of layers, with nearness always in; R^2 of each.
+4. A layer's contribution is its mean gain in R^2 over all orders of entering (Shapley's value), so
+   contributions add up to what all layers explain beyond nearness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...model.sums import Sums
+
+TINY = 1e-9  # below any stored probability
+
+
+@dataclass(frozen=True, eq=False)
+class Explained(Sums):
+    """Products of [similarity, nearness, attention of each layer], centred by row; batches add up."""
+
+    products: Tensor  # float64 [2 + L, 2 + L]
+    attended: Tensor  # float64 [L], sum over rows of the attention-weighted mean similarity
+    usual: Tensor  # float64 [L], sum over the same rows of the plain mean similarity
+    rows: Tensor  # float64 [L]
+
+    def nearness(self) -> float:
+        """R^2 of nearness alone."""
+        return self._r_squared(())
+
+    def alone(self) -> list[float]:
+        """R^2 of each layer by itself, without nearness."""
+        products = self.products
+        scale = (products[0, 0] * products.diagonal()[2:]).clamp_min(1e-30)
+        return (products[0, 2:].square() / scale).tolist()
+
+    def contributions(self) -> list[float]:
+        """Shapley's value of each layer in R^2 beyond nearness."""
+        layers = range(len(self.products) - 2)
+        worth = {
+            subset: self._r_squared(subset) for size in range(len(layers) + 1) for subset in combinations(layers, size)
+        }
+        return [_shapley(layer, worth, len(layers)) for layer in layers]
+
+    def similarity_gain(self) -> list[float]:
+        """Mean similarity of attended pairs less that of all pairs of the same rows, by layer."""
+        return ((self.attended - self.usual) / self.rows.clamp_min(1)).tolist()
+
+    def _r_squared(self, layers: Sequence[int]) -> float:
+        chosen = [1, *(layer + 2 for layer in layers)]
+        products = self.products.cpu()  # small, and the solver for dependent regressors is there
+        gram, along = products[chosen][:, chosen], products[chosen, 0]
+        fitted = torch.linalg.lstsq(gram, along[:, None], driver="gelsd").solution[:, 0]
+        return float(along @ fitted / products[0, 0].clamp_min(1e-30))
+
+
+def explain(acts_WTF: Tensor, attention_LWTT: Tensor, takes_part_WT: Tensor) -> Explained:
+    """What stored attention says about the similarity of codes in a batch of windows.
+
+    `attention` is averaged over heads; special tokens (the sink) and the token itself are no keys.
+    """
+    unit = functional.normalize(acts_WTF, dim=2)
+    similarity = unit @ unit.mT
+    pairs = _earlier_pairs(takes_part_WT)
+    lag = torch.arange(pairs.shape[1], device=pairs.device)
+    near = 1.0 / (lag[:, None] - lag[None, :]).clamp_min(1).float()
+    attention = torch.where(pairs, attention_LWTT, 0.0)
+    tables = torch.stack([similarity, near.expand_as(similarity), *attention])
+    flat = _centred_by_row(tables, pairs).double()
+    attended, usual, rows = _attended(similarity, attention, pairs)
+    return Explained(flat @ flat.T, attended, usual, rows)
+
+
+def row_divergence(reference_RK: Tensor, found_RK: Tensor) -> Tensor:
+    """KL [R] of found rows of probabilities from reference rows."""
+    reference, found = reference_RK.double().clamp_min(TINY), found_RK.double().clamp_min(TINY)
+    return (reference * (reference / found).log()).sum(-1)
+
+
+def with_rest(kept_RK: Tensor) -> Tensor:
+    """[R, K + 1]: rows of probabilities on their stored keys, with what they have elsewhere as one more."""
+    return torch.cat([kept_RK, (1 - kept_RK.sum(-1, keepdim=True)).clamp_min(0)], dim=-1)
+
+
+def attention_divergence(stored_WHTT: Tensor, found_WHTT: Tensor) -> Tensor:
+    """KL [W, H, T] of computed attention from stored rows: on the stored keys, and on all others as one.
+
+    `stored` is zero where nothing was kept. A float16 store is off by its rounding, so a difference of
+    the rest below that is none.
+    """
+    support = stored_WHTT > 0
+    found = torch.where(support, found_WHTT.float(), 0.0)
+    reference, other = with_rest(stored_WHTT.float()), with_rest(found)
+    total = reference.sum(-1, keepdim=True)
+    return row_divergence(reference / total, other / other.sum(-1, keepdim=True))
+
+
+def _earlier_pairs(takes_part_WT: Tensor) -> Tensor:
+    """bool [W, T, T]: both take part, and the key comes first."""
+    context = takes_part_WT.shape[1]
+    earlier = torch.ones(context, context, dtype=torch.bool, device=takes_part_WT.device).tril(-1)
+    return takes_part_WT[:, :, None] & takes_part_WT[:, None, :] & earlier
+
+
+def _centred_by_row(tables_SWTT: Tensor, pairs_WTT: Tensor) -> Tensor:
+    """[S, pairs]: each table at its pairs, less its mean over the row."""
+    kept = torch.where(pairs_WTT, tables_SWTT, 0.0)
+    mean = kept.sum(-1, keepdim=True) / pairs_WTT.sum(-1, keepdim=True).clamp_min(1)
+    return (kept - mean)[:, pairs_WTT]
+
+
+def _attended(similarity_WTT: Tensor, attention_LWTT: Tensor, pairs_WTT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By layer: sums over rows that attend to anyone of weighted and of plain mean similarity, and their number."""
+    mass = attention_LWTT.sum(-1)
+    weighted = (attention_LWTT * similarity_WTT).sum(-1) / mass.clamp_min(TINY)
+    plain = torch.where(pairs_WTT, similarity_WTT, 0.0).sum(-1) / pairs_WTT.sum(-1).clamp_min(1)
+    attends = mass > TINY
+    sums = (torch.where(attends, table, 0.0).double().sum((1, 2)) for table in (weighted, plain.expand_as(weighted)))
+    attended, usual = sums
+    return attended, usual, attends.sum((1, 2)).double()
+
+
+def _shapley(player: int, worth: dict[tuple[int, ...], float], players: int) -> float:
+    """The player's mean gain over all orders of entering."""
+    gains = 0.0
+    for subset, value in worth.items():
+        if player not in subset:
+            joined = tuple(sorted((*subset, player)))
+            gains += (worth[joined] - value) / (players * comb(players - 1, len(subset)))
+    return gains

@@ -1,0 +1,93 @@
+"""Latents and places in the window: does a latent keep to its range, does its profile have the shape meant?
+
+W windows, T context, F latents, R ranges. Range r is the positions [r T / R, (r + 1) T / R). An SAE that was
+trained without ranges gets them afterwards, each latent the one where most of its activation lies: the
+control that a mask has to beat. They are chosen on other windows than those they are measured on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...model.sums import Sums
+
+ANYWHERE = -1  # the range of a latent that no mask binds
+
+
+def range_of_position(context: int, ranges: int) -> Tensor:
+    """int64 [T]."""
+    return torch.arange(context) * ranges // context
+
+
+@dataclass(frozen=True, eq=False)
+class Profile(Sums):
+    """Activation by position; those of two batches add up."""
+
+    mass: Tensor  # float64, sum of activations
+    fired: Tensor  # float64, number of firings
+    tokens: Tensor  # float64, tokens that took part
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean activation at each position; 0 where no token took part."""
+        return self.mass / self.tokens.clamp_min(1)[:, None]
+
+    @property
+    def firings(self) -> Tensor:
+        return self.fired.sum(0)
+
+
+def profile(acts_WTF: Tensor, keep_WT: Tensor) -> Profile:
+    """The profile of a batch of windows."""
+    acts = torch.where(keep_WT[:, :, None], acts_WTF, 0.0)
+    return Profile(acts.sum(0).double(), (acts > 0).sum(0).double(), keep_WT.sum(0).double())
+
+
+def assign_ranges(seen: Profile, ranges: int) -> Tensor:
+    """int64 [F]: for each latent the range where its mean activation is highest."""
+    return _by_range(seen.mean, ranges).argmax(0)
+
+
+def retention(seen: Profile, range_F: Tensor, ranges: int) -> Tensor:
+    """[F]: share of a latent's activation that lies inside its range; 1 for a latent bound to none.
+
+    Of mean activation by position, so that windows that end early do not favour the first ranges.
+    """
+    share = _by_range(seen.mean, ranges)
+    share = share / share.sum(0).clamp_min(1e-30)
+    inside = share.gather(0, range_F.clamp_min(0)[None])[0]
+    return torch.where(range_F == ANYWHERE, 1.0, inside)
+
+
+def hard_mask(range_F: Tensor, context: int, ranges: int) -> Tensor:
+    """float64 [T, F]: 1 inside a latent's range, everywhere for a latent bound to none."""
+    inside = range_of_position(context, ranges).to(range_F.device)[:, None] == range_F
+    return (inside | (range_F == ANYWHERE)).double()
+
+
+def soft_mask(centre_F: Tensor, sigma: Tensor | float, context: int) -> Tensor:
+    """float64 [T, F]: exp(-(p - centre)^2 / (2 sigma^2))."""
+    place = torch.arange(context, dtype=torch.float64, device=centre_F.device)
+    return torch.exp(-((place[:, None] - centre_F.double()) ** 2) / (2 * torch.as_tensor(sigma).double() ** 2))
+
+
+def fidelity(seen: Profile, mask_TF: Tensor) -> Tensor:
+    """[F]: correlation over positions of a latent's mean activation with its mask; NaN where either is flat."""
+    there = seen.tokens > 0
+    return _correlation(seen.mean[there], mask_TF[there])
+
+
+def _by_range(table_TF: Tensor, ranges: int) -> Tensor:
+    """[R, F]: mean over the positions of each range."""
+    of_position = range_of_position(len(table_TF), ranges).to(table_TF.device)
+    total = table_TF.new_zeros(ranges, table_TF.shape[1]).index_add(0, of_position, table_TF)
+    return total / torch.bincount(of_position, minlength=ranges).clamp_min(1)[:, None]
+
+
+def _correlation(first_TF: Tensor, second_TF: Tensor) -> Tensor:
+    first, second = (table - table.mean(0) for table in (first_TF, second_TF))
+    lengths = first.norm(dim=0) * second.norm(dim=0)
+    return torch.where(lengths > 1e-12, (first * second).sum(0) / lengths.clamp_min(1e-30), torch.nan)

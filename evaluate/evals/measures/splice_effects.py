@@ -1,0 +1,83 @@
+"""What becomes of the model's predictions when its residual is replaced: KL and loss, from suffix passes.
+
+Special tokens keep their residual, all others get what they are given. The clean pass of a batch is made once
+for all that is compared with it.
+W windows, T positions, D residual width, N kept tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...context.context import Scene
+from ...model.divergence import LogitsOf, chunk_rows, compare, next_tokens
+from ...model.lm import LanguageModel
+from ...model.memory import PieceSize
+from ...model.sums import Sums
+from ...model.windows import Windows
+
+CLEAN, MEAN = "clean", "mean"
+
+
+@dataclass(frozen=True)
+class Effect(Sums):
+    """Sums over tokens; those of two batches add up."""
+
+    kl_sum: float = 0.0
+    loss_sum: float = 0.0
+    tokens: int = 0
+    predicting: int = 0
+
+    @staticmethod
+    def of(kl_N: Tensor, loss_N: Tensor) -> Effect:
+        """Of the tokens of a batch; a loss that is no number is a token that predicts nothing."""
+        losses = loss_N[~loss_N.isnan()].double()
+        return Effect(float(kl_N.double().sum()), float(losses.sum()), len(kl_N), len(losses))
+
+    @property
+    def kl(self) -> float:
+        """Mean KL from the clean predictions, in nats a token."""
+        return self.kl_sum / max(self.tokens, 1)
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy of the next token."""
+        return self.loss_sum / max(self.predicting, 1)
+
+
+class Tracer:
+    """Replaces the residual of one batch at one layer, as often as one likes, against one clean pass."""
+
+    def __init__(self, model: LanguageModel, batch: Windows, layer: int, mean_D: Tensor, rows: PieceSize) -> None:
+        self._model, self._batch, self._layer, self._rows = model, batch, layer, rows
+        self._resid = batch.resid[layer].to(model.dtype)
+        self._clean = self._hidden(self._resid)
+        self.given = self.effects({MEAN: lambda: mean_D.expand_as(self._resid)})
+
+    def effects(self, replaced: Mapping[str, Callable[[], Tensor]]) -> dict[str, Effect]:
+        """Of each residual [W, T, D], made when its turn comes; and of the model as it is."""
+        keep = self._batch.keep[:, :, None]
+        hidden = [self._hidden(torch.where(keep, x_hat().to(self._resid), self._resid)) for x_hat in replaced.values()]
+        targets = next_tokens(self._batch.tokens, self._batch.keep)
+        clean_loss, losses = compare(self._logits(self._clean), list(map(self._logits, hidden)), targets, self._rows)
+        found = {name: Effect.of(part.kl, part.ce) for name, part in zip(replaced, losses, strict=True)}
+        return found | {CLEAN: Effect.of(torch.zeros_like(clean_loss), clean_loss)}
+
+    def _hidden(self, resid_WTD: Tensor) -> Tensor:
+        """[N, D] behind the final norm."""
+        return self._model.suffix(resid_WTD, self._layer, self._batch.valid)[self._batch.keep]
+
+    def _logits(self, hidden_ND: Tensor) -> LogitsOf:
+        return lambda start, stop: self._model.head(hidden_ND[start:stop])
+
+
+def make_tracers(scene: Scene, batch: Windows, layers: Sequence[int]) -> dict[int, Tracer]:
+    """A tracer for each layer, so that all SAEs of a layer share its clean pass."""
+    moments = {layer: scene.store.moments(layer) for layer in set(layers)}
+    means = {layer: torch.as_tensor(part.mean, dtype=torch.float32) for layer, part in moments.items()}
+    rows = PieceSize(chunk_rows(scene.model.facts.vocab_size), "rows of logits", scene.say)
+    return {layer: Tracer(scene.model, batch, layer, mean.to(scene.device), rows) for layer, mean in means.items()}

@@ -1,0 +1,169 @@
+"""The data sets of SAEBench by their real names, from the Hugging Face hub; nothing downloaded is ever run.
+
+Sampling follows SAEBench 0.6.0: tables of two labels are balanced over the second, news and sentiment are
+drawn class by class, translated speeches and source files are read from the head of a stream and shuffled.
+A repository whose data come by way of a script is read through its parquet conversion.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from ....harvest.corpus.hub import find_repository
+from ....harvest.corpus.source import CorpusSource
+from ....harvest.errors import HarvestError
+from ....harvest.network import NETWORK_ERRORS
+from ...errors import DataMissing
+from .texts import Classes, Table, Task, balanced, by_class
+
+T = TypeVar("T")
+LOAD_ERRORS = (*NETWORK_ERRORS, ValueError, RuntimeError, HarvestError)  # no access, no such split, a script
+
+BIOS = "LabHC/bias_in_bios"
+AMAZON = "canrager/amazon_reviews_mcauley_1and5"
+SENTIMENT = f"{AMAZON}_sentiment"
+GITHUB = "codeparrot/github-code"
+NEWS = "fancyzhx/ag_news"
+EUROPARL = "Helsinki-NLP/europarl"
+
+CLASSES: Mapping[str, tuple[Any, ...]] = {
+    f"{BIOS}_class_set1": (0, 1, 2, 6, 9),
+    f"{BIOS}_class_set2": (11, 13, 14, 18, 19),
+    f"{BIOS}_class_set3": (20, 21, 22, 25, 26),
+    AMAZON: (1, 2, 3, 5, 6),
+    SENTIMENT: (1.0, 5.0),
+    GITHUB: ("C", "Python", "HTML", "Java", "PHP"),
+    NEWS: (0, 1, 2, 3),
+    EUROPARL: ("en", "fr", "de", "es", "nl"),
+}
+NAMES = tuple(CLASSES)
+
+SPEECHES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
+"""The pair of languages from which each language is read."""
+LICENSE_CHARACTERS = 150  # of a source file: mostly its licence
+FILE_CHARACTERS = 128 * 3  # a shorter rest is left out
+
+
+@dataclass(frozen=True)
+class Columns:
+    text: str
+    column1: str
+    column2: str
+
+
+COLUMNS = {BIOS: Columns("hard_text", "profession", "gender"), AMAZON: Columns("text", "category", "rating")}
+
+
+def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
+    """One data set; sizes are of one binary probe, half of it the class itself."""
+    if name not in CLASSES:
+        raise DataMissing(f"there is no probing data set {name!r}: choose of {', '.join(NAMES)}")
+    train, test = _draw(name, train_size, test_size, seed)
+    return Task(name, train, test)
+
+
+def load_table(name: str, is_test: bool) -> Table:
+    """The table behind a data set of two labels; sets of classes share one."""
+    return _table(name.split("_class_set")[0], is_test)
+
+
+@lru_cache(maxsize=2)  # train and test of one data set: a process outlives many
+def _table(id: str, is_test: bool) -> Table:
+    columns = COLUMNS[id]
+    rows = reached(id, lambda: _load(id, split="test" if is_test else "train"))
+    return reached(
+        id, lambda: Table(*(list(rows[column]) for column in (columns.text, columns.column1, columns.column2)))
+    )
+
+
+def reached(id: str, load: Callable[[], T]) -> T:
+    """What `load` brings, or DataMissing with what to do."""
+    try:
+        return load()
+    except (*LOAD_ERRORS, KeyError) as error:
+        raise DataMissing(
+            f"data set {id} cannot be had ({type(error).__name__}: {error}): connect to the network, or download it "
+            f"beforehand (`hf download --repo-type dataset {id}`); if its page asks for it, accept its terms and "
+            "log in (`hf auth login`). `data=stdlib` probes with text of this Python instead"
+        ) from error
+
+
+def _draw(name: str, train_size: int, test_size: int, seed: int) -> tuple[Classes, Classes]:
+    classes = CLASSES[name]
+    if name in (GITHUB, EUROPARL):
+        read = read_files if name == GITHUB else read_speeches
+        found = reached(name, lambda: read((train_size + test_size) // 2))
+        return split_shuffled(found, classes, train_size // 2, test_size // 2, seed)
+    sizes = ((False, train_size), (True, test_size))
+    train, test = (_draw_part(name, classes, is_test, size, seed) for is_test, size in sizes)
+    return train, test
+
+
+def _draw_part(name: str, classes: Sequence[Any], is_test: bool, size: int, seed: int) -> Classes:
+    if name == NEWS:
+        rows = reached(NEWS, lambda: _load(NEWS, split="test" if is_test else "train"))
+        return by_class(list(rows["text"]), list(rows["label"]), classes, size // 2, seed)
+    if name == SENTIMENT:
+        table = load_table(AMAZON, is_test)
+        return by_class(table.text, [float(rating) for rating in table.column2], classes, size // 2, seed)  # type: ignore[arg-type]
+    return balanced(load_table(name, is_test), classes, size // 4, seed)
+
+
+def split_shuffled(
+    found: Mapping[str, list[str]], classes: Sequence[str], train: int, test: int, seed: int
+) -> tuple[Classes, Classes]:
+    """Shuffle the texts of each class, one class after the other, and cut them in two."""
+    rng = random.Random(seed)
+    shuffled = {name: list(found.get(name, ())) for name in classes}
+    for name, texts in shuffled.items():
+        if len(texts) < train + test:
+            raise DataMissing(f"expected {train + test} texts of {name}, found {len(texts)}: ask for smaller sets")
+        rng.shuffle(texts)
+    return (
+        {name: texts[:train] for name, texts in shuffled.items()},
+        {name: texts[train : train + test] for name, texts in shuffled.items()},
+    )
+
+
+def read_speeches(count: int) -> dict[str, list[str]]:
+    """The first count + 1 speeches of each language."""
+    found: dict[str, list[str]] = {}
+    for language, pair in SPEECHES.items():
+        rows = _load(EUROPARL, pair, split="train", streaming=True)
+        found[language] = take_more_than(count, (row["translation"][language] for row in rows))
+    return found
+
+
+def take_more_than(count: int, texts: Iterable[str]) -> list[str]:
+    """The first count + 1 of them."""
+    return [text for text, _ in zip(texts, range(count + 1), strict=False)]
+
+
+def read_files(count: int) -> dict[str, list[str]]:
+    """Source files in the order of the stream, until there are more than `count` in every language."""
+    repository = find_repository(CorpusSource(GITHUB, config="all-all"))
+    urls = [f"hf://datasets/{GITHUB}@{repository.commit}/{name}" for name in repository.files]
+    return collect_files(_load("parquet", data_files={"train": urls}, split="train", streaming=True), count)
+
+
+def collect_files(rows: Iterable[Mapping[str, Any]], count: int) -> dict[str, list[str]]:
+    """Files by language, without the licence at their head."""
+    found: dict[str, list[str]] = {language: [] for language in CLASSES[GITHUB]}
+    for row in rows:
+        if row["language"] not in found:
+            continue
+        if len(row["code"]) > LICENSE_CHARACTERS + FILE_CHARACTERS:
+            found[row["language"]].append(row["code"][LICENSE_CHARACTERS:])
+        if all(len(files) > count for files in found.values()):
+            break
+    return found
+
+
+def _load(*args: Any, **kwargs: Any) -> Any:
+    from datasets import load_dataset  # late: importing it takes seconds
+
+    return load_dataset(*args, **kwargs)

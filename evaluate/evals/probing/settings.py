@@ -1,0 +1,102 @@
+"""The settings of the perturbing evaluations, scr and tpp, and what all probing evaluations say of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ....cache_schema.strict import to_json
+from ...context.compatible import model_name_of
+from ...context.context import Scene
+from .ablation import Kind
+from .dense_probe import Training
+from .sources import DataName, Source
+
+ALL_N = (2, 5, 10, 20, 50, 100, 500)
+TEST_BATCH = 500  # SAEBench's, of no effect: reported for its schema
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both evaluations can be told; the defaults are the protocol's."""
+
+    data: DataName = "auto"
+    random_seed: int = 42
+    dataset_names: tuple[str, ...] = ()
+    """Empty: all of the data's."""
+    train_set_size: int | None = None
+    """Rows of one probe, half of them the class; None: 4000 of the hub's data, 320 of this Python's text."""
+    test_set_size: int | None = None
+    """The same for tests; None: 1000 and 160."""
+    context_length: int | None = None
+    """None: 128 tokens of the hub's data, 48 of this Python's text."""
+    llm_batch_size: int = 32
+    probe_train_batch_size: int = 16
+    """Decides how much of a spurious correlation a probe learns: change it and nothing compares."""
+    probe_epochs: int = 20
+    probe_lr: float = 1e-3
+    probe_l1_penalty: float = 1e-3
+    early_stopping_patience: int = 20
+    n_values: tuple[int, ...] = ALL_N
+
+    @property
+    def training(self) -> Training:
+        return Training(
+            self.probe_train_batch_size,
+            self.probe_epochs,
+            self.probe_lr,
+            self.early_stopping_patience,
+            self.probe_l1_penalty,
+        )
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        assert self.train_set_size is not None and self.test_set_size is not None, "filled in first"
+        return self.train_set_size, self.test_set_size
+
+
+def filled(settings: Settings, source: Source) -> Settings:
+    """The settings with what the data decide."""
+    return replace(
+        settings,
+        data=source.name,
+        dataset_names=settings.dataset_names or source.perturbed,
+        train_set_size=settings.train_set_size or source.train_size,
+        test_set_size=settings.test_set_size or source.test_size,
+        context_length=settings.context_length or source.context,
+    )
+
+
+def official_config(
+    settings: Settings, scene: Scene, source: Source, kind: Kind, names: Sequence[str], pairs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """SAEBench's settings under its keys, then ours."""
+    raw = to_json(settings)
+    return {
+        "random_seed": raw["random_seed"],
+        "dataset_names": list(names),
+        "perform_scr": kind == "absolute",
+        "early_stopping_patience": raw["early_stopping_patience"],
+        "train_set_size": raw["train_set_size"],
+        "test_set_size": raw["test_set_size"],
+        "context_length": raw["context_length"],
+        "probe_train_batch_size": raw["probe_train_batch_size"],
+        "probe_test_batch_size": TEST_BATCH,
+        "probe_epochs": raw["probe_epochs"],
+        "probe_lr": raw["probe_lr"],
+        "probe_l1_penalty": raw["probe_l1_penalty"],
+        "sae_batch_size": 125,
+        "llm_batch_size": raw["llm_batch_size"],
+        "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
+        "lower_vram_usage": False,
+        "model_name": model_name_of(scene),
+        "n_values": raw["n_values"],
+        "column1_vals_lookup": pairs,
+        **of_data(source),
+    }
+
+
+def of_data(source: Source) -> dict[str, Any]:
+    """Our own entries: which data, and in which precision the SAEs computed."""
+    return {"data": source.name, "data_revision": source.revision(), "sae_dtype": "float32"}

@@ -1,0 +1,138 @@
+"""Where probing data come from: the hub, by their real names, or text of this Python.
+
+`auto` takes the hub's, but for the pocket model, which knows nothing but Python's library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from ...context.context import Scene
+from ...errors import DataMissing
+from . import hub, installed, stdlib
+from .texts import Table, Task
+
+T = TypeVar("T")
+DataName = Literal["auto", "hub", "stdlib"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What spurious-correlation removal confounds: pairs of values of column 1, and the two of column 2."""
+
+    column1: tuple[tuple[str, str], ...]
+    column2: tuple[object, object]
+    values: dict[str, object]
+    """What stands in column 1 for each name."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Probing data of one kind, and the sizes that suit it."""
+
+    name: Literal["hub", "stdlib"]
+    probing: tuple[str, ...]
+    perturbed: tuple[str, ...]
+    """The data sets of scr and tpp."""
+    pairs: dict[str, Pairs]
+    load_task: Callable[[str, int, int, int], Task]
+    load_table: Callable[[str, bool], Table]
+    train_size: int
+    test_size: int
+    context: int
+    revision: Callable[[], str | None]
+
+    def pairs_of(self, name: str) -> Pairs:
+        if name not in self.pairs:
+            raise DataMissing(f"{name} has no two labels to confound: choose of {', '.join(self.pairs)}")
+        return self.pairs[name]
+
+
+_BIOS, _AMAZON = f"{hub.BIOS}_class_set1", hub.AMAZON
+
+HUB = Source(
+    name="hub",
+    probing=hub.NAMES,
+    perturbed=(_BIOS, _AMAZON),
+    pairs={
+        _BIOS: Pairs(
+            (("professor", "nurse"), ("architect", "journalist"), ("surgeon", "psychologist"), ("attorney", "teacher")),
+            (0, 1),  # male, female
+            {
+                "architect": 1,
+                "attorney": 2,
+                "journalist": 11,
+                "nurse": 13,
+                "professor": 21,
+                "psychologist": 22,
+                "surgeon": 25,
+                "teacher": 26,
+            },
+        ),
+        _AMAZON: Pairs(
+            (
+                ("Books", "CDs_and_Vinyl"),
+                ("Software", "Electronics"),
+                ("Pet_Supplies", "Office_Products"),
+                ("Industrial_and_Scientific", "Toys_and_Games"),
+            ),
+            (1.0, 5.0),
+            {
+                "Books": 24,
+                "CDs_and_Vinyl": 26,
+                "Electronics": 6,
+                "Industrial_and_Scientific": 3,
+                "Office_Products": 11,
+                "Pet_Supplies": 18,
+                "Software": 30,
+                "Toys_and_Games": 1,
+            },
+        ),
+    },
+    load_task=hub.load_task,
+    load_table=hub.load_table,
+    train_size=4000,
+    test_size=1000,
+    context=128,
+    revision=lambda: None,
+)
+
+STDLIB = Source(
+    name="stdlib",
+    probing=installed.NAMES,
+    perturbed=(installed.LIBRARY,),
+    pairs={
+        installed.LIBRARY: Pairs(
+            (("asyncio", "email"), ("email", "xml")), stdlib.KINDS, {name: name for name in stdlib.LIBRARIES}
+        )
+    },
+    load_task=installed.load_task,
+    load_table=lambda _name, is_test: installed.load_table(is_test),
+    train_size=320,
+    test_size=160,
+    context=48,
+    revision=stdlib.revision,
+)
+
+
+def find_source(scene: Scene, wanted: DataName) -> Source:
+    """The data that a setting means."""
+    if wanted == "auto":
+        return STDLIB if scene.is_pocket else HUB
+    return STDLIB if wanted == "stdlib" else HUB
+
+
+def load_all(names: Sequence[str], load: Callable[[str], Iterable[T]]) -> tuple[list[T], str | None]:
+    """What can be had of the data sets, and why the rest cannot; DataMissing where none can."""
+    found: list[T] = []
+    reasons: list[str] = []
+    for name in names:
+        try:
+            found += load(name)
+        except DataMissing as reason:
+            reasons.append(str(reason))
+    if not found:
+        raise DataMissing(reasons[0] if reasons else "no data set was named: leave dataset_names empty for all")
+    return found, "; ".join(reasons) or None

@@ -1,0 +1,231 @@
+"""ravel: swap one attribute of an entity through an SAE's latents, and see whether the others stay.
+
+1. Keep the prompts that the model answers right, about the entities it knows best.
+2. For each attribute draw pairs for cause (this attribute) and isolation (the others), in equal numbers.
+3. Learn which latents to swap on 70 % of them; all SAEs see the same pairs.
+4. On the rest: how often does the swapped attribute come (cause), and how often do the others stay (isolation)?
+
+The protocol's entities are cities and Nobel laureates; the pocket model is asked about Python's identifiers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ...context.compatible import attention_of, model_name_of, split_fitting
+from ...context.context import Scene
+from ...context.disk_cache import model_print, remembered
+from ...context.loaded_sae import Subject
+from ...context.needs import Needs
+from ...context.prompt_positions import Reader
+from ...context.results import Failure, Result
+from ...errors import SettingInvalid
+from .facts import load_facts
+from .identifiers import ATTRIBUTES, ENTITY_CLASS, load_identifiers
+from .pairs import Pair, draw_pairs
+from .prompts import EntityClass, Prompt, answered_prompts, make_prompts
+from .scores import Scores, by_first_token, by_kind, mean_scores
+from .trial import Training, Trial, complete
+
+NEEDS = Needs(model=True)
+SUMMARY = ("ravel.disentanglement_score", "ravel.cause_score", "ravel.isolation_score")
+GENERATION_FACTOR = 8
+"""Completing prompts takes less memory than learning masks: batches are so much larger."""
+OFFICIAL_SELECTION = {
+    "city": ("Country", "Continent", "Language"),
+    "nobel_prize_winner": ("Country of Birth", "Field", "Gender"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The protocol's settings."""
+
+    data: Literal["auto", "ravel", "stdlib"] = "auto"
+    """auto: identifiers of the standard library for the pocket model, RAVEL's prompts for all others."""
+    entity_attribute_selection: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Empty: the protocol's, or those of the data that is taken in its place."""
+    cache: str = "~/.cache/saemill/ravel"
+    """Where it is remembered what a model says to the prompts."""
+    top_n_entities: int = 500
+    num_pairs_per_attribute: int = 5000
+    train_test_split: float = 0.7
+    learning_rate: float = 1e-3
+    num_epochs: int = 2
+    n_generated_tokens: int = 6
+    llm_batch_size: int = 8
+    random_seed: int = 42
+
+    @property
+    def training(self) -> Training:
+        return Training(self.num_epochs, self.learning_rate, self.llm_batch_size)
+
+
+@dataclass
+class Findings:
+    """What was found out about one SAE, by entity class and attribute."""
+
+    official: dict[str, dict[str, Scores]] = field(default_factory=dict)
+    ours: dict[str, dict[str, Scores]] = field(default_factory=dict)
+    latents: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def add(self, entity: str, attribute: str, pairs: Sequence[Pair], said: Sequence[str], chosen: Tensor) -> None:
+        self.official.setdefault(entity, {})[attribute] = by_first_token(pairs, said)
+        self.ours.setdefault(entity, {})[attribute] = by_kind(pairs, said)
+        self.latents.setdefault(entity, {})[attribute] = int(chosen.sum())
+
+
+def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+    is_stdlib = config.data == "stdlib" or (config.data == "auto" and scene.is_pocket)
+    selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
+    entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
+    require_selectable(selection, entities)
+    fitting, failures = split_fitting(subjects, scene.model)
+    yield from failures
+    if not fitting:
+        return
+    findings = {subject: Findings() for subject in fitting}
+    draw = random.Random(config.random_seed)
+    for entity_class in entities:
+        study(scene, entity_class, selection[entity_class.name], findings, config, draw)
+    for subject in fitting:
+        yield make_result(scene, subject, findings[subject], selection, config)
+
+
+def require_selectable(selection: Mapping[str, Sequence[str]], entities: Sequence[EntityClass]) -> None:
+    """What was selected is in the data that are taken."""
+    known = {entity_class.name: tuple(entity_class.templates) for entity_class in entities}
+    fits = selection.keys() == known.keys() and all(set(selection[name]) <= set(known[name]) for name in known)
+    if not fits or not all(selection.values()):
+        raise SettingInvalid(
+            f"ravel.entity_attribute_selection: expected of {listed(known)}, found {listed(selection)}. "
+            "Select of those, or take other data by ravel.data"
+        )
+
+
+def listed(selection: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{name} ({', '.join(attributes)})" for name, attributes in selection.items())
+
+
+def study(
+    scene: Scene,
+    entity_class: EntityClass,
+    attributes: Sequence[str],
+    findings: Mapping[Subject, Findings],
+    config: Config,
+    draw: random.Random,
+) -> None:
+    """One entity class, attribute by attribute, for all SAEs."""
+    prompts = known_prompts(scene, entity_class, attributes, config)
+    subjects = tuple(findings)
+    batch_size = config.llm_batch_size * GENERATION_FACTOR
+    reader = Reader(scene.model, subjects, attention_of(scene, subjects), batch_size, scene.say)
+    with scene.watch.stage(f"ravel: reading {entity_class.name}", len(prompts), "prompts") as advance:
+        trial = Trial(reader, prompts, advance)
+    for attribute in attributes:
+        others = [other for other in attributes if other != attribute]
+        pairs = draw_pairs(prompts, attribute, others, config.num_pairs_per_attribute, draw)
+        swap_attribute(scene, trial, entity_class.name, attribute, pairs, findings, config)
+
+
+def known_prompts(scene: Scene, entity_class: EntityClass, attributes: Sequence[str], config: Config) -> list[Prompt]:
+    """Prompts that the model answers right; what it says to the protocol's is remembered between runs."""
+    model = scene.model
+    prompts = make_prompts(entity_class, attributes, model.tokenizer.encode, model.bos)
+    if entity_class.name == ENTITY_CLASS:
+        first, said = ask(scene, entity_class.name, prompts, config)
+    else:
+        decided_by = [model_print(model), str(config.n_generated_tokens), *(prompt.text for prompt in prompts)]
+        folder = Path(config.cache).expanduser()
+        first, said = remembered(
+            folder, entity_class.name, decided_by, lambda: ask(scene, entity_class.name, prompts, config)
+        )
+    return answered_prompts(prompts, first, said, config.top_n_entities)
+
+
+def ask(scene: Scene, name: str, prompts: Sequence[Prompt], config: Config) -> tuple[list[int], list[str]]:
+    batch_size = config.llm_batch_size * GENERATION_FACTOR
+    with scene.watch.stage(f"ravel: asking about {name}", len(prompts), "prompts") as advance:
+        return complete(scene.model, prompts, config.n_generated_tokens, batch_size, advance)
+
+
+def swap_attribute(
+    scene: Scene,
+    trial: Trial,
+    entity: str,
+    attribute: str,
+    pairs: Sequence[Pair],
+    findings: Mapping[Subject, Findings],
+    config: Config,
+) -> None:
+    """Learn and judge the masks of one attribute."""
+    cut = int(len(pairs) * config.train_test_split)
+    training = config.training
+    total = training.epochs * cut + len(pairs) - cut
+    with scene.watch.stage(f"ravel: {entity}, {attribute}", total, "pairs") as advance:
+        chosen = trial.learn(pairs[:cut], training, advance)
+        judged, said = trial.completions(pairs[cut:], chosen, config.n_generated_tokens, config.llm_batch_size, advance)
+    for subject, found in findings.items():
+        found.add(entity, attribute, judged, said[subject], chosen[subject])
+
+
+def make_result(
+    scene: Scene, subject: Subject, found: Findings, selection: Mapping[str, Sequence[str]], config: Config
+) -> Result:
+    """Means over attributes, then over entity classes."""
+    total = mean_scores([mean_scores(list(scores.values())) for scores in found.official.values()])
+    ours = mean_scores([mean_scores(list(scores.values())) for scores in found.ours.values()])
+    return Result(
+        subject,
+        official_config(scene, selection, config),
+        {
+            "ravel": {
+                "disentanglement_score": total.disentangle,
+                "cause_score": total.cause,
+                "isolation_score": total.isolation,
+            }
+        },
+        unstructured=by_class(found.official),
+        extra={
+            "ravel": {
+                "data": "stdlib: identifiers" if ENTITY_CLASS in selection else "adamkarvonen/ravel_prompts",
+                "by_kind": {**ours.to_json(), **by_class(found.ours)},
+                "swapped_latents": found.latents,
+            }
+        },
+    )
+
+
+def by_class(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, dict[str, dict[str, float]]]:
+    """As the protocol names them: city_results -> city_Country -> scores."""
+    return {
+        f"{entity}_results": {f"{entity}_{attribute}": each.to_json() for attribute, each in attributes.items()}
+        for entity, attributes in scores.items()
+    }
+
+
+def official_config(scene: Scene, selection: Mapping[str, Sequence[str]], config: Config) -> dict[str, Any]:
+    """Under the protocol's keys what was done."""
+    return {
+        "entity_attribute_selection": {entity: list(attributes) for entity, attributes in selection.items()},
+        "top_n_entities": config.top_n_entities,
+        "top_n_templates": 90,  # declared by the protocol, and never used
+        "full_dataset_downsample": None,
+        "num_pairs_per_attribute": config.num_pairs_per_attribute,
+        "train_test_split": config.train_test_split,
+        "force_dataset_recompute": False,
+        "model_name": model_name_of(scene),
+        "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
+        "llm_batch_size": config.llm_batch_size,
+        "learning_rate": config.learning_rate,
+        "num_epochs": config.num_epochs,
+        "train_mdas": False,
+        "n_generated_tokens": config.n_generated_tokens,
+        "random_seed": config.random_seed,
+    }

@@ -1,0 +1,59 @@
+"""Pairs of prompts: the entity of one is to lend an attribute to that of the other.
+
+Cause: the base asks for the attribute that is swapped, the source's label differs, and the answer must become the
+source's. Isolation: both ask for another attribute, and the base's own answer must stay.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...errors import NotApplicable
+from .prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Pair:
+    base: Prompt
+    source: Prompt
+    is_cause: bool
+
+    @property
+    def label(self) -> str:
+        """What the base must be answered with once the source's latents are put in."""
+        return self.source.label if self.is_cause else self.base.label
+
+    @property
+    def target_token(self) -> int:
+        """The first token of that answer."""
+        return self.source.first_token if self.is_cause else self.base.first_token
+
+
+def draw_pairs(
+    prompts: Sequence[Prompt], cause: str, others: Sequence[str], number: int, draw: random.Random
+) -> list[Pair]:
+    """As many pairs for isolation as for cause, in random order; draws are made in the protocol's order."""
+    cause_pairs = _pairs(prompts, cause, number, draw, is_cause=True)
+    isolation_pairs = [pair for other in others for pair in _pairs(prompts, other, number, draw, is_cause=False)]
+    draw.shuffle(isolation_pairs)
+    pairs = cause_pairs + isolation_pairs[: len(cause_pairs)]
+    draw.shuffle(pairs)
+    return pairs
+
+
+def _pairs(
+    prompts: Sequence[Prompt], attribute: str, number: int, draw: random.Random, *, is_cause: bool
+) -> list[Pair]:
+    """Bases drawn without repetition (all of them where there are fewer), each with any source of another label."""
+    asking = [prompt for prompt in prompts if prompt.attribute == attribute]
+    labels = sorted({prompt.label for prompt in asking})
+    if len(labels) < 2:
+        raise NotApplicable(
+            f"RAVEL: of {attribute!r} the model answers prompts with {len(labels)} different labels, "
+            "but swapping needs two. A larger model knows more"
+        )
+    sources = {label: [prompt for prompt in asking if prompt.label != label] for label in labels}
+    bases = asking if len(asking) < number else draw.sample(asking, number)
+    return [Pair(base, draw.choice(sources[base.label]), is_cause) for base in bases]

@@ -1,0 +1,153 @@
+"""Training masks and judging them: all SAEs on the same pairs, the layers below them run once for all.
+
+W pairs of a batch, T tokens, D width, F latents. Bases are padded on the left, so that all answers come at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...context.compatible import layers_of
+from ...context.loaded_sae import Subject
+from ...context.prompt_positions import Reader, Reading, Spot
+from ...errors import NotApplicable
+from ...model.batches import make_rows
+from ...model.lm import LanguageModel
+from .mask import LatentMask, Swap, mixed, temperatures
+from .pairs import Pair
+from .prompts import Prompt
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """Some pairs as the model takes them."""
+
+    pairs: Sequence[Pair]
+    tokens: Tensor  # int64 [W, T], the bases
+    valid: Tensor  # bool [W, T]
+    places: Tensor  # int64 [W], the entity's last token in the base
+    bases: Tensor  # int64 [W], numbers of the prompts in the reading
+    sources: Tensor
+    targets: Tensor
+
+    def replaced(self, resid_WTD: Tensor, x_hat_WD: Tensor) -> Tensor:
+        """The residual with another vector at each entity."""
+        changed = resid_WTD.clone()
+        changed[torch.arange(len(changed), device=changed.device), self.places] = x_hat_WD.to(changed.dtype)
+        return changed
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """How masks are learned; pairs that do not fill a batch are left out, as in the protocol."""
+
+    epochs: int
+    lr: float
+    batch_size: int
+
+
+class Trial:
+    """Prompts that the model knows, read once for all SAEs."""
+
+    def __init__(self, reader: Reader, prompts: Sequence[Prompt], advance: Advance) -> None:
+        self.model: LanguageModel = reader.model
+        self.subjects = reader.subjects
+        self._numbers = {prompt: number for number, prompt in enumerate(prompts)}
+        spots = [Spot(prompt.tokens, prompt.entity_position) for prompt in prompts]
+        self._reading: Reading = reader.read(spots, advance)
+
+    def learn(self, pairs: Sequence[Pair], training: Training, advance: Advance) -> dict[Subject, Tensor]:
+        """For each SAE the latents that are swapped: float [F], 0 or 1."""
+        batches = list(self.batches(pairs, training.batch_size))
+        masks = {subject: LatentMask(subject.width, training.lr, self.model.device) for subject in self.subjects}
+        schedule = iter(temperatures(training.epochs * len(batches), self.model.dtype))
+        for _ in range(training.epochs):
+            for batch in batches:
+                self._step(batch, masks, next(schedule))
+                advance(len(batch.pairs))
+        return {subject: mask.chosen() for subject, mask in masks.items()}
+
+    def completions(
+        self, pairs: Sequence[Pair], chosen: Mapping[Subject, Tensor], count: int, batch_size: int, advance: Advance
+    ) -> tuple[list[Pair], dict[Subject, list[str]]]:
+        """The pairs that fill batches, and what the model says to each when an SAE's latents are swapped."""
+        judged: list[Pair] = []
+        said: dict[Subject, list[str]] = {subject: [] for subject in self.subjects}
+        for batch in self.batches(pairs, batch_size):
+            judged += batch.pairs
+            for subject, share_F in chosen.items():
+                said[subject] += self._say(batch, subject, share_F, count)
+            advance(len(batch.pairs))
+        return judged, said
+
+    def batches(self, pairs: Sequence[Pair], size: int) -> Iterator[PairBatch]:
+        """Whole batches only."""
+        if len(pairs) < size:
+            raise NotApplicable(
+                f"RAVEL: {len(pairs)} pairs of prompts that the model answers do not fill one batch of {size}. "
+                "A larger model answers more, or lower it with --set ravel.llm_batch_size=N"
+            )
+        for start in range(0, len(pairs) - size + 1, size):
+            yield self._batch(pairs[start : start + size])
+
+    def _batch(self, pairs: Sequence[Pair]) -> PairBatch:
+        device = self.model.device
+        rows = [pair.base.tokens for pair in pairs]
+        tokens, valid = make_rows(self.model, rows, max(map(len, rows)), "left")
+        places = [tokens.shape[1] + pair.base.entity_position for pair in pairs]
+        bases, sources = ([self._numbers[prompt] for prompt in part] for part in zip(*_ends(pairs), strict=True))
+        numbers = (torch.tensor(each, device=device) for each in (places, bases, sources, _targets(pairs)))
+        return PairBatch(pairs, tokens.to(device), valid.to(device), *numbers)
+
+    def _step(self, batch: PairBatch, masks: Mapping[Subject, LatentMask], temperature: float) -> None:
+        resid = self.model.resid(batch.tokens, layers_of(self.subjects), batch.valid)
+        resid = {layer: each.clone() for layer, each in resid.items()}  # inference's own tensors take no gradient
+        for subject, mask in masks.items():
+
+            def predict(codes_WF: Tensor, subject: Subject = subject) -> Tensor:
+                changed = batch.replaced(resid[subject.layer], subject.sae.decode(codes_WF))
+                return self.model.last_logits(changed, subject.layer, batch.valid)
+
+            mask.step(Swap(*self._codes(subject, batch), batch.targets), temperature, predict)
+
+    def _say(self, batch: PairBatch, subject: Subject, share_F: Tensor, count: int) -> list[str]:
+        x_hat_WD = subject.sae.decode(mixed(*self._codes(subject, batch), share_F))
+        splice = {subject.layer: lambda resid_WTD: batch.replaced(resid_WTD, x_hat_WD)}
+        return decoded(self.model, self.model.complete(batch.tokens, count, batch.valid, splice))
+
+    def _codes(self, subject: Subject, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        return self._reading.acts_of(subject, batch.bases), self._reading.acts_of(subject, batch.sources)
+
+
+def complete(
+    model: LanguageModel, prompts: Sequence[Prompt], count: int, batch_size: int, advance: Advance
+) -> tuple[list[int], list[str]]:
+    """What the undisturbed model says to each prompt: its first token, and the text."""
+    first, said = [], []
+    for start in range(0, len(prompts), batch_size):
+        rows = [prompt.tokens for prompt in prompts[start : start + batch_size]]
+        tokens, valid = make_rows(model, rows, max(map(len, rows)), "left")
+        new = model.complete(tokens.to(model.device), count, valid.to(model.device))
+        first += new[:, 0].tolist()
+        said += decoded(model, new)
+        advance(len(rows))
+    return first, said
+
+
+def decoded(model: LanguageModel, tokens_WC: Tensor) -> list[str]:
+    """As text, special tokens written out."""
+    return model.tokenizer.backend.decode_batch(tokens_WC.tolist(), skip_special_tokens=False)
+
+
+def _ends(pairs: Sequence[Pair]) -> list[tuple[Prompt, Prompt]]:
+    return [(pair.base, pair.source) for pair in pairs]
+
+
+def _targets(pairs: Sequence[Pair]) -> list[int]:
+    return [pair.target_token for pair in pairs]

@@ -1,0 +1,178 @@
+"""unlearning: clamp the latents of a topic, and see whether the topic is forgotten and the rest is not.
+
+1. How often does each latent fire on the text to forget, and on the text to retain?
+2. Rank the latents that fire on the first and hardly on the second.
+3. For each threshold, number of latents and multiplier: clamp, and mark both exams.
+4. The score is one less the lowest accuracy on the topic among interventions that keep 99 % of the rest.
+
+The protocol's material is WMDP's biology on gemma-2-2b-it; the pocket model forgets a package of the standard
+library. The score is 0 if nothing was forgotten, and 1 if all of it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ...context.compatible import attention_of, model_name_of, split_fitting
+from ...context.context import Scene
+from ...context.loaded_sae import Subject
+from ...context.needs import Needs
+from ...context.results import Failure, Result
+from ...errors import NotApplicable
+from .exam import Exam
+from .known import remembered_questions
+from .marking import count
+from .material import Material
+from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
+from .topic import load_topic
+from .trial import Trial
+from .wmdp import load_wmdp
+
+NEEDS = Needs()
+SUMMARY = ("unlearning.unlearning_score",)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The protocol's settings; `dataset_size`, `seq_len`, `dataset_names` and the corpus are WMDP's alone."""
+
+    data: Literal["auto", "wmdp", "stdlib"] = "auto"
+    """auto: the standard library for the pocket model, WMDP for all others."""
+    model: str = "google/gemma-2-2b-it"
+    """Who is asked WMDP's questions."""
+    forget_corpus: str = "data/bio-forget-corpus.jsonl"
+    topic: str = "asyncio"
+    """What of the standard library is to be forgotten."""
+    cache: str = "~/.cache/saemill/unlearning"
+    """Where it is remembered which questions a model knows."""
+    random_seed: int = 42
+    dataset_names: tuple[str, ...] = (
+        "wmdp-bio",
+        "high_school_us_history",
+        "college_computer_science",
+        "high_school_geography",
+        "human_aging",
+    )
+    retain_thresholds: tuple[float, ...] = ()
+    n_features_list: tuple[int, ...] = ()
+    multipliers: tuple[float, ...] = ()
+    """Each empty: those of the data, for WMDP the protocol's."""
+    dataset_size: int = 1024
+    seq_len: int = 1024
+    llm_batch_size: int = 4
+
+    def sweep(self, default: Sweep) -> Sweep:
+        return Sweep(
+            self.retain_thresholds or default.retain_thresholds,
+            self.n_features_list or default.num_latents,
+            self.multipliers or default.multipliers,
+        )
+
+
+def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+    material = load_material(scene, config)
+    fitting, failures = split_fitting(subjects, material.model)
+    yield from failures
+    if not fitting:
+        return
+    trial = Trial(material.model, fitting, attention_of(scene, fitting), config.llm_batch_size, scene.say)
+    exams = set_exams(material, config)
+    settings = choose_settings(scene, trial, material, config)
+    with scene.watch.stage("unlearning: exams", count(exams), "questions") as advance:
+        outcomes = trial.sit(exams, settings, advance)
+    for subject in fitting:
+        yield make_result(subject, outcomes[subject], material, exams, config)
+
+
+def load_material(scene: Scene, config: Config) -> Material:
+    data = config.data if config.data != "auto" else "stdlib" if scene.is_pocket else "wmdp"
+    if data == "stdlib":
+        return load_topic(scene.model, model_name_of(scene), config.topic, config.random_seed)
+    return load_wmdp(
+        scene,
+        config.model,
+        config.forget_corpus,
+        config.dataset_names,
+        config.dataset_size,
+        config.seq_len,
+        config.llm_batch_size * 2,  # questions are shorter than the rows of text
+        config.random_seed,
+    )
+
+
+def set_exams(material: Material, config: Config) -> list[Exam]:
+    """Of each paper the questions that the undisturbed model answers right."""
+    folder = Path(config.cache).expanduser()
+    exams = [paper.exam(remembered_questions(material.model, paper, folder)) for paper in material.papers]
+    for papers, kind in ((material.forget, "to forget"), (material.retain, "to retain")):
+        if not any(len(exam) for exam in exams if exam.name in {paper.name for paper in papers}):
+            raise NotApplicable(f"the model answers no question about what it is {kind}: there is nothing to measure")
+    return exams
+
+
+def choose_settings(
+    scene: Scene, trial: Trial, material: Material, config: Config
+) -> Mapping[Subject, Sequence[Setting]]:
+    tokens = material.forget_rows.numel() + material.retain_rows.numel()
+    with scene.watch.stage("unlearning: firing", tokens) as advance:
+        forget, retain = (trial.firing_shares(rows, advance) for rows in (material.forget_rows, material.retain_rows))
+    sweep = config.sweep(material.sweep)
+    return {subject: make_settings(forget[subject], retain[subject], sweep) for subject in trial.subjects}
+
+
+def make_result(
+    subject: Subject, outcomes: Sequence[Outcome], material: Material, exams: Sequence[Exam], config: Config
+) -> Result:
+    forget, retain = ([paper.name for paper in papers] for papers in (material.forget, material.retain))
+    asked = [exam.name for exam in exams if len(exam)]
+    score = unlearning_score(
+        outcomes, [name for name in forget if name in asked], [name for name in retain if name in asked]
+    )
+    return Result(
+        subject,
+        official_config(config, material),
+        {"unlearning": {"unlearning_score": score}},
+        unstructured=None,
+        extra={
+            "unlearning": {
+                "data": material.name,
+                "questions": {exam.name: len(exam) for exam in exams},
+                "runs": [run_to_json(outcome) for outcome in outcomes],
+            }
+        },
+    )
+
+
+def run_to_json(outcome: Outcome) -> dict[str, Any]:
+    """One intervention, and the share of each exam that it left standing."""
+    return {
+        "retain_threshold": outcome.setting.retain_threshold,
+        "num_latents": outcome.setting.num_latents,
+        "multiplier": outcome.setting.multiplier,
+        "latents": list(outcome.setting.latents),
+        "accuracy": {name: right / asked for name, (right, asked) in outcome.right.items() if asked},
+    }
+
+
+def official_config(config: Config, material: Material) -> dict[str, Any]:
+    """Under the protocol's keys what was done: the sizes are those of the rows that were read."""
+    sweep = config.sweep(material.sweep)
+    return {
+        "random_seed": config.random_seed,
+        "dataset_names": [paper.name for paper in material.papers],
+        "intervention_method": "clamp_feature_activation",
+        "retain_thresholds": list(sweep.retain_thresholds),
+        "n_features_list": list(sweep.num_latents),
+        "multipliers": list(sweep.multipliers),
+        "dataset_size": len(material.forget_rows),
+        "seq_len": material.forget_rows.shape[1],
+        "n_batch_loss_added": 50,  # declared by the protocol, and never used
+        "target_metric": "correct",
+        "save_metrics": True,
+        "model_name": material.model_name,
+        "llm_batch_size": config.llm_batch_size,
+        "llm_dtype": str(material.model.dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,132 @@
+"""The two passes over the model that all SAEs share: how latents fire, and how exams go under each intervention.
+
+W rows, T tokens, D width, F latents, K clamped latents.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from operator import add
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....cache_schema import AttentionSpec
+from ...context.compatible import layers_of
+from ...context.loaded_sae import Subject
+from ...model.batches import run_windows
+from ...model.lm import LanguageModel
+from ...model.memory import PieceSize, in_pieces
+from ...model.windows import Windows
+from .clamp import clamp_shift
+from .exam import Exam, Sheet
+from .marking import right_answers, valid_tokens
+from .sparsity import FiringCounts
+from .sweep import Outcome, Setting
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """SAEs on one model. Rows that do not fit into memory together run in smaller batches."""
+
+    model: LanguageModel
+    subjects: Sequence[Subject]
+    attention: AttentionSpec | None
+    batch_size: int
+    say: Callable[[str], None] = lambda _: None
+
+    def firing_shares(self, rows_WT: Tensor, advance: Advance) -> dict[Subject, np.ndarray]:
+        """For each SAE the share of tokens on which each latent fires."""
+
+        def count(start: int, stop: int) -> list[FiringCounts]:
+            tokens_WT = rows_WT[start:stop]
+            batch = self._run(tokens_WT, torch.ones_like(tokens_WT, dtype=torch.bool))
+            advance(tokens_WT.numel())
+            return [FiringCounts.of(subject.encode(batch), batch.keep) for subject in self.subjects]
+
+        parts = list(in_pieces(len(rows_WT), PieceSize(self.batch_size, "rows", self.say), count))
+        totals = [reduce(add, counts) for counts in zip(*parts, strict=True)]
+        return {subject: total.shares() for subject, total in zip(self.subjects, totals, strict=True)}
+
+    def sit(
+        self, exams: Sequence[Exam], settings: Mapping[Subject, Sequence[Setting]], advance: Advance
+    ) -> dict[Subject, list[Outcome]]:
+        """Every exam under every setting of every SAE; the layers below an SAE run once for all of them."""
+        tally = Tally()
+        for exam in exams:
+            for sheet in (sheet.to(self.model.device) for sheet in exam.sheets):
+                size = PieceSize(len(sheet.tokens), "rows of an exam", self.say)
+                for right in in_pieces(len(sheet.tokens), size, partial(self._answer_part, exam, sheet, settings)):
+                    tally.add(exam, right)
+                advance(len(sheet))
+        return {subject: tally.outcomes(subject, exams, settings[subject]) for subject in self.subjects}
+
+    def _run(self, tokens_WT: Tensor, valid_WT: Tensor) -> Windows:
+        return run_windows(self.model, tokens_WT, valid_WT, layers_of(self.subjects), self.attention)
+
+    def _answer_part(
+        self, exam: Exam, sheet: Sheet, settings: Mapping[Subject, Sequence[Setting]], start: int, stop: int
+    ) -> list[Right]:
+        part = sheet.part(start, stop)
+        if not len(part):
+            return []
+        batch = self._run(part.tokens, valid_tokens(part))
+        return [
+            right for subject in self.subjects for right in self._answers(exam, part, batch, subject, settings[subject])
+        ]
+
+    def _answers(
+        self, exam: Exam, sheet: Sheet, batch: Windows, subject: Subject, settings: Sequence[Setting]
+    ) -> Iterator[Right]:
+        acts_WTF = subject.encode(batch)
+        resid_WTD = batch.resid[subject.layer]
+        for setting in distinct(settings):
+            latents = list(setting.latents)
+            shift_WTD = clamp_shift(acts_WTF[..., latents], subject.sae.W_dec[latents], setting.multiplier)
+            changed_WTD = (resid_WTD.to(torch.float32) + shift_WTD).to(resid_WTD.dtype)
+            hidden_WTD = self.model.suffix(changed_WTD, subject.layer)
+            yield Right(subject, setting, int(right_answers(self.model, hidden_WTD, sheet, exam.choose).sum()))
+
+
+@dataclass(frozen=True)
+class Right:
+    """How many questions of a sheet were answered right under an intervention."""
+
+    subject: Subject
+    setting: Setting
+    count: int
+
+
+@dataclass
+class Tally:
+    """Right answers so far, by SAE, exam and intervention."""
+
+    right: dict[tuple[Subject, str, tuple[object, ...]], int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, exam: Exam, answers: Sequence[Right]) -> None:
+        for each in answers:
+            self.right[each.subject, exam.name, _essence(each.setting)] += each.count
+
+    def outcomes(self, subject: Subject, exams: Sequence[Exam], settings: Sequence[Setting]) -> list[Outcome]:
+        return [
+            Outcome(
+                setting, {exam.name: (self.right[subject, exam.name, _essence(setting)], len(exam)) for exam in exams}
+            )
+            for setting in settings
+        ]
+
+
+def distinct(settings: Sequence[Setting]) -> list[Setting]:
+    """One of each intervention: thresholds and numbers often choose the same latents."""
+    return list({_essence(setting): setting for setting in settings}.values())
+
+
+def _essence(setting: Setting) -> tuple[object, ...]:
+    """What an intervention does; without latents every multiplier does the same, nothing."""
+    return (setting.latents, setting.multiplier) if setting.latents else ()

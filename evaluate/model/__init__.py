@@ -1,0 +1,1 @@
+"""The language model in parts, the windows it reads, and how batches fit into memory."""

@@ -1,0 +1,170 @@
+"""Batches of windows: from a split of the store in its order, or from text through the model.
+
+W windows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cache_schema import AttentionCsr, AttentionSpec, Request, ShardArrays, Store
+from ...harvest.sparsify import KeptRows, sparsify, to_csr
+from ...harvest.stats import is_special
+from ...train.data.batch import AttentionRows
+from ...train.data.block import TORCH_DTYPES, as_tensor
+from .lm import LanguageModel
+from .windows import Windows
+
+Padding = Literal["right", "left"]
+
+
+def store_batches(
+    store: Store,
+    split: str,
+    layers: Sequence[int] = (),
+    attention_layers: Sequence[int] = (),
+    batch_windows: int = 16,
+    first: int = 0,
+    count: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[Windows]:
+    """The windows first..first + count of a split in the store's order; the last batch may be smaller."""
+    begin, end = store.manifest.splits[split]
+    stop = end - begin if count is None else min(first + count, end - begin)
+    request = Request(
+        layers=tuple(layers),
+        attention_layers=tuple(attention_layers),
+        tokens=True,
+        documents=True,
+        split=split,
+        windows=(min(first, stop), stop),
+    )
+    pieces: list[Windows] = []
+    for part in store.stream(request):
+        taken = 0
+        while taken < part.span.windows:
+            size = min(batch_windows - sum(map(len, pieces)), part.span.windows - taken)
+            pieces.append(_windows_of(store, part, taken, taken + size, torch.device(device)))
+            taken += size
+            if sum(map(len, pieces)) == batch_windows:
+                yield joined(pieces)
+                pieces = []
+    if pieces:
+        yield joined(pieces)
+
+
+def count_windows(store: Store, split: str) -> int:
+    begin, end = store.manifest.splits[split]
+    return end - begin
+
+
+def run_windows(
+    model: LanguageModel,
+    tokens_WT: Tensor,
+    valid_WT: Tensor,
+    layers: Sequence[int],
+    attention: AttentionSpec | None = None,
+) -> Windows:
+    """Rows of tokens with the residuals that the model has there."""
+    tokens_WT, valid_WT = tokens_WT.to(model.device), valid_WT.to(model.device)
+    blocks: dict[int, list[KeptRows]] = {layer: [] for layer in (attention.layers if attention else ())}
+
+    def keep(layer: int, probs_WHTT: Tensor) -> None:
+        assert attention is not None
+        blocks[layer].append(sparsify(probs_WHTT, attention))
+
+    resid = model.resid(tokens_WT, layers, valid_WT, {layer: partial(keep, layer) for layer in blocks})
+    rows = {layer: to_csr(layer, KeptRows.concat(parts)) for layer, parts in blocks.items()}
+    return Windows(
+        tokens=tokens_WT,
+        keep=valid_WT & ~is_special(tokens_WT, model.special),
+        valid=valid_WT,
+        resid=resid,
+        attention={layer: attention_rows(csr, model.device) for layer, csr in rows.items()},
+    )
+
+
+def make_rows(
+    model: LanguageModel, texts: Sequence[str] | Sequence[Sequence[int]], context: int, padding: Padding = "right"
+) -> tuple[Tensor, Tensor]:
+    """Token ids and validity [W, context]."""
+    rows = [_ids_of(model, text)[:context] for text in texts]
+    tokens = torch.full((len(rows), context), model.pad, dtype=torch.int64)
+    valid = torch.zeros(len(rows), context, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        place = slice(0, len(row)) if padding == "right" else slice(context - len(row), context)
+        tokens[number, place] = torch.tensor(row, dtype=torch.int64)
+        valid[number, place] = True
+    return tokens, valid
+
+
+def attention_rows(csr: AttentionCsr, device: torch.device | str) -> AttentionRows:
+    """Attention as a store has it, on the device."""
+    return AttentionRows(
+        indptr=torch.from_numpy(csr.indptr.astype(np.int64)).to(device),
+        indices=torch.from_numpy(csr.indices.astype(np.int64)).to(device),
+        data=torch.from_numpy(csr.data.astype(np.float32)).to(device),
+        kept_mass=torch.from_numpy(csr.kept_mass.astype(np.float32)).to(device),
+    )
+
+
+def joined(pieces: Sequence[Windows]) -> Windows:
+    """One batch of several."""
+    if len(pieces) == 1:
+        return pieces[0]
+    head = pieces[0]
+    return Windows(
+        tokens=torch.cat([piece.tokens for piece in pieces]),
+        keep=torch.cat([piece.keep for piece in pieces]),
+        valid=torch.cat([piece.valid for piece in pieces]),
+        resid={layer: torch.cat([piece.resid[layer] for piece in pieces]) for layer in head.resid},
+        documents=_cat([piece.documents for piece in pieces]),
+        attention={layer: _join_attention([p.attention[layer] for p in pieces]) for layer in head.attention},
+        numbers=_cat([piece.numbers for piece in pieces]),
+    )
+
+
+def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None
+
+
+def _join_attention(parts: Sequence[AttentionRows]) -> AttentionRows:
+    offsets = np.cumsum([0, *(len(part.indices) for part in parts)])
+    tails = [part.indptr[1:] + int(offset) for part, offset in zip(parts, offsets, strict=False)]
+    return AttentionRows(
+        indptr=torch.cat([parts[0].indptr[:1], *tails]),
+        indices=torch.cat([part.indices for part in parts]),
+        data=torch.cat([part.data for part in parts]),
+        kept_mass=torch.cat([part.kept_mass for part in parts]),
+    )
+
+
+def _ids_of(model: LanguageModel, text: str | Sequence[int]) -> list[int]:
+    if isinstance(text, str):
+        return [model.bos, *model.tokenizer.encode([text])[0]]
+    return list(text)
+
+
+def _windows_of(store: Store, part: ShardArrays, start: int, stop: int, device: torch.device) -> Windows:
+    """Some windows of a span, copied out of the reader's memory."""
+    assert part.tokens is not None and part.documents is not None
+    rows = slice(start, stop)
+    dtype = TORCH_DTYPES[store.manifest.model.dtype]
+    tokens = torch.from_numpy(part.tokens[rows].astype(np.int64)).to(device)
+    first = part.span.start
+    return Windows(
+        tokens=tokens,
+        keep=~is_special(tokens, store.manifest.model.special_tokens),
+        valid=torch.ones_like(tokens, dtype=torch.bool),
+        resid={layer: as_tensor(x[rows].copy(), dtype).to(device) for layer, x in part.resid.items()},
+        documents=torch.from_numpy(part.documents[rows].astype(np.int64)).to(device),
+        attention={layer: attention_rows(csr.slice(start, stop), device) for layer, csr in part.attention.items()},
+        numbers=torch.arange(first + start, first + stop, device=device),
+    )

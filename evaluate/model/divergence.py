@@ -1,0 +1,119 @@
+"""Cross entropy and KL divergence of next-token distributions, without ever holding all logits.
+
+1. Logits are asked for in chunks of rows; nothing of the size rows x vocabulary outlives its chunk.
+2. The clean chunk is normalised once and serves every other distribution.
+3. Inside a chunk the elementwise work goes in blocks that stay in the processor's cache.
+
+All arithmetic after the logits is float32. `kl_published` is SAEBench's formula to the letter, the
+logarithm of a softmax: not a number where a probability underflows, which `kl` does not mind.
+N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .memory import PieceSize, in_pieces
+
+LogitsOf = Callable[[int, int], Tensor]
+"""Logits [stop - start, V] of the rows start..stop."""
+
+CHUNK_ELEMENTS = 1 << 24  # logits at once, unless that is too few rows: their memory is used again and again
+LEAST_ROWS = 256  # enough to pay for reading the weights of the head
+BLOCK_ELEMENTS = 1 << 19  # float32 in a cache
+MAY_UNDERFLOW = -80.0  # a float32 probability below this logarithm may be zero
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one distribution, by row: float32 [N]."""
+
+    ce: Tensor  # NaN where the row predicts nothing
+    kl: Tensor
+    kl_published: Tensor
+
+    @staticmethod
+    def concat(parts: Sequence[Losses]) -> Losses:
+        return Losses(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Losses)))
+
+
+def chunk_rows(vocab_size: int) -> int:
+    return max(LEAST_ROWS, CHUNK_ELEMENTS // vocab_size)
+
+
+@torch.inference_mode()
+def compare(
+    clean: LogitsOf, others: Sequence[LogitsOf], targets_N: Tensor, rows: PieceSize
+) -> tuple[Tensor, list[Losses]]:
+    """Cross entropy [N] of the clean distribution; of the others also their divergence from it.
+
+    `targets_N` holds the next token of each row, or -1; `rows` says how many have logits at once.
+    """
+
+    def work(start: int, stop: int) -> tuple[Tensor, list[Losses]]:
+        targets = targets_N[start:stop]
+        logp_NV = _normalised(clean(start, stop))
+        return _cross_entropy(logp_NV, targets), [_losses(logp_NV, other(start, stop), targets) for other in others]
+
+    chunks = list(in_pieces(len(targets_N), rows, work))
+    nothing = torch.empty(0, device=targets_N.device)
+    losses = [
+        Losses.concat([Losses(nothing, nothing, nothing), *(chunk[1][number] for chunk in chunks)])
+        for number in range(len(others))
+    ]
+    return torch.cat([nothing, *(chunk[0] for chunk in chunks)]), losses
+
+
+def next_tokens(tokens_WT: Tensor, keep_WT: Tensor) -> Tensor:
+    """For each kept token the one that follows it in its window, -1 for the last: int64 [N]."""
+    following = torch.cat([tokens_WT[:, 1:], torch.full_like(tokens_WT[:, :1], -1)], dim=1)
+    return following[keep_WT]
+
+
+def kl_as_published(clean_NV: Tensor, other_NV: Tensor) -> Tensor:
+    """SAEBench 0.6.0: p (log p - log q), with logarithms of softmaxes."""
+    p, q = clean_NV.softmax(dim=-1), other_NV.softmax(dim=-1)
+    return (p * (p.log() - q.log())).sum(dim=-1)
+
+
+def _losses(logp_NV: Tensor, logits_NV: Tensor, targets_N: Tensor) -> Losses:
+    """One chunk."""
+    blocks = []
+    for start, stop in _ranges(len(targets_N), _block_rows(logp_NV)):
+        logp, logq = logp_NV[start:stop], _log_softmax(logits_NV[start:stop])
+        kl = (logp.exp() * (logp - logq)).sum(dim=-1)
+        is_safe = min(float(logp.amin()), float(logq.amin())) > MAY_UNDERFLOW
+        published = kl if is_safe else kl_as_published(logp, logq)
+        blocks.append(Losses(_cross_entropy(logq, targets_N[start:stop]), kl, published))
+    return Losses.concat(blocks)
+
+
+def _normalised(logits_NV: Tensor) -> Tensor:
+    """Log probabilities in float32, block by block."""
+    logp_NV = torch.empty(logits_NV.shape, dtype=torch.float32, device=logits_NV.device)
+    for start, stop in _ranges(len(logits_NV), _block_rows(logits_NV)):
+        logp_NV[start:stop] = _log_softmax(logits_NV[start:stop])
+    return logp_NV
+
+
+def _log_softmax(logits_NV: Tensor) -> Tensor:
+    return torch.log_softmax(logits_NV, dim=-1, dtype=torch.float32)
+
+
+def _cross_entropy(logp_NV: Tensor, targets_N: Tensor) -> Tensor:
+    chosen = logp_NV.gather(1, targets_N.clamp_min(0)[:, None])[:, 0]
+    return torch.where(targets_N >= 0, -chosen, torch.nan)
+
+
+def _block_rows(logits_NV: Tensor) -> int:
+    if logits_NV.device.type != "cpu":
+        return max(1, len(logits_NV))
+    return max(1, BLOCK_ELEMENTS // logits_NV.shape[1])
+
+
+def _ranges(total: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + size, total)) for start in range(0, total, size))

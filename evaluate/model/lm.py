@@ -1,0 +1,254 @@
+"""A causal language model in the parts that evaluations run: prefix, suffix, head.
+
+1. `resid` runs the layers 0..L and stops there.
+2. `suffix` runs the layers above L from a residual: the model's own, a reconstruction, an ablation.
+3. `head` gives logits of chosen rows; whoever calls it takes them in chunks.
+4. `hidden` runs the whole model, with residuals replaced on the way.
+
+Prefix followed by suffix is the whole model to the bit, because a layer neither knows nor cares who
+called it. Shape suffixes: W windows, T positions, D residual width, V vocabulary, N rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ...harvest.errors import HarvestError
+from ...harvest.model.architectures import architecture_of
+from ...harvest.model.hooks import hooked, kept_outputs
+from ...harvest.model.load import ModelFacts, find_weights, read_facts, without_report
+from ...harvest.model.tokenizer import TextEncoder, make_encoder
+from ..errors import MemoryTooSmall, ModelMissing
+from .memory import is_out_of_memory
+from .padded_attention import ATTENTION, register_attention
+
+Splice = Callable[[Tensor], Tensor]
+Sinks = Mapping[int, Callable[[Tensor], None]]
+
+
+class LanguageModel:
+    """A model in memory, cut wherever an evaluation wants it cut."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: TextEncoder | None, eos: int | None, pad: int | None) -> None:
+        register_attention()
+        self.model: Any = model.eval().requires_grad_(False)
+        self.stack: Any = model.base_model
+        self.stack.set_attn_implementation(ATTENTION)
+        self.facts = ModelFacts.of(model.config)
+        self.dtype: torch.dtype = model.dtype
+        self.encoder = tokenizer
+        self.eos = eos
+        self.pad = pad if pad is not None else (eos if eos is not None else 0)
+        self._architecture = architecture_of(self.facts.model_type)
+        self._unembed: Any = model.get_output_embeddings()
+        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+
+    @property
+    def device(self) -> torch.device:
+        return self._unembed.weight.device
+
+    @property
+    def tokenizer(self) -> TextEncoder:
+        """The harvest's encoder of this model's tokens."""
+        if self.encoder is None:
+            raise ModelMissing("this model was made without a tokenizer: evaluations of text need one beside it")
+        return self.encoder
+
+    @property
+    def bos(self) -> int:
+        return self.tokenizer.bos_token
+
+    @property
+    def special(self) -> tuple[int, ...]:
+        """Ids that stand for no text: BOS, EOS, padding and what else the tokenizer reserves."""
+        reserved = self.encoder.special_tokens if self.encoder is not None else ()
+        found = {*reserved, self.eos, self.pad, self.model.config.bos_token_id}
+        return tuple(sorted(token for token in found if token is not None))
+
+    @torch.inference_mode()
+    def resid(
+        self,
+        tokens_WT: Tensor,
+        layers: Sequence[int],
+        valid_WT: Tensor | None = None,
+        sinks: Sinks | None = None,
+        splice: Mapping[int, Splice] | None = None,
+    ) -> dict[int, Tensor]:
+        """The residual after each of `layers`; nothing above the highest is run.
+
+        `sinks` are handed the attention probabilities [w, H, T, T] of their layers, block by block.
+        """
+        wanted: list[int] = [*layers, *(sinks or {})]
+        stack = self._part(0, max(wanted) + 1, normed=False)
+        with kept_outputs(self.stack, layers) as kept, spliced(self.stack, splice or {}):
+            stack(input_ids=tokens_WT, use_cache=False, sinks=sinks or {}, **_padding(valid_WT))
+        return kept
+
+    @torch.inference_mode()
+    def suffix(self, resid_WTD: Tensor, layer: int, valid_WT: Tensor | None = None) -> Tensor:
+        """[W, T, D] after the final norm, from the residual after `layer`."""
+        stack = self._part(layer + 1, self.facts.num_layers, normed=True)
+        return stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, **_padding(valid_WT)).last_hidden_state
+
+    @torch.inference_mode()
+    def hidden(
+        self, tokens_WT: Tensor, splice: Mapping[int, Splice] | None = None, valid_WT: Tensor | None = None
+    ) -> Tensor:
+        """[W, T, D] after the final norm, from tokens; `splice` replaces residuals after its layers."""
+        with spliced(self.stack, splice or {}):
+            return self.stack(input_ids=tokens_WT, use_cache=False, **_padding(valid_WT)).last_hidden_state
+
+    @torch.inference_mode()
+    def head(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] in the model's dtype, soft-capped where the model does so."""
+        logits_NV = self._unembed(hidden_ND)
+        if self._softcap is not None:
+            logits_NV.div_(self._softcap).tanh_().mul_(self._softcap)
+        return logits_NV
+
+    def last_logits(self, resid_WTD: Tensor, layer: int, valid_WT: Tensor | None = None) -> Tensor:
+        """Logits [W, V] of the last position, from the residual after `layer` and with a gradient to it."""
+        with torch.enable_grad(), self._eager_attention():
+            stack = self._part(layer + 1, self.facts.num_layers, normed=True)
+            out = stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, **_padding(valid_WT))
+            logits_WV = self._unembed(out.last_hidden_state[:, -1])
+            return logits_WV if self._softcap is None else torch.tanh(logits_WV / self._softcap) * self._softcap
+
+    def attention(self, resid_WTD: Tensor, layer: int, sink: Callable[[Tensor], None]) -> None:
+        """Hand the attention probabilities of layer + 1, from the residual after `layer`, to `sink`."""
+        stack = self._part(layer + 1, layer + 2, normed=False)
+        with torch.inference_mode():
+            stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, sinks={layer + 1: sink})
+
+    @torch.inference_mode()
+    def complete(
+        self, tokens_WT: Tensor, count: int, valid_WT: Tensor, splice: Mapping[int, Splice] | None = None
+    ) -> Tensor:
+        """The next `count` tokens [W, count], greedily, keys and values kept. The splice acts on the prompt alone."""
+        cache = DynamicCache(config=self.stack.config)
+        positions = (valid_WT.long().cumsum(dim=1) - 1).clamp_min(0)
+        with spliced(self.stack, splice or {}):
+            new = [self._next(tokens_WT, valid_WT, positions, cache)]
+        for number in range(1, count):
+            valid_WT = torch.cat([valid_WT, valid_WT.new_ones(len(valid_WT), 1)], dim=1)
+            new.append(self._next(new[-1], valid_WT, positions[:, -1:] + number, cache))
+        return torch.cat(new, dim=1)
+
+    def _next(self, tokens_WT: Tensor, valid_WT: Tensor, positions_WT: Tensor, cache: DynamicCache) -> Tensor:
+        """The most likely next token [W, 1] of each row."""
+        out = self.stack(
+            input_ids=tokens_WT,
+            attention_mask=valid_WT.long(),
+            position_ids=positions_WT,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return self.head(out.last_hidden_state[:, -1]).argmax(dim=-1, keepdim=True)
+
+    @contextmanager
+    def _eager_attention(self) -> Iterator[None]:
+        """transformers' own attention: ours works in place, which no gradient survives."""
+        self.stack.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.stack.set_attn_implementation(ATTENTION)
+
+    def _part(self, start: int, stop: int, normed: bool) -> Any:
+        """The stack with the layers start..stop alone; weights are shared, nothing is copied."""
+        part = copy.copy(self.stack)
+        part._modules = dict(self.stack._modules)
+        part.config = copy.copy(self.stack.config)
+        part.layers = self.stack.layers[start:stop]
+        if getattr(part.config, "layer_types", None):
+            part.config.layer_types = part.config.layer_types[start:stop]
+        part.config.num_hidden_layers = stop - start
+        if not normed:
+            setattr(part, self._architecture.final_norm, nn.Identity())
+        return part
+
+
+def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """A whole model from its folder."""
+    try:
+        read_facts(folder)  # refuses types that only downloaded code could run
+    except HarvestError as error:
+        raise ModelMissing(str(error)) from error
+    if not find_weights(folder):
+        raise ModelMissing(f"{folder}: expected complete safetensors weights; fetch the model again")
+    register_attention()
+    try:
+        with without_report(), _without_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
+            )
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise MemoryTooSmall(
+                f"{folder}: the model does not fit into memory; free some, or try --device cpu"
+            ) from error
+        raise ModelMissing(f"{folder}: the model cannot be loaded ({error}); fetch it again") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        raise ModelMissing(f"{folder}: weights are missing, the first is {sorted(report['missing_keys'])[0]}")
+    return make_language_model(model.to(device), folder)
+
+
+def make_language_model(model: PreTrainedModel, source: str | Path | None) -> LanguageModel:
+    """A model that is in memory, with the tokenizer of `source` where there is one."""
+    if source is None:
+        return _without_tokenizer(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        encoder = make_encoder(tokenizer, str(source))
+    except (HarvestError, OSError, ValueError):
+        return _without_tokenizer(model)
+    return LanguageModel(model, encoder, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def _without_tokenizer(model: PreTrainedModel) -> LanguageModel:
+    """What tokens mean is unknown; which are special, the configuration says."""
+    eos = model.config.eos_token_id
+    return LanguageModel(model, None, eos if isinstance(eos, int) else None, model.config.pad_token_id)
+
+
+@contextmanager
+def spliced(stack: Any, splice: Mapping[int, Splice]) -> Iterator[None]:
+    """Replaces the outputs of layers while a model runs."""
+
+    def replace(change: Splice, _module: object, _args: object, output: Tensor) -> Tensor:
+        return change(output).to(output.dtype)
+
+    with hooked(stack, {layer: partial(replace, change) for layer, change in splice.items()}):
+        yield
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """An evaluation shows its own progress."""
+    had_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _padding(valid_WT: Tensor | None) -> dict[str, Tensor]:
+    """Mask and positions of a padded batch. Padding on the right needs neither: nothing looks ahead."""
+    if valid_WT is None or bool(valid_WT[:, 0].all()):
+        return {}
+    positions = (valid_WT.long().cumsum(dim=1) - 1).clamp_min(0)
+    return {"attention_mask": valid_WT.long(), "position_ids": positions}

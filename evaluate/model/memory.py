@@ -1,0 +1,79 @@
+"""Work in pieces, smaller ones where memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from ..errors import MemoryTooSmall
+
+T = TypeVar("T")
+WEIGHTS_SHARE = 4  # of a device's free memory, one part in so many is for weights of SAEs: a model and batches follow
+
+
+class PieceSize:
+    """How many items go in at once. Halved when memory runs out, never raised again."""
+
+    def __init__(self, size: int, what: str, say: Callable[[str], None]) -> None:
+        self.size = max(1, size)
+        self._what, self._say = what, say
+
+    def halve(self, error: BaseException) -> None:
+        if self.size == 1:
+            raise MemoryTooSmall(
+                f"not even one of the {self._what} at a time fits into memory ({str(error).partition(chr(10))[0]}). "
+                "Free some memory, or evaluate narrower SAEs or on another --device"
+            ) from error
+        self.size //= 2
+        self._say(f"out of memory: going on with {self.size} {self._what} at a time")
+
+
+def in_pieces(total: int, size: PieceSize, work: Callable[[int, int], T]) -> Iterator[T]:
+    """`work(start, stop)` over 0..total; a piece that does not fit is tried again as two."""
+    start = 0
+    while start < total:
+        stop = min(start + size.size, total)
+        try:
+            result = work(start, stop)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size.halve(error)
+            _release()
+            continue
+        yield result
+        start = stop
+
+
+def room_for_weights(device: torch.device) -> int | None:
+    """Bytes that SAEs may take at once on a device; None where they lie in its memory already."""
+    if device.type != "cuda":
+        return None
+    _release()
+    return torch.cuda.mem_get_info(device)[0] // WEIGHTS_SHARE
+
+
+def within(room: int | None, items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items in order, group by group: as many at once as have room, and one at least."""
+    group: list[T] = []
+    for item in items:
+        if group and room is not None and sum(map(size_of, group)) + size_of(item) > room:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has an error of its own; the CPU's allocator says it in words."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return not isinstance(error, MemoryTooSmall)
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _release() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,1 +1,0 @@
-"""Data for evaluations made from text that every Python installation has: one file per data source."""

@@ -1,0 +1,102 @@
+"""What plots and pages know of an SAE: its run's log, its settings, how it ended, and its evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ....train.disk.whole_files import read_json
+from ....train.run.folder import RunFolder
+from ...context.results import metric_of
+
+RESULTS = "_eval_results.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One SAE of one run."""
+
+    name: str  # as figures call it
+    run: str
+    label: str
+    variant: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the variant's config
+    log: Sequence[Mapping[str, Any]] = ()  # its lines of metrics.jsonl
+    outcome: Mapping[str, Any] = field(default_factory=dict)  # its part of result.json
+    steps: int | None = None
+    documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # results by evaluation
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a logged number, where it is one."""
+        points = [(line["step"], line[name]) for line in self.log if isinstance(line.get(name), (int, float))]
+        return [float(step) for step, _ in points], [float(value) for _, value in points]
+
+    def last(self, name: str) -> float | None:
+        """The last logged value."""
+        values = self.series(name)[1]
+        return values[-1] if values else None
+
+    @cached_property
+    def logged(self) -> frozenset[str]:
+        """Every name in the log."""
+        return frozenset(name for line in self.log for name in line)
+
+    def numbered(self, prefix: str) -> dict[int, str]:
+        """Logged names that are a prefix and a number, by that number: mixing/weight_17."""
+        ends = {name.removeprefix(prefix): name for name in self.logged if name.startswith(prefix)}
+        return {int(end): name for end, name in sorted(ends.items()) if end.isdigit()}
+
+    def metric(self, evaluation: str, path: str) -> float | None:
+        """A dotted metric of an evaluation; None where it was not measured."""
+        document = self.documents.get(evaluation)
+        return None if document is None else metric_of(document, path)
+
+    def unstructured(self, evaluation: str) -> Mapping[str, Any]:
+        return self.documents.get(evaluation, {}).get("eval_result_unstructured") or {}
+
+
+def read_records(runs: Sequence[RunFolder]) -> list[Record]:
+    """The SAEs of some runs in a fixed order; names carry the run where there are several."""
+    return [record for run in runs for record in _records_of(run, is_alone=len(runs) == 1)]
+
+
+def _records_of(run: RunFolder, is_alone: bool) -> Iterator[Record]:
+    config = run.read_config() if (run.path / "config.json").is_file() else {}
+    result = read_json(run.path / "result.json") if run.is_finished else {}
+    members, outcomes = config.get("saes", {}), result.get("saes", {})
+    log = read_log(run.metrics)
+    documents = read_documents(run.path / "evals")
+    for label in sorted({*members, *outcomes, *documents}):
+        member = members.get(label, {})
+        yield Record(
+            name=label if is_alone else f"{run.name}/{label}",
+            run=run.name,
+            label=label,
+            variant=member.get("variant", ""),
+            settings=member.get("config", {}),
+            log=[line for line in log if line.get("sae") == label],
+            outcome=outcomes.get(label, {}),
+            steps=result.get("steps"),
+            documents=documents.get(label, {}),
+        )
+
+
+def read_log(path: Path) -> list[Mapping[str, Any]]:
+    """metrics.jsonl; a last line that is not whole is a run that is still writing it."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    whole = lines[:-1]  # what follows the last newline is unfinished, or nothing
+    return [line for line in map(json.loads, filter(None, whole)) if isinstance(line, Mapping)]
+
+
+def read_documents(folder: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Results by label and evaluation."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for path in sorted(folder.glob(f"*/*{RESULTS}")):
+        found.setdefault(path.name.removesuffix(RESULTS), {})[path.parent.name] = read_json(path)
+    return found

@@ -1,0 +1,54 @@
+"""Pictures of what has been evaluated, beside the results. What goes wrong with one costs no number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ...train.run.folder import RunFolder
+from ..context.results import Row
+
+Say = Callable[[str], None]
+LONGEST_NAME = 255  # bytes, of a file system
+
+
+def draw(rows: Sequence[Row], compares: bool, say: Say) -> None:
+    """Plots and the page of every run; where runs are compared, of those with a new result, and of all together."""
+    wanted = ("done", "partly") if compares else ("done", "partly", "kept")
+    for home in dict.fromkeys(row.subject.home for row in rows if row.status in wanted):
+        _draw([home], home / "plots", say)
+    homes = list(dict.fromkeys(row.subject.home for row in rows if row.path.is_file()))
+    if compares and len(homes) > 1:
+        _draw(homes, homes[0].parent / "compare" / joint_name([home.name for home in homes]), say)
+
+
+def joint_name(names: Sequence[str]) -> str:
+    """The names of all; where they are too many for a folder's name, its beginning and a digest of the whole."""
+    whole = "+".join(names).encode()
+    if len(whole) <= LONGEST_NAME:
+        return whole.decode()
+    digest = f"-{hashlib.sha256(whole).hexdigest()[:12]}"
+    return whole[: LONGEST_NAME - len(digest)].decode(errors="ignore") + digest
+
+
+def after_run(folder: Path, say: Say) -> None:
+    """What training calls when a run has ended."""
+    _draw([folder], folder / "plots", say)
+
+
+def _draw(homes: Sequence[Path], folder: Path, say: Say) -> None:
+    from .page import write_page  # loads matplotlib, which nobody waits for who asks for no pictures
+    from .plots import make_plots
+
+    runs = [RunFolder.at(home) for home in homes]
+    try:
+        drawn = make_plots(runs, folder)
+        page = write_page(runs[0], folder) if len(runs) == 1 else None
+    except Exception as error:  # noqa: BLE001  the numbers are safe on disk; a picture can be drawn again
+        say(f"no plots in {folder}: {type(error).__name__}: {error}")
+        return
+    if drawn:
+        say(f"plots: {folder} ({', '.join(path.stem for path in drawn)})")
+    if page is not None:
+        say(f"page: {page}")

@@ -1,0 +1,54 @@
+"""The registry: every file of this folder is a plot, and its name is the picture's.
+
+A file has `draw(records) -> Figure | None`, where None says that none of the SAEs has what it shows. No
+global state of matplotlib is touched: figures are objects that are drawn to files and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ....train.file_registry import file_names, import_file
+from ....train.run.folder import RunFolder
+from ..figures.records import Record, read_records
+
+Draw = Callable[[Sequence[Record]], Figure | None]
+
+
+def names() -> tuple[str, ...]:
+    """All plots, sorted."""
+    return file_names(__path__)
+
+
+def draw_of(name: str) -> Draw:
+    """The function of a plot."""
+    draw: Draw = import_file(__name__, name).draw
+    return draw
+
+
+def make_plots(runs: Sequence[RunFolder], out: Path) -> list[Path]:
+    """Every plot that these runs have the data for, as PNG files; several runs share each figure."""
+    records = read_records(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in names():
+        figure = draw_of(name)(records)
+        path = out / f"{name}.png"
+        if figure is None:
+            path.unlink(missing_ok=True)  # a picture of what is no longer there
+            continue
+        save(figure, path)
+        written.append(path)
+    return written
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Draw to a file, all or nothing."""
+    beside = path.with_suffix(".partial")
+    FigureCanvasAgg(figure)
+    figure.savefig(beside, format="png")
+    beside.replace(path)

@@ -1,0 +1,1 @@
+"""From the words of the command line to results: find SAEs, open stores, run evaluations, print."""

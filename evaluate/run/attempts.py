@@ -1,0 +1,149 @@
+"""Run evaluations over SAEs, so that nothing that goes wrong in one costs another its result.
+
+1. Skip what is done, where that was asked for.
+2. Hand all SAEs to an evaluation at once and write each result as it comes.
+3. What an evaluation raises as NotRun is the reason for all SAEs it still owed.
+4. After any other error, the SAEs it still owed are tried one by one: the one that fails, fails alone.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from ...cache_schema import StoreError
+from ...cache_schema.strict import to_json
+from ...harvest.errors import HarvestError
+from ...train.errors import TrainError
+from .. import evals
+from ..context.context import Scene
+from ..context.loaded_sae import Subject
+from ..context.results import (
+    Failure,
+    Result,
+    Row,
+    is_of_store,
+    is_whole,
+    result_path,
+    standing_result,
+    told_differences,
+    write_result,
+)
+from ..errors import EvalError, NotRun
+
+EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
+
+Keep = Literal["none", "same", "any"]
+"""Which results that are there are taken: none, those of the same settings, or all of the same SAE and store."""
+
+
+def run_evals(scene: Scene, subjects: Sequence[Subject], configs: Mapping[str, Any], keep: Keep = "none") -> list[Row]:
+    """Every evaluation for every SAE; configs are by the evaluations' ids."""
+    rows: list[Row] = []
+    for eval_id, config in configs.items():
+        settings = settings_of(scene, eval_id, config)
+        kept = {subject: row for subject in subjects if (row := _kept(subject, eval_id, settings, keep))}
+        rows += kept.values()
+        pending = [subject for subject in subjects if subject not in kept]
+        if pending:
+            if scene.from_tokens and not settings["from_tokens"]:
+                scene.say(f"{eval_id}: --from-tokens changes nothing here, and its results say so")
+            rows += _Trial(scene, eval_id, config, settings).run(pending)
+    return rows
+
+
+def _kept(subject: Subject, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
+    """A result that is taken as it is, read once; what it was measured with is told where that may be another."""
+    document = None if keep == "none" else standing_result(subject, eval_id)
+    if document is None:
+        return None
+    if keep == "same":
+        return Row(subject, eval_id, "kept") if is_whole(document, settings) else None
+    if not is_of_store(document, settings["cache_id"]):
+        return None
+    return Row(subject, eval_id, "kept", _told_settings(document, settings))
+
+
+def _told_settings(document: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """That a kept result is of other settings than today's, if so."""
+    found = told_differences(document, settings)
+    return f"its result is of {found}. Evaluate it again without --compare to have what was asked for" if found else ""
+
+
+def settings_of(scene: Scene, eval_id: str, config: Any) -> dict[str, Any]:
+    """All that decides a result of an evaluation besides the SAE."""
+    settings = {
+        "config": to_json(config),
+        "cache_id": scene.opened.manifest.cache_id if scene.opened else None,
+        "dtype": str(scene.dtype).removeprefix("torch."),
+        "from_tokens": scene.from_tokens and evals.module(eval_id).NEEDS.from_tokens,
+    }
+    return settings if scene.model_name is None else settings | {"model": scene.model_name}
+
+
+def crash_path(subject: Subject, eval_id: str) -> Path:
+    """Where the traceback of an error that nobody expected is kept."""
+    return result_path(subject, eval_id).with_name(f"{subject.label}_crash.txt")
+
+
+class _Trial:
+    """One evaluation at work."""
+
+    def __init__(self, scene: Scene, eval_id: str, config: Any, settings: Mapping[str, Any]) -> None:
+        self._scene, self._eval_id, self._config, self._settings = scene, eval_id, config, settings
+        self._module: ModuleType = evals.module(eval_id)
+
+    def run(self, subjects: Sequence[Subject]) -> list[Row]:
+        rows, crash = self._attempt(subjects)
+        owed = [subject for subject in subjects if subject not in {row.subject for row in rows}]
+        if crash is None:
+            return rows + [self._not_run(subject, "the evaluation gave no result for it") for subject in owed]
+        if len(owed) == 1 and len(subjects) == 1:
+            return [self._failed(owed[0], crash)]
+        for subject in owed:
+            rows += self.run([subject])
+        return rows
+
+    def _attempt(self, subjects: Sequence[Subject]) -> tuple[list[Row], Exception | None]:
+        """Rows as far as they came, and what ended them early."""
+        rows: list[Row] = []
+        try:
+            self._module.NEEDS.require(self._scene)
+            for item in self._module.evaluate(self._scene, subjects, self._config):
+                rows.append(self._take(item))
+        except NotRun as reason:
+            done = {row.subject for row in rows}
+            rows += [self._not_run(subject, str(reason)) for subject in subjects if subject not in done]
+        except Exception as error:  # noqa: BLE001  whatever it is, the others' results must not be lost to it
+            return rows, error
+        return rows, None
+
+    def _take(self, item: Result | Failure) -> Row:
+        if isinstance(item, Failure):
+            if isinstance(item.error, NotRun):
+                return self._not_run(item.subject, str(item.error))
+            return self._failed(item.subject, item.error)
+        write_result(item, self._eval_id, self._settings)
+        crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # of an earlier time
+        self._scene.say(f"{self._eval_id}: {item.subject.name} done")
+        if item.missing:
+            return Row(item.subject, self._eval_id, "partly", item.missing)
+        return Row(item.subject, self._eval_id, "done", item.remark or "")
+
+    def _not_run(self, subject: Subject, reason: str) -> Row:
+        return Row(subject, self._eval_id, "not run", reason)
+
+    def _failed(self, subject: Subject, error: Exception) -> Row:
+        """A line for the table; for what nobody expected, the whole traceback beside the results."""
+        if isinstance(error, EXPECTED):
+            return Row(subject, self._eval_id, "failed", str(error))
+        path, said = crash_path(subject, self._eval_id), f"{type(error).__name__}: {error}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(traceback.format_exception(error)))
+        except OSError as obstacle:  # a full or read-only disk, which may be the very error
+            return Row(subject, self._eval_id, "failed", f"{said} (its traceback cannot be kept: {obstacle})")
+        return Row(subject, self._eval_id, "failed", f"{said} (all of it in {path})")

@@ -1,0 +1,111 @@
+"""What a person reads at the end: one table of the numbers that matter, and why others are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import evals
+from ..context.loaded_sae import Subject
+from ..context.results import Row, flat, metric_of, read_result, settings_in
+from ..errors import Incomparable
+from .untrained import NAME, RECORDED, UNTRAINED, untrained_traits
+
+MISSING = "-"
+NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
+
+
+def tell(console: Console, rows: Sequence[Row], *, beside_untrained: bool = False) -> None:
+    """The table, what in it cannot be right, then everything that is not in it and why."""
+    good = [row for row in rows if row.status in ("done", "kept", "partly")]
+    if good:
+        console.print(make_table(good, beside_untrained=beside_untrained))
+    if beside_untrained:
+        console.print(f"{NAME}: {RECORDED}", style="dim", markup=False, soft_wrap=True)
+    for row in good:
+        for trait in untrained_traits(read_result(row.path)):
+            console.print(f"warning: {row.subject.name} did not learn: {trait}", markup=False, soft_wrap=True)
+    for reason, concerned in _by_reason(rows).items():
+        status, eval_id, text = reason
+        names = ", ".join(row.subject.name for row in concerned)
+        console.print(f"{status}: {eval_id} of {names}: {text}", markup=False, soft_wrap=True)
+    homes = dict.fromkeys(row.subject.home for row in good)
+    for home in homes:
+        console.print(f"results: {home / 'evals'}", markup=False, soft_wrap=True)
+
+
+def make_table(rows: Sequence[Row], *, beside_untrained: bool = False) -> Table:
+    """One line for each SAE, one column for each metric in the evaluations' summaries."""
+    found = {(row.subject, row.eval_id): read_result(row.path) for row in rows}
+    subjects = list(dict.fromkeys(row.subject for row in rows))
+    eval_ids = list(dict.fromkeys(row.eval_id for row in rows))
+    columns = [(eval_id, metric) for eval_id in eval_ids for metric in summary_of(eval_id)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("SAE", no_wrap=True)
+    for eval_id, metric in columns:
+        whose = f"{eval_id}: " if len(eval_ids) > 1 else ""
+        table.add_column(whose + heading(metric), justify="right", min_width=NUMBER_WIDTH)
+    for subject in subjects:
+        table.add_row(subject.name, *(_cell(found.get((subject, eval_id)), metric) for eval_id, metric in columns))
+    if beside_untrained:
+        recorded = (UNTRAINED.get(metric) for _, metric in columns)
+        table.add_row(NAME, *(MISSING if value is None else f"{value:g}" for value in recorded), style="dim")
+    return table
+
+
+def heading(metric: str) -> str:
+    """The last part of a dotted name, in words that can stand below each other."""
+    return metric.rsplit(".", 1)[-1].replace("_", " ")
+
+
+def summary_of(eval_id: str) -> tuple[str, ...]:
+    return tuple(getattr(evals.module(eval_id), "SUMMARY", ()))
+
+
+def require_one_store(subjects: Iterable[Subject]) -> None:
+    """SAEs of several stores saw different tokens: their numbers do not compare."""
+    by_id: dict[str, list[str]] = {}
+    for subject in subjects:
+        if subject.cache_id is not None:  # one that says none is measured on the store it is given, as the results say
+            by_id.setdefault(subject.cache_id, []).append(subject.name)
+    if len(by_id) > 1:
+        listed = "; ".join(f"{cache_id}: {', '.join(names)}" for cache_id, names in by_id.items())
+        raise Incomparable(f"--compare is for SAEs of one store, found cache ids {listed}. Compare those of one id")
+
+
+def require_comparable(rows: Sequence[Row]) -> None:
+    """Results of one evaluation must be of the same settings to stand in one table."""
+    for eval_id in dict.fromkeys(row.eval_id for row in rows):
+        settings = {}
+        for row in rows:
+            if row.eval_id == eval_id and row.path.is_file():
+                settings[row.subject.name] = flat(settings_in(read_result(row.path)))
+        _require_equal(eval_id, settings)
+
+
+def _require_equal(eval_id: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    keys = {key for values in settings.values() for key in values}
+    for key in sorted(keys):
+        found = {name: values.get(key) for name, values in settings.items()}
+        if len({repr(value) for value in found.values()}) > 1:
+            listed = ", ".join(f"{name}: {value!r}" for name, value in found.items())
+            raise Incomparable(
+                f"{eval_id} was run with different {key} ({listed}). "
+                "Evaluate them again with the same settings, without --compare"
+            )
+
+
+def _by_reason(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    reasons: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.reason:
+            reasons.setdefault((row.status, row.eval_id, row.reason), []).append(row)
+    return reasons
+
+
+def _cell(document: Mapping[str, Any] | None, metric: str) -> str:
+    value = None if document is None else metric_of(document, metric)
+    return MISSING if value is None else f"{value:.4g}"

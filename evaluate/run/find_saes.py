@@ -1,0 +1,155 @@
+"""Find what is to be evaluated: runs by name or path, single SAEs, folders of other tools, the Hub.
+
+1. A run gives all its SAEs; it must have ended.
+2. A folder of an SAE inside a run belongs to that run and its store.
+3. Any other folder says itself where it belongs, as far as it does: `hook_name` in its cfg.json.
+4. What comes from the Hub lies in a cache that is not ours to write to: its results go to runs/hub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...train.errors import RunMissing, TrainError
+from ...train.recipes import runs_of, studies
+from ...train.run.find_sae import find_sae, is_of_hub, list_saes, read_folder
+from ...train.run.folder import RunFolder, cache_of, places_of, run_names
+from ..context.loaded_sae import Subject
+from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
+
+HOOK = re.compile(r"(?:blocks|layers)\.(\d+)\.?(?:hook_resid_(pre|post))?$|^layer_(\d+)$")
+"""transformer_lens' names of residuals before and after a layer, and transformers' names of layers."""
+
+
+Problem = EvalError | TrainError
+
+
+def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[Subject]:
+    """All SAEs of all targets, each once; the first that cannot be had is an error."""
+    subjects, problems = find_all(targets, runs, layer)
+    if problems:
+        raise problems[0]
+    return subjects
+
+
+def find_all(targets: Iterable[str], runs: Path, layer: int | None = None) -> tuple[list[Subject], list[Problem]]:
+    """All SAEs of all targets that can be had, and what is wrong with the others.
+
+    `layer` is for SAEs that do not say theirs.
+    """
+    found: dict[Path, Subject] = {}
+    problems: list[Problem] = []
+    for target in targets:
+        try:
+            places = find_places(target, runs)
+        except (EvalError, TrainError) as error:
+            problems.append(error)
+            continue
+        home = runs / "hub" / target.replace("/", "--") if is_of_hub(target, runs) else None
+        for folder, run in places:
+            try:
+                found.setdefault(folder.resolve(), make_subject(folder, run, layer, home))
+            except (EvalError, TrainError) as error:
+                problems.append(error)
+    return list(found.values()), problems
+
+
+def find_places(target: str, runs: Path) -> list[tuple[Path, RunFolder | None]]:
+    """The folders of SAEs that one word on the command line means, and the run they belong to."""
+    run = _run_of(target, runs)
+    if run is not None:
+        return [(folder, run) for folder in _saes_of(run)]
+    try:
+        folder = find_sae(target, runs)
+    except RunMissing as error:
+        raise TargetUnknown(_explain_missing(target, runs, error)) from error
+    parent = RunFolder.at(folder.resolve().parent)
+    return [(folder, parent if (parent.path / "config.json").is_file() else None)]
+
+
+def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> Subject:
+    """Load the SAE of a folder. With a home elsewhere, of results, it has the name of that."""
+    sae = read_folder(folder).eval().requires_grad_(False)
+    config = _read_config(folder)
+    metadata = {**sae.metadata, **config.get("metadata", {})}
+    layers = _layers_of(metadata, config, folder, layer)
+    url, cache_id = cache_of(run) if run else (None, metadata.get("cache_id"))
+    return Subject(
+        label=(home or folder.resolve()).name,
+        folder=folder,
+        home=home or (run.path if run else folder),
+        run=run.name if run else None,
+        variant=metadata.get("training_architecture") or str(config.get("architecture", "unknown")),
+        sae=sae,
+        config={**config, "metadata": metadata},
+        layers=layers,
+        target_layers=tuple(metadata.get("target_layers") or layers),
+        cache_id=cache_id,
+        cache_url=url,
+    )
+
+
+def _run_of(target: str, runs: Path) -> RunFolder | None:
+    """The run of this name or path."""
+    for path in places_of(target, runs):
+        if (path / "config.json").is_file() and list_saes(path) != [path]:
+            return RunFolder.at(path)
+    return None
+
+
+def _saes_of(run: RunFolder) -> list[Path]:
+    if not run.is_finished:
+        raise RunUnfinished(
+            f"{run.path} has not ended: it has no result.json. Go on with it: sae-train --resume {run.path}"
+        )
+    found = list_saes(run.path)
+    if not found:
+        raise RunUnfinished(f"{run.path} holds no saved SAE: they were removed. Train it again")
+    return found
+
+
+def _explain_missing(target: str, runs: Path, error: TrainError) -> str:
+    if "/" in target:
+        return str(error)
+    known = ", ".join(run_names(runs)) or "none"
+    text = f"no run {target!r} in {runs} (it has: {known}), and no folder of an SAE of that name"
+    recipe = how_to_make(target)
+    return text if recipe is None else f"{text}. {recipe}"
+
+
+def how_to_make(target: str) -> str | None:
+    """The command that makes a run that studies know by this name, where there is one."""
+    found = [study for study in studies() if any(recipe.name == target for recipe in runs_of(study))]
+    if not found:
+        return None
+    others = f" (also in the studies {', '.join(found[1:])})" if len(found) > 1 else ""
+    return f"`sae-train --recipe {found[0]}/{target} --cache ./store` makes that of the study {found[0]}{others}"
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "cfg.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _layers_of(
+    metadata: Mapping[str, Any], config: Mapping[str, Any], folder: Path, given: int | None
+) -> tuple[int, ...]:
+    """The layers an SAE reads: as it says, as its hook says, or as the user says."""
+    if metadata.get("layers"):
+        return tuple(metadata["layers"])
+    if given is not None:
+        return (given,)
+    hook = str(metadata.get("hook_name") or config.get("hook_name") or config.get("hook_point") or "")
+    match = HOOK.search(hook)
+    if match is None:
+        raise SettingInvalid(
+            f"{folder} does not say which layer's residual stream it reads (hook_name {hook!r}): give --layer"
+        )
+    found = int(match[1] or match[3]) - (match[2] == "pre")
+    if found < 0:
+        raise SettingInvalid(f"{folder} reads what comes before the first layer ({hook!r}), which no store holds")
+    return (found,)

@@ -1,0 +1,1 @@
+"""Studies as programs: the recipes are train's, runs, tables and verdicts are here."""

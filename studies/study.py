@@ -1,0 +1,256 @@
+"""`sae-study`: a study from its recipes to its table.
+
+1. Every run of the study, by the commands a person would type; runs that ended are kept, others go on.
+2. The run called `headline` once for each of several seeds: comparisons stand on more than one.
+3. Evaluation: core, and the study's own measures.
+4. table.md and table.json; a list of everything wrong, and a non-zero exit if there is anything: a run without
+   steps, a number that is none, scores no better than those of an SAE that was never trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..evaluate.cli import main as sae_eval
+from ..evaluate.context.progress import make_console
+from ..evaluate.context.results import metric_of, read_result, without_nan
+from ..evaluate.run.console_table import heading, summary_of
+from ..evaluate.run.untrained import untrained_traits
+from ..train.cli import main as sae_train
+from ..train.disk.whole_files import read_json, replace_file, write_json
+from ..train.recipes import runs_of, studies
+from ..train.run.folder import RunFolder
+
+OWN_EVAL = {
+    "attention": "attention",
+    "attention_plan": "attention",
+    "tiered": "tiers",
+    "positional": "position",
+    "temporal": "temporal",
+}
+HEADLINE, CORE = "headline", "core"
+SEED = re.compile(r"_seed\d+$")
+
+
+@dataclass(frozen=True)
+class Course:
+    """What all runs of a study share."""
+
+    cache: str
+    out: Path
+    options: tuple[str, ...]
+    """Of sae-train, such as --tokens 1M."""
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One SAE of a study."""
+
+    run: str
+    label: str
+    values: dict[str, float | None]
+    """None for what was measured and gave no number."""
+    problems: list[str]
+    remarks: list[str] = field(default_factory=list)
+    """Why numbers are not there, where an evaluation says."""
+
+    @property
+    def family(self) -> str:
+        """The label without its seed."""
+        return SEED.sub("", self.label)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("names", nargs=-1, metavar="[STUDY]...")
+@click.option("--cache", required=True, metavar="URL", help="The store, with attention of layers L-2..L+1.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("studies"), show_default=True, metavar="DIR")
+@click.option("--tokens", metavar="N", help="Tokens for each run, such as 1M.  [default: the recipe's]")
+@click.option("--epochs", metavar="N", help="How often the store may be read.")
+@click.option("--width", metavar="F", help="Latents.  [default: the recipe's, at most 16 times the residual width]")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Of the headline comparison.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=V", help="A setting for every run.")
+def main(
+    names: tuple[str, ...],
+    cache: str,
+    out: Path,
+    tokens: str | None,
+    epochs: str | None,
+    width: str | None,
+    seeds: int,
+    settings: tuple[str, ...],
+) -> None:
+    """Train, evaluate and compare all runs of STUDY, or of every study."""
+    given = {"--tokens": tokens, "--epochs": epochs, "--width": width}
+    options = [word for name, value in given.items() if value is not None for word in (name, value)]
+    options += [word for setting in settings for word in ("--set", setting)]
+    console = make_console()
+    problems: list[str] = []
+    for study in names or studies():
+        lines = carry_out(study, Course(cache, out / study, tuple(options), seeds), console)
+        problems += [f"{study}/{line.run}/{line.label}: {problem}" for line in lines for problem in line.problems]
+    for problem in problems:
+        click.echo(f"failed: {problem}", err=True)
+    sys.exit(1 if problems else 0)
+
+
+def carry_out(study: str, course: Course, console: Console) -> list[Line]:
+    """All of one study; what is done already is kept."""
+    keep_course(course)
+    runs = [recipe.name for recipe in runs_of(study)]
+    for words in training_commands(study, runs, course):
+        call(sae_train, "sae-train", words, console)
+    evals = (CORE, OWN_EVAL[study])
+    words = [*runs, "--runs", str(course.out), "--evals", ",".join(evals), "--resume"]
+    call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # what it could not do is told by line
+    lines = [line for run in runs for line in read_lines(RunFolder.at(course.out / run), evals)]
+    write_tables(study, lines, course.out, console)
+    return lines
+
+
+def keep_course(course: Course) -> None:
+    """Runs of one table share their settings: those of an earlier call are refused if they differ."""
+    wanted = {"cache": course.cache, "options": list(course.options), "seeds": course.seeds}
+    path = course.out / "course.json"
+    if path.is_file():
+        found = read_json(path)
+        if found != wanted:
+            raise click.ClickException(
+                f"{course.out} was begun with {json.dumps(found)}, found {json.dumps(wanted)}: "
+                "say the same again, or choose another --out"
+            )
+        return
+    course.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
+
+
+def training_commands(study: str, runs: Iterable[str], course: Course) -> list[list[str]]:
+    """The words after `sae-train` for each run that has not ended."""
+    commands = []
+    for run in runs:
+        folder = RunFolder.at(course.out / run)
+        if folder.is_finished:
+            continue
+        if (folder.path / "config.json").is_file():
+            commands.append(["--resume", run, "--out", str(course.out)])
+            continue
+        seeds = ["--grid", "seed=" + ",".join(map(str, range(course.seeds)))] if run == HEADLINE else []
+        place = ["--cache", course.cache, "--out", str(course.out), "--name", run]
+        commands.append(["--recipe", f"{study}/{run}", *place, *course.options, *seeds])
+    return commands
+
+
+def call(command: Any, name: str, words: Sequence[str], console: Console, may_end: Sequence[int] = (0,)) -> None:
+    """Run a command of this package, told as it would be typed; one that fails ends the study."""
+    console.print(f"$ {shlex.join([name, *words])}", style="bold", markup=False)
+    try:
+        command.main(list(words), prog_name=name, standalone_mode=False)
+    except SystemExit as end:
+        if (end.code or 0) not in may_end:
+            raise click.ClickException(f"{name} ended with status {end.code}: its last lines say why") from None
+
+
+def read_lines(folder: RunFolder, evals: Sequence[str]) -> list[Line]:
+    """What a finished run came to: of its result and of its evaluations."""
+    result = read_json(folder.path / "result.json")
+    lines = []
+    for label, sae in result["saes"].items():
+        values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
+        remarks: list[str] = []
+        problems = [] if result["steps"] > 0 else ["it made no step"]
+        for eval_id in evals:
+            path = folder.path / "evals" / eval_id / f"{label}_eval_results.json"
+            if not path.is_file():
+                problems.append(f"{eval_id} gave no result")
+                continue
+            document = read_result(path)
+            found = {metric: metric_of(document, metric) for metric in summary_of(eval_id)}
+            values |= {metric.rsplit(".", 1)[-1]: value for metric, value in found.items()}
+            problems += untrained_traits(document)
+            remarks += absences(eval_id, document, found)
+            if eval_id == CORE:
+                problems += [f"{metric.rsplit('.', 1)[-1]} is no number" for metric, v in found.items() if v is None]
+        problems += [f"{name} is no number" for name, value in values.items() if not math.isfinite(value or 0.0)]
+        lines.append(Line(folder.name, label, values, problems, remarks))
+    return lines
+
+
+def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, float | None]) -> list[str]:
+    """The metrics of a result that are not there, and why as far as it says."""
+    names = [metric.rsplit(".", 1)[-1] for metric, value in found.items() if value is None]
+    ours = document.get("saemill", {})
+    reason = ours.get("missing") or ours.get("remark") or "its result does not say why"
+    return [f"{eval_id} has no {', '.join(names)}: {reason}"] if names else []
+
+
+def write_tables(study: str, lines: Sequence[Line], out: Path, console: Console) -> None:
+    """On the console, and as table.md and table.json."""
+    columns = list(dict.fromkeys(name for line in lines for name in line.values))
+    alone = [line for line in lines if line.run != HEADLINE]
+    single = [[line.run, line.label, *(_cell(line.values.get(column)) for column in columns)] for line in alone]
+    many = seeded_rows([line for line in lines if line.run == HEADLINE], columns)
+    parts = []
+    for title, head, rows in (
+        (f"{study}: runs", ["run", "SAE", *columns], single),
+        (f"{study}: headline, mean ± standard deviation over seeds", ["SAE", "seeds", *columns], many),
+    ):
+        if rows:
+            console.print(_table(title, head, rows))
+            parts.append(f"**{title}**\n\n{_markdown(head, rows)}")
+    remarks = [f"{line.run}/{line.label}: {remark}" for line in lines for remark in line.remarks]
+    for remark in remarks:
+        console.print(remark, markup=False, soft_wrap=True)
+    if remarks:
+        parts.append("\n".join(f"- {remark}" for remark in remarks))
+    replace_file(out / "table.md", "\n\n".join(parts).encode() + b"\n")
+    raw = without_nan([{"run": line.run, "label": line.label, **line.values} for line in lines], None)
+    replace_file(out / "table.json", json.dumps(raw, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def seeded_rows(lines: Sequence[Line], columns: Sequence[str]) -> list[list[str]]:
+    """A row for each SAE that was trained from several seeds."""
+    rows = []
+    for family in dict.fromkeys(line.family for line in lines):
+        members = [line for line in lines if line.family == family]
+        cells = [spread([v for line in members if (v := line.values.get(c)) is not None]) for c in columns]
+        rows.append([family, str(len(members)), *cells])
+    return rows
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation where there are several."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4g}{deviation}"
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for number, name in enumerate(head):
+        table.add_column(heading(name), justify="left" if number < 2 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    ruler = ["---", "---", *("--:" for _ in head[2:])]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *rows))

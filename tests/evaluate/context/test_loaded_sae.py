@@ -1,0 +1,101 @@
+"""How an SAE reads a batch: side inputs, special tokens, several layers; and the errors as they are drawn."""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import replace
+
+import pytest
+import torch
+
+from saemill.evaluate import errors
+from saemill.evaluate.context.loaded_sae import make_side
+from saemill.evaluate.errors import NotApplicable
+from saemill.evaluate.evals.core import encoding
+from saemill.evaluate.model.batches import store_batches
+from saemill.evaluate.model.windows import Windows
+from saemill.train.sae.gates import Relu
+from saemill.train.sae.model import SparseAutoencoder
+
+
+class Positional(SparseAutoencoder):
+    """One latent, whose activation is the position it is told, plus one."""
+
+    is_plain = False
+    needs_side = ("position", "row_of")
+
+    def encode(self, x, side):
+        assert x.dim() == 2
+        assert side["row_of"].max() == len(x) - 1
+        return (side["position"] + 1.0)[:, None]
+
+
+@pytest.fixture
+def batch(world, open_scene, builder):
+    scene = open_scene(world)
+    layer = builder.LAYER
+    return next(iter(store_batches(scene.store, "test", (layer,), (layer,), batch_windows=4)))
+
+
+@pytest.fixture
+def positional(builder):
+    plain = builder.subject(builder.make_sae())
+    return replace(plain, sae=Positional(torch.ones(1, builder.D), torch.ones(1, builder.D), Relu()))
+
+
+def test_side_inputs_reach_the_sae_and_special_tokens_get_nothing(positional, batch):
+    acts = positional.encode(batch)
+    position = torch.arange(batch.context).expand(len(batch), -1)
+    assert torch.equal(acts[..., 0], torch.where(batch.keep, position + 1.0, 0.0))
+    assert positional.needs == {"position", "row_of"}
+
+
+def test_readings_with_side_inputs_are_the_same(positional, batch):
+    reading = encoding.read(positional, batch)
+    acts = positional.encode(batch)
+    assert torch.equal(reading.l1, acts.sum(-1)[batch.keep])
+    torch.testing.assert_close(reading.x_hat, positional.decode(acts)[batch.keep])
+
+
+def test_positions_do_not_count_padding_on_the_left():
+    valid = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    keep = valid & torch.tensor([[True, True, False, True], [False, True, True, True]])
+    side = make_side(Windows(torch.zeros(2, 4, dtype=torch.int64), keep, valid))
+    assert side["position"].tolist() == [1, 1, 2, 3]
+    assert side["window"].tolist() == [0, 1, 1, 1]
+    assert side["row_of"].tolist() == [[-1, -1, -1, 0], [-1, 1, 2, 3]]
+
+
+def test_side_inputs_hold_the_stores_attention_and_documents(batch, builder):
+    side = make_side(batch)
+    assert side["attention"].keys() == {builder.LAYER}
+    assert torch.equal(side["document"], batch.documents[batch.keep])
+
+
+def test_several_layers_lie_side_by_side(batch, builder):
+    other = {builder.LAYER: batch.resid[builder.LAYER], 7: 2 * batch.resid[builder.LAYER]}
+    x = replace(batch, resid=other).x((7, builder.LAYER))
+    assert x.dtype == torch.float32
+    assert torch.equal(x[..., : builder.D], 2 * x[..., builder.D :])
+
+
+def test_the_one_layer_of_an_sae_that_has_several(builder):
+    subject = builder.subject(builder.make_sae(d_in=2 * builder.D), layers=(1, 2))
+    with pytest.raises(NotApplicable, match="reads layers"):
+        _ = subject.layer
+    assert builder.subject(builder.make_sae(), "one").layer == builder.LAYER
+
+
+def test_the_drawn_tree_of_errors_is_the_tree():
+    drawn = [line for line in errors.__doc__.splitlines() if "──" in line]
+    parents, seen = {0: errors.EvalError}, {"EvalError"}
+    for line in drawn:
+        depth = line.index("──") // 4
+        name, *rest = line.split("── ")[1].split()
+        error = getattr(errors, name)
+        parents[depth + 1] = error
+        seen.add(name)
+        assert error.__bases__[0] is parents[depth], name
+        if rest[0].startswith("("):
+            assert error.__bases__[1] is getattr(builtins, rest[0].strip("()")), name
+    assert seen == {name for name, value in vars(errors).items() if isinstance(value, type)}

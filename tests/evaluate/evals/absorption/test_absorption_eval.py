@@ -1,0 +1,136 @@
+"""Absorption of planted SAEs, and the whole evaluation on a tiny random model."""
+
+from __future__ import annotations
+
+import random
+import string
+
+import pytest
+import torch
+from transformers import Gemma2ForCausalLM
+
+from saemill.evaluate.context.context import Scene
+from saemill.evaluate.context.progress import Watch
+from saemill.evaluate.context.prompt_positions import Reading
+from saemill.evaluate.context.results import Failure, Result
+from saemill.evaluate.evals.absorption import evaluation as absorption
+from saemill.evaluate.evals.absorption.probe import Probe, Training
+from saemill.evaluate.evals.absorption.prompts import make_prompt, make_spots, word_position
+from saemill.evaluate.evals.absorption.task import ClassProbe, Half, Task
+from saemill.evaluate.evals.absorption.trial import Sparse, mean_metrics, measure_letters
+from saemill.evaluate.evals.absorption.vocabulary import FIRST_LETTER, WordClasses
+from saemill.evaluate.evals.absorption.word_shapes import SHAPES, WORD_SHAPES, shape_of
+from saemill.evaluate.model.lm import LanguageModel, make_language_model
+from saemill.harvest.pocket import MODEL_FOLDER
+from saemill.train.sae.gates import Relu
+from saemill.train.sae.model import SparseAutoencoder
+
+LETTERS, WORDS, ABSORBED = 2, 40, 10
+D = LETTERS + ABSORBED
+SPARSE = Sparse(Training(batch_size=8, weight_decay=1e-6, l1_decay=0.01), max_k=5, jump=0.03)
+CLASSES = WordClasses(("a", "b"), lambda word: 0, lambda word: "A", "{word}:")
+
+
+def planted_residuals() -> tuple[torch.Tensor, torch.Tensor]:
+    """Words of two letters; each of the first ten words with `a` has a direction of its own besides."""
+    labels = torch.arange(WORDS * LETTERS) // WORDS
+    x = torch.zeros(len(labels), D)
+    x[torch.arange(len(labels)), labels] = 1.0
+    x[torch.arange(ABSORBED), LETTERS + torch.arange(ABSORBED)] = 0.75
+    return x, labels
+
+
+def planted_sae(absorbs: bool) -> SparseAutoencoder:
+    """A latent for each letter and one for each special word; with `absorbs` the letter's is silent on those words."""
+    W_enc, W_dec = torch.eye(D), torch.eye(D)
+    if absorbs:
+        W_enc[0, LETTERS:] = -2.0
+        W_enc[LETTERS:, 0], W_enc[LETTERS:] = 0.0, W_enc[LETTERS:] * 1.25 / 0.75
+        W_dec[LETTERS:] *= 0.6
+        W_dec[LETTERS:, 0] = 0.8
+    return SparseAutoencoder(W_enc, W_dec, Relu())
+
+
+def planted_task() -> Task:
+    x, labels = planted_residuals()
+    reading = Reading({1: x}, {})
+    half = Half([f"w{i}" for i in range(len(x))], labels, reading)
+    probe = Probe(torch.eye(LETTERS, D), torch.full((LETTERS,), -0.5))
+    found = torch.ones(len(x), dtype=torch.bool)
+    return Task(CLASSES, half, half, {1: ClassProbe(probe, (1.0, 1.0), found)}, reading, torch.arange(len(x)))
+
+
+@pytest.mark.parametrize(("absorbs", "share"), [(True, ABSORBED / WORDS), (False, 0.0)])
+def test_planted_absorption_is_found_to_the_word(builder, absorbs, share):
+    subject = builder.subject(planted_sae(absorbs), layers=(1,))
+    a, b = measure_letters(planted_task(), subject, [0, 1], SPARSE, torch.Generator().manual_seed(0))
+    assert (a.latents, b.latents) == ((0,), (1,))
+    assert (a.full / a.words, a.fraction_sum / a.words) == (share, pytest.approx(share, abs=1e-6))
+    assert (b.full, b.fraction_sum) == (0, 0.0)
+    means = mean_metrics([a, b])
+    assert means["mean_full_absorption_score"] == pytest.approx(share / 2)
+    assert means["mean_num_split_features"] == 1
+    assert means["std_dev_full_absorption_score"] == pytest.approx(share / 2**0.5)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, world) -> LanguageModel:
+    """A random model with the pocket model's tokenizer."""
+    torch.manual_seed(5)
+    config = Gemma2ForCausalLM.from_pretrained(world.model).config
+    config.vocab_size, config.max_position_embeddings, config.sliding_window = 4096, 256, 64
+    return make_language_model(Gemma2ForCausalLM(config), MODEL_FOLDER)
+
+
+def test_a_prompt_is_read_at_its_words_last_token(tiny):
+    prompts = [make_prompt(word, list(string.ascii_letters), FIRST_LETTER, random.Random(0)) for word in (" self", "x")]
+    for spot, prompt in zip(make_spots(prompts, FIRST_LETTER, tiny), prompts, strict=True):
+        assert tiny.tokenizer.backend.decode([spot.tokens[spot.position]]).strip() == prompt.word.strip()
+        assert spot.tokens[0] == tiny.bos
+    assert word_position(tiny, FIRST_LETTER.template) == -6  # as with Gemma's tokenizer
+
+
+def test_words_of_the_vocabulary_are_whole_tokens_in_the_order_of_their_ids(tiny):
+    words = absorption.vocabulary_words(tiny)
+    ids = [tiny.tokenizer.encode([word])[0] for word in words]
+    assert all(len(tokens) == 1 for tokens in ids)
+    assert ids == sorted(ids)
+    assert " self" in words
+    assert len(words) > 3000
+
+
+def test_shapes():
+    words = ("x", "X", "XY", " word", " Word", " W", " WORD")
+    assert [shape_of(word) for word in words] == ["inside", "Inside", "INSIDE", "word", "Word", "Word", "WORD"]
+    assert [WORD_SHAPES.names[WORD_SHAPES.class_of(word)] for word in words] == [shape_of(word) for word in words]
+    assert len(set(SHAPES)) == 6
+
+
+def run(tiny: LanguageModel, builder, **settings: object) -> list[Result | Failure]:
+    scene = Scene(None, model_name="tiny", watch=Watch(is_quiet=True))
+    scene.use(tiny)
+    saes = [builder.subject(builder.make_sae(k=None, seed=seed), f"sae{seed}") for seed in (0, 1)]
+    config = absorption.Config(max_words=60, llm_batch_size=16, k_sparse_probe_num_epochs=3, **settings)
+    return list(absorption.evaluate(scene, saes, config))
+
+
+def test_the_whole_evaluation_repeats_by_its_seed_and_leaks_none(tiny, builder):
+    settings = {"classes": "shape", "min_GT_probe_f1": 0.05, "min_feats_for_eval": 1}
+    state, torch_state = random.getstate(), torch.random.get_rng_state()
+    first, again = run(tiny, builder, **settings), run(tiny, builder, **settings)
+    assert random.getstate() == state
+    assert torch.equal(torch.random.get_rng_state(), torch_state)
+    assert [each.metrics for each in first] == [each.metrics for each in again]
+    (result, _) = first
+    assert result.extra["eval_type_id"] == "absorption_word_shape"
+    assert result.eval_config["prompt_token_pos"] == -3
+    assert 0 <= result.metrics["mean"]["mean_absorption_fraction_score"] <= 1
+    assert len(result.details) >= 1
+    other = run(tiny, builder, random_seed=7, **settings)
+    assert other[0].extra["absorption"]["probe_f1"] != result.extra["absorption"]["probe_f1"]
+
+
+def test_too_few_known_letters_are_a_reason_not_to_run(tiny, builder):
+    failures = run(tiny, builder)
+    assert all(isinstance(failure, Failure) for failure in failures)
+    assert "20 are needed" in str(failures[0].error)

@@ -1,0 +1,157 @@
+"""The clean pass and the ablations: computed once for a store, read afterwards, never another store's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from saemill.evaluate.evals.core import baselines
+from saemill.evaluate.evals.core import evaluation as core
+from saemill.evaluate.evals.core.baselines import Baselines, elsewhere
+from saemill.evaluate.evals.core.blocks import Block
+from saemill.evaluate.evals.core.losses import mean_residual
+from saemill.evaluate.model.batches import store_batches
+from saemill.evaluate.model.lm import LanguageModel
+
+SMALL = core.Config(batch_size_prompts=4, n_eval_reconstruction_batches=2, resamples=10)
+
+
+@pytest.fixture
+def fresh(make_world):
+    """A store with nothing beside it."""
+    return make_world()
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many windows went through the suffix."""
+    counted = []
+    original = LanguageModel.suffix
+
+    def watched(self, resid, layer, valid=None):
+        counted.append(len(resid))
+        return original(self, resid, layer, valid)
+
+    monkeypatch.setattr(LanguageModel, "suffix", watched)
+    return counted
+
+
+def run(scene, subject):
+    (result,) = core.evaluate(scene, [subject], SMALL)
+    return result
+
+
+def kept(world):
+    return sorted(Path(f"{world.store}.evals").rglob("*.safetensors"))
+
+
+def test_a_second_run_computes_its_own_part_alone(fresh, open_scene, builder, passes):
+    subject = builder.subject(builder.make_sae())
+    first = run(open_scene(fresh), subject)
+    assert sum(passes) == 2 * (4 + 4 + 4 + 1 + 4)  # clean, mean, resample, one window of zeros, spliced
+    assert len(kept(fresh)) == 2
+    passes.clear()
+    second = run(open_scene(fresh), subject)
+    assert passes == [4, 4]
+    assert second.metrics == first.metrics
+    assert second.extra == first.extra
+
+
+def test_a_first_run_asks_for_the_clean_logits_once(fresh, open_scene, builder, monkeypatch):
+    rows = []
+    original = LanguageModel.head
+
+    def watched(self, hidden):
+        rows.append(len(hidden))
+        return original(self, hidden)
+
+    monkeypatch.setattr(LanguageModel, "head", watched)
+    scene = open_scene(fresh)
+    run(scene, builder.subject(builder.make_sae()))
+    batches = list(store_batches(scene.store, "test", batch_windows=4, count=8))
+    tokens = sum(int(batch.keep.sum()) for batch in batches)
+    assert sum(rows) == 4 * tokens + 2  # clean, mean, resample, spliced; one row of zeros for each batch
+
+
+@pytest.mark.parametrize("change", [{"dtype_name": "float32"}, {"from_tokens": True}])
+def test_what_is_computed_otherwise_is_kept_apart(fresh, open_scene, builder, change):
+    subject = builder.subject(builder.make_sae())
+    run(open_scene(fresh), subject)
+    run(open_scene(fresh, **change), subject)
+    assert len(kept(fresh)) == 4
+
+
+def test_it_lies_under_the_cache_id(fresh, open_scene, builder):
+    scene = open_scene(fresh)
+    run(scene, builder.subject(builder.make_sae()))
+    assert all(scene.manifest.cache_id in path.parts for path in kept(fresh))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:40], lambda data: b"", lambda data: data[: len(data) // 2]])
+def test_a_damaged_file_is_computed_again(fresh, open_scene, builder, damage):
+    subject = builder.subject(builder.make_sae())
+    first = run(open_scene(fresh), subject)
+    for path in kept(fresh):
+        path.write_bytes(damage(path.read_bytes()))
+    assert run(open_scene(fresh), subject).metrics == first.metrics
+    run(open_scene(fresh), subject)
+
+
+def test_a_place_that_cannot_be_written_is_no_obstacle(fresh, open_scene, builder, monkeypatch):
+    said = []
+    Path(f"{fresh.store}.evals").write_text("a file where the folder should be")
+    scene = open_scene(fresh)
+    monkeypatch.setattr(scene, "say", said.append)
+    result = run(scene, builder.subject(builder.make_sae()))
+    assert result.metrics["model_performance_preservation"]["ce_loss_with_sae"] > 0
+    assert sum("cannot be kept" in line for line in said) == 1
+
+
+def test_zero_ablation_of_one_window_is_that_of_all(world, open_scene, builder):
+    """Against a batch of zeros run whole, in a model whose positions differ after ablation."""
+    scene = open_scene(world)
+    batch = next(iter(core_batches(scene, builder.LAYER)))
+    maker = Baselines(scene, builder.LAYER, Block("test", 4, 0, 1), torch.zeros(builder.D))
+    one = maker._zero_logits(batch)(0, int(batch.keep.sum()))
+    nothing = torch.zeros_like(batch.resid[builder.LAYER])
+    whole = scene.model.head(scene.model.suffix(nothing, builder.LAYER)[batch.keep])
+    torch.testing.assert_close(one, whole)
+
+
+def test_zero_ablation_looks_at_positions_where_they_matter(world, open_scene, builder, monkeypatch):
+    scene = open_scene(world)
+    batch = next(iter(core_batches(scene, builder.LAYER)))
+    hidden = torch.randn(1, builder.CONTEXT, builder.D, generator=torch.Generator().manual_seed(0)).to(scene.dtype)
+    monkeypatch.setattr(scene.model, "suffix", lambda resid, layer, valid=None: hidden.expand(len(resid), -1, -1))
+    maker = Baselines(scene, builder.LAYER, Block("test", 4, 0, 1), torch.zeros(builder.D))
+    rows = int(batch.keep.sum())
+    whole = scene.model.head(hidden.expand(len(batch), -1, -1)[batch.keep])
+    assert torch.equal(maker._zero_logits(batch)(3, rows), whole[3:])
+
+
+def test_elsewhere_is_another_window_at_the_same_position():
+    resid = torch.arange(4 * 3 * 2).reshape(4, 3, 2)
+    assert torch.equal(elsewhere(resid), resid[[2, 3, 0, 1]])
+    assert torch.equal(elsewhere(resid[:1]), resid[:1][:, [2, 0, 1]])
+
+
+def test_a_model_nobody_can_name_leaves_nothing_behind(fresh, open_scene, builder, language_model):
+    scene = open_scene(fresh)
+    scene.use(language_model(fresh.model, torch.bfloat16))
+    run(scene, builder.subject(builder.make_sae()))
+    assert not kept(fresh)
+    assert baselines.FORMAT == 1
+
+
+def core_batches(scene, layer):
+    return store_batches(scene.store, "test", (layer,), batch_windows=4)
+
+
+def test_a_layer_that_is_not_stored_has_the_mean_of_the_rows(world, open_scene):
+    scene = open_scene(world, from_tokens=True)
+    block = Block("test", 4, 4, 2)
+    batches = list(store_batches(scene.store, "test", batch_windows=4, first=4, count=8))
+    rows = torch.cat([scene.model.resid(batch.tokens, (1,))[1][batch.keep] for batch in batches])
+    torch.testing.assert_close(mean_residual(scene, 1, block), rows.double().mean(0))

@@ -1,0 +1,204 @@
+"""The core evaluation where the truth is known: identity and zero SAEs, a uniform model, planted numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from saemill.cache_schema import Store
+from saemill.evaluate.context.results import without_nan
+from saemill.evaluate.evals.core import blocks
+from saemill.evaluate.evals.core import evaluation as core
+from saemill.evaluate.model.batches import store_batches
+from saemill.train.sae.gates import Relu
+from saemill.train.sae.model import SparseAutoencoder
+
+SMALL = core.Config(batch_size_prompts=4, resamples=50)
+
+
+def run(scene, subjects, config=SMALL):
+    return {result.subject.label: result for result in core.evaluate(scene, subjects, config)}
+
+
+def identity(width):
+    """Each direction and its opposite: relu(x) - relu(-x) = x."""
+    both = torch.cat([torch.eye(width), -torch.eye(width)])
+    return SparseAutoencoder(both.clone(), both.clone(), Relu(), centres_input=False)
+
+
+def nothing(width, mean):
+    """Never fires: its reconstruction is its bias."""
+    rows = torch.eye(width)
+    return SparseAutoencoder(rows.clone(), rows.clone(), Relu(), b_dec=mean, b_enc=torch.full((width,), -1e6))
+
+
+def store_mean(world, layer):
+    with Store.open(world.store) as store:
+        return torch.from_numpy(store.moments(layer).mean).float()
+
+
+def test_an_identity_scores_one(world, open_scene, builder):
+    scene = open_scene(world)
+    result = run(scene, [builder.subject(identity(builder.D))])["sae"]
+    assert result.metrics["model_performance_preservation"]["ce_loss_score"] == 1.0
+    assert result.metrics["model_behavior_preservation"]["kl_div_score"] == 1.0
+    assert result.metrics["model_behavior_preservation"]["kl_div_with_sae"] == 0.0
+    assert result.metrics["reconstruction_quality"]["cossim"] == pytest.approx(1.0, abs=1e-6)
+    assert result.extra["saemill_metrics"]["explained_variance"] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_a_zero_sae_scores_nothing_against_mean_ablation(world, open_scene, builder):
+    scene = open_scene(world)
+    zero = nothing(builder.D, store_mean(world, builder.LAYER))
+    result = run(scene, [builder.subject(zero)])["sae"]
+    against = result.extra["saemill_metrics"]["ablations"]
+    assert against["mean"]["ce_loss_score"] == 0.0
+    assert against["mean"]["kl_div_score"] == 0.0
+    assert against["resample"]["ce_loss"] != against["mean"]["ce_loss"] != against["zero"]["ce_loss"]
+    assert result.metrics["sparsity"]["l0"] == 0.0
+
+
+def test_a_reconstruction_of_zeros_has_no_cosine(world, open_scene, builder):
+    result = run(open_scene(world), [builder.subject(nothing(builder.D, torch.zeros(builder.D)))])["sae"]
+    assert math.isnan(result.metrics["reconstruction_quality"]["cossim"])
+    assert without_nan(result.metrics, -1)["reconstruction_quality"]["cossim"] == -1
+
+
+def test_zero_ablation_leaves_a_gemma_with_every_token_equally_likely(world, open_scene, builder):
+    result = run(open_scene(world), [builder.subject(builder.make_sae())])["sae"]
+    assert result.metrics["model_performance_preservation"]["ce_loss_with_ablation"] == pytest.approx(
+        math.log(builder.VOCAB), rel=1e-6
+    )
+
+
+def test_several_saes_get_the_numbers_they_get_alone(world, open_scene, builder):
+    subjects = [builder.subject(builder.make_sae(seed=seed), f"sae{seed}") for seed in range(3)]
+    together = run(open_scene(world), subjects)
+    for subject in subjects:
+        alone = run(open_scene(world), [subject])[subject.label]
+        assert alone.metrics == together[subject.label].metrics
+        assert alone.details == together[subject.label].details
+
+
+def test_from_tokens_and_from_the_store_agree_to_the_bit(world, open_scene, builder):
+    """In the store's dtype the stored residual is what the model computes."""
+    subject = builder.subject(builder.make_sae())
+    stored = run(open_scene(world), [subject])["sae"]
+    whole = run(open_scene(world, from_tokens=True), [subject])["sae"]
+    assert stored.metrics == whole.metrics
+    assert stored.details == whole.details
+    assert stored.extra == whole.extra
+
+
+def test_the_suffix_is_the_rest_of_the_model_to_the_bit(world, open_scene, builder):
+    scene = open_scene(world)
+    model = scene.model
+    for batch in store_batches(scene.store, "test", (builder.LAYER,), batch_windows=5):
+        whole = model.hidden(batch.tokens)
+        assert torch.equal(model.suffix(batch.resid[builder.LAYER], builder.LAYER), whole)
+
+
+def test_numbers_agree_with_a_slow_reading_of_the_definitions(world, open_scene, builder):
+    """Everything in one piece, from whole logits."""
+    scene = open_scene(world)
+    model, subject = scene.model, builder.subject(builder.make_sae())
+    config = core.Config(4, 2, 3, resamples=10)
+    result = run(scene, [subject], config)["sae"]
+    batches = list(store_batches(scene.store, "test", (builder.LAYER,), batch_windows=4))
+    ce, kl, clean_ce = [], [], []
+    for batch in batches[:2]:
+        keep = batch.keep
+        resid = batch.resid[builder.LAYER]
+        x_hat = subject.reconstruct(batch)[1].to(resid.dtype)
+        logits = [
+            model.head(model.suffix(r, builder.LAYER).flatten(0, 1)).unflatten(0, keep.shape).float()
+            for r in (resid, torch.where(keep[..., None], x_hat, resid))
+        ]
+        logp, logq = (x.log_softmax(-1) for x in logits)
+        kl.append((logp.exp() * (logp - logq)).sum(-1)[keep])
+        for found, x in ((clean_ce, logp), (ce, logq)):
+            found.append(-x[:, :-1].gather(2, batch.tokens[:, 1:, None])[..., 0][keep[:, :-1]])
+    preserved = result.metrics["model_performance_preservation"]
+    assert preserved["ce_loss_with_sae"] == pytest.approx(float(torch.cat(ce).mean()), rel=1e-5)
+    assert preserved["ce_loss_without_sae"] == pytest.approx(float(torch.cat(clean_ce).mean()), rel=1e-5)
+    assert result.metrics["model_behavior_preservation"]["kl_div_with_sae"] == pytest.approx(
+        float(torch.cat(kl).mean()), rel=1e-5
+    )
+    x = torch.cat([b.x((builder.LAYER,))[b.keep] for b in batches[2:5]]).double()
+    r = torch.cat([subject.reconstruct(b)[1][b.keep] for b in batches[2:5]]).double()
+    centred = 1 - (x - r).square().sum() / (x - x.mean(0)).square().sum()
+    assert result.extra["saemill_metrics"]["explained_variance"] == pytest.approx(float(centred), rel=1e-6)
+
+
+def test_the_blocks_of_rows_follow_each_other(world, open_scene, builder, monkeypatch):
+    """What is measured for the losses is not measured for sparsity."""
+    read = []
+
+    def watched(*args):
+        for batch in store_batches(*args):
+            read.append(batch.numbers.tolist())
+            yield batch
+
+    monkeypatch.setattr(blocks, "store_batches", watched)
+    scene = open_scene(world)
+    result = run(scene, [builder.subject(builder.make_sae())], core.Config(4, 1, 3))["sae"]
+    first = scene.manifest.splits["test"][0]
+    sparsity, losses = [[*range(first + 4 * n, first + 4 * n + 4)] for n in (1, 2, 3)], [[*range(first, first + 4)]]
+    assert read == [*sparsity, *losses]
+    assert result.metrics["token_stats"] == {
+        "total_tokens_eval_reconstruction": 4 * builder.CONTEXT,
+        "total_tokens_eval_sparsity_variance": 12 * builder.CONTEXT,
+    }
+    assert result.eval_config["n_eval_reconstruction_batches"] == 1
+
+
+def test_confidence_intervals_hold_the_estimate(world, open_scene, builder):
+    result = run(open_scene(world), [builder.subject(builder.make_sae())], core.Config(4, resamples=500))["sae"]
+    ours = result.extra["saemill_metrics"]
+    estimates = {
+        **result.metrics["model_performance_preservation"],
+        **result.metrics["model_behavior_preservation"],
+        "explained_variance": ours["explained_variance"],
+        "cossim": result.metrics["reconstruction_quality"]["cossim"],
+    }
+    for name in ("ce_loss_with_sae", "kl_div_with_sae", "kl_div_score", "explained_variance", "cossim"):
+        low, high = ours["confidence_95"][name]
+        assert low < estimates[name] < high, name
+
+
+def test_without_the_model_the_rest_is_measured(make_world, open_scene, builder):
+    world = make_world(model_id="nobody/has-this")
+    result = run(open_scene(world), [builder.subject(builder.make_sae())])["sae"]
+    assert result.missing is not None
+    assert "nobody/has-this" in result.missing
+    assert math.isnan(result.metrics["model_performance_preservation"]["ce_loss_score"])
+    assert result.eval_config["compute_kl"] is False
+    assert result.metrics["sparsity"]["l0"] > 0
+    assert "ablations" not in result.extra["saemill_metrics"]
+
+
+def test_a_crosscoder_has_sparsity_and_no_losses(make_world, open_scene, builder):
+    world = make_world(layers=(1, 2))
+    sae = builder.make_sae(d_in=2 * builder.D)
+    result = run(open_scene(world), [builder.subject(sae, layers=(1, 2))])["sae"]
+    assert result.missing is None
+    assert "writes layers [1, 2]" in result.remark
+    assert result.metrics["sparsity"]["l0"] == 4.0
+
+
+def test_a_transcoder_is_spliced_where_it_writes(make_world, open_scene, builder):
+    """One that reads layer 1 and gives back the bias is a zero SAE at layer 2."""
+    world = make_world(layers=(1, 2))
+    mean = store_mean(world, 2)
+    rows = torch.eye(builder.D)
+    zero = SparseAutoencoder(
+        rows.clone(), rows.clone(), Relu(), b_dec=mean, b_enc=torch.full((builder.D,), -1e6), centres_input=False
+    )
+    subject = builder.subject(zero, layers=(1,), target_layers=[2])
+    result = run(open_scene(world), [subject])["sae"]
+    assert result.extra["saemill_metrics"]["ablations"]["mean"]["ce_loss_score"] == 0.0
+    expected = np.linalg.norm(mean)
+    assert result.metrics["shrinkage"]["l2_norm_out"] == pytest.approx(expected, rel=1e-5)

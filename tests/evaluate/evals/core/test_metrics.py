@@ -1,0 +1,239 @@
+"""Divergences, weights, bootstrap and rows against slow and obvious versions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saemill.evaluate.errors import NotApplicable, SettingInvalid
+from saemill.evaluate.evals.core import encoding, weights
+from saemill.evaluate.evals.core.blocks import choose_rows
+from saemill.evaluate.evals.core.bootstrap import DocumentSums, intervals, resampled
+from saemill.evaluate.evals.core.quality import Firing, summarise_density
+from saemill.evaluate.evals.core.weights import max_cosine, weight_metrics
+from saemill.evaluate.model import divergence
+from saemill.evaluate.model.divergence import compare, kl_as_published, next_tokens
+from saemill.evaluate.model.memory import PieceSize
+from saemill.evaluate.model.windows import Windows
+
+
+def logits(rows, vocab, seed, scale=3.0):
+    return scale * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def rows_of(table):
+    return lambda start, stop: table[start:stop]
+
+
+def rows_at_once(count):
+    return PieceSize(count, "rows", lambda _: None)
+
+
+@pytest.mark.parametrize(("chunk", "block"), [(1 << 20, 1 << 19), (3, 7 * 2), (1, 1)])
+def test_losses_are_those_of_whole_distributions(monkeypatch, chunk, block):
+    """In chunks and blocks of any size."""
+    monkeypatch.setattr(divergence, "BLOCK_ELEMENTS", block)
+    clean, others = logits(11, 7, 0), [logits(11, 7, 1), logits(11, 7, 2)]
+    targets = torch.tensor([0, 6, -1, 3, 3, 2, -1, 5, 1, 0, 4])
+    ce, losses = compare(
+        lambda a, b: clean[a:b], [lambda a, b, o=o: o[a:b] for o in others], targets, rows_at_once(chunk)
+    )
+    p, has = clean.double().softmax(-1), targets >= 0
+    for other, found in zip(others, losses, strict=True):
+        q = other.double().softmax(-1)
+        expected = (p * (p / q).log()).sum(-1)
+        torch.testing.assert_close(found.kl.double(), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found.kl_published.double(), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found.ce[has].double(), -q.log()[has, targets[has]], rtol=1e-5, atol=1e-7)
+        assert found.ce[~has].isnan().all()
+    torch.testing.assert_close(ce[has].double(), -p.log()[has, targets[has]], rtol=1e-5, atol=1e-7)
+
+
+def test_nothing_larger_than_a_chunk_is_asked_for():
+    asked = []
+
+    def clean(start, stop):
+        asked.append(stop - start)
+        return torch.zeros(stop - start, 10)
+
+    compare(clean, [clean], torch.zeros(11, dtype=torch.int64), rows_at_once(4))
+    assert max(asked) == 4
+    assert sum(asked) == 22
+    assert divergence.chunk_rows(256_000) * 256_000 * 4 < 300e6
+
+
+def test_logits_that_do_not_fit_are_asked_for_in_smaller_chunks():
+    clean, said = logits(11, 7, 0), []
+
+    def tight(start, stop):
+        if stop - start > 2:
+            raise MemoryError("tight")
+        return clean[start:stop]
+
+    size = PieceSize(8, "rows of logits", said.append)
+    ce, _ = compare(tight, [tight], torch.zeros(11, dtype=torch.int64), size)
+    torch.testing.assert_close(ce, -clean.log_softmax(-1)[:, 0])
+    assert said == [f"out of memory: going on with {n} rows of logits at a time" for n in (4, 2)]
+
+
+def test_where_a_probability_underflows_only_the_published_divergence_breaks():
+    clean = torch.tensor([[0.0, -200.0, 0.0], [0.0, 0.0, 0.0]])
+    other = torch.tensor([[0.0, -1.0, 0.0], [0.0, 0.0, 1.0]])
+    _, (found,) = compare(rows_of(clean), [rows_of(other)], torch.tensor([0, 0]), rows_at_once(9))
+    assert found.kl.isfinite().all()
+    assert found.kl_published[0].isnan()
+    assert found.kl_published[1] == pytest.approx(float(found.kl[1]))
+    assert kl_as_published(clean, other)[0].isnan()
+
+
+def test_a_divergence_from_itself_is_zero_to_the_bit():
+    clean = logits(5, 9, 3)
+    _, (found,) = compare(
+        lambda a, b: clean[a:b], [lambda a, b: clean[a:b]], torch.zeros(5, dtype=torch.int64), rows_at_once(9)
+    )
+    assert (found.kl == 0).all()
+
+
+def test_nothing_to_compare():
+    ce, (found,) = compare(
+        lambda a, b: torch.zeros(b - a, 3),
+        [lambda a, b: torch.zeros(b - a, 3)],
+        torch.zeros(0, dtype=torch.int64),
+        rows_at_once(9),
+    )
+    assert len(ce) == len(found.kl) == 0
+
+
+def test_the_last_token_of_a_window_predicts_nothing():
+    tokens = torch.tensor([[2, 5, 6], [2, 7, 1]])
+    keep = torch.tensor([[False, True, True], [False, True, False]])
+    assert next_tokens(tokens, keep).tolist() == [6, -1, 1]
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 100])
+def test_the_nearest_other_row(block):
+    rows = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    cosines = (unit @ unit.T).fill_diagonal_(-9)
+    torch.testing.assert_close(max_cosine(rows, block), cosines.amax(1))
+
+
+def test_a_lone_latent_has_no_neighbour(builder):
+    found = weight_metrics(builder.make_sae(width=1, k=1))
+    assert found["max_decoder_cosine_sim"].tolist() == [-math.inf]
+    assert weights.BLOCK > 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.06, 1.0])
+@pytest.mark.parametrize("piece", [24, 24 * 5, 1 << 20])
+@pytest.mark.parametrize("kind", ["topk", "relu", "jumprelu", "gated"])
+def test_sparse_readings_are_the_dense_activations(golden, tmp_path, builder, monkeypatch, kind, piece, share):
+    """In pieces of any size, by sparse and by dense products."""
+    name = {"relu": "standard"}.get(kind, kind)
+    monkeypatch.setattr(encoding, "CPU_PIECE", piece)
+    monkeypatch.setattr(encoding, "DENSE_SHARE", share)
+    subject = golden.subject(name, tmp_path)
+    keep = golden.tokens > 2
+    batch = Windows(golden.tokens, keep, torch.ones_like(keep), {1: golden.resid})
+    acts = subject.encode(batch)
+    reading = encoding.read(subject, batch)
+    torch.testing.assert_close(reading.x_hat, subject.decode(acts)[keep], rtol=1e-5, atol=1e-5)
+    assert torch.equal(reading.l0, (acts != 0).sum(-1)[keep].float())
+    torch.testing.assert_close(reading.l1, acts.sum(-1)[keep])
+    fires = (acts > 0) & keep[..., None]
+    assert torch.equal(reading.fired(), fires.sum((0, 1)))
+    assert torch.equal(reading.fired_in(keep.nonzero()[:, 0], len(keep)), fires.any(1).sum(0))
+
+
+def test_a_latent_that_never_fires_has_no_heuristic():
+    firing = Firing.none(2, torch.device("cpu"))
+    firing.add(torch.tensor([2, 0]), torch.tensor([1, 0]), 5)
+    firing.add(torch.tensor([3, 0]), torch.tensor([2, 0]), 5)
+    assert firing.density.tolist() == pytest.approx([0.5, 0])
+    assert firing.tokens_per_window[0] == pytest.approx(5 / 3)
+    assert firing.tokens_per_window[1].isnan()
+
+
+def test_density_of_a_dead_sae():
+    found = summarise_density(torch.zeros(4))
+    assert found["normalized_freq_over_1_percent"] == 0.0
+    assert found["frac_alive"] == 0.0
+
+
+def test_sums_by_document_over_batches():
+    sums = DocumentSums()
+    sums.add(np.array([4, 4, 9]), {"a": np.array([1.0, 2.0, np.nan]), "b": np.ones(3)})
+    sums.add(np.array([9, 2]), {"a": np.array([5.0, 7.0]), "b": np.ones(2)})
+    table = sums.table()
+    assert table["a"].tolist() == [7.0, 3.0, 5.0]
+    assert table["b"].tolist() == [1.0, 2.0, 2.0]
+    assert DocumentSums().table() == {}
+
+
+def test_an_interval_is_as_wide_as_theory_says():
+    """The mean of independent documents: about two standard errors to either side."""
+    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    table = {"sum": values, "tokens": np.ones(400)}
+    low, high = intervals(table, {"mean": lambda s: s["sum"] / s["tokens"]}, 4000)["mean"]
+    error = values.std() / 20
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
+
+
+def test_long_documents_weigh_what_they_hold():
+    """Resampling documents keeps their tokens together."""
+    table = {"sum": np.array([10.0, 0.0]), "tokens": np.array([10.0, 1.0])}
+    drawn = resampled(table, 200, seed=1)
+    ratios = set((drawn["sum"] / drawn["tokens"]).round(6))
+    assert ratios == {0.0, 1.0, round(10 / 11, 6)}
+
+
+def test_one_document_has_no_interval():
+    assert intervals({"a": np.ones(1)}, {"a": lambda s: s["a"]}) == {"a": None}
+    assert intervals({}, {"a": lambda s: s["a"]}) == {"a": None}
+
+
+def test_intervals_are_the_same_every_time():
+    table = {"a": np.arange(9.0)}
+    assert intervals(table, {"a": lambda s: s["a"]}) == intervals(table, {"a": lambda s: s["a"]})
+
+
+@settings(max_examples=200, deadline=None)
+@given(windows=st.integers(2, 100_000), batch=st.integers(1, 64))
+def test_the_default_blocks_fit_the_split(windows, batch):
+    rows = choose_rows(windows, "test", batch, None, None)
+    first, second = rows.reconstruction, rows.sparsity
+    assert first.first == 0
+    assert second.first == first.windows
+    assert first.windows + second.windows <= windows
+    assert 1 <= first.batches <= 200
+    assert 1 <= second.batches <= 2000
+    assert first.batch_windows == second.batch_windows <= batch
+    left = windows - first.windows - second.windows
+    assert left < first.batch_windows or second.batches == 2000
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"), [(187, (5, 6)), (16 * 100, (20, 80)), (16 * 2200, (200, 2000)), (10**6, (200, 2000))]
+)
+def test_how_a_split_is_shared(windows, expected):
+    rows = choose_rows(windows, "test", 16, None, None)
+    assert (rows.reconstruction.batches, rows.sparsity.batches) == expected
+
+
+def test_blocks_that_were_asked_for():
+    rows = choose_rows(100, "test", 10, 1, 9)
+    assert (rows.reconstruction.batches, rows.sparsity.batches) == (1, 9)
+    assert choose_rows(100, "test", 10, None, 7).reconstruction.batches == 3
+    assert choose_rows(100, "test", 10, 9, None).sparsity.batches == 1
+    with pytest.raises(SettingInvalid, match="the test split has 10"):
+        choose_rows(100, "test", 10, 1, 10)
+    with pytest.raises(SettingInvalid, match="at least one"):
+        choose_rows(100, "test", 10, 0, 4)
+    with pytest.raises(NotApplicable, match="1 windows"):
+        choose_rows(1, "test", 10, None, None)

@@ -1,0 +1,108 @@
+"""The official packages' made-up inputs, as our own objects, and their outputs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from saemill.evaluate.context.loaded_sae import Subject
+from saemill.evaluate.evals.probing.pooling import Pool, make_pool, read_piece
+from saemill.evaluate.evals.probing.texts import Task
+from saemill.evaluate.model.windows import Windows
+from saemill.train.sae.gates import Relu
+from saemill.train.sae.model import SparseAutoencoder
+
+GOLDEN = Path(__file__).parents[3] / "golden"
+LAYER = 3
+
+
+@dataclass(frozen=True)
+class Made:
+    """Activations of some texts, as a task and as the batches that a model would give."""
+
+    task: Task
+    acts: dict[str, Tensor]  # by text, [T, D]
+
+    def batches(self, size: int = 25) -> list[Windows]:
+        rows = torch.stack(list(self.acts.values()))
+        return [windows_of(part) for part in rows.split(size)]
+
+    def pool(self, subject: Subject, leaky: bool = False) -> Pool:
+        return make_pool(
+            list(self.acts), [read_piece(part, [subject], leaky) for part in self.batches()], torch.float32
+        )
+
+
+def windows_of(x: Tensor) -> Windows:
+    tokens = torch.zeros(x.shape[:2], dtype=torch.int64)
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    return Windows(tokens=tokens, keep=valid, valid=valid, resid={LAYER: x})
+
+
+def make_task(name: str, parts: dict[str, dict[str, np.ndarray]]) -> Made:
+    acts: dict[str, Tensor] = {}
+    groups: dict[str, dict[str, list[str]]] = {}
+    for part, classes in parts.items():
+        groups[part] = {}
+        for label, rows in classes.items():
+            texts = [f"{part} {label} {i}" for i in range(len(rows))]
+            groups[part][label] = texts
+            acts |= dict(zip(texts, torch.from_numpy(rows), strict=True))
+    return Made(Task(name, groups["train"], groups["test"]), acts)
+
+
+def make_subject(sae: SparseAutoencoder, label: str = "sae") -> Subject:
+    here = Path()
+    return Subject(label, here, here, None, "standard", sae, {}, (LAYER,), (LAYER,))
+
+
+@dataclass(frozen=True)
+class Official:
+    maker: ModuleType
+    outputs: dict[str, Any]
+    subject: Subject
+    probing: dict[str, Made]
+    scr: Made
+
+
+@pytest.fixture(scope="session")
+def official() -> Official:
+    maker = load_maker()
+    made = maker.inputs()
+    weights = {name: torch.from_numpy(array) for name, array in made["sae"].items()}
+    weights["W_enc"] = weights["W_enc"].T.contiguous()
+    return Official(
+        maker,
+        json.loads((GOLDEN / "saebench_probes" / "official.json").read_text()),
+        make_subject(SparseAutoencoder(gate=Relu(), **weights)),
+        {name: make_task(name, parts) for name, parts in made["probing"].items()},
+        make_task("scr", made["scr"]),
+    )
+
+
+def load_maker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_saebench_probes", GOLDEN / "make_saebench_probes.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def task_of() -> Callable[..., Made]:
+    return make_task
+
+
+@pytest.fixture
+def subject_of() -> Callable[..., Subject]:
+    return make_subject

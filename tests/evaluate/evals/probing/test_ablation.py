@@ -1,0 +1,150 @@
+"""Ablation by logits against ablation by decoding, and scores of planted latents."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from saemill.evaluate.evals.probing.ablation import Ablatable, effects, top_effects
+from saemill.evaluate.evals.probing.dense_probe import Training, fresh_probe
+from saemill.evaluate.evals.probing.features import Draw, Features
+from saemill.evaluate.evals.probing.perturbation import OfModel, Setup, perturb, perturb_corrected
+from saemill.evaluate.evals.probing.rng_memo import seeded
+from saemill.evaluate.evals.probing.scores import mean_scores, scr_scores, tpp_scores
+from saemill.evaluate.evals.probing.texts import OPPOSITES
+from saemill.train.sae.gates import Relu
+from saemill.train.sae.model import SparseAutoencoder
+
+PROBES = Training(batch_size=16, epochs=20, lr=1e-2, patience=20, l1_penalty=1e-3)
+
+
+def test_logits_are_those_of_texts_encoded_and_decoded_without_the_latents(official):
+    made = official.scr
+    subject, sae = official.subject, official.subject.sae
+    pool = made.pool(subject, leaky=True)
+    test = made.task.test
+    probes = {name: fresh_probe(sae.d_in, torch.float32, seeded(i)) for i, name in enumerate(test)}
+    texts = Ablatable(
+        pool.of_model(subject.layers, test), pool.of_leaky_latents(subject, test), sae.W_dec.detach(), probes
+    )
+    off = np.array([3, 11, 40, 7])
+    found = texts.logits(off)
+    for name, group in test.items():
+        x = torch.stack([made.acts[text] for text in group])
+        with torch.no_grad():
+            acts = sae.encode(x)
+            error = x - sae.decode(acts)
+            acts[..., off] = 0
+            ablated = (sae.decode(acts) + error).sum(1) / (x.sum(-1) != 0).sum(1, keepdim=True)
+        for number, probe in enumerate(probes.values()):
+            span = found.spans[name]
+            torch.testing.assert_close(
+                torch.from_numpy(found.table[span.start : span.stop, number]).float(),
+                probe.logits(ablated),
+                atol=1e-4,
+                rtol=1e-4,
+            )
+
+
+def test_nothing_off_is_the_probe_itself():
+    features = Features.of({"a": torch.randn(5, 6), "b": torch.randn(5, 6)})
+    probe = fresh_probe(6, torch.float32, seeded(0))
+    texts = Ablatable(features, features, torch.eye(6), {"a": probe})
+    whole = torch.from_numpy(features.matrix.toarray())
+    torch.testing.assert_close(torch.from_numpy(texts.logits().table[:, 0]).float(), probe.logits(whole))
+
+
+def test_effects_weigh_firing_by_direction():
+    rows = torch.tensor([[2.0, 0, 1], [2.0, 0, 1], [0, 1.0, 1], [0, 1.0, 1]])
+    latents = Features.of({"a": rows[:2], "b": rows[2:]})
+    draw = Draw(np.arange(4), np.array([1, 1, 0, 0], dtype=np.int32))
+    probe = fresh_probe(3, torch.float32, seeded(0))
+    probe.weight.copy_(torch.tensor([[0.5, 3.0, 9.0]]))
+    assert effects(latents, draw, probe, torch.eye(3), "absolute").tolist() == pytest.approx([1.0, 3.0, 0.0])
+    assert effects(latents, draw, probe, torch.eye(3), "positive").tolist() == pytest.approx([1.0, 0.0, 0.0])
+
+
+def test_no_more_latents_are_taken_than_have_an_effect():
+    assert sorted(top_effects(torch.tensor([0.0, 2.0, 0.0, 1.0]), 3)) == [1, 3]
+    assert list(top_effects(torch.zeros(4), 3)) == []
+    assert len(top_effects(torch.ones(4), 500)) == 4
+
+
+def identity_sae(width: int) -> SparseAutoencoder:
+    """One latent a direction, both ways."""
+    both = torch.cat([torch.eye(width), -torch.eye(width)])
+    return SparseAutoencoder(both.clone(), both, Relu())
+
+
+def planted(rng: np.random.RandomState, directions: np.ndarray, rows: int) -> np.ndarray:
+    acts = np.repeat(directions[None, None], rows, axis=0).repeat(4, axis=1)
+    return (acts + 0.5 * rng.randn(rows, 4, directions.shape[-1])).astype(np.float32)
+
+
+def test_tpp_finds_the_one_latent_of_each_class(task_of, subject_of):
+    rng, width = np.random.RandomState(0), 8
+    axes = 2.5 * np.eye(width)
+    parts = {p: {name: planted(rng, axes[i], 80) for i, name in enumerate("abc")} for p in ("train", "test")}
+    made, subject = task_of("planted", parts), subject_of(identity_sae(width))
+    pool = made.pool(subject, leaky=True)
+    setup = Setup("positive", list("abc"), (2,), PROBES, 0)
+    for outcome in (
+        perturb(pool, subject, made.task, setup, seeded(0), OfModel()),
+        perturb_corrected(pool, subject, made.task, setup, OfModel()),
+    ):
+        scores, by_class = tpp_scores(outcome.ablated, outcome.clean)
+        assert scores["tpp_threshold_2_intended_diff_only"] > 0.3
+        assert scores["tpp_threshold_2_total_metric"] > 0.15  # every probe leans on the others' latents too
+        assert set(by_class) == set("abc")
+
+
+def test_scr_frees_a_probe_of_the_attribute(task_of, subject_of):
+    rng, width = np.random.RandomState(1), 6
+    concept, attribute = 0.9 * np.eye(width)[0], 2.0 * np.eye(width)[1]
+
+    def group(*members: tuple[int, int]) -> np.ndarray:
+        return np.concatenate([planted(rng, c * concept + a * attribute, 60) for c, a in members])
+
+    def groups() -> dict[str, np.ndarray]:
+        members = (
+            ((1, 1), (-1, 1)),
+            ((1, -1), (-1, -1)),
+            ((1, 1), (1, -1)),
+            ((-1, 1), (-1, -1)),
+            ((1, 1),) * 2,
+            ((-1, -1),) * 2,
+        )
+        names = [name for pair in OPPOSITES.items() for name in pair]
+        return {name: group(*each) for name, each in zip(names, members, strict=True)}
+
+    made, subject = task_of("planted", {"train": groups(), "test": groups()}), subject_of(identity_sae(width))
+    setup = Setup("absolute", list(OPPOSITES), (2,), PROBES, 0)
+    outcome = perturb_corrected(made.pool(subject), subject, made.task, setup, OfModel())
+    scores = scr_scores(outcome.ablated, outcome.clean)
+    assert scores["scr_dir1_threshold_2"] > 0.6
+    assert scores["scr_metric_threshold_2"] == scores["scr_dir1_threshold_2"]  # there the probe did worse
+
+
+def test_scr_has_no_metric_where_both_directions_are_even_and_none_to_gain():
+    probe = "male_professor / female_nurse probe on {} data"
+    clean = {"male / female": 0.9, "professor / nurse": 0.8}
+    clean |= {probe.format(name): 0.8 for name in ("male / female", "professor / nurse")}
+    ablated = {name: {2: dict.fromkeys(clean, 0.85)} for name in ("male / female", "professor / nurse")}
+    scores = scr_scores(ablated, clean)
+    assert scores == {"scr_dir1_threshold_2": 0, "scr_dir2_threshold_2": pytest.approx(0.5)}
+
+
+def test_means_are_over_the_parts_that_have_a_score():
+    assert mean_scores({"a": {"x": 1.0, "y": 4.0}, "b": {"x": 3.0}}) == {"x": 2.0, "y": 4.0}
+
+
+def test_corrected_scores_compare_the_same_rows(official):
+    """Nothing switched off must change nothing; the protocol's fresh rows make it look as if it did."""
+    made = official.probing[official.maker.PROBING[0]]
+    setup = Setup("positive", list(made.task.train), (0,), PROBES, 0)
+    pool = made.pool(official.subject, leaky=True)
+    official_way = perturb(pool, official.subject, made.task, setup, seeded(42), OfModel())
+    corrected = perturb_corrected(pool, official.subject, made.task, setup, OfModel())
+    assert all(by_n[0] == corrected.clean for by_n in corrected.ablated.values())
+    assert any(by_n[0] != official_way.clean for by_n in official_way.ablated.values())

@@ -1,0 +1,191 @@
+"""The four evaluations from the model to the JSON, on a tiny model that reads words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma2ForCausalLM
+
+from saemill.evaluate.errors import DataMissing
+from saemill.evaluate.evals import scr, sparse_probing, sparse_probing_sae_probes, tpp
+from saemill.evaluate.evals.probing import hub, installed
+from saemill.evaluate.evals.probing.last_token import read_prompts, token_rows
+from saemill.evaluate.evals.probing.sources import HUB
+from saemill.evaluate.model.lm import LanguageModel
+from saemill.evaluate.run.attempts import run_evals
+from saemill.harvest.model.tokenizer import TextEncoder
+
+SMALL = {
+    "sparse_probing": sparse_probing.Config(
+        data="stdlib",
+        dataset_names=("stdlib/kind", "stdlib/first"),
+        probe_train_set_size=40,
+        probe_test_set_size=20,
+        context_length=16,
+        k_values=(1, 5),
+    ),
+    "scr": scr.Config(
+        data="stdlib", train_set_size=48, test_set_size=24, context_length=16, n_values=(2, 5), probe_epochs=3
+    ),
+    "tpp": tpp.Config(
+        data="stdlib", train_set_size=40, test_set_size=20, context_length=16, n_values=(2, 5), probe_epochs=3
+    ),
+    "sparse_probing_sae_probes": sparse_probing_sae_probes.Config(
+        data="stdlib", dataset_names=("stdlib/kind",), ks=(1, 2)
+    ),
+}
+
+
+class Words:
+    """A tokenizer's backend: every word has a number."""
+
+    def encode_batch_fast(self, texts, add_special_tokens):
+        assert not add_special_tokens
+        return [SimpleNamespace(ids=[3 + zlib.crc32(word.encode()) % 47 for word in text.split()]) for text in texts]
+
+
+@pytest.fixture
+def scene(world, open_scene):
+    """A scene whose model has a tokenizer, and counts the rows that it reads."""
+    made = open_scene(world)
+    model = Gemma2ForCausalLM.from_pretrained(world.model, dtype=torch.bfloat16)
+    made.use(LanguageModel(model, TextEncoder(Words(), 2, (0, 1, 2)), eos=1, pad=0))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _global_random_state_stays():
+    torch.manual_seed(99)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    yield
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    assert before[2] == np.random.get_state()[1].tolist()
+
+
+def documents(rows):
+    return [json.loads(row.path.read_text()) for row in rows]
+
+
+@pytest.fixture
+def run(scene, builder):
+    """Evaluate two SAEs: run(eval id, **changes of the config)."""
+    subjects = [builder.subject(builder.make_sae(seed=seed), f"sae_{seed}") for seed in (0, 1)]
+
+    def evaluate(name, config=None, subjects=subjects):
+        return run_evals(scene, subjects, {name: config or SMALL[name]})
+
+    return evaluate
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_results_have_the_official_keys_and_say_which_data_they_are_of(run, official, name):
+    rows = run(name)
+    assert [row.status for row in rows] == ["done", "done"]
+    one, other = documents(rows)
+    keys = official.outputs["keys"][name]
+    assert set(keys["eval_config"]) <= set(one["eval_config"])
+    assert one["eval_type_id"] == name
+    assert one["eval_config"]["data"] == "stdlib"
+    assert one["eval_config"]["data_revision"].startswith("sha256:")
+    for category, allowed in keys["eval_result_metrics"].items():
+        metrics = one["eval_result_metrics"][category]
+        assert metrics
+        assert set(metrics) <= set(allowed)
+        assert all(np.isfinite(value) for value in metrics.values())
+    for detail in one["eval_result_details"]:
+        assert {key for key in detail if "validated" not in key} <= set(keys["eval_result_details"])
+    assert one["eval_result_metrics"] != other["eval_result_metrics"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_sae_alone_gives_what_it_gives_among_others(run, builder, name):
+    together = documents(run(name))
+    alone = documents(run(name, subjects=[builder.subject(builder.make_sae(seed=1), "sae_1")]))
+    for key in ("eval_result_metrics", "eval_result_details", "eval_result_unstructured"):
+        assert alone[0][key] == together[1][key]
+
+
+def test_the_model_reads_every_text_once_for_all_saes(run, scene, monkeypatch):
+    rows = []
+    original = scene.model.resid
+
+    def counting(tokens, *rest):
+        rows.append(len(tokens))
+        return original(tokens, *rest)
+
+    monkeypatch.setattr(scene.model, "resid", counting)
+    run("sparse_probing")
+    assert sum(rows) == 2 * (40 + 20)  # two data sets of two classes
+
+
+@pytest.mark.parametrize("name", ["scr", "tpp"])
+def test_an_sae_of_several_layers_is_not_run_and_costs_no_other_its_result(run, builder, make_world, name):
+    able = builder.subject(builder.make_sae(), "able")
+    wide = builder.subject(builder.make_sae(d_in=2 * builder.D), "wide", layers=(1, 2))
+    statuses = {row.subject.label: row for row in run(name, subjects=[wide, able])}
+    assert statuses["able"].status == "done"
+    assert statuses["wide"].status == "not run"
+    assert "one layer" in statuses["wide"].reason
+
+
+def test_missing_data_is_told_and_the_rest_is_evaluated(run, monkeypatch):
+    def load(name, *sizes):
+        if name != hub.NEWS:
+            raise DataMissing(f"{name}: log in")
+        return installed.load_task("stdlib/kind", *sizes)
+
+    monkeypatch.setattr(sparse_probing, "find_source", lambda *_: dataclasses.replace(HUB, load_task=load))
+    config = sparse_probing.Config(data="hub", probe_train_set_size=40, probe_test_set_size=20, k_values=(1,))
+    rows = run("sparse_probing", config)
+    assert [row.status for row in rows] == ["partly", "partly"]
+    assert "log in" in rows[0].reason
+    assert documents(rows)[0]["eval_config"]["dataset_names"] == ["stdlib/kind"]
+
+
+def test_no_data_at_all_is_not_run(run, monkeypatch):
+    def away(*_args, **_kwargs):
+        raise ConnectionError("no network in tests")
+
+    hub._table.cache_clear()
+    monkeypatch.setattr(hub, "_load", away)
+    monkeypatch.setattr(hub, "find_repository", away)
+    rows = run("tpp", tpp.Config(data="hub"))
+    assert [row.status for row in rows] == ["not run", "not run"]
+    assert "hf auth login" in rows[0].reason
+
+
+def test_prompts_are_read_at_their_last_token(scene, builder):
+    prompts = ["one two three", "four", "a b c d e f g h i j k"]
+    subject = builder.subject(builder.make_sae(), "sae")
+    rows = token_rows(scene.model, prompts, 8)
+    ids = scene.model.tokenizer.encode(prompts)
+    assert rows == [[2, *ids[0]], [2, *ids[1]], [2, *ids[2][-7:]]]
+    found = read_prompts(scene, [subject], "prompts", prompts, 8, batch_size=2)
+    for number, row in enumerate(rows):
+        resid = scene.model.resid(torch.tensor([row]), [builder.LAYER])[builder.LAYER][0, -1].float()
+        np.testing.assert_allclose(found.resid[subject.layers][number], resid, rtol=2e-2, atol=2e-2)
+        acts = subject.sae.encode(torch.from_numpy(found.resid[subject.layers][number]))
+        np.testing.assert_allclose(found.latents[subject][[number]].toarray()[0], acts.detach(), atol=1e-5)
+
+
+def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(run, scene, monkeypatch):
+    expected = documents(run("tpp"))[0]["eval_result_metrics"]
+    original, said = scene.model.resid, []
+
+    def tight(tokens, *rest):
+        if len(tokens) > 8:
+            raise torch.OutOfMemoryError("too much")
+        return original(tokens, *rest)
+
+    monkeypatch.setattr(scene.model, "resid", tight)
+    monkeypatch.setattr(scene.watch, "say", said.append)
+    assert documents(run("tpp"))[0]["eval_result_metrics"] == expected
+    assert any("8 texts at a time" in line for line in said)

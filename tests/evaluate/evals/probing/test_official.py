@@ -1,0 +1,143 @@
+"""Every number of the official packages on the same activations and texts, draws included."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from saemill.evaluate.evals import scr, sparse_probing, tpp
+from saemill.evaluate.evals.probing import hub
+from saemill.evaluate.evals.probing.dense_probe import Training
+from saemill.evaluate.evals.probing.perturbation import OfModel, Setup, perturb
+from saemill.evaluate.evals.probing.rng_memo import seeded
+from saemill.evaluate.evals.probing.rounds import Outcome
+from saemill.evaluate.evals.probing.texts import OPPOSITES, Table, balanced, by_class, spurious
+from saemill.evaluate.evals.probing.tuned_probe import rank_latents, split_rows, tuned_scores
+
+SEED = 42
+PROBES = Training(batch_size=16, epochs=20, lr=1e-3, patience=20, l1_penalty=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def _global_random_state_stays():
+    torch.manual_seed(99)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    yield
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    assert before[2] == np.random.get_state()[1].tolist()
+
+
+def test_pooled_features(official):
+    name = official.maker.PROBING[0]
+    made = official.probing[name]
+    pool = made.pool(official.subject)
+    for found, expected in (
+        (pool.of_model(official.subject.layers, made.task.train), official.outputs["pooled"]["model"]),
+        (pool.of_latents(official.subject, made.task.train), official.outputs["pooled"]["latents"]),
+    ):
+        for label, span in found.spans.items():
+            mean = found.matrix[span.start : span.stop].mean(axis=0)
+            np.testing.assert_allclose(np.asarray(mean).ravel(), expected[label], atol=1e-6)
+
+
+def test_sparse_probing(official):
+    config = sparse_probing.Config(random_seed=SEED, k_values=tuple(official.maker.K_VALUES))
+    generator, found = seeded(SEED), {}
+    for name, made in official.probing.items():
+        shared = sparse_probing._OfModel()
+        pool = made.pool(official.subject)
+        found[name] = sparse_probing.probe_subject(
+            pool, official.subject, made.task, config, generator, shared, torch.device("cpu")
+        )
+    result = sparse_probing.make_result(official.subject, {}, found, None)
+    expected = official.outputs["sparse_probing"]
+    overall = {key: value for key, value in expected["results"].items() if not isinstance(value, dict)}
+    assert result.metrics["llm"] | result.metrics["sae"] == pytest.approx(overall, abs=1e-6)
+    for name, by_metric in expected["by_class"].items():
+        assert {key: by_class for key, by_class in result.unstructured[name].items() if "validated" not in key} == {
+            key: pytest.approx(by_class, abs=1e-6) for key, by_class in by_metric.items()
+        }
+    assert list(result.details[0])[:3] == ["dataset_name", "sae_test_accuracy", "llm_test_accuracy"]
+
+
+def perturbed(official, made, setup):
+    pool = made.pool(official.subject, leaky=True)
+    outcome = perturb(pool, official.subject, made.task, setup, seeded(SEED), OfModel())
+    return {made.task.name: Outcome(outcome, outcome)}
+
+
+def test_tpp(official):
+    made = official.probing[official.maker.PROBING[0]]
+    setup = Setup("positive", list(made.task.train), official.maker.N_VALUES, PROBES, SEED)
+    result = tpp.make_result(official.subject, {}, perturbed(official, made, setup), None)
+    expected = official.outputs["tpp"]
+    overall = {key: value for key, value in expected["results"].items() if not isinstance(value, dict)}
+    assert result.metrics["tpp_metrics"] == pytest.approx(overall, abs=1e-6)
+    assert result.details[0]["dataset_name"] in expected["results"]
+    assert result.unstructured == {
+        name: {label: pytest.approx(scores, abs=1e-6) for label, scores in classes.items()}
+        for name, classes in expected["by_class"].items()
+    }
+
+
+def test_scr(official):
+    setup = Setup("absolute", list(OPPOSITES), official.maker.N_VALUES, PROBES, SEED)
+    result = scr.make_result(official.subject, {}, perturbed(official, official.scr, setup), None)
+    overall = {key: value for key, value in official.outputs["scr"]["results"].items() if not isinstance(value, dict)}
+    assert result.metrics["scr_metrics"] == pytest.approx(overall, abs=1e-5)
+    assert any("metric" in key for key in overall)
+
+
+def test_samples_of_tables(official):
+    rows = official.maker.table()
+    table, expected = Table(rows["text"], rows["one"], rows["two"]), official.outputs["samples"]
+    assert balanced(table, [0, 1, 2, 13, 21], 30, SEED) == {
+        name: expected["balanced"][name] for name in ("0", "1", "2", "13", "21")
+    }
+    assert by_class(table.text, table.column1, [0, 2], 25, SEED) == expected["by_class"]
+    assert spurious(table, (21, 13), (0, 1), 20, SEED) == expected["spurious"]
+
+
+def test_samples_of_streams(official):
+    classes = hub.CLASSES[hub.GITHUB]
+    cut = hub.split_shuffled(hub.collect_files(official.maker.files(), 40), classes, 30, 10, SEED)
+    assert [
+        {name: [[file[:6], len(file)] for file in files] for name, files in part.items()} for part in cut
+    ] == official.outputs["samples"]["files"]
+    speeches = {
+        language: hub.take_more_than(30, (row["translation"][language] for row in official.maker.speeches(pair)))
+        for language, pair in hub.SPEECHES.items()
+    }
+    cut = hub.split_shuffled(speeches, hub.CLASSES[hub.EUROPARL], 20, 10, SEED)
+    assert list(cut) == official.outputs["samples"]["speeches"]
+
+
+def test_sae_probes(official):
+    from scipy.sparse import csr_matrix
+
+    made, expected = official.maker.binary(), official.outputs["sae_probes"]
+    labels, latents = made["labels"], made["latents"]
+    split = split_rows(labels, SEED)
+    assert split.train.tolist() == expected["train"]
+    assert split.test.tolist() == expected["test"]
+    ranked = rank_latents(csr_matrix(latents)[split.train], labels[split.train])
+    assert ranked.tolist() == expected["ranked"]
+
+    def scores(rows, penalty, fewer=None):
+        train, test = split.train[:fewer], split.test
+        return tuned_scores(rows[train], labels[train], rows[test], labels[test], penalty, SEED)
+
+    for k, wanted in expected["l1"].items():
+        assert_scores(scores(latents[:, ranked[: int(k)]], "l1"), wanted)
+    assert_scores(scores(latents, "l2"), expected["l2"])
+    assert_scores(scores(latents, "l2", fewer=90), expected["l2_few_rows"])
+
+
+def assert_scores(found, expected):
+    assert found.test_accuracy == pytest.approx(expected["test_acc"], abs=1e-6)
+    assert found.test_auc == pytest.approx(expected["test_auc"], abs=1e-6)
+    assert found.test_f1 == pytest.approx(expected["test_f1"], abs=1e-6)

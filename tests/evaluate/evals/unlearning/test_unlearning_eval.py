@@ -1,0 +1,213 @@
+"""The whole evaluation on a planted model: what is forgotten, what is retained, what is refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from saemill.evaluate.context import hub_data
+from saemill.evaluate.context.context import Scene
+from saemill.evaluate.context.progress import Watch
+from saemill.evaluate.context.results import Failure
+from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
+from saemill.evaluate.evals.unlearning import evaluation as unlearning
+from saemill.evaluate.evals.unlearning import known as known_module
+from saemill.evaluate.evals.unlearning import wmdp
+from saemill.evaluate.evals.unlearning.known import remembered_questions
+from saemill.evaluate.evals.unlearning.marking import known_questions
+from saemill.evaluate.evals.unlearning.material import Material
+from saemill.evaluate.evals.unlearning.papers import ChoicePaper, TextPaper
+from saemill.evaluate.evals.unlearning.questions import Question
+from saemill.evaluate.evals.unlearning.sweep import Sweep
+from saemill.train.sae.gates import Relu
+from saemill.train.sae.model import SparseAutoencoder
+
+VOCAB, TOPIC = 12, (3, 4, 5, 6)
+D = VOCAB
+OFFICIAL_KEYS = [
+    "random_seed",
+    "dataset_names",
+    "intervention_method",
+    "retain_thresholds",
+    "n_features_list",
+    "multipliers",
+    "dataset_size",
+    "seq_len",
+    "n_batch_loss_added",
+    "target_metric",
+    "save_metrics",
+    "model_name",
+    "llm_batch_size",
+    "llm_dtype",
+]
+
+
+def successor(token: int) -> int:
+    """Two cycles: the topic's tokens, and all others."""
+    if token in TOPIC:
+        return TOPIC[(TOPIC.index(token) + 1) % len(TOPIC)]
+    return 7 + (token - 6) % 5
+
+
+class PlantedModel:
+    """Its residual is the next token as one of D directions, and its answer is the largest of them."""
+
+    facts = SimpleNamespace(num_layers=3, d_model=D, max_context=64)
+    dtype, device = torch.float32, torch.device("cpu")
+    special, bos, eos, pad = (0, 1, 2), 2, 1, 0
+    calls = 0
+
+    def resid(self, tokens, layers, valid=None, sinks=None):
+        following = torch.tensor([successor(token) for token in range(VOCAB)])
+        return {layer: torch.eye(VOCAB)[following[tokens]] for layer in layers}
+
+    def suffix(self, resid, layer, valid=None):
+        return resid
+
+    def hidden(self, tokens, splice=None, valid=None):
+        self.calls += 1
+        return self.resid(tokens, (0,))[0]
+
+    def head(self, hidden):
+        return hidden.clone()
+
+
+def rows(start: int, count: int = 4, length: int = 12) -> torch.Tensor:
+    cycle = [2, start]
+    while len(cycle) < length:
+        cycle.append(successor(cycle[-1]))
+    return torch.tensor([cycle] * count)
+
+
+def material() -> Material:
+    model = PlantedModel()
+    papers = [TextPaper(name, rows(start), model.special, batch_size=3) for name, start in (("topic", 3), ("rest", 7))]
+    sweep = Sweep((0.01,), (4,), (25, 50))
+    return Material("planted", "planted", model, rows(3), rows(7), papers[:1], papers[1:], sweep)
+
+
+def one_latent_a_token() -> SparseAutoencoder:
+    return SparseAutoencoder(torch.eye(D), torch.eye(D), Relu())
+
+
+def latents_that_fire_on_everything() -> SparseAutoencoder:
+    return SparseAutoencoder(torch.eye(D), torch.eye(D), Relu(), b_enc=torch.ones(D))
+
+
+@pytest.fixture
+def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
+    monkeypatch.setattr(unlearning, "load_material", lambda scene, config: material())
+    return Scene(None, watch=Watch(is_quiet=True))
+
+
+def test_a_topic_latent_unlearns_its_topic_and_dense_latents_unlearn_nothing(scene, builder):
+    saes = {"topic": one_latent_a_token(), "dense": latents_that_fire_on_everything()}
+    subjects = [builder.subject(sae, name, layers=(1,)) for name, sae in saes.items()]
+    state, torch_state = random.getstate(), torch.random.get_rng_state()
+    topic, dense = unlearning.evaluate(scene, subjects, unlearning.Config())
+    assert topic.metrics == {"unlearning": {"unlearning_score": 1.0}}
+    assert dense.metrics == {"unlearning": {"unlearning_score": 0.0}}
+    (first, _) = topic.extra["unlearning"]["runs"]
+    assert sorted(first["latents"]) == list(TOPIC)
+    assert first["accuracy"] == {"topic": 0.0, "rest": 1.0}
+    assert list(topic.eval_config) == OFFICIAL_KEYS
+    assert random.getstate() == state
+    assert torch.equal(torch.random.get_rng_state(), torch_state)
+
+
+def test_an_sae_of_another_width_fails_alone(scene, builder):
+    wide = builder.subject(builder.make_sae(d_in=D + 1), "wide", layers=(1,))
+    good = builder.subject(one_latent_a_token(), "good", layers=(1,))
+    failure, result = unlearning.evaluate(scene, [wide, good], unlearning.Config())
+    assert isinstance(failure, Failure)
+    assert isinstance(failure.error, WidthMismatch)
+    assert result.metrics["unlearning"]["unlearning_score"] == 1.0
+
+
+def test_a_model_that_knows_nothing_is_not_asked(scene, builder, monkeypatch):
+    monkeypatch.setattr(PlantedModel, "head", lambda self, hidden: -hidden)
+    subject = builder.subject(one_latent_a_token(), layers=(1,))
+    with pytest.raises(NotApplicable, match="answers no question"):
+        list(unlearning.evaluate(scene, [subject], unlearning.Config()))
+
+
+class Letters:
+    """A tokenizer of single characters, with the special tokens of the prompt left as they are written."""
+
+    digest = "characters"
+
+    def encode(self, texts):
+        return [[ord(text[-1])] if text.strip() in "ABCD" else [ord(c) for c in text] for text in texts]
+
+
+class AnswersByText(PlantedModel):
+    """Says the letter whose choice is "right"; for questions with a bias it says A."""
+
+    tokenizer = Letters()
+    stack = SimpleNamespace(parameters=lambda: [torch.ones(2)])
+
+    def hidden(self, tokens, splice=None, valid=None):
+        self.calls += 1
+        texts = ["".join(map(chr, row.tolist())) for row in tokens]
+        letters = [("A" if "bias" in text else text[text.index(". right") - 1]) for text in texts]
+        return torch.tensor([ord(letter) for letter in letters])[:, None, None].expand(*tokens.shape, 1)
+
+    def head(self, hidden):
+        return torch.nn.functional.one_hot(hidden[:, 0], 128).float()
+
+
+CHOICES = ("right", "w", "x", "y")
+QUESTIONS = [Question("s", "good", CHOICES, 0), Question("s", "bias", CHOICES, 0), Question("s", "also", CHOICES, 0)]
+
+
+def test_only_questions_right_in_all_orders_are_known_and_they_are_remembered(tmp_path, monkeypatch):
+    model = AnswersByText()
+    paper = ChoicePaper("quiz", QUESTIONS, model, batch_size=5)
+    assert known_questions(model, paper) == [0, 2]  # "bias" is right with the choices as they are written, but by luck
+    assert remembered_questions(model, paper, tmp_path) == [0, 2]
+    monkeypatch.setattr(known_module, "known_questions", lambda *_: pytest.fail("asked again"))
+    assert remembered_questions(model, paper, tmp_path) == [0, 2]
+    assert [len(sheet) for sheet in paper.exam([0, 2]).sheets] == [2]
+
+
+def test_the_forget_corpus_is_asked_for_by_name(tmp_path):
+    with pytest.raises(DataMissing, match="bio-forget-corpus.jsonl by the form"):
+        wmdp.read_corpus(tmp_path / "nowhere.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"no": 1}\n')
+    with pytest.raises(DataMissing, match="expected a JSON object with 'text'"):
+        wmdp.read_corpus(tmp_path / "bad.jsonl")
+    (tmp_path / "good.jsonl").write_text('{"text": "%s"}\n{"text": "short"}\n' % ("long " * 20))
+    assert wmdp.read_corpus(tmp_path / "good.jsonl") == ["long " * 20]
+
+
+def test_a_base_model_is_not_asked_questions(scene):
+    with pytest.raises(NotApplicable, match="no instruction-tuned Gemma"):
+        wmdp.load_instructed(scene, "google/gemma-2-2b")
+
+
+def test_data_that_cannot_be_had_say_what_to_accept(monkeypatch: pytest.MonkeyPatch):
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no route\nmore")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(DataMissing, match=r"cais/wmdp \(wmdp-bio\) cannot be had \(no route\).*accept its terms"):
+        hub_data.load_rows("cais/wmdp", "wmdp-bio", "test")
+
+
+def test_questions_are_read_by_their_columns(monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[object, ...]] = []
+
+    def rows_of(*names: object) -> list[dict[str, object]]:
+        asked.append(names)
+        return [{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 3}]
+
+    loader: Callable[..., object] = rows_of
+    monkeypatch.setattr(wmdp, "load_rows", loader)
+    (bio,), (aging,) = wmdp.read_questions("wmdp-bio"), wmdp.read_questions("human_aging")
+    assert (bio.subject, aging.subject) == ("biology", "human aging")
+    assert bio.choices[bio.answer] == "d"
+    assert asked == [("cais/wmdp", "wmdp-bio", "test"), ("cais/mmlu", "human_aging", "test")]

@@ -1,0 +1,211 @@
+"""Plots: each is drawn where its data are, none where they are not, and text is only ever text."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+
+from saemill.evaluate.output import plots
+from saemill.evaluate.output.figures.records import Record, read_records
+from saemill.evaluate.output.figures.style import COLOURS, look, shades, shown
+from saemill.evaluate.output.plots import draw_of, make_plots, names, pareto
+from saemill.train.disk.whole_files import write_json
+from saemill.train.run.folder import RunFolder
+
+STEPS = 12
+HOSTILE = "<script>alert(1)</script> $\\frac{1}{0}$ \u202e\u0000\u4e2d _x^y"
+ALL = {
+    "activation_patterns",
+    "feature_analysis",
+    "hyperparameters",
+    "layer_contribution",
+    "mixing_weights",
+    "pareto",
+    "tier_activity_comparison",
+    "training_metrics",
+    "training_progression",
+    "transition_matrix",
+}
+NOTES = {
+    "attention": ["mixing/weight_17", "mixing/weight_18", "mixing/temperature", "attention/contribution_17"],
+    "tiered": ["tiers/activity_1", "tiers/activity_2", "tiers/activity_3", "loss/composition"],
+    "positional": ["mask/coefficient", "mask/retention"],
+    "temporal": ["temporal/activation_variance", "temporal/lifetime", "loss/temporal_short", "loss/temporal_long"],
+}
+
+
+def line(label: str, step: int) -> dict:
+    fall = math.exp(-step / 5)
+    values = {"loss": 0.2 + fall, "loss/reconstruction": 0.1 + fall, "loss/l1": 3 * fall, "l0": 40 * fall, "lr": 3e-4}
+    return {"sae": label, "step": step, **values, **dict.fromkeys(NOTES.get(label, ()), 0.1 + fall / 2)}
+
+
+def result(metrics: dict, unstructured: dict | None = None) -> dict:
+    return {"eval_result_metrics": metrics, "eval_result_unstructured": unstructured or {}}
+
+
+def documents(token: str = "the") -> dict[str, dict]:
+    activity = {f"active_share_{tier}": 0.1 / tier for tier in (1, 2, 3)}
+    contribution = {f"{name}_{layer}": 0.01 for name in ("share", "similarity_gain") for layer in (17, 18)}
+    pattern = {"tokens": [token, "\n"], "latents": [3, 5], "activations": [[0.0, 1.0], [2.0, 0.0]]}
+    context = {"activation": 2.0, "before": token, "token": token, "after": ""}
+    examples = {"pattern": pattern, "latents": [{"latent": 3, "fired_share": 0.2, "contexts": [context]}]}
+    moves = {"frequent_latents": [1, 2], "base_rates": [0.1, 0.0], "transitions": [[0.2, 0.0], [0.0, 0.3]]}
+    return {
+        "core": result({"sparsity": {"l0": 20.0}, "model_performance_preservation": {"ce_loss_score": 0.9}}),
+        "tiers": result({"tier_activity": activity}),
+        "attention": result({"contribution": contribution}),
+        "temporal": result({}, {**moves, "lifetimes": [1.0, 2.0], "stabilities": [0.5, 3.0]}),
+        "examples": result({}, examples),
+    }
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A finished run with all that plots read, or part of it."""
+
+    def make(name="run_1", labels=("standard", *NOTES), evaluated=True, logged=True, token="the") -> RunFolder:
+        run = RunFolder.at(tmp_path / name)
+        run.path.mkdir(parents=True)
+        members = {label: {"variant": label, "config": {"k": 32, "penalty": 0.04}} for label in labels}
+        run.write_config({"saes": members})
+        outcome = {"l0": 30.0, "explained_variance": 0.7, "dead_share": 0.0}
+        run.write_result({"steps": STEPS, "saes": dict.fromkeys(labels, outcome)})
+        if logged:
+            lines = [json.dumps(line(label, step)) for step in range(STEPS) for label in labels]
+            run.metrics.write_text("\n".join([*lines, '{"sae": "standard", "st']))
+        for label in labels if evaluated else ():
+            for evaluation, document in documents(token).items():
+                path = run.path / "evals" / evaluation / f"{label}_eval_results.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, document)
+        return run
+
+    return make
+
+
+def test_the_folder_is_the_registry():
+    assert set(names()) == ALL
+
+
+def test_a_run_with_everything_has_every_plot(make_run, tmp_path):
+    written = make_plots([make_run()], tmp_path / "plots")
+    assert {path.stem for path in written} == ALL
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    assert not list((tmp_path / "plots").glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_no_panel_is_empty(make_run, name):
+    """Whatever a run lacks, what is drawn has data in it, a title or a caption, and named axes."""
+    for record in read_records([make_run()]):
+        figure = draw_of(name)([record])
+        if figure is None:
+            continue
+        for axis in panels_of(figure):
+            assert axis.lines or axis.patches or axis.images or axis.collections, (record.name, axis.get_title())
+            assert axis.get_xlabel() or axis.get_ylabel()
+            assert axis.get_title() or figure.get_suptitle()
+
+
+def panels_of(figure: Figure) -> list:
+    return [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+
+
+def test_what_a_run_lacks_is_not_drawn(make_run, tmp_path):
+    bare = make_plots([make_run(labels=("standard",), evaluated=False)], tmp_path / "plots")
+    assert {path.stem for path in bare} == ALL - {
+        "activation_patterns",
+        "layer_contribution",
+        "mixing_weights",
+        "tier_activity_comparison",
+        "transition_matrix",
+    }
+    unlogged = make_plots([make_run("run_2", ("standard",), evaluated=False, logged=False)], tmp_path / "plots")
+    assert {path.stem for path in unlogged} == {"hyperparameters", "pareto", "training_metrics", "training_progression"}
+    assert not (tmp_path / "plots" / "feature_analysis.png").exists()  # of the run before: no longer true
+
+
+def test_nothing_to_draw_draws_nothing(tmp_path):
+    empty = RunFolder.at(tmp_path / "empty")
+    empty.path.mkdir()
+    assert make_plots([empty], tmp_path / "plots") == []
+
+
+def test_panels_are_those_that_the_sae_has_data_for(make_run):
+    records = {record.name: record for record in read_records([make_run()])}
+    draw = draw_of("training_metrics")
+    tiered, temporal = draw([records["tiered"]]), draw([records["temporal"]])
+    assert tiered is not None and temporal is not None
+    assert {"Tier 1 activity", "Tier 3 activity", "Composition loss"} <= {axis.get_title() for axis in tiered.axes}
+    assert {"Temporal consistency loss", "Activation variance"} <= {axis.get_title() for axis in temporal.axes}
+    assert "Tier 1 activity" not in {axis.get_title() for axis in temporal.axes}
+
+
+def test_several_runs_share_a_figure_and_names_say_which(make_run):
+    records = read_records([make_run("run_1", ("topk",)), make_run("run_2", ("topk",))])
+    assert [record.name for record in records] == ["run_1/topk", "run_2/topk"]
+    figure = draw_of("training_metrics")(records)
+    assert figure is not None
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["run_1/topk", "run_2/topk"]
+    assert all(len(axis.lines) >= 2 for axis in figure.axes if axis.get_title() == "Total loss")
+
+
+def test_an_sae_has_one_colour_throughout(make_run):
+    records = read_records([make_run()])
+    figure = draw_of("training_metrics")(records)
+    assert figure is not None
+    for axis in figure.axes:
+        if axis.get_title() == "Tier 1 activity":
+            (line_drawn,) = axis.lines
+            assert line_drawn.get_color() == look([r.name for r in records].index("tiered")).colour
+
+
+def test_looks_differ_for_as_many_saes_as_anyone_compares():
+    looks = [(look(place).colour, look(place).line) for place in range(4 * len(COLOURS))]
+    assert len(set(looks)) == len(looks)
+    assert len(set(shades(6))) == 6
+
+
+def test_hostile_text_is_drawn_as_text(make_run, tmp_path):
+    """Formulas that do not parse, glyphs that no font has, control characters: warnings are errors here."""
+    run = make_run(name="run_$x$", labels=("attention", "a$\\frac$b_c^d"), token=HOSTILE)
+    assert {path.stem for path in make_plots([run], tmp_path / "plots")} == ALL
+
+
+def test_whitespace_shows_and_unknown_letters_are_dots():
+    assert shown(" the") == "the"
+    assert shown("\n") == "\N{DOWNWARDS ARROW WITH TIP LEFTWARDS}"
+    assert shown("a\u4e2d") == "a\N{MIDDLE DOT}"
+    assert shown("") == "\N{MIDDLE DOT}"
+
+
+def test_pareto_shows_the_variance_that_tables_show():
+    """SAEBench's own is another quantity under the same name."""
+    core = {"eval_result_metrics": {"reconstruction_quality": {"explained_variance": 0.9}}}
+    record = Record("a", "run_1", "a", documents={"core": core | {"saemill_metrics": {"explained_variance": 0.8}}})
+    assert pareto.explained_variance(record) == 0.8
+    assert pareto.explained_variance(Record("a", "run_1", "a", outcome={"explained_variance": 0.7})) == 0.7
+
+
+def test_no_global_state_is_touched(make_run):
+    before = dict(rcParams)
+    records = read_records([make_run(labels=("standard", "temporal"))])
+    assert all(draw_of(name)(records) is not None for name in ("training_metrics", "transition_matrix", "pareto"))
+    assert dict(rcParams) == before
+
+
+def test_a_log_that_is_being_written_is_read_up_to_its_last_line(make_run):
+    (record,) = read_records([make_run(labels=("standard",))])
+    assert len(record.log) == STEPS
+    assert record.last("loss") == pytest.approx(line("standard", STEPS - 1)["loss"])
+    assert record.last("nothing") is None
+
+
+def test_every_plot_says_what_it_is_for():
+    assert all(plots.draw_of(name).__module__.endswith(name) for name in names())

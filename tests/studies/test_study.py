@@ -1,0 +1,145 @@
+"""Studies: which commands they are, what their tables say, what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import click
+import pytest
+from rich.console import Console
+
+from saemill.evaluate.run.console_table import summary_of
+from saemill.evaluate.run.untrained import UNTRAINED, untrained_traits
+from saemill.studies import study
+from saemill.studies.study import Course, Line, call, read_lines, seeded_rows, spread, training_commands, write_tables
+from saemill.train.run.folder import RunFolder
+
+GOOD = {"l0": 20.0, "explained_variance": 0.8, "ce": 0.9, "kl": 0.9, "alive": 1.0}
+
+
+def document(l0=20.0, explained_variance=0.8, ce=0.9, kl=0.9, alive=1.0):
+    return {
+        "eval_result_metrics": {
+            "sparsity": {"l0": l0},
+            "model_performance_preservation": {"ce_loss_score": ce},
+            "model_behavior_preservation": {"kl_div_score": kl},
+            "misc_metrics": {"frac_alive": alive},
+        },
+        "saemill_metrics": {"explained_variance": explained_variance},
+    }
+
+
+def write_run(folder, steps=100, labels=("one",), **scores):
+    (folder / "evals" / "core").mkdir(parents=True)
+    saes = {label: {"dead_share": 0.1} for label in labels}
+    (folder / "result.json").write_text(json.dumps({"steps": steps, "saes": saes}))
+    for label in labels:
+        (folder / "evals/core" / f"{label}_eval_results.json").write_text(json.dumps(document(**scores)))
+    return RunFolder.at(folder)
+
+
+def test_a_run_that_learned_has_no_problems(tmp_path):
+    (line,) = read_lines(write_run(tmp_path / "run_0"), ["core"])
+    assert line.problems == []
+    assert line.values["l0"] == 20.0 and line.values["steps"] == 100 and line.values["dead"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 0}, "no step"),
+        ({"l0": 0.0}, "l0 0, as if never trained"),
+        ({"explained_variance": -0.785}, "explained_variance -0.785"),
+        ({"ce": -0.6}, "ce_loss_score -0.6"),
+        ({"explained_variance": None}, "explained_variance is no number"),
+        ({"ce": -1}, "ce_loss_score is no number"),
+        ({"alive": 0.0}, "frac_alive 0"),
+    ],
+)
+def test_a_run_that_did_nothing_is_told(tmp_path, change, said):
+    (line,) = read_lines(write_run(tmp_path / "run_0", **change), ["core"])
+    assert any(said in problem for problem in line.problems)
+
+
+def test_a_missing_evaluation_is_told(tmp_path):
+    (line,) = read_lines(write_run(tmp_path / "run_0"), ["core", "tiers"])
+    assert line.problems == ["tiers gave no result"]
+
+
+def test_a_measure_that_gave_no_number_has_its_place_and_its_reason(tmp_path):
+    folder = write_run(tmp_path / "run_0")
+    metrics = {"contribution": {}, "fidelity": {"score": None}}
+    told = {"eval_result_metrics": metrics, "saemill": {"missing": None, "remark": "it has several layers"}}
+    (tmp_path / "run_0/evals/attention").mkdir()
+    (tmp_path / "run_0/evals/attention/one_eval_results.json").write_text(json.dumps(told))
+    (line,) = read_lines(folder, ["core", "attention"])
+    own = [metric.rsplit(".", 1)[-1] for metric in summary_of("attention")]
+    assert line.problems == [] and own and all(line.values[name] is None for name in own)
+    write_tables("attention", [line, Line("headline", "one_seed0", line.values, [])], tmp_path, Console(quiet=True))
+    text = (tmp_path / "table.md").read_text()
+    assert all(name in text for name in own) and text.count(" | -" * len(own) + " |") == 2
+    assert f"- run_0/one: attention has no {', '.join(own)}: it has several layers" in text
+    assert json.loads((tmp_path / "table.json").read_text())[0][own[0]] is None
+
+
+def test_every_recorded_number_counts_as_untrained():
+    recorded = document(
+        *(UNTRAINED[name] for name in ("sparsity.l0", "saemill_metrics.explained_variance")),
+        ce=UNTRAINED["model_performance_preservation.ce_loss_score"],
+        kl=UNTRAINED["model_behavior_preservation.kl_div_score"],
+        alive=0.0,
+    )
+    assert len(untrained_traits(recorded)) == 5
+    assert untrained_traits(document()) == []
+
+
+def test_commands_start_what_is_missing_go_on_with_what_stopped_and_leave_what_ended(tmp_path):
+    write_run(tmp_path / "run_0")
+    (tmp_path / "run_1").mkdir()
+    (tmp_path / "run_1/config.json").write_text("{}")
+    course = Course("./store", tmp_path, ("--tokens", "1M"), seeds=3)
+    out = ["--out", str(tmp_path)]
+    start = ["--cache", "./store", *out, "--name"]
+    assert training_commands("tiered", ["run_0", "run_1", "run_2", "headline"], course) == [
+        ["--resume", "run_1", *out],
+        ["--recipe", "tiered/run_2", *start, "run_2", "--tokens", "1M"],
+        ["--recipe", "tiered/headline", *start, "headline", "--tokens", "1M", "--grid", "seed=0,1,2"],
+    ]
+
+
+def test_seeds_of_one_sae_become_one_row():
+    lines = [Line("headline", f"base_seed{n}", {"l0": value}, []) for n, value in enumerate((1.0, 2.0, 3.0))]
+    lines.append(Line("headline", "other_seed0", {}, []))
+    assert seeded_rows(lines, ["l0"]) == [["base", "3", "2 ± 1"], ["other", "1", "-"]]
+    assert spread([4.0]) == "4"
+
+
+def test_tables_are_written(tmp_path):
+    lines = [Line("run_0", "one", GOOD, []), Line("headline", "one_seed0", GOOD, [])]
+    write_tables("tiered", lines, tmp_path, Console(quiet=True))
+    text = (tmp_path / "table.md").read_text()
+    assert "| run_0 | one | 20 | 0.8 |" in text and "| one | 1 | 20 | 0.8 |" in text
+    assert json.loads((tmp_path / "table.json").read_text())[0]["label"] == "one"
+
+
+def test_a_command_that_fails_ends_the_study():
+    @click.command()
+    @click.option("--status", type=int)
+    def command(status):
+        raise SystemExit(status)
+
+    call(command, "sae-train", ["--status", "0"], Console(quiet=True))
+    with pytest.raises(click.ClickException, match="sae-train ended with status 3"):
+        call(command, "sae-train", ["--status", "3"], Console(quiet=True))
+
+
+def test_every_study_has_measures_of_its_own():
+    assert set(study.studies()) <= set(study.OWN_EVAL)
+
+
+def test_a_table_is_of_one_course(tmp_path):
+    course = Course("./store", tmp_path / "tiered", ("--tokens", "1M"), seeds=3)
+    study.keep_course(course)
+    study.keep_course(course)
+    with pytest.raises(click.ClickException, match="say the same again"):
+        study.keep_course(Course("./store", tmp_path / "tiered", ("--tokens", "2M"), seeds=3))
