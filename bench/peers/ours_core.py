@@ -16,7 +16,7 @@ import torch
 
 from saemill.cache_schema import Store
 from saemill.cache_schema.allocator import keep_large_blocks
-from saemill.evaluate.context.context import Scene
+from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.context.results import frame
 from saemill.evaluate.evals.core import evaluation as core
@@ -29,15 +29,15 @@ def main() -> None:
         keep_large_blocks()
     before = resident("VmRSS")
     store = Store.open(request["store"])
-    scene = Scene(store, model_name=request["model"], watch=Watch(is_quiet=True))
-    weights = sum(parameter.nbytes for parameter in scene.model.model.parameters())
+    context = Context(store, model_name=request["model"], watch=Watch(is_quiet=True))
+    weights = sum(parameter.nbytes for parameter in context.model.model.parameters())
     subjects = find_subjects(request["saes"], Path())
     counts = request["reconstruction"], request["sparsity"]
     config = core.Config(request["batch"], *counts, ablations=tuple(request["ablations"]))
     loaded = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     start = perf_counter()
-    results = list(core.evaluate(scene, subjects, config))
+    results = list(core.evaluate(context, subjects, config))
     documents = [frame(result, "core", {}) for result in results]
     seconds = perf_counter() - start
     scores = [d["eval_result_metrics"]["model_performance_preservation"]["ce_loss_score"] for d in documents]

@@ -8,14 +8,14 @@ from dataclasses import replace
 from ...cache_schema import AttentionSpec
 from ..errors import NotRun, WidthMismatch
 from ..model.lm import LanguageModel
-from .context import Scene
-from .loaded_sae import Subject
+from .context import Context
+from .loaded_sae import LoadedSae
 from .results import Failure
 
 
-def split_fitting(subjects: Sequence[Subject], model: LanguageModel) -> tuple[list[Subject], list[Failure]]:
+def split_fitting(subjects: Sequence[LoadedSae], model: LanguageModel) -> tuple[list[LoadedSae], list[Failure]]:
     """SAEs that read and write one layer of this model, and for each other one the reason why not."""
-    fitting: list[Subject] = []
+    fitting: list[LoadedSae] = []
     failures: list[Failure] = []
     for subject in subjects:
         try:
@@ -27,7 +27,7 @@ def split_fitting(subjects: Sequence[Subject], model: LanguageModel) -> tuple[li
     return fitting, failures
 
 
-def require_layer(subject: Subject, model: LanguageModel) -> None:
+def require_layer(subject: LoadedSae, model: LanguageModel) -> None:
     """The SAE reads and writes one layer, and the model has it in the SAE's width."""
     facts = model.facts
     if subject.layer >= facts.num_layers or subject.d_in != facts.d_model:
@@ -37,17 +37,17 @@ def require_layer(subject: Subject, model: LanguageModel) -> None:
         )
 
 
-def layers_of(subjects: Sequence[Subject]) -> tuple[int, ...]:
+def layers_of(subjects: Sequence[LoadedSae]) -> tuple[int, ...]:
     """The layers that these SAEs read, in rising order."""
     return tuple(sorted({subject.layer for subject in subjects}))
 
 
-def attention_of(scene: Scene, subjects: Sequence[Subject]) -> AttentionSpec | None:
+def attention_of(context: Context, subjects: Sequence[LoadedSae]) -> AttentionSpec | None:
     """The attention that must come along because some SAE reads it, kept as the store keeps it."""
     layers = tuple(sorted({layer for subject in subjects for layer in subject.attention_layers}))
-    return replace(scene.manifest.attention, layers=layers) if layers else None
+    return replace(context.manifest.attention, layers=layers) if layers else None
 
 
-def model_name_of(scene: Scene) -> str:
+def model_name_of(context: Context) -> str:
     """The model's name as results give it."""
-    return scene.model_name or (scene.manifest.model.id if scene.opened else "")
+    return context.model_name or (context.manifest.model.id if context.opened else "")

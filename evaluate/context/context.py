@@ -1,4 +1,4 @@
-"""The scene of an evaluation: the store, the language model behind it, the device, and who watches."""
+"""The context of an evaluation: the store, the language model behind it, the device, and who watches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DtypeName = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclass(eq=False)
-class Scene:
+class Context:
     """What all evaluations of one store share. The model is loaded when it is first asked for."""
 
     opened: Store | None
@@ -87,10 +87,10 @@ class Scene:
 
 
 @contextmanager
-def open_scene(store: Store | None, **settings: object) -> Iterator[Scene]:
-    """A scene that closes its store."""
+def open_context(store: Store | None, **settings: object) -> Iterator[Context]:
+    """A context that closes its store."""
     try:
-        yield Scene(store, **settings)  # type: ignore[arg-type]
+        yield Context(store, **settings)  # type: ignore[arg-type]
     finally:
         if store is not None:
             store.close()

@@ -23,7 +23,7 @@ from ..model.windows import Windows
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class LoadedSae:
     """One SAE in raw units, float32, and where it belongs."""
 
     label: str

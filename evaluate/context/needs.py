@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .context import Scene
+from .context import Context
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Needs:
     from_tokens: bool = False
     """It can compute residuals from the store's tokens in place of reading them (--from-tokens)."""
 
-    def require(self, scene: Scene) -> None:
+    def require(self, context: Context) -> None:
         """Raise the NotRun error that names the first thing missing."""
         if self.store:
-            _ = scene.store
+            _ = context.store
         if self.model:
-            _ = scene.model
+            _ = context.model

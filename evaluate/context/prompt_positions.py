@@ -17,7 +17,7 @@ from ..model.lm import LanguageModel
 from ..model.memory import PieceSize, in_pieces
 from ..model.windows import Windows
 from .compatible import layers_of
-from .loaded_sae import Subject
+from .loaded_sae import LoadedSae
 
 CHUNK_BYTES = 64 << 20
 """Of dense activations held at once."""
@@ -36,7 +36,7 @@ class Reading:
     """Residuals at the spots; activations too of SAEs that read more than the residual there."""
 
     x: dict[int, Tensor]  # layer -> float32 [N, D]
-    acts: dict[Subject, Tensor]  # [N, F]
+    acts: dict[LoadedSae, Tensor]  # [N, F]
 
     @staticmethod
     def joined(parts: Sequence[Reading]) -> Reading:
@@ -48,18 +48,18 @@ class Reading:
     def size(self) -> int:
         return len(next(iter(self.x.values())))
 
-    def acts_of(self, subject: Subject, rows: Tensor) -> Tensor:
+    def acts_of(self, subject: LoadedSae, rows: Tensor) -> Tensor:
         """Activations at some spots: [rows, F]."""
         if subject in self.acts:
             return self.acts[subject][rows]
         with torch.no_grad():
             return subject.sae.encode(self.x[subject.layer][rows])
 
-    def columns_of(self, subject: Subject, latents: Tensor) -> Tensor:
+    def columns_of(self, subject: LoadedSae, latents: Tensor) -> Tensor:
         """Activations of some latents at all spots: [N, latents]."""
         return torch.cat([self.acts_of(subject, rows)[:, latents] for rows in self._chunks(subject)])
 
-    def _chunks(self, subject: Subject) -> Iterator[Tensor]:
+    def _chunks(self, subject: LoadedSae) -> Iterator[Tensor]:
         """The numbers of all spots, in pieces whose activations fit into memory."""
         x_ND = self.x[subject.layer]
         size = max(1, CHUNK_BYTES // (4 * subject.width))
@@ -71,7 +71,7 @@ class Reader:
     """Reads prompts for all SAEs in one pass of the model."""
 
     model: LanguageModel
-    subjects: Sequence[Subject]
+    subjects: Sequence[LoadedSae]
     attention: AttentionSpec | None
     batch_size: int
     say: Callable[[str], None] = lambda _: None

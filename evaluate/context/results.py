@@ -21,7 +21,7 @@ from ...train.disk.sae_folder import SAELENS_VERSION
 from ...train.disk.whole_files import replace_file
 from ...train.run.folder import provenance
 from ..errors import ResultInvalid
-from .loaded_sae import Subject
+from .loaded_sae import LoadedSae
 
 UNKNOWN = "Unknown"
 UNMEASURED = -1  # what SAEBench writes where there is no number
@@ -31,7 +31,7 @@ UNMEASURED = -1  # what SAEBench writes where there is no number
 class Result:
     """What one evaluation found out about one SAE."""
 
-    subject: Subject
+    subject: LoadedSae
     eval_config: Mapping[str, Any]
     metrics: Mapping[str, Mapping[str, Any]]
     details: Sequence[Mapping[str, Any]] = ()
@@ -48,11 +48,11 @@ class Result:
 class Failure:
     """An evaluation could not be done for one SAE."""
 
-    subject: Subject
+    subject: LoadedSae
     error: Exception
 
 
-def result_path(subject: Subject, eval_id: str) -> Path:
+def result_path(subject: LoadedSae, eval_id: str) -> Path:
     return subject.home / "evals" / eval_id / f"{subject.label}_eval_results.json"
 
 
@@ -96,7 +96,7 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
     }
 
 
-def sae_config(subject: Subject) -> dict[str, Any]:
+def sae_config(subject: LoadedSae) -> dict[str, Any]:
     """cfg.json with the entries that SAEBench's tools look for at its top level."""
     metadata = subject.metadata
     hook = metadata.get("hook_name") or f"blocks.{subject.layers[-1]}.hook_resid_post"
@@ -133,7 +133,7 @@ def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
     return None
 
 
-def standing_result(subject: Subject, eval_id: str) -> dict[str, Any] | None:
+def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
     """The result that is there, if it is no older than the SAE."""
     path = result_path(subject, eval_id)
     return read_result(path) if path.is_file() and not _is_older(path, subject.folder) else None
@@ -193,7 +193,7 @@ Status = Literal["done", "partly", "kept", "not run", "failed"]
 class Row:
     """How one evaluation of one SAE ended."""
 
-    subject: Subject
+    subject: LoadedSae
     eval_id: str
     status: Status
     reason: str = ""

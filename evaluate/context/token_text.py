@@ -14,15 +14,15 @@ from torch import Tensor
 
 from ..errors import ModelMissing
 from ..model.windows import Windows
-from .context import Scene
+from .context import Context
 
 
 class Wording:
     """Remembers the tokens of a pass."""
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, context: Context) -> None:
         try:
-            self._tokenizer = scene.model.tokenizer
+            self._tokenizer = context.model.tokenizer
         except ModelMissing:
             self._tokenizer = None
         self._batches: list[Tensor] = []

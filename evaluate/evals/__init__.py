@@ -3,7 +3,7 @@
 The name of the file or folder is the evaluation's id. Folders without that file (`probing`, `measures`) hold what
 several evaluations share. An evaluation has a frozen dataclass `Config` of JSON-able settings, `NEEDS`, and
 
-    def evaluate(scene, subjects, config) -> Iterator[Result | Failure]
+    def evaluate(context, subjects, config) -> Iterator[Result | Failure]
 
 It gets all SAEs at once, so that the model runs once for all of them, and yields results as they come.
 `SUMMARY`, if there is one, names the metrics for the console's table by dotted path.

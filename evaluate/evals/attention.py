@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ...cache_schema.strict import to_json
 from ...train.data.batch import AttentionRows
-from ..context.context import Scene
-from ..context.loaded_sae import Subject
+from ..context.context import Context
+from ..context.loaded_sae import LoadedSae
 from ..context.needs import Needs
 from ..context.results import Failure, Result
-from ..context.test_windows import read_windows
+from ..context.split_windows import read_windows
 from ..errors import ModelMissing, NotApplicable
 from ..model.windows import Windows
 from .measures.attention import Explained, attention_divergence, explain
@@ -62,13 +62,13 @@ class Seen:
         self.agreement[name] = self.agreement.get(name, 0.0) + float(agrees)
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
-    spec = scene.manifest.attention
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    spec = context.manifest.attention
     if spec is None:
         raise NotApplicable("the store holds no attention: harvest again with --attention-layers")
-    layers, seen, missing = spec.layers, {subject: Seen() for subject in subjects}, obstacles(scene, subjects)
+    layers, seen, missing = spec.layers, {subject: Seen() for subject in subjects}, obstacles(context, subjects)
     for batch in read_windows(
-        scene, subjects, "attention", config.windows, config.batch_windows, attention_layers=layers
+        context, subjects, "attention", config.windows, config.batch_windows, attention_layers=layers
     ):
         stored = {layer: dense_rows(batch.attention[layer]) for layer in layers}
         averaged = torch.stack([stored[layer].mean(1) for layer in layers])
@@ -76,7 +76,7 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
             acts, x_hat = subject.reconstruct(batch)
             seen[subject].explain(acts, averaged, batch.keep)
             if missing[subject] is None:
-                replace(scene, subject, batch, x_hat, stored[subject.layer + 1], seen[subject])
+                replace(context, subject, batch, x_hat, stored[subject.layer + 1], seen[subject])
     for subject in subjects:
         metrics = {"contribution": contribution(seen[subject], layers), "fidelity": fidelity(seen[subject])}
         if subject.is_single_layer:
@@ -85,15 +85,15 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
             yield Result(subject, to_json(config), metrics, remark=ONE_LAYER)
 
 
-def obstacles(scene: Scene, subjects: Sequence[Subject]) -> dict[Subject, str | None]:
+def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str | None]:
     """Why the fidelity of an SAE's attention cannot be had, if so."""
-    assert scene.manifest.attention is not None
-    stored = scene.manifest.attention.layers
+    assert context.manifest.attention is not None
+    stored = context.manifest.attention.layers
     try:
-        _ = scene.model
+        _ = context.model
     except ModelMissing as error:
         return dict.fromkeys(subjects, f"attention fidelity needs the model: {error}")
-    found: dict[Subject, str | None] = {}
+    found: dict[LoadedSae, str | None] = {}
     for subject in subjects:
         if not subject.is_single_layer:
             found[subject] = ONE_LAYER
@@ -105,26 +105,28 @@ def obstacles(scene: Scene, subjects: Sequence[Subject]) -> dict[Subject, str | 
     return found
 
 
-def replace(scene: Scene, subject: Subject, batch: Windows, x_hat_WTD: Tensor, stored_WHTT: Tensor, seen: Seen) -> None:
+def replace(
+    context: Context, subject: LoadedSae, batch: Windows, x_hat_WTD: Tensor, stored_WHTT: Tensor, seen: Seen
+) -> None:
     """The attention of the next layer from the true residual, the reconstruction and two ablations."""
     true = batch.resid[subject.layer].float()
-    mean = torch.as_tensor(scene.store.moments(subject.layer).mean, dtype=torch.float32, device=true.device)
+    mean = torch.as_tensor(context.store.moments(subject.layer).mean, dtype=torch.float32, device=true.device)
     given = {"true": true, "sae": x_hat_WTD, "mean_ablation": mean.expand_as(true), "zero_ablation": true * 0}
     seen.rows += int(batch.keep.sum()) * stored_WHTT.shape[1]
     for name, resid in given.items():
         replaced = torch.where(batch.keep[:, :, None], resid, true)
-        found = attention_of(scene, replaced, subject.layer, averaged=stored_WHTT.shape[1] == 1)
+        found = attention_of(context, replaced, subject.layer, averaged=stored_WHTT.shape[1] == 1)
         seen.compare(name, stored_WHTT, found, batch.keep)
 
 
-def attention_of(scene: Scene, resid_WTD: Tensor, layer: int, averaged: bool) -> Tensor:
+def attention_of(context: Context, resid_WTD: Tensor, layer: int, averaged: bool) -> Tensor:
     """[W, H, T, T] of the layer after `layer`, heads averaged where the store has them so."""
     blocks: list[Tensor] = []
 
     def keep(probs_WHTT: Tensor) -> None:
         blocks.append(probs_WHTT.float().mean(1, keepdim=True) if averaged else probs_WHTT.float())
 
-    scene.model.attention(resid_WTD, layer, keep)
+    context.model.attention(resid_WTD, layer, keep)
     return torch.cat(blocks)
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.context import Scene
-from ..context.loaded_sae import Subject
+from ..context.context import Context
+from ..context.loaded_sae import LoadedSae
 from ..context.needs import Needs
 from ..context.results import Failure, Result
-from ..context.test_windows import read_windows
+from ..context.split_windows import read_windows
 from ..context.token_text import Wording
 from ..model.windows import Windows
 from .measures.top import Strongest
@@ -52,16 +52,16 @@ class Seen:
     pattern: dict[str, Any] | None = None
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
-    words, tokens = Wording(scene), 0
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    words, tokens = Wording(context), 0
     seen = {
         subject: Seen(
-            Strongest.none(config.contexts, subject.width, scene.device),
-            torch.zeros(subject.width, dtype=torch.int64, device=scene.device),
+            Strongest.none(config.contexts, subject.width, context.device),
+            torch.zeros(subject.width, dtype=torch.int64, device=context.device),
         )
         for subject in subjects
     }
-    for batch in read_windows(scene, subjects, "examples", config.windows, config.batch_windows):
+    for batch in read_windows(context, subjects, "examples", config.windows, config.batch_windows):
         words.read(batch)
         for subject, one in seen.items():
             acts = subject.encode(batch)

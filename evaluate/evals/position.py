@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.context import Scene
-from ..context.loaded_sae import Subject
+from ..context.context import Context
+from ..context.loaded_sae import LoadedSae
 from ..context.needs import Needs
 from ..context.results import Failure, Result
-from ..context.test_windows import read_windows
+from ..context.split_windows import read_windows
 from ..errors import NotApplicable
 from ..model.windows import Windows
 from .measures.assignment import Assignment, is_bound, ranges_of, saved
@@ -71,9 +71,11 @@ class Sample:
     positions: list[Tensor] = field(default_factory=list)  # [w, P] of each batch
     kept: list[Tensor] = field(default_factory=list)  # bool [w, P], no special tokens
     documents: list[Tensor] = field(default_factory=list)  # [w, P]
-    rows: dict[Subject | tuple[int, ...], list[Tensor]] = field(default_factory=dict)  # codes, and residuals by layers
+    rows: dict[LoadedSae | tuple[int, ...], list[Tensor]] = field(
+        default_factory=dict
+    )  # codes, and residuals by layers
 
-    def begin(self, batch: Windows, subjects: Sequence[Subject]) -> None:
+    def begin(self, batch: Windows, subjects: Sequence[LoadedSae]) -> None:
         """Draw from the next batch."""
         dice = torch.rand(batch.keep.shape, generator=self.generator).to(batch.keep.device)
         count = min(self.tokens, batch.context)
@@ -85,11 +87,11 @@ class Sample:
         for layers in {subject.layers for subject in subjects}:
             self.take(layers, batch.x(layers))
 
-    def take(self, key: Subject | tuple[int, ...], table_WTF: Tensor) -> None:
+    def take(self, key: LoadedSae | tuple[int, ...], table_WTF: Tensor) -> None:
         place = self.positions[-1][:, :, None].expand(-1, -1, table_WTF.shape[2])
         self.rows.setdefault(key, []).append(table_WTF.gather(1, place))
 
-    def of(self, key: Subject | tuple[int, ...]) -> Tensor:
+    def of(self, key: LoadedSae | tuple[int, ...]) -> Tensor:
         """[W, P, F]"""
         return torch.cat(self.rows[key])
 
@@ -101,38 +103,43 @@ class Sample:
         return train, kept & ~first[:, None] & ~torch.isin(documents, documents[train])
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
-    context = scene.manifest.context
-    assigned = {subject: ranges_of(subject, config.ranges, context) for subject in subjects}
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    length = context.manifest.context
+    assigned = {subject: ranges_of(subject, config.ranges, length) for subject in subjects}
     plain = [subject for subject, ranges in assigned.items() if ranges is None]
-    before: dict[Subject, Profile] = {}
+    before: dict[LoadedSae, Profile] = {}
     try:
-        before = profiles(scene, plain, "position: ranges", config, "validation") if plain else {}
+        before = profiles(context, plain, "position: ranges", config, "validation") if plain else {}
     except NotApplicable as obstacle:  # in the way of those alone that have no ranges yet
         yield from (Failure(subject, obstacle) for subject in plain)
         subjects = [subject for subject in subjects if subject not in plain]
     if not subjects:
         return
     sample = Sample(config.probe_tokens, torch.Generator().manual_seed(config.seed))
-    after = profiles(scene, subjects, "position", config, "test", sample)
+    after = profiles(context, subjects, "position", config, "test", sample)
     resid = {
-        layers: order_probes(sample, sample.of(layers), context, config, (None,))
+        layers: order_probes(sample, sample.of(layers), length, config, (None,))
         for layers in {subject.layers for subject in subjects}
     }
     for subject in subjects:
         ranges = assigned[subject] or Assignment(assign_ranges(before[subject], config.ranges), config.ranges, STATIC)
-        order = order_probes(sample, sample.of(subject), context, config, config.probe_k) | resid[subject.layers]
+        order = order_probes(sample, sample.of(subject), length, config, config.probe_k) | resid[subject.layers]
         metrics = {"specialisation": specialisation(subject, after[subject], ranges, config), "order": order}
         said, remark = {"ranges": ranges.source}, None if order else UNPROBED
         yield Result(subject, to_json(config), metrics, unstructured=said, remark=remark)
 
 
 def profiles(
-    scene: Scene, subjects: Sequence[Subject], title: str, config: Config, split: str, sample: Sample | None = None
-) -> dict[Subject, Profile]:
+    context: Context,
+    subjects: Sequence[LoadedSae],
+    title: str,
+    config: Config,
+    split: str,
+    sample: Sample | None = None,
+) -> dict[LoadedSae, Profile]:
     """Activation by position over some windows of a split; `sample` sees the codes as they come."""
-    seen: dict[Subject, Profile] = {}
-    for batch in read_windows(scene, subjects, title, config.windows, config.batch_windows, split):
+    seen: dict[LoadedSae, Profile] = {}
+    for batch in read_windows(context, subjects, title, config.windows, config.batch_windows, split):
         if sample is not None:
             sample.begin(batch, subjects)
         for subject in subjects:
@@ -144,7 +151,7 @@ def profiles(
     return seen
 
 
-def specialisation(subject: Subject, seen: Profile, ranges: Assignment, config: Config) -> dict[str, Any]:
+def specialisation(subject: LoadedSae, seen: Profile, ranges: Assignment, config: Config) -> dict[str, Any]:
     """Over latents that have a range and fired often enough to tell."""
     kept = retention(seen, ranges.of_latent, ranges.count)
     faithful = fidelity(seen, meant_mask(subject, ranges, len(seen.tokens)))
@@ -164,7 +171,7 @@ def specialisation(subject: Subject, seen: Profile, ranges: Assignment, config: 
     return found
 
 
-def meant_mask(subject: Subject, ranges: Assignment, context: int) -> Tensor:
+def meant_mask(subject: LoadedSae, ranges: Assignment, context: int) -> Tensor:
     """float64 [T, F]: the soft mask that was learned, or the range's own."""
     centre = saved(subject, "mask.centre")
     if centre is None:

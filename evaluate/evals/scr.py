@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..context.context import Scene
-from ..context.loaded_sae import Subject
+from ..context.context import Context
+from ..context.loaded_sae import LoadedSae
 from ..context.needs import Needs
 from ..context.results import Failure, Result
 from .probing.rounds import Outcome, evaluate_able, perturb_all
@@ -31,17 +31,19 @@ class Config(Settings):
     """Nothing of its own."""
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
-    return evaluate_able(scene, subjects, config, free_probes)
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    return evaluate_able(context, subjects, config, free_probes)
 
 
-def free_probes(scene: Scene, subjects: Sequence[Subject], source: Source, settings: Settings) -> Iterator[Result]:
+def free_probes(
+    context: Context, subjects: Sequence[LoadedSae], source: Source, settings: Settings
+) -> Iterator[Result]:
     """Every pair of concepts, for every SAE."""
     tasks, missing = load_all(settings.dataset_names, lambda name: load_pairs(source, name, settings))
     used = [name for name in settings.dataset_names if any(task.name.startswith(f"{name}_scr_") for task in tasks)]
     pairs = {name: [list(pair) for pair in source.pairs[name].column1] for name in used}
-    config_json = official_config(settings, scene, source, "absolute", used, pairs)
-    for subject, outcomes in perturb_all(scene, subjects, tasks, settings, "absolute", lambda _: list(OPPOSITES)):
+    config_json = official_config(settings, context, source, "absolute", used, pairs)
+    for subject, outcomes in perturb_all(context, subjects, tasks, settings, "absolute", lambda _: list(OPPOSITES)):
         yield make_result(subject, config_json, outcomes, missing)
 
 
@@ -63,7 +65,7 @@ def load_pairs(source: Source, name: str, settings: Settings) -> list[Task]:
 
 
 def make_result(
-    subject: Subject, config_json: Mapping[str, Any], outcomes: Mapping[str, Outcome], missing: str | None
+    subject: LoadedSae, config_json: Mapping[str, Any], outcomes: Mapping[str, Outcome], missing: str | None
 ) -> Result:
     """Means over pairs."""
     official = {name: scr_scores(found.official.ablated, found.official.clean) for name, found in outcomes.items()}

@@ -20,8 +20,8 @@ import torch
 
 from ...cache_schema.strict import to_json
 from ..context.compatible import model_name_of
-from ..context.context import Scene
-from ..context.loaded_sae import Subject
+from ..context.context import Context
+from ..context.loaded_sae import LoadedSae
 from ..context.needs import Needs
 from ..context.results import Result
 from .probing.dense_probe import FULL_WIDTH, probe_every_class
@@ -73,23 +73,23 @@ class _OfModel:
     validated: Memo[Accuracies] = field(default_factory=Memo)
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result]:
-    source = find_source(scene, config.data)
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result]:
+    source = find_source(context, config.data)
     config = filled(config, source)
     tasks, missing = load_all(config.dataset_names, lambda name: [_load(source, name, config)])
     progress = {subject: _Progress(seeded(config.random_seed)) for subject in subjects}
     for task in tasks:
         assert config.context_length is not None
-        pool = pool_task(scene, subjects, task, config.context_length, config.llm_batch_size)
+        pool = pool_task(context, subjects, task, config.context_length, config.llm_batch_size)
         of_model = {subject.layers: _OfModel() for subject in subjects}
-        with scene.watch.stage(f"{task.name}: probes", len(subjects), "SAEs") as advance:
+        with context.watch.stage(f"{task.name}: probes", len(subjects), "SAEs") as advance:
             for subject in subjects:
                 state = progress[subject]
                 state.results[task.name] = probe_subject(
-                    pool, subject, task, config, state.generator, of_model[subject.layers], scene.device
+                    pool, subject, task, config, state.generator, of_model[subject.layers], context.device
                 )
                 advance(1)
-    settings = official_config(replace(config, dataset_names=tuple(task.name for task in tasks)), scene, source)
+    settings = official_config(replace(config, dataset_names=tuple(task.name for task in tasks)), context, source)
     for subject in subjects:
         yield make_result(subject, settings, progress[subject].results, missing)
 
@@ -108,7 +108,7 @@ def filled(config: Config, source: Source) -> Config:
 
 def probe_subject(
     pool: Pool,
-    subject: Subject,
+    subject: LoadedSae,
     task: Task,
     config: Config,
     generator: torch.Generator,
@@ -160,7 +160,7 @@ def sparse_accuracies(train: Features, test: Features, k: int, generator: torch.
 
 
 def make_result(
-    subject: Subject, settings: Mapping[str, Any], by_data_set: Mapping[str, Accuracies], missing: str | None
+    subject: LoadedSae, settings: Mapping[str, Any], by_data_set: Mapping[str, Accuracies], missing: str | None
 ) -> Result:
     """Means over classes, then over data sets."""
     means = {name: {key: _mean(values) for key, values in found.items()} for name, found in by_data_set.items()}
@@ -178,7 +178,7 @@ def make_result(
     )
 
 
-def official_config(config: Config, scene: Scene, source: Source) -> dict[str, Any]:
+def official_config(config: Config, context: Context, source: Source) -> dict[str, Any]:
     """SAEBench's settings under its keys, then ours."""
     raw = to_json(config)
     return {
@@ -189,8 +189,8 @@ def official_config(config: Config, scene: Scene, source: Source) -> dict[str, A
         "context_length": raw["context_length"],
         "sae_batch_size": 125,
         "llm_batch_size": raw["llm_batch_size"],
-        "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
-        "model_name": model_name_of(scene),
+        "llm_dtype": str(context.model.dtype).removeprefix("torch."),
+        "model_name": model_name_of(context),
         "k_values": raw["k_values"],
         "lower_vram_usage": False,
         **of_data(source),

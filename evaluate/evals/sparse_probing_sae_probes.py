@@ -17,8 +17,8 @@ import numpy as np
 
 from ...cache_schema.strict import to_json
 from ..context.compatible import model_name_of
-from ..context.context import Scene
-from ..context.loaded_sae import Subject
+from ..context.context import Context
+from ..context.loaded_sae import LoadedSae
 from ..context.needs import Needs
 from ..context.results import Result
 from .probing import collection, installed
@@ -58,24 +58,24 @@ class _Found:
     llm: dict[str, Scores] = field(default_factory=dict)
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result]:
-    source = find_source(scene, config.data)
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result]:
+    source = find_source(context, config.data)
     sets, missing = load_sets(source, config)
     found = {subject: _Found() for subject in subjects}
     for data in sets:
         split = split_rows(data.labels, config.random_seed)
         prompts = data.prompts[:MOST_ROWS]
-        context = min(MAX_TOKENS, scene.model.facts.max_context)
-        read = read_prompts(scene, subjects, data.name, prompts, context, config.llm_batch_size)
+        length = min(MAX_TOKENS, context.model.facts.max_context)
+        read = read_prompts(context, subjects, data.name, prompts, length, config.llm_batch_size)
         baselines = score_residuals(read, data, split, config) if config.include_llm_baseline else {}
-        with scene.watch.stage(f"{data.name}: probes", len(subjects), "SAEs") as advance:
+        with context.watch.stage(f"{data.name}: probes", len(subjects), "SAEs") as advance:
             for subject in subjects:
                 found[subject].sae[data.name] = score_latents(read, subject, data, split, config)
                 if baselines:
                     found[subject].llm[data.name] = baselines[subject.layers]
                 advance(1)
     names = tuple(data.name for data in sets)
-    settings = official_config(replace(config, dataset_names=names), scene, source)
+    settings = official_config(replace(config, dataset_names=names), context, source)
     for subject in subjects:
         yield make_result(subject, settings, found[subject], missing)
 
@@ -93,7 +93,7 @@ def score_residuals(read: LastTokens, data: BinarySet, split: Split, config: Con
     return {layers: _scores(resid, data, split, "l2", config.random_seed) for layers, resid in read.resid.items()}
 
 
-def score_latents(read: LastTokens, subject: Subject, data: BinarySet, split: Split, config: Config) -> ByK:
+def score_latents(read: LastTokens, subject: LoadedSae, data: BinarySet, split: Split, config: Config) -> ByK:
     """Probes on the k latents that rank first, for each k."""
     latents = read.latents[subject]
     ranked = rank_latents(latents[split.train], data.labels[split.train])
@@ -106,7 +106,7 @@ def score_latents(read: LastTokens, subject: Subject, data: BinarySet, split: Sp
     return {k: at(k) for k in config.ks}
 
 
-def make_result(subject: Subject, settings: Mapping[str, Any], found: _Found, missing: str | None) -> Result:
+def make_result(subject: LoadedSae, settings: Mapping[str, Any], found: _Found, missing: str | None) -> Result:
     """Means over data sets."""
     by_set = {name: _flat(by_k) for name, by_k in found.sae.items()}
     baselines = {name: _named("llm", scores) for name, scores in found.llm.items()}
@@ -134,11 +134,11 @@ def make_result(subject: Subject, settings: Mapping[str, Any], found: _Found, mi
     )
 
 
-def official_config(config: Config, scene: Scene, source: Source) -> dict[str, Any]:
+def official_config(config: Config, context: Context, source: Source) -> dict[str, Any]:
     """SAEBench's settings under its keys, then ours."""
     raw = to_json(config)
     return {
-        "model_name": model_name_of(scene),
+        "model_name": model_name_of(context),
         "random_seed": raw["random_seed"],
         "dataset_names": raw["dataset_names"],
         "reg_type": raw["reg_type"],
@@ -149,7 +149,7 @@ def official_config(config: Config, scene: Scene, source: Source) -> dict[str, A
         "model_cache_path": None,
         "include_llm_baseline": raw["include_llm_baseline"],
         "baseline_method": "logreg",
-        "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
+        "llm_dtype": str(context.model.dtype).removeprefix("torch."),
         **of_data(source),
     }
 

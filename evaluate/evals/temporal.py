@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.context import Scene
-from ..context.loaded_sae import Subject
+from ..context.context import Context
+from ..context.loaded_sae import LoadedSae
 from ..context.needs import Needs
 from ..context.results import Failure, Result
-from ..context.test_windows import read_windows
+from ..context.split_windows import read_windows
 from ..model.windows import Windows
 from .measures.assignment import Assignment, groups_of
 from .measures.temporal import SCALES, Consistency, Persistence, consistency, persistence, segments, transitions
@@ -67,9 +67,9 @@ class Seen:
         return {scale: self.groups.members(number) for number, scale in enumerate(SCALES)}
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     seen = {subject: Seen(groups_of(subject, len(SCALES) + 1)) for subject in subjects}
-    for batch in read_windows(scene, subjects, "temporal", config.windows, config.batch_windows):
+    for batch in read_windows(context, subjects, "temporal", config.windows, config.batch_windows):
         for subject in subjects:
             acts = subject.encode(batch) * batch.keep[:, :, None]
             seen[subject].take(acts, batch, config.most_frequent)

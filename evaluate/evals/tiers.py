@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.context import Scene
-from ..context.loaded_sae import Subject
+from ..context.context import Context
+from ..context.loaded_sae import LoadedSae
 from ..context.needs import Needs
 from ..context.results import Failure, Result
-from ..context.test_windows import read_windows
+from ..context.split_windows import read_windows
 from ..context.token_text import Wording
 from ..errors import ModelMissing
 from .measures.assignment import Assignment, every, saved, tiers_of
@@ -86,17 +86,17 @@ class Seen:
         self.strongest = before.with_batch(acts_NF, places)
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     composition = {subject: compose(subject, config) for subject in subjects}
     seen = {subject: Seen(tiers_of(subject, config.tiers), composed) for subject, (_, composed) in composition.items()}
-    effects, missing = {subject: dict[str, Effect]() for subject in subjects}, model_obstacle(scene, config)
-    words = Wording(scene)
+    effects, missing = {subject: dict[str, Effect]() for subject in subjects}, model_obstacle(context, config)
+    words = Wording(context)
     traced = [subject.layer for subject in subjects if subject.is_single_layer]
     tokens = windows = 0
-    for batch in read_windows(scene, subjects, "tiers", config.windows, config.batch_windows):
+    for batch in read_windows(context, subjects, "tiers", config.windows, config.batch_windows):
         words.read(batch)
         is_traced = missing is None and windows < config.trace_windows
-        tracers = make_tracers(scene, batch, traced) if is_traced else {}
+        tracers = make_tracers(context, batch, traced) if is_traced else {}
         for subject in subjects:
             acts = subject.encode(batch)
             seen[subject].take(acts[batch.keep], tokens)
@@ -112,18 +112,18 @@ def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Itera
             yield Result(subject, to_json(config), metrics, unstructured=listed, remark=UNTRACED)
 
 
-def model_obstacle(scene: Scene, config: Config) -> str | None:
+def model_obstacle(context: Context, config: Config) -> str | None:
     """Why nothing can be traced, if so."""
     if config.trace_windows == 0:
         return None
     try:
-        _ = scene.model
+        _ = context.model
     except ModelMissing as error:
         return f"causal tracing needs the model: {error}"
     return None
 
 
-def compose(subject: Subject, config: Config) -> tuple[dict[str, float], Tensor]:
+def compose(subject: LoadedSae, config: Config) -> tuple[dict[str, float], Tensor]:
     """Coverage of each tier but the first, and which latents a few of the tier below make up."""
     tiers, W_dec = tiers_of(subject, config.tiers), subject.sae.W_dec.detach()
     generator = torch.Generator().manual_seed(config.seed)
@@ -157,7 +157,7 @@ def coverage(rows_RD: Tensor, atoms_AD: Tensor, parts: int, generator: torch.Gen
     }
 
 
-def trace(tracer: Tracer, subject: Subject, acts_WTF: Tensor, seen: Seen) -> dict[str, Effect]:
+def trace(tracer: Tracer, subject: LoadedSae, acts_WTF: Tensor, seen: Seen) -> dict[str, Effect]:
     """Predictions with parts of the codes only, with all of them, and with none."""
     tiers = range(seen.tiers.count)
     kept = {f"without_{tier + 1}": ~seen.tiers.members(tier) for tier in tiers}
@@ -167,7 +167,7 @@ def trace(tracer: Tracer, subject: Subject, acts_WTF: Tensor, seen: Seen) -> dic
     return {**tracer.given, **tracer.effects(parts)}
 
 
-def _decoded(subject: Subject, acts_WTF: Tensor, members_F: Tensor) -> Tensor:
+def _decoded(subject: LoadedSae, acts_WTF: Tensor, members_F: Tensor) -> Tensor:
     return subject.decode(acts_WTF * members_F)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..context.context import Scene
-from ..context.loaded_sae import Subject
+from ..context.context import Context
+from ..context.loaded_sae import LoadedSae
 from ..context.needs import Needs
 from ..context.results import Failure, Result
 from .probing.rounds import Outcome, evaluate_able, perturb_all
@@ -29,22 +29,24 @@ class Config(Settings):
     """Nothing of its own."""
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
-    return evaluate_able(scene, subjects, config, disturb_probes)
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    return evaluate_able(context, subjects, config, disturb_probes)
 
 
-def disturb_probes(scene: Scene, subjects: Sequence[Subject], source: Source, settings: Settings) -> Iterator[Result]:
+def disturb_probes(
+    context: Context, subjects: Sequence[LoadedSae], source: Source, settings: Settings
+) -> Iterator[Result]:
     """Every class of every data set, for every SAE."""
     load = source.load_task
     tasks, missing = load_all(settings.dataset_names, lambda name: [load(name, *settings.sizes, settings.random_seed)])
     names = [task.name for task in tasks]
-    config_json = official_config(settings, scene, source, "positive", names, {})
-    for subject, outcomes in perturb_all(scene, subjects, tasks, settings, "positive", lambda task: list(task.train)):
+    config_json = official_config(settings, context, source, "positive", names, {})
+    for subject, outcomes in perturb_all(context, subjects, tasks, settings, "positive", lambda task: list(task.train)):
         yield make_result(subject, config_json, outcomes, missing)
 
 
 def make_result(
-    subject: Subject, config_json: Mapping[str, Any], outcomes: Mapping[str, Outcome], missing: str | None
+    subject: LoadedSae, config_json: Mapping[str, Any], outcomes: Mapping[str, Outcome], missing: str | None
 ) -> Result:
     """Means over classes, then over data sets."""
     official = {name: tpp_scores(found.official.ablated, found.official.clean) for name, found in outcomes.items()}

@@ -19,8 +19,8 @@ from ...cache_schema.strict import to_json
 from ...harvest.errors import HarvestError
 from ...train.errors import TrainError
 from .. import evals
-from ..context.context import Scene
-from ..context.loaded_sae import Subject
+from ..context.context import Context
+from ..context.loaded_sae import LoadedSae
 from ..context.results import (
     Failure,
     Result,
@@ -40,22 +40,24 @@ Keep = Literal["none", "same", "any"]
 """Which results that are there are taken: none, those of the same settings, or all of the same SAE and store."""
 
 
-def run_evals(scene: Scene, subjects: Sequence[Subject], configs: Mapping[str, Any], keep: Keep = "none") -> list[Row]:
+def run_evals(
+    context: Context, subjects: Sequence[LoadedSae], configs: Mapping[str, Any], keep: Keep = "none"
+) -> list[Row]:
     """Every evaluation for every SAE; configs are by the evaluations' ids."""
     rows: list[Row] = []
     for eval_id, config in configs.items():
-        settings = settings_of(scene, eval_id, config)
+        settings = settings_of(context, eval_id, config)
         kept = {subject: row for subject in subjects if (row := _kept(subject, eval_id, settings, keep))}
         rows += kept.values()
         pending = [subject for subject in subjects if subject not in kept]
         if pending:
-            if scene.from_tokens and not settings["from_tokens"]:
-                scene.say(f"{eval_id}: --from-tokens changes nothing here, and its results say so")
-            rows += _Trial(scene, eval_id, config, settings).run(pending)
+            if context.from_tokens and not settings["from_tokens"]:
+                context.say(f"{eval_id}: --from-tokens changes nothing here, and its results say so")
+            rows += _Trial(context, eval_id, config, settings).run(pending)
     return rows
 
 
-def _kept(subject: Subject, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
+def _kept(subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
     """A result that is taken as it is, read once; what it was measured with is told where that may be another."""
     document = None if keep == "none" else standing_result(subject, eval_id)
     if document is None:
@@ -73,18 +75,18 @@ def _told_settings(document: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     return f"its result is of {found}. Evaluate it again without --compare to have what was asked for" if found else ""
 
 
-def settings_of(scene: Scene, eval_id: str, config: Any) -> dict[str, Any]:
+def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
     """All that decides a result of an evaluation besides the SAE."""
     settings = {
         "config": to_json(config),
-        "cache_id": scene.opened.manifest.cache_id if scene.opened else None,
-        "dtype": str(scene.dtype).removeprefix("torch."),
-        "from_tokens": scene.from_tokens and evals.module(eval_id).NEEDS.from_tokens,
+        "cache_id": context.opened.manifest.cache_id if context.opened else None,
+        "dtype": str(context.dtype).removeprefix("torch."),
+        "from_tokens": context.from_tokens and evals.module(eval_id).NEEDS.from_tokens,
     }
-    return settings if scene.model_name is None else settings | {"model": scene.model_name}
+    return settings if context.model_name is None else settings | {"model": context.model_name}
 
 
-def crash_path(subject: Subject, eval_id: str) -> Path:
+def crash_path(subject: LoadedSae, eval_id: str) -> Path:
     """Where the traceback of an error that nobody expected is kept."""
     return result_path(subject, eval_id).with_name(f"{subject.label}_crash.txt")
 
@@ -92,11 +94,11 @@ def crash_path(subject: Subject, eval_id: str) -> Path:
 class _Trial:
     """One evaluation at work."""
 
-    def __init__(self, scene: Scene, eval_id: str, config: Any, settings: Mapping[str, Any]) -> None:
-        self._scene, self._eval_id, self._config, self._settings = scene, eval_id, config, settings
+    def __init__(self, context: Context, eval_id: str, config: Any, settings: Mapping[str, Any]) -> None:
+        self._context, self._eval_id, self._config, self._settings = context, eval_id, config, settings
         self._module: ModuleType = evals.module(eval_id)
 
-    def run(self, subjects: Sequence[Subject]) -> list[Row]:
+    def run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
         rows, crash = self._attempt(subjects)
         owed = [subject for subject in subjects if subject not in {row.subject for row in rows}]
         if crash is None:
@@ -107,12 +109,12 @@ class _Trial:
             rows += self.run([subject])
         return rows
 
-    def _attempt(self, subjects: Sequence[Subject]) -> tuple[list[Row], Exception | None]:
+    def _attempt(self, subjects: Sequence[LoadedSae]) -> tuple[list[Row], Exception | None]:
         """Rows as far as they came, and what ended them early."""
         rows: list[Row] = []
         try:
-            self._module.NEEDS.require(self._scene)
-            for item in self._module.evaluate(self._scene, subjects, self._config):
+            self._module.NEEDS.require(self._context)
+            for item in self._module.evaluate(self._context, subjects, self._config):
                 rows.append(self._take(item))
         except NotRun as reason:
             done = {row.subject for row in rows}
@@ -128,15 +130,15 @@ class _Trial:
             return self._failed(item.subject, item.error)
         write_result(item, self._eval_id, self._settings)
         crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # of an earlier time
-        self._scene.say(f"{self._eval_id}: {item.subject.name} done")
+        self._context.say(f"{self._eval_id}: {item.subject.name} done")
         if item.missing:
             return Row(item.subject, self._eval_id, "partly", item.missing)
         return Row(item.subject, self._eval_id, "done", item.remark or "")
 
-    def _not_run(self, subject: Subject, reason: str) -> Row:
+    def _not_run(self, subject: LoadedSae, reason: str) -> Row:
         return Row(subject, self._eval_id, "not run", reason)
 
-    def _failed(self, subject: Subject, error: Exception) -> Row:
+    def _failed(self, subject: LoadedSae, error: Exception) -> Row:
         """A line for the table; for what nobody expected, the whole traceback beside the results."""
         if isinstance(error, EXPECTED):
             return Row(subject, self._eval_id, "failed", str(error))

@@ -1,6 +1,6 @@
 """A session: SAEs, the stores they belong to, and the evaluations asked for, brought together.
 
-SAEs of one store share a scene, so that the store is opened and the model loaded once for them, and lie on the
+SAEs of one store share a context, so that the store is opened and the model loaded once for them, and lie on the
 device together as far as its memory allows. A store that is gone, or that is another one, fails the SAEs of that
 store and nothing else.
 """
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ...cache_schema import Store, StoreError, StoreMissing
-from ..context.context import DtypeName, Scene, open_scene
-from ..context.loaded_sae import Subject
+from ..context.context import Context, DtypeName, open_context
+from ..context.loaded_sae import LoadedSae
 from ..context.progress import Watch
 from ..context.results import Row
 from ..errors import CacheIdMismatch, EvalError, StoreGone, WidthMismatch
@@ -36,64 +36,64 @@ class Session:
     from_tokens: bool = False
     keep: Keep = "none"
 
-    def run(self, subjects: Sequence[Subject]) -> list[Row]:
+    def run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
         """Every evaluation of every SAE."""
         rows: list[Row] = []
         for url, group in self._by_store(subjects).items():
             rows += self._run_group(url, group)
         return rows
 
-    def _by_store(self, subjects: Sequence[Subject]) -> dict[str | None, list[Subject]]:
-        groups: dict[str | None, list[Subject]] = {}
+    def _by_store(self, subjects: Sequence[LoadedSae]) -> dict[str | None, list[LoadedSae]]:
+        groups: dict[str | None, list[LoadedSae]] = {}
         for subject in subjects:
             groups.setdefault(self.cache or subject.cache_url, []).append(subject)
         return groups
 
-    def _run_group(self, url: str | None, subjects: Sequence[Subject]) -> list[Row]:
+    def _run_group(self, url: str | None, subjects: Sequence[LoadedSae]) -> list[Row]:
         try:
             store = open_store(url, subjects)
         except (EvalError, StoreError) as error:
             return [row for subject in subjects for row in self._refused(subject, error)]
-        with open_scene(
+        with open_context(
             store,
             model_name=self.model,
             dtype_name=self.dtype,
             from_tokens=self.from_tokens,
             device=self.device,
             watch=self.watch,
-        ) as scene:
-            return self._run_fitting(scene, subjects)
+        ) as context:
+            return self._run_fitting(context, subjects)
 
-    def _run_fitting(self, scene: Scene, subjects: Sequence[Subject]) -> list[Row]:
+    def _run_fitting(self, context: Context, subjects: Sequence[LoadedSae]) -> list[Row]:
         """Those SAEs that belong to this store."""
         rows: list[Row] = []
         fitting = []
         for subject in subjects:
             try:
-                require_fit(subject, scene.opened)
+                require_fit(subject, context.opened)
             except EvalError as error:
                 rows += self._refused(subject, error)
             else:
                 fitting.append(subject)
         for group in within(room_for_weights(self.device), fitting, lambda subject: subject.num_bytes):
-            rows += self._run_on_device(scene, group)
+            rows += self._run_on_device(context, group)
         return rows
 
-    def _run_on_device(self, scene: Scene, subjects: Sequence[Subject]) -> list[Row]:
+    def _run_on_device(self, context: Context, subjects: Sequence[LoadedSae]) -> list[Row]:
         """SAEs that have room on the device together; they leave it in the end."""
         try:
             for subject in subjects:
                 subject.to(self.device)
-            return run_evals(scene, subjects, self.configs, self.keep)
+            return run_evals(context, subjects, self.configs, self.keep)
         finally:
             for subject in subjects:
                 subject.to(torch.device("cpu"))
 
-    def _refused(self, subject: Subject, error: Exception) -> list[Row]:
+    def _refused(self, subject: LoadedSae, error: Exception) -> list[Row]:
         return [Row(subject, eval_id, "failed", str(error)) for eval_id in self.configs]
 
 
-def open_store(url: str | None, subjects: Sequence[Subject]) -> Store | None:
+def open_store(url: str | None, subjects: Sequence[LoadedSae]) -> Store | None:
     """The store of these SAEs, if they have one."""
     if url is None:
         return None
@@ -106,7 +106,7 @@ def open_store(url: str | None, subjects: Sequence[Subject]) -> Store | None:
         ) from error
 
 
-def require_fit(subject: Subject, store: Store | None) -> None:
+def require_fit(subject: LoadedSae, store: Store | None) -> None:
     """The store is the one that the SAE was trained on, as far as the SAE knows, and has its width."""
     if store is None:
         return

@@ -14,7 +14,7 @@ from ...harvest.model.device import find_device
 from ...train.ask.settings import parse_settings, with_settings
 from ...train.errors import TrainError
 from .. import evals
-from ..context.loaded_sae import Subject
+from ..context.loaded_sae import LoadedSae
 from ..context.progress import Watch, make_console
 from ..context.results import Row
 from ..errors import EvalError, SettingInvalid
@@ -58,7 +58,7 @@ def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
     return {name: with_settings(evals.config_type(name)(), given.get(name, {}), name) for name in names}
 
 
-def evaluate(subjects: Sequence[Subject], configs: dict[str, Any], options: dict[str, Any]) -> list[Row]:
+def evaluate(subjects: Sequence[LoadedSae], configs: dict[str, Any], options: dict[str, Any]) -> list[Row]:
     """All that was asked for, of all SAEs that were found."""
     if options["compare"]:
         require_one_store(subjects)

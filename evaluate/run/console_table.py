@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import evals
-from ..context.loaded_sae import Subject
+from ..context.loaded_sae import LoadedSae
 from ..context.results import Row, flat, metric_of, read_result, settings_in
 from ..errors import Incomparable
 from .untrained import NAME, RECORDED, UNTRAINED, untrained_traits
@@ -65,7 +65,7 @@ def summary_of(eval_id: str) -> tuple[str, ...]:
     return tuple(getattr(evals.module(eval_id), "SUMMARY", ()))
 
 
-def require_one_store(subjects: Iterable[Subject]) -> None:
+def require_one_store(subjects: Iterable[LoadedSae]) -> None:
     """SAEs of several stores saw different tokens: their numbers do not compare."""
     by_id: dict[str, list[str]] = {}
     for subject in subjects:

@@ -18,7 +18,7 @@ from ...train.errors import RunMissing, TrainError
 from ...train.recipes import runs_of, studies
 from ...train.run.find_sae import find_sae, is_of_hub, list_saes, read_folder
 from ...train.run.folder import RunFolder, cache_of, places_of, run_names
-from ..context.loaded_sae import Subject
+from ..context.loaded_sae import LoadedSae
 from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 
 HOOK = re.compile(r"(?:blocks|layers)\.(\d+)\.?(?:hook_resid_(pre|post))?$|^layer_(\d+)$")
@@ -28,7 +28,7 @@ HOOK = re.compile(r"(?:blocks|layers)\.(\d+)\.?(?:hook_resid_(pre|post))?$|^laye
 Problem = EvalError | TrainError
 
 
-def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[Subject]:
+def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[LoadedSae]:
     """All SAEs of all targets, each once; the first that cannot be had is an error."""
     subjects, problems = find_all(targets, runs, layer)
     if problems:
@@ -36,12 +36,12 @@ def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) 
     return subjects
 
 
-def find_all(targets: Iterable[str], runs: Path, layer: int | None = None) -> tuple[list[Subject], list[Problem]]:
+def find_all(targets: Iterable[str], runs: Path, layer: int | None = None) -> tuple[list[LoadedSae], list[Problem]]:
     """All SAEs of all targets that can be had, and what is wrong with the others.
 
     `layer` is for SAEs that do not say theirs.
     """
-    found: dict[Path, Subject] = {}
+    found: dict[Path, LoadedSae] = {}
     problems: list[Problem] = []
     for target in targets:
         try:
@@ -71,14 +71,14 @@ def find_places(target: str, runs: Path) -> list[tuple[Path, RunFolder | None]]:
     return [(folder, parent if (parent.path / "config.json").is_file() else None)]
 
 
-def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> Subject:
+def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> LoadedSae:
     """Load the SAE of a folder. With a home elsewhere, of results, it has the name of that."""
     sae = read_folder(folder).eval().requires_grad_(False)
     config = _read_config(folder)
     metadata = {**sae.metadata, **config.get("metadata", {})}
     layers = _layers_of(metadata, config, folder, layer)
     url, cache_id = cache_of(run) if run else (None, metadata.get("cache_id"))
-    return Subject(
+    return LoadedSae(
         label=(home or folder.resolve()).name,
         folder=folder,
         home=home or (run.path if run else folder),

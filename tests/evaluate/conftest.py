@@ -28,9 +28,9 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.moments import is_special, measure
-from saemill.evaluate.context import context as scene_module
-from saemill.evaluate.context.context import Scene
-from saemill.evaluate.context.loaded_sae import Subject
+from saemill.evaluate.context import context as context_module
+from saemill.evaluate.context.context import Context
+from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.lm import LanguageModel, make_language_model
@@ -63,8 +63,8 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ModelUnavailable(f"{choice.name}: no network in tests")
         return fetch(choice)
 
-    fetch = scene_module.fetch
-    monkeypatch.setattr(scene_module, "fetch", refuse)
+    fetch = context_module.fetch
+    monkeypatch.setattr(context_module, "fetch", refuse)
 
 
 @dataclass(frozen=True)
@@ -187,14 +187,14 @@ def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., World]
 
 
 @pytest.fixture
-def open_scene() -> Callable[..., Scene]:
-    """A quiet scene on a store: open_scene(world, dtype_name=..., from_tokens=...)."""
+def open_context() -> Callable[..., Context]:
+    """A quiet context on a store: open_scene(world, dtype_name=..., from_tokens=...)."""
     opened: list[Store] = []
 
-    def make(world: World | str, **settings: Any) -> Scene:
+    def make(world: World | str, **settings: Any) -> Context:
         store = Store.open(world if isinstance(world, str) else world.store)
         opened.append(store)
-        return Scene(store, watch=Watch(is_quiet=True), **settings)
+        return Context(store, watch=Watch(is_quiet=True), **settings)
 
     yield make
     for store in opened:
@@ -240,7 +240,7 @@ class Builder:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def subject(self, sae: SparseAutoencoder, name: str = "sae", **settings: Any) -> Subject:
+    def subject(self, sae: SparseAutoencoder, name: str = "sae", **settings: Any) -> LoadedSae:
         return make_subject(save(self.root / name, sae, **settings), None)
 
     def run(self, world: World, name: str, saes: dict[str, SparseAutoencoder], finished: bool = True) -> Path:
@@ -271,7 +271,7 @@ class Golden:
     tokens: Tensor
     resid: Tensor
 
-    def subject(self, name: str, root: Path) -> Subject:
+    def subject(self, name: str, root: Path) -> LoadedSae:
         """A copy: results are written beside an SAE."""
         return make_subject(Path(shutil.copytree(self.folder / "saes" / name, root / name)), None)
 

@@ -241,9 +241,9 @@ def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run
     sae_eval("run_1")
     together, groups, run_evals = results(run_1), [], by_store.run_evals
 
-    def told(scene, subjects, *settings):
+    def told(context, subjects, *settings):
         groups.append([subject.label for subject in subjects])
-        return run_evals(scene, subjects, *settings)
+        return run_evals(context, subjects, *settings)
 
     monkeypatch.setattr(by_store, "run_evals", told)
     for room, expected in ((1 << 30, [["large", "small"]]), (5000, [["large"], ["small"]])):
@@ -349,10 +349,10 @@ def test_an_sae_that_was_written_after_its_result_is_evaluated_again(run_1, sae_
 def test_a_crash_in_one_sae_costs_no_other_its_result(run_1, sae_eval, monkeypatch):
     original = core.measure_sparsity
 
-    def breaks(scene, subjects, block):
+    def breaks(context, subjects, block):
         if any(subject.label == "large" for subject in subjects):
             raise ZeroDivisionError("planted")
-        return original(scene, subjects, block)
+        return original(context, subjects, block)
 
     monkeypatch.setattr(core, "measure_sparsity", breaks)
     output = sae_eval("run_1", code=1)
@@ -366,7 +366,7 @@ def test_a_crash_in_one_sae_costs_no_other_its_result(run_1, sae_eval, monkeypat
 
 
 def test_a_crash_whose_traceback_cannot_be_kept_is_told(run_1, sae_eval, monkeypatch):
-    def breaks(scene, subjects, block):
+    def breaks(context, subjects, block):
         raise ZeroDivisionError("planted")
 
     monkeypatch.setattr(core, "measure_sparsity", breaks)
@@ -388,7 +388,7 @@ def second_eval(monkeypatch):
 
 
 def test_a_crash_in_one_evaluation_costs_no_other_its_result(run_1, sae_eval, second_eval):
-    def evaluate(scene, subjects, config):
+    def evaluate(context, subjects, config):
         raise KeyError("planted")
 
     second_eval.evaluate = evaluate
@@ -398,7 +398,7 @@ def test_a_crash_in_one_evaluation_costs_no_other_its_result(run_1, sae_eval, se
 
 
 def test_results_before_a_crash_are_kept(run_1, sae_eval, second_eval):
-    def evaluate(scene, subjects, config):
+    def evaluate(context, subjects, config):
         for subject in subjects:
             if subject.label == "small":
                 raise KeyError("planted")
@@ -410,7 +410,7 @@ def test_results_before_a_crash_are_kept(run_1, sae_eval, second_eval):
 
 
 def test_an_evaluation_that_forgets_an_sae_is_told(run_1, sae_eval, second_eval):
-    second_eval.evaluate = lambda scene, subjects, config: iter(())
+    second_eval.evaluate = lambda context, subjects, config: iter(())
     assert "gave no result" in sae_eval("run_1", "--evals", "second", code=3, options=[])
 
 

@@ -33,12 +33,12 @@ def documented(name: str) -> dict[str, re.Pattern]:
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_the_tables_are_what_is_written(name, make_world, builder, open_scene):
+def test_the_tables_are_what_is_written(name, make_world, builder, open_context):
     long = torch.randint(3, builder.VOCAB, (40, 24), generator=torch.Generator().manual_seed(0))
     long[:, 0] = 2
     subject = builder.subject(builder.make_sae(k=None))
     subject.sae.extras_tensors = {"composition.C2": torch.ones(8, 8), "composition.C3": torch.ones(8, 8)}
-    (result,) = MODULES[name].evaluate(open_scene(make_world(tokens=long)), [subject], CONFIGS[name])
+    (result,) = MODULES[name].evaluate(open_context(make_world(tokens=long)), [subject], CONFIGS[name])
     found = {f"{group}.{metric}" for group, values in result.metrics.items() for metric in values}
     patterns = documented(name)
     assert not [metric for metric in found if not any(p.fullmatch(metric) for p in patterns.values())]

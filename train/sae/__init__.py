@@ -1,1 +1,1 @@
-"""The autoencoder: weights, gates, sparse kernels, and its form on disk."""
+"""The autoencoder: weights, gates, codes, and what the terms of a step see of a batch."""

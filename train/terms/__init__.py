@@ -1,1 +1,1 @@
-"""Loss terms: pure functions of a view; none knows its weight or the step."""
+"""What a variant is trained with: loss terms, pure functions of a view; and constraints on weights and gradients."""

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 
 from ...context.compatible import attention_of, model_name_of, split_fitting
-from ...context.context import Scene
-from ...context.loaded_sae import Subject
+from ...context.context import Context
+from ...context.loaded_sae import LoadedSae
 from ...context.needs import Needs
 from ...context.prompt_positions import Reader
 from ...context.results import Failure, Result
@@ -59,53 +59,53 @@ class Config:
     max_words: int | None = None
     """Words that are asked at most; None: all, fewer for the pocket model."""
 
-    def word_limit(self, scene: Scene) -> int | None:
+    def word_limit(self, context: Context) -> int | None:
         """How many words are asked; None: all."""
-        return self.max_words or (POCKET_WORDS if scene.is_pocket else None)
+        return self.max_words or (POCKET_WORDS if context.is_pocket else None)
 
-    def batch_size(self, scene: Scene) -> int:
-        return self.k_sparse_probe_batch_size or (4096 if self.word_limit(scene) is None else 32)
+    def batch_size(self, context: Context) -> int:
+        return self.k_sparse_probe_batch_size or (4096 if self.word_limit(context) is None else 32)
 
-    def sparse(self, scene: Scene) -> Sparse:
+    def sparse(self, context: Context) -> Sparse:
         training = Training(
             epochs=self.k_sparse_probe_num_epochs,
-            batch_size=self.batch_size(scene),
+            batch_size=self.batch_size(context),
             weight_decay=1e-6,
             l1_decay=self.k_sparse_probe_l1_decay,
         )
         return Sparse(training, self.max_k_value, self.f1_jump_threshold)
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
-    fitting, failures = split_fitting(subjects, scene.model)
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    fitting, failures = split_fitting(subjects, context.model)
     yield from failures
     if not fitting:
         return
-    classes = choose_classes(scene, config)
-    reader = Reader(scene.model, fitting, attention_of(scene, fitting), config.llm_batch_size, scene.say)
-    words = choose_words(scene, config)
+    classes = choose_classes(context, config)
+    reader = Reader(context.model, fitting, attention_of(context, fitting), config.llm_batch_size, context.say)
+    words = choose_words(context, config)
     with ExitStack() as stages:
         task = make_task(
             reader,
             words,
             classes,
             config.random_seed,
-            lambda title, total: stages.enter_context(scene.watch.stage(f"absorption: {title}", total, "words")),
+            lambda title, total: stages.enter_context(context.watch.stage(f"absorption: {title}", total, "words")),
         )
     for subject in fitting:
-        yield one_result(scene, task, subject, config)
+        yield one_result(context, task, subject, config)
 
 
-def choose_classes(scene: Scene, config: Config) -> WordClasses:
-    name = config.classes if config.classes != "auto" else "shape" if scene.is_pocket else "first_letter"
+def choose_classes(context: Context, config: Config) -> WordClasses:
+    name = config.classes if config.classes != "auto" else "shape" if context.is_pocket else "first_letter"
     classes = WORD_SHAPES if name == "shape" else FIRST_LETTER
     return replace(classes, template=config.prompt_template or classes.template)
 
 
-def choose_words(scene: Scene, config: Config) -> list[str]:
+def choose_words(context: Context, config: Config) -> list[str]:
     """Alphabetic words of the vocabulary by token id, or a sample of them."""
-    words = vocabulary_words(scene.model)
-    limit = config.word_limit(scene) or len(words)
+    words = vocabulary_words(context.model)
+    limit = config.word_limit(context) or len(words)
     return random.Random(config.random_seed).sample(words, limit) if limit < len(words) else words
 
 
@@ -115,18 +115,18 @@ def vocabulary_words(model: LanguageModel) -> list[str]:
     return alphabetic_words((token for token, _ in tokens), lambda token: backend.decoder.decode([token]))
 
 
-def one_result(scene: Scene, task: Task, subject: Subject, config: Config) -> Result | Failure:
+def one_result(context: Context, task: Task, subject: LoadedSae, config: Config) -> Result | Failure:
     probe = task.probes[subject.layer]
     known = probe.known(config.min_GT_probe_f1)
     needed = config.min_feats_for_eval or (20 if task.classes.names == FIRST_LETTER.names else POCKET_CLASSES)
     if len(known) < needed:
         return Failure(subject, _too_few(subject, task, known, needed, config))
     generator = torch.Generator().manual_seed(config.random_seed)
-    results = measure_letters(task, subject, known, config.sparse(scene), generator)
+    results = measure_letters(task, subject, known, config.sparse(context), generator)
     is_official = task.classes.names == FIRST_LETTER.names
     return Result(
         subject,
-        official_config(scene, task, config, needed),
+        official_config(context, task, config, needed),
         {"mean": mean_metrics(results)},
         details=[result.to_json() for result in results],
         extra={
@@ -146,21 +146,21 @@ def our_details(task: Task, probe: ClassProbe, results: Sequence[LetterResult]) 
     }
 
 
-def official_config(scene: Scene, task: Task, config: Config, needed: int) -> dict[str, Any]:
+def official_config(context: Context, task: Task, config: Config, needed: int) -> dict[str, Any]:
     """Under the protocol's keys what was done."""
     return {
-        "model_name": model_name_of(scene),
+        "model_name": model_name_of(context),
         "random_seed": config.random_seed,
         "f1_jump_threshold": config.f1_jump_threshold,
         "max_k_value": config.max_k_value,
         "prompt_template": task.classes.template,
         "prompt_token_pos": word_position(
-            scene.model, task.classes.template
+            context.model, task.classes.template
         ),  # as the tokenizer writes it; -6 with Gemma's
         "llm_batch_size": config.llm_batch_size,
-        "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
+        "llm_dtype": str(context.model.dtype).removeprefix("torch."),
         "k_sparse_probe_l1_decay": config.k_sparse_probe_l1_decay,
-        "k_sparse_probe_batch_size": config.batch_size(scene),
+        "k_sparse_probe_batch_size": config.batch_size(context),
         "k_sparse_probe_num_epochs": config.k_sparse_probe_num_epochs,
         "min_GT_probe_f1": config.min_GT_probe_f1,
         "min_feats_for_eval": needed,
@@ -169,7 +169,7 @@ def official_config(scene: Scene, task: Task, config: Config, needed: int) -> di
     }
 
 
-def _too_few(subject: Subject, task: Task, known: Sequence[int], needed: int, config: Config) -> NotApplicable:
+def _too_few(subject: LoadedSae, task: Task, known: Sequence[int], needed: int, config: Config) -> NotApplicable:
     names = ", ".join(task.classes.names[number] for number in known) or "none"
     return NotApplicable(
         f"layer {subject.layer} of the model knows {len(known)} of {len(task.classes.names)} classes of words "

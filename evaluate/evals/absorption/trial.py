@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...context.loaded_sae import Subject
+from ...context.loaded_sae import LoadedSae
 from .measure import absorption
 from .probe import Training, fit_probe
 from .sparse import LetterLatents, choose_latents, ranked_latents
@@ -49,7 +49,7 @@ class Sparse:
 
 
 def measure_letters(
-    task: Task, subject: Subject, letters: Sequence[int], sparse: Sparse, generator: torch.Generator
+    task: Task, subject: LoadedSae, letters: Sequence[int], sparse: Sparse, generator: torch.Generator
 ) -> list[LetterResult]:
     """One result a letter that has words which the probe found."""
     latents = letter_latents(task, subject, letters, sparse, generator)
@@ -61,7 +61,7 @@ def measure_letters(
 
 
 def letter_latents(
-    task: Task, subject: Subject, letters: Sequence[int], sparse: Sparse, generator: torch.Generator
+    task: Task, subject: LoadedSae, letters: Sequence[int], sparse: Sparse, generator: torch.Generator
 ) -> dict[int, LetterLatents]:
     """The latents that stand for each letter."""
     train = task.train
@@ -92,13 +92,13 @@ def mean_metrics(results: Sequence[LetterResult]) -> dict[str, float]:
     return means | deviations
 
 
-def _choose(task: Task, subject: Subject, ranked: Tensor, letter: int, jump: float) -> LetterLatents:
+def _choose(task: Task, subject: LoadedSae, ranked: Tensor, letter: int, jump: float) -> LetterLatents:
     train_NK, test_NK = (half.reading.columns_of(subject, ranked).cpu().numpy() for half in (task.train, task.test))
     is_train, is_test = (half.is_of(letter) for half in (task.train, task.test))
     return choose_latents(ranked.tolist(), train_NK, is_train, test_NK, is_test, jump)
 
 
-def _measure(task: Task, subject: Subject, letter: int, own: tuple[int, ...], found: Tensor) -> LetterResult:
+def _measure(task: Task, subject: LoadedSae, letter: int, own: tuple[int, ...], found: Tensor) -> LetterResult:
     places = task.place_again[found]
     direction = task.probes[subject.layer].probe.weights[letter]
     x_BD = task.again.x[subject.layer][places]

@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ....cache_schema.files import Files, open_files
-from ...context.context import Scene
+from ...context.context import Context
 from ...model.divergence import LogitsOf, Losses, chunk_rows, compare, next_tokens
 from ...model.memory import PieceSize, in_pieces
 from ...model.windows import Windows
@@ -46,13 +46,13 @@ class Baselines:
     """Clean passes and ablations at one layer of one store."""
 
     def __init__(
-        self, scene: Scene, layer: int, block: Block, mean_D: Tensor, ablations: Sequence[str] = ABLATIONS
+        self, context: Context, layer: int, block: Block, mean_D: Tensor, ablations: Sequence[str] = ABLATIONS
     ) -> None:
-        self._scene, self._layer, self._ablations = scene, layer, tuple(ablations)
-        self._mean_D = mean_D.to(scene.device, scene.model.dtype)
-        self._size = PieceSize(block.batch_windows, "windows", scene.say)
-        self._rows = PieceSize(chunk_rows(scene.model.facts.vocab_size), "rows of logits", scene.say)
-        self._files = _files_of(scene, layer, block, self._ablations)
+        self._context, self._layer, self._ablations = context, layer, tuple(ablations)
+        self._mean_D = mean_D.to(context.device, context.model.dtype)
+        self._size = PieceSize(block.batch_windows, "windows", context.say)
+        self._rows = PieceSize(chunk_rows(context.model.facts.vocab_size), "rows of logits", context.say)
+        self._files = _files_of(context, layer, block, self._ablations)
 
     def measure(self, batch: Windows, number: int, hidden: Sequence[Tensor]) -> tuple[Clean, list[Losses]]:
         """The baselines of the batch of this number, and what follows from each of other hidden states [N, D].
@@ -63,7 +63,7 @@ class Baselines:
         targets, others = next_tokens(batch.tokens, batch.keep), [self._logits(h) for h in hidden]
         kept = _read(self._files, key, int(batch.keep.sum()), self._ablations)
         if kept is not None:
-            clean = _on_device(kept, self._scene.device)
+            clean = _on_device(kept, self._context.device)
             return clean, compare(self._logits(clean.hidden), others, targets, self._rows)[1]
         made, losses = self._make(batch, targets, others)
         self._keep(key, made)
@@ -71,12 +71,12 @@ class Baselines:
 
     def hidden(self, batch: Windows, resid_WTD: Tensor) -> Tensor:
         """[N, D] behind the final norm, when the residual at the layer is this one."""
-        suffix = self._scene.model.suffix
+        suffix = self._context.model.suffix
         pieces = in_pieces(len(batch), self._size, lambda a, b: suffix(resid_WTD[a:b], self._layer)[batch.keep[a:b]])
         return torch.cat(list(pieces))
 
     def _logits(self, hidden_ND: Tensor) -> LogitsOf:
-        head = self._scene.model.head
+        head = self._context.model.head
         return lambda start, stop: head(hidden_ND[start:stop])
 
     def _make(self, batch: Windows, targets_N: Tensor, others: Sequence[LogitsOf]) -> tuple[Clean, list[Losses]]:
@@ -88,7 +88,9 @@ class Baselines:
 
     def _keep(self, key: str, made: Clean) -> None:
         if self._files is not None and not _write(self._files, key, made):
-            self._scene.say(f"the clean pass cannot be kept at {self._files.url}: it will be computed again next time")
+            self._context.say(
+                f"the clean pass cannot be kept at {self._files.url}: it will be computed again next time"
+            )
             self._files = None
 
     def _ablated(self, batch: Windows, ablation: str) -> LogitsOf:
@@ -101,7 +103,7 @@ class Baselines:
 
     def _zero_logits(self, batch: Windows) -> LogitsOf:
         """With a residual of zero the model sees positions and nothing else."""
-        model = self._scene.model
+        model = self._context.model
         nothing = torch.zeros_like(batch.resid[self._layer][:1])
         hidden_TD = model.suffix(nothing, self._layer)[0]
         if bool((hidden_TD == hidden_TD[:1]).all()):
@@ -117,24 +119,24 @@ def elsewhere(resid_WTD: Tensor) -> Tensor:
     return resid_WTD.roll(windows // 2, 0) if windows > 1 else resid_WTD.roll(context // 2, 1)
 
 
-def _files_of(scene: Scene, layer: int, block: Block, ablations: Sequence[str]) -> Files | None:
+def _files_of(context: Context, layer: int, block: Block, ablations: Sequence[str]) -> Files | None:
     """Where they are kept: a folder for each way of computing them."""
     settings = {
         "format": FORMAT,
-        "model": scene.model_identity,
+        "model": context.model_identity,
         "layer": layer,
         "split": block.split,
         "batch_windows": block.batch_windows,
-        "mean_of_batches": None if layer in scene.manifest.layers else block.batches,
-        "dtype": str(scene.dtype),
+        "mean_of_batches": None if layer in context.manifest.layers else block.batches,
+        "dtype": str(context.dtype),
         "ablations": list(ablations),
-        "from_tokens": scene.from_tokens,
-        "device": scene.device.type,
+        "from_tokens": context.from_tokens,
+        "device": context.device.type,
     }
     if settings["model"] is None:
         return None
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    return open_files(f"{scene.store.url.rstrip('/')}.evals/{scene.manifest.cache_id}/clean-{name}")
+    return open_files(f"{context.store.url.rstrip('/')}.evals/{context.manifest.cache_id}/clean-{name}")
 
 
 def _read(files: Files | None, key: str, tokens: int, ablations: Sequence[str]) -> Clean | None:

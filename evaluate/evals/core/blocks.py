@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...context.context import Scene
+from ...context.context import Context
 from ...errors import NotApplicable, SettingInvalid
 from ...model.batches import count_windows, store_batches
 from ...model.memory import PieceSize, in_pieces
@@ -66,32 +66,32 @@ def choose_rows(windows: int, split: str, batch_windows: int, reconstruction: in
 
 
 def read_block(
-    scene: Scene, block: Block, layers: Sequence[int], attention_layers: Sequence[int] = ()
+    context: Context, block: Block, layers: Sequence[int], attention_layers: Sequence[int] = ()
 ) -> Iterator[Windows]:
     """The batches of a block; residuals are the store's, or computed anew from its tokens."""
     batches = store_batches(
-        scene.store,
+        context.store,
         block.split,
-        () if scene.from_tokens else layers,
+        () if context.from_tokens else layers,
         attention_layers,
         block.batch_windows,
         block.first,
         block.windows,
-        scene.device,
+        context.device,
     )
-    size = PieceSize(block.batch_windows, "windows", scene.say)
+    size = PieceSize(block.batch_windows, "windows", context.say)
     for batch in batches:
-        yield replace(batch, resid=run_prefix(scene, batch, layers, size)) if scene.from_tokens else batch
+        yield replace(batch, resid=run_prefix(context, batch, layers, size)) if context.from_tokens else batch
 
 
-def run_prefix(scene: Scene, batch: Windows, layers: Sequence[int], size: PieceSize) -> dict[int, Tensor]:
+def run_prefix(context: Context, batch: Windows, layers: Sequence[int], size: PieceSize) -> dict[int, Tensor]:
     """The residuals of a batch, computed from its tokens."""
-    pieces = list(in_pieces(len(batch), size, lambda a, b: scene.model.resid(batch.tokens[a:b], layers)))
+    pieces = list(in_pieces(len(batch), size, lambda a, b: context.model.resid(batch.tokens[a:b], layers)))
     return {layer: torch.cat([piece[layer] for piece in pieces]) for layer in layers}
 
 
-def rows_of(scene: Scene, split: str, batch_windows: int, reconstruction: int | None, sparsity: int | None) -> Rows:
-    """The blocks of this scene's store."""
-    if split not in scene.manifest.splits:
-        raise SettingInvalid(f"expected a split of {', '.join(scene.manifest.splits)}, found {split!r}")
-    return choose_rows(count_windows(scene.store, split), split, batch_windows, reconstruction, sparsity)
+def rows_of(context: Context, split: str, batch_windows: int, reconstruction: int | None, sparsity: int | None) -> Rows:
+    """The blocks of this context's store."""
+    if split not in context.manifest.splits:
+        raise SettingInvalid(f"expected a split of {', '.join(context.manifest.splits)}, found {split!r}")
+    return choose_rows(count_windows(context.store, split), split, batch_windows, reconstruction, sparsity)

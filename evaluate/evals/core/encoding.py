@@ -1,6 +1,6 @@
 """What an SAE says of the kept tokens of a batch, sparse where that pays, and its reconstruction.
 
-Same numbers as `Subject.encode` and `decode` but for the order of sums, at a fraction of the cost:
+Same numbers as `LoadedSae.encode` and `decode` but for the order of sums, at a fraction of the cost:
 1. Rows go in pieces: many enough for the product to run at full speed, few enough to be held.
 2. A top-k gate is searched, not sorted; of any other gate the active entries are picked out.
 3. The decoder adds up rows of active latents. Where many are active the dense products are used.
@@ -21,7 +21,7 @@ from ....train.sae.kernels.linear import linear
 from ....train.sae.kernels.select import marked, topk_rows
 from ....train.sae.kernels.support import support_from_topk
 from ....train.sae.model import SparseAutoencoder
-from ...context.loaded_sae import Subject
+from ...context.loaded_sae import LoadedSae
 from ...model.windows import Windows
 
 CPU_PIECE = 1 << 23  # pre-activations at once: 32 MB
@@ -62,7 +62,7 @@ class Reading:
 
 
 @torch.inference_mode()
-def read(subject: Subject, batch: Windows) -> Reading:
+def read(subject: LoadedSae, batch: Windows) -> Reading:
     """The kept tokens of a batch."""
     if not subject.sae.is_plain or subject.needs:
         acts = subject.encode(batch)[batch.keep]

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...context.compatible import model_name_of
-from ...context.context import Scene
-from ...context.loaded_sae import Subject
+from ...context.context import Context
+from ...context.loaded_sae import LoadedSae
 from ...context.needs import Needs
 from ...context.results import Failure, Result
 from ...errors import ModelMissing, NotApplicable, SettingInvalid
@@ -53,22 +53,22 @@ class Config:
     """What to set the losses against; SAEBench's is `zero`, the others cost one more pass each, once for a store."""
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     """All SAEs side by side; those that no model can be spliced with get the measures that need none."""
     require_ablations(config.ablations)
     rows = rows_of(
-        scene,
+        context,
         config.split,
         config.batch_size_prompts,
         config.n_eval_reconstruction_batches,
         config.n_eval_sparsity_variance_batches,
     )
-    reasons, missing = unspliceable(subjects), missing_model(scene)
+    reasons, missing = unspliceable(subjects), missing_model(context)
     able = [subject for subject in subjects if subject not in reasons]
-    sparsity = measure_sparsity(scene, subjects, rows.sparsity)
-    losses = {} if missing else measure_losses(scene, able, rows.reconstruction, config.ablations)
+    sparsity = measure_sparsity(context, subjects, rows.sparsity)
+    losses = {} if missing else measure_losses(context, able, rows.reconstruction, config.ablations)
     for subject in subjects:
-        result = make_result(scene, subject, config, rows, sparsity[subject], losses.get(subject))
+        result = make_result(context, subject, config, rows, sparsity[subject], losses.get(subject))
         remark = reasons.get(subject)
         yield replace(result, remark=remark, missing=None if remark else missing)
 
@@ -79,7 +79,7 @@ def require_ablations(ablations: Sequence[str]) -> None:
         raise SettingInvalid(f"ablations: expected zero and others of {', '.join(ABLATIONS)}, found {list(ablations)}")
 
 
-def unspliceable(subjects: Sequence[Subject]) -> dict[Subject, str]:
+def unspliceable(subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str]:
     """SAEs that have no one place in the model, and why."""
     reasons = {}
     for subject in subjects:
@@ -90,44 +90,44 @@ def unspliceable(subjects: Sequence[Subject]) -> dict[Subject, str]:
     return reasons
 
 
-def missing_model(scene: Scene) -> str | None:
+def missing_model(context: Context) -> str | None:
     """Why the losses of the model cannot be measured, if so. From tokens, nothing can be."""
-    if scene.manifest.corpus.settings.get("tokens") is False:
-        return f"{scene.store.url} was imported without tokens: import it again with --tokens for the model's losses"
+    if context.manifest.corpus.settings.get("tokens") is False:
+        return f"{context.store.url} was imported without tokens: import it again with --tokens for the model's losses"
     try:
-        _ = scene.model
+        _ = context.model
     except ModelMissing as error:
-        if scene.from_tokens:
+        if context.from_tokens:
             raise
         return str(error)
     return None
 
 
 def make_result(
-    scene: Scene, subject: Subject, config: Config, rows: Rows, sparsity: Sparsity, losses: LossSums | None
+    context: Context, subject: LoadedSae, config: Config, rows: Rows, sparsity: Sparsity, losses: LossSums | None
 ) -> Result:
     """The document of one SAE."""
     latents = latent_metrics(subject, sparsity)
     return Result(
         subject,
-        official_config(scene, rows, losses is not None),
-        official_metrics(sparsity, losses, latents, rows, scene.manifest.context),
+        official_config(context, rows, losses is not None),
+        official_metrics(sparsity, losses, latents, rows, context.manifest.context),
         details=latent_details(latents),
         unstructured={},
         extra={"saemill_metrics": own_metrics(sparsity, losses, config.ablations, config.resamples)},
     )
 
 
-def official_config(scene: Scene, rows: Rows, has_losses: bool) -> dict[str, Any]:
+def official_config(context: Context, rows: Rows, has_losses: bool) -> dict[str, Any]:
     """SAEBench's settings as they were used."""
     return {
-        "model_name": model_name_of(scene) if has_losses else scene.manifest.model.id,
-        "llm_dtype": str(scene.dtype).removeprefix("torch."),
+        "model_name": model_name_of(context) if has_losses else context.manifest.model.id,
+        "llm_dtype": str(context.dtype).removeprefix("torch."),
         "batch_size_prompts": rows.sparsity.batch_windows,
         "n_eval_reconstruction_batches": rows.reconstruction.batches,
         "n_eval_sparsity_variance_batches": rows.sparsity.batches,
-        "dataset": scene.manifest.corpus.id,
-        "context_size": scene.manifest.context,
+        "dataset": context.manifest.corpus.id,
+        "context_size": context.manifest.context,
         "compute_kl": has_losses,
         "compute_ce_loss": has_losses,
         "compute_l2_norms": True,

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...context.context import Scene
-from ...context.loaded_sae import Subject
+from ...context.context import Context
+from ...context.loaded_sae import LoadedSae
 from ...errors import NotApplicable
 from ...model.divergence import Losses
 from ...model.memory import PieceSize, in_pieces
@@ -49,7 +49,7 @@ class LossSums:
         return {name: float(values.sum()) for name, values in self.documents.table().items()}
 
 
-def splice_layer(subject: Subject) -> int:
+def splice_layer(subject: LoadedSae) -> int:
     """The layer whose residual the SAE's output can take the place of."""
     if len(subject.target_layers) != 1:
         raise NotApplicable(
@@ -60,31 +60,31 @@ def splice_layer(subject: Subject) -> int:
 
 
 def measure_losses(
-    scene: Scene, subjects: Sequence[Subject], block: Block, ablations: Sequence[str] = ABLATIONS
-) -> dict[Subject, LossSums]:
+    context: Context, subjects: Sequence[LoadedSae], block: Block, ablations: Sequence[str] = ABLATIONS
+) -> dict[LoadedSae, LossSums]:
     """One pass over the block for all SAEs, each of which must write one layer."""
     found = {subject: LossSums() for subject in subjects}
     if not subjects:
         return found
     layers = {splice_layer(subject) for subject in subjects}
-    baselines = {at: Baselines(scene, at, block, mean_residual(scene, at, block), ablations) for at in layers}
-    sizes = {subject: piece_size(scene, subject, block.batch_windows) for subject in subjects}
-    context = scene.manifest.context
-    with scene.watch.stage("losses of the model", block.windows * context) as advance:
-        for number, batch in enumerate(read_block(scene, block, layers_of(subjects), attention_layers_of(subjects))):
+    baselines = {at: Baselines(context, at, block, mean_residual(context, at, block), ablations) for at in layers}
+    sizes = {subject: piece_size(context, subject, block.batch_windows) for subject in subjects}
+    length = context.manifest.context
+    with context.watch.stage("losses of the model", block.windows * length) as advance:
+        for number, batch in enumerate(read_block(context, block, layers_of(subjects), attention_layers_of(subjects))):
             for layer, baseline in baselines.items():
                 at_layer = {subject: sizes[subject] for subject in subjects if splice_layer(subject) == layer}
                 _add_batch(found, at_layer, baseline, batch, number)
-            advance(len(batch) * context)
+            advance(len(batch) * length)
     return found
 
 
-def mean_residual(scene: Scene, layer: int, block: Block) -> Tensor:
+def mean_residual(context: Context, layer: int, block: Block) -> Tensor:
     """The store's mean at a layer [D]; where it does not hold the layer, that of the block's own tokens."""
-    if layer in scene.manifest.layers:
-        return torch.from_numpy(scene.store.moments(layer).mean)
-    total, count = torch.zeros(scene.manifest.model.d_model, dtype=torch.float64), 0
-    for batch in read_block(scene, block, (layer,)):
+    if layer in context.manifest.layers:
+        return torch.from_numpy(context.store.moments(layer).mean)
+    total, count = torch.zeros(context.manifest.model.d_model, dtype=torch.float64), 0
+    for batch in read_block(context, block, (layer,)):
         total += batch.resid[layer][batch.keep].double().sum(dim=0).cpu()
         count += int(batch.keep.sum())
     return total / max(count, 1)
@@ -92,8 +92,8 @@ def mean_residual(scene: Scene, layer: int, block: Block) -> Tensor:
 
 @torch.inference_mode()
 def _add_batch(
-    found: Mapping[Subject, LossSums],
-    subjects: Mapping[Subject, PieceSize],
+    found: Mapping[LoadedSae, LossSums],
+    subjects: Mapping[LoadedSae, PieceSize],
     baselines: Baselines,
     batch: Windows,
     number: int,
@@ -106,7 +106,7 @@ def _add_batch(
         found[subject].add(documents, clean, found_losses)
 
 
-def spliced(subject: Subject, batch: Windows, size: PieceSize) -> Tensor:
+def spliced(subject: LoadedSae, batch: Windows, size: PieceSize) -> Tensor:
     """The residual with the SAE's reconstruction in its place [W, T, D]; special tokens keep their own."""
     resid = batch.resid[splice_layer(subject)].clone()
     pieces = in_pieces(len(batch), size, lambda a, b: read(subject, batch.slice(a, b)).x_hat)

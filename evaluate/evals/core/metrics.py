@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...context.loaded_sae import Subject
+from ...context.loaded_sae import LoadedSae
 from .blocks import Rows
 from .bootstrap import Statistic, intervals
 from .losses import LossSums
@@ -41,7 +41,7 @@ MISC_KEYS = (
 )
 
 
-def latent_metrics(subject: Subject, sparsity: Sparsity) -> dict[str, Tensor]:
+def latent_metrics(subject: LoadedSae, sparsity: Sparsity) -> dict[str, Tensor]:
     """Of each latent: [F] by SAEBench's names, in its order."""
     found = {
         "feature_density": sparsity.firing.density,

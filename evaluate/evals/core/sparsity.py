@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...context.context import Scene
-from ...context.loaded_sae import Subject
+from ...context.context import Context
+from ...context.loaded_sae import LoadedSae
 from ...model.memory import PieceSize, in_pieces
 from ...model.windows import Windows
 from .blocks import Block, read_block
@@ -42,36 +42,36 @@ class Sparsity:
             )
 
 
-def measure_sparsity(scene: Scene, subjects: Sequence[Subject], block: Block) -> dict[Subject, Sparsity]:
+def measure_sparsity(context: Context, subjects: Sequence[LoadedSae], block: Block) -> dict[LoadedSae, Sparsity]:
     """One pass over the block for all SAEs."""
-    found = {subject: Sparsity(Firing.none(subject.width, scene.device)) for subject in subjects}
-    sizes = {subject: piece_size(scene, subject, block.batch_windows) for subject in subjects}
-    context = scene.manifest.context
-    with scene.watch.stage("sparsity and variance", block.windows * context) as advance:
-        for batch in read_block(scene, block, layers_of(subjects), attention_layers_of(subjects)):
+    found = {subject: Sparsity(Firing.none(subject.width, context.device)) for subject in subjects}
+    sizes = {subject: piece_size(context, subject, block.batch_windows) for subject in subjects}
+    length = context.manifest.context
+    with context.watch.stage("sparsity and variance", block.windows * length) as advance:
+        for batch in read_block(context, block, layers_of(subjects), attention_layers_of(subjects)):
             for subject, sparsity in found.items():
                 _add_batch(sparsity, subject, batch, sizes[subject])
-            advance(len(batch) * context)
+            advance(len(batch) * length)
     return found
 
 
-def layers_of(subjects: Sequence[Subject]) -> tuple[int, ...]:
+def layers_of(subjects: Sequence[LoadedSae]) -> tuple[int, ...]:
     """Every layer that these SAEs read or write."""
     return tuple(sorted({layer for s in subjects for layer in (*s.layers, *s.target_layers)}))
 
 
-def attention_layers_of(subjects: Sequence[Subject]) -> tuple[int, ...]:
+def attention_layers_of(subjects: Sequence[LoadedSae]) -> tuple[int, ...]:
     return tuple(sorted({layer for subject in subjects for layer in subject.attention_layers}))
 
 
-def piece_size(scene: Scene, subject: Subject, batch_windows: int) -> PieceSize:
+def piece_size(context: Context, subject: LoadedSae, batch_windows: int) -> PieceSize:
     """As many windows as have activations of `PIECE_BYTES`."""
-    room = PIECE_BYTES // (4 * scene.manifest.context * subject.width)
-    return PieceSize(min(max(1, room), batch_windows), "windows", scene.say)
+    room = PIECE_BYTES // (4 * context.manifest.context * subject.width)
+    return PieceSize(min(max(1, room), batch_windows), "windows", context.say)
 
 
 @torch.inference_mode()
-def _add_batch(sparsity: Sparsity, subject: Subject, batch: Windows, size: PieceSize) -> None:
+def _add_batch(sparsity: Sparsity, subject: LoadedSae, batch: Windows, size: PieceSize) -> None:
     x_WTD = batch.x(subject.target_layers)
     x_sum_D = x_WTD[batch.keep].double().sum(dim=0)
     mean_D = (x_sum_D / batch.keep.sum().clamp_min(1)).float()

@@ -14,7 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ...context.loaded_sae import Subject
+from ...context.loaded_sae import LoadedSae
 from .position import ANYWHERE, range_of_position
 from .tiers import equal_tiers
 
@@ -34,7 +34,7 @@ class Assignment:
         return self.of_latent == number
 
 
-def saved(subject: Subject, name: str) -> Tensor | None:
+def saved(subject: LoadedSae, name: str) -> Tensor | None:
     """A tensor that trained along, by its name beside the weights or by its path in the module."""
     tensor = subject.sae.extras_tensors.get(name)
     if tensor is None:
@@ -43,17 +43,17 @@ def saved(subject: Subject, name: str) -> Tensor | None:
     return tensor.detach().to(subject.sae.W_dec.device) if isinstance(tensor, Tensor) else None
 
 
-def tiers_of(subject: Subject, count: int) -> Assignment:
+def tiers_of(subject: LoadedSae, count: int) -> Assignment:
     """The tier of each latent, 0 the lowest."""
     return _saved_or_equal(subject, TIERS, count)
 
 
-def groups_of(subject: Subject, count: int) -> Assignment:
+def groups_of(subject: LoadedSae, count: int) -> Assignment:
     """The temporal group of each latent: short, medium, long, free."""
     return _saved_or_equal(subject, GROUPS, count)
 
 
-def ranges_of(subject: Subject, count: int, context: int) -> Assignment | None:
+def ranges_of(subject: LoadedSae, count: int, context: int) -> Assignment | None:
     """The range of positions of each latent, from its mask; None for an SAE that was trained without."""
     ranges = saved(subject, RANGES)
     if ranges is not None:
@@ -72,7 +72,7 @@ def is_bound(assignment: Assignment) -> Tensor:
     return assignment.of_latent != ANYWHERE
 
 
-def _saved_or_equal(subject: Subject, name: str, count: int) -> Assignment:
+def _saved_or_equal(subject: LoadedSae, name: str, count: int) -> Assignment:
     membership = saved(subject, name)
     if membership is not None:
         return Assignment(membership.long(), max(count, int(membership.max()) + 1), "saved")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...context.context import Scene
+from ...context.context import Context
 from ...model.divergence import LogitsOf, chunk_rows, compare, next_tokens
 from ...model.lm import LanguageModel
 from ...model.memory import PieceSize
@@ -75,9 +75,9 @@ class Tracer:
         return lambda start, stop: self._model.head(hidden_ND[start:stop])
 
 
-def make_tracers(scene: Scene, batch: Windows, layers: Sequence[int]) -> dict[int, Tracer]:
+def make_tracers(context: Context, batch: Windows, layers: Sequence[int]) -> dict[int, Tracer]:
     """A tracer for each layer, so that all SAEs of a layer share its clean pass."""
-    moments = {layer: scene.store.moments(layer) for layer in set(layers)}
+    moments = {layer: context.store.moments(layer) for layer in set(layers)}
     means = {layer: torch.as_tensor(part.mean, dtype=torch.float32) for layer, part in moments.items()}
-    rows = PieceSize(chunk_rows(scene.model.facts.vocab_size), "rows of logits", scene.say)
-    return {layer: Tracer(scene.model, batch, layer, mean.to(scene.device), rows) for layer, mean in means.items()}
+    rows = PieceSize(chunk_rows(context.model.facts.vocab_size), "rows of logits", context.say)
+    return {layer: Tracer(context.model, batch, layer, mean.to(context.device), rows) for layer, mean in means.items()}

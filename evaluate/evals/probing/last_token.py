@@ -13,8 +13,8 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from ...context.context import Scene
-from ...context.loaded_sae import Subject
+from ...context.context import Context
+from ...context.loaded_sae import LoadedSae
 from ...model.batches import make_rows, run_windows
 from ...model.lm import LanguageModel
 from ...model.memory import PieceSize, in_pieces
@@ -27,21 +27,21 @@ class LastTokens:
     """By the prompts' order."""
 
     resid: Mapping[tuple[int, ...], np.ndarray]  # float32 [N, D], by layers
-    latents: Mapping[Subject, csr_matrix]  # float32 [N, F]
+    latents: Mapping[LoadedSae, csr_matrix]  # float32 [N, F]
 
 
 def read_prompts(
-    scene: Scene, subjects: Sequence[Subject], title: str, prompts: Sequence[str], context: int, batch_size: int
+    context: Context, subjects: Sequence[LoadedSae], title: str, prompts: Sequence[str], length: int, batch_size: int
 ) -> LastTokens:
     """Run the model on prompts of like length together, and put its activations back into their order."""
-    rows = token_rows(scene.model, prompts, context)
+    rows = token_rows(context.model, prompts, length)
     order = np.argsort([len(row) for row in rows], kind="stable")
-    size = PieceSize(batch_size_for(subjects, context, batch_size), "prompts", scene.say)
+    size = PieceSize(batch_size_for(subjects, length, batch_size), "prompts", context.say)
 
-    with scene.watch.stage(title, len(rows), "prompts") as advance:
+    with context.watch.stage(title, len(rows), "prompts") as advance:
 
         def read(start: int, stop: int) -> LastTokens:
-            piece = read_last(_run(scene, subjects, [rows[row] for row in order[start:stop]]), subjects)
+            piece = read_last(_run(context, subjects, [rows[row] for row in order[start:stop]]), subjects)
             advance(stop - start)
             return piece
 
@@ -53,7 +53,7 @@ def read_prompts(
     )
 
 
-def read_last(batch: Windows, subjects: Sequence[Subject]) -> LastTokens:
+def read_last(batch: Windows, subjects: Sequence[LoadedSae]) -> LastTokens:
     """Activations at the last token of the prompts of a batch."""
     last = at_last(batch)
     groups = dict.fromkeys(subject.layers for subject in subjects)
@@ -76,7 +76,7 @@ def at_last(batch: Windows) -> Windows:
     return Windows(tokens=batch.tokens[rows, last][:, None], keep=one, valid=one, resid=resid)
 
 
-def latents_at_last(subject: Subject, batch: Windows, last: Windows) -> Tensor:
+def latents_at_last(subject: LoadedSae, batch: Windows, last: Windows) -> Tensor:
     """[W, F]; an SAE that reads more than the residual sees the whole prompt."""
     if not subject.needs:
         return subject.encode(last)[:, 0]
@@ -84,7 +84,7 @@ def latents_at_last(subject: Subject, batch: Windows, last: Windows) -> Tensor:
     return subject.encode(batch)[rows, batch.valid.sum(dim=1) - 1]
 
 
-def _run(scene: Scene, subjects: Sequence[Subject], rows: Sequence[Sequence[int]]) -> Windows:
+def _run(context: Context, subjects: Sequence[LoadedSae], rows: Sequence[Sequence[int]]) -> Windows:
     layers = sorted({layer for subject in subjects for layer in subject.layers})
-    tokens, valid = make_rows(scene.model, rows, max(map(len, rows)))
-    return run_windows(scene.model, tokens, valid, layers, attention_for(scene, subjects))
+    tokens, valid = make_rows(context.model, rows, max(map(len, rows)))
+    return run_windows(context.model, tokens, valid, layers, attention_for(context, subjects))

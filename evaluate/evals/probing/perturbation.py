@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...context.loaded_sae import Subject
+from ...context.loaded_sae import LoadedSae
 from .ablation import Ablatable, Kind, Logits, effects_of_classes, top_effects
 from .dense_probe import LinearProbe, Training, probe_every_class
 from .features import Draw, Features, draw_probe
@@ -74,7 +74,7 @@ class OfModel:
 
 
 def perturb(
-    pool: Pool, subject: Subject, task: Task, setup: Setup, generator: torch.Generator, of_model: OfModel
+    pool: Pool, subject: LoadedSae, task: Task, setup: Setup, generator: torch.Generator, of_model: OfModel
 ) -> Perturbed:
     """The protocol."""
     resid = pool.of_model(subject.layers, task.train), pool.of_model(subject.layers, task.test)
@@ -85,7 +85,7 @@ def perturb(
     return Perturbed(probed.clean, switch_off(latents, tests, setup, lambda: generator))
 
 
-def perturb_corrected(pool: Pool, subject: Subject, task: Task, setup: Setup, of_model: OfModel) -> Perturbed:
+def perturb_corrected(pool: Pool, subject: LoadedSae, task: Task, setup: Setup, of_model: OfModel) -> Perturbed:
     """The same without what is wrong in it; draws nothing from the protocol's generator."""
     resid = pool.of_model(subject.layers, task.train), pool.of_model(subject.layers, task.test)
     own = seeded(setup.seed)

@@ -21,8 +21,8 @@ from scipy.sparse import csc_matrix, csr_matrix, vstack
 from torch import Tensor
 
 from ....cache_schema import AttentionSpec
-from ...context.context import Scene
-from ...context.loaded_sae import Subject
+from ...context.context import Context
+from ...context.loaded_sae import LoadedSae
 from ...errors import DataMissing
 from ...model.batches import make_rows, run_windows
 from ...model.lm import LanguageModel
@@ -39,8 +39,8 @@ class Piece:
     """What some texts give: the model's mean residuals by layers, mean latents by SAE. float32 [W, features]."""
 
     model: Mapping[tuple[int, ...], csr_matrix]
-    latents: Mapping[Subject, csr_matrix]
-    leaky: Mapping[Subject, csr_matrix]
+    latents: Mapping[LoadedSae, csr_matrix]
+    leaky: Mapping[LoadedSae, csr_matrix]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +55,10 @@ class Pool:
         """What the residuals of some layers are on average."""
         return self._features(self.whole.model[layers], classes, self.dtype)
 
-    def of_latents(self, subject: Subject, classes: Classes) -> Features:
+    def of_latents(self, subject: LoadedSae, classes: Classes) -> Features:
         return self._features(self.whole.latents[subject], classes, torch.float32)
 
-    def of_leaky_latents(self, subject: Subject, classes: Classes) -> Features:
+    def of_leaky_latents(self, subject: LoadedSae, classes: Classes) -> Features:
         return self._features(self.whole.leaky[subject], classes, torch.float32)
 
     def _features(self, matrix: csr_matrix, classes: Classes, dtype: torch.dtype) -> Features:
@@ -68,24 +68,24 @@ class Pool:
 
 
 def pool_task(
-    scene: Scene, subjects: Sequence[Subject], task: Task, context: int, batch_size: int, leaky: bool = False
+    context: Context, subjects: Sequence[LoadedSae], task: Task, length: int, batch_size: int, leaky: bool = False
 ) -> Pool:
     """Pool every text of a task, each once however often it is used."""
     texts = list(dict.fromkeys(text for part in (task.train, task.test) for each in part.values() for text in each))
     layers = sorted({layer for subject in subjects for layer in subject.layers})
-    attention = attention_for(scene, subjects)
-    size = PieceSize(batch_size_for(subjects, context, batch_size), "texts", scene.say)
+    attention = attention_for(context, subjects)
+    size = PieceSize(batch_size_for(subjects, length, batch_size), "texts", context.say)
 
-    with scene.watch.stage(f"{task.name}: texts", len(texts), "texts") as advance:
+    with context.watch.stage(f"{task.name}: texts", len(texts), "texts") as advance:
 
         def read(start: int, stop: int) -> Piece:
-            rows = make_rows(scene.model, texts[start:stop], context)
-            batch = run_windows(scene.model, *rows, layers, attention)
-            piece = read_piece(without_special(scene.model, batch), subjects, leaky)
+            rows = make_rows(context.model, texts[start:stop], length)
+            batch = run_windows(context.model, *rows, layers, attention)
+            piece = read_piece(without_special(context.model, batch), subjects, leaky)
             advance(stop - start)
             return piece
 
-        return make_pool(texts, list(in_pieces(len(texts), size, read)), scene.model.dtype)
+        return make_pool(texts, list(in_pieces(len(texts), size, read)), context.model.dtype)
 
 
 def make_pool(texts: Sequence[str], pieces: Sequence[Piece], dtype: torch.dtype) -> Pool:
@@ -99,7 +99,7 @@ def make_pool(texts: Sequence[str], pieces: Sequence[Piece], dtype: torch.dtype)
     return Pool({text: row for row, text in enumerate(texts)}, whole, dtype)
 
 
-def read_piece(batch: Windows, subjects: Sequence[Subject], leaky: bool) -> Piece:
+def read_piece(batch: Windows, subjects: Sequence[LoadedSae], leaky: bool) -> Piece:
     """Mean features of the texts of a masked batch, for every SAE."""
     model, latents, leaked = {}, {}, {}
     for layers in dict.fromkeys(subject.layers for subject in subjects):
@@ -162,18 +162,18 @@ def stacked(parts: Sequence[csr_matrix]) -> csr_matrix:
     return csr_matrix(vstack(parts, dtype=np.float32))
 
 
-def batch_size_for(subjects: Sequence[Subject], context: int, wanted: int) -> int:
+def batch_size_for(subjects: Sequence[LoadedSae], context: int, wanted: int) -> int:
     """As many texts at once as asked for, but no more than the widest SAE's activations allow."""
     widest = max(subject.width for subject in subjects)
     return max(1, min(wanted, ACTIVATIONS_AT_ONCE // (context * widest)))
 
 
-def attention_for(scene: Scene, subjects: Sequence[Subject]) -> AttentionSpec | None:
+def attention_for(context: Context, subjects: Sequence[LoadedSae]) -> AttentionSpec | None:
     """How attention is kept for SAEs that read it: as in the store, in the layers they ask for."""
     layers = tuple(sorted({layer for subject in subjects for layer in subject.attention_layers}))
     if not layers:
         return None
-    stored = scene.manifest.attention
+    stored = context.manifest.attention
     if stored is None:
         raise DataMissing(
             "an SAE reads attention, and the store says nothing of how attention is kept: harvest with it"

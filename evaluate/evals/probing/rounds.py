@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ....train.sae.model import SparseAutoencoder
-from ...context.context import Scene
-from ...context.loaded_sae import Subject
+from ...context.context import Context
+from ...context.loaded_sae import LoadedSae
 from ...context.results import Failure, Result
 from ...errors import NotApplicable
 from .ablation import Kind
@@ -30,22 +30,22 @@ class Outcome:
 
 
 def evaluate_able(
-    scene: Scene,
-    subjects: Sequence[Subject],
+    context: Context,
+    subjects: Sequence[LoadedSae],
     config: Settings,
-    evaluate: Callable[[Scene, Sequence[Subject], Source, Settings], Iterator[Result]],
+    evaluate: Callable[[Context, Sequence[LoadedSae], Source, Settings], Iterator[Result]],
 ) -> Iterator[Result | Failure]:
     """Why some SAEs cannot be evaluated, then what `evaluate` says of the others by the data and their settings."""
     able, unable = divide(subjects)
     yield from unable
     if able:
-        source = find_source(scene, config.data)
-        yield from evaluate(scene, able, source, filled(config, source))
+        source = find_source(context, config.data)
+        yield from evaluate(context, able, source, filled(config, source))
 
 
-def divide(subjects: Sequence[Subject]) -> tuple[list[Subject], list[Failure]]:
+def divide(subjects: Sequence[LoadedSae]) -> tuple[list[LoadedSae], list[Failure]]:
     """The SAEs that write what they read by a plain decoder matrix, and why the others cannot be evaluated."""
-    able: list[Subject] = []
+    able: list[LoadedSae] = []
     unable: list[Failure] = []
     for subject in subjects:
         try:
@@ -56,7 +56,7 @@ def divide(subjects: Sequence[Subject]) -> tuple[list[Subject], list[Failure]]:
     return able, unable
 
 
-def require_linear(subject: Subject) -> None:
+def require_linear(subject: LoadedSae) -> None:
     """Switching latents off by logits rests on a decoder that is one matrix, back into the same layer."""
     _ = subject.layer
     if type(subject.sae).decode is not SparseAutoencoder.decode:
@@ -66,22 +66,22 @@ def require_linear(subject: Subject) -> None:
 
 
 def perturb_all(
-    scene: Scene,
-    subjects: Sequence[Subject],
+    context: Context,
+    subjects: Sequence[LoadedSae],
     tasks: Sequence[Task],
     settings: Settings,
     kind: Kind,
     classes_of: Callable[[Task], Sequence[str]],
-) -> Iterator[tuple[Subject, dict[str, Outcome]]]:
+) -> Iterator[tuple[LoadedSae, dict[str, Outcome]]]:
     """Outcomes by task, for every SAE; the model reads each task's texts once for all."""
     assert settings.context_length is not None
-    generators: dict[Subject, torch.Generator] = {subject: seeded(settings.random_seed) for subject in subjects}
-    outcomes: dict[Subject, dict[str, Outcome]] = {subject: {} for subject in subjects}
+    generators: dict[LoadedSae, torch.Generator] = {subject: seeded(settings.random_seed) for subject in subjects}
+    outcomes: dict[LoadedSae, dict[str, Outcome]] = {subject: {} for subject in subjects}
     for task in tasks:
         setup = Setup(kind, classes_of(task), settings.n_values, settings.training, settings.random_seed)
-        pool = pool_task(scene, subjects, task, settings.context_length, settings.llm_batch_size, leaky=True)
+        pool = pool_task(context, subjects, task, settings.context_length, settings.llm_batch_size, leaky=True)
         of_model = {subject.layers: OfModel() for subject in subjects}
-        with scene.watch.stage(f"{task.name}: ablations", len(subjects), "SAEs") as advance:
+        with context.watch.stage(f"{task.name}: ablations", len(subjects), "SAEs") as advance:
             for subject in subjects:
                 shared = of_model[subject.layers]
                 outcomes[subject][task.name] = Outcome(

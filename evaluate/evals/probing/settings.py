@@ -8,7 +8,7 @@ from typing import Any
 
 from ....cache_schema.strict import to_json
 from ...context.compatible import model_name_of
-from ...context.context import Scene
+from ...context.context import Context
 from .ablation import Kind
 from .dense_probe import Training
 from .sources import DataName, Source
@@ -69,7 +69,7 @@ def filled(settings: Settings, source: Source) -> Settings:
 
 
 def official_config(
-    settings: Settings, scene: Scene, source: Source, kind: Kind, names: Sequence[str], pairs: Mapping[str, Any]
+    settings: Settings, context: Context, source: Source, kind: Kind, names: Sequence[str], pairs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """SAEBench's settings under its keys, then ours."""
     raw = to_json(settings)
@@ -88,9 +88,9 @@ def official_config(
         "probe_l1_penalty": raw["probe_l1_penalty"],
         "sae_batch_size": 125,
         "llm_batch_size": raw["llm_batch_size"],
-        "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
+        "llm_dtype": str(context.model.dtype).removeprefix("torch."),
         "lower_vram_usage": False,
-        "model_name": model_name_of(scene),
+        "model_name": model_name_of(context),
         "n_values": raw["n_values"],
         "column1_vals_lookup": pairs,
         **of_data(source),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from ...context.context import Scene
+from ...context.context import Context
 from ...errors import DataMissing
 from . import hub, installed, stdlib
 from .texts import Table, Task
@@ -117,10 +117,10 @@ STDLIB = Source(
 )
 
 
-def find_source(scene: Scene, wanted: DataName) -> Source:
+def find_source(context: Context, wanted: DataName) -> Source:
     """The data that a setting means."""
     if wanted == "auto":
-        return STDLIB if scene.is_pocket else HUB
+        return STDLIB if context.is_pocket else HUB
     return STDLIB if wanted == "stdlib" else HUB
 
 

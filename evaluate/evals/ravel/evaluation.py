@@ -19,9 +19,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ...context.compatible import attention_of, model_name_of, split_fitting
-from ...context.context import Scene
+from ...context.context import Context
 from ...context.disk_cache import model_print, remembered
-from ...context.loaded_sae import Subject
+from ...context.loaded_sae import LoadedSae
 from ...context.needs import Needs
 from ...context.prompt_positions import Reader
 from ...context.results import Failure, Result
@@ -81,21 +81,21 @@ class Findings:
         self.latents.setdefault(entity, {})[attribute] = int(chosen.sum())
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
-    is_stdlib = config.data == "stdlib" or (config.data == "auto" and scene.is_pocket)
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    is_stdlib = config.data == "stdlib" or (config.data == "auto" and context.is_pocket)
     selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
     entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
     require_selectable(selection, entities)
-    fitting, failures = split_fitting(subjects, scene.model)
+    fitting, failures = split_fitting(subjects, context.model)
     yield from failures
     if not fitting:
         return
     findings = {subject: Findings() for subject in fitting}
     draw = random.Random(config.random_seed)
     for entity_class in entities:
-        study(scene, entity_class, selection[entity_class.name], findings, config, draw)
+        study(context, entity_class, selection[entity_class.name], findings, config, draw)
     for subject in fitting:
-        yield make_result(scene, subject, findings[subject], selection, config)
+        yield make_result(context, subject, findings[subject], selection, config)
 
 
 def require_selectable(selection: Mapping[str, Sequence[str]], entities: Sequence[EntityClass]) -> None:
@@ -114,61 +114,63 @@ def listed(selection: Mapping[str, Sequence[str]]) -> str:
 
 
 def study(
-    scene: Scene,
+    context: Context,
     entity_class: EntityClass,
     attributes: Sequence[str],
-    findings: Mapping[Subject, Findings],
+    findings: Mapping[LoadedSae, Findings],
     config: Config,
     draw: random.Random,
 ) -> None:
     """One entity class, attribute by attribute, for all SAEs."""
-    prompts = known_prompts(scene, entity_class, attributes, config)
+    prompts = known_prompts(context, entity_class, attributes, config)
     subjects = tuple(findings)
     batch_size = config.llm_batch_size * GENERATION_FACTOR
-    reader = Reader(scene.model, subjects, attention_of(scene, subjects), batch_size, scene.say)
-    with scene.watch.stage(f"ravel: reading {entity_class.name}", len(prompts), "prompts") as advance:
+    reader = Reader(context.model, subjects, attention_of(context, subjects), batch_size, context.say)
+    with context.watch.stage(f"ravel: reading {entity_class.name}", len(prompts), "prompts") as advance:
         trial = Trial(reader, prompts, advance)
     for attribute in attributes:
         others = [other for other in attributes if other != attribute]
         pairs = draw_pairs(prompts, attribute, others, config.num_pairs_per_attribute, draw)
-        swap_attribute(scene, trial, entity_class.name, attribute, pairs, findings, config)
+        swap_attribute(context, trial, entity_class.name, attribute, pairs, findings, config)
 
 
-def known_prompts(scene: Scene, entity_class: EntityClass, attributes: Sequence[str], config: Config) -> list[Prompt]:
+def known_prompts(
+    context: Context, entity_class: EntityClass, attributes: Sequence[str], config: Config
+) -> list[Prompt]:
     """Prompts that the model answers right; what it says to the protocol's is remembered between runs."""
-    model = scene.model
+    model = context.model
     prompts = make_prompts(entity_class, attributes, model.tokenizer.encode, model.bos)
     if entity_class.name == ENTITY_CLASS:
-        first, said = ask(scene, entity_class.name, prompts, config)
+        first, said = ask(context, entity_class.name, prompts, config)
     else:
         decided_by = [model_print(model), str(config.n_generated_tokens), *(prompt.text for prompt in prompts)]
         folder = Path(config.cache).expanduser()
         first, said = remembered(
-            folder, entity_class.name, decided_by, lambda: ask(scene, entity_class.name, prompts, config)
+            folder, entity_class.name, decided_by, lambda: ask(context, entity_class.name, prompts, config)
         )
     return answered_prompts(prompts, first, said, config.top_n_entities)
 
 
-def ask(scene: Scene, name: str, prompts: Sequence[Prompt], config: Config) -> tuple[list[int], list[str]]:
+def ask(context: Context, name: str, prompts: Sequence[Prompt], config: Config) -> tuple[list[int], list[str]]:
     batch_size = config.llm_batch_size * GENERATION_FACTOR
-    with scene.watch.stage(f"ravel: asking about {name}", len(prompts), "prompts") as advance:
-        return complete(scene.model, prompts, config.n_generated_tokens, batch_size, advance)
+    with context.watch.stage(f"ravel: asking about {name}", len(prompts), "prompts") as advance:
+        return complete(context.model, prompts, config.n_generated_tokens, batch_size, advance)
 
 
 def swap_attribute(
-    scene: Scene,
+    context: Context,
     trial: Trial,
     entity: str,
     attribute: str,
     pairs: Sequence[Pair],
-    findings: Mapping[Subject, Findings],
+    findings: Mapping[LoadedSae, Findings],
     config: Config,
 ) -> None:
     """Learn and judge the masks of one attribute."""
     cut = int(len(pairs) * config.train_test_split)
     training = config.training
     total = training.epochs * cut + len(pairs) - cut
-    with scene.watch.stage(f"ravel: {entity}, {attribute}", total, "pairs") as advance:
+    with context.watch.stage(f"ravel: {entity}, {attribute}", total, "pairs") as advance:
         chosen = trial.learn(pairs[:cut], training, advance)
         judged, said = trial.completions(pairs[cut:], chosen, config.n_generated_tokens, config.llm_batch_size, advance)
     for subject, found in findings.items():
@@ -176,14 +178,14 @@ def swap_attribute(
 
 
 def make_result(
-    scene: Scene, subject: Subject, found: Findings, selection: Mapping[str, Sequence[str]], config: Config
+    context: Context, subject: LoadedSae, found: Findings, selection: Mapping[str, Sequence[str]], config: Config
 ) -> Result:
     """Means over attributes, then over entity classes."""
     total = mean_scores([mean_scores(list(scores.values())) for scores in found.official.values()])
     ours = mean_scores([mean_scores(list(scores.values())) for scores in found.ours.values()])
     return Result(
         subject,
-        official_config(scene, selection, config),
+        official_config(context, selection, config),
         {
             "ravel": {
                 "disentanglement_score": total.disentangle,
@@ -210,7 +212,7 @@ def by_class(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, dict[str, 
     }
 
 
-def official_config(scene: Scene, selection: Mapping[str, Sequence[str]], config: Config) -> dict[str, Any]:
+def official_config(context: Context, selection: Mapping[str, Sequence[str]], config: Config) -> dict[str, Any]:
     """Under the protocol's keys what was done."""
     return {
         "entity_attribute_selection": {entity: list(attributes) for entity, attributes in selection.items()},
@@ -220,8 +222,8 @@ def official_config(scene: Scene, selection: Mapping[str, Sequence[str]], config
         "num_pairs_per_attribute": config.num_pairs_per_attribute,
         "train_test_split": config.train_test_split,
         "force_dataset_recompute": False,
-        "model_name": model_name_of(scene),
-        "llm_dtype": str(scene.model.dtype).removeprefix("torch."),
+        "model_name": model_name_of(context),
+        "llm_dtype": str(context.model.dtype).removeprefix("torch."),
         "llm_batch_size": config.llm_batch_size,
         "learning_rate": config.learning_rate,
         "num_epochs": config.num_epochs,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...context.compatible import layers_of
-from ...context.loaded_sae import Subject
+from ...context.loaded_sae import LoadedSae
 from ...context.prompt_positions import Reader, Reading, Spot
 from ...errors import NotApplicable
 from ...model.batches import make_rows
@@ -62,7 +62,7 @@ class Trial:
         spots = [Spot(prompt.tokens, prompt.entity_position) for prompt in prompts]
         self._reading: Reading = reader.read(spots, advance)
 
-    def learn(self, pairs: Sequence[Pair], training: Training, advance: Advance) -> dict[Subject, Tensor]:
+    def learn(self, pairs: Sequence[Pair], training: Training, advance: Advance) -> dict[LoadedSae, Tensor]:
         """For each SAE the latents that are swapped: float [F], 0 or 1."""
         batches = list(self.batches(pairs, training.batch_size))
         masks = {subject: LatentMask(subject.width, training.lr, self.model.device) for subject in self.subjects}
@@ -74,11 +74,11 @@ class Trial:
         return {subject: mask.chosen() for subject, mask in masks.items()}
 
     def completions(
-        self, pairs: Sequence[Pair], chosen: Mapping[Subject, Tensor], count: int, batch_size: int, advance: Advance
-    ) -> tuple[list[Pair], dict[Subject, list[str]]]:
+        self, pairs: Sequence[Pair], chosen: Mapping[LoadedSae, Tensor], count: int, batch_size: int, advance: Advance
+    ) -> tuple[list[Pair], dict[LoadedSae, list[str]]]:
         """The pairs that fill batches, and what the model says to each when an SAE's latents are swapped."""
         judged: list[Pair] = []
-        said: dict[Subject, list[str]] = {subject: [] for subject in self.subjects}
+        said: dict[LoadedSae, list[str]] = {subject: [] for subject in self.subjects}
         for batch in self.batches(pairs, batch_size):
             judged += batch.pairs
             for subject, share_F in chosen.items():
@@ -105,23 +105,23 @@ class Trial:
         numbers = (torch.tensor(each, device=device) for each in (places, bases, sources, _targets(pairs)))
         return PairBatch(pairs, tokens.to(device), valid.to(device), *numbers)
 
-    def _step(self, batch: PairBatch, masks: Mapping[Subject, LatentMask], temperature: float) -> None:
+    def _step(self, batch: PairBatch, masks: Mapping[LoadedSae, LatentMask], temperature: float) -> None:
         resid = self.model.resid(batch.tokens, layers_of(self.subjects), batch.valid)
         resid = {layer: each.clone() for layer, each in resid.items()}  # inference's own tensors take no gradient
         for subject, mask in masks.items():
 
-            def predict(codes_WF: Tensor, subject: Subject = subject) -> Tensor:
+            def predict(codes_WF: Tensor, subject: LoadedSae = subject) -> Tensor:
                 changed = batch.replaced(resid[subject.layer], subject.sae.decode(codes_WF))
                 return self.model.last_logits(changed, subject.layer, batch.valid)
 
             mask.step(Swap(*self._codes(subject, batch), batch.targets), temperature, predict)
 
-    def _say(self, batch: PairBatch, subject: Subject, share_F: Tensor, count: int) -> list[str]:
+    def _say(self, batch: PairBatch, subject: LoadedSae, share_F: Tensor, count: int) -> list[str]:
         x_hat_WD = subject.sae.decode(mixed(*self._codes(subject, batch), share_F))
         splice = {subject.layer: lambda resid_WTD: batch.replaced(resid_WTD, x_hat_WD)}
         return decoded(self.model, self.model.complete(batch.tokens, count, batch.valid, splice))
 
-    def _codes(self, subject: Subject, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    def _codes(self, subject: LoadedSae, batch: PairBatch) -> tuple[Tensor, Tensor]:
         return self._reading.acts_of(subject, batch.bases), self._reading.acts_of(subject, batch.sources)
 
 

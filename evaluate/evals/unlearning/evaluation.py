@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...context.compatible import attention_of, model_name_of, split_fitting
-from ...context.context import Scene
-from ...context.loaded_sae import Subject
+from ...context.context import Context
+from ...context.loaded_sae import LoadedSae
 from ...context.needs import Needs
 from ...context.results import Failure, Result
 from ...errors import NotApplicable
@@ -72,27 +72,27 @@ class Config:
         )
 
 
-def evaluate(scene: Scene, subjects: Sequence[Subject], config: Config) -> Iterator[Result | Failure]:
-    material = load_material(scene, config)
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    material = load_material(context, config)
     fitting, failures = split_fitting(subjects, material.model)
     yield from failures
     if not fitting:
         return
-    trial = Trial(material.model, fitting, attention_of(scene, fitting), config.llm_batch_size, scene.say)
+    trial = Trial(material.model, fitting, attention_of(context, fitting), config.llm_batch_size, context.say)
     exams = set_exams(material, config)
-    settings = choose_settings(scene, trial, material, config)
-    with scene.watch.stage("unlearning: exams", count(exams), "questions") as advance:
+    settings = choose_settings(context, trial, material, config)
+    with context.watch.stage("unlearning: exams", count(exams), "questions") as advance:
         outcomes = trial.sit(exams, settings, advance)
     for subject in fitting:
         yield make_result(subject, outcomes[subject], material, exams, config)
 
 
-def load_material(scene: Scene, config: Config) -> Material:
-    data = config.data if config.data != "auto" else "stdlib" if scene.is_pocket else "wmdp"
+def load_material(context: Context, config: Config) -> Material:
+    data = config.data if config.data != "auto" else "stdlib" if context.is_pocket else "wmdp"
     if data == "stdlib":
-        return load_topic(scene.model, model_name_of(scene), config.topic, config.random_seed)
+        return load_topic(context.model, model_name_of(context), config.topic, config.random_seed)
     return load_wmdp(
-        scene,
+        context,
         config.model,
         config.forget_corpus,
         config.dataset_names,
@@ -114,17 +114,17 @@ def set_exams(material: Material, config: Config) -> list[Exam]:
 
 
 def choose_settings(
-    scene: Scene, trial: Trial, material: Material, config: Config
-) -> Mapping[Subject, Sequence[Setting]]:
+    context: Context, trial: Trial, material: Material, config: Config
+) -> Mapping[LoadedSae, Sequence[Setting]]:
     tokens = material.forget_rows.numel() + material.retain_rows.numel()
-    with scene.watch.stage("unlearning: firing", tokens) as advance:
+    with context.watch.stage("unlearning: firing", tokens) as advance:
         forget, retain = (trial.firing_shares(rows, advance) for rows in (material.forget_rows, material.retain_rows))
     sweep = config.sweep(material.sweep)
     return {subject: make_settings(forget[subject], retain[subject], sweep) for subject in trial.subjects}
 
 
 def make_result(
-    subject: Subject, outcomes: Sequence[Outcome], material: Material, exams: Sequence[Exam], config: Config
+    subject: LoadedSae, outcomes: Sequence[Outcome], material: Material, exams: Sequence[Exam], config: Config
 ) -> Result:
     forget, retain = ([paper.name for paper in papers] for papers in (material.forget, material.retain))
     asked = [exam.name for exam in exams if len(exam)]

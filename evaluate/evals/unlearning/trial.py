@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ....cache_schema import AttentionSpec
 from ...context.compatible import layers_of
-from ...context.loaded_sae import Subject
+from ...context.loaded_sae import LoadedSae
 from ...model.batches import run_windows
 from ...model.lm import LanguageModel
 from ...model.memory import PieceSize, in_pieces
@@ -36,12 +36,12 @@ class Trial:
     """SAEs on one model. Rows that do not fit into memory together run in smaller batches."""
 
     model: LanguageModel
-    subjects: Sequence[Subject]
+    subjects: Sequence[LoadedSae]
     attention: AttentionSpec | None
     batch_size: int
     say: Callable[[str], None] = lambda _: None
 
-    def firing_shares(self, rows_WT: Tensor, advance: Advance) -> dict[Subject, np.ndarray]:
+    def firing_shares(self, rows_WT: Tensor, advance: Advance) -> dict[LoadedSae, np.ndarray]:
         """For each SAE the share of tokens on which each latent fires."""
 
         def count(start: int, stop: int) -> list[FiringCounts]:
@@ -55,8 +55,8 @@ class Trial:
         return {subject: total.shares() for subject, total in zip(self.subjects, totals, strict=True)}
 
     def sit(
-        self, exams: Sequence[Exam], settings: Mapping[Subject, Sequence[Setting]], advance: Advance
-    ) -> dict[Subject, list[Outcome]]:
+        self, exams: Sequence[Exam], settings: Mapping[LoadedSae, Sequence[Setting]], advance: Advance
+    ) -> dict[LoadedSae, list[Outcome]]:
         """Every exam under every setting of every SAE; the layers below an SAE run once for all of them."""
         tally = Tally()
         for exam in exams:
@@ -71,7 +71,7 @@ class Trial:
         return run_windows(self.model, tokens_WT, valid_WT, layers_of(self.subjects), self.attention)
 
     def _answer_part(
-        self, exam: Exam, sheet: Sheet, settings: Mapping[Subject, Sequence[Setting]], start: int, stop: int
+        self, exam: Exam, sheet: Sheet, settings: Mapping[LoadedSae, Sequence[Setting]], start: int, stop: int
     ) -> list[Right]:
         part = sheet.part(start, stop)
         if not len(part):
@@ -82,7 +82,7 @@ class Trial:
         ]
 
     def _answers(
-        self, exam: Exam, sheet: Sheet, batch: Windows, subject: Subject, settings: Sequence[Setting]
+        self, exam: Exam, sheet: Sheet, batch: Windows, subject: LoadedSae, settings: Sequence[Setting]
     ) -> Iterator[Right]:
         acts_WTF = subject.encode(batch)
         resid_WTD = batch.resid[subject.layer]
@@ -98,7 +98,7 @@ class Trial:
 class Right:
     """How many questions of a sheet were answered right under an intervention."""
 
-    subject: Subject
+    subject: LoadedSae
     setting: Setting
     count: int
 
@@ -107,13 +107,13 @@ class Right:
 class Tally:
     """Right answers so far, by SAE, exam and intervention."""
 
-    right: dict[tuple[Subject, str, tuple[object, ...]], int] = field(default_factory=lambda: defaultdict(int))
+    right: dict[tuple[LoadedSae, str, tuple[object, ...]], int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, exam: Exam, answers: Sequence[Right]) -> None:
         for each in answers:
             self.right[each.subject, exam.name, _essence(each.setting)] += each.count
 
-    def outcomes(self, subject: Subject, exams: Sequence[Exam], settings: Sequence[Setting]) -> list[Outcome]:
+    def outcomes(self, subject: LoadedSae, exams: Sequence[Exam], settings: Sequence[Setting]) -> list[Outcome]:
         return [
             Outcome(
                 setting, {exam.name: (self.right[subject, exam.name, _essence(setting)], len(exam)) for exam in exams}

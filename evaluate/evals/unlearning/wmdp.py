@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ...context.context import Scene, find_model
+from ...context.context import Context, find_model
 from ...context.hub_data import load_rows
 from ...errors import DataMissing, NotApplicable
 from ...model.lm import LanguageModel, load_language_model
@@ -30,13 +30,13 @@ REQUEST_FORM = "https://huggingface.co/datasets/cais/wmdp-corpora"
 
 
 def load_wmdp(
-    scene: Scene, model_name: str, corpus: str, names: Sequence[str], size: int, length: int, batch: int, seed: int
+    context: Context, model_name: str, corpus: str, names: Sequence[str], size: int, length: int, batch: int, seed: int
 ) -> Material:
     """All of it; what needs no download is looked at first, so that a missing file is said at once."""
     forget_texts = read_corpus(Path(corpus).expanduser())
     retain_texts = [row["text"] for row in load_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
     questions = {name: read_questions(name) for name in names}
-    model = load_instructed(scene, model_name)
+    model = load_instructed(context, model_name)
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     long_enough = [text for text in retain_texts if len(text) > MIN_CHARACTERS]
     rows = [
@@ -72,7 +72,7 @@ def read_questions(name: str) -> list[Question]:
     return [Question(subject, row["question"], tuple(row["choices"]), int(row["answer"])) for row in rows]
 
 
-def load_instructed(scene: Scene, name: str) -> LanguageModel:
+def load_instructed(context: Context, name: str) -> LanguageModel:
     """The instruction-tuned model: the SAE reads it although it was trained on the base model."""
     if "gemma" not in name.lower() or "it" not in name.lower().split("/")[-1].split("-"):
         raise NotApplicable(
@@ -80,5 +80,5 @@ def load_instructed(scene: Scene, name: str) -> LanguageModel:
             "--set unlearning.model=google/gemma-2-2b-it, or --set unlearning.data=stdlib for any model"
         )
     source = find_model(None, name)
-    scene.say(f"loading {source.id} for its answers")
-    return load_language_model(source.folder, scene.dtype, scene.device)
+    context.say(f"loading {source.id} for its answers")
+    return load_language_model(source.folder, context.dtype, context.device)

@@ -31,10 +31,10 @@ class Positional(SparseAutoencoder):
 
 
 @pytest.fixture
-def batch(world, open_scene, builder):
-    scene = open_scene(world)
+def batch(world, open_context, builder):
+    context = open_context(world)
     layer = builder.LAYER
-    return next(iter(store_batches(scene.store, "test", (layer,), (layer,), batch_windows=4)))
+    return next(iter(store_batches(context.store, "test", (layer,), (layer,), batch_windows=4)))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from saemill.cache_schema import AttentionSpec, Store
-from saemill.evaluate.context.context import Scene, find_model
+from saemill.evaluate.context.context import Context, find_model
 from saemill.evaluate.errors import MemoryTooSmall, ModelMissing
 from saemill.evaluate.model import lm
 from saemill.evaluate.model.batches import joined, make_rows, run_windows, store_batches
@@ -173,11 +173,11 @@ def test_another_revision_is_another_model(world, make_world):
         find_model(None, None)
 
 
-def test_a_model_that_cannot_be_had_is_asked_for_once(make_world, open_scene, monkeypatch):
-    scene = open_scene(make_world(model_id="nobody/has-this"))
+def test_a_model_that_cannot_be_had_is_asked_for_once(make_world, open_context, monkeypatch):
+    context = open_context(make_world(model_id="nobody/has-this"))
     for _ in range(2):
         with pytest.raises(ModelMissing, match="--model"):
-            _ = scene.model
+            _ = context.model
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_model_that_does_not_fit_is_not_called_damaged(world, monkeypatch):
 
 def test_no_store_is_said_in_words():
     with pytest.raises(Exception, match="give --cache"):
-        _ = Scene(None).store
+        _ = Context(None).store
 
 
 def test_the_pocket_model_knows_nothing_without_its_residual():

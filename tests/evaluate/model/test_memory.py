@@ -51,11 +51,11 @@ def test_other_errors_pass():
     assert not is_out_of_memory(MemoryTooSmall("x"))
 
 
-def test_core_says_that_it_halves_and_gives_the_same_numbers(world, open_scene, builder, monkeypatch):
+def test_core_says_that_it_halves_and_gives_the_same_numbers(world, open_context, builder, monkeypatch):
     """The batch of the definitions stays whole, whatever goes in at once."""
     subject = builder.subject(builder.make_sae())
     config = core.Config(batch_size_prompts=4, resamples=10)
-    (whole,) = core.evaluate(open_scene(world), [subject], config)
+    (whole,) = core.evaluate(open_context(world), [subject], config)
     original = encoding.encode
 
     def tight(sae, x):
@@ -64,9 +64,9 @@ def test_core_says_that_it_halves_and_gives_the_same_numbers(world, open_scene, 
         return original(sae, x)
 
     monkeypatch.setattr(encoding, "encode", tight)
-    scene, said = open_scene(world), []
-    monkeypatch.setattr(scene, "say", said.append)
-    (halved,) = core.evaluate(scene, [subject], config)
+    context, said = open_context(world), []
+    monkeypatch.setattr(context, "say", said.append)
+    (halved,) = core.evaluate(context, [subject], config)
     assert any("going on with 1 windows" in line for line in said)
     for group, values in whole.metrics.items():
         assert halved.metrics[group] == pytest.approx(values, rel=1e-5), group

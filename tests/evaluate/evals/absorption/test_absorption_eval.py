@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM
 
-from saemill.evaluate.context.context import Scene
+from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.context.prompt_positions import Reading
 from saemill.evaluate.context.results import Failure, Result
@@ -107,11 +107,11 @@ def test_shapes():
 
 
 def run(tiny: LanguageModel, builder, **settings: object) -> list[Result | Failure]:
-    scene = Scene(None, model_name="tiny", watch=Watch(is_quiet=True))
-    scene.use(tiny)
+    context = Context(None, model_name="tiny", watch=Watch(is_quiet=True))
+    context.use(tiny)
     saes = [builder.subject(builder.make_sae(k=None, seed=seed), f"sae{seed}") for seed in (0, 1)]
     config = absorption.Config(max_words=60, llm_batch_size=16, k_sparse_probe_num_epochs=3, **settings)
-    return list(absorption.evaluate(scene, saes, config))
+    return list(absorption.evaluate(context, saes, config))
 
 
 def test_the_whole_evaluation_repeats_by_its_seed_and_leaks_none(tiny, builder):

@@ -38,8 +38,8 @@ def passes(monkeypatch):
     return counted
 
 
-def run(scene, subject):
-    (result,) = core.evaluate(scene, [subject], SMALL)
+def run(context, subject):
+    (result,) = core.evaluate(context, [subject], SMALL)
     return result
 
 
@@ -47,19 +47,19 @@ def kept(world):
     return sorted(Path(f"{world.store}.evals").rglob("*.safetensors"))
 
 
-def test_a_second_run_computes_its_own_part_alone(fresh, open_scene, builder, passes):
+def test_a_second_run_computes_its_own_part_alone(fresh, open_context, builder, passes):
     subject = builder.subject(builder.make_sae())
-    first = run(open_scene(fresh), subject)
+    first = run(open_context(fresh), subject)
     assert sum(passes) == 2 * (4 + 4 + 4 + 1 + 4)  # clean, mean, resample, one window of zeros, spliced
     assert len(kept(fresh)) == 2
     passes.clear()
-    second = run(open_scene(fresh), subject)
+    second = run(open_context(fresh), subject)
     assert passes == [4, 4]
     assert second.metrics == first.metrics
     assert second.extra == first.extra
 
 
-def test_a_first_run_asks_for_the_clean_logits_once(fresh, open_scene, builder, monkeypatch):
+def test_a_first_run_asks_for_the_clean_logits_once(fresh, open_context, builder, monkeypatch):
     rows = []
     original = LanguageModel.head
 
@@ -68,66 +68,66 @@ def test_a_first_run_asks_for_the_clean_logits_once(fresh, open_scene, builder, 
         return original(self, hidden)
 
     monkeypatch.setattr(LanguageModel, "head", watched)
-    scene = open_scene(fresh)
-    run(scene, builder.subject(builder.make_sae()))
-    batches = list(store_batches(scene.store, "test", batch_windows=4, count=8))
+    context = open_context(fresh)
+    run(context, builder.subject(builder.make_sae()))
+    batches = list(store_batches(context.store, "test", batch_windows=4, count=8))
     tokens = sum(int(batch.keep.sum()) for batch in batches)
     assert sum(rows) == 4 * tokens + 2  # clean, mean, resample, spliced; one row of zeros for each batch
 
 
 @pytest.mark.parametrize("change", [{"dtype_name": "float32"}, {"from_tokens": True}])
-def test_what_is_computed_otherwise_is_kept_apart(fresh, open_scene, builder, change):
+def test_what_is_computed_otherwise_is_kept_apart(fresh, open_context, builder, change):
     subject = builder.subject(builder.make_sae())
-    run(open_scene(fresh), subject)
-    run(open_scene(fresh, **change), subject)
+    run(open_context(fresh), subject)
+    run(open_context(fresh, **change), subject)
     assert len(kept(fresh)) == 4
 
 
-def test_it_lies_under_the_cache_id(fresh, open_scene, builder):
-    scene = open_scene(fresh)
-    run(scene, builder.subject(builder.make_sae()))
-    assert all(scene.manifest.cache_id in path.parts for path in kept(fresh))
+def test_it_lies_under_the_cache_id(fresh, open_context, builder):
+    context = open_context(fresh)
+    run(context, builder.subject(builder.make_sae()))
+    assert all(context.manifest.cache_id in path.parts for path in kept(fresh))
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:40], lambda data: b"", lambda data: data[: len(data) // 2]])
-def test_a_damaged_file_is_computed_again(fresh, open_scene, builder, damage):
+def test_a_damaged_file_is_computed_again(fresh, open_context, builder, damage):
     subject = builder.subject(builder.make_sae())
-    first = run(open_scene(fresh), subject)
+    first = run(open_context(fresh), subject)
     for path in kept(fresh):
         path.write_bytes(damage(path.read_bytes()))
-    assert run(open_scene(fresh), subject).metrics == first.metrics
-    run(open_scene(fresh), subject)
+    assert run(open_context(fresh), subject).metrics == first.metrics
+    run(open_context(fresh), subject)
 
 
-def test_a_place_that_cannot_be_written_is_no_obstacle(fresh, open_scene, builder, monkeypatch):
+def test_a_place_that_cannot_be_written_is_no_obstacle(fresh, open_context, builder, monkeypatch):
     said = []
     Path(f"{fresh.store}.evals").write_text("a file where the folder should be")
-    scene = open_scene(fresh)
-    monkeypatch.setattr(scene, "say", said.append)
-    result = run(scene, builder.subject(builder.make_sae()))
+    context = open_context(fresh)
+    monkeypatch.setattr(context, "say", said.append)
+    result = run(context, builder.subject(builder.make_sae()))
     assert result.metrics["model_performance_preservation"]["ce_loss_with_sae"] > 0
     assert sum("cannot be kept" in line for line in said) == 1
 
 
-def test_zero_ablation_of_one_window_is_that_of_all(world, open_scene, builder):
+def test_zero_ablation_of_one_window_is_that_of_all(world, open_context, builder):
     """Against a batch of zeros run whole, in a model whose positions differ after ablation."""
-    scene = open_scene(world)
-    batch = next(iter(core_batches(scene, builder.LAYER)))
-    maker = Baselines(scene, builder.LAYER, Block("test", 4, 0, 1), torch.zeros(builder.D))
+    context = open_context(world)
+    batch = next(iter(core_batches(context, builder.LAYER)))
+    maker = Baselines(context, builder.LAYER, Block("test", 4, 0, 1), torch.zeros(builder.D))
     one = maker._zero_logits(batch)(0, int(batch.keep.sum()))
     nothing = torch.zeros_like(batch.resid[builder.LAYER])
-    whole = scene.model.head(scene.model.suffix(nothing, builder.LAYER)[batch.keep])
+    whole = context.model.head(context.model.suffix(nothing, builder.LAYER)[batch.keep])
     torch.testing.assert_close(one, whole)
 
 
-def test_zero_ablation_looks_at_positions_where_they_matter(world, open_scene, builder, monkeypatch):
-    scene = open_scene(world)
-    batch = next(iter(core_batches(scene, builder.LAYER)))
-    hidden = torch.randn(1, builder.CONTEXT, builder.D, generator=torch.Generator().manual_seed(0)).to(scene.dtype)
-    monkeypatch.setattr(scene.model, "suffix", lambda resid, layer, valid=None: hidden.expand(len(resid), -1, -1))
-    maker = Baselines(scene, builder.LAYER, Block("test", 4, 0, 1), torch.zeros(builder.D))
+def test_zero_ablation_looks_at_positions_where_they_matter(world, open_context, builder, monkeypatch):
+    context = open_context(world)
+    batch = next(iter(core_batches(context, builder.LAYER)))
+    hidden = torch.randn(1, builder.CONTEXT, builder.D, generator=torch.Generator().manual_seed(0)).to(context.dtype)
+    monkeypatch.setattr(context.model, "suffix", lambda resid, layer, valid=None: hidden.expand(len(resid), -1, -1))
+    maker = Baselines(context, builder.LAYER, Block("test", 4, 0, 1), torch.zeros(builder.D))
     rows = int(batch.keep.sum())
-    whole = scene.model.head(hidden.expand(len(batch), -1, -1)[batch.keep])
+    whole = context.model.head(hidden.expand(len(batch), -1, -1)[batch.keep])
     assert torch.equal(maker._zero_logits(batch)(3, rows), whole[3:])
 
 
@@ -137,21 +137,21 @@ def test_elsewhere_is_another_window_at_the_same_position():
     assert torch.equal(elsewhere(resid[:1]), resid[:1][:, [2, 0, 1]])
 
 
-def test_a_model_nobody_can_name_leaves_nothing_behind(fresh, open_scene, builder, language_model):
-    scene = open_scene(fresh)
-    scene.use(language_model(fresh.model, torch.bfloat16))
-    run(scene, builder.subject(builder.make_sae()))
+def test_a_model_nobody_can_name_leaves_nothing_behind(fresh, open_context, builder, language_model):
+    context = open_context(fresh)
+    context.use(language_model(fresh.model, torch.bfloat16))
+    run(context, builder.subject(builder.make_sae()))
     assert not kept(fresh)
     assert baselines.FORMAT == 1
 
 
-def core_batches(scene, layer):
-    return store_batches(scene.store, "test", (layer,), batch_windows=4)
+def core_batches(context, layer):
+    return store_batches(context.store, "test", (layer,), batch_windows=4)
 
 
-def test_a_layer_that_is_not_stored_has_the_mean_of_the_rows(world, open_scene):
-    scene = open_scene(world, from_tokens=True)
+def test_a_layer_that_is_not_stored_has_the_mean_of_the_rows(world, open_context):
+    context = open_context(world, from_tokens=True)
     block = Block("test", 4, 4, 2)
-    batches = list(store_batches(scene.store, "test", batch_windows=4, first=4, count=8))
-    rows = torch.cat([scene.model.resid(batch.tokens, (1,))[1][batch.keep] for batch in batches])
-    torch.testing.assert_close(mean_residual(scene, 1, block), rows.double().mean(0))
+    batches = list(store_batches(context.store, "test", batch_windows=4, first=4, count=8))
+    rows = torch.cat([context.model.resid(batch.tokens, (1,))[1][batch.keep] for batch in batches])
+    torch.testing.assert_close(mean_residual(context, 1, block), rows.double().mean(0))

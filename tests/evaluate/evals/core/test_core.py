@@ -19,8 +19,8 @@ from saemill.train.sae.model import SparseAutoencoder
 SMALL = core.Config(batch_size_prompts=4, resamples=50)
 
 
-def run(scene, subjects, config=SMALL):
-    return {result.subject.label: result for result in core.evaluate(scene, subjects, config)}
+def run(context, subjects, config=SMALL):
+    return {result.subject.label: result for result in core.evaluate(context, subjects, config)}
 
 
 def identity(width):
@@ -40,9 +40,9 @@ def store_mean(world, layer):
         return torch.from_numpy(store.moments(layer).mean).float()
 
 
-def test_an_identity_scores_one(world, open_scene, builder):
-    scene = open_scene(world)
-    result = run(scene, [builder.subject(identity(builder.D))])["sae"]
+def test_an_identity_scores_one(world, open_context, builder):
+    context = open_context(world)
+    result = run(context, [builder.subject(identity(builder.D))])["sae"]
     assert result.metrics["model_performance_preservation"]["ce_loss_score"] == 1.0
     assert result.metrics["model_behavior_preservation"]["kl_div_score"] == 1.0
     assert result.metrics["model_behavior_preservation"]["kl_div_with_sae"] == 0.0
@@ -50,10 +50,10 @@ def test_an_identity_scores_one(world, open_scene, builder):
     assert result.extra["saemill_metrics"]["explained_variance"] == pytest.approx(1.0, abs=1e-9)
 
 
-def test_a_zero_sae_scores_nothing_against_mean_ablation(world, open_scene, builder):
-    scene = open_scene(world)
+def test_a_zero_sae_scores_nothing_against_mean_ablation(world, open_context, builder):
+    context = open_context(world)
     zero = nothing(builder.D, store_mean(world, builder.LAYER))
-    result = run(scene, [builder.subject(zero)])["sae"]
+    result = run(context, [builder.subject(zero)])["sae"]
     against = result.extra["saemill_metrics"]["ablations"]
     assert against["mean"]["ce_loss_score"] == 0.0
     assert against["mean"]["kl_div_score"] == 0.0
@@ -61,53 +61,53 @@ def test_a_zero_sae_scores_nothing_against_mean_ablation(world, open_scene, buil
     assert result.metrics["sparsity"]["l0"] == 0.0
 
 
-def test_a_reconstruction_of_zeros_has_no_cosine(world, open_scene, builder):
-    result = run(open_scene(world), [builder.subject(nothing(builder.D, torch.zeros(builder.D)))])["sae"]
+def test_a_reconstruction_of_zeros_has_no_cosine(world, open_context, builder):
+    result = run(open_context(world), [builder.subject(nothing(builder.D, torch.zeros(builder.D)))])["sae"]
     assert math.isnan(result.metrics["reconstruction_quality"]["cossim"])
     assert without_nan(result.metrics, -1)["reconstruction_quality"]["cossim"] == -1
 
 
-def test_zero_ablation_leaves_a_gemma_with_every_token_equally_likely(world, open_scene, builder):
-    result = run(open_scene(world), [builder.subject(builder.make_sae())])["sae"]
+def test_zero_ablation_leaves_a_gemma_with_every_token_equally_likely(world, open_context, builder):
+    result = run(open_context(world), [builder.subject(builder.make_sae())])["sae"]
     assert result.metrics["model_performance_preservation"]["ce_loss_with_ablation"] == pytest.approx(
         math.log(builder.VOCAB), rel=1e-6
     )
 
 
-def test_several_saes_get_the_numbers_they_get_alone(world, open_scene, builder):
+def test_several_saes_get_the_numbers_they_get_alone(world, open_context, builder):
     subjects = [builder.subject(builder.make_sae(seed=seed), f"sae{seed}") for seed in range(3)]
-    together = run(open_scene(world), subjects)
+    together = run(open_context(world), subjects)
     for subject in subjects:
-        alone = run(open_scene(world), [subject])[subject.label]
+        alone = run(open_context(world), [subject])[subject.label]
         assert alone.metrics == together[subject.label].metrics
         assert alone.details == together[subject.label].details
 
 
-def test_from_tokens_and_from_the_store_agree_to_the_bit(world, open_scene, builder):
+def test_from_tokens_and_from_the_store_agree_to_the_bit(world, open_context, builder):
     """In the store's dtype the stored residual is what the model computes."""
     subject = builder.subject(builder.make_sae())
-    stored = run(open_scene(world), [subject])["sae"]
-    whole = run(open_scene(world, from_tokens=True), [subject])["sae"]
+    stored = run(open_context(world), [subject])["sae"]
+    whole = run(open_context(world, from_tokens=True), [subject])["sae"]
     assert stored.metrics == whole.metrics
     assert stored.details == whole.details
     assert stored.extra == whole.extra
 
 
-def test_the_suffix_is_the_rest_of_the_model_to_the_bit(world, open_scene, builder):
-    scene = open_scene(world)
-    model = scene.model
-    for batch in store_batches(scene.store, "test", (builder.LAYER,), batch_windows=5):
+def test_the_suffix_is_the_rest_of_the_model_to_the_bit(world, open_context, builder):
+    context = open_context(world)
+    model = context.model
+    for batch in store_batches(context.store, "test", (builder.LAYER,), batch_windows=5):
         whole = model.hidden(batch.tokens)
         assert torch.equal(model.suffix(batch.resid[builder.LAYER], builder.LAYER), whole)
 
 
-def test_numbers_agree_with_a_slow_reading_of_the_definitions(world, open_scene, builder):
+def test_numbers_agree_with_a_slow_reading_of_the_definitions(world, open_context, builder):
     """Everything in one piece, from whole logits."""
-    scene = open_scene(world)
-    model, subject = scene.model, builder.subject(builder.make_sae())
+    context = open_context(world)
+    model, subject = context.model, builder.subject(builder.make_sae())
     config = core.Config(4, 2, 3, resamples=10)
-    result = run(scene, [subject], config)["sae"]
-    batches = list(store_batches(scene.store, "test", (builder.LAYER,), batch_windows=4))
+    result = run(context, [subject], config)["sae"]
+    batches = list(store_batches(context.store, "test", (builder.LAYER,), batch_windows=4))
     ce, kl, clean_ce = [], [], []
     for batch in batches[:2]:
         keep = batch.keep
@@ -133,7 +133,7 @@ def test_numbers_agree_with_a_slow_reading_of_the_definitions(world, open_scene,
     assert result.extra["saemill_metrics"]["explained_variance"] == pytest.approx(float(centred), rel=1e-6)
 
 
-def test_the_blocks_of_rows_follow_each_other(world, open_scene, builder, monkeypatch):
+def test_the_blocks_of_rows_follow_each_other(world, open_context, builder, monkeypatch):
     """What is measured for the losses is not measured for sparsity."""
     read = []
 
@@ -143,9 +143,9 @@ def test_the_blocks_of_rows_follow_each_other(world, open_scene, builder, monkey
             yield batch
 
     monkeypatch.setattr(blocks, "store_batches", watched)
-    scene = open_scene(world)
-    result = run(scene, [builder.subject(builder.make_sae())], core.Config(4, 1, 3))["sae"]
-    first = scene.manifest.splits["test"][0]
+    context = open_context(world)
+    result = run(context, [builder.subject(builder.make_sae())], core.Config(4, 1, 3))["sae"]
+    first = context.manifest.splits["test"][0]
     sparsity, losses = [[*range(first + 4 * n, first + 4 * n + 4)] for n in (1, 2, 3)], [[*range(first, first + 4)]]
     assert read == [*sparsity, *losses]
     assert result.metrics["token_stats"] == {
@@ -155,8 +155,8 @@ def test_the_blocks_of_rows_follow_each_other(world, open_scene, builder, monkey
     assert result.eval_config["n_eval_reconstruction_batches"] == 1
 
 
-def test_confidence_intervals_hold_the_estimate(world, open_scene, builder):
-    result = run(open_scene(world), [builder.subject(builder.make_sae())], core.Config(4, resamples=500))["sae"]
+def test_confidence_intervals_hold_the_estimate(world, open_context, builder):
+    result = run(open_context(world), [builder.subject(builder.make_sae())], core.Config(4, resamples=500))["sae"]
     ours = result.extra["saemill_metrics"]
     estimates = {
         **result.metrics["model_performance_preservation"],
@@ -169,9 +169,9 @@ def test_confidence_intervals_hold_the_estimate(world, open_scene, builder):
         assert low < estimates[name] < high, name
 
 
-def test_without_the_model_the_rest_is_measured(make_world, open_scene, builder):
+def test_without_the_model_the_rest_is_measured(make_world, open_context, builder):
     world = make_world(model_id="nobody/has-this")
-    result = run(open_scene(world), [builder.subject(builder.make_sae())])["sae"]
+    result = run(open_context(world), [builder.subject(builder.make_sae())])["sae"]
     assert result.missing is not None
     assert "nobody/has-this" in result.missing
     assert math.isnan(result.metrics["model_performance_preservation"]["ce_loss_score"])
@@ -180,16 +180,16 @@ def test_without_the_model_the_rest_is_measured(make_world, open_scene, builder)
     assert "ablations" not in result.extra["saemill_metrics"]
 
 
-def test_a_crosscoder_has_sparsity_and_no_losses(make_world, open_scene, builder):
+def test_a_crosscoder_has_sparsity_and_no_losses(make_world, open_context, builder):
     world = make_world(layers=(1, 2))
     sae = builder.make_sae(d_in=2 * builder.D)
-    result = run(open_scene(world), [builder.subject(sae, layers=(1, 2))])["sae"]
+    result = run(open_context(world), [builder.subject(sae, layers=(1, 2))])["sae"]
     assert result.missing is None
     assert "writes layers [1, 2]" in result.remark
     assert result.metrics["sparsity"]["l0"] == 4.0
 
 
-def test_a_transcoder_is_spliced_where_it_writes(make_world, open_scene, builder):
+def test_a_transcoder_is_spliced_where_it_writes(make_world, open_context, builder):
     """One that reads layer 1 and gives back the bias is a zero SAE at layer 2."""
     world = make_world(layers=(1, 2))
     mean = store_mean(world, 2)
@@ -198,7 +198,7 @@ def test_a_transcoder_is_spliced_where_it_writes(make_world, open_scene, builder
         rows.clone(), rows.clone(), Relu(), b_dec=mean, b_enc=torch.full((builder.D,), -1e6), centres_input=False
     )
     subject = builder.subject(zero, layers=(1,), target_layers=[2])
-    result = run(open_scene(world), [subject])["sae"]
+    result = run(open_context(world), [subject])["sae"]
     assert result.extra["saemill_metrics"]["ablations"]["mean"]["ce_loss_score"] == 0.0
     expected = np.linalg.norm(mean)
     assert result.metrics["shrinkage"]["l2_norm_out"] == pytest.approx(expected, rel=1e-5)

@@ -30,8 +30,8 @@ def config(golden):
     )
 
 
-def document(golden, scene, subject, config):
-    (result,) = core.evaluate(scene, [subject], config)
+def document(golden, context, subject, config):
+    (result,) = core.evaluate(context, [subject], config)
     return frame(result, "core", {})
 
 
@@ -54,9 +54,9 @@ def skeleton(value):
 
 
 @pytest.mark.parametrize("from_tokens", [True, False])
-def test_every_number_is_the_official_one(golden, open_scene, tmp_path, name, config, from_tokens):
-    scene = open_scene(golden.store, dtype_name="float32", from_tokens=from_tokens)
-    found = document(golden, scene, golden.subject(name, tmp_path), config)
+def test_every_number_is_the_official_one(golden, open_context, tmp_path, name, config, from_tokens):
+    context = open_context(golden.store, dtype_name="float32", from_tokens=from_tokens)
+    found = document(golden, context, golden.subject(name, tmp_path), config)
     official = golden.output(name)
     for part in ("eval_result_metrics", "eval_result_details"):
         expected = numbers(official[part])
@@ -64,9 +64,9 @@ def test_every_number_is_the_official_one(golden, open_scene, tmp_path, name, co
         assert len(expected) > 20
 
 
-def test_the_document_has_the_official_form(golden, open_scene, tmp_path, name, config):
+def test_the_document_has_the_official_form(golden, open_context, tmp_path, name, config):
     """All keys in their order, with their types; ours come last, beside the official ones."""
-    found = document(golden, open_scene(golden.store), golden.subject(name, tmp_path), config)
+    found = document(golden, open_context(golden.store), golden.subject(name, tmp_path), config)
     official = golden.output(name)
     kept = {key: value for key, value in found.items() if key not in OURS}
     assert list(kept) == list(official)
@@ -77,8 +77,8 @@ def test_the_document_has_the_official_form(golden, open_scene, tmp_path, name, 
         assert type(kept[key]) is type(official[key])
 
 
-def test_a_latent_that_never_fires_is_told_as_minus_one(golden, open_scene, tmp_path, config):
-    found = document(golden, open_scene(golden.store), golden.subject("topk", tmp_path), config)
+def test_a_latent_that_never_fires_is_told_as_minus_one(golden, open_context, tmp_path, config):
+    found = document(golden, open_context(golden.store), golden.subject("topk", tmp_path), config)
     dead = found["eval_result_details"][7]
     assert dead["feature_density"] == 0
     assert (
@@ -88,8 +88,8 @@ def test_a_latent_that_never_fires_is_told_as_minus_one(golden, open_scene, tmp_
     )
 
 
-def test_the_model_is_the_official_one(golden, open_scene):
+def test_the_model_is_the_official_one(golden, open_context):
     """Residuals of the same weights in both libraries."""
-    scene = open_scene(golden.store)
-    stored = torch.cat([batch.resid[1] for batch in store_batches(scene.store, "test", (1,))])
+    context = open_context(golden.store)
+    stored = torch.cat([batch.resid[1] for batch in store_batches(context.store, "test", (1,))])
     torch.testing.assert_close(stored, golden.resid, rtol=1e-4, atol=1e-4)

@@ -45,13 +45,13 @@ def mean_of(world, layer: int) -> torch.Tensor:
         return torch.as_tensor(store.moments(layer).mean, dtype=torch.float32)
 
 
-def one(module, scene, subject):
-    (result,) = module.evaluate(scene, [subject], CONFIGS[module])
+def one(module, context, subject):
+    (result,) = module.evaluate(context, [subject], CONFIGS[module])
     return result
 
 
 @EVERY
-def test_every_measure_applies_to_every_sae(module, world, builder, open_scene):
+def test_every_measure_applies_to_every_sae(module, world, builder, open_context):
     """Plain SAEs and one that saved what it trained with; together as alone, and JSON all through."""
     plain = builder.subject(builder.make_sae(seed=1), "plain")
     marked = builder.subject(builder.make_sae(k=None, seed=2), "marked")
@@ -60,32 +60,32 @@ def test_every_measure_applies_to_every_sae(module, world, builder, open_scene):
         "mask.range": torch.arange(builder.F) % 3 - 1,
         "temporal.group": torch.arange(builder.F) % 4,
     }
-    scene = open_scene(world)
-    together = {r.subject: r for r in module.evaluate(scene, [plain, marked], CONFIGS[module])}
+    context = open_context(world)
+    together = {r.subject: r for r in module.evaluate(context, [plain, marked], CONFIGS[module])}
     for subject in (plain, marked):
-        alone = one(module, scene, subject)
+        alone = one(module, context, subject)
         assert together[subject].missing is None
         assert frame(alone, "x", {})["eval_result_metrics"] == frame(together[subject], "x", {})["eval_result_metrics"]
     assert all(module.SUMMARY) and all(lookup(together[plain].metrics, path) is not None for path in module.SUMMARY[:1])
 
 
 @EVERY
-def test_an_sae_of_several_layers_is_measured_as_far_as_it_can_be(module, make_world, builder, open_scene):
+def test_an_sae_of_several_layers_is_measured_as_far_as_it_can_be(module, make_world, builder, open_context):
     """And takes nothing from its neighbour of one layer."""
-    scene = open_scene(make_world(layers=(1, 2)))
+    context = open_context(make_world(layers=(1, 2)))
     wide = builder.subject(builder.make_sae(d_in=2 * builder.D), "wide", layers=(1, 2))
     plain = builder.subject(builder.make_sae(), "plain")
-    found = {result.subject: result for result in module.evaluate(scene, [wide, plain], CONFIGS[module])}
-    assert found[plain].metrics == one(module, scene, plain).metrics
+    found = {result.subject: result for result in module.evaluate(context, [wide, plain], CONFIGS[module])}
+    assert found[plain].metrics == one(module, context, plain).metrics
     assert all(lookup(found[wide].metrics, path) is not None for path in module.SUMMARY[:1])
     assert found[wide].missing is None  # nothing that could be had
     assert (found[wide].remark is not None) == (module in (tiers, attention))
 
 
 @EVERY
-def test_an_sae_that_never_fires_has_numbers_or_none(module, world, builder, open_scene):
+def test_an_sae_that_never_fires_has_numbers_or_none(module, world, builder, open_context):
     """As the studies' untrained baseline did: no division by nothing."""
-    result = one(module, open_scene(world), builder.subject(blind(builder, mean_of(world, builder.LAYER))))
+    result = one(module, open_context(world), builder.subject(blind(builder, mean_of(world, builder.LAYER))))
     values = [value for group in result.metrics.values() for value in group.values()]
     assert values
     restored = [name for name in result.metrics.get("causal", {}) if name.startswith("restored_by_")]
@@ -101,8 +101,8 @@ def lookup(metrics, path):
     return metrics
 
 
-def test_a_perfect_reconstruction_leaves_attention_as_it_is(world, builder, open_scene):
-    found = one(attention, open_scene(world), builder.subject(identity(builder))).metrics["fidelity"]
+def test_a_perfect_reconstruction_leaves_attention_as_it_is(world, builder, open_context):
+    found = one(attention, open_context(world), builder.subject(identity(builder))).metrics["fidelity"]
     assert found["kl_true"] < 1e-4  # a float16 store of a bfloat16 model
     assert found["kl_sae"] == pytest.approx(found["kl_true"], abs=1e-5)
     assert found["score"] == pytest.approx(1.0, abs=1e-3)
@@ -110,44 +110,44 @@ def test_a_perfect_reconstruction_leaves_attention_as_it_is(world, builder, open
     assert found["kl_mean_ablation"] > 100 * found["kl_true"]
 
 
-def test_the_mean_as_reconstruction_scores_zero(world, builder, open_scene):
+def test_the_mean_as_reconstruction_scores_zero(world, builder, open_context):
     subject = builder.subject(blind(builder, mean_of(world, builder.LAYER)))
-    found = one(attention, open_scene(world), subject).metrics["fidelity"]
+    found = one(attention, open_context(world), subject).metrics["fidelity"]
     assert found["score"] == pytest.approx(0.0, abs=1e-3)
 
 
-def test_attention_that_was_not_stored_is_named(make_world, builder, open_scene):
+def test_attention_that_was_not_stored_is_named(make_world, builder, open_context):
     world = make_world(layers=(1, 2))
     subject = builder.subject(builder.make_sae(), layers=(1,), hook_name="blocks.1.hook_resid_post")
-    scene = open_scene(world)
-    assert one(attention, scene, subject).missing is None  # layer 2 is there
+    context = open_context(world)
+    assert one(attention, context, subject).missing is None  # layer 2 is there
     other = builder.subject(builder.make_sae(), "other", layers=(0,), hook_name="blocks.0.hook_resid_post")
-    assert "needs layer 1" in str(attention.obstacles(scene, [other])[other])
+    assert "needs layer 1" in str(attention.obstacles(context, [other])[other])
 
 
-def test_without_the_model_the_rest_is_measured(world, builder, open_scene):
+def test_without_the_model_the_rest_is_measured(world, builder, open_context):
     for module in (attention, tiers):
-        scene = open_scene(world, model_name="/no/such/model")
-        result = one(module, scene, builder.subject(builder.make_sae(), module.__name__))
+        context = open_context(world, model_name="/no/such/model")
+        result = one(module, context, builder.subject(builder.make_sae(), module.__name__))
         assert result.missing is not None and "model" in result.missing
         assert result.metrics["contribution" if module is attention else "tier_activity"]
         assert not result.metrics["fidelity" if module is attention else "causal"]
 
 
-def test_without_a_model_tokens_are_written_as_ids(world, builder, open_scene):
-    scene = open_scene(world, model_name="/no/such/model")
-    listed = one(examples, scene, builder.subject(builder.make_sae())).unstructured
+def test_without_a_model_tokens_are_written_as_ids(world, builder, open_context):
+    context = open_context(world, model_name="/no/such/model")
+    listed = one(examples, context, builder.subject(builder.make_sae())).unstructured
     tokens = listed["pattern"]["tokens"]
     assert tokens and all(token.startswith("<") and token[1:-1].isdigit() for token in tokens)
 
 
-def test_planted_composition_is_found(world, builder, open_scene):
+def test_planted_composition_is_found(world, builder, open_context):
     """The second tier's rows are sums of two of the first's; the third's point anywhere else."""
     atoms = torch.eye(builder.D)[:6]
     sums = torch.nn.functional.normalize(atoms + atoms.roll(1, 0), dim=1)
     others = torch.eye(builder.D)[6:12]
     rows = torch.cat([atoms, sums, others])
-    found = one(tiers, open_scene(world), builder.subject(SparseAutoencoder(rows.clone(), rows, Relu())))
+    found = one(tiers, open_context(world), builder.subject(SparseAutoencoder(rows.clone(), rows, Relu())))
     composition = found.metrics["composition"]
     assert composition["coverage_2"] == composition["coverage_few_2"] == 1.0
     assert composition["coverage_3"] == composition["coverage_few_3"] == 0.0
@@ -156,7 +156,7 @@ def test_planted_composition_is_found(world, builder, open_scene):
     assert {entry["tier"] for entry in found.unstructured["uncomposed"]} <= {3}
 
 
-def test_a_learned_composition_is_taken_where_it_was_saved(world, builder, open_scene):
+def test_a_learned_composition_is_taken_where_it_was_saved(world, builder, open_context):
     rows = torch.eye(builder.D)[:6]
     both = torch.cat([rows[:3], torch.nn.functional.normalize(rows[:3] + rows[:3].roll(1, 0), dim=1)])
     subject = builder.subject(SparseAutoencoder(both.clone(), both, Relu()))
@@ -164,38 +164,38 @@ def test_a_learned_composition_is_taken_where_it_was_saved(world, builder, open_
     config = tiers.Config(windows=5, trace_windows=0, tiers=2)
     for C, expected in ((learned, 1.0), (torch.zeros(3, 3), 0.0)):
         subject.sae.extras_tensors = {"composition.C2": C}
-        (result,) = tiers.evaluate(open_scene(world), [subject], config)
+        (result,) = tiers.evaluate(open_context(world), [subject], config)
         assert result.metrics["composition"]["coverage_learned_2"] == expected
     subject.sae.extras_tensors = {"composition.C2": torch.zeros(2, 3)}  # of another dictionary
-    (result,) = tiers.evaluate(open_scene(world), [subject], config)
+    (result,) = tiers.evaluate(open_context(world), [subject], config)
     assert "coverage_learned_2" not in result.metrics["composition"]
 
 
-def test_causal_tracing_of_an_identity(world, builder, open_scene):
+def test_causal_tracing_of_an_identity(world, builder, open_context):
     """All latents change nothing; each tier carries what the others do not."""
-    found = one(tiers, open_scene(world), builder.subject(identity(builder))).metrics["causal"]
+    found = one(tiers, open_context(world), builder.subject(identity(builder))).metrics["causal"]
     assert abs(found["kl_sae"]) < 1e-3 < found["kl_mean_ablation"]
     assert all(found[f"kl_without_{tier}"] > found["kl_sae"] for tier in (1, 2, 3))
     assert all(found[f"restored_by_{tier}"] < 1 for tier in (1, 2, 3))
 
 
-def test_a_tier_with_nothing_in_it_does_nothing(world, builder, open_scene):
+def test_a_tier_with_nothing_in_it_does_nothing(world, builder, open_context):
     subject = builder.subject(identity(builder))
     silent = torch.zeros(2 * builder.D, dtype=torch.int64)
     subject.sae.extras_tensors = {"tiers.membership": silent}
-    found = one(tiers, open_scene(world), subject).metrics
+    found = one(tiers, open_context(world), subject).metrics
     assert found["causal"]["kl_without_2"] == pytest.approx(found["causal"]["kl_sae"])
     assert found["causal"]["restored_by_1"] == pytest.approx(1.0)
     assert found["tier_activity"]["latents_2"] == 0
 
 
-def test_effects_are_those_of_the_whole_model(world, builder, open_scene, language_model):
+def test_effects_are_those_of_the_whole_model(world, builder, open_context, language_model):
     """KL and loss of a spliced reconstruction against a plain forward of all layers."""
-    scene, subject = open_scene(world), builder.subject(builder.make_sae())
-    (batch,) = list(tiers.read_windows(scene, [subject], "t", 4, 4))
-    tracer = make_tracers(scene, batch, [builder.LAYER])[builder.LAYER]
+    context, subject = open_context(world), builder.subject(builder.make_sae())
+    (batch,) = list(tiers.read_windows(context, [subject], "t", 4, 4))
+    tracer = make_tracers(context, batch, [builder.LAYER])[builder.LAYER]
     _, x_hat = subject.reconstruct(batch)
-    found, model = tracer.effects({"sae": lambda: x_hat}), scene.model
+    found, model = tracer.effects({"sae": lambda: x_hat}), context.model
     keep = batch.keep[:, :, None]
     clean, spliced = (
         model.head(model.hidden(batch.tokens, splice).flatten(0, 1))
@@ -212,10 +212,10 @@ def test_effects_are_those_of_the_whole_model(world, builder, open_scene, langua
     assert found["clean"].kl == 0.0 < tracer.given["mean"].kl
 
 
-def test_a_code_that_never_changes_has_no_temporal_score(world, builder, open_scene):
+def test_a_code_that_never_changes_has_no_temporal_score(world, builder, open_context):
     nothing = torch.zeros(4, builder.D)
     steady = SparseAutoencoder(nothing, torch.eye(builder.D)[:4], Relu(), b_enc=torch.ones(4))
-    found = one(temporal, open_scene(world), builder.subject(steady)).metrics
+    found = one(temporal, open_context(world), builder.subject(steady)).metrics
     assert found["consistency"]["cosine_short"] == pytest.approx(1.0, abs=1e-5)
     assert found["consistency"]["tcs_short"] == pytest.approx(0.0, abs=1e-5)
     assert found["stability"]["fsm_mean"] == pytest.approx(1.0)
@@ -223,25 +223,25 @@ def test_a_code_that_never_changes_has_no_temporal_score(world, builder, open_sc
     assert "tcs_long" not in found["consistency"]  # no window is so long
 
 
-def test_masks_that_were_trained_are_taken(world, builder, open_scene):
+def test_masks_that_were_trained_are_taken(world, builder, open_context):
     subject = builder.subject(builder.make_sae(k=None))
     subject.sae.extras_tensors = {"mask.range": torch.full((builder.F,), -1), "mask.num_ranges": torch.tensor(3)}
-    result = one(position, open_scene(world), subject)
+    result = one(position, open_context(world), subject)
     assert result.unstructured == {"ranges": "saved"}
     assert result.metrics["specialisation"]["bound"] == 0
     assert result.metrics["specialisation"]["chance"] == pytest.approx(1 / 3)
-    plain = one(position, open_scene(world), builder.subject(builder.make_sae(k=None), "plain"))
+    plain = one(position, open_context(world), builder.subject(builder.make_sae(k=None), "plain"))
     assert plain.unstructured == {"ranges": "static slicing"}
     assert 0 < plain.metrics["specialisation"]["retention"] < 1
 
 
-def test_static_slicing_does_not_look_at_what_it_is_measured_on(world, builder, open_scene):
+def test_static_slicing_does_not_look_at_what_it_is_measured_on(world, builder, open_context):
     """Ranges come from validation windows; chosen on the test windows themselves they would look better."""
-    scene, subject = open_scene(world), builder.subject(builder.make_sae(k=None))
+    context, subject = open_context(world), builder.subject(builder.make_sae(k=None))
     config = position.Config(windows=99, batch_windows=5, probe_k=(), least_firings=1)
-    (result,) = position.evaluate(scene, [subject], config)
+    (result,) = position.evaluate(context, [subject], config)
     before, after = (
-        position.profiles(scene, [subject], "p", config, split)[subject] for split in ("validation", "test")
+        position.profiles(context, [subject], "p", config, split)[subject] for split in ("validation", "test")
     )
     honest, flattering = (
         float(position.retention(after, position.assign_ranges(seen, 4), 4)[after.firings > 0].mean())
@@ -251,47 +251,47 @@ def test_static_slicing_does_not_look_at_what_it_is_measured_on(world, builder, 
     assert flattering > honest
 
 
-def test_without_validation_windows_only_saes_that_have_ranges_are_measured(make_world, builder, open_scene):
-    scene = open_scene(make_world(splits=(20, 20)))
+def test_without_validation_windows_only_saes_that_have_ranges_are_measured(make_world, builder, open_context):
+    context = open_context(make_world(splits=(20, 20)))
     plain, masked = (builder.subject(builder.make_sae(k=None), name) for name in ("plain", "masked"))
     masked.sae.extras_tensors = {"mask.range": torch.full((builder.F,), -1), "mask.num_ranges": torch.tensor(3)}
-    refused, measured = position.evaluate(scene, [plain, masked], CONFIGS[position])
+    refused, measured = position.evaluate(context, [plain, masked], CONFIGS[position])
     assert refused.subject is plain and "validation split has no windows" in str(refused.error)
     assert measured.subject is masked and measured.metrics["order"]
 
 
-def drawn(scene, subject, config):
+def drawn(context, subject, config):
     sample = position.Sample(config.probe_tokens, torch.Generator().manual_seed(0))
-    position.profiles(scene, [subject], "p", config, "test", sample)
+    position.profiles(context, [subject], "p", config, "test", sample)
     return sample
 
 
-def test_order_probes_see_no_special_token(world, builder, open_scene):
+def test_order_probes_see_no_special_token(world, builder, open_context):
     """However many tokens are asked for: position 0 is BOS, and would give its range away."""
-    scene, subject = open_scene(world), builder.subject(builder.make_sae(k=None))
-    sample = drawn(scene, subject, position.Config(windows=16, probe_tokens=builder.CONTEXT, probe_k=()))
+    context, subject = open_context(world), builder.subject(builder.make_sae(k=None))
+    sample = drawn(context, subject, position.Config(windows=16, probe_tokens=builder.CONTEXT, probe_k=()))
     positions, seen = torch.cat(sample.positions), sum(sample.sides())
     special = torch.isin(world.tokens[20:36], torch.tensor([0, 1, 2])).gather(1, positions)
     assert special.any() and torch.equal(seen.bool(), ~special)
 
 
 @pytest.mark.parametrize(("length", "windows"), [(5, [10, 11, 12, 13, 14, 15]), (40, [])])
-def test_no_document_is_on_both_sides_of_a_probe(length, windows, make_world, builder, open_scene):
+def test_no_document_is_on_both_sides_of_a_probe(length, windows, make_world, builder, open_context):
     """Test windows 20..35, halves of eight: documents of five windows begin at 20, 25, 30 and 35."""
     documents = np.repeat(np.arange(40) // length, builder.CONTEXT).reshape(40, builder.CONTEXT)
-    scene, subject = open_scene(make_world(documents=documents)), builder.subject(builder.make_sae(k=None))
+    context, subject = open_context(make_world(documents=documents)), builder.subject(builder.make_sae(k=None))
     config = position.Config(windows=16, batch_windows=5, probe_tokens=6, probe_k=(2,))
-    train, test = drawn(scene, subject, config).sides()
+    train, test = drawn(context, subject, config).sides()
     assert train.any(1).nonzero().view(-1).tolist() == list(range(8))
     assert test.any(1).nonzero().view(-1).tolist() == windows
-    (result,) = position.evaluate(scene, [subject], config)
+    (result,) = position.evaluate(context, [subject], config)
     assert bool(result.metrics["order"]) == bool(windows) == (result.remark is None)
 
 
-def test_a_split_without_windows_is_not_applicable(make_world, builder, open_scene):
+def test_a_split_without_windows_is_not_applicable(make_world, builder, open_context):
     world = make_world(splits=(20, 40))
     with pytest.raises(NotApplicable, match="test split has no windows"):
-        one(temporal, open_scene(world), builder.subject(builder.make_sae()))
+        one(temporal, open_context(world), builder.subject(builder.make_sae()))
 
 
 def test_an_assignment_is_found_beside_the_weights_or_in_the_module(builder):
@@ -313,14 +313,14 @@ def test_some_of_many_are_spread_evenly():
     assert every(torch.tensor([True, False, True]), 5).tolist() == [0, 2]
 
 
-def test_examples_are_the_strongest_and_their_words_those_around_them(world, builder, open_scene):
-    subject, scene = builder.subject(builder.make_sae(k=None)), open_scene(world, model_name="/no/such/model")
-    listed = one(examples, scene, subject).unstructured
-    (batch,) = list(tiers.read_windows(scene, [subject], "t", 12, 12))
+def test_examples_are_the_strongest_and_their_words_those_around_them(world, builder, open_context):
+    subject, context = builder.subject(builder.make_sae(k=None)), open_context(world, model_name="/no/such/model")
+    listed = one(examples, context, subject).unstructured
+    (batch,) = list(tiers.read_windows(context, [subject], "t", 12, 12))
     acts = subject.encode(batch)[batch.keep]
     for entry in listed["latents"]:
         column = acts[:, entry["latent"]]
-        found = [context["activation"] for context in entry["contexts"]]
+        found = [shown["activation"] for shown in entry["contexts"]]
         assert found == pytest.approx(column.topk(len(found)).values.tolist())
         assert entry["fired_share"] == pytest.approx(float((column > 0).double().mean()))
         best = batch.tokens[batch.keep][column.argmax()]
@@ -330,18 +330,18 @@ def test_examples_are_the_strongest_and_their_words_those_around_them(world, bui
     assert len(listed["pattern"]["tokens"]) == 8
 
 
-def test_a_wide_sae_gets_small_batches(world, builder, open_scene, monkeypatch):
+def test_a_wide_sae_gets_small_batches(world, builder, open_context, monkeypatch):
     subject = builder.subject(builder.make_sae())
-    monkeypatch.setattr("saemill.evaluate.context.test_windows.MOST_CODES", 2 * builder.CONTEXT * builder.F)
-    sizes = [len(batch) for batch in tiers.read_windows(open_scene(world), [subject], "t", 7, 5)]
+    monkeypatch.setattr("saemill.evaluate.context.split_windows.MOST_CODES", 2 * builder.CONTEXT * builder.F)
+    sizes = [len(batch) for batch in tiers.read_windows(open_context(world), [subject], "t", 7, 5)]
     assert sizes == [2, 2, 2, 1]
 
 
-def test_special_tokens_keep_their_residual(world, builder, open_scene):
+def test_special_tokens_keep_their_residual(world, builder, open_context):
     """What an SAE makes of the attention sink is nobody's business."""
-    scene, subject, seen = open_scene(world), builder.subject(builder.make_sae()), attention.Seen()
+    context, subject, seen = open_context(world), builder.subject(builder.make_sae()), attention.Seen()
     layers = (builder.LAYER + 1,)
-    (batch,) = list(tiers.read_windows(scene, [subject], "t", 4, 4, attention_layers=layers))
+    (batch,) = list(tiers.read_windows(context, [subject], "t", 4, 4, attention_layers=layers))
     x_hat = torch.where(batch.keep[:, :, None], batch.x(subject.layers), 99.0)
-    attention.replace(scene, subject, batch, x_hat, attention.dense_rows(batch.attention[layers[0]]), seen)
+    attention.replace(context, subject, batch, x_hat, attention.dense_rows(batch.attention[layers[0]]), seen)
     assert seen.divergence["sae"] == seen.divergence["true"] < seen.divergence["zero_ablation"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saemill.evaluate.context.loaded_sae import Subject
+from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.evals.probing.pooling import Pool, make_pool, read_piece
 from saemill.evaluate.evals.probing.texts import Task
 from saemill.evaluate.model.windows import Windows
@@ -37,7 +37,7 @@ class Made:
         rows = torch.stack(list(self.acts.values()))
         return [windows_of(part) for part in rows.split(size)]
 
-    def pool(self, subject: Subject, leaky: bool = False) -> Pool:
+    def pool(self, subject: LoadedSae, leaky: bool = False) -> Pool:
         return make_pool(
             list(self.acts), [read_piece(part, [subject], leaky) for part in self.batches()], torch.float32
         )
@@ -61,16 +61,16 @@ def make_task(name: str, parts: dict[str, dict[str, np.ndarray]]) -> Made:
     return Made(Task(name, groups["train"], groups["test"]), acts)
 
 
-def make_subject(sae: SparseAutoencoder, label: str = "sae") -> Subject:
+def make_subject(sae: SparseAutoencoder, label: str = "sae") -> LoadedSae:
     here = Path()
-    return Subject(label, here, here, None, "standard", sae, {}, (LAYER,), (LAYER,))
+    return LoadedSae(label, here, here, None, "standard", sae, {}, (LAYER,), (LAYER,))
 
 
 @dataclass(frozen=True)
 class Official:
     maker: ModuleType
     outputs: dict[str, Any]
-    subject: Subject
+    subject: LoadedSae
     probing: dict[str, Made]
     scr: Made
 
@@ -104,5 +104,5 @@ def task_of() -> Callable[..., Made]:
 
 
 @pytest.fixture
-def subject_of() -> Callable[..., Subject]:
+def subject_of() -> Callable[..., LoadedSae]:
     return make_subject

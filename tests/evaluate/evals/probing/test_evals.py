@@ -52,9 +52,9 @@ class Words:
 
 
 @pytest.fixture
-def scene(world, open_scene):
-    """A scene whose model has a tokenizer, and counts the rows that it reads."""
-    made = open_scene(world)
+def context(world, open_context):
+    """A context whose model has a tokenizer, and counts the rows that it reads."""
+    made = open_context(world)
     model = Gemma2ForCausalLM.from_pretrained(world.model, dtype=torch.bfloat16)
     made.use(LanguageModel(model, TextEncoder(Words(), 2, (0, 1, 2)), eos=1, pad=0))
     return made
@@ -75,12 +75,12 @@ def documents(rows):
 
 
 @pytest.fixture
-def run(scene, builder):
+def run(context, builder):
     """Evaluate two SAEs: run(eval id, **changes of the config)."""
     subjects = [builder.subject(builder.make_sae(seed=seed), f"sae_{seed}") for seed in (0, 1)]
 
     def evaluate(name, config=None, subjects=subjects):
-        return run_evals(scene, subjects, {name: config or SMALL[name]})
+        return run_evals(context, subjects, {name: config or SMALL[name]})
 
     return evaluate
 
@@ -113,15 +113,15 @@ def test_an_sae_alone_gives_what_it_gives_among_others(run, builder, name):
         assert alone[0][key] == together[1][key]
 
 
-def test_the_model_reads_every_text_once_for_all_saes(run, scene, monkeypatch):
+def test_the_model_reads_every_text_once_for_all_saes(run, context, monkeypatch):
     rows = []
-    original = scene.model.resid
+    original = context.model.resid
 
     def counting(tokens, *rest):
         rows.append(len(tokens))
         return original(tokens, *rest)
 
-    monkeypatch.setattr(scene.model, "resid", counting)
+    monkeypatch.setattr(context.model, "resid", counting)
     run("sparse_probing")
     assert sum(rows) == 2 * (40 + 20)  # two data sets of two classes
 
@@ -162,30 +162,30 @@ def test_no_data_at_all_is_not_run(run, monkeypatch):
     assert "hf auth login" in rows[0].reason
 
 
-def test_prompts_are_read_at_their_last_token(scene, builder):
+def test_prompts_are_read_at_their_last_token(context, builder):
     prompts = ["one two three", "four", "a b c d e f g h i j k"]
     subject = builder.subject(builder.make_sae(), "sae")
-    rows = token_rows(scene.model, prompts, 8)
-    ids = scene.model.tokenizer.encode(prompts)
+    rows = token_rows(context.model, prompts, 8)
+    ids = context.model.tokenizer.encode(prompts)
     assert rows == [[2, *ids[0]], [2, *ids[1]], [2, *ids[2][-7:]]]
-    found = read_prompts(scene, [subject], "prompts", prompts, 8, batch_size=2)
+    found = read_prompts(context, [subject], "prompts", prompts, 8, batch_size=2)
     for number, row in enumerate(rows):
-        resid = scene.model.resid(torch.tensor([row]), [builder.LAYER])[builder.LAYER][0, -1].float()
+        resid = context.model.resid(torch.tensor([row]), [builder.LAYER])[builder.LAYER][0, -1].float()
         np.testing.assert_allclose(found.resid[subject.layers][number], resid, rtol=2e-2, atol=2e-2)
         acts = subject.sae.encode(torch.from_numpy(found.resid[subject.layers][number]))
         np.testing.assert_allclose(found.latents[subject][[number]].toarray()[0], acts.detach(), atol=1e-5)
 
 
-def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(run, scene, monkeypatch):
+def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(run, context, monkeypatch):
     expected = documents(run("tpp"))[0]["eval_result_metrics"]
-    original, said = scene.model.resid, []
+    original, said = context.model.resid, []
 
     def tight(tokens, *rest):
         if len(tokens) > 8:
             raise torch.OutOfMemoryError("too much")
         return original(tokens, *rest)
 
-    monkeypatch.setattr(scene.model, "resid", tight)
-    monkeypatch.setattr(scene.watch, "say", said.append)
+    monkeypatch.setattr(context.model, "resid", tight)
+    monkeypatch.setattr(context.watch, "say", said.append)
     assert documents(run("tpp"))[0]["eval_result_metrics"] == expected
     assert any("8 texts at a time" in line for line in said)

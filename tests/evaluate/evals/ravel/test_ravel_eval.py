@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saemill.evaluate.context.context import Scene
+from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.errors import DataMissing, NotApplicable, SettingInvalid
 from saemill.evaluate.evals.ravel import evaluation as ravel
@@ -89,9 +89,9 @@ def blind_sae() -> SparseAutoencoder:
 
 
 @pytest.fixture
-def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
+def context(monkeypatch: pytest.MonkeyPatch) -> Context:
     monkeypatch.setattr(ravel, "load_facts", lambda names: [THINGS])
-    made = Scene(None, model_name="planted", watch=Watch(is_quiet=True))
+    made = Context(None, model_name="planted", watch=Watch(is_quiet=True))
     made.use(PlantedModel())  # type: ignore[arg-type]
     return made
 
@@ -106,13 +106,13 @@ def config(tmp_path) -> Callable[..., ravel.Config]:
     return make
 
 
-def test_an_aligned_sae_has_cause_and_isolation_of_one_and_a_blind_one_neither(scene, builder, config):
+def test_an_aligned_sae_has_cause_and_isolation_of_one_and_a_blind_one_neither(context, builder, config):
     subjects = [
         builder.subject(aligned_sae(), "aligned", layers=(2,)),
         builder.subject(blind_sae(), "blind", layers=(2,)),
     ]
     state, torch_state = random.getstate(), torch.random.get_rng_state()
-    aligned, blind = ravel.evaluate(scene, subjects, config())
+    aligned, blind = ravel.evaluate(context, subjects, config())
     assert aligned.metrics["ravel"] == {"disentanglement_score": 1.0, "cause_score": 1.0, "isolation_score": 1.0}
     assert blind.metrics["ravel"]["cause_score"] == 0.0
     assert set(aligned.unstructured["thing_results"]) == {"thing_Colour", "thing_Size"}
@@ -121,34 +121,34 @@ def test_an_aligned_sae_has_cause_and_isolation_of_one_and_a_blind_one_neither(s
     assert torch.equal(torch.random.get_rng_state(), torch_state)
 
 
-def test_an_untrained_mask_isolates_and_causes_nothing(scene, builder, config):
+def test_an_untrained_mask_isolates_and_causes_nothing(context, builder, config):
     subject = builder.subject(aligned_sae(), layers=(2,))
-    (result,) = ravel.evaluate(scene, [subject], config(learning_rate=0.0))
+    (result,) = ravel.evaluate(context, [subject], config(learning_rate=0.0))
     assert result.metrics["ravel"] == {"disentanglement_score": 0.5, "cause_score": 0.0, "isolation_score": 1.0}
 
 
 @pytest.mark.parametrize("selection", [{"city": ("Country",)}, {"thing": ("Colour", "Weight")}, {"thing": ()}])
 @pytest.mark.parametrize("data", ["ravel", "stdlib"])
-def test_a_selection_that_the_data_do_not_have_is_named(scene, builder, config, monkeypatch, selection, data):
+def test_a_selection_that_the_data_do_not_have_is_named(context, builder, config, monkeypatch, selection, data):
     monkeypatch.setattr(ravel, "load_identifiers", lambda: [THINGS])
     settings = dataclasses.replace(config(), entity_attribute_selection=selection, data=data)
     with pytest.raises(SettingInvalid, match=r"expected of thing \(Colour, Size\), found"):
-        list(ravel.evaluate(scene, [builder.subject(aligned_sae(), layers=(2,))], settings))
+        list(ravel.evaluate(context, [builder.subject(aligned_sae(), layers=(2,))], settings))
 
 
-def test_what_the_model_says_is_asked_once_for_all_runs(scene, config):
+def test_what_the_model_says_is_asked_once_for_all_runs(context, config):
     attributes = ("Colour", "Size")
-    first = ravel.known_prompts(scene, THINGS, attributes, config())
-    calls = scene.model.calls
-    assert ravel.known_prompts(scene, THINGS, attributes, config()) == first
-    assert scene.model.calls == calls
-    ravel.known_prompts(scene, THINGS, attributes, config(n_generated_tokens=2))
-    assert scene.model.calls > calls
+    first = ravel.known_prompts(context, THINGS, attributes, config())
+    calls = context.model.calls
+    assert ravel.known_prompts(context, THINGS, attributes, config()) == first
+    assert context.model.calls == calls
+    ravel.known_prompts(context, THINGS, attributes, config(n_generated_tokens=2))
+    assert context.model.calls > calls
 
 
-def test_too_few_pairs_for_a_batch_are_a_reason_not_to_run(scene, builder, config):
+def test_too_few_pairs_for_a_batch_are_a_reason_not_to_run(context, builder, config):
     with pytest.raises(NotApplicable, match="do not fill one batch of 64"):
-        list(ravel.evaluate(scene, [builder.subject(aligned_sae(), layers=(2,))], config(llm_batch_size=64)))
+        list(ravel.evaluate(context, [builder.subject(aligned_sae(), layers=(2,))], config(llm_batch_size=64)))
 
 
 def test_prompts_of_the_hub_are_asked_for_by_name(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM
 
-from saemill.evaluate.context.context import Scene
+from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.errors import DataMissing, NotApplicable
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
@@ -90,21 +90,21 @@ def echo(tiny) -> LanguageModel:
 
 def test_the_evaluation_runs_on_it(echo, builder, monkeypatch):
     monkeypatch.setattr(topic, "stdlib_documents", repetitive_documents)
-    scene = Scene(None, model_name="echo", watch=Watch(is_quiet=True))
-    scene.use(echo)
+    context = Context(None, model_name="echo", watch=Watch(is_quiet=True))
+    context.use(echo)
     subject = builder.subject(builder.make_sae(k=None))
     config = unlearning.Config(data="stdlib", topic="email", multipliers=(5,), n_features_list=(3,))
-    (result,) = unlearning.evaluate(scene, [subject], config)
+    (result,) = unlearning.evaluate(context, [subject], config)
     assert 0 <= result.metrics["unlearning"]["unlearning_score"] <= 1
     assert result.eval_config["dataset_names"] == ["email", "not email"]
     assert [run["multiplier"] for run in result.extra["unlearning"]["runs"]] == [5, 5]
 
 
 def test_a_model_that_knows_nothing_of_it_is_not_run(tiny, builder):
-    scene = Scene(None, model_name="tiny", watch=Watch(is_quiet=True))
-    scene.use(tiny)
+    context = Context(None, model_name="tiny", watch=Watch(is_quiet=True))
+    context.use(tiny)
     with pytest.raises(NotApplicable, match="answers no question about what it is to forget"):
-        list(unlearning.evaluate(scene, [builder.subject(builder.make_sae())], unlearning.Config(data="stdlib")))
+        list(unlearning.evaluate(context, [builder.subject(builder.make_sae())], unlearning.Config(data="stdlib")))
 
 
 def test_the_protocols_material_is_put_together_from_its_parts(tiny, tmp_path, monkeypatch):
@@ -116,9 +116,9 @@ def test_the_protocols_material_is_put_together_from_its_parts(tiny, tmp_path, m
         return [{"text": "plain " * 40}, {"text": "short"}] * 8 if "wikitext" in name else [question] * 3
 
     monkeypatch.setattr(wmdp, "load_rows", load_rows)
-    monkeypatch.setattr(wmdp, "load_instructed", lambda scene, name: tiny)
+    monkeypatch.setattr(wmdp, "load_instructed", lambda context, name: tiny)
     config = unlearning.Config(data="wmdp", forget_corpus=str(corpus), dataset_size=10, seq_len=16)
-    made = unlearning.load_material(Scene(None, watch=Watch(is_quiet=True)), config)
+    made = unlearning.load_material(Context(None, watch=Watch(is_quiet=True)), config)
     assert made.forget_rows.shape == (10, 16)
     assert "virus" in text_of(tiny, made.forget_rows)
     assert "plain" in text_of(tiny, made.retain_rows)

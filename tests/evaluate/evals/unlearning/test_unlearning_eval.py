@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from saemill.evaluate.context import hub_data
-from saemill.evaluate.context.context import Scene
+from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.context.results import Failure
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
@@ -99,16 +99,16 @@ def latents_that_fire_on_everything() -> SparseAutoencoder:
 
 
 @pytest.fixture
-def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
-    monkeypatch.setattr(unlearning, "load_material", lambda scene, config: material())
-    return Scene(None, watch=Watch(is_quiet=True))
+def context(monkeypatch: pytest.MonkeyPatch) -> Context:
+    monkeypatch.setattr(unlearning, "load_material", lambda context, config: material())
+    return Context(None, watch=Watch(is_quiet=True))
 
 
-def test_a_topic_latent_unlearns_its_topic_and_dense_latents_unlearn_nothing(scene, builder):
+def test_a_topic_latent_unlearns_its_topic_and_dense_latents_unlearn_nothing(context, builder):
     saes = {"topic": one_latent_a_token(), "dense": latents_that_fire_on_everything()}
     subjects = [builder.subject(sae, name, layers=(1,)) for name, sae in saes.items()]
     state, torch_state = random.getstate(), torch.random.get_rng_state()
-    topic, dense = unlearning.evaluate(scene, subjects, unlearning.Config())
+    topic, dense = unlearning.evaluate(context, subjects, unlearning.Config())
     assert topic.metrics == {"unlearning": {"unlearning_score": 1.0}}
     assert dense.metrics == {"unlearning": {"unlearning_score": 0.0}}
     (first, _) = topic.extra["unlearning"]["runs"]
@@ -119,20 +119,20 @@ def test_a_topic_latent_unlearns_its_topic_and_dense_latents_unlearn_nothing(sce
     assert torch.equal(torch.random.get_rng_state(), torch_state)
 
 
-def test_an_sae_of_another_width_fails_alone(scene, builder):
+def test_an_sae_of_another_width_fails_alone(context, builder):
     wide = builder.subject(builder.make_sae(d_in=D + 1), "wide", layers=(1,))
     good = builder.subject(one_latent_a_token(), "good", layers=(1,))
-    failure, result = unlearning.evaluate(scene, [wide, good], unlearning.Config())
+    failure, result = unlearning.evaluate(context, [wide, good], unlearning.Config())
     assert isinstance(failure, Failure)
     assert isinstance(failure.error, WidthMismatch)
     assert result.metrics["unlearning"]["unlearning_score"] == 1.0
 
 
-def test_a_model_that_knows_nothing_is_not_asked(scene, builder, monkeypatch):
+def test_a_model_that_knows_nothing_is_not_asked(context, builder, monkeypatch):
     monkeypatch.setattr(PlantedModel, "head", lambda self, hidden: -hidden)
     subject = builder.subject(one_latent_a_token(), layers=(1,))
     with pytest.raises(NotApplicable, match="answers no question"):
-        list(unlearning.evaluate(scene, [subject], unlearning.Config()))
+        list(unlearning.evaluate(context, [subject], unlearning.Config()))
 
 
 class Letters:
@@ -184,9 +184,9 @@ def test_the_forget_corpus_is_asked_for_by_name(tmp_path):
     assert wmdp.read_corpus(tmp_path / "good.jsonl") == ["long " * 20]
 
 
-def test_a_base_model_is_not_asked_questions(scene):
+def test_a_base_model_is_not_asked_questions(context):
     with pytest.raises(NotApplicable, match="no instruction-tuned Gemma"):
-        wmdp.load_instructed(scene, "google/gemma-2-2b")
+        wmdp.load_instructed(context, "google/gemma-2-2b")
 
 
 def test_data_that_cannot_be_had_say_what_to_accept(monkeypatch: pytest.MonkeyPatch):

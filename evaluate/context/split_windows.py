@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from ..errors import NotApplicable
 from ..model.batches import count_windows, store_batches
 from ..model.windows import Windows
-from .context import Scene
-from .loaded_sae import Subject
+from .context import Context
+from .loaded_sae import LoadedSae
 
 MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
 
 
 def read_windows(
-    scene: Scene,
-    subjects: Sequence[Subject],
+    context: Context,
+    subjects: Sequence[LoadedSae],
     title: str,
     windows: int,
     batch_windows: int,
@@ -26,16 +26,16 @@ def read_windows(
     attention_layers: Sequence[int] = (),
 ) -> Iterator[Windows]:
     """The first `windows` windows of a split, batch by batch, with a bar."""
-    total = min(windows, count_windows(scene.store, split))
+    total = min(windows, count_windows(context.store, split))
     if total == 0:
         raise NotApplicable(f"the store's {split} split has no windows: harvest more text")
     layers = sorted({layer for subject in subjects for layer in (*subject.layers, *subject.target_layers)})
     attention = {*attention_layers, *(layer for subject in subjects for layer in subject.attention_layers)}
-    context, device = scene.manifest.context, scene.device
-    room = MOST_CODES // (context * max(subject.width for subject in subjects))
+    length, device = context.manifest.context, context.device
+    room = MOST_CODES // (length * max(subject.width for subject in subjects))
     size = max(1, min(batch_windows, total, room))
-    batches = store_batches(scene.store, split, layers, sorted(attention), size, count=total, device=device)
-    with scene.watch.stage(title, total * context) as advance:
+    batches = store_batches(context.store, split, layers, sorted(attention), size, count=total, device=device)
+    with context.watch.stage(title, total * length) as advance:
         for batch in batches:
             yield batch
             advance(len(batch) * batch.context)
