@@ -19,21 +19,73 @@ from saemill import cache_schema
 from saemill.cache_schema import errors
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("cache_schema", "harvest", "train", "evaluate")
-MAY_IMPORT = {
-    "cache_schema": {"cache_schema"},
-    "harvest": {"cache_schema", "harvest"},
-    "train": {"cache_schema", "train"},
-    "evaluate": {"cache_schema", "harvest", "train", "evaluate"},
+ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies")
+FLOORS = {  # of every package, from the ground up: its folders, and the modules beside them; imports lead down
+    "cache_schema": (
+        "allocator dtypes errors splits strict",
+        "csr files manifest sources",
+        "identity layout request",
+        "buffers claims codecs commits moments",
+        "chunks digest root summary",
+        "content reader",
+        "info writer",
+        "__init__ importer verify",
+        "cli",
+    ),
+    "harvest": (
+        "__init__ errors network packing pocket progress",
+        "corpus model sparsify stats",
+        "capture config spool",
+        "place plan shards",
+        "estimate",
+        "begin",
+        "run",
+        "dry_run",
+        "cli",
+    ),
+    "train": (
+        "errors file_registry",
+        "command data parallel",
+        "sae/kernels",
+        "sae",
+        "disk engine sae/attention sae/shapes",
+        "disk/formats terms",
+        "kit",
+        "ask variants",
+        "recipes run",
+        "__init__ cli export",
+    ),
+    "evaluate": (
+        "__init__ errors",
+        "model",
+        "context",
+        "evals/absorption evals/core evals/measures evals/probing evals/ravel evals/unlearning output/figures",
+        "evals output/page output/plots",
+        "output",
+        "run",
+        "cli",
+    ),
+    "studies": ("__init__ study",),
+}
+ALL = "all of it"
+MAY_IMPORT = {  # rooms of other packages
+    "cache_schema": {},
+    "harvest": {"cache_schema": ALL},
+    "train": {"cache_schema": ALL},
+    "evaluate": {
+        "cache_schema": ALL,
+        "harvest": "corpus errors model network pocket sparsify stats",
+        "train": "ask data disk errors file_registry kit recipes run sae sae/kernels",
+    },
+    "studies": {"train": "cli disk recipes run", "evaluate": "cli context run"},
 }
 NEVER_IMPORTS = {
     "cache_schema": {"torch", "transformers"},
     "harvest": set(),
     "train": {"transformers"},
     "evaluate": set(),
+    "studies": set(),
 }
-TRAIN_GROUND = {"sae", "view", "losses", "schedules"}  # these know nothing above them
-TRAIN_BLIND = {"data", "step", "loop"}  # these never name a variant
 
 
 def sources(room: str) -> list[Path]:
@@ -59,14 +111,82 @@ def inner_imports(room: str) -> Iterator[tuple[Path, list[str]]]:
                 yield file, name.split(".")[1:]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_import_only_what_lies_below_them(room):
-    wrong = [
-        f"{file.relative_to(ROOT)}: {'.'.join(name)}"
-        for file, name in inner_imports(room)
-        if name and name[0] in ROOMS and name[0] not in MAY_IMPORT[room]
-    ]
+def part_of(file: Path) -> tuple[str, str]:
+    """The package of a file, and in it the folder, or the module where it stands beside the folders."""
+    package, *folders = file.relative_to(ROOT).parts[:-1]
+    return package, "/".join(folders) or file.stem
+
+
+def arrows() -> Iterator[tuple[Path, Path]]:
+    """Who imports whom, file by file."""
+    for room in ROOMS:
+        for file, name in inner_imports(room):
+            found = [ROOT.joinpath(*name[:length]) for length in range(len(name), 0, -1)]
+            modules = (path for base in found for path in (base.with_suffix(".py"), base / "__init__.py"))
+            target = next((path for path in modules if path.is_file()), None)
+            if target is not None and target != file:
+                yield file, target
+
+
+def shown(file: Path, target: Path) -> str:
+    return f"{file.relative_to(ROOT)} imports {target.relative_to(ROOT)}"
+
+
+def test_every_folder_and_module_has_a_floor():
+    listed = {room: sorted(part for floor in FLOORS[room] for part in floor.split()) for room in ROOMS}
+    there = {room: sorted({part_of(file)[1] for file in sources(room)}) for room in ROOMS}
+    assert listed == there
+
+
+def test_imports_inside_a_package_lead_down():
+    floor_of = {(room, part): floor for room in ROOMS for floor, row in enumerate(FLOORS[room]) for part in row.split()}
+    wrong = []
+    for file, target in arrows():
+        here, there = part_of(file), part_of(target)
+        if here[0] == there[0] and here != there and floor_of[there] >= floor_of[here]:
+            wrong.append(shown(file, target))
     assert not wrong
+
+
+def test_packages_import_only_what_they_may():
+    wrong = []
+    for file, target in arrows():
+        (package, _), (other, part) = part_of(file), part_of(target)
+        allowed = MAY_IMPORT[package].get(other, "")
+        if package != other and allowed != ALL and part not in allowed.split():
+            wrong.append(shown(file, target))
+    assert not wrong
+
+
+def test_what_may_be_imported_is():
+    """A permission that nobody needs any more goes."""
+    used = {(part_of(file)[0], *part_of(target)) for file, target in arrows()}
+    idle = [
+        f"{package}: {other}/{part}"
+        for package, others in MAY_IMPORT.items()
+        for other, parts in others.items()
+        if parts != ALL
+        for part in parts.split()
+        if (package, other, part) not in used
+    ]
+    assert not idle
+
+
+def test_no_file_imports_itself_over_others():
+    """Peel off the files that import none of the rest: what remains goes in circles."""
+    imports: dict[Path, set[Path]] = {file: set() for room in ROOMS for file in sources(room)}
+    for file, target in arrows():
+        imports[file].add(target)
+    while free := {file for file, targets in imports.items() if not targets & imports.keys()}:
+        imports = {file: targets for file, targets in imports.items() if file not in free}
+    assert not [str(file.relative_to(ROOT)) for file in imports]
+
+
+def test_nobody_imports_a_variant():
+    """Variants are found by their files' names: what names one of them cannot be for all."""
+    variants = ROOT / "train" / "variants"
+    named = [shown(*arrow) for arrow in arrows() if arrow[1].parent == variants != arrow[0].parent]
+    assert not named
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -90,24 +210,6 @@ def test_imports_inside_the_package_are_relative():
         or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "saemill" for alias in node.names))
     ]
     assert not wrong
-
-
-def test_the_floors_of_train():
-    """{sae, losses, schedules} <- compose <- variants <- recipes; data, step and loop name no variant."""
-    floors = {**dict.fromkeys(TRAIN_GROUND, 0), "compose": 1, "variants": 2, "recipes": 3}
-    for file, name in inner_imports("train"):
-        part = file.relative_to(ROOT / "train").parts[0].removesuffix(".py")
-        if name[0] != "train" or len(name) < 2:
-            continue
-        where = f"{file.relative_to(ROOT)}: {'.'.join(name)}"
-        if part in floors:
-            assert floors.get(name[1], floors[part]) <= floors[part], where
-        if part in TRAIN_BLIND:
-            assert not (name[1] == "variants" and len(name) > 3), where
-
-
-def test_nobody_imports_evaluate():
-    assert not [str(file) for room in ROOMS[:3] for file, name in inner_imports(room) if name[:1] == ["evaluate"]]
 
 
 def test_nothing_stored_is_ever_evaluated():

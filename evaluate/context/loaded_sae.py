@@ -1,4 +1,4 @@
-"""A subject: one SAE under evaluation, and how it reads a batch of windows.
+"""One SAE under evaluation, loaded, and how it reads a batch of windows.
 
 W windows, T positions, B rows, D_in and D_out widths, F latents.
 """
