@@ -46,6 +46,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
     "train": (
         "errors file_registry",
         "command data parallel",
+        "sae/kernels/triton",
         "sae/kernels",
         "sae",
         "disk engine sae/attention sae/shapes",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,14 @@ class Term:
     weight: Schedule
 
 
+TableUse = Literal["none", "gradients", "unit decoder"]  # the last: that decoder rows keep length one, and no more
+
+
 class Constraint(Protocol):
     """Keeps the weights where they belong."""
 
-    reads_gradients: ClassVar[bool]
-    """Whether it looks at the gradient of a weight table as a table. A step in which nobody does never makes one."""
+    table_use: ClassVar[TableUse]
+    """What it wants of the weight tables' gradients. Where nobody looks at them, a step need not make them."""
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         """Gradients are there, the optimiser has not moved."""

@@ -28,11 +28,10 @@ from ..data.batch import Batch
 from ..errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from ..parallel.ranks import Alone, Ranks, shared
 from ..parallel.sharded_rows import Shard, assign, on_host
+from ..sae.kernels.hardware import runs_triton
 from ..sae.model import SparseAutoencoder
 from ..sae.view import View
 from .compose import Assembly, Term
-from ..sae.kernels.hardware import runs_triton
-from ..terms.constraints import UnitDecoder
 from .dead_latents import LatentCounters
 from .optim import Adam
 
@@ -123,7 +122,7 @@ class Trainee:
         self.sae.to(self.device)
         by_row = self._tables_by_row()
         # The kernel that updates decoder rows keeps them at length one by itself.
-        self._constraints = [c for c in assembly.constraints if not (by_row and isinstance(c, UnitDecoder))]
+        self._constraints = [c for c in assembly.constraints if not (by_row and c.table_use == "unit decoder")]
         self.optimiser = Adam(dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae), by_row)
         self.counters = LatentCounters(self.sae.num_latents, self.device)
         self.step_index = 0
@@ -251,12 +250,12 @@ class Trainee:
         together, a constraint.
         """
         sees_all = self.ranks.size > 1 or self._is_sharded or self.assembly.optim.clip_norm is not None
-        if sees_all or any(constraint.reads_gradients for constraint in self.assembly.constraints):
+        if sees_all or any(constraint.table_use == "gradients" for constraint in self.assembly.constraints):
             return {}
         tables = {"W_enc": self.sae.W_enc, "W_dec": self.sae.W_dec}
         if not all(runs_triton(table) and table.shape[1] <= WIDEST_ROW for table in tables.values()):
             return {}
-        is_unit = any(isinstance(constraint, UnitDecoder) for constraint in self.assembly.constraints)
+        is_unit = any(constraint.table_use == "unit decoder" for constraint in self.assembly.constraints)
         return {"W_enc": False, "W_dec": is_unit}
 
     @torch.no_grad()

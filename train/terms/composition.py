@@ -14,6 +14,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..engine.compose import TableUse
 from ..sae.model import SparseAutoencoder
 from ..sae.view import View
 from .tiers import Tiers, tiers_of
@@ -67,7 +68,7 @@ class Composition(nn.Module):
 class NonNegative:
     """C never falls below zero."""
 
-    reads_gradients: ClassVar[bool] = False
+    table_use: ClassVar[TableUse] = "none"
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         pass

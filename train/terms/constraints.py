@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.compose import TableUse
 from ..parallel.sharded_rows import local
 from ..sae.gates import JumpRelu
 from ..sae.model import SparseAutoencoder
@@ -24,7 +25,7 @@ class UnitDecoder:
     both by itself, and then leaves this constraint out.
     """
 
-    reads_gradients: ClassVar[bool] = False
+    table_use: ClassVar[TableUse] = "unit decoder"
 
     @torch.no_grad()
     def before_step(self, sae: SparseAutoencoder) -> None:
@@ -43,7 +44,7 @@ class UnitDecoder:
 class NonNegativeThreshold:
     """A jump threshold never falls below zero."""
 
-    reads_gradients: ClassVar[bool] = False
+    table_use: ClassVar[TableUse] = "none"
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         pass

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..engine.compose import TableUse
 from ..sae.model import SparseAutoencoder
 from ..sae.side import Side
 from ..sae.view import View
@@ -86,7 +87,7 @@ class Dynamics(nn.Module):
 class Retire:
     """Retired latents read nothing and stay below zero."""
 
-    reads_gradients: ClassVar[bool] = True
+    table_use: ClassVar[TableUse] = "gradients"
 
     @torch.no_grad()
     def before_step(self, sae: SparseAutoencoder) -> None:

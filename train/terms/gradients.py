@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.compose import TableUse
 from ..sae.model import SparseAutoencoder
 from .tiers import TIERS, Tiers
 
@@ -19,7 +20,7 @@ from .tiers import TIERS, Tiers
 class TierGradients:
     """Notes the norm of each tier's gradient, and scales it down to `clip_norm` where it is larger."""
 
-    reads_gradients: ClassVar[bool] = True
+    table_use: ClassVar[TableUse] = "gradients"
 
     clip_norm: float | None = None
 
@@ -45,7 +46,7 @@ class TierGradients:
 class GradientNoise:
     """Normal noise of `scale` times the root mean square of each gradient, so that it ends where learning ends."""
 
-    reads_gradients: ClassVar[bool] = True
+    table_use: ClassVar[TableUse] = "gradients"
 
     scale: float
     generator: torch.Generator  # the SAE's own: its state is saved with the rest

@@ -71,7 +71,7 @@ def test_constraints_run_in_their_order(rng):
     seen = []
 
     class Spy:
-        reads_gradients = True
+        table_use = "gradients"
 
         def before_step(self, sae):
             seen.append(("before", sae.W_enc.grad is not None))

@@ -65,9 +65,7 @@ def support_from_flat(flat: Tensor, rows: int, num_latents: int) -> Support:
 
 def group_offsets(groups: Tensor, num_groups: int) -> Tensor:
     """int32 [num_groups + 1], where each group begins among rising group numbers [N]."""
-    if groups.device.type == "cpu":
-        return starts(torch.bincount(groups, minlength=num_groups))
-    # A histogram on a GPU reads its own bounds on the host; a search does not.
+    # By search: a histogram has a GPU tell the host how large it is.
     bounds = torch.arange(num_groups + 1, dtype=groups.dtype, device=groups.device)
     return torch.searchsorted(groups, bounds, out_int32=True)
 

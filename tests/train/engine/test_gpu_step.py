@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saemill.train import step
+from saemill.train.data.batch import Batch
+from saemill.train.engine import step
+from saemill.train.engine.step import LOOK_EVERY, Trainee
 from saemill.train.errors import NonFiniteLoss
+from saemill.train.kit.registry import config_type
 from saemill.train.sae.kernels import hardware
-from saemill.train.step import LOOK_EVERY, Trainee
-from saemill.train.variants import config_type
-from saemill.train.view import Batch
 
 D, F, B = 8, 20, 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
