@@ -37,7 +37,7 @@ from .optim import Adam
 
 READ_AT_ONCE = {"cpu"}  # kinds of devices whose losses the host reads in each step, because it costs nothing
 LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait
-WIDEST_ROW = 16384  # of a table that is updated row by row: a row stands in the registers of one program
+WIDEST_ROW = 16384  # that is updated by itself: it stands in the registers of one program
 ADDED_LATER = {"latents.listed"}  # states that checkpoints of before may lack
 
 

@@ -4,6 +4,9 @@ B rows of a batch, D width, F latents, N entries in order of their latent. One p
 gradient of its row in registers and writes weights and moments once: the gradient of the table never exists.
 Entries are added in a fixed order, without atomics, so the same step gives the same bits.
 
+The table and its moments pass by once (`evict_first`), so that the batch's rows, which are read k times, stay in
+the cache.
+
 A latent that fires often would make a long tail. So the entries are cut into chunks of CHUNK; those that
 belong to one latent alone are added beforehand, by programs of their own, and enter as one row each.
 """
@@ -21,7 +24,7 @@ from torch import Tensor
 
 CHUNK = 64  # entries that one program adds at most before a sum is handed on
 TOGETHER = 4  # rows on their way at once
-MAX_WIDTH = 16384  # of a row that fits into the registers of one program
+PER_WARP = 512  # elements of a row that each warp of a program holds
 
 
 @triton.jit
@@ -97,27 +100,27 @@ def _update(
         place = latent * D + columns
         gradient = tl.zeros((BLOCK_D,), tl.float32)
         if HAS_DENSE:
-            gradient += tl.load(dense + place, mask=inside, other=0.0)
+            gradient += tl.load(dense + place, mask=inside, other=0.0, eviction_policy="evict_first")
         gradient = _add_entries(gradient, start, head_end, rows, values, x, columns, inside, D, TOGETHER)
         while chunk < chunks_end:
             gradient += tl.load(sums + chunk.to(tl.int64) * D + columns, mask=inside, other=0.0)
             chunk += 1
         gradient = _add_entries(gradient, tail, stop, rows, values, x, columns, inside, D, TOGETHER)
 
-        weight = tl.load(weights + place, mask=inside, other=0.0)
+        weight = tl.load(weights + place, mask=inside, other=0.0, eviction_policy="evict_first")
         if UNIT:  # what points along a row would only change its length, which is put back to one
             gradient -= weight * tl.sum(weight * gradient)
         gradient += weight_decay * weight
-        mean = tl.load(first + place, mask=inside, other=0.0)
-        square = tl.load(second + place, mask=inside, other=0.0)
+        mean = tl.load(first + place, mask=inside, other=0.0, eviction_policy="evict_first")
+        square = tl.load(second + place, mask=inside, other=0.0, eviction_policy="evict_first")
         mean += (1.0 - beta1) * (gradient - mean)
         square = beta2 * square + (1.0 - beta2) * gradient * gradient
         weight -= step_size * mean / (tl.sqrt(square) / root_bias2 + epsilon)
         if UNIT:
             weight = weight / tl.maximum(tl.sqrt(tl.sum(weight * weight)), 1e-12)
-        tl.store(weights + place, weight, mask=inside)
-        tl.store(first + place, mean, mask=inside)
-        tl.store(second + place, square, mask=inside)
+        tl.store(weights + place, weight, mask=inside, eviction_policy="evict_first")
+        tl.store(first + place, mean, mask=inside, eviction_policy="evict_first")
+        tl.store(second + place, square, mask=inside, eviction_policy="evict_first")
         if HAS_LOW:
             tl.store(low + place, weight.to(tl.bfloat16), mask=inside)
 
@@ -155,7 +158,7 @@ def update_rows(
     offsets, latents, rows, values, x = _no_entries(weights) if entries is None else entries
     frozen = torch.zeros((), device=weights.device) if frozen is None else frozen
     block = triton.next_power_of_2(width)
-    warps = max(4, min(16, block // 512))
+    warps = max(4, min(16, block // PER_WARP))
     shared = {"CHUNK": CHUNK, "TOGETHER": TOGETHER, "BLOCK_D": block, "num_warps": warps}
     chunks = triton.cdiv(rows.numel(), CHUNK)
     sums = torch.empty(chunks, width, dtype=torch.float32, device=weights.device)

@@ -1,9 +1,15 @@
 """Exact selection: the k largest of each row, and the largest of a whole batch.
 
-B rows, F latents. Floats are read as whole numbers of the same order ("keys"), 16 bits for bfloat16 and 32
-for float32, so the k-th largest is found bit by bit: a key is tried, those at or above it are counted.
-Equal entries are taken in order of their place. A row is searched in registers, in segments of SEGMENT
-latents; what each segment offers is searched once more.
+B rows, F latents. Floats are read as whole numbers of the same order ("keys"), 16 bits for bfloat16 and 32 for
+float32. Equal entries are taken in order of their place.
+
+1. The latents of a row are dealt into groups. The k-th largest of the groups' largest entries is a floor: at
+   least k entries reach it, and with many more groups than k hardly more than k.
+2. Each row offers the latents that reach its floor. They have room for ROOM * k; a row that offers more, as one
+   whose groups are unlike each other may, is searched as a whole instead.
+3. Among what is offered the k-th largest key is found bit by bit: a key is tried, those at or above it are counted.
+
+A batch is treated alike: its floor is one for all rows. So the entries are read twice, in order, whatever k.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -16,8 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SEGMENT = 8192  # latents that one program holds in registers: 32 in each of 256 threads
-DIGIT_BITS = 4  # of a batch's threshold, found in each pass over the batch
+CHUNK = 2048  # latents that a program looks at together
+GROUPS = 16  # for each entry that is wanted of a row, at least
+MOST_GROUPS = 8192  # that one program holds in registers
+ROOM = 4  # latents that a row may offer for each one that is wanted
+DIGIT_BITS = 4  # of a batch's smallest key, found in each pass
 BITS = {torch.bfloat16: 16, torch.float32: 32}
 
 
@@ -36,47 +45,185 @@ def _keys(x, BITS: tl.constexpr):
 
 
 @triton.jit
-def _choose(keys, valid, k, BITS: tl.constexpr):
-    """bool, the k largest of the valid keys; of equal ones the first."""
-    lowest = tl.zeros((), tl.uint32)  # will be the k-th largest key
+def _kth(keys, k, BITS: tl.constexpr):
+    """The k-th largest of the keys; zero where there are fewer."""
+    lowest = tl.zeros((), tl.uint32)
     bit = tl.full((), 1, tl.uint32) << (BITS - 1)
-    for _ in range(BITS):
+    for step in range(BITS):  # noqa: B007
         tried = lowest | bit
         enough = tl.sum((keys >= tried).to(tl.int32)) >= k
         lowest = tl.where(enough, tried, lowest)
         bit = bit >> 1
-    above = keys > lowest
-    equal = (keys == lowest) & valid
-    wanted = k - tl.sum(above.to(tl.int32))
-    return above | (equal & (tl.cumsum(equal.to(tl.int32)) <= wanted))
+    return lowest
 
 
 @triton.jit
-def _top_of_segments(pre, out, F, k, segments, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[row, segment, :k]: latents of the segment's k largest in rising order, -1 behind the last."""
-    row = tl.program_id(0)
-    segment = tl.program_id(1)
-    latents = segment * BLOCK + tl.arange(0, BLOCK)
-    valid = latents < F
-    values = tl.load(pre + row.to(tl.int64) * F + latents, mask=valid, other=0.0)
-    keys = tl.where(valid, _keys(values, BITS), 0)
-    chosen = _choose(keys, valid, tl.minimum(k, F - segment * BLOCK), BITS)
-    place = tl.cumsum(chosen.to(tl.int32)) - 1
-    tl.store(out + (row.to(tl.int64) * segments + segment) * k + place, latents, mask=chosen)
+def _largest_of_groups(pre, row, F: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr):
+    """uint32 [GROUPS]: group g holds latents g, g + GROUPS, g + 2 GROUPS, ..."""
+    largest = tl.zeros((GROUPS,), tl.uint32)
+    for start in range(0, F, GROUPS):
+        latents = start + tl.arange(0, GROUPS)
+        valid = latents < F
+        values = tl.load(pre + row * F + latents, mask=valid, other=0.0)
+        largest = tl.maximum(largest, tl.where(valid, _keys(values, BITS), 0))
+    return largest
 
 
 @triton.jit
-def _top_of_offered(pre, offered, out, F, k, count, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[row, :k]: the k largest of the latents that a row's segments offer."""
+def _row_floors(pre, floors, k, F: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    places = tl.arange(0, BLOCK)
-    latents = tl.load(offered + row * count + places, mask=places < count, other=-1)
-    valid = latents >= 0
+    tl.store(floors + row, _kth(_largest_of_groups(pre, row, F, BITS, GROUPS), k, BITS).to(tl.int64))
+
+
+@triton.jit
+def _batch_groups(pre, out, F: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    largest = _largest_of_groups(pre, row, F, BITS, GROUPS)
+    tl.store(out + row * GROUPS + tl.arange(0, GROUPS), largest.to(tl.int64))
+
+
+@triton.jit
+def _offer(pre, floors, floor_stride, offered, counts, room, F: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr):
+    """offered[row, :]: the latents that reach the row's floor, in rising order, as many as there is room for."""
+    row = tl.program_id(0).to(tl.int64)
+    floor = tl.load(floors + row * floor_stride).to(tl.uint32)
+    count = tl.zeros((), tl.int32)
+    for start in range(0, F, CHUNK):
+        latents = start + tl.arange(0, CHUNK)
+        valid = latents < F
+        keys = _keys(tl.load(pre + row * F + latents, mask=valid, other=0.0), BITS)
+        reaches = ((keys >= floor) & valid).to(tl.int32)
+        place = count + tl.cumsum(reaches) - 1
+        tl.store(offered + row * room + place, latents, mask=(reaches > 0) & (place < room))
+        count += tl.sum(reaches)
+    tl.store(counts + row, count)
+
+
+@triton.jit
+def _load_offered(pre, offered, row, count, room, start, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Latents, whether they are any, and keys, from `start` on: of what the row offers, or of all that it holds."""
+    places = start + tl.arange(0, BLOCK)
+    if count <= room:
+        valid = places < count
+        latents = tl.load(offered + row * room + places, mask=valid, other=0)
+    else:
+        valid = places < F
+        latents = places
     values = tl.load(pre + row * F + latents, mask=valid, other=0.0)
-    keys = tl.where(valid, _keys(values, BITS), 0)
-    chosen = _choose(keys, valid, k, BITS)
-    place = tl.cumsum(chosen.to(tl.int32)) - 1
-    tl.store(out + row * k + place, latents, mask=chosen)
+    return latents, valid, tl.where(valid, _keys(values, BITS), 0)
+
+
+@triton.jit
+def _write(pre, offered, row, count, room, lowest, ties, out, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """To `out` the latents above the lowest key and the first `ties` of those equal to it."""
+    stop = tl.where(count <= room, count, F)
+    start = tl.zeros((), tl.int32)
+    written = tl.zeros((), tl.int32)
+    while start < stop:
+        latents, valid, keys = _load_offered(pre, offered, row, count, room, start, F, BITS, BLOCK)
+        equal = valid & (keys == lowest)
+        chosen = (keys > lowest) | (equal & (tl.cumsum(equal.to(tl.int32)) <= ties))
+        numbers = chosen.to(tl.int32)
+        tl.store(out + written + tl.cumsum(numbers) - 1, latents, mask=chosen)
+        written += tl.sum(numbers)
+        ties -= tl.sum((equal & chosen).to(tl.int32))
+        start += BLOCK
+
+
+@triton.jit
+def _top_of_row(pre, offered, counts, out, k, room, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[row, :k], in rising order."""
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(counts + row)
+    stop = tl.where(count <= room, count, F)
+    lowest = tl.zeros((), tl.uint32)
+    bit = tl.full((), 1, tl.uint32) << (BITS - 1)
+    above = tl.zeros((), tl.int32)
+    for step in range(BITS):  # noqa: B007
+        tried = lowest | bit
+        found = tl.zeros((), tl.int32)
+        start = tl.zeros((), tl.int32)
+        while start < stop:
+            _latents, _valid, keys = _load_offered(pre, offered, row, count, room, start, F, BITS, BLOCK)
+            found += tl.sum((keys >= tried).to(tl.int32))
+            start += BLOCK
+        lowest = tl.where(found >= k, tried, lowest)
+        above = tl.where(found >= k, above, found)  # in the end: how many are above the k-th largest
+        bit = bit >> 1
+    _write(pre, offered, row, count, room, lowest, k - above, out + row * k, F, BITS, BLOCK)
+
+
+@triton.jit
+def _count_digits(keys, prefix, counts, numel, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    """counts[program, t]: how many keys are at or above the prefix with digit t behind it."""
+    program = tl.program_id(0)
+    places = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    found = tl.load(keys + places, mask=places < numel, other=0).to(tl.uint32)
+    lowest = tl.load(prefix).to(tl.uint32)
+    for digit in tl.static_range(1, 16):
+        tried = lowest | (tl.full((), digit, tl.uint32) << SHIFT)
+        tl.store(counts + program * 16 + digit, tl.sum((found >= tried).to(tl.int32)))
+
+
+@triton.jit
+def _count_offered_digits(
+    pre,
+    offered,
+    offers,
+    prefix,
+    counts,
+    room,
+    F: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """counts[row, t]: how many of a row's keys are at or above the prefix with digit t behind it."""
+    row = tl.program_id(0).to(tl.int64)
+    lowest = tl.load(prefix).to(tl.uint32)
+    count = tl.load(offers + row)
+    stop = tl.where(count <= room, count, F)
+    digits = tl.arange(0, 16)
+    tried = lowest | (digits.to(tl.uint32) << SHIFT)
+    total = tl.zeros((16,), tl.int32)
+    start = tl.zeros((), tl.int32)
+    while start < stop:
+        _latents, valid, keys = _load_offered(pre, offered, row, count, room, start, F, BITS, BLOCK)
+        total += tl.sum(((keys[:, None] >= tried[None, :]) & valid[:, None]).to(tl.int32), axis=0)
+        start += BLOCK
+    tl.store(counts + row * 16 + digits, total)
+
+
+@triton.jit
+def _count_kept(
+    pre, offered, offers, lowest, above, equal, room, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """How many entries of each row are above the lowest key kept, and how many are equal to it."""
+    row = tl.program_id(0).to(tl.int64)
+    key = tl.load(lowest).to(tl.uint32)
+    count = tl.load(offers + row)
+    stop = tl.where(count <= room, count, F)
+    num_above = tl.zeros((), tl.int32)
+    num_equal = tl.zeros((), tl.int32)
+    start = tl.zeros((), tl.int32)
+    while start < stop:
+        _latents, valid, keys = _load_offered(pre, offered, row, count, room, start, F, BITS, BLOCK)
+        num_above += tl.sum((valid & (keys > key)).to(tl.int32))
+        num_equal += tl.sum((valid & (keys == key)).to(tl.int32))
+        start += BLOCK
+    tl.store(above + row, num_above)
+    tl.store(equal + row, num_equal)
+
+
+@triton.jit
+def _write_kept(
+    pre, offered, offers, lowest, offsets, ties, out, room, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Each row's part of the batch's largest, at its offset."""
+    row = tl.program_id(0).to(tl.int64)
+    key = tl.load(lowest).to(tl.uint32)
+    place = tl.load(offsets + row)
+    _write(pre, offered, row, tl.load(offers + row), room, key, tl.load(ties + row), out + place, F, BITS, BLOCK)
 
 
 def can_select(pre: Tensor) -> bool:
@@ -87,78 +234,17 @@ def can_select(pre: Tensor) -> bool:
 def top_latents(pre: Tensor, k: int) -> Tensor:
     """int32 [B, k]: latents of the k largest entries of each row, in rising order."""
     rows, width = pre.shape
-    block = min(SEGMENT, triton.next_power_of_2(width))
-    segments = triton.cdiv(width, block)
-    # One segment always finds k; of several the last may hold fewer, and says so by -1.
-    shape = (rows, segments * k)
-    offered = (
-        torch.empty(shape, dtype=torch.int32, device=pre.device)
-        if segments == 1
-        else torch.full(shape, -1, dtype=torch.int32, device=pre.device)
-    )
     bits = BITS[pre.dtype]
-    _top_of_segments[(rows, segments)](
-        pre, offered, width, k, segments, BITS=bits, BLOCK=block, num_warps=_warps(block)
-    )
-    if segments == 1:
-        return offered
     out = torch.empty(rows, k, dtype=torch.int32, device=pre.device)
-    block = triton.next_power_of_2(segments * k)
-    _top_of_offered[(rows,)](pre, offered, out, width, k, segments * k, BITS=bits, BLOCK=block, num_warps=_warps(block))
+    offered, offers, room = _all(pre)
+    groups = _groups(width, k)
+    if groups is not None:
+        floors = torch.empty(rows, dtype=torch.int64, device=pre.device)
+        _row_floors[(rows,)](pre, floors, k, F=width, BITS=bits, GROUPS=groups, num_warps=_warps(groups))
+        offered, offers, room = _offered(pre, floors, 1, ROOM * k)
+    block = min(CHUNK, triton.next_power_of_2(width if groups is None else room))
+    _top_of_row[(rows,)](pre, offered, offers, out, k, room, F=width, BITS=bits, BLOCK=block, num_warps=_warps(block))
     return out
-
-
-def _warps(block: int) -> int:
-    return max(1, min(8, block // 256))
-
-
-@triton.jit
-def _count_digits(pre, prefix, counts, numel, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """counts[program, t]: how many keys are at or above the prefix with digit t behind it."""
-    program = tl.program_id(0)
-    places = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = places < numel
-    keys = tl.where(valid, _keys(tl.load(pre + places, mask=valid, other=0.0), BITS), 0)
-    found = tl.load(prefix).to(tl.uint32)
-    for digit in tl.static_range(1, 16):
-        tried = found | (tl.full((), digit, tl.uint32) << SHIFT)
-        tl.store(counts + program * 16 + digit, tl.sum((keys >= tried).to(tl.int32)))
-
-
-@triton.jit
-def _count_rows(pre, lowest, above, equal, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many entries of each row are above the lowest key kept, and how many are equal to it."""
-    row = tl.program_id(0)
-    key = tl.load(lowest).to(tl.uint32)
-    num_above = tl.zeros((), tl.int32)
-    num_equal = tl.zeros((), tl.int32)
-    for start in range(0, F, BLOCK):
-        latents = start + tl.arange(0, BLOCK)
-        valid = latents < F
-        keys = _keys(tl.load(pre + row.to(tl.int64) * F + latents, mask=valid, other=0.0), BITS)
-        num_above += tl.sum((valid & (keys > key)).to(tl.int32))
-        num_equal += tl.sum((valid & (keys == key)).to(tl.int32))
-    tl.store(above + row, num_above)
-    tl.store(equal + row, num_equal)
-
-
-@triton.jit
-def _write_rows(pre, lowest, offsets, ties, out, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The latents of each row that are above the lowest key, and the first `ties[row]` of those equal to it."""
-    row = tl.program_id(0)
-    key = tl.load(lowest).to(tl.uint32)
-    ties_left = tl.load(ties + row)
-    place = tl.load(offsets + row)
-    for start in range(0, F, BLOCK):
-        latents = start + tl.arange(0, BLOCK)
-        valid = latents < F
-        keys = _keys(tl.load(pre + row.to(tl.int64) * F + latents, mask=valid, other=0.0), BITS)
-        equal = valid & (keys == key)
-        chosen = (valid & (keys > key)) | (equal & (tl.cumsum(equal.to(tl.int32)) <= ties_left))
-        numbers = chosen.to(tl.int32)
-        tl.store(out + place + tl.cumsum(numbers) - 1, latents, mask=chosen)
-        place += tl.sum(numbers)
-        ties_left -= tl.sum((equal & chosen).to(tl.int32))
 
 
 def top_of_batch(pre: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -168,29 +254,67 @@ def top_of_batch(pre: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     rows, width = pre.shape
     bits, device = BITS[pre.dtype], pre.device
-    lowest = _kth_key(pre, count, bits)
-    block = min(SEGMENT, triton.next_power_of_2(width))
+    wanted = triton.cdiv(count, rows)  # of a row, on average
+    offered, offers, room = _all(pre)
+    groups = _groups(width, wanted)
+    if groups is not None:
+        largest = torch.empty(rows, groups, dtype=torch.int64, device=device)
+        _batch_groups[(rows,)](pre, largest, F=width, BITS=bits, GROUPS=groups, num_warps=_warps(groups))
+        offered, offers, room = _offered(pre, _kth_of_all(largest, count, bits), 0, ROOM * wanted)
+    block = min(512, triton.next_power_of_2(width if groups is None else room))
+    told = {"F": width, "BITS": bits, "BLOCK": block, "num_warps": _warps(block)}
+    lowest = torch.zeros((), dtype=torch.int64, device=device)
+    counts = torch.empty(rows, 1 << DIGIT_BITS, dtype=torch.int32, device=device)
+    for shift in range(bits - DIGIT_BITS, -1, -DIGIT_BITS):
+        _count_offered_digits[(rows,)](pre, offered, offers, lowest, counts, room, SHIFT=shift, **told)
+        lowest = _with_digit(lowest, counts, count, shift)
     above, equal = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
-    _count_rows[(rows,)](pre, lowest, above, equal, width, BITS=bits, BLOCK=block, num_warps=_warps(block))
-    wanted = count - above.sum()
+    _count_kept[(rows,)](pre, offered, offers, lowest, above, equal, room, **told)
     before = equal.cumsum(0) - equal
-    ties = torch.minimum((wanted - before).clamp_min(0), equal).to(torch.int32)
+    ties = torch.minimum((count - above.sum() - before).clamp_min(0), equal).to(torch.int32)
     offsets = torch.zeros(rows + 1, dtype=torch.int32, device=device)
     torch.cumsum(above + ties, 0, dtype=torch.int32, out=offsets[1:])
     out = torch.empty(count, dtype=torch.int32, device=device)
-    _write_rows[(rows,)](pre, lowest, offsets, ties, out, width, BITS=bits, BLOCK=block, num_warps=_warps(block))
+    _write_kept[(rows,)](pre, offered, offers, lowest, offsets, ties, out, room, **told)
     return offsets, out
 
 
-def _kth_key(pre: Tensor, count: int, bits: int) -> Tensor:
-    """int64 [], the key of the `count`-th largest entry."""
-    programs = triton.cdiv(pre.numel(), SEGMENT)
-    counts = torch.full((programs, 1 << DIGIT_BITS), SEGMENT, dtype=torch.int32, device=pre.device)
-    lowest = torch.zeros((), dtype=torch.int64, device=pre.device)
+def _groups(width: int, wanted: int) -> int | None:
+    """How many groups the latents are dealt into; None where a search of all of them costs as little."""
+    groups = min(MOST_GROUPS, max(1024, 1 << (GROUPS * wanted - 1).bit_length()))
+    return groups if width > 2 * groups and groups >= 2 * wanted else None
+
+
+def _all(pre: Tensor) -> tuple[Tensor, Tensor, int]:
+    """No offer: every row is searched as a whole."""
+    return pre, torch.ones(pre.shape[0], dtype=torch.int32, device=pre.device), 0
+
+
+def _offered(pre: Tensor, floors: Tensor, stride: int, room: int) -> tuple[Tensor, Tensor, int]:
+    """What each row offers [B, room], how much that is [B], and the room."""
+    rows, width = pre.shape
+    offered = torch.empty(rows, room, dtype=torch.int32, device=pre.device)
+    offers = torch.empty(rows, dtype=torch.int32, device=pre.device)
+    _offer[(rows,)](pre, floors, stride, offered, offers, room, F=width, BITS=BITS[pre.dtype], CHUNK=CHUNK, num_warps=4)
+    return offered, offers, room
+
+
+def _kth_of_all(keys: Tensor, count: int, bits: int) -> Tensor:
+    """int64 [], the `count`-th largest key; zero where there are fewer."""
+    programs = triton.cdiv(keys.numel(), CHUNK)
+    counts = torch.full((programs, 1 << DIGIT_BITS), CHUNK, dtype=torch.int32, device=keys.device)
+    lowest = torch.zeros((), dtype=torch.int64, device=keys.device)
     for shift in range(bits - DIGIT_BITS, -1, -DIGIT_BITS):
-        _count_digits[(programs,)](
-            pre, lowest, counts, pre.numel(), SHIFT=shift, BITS=bits, BLOCK=SEGMENT, num_warps=_warps(SEGMENT)
-        )
-        digit = (counts.sum(0, dtype=torch.int64) >= count).sum() - 1  # digit 0 is never short of entries
-        lowest = lowest + (digit << shift)
+        _count_digits[(programs,)](keys, lowest, counts, keys.numel(), SHIFT=shift, BLOCK=CHUNK, num_warps=4)
+        lowest = _with_digit(lowest, counts, count, shift)
     return lowest
+
+
+def _with_digit(lowest: Tensor, counts: Tensor, count: int, shift: int) -> Tensor:
+    """The key with its next digit: the largest that `count` keys still reach. Digit 0 all reach that are left."""
+    enough = (counts.sum(0, dtype=torch.int64) >= count)[1:].sum()
+    return lowest + (enough << shift)
+
+
+def _warps(block: int) -> int:
+    return max(1, min(8, block // 256))

@@ -1,0 +1,193 @@
+"""The GPU's kernels one by one at the sizes of a real step, and where the time of whole steps goes.
+
+D 2304, k 64, 4,096 rows. Every line is printed when it is measured: milliseconds as the median of repeated
+launches by device events, and what share of the card's own copy rate or matrix rate that is.
+
+    python bench/gpu/kernels.py [--width 16384 --width 65536] [--profile] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saemill.train.data.batch import Batch
+from saemill.train.engine.step import Trainee
+from saemill.train.kit.registry import config_type
+from saemill.train.sae.kernels.support import support_from_topk
+from saemill.train.sae.kernels.triton import bags, rows, select
+
+D, K, B = 2304, 64, 4096
+
+
+def milliseconds(job: Callable[[], object], repeats: int = 10) -> float:
+    for _ in range(3):
+        job()
+    found = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        job()
+        stop.record()
+        stop.synchronize()
+        found.append(start.elapsed_time(stop))
+    return statistics.median(found)
+
+
+class Table:
+    """Lines as they come, kept for a file."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, what: str, ms: float, bytes_moved: float = 0.0, operations: float = 0.0) -> None:
+        row = {"what": what, "ms": round(ms, 4)}
+        row |= {"GB_per_s": round(bytes_moved / ms / 1e6)} if bytes_moved else {}
+        row |= {"TFLOP_per_s": round(operations / ms / 1e9, 1)} if operations else {}
+        self.rows.append(row)
+        print(
+            " | ".join(f"{name} {value}" if name != "what" else str(value) for name, value in row.items()), flush=True
+        )
+
+
+def limits(table: Table) -> None:
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    table.add("matrix product 8192^3, bfloat16", milliseconds(lambda: a @ b), operations=2 * 8192**3)
+    big = torch.randn(1 << 28, device="cuda")
+    copy = torch.empty_like(big)
+    table.add("copy of 1 GiB", milliseconds(lambda: copy.copy_(big)), 2 * big.nbytes)
+
+
+def measure(table: Table, width: int) -> None:
+    x, W = torch.randn(B, D, device="cuda"), torch.nn.functional.normalize(torch.randn(width, D, device="cuda"))
+    low_x, low_W = x.bfloat16(), W.bfloat16()
+    table.add(f"F {width}: encoder product", milliseconds(lambda: low_x @ low_W.t()), operations=2 * B * D * width)
+    pre = low_x @ low_W.t()
+    full = pre.float()
+    table.add(f"F {width}: top {K} of rows, bfloat16", milliseconds(lambda: select.top_latents(pre, K)), pre.nbytes)
+    table.add(f"F {width}: the same by torch.topk", milliseconds(lambda: pre.topk(K, sorted=False)), pre.nbytes)
+    table.add(f"F {width}: top {K} of rows, float32", milliseconds(lambda: select.top_latents(full, K)), full.nbytes)
+    table.add(
+        f"F {width}: top {K * B} of the batch, bfloat16",
+        milliseconds(lambda: select.top_of_batch(pre, K * B)),
+        pre.nbytes,
+    )
+    latents = select.top_latents(pre, K)
+    support = support_from_topk(latents, width)
+    values = torch.rand(B * K, device="cuda")
+    gathered = 4.0 * B * K * D
+
+    def turned() -> object:
+        return support_from_topk(latents, width).by_latent
+
+    table.add(f"F {width}: entries by latent", milliseconds(turned))
+    by_latent = support.by_latent
+    for name, source in (("float32", W), ("bfloat16", low_W)):
+        table.add(
+            f"F {width}: decode from {name}",
+            milliseconds(lambda source=source: bags.bag_sum(source, support.latents, support.offsets, values)),
+            gathered,
+        )
+    bag = torch.nn.functional.embedding_bag
+    table.add(
+        f"F {width}: decode by embedding_bag",
+        milliseconds(
+            lambda: bag(
+                support.latents, W, support.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+            )
+        ),
+        gathered,
+    )
+    for name, source in (("float32", x), ("bfloat16", low_x)):
+        table.add(
+            f"F {width}: pair dots by latent, rows {name}",
+            milliseconds(
+                lambda source=source: bags.pair_dots(W, by_latent.latents, source, by_latent.rows, by_latent.order)
+            ),
+            gathered,
+        )
+    moments = torch.zeros_like(W), torch.zeros_like(W)
+    low = torch.empty_like(low_W)
+    adam = rows.AdamStep(1e-5, 0.9, 0.999, 1e-8, 0.0, 10)
+    sorted_values = values[by_latent.order]
+    moved = 6.0 * W.nbytes + low.nbytes
+    for name, source in (("float32", x), ("bfloat16", low_x)):
+        entries = by_latent.offsets, by_latent.latents, by_latent.rows, sorted_values, source
+        table.add(
+            f"F {width}: row update, rows {name}",
+            milliseconds(lambda entries=entries: rows.update_rows(W, moments, entries, adam, low=low, unit=True)),
+            moved + gathered / (1 if name == "float32" else 2),
+        )
+    table.add(
+        f"F {width}: row update without entries",
+        milliseconds(lambda: rows.update_rows(W, moments, None, adam, low=low, unit=True)),
+        moved,
+    )
+    centre = torch.rand(width, device="cuda")
+    table.add(f"F {width}: one vector times W", milliseconds(lambda: centre @ W), W.nbytes)
+
+
+def step(table: Table, variant: str, width: int, profile: bool) -> None:
+    config = config_type(variant)(width=width, k=K)
+    trainee = Trainee(variant, config.build(D), total_steps=100_000, device="cuda")
+    batches = [Batch(torch.randn(B, D, device="cuda")) for _ in range(3)]
+    for index in range(6):
+        trainee.step(batches[index % 3])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    found = []
+    for _ in range(5):  # runs of steps, as training makes them: the host may run ahead
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for index in range(8):
+            trainee.step(batches[index % 3])
+        stop.record()
+        stop.synchronize()
+        found.append(start.elapsed_time(stop) / 8)
+    ms = statistics.median(found)
+    table.add(f"{variant} F {width}: a step, {B / ms * 1e3:,.0f} tok/s", ms)
+    table.rows[-1] |= {"rounds_ms": [round(value, 3) for value in found]}
+    table.rows[-1] |= {"peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+    if profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            for index in range(4):
+                trainee.step(batches[index % 3])
+            torch.cuda.synchronize()
+        events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
+        for event in events[:16]:
+            table.add(f"    {event.key[:90]} x{event.count / 4:g}", event.self_device_time_total / 4e3)
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--width", type=int, action="append")
+    parse.add_argument("--variant", action="append")
+    parse.add_argument("--profile", action="store_true", help="Also the kernels that each step spends its time in.")
+    parse.add_argument("--steps-only", action="store_true")
+    parse.add_argument("--out", type=Path)
+    asked = parse.parse_args()
+    table = Table()
+    try:
+        limits(table)
+        for width in asked.width or (16384, 65536):
+            if not asked.steps_only:
+                measure(table, width)
+                torch.cuda.empty_cache()
+            for variant in asked.variant or ("topk", "batchtopk", "matryoshka"):
+                step(table, variant, width, asked.profile)
+                torch.cuda.empty_cache()
+    finally:
+        if asked.out is not None:
+            asked.out.write_text(
+                json.dumps({"card": torch.cuda.get_device_name(), "rows": table.rows}, indent=1) + "\n"
+            )
+
+
+if __name__ == "__main__":
+    main()
