@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..errors import ConfigInvalid
 from .gates import Gate
 from .kernels.codes import Codes
 from .kernels.functions import affine
@@ -67,7 +68,13 @@ class SparseAutoencoder(nn.Module):
         self.metadata: dict[str, Any] = {}  # where a loaded SAE belongs
 
     def parts(self) -> dict[str, Any]:
-        """What a module around this one starts from: the same weights and gate."""
+        """What a module around this one starts from: the same weights and gate, which are all of a plain SAE."""
+        if type(self) is not SparseAutoencoder:
+            kind = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+            raise ConfigInvalid(
+                f"expected a plain SparseAutoencoder to wrap, found {kind}: only its weights and gate would be kept, "
+                "and a plain SAE trained in its place. Choose another base, or settings that leave its encoder alone"
+            )
         return {
             "W_enc": self.W_enc.detach(),
             "W_dec": self.W_dec.detach(),

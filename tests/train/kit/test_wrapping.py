@@ -13,6 +13,9 @@ from saemill.train.kit import wrapping
 from saemill.train.kit.registry import config_type
 from saemill.train.kit.wrapping import base_request, build_base
 from saemill.train.sae.gates import TopK
+from saemill.train.sae.kernels.codes import Codes
+from saemill.train.sae.model import SparseAutoencoder
+from saemill.train.variants import topk
 
 D = 16
 
@@ -74,3 +77,40 @@ def test_what_cannot_be_wrapped_is_refused(config, message):
 def test_an_unknown_base_names_its_neighbour():
     with pytest.raises(UnknownVariant, match="topk"):
         build_base(Wrapping(base="topkk"), D)
+
+
+class Halved(SparseAutoencoder):
+    """An SAE that is not the plain one."""
+
+    def codes(self, x, side=None) -> Codes:
+        return super().codes(x / 2)
+
+
+@pytest.fixture
+def halved_base(monkeypatch):
+    """The base `topk` builds a subclass."""
+
+    def build(config, d_model, stats=None):
+        return plain(config, d_model, stats).wrapped(lambda sae: Halved(**sae.parts()))
+
+    plain = topk.Config.build
+    monkeypatch.setattr(topk.Config, "build", build)
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("positional", {"context": 16}),
+        ("tiered", {"tier_norm": True}),
+        ("temporal", {"position_gate": True, "context": 16}),
+        ("attention", {"guidance": "encode"}),
+    ],
+)
+def test_a_base_with_a_class_of_its_own_is_not_trained_as_a_plain_one(halved_base, variant, settings):
+    config = config_type(variant)(base="topk", k=3, width=64, **settings)
+    with pytest.raises(ConfigInvalid, match=r"found test_wrapping\.Halved: only its weights .* Choose another base"):
+        config.build(D)
+
+
+def test_a_base_with_a_class_of_its_own_is_kept_where_nothing_is_wrapped(halved_base):
+    assert type(config_type("attention")(base="topk", k=3, width=64).build(D).sae) is Halved
