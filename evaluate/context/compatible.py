@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ...cache_schema import AttentionSpec
-from ..errors import NotRun, WidthMismatch
+from ..errors import DataMissing, NotRun, WidthMismatch
 from ..model.lm import LanguageModel
 from .context import Context
 from .loaded_sae import LoadedSae
@@ -45,7 +45,11 @@ def layers_of(subjects: Sequence[LoadedSae]) -> tuple[int, ...]:
 def attention_of(context: Context, subjects: Sequence[LoadedSae]) -> AttentionSpec | None:
     """The attention that must come along because some SAE reads it, kept as the store keeps it."""
     layers = tuple(sorted({layer for subject in subjects for layer in subject.attention_layers}))
-    return replace(context.manifest.attention, layers=layers) if layers else None
+    if not layers:
+        return None
+    if not context.manifest.attention.layers:
+        raise DataMissing("an SAE reads attention, and the store does not say how much of it is kept: harvest with it")
+    return replace(context.manifest.attention, layers=layers)
 
 
 def model_name_of(context: Context) -> str:

@@ -63,10 +63,10 @@ class Seen:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
-    spec = context.manifest.attention
-    if spec is None:
+    layers = context.manifest.attention.layers
+    if not layers:
         raise NotApplicable("the store holds no attention: harvest again with --attention-layers")
-    layers, seen, missing = spec.layers, {subject: Seen() for subject in subjects}, obstacles(context, subjects)
+    seen, missing = {subject: Seen() for subject in subjects}, obstacles(context, subjects)
     for batch in read_windows(
         context, subjects, "attention", config.windows, config.batch_windows, attention_layers=layers
     ):
@@ -87,7 +87,6 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str | None]:
     """Why the fidelity of an SAE's attention cannot be had, if so."""
-    assert context.manifest.attention is not None
     stored = context.manifest.attention.layers
     try:
         _ = context.model

@@ -112,10 +112,12 @@ def harvest_rows(
     layers: tuple[int, ...] = (LAYER,),
     documents: np.ndarray | None = None,
     model_id: str | None = None,
+    attention_layers: tuple[int, ...] | None = None,
 ) -> str:
     """A store of these rows; its model is known by its folder's path and by no revision."""
     windows, context = tokens.shape
-    spec = AttentionSpec(layers=(layers[-1], layers[-1] + 1), topk=4, mass=1.0)
+    attention_layers = (layers[-1], layers[-1] + 1) if attention_layers is None else attention_layers
+    spec = AttentionSpec(layers=attention_layers, topk=4, mass=1.0)
     model = load_model(model_folder, Wanted(layers, spec.layers), getattr(torch, dtype))
     captured = capture(model, tokens, spec)
     rows = tokens.numpy().astype(np.uint32)
@@ -175,7 +177,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., World]:
-    """Further stores: make_world(dtype=..., tokens=..., splits=..., layers=..., model=folder)."""
+    """Further stores: make_world(dtype=..., tokens=..., splits=..., layers=..., attention_layers=..., model=folder)."""
 
     def make(model: Path | None = None, tokens: Tensor | None = None, splits: Any = SPLITS, **settings: Any) -> World:
         root = tmp_path_factory.mktemp("world")
@@ -188,7 +190,7 @@ def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., World]
 
 @pytest.fixture
 def open_context() -> Callable[..., Context]:
-    """A quiet context on a store: open_scene(world, dtype_name=..., from_tokens=...)."""
+    """A quiet context on a store: open_context(world, dtype_name=..., from_tokens=...)."""
     opened: list[Store] = []
 
     def make(world: World | str, **settings: Any) -> Context:

@@ -53,7 +53,7 @@ class Guided(Wrapping):
     def check(self, manifest: Manifest) -> None:
         """Refuse a store that has not the head."""
         spec = manifest.attention
-        if self.head is not None and spec is not None:
+        if self.head is not None:
             require_head(self.head, 1 if spec.averaged else spec.heads)
 
     def attention(self, layers: tuple[int, ...]) -> Attention:

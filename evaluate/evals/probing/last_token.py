@@ -13,13 +13,14 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from ...context.compatible import attention_of
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae
 from ...model.batches import make_rows, run_windows
 from ...model.lm import LanguageModel
 from ...model.memory import PieceSize, in_pieces
 from ...model.windows import Windows
-from .pooling import attention_for, batch_size_for, beside, stacked, to_sparse
+from .pooling import batch_size_for, beside, stacked, to_sparse
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,4 +88,4 @@ def latents_at_last(subject: LoadedSae, batch: Windows, last: Windows) -> Tensor
 def _run(context: Context, subjects: Sequence[LoadedSae], rows: Sequence[Sequence[int]]) -> Windows:
     layers = sorted({layer for subject in subjects for layer in subject.layers})
     tokens, valid = make_rows(context.model, rows, max(map(len, rows)))
-    return run_windows(context.model, tokens, valid, layers, attention_for(context, subjects))
+    return run_windows(context.model, tokens, valid, layers, attention_of(context, subjects))

@@ -20,10 +20,9 @@ import torch
 from scipy.sparse import csc_matrix, csr_matrix, vstack
 from torch import Tensor
 
-from ....cache_schema import AttentionSpec
+from ...context.compatible import attention_of
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae
-from ...errors import DataMissing
 from ...model.batches import make_rows, run_windows
 from ...model.lm import LanguageModel
 from ...model.memory import PieceSize, in_pieces
@@ -73,7 +72,7 @@ def pool_task(
     """Pool every text of a task, each once however often it is used."""
     texts = list(dict.fromkeys(text for part in (task.train, task.test) for each in part.values() for text in each))
     layers = sorted({layer for subject in subjects for layer in subject.layers})
-    attention = attention_for(context, subjects)
+    attention = attention_of(context, subjects)
     size = PieceSize(batch_size_for(subjects, length, batch_size), "texts", context.say)
 
     with context.watch.stage(f"{task.name}: texts", len(texts), "texts") as advance:
@@ -166,16 +165,3 @@ def batch_size_for(subjects: Sequence[LoadedSae], context: int, wanted: int) -> 
     """As many texts at once as asked for, but no more than the widest SAE's activations allow."""
     widest = max(subject.width for subject in subjects)
     return max(1, min(wanted, ACTIVATIONS_AT_ONCE // (context * widest)))
-
-
-def attention_for(context: Context, subjects: Sequence[LoadedSae]) -> AttentionSpec | None:
-    """How attention is kept for SAEs that read it: as in the store, in the layers they ask for."""
-    layers = tuple(sorted({layer for subject in subjects for layer in subject.attention_layers}))
-    if not layers:
-        return None
-    stored = context.manifest.attention
-    if stored is None:
-        raise DataMissing(
-            "an SAE reads attention, and the store says nothing of how attention is kept: harvest with it"
-        )
-    return replace(stored, layers=layers)

@@ -117,12 +117,21 @@ def test_the_mean_as_reconstruction_scores_zero(world, builder, open_context):
 
 
 def test_attention_that_was_not_stored_is_named(make_world, builder, open_context):
-    world = make_world(layers=(1, 2))
-    subject = builder.subject(builder.make_sae(), layers=(1,), hook_name="blocks.1.hook_resid_post")
-    context = open_context(world)
-    assert one(attention, context, subject).missing is None  # layer 2 is there
-    other = builder.subject(builder.make_sae(), "other", layers=(0,), hook_name="blocks.0.hook_resid_post")
-    assert "needs layer 1" in str(attention.obstacles(context, [other])[other])
+    """For the SAE that needs it; the other, of the layer below, has its fidelity."""
+    context = open_context(make_world(layers=(1, 2), attention_layers=(1, 2)))
+    low = builder.subject(builder.make_sae(), "low", layers=(1,))
+    high = builder.subject(builder.make_sae(), "high", layers=(2,))
+    found = {result.subject: result for result in attention.evaluate(context, [low, high], CONFIGS[attention])}
+    assert found[low].missing is None and found[low].metrics["fidelity"]
+    assert found[high].missing == "attention fidelity needs layer 3; the store holds layers 1, 2"
+    assert found[high].metrics["contribution"] and not found[high].metrics["fidelity"]
+
+
+def test_a_store_without_attention_is_named(make_world, builder, open_context):
+    """As `sae-harvest --attention-layers none` makes it."""
+    context = open_context(make_world(attention_layers=()))
+    with pytest.raises(NotApplicable, match=r"the store holds no attention: harvest again with --attention-layers"):
+        one(attention, context, builder.subject(builder.make_sae()))
 
 
 def test_without_the_model_the_rest_is_measured(world, builder, open_context):
