@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,14 @@ from ...train.disk.whole_files import replace_file
 from ..model.lm import LanguageModel
 
 
-def remembered(folder: Path, name: str, decided_by: Iterable[str], compute: Callable[[], Any]) -> Any:
-    """What `compute` returned when it was first asked for by these strings; it must fit into JSON."""
-    file = folder / f"{name}-{_digest(decided_by)}.json"
+def decided_by(**facts: Any) -> str:
+    """The name of what these facts decide, all that do: a kept value is found again by the same facts alone."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def remembered(folder: Path, name: str, decided: str, compute: Callable[[], Any]) -> Any:
+    """What `compute` returned when it was first asked for under this name; it must fit into JSON."""
+    file = folder / f"{name}-{decided}.json"
     if file.is_file():
         return json.loads(file.read_text())
     found = compute()
@@ -27,11 +32,3 @@ def model_print(model: LanguageModel) -> str:
     """What tells a model from others: tokenizer, dtype, and the sum of every parameter, which is cheap."""
     sums = [float(parameter.float().sum()) for parameter in model.stack.parameters()]
     return json.dumps([model.tokenizer.digest, str(model.dtype), sums])
-
-
-def _digest(parts: Iterable[str]) -> str:
-    total = hashlib.sha256()
-    for part in parts:
-        raw = part.encode()
-        total.update(len(raw).to_bytes(8, "little") + raw)
-    return total.hexdigest()[:16]

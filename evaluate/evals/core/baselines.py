@@ -11,8 +11,6 @@ W windows, T positions, N kept tokens, D residual width, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from ....cache_schema.files import Files, open_files
 from ...context.context import Context
+from ...context.disk_cache import decided_by
 from ...model.divergence import LogitsOf, Losses, chunk_rows, compare, next_tokens
 from ...model.memory import PieceSize, in_pieces
 from ...model.windows import Windows
@@ -52,14 +51,16 @@ class Baselines:
         self._mean_D = mean_D.to(context.device, context.model.dtype)
         self._size = PieceSize(block.batch_windows, "windows", context.say)
         self._rows = PieceSize(chunk_rows(context.model.facts.vocab_size), "rows of logits", context.say)
-        self._files = _files_of(context, layer, block, self._ablations)
+        assert block.first % block.batch_windows == 0, "a batch is kept by its number in the split"
+        self._first = block.first // block.batch_windows
+        self._files = files_of(context, layer, block, self._ablations)
 
     def measure(self, batch: Windows, number: int, hidden: Sequence[Tensor]) -> tuple[Clean, list[Losses]]:
         """The baselines of the batch of this number, and what follows from each of other hidden states [N, D].
 
         Baselines are those that are kept, or made now and kept; clean logits are computed once for both.
         """
-        key = f"{number:05d}.safetensors"
+        key = f"{self._first + number:05d}.safetensors"
         targets, others = next_tokens(batch.tokens, batch.keep), [self._logits(h) for h in hidden]
         kept = _read(self._files, key, int(batch.keep.sum()), self._ablations)
         if kept is not None:
@@ -119,23 +120,22 @@ def elsewhere(resid_WTD: Tensor) -> Tensor:
     return resid_WTD.roll(windows // 2, 0) if windows > 1 else resid_WTD.roll(context // 2, 1)
 
 
-def _files_of(context: Context, layer: int, block: Block, ablations: Sequence[str]) -> Files | None:
-    """Where they are kept: a folder for each way of computing them."""
-    settings = {
-        "format": FORMAT,
-        "model": context.model_identity,
-        "layer": layer,
-        "split": block.split,
-        "batch_windows": block.batch_windows,
-        "mean_of_batches": None if layer in context.manifest.layers else block.batches,
-        "dtype": str(context.dtype),
-        "ablations": list(ablations),
-        "from_tokens": context.from_tokens,
-        "device": context.device.type,
-    }
-    if settings["model"] is None:
+def files_of(context: Context, layer: int, block: Block, ablations: Sequence[str]) -> Files | None:
+    """Where they are kept: a folder for each way of computing them; nowhere if nobody can name the model."""
+    if context.model_identity is None:
         return None
-    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    name = decided_by(
+        format=FORMAT,
+        model=context.model_identity,
+        layer=layer,
+        split=block.split,
+        batch_windows=block.batch_windows,
+        mean_of_batches=None if layer in context.manifest.layers else [block.first, block.batches],
+        dtype=str(context.dtype),
+        ablations=list(ablations),
+        from_tokens=context.from_tokens,
+        device=context.device.type,
+    )
     return open_files(f"{context.store.url.rstrip('/')}.evals/{context.manifest.cache_id}/clean-{name}")
 
 

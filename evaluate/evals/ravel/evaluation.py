@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...context.compatible import attention_of, model_name_of, split_fitting
 from ...context.context import Context
-from ...context.disk_cache import model_print, remembered
+from ...context.disk_cache import decided_by, model_print, remembered
 from ...context.loaded_sae import LoadedSae
 from ...context.needs import Needs
 from ...context.prompt_positions import Reader
@@ -143,11 +143,10 @@ def known_prompts(
     if entity_class.name == ENTITY_CLASS:
         first, said = ask(context, entity_class.name, prompts, config)
     else:
-        decided_by = [model_print(model), str(config.n_generated_tokens), *(prompt.text for prompt in prompts)]
+        name, texts = entity_class.name, [prompt.text for prompt in prompts]
+        decided = decided_by(model=model_print(model), tokens=config.n_generated_tokens, prompts=texts)
         folder = Path(config.cache).expanduser()
-        first, said = remembered(
-            folder, entity_class.name, decided_by, lambda: ask(context, entity_class.name, prompts, config)
-        )
+        first, said = remembered(folder, name, decided, lambda: ask(context, name, prompts, config))
     return answered_prompts(prompts, first, said, config.top_n_entities)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...context.disk_cache import model_print, remembered
+from ...context.disk_cache import decided_by, model_print, remembered
 from ...model.lm import LanguageModel
 from .marking import known_questions
 from .papers import ChoicePaper, Paper
@@ -14,5 +14,6 @@ def remembered_questions(model: LanguageModel, paper: Paper, folder: Path) -> li
     """The numbers of the questions that the model knows, of multiple choice computed at most once."""
     if not isinstance(paper, ChoicePaper):
         return known_questions(model, paper)
-    decided_by = [model_print(model), *(question.prompt() for question in paper.questions)]
-    return remembered(folder, paper.name, decided_by, lambda: known_questions(model, paper))
+    questions = [(question.prompt(), question.answer) for question in paper.questions]
+    decided = decided_by(model=model_print(model), questions=questions)
+    return remembered(folder, paper.name, decided, lambda: known_questions(model, paper))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from saemill.evaluate.evals.core import baselines
 from saemill.evaluate.evals.core import evaluation as core
-from saemill.evaluate.evals.core.baselines import Baselines, elsewhere
+from saemill.evaluate.evals.core.baselines import Baselines, elsewhere, files_of
 from saemill.evaluate.evals.core.blocks import Block
 from saemill.evaluate.evals.core.losses import mean_residual
 from saemill.evaluate.model.batches import store_batches
@@ -73,6 +77,92 @@ def test_a_first_run_asks_for_the_clean_logits_once(fresh, open_context, builder
     batches = list(store_batches(context.store, "test", batch_windows=4, count=8))
     tokens = sum(int(batch.keep.sum()) for batch in batches)
     assert sum(rows) == 4 * tokens + 2  # clean, mean, resample, spliced; one row of zeros for each batch
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All that decides a clean pass and its ablations."""
+
+    context: SimpleNamespace
+    block: Block
+    layer: int = 2
+    ablations: tuple[str, ...] = ("zero", "mean")
+
+    @property
+    def place(self) -> str | None:
+        files = files_of(self.context, self.layer, self.block, self.ablations)  # type: ignore[arg-type]
+        return None if files is None else files.url
+
+
+def in_scene(**changes: Any) -> Callable[[Asked], Asked]:
+    return lambda asked: replace(asked, context=SimpleNamespace(**vars(asked.context) | changes))
+
+
+def in_block(**changes: Any) -> Callable[[Asked], Asked]:
+    return lambda asked: replace(asked, block=replace(asked.block, **changes))
+
+
+CHANGES: dict[str, Callable[[Asked], Asked]] = {
+    "model": in_scene(model_identity="other@1"),
+    "revision": in_scene(model_identity="model@2"),
+    "store": in_scene(manifest=SimpleNamespace(cache_id="other", layers=(2, 3))),
+    "layer": lambda asked: replace(asked, layer=3),
+    "a layer that is not stored": lambda asked: replace(asked, layer=1),
+    "split": in_block(split="validation"),
+    "batch_windows": in_block(batch_windows=8),
+    "dtype": in_scene(dtype=torch.float32),
+    "ablations": lambda asked: replace(asked, ablations=("zero", "resample")),
+    "from_tokens": in_scene(from_tokens=True),
+    "device": in_scene(device=torch.device("cuda")),
+}
+
+
+@pytest.fixture
+def asked(tmp_path):
+    return Asked(
+        SimpleNamespace(
+            model_identity="model@1",
+            manifest=SimpleNamespace(cache_id="this", layers=(2, 3)),
+            store=SimpleNamespace(url=str(tmp_path / "store")),
+            dtype=torch.bfloat16,
+            from_tokens=False,
+            device=torch.device("cpu"),
+        ),
+        Block("test", 4, 0, 5),
+    )
+
+
+def test_whatever_decides_a_clean_pass_has_a_place_of_its_own(asked):
+    places = {"": asked.place} | {name: change(asked).place for name, change in CHANGES.items()}
+    assert len(set(places.values())) == len(places), places
+
+
+def test_what_decides_nothing_is_kept_in_the_same_place(asked):
+    """A block of more batches reads those of the shorter one; not where the block's own mean is in them."""
+    assert in_block(batches=9)(asked).place == asked.place
+    without = CHANGES["a layer that is not stored"](asked)
+    assert len({change(without).place for change in (in_block(), in_block(batches=9), in_block(first=4))}) == 3
+
+
+def test_places_of_before_are_found(asked):
+    """A name that changes leaves gigabytes behind that nothing reads."""
+    assert Path(asked.place).name == "clean-1c7c315a9f84b332"
+
+
+def test_a_change_of_format_leaves_what_is_kept(asked, monkeypatch):
+    before = asked.place
+    monkeypatch.setattr(baselines, "FORMAT", baselines.FORMAT + 1)
+    assert asked.place != before
+
+
+def test_batches_of_another_block_are_other_batches(fresh, open_context, builder):
+    context = open_context(fresh)
+    batches = list(core_batches(context, builder.LAYER))
+    for number in (0, 2):  # of as many tokens
+        batch = batches[number]
+        maker = Baselines(context, builder.LAYER, Block("test", 4, 4 * number, 1), torch.zeros(builder.D))
+        clean, _ = maker.measure(batch, 0, [])
+        assert torch.equal(clean.hidden, maker.hidden(batch, batch.resid[builder.LAYER]))
 
 
 @pytest.mark.parametrize("change", [{"dtype_name": "float32"}, {"from_tokens": True}])

@@ -146,6 +146,17 @@ def test_what_the_model_says_is_asked_once_for_all_runs(context, config):
     assert context.model.calls > calls
 
 
+def test_what_another_model_says_or_what_is_said_to_other_prompts_is_asked_again(context, config):
+    ravel.known_prompts(context, THINGS, ("Colour", "Size"), config())
+    calls = context.model.calls
+    ravel.known_prompts(context, THINGS, ("Colour",), config())
+    assert context.model.calls > calls
+    calls = context.model.calls
+    context.model.stack = SimpleNamespace(parameters=lambda: [torch.ones(3)])
+    ravel.known_prompts(context, THINGS, ("Colour",), config())
+    assert context.model.calls > calls
+
+
 def test_too_few_pairs_for_a_batch_are_a_reason_not_to_run(context, builder, config):
     with pytest.raises(NotApplicable, match="do not fill one batch of 64"):
         list(ravel.evaluate(context, [builder.subject(aligned_sae(), layers=(2,))], config(llm_batch_size=64)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -172,6 +173,22 @@ def test_only_questions_right_in_all_orders_are_known_and_they_are_remembered(tm
     monkeypatch.setattr(known_module, "known_questions", lambda *_: pytest.fail("asked again"))
     assert remembered_questions(model, paper, tmp_path) == [0, 2]
     assert [len(sheet) for sheet in paper.exam([0, 2]).sheets] == [2]
+
+
+@pytest.mark.parametrize("change", ["question", "answer", "model"])
+def test_what_is_asked_otherwise_is_asked_again(tmp_path, change):
+    model, questions = AnswersByText(), QUESTIONS[:1]
+    known = [] if change != "model" else [0]
+    assert remembered_questions(model, ChoicePaper("quiz", questions, model, batch_size=5), tmp_path) == [0]
+    if change == "question":
+        questions = QUESTIONS[1:2]
+    elif change == "answer":
+        questions = [dataclasses.replace(QUESTIONS[0], answer=1)]
+    else:
+        model.stack = SimpleNamespace(parameters=lambda: [torch.ones(3)])
+    calls = model.calls
+    assert remembered_questions(model, ChoicePaper("quiz", questions, model, batch_size=5), tmp_path) == known
+    assert model.calls > calls
 
 
 def test_the_forget_corpus_is_asked_for_by_name(tmp_path):
