@@ -150,8 +150,15 @@ def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
 
 
 def settings_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What decided a result besides the SAE."""
-    return document.get("saemill", {}).get("settings", {})
+    """What decided a result besides the SAE; results of before also name a folder of the machine there."""
+    settings = document.get("saemill", {}).get("settings", {})
+    config = settings.get("config")
+    return {**settings, "config": deciding(config)} if isinstance(config, Mapping) else settings
+
+
+def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an evaluation that can change a number: all but the folder in which it remembers."""
+    return {name: value for name, value in config.items() if name != "cache"}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ..context.results import (
     Failure,
     Result,
     Row,
+    deciding,
     is_of_store,
     is_whole,
     result_path,
@@ -78,7 +79,7 @@ def _told_settings(document: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
     """All that decides a result of an evaluation besides the SAE."""
     settings = {
-        "config": to_json(config),
+        "config": deciding(to_json(config)),
         "cache_id": context.opened.manifest.cache_id if context.opened else None,
         "dtype": str(context.dtype).removeprefix("torch."),
         "from_tokens": context.from_tokens and evals.module(eval_id).NEEDS.from_tokens,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from saemill.evaluate import evals
 from saemill.evaluate.cli import main
 from saemill.evaluate.context.results import result_path
 from saemill.evaluate.evals.core import evaluation as core
+from saemill.evaluate.evals.ravel import evaluation as ravel
+from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.run import by_store
 from saemill.evaluate.run.find_saes import find_places, find_subjects, make_subject
 from saemill.train.run.find_sae import find_sae
@@ -385,6 +388,38 @@ def second_eval(monkeypatch):
     monkeypatch.setattr(evals, "names", lambda: ("core", "second"))
     monkeypatch.setattr(evals, "module", lambda name: module if name == "second" else known(name))
     return module
+
+
+@dataclass(frozen=True)
+class Remembering:
+    """Settings of an evaluation that keeps what it found out in a folder of the machine, as ravel and unlearning do."""
+
+    pairs: int = 5
+    cache: str = "~/.cache/here"
+
+
+def test_where_an_evaluation_remembers_is_no_other_evaluation(run_1, sae_eval, second_eval):
+    assert all("cache" in [field.name for field in fields(module.Config)] for module in (ravel, unlearning))
+    asked = []
+
+    def evaluate(context, subjects, config):
+        asked.append([subject.label for subject in subjects])
+        yield from (core.Result(subject, {}, {"group": {"value": 1.0}}) for subject in subjects)
+
+    second_eval.Config, second_eval.evaluate = Remembering, evaluate
+    call = ("--evals", "second", "--no-plots")
+    sae_eval("run_1", *call, options=[])
+    assert results(run_1, "second")["small_eval_results.json"]["saemill"]["settings"]["config"] == {"pairs": 5}
+    path = run_1 / "evals" / "second" / "small_eval_results.json"
+    old = json.loads(path.read_text())
+    old["saemill"]["settings"]["config"]["cache"] = "/on/another/machine"  # as results of before have it
+    path.write_text(json.dumps(old))
+    elsewhere = ("--set", 'second.cache="/else/where"')
+    sae_eval("run_1", *call, *elsewhere, "--resume", options=[])
+    assert "its result is of" not in sae_eval("run_1", *call, *elsewhere, "--compare", options=[])
+    assert len(asked) == 1
+    sae_eval("run_1", *call, "--set", "second.pairs=6", "--resume", options=[])
+    assert len(asked) == 2
 
 
 def test_a_crash_in_one_evaluation_costs_no_other_its_result(run_1, sae_eval, second_eval):
