@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from ...cache_schema import Manifest, Store
 from ...harvest.errors import HarvestError
+from ...harvest.model.load import read_facts
 from ...harvest.model.resolve import POCKET, Choice, ModelSource, fetch
+from ...harvest.model.tokenizer import TextEncoder, load_encoder
 from ..errors import DataMissing, ModelMissing
 from ..model.lm import LanguageModel, load_language_model
 from .progress import Watch
@@ -34,6 +37,7 @@ class Context:
     watch: Watch = field(default_factory=Watch)
     model_identity: str | None = None
     """Of the loaded model, down to the revision; None where nobody knows."""
+    _source: ModelSource | None = None
     _model: LanguageModel | None = None
     _obstacle: ModelMissing | None = None
 
@@ -57,20 +61,45 @@ class Context:
     @property
     def model(self) -> LanguageModel:
         """The whole language model; ModelMissing where it cannot be had, the same each time."""
+        if self._model is None:
+            source = self._find_source()
+            self.say(f"loading {source.id} in {str(self.dtype).removeprefix('torch.')}")
+            try:
+                self._model = load_language_model(source.folder, self.dtype, self.device)
+            except ModelMissing as error:
+                self._obstacle = error
+                raise
+            self.model_identity = f"{source.id}@{source.revision}"
+        return self._model
+
+    def require_model(self) -> None:
+        """Load the model now, so that ModelMissing is raised here if it cannot be had."""
+        _ = self.model
+
+    @property
+    def tokenizer(self) -> TextEncoder:
+        """The model's; its weights stay on disk. ModelMissing where it cannot be had."""
+        if self._model is not None:
+            return self._model.tokenizer
+        try:
+            return load_encoder(self._find_source().folder)
+        except HarvestError as error:
+            raise ModelMissing(str(error)) from error
+
+    def _find_source(self) -> ModelSource:
+        """The model's files; the same error each time where they cannot be had."""
         if self._obstacle is not None:
             raise self._obstacle
-        if self._model is None:
+        if self._source is None:
+            manifest = self.opened.manifest if self.opened else None
             try:
-                source = find_model(self.opened.manifest if self.opened else None, self.model_name)
-                self.say(f"loading {source.id} in {str(self.dtype).removeprefix('torch.')}")
-                self._model = load_language_model(source.folder, self.dtype, self.device)
-                if self.opened is not None:
-                    require_same_shape(self._model, self.opened.manifest)
-                self.model_identity = f"{source.id}@{source.revision}"
+                self._source = find_model(manifest, self.model_name)
+                if manifest is not None:
+                    require_same_shape(self._source.folder, manifest)
             except ModelMissing as error:
-                self._model, self._obstacle = None, error
+                self._obstacle = error
                 raise
-        return self._model
+        return self._source
 
     @property
     def is_pocket(self) -> bool:
@@ -113,9 +142,12 @@ def find_model(manifest: Manifest | None, override: str | None) -> ModelSource:
     return source
 
 
-def require_same_shape(model: LanguageModel, manifest: Manifest) -> None:
+def require_same_shape(folder: Path, manifest: Manifest) -> None:
     """For stores that know no revision: a model of another width or depth cannot have made them."""
-    facts = model.facts
+    try:
+        facts = read_facts(folder)
+    except HarvestError as error:
+        raise ModelMissing(str(error)) from error
     if facts.d_model != manifest.model.d_model or max(manifest.layers, default=0) >= facts.num_layers:
         raise ModelMissing(
             f"the store holds layers {list(manifest.layers)} of width {manifest.model.d_model}, "

@@ -21,4 +21,4 @@ class Needs:
         if self.store:
             _ = context.store
         if self.model:
-            _ = context.model
+            context.require_model()

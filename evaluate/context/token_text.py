@@ -22,7 +22,7 @@ class Wording:
 
     def __init__(self, context: Context) -> None:
         try:
-            self._tokenizer = context.model.tokenizer
+            self._tokenizer = context.tokenizer
         except ModelMissing:
             self._tokenizer = None
         self._batches: list[Tensor] = []

@@ -89,7 +89,7 @@ def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae
     """Why the fidelity of an SAE's attention cannot be had, if so."""
     stored = context.manifest.attention.layers
     try:
-        _ = context.model
+        context.require_model()
     except ModelMissing as error:
         return dict.fromkeys(subjects, f"attention fidelity needs the model: {error}")
     found: dict[LoadedSae, str | None] = {}

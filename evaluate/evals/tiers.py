@@ -117,7 +117,7 @@ def model_obstacle(context: Context, config: Config) -> str | None:
     if config.trace_windows == 0:
         return None
     try:
-        _ = context.model
+        context.require_model()
     except ModelMissing as error:
         return f"causal tracing needs the model: {error}"
     return None

@@ -95,7 +95,7 @@ def missing_model(context: Context) -> str | None:
     if context.manifest.corpus.settings.get("tokens") is False:
         return f"{context.store.url} was imported without tokens: import it again with --tokens for the model's losses"
     try:
-        _ = context.model
+        context.require_model()
     except ModelMissing as error:
         if context.from_tokens:
             raise

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from saemill.cache_schema import Store
+from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.results import frame
-from saemill.evaluate.errors import NotApplicable
+from saemill.evaluate.errors import ModelMissing, NotApplicable
 from saemill.evaluate.evals import attention, examples, position, temporal, tiers
 from saemill.evaluate.evals.measures.assignment import every, groups_of, ranges_of, saved, tiers_of
 from saemill.evaluate.evals.measures.splice_effects import make_tracers
+from saemill.harvest.model.resolve import POCKET_FOLDER
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 
@@ -148,6 +151,23 @@ def test_without_a_model_tokens_are_written_as_ids(world, builder, open_context)
     listed = one(examples, context, builder.subject(builder.make_sae())).unstructured
     tokens = listed["pattern"]["tokens"]
     assert tokens and all(token.startswith("<") and token[1:-1].isdigit() for token in tokens)
+
+
+def test_words_take_the_tokenizer_and_leave_the_weights_on_disk(world, builder, open_context, tmp_path, monkeypatch):
+    """Gemma would be gigabytes for a page of text."""
+    shutil.copytree(world.model, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(POCKET_FOLDER / name, tmp_path / "model")
+    monkeypatch.setattr(context_module, "load_language_model", lambda *_: pytest.fail("the weights were loaded"))
+    context = open_context(world, model_name=str(tmp_path / "model"))
+    listed = one(examples, context, builder.subject(builder.make_sae())).unstructured
+    first = world.tokens[20, listed["pattern"]["positions"]]
+    assert listed["pattern"]["tokens"] == [context.tokenizer.backend.decode([int(token)]) for token in first]
+
+
+def test_the_tokenizer_of_another_model_is_not_taken(world, builder, open_context):
+    with pytest.raises(ModelMissing, match="not the one that made the store"):
+        _ = open_context(world, model_name="pocket").tokenizer
 
 
 def test_planted_composition_is_found(world, builder, open_context):
