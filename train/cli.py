@@ -57,7 +57,7 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option("--name", metavar="NAME", help="Name of the run.  [default: run_N, the next free number]")
 @click.option("--tokens", callback=count, metavar="N", help="Tokens to train on, such as 50M.")
 @click.option("--epochs", type=click.IntRange(1), metavar="N", help="How often the store may be read.")
-@click.option("--layer", type=int, metavar="L", help="The layer to train on.")
+@click.option("--layer", type=int, metavar="L", help="The layer to train on.  [default: 19, or the store's only one]")
 @click.option(
     "--width",
     callback=count,

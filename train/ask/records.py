@@ -129,29 +129,32 @@ class Ask:
         """The course that was asked for."""
         return with_settings(self.course, self._of("course"), "course")
 
-    def members(self, limits: Limits) -> tuple[Member, ...]:
-        """The SAEs. `limits` of a config bound the variant's own defaults, never what was asked for."""
+    def members(self, limits: Limits, layers: Sequence[int] = ()) -> tuple[Member, ...]:
+        """The SAEs. `limits` of a config bound the variant's own defaults, never what was asked for; where nobody
+        asked for a layer, it is one of the store's `layers`."""
         spread = [setting for point in self.grid for setting in point]
         misplaced = [setting.key for setting in spread if setting.in_front()[0] in ("data", "course")]
         if misplaced:
             raise ConfigInvalid(f"a fleet shares one stream and one course: {misplaced[0]} cannot be spread over it")
         self._require_known([*self.settings, *spread])
         members: dict[str, Member] = {}
-        for member in (self._member(sae, point, limits) for sae in self.saes for point in self.grid):
+        for member in (self._member(sae, point, limits, layers) for sae in self.saes for point in self.grid):
             if members.setdefault(member.label, member) != member:
                 raise ConfigInvalid(
                     f"two SAEs of the run would both be called {member.label}: give one of them a run of its own"
                 )
         return tuple(members.values())
 
-    def _member(self, sae: Sae, point: Sequence[Setting], limits: Limits) -> Member:
+    def _member(self, sae: Sae, point: Sequence[Setting], limits: Limits, layers: Sequence[int]) -> Member:
         config = registry.config_type(sae.variant)()
         known = set(flat_keys(to_json(config)))
         spread = _own(point, sae.variant, known)
         asked = _own(self.settings, sae.variant, known) | spread
         draft = with_settings(config, self._of_recipe(sae, known) | asked, sae.label)
-        smaller = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
-        return Member(_label(sae.label, spread), sae.variant, with_settings(draft, smaller, sae.label))
+        instead = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
+        if layers:
+            instead |= stored_layer(draft, asked, layers)
+        return Member(_label(sae.label, spread), sae.variant, with_settings(draft, instead, sae.label))
 
     def _of_recipe(self, sae: Sae, known: set[str]) -> dict[str, Any]:
         shared = self.recipe.settings if self.recipe else {}
@@ -182,6 +185,28 @@ def smaller_defaults(config: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
     """The limit for each setting whose default is beyond it."""
     own = {key: getattr(config, key, None) for key in limits}
     return {key: limits[key] for key, value in own.items() if value is not None and value > limits[key]}
+
+
+def stored_layer(config: Any, asked: Iterable[str], layers: Sequence[int]) -> dict[str, Any]:
+    """The store's only layer in place of a default that it does not hold; where it holds several, the choices."""
+    defaults = {key: getattr(config, key) for key in ("layer", "to_layer", "layers") if hasattr(config, key)}
+    absent = [key for key, value in defaults.items() if key not in asked and not _are_in(layers, value)]
+    if not absent or len(layers) == 1:
+        return {"layer": layers[0]} if "layer" in absent else {}
+    held, choices = ", ".join(map(str, layers)), ", and by ".join(_choices(key, layers) for key in absent)
+    raise ConfigInvalid(f"the store holds layers {held} and not the default: choose by {choices}")
+
+
+def _are_in(layers: Sequence[int], wanted: int | Sequence[int]) -> bool:
+    return set([wanted] if isinstance(wanted, int) else wanted) <= set(layers)
+
+
+def _choices(key: str, layers: Sequence[int]) -> str:
+    """What to write on the command line."""
+    if key == "layers":
+        return f"--set layers=[{','.join(map(str, layers))}]"
+    option = "--layer " if key == "layer" else f"--set {key}="
+    return " or ".join(f"{option}{layer}" for layer in layers)
 
 
 def _own(settings: Iterable[Setting], variant: str, known: set[str]) -> dict[str, Any]:

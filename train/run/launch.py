@@ -58,7 +58,7 @@ def settle(ask: Ask, store: Store) -> Settled:
     budget = settle_budget(ask.length(), plan, store.url)
     course = replace(ask.length(), tokens=budget.tokens)
     limits = partial(limits_for, store.manifest, budget)
-    members = tuple(fitted(member, store.manifest) for member in ask.members(limits))
+    members = tuple(fitted(member, store.manifest) for member in ask.members(limits, store.manifest.layers))
     return Settled(RunConfig(data, course, members), plan, budget, ask.recipe)
 
 

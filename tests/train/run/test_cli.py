@@ -106,6 +106,30 @@ def test_mistakes_are_named(big, sae_train, quick, tmp_path, words, said):
     assert not list((tmp_path / "runs").glob("*"))
 
 
+def test_the_stores_only_layer_is_taken(write_store, sae_train, quick, tmp_path):
+    """Whoever harvested layer 5 need not say so again; whoever asks for another is refused."""
+    store = write_store(tmp_path / "store", layers=(5,), windows=400, splits=(360, 380))
+    words = [*TOPK, "--cache", store["path"], "--tokens", 640, *quick[2:]]
+    assert "topk: layer 5, " in sae_train(*words, "--no-plots").output
+    assert "residuals of layers [19] (it has [5])" in sae_train(*words, "--layer", 19, code=1).output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (TOPK, "holds layers 3, 4 and not the default: choose by --layer 3 or --layer 4\n"),
+        ([*TOPK, "--set", "topk.layer=3"], None),
+        (["--variant", "transcoder"], "by --layer 3 or --layer 4, and by --set to_layer=3 or --set to_layer=4\n"),
+        (["--variant", "transcoder", "--layer", "3"], "choose by --set to_layer=3 or --set to_layer=4\n"),
+        (["--variant", "crosscoder"], "choose by --set layers=[3,4]\n"),
+    ],
+)
+def test_where_the_store_holds_several_layers_the_choices_are_named(big, sae_train, quick, words, said):
+    options = ["--no-plots", "--cache", big["path"], "--tokens", 640, *quick[2:]]
+    result = sae_train(*words, *options, code=0 if said is None else 1)
+    assert said is None or said in result.output
+
+
 @pytest.mark.parametrize("tokens", ["NaN", "Infinity", "1e999", "2.5", "many"])
 def test_a_number_of_tokens_is_a_whole_one(sae_train, tokens):
     assert "expected a number like 50M" in sae_train(*TOPK, "--tokens", tokens, code=2).output
