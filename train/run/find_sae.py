@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from ...cache_schema.strict import StrictError, from_json
@@ -17,6 +18,7 @@ from ..sae.model import SparseAutoencoder
 from .folder import places_of, run_names
 
 WEIGHTS = "sae_weights.safetensors"
+ANSWER_SECONDS = 5.0
 
 
 def load_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> SparseAutoencoder:
@@ -53,19 +55,22 @@ def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
         if path.is_dir():
             return _only_sae(path)
     text = os.fspath(name)
+    looked = f"no SAE {text!r}: no such folder, and the runs in {runs} are {', '.join(run_names(runs)) or 'none'}"
     if is_of_hub(name, runs):
-        return _only_sae(_download(text))
-    raise RunMissing(
-        f"no SAE {text!r}: expected a folder, a run in {runs} ({', '.join(run_names(runs)) or 'none there'}), "
-        "or a repository owner/name on the Hugging Face Hub"
-    )
+        return _only_sae(_download(text, looked))
+    run = Path(runs, text.partition("/")[0])
+    if run.is_dir():
+        raise RunMissing(f"{looked}. {run} holds {', '.join(map(str, list_saes(run))) or 'no SAE'}")
+    raise RunMissing(f"{looked}. Of the Hugging Face Hub, expected owner/name")
 
 
 def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> bool:
-    """Whether a name is for the Hub to know: it has the form, and there is no such folder here."""
+    """Whether a name is for the Hub to know: it has the form, and neither such a folder nor such a run is here."""
     text = os.fspath(name)
-    has_form = text.count("/") in (1, 2) and not text.startswith((".", "/"))
-    return has_form and not any(path.is_dir() for path in places_of(name, runs))
+    has_form = text.count("/") in (1, 2) and not text.startswith((".", "/", "~"))
+    owner = text.partition("/")[0]
+    is_ours = Path(runs, owner).is_dir() or Path(owner) == Path(runs)
+    return has_form and not is_ours and not any(path.is_dir() for path in places_of(name, runs))
 
 
 def list_saes(folder: Path) -> list[Path]:
@@ -84,15 +89,39 @@ def _only_sae(folder: Path) -> Path:
     raise RunMissing(f"{folder} holds {len(found)} SAEs: choose one of {', '.join(str(path) for path in found)}")
 
 
-def _download(name: str) -> Path:
-    """A repository of the Hub, or one folder of it."""
+def _download(name: str, looked: str) -> Path:
+    """A repository of the Hub, or one folder of it; where the Hub cannot be asked, what it gave before."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     owner, repository, *folder = name.split("/")
     wanted = [f"{folder[0]}/*"] if folder else ["*.json", "*.safetensors", "*.pt"]
+    repository = f"{owner}/{repository}"
+    obstacle = _obstacle(repository)
     try:
-        root = snapshot_download(f"{owner}/{repository}", allow_patterns=wanted)
+        root = snapshot_download(repository, allow_patterns=wanted, local_files_only=obstacle is not None)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
-        raise RunMissing(f"no folder or run {name!r} here, and the Hub did not give it either: {error}") from None
+        reason = obstacle or str(error).partition("\n")[0]
+        raise RunMissing(f"{looked}. The Hugging Face Hub was asked for {repository}: {reason}") from None
     return Path(root, *folder)
+
+
+def _obstacle(repository: str) -> str | None:
+    """Why the Hub does not give a repository, if so. A name lookup without a network can hang: this one does not."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and it is not in the local cache"
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().repo_info(repository, timeout=ANSWER_SECONDS)
+            answers.append(None)
+        except Exception as error:  # noqa: BLE001  whatever stands in the way is the answer
+            answers.append(str(error).partition("\n")[0] or type(error).__name__)
+
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    return answers[0] if answers else f"no answer within {ANSWER_SECONDS:g} seconds"

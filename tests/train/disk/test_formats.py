@@ -1,6 +1,8 @@
 """Every SAE through every format: the same codes and reconstructions come back."""
 
 import json
+import time
+from threading import Event
 
 import pytest
 import torch
@@ -185,7 +187,7 @@ def test_finding_an_sae(tmp_path):
     (tmp_path / "run_2").mkdir()
     with pytest.raises(RunMissing, match="holds no trained SAE"):
         load_sae("run_2", tmp_path)
-    with pytest.raises(RunMissing, match="expected a folder, a run in"):
+    with pytest.raises(RunMissing, match=r"no such folder, and the runs in .* are none. .* expected owner/name"):
         load_sae("run_9", tmp_path)
 
 
@@ -195,14 +197,53 @@ def test_the_hub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):
 
     asked = []
 
-    def download(repository, allow_patterns):
+    def download(repository, allow_patterns, local_files_only):
+        assert not local_files_only
         asked.append((repository, allow_patterns))
         WRITERS["sae_lens"](tmp_path / "hub/layer_3", make_plain("topk"), {})
         return str(tmp_path / "hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: None)
     assert load_sae("owner/name/layer_3", tmp_path / "runs").num_latents == F
     assert asked == [("owner/name", ["layer_3/*"])]
     asked.clear()
     load_sae("owner/name", tmp_path / "runs")
     assert asked == [("owner/name", ["*.json", "*.safetensors", "*.pt"])]  # ae.pt is read as plain tensors
+
+
+def test_a_run_that_is_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.chdir(tmp_path)
+    WRITERS["sae_lens"](tmp_path / "runs/run_1/topk", make_plain("topk"), {})
+    for name in ("run_1/tpok", "runs/run_1/tpok", "runs/run_7"):
+        with pytest.raises(RunMissing, match=f"no SAE '{name}': no such folder"):
+            load_sae(name, "runs")
+    with pytest.raises(RunMissing, match="runs/run_1 holds runs/run_1/topk"):
+        load_sae("run_1/tpok", "runs")
+
+
+def test_without_the_hub_the_answer_comes_at_once(tmp_path, monkeypatch):
+    """Offline nobody is asked; a name lookup that hangs is not waited for. What was downloaded before is found."""
+    import huggingface_hub
+
+    asked, is_over = [], Event()
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: asked.append(is_over.wait(60)))
+    monkeypatch.setattr("saemill.train.run.find_sae.ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    began = time.monotonic()
+    try:
+        with pytest.raises(RunMissing, match=r"The Hugging Face Hub was asked for owner/name: no answer within 0.05 s"):
+            load_sae("owner/name/folder", tmp_path)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(RunMissing, match="HF_HUB_OFFLINE is set"):
+            load_sae("owner/name", tmp_path)
+        WRITERS["sae_lens"](tmp_path / "before", make_plain("topk"), {})
+        given = {True: tmp_path / "before"}  # by whether the cache alone was asked for
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **how: given[how["local_files_only"]])
+        assert load_sae("owner/name", tmp_path).num_latents == F
+        assert time.monotonic() - began < 20 and not asked
+    finally:
+        is_over.set()
