@@ -190,3 +190,7 @@ def _progress(verb: str, unit: str) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(verb, total=None)
         yield lambda total: progress.update(task, total=total, advance=1)
+
+
+if __name__ == "__main__":
+    main()

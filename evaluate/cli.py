@@ -60,3 +60,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -145,3 +145,7 @@ def _what_is_safe(url: str) -> str:
             return f"{int(store.committed.sum())} of {store.manifest.shards} shards are committed"
     except StoreMissing:
         return "What was tokenised up to some seconds ago is kept"
+
+
+if __name__ == "__main__":
+    main()

@@ -254,3 +254,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Ta
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ruler = ["---", "---", *("--:" for _ in head[2:])]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -258,6 +258,15 @@ print(json.dumps([threading.active_count(), sorted(sys.modules)]))
     assert not {"transformers", "wandb", "datasets"} & set(modules)
 
 
+@pytest.mark.parametrize("command", tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].items())
+def test_every_command_is_also_a_module(command):
+    """`python -m` in an environment that has no scripts: not a silent success."""
+    name, place = command
+    module = place.removesuffix(":main")
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    assert f"Usage: python -m {module}" in done.stdout, name
+
+
 def packages_in_tree() -> list[str]:
     folders = {file.parent.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("__init__.py")} | {
         Path()

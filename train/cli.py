@@ -243,3 +243,7 @@ def _require_alone(resume: str, others: Mapping[str, Any]) -> None:
     given = [option for option, value in others.items() if value not in (None, ())]
     if given:
         raise ConfigInvalid(f"--resume {resume} goes on with the settings of that run: leave out {', '.join(given)}")
+
+
+if __name__ == "__main__":
+    main()

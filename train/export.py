@@ -61,3 +61,7 @@ def _require_one_place(metadata: dict[str, Any], kind: str) -> None:
             "expected an SAE of one layer that reconstructs its input, found layers "
             f"{metadata.get('layers')} to {metadata.get('target_layers', 'another place')}: {kind} has no form for it"
         )
+
+
+if __name__ == "__main__":
+    main()
