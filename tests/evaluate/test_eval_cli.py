@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
-from dataclasses import dataclass, fields
+from dataclasses import FrozenInstanceError, dataclass, fields
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,10 @@ import pytest
 from click.testing import CliRunner
 
 from saemill.cache_schema.cli import main as store_main
+from saemill.cache_schema.strict import from_json, to_json
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
+from saemill.evaluate.context.needs import Needs
 from saemill.evaluate.context.results import result_path
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
@@ -463,12 +467,17 @@ def test_more_batches_than_the_split_has(run_1, sae_eval):
     assert "the test split has 5" in sae_eval("run_1", "--set", "core.n_eval_reconstruction_batches=9", code=1)
 
 
-def test_every_evaluation_has_what_the_engine_asks_for():
-    for name in evals.names():
-        module = evals.module(name)
-        assert module.NEEDS is not None
-        assert isinstance(module.SUMMARY, tuple)
-        assert evals.config_type(name)() == evals.config_type(name)()
+@pytest.mark.parametrize("name", evals.names())
+def test_every_evaluation_has_what_the_engine_asks_for(name):
+    """Settings that come back from their JSON, as `--resume` compares them, and cannot change while they are used."""
+    module, config = evals.module(name), evals.config_type(name)()
+    assert isinstance(module.NEEDS, Needs)
+    assert module.SUMMARY and all(re.fullmatch(r"\w+(\.\w+)+", metric) for metric in module.SUMMARY)
+    assert list(signature(module.evaluate).parameters)[1:] == ["subjects", "config"]
+    written = json.loads(json.dumps(to_json(config), allow_nan=False))
+    assert from_json(type(config), written, name) == config
+    with pytest.raises(FrozenInstanceError):
+        setattr(config, fields(config)[0].name, None)
 
 
 @pytest.mark.parametrize(

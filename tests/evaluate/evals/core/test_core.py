@@ -12,6 +12,8 @@ from saemill.cache_schema import Store
 from saemill.evaluate.context.results import without_nan
 from saemill.evaluate.evals.core import blocks
 from saemill.evaluate.evals.core import evaluation as core
+from saemill.evaluate.evals.core.losses import LossSums
+from saemill.evaluate.evals.core.metrics import against, loss_statistics, official_losses
 from saemill.evaluate.model.batches import store_batches
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
@@ -167,6 +169,27 @@ def test_confidence_intervals_hold_the_estimate(world, open_context, builder):
     for name in ("ce_loss_with_sae", "kl_div_with_sae", "kl_div_score", "explained_variance", "cossim"):
         low, high = ours["confidence_95"][name]
         assert low < estimates[name] < high, name
+
+
+def test_scores_have_one_formula():
+    """What intervals are drawn around, what stands under SAEBench's keys, and what stands against each ablation."""
+    sums = {"tokens": 8.0, "predicting": 4.0, "ce_clean": 8.0, "ce_sae": 12.0, "ce_zero": 40.0}
+    sums |= {"kl_sae": 4.0, "kl_zero": 64.0}
+    ours = against(sums, "zero")
+    assert ours == {"ce_loss": 10.0, "kl_div": 8.0, "ce_loss_score": 0.875, "kl_div_score": 0.9375}
+    found = {name: statistic(sums) for name, statistic in loss_statistics().items()}
+    assert found == {"ce_loss_with_sae": 3.0, "kl_div_with_sae": 0.5, "ce_loss_score": 0.875, "kl_div_score": 0.9375}
+    losses = LossSums(published={"zero": 64.0, "sae": 4.0})
+    losses.documents.add(np.zeros(1, np.int64), {name: np.array([value]) for name, value in sums.items()})
+    assert official_losses(losses) == {
+        "model_behavior_preservation": {"kl_div_score": 0.9375, "kl_div_with_ablation": 8.0, "kl_div_with_sae": 0.5},
+        "model_performance_preservation": {
+            "ce_loss_score": 0.875,
+            "ce_loss_with_ablation": 10.0,
+            "ce_loss_with_sae": 3.0,
+            "ce_loss_without_sae": 2.0,
+        },
+    }
 
 
 def test_without_the_model_the_rest_is_measured(make_world, open_context, builder):

@@ -30,14 +30,27 @@ def codes_with_similarity(similarity: torch.Tensor) -> torch.Tensor:
 
 
 def test_similarity_that_one_layer_made_is_its_own(rng):
-    rows = random_attention(rng)
+    rows, keep = random_attention(rng), torch.ones(WINDOWS, CONTEXT, dtype=torch.bool)
     codes = codes_with_similarity(0.2 * rows[1])
-    found = attention.explain(codes, rows, torch.ones(WINDOWS, CONTEXT, dtype=torch.bool))
+    found = attention.explain(codes, rows, keep)
     shares = found.contributions()
     assert found.alone()[1] > 0.999
-    assert shares[1] == pytest.approx(1 - found.nearness(), abs=0.12)
-    assert max(shares[0], shares[2]) < 0.1
+    assert sum(shares) == pytest.approx(1 - found.nearness(), abs=1e-3)
+    assert shares == pytest.approx(gains_over_all_orders(codes, rows, keep), abs=1e-5)
+    assert shares[1] > 10 * max(shares[0], shares[2], 0)
     assert found.similarity_gain()[1] > 0.01
+
+
+def gains_over_all_orders(codes, rows, keep) -> list[float]:
+    """Each layer's mean gain in R^2 when layers enter one by one beside nearness, in every order."""
+    similarity, near, *layers = centred_oracle(codes, rows, keep)
+    gains = [0.0] * len(layers)
+    orders = list(itertools.permutations(range(len(layers))))
+    for order in orders:
+        for place, layer in enumerate(order):
+            before, after = ([near, *(layers[at] for at in order[:end])] for end in (place, place + 1))
+            gains[layer] += (r_squared(similarity, after) - r_squared(similarity, before)) / len(orders)
+    return gains
 
 
 def test_similarity_of_nothing_is_explained_by_nothing(rng):

@@ -12,10 +12,13 @@ import torch
 from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.results import frame
+from saemill.evaluate.context.token_text import Wording
 from saemill.evaluate.errors import ModelMissing, NotApplicable
 from saemill.evaluate.evals import attention, examples, position, temporal, tiers
 from saemill.evaluate.evals.measures.assignment import every, groups_of, ranges_of, saved, tiers_of
-from saemill.evaluate.evals.measures.splice_effects import make_tracers
+from saemill.evaluate.evals.measures.splice_effects import Effect, make_tracers
+from saemill.evaluate.evals.measures.tiers import tier_activity
+from saemill.evaluate.model.batches import store_batches
 from saemill.harvest.model.resolve import POCKET_FOLDER
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
@@ -218,27 +221,88 @@ def test_a_tier_with_nothing_in_it_does_nothing(world, builder, open_context):
     assert found["tier_activity"]["latents_2"] == 0
 
 
-def test_effects_are_those_of_the_whole_model(world, builder, open_context, language_model):
-    """KL and loss of a spliced reconstruction against a plain forward of all layers."""
+def test_effects_are_those_of_the_whole_model(world, builder, open_context):
+    """KL and loss of a spliced reconstruction, and of the store's mean, against a plain forward of all layers."""
     context, subject = open_context(world), builder.subject(builder.make_sae())
     (batch,) = list(tiers.read_windows(context, [subject], "t", 4, 4))
     tracer = make_tracers(context, batch, [builder.LAYER])[builder.LAYER]
     _, x_hat = subject.reconstruct(batch)
-    found, model = tracer.effects({"sae": lambda: x_hat}), context.model
+    found = {**tracer.given, **tracer.effects({"sae": lambda: x_hat})}
+    clean = predictions(context.model, batch)
+    for name, resid in {"sae": x_hat, "mean": mean_of(world, builder.LAYER).expand_as(x_hat)}.items():
+        spliced = predictions(context.model, batch, resid, builder.LAYER)
+        kl = (clean.exp() * (clean - spliced)).sum(-1)[batch.keep].mean()
+        loss = -spliced[:, :-1].gather(2, batch.tokens[:, 1:, None]).squeeze(2)[batch.keep[:, :-1]].mean()
+        assert found[name].kl == pytest.approx(float(kl), rel=1e-4)
+        assert found[name].loss == pytest.approx(float(loss), rel=1e-5)
+    assert found["clean"].kl == 0.0
+
+
+def predictions(model, batch, resid=None, layer=0):
+    """Log-probabilities [W, T, V] of the whole model, with another residual behind a layer."""
     keep = batch.keep[:, :, None]
-    clean, spliced = (
-        model.head(model.hidden(batch.tokens, splice).flatten(0, 1))
-        .float()
-        .log_softmax(-1)
-        .view(*batch.tokens.shape, -1)
-        for splice in (None, {builder.LAYER: lambda resid: torch.where(keep, x_hat.to(resid.dtype), resid)})
-    )
-    kl = (clean.exp() * (clean - spliced)).sum(-1)[batch.keep].mean()
-    predicts = batch.keep[:, :-1]
-    loss = -spliced[:, :-1].gather(2, batch.tokens[:, 1:, None]).squeeze(2)[predicts].mean()
-    assert found["sae"].kl == pytest.approx(float(kl), rel=1e-4)
-    assert found["sae"].loss == pytest.approx(float(loss), rel=1e-5)
-    assert found["clean"].kl == 0.0 < tracer.given["mean"].kl
+    splice = None if resid is None else {layer: lambda own: torch.where(keep, resid.to(own.dtype), own)}
+    logits = model.head(model.hidden(batch.tokens, splice).flatten(0, 1)).float()
+    return logits.log_softmax(-1).view(*batch.tokens.shape, -1)
+
+
+def test_what_a_tier_carries_is_what_is_lost_without_it():
+    """By hand: (KL, loss) of each intervention, over one token."""
+    told = {"clean": (0, 2), "mean": (8, 9), "all": (1, 3), "without_1": (6, 7), "only_1": (3, 5)}
+    told |= {"without_2": (2, 3.5), "only_2": (7, 8), "without_uncomposed": (1.25, 3.125)}
+    effects = {name: Effect(float(kl), float(loss), 1, 1) for name, (kl, loss) in told.items()}
+    assert tiers.causal(effects, 2) == {
+        "kl_sae": 1.0,
+        "kl_mean_ablation": 8.0,
+        "loss_clean": 2.0,
+        "kl_without_1": 6.0,
+        "loss_increase_without_1": 4.0,
+        "restored_by_1": pytest.approx(5 / 7),
+        "kl_without_2": 2.0,
+        "loss_increase_without_2": 0.5,
+        "restored_by_2": pytest.approx(1 / 7),
+    }
+    activity = tier_activity(torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 1]), 2)
+    seen = tiers.Seen(None, torch.tensor([True, False]), activity)
+    assert tiers.uncomposed(seen, effects) == {
+        "latents": 1,
+        "l0": 1.0,
+        "mass_share": pytest.approx(0.5),
+        "loss_carried": 0.125,
+        "kl_carried": 0.25,
+    }
+
+
+def test_the_favourites_that_stay_are_counted():
+    """Two heads, three queries of which one is left out; the second head's last query looks elsewhere."""
+    stored = torch.tensor([[[1.0, 0, 0], [0.4, 0.6, 0], [0.2, 0.3, 0.5]]] * 2)[None]
+    found = stored.clone()
+    found[0, 1, 2] = torch.tensor([0.5, 0.3, 0.2])
+    found[0, :, 0] = torch.tensor([0.0, 0, 1])
+    seen = attention.Seen()
+    seen.compare("sae", stored, found, torch.tensor([[False, True, True]]))
+    assert seen.agreement == {"sae": 3.0}
+    assert seen.divergence["sae"] == pytest.approx(0.2 * math.log(0.2 / 0.5) + 0.5 * math.log(0.5 / 0.2), rel=1e-5)
+
+
+def test_words_stand_in_the_context_in_which_they_were_read(world, open_context):
+    """Numbers count kept tokens over batches; what is left out of the count is still text around them."""
+    context = open_context(world, model_name="/no/such/model")
+    words, places = Wording(context), []
+    for batch in store_batches(context.store, "test", batch_windows=7):
+        words.read(batch)
+        places += [
+            (row, at)
+            for row, kept in zip(batch.tokens.tolist(), batch.keep.tolist(), strict=True)
+            for at, is_kept in enumerate(kept)
+            if is_kept
+        ]
+    assert len(places) == int((world.tokens[20:] > 2).sum())
+    for number, (row, at) in enumerate(places):
+        parts = row[max(0, at - 3) : at], row[at : at + 1], row[at + 1 : at + 3]
+        expected = tuple(" ".join(f"<{token}>" for token in part) for part in parts)
+        assert words.context(number, before=3, after=2) == expected
+        assert words.token(number) == expected[1]
 
 
 def test_a_code_that_never_changes_has_no_temporal_score(world, builder, open_context):

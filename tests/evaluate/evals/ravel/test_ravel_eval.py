@@ -136,6 +136,24 @@ def test_a_selection_that_the_data_do_not_have_is_named(context, builder, config
         list(ravel.evaluate(context, [builder.subject(aligned_sae(), layers=(2,))], settings))
 
 
+class Notes:
+    """Stands for a trial: which pairs it learned from, and which it was judged on."""
+
+    def learn(self, pairs, training, advance):
+        self.learned = list(pairs)
+        return {}
+
+    def completions(self, pairs, chosen, count, batch_size, advance):
+        self.judged = list(pairs)
+        return pairs, {}
+
+
+def test_masks_are_judged_on_pairs_that_they_did_not_learn_from(context, config):
+    notes, pairs = Notes(), list(range(10))
+    ravel.swap_attribute(context, notes, "thing", "Colour", pairs, {}, config(train_test_split=0.7))
+    assert (notes.learned, notes.judged) == (pairs[:7], pairs[7:])
+
+
 def test_what_the_model_says_is_asked_once_for_all_runs(context, config):
     attributes = ("Colour", "Size")
     first = ravel.known_prompts(context, THINGS, attributes, config())
