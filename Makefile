@@ -98,9 +98,8 @@ bench-store: env peers ## the store against plain files and SAELens' cache
 bench-eval: env saebench ## the core evaluation against official SAEBench
 	$(BIN)/python bench/evaluate.py --saebench $(SAEBENCH)
 
-bench-gpu: env ## harvest and training on an accelerator, wherever one is at hand
-	$(BIN)/python bench/gpu_harvest.py $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS))
-	$(BIN)/python bench/gpu_train.py $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS))
+bench-gpu: ## everything that an accelerator is measured by, in nine minutes; GPU="--only steps" and other options
+	PY=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bash bench/gpu/run.sh $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS)) $(GPU)
 
 peers: $(PEERS)/.installed ## the peers' own environment, for side-by-side benchmarks
 

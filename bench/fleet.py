@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 import torch
-from ratios import Row, compare, conclude, take_turns
+from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
 
 from saemill.cache_schema import Store
 from saemill.cache_schema.allocator import keep_large_blocks
@@ -26,7 +26,6 @@ from saemill.train.engine.fleet import Fleet, Member
 from saemill.train.kit.registry import config_type
 from saemill.train.parallel.ranks import Alone
 
-CPU = torch.device("cpu")
 TOTAL_STEPS = 10_000
 LONGER = 1.05
 
@@ -34,26 +33,36 @@ LONGER = 1.05
 class Race:
     """The same SAEs twice: as a fleet on the stream, and one after the other on one batch."""
 
-    def __init__(self, store: Store, size: int, width: int, k: int, rows: int) -> None:
+    def __init__(
+        self, store: Store, size: int, width: int, k: int, rows: int, pool_tokens: int, device: torch.device
+    ) -> None:
         layer = store.manifest.layers[0]
         config = config_type("topk")
         members = [Member(f"seed{n}", "topk", config(layer=layer, width=width, k=k, seed=n)) for n in range(size)]
         stats = {layer: stats_from_moments(store.moments(layer))}
-        plan = Plan(measure_split(store, "train"), batch_tokens=rows, pool_tokens=256 * rows, seed=0)
-        self.fleet = Fleet(members, stats, TOTAL_STEPS, CPU, Alone())
-        self.alone = Fleet(members, stats, TOTAL_STEPS, CPU, Alone())
-        self.feed = Feed(store, plan, self.fleet.needs.values(), stats, CPU)
+        plan = Plan(measure_split(store, "train"), batch_tokens=rows, pool_tokens=pool_tokens, seed=0)
+        self.fleet = Fleet(members, stats, TOTAL_STEPS, device, Alone())
+        self.alone = Fleet(members, stats, TOTAL_STEPS, device, Alone())
+        self.feed = Feed(store, plan, self.fleet.needs.values(), stats, device)
+        self.device = device
         self._steps = count()
         self._ready = self.feed.draw(next(self._steps)).batch(config(layer=layer).request())
 
     def fleet_steps(self, steps: int) -> None:
         for _ in range(steps):
             self.fleet.step(self.feed.draw(next(self._steps)))
+        wait_for(self.device)
 
     def single_steps(self, steps: int) -> None:
         for trainee in self.alone.trainees.values():
             for _ in range(steps):
                 trainee.step(self._ready)
+        wait_for(self.device)
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @click.command()
@@ -63,30 +72,42 @@ class Race:
 @click.option("--k", default=32, show_default=True)
 @click.option("--rows", default=2048, show_default=True, help="Tokens of a batch.")
 @click.option("--steps", default=20, show_default=True, help="In a round.")
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--pool-tokens", type=int, help="Of the shuffle pool.  [default: 256 batches]")
+@click.option("--rounds", default=ROUNDS, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the results here.")
 def main(
-    url: str, size: int, width: int, k: int, rows: int, steps: int, rounds: int, threads: int, json_file: Path | None
+    url: str,
+    size: int,
+    width: int,
+    k: int,
+    rows: int,
+    steps: int,
+    pool_tokens: int | None,
+    rounds: int,
+    device: str,
+    threads: int,
+    json_file: Path | None,
 ) -> None:
     """A fleet's step against the sum of single steps."""
     torch.set_num_threads(threads)
     keep_large_blocks()
     with Store.open(url) as store:
-        race = Race(store, size, width, k, rows)
-        race.fleet_steps(1)
-        race.single_steps(1)
-        speeds = take_turns(
-            rounds,
-            size * steps * rows / 1000,
-            {"fleet": lambda: race.fleet_steps(steps), "single": lambda: race.single_steps(steps)},
-        )
+        race = Race(store, size, width, k, rows, pool_tokens or 256 * rows, torch.device(device))
+        race.fleet_steps(2)
+        race.single_steps(2)
+        race.feed.loader.waited_seconds = 0.0
+        jobs = {"fleet": lambda: race.fleet_steps(steps), "single": lambda: race.single_steps(steps)}
+        seconds = take_turns(rounds, jobs)
+        waiting = race.feed.loader.waited_seconds / sum(seconds["fleet"])
         race.feed.close()
-        shape = f"D {store.manifest.model.d_model}, width {width}, k {k}, {rows} tokens"
-    table: list[Row] = [
-        compare(f"a fleet of {size}", speeds["fleet"], speeds["single"], "ktok/s", 1 / LONGER, "single steps")
-    ]
-    raise SystemExit(conclude(f"one read for a fleet: {shape}, {threads} threads", table, json_file))
+        shape = f"D {store.manifest.model.d_model}, width {width:,}, k {k}, {rows} tokens"
+    speeds = speeds_of(size * steps * rows, seconds)
+    row = compare(f"a fleet of {size}", speeds["fleet"], speeds["single"], "tok/s", 1 / LONGER, "single steps")
+    told = Row("of it waiting for data", f"{waiting:.1%}", "", None)
+    facts = gather_facts(device=device, threads=threads)
+    raise SystemExit(conclude(f"one read for a fleet: {shape}, {threads} threads", [row, told], json_file, facts))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 import torch
-from ratios import Row, compare, conclude, take_turns
+from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
 from stepping import sparse_bias
 from torch.profiler import ProfilerActivity, profile
 
@@ -29,6 +29,15 @@ LAYERS = (17, 18, 19, 20)
 KEYS = 16  # of a row of attention, as a harvest keeps them
 LONGER = 1.35
 TOTAL_STEPS = 1000
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    side = {name: value.to(device) for name, value in batch.side.items() if name != "attention"}
+    attention = {
+        layer: AttentionRows(*(getattr(rows, field.name).to(device) for field in dataclasses.fields(rows)))
+        for layer, rows in batch.side["attention"].items()
+    }
+    return Batch(batch.x.to(device), side=side | {"attention": attention})
 
 
 def make_batch(generator: torch.Generator, windows: int, context: int, d_model: int) -> Batch:
@@ -59,7 +68,7 @@ def make_pair(base: str, batch: Batch, width: int, sparsity: int) -> dict[str, T
     d_model = batch.x.shape[1]
     pair = {}
     for name, assembly in (("base", build_base(config, d_model)), ("hierarchical", config.build(d_model))):
-        trainee = Trainee(name, assembly, TOTAL_STEPS)
+        trainee = Trainee(name, assembly, TOTAL_STEPS, device=batch.x.device)
         trainee.step_index = TOTAL_STEPS // 2  # everything is warm
         if base != "topk":
             with torch.no_grad():
@@ -71,6 +80,12 @@ def make_pair(base: str, batch: Batch, width: int, sparsity: int) -> dict[str, T
 
 def peak_bytes(trainee: Trainee, batch: Batch) -> int:
     """The most that tensors made during a step took together."""
+    if batch.x.is_cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        trainee.step(batch)
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainee.step(batch)
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
@@ -79,29 +94,28 @@ def peak_bytes(trainee: Trainee, batch: Batch) -> int:
     return int(live.cumsum(0).max())
 
 
+def steps(trainee: Trainee, batch: Batch, count: int) -> None:
+    for _ in range(count):
+        trainee.step(batch)
+    if batch.x.is_cuda:
+        torch.cuda.synchronize()
+
+
 def measure(base: str, settings: dict[str, Any]) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     shape = (settings["windows"], settings["context"], settings["d_model"])
-    batch = make_batch(generator, *shape)
+    batch = to_device(make_batch(generator, *shape), torch.device(settings["device"]))
     pair = make_pair(base, batch, settings["width"], settings["sparsity"])
     for trainee in pair.values():
-        trainee.step(batch)
-    rows = batch.x.shape[0]
-    speeds = take_turns(
-        settings["rounds"], rows / 1000, {name: lambda t=trainee: t.step(batch) for name, trainee in pair.items()}
-    )
-    speed = compare(
-        f"{base}, {settings['sparsity']} active: step",
-        speeds["hierarchical"],
-        speeds["base"],
-        "ktok/s",
-        1 / LONGER,
-        "base",
-    )
+        steps(trainee, batch, 3 if batch.x.is_cuda else 1)
+    rows, count, name = batch.x.shape[0], settings["steps"], f"{base}, {settings['sparsity']} active"
+    jobs = {who: (lambda t=trainee: steps(t, batch, count)) for who, trainee in pair.items()}
+    speeds = speeds_of(rows * count, take_turns(settings["rounds"], jobs))
+    speed = compare(f"{name}: step", speeds["hierarchical"], speeds["base"], "tok/s", 1 / LONGER, "base")
     peaks = {name: peak_bytes(trainee, batch) for name, trainee in pair.items()}
     growth, room = peaks["hierarchical"] - peaks["base"], batch.x.numel() * 4
     memory = Row(
-        f"{base}, {settings['sparsity']} active: memory",
+        f"{name}: memory",
         f"{growth / 2**20:+.1f} MiB",
         f"a batch of activations: {room / 2**20:.1f} MiB",
         room / max(growth, 1),
@@ -118,7 +132,9 @@ def measure(base: str, settings: dict[str, Any]) -> list[Row]:
 @click.option("--windows", default=16, show_default=True)
 @click.option("--context", default=128, show_default=True)
 @click.option("--sparsity", default=32, show_default=True, help="Active latents a token.")
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--rounds", default=ROUNDS, show_default=True)
+@click.option("--steps", default=1, show_default=True, help="In a round.")
+@click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the results here.")
 def main(bases: tuple[str, ...], json_file: Path | None, **settings: Any) -> None:
@@ -129,7 +145,9 @@ def main(bases: tuple[str, ...], json_file: Path | None, **settings: Any) -> Non
     shape = (
         f"D {settings['d_model']}, width {settings['width']}, {settings['windows']} windows of {settings['context']}"
     )
-    raise SystemExit(conclude(f"guidance by attention: {shape}, {settings['threads']} threads", rows, json_file))
+    facts = gather_facts(device=settings["device"], threads=settings["threads"])
+    title = f"guidance by attention: {shape}, {settings['threads']} threads"
+    raise SystemExit(conclude(title, rows, json_file, facts))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +20,19 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from ratios import Row, Speeds, compare, conclude
+from ratios import (
+    ROUNDS,
+    Row,
+    Speeds,
+    compare,
+    conclude,
+    gather_facts,
+    peak_growth,
+    resident,
+    speeds_of,
+    take_turns,
+)
+from talk import Worker
 from tokenizers import Tokenizer, models
 from transformers import AutoModel, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -36,6 +47,7 @@ LAYER, ATTENTION = 19, (17, 18, 19, 20)
 WIDTH, CONTEXT, VOCABULARY, BOS = 576, 128, 32_000, 2
 BATCH = 16
 SHARD_WINDOWS = 32
+PEERS = Path(__file__).with_name("peers")
 MEASURE = "--measure-memory"  # what this file says to a copy of itself
 
 
@@ -120,74 +132,70 @@ class Ours:
 class Bare:
     """transformers' own eager forward pass through layer 19, and nothing kept of it."""
 
-    def __init__(self, bench: Bench, dtype: str) -> None:
-        self.bench = bench
-        config = Gemma2Config.from_pretrained(bench.model)
+    def __init__(self, model: Path, dtype: str, device: torch.device, batch: int = BATCH) -> None:
+        self.device, self.batch = device, batch
+        config = Gemma2Config.from_pretrained(model)
         config.num_hidden_layers, config.layer_types = LAYER + 1, config.layer_types[: LAYER + 1]
         logging.set_verbosity_error()
-        model = AutoModel.from_pretrained(
-            bench.model, config=config, dtype=getattr(torch, dtype), attn_implementation="eager"
+        loaded = AutoModel.from_pretrained(
+            model, config=config, dtype=getattr(torch, dtype), attn_implementation="eager"
         )
-        model.norm = torch.nn.Identity()
-        self.model = model.eval().to(bench.device)
+        loaded.norm = torch.nn.Identity()
+        self.model = loaded.eval().to(device)
 
     @torch.inference_mode()
     def run(self, tokens: np.ndarray) -> float:
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(self.bench.device)
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
         start = perf_counter()
-        for at in range(0, len(ids), BATCH):
-            self.model(input_ids=ids[at : at + BATCH], use_cache=False)
-        if self.bench.device.type == "cuda":
+        for at in range(0, len(ids), self.batch):
+            self.model(input_ids=ids[at : at + self.batch], use_cache=False)
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         return perf_counter() - start
 
 
 class SaeLens:
-    """`peer_harvest.py` in the peers' environment, in a process of its own each time: they differ in speed."""
+    """SAELens' runner in the peers' environment. On a CPU its processes differ in speed: each run has its own."""
 
     def __init__(
-        self, folder: Path, model: Path, dtype: str, device: torch.device, environment: Path, width: int, batch: int
+        self, folder: Path, model: Path, dtype: str, device: torch.device, python: Path, width: int, batch: int
     ) -> None:
-        self.folder = folder
-        self.request = {
-            "model": str(model),
-            "rows": str(folder / "rows.npy"),
-            "out": str(folder / "peer"),
-            "layer": LAYER,
-            "width": width,
-            "batch": batch,
-            "dtype": dtype,
-            "device": str(device),
-        }
-        self.command = [environment / "bin/python", Path(__file__).with_name("peer_harvest.py")]
+        self.folder, self.python, self.is_kept = folder, python, device.type == "cuda"
+        self.request = {"model": str(model), "rows": str(folder / "rows.npy"), "out": str(folder / "peer")}
+        self.request |= {"layer": LAYER, "width": width, "batch": batch, "dtype": dtype, "device": str(device)}
+        self._worker: Worker | None = None
 
     def run(self, tokens_WT: np.ndarray) -> float:
         """Seconds for these windows, once it is warm."""
-        with subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            self._seconds(process, tokens_WT[: self.request["batch"]])
-            return self._seconds(process, tokens_WT)
+        if self._worker is None:
+            self._worker = Worker("SAELens", [self.python, PEERS / "sae_lens_harvest.py"])
+            self._seconds(self._worker, tokens_WT[: self.request["batch"]])
+        seconds = self._seconds(self._worker, tokens_WT)
+        if not self.is_kept:
+            self.close()
+        return seconds
 
-    def _seconds(self, process: subprocess.Popen[str], tokens_WT: np.ndarray) -> float:
-        assert process.stdin is not None and process.stdout is not None
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = None
+
+    def _seconds(self, worker: Worker, tokens_WT: np.ndarray) -> float:
         np.save(self.folder / "rows.npy", tokens_WT)
-        print(json.dumps(self.request), file=process.stdin, flush=True)
-        return json.loads(process.stdout.readline())["seconds"]
+        return worker.ask(**self.request)["seconds"]
 
 
 def bench_speed(bench: Bench, environment: Path | None) -> list[Row]:
     jobs: dict[str, Any] = {}
     for dtype in ("float32", "bfloat16"):
-        jobs |= {f"ours {dtype}": Ours(bench, dtype), f"bare {dtype}": Bare(bench, dtype)}
+        jobs |= {f"ours {dtype}": Ours(bench, dtype), f"bare {dtype}": Bare(bench.model, dtype, bench.device)}
     for job in jobs.values():
         job.run(bench.tokens[:BATCH])  # to warm
     if environment is not None:  # which warms each of its processes
-        jobs["SAELens float32"] = SaeLens(bench.folder, bench.model, "float32", bench.device, environment, WIDTH, BATCH)
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    names = list(jobs)
-    for turn in range(bench.rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(jobs[name].run(bench.tokens))
-    return compare_speeds({name: Speeds(tuple(bench.tokens.size / value for value in seconds[name])) for name in names})
+        python = environment / "bin/python"
+        jobs["SAELens float32"] = SaeLens(bench.folder, bench.model, "float32", bench.device, python, WIDTH, BATCH)
+    seconds = take_turns(bench.rounds, {name: (lambda job=job: job.run(bench.tokens)) for name, job in jobs.items()})
+    return compare_speeds(speeds_of(bench.tokens.size, seconds))
 
 
 def compare_speeds(speeds: dict[str, Speeds]) -> list[Row]:
@@ -239,29 +247,16 @@ def measure_memory(model: Path, folder: Path, layers: tuple[int, ...]) -> None:
     print(start - before + growth, weights, shard, batch)
 
 
-def peak_growth(job: Callable[[], object]) -> int:
-    """How far the memory of this process rises over where it is now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    start = resident("VmRSS")
-    job()
-    return resident("VmHWM") - start
-
-
 def num_bytes(content: ShardContent) -> int:
     """Of a shard's arrays as they wait to be written."""
     attention = [getattr(csr, field.name) for csr in content.attention.values() for field in fields(csr)]
     return sum(array.nbytes for array in (*content.resid.values(), *attention))
 
 
-def resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--peers", type=click.Path(path_type=Path), help="The environment that has SAELens; none: not compared.")
 @click.option("--windows", default=64, show_default=True, help="Windows of 128 tokens in a timed run.")
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--rounds", default=ROUNDS, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="On which disk; a temporary folder by default.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
@@ -280,7 +275,8 @@ def main(
     title = (
         f"Harvest, random Gemma-2 of width {WIDTH}, context {CONTEXT}, {windows * CONTEXT:,} tokens, {rounds} rounds"
     )
-    sys.exit(conclude(f"{title} in turns, {torch.get_num_threads()} threads", rows, json_file))
+    facts = gather_facts(peers and peers / "bin/python", device=device, threads=torch.get_num_threads())
+    sys.exit(conclude(f"{title} in turns, {torch.get_num_threads()} threads", rows, json_file, facts))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,28 @@
-"""What every benchmark shares: jobs timed in turns, so that a ratio is of one run, and a table with verdicts."""
+"""What every benchmark shares: turns, medians with their spread, what a number was measured with, and the table."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import platform
+import random
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("saemill", "numpy", "zarr", "numcodecs", "google-crc32c")
+HERE = Path(__file__).parent
+PACKAGES = ("saemill", "torch", "triton", "transformers", "numpy", "zarr", "numcodecs", "google-crc32c")
+PEER_PACKAGES = ("sae-lens", "dictionary-learning", "eai-sparsify", "transformer-lens", "sae-bench")
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -27,65 +35,157 @@ class Speeds:
     def median(self) -> float:
         return statistics.median(self.rounds)
 
-    @property
-    def best(self) -> float:
-        return max(self.rounds)
+    def __str__(self) -> str:
+        """The median, and from where to where its rounds went."""
+        low, high = min(self.rounds), max(self.rounds)
+        return f"{_number(self.median)} ({_number(low)} to {_number(high)})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Without a target it is there for the record."""
+    """One line of a table. Without a target it is there for the record."""
 
     name: str
     found: str
     against: str = ""
     ratio: float | None = None
     target: float | None = None
+    rounds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """What the two were in each round."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Beyond those of the whole run: what else this number is of."""
 
     @property
     def is_met(self) -> bool:
         return self.target is None or (self.ratio is not None and self.ratio >= self.target)
 
+    def document(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        row: dict[str, Any] = {"name": self.name, "found": self.found, "against": self.against}
+        row |= {"ratio": self.ratio, "target": self.target, "is_met": self.is_met}
+        return row | {"rounds": {name: list(values) for name, values in self.rounds.items()}, **self.facts, **facts}
 
-def take_turns(rounds: int, units: float, jobs: Mapping[str, Callable[[], object]]) -> dict[str, Speeds]:
-    """Run all jobs once a round, starting with another one each time; return units a second by name."""
-    names, seconds = list(jobs), {name: [] for name in jobs}
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+
+def take_turns(rounds: int, jobs: Mapping[str, Callable[[], object]], seed: int = 0) -> dict[str, list[float]]:
+    """Run all jobs once a round in an order drawn anew; seconds by name. A job may say its own seconds."""
+    order = random.Random(seed)
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name in order.sample(list(jobs), len(jobs)):
             start = time.perf_counter()
-            jobs[name]()
-            seconds[name].append(time.perf_counter() - start)
+            said = jobs[name]()
+            seconds[name].append(said if isinstance(said, float) else time.perf_counter() - start)
+    return seconds
+
+
+def speeds_of(units: float, seconds: Mapping[str, Iterable[float]]) -> dict[str, Speeds]:
     return {name: Speeds(tuple(units / value for value in values)) for name, values in seconds.items()}
 
 
 def compare(name: str, ours: Speeds, theirs: Speeds, unit: str, target: float | None = None, against: str = "") -> Row:
-    """The ratio of medians of rounds that took turns; the best rounds are told beside them."""
-    found = f"{ours.median:,.2f} {unit} (best {ours.best:,.2f})"
-    other = f"{against} {theirs.median:,.2f} {unit} (best {theirs.best:,.2f})".strip()
-    return Row(name, found, other, ours.median / theirs.median, target)
+    """The ratio of medians of rounds that took turns."""
+    found, other = f"{ours} {unit}", f"{against} {theirs} {unit}".strip()
+    rounds = {"ours": ours.rounds, against or "theirs": theirs.rounds}
+    return Row(name, found, other, ours.median / theirs.median, target, rounds)
+
+
+def gather_facts(peers_python: str | os.PathLike[str] | None = None, **more: Any) -> dict[str, Any]:
+    """What a number was measured with: versions, processor, commit, tuning of the allocator."""
+    facts: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "processor": processor()}
+    facts |= {"cores": os.cpu_count(), "python": platform.python_version()}
+    facts |= {name: found for name in PACKAGES if (found := _version(name))}
+    facts["allocator"] = "ours: keep_large_blocks (large freed blocks stay with the process); peers: as it is"
+    return facts | versions_beside(peers_python) | more
+
+
+def commit() -> str:
+    """Of the tree that is measured, with a plus where files that git tracks were changed; a copy says it in a file."""
+    if found := _say("git", "-C", HERE, "rev-parse", "--short=9", "HEAD"):
+        return found + "+" * bool(_say("git", "-C", HERE, "status", "--porcelain", "-uno"))
+    copied = HERE.parent / ".whl/COMMIT"
+    return os.environ.get("COMMIT") or (copied.read_text().strip() if copied.exists() else "unknown")
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself; elsewhere autocast only slows a peer down."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(word in flags for word in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def versions_beside(python: str | os.PathLike[str] | None) -> dict[str, str]:
+    """Of the peers, and of what they run on, in their own environment."""
+    if python is None:
+        return {}
+    names = (*PEER_PACKAGES, "torch", "transformers")
+    code = "import sys, json, importlib.metadata as m\nfound = {}\nfor n in sys.argv[1:]:\n"
+    code += "    try: found[n] = m.version(n)\n    except m.PackageNotFoundError: pass\nprint(json.dumps(found))"
+    found = json.loads(_say(python, "-c", code, *names) or "{}")
+    return {name if name in PEER_PACKAGES else f"peers' {name}": value for name, value in found.items()}
+
+
+def _version(name: str) -> str | None:
+    """None of a package that is not there, or of a tree that runs without an install."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _say(*command: object) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def render(title: str, rows: list[Row]) -> Table:
     table = Table("what", "found", "against", "ratio", "target", "verdict", title=title, title_justify="left")
     for row in rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        target = "" if row.target is None else f">= {row.target:g}"
+        ratio = "" if row.ratio is None or math.isnan(row.ratio) else f"{row.ratio:.2f}"
+        target = "" if row.target is None else f">= {row.target:.3g}"
         verdict = "" if row.target is None else "[green]met[/green]" if row.is_met else "[red]missed[/red]"
         table.add_row(row.name, row.found, row.against, ratio, target, verdict)
     return table
 
 
-def conclude(title: str, rows: list[Row], json_file: Path | None) -> int:
+def write_rows(path: Path, title: str, rows: Iterable[Mapping[str, Any]], **more: Any) -> None:
+    """A row a line, each with all it was measured with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in {"title": title, **more}.items())
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    path.write_text(f'{{\n{head} "rows": [\n{lines}\n ]\n}}\n')
+
+
+def conclude(title: str, rows: list[Row], json_file: Path | None, facts: Mapping[str, Any]) -> int:
     """Print, keep, and return the exit status: 1 where a target is missed."""
     Console(width=160).print(render(title, rows))
     if json_file is not None:
-        facts = {
-            "title": title,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "versions": {name: version(name) for name in PACKAGES},
-            "rows": [asdict(row) | {"is_met": row.is_met} for row in rows],
-        }
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(facts, indent=1) + "\n")
+        write_rows(json_file, title, [row.document(facts) for row in rows])
     return int(not all(row.is_met for row in rows))
+
+
+def resident(field_name: str = "VmRSS") -> int:
+    """Bytes of this process's memory, as the kernel counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field_name)) * 1024
+
+
+def peak_growth(job: Callable[[], object]) -> int:
+    """How far the memory of this process rises over where it is now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    start = resident()
+    job()
+    return resident("VmHWM") - start

@@ -1,25 +1,55 @@
 """One process that makes training steps when told to, and says how long they took.
 
-The other side writes lines to its standard input: a number of steps, or nothing to end it. For each
-line it answers with one line of JSON: the seconds of every step. Imports only numpy and torch, so
-the same loop drives this package and its peers, each in its own environment.
+`{"open": settings}` builds a trainer; `{"steps": 10, "warm": 3}` makes steps and answers seconds a step and the
+most memory of the device that they took; `{"close": true}` lets the trainer go. A turn is timed as a whole: a step
+that is waited for by itself hides what a queue of steps would overlap. Imports only numpy and torch, so that the
+same loop drives this package and its peers, each in its own environment.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import gc
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from talk import serve
+
+Step = Callable[[torch.Tensor], object]
+PRECISIONS = ("float32", "tf32", "bfloat16")
+LONG = 10**9  # steps or tokens for which a latent that is made dead has not fired
 
 
-def load_batches(folder: str, device: str) -> list[torch.Tensor]:
-    """The activations that every contestant trains on."""
-    return [torch.from_numpy(np.load(path)).to(device) for path in sorted(Path(folder).glob("batch_*.npy"))]
+@dataclass(frozen=True)
+class Settings:
+    """Of one trainer."""
+
+    batches: str  # folder
+    variant: str
+    width: int
+    k: int
+    l0: float = 0.0  # how many latents fire at the start, of variants without k; 0: as initialised
+    dead: float = 0.0  # the share of latents that never fire
+    device: str = "cpu"
+    clock: str = "wall"
+    precision: str = "float32"
+    fused: bool = False  # Adam in one kernel, where a peer leaves it at its default
+    compiled: bool = False  # the peer's own switch for torch.compile
+
+    @property
+    def num_dead(self) -> int:
+        return round(self.dead * self.width)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What a peer's own switch for mixed precision turns on."""
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
 
 
 def sparse_bias(pre: torch.Tensor, l0: float) -> float:
@@ -29,18 +59,64 @@ def sparse_bias(pre: torch.Tensor, l0: float) -> float:
     return float(flat.kthvalue(rank).values)
 
 
-def serve(step: Callable[[torch.Tensor], object], batches: list[torch.Tensor], clock: str) -> None:
-    """Answer requests for steps until the input ends."""
-    now = time.process_time if clock == "cpu" else time.perf_counter
-    done = 0
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
-            start = now()
-            step(batches[done % len(batches)])
-            if batches[0].is_cuda:
-                torch.cuda.synchronize()
-            seconds.append(now() - start)
-            done += 1
-        print(json.dumps(seconds), flush=True)
+def fuse(optimizer: Any) -> None:
+    """Before its first step: torch's fused Adam."""
+    for group in optimizer.param_groups:
+        group |= {"fused": True, "foreach": False}
+
+
+class Stepper:
+    """Answers requests."""
+
+    def __init__(self, make: Callable[[Settings, list[torch.Tensor]], Step]) -> None:
+        self._make = make
+        self._step: Step | None = None
+
+    def answer(self, request: dict[str, Any]) -> Any:
+        if "open" in request:
+            return self._open(Settings(**request["open"]))
+        if "close" in request:
+            return self._close()
+        return self._run(request["steps"], request.get("warm", 0), request.get("release", False))
+
+    def _open(self, settings: Settings) -> None:
+        self._close()
+        torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
+        torch.manual_seed(0)
+        files = sorted(Path(settings.batches).glob("batch_*.npy"))
+        batches = [torch.from_numpy(np.load(path)).to(settings.device) for path in files]
+        self._on_gpu = batches[0].is_cuda
+        self._now = time.process_time if settings.clock == "cpu" else time.perf_counter
+        self._step = self._make(settings, batches)
+        self._batches = cycle(batches)
+
+    def _run(self, steps: int, warm: int, release: bool) -> dict[str, float]:
+        assert self._step is not None
+        for _ in range(warm):
+            self._step(next(self._batches))
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        start = self._wait()
+        for _ in range(steps):
+            self._step(next(self._batches))
+        seconds = (self._wait() - start) / steps
+        peak = torch.cuda.max_memory_allocated() if self._on_gpu else 0
+        if release and self._on_gpu:
+            torch.cuda.empty_cache()
+        return {"seconds": seconds, "peak": peak}
+
+    def _close(self) -> None:
+        """Everything of the trainer before, also on the device."""
+        self._step, self._batches = None, iter(())
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _wait(self) -> float:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return self._now()
+
+
+def serve_steps(make: Callable[[Settings, list[torch.Tensor]], Step]) -> None:
+    serve(Stepper(make).answer)

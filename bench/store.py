@@ -7,7 +7,6 @@ better, never worse, as their dimensions are not independent.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -25,7 +24,8 @@ from typing import Any
 import click
 import numpy as np
 import zarr
-from ratios import Row, Speeds, compare, conclude, take_turns
+from ratios import ROUNDS, Row, Speeds, compare, conclude, gather_facts, speeds_of, take_turns
+from talk import Worker
 
 from saemill.cache_schema import (
     CorpusSpec,
@@ -85,10 +85,10 @@ def make_manifest(shards: int, **changes: Any) -> Manifest:
     return replace(manifest, **changes)
 
 
-def make_content(shard_WTD: np.ndarray) -> ShardContent:
-    """Moments are the harvest's work: here they are zeros of the right size."""
+def make_content(shard_WTD: np.ndarray, norm: float = 1.0) -> ShardContent:
+    """Moments are the harvest's work: here they are of rows of one norm."""
     tokens = np.zeros((SHARD_WINDOWS, CONTEXT), np.uint32)
-    moments = Moments(1, np.zeros(WIDTH), 1.0, 1.0, SHARD_WINDOWS, np.ones(CONTEXT))
+    moments = Moments(1, np.zeros(WIDTH), norm, norm**2, SHARD_WINDOWS, np.full(CONTEXT, norm))
     return ShardContent(tokens, tokens, {LAYER: shard_WTD}, {LAYER: moments})
 
 
@@ -97,11 +97,11 @@ def open_writer(folder: Path, manifest: Manifest) -> StoreWriter:
     return StoreWriter.create(folder, manifest, tokens, tokens)
 
 
-def write_store(folder: Path, manifest: Manifest, shard_WTD: np.ndarray) -> None:
+def write_store(folder: Path, manifest: Manifest, shard_WTD: np.ndarray, norm: float = 1.0) -> None:
     with open_writer(folder, manifest) as writer:
         for shard in writer.pending():
             with writer.claim(shard):
-                writer.write(shard, make_content(shard_WTD))
+                writer.write(shard, make_content(shard_WTD, norm))
 
 
 def chunk_files(folder: Path) -> list[Path]:
@@ -120,7 +120,7 @@ def bench_writing(bench: Bench) -> list[Row]:
             "store": lambda: writer.write(0, content),
             "plain": lambda: write_plain(plain, chunks, fsyncs, pool),
         }
-        speeds = take_turns(bench.rounds * 3, bench.resid.nbytes / GB, jobs)
+        speeds = speeds_of(bench.resid.nbytes / GB, take_turns(bench.rounds * 3, jobs))
     shutil.rmtree(folder)
     against = f"plain files, {fsyncs} fsyncs"
     return [compare("write raw, checksums and commit", speeds["store"], speeds["plain"], "GB/s", 0.7, against)]
@@ -167,7 +167,7 @@ def bench_codecs(bench: Bench) -> list[Row]:
     with open_readers(bench, folders) as jobs:
         for job in jobs.values():  # warm
             job()
-        speeds = take_turns(bench.rounds, bench.gigabytes, jobs)
+        speeds = speeds_of(bench.gigabytes, take_turns(bench.rounds, jobs))
     rows.append(compare("read raw, verified", speeds["raw"], speeds["readinto"], "GB/s", 0.5, "readinto, page cache"))
     for name in ("lz4", "zstd", "zarr"):
         title = "read raw by plain zarr" if name == "zarr" else f"read {name}, verified"
@@ -207,25 +207,6 @@ def open_readers(bench: Bench, folders: dict[str, Path]) -> Iterator[dict[str, C
             store.close()
 
 
-class Peer:
-    """`peer_saelens.py` in the peers' environment."""
-
-    def __init__(self, environment: Path) -> None:
-        command = [environment / "bin/python", Path(__file__).with_name("peer_saelens.py")]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
-
-
 def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
     """The same float16 residuals and tokens from both, warm; SAELens with the batch size that suits it best.
 
@@ -238,7 +219,8 @@ def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
     np.save(folder / "resid.npy", np.concatenate([shard_WTD] * bench.shards))
     np.save(folder / "tokens.npy", np.zeros((windows, CONTEXT), np.int32))
     write_store(folder / "store", make_manifest(bench.shards, dtype="float16"), shard_WTD)
-    peer, cache = Peer(environment), str(folder / "cache")
+    script = Path(__file__).parent / "peers/sae_lens_read.py"
+    peer, cache = Worker("SAELens", [environment / "bin/python", script]), str(folder / "cache")
     request = Request(layers=(LAYER,), tokens=True)
     try:
         peer.ask(make=cache, resid=str(folder / "resid.npy"), tokens=str(folder / "tokens.npy"))
@@ -258,7 +240,7 @@ def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
     ]
 
 
-def saelens_round(bench: Bench, stream: Iterator[ShardArrays], peer: Peer, cache: str) -> dict[str, float]:
+def saelens_round(bench: Bench, stream: Iterator[ShardArrays], peer: Worker, cache: str) -> dict[str, float]:
     """Tokens a second of each, one after the other."""
     start = perf_counter()
     tokens = sum(arrays.resid[LAYER].shape[0] * CONTEXT for arrays in islice(stream, bench.shards))
@@ -303,7 +285,7 @@ def bench_opening(bench: Bench) -> list[Row]:
     speeds = []
     for name, ranges in (("finished", ((0, shards),)), ("in the making", ((0, shards // 2),))):
         (folder / INDEX).write_bytes(encode_json(to_json(Index(manifest.cache_id, ranges))))
-        opened = take_turns(5, 1, {"open": lambda: Store.open(folder)})["open"]
+        opened = speeds_of(1, take_turns(ROUNDS, {"open": lambda: Store.open(folder)}))["open"]
         found = f"{1e3 / opened.median:,.1f} ms"
         speeds.append(Row(f"open 100,000 shards, {name}", found, "1 second", opened.median, 1.0))
     return speeds
@@ -312,7 +294,7 @@ def bench_opening(bench: Bench) -> list[Row]:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--peers", type=click.Path(path_type=Path), help="The environment that has SAELens; none: not compared.")
 @click.option("--gigabytes", default=1.0, show_default=True, help="Size of the store.")
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--rounds", default=ROUNDS, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="On which disk; a temporary folder by default.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
 def main(peers: Path | None, gigabytes: float, rounds: int, folder: Path | None, json_file: Path | None) -> None:
@@ -327,7 +309,7 @@ def main(peers: Path | None, gigabytes: float, rounds: int, folder: Path | None,
             shutil.rmtree(bench.folder / "raw")
             rows += bench_saelens(bench, peers)
     title = f"Store of {bench.gigabytes:.2f} GB, width {WIDTH}, context {CONTEXT}, bfloat16, {rounds} rounds in turns"
-    sys.exit(conclude(title, rows, json_file))
+    sys.exit(conclude(title, rows, json_file, gather_facts(peers and peers / "bin/python")))
 
 
 if __name__ == "__main__":

@@ -1,145 +1,65 @@
 """Training steps against the peers, in one run, on the same activations.
 
-Every contestant is a process of its own (the peers in their own environment) that makes a few steps
-when told to. Rounds go through the contestants in turn, so that a machine with other work slows all
-of them alike; a ratio is the median over rounds of (peer's seconds / ours).
+Every contestant is a process of its own (the peers in their own environment) that makes a few steps when told to.
+Rounds go through the contestants in an order drawn anew, so that a machine with other work slows all of them alike;
+a ratio is the median over rounds of (faster peer's seconds / ours). Peers in float32, as they are by default, and
+under bfloat16 autocast where the processor multiplies bfloat16 itself.
 
     python bench/train.py --peers-python PATH --variant topk --width 2304 --width 9216
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
+from racing import PEERS, TOP_K, VARIANTS, Contest, Entrant, Outcome, make_batches
+from ratios import ROUNDS, Speeds, gather_facts, has_bfloat16, write_rows
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).parent
-PEERS = ("sae_lens", "dictionary_learning", "sparsify")
-VARIANTS = ("topk", "batchtopk", "matryoshka", "standard", "jumprelu", "gated", "p_anneal")
-TOP_K = ("topk", "batchtopk", "matryoshka")
-ABSENT = {("sae_lens", "p_anneal"), *(("sparsify", variant) for variant in VARIANTS if variant != "topk")}
+PRECISIONS = ("float32", "bfloat16")
 
 
-@dataclass
-class Contestant:
-    """A process that makes steps."""
-
-    name: str
-    process: subprocess.Popen[str]
-
-    def steps(self, count: int) -> list[float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{count}\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> Any:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(("[", '"ready"')):
-                return json.loads(line)
-        raise click.ClickException(f"{self.name} ended without an answer; run its command by hand to see why")
-
-    def end(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-
-
-def start(name: str, python: str, arguments: list[str], threads: int) -> Contestant:
-    script = "ours" if name.startswith("ours") else name
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(
-        [python, "-W", "ignore", str(HERE / "peers" / f"{script}_step.py"), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
-    contestant = Contestant(name, process)
-    contestant.answer()
-    return contestant
-
-
-def make_batches(folder: str, rows: int, d_model: int, count: int = 3) -> None:
-    """Gaussian rows of mean norm sqrt(D): what a step costs does not depend on more."""
-    generator = np.random.default_rng(0)
-    for index in range(count):
-        np.save(Path(folder) / f"batch_{index}.npy", generator.standard_normal((rows, d_model), dtype=np.float32))
-
-
-def race(contestants: list[Contestant], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds per step of every contestant and round, after ten steps: until then the allocator still grows."""
-    for contestant in contestants:
-        contestant.steps(10)
-    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    for _ in range(rounds):
-        for contestant in contestants:
-            seconds[contestant.name].append(min(contestant.steps(steps)))
-    return seconds
-
-
-def measure(variant: str, width: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """One row of the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        make_batches(folder, settings["rows"], settings["d_model"])
-        shared = [folder, variant, str(width), str(settings["k"]), str(settings["l0"])]
-        shared += [settings["clock"], settings["device"]]
-        products = ("float32", "bfloat16") if variant in TOP_K else ("float32",)
-        contestants = [
-            start(f"ours {product}", sys.executable, [*shared, product], settings["threads"]) for product in products
-        ]
-        contestants += [
-            start(peer, settings["peers_python"], shared, settings["threads"])
-            for peer in settings["peers"]
-            if (peer, variant) not in ABSENT
-        ]
-        try:
-            seconds = race(contestants, settings["rounds"], settings["steps"])
-        finally:
-            for contestant in contestants:
-                contestant.end()
-    return {"variant": variant, "width": width, **summary(seconds, settings["rows"])}
-
-
-def summary(seconds: dict[str, list[float]], rows: int) -> dict[str, Any]:
-    """Tokens per second of all, and the ratio of each of our forms to the faster peer."""
-    speed = {name: rows / statistics.median(times) for name, times in seconds.items()}
-    peers = [name for name in seconds if not name.startswith("ours")]
-    best = [min(times) for times in zip(*(seconds[peer] for peer in peers), strict=True)]
-    ratios = {
-        name: statistics.median(peer / own for peer, own in zip(best, times, strict=True))
-        for name, times in seconds.items()
-        if peers and name.startswith("ours")
-    }
-    return {"tokens_per_second": speed, "ratio_to_faster_peer": ratios}
-
-
-def show(results: list[dict[str, Any]], title: str) -> None:
-    table = Table(title=title)
-    names = [
-        name
-        for name in ("ours float32", "ours bfloat16", *PEERS)
-        if any(name in r["tokens_per_second"] for r in results)
+def entrants(peers: Iterable[str], precisions: Iterable[str]) -> list[Entrant]:
+    ours = [Entrant(f"ours {precision}", "ours", {"precision": precision}) for precision in PRECISIONS]
+    theirs = [
+        Entrant(f"{peer} {precision}", peer, {"precision": precision})
+        for peer in peers
+        for precision in precisions
+        if (peer, precision) != ("sparsify", "bfloat16")  # it has no such switch on a CPU
     ]
-    for heading in ("variant", "width", *(f"{name}\ntok/s" for name in names), "ratio\nfloat32", "ratio\nbfloat16"):
-        table.add_column(heading, justify="right")
-    for result in results:
-        speed, ratio = result["tokens_per_second"], result["ratio_to_faster_peer"]
-        cells = [f"{speed[name]:,.0f}" if name in speed else "" for name in names]
-        cells += [f"{ratio[name]:.2f}" if name in ratio else "" for name in ("ours float32", "ours bfloat16")]
-        table.add_row(result["variant"], str(result["width"]), *cells)
+    return [*ours, *theirs]
+
+
+def rows_of(outcome: Outcome, variant: str, width: int, tokens: int) -> list[dict[str, Any]]:
+    """One of each contestant; of ours with the ratio to the faster peer of the same round."""
+    theirs = [seconds for name, seconds in outcome.seconds.items() if not name.startswith("ours")]
+    best = [min(turn) for turn in zip(*theirs, strict=True)]
+    rows: list[dict[str, Any]] = []
+    for name, seconds in outcome.seconds.items():
+        row: dict[str, Any] = {"variant": variant, "width": width, "contestant": name}
+        row |= {"tokens_per_second": [tokens / value for value in seconds]}
+        row |= {"median": tokens / statistics.median(seconds)}
+        if best and name.startswith("ours"):
+            ratios = [peer / own for peer, own in zip(best, seconds, strict=True)]
+            row |= {"ratio_to_faster_peer": statistics.median(ratios), "lowest_ratio": min(ratios)}
+        rows.append(row)
+    failed = [{"variant": variant, "width": width, "contestant": n, "failed": w} for n, w in outcome.failures.items()]
+    return rows + failed
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table("variant", "width", "contestant", "tok/s", "ratio to the faster peer", title=title)
+    for row in rows:
+        told = row.get("failed") or str(Speeds(tuple(row["tokens_per_second"])))
+        ratio = f"{row['ratio_to_faster_peer']:.2f}" if "ratio_to_faster_peer" in row else ""
+        table.add_row(row["variant"], f"{row['width']:,}", row["contestant"], told[-160:], ratio)
     Console(width=140).print(table)
 
 
@@ -152,21 +72,50 @@ def show(results: list[dict[str, Any]], title: str) -> None:
 @click.option("--rows", default=2048, show_default=True, help="Tokens of a batch.")
 @click.option("--k", default=32, show_default=True)
 @click.option("--l0", default=0.0, help="Start where this many latents fire (variants without k); 0: as initialised.")
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--steps", default=2, show_default=True, help="Steps of each contestant and round; the fastest counts.")
+@click.option("--dead", default=0.0, help="The share of latents that never fire, so that auxiliary losses work.")
+@click.option("--rounds", default=ROUNDS, show_default=True)
+@click.option("--steps", default=2, show_default=True, help="Steps of each contestant and round, timed together.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", help="cpu: for a machine with other work.")
+@click.option(
+    "--peer-precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(PRECISIONS),
+    help="Of the peers.  [default: float32, and bfloat16 on processors that have it]",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the results as JSON.")
-def main(variants: tuple[str, ...], widths: tuple[int, ...], out: Path | None, **settings: Any) -> None:
+def main(
+    peers_python: str,
+    peers: tuple[str, ...],
+    variants: tuple[str, ...],
+    widths: tuple[int, ...],
+    precisions: tuple[str, ...],
+    rounds: int,
+    steps: int,
+    threads: int,
+    d_model: int,
+    rows: int,
+    out: Path | None,
+    **settings: Any,
+) -> None:
     """Training steps of this package and its peers."""
-    results = [measure(variant, width, settings) for variant in variants for width in widths]
+    precisions = precisions or (PRECISIONS if has_bfloat16() else PRECISIONS[:1])
+    contest, found = Contest(entrants(peers, precisions), peers_python, threads), []
+    with tempfile.TemporaryDirectory() as folder:
+        shared = settings | {"batches": make_batches(folder, rows, d_model)}
+        for variant in variants:
+            for width in widths:
+                outcome = contest.race(shared | {"variant": variant, "width": width}, rounds, steps)
+                found += rows_of(outcome, variant, width, rows)
+    contest.close()
     state = f"L0 {settings['l0']:g}" if settings["l0"] else "as initialised"
-    title = f"one step: D {settings['d_model']}, batch {settings['rows']}, k {settings['k']}, {state}"
-    show(results, f"{title}, {settings['threads']} threads, {settings['clock']} clock")
+    title = f"one step: D {d_model}, batch {rows}, k {settings['k']}, {state}, {threads} threads"
+    show(found, title)
     if out is not None:
-        del settings["peers_python"]  # a place on this machine
-        out.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+        facts = gather_facts(peers_python, threads=threads, d_model=d_model, batch=rows, steps=steps, **settings)
+        write_rows(out, title, [row | facts for row in found])
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Steps of dictionary_learning for bench_train, at its own defaults: folder, variant, width, k, L0, clock, device."""
+"""Steps of dictionary_learning at its own defaults, in the middle of a run; bfloat16 is its own `autocast_dtype`."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stepping import load_batches, serve, sparse_bias
+from stepping import LONG, Settings, Step, fuse, serve_steps, sparse_bias
 
 TRAINERS = {
     "standard": ("standard", "StandardTrainer"),
@@ -22,6 +23,7 @@ TRAINERS = {
     "p_anneal": ("p_anneal", "PAnnealTrainer"),
 }
 FRACTIONS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32]
+MIDDLE = 2000  # after its warm-up, and after the step from which it also updates a threshold
 
 
 def make_trainer(variant: str, width: int, k: int, d_model: int, more: dict[str, Any] | None = None) -> Any:
@@ -51,15 +53,32 @@ def make_sparse(autoencoder: Any, x: torch.Tensor, l0: float) -> None:
             autoencoder.encoder.bias.data.fill_(-bias)
 
 
-def main(folder: str, variant: str, width: str, k: str, l0: str, clock: str, device: str) -> None:
-    torch.manual_seed(0)
-    batches = load_batches(folder, device)
-    trainer = make_trainer(variant, int(width), int(k), batches[0].shape[1], {"device": device})
-    if float(l0):
-        make_sparse(trainer.ae, batches[0], float(l0))
-    step = iter(range(1, 10**9))
-    serve(lambda x: trainer.update(next(step), x), batches, clock)
+def make_dead(trainer: Any, latents: int) -> None:
+    encoder = getattr(trainer.ae, "encoder", None)
+    bias = encoder.bias if encoder is not None else trainer.ae.b_enc
+    bias.data[:latents] = -1e4
+    trainer.num_tokens_since_fired[:latents] = LONG
+
+
+def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
+    d_model = batches[0].shape[1]
+    trainer = make_trainer(settings.variant, settings.width, settings.k, d_model, {"device": settings.device})
+    if settings.l0:
+        make_sparse(trainer.ae, batches[0], settings.l0)
+    if settings.dead:
+        make_dead(trainer, settings.num_dead)
+    if settings.fused:
+        fuse(trainer.optimizer)
+    dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+    steps = count(MIDDLE)
+
+    def step(x: torch.Tensor) -> None:
+        """What its trainSAE does between two reads of the data."""
+        with settings.autocast():
+            trainer.update(next(steps), x.to(dtype))
+
+    return step
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve_steps(make_step)

@@ -1,15 +1,19 @@
-"""Our steps for the training benchmark: folder, variant, width, k, L0 (0: as initialised), clock, device, product."""
+"""Our steps for the benchmarks of training."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
+
+if os.environ.get("WITHOUT_TRITON"):
+    sys.modules["triton"] = None  # pyright: ignore  # as where it is not installed: what our kernels fall back to
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stepping import load_batches, serve, sparse_bias
+from stepping import LONG, Settings, Step, serve_steps, sparse_bias
 
 from saemill.cache_schema.allocator import keep_large_blocks
 from saemill.train.data.batch import Batch
@@ -18,29 +22,33 @@ from saemill.train.kit.registry import config_type
 from saemill.train.sae.gates import JumpRelu
 
 
-def make_trainee(variant: str, width: int, k: int, l0: float, product: str, x: torch.Tensor) -> Trainee:
-    cls = config_type(variant)
-    wanted = {"width": width, "k": k, "target_l0": float(k), "encoder_product": product}
+def make_trainee(settings: Settings, x: torch.Tensor) -> Trainee:
+    cls = config_type(settings.variant)
+    product = "bfloat16" if settings.precision == "bfloat16" else "float32"
+    wanted = {"width": settings.width, "k": settings.k, "target_l0": float(settings.k), "encoder_product": product}
     known = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{name: value for name, value in wanted.items() if name in known})
-    trainee = Trainee(variant, config.build(x.shape[1]), total_steps=100_000, device=x.device)
-    if l0:
-        sae = trainee.sae
-        with torch.no_grad():
-            bias = sparse_bias(sae.centred(x) @ sae.W_enc.t(), l0)
+    trainee = Trainee(settings.variant, config.build(x.shape[1]), total_steps=100_000, device=x.device)
+    sae = trainee.sae
+    with torch.no_grad():
+        if settings.l0:
+            bias = sparse_bias(sae.centred(x) @ sae.W_enc.t(), settings.l0)
             if isinstance(sae.gate, JumpRelu):
                 sae.gate.raw_threshold.fill_(bias / sae.gate.unit)
             else:
                 sae.b_enc.fill_(-bias)
+        if settings.dead:
+            sae.b_enc[: settings.num_dead] = -1e4
+            trainee.counters.tokens_since_fired[: settings.num_dead] = 1000 * LONG
+    trainee.step_index = 2000  # everything is warm
     return trainee
 
 
-def main(folder: str, variant: str, width: str, k: str, l0: str, clock: str, device: str, product: str) -> None:
+def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
     keep_large_blocks()
-    batches = load_batches(folder, device)
-    trainee = make_trainee(variant, int(width), int(k), float(l0), product, batches[0])
-    serve(lambda x: trainee.step(Batch(x)), batches, clock)
+    trainee = make_trainee(settings, batches[0])
+    return lambda x: trainee.step(Batch(x))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve_steps(make_step)

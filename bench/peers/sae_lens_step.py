@@ -1,4 +1,4 @@
-"""Steps of SAELens for bench_train, at its own defaults: folder, variant, width, k, L0, clock, device."""
+"""Steps of SAELens at its own defaults; bfloat16 is its own switch `autocast`, and so is `compile_sae`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stepping import load_batches, serve, sparse_bias
+from stepping import LONG, Settings, Step, fuse, serve_steps, sparse_bias
 
 SAES = {
     "standard": ("standard_sae", "StandardTrainingSAE"),
@@ -71,20 +71,27 @@ def make_sparse(sae: Any, x: torch.Tensor, l0: float) -> None:
             (sae.b_gate if hasattr(sae, "b_gate") else sae.b_enc).data.fill_(-bias)
 
 
-def main(folder: str, variant: str, width: str, k: str, l0: str, clock: str, device: str) -> None:
-    torch.manual_seed(0)
-    batches = load_batches(folder, device)
-    sae = make_sae(variant, int(width), int(k), batches[0].shape[1], {"device": device})
-    if float(l0):
-        make_sparse(sae, batches[0], float(l0))
-    trainer = make_trainer(sae, batches[0].shape[0], {"device": device})
+def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
+    rows, d_model = batches[0].shape
+    device = {"device": settings.device}
+    sae = make_sae(settings.variant, settings.width, settings.k, d_model, device)
+    if settings.l0:
+        make_sparse(sae, batches[0], settings.l0)
+    trainer = make_trainer(sae, rows, device | {"autocast": settings.precision == "bfloat16"})
+    if settings.dead:
+        sae.b_enc.data[: settings.num_dead] = -1e4
+        trainer.n_forward_passes_since_fired[: settings.num_dead] = LONG
+    if settings.fused:
+        fuse(trainer.optimizer)
+    if settings.compiled:  # as its runner does with `compile_sae`
+        sae.training_forward_pass = torch.compile(sae.training_forward_pass, backend="inductor")
 
     def step(x: torch.Tensor) -> None:
         trainer.step(x)
         trainer.n_training_steps += 1
 
-    serve(step, batches, clock)
+    return step
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve_steps(make_step)

@@ -1,4 +1,4 @@
-"""Steps of sparsify for bench_train, at its own defaults: folder, variant (topk), width, k, L0, clock, device."""
+"""Steps of sparsify at its own defaults. Its forward pass is under bfloat16 autocast on a GPU whatever is asked."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-if not sys.argv[-1].startswith("cuda"):
+if not torch.cuda.is_available():
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read when it is imported: its kernels need a GPU
 from schedulefree import ScheduleFreeWrapper
 from sparsify.config import SparseCoderConfig
 from sparsify.sign_sgd import SignSGD
 from sparsify.sparse_coder import SparseCoder
-from stepping import load_batches, serve
+from stepping import Settings, Step, serve_steps
 
 
 def make_optimiser(sae: Any) -> Any:
@@ -27,11 +27,12 @@ def make_optimiser(sae: Any) -> Any:
     return optimiser
 
 
-def main(folder: str, variant: str, width: str, k: str, l0: str, clock: str, device: str) -> None:
-    assert variant == "topk" and not float(l0), "sparsify has top-k SAEs only"
-    torch.manual_seed(0)
-    batches = load_batches(folder, device)
-    config = SparseCoderConfig(num_latents=int(width), k=int(k))
+def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
+    assert settings.variant == "topk" and not settings.l0, "sparsify has top-k SAEs only"
+    # Its trainer asks for TF32 itself.
+    torch.set_float32_matmul_precision("high")
+    device = settings.device
+    config = SparseCoderConfig(num_latents=settings.width, k=settings.k)
     sae = SparseCoder(batches[0].shape[1], config, device, dtype=torch.float32)
     optimiser = make_optimiser(sae)
     since_fired = torch.zeros(sae.num_latents, dtype=torch.long, device=device)
@@ -49,8 +50,8 @@ def main(folder: str, variant: str, width: str, k: str, l0: str, clock: str, dev
         since_fired.add_(len(x))
         since_fired[fired] = 0
 
-    serve(step, batches, clock)
+    return step
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve_steps(make_step)

@@ -9,16 +9,19 @@ without the store, as numpy, which is the fastest that the format allows.
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from sae_lens.training.activations_store import ActivationsStore
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from talk import serve
 
 HOOK = "blocks.19.hook_resid_post"
 ROWS_AT_ONCE = 64
@@ -101,6 +104,4 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
-    answers, sys.stdout = sys.stdout, sys.stderr  # nothing a library prints may pass for an answer
-    for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+    serve(answer)

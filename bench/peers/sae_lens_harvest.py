@@ -1,22 +1,28 @@
 """SAELens' CacheActivationsRunner: runs in the peers' environment, one JSON answer a line.
 
 {"model": folder, "rows": file.npy, "out": folder, "layer", "width", "batch", "dtype", "device"} caches one
-residual of the given tokens and answers seconds and tokens; loading the model is not timed.
+residual of the given tokens and answers seconds and tokens; loading the model, once a process, is not timed.
+Attention is eager, as ours is: what transformers takes for Gemma-2 by itself leaves its softcap out, which is
+faster and another function.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import shutil
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
+from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig, cache_activations_runner
 from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from talk import serve
 
 STORED_AS = {"float32": ("float32", 4), "bfloat16": ("float16", 2)}  # its Arrow files know no bfloat16
 
@@ -29,7 +35,7 @@ def cache(request: dict[str, Any]) -> dict[str, Any]:
         dataset_path="rows",
         model_name=request["model"],
         model_class_name="AutoModelForCausalLM",
-        model_from_pretrained_kwargs={"dtype": request["dtype"]},
+        model_from_pretrained_kwargs={"dtype": request["dtype"], "attn_implementation": "eager"},
         model_batch_size=request["batch"],
         hook_name=f"model.layers.{request['layer']}",
         d_in=width,
@@ -50,10 +56,23 @@ def cache(request: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "tokens": tokens}
 
 
+def load_once() -> None:
+    """One model for all requests of a process; the runner would load it anew for each."""
+    load, models = cache_activations_runner.load_model, {}
+
+    @functools.wraps(load)
+    def loaded(**words: Any) -> Any:
+        key = repr(sorted(words.items()))
+        if key not in models:
+            models[key] = load(**words)
+        return models[key]
+
+    cache_activations_runner.load_model = loaded
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    answers, sys.stdout = sys.stdout, sys.stderr  # nothing a library prints may pass for an answer
-    for line in sys.stdin:
-        print(json.dumps(cache(json.loads(line))), file=answers, flush=True)
+    load_once()
+    serve(cache)

@@ -1,0 +1,22 @@
+"""Prints what this machine is, as JSON: python facts.py [PYTHON OF THE PEERS]."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from ratios import gather_facts, processor
+
+
+def main(peers_python: str = "") -> None:
+    facts = {"card": f"CPU {processor()}"}
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        facts = {"card": found.name, "memory_gib": round(found.total_memory / 2**30, 1)}
+        facts |= {"multiprocessors": found.multi_processor_count, "cuda": torch.version.cuda}
+    print(json.dumps(facts | gather_facts(peers_python or None)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,251 @@
+"""The harvest of a model of gemma-2-2b's real shape with random weights, at short and at long context.
+
+ours: a whole harvest (one residual, four layers of attention, sparsified, written, checksummed). Beside it our own
+truncated pass with nothing captured, transformers' eager pass through the same layers, and SAELens' runner caching
+the one residual. All eager: that is Gemma-2 with its softcap. Where the disk is slow everything is written to
+memory (/dev/shm), which the result says.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from limits import wait
+from ratios import take_turns
+from records import record, record_failure, shares, tell
+from talk import WorkerFailed
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from harvest import ATTENTION, BOS, LAYER, Bare, SaeLens, save_tokenizer
+from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, StoreWriter
+from saemill.harvest.capture import run
+from saemill.harvest.model import TruncatedModel, Wanted, load_model
+from saemill.harvest.shards import Harvester, harvest_shards
+
+ENOUGH = 24 * 10**9  # bytes that must be free where everything is written
+SLOW_DISK = 2e9  # bytes a second with fsync
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model."""
+
+    width: int = 2304
+    mlp: int = 9216
+    head: int = 256
+    vocabulary: int = 256_000
+    contexts: tuple[int, int] = (128, 1024)
+    batch_tokens: int = 8192
+    """Of every contestant; SAELens wants the tokens to be a multiple of it."""
+
+    def config(self) -> Gemma2Config:
+        return Gemma2Config(
+            vocab_size=self.vocabulary,
+            hidden_size=self.width,
+            intermediate_size=self.mlp,
+            num_hidden_layers=26,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=self.head,
+            query_pre_attn_scalar=self.head,
+        )
+
+    def flops_per_token(self, context: int) -> int:
+        """Of layers 0 to 19: two for each weight, and the scores and their products with values."""
+        weights = self.width * self.head * (2 * 8 + 2 * 4) + 3 * self.width * self.mlp
+        return (LAYER + 1) * (2 * weights + 4 * context * 8 * self.head)
+
+
+SMALL = Shape(64, 128, 16, 1000, (16, 32), 256)
+
+
+def make_model(folder: Path, shape: Shape, device: torch.device) -> Path:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        Gemma2ForCausalLM(shape.config()).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    save_tokenizer(folder)
+    return folder
+
+
+def harvest_once(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape, folder: Path) -> float:
+    windows, context = tokens_WT.shape
+    device = next(model.stack.parameters()).device
+    manifest = Manifest(
+        model=ModelSpec("random", shape.width, bos_token=BOS, special_tokens=(0, 1, BOS)),
+        corpus=CorpusSpec("random", settings={"batch_windows": shape.batch_tokens // context}),
+        context=context,
+        layers=(LAYER,),
+        windows=windows,
+        splits={"train": (0, windows), "validation": (windows, windows), "test": (windows, windows)},
+        attention=AttentionSpec(layers=ATTENTION),
+        shard_windows=4 * shape.batch_tokens // context,
+    )
+    with StoreWriter.create(folder, manifest, tokens_WT, np.zeros_like(tokens_WT)) as writer:
+        start = time.perf_counter()
+        harvest_shards(writer, Harvester(model, writer.manifest, device), writer.pending(), lambda _: None)
+        seconds = time.perf_counter() - start
+    shutil.rmtree(folder)
+    return seconds
+
+
+def pass_once(model: TruncatedModel, tokens_WT: np.ndarray, batch: int) -> float:
+    """Our truncated pass with nothing captured, and nothing brought to the host."""
+    device = next(model.stack.parameters()).device
+    ids = torch.from_numpy(tokens_WT.astype(np.int64)).to(device)
+    wait(device)
+    start = time.perf_counter()
+    for at in range(0, len(ids), batch):
+        run(model, ids[at : at + batch], {})
+    wait(device)
+    return time.perf_counter() - start
+
+
+def bench_context(context: int, tokens: int, rounds: int, folder: Path, device: torch.device, shape: Shape) -> None:
+    """Everyone of ours and of transformers, in turns."""
+    tokens_WT, model = make_tokens(context, tokens, shape), load_ours(folder, device)
+    batch = shape.batch_tokens // context
+    bare = Bare(folder / "model", "bfloat16", device, batch)
+    jobs = {
+        "ours": lambda: harvest_once(model, tokens_WT, shape, folder / "store"),
+        "our pass, nothing captured": lambda: pass_once(model, tokens_WT, batch),
+        "transformers, eager": lambda: bare.run(tokens_WT),
+    }
+    take_turns(1, jobs)
+    reset_peak(device)
+    began = time.time()
+    seconds = take_turns(rounds, jobs)
+    tell_all(context, seconds, tokens_WT.size, shape, (began, time.time()), peak_of(device))
+
+
+def bench_peer(
+    context: int, tokens: int, rounds: int, folder: Path, device: torch.device, shape: Shape, peer: SaeLens
+) -> None:
+    """Ours and SAELens in turns, fewer: its runs are long."""
+    tokens_WT, model = make_tokens(context, tokens, shape), load_ours(folder, device)
+    peer.request["batch"] = shape.batch_tokens // context
+    jobs: dict[str, Any] = {
+        "ours, beside SAELens": lambda: harvest_once(model, tokens_WT, shape, folder / "store"),
+        "SAELens, one residual": lambda: peer.run(tokens_WT),
+    }
+    try:
+        take_turns(1, jobs)
+        began = time.time()
+        tell_all(context, take_turns(rounds, jobs), tokens_WT.size, shape, (began, time.time()), None)
+    except WorkerFailed as failure:
+        record_failure(f"harvest, context {context}", "SAELens, one residual", str(failure))
+
+
+def tell_all(
+    context: int,
+    seconds: dict[str, list[float]],
+    tokens: int,
+    shape: Shape,
+    at: tuple[float, float],
+    peak: float | None,
+) -> None:
+    for who, values in seconds.items():
+        rates = [tokens / value for value in values]
+        flops = sorted(rates)[len(rates) // 2] * shape.flops_per_token(context)
+        more = shares(flops) | ({"peak_gigabytes": peak} if who == "ours" else {})
+        record(f"harvest, context {context}", who, "tok/s", rates, at, **more)
+
+
+def make_tokens(context: int, tokens: int, shape: Shape) -> np.ndarray:
+    tokens = max(1, round(tokens / shape.batch_tokens)) * shape.batch_tokens
+    found = np.random.default_rng(0).integers(4, shape.vocabulary, (tokens // context, context), dtype=np.uint32)
+    found[:, 0] = BOS
+    return found
+
+
+def load_ours(folder: Path, device: torch.device) -> TruncatedModel:
+    return load_model(folder / "model", Wanted((LAYER,), ATTENTION), torch.bfloat16, device)
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_of(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+
+
+def choose_folder(asked: Path | None) -> Path:
+    """The disk, unless it is too slow to say anything of the device and there is room in memory."""
+    place, memory = asked or Path(tempfile.gettempdir()), Path("/dev/shm")
+    rate = disk_rate(place)
+    is_moved = asked is None and rate < SLOW_DISK and memory.is_dir() and shutil.disk_usage(memory).free > ENOUGH
+    chosen = "memory (/dev/shm)" if is_moved else "the disk"
+    tell(f"the disk takes {rate / 1e9:.2f} GB/s with fsync: harvests are written to {chosen}")
+    return memory if is_moved else place
+
+
+def disk_rate(folder: Path) -> float:
+    block, count = os.urandom(1 << 24), 16
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        start = time.perf_counter()
+        for _ in range(count):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return count * len(block) / (time.perf_counter() - start)
+
+
+@click.command()
+@click.option("--peers-python", help="Of the peers' environment; none: not compared.")
+@click.option("--tokens", default=131_072, show_default=True, help="In a timed run; a multiple of 8192 is taken.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--peer-rounds", default=2, show_default=True)
+@click.option("--limit", default=150.0, show_default=True, help="Seconds; nothing begins that would end later.")
+@click.option("--device", default="cuda")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to write.")
+@click.option("--small", is_flag=True)
+def main(
+    peers_python: str | None,
+    tokens: int,
+    rounds: int,
+    peer_rounds: int,
+    limit: float,
+    device: str,
+    folder: Path | None,
+    small: bool,
+) -> None:
+    shape, where, until = SMALL if small else Shape(), torch.device(device), time.monotonic() + limit
+    with tempfile.TemporaryDirectory(dir=choose_folder(folder)) as name:
+        place = Path(name)
+        make_model(place / "model", shape, where)
+        tell("model made")
+        longest = 0.0
+        for context in shape.contexts:
+            start = time.monotonic()
+            if start + longest > until:
+                tell(f"context {context}: no time left")
+                continue
+            bench_context(context, tokens, rounds, place, where, shape)
+            longest = time.monotonic() - start
+            reset_peak(where)
+        if peers_python is None:
+            return
+        peer = SaeLens(place, place / "model", "bfloat16", where, Path(peers_python), shape.width, 1)
+        for context in shape.contexts:
+            if time.monotonic() + max(30.0, longest) > until and not small:
+                tell(f"SAELens at context {context}: no time left")
+                continue
+            bench_peer(context, tokens, peer_rounds, place, where, shape, peer)
+        peer.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Disk to device: a store through the loader that training reads it through, against plain files.
+
+Plain: as many threads as the loader has, reading into memory that is there already, with and without a copy from
+pinned memory to the device. From the disk, and once more from the page cache, from which later epochs come.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+import torch
+from limits import wait
+from ratios import take_turns
+from records import record
+
+from saemill.cache_schema import Request, Store
+from saemill.train.data.loader import Loader
+from saemill.train.data.plan import Plan
+from saemill.train.data.pool import PIECES_IN_FLIGHT
+from saemill.train.data.sizes import measure_split
+
+LAYER = 19
+
+
+class Plain:
+    """The files, and nothing of ours."""
+
+    def __init__(self, files: list[Path], device: torch.device) -> None:
+        self.files, self.device = files, device
+        largest, pinned = max(file.stat().st_size for file in files), device.type == "cuda"
+        self._memory = [torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in range(PIECES_IN_FLIGHT)]
+        self._target = torch.empty(largest, dtype=torch.uint8, device=device)
+        self._threads = ThreadPoolExecutor(PIECES_IN_FLIGHT)
+
+    def read(self, copied: bool) -> None:
+        list(self._threads.map(lambda thread: self._read_some(thread, copied), range(PIECES_IN_FLIGHT)))
+        wait(self.device)
+
+    def _read_some(self, thread: int, copied: bool) -> None:
+        memory = self._memory[thread]
+        view = memoryview(memory.numpy())
+        for file in self.files[thread::PIECES_IN_FLIGHT]:
+            with open(file, "rb", buffering=0) as opened:
+                count = opened.readinto(view)
+            if copied:
+                self._target[:count].copy_(memory[:count])
+
+
+def read_all(url: Path, device: torch.device, pool_tokens: int) -> None:
+    """Every block of one epoch."""
+    with Store.open(url) as store:
+        plan = Plan(measure_split(store, "train"), batch_tokens=4096, pool_tokens=pool_tokens, seed=0)
+        request = Request(layers=(LAYER,), tokens=True, documents=True, split="train")
+        loader = Loader(store, plan, request, device)
+        for block in plan.blocks(0):
+            loader.block(block)
+        loader.close()
+    wait(device)
+
+
+def forget(files: list[Path]) -> None:
+    """Out of the page cache, so that the disk is read."""
+    for file in files:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def timed(before: Callable[[], None], job: Callable[[], None]) -> Callable[[], float]:
+    def run() -> float:
+        before()
+        start = time.perf_counter()
+        job()
+        return time.perf_counter() - start
+
+    return run
+
+
+@click.command()
+@click.argument("url", type=click.Path(path_type=Path))
+@click.option("--device", default="cuda")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--pool-tokens", default=2**17, show_default=True)
+def main(url: Path, device: str, rounds: int, pool_tokens: int) -> None:
+    where = torch.device(device)
+    files = sorted((url / f"resid/layer_{LAYER}").glob("c.*"))
+    random.Random(0).shuffle(files)  # as a plan does
+    size = sum(file.stat().st_size for file in files)
+    plain = Plain(files, where)
+    jobs = {
+        "ours, every checksum verified": lambda: read_all(url, where, pool_tokens),
+        "plain files to the device": lambda: plain.read(True),
+        "plain files to the host": lambda: plain.read(False),
+    }
+    for name, before in (("disk to device", lambda: forget(files)), ("page cache to device", lambda: None)):
+        began = time.time()
+        turns = {who: timed(before, job) for who, job in jobs.items()}
+        take_turns(1, turns)
+        seconds = take_turns(rounds, turns)
+        for who, values in seconds.items():
+            record(name, who, "GB/s", [size / 1e9 / value for value in values], (began, time.time()))
+
+
+if __name__ == "__main__":
+    main()

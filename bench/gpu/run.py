@@ -1,0 +1,415 @@
+"""Everything that is measured on an accelerator, within a time that is given: most important first.
+
+    bash bench/gpu/run.sh --out results            # on a GPU, under nine minutes
+    bash bench/gpu/run.sh --small --device cpu     # to try it anywhere, within a few minutes
+
+Each part has a limit of its own and stops no other. Numbers are printed and kept the moment they are there; the
+table comes last, and OUT/<card>.json holds every round with card, clocks, versions and commit on every row. The
+tree needs no install: wheels that this Python lacks are read from .whl/ and .whl-peers/ (wheels.sh). This file
+imports only the standard library, because nothing else may be there yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+BENCH = HERE.parent
+SPARE = 8.0  # seconds that the end needs
+CLOCKS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.used,utilization.gpu"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command with a limit in seconds."""
+
+    name: str
+    limit: float
+    command: list[str]
+
+    @property
+    def table(self) -> Path | None:
+        """Of bench/ratios.py, whose rows are kept too; its exit status 1 is a target that was missed."""
+        return Path(self.command[-1]) if "--json" in self.command else None
+
+
+@dataclass
+class Run:
+    """What is asked, and what is there."""
+
+    asked: argparse.Namespace
+    work: Path
+    environment: dict[str, str]
+    began: float = field(default_factory=time.monotonic)
+    status: list[str] = field(default_factory=list)
+
+    @property
+    def records(self) -> Path:
+        return self.work / "records.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.work / "log.txt"
+
+    @property
+    def left(self) -> float:
+        return self.asked.total - (time.monotonic() - self.began)
+
+    @property
+    def peers_python(self) -> Path | None:
+        """None where there are no peers."""
+        if self.asked.no_peers:
+            return None
+        if self.asked.peers is not None:
+            return (self.asked.peers / "bin/python").absolute()
+        made = self.work / "peers/python"
+        return made if made.exists() else None
+
+    def python(self, *words: object) -> list[str]:
+        return [sys.executable, *map(str, words)]
+
+
+# ---- the machine: wheels, the tree as a package, what it is
+
+
+def prepare(run: Run) -> subprocess.Popen[bytes] | None:
+    """The tree as a package with the metadata of an install; wheels, the peers' while the first parts run."""
+    site, package = run.work / "site", run.work / "package"
+    package.mkdir()
+    (package / "saemill").symlink_to(ROOT)
+    write_metadata(package)
+    run.environment["PYTHONPATH"] = os.pathsep.join(map(str, (package, BENCH, site)))
+    if any((ROOT / ".whl").glob("*.whl")):
+        install(run, ROOT / ".whl", site).wait()
+    if run.asked.no_peers or run.asked.peers is not None or not any((ROOT / ".whl-peers").glob("*.whl")):
+        return None
+    installing = install(run, ROOT / ".whl-peers", run.work / "peers-site")
+    write_stub(run.work / "peers-stubs")
+    script = run.work / "peers/python"
+    script.parent.mkdir()
+    paths = os.pathsep.join(str(run.work / name) for name in ("peers-site", "peers-stubs", "site"))
+    script.write_text(f'#!/bin/sh\nexport PYTHONPATH={paths}\nexec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return installing
+
+
+def install(run: Run, wheels: Path, site: Path) -> subprocess.Popen[bytes]:
+    words = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target"]
+    with open(run.log, "ab") as log:
+        return subprocess.Popen(run.python(*words, site, *sorted(wheels.glob("*.whl"))), stdout=log, stderr=log)
+
+
+def write_metadata(package: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    info = package / f"{project['name']}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups = {"console_scripts": project.get("scripts", {}), **project.get("entry-points", {})}
+    lines = (f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups.items())
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+
+def write_stub(folder: Path) -> None:
+    """SAELens and transformer_lens import wandb at once, 20 MB that nothing here calls."""
+    (folder / "wandb").mkdir(parents=True)
+    text = '"""Imported, never called."""\n\n\ndef __getattr__(name):\n    return None\n'
+    (folder / "wandb/__init__.py").write_text(text)
+
+
+def find_facts(run: Run) -> dict[str, Any]:
+    """Of the machine, for every row."""
+    words = run.python(HERE / "facts.py", run.peers_python or "")
+    done = subprocess.run(words, capture_output=True, text=True, env=run.environment)
+    if done.returncode:
+        say(run, f"no facts of this machine: {done.stderr[-500:]}")
+        return {"card": "unknown"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def watched_clocks(run: Run) -> Iterator[None]:
+    """Reads them once a second; sets nothing."""
+    if run.asked.device == "cpu" or shutil.which("nvidia-smi") is None:
+        yield
+        return
+    words = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader,nounits", "-l", "1"]
+    with open(run.work / "clocks.csv", "w") as file, subprocess.Popen(words, stdout=file, stderr=file) as watching:
+        try:
+            yield
+        finally:
+            watching.terminate()
+
+
+# ---- the parts
+
+
+def parts_of(run: Run) -> list[Part]:
+    """Most important first."""
+    device, small, rounds = run.asked.device, run.asked.small, run.asked.rounds
+    options = ["--device", device, *(["--small"] if small else [])]
+    beside = ["--peers-python", run.peers_python] if run.peers_python else []
+    compiled = ["--compile"] if run.asked.compile else []
+    store, tables = run.work / "made_store", {name: run.work / f"{name}.json" for name in ("fleet", "guided")}
+    mark = "gpu" if device != "cpu" else "not gpu and not slow"
+    tests = ["-m", "pytest", "-m", mark, "-q", "-p", "no:cacheprovider", "--timeout", 80, "--maxfail", 20]
+    turns = ["--device", device, "--rounds", rounds, "--steps", 2 if small else 24]
+    fleet = ["--width", 16384, "--k", 64, "--rows", 4096, "--pool-tokens", 2**16]
+    guided = ["--base", "topk", "--width", 16384, "--windows", 32, "--sparsity", 64]
+    harvest: list[object] = []
+    if small:
+        fleet = ["--width", 256, "--k", 8, "--rows", 128, "--pool-tokens", 2**15]
+        guided = ["--base", "topk", "--width", 128, "--windows", 4, "--sparsity", 8, "--d-model", 64, "--context", 32]
+        harvest = ["--tokens", 1024, "--rounds", 2, "--peer-rounds", 1]
+    in_time = ["--limit", max(10, min(180, run.left - 15))]
+
+    def part(name: str, limit: float, script: Path, *words: object) -> Part:
+        return Part(name, limit, run.python(script, *words, *(["--json", tables[name]] if name in tables else [])))
+
+    return [
+        Part("tests", 90, run.python(*tests, *files_with_gpu_tests())),
+        part("small", 150, HERE / "small.py", *options, "--work", run.work / "small", "--limit", 140),
+        part("limits", 25, HERE / "limits.py", *options),
+        part("steps", 200, HERE / "steps.py", *options, *beside, "--rounds", rounds, *in_time, *compiled),
+        part("store", 30, HERE / "made_store.py", store, 2 if small else 16),
+        part("fleet", 60, BENCH / "fleet.py", store, *turns, *fleet),
+        part("guided", 45, BENCH / "guided.py", *turns, *guided),
+        part("harvest", 190, HERE / "harvesting.py", *options, *beside, *harvest, *in_time),
+        part("reading", 45, HERE / "reading.py", store, "--device", device, "--rounds", rounds),
+    ]
+
+
+def files_with_gpu_tests() -> list[Path]:
+    """By name: collecting all of tests/ needs more than a bare machine has."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [file for file in files if re.search(r"mark\.gpu\b", file.read_text())]
+
+
+PARTS = ("tests", "small", "limits", "steps", "store", "fleet", "guided", "harvest", "reading")
+NEEDED = {"fleet": ("store",), "reading": ("store",), "steps": ("limits",), "harvest": ("limits",)}
+
+
+def chosen(asked: argparse.Namespace) -> list[str]:
+    """By --only, with what they need."""
+    wanted = set(asked.only.split(",")) if asked.only else set(PARTS)
+    if unknown := wanted - set(PARTS):
+        sys.exit(f"--only: expected some of {', '.join(PARTS)}, found {', '.join(sorted(unknown))}")
+    wanted |= {need for name in wanted for need in NEEDED.get(name, ())}
+    return [name for name in PARTS if name in wanted]
+
+
+def do_part(run: Run, part: Part, facts: dict[str, Any]) -> None:
+    """Its lines are shown as they come; what it says on standard error is for the log, unless it fails."""
+    limit = min(part.limit, run.left - SPARE)
+    if limit < 12:
+        run.status.append(f"{part.name:<8} no time left")
+        return
+    say(run, f"== {part.name} (at most {limit:.0f} s; {run.left:.0f} s left in all)")
+    start, errors = time.monotonic(), run.work / f"{part.name}.err"
+    status, is_late = follow(run, part, limit, errors, facts)
+    said = [line.rpartition("\r")[2] for line in errors.read_text(errors="replace").splitlines() if "%|" not in line]
+    with open(run.log, "a") as log:
+        log.write("".join(f"{line}\n" for line in said[-60:]))
+    if part.table is not None and part.table.exists():
+        take_table(run, part.name, part.table)
+        status = 0
+    told = "ok" if status == 0 else "TOO LATE" if is_late else f"exit {status}"
+    run.status.append(f"{part.name:<8} {told:<9} {time.monotonic() - start:5.0f} s")
+    if status:
+        print("\n".join(line[:200] for line in said[-12:]), flush=True)
+
+
+def follow(run: Run, part: Part, limit: float, errors: Path, facts: dict[str, Any]) -> tuple[int, bool]:
+    """Exit status, and whether it was stopped for its time; nothing of it is left running."""
+    environment = run.environment | {"BENCH_PART": part.name}
+    with open(errors, "w") as error_file, open(run.log, "a") as log:
+        process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=error_file,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        killer = threading.Timer(limit, lambda: os.killpg(process.pid, signal.SIGKILL))
+        killer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.strip():
+                    print(line[:220].rstrip(), flush=True)
+                log.write(line)
+                log.flush()
+                conclude(run, facts)
+            status = process.wait()
+        finally:
+            is_late = not killer.is_alive()
+            killer.cancel()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # contestants that its end left behind
+    return status, is_late
+
+
+def take_table(run: Run, name: str, path: Path) -> None:
+    with open(run.records, "a") as file:
+        for row in json.loads(path.read_text())["rows"]:
+            kept = {"part": name, "what": f"{name}: {row['name']}", "who": row["found"], **row}
+            file.write(json.dumps({key: value for key, value in kept.items() if key not in ("name", "found")}) + "\n")
+
+
+# ---- what comes out
+
+
+def conclude(run: Run, facts: dict[str, Any]) -> None:
+    """After every part anew, so that nothing is lost where this is stopped from outside."""
+    rows = [json.loads(line) for line in run.records.read_text().splitlines()] if run.records.exists() else []
+    clocks = read_clocks(run.work / "clocks.csv")
+    rows = [row | clocks_of(row, clocks) | facts for row in rows]
+    out = run.asked.out
+    out.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["card"].lower()).strip("-")
+    body = ",\n".join("  " + json.dumps(row) for row in rows)
+    parts = json.dumps(run.status)
+    text = f'{{\n "title": {json.dumps("On " + facts["card"])},\n "parts": {parts},\n "rows": [\n{body}\n ]\n}}\n'
+    (out / f"{slug}.json").write_text(clean(run, text))
+    (out / "table.txt").write_text(clean(run, table_of(rows, run.status)))
+    (out / "log.txt").write_text(clean(run, run.log.read_text(errors="replace") if run.log.exists() else ""))
+    if (run.work / "clocks.csv").exists():
+        shutil.copy(run.work / "clocks.csv", out / "clocks.csv")
+
+
+def read_clocks(path: Path) -> list[tuple[float, list[float]]]:
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        stamp, *values = line.split(", ")
+        with contextlib.suppress(ValueError):
+            at = time.mktime(time.strptime(stamp.split(".")[0], "%Y/%m/%d %H:%M:%S"))
+            found.append((at, [float(value) for value in values]))
+    return found
+
+
+def clocks_of(row: dict[str, Any], clocks: list[tuple[float, list[float]]]) -> dict[str, Any]:
+    """While it was measured."""
+    begin, end = row.get("at", (0.0, 0.0))
+    seen = [values for at, values in clocks if begin - 1 <= at <= end + 1]
+    if not seen:
+        return {}
+    names = ("sm_mhz", "memory_mhz", "watts", "celsius")
+    return {"clocks": {name: statistics.median(values[i] for values in seen) for i, name in enumerate(names)}}
+
+
+def table_of(rows: list[dict[str, Any]], status: list[str]) -> str:
+    """Medians, from where to where the rounds went, and each of ours against the best peer beside it."""
+    lines = []
+    for what in dict.fromkeys(row["what"] for row in rows):
+        beside = [row for row in rows if row["what"] == what]
+        peers = [row["median"] for row in beside if "median" in row and is_peer(row["who"])]
+        lines += [line_of(row, max(peers, default=0.0)) for row in beside]
+    return "\n".join([*lines, "", *status, ""])
+
+
+def is_peer(who: str) -> bool:
+    return who.startswith(("sae_lens", "dictionary_learning", "sparsify", "SAELens"))
+
+
+def line_of(row: dict[str, Any], best_peer: float) -> str:
+    if "failed" in row:
+        return f"{row['what']:<36} {row['who']:<38} FAILED {row['failed'].strip().splitlines()[-1][:90]}"
+    if "median" not in row:
+        ratio = f"  ratio {row['ratio']:.2f}" if row.get("ratio") else ""
+        return f"{row['what']:<36} {row['who']} {row.get('against', '')} {row.get('note', '')}".rstrip() + ratio
+    text = f"{row['what']:<36} {row['who']:<38} {number(row['median']):>12} {row['unit']:<8}"
+    text += f"({number(row['low'])} to {number(row['high'])})"
+    text += f"  {row['median'] / best_peer:.2f} of the best peer" if best_peer and row["who"].startswith("ours") else ""
+    text += f"  {row['share_of_matrix_rate']:.1%} of the matrix rate" if "share_of_matrix_rate" in row else ""
+    text += f"  {row['share_of_bandwidth']:.1%} of the bandwidth" if "share_of_bandwidth" in row else ""
+    return text + (f"  {row['peak_gigabytes']:.1f} GB" if "peak_gigabytes" in row else "")
+
+
+def number(value: float) -> str:
+    for size, name in ((1e12, "T"), (1e9, "G")):
+        if value >= size:
+            return f"{value / size:,.1f} {name}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def clean(run: Run, text: str) -> str:
+    """Without the places of this machine."""
+    for path, name in ((run.work, "WORK"), (ROOT, "TREE"), (Path(sys.prefix), "PYTHON"), (Path.home(), "HOME")):
+        if str(path) not in ("/", "/usr", "/usr/local"):
+            text = text.replace(str(path), name)
+    return text
+
+
+def say(run: Run, text: str) -> None:
+    print(text, flush=True)
+    with open(run.log, "a") as log:
+        log.write(text + "\n")
+
+
+def make_environment(asked: argparse.Namespace, work: Path) -> dict[str, str]:
+    """Offline, and nothing written outside the folder for this run."""
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
+    made = {"HF_HOME": str(work / "hf"), "TMPDIR": str(work / "tmp"), "TRITON_CACHE_DIR": str(work / "triton")}
+    made |= {"BENCH_RECORDS": str(work / "records.jsonl"), "BENCH_LIMITS": str(work / "limits.json")}
+    made |= {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "WANDB_MODE": "disabled", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    # Asking whether there is a device must not begin to use it: forks would lose it.
+    made |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if asked.small and asked.device == "cpu":
+        made["OMP_NUM_THREADS"] = "1"  # tiny tensors do not keep several threads busy, and other work may be there
+    return os.environ | offline | made
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--out", type=Path, default=Path("bench/results/gpu/new"), help="Folder for what comes out.")
+    parse.add_argument("--only", help=f"Some of {','.join(PARTS)}; what they need is added.")
+    parse.add_argument("--total", type=float, default=520, help="Seconds for everything.")
+    parse.add_argument("--device", default="cuda")
+    parse.add_argument("--rounds", type=int, default=5)
+    parse.add_argument("--peers", type=Path, help="An environment of the peers; default: .whl-peers, where it is.")
+    parse.add_argument("--no-peers", action="store_true")
+    parse.add_argument("--compile", action="store_true", help="SAELens with its compile_sae too; a minute more.")
+    parse.add_argument("--small", action="store_true", help="Tiny sizes: to try this, not to measure.")
+    asked = parse.parse_args()
+    asked.rounds = 2 if asked.small else asked.rounds
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # from outside: everything that was begun is ended
+    wanted = chosen(asked)
+    with tempfile.TemporaryDirectory(prefix="saemill-bench-", ignore_cleanup_errors=True) as name:
+        work = Path(name).resolve()
+        (work / "tmp").mkdir()
+        run = Run(asked, work, make_environment(asked, work))
+        installing = prepare(run)
+        facts = find_facts(run)
+        say(run, ", ".join(f"{key} {value}" for key, value in facts.items()))
+        with watched_clocks(run):
+            for name in wanted:
+                if installing is not None and name not in ("tests", "small"):
+                    installing.wait()  # nothing is timed beside it
+                    facts, installing = find_facts(run), None
+                part = next(part for part in parts_of(run) if part.name == name)
+                do_part(run, part, facts)
+                conclude(run, facts)
+        print("\n" + (asked.out / "table.txt").read_text())
+
+
+if __name__ == "__main__":
+    main()

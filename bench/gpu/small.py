@@ -1,0 +1,299 @@
+"""The whole path at a small size on one device: harvest, verify, train every variant, evaluate; and against the CPU.
+
+One process imports everything once; each job is a fork of it with a limit of its own, so that a job that fails,
+hangs or breaks the device's context is reported and the next one begins. Nothing here touches CUDA before a fork;
+where a fork has no CUDA all the same (some import asked for the device), each job is a fresh process instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from records import keep, tell
+
+ON_BOTH = ("topk", "batchtopk", "jumprelu", "temporal")  # trained on the CPU too
+EVALUATED = ("topk", "batchtopk", "jumprelu", "hierarchical")
+METRICS = (  # of core, which the device and the CPU must agree on
+    "sparsity.l0",
+    "saemill_metrics.explained_variance",
+    "model_performance_preservation.ce_loss_score",
+    "model_behavior_preservation.kl_div_score",
+)
+FAR = 0.02  # how far they may be apart, as a share: bfloat16 passes, another order of sums
+child = 0
+
+
+def stop_child(*_: object) -> None:
+    if child:
+        os.killpg(child, signal.SIGKILL)
+    sys.exit(143)
+
+
+class Jobs:
+    """Runs them, keeps what came out."""
+
+    def __init__(self, log: Path, deadline: float, only: str | None) -> None:
+        self.log, self.deadline, self.only, self.spawns = log, deadline, only, False
+        self.failed: list[str] = []
+        self.done = 0
+
+    def run(self, name: str, limit: float, job: Callable[[], object], note: Callable[[], str] = lambda: "") -> bool:
+        global child
+        if self.only is not None:  # this process is one job, and goes through the others without a word
+            if name == self.only:
+                job()
+                sys.exit(0)
+            return True
+        limit = min(limit, self.deadline - time.monotonic())
+        if limit < 3:
+            return self.keep(name, "skipped", 0.0, "no time left")
+        mark, start = self.log.stat().st_size if self.log.exists() else 0, time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # threads of libraries stand still here
+            child = os.fork()
+        if child == 0:
+            self._in_child(name, job)
+        status = self._wait(start + limit)
+        seconds, child = time.monotonic() - start, 0
+        if status is None:
+            return self.keep(name, "TIMEOUT", seconds, self.last(mark))
+        if status != 0:
+            return self.keep(name, f"FAILED {os.waitstatus_to_exitcode(status)}", seconds, self.last(mark))
+        try:
+            said = note()
+        except Exception as error:  # noqa: BLE001  # a note is not the job
+            said = f"({type(error).__name__}: {error})"
+        return self.keep(name, "ok", seconds, said)
+
+    def _wait(self, until: float) -> int | None:
+        """The child's status; None where it was killed for its time."""
+        while time.monotonic() < until:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return status
+            time.sleep(0.02)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return None
+
+    def _in_child(self, name: str, job: Callable[[], object]) -> None:
+        """Never returns."""
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1), os.dup2(file, 2)
+        print(f"\n===== {name}", flush=True)
+        if self.spawns:
+            os.execv(sys.executable, [sys.executable, *sys.argv, "--job", name])
+        code = 0
+        try:
+            job()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        except BaseException:  # noqa: BLE001  # a fork must not go on with its parent's work
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+    def last(self, mark: int) -> str:
+        lines = [line for line in self.log.read_bytes()[mark:].decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1].strip()[:200] if lines else ""
+
+    def keep(self, name: str, status: str, seconds: float, note: str) -> bool:
+        keep({"what": f"whole path, small: {name}", "who": status, "seconds": round(seconds, 2), "note": note})
+        tell(f"{name:<22} {status:<10} {seconds:6.1f} s  {note}")
+        self.done += status == "ok"
+        if status != "ok":
+            self.failed.append(name)
+        return status == "ok"
+
+
+def call(main: Callable[..., object], *words: object) -> Callable[[], object]:
+    """A click command in this process."""
+    return lambda: main([str(word) for word in words], standalone_mode=False)
+
+
+def result_of(runs: Path, name: str) -> dict[str, Any]:
+    return json.loads((runs / name / "result.json").read_text())
+
+
+def describe(runs: Path, name: str) -> str:
+    result = result_of(runs, name)
+    sae = next(iter(result["saes"].values()))
+    return (
+        f"EV {sae['explained_variance']:.4f} L0 {sae['l0']:.1f} loss {sae['loss'] or 0:.5f}, "
+        f"{result['tokens_per_second']:,.0f} tok/s, waiting {result['waiting_share']:.1%}"
+    )
+
+
+def compare_runs(device: Path, cpu: Path, name: str) -> str:
+    found, expected = (next(iter(result_of(runs, name)["saes"].values())) for runs in (device, cpu))
+    parts = [f"{key} {found[key]:.5f} / {expected[key]:.5f}" for key in ("explained_variance", "l0", "loss")]
+    return "device / cpu: " + ", ".join(parts)
+
+
+def core_of(runs: Path, name: str) -> dict[str, float]:
+    """The metrics to compare, of one run's SAE."""
+    document = json.loads(next((runs / name).rglob("*_eval_results.json")).read_text())
+    found = document | document["eval_result_metrics"]
+    named = {metric: (found.get(group) or {}).get(key) for metric in METRICS for group, key in [metric.split(".")]}
+    return {metric: value for metric, value in named.items() if value is not None}  # one that reads attention has few
+
+
+def compare_core(device: Path, cpu: Path, names: list[str]) -> None:
+    """Fails where a number of the evaluation on the device is far from the CPU's."""
+    worst = 0.0
+    for name in names:
+        here, there = core_of(device, name), core_of(cpu, name)
+        assert here and here.keys() == there.keys(), f"{name}: {sorted(here)} here, {sorted(there)} there"
+        for metric in here:
+            apart = abs(here[metric] - there[metric]) / max(1.0, abs(there[metric]))
+            worst = max(worst, apart)
+            print(f"{name} {metric}: {here[metric]:.6f} / {there[metric]:.6f}")
+    print(f"{len(names)} SAEs, up to {len(METRICS)} metrics each: at most {worst:.1e} apart")
+    sys.exit(not worst < FAR)
+
+
+def compare_stores(device: Path, cpu: Path, layer: int) -> None:
+    """Residuals by relative norm, attention by the share of kept entries that both keep. Fails where they differ."""
+    import numpy as np
+
+    from saemill.cache_schema import Request, Store, to_float32
+
+    with Store.open(device) as one, Store.open(cpu) as two:
+        attention = one.manifest.attention.layers
+        request = Request(layers=(layer,), attention_layers=attention, tokens=True)
+        worst, kept, mass = 0.0, 1.0, 0.0
+        for span in one.spans(request):
+            a, b = one.read(request, span), two.read(request, span)
+            assert np.array_equal(a.tokens, b.tokens), "the tokens differ"
+            x, y = (to_float32(value.resid[layer], one.manifest.model.dtype).astype(np.float64) for value in (a, b))
+            assert np.isfinite(x).all(), "residuals on the device are not finite"
+            worst = max(worst, float(np.linalg.norm(x - y) / np.linalg.norm(y)))
+            for at in attention:
+                p, q = (value.attention[at].dense().astype(np.float64) for value in (a, b))
+                kept = min(kept, float(((p > 0) & (q > 0)).sum() / max(1, ((p > 0) | (q > 0)).sum())))
+                mass = max(mass, float(np.abs(p.sum(-1) - q.sum(-1)).mean()))
+    print(f"residuals differ by {worst:.2e} of their norm; {kept:.4%} of entries kept by both; mass by {mass:.1e}")
+    sys.exit(not (worst < 1e-3 and kept > 0.99))
+
+
+def evaluate_on_both(jobs: Jobs, sae_eval: Any, runs: Path, work: Path, device: str, small: bool) -> None:
+    """The same SAEs, the same rows; the clean pass of one device must not serve the other."""
+    names = [name for name in EVALUATED[: 1 if small else None] if (runs / name / "result.json").exists()]
+    if not names and jobs.only is None:
+        return
+    copies, evaluations = work / "runs_evaluated_on_cpu", work / "store.evals"
+    words: list[object] = ["--evals", "core", "--no-plots", "--set", "core.resamples=10"]
+    if small:
+        words += ["--set", "core.n_eval_reconstruction_batches=1"]
+        words += ["--set", "core.n_eval_sparsity_variance_batches=1"]
+
+    def on_cpu() -> object:
+        shutil.copytree(runs, copies, dirs_exist_ok=True)
+        for old in copies.rglob("*_eval_results.json"):
+            old.unlink()
+        shutil.rmtree(evaluations, ignore_errors=True)
+        return call(sae_eval, *names, "--runs", copies, "--device", "cpu", *words)()
+
+    here = jobs.run("core evaluation", 60, call(sae_eval, *names, "--runs", runs, "--device", device, *words))
+    there = jobs.run("core on the cpu", 60, on_cpu)
+    if here and there:
+        mark = jobs.log.stat().st_size if jobs.log.exists() else 0
+        jobs.run("evaluations agree", 30, lambda: compare_core(runs, copies, names), lambda: jobs.last(mark))
+
+
+def harvest_on_both(jobs: Jobs, sae_harvest: Any, work: Path, device: str, small: bool) -> None:
+    """In float32, where the two differ by the order of their sums only."""
+    words = ["--model", "pocket", "--layer", 19, "--tokens", "8k" if small else "16k", "--dtype", "float32"]
+    places = {device: work / "exact_device", "cpu": work / "exact_cpu"}
+    if device == "cpu":
+        places = {"cpu": work / "exact_cpu", "auto": work / "exact_device"}
+    made = [
+        jobs.run(f"harvest float32 {at}", 60, call(sae_harvest, *words, "--device", at, "--out", out))
+        for at, out in places.items()
+    ]
+    if all(made):
+        mark = jobs.log.stat().st_size if jobs.log.exists() else 0
+        compare = lambda: compare_stores(work / "exact_device", work / "exact_cpu", 19)  # noqa: E731
+        jobs.run("harvests agree", 30, compare, lambda: jobs.last(mark))
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser()
+    parse.add_argument("--device", default="cuda")
+    parse.add_argument("--work", type=Path, required=True)
+    parse.add_argument("--limit", type=float, default=170)
+    parse.add_argument("--small", action="store_true")
+    parse.add_argument("--spawn", action="store_true", help="A fresh process for each job in any case.")
+    parse.add_argument("--job", help="For this script's own use.")
+    asked = parse.parse_args()
+    signal.signal(signal.SIGTERM, stop_child)
+    start = time.monotonic()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    jobs = Jobs(asked.work / "jobs.log", start + asked.limit, asked.job)
+    device, work, small = asked.device, asked.work, asked.small
+    tokens, batch, width = ("40k", 4096, 128) if small else ("200k", 2048, 1024)
+    store, runs, by_cpu = work / "store", work / "runs", work / "runs_cpu"
+
+    import torch
+
+    from saemill.cache_schema.cli import main as sae_store
+    from saemill.evaluate import command, pictures  # noqa: F401  # what the commands import late
+    from saemill.evaluate.cli import main as sae_eval
+    from saemill.harvest import run as harvest_run  # noqa: F401
+    from saemill.harvest.cli import main as sae_harvest
+    from saemill.train import variants
+    from saemill.train.cli import main as sae_train
+
+    names = sorted(variants.names(), key=lambda name: (name not in EVALUATED, name not in ON_BOTH))
+    for name in names:
+        variants.module(name)
+    if asked.job is None:
+        jobs.keep("imports", "ok", time.monotonic() - start, f"torch {torch.__version__}")
+        jobs.spawns = asked.spawn or not jobs.run(
+            "device in a fork", 40, lambda: print(torch.zeros(1, device=device).add(1)), lambda: "and no other process"
+        )
+
+    def train(name: str, where: str, out: Path) -> Callable[[], object]:
+        words = ["--variant", name, "--cache", store, "--out", out, "--name", name, "--width", width]
+        words += ["--epochs", 1, "--set", f"data.batch_tokens={batch}", "--device", where, "--no-plots"]
+        return call(sae_train, *words)
+
+    def train_on_cpu(name: str) -> object:
+        torch.set_num_threads(4)  # the CPU's turns must not take all cores for long
+        return train(name, "cpu", by_cpu)()
+
+    words = ["--model", "pocket", "--layer", 19, "--resid-layers", "-2..+1", "--tokens", tokens, "--device", device]
+    note = lambda: f"{tokens} tokens of the pocket model, bfloat16"  # noqa: E731
+    if jobs.run("harvest", 90, call(sae_harvest, *words, "--out", store), note):
+        jobs.run("verify", 30, call(sae_store, "verify", store))
+        for name in names:
+            jobs.run(f"train {name}", 40, train(name, device, runs), lambda name=name: describe(runs, name))
+        evaluate_on_both(jobs, sae_eval, runs, work, device, small)
+    harvest_on_both(jobs, sae_harvest, work, device, small)
+    for name in ON_BOTH[: 1 if small else None]:
+        if asked.job is not None or (runs / name / "result.json").exists():
+            note = lambda name=name: compare_runs(runs, by_cpu, name)  # noqa: E731
+            jobs.run(f"{name} on the cpu", 30, lambda name=name: train_on_cpu(name), note)
+    tell(
+        f"{jobs.done} of {jobs.done + len(jobs.failed)} jobs ok"
+        + f"; not: {', '.join(jobs.failed)}" * bool(jobs.failed)
+    )
+    sys.exit(bool(jobs.failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Training steps against the three peers at their best settings, every contest in turns in an order drawn anew.
+
+All are in the middle of a run: warm-up is over, thresholds are updated. Where a share of the latents is dead the
+auxiliary losses work too. bfloat16: of the peers their own autocast, of ours the encoder's product. tf32: float32
+with TF32 allowed. "fused" is torch's fused Adam, which the peers do not choose themselves. sparsify has an autocast
+and a matmul precision of its own that cannot be turned off from outside.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from racing import Contest, Entrant, make_batches
+from ratios import HERE
+from records import record, record_failure, shares, tell
+
+SURE = ("ours bfloat16", "ours bfloat16, no Triton", "sae_lens bfloat16", "dictionary_learning bfloat16", "sparsify")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    widths: tuple[int, int] = (16384, 65536)
+    rows: int = 4096
+    d_model: int = 2304
+    k: int = 64
+    steps: int = 10
+    warm: int = 3
+
+    def flops_per_token(self, width: int) -> int:
+        """One dense product and five sparse ones: pre-activations, codes, their gradient and two tables'."""
+        return 2 * self.d_model * (width + 5 * self.k)
+
+    def bytes_per_step(self, width: int) -> int:
+        """What cannot be avoided: Adam's seven passes over two tables, and pre-activations out and in again."""
+        return 7 * 2 * 4 * width * self.d_model + 2 * 2 * self.rows * width
+
+
+SMALL = Sizes((256, 512), 128, 64, 8, 2, 1)
+
+
+def entrants(compiled: bool) -> list[Entrant]:
+    bfloat16, tf32 = {"precision": "bfloat16"}, {"precision": "tf32"}
+    found = [Entrant("ours bfloat16", "ours", bfloat16), Entrant("ours tf32", "ours", tf32)]
+    found.append(Entrant("ours float32", "ours", {"precision": "float32"}))
+    if has_triton_kernels():
+        found.append(Entrant("ours bfloat16, no Triton", "ours", bfloat16, {"WITHOUT_TRITON": "1"}))
+    for peer in ("sae_lens", "dictionary_learning"):
+        found.append(Entrant(f"{peer} bfloat16", peer, bfloat16))
+        found.append(Entrant(f"{peer} bfloat16, fused", peer, bfloat16 | {"fused": True}))
+        found.append(Entrant(f"{peer} tf32", peer, tf32))
+    found.append(Entrant("sparsify", "sparsify", tf32))
+    if compiled:
+        found.append(Entrant("sae_lens bfloat16, compiled", "sae_lens", bfloat16 | {"compiled": True}))
+    return found
+
+
+def has_triton_kernels() -> bool:
+    """Of our own: without any, there is nothing to leave out."""
+    sources = (HERE.parent / "train").rglob("*.py")
+    return any("import triton" in source.read_text() for source in sources)
+
+
+def contests(sizes: Sizes) -> list[tuple[str, dict[str, Any], tuple[str, ...] | None]]:
+    """Most important first: name, settings, and who takes part (all without)."""
+    narrow, wide = sizes.widths
+    return [
+        (f"topk, {narrow:,} latents", {"variant": "topk", "width": narrow}, None),
+        (f"topk, {wide:,} latents", {"variant": "topk", "width": wide}, None),
+        (f"batchtopk, {narrow:,} latents", {"variant": "batchtopk", "width": narrow}, None),
+        (f"topk, {narrow:,} latents, 5 % dead", {"variant": "topk", "width": narrow, "dead": 0.05}, SURE),
+        (f"batchtopk, {wide:,} latents", {"variant": "batchtopk", "width": wide}, SURE),
+    ]
+
+
+def run(contest: Contest, name: str, settings: dict[str, Any], who: tuple[str, ...] | None, sizes: Sizes, rounds: int):
+    width, is_wide = settings["width"], settings["width"] == sizes.widths[1]
+    steps, warm = (max(2, sizes.steps // 2), min(2, sizes.warm)) if is_wide else (sizes.steps, sizes.warm)
+    outcome = contest.race(settings, rounds, steps, warm, who)
+    for entrant, seconds in outcome.seconds.items():
+        rates = [sizes.rows / value for value in seconds]
+        middle = sorted(rates)[len(rates) // 2]
+        moved = middle / sizes.rows * sizes.bytes_per_step(width)
+        ours = shares(middle * sizes.flops_per_token(width), moved) if entrant.startswith("ours") else {}
+        peak = outcome.peaks[entrant] / 1e9 or None
+        record(name, entrant, "tok/s", rates, outcome.at, peak_gigabytes=peak, **ours)
+    for entrant, why in outcome.failures.items():
+        record_failure(name, entrant, why)
+
+
+@click.command()
+@click.option("--peers-python", help="Of the peers' environment; none: not compared.")
+@click.option("--device", default="cuda")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--limit", default=200.0, show_default=True, help="Seconds; no contest begins that would end later.")
+@click.option("--compile", "compiled", is_flag=True, help="SAELens with its compile_sae too: a minute more.")
+@click.option("--small", is_flag=True)
+def main(peers_python: str | None, device: str, rounds: int, limit: float, compiled: bool, small: bool) -> None:
+    sizes, until = SMALL if small else Sizes(), time.monotonic() + limit
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    contest = Contest(entrants(compiled), peers_python, threads)
+    with tempfile.TemporaryDirectory() as folder:
+        shared = {"batches": make_batches(folder, sizes.rows, sizes.d_model), "k": sizes.k, "device": device}
+        longest = 0.0
+        for name, settings, who in contests(sizes):
+            if time.monotonic() + longest > until:
+                tell(f"{name}: no time left")
+                continue
+            start = time.monotonic()
+            run(contest, name, shared | settings, who, sizes, rounds)
+            longest = max(longest, time.monotonic() - start)
+    contest.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Training steps of several contestants, each a process of its own, in turns."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ratios import HERE, take_turns
+from talk import Worker, WorkerFailed
+
+TOP_K = ("topk", "batchtopk", "matryoshka")
+VARIANTS = (*TOP_K, "standard", "jumprelu", "gated", "p_anneal")
+PEERS = ("sae_lens", "dictionary_learning", "sparsify")
+ABSENT = {("sae_lens", "p_anneal"), *(("sparsify", variant) for variant in VARIANTS if variant != "topk")}
+PATIENCE = 120.0  # seconds for a contestant to import everything and to build a trainer
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """Who takes part, and at which settings."""
+
+    name: str
+    script: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.script == "ours"
+
+    def knows(self, variant: str) -> bool:
+        return (self.script, variant) not in ABSENT
+
+
+@dataclass
+class Outcome:
+    """Of one contest: seconds a step by name and round, bytes of the device at the most, and who fell out."""
+
+    seconds: dict[str, list[float]]
+    peaks: dict[str, int]
+    failures: dict[str, str]
+    at: tuple[float, float]
+
+
+class Contest:
+    """The processes; they live through many contests, so that nobody imports twice."""
+
+    def __init__(self, entrants: Iterable[Entrant], peers_python: str | None, threads: int) -> None:
+        self.entrants = [entrant for entrant in entrants if entrant.is_ours or peers_python]
+        self._workers = {
+            entrant.name: Worker(
+                entrant.name,
+                [
+                    sys.executable if entrant.is_ours else peers_python,
+                    "-W",
+                    "ignore",
+                    HERE / "peers" / f"{entrant.script}_step.py",
+                ],
+                {"OMP_NUM_THREADS": str(threads), **entrant.environment},
+            )
+            for entrant in self.entrants
+        }
+
+    def race(
+        self, settings: dict[str, Any], rounds: int, steps: int, warm: int = 0, names: Iterable[str] | None = None
+    ) -> Outcome:
+        """Everyone who knows the variant, in turns; who fails is left out, and the others go on."""
+        wanted = set(self._workers) if names is None else set(names)
+        taking_part = [e for e in self.entrants if e.knows(settings["variant"]) and e.name in wanted]
+        failures = self._open(taking_part, settings)
+        peaks: dict[str, int] = {}
+
+        def turn(name: str) -> float:
+            if name in failures:
+                return math.nan
+            try:
+                said = self._workers[name].ask(PATIENCE, steps=steps, warm=warm, release=True)
+            except WorkerFailed as failure:
+                failures[name] = str(failure)
+                return math.nan
+            peaks[name] = max(peaks.get(name, 0), said["peak"])
+            return said["seconds"]
+
+        jobs = {entrant.name: (lambda name=entrant.name: turn(name)) for entrant in taking_part}
+        take_turns(1, jobs)  # kernels are compiled, the allocator grows
+        began = time.time()
+        seconds = take_turns(rounds, jobs)
+        ended = time.time()
+        self._close(taking_part, failures)
+        whole = {name: values for name, values in seconds.items() if name not in failures}
+        return Outcome(whole, {name: peaks[name] for name in whole}, failures, (began, ended))
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+
+    def _open(self, entrants: list[Entrant], settings: dict[str, Any]) -> dict[str, str]:
+        """All at once; what went wrong by name."""
+        failures: dict[str, str] = {}
+        for entrant in entrants:
+            try:
+                self._workers[entrant.name].send(open=settings | entrant.settings)
+            except WorkerFailed as failure:
+                failures[entrant.name] = str(failure)
+        until = time.monotonic() + PATIENCE
+        for entrant in entrants:
+            if entrant.name not in failures:
+                try:
+                    self._workers[entrant.name].receive(max(0.1, until - time.monotonic()))
+                except WorkerFailed as failure:
+                    failures[entrant.name] = str(failure)
+        return failures
+
+    def _close(self, entrants: list[Entrant], failures: dict[str, str]) -> None:
+        for entrant in entrants:
+            try:
+                self._workers[entrant.name].ask(30, close=True)
+            except WorkerFailed as failure:
+                failures.setdefault(entrant.name, str(failure))
+
+
+def make_batches(folder: str, rows: int, d_model: int, count: int = 3) -> str:
+    """Gaussian rows of mean norm sqrt(D): what a step costs does not depend on more."""
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        np.save(Path(folder) / f"batch_{index}.npy", generator.standard_normal((rows, d_model), dtype=np.float32))
+    return folder

@@ -1,0 +1,96 @@
+"""Two sides of a pipe: a benchmark that asks, and a script in a process of its own that answers.
+
+A request is a line of JSON, and so is its answer: `{"ok": ...}`, or `{"error": ...}` of a request that failed.
+Imports only the standard library, so that scripts in the peers' environment can use it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+LAST_LINES = 12
+MARK = "answer: "  # before each, so that nothing a library prints passes for one
+
+
+class WorkerFailed(Exception):
+    """A script that ended, failed or did not answer in time; says what it last wrote."""
+
+
+class Worker:
+    """The asking side. What the script writes to its standard error is kept and shown when it fails."""
+
+    def __init__(self, name: str, command: Sequence[object], environment: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # as long as the process
+        self._process = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"} | dict(environment or {}),
+        )
+        self._answers: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def ask(self, timeout: float | None = None, **request: Any) -> Any:
+        self.send(**request)
+        return self.receive(timeout)
+
+    def send(self, **request: Any) -> None:
+        assert self._process.stdin is not None
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise WorkerFailed(f"{self.name} has ended: {self.last_words()}") from None
+
+    def receive(self, timeout: float | None = None) -> Any:
+        """The answer to the oldest request that has none yet."""
+        try:
+            line = self._answers.get(timeout=timeout)
+        except queue.Empty:
+            self.close()  # an answer that comes later would pass for that of another request
+            raise WorkerFailed(f"{self.name}: no answer within {timeout:.0f} s") from None
+        if line is None:
+            raise WorkerFailed(f"{self.name} has ended: {self.last_words()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerFailed(f"{self.name}: {answer['error']}")
+        return answer["ok"]
+
+    def last_words(self) -> str:
+        self._stderr.seek(0)
+        lines = [line for line in self._stderr.read().splitlines() if line.strip()]
+        return "\n".join(lines[-LAST_LINES:]) or "without a word"
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                self._answers.put(line.removeprefix(MARK))
+        self._answers.put(None)
+
+
+def serve(answer: Callable[[dict[str, Any]], Any]) -> None:
+    """The answering side, until the input ends. What libraries print from now on goes to standard error."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        try:
+            said = {"ok": answer(json.loads(line))}
+        except Exception as error:  # noqa: BLE001  # the other side decides what a failure means
+            traceback.print_exc()
+            said = {"error": f"{type(error).__name__}: {error}"[:500]}
+        print(MARK + json.dumps(said), file=answers, flush=True)
