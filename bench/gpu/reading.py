@@ -23,7 +23,7 @@ from saemill.cache_schema import Request, Store
 from saemill.train.data.loader import Loader
 from saemill.train.data.plan import Plan
 from saemill.train.data.pool import PIECES_IN_FLIGHT
-from saemill.train.data.sizes import measure_split
+from saemill.train.data.split_sizes import measure_split
 
 LAYER = 19
 

@@ -251,16 +251,16 @@ def main() -> None:
     import torch
 
     from saemill.cache_schema.cli import main as sae_store
-    from saemill.evaluate import command, pictures  # noqa: F401  # what the commands import late
     from saemill.evaluate.cli import main as sae_eval
+    from saemill.evaluate.run import command  # noqa: F401  # what the commands import late
     from saemill.harvest import run as harvest_run  # noqa: F401
     from saemill.harvest.cli import main as sae_harvest
-    from saemill.train import variants
     from saemill.train.cli import main as sae_train
+    from saemill.train.kit import registry
 
-    names = sorted(variants.names(), key=lambda name: (name not in EVALUATED, name not in ON_BOTH))
+    names = sorted(registry.names(), key=lambda name: (name not in EVALUATED, name not in ON_BOTH))
     for name in names:
-        variants.module(name)
+        registry.module(name)
     if asked.job is None:
         jobs.keep("imports", "ok", time.monotonic() - start, f"torch {torch.__version__}")
         jobs.spawns = asked.spawn or not jobs.run(
