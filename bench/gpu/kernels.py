@@ -9,6 +9,7 @@ launches by device events, and what share of the card's own copy rate or matrix 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def limits(table: Table) -> None:
     table.add("copy of 1 GiB", milliseconds(lambda: copy.copy_(big)), 2 * big.nbytes)
 
 
-def measure(table: Table, width: int) -> None:
+def measure(table: Table, width: int, sweep: bool) -> None:
     x, W = torch.randn(B, D, device="cuda"), torch.nn.functional.normalize(torch.randn(width, D, device="cuda"))
     low_x, low_W = x.bfloat16(), W.bfloat16()
     table.add(f"F {width}: encoder product", milliseconds(lambda: low_x @ low_W.t()), operations=2 * B * D * width)
@@ -129,6 +130,16 @@ def measure(table: Table, width: int) -> None:
         milliseconds(lambda: rows.update_rows(W, moments, None, adam, low=low, unit=True)),
         moved,
     )
+    if sweep:
+        entries = by_latent.offsets, by_latent.latents, by_latent.rows, sorted_values, x
+        for per_warp, together, chunk in itertools.product((256, 512, 1024), (2, 4, 8), (64, 32)):
+            rows.PER_WARP, rows.TOGETHER, rows.CHUNK = per_warp, together, chunk
+            table.add(
+                f"F {width}: row update, {per_warp} elements a warp, {together} rows together, chunks of {chunk}",
+                milliseconds(lambda: rows.update_rows(W, moments, entries, adam, low=low, unit=True), 5),
+                moved + gathered,
+            )
+        rows.PER_WARP, rows.TOGETHER, rows.CHUNK = 512, 4, 64
     centre = torch.rand(width, device="cuda")
     table.add(f"F {width}: one vector times W", milliseconds(lambda: centre @ W), W.nbytes)
 
@@ -169,6 +180,7 @@ def main() -> None:
     parse.add_argument("--width", type=int, action="append")
     parse.add_argument("--variant", action="append")
     parse.add_argument("--profile", action="store_true", help="Also the kernels that each step spends its time in.")
+    parse.add_argument("--sweep", action="store_true", help="Also the row update at other sizes of its blocks.")
     parse.add_argument("--steps-only", action="store_true")
     parse.add_argument("--out", type=Path)
     asked = parse.parse_args()
@@ -177,7 +189,7 @@ def main() -> None:
         limits(table)
         for width in asked.width or (16384, 65536):
             if not asked.steps_only:
-                measure(table, width)
+                measure(table, width, asked.sweep)
                 torch.cuda.empty_cache()
             for variant in asked.variant or ("topk", "batchtopk", "matryoshka"):
                 step(table, variant, width, asked.profile)

@@ -223,7 +223,7 @@ class Trainee:
         if self._frozen is not None:
             losses = {name: mean(value.detach()) for name, value in losses.items()}
             is_finite = mean(loss.detach()).isfinite()
-            self._traces.append(Trace(self.step_index, losses, is_finite, view.x.isfinite().all()))
+            self._traces.append(Trace(self.step_index, losses, is_finite, view.x.sum().isfinite()))
             self._frozen = torch.maximum(self._frozen, (~is_finite).float())
             return
         if not math.isfinite(float(mean(loss.detach()))):
