@@ -184,8 +184,9 @@ class Trainee:
         ]
         if problems:
             raise StateInvalid(f"{self.name}: the saved state does not fit: {'; '.join(sorted(problems))}")
-        for name in own.keys() & state.keys():
-            assign(own[name], state[name])
+        for name, tensor in own.items():  # in the same order on every rank: assigning a sharded tensor is collective
+            if name in state:
+                assign(tensor, state[name])
         self.optimiser.loaded()
         self.counters.loaded()
         self.assembly.generator.set_state(state["generator"].cpu())
