@@ -11,6 +11,9 @@ def find_device(name: str) -> torch.device:
     """`auto` takes a CUDA device where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    index = name.removeprefix("cuda:")
+    if index != name and index.isdigit() and int(index) >= torch.cuda.device_count() > 0:
+        raise SettingInvalid(f"--device {name}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...cache_schema import Span
 from ..data.draw import Draw
 from ..data.scaling import Stats, joined_stats
-from ..errors import ActivationsNotFinite, NonFiniteLoss, StoppedElsewhere, TrainError
+from ..errors import ActivationsNotFinite, MemoryTooSmall, NonFiniteLoss, StoppedElsewhere, TrainError
 from ..parallel.ranks import Ranks
 from ..parallel.sharded_rows import Shard
 from .step import LOOK_EVERY, Report, Trainee
@@ -76,6 +76,8 @@ class Fleet:
                 reports[label] = trainee.step(draw.batch(self.needs[label]))
             except NonFiniteLoss as error:
                 raise self._placed(label, error, draw) from None
+            except torch.OutOfMemoryError as error:
+                raise _out_of_memory(label, error, draw.device) from None
         return reports
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -148,6 +150,15 @@ def _with_place(label: str, error: NonFiniteLoss, draw: Draw, windows: bool, ran
         )
     place = _place(draw.block.pieces, draw.store_windows(windows))
     return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
+
+
+def _out_of_memory(label: str, error: torch.OutOfMemoryError, device: torch.device) -> MemoryTooSmall:
+    """What was asked and what was free, in the allocator's own first sentences, and what to turn."""
+    said = ". ".join(str(error).split(". ")[:3])
+    return MemoryTooSmall(
+        f"{label}: {device} has no memory left for a step ({said}). The last checkpoint is whole. "
+        "Choose fewer SAEs at once, a smaller --width, data.batch_tokens or data.pool_tokens, or another --device"
+    )
 
 
 def _place(pieces: Sequence[Span], windows: np.ndarray) -> str:

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from saemill.cache_schema import Store
 from saemill.train.cli import warnings_of
+from saemill.train.engine.step import Trainee
 from saemill.train.run.outcome import Outcome, SaeOutcome
 
 TOPK = ["--variant", "topk"]
@@ -170,6 +172,20 @@ def test_what_no_run_could_end_with_is_told_before_its_folder_is_made(
         words += quick
     assert said in sae_train(*words, code=1).output
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_step_without_memory_says_what_was_asked_and_what_to_turn(big, sae_train, quick, tmp_path, monkeypatch):
+    def step(self, batch):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which "
+            "1.06 GiB is free. Including non-PyTorch memory, this process has 78.12 GiB memory in use."
+        )
+
+    monkeypatch.setattr(Trainee, "step", step)
+    output = sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640, code=1).output
+    for said in ("topk: cpu has no memory left", "Tried to allocate 2.00 GiB", "1.06 GiB is free", "smaller --width"):
+        assert said in output
+    assert "Traceback" not in output
 
 
 def test_a_place_where_no_run_can_be_kept(big, sae_train, quick, tmp_path):

@@ -26,13 +26,25 @@ SERVED = {"cuda"}  # kinds of devices whose tensors go to Triton; a test that in
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether the kernels of `kernels/triton/` serve this tensor; torch's own do where they do not."""
-    return tensor.device.type in SERVED and has_triton()
+    return tensor.device.type in SERVED and has_triton(tensor.device)
 
 
 @lru_cache
-def has_triton() -> bool:
-    """Whether Triton is installed, as CUDA builds of torch bring it; said once where it is not."""
-    if importlib.util.find_spec("triton") is not None:
-        return True
-    warnings.warn("triton is not installed: steps on this GPU use torch's own kernels, which are slower", stacklevel=2)
-    return False
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton is there, as CUDA builds of torch bring it, and compiles for this device; said once if not."""
+    reason = _why_not(device)
+    if reason is not None:
+        warnings.warn(f"{device}: {reason}; steps here use torch's own kernels, which are slower", stacklevel=2)
+    return reason is None
+
+
+def _why_not(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    from .triton import select
+
+    try:
+        select.top_latents(torch.zeros(1, 8, device=device), 1)
+    except Exception as error:  # noqa: BLE001 (an old card, no C compiler, a driver: a compiler fails in many ways)
+        return f"triton cannot compile for it ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+    return None

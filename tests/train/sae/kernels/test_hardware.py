@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from saemill.train.sae.gates import TopK
-from saemill.train.sae.kernels.hardware import has_fast_bfloat16
+from saemill.train.sae.kernels import hardware
+from saemill.train.sae.kernels.hardware import has_fast_bfloat16, has_triton
+from saemill.train.sae.kernels.triton import select
 from saemill.train.sae.model import SparseAutoencoder
 
 
@@ -23,3 +26,25 @@ def test_the_bfloat16_product_gives_way_where_it_is_emulated(rng, monkeypatch):
 
 def test_an_unknown_device_has_no_fast_bfloat16():
     assert not has_fast_bfloat16("meta")
+
+
+@pytest.fixture
+def asked_anew():
+    has_triton.cache_clear()
+    yield
+    has_triton.cache_clear()
+
+
+def test_a_machine_without_triton_says_so_and_uses_torch(asked_anew, monkeypatch):
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="cpu: triton is not installed; steps here use torch's own kernels"):
+        assert not has_triton(torch.device("cpu"))
+
+
+def test_a_device_that_triton_cannot_compile_for_uses_torch(asked_anew, monkeypatch):
+    def refuse(pre, k):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+
+    monkeypatch.setattr(select, "top_latents", refuse)
+    with pytest.warns(UserWarning, match=r"cannot compile for it \(RuntimeError: Failed to find C compiler.\)"):
+        assert not has_triton(torch.device("cpu"))
