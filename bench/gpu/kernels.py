@@ -132,14 +132,14 @@ def measure(table: Table, width: int, sweep: bool) -> None:
     )
     if sweep:
         entries = by_latent.offsets, by_latent.latents, by_latent.rows, sorted_values, x
-        for per_warp, together, chunk in itertools.product((256, 512, 1024), (2, 4, 8), (64, 32)):
-            rows.PER_WARP, rows.TOGETHER, rows.CHUNK = per_warp, together, chunk
+        for per_warp, together in itertools.product((256, 512, 1024), (2, 4, 8)):
+            rows.PER_WARP, rows.TOGETHER = per_warp, together
             table.add(
-                f"F {width}: row update, {per_warp} elements a warp, {together} rows together, chunks of {chunk}",
+                f"F {width}: row update, {per_warp} elements per warp, {together} rows together",
                 milliseconds(lambda: rows.update_rows(W, moments, entries, adam, low=low, unit=True), 5),
                 moved + gathered,
             )
-        rows.PER_WARP, rows.TOGETHER, rows.CHUNK = 512, 4, 64
+        rows.PER_WARP, rows.TOGETHER = 512, 4
     centre = torch.rand(width, device="cuda")
     table.add(f"F {width}: one vector times W", milliseconds(lambda: centre @ W), W.nbytes)
 
