@@ -245,11 +245,13 @@ print(json.dumps([threading.active_count(), sorted(sys.modules)]))
     assert not {"torch", "transformers", "datasets", "pandas", "s3fs", "click"} & set(modules)
 
 
-def test_importing_all_of_train_brings_no_transformers():
-    code = """
+@pytest.mark.parametrize("room", ["train", "evaluate"])
+def test_importing_all_of_a_room_brings_no_transformers(room):
+    """Seconds that training, --help and what only looks at weights have no use for."""
+    code = f"""
 import json, pkgutil, sys, threading
-import saemill.train
-for module in pkgutil.walk_packages(saemill.train.__path__, "saemill.train."):
+import saemill.{room} as room
+for module in pkgutil.walk_packages(room.__path__, "saemill.{room}."):
     __import__(module.name)
 print(json.dumps([threading.active_count(), sorted(sys.modules)]))
 """

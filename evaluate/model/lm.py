@@ -16,13 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
@@ -32,6 +30,9 @@ from ...harvest.model.tokenizer import TextEncoder, make_encoder
 from ..errors import MemoryTooSmall, ModelMissing
 from .memory import is_out_of_memory
 from .padded_attention import ATTENTION, register_attention
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 Splice = Callable[[Tensor], Tensor]
 Sinks = Mapping[int, Callable[[Tensor], None]]
@@ -136,6 +137,8 @@ class LanguageModel:
         self, tokens_WT: Tensor, count: int, valid_WT: Tensor, splice: Mapping[int, Splice] | None = None
     ) -> Tensor:
         """The next `count` tokens [W, count], greedily, keys and values kept. The splice acts on the prompt alone."""
+        from transformers import DynamicCache
+
         cache = DynamicCache(config=self.stack.config)
         positions = (valid_WT.long().cumsum(dim=1) - 1).clamp_min(0)
         with spliced(self.stack, splice or {}):
@@ -181,6 +184,8 @@ class LanguageModel:
 
 def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LanguageModel:
     """A whole model from its folder."""
+    from transformers import AutoModelForCausalLM  # here: it takes seconds to import
+
     try:
         read_facts(folder)  # refuses types that only downloaded code could run
     except HarvestError as error:
@@ -209,6 +214,8 @@ def make_language_model(model: PreTrainedModel, source: str | Path | None) -> La
     """A model that is in memory, with the tokenizer of `source` where there is one."""
     if source is None:
         return _without_tokenizer(model)
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         encoder = make_encoder(tokenizer, str(source))
@@ -237,13 +244,15 @@ def spliced(stack: Any, splice: Mapping[int, Splice]) -> Iterator[None]:
 @contextmanager
 def _without_bar() -> Iterator[None]:
     """An evaluation shows its own progress."""
-    had_bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    from transformers.utils import logging
+
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         if had_bar:
-            transformers_logging.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def _padding(valid_WT: Tensor | None) -> dict[str, Tensor]:

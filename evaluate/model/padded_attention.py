@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 from ...harvest.model.attention import attend
 
@@ -20,12 +18,16 @@ ATTENTION = "saemill_padded"
 
 def register_attention() -> None:
     """Make `attn_implementation=ATTENTION` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # here: it takes seconds to import
+
     AttentionInterface.register(ATTENTION, attend_padded)
     AttentionMaskInterface.register(ATTENTION, make_mask)
 
 
 def make_mask(batch_size: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """The eager mask: one for all rows where nothing is padded."""
+    from transformers.masking_utils import eager_mask
+
     rows = 1 if attention_mask is None else batch_size
     return eager_mask(rows, attention_mask=attention_mask, **kwargs)
 

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 ATTENTION = "saemill"
 
@@ -30,12 +28,16 @@ GPU_BLOCK_BYTES = 1 << 29  # there the limit is memory
 
 def register_attention() -> None:
     """Make `attn_implementation=ATTENTION` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # here: it takes seconds to import
+
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, shared_mask)
 
 
 def shared_mask(batch_size: int, **kwargs: Any) -> Tensor | None:
     """The eager mask of one window: all windows are full, so one mask [1, 1, T, T] serves them all."""
+    from transformers.masking_utils import eager_mask
+
     return eager_mask(1, **kwargs)
 
 

@@ -16,16 +16,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from ..errors import ContextTooLong, LayerOutOfRange, ModelUnavailable, WeightsIncomplete
 from .architectures import architecture_of, cut
 from .attention import ATTENTION, register_attention
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -153,6 +154,8 @@ def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
 def _read_config(folder: Path) -> PretrainedConfig:
     """The model type is looked at first: transformers asks to run downloaded code for types it does not know."""
     architecture_of(_read_json(folder / CONFIG_FILE).get("model_type"))
+    from transformers import AutoConfig  # here: it takes seconds to import
+
     return AutoConfig.from_pretrained(folder)
 
 
@@ -167,6 +170,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    from transformers import AutoModel
+
     if not find_weights(folder):
         raise WeightsIncomplete(f"{folder}: expected {WEIGHTS_FILE}, or {WEIGHTS_INDEX} with all files it lists")
     register_attention()
@@ -190,12 +195,14 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
 @contextmanager
 def without_report() -> Iterator[None]:
     """Silence the report on the weights, where layers are left out on purpose; what matters in it is checked after."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(before)
+        logging.set_verbosity(before)
 
 
 def _validate_report(report: dict[str, Any], folder: Path) -> None:

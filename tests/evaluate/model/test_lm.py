@@ -7,12 +7,11 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from saemill.cache_schema import AttentionSpec, Store
 from saemill.evaluate.context.context import Context, find_model
 from saemill.evaluate.errors import MemoryTooSmall, ModelMissing
-from saemill.evaluate.model import lm
 from saemill.evaluate.model.batches import joined, make_rows, run_windows, store_batches
 from saemill.evaluate.model.lm import load_language_model
 from saemill.harvest.model.resolve import POCKET_FOLDER
@@ -208,7 +207,7 @@ def test_a_model_that_does_not_fit_is_not_called_damaged(world, monkeypatch):
     def refuse(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(lm.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(MemoryTooSmall, match="does not fit"):
         load_language_model(world.model, torch.float32, torch.device("cpu"))
 
