@@ -28,14 +28,13 @@ from ..data.batch import Batch
 from ..errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from ..parallel.ranks import Alone, Ranks, shared
 from ..parallel.sharded_rows import Shard, assign, on_host
-from ..sae.kernels.hardware import runs_triton
+from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
 from ..sae.view import View
 from .compose import Assembly, Term
 from .dead_latents import LatentCounters
 from .optim import Adam
 
-READ_AT_ONCE = {"cpu"}  # kinds of devices whose losses the host reads in each step, because it costs nothing
 LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait
 WIDEST_ROW = 16384  # that is updated by itself: it stands in the registers of one program
 ADDED_LATER = {"latents.listed"}  # states that checkpoints of before may lack
@@ -127,7 +126,7 @@ class Trainee:
         self.counters = LatentCounters(self.sae.num_latents, self.device)
         self.step_index = 0
         self._lr = assembly.optim.schedule()
-        self._looks_late = self.device.type not in READ_AT_ONCE
+        self._looks_late = not reads_at_once(self.sae.b_enc)
         self._traces: deque[Trace] = deque(maxlen=LOOK_EVERY)
         self._frozen = torch.zeros((), device=self.device) if self._looks_late else None
 

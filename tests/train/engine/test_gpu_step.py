@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture
 def as_on_gpu(monkeypatch):
     monkeypatch.setattr(hardware, "SERVED", {"cuda", "cpu"})
-    monkeypatch.setattr(step, "READ_AT_ONCE", set())
+    monkeypatch.setattr(hardware, "READ_AT_ONCE", set())
 
 
 def make(variant: str, device: str = "cpu", **settings) -> Trainee:

@@ -7,6 +7,8 @@ From the store's rows (window, head, query):
 3. a row that keeps less than `min_mass` of its probability is left out;
 4. what is left of a row is divided by its sum.
 
+On a GPU, where a list of what is left would be waited for, all entries stay, those that go with a share of zero.
+
 The control moves rows between windows (`apart`): a token then gets what a token at the same position of
 another window attended to. Everything else about the rows stays: how many keys, how far back, how sharp.
 L layers, B rows, W windows, T context, H heads, E links.
@@ -23,8 +25,9 @@ from torch import Tensor
 
 from ...data.batch import AttentionRows
 from ...errors import ConfigInvalid
+from ..kernels.hardware import reads_at_once
 from ..kernels.sums import index_sum
-from ..kernels.support import starts
+from ..kernels.support import group_offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +50,7 @@ class Links:
     @cached_property
     def offsets(self) -> Tensor:
         """int32 [L * B + 1], where the links of each layer and row begin."""
-        return starts(torch.bincount(self.place, minlength=self.attends.numel()))
+        return group_offsets(self.place, self.attends.numel())
 
 
 def links_of(
@@ -62,19 +65,22 @@ def links_of(
 ) -> Links:
     """The links of a batch; `row_of` [W, T] is the row of a place, or -1."""
     parts = [_layer_links(attention[layer], row_of, head, apart) for layer in layers]
-    sizes = torch.tensor([len(weight) for *_, weight in parts], device=row_of.device)
-    layer = torch.arange(len(layers), device=row_of.device).repeat_interleave(sizes)
+    number = [row_of.new_full((len(weight),), at) for at, (*_, weight) in enumerate(parts)]
+    layer = torch.cat(number)
     row, key, key_row, weight = (torch.cat(column) for column in zip(*parts, strict=True))
     place = layer * num_rows + row
-    if not bool((place[1:] >= place[:-1]).all()):  # several heads, or rows moved apart
+    if not reads_at_once(place) or not bool((place[1:] >= place[:-1]).all()):  # several heads, or rows moved apart
         order = torch.argsort(place, stable=True)
         layer, row, key, key_row, weight, place = (x[order] for x in (layer, row, key, key_row, weight, place))
     mass = index_sum(weight, place, len(layers) * num_rows)
     attends = (mass >= min_mass) & (mass > 0)
-    kept = attends[place].nonzero().view(-1)
+    kept, found = attends[place], attends.view(len(layers), num_rows)
+    if not reads_at_once(place):
+        share = torch.where(kept, weight / mass[place], 0.0)
+        return Links(layer, row, key, key_row, share, found, row_of.shape[1])
+    kept = kept.nonzero().view(-1)
     share = weight[kept] / mass[place[kept]]
-    attends = attends.view(len(layers), num_rows)
-    return Links(layer[kept], row[kept], key[kept], key_row[kept], share, attends, row_of.shape[1])
+    return Links(layer[kept], row[kept], key[kept], key_row[kept], share, found, row_of.shape[1])
 
 
 def _layer_links(
@@ -94,9 +100,13 @@ def _layer_links(
     if head is not None:
         require_head(head, heads)
         kept &= place // context % heads == head
+    weight = attention.data / (heads if head is None else 1)
+    if not reads_at_once(kept):
+        nowhere = torch.zeros_like(row)
+        row, key_row = (torch.where(kept, places, nowhere) for places in (row, key_row))
+        return row, key, key_row, torch.where(kept, weight, 0.0)
     chosen = kept.nonzero().view(-1)
-    weight = attention.data[chosen] / (heads if head is None else 1)
-    return row[chosen], key[chosen], key_row[chosen], weight
+    return row[chosen], key[chosen], key_row[chosen], weight[chosen]
 
 
 def _other_window(window: Tensor, query: Tensor, windows: int) -> Tensor:

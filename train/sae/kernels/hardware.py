@@ -21,7 +21,13 @@ def has_fast_bfloat16(device_type: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+READ_AT_ONCE = {"cpu"}  # kinds of devices whose numbers the host may read in each step: nothing is under way there
 SERVED = {"cuda"}  # kinds of devices whose tensors go to Triton; a test that interprets the kernels adds the CPU
+
+
+def reads_at_once(tensor: Tensor) -> bool:
+    """Whether a shape may depend on this tensor's values. On a GPU the host would wait for them."""
+    return tensor.device.type in READ_AT_ONCE
 
 
 def runs_triton(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hardware import runs_triton
+from .hardware import reads_at_once, runs_triton
 from .support import Support, support_from_flat, support_from_topk
 
 BLOCK = 8  # latents of a block in `topk_rows`; found by measuring 4 to 32
@@ -59,14 +59,17 @@ def topk_batch(pre: Tensor, count: int) -> Tensor:
 
 
 def positive(pre: Tensor, max_share: float) -> Support | None:
-    """Support of the positive entries, or None when they are more than `max_share` of the batch."""
+    """Support of the positive entries; None where `marked` has none."""
     return marked(pre > 0, max_share)
 
 
 def marked(mask: Tensor, max_share: float) -> Support | None:
-    """Support of the true entries, or None when they are more than `max_share` of the batch."""
+    """Support of the true entries; None when they are more than `max_share` of the batch, or on a GPU.
+
+    There the dense products run in matrix units, and a support whose size is not known would be waited for.
+    """
     rows, width = mask.shape
-    if int(torch.count_nonzero(mask)) > max_share * mask.numel():
+    if not reads_at_once(mask) or int(torch.count_nonzero(mask)) > max_share * mask.numel():
         return None
     return support_from_flat(mask.view(-1).nonzero().view(-1), rows, width)
 
