@@ -10,6 +10,7 @@ Encoder and decoder rows of dead latents get its gradient, nothing else does.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..sae.gates import DENSE_SHARE
 from ..sae.kernels.codes import Codes, codes_from_dense
 from ..sae.kernels.functions import affine, squared_error
+from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.linear import linear
 from ..sae.kernels.select import support_topk
 from ..sae.view import View
@@ -35,8 +37,8 @@ class AuxK:
         dead = view.dead_latents
         if dead.numel() == 0:
             return error.new_zeros(())
-        codes = self._codes(view, dead)
-        error_hat = codes.decode(view.sae.W_dec[dead])
+        with low_products(view):
+            error_hat = self._codes(view, dead).decode(view.sae.W_dec[dead]).float()
         return squared_error(error_hat, error - error_hat.detach()) / _spread(error, view)
 
     def _codes(self, view: View, dead: Tensor) -> Codes:
@@ -50,6 +52,12 @@ class AuxK:
             pre = linear(x, W_MD, b_M)
             codes = codes_from_dense(_keep_topk(pre, self.k), None)
         return view.sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
+
+
+def low_products(view: View) -> AbstractContextManager[object]:
+    """On a GPU the dense products here are in bfloat16 where the encoder's is: in float32 they are half of a step."""
+    is_low = view.sae.encoder_product == "bfloat16" and not reads_at_once(view.x)
+    return torch.autocast(view.x.device.type, torch.bfloat16) if is_low else nullcontext()
 
 
 def _keep_topk(pre: Tensor, k: int) -> Tensor:
