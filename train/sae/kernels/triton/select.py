@@ -287,7 +287,8 @@ def _groups(width: int, wanted: int) -> int | None:
 
 def _all(pre: Tensor) -> tuple[Tensor, Tensor, int]:
     """No offer: every row is searched as a whole."""
-    return pre, torch.ones(pre.shape[0], dtype=torch.int32, device=pre.device), 0
+    some = torch.ones(pre.shape[0], dtype=torch.int32, device=pre.device)
+    return some, some, 0
 
 
 def _offered(pre: Tensor, floors: Tensor, stride: int, room: int) -> tuple[Tensor, Tensor, int]:
