@@ -57,9 +57,10 @@ class View:
         wanted = self.dead if retired is None else self.dead & ~retired
         return self.once("dead_latents", lambda: wanted.nonzero().view(-1))
 
-    def note(self, name: str, value: Tensor) -> None:
-        """A number [] for the log, besides the losses."""
-        self.notes[name] = value.detach().clone()  # a parameter moves after the note
+    def note(self, name: str, value: Tensor | float) -> None:
+        """A number [] for the log, besides the losses; it stays on the device of the batch until somebody reads it."""
+        is_tensor = isinstance(value, Tensor)  # of a parameter, which moves after the note
+        self.notes[name] = value.detach().clone() if is_tensor else self.x.new_full((), value)
 
     def once(self, name: str, compute: Callable[[], T]) -> T:
         """A value that several terms share under one name, computed by the first."""

@@ -54,7 +54,7 @@ class MaskRecord(nn.Module):
     def _note_shapes(self, view: View, sae: ShapedAutoencoder) -> None:
         for shape in sae.shapes.values():
             if isinstance(shape, Mask):
-                view.note("mask/coefficient", torch.as_tensor(shape.coefficient(view.side), dtype=torch.float32))
+                view.note("mask/coefficient", shape.coefficient(view.side))
             if isinstance(shape, Adapters):
                 view.note("adapter/gate", shape.gate.sigmoid().mean())
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from saemill.train.data.batch import Batch
+from saemill.train.data.scaling import unit_stats
 from saemill.train.engine import step
 from saemill.train.engine.step import LOOK_EVERY, Trainee
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.kit.registry import config_type
 from saemill.train.sae.kernels import hardware
+from saemill.train.sae.side import Side
+from saemill.train.sae.view import View
 
 D, F, B = 8, 20, 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,3 +86,13 @@ def test_it_resumes_to_the_same_bits_between_looks(as_on_gpu):
         second.step(batch)
     for name, tensor in straight.state().items():
         assert torch.equal(tensor, second.state()[name]), name
+
+
+def test_a_noted_number_lies_where_the_batch_lies():
+    """All numbers of a report are brought to the host at once; one on another device ended a run on a GPU."""
+    x = torch.zeros(2, D, device="meta")
+    sae = make("topk").sae
+    view = View(x, x, Side(), sae, torch.zeros(F, dtype=torch.bool), unit_stats(D), torch.Generator())
+    view.note("number", 0.5)
+    view.note("tensor", x.sum())
+    assert {value.device.type for value in view.notes.values()} == {"meta"}

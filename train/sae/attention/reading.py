@@ -54,7 +54,7 @@ class Attention:
         """The mixture goes to the log."""
         for layer, weight in zip(self.layers, self.weights(view), strict=True):
             view.note(f"mixing/weight_{layer}", weight)
-        view.note("mixing/temperature", view.x.new_tensor(view.side.knob(TEMPERATURE, 1.0)))
+        view.note("mixing/temperature", view.side.knob(TEMPERATURE, 1.0))
 
 
 def mixing_weights(sae: SparseAutoencoder, side: Side, x: Tensor) -> Tensor:

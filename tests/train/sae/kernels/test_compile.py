@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-SCRIPT = '''
+SCRIPT = """
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -69,7 +69,7 @@ for width in (5, 2304):
     rows.update_rows(W, moments, None, adam)
 names = {name for name, *_ in compiled}
 print(len(compiled), sorted(names))
-'''
+"""
 
 
 def test_every_launch_compiles_for_a_gpu(tmp_path, monkeypatch):
