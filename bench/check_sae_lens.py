@@ -9,7 +9,6 @@ environment on the same raw activations. Exits with 1 if any of them disagrees.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from talk import Worker
 from torch import Tensor
 
 from saemill.cache_schema.strict import to_json
@@ -51,7 +51,7 @@ def train_and_save(variant: str, folder: Path, rng: torch.Generator) -> tuple[Te
         return scaled / SCALE, acts, trainee.sae.decode(acts) / SCALE
 
 
-def disagreement(variant: str, python: str) -> tuple[float, float] | None:
+def disagreement(variant: str, sae_lens: Worker) -> tuple[float, float] | None:
     """Largest relative difference of x_hat, and of activations; None if SAELens has no such architecture."""
     with tempfile.TemporaryDirectory() as name:
         work, rng = Path(name), torch.Generator().manual_seed(0)
@@ -59,8 +59,7 @@ def disagreement(variant: str, python: str) -> tuple[float, float] | None:
         if json.loads((work / "sae" / CONFIG).read_text())["architecture"] not in PLAIN:
             return None
         np.save(work / "x.npy", x.numpy())
-        script = str(HERE / "peers" / "sae_lens_load.py")
-        subprocess.run([python, "-W", "ignore", script, str(work / "sae"), name], check=True, capture_output=True)
+        sae_lens.ask(sae=str(work / "sae"), work=name)
         theirs = torch.from_numpy(np.load(work / "acts.npy"))
         lengths = float(theirs.norm() / acts.norm())  # codes may be in other units, by one factor
         difference = float((theirs / lengths - acts).abs().max() / acts.abs().max())
@@ -74,17 +73,19 @@ def disagreement(variant: str, python: str) -> tuple[float, float] | None:
 def main(peers_python: str, tolerance: float) -> None:
     """Open saved SAEs with SAELens."""
     failed = []
+    sae_lens = Worker("SAELens", [peers_python, "-W", "ignore", HERE / "peers" / "sae_lens_load.py"])
     for variant in names():
         needs = config_type(variant)().request()
         if needs != Needs(inputs=needs.inputs) or len(needs.inputs) > 1:  # it reads more than rows of one layer
             continue
-        found = disagreement(variant, peers_python)
+        found = disagreement(variant, sae_lens)
         if found is None:
             click.echo(f"{variant:12} has an architecture of its own")
             continue
         click.echo(f"{variant:12} x_hat {found[0]:.1e}   activations {found[1]:.1e}")
         if max(found) > tolerance:
             failed.append(variant)
+    sae_lens.close()
     if failed:
         click.echo(f"more than {tolerance:g} apart: {', '.join(failed)}")
         sys.exit(1)

@@ -12,10 +12,7 @@ take turns, and loading is never timed.
 
 from __future__ import annotations
 
-import json
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -25,8 +22,9 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from ratios import Row, conclude
+from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
 from safetensors.torch import save_file
+from talk import Worker
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from saemill.cache_schema import CorpusSpec, Manifest, ModelSpec, ShardContent, StoreWriter
@@ -59,9 +57,8 @@ class World:
     reconstruction: int
     sparsity: int
 
-    def request(self, saes: int, **more: Any) -> Path:
+    def request(self, saes: int, **more: Any) -> dict[str, Any]:
         """What a process is told."""
-        path = self.folder / "request.json"
         asked = {
             "model": str(self.model),
             "store": str(self.folder / "store"),
@@ -75,8 +72,7 @@ class World:
             "keeps_blocks": True,
             "ablations": ["zero", "mean", "resample"],
         }
-        path.write_text(json.dumps(asked | more))
-        return path
+        return asked | more
 
     def forget(self) -> None:
         """What earlier runs have left beside the store."""
@@ -150,41 +146,52 @@ def make_sae(folder: Path, d_model: int, layer: int, seed: int) -> Path:
 
 
 def run_ours(world: World, saes: int, **more: Any) -> dict[str, Any]:
-    return _answer([sys.executable, PEERS / "ours_core.py", world.request(saes, **more)])
+    return ask_once("ours", [sys.executable, PEERS / "ours_core.py"], world.request(saes, **more))
 
 
-def run_official(world: World, saes: int, environment: Path) -> dict[str, Any]:
-    return _answer([environment / "bin/python", "-W", "ignore", PEERS / "saebench_core.py", world.request(saes)])
+def run_official(world: World, saes: int, environment: Path) -> float:
+    """The seconds of several SAEs are those of each of them, added up."""
+    command = [environment / "bin/python", "-W", "ignore", PEERS / "saebench_core.py"]
+    return sum(ask_once("SAEBench", command, world.request(saes))["seconds"])
 
 
-def _answer(command: list[Any]) -> dict[str, Any]:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException(f"{command[1]} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def ask_once(name: str, command: list[Any], request: dict[str, Any]) -> dict[str, Any]:
+    """A process of its own for each request: nothing is warm, and memory is its own."""
+    worker = Worker(name, command)
+    try:
+        return worker.ask(**request)
+    finally:
+        worker.close()
+
+
+def run_cold(world: World, saes: int) -> float:
+    world.forget()
+    return run_ours(world, saes, ablations=["zero"])["seconds"]
+
+
+def run_warm(world: World, saes: int) -> float:
+    """After a run that has left beside the store what it leaves."""
+    world.forget()
+    run_ours(world, saes)
+    return run_ours(world, saes)["seconds"]
 
 
 def bench_speed(name: str, world: World, environment: Path, rounds: int, counts: tuple[int, ...]) -> list[Row]:
-    """Ratios of medians; the official seconds of eight SAEs are those of each of them, added up."""
-    seconds: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for count in counts:
-            world.forget()
-            seconds.setdefault(f"cold {count}", []).append(run_ours(world, count, ablations=["zero"])["seconds"])
-            run_ours(world, count)
-            seconds.setdefault(f"warm {count}", []).append(run_ours(world, count)["seconds"])
-            official = run_official(world, count, environment)["seconds"]
-            seconds.setdefault(f"official {count}", []).append(sum(official))
-    return [_row(name, world, count, state, seconds) for count in counts for state in ("cold", "warm")]
-
-
-def _row(name: str, world: World, count: int, state: str, seconds: dict[str, list[float]]) -> Row:
-    ours, theirs = (statistics.median(seconds[f"{whose} {count}"]) for whose in (state, "official"))
-    tokens = BATCH * CONTEXT * (world.reconstruction + world.sparsity) * count
-    what = f"{name}, {world.dtype}, {count} SAE{'s' if count > 1 else ''}, {state}"
-    found = f"{ours:,.2f} s ({tokens / ours:,.0f} tok/s)"
-    against = f"SAEBench {theirs:,.2f} s ({tokens / theirs:,.0f} tok/s)"
-    return Row(what, found, against, theirs / ours, TARGETS.get(count))
+    rows = []
+    for count in counts:
+        jobs = {
+            "cold": lambda count=count: run_cold(world, count),
+            "warm": lambda count=count: run_warm(world, count),
+            "official": lambda count=count: run_official(world, count, environment),
+        }
+        tokens = BATCH * CONTEXT * (world.reconstruction + world.sparsity) * count
+        speeds = speeds_of(tokens, take_turns(rounds, jobs))
+        what = f"{name}, {world.dtype}, {count} SAE{'s' if count > 1 else ''}"
+        rows += [
+            compare(f"{what}, {state}", speeds[state], speeds["official"], "tok/s", TARGETS.get(count), "SAEBench")
+            for state in ("cold", "warm")
+        ]
+    return rows
 
 
 def bench_memory(world: World, counts: tuple[int, ...]) -> list[Row]:
@@ -212,7 +219,7 @@ def bench_memory(world: World, counts: tuple[int, ...]) -> list[Row]:
 )
 @click.option("--dtype", "dtypes", multiple=True, default=("float32", "bfloat16"), show_default=True)
 @click.option("--saes", "counts", multiple=True, type=int, default=(1, 8), show_default=True)
-@click.option("--rounds", default=1, show_default=True)
+@click.option("--rounds", default=ROUNDS, show_default=True)
 @click.option(
     "--reconstruction",
     type=int,
@@ -256,7 +263,8 @@ def main(
         model = make_random_model(root / "model", width, large_vocabulary, layers)
         rows += bench_memory(make_world(root, model, "bfloat16", max(counts), 1, 1), counts)
     title = f"Core evaluation, batches for losses + for sparsity, layer {LAYER}, {torch.get_num_threads()} threads"
-    sys.exit(conclude(title, rows, json_file))
+    facts = gather_facts(environment and environment / "bin/python", threads=torch.get_num_threads())
+    sys.exit(conclude(title, rows, json_file, facts))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Quality against the peers: explained variance on held-out text at equal sparsity, and dead latents.
 
-All contestants train on the same rows in the same order, in a process and an environment of their own, peers at
-the settings they recommend. At k fixed the numbers stand beside each other; where sparsity follows a coefficient,
-several are trained and explained variance is read off at the wanted L0, between the two nearest.
-A fit that is in the results already is not made again.
+All contestants train on the same rows in the same order, in a process and an environment of their own, with three
+seeds. The peers at the settings they recommend, and at k fixed also at our learning rate: in a short run the rate
+decides much, so the comparison at equal rates comes first. At k fixed a fit whose held-out L0 is more than a tenth
+from k is off target: it is kept and marked, and stands in no comparison. Where sparsity follows a coefficient,
+several are trained and explained variance is read off at the wanted L0, between the two nearest; where those do
+not lie around it there is no number. A fit that is in the results already is not made again.
 
     python bench/quality.py STORE --peers-python PATH --out bench/results/quality.json
 """
@@ -13,30 +15,38 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import subprocess
+import statistics
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
+from ratios import gather_facts, write_rows
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from talk import Worker
 
 from saemill.cache_schema import Request, Store, to_float32
+from saemill.train.kit.registry import config_type
 
 HERE = Path(__file__).parent
 PEERS = ("sae_lens", "dictionary_learning")
+OURS = ("ours", "ours bfloat16")
 BY_K = ("topk", "batchtopk", "matryoshka")
+SEEDS = (0, 1, 2)
+OFF = 0.1  # how far L0 may be from what was asked
 COEFFICIENTS = {  # from dense to sparse, spanning the wanted L0
     "standard": {"ours": (0.1, 0.2, 0.3), "sae_lens": (2.0, 5.0, 10.0), "dictionary_learning": (0.03, 0.1, 0.3)},
-    "gated": {"ours": (0.2, 0.3, 0.5), "sae_lens": (3.0, 8.0, 16.0), "dictionary_learning": (0.3, 1.0, 3.0)},
+    "gated": {"ours": (0.2, 0.3, 0.5), "sae_lens": (3.0, 8.0, 16.0), "dictionary_learning": (1.0, 3.0, 10.0)},
     "p_anneal": {"ours": (0.06, 0.1, 0.2), "dictionary_learning": (0.03, 0.1, 0.3)},
     "jumprelu": {"ours": (16.0,), "sae_lens": (0.5, 2.0, 5.0), "dictionary_learning": (16.0,)},
 }
+TARGETED = {("jumprelu", "ours"), ("jumprelu", "dictionary_learning")}  # their coefficient is the wanted L0
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,14 @@ class Fit:
     coefficient: float = 0.0
     lr: float = 0.0
     """0: the contestant's own."""
+    seed: int = 0
+
+    @property
+    def wanted_l0(self) -> float | None:
+        """None where a coefficient is tried, whose L0 nobody knows before."""
+        if self.variant in BY_K:
+            return float(self.k)
+        return self.coefficient if (self.variant, self.contestant) in TARGETED else None
 
 
 @dataclass(frozen=True)
@@ -58,8 +76,11 @@ class Score:
     l0: float
     dead: float
 
+    def is_on_target(self, wanted: float | None) -> bool:
+        return wanted is None or abs(self.l0 - wanted) <= OFF * wanted
 
-def write_rows(store: Store, folder: Path) -> None:
+
+def write_rows_of(store: Store, folder: Path) -> None:
     """train.npy and held_out.npy: float32 rows of tokens that may train."""
     layer, special = store.manifest.layers[0], store.manifest.model.special_tokens
     for name, splits in {"train": ("train",), "held_out": ("validation", "test")}.items():
@@ -71,34 +92,112 @@ def write_rows(store: Store, folder: Path) -> None:
         np.save(folder / f"{name}.npy", np.concatenate(rows))
 
 
+def our_rate(variant: str, width: int, d_model: int) -> float:
+    """The learning rate of this variant here."""
+    rate = config_type(variant)(width=width).build(d_model).optim.lr
+    assert rate is not None
+    return rate
+
+
 def fits_of(
-    widths: tuple[int, ...], ks: tuple[int, ...], variants: tuple[str, ...], lrs: tuple[float, ...]
+    widths: tuple[int, ...], ks: tuple[int, ...], variants: tuple[str, ...], seeds: Iterable[int], d_model: int
 ) -> list[Fit]:
     fits = []
-    for variant, width, contestant in itertools.product(variants, widths, ("ours", *PEERS)):
-        rates = (0.0,) if contestant == "ours" else (0.0, *lrs)
+    for variant, width, contestant, seed in itertools.product(variants, widths, (*OURS, *PEERS), seeds):
         if variant in BY_K:
-            names = ("ours", "ours bfloat16") if contestant == "ours" else (contestant,)
-            fits += [Fit(variant, width, n, k=k, lr=lr) for n, k, lr in itertools.product(names, ks, rates)]
+            rates = (0.0,) if contestant in OURS else (our_rate(variant, width, d_model), 0.0)
+            fits += [Fit(variant, width, contestant, k, 0.0, lr, seed) for lr, k in itertools.product(rates, ks)]
         else:
             coefficients = COEFFICIENTS[variant].get(contestant, ())
-            fits += [Fit(variant, width, contestant, 0, c, lr) for c, lr in itertools.product(coefficients, rates)]
+            fits += [Fit(variant, width, contestant, 0, c, 0.0, seed) for c in coefficients]
     return fits
 
 
-def train(fit: Fit, folder: Path, steps: int, peers_python: str) -> Score:
-    """Train in a process of its own and read what it says in the end."""
-    script = "ours" if fit.contestant.startswith("ours") else fit.contestant
-    python = sys.executable if script == "ours" else peers_python
-    words = [str(folder), fit.variant, str(fit.width), str(fit.k), str(fit.coefficient), str(fit.lr), str(steps)]
-    if script == "ours":
-        words.append("bfloat16" if fit.contestant.endswith("bfloat16") else "float32")
-    command = [python, "-W", "ignore", str(HERE / "peers" / f"{script}_fit.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
-    scores = [line.removeprefix("score ") for line in done.stdout.splitlines() if line.startswith("score ")]
-    if done.returncode or not scores:
-        raise click.ClickException(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-    return Score(**json.loads(scores[-1]))
+class Contestants:
+    """A process each, started when it is first asked."""
+
+    def __init__(self, folder: Path, steps: int, peers_python: str) -> None:
+        self._folder, self._steps, self._peers_python = str(folder), steps, peers_python
+        self._workers: dict[str, Worker] = {}
+
+    def train(self, fit: Fit) -> Score:
+        script = "ours" if fit.contestant in OURS else fit.contestant
+        if script not in self._workers:
+            python = sys.executable if script == "ours" else self._peers_python
+            self._workers[script] = Worker(script, [python, "-W", "ignore", HERE / "peers" / f"{script}_fit.py"])
+        asked = {name: value for name, value in asdict(fit).items() if name != "contestant"}
+        asked |= {"precision": "bfloat16" if fit.contestant.endswith("bfloat16") else "float32"}
+        return Score(**self._workers[script].ask(folder=self._folder, steps=self._steps, **asked))
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+
+
+class Results:
+    """Scores by fit, in a file that grows; each row with what it was measured with."""
+
+    def __init__(self, path: Path, cache_id: str, steps: int, facts: dict[str, Any]) -> None:
+        self.path, self._run, self._facts = path, {"steps": steps, "cache_id": cache_id}, facts
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+        self.scores = {fit_of(row): score_of(row) for row in self.rows if row.items() >= self._run.items()}
+
+    def add(self, fit: Fit, score: Score) -> None:
+        self.scores[fit] = score
+        self.rows.append(row_of(fit, score) | self._run | self._facts)
+        write_rows(self.path, "Quality at equal sparsity, on held-out text of a pocket store", self.rows)
+
+
+def row_of(fit: Fit, score: Score) -> dict[str, Any]:
+    on = score.is_on_target(fit.wanted_l0)
+    return asdict(fit) | asdict(score) | {"wanted_l0": fit.wanted_l0, "on_target": on}
+
+
+def fit_of(row: dict[str, Any]) -> Fit:
+    return Fit(**{name: row[name] for name in Fit.__dataclass_fields__})
+
+
+def score_of(row: dict[str, Any]) -> Score:
+    return Score(**{name: row[name] for name in Score.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one contestant has come to at one place of the table: a value of each seed."""
+
+    values: tuple[float, ...]  # explained variance; none where no seed is on target
+    l0: tuple[float, ...]
+    dead: tuple[float, ...]
+    off: int = 0
+    """Seeds that are off target, or whose fits do not lie around the wanted L0."""
+
+    def __str__(self) -> str:
+        l0 = " to ".join(dict.fromkeys(f"{value:.1f}" for value in (min(self.l0), max(self.l0))))
+        if not self.values:
+            return f"off target: L0 {l0}"
+        spread = f" ({min(self.values):.3f} to {max(self.values):.3f})" if len(self.values) > 1 else ""
+        dead = f", {statistics.median(self.dead):.1%} dead" if any(self.dead) else ""
+        missing = f", {self.off} seeds off target" if self.off else ""
+        return f"{statistics.median(self.values):.3f}{spread} at L0 {l0}{dead}{missing}"
+
+
+def cell_of(scores: dict[Fit, Score], wanted: float) -> Cell | None:
+    """Of one contestant, variant, width, k and rate; None where nothing was trained."""
+    if not scores:
+        return None
+    values, l0, dead, off = [], [], [], 0
+    for _, fits in itertools.groupby(sorted(scores, key=lambda fit: fit.seed), key=lambda fit: fit.seed):
+        own = {fit: scores[fit] for fit in fits}
+        is_read_off = all(fit.wanted_l0 is None for fit in own)
+        near = min(own, key=lambda fit: abs(own[fit].l0 - wanted))
+        value = at_l0(list(own.values()), wanted) if is_read_off else own[near].explained_variance
+        l0.append(wanted if is_read_off and not math.isnan(value) else own[near].l0)
+        if math.isnan(value) or not own[near].is_on_target(near.wanted_l0):
+            off += 1
+        else:
+            values.append(value)
+            dead.append(own[near].dead)
+    return Cell(tuple(values), tuple(l0), tuple(dead), off)
 
 
 def at_l0(scores: list[Score], l0: float) -> float:
@@ -111,56 +210,33 @@ def at_l0(scores: list[Score], l0: float) -> float:
     return math.nan
 
 
-class Results:
-    """Scores by fit, in a file that grows."""
-
-    def __init__(self, path: Path, settings: dict[str, object]) -> None:
-        self.path, self.settings = path, settings
-        self.scores: dict[Fit, Score] = {}
-        if path.is_file():
-            raw = json.loads(path.read_text())
-            if raw["settings"] == settings:
-                self.scores = {Fit(**row["fit"]): Score(**row["score"]) for row in raw["fits"]}
-
-    def add(self, fit: Fit, score: Score) -> None:
-        self.scores[fit] = score
-        rows = [{"fit": asdict(fit), "score": asdict(score)} for fit, score in self.scores.items()]
-        self.path.write_text(json.dumps({"settings": self.settings, "fits": rows}, indent=1) + "\n")
-
-
-def best(results: Results, fits: list[Fit], l0: float | None) -> tuple[float, float]:
-    """Explained variance and dead share of one contestant: at its best learning rate."""
-    found = []
-    for _, group in itertools.groupby(sorted(fits, key=lambda fit: fit.lr), key=lambda fit: fit.lr):
-        scores = [results.scores[fit] for fit in group]
-        dead = min(scores, key=lambda score: abs(score.l0 - (l0 or score.l0))).dead
-        found.append((scores[0].explained_variance if l0 is None else at_l0(scores, l0), dead))
-    return max(found, key=lambda pair: -math.inf if math.isnan(pair[0]) else pair[0])
+def lines_of(scores: dict[Fit, Score], l0: float) -> list[tuple[str, str, dict[str, Cell]]]:
+    """Rates, what is compared, and the cells by contestant: equal learning rates first."""
+    lines = []
+    for equal in (True, False):
+        for variant, width, k in sorted({(fit.variant, fit.width, fit.k) for fit in scores}):
+            here = {f: s for f, s in scores.items() if (f.variant, f.width, f.k) == (variant, width, k)}
+            if equal and not any(fit.lr for fit in here):
+                continue
+            cells = {}
+            for contestant in (*OURS, *PEERS):
+                is_theirs = contestant in PEERS
+                own = {f: s for f, s in here.items() if f.contestant == contestant and bool(f.lr) == (equal and is_theirs)}
+                if (cell := cell_of(own, float(k or l0))) is not None:
+                    cells[contestant] = cell
+            lines.append(("equal" if equal else "own", f"{variant}, {width:,} latents, L0 {k or l0:g}", cells))
+    return lines
 
 
-def show(results: Results, fits: list[Fit], l0: float) -> None:
-    table = Table(title="explained variance on held-out text (dead share); peers at the better of their learning rates")
-    contestants = list(dict.fromkeys(fit.contestant for fit in fits))
-    for heading in ("variant", "width", "k / L0", *contestants, "lead"):
-        table.add_column(heading, justify="right")
-    for (variant, width, k), group in itertools.groupby(fits_in_order(fits), key=lambda f: (f.variant, f.width, f.k)):
-        rows = list(group)
-        cells = {}
-        for contestant in contestants:
-            own = [fit for fit in rows if fit.contestant == contestant]
-            if own:
-                one_target = variant in BY_K or len({fit.coefficient for fit in own}) == 1
-                cells[contestant] = best(results, own, None if one_target else l0)
-        ours = [value for name, (value, _) in cells.items() if name.startswith("ours")]
-        theirs = [value for name, (value, _) in cells.items() if not name.startswith("ours") and not math.isnan(value)]
-        lead = f"{ours[-1] - max(theirs):+.4f}" if theirs else ""
-        texts = [f"{cells[c][0]:.4f} ({cells[c][1]:.1%})" if c in cells else "" for c in contestants]
-        table.add_row(variant, str(width), str(k or f"{l0:g}"), *texts, lead)
-    Console(width=150).print(table)
-
-
-def fits_in_order(fits: list[Fit]) -> list[Fit]:
-    return sorted(fits, key=lambda fit: (fit.variant, fit.width, fit.k))
+def show(scores: dict[Fit, Score], l0: float) -> None:
+    for rates, title in (("equal", "the peers at our learning rate"), ("own", "each at its own learning rate")):
+        table = Table(title=f"explained variance on held-out text, {title}: median of seeds (from to), L0, dead latents")
+        for heading in ("what", *OURS, *PEERS):
+            table.add_column(heading)
+        for kind, what, cells in lines_of(scores, l0):
+            if kind == rates:
+                table.add_row(what, *(str(cells[who]) if who in cells else "" for who in (*OURS, *PEERS)))
+        Console(width=190).print(table)
 
 
 @click.command()
@@ -170,8 +246,8 @@ def fits_in_order(fits: list[Fit]) -> list[Fit]:
 @click.option("--width", "widths", multiple=True, type=int, default=(512, 2048))
 @click.option("--k", "ks", multiple=True, type=int, default=(8, 32))
 @click.option("--l0", default=16.0, show_default=True, help="Where variants without k are compared.")
-@click.option("--steps", default=1000, show_default=True)
-@click.option("--lr", "lrs", multiple=True, type=float, help="Also try the peers at this learning rate.")
+@click.option("--steps", default=600, show_default=True)
+@click.option("--seed", "seeds", multiple=True, type=int, default=SEEDS, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "results" / "quality.json")
 def main(
     store: str,
@@ -181,17 +257,20 @@ def main(
     ks: tuple[int, ...],
     l0: float,
     steps: int,
-    lrs: tuple[float, ...],
+    seeds: tuple[int, ...],
     out: Path,
 ) -> None:
     """Train everything on the activations of STORE and compare."""
     with Store.open(store) as opened, tempfile.TemporaryDirectory() as folder:
-        write_rows(opened, Path(folder))
-        results = Results(out, {"cache_id": opened.manifest.cache_id, "steps": steps})
-        fits = fits_of(widths, ks, variants, lrs)
+        write_rows_of(opened, Path(folder))
+        facts = gather_facts(peers_python)
+        results = Results(out, opened.manifest.cache_id, steps, facts)
+        fits = fits_of(widths, ks, variants, seeds, opened.manifest.model.d_model)
+        contestants = Contestants(Path(folder), steps, peers_python)
         for fit in track([fit for fit in fits if fit not in results.scores], "training"):
-            results.add(fit, train(fit, Path(folder), steps, peers_python))
-    show(results, fits, l0)
+            results.add(fit, contestants.train(fit))
+        contestants.close()
+    show({fit: results.scores[fit] for fit in fits}, l0)
 
 
 if __name__ == "__main__":

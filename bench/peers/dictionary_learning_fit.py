@@ -1,8 +1,9 @@
-"""Train an SAE of dictionary_learning for the quality benchmark: folder, variant, width, k, coefficient, lr, steps.
+"""Train SAEs of dictionary_learning for the quality benchmark.
 
 Its own defaults, on rows of mean square norm 1 as its `normalize_activations` makes them. What counts steps
-or tokens is given the same share of the run as here: warm-up, start of the threshold, dead
-latents. Its own p_end of 0 divides by zero.
+or tokens is given the same share of the run as in one of 100,000 steps: warm-up, start of the threshold, the
+steps that the threshold averages over (at its 0.999 it would keep most of where it began for all of a short run),
+dead latents. Its own p_end of 0 divides by zero.
 """
 
 from __future__ import annotations
@@ -11,37 +12,45 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dictionary_learning_step import make_trainer
-from fitting import ROWS, batches, norms, tell_score
+from fitting import ROWS, Ask, batches, norms, score, serve_fits
 
 COEFFICIENT = {"standard": "l1_penalty", "gated": "l1_penalty", "p_anneal": "initial_sparsity_penalty"}
 COEFFICIENT |= {"jumprelu": "target_l0"}
 
 
-def settings_of(variant: str, coefficient: float, lr: float, steps: int) -> dict[str, Any]:
-    settings: dict[str, Any] = {"steps": steps, "warmup_steps": min(1000, steps // 10)}
-    if variant in ("topk", "batchtopk", "matryoshka"):
-        settings["threshold_start_step"] = min(1000, steps // 10)
+def settings_of(ask: Ask) -> dict[str, Any]:
+    steps = ask.steps
+    settings: dict[str, Any] = {"steps": steps, "warmup_steps": min(1000, steps // 10), "seed": ask.seed}
+    if ask.variant in ("topk", "batchtopk", "matryoshka"):
+        settings |= {"threshold_start_step": min(1000, steps // 10), "threshold_beta": threshold_beta(steps)}
     else:
-        settings |= {"sparsity_warmup_steps": min(2000, steps // 10), COEFFICIENT[variant]: coefficient}
-    if variant == "p_anneal":
+        settings |= {"sparsity_warmup_steps": min(2000, steps // 10), COEFFICIENT[ask.variant]: ask.coefficient}
+    if ask.variant == "p_anneal":
         settings |= {"anneal_start": min(15_000, steps // 4), "sparsity_function": "Lp^p", "p_end": 0.2}
     else:
         settings["decay_start"] = int(0.8 * steps)
-    return settings | ({"lr": lr} if lr else {})
+    return settings | ({"lr": ask.lr} if ask.lr else {})
 
 
-def main(folder: str, variant: str, width: str, k: str, coefficient: str, lr: str, steps: str) -> None:
-    d_model = next(batches(folder, 1)).shape[1]
-    scale = 1 / norms(folder)["rms"]
-    settings = settings_of(variant, float(coefficient), float(lr), int(steps))
-    trainer = make_trainer(variant, int(width), int(k), d_model, settings)
-    trainer.dead_feature_threshold = int(steps) * ROWS // 10
-    for step, x in enumerate(batches(folder, int(steps))):
+def threshold_beta(steps: int) -> float:
+    """Averages over the last hundredth of the run: its 0.999 at 100,000 steps and longer."""
+    return min(0.999, 1 - 1 / max(2.0, steps / 100))
+
+
+def fit(ask: Ask) -> dict[str, float]:
+    torch.manual_seed(ask.seed)
+    d_model = next(batches(ask, 1)).shape[1]
+    scale = 1 / norms(ask.folder)["rms"]
+    trainer = make_trainer(ask.variant, ask.width, ask.k, d_model, settings_of(ask))
+    trainer.dead_feature_threshold = ask.steps * ROWS // 10
+    for step, x in enumerate(batches(ask)):
         trainer.update(step, x * scale)
-    tell_score(folder, trainer.ae.encode, trainer.ae.decode, scale)
+    return score(ask.folder, trainer.ae.encode, trainer.ae.decode, scale)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve_fits(fit)

@@ -1,18 +1,20 @@
-"""Our core evaluation of the same SAEs on the same rows; prints seconds and how far memory rose.
-
-    python ours_core.py REQUEST.json
+"""Our core evaluation of the same SAEs on the same rows: a request is answered with seconds and how far memory rose.
 
 Loading is not timed; memory is told as growth over the process before its model, and the model's own.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ratios import resident
+from talk import serve
 
 from saemill.cache_schema import Store
 from saemill.cache_schema.allocator import keep_large_blocks
@@ -23,18 +25,17 @@ from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.run.find_saes import find_subjects
 
 
-def main() -> None:
-    request = json.loads(Path(sys.argv[1]).read_text())
+def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     if request["keeps_blocks"]:
         keep_large_blocks()
-    before = resident("VmRSS")
+    before = resident()
     store = Store.open(request["store"])
     context = Context(store, model_name=request["model"], watch=Watch(is_quiet=True))
     weights = sum(parameter.nbytes for parameter in context.model.model.parameters())
     subjects = find_subjects(request["saes"], Path())
     counts = request["reconstruction"], request["sparsity"]
     config = core.Config(request["batch"], *counts, ablations=tuple(request["ablations"]))
-    loaded = resident("VmRSS")
+    loaded = resident()
     Path("/proc/self/clear_refs").write_text("5")
     start = perf_counter()
     results = list(core.evaluate(context, subjects, config))
@@ -42,13 +43,8 @@ def main() -> None:
     seconds = perf_counter() - start
     scores = [d["eval_result_metrics"]["model_performance_preservation"]["ce_loss_score"] for d in documents]
     found = {"seconds": seconds, "scores": scores, "weights": weights, "threads": torch.get_num_threads()}
-    print(json.dumps(found | {"growth": resident("VmHWM") - before, "work": resident("VmHWM") - loaded}))
-
-
-def resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+    return found | {"growth": resident("VmHWM") - before, "work": resident("VmHWM") - loaded}
 
 
 if __name__ == "__main__":
-    main()
+    serve(evaluate)

@@ -1,4 +1,4 @@
-"""Train an SAE of SAELens for the quality benchmark: folder, variant, width, k, coefficient, lr, steps.
+"""Train SAEs of SAELens for the quality benchmark.
 
 The settings its documentation recommends: rows of mean norm sqrt(D), rate falling to a tenth in the last fifth,
 sparsity warming up over 5 % of the run (JumpReLU: tanh, over all of it). Dead after a tenth of the run, as here.
@@ -15,7 +15,7 @@ import torch
 from sae_lens import SAE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fitting import ROWS, batches, norms, tell_score
+from fitting import ROWS, Ask, batches, norms, score, serve_fits
 from sae_lens_step import make_sae, make_trainer
 
 
@@ -31,23 +31,23 @@ def settings_of(variant: str, coefficient: float, steps: int) -> dict[str, Any]:
             return {}
 
 
-def main(folder: str, variant: str, width: str, k: str, coefficient: str, lr: str, steps: str) -> None:
-    torch.manual_seed(0)
-    total = int(steps)
-    d_model = next(batches(folder, 1)).shape[1]
-    scale = d_model**0.5 / norms(folder)["mean"]
-    sae = make_sae(variant, int(width), int(k), d_model, settings_of(variant, float(coefficient), total))
-    rate = float(lr) or 3e-4
-    course = {"total_training_samples": total * ROWS, "lr": rate, "lr_end": rate / 10, "lr_decay_steps": total // 5}
-    trainer = make_trainer(sae, ROWS, course | {"dead_feature_window": max(1, total // 10)})
-    for x in batches(folder, total):
+def fit(ask: Ask) -> dict[str, float]:
+    torch.manual_seed(ask.seed)
+    d_model = next(batches(ask, 1)).shape[1]
+    scale = d_model**0.5 / norms(ask.folder)["mean"]
+    sae = make_sae(ask.variant, ask.width, ask.k, d_model, settings_of(ask.variant, ask.coefficient, ask.steps))
+    rate = ask.lr or 3e-4
+    course = {"total_training_samples": ask.steps * ROWS, "lr": rate, "lr_end": rate / 10}
+    course |= {"lr_decay_steps": ask.steps // 5, "dead_feature_window": max(1, ask.steps // 10)}
+    trainer = make_trainer(sae, ROWS, course)
+    for x in batches(ask):
         trainer.step(x * scale)
         trainer.n_training_steps += 1
     with tempfile.TemporaryDirectory() as saved:
         sae.save_inference_model(saved)
         inference = SAE.load_from_disk(saved)
-    tell_score(folder, inference.encode, inference.decode, scale)
+    return score(ask.folder, inference.encode, inference.decode, scale)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve_fits(fit)

@@ -1,4 +1,4 @@
-"""Open an SAE's folder with SAELens and say what it computes: folder of the SAE, folder of x.npy."""
+"""Open an SAE's folder with SAELens and write what it computes beside x.npy: {"sae": folder, "work": folder}."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import numpy as np
 import torch
 from sae_lens import SAE
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from talk import serve
 
-def main(sae_folder: str, work: str) -> None:
-    sae = SAE.load_from_disk(sae_folder)
-    x = torch.from_numpy(np.load(Path(work) / "x.npy"))
+
+def compute(request: dict[str, str]) -> None:
+    sae, work = SAE.load_from_disk(request["sae"]), Path(request["work"])
+    x = torch.from_numpy(np.load(work / "x.npy"))
     with torch.no_grad():
         acts = sae.encode(x)
         x_hat = sae.decode(acts)
-    np.save(Path(work) / "acts.npy", acts.numpy())
-    np.save(Path(work) / "x_hat.npy", x_hat.numpy())
+    np.save(work / "acts.npy", acts.numpy())
+    np.save(work / "x_hat.npy", x_hat.numpy())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(compute)

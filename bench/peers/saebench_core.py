@@ -1,6 +1,4 @@
-"""Official SAEBench's core evaluation of some SAEs, one after the other as `multiple_evals` does; prints seconds.
-
-    python saebench_core.py REQUEST.json
+"""Official SAEBench's core evaluation of some SAEs, one after the other as `multiple_evals` does; answers seconds.
 
 The request names the model's folder, the rows of tokens, SAELens folders of the SAEs, the data type and
 the numbers of batches. Loading is not timed.
@@ -8,10 +6,10 @@ the numbers of batches. Loading is not timed.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from core_flags import FLAGS
@@ -23,9 +21,11 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 from token_rows import TokenRows
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from talk import serve
 
-def main() -> None:
-    request = json.loads(Path(sys.argv[1]).read_text())
+
+def evaluate_all(request: dict[str, Any]) -> dict[str, Any]:
     dtype = getattr(torch, request["dtype"])
     model = load_hooked(Path(request["model"]), dtype)
     tokens = load_file(request["tokens"])["tokens"]
@@ -38,7 +38,7 @@ def main() -> None:
         metrics = evaluate(sae, model, tokens, request)
         seconds.append(perf_counter() - start)
         scores.append(metrics["model_performance_preservation"]["ce_loss_score"])
-    print(json.dumps({"seconds": seconds, "scores": scores}))
+    return {"seconds": seconds, "scores": scores}
 
 
 def evaluate(sae: object, model: object, tokens: torch.Tensor, request: dict) -> dict:
@@ -55,4 +55,4 @@ def evaluate(sae: object, model: object, tokens: torch.Tensor, request: dict) ->
 
 
 if __name__ == "__main__":
-    main()
+    serve(evaluate_all)
