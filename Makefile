@@ -22,7 +22,7 @@ STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow check format goldens demo harvest studies bench bench-store bench-harvest bench-train \
-  bench-quality bench-eval bench-gpu peers saebench clean
+  bench-quality bench-eval bench-gpu readme-table peers saebench clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -100,6 +100,9 @@ bench-eval: env saebench ## the core evaluation against official SAEBench
 
 bench-gpu: ## everything that an accelerator is measured by, in nine minutes; GPU="--only steps" and other options
 	PY=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bash bench/gpu/run.sh $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS)) $(GPU)
+
+readme-table: env ## README's tables of what was measured, from bench/results
+	$(BIN)/python bench/readme_table.py
 
 peers: $(PEERS)/.installed ## the peers' own environment, for side-by-side benchmarks
 

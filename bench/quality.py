@@ -166,48 +166,53 @@ class Cell:
     """What one contestant has come to at one place of the table: a value of each seed."""
 
     values: tuple[float, ...]  # explained variance; none where no seed is on target
-    l0: tuple[float, ...]
+    l0: tuple[float, ...]  # of the fits, or of those between which the values are read off
     dead: tuple[float, ...]
-    off: int = 0
-    """Seeds that are off target, or whose fits do not lie around the wanted L0."""
+    off: tuple[float, ...] = ()
+    """L0 of the seeds that are off target, or whose fits do not lie around the wanted one."""
+    is_read_off: bool = False
 
     def __str__(self) -> str:
-        l0 = " to ".join(dict.fromkeys(f"{value:.1f}" for value in (min(self.l0), max(self.l0))))
         if not self.values:
-            return f"off target: L0 {l0}"
+            return f"off target: L0 {from_to(self.off)}"
         spread = f" ({min(self.values):.3f} to {max(self.values):.3f})" if len(self.values) > 1 else ""
+        where = f"between L0 {from_to(self.l0, 'and')}" if self.is_read_off else f"at L0 {from_to(self.l0)}"
         dead = f", {statistics.median(self.dead):.1%} dead" if any(self.dead) else ""
-        missing = f", {self.off} seeds off target" if self.off else ""
-        return f"{statistics.median(self.values):.3f}{spread} at L0 {l0}{dead}{missing}"
+        missing = f", {len(self.off)} of {len(self.off) + len(self.values)} seeds off target" if self.off else ""
+        return f"{statistics.median(self.values):.3f}{spread} {where}{dead}{missing}"
+
+
+def from_to(values: tuple[float, ...], word: str = "to") -> str:
+    return f" {word} ".join(dict.fromkeys(f"{value:.1f}" for value in (min(values), max(values))))
 
 
 def cell_of(scores: dict[Fit, Score], wanted: float) -> Cell | None:
     """Of one contestant, variant, width, k and rate; None where nothing was trained."""
     if not scores:
         return None
-    values, l0, dead, off = [], [], [], 0
-    for _, fits in itertools.groupby(sorted(scores, key=lambda fit: fit.seed), key=lambda fit: fit.seed):
-        own = {fit: scores[fit] for fit in fits}
-        is_read_off = all(fit.wanted_l0 is None for fit in own)
-        near = min(own, key=lambda fit: abs(own[fit].l0 - wanted))
-        value = at_l0(list(own.values()), wanted) if is_read_off else own[near].explained_variance
-        l0.append(wanted if is_read_off and not math.isnan(value) else own[near].l0)
-        if math.isnan(value) or not own[near].is_on_target(near.wanted_l0):
-            off += 1
+    is_read_off = all(fit.wanted_l0 is None for fit in scores)
+    values, l0, dead, off = [], [], [], []
+    for seed in sorted({fit.seed for fit in scores}):
+        own = [score for fit, score in scores.items() if fit.seed == seed]
+        near = min(own, key=lambda score: abs(score.l0 - wanted))
+        value, used = read_off(own, wanted) if is_read_off else (near.explained_variance, [near])
+        if math.isnan(value) or not (is_read_off or near.is_on_target(wanted)):
+            off += [score.l0 for score in used]
         else:
             values.append(value)
-            dead.append(own[near].dead)
-    return Cell(tuple(values), tuple(l0), tuple(dead), off)
+            l0 += [score.l0 for score in used]
+            dead.append(near.dead)
+    return Cell(tuple(values), tuple(l0), tuple(dead), tuple(off), is_read_off)
 
 
-def at_l0(scores: list[Score], l0: float) -> float:
-    """Explained variance between the two scores that lie around an L0; not a number where none do."""
+def read_off(scores: list[Score], l0: float) -> tuple[float, list[Score]]:
+    """Explained variance between the two scores that lie around an L0, and these; not a number where none do."""
     ordered = sorted(scores, key=lambda score: score.l0)
     for low, high in itertools.pairwise(ordered):
         if 0 < low.l0 <= l0 <= high.l0:
             share = math.log(l0 / low.l0) / math.log(high.l0 / low.l0) if high.l0 > low.l0 else 0.0
-            return low.explained_variance + share * (high.explained_variance - low.explained_variance)
-    return math.nan
+            return low.explained_variance + share * (high.explained_variance - low.explained_variance), [low, high]
+    return math.nan, [min(ordered, key=lambda score: abs(score.l0 - l0))]
 
 
 def lines_of(scores: dict[Fit, Score], l0: float) -> list[tuple[str, str, dict[str, Cell]]]:
@@ -221,7 +226,9 @@ def lines_of(scores: dict[Fit, Score], l0: float) -> list[tuple[str, str, dict[s
             cells = {}
             for contestant in (*OURS, *PEERS):
                 is_theirs = contestant in PEERS
-                own = {f: s for f, s in here.items() if f.contestant == contestant and bool(f.lr) == (equal and is_theirs)}
+                own = {
+                    f: s for f, s in here.items() if f.contestant == contestant and bool(f.lr) == (equal and is_theirs)
+                }
                 if (cell := cell_of(own, float(k or l0))) is not None:
                     cells[contestant] = cell
             lines.append(("equal" if equal else "own", f"{variant}, {width:,} latents, L0 {k or l0:g}", cells))
@@ -230,7 +237,9 @@ def lines_of(scores: dict[Fit, Score], l0: float) -> list[tuple[str, str, dict[s
 
 def show(scores: dict[Fit, Score], l0: float) -> None:
     for rates, title in (("equal", "the peers at our learning rate"), ("own", "each at its own learning rate")):
-        table = Table(title=f"explained variance on held-out text, {title}: median of seeds (from to), L0, dead latents")
+        table = Table(
+            title=f"explained variance on held-out text, {title}: median of seeds (from to), L0, dead latents"
+        )
         for heading in ("what", *OURS, *PEERS):
             table.add_column(heading)
         for kind, what, cells in lines_of(scores, l0):

@@ -6,6 +6,7 @@ Imports only the standard library, so that scripts in the peers' environment can
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -40,7 +41,8 @@ class Worker:
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false"} | dict(environment or {}),
         )
         self._answers: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def ask(self, timeout: float | None = None, **request: Any) -> Any:
         self.send(**request)
@@ -50,7 +52,7 @@ class Worker:
         assert self._process.stdin is not None
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # it has ended, or was closed
             raise WorkerFailed(f"{self.name} has ended: {self.last_words()}") from None
 
     def receive(self, timeout: float | None = None) -> Any:
@@ -68,13 +70,20 @@ class Worker:
         return answer["ok"]
 
     def last_words(self) -> str:
-        self._stderr.seek(0)
-        lines = [line for line in self._stderr.read().splitlines() if line.strip()]
-        return "\n".join(lines[-LAST_LINES:]) or "without a word"
+        if not self._stderr.closed:
+            self._stderr.seek(0)
+            lines = [line for line in self._stderr.read().splitlines() if line.strip()]
+            self._words = "\n".join(lines[-LAST_LINES:]) or "without a word"
+        return self._words
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._listener.join()
+        self.last_words()
+        for file in (self._process.stdin, self._process.stdout, self._stderr):
+            with contextlib.suppress(BrokenPipeError):
+                file.close()  # pyright: ignore
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

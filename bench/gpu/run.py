@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 BENCH = HERE.parent
 SPARE = 8.0  # seconds that the end needs
+SHORTEST = 12.0  # seconds in which a part may come to something
 CLOCKS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.used,utilization.gpu"
 
 
@@ -218,7 +220,7 @@ def chosen(asked: argparse.Namespace) -> list[str]:
 def do_part(run: Run, part: Part, facts: dict[str, Any]) -> None:
     """Its lines are shown as they come; what it says on standard error is for the log, unless it fails."""
     limit = min(part.limit, run.left - SPARE)
-    if limit < 12:
+    if limit < SHORTEST:
         run.status.append(f"{part.name:<8} no time left")
         return
     say(run, f"== {part.name} (at most {limit:.0f} s; {run.left:.0f} s left in all)")
@@ -239,8 +241,10 @@ def do_part(run: Run, part: Part, facts: dict[str, Any]) -> None:
 def follow(run: Run, part: Part, limit: float, errors: Path, facts: dict[str, Any]) -> tuple[int, bool]:
     """Exit status, and whether it was stopped for its time; nothing of it is left running."""
     environment = run.environment | {"BENCH_PART": part.name}
-    with open(errors, "w") as error_file, open(run.log, "a") as log:
-        process = subprocess.Popen(
+    with (
+        open(errors, "w") as error_file,
+        open(run.log, "a") as log,
+        subprocess.Popen(
             part.command,
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -248,7 +252,8 @@ def follow(run: Run, part: Part, limit: float, errors: Path, facts: dict[str, An
             text=True,
             env=environment,
             start_new_session=True,
-        )
+        ) as process,
+    ):
         killer = threading.Timer(limit, lambda: os.killpg(process.pid, signal.SIGKILL))
         killer.start()
         try:
@@ -308,7 +313,7 @@ def read_clocks(path: Path) -> list[tuple[float, list[float]]]:
 
 def clocks_of(row: dict[str, Any], clocks: list[tuple[float, list[float]]]) -> dict[str, Any]:
     """While it was measured."""
-    begin, end = row.get("at", (0.0, 0.0))
+    begin, end = row.get("at") or (math.inf, math.inf)
     seen = [values for at, values in clocks if begin - 1 <= at <= end + 1]
     if not seen:
         return {}

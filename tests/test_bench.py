@@ -1,0 +1,190 @@
+"""The benchmarks: what they claim, that who falls out stops nobody else, and that README says what they found."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = """
+import sys
+sys.path.insert(0, {bench!r})
+print("a library says hello")
+from talk import serve
+def answer(request):
+    print("and goes on talking")
+    if request.get("fails"):
+        raise RuntimeError("no such luck")
+    if request.get("ends"):
+        sys.stderr.write("out of everything\\n")
+        sys.exit(3)
+    if request.get("sleeps"):
+        import time
+        time.sleep(60)
+    return request["value"] + 1
+serve(answer)
+"""
+STEPS = """
+import sys
+sys.path.insert(0, {bench!r})
+from stepping import serve_steps
+def make(settings, batches):
+    if {fails!r} == "opening":
+        raise MemoryError("does not fit")
+    def step(x):
+        if {fails!r} == "stepping":
+            raise ValueError("diverged")
+    return step
+serve_steps(make)
+"""
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a script of bench/ by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench/peers"))
+    monkeypatch.syspath_prepend(str(ROOT / "bench/gpu"))
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module
+
+
+def test_readme_says_what_the_results_say(bench, monkeypatch, tmp_path):
+    table = bench("readme_table")
+    readme = (ROOT / "README.md").read_text()
+    result = CliRunner().invoke(table.main, ["--check"])
+    assert result.exit_code == 0, result.output
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    number = table.ratio_of(table.rows_of("store")[0])
+    (tmp_path / "README.md").write_text(readme.replace(f"| {number} |", "| 9.99 |", 1))
+    assert CliRunner().invoke(table.main, ["--check"]).exit_code == 1
+    assert CliRunner().invoke(table.main, []).exit_code == 0
+    assert (tmp_path / "README.md").read_text() == readme
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda path: path.stem)
+def test_every_row_says_when_and_of_what_code_it_is(path):
+    rows = json.loads(path.read_text())["rows"]
+    assert rows and all(row["date"] and row["commit"] for row in rows)
+
+
+def test_a_fit_that_is_off_target_is_marked_and_claims_nothing(bench):
+    quality = bench("quality")
+    fit, on, off = (
+        quality.Fit("batchtopk", 64, "ours", k=32),
+        quality.Score(0.8, 30.0, 0.0),
+        quality.Score(0.9, 7.9, 0.0),
+    )
+    assert quality.row_of(fit, on)["on_target"] and not quality.row_of(fit, off)["on_target"]
+    cell = quality.cell_of({fit: off}, 32.0)
+    assert not cell.values and str(cell) == "off target: L0 7.9"
+    seeds = {quality.Fit("batchtopk", 64, "ours", k=32, seed=seed): score for seed, score in enumerate((on, off, on))}
+    cell = quality.cell_of(seeds, 32.0)
+    assert cell.values == (0.8, 0.8) and str(cell).endswith("at L0 30.0, 1 of 3 seeds off target")
+
+
+def test_where_no_two_fits_lie_around_the_wanted_l0_there_is_no_number(bench):
+    quality = bench("quality")
+    scores = {
+        quality.Fit("gated", 64, "ours", coefficient=c): quality.Score(ev, l0, 0.0)
+        for c, ev, l0 in ((1.0, 0.6, 72.0), (3.0, 0.5, 34.0))
+    }
+    assert str(quality.cell_of(scores, 16.0)) == "off target: L0 34.0"
+    assert quality.cell_of(scores, 48.0).values[0] == pytest.approx(0.5 + 0.1 * 0.4596, abs=1e-3)
+
+
+def test_the_peers_at_our_rate_come_first(bench):
+    quality = bench("quality")
+    fits = quality.fits_of((64,), (8,), ("topk",), (0,), 16)
+    scores = {fit: quality.Score(0.5 + 0.1 * bool(fit.lr), 8.0, 0.0) for fit in fits}
+    (rates, _, equal), (later, _, own) = quality.lines_of(scores, 16.0)
+    assert (rates, later) == ("equal", "own")
+    assert equal["sae_lens"].values == (0.6,) and own["sae_lens"].values == (0.5,)
+    assert equal["ours"] == own["ours"]
+
+
+def test_a_short_run_of_a_peer_forgets_where_its_threshold_began(bench):
+    beta = bench("dictionary_learning_fit").threshold_beta
+    assert beta(100_000) == pytest.approx(0.999) and beta(10**6) == 0.999
+    for steps in (60, 600, 10_000):
+        assert beta(steps) ** (0.9 * steps) < 0.01
+
+
+def test_turns_are_taken_in_another_order_each_round(bench):
+    seen: list[str] = []
+    jobs = {name: (lambda name=name: (seen.append(name), 0.25)[1]) for name in "abcd"}
+    seconds = bench("ratios").take_turns(4, jobs)
+    rounds = [tuple(seen[at : at + 4]) for at in range(0, 16, 4)]
+    assert all(sorted(turn) == list("abcd") for turn in rounds) and len(set(rounds)) > 1
+    assert seconds == {name: [0.25] * 4 for name in "abcd"}
+
+
+def test_a_worker_that_fails_says_why_and_answers_the_next_request(bench, tmp_path):
+    talk = bench("talk")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(bench=str(ROOT / "bench")))
+    worker = talk.Worker("it", [sys.executable, script])
+    assert worker.ask(30, value=1) == 2
+    with pytest.raises(talk.WorkerFailed, match="no such luck"):
+        worker.ask(30, fails=True)
+    assert worker.ask(30, value=2) == 3
+    with pytest.raises(talk.WorkerFailed, match="out of everything"):
+        worker.ask(30, ends=True)
+    worker.close()
+
+
+def test_a_worker_that_does_not_answer_in_time_is_ended(bench, tmp_path):
+    talk = bench("talk")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(bench=str(ROOT / "bench")))
+    worker = talk.Worker("it", [sys.executable, script])
+    assert worker.ask(30, value=1) == 2
+    with pytest.raises(talk.WorkerFailed, match="no answer within"):
+        worker.ask(0.2, sleeps=True)
+    with pytest.raises(talk.WorkerFailed, match="has ended"):
+        worker.ask(1, value=1)
+
+
+def test_who_falls_out_of_a_race_is_named_and_the_others_go_on(bench, monkeypatch, tmp_path):
+    racing = bench("racing")
+    (tmp_path / "peers").mkdir()
+    for name, fails in {"good": "", "large": "opening", "wild": "stepping"}.items():
+        script = STEPS.format(bench=str(ROOT / "bench"), fails=fails)
+        (tmp_path / f"peers/{name}_step.py").write_text(script)
+    monkeypatch.setattr(racing, "HERE", tmp_path)
+    racing.make_batches(str(tmp_path), 4, 3)
+    contest = racing.Contest([racing.Entrant(name, name) for name in ("good", "large", "wild")], sys.executable, 1)
+    outcome = contest.race({"batches": str(tmp_path), "variant": "topk", "width": 8, "k": 2}, rounds=3, steps=2)
+    contest.close()
+    assert list(outcome.seconds) == ["good"] and len(outcome.seconds["good"]) == 3
+    assert "does not fit" in outcome.failures["large"] and "diverged" in outcome.failures["wild"]
+
+
+def test_a_part_of_the_device_benchmark_that_is_too_late_costs_no_number(bench, monkeypatch, tmp_path):
+    run = bench("run")
+    monkeypatch.setattr(run, "SHORTEST", 0.0)
+    out, work = tmp_path / "out", tmp_path / "work"
+    work.mkdir()
+    asked = argparse.Namespace(out=out, total=60.0, device="cpu")
+    made = run.Run(asked, work, run.make_environment(argparse.Namespace(small=True, device="cpu"), work))
+    made.environment["PYTHONPATH"] = f"{ROOT / 'bench'}:{ROOT / 'bench/gpu'}"
+    job = "import time, records; records.record('a thing', 'ours', 'tok/s', [1, 3, 2], (5.0, 6.0)); time.sleep(60)"
+    facts = {"card": "Some Card", "commit": "abc"}
+    part = run.Part("steps", 3.0, made.python("-c", job))
+    run.do_part(made, part, facts)
+    run.conclude(made, facts)
+    (row,) = json.loads((out / "some-card.json").read_text())["rows"]
+    assert (row["median"], row["rounds"], row["part"], row["commit"]) == (2.0, [1.0, 3.0, 2.0], "steps", "abc")
+    assert "TOO LATE" in (out / "table.txt").read_text()
+
+
+def test_clocks_are_those_of_the_time_when_a_number_was_measured(bench):
+    run = bench("run")
+    clocks = [(float(at), [1000.0 + at, 2619.0, 500.0, 60.0]) for at in range(20)]
+    assert run.clocks_of({"at": [4.0, 8.0]}, clocks)["clocks"]["sm_mhz"] == 1006.0
+    assert run.clocks_of({}, clocks) == {}
