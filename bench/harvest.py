@@ -264,6 +264,8 @@ def main(
     peers: Path | None, windows: int, rounds: int, device: str, folder: Path | None, json_file: Path | None
 ) -> None:
     """Measure the harvest; the exit status is 1 where a target is missed."""
+    if windows % BATCH:
+        raise click.UsageError(f"--windows: expected a multiple of {BATCH}, a batch of SAELens, found {windows}")
     if peers is not None and not (peers / "bin/python").exists():
         raise click.UsageError(f"no environment at {peers}: make it with `make peers`, or leave --peers out")
     with tempfile.TemporaryDirectory(dir=folder) as place:

@@ -24,7 +24,7 @@ from typing import Any
 import click
 import numpy as np
 import zarr
-from ratios import ROUNDS, Row, Speeds, compare, conclude, gather_facts, speeds_of, take_turns
+from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
 from talk import Worker
 
 from saemill.cache_schema import (
@@ -32,7 +32,6 @@ from saemill.cache_schema import (
     Manifest,
     ModelSpec,
     Request,
-    ShardArrays,
     ShardBuffers,
     ShardContent,
     Store,
@@ -210,7 +209,7 @@ def open_readers(bench: Bench, folders: dict[str, Path]) -> Iterator[dict[str, C
 def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
     """The same float16 residuals and tokens from both, warm; SAELens with the batch size that suits it best.
 
-    Each has one reader that goes through the store once a round, as a training run goes through epochs.
+    Ours begins each turn anew: a stream that lived through the rounds would read ahead while the peer has its turn.
     """
     folder = bench.folder / "peer"
     folder.mkdir()
@@ -226,13 +225,15 @@ def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
         peer.ask(make=cache, resid=str(folder / "resid.npy"), tokens=str(folder / "tokens.npy"))
         (folder / "resid.npy").unlink()
         with Store.open(folder / "store") as store:
-            stream = store.stream(request, store.spans(request) * (bench.rounds + 1))
-            rounds = [saelens_round(bench, stream, peer, cache) for _ in range(bench.rounds + 1)][1:]  # one to warm
-            stream.close()
+            jobs: dict[str, Callable[[], float]] = {"ours": lambda: stream_once(store, request)}
+            for batch in (8, 32, 256):
+                jobs[f"store batch {batch}"] = lambda batch=batch: seconds_a_token(peer.ask(read=cache, batch=batch))
+            jobs["arrow"] = lambda: seconds_a_token(peer.ask(raw=cache, batch=32))
+            take_turns(1, jobs)  # to warm
+            speeds = speeds_of(1e-6, take_turns(bench.rounds, jobs))
     finally:
         peer.close()
         shutil.rmtree(folder)
-    speeds = {name: Speeds(tuple(found[name] / 1e6 for found in rounds)) for name in rounds[0]}
     best = max((name for name in speeds if name.startswith("store ")), key=lambda name: speeds[name].median)
     return [
         compare("stream, verified", speeds["ours"], speeds[best], "M tokens/s", 1.2, f"SAELens {best}"),
@@ -240,16 +241,21 @@ def bench_saelens(bench: Bench, environment: Path) -> list[Row]:
     ]
 
 
-def saelens_round(bench: Bench, stream: Iterator[ShardArrays], peer: Worker, cache: str) -> dict[str, float]:
-    """Tokens a second of each, one after the other."""
+def stream_once(store: Store, request: Request) -> float:
+    """Seconds a token in the second of three epochs: what was read ahead of it is read ahead of the third again."""
+    spans = store.spans(request)
+    stream = store.stream(request, spans * 3)
+    for _ in islice(stream, len(spans)):
+        pass
     start = perf_counter()
-    tokens = sum(arrays.resid[LAYER].shape[0] * CONTEXT for arrays in islice(stream, bench.shards))
-    found = {"ours": tokens / (perf_counter() - start)}
-    for batch in (8, 32, 256):
-        answer = peer.ask(read=cache, batch=batch)
-        found[f"store batch {batch}"] = answer["tokens"] / answer["seconds"]
-    answer = peer.ask(raw=cache, batch=32)
-    return found | {"arrow": answer["tokens"] / answer["seconds"]}
+    tokens = sum(arrays.resid[LAYER].shape[0] * CONTEXT for arrays in islice(stream, len(spans)))
+    seconds = perf_counter() - start
+    stream.close()
+    return seconds / tokens
+
+
+def seconds_a_token(answer: dict[str, Any]) -> float:
+    return answer["seconds"] / answer["tokens"]
 
 
 def bench_memory(bench: Bench) -> list[Row]:
