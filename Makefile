@@ -13,6 +13,7 @@ TOKENS   ?=
 CONTEXT  ?=
 DEMO     ?= ./demo
 STUDIES  ?= ./study_runs
+RESULTS  ?= ./bench-results
 
 # A worker a core with one thread each: the tests' tensors are too small to keep two threads busy together.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
@@ -74,32 +75,33 @@ studies: env ## all runs of the five studies on a pocket store, their tables and
 	  > $(STUDIES)/{}.log 2>&1 || { tail -n 5 $(STUDIES)/{}.log; exit 1; }'; status=$$?; \
 	  cat $(foreach study,$(STUDY_NAMES),$(STUDIES)/$(study)/table.md); exit $$status
 
-bench: bench-store bench-harvest bench-train bench-quality bench-eval ## every benchmark against the peers
+bench: bench-store bench-harvest bench-train bench-quality bench-eval ## every benchmark against the peers [RESULTS=bench/results]
 
 bench-harvest: env peers ## the harvest against the bare forward pass and SAELens' runner
-	$(BIN)/python bench/harvest.py --peers $(PEERS)
+	$(BIN)/python bench/harvest.py --peers $(PEERS) --json $(RESULTS)/harvest.json
 
 bench-train: env peers ## training steps against SAELens and dictionary_learning; what guidance and a fleet add to a step
 	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STORE)
-	$(BIN)/python bench/train.py --peers-python $(PEERS)/bin/python
+	$(BIN)/python bench/train.py --peers-python $(PEERS)/bin/python --out $(RESULTS)/train.json
 	$(BIN)/python bench/train.py --peers-python $(PEERS)/bin/python --l0 64 --width 9216 \
-	  --variant standard --variant jumprelu --variant gated --variant p_anneal
-	$(BIN)/python bench/guided.py
-	$(BIN)/python bench/fleet.py $(STORE)
+	  --variant standard --variant jumprelu --variant gated --variant p_anneal --out $(RESULTS)/train_relu.json
+	$(BIN)/python bench/guided.py --json $(RESULTS)/guided.json
+	$(BIN)/python bench/fleet.py $(STORE) --json $(RESULTS)/fleet.json
 
 bench-quality: env peers ## saved SAEs opened by SAELens; explained variance at equal sparsity, against the peers
 	$(BIN)/python bench/check_sae_lens.py --peers-python $(PEERS)/bin/python
 	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STORE)
-	$(BIN)/python bench/quality.py $(STORE) --peers-python $(PEERS)/bin/python
+	$(BIN)/python bench/quality.py $(STORE) --peers-python $(PEERS)/bin/python --out $(RESULTS)/quality.json
 
 bench-store: env peers ## the store against plain files and SAELens' cache
-	$(BIN)/python bench/store.py --peers $(PEERS)
+	$(BIN)/python bench/store.py --peers $(PEERS) --json $(RESULTS)/store.json
 
 bench-eval: env saebench ## the core evaluation against official SAEBench
-	$(BIN)/python bench/evaluate.py --saebench $(SAEBENCH)
+	$(BIN)/python bench/evaluate.py --saebench $(SAEBENCH) --json $(RESULTS)/evaluate.json
 
 bench-gpu: ## everything that an accelerator is measured by, in nine minutes; GPU="--only steps" and other options
-	PY=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bash bench/gpu/run.sh $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS)) $(GPU)
+	PY=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bash bench/gpu/run.sh --out $(RESULTS)/gpu \
+	  $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS)) $(GPU)
 
 readme-table: env ## README's tables of what was measured, from bench/results
 	$(BIN)/python bench/readme_table.py

@@ -5,9 +5,10 @@ seeds. The peers at the settings they recommend, and at k fixed also at our lear
 decides much, so the comparison at equal rates comes first. At k fixed a fit whose held-out L0 is more than a tenth
 from k is off target: it is kept and marked, and stands in no comparison. Where sparsity follows a coefficient,
 several are trained and explained variance is read off at the wanted L0, between the two nearest; where those do
-not lie around it there is no number. A fit that is in the results already is not made again.
+not lie around it, or are more than fourfold apart, there is no number. A fit that is in the results already is not
+made again.
 
-    python bench/quality.py STORE --peers-python PATH --out bench/results/quality.json
+    python bench/quality.py STORE --peers-python PATH
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ PEERS = ("sae_lens", "dictionary_learning")
 OURS = ("ours", "ours bfloat16")
 BY_K = ("topk", "batchtopk", "matryoshka")
 SEEDS = (0, 1, 2)
+PROTOCOL = 2  # raised when a contestant is trained in another way: rows of before are of another comparison
 OFF = 0.1  # how far L0 may be from what was asked
+WIDE = 4.0  # between fits whose L0 are further apart than this, as a ratio, nothing is read off
 COEFFICIENTS = {  # from dense to sparse, spanning the wanted L0
-    "standard": {"ours": (0.1, 0.2, 0.3), "sae_lens": (2.0, 5.0, 10.0), "dictionary_learning": (0.03, 0.1, 0.3)},
+    "standard": {"ours": (0.1, 0.2, 0.3), "sae_lens": (2.0, 5.0, 10.0), "dictionary_learning": (0.1, 0.17, 0.3)},
     "gated": {"ours": (0.2, 0.3, 0.5), "sae_lens": (3.0, 8.0, 16.0), "dictionary_learning": (1.0, 3.0, 10.0)},
-    "p_anneal": {"ours": (0.06, 0.1, 0.2), "dictionary_learning": (0.03, 0.1, 0.3)},
+    "p_anneal": {"ours": (0.1, 0.14, 0.2), "dictionary_learning": (0.1, 0.17, 0.3)},
     "jumprelu": {"ours": (16.0,), "sae_lens": (0.5, 2.0, 5.0), "dictionary_learning": (16.0,)},
 }
 TARGETED = {("jumprelu", "ours"), ("jumprelu", "dictionary_learning")}  # their coefficient is the wanted L0
@@ -138,7 +141,8 @@ class Results:
     """Scores by fit, in a file that grows; each row with what it was measured with."""
 
     def __init__(self, path: Path, cache_id: str, steps: int, facts: dict[str, Any]) -> None:
-        self.path, self._run, self._facts = path, {"steps": steps, "cache_id": cache_id}, facts
+        self.path, self._facts = path, facts
+        self._run = {"steps": steps, "cache_id": cache_id, "protocol": PROTOCOL}
         self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
         self.scores = {fit_of(row): score_of(row) for row in self.rows if row.items() >= self._run.items()}
 
@@ -210,9 +214,17 @@ def read_off(scores: list[Score], l0: float) -> tuple[float, list[Score]]:
     ordered = sorted(scores, key=lambda score: score.l0)
     for low, high in itertools.pairwise(ordered):
         if 0 < low.l0 <= l0 <= high.l0:
+            if high.l0 > WIDE * low.l0:
+                return math.nan, [low, high]
             share = math.log(l0 / low.l0) / math.log(high.l0 / low.l0) if high.l0 > low.l0 else 0.0
             return low.explained_variance + share * (high.explained_variance - low.explained_variance), [low, high]
     return math.nan, [min(ordered, key=lambda score: abs(score.l0 - l0))]
+
+
+def last_scores(rows: list[dict[str, Any]]) -> dict[Fit, Score]:
+    """Of the latest comparison in a file: rows of other steps, of another store or protocol are not beside it."""
+    same = [tuple(row.get(name) for name in ("steps", "cache_id", "protocol")) for row in rows]
+    return {fit_of(row): score_of(row) for row, run in zip(rows, same, strict=True) if run == same[-1]}
 
 
 def lines_of(scores: dict[Fit, Score], l0: float) -> list[tuple[str, str, dict[str, Cell]]]:
@@ -257,7 +269,7 @@ def show(scores: dict[Fit, Score], l0: float) -> None:
 @click.option("--l0", default=16.0, show_default=True, help="Where variants without k are compared.")
 @click.option("--steps", default=600, show_default=True)
 @click.option("--seed", "seeds", multiple=True, type=int, default=SEEDS, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=HERE / "results" / "quality.json")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench-results/quality.json"))
 def main(
     store: str,
     peers_python: str,

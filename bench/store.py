@@ -262,21 +262,19 @@ def bench_memory(bench: Bench) -> list[Row]:
     """Peak growth of a fresh process that streams the whole store, against the buffers it says it holds."""
     code = """
 import sys
-from pathlib import Path
+from ratios import resident
 from saemill.cache_schema import Request, ShardBuffers, Store
-def peak():  # not ru_maxrss: a new process inherits that of its parent
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 request = Request(layers=(19,))
 with Store.open(sys.argv[1]) as store:
-    before, buffers = peak(), 2 * ShardBuffers(store.manifest, request).nbytes
+    before, buffers = resident("VmHWM"), 2 * ShardBuffers(store.manifest, request).nbytes
     for arrays in store.stream(request, in_flight=1):
         pass
-    print(peak() - before, buffers)
+    print(resident("VmHWM") - before, buffers)  # not ru_maxrss: a new process inherits that of its parent
 """
-    output = subprocess.run(
-        [sys.executable, "-c", code, bench.folder / "raw"], capture_output=True, text=True, check=True
-    )
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths.rstrip(os.pathsep)}
+    command = [sys.executable, "-c", code, bench.folder / "raw"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     growth, buffers = map(int, output.stdout.split())
     found = f"{growth / 1e6:,.0f} MB for a store of {bench.gigabytes * 1e3:,.0f} MB"
     return [Row("memory while streaming", found, f"buffers {buffers / 1e6:,.0f} MB", buffers / growth, 0.8)]

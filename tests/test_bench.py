@@ -67,6 +67,22 @@ def test_readme_says_what_the_results_say(bench, monkeypatch, tmp_path):
     assert (tmp_path / "README.md").read_text() == readme
 
 
+def test_a_kept_run_on_a_device_is_shown_against_the_best_peer(bench, monkeypatch, tmp_path):
+    table = bench("readme_table")
+    (tmp_path / "gpu/2026-11-27-card").mkdir(parents=True)
+    facts = {"card": "Some Card", "date": "2026-11-27", "torch": "2.11.0", "commit": "abc", "unit": "tok/s"}
+    speeds = {"ours bfloat16": 900.0, "ours float32": 999.0, "sae_lens tf32": 300.0, "sparsify": 450.0}
+    rows = [{"part": "steps", "what": "topk", "who": who, "median": speed, **facts} for who, speed in speeds.items()]
+    rows.append(
+        {"part": "steps", "what": "topk", "who": "dictionary_learning tf32", "failed": "out of memory", **facts}
+    )
+    document = {"title": "On Some Card", "parts": [], "rows": rows}
+    (tmp_path / "gpu/2026-11-27-card/some-card.json").write_text(json.dumps(document))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    lines = list(table.gpu_lines())
+    assert "Some Card" in lines[0] and lines[-1] == "| topk | 900 tok/s | sparsify: 450 | 2.00 |"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda path: path.stem)
 def test_every_row_says_when_and_of_what_code_it_is(path):
     rows = json.loads(path.read_text())["rows"]
@@ -96,6 +112,8 @@ def test_where_no_two_fits_lie_around_the_wanted_l0_there_is_no_number(bench):
     }
     assert str(quality.cell_of(scores, 16.0)) == "off target: L0 34.0"
     assert quality.cell_of(scores, 48.0).values[0] == pytest.approx(0.5 + 0.1 * 0.4596, abs=1e-3)
+    scores[quality.Fit("gated", 64, "ours", coefficient=9.0)] = quality.Score(0.1, 8.0, 0.0)
+    assert str(quality.cell_of(scores, 16.0)) == "off target: L0 8.0 to 34.0"  # more than fourfold apart
 
 
 def test_the_peers_at_our_rate_come_first(bench):

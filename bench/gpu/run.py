@@ -385,7 +385,7 @@ def make_environment(asked: argparse.Namespace, work: Path) -> dict[str, str]:
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--out", type=Path, default=Path("bench/results/gpu/new"), help="Folder for what comes out.")
+    parse.add_argument("--out", type=Path, default=Path("bench-results/gpu"), help="Folder for what comes out.")
     parse.add_argument("--only", help=f"Some of {','.join(PARTS)}; what they need is added.")
     parse.add_argument("--total", type=float, default=520, help="Seconds for everything.")
     parse.add_argument("--device", default="cuda")
