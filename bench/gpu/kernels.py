@@ -21,6 +21,7 @@ import torch
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
+from saemill.train.sae.kernels.hardware import has_triton
 from saemill.train.sae.kernels.support import support_from_topk
 from saemill.train.sae.kernels.triton import bags, rows, select
 
@@ -184,6 +185,8 @@ def main() -> None:
     parse.add_argument("--steps-only", action="store_true")
     parse.add_argument("--out", type=Path)
     asked = parse.parse_args()
+    if not has_triton(torch.device("cuda:0")):
+        raise SystemExit("our kernels do not run here")
     table = Table()
     try:
         limits(table)

@@ -20,6 +20,7 @@ from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
 from saemill.train.sae.gates import JumpRelu
+from saemill.train.sae.kernels.hardware import has_triton
 
 
 def make_trainee(settings: Settings, x: torch.Tensor) -> Trainee:
@@ -46,6 +47,9 @@ def make_trainee(settings: Settings, x: torch.Tensor) -> Trainee:
 
 def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
     keep_large_blocks()
+    device = batches[0].device
+    if device.type == "cuda" and not os.environ.get("WITHOUT_TRITON") and not has_triton(device):
+        raise SystemExit("our kernels do not run here: a row of this name would show torch's")
     trainee = make_trainee(settings, batches[0])
     return lambda x: trainee.step(Batch(x))
 
