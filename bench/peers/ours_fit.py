@@ -15,7 +15,6 @@ from saemill.cache_schema.allocator import keep_large_blocks
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats
 from saemill.train.engine.step import Trainee
-from saemill.train.kit.build import dead_after
 from saemill.train.kit.registry import config_type
 
 COEFFICIENT = {"standard": "penalty", "gated": "penalty", "p_anneal": "penalty", "jumprelu": "target_l0"}
@@ -33,7 +32,7 @@ def fit(ask: Ask) -> dict[str, float]:
     scale = d_model**0.5 / norms(ask.folder)["mean"]
     cls = config_type(ask.variant)
     wanted = {"width": ask.width, "k": ask.k, "seed": ask.seed, "encoder_product": ask.precision}
-    wanted |= {"dead_after_tokens": dead_after(ask.steps * ROWS, cls)}
+    wanted |= {"dead_after_tokens": ask.steps * ROWS // cls().dead_part()}
     wanted |= {COEFFICIENT.get(ask.variant, ""): ask.coefficient}
     known = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{name: value for name, value in wanted.items() if name in known})

@@ -9,14 +9,16 @@ the module before and after the optimiser. New behaviour comes from combining th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..parallel.ranks import BatchRanks
+from ..sae.extra import Extra
 from ..sae.model import SparseAutoencoder
 from ..sae.side import Side
 from ..sae.view import View
@@ -53,6 +55,15 @@ class Constraint(Protocol):
         ...
 
 
+class Buildable(Protocol):
+    """What training needs of a variant's config; `kit/contract.py` has the whole contract."""
+
+    def request(self) -> Needs: ...
+
+    @property
+    def build(self) -> Callable[..., Assembly]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Assembly:
     """An SAE with all that training it takes; knows no data and no files."""
@@ -66,6 +77,7 @@ class Assembly:
     generator: torch.Generator  # of everything random in training
     input_stats: Stats
     target_stats: Stats
+    extras: Mapping[str, Extra] = field(default_factory=dict)
 
     def with_terms(self, *terms: Term) -> Assembly:
         """The same with more terms; names must be new."""
@@ -95,16 +107,11 @@ class Assembly:
     def with_knobs(self, **knobs: Schedule) -> Assembly:
         return replace(self, knobs={**self.knobs, **knobs})
 
-    def with_extra(self, name: str, module: nn.Module) -> Assembly:
-        """The same with a module that trains along: terms find it as `view.sae.extras[name]`.
-
-        Its method `observe(view)`, if it has one, is called after each step; `lr_scale` multiplies its
-        learning rate.
-        """
-        if name in self.sae.extras:
+    def with_extra(self, name: str, extra: Extra) -> Assembly:
+        """The same with a module that trains along, under a new name; terms find it as `view.sae.extras[name]`."""
+        if name in self.extras:
             raise ValueError(f"expected a new name of an extra, found {name!r} again")
-        self.sae.extras[name] = module
-        return self
+        return replace(self, extras={**self.extras, name: extra})
 
     def wrapped(self, wrap: Callable[[SparseAutoencoder], SparseAutoencoder]) -> Assembly:
         """The same around another module made from this one's."""

@@ -28,6 +28,7 @@ from ..data.batch import Batch
 from ..errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from ..parallel.ranks import Alone, Ranks, shared
 from ..parallel.sharded_rows import Shard, assign, on_host
+from ..sae.extra import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
 from ..sae.view import View
@@ -113,6 +114,7 @@ class Trainee:
         self.device = torch.device(device)
         self.ranks: Ranks = ranks or Alone()
         self.sae = assembly.sae
+        self.sae.extras.update(dict(assembly.extras))
         self._losses = Losses(self.sae, assembly.terms)
         self._is_sharded = shard is not None
         if shard is not None:
@@ -134,7 +136,7 @@ class Trainee:
         """Train on one batch."""
         if self._looks_late and self.step_index % LOOK_EVERY == 0:
             self.look()
-            self.counters.list_dead(self.assembly.dead_after_tokens, self.sae.retired)
+            self.counters.list_dead(self.assembly.dead_after_tokens, retired_of(self.sae))
         view = self._view(batch)
         random_state = self.assembly.generator.get_state()
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
@@ -202,6 +204,7 @@ class Trainee:
             dead=self.counters.dead(assembly.dead_after_tokens),
             stats=assembly.target_stats,
             generator=assembly.generator,
+            retired=retired_of(self.sae),
             listed_dead=self.counters.listed if self._looks_late else None,
         )
 
@@ -289,9 +292,8 @@ class Trainee:
         self.sae.gate.observe(view.codes, view.side)
         ranks = view.side.ranks
         self.counters.update(ranks.sum(view.codes.fired), ranks.rows(view.x.shape[0]))
-        for extra in self.sae.extras.values():
-            if hasattr(extra, "observe"):
-                cast(Any, extra).observe(view)
+        for extra in extras_of(self.sae):
+            extra.observe(view)
 
 
 def _require_shardable(name: str, sae: SparseAutoencoder) -> None:
@@ -303,8 +305,8 @@ def _require_shardable(name: str, sae: SparseAutoencoder) -> None:
 def _lr_scales(sae: SparseAutoencoder) -> dict[str, float]:
     """Multiples of the learning rate, for the parameters of modules that ask for one."""
     return {
-        f"{path}.{name}": float(getattr(module, "lr_scale", 1.0))
+        f"{path}.{name}": module.lr_scale
         for path, module in sae.named_modules()
-        if hasattr(module, "lr_scale")
+        if isinstance(module, Part)
         for name, _ in module.named_parameters()
     }

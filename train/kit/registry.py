@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from ..errors import UnknownVariant
+from ..errors import ConfigInvalid, UnknownVariant
 from ..file_registry import file_names, import_file, require_known
+from .contract import Variant
 
 PACKAGE = __name__.rsplit(".", 2)[0] + ".variants"
 FOLDER = str(Path(__file__).parents[1] / "variants")
@@ -24,7 +24,9 @@ def module(name: str) -> ModuleType:
     return import_file(PACKAGE, name)
 
 
-def config_type(name: str) -> type[Any]:
+def config_type(name: str) -> type[Variant]:
     """The frozen `Config` of a variant."""
-    config: type[Any] = module(name).Config
+    config = getattr(module(name), "Config", None)
+    if not (isinstance(config, type) and issubclass(config, Variant)):
+        raise ConfigInvalid(f"train/variants/{name}.py: expected a class Config that extends Variant, found {config!r}")
     return config

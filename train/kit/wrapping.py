@@ -16,13 +16,14 @@ from ..engine.compose import Assembly
 from ..engine.optim import Optim
 from ..sae.model import EncoderProduct
 from . import registry
-from .build import DEAD_PART, SPARSE_TABLES, most_active, require
+from .build import require
+from .contract import Variant, most_active
 
 BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional ones that no variant reads for itself
 
 
 @dataclass(frozen=True)
-class Wrapping:
+class Wrapping(Variant):
     """What the config of every variant on a base has; those that are None are the base's own defaults."""
 
     own_tables: ClassVar[float] = 1.0
@@ -41,13 +42,11 @@ class Wrapping:
     encoder_product: EncoderProduct = "float32"
     optim: Optim = field(default_factory=Optim)
 
-    @property
     def step_tables(self) -> float:
-        return getattr(_base_config(self, None), "step_tables", SPARSE_TABLES) + self.own_tables
+        return _base_config(self, None).step_tables() + self.own_tables
 
-    @property
     def dead_part(self) -> int:
-        return getattr(registry.config_type(self.base), "dead_part", DEAD_PART)
+        return registry.config_type(self.base)().dead_part()
 
 
 def build_base(config: Wrapping, d_model: int, stats: Stats | None = None) -> Assembly:
@@ -58,14 +57,14 @@ def build_base(config: Wrapping, d_model: int, stats: Stats | None = None) -> As
 
 def base_request(config: Wrapping) -> Needs:
     """What the base reads. One that reads several layers, another target or windows cannot be wrapped."""
-    needs: Needs = _base_config(config, None).request()
+    needs = _base_config(config, None).request()
     plain = len(needs.inputs) == 1 and needs.targets is None and not needs.windows
     require(plain, f"base: expected a variant that reads tokens of one layer and rebuilds them, found {config.base!r}")
     return needs
 
 
-def _base_config(config: Wrapping, d_model: int | None) -> Any:
-    cls = registry.config_type(config.base)
+def _base_config(config: Wrapping, d_model: int | None) -> Variant:
+    cls: Any = registry.config_type(config.base)
     known = {field.name for field in dataclasses.fields(cls)}
     require("base" not in known, f"base: expected a variant that wraps no other, found {config.base!r}")
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "base"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +23,8 @@ from ..data.plan import Plan
 from ..data.scaling import Stats, stats_from_moments
 from ..data.split_sizes import measure_split
 from ..disk.checkpoint import Checkpoint, load_checkpoint
-from ..engine.fleet import Fleet, Member
+from ..engine.fleet import Fleet
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, RunFinished
-from ..kit.build import dead_after, most_active
 from ..parallel.processes import Group, all_or_none, make_shard
 from .budget import Budget, settle_budget
 from .checkpoints import Keeper
@@ -57,8 +55,8 @@ def settle(ask: Ask, store: Store) -> Settled:
     plan = make_plan(data, store)
     budget = settle_budget(ask.length(), plan, store.url)
     course = replace(ask.length(), tokens=budget.tokens)
-    limits = partial(limits_for, store.manifest, budget)
-    members = tuple(fitted(member, store.manifest) for member in ask.members(limits, store.manifest.layers))
+    members = ask.members(lambda config: config.limits(store.manifest, budget.tokens), store.manifest.layers)
+    members = tuple(replace(member, config=member.config.filled(store.manifest)) for member in members)
     return Settled(RunConfig(data, course, members), plan, budget, ask.recipe)
 
 
@@ -119,8 +117,7 @@ def check(settled: Settled, store: Store, group: Group, device: torch.device) ->
     members = settled.config.members
     require_trackers(settled.config.course.trackers)
     for config in (member.config for member in members):
-        if hasattr(config, "check"):
-            config.check(store.manifest)
+        config.check(store.manifest)
     request = joint_request([member.config.request() for member in members], TRAIN)
     validate_request(store.manifest, request)
     store.spans(request)
@@ -192,19 +189,6 @@ def with_pool(data: DataConfig, manifest: Manifest) -> DataConfig:
     return replace(data, pool_tokens=max(data.batch_tokens, POOL_BYTES // (2 * manifest.model.d_model)))
 
 
-def limits_for(manifest: Manifest, budget: Budget, config: Any) -> dict[str, Any]:
-    """Defaults are never beyond these: papers' settings are for larger models and longer runs."""
-    d_model = manifest.model.d_model
-    active = most_active(d_model)
-    return {
-        **dict.fromkeys(("short_to", "medium_to", "long_to"), manifest.context),
-        "width": 16 * d_model,
-        "k": active,
-        "target_l0": active,
-        "dead_after_tokens": dead_after(budget.tokens, config),
-    }
-
-
 def describe(settled: Settled, store: Store) -> dict[str, Any]:
     """config.json."""
     recipe = settled.recipe
@@ -216,13 +200,6 @@ def describe(settled: Settled, store: Store) -> dict[str, Any]:
         "total_steps": settled.budget.steps,
         "provenance": provenance(),
     }
-
-
-def fitted(member: Member, manifest: Manifest) -> Member:
-    """With the length of the store's windows in a config that has a place for it."""
-    if not hasattr(member.config, "context") or member.config.context is not None:
-        return member
-    return replace(member, config=replace(member.config, context=manifest.context))
 
 
 @contextmanager

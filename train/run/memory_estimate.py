@@ -10,7 +10,6 @@ import torch
 
 from ..engine.fleet import Member
 from ..errors import MemoryTooSmall
-from ..kit.build import SPARSE_TABLES
 
 COPIES = 4  # weights, gradients, two moments, all in float32
 _GIB = 2**30
@@ -40,14 +39,14 @@ def weight_bytes(member: Member, d_model: int, shards: int = 1) -> int:
     """Weights and optimiser state of an SAE. Sharded weights and gradients are whole for a moment."""
     inputs, outputs = _widths(member, d_model)
     copies = COPIES if shards == 1 else COPIES / shards + 2
-    return int(copies * 4) * getattr(member.config, "width", 0) * (inputs + outputs)
+    return int(copies * 4) * member.config.width * (inputs + outputs)
 
 
 def step_bytes(member: Member, d_model: int, batch_tokens: int) -> int:
     """As many tables [B, F] as the variant says it holds at once, and a handful of the residual's width."""
     inputs, outputs = _widths(member, d_model)
-    tables = getattr(member.config, "step_tables", SPARSE_TABLES)
-    return batch_tokens * int(4 * tables * getattr(member.config, "width", 0) + 4 * 4 * (inputs + outputs))
+    tables = member.config.step_tables()
+    return batch_tokens * int(4 * tables * member.config.width + 4 * 4 * (inputs + outputs))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -63,7 +63,7 @@ class SparseAutoencoder(nn.Module):
         self.gate = gate
         self.centres_input = centres_input
         self.encoder_product: EncoderProduct = encoder_product
-        self.extras = nn.ModuleDict()  # what trains along but no activation needs
+        self.extras = nn.ModuleDict()  # what trains along but no activation needs; the trainer puts it here
         self.extras_tensors: dict[str, Tensor] = {}  # the same of a loaded SAE, by name
         self.metadata: dict[str, Any] = {}  # where a loaded SAE belongs
 
@@ -96,12 +96,6 @@ class SparseAutoencoder(nn.Module):
     @property
     def d_out(self) -> int:
         return self.W_dec.shape[1]
-
-    @property
-    def retired(self) -> Tensor | None:
-        """bool [F], latents that shall stay silent, where an extra has retired any."""
-        found = (getattr(extra, "retired", None) for extra in self.extras.values())
-        return next((retired for retired in found if retired is not None), None)
 
     def centred(self, x: Tensor) -> Tensor:
         """The encoder's input."""

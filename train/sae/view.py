@@ -31,6 +31,7 @@ class View:
     dead: Tensor  # bool [F], latents that have not fired for long
     stats: Stats  # of the target
     generator: torch.Generator
+    retired: Tensor | None = None  # bool [F], latents that must stay silent
     listed_dead: Tensor | None = None  # the dead latents that the step has listed; listing them waits for a GPU
     memory: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Tensor] = field(default_factory=dict)
@@ -53,8 +54,7 @@ class View:
         """int64, the dead latents in rising order; those that were retired are past saving."""
         if self.listed_dead is not None:
             return self.listed_dead
-        retired = self.sae.retired
-        wanted = self.dead if retired is None else self.dead & ~retired
+        wanted = self.dead if self.retired is None else self.dead & ~self.retired
         return self.once("dead_latents", lambda: wanted.nonzero().view(-1))
 
     def note(self, name: str, value: Tensor | float) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.compose import TableUse
+from ..sae.extra import Extra
 from ..sae.model import SparseAutoencoder
 from ..sae.view import View
 from .tiers import Tiers, tiers_of
@@ -23,7 +24,7 @@ COMPOSITION = "composition"
 NEGLIGIBLE = 1e-3
 
 
-class Composition(nn.Module):
+class Composition(Extra):
     """C2, C3, ...: what each tier's latents are made of; tiers count from 1 here.
 
     Where latents may change tiers, the matrices have room for as many as a tier may get; row i is the i-th

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.compose import TableUse
+from ..sae.extra import Extra, retired_of
 from ..sae.model import SparseAutoencoder
 from ..sae.side import Side
 from ..sae.view import View
@@ -35,7 +36,7 @@ class Pruning:
     """Latents under this share are left out of the temporal losses."""
 
 
-class Dynamics(nn.Module):
+class Dynamics(Extra):
     """Running moments of activations, the groups of latents, and who is retired."""
 
     group: Tensor
@@ -67,6 +68,9 @@ class Dynamics(nn.Module):
         weights = 1.0 / (relative + 0.01) if by_variance else torch.ones_like(relative)
         return torch.where(relative >= self.pruning.floor, weights, 0.0)
 
+    def retired_latents(self) -> Tensor:
+        return self.retired
+
     @torch.no_grad()
     def observe(self, view: View) -> None:
         mean, square = _moments(view)
@@ -93,12 +97,13 @@ class Retire:
     def before_step(self, sae: SparseAutoencoder) -> None:
         for table in (sae.W_enc.grad, sae.b_enc.grad, sae.W_dec.grad):
             if table is not None:
-                table[sae.retired] = 0.0
+                table[retired_of(sae)] = 0.0
 
     @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:
-        sae.W_enc[sae.retired] = 0.0
-        sae.b_enc[sae.retired] = SILENT
+        retired = retired_of(sae)
+        sae.W_enc[retired] = 0.0
+        sae.b_enc[retired] = SILENT
 
 
 def rows_before(side: Side, lag: int) -> Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..sae.extra import Extra
 from ..sae.shapes.masks import HardMask, Mask, SoftMask
 from ..sae.shapes.range_encoders import Adapters
 from ..sae.shapes.ranges import FREE, range_of
@@ -27,7 +28,7 @@ def l1_before_mask(view: View) -> Tensor:
     return codes.mean_over_rows() / view.stats.width**0.5
 
 
-class MaskRecord(nn.Module):
+class MaskRecord(Extra):
     """The range of each latent; measured where no mask says it."""
 
     range: Tensor

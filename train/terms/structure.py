@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..sae.extra import Extra
 from ..sae.view import View
 from .tiers import tier_losses, tiers_of
 
@@ -39,7 +40,7 @@ class Moves:
         return tuple(size + int(self.drift * size) for size in sizes)
 
 
-class Structure(nn.Module):
+class Structure(Extra):
     """Running means of frequencies and losses, and the moves that follow from them."""
 
     frequency: Tensor

@@ -19,6 +19,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ..sae.extra import Extra
 from ..sae.kernels.nested import tier_errors
 from ..sae.view import View
 
@@ -26,7 +27,7 @@ Importance = Literal["learned", "uncertainty", "fixed"]
 TIERS = "tiers"
 
 
-class Tiers(nn.Module):
+class Tiers(Extra):
     """Which tier each latent belongs to, and the importance of each tier."""
 
     lr_scale = 30.0  # s_t has a way of order 1 to go, in steps of the learning rate

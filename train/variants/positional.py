@@ -8,7 +8,7 @@ the bit. All but that need the position at inference, and the saved SAE says so.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -67,6 +67,9 @@ class Config(Wrapping):
     def request(self) -> Needs:
         self._require_valid()
         return replace(base_request(self), positions=True)
+
+    def filled(self, manifest: Manifest) -> Self:
+        return self if self.context is not None else replace(self, context=manifest.context)
 
     def check(self, manifest: Manifest) -> None:
         """Refuse a store whose windows do not fit."""

@@ -6,64 +6,25 @@ value means the same at every width of the residual stream.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
-
-from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
-from ..engine.optim import Optim
-from ..engine.schedules import Constant, Ramp
-from ..kit.build import (
-    DecoderBias,
-    assemble,
-    aux_term,
-    require,
-    require_width,
-    scaled_lr,
-    seeded,
-    settled,
-    stats_or_unit,
-    tied_sae,
-)
+from ..engine.compose import Assembly
+from ..kit.build import relu_optim
+from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain, settings
 from ..sae.gates import Relu
-from ..sae.model import EncoderProduct
-from ..terms.constraints import UnitDecoder
-from ..terms.reconstruction import reconstruction
 from ..terms.sparsity import l1
 
 
-@dataclass(frozen=True)
-class Config:
-    step_tables: ClassVar[float] = 5.0
-
-    layer: int = 19
+@settings(
+    "layer width seed penalty penalty_warmup_fraction aux_weight aux_k dead_after_tokens decoder_bias "
+    "encoder_product optim"
+)
+class Config(WithPenalty, WithAux, SingleLayer):
     width: int = 2304
-    seed: int = 0
-    penalty: float = 0.1
-    penalty_warmup_fraction: float = 0.05
-    """Share of the run over which the penalty rises from zero."""
-    aux_weight: float = 1 / 32
-    aux_k: int | None = None
-    """Dead latents that each token may use; None: half of the residual width."""
-    dead_after_tokens: int = 10_000_000
-    decoder_bias: DecoderBias = "mean"
-    encoder_product: EncoderProduct = "float32"
-    optim: Optim = field(default_factory=Optim)
 
-    def request(self) -> Needs:
-        return Needs(inputs=(self.layer,))
+    def step_tables(self) -> float:
+        return 5.0
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
-        require_width(self.width)
-        require(self.penalty >= 0, f"penalty: expected 0 or more, found {self.penalty}")
-        stats = stats_or_unit(stats, d_model)
-        generator = seeded(self.seed)
-        sae = tied_sae(self.width, stats, Relu(), generator, self.decoder_bias, self.encoder_product)
-        terms = (
-            Term("reconstruction", reconstruction, Constant(1.0)),
-            Term("l1", l1, Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction)),
-            aux_term(self.aux_k, self.aux_weight, d_model, rectified=False),
-        )
-        optim = settled(self.optim, lr=scaled_lr(5e-4, self.width, stats.width))
-        return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens)
+        terms = (RECONSTRUCTION, self.penalise("l1", l1), self.aux(d_model, rectified=False))
+        optim = relu_optim(self.optim, self.width, d_model)
+        return build_plain(self, d_model, stats, Relu(), terms, optim)

@@ -7,7 +7,9 @@ base on whole windows, to the bit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
 from ...cache_schema import Manifest
 from ..data.batch import Needs
@@ -65,6 +67,13 @@ class Config(Wrapping):
     def request(self) -> Needs:
         self._require_valid()
         return replace(base_request(self), windows=True, positions=True, documents=True)
+
+    def filled(self, manifest: Manifest) -> Self:
+        return self if self.context is not None else replace(self, context=manifest.context)
+
+    def limits(self, manifest: Manifest, tokens: int) -> Mapping[str, float]:
+        longest = dict.fromkeys(("short_to", "medium_to", "long_to"), manifest.context)
+        return {**super().limits(manifest, tokens), **longest}
 
     def check(self, manifest: Manifest) -> None:
         """Refuse a store whose windows do not fit."""

@@ -130,7 +130,7 @@ class Config(Wrapping):
         if not self.moves_every_steps:
             return assembly
         sae = assembly.sae
-        followers = [extra.follow for extra in sae.extras.values() if isinstance(extra, Composition)]
+        followers = [extra.follow for extra in assembly.extras.values() if isinstance(extra, Composition)]
         if isinstance(sae, ShapedAutoencoder):
             followers.append(lambda before, after: sae.follow(after))
         return assembly.with_extra("structure", Structure(self._moves(), self.sizes(), followers))

@@ -2,58 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
-
-from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
-from ..engine.optim import Optim
-from ..engine.schedules import Constant
-from ..kit.build import (
-    TOPK_DEAD_PART,
-    DecoderBias,
-    assemble,
-    aux_term,
-    require_sparsity,
-    seeded,
-    stats_or_unit,
-    tied_sae,
-    topk_optim,
-)
+from ..engine.compose import Assembly
+from ..kit.build import TOPK_DEAD_PART, require_sparsity, topk_optim
+from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
 from ..sae.gates import TopK
 from ..sae.model import EncoderProduct
-from ..terms.constraints import UnitDecoder
-from ..terms.reconstruction import reconstruction
 
 
-@dataclass(frozen=True)
-class Config:
-    layer: int = 19
-    width: int = 16384
+@settings("layer width k seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")
+class Config(WithAux, SingleLayer):
     k: int = 64
-    seed: int = 0
-    aux_weight: float = 1 / 32
-    aux_k: int | None = None
-    """Dead latents that each token may use; None: half of the residual width."""
-    dead_after_tokens: int = 10_000_000
-    dead_part: ClassVar[int] = TOPK_DEAD_PART
-    decoder_bias: DecoderBias = "mean"
     encoder_product: EncoderProduct = "bfloat16"
-    optim: Optim = field(default_factory=Optim)
 
-    def request(self) -> Needs:
-        return Needs(inputs=(self.layer,))
+    def dead_part(self) -> int:
+        return TOPK_DEAD_PART
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)
-        stats = stats_or_unit(stats, d_model)
-        generator = seeded(self.seed)
-        gate = TopK(self.k)
-        sae = tied_sae(self.width, stats, gate, generator, self.decoder_bias, self.encoder_product)
-        terms = (
-            Term("reconstruction", reconstruction, Constant(1.0)),
-            aux_term(self.aux_k, self.aux_weight, d_model),
-        )
-        optim = topk_optim(self.optim, self.width, stats.width)
-        return assemble(sae, stats, generator, optim, terms, (UnitDecoder(),), self.dead_after_tokens)
+        optim = topk_optim(self.optim, self.width, d_model)
+        return build_plain(self, d_model, stats, TopK(self.k), (RECONSTRUCTION, self.aux(d_model)), optim)

@@ -6,32 +6,29 @@ decoder's bias, which belongs to the other layer; the encoder's bias starts so t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.compose import Assembly
 from ..engine.optim import Optim
-from ..engine.schedules import Constant
-from ..kit.build import assemble, aux_term, require, require_sparsity, seeded, stats_or_unit, topk_optim
+from ..kit.build import require, require_sparsity, stats_or_unit, topk_optim
+from ..kit.contract import Variant
+from ..kit.single_layer import RECONSTRUCTION, WithAux, settings
 from ..sae.gates import TopK
 from ..sae.model import EncoderProduct, SparseAutoencoder, tied_weights
 from ..terms.constraints import UnitDecoder
-from ..terms.reconstruction import reconstruction
 
 
-@dataclass(frozen=True)
-class Config:
+@settings("layer to_layer width k seed aux_weight aux_k dead_after_tokens encoder_product optim")
+class Config(WithAux, Variant):
     layer: int = 19
     to_layer: int = 20
     width: int = 16384
     k: int = 64
     seed: int = 0
-    aux_weight: float = 1 / 32
-    aux_k: int | None = None
-    """Dead latents that each token may use; None: half of the residual width."""
     dead_after_tokens: int = 10_000_000
     encoder_product: EncoderProduct = "bfloat16"
     optim: Optim = field(default_factory=Optim)
@@ -43,7 +40,7 @@ class Config:
     def build(self, d_model: int, stats: Stats | None = None, target_stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)
         stats, target_stats = stats_or_unit(stats, d_model), stats_or_unit(target_stats, d_model)
-        generator = seeded(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         W_enc, W_dec = tied_weights(self.width, d_model, generator)
         sae = SparseAutoencoder(
             W_enc,
@@ -54,19 +51,14 @@ class Config:
             centres_input=False,
             encoder_product=self.encoder_product,
         )
-        terms = (
-            Term("reconstruction", reconstruction, Constant(1.0)),
-            aux_term(self.aux_k, self.aux_weight, d_model),
-        )
-        optim = topk_optim(self.optim, self.width, stats.width)
-        constraints = (UnitDecoder(),)
-        return assemble(
-            sae,
-            stats,
-            generator,
-            optim,
-            terms,
-            constraints,
-            self.dead_after_tokens,
+        return Assembly(
+            sae=sae,
+            terms=(RECONSTRUCTION, self.aux(d_model)),
+            constraints=(UnitDecoder(),),
+            knobs={},
+            optim=topk_optim(self.optim, self.width, d_model),
+            dead_after_tokens=self.dead_after_tokens,
+            generator=generator,
+            input_stats=stats,
             target_stats=target_stats,
         )

@@ -10,6 +10,7 @@ from saemill.train.engine.compose import Term
 from saemill.train.engine.schedules import Constant, Ramp
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SideInputMissing
+from saemill.train.sae.extra import Extra
 from saemill.train.sae.kernels.codes import Codes
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side import NO_SIDE, Side
@@ -112,7 +113,7 @@ def test_a_target_of_its_own_is_reconstructed(rng):
     torch.testing.assert_close(report.explained_variance, expected, rtol=1e-5, atol=1e-5)
 
 
-class Counter(torch.nn.Module):
+class Counter(Extra):
     """Learns a weight, counts steps."""
 
     lr_scale = 10.0

@@ -27,6 +27,12 @@ class Wrapping(wrapping.Wrapping):
     seed: int = 1
     alpha: float = 0.1
 
+    def request(self):
+        return base_request(self)
+
+    def build(self, d_model, stats=None):
+        return build_base(self, d_model, stats)
+
 
 def test_shared_settings_are_handed_on():
     assembly = build_base(Wrapping(base="topk", k=3), D)

@@ -9,7 +9,6 @@ from saemill.train.ask.records import Ask, CourseConfig, DataConfig, RunConfig, 
 from saemill.train.ask.settings import parse_grid, parse_settings, parse_value, with_settings
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit import registry
-from saemill.train.kit.build import dead_after
 
 
 @pytest.mark.parametrize(
@@ -78,7 +77,7 @@ def test_limits_bound_defaults_and_not_wishes():
 )
 def test_a_latent_is_dead_after_a_part_of_the_budget(variant, words, part):
     asked = Ask.of_variants([variant], parse_settings(words))
-    (member,) = asked.members(lambda config: {"dead_after_tokens": dead_after(3_000_000, config)})
+    (member,) = asked.members(lambda config: {"dead_after_tokens": 3_000_000 // config.dead_part()})
     assert member.config.dead_after_tokens == 3_000_000 // part
 
 

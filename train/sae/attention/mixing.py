@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..extra import Extra
 from .links import Links
 
 
-class Mixing(nn.Module):
+class Mixing(Extra):
     """Learned weights over layers, equal at the start; `layers` and the last `weight` are for who reads the file."""
 
     lr_scale = 10.0  # a handful of numbers that every token of a batch has a say in

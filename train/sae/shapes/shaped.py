@@ -21,6 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..extra import Part
 from ..gates import Gated
 from ..kernels.codes import Codes, codes_from_dense
 from ..kernels.linear import linear
@@ -29,7 +30,7 @@ from ..model import Choose, SparseAutoencoder
 from ..side import NO_SIDE, Side
 
 
-class Shape(nn.Module):
+class Shape(Part):
     """What every shape offers."""
 
     is_plain = False
@@ -57,11 +58,10 @@ class Shape(nn.Module):
 
 
 class ShapedAutoencoder(SparseAutoencoder):
-    """The SAE `inner`, its weights, gate and extras, with shapes by name, applied in their order."""
+    """The SAE `inner`, its weights and gate, with shapes by name, applied in their order."""
 
     def __init__(self, inner: SparseAutoencoder, shapes: Mapping[str, Shape]) -> None:
         super().__init__(**inner.parts())
-        self.extras = inner.extras
         self.shapes = nn.ModuleDict(shapes)
         self.is_plain = all(shape.is_plain for shape in shapes.values())
         self.needs_side = tuple(dict.fromkeys(name for shape in shapes.values() for name in shape.needs_side))

@@ -1,0 +1,122 @@
+"""What variants with one dictionary share: their settings, their losses, and one way to build them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Constraint, Term
+from ..engine.optim import Optim
+from ..engine.schedules import Constant, Ramp, Schedule
+from ..sae.gates import Gate
+from ..sae.model import EncoderProduct, SparseAutoencoder, tied_weights
+from ..sae.view import View
+from ..terms.auxk import AuxK
+from ..terms.constraints import UnitDecoder
+from ..terms.reconstruction import reconstruction
+from .build import require, require_width, stats_or_unit
+from .contract import Variant
+
+T = TypeVar("T")
+DecoderBias = Literal["mean", "zero"]
+
+RECONSTRUCTION = Term("reconstruction", reconstruction, Constant(1.0))
+
+
+@dataclass(frozen=True)
+class Dictionary(Variant):
+    """Settings of every variant whose encoder starts as its decoder."""
+
+    width: int = 16384
+    seed: int = 0
+    dead_after_tokens: int = 10_000_000
+    decoder_bias: DecoderBias = "mean"
+    """Where the decoder's bias starts: at the mean of the activations, or at zero."""
+    encoder_product: EncoderProduct = "float32"
+    """The precision in which latents are chosen; their values are float32 in both."""
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass(frozen=True)
+class SingleLayer(Dictionary):
+    """A variant that reads one layer and reconstructs it."""
+
+    layer: int = 19
+
+    def request(self) -> Needs:
+        return Needs(inputs=(self.layer,))
+
+
+@dataclass(frozen=True)
+class WithAux:
+    """Settings of the auxiliary loss that keeps latents alive."""
+
+    aux_weight: float = 1 / 32
+    aux_k: int | None = None
+    """Dead latents that each token may use; None: half of the residual width."""
+
+    def aux(self, d_model: int, rectified: bool = True) -> Term:
+        k = d_model // 2 if self.aux_k is None else self.aux_k
+        require(self.aux_k is None or k >= 1, f"aux_k: expected 1 or more (aux_weight=0 turns the loss off), found {k}")
+        return Term("aux", AuxK(k, rectified), Constant(self.aux_weight))
+
+
+@dataclass(frozen=True)
+class WithPenalty:
+    """Settings of a penalty on activity."""
+
+    penalty: float = 0.1
+    penalty_warmup_fraction: float = 0.05
+    """Share of the run over which the penalty rises from zero."""
+
+    def penalise(self, name: str, fn: Callable[[View], Tensor]) -> Term:
+        require(self.penalty >= 0, f"penalty: expected 0 or more, found {self.penalty}")
+        return Term(name, fn, Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction))
+
+
+@dataclass_transform(frozen_default=True)
+def settings(order: str) -> Callable[[type[T]], type[T]]:
+    """A frozen dataclass whose fields, inherited ones too, stand in this order in config.json."""
+
+    def make(cls: type[T]) -> type[T]:
+        made: Any = dataclass(frozen=True)(cls)
+        fields = made.__dataclass_fields__
+        made.__dataclass_fields__ = {name: fields[name] for name in (*order.split(), *fields)}
+        return made
+
+    return make
+
+
+def build_plain(
+    config: Dictionary,
+    d_in: int,
+    stats: Stats | None,
+    gate: Gate,
+    terms: Sequence[Term],
+    optim: Optim,
+    constraints: Sequence[Constraint] = (UnitDecoder(),),
+    knobs: Mapping[str, Schedule] | None = None,
+) -> Assembly:
+    """An SAE with unit decoder rows and an encoder equal to them, around a gate; it reconstructs its input."""
+    require_width(config.width)
+    stats = stats_or_unit(stats, d_in)
+    generator = torch.Generator().manual_seed(config.seed)
+    W_enc, W_dec = tied_weights(config.width, d_in, generator)
+    b_dec = stats.mean.clone() if config.decoder_bias == "mean" else torch.zeros(d_in)
+    return Assembly(
+        sae=SparseAutoencoder(W_enc, W_dec, gate, b_dec=b_dec, encoder_product=config.encoder_product),
+        terms=tuple(terms),
+        constraints=tuple(constraints),
+        knobs=knobs or {},
+        optim=optim,
+        dead_after_tokens=config.dead_after_tokens,
+        generator=generator,
+        input_stats=stats,
+        target_stats=stats,
+    )
