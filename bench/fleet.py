@@ -22,7 +22,7 @@ from saemill.train.data.feed import Feed
 from saemill.train.data.plan import Plan
 from saemill.train.data.scaling import stats_from_moments
 from saemill.train.data.split_sizes import measure_split
-from saemill.train.engine.fleet import Fleet, Member
+from saemill.train.engine.fleet import Fleet
 from saemill.train.kit.registry import config_type
 from saemill.train.parallel.ranks import Alone
 
@@ -38,7 +38,7 @@ class Race:
     ) -> None:
         layer = store.manifest.layers[0]
         config = config_type("topk")
-        members = [Member(f"seed{n}", "topk", config(layer=layer, width=width, k=k, seed=n)) for n in range(size)]
+        members = {f"seed{n}": config(layer=layer, width=width, k=k, seed=n) for n in range(size)}
         stats = {layer: stats_from_moments(store.moments(layer))}
         plan = Plan(measure_split(store, "train"), batch_tokens=rows, pool_tokens=pool_tokens, seed=0)
         self.fleet = Fleet(members, stats, TOTAL_STEPS, device, Alone())

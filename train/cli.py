@@ -8,25 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from ..cache_schema import Store
-from .ask.records import Ask
-from .ask.settings import Setting, parse_grid, parse_settings, parse_value
+from .ask.records import Ask, Member
+from .ask.settings import parse_grid, parse_settings, parse_value
 from .command import errors_told
-from .engine.fleet import Member
 from .errors import ConfigInvalid
 from .kit.registry import names
-from .parallel.processes import Group, join
+from .parallel.processes import join
 from .recipes import find_recipes, studies
 from .run.after_run import after_run
 from .run.folder import RunFolder, cache_of
-from .run.launch import Settled, begun, resumed, settle
 from .run.loop import train
+from .run.open import begin_run, resume_run
 from .run.outcome import Outcome
-from .run.run import Run
+from .run.run import Run, Site
+from .run.settle import settle
 
 RUNS = "runs"
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
@@ -94,19 +93,19 @@ def main(
     """
     console = Console(highlight=False, soft_wrap=True, markup=False)
     with errors_told():
-        group, place = join(device)
+        site = Site(*join(device), console)
         try:
             if resume is not None:
                 others = {"--variant": variants, "--recipe": recipe, "--set": settings, "--grid": grid, "--name": name}
                 others |= {f"--{key}": value for key, value in (chosen | {"tokens": tokens, "epochs": epochs}).items()}
                 _require_alone(resume, others)
-                tell(console, _go_on(RunFolder.open(out, resume), cache, group, place, console), plots)
+                tell(console, _go_on(RunFolder.open(out, resume), cache, site), plots)
             else:
                 options = _options(chosen | {"tokens": tokens, "epochs": epochs}, settings)
-                for ask in _asks(variants, recipe, name, options, _points(grid)):
-                    tell(console, _start(ask, _required(cache), out, name, group, place, console), plots)
+                for ask in _asks(variants, recipe, name, options, [_unaliased(point) for point in parse_grid(grid)]):
+                    tell(console, _start(ask, _required(cache), out, name, site), plots)
         finally:
-            group.close()
+            site.group.close()
 
 
 def tell(console: Console, outcome: Outcome | None, plots: bool) -> None:
@@ -160,34 +159,26 @@ def evaluated_as(outcome: Outcome) -> str:
     return outcome.run if folder == Path(RUNS, outcome.run) else shlex.quote(str(folder))
 
 
-def _start(
-    ask: Ask, cache: str, out: str, name: str | None, group: Group, device: torch.device, console: Console
-) -> Outcome | None:
+def _start(ask: Ask, cache: str, out: str, name: str | None, site: Site) -> Outcome | None:
     with Store.open(cache) as store:
         settled = settle(ask, store)
-        with begun(settled, store, out, name, group, device, console) as run:
-            _introduce(console, group, run, settled)
+        with begin_run(settled, store, site, out, name) as run:
+            if site.is_first:
+                _introduce(run, settled.remark)
             return train(run)
 
 
-def _go_on(
-    folder: RunFolder, cache: str | None, group: Group, device: torch.device, console: Console
-) -> Outcome | None:
+def _go_on(folder: RunFolder, cache: str | None, site: Site) -> Outcome | None:
     url, cache_id = cache_of(folder)
-    with (
-        Store.open(cache or url, expect_cache_id=cache_id) as store,
-        resumed(folder, store, group, device, console) as run,
-    ):
+    with Store.open(cache or url, expect_cache_id=cache_id) as store, resume_run(folder, store, site) as run:
         return train(run)
 
 
-def _introduce(console: Console, group: Group, run: Run, settled: Settled) -> None:
+def _introduce(run: Run, remark: str) -> None:
     """What is about to happen."""
-    if group.rank != 0:
-        return
-    console.print(f"{run.folder.path}: {settled.budget.remark}, {run.total_steps} steps on {run.device}")
-    for member in settled.config.members:
-        console.print(f"  {member.label}: {_settings_of(member)}")
+    run.site.console.print(f"{run.folder.path}: {remark}, {run.total_steps} steps on {run.site.device}")
+    for member in run.config.members:
+        run.site.console.print(f"  {member.label}: {_settings_of(member)}")
 
 
 def _settings_of(member: Member) -> str:
@@ -200,8 +191,8 @@ def _asks(
     variants: tuple[str, ...],
     recipe: str | None,
     name: str | None,
-    settings: list[Setting],
-    points: list[list[Setting]],
+    settings: dict[str, Any],
+    points: list[dict[str, Any]],
 ) -> list[Ask]:
     """The runs to make, one after the other."""
     if variants and recipe is not None:
@@ -219,18 +210,14 @@ def _asks(
     return [Ask.of_recipe(one, settings, points) for one in found]
 
 
-def _options(chosen: dict[str, Any], words: tuple[str, ...]) -> list[Setting]:
+def _options(chosen: Mapping[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
     """What was said by options, then what was said by --set."""
-    options = [Setting(_OPTIONS[key], value) for key, value in chosen.items() if value is not None]
-    return [*options, *map(_unaliased, parse_settings(words))]
+    options = {_OPTIONS[key]: value for key, value in chosen.items() if value is not None}
+    return options | _unaliased(parse_settings(words))
 
 
-def _points(grid: tuple[str, ...]) -> list[list[Setting]]:
-    return [[_unaliased(setting) for setting in point] for point in parse_grid(grid)]
-
-
-def _unaliased(setting: Setting) -> Setting:
-    return Setting(_ALIASES.get(setting.key, setting.key), setting.value)
+def _unaliased(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {_ALIASES.get(key, key): value for key, value in settings.items()}
 
 
 def _required(cache: str | None) -> str:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...cache_schema.strict import StrictError, from_json, nearest, to_json
-from ..engine.fleet import Member
 from ..errors import ConfigInvalid
 from ..kit import registry
+from ..kit.contract import Variant
 from .recipe import Recipe, Sae
-from .settings import Setting, flat_keys, with_settings
+from .settings import flat_keys, split_key, with_settings
 
-Limits = Callable[[Any], Mapping[str, Any]]
+Limits = Callable[[Variant], Mapping[str, Any]]
 """What bounds the defaults of a config."""
 
 
@@ -28,7 +28,7 @@ def require_least(config: Any, **least: float) -> None:
     """Refuse settings below what is given here; those that are None are open."""
     for name, bound in least.items():
         value = getattr(config, name)
-        if value is not None and not value >= bound:  # a number that is none is not either
+        if value is not None and not value >= bound:  # written so that NaN is refused too
             raise ConfigInvalid(f"{name}: expected {bound} or more, found {value}")
 
 
@@ -68,6 +68,15 @@ class CourseConfig:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One SAE of a run."""
+
+    label: str
+    variant: str
+    config: Variant
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides what a run computes."""
 
@@ -91,7 +100,7 @@ def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
             from_json(DataConfig, raw["data"], "data"), from_json(CourseConfig, raw["course"], "course"), tuple(members)
         )
     except (StrictError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigInvalid(f"{where} is no configuration of a run: {error}") from None
+        raise ConfigInvalid(f"{where} is not the configuration of a run: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -99,41 +108,39 @@ class Ask:
     """What was asked for on the command line, before anything is known of the store."""
 
     saes: tuple[Sae, ...]
-    settings: Sequence[Setting] = ()
-    grid: Sequence[Sequence[Setting]] = ((),)
-    data: DataConfig = field(default_factory=DataConfig)
-    course: CourseConfig = field(default_factory=CourseConfig)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    grid: Sequence[Mapping[str, Any]] = ({},)
     recipe: Recipe | None = None
 
     @classmethod
     def of_recipe(
-        cls, recipe: Recipe, settings: Sequence[Setting] = (), grid: Sequence[Sequence[Setting]] = ((),)
+        cls, recipe: Recipe, settings: Mapping[str, Any] | None = None, grid: Sequence[Mapping[str, Any]] = ({},)
     ) -> Ask:
         """A recipe, changed by what the command line says."""
-        return cls(recipe.saes, settings, grid, recipe=recipe)
+        return cls(recipe.saes, settings or {}, grid, recipe)
 
     @classmethod
     def of_variants(
-        cls, names: Sequence[str], settings: Sequence[Setting] = (), grid: Sequence[Sequence[Setting]] = ((),)
+        cls, names: Sequence[str], settings: Mapping[str, Any] | None = None, grid: Sequence[Mapping[str, Any]] = ({},)
     ) -> Ask:
         """Variants at their defaults, each once."""
         for name in names:
             registry.module(name)  # an unknown one ends here, whatever else is wrong
-        return cls(tuple(Sae(name, name) for name in dict.fromkeys(names)), settings, grid)
+        return cls(tuple(Sae(name, name) for name in dict.fromkeys(names)), settings or {}, grid)
 
     def stream(self) -> DataConfig:
         """The stream that was asked for."""
-        return with_settings(self.data, self._of("data"), "data")
+        return with_settings(DataConfig(), self._of("data"), "data")
 
     def length(self) -> CourseConfig:
         """The course that was asked for."""
-        return with_settings(self.course, self._of("course"), "course")
+        return with_settings(CourseConfig(), self._of("course"), "course")
 
     def members(self, limits: Limits, layers: Sequence[int] = ()) -> tuple[Member, ...]:
         """The SAEs. `limits` of a config bound the variant's own defaults, never what was asked for; where nobody
         asked for a layer, it is one of the store's `layers`."""
-        spread = [setting for point in self.grid for setting in point]
-        misplaced = [setting.key for setting in spread if setting.in_front()[0] in ("data", "course")]
+        spread = [key for point in self.grid for key in point]
+        misplaced = [key for key in spread if split_key(key)[0] in ("data", "course")]
         if misplaced:
             raise ConfigInvalid(f"a fleet shares one stream and one course: {misplaced[0]} cannot be spread over it")
         self._require_known([*self.settings, *spread])
@@ -145,7 +152,7 @@ class Ask:
                 )
         return tuple(members.values())
 
-    def _member(self, sae: Sae, point: Sequence[Setting], limits: Limits, layers: Sequence[int]) -> Member:
+    def _member(self, sae: Sae, point: Mapping[str, Any], limits: Limits, layers: Sequence[int]) -> Member:
         config = registry.config_type(sae.variant)()
         known = set(flat_keys(to_json(config)))
         spread = _own(point, sae.variant, known)
@@ -161,23 +168,22 @@ class Ask:
         return {key: value for key, value in shared.items() if key in known} | dict(sae.settings)
 
     def _of(self, head: str) -> dict[str, Any]:
-        shared = [Setting(key, value) for key, value in (self.recipe.settings if self.recipe else {}).items()]
-        return {s.in_front()[1]: s.value for s in (*shared, *self.settings) if s.in_front()[0] == head}
+        said = {**(self.recipe.settings if self.recipe else {}), **self.settings}
+        return {split_key(key)[1]: value for key, value in said.items() if split_key(key)[0] == head}
 
-    def _require_known(self, settings: Iterable[Setting]) -> None:
+    def _require_known(self, keys: Iterable[str]) -> None:
         """A key that no SAE of the run has is a mistake."""
         names = dict.fromkeys(sae.variant for sae in self.saes)
         by_variant = {name: list(flat_keys(to_json(registry.config_type(name)()))) for name in names}
         everything = {key for keys in by_variant.values() for key in keys}
-        for setting in settings:
-            head, rest = setting.in_front()
+        for key in keys:
+            head, rest = split_key(key)
             if head in ("data", "course"):
                 continue
-            if setting.key not in everything and not (head in by_variant and rest in by_variant[head]):
-                known = everything | {f"data.{k}" for k in to_json(self.data)}
-                known |= {f"course.{k}" for k in to_json(self.course)}
+            if key not in everything and not (head in by_variant and rest in by_variant[head]):
+                shared = {f"data.{k}" for k in to_json(DataConfig())} | {f"course.{k}" for k in to_json(CourseConfig())}
                 raise ConfigInvalid(
-                    f"unknown setting {setting.key!r} of {', '.join(by_variant)}{nearest(setting.key, known)}"
+                    f"unknown setting {key!r} of {', '.join(by_variant)}{nearest(key, everything | shared)}"
                 )
 
 
@@ -209,10 +215,11 @@ def _choices(key: str, layers: Sequence[int]) -> str:
     return " or ".join(f"{option}{layer}" for layer in layers)
 
 
-def _own(settings: Iterable[Setting], variant: str, known: set[str]) -> dict[str, Any]:
+def _own(settings: Mapping[str, Any], variant: str, known: set[str]) -> dict[str, Any]:
     """The settings that are for this variant; those with its name in front win."""
-    general = {s.key: s.value for s in settings if s.key in known}
-    return general | {s.in_front()[1]: s.value for s in settings if s.in_front()[0] == variant and s.in_front()[1]}
+    general = {key: value for key, value in settings.items() if key in known}
+    named = {split_key(key)[1]: value for key, value in settings.items() if split_key(key)[0] == variant}
+    return general | {key: value for key, value in named.items() if key}
 
 
 def _label(name: str, spread: Mapping[str, Any]) -> str:

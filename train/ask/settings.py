@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ...cache_schema.strict import StrictError, from_json, nearest, to_json
@@ -16,38 +15,32 @@ T = TypeVar("T")
 _UNITS = {"k": 10**3, "M": 10**6, "B": 10**9}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One `key=value`, the value still as it was typed."""
-
-    key: str
-    value: Any
-
-    def in_front(self) -> tuple[str, str]:
-        head, _, rest = self.key.partition(".")
-        return head, rest
+def split_key(key: str) -> tuple[str, str]:
+    """What stands before the first dot, and what after it."""
+    head, _, rest = key.partition(".")
+    return head, rest
 
 
-def parse_settings(words: Iterable[str]) -> list[Setting]:
-    """`a.b=value` words."""
-    settings = []
+def parse_settings(words: Iterable[str]) -> dict[str, Any]:
+    """`a.b=value` words, by key; the last of two for one key counts."""
+    settings = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ConfigInvalid(f"expected a setting like optim.lr=1e-4, found {word!r}")
-        settings.append(Setting(key.strip(), parse_value(value.strip())))
+        settings[key.strip()] = parse_value(value.strip())
     return settings
 
 
-def parse_grid(words: Iterable[str]) -> list[list[Setting]]:
-    """`k=16,32` words to one list of settings for each point of the grid."""
+def parse_grid(words: Iterable[str]) -> list[dict[str, Any]]:
+    """`k=16,32` words to the settings of each point of the grid."""
     axes = []
     for word in words:
         key, equals, values = word.partition("=")
         if not equals or not values:
             raise ConfigInvalid(f"expected a grid like k=16,32,64, found {word!r}")
-        axes.append([Setting(key.strip(), parse_value(value)) for value in _split_values(values)])
-    return [list(point) for point in itertools.product(*axes)]
+        axes.append([(key.strip(), parse_value(value)) for value in _split_values(values)])
+    return [dict(point) for point in itertools.product(*axes)]
 
 
 def parse_value(text: str) -> Any:

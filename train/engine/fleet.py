@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from ..data.scaling import Stats, joined_stats
 from ..errors import ActivationsNotFinite, MemoryTooSmall, NonFiniteLoss, StoppedElsewhere, TrainError
 from ..parallel.ranks import Ranks
 from ..parallel.sharded_rows import Shard
+from .compose import Assembly, Buildable
 from .step import LOOK_EVERY, Report, Trainee
 
 SHOWN = 8  # windows that a message lists
@@ -43,11 +42,11 @@ class Past:
 
 
 class Fleet:
-    """Trainees by label."""
+    """Trainees by label, made from their configs; statistics by layer."""
 
     def __init__(
         self,
-        members: Sequence[Member],
+        configs: Mapping[str, Buildable],
         stats: Mapping[int, Stats],
         total_steps: int,
         device: torch.device,
@@ -56,10 +55,11 @@ class Fleet:
     ) -> None:
         self._ranks = ranks
         self._past: deque[Past] = deque(maxlen=LOOK_EVERY + 1)  # of what a GPU has not been asked about yet
-        self.members = {member.label: member for member in members}
-        self.needs = {member.label: member.config.request() for member in members}
+        self.stats = stats
+        self.needs = {label: config.request() for label, config in configs.items()}
         self.trainees = {
-            member.label: _make_trainee(member, stats, total_steps, device, ranks, shard) for member in members
+            label: Trainee(label, _build(config, stats), total_steps, device, ranks, shard)
+            for label, config in configs.items()
         }
 
     @property
@@ -113,27 +113,16 @@ class Fleet:
             trainee.load_state(state[label])
 
 
-def _make_trainee(
-    member: Member,
-    stats: Mapping[int, Stats],
-    total_steps: int,
-    device: torch.device,
-    ranks: Ranks,
-    shard: Shard | None,
-) -> Trainee:
-    needs = member.config.request()
+def _build(config: Buildable, stats: Mapping[int, Stats]) -> Assembly:
+    needs = config.request()
     d_model = next(iter(stats.values())).width
-    assembly = member.config.build(d_model, *_stats_of(needs.inputs, needs.targets, stats))
-    return Trainee(member.label, assembly, total_steps, device, ranks, shard)
+    sides = (needs.inputs,) if needs.targets is None else (needs.inputs, needs.targets)
+    return config.build(d_model, *(_side_stats(layers, stats) for layers in sides))
 
 
-def _stats_of(
-    inputs: tuple[int, ...], targets: tuple[int, ...] | None, stats: Mapping[int, Stats]
-) -> tuple[Stats, ...]:
-    sides = (inputs,) if targets is None else (inputs, targets)
-    return tuple(
-        stats[layers[0]] if len(layers) == 1 else joined_stats([stats[layer] for layer in layers]) for layers in sides
-    )
+def _side_stats(layers: tuple[int, ...], stats: Mapping[int, Stats]) -> Stats:
+    """Statistics of the layers side by side."""
+    return stats[layers[0]] if len(layers) == 1 else joined_stats([stats[layer] for layer in layers])
 
 
 def _with_place(label: str, error: NonFiniteLoss, draw: Draw, windows: bool, ranks: Ranks) -> TrainError:
@@ -171,12 +160,3 @@ def _place(pieces: Sequence[Span], windows: np.ndarray) -> str:
 def _listed(numbers: np.ndarray) -> str:
     more = len(numbers) - SHOWN
     return ", ".join(map(str, numbers[:SHOWN])) + (f" and {more} more" if more > 0 else "")
-
-
-@dataclass(frozen=True)
-class Member:
-    """One SAE of a run."""
-
-    label: str
-    variant: str
-    config: Any  # the variant's own Config

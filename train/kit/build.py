@@ -34,6 +34,7 @@ def scaled_lr(lr_at_16k: float, width: int, d_model: int) -> float:
     Adam turns a unit decoder row of D entries by about lr * sqrt(D) a step, so that the narrower
     residual takes the larger rate for the same turn.
     """
+    require_width(width)
     return lr_at_16k / (width / 2**14) ** 0.5 * (2304 / d_model) ** 0.5
 
 

@@ -20,7 +20,7 @@ from ..sae.view import View
 from ..terms.auxk import AuxK
 from ..terms.constraints import UnitDecoder
 from ..terms.reconstruction import reconstruction
-from .build import require, require_width, stats_or_unit
+from .build import require, stats_or_unit
 from .contract import Variant
 
 T = TypeVar("T")
@@ -104,7 +104,6 @@ def build_plain(
     knobs: Mapping[str, Schedule] | None = None,
 ) -> Assembly:
     """An SAE with unit decoder rows and an encoder equal to them, around a gate; it reconstructs its input."""
-    require_width(config.width)
     stats = stats_or_unit(stats, d_in)
     generator = torch.Generator().manual_seed(config.seed)
     W_enc, W_dec = tied_weights(config.width, d_in, generator)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...cache_schema.strict import to_json
+from ..ask.records import Member
 from ..data.feed import held_out
 from ..disk.sae_folder import save_sae
-from ..engine.fleet import Member
 from ..parallel.processes import all_or_none
 from .run import Run
 from .validation import Tally, validate
@@ -51,14 +51,14 @@ class Outcome:
 
 def conclude(run: Run) -> Outcome | None:
     """Validate, save, write; rank 0 alone does so."""
-    with run.fleet.gathered(), all_or_none(run.group):  # the others wait
-        return _finish(run) if run.group.rank == 0 else None
+    with run.fleet.gathered(), all_or_none(run.site.group):  # the others wait
+        return _finish(run) if run.site.is_first else None
 
 
 def _finish(run: Run) -> Outcome:
     outcome = _outcome(run, validate(run.fleet, _held_out(run)))
-    for label, member in run.fleet.members.items():
-        _save(run, member, outcome.saes[label])
+    for member in run.config.members:
+        _save(run, member, outcome.saes[member.label])
     run.folder.write_result(to_json(outcome))
     return outcome
 
@@ -67,8 +67,8 @@ def _held_out(run: Run) -> Any:
     return held_out(
         run.store,
         run.fleet.needs.values(),
-        run.stats,
-        run.device,
+        run.fleet.stats,
+        run.site.device,
         tokens=run.config.course.validation_tokens,
         batch_tokens=run.config.data.batch_tokens,
     )
@@ -88,22 +88,22 @@ def _outcome(run: Run, tallies: Mapping[str, Tally]) -> Outcome:
         same_document_share=quality.share,
         same_document_ideal=quality.ideal,
         same_document_ratio=quality.ratio,
-        saes={label: _sae_outcome(run, label, tally) for label, tally in tallies.items()},
+        saes={member.label: _sae_outcome(run, member, tallies[member.label]) for member in run.config.members},
     )
 
 
-def _sae_outcome(run: Run, label: str, tally: Tally) -> SaeOutcome:
-    trainee = run.fleet.trainees[label]
+def _sae_outcome(run: Run, member: Member, tally: Tally) -> SaeOutcome:
+    trainee = run.fleet.trainees[member.label]
     dead = trainee.counters.dead(trainee.assembly.dead_after_tokens)
     return SaeOutcome(
-        folder=str(run.folder.sae(label)),
-        variant=run.fleet.members[label].variant,
+        folder=str(run.folder.sae(member.label)),
+        variant=member.variant,
         width=trainee.sae.num_latents,
         l0=tally.l0,
         explained_variance=tally.explained_variance,
         dead_latents=int(dead.sum()),
         dead_share=float(dead.double().mean()),
-        loss=run.watch.last.get(label, {}).get("loss"),
+        loss=run.watch.last.get(member.label, {}).get("loss"),
         validation_tokens=tally.tokens,
     )
 

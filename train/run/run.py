@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 
 from ...cache_schema import Store
 from ..ask.records import RunConfig
 from ..data.feed import Feed
-from ..data.scaling import Stats
 from ..engine.fleet import Fleet
 from ..parallel.processes import Group
 from .checkpoints import Keeper
 from .folder import RunFolder
 from .metrics import Watch
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where a run computes, and whom it tells."""
+
+    group: Group
+    device: torch.device
+    console: Console
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.group.rank == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +39,8 @@ class Run:
     config: RunConfig
     total_steps: int
     store: Store
-    stats: Mapping[int, Stats]
     feed: Feed
     fleet: Fleet
     watch: Watch
     keeper: Keeper
-    group: Group
-    device: torch.device
+    site: Site

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Constant
-from ..kit.build import relu_optim, require_width
+from ..kit.build import relu_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain, settings
 from ..sae.gates import Gated
 from ..terms.reconstruction import reconstruction_by_gate
@@ -25,7 +25,6 @@ class Config(WithPenalty, WithAux, SingleLayer):
         return 10.0
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
-        require_width(self.width)
         terms = (
             RECONSTRUCTION,
             Term("gate_reconstruction", reconstruction_by_gate, Constant(1.0)),

@@ -34,8 +34,8 @@ def test_values(text, value):
 def test_a_grid_is_every_combination():
     points = parse_grid(["k=16,32", "seed=0,1,2", "layers=[1,2],[3]"])
     assert len(points) == 2 * 3 * 2
-    assert [(s.key, s.value) for s in points[-1]] == [("k", 32), ("seed", 2), ("layers", [3])]
-    assert parse_grid([]) == [[]]
+    assert points[-1] == {"k": 32, "seed": 2, "layers": [3]}
+    assert parse_grid([]) == [{}]
 
 
 def test_settings_are_typed_and_every_mistake_is_told():
@@ -105,7 +105,9 @@ def test_every_variants_run_is_written_and_read(variant):
 def test_a_damaged_record_is_named():
     raw = RunConfig(DataConfig(), CourseConfig(), members([], "topk")).to_json()
     raw["data"]["seedling"] = 1
-    with pytest.raises(ConfigInvalid, match=r"config\.json is no configuration of a run: data\.seedling: unknown key"):
+    with pytest.raises(
+        ConfigInvalid, match=r"config\.json is not the configuration of a run: data\.seedling: unknown key"
+    ):
         read_run_config(raw, "config.json")
     with pytest.raises(ConfigInvalid, match="saes"):
         read_run_config({}, "config.json")

@@ -1,0 +1,117 @@
+"""Wire a settled run: check it, make its SAEs and its folder, and put together all that takes part.
+
+Nothing is written before all checks have passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from ...cache_schema import Store
+from ...cache_schema.allocator import keep_large_blocks
+from ..data.feed import Feed
+from ..disk.checkpoint import Standing, load_checkpoint
+from ..engine.fleet import Fleet
+from ..errors import RunFinished
+from ..parallel.processes import all_or_none, make_shard
+from .checkpoints import Keeper
+from .folder import MetricsLog, RunFolder
+from .metrics import Watch
+from .preflight import check
+from .progress import Progress
+from .run import Run, Site
+from .settle import Settled, settle_again
+from .trackers import Trackers
+
+
+@contextmanager
+def begin_run(settled: Settled, store: Store, site: Site, out: str, name: str | None) -> Iterator[Run]:
+    """A new run, from step 0."""
+    fleet, path = make_fleet(settled, store, site), ""
+    with all_or_none(site.group):
+        if site.is_first:
+            folder = _make_folder(settled, out, name)
+            folder.write_config(settled.describe(store))
+            path = str(folder.path)
+    folder = RunFolder.at(site.group.text(path))
+    with _open(settled, store, site, folder, fleet, None) as run:
+        yield run
+
+
+@contextmanager
+def resume_run(folder: RunFolder, store: Store, site: Site) -> Iterator[Run]:
+    """A run from its last whole checkpoint."""
+    if folder.is_finished:
+        raise RunFinished(f"{folder.path} is finished: nothing to resume. Evaluate it with: sae-eval {folder.path}")
+    settled = settle_again(folder, store)
+    fleet = make_fleet(settled, store, site)
+    standing = _load_checkpoint(folder, fleet, site)
+    with _open(settled, store, site, folder, fleet, standing) as run:
+        yield run
+
+
+def make_fleet(settled: Settled, store: Store, site: Site) -> Fleet:
+    """The SAEs as they are before the first step: what their configs can refuse, they refuse here."""
+    keep_large_blocks()
+    config, group = settled.config, site.group
+    shard = make_shard(site.device) if config.course.shard_width and group.size > 1 else None
+    with all_or_none(group):
+        stats = check(settled, store, group.size, site.device)
+        configs = {member.label: member.config for member in config.members}
+        return Fleet(configs, stats, settled.total_steps, site.device, group, shard)
+
+
+def _make_folder(settled: Settled, out: str, name: str | None) -> RunFolder:
+    """With the name that was given, else the recipe's, else the next number."""
+    if name is None and settled.recipe is not None:
+        return RunFolder.create_like(out, settled.recipe.name)
+    return RunFolder.create(out, name)
+
+
+def _load_checkpoint(folder: RunFolder, fleet: Fleet, site: Site) -> Standing | None:
+    """Bring the fleet to where the last whole checkpoint left it."""
+    with all_or_none(site.group):
+        found = load_checkpoint(folder.checkpoints)
+    say = site.console.print if site.is_first else (lambda *_, **__: None)
+    if found is None:
+        say("no checkpoint was written yet: beginning at step 0")
+        return None
+    for complaint in found.complaints:
+        say(f"a checkpoint is damaged and was passed over: {complaint}", style="yellow", markup=False)
+    say(f"going on after step {found.standing.step}")
+    fleet.load_state(found.tensors)
+    return found.standing
+
+
+@contextmanager
+def _open(
+    settled: Settled, store: Store, site: Site, folder: RunFolder, fleet: Fleet, standing: Standing | None
+) -> Iterator[Run]:
+    """Put the parts together, where a checkpoint left them if there is one; take them apart in the end."""
+    config, group, steps = settled.config, site.group, settled.total_steps
+    with ExitStack() as open_things:
+        needs = fleet.needs.values()
+        feed = Feed(store, settled.plan, needs, fleet.stats, site.device, group.rank, group.size, steps)
+        open_things.callback(feed.close)
+        log, trackers, progress = _open_outlets(settled, site, folder, fleet, standing)
+        watch = Watch(log, trackers, progress, feed, group, config.course.metrics_every_steps, steps)
+        open_things.callback(watch.close)
+        if standing is not None:
+            watch.go_on(standing)
+        keeper = Keeper(folder.checkpoints, config.course, fleet, watch, group)
+        yield Run(folder, config, steps, store, feed, fleet, watch, keeper, site)
+
+
+def _open_outlets(
+    settled: Settled, site: Site, folder: RunFolder, fleet: Fleet, standing: Standing | None
+) -> tuple[MetricsLog | None, Trackers, Progress]:
+    """What a run writes to and shows: only rank 0 does either. The log is cut back to the checkpoint."""
+    labels, steps = list(fleet.trainees), settled.total_steps
+    if not site.is_first:
+        return None, Trackers((), folder.path, {}), Progress(site.console, labels, steps, 0, is_quiet=True)
+    trackers = Trackers(settled.config.course.trackers, folder.path, folder.read_config())
+    progress = Progress(site.console, labels, steps, fleet.steps_taken, is_quiet=False)
+    log = MetricsLog(folder.metrics)
+    log.cut(standing.metrics_bytes if standing else 0)
+    return log, trackers, progress

@@ -1,0 +1,80 @@
+"""Fill every blank of a question from what the store holds: what comes out decides the run, and is config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...cache_schema import Manifest, Store
+from ..ask.recipe import Recipe
+from ..ask.records import Ask, DataConfig, RunConfig, read_run_config
+from ..data.plan import Plan
+from ..data.split_sizes import measure_split
+from ..errors import ConfigInvalid
+from .budget import settle_budget
+from .folder import RunFolder, provenance
+
+POOL_BYTES = 2 * 2**30  # of residuals, for each layer
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A run without blanks: its configuration, the order in which it reads the store, its length."""
+
+    config: RunConfig
+    plan: Plan
+    total_steps: int
+    remark: str = ""
+    """How the length came about."""
+    recipe: Recipe | None = None
+
+    def describe(self, store: Store) -> dict[str, Any]:
+        """config.json."""
+        return {
+            "format": 1,
+            "recipe": self.recipe and f"{self.recipe.study}/{self.recipe.name}",
+            "cache": {"url": store.url, "cache_id": store.manifest.cache_id},
+            **self.config.to_json(),
+            "total_steps": self.total_steps,
+            "provenance": provenance(),
+        }
+
+
+def settle(ask: Ask, store: Store) -> Settled:
+    """A new run."""
+    manifest = store.manifest
+    data = with_pool(ask.stream(), manifest)
+    plan = make_plan(data, store)
+    budget = settle_budget(ask.length(), plan, store.url)
+    asked = ask.members(lambda config: config.limits(manifest, budget.tokens), manifest.layers)
+    members = tuple(replace(member, config=member.config.filled(manifest)) for member in asked)
+    config = RunConfig(data, replace(ask.length(), tokens=budget.tokens), members)
+    return Settled(config, plan, budget.steps, budget.remark, ask.recipe)
+
+
+def settle_again(folder: RunFolder, store: Store) -> Settled:
+    """A run that was begun before, from its config.json."""
+    raw, path = folder.read_config(), folder.path / "config.json"
+    config = read_run_config(raw, str(path))
+    return Settled(config, make_plan(config.data, store), _total_steps(raw, str(path)))
+
+
+def make_plan(data: DataConfig, store: Store) -> Plan:
+    assert data.pool_tokens is not None
+    sizes = measure_split(store, "train")
+    return Plan(sizes, batch_tokens=data.batch_tokens, pool_tokens=data.pool_tokens, seed=data.seed)
+
+
+def with_pool(data: DataConfig, manifest: Manifest) -> DataConfig:
+    """The size of the pool spelled out. It depends on the store alone: a fleet draws what each SAE would draw alone."""
+    if data.pool_tokens is not None:
+        return data
+    return replace(data, pool_tokens=max(data.batch_tokens, POOL_BYTES // (2 * manifest.model.d_model)))
+
+
+def _total_steps(raw: Mapping[str, Any], where: str) -> int:
+    steps = raw.get("total_steps")
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigInvalid(f"{where}: expected total_steps of at least 1, found {steps!r}")
+    return steps
