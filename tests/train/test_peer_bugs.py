@@ -61,6 +61,6 @@ def test_the_auxiliary_target_is_free_of_the_decoder_bias(rng):
     x = sae.b_dec.detach() + torch.rand(32, 4, generator=rng) * torch.tensor([10.0, 1.0, 1.0, 1.0])
     dead = torch.tensor([False, True, True, True])
     with torch.no_grad():
-        view = View(x, x, Side(), sae, dead, unit_stats(4), torch.Generator())
-        view.once("residual", lambda: (x - sae.b_dec) * dead)  # what the living latent leaves
+        left = (x - sae.b_dec) * dead  # by the living latent
+        view = View(x, x, Side(), sae, dead, unit_stats(4), torch.Generator(), residual_by=lambda _: left)
         assert float(AuxK(4)(view)) < 1e-10

@@ -21,7 +21,7 @@ from ..parallel.ranks import BatchRanks
 from ..sae.extra import Extra
 from ..sae.model import SparseAutoencoder
 from ..sae.side import Side
-from ..sae.view import View
+from ..sae.view import View, residual_of
 from .optim import Optim
 from .schedules import Schedule
 
@@ -35,6 +35,8 @@ class Term:
     name: str
     fn: Callable[[View], Tensor]
     weight: Schedule
+    residual: Callable[[View], Tensor] | None = None
+    """Of a term that reconstructs its own way: target - x_hat, which it has already."""
 
 
 TableUse = Literal["none", "gradients", "unit decoder"]  # the last: that decoder rows keep length one, and no more
@@ -78,6 +80,11 @@ class Assembly:
     input_stats: Stats
     target_stats: Stats
     extras: Mapping[str, Extra] = field(default_factory=dict)
+
+    @property
+    def residual_by(self) -> Callable[[View], Tensor]:
+        """What computes the residual of a step."""
+        return next((term.residual for term in self.terms if term.residual is not None), residual_of)
 
     def with_terms(self, *terms: Term) -> Assembly:
         """The same with more terms; names must be new."""

@@ -148,7 +148,7 @@ class Trainee:
         grad_norm = self._update(report.lr)
         self._observe(view)
         self.step_index += 1
-        return replace(report, grad_norm=grad_norm)
+        return replace(report, notes=dict(view.notes), grad_norm=grad_norm)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a bit-exact continuation needs, as flat named tensors; all ranks of a sharded one must ask."""
@@ -206,6 +206,7 @@ class Trainee:
             generator=assembly.generator,
             retired=retired_of(self.sae),
             listed_dead=self.counters.listed if self._looks_late else None,
+            residual_by=assembly.residual_by,
         )
 
     def look(self) -> None:
@@ -280,7 +281,7 @@ class Trainee:
             terms={name: value.detach() for name, value in losses.items()},
             weights=weights,
             knobs=view.side.knobs,
-            notes=view.notes,
+            notes={},
             l0=view.codes.l0,
             explained_variance=1.0 - error / view.stats.variance,
             dead_share=view.dead.double().mean(),

@@ -20,6 +20,23 @@ from .side import Side
 T = TypeVar("T")
 
 
+def codes_of(view: View) -> Codes:
+    return view.sae.codes(view.x, view.side)
+
+
+def x_hat_of(view: View) -> Tensor:
+    return view.sae.reconstruct(view.codes, view.side)
+
+
+def residual_of(view: View) -> Tensor:
+    return view.target - view.x_hat.detach()
+
+
+def dead_latents_of(view: View) -> Tensor:
+    wanted = view.dead if view.retired is None else view.dead & ~view.retired
+    return wanted.nonzero().view(-1)
+
+
 @dataclass(frozen=True, eq=False)
 class View:
     """What the terms of a step see. Everything costly is computed once, when first asked for."""
@@ -33,38 +50,36 @@ class View:
     generator: torch.Generator
     retired: Tensor | None = None  # bool [F], latents that must stay silent
     listed_dead: Tensor | None = None  # the dead latents that the step has listed; listing them waits for a GPU
-    memory: dict[str, Any] = field(default_factory=dict)
+    residual_by: Callable[[View], Tensor] = residual_of  # a term that reconstructs its own way has it at no cost
+    kept: dict[Callable[[View], Any], Any] = field(default_factory=dict)  # what was computed, by what computed it
     notes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def codes(self) -> Codes:
-        return self.once("codes", lambda: self.sae.codes(self.x, self.side))
+        return self.once(codes_of)
 
     @property
     def x_hat(self) -> Tensor:
-        return self.once("x_hat", lambda: self.sae.reconstruct(self.codes, self.side))
+        return self.once(x_hat_of)
 
     @property
     def residual(self) -> Tensor:
-        """target - x_hat, without gradient; a term that reconstructs its own way leaves it under this name."""
-        return self.once("residual", lambda: self.target - self.x_hat.detach())
+        """target - x_hat, without gradient."""
+        return self.once(self.residual_by)
 
     @property
     def dead_latents(self) -> Tensor:
         """int64, the dead latents in rising order; those that were retired are past saving."""
-        if self.listed_dead is not None:
-            return self.listed_dead
-        wanted = self.dead if self.retired is None else self.dead & ~self.retired
-        return self.once("dead_latents", lambda: wanted.nonzero().view(-1))
+        return self.once(dead_latents_of) if self.listed_dead is None else self.listed_dead
 
     def note(self, name: str, value: Tensor | float) -> None:
         """A number [] for the log, besides the losses; it stays on the device of the batch until somebody reads it."""
         is_tensor = isinstance(value, Tensor)  # of a parameter, which moves after the note
         self.notes[name] = value.detach().clone() if is_tensor else self.x.new_full((), value)
 
-    def once(self, name: str, compute: Callable[[], T]) -> T:
-        """A value that several terms share under one name, computed by the first."""
-        if name not in self.memory:
-            self.memory[name] = compute()
-        result: T = self.memory[name]
+    def once(self, compute: Callable[[View], T]) -> T:
+        """`compute(view)`, once for all who ask in this step: a function, or a method of a record that they share."""
+        if compute not in self.kept:
+            self.kept[compute] = compute(self)
+        result: T = self.kept[compute]
         return result

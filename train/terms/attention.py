@@ -90,24 +90,28 @@ class Consistency:
 
 def window_products(view: View) -> Tensor:
     """[B, T]: <f_i, f_j> with every token of i's window."""
-    return view.once("attention/products", lambda: window_gram(view.codes, places_of(view)))
+    return view.once(_window_products)
 
 
 def inverse_norms(view: View) -> Tensor:
     """[B]: 1 / ||f_i||."""
-
-    def compute() -> Tensor:
-        products = window_products(view)
-        squares = products[torch.arange(len(products), device=products.device), places_of(view).position]
-        return squares.clamp_min(1e-12).rsqrt()
-
-    return view.once("attention/inverse_norms", compute)
+    return view.once(_inverse_norms)
 
 
 def window_cosines(view: View) -> Tensor:
     """[B, T]: cos(f_i, f_j) with every token of i's window, zero where no token is."""
     places, norms = places_of(view), inverse_norms(view)
     return window_products(view) * norms[:, None] * places.spread(norms)[places.window]
+
+
+def _window_products(view: View) -> Tensor:
+    return window_gram(view.codes, places_of(view))
+
+
+def _inverse_norms(view: View) -> Tensor:
+    products = window_products(view)
+    squares = products[torch.arange(len(products), device=products.device), places_of(view).position]
+    return squares.clamp_min(1e-12).rsqrt()
 
 
 def columns_of(codes: Codes, rows: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def composition_of(view: View) -> Composition:
 
 def composition_errors(view: View) -> Tensor:
     """[T - 1], mean squared distance of each tier's decoder rows from their compositions."""
-    return view.once("composition_errors", lambda: _composition_errors(view))
+    return view.once(_composition_errors)
 
 
 def _composition_errors(view: View) -> Tensor:

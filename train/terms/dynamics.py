@@ -84,8 +84,8 @@ class Dynamics(Extra):
         view.note("temporal/lifetime", mean_lifetime(view))
         view.note("temporal/pruned", self.retired.sum())
         for scale in SCALES:
-            ratio = view.memory.get(f"temporal_ratio_{scale}", view.x.new_ones(()))
-            view.note(f"temporal/weight_{scale}", ratio * view.side.knob(f"temporal_{scale}", 0.0))
+            if not view.side.knob(f"temporal_{scale}", 0.0):  # else its term has noted what it counts
+                view.note(f"temporal/weight_{scale}", view.x.new_zeros(()))
 
 
 class Retire:

@@ -14,14 +14,6 @@ from ..sae.kernels.nested import nested_errors
 from ..sae.view import View
 
 
-def prefix_errors(view: View, widths: tuple[int, ...]) -> Tensor:
-    """[M], mean over rows of ||x - x_hat||^2 with the first widths[m] latents."""
-    sae = view.sae
-    errors, residual = nested_errors(view.codes, sae.W_dec, sae.b_dec, view.target, widths)
-    view.once("residual", lambda: residual)
-    return errors
-
-
 @dataclass(frozen=True)
 class NestedReconstruction:
     """Weighted sum over prefixes of the share of variance left unexplained; each weight counts once."""
@@ -30,5 +22,13 @@ class NestedReconstruction:
     weights: tuple[float, ...]
 
     def __call__(self, view: View) -> Tensor:
-        errors = prefix_errors(view, self.widths)
+        errors, _ = view.once(self._parts)
         return (errors * errors.new_tensor(self.weights)).sum() / view.stats.variance
+
+    def residual(self, view: View) -> Tensor:
+        """What the whole dictionary leaves of the target."""
+        return view.once(self._parts)[1]
+
+    def _parts(self, view: View) -> tuple[Tensor, Tensor]:
+        """[M], mean over rows of ||x - x_hat||^2 with the first widths[m] latents; the residual of all."""
+        return nested_errors(view.codes, view.sae.W_dec, view.sae.b_dec, view.target, self.widths)

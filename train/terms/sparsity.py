@@ -25,10 +25,13 @@ def gate_l1(view: View) -> Tensor:
 
 def gate_path(view: View) -> Codes:
     """Codes of the gate path of a gated SAE: its pre-activations where they are positive."""
-    codes = view.codes
-    assert codes.pre is not None
-    pre = codes.pre
-    return view.once("gate_path", lambda: codes.with_values(pre.relu()))
+    return view.once(_gate_path)
+
+
+def _gate_path(view: View) -> Codes:
+    pre = view.codes.pre
+    assert pre is not None
+    return view.codes.with_values(pre.relu())
 
 
 def lp(view: View) -> Tensor:

@@ -46,20 +46,13 @@ class Consistency:
         lag = int(torch.randint(self.first, self.last + 1, (), generator=view.generator))
         loss = inconsistency(view, part_of(view.codes, self.start, self.stop), self._weights(view), lag, self.mixing)
         view.note(f"temporal/inconsistency_{self.scale}", loss)
-        if self.adaptive != "gradient":
-            return loss
-        ratio = gradient_ratio(view, loss)
-        view.memory[ratio_name(self.scale)] = ratio
-        return ratio * loss
+        ratio = gradient_ratio(view, loss) if self.adaptive == "gradient" else view.x.new_ones(())
+        view.note(f"temporal/weight_{self.scale}", ratio * view.side.knob(f"temporal_{self.scale}", 0.0))
+        return ratio * loss if self.adaptive == "gradient" else loss
 
     def _weights(self, view: View) -> Tensor:
         """[F_g], what each latent counts in the cosine."""
         return dynamics_of(view).weights(self.adaptive == "variance")[self.start : self.stop]
-
-
-def ratio_name(scale: str) -> str:
-    """Where a step keeps the ratio of gradient norms."""
-    return f"temporal_ratio_{scale}"
 
 
 def dynamics_of(view: View) -> Dynamics:
@@ -135,18 +128,14 @@ def gradient_ratio(view: View, loss: Tensor) -> Tensor:
     """Norm of reconstruction's gradient over that of the loss, both on the codes; no gradient."""
     (own,) = torch.autograd.grad(loss, view.codes.values, retain_graph=True)
     ranks = view.side.ranks
-    ratio = (_reconstruction_square(view) / ranks.mean(own.square().sum()).clamp_min(TINY)).sqrt()
+    ratio = (view.once(_reconstruction_square) / ranks.mean(own.square().sum()).clamp_min(TINY)).sqrt()
     return ratio.clamp_max(MAX_RATIO)
 
 
+@torch.no_grad()
 def _reconstruction_square(view: View) -> Tensor:
     """Squared norm of the gradient of the share of variance unexplained."""
-
-    def compute() -> Tensor:
-        with torch.no_grad():
-            scale = 2.0 / (view.x.shape[0] * view.stats.variance)
-            zero = view.sae.b_enc.new_zeros(view.sae.num_latents)
-            gradient = affine(view.residual, None, view.sae.W_dec, zero, view.codes.support)
-            return view.side.ranks.mean((scale * gradient).square().sum())
-
-    return view.once("reconstruction_gradient_square", compute)
+    scale = 2.0 / (view.x.shape[0] * view.stats.variance)
+    zero = view.sae.b_enc.new_zeros(view.sae.num_latents)
+    gradient = affine(view.residual, None, view.sae.W_dec, zero, view.codes.support)
+    return view.side.ranks.mean((scale * gradient).square().sum())

@@ -96,14 +96,21 @@ def switched_on(view: View, num_tiers: int) -> Tensor:
 
 def tier_losses(view: View) -> Tensor:
     """[T], the share of variance that the tiers up to each leave unexplained."""
-    return view.once("tier_losses", lambda: _tier_losses(view))
+    return view.once(_tier_losses)
+
+
+def tier_residual(view: View) -> Tensor:
+    """What all tiers together leave of the target."""
+    return view.once(_tier_errors)[1]
 
 
 def _tier_losses(view: View) -> Tensor:
+    return view.once(_tier_errors)[0] / view.stats.variance
+
+
+def _tier_errors(view: View) -> tuple[Tensor, Tensor]:
     sae, tiers = view.sae, tiers_of(view)
-    errors, residual = tier_errors(view.codes, sae.W_dec, sae.b_dec, view.target, tiers.membership, tiers.num_tiers)
-    view.once("residual", lambda: residual)
-    return errors / view.stats.variance
+    return tier_errors(view.codes, sae.W_dec, sae.b_dec, view.target, tiers.membership, tiers.num_tiers)
 
 
 @dataclass(frozen=True)

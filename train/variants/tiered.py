@@ -26,7 +26,7 @@ from ..terms.composition import COMPOSITION, Composition, NonNegative, compositi
 from ..terms.gradients import TierGradients
 from ..terms.reconstruction import reconstruction
 from ..terms.structure import Moves, Structure
-from ..terms.tiers import TIERS, Importance, TieredReconstruction, Tiers, importance_loss, switch_name
+from ..terms.tiers import TIERS, Importance, TieredReconstruction, Tiers, importance_loss, switch_name, tier_residual
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Config(Wrapping):
             old = next((term for term in assembly.terms if term.fn is reconstruction), None)
             require(old is not None, f"base: expected one with a single reconstruction, found {self.base!r}")
             assembly = assembly.replacing(
-                Term("reconstruction", TieredReconstruction(self.gradient_scaling), Constant(1.0))
+                Term("reconstruction", TieredReconstruction(self.gradient_scaling), Constant(1.0), tier_residual)
             )
         if self.importance != "fixed":
             assembly = assembly.with_terms(Term("importance", importance_loss, Constant(1.0)))

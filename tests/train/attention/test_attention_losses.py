@@ -13,7 +13,7 @@ from saemill.train.sae.attention.mixing import Mixing
 from saemill.train.sae.attention.reading import MIXING, TEMPERATURE, Attention
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.kernels.codes import Codes
-from saemill.train.sae.view import View
+from saemill.train.sae.view import View, codes_of
 from saemill.train.terms.attention import Consistency, Guidance
 
 THETA = torch.tensor([0.7, -0.4, 0.1], dtype=torch.float64)
@@ -34,7 +34,7 @@ def again(view: View, values: Tensor, theta: Tensor, seed: int) -> View:
     view.sae.extras[MIXING].theta.data.copy_(theta)
     generator = torch.Generator().manual_seed(seed)
     fresh = View(view.x, view.target, view.side, view.sae, view.dead, view.stats, generator)
-    fresh.memory["codes"] = view.codes.with_values(values)
+    fresh.kept[codes_of] = view.codes.with_values(values)
     return fresh
 
 
@@ -185,7 +185,7 @@ def test_a_token_whose_attended_share_its_latents_costs_less(guidance, rng):
 
     def loss(acts: Tensor) -> float:
         fresh = again(view, view.codes.values, THETA, 5)
-        fresh.memory["codes"] = Codes(acts, None, *acts.shape)
+        fresh.kept[codes_of] = Codes(acts, None, *acts.shape)
         return float(term(fresh).detach())
 
     alone = torch.eye(windows.rows, dtype=torch.float64)

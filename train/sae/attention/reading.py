@@ -40,15 +40,24 @@ class Attention:
         )
 
     def links(self, view: View) -> Links:
-        return view.once("attention/links", lambda: self.read(view.side, view.x.shape[0]))
+        return view.once(self._links)
 
     def by_row(self, view: View) -> Tensor:
         """[L, B]: how much of each row's mixture comes from each layer."""
-        return view.once("attention/by_row", lambda: weights_by_row(self.weights(view), self.links(view)))
+        return view.once(self._by_row)
 
     def weights(self, view: View) -> Tensor:
         """[L], by layer."""
-        return view.once("attention/weights", lambda: mixing_weights(view.sae, view.side, view.x))
+        return view.once(self._weights)
+
+    def _links(self, view: View) -> Links:
+        return self.read(view.side, view.x.shape[0])
+
+    def _by_row(self, view: View) -> Tensor:
+        return weights_by_row(self.weights(view), self.links(view))
+
+    def _weights(self, view: View) -> Tensor:
+        return mixing_weights(view.sae, view.side, view.x)
 
     def note(self, view: View) -> None:
         """The mixture goes to the log."""
@@ -72,8 +81,11 @@ def mixing_of(sae: SparseAutoencoder) -> Mixing | None:
 
 def places_of(view: View) -> Places:
     """Where the rows of the batch stand in their windows."""
-    side = view.side
-    return view.once("attention/places", lambda: Places(side["window"], side["position"], side["row_of"]))
+    return view.once(_places)
+
+
+def _places(view: View) -> Places:
+    return Places(view.side["window"], view.side["position"], view.side["row_of"])
 
 
 @dataclass(frozen=True)
