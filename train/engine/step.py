@@ -1,9 +1,10 @@
 """One training step of one SAE, and all the state that it leaves behind.
 
-1. Knobs and weights of this step from their schedules; the view of the batch.
+1. Rate, weights and knobs of this step from their schedules; the view of the batch.
 2. Every term, weighted and summed; a loss that is not finite stops here.
 3. Backward; gradients averaged over ranks; constraints; Adam; constraints.
 4. Running statistics of the gate and of extras, firing counters, step count.
+`Trainee.step` is these four, in this order.
 
 On a GPU no step waits for the device: the host looks every LOOK_EVERY steps only. Until then a loss that is not
 finite freezes the weights on the device, and the list of dead latents is that of the last look.
@@ -18,7 +19,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -137,18 +138,44 @@ class Trainee:
         if self._looks_late and self.step_index % LOOK_EVERY == 0:
             self.look()
             self.counters.list_dead(self.assembly.dead_after_tokens, retired_of(self.sae))
-        view = self._view(batch)
-        random_state = self.assembly.generator.get_state()
+        # 1. What the schedules say at this step, and all that terms may see of the batch.
+        lr = self._lr(self.step_index, self.total_steps)
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
+        view = self._view(batch)
+        ranks = view.side.ranks
+        # 2. Losses. What is reported is measured here, before the weights move.
+        random_state = self.assembly.generator.get_state()
         loss, losses = self._losses(view, weights)
         self._require_finite(view, loss, losses, random_state)
-        report = self._report(view, loss, losses, weights)
-        # A rank with more rows than others counts more; alone the weight is 1 and changes no bit.
-        loss.backward(torch.full_like(loss, view.side.ranks.weight))
-        grad_norm = self._update(report.lr)
-        self._observe(view)
+        with torch.no_grad():
+            residual = view.residual.reshape(-1)
+            unexplained = torch.dot(residual, residual) / view.x.shape[0] / view.stats.variance
+            dead_share = view.dead.double().mean()
+        # 3. Gradients and weights. A rank with more rows counts more; alone the weight is 1 and changes no bit.
+        loss.backward(torch.full_like(loss, ranks.weight))
+        grad_norm = self._update(lr)
+        # 4. Everybody who keeps statistics is told.
+        with torch.no_grad():
+            self.sae.gate.observe(view.codes, view.side)
+            self.counters.update(ranks.sum(view.codes.fired), ranks.rows(view.x.shape[0]))
+            for extra in extras_of(self.sae):
+                extra.observe(view)
         self.step_index += 1
-        return replace(report, notes=dict(view.notes), grad_norm=grad_norm)
+        return Report(
+            step=self.step_index - 1,
+            tokens=ranks.rows(view.x.shape[0]),
+            weight=ranks.weight,
+            lr=lr,
+            loss=loss.detach(),
+            terms={name: value.detach() for name, value in losses.items()},
+            weights=weights,
+            knobs=view.side.knobs,
+            notes=dict(view.notes),
+            l0=view.codes.l0,
+            explained_variance=1.0 - unexplained,
+            dead_share=dead_share,
+            grad_norm=grad_norm,
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Everything a bit-exact continuation needs, as flat named tensors; all ranks of a sharded one must ask."""
@@ -261,40 +288,6 @@ class Trainee:
             return {}
         is_unit = any(constraint.table_use == "unit decoder" for constraint in self.assembly.constraints)
         return {"W_enc": False, "W_dec": is_unit}
-
-    @torch.no_grad()
-    def _report(
-        self,
-        view: View,
-        loss: Tensor,
-        losses: Mapping[str, Tensor],
-        weights: Mapping[str, float],
-    ) -> Report:
-        residual = view.residual.reshape(-1)
-        error = torch.dot(residual, residual) / view.x.shape[0]
-        return Report(
-            step=self.step_index,
-            tokens=view.side.ranks.rows(view.x.shape[0]),
-            weight=view.side.ranks.weight,
-            lr=self._lr(self.step_index, self.total_steps),
-            loss=loss.detach(),
-            terms={name: value.detach() for name, value in losses.items()},
-            weights=weights,
-            knobs=view.side.knobs,
-            notes={},
-            l0=view.codes.l0,
-            explained_variance=1.0 - error / view.stats.variance,
-            dead_share=view.dead.double().mean(),
-            grad_norm=None,
-        )
-
-    @torch.no_grad()
-    def _observe(self, view: View) -> None:
-        self.sae.gate.observe(view.codes, view.side)
-        ranks = view.side.ranks
-        self.counters.update(ranks.sum(view.codes.fired), ranks.rows(view.x.shape[0]))
-        for extra in extras_of(self.sae):
-            extra.observe(view)
 
 
 def _require_shardable(name: str, sae: SparseAutoencoder) -> None:
