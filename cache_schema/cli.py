@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import get_args
 
 import click
 from rich.console import Console
@@ -17,7 +18,7 @@ from .errors import StoreError
 from .importer import ImportSettings, import_store
 from .info import describe, render
 from .layout import BEGINNING
-from .manifest import Manifest
+from .manifest import Codec, Manifest
 from .reader import GONE, Store
 from .sources import NumpySource, SaelensSource, Source
 from .verify import Damage, digest, drop_broken_derived, repair, verify_shards
@@ -108,7 +109,7 @@ def repair_command(url: str, remove_only: bool) -> None:
 @click.option("--bos-token", type=int)
 @click.option("--validation", default=0.05, show_default=True, help="Share of windows.")
 @click.option("--test", default=0.05, show_default=True, help="Share of windows.")
-@click.option("--codec", type=click.Choice(["raw", "lz4", "zstd"]), default="raw", show_default=True)
+@click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
 def import_command(
     url: str,
     resid_files: tuple[Path, ...],

@@ -11,7 +11,7 @@ import numpy as np
 from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue] (a compiled module)
 
 from .errors import ShardCorrupt
-from .layout import ArrayLayout, blosc_settings
+from .layout import BLOSC, ArrayLayout
 
 CHECKSUM_BYTES = 4
 BLOSC_HEADER_BYTES = 16
@@ -22,7 +22,7 @@ def encode(layout: ArrayLayout, chunk: np.ndarray) -> list[np.ndarray]:
     """The buffers to write one after the other; the array itself is not copied when it is stored raw."""
     body = as_bytes(np.ascontiguousarray(chunk, layout.dtype))
     if layout.codec != "raw":
-        found = blosc_settings(layout.codec)
+        found = BLOSC[layout.codec]
         compressor, shuffle = found["cname"].encode(), _SHUFFLES[found["shuffle"]]
         typed = body.view(layout.dtype)
         body = np.frombuffer(blosc.compress(typed, compressor, found["clevel"], shuffle, found["blocksize"]), np.uint8)

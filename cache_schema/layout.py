@@ -1,7 +1,7 @@
 """Every name, shape and chunk of a store, and the zarr documents that say so. Nothing else builds paths.
 
 A manifest fixes all arrays before the first shard is written; `arrays_of(manifest)` lists them. The
-zarr v3 documents are built here as plain JSON, so that their bytes do not hang on zarr's version.
+zarr v3 documents are built here as plain JSON, so that their bytes do not depend on zarr's version.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -29,8 +29,7 @@ CHUNK_BYTES = 16 * 2**20  # aim for chunks of this size: large enough to stream,
 # Moments of one shard and layer stand in one float64 line: these columns, then norm_by_position [T], mean [D].
 MOMENT_SCALARS = ("count", "mean_norm", "mean_square_norm", "windows")
 
-_CODECS: tuple[Codec, ...] = ("raw", "lz4", "zstd")
-_BLOSC: dict[Codec, dict[str, Any]] = {
+BLOSC: dict[Codec, dict[str, Any]] = {  # every codec but raw, by the names of zarr's own codec
     "lz4": {"cname": "lz4", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0},
     # Large blocks of shuffled bytes: signs and exponents get an entropy code of their own, apart from the mantissas.
     "zstd": {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 2**19},
@@ -86,13 +85,8 @@ def codec_documents(codec: Codec, dtype: np.dtype) -> list[dict[str, Any]]:
     if dtype.itemsize == 1:
         chain = [{"name": "bytes"}]
     if codec != "raw":
-        chain.append({"name": "blosc", "configuration": {"typesize": dtype.itemsize, **_BLOSC[codec]}})
+        chain.append({"name": "blosc", "configuration": {"typesize": dtype.itemsize, **BLOSC[codec]}})
     return [*chain, {"name": "crc32c"}]
-
-
-def blosc_settings(codec: Codec) -> dict[str, Any]:
-    """Compressor, level, shuffle and block size, by the names of zarr's codec."""
-    return _BLOSC[codec]
 
 
 def resid_path(layer: int) -> str:
@@ -184,7 +178,9 @@ def parse_array_document(expected: ArrayLayout, document: dict[str, Any]) -> Arr
     chunks = document["chunk_grid"]["configuration"]["chunk_shape"]
     if len(chunks) != len(shape) or not all(type(length) is int and length > 0 for length in chunks):
         raise ValueError(f"expected {len(shape)} positive integers as chunk shape, found {chunks}")
-    known: list[Codec] = [codec for codec in _CODECS if codec_documents(codec, expected.dtype) == document["codecs"]]
+    known: list[Codec] = [
+        codec for codec in get_args(Codec) if codec_documents(codec, expected.dtype) == document["codecs"]
+    ]
     separator = document["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
     if not known or chunks[1:] != shape[1:] or not separator:
         return None

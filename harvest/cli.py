@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.console import Console
 from ..cache_schema import Store, StoreError, StoreMissing
 from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
+from ..cache_schema.manifest import Codec
 from .config import ATTENTION_AROUND, HarvestConfig, parse_count, parse_layers, parse_worker
 from .corpus.source import CorpusSource
 from .errors import HarvestError
@@ -43,7 +44,7 @@ from .errors import HarvestError
 @click.option("--context", default=128, show_default=True, help="Tokens in a window.")
 @click.option("--packing", type=click.Choice(["concat", "documents"]), default="concat", show_default=True)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
-@click.option("--codec", type=click.Choice(["raw", "lz4", "zstd"]), default="raw", show_default=True)
+@click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
 @click.option("--shard-windows", default=256, show_default=True, help="Windows in a shard, the unit of work.")
 @click.option(
     "--batch-windows", type=int, help="Windows in a forward pass.  [default: 2,048 tokens, 512 of small models]"

@@ -11,7 +11,7 @@ from ...cache_schema import StoreError
 from ...cache_schema.allocator import keep_large_blocks
 from ...harvest.errors import HarvestError
 from ...harvest.model.device import find_device
-from ...train.ask.settings import parse_settings, with_settings
+from ...train.ask.settings import parse_settings, split_key, with_settings
 from ...train.errors import TrainError
 from .. import evals
 from ..context.loaded_sae import LoadedSae
@@ -50,11 +50,11 @@ def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
     """The evaluations asked for, with their settings."""
     names = evals.names() if wanted == ALL else tuple(dict.fromkeys(part.strip() for part in wanted.split(",")))
     given: dict[str, dict[str, Any]] = {}
-    for setting in parse_settings(settings):
-        head, key = setting.in_front()
+    for said, value in parse_settings(settings).items():
+        head, key = split_key(said)
         if head not in names or not key:
-            raise SettingInvalid(f"expected a setting like {names[0]}.KEY=VALUE of {', '.join(names)}: {setting.key!r}")
-        given.setdefault(head, {})[key] = setting.value
+            raise SettingInvalid(f"expected a setting like {names[0]}.KEY=VALUE of {', '.join(names)}: {said!r}")
+        given.setdefault(head, {})[key] = value
     return {name: with_settings(evals.config_type(name)(), given.get(name, {}), name) for name in names}
 
 

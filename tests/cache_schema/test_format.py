@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -11,7 +12,7 @@ from saemill.cache_schema import layout as layout_module
 from saemill.cache_schema.commits import CommitRecord, Index
 from saemill.cache_schema.identity import NOT_IDENTITY
 from saemill.cache_schema.layout import arrays_of, codec_documents, packed_codec
-from saemill.cache_schema.manifest import FORMAT
+from saemill.cache_schema.manifest import FORMAT, Codec
 
 PAGE = (Path(layout_module.__file__).parent / "FORMAT.md").read_text()
 N, T, D, W, S, H, K = 300, 32, 48, 64, 5, 2, 4
@@ -46,7 +47,7 @@ def manifest(dtype: str = "bfloat16", codec: str = "raw") -> Manifest:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("codec", ["raw", "lz4", "zstd"])
+@pytest.mark.parametrize("codec", get_args(Codec))
 def test_array_table_is_what_the_code_lays_out(dtype: str, codec: str) -> None:
     arrays = {re.sub(r"layer_\d+", "layer_L", path): array for path, array in arrays_of(manifest(dtype, codec)).items()}
     rows = table_after("## 2. Arrays")
@@ -64,6 +65,7 @@ def test_array_table_is_what_the_code_lays_out(dtype: str, codec: str) -> None:
 
 
 def test_codec_table_is_the_chain_that_is_written() -> None:
+    assert tuple(name for name, _ in table_after("### Codecs")) == get_args(Codec)
     for name, chain in table_after("### Codecs"):
         documents = codec_documents(name, arrays_of(manifest())["tokens"].dtype)
         written = []

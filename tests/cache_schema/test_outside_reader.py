@@ -6,19 +6,23 @@ import json
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, get_args
 
 import numpy as np
 import pytest
 import zarr
 from scipy.sparse import csr_matrix
 
-from saemill.cache_schema import Request, Store
+from saemill.cache_schema import Request, Store, codecs
+from saemill.cache_schema import layout as layouts
+from saemill.cache_schema import manifest as manifests
 from saemill.cache_schema.chunks import plan_reads, read_chunk
 from saemill.cache_schema.codecs import decode, encode
 from saemill.cache_schema.files import open_files
 from saemill.cache_schema.layout import ArrayLayout, arrays_of, is_line
+from saemill.cache_schema.manifest import Codec
 
-CODECS = ("raw", "lz4", "zstd")
+CODECS = get_args(Codec)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -173,3 +177,20 @@ def test_encoding_leaves_no_trace_of_the_thread_that_does_it(synthetic, rng):
     with ThreadPoolExecutor(4) as pool:
         there = set(pool.map(lambda _: b"".join(part.tobytes() for part in encode(layout, chunk)), range(8)))
     assert len(here | there) == 1
+
+
+def test_the_template_of_a_codec_is_read_by_zarr_and_by_us(synthetic, tmp_path, template, monkeypatch):
+    """CONTRIBUTING.md: a name and settings are all there is to it."""
+    settings = dict(layouts.BLOSC)
+    exec(template("A codec"), {"BLOSC": settings})
+    (name,) = settings.keys() - layouts.BLOSC.keys()
+    for module in (layouts, manifests):
+        monkeypatch.setattr(module, "Codec", Literal[(*get_args(Codec), name)])
+    for module in (layouts, codecs):
+        monkeypatch.setattr(module, "BLOSC", settings)
+    corpus = synthetic.write_store(tmp_path, synthetic.make_manifest(codec=name))
+    np.testing.assert_array_equal(zarr.open_group(tmp_path, mode="r")["tokens"][:], corpus.tokens)
+    with Store.open(tmp_path) as store:
+        assert store.manifest.codec == name
+        (arrays,) = store.stream(Request(tokens=True, windows=(0, 1)))
+        np.testing.assert_array_equal(arrays.tokens, corpus.tokens[:1])

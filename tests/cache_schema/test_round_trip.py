@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
 from saemill.cache_schema import AttentionCsr, Request, ShardBuffers, Span, Store, to_float32
+from saemill.cache_schema.manifest import Codec
 from saemill.cache_schema.moments import measure
 
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True, positions=True)
-CODECS = ("raw", "lz4", "zstd")
+CODECS = get_args(Codec)
 
 
 def collect(store: Store, request: Request) -> dict[str, np.ndarray]:

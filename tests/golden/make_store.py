@@ -5,6 +5,7 @@ Values are arithmetic, not random, so that the expected arrays can be computed b
 
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -18,10 +19,11 @@ from saemill.cache_schema import (
     StoreWriter,
     from_float32,
 )
+from saemill.cache_schema.manifest import Codec
 from saemill.cache_schema.moments import is_special, measure
 
 FOLDER = Path(__file__).parent
-CODECS = ("raw", "lz4", "zstd")
+CODECS = get_args(Codec)
 WINDOWS, CONTEXT, WIDTH, HEADS, TOPK = 5, 4, 3, 2, 2
 MANIFEST = Manifest(
     model=ModelSpec("golden", WIDTH, revision="1", num_layers=2, tokenizer="none", bos_token=0, special_tokens=(0,)),

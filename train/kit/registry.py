@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
 from types import ModuleType
 
 from ..errors import ConfigInvalid, UnknownVariant
@@ -10,12 +10,11 @@ from ..file_registry import file_names, import_file, require_known
 from .contract import Variant
 
 PACKAGE = __name__.rsplit(".", 2)[0] + ".variants"
-FOLDER = str(Path(__file__).parents[1] / "variants")
 
 
 def names() -> tuple[str, ...]:
     """All variants, sorted."""
-    return file_names([FOLDER])
+    return file_names(importlib.import_module(PACKAGE).__path__)
 
 
 def module(name: str) -> ModuleType:

@@ -1,0 +1,59 @@
+"""The template of a variant in CONTRIBUTING.md is a variant: the registry finds it, and it passes the battery."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+from saemill.train import variants
+from saemill.train.errors import ConfigInvalid
+from saemill.train.kit import registry
+
+NAME = "of_contributing"
+
+
+def battery_checks():
+    """The battery's tests by name."""
+    spec = importlib.util.spec_from_file_location("battery", Path(__file__).with_name("test_battery.py"))
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return {name: check for name, check in vars(module).items() if name.startswith("test_")}
+
+
+CHECKS = battery_checks()
+
+
+@pytest.fixture
+def add_variant(tmp_path, monkeypatch):
+    """A function that puts a file beside those in train/variants/."""
+    monkeypatch.setattr(variants, "__path__", [*variants.__path__, str(tmp_path)])
+
+    def add(code: str) -> None:
+        (tmp_path / f"{NAME}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, f"{registry.PACKAGE}.{NAME}", raising=False)
+
+    yield add
+    sys.modules.pop(f"{registry.PACKAGE}.{NAME}", None)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_template_passes_the_battery(check, add_variant, template, request):
+    add_variant(template("A variant"))
+    assert NAME in registry.names()
+    others = [name for name in inspect.signature(CHECKS[check]).parameters if name != "variant"]
+    CHECKS[check](variant=NAME, **{name: request.getfixturevalue(name) for name in others})
+
+
+def test_the_template_can_be_wrapped(add_variant, template, battery):
+    add_variant(template("A variant"))
+    assembly = battery.config_of("positional", base=NAME).build(battery.D)
+    assert "overlap" in {term.name for term in assembly.terms}
+
+
+def test_a_file_without_a_config_is_named(add_variant):
+    add_variant("class Config: pass\n")
+    with pytest.raises(ConfigInvalid, match=rf"{NAME}\.py: expected a class Config that extends Variant"):
+        registry.config_type(NAME)
