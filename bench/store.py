@@ -40,7 +40,7 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.commits import Index
-from saemill.cache_schema.identity import sealed
+from saemill.cache_schema.identity import seal
 from saemill.cache_schema.layout import INDEX, ROOT, encode_json, root_document
 from saemill.cache_schema.moments import Moments
 from saemill.cache_schema.strict import to_json
@@ -284,7 +284,7 @@ def bench_opening(bench: Bench) -> list[Row]:
     """A store of 100,000 shards: its root and its index, nothing else is needed to open it."""
     folder, shards = bench.folder / "many", 100_000
     (folder / "commits").mkdir(parents=True)
-    manifest = sealed(make_manifest(shards))
+    manifest = seal(make_manifest(shards))
     (folder / ROOT).write_bytes(encode_json(root_document(manifest)))
     speeds = []
     for name, ranges in (("finished", ((0, shards),)), ("in the making", ((0, shards // 2),))):

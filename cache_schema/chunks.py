@@ -1,6 +1,6 @@
 """Read rows of one array, chunk by chunk, straight into memory: checked, and several at a time.
 
-Rows are windows, or shards for arrays that have a line a shard. A chunk that is wanted whole is read
+Rows are windows, or shards for arrays that have a line per shard. A chunk that is wanted whole is read
 into its place; one that is wanted in part goes through a scratch chunk, because its checksum is over
 all of it.
 """

@@ -165,7 +165,7 @@ class LeaseClaims:
         return json.loads(self._files.read(self._key(number)))
 
     def _has_lapsed(self, number: int) -> bool:
-        """Also true of one released in between, and of one that nobody can read: it would hold its shard for ever."""
+        """Also true of a claim released in between, and of an unreadable one, which would hold its shard for ever."""
         try:
             return self._lease(number)["until"] < time.time()
         except (KeyError, TypeError, ValueError):

@@ -37,7 +37,7 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(url: str, as_json: bool) -> None:
     """Say what a store holds and what it costs."""
-    with _reported(), Store.open(url) as store:
+    with _report(), Store.open(url) as store:
         facts = describe(store)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
@@ -49,7 +49,7 @@ def info(url: str, as_json: bool) -> None:
 @click.argument("url")
 def verify(url: str) -> None:
     """Read every byte and hold it against what was committed."""
-    with _reported(), Store.open(url) as store:
+    with _report(), Store.open(url) as store:
         damage = _find_damage(store)
         for item in damage:
             click.echo(str(item), err=True)
@@ -60,7 +60,7 @@ def verify(url: str) -> None:
     if damage:
         broken = sorted({item.shard for item in damage})
         click.echo(f"{len(broken)} of {shards} shards are damaged: {broken}")
-        with _reported():
+        with _report():
             _refuse_if_tokens_are_gone(damage)
         click.echo(f"Mend them with: sae-store repair {url}")
         sys.exit(1)
@@ -71,7 +71,7 @@ def verify(url: str) -> None:
 @click.argument("url")
 def digest_command(url: str) -> None:
     """Print one hash of all content, whatever the host, the path, the codec and the order of work."""
-    with _reported(), Store.open(url) as store:
+    with _report(), Store.open(url) as store:
         click.echo(digest(store))
 
 
@@ -80,7 +80,7 @@ def digest_command(url: str) -> None:
 @click.option("--remove-only", is_flag=True, help="Do not harvest the damaged shards again.")
 def repair_command(url: str, remove_only: bool) -> None:
     """Undo the commits of damaged shards and harvest just those again."""
-    with _reported():
+    with _report():
         for key in drop_broken_derived(url):
             click.echo(f"{key} was damaged: made again")
         with Store.open(url) as store:
@@ -126,7 +126,7 @@ def import_command(
     """Make a store at URL from activations that exist already."""
     special = tuple({*special, *([] if bos_token is None else [bos_token])})
     settings = ImportSettings(model, special, bos_token, validation, test, codec=codec)  # pyright: ignore[reportArgumentType]
-    with _reported():
+    with _report():
         source = _open_source(resid_files, tokens_file, saelens_folder, layers)
         with _progress("importing", "shards") as advance:
             manifest = import_store(url, source, settings, lambda _, total: advance(total))
@@ -175,7 +175,7 @@ def _reharvest(url: str, manifest: Manifest, shards: list[int]) -> None:
 
 
 @contextmanager
-def _reported() -> Iterator[None]:
+def _report() -> Iterator[None]:
     """An error of the store is one line for a person, not a traceback."""
     try:
         yield

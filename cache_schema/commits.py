@@ -141,22 +141,22 @@ def compact(files: Files, manifest: Manifest) -> Index:
         if not len(fresh):
             return index
         records = [read_record(files, manifest, int(shard)) for shard in fresh]
-        files.replace(INDEX, encode_json(to_json(_extended(index, committed, records))))
+        files.replace(INDEX, encode_json(to_json(_extend(index, committed, records))))
 
 
 def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     """Undo commits. The index goes first: a kill in between leaves the shards committed, never half gone."""
     gone = sorted(set(shards))
-    files.remove(SUMMARY)  # it is of a finished store, which this is no more
+    files.remove(SUMMARY)  # the summary describes a finished store, and this store is open again
     committed = find_committed(files, manifest)
     committed[gone] = False
     records = [read_record(files, manifest, int(shard)) for shard in np.flatnonzero(committed)]
-    files.replace(INDEX, encode_json(to_json(_extended(Index(manifest.cache_id), committed, records))))
+    files.replace(INDEX, encode_json(to_json(_extend(Index(manifest.cache_id), committed, records))))
     for shard in gone:
         files.remove(record_key(shard))
 
 
-def _extended(index: Index, committed: np.ndarray, records: Iterable[CommitRecord]) -> Index:
+def _extend(index: Index, committed: np.ndarray, records: Iterable[CommitRecord]) -> Index:
     sizes, attention = dict(index.bytes), dict(index.attention)
     for record in records:
         for path, entry in record.arrays.items():
@@ -190,7 +190,7 @@ def decode_json(raw: bytes, where: str, remedy: str) -> dict[str, Any]:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ManifestInvalid(f"{where} is no JSON ({error}). {remedy}") from None
+        raise ManifestInvalid(f"{where} is not JSON ({error}). {remedy}") from None
     if not isinstance(value, dict):
         raise ManifestInvalid(f"{where}: expected a JSON object, found {type(value).__name__}. {remedy}")
     return value

@@ -3,7 +3,7 @@
     StoreError
     ├── AddressInvalid      (ValueError)         an address that nothing installed here can open
     ├── StoreMissing        (FileNotFoundError)  no store at this address
-    ├── StoreMismatch       (ValueError)         a store with other settings stands there, or another store was expected
+    ├── StoreMismatch       (ValueError)         a store with other settings exists, or another was expected
     ├── StoreBusy           (BlockingIOError)    another writer holds what is wanted
     ├── StoreUnfinished     (LookupError)        a shard or split that was asked for is not there (yet)
     ├── StoreFull           (OSError)            the disk cannot hold what is to be written
@@ -13,7 +13,7 @@
     ├── ShardInvalid        (ValueError)         arrays handed to the writer that do not fit the manifest
     ├── ShardCorrupt        (ValueError)         bytes that are not the bytes that were committed
     │   ├── ChunkMissing                         a committed chunk is not there
-    │   └── CsrInvalid                           attention rows that are no CSR matrix
+    │   └── CsrInvalid                           attention rows that are not a CSR matrix
     └── ImportInvalid       (ValueError)         somebody else's activations that cannot become a store
 
 A message says what was expected, what was found and what to do next.
@@ -29,7 +29,7 @@ class AddressInvalid(StoreError, ValueError):
 
 
 class StoreMissing(StoreError, FileNotFoundError):
-    """There is no store at the address that was given."""
+    """The address that was given holds no store."""
 
 
 class StoreMismatch(StoreError, ValueError):

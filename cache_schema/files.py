@@ -48,7 +48,7 @@ class Files(Protocol):
         ...
 
     def replace(self, key: str, data: bytes) -> None:
-        """Write a whole file or none of it; the caller sees to it that nobody else replaces this key."""
+        """Write a whole file or none of it; the caller makes sure that no one else replaces this key."""
         ...
 
     def list(self, folder: str) -> list[str]: ...
@@ -110,7 +110,7 @@ class LocalFiles:
 
     def write(self, key: str, buffers: Sequence[np.ndarray]) -> None:
         path = self.root / key
-        with self._full_disk_named(key):
+        with self._name_full_disk(key):
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
@@ -126,7 +126,7 @@ class LocalFiles:
     def replace(self, key: str, data: bytes) -> None:
         path = self.root / key
         temporary = path.with_name(f".{path.name}.tmp")  # one name a key: what a killed writer left is used again
-        with self._full_disk_named(key):
+        with self._name_full_disk(key):
             self.write(str(temporary.relative_to(self.root)), [np.frombuffer(data, np.uint8)])
             os.replace(temporary, path)
         sync(path.parent)
@@ -144,8 +144,8 @@ class LocalFiles:
         place = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
         return shutil.disk_usage(place).free
 
-    def _full_disk_named(self, key: str) -> AbstractContextManager[None]:
-        return full_disk_named(f"writing {key} of {self.url}; committed shards are untouched")
+    def _name_full_disk(self, key: str) -> AbstractContextManager[None]:
+        return name_full_disk(f"writing {key} of {self.url}; committed shards are untouched")
 
 
 class RemoteFiles:
@@ -204,7 +204,7 @@ class RemoteFiles:
 
 
 @contextmanager
-def full_disk_named(doing: str) -> Iterator[None]:
+def name_full_disk(doing: str) -> Iterator[None]:
     """Turn 'no space left' into an error that says at what."""
     try:
         yield

@@ -22,6 +22,6 @@ def cache_id(manifest: Manifest) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
-def sealed(manifest: Manifest) -> Manifest:
+def seal(manifest: Manifest) -> Manifest:
     """The manifest with its cache id filled in."""
     return dataclasses.replace(manifest, cache_id=cache_id(manifest))

@@ -23,7 +23,7 @@ INDEX = "commits/index.json"
 LOCK = "commits/lock"
 SUMMARY = "stats/summary.json"
 BEGINNING = ("tokens", "documents")  # arrays that are whole before the first shard is written
-MAX_CHUNK_BYTES = 2**30  # what is read in part goes through a scratch chunk: nobody's chunks may fill the memory
+MAX_CHUNK_BYTES = 2**30  # what is read in part goes through a scratch chunk: no store's chunks may fill the memory
 CHUNK_BYTES = 16 * 2**20  # aim for chunks of this size: large enough to stream, small enough to overlap
 
 # Moments of one shard and layer stand in one float64 line: these columns, then norm_by_position [T], mean [D].
@@ -232,7 +232,7 @@ def moments_length(manifest: Manifest) -> int:
 
 
 def is_line(path: str) -> bool:
-    """Whether the array has a line a shard, not a row a window."""
+    """Whether the array has one line per shard, not one row per window."""
     return path.endswith(("/indptr", "/indices", "/data")) or path.startswith("stats/")
 
 

@@ -40,7 +40,7 @@ REMOTE_READERS = 16  # an object store answers slowly but many at once
 
 
 class Store:
-    """A store opened for reading. Thread-safe but for `stream`, of which each caller needs its own."""
+    """A store opened for reading. Thread-safe, except that each caller needs a `stream` of its own."""
 
     def __init__(self, files: Files, *, via_zarr: bool = False) -> None:
         self.files = files

@@ -36,7 +36,7 @@ def read_root(files: Files) -> Root:
     document = decode_json(raw, where, _REMEDY)
     attributes = document.get("attributes")
     if not isinstance(attributes, dict) or "saemill" not in attributes:
-        raise ManifestInvalid(f"{where} is no store of saemill: attributes['saemill'] is missing")
+        raise ManifestInvalid(f"{where} is not a store of saemill: attributes['saemill'] is missing")
     manifest = read_manifest(attributes["saemill"], where)
     _require_identity(manifest, where)
     nodes = _nodes(document)

@@ -66,7 +66,7 @@ class SaelensSource:
         try:
             rows = load_from_disk(str(folder))
         except (FileNotFoundError, ValueError) as error:
-            raise ImportInvalid(f"{folder} is no data set that `datasets.load_from_disk` opens: {error}") from None
+            raise ImportInvalid(f"{folder} is not a data set that `datasets.load_from_disk` opens: {error}") from None
         if not isinstance(rows, Dataset):
             raise ImportInvalid(
                 f"expected one data set in {folder}, found several splits: {list(rows)}. Give one of them"
@@ -94,7 +94,7 @@ def _load(path: Path, ndim: int) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ImportInvalid(f"{path} is no .npy file that can be read: {error}") from None
+        raise ImportInvalid(f"{path} is not a readable .npy file: {error}") from None
     if not isinstance(array, np.ndarray) or array.ndim != ndim:
         shape = getattr(array, "shape", "an archive")
         expected = "[windows, tokens, width]" if ndim == 3 else "[windows, tokens]"

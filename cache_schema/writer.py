@@ -1,7 +1,7 @@
 """Write a store: tokens first and whole, then shards in any order, each committed by its record.
 
 1. `StoreWriter.create` writes all array documents, tokens and documents, and the root document last:
-   without the root there is no store. On a store that stands there already it checks that the settings
+   without the root there is no store. On a store that exists already it checks that the settings
    are the same, and goes on.
 2. `claim` takes a shard, so that no other writer does.
 3. `write_shard` writes every chunk and flushes it, then the record: a kill at any instant leaves
@@ -26,7 +26,7 @@ from .commits import CommitRecord, compact, find_committed, write_record
 from .content import ShardContent, ShardPart, lay_out, make_record, validate_content
 from .errors import ShardInvalid, StoreBusy, StoreMismatch
 from .files import Files, open_files
-from .identity import sealed
+from .identity import seal
 from .layout import BEGINNING, ROOT, arrays_of, documents_of, encode_json, record_key, root_document
 from .manifest import Manifest, list_differences
 from .moments import merge
@@ -54,7 +54,7 @@ class StoreWriter:
         cls, url: str | os.PathLike[str], manifest: Manifest, tokens: np.ndarray, documents: np.ndarray
     ) -> StoreWriter:
         """Begin a store, or go on with one of the same settings."""
-        files, manifest = open_files(url), sealed(manifest)
+        files, manifest = open_files(url), seal(manifest)
         _validate_tokens(manifest, tokens, documents)
         writer = cls(files, manifest)
         try:
@@ -66,7 +66,7 @@ class StoreWriter:
 
     @classmethod
     def open(cls, url: str | os.PathLike[str]) -> StoreWriter:
-        """Go on with a store that was begun."""
+        """Continue a store that was started before."""
         files = open_files(url)
         return cls(files, read_root(files).manifest)
 
@@ -128,7 +128,7 @@ class StoreWriter:
         return sum(buffer.nbytes for buffer in buffers)
 
     def _begin(self, tokens: np.ndarray, documents: np.ndarray) -> None:
-        """Write the store's beginning, unless one of the same settings stands there."""
+        """Write the store's beginning, unless a store of the same settings exists."""
         if not self._claims.take(CREATION):
             raise StoreBusy(
                 f"another process is creating {self.files.url} right now: wait until it has, then try again"

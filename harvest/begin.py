@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
-from ..cache_schema.files import Files, LocalFiles, full_disk_named, open_files
+from ..cache_schema.files import Files, LocalFiles, name_full_disk, open_files
 from ..cache_schema.layout import ROOT
 from .corpus.open import is_on_hub, open_corpus
 from .errors import SettingInvalid, TokensMissing
@@ -80,7 +80,7 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
     if is_on_hub(plan.corpus):  # which surely holds what is asked for, and takes hours to read
         require_space(files.url, files.free_bytes(), least_bytes(expected_manifest(plan, spec, plan.windows)))
     doing = f"tokenising into {folder}"  # the store names a full disk by itself; this is for what comes before it
-    with full_disk_named(doing), _locked(folder), watch.stage("tokenising", plan.windows * context):
+    with name_full_disk(doing), _locked(folder), watch.stage("tokenising", plan.windows * context):
         spool, packed = spool_corpus(
             corpus, plan.encoder, job, folder, lambda windows, documents: watch.packed(windows * context, documents)
         )

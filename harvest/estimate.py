@@ -19,7 +19,7 @@ import numpy as np
 from ..cache_schema import Manifest, StoreFull, StoreWriter
 from ..cache_schema.commits import CommitRecord
 from ..cache_schema.files import Files
-from ..cache_schema.identity import sealed
+from ..cache_schema.identity import seal
 from ..cache_schema.layout import arrays_of
 from .shards import Harvester, harvest_shards
 
@@ -58,7 +58,7 @@ def measure_cost(harvester: Harvester, tokens: np.ndarray) -> Cost:
     tokens = np.resize(tokens, (batch * (1 + TIMED_BATCHES), tokens.shape[1]))
     windows = len(tokens)
     spans = {"train": (0, windows), "validation": (windows, windows), "test": (windows, windows)}
-    manifest = sealed(replace(harvester.manifest, windows=windows, splits=spans, shard_windows=batch))
+    manifest = seal(replace(harvester.manifest, windows=windows, splits=spans, shard_windows=batch))
     url = f"memory://saemill-{uuid.uuid4().hex}"
     records: list[CommitRecord] = []
     with StoreWriter.create(url, manifest, tokens, np.zeros_like(tokens)) as writer:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, StoreMismatch
-from ..cache_schema.identity import sealed
+from ..cache_schema.identity import seal
 from ..cache_schema.manifest import list_differences
 from .config import HarvestConfig
 from .corpus.source import OPENWEBTEXT, STDLIB, CorpusSource
@@ -98,7 +98,7 @@ def make_manifest(plan: Plan, corpus: CorpusSpec, windows: int, splits: dict[str
         shard_windows=plan.config.shard_windows,
         codec=plan.config.codec,
     )
-    return sealed(manifest)
+    return seal(manifest)
 
 
 def manifest_of(plan: Plan, corpus: CorpusSpec, packed: PackedCorpus) -> Manifest:

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..cache_schema import Store
 from .ask.records import Ask, Member
 from .ask.settings import parse_grid, parse_settings, parse_value
-from .command import errors_told
+from .command import tell_errors
 from .errors import ConfigInvalid
 from .kit.registry import names
 from .parallel.processes import join
@@ -63,7 +63,7 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
     metavar="F",
     help="Latents.  [default: the variant's, at most 16 times the residual width]",
 )
-@click.option("--k", callback=count, metavar="K", help="Active latents a token, for variants that fix them.")
+@click.option("--k", callback=count, metavar="K", help="Active latents per token, for variants that fix their number.")
 @click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [default: the variant's own]")
 @click.option("--seed", type=int, metavar="N", help="Of the SAE; the order of the data has its own, data.seed.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
@@ -92,7 +92,7 @@ def main(
     would have had alone.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    with errors_told():
+    with tell_errors():
         site = Site(*join(device), console)
         try:
             if resume is not None:
@@ -102,8 +102,9 @@ def main(
                 tell(console, _go_on(RunFolder.open(out, resume), cache, site), plots)
             else:
                 options = _options(chosen | {"tokens": tokens, "epochs": epochs}, settings)
-                for ask in _asks(variants, recipe, name, options, [_unaliased(point) for point in parse_grid(grid)]):
-                    tell(console, _start(ask, _required(cache), out, name, site), plots)
+                points = [_resolve_aliases(point) for point in parse_grid(grid)]
+                for ask in _asks(variants, recipe, name, options, points):
+                    tell(console, _start(ask, _require_cache(cache), out, name, site), plots)
         finally:
             site.group.close()
 
@@ -138,7 +139,7 @@ def tell(console: Console, outcome: Outcome | None, plots: bool) -> None:
 
 
 def warnings_of(outcome: Outcome) -> list[str]:
-    """What nobody should have to notice in the table by himself."""
+    """What must be said and not only stand in the table."""
     poor = [label for label, sae in outcome.saes.items() if not sae.explained_variance > 0]
     if not poor:
         return []
@@ -211,16 +212,16 @@ def _asks(
 
 
 def _options(chosen: Mapping[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
-    """What was said by options, then what was said by --set."""
+    """All settings of the command line; --set wins over an option."""
     options = {_OPTIONS[key]: value for key, value in chosen.items() if value is not None}
-    return options | _unaliased(parse_settings(words))
+    return options | _resolve_aliases(parse_settings(words))
 
 
-def _unaliased(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _resolve_aliases(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {_ALIASES.get(key, key): value for key, value in settings.items()}
 
 
-def _required(cache: str | None) -> str:
+def _require_cache(cache: str | None) -> str:
     if cache is None:
         raise ConfigInvalid("expected --cache URL, the store to train on")
     return cache

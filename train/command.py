@@ -13,7 +13,7 @@ from .errors import RunInterrupted, TrainError
 
 
 @contextmanager
-def errors_told() -> Iterator[None]:
+def tell_errors() -> Iterator[None]:
     """Expected errors end in one message and an exit code, not in a traceback."""
     try:
         yield

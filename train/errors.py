@@ -7,16 +7,16 @@ TrainError
 ├── SideInputMissing (LookupError)      a term or a gate read what its variant did not request
 ├── NonFiniteLoss (ArithmeticError)     the loss left the numbers; weights are as before the step
 ├── StoppedElsewhere (RuntimeError)     another process of the run was refused something
-├── SaeInvalid (ValueError)             a folder that is no SAE this package can read
+├── SaeInvalid (ValueError)             a folder that does not hold an SAE this package can read
 ├── StateInvalid (ValueError)           a checkpoint's state does not fit this SAE
 ├── NothingToTrain (ValueError)         no step to take, no token to take it on, or none to measure it on
 ├── StoreTooShort (ValueError)          fewer tokens than the budget, and no word of reading them again
 ├── MemoryTooSmall (MemoryError)        the run does not fit
-├── ActivationsNotFinite (ArithmeticError)  the store holds values that are no numbers
+├── ActivationsNotFinite (ArithmeticError)  the store holds values that are not finite
 ├── RunMissing (FileNotFoundError)      no run, or no SAE in it, of this name
 ├── RunTaken (FileExistsError)          the name of a new run is taken
 ├── RunFinished (ValueError)            nothing is left to resume
-├── CheckpointDamaged (ValueError)      no checkpoint is whole
+├── CheckpointDamaged (ValueError)      no checkpoint is complete
 ├── TrackerMissing (ImportError)        a tracker's package is not installed
 └── RunInterrupted                      a signal ended the run; its state is saved
 """
@@ -90,11 +90,11 @@ class ActivationsNotFinite(TrainError, ArithmeticError):
 
 
 class RunMissing(TrainError, FileNotFoundError):
-    """There is no run, or no SAE, of the name that was given."""
+    """No run, or no SAE, has the name that was given."""
 
 
 class RunTaken(TrainError, FileExistsError):
-    """A run of this name is there already."""
+    """A run of this name exists already."""
 
 
 class RunFinished(TrainError, ValueError):

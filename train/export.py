@@ -8,7 +8,7 @@ from typing import Any
 import click
 import torch
 
-from .command import errors_told
+from .command import tell_errors
 from .disk.formats import WRITERS, kind_of, read
 from .disk.plain_form import PlainSae, sae_from_plain
 from .disk.sae_folder import is_of_one_place
@@ -25,7 +25,7 @@ ROWS = 256
 @click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Where runs are kept.")
 def main(source: str, kind: str, target: Path, runs: str) -> None:
     """Convert SOURCE: a run, the folder of an SAE (SAELens, sparsify, dictionary_learning), or a Hub repository."""
-    with errors_told():
+    with tell_errors():
         folder = find_sae(source, runs)
         difference = export(folder, kind, target)
         click.echo(f"{folder} ({kind_of(folder)}) -> {target} ({kind})")
@@ -35,7 +35,7 @@ def main(source: str, kind: str, target: Path, runs: str) -> None:
 def export(folder: Path, kind: str, target: Path) -> float:
     """Write the SAE of a folder in another form; the largest difference between the two."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunTaken(f"{target} is there already and not an empty folder: choose another --out")
+        raise RunTaken(f"{target} exists already and is not an empty folder: choose another --out")
     plain, metadata = read(folder)
     _require_one_place(metadata, kind)
     WRITERS[kind](target, plain, metadata)

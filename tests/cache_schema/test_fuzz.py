@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from saemill.cache_schema import ManifestInvalid, Request, Store, StoreError
-from saemill.cache_schema.identity import sealed
+from saemill.cache_schema.identity import seal
 from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.manifest import read_manifest
 from saemill.cache_schema.verify import verify_shards
@@ -105,15 +105,15 @@ def mutate_json(document: Any, choose: random.Random) -> bytes:
         elif action == "copy" and isinstance(container, list):
             container.append(container[key])
     if choose.random() < 0.7:
-        seal(document)
+        reseal(document)
     return json.dumps(document).encode()
 
 
-def seal(document: Any) -> None:
+def reseal(document: Any) -> None:
     """The identity check must not be what hides every later one."""
     try:
         found = document["attributes"]["saemill"]
-        found["cache_id"] = sealed(read_manifest(found, "")).cache_id
+        found["cache_id"] = seal(read_manifest(found, "")).cache_id
     except (KeyError, TypeError, StoreError):
         return
 

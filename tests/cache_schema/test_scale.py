@@ -12,7 +12,7 @@ import pytest
 
 from saemill.cache_schema import Request, Store
 from saemill.cache_schema.commits import Index
-from saemill.cache_schema.identity import sealed
+from saemill.cache_schema.identity import seal
 from saemill.cache_schema.layout import INDEX, ROOT, encode_json, record_key, root_document
 from saemill.cache_schema.strict import to_json
 
@@ -23,7 +23,7 @@ SHARDS = 100_000
 def many_shards(synthetic, tmp_path_factory):
     """Records alone, no chunks, of every fifth shard: asking for one costs the same whether it is there or not."""
     folder = tmp_path_factory.mktemp("many")
-    manifest = sealed(synthetic.make_manifest(windows=SHARDS, shard_windows=1))
+    manifest = seal(synthetic.make_manifest(windows=SHARDS, shard_windows=1))
     committed = np.arange(SHARDS) % 5 == 0
     (folder / "commits").mkdir()
     (folder / ROOT).write_bytes(encode_json(root_document(manifest)))

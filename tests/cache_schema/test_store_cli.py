@@ -121,7 +121,7 @@ def test_import_of_pickled_arrays_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "resid.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     result = run("import", tmp_path / "s", "--resid", tmp_path / "resid.npy", "--layer", 0, "--model", "m")
     assert result.exit_code == 1
-    assert "is no .npy file that can be read" in result.output
+    assert "is not a readable .npy file" in result.output
 
 
 def test_import_of_a_saelens_folder(tmp_path: Path) -> None:

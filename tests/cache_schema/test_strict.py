@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec
 from saemill.cache_schema.commits import ArrayRecord, AttentionTotals, CommitRecord, Index
-from saemill.cache_schema.identity import cache_id, sealed
+from saemill.cache_schema.identity import cache_id, seal
 from saemill.cache_schema.strict import StrictError, from_json, nearest, to_json
 
 
@@ -152,4 +152,4 @@ def test_how_the_bytes_lie_does_not_change_the_cache_id(change):
 
 def test_the_cache_id_is_the_same_on_every_host():
     """A literal: a change of it would make every store there is unreadable."""
-    assert sealed(manifest()).cache_id == "353c78fdfc94d896dd178ad41bba0456"
+    assert seal(manifest()).cache_id == "353c78fdfc94d896dd178ad41bba0456"

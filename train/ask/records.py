@@ -37,10 +37,10 @@ class DataConfig:
     """The stream that all SAEs of a run share."""
 
     seed: int = 0
-    """Of the read order. The SAEs' own seeds are theirs, so that a fleet over seeds sees one stream."""
+    """Of the read order alone: SAEs have seeds of their own, so a fleet over seeds reads one stream."""
     batch_tokens: int = 4096
     pool_tokens: int | None = None
-    """Tokens shuffled together in memory, twice over; None: 2 GiB of residuals for each layer."""
+    """Tokens that are shuffled together in memory, in each of two pools; None: 2 GiB of residuals per layer in all."""
 
     def __post_init__(self) -> None:
         require_least(self, seed=0, batch_tokens=1, pool_tokens=1)
@@ -48,19 +48,19 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CourseConfig:
-    """How long a run is, and what it does on its way."""
+    """How long a run is, and what it does besides training."""
 
     tokens: int | None = None
     epochs: int | None = None
     metrics_every_steps: int = 50
     checkpoint_every_seconds: float = 300.0
     checkpoint_every_steps: int | None = None
-    """Instead of by the clock."""
+    """If set, the clock is ignored."""
     validation_tokens: int = 131_072
     shard_width: bool = False
-    """With several processes: each holds a part of every dictionary's rows, for widths that fit no single device."""
+    """With several processes: each holds part of every dictionary's rows, for widths that do not fit on one device."""
     trackers: tuple[str, ...] = ()
-    """Further logs, through accelerate: wandb, tensorboard and what else it knows."""
+    """Further logs, through accelerate: wandb, tensorboard and others."""
 
     def __post_init__(self) -> None:
         require_least(self, tokens=1, epochs=1, metrics_every_steps=1, validation_tokens=1)
@@ -125,7 +125,7 @@ class Ask:
     ) -> Ask:
         """Variants at their defaults, each once."""
         for name in names:
-            registry.module(name)  # an unknown one ends here, whatever else is wrong
+            registry.module(name)  # an unknown name is the first error
         return cls(tuple(Sae(name, name) for name in dict.fromkeys(names)), settings or {}, grid)
 
     def stream(self) -> DataConfig:
@@ -172,7 +172,7 @@ class Ask:
         return {split_key(key)[1]: value for key, value in said.items() if split_key(key)[0] == head}
 
     def _require_known(self, keys: Iterable[str]) -> None:
-        """A key that no SAE of the run has is a mistake."""
+        """Refuse a key that no SAE of the run has."""
         names = dict.fromkeys(sae.variant for sae in self.saes)
         by_variant = {name: list(flat_keys(to_json(registry.config_type(name)()))) for name in names}
         everything = {key for keys in by_variant.values() for key in keys}

@@ -1,9 +1,9 @@
-"""Checkpoints: whole or not there, checked when they are read, the last two kept.
+"""Checkpoints: complete or absent, checked when they are read; the last two are kept.
 
 1. All tensors of each SAE go into one safetensors file, in a folder whose name no reader looks at.
 2. state.json says where the run stands, and the digest of every file and of itself.
 3. Everything is flushed; the folder gets its name; older ones go.
-A reader takes the newest that is whole, and says why it did not take a newer one.
+A reader takes the newest complete one, and says why it skipped newer ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT = 2  # 1 had no digest of state.json
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands, apart from its tensors."""
+    """How far a run is, apart from its tensors."""
 
     step: int  # steps taken
     metrics_bytes: int
@@ -56,7 +56,7 @@ class _State:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What was saved, and what could not be read on the way to it."""
+    """What was saved, and why newer checkpoints were skipped."""
 
     standing: Standing
     tensors: dict[str, dict[str, Tensor]]  # by label
@@ -86,7 +86,7 @@ def save_checkpoint(folder: Path, standing: Standing, tensors: Mapping[str, Mapp
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; None where none was ever written."""
+    """The newest complete checkpoint; None if none was ever written."""
     complaints: list[str] = []
     for path in list_checkpoints(folder):
         try:
@@ -97,7 +97,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             return Checkpoint(standing, tensors, tuple(complaints))
     if complaints:
         raise CheckpointDamaged(
-            "no checkpoint is whole: " + "; ".join(complaints) + ". Start the run anew under another name"
+            "no checkpoint is complete: " + "; ".join(complaints) + ". Start the run again under another name"
         )
     return None
 
@@ -115,11 +115,11 @@ def _read(path: Path) -> tuple[Standing, dict[str, dict[str, Tensor]]]:
     if not 1 <= state.format <= FORMAT:
         raise CheckpointDamaged(f"{path}: expected format {FORMAT} or before, found {state.format}")
     if state.digest != state.own_digest():
-        raise CheckpointDamaged(f"{path / 'state.json'} is not the file that was written")
+        raise CheckpointDamaged(f"{path / 'state.json'} differs from the file that was written")
     tensors = {}
     for name, digest in state.files.items():
         if not (path / name).is_file() or _digest(path / name) != digest:
-            raise CheckpointDamaged(f"{path / name} is not the file that was written")
+            raise CheckpointDamaged(f"{path / name} differs from the file that was written")
         tensors[name.removesuffix(".safetensors")] = load_file(path / name)
     return state.standing, tensors
 

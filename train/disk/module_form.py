@@ -23,7 +23,7 @@ from ..sae.side import NO_SIDE, Side
 MODULE, SCALE, TARGET_SCALE = "module.", "scale", "target_scale"
 
 Rebuild = Callable[[str, Mapping[str, Any], int], SparseAutoencoder]
-"""Variant, its config in JSON, width of the input -> the module as it was before training."""
+"""(variant, its config in JSON, input width) -> the module as it was before training."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class RawUnits(SparseAutoencoder):
 
 
 @torch.no_grad()
-def wrapped_sae(sae: SparseAutoencoder, stats: Stats, target_stats: Stats, knobs: Mapping[str, float]) -> WrappedSae:
+def module_form(sae: SparseAutoencoder, stats: Stats, target_stats: Stats, knobs: Mapping[str, float]) -> WrappedSae:
     """The form of a trained module on disk."""
     state = {name: tensor for name, tensor in sae.state_dict().items() if not name.startswith("extras.")}
     tensors = {f"{MODULE}{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
@@ -80,6 +80,6 @@ def sae_from_wrapped(wrapped: WrappedSae, inner: SparseAutoencoder, where: str) 
     expected = {name for name in inner.state_dict() if not name.startswith("extras.")}
     different = sorted(expected ^ state.keys())
     if different or not {SCALE, TARGET_SCALE} <= wrapped.tensors.keys():
-        raise SaeInvalid(f"{where}: its tensors do not fit its variant: {', '.join(different) or 'no scale'}")
+        raise SaeInvalid(f"{where}: the tensors do not match the variant: {', '.join(different) or 'no scale'}")
     inner.load_state_dict(state, strict=False)
     return RawUnits(inner, wrapped.tensors[SCALE], wrapped.tensors[TARGET_SCALE], wrapped.knobs)

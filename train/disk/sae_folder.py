@@ -25,7 +25,7 @@ from ...cache_schema.files import sync
 from ..data.scaling import Stats
 from ..errors import SaeInvalid
 from ..sae.model import SparseAutoencoder
-from .module_form import Rebuild, WrappedSae, sae_from_wrapped, wrapped_sae
+from .module_form import Rebuild, WrappedSae, module_form, sae_from_wrapped
 from .plain_form import PlainSae, plain_sae, sae_from_plain
 
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
@@ -56,7 +56,7 @@ def save_sae(
         plain = plain_sae(sae, stats, target_stats)
         tensors, form = plain.tensors, _plain_form(plain, variant, metadata)
     else:
-        wrapped = wrapped_sae(sae, stats, target_stats, knobs or {})
+        wrapped = module_form(sae, stats, target_stats, knobs or {})
         tensors, form = wrapped.tensors, _wrapped_form(wrapped, sae, variant)
     folder.mkdir(parents=True, exist_ok=True)
     written = _config_of(form, variant, metadata, config)
@@ -91,7 +91,7 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
     tensors = _read_tensors(folder, TENSORS[architecture])
     plain = PlainSae(architecture, tensors, config.get("k"), config.get("apply_b_dec_to_input", True))
     if config.get("rescale_acts_by_decoder_norm", False):
-        plain = _with_norms_folded(plain)
+        plain = _fold_norms(plain)
     sae = sae_from_plain(plain)
     sae.metadata = {**config.get("metadata", {})}
     return sae
@@ -197,7 +197,7 @@ def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: tensors[name].to(torch.float32) for name in names}
 
 
-def _with_norms_folded(plain: PlainSae) -> PlainSae:
+def _fold_norms(plain: PlainSae) -> PlainSae:
     """The same SAE with codes in multiples of its decoder rows' lengths."""
     tensors = dict(plain.tensors)
     lengths = torch.linalg.vector_norm(tensors["W_dec"], dim=1)

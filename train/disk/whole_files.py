@@ -40,6 +40,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def encode_line(values: Mapping[str, Any]) -> bytes:
-    """One line of JSON; what is no number in JSON is null."""
+    """One line of JSON; NaN and infinities, which JSON does not have, become null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(plain, allow_nan=False).encode() + b"\n"

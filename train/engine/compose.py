@@ -3,7 +3,7 @@
 An `Assembly` is a module, loss terms, constraints and knobs. A `Term` is a pure function of a `View`
 and never sees its own weight or the step; weights and knobs are schedules. A `Constraint` acts on
 the module before and after the optimiser. New behaviour comes from combining these parts:
-`with_terms`, `replacing`, `without_terms`, `with_constraints`, `with_knobs`, `with_extra`, `wrapped`.
+`with_terms`, `replacing`, `without_terms`, `with_constraints`, `with_knobs`, `with_extra`, `wrap`.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ class Term:
     """Of a term that reconstructs its own way: target - x_hat, which it has already."""
 
 
-TableUse = Literal["none", "gradients", "unit decoder"]  # the last: that decoder rows keep length one, and no more
+TableUse = Literal["none", "gradients", "unit decoder"]  # the last: only that decoder rows keep length one
 
 
 class Constraint(Protocol):
     """Keeps the weights where they belong."""
 
     table_use: ClassVar[TableUse]
-    """What it wants of the weight tables' gradients. Where nobody looks at them, a step need not make them."""
+    """What it needs of the weight tables' gradients. If nothing reads them, a step need not form them."""
 
     def before_step(self, sae: SparseAutoencoder) -> None:
-        """Gradients are there, the optimiser has not moved."""
+        """Called when gradients are complete, before the optimiser."""
         ...
 
     def after_step(self, sae: SparseAutoencoder) -> None:
-        """The optimiser has moved."""
+        """Called after the optimiser."""
         ...
 
 
@@ -68,7 +68,7 @@ class Buildable(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Assembly:
-    """An SAE with all that training it takes; knows no data and no files."""
+    """An SAE with all that training it takes; independent of data and files."""
 
     sae: SparseAutoencoder
     terms: tuple[Term, ...]
@@ -120,7 +120,7 @@ class Assembly:
             raise ValueError(f"expected a new name of an extra, found {name!r} again")
         return replace(self, extras={**self.extras, name: extra})
 
-    def wrapped(self, wrap: Callable[[SparseAutoencoder], SparseAutoencoder]) -> Assembly:
+    def wrap(self, wrap: Callable[[SparseAutoencoder], SparseAutoencoder]) -> Assembly:
         """The same around another module made from this one's."""
         return replace(self, sae=wrap(self.sae))
 
@@ -129,6 +129,6 @@ class Assembly:
         return Side(batch_side, self.knobs_at(step, total_steps), ranks)
 
     def knobs_at(self, step: int, total_steps: int | None = None) -> dict[str, float]:
-        """Every knob's value at a step; at the end of a run without the length."""
+        """Every knob's value at a step; without a length, as at the end of the run."""
         length = step if total_steps is None else total_steps
         return {name: schedule(step, length) for name, schedule in self.knobs.items()}

@@ -1,7 +1,7 @@
 """How long ago each latent fired.
 
 F latents. The counters are state of the trainer, not of the SAE: they decide which latents count
-as dead. Counting is the device's own; a list of the dead has a length, so somebody must wait for it.
+as dead. Counting is the device's own; a list of the dead has a length, for which the host must wait.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LatentCounters:
         return self.tokens_since_fired >= after_tokens
 
     def list_dead(self, after_tokens: int, retired: Tensor | None) -> None:
-        """Note which latents are dead now, for `listed`; those that were retired are past saving."""
+        """Note which latents are dead now, for `listed`, without those that are retired."""
         dead = self.dead(after_tokens)
         self._listed.copy_(dead if retired is None else dead & ~retired)
         self._numbers = None
@@ -44,6 +44,6 @@ class LatentCounters:
     def state(self) -> dict[str, Tensor]:
         return {"tokens_since_fired": self.tokens_since_fired, "listed": self._listed}
 
-    def loaded(self) -> None:
-        """The state was written to from outside."""
+    def after_load(self) -> None:
+        """The state was overwritten by a checkpoint's: drop what was derived from it."""
         self._numbers = None

@@ -1,7 +1,7 @@
 """The SAEs of a run, trained side by side on the same draws.
 
-Each has its own weights, optimiser, schedules, counters and random numbers, and sees the rows that it
-would see alone: a fleet of one and a member of many train to the same bits.
+Each has its own weights, optimiser, schedules, counters and random numbers, and sees the same rows as
+alone: it trains to the same bits in a fleet of any size.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Fleet:
         shard: Shard | None = None,
     ) -> None:
         self._ranks = ranks
-        self._past: deque[Past] = deque(maxlen=LOOK_EVERY + 1)  # of what a GPU has not been asked about yet
+        self._past: deque[Past] = deque(maxlen=LOOK_EVERY + 1)  # steps whose losses the host has not read yet
         self.stats = stats
         self.needs = {label: config.request() for label, config in configs.items()}
         self.trainees = {
@@ -75,7 +75,7 @@ class Fleet:
             try:
                 reports[label] = trainee.step(draw.batch(self.needs[label]))
             except NonFiniteLoss as error:
-                raise self._placed(label, error, draw) from None
+                raise self._add_place(label, error, draw) from None
             except torch.OutOfMemoryError as error:
                 raise _out_of_memory(label, error, draw.device) from None
         return reports
@@ -87,25 +87,25 @@ class Fleet:
         try:
             return trainee.state()
         except NonFiniteLoss as error:
-            raise self._placed(label, error, None) from None
+            raise self._add_place(label, error, None) from None
 
-    def _placed(self, label: str, error: NonFiniteLoss, draw: Draw | None) -> TrainError:
-        """The same error with the part of the store that its step was trained on."""
+    def _add_place(self, label: str, error: NonFiniteLoss, draw: Draw | None) -> TrainError:
+        """The same error with the part of the store that the step was trained on."""
         windows = self.needs[label].windows
         if draw is not None and error.is_input_finite is None:
-            return _with_place(label, error, draw, windows, self._ranks)
-        # Seen late, when the step's draw is gone: what is left is which windows it held.
+            return _locate(label, error, draw, windows, self._ranks)
+        # The loss was read late and the step's draw is gone: only its windows are still known.
         place = next((past.place(windows) for past in self._past if past.step == error.step), "")
         if error.is_input_finite:
             return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
         return ActivationsNotFinite(f"{label}, step {error.step}: {NOT_FINITE} among {place}. {REMEDY}")
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Sharded weights are whole inside, for all processes that enter together."""
+    def gather_weights(self) -> Iterator[None]:
+        """Inside, sharded weights are whole; a collective call."""
         with ExitStack() as stack:
             for trainee in self.trainees.values():
-                stack.enter_context(trainee.gathered())
+                stack.enter_context(trainee.gather_weights())
             yield
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -125,8 +125,8 @@ def _side_stats(layers: tuple[int, ...], stats: Mapping[int, Stats]) -> Stats:
     return stats[layers[0]] if len(layers) == 1 else joined_stats([stats[layer] for layer in layers])
 
 
-def _with_place(label: str, error: NonFiniteLoss, draw: Draw, windows: bool, ranks: Ranks) -> TrainError:
-    """The same error with the part of the store that the step was trained on; all ranks ask."""
+def _locate(label: str, error: NonFiniteLoss, draw: Draw, windows: bool, ranks: Ranks) -> TrainError:
+    """The same error with the part of the store that the step was trained on; a collective call."""
     broken = draw.non_finite_rows(windows)
     is_anywhere = bool(ranks.sum(torch.tensor([int(broken.any())], device=draw.device)))
     if broken.any():
@@ -142,10 +142,10 @@ def _with_place(label: str, error: NonFiniteLoss, draw: Draw, windows: bool, ran
 
 
 def _out_of_memory(label: str, error: torch.OutOfMemoryError, device: torch.device) -> MemoryTooSmall:
-    """What was asked and what was free, in the allocator's own first sentences, and what to turn."""
+    """What was asked for and what was free, in the allocator's first sentences, and what to change."""
     said = ". ".join(str(error).split(". ")[:3])
     return MemoryTooSmall(
-        f"{label}: {device} has no memory left for a step ({said}). The last checkpoint is whole. "
+        f"{label}: {device} has no memory left for a step ({said}). The last checkpoint is complete. "
         "Choose fewer SAEs at once, a smaller --width, data.batch_tokens or data.pool_tokens, or another --device"
     )
 
@@ -154,9 +154,9 @@ def _place(pieces: Sequence[Span], windows: np.ndarray) -> str:
     """Shards and windows in words."""
     distinct = np.unique(windows)
     pieces = [piece for piece in pieces if ((piece.start <= distinct) & (distinct < piece.stop)).any()]
-    return f"shard {_listed(np.unique([piece.shard for piece in pieces]))}, windows {_listed(distinct)}"
+    return f"shard {_list_numbers(np.unique([piece.shard for piece in pieces]))}, windows {_list_numbers(distinct)}"
 
 
-def _listed(numbers: np.ndarray) -> str:
+def _list_numbers(numbers: np.ndarray) -> str:
     more = len(numbers) - SHOWN
     return ", ".join(map(str, numbers[:SHOWN])) + (f" and {more} more" if more > 0 else "")

@@ -1,8 +1,8 @@
 """Adam with its settings, its state as plain named tensors.
 
-One fused call updates all parameters, but for tables of which a GPU's kernel adds the gradient, moves and
-writes one row at a time. The step count, the two moments and nothing else is state, so a checkpoint is a
-flat dictionary of tensors and a resumed run goes on to the same bits.
+One fused call updates all parameters, except tables that a GPU's kernel updates one row at a time. The step
+count, the two moments and nothing else is state, so a checkpoint is a flat dictionary of tensors and a resumed
+run goes on to the same bits.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Adam:
     def step(self, lr: float, frozen: Tensor | None = None) -> Tensor | None:
         """Update every parameter that has a gradient; the norm of all gradients if it is clipped.
 
-        Where `frozen` is not zero, nothing moves: a GPU's answer to a loss that is not finite, which the host
-        has not seen yet.
+        Where `frozen` is not zero, nothing moves: on a GPU a loss that is not finite sets
+        it, before the host has seen the loss.
         """
         for name, (updates, is_unit) in self._by_row.items():
             if updates.gradients or self.parameters[name].grad is not None:
@@ -171,8 +171,8 @@ class Adam:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def loaded(self) -> None:
-        """The state was written to from outside."""
+    def after_load(self) -> None:
+        """The state was overwritten by a checkpoint's: drop what was derived from it."""
         self._taken.clear()
 
     def state(self) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@
 On a GPU no step waits for the device: the host looks every LOOK_EVERY steps only. Until then a loss that is not
 finite freezes the weights on the device, and the list of dead latents is that of the last look.
 
-Nothing here knows a variant by name, and no step reads a global random state: an SAE in a fleet
-trains to the bits it would have alone.
+Nothing here names a variant, and no step reads global random state: an SAE in a fleet trains to the same
+bits as alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..errors import ConfigInvalid, NonFiniteLoss, StateInvalid
-from ..parallel.ranks import Alone, Ranks, shared
+from ..parallel.ranks import Alone, Ranks, share_batch
 from ..parallel.sharded_rows import Shard, assign, on_host
 from ..sae.extra import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
@@ -38,13 +38,13 @@ from .dead_latents import LatentCounters
 from .optim import Adam
 
 LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait
-WIDEST_ROW = 16384  # that is updated by itself: it stands in the registers of one program
-ADDED_LATER = {"latents.listed"}  # states that checkpoints of before may lack
+WIDEST_ROW = 16384  # that is updated row by row: a row is held in the registers of one program
+ADDED_LATER = {"latents.listed"}  # entries that older checkpoints may lack
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What a step leaves for the next look."""
+    """What the host reads of a step later, where it does not wait for the device."""
 
     step: int
     losses: Mapping[str, Tensor]
@@ -54,11 +54,11 @@ class Trace:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What one step tells. Tensors have no dimensions; `scalars` brings them to the host at once."""
+    """What one step reports. Tensors are scalars; `scalars` brings them all to the host in one transfer."""
 
     step: int
     tokens: int  # of all ranks
-    weight: float  # of this rank's numbers in a mean over ranks
+    weight: float  # of this rank in a mean over ranks
     lr: float
     loss: Tensor
     terms: Mapping[str, Tensor]
@@ -178,12 +178,12 @@ class Trainee:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a bit-exact continuation needs, as flat named tensors; all ranks of a sharded one must ask."""
+        """Everything that a bit-exact resume needs, as flat named tensors; a collective call if sharded."""
         self.look()
         return {name: on_host(tensor) for name, tensor in self._own_state().items()}
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def gather_weights(self) -> Iterator[None]:
         """Sharded weights are whole inside, for all ranks that enter together."""
         if self._is_sharded:
             cast(Any, self._losses).unshard()
@@ -215,14 +215,14 @@ class Trainee:
         for name, tensor in own.items():  # in the same order on every rank: assigning a sharded tensor is collective
             if name in state:
                 assign(tensor, state[name])
-        self.optimiser.loaded()
-        self.counters.loaded()
+        self.optimiser.after_load()
+        self.counters.after_load()
         self.assembly.generator.set_state(state["generator"].cpu())
         self.step_index = int(state["step"])
 
     def _view(self, batch: Batch) -> View:
         assembly = self.assembly
-        ranks = shared(self.ranks, batch.x.shape[0], self.device)
+        ranks = share_batch(self.ranks, batch.x.shape[0], self.device)
         return View(
             x=batch.x,
             target=batch.x if batch.target is None else batch.target,
@@ -237,7 +237,7 @@ class Trainee:
         )
 
     def look(self) -> None:
-        """Where the host does not wait for each step: whether one since the last look had a loss that is not finite."""
+        """Raise if a step since the last look had a loss that is not finite (no-op where each step is checked)."""
         traces = list(self._traces)
         self._traces.clear()
         if not traces:
@@ -249,7 +249,7 @@ class Trainee:
                 raise NonFiniteLoss(trace.step, losses, is_input_finite=bool(is_input_finite))
 
     def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor], random_state: Tensor) -> None:
-        """Of the whole batch: all ranks stop, or none."""
+        """Decided on the whole batch, so that all ranks stop or none."""
         mean = view.side.ranks.mean
         if self._frozen is not None:
             losses = {name: mean(value.detach()) for name, value in losses.items()}

@@ -65,7 +65,7 @@ class Variant(ABC):
     def check(self, manifest: Manifest) -> None:  # noqa: B027
         """Refuse a store that cannot serve (`require`), before anything is built. Layers are checked already."""
 
-    def filled(self, manifest: Manifest) -> Self:
+    def fill(self, manifest: Manifest) -> Self:
         """The same with settings that only the store can answer, such as the length of its windows."""
         return self
 

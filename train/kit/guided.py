@@ -51,7 +51,7 @@ class Guided(Wrapping):
     """The control: each token gets the attention of a token at its position in another window."""
 
     def check(self, manifest: Manifest) -> None:
-        """Refuse a store that has not the head."""
+        """Refuse a store without this head."""
         spec = manifest.attention
         if self.head is not None:
             require_head(self.head, 1 if spec.averaged else spec.heads)
@@ -68,7 +68,7 @@ def request_guided(config: Guided, layers: Sequence[int]) -> Needs:
     """Whole windows of the base's layer, and the attention of `layers`."""
     _require_settings(config)
     needs = base_request(config)
-    least = 2 if config.shuffle_attention else 1  # that exchange their rows
+    least = 2 if config.shuffle_attention else 1  # the control exchanges rows between windows
     return replace(needs, attention_layers=tuple(sorted(layers)), windows=True, least_windows=least)
 
 
@@ -87,9 +87,9 @@ def build_guided(
     assembly = build_base(config, d_model, stats)
     attention = config.attention(layers)
     if config.guidance == "encode":
-        # Numbers of its own: the base's weights are those of the base alone.
+        # A generator of its own, so that the base's weights are those of the base alone.
         generator = torch.Generator().manual_seed(ENCODER_SEEDS + config.seed)
-        assembly = assembly.wrapped(lambda sae: AttendedSae(sae, attention, mixing, config.rank, generator))
+        assembly = assembly.wrap(lambda sae: AttendedSae(sae, attention, mixing, config.rank, generator))
     if mixing is not None:
         assembly = _with_mixing(assembly, attention, mixing, mixing_temperature or Constant(1.0))
     guide = Guidance(attention, config.temperature, config.negatives, objective)
@@ -108,8 +108,8 @@ def _with_mixing(assembly: Assembly, attention: Attention, mixing: Mixing, tempe
     return replace(assembly, terms=(noted, *others)).with_knobs(**{TEMPERATURE: temperature})
 
 
-def annealed(start: float | None, end: float, steps: int) -> Schedule:
-    """From `start` towards `end`, e times nearer every `steps` steps; `end` throughout without a start."""
+def anneal(start: float | None, end: float, steps: int) -> Schedule:
+    """From `start` towards `end`, e times nearer every `steps` steps; without a start, `end` throughout."""
     return Constant(end) if start is None else ExponentialApproach(start, end, steps)
 
 

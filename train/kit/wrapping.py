@@ -19,7 +19,7 @@ from . import registry
 from .build import require
 from .contract import Variant, most_active
 
-BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional ones that no variant reads for itself
+BASE_SETTINGS = ("k", "penalty", "target_l0", "aux_weight", "aux_k")  # optional; wrapping variants only pass them on
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ def _base_config(config: Wrapping, d_model: int | None) -> Variant:
     foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
     require(not foreign, f"base {config.base} has no setting {', '.join(foreign)}")
     shared = {name: value for name, value in given.items() if name in known and value is not None}
-    return cls(**_bounded(cls, d_model) | _whole(cls, shared))
+    return cls(**_bound_sparsity(cls, d_model) | _make_whole(cls, shared))
 
 
-def _whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def _make_whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """A whole number where the base has one: `k` of a batch may be 32.5, that of a token may not."""
     whole = {field.name for field in dataclasses.fields(cls) if isinstance(field.default, int)}
     broken = [name for name in whole & settings.keys() if settings[name] != int(settings[name])]
@@ -84,7 +84,7 @@ def _whole(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _bounded(cls: Any, d_model: int | None) -> dict[str, Any]:
+def _bound_sparsity(cls: Any, d_model: int | None) -> dict[str, Any]:
     """The base's own defaults of sparsity, where they are too many for the residual's width."""
     if d_model is None:
         return {}

@@ -25,11 +25,11 @@ class Group(Ranks, Protocol):
     """The processes, and what a loop needs of them beyond a step's sums."""
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process; all must ask."""
+        """Whether it is true in any process; a collective call."""
         ...
 
     def text(self, value: str) -> str:
-        """The value of rank 0; all must ask."""
+        """The value of rank 0; a collective call."""
         ...
 
     def close(self) -> None: ...
@@ -62,7 +62,7 @@ class Processes:
         return total
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Shorter ones are padded for the journey."""
+        """Shorter tensors are padded while they are sent."""
         length = torch.tensor([len(tensor)], device=self._device)
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
         dist.all_gather(lengths, length)
@@ -91,7 +91,7 @@ class Processes:
 
 @contextmanager
 def all_or_none(group: Group) -> Iterator[None]:
-    """What one process is refused inside ends all: none waits for one that has gone. No sums inside."""
+    """If one process raises inside, all do: none waits for one that has gone. No collective calls inside."""
     refusal: TrainError | StoreError | None = None
     try:
         yield
@@ -99,7 +99,9 @@ def all_or_none(group: Group) -> Iterator[None]:
         refusal = error
     if not group.any(refusal is not None):
         return
-    raise refusal or StoppedElsewhere("another process of the run was refused; its own message says what and why")
+    raise refusal or StoppedElsewhere(
+        "another process of the run stopped with an error; its own message says what and why"
+    )
 
 
 def join(device: str) -> tuple[Group, torch.device]:

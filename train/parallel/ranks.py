@@ -1,6 +1,6 @@
 """What data parallelism needs from its processes, and the case of a single one.
 
-Every rank sees its own rows of one global batch, and not all need have as many. Whatever depends on the
+Each rank has its own rows of one global batch, and numbers of rows may differ. Whatever depends on the
 whole batch (gradients, the batch top-k, firing counts, normalisers) goes through these calls, so one
 process and many compute the same step.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Ranks(Protocol):
-    """The processes of a run. All must ask alike, and none changes what it is given."""
+    """The processes of a run. Every process makes the same calls in the same order; arguments are left unchanged."""
 
     @property
     def rank(self) -> int: ...
@@ -32,7 +32,7 @@ class Ranks(Protocol):
 
 
 class BatchRanks(Ranks, Protocol):
-    """The same during one step, where each rank counts by its rows."""
+    """The processes during one step, weighted by how many rows each has."""
 
     @property
     def weight(self) -> float:
@@ -44,11 +44,11 @@ class BatchRanks(Ranks, Protocol):
         ...
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """What a mean over this rank's rows is over all rows."""
+        """The mean over all rows, from each rank's mean over its own rows."""
         ...
 
     def share(self, count: Tensor) -> Tensor:
-        """Of all ranks' counts this rank's part by its rows, of one at least: its own sum divides by that."""
+        """The divisor of this rank's sum: the weighted mean over ranks of the quotients is total / count."""
         ...
 
 
@@ -101,6 +101,6 @@ class Shares:
         return self._ranks.sum(count).clamp_min(1) * self.weight / self.size
 
 
-def shared(ranks: Ranks, own: int, device: torch.device) -> BatchRanks:
-    """The ranks of a step in which this one has `own` rows; a single process asks nobody."""
+def share_batch(ranks: Ranks, own: int, device: torch.device) -> BatchRanks:
+    """The ranks of a step in which this one has `own` rows."""
     return Shares(ranks, own, device) if ranks.size > 1 else Alone()

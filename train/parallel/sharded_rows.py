@@ -2,7 +2,7 @@
 
 A dictionary too wide for one device lies in shards along F: weights and both moments by rows, put
 together for a step and taken apart again by FSDP. What works row by row works on the local rows.
-Told apart by their methods: importing DTensor takes a second, and most runs have none.
+They are recognised by their methods: importing DTensor takes a second, and most runs have none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All rows, gathered from all processes; every one of them must ask."""
+    """All rows, gathered from all processes; a collective call."""
     return _as_sharded(tensor).full_tensor() if is_sharded(tensor) else tensor
 
 

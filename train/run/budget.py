@@ -8,7 +8,7 @@ from ..ask.records import CourseConfig
 from ..data.plan import Plan
 from ..errors import NothingToTrain, StoreTooShort
 
-DEFAULT_TOKENS = 8_000_000  # a store with fewer is read again, when nobody says how often
+DEFAULT_TOKENS = 8_000_000  # if no epochs are given, a smaller store is read several times
 MOST_EPOCHS = 16
 
 

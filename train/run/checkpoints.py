@@ -17,7 +17,7 @@ from ..errors import RunInterrupted
 from ..parallel.processes import Group
 from .metrics import Watch
 
-CLOCK_EVERY_STEPS = 16  # several processes must agree on the time: asking costs a message
+CLOCK_EVERY_STEPS = 16  # several processes must agree on the time, which costs a message
 
 
 @dataclass
@@ -28,8 +28,8 @@ class Caught:
 
 
 @contextmanager
-def signals_caught() -> Iterator[Caught]:
-    """Ctrl-C and SIGTERM end the step first; the same signal again ends at once."""
+def catch_signals() -> Iterator[Caught]:
+    """Ctrl-C and SIGTERM let the step end first; the same signal again stops at once."""
     caught = Caught()
 
     def catch(number: int, _: FrameType | None) -> None:
@@ -46,7 +46,7 @@ def signals_caught() -> Iterator[Caught]:
             signal.signal(number, handler)
 
 
-class Keeper:
+class Saver:
     """Saves checkpoints of a run."""
 
     def __init__(self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, group: Group) -> None:
@@ -54,7 +54,7 @@ class Keeper:
         self._fleet, self._watch, self._group = fleet, watch, group
         self._saved_at = time.perf_counter()
 
-    def keep(self, steps: int, total_steps: int, caught: Caught) -> None:
+    def save_if_due(self, steps: int, total_steps: int, caught: Caught) -> None:
         """Called after each step: save when it is time; save and stop when a signal came."""
         stop = self._group.any(caught.signal != 0)
         if stop or steps == total_steps or self._is_due(steps):
@@ -66,7 +66,7 @@ class Keeper:
             )
 
     def save(self, steps: int) -> None:
-        state = self._fleet.state()  # by all processes together, where weights are sharded
+        state = self._fleet.state()  # a collective call if weights are sharded
         if self._group.rank == 0:
             save_checkpoint(self._folder, self._standing(steps), state)
         self._saved_at = time.perf_counter()

@@ -31,7 +31,7 @@ def load_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
 
 
 def read_folder(folder: Path) -> SparseAutoencoder:
-    """The SAE of this very folder."""
+    """The SAE of this folder."""
     if kind_of(folder) == "sae_lens":
         return read_sae(folder, rebuild)
     plain, metadata = read(folder)

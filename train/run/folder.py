@@ -1,10 +1,10 @@
 """The folder of a run, and everything that knows its layout.
 
 runs/run_4/config.json          what was asked for, and where it ran: cache id, commit, versions
-runs/run_4/metrics.jsonl        one line a metrics step and SAE
+runs/run_4/metrics.jsonl        one line per logged step and SAE
 runs/run_4/checkpoints/step_*/  the last two
 runs/run_4/topk_k32/            an SAE: cfg.json, sae_weights.safetensors (there when training is done)
-runs/run_4/result.json          what came out (only of a run that went well)
+runs/run_4/result.json          the results (only if the run finished)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RunFolder:
             (root / name).mkdir()
         except FileExistsError:
             raise RunTaken(
-                f"{root / name} is there already: choose another --name, or go on with it by --resume {name}"
+                f"{root / name} exists already: choose another --name, or continue it with --resume {name}"
             ) from None
         return cls(root / name)
 
@@ -109,7 +109,7 @@ class MetricsLog:
         return self._file.tell()
 
     def cut(self, size: int) -> None:
-        """Forget what was written after a checkpoint; those steps will be taken again."""
+        """Drop what was written after a checkpoint: those steps are taken again."""
         self._file.truncate(size)
         self._file.seek(size)
 

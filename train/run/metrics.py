@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, further trackers, and a line a person looks at."""
+"""What a run reports while it trains: metrics.jsonl, further trackers, and a line on the console."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REFRESH_SECONDS = 0.5
 
 
 class Watch:
-    """Looks at every step; measures time, shuffling and waiting."""
+    """Records every step, and measures time, shuffling and waiting."""
 
     def __init__(
         self,
@@ -43,12 +43,12 @@ class Watch:
         self._started = self._refreshed = time.perf_counter()
 
     def go_on(self, standing: Standing) -> None:
-        """On top of what earlier processes measured."""
+        """Add to what was measured before the run was resumed."""
         self._before = standing.seconds, standing.waited_seconds
         self.quality = ShuffleQuality(self.quality.ideal, standing.same_pairs, standing.pairs)
 
     def begin(self) -> None:
-        """The clock runs from here."""
+        """Start the clock."""
         self._started = self._refreshed = time.perf_counter()
 
     def observe(self, step: int, draw: Draw, reports: Mapping[str, Report]) -> None:
@@ -71,7 +71,7 @@ class Watch:
 
     @property
     def waiting_share(self) -> float:
-        """Share of the time in which training stood still for want of data."""
+        """Share of the time in which training waited for data."""
         return self.waited_seconds / self.seconds if self.seconds > 0 else 0.0
 
     @property
@@ -90,7 +90,7 @@ class Watch:
         return max(0.0, time.perf_counter() - self._started - self._feed.loader.first_wait_seconds)
 
     def _record(self, step: int, reports: Mapping[str, Report]) -> None:
-        """A line a SAE. All processes take part; rank 0 writes."""
+        """One line per SAE. A collective call; rank 0 writes."""
         self.last = {label: self._mean_over_ranks(report) for label, report in reports.items()}
         shared = {
             "step": step,

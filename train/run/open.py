@@ -15,7 +15,7 @@ from ..disk.checkpoint import Standing, load_checkpoint
 from ..engine.fleet import Fleet
 from ..errors import RunFinished
 from ..parallel.processes import all_or_none, make_shard
-from .checkpoints import Keeper
+from .checkpoints import Saver
 from .folder import MetricsLog, RunFolder
 from .metrics import Watch
 from .preflight import check
@@ -75,11 +75,11 @@ def _load_checkpoint(folder: RunFolder, fleet: Fleet, site: Site) -> Standing | 
         found = load_checkpoint(folder.checkpoints)
     say = site.console.print if site.is_first else (lambda *_, **__: None)
     if found is None:
-        say("no checkpoint was written yet: beginning at step 0")
+        say("no checkpoint found: starting at step 0")
         return None
     for complaint in found.complaints:
-        say(f"a checkpoint is damaged and was passed over: {complaint}", style="yellow", markup=False)
-    say(f"going on after step {found.standing.step}")
+        say(f"skipped a damaged checkpoint: {complaint}", style="yellow", markup=False)
+    say(f"continuing after step {found.standing.step}")
     fleet.load_state(found.tensors)
     return found.standing
 
@@ -88,7 +88,7 @@ def _load_checkpoint(folder: RunFolder, fleet: Fleet, site: Site) -> Standing | 
 def _open(
     settled: Settled, store: Store, site: Site, folder: RunFolder, fleet: Fleet, standing: Standing | None
 ) -> Iterator[Run]:
-    """Put the parts together, where a checkpoint left them if there is one; take them apart in the end."""
+    """Put the parts together, as the checkpoint left them if there is one; close them at the end."""
     config, group, steps = settled.config, site.group, settled.total_steps
     with ExitStack() as open_things:
         needs = fleet.needs.values()
@@ -99,8 +99,8 @@ def _open(
         open_things.callback(watch.close)
         if standing is not None:
             watch.go_on(standing)
-        keeper = Keeper(folder.checkpoints, config.course, fleet, watch, group)
-        yield Run(folder, config, steps, store, feed, fleet, watch, keeper, site)
+        saver = Saver(folder.checkpoints, config.course, fleet, watch, group)
+        yield Run(folder, config, steps, store, feed, fleet, watch, saver, site)
 
 
 def _open_outlets(

@@ -1,4 +1,4 @@
-"""The end of a run that went well: held-out numbers, saved SAEs, result.json."""
+"""The end of a finished run: held-out numbers, saved SAEs, result.json."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SaeOutcome:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to."""
+    """The results of a run."""
 
     run: str
     steps: int
@@ -50,8 +50,8 @@ class Outcome:
 
 
 def conclude(run: Run) -> Outcome | None:
-    """Validate, save, write; rank 0 alone does so."""
-    with run.fleet.gathered(), all_or_none(run.site.group):  # the others wait
+    """Validate, save and write, on rank 0."""
+    with run.fleet.gather_weights(), all_or_none(run.site.group):  # the others wait
         return _finish(run) if run.site.is_first else None
 
 
@@ -123,7 +123,7 @@ def _save(run: Run, member: Member, outcome: SaeOutcome) -> None:
 
 
 def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]:
-    """Where the SAE belongs, in the names that other tools look for."""
+    """What the SAE was trained on, under the names that other tools look for."""
     manifest, needs = run.store.manifest, member.config.request()
     return {
         "model_name": manifest.model.id,

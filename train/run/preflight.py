@@ -43,7 +43,7 @@ def _require_held_out(settled: Settled, store: Store) -> None:
     first, last = manifest.splits["validation"]
     if first == last:
         raise NothingToTrain(
-            f"the validation split of {store.url} is empty: a run is measured on it in the end. "
+            f"the validation split of {store.url} is empty: a run ends with a measurement on it. "
             "Harvest or import more text, so that the split has windows"
         )
     windows = min(max(1, course.validation_tokens // manifest.context), last - first)
@@ -54,9 +54,7 @@ def _require_batches(settled: Settled, processes: int) -> None:
     """Each process has rows in every step, and as many whole windows as the SAEs need where they read windows."""
     tokens = settled.plan.batch_tokens
     if tokens < processes:
-        raise ConfigInvalid(
-            f"data.batch_tokens: expected one or more for each of {processes} processes, found {tokens}"
-        )
+        raise ConfigInvalid(f"data.batch_tokens: expected at least one per process ({processes}), found {tokens}")
     wanted = {member.label: member.config.request() for member in settled.config.members}
     wanted = {label: needs.least_windows for label, needs in wanted.items() if needs.windows}
     if not wanted:

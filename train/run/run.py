@@ -12,14 +12,14 @@ from ..ask.records import RunConfig
 from ..data.feed import Feed
 from ..engine.fleet import Fleet
 from ..parallel.processes import Group
-from .checkpoints import Keeper
+from .checkpoints import Saver
 from .folder import RunFolder
 from .metrics import Watch
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where a run computes, and whom it tells."""
+    """Where a run computes, and where it prints."""
 
     group: Group
     device: torch.device
@@ -27,7 +27,7 @@ class Site:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this is the process that writes and prints."""
         return self.group.rank == 0
 
 
@@ -42,5 +42,5 @@ class Run:
     feed: Feed
     fleet: Fleet
     watch: Watch
-    keeper: Keeper
+    saver: Saver
     site: Site

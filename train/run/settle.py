@@ -48,13 +48,13 @@ def settle(ask: Ask, store: Store) -> Settled:
     plan = make_plan(data, store)
     budget = settle_budget(ask.length(), plan, store.url)
     asked = ask.members(lambda config: config.limits(manifest, budget.tokens), manifest.layers)
-    members = tuple(replace(member, config=member.config.filled(manifest)) for member in asked)
+    members = tuple(replace(member, config=member.config.fill(manifest)) for member in asked)
     config = RunConfig(data, replace(ask.length(), tokens=budget.tokens), members)
     return Settled(config, plan, budget.steps, budget.remark, ask.recipe)
 
 
 def settle_again(folder: RunFolder, store: Store) -> Settled:
-    """A run that was begun before, from its config.json."""
+    """A run that was started before, from its config.json."""
     raw, path = folder.read_config(), folder.path / "config.json"
     config = read_run_config(raw, str(path))
     return Settled(config, make_plan(config.data, store), _total_steps(raw, str(path)))

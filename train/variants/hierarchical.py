@@ -13,7 +13,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly
 from ..kit.build import require
-from ..kit.guided import Guided, annealed, build_guided, request_guided
+from ..kit.guided import Guided, anneal, build_guided, request_guided
 from ..sae.attention.mixing import Mixing
 from ..terms.attention import Objective
 
@@ -50,7 +50,7 @@ class Config(Guided):
             d_model,
             stats,
             mixing=Mixing(self.attention_layers, [self.layer + offset for offset in self.ablated]),
-            mixing_temperature=annealed(
+            mixing_temperature=anneal(
                 self.mixing_temperature_start, self.mixing_temperature, self.mixing_temperature_steps
             ),
             beta=self.beta,

@@ -68,7 +68,7 @@ class Config(Wrapping):
         self._require_valid()
         return replace(base_request(self), positions=True)
 
-    def filled(self, manifest: Manifest) -> Self:
+    def fill(self, manifest: Manifest) -> Self:
         return self if self.context is not None else replace(self, context=manifest.context)
 
     def check(self, manifest: Manifest) -> None:
@@ -92,7 +92,7 @@ class Config(Wrapping):
         mask = self._mask(self._length)
         shapes = self._shapes(sae, mask, generator)
         if shapes:
-            assembly = assembly.wrapped(lambda inner: ShapedAutoencoder(inner, shapes))
+            assembly = assembly.wrap(lambda inner: ShapedAutoencoder(inner, shapes))
         assembly = self._with_penalty(self._with_knobs(assembly))
         return assembly.with_extra("mask", record_of(mask, self.width, self._length, self.ranges))
 

@@ -68,7 +68,7 @@ class Config(Wrapping):
         self._require_valid()
         return replace(base_request(self), windows=True, positions=True, documents=True)
 
-    def filled(self, manifest: Manifest) -> Self:
+    def fill(self, manifest: Manifest) -> Self:
         return self if self.context is not None else replace(self, context=manifest.context)
 
     def limits(self, manifest: Manifest, tokens: int) -> Mapping[str, float]:
@@ -122,7 +122,7 @@ class Config(Wrapping):
         require(self.context is not None, "context: expected the length of the store's windows, found none")
         assert self.context is not None
         gate = PositionGate(self.width, self.context, self.gate_rank, assembly.generator)
-        return assembly.wrapped(lambda sae: ShapedAutoencoder(sae, {"position_gate": gate}))
+        return assembly.wrap(lambda sae: ShapedAutoencoder(sae, {"position_gate": gate}))
 
     def _losses(self) -> list[Consistency]:
         """One for each scale that has latents and lags."""

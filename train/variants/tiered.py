@@ -146,14 +146,14 @@ class Config(Wrapping):
             shapes["tier_gates"] = TierGates(membership, names)
             rises = [Ramp(0.0, 1.0, begin, begin + self.curriculum_rise_fraction) for begin in self.curriculum[1:]]
             assembly = assembly.with_knobs(**dict(zip(names[1:], rises, strict=True)))
-        return assembly.wrapped(lambda sae: ShapedAutoencoder(sae, shapes)) if shapes else assembly
+        return assembly.wrap(lambda sae: ShapedAutoencoder(sae, shapes)) if shapes else assembly
 
     def _moves(self) -> Moves:
         return Moves(self.moves_every_steps, self.idle_frequency, self.moves_at_once, self.tier_drift)
 
     def _require_valid(self) -> None:
         count, weights = len(self.sizes()), self.tier_weights
-        require(len(weights) == count, f"tier_weights: expected {count}, one a tier, found {weights}")
+        require(len(weights) == count, f"tier_weights: expected {count}, one per tier, found {weights}")
         require(min(weights) >= 0 and sum(weights) > 0, f"tier_weights: expected 0 or more, found {weights}")
         learns = self.importance != "fixed"
         require(not learns or min(weights) > 0, f"tier_weights: expected more than 0 to learn from, found {weights}")

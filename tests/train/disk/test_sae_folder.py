@@ -225,5 +225,5 @@ def test_an_inference_of_its_own_is_saved_whole(tmp_path, rng, battery):
     with pytest.raises(SaeInvalid, match="found 'saemill_topk'"):
         load_plain_sae(tmp_path)
     (tmp_path / EXTRAS).unlink()
-    with pytest.raises(SaeInvalid, match="do not fit its variant: factor"):
+    with pytest.raises(SaeInvalid, match="do not match the variant: factor"):
         read_sae(tmp_path, lambda variant, found, d_in: config.build(D).sae)

@@ -96,7 +96,7 @@ def test_a_wrapper_changes_codes_and_gradients_follow(rng):
             codes = super().codes(x, side)
             return codes.with_values(codes.values * codes.per_latent(self.damping) / side["position"].numel())
 
-    trainee = Trainee("one", assembly().wrapped(Damped), 10)
+    trainee = Trainee("one", assembly().wrap(Damped), 10)
     before = trainee.sae.damping.detach().clone()
     trainee.step(Batch(rows(rng), side={"position": torch.arange(64)}))
     assert not torch.equal(before, trainee.sae.damping)

@@ -97,7 +97,7 @@ def halved_base(monkeypatch):
     """The base `topk` builds a subclass."""
 
     def build(config, d_model, stats=None):
-        return plain(config, d_model, stats).wrapped(lambda sae: Halved(**sae.parts()))
+        return plain(config, d_model, stats).wrap(lambda sae: Halved(**sae.parts()))
 
     plain = topk.Config.build
     monkeypatch.setattr(topk.Config, "build", build)

@@ -13,7 +13,7 @@ import torch
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type, names
-from saemill.train.parallel.ranks import shared
+from saemill.train.parallel.ranks import share_batch
 from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.side import NO_SIDE, Side
 
@@ -118,7 +118,7 @@ def test_of_equal_values_no_more_are_kept_than_by_one_rank():
     pair, gate = make_pair(), BatchTopK(3.8)
 
     def tied_kept(rank: int) -> int:
-        kept = gate.choose(shares[rank], Side(ranks=shared(pair[rank], len(shares[rank]), CPU)))
+        kept = gate.choose(shares[rank], Side(ranks=share_batch(pair[rank], len(shares[rank]), CPU)))
         return kept.latents.numel() - int((kept.latents < 3).sum())
 
     assert gate.choose(pre, NO_SIDE).latents.numel() == 114

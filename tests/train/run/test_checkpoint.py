@@ -94,5 +94,5 @@ def test_nothing_whole_is_an_error(tmp_path):
     save_checkpoint(tmp_path, standing(10), state(10))
     path = tmp_path / "step_000000010/state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(CheckpointDamaged, match=r"no checkpoint is whole: .*format"):
+    with pytest.raises(CheckpointDamaged, match=r"no checkpoint is complete: .*format"):
         load_checkpoint(tmp_path)

@@ -63,7 +63,7 @@ def test_runs_get_the_next_free_number(big, sae_train, quick, tmp_path):
 def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
     (tmp_path / "runs/mine").mkdir(parents=True)
     result = sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--name", "mine", code=1)
-    assert "is there already" in result.output
+    assert "exists already" in result.output
     assert not list((tmp_path / "runs/mine").iterdir())
 
 

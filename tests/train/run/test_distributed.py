@@ -106,7 +106,7 @@ assert one["sae.W_dec"].shape == (40, 8)
 for name in ("sae.W_enc", "sae.W_dec", "sae.b_dec"):
     assert torch.allclose(one[name], alone.state()[name], rtol=1e-3, atol=1e-5), name
 assert torch.equal(straight.counters.tokens_since_fired, alone.counters.tokens_since_fired)
-with straight.gathered():
+with straight.gather_weights():
     assert torch.equal(straight.sae.W_dec, one["sae.W_dec"])
 step(straight, 6)
 x = torch.full((32, 8), float("nan") if rank == 0 else 1.0)
@@ -129,7 +129,7 @@ def test_what_one_process_is_refused_ends_both(big, spawn, quick, tmp_path):
     (tmp_path / "runs/mine").mkdir(parents=True)
     words = ["--variant", "topk", *quick, "--cache", big["path"], "--tokens", 640, "--name", "mine"]
     first, second = launch(spawn, words, codes=(1, 1))
-    assert "is there already" in first and "another process of the run" in second
+    assert "exists already" in first and "another process of the run" in second
     assert "Traceback" not in first + second
 
 

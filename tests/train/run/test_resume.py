@@ -49,7 +49,7 @@ def test_killed_without_warning(big, spawn, sae_train, quick, tmp_path, straight
     process.wait()
     assert not (tmp_path / "runs/run/result.json").exists()
     result = sae_train("--resume", "run", "--device", "cpu")
-    assert "going on after step" in result.output
+    assert "continuing after step" in result.output
     same_bits(tmp_path / "runs/run", straight)
 
 
@@ -99,7 +99,7 @@ def stopped(big, spawn, quick, tmp_path):
 
 
 def test_a_damaged_checkpoint_falls_back(stopped, sae_train, straight, same_bits, tmp_path):
-    """A flipped byte in the newest: said, passed over, and the end is the same. Then in both, and in state.json."""
+    """A flipped byte in the newest: reported, skipped, and the end is the same. Then in both, and in state.json."""
     newest, older = sorted((stopped / "checkpoints").glob("step_*"), reverse=True)
     for path in (newest / "topk.safetensors", older / "topk.safetensors"):
         data = bytearray(path.read_bytes())
@@ -109,11 +109,11 @@ def test_a_damaged_checkpoint_falls_back(stopped, sae_train, straight, same_bits
         shutil.copytree(stopped, copy)
         result = sae_train("--resume", copy, "--device", "cpu", code=0 if path.parent == newest else 1)
         if path.parent == newest:
-            assert f"{newest.name}/topk.safetensors is not the file that was written" in result.output
-            assert f"going on after step {int(older.name[5:])}" in result.output
+            assert f"{newest.name}/topk.safetensors differs from the file that was written" in result.output
+            assert f"continuing after step {int(older.name[5:])}" in result.output
             same_bits(copy, straight)
         else:
-            assert "no checkpoint is whole" in result.output
+            assert "no checkpoint is complete" in result.output
             assert not (copy / "result.json").exists()
 
 
