@@ -69,9 +69,10 @@ MODELS = {
 }
 PEERS = ("sae_lens", "dictionary_learning", "sparsify", "SAELens")
 NO_GPU_RUN = (
-    "No run of the present device benchmark is kept yet. The first one, with the scripts before it, is told in "
-    "[docs/performance.md](docs/performance.md): on an H100, topk at 65,536 latents trained at 201k tokens a second, "
-    "and at 16,384 latents dictionary_learning under bfloat16 autocast was ahead of us, 455k to 389k."
+    "No complete run of `make bench-gpu` is kept yet, so no ratio to a peer is claimed. Our steps were timed alone (D "
+    "2304, k 64, batch 4,096; `python bench/gpu/kernels.py`). In other calls on such a card, at 16,384 latents: "
+    "dictionary_learning 455k to 458k tok/s under bfloat16 autocast, 539k with a fused Adam; SAELens 360k to 370k, "
+    "414k; sparsify 249k to 251k. What was tried, and what fell back: [docs/performance.md](docs/performance.md)."
 )
 ABOUT_SPEED = "Ratios of medians; from where to where the rounds went where rounds were kept."
 ABOUT_QUALITY = (
@@ -147,7 +148,7 @@ def gpu_lines() -> Iterable[str]:
     runs = [path for path in sorted((RESULTS / "gpu").glob("*/*.json")) if '"parts"' in path.read_text()]
     rows: Rows = json.loads(runs[-1].read_text())["rows"] if runs else []
     if not rows:
-        yield NO_GPU_RUN
+        yield from (NO_GPU_RUN, "", *lone_steps())
         return
     facts = rows[0]
     yield f"On one {facts['card']}, {facts['date']}, torch {facts['torch']}, at {facts['commit']}. Medians of rounds."
@@ -158,6 +159,22 @@ def gpu_lines() -> Iterable[str]:
     for row in rows:
         if row["part"] in ("fleet", "guided") and row.get("ratio"):
             yield f"| {row['what']} | {row['who']} | {row['against']} | {row['ratio']:.2f} |"
+
+
+def lone_steps() -> Iterable[str]:
+    """Steps that bench/gpu/kernels.py timed without a peer beside them; not those that ran without our kernels."""
+    yield from ("| a step | tok/s (from to) | peak memory | card, commit |", "|---|---|---|---|")
+    for path in sorted((RESULTS / "gpu").glob("*/kernels.json")):
+        found = json.loads(path.read_text())
+        for row in found["rows"]:
+            if "rounds_ms" in row and "fell_back" not in row:
+                what, _, rate = row["what"].partition(": a step, ")
+                median, rounds = float(rate.split()[0].replace(",", "")), row["rounds_ms"]
+                low, high = (median * row["ms"] / edge for edge in (max(rounds), min(rounds)))
+                yield (
+                    f"| {what} | {median:,.0f} ({low:,.0f} to {high:,.0f}) | {row['peak_GiB']} GiB "
+                    f"| {found['card']}, {found['commit']} |"
+                )
 
 
 def gpu_line(what: str, beside: Rows) -> str:
