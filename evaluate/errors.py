@@ -3,6 +3,7 @@
 EvalError
 ├── SettingInvalid (ValueError)         an option or a setting that cannot be read
 ├── UnknownEval (LookupError)           no file of that name in evaluate/evals/
+├── EvaluationInvalid (TypeError)       a file in evaluate/evals/ that breaks the contract of evaluations
 ├── TargetUnknown (FileNotFoundError)   no run, and no SAE, of the name that was given
 ├── RunUnfinished (ValueError)          a run that has saved no SAE yet
 ├── StoreGone (FileNotFoundError)       the store of a run is not where it was
@@ -30,6 +31,10 @@ class SettingInvalid(EvalError, ValueError):
 
 class UnknownEval(EvalError, LookupError):
     """An evaluation was asked for that has no file in the folder of evaluations."""
+
+
+class EvaluationInvalid(EvalError, TypeError):
+    """An evaluation's file does not define what `evals/contract.py` asks for."""
 
 
 class TargetUnknown(EvalError, FileNotFoundError):

@@ -24,10 +24,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.context.progress import make_console
 from ..evaluate.context.results import metric_of, read_result, without_nan
-from ..evaluate.run.console_table import heading, summary_of
+from ..evaluate.run.console_table import heading
 from ..evaluate.run.untrained import untrained_traits
 from ..train.cli import main as sae_train
 from ..train.disk.whole_files import read_json, replace_file, write_json
@@ -113,10 +114,10 @@ def carry_out(study: str, course: Course, console: Console) -> list[Line]:
     runs = [recipe.name for recipe in runs_of(study)]
     for words in training_commands(study, runs, course):
         call(sae_train, "sae-train", words, console)
-    evals = (CORE, OWN_EVAL[study])
-    words = [*runs, "--runs", str(course.out), "--evals", ",".join(evals), "--resume"]
+    eval_ids = (CORE, OWN_EVAL[study])
+    words = [*runs, "--runs", str(course.out), "--evals", ",".join(eval_ids), "--resume"]
     call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # what it could not do is told by line
-    lines = [line for run in runs for line in read_lines(RunFolder.at(course.out / run), evals)]
+    lines = [line for run in runs for line in read_lines(RunFolder.at(course.out / run), eval_ids)]
     write_tables(study, lines, course.out, console)
     return lines
 
@@ -163,7 +164,7 @@ def call(command: Any, name: str, words: Sequence[str], console: Console, may_en
             raise click.ClickException(f"{name} ended with status {end.code}: its last lines say why") from None
 
 
-def read_lines(folder: RunFolder, evals: Sequence[str]) -> list[Line]:
+def read_lines(folder: RunFolder, eval_ids: Sequence[str]) -> list[Line]:
     """What a finished run came to: of its result and of its evaluations."""
     result = read_json(folder.path / "result.json")
     lines = []
@@ -171,13 +172,13 @@ def read_lines(folder: RunFolder, evals: Sequence[str]) -> list[Line]:
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
         remarks: list[str] = []
         problems = [] if result["steps"] > 0 else ["it made no step"]
-        for eval_id in evals:
+        for eval_id in eval_ids:
             path = folder.path / "evals" / eval_id / f"{label}_eval_results.json"
             if not path.is_file():
                 problems.append(f"{eval_id} gave no result")
                 continue
             document = read_result(path)
-            found = {metric: metric_of(document, metric) for metric in summary_of(eval_id)}
+            found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
             values |= {metric.rsplit(".", 1)[-1]: value for metric, value in found.items()}
             problems += untrained_traits(document)
             remarks += absences(eval_id, document, found)

@@ -60,6 +60,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "__init__ errors",
         "model",
         "context",
+        "evals/contract",
         "evals/absorption evals/core evals/measures evals/probing evals/ravel evals/unlearning output/figures",
         "evals output/page output/plots",
         "output",
@@ -68,6 +69,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
     ),
     "studies": ("__init__ study",),
 }
+BELOW_ITS_FOLDER = ("evals/contract",)  # what folders inside a folder stand on
 ALL = "all of it"
 MAY_IMPORT = {  # rooms of other packages
     "cache_schema": {},
@@ -78,7 +80,7 @@ MAY_IMPORT = {  # rooms of other packages
         "harvest": "corpus errors model network pocket sparsify stats",
         "train": "ask data disk errors file_registry kit recipes run sae sae/kernels",
     },
-    "studies": {"train": "cli disk recipes run", "evaluate": "cli context run"},
+    "studies": {"train": "cli disk recipes run", "evaluate": "cli context evals run"},
 }
 NEVER_IMPORTS = {
     "cache_schema": {"torch", "transformers"},
@@ -113,9 +115,10 @@ def inner_imports(room: str) -> Iterator[tuple[Path, list[str]]]:
 
 
 def part_of(file: Path) -> tuple[str, str]:
-    """The package of a file, and in it the folder, or the module where it stands beside the folders."""
+    """The package of a file, and in it the folder; or the module, where it stands beside folders or below its own."""
     package, *folders = file.relative_to(ROOT).parts[:-1]
-    return package, "/".join(folders) or file.stem
+    module = "/".join((*folders, file.stem))
+    return package, module if not folders or module in BELOW_ITS_FOLDER else "/".join(folders)
 
 
 def arrows() -> Iterator[tuple[Path, Path]]:

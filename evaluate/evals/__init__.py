@@ -1,22 +1,21 @@
-"""The registry: an evaluation is a file of this folder, or a folder with a file `evaluation.py`.
+"""The registry: every file of this folder, and every folder with a file `evaluation.py`, is an evaluation.
 
-The name of the file or folder is the evaluation's id. Folders without that file (`probing`, `measures`) hold what
-several evaluations share. An evaluation has a frozen dataclass `Config` of JSON-able settings, `NEEDS`, and
-
-    def evaluate(context, subjects, config) -> Iterator[Result | Failure]
-
-It gets all SAEs at once, so that the model runs once for all of them, and yields results as they come.
-`SUMMARY`, if there is one, names the metrics for the console's table by dotted path.
+`contract` says what such a file defines. Its name, or the folder's, is the evaluation's id. Folders without that file
+(`probing`, `measures`) hold what several evaluations share.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...train.file_registry import file_names, import_file, require_known
-from ..errors import UnknownEval
+from ..errors import EvaluationInvalid, UnknownEval
+
+if TYPE_CHECKING:
+    from .contract import Evaluation
+
+CONTRACT = "contract"
 
 
 def names() -> tuple[str, ...]:
@@ -24,21 +23,22 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_modules()))
 
 
-def module(name: str) -> ModuleType:
-    """The file of an evaluation."""
+def load(name: str) -> Evaluation[Any]:
+    """The evaluation of this name."""
     require_known(name, names(), "evaluation", UnknownEval)
-    return import_file(__name__, _modules()[name])
+    from .contract import Evaluation  # late: names alone must not wait for torch
+
+    found = getattr(import_file(__name__, _modules()[name]), "EVALUATION", None)
+    if not isinstance(found, Evaluation):
+        raise EvaluationInvalid(
+            f"evaluation {name}: expected EVALUATION = Evaluation(...) in its file, found {found!r}"
+        )
+    return found
 
 
 def _modules() -> dict[str, str]:
     """Where each evaluation is, by its id."""
     folders = {file.parent.name for path in __path__ for file in Path(path).glob("*/__init__.py")}
     wholes = {file.parent.name for path in __path__ for file in Path(path).glob("*/evaluation.py")}
-    files = set(file_names(__path__)) - folders
+    files = set(file_names(__path__)) - folders - {CONTRACT}
     return {name: name for name in files} | {name: f"{name}.evaluation" for name in wholes}
-
-
-def config_type(name: str) -> type[Any]:
-    """The frozen `Config` of an evaluation."""
-    config: type[Any] = module(name).Config
-    return config

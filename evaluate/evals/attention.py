@@ -19,18 +19,13 @@ from torch import Tensor
 
 from ...cache_schema.strict import to_json
 from ...train.data.batch import AttentionRows
-from ..context.context import Context
-from ..context.loaded_sae import LoadedSae
-from ..context.needs import Needs
-from ..context.results import Failure, Result
 from ..context.split_windows import read_windows
 from ..errors import ModelMissing, NotApplicable
 from ..model.windows import Windows
+from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.attention import Explained, attention_divergence, explain
 
-NEEDS = Needs(store=True)
 ONE_LAYER = "attention fidelity is about SAEs that read and write one layer"
-SUMMARY = ("contribution.total", "fidelity.score", "fidelity.kl_sae")
 
 
 @dataclass(frozen=True)
@@ -159,3 +154,8 @@ def fidelity(seen: Seen) -> Mapping[str, float]:
     room = kl["mean_ablation"] - kl["true"]
     found["score"] = (kl["mean_ablation"] - kl["sae"]) / room if room > 0 else float("nan")
     return found
+
+
+EVALUATION = Evaluation(
+    Config, evaluate, needs=Needs(store=True), summary=("contribution.total", "fidelity.score", "fidelity.kl_sae")
+)

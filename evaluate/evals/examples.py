@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.context import Context
-from ..context.loaded_sae import LoadedSae
-from ..context.needs import Needs
-from ..context.results import Failure, Result
 from ..context.split_windows import read_windows
 from ..context.token_text import Wording
 from ..model.windows import Windows
+from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.top import Strongest
-
-NEEDS = Needs(store=True)
-SUMMARY = ("firing.alive_share",)
 
 
 @dataclass(frozen=True)
@@ -118,3 +112,6 @@ def pattern_of(batch: Windows, acts_WTF: Tensor, words: Wording, config: Config)
         "latents": latents.tolist(),
         "activations": [[round(value, 4) for value in row] for row in acts_TF[:, latents].T.tolist()],
     }
+
+
+EVALUATION = Evaluation(Config, evaluate, needs=Needs(store=True), summary=("firing.alive_share",))

@@ -20,13 +20,10 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.context import Context
-from ..context.loaded_sae import LoadedSae
-from ..context.needs import Needs
-from ..context.results import Failure, Result
 from ..context.split_windows import read_windows
 from ..errors import NotApplicable
 from ..model.windows import Windows
+from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, is_bound, ranges_of, saved
 from .measures.position import (
     Profile,
@@ -40,8 +37,6 @@ from .measures.position import (
 )
 from .measures.probes import accuracy
 
-NEEDS = Needs(store=True)
-SUMMARY = ("specialisation.retention", "specialisation.fidelity", "order.range_top_5")
 STATIC = "static slicing"
 UNPROBED = "order is not probed: the test windows have no text left over from the documents that probes learn on"
 
@@ -213,3 +208,11 @@ def in_pairs(chosen_WP: Tensor) -> Tensor:
     """bool: the pairs of which both tokens are chosen."""
     pairs = chosen_WP.shape[1] // 2
     return chosen_WP[:, :pairs] & chosen_WP[:, pairs : 2 * pairs]
+
+
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(store=True),
+    summary=("specialisation.retention", "specialisation.fidelity", "order.range_top_5"),
+)

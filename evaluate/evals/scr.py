@@ -12,18 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..context.context import Context
-from ..context.loaded_sae import LoadedSae
-from ..context.needs import Needs
-from ..context.results import Failure, Result
+from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.rounds import Outcome, evaluate_able, perturb_all
 from .probing.scores import mean_scores, scr_scores
 from .probing.settings import Settings, official_config
 from .probing.sources import Source, load_all
 from .probing.texts import OPPOSITES, Task, spurious
-
-NEEDS = Needs(model=True)
-SUMMARY = ("scr_metrics.scr_metric_threshold_10", "scr_metrics.scr_metric_threshold_50")
 
 
 @dataclass(frozen=True)
@@ -78,3 +72,11 @@ def make_result(
         extra={"corrected": mean_scores(corrected)},
         missing=missing,
     )
+
+
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(model=True),
+    summary=("scr_metrics.scr_metric_threshold_10", "scr_metrics.scr_metric_threshold_50"),
+)

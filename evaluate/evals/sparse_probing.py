@@ -20,10 +20,7 @@ import torch
 
 from ...cache_schema.strict import to_json
 from ..context.compatible import model_name_of
-from ..context.context import Context
-from ..context.loaded_sae import LoadedSae
-from ..context.needs import Needs
-from ..context.results import Result
+from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing.dense_probe import FULL_WIDTH, probe_every_class
 from .probing.features import Features, draw_probe
 from .probing.pooling import Pool, pool_task
@@ -32,9 +29,6 @@ from .probing.settings import of_data
 from .probing.sources import DataName, Source, find_source, load_all
 from .probing.sparse_probe import sparse_accuracy
 from .probing.texts import Task
-
-NEEDS = Needs(model=True)
-SUMMARY = ("sae.sae_top_1_test_accuracy", "sae.sae_top_5_test_accuracy", "llm.llm_top_5_test_accuracy")
 
 ALL_K = (1, 2, 5, 10, 20, 50, 100)
 Accuracies = dict[str, dict[str, float]]  # by metric, then by class
@@ -204,3 +198,11 @@ def _load(source: Source, name: str, config: Config) -> Task:
 
 def _mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / len(values)
+
+
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(model=True),
+    summary=("sae.sae_top_1_test_accuracy", "sae.sae_top_5_test_accuracy", "llm.llm_top_5_test_accuracy"),
+)

@@ -17,10 +17,7 @@ import numpy as np
 
 from ...cache_schema.strict import to_json
 from ..context.compatible import model_name_of
-from ..context.context import Context
-from ..context.loaded_sae import LoadedSae
-from ..context.needs import Needs
-from ..context.results import Result
+from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing import collection, installed
 from .probing.collection import BinarySet
 from .probing.last_token import LastTokens, read_prompts
@@ -28,9 +25,6 @@ from .probing.scores import mean_scores
 from .probing.settings import of_data
 from .probing.sources import DataName, Source, find_source, load_all
 from .probing.tuned_probe import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
-
-NEEDS = Needs(model=True)
-SUMMARY = ("sae.sae_top_1_test_auc", "sae.sae_top_5_test_auc", "llm.llm_test_auc")
 
 MAX_TOKENS = 1024
 ByK = dict[int, Scores]
@@ -165,3 +159,11 @@ def _flat(by_k: ByK) -> dict[str, float]:
 
 def _named(prefix: str, scores: Scores) -> dict[str, float]:
     return {f"{prefix}_{name}": value for name, value in asdict(scores).items()}
+
+
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(model=True),
+    summary=("sae.sae_top_1_test_auc", "sae.sae_top_5_test_auc", "llm.llm_test_auc"),
+)

@@ -15,17 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.context import Context
-from ..context.loaded_sae import LoadedSae
-from ..context.needs import Needs
-from ..context.results import Failure, Result
 from ..context.split_windows import read_windows
 from ..model.windows import Windows
+from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, groups_of
 from .measures.temporal import SCALES, Consistency, Persistence, consistency, persistence, segments, transitions
 
-NEEDS = Needs(store=True)
-SUMMARY = ("consistency.tcs_short", "consistency.tcs_long", "stability.fsm_median", "stability.lifetime_mean")
 ALL = "all"
 
 
@@ -126,3 +121,11 @@ def patterns(seen: Seen, config: Config) -> dict[str, Any]:
         "lifetimes": [round(value, 3) for value in counts.lifetime[often].tolist()],
         "stabilities": [round(value, 3) for value in counts.stability[often].tolist()],
     }
+
+
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(store=True),
+    summary=("consistency.tcs_short", "consistency.tcs_long", "stability.fsm_median", "stability.lifetime_mean"),
+)

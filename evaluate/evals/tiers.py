@@ -21,13 +21,10 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.context import Context
-from ..context.loaded_sae import LoadedSae
-from ..context.needs import Needs
-from ..context.results import Failure, Result
 from ..context.split_windows import read_windows
 from ..context.token_text import Wording
 from ..errors import ModelMissing
+from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, every, saved, tiers_of
 from .measures.composition import EXPLAINED, explained, explained_by, explained_by_few, fit_all, random_rows
 from .measures.splice_effects import Effect, Tracer, make_tracers
@@ -40,8 +37,6 @@ from .measures.tiers import (
 )
 from .measures.top import Strongest
 
-NEEDS = Needs(store=True)
-SUMMARY = ("tier_information.adjusted_nmi_1_2", "composition.coverage_few_2")
 UNTRACED = "causal tracing is about SAEs that read and write one layer"
 KEPT = 5
 LEAST_ROOM = 1e-3  # nats between mean ablation and the reconstruction, below which nothing can be restored
@@ -258,3 +253,11 @@ def list_uncomposed(seen: Seen, words: Wording, config: Config) -> list[dict[str
 def _share(r_squared_R: Tensor) -> float:
     """Of rows that are explained."""
     return float((r_squared_R >= EXPLAINED).double().mean())
+
+
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(store=True),
+    summary=("tier_information.adjusted_nmi_1_2", "composition.coverage_few_2"),
+)

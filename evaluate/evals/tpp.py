@@ -11,17 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..context.context import Context
-from ..context.loaded_sae import LoadedSae
-from ..context.needs import Needs
-from ..context.results import Failure, Result
+from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.rounds import Outcome, evaluate_able, perturb_all
 from .probing.scores import mean_scores, tpp_scores
 from .probing.settings import Settings, official_config
 from .probing.sources import Source, load_all
-
-NEEDS = Needs(model=True)
-SUMMARY = ("tpp_metrics.tpp_threshold_10_total_metric", "tpp_metrics.tpp_threshold_50_total_metric")
 
 
 @dataclass(frozen=True)
@@ -61,3 +55,11 @@ def make_result(
         extra={"corrected": mean_scores({name: means for name, (means, _) in corrected.items()})},
         missing=missing,
     )
+
+
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(model=True),
+    summary=("tpp_metrics.tpp_threshold_10_total_metric", "tpp_metrics.tpp_threshold_50_total_metric"),
+)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from ...cache_schema import StoreError
@@ -82,7 +81,7 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
         "config": deciding(to_json(config)),
         "cache_id": context.opened.manifest.cache_id if context.opened else None,
         "dtype": str(context.dtype).removeprefix("torch."),
-        "from_tokens": context.from_tokens and evals.module(eval_id).NEEDS.from_tokens,
+        "from_tokens": context.from_tokens and evals.load(eval_id).needs.from_tokens,
     }
     return settings if context.model_name is None else settings | {"model": context.model_name}
 
@@ -97,7 +96,7 @@ class _Trial:
 
     def __init__(self, context: Context, eval_id: str, config: Any, settings: Mapping[str, Any]) -> None:
         self._context, self._eval_id, self._config, self._settings = context, eval_id, config, settings
-        self._module: ModuleType = evals.module(eval_id)
+        self._evaluation = evals.load(eval_id)
 
     def run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
         rows, crash = self._attempt(subjects)
@@ -114,8 +113,8 @@ class _Trial:
         """Rows as far as they came, and what ended them early."""
         rows: list[Row] = []
         try:
-            self._module.NEEDS.require(self._context)
-            for item in self._module.evaluate(self._context, subjects, self._config):
+            self._evaluation.needs.require(self._context)
+            for item in self._evaluation.evaluate(self._context, subjects, self._config):
                 rows.append(self._take(item))
         except NotRun as reason:
             done = {row.subject for row in rows}

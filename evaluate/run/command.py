@@ -55,7 +55,7 @@ def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
         if head not in names or not key:
             raise SettingInvalid(f"expected a setting like {names[0]}.KEY=VALUE of {', '.join(names)}: {said!r}")
         given.setdefault(head, {})[key] = value
-    return {name: with_settings(evals.config_type(name)(), given.get(name, {}), name) for name in names}
+    return {name: with_settings(evals.load(name).config(), given.get(name, {}), name) for name in names}
 
 
 def evaluate(subjects: Sequence[LoadedSae], configs: dict[str, Any], options: dict[str, Any]) -> list[Row]:

@@ -42,7 +42,7 @@ def make_table(rows: Sequence[Row], *, beside_untrained: bool = False) -> Table:
     found = {(row.subject, row.eval_id): read_result(row.path) for row in rows}
     subjects = list(dict.fromkeys(row.subject for row in rows))
     eval_ids = list(dict.fromkeys(row.eval_id for row in rows))
-    columns = [(eval_id, metric) for eval_id in eval_ids for metric in summary_of(eval_id)]
+    columns = [(eval_id, metric) for eval_id in eval_ids for metric in evals.load(eval_id).summary]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("SAE", no_wrap=True)
     for eval_id, metric in columns:
@@ -59,10 +59,6 @@ def make_table(rows: Sequence[Row], *, beside_untrained: bool = False) -> Table:
 def heading(metric: str) -> str:
     """The last part of a dotted name, in words that can stand below each other."""
     return metric.rsplit(".", 1)[-1].replace("_", " ")
-
-
-def summary_of(eval_id: str) -> tuple[str, ...]:
-    return tuple(getattr(evals.module(eval_id), "SUMMARY", ()))
 
 
 def require_one_store(subjects: Iterable[LoadedSae]) -> None:

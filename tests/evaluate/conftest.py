@@ -264,6 +264,12 @@ def builder(tmp_path: Path) -> Builder:
     return Builder(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def new_builder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Builder]:
+    """For what is shared between tests."""
+    return lambda: Builder(tmp_path_factory.mktemp("saes"))
+
+
 @dataclass(frozen=True)
 class Golden:
     """The official package's inputs as a store, and its outputs."""

@@ -8,7 +8,7 @@ import click
 import pytest
 from rich.console import Console
 
-from saemill.evaluate.run.console_table import summary_of
+from saemill.evaluate import evals
 from saemill.evaluate.run.untrained import UNTRAINED, untrained_traits
 from saemill.studies import study
 from saemill.studies.study import Course, Line, call, read_lines, seeded_rows, spread, training_commands, write_tables
@@ -73,7 +73,7 @@ def test_a_measure_that_gave_no_number_has_its_place_and_its_reason(tmp_path):
     (tmp_path / "run_0/evals/attention").mkdir()
     (tmp_path / "run_0/evals/attention/one_eval_results.json").write_text(json.dumps(told))
     (line,) = read_lines(folder, ["core", "attention"])
-    own = [metric.rsplit(".", 1)[-1] for metric in summary_of("attention")]
+    own = [metric.rsplit(".", 1)[-1] for metric in evals.load("attention").summary]
     assert line.problems == [] and own and all(line.values[name] is None for name in own)
     write_tables("attention", [line, Line("headline", "one_seed0", line.values, [])], tmp_path, Console(quiet=True))
     text = (tmp_path / "table.md").read_text()

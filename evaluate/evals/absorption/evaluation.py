@@ -16,13 +16,10 @@ from typing import Any, Literal
 import torch
 
 from ...context.compatible import attention_of, model_name_of, split_fitting
-from ...context.context import Context
-from ...context.loaded_sae import LoadedSae
-from ...context.needs import Needs
 from ...context.prompt_positions import Reader
-from ...context.results import Failure, Result
 from ...errors import NotApplicable
 from ...model.lm import LanguageModel
+from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probe import Training
 from .prompts import word_position
 from .task import ClassProbe, Task, make_task
@@ -30,8 +27,6 @@ from .trial import LetterResult, Sparse, mean_metrics, measure_letters
 from .vocabulary import FIRST_LETTER, WordClasses, alphabetic_words
 from .word_shapes import WORD_SHAPES
 
-NEEDS = Needs(model=True)
-SUMMARY = ("mean.mean_absorption_fraction_score", "mean.mean_full_absorption_score")
 OFFICIAL_ID = "absorption_first_letter"
 POCKET_WORDS, POCKET_CLASSES = 1000, 4
 """So many are asked within a minute, and so many of the shapes must be known."""
@@ -176,3 +171,11 @@ def _too_few(subject: LoadedSae, task: Task, known: Sequence[int], needed: int, 
         f"({names}) with F1 above {config.min_GT_probe_f1}, {needed} are needed. A larger model or an earlier layer "
         "knows more; --set absorption.min_feats_for_eval=N lowers the bar, and the result says so"
     )
+
+
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(model=True),
+    summary=("mean.mean_absorption_fraction_score", "mean.mean_full_absorption_score"),
+)

@@ -17,25 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...context.compatible import model_name_of
-from ...context.context import Context
-from ...context.loaded_sae import LoadedSae
-from ...context.needs import Needs
-from ...context.results import Failure, Result
 from ...errors import ModelMissing, NotApplicable, SettingInvalid
+from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .baselines import ABLATIONS
 from .blocks import Rows, rows_of
 from .losses import LossSums, measure_losses, splice_layer
 from .metrics import latent_details, latent_metrics, official_metrics, own_metrics
 from .sparsity import Sparsity, measure_sparsity
-
-NEEDS = Needs(store=True, from_tokens=True)
-SUMMARY = (
-    "sparsity.l0",
-    "saemill_metrics.explained_variance",
-    "model_performance_preservation.ce_loss_score",
-    "model_behavior_preservation.kl_div_score",
-    "misc_metrics.frac_alive",
-)
 
 
 @dataclass(frozen=True)
@@ -138,3 +126,17 @@ def official_config(context: Context, rows: Rows, has_losses: bool) -> dict[str,
         "exclude_special_tokens_from_reconstruction": True,
         "verbose": False,
     }
+
+
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(store=True, from_tokens=True),
+    summary=(
+        "sparsity.l0",
+        "saemill_metrics.explained_variance",
+        "model_performance_preservation.ce_loss_score",
+        "model_behavior_preservation.kl_div_score",
+        "misc_metrics.frac_alive",
+    ),
+)

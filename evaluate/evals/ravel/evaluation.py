@@ -19,13 +19,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ...context.compatible import attention_of, model_name_of, split_fitting
-from ...context.context import Context
 from ...context.disk_cache import decided_by, model_print, remembered
-from ...context.loaded_sae import LoadedSae
-from ...context.needs import Needs
 from ...context.prompt_positions import Reader
-from ...context.results import Failure, Result
 from ...errors import SettingInvalid
+from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .facts import load_facts
 from .identifiers import ATTRIBUTES, ENTITY_CLASS, load_identifiers
 from .pairs import Pair, draw_pairs
@@ -33,8 +30,6 @@ from .prompts import EntityClass, Prompt, answered_prompts, make_prompts
 from .scores import Scores, by_first_token, by_kind, mean_scores
 from .trial import Training, Trial, complete
 
-NEEDS = Needs(model=True)
-SUMMARY = ("ravel.disentanglement_score", "ravel.cause_score", "ravel.isolation_score")
 GENERATION_FACTOR = 8
 """Completing prompts takes less memory than learning masks: batches are so much larger."""
 OFFICIAL_SELECTION = {
@@ -230,3 +225,11 @@ def official_config(context: Context, selection: Mapping[str, Sequence[str]], co
         "n_generated_tokens": config.n_generated_tokens,
         "random_seed": config.random_seed,
     }
+
+
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(model=True),
+    summary=("ravel.disentanglement_score", "ravel.cause_score", "ravel.isolation_score"),
+)

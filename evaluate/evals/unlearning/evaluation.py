@@ -17,11 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...context.compatible import attention_of, model_name_of, split_fitting
-from ...context.context import Context
-from ...context.loaded_sae import LoadedSae
-from ...context.needs import Needs
-from ...context.results import Failure, Result
 from ...errors import NotApplicable
+from ..contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exam import Exam
 from .known import remembered_questions
 from .marking import count
@@ -30,9 +27,6 @@ from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
 from .topic import load_topic
 from .trial import Trial
 from .wmdp import load_wmdp
-
-NEEDS = Needs()
-SUMMARY = ("unlearning.unlearning_score",)
 
 
 @dataclass(frozen=True)
@@ -176,3 +170,6 @@ def official_config(config: Config, material: Material) -> dict[str, Any]:
         "llm_batch_size": config.llm_batch_size,
         "llm_dtype": str(material.model.dtype).removeprefix("torch."),
     }
+
+
+EVALUATION = Evaluation(Config, evaluate, summary=("unlearning.unlearning_score",))

@@ -72,7 +72,7 @@ def test_every_measure_applies_to_every_sae(module, world, builder, open_context
         alone = one(module, context, subject)
         assert together[subject].missing is None
         assert frame(alone, "x", {})["eval_result_metrics"] == frame(together[subject], "x", {})["eval_result_metrics"]
-    assert all(module.SUMMARY) and all(lookup(together[plain].metrics, path) is not None for path in module.SUMMARY[:1])
+    assert lookup(together[plain].metrics, module.EVALUATION.summary[0]) is not None
 
 
 @EVERY
@@ -83,7 +83,7 @@ def test_an_sae_of_several_layers_is_measured_as_far_as_it_can_be(module, make_w
     plain = builder.subject(builder.make_sae(), "plain")
     found = {result.subject: result for result in module.evaluate(context, [wide, plain], CONFIGS[module])}
     assert found[plain].metrics == one(module, context, plain).metrics
-    assert all(lookup(found[wide].metrics, path) is not None for path in module.SUMMARY[:1])
+    assert lookup(found[wide].metrics, module.EVALUATION.summary[0]) is not None
     assert found[wide].missing is None  # nothing that could be had
     assert (found[wide].remark is not None) == (module in (tiers, attention))
 

@@ -105,14 +105,6 @@ def test_results_have_the_official_keys_and_say_which_data_they_are_of(run, offi
     assert one["eval_result_metrics"] != other["eval_result_metrics"]
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_an_sae_alone_gives_what_it_gives_among_others(run, builder, name):
-    together = documents(run(name))
-    alone = documents(run(name, subjects=[builder.subject(builder.make_sae(seed=1), "sae_1")]))
-    for key in ("eval_result_metrics", "eval_result_details", "eval_result_unstructured"):
-        assert alone[0][key] == together[1][key]
-
-
 def test_the_model_reads_every_text_once_for_all_saes(run, context, monkeypatch):
     rows = []
     original = context.model.resid

@@ -1,0 +1,74 @@
+"""The contract of an evaluation: what its file defines, what it is given, and what it gives back.
+
+A file `evals/NAME.py` is the evaluation NAME; so is a folder `evals/NAME/` with a file `evaluation.py`. It ends with
+
+    EVALUATION = Evaluation(Config, evaluate, needs=Needs(store=True), summary=("group.metric",))
+
+and nothing else is edited: the command, `--set NAME.key=value`, `--resume`, `--compare` and the tests find it by its
+name. Every metric has a row in MEASURES.md and the evaluation a place in README's table; a test asks for both.
+
+Where there is no number, one of four says why:
+    raise NotRun            nobody who has no result yet can have one: the model, the data or the store is missing
+    yield Failure(sae, e)   this SAE cannot be evaluated, others can: `not run` for a NotRun error, else `failed`
+    Result(missing="...")   some numbers are absent until something is there (the model): `--resume` tries again
+    Result(remark="...")    some numbers are absent because this SAE cannot have them: the result is complete
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, Generic, TypeVar
+
+from ..context.context import Context
+from ..context.loaded_sae import LoadedSae
+from ..context.results import Failure, Result
+from ..errors import EvaluationInvalid
+
+__all__ = ["Context", "Evaluation", "Failure", "LoadedSae", "Needs", "Result"]
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be there before an evaluation starts."""
+
+    model: bool = False
+    store: bool = False
+    from_tokens: bool = False
+    """It can compute residuals from the store's tokens in place of reading them (--from-tokens)."""
+
+    def require(self, context: Context) -> None:
+        """Raise the NotRun error that names the first thing missing."""
+        if self.store:
+            _ = context.store
+        if self.model:
+            context.require_model()
+
+
+@dataclass(frozen=True)
+class Evaluation(Generic[C]):
+    """One evaluation, as its file declares it."""
+
+    config: type[C]
+    """A frozen dataclass of settings that JSON can hold, each with a default: together with the store and the
+    model's dtype they decide every number. A field `cache` names a folder and decides none."""
+    evaluate: Callable[[Context, Sequence[LoadedSae], C], Iterator[Result | Failure]]
+    """Given all SAEs at once, so that the model runs once for all of them; gives one Result or Failure for each, as
+    they come, the same numbers whoever else is there. `Result.metrics` is two levels deep, group and metric."""
+    needs: Needs = Needs()
+    summary: tuple[str, ...] = ()
+    """Metrics for the console's table by dotted path: `group.metric`, or a path into `Result.extra`."""
+
+    def __post_init__(self) -> None:
+        settings: Any = self.config
+        is_frozen = is_dataclass(settings) and settings.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        if not is_frozen or any(f.default is MISSING and f.default_factory is MISSING for f in fields(settings)):
+            raise EvaluationInvalid(f"{settings.__module__}: expected Config to be a frozen dataclass with defaults")
+        wrong = [metric for metric in self.summary if not re.fullmatch(r"\w+(\.\w+)+", metric)]
+        if wrong:
+            raise EvaluationInvalid(
+                f"{settings.__module__}: expected a summary of paths like group.metric, found {wrong}"
+            )
