@@ -19,7 +19,7 @@ from pathlib import Path
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
 from ..cache_schema.files import Files, LocalFiles, name_full_disk, open_files
 from ..cache_schema.layout import ROOT
-from .corpus.open import is_on_hub, open_corpus
+from .corpus import open_corpus, source_of
 from .errors import SettingInvalid, TokensMissing
 from .estimate import least_bytes, require_space
 from .place import Place
@@ -77,7 +77,7 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
     context = plan.config.context
     job = PackingJob(plan.windows, context, plan.config.packing)
     folder = _spool_folder(files)
-    if is_on_hub(plan.corpus):  # which surely holds what is asked for, and takes hours to read
+    if source_of(plan.corpus).pinned:  # remote: it surely holds what is asked for, and takes hours to read
         require_space(files.url, files.free_bytes(), least_bytes(expected_manifest(plan, spec, plan.windows)))
     doing = f"tokenising into {folder}"  # the store names a full disk by itself; this is for what comes before it
     with name_full_disk(doing), _locked(folder), watch.stage("tokenising", plan.windows * context):
@@ -98,11 +98,11 @@ def require_ours(plan: Plan, found: Manifest, url: str) -> None:
 
 
 def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
-    """What the corpus of a store must say if it is ours. One of the hub stays pinned without asking the hub."""
-    source, recorded = plan.corpus, found.corpus
-    if is_on_hub(source) and source.dataset == recorded.id and source.revision in (None, recorded.revision):
-        return corpus_spec(plan, recorded.id, recorded.revision, source.hub_settings)
-    corpus = open_corpus(source)
+    """What the corpus of a store must say if it is ours. A remote one stays pinned without being asked for."""
+    options, recorded, pinned = plan.corpus, found.corpus, source_of(plan.corpus).pinned
+    if pinned and options.dataset == recorded.id and options.revision in (None, recorded.revision):
+        return corpus_spec(plan, recorded.id, recorded.revision, pinned(options))
+    corpus = open_corpus(options)
     return corpus_spec(plan, corpus.id, corpus.revision, corpus.settings)
 
 

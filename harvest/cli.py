@@ -17,7 +17,8 @@ from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
 from ..cache_schema.manifest import Codec
 from .config import ATTENTION_AROUND, HarvestConfig, parse_count, parse_layers, parse_worker
-from .corpus.source import CorpusSource
+from .corpus import dataset_help
+from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
 from .errors import HarvestError
 
 
@@ -33,8 +34,7 @@ from .errors import HarvestError
 @click.option("--attention-heads", type=click.Choice(["mean", "all"]), default="mean", show_default=True)
 @click.option(
     "--dataset",
-    help="A data set's id on the hub, a text, jsonl or parquet file, a folder of them, or stdlib.  "
-    "[default: stdlib for the pocket model, else Skylion007/openwebtext]",
+    help=f"{dataset_help()}.  [default: {STDLIB} for the pocket model, else {OPENWEBTEXT}]",
 )
 @click.option("--dataset-config", help="Configuration of a data set of the hub.")
 @click.option("--dataset-split", default="train", show_default=True)
@@ -83,10 +83,10 @@ def make_config(options: dict[str, Any]) -> HarvestConfig:
     )
 
 
-def _corpus(options: dict[str, Any]) -> CorpusSource | None:
+def _corpus(options: dict[str, Any]) -> DatasetOptions | None:
     if options["dataset"] is None:
         return None
-    return CorpusSource(
+    return DatasetOptions(
         dataset=options["dataset"],
         config=options["dataset_config"],
         split=options["dataset_split"],
@@ -129,7 +129,7 @@ def _reported(url: str) -> Iterator[None]:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(1)
     except PermissionError as error:
-        click.echo(f"{error.filename} is not for this user to open. Change its permissions, or name another", err=True)
+        click.echo(f"permission denied: {error.filename}. Change its permissions, or name another", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo(f"stopped. {_what_is_safe(url)}; the same command goes on from there", err=True)

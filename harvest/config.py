@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..cache_schema.manifest import Codec
-from .corpus.source import CorpusSource
+from .corpus.source import DatasetOptions
 from .errors import SettingInvalid
 from .packing import Packing
 
@@ -43,7 +43,7 @@ class HarvestConfig:
     attention_mass: float = 0.95
     attention_topk: int = 16
     attention_heads: Heads = "mean"
-    corpus: CorpusSource | None = None
+    corpus: DatasetOptions | None = None
     tokens: int | None = None
     context: int = 128
     packing: Packing = "concat"

@@ -15,7 +15,7 @@ from ..cache_schema.files import Files, open_files
 from ..cache_schema.layout import ROOT
 from .begin import require_ours, require_place
 from .config import HarvestConfig
-from .corpus.open import open_corpus
+from .corpus import open_corpus
 from .corpus.source import Corpus
 from .errors import CorpusEmpty
 from .estimate import Cost, measure_cost, needed_bytes, tokens_in

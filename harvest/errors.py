@@ -1,7 +1,7 @@
 """What can go wrong in a harvest, one class per condition.
 
 HarvestError
-├── ModelUnavailable        the weights can be had neither from the cache nor from the hub
+├── ModelUnavailable        the weights are neither in the cache nor on the hub
 ├── WeightsIncomplete       a checkpoint lacks weights that the wanted layers need
 ├── UnsupportedArchitecture a model type that this package cannot truncate
 ├── LayerOutOfRange         a layer that the model does not have
@@ -9,11 +9,12 @@ HarvestError
 ├── NonFiniteResidual       the model overflowed: infinities or NaN in a residual stream
 ├── NonFiniteAttention      the same in attention probabilities
 ├── SettingInvalid          an option that cannot be read, or that contradicts another
+├── SourceInvalid           a file in harvest/corpus/ that breaks the contract of corpus sources
 ├── CorpusUnavailable       no such file, data set, split or column, or one whose bytes are damaged
 ├── CorpusEmpty             a corpus without one token of text
 ├── SplitEmpty              too little text to fill train, validation and test
-├── DocumentInvalid         a document that is no UTF-8 text
-├── NetworkLost             a stream broke off too often in a row
+├── DocumentInvalid         a document that is not UTF-8 text
+├── NetworkLost             the connection was lost too often in a row
 ├── TokenizerUnsuitable     a tokenizer without BOS, or without its fast form
 ├── TokensMissing           the worker that writes the tokens never did
 └── ModelDiffers            another model than the one that a store was begun with
@@ -25,7 +26,7 @@ class HarvestError(Exception):
 
 
 class ModelUnavailable(HarvestError, OSError):
-    """The weights can be had neither from a folder, nor from the local cache, nor from the hub."""
+    """The weights are neither in a folder, nor in the local cache, nor on the hub."""
 
 
 class WeightsIncomplete(HarvestError, ValueError):
@@ -56,6 +57,10 @@ class SettingInvalid(HarvestError, ValueError):
     """An option that cannot be read, or that contradicts another."""
 
 
+class SourceInvalid(HarvestError, TypeError):
+    """A corpus source's file does not define what `corpus/source.py` asks for."""
+
+
 class CorpusUnavailable(HarvestError, LookupError):
     """The file, data set, split or column that was named is not there, or cannot be read."""
 
@@ -69,11 +74,11 @@ class SplitEmpty(HarvestError, ValueError):
 
 
 class DocumentInvalid(HarvestError, ValueError):
-    """A document that is no UTF-8 text."""
+    """A document that is not UTF-8 text."""
 
 
 class NetworkLost(HarvestError, ConnectionError):
-    """The stream of documents broke off too often in a row; what was read is kept."""
+    """The connection was lost too often in a row; what was read is kept."""
 
 
 class TokenizerUnsuitable(HarvestError, ValueError):

@@ -9,7 +9,8 @@ from ..cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, Store
 from ..cache_schema.identity import seal
 from ..cache_schema.manifest import list_differences
 from .config import HarvestConfig
-from .corpus.source import OPENWEBTEXT, STDLIB, CorpusSource
+from .corpus import source_of
+from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
 from .model.load import ModelFacts, Wanted, read_facts
 from .model.resolve import POCKET, ModelSource
 from .model.tokenizer import TextEncoder, load_encoder
@@ -29,14 +30,14 @@ class Plan:
     encoder: TextEncoder
 
     @property
-    def corpus(self) -> CorpusSource:
-        return self.config.corpus or CorpusSource(STDLIB if self.source.id == POCKET else OPENWEBTEXT)
+    def corpus(self) -> DatasetOptions:
+        return self.config.corpus or DatasetOptions(STDLIB if self.source.id == POCKET else OPENWEBTEXT)
 
     @property
     def tokens(self) -> int:
         """How many are asked for; a corpus may hold less."""
-        on_hand = self.corpus.dataset == STDLIB or self.source.id == POCKET
-        return self.config.tokens or (POCKET_TOKENS if on_hand else DEFAULT_TOKENS)
+        suits_model = POCKET_TOKENS if self.source.id == POCKET else DEFAULT_TOKENS
+        return self.config.tokens or source_of(self.corpus).tokens or suits_model
 
     @property
     def windows(self) -> int:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...harvest.errors import HarvestError
-from ...harvest.model.architectures import architecture_of
+from ...harvest.model.architectures import architecture_of, require_parts
 from ...harvest.model.hooks import hooked, kept_outputs
 from ...harvest.model.load import ModelFacts, find_weights, read_facts, without_report
 from ...harvest.model.tokenizer import TextEncoder, make_encoder
@@ -52,6 +52,7 @@ class LanguageModel:
         self.eos = eos
         self.pad = pad if pad is not None else (eos if eos is not None else 0)
         self._architecture = architecture_of(self.facts.model_type)
+        require_parts(self.stack, self._architecture)
         self._unembed: Any = model.get_output_embeddings()
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 

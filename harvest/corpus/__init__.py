@@ -1,1 +1,43 @@
-"""Where documents come from. `source` says what a corpus is; every other file is one, or opens it."""
+"""The registry: every file of this folder is a source of documents; `source` alone says what such a file defines."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from ..errors import SourceInvalid
+from .source import Corpus, DatasetOptions, Source
+
+CONTRACT = "source"
+
+
+@cache
+def sources() -> dict[str, Source]:
+    """All sources by their names, in the order in which they are asked."""
+    names = [info.name for info in pkgutil.iter_modules(__path__) if info.name != CONTRACT]
+    found = {name: _load(name) for name in names}
+    return dict(sorted(found.items(), key=lambda item: (item[1].rank, item[0])))
+
+
+def _load(name: str) -> Source:
+    found = getattr(importlib.import_module(f"{__name__}.{name}"), "SOURCE", None)
+    if not isinstance(found, Source):
+        raise SourceInvalid(f"harvest/corpus/{name}.py: expected SOURCE = Source(...), found {found!r}")
+    return found
+
+
+def source_of(options: DatasetOptions) -> Source:
+    """The first source that takes what a user names."""
+    return next(source for source in sources().values() if source.takes(options))
+
+
+def open_corpus(options: DatasetOptions) -> Corpus:
+    """The corpus that a user names."""
+    return source_of(options).open(options)
+
+
+def dataset_help() -> str:
+    """What --dataset may be."""
+    *others, last = (source.help for source in sources().values())
+    return f"{', '.join(others)}, or {last}"

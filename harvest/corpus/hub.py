@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 
 from ..errors import CorpusUnavailable, DocumentInvalid, NetworkLost
 from ..network import NETWORK_ERRORS
-from .source import CorpusSource, State, checked_text
+from .source import DatasetOptions, Source, State, checked_text
 
 CONVERSION = "refs/convert/parquet"
 REFUSALS = (
@@ -54,7 +54,7 @@ class HubCorpus:
     """Documents of one split of a streamed data set. `load` gives an iterable with `datasets`' resumable state."""
 
     def __init__(
-        self, source: CorpusSource, commit: str, load: Callable[[], Any], waits: Sequence[float] = WAITS_SECONDS
+        self, source: DatasetOptions, commit: str, load: Callable[[], Any], waits: Sequence[float] = WAITS_SECONDS
     ) -> None:
         self.id = source.dataset
         self.revision = commit
@@ -66,7 +66,7 @@ class HubCorpus:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self._source.hub_settings
+        return settings_of(self._source)
 
     def documents(self, state: State | None = None) -> Iterator[str]:
         self._read, self._position = (state or {}).get("documents", 0), (state or {}).get("stream")
@@ -92,7 +92,7 @@ class HubCorpus:
                 return
             except UnicodeDecodeError as error:
                 raise DocumentInvalid(
-                    f"data set {self.id}: a row behind document {self._read:,} is no UTF-8 ({error}). "
+                    f"data set {self.id}: a row behind document {self._read:,} is not UTF-8 ({error}). "
                     "Take another --dataset-revision, or convert the files and give them as a local --dataset"
                 ) from error
             except (*NETWORK_ERRORS, *DAMAGE) as error:
@@ -117,7 +117,12 @@ class HubCorpus:
         return checked_text(row[column], f"{self.id}, document {self._read - 1}")
 
 
-def open_hub(source: CorpusSource) -> HubCorpus:
+def settings_of(options: DatasetOptions) -> dict[str, Any]:
+    """What else decides the text of a data set on the hub, its id and commit apart."""
+    return {"config": options.config, "split": options.split, "column": options.column}
+
+
+def open_hub(source: DatasetOptions) -> HubCorpus:
     """Find the data set on the hub and pin it to a commit."""
     try:
         repository = find_repository(source)
@@ -129,7 +134,7 @@ def open_hub(source: CorpusSource) -> HubCorpus:
     return HubCorpus(source, repository.commit, lambda: _load(source, repository))
 
 
-def find_repository(source: CorpusSource, api: Any = None) -> Repository:
+def find_repository(source: DatasetOptions, api: Any = None) -> Repository:
     """The commit to read, and the files where they must be named."""
     from huggingface_hub import HfApi
 
@@ -143,7 +148,7 @@ def find_repository(source: CorpusSource, api: Any = None) -> Repository:
     return Repository(source.dataset, info.sha)
 
 
-def _converted_files(names: Sequence[str], source: CorpusSource) -> tuple[str, ...]:
+def _converted_files(names: Sequence[str], source: DatasetOptions) -> tuple[str, ...]:
     """The conversion keeps CONFIG/SPLIT/*.parquet, or CONFIG/partial-SPLIT/ of what is very large."""
     folders = sorted({name.rsplit("/", 1)[0] for name in names if name.endswith(".parquet") and name.count("/") == 2})
     wanted = (source.split, f"partial-{source.split}")
@@ -159,7 +164,7 @@ def _converted_files(names: Sequence[str], source: CorpusSource) -> tuple[str, .
     return tuple(sorted(name for name in names if name.startswith(f"{fitting[0]}/") and name.endswith(".parquet")))
 
 
-def _load(source: CorpusSource, repository: Repository) -> Any:
+def _load(source: DatasetOptions, repository: Repository) -> Any:
     from datasets import load_dataset
 
     if repository.files:
@@ -200,3 +205,6 @@ def _is_damage(error: Exception) -> bool:
 
 def _refuse(dataset: str, error: Exception, remedy: str) -> NoReturn:
     raise CorpusUnavailable(f"data set {dataset} cannot be reached ({error}): {remedy}") from error
+
+
+SOURCE = Source(help="a data set's id on the hub", takes=lambda _: True, open=open_hub, rank=2, pinned=settings_of)

@@ -18,8 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid
-from .source import FILE_SUFFIXES, JSONL_SUFFIXES, PARQUET_SUFFIXES, State, checked_text
+from .source import OPENWEBTEXT, STDLIB, DatasetOptions, Source, State, checked_text
 
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+PARQUET_SUFFIXES = (".parquet",)
+FILE_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES)
 PARQUET_ROWS = 256
 
 
@@ -127,7 +131,7 @@ def _cell(line: str, column: str, where: str) -> object:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DocumentInvalid(f"{where} is no JSON ({error}). Mend or remove this line, then run again") from None
+        raise DocumentInvalid(f"{where} is not JSON ({error}). Mend or remove this line, then run again") from None
     if not isinstance(row, dict) or column not in row:
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise DocumentInvalid(f"{where}: expected an object with {column!r}, found {keys}. Name another with --column")
@@ -152,7 +156,7 @@ def _rows_of_parquet(file: Path, column: str) -> Iterator[str]:
                     row += 1
     except (pyarrow.ArrowInvalid, OSError) as error:  # a corrupt page is an OSError
         raise CorpusUnavailable(
-            f"{file} is no parquet file that can be read: {error}. Restore or remove it, then run again"
+            f"{file} cannot be read as parquet: {error}. Restore or remove it, then run again"
         ) from None
 
 
@@ -172,6 +176,26 @@ def _decoded(raw: bytes, where: str) -> str:
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> DocumentInvalid:
     return DocumentInvalid(
-        f"{where}: byte {error.object[error.start]:#04x} at {error.start} of this document is no UTF-8. "
+        f"{where}: byte {error.object[error.start]:#04x} at {error.start} of this document is not UTF-8. "
         "Convert the file to UTF-8 or remove the document, then run again"
     )
+
+
+def is_local(options: DatasetOptions) -> bool:
+    """Something is there, or the name can only have been meant as a path."""
+    name = options.dataset
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_SUFFIXES
+    return is_path or Path(name).expanduser().exists()
+
+
+def open_local(options: DatasetOptions) -> LocalCorpus:
+    path = Path(options.dataset).expanduser()
+    if not path.exists():
+        raise CorpusUnavailable(
+            f"there is no file or folder {options.dataset}. Give a text, jsonl or parquet file or a folder of them, "
+            f"the id of a data set on the hub such as {OPENWEBTEXT}, or `{STDLIB}`"
+        )
+    return LocalCorpus(path, options.column)
+
+
+SOURCE = Source(help="a text, jsonl or parquet file or a folder of them", takes=is_local, open=open_local, rank=1)

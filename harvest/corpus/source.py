@@ -1,14 +1,17 @@
-"""What a corpus is, what a user says about one, and what holds of its text.
+"""The contract of a corpus source: what its file defines, what a corpus is, and what a user says about one.
 
-A corpus has an identity that decides its text and names no path, and it can be read from any point on:
-`documents(state)` goes on behind the document at which `state()` was taken.
+A file `harvest/corpus/NAME.py` is the source NAME. It ends with
+
+    SOURCE = Source(help="...", takes=takes, open=open_it)
+
+and nothing else is edited: `--dataset` and its help, the plan, the manifest and the tests find it by its file.
+Importing it is quick: what takes seconds to import is imported by `open`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import DocumentInvalid
@@ -20,48 +23,64 @@ OPENWEBTEXT = "Skylion007/openwebtext"
 
 
 @dataclass(frozen=True)
-class CorpusSource:
-    """What a user says about the text."""
+class DatasetOptions:
+    """What a user says about the text: --dataset and the options beside it."""
 
-    dataset: str  # `stdlib`, a file or folder, or an id on the hub
+    dataset: str
     config: str | None = None
     split: str = "train"
     revision: str | None = None
     column: str = "text"
 
-    @property
-    def hub_settings(self) -> dict[str, Any]:
-        """What else decides the text of a data set on the hub, its id and commit apart."""
-        return {"config": self.config, "split": self.split, "column": self.column}
-
 
 class Corpus(Protocol):
-    """Documents in a fixed order."""
+    """Documents in a fixed order, which can be read from any point on.
+
+    `id`, `revision` and `settings` decide the text and name no path of this machine: they go into the manifest and
+    the cache id, so two corpora that agree in them have the same documents.
+    """
 
     @property
     def id(self) -> str: ...
     @property
-    def revision(self) -> str: ...
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What else decides the text."""
+    def revision(self) -> str:
+        """A commit, or a hash of the text."""
         ...
 
-    def documents(self, state: State | None = None) -> Iterator[str]: ...
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What else decides the text, as plain JSON."""
+        ...
+
+    def documents(self, state: State | None = None) -> Iterator[str]:
+        """All documents, or those behind the one at which `state` was taken: the same ones each time.
+
+        Each goes through `checked_text`. What cannot be read is a HarvestError that says where and what to do; a
+        lost connection is NetworkLost, after which `state()` still counts every document that was given.
+        """
+        ...
+
     def state(self) -> State:
         """Where the last `documents` has come to."""
         ...
 
 
-def looks_like_path(dataset: str) -> bool:
-    """Whether a name that is no file here can only have been meant as one."""
-    return dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or Path(dataset).suffix in FILE_SUFFIXES
+@dataclass(frozen=True)
+class Source:
+    """One kind of corpus, as its file declares it."""
 
-
-TEXT_SUFFIXES = (".txt", ".md", ".text")
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-PARQUET_SUFFIXES = (".parquet",)
-FILE_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES)
+    help: str
+    """What --dataset may be to mean this source: the list in `sae-harvest --help` is made of these."""
+    takes: Callable[[DatasetOptions], bool]
+    """Whether a user means this source; asks no network, and says yes to a name that only it could explain."""
+    open: Callable[[DatasetOptions], Corpus]
+    """The corpus; CorpusUnavailable, with what to do, where there is none."""
+    rank: int = 0
+    """Sources are asked by rank: 0 names of their own, 1 paths, 2 whatever no other takes."""
+    tokens: int | None = None
+    """How many to take where the user does not say; None: what suits the model."""
+    pinned: Callable[[DatasetOptions], dict[str, Any]] | None = None
+    """Of a remote corpus: its `settings` without asking for it, so that a store goes on while it is out of reach."""
 
 
 def checked_text(value: object, where: str) -> str:
@@ -74,7 +93,7 @@ def checked_text(value: object, where: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DocumentInvalid(
-            f"{where}: {value[error.start]!r} at character {error.start} is half of a pair that no UTF-8 can hold. "
-            "Mend or remove this document, then run again"
+            f"{where}: {value[error.start]!r} at character {error.start} is an unpaired surrogate, which UTF-8 cannot "
+            "hold. Mend or remove this document, then run again"
         ) from None
     return value

@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from .source import STDLIB, State
+from .source import STDLIB, Source, State
 
 
 class StdlibCorpus:
@@ -39,3 +39,11 @@ class StdlibCorpus:
 
     def state(self) -> State:
         return {"documents": self._read}
+
+
+SOURCE = Source(
+    help=STDLIB,
+    takes=lambda options: options.dataset == STDLIB,
+    open=lambda _: StdlibCorpus(),
+    tokens=600_000,  # a minute or so on two cores
+)

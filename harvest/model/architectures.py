@@ -1,8 +1,16 @@
-"""The seam for model families: where a decoder keeps its parts, and how to leave out what is not wanted.
+"""The contract of an architecture: where a family of decoders keeps its parts, and how to leave out what is not wanted.
 
-Adding a family is adding one `Architecture` to `ARCHITECTURES`. It fits when the base model is a loop over
-`layers`, a layer is called with the residual and keywords, and its attention module takes the residual after
-`input_layernorm` together with the same keywords.
+Adding a family is adding one `Architecture` to `ARCHITECTURES` under transformers' model_type, and a small config of it
+to CONFIGS in tests/harvest/conftest.py: the tests then hold its residuals and attention against transformers' own
+eager model. What must hold, or the model is refused by name:
+
+1. The base model is a loop over `base_model.layers` and ends with the norm that `final_norm` names.
+2. A layer takes the residual and keywords, returns the residual, and passes the keywords on to its attention.
+3. The layer's attention, the module that `attention` names, reads what `input_layernorm` makes of the residual, has
+   a `layer_idx`, and calls transformers' attention interface (`attn_implementation`).
+4. `drop_values` leaves that module its probabilities, to the bit, without the cost of the values.
+
+A decoder of another build (GPT-2's `h` and `ln_1`, say) does not fit, and `require_parts` says what it lacks.
 """
 
 from collections.abc import Callable
@@ -12,6 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnsupportedArchitecture
+
+LAYERS, INPUT_NORM = "layers", "input_layernorm"
 
 
 @dataclass(frozen=True)
@@ -105,8 +115,21 @@ def architecture_of(model_type: str | None) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def require_parts(stack: Any, architecture: Architecture) -> None:
+    """The modules that the contract names are there, in the base model and in its first layer."""
+    lacks = [name for name in (LAYERS, architecture.final_norm) if not hasattr(stack, name)]
+    for layer in getattr(stack, LAYERS, ())[:1]:
+        lacks += [f"{LAYERS}[0].{name}" for name in (INPUT_NORM, architecture.attention) if not hasattr(layer, name)]
+    if lacks:
+        raise UnsupportedArchitecture(
+            f"{type(stack).__name__} has no {', '.join(lacks)}; it has {', '.join(dict(stack.named_children()))}. "
+            "harvest/model/architectures.py says which decoders fit"
+        )
+
+
 def cut(stack: Any, num_layers: int, attention_only_layer: int | None, architecture: Architecture) -> None:
     """Leave of a decoder stack its first `num_layers`, the last perhaps for its attention alone, and no norm."""
+    require_parts(stack, architecture)
     stack.layers = stack.layers[:num_layers]
     setattr(stack, architecture.final_norm, nn.Identity())
     if attention_only_layer is not None:

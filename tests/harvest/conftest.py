@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from saemill.harvest.config import HarvestConfig
-from saemill.harvest.corpus.source import CorpusSource
+from saemill.harvest.corpus.source import DatasetOptions
 
 torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
 
@@ -189,7 +189,7 @@ def make_config(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable
             "model": str(model_folder),
             "resid_layers": (2,),
             "attention_layers": (0, 1, 2, 3),
-            "corpus": CorpusSource(str(text_file)),
+            "corpus": DatasetOptions(str(text_file)),
             "tokens": 4000,
             "context": 32,
             "shard_windows": 16,

@@ -185,7 +185,7 @@ def test_a_file_of_another_user_gets_one_line(type_: Type, text_file, monkeypatc
 
     monkeypatch.setattr("saemill.harvest.corpus.local._blocks_of_text", refuse)  # root may read everything
     result = type_()
-    assert result.exit_code == 1 and f"{text_file} is not for this user to open" in result.output
+    assert result.exit_code == 1 and f"permission denied: {text_file}" in result.output
 
 
 def test_a_tokenizer_without_bos_is_refused(type_: Type, model_folder, tmp_path):

@@ -34,7 +34,7 @@ from saemill.cache_schema.verify import digest, verify_shards
 from saemill.harvest import begin, run, shards
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus.hub import HubCorpus
-from saemill.harvest.corpus.source import CorpusSource
+from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SplitEmpty
 from saemill.harvest.estimate import RESERVE_BYTES
@@ -69,7 +69,7 @@ def reference(model_folder, text_file, tmp_path_factory) -> Path:
         attention_mass=1.0,
         attention_topk=32,
         attention_heads="all",
-        corpus=CorpusSource(str(text_file)),
+        corpus=DatasetOptions(str(text_file)),
         tokens=4000,
         context=32,
         dtype="float32",
@@ -332,7 +332,7 @@ def test_other_settings_are_refused_with_their_differences(make_config: Make):
 def test_a_changed_corpus_is_refused(make_config: Make, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"text {i} " * 9 for i in range(200)))
-    config = make_config(corpus=CorpusSource(str(text)))
+    config = make_config(corpus=DatasetOptions(str(text)))
     harvest(config)
     text.write_text(text.read_text() + "more")
     with pytest.raises(StoreMismatch, match=r"corpus\.revision"):
@@ -461,7 +461,7 @@ def test_an_overflow_stops_the_run_names_the_layer_and_keeps_what_is_committed(m
 def test_too_little_text_is_refused(make_config: Make, tmp_path):
     (tmp_path / "short.txt").write_text("only one document here")
     with pytest.raises(SplitEmpty, match="train, validation and test"):
-        harvest(replace(make_config(), corpus=CorpusSource(str(tmp_path / "short.txt"))))
+        harvest(replace(make_config(), corpus=DatasetOptions(str(tmp_path / "short.txt"))))
     assert not Path(make_config().out).exists()
 
 
@@ -495,13 +495,13 @@ def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, monkeypat
 def test_a_large_corpus_of_the_hub_is_not_read_for_a_disk_that_cannot_hold_it(make_config: Make, monkeypatch):
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 10**9)
     monkeypatch.setattr(begin, "open_corpus", lambda _: HubCorpus(source, "c0ffee", lambda: pytest.fail("was read")))
-    source = CorpusSource("owner/name")
+    source = DatasetOptions("owner/name")
     with pytest.raises(StoreFull, match="needs 4[0-9]{2}"):
         harvest(make_config(corpus=source, tokens=10**10))
 
 
 def test_a_corpus_of_the_hub_is_pinned_by_the_store(make_config: Make, text_file, monkeypatch):
-    source = CorpusSource("owner/name")
+    source = DatasetOptions("owner/name")
     corpus = HubCorpus(
         source, "c0ffee", lambda: load_dataset("text", data_files=str(text_file), split="train", streaming=True)
     )

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ....harvest.corpus.hub import find_repository
-from ....harvest.corpus.source import CorpusSource
+from ....harvest.corpus.source import DatasetOptions
 from ....harvest.errors import HarvestError
 from ....harvest.network import NETWORK_ERRORS
 from ...errors import DataMissing
@@ -145,7 +145,7 @@ def take_more_than(count: int, texts: Iterable[str]) -> list[str]:
 
 def read_files(count: int) -> dict[str, list[str]]:
     """Source files in the order of the stream, until there are more than `count` in every language."""
-    repository = find_repository(CorpusSource(GITHUB, config="all-all"))
+    repository = find_repository(DatasetOptions(GITHUB, config="all-all"))
     urls = [f"hf://datasets/{GITHUB}@{repository.commit}/{name}" for name in repository.files]
     return collect_files(_load("parquet", data_files={"train": urls}, split="train", streaming=True), count)
 

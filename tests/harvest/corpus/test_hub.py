@@ -17,11 +17,11 @@ from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from saemill.harvest.corpus.hub import HubCorpus, find_repository, open_hub
-from saemill.harvest.corpus.source import CorpusSource
+from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import CorpusUnavailable, DocumentInvalid, NetworkLost
 
 TEXTS = [f"document {i}" for i in range(50)]
-SOURCE = CorpusSource("owner/name")
+SOURCE = DatasetOptions("owner/name")
 
 
 @dataclass
@@ -78,7 +78,7 @@ def test_reading_goes_on_from_a_saved_state(parquet):
 
 def test_bad_rows_of_a_stream_are_named(parquet):
     with pytest.raises(CorpusUnavailable, match="no column 'body'; it has text"):
-        next(HubCorpus(CorpusSource("owner/name", column="body"), "c", Network(parquet).load).documents())
+        next(HubCorpus(DatasetOptions("owner/name", column="body"), "c", Network(parquet).load).documents())
     with pytest.raises(DocumentInvalid, match="owner/name, document 0: expected text, found NoneType"):
         next(HubCorpus(SOURCE, "c", lambda: Network(parquet).load().map(lambda _: {"text": None})).documents())
 
@@ -96,7 +96,7 @@ def streamed(path: Path) -> HubCorpus:
 
 def test_a_row_that_is_no_utf8_is_a_bad_document(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n')
-    with pytest.raises(DocumentInvalid, match=r"owner/name: a row behind document 1 is no UTF-8"):
+    with pytest.raises(DocumentInvalid, match=r"owner/name: a row behind document 1 is not UTF-8"):
         list(streamed(tmp_path / "a.jsonl").documents())
 
 
@@ -149,7 +149,7 @@ def test_what_waiting_does_not_mend_is_not_waited_for(error):
 
 def test_a_name_that_the_hub_could_not_have_is_refused_without_asking():
     with pytest.raises(CorpusUnavailable, match="data set my data cannot be reached.*neither a file"):
-        open_hub(CorpusSource("my data"))
+        open_hub(DatasetOptions("my data"))
 
 
 class Hub:
@@ -188,4 +188,4 @@ def test_several_configs_must_be_told_apart():
     hub = Hub(main=["name.py"], converted=["en/train/0.parquet", "fr/train/0.parquet"])
     with pytest.raises(CorpusUnavailable, match=r"en/train, fr/train.*--dataset-config"):
         find_repository(SOURCE, hub)
-    assert find_repository(CorpusSource("owner/name", config="fr"), hub).files == ("fr/train/0.parquet",)
+    assert find_repository(DatasetOptions("owner/name", config="fr"), hub).files == ("fr/train/0.parquet",)

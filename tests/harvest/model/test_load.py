@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from saemill.harvest.capture import run
 from saemill.harvest.errors import (
@@ -17,7 +18,7 @@ from saemill.harvest.errors import (
     UnsupportedArchitecture,
     WeightsIncomplete,
 )
-from saemill.harvest.model.architectures import ARCHITECTURES
+from saemill.harvest.model.architectures import ARCHITECTURES, LLAMA_STYLE
 from saemill.harvest.model.load import ModelFacts, Wanted, load_model, read_facts, truncate
 
 IDS = torch.arange(3, 15).view(2, 6)
@@ -200,3 +201,17 @@ def test_weights_of_another_shape(broken):
     (broken / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
     with pytest.raises(WeightsIncomplete, match="of another shape"):
         load_model(broken, RESID_2)
+
+
+def test_a_decoder_of_another_build_is_refused_by_what_it_lacks(monkeypatch):
+    """An entry alone makes no GPT-2 a Llama."""
+    config = AutoConfig.for_model("gpt2", n_layer=2, n_head=2, n_embd=8, vocab_size=20, n_positions=16)
+    monkeypatch.setitem(ARCHITECTURES, "gpt2", LLAMA_STYLE)
+    with pytest.raises(UnsupportedArchitecture, match=r"GPT2Model has no layers, norm; it has wte, wpe, .*h, ln_f"):
+        truncate(AutoModelForCausalLM.from_config(config), Wanted(resid_layers=(0,)))
+
+
+def test_a_layer_that_lacks_its_parts_is_refused(make_model, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "llama", replace(LLAMA_STYLE, attention="attn"))
+    with pytest.raises(UnsupportedArchitecture, match=r"LlamaModel has no layers\[0\]\.attn"):
+        truncate(make_model("llama"), Wanted(resid_layers=(0,)))
