@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import ContextTooLong, LayerOutOfRange, ModelUnavailable, WeightsIncomplete
-from .architectures import architecture_of, cut
+from .architectures import architecture_of, cut, require_parts
 from .attention import ATTENTION, register_attention
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def truncate(model: PreTrainedModel, wanted: Wanted) -> TruncatedModel:
     """Cut a model that is in memory already; it is taken over, not copied."""
     facts = ModelFacts.of(model.config)
     wanted.validate(facts)
+    require_parts(model.base_model, architecture_of(facts.model_type))  # before anything is changed
     register_attention()
     stack: Any = model.base_model
     stack.set_attn_implementation(ATTENTION)

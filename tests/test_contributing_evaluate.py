@@ -1,0 +1,159 @@
+"""The templates of CONTRIBUTING.md for evaluations, corpus sources and architectures: copied, registered and run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import runpy
+import sys
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import saemill
+from saemill.cache_schema.cli import main as sae_store
+from saemill.evaluate import evals
+from saemill.evaluate.cli import main as sae_eval
+from saemill.harvest import corpus
+from saemill.harvest.capture import run
+from saemill.harvest.cli import main as sae_harvest
+from saemill.harvest.corpus import open_corpus, source_of, sources
+from saemill.harvest.corpus.source import DatasetOptions
+from saemill.harvest.errors import CorpusUnavailable, DocumentInvalid, UnsupportedArchitecture
+from saemill.harvest.model import architectures
+from saemill.harvest.model.architectures import ARCHITECTURES
+from saemill.harvest.model.load import Wanted, truncate
+from saemill.train.data.scaling import unit_stats
+from saemill.train.disk.sae_folder import save_sae
+from saemill.train.sae.gates import Relu
+from saemill.train.sae.model import SparseAutoencoder
+
+ROOT = Path(saemill.__file__).parent
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+TINY = "tests/harvest/conftest.py"
+
+
+def template(place: str) -> str:
+    """The fenced code whose first line names this place."""
+    found = re.findall(rf"^```python\n# {re.escape(place)}.*?\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    assert len(found) == 1, f"CONTRIBUTING.md: expected one template for {place}, found {len(found)}"
+    return found[0]
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A template as a file of its package, until the test ends: copied(package, "folder/name.py")."""
+    names = []
+
+    def copy(package, place):
+        (tmp_path / "copied").mkdir(exist_ok=True)
+        file = tmp_path / "copied" / Path(place).name
+        file.write_text(template(place))
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(file.parent)])
+        names.append(f"{package.__name__}.{file.stem}")
+        importlib.invalidate_caches()
+        sources.cache_clear()
+        return file.stem
+
+    yield copy
+    sources.cache_clear()
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def imported_store(folder: Path) -> str:
+    """Windows of three tokens, two of which have a residual in the first direction, and one in the second."""
+    resid = np.tile(np.array([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]], np.float32), (40, 1, 1))
+    np.save(folder / "acts.npy", resid)
+    np.save(folder / "tokens.npy", np.arange(120).reshape(40, 3) + 5)
+    words = [
+        "import",
+        str(folder / "store"),
+        "--resid",
+        str(folder / "acts.npy"),
+        "--tokens",
+        str(folder / "tokens.npy"),
+    ]
+    done = CliRunner().invoke(sae_store, [*words, "--layer", "0", "--model", "tiny"])
+    assert done.exit_code == 0, done.output
+    return str(folder / "store")
+
+
+def test_the_evaluation_of_the_page_runs_from_the_command(copied, tmp_path):
+    """Two latents: one for each direction, of which the first is that of two tokens in three."""
+    name = copied(evals, "evaluate/evals/busiest.py")
+    assert name in evals.names()
+    sae = SparseAutoencoder(torch.eye(2), torch.eye(2), Relu())
+    metadata = {"layers": [0], "target_layers": [0], "hook_name": "blocks.0.hook_resid_post"}
+    save_sae(tmp_path / "sae", sae, unit_stats(2), metadata, {}, "standard", unit_stats(2))
+    words = [str(tmp_path / "sae"), "--evals", name, "--set", f"{name}.windows=2", "--cache", imported_store(tmp_path)]
+    done = CliRunner().invoke(sae_eval, [*words, "--no-plots", "--runs", str(tmp_path / "runs")])
+    assert done.exit_code == 0, done.output
+    assert "busiest share" in done.output
+    (path,) = (tmp_path / "sae" / "evals" / name).glob("*.json")
+    assert json.loads(path.read_text())["eval_result_metrics"] == {"firing": {"busiest_share": pytest.approx(2 / 3)}}
+
+
+def test_the_corpus_source_of_the_page_is_a_data_set(copied, tmp_path):
+    name = copied(corpus, "harvest/corpus/csv_file.py")
+    texts = ["one", 'two, "quoted"', "three\nlines", "four"]
+    rows = "".join('"{}"\n'.format(text.replace('"', '""')) for text in texts)
+    (tmp_path / "a.csv").write_text("text\n" + rows)
+    options = DatasetOptions(str(tmp_path / "a.csv"))
+    assert source_of(options) is sources()[name]
+    found = open_corpus(options)
+    assert list(found.documents()) == texts == list(found.documents())
+    head = list(islice(found.documents(), 2))
+    assert head + list(open_corpus(options).documents(json.loads(json.dumps(found.state())))) == texts
+    assert str(tmp_path) not in json.dumps([found.id, found.revision, found.settings])
+    with pytest.raises(CorpusUnavailable, match="no CSV file"):
+        open_corpus(DatasetOptions("nothing.csv"))
+    with pytest.raises(DocumentInvalid, match="row 1: expected text"):
+        list(open_corpus(DatasetOptions(str(tmp_path / "a.csv"), column="body")).documents())
+    assert "a csv file" in corpus.dataset_help()
+
+
+def test_a_harvest_reads_the_corpus_source_of_the_page(copied, tmp_path):
+    copied(corpus, "harvest/corpus/csv_file.py")
+    rows = (f'"some words, number {number}, and more of them"\n' for number in range(400))
+    (tmp_path / "a.csv").write_text("text\n" + "".join(rows))
+    words = ["--model", "pocket", "--dataset", str(tmp_path / "a.csv"), "--tokens", "600", "--context", "16"]
+    words += ["--layer", "1", "--attention-layers", "none", "--device", "cpu", "--out", str(tmp_path / "store")]
+    done = CliRunner().invoke(sae_harvest, words)
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((tmp_path / "store" / "zarr.json").read_text())
+    assert '"csv"' in json.dumps(manifest)
+
+
+def entry(place: str, names: dict[str, Any]) -> tuple[str, Any]:
+    """The line of a dictionary that goes into a file, read with that file's names."""
+    ((key, value),) = eval(f"{{{template(place)}}}", names).items()  # noqa: S307  (our own page)
+    return key, value
+
+
+def test_the_architecture_of_the_page_is_harvested_to_the_bit(monkeypatch):
+    model_type, settings = entry(TINY, runpy.run_path(str(ROOT / TINY)))
+    same_type, architecture = entry("harvest/model/architectures.py", dict(vars(architectures)))
+    assert same_type == model_type
+    config = AutoConfig.for_model(model_type, **settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with pytest.raises(UnsupportedArchitecture, match=f"model type '{model_type}' cannot be harvested"):
+        truncate(model, Wanted(resid_layers=(1,)))
+    monkeypatch.setitem(ARCHITECTURES, model_type, architecture)
+    ids = torch.randint(3, config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = model(ids, output_hidden_states=True, output_attentions=True)
+    seen = {}
+    cut = truncate(model, Wanted(resid_layers=(2,), attention_layers=(1, 2)))
+    resid = run(cut, ids, {layer: partial(seen.setdefault, layer) for layer in (1, 2)})
+    assert torch.equal(resid[2], whole.hidden_states[3])
+    assert all(torch.equal(seen[layer], whole.attentions[layer]) for layer in (1, 2))
