@@ -56,13 +56,13 @@ def result_path(subject: LoadedSae, eval_id: str) -> Path:
     return subject.home / "evals" / eval_id / f"{subject.label}_eval_results.json"
 
 
-def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> Path:
-    """Write a result, all or nothing. `settings` are what decides it besides the SAE."""
+def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a result, all or nothing, and return the document. `settings` are what decides it besides the SAE."""
     path = result_path(result.subject, eval_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(frame(result, eval_id, settings), indent=2, allow_nan=False)
     replace_file(path, text.encode() + b"\n")
-    return path
+    return json.loads(text)  # as whoever reads it later will find it
 
 
 def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def read_result(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ResultInvalid(f"{path} is damaged ({error}): remove it and evaluate again") from None
     if not isinstance(found, dict) or "eval_result_metrics" not in found:
-        raise ResultInvalid(f"{path} is no file of results: remove it and evaluate again")
+        raise ResultInvalid(f"{path} is not a file of results: remove it and evaluate again")
     return found
 
 
@@ -169,8 +169,8 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: item for part in parts for key, item in part.items()}
 
 
-def told_differences(document: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Where a result's settings are others than these, in words; nothing where they are the same."""
+def describe_differences(document: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Where a result's settings differ from these, in words; empty where they are the same."""
     found, wanted = flat(settings_in(document)), flat(settings)
     keys = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
     return ", ".join(f"{key} {found.get(key)!r} (asked for: {wanted.get(key)!r})" for key in keys)
@@ -193,17 +193,19 @@ def without_nan(value: Any, instead: Any) -> Any:
     return value
 
 
-Status = Literal["done", "partly", "kept", "not run", "failed"]
+Status = Literal["done", "incomplete", "kept", "not run", "failed"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
-    """How one evaluation of one SAE ended."""
+    """How one evaluation of one SAE ended. It carries the result, so that nobody reads it from disk again."""
 
     subject: LoadedSae
     eval_id: str
     status: Status
     reason: str = ""
+    document: Mapping[str, Any] | None = None
+    """The whole result, new or kept; None for `not run` and `failed`."""
 
     @property
     def path(self) -> Path:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...train.run.folder import RunFolder
 from ..context.results import Row
 
 Say = Callable[[str], None]
+Documents = Mapping[Path, Mapping[str, Any]]
 LONGEST_NAME = 255  # bytes, of a file system
 
 
 def draw(rows: Sequence[Row], compares: bool, say: Say) -> None:
     """Plots and the page of every run; where runs are compared, of those with a new result, and of all together."""
-    wanted = ("done", "partly") if compares else ("done", "partly", "kept")
-    for home in dict.fromkeys(row.subject.home for row in rows if row.status in wanted):
-        _draw([home], home / "plots", say)
-    homes = list(dict.fromkeys(row.subject.home for row in rows if row.path.is_file()))
+    known = {row.path: row.document for row in rows if row.document is not None}
+    new = [row for row in rows if row.document is not None and not (compares and row.status == "kept")]
+    for home in dict.fromkeys(row.subject.home for row in new):
+        _draw([home], home / "plots", say, known)
+    homes = list(dict.fromkeys(row.subject.home for row in rows if row.document is not None))
     if compares and len(homes) > 1:
-        _draw(homes, homes[0].parent / "compare" / joint_name([home.name for home in homes]), say)
+        _draw(homes, homes[0].parent / "compare" / joint_name([home.name for home in homes]), say, known)
 
 
 def joint_name(names: Sequence[str]) -> str:
@@ -37,14 +40,16 @@ def after_run(folder: Path, say: Say) -> None:
     _draw([folder], folder / "plots", say)
 
 
-def _draw(homes: Sequence[Path], folder: Path, say: Say) -> None:
+def _draw(homes: Sequence[Path], folder: Path, say: Say, known: Documents | None = None) -> None:
+    from .figures.records import read_records
     from .page import write_page  # loads matplotlib, which nobody waits for who asks for no pictures
     from .plots import make_plots
 
     runs = [RunFolder.at(home) for home in homes]
     try:
-        drawn = make_plots(runs, folder)
-        page = write_page(runs[0], folder) if len(runs) == 1 else None
+        records = read_records(runs, known)
+        drawn = make_plots(records, folder)
+        page = write_page(runs[0], records, folder) if len(runs) == 1 else None
     except Exception as error:  # noqa: BLE001  the numbers are safe on disk; a picture can be drawn again
         say(f"no plots in {folder}: {type(error).__name__}: {error}")
         return

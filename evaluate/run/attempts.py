@@ -25,11 +25,11 @@ from ..context.results import (
     Result,
     Row,
     deciding,
+    describe_differences,
     is_of_store,
     is_whole,
     result_path,
     standing_result,
-    told_differences,
     write_result,
 )
 from ..errors import EvalError, NotRun
@@ -53,26 +53,24 @@ def run_evals(
         if pending:
             if context.from_tokens and not settings["from_tokens"]:
                 context.say(f"{eval_id}: --from-tokens changes nothing here, and its results say so")
-            rows += _Trial(context, eval_id, config, settings).run(pending)
+            rows += _Attempts(context, eval_id, config, settings).run(pending)
     return rows
 
 
 def _kept(subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
-    """A result that is taken as it is, read once; what it was measured with is told where that may be another."""
+    """A result that is taken as it is; the reason says where it was measured with other settings."""
     document = None if keep == "none" else standing_result(subject, eval_id)
     if document is None:
         return None
     if keep == "same":
-        return Row(subject, eval_id, "kept") if is_whole(document, settings) else None
+        return Row(subject, eval_id, "kept", document=document) if is_whole(document, settings) else None
     if not is_of_store(document, settings["cache_id"]):
         return None
-    return Row(subject, eval_id, "kept", _told_settings(document, settings))
-
-
-def _told_settings(document: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """That a kept result is of other settings than today's, if so."""
-    found = told_differences(document, settings)
-    return f"its result is of {found}. Evaluate it again without --compare to have what was asked for" if found else ""
+    found = describe_differences(document, settings)
+    reason = (
+        f"its result is of {found}. Evaluate it again without --compare to have what was asked for" if found else ""
+    )
+    return Row(subject, eval_id, "kept", reason, document)
 
 
 def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
@@ -91,7 +89,7 @@ def crash_path(subject: LoadedSae, eval_id: str) -> Path:
     return result_path(subject, eval_id).with_name(f"{subject.label}_crash.txt")
 
 
-class _Trial:
+class _Attempts:
     """One evaluation at work."""
 
     def __init__(self, context: Context, eval_id: str, config: Any, settings: Mapping[str, Any]) -> None:
@@ -128,12 +126,12 @@ class _Trial:
             if isinstance(item.error, NotRun):
                 return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
-        write_result(item, self._eval_id, self._settings)
+        document = write_result(item, self._eval_id, self._settings)
         crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # of an earlier time
         self._context.say(f"{self._eval_id}: {item.subject.name} done")
         if item.missing:
-            return Row(item.subject, self._eval_id, "partly", item.missing)
-        return Row(item.subject, self._eval_id, "done", item.remark or "")
+            return Row(item.subject, self._eval_id, "incomplete", item.missing, document)
+        return Row(item.subject, self._eval_id, "done", item.remark or "", document)
 
     def _not_run(self, subject: LoadedSae, reason: str) -> Row:
         return Row(subject, self._eval_id, "not run", reason)

@@ -10,23 +10,33 @@ from rich.table import Table
 
 from .. import evals
 from ..context.loaded_sae import LoadedSae
-from ..context.results import Row, flat, metric_of, read_result, settings_in
+from ..context.results import Row, flat, metric_of, settings_in
 from ..errors import Incomparable
-from .untrained import NAME, RECORDED, UNTRAINED, untrained_traits
 
 MISSING = "-"
+UNTRAINED: Mapping[
+    str, float
+] = {  # gemma-2-2b, layer 19, core, no training step; the probing score of any k is of layer 5
+    "sparsity.l0": 0.0,
+    "saemill_metrics.explained_variance": -0.785,
+    "model_performance_preservation.ce_loss_score": -0.586,
+    "model_behavior_preservation.kl_div_score": -0.528,
+    "misc_metrics.frac_alive": 0.0,
+    "sae.sae_top_5_test_accuracy": 0.5,  # of layer 5
+}
+NAME, RECORDED = "never trained", "what a study recorded for gemma-2-2b, layer 19, after no training step"
 NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
 
 
-def tell(console: Console, rows: Sequence[Row], *, beside_untrained: bool = False) -> None:
+def print_results(console: Console, rows: Sequence[Row], *, beside_untrained: bool = False) -> None:
     """The table, what in it cannot be right, then everything that is not in it and why."""
-    good = [row for row in rows if row.status in ("done", "kept", "partly")]
+    good = [row for row in rows if row.document is not None]
     if good:
         console.print(make_table(good, beside_untrained=beside_untrained))
     if beside_untrained:
         console.print(f"{NAME}: {RECORDED}", style="dim", markup=False, soft_wrap=True)
     for row in good:
-        for trait in untrained_traits(read_result(row.path)):
+        for trait in untrained_traits(row.document or {}):
             console.print(f"warning: {row.subject.name} did not learn: {trait}", markup=False, soft_wrap=True)
     for reason, concerned in _by_reason(rows).items():
         status, eval_id, text = reason
@@ -39,7 +49,7 @@ def tell(console: Console, rows: Sequence[Row], *, beside_untrained: bool = Fals
 
 def make_table(rows: Sequence[Row], *, beside_untrained: bool = False) -> Table:
     """One line for each SAE, one column for each metric in the evaluations' summaries."""
-    found = {(row.subject, row.eval_id): read_result(row.path) for row in rows}
+    found = {(row.subject, row.eval_id): row.document for row in rows}
     subjects = list(dict.fromkeys(row.subject for row in rows))
     eval_ids = list(dict.fromkeys(row.eval_id for row in rows))
     columns = [(eval_id, metric) for eval_id in eval_ids for metric in evals.load(eval_id).summary]
@@ -77,8 +87,8 @@ def require_comparable(rows: Sequence[Row]) -> None:
     for eval_id in dict.fromkeys(row.eval_id for row in rows):
         settings = {}
         for row in rows:
-            if row.eval_id == eval_id and row.path.is_file():
-                settings[row.subject.name] = flat(settings_in(read_result(row.path)))
+            if row.eval_id == eval_id and row.document is not None:
+                settings[row.subject.name] = flat(settings_in(row.document))
         _require_equal(eval_id, settings)
 
 
@@ -105,3 +115,13 @@ def _by_reason(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
 def _cell(document: Mapping[str, Any] | None, metric: str) -> str:
     value = None if document is None else metric_of(document, metric)
     return MISSING if value is None else f"{value:.4g}"
+
+
+def untrained_traits(document: Mapping[str, Any]) -> list[str]:
+    """Metrics of a result that are no better than those of an SAE that was never trained."""
+    found = {metric: metric_of(document, metric) for metric in UNTRAINED}
+    return [
+        f"{metric.rsplit('.', 1)[-1]} {value:.4g}, as if never trained ({UNTRAINED[metric]:g})"
+        for metric, value in found.items()
+        if value is not None and value <= UNTRAINED[metric]
+    ]

@@ -21,7 +21,7 @@ from saemill.evaluate.context.results import result_path
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
-from saemill.evaluate.run import by_store
+from saemill.evaluate.run import command
 from saemill.evaluate.run.find_saes import find_places, find_subjects, make_subject
 from saemill.train.run.find_sae import find_sae
 from saemill.train.run.folder import RunFolder
@@ -170,7 +170,7 @@ def test_a_missing_model_leaves_a_part(make_world, builder, sae_eval):
     world = make_world(model_id="nobody/has-this")
     run = builder.run(world, "run_1", {"sae": builder.make_sae()})
     output = sae_eval("run_1", code=3)
-    assert "partly: core of run_1/sae" in output
+    assert "incomplete: core of run_1/sae" in output
     assert "--model" in output
     (document,) = results(run).values()
     assert document["eval_result_metrics"]["model_performance_preservation"]["ce_loss_score"] == -1
@@ -204,7 +204,7 @@ def test_an_imported_store_without_tokens_or_model(imported, builder, sae_eval, 
     sae = builder.save(builder.root / "sae", builder.make_sae())
     output = sae_eval(sae, "--cache", imported(tokens, "nobody/has-this"), code=3)
     assert reason in output
-    assert "partly: core of sae" in output
+    assert "incomplete: core of sae" in output
     (document,) = results(sae).values()
     assert document["eval_result_metrics"]["sparsity"]["l0"] == 4.0
 
@@ -244,16 +244,16 @@ def test_resume_skips_what_is_done_with_the_same_settings(run_1, sae_eval):
 
 def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run_1, sae_eval, monkeypatch):
     sae_eval("run_1")
-    together, groups, run_evals = results(run_1), [], by_store.run_evals
+    together, groups, run_evals = results(run_1), [], command.run_evals
 
     def told(context, subjects, *settings):
         groups.append([subject.label for subject in subjects])
         return run_evals(context, subjects, *settings)
 
-    monkeypatch.setattr(by_store, "run_evals", told)
+    monkeypatch.setattr(command, "run_evals", told)
     for room, expected in ((1 << 30, [["large", "small"]]), (5000, [["large"], ["small"]])):
         groups.clear()
-        monkeypatch.setattr(by_store, "room_for_weights", lambda device, room=room: room)
+        monkeypatch.setattr(command, "room_for_weights", lambda device, room=room: room)
         sae_eval("run_1")
         assert groups == expected
         for name, found in results(run_1).items():
@@ -291,6 +291,22 @@ def test_compare_is_one_table_and_evaluates_only_what_is_missing(world, run_1, b
     assert all(name in output for name in ("run_1/small", "run_1/large", "run_2/other"))
     assert output.count("ce loss score") == 1
     assert results(run_1) == before
+
+
+def test_a_kept_result_is_read_once_for_table_comparison_and_pictures(run_1, sae_eval, monkeypatch):
+    sae_eval("run_1", "--no-plots")
+    read, read_bytes = [], Path.read_bytes
+
+    def counted(path):
+        read.append(path.name)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    monkeypatch.setattr(Path, "read_text", lambda path, *_, **__: counted(path).decode())
+    for words in (["--resume"], ["--compare"]):
+        read.clear()
+        sae_eval("run_1", *words)
+        assert [read.count(f"{label}_eval_results.json") for label in ("small", "large")] == [1, 1]
 
 
 def test_compare_refuses_other_settings(world, run_1, builder, sae_eval):

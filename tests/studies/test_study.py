@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from saemill.evaluate import evals
-from saemill.evaluate.run.untrained import UNTRAINED, untrained_traits
+from saemill.evaluate.run.console_table import UNTRAINED, untrained_traits
 from saemill.studies import study
 from saemill.studies.study import Course, Line, call, read_lines, seeded_rows, spread, training_commands, write_tables
 from saemill.train.run.folder import RunFolder

@@ -14,6 +14,7 @@ from ....train.run.folder import RunFolder
 from ...context.results import metric_of
 
 RESULTS = "_eval_results.json"
+Documents = Mapping[Path, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +60,20 @@ class Record:
         return self.documents.get(evaluation, {}).get("eval_result_unstructured") or {}
 
 
-def read_records(runs: Sequence[RunFolder]) -> list[Record]:
-    """The SAEs of some runs in a fixed order; names carry the run where there are several."""
-    return [record for run in runs for record in _records_of(run, is_alone=len(runs) == 1)]
+def read_records(runs: Sequence[RunFolder], known: Documents | None = None) -> list[Record]:
+    """The SAEs of some runs in a fixed order; names carry the run where there are several.
+
+    `known` are results that are in memory already, by their place on disk.
+    """
+    return [record for run in runs for record in _records_of(run, len(runs) == 1, known or {})]
 
 
-def _records_of(run: RunFolder, is_alone: bool) -> Iterator[Record]:
+def _records_of(run: RunFolder, is_alone: bool, known: Documents) -> Iterator[Record]:
     config = run.read_config() if (run.path / "config.json").is_file() else {}
     result = read_json(run.path / "result.json") if run.is_finished else {}
     members, outcomes = config.get("saes", {}), result.get("saes", {})
     log = read_log(run.metrics)
-    documents = read_documents(run.path / "evals")
+    documents = read_documents(run.path / "evals", known)
     for label in sorted({*members, *outcomes, *documents}):
         member = members.get(label, {})
         yield Record(
@@ -94,9 +98,9 @@ def read_log(path: Path) -> list[Mapping[str, Any]]:
     return [line for line in map(json.loads, filter(None, whole)) if isinstance(line, Mapping)]
 
 
-def read_documents(folder: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
+def read_documents(folder: Path, known: Documents) -> dict[str, dict[str, Mapping[str, Any]]]:
     """Results by label and evaluation."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for path in sorted(folder.glob(f"*/*{RESULTS}")):
-        found.setdefault(path.name.removesuffix(RESULTS), {})[path.parent.name] = read_json(path)
+        found.setdefault(path.name.removesuffix(RESULTS), {})[path.parent.name] = known.get(path) or read_json(path)
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ....train.disk.whole_files import replace_file
 from ....train.run.folder import RunFolder
-from ..figures.records import Record, read_records
+from ..figures.records import Record
 from .contexts import contexts_of
 from .markup import Html, element, image, joined, text
 from .numbers import numbers_table
@@ -31,9 +31,8 @@ th:first-child, td:first-child { text-align: left } th { color: #666; font-weigh
 """
 
 
-def write_page(run: RunFolder, plots: Path) -> Path:
+def write_page(run: RunFolder, records: Sequence[Record], plots: Path) -> Path:
     """Write <run>/report.html with the pictures of a folder; all or nothing."""
-    records = read_records([run])
     path = run.path / "report.html"
     replace_file(path, page(run.name, records, sorted(plots.glob("*.png"))).encode())
     return path

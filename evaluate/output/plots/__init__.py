@@ -13,8 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ....train.file_registry import file_names, import_file
-from ....train.run.folder import RunFolder
-from ..figures.records import Record, read_records
+from ..figures.records import Record
 
 Draw = Callable[[Sequence[Record]], Figure | None]
 
@@ -30,9 +29,8 @@ def draw_of(name: str) -> Draw:
     return draw
 
 
-def make_plots(runs: Sequence[RunFolder], out: Path) -> list[Path]:
-    """Every plot that these runs have the data for, as PNG files; several runs share each figure."""
-    records = read_records(runs)
+def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
+    """Every plot that these SAEs have the data for, as PNG files; several runs share each figure."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name in names():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saemill.evaluate.output.figures.records import Record
+from saemill.evaluate.output.figures.records import Record, read_records
 from saemill.evaluate.output.page import write_page
 from saemill.evaluate.output.page.markup import Html, element, text
 from saemill.evaluate.output.page.write import page
@@ -102,7 +102,7 @@ def test_the_page_forbids_scripts_and_fetches_nothing(tmp_path):
     run.write_result({"steps": 3, "saes": {"topk": {"l0": 16.0, "explained_variance": 0.6}}})
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "pareto.png").write_bytes(b"\x89PNG not really")
-    path = write_page(run, tmp_path / "plots")
+    path = write_page(run, read_records([run]), tmp_path / "plots")
     assert path == run.path / "report.html"
     reader = read(path.read_text())
     policy = [a["content"] for tag, a in reader.tags if tag == "meta" and "http-equiv" in a]

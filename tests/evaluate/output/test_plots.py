@@ -93,7 +93,7 @@ def test_the_folder_is_the_registry():
 
 
 def test_a_run_with_everything_has_every_plot(make_run, tmp_path):
-    written = make_plots([make_run()], tmp_path / "plots")
+    written = make_plots(read_records([make_run()]), tmp_path / "plots")
     assert {path.stem for path in written} == ALL
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     assert not list((tmp_path / "plots").glob("*.partial"))
@@ -117,7 +117,7 @@ def panels_of(figure: Figure) -> list:
 
 
 def test_what_a_run_lacks_is_not_drawn(make_run, tmp_path):
-    bare = make_plots([make_run(labels=("standard",), evaluated=False)], tmp_path / "plots")
+    bare = make_plots(read_records([make_run(labels=("standard",), evaluated=False)]), tmp_path / "plots")
     assert {path.stem for path in bare} == ALL - {
         "activation_patterns",
         "layer_contribution",
@@ -125,7 +125,9 @@ def test_what_a_run_lacks_is_not_drawn(make_run, tmp_path):
         "tier_activity_comparison",
         "transition_matrix",
     }
-    unlogged = make_plots([make_run("run_2", ("standard",), evaluated=False, logged=False)], tmp_path / "plots")
+    unlogged = make_plots(
+        read_records([make_run("run_2", ("standard",), evaluated=False, logged=False)]), tmp_path / "plots"
+    )
     assert {path.stem for path in unlogged} == {"hyperparameters", "pareto", "training_metrics", "training_progression"}
     assert not (tmp_path / "plots" / "feature_analysis.png").exists()  # of the run before: no longer true
 
@@ -133,7 +135,7 @@ def test_what_a_run_lacks_is_not_drawn(make_run, tmp_path):
 def test_nothing_to_draw_draws_nothing(tmp_path):
     empty = RunFolder.at(tmp_path / "empty")
     empty.path.mkdir()
-    assert make_plots([empty], tmp_path / "plots") == []
+    assert make_plots(read_records([empty]), tmp_path / "plots") == []
 
 
 def test_panels_are_those_that_the_sae_has_data_for(make_run):
@@ -175,7 +177,7 @@ def test_looks_differ_for_as_many_saes_as_anyone_compares():
 def test_hostile_text_is_drawn_as_text(make_run, tmp_path):
     """Formulas that do not parse, glyphs that no font has, control characters: warnings are errors here."""
     run = make_run(name="run_$x$", labels=("attention", "a$\\frac$b_c^d"), token=HOSTILE)
-    assert {path.stem for path in make_plots([run], tmp_path / "plots")} == ALL
+    assert {path.stem for path in make_plots(read_records([run]), tmp_path / "plots")} == ALL
 
 
 def test_whitespace_shows_and_unknown_letters_are_dots():

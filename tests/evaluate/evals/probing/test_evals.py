@@ -137,7 +137,7 @@ def test_missing_data_is_told_and_the_rest_is_evaluated(run, monkeypatch):
     monkeypatch.setattr(sparse_probing, "find_source", lambda *_: dataclasses.replace(HUB, load_task=load))
     config = sparse_probing.Config(data="hub", probe_train_set_size=40, probe_test_set_size=20, k_values=(1,))
     rows = run("sparse_probing", config)
-    assert [row.status for row in rows] == ["partly", "partly"]
+    assert [row.status for row in rows] == ["incomplete", "incomplete"]
     assert "log in" in rows[0].reason
     assert documents(rows)[0]["eval_config"]["dataset_names"] == ["stdlib/kind"]
 
