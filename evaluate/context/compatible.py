@@ -9,7 +9,7 @@ from ...cache_schema import AttentionSpec
 from ..errors import DataMissing, NotRun, WidthMismatch
 from ..model.lm import LanguageModel
 from .context import Context
-from .loaded_sae import LoadedSae
+from .loaded_sae import LoadedSae, attention_layers_of
 from .results import Failure
 
 
@@ -37,18 +37,13 @@ def require_layer(subject: LoadedSae, model: LanguageModel) -> None:
         )
 
 
-def layers_of(subjects: Sequence[LoadedSae]) -> tuple[int, ...]:
-    """The layers that these SAEs read, in rising order."""
-    return tuple(sorted({subject.layer for subject in subjects}))
-
-
 def attention_of(context: Context, subjects: Sequence[LoadedSae]) -> AttentionSpec | None:
     """The attention that must come along because some SAE reads it, kept as the store keeps it."""
-    layers = tuple(sorted({layer for subject in subjects for layer in subject.attention_layers}))
+    layers = attention_layers_of(subjects)
     if not layers:
         return None
     if not context.manifest.attention.layers:
-        raise DataMissing("an SAE reads attention, and the store does not say how much of it is kept: harvest with it")
+        raise DataMissing("an SAE reads attention, and the store holds none: harvest again with --attention-layers")
     return replace(context.manifest.attention, layers=layers)
 
 

@@ -5,7 +5,7 @@ W windows, T positions, B rows, D_in and D_out widths, F latents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,6 +112,16 @@ class LoadedSae:
         """Activations and x_hat."""
         acts_WTF = self.encode(batch)
         return acts_WTF, self.decode(acts_WTF)
+
+
+def layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:
+    """Every layer that some of these SAEs read or write, in rising order."""
+    return tuple(sorted({layer for sae in saes for layer in (*sae.layers, *sae.target_layers)}))
+
+
+def attention_layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:
+    """Every layer whose attention some of these SAEs read, in rising order."""
+    return tuple(sorted({layer for sae in saes for layer in sae.attention_layers}))
 
 
 def make_side(batch: Windows) -> Side:

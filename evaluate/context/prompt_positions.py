@@ -16,8 +16,7 @@ from ..model.batches import make_rows, run_windows
 from ..model.lm import LanguageModel
 from ..model.memory import PieceSize, in_pieces
 from ..model.windows import Windows
-from .compatible import layers_of
-from .loaded_sae import LoadedSae
+from .loaded_sae import LoadedSae, layers_of
 
 CHUNK_BYTES = 64 << 20
 """Of dense activations held at once."""

@@ -11,7 +11,7 @@ from ..errors import NotApplicable
 from ..model.batches import count_windows, store_batches
 from ..model.windows import Windows
 from .context import Context
-from .loaded_sae import LoadedSae
+from .loaded_sae import LoadedSae, attention_layers_of, layers_of
 
 MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
 
@@ -29,12 +29,11 @@ def read_windows(
     total = min(windows, count_windows(context.store, split))
     if total == 0:
         raise NotApplicable(f"the store's {split} split has no windows: harvest more text")
-    layers = sorted({layer for subject in subjects for layer in (*subject.layers, *subject.target_layers)})
-    attention = {*attention_layers, *(layer for subject in subjects for layer in subject.attention_layers)}
+    layers, attention = layers_of(subjects), sorted({*attention_layers, *attention_layers_of(subjects)})
     length, device = context.manifest.context, context.device
     room = MOST_CODES // (length * max(subject.width for subject in subjects))
     size = max(1, min(batch_windows, total, room))
-    batches = store_batches(context.store, split, layers, sorted(attention), size, count=total, device=device)
+    batches = store_batches(context.store, split, layers, attention, size, count=total, device=device)
     with context.watch.stage(title, total * length) as advance:
         for batch in batches:
             yield batch

@@ -109,11 +109,11 @@ def replace(
     seen.rows += int(batch.keep.sum()) * stored_WHTT.shape[1]
     for name, resid in given.items():
         replaced = torch.where(batch.keep[:, :, None], resid, true)
-        found = attention_of(context, replaced, subject.layer, averaged=stored_WHTT.shape[1] == 1)
+        found = next_attention(context, replaced, subject.layer, averaged=stored_WHTT.shape[1] == 1)
         seen.compare(name, stored_WHTT, found, batch.keep)
 
 
-def attention_of(context: Context, resid_WTD: Tensor, layer: int, averaged: bool) -> Tensor:
+def next_attention(context: Context, resid_WTD: Tensor, layer: int, averaged: bool) -> Tensor:
     """[W, H, T, T] of the layer after `layer`, heads averaged where the store has them so."""
     blocks: list[Tensor] = []
 

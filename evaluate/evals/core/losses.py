@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...context.context import Context
-from ...context.loaded_sae import LoadedSae
+from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
 from ...errors import NotApplicable
 from ...model.divergence import Losses
 from ...model.memory import PieceSize, in_pieces
@@ -23,7 +23,7 @@ from .baselines import ABLATIONS, Baselines, Clean
 from .blocks import Block, read_block
 from .bootstrap import DocumentSums
 from .encoding import read
-from .sparsity import attention_layers_of, layers_of, piece_size
+from .sparsity import piece_size
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ...context.loaded_sae import LoadedSae
@@ -80,25 +81,39 @@ def official_metrics(
 
 
 def official_losses(losses: LossSums | None) -> dict[str, dict[str, float]]:
-    """Divergence and cross entropy, and their scores against zero ablation."""
+    """Divergence and cross entropy, and their scores against zero ablation; divergences by SAEBench's formula."""
     if losses is None:
-        kl = kl_sae = ce = ce_sae = ce_clean = NAN
+        found = dict.fromkeys(("ce", "ce_sae", "ce_clean", "ce_loss_score", "kl", "kl_sae", "kl_div_score"), NAN)
     else:
-        sums = losses.totals()
-        kl, kl_sae = (losses.published[name] / sums["tokens"] for name in ("zero", "sae"))
-        ce, ce_sae, ce_clean = (sums[f"ce_{name}"] / sums["predicting"] for name in ("zero", "sae", "clean"))
+        published = {f"kl_{name}": total for name, total in losses.published.items()}
+        found = losses_and_scores(losses.totals() | published, "zero")
     return {
         "model_behavior_preservation": {
-            "kl_div_score": ratio(kl - kl_sae, kl),
-            "kl_div_with_ablation": kl,
-            "kl_div_with_sae": kl_sae,
+            "kl_div_score": found["kl_div_score"],
+            "kl_div_with_ablation": found["kl"],
+            "kl_div_with_sae": found["kl_sae"],
         },
         "model_performance_preservation": {
-            "ce_loss_score": ratio(ce - ce_sae, ce - ce_clean),
-            "ce_loss_with_ablation": ce,
-            "ce_loss_with_sae": ce_sae,
-            "ce_loss_without_sae": ce_clean,
+            "ce_loss_score": found["ce_loss_score"],
+            "ce_loss_with_ablation": found["ce"],
+            "ce_loss_with_sae": found["ce_sae"],
+            "ce_loss_without_sae": found["ce_clean"],
         },
+    }
+
+
+def losses_and_scores(sums: Mapping[str, Any], ablation: str) -> dict[str, Any]:
+    """Mean losses, and the SAE's scores: 1 the clean model, 0 the ablation. Of sums, or of arrays of resampled sums."""
+    ce, ce_sae, ce_clean = (sums[f"ce_{name}"] / sums["predicting"] for name in (ablation, "sae", "clean"))
+    kl, kl_sae = (sums[f"kl_{name}"] / sums["tokens"] for name in (ablation, "sae"))
+    return {
+        "ce": ce,
+        "ce_sae": ce_sae,
+        "ce_clean": ce_clean,
+        "ce_loss_score": ratio(ce - ce_sae, ce - ce_clean),
+        "kl": kl,
+        "kl_sae": kl_sae,
+        "kl_div_score": ratio(kl - kl_sae, kl),
     }
 
 
@@ -138,25 +153,20 @@ def own_metrics(
 
 
 def against(sums: Mapping[str, Any], ablation: str) -> dict[str, float]:
-    """Losses under an ablation, and the SAE's scores with it as zero; divergences that never underflow."""
-    ce, ce_sae, ce_clean = (sums[f"ce_{name}"] / sums["predicting"] for name in (ablation, "sae", "clean"))
-    kl, kl_sae = (sums[f"kl_{name}"] / sums["tokens"] for name in (ablation, "sae"))
-    return {
-        "ce_loss": ce,
-        "kl_div": kl,
-        "ce_loss_score": ratio(ce - ce_sae, ce - ce_clean),
-        "kl_div_score": ratio(kl - kl_sae, kl),
+    """What results say of one ablation; divergences never underflow."""
+    found = losses_and_scores(sums, ablation)
+    return {"ce_loss": found["ce"], "kl_div": found["kl"]} | {
+        name: found[name] for name in ("ce_loss_score", "kl_div_score")
     }
 
 
 def loss_statistics() -> dict[str, Statistic]:
-    return {
-        "ce_loss_with_sae": lambda sums: sums["ce_sae"] / sums["predicting"],
-        "kl_div_with_sae": lambda sums: sums["kl_sae"] / sums["tokens"],
-        "ce_loss_score": lambda sums: (sums["ce_zero"] - sums["ce_sae"]) / (sums["ce_zero"] - sums["ce_clean"]),
-        "kl_div_score": lambda sums: 1 - sums["kl_sae"] / sums["kl_zero"],
-    }
+    """What intervals are drawn around, with zero ablation as zero."""
+    names = {"ce_loss_with_sae": "ce_sae", "kl_div_with_sae": "kl_sae"}
+    names |= {name: name for name in ("ce_loss_score", "kl_div_score")}
+    return {name: lambda sums, key=key: losses_and_scores(sums, "zero")[key] for name, key in names.items()}
 
 
-def ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator != 0 else NAN
+def ratio(numerator: Any, denominator: Any) -> Any:
+    """Of numbers, NaN where there is nothing to divide by; or of arrays, as numpy has it."""
+    return numerator / denominator if isinstance(denominator, np.ndarray) or denominator != 0 else NAN

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...context.context import Context
-from ...context.loaded_sae import LoadedSae
+from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
 from ...model.memory import PieceSize, in_pieces
 from ...model.windows import Windows
 from .blocks import Block, read_block
@@ -53,15 +53,6 @@ def measure_sparsity(context: Context, subjects: Sequence[LoadedSae], block: Blo
                 _add_batch(sparsity, subject, batch, sizes[subject])
             advance(len(batch) * length)
     return found
-
-
-def layers_of(subjects: Sequence[LoadedSae]) -> tuple[int, ...]:
-    """Every layer that these SAEs read or write."""
-    return tuple(sorted({layer for s in subjects for layer in (*s.layers, *s.target_layers)}))
-
-
-def attention_layers_of(subjects: Sequence[LoadedSae]) -> tuple[int, ...]:
-    return tuple(sorted({layer for subject in subjects for layer in subject.attention_layers}))
 
 
 def piece_size(context: Context, subject: LoadedSae, batch_windows: int) -> PieceSize:

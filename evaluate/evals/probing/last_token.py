@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...context.compatible import attention_of
 from ...context.context import Context
-from ...context.loaded_sae import LoadedSae
+from ...context.loaded_sae import LoadedSae, layers_of
 from ...model.batches import make_rows, run_windows
 from ...model.lm import LanguageModel
 from ...model.memory import PieceSize, in_pieces
@@ -86,6 +86,5 @@ def latents_at_last(subject: LoadedSae, batch: Windows, last: Windows) -> Tensor
 
 
 def _run(context: Context, subjects: Sequence[LoadedSae], rows: Sequence[Sequence[int]]) -> Windows:
-    layers = sorted({layer for subject in subjects for layer in subject.layers})
     tokens, valid = make_rows(context.model, rows, max(map(len, rows)))
-    return run_windows(context.model, tokens, valid, layers, attention_of(context, subjects))
+    return run_windows(context.model, tokens, valid, layers_of(subjects), attention_of(context, subjects))

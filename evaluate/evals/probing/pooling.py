@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...context.compatible import attention_of
 from ...context.context import Context
-from ...context.loaded_sae import LoadedSae
+from ...context.loaded_sae import LoadedSae, layers_of
 from ...model.batches import make_rows, run_windows
 from ...model.lm import LanguageModel
 from ...model.memory import PieceSize, in_pieces
@@ -71,8 +71,7 @@ def pool_task(
 ) -> Pool:
     """Pool every text of a task, each once however often it is used."""
     texts = list(dict.fromkeys(text for part in (task.train, task.test) for each in part.values() for text in each))
-    layers = sorted({layer for subject in subjects for layer in subject.layers})
-    attention = attention_of(context, subjects)
+    layers, attention = layers_of(subjects), attention_of(context, subjects)
     size = PieceSize(batch_size_for(subjects, length, batch_size), "texts", context.say)
 
     with context.watch.stage(f"{task.name}: texts", len(texts), "texts") as advance:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...context.compatible import layers_of
-from ...context.loaded_sae import LoadedSae
+from ...context.loaded_sae import LoadedSae, layers_of
 from ...context.prompt_positions import Reader, Reading, Spot
 from ...errors import NotApplicable
 from ...model.batches import make_rows

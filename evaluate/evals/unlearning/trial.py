@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ....cache_schema import AttentionSpec
-from ...context.compatible import layers_of
-from ...context.loaded_sae import LoadedSae
+from ...context.loaded_sae import LoadedSae, layers_of
 from ...model.batches import run_windows
 from ...model.lm import LanguageModel
 from ...model.memory import PieceSize, in_pieces

@@ -32,19 +32,19 @@ MEASURED = (
 )
 
 
-def layers_of(record: Record) -> list[int]:
+def measured_layers(record: Record) -> list[int]:
     """The layers that the evaluation saw."""
     names = record.documents.get("attention", {}).get("eval_result_metrics", {}).get("contribution", {})
     return sorted(int(name.removeprefix(SHARE)) for name in names if name.startswith(SHARE))
 
 
 def draw(records: Sequence[Record]) -> Figure | None:
-    measured = [record for record in records if layers_of(record)]
+    measured = [record for record in records if measured_layers(record)]
     logged = [record for record in records if record.numbered(LOGGED)]
     panels = len(MEASURED) * bool(measured) + len(logged)
     if not panels:
         return None
-    layers = sorted({layer for r in records for layer in (*layers_of(r), *r.numbered(LOGGED))})
+    layers = sorted({layer for r in records for layer in (*measured_layers(r), *r.numbered(LOGGED))})
     colours = dict(zip(layers, shades(len(layers)), strict=True))
     width = max(5.0, 1.2 + 0.9 * len(measured))
     figure, axes = new_figure(panels, columns=2 if panels in (2, 4) else 3, width=width, height=3.6)

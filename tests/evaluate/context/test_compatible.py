@@ -89,6 +89,6 @@ def test_averaged_over_a_text(context, subject, stored):
     close(pool.whole.latents[subject].toarray(), expected)
 
 
-def test_a_store_without_attention_says_nothing_of_how_it_is_kept(make_world, open_context, subject):
-    with pytest.raises(DataMissing, match="reads attention, and the store does not say"):
+def test_a_store_without_attention_is_no_store_for_an_sae_that_reads_it(make_world, open_context, subject):
+    with pytest.raises(DataMissing, match="reads attention, and the store holds none"):
         attention_of(open_context(make_world(attention_layers=())), [subject])

@@ -44,7 +44,7 @@ class FiresByPosition:
     needs, width = frozenset({"position"}), 2
 
     def __init__(self, layer):
-        self.layer = layer
+        self.layer, self.layers, self.target_layers = layer, (layer,), (layer,)
 
     def encode(self, batch):
         return torch.arange(batch.context).float()[None, :, None].expand(*batch.tokens.shape, self.width)
