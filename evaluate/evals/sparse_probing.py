@@ -21,13 +21,12 @@ import torch
 from ...cache_schema.strict import to_json
 from ..context.compatible import model_name_of
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
-from .probing.dense_probe import FULL_WIDTH, probe_every_class
+from .probing.dense_probe import FULL_WIDTH, probe_every_class, sparse_accuracy
 from .probing.features import Features, draw_probe
 from .probing.pooling import Pool, pool_task
 from .probing.rng_memo import Memo, seeded
 from .probing.settings import of_data
 from .probing.sources import DataName, Source, find_source, load_all
-from .probing.sparse_probe import sparse_accuracy
 from .probing.texts import Task
 
 ALL_K = (1, 2, 5, 10, 20, 50, 100)

@@ -20,12 +20,11 @@ from ...context.prompt_positions import Reader
 from ...errors import NotApplicable
 from ...model.lm import LanguageModel
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .letters import LetterResult, Sparse, mean_metrics, measure_letters
 from .probe import Training
 from .prompts import word_position
 from .task import ClassProbe, Task, make_task
-from .trial import LetterResult, Sparse, mean_metrics, measure_letters
-from .vocabulary import FIRST_LETTER, WordClasses, alphabetic_words
-from .word_shapes import WORD_SHAPES
+from .vocabulary import FIRST_LETTER, WORD_SHAPES, WordClasses, alphabetic_words
 
 OFFICIAL_ID = "absorption_first_letter"
 POCKET_WORDS, POCKET_CLASSES = 1000, 4

@@ -29,7 +29,7 @@ GPU_PIECE = 1 << 28
 
 
 @dataclass(frozen=True)
-class Reading:
+class Encoded:
     """Some tokens as one SAE sees them."""
 
     codes: tuple[Codes, ...]  # of pieces, in the order of the tokens
@@ -62,16 +62,16 @@ class Reading:
 
 
 @torch.inference_mode()
-def read(subject: LoadedSae, batch: Windows) -> Reading:
+def encode_kept(subject: LoadedSae, batch: Windows) -> Encoded:
     """The kept tokens of a batch."""
     if not subject.sae.is_plain or subject.needs:
         acts = subject.encode(batch)[batch.keep]
-        return Reading((_sparse(acts),), subject.decode(acts))
+        return Encoded((_sparse(acts),), subject.decode(acts))
     x_ND = batch.x(subject.layers)[batch.keep]
     room = CPU_PIECE if x_ND.device.type == "cpu" else GPU_PIECE
     codes = tuple(encode(subject.sae, x) for x in x_ND.split(max(1, room // subject.width)))
     x_hat = [part.decode(subject.sae.W_dec, subject.sae.b_dec) for part in codes]
-    return Reading(codes, torch.cat(x_hat) if x_hat else x_ND.new_empty(0, subject.sae.d_out))
+    return Encoded(codes, torch.cat(x_hat) if x_hat else x_ND.new_empty(0, subject.sae.d_out))
 
 
 def encode(sae: SparseAutoencoder, x_ND: Tensor) -> Codes:

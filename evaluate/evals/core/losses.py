@@ -22,7 +22,7 @@ from ...model.windows import Windows
 from .baselines import ABLATIONS, Baselines, Clean
 from .blocks import Block, read_block
 from .bootstrap import DocumentSums
-from .encoding import read
+from .encoding import encode_kept
 from .sparsity import piece_size
 
 
@@ -109,7 +109,7 @@ def _add_batch(
 def spliced(subject: LoadedSae, batch: Windows, size: PieceSize) -> Tensor:
     """The residual with the SAE's reconstruction in its place [W, T, D]; special tokens keep their own."""
     resid = batch.resid[splice_layer(subject)].clone()
-    pieces = in_pieces(len(batch), size, lambda a, b: read(subject, batch.slice(a, b)).x_hat)
+    pieces = in_pieces(len(batch), size, lambda a, b: encode_kept(subject, batch.slice(a, b)).x_hat)
     resid[batch.keep] = torch.cat(list(pieces)).to(resid.dtype)
     return resid
 

@@ -17,7 +17,7 @@ from ...model.memory import PieceSize, in_pieces
 from ...model.windows import Windows
 from .blocks import Block, read_block
 from .bootstrap import DocumentSums
-from .encoding import read
+from .encoding import encode_kept
 from .quality import Firing, Tally, Tokens, measure_tokens
 
 PIECE_BYTES = 1 << 27  # of activations at once
@@ -69,10 +69,10 @@ def _add_batch(sparsity: Sparsity, subject: LoadedSae, batch: Windows, size: Pie
 
     def work(start: int, stop: int) -> tuple[Tokens, Tensor, Tensor]:
         piece = batch.slice(start, stop)
-        reading = read(subject, piece)
-        tokens = measure_tokens(reading.l0, reading.l1, x_WTD[start:stop][piece.keep], reading.x_hat, mean_D)
+        encoded = encode_kept(subject, piece)
+        tokens = measure_tokens(encoded.l0, encoded.l1, x_WTD[start:stop][piece.keep], encoded.x_hat, mean_D)
         window = piece.keep.nonzero()[:, 0]
-        return tokens, reading.fired(), reading.fired_in(window, len(piece))
+        return tokens, encoded.fired(), encoded.fired_in(window, len(piece))
 
     pieces = list(in_pieces(len(batch), size, work))
     for tokens, in_tokens, in_windows in pieces:

@@ -23,12 +23,11 @@ from ...context.disk_cache import decided_by, model_print, remembered
 from ...context.prompt_positions import Reader
 from ...errors import SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .facts import load_facts
-from .identifiers import ATTRIBUTES, ENTITY_CLASS, load_identifiers
+from .facts import ATTRIBUTES, ENTITY_CLASS, load_facts, load_identifiers
 from .pairs import Pair, draw_pairs
 from .prompts import EntityClass, Prompt, answered_prompts, make_prompts
 from .scores import Scores, by_first_token, by_kind, mean_scores
-from .trial import Training, Trial, complete
+from .swapper import Swapper, Training, complete
 
 GENERATION_FACTOR = 8
 """Completing prompts takes less memory than learning masks: batches are so much larger."""
@@ -122,11 +121,11 @@ def study(
     batch_size = config.llm_batch_size * GENERATION_FACTOR
     reader = Reader(context.model, subjects, attention_of(context, subjects), batch_size, context.say)
     with context.watch.stage(f"ravel: reading {entity_class.name}", len(prompts), "prompts") as advance:
-        trial = Trial(reader, prompts, advance)
+        swapper = Swapper(reader, prompts, advance)
     for attribute in attributes:
         others = [other for other in attributes if other != attribute]
         pairs = draw_pairs(prompts, attribute, others, config.num_pairs_per_attribute, draw)
-        swap_attribute(context, trial, entity_class.name, attribute, pairs, findings, config)
+        swap_attribute(context, swapper, entity_class.name, attribute, pairs, findings, config)
 
 
 def known_prompts(
@@ -153,7 +152,7 @@ def ask(context: Context, name: str, prompts: Sequence[Prompt], config: Config) 
 
 def swap_attribute(
     context: Context,
-    trial: Trial,
+    swapper: Swapper,
     entity: str,
     attribute: str,
     pairs: Sequence[Pair],
@@ -162,11 +161,11 @@ def swap_attribute(
 ) -> None:
     """Learn and judge the masks of one attribute."""
     cut = int(len(pairs) * config.train_test_split)
-    training = config.training
+    training, count = config.training, config.n_generated_tokens
     total = training.epochs * cut + len(pairs) - cut
     with context.watch.stage(f"ravel: {entity}, {attribute}", total, "pairs") as advance:
-        chosen = trial.learn(pairs[:cut], training, advance)
-        judged, said = trial.completions(pairs[cut:], chosen, config.n_generated_tokens, config.llm_batch_size, advance)
+        chosen = swapper.learn(pairs[:cut], training, advance)
+        judged, said = swapper.completions(pairs[cut:], chosen, count, config.llm_batch_size, advance)
     for subject, found in findings.items():
         found.add(entity, attribute, judged, said[subject], chosen[subject])
 

@@ -20,12 +20,11 @@ from ...context.compatible import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable
 from ..contract import Context, Evaluation, Failure, LoadedSae, Result
 from .exam import Exam
-from .known import remembered_questions
-from .marking import count
+from .marking import count, remembered_questions
 from .material import Material
+from .passes import SharedPasses
 from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
 from .topic import load_topic
-from .trial import Trial
 from .wmdp import load_wmdp
 
 
@@ -72,11 +71,11 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     yield from failures
     if not fitting:
         return
-    trial = Trial(material.model, fitting, attention_of(context, fitting), config.llm_batch_size, context.say)
+    passes = SharedPasses(material.model, fitting, attention_of(context, fitting), config.llm_batch_size, context.say)
     exams = set_exams(material, config)
-    settings = choose_settings(context, trial, material, config)
+    settings = choose_settings(context, passes, material, config)
     with context.watch.stage("unlearning: exams", count(exams), "questions") as advance:
-        outcomes = trial.sit(exams, settings, advance)
+        outcomes = passes.sit(exams, settings, advance)
     for subject in fitting:
         yield make_result(subject, outcomes[subject], material, exams, config)
 
@@ -108,13 +107,13 @@ def set_exams(material: Material, config: Config) -> list[Exam]:
 
 
 def choose_settings(
-    context: Context, trial: Trial, material: Material, config: Config
+    context: Context, passes: SharedPasses, material: Material, config: Config
 ) -> Mapping[LoadedSae, Sequence[Setting]]:
     tokens = material.forget_rows.numel() + material.retain_rows.numel()
     with context.watch.stage("unlearning: firing", tokens) as advance:
-        forget, retain = (trial.firing_shares(rows, advance) for rows in (material.forget_rows, material.retain_rows))
+        forget, retain = (passes.firing_shares(rows, advance) for rows in (material.forget_rows, material.retain_rows))
     sweep = config.sweep(material.sweep)
-    return {subject: make_settings(forget[subject], retain[subject], sweep) for subject in trial.subjects}
+    return {subject: make_settings(forget[subject], retain[subject], sweep) for subject in passes.subjects}
 
 
 def make_result(

@@ -1,18 +1,22 @@
 """Marking exams: which questions a model answers right, undisturbed or under an intervention.
 
+Which it knows undisturbed is remembered between runs: 24 orders of every question take longer than all SAEs.
+
 W rows, T tokens, D width, N questions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ...context.disk_cache import decided_by, model_print, remembered
 from ...model.lm import LanguageModel
 from .exam import Choose, Exam, Sheet
-from .papers import Paper
+from .papers import ChoicePaper, Paper
 
 CHUNK = 256
 """Questions whose logits are held at once."""
@@ -44,3 +48,12 @@ def count(exams: Sequence[Exam]) -> int:
 def _trial_answers(model: LanguageModel, exam: Exam) -> Iterator[Tensor]:
     for sheet in (sheet.to(model.device) for sheet in exam.sheets):
         yield right_answers(model, model.hidden(sheet.tokens), sheet, exam.choose)
+
+
+def remembered_questions(model: LanguageModel, paper: Paper, folder: Path) -> list[int]:
+    """The numbers of the questions that the model knows, of multiple choice computed at most once."""
+    if not isinstance(paper, ChoicePaper):
+        return known_questions(model, paper)
+    questions = [(question.prompt(), question.answer) for question in paper.questions]
+    decided = decided_by(model=model_print(model), questions=questions)
+    return remembered(folder, paper.name, decided, lambda: known_questions(model, paper))

@@ -1,4 +1,4 @@
-"""The sweep over settings of the intervention, and the score that is picked from it."""
+"""Which latents belong to the topic, the sweep over settings of the intervention, and the score picked from it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-
-from .ranking import topic_latents
 
 MIN_RETAINED = 0.99
 """Settings that keep less of the retained knowledge do not count."""
@@ -63,3 +61,14 @@ def unlearning_score(outcomes: Sequence[Outcome], forget: Sequence[str], retain:
     return 1.0 - min(
         outcome.accuracy(forget) if outcome.accuracy(retain) >= MIN_RETAINED else 1.0 for outcome in outcomes
     )
+
+
+def topic_latents(forget_F: np.ndarray, retain_F: np.ndarray, retain_threshold: float) -> np.ndarray:
+    """Latents by falling share on the forget text, without those that fire on the retain text too.
+
+    Latents that fire on at least `retain_threshold` of the retain tokens, or never on the forget text,
+    are left out. Among equal shares the higher index comes first: a rising stable sort read backwards.
+    """
+    scores = np.where(retain_F >= retain_threshold, 0.0, forget_F)
+    rising = scores.argsort(kind="stable")
+    return rising[::-1][: np.count_nonzero(scores)]

@@ -51,7 +51,7 @@ def test_side_inputs_reach_the_sae_and_special_tokens_get_nothing(positional, ba
 
 
 def test_readings_with_side_inputs_are_the_same(positional, batch):
-    reading = encoding.read(positional, batch)
+    reading = encoding.encode_kept(positional, batch)
     acts = positional.encode(batch)
     assert torch.equal(reading.l1, acts.sum(-1)[batch.keep])
     torch.testing.assert_close(reading.x_hat, positional.decode(acts)[batch.keep])

@@ -14,12 +14,11 @@ from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.context.prompt_positions import Reading
 from saemill.evaluate.context.results import Failure, Result
 from saemill.evaluate.evals.absorption import evaluation as absorption
+from saemill.evaluate.evals.absorption.letters import Sparse, mean_metrics, measure_letters
 from saemill.evaluate.evals.absorption.probe import Probe, Training
 from saemill.evaluate.evals.absorption.prompts import make_prompt, make_spots, word_position
 from saemill.evaluate.evals.absorption.task import ClassProbe, Half, Task
-from saemill.evaluate.evals.absorption.trial import Sparse, mean_metrics, measure_letters
-from saemill.evaluate.evals.absorption.vocabulary import FIRST_LETTER, WordClasses
-from saemill.evaluate.evals.absorption.word_shapes import SHAPES, WORD_SHAPES, shape_of
+from saemill.evaluate.evals.absorption.vocabulary import FIRST_LETTER, SHAPES, WORD_SHAPES, WordClasses, shape_of
 from saemill.evaluate.model.lm import LanguageModel, make_language_model
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.train.sae.gates import Relu

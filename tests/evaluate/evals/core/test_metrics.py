@@ -141,7 +141,7 @@ def test_sparse_readings_are_the_dense_activations(golden, tmp_path, builder, mo
     keep = golden.tokens > 2
     batch = Windows(golden.tokens, keep, torch.ones_like(keep), {1: golden.resid})
     acts = subject.encode(batch)
-    reading = encoding.read(subject, batch)
+    reading = encoding.encode_kept(subject, batch)
     torch.testing.assert_close(reading.x_hat, subject.decode(acts)[keep], rtol=1e-5, atol=1e-5)
     assert torch.equal(reading.l0, (acts != 0).sum(-1)[keep].float())
     torch.testing.assert_close(reading.l1, acts.sum(-1)[keep])

@@ -16,10 +16,8 @@ from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.context.results import Failure
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
-from saemill.evaluate.evals.unlearning import known as known_module
-from saemill.evaluate.evals.unlearning import wmdp
-from saemill.evaluate.evals.unlearning.known import remembered_questions
-from saemill.evaluate.evals.unlearning.marking import known_questions
+from saemill.evaluate.evals.unlearning import marking, wmdp
+from saemill.evaluate.evals.unlearning.marking import known_questions, remembered_questions
 from saemill.evaluate.evals.unlearning.material import Material
 from saemill.evaluate.evals.unlearning.papers import ChoicePaper, TextPaper
 from saemill.evaluate.evals.unlearning.questions import Question
@@ -170,7 +168,7 @@ def test_only_questions_right_in_all_orders_are_known_and_they_are_remembered(tm
     paper = ChoicePaper("quiz", QUESTIONS, model, batch_size=5)
     assert known_questions(model, paper) == [0, 2]  # "bias" is right with the choices as they are written, but by luck
     assert remembered_questions(model, paper, tmp_path) == [0, 2]
-    monkeypatch.setattr(known_module, "known_questions", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(marking, "known_questions", lambda *_: pytest.fail("asked again"))
     assert remembered_questions(model, paper, tmp_path) == [0, 2]
     assert [len(sheet) for sheet in paper.exam([0, 2]).sheets] == [2]
 

@@ -8,9 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saemill.evaluate.evals.unlearning.ranking import topic_latents
-from saemill.evaluate.evals.unlearning.sparsity import FiringCounts
-from saemill.evaluate.evals.unlearning.sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
+from saemill.evaluate.evals.unlearning.passes import FiringCounts
+from saemill.evaluate.evals.unlearning.sweep import (
+    Outcome,
+    Setting,
+    Sweep,
+    make_settings,
+    topic_latents,
+    unlearning_score,
+)
 
 SHARES = st.lists(st.sampled_from([0.0, 0.0005, 0.001, 0.002, 0.3]), min_size=1, max_size=30)
 

@@ -1,5 +1,10 @@
 """The two passes over the model that all SAEs share: how latents fire, and how exams go under each intervention.
 
+The intervention: firing latents of the topic are set to a negative value. SAEBench decodes codes twice, as they are
+(f) and clamped (f'), and keeps the error of the first: x' = decode(f') + x - decode(f). A decoder is linear, so this
+is x + (f' - f) W_dec, and only the K clamped latents differ. Position 0 (BOS) is encoded as zeros in both, so it
+stays as it is.
+
 W rows, T tokens, D width, F latents, K clamped latents.
 """
 
@@ -20,18 +25,40 @@ from ...context.loaded_sae import LoadedSae, layers_of
 from ...model.batches import run_windows
 from ...model.lm import LanguageModel
 from ...model.memory import PieceSize, in_pieces
+from ...model.sums import Sums
 from ...model.windows import Windows
-from .clamp import clamp_shift
 from .exam import Exam, Sheet
 from .marking import right_answers, valid_tokens
-from .sparsity import FiringCounts
 from .sweep import Outcome, Setting
+
+
+@dataclass(frozen=True, eq=False)
+class FiringCounts(Sums):
+    """Over some batches of a text."""
+
+    fired: Tensor  # int64 [F]
+    tokens: int
+
+    @staticmethod
+    def of(acts_WTF: Tensor, keep_WT: Tensor) -> FiringCounts:
+        """Those of a batch; special tokens (`keep` is false) count for nothing."""
+        return FiringCounts(((acts_WTF > 0) & keep_WT[..., None]).sum((0, 1)), int(keep_WT.sum()))
+
+    def shares(self) -> np.ndarray:
+        """float64 [F]: the share of tokens on which each latent fires, to six decimals.
+
+        The protocol passes these numbers through a text file with six decimals. That makes ties, and
+        zeros of latents that fire less than once in two million tokens.
+        """
+        shares = (self.fired.to(torch.float32) / self.tokens).tolist()
+        return np.array([float(f"{share:f}") for share in shares])
+
 
 Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class SharedPasses:
     """SAEs on one model. Rows that do not fit into memory together run in smaller batches."""
 
     model: LanguageModel
@@ -129,3 +156,11 @@ def distinct(settings: Sequence[Setting]) -> list[Setting]:
 def _essence(setting: Setting) -> tuple[object, ...]:
     """What an intervention does; without latents every multiplier does the same, nothing."""
     return (setting.latents, setting.multiplier) if setting.latents else ()
+
+
+def clamp_shift(acts_WTK: Tensor, W_dec_KD: Tensor, multiplier: float) -> Tensor:
+    """What clamping adds to the residual: [W, T, D]. The value is -multiplier, whatever the latent's scale."""
+    fires = acts_WTK > 0
+    fires[:, 0] = False
+    change_WTK = torch.where(fires, -multiplier - acts_WTK, torch.zeros_like(acts_WTK))
+    return change_WTK @ W_dec_KD

@@ -1,4 +1,4 @@
-"""Training masks and judging them: all SAEs on the same pairs, the layers below them run once for all.
+"""Learning which latents to swap, and swapping them: all SAEs on the same pairs, the layers below run once for all.
 
 W pairs of a batch, T tokens, D width, F latents. Bases are padded on the left, so that all answers come at the end.
 """
@@ -51,7 +51,7 @@ class Training:
     batch_size: int
 
 
-class Trial:
+class Swapper:
     """Prompts that the model knows, read once for all SAEs."""
 
     def __init__(self, reader: Reader, prompts: Sequence[Prompt], advance: Advance) -> None:
