@@ -8,12 +8,14 @@ import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from traceback import walk_stack
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from saemill import evaluate
 from saemill.cache_schema.cli import main as store_main
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
@@ -21,6 +23,7 @@ from saemill.evaluate.context.results import result_path
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
+from saemill.evaluate.model import divergence
 from saemill.evaluate.run import command
 from saemill.evaluate.run.find_saes import find_places, find_subjects, make_subject
 from saemill.train.run.find_sae import find_sae
@@ -58,6 +61,25 @@ def test_all_saes_of_a_run(run_1, sae_eval):
     found = results(run_1)
     assert set(found) == {"small_eval_results.json", "large_eval_results.json"}
     assert len(found["large_eval_results.json"]["eval_result_details"]) == 32
+
+
+def test_the_way_from_the_command_to_a_cross_entropy_is_short(run_1, sae_eval, monkeypatch):
+    """Whoever reads core opens these files, one calling the next."""
+    cross_entropy, ways, root = divergence._cross_entropy, [], Path(evaluate.__file__).parent.parent.resolve()
+
+    def noted(*args):
+        files = [Path(frame.f_code.co_filename).resolve() for frame, _ in walk_stack(None)]
+        rooms = [file.relative_to(root) for file in reversed(files) if file.is_relative_to(root)]
+        ways.append([str(file) for file in dict.fromkeys(rooms) if file.parts[0] in ("evaluate", "harvest", "train")])
+        return cross_entropy(*args)
+
+    monkeypatch.setattr(divergence, "_cross_entropy", noted)
+    sae_eval("run_1/small", "--no-plots")
+    assert ways[0][0] == "evaluate/cli.py" and ways[0][-2:] == [
+        "evaluate/model/divergence.py",
+        "evaluate/model/memory.py",
+    ]
+    assert max(map(len, ways)) <= 9
 
 
 def test_a_path_a_single_sae_and_the_same_one_twice(run_1, sae_eval, builder):
