@@ -1,4 +1,4 @@
-"""`sae-eval`: numbers for trained SAEs, and what could not be had, in words."""
+"""`sae-eval`: numbers for trained SAEs, and in words what could not be measured."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
     """Evaluate SAEs: TARGET is a run, a path, the folder of an SAE, or owner/name on the Hub.
 
     Results are JSON files beside the run. The exit status is 0 when all is done, 1 when something failed,
-    3 when something could not be run for want of a model or data.
+    3 when something could not be run because a model or data is missing.
     """
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -51,7 +51,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
 
         status = run(targets, wanted, settings, runs, options, lambda text: click.echo(text, err=True))
     except KeyboardInterrupt:
-        click.echo("stopped; what is done is saved, and --resume goes on from there", err=True)
+        click.echo("stopped; finished results are saved, and --resume continues from there", err=True)
         status = INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

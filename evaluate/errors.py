@@ -13,8 +13,8 @@ EvalError
 ├── Incomparable (ValueError)           results of other stores or settings in one table
 ├── MemoryTooSmall (MemoryError)        not even one window at a time fits
 └── NotRun                              what an eval needs is not there; the others go on
-    ├── ModelMissing (FileNotFoundError)    the language model cannot be had
-    ├── DataMissing (FileNotFoundError)     a data set cannot be had
+    ├── ModelMissing (FileNotFoundError)    the language model cannot be loaded
+    ├── DataMissing (FileNotFoundError)     a data set cannot be loaded
     └── NotApplicable (TypeError)           the question makes no sense for this SAE
 """
 
@@ -42,7 +42,7 @@ class TargetUnknown(EvalError, FileNotFoundError):
 
 
 class RunUnfinished(EvalError, ValueError):
-    """A run is there, but it has not ended: it has saved no SAE."""
+    """A run has not ended, or has saved no SAE."""
 
 
 class StoreGone(EvalError, FileNotFoundError):
@@ -50,7 +50,7 @@ class StoreGone(EvalError, FileNotFoundError):
 
 
 class CacheIdMismatch(EvalError, ValueError):
-    """Another store stands where the one was that the SAE was trained on."""
+    """The store is not the one that the SAE was trained on."""
 
 
 class WidthMismatch(EvalError, ValueError):
@@ -58,11 +58,11 @@ class WidthMismatch(EvalError, ValueError):
 
 
 class ResultInvalid(EvalError, ValueError):
-    """A file of results is damaged, or is none."""
+    """A file of results is damaged, or is not one."""
 
 
 class Incomparable(EvalError, ValueError):
-    """Results of several stores, or of several settings, were to stand in one table."""
+    """Results of different stores or settings cannot be in one table."""
 
 
 class MemoryTooSmall(EvalError, MemoryError):
@@ -74,11 +74,11 @@ class NotRun(EvalError):
 
 
 class ModelMissing(NotRun, FileNotFoundError):
-    """The language model is neither here nor within reach, or it is another one."""
+    """The language model is neither on this machine nor reachable, or it is a different one."""
 
 
 class DataMissing(NotRun, FileNotFoundError):
-    """A data set is neither here nor within reach: the message says what to accept or download."""
+    """A data set is neither on this machine nor reachable: the message says what to accept or download."""
 
 
 class NotApplicable(NotRun, TypeError):

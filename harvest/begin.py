@@ -1,7 +1,7 @@
-"""The beginning of a store: all its tokens, or the store that stands there already.
+"""The beginning of a store: all its tokens, or the store that exists already.
 
-The first worker tokenises and packs the corpus and writes all tokens; the others wait for it. Where a
-store stands, its settings must be the ones asked for, and nothing is tokenised again.
+The first worker tokenises and packs the corpus and writes all tokens; the others wait for it. Where the
+store exists, its settings must be the ones asked for, and nothing is tokenised again.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
 
 
 def require_ours(plan: Plan, found: Manifest, url: str) -> None:
-    """A store that stands there must have the plan's settings, and be of its corpus."""
+    """An existing store must have the plan's settings, and be of its corpus."""
     require_same(plan, _corpus_of_existing(plan, found), found, url)
 
 

@@ -132,7 +132,7 @@ def _reported(url: str) -> Iterator[None]:
         click.echo(f"permission denied: {error.filename}. Change its permissions, or name another", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        click.echo(f"stopped. {_what_is_safe(url)}; the same command goes on from there", err=True)
+        click.echo(f"stopped. {_what_is_safe(url)}; the same command continues from there", err=True)
         sys.exit(130)
 
 
@@ -145,7 +145,7 @@ def _what_is_safe(url: str) -> str:
         with Store.open(url) as store:
             return f"{int(store.committed.sum())} of {store.manifest.shards} shards are committed"
     except StoreMissing:
-        return "What was tokenised up to some seconds ago is kept"
+        return "What was tokenised up to a few seconds ago is kept"
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def parse_count(text: str) -> int:
     """`10M`, `1.5B`, `200k` or plain digits."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbBgG]?)", text.strip().replace("_", "").replace(",", ""))
     if found is None:
-        raise SettingInvalid(f"{text!r} is no number of tokens: expected for example 200k, 10M or 1.5B")
+        raise SettingInvalid(f"{text!r} is not a number of tokens: expected for example 200k, 10M or 1.5B")
     scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[found[2].lower()]
     return round(float(found[1]) * scale)
 

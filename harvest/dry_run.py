@@ -36,7 +36,7 @@ class Work:
     manifest: Manifest
     shards: Sequence[int]  # that are not committed
     sample: np.ndarray  # uint32 [W, T]
-    is_begun: bool  # whether the store stands there already
+    is_begun: bool  # whether the store exists already
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Plan:
 
 
 def make_plan(config: HarvestConfig, source: ModelSource) -> Plan:
-    """Look at the model's configuration and tokenizer, and refuse what cannot be had."""
+    """Look at the model's configuration and tokenizer, and refuse what it does not have."""
     facts = read_facts(source.folder)
     Wanted(config.resid_layers, config.attention_layers).validate(facts)
     facts.validate_context(config.context)
@@ -113,7 +113,7 @@ def expected_manifest(plan: Plan, corpus: CorpusSpec, windows: int) -> Manifest:
 
 
 def require_same(plan: Plan, corpus: CorpusSpec, found: Manifest, url: str) -> None:
-    """A store that stands there already goes on only under the settings it was begun with."""
+    """An existing store is continued only with the settings it was begun with."""
     wanted = make_manifest(plan, corpus, found.windows, found.splits)
     differences = list_differences(found, replace(wanted, cache_id=found.cache_id))
     if differences:

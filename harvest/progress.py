@@ -16,7 +16,7 @@ LOG_SECONDS = 30.0
 
 
 class Watch:
-    """Tells a person how far a harvest is: a live bar on a terminal, a line now and then in a log."""
+    """Shows how far a harvest is: a live bar on a terminal, a line now and then in a log."""
 
     def __init__(self, console: Console | None = None, is_quiet: bool = False) -> None:
         self.console = console or Console(stderr=True, quiet=is_quiet, highlight=False)

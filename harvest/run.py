@@ -1,9 +1,9 @@
 """A whole harvest: model and corpus to a store, from the start or from where another one stopped.
 
 1. Decide the model, or take the one a store was begun with; look at its configuration and tokenizer, refuse
-   what cannot be had.
-2. Where no store stands yet, the first worker tokenises and packs the corpus and writes all tokens; the
-   others wait for it. Where one stands, its settings must be the same, and nothing is tokenised again.
+   what they do not have.
+2. Where there is no store yet, the first worker tokenises and packs the corpus and writes all tokens; the
+   others wait for it. Where there is one, its settings must be the same, and nothing is tokenised again.
 3. Check that the disk can hold what is to come of all workers.
 4. Load the model, cut down to what is wanted, and harvest this worker's share of the pending shards.
 """

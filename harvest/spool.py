@@ -212,7 +212,7 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
     """Documents in lists of bounded size, each closed in time for a checkpoint.
 
     A lost network still gives what came before it. Any other error does not: at an interruption, or at a
-    document that is no text, the corpus already counts a document that nobody has packed, and a checkpoint there
+    document that is not text, the corpus already counts a document that nobody has packed, and a checkpoint there
     would pass over it in silence.
     """
     batch, characters, began = [], 0, time.monotonic()

@@ -4,7 +4,7 @@
 2. The run called `headline` once for each of several seeds: comparisons stand on more than one.
 3. Evaluation: core, and the study's own measures.
 4. table.md and table.json; a list of everything wrong, and a non-zero exit if there is anything: a run without
-   steps, a number that is none, scores no better than those of an SAE that was never trained.
+   steps, NaN, scores no better than those of an SAE that was never trained.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def carry_out(study: str, course: Course, console: Console) -> list[Line]:
         call(sae_train, "sae-train", words, console)
     eval_ids = (CORE, OWN_EVAL[study])
     words = [*runs, "--runs", str(course.out), "--evals", ",".join(eval_ids), "--resume"]
-    call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # what it could not do is told by line
+    call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what it could not do
     lines = [line for run in runs for line in read_lines(RunFolder.at(course.out / run), eval_ids)]
     write_tables(study, lines, course.out, console)
     return lines
@@ -154,7 +154,7 @@ def training_commands(study: str, runs: Iterable[str], course: Course) -> list[l
 
 
 def call(command: Any, name: str, words: Sequence[str], console: Console, may_end: Sequence[int] = (0,)) -> None:
-    """Run a command of this package, told as it would be typed; one that fails ends the study."""
+    """Run a command of this package and print it as one would type it; a failure ends the study."""
     console.print(f"$ {shlex.join([name, *words])}", style="bold", markup=False)
     try:
         command.main(list(words), prog_name=name, standalone_mode=False)
@@ -182,8 +182,8 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str]) -> list[Line]:
             problems += untrained_traits(document)
             remarks += absences(eval_id, document, found)
             if eval_id == CORE:
-                problems += [f"{metric.rsplit('.', 1)[-1]} is no number" for metric, v in found.items() if v is None]
-        problems += [f"{name} is no number" for name, value in values.items() if not math.isfinite(value or 0.0)]
+                problems += [f"{metric.rsplit('.', 1)[-1]} is not a number" for metric, v in found.items() if v is None]
+        problems += [f"{name} is not a number" for name, value in values.items() if not math.isfinite(value or 0.0)]
         lines.append(Line(folder.name, label, values, problems, remarks))
     return lines
 

@@ -60,7 +60,7 @@ class Context:
 
     @property
     def model(self) -> LanguageModel:
-        """The whole language model; ModelMissing where it cannot be had, the same each time."""
+        """The whole language model; ModelMissing where it cannot be loaded, the same each time."""
         if self._model is None:
             source = self._find_source()
             self.say(f"loading {source.id} in {str(self.dtype).removeprefix('torch.')}")
@@ -73,12 +73,12 @@ class Context:
         return self._model
 
     def require_model(self) -> None:
-        """Load the model now, so that ModelMissing is raised here if it cannot be had."""
+        """Load the model now, so that ModelMissing is raised here if it cannot be loaded."""
         _ = self.model
 
     @property
     def tokenizer(self) -> TextEncoder:
-        """The model's; its weights stay on disk. ModelMissing where it cannot be had."""
+        """The model's; its weights stay on disk. ModelMissing where it cannot be loaded."""
         if self._model is not None:
             return self._model.tokenizer
         try:
@@ -87,7 +87,7 @@ class Context:
             raise ModelMissing(str(error)) from error
 
     def _find_source(self) -> ModelSource:
-        """The model's files; the same error each time where they cannot be had."""
+        """The model's files; the same error each time where they are missing."""
         if self._obstacle is not None:
             raise self._obstacle
         if self._source is None:

@@ -29,6 +29,6 @@ def remembered(folder: Path, name: str, decided: str, compute: Callable[[], Any]
 
 
 def model_print(model: LanguageModel) -> str:
-    """What tells a model from others: tokenizer, dtype, and the sum of every parameter, which is cheap."""
+    """What distinguishes a model from others: tokenizer, dtype, and the sum of every parameter, which is cheap."""
     sums = [float(parameter.float().sum()) for parameter in model.stack.parameters()]
     return json.dumps([model.tokenizer.digest, str(model.dtype), sums])

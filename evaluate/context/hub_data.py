@@ -1,4 +1,4 @@
-"""Rows of a data set on the hub, by its real name; whatever stands in the way is said with its remedy."""
+"""Rows of a data set on the hub, by its real name; an error says what is in the way and what to do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_json(dataset: str, file: str) -> Any:
 def _missing(dataset: str, part: str | None, error: Exception) -> DataMissing:
     reason = str(error).partition("\n")[0] or type(error).__name__
     return DataMissing(
-        f"data set {dataset}{f' ({part})' if part else ''} cannot be had ({reason}). Open "
+        f"data set {dataset}{f' ({part})' if part else ''} cannot be loaded ({reason}). Open "
         f"https://huggingface.co/datasets/{dataset} and accept its terms if it asks, then `hf auth login`, and run "
         "this again with a network, or once elsewhere and copy ~/.cache/huggingface here"
     )

@@ -22,7 +22,7 @@ def make_console() -> Console:
 
 
 class Watch:
-    """Tells how far an evaluation is, at what rate, and how long it will take."""
+    """Shows how far an evaluation is, at what rate, and how long it will take."""
 
     def __init__(self, console: Console | None = None, is_quiet: bool = False) -> None:
         self.console = console or Console(stderr=True, quiet=is_quiet, highlight=False)
@@ -32,7 +32,7 @@ class Watch:
 
     @contextmanager
     def stage(self, title: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
-        """One part of the work; the function it gives is told of each piece that is done."""
+        """One part of the work; call the function it yields with the size of each finished piece."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),

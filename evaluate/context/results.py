@@ -39,9 +39,9 @@ class Result:
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Our own top-level keys."""
     missing: str | None = None
-    """What has to be had for the numbers that are not there, if so."""
+    """What is needed for the numbers that are absent; None: nothing is."""
     remark: str | None = None
-    """Why numbers are not there that this SAE cannot have."""
+    """Why this SAE cannot have some of the numbers."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
 
 
 def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
-    """The result that is there, if it is no older than the SAE."""
+    """The result on disk, if it is not older than the SAE."""
     path = result_path(subject, eval_id)
     return read_result(path) if path.is_file() and not _is_older(path, subject.folder) else None
 

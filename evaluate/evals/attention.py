@@ -81,7 +81,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str | None]:
-    """Why the fidelity of an SAE's attention cannot be had, if so."""
+    """Why an SAE's attention fidelity cannot be measured; None where it can."""
     stored = context.manifest.attention.layers
     try:
         context.require_model()

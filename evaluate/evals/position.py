@@ -147,20 +147,20 @@ def profiles(
 
 
 def specialisation(subject: LoadedSae, seen: Profile, ranges: Assignment, config: Config) -> dict[str, Any]:
-    """Over latents that have a range and fired often enough to tell."""
+    """Over latents that have a range and fired often enough."""
     kept = retention(seen, ranges.of_latent, ranges.count)
     faithful = fidelity(seen, meant_mask(subject, ranges, len(seen.tokens)))
-    told = is_bound(ranges) & (seen.firings >= config.least_firings)
-    mass = seen.mass.sum(0)[told]
-    shaped = told & ~faithful.isnan()
+    often = is_bound(ranges) & (seen.firings >= config.least_firings)
+    mass = seen.mass.sum(0)[often]
+    shaped = often & ~faithful.isnan()
     found: dict[str, Any] = {
-        "measured": int(told.sum()),
+        "measured": int(often.sum()),
         "bound": int(is_bound(ranges).sum()),
         "chance": 1 / ranges.count,
     }
-    if told.any():
-        found["retention"] = float(kept[told].mean())
-        found["retention_by_mass"] = float((kept[told] * mass).sum() / mass.sum())
+    if often.any():
+        found["retention"] = float(kept[often].mean())
+        found["retention_by_mass"] = float((kept[often] * mass).sum() / mass.sum())
     if shaped.any():
         found["fidelity"] = float(faithful[shaped].mean())
     return found

@@ -1,12 +1,12 @@
 """sparse_probing: how well a class can be read off k latents, beside k channels and all of the residual stream.
 
-Protocol of SAEBench 0.6.0, for every SAE as if it were evaluated alone:
+SAEBench 0.6.0's steps, for every SAE as if it were evaluated alone:
 1. Texts of each class are averaged over their tokens: residuals, and latents of every SAE, in one pass.
-2. One generator, seeded once, draws everything in the protocol's order: for each data set the probe on the
+2. One generator, seeded once, draws everything in SAEBench's order: for each data set the probe on the
    whole residual, those on k channels for each k, the probe on all latents, those on k latents.
 3. Every probe is a class against as many rows of the others, drawn anew each time.
 
-The protocol picks the epoch of the full-width probes by the test rows and reports that accuracy. The
+SAEBench picks the epoch of the full-width probes by the test rows and reports that accuracy. The
 same number with epochs picked by held-out training rows is under `validated`.
 """
 
@@ -52,7 +52,7 @@ class Config:
 
 @dataclass(frozen=True, eq=False)
 class _Progress:
-    """How far the protocol is for one SAE."""
+    """How far the steps have come for one SAE."""
 
     generator: torch.Generator
     results: dict[str, Accuracies] = field(default_factory=dict)  # by data set
@@ -108,14 +108,14 @@ def probe_subject(
     of_model: _OfModel,
     device: torch.device,
 ) -> Accuracies:
-    """Every probe of one data set for one SAE, in the protocol's order."""
+    """Every probe of one data set for one SAE, in SAEBench's order."""
     residual = [pool.of_model(subject.layers, part) for part in (task.train, task.test)]
     latents = [pool.of_latents(subject, part) for part in (task.train, task.test)]
     llm = of_model.official.recall(
         generator, lambda: probe_features("llm", residual, config.k_values, generator, device)
     )
     sae = probe_features("sae", latents, config.k_values, generator, device)
-    own = seeded(config.random_seed)  # what is not the protocol's leaves its draws alone
+    own = seeded(config.random_seed)  # our own probes draw nothing from SAEBench's generator
     llm |= of_model.validated.recall(own, lambda: probe_validated("llm", residual, own, device))
     sae |= probe_validated("sae", latents, seeded(config.random_seed), device)
     return {"sae_test_accuracy": sae.pop("sae_test_accuracy")} | llm | sae  # SAEBench's order of keys

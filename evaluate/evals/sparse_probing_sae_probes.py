@@ -1,6 +1,6 @@
 """sparse_probing_sae_probes: k latents at the last token of a prompt against a probe of the whole residual.
 
-Protocol of sae-probes 0.4.2 as SAEBench 0.6.0 runs it (setting `normal`), 113 binary data sets:
+The steps of sae-probes 0.4.2 as SAEBench 0.6.0 runs them (setting `normal`), on 113 binary data sets:
 1. Activations at each prompt's last token, in one pass of the model for all SAEs.
 2. Latents are ranked on the training rows; for each k a probe is tuned on the k first (`tuned_probe`).
 3. The baseline is the same probe, with an L2 penalty, on the residual.
@@ -75,7 +75,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def load_sets(source: Source, config: Config) -> tuple[list[BinarySet], str | None]:
-    """The data sets asked for, and why the rest cannot be had."""
+    """The data sets asked for, and why the rest is missing."""
     if source.name == "stdlib":
         names = config.dataset_names or installed.BINARY_NAMES
         return load_all(names, lambda name: [installed.load_binary(name, config.random_seed)])

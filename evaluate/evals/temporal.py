@@ -91,7 +91,7 @@ def consistency_scores(seen: Seen) -> dict[str, float]:
 
 
 def stability(seen: Seen, config: Config) -> dict[str, float]:
-    """Over latents that fired often enough to tell; `measured` says how many they are."""
+    """Over latents that fired often enough; `measured` says how many there are."""
     assert seen.persistence is not None
     counts = seen.persistence
     often = counts.fired >= config.least_firings

@@ -191,7 +191,7 @@ def measure(
 
 
 def information(dominant_NM: Tensor, seed: int) -> dict[str, float]:
-    """What the dominant latents of two tiers tell about each other, for every pair of tiers."""
+    """How much the dominant latents of two tiers say about each other, for every pair of tiers."""
     generator = torch.Generator().manual_seed(seed)
     tiers = dominant_NM.shape[1]
     found: dict[str, float] = {}

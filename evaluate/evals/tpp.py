@@ -2,7 +2,7 @@
 
 The n latents with the largest effect on a class's probe are switched off; the score is how much accuracy
 that costs the class's probe, less what it costs the other classes' probes. `probing/perturbation.py`
-has the protocol's steps and says what `corrected` leaves out of it.
+has SAEBench's steps and says what `corrected` leaves out of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .probing.sources import Source, load_all
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Nothing of its own."""
+    """Those of all perturbing evaluations."""
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:

@@ -29,7 +29,7 @@ Problem = EvalError | TrainError
 
 
 def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) -> list[LoadedSae]:
-    """All SAEs of all targets, each once; the first that cannot be had is an error."""
+    """All SAEs of all targets, each once; the first that cannot be loaded is an error."""
     subjects, problems = find_all(targets, runs, layer)
     if problems:
         raise problems[0]
@@ -37,7 +37,7 @@ def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) 
 
 
 def find_all(targets: Iterable[str], runs: Path, layer: int | None = None) -> tuple[list[LoadedSae], list[Problem]]:
-    """All SAEs of all targets that can be had, and what is wrong with the others.
+    """All SAEs of all targets that can be loaded, and what is wrong with the others.
 
     `layer` is for SAEs that do not say theirs.
     """

@@ -104,7 +104,7 @@ class HubCorpus:
         if failures == len(self._waits):
             raise NetworkLost(
                 f"the connection to {self.id} was lost {failures + 1} times in a row after {self._read:,} documents "
-                f"({error}). Nothing is lost: run the same command again and it goes on from there"
+                f"({error}). Nothing is lost: run the same command again and it continues from there"
             ) from error
         time.sleep(self._waits[failures])
 

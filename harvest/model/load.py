@@ -1,6 +1,6 @@
 """Load a causal language model and cut it down to what a harvest asks for.
 
-1. Read the facts (layers, width, context) from the configuration alone, and refuse what cannot be had.
+1. Read the facts (layers, width, context) from the configuration alone, and refuse what it does not have.
 2. Load the decoder stack with no more layers than needed: the layers above, the final norm and the vocabulary
    projection are neither computed nor kept in memory.
 3. Where the attention of a layer is wanted but not its residual, leave of that layer its input norm and the

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = timedelta(hours=12)  # a paused partner is no dead partner
+PATIENCE = timedelta(hours=12)  # a paused partner is not a dead one
 
 
 @dataclass(frozen=True)

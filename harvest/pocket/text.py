@@ -3,7 +3,7 @@
 Every machine that can run the project has this text, so a demo, a test and the
 pocket model need no download. What builds generate, sites install or container
 images drop is left out, so that the same Python gives the same text; where a
-distribution patched a file after all, `text_digest` tells.
+distribution patched a file after all, `text_digest` shows it.
 
 1. Walk the library folder in sorted order and keep `.py` files.
 2. Leave out tests, graphical tools, packaging helpers, generated tables and

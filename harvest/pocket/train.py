@@ -9,7 +9,7 @@
 ends on time however busy the machine is. A paused process uses no time up.
 
 3. Every few minutes, at the end and on Ctrl-C, measure on held-out text and write
-a checkpoint; the same command goes on from there.
+a checkpoint; the same command continues from there.
 """
 
 import signal

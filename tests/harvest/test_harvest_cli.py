@@ -210,7 +210,7 @@ def test_ctrl_c_says_what_is_safe(type_: Type, monkeypatch):
     monkeypatch.setattr(shards, "compute_shard", interrupted)
     result = type_()
     assert result.exit_code == 130
-    assert "3 of 8 shards are committed; the same command goes on" in result.output
+    assert "3 of 8 shards are committed; the same command continues" in result.output
     monkeypatch.undo()
     assert type_().exit_code == 0
 

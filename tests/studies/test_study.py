@@ -51,8 +51,8 @@ def test_a_run_that_learned_has_no_problems(tmp_path):
         ({"l0": 0.0}, "l0 0, as if never trained"),
         ({"explained_variance": -0.785}, "explained_variance -0.785"),
         ({"ce": -0.6}, "ce_loss_score -0.6"),
-        ({"explained_variance": None}, "explained_variance is no number"),
-        ({"ce": -1}, "ce_loss_score is no number"),
+        ({"explained_variance": None}, "explained_variance is not a number"),
+        ({"ce": -1}, "ce_loss_score is not a number"),
         ({"alive": 0.0}, "frac_alive 0"),
     ],
 )

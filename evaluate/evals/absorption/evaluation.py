@@ -33,7 +33,7 @@ POCKET_WORDS, POCKET_CLASSES = 1000, 4
 
 @dataclass(frozen=True)
 class Config:
-    """The protocol's settings."""
+    """SAEBench's settings."""
 
     classes: Literal["auto", "first_letter", "shape"] = "auto"
     """auto: shapes for the pocket model, first letters for all others."""
@@ -45,11 +45,11 @@ class Config:
     llm_batch_size: int = 32
     k_sparse_probe_l1_decay: float = 0.01
     k_sparse_probe_batch_size: int | None = None
-    """None: the protocol's 4096; 32 for a sample of the words, of which 4096 are all, and a step an epoch too few."""
+    """None: SAEBench's 4096; 32 for a sample of the words, of which 4096 are all, and a step an epoch too few."""
     k_sparse_probe_num_epochs: int = 50
-    min_GT_probe_f1: float = 0.6  # noqa: N815  the protocol's name
+    min_GT_probe_f1: float = 0.6  # noqa: N815  SAEBench's name
     min_feats_for_eval: int | None = None
-    """Letters that the model must know; None: the protocol's 20, or 4 of the 6 shapes."""
+    """Letters that the model must know; None: SAEBench's 20, or 4 of the 6 shapes."""
     max_words: int | None = None
     """Words that are asked at most; None: all, fewer for the pocket model."""
 
@@ -131,7 +131,7 @@ def one_result(context: Context, task: Task, subject: LoadedSae, config: Config)
 
 
 def our_details(task: Task, probe: ClassProbe, results: Sequence[LetterResult]) -> dict[str, Any]:
-    """What the protocol's document leaves out: which latents, which classes, and that the seed was applied."""
+    """What SAEBench's document leaves out: which latents, which classes, and that the seed was applied."""
     return {
         "is_random_seed_applied": True,
         "words": len(task.train.words) + len(task.test.words),
@@ -141,7 +141,7 @@ def our_details(task: Task, probe: ClassProbe, results: Sequence[LetterResult]) 
 
 
 def official_config(context: Context, task: Task, config: Config, needed: int) -> dict[str, Any]:
-    """Under the protocol's keys what was done."""
+    """What was done, under SAEBench's keys."""
     return {
         "model_name": model_name_of(context),
         "random_seed": config.random_seed,

@@ -28,7 +28,7 @@ class LetterResult:
     full: int
 
     def to_json(self) -> dict[str, Any]:
-        """Under the protocol's keys."""
+        """Under SAEBench's keys."""
         return {
             "first_letter": self.letter,
             "mean_absorption_fraction": self.fraction_sum / self.words,
@@ -80,7 +80,7 @@ def letter_latents(
 
 
 def mean_metrics(results: Sequence[LetterResult]) -> dict[str, float]:
-    """The protocol's means over letters; deviations are those of a sample, 0 of a single letter."""
+    """SAEBench's means over letters; deviations are those of a sample, 0 of a single letter."""
     found = [result.to_json() for result in results]
     columns = {
         "absorption_fraction_score": [row["mean_absorption_fraction"] for row in found],

@@ -69,7 +69,7 @@ def _initial(width: int, num_letters: int, generator: torch.Generator, like: Ten
 
 
 def _positive_weights(targets_NL: Tensor) -> Tensor:
-    """negatives / positives; 1 for a letter without positives, where the protocol's infinity would spoil all."""
+    """negatives / positives; 1 for a letter without positives, where SAEBench's infinity would spoil all."""
     positives = targets_NL.sum(0)
     ratio = (len(targets_NL) - positives) / positives
     return torch.where(positives > 0, ratio, torch.ones_like(ratio))

@@ -35,7 +35,7 @@ def make_spots(prompts: Sequence[Prompt], classes: WordClasses, model: LanguageM
 
 
 def word_position(model: LanguageModel, template: str) -> int:
-    """Where the word ends in a prompt, counted from its end; -6 for the protocol's template and Gemma's tokens."""
+    """Where the word ends in a prompt, counted from its end; -6 for SAEBench's template and Gemma's tokens."""
     return -len(model.tokenizer.encode([template.split("{word}")[1]])[0]) - 1
 
 

@@ -2,7 +2,7 @@
 
 1. A probe with an L1 penalty is fitted on the latents, all letters at once.
 2. For each letter its latents are ranked by weight, the largest first; negative weights rank last.
-3. A logistic regression on the first k says how well k latents tell the letter, by F1 on the test words.
+3. A logistic regression on the first k says how well k latents predict the letter, by F1 on the test words.
 4. k grows while F1 gains more than a threshold over the best so far: those latents are the letter's, and
    more than one means that the feature was split.
 """
@@ -65,6 +65,6 @@ def _f1_of_first(k: int, train_NK: np.ndarray, is_train: np.ndarray, test_NK: np
 
     regression = LogisticRegression(max_iter=500, class_weight="balanced")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol takes what 500 iterations give
+        warnings.simplefilter("ignore", ConvergenceWarning)  # SAEBench takes what 500 iterations give
         regression.fit(train_NK[:, :k], is_train.astype(np.int64))
     return f1_score(is_test, regression.decision_function(test_NK[:, :k]) > 0.0)

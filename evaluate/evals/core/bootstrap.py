@@ -1,4 +1,4 @@
-"""Confidence intervals by resampling documents: tokens of one document are no independent witnesses.
+"""Confidence intervals by resampling documents: tokens of one document are not independent.
 
 A table holds the sums of each document, from which a statistic is computed as it is from the sums of
 all. A resample draws as many documents as there are, with replacement.

@@ -1,6 +1,6 @@
-"""What an SAE says of the kept tokens of a batch, sparse where that pays, and its reconstruction.
+"""Activations and reconstruction of the kept tokens of a batch, sparse where that is faster.
 
-Same numbers as `LoadedSae.encode` and `decode` but for the order of sums, at a fraction of the cost:
+The same numbers as `LoadedSae.encode` and `decode` up to the order of sums, at a fraction of the cost:
 1. Rows go in pieces: many enough for the product to run at full speed, few enough to be held.
 2. A top-k gate is searched, not sorted; of any other gate the active entries are picked out.
 3. The decoder adds up rows of active latents. Where many are active the dense products are used.

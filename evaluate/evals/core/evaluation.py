@@ -6,7 +6,7 @@ SAEBench 0.6.0's core evaluation on the store's held-out windows.
 2. Sparsity and variance on the second block; needs no model.
 3. Bias, norms and cosines of each latent, from the weights.
 
-Metrics under SAEBench's keys are SAEBench's formulas to the letter. `saemill_metrics` adds the centred
+Metrics under SAEBench's keys are SAEBench's formulas exactly. `saemill_metrics` adds the centred
 explained variance, scores against mean and resample ablation, and confidence intervals over documents.
 """
 
@@ -68,7 +68,7 @@ def require_ablations(ablations: Sequence[str]) -> None:
 
 
 def unspliceable(subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str]:
-    """SAEs that have no one place in the model, and why."""
+    """SAEs whose output has no single place in the model, and why."""
     reasons = {}
     for subject in subjects:
         try:
@@ -79,7 +79,7 @@ def unspliceable(subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str]:
 
 
 def missing_model(context: Context) -> str | None:
-    """Why the losses of the model cannot be measured, if so. From tokens, nothing can be."""
+    """Why the losses of the model cannot be measured; None where they can. With --from-tokens nothing can."""
     if context.manifest.corpus.settings.get("tokens") is False:
         return f"{context.store.url} was imported without tokens: import it again with --tokens for the model's losses"
     try:

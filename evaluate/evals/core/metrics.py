@@ -1,7 +1,6 @@
 """From the sums of a core evaluation to SAEBench's keys, and to ours beside them.
 
-Under SAEBench's keys stand SAEBench's formulas to the letter; what those leave out or get wrong has keys
-of its own. F latents.
+SAEBench's keys have SAEBench's formulas exactly; what those leave out or get wrong has our own keys. F latents.
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ def latent_details(latents: Mapping[str, Tensor]) -> list[dict[str, Any]]:
 def own_metrics(
     sparsity: Sparsity, losses: LossSums | None, ablations: Sequence[str], resamples: int
 ) -> dict[str, Any]:
-    """What SAEBench does not say, or says wrongly."""
+    """What SAEBench leaves out or gets wrong."""
     square_of_mean = sparsity.tally.square_of_mean
     table = sparsity.documents.table()
     variance: dict[str, Statistic] = {

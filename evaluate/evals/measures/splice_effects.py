@@ -1,4 +1,4 @@
-"""What becomes of the model's predictions when its residual is replaced: KL and loss, from suffix passes.
+"""How the model's predictions change when its residual is replaced: KL and loss, from the layers above alone.
 
 Special tokens keep their residual, all others get what they are given. The clean pass of a batch is made once
 for all that is compared with it.
@@ -34,7 +34,7 @@ class Effect(Sums):
 
     @staticmethod
     def of(kl_N: Tensor, loss_N: Tensor) -> Effect:
-        """Of the tokens of a batch; a loss that is no number is a token that predicts nothing."""
+        """Of the tokens of a batch; a loss of NaN is a token that predicts nothing."""
         losses = loss_N[~loss_N.isnan()].double()
         return Effect(float(kl_N.double().sum()), float(losses.sum()), len(kl_N), len(losses))
 

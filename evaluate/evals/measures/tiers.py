@@ -1,4 +1,4 @@
-"""How tiers of a dictionary fire, and how much the firing of one tells about that of another.
+"""How tiers of a dictionary fire, and how much the firing of one says about that of another.
 
 N tokens, F latents, M tiers, F_t latents of tier t. A tier is a set of latents; an SAE without tiers gets
 equal shares of its dictionary in the order of its latents.

@@ -1,7 +1,7 @@
 """Probes of a class: a linear one on every feature, trained by AdamW and kept at its best epoch, or one of k features.
 
-The protocol judges epochs by the test rows and reports the best: `train_probe` takes the rows that judge
-as an argument, so that the corrected number can be had from rows held out of training.
+SAEBench judges epochs by the test rows and reports the best: `train_probe` takes the rows that judge
+as an argument, so that the corrected number can come from rows held out of training.
 Everything random comes from the generator: the initial weights, then one permutation an epoch.
 B rows, F features.
 """
@@ -98,7 +98,7 @@ def train_on(
 ) -> tuple[LinearProbe, float]:
     """The probe of a class and its test accuracy: rows are drawn, then the test rows judge every epoch.
 
-    So says the protocol. Validated, a part of the training rows judges the epochs, and test rows are seen once.
+    So does SAEBench. Validated, a part of the training rows judges the epochs, and test rows are seen once.
     """
     train_draw = draw_probe(train.spans, name, generator, opposite)
     test_draw = draw_probe(test.spans, name, generator, opposite)

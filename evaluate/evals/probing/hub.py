@@ -86,7 +86,7 @@ def reached(id: str, load: Callable[[], T]) -> T:
         return load()
     except (*LOAD_ERRORS, KeyError) as error:
         raise DataMissing(
-            f"data set {id} cannot be had ({type(error).__name__}: {error}): connect to the network, or download it "
+            f"data set {id} cannot be loaded ({type(error).__name__}: {error}): connect to the network, or download it "
             f"beforehand (`hf download --repo-type dataset {id}`); if its page asks for it, accept its terms and "
             "log in (`hf auth login`). `data=stdlib` probes with text of this Python instead"
         ) from error

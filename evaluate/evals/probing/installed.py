@@ -30,7 +30,7 @@ def load_table(is_test: bool) -> Table:
 
 
 def load_task(name: str, train_size: int, test_size: int, seed: int) -> Task:
-    """One data set, drawn as the protocols draw theirs: sizes are of one binary probe."""
+    """One data set, drawn as SAEBench draws its own: sizes are of one binary probe."""
     if name not in NAMES:
         raise DataMissing(f"there is no data set {name!r} made from installed text: choose of {', '.join(NAMES)}")
     train, test = (_draw(name, is_test, size, seed) for is_test, size in ((False, train_size), (True, test_size)))

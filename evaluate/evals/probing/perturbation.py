@@ -1,6 +1,6 @@
 """scr and tpp: what switching a probe's latents off does to every probe.
 
-Protocol of SAEBench 0.6.0, for every SAE as if it were evaluated alone; one generator draws in this order:
+SAEBench 0.6.0's steps, for every SAE as if it were evaluated alone; one generator draws in this order:
 1. Linear probes of all classes on mean residuals, kept at the epoch that is best on the test rows.
 2. Their accuracies on newly drawn rows: what is clean.
 3. Effects of all latents on the probe of each class, from training texts.
@@ -76,7 +76,7 @@ class OfModel:
 def perturb(
     pool: Pool, subject: LoadedSae, task: Task, setup: Setup, generator: torch.Generator, of_model: OfModel
 ) -> Perturbed:
-    """The protocol."""
+    """As SAEBench does it."""
     resid = pool.of_model(subject.layers, task.train), pool.of_model(subject.layers, task.test)
     probed = of_model.official.recall(generator, lambda: probe_model(*resid, setup, generator))
     latents = pool.of_latents(subject, task.train)
@@ -86,7 +86,7 @@ def perturb(
 
 
 def perturb_corrected(pool: Pool, subject: LoadedSae, task: Task, setup: Setup, of_model: OfModel) -> Perturbed:
-    """The same without what is wrong in it; draws nothing from the protocol's generator."""
+    """The same without what is wrong in it; draws nothing from SAEBench's generator."""
     resid = pool.of_model(subject.layers, task.train), pool.of_model(subject.layers, task.test)
     own = seeded(setup.seed)
     probed = of_model.corrected.recall(own, lambda: probe_model_corrected(*resid, setup, own))

@@ -4,7 +4,7 @@
 2. A position is valid when its residual does not sum to zero; features are averaged over valid positions.
    A text without any has features of zero.
 3. An SAE encodes all positions, zeroed ones too. `latents` leave those out. `leaky` keeps them, divided by the
-   number of valid ones: the protocols that ablate latents never mask them again, so a latent that fires on
+   number of valid ones: SAEBench's ablations never mask them again, so a latent that fires on
    a zero vector counts once for every padding token.
 
 W texts of a batch, T positions, D residual width, F latents.

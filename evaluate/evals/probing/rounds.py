@@ -1,4 +1,4 @@
-"""The way of scr and tpp through data sets and SAEs: the model reads each data set once for all of them."""
+"""What scr and tpp share: for each data set the model reads the texts once, then every SAE is perturbed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .texts import Task
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one task says of one SAE, by the protocol and without its faults."""
+    """What one task says of one SAE, as SAEBench does it and without its faults."""
 
     official: Perturbed
     corrected: Perturbed
@@ -35,7 +35,7 @@ def evaluate_able(
     config: Settings,
     evaluate: Callable[[Context, Sequence[LoadedSae], Source, Settings], Iterator[Result]],
 ) -> Iterator[Result | Failure]:
-    """Why some SAEs cannot be evaluated, then what `evaluate` says of the others by the data and their settings."""
+    """A Failure for each SAE that cannot be evaluated, then the results that `evaluate` gives for the others."""
     able, unable = divide(subjects)
     yield from unable
     if able:

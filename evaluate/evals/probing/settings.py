@@ -19,7 +19,7 @@ TEST_BATCH = 500  # SAEBench's, of no effect: reported for its schema
 
 @dataclass(frozen=True)
 class Settings:
-    """What both evaluations can be told; the defaults are the protocol's."""
+    """What both evaluations can be told; the defaults are SAEBench's."""
 
     data: DataName = "auto"
     random_seed: int = 42

@@ -125,7 +125,7 @@ def find_source(context: Context, wanted: DataName) -> Source:
 
 
 def load_all(names: Sequence[str], load: Callable[[str], Iterable[T]]) -> tuple[list[T], str | None]:
-    """What can be had of the data sets, and why the rest cannot; DataMissing where none can."""
+    """The data sets that can be loaded, and why the others cannot; DataMissing where none can."""
     found: list[T] = []
     reasons: list[str] = []
     for name in names:

@@ -49,7 +49,7 @@ def snippets(root: Path | None = None) -> tuple[Snippet, ...]:
 
 @cache
 def revision(root: Path | None = None) -> str:
-    """What tells one Python's text from another's."""
+    """A hash of the text: it differs from one Python to another."""
     return f"sha256:{text_digest(_documents(root))}"
 
 

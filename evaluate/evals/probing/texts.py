@@ -1,9 +1,9 @@
-"""Labelled texts, and how the protocols draw their classes from them.
+"""Labelled texts, and how SAEBench draws its classes from them.
 
 1. A `Table` has a text and two labels a row (profession and gender, category and rating, library and kind).
 2. `balanced` gives each class of the first label as many texts of every value of the second.
 3. `by_class` draws texts of one label alone.
-4. `spurious` makes the six groups of spurious-correlation removal, under the names the protocol fixes.
+4. `spurious` makes the six groups of spurious-correlation removal, under the names SAEBench fixes.
 
 Samples are those that `DataFrame.sample(n, random_state=seed)` of pandas draws, in the same order.
 """
@@ -87,7 +87,7 @@ def spurious(
 ) -> dict[str, list[str]]:
     """The groups in which a concept (`pair1`) and an attribute (`pair2`) are balanced or fully confounded.
 
-    Column 2 of `table` plays male and female, column 1 professor and nurse: the names are the protocol's.
+    Column 2 of `table` plays male and female, column 1 professor and nurse: the names are SAEBench's.
     """
     pos_pos, pos_neg = (table.rows(value1, pair2[0]) for value1 in pair1)
     neg_pos, neg_neg = (table.rows(value1, pair2[1]) for value1 in pair1)
@@ -108,7 +108,7 @@ def spurious(
 
 
 def _require(per_quadrant: int, pos_pos: list[str], pos_neg: list[str], neg_pos: list[str], neg_neg: list[str]) -> None:
-    """The confounded groups take twice a quadrant, and the protocol wants one text more than that."""
+    """The confounded groups take twice a quadrant, and SAEBench wants one text more than that."""
     needed = ((pos_pos, 2 * per_quadrant + 1), (neg_neg, 2 * per_quadrant + 1))
     needed += ((pos_neg, per_quadrant), (neg_pos, per_quadrant))
     for found, wanted in needed:

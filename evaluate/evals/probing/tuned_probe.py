@@ -118,5 +118,5 @@ def _fitted(rows: np.ndarray, labels: np.ndarray, strength: float, penalty: Pena
     options = {"l1_ratio": 1.0, "solver": "saga"} if penalty == "l1" else {}
     probe = LogisticRegression(C=strength, random_state=seed, max_iter=MAX_ITERATIONS, **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # at weak regularisation the protocol stops it early
+        warnings.simplefilter("ignore", ConvergenceWarning)  # at weak regularisation sae-probes stops it early
         return probe.fit(rows, labels)

@@ -1,4 +1,4 @@
-"""Is a completion the expected attribute? The protocol's rules on strings.
+"""Is a completion the expected attribute? SAEBench's rules on strings.
 
 Text and label say which rule applies, the first that fits; without one, the shorter of label and answer must
 begin the longer.

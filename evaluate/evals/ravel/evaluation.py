@@ -5,7 +5,7 @@
 3. Learn which latents to swap on 70 % of them; all SAEs see the same pairs.
 4. On the rest: how often does the swapped attribute come (cause), and how often do the others stay (isolation)?
 
-The protocol's entities are cities and Nobel laureates; the pocket model is asked about Python's identifiers.
+SAEBench's entities are cities and Nobel laureates; the pocket model is asked about Python's identifiers.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ OFFICIAL_SELECTION = {
 
 @dataclass(frozen=True)
 class Config:
-    """The protocol's settings."""
+    """SAEBench's settings."""
 
     data: Literal["auto", "ravel", "stdlib"] = "auto"
     """auto: identifiers of the standard library for the pocket model, RAVEL's prompts for all others."""
     entity_attribute_selection: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Empty: the protocol's, or those of the data that is taken in its place."""
+    """Empty: SAEBench's, or those of the data taken in its place."""
     cache: str = "~/.cache/saemill/ravel"
     """Where it is remembered what a model says to the prompts."""
     top_n_entities: int = 500
@@ -131,7 +131,7 @@ def study(
 def known_prompts(
     context: Context, entity_class: EntityClass, attributes: Sequence[str], config: Config
 ) -> list[Prompt]:
-    """Prompts that the model answers right; what it says to the protocol's is remembered between runs."""
+    """Prompts that the model answers right; what it says to SAEBench's is remembered between runs."""
     model = context.model
     prompts = make_prompts(entity_class, attributes, model.tokenizer.encode, model.bos)
     if entity_class.name == ENTITY_CLASS:
@@ -198,7 +198,7 @@ def make_result(
 
 
 def by_class(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, dict[str, dict[str, float]]]:
-    """As the protocol names them: city_results -> city_Country -> scores."""
+    """As SAEBench names them: city_results -> city_Country -> scores."""
     return {
         f"{entity}_results": {f"{entity}_{attribute}": each.to_json() for attribute, each in attributes.items()}
         for entity, attributes in scores.items()
@@ -206,11 +206,11 @@ def by_class(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, dict[str, 
 
 
 def official_config(context: Context, selection: Mapping[str, Sequence[str]], config: Config) -> dict[str, Any]:
-    """Under the protocol's keys what was done."""
+    """What was done, under SAEBench's keys."""
     return {
         "entity_attribute_selection": {entity: list(attributes) for entity, attributes in selection.items()},
         "top_n_entities": config.top_n_entities,
-        "top_n_templates": 90,  # declared by the protocol, and never used
+        "top_n_templates": 90,  # declared by SAEBench, and never used
         "full_dataset_downsample": None,
         "num_pairs_per_attribute": config.num_pairs_per_attribute,
         "train_test_split": config.train_test_split,

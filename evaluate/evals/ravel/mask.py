@@ -28,7 +28,7 @@ class Swap:
 
 
 def temperatures(steps: int, dtype: torch.dtype) -> list[float]:
-    """One for each step; rounded to the model's dtype, as the protocol does."""
+    """One for each step; rounded to the model's dtype, as SAEBench does."""
     first, last = (math.log10(value) for value in (FIRST_TEMPERATURE, LAST_TEMPERATURE))
     return torch.logspace(first, last, steps, dtype=dtype).tolist()
 

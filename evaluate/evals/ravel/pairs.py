@@ -34,7 +34,7 @@ class Pair:
 def draw_pairs(
     prompts: Sequence[Prompt], cause: str, others: Sequence[str], number: int, draw: random.Random
 ) -> list[Pair]:
-    """As many pairs for isolation as for cause, in random order; draws are made in the protocol's order."""
+    """As many pairs for isolation as for cause, in random order; draws are made in SAEBench's order."""
     cause_pairs = _pairs(prompts, cause, number, draw, is_cause=True)
     isolation_pairs = [pair for other in others for pair in _pairs(prompts, other, number, draw, is_cause=False)]
     draw.shuffle(isolation_pairs)

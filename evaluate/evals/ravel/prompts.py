@@ -80,11 +80,11 @@ def answered_prompts(
 
     Among entities that are known equally well those that come first in the data stay.
     """
-    told = (
+    answered = (
         replace(prompt, first_token=token, completion=completion)
         for prompt, token, completion in zip(prompts, first_tokens, completions, strict=True)
     )
-    known = [prompt for prompt in told if prompt.is_answered]
+    known = [prompt for prompt in answered if prompt.is_answered]
     counts = Counter(prompt.entity for prompt in known)  # keeps the order of first appearance
     kept = set(sorted(counts, key=counts.__getitem__, reverse=True)[:top_entities])
     return [prompt for prompt in known if prompt.entity in kept]

@@ -1,7 +1,7 @@
 """Cause and isolation: how often the right string came.
 
-The protocol tells a pair for isolation by equal first tokens. A cause pair whose two labels begin with the same
-token is counted there, with the source's label: that is replicated under the protocol's keys. Scores by what each
+SAEBench recognises a pair for isolation by its equal first tokens. A cause pair whose two labels begin with the same
+token is counted there, with the source's label: that is kept under SAEBench's keys. Scores by what each
 pair was made for are our own (`by_kind`).
 """
 
@@ -33,12 +33,12 @@ class Scores:
 
 
 def by_first_token(pairs: Sequence[Pair], completions: Sequence[str]) -> Scores:
-    """The protocol's."""
+    """By SAEBench's rule."""
     return _scores(pairs, completions, lambda pair: pair.target_token != pair.base.first_token)
 
 
 def by_kind(pairs: Sequence[Pair], completions: Sequence[str]) -> Scores:
-    """Ours."""
+    """By what each pair was made for."""
     return _scores(pairs, completions, lambda pair: pair.is_cause)
 
 

@@ -44,7 +44,7 @@ class PairBatch:
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """How masks are learned; pairs that do not fill a batch are left out, as in the protocol."""
+    """How masks are learned; pairs that do not fill a batch are left out, as in SAEBench."""
 
     epochs: int
     lr: float

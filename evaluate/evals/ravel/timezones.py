@@ -1,6 +1,6 @@
 """Answers that give a time zone as an offset from UTC.
 
-Offsets are those of today, as the protocol takes them, so an answer may be right in summer and wrong in winter;
+Offsets are those of today, as SAEBench takes them, so an answer may be right in summer and wrong in winter;
 one hour of tolerance is given where daylight saving is the usual reason.
 """
 
@@ -26,7 +26,7 @@ def is_offset_of(zone: str, answer: str, when: datetime | None = None) -> bool:
 
 
 def offset_of(zone: str, when: datetime) -> str | None:
-    """As "+5:30"; None for a name that is no zone."""
+    """As "+5:30"; None for a name that is not a zone."""
     try:
         offset = ZoneInfo(zone).utcoffset(when)
     except (ZoneInfoNotFoundError, ValueError, OSError):

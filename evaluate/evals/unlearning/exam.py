@@ -67,7 +67,7 @@ class Exam:
 def letters_chosen(letter_tokens: Tensor, dtype: torch.dtype) -> Choose:
     """The letter with the highest probability in any of its spellings: `letter_tokens` is [spellings, letters].
 
-    Probabilities are taken in the model's dtype, as the protocol does: in bfloat16 they can tie, and the first wins.
+    Probabilities are taken in the model's dtype, as SAEBench does: in bfloat16 they can tie, and the first wins.
     """
 
     def choose(logits_NV: Tensor) -> Tensor:

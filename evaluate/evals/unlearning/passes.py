@@ -47,7 +47,7 @@ class FiringCounts(Sums):
     def shares(self) -> np.ndarray:
         """float64 [F]: the share of tokens on which each latent fires, to six decimals.
 
-        The protocol passes these numbers through a text file with six decimals. That makes ties, and
+        SAEBench passes these numbers through a text file with six decimals. That makes ties, and
         zeros of latents that fire less than once in two million tokens.
         """
         shares = (self.fired.to(torch.float32) / self.tokens).tolist()

@@ -1,4 +1,4 @@
-"""Texts to rows of tokens, as the protocol joins, cuts and shuffles them."""
+"""Texts to rows of tokens, as SAEBench joins, cuts and shuffles them."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Outcome:
 
 
 def make_settings(forget_F: np.ndarray, retain_F: np.ndarray, sweep: Sweep) -> list[Setting]:
-    """Every combination, in the protocol's order. There may be fewer topic latents than asked for, or none."""
+    """Every combination, in SAEBench's order. There may be fewer topic latents than asked for, or none."""
     settings = []
     for threshold in sweep.retain_thresholds:
         ranked = topic_latents(forget_F, retain_F, threshold).tolist()

@@ -27,7 +27,7 @@ TEXTS = 120
 """Documents of each kind that are read at most."""
 EXAM_SHARE = 3
 SWEEP = Sweep(retain_thresholds=(0.01, 0.05), num_latents=(5, 20), multipliers=(1, 2, 5, 10))
-"""Gentler than the protocol's, whose multipliers are made for the residuals of Gemma-2-2b, and laxer about text that is
+"""Gentler than SAEBench's, whose multipliers are made for the residuals of Gemma-2-2b, and laxer about text that is
 not the topic's: all of the library is code."""
 BATCH_ROWS = 8
 

@@ -1,4 +1,4 @@
-"""The protocol's material: biology from WMDP to forget, WikiText and four subjects of MMLU to retain.
+"""SAEBench's material: biology from WMDP to forget, WikiText and four subjects of MMLU to retain.
 
 The questions are put to an instruction-tuned model of the family the SAE was trained on, in that model's own
 prompt format; only Gemma's is known. The forget corpus is given out on request, as a file.
@@ -76,7 +76,7 @@ def load_instructed(context: Context, name: str) -> LanguageModel:
     """The instruction-tuned model: the SAE reads it although it was trained on the base model."""
     if "gemma" not in name.lower() or "it" not in name.lower().split("/")[-1].split("-"):
         raise NotApplicable(
-            f"{name} is no instruction-tuned Gemma: the protocol knows no other prompt format. Give "
+            f"{name} is not an instruction-tuned Gemma: SAEBench has no other prompt format. Give "
             "--set unlearning.model=google/gemma-2-2b-it, or --set unlearning.data=stdlib for any model"
         )
     source = find_model(None, name)

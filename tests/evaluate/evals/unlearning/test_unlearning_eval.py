@@ -200,7 +200,7 @@ def test_the_forget_corpus_is_asked_for_by_name(tmp_path):
 
 
 def test_a_base_model_is_not_asked_questions(context):
-    with pytest.raises(NotApplicable, match="no instruction-tuned Gemma"):
+    with pytest.raises(NotApplicable, match="not an instruction-tuned Gemma"):
         wmdp.load_instructed(context, "google/gemma-2-2b")
 
 
@@ -209,7 +209,7 @@ def test_data_that_cannot_be_had_say_what_to_accept(monkeypatch: pytest.MonkeyPa
         raise ConnectionError("no route\nmore")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(DataMissing, match=r"cais/wmdp \(wmdp-bio\) cannot be had \(no route\).*accept its terms"):
+    with pytest.raises(DataMissing, match=r"cais/wmdp \(wmdp-bio\) cannot be loaded \(no route\).*accept its terms"):
         hub_data.load_rows("cais/wmdp", "wmdp-bio", "test")
 
 
