@@ -74,16 +74,18 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
     """Tokenise, pack, and write the beginning of the store."""
     corpus = open_corpus(plan.corpus)
     spec = corpus_spec(plan, corpus.id, corpus.revision, corpus.settings)
-    context = plan.config.context
+    context, total = plan.config.context, plan.windows * plan.config.context
     job = PackingJob(plan.windows, context, plan.config.packing)
     folder = _spool_folder(files)
     if source_of(plan.corpus).pinned:  # remote: it surely holds what is asked for, and takes hours to read
         require_space(files.url, files.free_bytes(), least_bytes(expected_manifest(plan, spec, plan.windows)))
     doing = f"tokenising into {folder}"  # the store names a full disk by itself; this is for what comes before it
-    with name_full_disk(doing), _locked(folder), watch.stage("tokenising", plan.windows * context):
-        spool, packed = spool_corpus(
-            corpus, plan.encoder, job, folder, lambda windows, documents: watch.packed(windows * context, documents)
-        )
+    with name_full_disk(doing), _locked(folder), watch.stage("tokenising", total, stays=True) as stage:
+
+        def report(windows: int, documents: int) -> None:
+            stage.reach(windows * context, f"{documents:,} documents")
+
+        spool, packed = spool_corpus(corpus, plan.encoder, job, folder, report)
         if len(packed.tokens) < plan.windows:
             watch.say(f"the corpus fills {len(packed.tokens):,} windows of the {plan.windows:,} asked for")
         writer = StoreWriter.create(plan.config.out, manifest_of(plan, spec, packed), packed.tokens, packed.documents)

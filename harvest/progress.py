@@ -1,4 +1,4 @@
-"""What a person sees of a harvest: tokens a second, time left, bytes written, disk still free."""
+"""What a person sees of a harvest or an evaluation: a live bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -7,70 +7,62 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from ..cache_schema.commits import CommitRecord
-from ..cache_schema.files import Files
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LOG_SECONDS = 30.0
 
 
+class Stage:
+    """One part of the work: how far it is, at what rate, and how long it will take."""
+
+    def __init__(self, watch: Watch, bar: Progress, title: str, total: int, unit: str) -> None:
+        self._watch, self._bar, self._title, self._total, self._unit = watch, bar, title, total, unit
+        self._task = bar.add_task(title, total=total, facts="")
+        self._began = self._logged = time.monotonic()
+        self._done = 0
+        self._before: int | None = None  # what earlier runs had done, which says nothing about the rate
+
+    def __call__(self, amount: int, facts: str = "") -> None:
+        """So much more is done; `facts` is what else there is to say."""
+        self._show(self._done + amount, facts)
+
+    def reach(self, done: int, facts: str = "") -> None:
+        """So much is done by now. What the first call says was done by earlier runs."""
+        self._before = done if self._before is None else self._before
+        self._show(done, facts)
+
+    def _show(self, done: int, facts: str) -> None:
+        self._done = done
+        rate = (done - (self._before or 0)) / max(time.monotonic() - self._began, 1e-9)
+        facts = f"{done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s{facts and ', '}{facts}"
+        self._bar.update(self._task, completed=done, facts=facts)
+        if not self._watch.console.is_terminal and time.monotonic() - self._logged > LOG_SECONDS:
+            self._logged = time.monotonic()
+            left = max(self._total - done, 0) / max(rate, 1e-9)
+            self._watch.say(f"{self._title}: {facts}, {left / 60:,.1f} minutes left")
+
+
 class Watch:
-    """Shows how far a harvest is: a live bar on a terminal, a line now and then in a log."""
+    """Where progress and messages go."""
 
     def __init__(self, console: Console | None = None, is_quiet: bool = False) -> None:
         self.console = console or Console(stderr=True, quiet=is_quiet, highlight=False)
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        self._logged = self._began = time.monotonic()
-        self._total = self._done = 0
-        self._before: int | None = None  # what earlier runs had done; None until the stage is first reported on
-        self._bytes = 0
 
     def say(self, lines: str | Sequence[str]) -> None:
         for line in [lines] if isinstance(lines, str) else lines:
             self.console.print(line, markup=False, soft_wrap=True)
 
     @contextmanager
-    def stage(self, title: str, total_tokens: int) -> Iterator[None]:
-        """One part of the work, measured in tokens."""
+    def stage(self, title: str, total: int, unit: str = "tokens", *, stays: bool = False) -> Iterator[Stage]:
+        """One part of the work; its bar goes when it ends, unless it stays."""
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             TextColumn("{task.percentage:>3.0f}%  {task.fields[facts]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        self._total, self._done, self._bytes, self._before = total_tokens, 0, 0, None
-        self._began = self._logged = time.monotonic()
         is_live = self.console.is_terminal and not self.console.quiet
-        with Progress(*columns, console=self.console, disable=not is_live) as bar:
-            self._bar, self._task = bar, bar.add_task(title, total=total_tokens, facts="")
-            yield
-        self._bar = None
-
-    def packed(self, tokens: int, documents: int) -> None:
-        """So many tokens are packed by now. What the first report says of a stage was done by earlier runs."""
-        self._before = tokens if self._before is None else self._before
-        self._done = tokens
-        self._show(f"{documents:,} documents")
-
-    def committed(self, record: CommitRecord, context: int, files: Files) -> None:
-        """One more shard is committed."""
-        start, stop = record.windows
-        self._done += (stop - start) * context
-        self._bytes += sum(array.bytes for array in record.arrays.values())
-        free = files.free_bytes()
-        disk = "" if free is None else f", {free / 1e9:,.1f} GB free"
-        self._show(f"{self._bytes / 1e9:,.2f} GB written{disk}")
-
-    def _show(self, facts: str) -> None:
-        rate = (self._done - (self._before or 0)) / max(time.monotonic() - self._began, 1e-9)
-        facts = f"{self._done:,} of {self._total:,} tokens, {rate:,.0f}/s, {facts}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, facts=facts)
-        if not self.console.is_terminal and time.monotonic() - self._logged > LOG_SECONDS:
-            self._logged = time.monotonic()
-            left = (self._total - self._done) / max(rate, 1e-9)
-            self.say(f"{facts}, {left / 60:,.1f} minutes left")
+        with Progress(*columns, console=self.console, disable=not is_live, transient=not stays) as bar:
+            yield Stage(self, bar, title, total, unit)

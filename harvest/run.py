@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..cache_schema import Manifest, Store, StoreBusy, StoreError, StoreWriter
 from ..cache_schema.allocator import SMALLER_THAN_SHARDS, keep_large_blocks
+from ..cache_schema.commits import CommitRecord
 from ..cache_schema.files import Files, open_files
 from ..cache_schema.layout import ROOT
 from ..cache_schema.root import read_root
@@ -29,7 +31,7 @@ from .model.load import Wanted, load_model
 from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch
 from .place import Place, taken_place
 from .plan import Plan, make_plan
-from .progress import Watch
+from .progress import Stage, Watch
 from .shards import Harvester, harvest_shards
 
 
@@ -123,12 +125,20 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
         with Store(writer.files) as store:
             cost = measure_cost(harvester, store.beginning(shards[0])[0])
         require_space(writer.files.url, writer.files.free_bytes(), needed_bytes(cost, manifest, pending))
-    with watch.stage("harvesting", tokens_in(manifest, shards)):
-        elsewhere = harvest_shards(
-            writer, harvester, shards, lambda record: watch.committed(record, manifest.context, writer.files)
-        )
+    with watch.stage("harvesting", tokens_in(manifest, shards), stays=True) as stage:
+        report = partial(report_shard, stage, [], manifest.context, writer.files)
+        elsewhere = harvest_shards(writer, harvester, shards, report)
     if elsewhere:
         watch.say(
             f"{len(elsewhere)} shards were left to another writer that holds or has committed them{writer.if_killed}"
         )
     return len(shards) - len(elsewhere)
+
+
+def report_shard(stage: Stage, sizes: list[int], context: int, files: Files, record: CommitRecord) -> None:
+    """One more shard is committed; `sizes` are those of the shards before it."""
+    start, stop = record.windows
+    sizes.append(sum(array.bytes for array in record.arrays.values()))
+    free = files.free_bytes()
+    disk = "" if free is None else f", {free / 1e9:,.1f} GB free"
+    stage((stop - start) * context, f"{sum(sizes) / 1e9:,.2f} GB written{disk}")

@@ -26,9 +26,8 @@ from rich.table import Table
 
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
-from ..evaluate.context.progress import make_console
 from ..evaluate.context.results import metric_of, read_result, without_nan
-from ..evaluate.run.console_table import heading, untrained_traits
+from ..evaluate.run.console_table import heading, make_console, untrained_traits
 from ..train.cli import main as sae_train
 from ..train.disk.whole_files import read_json, replace_file, write_json
 from ..train.recipes import runs_of, studies

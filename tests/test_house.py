@@ -77,7 +77,7 @@ MAY_IMPORT = {  # rooms of other packages
     "train": {"cache_schema": ALL},
     "evaluate": {
         "cache_schema": ALL,
-        "harvest": "corpus errors model network pocket sparsify stats",
+        "harvest": "corpus errors model network pocket progress sparsify stats",
         "train": "ask data disk errors file_registry kit recipes run sae sae/kernels",
     },
     "studies": {"train": "cli disk recipes run", "evaluate": "cli context evals run"},

@@ -19,10 +19,10 @@ from talk import serve
 from saemill.cache_schema import Store
 from saemill.cache_schema.allocator import keep_large_blocks
 from saemill.evaluate.context.context import Context
-from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.context.results import frame
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.run.find_saes import find_subjects
+from saemill.harvest.progress import Watch
 
 
 def evaluate(request: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from ...harvest.errors import HarvestError
 from ...harvest.model.load import read_facts
 from ...harvest.model.resolve import POCKET, Choice, ModelSource, fetch
 from ...harvest.model.tokenizer import TextEncoder, load_encoder
+from ...harvest.progress import Watch
 from ..errors import DataMissing, ModelMissing
 from ..model.lm import LanguageModel, load_language_model
-from .progress import Watch
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
 

@@ -14,18 +14,18 @@ from ...cache_schema import Store, StoreError, StoreMissing
 from ...cache_schema.allocator import keep_large_blocks
 from ...harvest.errors import HarvestError
 from ...harvest.model.device import find_device
+from ...harvest.progress import Watch
 from ...train.ask.settings import parse_settings, split_key, with_settings
 from ...train.errors import TrainError
 from .. import evals
 from ..context.context import Context, DtypeName, open_context
 from ..context.loaded_sae import LoadedSae
-from ..context.progress import Watch, make_console
 from ..context.results import Row
 from ..errors import CacheIdMismatch, EvalError, SettingInvalid, StoreGone, WidthMismatch
 from ..model.memory import room_for_weights, within
 from ..output.pictures import draw
 from .attempts import Keep, run_evals
-from .console_table import print_results, require_comparable, require_one_store
+from .console_table import make_console, print_results, require_comparable, require_one_store
 from .find_saes import find_all
 
 ALL = "all"

@@ -14,6 +14,7 @@ from ..context.results import Row, flat, metric_of, settings_in
 from ..errors import Incomparable
 
 MISSING = "-"
+PIPE_WIDTH = 160
 UNTRAINED: Mapping[
     str, float
 ] = {  # gemma-2-2b, layer 19, core, no training step; the probing score of any k is of layer 5
@@ -26,6 +27,12 @@ UNTRAINED: Mapping[
 }
 NAME, RECORDED = "never trained", "what a study recorded for gemma-2-2b, layer 19, after no training step"
 NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
+
+
+def make_console() -> Console:
+    """For what a person reads at the end; a pipe has room for a wide table."""
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, markup=False, width=PIPE_WIDTH)
 
 
 def print_results(console: Console, rows: Sequence[Row], *, beside_untrained: bool = False) -> None:

@@ -31,13 +31,13 @@ from saemill.cache_schema.moments import is_special, measure
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
-from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.lm import LanguageModel, make_language_model
 from saemill.evaluate.run.find_saes import make_subject
 from saemill.harvest.capture import capture
 from saemill.harvest.errors import ModelUnavailable
 from saemill.harvest.model.load import Wanted, load_model
+from saemill.harvest.progress import Watch
 from saemill.harvest.sparsify import to_csr
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import save_sae

@@ -21,12 +21,12 @@ from saemill.cache_schema import Store
 from saemill.cache_schema.strict import StrictError, from_json, to_json
 from saemill.evaluate import evals
 from saemill.evaluate.context.context import Context
-from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.errors import EvaluationInvalid
 from saemill.evaluate.evals.contract import Evaluation
 from saemill.evaluate.model.lm import load_language_model
 from saemill.evaluate.run.attempts import run_evals
 from saemill.harvest.pocket import MODEL_FOLDER
+from saemill.harvest.progress import Watch
 
 MEASURES = (Path(evaluate.__file__).parent / "MEASURES.md").read_text()
 README = (Path(evaluate.__file__).parent.parent / "README.md").read_text()

@@ -11,6 +11,7 @@ from saemill.cache_schema.commits import ArrayRecord, CommitRecord
 from saemill.cache_schema.files import LocalFiles
 from saemill.harvest import progress
 from saemill.harvest.progress import Watch
+from saemill.harvest.run import report_shard
 
 RECORD = CommitRecord("id", 0, (0, 10), {"tokens": ArrayRecord("digest", 3 * 10**9)})
 
@@ -18,8 +19,8 @@ RECORD = CommitRecord("id", 0, (0, 10), {"tokens": ArrayRecord("digest", 3 * 10*
 def watched(is_terminal: bool, tmp_path) -> str:
     out = io.StringIO()
     watch = Watch(Console(file=out, force_terminal=is_terminal, width=200))
-    with watch.stage("harvesting", 2560):
-        watch.committed(RECORD, 128, LocalFiles(tmp_path))
+    with watch.stage("harvesting", 2560) as stage:
+        report_shard(stage, [], 128, LocalFiles(tmp_path), RECORD)
     return out.getvalue()
 
 
@@ -49,8 +50,8 @@ def test_what_earlier_runs_packed_is_not_counted_into_the_rate(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     out = io.StringIO()
     watch = Watch(Console(file=out, width=200))
-    with watch.stage("tokenising", 10_000):
-        watch.packed(6_000, 10)
+    with watch.stage("tokenising", 10_000) as stage:
+        stage.reach(6_000, "10 documents")
         now[0] = 40.0
-        watch.packed(8_000, 20)
+        stage.reach(8_000, "20 documents")
     assert "8,000 of 10,000 tokens, 50/s, 20 documents, 0.7 minutes left" in out.getvalue()

@@ -10,7 +10,6 @@ import torch
 from transformers import Gemma2ForCausalLM
 
 from saemill.evaluate.context.context import Context
-from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.context.prompt_positions import Reading
 from saemill.evaluate.context.results import Failure, Result
 from saemill.evaluate.evals.absorption import evaluation as absorption
@@ -21,6 +20,7 @@ from saemill.evaluate.evals.absorption.task import ClassProbe, Half, Task
 from saemill.evaluate.evals.absorption.vocabulary import FIRST_LETTER, SHAPES, WORD_SHAPES, WordClasses, shape_of
 from saemill.evaluate.model.lm import LanguageModel, make_language_model
 from saemill.harvest.pocket import MODEL_FOLDER
+from saemill.harvest.progress import Watch
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 

@@ -11,7 +11,6 @@ import torch
 from transformers import Gemma2ForCausalLM
 
 from saemill.evaluate.context.context import Context
-from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.errors import DataMissing, NotApplicable
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.evals.unlearning import topic, wmdp
@@ -19,6 +18,7 @@ from saemill.evaluate.evals.unlearning.sweep import Sweep
 from saemill.evaluate.evals.unlearning.topic import EXAM_ROWS, load_topic, make_material
 from saemill.evaluate.model.lm import LanguageModel, make_language_model
 from saemill.harvest.pocket import MODEL_FOLDER
+from saemill.harvest.progress import Watch
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import torch
 
 from saemill.evaluate.context import hub_data
 from saemill.evaluate.context.context import Context
-from saemill.evaluate.context.progress import Watch
 from saemill.evaluate.context.results import Failure
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
@@ -22,6 +21,7 @@ from saemill.evaluate.evals.unlearning.material import Material
 from saemill.evaluate.evals.unlearning.papers import ChoicePaper, TextPaper
 from saemill.evaluate.evals.unlearning.questions import Question
 from saemill.evaluate.evals.unlearning.sweep import Sweep
+from saemill.harvest.progress import Watch
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 
