@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..cache_schema import AttentionSpec
 from .model.attention import Sinks
-from .model.hooks import kept_outputs
-from .model.load import TruncatedModel
+from .model.load import TruncatedModel, kept_outputs
 from .sparsify import KeptRows, sparsify
 
 

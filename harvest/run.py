@@ -26,8 +26,7 @@ from .begin import begin_store, require_place, wait_for_tokens
 from .config import HarvestConfig
 from .errors import HarvestError, ModelDiffers
 from .estimate import is_bound_to_fit, measure_cost, needed_bytes, require_space, tokens_in
-from .model.device import find_device
-from .model.load import Wanted, load_model
+from .model.load import Wanted, find_device, load_model
 from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch
 from .place import Place, taken_place
 from .plan import Plan, make_plan

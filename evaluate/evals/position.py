@@ -27,6 +27,7 @@ from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, is_bound, ranges_of, saved
 from .measures.position import (
     Profile,
+    accuracy,
     assign_ranges,
     fidelity,
     hard_mask,
@@ -35,7 +36,6 @@ from .measures.position import (
     retention,
     soft_mask,
 )
-from .measures.probes import accuracy
 
 STATIC = "static slicing"
 UNPROBED = "order is not probed: the test windows have no text left over from the documents that probes learn on"

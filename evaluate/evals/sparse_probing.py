@@ -22,9 +22,8 @@ from ...cache_schema.strict import to_json
 from ..context.compatible import model_name_of
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing.dense_probe import FULL_WIDTH, probe_every_class, sparse_accuracy
-from .probing.features import Features, draw_probe
+from .probing.features import Features, Memo, draw_probe, seeded
 from .probing.pooling import Pool, pool_task
-from .probing.rng_memo import Memo, seeded
 from .probing.settings import of_data
 from .probing.sources import DataName, Source, find_source, load_all
 from .probing.texts import Task

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of, require_parts
-from ...harvest.model.hooks import hooked, kept_outputs
-from ...harvest.model.load import ModelFacts, find_weights, read_facts, without_report
+from ...harvest.model.load import ModelFacts, find_weights, hooked, kept_outputs, read_facts, without_report
 from ...harvest.model.tokenizer import TextEncoder, make_encoder
 from ..errors import MemoryTooSmall, ModelMissing
 from .memory import is_out_of_memory

@@ -1,4 +1,4 @@
-"""Windows: a batch of token rows with what evaluations read of them, on one device.
+"""Windows: a batch of token rows with what evaluations read of them, on one device; and sums over batches.
 
 W windows, T positions, D residual width, L layers.
 """
@@ -6,7 +6,8 @@ W windows, T positions, D residual width, L layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -64,3 +65,11 @@ def slice_attention(rows: AttentionRows, start: int, stop: int) -> AttentionRows
         data=rows.data[first:last],
         kept_mass=rows.kept_mass[start:stop],
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Sums over tokens, field by field; those of two batches add up."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))

@@ -13,7 +13,7 @@ import torch
 from ...cache_schema import Store, StoreError, StoreMissing
 from ...cache_schema.allocator import keep_large_blocks
 from ...harvest.errors import HarvestError
-from ...harvest.model.device import find_device
+from ...harvest.model.load import find_device
 from ...harvest.progress import Watch
 from ...train.ask.settings import parse_settings, split_key, with_settings
 from ...train.errors import TrainError

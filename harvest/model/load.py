@@ -6,22 +6,24 @@
 3. Where the attention of a layer is wanted but not its residual, leave of that layer its input norm and the
    projections to queries and keys.
 
-Everything that runs is transformers' own code; `architectures` says where its parts are found.
+Forward hooks read residuals, or change them, while a model runs. All that runs is transformers' own code; `architectures` says where its parts are found.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from ..errors import ContextTooLong, LayerOutOfRange, ModelUnavailable, WeightsIncomplete
+from ..errors import ContextTooLong, LayerOutOfRange, ModelUnavailable, SettingInvalid, WeightsIncomplete
 from .architectures import architecture_of, cut, require_parts
 from .attention import ATTENTION, register_attention
 
@@ -214,3 +216,40 @@ def _validate_report(report: dict[str, Any], folder: Path) -> None:
             f"{folder}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}; "
             "fetch the model again"
         )
+
+
+@contextmanager
+def kept_outputs(stack: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collects the outputs of layers while a model runs."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int, _module: object, _args: object, output: Tensor) -> None:
+        kept[layer] = output
+
+    with hooked(stack, {layer: partial(keep, layer) for layer in layers}):
+        yield kept
+
+
+@contextmanager
+def hooked(stack: Any, hooks: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
+    """Forward hooks on layers of a decoder stack, gone afterwards."""
+    handles = [stack.layers[layer].register_forward_hook(hook) for layer, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` takes a CUDA device where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    index = name.removeprefix("cuda:")
+    if index != name and index.isdigit() and int(index) >= torch.cuda.device_count() > 0:
+        raise SettingInvalid(f"--device {name}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SettingInvalid(f"--device {name}: {reason}. Expected auto, cpu, cuda or cuda:1 and the like") from None

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from ...context.prompt_positions import Reader, Reading
 from .probe import Probe, Training, fit_probe
-from .prompts import Prompt, make_prompt, make_spots, split_words
 from .sparse import f1_score
-from .vocabulary import WordClasses
+from .vocabulary import Prompt, WordClasses, make_prompt, make_spots, split_words
 
 TRAIN_SHARE = 0.8
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...model.sums import Sums
+from ...model.windows import Sums
 
 TINY = 1e-9  # below any stored probability
 

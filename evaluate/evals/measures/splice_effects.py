@@ -17,8 +17,7 @@ from ...context.context import Context
 from ...model.divergence import LogitsOf, chunk_rows, compare, next_tokens
 from ...model.lm import LanguageModel
 from ...model.memory import PieceSize
-from ...model.sums import Sums
-from ...model.windows import Windows
+from ...model.windows import Sums, Windows
 
 CLEAN, MEAN = "clean", "mean"
 

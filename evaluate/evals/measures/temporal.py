@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...model.sums import Sums
+from ...model.windows import Sums
 
 SCALES: Mapping[str, tuple[int, int]] = {"short": (1, 4), "medium": (5, 16), "long": (17, 128)}
 """First and last lag of each scale, in tokens."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...model.sums import Sums
+from ...model.windows import Sums
 
 SILENT = -1  # the label of a token on which no latent of a tier fires
 PERMUTATIONS = 8  # for what two independent labellings of this size would share by chance

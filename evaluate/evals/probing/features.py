@@ -3,18 +3,44 @@
 A text has one feature vector: activations averaged over its tokens. Few latents fire in a text, so the
 matrix is kept sparse by columns: a mean over rows reads what is not zero, and a probe of k latents
 takes k columns. N rows, F features.
+
+Work that depends on random draws alone is done once for all SAEs whose generators stand at the same place (`Memo`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from scipy.sparse import csc_matrix, vstack
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of one's own: the stream that `torch.manual_seed` would give, and no global state."""
+    return torch.Generator().manual_seed(seed)
+
+
+class Memo(Generic[T]):
+    """Remembers what was computed from a generator's state, and the state that it left."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[T, Tensor]] = {}
+
+    def recall(self, generator: torch.Generator, compute: Callable[[], T]) -> T:
+        """What `compute` gives, and the generator where `compute` leaves it."""
+        key = generator.get_state().numpy().tobytes()
+        if key not in self._known:
+            self._known[key] = compute(), generator.get_state()
+        value, after = self._known[key]
+        generator.set_state(after)
+        return value
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ import torch
 from ...context.loaded_sae import LoadedSae
 from .ablation import Ablatable, Kind, Logits, effects_of_classes, top_effects
 from .dense_probe import LinearProbe, Training, probe_every_class
-from .features import Draw, Features, draw_probe
+from .features import Draw, Features, Memo, draw_probe, seeded
 from .pooling import Pool
-from .rng_memo import Memo, seeded
 from .scores import Ablated, Accuracies, on_data
 from .texts import OPPOSITES, Task
 

@@ -13,9 +13,9 @@ from ...context.loaded_sae import LoadedSae
 from ...context.results import Failure, Result
 from ...errors import NotApplicable
 from .ablation import Kind
+from .features import seeded
 from .perturbation import OfModel, Perturbed, Setup, perturb, perturb_corrected
 from .pooling import pool_task
-from .rng_memo import seeded
 from .settings import Settings, filled
 from .sources import Source, find_source
 from .texts import Task

@@ -24,9 +24,8 @@ from ...context.prompt_positions import Reader
 from ...errors import SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .facts import ATTRIBUTES, ENTITY_CLASS, load_facts, load_identifiers
-from .pairs import Pair, draw_pairs
+from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores
 from .prompts import EntityClass, Prompt, answered_prompts, make_prompts
-from .scores import Scores, by_first_token, by_kind, mean_scores
 from .swapper import Swapper, Training, complete
 
 GENERATION_FACTOR = 8

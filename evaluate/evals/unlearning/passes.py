@@ -25,8 +25,7 @@ from ...context.loaded_sae import LoadedSae, layers_of
 from ...model.batches import run_windows
 from ...model.lm import LanguageModel
 from ...model.memory import PieceSize, in_pieces
-from ...model.sums import Sums
-from ...model.windows import Windows
+from ...model.windows import Sums, Windows
 from .exam import Exam, Sheet
 from .marking import right_answers, valid_tokens
 from .sweep import Outcome, Setting

@@ -16,9 +16,8 @@ from torch import Tensor
 from ....harvest.pocket.text import stdlib_documents
 from ...errors import DataMissing
 from ...model.lm import LanguageModel
-from .material import Material
+from .material import Material, eos_text, joined_rows, shuffled_rows
 from .papers import TextPaper
-from .rows import eos_text, joined_rows, shuffled_rows
 from .sweep import Sweep
 
 TEXT_ROWS, EXAM_ROWS = 48, 24

@@ -17,10 +17,8 @@ from ...context.context import Context, find_model
 from ...context.hub_data import load_rows
 from ...errors import DataMissing, NotApplicable
 from ...model.lm import LanguageModel, load_language_model
-from .material import Material
-from .papers import ChoicePaper
-from .questions import Question
-from .rows import eos_text, joined_rows, sampled_texts, shuffled_rows
+from .material import Material, eos_text, joined_rows, sampled_texts, shuffled_rows
+from .papers import ChoicePaper, Question
 from .sweep import Sweep
 
 FORGET_EXAM = "wmdp-bio"

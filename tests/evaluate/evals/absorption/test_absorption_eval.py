@@ -15,9 +15,17 @@ from saemill.evaluate.context.results import Failure, Result
 from saemill.evaluate.evals.absorption import evaluation as absorption
 from saemill.evaluate.evals.absorption.letters import Sparse, mean_metrics, measure_letters
 from saemill.evaluate.evals.absorption.probe import Probe, Training
-from saemill.evaluate.evals.absorption.prompts import make_prompt, make_spots, word_position
 from saemill.evaluate.evals.absorption.task import ClassProbe, Half, Task
-from saemill.evaluate.evals.absorption.vocabulary import FIRST_LETTER, SHAPES, WORD_SHAPES, WordClasses, shape_of
+from saemill.evaluate.evals.absorption.vocabulary import (
+    FIRST_LETTER,
+    SHAPES,
+    WORD_SHAPES,
+    WordClasses,
+    make_prompt,
+    make_spots,
+    shape_of,
+    word_position,
+)
 from saemill.evaluate.model.lm import LanguageModel, make_language_model
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.progress import Watch

@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from saemill.evaluate.evals.absorption.probe import Probe, Training, fit_probe
-from saemill.evaluate.evals.absorption.prompts import make_prompt, split_words
 from saemill.evaluate.evals.absorption.sparse import choose_latents, f1_score, ranked_latents
-from saemill.evaluate.evals.absorption.vocabulary import FIRST_LETTER, alphabetic_words, letter_index
+from saemill.evaluate.evals.absorption.vocabulary import (
+    FIRST_LETTER,
+    alphabetic_words,
+    letter_index,
+    make_prompt,
+    split_words,
+)
 
 WORDS = [f"{letter}{tail}" for letter in "abcdef" for tail in ("xy", "zq")]
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saemill.evaluate.evals.measures.probes import accuracy, best_latents
+from saemill.evaluate.evals.measures.position import accuracy, best_latents
 from saemill.evaluate.evals.measures.top import Strongest
 
 

@@ -14,8 +14,7 @@ from saemill.evaluate.evals.probing.dense_probe import (
     train_on,
     train_probe,
 )
-from saemill.evaluate.evals.probing.features import Features
-from saemill.evaluate.evals.probing.rng_memo import seeded
+from saemill.evaluate.evals.probing.features import Features, seeded
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

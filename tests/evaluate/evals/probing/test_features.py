@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from saemill.evaluate.errors import DataMissing
 from saemill.evaluate.evals.probing.dense_probe import sparse_accuracy, top_features
-from saemill.evaluate.evals.probing.features import Draw, Features, draw_probe, spans_of
-from saemill.evaluate.evals.probing.rng_memo import Memo, seeded
+from saemill.evaluate.evals.probing.features import Draw, Features, Memo, draw_probe, seeded, spans_of
 from saemill.evaluate.evals.probing.texts import Table, balanced, sample, spurious
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from saemill.evaluate.evals.ravel.answers import is_right
-from saemill.evaluate.evals.ravel.timezones import is_offset_of, offset_of
+from saemill.evaluate.evals.ravel.answers import is_offset_of, is_right, offset_of
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "ravel_answers.json"
 SUMMER, WINTER = datetime(2026, 7, 1), datetime(2026, 1, 1)

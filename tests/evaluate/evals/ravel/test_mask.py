@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from saemill.evaluate.evals.ravel.mask import LatentMask, Swap, mixed, temperatures
+from saemill.evaluate.evals.ravel.swapper import LatentMask, Swap, mixed, temperatures
 
 # Latents 0-1 say attribute A (values 0, 1), latents 2-3 attribute B (tokens 2, 3), latents 4-5 nothing.
 ATTRIBUTE_A, ATTRIBUTE_B, REST = slice(0, 2), slice(2, 4), slice(4, 6)

@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 
 from saemill.evaluate.errors import NotApplicable
-from saemill.evaluate.evals.ravel.pairs import Pair, draw_pairs
+from saemill.evaluate.evals.ravel.pairs import Pair, by_first_token, by_kind, draw_pairs
 from saemill.evaluate.evals.ravel.prompts import EntityClass, Prompt, answered_prompts, make_prompts
-from saemill.evaluate.evals.ravel.scores import by_first_token, by_kind
 
 CITIES = EntityClass(
     name="city",

@@ -7,8 +7,8 @@ import random
 import torch
 
 from saemill.evaluate.evals.unlearning.exam import Exam, letter_sheets, letters_chosen, most_likely, next_token_sheets
-from saemill.evaluate.evals.unlearning.questions import ALL_ORDERS, Question
-from saemill.evaluate.evals.unlearning.rows import joined_rows, sampled_texts, shuffled_rows
+from saemill.evaluate.evals.unlearning.material import joined_rows, sampled_texts, shuffled_rows
+from saemill.evaluate.evals.unlearning.papers import ALL_ORDERS, Question
 
 QUESTION = Question("human aging", "How old?", ("one", "two", "three", "four"), answer=2)
 

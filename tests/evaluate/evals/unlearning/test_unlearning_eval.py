@@ -18,8 +18,7 @@ from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.evals.unlearning import marking, wmdp
 from saemill.evaluate.evals.unlearning.marking import known_questions, remembered_questions
 from saemill.evaluate.evals.unlearning.material import Material
-from saemill.evaluate.evals.unlearning.papers import ChoicePaper, TextPaper
-from saemill.evaluate.evals.unlearning.questions import Question
+from saemill.evaluate.evals.unlearning.papers import ChoicePaper, Question, TextPaper
 from saemill.evaluate.evals.unlearning.sweep import Sweep
 from saemill.harvest.progress import Watch
 from saemill.train.sae.gates import Relu
