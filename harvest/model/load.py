@@ -6,7 +6,8 @@
 3. Where the attention of a layer is wanted but not its residual, leave of that layer its input norm and the
    projections to queries and keys.
 
-Forward hooks read residuals, or change them, while a model runs. All that runs is transformers' own code; `architectures` says where its parts are found.
+Forward hooks read residuals, or change them, while a model runs. All that runs is transformers' own code;
+`architectures` says where its parts are found.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Latents and places in the window: does a latent keep to its range, has its profile the shape meant; and probes of order.
+"""Latents and places in the window: does a latent keep to its range, has its profile the shape meant? And order probes.
 
 W windows, T context, F latents, R ranges. Range r is the positions [r T / R, (r + 1) T / R). An SAE that was
 trained without ranges gets them afterwards, each latent the one where most of its activation lies: the
