@@ -16,6 +16,7 @@ from ..sae.attention.links import Links
 from ..sae.attention.mixing import link_weights
 from ..sae.attention.reading import Attention, has_links, mixture, places_of
 from ..sae.kernels.codes import Codes
+from ..sae.kernels.hardware import reads_at_once, send
 from ..sae.kernels.sums import index_sum
 from ..sae.kernels.windows import window_gram
 from ..sae.view import View
@@ -58,7 +59,8 @@ class Guidance:
     def _negatives(self, view: View) -> Tensor:
         """[B, n]: cosines with random tokens of the batch, out of sight where the window is the same."""
         rows = view.x.shape[0]
-        picked = torch.randperm(rows, generator=view.generator)[: self.negatives].to(view.x.device)
+        picked = torch.randperm(rows, generator=view.generator)[: self.negatives]
+        picked = send(picked, view.x.device)
         norms = inverse_norms(view)
         cosines = view.codes.decode(columns_of(view.codes, picked)) * norms[:, None] * norms[picked]
         window = places_of(view).window
@@ -122,6 +124,12 @@ def columns_of(codes: Codes, rows: Tensor) -> Tensor:
     column = torch.full((codes.num_rows,), -1, device=rows.device)
     column[rows] = torch.arange(len(rows), device=rows.device)
     columns = column[support.rows]
+    if not reads_at_once(columns):  # all entries stay; those of other rows are zeros of one more column
+        wide, is_chosen = len(rows) + 1, columns >= 0
+        flat = codes.values.new_zeros(codes.num_latents * wide)
+        places = support.latents.long() * wide + torch.where(is_chosen, columns, len(rows))
+        flat = flat.index_put((places,), torch.where(is_chosen, codes.values, 0.0))
+        return flat.view(codes.num_latents, wide)[:, :-1]
     chosen = (columns >= 0).nonzero().view(-1)
     flat = codes.values.new_zeros(codes.num_latents * len(rows))
     places = support.latents[chosen].long() * len(rows) + columns[chosen]

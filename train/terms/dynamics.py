@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..engine.compose import TableUse
 from ..sae.extra import Extra, retired_of
+from ..sae.kernels.hardware import StepCount
 from ..sae.model import SparseAutoencoder
 from ..sae.side import Side
 from ..sae.view import View
@@ -54,6 +55,7 @@ class Dynamics(Extra):
         self.register_buffer("mean", torch.zeros(len(groups)))
         self.register_buffer("square", torch.zeros(len(groups)))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._count = StepCount()
 
     @property
     def variance(self) -> Tensor:
@@ -62,7 +64,7 @@ class Dynamics(Extra):
 
     def weights(self, by_variance: bool) -> Tensor:
         """[F], what each latent counts in a cosine: 1, or 1 / variance; 0 under the floor."""
-        if int(self.steps) == 0:
+        if self._count.of(self.steps) == 0:
             return torch.ones_like(self.mean)
         relative = self.variance / self.variance.mean().clamp_min(EPSILON)
         weights = 1.0 / (relative + 0.01) if by_variance else torch.ones_like(relative)
@@ -74,11 +76,12 @@ class Dynamics(Extra):
     @torch.no_grad()
     def observe(self, view: View) -> None:
         mean, square = _moments(view)
-        weight = max(1.0 - DECAY, 1.0 / (int(self.steps) + 1))
+        weight = max(1.0 - DECAY, 1.0 / (self._count.of(self.steps) + 1))
         self.mean.lerp_(mean, weight)
         self.square.lerp_(square, weight)
-        self.steps += 1
-        if self.pruning.share > 0 and view.side.knob(PRUNE, 0.0) and int(self.steps) % self.pruning.every_steps == 0:
+        self._count.add_one(self.steps)
+        is_due = self._count.of(self.steps) % self.pruning.every_steps == 0
+        if self.pruning.share > 0 and view.side.knob(PRUNE, 0.0) and is_due:
             self.retired |= self.variance < self.pruning.share * self.variance.mean()
         view.note("temporal/activation_variance", (square - mean.square()).mean())
         view.note("temporal/lifetime", mean_lifetime(view))
@@ -97,13 +100,19 @@ class Retire:
     def before_step(self, sae: SparseAutoencoder) -> None:
         for table in (sae.W_enc.grad, sae.b_enc.grad, sae.W_dec.grad):
             if table is not None:
-                table[retired_of(sae)] = 0.0
+                table.masked_fill_(_along(table, sae), 0.0)
 
     @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:
-        retired = retired_of(sae)
-        sae.W_enc[retired] = 0.0
-        sae.b_enc[retired] = SILENT
+        sae.W_enc.masked_fill_(_along(sae.W_enc, sae), 0.0)
+        sae.b_enc.masked_fill_(_along(sae.b_enc, sae), SILENT)
+
+
+def _along(table: Tensor, sae: SparseAutoencoder) -> Tensor:
+    """bool, the retired latents in the shape of a table's rows."""
+    retired = retired_of(sae)
+    assert retired is not None
+    return retired if table.ndim == 1 else retired[:, None]
 
 
 def rows_before(side: Side, lag: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..engine.compose import TableUse
+from ..sae.kernels.hardware import reads_at_once
 from ..sae.model import SparseAutoencoder
 from .tiers import TIERS, Tiers
 
@@ -31,6 +32,7 @@ class TierGradients:
         tables = [table.grad for table in (sae.W_enc, sae.b_enc, sae.W_dec) if table.grad is not None]
         squares_F = sum(_row_squares(table) for table in tables)
         assert isinstance(squares_F, Tensor)
+        tiers.notes_grad_norm = True
         tiers.grad_norm.zero_().index_add_(0, tiers.membership, squares_F).sqrt_()
         if self.clip_norm is None:
             return
@@ -56,9 +58,17 @@ class GradientNoise:
         for parameter in sae.parameters():
             if parameter.grad is None:
                 continue
-            noise = torch.randn(parameter.shape, generator=self.generator).to(parameter)
+            noise = self._noise(parameter)
             size = parameter.grad.square().mean().sqrt()
             parameter.grad.add_(noise * size, alpha=self.scale)
+
+    def _noise(self, parameter: Tensor) -> Tensor:
+        """A GPU draws its own, from a seed that the SAE's generator gives: a table on its way there is waited for."""
+        if reads_at_once(parameter):
+            return torch.randn(parameter.shape, generator=self.generator).to(parameter)
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        own = torch.Generator(parameter.device).manual_seed(seed)
+        return torch.randn(parameter.shape, generator=own, device=parameter.device, dtype=parameter.dtype)
 
     def after_step(self, sae: SparseAutoencoder) -> None:
         pass

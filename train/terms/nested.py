@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..sae.kernels.hardware import numbers
 from ..sae.kernels.nested import nested_errors
 from ..sae.view import View
 
@@ -23,7 +24,7 @@ class NestedReconstruction:
 
     def __call__(self, view: View) -> Tensor:
         errors, _ = view.once(self._parts)
-        return (errors * errors.new_tensor(self.weights)).sum() / view.stats.variance
+        return (errors * numbers(self.weights, errors)).sum() / view.stats.variance
 
     def residual(self, view: View) -> Tensor:
         """What the whole dictionary leaves of the target."""

@@ -106,8 +106,8 @@ def mass_by_range(view: View, context: int, ranges: int) -> Tensor:
 
 def retention(mass_RF: Tensor, range_F: Tensor) -> Tensor:
     """Share of the activation of latents with a range that lies inside it; 1 where none has one."""
-    bound = (range_F != FREE) & (mass_RF.sum(0) > 0)
-    if not bound.any():
-        return mass_RF.new_ones(())
-    inside = mass_RF[range_F[bound], bound.nonzero().view(-1)]
-    return (inside / mass_RF[:, bound].sum(0)).mean()
+    total_F = mass_RF.sum(0)
+    bound = (range_F != FREE) & (total_F > 0)
+    inside_F = mass_RF.gather(0, range_F.clamp_min(0)[None])[0]
+    count = bound.sum()
+    return torch.where(count > 0, torch.where(bound, inside_F / total_F, 0.0).sum() / count, 1.0)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..sae.extra import Extra
+from ..sae.kernels.hardware import StepCount
 from ..sae.view import View
 from .tiers import tier_losses, tiers_of
 
@@ -55,11 +56,12 @@ class Structure(Extra):
         self.register_buffer("losses", torch.zeros(len(sizes)))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("moved", torch.zeros((), dtype=torch.int64))
+        self._count = StepCount()
 
     @torch.no_grad()
     def observe(self, view: View) -> None:
         self._measure(view)
-        if int(self.steps) % self.moves.every_steps == 0:
+        if self._count.of(self.steps) % self.moves.every_steps == 0:  # these steps wait for a GPU
             tiers = tiers_of(view)
             before = tiers.membership.clone()
             after = self.reassigned(before, view.dead)
@@ -85,10 +87,10 @@ class Structure(Extra):
         ranks = view.side.ranks
         fired = ranks.sum(view.codes.fired) / ranks.rows(view.x.shape[0])
         losses = ranks.mean(tier_losses(view).detach())
-        weight = max(1.0 - DECAY, 1.0 / (int(self.steps) + 1))
+        weight = max(1.0 - DECAY, 1.0 / (self._count.of(self.steps) + 1))
         self.frequency.lerp_(fired.to(self.frequency.dtype), weight)
         self.losses.lerp_(losses.to(self.losses.dtype), weight)
-        self.steps += 1
+        self._count.add_one(self.steps)
 
     def _spare(self, membership: Tensor) -> list[int]:
         """How many latents each tier may lose."""

@@ -15,9 +15,11 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.functions import affine
+from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.support import Support, starts
 from ..sae.side import Side
 from ..sae.view import View
@@ -44,7 +46,8 @@ class Consistency:
 
     def __call__(self, view: View) -> Tensor:
         lag = int(torch.randint(self.first, self.last + 1, (), generator=view.generator))
-        loss = inconsistency(view, part_of(view.codes, self.start, self.stop), self._weights(view), lag, self.mixing)
+        part = part_of(view.codes, self.start, self.stop)
+        loss = inconsistency(view, part, self._weights(view), lag, self.mixing)
         view.note(f"temporal/inconsistency_{self.scale}", loss)
         ratio = gradient_ratio(view, loss) if self.adaptive == "gradient" else view.x.new_ones(())
         view.note(f"temporal/weight_{self.scale}", ratio * view.side.knob(f"temporal_{self.scale}", 0.0))
@@ -60,19 +63,25 @@ def dynamics_of(view: View) -> Dynamics:
 
 
 def part_of(codes: Codes, start: int, stop: int) -> Codes:
-    """The codes of the latents `start` to `stop` alone."""
+    """The codes of the latents `start` to `stop` alone.
+
+    On a GPU, where a list of them would be waited for, all other entries stay too, as zeros of one more latent.
+    """
     if codes.support is None:
         return Codes(codes.values[:, start:stop], None, codes.num_rows, stop - start)
-    latents, rows = codes.support.latents, codes.support.rows
+    latents, rows, size = codes.support.latents, codes.support.rows, stop - start
+    if not reads_at_once(latents):
+        inside = (latents >= start) & (latents < stop)
+        support = Support(codes.support.offsets, torch.where(inside, latents - start, size), size + 1)
+        return Codes(torch.where(inside, codes.values, 0.0), support, codes.num_rows, size + 1)
     kept = ((latents >= start) & (latents < stop)).nonzero().view(-1)
     offsets = starts(torch.bincount(rows[kept], minlength=codes.num_rows))
-    return Codes(
-        codes.values[kept], Support(offsets, latents[kept] - start, stop - start), codes.num_rows, stop - start
-    )
+    return Codes(codes.values[kept], Support(offsets, latents[kept] - start, size), codes.num_rows, size)
 
 
 def inconsistency(view: View, part: Codes, weight_F: Tensor, lag: int, mixing: float = 1.0) -> Tensor:
     """Mean of 1 - cos(f_i, h_(i - lag)) with the latents weighted in the cosine."""
+    weight_F = functional.pad(weight_F, (0, part.num_latents - len(weight_F)))
     past = past_rows(view.side, lag)
     held = past >= 0
     then_BF = remembered(view.side, part.dense().detach(), mixing)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..sae.extra import Extra
-from ..sae.kernels.nested import tier_errors
+from ..sae.kernels.hardware import numbers
+from ..sae.kernels.nested import Tiering, tier_errors
 from ..sae.view import View
 
 Importance = Literal["learned", "uncertainty", "fixed"]
@@ -47,15 +48,20 @@ class Tiers(Extra):
             start = -shares.log() if importance == "uncertainty" else torch.zeros(len(sizes))
             self.log_variance = nn.Parameter(start)
         self.register_buffer("grad_norm", torch.zeros(len(sizes)), persistent=False)
+        self.notes_grad_norm = False
+        self._tiering: tuple[int, Tiering] | None = None
 
     @property
-    def sizes(self) -> Tensor:
-        """int64 [T]."""
-        return torch.bincount(self.membership, minlength=self.num_tiers)
+    def tiering(self) -> Tiering:
+        """The latents of each tier, made anew where a latent may have moved."""
+        version = self.membership._version
+        if self._tiering is None or self._tiering[1].tier is not self.membership or self._tiering[0] != version:
+            self._tiering = version, Tiering(self.membership, self.num_tiers)
+        return self._tiering[1]
 
     def members(self, tier: int) -> Tensor:
         """int64, the latents of a tier in rising order."""
-        return (self.membership == tier).nonzero().view(-1)
+        return self.tiering.members[tier]
 
     def weights(self, on_T: Tensor) -> Tensor:
         """What each tier's loss counts, [T], without gradient; tiers that are not on count nothing."""
@@ -71,12 +77,13 @@ class Tiers(Extra):
         ranks = view.side.ranks
         fired = ranks.sum(view.codes.fired) / ranks.rows(view.x.shape[0])
         active = torch.zeros_like(self.weight).index_add_(0, self.membership, fired.to(self.weight.dtype))
-        sizes, weights = self.sizes, self.weights(switched_on(view, self.num_tiers))
+        weights = self.weights(switched_on(view, self.num_tiers))
         for tier in range(self.num_tiers):
-            view.note(f"tiers/activity_{tier + 1}", active[tier] / sizes[tier])
-            view.note(f"tiers/size_{tier + 1}", sizes[tier])
+            size = len(self.members(tier))
+            view.note(f"tiers/activity_{tier + 1}", active[tier] / size)
+            view.note(f"tiers/size_{tier + 1}", size)
             view.note(f"tiers/importance_{tier + 1}", weights[tier])
-            if self.grad_norm.any():
+            if self.notes_grad_norm:
                 view.note(f"tiers/grad_norm_{tier + 1}", self.grad_norm[tier])
 
 
@@ -91,7 +98,7 @@ def switch_name(tier: int) -> str:
 
 def switched_on(view: View, num_tiers: int) -> Tensor:
     """[T], 1 for tiers that take part at this step."""
-    return view.x.new_tensor([view.side.knob(switch_name(tier), 1.0) for tier in range(num_tiers)])
+    return numbers([view.side.knob(switch_name(tier), 1.0) for tier in range(num_tiers)], view.x)
 
 
 def tier_losses(view: View) -> Tensor:
@@ -110,7 +117,7 @@ def _tier_losses(view: View) -> Tensor:
 
 def _tier_errors(view: View) -> tuple[Tensor, Tensor]:
     sae, tiers = view.sae, tiers_of(view)
-    return tier_errors(view.codes, sae.W_dec, sae.b_dec, view.target, tiers.membership, tiers.num_tiers)
+    return tier_errors(view.codes, sae.W_dec, sae.b_dec, view.target, tiers.tiering)
 
 
 @dataclass(frozen=True)

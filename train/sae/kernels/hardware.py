@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -28,6 +29,38 @@ SERVED = {"cuda"}  # kinds of devices whose tensors go to Triton; a test that in
 def reads_at_once(tensor: Tensor) -> bool:
     """Whether a shape may depend on this tensor's values. On a GPU the host would wait for them."""
     return tensor.device.type in READ_AT_ONCE
+
+
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device. A GPU takes it from page-locked memory: anything else would be waited for."""
+    if device.type != "cuda" or host.device.type != "cpu":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def numbers(values: Sequence[float], like: Tensor) -> Tensor:
+    """A few numbers that the host knows, in the type and on the device of `like`."""
+    return send(torch.tensor(values, dtype=like.dtype), like.device)
+
+
+class StepCount:
+    """The step count that lies in a module's buffer, as the host knows it.
+
+    A GPU is asked only after someone else has written to the buffer, as loading a state does.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[Tensor, int, int] | None = None  # the buffer, its version, its value
+
+    def of(self, steps: Tensor) -> int:
+        if self._seen is None or self._seen[0] is not steps or self._seen[1] != steps._version:
+            self._seen = steps, steps._version, int(steps)
+        return self._seen[2]
+
+    def add_one(self, steps: Tensor) -> None:
+        count = self.of(steps) + 1
+        steps += 1
+        self._seen = steps, steps._version, count
 
 
 def runs_triton(tensor: Tensor) -> bool:

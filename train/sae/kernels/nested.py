@@ -11,6 +11,7 @@ group the gradients gather from one [B, D] slice, which stays in cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .codes import Codes
+from .hardware import numbers
 from .products import column_sum, decode_sum, pair_dots
 from .support import Support, group_offsets
 from .tables import table_gradient
@@ -59,21 +61,28 @@ def nested_errors(codes: Codes, W: Tensor, b: Tensor, target: Tensor, widths: tu
     """Mean over rows of the squared error of each prefix [M], and the residual of the last [B, D]."""
     if codes.support is None:
         return _dense_errors(codes.values, W, b, target, widths)
-    last = torch.tensor(widths, dtype=torch.int32, device=codes.values.device)
+    last = numbers(widths, codes.support.latents)
     prefix_N = torch.bucketize(codes.support.latents, last, right=True)
     return _sparse_errors(codes, W, b, target, prefix_N, len(widths))
 
 
-def tier_errors(
-    codes: Codes, W: Tensor, b: Tensor, target: Tensor, tier_F: Tensor, num_tiers: int
-) -> tuple[Tensor, Tensor]:
+class Tiering:
+    """The latents of each tier, as the host must know them. Making it waits for a GPU, so it is made once."""
+
+    def __init__(self, tier_F: Tensor, num_tiers: int) -> None:
+        self.tier = tier_F
+        self.members = tuple((tier_F == tier).nonzero().view(-1) for tier in range(num_tiers))  # in rising order
+        self.widths = tuple(accumulate(len(members) for members in self.members))
+        self.order = None if bool((tier_F.diff() >= 0).all()) else torch.argsort(tier_F, stable=True)
+
+
+def tier_errors(codes: Codes, W: Tensor, b: Tensor, target: Tensor, tiering: Tiering) -> tuple[Tensor, Tensor]:
     """The same for nested sets of latents: set t holds the latents of tiers 0 to t, wherever they stand."""
+    widths, order = tiering.widths, tiering.order
     if codes.support is not None:
-        return _sparse_errors(codes, W, b, target, tier_F[codes.support.latents], num_tiers)
-    widths = torch.bincount(tier_F, minlength=num_tiers).cumsum(0).tolist()
-    if bool((tier_F.diff() >= 0).all()):
+        return _sparse_errors(codes, W, b, target, tiering.tier[codes.support.latents], len(widths))
+    if order is None:
         return _dense_errors(codes.values, W, b, target, widths)
-    order = torch.argsort(tier_F, stable=True)
     return _dense_errors(codes.values[:, order], W[order], b, target, widths)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .codes import Codes
+from .hardware import reads_at_once
 from .products import decode_sum, pair_dots, row_sum
 from .support import Support, starts
 
@@ -114,12 +115,19 @@ def _symmetric(grad_BT: Tensor, places: Places) -> Tensor:
 
 
 def _group(support: Support, window: Tensor) -> _Groups:
-    """By latent, then by row, the entries of a group lie together."""
+    """By latent, then by row, the entries of a group lie together.
+
+    On a GPU, where the number of groups would be waited for, there are as many as entries, and groups of one are
+    among them: what they say is right, and known already.
+    """
     turned = support.by_latent
     of_window = window[turned.rows]
     begins = torch.ones_like(of_window, dtype=torch.bool)
     begins[1:] = (turned.latents[1:] != turned.latents[:-1]) | (of_window[1:] != of_window[:-1])
     run = begins.cumsum(0) - 1
+    if not reads_at_once(run):
+        group = torch.empty_like(run).index_copy_(0, turned.order, run).to(torch.int32)
+        return _Groups(torch.arange(len(run), device=run.device), Support(support.offsets, group, len(run)))
     is_shared = torch.bincount(run) > 1
     number = is_shared.cumsum(0) - 1
     group = torch.full_like(run, -1)

@@ -30,7 +30,8 @@ class PreNorm(Shape):
         self.bias = nn.Parameter(torch.zeros(group_F.numel()))
 
     def change_pre(self, pre: Tensor, side: Side) -> Tensor:
-        member_FG = torch.nn.functional.one_hot(self.group, self.num_groups).to(pre.dtype)
+        groups = torch.arange(self.num_groups, device=pre.device)
+        member_FG = (self.group[:, None] == groups).to(pre.dtype)
         share_FG = member_FG / member_FG.sum(0).clamp_min(1.0)
         centred = pre - (pre @ share_FG) @ member_FG.t()
         variance = (centred.square() @ share_FG) @ member_FG.t()

@@ -5,10 +5,13 @@ B rows, D width, P latents with an encoder in each of R ranges, H hidden units.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..kernels.hardware import reads_at_once
 from ..kernels.linear import linear
 from ..model import SparseAutoencoder
 from ..side import Side
@@ -35,10 +38,8 @@ class RangeEncoders(Shape):
         here = range_of(side["position"], self.context, self.ranges)
         if self.embedding is not None:
             x_centred = x_centred + self.embedding[here]
-        order = here.argsort(stable=True)
-        rows = order.split(torch.bincount(here, minlength=self.ranges).tolist())
-        parts = [linear(x_centred[part], W) for part, W in zip(rows, self.W, strict=True)]
-        ranged = torch.cat(parts)[order.argsort()] + sae.b_enc[:own]
+        tables = self.W.unbind(0)
+        ranged = by_range(x_centred, here, self.ranges, lambda x, index: linear(x, tables[index])) + sae.b_enc[:own]
         return torch.cat([ranged, linear(x_centred, sae.W_enc[own:], sae.b_enc[own:])], dim=1)
 
 
@@ -65,12 +66,24 @@ class Adapters(Shape):
         if c == 0.0:
             return x
         here = range_of(side["position"], self.context, self.ranges)
-        order = here.argsort(stable=True)
-        rows = order.split(torch.bincount(here, minlength=self.ranges).tolist())
-        added = torch.cat([self._added(x[part], index) for index, part in enumerate(rows)])[order.argsort()]
-        return x + c * added
+        return x + c * by_range(x, here, self.ranges, self._added)
 
     def _added(self, x: Tensor, index: int) -> Tensor:
         normed = functional.layer_norm(x, x.shape[1:])
         hidden = functional.gelu(normed @ self.inner[index] + self.inner_bias[index])
         return self.gate[index].sigmoid() * (hidden @ self.outer[index])
+
+
+def by_range(x: Tensor, here: Tensor, ranges: int, change: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Each row as `change` of its range makes it.
+
+    On a GPU all rows go through all ranges: how many rows a range has would be waited for.
+    """
+    if not reads_at_once(here):
+        changed = change(x, 0)
+        for index in range(1, ranges):
+            changed = torch.where((here == index)[:, None], change(x, index), changed)
+        return changed
+    order = here.argsort(stable=True)
+    rows = order.split(torch.bincount(here, minlength=ranges).tolist())
+    return torch.cat([change(x[part], index) for index, part in enumerate(rows)])[order.argsort()]

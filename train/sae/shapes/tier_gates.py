@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..kernels.codes import Codes
+from ..kernels.hardware import numbers
 from ..side import Side
 from .shaped import Shape
 
@@ -23,7 +23,7 @@ class TierGates(Shape):
         self.register_buffer("tier", tier_F.clone())
 
     def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
-        on_T = torch.tensor([side.knob(name, 1.0) for name in self.knobs], device=self.tier.device)
+        on_T = numbers([side.knob(name, 1.0) for name in self.knobs], codes.values)
         tier = self.tier if latents is None else self.tier[latents]
         return codes.per_latent(on_T[tier])
 

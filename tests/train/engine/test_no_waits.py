@@ -1,0 +1,149 @@
+"""No step of any variant waits for a GPU: it reads nothing on the host and takes no shape from values.
+
+Without a GPU a step runs with the GPU's branches on CPU tensors, and every operation is looked at. What the SAE's
+generator draws lies on the host, and may be read there. With one, CUDA itself refuses to wait.
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saemill.train.data.batch import AttentionRows, Batch
+from saemill.train.engine.step import Trainee
+from saemill.train.kit.registry import names
+from saemill.train.sae.kernels import hardware
+
+pytest.importorskip("triton")
+
+ROOT = Path(hardware.__file__).parents[3]
+READ = "aten._local_scalar_dense"
+READS = (READ, "aten.nonzero", "aten.masked_select", "aten.bincount", "aten.unique", "aten._unique")
+UPLOADS = ("aten.lift_fresh",)  # numbers of the host made a tensor, which `hardware.send` alone does without a wait
+ROWS = 36  # of two windows; interpreted kernels are slow
+WARM = 20  # steps that schedules have behind them, so that every term counts
+
+MORE: dict[str, dict[str, Any]] = {
+    "attention topk": {"base": "topk"},
+    "hierarchical topk": {"base": "topk"},
+    "tiered topk": {"base": "topk", "moves_every_steps": 1000, "curriculum": (0.0, 0.1, 0.2), "tier_norm": True},
+    "tiered norms": {"importance": "uncertainty", "tier_grad_norms": True, "gradient_scaling": True},
+    "positional topk": {"base": "topk", "mask": "soft", "progressive": (0.1, 0.9), "learned_coefficient": True},
+    "positional ranges": {"mask": "none", "range_encoders": True, "position_embeddings": True, "adapters": True},
+    "temporal topk": {"base": "topk", "adaptive": "gradient", "gradient_noise": 0.1, "buffer_mixing": 0.5},
+    "temporal batchtopk": {"base": "batchtopk", "adaptive": "variance", "position_gate": True},
+    "temporal pruned": {"prune_share": 0.1, "prune_from": 0.1, "prune_every_steps": 1, "reconstruction_boost": 1.0},
+}
+CASES = {name: {} for name in names()} | MORE
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses, with its place in the code, whatever a GPU would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn: list[torch.Tensor] = []  # by the generator; kept, so that no other tensor gets their memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = str(func)
+        reason = self._reason(name, args, kwargs)
+        assert reason is None, f"{name} {reason}, at {_place()}"
+        result = func(*args, **kwargs)
+        if kwargs.get("generator") is not None or "generator" in name:
+            self._drawn.append(result)
+        return result
+
+    def _reason(self, name: str, args: Any, kwargs: Any) -> str | None:
+        if name.startswith(READ) and args[0].data_ptr() in {drawn.data_ptr() for drawn in self._drawn}:
+            return None
+        if name.startswith(READS):
+            return "is read on the host, or has a shape that depends on values"
+        if name.startswith(("aten.index.Tensor", "aten.index_put")):
+            masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+            return "indexes by a mask" if masks else None
+        if "repeat_interleave" in name and kwargs.get("output_size") is None:
+            return "has no output_size"
+        if name.startswith(UPLOADS) and not any("hardware.py" in frame.filename for frame in _frames()):
+            return "goes to the device from the host's own memory"
+        return None
+
+
+def _frames() -> list[traceback.FrameSummary]:
+    return [frame for frame in traceback.extract_stack() if str(ROOT / "train") in frame.filename]
+
+
+def _place() -> str:
+    return " < ".join(f"{Path(f.filename).relative_to(ROOT)}:{f.lineno}" for f in _frames()[::-1][:4]) or "backward"
+
+
+def on_device(value: Any, device: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: on_device(part, device) for name, part in value.items()}
+    if isinstance(value, AttentionRows):
+        return AttentionRows(**{name: part.to(device) for name, part in vars(value).items()})
+    return value
+
+
+def warmed(battery: Any, case: str, device: str = "cpu") -> tuple[Trainee, Batch]:
+    """A trainee in the middle of a run, some of its latents dead, and a batch for its next step."""
+    config = battery.quick(case.split()[0], width=24, k=3, target_l0=3.0, **CASES[case])
+    assert all(getattr(config, name) == value for name, value in CASES[case].items())
+    trainee = Trainee(case, config.build(battery.D), battery.STEPS, device)
+    first, then = (
+        Batch(on_device(b.x, device), on_device(b.target, device), on_device(b.side, device))
+        for b in battery.batches(config, 2, rows=ROWS)
+    )
+    trainee.step(first)
+    trainee.step_index = WARM + 1
+    trainee.counters.tokens_since_fired[:4] = 10**9
+    trainee.counters.list_dead(10**8, trainee.sae.retired)
+    assert len(trainee.counters.listed) > 0  # lists are made, and waited for, at looks
+    return trainee, then
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_reads_on_the_host(monkeypatch, battery, case):
+    monkeypatch.setattr(hardware, "SERVED", {"cuda", "cpu"})
+    monkeypatch.setattr(hardware, "READ_AT_ONCE", set())
+    trainee, batch = warmed(battery, case)
+    with NoWaits():
+        report = trainee.step(batch)
+    assert all(torch.isfinite(torch.tensor(value)) for value in report.scalars().values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_waits_for_the_gpu(battery, case):
+    trainee, batch = warmed(battery, case, "cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        report = trainee.step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(torch.tensor(value)) for value in report.scalars().values())
+
+
+@pytest.mark.parametrize(
+    ("wait", "message"),
+    [
+        (lambda x: float(x.sum()), "_local_scalar_dense"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x[x > 0], "mask"),
+        (lambda x: torch.bincount(x.long().clamp_min(0)), "bincount"),
+        (lambda x: torch.tensor([1.0]), "lift_fresh"),
+        (lambda x: x.repeat_interleave(torch.ones(4, dtype=torch.int64)), "output_size"),
+    ],
+)
+def test_what_waits_is_seen(wait, message):
+    x = torch.ones(4)
+    with NoWaits(), pytest.raises(AssertionError, match=message):
+        wait(x)
