@@ -49,10 +49,13 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which tokens of a block make up a batch."""
+    """Which tokens of a block make up a batch; for the host, and the same on the device."""
 
     places: np.ndarray  # int64 [B], flat places in the block
+    places_there: Tensor
     windows: np.ndarray | None = None  # int64 [W], numbers in the block, where whole windows are drawn
+    windows_there: Tensor | None = None
+    sizes_there: Tensor | None = None  # int64 [W], how many of the rows are each window's
 
 
 @dataclass(frozen=True, eq=False)

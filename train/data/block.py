@@ -1,8 +1,8 @@
 """A block: some windows of a split, in memory, ready to be drawn from.
 
-Residuals lie on the device as they are stored (bfloat16 stays bfloat16 until a batch is drawn); tokens,
-documents and attention stay on the host, where batches are put together.
-W windows, T context, D residual width, N trainable tokens.
+All of it lies on the device as it is stored (bfloat16 stays bfloat16 until a batch is drawn), and batches are
+put together there. Tokens and documents are on the host too: its messages and measurements ask for them.
+W windows, T context, H heads, D residual width, N trainable tokens, E entries of attention.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import AttentionCsr, Span
+from .batch import AttentionRows
+from .device import send
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -28,8 +30,10 @@ class Block:
     tokens: np.ndarray  # uint32 [W, T]
     documents: np.ndarray  # uint32 [W, T]
     trains: np.ndarray  # bool [W, T]
+    tokens_there: Tensor  # int32 [W, T], the same on the device
+    documents_there: Tensor
     resid: dict[int, Tensor]  # [at least W * T, D]
-    attention: dict[int, AttentionCsr] = field(default_factory=dict)
+    attention: dict[int, Attention] = field(default_factory=dict)
 
     @property
     def context(self) -> int:
@@ -44,6 +48,49 @@ class Block:
     def trainable(self) -> np.ndarray:
         """int64 [N], the flat places of trainable tokens."""
         return np.flatnonzero(self.trains)
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """A layer's attention on the device; rows are (window, head, query)."""
+
+    indptr: Tensor  # int64 [W * H * T + 1]
+    indices: Tensor  # uint8 or int16 [E]
+    data: Tensor  # float16 [E]
+    kept_mass: Tensor  # float16 [W, H, T]
+    begins: np.ndarray  # int64 [W + 1], where each window's entries begin, for the host
+
+    def take(self, windows: np.ndarray, windows_there: Tensor) -> AttentionRows:
+        """The rows of some windows, in the order given."""
+        heads, context = self.kept_mass.shape[1:]
+        rows, count = heads * context, int((self.begins[windows + 1] - self.begins[windows]).sum())
+        lengths = self.indptr.diff().view(-1, rows)[windows_there]
+        indptr = torch.cat([lengths.new_zeros(1), lengths.view(-1).cumsum(0)])
+        # The entries of a window lie together, so each stands one shift away from where it will be.
+        shift = self.indptr[windows_there * rows] - indptr[:-1:rows]
+        entry = torch.arange(count, device=shift.device)
+        entry += shift.repeat_interleave(lengths.sum(1), output_size=count)
+        return AttentionRows(
+            indptr, as_whole(self.indices[entry]), self.data[entry].float(), self.kept_mass[windows_there].float()
+        )
+
+
+def send_attention(csr: AttentionCsr, device: torch.device) -> Attention:
+    """A block's attention of a layer on the device."""
+    indptr = csr.indptr.astype(np.int64)
+    arrays = (indptr, as_signed(csr.indices), csr.data, csr.kept_mass)
+    there = (send(torch.from_numpy(array), device) for array in arrays)
+    return Attention(*there, begins=indptr[:: csr.heads * csr.context])
+
+
+def as_signed(array: np.ndarray) -> np.ndarray:
+    """The same bits: torch has few operations for whole numbers without a sign but uint8."""
+    return array if array.dtype == np.uint8 else array.view(f"<i{array.dtype.itemsize}")
+
+
+def as_whole(stored: Tensor) -> Tensor:
+    """int64, the numbers that `as_signed` has bits of."""
+    return stored.long() if stored.dtype == torch.uint8 else stored.long().bitwise_and_(256**stored.itemsize - 1)
 
 
 def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """What one step draws from its block: rows of activations in the form each SAE wants them.
 
 A draw is shared by a whole fleet: each layer is gathered, converted and scaled once for all SAEs that
-want tokens, and once for all that want windows. So is whatever else goes to the device.
+want tokens, and once for all that want windows. So is whatever else is made for them. All of it is made on the
+device, from the block that lies there and from a part of the order that was sent with it: a step sends nothing.
 B rows, W windows, T context, D residual width.
 """
 
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cache_schema import AttentionCsr
 from .batch import AttentionRows, Batch, Needs, Rows
-from .block import Block
+from .block import Block, as_whole
+from .device import send
 
 
 class Draw:
@@ -72,32 +73,28 @@ class Draw:
         """float32 [B, len(layers) * D], scaled."""
         if (windows, layers) not in self._scaled:
             if len(layers) == 1:
-                raw = self.block.resid[layers[0]].index_select(0, self._places_on_device(windows))
+                raw = self.block.resid[layers[0]].index_select(0, self.rows_of(windows).places_there)
                 self._scaled[windows, layers] = raw.to(torch.float32) * self._scales[layers[0]]
             else:
                 parts = [self._activations(windows, (layer,)) for layer in layers]
                 self._scaled[windows, layers] = torch.cat(parts, dim=1)
         return self._scaled[windows, layers]
 
-    def _places_on_device(self, windows: bool) -> Tensor:
-        return self._once("places", windows, lambda: self._to_device(self.rows_of(windows).places))
-
     def _side(self, needs: Needs) -> dict[str, Any]:
         """Named side inputs, those that were asked for."""
         kind, rows, block = needs.windows, self.rows_of(needs.windows), self.block
         side: dict[str, Any] = {}
         if needs.tokens:
-            side["token"] = self._once("token", kind, lambda: self._of_rows(block.tokens, rows))
+            side["token"] = self._once("token", kind, lambda: _read_rows(block.tokens_there, rows))
         if needs.documents:
-            side["document"] = self._once("document", kind, lambda: self._of_rows(block.documents, rows))
+            side["document"] = self._once("document", kind, lambda: _read_rows(block.documents_there, rows))
         if needs.positions or kind:
-            side["position"] = self._once("position", kind, lambda: self._to_device(rows.places % block.context))
+            side["position"] = self._once("position", kind, lambda: rows.places_there % block.context)
         if rows.windows is not None:
-            windows = rows.windows
-            side |= self._once("window", kind, lambda: self._window_side(rows.places, windows))
+            side |= self._once("window", kind, lambda: self._window_side(rows))
         if needs.attention_layers:
             assert rows.windows is not None, "attention is of whole windows"
-            side["attention"] = {layer: self._attention(layer, rows.windows) for layer in needs.attention_layers}
+            side["attention"] = {layer: self._attention(layer, rows) for layer in needs.attention_layers}
         return side
 
     def _once(self, name: str, of: int, make: Callable[[], Any]) -> Any:
@@ -106,38 +103,52 @@ class Draw:
             self._made[name, of] = make()
         return self._made[name, of]
 
-    def _of_rows(self, table: np.ndarray, rows: Rows) -> Tensor:
-        return self._to_device(table.ravel()[rows.places].astype(np.int64))
-
-    def _window_side(self, places: np.ndarray, windows: np.ndarray) -> dict[str, Tensor]:
+    def _window_side(self, rows: Rows) -> dict[str, Tensor]:
         """`window` [B]: the row's window in the batch; `row_of` [W, T]: the row of a place, or -1."""
-        context = self.block.context
-        window = np.repeat(np.arange(len(windows)), self.block.trains[windows].sum(axis=1))
-        row_of = np.full((len(windows), context), -1, np.int64)
-        row_of[window, places % context] = np.arange(len(places))
-        return {"window": self._to_device(window), "row_of": self._to_device(row_of)}
+        assert rows.sizes_there is not None
+        context, count, sizes = self.block.context, len(rows.places), rows.sizes_there
+        window = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=count)
+        row_of = sizes.new_full((len(sizes), context), -1)
+        row_of[window, rows.places_there % context] = torch.arange(count, device=sizes.device)
+        return {"window": window, "row_of": row_of}
 
-    def _attention(self, layer: int, windows: np.ndarray) -> AttentionRows:
-        return self._once("attention", layer, lambda: self._to_rows(self.block.attention[layer].take(windows)))
+    def _attention(self, layer: int, rows: Rows) -> AttentionRows:
+        assert rows.windows is not None and rows.windows_there is not None
+        windows, there = rows.windows, rows.windows_there
+        return self._once("attention", layer, lambda: self.block.attention[layer].take(windows, there))
 
-    def _to_rows(self, csr: AttentionCsr) -> AttentionRows:
-        return AttentionRows(
-            indptr=self._to_device(csr.indptr.astype(np.int64)),
-            indices=self._to_device(csr.indices.astype(np.int64)),
-            data=self._to_device(csr.data.astype(np.float32)),
-            kept_mass=self._to_device(csr.kept_mass.astype(np.float32)),
+
+class TokenOrder:
+    """The order in which a block's tokens are drawn, as ranks among those that train; sent once."""
+
+    def __init__(self, block: Block, chosen: np.ndarray, device: torch.device) -> None:
+        self._places = block.trainable[chosen]
+        self._there = send(torch.from_numpy(self._places), device)
+
+    def rows(self, part: slice) -> Rows:
+        """The rows of a part of it."""
+        return Rows(self._places[part], self._there[part])
+
+
+class WindowOrder:
+    """The order in which a block's windows are drawn, by their number in the block; sent once."""
+
+    def __init__(self, block: Block, windows: np.ndarray, device: torch.device) -> None:
+        window, position = np.nonzero(block.trains[windows])
+        sizes = np.bincount(window, minlength=len(windows))
+        self._windows, self._places = windows, windows[window] * block.context + position
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        arrays = (self._places, windows, sizes)
+        self._there = tuple(send(torch.from_numpy(array), device) for array in arrays)
+
+    def rows(self, part: slice) -> Rows:
+        """The rows of all trainable tokens of a part of it."""
+        places = slice(self._starts[part.start], self._starts[part.stop])
+        places_there, windows_there, sizes_there = self._there
+        return Rows(
+            self._places[places], places_there[places], self._windows[part], windows_there[part], sizes_there[part]
         )
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
 
-
-def token_rows(block: Block, chosen: np.ndarray) -> Rows:
-    """The rows of chosen trainable tokens, given by their rank among the block's."""
-    return Rows(block.trainable[chosen])
-
-
-def window_rows(block: Block, windows: np.ndarray) -> Rows:
-    """The rows of all trainable tokens of some windows, given by their number in the block."""
-    window, position = np.nonzero(block.trains[windows])
-    return Rows(windows[window] * block.context + position, windows)
+def _read_rows(table: Tensor, rows: Rows) -> Tensor:
+    return as_whole(table.reshape(-1).index_select(0, rows.places_there))

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from ...cache_schema import Request, Store
-from .batch import Needs
+from .batch import Needs, Rows
 from .block import Block
-from .draw import Draw, token_rows, window_rows
+from .draw import Draw, TokenOrder, WindowOrder
 from .loader import Loader
 from .plan import BlockPlan, Plan, share, token_order, token_slice, window_order, window_slice
 from .pool import PIECES_IN_FLIGHT, Pool
@@ -45,16 +45,15 @@ class Feed:
         self._scales = {layer: stats[layer].scale.to(device) for layer in stats}
         self.device = device
         self._rank, self._size = rank, size
-        self._orders: dict[bool, tuple[BlockPlan, np.ndarray]] = {}
+        self._orders: dict[bool, tuple[BlockPlan, TokenOrder | WindowOrder]] = {}
 
     def draw(self, step: int) -> Draw:
         """What step `step` trains on. Valid until the next draw."""
         plan, at = self.plan.locate(step)
         block = self.loader.block(plan)
         kinds = {needs.windows for needs in self._needs}
-        tokens = token_rows(block, self._chosen(False, plan, at)) if False in kinds else None
-        windows = window_rows(block, self._chosen(True, plan, at)) if True in kinds else None
-        return Draw(block, tokens, windows, self._scales, self.device)
+        rows = {windows: self._rows(windows, block, plan, at) for windows in kinds}
+        return Draw(block, rows.get(False), rows.get(True), self._scales, self.device)
 
     @property
     def is_windowed(self) -> bool:
@@ -70,13 +69,17 @@ class Feed:
     def close(self) -> None:
         self.loader.close()
 
-    def _chosen(self, windows: bool, plan: BlockPlan, at: int) -> np.ndarray:
-        """This process's share of the batch, as numbers in the block's order."""
+    def _rows(self, windows: bool, block: Block, plan: BlockPlan, at: int) -> Rows:
+        """This process's share of the batch."""
         if windows not in self._orders or self._orders[windows][0] != plan:
-            order = window_order if windows else token_order
-            self._orders[windows] = plan, order(plan, self.plan.seed)
+            self._orders[windows] = plan, self._order(windows, block, plan)
         where = window_slice(plan, at) if windows else token_slice(plan, at, self.plan.batch_tokens)
-        return self._orders[windows][1][share(where, self._rank, self._size)]
+        return self._orders[windows][1].rows(share(where, self._rank, self._size))
+
+    def _order(self, windows: bool, block: Block, plan: BlockPlan) -> TokenOrder | WindowOrder:
+        if windows:
+            return WindowOrder(block, window_order(plan, self.plan.seed), self.device)
+        return TokenOrder(block, token_order(plan, self.plan.seed), self.device)
 
 
 def joint_request(needs: Iterable[Needs], split: str) -> Request:
@@ -105,8 +108,9 @@ def held_out(
     scales = {layer: stats[layer].scale.to(device) for layer in stats}
     per_batch = max(1, batch_tokens // store.manifest.context)
     for block in _blocks_in_order(store, request, device, max(1, tokens // store.manifest.context)):
+        order = WindowOrder(block, np.arange(len(block.windows)), device)
         for start in range(0, len(block.windows), per_batch):
-            rows = window_rows(block, np.arange(start, min(start + per_batch, len(block.windows))))
+            rows = order.rows(slice(start, min(start + per_batch, len(block.windows))))
             if len(rows.places):
                 yield Draw(block, rows, rows, scales, device)
 

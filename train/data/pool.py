@@ -1,13 +1,15 @@
 """The memory that a block lies in, filled from the store piece by piece, several pieces at a time.
 
 On the CPU a piece is read straight into its place. For a GPU it is read into page-locked memory and
-copied from there on a stream of its own, while the next piece is read.
+copied from there on a stream of its own, while the next piece is read. A block is filled anew when the GPU
+has done all that was asked of it while the block was drawn from; the reading threads wait for that, no step does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 
 import numpy as np
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from ...cache_schema import AttentionCsr, Manifest, Request, ShardBuffers, Span, Store
 from ...cache_schema.layout import resid_path
-from .block import TORCH_DTYPES, Block, as_stored, joined, owned
+from .block import TORCH_DTYPES, Attention, Block, as_stored, joined, owned, send_attention
+from .device import take_device
 from .split_sizes import trainable
 
 PIECES_IN_FLIGHT = 4
@@ -35,46 +38,61 @@ class Pool:
     def __init__(self, store: Store, request: Request, max_windows: int, device: torch.device) -> None:
         manifest = store.manifest
         self._store, self._request, self._device = store, request, device
-        self._tokens = np.empty((max_windows, manifest.context), "<u4")
-        self._documents = np.empty_like(self._tokens)
+        is_gpu = device.type == "cuda"
+        ids = torch.empty((2, max_windows, manifest.context), dtype=torch.int32, pin_memory=is_gpu)
+        self._ids, self._ids_there = ids, torch.empty_like(ids, device=device) if is_gpu else ids
+        self._tokens, self._documents = ids.numpy().view("<u4")
         shape, dtype = (max_windows, manifest.context, manifest.model.d_model), TORCH_DTYPES[manifest.model.dtype]
         self._resid = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in request.layers}
         self._stages: SimpleQueue[Stage] = SimpleQueue()
         for _ in range(PIECES_IN_FLIGHT):
             self._stages.put(Stage(manifest, request, device))
-        self._drawn = torch.cuda.Event() if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if is_gpu else None
+        self._drawn = torch.cuda.Event() if is_gpu else None
 
     def fill(self, pieces: Sequence[Span], readers: Executor) -> Block:
         """Read a block; returns when all of it is in place."""
+        take_device(self._device)
         if self._drawn is not None:
             self._drawn.synchronize()
         starts = np.cumsum([0] + [piece.windows for piece in pieces]).tolist()
         attention = list(readers.map(self._load, pieces, starts[:-1]))
         windows = starts[-1]
-        tokens = self._tokens[:windows]
+        tokens, (tokens_there, documents_there) = self._tokens[:windows], self._ids_there[:, :windows]
         return Block(
             pieces=tuple(pieces),
             tokens=tokens,
             documents=self._documents[:windows],
             trains=trainable(self._store.manifest, tokens),
+            tokens_there=tokens_there,
+            documents_there=documents_there,
             resid={layer: resid.flatten(0, 1) for layer, resid in self._resid.items()},
-            attention=joined(attention),
+            attention=self._send_attention(joined(attention)),
         )
 
     def release(self) -> None:
         """Nothing more will be drawn; what was asked of the GPU may still be under way."""
         if self._drawn is not None:
-            self._drawn.record()
+            self._drawn.record(torch.cuda.current_stream(self._device))
+
+    def _send_attention(self, attention: dict[int, AttentionCsr]) -> dict[int, Attention]:
+        """On a stream of this pool's own, whose memory is used again only by its next fill."""
+        with on_stream(self._stream):
+            there = {layer: send_attention(csr, self._device) for layer, csr in attention.items()}
+        if self._stream is not None:
+            self._stream.synchronize()
+        return there
 
     def _load(self, piece: Span, start: int) -> dict[int, AttentionCsr]:
         """Read one piece into its place."""
+        take_device(self._device)
         stage = self._stages.get()
         try:
             rows = slice(start, start + piece.windows)
             places = {layer: resid[rows] for layer, resid in self._resid.items()}
             host = {"tokens": self._tokens[rows], "documents": self._documents[rows]}
             found = self._store.read(self._request, piece, stage.buffers(host, places))
-            stage.copy(places)
+            stage.copy(places, (self._ids_there[:, rows], self._ids[:, rows]))
             return {layer: owned(csr) for layer, csr in found.attention.items()}
         finally:
             self._stages.put(stage)
@@ -94,13 +112,15 @@ class Stage:
         resid = {resid_path(layer): as_stored(target) for layer, target in targets.items()}
         return PlacedBuffers({**host, **resid, **self._attention})
 
-    def copy(self, places: dict[int, Tensor]) -> None:
-        """Bring residuals to the device, where reading has not put them already."""
+    def copy(self, places: dict[int, Tensor], ids: tuple[Tensor, Tensor]) -> None:
+        """Bring residuals, tokens and documents to the device, where reading has not put them already."""
         if self._stream is None:
             return
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             for layer, place in places.items():
                 place.copy_(self._pinned[layer][: len(place)], non_blocking=True)
+            for there, here in zip(*ids, strict=True):
+                there.copy_(here, non_blocking=True)
         self._stream.synchronize()
 
     def _pinned_like(self, places: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -109,3 +129,8 @@ class Stage:
             if layer not in self._pinned or len(self._pinned[layer]) < len(place):
                 self._pinned[layer] = torch.empty(place.shape, dtype=place.dtype, pin_memory=True)
         return {layer: self._pinned[layer][: len(place)] for layer, place in places.items()}
+
+
+def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Work of a GPU goes to this stream inside."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)

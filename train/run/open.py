@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 from ...cache_schema import Store
 from ...cache_schema.allocator import keep_large_blocks
+from ..data.device import take_device
 from ..data.feed import Feed
 from ..disk.checkpoint import Standing, load_checkpoint
 from ..engine.fleet import Fleet
@@ -53,6 +54,7 @@ def resume_run(folder: RunFolder, store: Store, site: Site) -> Iterator[Run]:
 
 def make_fleet(settled: Settled, store: Store, site: Site) -> Fleet:
     """The SAEs as they are before the first step: what their configs can refuse, they refuse here."""
+    take_device(site.device)
     keep_large_blocks()
     config, group = settled.config, site.group
     shard = make_shard(site.device) if config.course.shard_width and group.size > 1 else None

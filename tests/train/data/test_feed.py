@@ -22,11 +22,11 @@ def store(written):
         yield store
 
 
-def make_feed(store, needs=(TOKENS,), pool_tokens=480, batch_tokens=40, **share):
+def make_feed(store, needs=(TOKENS,), pool_tokens=480, batch_tokens=40, device=CPU, **share):
     sizes = measure_split(store, "train")
     plan = Plan(sizes, batch_tokens=batch_tokens, pool_tokens=pool_tokens, seed=0)
     stats = {layer: stats_from_moments(store.moments(layer)) for layer in (3, 4)}
-    return Feed(store, plan, needs, stats, CPU, **share)
+    return Feed(store, plan, needs, stats, device, **share)
 
 
 def raw_places(written, draw, windows):
@@ -109,6 +109,31 @@ def test_what_a_fleet_shares_goes_to_the_device_once(store):
     assert first.x is second.x
     assert first.side["attention"][3] is second.side["attention"][3]
     assert all(first.side[name] is second.side[name] for name in ("position", "window", "row_of"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_behind_draws_what_a_cpu_draws(store):
+    """Blocks are filled anew while earlier draws still wait their turn on the GPU; no draw inside a block waits."""
+    gpu, cpu = (make_feed(store, needs=(TOKENS, WINDOWS), device=device) for device in (torch.device("cuda"), CPU))
+    drawn = []
+    for step in range(3 * gpu.plan.blocks(0)[0].steps):
+        torch.cuda._sleep(10**8)
+        draw = gpu.draw(step)
+        torch.cuda.set_sync_debug_mode("error")
+        drawn.append([draw.batch(needs) for needs in (TOKENS, WINDOWS)])
+        torch.cuda.set_sync_debug_mode("default")
+    for step, batches in enumerate(drawn):
+        draw = cpu.draw(step)
+        for needs, batch in zip((TOKENS, WINDOWS), batches, strict=True):
+            expected = draw.batch(needs)
+            assert torch.equal(batch.x.cpu(), expected.x)
+            for name in expected.side.keys() - {"attention"}:
+                assert torch.equal(batch.side[name].cpu(), expected.side[name]), name
+        found = vars(batches[1].side["attention"][3])
+        for name, part in vars(expected.side["attention"][3]).items():
+            assert torch.equal(found[name].cpu(), part), name
+    gpu.close()
+    cpu.close()
 
 
 def test_a_fleet_sees_what_each_would_see_alone(store):

@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...data.device import send
+
 
 @lru_cache
 def has_fast_bfloat16(device_type: str) -> bool:
@@ -29,13 +31,6 @@ SERVED = {"cuda"}  # kinds of devices whose tensors go to Triton; a test that in
 def reads_at_once(tensor: Tensor) -> bool:
     """Whether a shape may depend on this tensor's values. On a GPU the host would wait for them."""
     return tensor.device.type in READ_AT_ONCE
-
-
-def send(host: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device. A GPU takes it from page-locked memory: anything else would be waited for."""
-    if device.type != "cuda" or host.device.type != "cpu":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 def numbers(values: Sequence[float], like: Tensor) -> Tensor:
