@@ -4,10 +4,11 @@ B rows, D_in and D_out widths (equal unless a transcoder), F latents. Both weigh
 row-major: the sparse products read and write whole latent rows.
 
 Training (`codes`), in four steps:
-1. one dense product gives the pre-activations, without gradient; in bfloat16 where that is asked for
+1. one dense product gives the pre-activations, without gradient; in bfloat16 or TF32 where that is asked for
    and the hardware has it;
-2. the gate chooses the support;
-3. pre-activations at the support are computed anew in float32 when the product was not, with gradient;
+2. the gate chooses the support, or none where its codes are dense;
+3. pre-activations at the support are computed anew in float32 when the product was in bfloat16, with gradient;
+   without a support they are that product's, and all dense products of the step, backward too, are of its kind;
 4. the gate opens them.
 Inference (`encode`) is dense and float32 throughout.
 """
@@ -15,7 +16,7 @@ Inference (`encode`) is dense and float32 throughout.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,12 @@ from ..errors import ConfigInvalid
 from .gates import Gate
 from .kernels.codes import Codes
 from .kernels.functions import affine
-from .kernels.hardware import has_fast_bfloat16
-from .kernels.linear import linear
+from .kernels.linear import Product, linear, matrix_units, product_on
 from .kernels.support import Support
 from .kernels.tables import low_copy
 from .side import NO_SIDE, Side
 
-EncoderProduct = Literal["float32", "bfloat16"]
+EncoderProduct = Product
 Choose = Callable[[Tensor, Side], Support | None]
 
 
@@ -115,8 +115,9 @@ class SparseAutoencoder(nn.Module):
             known = self._known(pre_all, support)
         if x.requires_grad:
             x_centred, center = self.centred(x), None
-        pre_values = affine(x_centred, center, self.W_enc, self.b_enc, support, known)
-        return Codes(pre_values, support, x.shape[0], self.num_latents, pre=pre_values)
+        product = product_on(x.device, self.encoder_product)
+        pre_values = affine(x_centred, center, self.W_enc, self.b_enc, support, known, product)
+        return Codes(pre_values, support, x.shape[0], self.num_latents, pre=pre_values, product=product)
 
     def choose(self, pre_all: Tensor, side: Side) -> Support | None:
         """Where the gate may open, from all pre-activations."""
@@ -146,16 +147,18 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode(x))
 
     def _all_pre(self, x_centred: Tensor) -> Tensor:
-        if self.encoder_product == "float32" or not has_fast_bfloat16(x_centred.device.type):
-            return linear(x_centred, self.W_enc, self.b_enc)
+        product = product_on(x_centred.device, self.encoder_product)
+        if product != "bfloat16":
+            with matrix_units(product):
+                return linear(x_centred, self.W_enc, self.b_enc)
         low = torch.bfloat16
         return linear(x_centred.to(low), low_copy(self.W_enc), self.b_enc.to(low))
 
     def _known(self, pre_all: Tensor, support: Support | None) -> Tensor | None:
+        if support is None:
+            return pre_all.to(self.W_enc.dtype)
         if pre_all.dtype != self.W_enc.dtype:
             return None
-        if support is None:
-            return pre_all
         return pre_all.view(-1)[support.rows.long() * self.num_latents + support.latents]
 
 

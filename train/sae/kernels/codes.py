@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from .functions import decode_at, spread_latents, spread_rows, sum_rows
+from .functions import decode_at, decode_dense, spread_latents, spread_rows, sum_rows
+from .linear import Product
 from .products import latent_count, latent_sum, row_sum
 from .support import Support
 
@@ -29,6 +29,7 @@ class Codes:
     num_rows: int
     num_latents: int
     pre: Tensor | None = None  # what the values were before their gate, in the same places
+    product: Product = "float32"  # how dense codes are decoded
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Codes:
         """The same places with changed values; `change` is elementwise."""
@@ -49,7 +50,7 @@ class Codes:
         """values @ W_dec + b_dec: [B, D]."""
         if self.support is not None:
             return decode_at(self.values, W_dec, b_dec, self.support)
-        return self.values @ W_dec if b_dec is None else torch.addmm(b_dec, self.values, W_dec)
+        return decode_dense(self.values, W_dec, b_dec, self.product)
 
     def dense(self) -> Tensor:
         """[B, F], differentiable."""

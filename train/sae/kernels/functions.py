@@ -4,7 +4,8 @@
 2. `decode_at`: x_hat = f W_dec for values f at the support.
 3. `spread_latents`, `spread_rows`: a per-latent or per-row vector read at the support.
 4. `sum_rows`: the sum of each row's values at the support.
-5. `squared_error`: mean over rows of ||residual||^2, one pass each way.
+5. `decode_dense`: the decoder's product where there is no support, at the rate of matrix units.
+6. `squared_error`: mean over rows of ||residual||^2, one pass each way.
 
 Every backward costs k / F of the dense one. Gradients equal autograd's on the dense formula.
 """
@@ -20,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import linear
+from .linear import Product, linear, matrix_units, multiply
 from .products import column_sum, decode_sum, latent_sum, pair_dots, row_sum
 from .support import Support
-from .tables import table_gradient
+from .tables import low_copy, table_gradient
 
 
 class _AffineAt(torch.autograd.Function):
@@ -63,21 +64,50 @@ class _AffineDense(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_BD: Tensor, center_D: Tensor | None, W_FD: Tensor, b_F: Tensor, known: Tensor | None
+        ctx: Any,
+        x_BD: Tensor,
+        center_D: Tensor | None,
+        W_FD: Tensor,
+        b_F: Tensor,
+        known: Tensor | None,
+        product: Product,
     ) -> Tensor:
         ctx.save_for_backward(x_BD, W_FD)
-        return linear(x_BD, W_FD, b_F) if known is None else known
+        ctx.product = product
+        if known is not None:
+            return known
+        if product == "bfloat16":
+            return multiply(x_BD, _factor(W_FD, product).t(), product).add_(b_F)
+        with matrix_units(product):
+            return linear(x_BD, W_FD, b_F)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BF: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, W_FD = ctx.saved_tensors
         need_x, need_center, need_W = ctx.needs_input_grad[:3]
-        grad_x = grad_BF @ W_FD if need_x else None
-        grad_W = grad_BF.t() @ x_BD if need_W else None
+        grad_x = multiply(grad_BF, _factor(W_FD, ctx.product), ctx.product) if need_x else None
+        grad_W = multiply(grad_BF.t(), x_BD, ctx.product) if need_W else None
         grad_b = grad_BF.sum(0)
         grad_center = -(grad_b @ W_FD) if need_center else None
-        return grad_x, grad_center, grad_W, grad_b, None
+        return grad_x, grad_center, grad_W, grad_b, None, None
+
+
+class _DecodeDense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_BF: Tensor, W_FD: Tensor, product: Product) -> Tensor:
+        ctx.save_for_backward(values_BF, W_FD)
+        ctx.product = product
+        return multiply(values_BF, _factor(W_FD, product), product)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        values_BF, W_FD = ctx.saved_tensors
+        need_values, need_W = ctx.needs_input_grad[:2]
+        grad_values = multiply(grad_BD, _factor(W_FD, ctx.product).t(), ctx.product) if need_values else None
+        grad_W = multiply(values_BF.t(), grad_BD, ctx.product) if need_W else None
+        return grad_values, grad_W, None
 
 
 class _DecodeAt(torch.autograd.Function):
@@ -151,15 +181,21 @@ class _SquaredError(torch.autograd.Function):
 
 
 def affine(
-    x: Tensor, center: Tensor | None, W: Tensor, b: Tensor, support: Support | None, known: Tensor | None = None
+    x: Tensor,
+    center: Tensor | None,
+    W: Tensor,
+    b: Tensor,
+    support: Support | None,
+    known: Tensor | None = None,
+    product: Product = "float32",
 ) -> Tensor:
     """Pre-activations x W^T + b at the support, or everywhere without one.
 
     x is centred already; `center` only receives the gradient that x would pass on to it. `known` are
-    the resulting values where a caller has them in full precision.
+    the resulting values where a caller has them. Without a support `product` says how the dense products are made.
     """
     if support is None:
-        dense: Tensor = _AffineDense.apply(x, center, W, b, known)
+        dense: Tensor = _AffineDense.apply(x, center, W, b, known, product)
         return dense
     sparse: Tensor = _AffineAt.apply(x, center, W, b, support, known)
     return sparse
@@ -169,6 +205,18 @@ def decode_at(values: Tensor, W: Tensor, b: Tensor | None, support: Support) -> 
     """Sum of decoder rows weighted by `values` [N], plus a bias: [B, D]."""
     result: Tensor = _DecodeAt.apply(values, W, b, support)
     return result
+
+
+def decode_dense(values: Tensor, W: Tensor, b: Tensor | None, product: Product) -> Tensor:
+    """values @ W + b for dense values [B, F]: [B, D]."""
+    if product == "float32":
+        return values @ W if b is None else torch.addmm(b, values, W)
+    decoded: Tensor = _DecodeDense.apply(values, W, product)
+    return decoded if b is None else decoded + b
+
+
+def _factor(W: Tensor, product: Product) -> Tensor:
+    return low_copy(W) if product == "bfloat16" else W
 
 
 def spread_latents(vector: Tensor, support: Support) -> Tensor:

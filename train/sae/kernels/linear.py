@@ -1,4 +1,4 @@
-"""The dense product of an encoder, by the faster of two libraries.
+"""Dense products: in float32 by the faster of two libraries, or at the rate of a GPU's matrix units.
 
 In float32 on a processor torch calls MKL, which falls behind on those that its maker did not build; oneDNN
 was faster where both were timed, and has to be asked for by name.
@@ -6,13 +6,19 @@ was faster where both were timed, and has to be asked for by name.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ...parallel.sharded_rows import is_sharded
+from .hardware import has_fast_bfloat16
+
+Product = Literal["float32", "tf32", "bfloat16"]  # what the factors are rounded to; sums are in float32
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
@@ -33,3 +39,38 @@ def _is_for_onednn(x: Tensor, W: Tensor) -> bool:
 def has_onednn() -> bool:
     """Whether this build of torch has the product under the name that its own compiler calls."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product_on(device: torch.device, wanted: Product) -> Product:
+    """What is wanted, where hardware has it; float32 elsewhere."""
+    if wanted == "bfloat16":
+        return wanted if has_fast_bfloat16(device.type) else "float32"
+    return wanted if device.type == "cuda" else "float32"
+
+
+def multiply(a: Tensor, b: Tensor, product: Product) -> Tensor:
+    """a @ b without gradient, in the type of `a`; what `product_on` gave says how."""
+    if product == "bfloat16":
+        return _low_product(a.to(torch.bfloat16), b.to(torch.bfloat16)).to(a.dtype)
+    with matrix_units(product):
+        return a @ b
+
+
+@contextmanager
+def matrix_units(product: Product) -> Iterator[None]:
+    """Products in float32 may round their factors to TF32 inside, if that is the product; the setting is put back."""
+    if product != "tf32":
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _low_product(a: Tensor, b: Tensor) -> Tensor:
+    """A GPU writes the sums as they are; elsewhere they are rounded once, when they are written."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else torch.mm(a, b)
