@@ -105,6 +105,10 @@ class CheckpointDamaged(TrainError, ValueError):
     """No checkpoint of the run is whole."""
 
 
+class CheckpointNotWritten(TrainError, OSError):
+    """The run's disk is full, or takes no files."""
+
+
 class TrackerMissing(TrainError, ImportError):
     """A tracker was asked for whose package is not installed."""
 

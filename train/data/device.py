@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,17 @@ def send(host: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or host.device.type != "cpu":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def fetch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of a GPU's tensors in page-locked memory, with one wait for all; those of the host as they are."""
+    fetched = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type == "cuda":
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            fetched[name] = host.copy_(tensor, non_blocking=True)
+        else:
+            fetched[name] = tensor.cpu()
+    for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
+        torch.cuda.current_stream(device).synchronize()
+    return fetched

@@ -4,6 +4,8 @@
 2. state.json says where the run stands, and the digest of every file and of itself.
 3. Everything is flushed; the folder gets its name; older ones go.
 A reader takes the newest complete one, and says why it skipped newer ones.
+
+A GPU's run goes on while its checkpoint is written (`Writer`).
 """
 
 from __future__ import annotations
@@ -12,16 +14,18 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...cache_schema.files import sync
 from ...cache_schema.strict import StrictError, from_json, to_json
-from ..errors import CheckpointDamaged, ConfigInvalid
+from ..errors import CheckpointDamaged, CheckpointNotWritten, ConfigInvalid
 from .whole_files import read_json, write_json
 
 KEPT = 2
@@ -83,6 +87,46 @@ def save_checkpoint(folder: Path, standing: Standing, tensors: Mapping[str, Mapp
     for old in list_checkpoints(folder)[KEPT:]:
         shutil.rmtree(old)
     return final
+
+
+class Writer:
+    """Writes checkpoints beside training, one at a time. What went wrong is raised by the next call."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saemill-checkpoint")
+        self._writing: tuple[int, Future[Path]] | None = None
+
+    def begin(self, standing: Standing, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write this one as soon as the one before is written; nobody may change the tensors until then."""
+        self.finish()
+        self._writing = standing.step, self._thread.submit(save_checkpoint, self._folder, standing, tensors)
+
+    def check(self) -> None:
+        """Raise what went wrong so far; waits for nothing."""
+        if self._writing is not None and self._writing[1].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the one that is being written."""
+        if self._writing is None:
+            return
+        step, written = self._writing
+        try:
+            written.result()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointNotWritten(
+                f"the checkpoint of step {step} could not be written to {self._folder} ({error}). The one before is "
+                f"whole: make room there, or mend what the disk says, then go on with: "
+                f"sae-train --resume {self._folder.parent}"
+            ) from error
+        finally:
+            if written.done():
+                self._writing = None
+
+    def close(self) -> None:
+        """Wait, but raise nothing: an error may be on its way already."""
+        self._thread.shutdown(wait=True)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:

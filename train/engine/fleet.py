@@ -80,6 +80,11 @@ class Fleet:
                 raise _out_of_memory(label, error, draw.device) from None
         return reports
 
+    @property
+    def lends_state(self) -> bool:
+        """Whether `state` gives tensors that the next step changes."""
+        return any(trainee.device.type == "cpu" for trainee in self.trainees.values())
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {label: self._state_of(label, trainee) for label, trainee in self.trainees.items()}
 

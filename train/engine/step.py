@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from ..data.device import fetch
 from ..errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from ..parallel.ranks import Alone, Ranks, share_batch
 from ..parallel.sharded_rows import Shard, assign, on_host
@@ -178,9 +179,12 @@ class Trainee:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a bit-exact resume needs, as flat named tensors; a collective call if sharded."""
+        """Everything that a bit-exact resume needs, as flat named tensors; a collective call if sharded.
+
+        In host memory. On a CPU they are the SAE's own, which the next step changes.
+        """
         self.look()
-        return {name: on_host(tensor) for name, tensor in self._own_state().items()}
+        return fetch({name: on_host(tensor) for name, tensor in self._own_state().items()})
 
     @contextmanager
     def gather_weights(self) -> Iterator[None]:

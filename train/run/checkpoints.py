@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..ask.records import CourseConfig
-from ..disk.checkpoint import Standing, save_checkpoint
+from ..disk.checkpoint import Standing, Writer
 from ..engine.fleet import Fleet
 from ..errors import RunInterrupted
 from ..parallel.processes import Group
@@ -50,15 +50,18 @@ class Saver:
     """Saves checkpoints of a run."""
 
     def __init__(self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, group: Group) -> None:
-        self._folder, self._course = folder, course
+        self._folder, self._course, self._writer = folder, course, Writer(folder)
         self._fleet, self._watch, self._group = fleet, watch, group
         self._saved_at = time.perf_counter()
 
     def save_if_due(self, steps: int, total_steps: int, caught: Caught) -> None:
         """Called after each step: save when it is time; save and stop when a signal came."""
+        self._writer.check()
         stop = self._group.any(caught.signal != 0)
         if stop or steps == total_steps or self._is_due(steps):
             self.save(steps)
+        if stop or steps == total_steps:
+            self._writer.finish()
         if stop and steps < total_steps:
             raise RunInterrupted(
                 caught.signal or signal.SIGTERM,
@@ -66,10 +69,18 @@ class Saver:
             )
 
     def save(self, steps: int) -> None:
+        """Written beside the next steps, unless these would change what is written."""
+        self._writer.finish()  # before the state takes as much memory again
         state = self._fleet.state()  # a collective call if weights are sharded
         if self._group.rank == 0:
-            save_checkpoint(self._folder, self._standing(steps), state)
+            self._writer.begin(self._standing(steps), state)
+            if self._fleet.lends_state:
+                self._writer.finish()
         self._saved_at = time.perf_counter()
+
+    def close(self) -> None:
+        """What is being written is written to its end."""
+        self._writer.close()
 
     def _is_due(self, steps: int) -> bool:
         if self._course.checkpoint_every_steps is not None:

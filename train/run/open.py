@@ -102,6 +102,7 @@ def _open(
         if standing is not None:
             watch.go_on(standing)
         saver = Saver(folder.checkpoints, config.course, fleet, watch, group)
+        open_things.callback(saver.close)
         yield Run(folder, config, steps, store, feed, fleet, watch, saver, site)
 
 

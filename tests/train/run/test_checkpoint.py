@@ -1,12 +1,15 @@
 """Checkpoints are whole or not there."""
 
+import errno
 import json
+import threading
 
 import pytest
 import torch
 
-from saemill.train.disk.checkpoint import Standing, list_checkpoints, load_checkpoint, save_checkpoint
-from saemill.train.errors import CheckpointDamaged
+from saemill.train.disk import checkpoint
+from saemill.train.disk.checkpoint import Standing, Writer, list_checkpoints, load_checkpoint, save_checkpoint
+from saemill.train.errors import CheckpointDamaged, CheckpointNotWritten
 
 
 def standing(step):
@@ -96,3 +99,81 @@ def test_nothing_whole_is_an_error(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(CheckpointDamaged, match=r"no checkpoint is complete: .*format"):
         load_checkpoint(tmp_path)
+
+
+@pytest.fixture
+def writer(tmp_path):
+    writer = Writer(tmp_path / "run/checkpoints")
+    yield writer
+    writer.close()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """A disk that writes no file until it is told to."""
+    opened, sync = threading.Event(), checkpoint.sync
+
+    def slow(path):
+        assert opened.wait(60)
+        sync(path)
+
+    monkeypatch.setattr(checkpoint, "sync", slow)
+    yield opened
+    opened.set()
+
+
+def test_a_slow_disk_holds_up_no_step_and_one_is_in_flight(writer, gate, tmp_path):
+    folder = tmp_path / "run/checkpoints"
+    writer.begin(standing(10), state(10))
+    writer.check()
+    assert load_checkpoint(folder) is None
+    second = threading.Thread(target=writer.begin, args=(standing(20), state(20)))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and not list(folder.glob(".step_000000020*"))  # waits for the first
+    gate.set()
+    second.join(60)
+    writer.finish()
+    assert [path.name for path in list_checkpoints(folder)] == ["step_000000020", "step_000000010"]
+
+
+def test_what_is_in_flight_at_the_end_is_whole(writer, gate, tmp_path):
+    writer.begin(standing(10), state(10))
+    threading.Timer(0.1, gate.set).start()
+    writer.close()
+    assert load_checkpoint(tmp_path / "run/checkpoints").standing.step == 10
+
+
+@pytest.mark.parametrize("call", ["check", "finish", "begin"])
+def test_a_full_disk_is_told_by_the_next_call(writer, tmp_path, monkeypatch, call):
+    writer.begin(standing(10), state(10))
+    writer.finish()
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sync", full)
+        writer.begin(standing(20), state(20))
+        writer._writing[1].exception(60)
+    words = (standing(30), state(30)) if call == "begin" else ()
+    with pytest.raises(CheckpointNotWritten, match="step 20 .*No space left.*--resume"):
+        getattr(writer, call)(*words)
+    writer.check()  # told once
+    assert load_checkpoint(tmp_path / "run/checkpoints").standing.step == 10
+
+
+def test_an_error_of_a_run_does_not_hide_behind_its_checkpoint(writer, monkeypatch):
+    monkeypatch.setattr(checkpoint, "sync", lambda path: 1 / 0)
+    writer.begin(standing(10), state(10))
+    writer.close()
+
+
+def test_a_run_whose_disk_is_full_ends_in_one_line(big, sae_train, quick, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "sync", full)
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--name", "run"]
+    result = sae_train(*words, "--set", "course.checkpoint_every_steps=3", code=1)
+    assert "error: the checkpoint of step 3 could not be written" in result.output
