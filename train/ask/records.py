@@ -16,20 +16,13 @@ from typing import Any
 from ...cache_schema.strict import StrictError, from_json, nearest, to_json
 from ..errors import ConfigInvalid
 from ..kit import registry
+from ..kit.build import require_least
 from ..kit.contract import Variant
 from .recipe import Recipe, Sae
 from .settings import flat_keys, split_key, with_settings
 
 Limits = Callable[[Variant], Mapping[str, Any]]
 """What bounds the defaults of a config."""
-
-
-def require_least(config: Any, **least: float) -> None:
-    """Refuse settings below what is given here; those that are None are open."""
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= bound:  # written so that NaN is refused too
-            raise ConfigInvalid(f"{name}: expected {bound} or more, found {value}")
 
 
 @dataclass(frozen=True)

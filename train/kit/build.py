@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..data.scaling import Stats, unit_stats
 from ..engine.optim import Optim
@@ -17,6 +18,13 @@ def require(condition: bool, message: str) -> None:
     """Refuse a setting that cannot be satisfied."""
     if not condition:
         raise ConfigInvalid(message)
+
+
+def require_least(config: Any, **least: float) -> None:
+    """Refuse settings below what is given here; those that are None are open."""
+    for name, bound in least.items():
+        value = getattr(config, name)  # compared so that NaN is refused too
+        require(value is None or value >= bound, f"{name}: expected {bound} or more, found {value}")
 
 
 def require_width(width: int) -> None:

@@ -22,7 +22,7 @@ from ..sae.attention.links import require_head
 from ..sae.attention.mixing import Mixing
 from ..sae.attention.reading import MIXING, TEMPERATURE, Attention, Noted
 from ..terms.attention import Consistency, Guidance, Objective
-from .build import require
+from .build import require, require_least
 from .wrapping import Wrapping, base_request, build_base
 
 ENCODER_SEEDS = 2**40  # far from those of the bases
@@ -114,11 +114,9 @@ def anneal(start: float | None, end: float, steps: int) -> Schedule:
 
 
 def _require_settings(config: Guided) -> None:
-    require(config.alpha >= 0, f"alpha: expected 0 or more, found {config.alpha}")
+    require_least(config, alpha=0, negatives=0, rank=1)
     require(config.temperature > 0, f"temperature: expected more than 0, found {config.temperature}")
-    require(config.negatives >= 0, f"negatives: expected 0 or more, found {config.negatives}")
     require(0 <= config.min_mass < 1, f"min_mass: expected 0 or more and less than 1, found {config.min_mass}")
-    require(config.rank >= 1, f"rank: expected 1 or more, found {config.rank}")
     require(
         not (config.shuffle_attention and config.guidance == "encode"),
         'shuffle_attention: it is the control of guidance = "loss", found guidance = "encode"',

@@ -7,9 +7,10 @@ handed on; an optional setting (None by default) that was given must be one the 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
+from ...cache_schema import Manifest
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly
@@ -47,6 +48,29 @@ class Wrapping(Variant):
 
     def dead_part(self) -> int:
         return registry.config_type(self.base)().dead_part()
+
+
+@dataclass(frozen=True)
+class Windowed(Wrapping):
+    """What a variant has besides whose SAE depends on positions in the window."""
+
+    context: int | None = None
+    """Length of the store's windows; None: read from the store."""
+
+    @property
+    def length(self) -> int:
+        require(self.context is not None, "context: expected the length of the store's windows, found none")
+        assert self.context is not None
+        return self.context
+
+    def fill(self, manifest: Manifest) -> Self:
+        return self if self.context is not None else replace(self, context=manifest.context)
+
+    def check(self, manifest: Manifest) -> None:
+        require(
+            self.context in (None, manifest.context),
+            f"context: the store's windows have {manifest.context} tokens, found {self.context}; leave it out",
+        )
 
 
 def build_base(config: Wrapping, d_model: int, stats: Stats | None = None) -> Assembly:

@@ -8,7 +8,7 @@ the bit. All but that need the position at inference, and the saved SAE says so.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 
@@ -17,8 +17,8 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Ramp, SigmoidRamp
-from ..kit.build import require
-from ..kit.wrapping import Wrapping, base_request, build_base
+from ..kit.build import require, require_least
+from ..kit.wrapping import Windowed, base_request, build_base
 from ..sae.first_weights import Init, initialise
 from ..sae.model import SparseAutoencoder
 from ..sae.shapes.masks import COEFFICIENT, HardMask, Mask, MaskKind, SoftMask
@@ -31,11 +31,9 @@ from ..terms.sparsity import l1
 
 
 @dataclass(frozen=True)
-class Config(Wrapping):
+class Config(Windowed):
     own_tables: ClassVar[float] = 3.0
 
-    context: int | None = None
-    """Length of the store's windows; None: read from the store."""
     ranges: int = 4
     mask: MaskKind = "hard"
     """static_slicing: no mask, latents are assigned to ranges by what they did in training."""
@@ -68,15 +66,8 @@ class Config(Wrapping):
         self._require_valid()
         return replace(base_request(self), positions=True)
 
-    def fill(self, manifest: Manifest) -> Self:
-        return self if self.context is not None else replace(self, context=manifest.context)
-
     def check(self, manifest: Manifest) -> None:
-        """Refuse a store whose windows do not fit."""
-        require(
-            self.context in (None, manifest.context),
-            f"context: the store's windows have {manifest.context} tokens, found {self.context}; leave it out",
-        )
+        super().check(manifest)
         require(
             manifest.context % self.ranges == 0,
             f"ranges: expected a number that divides the store's windows of {manifest.context} tokens, "
@@ -85,21 +76,15 @@ class Config(Wrapping):
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         self._require_valid()
-        require(self.context is not None, "context: expected the length of the store's windows, found none")
         assembly = build_base(self, d_model, stats)
         sae, generator = assembly.sae, assembly.generator
         initialise(sae, self.init, generator)
-        mask = self._mask(self._length)
+        mask = self._mask(self.length)
         shapes = self._shapes(sae, mask, generator)
         if shapes:
             assembly = assembly.wrap(lambda inner: ShapedAutoencoder(inner, shapes))
         assembly = self._with_penalty(self._with_knobs(assembly))
-        return assembly.with_extra("mask", record_of(mask, self.width, self._length, self.ranges))
-
-    @property
-    def _length(self) -> int:
-        assert self.context is not None
-        return self.context
+        return assembly.with_extra("mask", record_of(mask, self.width, self.length, self.ranges))
 
     def _mask(self, context: int) -> Mask | None:
         if self.mask == "hard":
@@ -115,11 +100,11 @@ class Config(Wrapping):
         shapes: dict[str, Shape] = {}
         if self.adapters:
             shapes["adapters"] = Adapters(
-                sae.d_in, self.adapter_hidden, self._length, self.ranges, self.adapter_lr_scale, generator
+                sae.d_in, self.adapter_hidden, self.length, self.ranges, self.adapter_lr_scale, generator
             )
         if self.range_encoders:
             own = sae.W_enc.detach()[: round(self.range_encoder_share * self.width)]
-            shapes["range_encoders"] = RangeEncoders(own, self._length, self.ranges, self.position_embeddings)
+            shapes["range_encoders"] = RangeEncoders(own, self.length, self.ranges, self.position_embeddings)
         if self.pre_norm:
             shapes["norm"] = PreNorm(torch.zeros(self.width, dtype=torch.int64), 1)
         if mask is not None:
@@ -148,7 +133,7 @@ class Config(Wrapping):
             require(0 < getattr(self, name) <= 1, f"{name}: expected more than 0 and at most 1")
         require(self.sigma is None or self.sigma > 0, f"sigma: expected a positive number, found {self.sigma}")
         require(0 <= self.mask_cutoff < 1, f"mask_cutoff: expected 0 to 1, found {self.mask_cutoff}")
-        require(self.adapter_hidden > 0, f"adapter_hidden: expected 1 or more, found {self.adapter_hidden}")
+        require_least(self, adapter_hidden=1)
         for name in ("progressive", "adapter_from"):
             span = getattr(self, name)
             require(

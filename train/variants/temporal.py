@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
 
 from ...cache_schema import Manifest
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Schedule, Switch
-from ..kit.build import require
-from ..kit.wrapping import Wrapping, base_request, build_base
+from ..kit.build import require, require_least
+from ..kit.wrapping import Windowed, base_request, build_base
 from ..sae.shapes.position_gate import PositionGate
 from ..sae.shapes.shaped import ShapedAutoencoder
 from ..terms.dynamics import PRUNE, SCALES, Dynamics, Pruning, Retire
@@ -26,9 +25,7 @@ from ..terms.temporal import PIECE, TEMPORAL, Adaptive, Consistency
 
 
 @dataclass(frozen=True)
-class Config(Wrapping):
-    context: int | None = None
-    """Length of the store's windows; None: read from the store."""
+class Config(Windowed):
     short_to: int = 4
     medium_to: int = 16
     long_to: int = 128
@@ -68,19 +65,12 @@ class Config(Wrapping):
         self._require_valid()
         return replace(base_request(self), windows=True, positions=True, documents=True)
 
-    def fill(self, manifest: Manifest) -> Self:
-        return self if self.context is not None else replace(self, context=manifest.context)
-
     def limits(self, manifest: Manifest, tokens: int) -> Mapping[str, float]:
         longest = dict.fromkeys(("short_to", "medium_to", "long_to"), manifest.context)
         return {**super().limits(manifest, tokens), **longest}
 
     def check(self, manifest: Manifest) -> None:
-        """Refuse a store whose windows do not fit."""
-        require(
-            self.context in (None, manifest.context),
-            f"context: the store's windows have {manifest.context} tokens, found {self.context}; leave it out",
-        )
+        super().check(manifest)
         longest = max(self.short_to, self.medium_to, self.long_to)
         require(
             longest <= manifest.context,
@@ -119,9 +109,7 @@ class Config(Wrapping):
     def _with_gate(self, assembly: Assembly) -> Assembly:
         if not self.position_gate:
             return assembly
-        require(self.context is not None, "context: expected the length of the store's windows, found none")
-        assert self.context is not None
-        gate = PositionGate(self.width, self.context, self.gate_rank, assembly.generator)
+        gate = PositionGate(self.width, self.length, self.gate_rank, assembly.generator)
         return assembly.wrap(lambda sae: ShapedAutoencoder(sae, {"position_gate": gate}))
 
     def _losses(self) -> list[Consistency]:
@@ -154,12 +142,7 @@ class Config(Wrapping):
         for name in ("temporal_weights", "group_shares"):
             require(min(getattr(self, name)) >= 0, f"{name}: expected 0 or more, found {getattr(self, name)}")
         require(sum(self.group_shares) <= 1, f"group_shares: expected at most 1 together, found {self.group_shares}")
-        for name in ("idle_steps", "warmup_steps", "reconstruction_boost", "variance_floor", "prune_share"):
-            require(getattr(self, name) >= 0, f"{name}: expected 0 or more, found {getattr(self, name)}")
-        require(self.gradient_noise >= 0, f"gradient_noise: expected 0 or more, found {self.gradient_noise}")
+        require_least(self, idle_steps=0, warmup_steps=0, reconstruction_boost=0, variance_floor=0, prune_share=0)
+        require_least(self, gradient_noise=0, prune_every_steps=1, gate_rank=1, progressive_window=1)
         require(0 < self.buffer_mixing <= 1, f"buffer_mixing: expected more than 0 to 1, found {self.buffer_mixing}")
         require(self.half_life_fraction is None or self.half_life_fraction > 0, "half_life_fraction: expected above 0")
-        require(self.prune_every_steps > 0, f"prune_every_steps: expected 1 or more, found {self.prune_every_steps}")
-        require(self.gate_rank > 0, f"gate_rank: expected 1 or more, found {self.gate_rank}")
-        piece = self.progressive_window
-        require(piece is None or piece > 0, f"progressive_window: expected 1 or more, found {piece}")

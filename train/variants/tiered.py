@@ -16,7 +16,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Constant, Ramp
-from ..kit.build import require
+from ..kit.build import require, require_least
 from ..kit.wrapping import Wrapping, base_request, build_base
 from ..sae.first_weights import Init, initialise
 from ..sae.shapes.norms import PreNorm
@@ -157,8 +157,7 @@ class Config(Wrapping):
         require(min(weights) >= 0 and sum(weights) > 0, f"tier_weights: expected 0 or more, found {weights}")
         learns = self.importance != "fixed"
         require(not learns or min(weights) > 0, f"tier_weights: expected more than 0 to learn from, found {weights}")
-        for name in ("composition_weight", "composition_l1", "moves_every_steps", "idle_frequency", "tier_drift"):
-            require(getattr(self, name) >= 0, f"{name}: expected 0 or more, found {getattr(self, name)}")
+        require_least(self, composition_weight=0, composition_l1=0, moves_every_steps=0, idle_frequency=0, tier_drift=0)
         require(self.tier_drift < 1, f"tier_drift: expected less than 1, found {self.tier_drift}")
         nested = self._is_nested or not self.moves_every_steps
         require(nested, "moves_every_steps: expected tiers that reconstruct on their own, found weights of 0")

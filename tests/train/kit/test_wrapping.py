@@ -118,5 +118,12 @@ def test_a_base_with_a_class_of_its_own_is_not_trained_as_a_plain_one(halved_bas
         config.build(D)
 
 
+def test_matching_pursuit_is_not_trained_as_top_k():
+    config = config_type("positional")(base="matching_pursuit", k=3, width=64, context=16)
+    with pytest.raises(ConfigInvalid, match=r"found matching_pursuit\.Pursuit"):
+        config.build(D)
+    assert type(config_type("attention")(base="matching_pursuit", k=3, width=64).build(D).sae).__name__ == "Pursuit"
+
+
 def test_a_base_with_a_class_of_its_own_is_kept_where_nothing_is_wrapped(halved_base):
     assert type(config_type("attention")(base="topk", k=3, width=64).build(D).sae) is Halved

@@ -25,7 +25,9 @@ def test_what_a_width_needs():
     assert memory_estimate.weight_bytes(member("width=1000"), 64, shards=8) == 1000 * 64 * 2 * 4 * 2.5
 
 
-@pytest.mark.parametrize("variant", ["topk", "standard", "jumprelu", "gated", "p_anneal", "tiered", "positional"])
+@pytest.mark.parametrize(
+    "variant", ["topk", "standard", "jumprelu", "gated", "p_anneal", "tiered", "positional", "matching_pursuit"]
+)
 def test_a_step_needs_what_is_measured(battery, variant):
     """At least what a step allocates whose activations are dense, and not several times as much."""
     rows, width, d_model = 256, 2048, 16

@@ -166,3 +166,26 @@ def test_temporal_latents_change_slowly_at_the_same_explained_variance(battery, 
     assert own > base + 0.1
     assert explained > explained_base - 0.01
     assert lifetime > lifetime_base
+
+
+def test_pursuit_leaves_less_where_latents_that_fire_together_lean_on_each_other(battery, rng):
+    """Three children per parent, each leaning on it and firing only with it; the same number of active latents."""
+    parents = draw_unit(rng, 32)
+    atoms = torch.cat(
+        [parents, functional.normalize(0.5 * parents.repeat_interleave(3, 0) + draw_unit(rng, 96), dim=1)]
+    )
+
+    def rows(count: int) -> Tensor:
+        parent = torch.rand(count, 32, generator=rng).topk(3, dim=1).indices
+        child = 32 + 3 * parent + torch.randint(0, 3, parent.shape, generator=rng)
+        strong, weak = torch.rand(2, count, 3, generator=rng)
+        return scaled(torch.zeros(count, 128).scatter_(1, parent, 1 + strong).scatter_(1, child, 0.5 + weak) @ atoms)
+
+    batches, held_out, left = [Batch(rows(ROWS)) for _ in range(400)], rows(4 * ROWS), {}
+    for variant in ("topk", "matching_pursuit"):
+        config = battery.quick(variant, lr=3e-3, k=6, width=192, rounds=6, dead_after_tokens=40_000)
+        sae = train(config, batches).sae
+        acts = sae.encode(held_out).detach()
+        assert float((acts > 0).sum(1).double().mean()) <= 6
+        left[variant] = float((held_out - sae.decode(acts)).detach().square().sum() / held_out.square().sum())
+    assert left["matching_pursuit"] < 0.5 * left["topk"]

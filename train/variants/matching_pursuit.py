@@ -1,0 +1,71 @@
+"""Matching pursuit (Mallat and Zhang 1993; as an SAE, Costa et al. 2025): latents are chosen in rounds.
+
+B rows, F latents. In each of R rounds the k / R largest pre-activations of what the rounds before left over are
+taken, and what they write is subtracted, so that a latent which an earlier one has explained is not chosen again.
+k rounds of one latent are the published form; each round costs a dense product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..data.scaling import Stats
+from ..engine.compose import Assembly
+from ..kit.build import TOPK_DEAD_PART, require, require_sparsity, topk_optim
+from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
+from ..sae.gates import TopK
+from ..sae.kernels.codes import Codes
+from ..sae.kernels.functions import affine, decode_at
+from ..sae.kernels.linear import linear
+from ..sae.kernels.select import topk_rows
+from ..sae.kernels.support import support_from_topk
+from ..sae.model import SparseAutoencoder
+from ..sae.side import NO_SIDE, Side
+
+
+class Pursuit(SparseAutoencoder):
+    """An SAE whose encoder subtracts as it goes."""
+
+    is_plain = False
+    counts: tuple[int, ...]
+    """Latents that each round takes."""
+
+    def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
+        left, values, chosen = self.centred(x), [], x.new_empty(len(x), 0, dtype=torch.int64)
+        for count in self.counts:
+            with torch.no_grad():
+                pre = linear(left, self.W_enc, self.b_enc).scatter_(1, chosen, -torch.inf)
+                latents = topk_rows(pre, count)[1]
+            support = support_from_topk(latents, self.num_latents)
+            found = affine(left, None, self.W_enc, self.b_enc, support).relu()
+            left = left - decode_at(found, self.W_dec, None, support)
+            values.append(found.view(latents.shape))
+            chosen = torch.cat([chosen, latents], dim=1)
+        support = support_from_topk(chosen, self.num_latents)
+        return Codes(torch.cat(values, dim=1).reshape(-1), support, len(x), self.num_latents)
+
+    def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
+        return self.codes(x.reshape(-1, self.d_in)).dense().view(*x.shape[:-1], self.num_latents)
+
+
+@settings("layer width k rounds seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")
+class Config(WithAux, SingleLayer):
+    k: int = 64
+    rounds: int = 4
+    """How often what is left is read again; at most k."""
+
+    def step_tables(self) -> float:
+        return 2.5
+
+    def dead_part(self) -> int:
+        return TOPK_DEAD_PART
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        require_sparsity(self.k, self.width)
+        require(self.rounds >= 1, f"rounds: expected 1 or more, found {self.rounds}")
+        rounds, optim = min(self.rounds, self.k), topk_optim(self.optim, self.width, d_model)
+        assembly = build_plain(self, d_model, stats, TopK(self.k), (RECONSTRUCTION, self.aux(d_model)), optim)
+        sae = Pursuit(**assembly.sae.parts())
+        sae.counts = tuple(self.k * (r + 1) // rounds - self.k * r // rounds for r in range(rounds))
+        return assembly.wrap(lambda _: sae)
