@@ -14,7 +14,7 @@ the same in every variant, and the command line has options for them.
   `encode`; it sets `is_plain = False` where the plain weights and gate do not compute its `encode`, and
   `needs_side` where `encode` reads side inputs. A subclass cannot be wrapped: wrappers refuse it.
 - `terms`: losses, each a function of a `View` with a schedule as its weight. A term changes nothing and leaves
-  nothing for other terms; what two terms share is a function that both ask `view.once` for.
+  nothing for other terms; what two terms share is a function marked `@once`.
 - `constraints`: what is done to gradients before, and to weights after, the optimiser's step.
 - `knobs`: schedules of values that are not loss weights (p, temperature). Gates and terms read them by name.
 - `extras`: modules (`Extra`) that train along without being needed for activations: who is told of each

@@ -20,7 +20,7 @@ from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.sums import index_sum
 from ..sae.kernels.windows import window_gram
-from ..sae.view import View
+from ..sae.view import View, once
 
 Objective = Literal["divergence", "cross_entropy"]
 FAR_BELOW = -1e9  # a logit that no softmax sees, and that is no infinity times zero
@@ -91,30 +91,24 @@ class Consistency:
         return _mean_where(view, spread / (together + self.eps), has_links(by_row))
 
 
+@once
 def window_products(view: View) -> Tensor:
     """[B, T]: <f_i, f_j> with every token of i's window."""
-    return view.once(_window_products)
+    return window_gram(view.codes, places_of(view))
 
 
+@once
 def inverse_norms(view: View) -> Tensor:
     """[B]: 1 / ||f_i||."""
-    return view.once(_inverse_norms)
+    products = window_products(view)
+    squares = products[torch.arange(len(products), device=products.device), places_of(view).position]
+    return squares.clamp_min(1e-12).rsqrt()
 
 
 def window_cosines(view: View) -> Tensor:
     """[B, T]: cos(f_i, f_j) with every token of i's window, zero where no token is."""
     places, norms = places_of(view), inverse_norms(view)
     return window_products(view) * norms[:, None] * places.spread(norms)[places.window]
-
-
-def _window_products(view: View) -> Tensor:
-    return window_gram(view.codes, places_of(view))
-
-
-def _inverse_norms(view: View) -> Tensor:
-    products = window_products(view)
-    squares = products[torch.arange(len(products), device=products.device), places_of(view).position]
-    return squares.clamp_min(1e-12).rsqrt()
 
 
 def columns_of(codes: Codes, rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..engine.compose import TableUse
 from ..sae.extra import Extra
 from ..sae.model import SparseAutoencoder
-from ..sae.view import View
+from ..sae.view import View, once
 from .tiers import Tiers, tiers_of
 
 COMPOSITION = "composition"
@@ -84,12 +84,9 @@ def composition_of(view: View) -> Composition:
     return cast(Composition, view.sae.extras[COMPOSITION])
 
 
+@once
 def composition_errors(view: View) -> Tensor:
     """[T - 1], mean squared distance of each tier's decoder rows from their compositions."""
-    return view.once(_composition_errors)
-
-
-def _composition_errors(view: View) -> Tensor:
     tiers, composition = tiers_of(view), composition_of(view)
     rows = [view.sae.W_dec[tiers.members(tier)] for tier in range(tiers.num_tiers)]
     left = [own - composition.matrix(tier, tiers) @ below for tier, (below, own) in enumerate(pairwise(rows), start=1)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..sae.kernels.hardware import numbers
 from ..sae.kernels.nested import nested_errors
-from ..sae.view import View
+from ..sae.view import View, once
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,14 @@ class NestedReconstruction:
     weights: tuple[float, ...]
 
     def __call__(self, view: View) -> Tensor:
-        errors, _ = view.once(self._parts)
+        errors, _ = self._parts(view)
         return (errors * numbers(self.weights, errors)).sum() / view.stats.variance
 
     def residual(self, view: View) -> Tensor:
         """What the whole dictionary leaves of the target."""
-        return view.once(self._parts)[1]
+        return self._parts(view)[1]
 
+    @once
     def _parts(self, view: View) -> tuple[Tensor, Tensor]:
         """[M], mean over rows of ||x - x_hat||^2 with the first widths[m] latents; the residual of all."""
         return nested_errors(view.codes, view.sae.W_dec, view.sae.b_dec, view.target, self.widths)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..sae.gates import AnnealedRelu, JumpRelu
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.linear import linear
-from ..sae.view import View
+from ..sae.view import View, once
 
 
 def l1(view: View) -> Tensor:
@@ -23,12 +23,9 @@ def gate_l1(view: View) -> Tensor:
     return gate_path(view).mean_over_rows() / view.stats.width**0.5
 
 
+@once
 def gate_path(view: View) -> Codes:
     """Codes of the gate path of a gated SAE: its pre-activations where they are positive."""
-    return view.once(_gate_path)
-
-
-def _gate_path(view: View) -> Codes:
     pre = view.codes.pre
     assert pre is not None
     return view.codes.with_values(pre.relu())

@@ -22,7 +22,7 @@ from ..sae.kernels.functions import affine
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.support import Support, starts
 from ..sae.side import Side
-from ..sae.view import View
+from ..sae.view import View, once
 from .dynamics import Dynamics, rows_before
 
 Adaptive = Literal["none", "gradient", "variance"]
@@ -137,10 +137,11 @@ def gradient_ratio(view: View, loss: Tensor) -> Tensor:
     """Norm of reconstruction's gradient over that of the loss, both on the codes; no gradient."""
     (own,) = torch.autograd.grad(loss, view.codes.values, retain_graph=True)
     ranks = view.side.ranks
-    ratio = (view.once(_reconstruction_square) / ranks.mean(own.square().sum()).clamp_min(TINY)).sqrt()
+    ratio = (_reconstruction_square(view) / ranks.mean(own.square().sum()).clamp_min(TINY)).sqrt()
     return ratio.clamp_max(MAX_RATIO)
 
 
+@once
 @torch.no_grad()
 def _reconstruction_square(view: View) -> Tensor:
     """Squared norm of the gradient of the share of variance unexplained."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..sae.extra import Extra
 from ..sae.kernels.hardware import numbers
 from ..sae.kernels.nested import Tiering, tier_errors
-from ..sae.view import View
+from ..sae.view import View, once
 
 Importance = Literal["learned", "uncertainty", "fixed"]
 TIERS = "tiers"
@@ -101,20 +101,18 @@ def switched_on(view: View, num_tiers: int) -> Tensor:
     return numbers([view.side.knob(switch_name(tier), 1.0) for tier in range(num_tiers)], view.x)
 
 
+@once
 def tier_losses(view: View) -> Tensor:
     """[T], the share of variance that the tiers up to each leave unexplained."""
-    return view.once(_tier_losses)
+    return _tier_errors(view)[0] / view.stats.variance
 
 
 def tier_residual(view: View) -> Tensor:
     """What all tiers together leave of the target."""
-    return view.once(_tier_errors)[1]
+    return _tier_errors(view)[1]
 
 
-def _tier_losses(view: View) -> Tensor:
-    return view.once(_tier_errors)[0] / view.stats.variance
-
-
+@once
 def _tier_errors(view: View) -> tuple[Tensor, Tensor]:
     sae, tiers = view.sae, tiers_of(view)
     return tier_errors(view.codes, sae.W_dec, sae.b_dec, view.target, tiers.tiering)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -13,7 +15,7 @@ from saemill.train.sae.attention.mixing import Mixing
 from saemill.train.sae.attention.reading import MIXING, TEMPERATURE, Attention
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.kernels.codes import Codes
-from saemill.train.sae.view import View, codes_of
+from saemill.train.sae.view import View
 from saemill.train.terms.attention import Consistency, Guidance
 
 THETA = torch.tensor([0.7, -0.4, 0.1], dtype=torch.float64)
@@ -33,9 +35,14 @@ def again(view: View, values: Tensor, theta: Tensor, seed: int) -> View:
     """The same step with other codes and another mixture."""
     view.sae.extras[MIXING].theta.data.copy_(theta)
     generator = torch.Generator().manual_seed(seed)
-    fresh = View(view.x, view.target, view.side, view.sae, view.dead, view.stats, generator)
-    fresh.kept[codes_of] = view.codes.with_values(values)
-    return fresh
+    return with_codes(dataclasses.replace(view, generator=generator), view.codes.with_values(values))
+
+
+def with_codes(view: View, codes: Codes) -> View:
+    """The view of an SAE that gives these codes."""
+    sae = copy.copy(view.sae)
+    sae.codes = lambda x, side: codes
+    return dataclasses.replace(view, sae=sae, kept={}, notes={})
 
 
 def mixed(guidance: Any, windows: Any, weights: Tensor) -> tuple[Tensor, list[Tensor], list[list[int]]]:
@@ -185,8 +192,7 @@ def test_a_token_whose_attended_share_its_latents_costs_less(guidance, rng):
 
     def loss(acts: Tensor) -> float:
         fresh = again(view, view.codes.values, THETA, 5)
-        fresh.kept[codes_of] = Codes(acts, None, *acts.shape)
-        return float(term(fresh).detach())
+        return float(term(with_codes(fresh, Codes(acts, None, *acts.shape))).detach())
 
     alone = torch.eye(windows.rows, dtype=torch.float64)
     linked = alone + alone[partner]

@@ -65,7 +65,7 @@ def test_a_flipped_digit_of_where_the_run_stands_is_seen(tmp_path):
         assert was in text
         path.write_text(text.replace(was, now))
         found = load_checkpoint(tmp_path)
-        assert found.standing.step == 10 and "state.json is not the file" in found.complaints[0]
+        assert found.standing.step == 10 and "state.json differs from the file" in found.complaints[0]
 
 
 def test_a_checkpoint_from_before_state_had_a_digest_is_read(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.windows import Places
 from ..model import SparseAutoencoder
 from ..side import Side
-from ..view import View
+from ..view import View, once
 from .links import Links, links_of
 from .mixing import Mixing, weights_by_row
 
@@ -39,24 +39,18 @@ class Attention:
             attention, self.layers, row_of, num_rows, head=self.head, min_mass=self.min_mass, apart=self.apart
         )
 
+    @once
     def links(self, view: View) -> Links:
-        return view.once(self._links)
-
-    def by_row(self, view: View) -> Tensor:
-        """[L, B]: how much of each row's mixture comes from each layer."""
-        return view.once(self._by_row)
-
-    def weights(self, view: View) -> Tensor:
-        """[L], by layer."""
-        return view.once(self._weights)
-
-    def _links(self, view: View) -> Links:
         return self.read(view.side, view.x.shape[0])
 
-    def _by_row(self, view: View) -> Tensor:
+    @once
+    def by_row(self, view: View) -> Tensor:
+        """[L, B]: how much of each row's mixture comes from each layer."""
         return weights_by_row(self.weights(view), self.links(view))
 
-    def _weights(self, view: View) -> Tensor:
+    @once
+    def weights(self, view: View) -> Tensor:
+        """[L], by layer."""
         return mixing_weights(view.sae, view.side, view.x)
 
     def note(self, view: View) -> None:
@@ -79,12 +73,9 @@ def mixing_of(sae: SparseAutoencoder) -> Mixing | None:
     return cast(Any, getattr(sae, MIXING, None))
 
 
+@once
 def places_of(view: View) -> Places:
     """Where the rows of the batch stand in their windows."""
-    return view.once(_places)
-
-
-def _places(view: View) -> Places:
     return Places(view.side["window"], view.side["position"], view.side["row_of"])
 
 
