@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...cache_schema.strict import StrictError, from_json, nearest, to_json
+from ..data.batch import Needs
 from ..errors import ConfigInvalid
 from ..kit import registry
 from ..kit.build import require_least
@@ -76,6 +77,9 @@ class RunConfig:
     data: DataConfig
     course: CourseConfig
     members: tuple[Member, ...]
+
+    def requests(self) -> dict[str, Needs]:
+        return {member.label: member.config.request() for member in self.members}
 
     def to_json(self) -> dict[str, Any]:
         saes = {m.label: {"variant": m.variant, "config": to_json(m.config)} for m in self.members}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from ..sae.side import Side
 from ..sae.view import View, residual_of
 from .optim import Optim
 from .schedules import Schedule
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
 from ...cache_schema import Store
 from ...cache_schema.request import validate_request
-from ..data.batch import Needs
 from ..data.feed import joint_request
 from ..data.scaling import Stats, stats_from_moments
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain
@@ -24,7 +22,7 @@ def check(settled: Settled, store: Store, processes: int, device: torch.device) 
     require_trackers(config.course.trackers)
     for member in config.members:
         member.config.check(manifest)
-    request = joint_request(_needs(settled), "train")
+    request = joint_request(config.requests().values(), "train")
     validate_request(manifest, request)
     store.spans(request)
     _require_held_out(settled, store)
@@ -33,21 +31,17 @@ def check(settled: Settled, store: Store, processes: int, device: torch.device) 
     return {layer: _stats(store, layer) for layer in request.layers}
 
 
-def _needs(settled: Settled) -> Iterable[Needs]:
-    return [member.config.request() for member in settled.config.members]
-
-
 def _require_held_out(settled: Settled, store: Store) -> None:
     """A run ends with numbers on text it has not seen: that must be there before the first step."""
-    manifest, course = store.manifest, settled.config.course
+    manifest, config = store.manifest, settled.config
     first, last = manifest.splits["validation"]
     if first == last:
         raise NothingToTrain(
             f"the validation split of {store.url} is empty: a run ends with a measurement on it. "
             "Harvest or import more text, so that the split has windows"
         )
-    windows = min(max(1, course.validation_tokens // manifest.context), last - first)
-    store.spans(replace(joint_request(_needs(settled), "validation"), windows=(0, windows)))
+    windows = min(max(1, config.course.validation_tokens // manifest.context), last - first)
+    store.spans(replace(joint_request(config.requests().values(), "validation"), windows=(0, windows)))
 
 
 def _require_batches(settled: Settled, processes: int) -> None:
@@ -55,8 +49,7 @@ def _require_batches(settled: Settled, processes: int) -> None:
     tokens = settled.plan.batch_tokens
     if tokens < processes:
         raise ConfigInvalid(f"data.batch_tokens: expected at least one per process ({processes}), found {tokens}")
-    wanted = {member.label: member.config.request() for member in settled.config.members}
-    wanted = {label: needs.least_windows for label, needs in wanted.items() if needs.windows}
+    wanted = {label: needs.least_windows for label, needs in settled.config.requests().items() if needs.windows}
     if not wanted:
         return
     label, least = max(wanted.items(), key=lambda pair: pair[1])

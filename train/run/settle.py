@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,9 +54,11 @@ def settle(ask: Ask, store: Store) -> Settled:
 
 def settle_again(folder: RunFolder, store: Store) -> Settled:
     """A run that was started before, from its config.json."""
-    raw, path = folder.read_config(), folder.path / "config.json"
-    config = read_run_config(raw, str(path))
-    return Settled(config, make_plan(config.data, store), _total_steps(raw, str(path)))
+    raw, where = folder.read_config(), str(folder.path / "config.json")
+    config = read_run_config(raw, where)
+    if not isinstance(steps := raw.get("total_steps"), int) or steps < 1:
+        raise ConfigInvalid(f"{where}: expected total_steps of at least 1, found {steps!r}")
+    return Settled(config, make_plan(config.data, store), steps)
 
 
 def make_plan(data: DataConfig, store: Store) -> Plan:
@@ -71,10 +72,3 @@ def with_pool(data: DataConfig, manifest: Manifest) -> DataConfig:
     if data.pool_tokens is not None:
         return data
     return replace(data, pool_tokens=max(data.batch_tokens, POOL_BYTES // (2 * manifest.model.d_model)))
-
-
-def _total_steps(raw: Mapping[str, Any], where: str) -> int:
-    steps = raw.get("total_steps")
-    if not isinstance(steps, int) or steps < 1:
-        raise ConfigInvalid(f"{where}: expected total_steps of at least 1, found {steps!r}")
-    return steps
