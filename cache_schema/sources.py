@@ -58,7 +58,7 @@ class NumpySource:
 
 
 class SaelensSource:
-    """A folder that SAELens' cache runner wrote: one row a window, one column named after the hook."""
+    """A folder that SAELens' cache runner wrote: one row per window, one column named after the hook."""
 
     def __init__(self, folder: Path, layer: int | None) -> None:
         from datasets import Dataset, load_from_disk  # only this import needs it

@@ -5,12 +5,12 @@ TrainError
 ├── UnknownVariant (LookupError)        no file of that name in train/variants/
 ├── UnknownRecipe (LookupError)         no study or run of that name in train/recipes/
 ├── SideInputMissing (LookupError)      a term or a gate read what its variant did not request
-├── NonFiniteLoss (ArithmeticError)     the loss left the numbers; weights are as before the step
-├── StoppedElsewhere (RuntimeError)     another process of the run was refused something
+├── NonFiniteLoss (ArithmeticError)     the loss is not finite; weights are as before the step
+├── StoppedElsewhere (RuntimeError)     another process of the run stopped with an error
 ├── SaeInvalid (ValueError)             a folder that does not hold an SAE this package can read
 ├── StateInvalid (ValueError)           a checkpoint's state does not fit this SAE
 ├── NothingToTrain (ValueError)         no step to take, no token to take it on, or none to measure it on
-├── StoreTooShort (ValueError)          fewer tokens than the budget, and no word of reading them again
+├── StoreTooShort (ValueError)          fewer tokens than the budget, and no request to read them again
 ├── MemoryTooSmall (MemoryError)        the run does not fit
 ├── ActivationsNotFinite (ArithmeticError)  the store holds values that are not finite
 ├── RunMissing (FileNotFoundError)      no run, or no SAE in it, of this name
@@ -78,7 +78,7 @@ class NothingToTrain(TrainError, ValueError):
 
 
 class StoreTooShort(TrainError, ValueError):
-    """The budget is larger than the tokens that the store has, and nobody asked to read them again."""
+    """The budget is larger than the tokens that the store has, and reading them again was not asked for."""
 
 
 class MemoryTooSmall(TrainError, MemoryError):
@@ -86,7 +86,7 @@ class MemoryTooSmall(TrainError, MemoryError):
 
 
 class ActivationsNotFinite(TrainError, ArithmeticError):
-    """Activations of the store are infinite or no numbers."""
+    """Activations of the store are infinite or NaN."""
 
 
 class RunMissing(TrainError, FileNotFoundError):
@@ -102,7 +102,7 @@ class RunFinished(TrainError, ValueError):
 
 
 class CheckpointDamaged(TrainError, ValueError):
-    """No checkpoint of the run is whole."""
+    """No checkpoint of the run is complete."""
 
 
 class CheckpointNotWritten(TrainError, OSError):

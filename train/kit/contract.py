@@ -82,7 +82,7 @@ class Variant(ABC):
         return 10
 
     def limits(self, manifest: Manifest, tokens: int) -> Mapping[str, float]:
-        """Upper bounds for settings that nobody chose: papers' defaults are for larger models and longer runs."""
+        """Upper bounds for settings that were not chosen: papers' defaults are for larger models and longer runs."""
         active = most_active(manifest.model.d_model)
         return {
             "width": 16 * manifest.model.d_model,

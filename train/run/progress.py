@@ -1,4 +1,4 @@
-"""One line a SAE on a terminal; elsewhere a plain line from time to time."""
+"""One line per SAE on a terminal; elsewhere a plain line from time to time."""
 
 from __future__ import annotations
 
