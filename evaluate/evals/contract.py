@@ -5,10 +5,10 @@ A file `evals/NAME.py` is the evaluation NAME; so is a folder `evals/NAME/` with
     EVALUATION = Evaluation(Config, evaluate, needs=Needs(store=True), summary=("group.metric",))
 
 and nothing else is edited: the command, `--set NAME.key=value`, `--resume`, `--compare` and the tests find it by its
-name. Every metric has a row in MEASURES.md and the evaluation a place in README's table; a test asks for both.
+name. Every metric has a row in MEASURES.md and the evaluation a line in README's table; a test asks for both.
 
-Where there is no number, one of four says why:
-    raise NotRun            nobody who has no result yet can have one: the model, the data or the store is missing
+There are four ways of having no number:
+    raise NotRun            the model, the data or the store is missing: no SAE that is left can be evaluated
     yield Failure(sae, e)   this SAE cannot be evaluated, others can: `not run` for a NotRun error, else `failed`
     Result(missing="...")   some numbers are absent until something is there (the model): `--resume` tries again
     Result(remark="...")    some numbers are absent because this SAE cannot have them: the result is complete
