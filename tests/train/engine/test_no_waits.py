@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saemill.train.data.batch import AttentionRows, Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import names
+from saemill.train.sae.extra import retired_of
 from saemill.train.sae.kernels import hardware
 
 pytest.importorskip("triton")
@@ -104,7 +105,7 @@ def warmed(battery: Any, case: str, device: str = "cpu") -> tuple[Trainee, Batch
     trainee.step(first)
     trainee.step_index = WARM + 1
     trainee.counters.tokens_since_fired[:4] = 10**9
-    trainee.counters.list_dead(10**8, trainee.sae.retired)
+    trainee.counters.list_dead(10**8, retired_of(trainee.sae))
     assert len(trainee.counters.listed) > 0  # lists are made, and waited for, at looks
     return trainee, then
 
