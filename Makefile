@@ -15,7 +15,12 @@ DEMO     ?= ./demo
 STUDIES  ?= ./study_runs
 RESULTS  ?= ./bench-results
 
-# A worker a core with one thread each: the tests' tensors are too small to keep two threads busy together.
+# Threads that wait for each other spin; beside other work they spin while others hold the core. This many turns cost
+# nothing on a quiet machine (60k tokens of the pocket model on two cores: 12.1 s, 12.4 without) and take a quarter off
+# beside one busy process of two threads (16k tokens: 17 and 18 s, 23 and 25 without).
+export GOMP_SPINCOUNT ?= 10000
+
+# One worker per core with one thread each: the tests' tensors are too small to keep two threads busy together.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard train/recipes/*.py)))))
