@@ -12,11 +12,15 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from facts import facts_of
 
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
@@ -199,9 +203,7 @@ def main() -> None:
                 torch.cuda.empty_cache()
     finally:
         if asked.out is not None:
-            asked.out.write_text(
-                json.dumps({"card": torch.cuda.get_device_name(), "rows": table.rows}, indent=1) + "\n"
-            )
+            asked.out.write_text(json.dumps({**facts_of(), "rows": table.rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 from racing import Contest, Entrant, make_batches
-from ratios import HERE
 from records import record, record_failure, shares, tell
 
 SURE = ("ours bfloat16", "ours bfloat16, no Triton", "sae_lens bfloat16", "dictionary_learning bfloat16", "sparsify")
@@ -51,8 +50,7 @@ def entrants(compiled: bool) -> list[Entrant]:
     bfloat16, tf32 = {"precision": "bfloat16"}, {"precision": "tf32"}
     found = [Entrant("ours bfloat16", "ours", bfloat16), Entrant("ours tf32", "ours", tf32)]
     found.append(Entrant("ours float32", "ours", {"precision": "float32"}))
-    if has_triton_kernels():
-        found.append(Entrant("ours bfloat16, no Triton", "ours", bfloat16, {"WITHOUT_TRITON": "1"}))
+    found.append(Entrant("ours bfloat16, no Triton", "ours", bfloat16, {"WITHOUT_TRITON": "1"}))
     for peer in ("sae_lens", "dictionary_learning"):
         found.append(Entrant(f"{peer} bfloat16", peer, bfloat16))
         found.append(Entrant(f"{peer} bfloat16, fused", peer, bfloat16 | {"fused": True}))
@@ -61,12 +59,6 @@ def entrants(compiled: bool) -> list[Entrant]:
     if compiled:
         found.append(Entrant("sae_lens bfloat16, compiled", "sae_lens", bfloat16 | {"compiled": True}))
     return found
-
-
-def has_triton_kernels() -> bool:
-    """Of our own: without any, there is nothing to leave out."""
-    sources = (HERE.parent / "train").rglob("*.py")
-    return any("import triton" in source.read_text() for source in sources)
 
 
 def contests(sizes: Sizes) -> list[tuple[str, dict[str, Any], tuple[str, ...] | None]]:

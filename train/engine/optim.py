@@ -78,6 +78,8 @@ class Adam:
         self._by_row = {name: (take_rows(self.parameters[name]), is_unit) for name, is_unit in (by_row or {}).items()}
         self._taken: dict[str, int] = {}  # steps of each table that goes by row, as the host knows them
         self.settings = settings
+        self._beta1 = BETA1 if settings.beta1 is None else settings.beta1
+        self._epsilon = EPSILON if settings.epsilon is None else settings.epsilon
         self._lr_scales = dict(lr_scales or {})
         self._first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
@@ -123,9 +125,9 @@ class Adam:
             None if first is None else (*first.entries(), first.rows.contiguous()),
             AdamStep(
                 lr,
-                BETA1 if settings.beta1 is None else settings.beta1,
+                self._beta1,
                 settings.beta2,
-                EPSILON if settings.epsilon is None else settings.epsilon,
+                self._epsilon,
                 settings.weight_decay,
                 self._taken[name],
             ),
@@ -155,11 +157,11 @@ class Adam:
             grad_scale=divisor,
             found_inf=frozen,
             amsgrad=False,
-            beta1=BETA1 if settings.beta1 is None else settings.beta1,
+            beta1=self._beta1,
             beta2=settings.beta2,
             lr=lr,
             weight_decay=settings.weight_decay,
-            eps=EPSILON if settings.epsilon is None else settings.epsilon,
+            eps=self._epsilon,
             maximize=False,
         )
 

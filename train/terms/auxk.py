@@ -10,8 +10,7 @@ Encoder and decoder rows of dead latents get its gradient, nothing else does.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from ..sae.gates import DENSE_SHARE
 from ..sae.kernels.codes import Codes, codes_from_dense
 from ..sae.kernels.functions import affine, squared_error
 from ..sae.kernels.hardware import reads_at_once
-from ..sae.kernels.linear import linear
+from ..sae.kernels.linear import Product, linear, product_on
 from ..sae.kernels.select import support_topk
 from ..sae.view import View
 
@@ -37,8 +36,7 @@ class AuxK:
         dead = view.dead_latents
         if dead.numel() == 0:
             return error.new_zeros(())
-        with low_products(view):
-            error_hat = self._codes(view, dead).decode(view.sae.W_dec[dead]).float()
+        error_hat = self._codes(view, dead).decode(view.sae.W_dec[dead])
         return squared_error(error_hat, error - error_hat.detach()) / _spread(error, view)
 
     def _codes(self, view: View, dead: Tensor) -> Codes:
@@ -49,15 +47,16 @@ class AuxK:
                 support = support_topk(linear(x, W_MD, b_M), self.k)
             codes = Codes(affine(x, None, W_MD, b_M, support), support, x.shape[0], dead.numel())
         else:
-            pre = linear(x, W_MD, b_M)
-            codes = codes_from_dense(_keep_topk(pre, self.k), None)
+            product = _product(view)
+            is_exact = product == "float32"
+            pre = linear(x, W_MD, b_M) if is_exact else affine(x, None, W_MD, b_M, None, product=product)
+            codes = replace(codes_from_dense(_keep_topk(pre, self.k), None), product=product)
         return view.sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
 
 
-def low_products(view: View) -> AbstractContextManager[object]:
-    """On a GPU the dense products here are in bfloat16 where the encoder's is: in float32 they are half of a step."""
-    is_low = view.sae.encoder_product == "bfloat16" and not reads_at_once(view.x)
-    return torch.autocast(view.x.device.type, torch.bfloat16) if is_low else nullcontext()
+def _product(view: View) -> Product:
+    """On a GPU that of the encoder: in float32 the dense products here would be half of a step."""
+    return "float32" if reads_at_once(view.x) else product_on(view.x.device, view.sae.encoder_product)
 
 
 def _keep_topk(pre: Tensor, k: int) -> Tensor:

@@ -80,5 +80,6 @@ def _why_not(device: torch.device) -> str | None:
     try:
         select.top_latents(torch.zeros(1, 8, device=device), 1)
     except Exception as error:  # noqa: BLE001 (an old card, no C compiler, a driver: a compiler fails in many ways)
-        return f"triton cannot compile for it ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        said = str(error).partition("\n")[0][:200]
+        return f"triton cannot compile for it ({type(error).__name__}: {said})"
     return None

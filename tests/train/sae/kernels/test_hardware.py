@@ -43,8 +43,13 @@ def test_a_machine_without_triton_says_so_and_uses_torch(asked_anew, monkeypatch
 
 def test_a_device_that_triton_cannot_compile_for_uses_torch(asked_anew, monkeypatch):
     def refuse(pre, k):
-        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+        raise error
 
+    error = RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
     monkeypatch.setattr(select, "top_latents", refuse)
     with pytest.warns(UserWarning, match=r"cannot compile for it \(RuntimeError: Failed to find C compiler.\)"):
+        assert not has_triton(torch.device("cpu"))
+    has_triton.cache_clear()
+    error = AssertionError()  # some say nothing at all
+    with pytest.warns(UserWarning, match=r"cannot compile for it \(AssertionError: \)"):
         assert not has_triton(torch.device("cpu"))

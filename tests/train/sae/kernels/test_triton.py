@@ -45,6 +45,14 @@ def test_rows_keep_their_k_largest(rng, dtype, num_rows, width, k):
     assert torch.equal(select.top_latents(pre, k), first_of_equals(pre, k))
 
 
+def test_rows_may_lie_anywhere_in_memory(rng):
+    """A kernel that took one row to begin where the one before ends would choose other latents."""
+    pre = normal(100, 3, rng=rng).t()
+    assert torch.equal(select.top_latents(pre, 5), first_of_equals(pre, 5))
+    for found, expected in zip(select.top_of_batch(pre, 9), select.top_of_batch(pre.contiguous(), 9), strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("value", [0.5, 0.0, -2.0])
 def test_of_equal_entries_the_first_are_kept(rng, value):
     pre = normal(2, 9000, rng=rng)

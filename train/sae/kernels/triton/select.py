@@ -226,13 +226,9 @@ def _write_kept(
     _write(pre, offered, row, tl.load(offers + row), room, key, tl.load(ties + row), out + place, F, BITS, BLOCK)
 
 
-def can_select(pre: Tensor) -> bool:
-    """Whether these kernels know the type of these pre-activations."""
-    return pre.dtype in BITS and pre.is_contiguous()
-
-
 def top_latents(pre: Tensor, k: int) -> Tensor:
     """int32 [B, k]: latents of the k largest entries of each row, in rising order."""
+    pre = pre.contiguous()
     rows, width = pre.shape
     bits = BITS[pre.dtype]
     out = torch.empty(rows, k, dtype=torch.int32, device=pre.device)
@@ -252,6 +248,7 @@ def top_of_batch(pre: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Always `count` of them, whatever their sign: the shape does not depend on the data.
     """
+    pre = pre.contiguous()
     rows, width = pre.shape
     bits, device = BITS[pre.dtype], pre.device
     wanted = triton.cdiv(count, rows)  # of a row, on average
