@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,11 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
 @click.option("--set", "settings", multiple=True, metavar="A.B=V", help="Any other setting, such as optim.beta1=0.")
 @click.option("--grid", multiple=True, metavar="A=V,V", help="A fleet over values, such as k=16,32,64.")
+@click.option(
+    "--with-baselines",
+    is_flag=True,
+    help="Train sanity baselines beside them: decoder frozen, nearly frozen, encoder frozen, principal components.",
+)
 @click.option("--resume", metavar="NAME", help="Go on with a run from its last checkpoint.")
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Pictures of the run when it has ended.")
 def main(
@@ -82,6 +88,7 @@ def main(
     device: str,
     settings: tuple[str, ...],
     grid: tuple[str, ...],
+    with_baselines: bool,
     resume: str | None,
     plots: bool,
     **chosen: Any,
@@ -97,6 +104,7 @@ def main(
         try:
             if resume is not None:
                 others = {"--variant": variants, "--recipe": recipe, "--set": settings, "--grid": grid, "--name": name}
+                others["--with-baselines"] = with_baselines or None
                 others |= {f"--{key}": value for key, value in (chosen | {"tokens": tokens, "epochs": epochs}).items()}
                 _require_alone(resume, others)
                 tell(console, _go_on(RunFolder.open(out, resume), cache, site), plots)
@@ -104,6 +112,7 @@ def main(
                 options = _options(chosen | {"tokens": tokens, "epochs": epochs}, settings)
                 points = [_resolve_aliases(point) for point in parse_grid(grid)]
                 for ask in _asks(variants, recipe, name, options, points):
+                    ask = replace(ask, baselines=with_baselines)
                     tell(console, _start(ask, _require_cache(cache), out, name, site), plots)
         finally:
             site.group.close()

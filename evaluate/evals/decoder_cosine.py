@@ -1,28 +1,38 @@
-"""decoder_cosine: do latents write in directions of their own? From the weights alone: no store, no model.
+"""decoder_cosine: do latents write in directions of their own, and does another seed find the same ones?
 
-The largest cosine of each latent's decoder row with another one's: an SAE whose latents were split or found twice
-has many near 1. As many random directions of the same width are what to compare with. F latents, D width.
+From the weights alone: no store, no model. The largest cosine of each latent's decoder row with another one's: an SAE
+whose latents were split or found twice has many near 1. The same with the rows of SAEs of the same run that differ by
+their seed alone says how much of a dictionary is the data's, and how much chance's. As many random directions of the
+same width are what to compare both with. F latents, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
+from ...train.disk.sae_folder import read_config
+from ...train.run.find_sae import list_saes, read_folder
 from .contract import Context, Evaluation, LoadedSae, Result
 from .core.weights import max_cosine
 
 ALONE = "an SAE of one latent has no pair of latents to compare"
+ONE_SEED = "its run has no SAE that differs by its seed alone"
 
 
 @dataclass(frozen=True)
 class Config:
     threshold: float = 0.9
     """Latents with a neighbour at least so near count as doubled."""
+    shared_threshold: float = 0.7
+    """Latents with one at least so near in another seed's dictionary count as shared."""
     seed: int = 51_866
     """Of the random directions; not a small one, from which a dictionary may have been started."""
 
@@ -30,23 +40,67 @@ class Config:
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result]:
     for subject in subjects:
         rows_FD = subject.sae.W_dec.detach().float()
-        metrics = {"decoder_cosine": measure(rows_FD, config)} if len(rows_FD) > 1 else {}
-        yield Result(subject, to_json(config), metrics, remark=None if metrics else ALONE)
+        metrics = {"decoder_cosine": within(rows_FD, config)} if len(rows_FD) > 1 else {}
+        others = [read_folder(folder).W_dec.detach().to(rows_FD) for folder in other_seeds(subject)]
+        if others:
+            metrics["across_seeds"] = across(rows_FD, others, config)
+        remarks = [] if len(rows_FD) > 1 else [ALONE]
+        remarks += [] if others else [ONE_SEED]
+        yield Result(subject, to_json(config), metrics, remark="; ".join(remarks) or None)
 
 
-def measure(rows_FD: Tensor, config: Config) -> dict[str, float]:
+def within(rows_FD: Tensor, config: Config) -> dict[str, float]:
     """Over latents, each with its nearest neighbour."""
     nearest_F = max_cosine(rows_FD).double()
-    chance = torch.randn(rows_FD.shape, generator=torch.Generator().manual_seed(config.seed)).to(rows_FD)
     return {
         "mean": float(nearest_F.mean()),
         "median": float(nearest_F.median()),
         "max": float(nearest_F.max()),
         "doubled_share": float((nearest_F >= config.threshold).double().mean()),
-        "mean_chance": float(max_cosine(chance).double().mean()),
+        "mean_chance": float(max_cosine(_random_like(rows_FD, config)).double().mean()),
     }
 
 
+def across(rows_FD: Tensor, others: Sequence[Tensor], config: Config) -> dict[str, float]:
+    """Over latents, each with the nearest of another seed's; means over the other seeds."""
+    nearest = [max_cosine(rows_FD, other).double() for other in others]
+    return {
+        "seeds": float(1 + len(others)),
+        "mean": fmean(float(nearest_F.mean()) for nearest_F in nearest),
+        "shared_share": fmean(float((nearest_F >= config.shared_threshold).double().mean()) for nearest_F in nearest),
+        "mean_chance": float(max_cosine(rows_FD, _random_like(others[0], config)).double().mean()),
+    }
+
+
+def other_seeds(subject: LoadedSae) -> list[Path]:
+    """The SAEs beside this one that were trained alike from another seed."""
+    own = _all_but_seed(subject.config)
+    if own is None:
+        return []
+    found = [folder for folder in list_saes(subject.folder.resolve().parent) if folder != subject.folder.resolve()]
+    return [folder for folder in found if _all_but_seed(read_config(folder)) == own]
+
+
+def _all_but_seed(config: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What must be the same in both; None where no seed was recorded."""
+    metadata = config.get("metadata", {})
+    settings = dict(metadata.get("training_architecture_details") or {})
+    if settings.pop("seed", None) is None:
+        return None
+    return metadata.get("training_architecture"), metadata.get("cache_id"), config.get("d_in"), settings
+
+
+def _random_like(rows_FD: Tensor, config: Config) -> Tensor:
+    return torch.randn(rows_FD.shape, generator=torch.Generator().manual_seed(config.seed)).to(rows_FD)
+
+
 EVALUATION = Evaluation(
-    Config, evaluate, summary=("decoder_cosine.mean", "decoder_cosine.mean_chance", "decoder_cosine.doubled_share")
+    Config,
+    evaluate,
+    summary=(
+        "decoder_cosine.mean",
+        "decoder_cosine.mean_chance",
+        "decoder_cosine.doubled_share",
+        "across_seeds.shared_share",
+    ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,13 @@ def make_sae(width: int = F, d_in: int = D, k: int | None = 4, seed: int = 0, **
     return SparseAutoencoder(parts.pop("W_enc", 0.5 * W_dec.clone()), parts.pop("W_dec", W_dec), gate, **parts)
 
 
-def save(folder: Path, sae: SparseAutoencoder, layers: tuple[int, ...] = (LAYER,), **metadata: Any) -> Path:
+def save(
+    folder: Path,
+    sae: SparseAutoencoder,
+    layers: tuple[int, ...] = (LAYER,),
+    config: Mapping[str, Any] | None = None,
+    **metadata: Any,
+) -> Path:
     whole = {
         "model_name": "tiny",
         "hook_name": f"blocks.{layers[-1]}.hook_resid_post",
@@ -228,7 +234,7 @@ def save(folder: Path, sae: SparseAutoencoder, layers: tuple[int, ...] = (LAYER,
         "target_layers": list(layers),
         **metadata,
     }
-    save_sae(folder, sae, unit_stats(sae.d_in), whole, {}, "topk", unit_stats(sae.d_out))
+    save_sae(folder, sae, unit_stats(sae.d_in), whole, config or {}, "topk", unit_stats(sae.d_out))
     return folder
 
 

@@ -80,14 +80,16 @@ def run(stored, pocket, new_builder):
 
     def documents(name, seeds):
         builder, subjects = new_builder(), []
-        for seed in seeds:
+        for seed in (0, 1):  # both lie side by side on disk, whoever is evaluated
             if is_about_text(name):
                 sae = builder.make_sae(width=32, d_in=pocket.facts.d_model, k=8, seed=seed)
                 subjects.append(builder.subject(sae, f"sae_{seed}", layers=(LAYER,)))
             else:
-                subjects.append(builder.subject(builder.make_sae(k=None, seed=seed), f"sae_{seed}"))
+                sae = builder.make_sae(k=None, seed=seed)
+                subjects.append(builder.subject(sae, f"sae_{seed}", config={"seed": seed}))
                 extras = {"composition.C2": torch.ones(8, 8), "composition.C3": torch.ones(8, 8)}
                 subjects[-1].sae.extras_tensors = extras
+        subjects = [subjects[seed] for seed in seeds]
         watch = Watch(is_quiet=True)
         if is_about_text(name):
             context = Context(None, model_name="pocket", watch=watch)

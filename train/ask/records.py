@@ -108,6 +108,8 @@ class Ask:
     settings: Mapping[str, Any] = field(default_factory=dict)
     grid: Sequence[Mapping[str, Any]] = ({},)
     recipe: Recipe | None = None
+    baselines: bool = False
+    """Whether sanity baselines train beside them."""
 
     @classmethod
     def of_recipe(

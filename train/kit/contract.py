@@ -24,7 +24,7 @@ What must hold:
 1. Random numbers come from `assembly.generator` alone, seeded by `seed`: an SAE trains to the same bits alone,
    beside others, and after a resume.
 2. Everything that training changes is a parameter or a buffer of `sae` or of an extra, so checkpoints hold it.
-3. A gradient reaches every parameter within a few steps.
+3. A gradient reaches every parameter within a few steps (not of a baseline).
 4. The (row, latent) pairs of a `Support` are distinct, in order of rows: sparse sums add them unchecked.
 5. `sae.encode` agrees with what was trained, for any number of rows, and reads only what `request` asked for.
 6. What depends on the whole batch (a batch's top k, a mean, a count) goes through `view.side.ranks`.
@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Self
+from typing import ClassVar, Self
 
 from ...cache_schema import Manifest
 from ..data.batch import Needs
@@ -44,6 +44,9 @@ from ..engine.compose import Assembly
 
 class Variant(ABC):
     """What `Config` offers. `request` and `build` must be defined; everything else has a default."""
+
+    is_baseline: ClassVar[bool] = False
+    """It is there to be compared with, and may leave weights as they are or learn without a gradient."""
 
     width: int
     """Latents of the dictionary."""

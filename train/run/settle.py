@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...cache_schema import Manifest, Store
+from ..ask.baselines import with_baselines
 from ..ask.recipe import Recipe
 from ..ask.records import Ask, DataConfig, RunConfig, read_run_config
 from ..data.plan import Plan
 from ..data.split_sizes import measure_split
 from ..errors import ConfigInvalid
+from ..kit.contract import Variant
 from .budget import settle_budget
 from .folder import RunFolder, provenance
 
@@ -46,7 +49,12 @@ def settle(ask: Ask, store: Store) -> Settled:
     data = with_pool(ask.stream(), manifest)
     plan = make_plan(data, store)
     budget = settle_budget(ask.length(), plan, store.url)
-    asked = ask.members(lambda config: config.limits(manifest, budget.tokens), manifest.layers)
+
+    def limits(config: Variant) -> Mapping[str, float]:
+        return config.limits(manifest, budget.tokens)
+
+    asked = ask.members(limits, manifest.layers)
+    asked = with_baselines(asked, limits) if ask.baselines else asked
     members = tuple(replace(member, config=member.config.fill(manifest)) for member in asked)
     config = RunConfig(data, replace(ask.length(), tokens=budget.tokens), members)
     return Settled(config, plan, budget.steps, budget.remark, ask.recipe)

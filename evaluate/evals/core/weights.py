@@ -39,9 +39,15 @@ def encoder_bias(sae: SparseAutoencoder) -> Tensor:
     return getattr(sae, "b_enc", torch.zeros(sae.num_latents))
 
 
-def max_cosine(rows_FD: Tensor, block: int = BLOCK) -> Tensor:
-    """The largest cosine of each row with another one: [F]; -inf where there is no other."""
+def max_cosine(rows_FD: Tensor, others_FD: Tensor | None = None, block: int = BLOCK) -> Tensor:
+    """The largest cosine of each row with one of the others, or with another one of its own: [F].
+
+    -inf where there is no other.
+    """
     unit = functional.normalize(rows_FD, dim=1)
+    if others_FD is not None:
+        others = functional.normalize(others_FD, dim=1)
+        return torch.cat([linear(part, others).amax(dim=1) for part in unit.split(block)])
     best = unit.new_full((len(unit),), -torch.inf)
     starts = range(0, len(unit), block)
     for first in starts:

@@ -14,6 +14,7 @@ from saemill.train.errors import NonFiniteLoss, StateInvalid
 from saemill.train.kit.registry import config_type, names
 
 VARIANTS = names()
+LEARNING = [name for name in VARIANTS if not config_type(name).is_baseline]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -61,7 +62,7 @@ def test_training_lowers_a_finite_loss(battery, variant):
     )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LEARNING)
 def test_gradient_reaches_every_parameter(battery, variant):
     config = battery.quick(variant)
     trainee = Trainee("one", config.build(battery.D), battery.STEPS)
@@ -78,7 +79,8 @@ def test_same_seed_same_bits_and_another_seed_others(battery, variant):
     first, second = (battery.train(battery.quick(variant, seed=5), 5)[0].state() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = battery.train(battery.quick(variant, seed=6), 5)[0].state()
-    assert not torch.equal(first["sae.W_dec"], other["sae.W_dec"])
+    if variant in LEARNING:
+        assert not torch.equal(first["sae.W_dec"], other["sae.W_dec"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -129,7 +131,7 @@ def test_a_foreign_state_is_refused_whole(battery, variant):
         trainee.load_state(wrong)
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if config_type(name)().request().inputs == (19,)])
+@pytest.mark.parametrize("variant", [name for name in LEARNING if config_type(name)().request().inputs == (19,)])
 def test_a_planted_dictionary_is_recovered(battery, variant, planted):
     if battery.config_of(variant).request().targets is not None:
         pytest.skip("the dictionary is planted in one layer")

@@ -1,0 +1,47 @@
+"""Decoder rows that are known beforehand: doubled, found again, or each its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saemill.evaluate.context.context import Context
+from saemill.evaluate.evals.decoder_cosine import Config, evaluate
+
+
+@pytest.fixture
+def measure(builder):
+    def results(*tables, seeds=None):
+        subjects = []
+        for number, rows in enumerate(tables):
+            sae = builder.make_sae(width=len(rows), d_in=rows.shape[1], W_dec=rows, W_enc=rows.clone(), k=2)
+            config = {"width": len(rows), "seed": number} if seeds is None else seeds[number]
+            subjects.append(builder.subject(sae, f"sae_{number}", config=config))
+        return list(evaluate(Context(None), subjects, Config()))
+
+    return results
+
+
+def test_doubled_latents_are_counted(measure):
+    (result,) = measure(torch.cat([torch.eye(8), torch.eye(8)[:2]]))
+    assert result.metrics["decoder_cosine"]["doubled_share"] == pytest.approx(0.4)
+    assert result.metrics["decoder_cosine"]["max"] == pytest.approx(1.0)
+    assert "across_seeds" not in result.metrics and "differs by its seed alone" in result.remark
+
+
+def test_latents_that_another_seed_has_are_counted(measure):
+    """Six of eight directions in another order; the other two are each shared by two in equal parts: cosine 0.707."""
+    other = torch.eye(8)[torch.tensor([5, 4, 3, 2, 1, 0, 6, 7])]
+    other[6], other[7] = (other[6] + other[7]) / 2**0.5, (other[6] - other[7]) / 2**0.5
+    first, second = measure(torch.eye(8), other)
+    for result in (first, second):
+        assert result.metrics["across_seeds"]["seeds"] == 2
+        assert result.metrics["across_seeds"]["mean"] == pytest.approx((6 + 2 * 0.5**0.5) / 8)
+        assert result.metrics["across_seeds"]["shared_share"] == 1.0
+        assert result.metrics["across_seeds"]["mean_chance"] < 0.8
+
+
+def test_only_saes_that_were_trained_alike_are_compared(measure):
+    table = torch.eye(8)
+    settings = [{"k": 2, "seed": 0}, {"k": 4, "seed": 1}, {}]
+    assert all("across_seeds" not in result.metrics for result in measure(table, table, table, seeds=settings))

@@ -1,0 +1,57 @@
+"""`--with-baselines`: who gets which, at the settings of the SAE that they are compared with."""
+
+from __future__ import annotations
+
+import pytest
+
+from saemill.train.ask.baselines import with_baselines
+from saemill.train.ask.records import Ask
+from saemill.train.ask.settings import parse_grid, parse_settings
+from saemill.train.errors import ConfigInvalid
+
+LIMITS = {"width": 512}
+
+
+def fleet(*variants, words=(), grid=()):
+    asked = Ask.of_variants(variants, parse_settings(words), parse_grid(grid))
+    return with_baselines(asked.members(lambda _: LIMITS), lambda _: {"width": 256})
+
+
+def test_an_sae_gets_three_frozen_ones_at_its_own_settings_and_its_principal_components():
+    members = {member.label: member for member in fleet("topk", words=["k=12", "optim.lr=0.5", "seed=3"])}
+    assert list(members) == [
+        "topk",
+        "topk_frozen_decoder",
+        "topk_frozen_soft_decoder",
+        "topk_frozen_encoder",
+        "pca_k12_layer19",
+    ]
+    for label, part in [("topk_frozen_decoder", "decoder"), ("topk_frozen_encoder", "encoder")]:
+        config = members[label].config
+        assert (config.base, config.part, config.k, config.width, config.seed) == ("topk", part, 12, 512, 3)
+        assert config.optim == members["topk"].config.optim
+        assert config.encoder_product == members["topk"].config.encoder_product
+    assert (members["pca_k12_layer19"].config.k, members["pca_k12_layer19"].config.width) == (12, 256)
+
+
+def test_what_two_saes_share_is_there_once():
+    labels = [member.label for member in fleet("topk", "attention", words=["attention.base=topk", "k=12", "width=64"])]
+    assert [label for label in labels if label.startswith("pca")] == ["pca_k12_layer19"]
+    seeds = [member.label for member in fleet("topk", grid=["seed=0,1"])]
+    assert sum("frozen" in label for label in seeds) == 6
+
+
+def test_a_penalty_fixes_no_number_of_components():
+    assert not [member for member in fleet("standard") if member.variant == "pca"]
+
+
+@pytest.mark.parametrize(
+    ("variants", "words", "message"),
+    [
+        (["transcoder"], [], "expected an SAE that reads one layer and rebuilds it, found transcoder"),
+        (["topk"], ["decoder_bias=zero"], "a frozen topk has no setting decoder_bias"),
+    ],
+)
+def test_what_cannot_have_one_is_told(variants, words, message):
+    with pytest.raises(ConfigInvalid, match=message):
+        fleet(*variants, words=words)

@@ -1,0 +1,62 @@
+"""Sanity baselines hold still what they say they hold still, and principal components are principal components."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saemill.train.data.batch import Batch
+from saemill.train.engine.step import Trainee
+from saemill.train.errors import ConfigInvalid
+
+STILL = {"decoder": "W_dec", "encoder": "W_enc"}
+
+
+def trained(battery, config, steps=30):
+    trainee = Trainee("one", config.build(battery.D), battery.STEPS)
+    before = {name: tensor.clone() for name, tensor in trainee.sae.state_dict().items()}
+    battery.train(config, steps, trainee)
+    return before, trainee.sae
+
+
+@pytest.mark.parametrize("base", ["topk", "standard", "gated", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("part", STILL)
+def test_one_half_stays_as_it_was_drawn_and_the_other_learns(battery, base, part):
+    before, sae = trained(battery, battery.quick("frozen", lr=1e-2, base=base, part=part))
+    other = ({"W_enc", "W_dec"} - {STILL[part]}).pop()
+    torch.testing.assert_close(sae.get_parameter(STILL[part]), before[STILL[part]], atol=1e-5, rtol=0)
+    assert float((sae.get_parameter(other) - before[other]).detach().norm()) > 0.1 * float(before[other].norm())
+
+
+def test_a_soft_frozen_decoder_turns_as_far_as_it_may_and_no_further(battery):
+    before, sae = trained(battery, battery.quick("frozen", lr=0.1, part="soft_decoder", cosine=0.8))
+    W_dec = sae.W_dec.detach()
+    cosine = torch.linalg.vecdot(W_dec, before["W_dec"])
+    assert cosine.min() == pytest.approx(0.8, abs=1e-5)
+    assert (cosine > 0.8 - 1e-5).all()
+    torch.testing.assert_close(W_dec.norm(dim=1), torch.ones(len(W_dec)))
+
+
+def test_a_cosine_that_is_none_is_refused(battery):
+    with pytest.raises(ConfigInvalid, match=r"cosine: expected a number from -1 to 1, found 1\.5"):
+        battery.config_of("frozen", part="soft_decoder", cosine=1.5).request()
+
+
+def test_pca_rebuilds_as_principal_components_do(battery):
+    """Rows of four directions of falling variance: two components explain what the two largest do."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.zeros(battery.D)
+    scales[:4] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    turned = torch.linalg.qr(torch.randn(battery.D, battery.D, generator=generator)).Q
+    rows = (torch.randn(8 * battery.ROWS, battery.D, generator=generator) * scales) @ turned
+    trainee = Trainee("one", battery.quick("pca", k=2).build(battery.D), 8)
+    for part in rows.split(battery.ROWS):
+        trainee.step(Batch(part))
+    sae = trainee.sae
+    components = torch.linalg.svd(rows, full_matrices=False).Vh
+    assert float((sae.W_dec[:8:2].detach() * components[:4]).sum(1).abs().min()) > 0.999
+    acts = sae.encode(rows)
+    assert int((acts > 0).sum(1).max()) == 2
+    largest = rows @ components.T
+    kept = largest.square().topk(2, dim=1).values.sum(1)
+    torch.testing.assert_close(sae.decode(acts).square().sum(1), kept, rtol=1e-3, atol=1e-3)

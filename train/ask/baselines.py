@@ -1,0 +1,71 @@
+"""The sanity baselines of a run: what its SAEs are to be compared with, as members of the same fleet.
+
+Each SAE that may be a base gets three whose dictionary is half frozen, at its own settings; each number of active
+latents that the run asks for gets as many principal components.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, get_args
+
+from ..errors import ConfigInvalid
+from ..kit import registry
+from .records import Limits, Member
+
+FROZEN, PCA = "frozen", "pca"  # the variants that are baselines
+
+
+def with_baselines(members: Iterable[Member], limits: Limits) -> tuple[Member, ...]:
+    """The members and their baselines; of two that are the same, one."""
+    own = tuple(members)
+    made: list[Member] = []
+    for member in own:
+        needs = member.config.request()
+        if needs.targets is not None or len(needs.inputs) != 1 or member.config.is_baseline:
+            continue
+        for baseline in (*_frozen(member), *_components(member, limits)):
+            if baseline.config not in [other.config for other in made]:
+                made.append(baseline)
+    if not made:
+        raise ConfigInvalid(
+            "--with-baselines: expected an SAE that reads one layer and rebuilds it, found "
+            f"{', '.join(member.variant for member in own)}: leave it out"
+        )
+    return (*own, *made)
+
+
+def _frozen(member: Member) -> Iterator[Member]:
+    config_type: Any = registry.config_type(FROZEN)
+    known = {field.name for field in dataclasses.fields(config_type)} - {"base", "part", "cosine"}
+    config: Any = member.config
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    settings = {key: value for key, value in values.items() if key in known}
+    base = values.get("base", member.variant)
+    if "base" not in values:  # what a variant on a base has besides is what is compared
+        _require_kept(member, values, settings)
+    for part in get_args(registry.module(FROZEN).Part):
+        yield Member(f"{member.label}_frozen_{part}", FROZEN, config_type(base=base, part=part, **settings))
+
+
+def _require_kept(member: Member, values: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+    """Refuse settings that a baseline would lose."""
+    plain = type(member.config)()
+    lost = [key for key, value in values.items() if key not in kept and value != getattr(plain, key)]
+    if lost:
+        raise ConfigInvalid(
+            f"--with-baselines: a frozen {member.variant} has no setting {', '.join(lost)} and would be compared at "
+            "another: leave that at its default"
+        )
+
+
+def _components(member: Member, limits: Limits) -> Iterator[Member]:
+    config = member.config
+    wanted, layer = getattr(config, "k", None) or getattr(config, "target_l0", None), getattr(config, "layer", None)
+    if wanted is None or layer is None:  # a penalty fixes no number
+        return
+    config_type: Any = registry.config_type(PCA)
+    pca = config_type(layer=layer, k=max(1, round(wanted)))
+    made = dataclasses.replace(pca, width=int(limits(pca)["width"]))
+    yield Member(f"{PCA}_k{made.k}_layer{layer}", PCA, made)

@@ -1,0 +1,94 @@
+"""A sanity baseline: any base, with half of its dictionary left as chance drew it.
+
+What an SAE shows that these show too is no finding about what it learned. `part` says which half:
+- `decoder`: random directions; the encoder learns to use them;
+- `soft_decoder`: the decoder learns, and no row turns from its random start by more than `cosine` allows;
+- `encoder`: random features; the decoder learns what they mean. The encoder's bias learns in all three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, TableUse
+from ..kit.build import require
+from ..kit.wrapping import Wrapping, base_request, build_base
+from ..sae.extra import Extra
+from ..sae.model import SparseAutoencoder
+
+Part = Literal["decoder", "soft_decoder", "encoder"]
+ANCHOR = "anchor"
+
+
+@dataclass(frozen=True)
+class Still:
+    """One weight table keeps its first values."""
+
+    table: str
+    table_use: ClassVar[TableUse] = "gradients"
+
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        gradient = sae.get_parameter(self.table).grad
+        if gradient is not None:
+            gradient.zero_()  # from the first step on, so that Adam never moves it
+
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        pass
+
+
+class Anchor(Extra):
+    """The decoder's first rows."""
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("rows", rows.detach().clone())
+
+
+@dataclass(frozen=True)
+class Near:
+    """Decoder rows of length one whose cosine with their start is never less than this."""
+
+    cosine: float
+    table_use: ClassVar[TableUse] = "gradients"
+
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        pass
+
+    @torch.no_grad()
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        start = sae.get_submodule(f"extras.{ANCHOR}").get_buffer("rows")
+        along = torch.linalg.vecdot(sae.W_dec, start)[:, None]
+        aside = functional.normalize(sae.W_dec - along * start, dim=1)
+        nearest = self.cosine * start + (1.0 - self.cosine**2) ** 0.5 * aside
+        sae.W_dec.copy_(torch.where(along < self.cosine, nearest, sae.W_dec))
+
+
+@dataclass(frozen=True)
+class Config(Wrapping):
+    is_baseline: ClassVar[bool] = True
+    own_tables: ClassVar[float] = 0.0
+
+    base: str = "topk"
+    part: Part = "decoder"
+    cosine: float = 0.8
+    """Of `soft_decoder`."""
+
+    def request(self) -> Needs:
+        require(-1.0 <= self.cosine <= 1.0, f"cosine: expected a number from -1 to 1, found {self.cosine}")
+        return base_request(self)
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        self.request()
+        assembly = build_base(self, d_model, stats)
+        if self.part == "soft_decoder":
+            return assembly.with_extra(ANCHOR, Anchor(assembly.sae.W_dec)).with_constraints(Near(self.cosine))
+        return assembly.with_constraints(Still("W_dec" if self.part == "decoder" else "W_enc"))

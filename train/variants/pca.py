@@ -1,0 +1,89 @@
+"""A sanity baseline: the k largest principal components of each token, as an SAE.
+
+Each direction stands in the dictionary twice, with either sign, so that activations are never negative. The
+covariance is gathered from the training stream; its eigenvectors are taken when twice as many batches have been seen
+as the last time. Nothing is learned by gradient. D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...cache_schema import Manifest
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, TableUse
+from ..kit.build import require_sparsity, topk_optim
+from ..kit.single_layer import RECONSTRUCTION, SingleLayer, build_plain, settings
+from ..sae.extra import Extra
+from ..sae.gates import TopK
+from ..sae.model import SparseAutoencoder
+from ..sae.view import View
+
+
+@dataclass(frozen=True)
+class NoLearning:
+    """No gradient moves anything."""
+
+    table_use: ClassVar[TableUse] = "gradients"
+
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        for parameter in sae.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Refit:
+    """1 after as many steps as a power of two, and after the last; else 0."""
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        seen = step + 1
+        return float(seen & (seen - 1) == 0 or seen == total_steps)
+
+
+class Covariance(Extra):
+    """The sum of products of centred activations."""
+
+    products: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("products", torch.zeros(width, width))
+
+    def observe(self, view: View) -> None:
+        centred = view.x - view.sae.b_dec
+        self.products += view.side.ranks.sum(centred.T @ centred)
+        if view.side.knob("refit", 0.0):
+            take_components(view.sae, self.products)
+
+
+def take_components(sae: SparseAutoencoder, covariance_DD: Tensor) -> None:
+    """Both tables become the components, the largest first, with either sign; further latents are silent."""
+    components_DD = torch.linalg.eigh(covariance_DD.double()).eigenvectors.flip(1).T
+    signed = torch.stack([components_DD, -components_DD], dim=1).flatten(0, 1)[: sae.num_latents]
+    sae.W_enc.zero_()[: len(signed)] = signed.to(sae.W_enc.dtype)
+    sae.W_dec[: len(signed)] = signed.to(sae.W_dec.dtype)
+
+
+@settings("layer width k seed dead_after_tokens decoder_bias encoder_product optim")
+class Config(SingleLayer):
+    is_baseline: ClassVar[bool] = True
+
+    k: int = 64
+    """Of at most twice as many latents as the residual is wide."""
+
+    def limits(self, manifest: Manifest, tokens: int) -> dict[str, float]:
+        return {**super().limits(manifest, tokens), "width": 2 * manifest.model.d_model}
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        require_sparsity(self.k, self.width)
+        optim = topk_optim(self.optim, self.width, d_model)
+        assembly = build_plain(self, d_model, stats, TopK(self.k), (RECONSTRUCTION,), optim, (NoLearning(),))
+        return assembly.with_knobs(refit=Refit()).with_extra("covariance", Covariance(d_model))
