@@ -234,7 +234,8 @@ def test_the_options_are_few(big):
     """Growing the command needs a visible change here: everything else is --set."""
     from saemill.train.cli import main
 
-    expected = "variants recipe cache out name tokens epochs layer width k lr seed device settings grid resume plots"
+    expected = "variants recipe cache out name tokens epochs layer width k lr seed device settings grid with_baselines"
+    expected += " resume plots"
     assert [parameter.name for parameter in main.params] == expected.split()
 
 
