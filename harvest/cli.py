@@ -16,15 +16,21 @@ from ..cache_schema import Store, StoreError, StoreMissing
 from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
 from ..cache_schema.manifest import Codec
-from .config import ATTENTION_AROUND, HarvestConfig, parse_count, parse_layers, parse_worker
+from .config import ATTENTION_AROUND, HarvestConfig, parse_count, parse_worker
 from .corpus import dataset_help
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
 from .errors import HarvestError
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--model", default="auto", show_default=True, help="auto, pocket, a model's id on the hub, or a folder.")
-@click.option("--layer", default=19, show_default=True, help="Keep the residual stream after this layer.")
+@click.option(
+    "--model", default="auto", show_default=True, help="auto, pocket, smollm2, an id on the hub, a folder, a GGUF file."
+)
+@click.option(
+    "--layer",
+    type=int,
+    help="Keep the residual stream after this layer.  [default: 19 of 26 of Gemma-2, else the middle]",
+)
 @click.option("--resid-layers", metavar="LAYERS", help="And after these: 17..20, or -2..+1 counted from --layer.")
 @click.option(
     "--attention-layers", metavar="LAYERS", default=ATTENTION_AROUND, show_default=True, help="Likewise, or none."
@@ -34,7 +40,7 @@ from .errors import HarvestError
 @click.option("--attention-heads", type=click.Choice(["mean", "all"]), default="mean", show_default=True)
 @click.option(
     "--dataset",
-    help=f"{dataset_help()}.  [default: {STDLIB} for the pocket model, else {OPENWEBTEXT}]",
+    help=f"{dataset_help()}.  [default: {STDLIB} for pocket and smollm2, else {OPENWEBTEXT}]",
 )
 @click.option("--dataset-config", help="Configuration of a data set of the hub.")
 @click.option("--dataset-split", default="train", show_default=True)
@@ -69,13 +75,10 @@ def main(is_dry_run: bool, **options: Any) -> None:
 
 def make_config(options: dict[str, Any]) -> HarvestConfig:
     """The options as the command line gives them, read."""
-    layer = options["layer"]
-    resid = parse_layers(options["resid_layers"], layer) if options["resid_layers"] else ()
     same = ("model", "attention_mass", "attention_topk", "attention_heads", "context", "packing", "dtype", "codec")
-    also = ("shard_windows", "batch_windows", "device", "out")
+    also = ("shard_windows", "batch_windows", "device", "out", "layer", "attention_layers")
     return HarvestConfig(
-        resid_layers=tuple(sorted({layer, *resid})),
-        attention_layers=parse_layers(options["attention_layers"], layer),
+        resid_layers=options["resid_layers"] or "",
         corpus=_corpus(options),
         tokens=parse_count(options["tokens"]) if options["tokens"] else None,
         worker=parse_worker(options["worker"]),

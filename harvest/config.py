@@ -38,8 +38,10 @@ class HarvestConfig:
 
     out: str
     model: str = "auto"
-    resid_layers: tuple[int, ...] = (19,)
-    attention_layers: tuple[int, ...] = (17, 18, 19, 20)
+    layer: int | None = None
+    resid_layers: tuple[int, ...] | str = ""
+    """As text: layers beside `layer`, in the words of `parse_layers`."""
+    attention_layers: tuple[int, ...] | str = ATTENTION_AROUND
     attention_mass: float = 0.95
     attention_topk: int = 16
     attention_heads: Heads = "mean"
@@ -55,6 +57,8 @@ class HarvestConfig:
     worker: Worker = Worker()
 
     def __post_init__(self) -> None:
+        for layers in (self.resid_layers, self.attention_layers):
+            read_layers(layers, 0)  # what cannot be read is refused before a model is looked for
         if self.context < 2:
             raise SettingInvalid(f"--context: expected at least 2 (BOS and one token), found {self.context}")
         for name in ("shard_windows", "batch_windows"):
@@ -83,6 +87,11 @@ def parse_count(text: str) -> int:
         raise SettingInvalid(f"{text!r} is not a number of tokens: expected for example 200k, 10M or 1.5B")
     scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[found[2].lower()]
     return round(float(found[1]) * scale)
+
+
+def read_layers(layers: tuple[int, ...] | str, layer: int) -> tuple[int, ...]:
+    """Layers as they are, or by the words of the command line."""
+    return layers if isinstance(layers, tuple) else parse_layers(layers or "none", layer)
 
 
 def parse_layers(text: str, layer: int) -> tuple[int, ...]:

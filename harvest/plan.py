@@ -8,11 +8,11 @@ from typing import Any
 from ..cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, StoreMismatch
 from ..cache_schema.identity import seal
 from ..cache_schema.manifest import list_differences
-from .config import HarvestConfig
+from .config import HarvestConfig, read_layers
 from .corpus import source_of
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
 from .model.load import ModelFacts, Wanted, read_facts
-from .model.resolve import POCKET, ModelSource
+from .model.resolve import POCKET, SMOLLM2, ModelSource
 from .model.tokenizer import TextEncoder, load_encoder
 from .spool import PackedCorpus
 
@@ -27,11 +27,12 @@ class Plan:
     config: HarvestConfig
     source: ModelSource
     facts: ModelFacts
+    wanted: Wanted
     encoder: TextEncoder
 
     @property
     def corpus(self) -> DatasetOptions:
-        return self.config.corpus or DatasetOptions(STDLIB if self.source.id == POCKET else OPENWEBTEXT)
+        return self.config.corpus or DatasetOptions(STDLIB if self.source.id in (POCKET, SMOLLM2) else OPENWEBTEXT)
 
     @property
     def tokens(self) -> int:
@@ -60,7 +61,7 @@ class Plan:
     def attention_spec(self) -> AttentionSpec:
         averaged = self.config.attention_heads == "mean"
         return AttentionSpec(
-            layers=self.config.attention_layers,
+            layers=self.wanted.attention_layers,
             heads=1 if averaged else self.facts.num_heads,
             averaged=averaged,
             topk=min(self.config.attention_topk, self.config.context),
@@ -75,9 +76,20 @@ class Plan:
 def make_plan(config: HarvestConfig, source: ModelSource) -> Plan:
     """Look at the model's configuration and tokenizer, and refuse what it does not have."""
     facts = read_facts(source.folder)
-    Wanted(config.resid_layers, config.attention_layers).validate(facts)
+    wanted = wanted_layers(config, facts)
     facts.validate_context(config.context)
-    return Plan(config, source, facts, load_encoder(source.folder))
+    return Plan(config, source, facts, wanted, load_encoder(source.folder))
+
+
+def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:
+    """The layers that are asked for, counted from the model's usual one unless another is named."""
+    layer = facts.usual_layer if config.layer is None else config.layer
+    resid = read_layers(config.resid_layers, layer)
+    if not isinstance(config.resid_layers, tuple):
+        resid = tuple(sorted({layer, *resid}))
+    wanted = Wanted(resid, read_layers(config.attention_layers, layer))
+    wanted.validate(facts)
+    return wanted
 
 
 def corpus_spec(plan: Plan, name: str, revision: str | None, settings: dict[str, Any]) -> CorpusSpec:
@@ -92,7 +104,7 @@ def make_manifest(plan: Plan, corpus: CorpusSpec, windows: int, splits: dict[str
         model=plan.model_spec,
         corpus=corpus,
         context=plan.config.context,
-        layers=plan.config.resid_layers,
+        layers=plan.wanted.resid_layers,
         windows=windows,
         splits=splits,
         attention=plan.attention_spec,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+GEMMA2_LAYER = 19  # of 26: the one that the studies are about
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
@@ -57,6 +58,11 @@ class ModelFacts:
             max_context=config.max_position_embeddings,
             vocab_size=config.vocab_size,
         )
+
+    @property
+    def usual_layer(self) -> int:
+        """The layer that is harvested where none is named."""
+        return GEMMA2_LAYER if (self.model_type, self.num_layers) == ("gemma2", 26) else self.num_layers // 2
 
     def validate_context(self, context: int) -> None:
         if context > self.max_context:
@@ -192,7 +198,7 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
             )
     except SafetensorError as error:
         raise WeightsIncomplete(f"{folder}: a weights file is damaged ({error}); fetch the model again") from error
-    _validate_report(report, folder)
+    validate_report(report, folder)
     return stack
 
 
@@ -209,7 +215,7 @@ def without_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _validate_report(report: dict[str, Any], folder: Path) -> None:
+def validate_report(report: dict[str, Any], folder: Path) -> None:
     """transformers fills missing weights with random numbers: never harvest those."""
     absent = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if absent:

@@ -2,6 +2,8 @@
 
 `auto`     google/gemma-2-2b where its weights are cached or within reach, else the pocket model
 `pocket`   the small model that comes with this package
+`smollm2`  SmolLM2-135M-Instruct, a real model that a package of the registry holds
+x.gguf     a file, converted once
 a folder   as `save_pretrained` writes it
 an id      of a model on the hub; nothing ever takes its place
 
@@ -33,10 +35,12 @@ from ...cache_schema.files import FULL_DISK
 from ..errors import ModelUnavailable
 from ..network import NETWORK_ERRORS
 from ..pocket import MODEL_FOLDER
+from .gguf_file import SUFFIX, convert, find_smollm2
 from .load import CONFIG_FILE, find_weights
 
 AUTO = "auto"
 POCKET = "pocket"
+SMOLLM2 = "smollm2"
 FIRST_CHOICE = "google/gemma-2-2b"
 POCKET_FOLDER = MODEL_FOLDER
 
@@ -52,7 +56,7 @@ class Choice:
     """The model that was decided for."""
 
     name: str
-    """`pocket`, a folder, or an id on the hub."""
+    """`pocket`, `smollm2`, a GGUF file, a folder, or an id on the hub."""
     revision: str | None = None
     banner: tuple[str, ...] = ()
     """Two lines for whoever left the choice to us: what was taken and why, and how to insist."""
@@ -64,7 +68,7 @@ class ModelSource:
 
     id: str
     revision: str
-    """The hub's commit; for a folder a hash of what is in it."""
+    """The hub's commit; for a folder or a GGUF file a hash of what is in it."""
     folder: Path
 
 
@@ -96,11 +100,20 @@ def fetch(choice: Choice) -> ModelSource:
     """Bring the files of a choice to this machine, or say what stands in the way."""
     if choice.name == POCKET:
         return ModelSource(POCKET, _hash_of(POCKET_FOLDER), POCKET_FOLDER)
+    if choice.name == SMOLLM2:
+        return _converted(SMOLLM2, find_smollm2())
     folder = Path(choice.name).expanduser()
+    if folder.suffix == SUFFIX and not folder.is_dir():
+        return _converted(folder.name, folder)
     if folder.is_dir():
         return ModelSource(folder.resolve().name, _hash_of(folder), folder)
     snapshot = _cached(choice.name, choice.revision) or _download(choice.name, choice.revision)
     return ModelSource(choice.name, snapshot.name, snapshot)
+
+
+def _converted(name: str, file: Path) -> ModelSource:
+    digest, folder = convert(file)
+    return ModelSource(name, f"gguf-{digest[:16]}", folder)
 
 
 def _cached(model: str, revision: str | None) -> Path | None:

@@ -4,6 +4,8 @@ import pytest
 
 from saemill.harvest.config import HarvestConfig, Worker, parse_count, parse_layers, parse_worker
 from saemill.harvest.errors import SettingInvalid
+from saemill.harvest.model.load import ModelFacts, Wanted
+from saemill.harvest.plan import wanted_layers
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,35 @@ def test_workers_that_are_none(text):
 def test_settings_out_of_range_name_their_option(changes):
     with pytest.raises(SettingInvalid, match="--" + next(iter(changes)).replace("_", "-")):
         HarvestConfig(out="store", **changes)
+
+
+@pytest.mark.parametrize("name", ["resid_layers", "attention_layers"])
+def test_layers_are_read_before_a_model_is_looked_for(name):
+    with pytest.raises(SettingInvalid, match="'all': expected layers such as"):
+        HarvestConfig(out="store", **{name: "all"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "resid", "attention"),
+    [
+        ({}, (15,), (13, 14, 15, 16)),
+        ({"resid_layers": "-1..+1"}, (14, 15, 16), (13, 14, 15, 16)),
+        ({"layer": 4}, (4,), (2, 3, 4, 5)),
+        ({"layer": 4, "resid_layers": "+2", "attention_layers": "none"}, (4, 6), ()),
+        ({"resid_layers": (2,), "attention_layers": (3,)}, (2,), (3,)),
+    ],
+)
+def test_layers_are_counted_from_the_models_own_unless_one_is_named(changes, resid, attention):
+    facts = ModelFacts("llama", num_layers=30, d_model=576, num_heads=9, max_context=8192, vocab_size=49152)
+    assert wanted_layers(HarvestConfig(out="store", **changes), facts) == Wanted(resid, attention)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "usual"), [("llama", 30, 15), ("gemma2", 26, 19), ("gemma2", 42, 21), ("qwen2", 24, 12)]
+)
+def test_the_usual_layer_is_the_middle_one_and_of_gemma_2_2b_the_studies(kind, layers, usual):
+    facts = ModelFacts(kind, layers, d_model=8, num_heads=1, max_context=8, vocab_size=8)
+    assert facts.usual_layer == usual
 
 
 def test_the_batch_depends_on_nothing_but_the_context():

@@ -17,7 +17,7 @@ from saemill.harvest.cli import main
 from saemill.harvest.corpus import hub, open_corpus, source_of, sources
 from saemill.harvest.corpus.hub import Repository
 from saemill.harvest.corpus.source import DatasetOptions
-from saemill.harvest.errors import CorpusUnavailable, DocumentInvalid, HarvestError, SourceInvalid
+from saemill.harvest.errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, HarvestError, SourceInvalid
 
 TEXTS = [f"document {number}, with words" for number in range(12)]
 HALF = '{"text": "half \\ud800 pair"}\n'
@@ -26,6 +26,17 @@ HALF = '{"text": "half \\ud800 pair"}\n'
 def a_file(folder, monkeypatch):
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return DatasetOptions(str(folder / "a.jsonl"))
+
+
+def a_folder_of_documentation(folder, monkeypatch):
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number}.html").write_text(f"<title>x</title><p>{text} {'of a page ' * 30}")
+    return DatasetOptions(f"docs:{folder}")
+
+
+def a_folder_without_documentation(folder, monkeypatch):
+    (folder / "changelog.txt").write_text("said " * 100)
+    return DatasetOptions(f"docs:{folder}")
 
 
 def a_data_set(folder, monkeypatch):
@@ -52,11 +63,20 @@ def a_data_set_that_is_not_there(folder, monkeypatch):
     return DatasetOptions("owner/nothing")
 
 
-EXAMPLES = {"stdlib": lambda folder, monkeypatch: DatasetOptions("stdlib"), "local": a_file, "hub": a_data_set}
+EXAMPLES = {
+    "stdlib": lambda folder, monkeypatch: DatasetOptions("stdlib"),
+    "local": a_file,
+    "docs": a_folder_of_documentation,
+    "hub": a_data_set,
+}
 BAD = {  # what to refuse, by which error; stdlib can be asked for nothing else
     "local": [
         (lambda *_: DatasetOptions("./nothing.txt"), CorpusUnavailable, "no file or folder"),
         (a_file_that_is_not_text, DocumentInvalid, "line 1: .* unpaired surrogate"),
+    ],
+    "docs": [
+        (lambda *_: DatasetOptions("docs:./nothing"), CorpusUnavailable, "no folder nothing: give --dataset docs:"),
+        (a_folder_without_documentation, CorpusEmpty, r"no documentation \(\.html"),
     ],
     "hub": [(a_data_set_that_is_not_there, CorpusUnavailable, "check the id and the revision")],
     "stdlib": [],

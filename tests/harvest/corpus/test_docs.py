@@ -1,0 +1,55 @@
+"""A folder of documentation as a corpus: what is read of it, in which order, and what of a page is text."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+from saemill.harvest.corpus.docs import DocsCorpus, html_to_text
+
+LONG = "Some words about a command that one may read. " * 10
+
+PAGE = """<!DOCTYPE html><html><head><title>no</title><style>p { x: y }</style></head>
+<body><script>if (a < b) alert("no")</script><nav>no <a href=x>no</a></nav>
+<h1>Ranges &amp; steps</h1><p>One   <b>two</b>
+three.<pre>a =  1
+  b</pre><table><tr><td>x</td><td>y</td></tr></table>"""
+
+
+def test_a_page_is_its_words_in_the_lines_of_its_blocks():
+    assert html_to_text(PAGE).split("\n") == [
+        "Ranges & steps", "", "One two three.", "a =  1", "  b", "", " x  y", "",
+    ]  # fmt: skip
+
+
+def test_a_body_is_read_though_its_head_never_ends():
+    assert html_to_text("<head><title>no</title><body>words") == "words\n"
+
+
+def test_each_text_is_read_once_and_what_is_no_documentation_not_at_all(tmp_path: Path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("a/one.txt", "a/b/same.txt"):
+        (tmp_path / name).write_text(LONG + "one")
+    (tmp_path / "a" / "two.md.gz").write_bytes(gzip.compress((LONG + "two").encode()))
+    (tmp_path / "a" / "three.html").write_text(f"<p>{LONG}three")
+    (tmp_path / "changelog.txt").write_text(LONG)
+    (tmp_path / "latin.txt").write_bytes((LONG + "é").encode("latin-1"))
+    (tmp_path / "broken.txt.gz").write_bytes(gzip.compress(LONG.encode())[:-9])
+    (tmp_path / "short.rst").write_text("short")
+    (tmp_path / "program.py").write_text(LONG)
+    (tmp_path / "link.txt").symlink_to("/etc/hostname")
+    texts = list(DocsCorpus(tmp_path).documents())
+    assert sorted(text.split()[-1].removeprefix("read.") for text in texts) == ["one", "three", "two"]
+
+
+def test_the_text_does_not_depend_on_where_files_lie(tmp_path: Path):
+    for number in range(9):
+        for side in ("here", "there"):
+            folder = tmp_path / side / str(number % 2 if side == "here" else number)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number if side == 'here' else 9 - number}.txt").write_text(f"{LONG}{number}")
+    here, there = DocsCorpus(tmp_path / "here"), DocsCorpus(tmp_path / "there")
+    assert list(here.documents()) == list(there.documents())
+    assert here.revision == there.revision
+    (tmp_path / "there" / "3" / "6.txt").write_text(LONG)
+    assert DocsCorpus(tmp_path / "there").revision != here.revision

