@@ -110,6 +110,9 @@ def repair_command(url: str, remove_only: bool) -> None:
 @click.option("--validation", default=0.05, show_default=True, help="Share of windows.")
 @click.option("--test", default=0.05, show_default=True, help="Share of windows.")
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
+@click.option(
+    "--keep-massive", is_flag=True, help="Rows of massive norm count like all others, unless a run says otherwise."
+)
 def import_command(
     url: str,
     resid_files: tuple[Path, ...],
@@ -122,10 +125,11 @@ def import_command(
     validation: float,
     test: float,
     codec: str,
+    keep_massive: bool,
 ) -> None:
     """Make a store at URL from activations that exist already."""
     special = tuple({*special, *([] if bos_token is None else [bos_token])})
-    settings = ImportSettings(model, special, bos_token, validation, test, codec=codec)  # pyright: ignore[reportArgumentType]
+    settings = ImportSettings(model, special, bos_token, validation, test, codec=codec, keep_massive=keep_massive)  # pyright: ignore[reportArgumentType]
     with _report():
         source = _open_source(resid_files, tokens_file, saelens_folder, layers)
         with _progress("importing", "shards") as advance:

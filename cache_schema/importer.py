@@ -16,6 +16,7 @@ from .digest import array_digest
 from .dtypes import to_float32
 from .errors import ImportInvalid
 from .manifest import AttentionSpec, Codec, CorpusSpec, Manifest, ModelSpec
+from .massive import KEEP
 from .moments import is_special, measure
 from .sources import Source
 from .writer import StoreWriter
@@ -32,6 +33,8 @@ class ImportSettings:
     test_share: float = 0.05
     shard_windows: int = 256
     codec: Codec = "raw"
+    keep_massive: bool = False
+    """Every row counts, however large, unless a run asks otherwise."""
 
 
 def import_store(url: str, source: Source, settings: ImportSettings, on_shard: Callable[[int, int], None]) -> Manifest:
@@ -57,7 +60,12 @@ def _manifest(source: Source, settings: ImportSettings, fingerprint: str) -> Man
             bos_token=settings.bos_token,
             special_tokens=tuple(sorted(settings.special_tokens)),
         ),
-        corpus=CorpusSpec("import", fingerprint, "as given", {"tokens": source.has_tokens}),
+        corpus=CorpusSpec(
+            "import",
+            fingerprint,
+            "as given",
+            {"tokens": source.has_tokens} | ({KEEP: True} if settings.keep_massive else {}),
+        ),
         context=source.context,
         layers=source.layers,
         windows=source.windows,

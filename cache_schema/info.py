@@ -1,4 +1,4 @@
-"""What a person wants to know about a store, from its root and its index alone."""
+"""What a person wants to know about a store: from its root and its index, and how large its rows are from a sample."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from .commits import read_index
+from .errors import ShardCorrupt
+from .massive import MULTIPLE, default_multiple, measure_massive
 from .reader import Store
 
 
@@ -40,6 +42,27 @@ def describe(store: Store) -> dict[str, Any]:
         "attention_entries_per_row": {
             layer: totals.entries / max(totals.rows, 1) for layer, totals in sorted(index.attention.items())
         },
+        "massive_rows": {layer: _massive_rows(store, layer) for layer in manifest.layers},
+    }
+
+
+def _massive_rows(store: Store, layer: int) -> dict[str, Any] | None:
+    """None where what is stored is damaged; `verify` says how."""
+    try:
+        found = measure_massive(store, layer, MULTIPLE)
+    except ShardCorrupt:
+        return None
+    return {
+        "multiple": found.multiple,
+        "median_norm": found.median,
+        "mean_norm_of_others": found.ordinary.mean_norm,
+        "tokens": found.rows,
+        "massive": found.massive,
+        "share_of_squares": found.square_share,
+        "rms_norm": found.rms_norm,
+        "rms_norm_of_others": found.ordinary.rms_norm,
+        "shards": found.shards,
+        "left_out": default_multiple(store.manifest) is not None,
     }
 
 
@@ -63,7 +86,7 @@ def render(facts: dict[str, Any]) -> RenderableType:
     }
     for name, value in rows.items():
         head.add_row(f"[bold]{name}[/bold]", value)
-    return Group(head, "", *_size_table(facts), *_attention_table(facts))
+    return Group(head, "", *_size_table(facts), *_attention_table(facts), *_massive_table(facts))
 
 
 def _size_table(facts: dict[str, Any]) -> list[RenderableType]:
@@ -85,6 +108,32 @@ def _attention_table(facts: dict[str, Any]) -> list[RenderableType]:
     for layer, mass in facts["attention_kept_mass"].items():
         table.add_row(str(layer), f"{mass:.3f}", f"{facts['attention_entries_per_row'][layer]:.1f}")
     return [table] if facts["attention_kept_mass"] else []
+
+
+def _massive_table(facts: dict[str, Any]) -> list[RenderableType]:
+    """How many rows training leaves out, and what the store looks like with and without them."""
+    found = {layer: row for layer, row in facts["massive_rows"].items() if row is not None and row["tokens"]}
+    if not found:
+        return []
+    first = next(iter(found.values()))
+    title = f"Massive rows: norm beyond {first['multiple']:g} times the median" + (
+        "" if first["left_out"] else " (they count: the import asked for it)"
+    )
+    columns = ("layer", "median norm", "massive", "of tokens", "of squared norm", "RMS norm", "RMS norm without")
+    table = Table(*columns, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for layer, row in found.items():
+        table.add_row(
+            str(layer),
+            f"{row['median_norm']:,.4g}",
+            f"{row['massive']:,} ({row['massive'] / row['tokens']:.3%})",
+            f"{row['tokens']:,}" + ("" if row["shards"] == facts["shards"] else f" in {row['shards']} shards"),
+            f"{row['share_of_squares']:.1%}",
+            f"{row['rms_norm']:,.4g}",
+            f"{row['rms_norm_of_others']:,.4g}",
+        )
+    return [table]
 
 
 def _join(layers: list[int]) -> str:

@@ -33,6 +33,11 @@ INTERRUPTED = 130
 @click.option(
     "--from-tokens", is_flag=True, help="core: run the whole model, not only what is above the store's layer."
 )
+@click.option(
+    "--massive-norms",
+    metavar="X",
+    help="Leave out rows whose norm is beyond X times the median, or inf.  [default: 10]",
+)
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
 @click.option("--compare", is_flag=True, help="One table of results; evaluates only what has none yet.")
 @click.option("--resume", is_flag=True, help="Skip what is done with the same settings.")

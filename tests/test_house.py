@@ -28,6 +28,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "buffers claims codecs commits moments",
         "chunks digest root summary",
         "content reader",
+        "massive",
         "info writer",
         "__init__ importer verify",
         "cli",

@@ -124,11 +124,15 @@ def tell(console: Console, outcome: Outcome | None, plots: bool) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("SAE", no_wrap=True)
-    for column in ("width", "L0", "EV held out", "dead"):
+    has_massive = any(sae.validation_massive for sae in outcome.saes.values())
+    for column in ("width", "L0", "EV held out", *(["with massive rows"] if has_massive else []), "dead"):
         table.add_column(column, justify="right", no_wrap=True)
     for label, sae in outcome.saes.items():
-        dead = f"{sae.dead_latents} ({sae.dead_share:.1%})"
-        table.add_row(label, str(sae.width), f"{sae.l0:.1f}", f"{sae.explained_variance:.4f}", dead)
+        cells = [str(sae.width), f"{sae.l0:.1f}", f"{sae.explained_variance:.4f}"]
+        if has_massive:
+            every = sae.explained_variance_with_massive
+            cells.append(f"{sae.explained_variance if every is None else every:.4f}")
+        table.add_row(label, *cells, f"{sae.dead_latents} ({sae.dead_share:.1%})")
     console.print(table)
     for line in warnings_of(outcome):
         console.print(line, style="yellow")
@@ -189,6 +193,11 @@ def _introduce(run: Run, remark: str) -> None:
     run.site.console.print(f"{run.folder.path}: {remark}, {run.total_steps} steps on {run.site.device}")
     for member in run.config.members:
         run.site.console.print(f"  {member.label}: {_settings_of(member)}")
+    for layer, stats in run.fleet.stats.items():
+        if stats.massive is not None and stats.massive.massive:
+            run.site.console.print(
+                f"layer {layer}: {stats.massive}: left out (--set data.massive_norms=inf takes them too)"
+            )
 
 
 def _settings_of(member: Member) -> str:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from ...cache_schema import Manifest, Store
+from ...cache_schema.massive import Massive, default_multiple, measure_massive
 from ...harvest.errors import HarvestError
 from ...harvest.model.load import read_facts
 from ...harvest.model.resolve import POCKET, Choice, ModelSource, fetch
@@ -33,10 +34,13 @@ class Context:
     """None: the store's."""
     from_tokens: bool = False
     """Run the whole model from tokens where the store's residuals would do."""
+    massive_norms: float | Literal["store's"] | None = "store's"
+    """Rows whose norm is beyond this multiple of their layer's median are left out; None: every row counts."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     watch: Watch = field(default_factory=Watch)
     model_identity: str | None = None
     """Of the loaded model, down to the revision; None where nobody knows."""
+    _massive: dict[int, Massive] = field(default_factory=dict)
     _source: ModelSource | None = None
     _model: LanguageModel | None = None
     _obstacle: ModelMissing | None = None
@@ -50,6 +54,21 @@ class Context:
     @property
     def manifest(self) -> Manifest:
         return self.store.manifest
+
+    @property
+    def massive_multiple(self) -> float | None:
+        """The multiple that holds here."""
+        if self.massive_norms == "store's":
+            return default_multiple(self.manifest)
+        return self.massive_norms
+
+    def massive(self, layer: int) -> Massive | None:
+        """What is massive in a layer; None where every row counts, or the store does not hold the layer."""
+        if self.massive_multiple is None or layer not in self.manifest.layers:
+            return None
+        if layer not in self._massive:
+            self._massive[layer] = measure_massive(self.store, layer, self.massive_multiple)
+        return self._massive[layer]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...cache_schema.strict import to_json
 from ...train.data.batch import AttentionRows
+from ..context.ordinary import mean_of_rows, ordinary_rows
 from ..context.split_windows import read_windows
 from ..errors import ModelMissing, NotApplicable
 from ..model.windows import Windows
@@ -69,7 +70,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         averaged = torch.stack([stored[layer].mean(1) for layer in layers])
         for subject in subjects:
             acts, x_hat = subject.reconstruct(batch)
-            seen[subject].explain(acts, averaged, batch.keep)
+            seen[subject].explain(acts, averaged, ordinary_rows(context, subject, batch))
             if missing[subject] is None:
                 replace(context, subject, batch, x_hat, stored[subject.layer + 1], seen[subject])
     for subject in subjects:
@@ -104,13 +105,14 @@ def replace(
 ) -> None:
     """The attention of the next layer from the true residual, the reconstruction and two ablations."""
     true = batch.resid[subject.layer].float()
-    mean = torch.as_tensor(context.store.moments(subject.layer).mean, dtype=torch.float32, device=true.device)
+    mean = mean_of_rows(context, subject.layer).to(true.device, torch.float32)
     given = {"true": true, "sae": x_hat_WTD, "mean_ablation": mean.expand_as(true), "zero_ablation": true * 0}
-    seen.rows += int(batch.keep.sum()) * stored_WHTT.shape[1]
+    rows = ordinary_rows(context, subject, batch)
+    seen.rows += int(rows.sum()) * stored_WHTT.shape[1]
     for name, resid in given.items():
-        replaced = torch.where(batch.keep[:, :, None], resid, true)
+        replaced = torch.where(rows[:, :, None], resid, true)
         found = next_attention(context, replaced, subject.layer, averaged=stored_WHTT.shape[1] == 1)
-        seen.compare(name, stored_WHTT, found, batch.keep)
+        seen.compare(name, stored_WHTT, found, rows)
 
 
 def next_attention(context: Context, resid_WTD: Tensor, layer: int, averaged: bool) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
+from ..context.ordinary import ordinary_rows
 from ..context.split_windows import read_windows
 from ..context.token_text import Wording
 from ..model.windows import Windows
@@ -43,6 +44,7 @@ class Seen:
 
     strongest: Strongest
     fired: Tensor  # int64 [F]
+    rows: int = 0  # that are not massive
     pattern: dict[str, Any] | None = None
 
 
@@ -58,14 +60,17 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     for batch in read_windows(context, subjects, "examples", config.windows, config.batch_windows):
         words.read(batch)
         for subject, one in seen.items():
-            acts = subject.encode(batch)
+            rows = ordinary_rows(context, subject, batch)
+            acts = subject.encode(batch) * rows[:, :, None]
             take(one, acts[batch.keep], tokens)
+            one.rows += int(rows.sum())
             if one.pattern is None:
                 one.pattern = pattern_of(batch, acts, words, config)
         tokens += int(batch.keep.sum())
     for subject, one in seen.items():
-        firing = {"tokens": tokens, "alive_share": float((one.fired > 0).double().mean())}
-        listed = {"latents": contexts(one, words, tokens, config), "pattern": one.pattern}
+        firing = {"tokens": one.rows, "massive_tokens": tokens - one.rows}
+        firing |= {"alive_share": float((one.fired > 0).double().mean())}
+        listed = {"latents": contexts(one, words, config), "pattern": one.pattern}
         yield Result(subject, to_json(config), {"firing": firing}, unstructured=listed)
 
 
@@ -75,7 +80,7 @@ def take(seen: Seen, acts_NF: Tensor, first: int) -> None:
     seen.fired += (acts_NF > 0).sum(0)
 
 
-def contexts(seen: Seen, words: Wording, tokens: int, config: Config) -> list[dict[str, Any]]:
+def contexts(seen: Seen, words: Wording, config: Config) -> list[dict[str, Any]]:
     """The strongest contexts of some latents, the rarest first."""
     listed = []
     for latent in spread_by_frequency(seen.fired, config.latents, config.least_firings):
@@ -86,7 +91,7 @@ def contexts(seen: Seen, words: Wording, tokens: int, config: Config) -> list[di
                 for value, place in seen.strongest.of(latent)
             )
         ]
-        listed.append({"latent": latent, "fired_share": int(seen.fired[latent]) / tokens, "contexts": found})
+        listed.append({"latent": latent, "fired_share": int(seen.fired[latent]) / max(seen.rows, 1), "contexts": found})
     return listed
 
 

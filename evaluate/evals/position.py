@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
+from ..context.ordinary import ordinary_rows
 from ..context.split_windows import read_windows
 from ..errors import NotApplicable
 from ..model.windows import Windows
@@ -139,7 +140,7 @@ def profiles(
             sample.begin(batch, subjects)
         for subject in subjects:
             acts = subject.encode(batch)
-            found = profile(acts, batch.keep)
+            found = profile(acts, ordinary_rows(context, subject, batch))
             seen[subject] = seen[subject] + found if subject in seen else found
             if sample is not None:
                 sample.take(subject, acts)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
+from ..context.ordinary import ordinary_rows
 from ..context.split_windows import read_windows
 from ..model.windows import Windows
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
@@ -45,8 +46,8 @@ class Seen:
     frequent: Tensor | None = None  # chosen by the first batch
     transition_counts: Tensor | None = None
 
-    def take(self, acts_WTF: Tensor, batch: Windows, most_frequent: int) -> None:
-        segment = segments(batch.keep, batch.documents)
+    def take(self, acts_WTF: Tensor, batch: Windows, rows_WT: Tensor, most_frequent: int) -> None:
+        segment = segments(rows_WT, batch.documents)
         for name, members in {ALL: slice(None), **self._by_group()}.items():
             found = consistency(acts_WTF[:, :, members], segment)
             self.consistency[name] = self.consistency[name] + found if name in self.consistency else found
@@ -66,8 +67,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     seen = {subject: Seen(groups_of(subject, len(SCALES) + 1)) for subject in subjects}
     for batch in read_windows(context, subjects, "temporal", config.windows, config.batch_windows):
         for subject in subjects:
-            acts = subject.encode(batch) * batch.keep[:, :, None]
-            seen[subject].take(acts, batch, config.most_frequent)
+            rows = ordinary_rows(context, subject, batch)
+            seen[subject].take(subject.encode(batch) * rows[:, :, None], batch, rows, config.most_frequent)
     for subject, one in seen.items():
         metrics = {"consistency": consistency_scores(one), "stability": stability(one, config)}
         yield Result(subject, to_json(config), metrics, unstructured=patterns(one, config))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
+from ..context.ordinary import ordinary_rows
 from ..context.split_windows import read_windows
 from ..context.token_text import Wording
 from ..errors import ModelMissing
@@ -72,13 +73,12 @@ class Seen:
     dominant: list[Tensor] = field(default_factory=list)
     strongest: Strongest | None = None
 
-    def take(self, acts_NF: Tensor, first_token: int) -> None:
+    def take(self, acts_NF: Tensor, places_N: Tensor) -> None:
         activity = tier_activity(acts_NF, self.tiers.of_latent, self.tiers.count)
         self.activity = activity if self.activity is None else self.activity + activity
         self.dominant.append(dominant_latents(acts_NF, self.tiers.of_latent, self.tiers.count).cpu())
-        places = torch.arange(first_token, first_token + len(acts_NF), device=acts_NF.device)
         before = self.strongest or Strongest.none(KEPT, acts_NF.shape[1], acts_NF.device)
-        self.strongest = before.with_batch(acts_NF, places)
+        self.strongest = before.with_batch(acts_NF, places_N)
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
@@ -94,7 +94,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         tracers = make_tracers(context, batch, traced) if is_traced else {}
         for subject in subjects:
             acts = subject.encode(batch)
-            seen[subject].take(acts[batch.keep], tokens)
+            rows = ordinary_rows(context, subject, batch)
+            seen[subject].take(acts[rows], tokens + rows[batch.keep].nonzero().view(-1))
             if tracers and subject.is_single_layer:
                 add_effects(effects[subject], trace(tracers[subject.layer], subject, acts, seen[subject]))
         tokens, windows = tokens + int(batch.keep.sum()), windows + len(batch)

@@ -81,6 +81,8 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
         "dtype": str(context.dtype).removeprefix("torch."),
         "from_tokens": context.from_tokens and evals.load(eval_id).needs.from_tokens,
     }
+    if context.opened is not None and evals.load(eval_id).needs.store:
+        settings["massive_norms"] = context.massive_multiple
     return settings if context.model_name is None else settings | {"model": context.model_name}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -75,12 +75,26 @@ def evaluate(subjects: Sequence[LoadedSae], configs: dict[str, Any], options: di
         model=options["model"],
         dtype=options["dtype"],
         from_tokens=options["from_tokens"],
+        massive_norms=parse_multiple(options["massive_norms"]),
         keep="any" if options["compare"] else "same" if options["resume"] else "none",
     )
     rows = session.run(subjects)
     if options["compare"]:
         require_comparable(rows)
     return rows
+
+
+def parse_multiple(text: str | None) -> float | Literal["store's"] | None:
+    """A multiple of the median norm; `inf` is None."""
+    if text is None:
+        return "store's"
+    try:
+        multiple = float(text)
+    except ValueError:
+        multiple = float("nan")
+    if not multiple > 1:
+        raise SettingInvalid(f"--massive-norms: expected a multiple of the median norm above 1, or inf, found {text}")
+    return None if multiple == float("inf") else multiple
 
 
 def exit_code(rows: Sequence[Row]) -> int:
@@ -115,6 +129,7 @@ class Session:
     model: str | None = None
     dtype: DtypeName | None = None
     from_tokens: bool = False
+    massive_norms: float | Literal["store's"] | None = "store's"
     keep: Keep = "none"
 
     def run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
@@ -140,6 +155,7 @@ class Session:
             model_name=self.model,
             dtype_name=self.dtype,
             from_tokens=self.from_tokens,
+            massive_norms=self.massive_norms,
             device=self.device,
             watch=self.watch,
         ) as context:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,10 @@ def harvest_rows(
     documents: np.ndarray | None = None,
     model_id: str | None = None,
     attention_layers: tuple[int, ...] | None = None,
+    massive: Sequence[tuple[int, int]] = (),
 ) -> str:
-    """A store of these rows; its model is known by its folder's path and by no revision."""
+    """A store of these rows; its model is known by its folder's path and by no revision. `massive` are (window,
+    position) of rows made a hundred times as long."""
     windows, context = tokens.shape
     attention_layers = (layers[-1], layers[-1] + 1) if attention_layers is None else attention_layers
     spec = AttentionSpec(layers=attention_layers, topk=4, mass=1.0)
@@ -139,7 +141,11 @@ def harvest_rows(
         attention=spec,
         shard_windows=7,
     )
-    resid = {layer: from_float32(captured.resid[layer].float().numpy(), dtype) for layer in layers}
+    plain = {layer: captured.resid[layer].float().numpy() for layer in layers}
+    for values in plain.values():
+        for place in massive:
+            values[place] *= 100
+    resid = {layer: from_float32(values, dtype) for layer, values in plain.items()}
     attention = {layer: to_csr(layer, kept) for layer, kept in captured.attention.items()}
     with StoreWriter.create(path, manifest, rows, documents.astype(np.uint32)) as writer:
         for shard in writer.pending():

@@ -186,15 +186,27 @@ def make_attention(rng, windows):
 
 
 def make_store(
-    path, *, windows=300, shard_windows=32, layers=(3, 4), splits=(220, 260), seed=0, break_at=None, measured=False
+    path,
+    *,
+    windows=300,
+    shard_windows=32,
+    layers=(3, 4),
+    splits=(220, 260),
+    seed=0,
+    break_at=None,
+    measured=False,
+    massive=(),
 ):
     """Write a store; return what was written. `break_at` is a (layer, window) whose residuals become NaN, unseen by
-    the moments unless `measured`."""
+    the moments unless `measured`; `massive` are (layer, window, position) of rows a hundred and fifty times as long."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(3, 50, (windows, CONTEXT)).astype(np.uint32)
     tokens[:, 0] = SPECIAL
     documents = np.repeat(np.arange(windows) // 2, CONTEXT).reshape(windows, CONTEXT).astype(np.uint32)
-    resid = {layer: from_float32(plant_residuals(rng, tokens), "bfloat16") for layer in layers}
+    plain = {layer: plant_residuals(rng, tokens) for layer in layers}
+    for layer, window, position in massive:
+        plain[layer][window, position] *= 150
+    resid = {layer: from_float32(values, "bfloat16") for layer, values in plain.items()}
     attention = make_attention(rng, windows)
     sound = {layer: values.copy() for layer, values in resid.items()}
     if break_at is not None:

@@ -17,7 +17,7 @@ from ...cache_schema.strict import StrictError, from_json, nearest, to_json
 from ..data.batch import Needs
 from ..errors import ConfigInvalid
 from ..kit import registry
-from ..kit.build import require_least
+from ..kit.build import require, require_least
 from ..kit.contract import Variant
 from .recipe import Recipe, Sae
 from .settings import flat_keys, split_key, with_settings
@@ -36,8 +36,17 @@ class DataConfig:
     pool_tokens: int | None = None
     """Tokens that are shuffled together in memory, in each of two pools; None: 2 GiB of residuals per layer in all."""
 
+    massive_norms: float | None = None
+    """Rows whose norm is beyond this multiple of their layer's median norm are left out of scale, mean, loss and
+    numbers; None, on a command line inf: every row counts. New runs take the store's (10, or None where an import
+    asked for it); a run of before the setting has none."""
+
     def __post_init__(self) -> None:
         require_least(self, seed=0, batch_tokens=1, pool_tokens=1)
+        require(
+            self.massive_norms is None or self.massive_norms > 1,
+            f"massive_norms: expected a multiple of the median norm above 1, or inf, found {self.massive_norms}",
+        )
 
 
 @dataclass(frozen=True)
@@ -127,9 +136,12 @@ class Ask:
             registry.module(name)  # an unknown name is the first error
         return cls(tuple(Sae(name, name) for name in dict.fromkeys(names)), settings or {}, grid)
 
-    def stream(self) -> DataConfig:
+    def stream(self, defaults: DataConfig) -> DataConfig:
         """The stream that was asked for."""
-        return with_settings(DataConfig(), self._of("data"), "data")
+        asked = self._of("data")
+        if asked.get("massive_norms") in ("inf", "Infinity"):  # JSON has neither
+            asked["massive_norms"] = None
+        return with_settings(defaults, asked, "data")
 
     def length(self) -> CourseConfig:
         """The course that was asked for."""

@@ -5,12 +5,19 @@ B rows, W windows, T context, H heads, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+
+
+class Kind(NamedTuple):
+    """What SAEs that draw the same rows have in common."""
+
+    windows: bool  # whole windows, or tokens one by one
+    layers: tuple[int, ...]  # whose massive rows are left out
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,10 @@ class Needs:
     def layers(self) -> tuple[int, ...]:
         """Every layer whose activations are read, in rising order."""
         return tuple(sorted(set(self.inputs) | set(self.targets or ())))
+
+    def kind(self, bounded: Container[int]) -> Kind:
+        """The kind of rows, where massive ones of the `bounded` layers are left out."""
+        return Kind(self.windows, tuple(layer for layer in self.layers if layer in bounded))
 
 
 @dataclass(frozen=True, eq=False)

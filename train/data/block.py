@@ -34,6 +34,9 @@ class Block:
     documents_there: Tensor
     resid: dict[int, Tensor]  # [at least W * T, D]
     attention: dict[int, Attention] = field(default_factory=dict)
+    massive: dict[int, np.ndarray] = field(
+        default_factory=dict
+    )  # bool [W, T], of layers where massive rows are left out
 
     @property
     def context(self) -> int:
@@ -48,6 +51,13 @@ class Block:
     def trainable(self) -> np.ndarray:
         """int64 [N], the flat places of trainable tokens."""
         return np.flatnonzero(self.trains)
+
+    def counts(self, layers: Sequence[int]) -> np.ndarray:
+        """bool [W, T]: which tokens train an SAE that reads these layers: neither special nor massive in any."""
+        counts = self.trains
+        for layer in layers:
+            counts = counts & ~self.massive[layer]
+        return counts
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,94 +1,91 @@
 """What one step draws from its block: rows of activations in the form each SAE wants them.
 
 A draw is shared by a whole fleet: each layer is gathered, converted and scaled once for all SAEs that
-want tokens, and once for all that want windows. So is whatever else is made for them. All of it is made on the
+want the same kind of rows: tokens or whole windows. So is whatever else is made for them. All of it is made on the
 device, from the block that lies there and from a part of the order that was sent with it: a step sends nothing.
 B rows, W windows, T context, D residual width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import AttentionRows, Batch, Needs, Rows
+from .batch import AttentionRows, Batch, Kind, Needs, Rows
 from .block import Block, as_whole
 from .device import send
 
 
 class Draw:
-    """The batches of one step. `rows_of(windows)` gives tokens one by one, or whole windows."""
+    """The batches of one step, from its rows of each kind."""
 
     def __init__(
         self,
         block: Block,
-        tokens: Rows | None,
-        windows: Rows | None,
+        rows: Mapping[Kind, Rows],
         scales: Mapping[int, Tensor],
         device: torch.device,
     ) -> None:
         self.block = block
-        self._rows = {False: tokens, True: windows}
+        self.rows = rows
         self._scales = scales
         self.device = device
-        self._scaled: dict[tuple[bool, tuple[int, ...]], Tensor] = {}
-        self._made: dict[tuple[str, int], Any] = {}
-
-    @property
-    def kinds(self) -> tuple[bool, ...]:
-        """Whether tokens, whole windows or both are drawn."""
-        return tuple(kind for kind, rows in self._rows.items() if rows is not None)
-
-    def rows_of(self, windows: bool) -> Rows:
-        rows = self._rows[windows]
-        assert rows is not None, "this stream was not told that anyone needs rows of this kind"
-        return rows
+        self._bounded = {layer for kind in rows for layer in kind.layers}
+        self._scaled: dict[tuple[Kind, tuple[int, ...]], Tensor] = {}
+        self._made: dict[tuple[str, Any], Any] = {}
 
     def batch(self, needs: Needs) -> Batch:
         """The batch for an SAE with these needs."""
-        target = None if needs.targets is None else self._activations(needs.windows, needs.targets)
-        return Batch(self._activations(needs.windows, needs.inputs), target, self._side(needs))
+        kind = needs.kind(self._bounded)
+        target = None if needs.targets is None else self._activations(kind, needs.targets)
+        return Batch(self._activations(kind, needs.inputs), target, self._side(needs, kind))
 
-    def store_windows(self, windows: bool) -> np.ndarray:
+    def ordinary(self, needs: Needs) -> Tensor:
+        """bool [B], which rows of `batch(needs)` are massive in no layer that is read."""
+        counts = self.block.counts([layer for layer in needs.layers if layer in self.block.massive])
+        places = self.rows[needs.kind(self._bounded)].places
+        return torch.from_numpy(counts.ravel()[places]).to(self.device)
+
+    def store_windows(self, kind: Kind) -> np.ndarray:
         """int64 [B], the store's number of the window that each row comes from."""
-        return self.block.windows[self.rows_of(windows).places // self.block.context]
+        return self.block.windows[self.rows[kind].places // self.block.context]
 
-    def non_finite_rows(self, windows: bool) -> np.ndarray:
+    def non_finite_rows(self, kind: Kind) -> np.ndarray:
         """bool [B], rows with a value that is no finite number in any layer that was drawn."""
-        tables = [x for (kind, _), x in self._scaled.items() if kind == windows]
+        tables = [x for (drawn, _), x in self._scaled.items() if drawn == kind]
         return torch.stack([~x.isfinite().all(dim=1) for x in tables]).any(dim=0).cpu().numpy()
 
     def labels(self, windows: bool) -> np.ndarray:
         """Document of each drawn token, or of the beginning of each drawn window."""
-        rows = self.rows_of(windows)
+        rows = next(rows for kind, rows in self.rows.items() if kind.windows == windows)
         if rows.windows is not None:
             return self.block.documents[rows.windows, 0]
         return self.block.documents.ravel()[rows.places]
 
-    def _activations(self, windows: bool, layers: tuple[int, ...]) -> Tensor:
+    def _activations(self, kind: Kind, layers: tuple[int, ...]) -> Tensor:
         """float32 [B, len(layers) * D], scaled."""
-        if (windows, layers) not in self._scaled:
+        if (kind, layers) not in self._scaled:
             if len(layers) == 1:
-                raw = self.block.resid[layers[0]].index_select(0, self.rows_of(windows).places_there)
-                self._scaled[windows, layers] = raw.to(torch.float32) * self._scales[layers[0]]
+                raw = self.block.resid[layers[0]].index_select(0, self.rows[kind].places_there)
+                self._scaled[kind, layers] = raw.to(torch.float32) * self._scales[layers[0]]
             else:
-                parts = [self._activations(windows, (layer,)) for layer in layers]
-                self._scaled[windows, layers] = torch.cat(parts, dim=1)
-        return self._scaled[windows, layers]
+                parts = [self._activations(kind, (layer,)) for layer in layers]
+                self._scaled[kind, layers] = torch.cat(parts, dim=1)
+        return self._scaled[kind, layers]
 
-    def _side(self, needs: Needs) -> dict[str, Any]:
+    def _side(self, needs: Needs, kind: Kind) -> dict[str, Any]:
         """Named side inputs, those that were asked for."""
-        kind, rows, block = needs.windows, self.rows_of(needs.windows), self.block
+        rows, block = self.rows[kind], self.block
         side: dict[str, Any] = {}
         if needs.tokens:
             side["token"] = self._once("token", kind, lambda: _read_rows(block.tokens_there, rows))
         if needs.documents:
             side["document"] = self._once("document", kind, lambda: _read_rows(block.documents_there, rows))
-        if needs.positions or kind:
+        if needs.positions or needs.windows:
             side["position"] = self._once("position", kind, lambda: rows.places_there % block.context)
         if rows.windows is not None:
             side |= self._once("window", kind, lambda: self._window_side(rows))
@@ -97,7 +94,7 @@ class Draw:
             side["attention"] = {layer: self._attention(layer, rows) for layer in needs.attention_layers}
         return side
 
-    def _once(self, name: str, of: int, make: Callable[[], Any]) -> Any:
+    def _once(self, name: str, of: Any, make: Callable[[], Any]) -> Any:
         """What `make` makes, made for the first SAE that wants it."""
         if (name, of) not in self._made:
             self._made[name, of] = make()
@@ -115,26 +112,33 @@ class Draw:
     def _attention(self, layer: int, rows: Rows) -> AttentionRows:
         assert rows.windows is not None and rows.windows_there is not None
         windows, there = rows.windows, rows.windows_there
+        # The same windows whichever rows of them are left out.
         return self._once("attention", layer, lambda: self.block.attention[layer].take(windows, there))
 
 
 class TokenOrder:
-    """The order in which a block's tokens are drawn, as ranks among those that train; sent once."""
+    """The order in which a block's tokens are drawn, as ranks among those that train; sent once.
 
-    def __init__(self, block: Block, chosen: np.ndarray, device: torch.device) -> None:
-        self._places = block.trainable[chosen]
+    Massive rows are dropped from it, and what is left is spread evenly over the same steps.
+    """
+
+    def __init__(self, block: Block, chosen: np.ndarray, device: torch.device, layers: Sequence[int] = ()) -> None:
+        places = block.trainable[chosen]
+        self._length = len(places)
+        self._places = places[block.counts(layers).ravel()[places]] if layers else places
         self._there = send(torch.from_numpy(self._places), device)
 
     def rows(self, part: slice) -> Rows:
         """The rows of a part of it."""
-        return Rows(self._places[part], self._there[part])
+        start, stop = (edge * len(self._places) // self._length for edge in (part.start, part.stop))
+        return Rows(self._places[start:stop], self._there[start:stop])
 
 
 class WindowOrder:
     """The order in which a block's windows are drawn, by their number in the block; sent once."""
 
-    def __init__(self, block: Block, windows: np.ndarray, device: torch.device) -> None:
-        window, position = np.nonzero(block.trains[windows])
+    def __init__(self, block: Block, windows: np.ndarray, device: torch.device, layers: Sequence[int] = ()) -> None:
+        window, position = np.nonzero(block.counts(layers)[windows])
         sizes = np.bincount(window, minlength=len(windows))
         self._windows, self._places = windows, windows[window] * block.context + position
         self._starts = np.concatenate([[0], np.cumsum(sizes)])

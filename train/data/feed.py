@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from ...cache_schema import Request, Store
-from .batch import Needs, Rows
+from ..errors import NothingToTrain
+from .batch import Kind, Needs, Rows
 from .block import Block
 from .draw import Draw, TokenOrder, WindowOrder
 from .loader import Loader
 from .plan import BlockPlan, Plan, share, token_order, token_slice, window_order, window_slice
 from .pool import PIECES_IN_FLIGHT, Pool
-from .scaling import Stats
+from .scaling import Stats, bounds_of
 from .shuffle_quality import ideal_share
 
 
@@ -41,19 +42,20 @@ class Feed:
     ) -> None:
         self._needs = tuple(needs)
         self.plan = plan
-        self.loader = Loader(store, plan, joint_request(self._needs, "train"), device, steps)
+        bounds = bounds_of(stats)
+        self._kinds = tuple(dict.fromkeys(need.kind(bounds) for need in self._needs))
+        self.loader = Loader(store, plan, joint_request(self._needs, "train"), device, steps, bounds)
         self._scales = {layer: stats[layer].scale.to(device) for layer in stats}
         self.device = device
         self._rank, self._size = rank, size
-        self._orders: dict[bool, tuple[BlockPlan, TokenOrder | WindowOrder]] = {}
+        self._orders: dict[Kind, tuple[BlockPlan, TokenOrder | WindowOrder]] = {}
 
     def draw(self, step: int) -> Draw:
         """What step `step` trains on. Valid until the next draw."""
         plan, at = self.plan.locate(step)
         block = self.loader.block(plan)
-        kinds = {needs.windows for needs in self._needs}
-        rows = {windows: self._rows(windows, block, plan, at) for windows in kinds}
-        return Draw(block, rows.get(False), rows.get(True), self._scales, self.device)
+        rows = {kind: self._rows(kind, block, plan, at) for kind in self._kinds}
+        return Draw(block, rows, self._scales, self.device)
 
     @property
     def is_windowed(self) -> bool:
@@ -69,17 +71,23 @@ class Feed:
     def close(self) -> None:
         self.loader.close()
 
-    def _rows(self, windows: bool, block: Block, plan: BlockPlan, at: int) -> Rows:
+    def _rows(self, kind: Kind, block: Block, plan: BlockPlan, at: int) -> Rows:
         """This process's share of the batch."""
-        if windows not in self._orders or self._orders[windows][0] != plan:
-            self._orders[windows] = plan, self._order(windows, block, plan)
-        where = window_slice(plan, at) if windows else token_slice(plan, at, self.plan.batch_tokens)
-        return self._orders[windows][1].rows(share(where, self._rank, self._size))
+        if kind not in self._orders or self._orders[kind][0] != plan:
+            self._orders[kind] = plan, self._order(kind, block, plan)
+        where = window_slice(plan, at) if kind.windows else token_slice(plan, at, self.plan.batch_tokens)
+        return self._orders[kind][1].rows(share(where, self._rank, self._size))
 
-    def _order(self, windows: bool, block: Block, plan: BlockPlan) -> TokenOrder | WindowOrder:
-        if windows:
-            return WindowOrder(block, window_order(plan, self.plan.seed), self.device)
-        return TokenOrder(block, token_order(plan, self.plan.seed), self.device)
+    def _order(self, kind: Kind, block: Block, plan: BlockPlan) -> TokenOrder | WindowOrder:
+        if not block.counts(kind.layers).any():
+            shards = sorted({piece.shard for piece in plan.pieces})
+            raise NothingToTrain(
+                f"every token of shards {shards} is massive (layers {list(kind.layers)}): nothing there to train on. "
+                "Set data.massive_norms=inf to train on all rows"
+            )
+        if kind.windows:
+            return WindowOrder(block, window_order(plan, self.plan.seed), self.device, kind.layers)
+        return TokenOrder(block, token_order(plan, self.plan.seed), self.device, kind.layers)
 
 
 def joint_request(needs: Iterable[Needs], split: str) -> Request:
@@ -103,23 +111,29 @@ def held_out(
     tokens: int,
     batch_tokens: int,
 ) -> Iterator[Draw]:
-    """The beginning of the validation split, in the order of the store, about `tokens` tokens of it."""
+    """The beginning of the validation split, in the order of the store, about `tokens` tokens of it.
+
+    All rows, massive ones too: `Draw.ordinary` says which are not.
+    """
     request = joint_request(needs, "validation")
     scales = {layer: stats[layer].scale.to(device) for layer in stats}
     per_batch = max(1, batch_tokens // store.manifest.context)
-    for block in _blocks_in_order(store, request, device, max(1, tokens // store.manifest.context)):
+    windows = max(1, tokens // store.manifest.context)
+    for block in _blocks_in_order(store, request, device, windows, bounds_of(stats)):
         order = WindowOrder(block, np.arange(len(block.windows)), device)
         for start in range(0, len(block.windows), per_batch):
             rows = order.rows(slice(start, min(start + per_batch, len(block.windows))))
             if len(rows.places):
-                yield Draw(block, rows, rows, scales, device)
+                yield Draw(block, {Kind(False, ()): rows, Kind(True, ()): rows}, scales, device)
 
 
-def _blocks_in_order(store: Store, request: Request, device: torch.device, windows: int) -> Iterator[Block]:
+def _blocks_in_order(
+    store: Store, request: Request, device: torch.device, windows: int, bounds: Mapping[int, float]
+) -> Iterator[Block]:
     """One shard's windows at a time, until there are enough."""
     first, last = store.manifest.splits["validation"]
     spans = store.spans(replace(request, windows=(0, min(windows, last - first))))
-    pool = Pool(store, request, max((span.windows for span in spans), default=0), device)
+    pool = Pool(store, request, max((span.windows for span in spans), default=0), device, bounds)
     with ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="saemill-held-out") as readers:
         for span in spans:
             yield pool.fill([span], readers)

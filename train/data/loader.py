@@ -7,6 +7,7 @@ training had to wait is counted, the first block apart: nothing could have been 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
@@ -21,12 +22,19 @@ class Loader:
     """Gives blocks, one after the other; `close` it in the end."""
 
     def __init__(
-        self, store: Store, plan: Plan, request: Request, device: torch.device, steps: int | None = None
+        self,
+        store: Store,
+        plan: Plan,
+        request: Request,
+        device: torch.device,
+        steps: int | None = None,
+        bounds: Mapping[int, float] | None = None,
     ) -> None:
         self._plan, self._steps = plan, steps
         self._readers = ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="saemill-piece")
         self._filler = ThreadPoolExecutor(1, thread_name_prefix="saemill-block")
-        self._pools = [Pool(store, request, plan.max_windows, device) for _ in range(1 if plan.is_one_block else 2)]
+        count = 1 if plan.is_one_block else 2
+        self._pools = [Pool(store, request, plan.max_windows, device, bounds) for _ in range(count)]
         self._present: tuple[BlockPlan, Block] | None = None
         self._next: tuple[BlockPlan, Future[Block]] | None = None
         self.first_wait_seconds = 0.0

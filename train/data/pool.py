@@ -7,7 +7,7 @@ has done all that was asked of it while the block was drawn from; the reading th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...cache_schema import AttentionCsr, Manifest, Request, ShardBuffers, Span, Store
 from ...cache_schema.layout import resid_path
+from ...cache_schema.massive import is_massive, row_norms
 from .block import TORCH_DTYPES, Attention, Block, as_stored, joined, owned, send_attention
 from .device import take_device
 from .split_sizes import trainable
@@ -35,8 +36,17 @@ class PlacedBuffers(ShardBuffers):
 class Pool:
     """Room for one block."""
 
-    def __init__(self, store: Store, request: Request, max_windows: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        store: Store,
+        request: Request,
+        max_windows: int,
+        device: torch.device,
+        bounds: Mapping[int, float] | None = None,
+    ) -> None:
+        """`bounds`: the largest norm of a row that is not massive, by layer."""
         manifest = store.manifest
+        self._bounds = {layer: bound for layer, bound in (bounds or {}).items() if layer in request.layers}
         self._store, self._request, self._device = store, request, device
         is_gpu = device.type == "cuda"
         ids = torch.empty((2, max_windows, manifest.context), dtype=torch.int32, pin_memory=is_gpu)
@@ -44,6 +54,7 @@ class Pool:
         self._tokens, self._documents = ids.numpy().view("<u4")
         shape, dtype = (max_windows, manifest.context, manifest.model.d_model), TORCH_DTYPES[manifest.model.dtype]
         self._resid = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in request.layers}
+        self._massive = {layer: np.zeros((max_windows, manifest.context), bool) for layer in self._bounds}
         self._stages: SimpleQueue[Stage] = SimpleQueue()
         for _ in range(PIECES_IN_FLIGHT):
             self._stages.put(Stage(manifest, request, device))
@@ -68,6 +79,7 @@ class Pool:
             documents_there=documents_there,
             resid={layer: resid.flatten(0, 1) for layer, resid in self._resid.items()},
             attention=self._send_attention(joined(attention)),
+            massive={layer: massive[:windows] for layer, massive in self._massive.items()},
         )
 
     def release(self) -> None:
@@ -93,6 +105,8 @@ class Pool:
             host = {"tokens": self._tokens[rows], "documents": self._documents[rows]}
             found = self._store.read(self._request, piece, stage.buffers(host, places))
             stage.copy(places, (self._ids_there[:, rows], self._ids[:, rows]))
+            for layer, bound in self._bounds.items():
+                self._massive[layer][rows] = is_massive(stage.norms(places[layer]), bound)
             return {layer: owned(csr) for layer, csr in found.attention.items()}
         finally:
             self._stages.put(stage)
@@ -122,6 +136,13 @@ class Stage:
             for there, here in zip(*ids, strict=True):
                 there.copy_(here, non_blocking=True)
         self._stream.synchronize()
+
+    def norms(self, place: Tensor) -> np.ndarray:
+        """float32 [W, T]: of residuals where they lie now."""
+        if self._stream is None:
+            return row_norms(as_stored(place), str(place.dtype).removeprefix("torch."))
+        with on_stream(self._stream):
+            return torch.linalg.vector_norm(place, dim=-1, dtype=torch.float32).cpu().numpy()
 
     def _pinned_like(self, places: dict[int, Tensor]) -> dict[int, Tensor]:
         """Page-locked memory of a piece's size; pieces are never larger than the first but where shards begin."""

@@ -1,18 +1,19 @@
 """The units in which SAEs train: activations scaled so that their mean norm is sqrt(D).
 
-The scale comes from the store's moments, is the same for every SAE of a run, and is folded into the
-weights when an SAE is saved.
+The scale comes from the store's moments, or from those of its ordinary rows where massive ones are left out. It is
+the same for every SAE of a run, and is folded into the weights when an SAE is saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...cache_schema import Moments
+from ...cache_schema.massive import Massive
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,10 +23,16 @@ class Stats:
     scale: Tensor  # [D], raw activation * scale = scaled activation; constant inside a layer
     mean: Tensor  # [D]
     variance: float  # E||x - mean||^2
+    massive: Massive | None = None  # the rows of a layer that these are not about; None where every row counts
 
     @property
     def width(self) -> int:
         return self.mean.numel()
+
+
+def stats_of_ordinary(massive: Massive) -> Stats:
+    """Statistics of one layer without its massive rows."""
+    return replace(stats_from_moments(massive.ordinary), massive=massive)
 
 
 def stats_from_moments(moments: Moments) -> Stats:
@@ -37,6 +44,11 @@ def stats_from_moments(moments: Moments) -> Stats:
         (mean * scale).float(),
         moments.total_variance * scale**2,
     )
+
+
+def bounds_of(stats: Mapping[int, Stats]) -> dict[int, float]:
+    """The largest norm of a raw row that counts, for layers where not every row does."""
+    return {layer: one.massive.bound for layer, one in stats.items() if one.massive is not None}
 
 
 def unit_stats(width: int) -> Stats:

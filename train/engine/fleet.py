@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import Span
+from ..data.batch import Kind
 from ..data.draw import Draw
-from ..data.scaling import Stats, joined_stats
+from ..data.scaling import Stats, bounds_of, joined_stats
 from ..errors import ActivationsNotFinite, MemoryTooSmall, NonFiniteLoss, StoppedElsewhere, TrainError
 from ..parallel.ranks import Ranks
 from ..parallel.sharded_rows import Shard
@@ -35,10 +36,10 @@ class Past:
     def __init__(self, step: int, draw: Draw) -> None:
         self.step = step
         self._pieces = draw.block.pieces
-        self._windows = {kind: draw.store_windows(kind) for kind in draw.kinds}
+        self._windows = {kind: draw.store_windows(kind) for kind in draw.rows}
 
-    def place(self, windows: bool) -> str:
-        return _place(self._pieces, self._windows[windows])
+    def place(self, kind: Kind) -> str:
+        return _place(self._pieces, self._windows[kind])
 
 
 class Fleet:
@@ -96,11 +97,11 @@ class Fleet:
 
     def _add_place(self, label: str, error: NonFiniteLoss, draw: Draw | None) -> TrainError:
         """The same error with the part of the store that the step was trained on."""
-        windows = self.needs[label].windows
+        kind = self.needs[label].kind(bounds_of(self.stats))
         if draw is not None and error.is_input_finite is None:
-            return _locate(label, error, draw, windows, self._ranks)
+            return _locate(label, error, draw, kind, self._ranks)
         # The loss was read late and the step's draw is gone: only its windows are still known.
-        place = next((past.place(windows) for past in self._past if past.step == error.step), "")
+        place = next((past.place(kind) for past in self._past if past.step == error.step), "")
         if error.is_input_finite:
             return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
         return ActivationsNotFinite(f"{label}, step {error.step}: {NOT_FINITE} among {place}. {REMEDY}")
@@ -130,19 +131,19 @@ def _side_stats(layers: tuple[int, ...], stats: Mapping[int, Stats]) -> Stats:
     return stats[layers[0]] if len(layers) == 1 else joined_stats([stats[layer] for layer in layers])
 
 
-def _locate(label: str, error: NonFiniteLoss, draw: Draw, windows: bool, ranks: Ranks) -> TrainError:
+def _locate(label: str, error: NonFiniteLoss, draw: Draw, kind: Kind, ranks: Ranks) -> TrainError:
     """The same error with the part of the store that the step was trained on; a collective call."""
-    broken = draw.non_finite_rows(windows)
+    broken = draw.non_finite_rows(kind)
     is_anywhere = bool(ranks.sum(torch.tensor([int(broken.any())], device=draw.device)))
     if broken.any():
-        place = _place(draw.block.pieces, draw.store_windows(windows)[broken])
+        place = _place(draw.block.pieces, draw.store_windows(kind)[broken])
         return ActivationsNotFinite(f"{label}, step {error.step}: {NOT_FINITE}: {place}. {REMEDY}")
     if is_anywhere:
         return StoppedElsewhere(
             f"{label}, step {error.step}: another process's rows hold activations that are not finite numbers; "
             "its own message names them"
         )
-    place = _place(draw.block.pieces, draw.store_windows(windows))
+    place = _place(draw.block.pieces, draw.store_windows(kind))
     return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
 
 

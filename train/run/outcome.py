@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...cache_schema.massive import Massive
 from ...cache_schema.strict import to_json
 from ..ask.records import Member
 from ..data.feed import held_out
+from ..data.scaling import bounds_of
 from ..disk.sae_folder import save_sae
 from ..parallel.processes import all_or_none
 from .run import Run
-from .validation import Tally, validate
+from .validation import HeldOut, validate
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,24 @@ class SaeOutcome:
     loss: float | None
     """Of the last step; None where a run was resumed after it."""
     validation_tokens: int
+    """Behind `l0` and `explained_variance`: massive rows are not among them."""
+    validation_massive: int = 0
+    explained_variance_with_massive: float | None = None
+    """Where there are massive rows: the same with them."""
+    l0_with_massive: float | None = None
+
+
+@dataclass(frozen=True)
+class MassiveRows:
+    """What was left out of a layer; of as many tokens as were looked at."""
+
+    multiple: float
+    median_norm: float
+    largest_norm: float
+    """Of the rows that count."""
+    tokens: int
+    massive: int
+    share_of_squares: float
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,8 @@ class Outcome:
     same_document_ideal: float
     same_document_ratio: float
     saes: dict[str, SaeOutcome]
+    massive: dict[int, MassiveRows] = field(default_factory=dict)
+    """By layer; empty where every row counts."""
 
 
 def conclude(run: Run) -> Outcome | None:
@@ -74,7 +96,7 @@ def _held_out(run: Run) -> Any:
     )
 
 
-def _outcome(run: Run, tallies: Mapping[str, Tally]) -> Outcome:
+def _outcome(run: Run, found: Mapping[str, HeldOut]) -> Outcome:
     watch, quality = run.watch, run.watch.quality
     tokens = run.total_steps * run.config.data.batch_tokens
     return Outcome(
@@ -88,11 +110,18 @@ def _outcome(run: Run, tallies: Mapping[str, Tally]) -> Outcome:
         same_document_share=quality.share,
         same_document_ideal=quality.ideal,
         same_document_ratio=quality.ratio,
-        saes={member.label: _sae_outcome(run, member, tallies[member.label]) for member in run.config.members},
+        saes={member.label: _sae_outcome(run, member, found[member.label]) for member in run.config.members},
+        massive={layer: _massive_rows(one.massive) for layer, one in run.fleet.stats.items() if one.massive},
     )
 
 
-def _sae_outcome(run: Run, member: Member, tally: Tally) -> SaeOutcome:
+def _massive_rows(found: Massive) -> MassiveRows:
+    return MassiveRows(found.multiple, found.median, found.bound, found.rows, found.massive, found.square_share)
+
+
+def _sae_outcome(run: Run, member: Member, found: HeldOut) -> SaeOutcome:
+    tally, every = found.ordinary, found.every
+    massive = every.tokens - tally.tokens
     trainee = run.fleet.trainees[member.label]
     dead = trainee.counters.dead(trainee.assembly.dead_after_tokens)
     return SaeOutcome(
@@ -105,6 +134,9 @@ def _sae_outcome(run: Run, member: Member, tally: Tally) -> SaeOutcome:
         dead_share=float(dead.double().mean()),
         loss=run.watch.last.get(member.label, {}).get("loss"),
         validation_tokens=tally.tokens,
+        validation_massive=massive,
+        explained_variance_with_massive=every.explained_variance if massive else None,
+        l0_with_massive=every.l0 if massive else None,
     )
 
 
@@ -143,4 +175,5 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
         "training_architecture": member.variant,
         "l0": outcome.l0,
         "explained_variance": outcome.explained_variance,
+        "largest_norms": {str(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
     }

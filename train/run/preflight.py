@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from ...cache_schema import Store
+from ...cache_schema.massive import any_ordinary, measure_massive
 from ...cache_schema.request import validate_request
 from ..data.feed import joint_request
-from ..data.scaling import Stats, stats_from_moments
+from ..data.scaling import Stats, bounds_of, stats_from_moments, stats_of_ordinary
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain
 from .memory_estimate import require_room
 from .settle import Settled
@@ -28,20 +30,21 @@ def check(settled: Settled, store: Store, processes: int, device: torch.device) 
     _require_held_out(settled, store)
     _require_batches(settled, processes)
     _require_memory(settled, store, len(request.layers), processes, device)
-    return {layer: _stats(store, layer) for layer in request.layers}
+    stats = {layer: _stats(store, layer, config.data.massive_norms) for layer in request.layers}
+    _require_ordinary_held_out(settled, store, bounds_of(stats))
+    return stats
 
 
 def _require_held_out(settled: Settled, store: Store) -> None:
     """A run ends with numbers on text it has not seen: that must be there before the first step."""
-    manifest, config = store.manifest, settled.config
-    first, last = manifest.splits["validation"]
+    first, last = store.manifest.splits["validation"]
     if first == last:
         raise NothingToTrain(
             f"the validation split of {store.url} is empty: a run ends with a measurement on it. "
             "Harvest or import more text, so that the split has windows"
         )
-    windows = min(max(1, config.course.validation_tokens // manifest.context), last - first)
-    store.spans(replace(joint_request(config.requests().values(), "validation"), windows=(0, windows)))
+    request = joint_request(settled.config.requests().values(), "validation")
+    store.spans(replace(request, windows=(0, _held_out_windows(settled, store))))
 
 
 def _require_batches(settled: Settled, processes: int) -> None:
@@ -70,11 +73,41 @@ def _require_memory(settled: Settled, store: Store, layers: int, processes: int,
     require_room(config.members, manifest.model.d_model, plan.batch_tokens // processes, pool_bytes, shards, device)
 
 
-def _stats(store: Store, layer: int) -> Stats:
+def _held_out_windows(settled: Settled, store: Store) -> int:
+    """Of the validation split, on which the run is measured."""
+    first, last = store.manifest.splits["validation"]
+    return min(max(1, settled.config.course.validation_tokens // store.manifest.context), last - first)
+
+
+def _require_ordinary_held_out(settled: Settled, store: Store, bounds: Mapping[int, float]) -> None:
+    """Some rows of the first held-out windows count for every SAE: not all are massive."""
+    kinds = {label: needs.kind(bounds).layers for label, needs in settled.config.requests().items()}
+    for layers in set(kinds.values()) - {()}:
+        windows = _held_out_windows(settled, store)
+        if not any_ordinary(store, {layer: bounds[layer] for layer in layers}, "validation", windows):
+            label = next(label for label, found in kinds.items() if found == layers)
+            raise NothingToTrain(
+                f"{label}: all tokens of the validation split of {store.url} are massive, their norm is beyond "
+                f"{settled.config.data.massive_norms:g} times the median of layer {', '.join(map(str, layers))}: "
+                "a run could not be measured. Set data.massive_norms=inf to train and measure on all rows"
+            )
+
+
+def _ordinary_stats(store: Store, layer: int, massive_norms: float) -> Stats:
+    massive = measure_massive(store, layer, massive_norms)
+    if not massive.ordinary.mean_norm > 0:
+        raise NothingToTrain(
+            f"layer {layer} of {store.url}: {massive}. No others are left to train on. "
+            "Set data.massive_norms=inf to train on all rows"
+        )
+    return stats_of_ordinary(massive)
+
+
+def _stats(store: Store, layer: int, massive_norms: float | None) -> Stats:
     """A layer's statistics; activations that are not finite end here, with their shard."""
     stats = stats_from_moments(store.moments(layer))
     if bool(stats.scale.isfinite().all() and stats.mean.isfinite().all()):
-        return stats
+        return stats if massive_norms is None else _ordinary_stats(store, layer, massive_norms)
     shards = range(store.manifest.shards)
     broken = [shard for shard in shards if not torch.tensor(store.shard_moments(layer, shard).mean).isfinite().all()]
     raise ActivationsNotFinite(

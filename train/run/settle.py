@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...cache_schema import Manifest, Store
+from ...cache_schema.massive import default_multiple
 from ..ask.baselines import with_baselines
 from ..ask.recipe import Recipe
 from ..ask.records import Ask, DataConfig, RunConfig, read_run_config
@@ -46,7 +47,7 @@ class Settled:
 def settle(ask: Ask, store: Store) -> Settled:
     """A new run."""
     manifest = store.manifest
-    data = with_pool(ask.stream(), manifest)
+    data = with_pool(ask.stream(DataConfig(massive_norms=default_multiple(manifest))), manifest)
     plan = make_plan(data, store)
     budget = settle_budget(ask.length(), plan, store.url)
 

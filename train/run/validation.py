@@ -48,16 +48,29 @@ class Tally:
         return 1.0 - self.squared_error / variance if variance > 0 else float("nan")
 
 
+@dataclass
+class HeldOut:
+    """What was measured of one SAE: on the rows that count, and on all with the massive ones among them."""
+
+    ordinary: Tally = field(default_factory=Tally)
+    every: Tally = field(default_factory=Tally)
+
+    def add(self, target: Tensor, x_hat: Tensor, acts: Tensor, is_ordinary: Tensor) -> None:
+        self.every.add(target, x_hat, acts)
+        self.ordinary.add(target[is_ordinary], x_hat[is_ordinary], acts[is_ordinary])
+
+
 @torch.no_grad()
-def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, Tally]:
+def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, HeldOut]:
     """The numbers of every SAE, as the saved SAE computes them."""
-    tallies = {label: Tally() for label in fleet.trainees}
+    found = {label: HeldOut() for label in fleet.trainees}
     for draw in draws:
         for label, trainee in fleet.trainees.items():
             batch = draw.batch(fleet.needs[label])
             acts, x_hat = _reconstruct(trainee, batch)
-            tallies[label].add(batch.x if batch.target is None else batch.target, x_hat, acts)
-    return tallies
+            target = batch.x if batch.target is None else batch.target
+            found[label].add(target, x_hat, acts, draw.ordinary(fleet.needs[label]))
+    return found
 
 
 def _reconstruct(trainee: Trainee, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,10 @@ def files_of(context: Context, layer: int, block: Block, ablations: Sequence[str
     """Where they are kept: a folder for each way of computing them; nowhere if nobody can name the model."""
     if context.model_identity is None:
         return None
+    massive = context.massive(layer)
+    left_out = {"massive_norms": massive.multiple} if massive is not None and massive.massive else {}  # of the mean
     name = decided_by(
+        **left_out,
         format=FORMAT,
         model=context.model_identity,
         layer=layer,

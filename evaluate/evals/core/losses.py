@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
+from ...context.ordinary import mean_of_rows, ordinary_rows
 from ...errors import NotApplicable
 from ...model.divergence import Losses
 from ...model.memory import PieceSize, in_pieces
@@ -31,10 +32,11 @@ class LossSums:
     """Sums over the tokens of the first block for one SAE."""
 
     documents: DocumentSums = field(default_factory=DocumentSums)
+    massive: int = 0  # tokens that keep their own residual in `sae_ordinary`
     published: dict[str, float] = field(default_factory=dict)  # divergences by SAEBench's formula, NaN and all
 
-    def add(self, documents_N: np.ndarray, clean: Clean, spliced: Losses) -> None:
-        """One batch."""
+    def add(self, documents_N: np.ndarray, clean: Clean, spliced: Losses, ordinary: Losses) -> None:
+        """One batch: with all its rows spliced, and with massive ones left as they are."""
         runs: dict[str, Losses] = {**clean.ablated, "sae": spliced}
         predicts = ~clean.ce.isnan()
         values: dict[str, Tensor] = {"tokens": torch.ones_like(clean.ce), "predicting": predicts, "ce_clean": clean.ce}
@@ -42,6 +44,7 @@ class LossSums:
             values |= {f"ce_{name}": losses.ce, f"kl_{name}": losses.kl}
             total = float(losses.kl_published.double().sum())
             self.published[name] = self.published.get(name, 0.0) + total
+        values |= {"ce_sae_ordinary": ordinary.ce, "kl_sae_ordinary": ordinary.kl}
         self.documents.add(documents_N, {name: value.double().cpu().numpy() for name, value in values.items()})
 
     def totals(self) -> dict[str, float]:
@@ -74,7 +77,8 @@ def measure_losses(
         for number, batch in enumerate(read_block(context, block, layers_of(subjects), attention_layers_of(subjects))):
             for layer, baseline in baselines.items():
                 at_layer = {subject: sizes[subject] for subject in subjects if splice_layer(subject) == layer}
-                _add_batch(found, at_layer, baseline, batch, number)
+                ordinary = {subject: ordinary_rows(context, subject, batch) for subject in at_layer}
+                _add_batch(found, at_layer, ordinary, baseline, batch, number)
             advance(len(batch) * length)
     return found
 
@@ -82,7 +86,7 @@ def measure_losses(
 def mean_residual(context: Context, layer: int, block: Block) -> Tensor:
     """The store's mean at a layer [D]; where it does not hold the layer, that of the block's own tokens."""
     if layer in context.manifest.layers:
-        return torch.from_numpy(context.store.moments(layer).mean)
+        return mean_of_rows(context, layer)
     total, count = torch.zeros(context.manifest.model.d_model, dtype=torch.float64), 0
     for batch in read_block(context, block, (layer,)):
         total += batch.resid[layer][batch.keep].double().sum(dim=0).cpu()
@@ -94,16 +98,26 @@ def mean_residual(context: Context, layer: int, block: Block) -> Tensor:
 def _add_batch(
     found: Mapping[LoadedSae, LossSums],
     subjects: Mapping[LoadedSae, PieceSize],
+    ordinary: Mapping[LoadedSae, Tensor],
     baselines: Baselines,
     batch: Windows,
     number: int,
 ) -> None:
-    """The SAEs of one layer, side by side."""
-    hidden = [baselines.hidden(batch, spliced(subject, batch, size)) for subject, size in subjects.items()]
+    """The SAEs of one layer, side by side. Where a batch has massive rows, also with these left as they are."""
+    hidden = []
+    massive = {subject: int((batch.keep & ~ordinary[subject]).sum()) for subject in subjects}
+    for subject, size in subjects.items():
+        resid = spliced(subject, batch, size)
+        hidden.append(baselines.hidden(batch, resid))
+        if massive[subject]:
+            own = torch.where(ordinary[subject][..., None], resid, batch.resid[splice_layer(subject)])
+            hidden.append(baselines.hidden(batch, own))
     clean, losses = baselines.measure(batch, number, hidden)
-    documents = _documents(batch)
-    for subject, found_losses in zip(subjects, losses, strict=True):
-        found[subject].add(documents, clean, found_losses)
+    documents, measured = _documents(batch), iter(losses)
+    for subject in subjects:
+        whole = next(measured)
+        found[subject].add(documents, clean, whole, next(measured) if massive[subject] else whole)
+        found[subject].massive += massive[subject]
 
 
 def spliced(subject: LoadedSae, batch: Windows, size: PieceSize) -> Tensor:

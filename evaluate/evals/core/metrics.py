@@ -21,6 +21,8 @@ from .weights import weight_metrics
 
 DECIMALS = 10
 NAN = float("nan")
+OWN_LOSSES = {"ce_loss_with_sae": "ce_sae", "kl_div_with_sae": "kl_sae"}
+OWN_LOSSES |= {name: name for name in ("ce_loss_score", "kl_div_score")}
 LATENT_KEYS = (
     "feature_density",
     "consistent_activation_heuristic",
@@ -101,10 +103,10 @@ def official_losses(losses: LossSums | None) -> dict[str, dict[str, float]]:
     }
 
 
-def losses_and_scores(sums: Mapping[str, Any], ablation: str) -> dict[str, Any]:
+def losses_and_scores(sums: Mapping[str, Any], ablation: str, sae: str = "sae") -> dict[str, Any]:
     """Mean losses, and the SAE's scores: 1 the clean model, 0 the ablation. Of sums, or of arrays of resampled sums."""
-    ce, ce_sae, ce_clean = (sums[f"ce_{name}"] / sums["predicting"] for name in (ablation, "sae", "clean"))
-    kl, kl_sae = (sums[f"kl_{name}"] / sums["tokens"] for name in (ablation, "sae"))
+    ce, ce_sae, ce_clean = (sums[f"ce_{name}"] / sums["predicting"] for name in (ablation, sae, "clean"))
+    kl, kl_sae = (sums[f"kl_{name}"] / sums["tokens"] for name in (ablation, sae))
     return {
         "ce": ce,
         "ce_sae": ce_sae,
@@ -135,8 +137,8 @@ def latent_details(latents: Mapping[str, Tensor]) -> list[dict[str, Any]]:
 def own_metrics(
     sparsity: Sparsity, losses: LossSums | None, ablations: Sequence[str], resamples: int
 ) -> dict[str, Any]:
-    """What SAEBench leaves out or gets wrong."""
-    square_of_mean = sparsity.tally.square_of_mean
+    """What SAEBench leaves out or gets wrong. Massive rows are left out where the name does not say otherwise."""
+    square_of_mean = sparsity.ordinary.square_of_mean
     table = sparsity.documents.table()
     variance: dict[str, Statistic] = {
         "explained_variance": lambda sums: explained_variance_of(sums, square_of_mean),
@@ -144,11 +146,25 @@ def own_metrics(
         "cossim": lambda sums: sums["cosine"] / sums["tokens"],
     }
     confidence = intervals(table, variance, resamples)
-    ours: dict[str, Any] = {"explained_variance": sparsity.tally.explained_variance}
+    ours: dict[str, Any] = {"explained_variance": sparsity.ordinary.explained_variance}
+    ours["explained_variance_with_massive"] = sparsity.tally.explained_variance
+    ours["massive"] = massive_metrics(sparsity)
     if losses is not None:
+        kept = losses_and_scores(losses.totals(), "zero", "sae_ordinary")
+        ours["massive_kept"] = {name: kept[key] for name, key in OWN_LOSSES.items()} | {"tokens": losses.massive}
         ours["ablations"] = {name: against(losses.totals(), name) for name in ablations}
         confidence |= intervals(losses.documents.table(), loss_statistics(), resamples)
     return ours | {"confidence_95": confidence, "documents": {"sparsity": len(next(iter(table.values()), ()))}}
+
+
+def massive_metrics(sparsity: Sparsity) -> dict[str, float]:
+    """What was left out of the second block."""
+    every, ordinary = sparsity.tally, sparsity.ordinary
+    return {
+        "tokens": every.tokens - ordinary.tokens,
+        "of_tokens": every.tokens,
+        "share_of_squares": 1 - ratio(ordinary.sums.get("square", 0.0), every.sums.get("square", 0.0)),
+    }
 
 
 def against(sums: Mapping[str, Any], ablation: str) -> dict[str, float]:
@@ -161,9 +177,7 @@ def against(sums: Mapping[str, Any], ablation: str) -> dict[str, float]:
 
 def loss_statistics() -> dict[str, Statistic]:
     """What intervals are drawn around, with zero ablation as zero."""
-    names = {"ce_loss_with_sae": "ce_sae", "kl_div_with_sae": "kl_sae"}
-    names |= {name: name for name in ("ce_loss_score", "kl_div_score")}
-    return {name: lambda sums, key=key: losses_and_scores(sums, "zero")[key] for name, key in names.items()}
+    return {name: lambda sums, key=key: losses_and_scores(sums, "zero")[key] for name, key in OWN_LOSSES.items()}
 
 
 def ratio(numerator: Any, denominator: Any) -> Any:

@@ -36,6 +36,10 @@ class Tokens:
     def concat(parts: Sequence[Tokens]) -> Tokens:
         return Tokens(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Tokens)))
 
+    def where(self, mask_N: Tensor) -> Tokens:
+        """Some of them."""
+        return Tokens(*(getattr(self, field.name)[mask_N] for field in fields(Tokens)))
+
     @property
     def cosine(self) -> Tensor:
         """Not a number where a reconstruction is zero."""

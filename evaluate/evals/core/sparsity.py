@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
+from ...context.ordinary import ordinary_rows
 from ...model.memory import PieceSize, in_pieces
 from ...model.windows import Windows
 from .blocks import Block, read_block
@@ -28,17 +29,21 @@ class Sparsity:
     """What the second block says about one SAE."""
 
     firing: Firing
-    tally: Tally = field(default_factory=Tally)
+    tally: Tally = field(default_factory=Tally)  # of all tokens, as SAEBench has it
+    ordinary: Tally = field(default_factory=Tally)  # of those that are not massive, as `documents`
     documents: DocumentSums = field(default_factory=DocumentSums)
 
-    def add(self, tokens: Tokens, batch: Windows, x_sum_D: Tensor) -> None:
+    def add(self, tokens: Tokens, x_ND: Tensor, batch: Windows, ordinary_WT: Tensor) -> None:
         """One batch."""
-        self.tally.add(tokens, x_sum_D)
+        self.tally.add(tokens, x_ND.double().sum(dim=0))
+        is_ordinary = ordinary_WT[batch.keep]
+        tokens = tokens.where(is_ordinary)
+        self.ordinary.add(tokens, x_ND[is_ordinary].double().sum(dim=0))
         if batch.documents is not None:
             values = {"tokens": torch.ones_like(tokens.l0), "l0": tokens.l0, "cosine": tokens.cosine}
             values |= {"error": tokens.error, "square": tokens.square}
             self.documents.add(
-                batch.documents[batch.keep].cpu().numpy(), {k: v.double().cpu().numpy() for k, v in values.items()}
+                batch.documents[ordinary_WT].cpu().numpy(), {k: v.double().cpu().numpy() for k, v in values.items()}
             )
 
 
@@ -50,7 +55,8 @@ def measure_sparsity(context: Context, subjects: Sequence[LoadedSae], block: Blo
     with context.watch.stage("sparsity and variance", block.windows * length) as advance:
         for batch in read_block(context, block, layers_of(subjects), attention_layers_of(subjects)):
             for subject, sparsity in found.items():
-                _add_batch(sparsity, subject, batch, sizes[subject])
+                ordinary_WT = ordinary_rows(context, subject, batch)
+                _add_batch(sparsity, subject, batch, ordinary_WT, sizes[subject])
             advance(len(batch) * length)
     return found
 
@@ -62,10 +68,10 @@ def piece_size(context: Context, subject: LoadedSae, batch_windows: int) -> Piec
 
 
 @torch.inference_mode()
-def _add_batch(sparsity: Sparsity, subject: LoadedSae, batch: Windows, size: PieceSize) -> None:
+def _add_batch(sparsity: Sparsity, subject: LoadedSae, batch: Windows, ordinary_WT: Tensor, size: PieceSize) -> None:
     x_WTD = batch.x(subject.target_layers)
-    x_sum_D = x_WTD[batch.keep].double().sum(dim=0)
-    mean_D = (x_sum_D / batch.keep.sum().clamp_min(1)).float()
+    x_ND = x_WTD[batch.keep]
+    mean_D = (x_ND.double().sum(dim=0) / batch.keep.sum().clamp_min(1)).float()
 
     def work(start: int, stop: int) -> tuple[Tokens, Tensor, Tensor]:
         piece = batch.slice(start, stop)
@@ -77,4 +83,4 @@ def _add_batch(sparsity: Sparsity, subject: LoadedSae, batch: Windows, size: Pie
     pieces = list(in_pieces(len(batch), size, work))
     for tokens, in_tokens, in_windows in pieces:
         sparsity.firing.add(in_tokens, in_windows, len(tokens.l0))
-    sparsity.add(Tokens.concat([piece[0] for piece in pieces]), batch, x_sum_D)
+    sparsity.add(Tokens.concat([piece[0] for piece in pieces]), x_ND, batch, ordinary_WT)

@@ -27,6 +27,7 @@ def measured(evaluation: str, path: str) -> Callable[[Record], float | None]:
 COLUMNS = (
     Column("L0", "active latents a token", lambda r: r.metric("core", "sparsity.l0") or r.outcome.get("l0")),
     Column("explained variance", "of held-out residuals", lambda r: r.outcome.get("explained_variance")),
+    Column("with massive rows", "the same of all rows", lambda r: r.outcome.get("explained_variance_with_massive")),
     Column("CE score", "1 clean, 0 ablated", measured("core", "model_performance_preservation.ce_loss_score")),
     Column("KL score", "1 clean, 0 ablated", measured("core", "model_behavior_preservation.kl_div_score")),
     Column("dead", "share of latents", lambda r: r.outcome.get("dead_share")),
@@ -51,7 +52,21 @@ def numbers_table(records: Sequence[Record]) -> Html:
     rows = [element("tr", element("td", record.name), *cells(record, columns)) for record in records]
     head = element("tr", element("th", "SAE"), *headings)
     table = element("table", element("thead", head), element("tbody", joined(rows)))
-    return joined([element("h2", "Numbers"), element("div", table, class_="wide")])
+    return joined([element("h2", "Numbers"), element("div", table, class_="wide"), *notes(records)])
+
+
+def notes(records: Sequence[Record]) -> list[Html]:
+    """What the numbers are not about."""
+    return [
+        element(
+            "p",
+            f"{record.name}: {massive:,} of {massive + record.outcome['validation_tokens']:,} held-out tokens are "
+            "massive, their norm many times the median; explained variance and L0 of held-out residuals are without.",
+            class_="faint",
+        )
+        for record in records
+        if (massive := record.outcome.get("validation_massive"))
+    ]
 
 
 def cells(record: Record, columns: Sequence[Column]) -> list[Html]:

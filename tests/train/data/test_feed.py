@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from saemill.cache_schema import Store, to_float32
-from saemill.train.data.batch import Needs
+from saemill.train.data.batch import Kind, Needs
 from saemill.train.data.feed import Feed, held_out
 from saemill.train.data.plan import Plan
 from saemill.train.data.scaling import stats_from_moments
@@ -31,8 +31,8 @@ def make_feed(store, needs=(TOKENS,), pool_tokens=480, batch_tokens=40, device=C
 
 def raw_places(written, draw, windows):
     """The (window, position) of every row."""
-    rows = draw.rows_of(windows)
-    return draw.store_windows(windows), rows.places % written["tokens"].shape[1]
+    rows = draw.rows[Kind(windows, ())]
+    return draw.store_windows(Kind(windows, ())), rows.places % written["tokens"].shape[1]
 
 
 def test_sizes_count_what_trains(store, written):
@@ -82,7 +82,7 @@ def test_windows_come_whole_with_their_attention(store, written):
     feed = make_feed(store, needs=(WINDOWS,))
     draw = feed.draw(3)
     batch = draw.batch(WINDOWS)
-    windows = draw.block.windows[draw.rows_of(True).windows]
+    windows = draw.block.windows[draw.rows[Kind(True, ())].windows]
     feed.close()
     assert len(batch.x) == (written["tokens"][windows] != 2).sum()
     row_of = batch.side["row_of"].numpy()
@@ -176,7 +176,7 @@ def test_the_held_out_split_comes_in_order(store, written):
     drawn = list(
         held_out(store, [TOKENS], {3: stats_from_moments(store.moments(3))}, CPU, tokens=10**6, batch_tokens=64)
     )
-    windows = np.concatenate([draw.block.windows[draw.rows_of(False).windows] for draw in drawn])
+    windows = np.concatenate([draw.block.windows[draw.rows[Kind(False, ())].windows] for draw in drawn])
     assert sorted(set(windows.tolist())) == list(range(220, 260))
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from saemill.train import recipes
 from saemill.train.ask.recipe import Recipe, Sae
-from saemill.train.ask.records import Ask
+from saemill.train.ask.records import Ask, DataConfig
 from saemill.train.ask.settings import parse_grid, parse_settings
 from saemill.train.errors import UnknownRecipe
 
@@ -61,7 +61,7 @@ def test_a_grid_repeats_every_sae():
 def test_the_course_and_the_stream_are_the_recipes_unless_told_otherwise():
     recipe = Recipe("r", "", TWO.saes, {"course.tokens": 7, "course.epochs": 2, "data.seed": 3})
     ask = Ask.of_recipe(recipe, parse_settings(["course.tokens=9"]))
-    assert (ask.length().tokens, ask.length().epochs, ask.stream().seed) == (9, 2, 3)
+    assert (ask.length().tokens, ask.length().epochs, ask.stream(DataConfig()).seed) == (9, 2, 3)
 
 
 def test_a_run_is_trained_as_written_in_a_folder_of_its_name(probe, big, sae_train, tmp_path):
@@ -110,7 +110,7 @@ def test_every_recipe_can_be_asked_for(study):
         for key in recipe.settings:
             assert key.split(".")[0] in ("data", "course") or any(hasattr(c, key.split(".")[0]) for c in found.values())
         Ask.of_recipe(recipe).length()
-        Ask.of_recipe(recipe).stream()
+        Ask.of_recipe(recipe).stream(DataConfig())
         for config in found.values():
             config.request()
 

@@ -114,6 +114,7 @@ CHANGES: dict[str, Callable[[Asked], Asked]] = {
     "ablations": lambda asked: replace(asked, ablations=("zero", "resample")),
     "from_tokens": in_scene(from_tokens=True),
     "device": in_scene(device=torch.device("cuda")),
+    "massive rows": in_scene(massive=lambda layer: SimpleNamespace(multiple=10.0, massive=1)),
 }
 
 
@@ -127,6 +128,7 @@ def asked(tmp_path):
             dtype=torch.bfloat16,
             from_tokens=False,
             device=torch.device("cpu"),
+            massive=lambda layer: None,
         ),
         Block("test", 4, 0, 5),
     )

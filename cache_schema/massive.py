@@ -1,0 +1,166 @@
+"""Massive activations: the few rows whose norm is so far beyond all others that every sum of squares is about them.
+
+On SmolLM2-135M 0.03 % of ordinary tokens carry two thirds of the squared norm after layer 15. A row is massive where
+its norm is beyond a multiple of the layer's median norm; a median does not move however far they lie out.
+
+Norms are measured here, from the residuals, and recorded nowhere: a store of any age and any origin is measured the
+same way, by whoever reads it, to the same bits. No more than `SAMPLE_BYTES` of a layer are looked at, in whole shards
+spread evenly over the store: the median and the moments of a million rows are exact enough for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .layout import arrays_of, resid_path
+from .manifest import Manifest
+from .moments import Moments, is_special
+from .reader import Store
+from .request import Request, Span
+
+MULTIPLE = 10.0
+"""Of the median norm, where nothing else is asked for."""
+KEEP = "keep_massive"  # in the settings of an imported corpus: whoever imported it wants every row to count
+SAMPLE_BYTES = 2**30
+BLOCK_ROWS = 512  # converted to float32 at a time: they stay in a processor's cache
+
+
+@dataclass(frozen=True)
+class Massive:
+    """What was found in one layer. Special tokens are no rows here."""
+
+    multiple: float
+    median: float  # of the norms
+    rows: int  # that were looked at
+    massive: int  # of these
+    square_share: float  # of the sum of all squared norms
+    rms_norm: float  # of all rows
+    shards: int  # that were looked at
+    shards_in_store: int
+    ordinary: Moments  # of the other rows; norms by position are not measured
+
+    @property
+    def bound(self) -> float:
+        """The largest norm that is not massive."""
+        return self.multiple * self.median
+
+    def __str__(self) -> str:
+        part = "" if self.shards == self.shards_in_store else f" in {self.shards} of {self.shards_in_store} shards"
+        return (
+            f"{self.massive:,} of {self.rows:,} tokens{part} ({self.massive / max(self.rows, 1):.3%}) have a norm "
+            f"beyond {self.multiple:g} times the median of {self.median:,.4g}, "
+            f"and {self.square_share:.1%} of all squared norm"
+        )
+
+
+def default_multiple(manifest: Manifest) -> float | None:
+    """What holds for a store where nobody asks for anything; None: every row counts."""
+    return None if manifest.corpus.settings.get(KEEP) else MULTIPLE
+
+
+def is_massive(norms: np.ndarray, bound: float) -> np.ndarray:
+    """bool, like `norms`. What is no finite number is damage of another kind, and is not hidden by this."""
+    return (norms > bound) & np.isfinite(norms)
+
+
+def row_norms(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 [...]: the norms of residuals [..., D] as a store holds them."""
+    rows = stored.reshape(-1, stored.shape[-1])
+    norms = np.empty(len(rows), np.float32)
+    for start, block in _float_blocks(rows, dtype):
+        np.einsum("nd,nd->n", block, block, out=norms[start : start + len(block)])
+    return np.sqrt(norms, out=norms).reshape(stored.shape[:-1])
+
+
+def measure_massive(store: Store, layer: int, multiple: float) -> Massive:
+    """The massive rows of a layer, and the moments of the others."""
+    manifest = store.manifest
+    spans = sample(manifest, layer, store.committed)
+    norms = [norms_of(store, layer, span) for span in spans]
+    seen = np.concatenate([np.zeros(0, np.float32), *norms])
+    seen = seen[np.isfinite(seen)].astype(np.float64)
+    median = float(np.median(seen)) if len(seen) else 0.0
+    massive = is_massive(seen, multiple * median)
+    ordinary, squares = seen[~massive], np.square(seen)
+    count = max(len(ordinary), 1)
+    return Massive(
+        multiple=multiple,
+        median=median,
+        rows=len(seen),
+        massive=int(massive.sum()),
+        square_share=float(squares[massive].sum() / squares.sum()) if squares.any() else 0.0,
+        rms_norm=float(squares.mean()) ** 0.5 if len(seen) else 0.0,
+        shards=len(spans),
+        shards_in_store=manifest.shards,
+        ordinary=Moments(
+            count=len(ordinary),
+            mean=_sum_of_ordinary(store, layer, spans, multiple * median) / count,
+            mean_norm=float(ordinary.sum()) / count,
+            mean_square_norm=float(squares[~massive].sum()) / count,
+            windows=0,
+            norm_by_position=np.zeros(0),
+        ),
+    )
+
+
+def any_ordinary(store: Store, bounds: Mapping[int, float], split: str, windows: int) -> bool:
+    """Whether in the first windows of a split some token is neither special nor massive in any of these layers."""
+    manifest = store.manifest
+    for part in store.stream(Request(layers=tuple(bounds), tokens=True, split=split, windows=(0, windows))):
+        assert part.tokens is not None
+        counts = ~is_special(part.tokens, manifest.model.special_tokens)
+        for layer, bound in bounds.items():
+            counts &= ~is_massive(row_norms(part.resid[layer], manifest.model.dtype), bound)
+        if counts.any():
+            return True
+    return False
+
+
+def sample(manifest: Manifest, layer: int, committed: np.ndarray) -> list[Span]:
+    """Whole shards that are there, spread evenly."""
+    row = arrays_of(manifest)[resid_path(layer)]
+    shard_bytes = manifest.shard_windows * manifest.context * manifest.model.d_model * row.dtype.itemsize
+    shards = np.flatnonzero(committed)
+    count = min(len(shards), max(1, SAMPLE_BYTES // shard_bytes))
+    chosen = shards[np.linspace(0, len(shards) - 1, count).round().astype(int)] if count else shards
+    return [Span(shard, *manifest.shard_range(shard)) for shard in chosen.tolist()]
+
+
+def norms_of(store: Store, layer: int, span: Span) -> np.ndarray:
+    """float32 [n]: the norms of a span's rows, special tokens left out."""
+    stored, counts_WT = _read(store, layer, span)
+    return row_norms(stored, store.manifest.model.dtype)[counts_WT]
+
+
+def _sum_of_ordinary(store: Store, layer: int, spans: list[Span], bound: float) -> np.ndarray:
+    """float64 [D]"""
+    dtype, total = store.manifest.model.dtype, np.zeros(store.manifest.model.d_model)
+    for span in spans:
+        stored, counts_WT = _read(store, layer, span)
+        norms = row_norms(stored, dtype)
+        counts = (counts_WT & (norms <= bound)).ravel()
+        for start, block in _float_blocks(stored.reshape(-1, stored.shape[-1]), dtype):
+            total += block[counts[start : start + len(block)]].sum(axis=0, dtype=np.float64)
+    return total
+
+
+def _read(store: Store, layer: int, span: Span) -> tuple[np.ndarray, np.ndarray]:
+    """A span's residuals [W, T, D] and which of its tokens are not special: bool [W, T]."""
+    arrays = store.read(Request(layers=(layer,), tokens=True), span)
+    assert arrays.tokens is not None
+    return arrays.resid[layer], ~is_special(arrays.tokens, store.manifest.model.special_tokens)
+
+
+def _float_blocks(rows: np.ndarray, dtype: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Some rows at a time as float32, each valid until the next: number of the first, and values."""
+    held = np.empty((min(BLOCK_ROWS, len(rows)), rows.shape[1]), np.uint32 if dtype == "bfloat16" else np.float32)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        part = rows[start : start + BLOCK_ROWS]
+        block = held[: len(part)]
+        np.copyto(block, part)
+        if dtype == "bfloat16":
+            np.left_shift(block, 16, out=block)
+        yield start, block.view(np.float32)

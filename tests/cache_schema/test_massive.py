@@ -1,0 +1,109 @@
+"""Three of ten thousand rows, a hundred and fifty times as long as the others: found, counted, left out of moments."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from saemill.cache_schema import Store, from_float32, massive, to_float32
+from saemill.cache_schema.cli import main
+from saemill.cache_schema.massive import default_multiple, is_massive, measure_massive, row_norms
+
+PLANTED = ((3, 7), (700, 0), (1249, 5))
+
+
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    """Import 10,000 rows; a function, so that a test can add options."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((1250, 8, 16)).astype(np.float32) + 0.5
+    for place in PLANTED:
+        rows[place] *= 150
+    np.save(tmp_path / "rows.npy", rows)
+
+    def make(*options):
+        words = ["import", tmp_path / "store", "--resid", tmp_path / "rows.npy", "--layer", 4, "--model", "m", *options]
+        result = CliRunner().invoke(main, list(map(str, words)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return tmp_path / "store", rows
+
+    return make
+
+
+def test_massive_rows_are_counted_and_moments_are_of_the_others(imported):
+    url, rows = imported()
+    with Store.open(url) as store:
+        found = measure_massive(store, 4, 10.0)
+    mask = np.zeros(rows.shape[:2], bool)
+    mask[tuple(np.array(PLANTED).T)] = True
+    others = rows[~mask].astype(np.float64)
+    squares = np.square(rows.astype(np.float64)).sum(-1)
+    assert (found.rows, found.massive, found.shards) == (10_000, 3, 5)
+    assert found.median == pytest.approx(np.median(np.sqrt(squares)), rel=1e-6)
+    assert found.square_share == pytest.approx(squares[mask].sum() / squares.sum(), rel=1e-6)
+    assert found.ordinary.count == 9_997
+    np.testing.assert_allclose(found.ordinary.mean, others.mean(0), rtol=1e-6)
+    assert found.ordinary.mean_norm == pytest.approx(np.sqrt(squares[~mask]).mean(), rel=1e-6)
+    assert found.ordinary.total_variance == pytest.approx(np.square(others - others.mean(0)).sum(-1).mean(), rel=1e-5)
+
+
+def test_special_tokens_are_no_rows(imported, tmp_path):
+    tokens = np.zeros((1250, 8), np.int64)
+    tokens[:, 0] = 7
+    np.save(tmp_path / "tokens.npy", tokens)
+    url, _ = imported("--tokens", tmp_path / "tokens.npy", "--special-token", 7)
+    with Store.open(url) as store:
+        found = measure_massive(store, 4, 10.0)
+    assert (found.rows, found.massive) == (8_750, 2)
+
+
+def test_info_tells_both_numbers(imported):
+    url, _ = imported()
+    facts = json.loads(CliRunner().invoke(main, ["info", str(url), "--json"]).output)["massive_rows"]["4"]
+    assert (facts["tokens"], facts["massive"], facts["left_out"]) == (10_000, 3, True)
+    assert facts["rms_norm"] > 1.5 * facts["rms_norm_of_others"]
+    said = CliRunner().invoke(main, ["info", str(url)], env={"COLUMNS": "200"}).output
+    assert "norm beyond 10 times the median" in said and "3 (0.030%)" in said
+
+
+def test_an_import_can_ask_that_every_row_counts(imported):
+    url, _ = imported("--keep-massive")
+    with Store.open(url) as store:
+        assert default_multiple(store.manifest) is None
+    assert (
+        "they count: the import asked for it"
+        in CliRunner().invoke(main, ["info", str(url)], env={"COLUMNS": "120"}).output
+    )
+
+
+def test_a_large_store_is_looked_at_in_shards_spread_over_it(imported, monkeypatch):
+    url, _ = imported()
+    monkeypatch.setattr(massive, "SAMPLE_BYTES", 3 * 256 * 8 * 16 * 4 + 1)
+    with Store.open(url) as store:
+        spans = massive.sample(store.manifest, 4, store.committed)
+        found = measure_massive(store, 4, 10.0)
+    assert [span.shard for span in spans] == [0, 2, 4]
+    assert (found.shards, found.shards_in_store, found.massive, found.rows) == (3, 5, 3, 738 * 8)
+    assert "in 3 of 5 shards" in str(found)
+
+
+def test_damaged_shards_leave_the_rest_of_info(imported):
+    url, _ = imported()
+    chunk = next((url / "resid/layer_4").glob("c.0.*"))
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 1
+    chunk.write_bytes(data)
+    result = CliRunner().invoke(main, ["info", str(url), "--json"], catch_exceptions=False)
+    assert json.loads(result.output)["massive_rows"] == {"4": None}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_norms_are_those_of_the_values(rng, dtype):
+    stored = from_float32(rng.standard_normal((3, 700, 24)).astype(np.float32), dtype)
+    expected = np.linalg.norm(to_float32(stored, dtype).astype(np.float64), axis=-1)
+    np.testing.assert_allclose(row_norms(stored, dtype), expected, rtol=1e-6)
+
+
+def test_what_is_no_number_is_not_hidden_as_massive():
+    assert is_massive(np.array([1.0, 99.0, np.inf, np.nan]), 10.0).tolist() == [False, True, False, False]
