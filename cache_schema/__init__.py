@@ -21,10 +21,11 @@ from .errors import (
     StoreMissing,
     StoreUnfinished,
 )
-from .manifest import AttentionSpec, CorpusSpec, Manifest, ModelSpec
+from .manifest import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .moments import Moments
 from .reader import Store
 from .request import Request, ShardArrays, Span
+from .sites import Site
 from .writer import StoreWriter
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "CorpusSpec",
     "CsrInvalid",
     "FormatTooNew",
+    "HookSpec",
     "ImportInvalid",
     "Manifest",
     "ManifestInvalid",
@@ -47,6 +49,7 @@ __all__ = [
     "ShardContent",
     "ShardCorrupt",
     "ShardInvalid",
+    "Site",
     "Span",
     "Store",
     "StoreBusy",

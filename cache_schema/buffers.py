@@ -6,7 +6,7 @@ import numpy as np
 
 from .csr import index_dtype
 from .dtypes import STORED_AS
-from .layout import attention_path, line_entries, line_rows, resid_path
+from .layout import attention_path, line_entries, line_rows
 from .manifest import Manifest
 from .request import Request
 
@@ -20,9 +20,9 @@ class ShardBuffers:
         for path, wanted in (("tokens", request.tokens), ("documents", request.documents)):
             if wanted:
                 self.arrays[path] = np.empty((windows, context), "<u4")
-        for layer in request.layers:
-            shape = (windows, context, manifest.model.d_model)
-            self.arrays[resid_path(layer)] = np.empty(shape, STORED_AS[manifest.model.dtype])
+        for site in request.sites:
+            shape = (windows, context, manifest.width_of(site.hook))
+            self.arrays[site.path] = np.empty(shape, STORED_AS[manifest.model.dtype])
         for layer in request.attention_layers:
             self._add_attention(manifest, layer)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from .errors import ManifestInvalid, StoreUnfinished
 from .files import Files
 from .layout import COMMITS, INDEX, SUMMARY, encode_json, record_key, record_name
-from .manifest import FORMAT, Manifest, check_format
+from .manifest import Manifest, check_format
 from .strict import StrictError, from_json, to_json
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class CommitRecord:
     windows: tuple[int, int]
     arrays: dict[str, ArrayRecord]
     attention: dict[int, AttentionTotals] = field(default_factory=dict)
-    format: int = FORMAT
+    format: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Index:
     committed: tuple[tuple[int, int], ...] = ()  # ranges of shards, first and last plus one
     bytes: dict[str, int] = field(default_factory=dict)
     attention: dict[int, AttentionTotals] = field(default_factory=dict)
-    format: int = FORMAT
+    format: int = 1
 
     def mask(self, shards: int) -> np.ndarray:
         mask = np.zeros(shards, bool)
@@ -84,7 +84,7 @@ def read_index(files: Files, manifest: Manifest) -> Index:
     try:
         raw = files.read(INDEX)
     except KeyError:
-        return Index(manifest.cache_id)
+        return Index(manifest.cache_id, format=manifest.format)
     where = f"{files.url}/{INDEX}"
     index = _parse(Index, raw, where, manifest, "It can be deleted: `sae-store repair` makes it again")
     edges = [edge for span in index.committed for edge in span]
@@ -151,7 +151,9 @@ def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     committed = find_committed(files, manifest)
     committed[gone] = False
     records = [read_record(files, manifest, int(shard)) for shard in np.flatnonzero(committed)]
-    files.replace(INDEX, encode_json(to_json(_extend(Index(manifest.cache_id), committed, records))))
+    files.replace(
+        INDEX, encode_json(to_json(_extend(Index(manifest.cache_id, format=manifest.format), committed, records)))
+    )
     for shard in gone:
         files.remove(record_key(shard))
 
@@ -163,7 +165,7 @@ def _extend(index: Index, committed: np.ndarray, records: Iterable[CommitRecord]
             sizes[path] = sizes.get(path, 0) + entry.bytes
         for layer, totals in record.attention.items():
             attention[layer] = attention.get(layer, AttentionTotals()) + totals
-    return Index(index.cache_id, _ranges(committed), sizes, attention)
+    return replace(index, committed=_ranges(committed), bytes=sizes, attention=attention)
 
 
 def _ranges(mask: np.ndarray) -> tuple[tuple[int, int], ...]:

@@ -19,10 +19,10 @@ from .layout import (
     line_entries,
     line_rows,
     moments_path,
-    resid_path,
 )
 from .manifest import Manifest
 from .moments import Moments, to_line
+from .sites import RESID, Site
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,17 @@ class ShardContent:
     resid: Mapping[int, np.ndarray]  # layer -> [W, T, D] as stored: bfloat16 as uint16
     moments: Mapping[int, Moments]  # layer -> moments of its residuals
     attention: Mapping[int, AttentionCsr] = field(default_factory=dict)
+    hooks: Mapping[Site, np.ndarray] = field(default_factory=dict)  # beside the residual stream
+    hook_moments: Mapping[Site, Moments] = field(default_factory=dict)
+
+    @property
+    def acts(self) -> dict[Site, np.ndarray]:
+        """The activations of every place."""
+        return {Site(RESID, layer): values for layer, values in self.resid.items()} | dict(self.hooks)
+
+    @property
+    def all_moments(self) -> dict[Site, Moments]:
+        return {Site(RESID, layer): found for layer, found in self.moments.items()} | dict(self.hook_moments)
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,9 @@ def lay_out(manifest: Manifest, shard: int, content: ShardContent) -> list[Shard
         first = shard if is_line(path) else start // layout.chunks[0]
         return ShardPart(layout, first, values)
 
-    parts = [part(resid_path(layer), values) for layer, values in content.resid.items()]
-    parts += [part(moments_path(layer), to_line(moments)[None]) for layer, moments in content.moments.items()]
+    parts = [part(site.path, values) for site, values in content.acts.items()]
+    moments = content.all_moments.items()
+    parts += [part(moments_path(site.layer, site.hook), to_line(found)[None]) for site, found in moments]
     for layer, csr in content.attention.items():
         lines = _lines(manifest, csr) | {"kept_mass": csr.kept_mass}
         parts += [part(attention_path(layer, name), values) for name, values in lines.items()]
@@ -80,17 +92,17 @@ def lay_out(manifest: Manifest, shard: int, content: ShardContent) -> list[Shard
 def validate_content(manifest: Manifest, shard: int, content: ShardContent) -> None:
     """Refuse arrays that are not those of the manifest, before anything is written."""
     start, stop = manifest.shard_range(shard)
-    problems = _layer_problems(manifest, content)
+    problems = _missing(manifest, content)
     expected = (stop - start, manifest.context)
     for name, array in (("tokens", content.tokens), ("documents", content.documents)):
         if array.shape != expected:
             problems.append(f"expected {name} of shape {expected}, found {array.shape}")
     arrays = arrays_of(manifest)
-    for layer, values in content.resid.items():
-        dtype = arrays[resid_path(layer)].dtype if layer in manifest.layers else values.dtype
-        if values.shape != (*expected, manifest.model.d_model) or values.dtype != dtype:
-            shape = (*expected, manifest.model.d_model)
-            problems.append(f"layer {layer}: expected {dtype} {shape}, found {values.dtype} {values.shape}")
+    for site in manifest.sites:
+        values, layout = content.acts.get(site), arrays[site.path]
+        if values is not None and (values.shape != (*expected, layout.shape[-1]) or values.dtype != layout.dtype):
+            shape = (*expected, layout.shape[-1])
+            problems.append(f"{site}: expected {layout.dtype} {shape}, found {values.dtype} {values.shape}")
     problems += _moments_problems(manifest, content) + _attention_problems(manifest, stop - start, content)
     if problems:
         raise ShardInvalid(f"shard {shard} does not fit the manifest: " + "; ".join(problems))
@@ -107,6 +119,7 @@ def make_record(manifest: Manifest, shard: int, content: ShardContent, sizes: Ma
         windows=manifest.shard_range(shard),
         arrays={path: ArrayRecord(digest, sizes[path]) for path, digest in sorted(digests.items())},
         attention={layer: _totals(csr) for layer, csr in sorted(content.attention.items())},
+        format=manifest.format,
     )
 
 
@@ -116,34 +129,40 @@ def digests_of(content: ShardContent) -> dict[str, str]:
         "tokens": array_digest(content.tokens.astype("<u4")),
         "documents": array_digest(content.documents.astype("<u4")),
     }
-    digests |= {resid_path(layer): array_digest(values) for layer, values in content.resid.items()}
-    digests |= {moments_path(layer): array_digest(to_line(moments)) for layer, moments in content.moments.items()}
+    digests |= {site.path: array_digest(values) for site, values in content.acts.items()}
+    moments = content.all_moments.items()
+    digests |= {moments_path(site.layer, site.hook): array_digest(to_line(found)) for site, found in moments}
     for layer, csr in content.attention.items():
         parts = {"indptr": csr.indptr, "indices": csr.indices, "data": csr.data, "kept_mass": csr.kept_mass}
         digests |= {attention_path(layer, name): array_digest(values) for name, values in parts.items()}
     return digests
 
 
-def _layer_problems(manifest: Manifest, content: ShardContent) -> list[str]:
+def _missing(manifest: Manifest, content: ShardContent) -> list[str]:
     wanted = {
         "residuals": (manifest.layers, content.resid),
         "moments": (manifest.layers, content.moments),
         "attention": (manifest.attention.layers, content.attention),
     }
-    return [
+    problems = [
         f"expected {name} of layers {sorted(layers)}, found {sorted(found)}"
         for name, (layers, found) in wanted.items()
         if set(layers) != set(found)
     ]
+    hooks = {site for site in manifest.sites if site.hook != RESID}
+    if not hooks == set(content.hooks) == set(content.hook_moments):
+        found = ", ".join(map(str, sorted(set(content.hooks) & set(content.hook_moments)))) or "none"
+        problems.append(f"expected {', '.join(map(str, sorted(hooks))) or 'no hook'} and moments, found {found}")
+    return problems
 
 
 def _moments_problems(manifest: Manifest, content: ShardContent) -> list[str]:
-    expected = (manifest.context, manifest.model.d_model)
-    found = {layer: (len(part.norm_by_position), len(part.mean)) for layer, part in content.moments.items()}
+    expected = {site: (manifest.context, manifest.width_of(site.hook)) for site in manifest.sites}
+    found = {site: (len(part.norm_by_position), len(part.mean)) for site, part in content.all_moments.items()}
     return [
-        f"moments of layer {layer}: expected {expected} positions and widths, found {lengths}"
-        for layer, lengths in found.items()
-        if lengths != expected
+        f"moments, {site}: expected {expected[site]} positions and widths, found {lengths}"
+        for site, lengths in found.items()
+        if site in expected and lengths != expected[site]
     ]
 
 

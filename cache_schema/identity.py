@@ -23,5 +23,6 @@ def cache_id(manifest: Manifest) -> str:
 
 
 def seal(manifest: Manifest) -> Manifest:
-    """The manifest with its cache id filled in."""
+    """The manifest with what follows from it filled in: the lowest format that can say it, and its cache id."""
+    manifest = dataclasses.replace(manifest, format=2 if manifest.hooks else 1)
     return dataclasses.replace(manifest, cache_id=cache_id(manifest))

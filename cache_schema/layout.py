@@ -16,6 +16,7 @@ import numpy as np
 from .csr import index_dtype
 from .dtypes import STORED_AS, UNWRITTEN
 from .manifest import Codec, Manifest
+from .sites import RESID, Site
 
 ROOT = "zarr.json"
 COMMITS = "commits"
@@ -26,7 +27,7 @@ BEGINNING = ("tokens", "documents")  # arrays that are whole before the first sh
 MAX_CHUNK_BYTES = 2**30  # what is read in part goes through a scratch chunk: no store's chunks may fill the memory
 CHUNK_BYTES = 16 * 2**20  # aim for chunks of this size: large enough to stream, small enough to overlap
 
-# Moments of one shard and layer stand in one float64 line: these columns, then norm_by_position [T], mean [D].
+# Moments of one shard and place stand in one float64 line: these columns, then norm_by_position [T], mean [D].
 MOMENT_SCALARS = ("count", "mean_norm", "mean_square_norm", "windows")
 
 BLOSC: dict[Codec, dict[str, Any]] = {  # every codec but raw, by the names of zarr's own codec
@@ -90,15 +91,15 @@ def codec_documents(codec: Codec, dtype: np.dtype) -> list[dict[str, Any]]:
 
 
 def resid_path(layer: int) -> str:
-    return f"resid/layer_{layer}"
+    return Site(RESID, layer).path
 
 
 def attention_path(layer: int, part: str) -> str:
     return f"attention/layer_{layer}/{part}"
 
 
-def moments_path(layer: int) -> str:
-    return f"stats/layer_{layer}"
+def moments_path(layer: int, hook: str = RESID) -> str:
+    return f"stats/layer_{layer}" if hook == RESID else f"stats/{hook}/layer_{layer}"
 
 
 def record_name(shard: int) -> str:
@@ -132,8 +133,8 @@ def packed_codec(codec: Codec) -> Codec:
 def arrays_of(manifest: Manifest) -> dict[str, ArrayLayout]:
     """Every array of the store, by path."""
     arrays = [*_token_arrays(manifest)]
-    for layer in manifest.layers:
-        arrays += [_resid_array(manifest, layer), _moments_array(manifest, layer)]
+    for site in manifest.sites:
+        arrays += [_site_array(manifest, site), _moments_array(manifest, site)]
     for layer in manifest.attention.layers:
         arrays += _attention_arrays(manifest, layer)
     return {array.path: array for array in arrays}
@@ -195,12 +196,12 @@ def _token_arrays(manifest: Manifest) -> list[ArrayLayout]:
     return [ArrayLayout(path, shape, chunks, dtype, 2**32 - 1, manifest.codec, dims) for path in BEGINNING]
 
 
-def _resid_array(manifest: Manifest, layer: int) -> ArrayLayout:
+def _site_array(manifest: Manifest, site: Site) -> ArrayLayout:
     dtype = STORED_AS[manifest.model.dtype]
-    width = manifest.model.d_model
+    width = manifest.width_of(site.hook)
     chunk_windows = _chunk_windows(manifest.shard_windows, manifest.context * width * dtype.itemsize)
     return ArrayLayout(
-        path=resid_path(layer),
+        path=site.path,
         shape=(manifest.windows, manifest.context, width),
         chunks=(chunk_windows, manifest.context, width),
         dtype=dtype,
@@ -211,11 +212,11 @@ def _resid_array(manifest: Manifest, layer: int) -> ArrayLayout:
     )
 
 
-def _moments_array(manifest: Manifest, layer: int) -> ArrayLayout:
-    columns = moment_columns(manifest.context, manifest.model.d_model)
-    length = moments_length(manifest)
+def _moments_array(manifest: Manifest, site: Site) -> ArrayLayout:
+    columns = moment_columns(manifest.context, manifest.width_of(site.hook))
+    length = moments_length(manifest, site.hook)
     return ArrayLayout(
-        path=moments_path(layer),
+        path=moments_path(site.layer, site.hook),
         shape=(manifest.shards, length),
         chunks=(1, length),
         dtype=np.dtype("<f8"),
@@ -226,9 +227,9 @@ def _moments_array(manifest: Manifest, layer: int) -> ArrayLayout:
     )
 
 
-def moments_length(manifest: Manifest) -> int:
+def moments_length(manifest: Manifest, hook: str = RESID) -> int:
     """Columns in a shard's line of moments."""
-    return len(MOMENT_SCALARS) + manifest.context + manifest.model.d_model
+    return len(MOMENT_SCALARS) + manifest.context + manifest.width_of(hook)
 
 
 def is_line(path: str) -> bool:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .errors import FormatTooNew, ManifestInvalid
-from .strict import StrictError, from_json, to_json
+from .sites import HOOKS, RESID, Site
+from .strict import LATER, StrictError, from_json, nearest, to_json
 
-FORMAT = 1
+FORMAT = 2  # the highest that is read; a store of residuals alone is written in format 1, as ever
 SPLITS = ("train", "validation", "test")
 Codec = Literal["raw", "lz4", "zstd"]
 
@@ -61,6 +62,20 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class HookSpec:
+    """Where a hook beside the residual stream is kept."""
+
+    layers: tuple[int, ...]
+    width: int
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) != len(self.layers) or self.width < 1:
+            raise ValueError(
+                f"expected layers, each once, and a width of at least 1, found {self.layers} and {self.width}"
+            )
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that is fixed before the first shard is written."""
 
@@ -73,7 +88,8 @@ class Manifest:
     attention: AttentionSpec = AttentionSpec()
     shard_windows: int = 256
     codec: Codec = "raw"
-    format: int = FORMAT
+    hooks: dict[str, HookSpec] = field(default_factory=dict, metadata={LATER: True})
+    format: int = 1  # `seal` says which it takes
     cache_id: str = ""
 
     def __post_init__(self) -> None:
@@ -82,7 +98,20 @@ class Manifest:
                 raise ValueError(f"expected {name} of at least 1, found {getattr(self, name)}")
         if len(set(self.layers)) != len(self.layers) or len(set(self.attention.layers)) != len(self.attention.layers):
             raise ValueError(f"expected each layer once, found {self.layers} and {self.attention.layers}")
+        for hook in self.hooks:
+            if hook == RESID or hook not in HOOKS:
+                raise ValueError(f"expected hooks beside {RESID}, found {hook!r}{nearest(hook, HOOKS)}")
         _validate_splits(self.splits, self.windows)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every place whose activations are stored, residuals first."""
+        hooks = {RESID: self.layers} | {hook: spec.layers for hook, spec in self.hooks.items()}
+        return tuple(Site(hook, layer) for hook, layers in hooks.items() for layer in layers)
+
+    def width_of(self, hook: str) -> int:
+        """Of a hook's activations."""
+        return self.model.d_model if hook == RESID else self.hooks[hook].width
 
     @property
     def shards(self) -> int:
@@ -126,7 +155,7 @@ def check_format(found: Any, where: str) -> None:
 def list_differences(found: Manifest, wanted: Manifest) -> list[str]:
     """One line for each setting in which two manifests differ, ids left out."""
     old, new = dict(_flatten(found.to_json())), dict(_flatten(wanted.to_json()))
-    keys = [key for key in {**old, **new} if key != "cache_id"]
+    keys = [key for key in {**old, **new} if key not in ("cache_id", "format")]  # both follow from the others
     return [
         f"{key}: the store has {old.get(key)!r}, asked for {new.get(key)!r}"
         for key in keys

@@ -25,10 +25,11 @@ from .commits import CommitRecord, find_committed, read_record
 from .csr import AttentionCsr
 from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
 from .files import Files, LocalFiles, open_files
-from .layout import BEGINNING, attention_path, is_line, moments_length, moments_path, resid_path
+from .layout import BEGINNING, attention_path, is_line, moments_length, moments_path
 from .moments import Moments, from_line, merge
 from .request import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .root import read_root
+from .sites import RESID, Site, by_hook
 from .summary import read_summary
 
 READERS = 4  # local chunks in flight: one waits for the disk while another is checked
@@ -122,9 +123,9 @@ class Store:
     def record(self, shard: int) -> CommitRecord:
         return read_record(self.files, self.manifest, shard)
 
-    def moments(self, layer: int) -> Moments:
+    def moments(self, layer: int, hook: str = RESID) -> Moments:
         """Moments of a layer over the whole store; exact in whatever order the shards were written."""
-        validate_request(self.manifest, Request(layers=(layer,)))
+        validate_request(self.manifest, Request.of([Site(hook, layer)]))
         if not self.committed.all():
             missing = int((~self.committed).sum())
             raise StoreUnfinished(
@@ -133,14 +134,14 @@ class Store:
             )
         found = read_summary(self.files, self.manifest)
         if found is not None:
-            return found.moments(layer)
-        return merge(self.shard_moments(layer, shard) for shard in range(self.manifest.shards))
+            return found.moments(layer, hook)
+        return merge(self.shard_moments(layer, shard, hook) for shard in range(self.manifest.shards))
 
-    def shard_moments(self, layer: int, shard: int) -> Moments:
+    def shard_moments(self, layer: int, shard: int, hook: str = RESID) -> Moments:
         """Moments of a layer over one shard."""
-        line = np.empty((1, moments_length(self.manifest)), np.float64)
-        for job in self._jobs(moments_path(layer), shard, shard + 1, line):
-            self._run(job, shard, moments_path(layer))
+        line, path = np.empty((1, moments_length(self.manifest, hook)), np.float64), moments_path(layer, hook)
+        for job in self._jobs(path, shard, shard + 1, line):
+            self._run(job, shard, path)
         return from_line(line[0], self.manifest.context)
 
     def _require_committed(self, spans: Sequence[Span]) -> None:
@@ -228,7 +229,10 @@ class _Reading:
             tokens=arrays["tokens"][:windows] if self.request.tokens else None,
             documents=arrays["documents"][:windows] if self.request.documents else None,
             positions=np.broadcast_to(np.arange(context), (windows, context)) if self.request.positions else None,
-            resid={layer: arrays[resid_path(layer)][:windows] for layer in self.request.layers},
+            acts={
+                hook: {layer: arrays[Site(hook, layer).path][:windows] for layer in layers}
+                for hook, layers in by_hook(self.request.sites).items()
+            },
             attention={layer: self._attention(layer) for layer in self.request.attention_layers},
         )
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 
 from .csr import AttentionCsr
 from .errors import RequestInvalid
 from .manifest import Manifest
+from .sites import HOOKS, RESID, Site, by_hook
 from .strict import nearest
 
 
 @dataclass(frozen=True)
 class Request:
-    """Which arrays, and of which windows. `windows` is a range inside the split, or of the store."""
+    """Which arrays, and of which windows. `windows` is a range inside the split, or of the store.
+
+    `layers` are those of the residual stream, `hooks` those of others: `{"mlp_in": (19,), "mlp_out": (19,)}`.
+    """
 
     layers: tuple[int, ...] = ()
     attention_layers: tuple[int, ...] = ()
@@ -23,6 +29,19 @@ class Request:
     positions: bool = False
     split: str | None = None
     windows: tuple[int, int] | None = None
+    hooks: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def of(cls, sites: Iterable[Site], **more: Any) -> Self:
+        """The request for these places."""
+        hooks = by_hook(sites)
+        return cls(layers=hooks.pop(RESID, ()), hooks=hooks, **more)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every place whose activations are asked for."""
+        asked = [(RESID, self.layers), *self.hooks.items()]
+        return tuple(dict.fromkeys(Site(hook, layer) for hook, layers in asked for layer in layers))
 
 
 @dataclass(frozen=True)
@@ -46,16 +65,25 @@ class ShardArrays:
     tokens: np.ndarray | None = None  # uint32 [W, T]
     documents: np.ndarray | None = None  # uint32 [W, T]
     positions: np.ndarray | None = None  # int64 [W, T], position inside the window
-    resid: dict[int, np.ndarray] = field(default_factory=dict)  # [W, T, D] as stored
+    acts: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)  # hook -> layer -> [W, T, D] as stored
     attention: dict[int, AttentionCsr] = field(default_factory=dict)
+
+    @property
+    def resid(self) -> dict[int, np.ndarray]:
+        """Layer -> residuals."""
+        return self.acts.get(RESID, {})
 
 
 def validate_request(manifest: Manifest, request: Request) -> None:
     """Name everything that the store does not hold, in one message."""
-    problems = []
-    missing = sorted(set(request.layers) - set(manifest.layers))
-    if missing:
-        problems.append(f"residuals of layers {missing} (it has {list(manifest.layers)})")
+    problems, held = [], by_hook(manifest.sites)
+    for hook, layers in by_hook(request.sites).items():
+        missing = sorted(set(layers) - set(held.get(hook, ())))
+        if hook not in HOOKS:
+            problems.append(f"a hook {hook!r}{nearest(hook, HOOKS)}")
+        elif missing:
+            what = "residuals" if hook == RESID else hook
+            problems.append(f"{what} of layers {missing} (it has {list(held.get(hook, ()))})")
     missing = sorted(set(request.attention_layers) - set(manifest.attention.layers))
     if missing:
         problems.append(f"attention of layers {missing} (it has {list(manifest.attention.layers)})")
@@ -63,7 +91,8 @@ def validate_request(manifest: Manifest, request: Request) -> None:
         problems.append(f"a split {request.split!r}{nearest(request.split, manifest.splits)}")
     if problems:
         raise RequestInvalid(
-            "the store does not hold " + " and ".join(problems) + ". Harvest again with these layers, or ask for less"
+            "the store does not hold " + " and ".join(problems) + ". Harvest again with these "
+            f"{'--hooks' if set(request.hooks) - set(held) else 'layers'}, or ask for less"
         )
 
 

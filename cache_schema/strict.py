@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LATER = "later"
+"""In a field's metadata: it came after stores were written, and is left out of the JSON where it is empty."""
+
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}", re.ASCII)  # as `str` writes it: each integer has one form
 
 
@@ -32,7 +35,8 @@ class StrictError(ValueError):
 def to_json(value: Any) -> Any:
     """The plain JSON value of a dataclass, mapping, sequence or scalar."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: (field, getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {name: to_json(item) for name, (field, item) in fields.items() if item or not field.metadata.get(LATER)}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -6,7 +6,7 @@ gets the same bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,16 +14,17 @@ from .commits import decode_json
 from .errors import ManifestInvalid
 from .files import Files
 from .layout import SUMMARY, encode_json
-from .manifest import FORMAT, Manifest, check_format
+from .manifest import Manifest, check_format
 from .moments import Moments
-from .strict import StrictError, from_json, to_json
+from .sites import RESID, Site
+from .strict import LATER, StrictError, from_json, to_json
 
 _REMEDY = "It can be deleted: `sae-store repair` makes it again"
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """Moments of one layer's residuals; see moments.py for what each is over."""
+    """Moments of a hook in one layer; see moments.py for what each is over."""
 
     count: int
     mean_norm: float
@@ -41,10 +42,16 @@ class Summary:
     resid: dict[int, LayerSummary]
     kept_mass: dict[int, float]  # mean over all attention rows
     entries_per_row: dict[int, float]
-    format: int = FORMAT
+    hooks: dict[str, dict[int, LayerSummary]] = field(default_factory=dict, metadata={LATER: True})
+    format: int = 1
 
-    def moments(self, layer: int) -> Moments:
-        found = self.resid[layer]
+    @property
+    def sites(self) -> dict[Site, LayerSummary]:
+        by_hook = {RESID: self.resid} | self.hooks
+        return {Site(hook, layer): found for hook, layers in by_hook.items() for layer, found in layers.items()}
+
+    def moments(self, layer: int, hook: str = RESID) -> Moments:
+        found = self.sites[Site(hook, layer)]
         return Moments(
             count=found.count,
             mean=np.array(found.mean),
@@ -78,9 +85,9 @@ def read_summary(files: Files, manifest: Manifest) -> Summary | None:
         summary = from_json(Summary, value)
     except StrictError as error:
         raise ManifestInvalid(f"{where}: {error}. {_REMEDY}") from None
-    lengths = (manifest.context, manifest.model.d_model)
-    fits = all((len(found.norm_by_position), len(found.mean)) == lengths for found in summary.resid.values())
-    if summary.cache_id != manifest.cache_id or set(summary.resid) != set(manifest.layers) or not fits:
+    lengths = {site: (manifest.context, manifest.width_of(site.hook)) for site in manifest.sites}
+    found = {site: (len(moments.norm_by_position), len(moments.mean)) for site, moments in summary.sites.items()}
+    if summary.cache_id != manifest.cache_id or found != lengths:
         raise ManifestInvalid(f"{where} belongs to another store. {_REMEDY}")
     return summary
 

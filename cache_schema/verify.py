@@ -13,11 +13,12 @@ from .commits import CommitRecord, forget, read_index, read_record
 from .digest import array_digest, store_digest
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError
 from .files import Files, open_files
-from .layout import BEGINNING, INDEX, SUMMARY, attention_path, documents_of, moments_path, resid_path
+from .layout import BEGINNING, INDEX, SUMMARY, attention_path, documents_of, moments_path
 from .moments import to_line
 from .reader import Store
 from .request import Request, ShardArrays, Span
 from .root import read_root
+from .sites import Site
 from .summary import read_summary
 from .writer import refresh
 
@@ -141,7 +142,7 @@ def _single_requests(store: Store) -> dict[str, Request]:
     """One request for each thing that can be damaged by itself."""
     manifest = store.manifest
     requests = {"tokens": Request(tokens=True), "documents": Request(documents=True)}
-    requests |= {resid_path(layer): Request(layers=(layer,)) for layer in manifest.layers}
+    requests |= {site.path: Request.of([site]) for site in manifest.sites}
     return requests | {
         f"attention/layer_{layer}": Request(attention_layers=(layer,)) for layer in manifest.attention.layers
     }
@@ -153,8 +154,8 @@ def _digests(store: Store, shard: int, request: Request, buffers: dict[Request, 
         buffers[request] = ShardBuffers(store.manifest, request)
     arrays = store.read(request, Span(shard, *store.manifest.shard_range(shard)), buffers[request])
     found = _digests_of_arrays(arrays)
-    for layer in request.layers:
-        found[moments_path(layer)] = array_digest(to_line(store.shard_moments(layer, shard)))
+    for hook, layer in request.sites:
+        found[moments_path(layer, hook)] = array_digest(to_line(store.shard_moments(layer, shard, hook)))
     return found
 
 
@@ -163,8 +164,8 @@ def _digests_of_arrays(arrays: ShardArrays) -> dict[str, str]:
     for path in BEGINNING:
         if (values := getattr(arrays, path)) is not None:
             found[path] = array_digest(values)
-    for layer, values in arrays.resid.items():
-        found[resid_path(layer)] = array_digest(values)
+    for hook, layers in arrays.acts.items():
+        found |= {Site(hook, layer).path: array_digest(values) for layer, values in layers.items()}
     for layer, csr in arrays.attention.items():
         for part in ("indptr", "indices", "data", "kept_mass"):
             found[attention_path(layer, part)] = array_digest(getattr(csr, part))

@@ -32,7 +32,8 @@ from .manifest import Manifest, list_differences
 from .moments import merge
 from .reader import Store
 from .root import read_root
-from .summary import Summary, read_summary, summarise, write_summary
+from .sites import RESID
+from .summary import LayerSummary, Summary, read_summary, summarise, write_summary
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
 COMPACT_EVERY = 64  # shards a writer commits before it brings the index up to date
@@ -179,16 +180,23 @@ def refresh(files: Files, manifest: Manifest) -> None:
     if not index.mask(manifest.shards).all() or read_summary(files, manifest) is not None:
         return
     with Store(files) as store:
-        lines = {
-            layer: merge(store.shard_moments(layer, shard) for shard in range(manifest.shards))
-            for layer in manifest.layers
+        merged = {
+            site: summarise(
+                merge(store.shard_moments(site.layer, shard, site.hook) for shard in range(manifest.shards))
+            )
+            for site in manifest.sites
         }
+    by_hook: dict[str, dict[int, LayerSummary]] = {}
+    for site, found in merged.items():
+        by_hook.setdefault(site.hook, {})[site.layer] = found
     totals = sorted(index.attention.items())
     summary = Summary(
         cache_id=manifest.cache_id,
-        resid={layer: summarise(moments) for layer, moments in lines.items()},
+        resid=by_hook.pop(RESID, {}),
         kept_mass={layer: total.kept_mass for layer, total in totals},
         entries_per_row={layer: total.entries / total.rows for layer, total in totals},
+        hooks=by_hook,
+        format=manifest.format,
     )
     write_summary(files, summary)
 

@@ -41,6 +41,7 @@ from saemill.cache_schema.cli import main
 from saemill.cache_schema.codecs import decode, encode
 from saemill.cache_schema.files import LocalFiles
 from saemill.cache_schema.layout import BEGINNING, arrays_of, attention_path
+from saemill.cache_schema.manifest import FORMAT
 
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
 HURT = 2  # the shard that is damaged; all others must stay readable
@@ -207,7 +208,7 @@ def settings(root: dict) -> dict:
 
 def test_a_root_from_the_future_is_refused_whatever_else_it_says(finished):
     folder, _ = finished
-    edit(folder / "zarr.json", lambda root: settings(root).update(format=2, novelty=1))
+    edit(folder / "zarr.json", lambda root: settings(root).update(format=FORMAT + 1, novelty=1))
     with pytest.raises(FormatTooNew, match="Update saemill"):
         Store.open(folder)
 
@@ -215,7 +216,7 @@ def test_a_root_from_the_future_is_refused_whatever_else_it_says(finished):
 @pytest.mark.parametrize("name", ["commits/00002.json", "commits/index.json", "stats/summary.json"])
 def test_records_from_the_future_are_refused(finished, name):
     folder, _ = finished
-    edit(folder / name, lambda record: record.update(format=2, novelty=1))
+    edit(folder / name, lambda record: record.update(format=FORMAT + 1, novelty=1))
     with pytest.raises(FormatTooNew, match="Update saemill"), Store.open(folder) as store:
         store.record(2)
         store.moments(3)

@@ -7,16 +7,18 @@ from typing import get_args
 
 import pytest
 
-from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec
+from saemill.cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from saemill.cache_schema import layout as layout_module
 from saemill.cache_schema.commits import CommitRecord, Index
 from saemill.cache_schema.identity import NOT_IDENTITY
 from saemill.cache_schema.layout import arrays_of, codec_documents, packed_codec
 from saemill.cache_schema.manifest import FORMAT, Codec
+from saemill.cache_schema.sites import HOOKS
 
 PAGE = (Path(layout_module.__file__).parent / "FORMAT.md").read_text()
-N, T, D, W, S, H, K = 300, 32, 48, 64, 5, 2, 4
-LETTERS = {"N": N, "T": T, "D": D, "S": S, "H": H, "R + 1": W * H * T + 1, "C": W * H * T * K, "M": 4 + T + D}
+N, T, D, E, W, S, H, K = 300, 32, 48, 40, 64, 5, 2, 4
+LETTERS = {"N": N, "T": T, "D": D, "E": E, "S": S, "H": H, "R + 1": W * H * T + 1, "C": W * H * T * K, "M": 4 + T + D}
+LETTERS["M'"] = 4 + T + E
 
 
 def table_after(heading: str) -> list[list[str]]:
@@ -43,13 +45,15 @@ def manifest(dtype: str = "bfloat16", codec: str = "raw") -> Manifest:
         attention=AttentionSpec(layers=(17,), heads=H, averaged=False, topk=K),
         shard_windows=W,
         codec=codec,
+        hooks={"q": HookSpec((19,), E)},
     )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("codec", get_args(Codec))
 def test_array_table_is_what_the_code_lays_out(dtype: str, codec: str) -> None:
-    arrays = {re.sub(r"layer_\d+", "layer_L", path): array for path, array in arrays_of(manifest(dtype, codec)).items()}
+    laid_out = arrays_of(manifest(dtype, codec)).items()
+    arrays = {re.sub(r"\bq/", "HOOK/", re.sub(r"layer_\d+", "layer_L", path)): array for path, array in laid_out}
     rows = table_after("## 2. Arrays")
     assert {row[0].strip("`") for row in rows} == set(arrays)
     for path, types, shape, chunk, fill, which in rows:
@@ -94,8 +98,17 @@ def test_record_tables_name_every_key(heading: str, record: type) -> None:
 
 def test_nested_manifest_keys_are_named() -> None:
     meanings = dict(table_after("## 3. The manifest"))
-    for key, record in (("model", ModelSpec), ("corpus", CorpusSpec), ("attention", AttentionSpec)):
+    for key, record in (
+        ("model", ModelSpec),
+        ("corpus", CorpusSpec),
+        ("attention", AttentionSpec),
+        ("hooks", HookSpec),
+    ):
         assert set(re.findall(r"`(\w+)`", meanings[key])) == {field.name for field in dataclasses.fields(record)}
+
+
+def test_hook_table_names_every_hook() -> None:
+    assert ["resid", *(row[0] for row in table_after("### Hooks"))] == list(HOOKS)
 
 
 def test_identity_leaves_out_what_the_page_says() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saemill.cache_schema import Request, Store, from_float32
+from saemill.cache_schema import FormatTooNew, Request, Site, Store, from_float32
+from saemill.cache_schema import manifest as manifest_module
 from saemill.cache_schema.verify import digest
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -15,6 +16,7 @@ make_store = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_store)
 
 DIGEST = "sha256:faaabfbb68a694202f208fb3247f9a6701df8f6bfc4a66c3c3e1c89f34c68c37"
+DIGEST_OF_HOOKS = "sha256:5e486b0cac1b8d5a5944cbe69e40bd9aa16411fd47f46aac38b403bebf5631e8"
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -35,7 +37,31 @@ def test_golden_store_reads_as_it_was_made(codec: str) -> None:
         assert np.array_equal(part.attention[0].dense(), make_store.attention(part.span.windows).dense())
 
 
-@pytest.mark.parametrize("codec", make_store.CODECS)
-def test_todays_writer_writes_the_golden_bytes(tmp_path: Path, codec: str) -> None:
-    make_store.write(tmp_path / "store", codec)
-    assert files_of(tmp_path / "store") == files_of(GOLDEN / f"store_{codec}")
+def test_golden_store_of_format_2_reads_as_it_was_made() -> None:
+    with Store.open(GOLDEN / "store_hooks") as store:
+        assert store.manifest.format == 2
+        request = Request(layers=(1,), hooks={"mlp_in": (0, 1), "mlp_out": (1,), "z": (1,)})
+        parts = [store.read(request, span) for span in store.spans(request)]
+        assert digest(store) == DIGEST_OF_HOOKS
+        assert store.moments(1, "z").mean.shape == (2,)
+    assert np.array_equal(
+        np.concatenate([part.resid[1] for part in parts]), from_float32(make_store.resid(), "bfloat16")
+    )
+    for hook, layers in request.hooks.items():
+        for layer in layers:
+            expected = from_float32(make_store.act(Site(hook, layer)), "bfloat16")
+            assert np.array_equal(np.concatenate([part.acts[hook][layer] for part in parts]), expected)
+
+
+def test_a_reader_of_format_1_refuses_format_2_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As releases before it do: the number is looked at before anything else."""
+    monkeypatch.setattr(manifest_module, "FORMAT", 1)
+    with pytest.raises(FormatTooNew, match=r"has format 2; this saemill reads formats up to 1. Update saemill"):
+        Store.open(GOLDEN / "store_hooks")
+    Store.open(GOLDEN / "store_raw").close()
+
+
+@pytest.mark.parametrize("name", [*make_store.CODECS, "hooks"])
+def test_todays_writer_writes_the_golden_bytes(tmp_path: Path, name: str) -> None:
+    make_store.write(tmp_path / "store", name)
+    assert files_of(tmp_path / "store") == files_of(GOLDEN / f"store_{name}")

@@ -13,9 +13,11 @@ from saemill.cache_schema import (
     AttentionCsr,
     AttentionSpec,
     CorpusSpec,
+    HookSpec,
     Manifest,
     ModelSpec,
     ShardContent,
+    Site,
     StoreWriter,
     from_float32,
 )
@@ -35,6 +37,7 @@ MANIFEST = Manifest(
     attention=AttentionSpec(layers=(0,), heads=HEADS, averaged=False, topk=TOPK),
     shard_windows=2,
 )
+HOOKS = {"mlp_in": HookSpec((0, 1), WIDTH), "mlp_out": HookSpec((1,), WIDTH), "z": HookSpec((1,), 2)}  # format 2
 
 
 def tokens() -> np.ndarray:
@@ -48,6 +51,13 @@ def documents() -> np.ndarray:
 def resid() -> np.ndarray:
     values = np.arange(WINDOWS * CONTEXT * WIDTH, dtype=np.float32).reshape(WINDOWS, CONTEXT, WIDTH)
     return np.sin(values) * 8
+
+
+def act(site: Site) -> np.ndarray:
+    """Activations of a hook."""
+    width = HOOKS[site.hook].width
+    values = np.arange(WINDOWS * CONTEXT * width, dtype=np.float32).reshape(WINDOWS, CONTEXT, width)
+    return np.cos(values + site.layer) * len(site.hook)
 
 
 def attention(windows: int) -> AttentionCsr:
@@ -65,8 +75,9 @@ def attention(windows: int) -> AttentionCsr:
     )
 
 
-def content(shard: int) -> ShardContent:
-    start, stop = MANIFEST.shard_range(shard)
+def content(manifest: Manifest, shard: int) -> ShardContent:
+    start, stop = manifest.shard_range(shard)
+    acts = {site: act(site)[start:stop] for site in manifest.sites if site.hook in manifest.hooks}
     special = is_special(tokens()[start:stop], MANIFEST.model.special_tokens)
     return ShardContent(
         tokens=tokens()[start:stop],
@@ -74,17 +85,21 @@ def content(shard: int) -> ShardContent:
         resid={1: from_float32(resid()[start:stop], "bfloat16")},
         moments={1: measure(resid()[start:stop], special)},
         attention={0: attention(stop - start)},
+        hooks={site: from_float32(values, "bfloat16") for site, values in acts.items()},
+        hook_moments={site: measure(values, special) for site, values in acts.items()},
     )
 
 
-def write(url: Path, codec: str) -> None:
-    manifest = Manifest(**{**vars(MANIFEST), "codec": codec})
+def write(url: Path, name: str) -> None:
+    """A store by its name: a codec, or `hooks`, which is of format 2."""
+    changes = {"hooks": HOOKS, "codec": "lz4"} if name == "hooks" else {"codec": name}
+    manifest = Manifest(**{**vars(MANIFEST), **changes})
     with StoreWriter.create(url, manifest, tokens(), documents()) as writer:
         for shard in writer.pending():
-            writer.write(shard, content(shard))
+            writer.write(shard, content(writer.manifest, shard))
 
 
 if __name__ == "__main__":
-    for name in CODECS:
+    for name in (*CODECS, "hooks"):
         shutil.rmtree(FOLDER / f"store_{name}", ignore_errors=True)
         write(FOLDER / f"store_{name}", name)

@@ -1,0 +1,40 @@
+"""Where in a model activations are taken: a hook, and the layer that it is on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+RESID = "resid"
+HOOKS = {
+    RESID: "the residual stream after a layer",
+    "mlp_in": "what the MLP reads, after its norm",
+    "mlp_out": "what the MLP adds to the residual stream, after the norm behind it where there is one",
+    "attn_out": "what attention adds to the residual stream, likewise",
+    "q": "queries of all heads, before they are turned by position",
+    "k": "keys of all key-value heads, likewise",
+    "z": "values that attention brought together, of all heads, before the output projection",
+}
+
+
+class Site(NamedTuple):
+    """A place whose activations are stored."""
+
+    hook: str
+    layer: int
+
+    @property
+    def path(self) -> str:
+        """Of its array in a store."""
+        return f"{self.hook}/layer_{self.layer}"
+
+    def __str__(self) -> str:
+        return f"{'residuals' if self.hook == RESID else self.hook} of layer {self.layer}"
+
+
+def by_hook(sites: Iterable[Site]) -> dict[str, tuple[int, ...]]:
+    """Hook to its layers; hooks in the order of `HOOKS`, layers rising."""
+    found = sorted(set(sites))
+    hooks = {site.hook for site in found}
+    order = [hook for hook in HOOKS if hook in hooks] + sorted(hooks - set(HOOKS))
+    return {hook: tuple(site.layer for site in found if site.hook == hook) for hook in order}
