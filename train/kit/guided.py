@@ -17,6 +17,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Constant, ExponentialApproach, Ramp, Schedule
+from ..sae.attention.controls import LinkKind
 from ..sae.attention.encoder import AttendedSae
 from ..sae.attention.links import require_head
 from ..sae.attention.mixing import Mixing
@@ -49,6 +50,8 @@ class Guided(Wrapping):
     """Of what the encoder reads by each layer's attention (guidance = "encode")."""
     shuffle_attention: bool = False
     """The control: each token gets the attention of a token at its position in another window."""
+    links: LinkKind = "attention"
+    """Further controls: as many links to the tokens just before, or links to the same token earlier in the window."""
 
     def check(self, manifest: Manifest) -> None:
         """Refuse a store without this head."""
@@ -57,7 +60,7 @@ class Guided(Wrapping):
             require_head(self.head, 1 if spec.averaged else spec.heads)
 
     def attention(self, layers: tuple[int, ...]) -> Attention:
-        return Attention(layers, self.head, self.min_mass, self.shuffle_attention)
+        return Attention(layers, self.head, self.min_mass, self.shuffle_attention, self.links)
 
     def weight(self, factor: float = 1.0) -> Schedule:
         """alpha times a factor, warmed up."""
@@ -69,7 +72,8 @@ def request_guided(config: Guided, layers: Sequence[int]) -> Needs:
     _require_settings(config)
     needs = base_request(config)
     least = 2 if config.shuffle_attention else 1  # the control exchanges rows between windows
-    return replace(needs, attention_layers=tuple(sorted(layers)), windows=True, least_windows=least)
+    tokens = needs.tokens or config.links == "same_token"
+    return replace(needs, attention_layers=tuple(sorted(layers)), windows=True, tokens=tokens, least_windows=least)
 
 
 def build_guided(
@@ -121,3 +125,5 @@ def _require_settings(config: Guided) -> None:
         not (config.shuffle_attention and config.guidance == "encode"),
         'shuffle_attention: it is the control of guidance = "loss", found guidance = "encode"',
     )
+    is_one_control = config.links == "attention" or not (config.shuffle_attention or config.guidance == "encode")
+    require(is_one_control, f'links: {config.links} is a control of guidance = "loss" without shuffle_attention')

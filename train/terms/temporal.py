@@ -21,6 +21,7 @@ from ..sae.kernels.codes import Codes
 from ..sae.kernels.functions import affine
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.support import Support, starts
+from ..sae.kernels.windows import other_window
 from ..sae.side import Side
 from ..sae.view import View, once
 from .dynamics import Dynamics, rows_before
@@ -43,11 +44,13 @@ class Consistency:
     stop: int
     adaptive: Adaptive = "none"
     mixing: float = 1.0
+    apart: bool = False
+    """The control: the past is that of another window."""
 
     def __call__(self, view: View) -> Tensor:
         lag = int(torch.randint(self.first, self.last + 1, (), generator=view.generator))
         part = part_of(view.codes, self.start, self.stop)
-        loss = inconsistency(view, part, self._weights(view), lag, self.mixing)
+        loss = inconsistency(view, part, self._weights(view), lag, self.mixing, self.apart)
         view.note(f"temporal/inconsistency_{self.scale}", loss)
         ratio = gradient_ratio(view, loss) if self.adaptive == "gradient" else view.x.new_ones(())
         view.note(f"temporal/weight_{self.scale}", ratio * view.side.knob(f"temporal_{self.scale}", 0.0))
@@ -79,10 +82,14 @@ def part_of(codes: Codes, start: int, stop: int) -> Codes:
     return Codes(codes.values[kept], Support(offsets, latents[kept] - start, size), codes.num_rows, size)
 
 
-def inconsistency(view: View, part: Codes, weight_F: Tensor, lag: int, mixing: float = 1.0) -> Tensor:
+def inconsistency(
+    view: View, part: Codes, weight_F: Tensor, lag: int, mixing: float = 1.0, apart: bool = False
+) -> Tensor:
     """Mean of 1 - cos(f_i, h_(i - lag)) with the latents weighted in the cosine."""
     weight_F = functional.pad(weight_F, (0, part.num_latents - len(weight_F)))
     past = past_rows(view.side, lag)
+    if apart:
+        past = torch.where(past >= 0, rows_apart(view.side, lag), -1)
     held = past >= 0
     then_BF = remembered(view.side, part.dense().detach(), mixing)
     norms_then = (then_BF.square() @ weight_F).clamp_min(TINY).sqrt()[past]
@@ -100,6 +107,13 @@ def past_rows(side: Side, lag: int) -> Tensor:
     length = int(side.knob(PIECE, side["row_of"].shape[1]))
     together = (position - lag) // length == position // length
     return torch.where(together, rows_before(side, lag), -1)
+
+
+def rows_apart(side: Side, lag: int) -> Tensor:
+    """int64 [B], the row `lag` tokens before each row's position in another window, or -1."""
+    window = other_window(side["window"], side["position"], side["row_of"].shape[0], "other_windows")
+    row: Tensor = side["row_of"][window, (side["position"] - lag).clamp_min(0)]
+    return row
 
 
 def read_rows(table_BF: Tensor, part: Codes, rows_B: Tensor) -> Tensor:

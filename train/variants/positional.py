@@ -29,6 +29,8 @@ from ..sae.shapes.shaped import Shape, ShapedAutoencoder
 from ..terms.position import l1_before_mask, record_of
 from ..terms.sparsity import l1
 
+SCATTER_SEEDS = 2**41  # far from those of weights
+
 
 @dataclass(frozen=True)
 class Config(Windowed):
@@ -47,6 +49,8 @@ class Config(Windowed):
     """Between which shares of the run the mask goes from absent to full; None: full from the start."""
     learned_coefficient: bool = False
     """Let training move the progressive mask along its sigmoid."""
+    scattered: bool = False
+    """The control: each range has as many positions as before, drawn at random over the window."""
     l1_before_mask: bool = False
     pre_norm: bool = False
     """Layer norm of the pre-activations, before the mask."""
@@ -81,10 +85,15 @@ class Config(Windowed):
         initialise(sae, self.init, generator)
         mask = self._mask(self.length)
         shapes = self._shapes(sae, mask, generator)
+        if self.scattered:
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(SCATTER_SEEDS + self.seed))
+            for shape in shapes.values():
+                shape.scatter(order)
         if shapes:
             assembly = assembly.wrap(lambda inner: ShapedAutoencoder(inner, shapes))
         assembly = self._with_penalty(self._with_knobs(assembly))
-        return assembly.with_extra("mask", record_of(mask, self.width, self.length, self.ranges))
+        known = None if self.scattered else mask  # a scattered range is no part of the window
+        return assembly.with_extra("mask", record_of(known, self.width, self.length, self.ranges))
 
     def _mask(self, context: int) -> Mask | None:
         if self.mask == "hard":
@@ -146,5 +155,7 @@ class Config(Windowed):
         require(embeds, "position_embeddings: expected range_encoders to read them, found none")
         moves = self.progressive is not None or not self.learned_coefficient
         require(moves, "learned_coefficient: expected a progressive mask to move, found one that is full throughout")
+        scatters = masks or self.range_encoders or self.adapters or not self.scattered
+        require(scatters, f"scattered: expected ranges to scatter, found mask {self.mask!r} alone")
         shaped = masks or self.range_encoders or self.adapters or self.mask == "static_slicing"
         require(shaped, "mask: expected hard, soft, static_slicing, or range_encoders or adapters beside none")

@@ -47,6 +47,8 @@ class Config(Windowed):
     """How much more reconstruction counts while temporal losses are not there yet: 1 is twice as much."""
     buffer_mixing: float = 1.0
     """Share of the newest token in the past that codes are compared with; 1: the past token alone."""
+    other_windows: bool = False
+    """The control: codes are compared with the past of another window, at the same positions."""
     progressive_window: int | None = None
     """Pieces of the window within which tokens are compared: this long at first, doubling up to the window."""
     variance_floor: float = 0.0
@@ -63,7 +65,8 @@ class Config(Windowed):
 
     def request(self) -> Needs:
         self._require_valid()
-        return replace(base_request(self), windows=True, positions=True, documents=True)
+        least = 2 if self.other_windows else 1  # the control compares windows with each other
+        return replace(base_request(self), windows=True, positions=True, documents=True, least_windows=least)
 
     def limits(self, manifest: Manifest, tokens: int) -> Mapping[str, float]:
         longest = dict.fromkeys(("short_to", "medium_to", "long_to"), manifest.context)
@@ -118,7 +121,8 @@ class Config(Windowed):
         for scale, last, size in zip(SCALES, ends, self._group_sizes(), strict=False):
             last = last if self.context is None else min(last, self.context - 1)
             if size > 0 and last >= first:
-                loss = Consistency(scale, first, last, start, start + size, self.adaptive, self.buffer_mixing)
+                group = (first, last, start, start + size)
+                loss = Consistency(scale, *group, self.adaptive, self.buffer_mixing, self.other_windows)
                 losses.append(loss)
             start, first = start + size, max(first, last + 1)
         return losses

@@ -32,12 +32,16 @@ WARM = 20  # steps that schedules have behind them, so that every term counts
 MORE: dict[str, dict[str, Any]] = {
     "attention topk": {"base": "topk"},
     "hierarchical topk": {"base": "topk"},
+    "attention nearest": {"base": "topk", "links": "nearest"},
+    "attention same_token": {"base": "topk", "links": "same_token"},
     "tiered topk": {"base": "topk", "moves_every_steps": 1000, "curriculum": (0.0, 0.1, 0.2), "tier_norm": True},
     "tiered norms": {"importance": "uncertainty", "tier_grad_norms": True, "gradient_scaling": True},
     "positional topk": {"base": "topk", "mask": "soft", "progressive": (0.1, 0.9), "learned_coefficient": True},
     "positional ranges": {"mask": "none", "range_encoders": True, "position_embeddings": True, "adapters": True},
     "temporal topk": {"base": "topk", "adaptive": "gradient", "gradient_noise": 0.1, "buffer_mixing": 0.5},
     "temporal batchtopk": {"base": "batchtopk", "adaptive": "variance", "position_gate": True},
+    "temporal apart": {"base": "topk", "other_windows": True},
+    "positional scattered": {"base": "topk", "scattered": True},
     "temporal pruned": {"prune_share": 0.1, "prune_from": 0.1, "prune_every_steps": 1, "reconstruction_boost": 1.0},
 }
 CASES = {name: {} for name in names()} | MORE

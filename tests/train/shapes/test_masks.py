@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saemill.train.errors import ConfigInvalid
 from saemill.train.sae.first_weights import orthogonal_rows
 from saemill.train.sae.gates import BatchTopK, Gated, JumpRelu, Relu, TopK
 from saemill.train.sae.shapes.masks import HardMask, SoftMask
@@ -13,6 +14,7 @@ from saemill.train.sae.shapes.position_gate import PositionGate
 from saemill.train.sae.shapes.range_encoders import Adapters, RangeEncoders
 from saemill.train.sae.shapes.ranges import FREE, range_of, spread_over_ranges
 from saemill.train.sae.shapes.shaped import ShapedAutoencoder
+from saemill.train.sae.side import Side
 from saemill.train.terms.position import mass_by_range, retention
 from saemill.train.terms.reconstruction import reconstruction
 from saemill.train.terms.sparsity import l1
@@ -230,3 +232,24 @@ def test_orthogonal_rows_are_orthogonal_in_each_block(rng):
     for start in (0, 8, 16):
         block = rows[start : start + 8]
         torch.testing.assert_close(block @ block.t(), torch.eye(len(block)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mask", "range_encoders"])
+def test_the_control_scatters_ranges_of_the_same_size(battery, kind, rng):
+    """A latent fires at as many positions as before, which are no longer a stretch of the window."""
+    settings = {"mask": "hard", "masked_share": 1.0} if kind == "mask" else {"mask": "none", "range_encoders": True}
+    config = battery.config_of("positional", base="standard", scattered=True, **settings)
+    shape = config.build(battery.D).sae.shapes[kind]
+    side = Side({"position": torch.arange(config.length)})
+    here = range_of(shape.position(side), config.length, config.ranges)
+    assert torch.bincount(here).tolist() == [config.length // config.ranges] * config.ranges
+    assert int((here.diff() != 0).sum()) > 2 * config.ranges
+    if kind == "mask":
+        codes = config.build(battery.D).sae.codes(torch.randn(config.length, battery.D, generator=rng), side).dense()
+        outside = here[:, None] != shape.range
+        assert not codes[outside].any() and codes[~outside].any()
+
+
+def test_there_must_be_ranges_to_scatter(battery):
+    with pytest.raises(ConfigInvalid, match="scattered: expected ranges to scatter"):
+        battery.config_of("positional", mask="static_slicing", scattered=True).request()

@@ -162,3 +162,20 @@ def test_retired_latents_stay_silent_and_are_logged(battery):
     assert pruned[9] == 0 and 0 < pruned[-1] == int(retired.sum()) < 96
     acts = trainee.sae.encode(battery.batches(config, 1)[0].x)
     assert not acts[:, retired].any() and acts[:, ~retired].any()
+
+
+def test_the_control_compares_with_the_past_of_another_window(sae, rng, shaping):
+    view = shaping.make_views(rng, sae)()
+    side, lag = view.side, 2
+    apart = temporal.rows_apart(side, lag)
+    found = (apart >= 0) & (side["position"] >= lag)
+    assert found.sum() > 5
+    assert (side["window"][apart[found]] != side["window"][found]).all()
+    assert torch.equal(side["position"][apart[found]], side["position"][found] - lag)
+    weight, part = weights(rng), part_of(view.codes, START, STOP)
+    own, control = (inconsistency(view, part, weight, lag, 1.0, is_apart) for is_apart in (False, True))
+    assert control.isfinite() and float(own.detach()) != float(control.detach())
+
+
+def test_the_control_needs_two_windows(battery):
+    assert battery.config_of("temporal", other_windows=True).request().least_windows == 2

@@ -28,6 +28,7 @@ from ...errors import ConfigInvalid
 from ..kernels.hardware import reads_at_once
 from ..kernels.sums import index_sum
 from ..kernels.support import group_offsets
+from ..kernels.windows import other_window
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ def _layer_links(
     query, key = place % context, attention.indices
     window = place // (context * heads)
     if apart:
-        window = _other_window(window, query, row_of.shape[0])
+        window = other_window(window, query, row_of.shape[0], "shuffle_attention")
     row, key_row = row_of[window, query], row_of[window, key]
     kept = (key > 0) & (key < query) & (row >= 0) & (key_row >= 0)
     if head is not None:
@@ -107,20 +108,6 @@ def _layer_links(
         return row, key, key_row, torch.where(kept, weight, 0.0)
     chosen = kept.nonzero().view(-1)
     return row[chosen], key[chosen], key_row[chosen], weight[chosen]
-
-
-def _other_window(window: Tensor, query: Tensor, windows: int) -> Tensor:
-    """Never the same; neighbouring queries come from different windows.
-
-    Which windows stand side by side is drawn anew for each batch, so the shift need not be: the random
-    numbers of the SAE stay those of a run without the control.
-    """
-    if windows < 2:
-        raise ConfigInvalid(
-            "shuffle_attention: expected two windows or more in a batch to exchange their rows, found 1; "
-            "set a larger data.batch_tokens"
-        )
-    return (window + 1 + query % (windows - 1)) % windows
 
 
 def require_head(head: int, heads: int) -> None:

@@ -16,6 +16,7 @@ from ..kernels.windows import Places
 from ..model import SparseAutoencoder
 from ..side import Side
 from ..view import View, once
+from .controls import LinkKind, nearest_links, same_token_links
 from .links import Links, links_of
 from .mixing import Mixing, weights_by_row
 
@@ -31,13 +32,17 @@ class Attention:
     head: int | None = None
     min_mass: float = 0.05
     apart: bool = False
+    kind: LinkKind = "attention"
 
     def read(self, side: Side, num_rows: int) -> Links:
         """The links of a batch."""
         attention, row_of = side["attention"], side["row_of"]
-        return links_of(
+        links = links_of(
             attention, self.layers, row_of, num_rows, head=self.head, min_mass=self.min_mass, apart=self.apart
         )
+        if self.kind == "attention":
+            return links
+        return nearest_links(links, side) if self.kind == "nearest" else same_token_links(links, side)
 
     @once
     def links(self, view: View) -> Links:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...errors import ConfigInvalid
 from .codes import Codes
 from .hardware import reads_at_once
 from .products import decode_sum, pair_dots, row_sum
@@ -43,6 +44,20 @@ class Places:
     def collect(self, table_WT: Tensor) -> Tensor:
         """[B, ...]: the inverse of `spread`."""
         return table_WT[self.window, self.position]
+
+
+def other_window(window: Tensor, position: Tensor, windows: int, setting: str) -> Tensor:
+    """Another window for each place, never the same; neighbouring positions get different ones.
+
+    Which windows stand side by side is drawn anew for each batch, so the shift need not be: the random
+    numbers of the SAE stay those of a run without the control.
+    """
+    if windows < 2:
+        raise ConfigInvalid(
+            f"{setting}: expected two windows or more in a batch to exchange their rows, found 1; "
+            "set a larger data.batch_tokens"
+        )
+    return (window + 1 + position % (windows - 1)) % windows
 
 
 def window_gram(codes: Codes, places: Places) -> Tensor:

@@ -38,7 +38,7 @@ class Mask(Shape):
         self.offset = nn.Parameter(torch.zeros(())) if learns_offset else None
 
     def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
-        mask = self.mask(codes, side["position"], latents)
+        mask = self.mask(codes, self.position(side), latents)
         bound = codes.per_latent(_of(self.bound.to(mask.dtype), latents))
         return 1.0 + self.coefficient(side) * bound * (mask - 1.0)
 

@@ -35,7 +35,7 @@ class RangeEncoders(Shape):
 
     def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side) -> Tensor:
         own = self.W.shape[1]
-        here = range_of(side["position"], self.context, self.ranges)
+        here = range_of(self.position(side), self.context, self.ranges)
         if self.embedding is not None:
             x_centred = x_centred + self.embedding[here]
         tables = self.W.unbind(0)
@@ -65,7 +65,7 @@ class Adapters(Shape):
         c = side.knob(ADAPTER, 1.0)
         if c == 0.0:
             return x
-        here = range_of(side["position"], self.context, self.ranges)
+        here = range_of(self.position(side), self.context, self.ranges)
         return x + c * by_range(x, here, self.ranges, self._added)
 
     def _added(self, x: Tensor, index: int) -> Tensor:

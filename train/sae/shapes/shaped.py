@@ -39,6 +39,20 @@ class Shape(Part):
     makes_pre = False
     changes_pre = False
     has_factor = False
+    order: Tensor | None  # [T], what each position counts as
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", None)
+
+    def scatter(self, order_T: Tensor) -> None:
+        """Read positions in another order."""
+        self.order = order_T.clone()
+
+    def position(self, side: Side) -> Tensor:
+        """int64 [B]."""
+        position: Tensor = side["position"]
+        return position if self.order is None else self.order[position]
 
     def adapt(self, x: Tensor, side: Side) -> Tensor:
         return x
