@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies")
 FLOORS = {  # of every package, from the ground up: its folders, and the modules beside them; imports lead down
     "cache_schema": (
-        "allocator dtypes errors splits strict",
+        "allocator dtypes errors sites splits strict",
         "csr files manifest sources",
         "identity layout request",
         "buffers claims codecs commits moments",
