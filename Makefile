@@ -13,6 +13,7 @@ TOKENS   ?=
 CONTEXT  ?=
 DEMO     ?= ./demo
 STUDIES  ?= ./study_runs
+DECISIONS ?= ./decisions
 RESULTS  ?= ./bench-results
 
 # Threads that wait for each other spin; beside other work they spin while others hold the core. This many turns cost
@@ -24,10 +25,11 @@ export GOMP_SPINCOUNT ?= 10000
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard train/recipes/*.py)))))
+STDLIB_PROBES := $(foreach eval,sparse_probing scr tpp,--eval-set $(eval).data=stdlib)
 STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow test-real smollm2 check format goldens demo harvest studies bench bench-store bench-harvest bench-train \
+.PHONY: help env test test-slow test-real smollm2 check format goldens demo harvest studies decide bench bench-store bench-harvest bench-train \
   bench-quality bench-eval bench-gpu readme-table peers saebench clean
 
 help: ## list the verbs
@@ -90,6 +92,11 @@ studies: env ## all runs of the five studies on a pocket store, their tables and
 	  'echo "{}: see $(STUDIES)/{}.log"; $(BIN)/sae-study {} --cache $(STUDIES)/store --out $(STUDIES) $(STUDY_COURSE) \
 	  > $(STUDIES)/{}.log 2>&1 || { tail -n 5 $(STUDIES)/{}.log; exit 1; }'; status=$$?; \
 	  cat $(foreach study,$(STUDY_NAMES),$(STUDIES)/$(study)/table.md); exit $$status
+
+decide: env ## the runs that decide the five studies, as docs/studies/questions.md says: hours; goes on after any stop
+	$(BIN)/sae-harvest --model $(if $(filter auto,$(MODEL)),pocket,$(MODEL)) --out $(DECISIONS)/store
+	for study in $(STUDY_NAMES); do $(BIN)/sae-study $$study --only decisive --cache $(DECISIONS)/store \
+	  --out $(DECISIONS) --set data.batch_tokens=2048 $(STDLIB_PROBES) || exit 1; done
 
 bench: bench-store bench-harvest bench-train bench-quality bench-eval ## every benchmark against the peers [RESULTS=bench/results]
 

@@ -1,10 +1,13 @@
 """`sae-study`: a study from its recipes to its table.
 
 1. Every run of the study, by the commands a person would type; runs that ended are kept, others go on.
-2. The run called `headline` once for each of several seeds: comparisons stand on more than one.
-3. Evaluation: core, and the study's own measures.
-4. table.md and table.json; a list of everything wrong, and a non-zero exit if there is anything: a run without
-   steps, NaN, scores no better than those of an SAE that was never trained.
+2. Runs that compare, such as `headline`, once for each of several seeds: comparisons stand on more than one.
+3. Evaluation: core, the study's own measures, and what else a run asks for.
+4. table.md and table.json, with the differences of SAEs from their base and controls, their intervals, and a
+   correction for how many there are; a list of everything wrong, and a non-zero exit if there is anything: a run
+   without steps, NaN, scores no better than those of an SAE that was never trained.
+
+The run `decisive`, five seeds at equal sparsity, is longer than all others together: `--only decisive` asks for it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,20 +31,15 @@ from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.context.results import metric_of, read_result, without_nan
 from ..evaluate.run.console_table import heading, make_console, untrained_traits
+from ..train.ask.recipe import Recipe
 from ..train.cli import main as sae_train
 from ..train.disk.whole_files import read_json, replace_file, write_json
-from ..train.recipes import runs_of, studies
+from ..train.recipes import find_recipes, own_evals, runs_of, studies
 from ..train.run.folder import RunFolder
+from .comparisons import Difference, compare
 
-OWN_EVAL = {
-    "attention": "attention",
-    "attention_plan": "attention",
-    "tiered": "tiers",
-    "positional": "position",
-    "temporal": "temporal",
-}
-HEADLINE, CORE = "headline", "core"
-SEED = re.compile(r"_seed\d+$")
+CORE, DECISIVE = "core", "decisive"
+SEED = re.compile(r"_seed(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,10 @@ class Course:
     out: Path
     options: tuple[str, ...]
     """Of sae-train, such as --tokens 1M."""
-    seeds: int
+    seeds: int | None
+    """Of runs that compare; None: as many as the recipe says."""
+    evaluation: tuple[str, ...] = ()
+    """Of sae-eval, such as --set sparse_probing.data=stdlib."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,14 @@ class Line:
         """The label without its seed."""
         return SEED.sub("", self.label)
 
+    @property
+    def seed(self) -> int:
+        found = SEED.search(self.label)
+        return int(found[1]) if found else 0
+
+
+Results = Sequence[tuple[Recipe, Sequence[Line]]]
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("names", nargs=-1, metavar="[STUDY]...")
@@ -80,8 +89,10 @@ class Line:
 @click.option("--tokens", metavar="N", help="Tokens for each run, such as 1M.  [default: the recipe's]")
 @click.option("--epochs", metavar="N", help="How often the store may be read.")
 @click.option("--width", metavar="F", help="Latents.  [default: the recipe's, at most 16 times the residual width]")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Of the headline comparison.")
+@click.option("--only", "wanted", metavar="RUN,RUN", help="Only these runs of the study.  [default: all but decisive]")
+@click.option("--seeds", type=click.IntRange(1), help="Of runs that compare.  [default: the recipe's, 3 or 5]")
 @click.option("--set", "settings", multiple=True, metavar="A.B=V", help="A setting for every run.")
+@click.option("--eval-set", "evaluation", multiple=True, metavar="A.B=V", help="A setting for every evaluation.")
 def main(
     names: tuple[str, ...],
     cache: str,
@@ -89,43 +100,55 @@ def main(
     tokens: str | None,
     epochs: str | None,
     width: str | None,
-    seeds: int,
+    wanted: str | None,
+    seeds: int | None,
     settings: tuple[str, ...],
+    evaluation: tuple[str, ...],
 ) -> None:
     """Train, evaluate and compare all runs of STUDY, or of every study."""
     given = {"--tokens": tokens, "--epochs": epochs, "--width": width}
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
     options += [word for setting in settings for word in ("--set", setting)]
+    words = tuple(word for setting in evaluation for word in ("--set", setting))
     console = make_console()
     problems: list[str] = []
     for study in names or studies():
-        lines = carry_out(study, Course(cache, out / study, tuple(options), seeds), console)
+        course = Course(cache, out / study, tuple(options), seeds, words)
+        lines = carry_out(choose(study, wanted), course, console)
         problems += [f"{study}/{line.run}/{line.label}: {problem}" for line in lines for problem in line.problems]
     for problem in problems:
         click.echo(f"failed: {problem}", err=True)
     sys.exit(1 if problems else 0)
 
 
-def carry_out(study: str, course: Course, console: Console) -> list[Line]:
+def choose(study: str, wanted: str | None) -> list[Recipe]:
+    """The runs of a study but the one that decides, or those that are named."""
+    if wanted is None:
+        return [recipe for recipe in runs_of(study) if recipe.name != DECISIVE]
+    return [recipe for name in wanted.split(",") for recipe in find_recipes(f"{study}/{name.strip()}")]
+
+
+def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> list[Line]:
     """All of one study; what is done already is kept."""
     keep_course(course)
-    runs = [recipe.name for recipe in runs_of(study)]
-    for words in training_commands(study, runs, course):
+    for words in training_commands(recipes, course):
         call(sae_train, "sae-train", words, console)
-    eval_ids = (CORE, OWN_EVAL[study])
-    words = [*runs, "--runs", str(course.out), "--evals", ",".join(eval_ids), "--resume"]
-    call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what it could not do
-    lines = [line for run in runs for line in read_lines(RunFolder.at(course.out / run), eval_ids)]
-    write_tables(study, lines, course.out, console)
-    return lines
+    for eval_ids in dict.fromkeys(recipe.evals for recipe in recipes):
+        runs = [recipe.name for recipe in recipes if recipe.evals == eval_ids]
+        words = [*runs, "--runs", str(course.out), "--evals", ",".join(eval_ids), "--resume", *course.evaluation]
+        call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what failed
+    results = [(recipe, read_lines(RunFolder.at(course.out / recipe.name), recipe.evals)) for recipe in recipes]
+    write_tables(results, course.out, console)
+    return [line for _, lines in results for line in lines]
 
 
 def keep_course(course: Course) -> None:
     """Runs of one table share their settings: those of an earlier call are refused if they differ."""
     wanted = {"cache": course.cache, "options": list(course.options), "seeds": course.seeds}
+    wanted |= {"evaluation": list(course.evaluation)}
     path = course.out / "course.json"
     if path.is_file():
-        found = read_json(path)
+        found = {"evaluation": [], **read_json(path)}  # which courses of before did not have
         if found != wanted:
             raise click.ClickException(
                 f"{course.out} was begun with {json.dumps(found)}, found {json.dumps(wanted)}: "
@@ -136,19 +159,20 @@ def keep_course(course: Course) -> None:
     write_json(path, wanted)
 
 
-def training_commands(study: str, runs: Iterable[str], course: Course) -> list[list[str]]:
+def training_commands(recipes: Iterable[Recipe], course: Course) -> list[list[str]]:
     """The words after `sae-train` for each run that has not ended."""
     commands = []
-    for run in runs:
-        folder = RunFolder.at(course.out / run)
+    for recipe in recipes:
+        folder = RunFolder.at(course.out / recipe.name)
         if folder.is_finished:
             continue
         if (folder.path / "config.json").is_file():
-            commands.append(["--resume", run, "--out", str(course.out)])
+            commands.append(["--resume", recipe.name, "--out", str(course.out)])
             continue
-        seeds = ["--grid", "seed=" + ",".join(map(str, range(course.seeds)))] if run == HEADLINE else []
-        place = ["--cache", course.cache, "--out", str(course.out), "--name", run]
-        commands.append(["--recipe", f"{study}/{run}", *place, *course.options, *seeds])
+        count = recipe.seeds if recipe.seeds == 1 or course.seeds is None else course.seeds
+        seeds = ["--grid", "seed=" + ",".join(map(str, range(count)))] if recipe.seeds > 1 else []
+        place = ["--cache", course.cache, "--out", str(course.out), "--name", recipe.name]
+        commands.append(["--recipe", f"{recipe.study}/{recipe.name}", *place, *course.options, *seeds])
     return commands
 
 
@@ -168,7 +192,7 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str]) -> list[Line]:
     lines = []
     for label, sae in result["saes"].items():
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
-        remarks: list[str] = []
+        remarks = [f"a warm-up or onset of {asked} steps took {given}" for asked, given in sae.get("cut_short", ())]
         problems = [] if result["steps"] > 0 else ["it made no step"]
         for eval_id in eval_ids:
             path = folder.path / "evals" / eval_id / f"{label}_eval_results.json"
@@ -195,28 +219,61 @@ def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, floa
     return [f"{eval_id} has no {', '.join(names)}: {reason}"] if names else []
 
 
-def write_tables(study: str, lines: Sequence[Line], out: Path, console: Console) -> None:
+def write_tables(results: Results, out: Path, console: Console) -> None:
     """On the console, and as table.md and table.json."""
-    columns = list(dict.fromkeys(name for line in lines for name in line.values))
-    alone = [line for line in lines if line.run != HEADLINE]
-    single = [[line.run, line.label, *(_cell(line.values.get(column)) for column in columns)] for line in alone]
-    many = seeded_rows([line for line in lines if line.run == HEADLINE], columns)
+    every = [line for _, lines in results for line in lines]
     parts = []
-    for title, head, rows in (
-        (f"{study}: runs", ["run", "SAE", *columns], single),
-        (f"{study}: headline, mean ± standard deviation over seeds", ["SAE", "seeds", *columns], many),
-    ):
-        if rows:
-            console.print(_table(title, head, rows))
-            parts.append(f"**{title}**\n\n{_markdown(head, rows)}")
-    remarks = [f"{line.run}/{line.label}: {remark}" for line in lines for remark in line.remarks]
+    for title, head, rows in _tables(results):
+        console.print(_table(title, head, rows))
+        parts.append(f"**{title}**\n\n{_markdown(head, rows)}")
+    remarks = [f"{line.run}/{line.label}: {remark}" for line in every for remark in line.remarks]
     for remark in remarks:
         console.print(remark, markup=False, soft_wrap=True)
     if remarks:
         parts.append("\n".join(f"- {remark}" for remark in remarks))
     replace_file(out / "table.md", "\n\n".join(parts).encode() + b"\n")
-    raw = without_nan([{"run": line.run, "label": line.label, **line.values} for line in lines], None)
+    raw = without_nan([{"run": line.run, "label": line.label, **line.values} for line in every], None)
     replace_file(out / "table.json", json.dumps(raw, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Runs of one seed together; each run of several by itself, and then its differences."""
+    alone = [line for recipe, lines in results if recipe.seeds == 1 for line in lines]
+    if alone:
+        columns = _columns(alone)
+        cells = [[line.run, line.label, *(_cell(line.values.get(column)) for column in columns)] for line in alone]
+        yield f"{results[0][0].study}: runs", ["run", "SAE", *columns], cells
+    for recipe, lines in results:
+        if recipe.seeds == 1 or not lines:
+            continue
+        columns = _columns(lines)
+        title = f"{recipe.study}: {recipe.name}"
+        yield f"{title}, mean ± standard deviation over seeds", ["SAE", "seeds", *columns], seeded_rows(lines, columns)
+        rows = [
+            [d.label, d.against, d.measure, f"{d.mean:+.4g} ± {d.half_width:.2g}", f"{d.p_corrected:.2g}", d.verdict]
+            for d in differences(recipe, lines)
+        ]
+        if rows:
+            head = ["SAE", "against", "measure", "difference, 95 %", "p, corrected", "found"]
+            yield f"{title}, differences by seed, p corrected for all {len(rows)} (Holm)", head, rows
+
+
+def differences(recipe: Recipe, lines: Sequence[Line]) -> list[Difference]:
+    """Of what the study's SAEs are not trained on."""
+    own = {metric for eval_id in own_evals(recipe.study) for metric in _names(eval_id)}
+    measures = [name for eval_id in recipe.evals for name in _names(eval_id) if name not in own | {"l0"}]
+    values: dict[str, dict[int, dict[str, float | None]]] = {}
+    for line in lines:
+        values.setdefault(line.family, {})[line.seed] = line.values
+    return compare(values, recipe.against, dict.fromkeys(measures))
+
+
+def _names(eval_id: str) -> list[str]:
+    return [metric.rsplit(".", 1)[-1] for metric in evals.load(eval_id).summary]
+
+
+def _columns(lines: Iterable[Line]) -> list[str]:
+    return list(dict.fromkeys(name for line in lines for name in line.values))
 
 
 def seeded_rows(lines: Sequence[Line], columns: Sequence[str]) -> list[list[str]]:

@@ -68,7 +68,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "run",
         "cli",
     ),
-    "studies": ("__init__ study",),
+    "studies": ("__init__ comparisons", "study"),
 }
 BELOW_ITS_FOLDER = ("evals/contract",)  # what folders inside a folder stand on
 ALL = "all of it"
@@ -81,7 +81,7 @@ MAY_IMPORT = {  # rooms of other packages
         "harvest": "corpus errors model network pocket progress sparsify stats",
         "train": "ask data disk errors file_registry kit recipes run sae sae/kernels",
     },
-    "studies": {"train": "cli disk recipes run", "evaluate": "cli context evals run"},
+    "studies": {"train": "ask cli disk recipes run", "evaluate": "cli context evals run"},
 }
 NEVER_IMPORTS = {
     "cache_schema": {"torch", "transformers"},

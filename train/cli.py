@@ -193,6 +193,9 @@ def _introduce(run: Run, remark: str) -> None:
     run.site.console.print(f"{run.folder.path}: {remark}, {run.total_steps} steps on {run.site.device}")
     for member in run.config.members:
         run.site.console.print(f"  {member.label}: {_settings_of(member)}")
+    cut = {found for trainee in run.fleet.trainees.values() for found in trainee.assembly.cut_short(run.total_steps)}
+    for asked, given in sorted(cut):
+        run.site.console.print(f"the run is short: a warm-up or onset of {asked:,} steps takes {given:,}")
     for layer, stats in run.fleet.stats.items():
         if stats.massive is not None and stats.massive.massive:
             run.site.console.print(

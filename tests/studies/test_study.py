@@ -12,6 +12,9 @@ from saemill.evaluate import evals
 from saemill.evaluate.run.console_table import UNTRAINED, untrained_traits
 from saemill.studies import study
 from saemill.studies.study import Course, Line, call, read_lines, seeded_rows, spread, training_commands, write_tables
+from saemill.train.ask.recipe import Recipe
+from saemill.train.errors import UnknownRecipe
+from saemill.train.recipes import own_evals, runs_of, studies
 from saemill.train.run.folder import RunFolder
 
 GOOD = {"l0": 20.0, "explained_variance": 0.8, "ce": 0.9, "kl": 0.9, "alive": 1.0}
@@ -27,6 +30,10 @@ def document(l0=20.0, explained_variance=0.8, ce=0.9, kl=0.9, alive=1.0):
         },
         "saemill_metrics": {"explained_variance": explained_variance},
     }
+
+
+def recipe(name, seeds=1):
+    return Recipe(name, "", (), seeds=seeds, study="attention")
 
 
 def write_run(folder, steps=100, labels=("one",), **scores):
@@ -75,7 +82,8 @@ def test_a_measure_that_gave_no_number_has_its_place_and_its_reason(tmp_path):
     (line,) = read_lines(folder, ["core", "attention"])
     own = [metric.rsplit(".", 1)[-1] for metric in evals.load("attention").summary]
     assert line.problems == [] and own and all(line.values[name] is None for name in own)
-    write_tables("attention", [line, Line("headline", "one_seed0", line.values, [])], tmp_path, Console(quiet=True))
+    results = [(recipe("run_0"), [line]), (recipe("headline", 3), [Line("headline", "one_seed0", line.values, [])])]
+    write_tables(results, tmp_path, Console(quiet=True))
     text = (tmp_path / "table.md").read_text()
     assert all(name in text for name in own) and text.count(" | -" * len(own) + " |") == 2
     assert f"- run_0/one: attention has no {', '.join(own)}: it has several layers" in text
@@ -100,10 +108,11 @@ def test_commands_start_what_is_missing_go_on_with_what_stopped_and_leave_what_e
     course = Course("./store", tmp_path, ("--tokens", "1M"), seeds=3)
     out = ["--out", str(tmp_path)]
     start = ["--cache", "./store", *out, "--name"]
-    assert training_commands("tiered", ["run_0", "run_1", "run_2", "headline"], course) == [
+    runs = [recipe("run_0"), recipe("run_1"), recipe("run_2"), recipe("headline", 5)]
+    assert training_commands(runs, course) == [
         ["--resume", "run_1", *out],
-        ["--recipe", "tiered/run_2", *start, "run_2", "--tokens", "1M"],
-        ["--recipe", "tiered/headline", *start, "headline", "--tokens", "1M", "--grid", "seed=0,1,2"],
+        ["--recipe", "attention/run_2", *start, "run_2", "--tokens", "1M"],
+        ["--recipe", "attention/headline", *start, "headline", "--tokens", "1M", "--grid", "seed=0,1,2"],
     ]
 
 
@@ -115,8 +124,9 @@ def test_seeds_of_one_sae_become_one_row():
 
 
 def test_tables_are_written(tmp_path):
-    lines = [Line("run_0", "one", GOOD, []), Line("headline", "one_seed0", GOOD, [])]
-    write_tables("tiered", lines, tmp_path, Console(quiet=True))
+    headline = [Line("headline", "one_seed0", GOOD, [])]
+    results = [(recipe("run_0"), [Line("run_0", "one", GOOD, [])]), (recipe("headline", 3), headline)]
+    write_tables(results, tmp_path, Console(quiet=True))
     text = (tmp_path / "table.md").read_text()
     assert "| run_0 | one | 20 | 0.8 |" in text and "| one | 1 | 20 | 0.8 |" in text
     assert json.loads((tmp_path / "table.json").read_text())[0]["label"] == "one"
@@ -133,8 +143,48 @@ def test_a_command_that_fails_ends_the_study():
         call(command, "sae-train", ["--status", "3"], Console(quiet=True))
 
 
-def test_every_study_has_measures_of_its_own():
-    assert set(study.studies()) <= set(study.OWN_EVAL)
+def test_every_study_has_measures_of_its_own_and_compares_with_saes_that_it_trains():
+    for name in studies():
+        assert own_evals(name) and set(own_evals(name)) <= set(evals.names())
+        for one in runs_of(name):
+            assert set(one.against) <= {sae.label for sae in one.saes}
+            assert set(one.evals) <= set(evals.names())
+            assert (one.seeds > 1) == bool(one.against)
+        assert {"headline", "decisive"} <= {one.name for one in runs_of(name)}
+
+
+def test_the_run_that_decides_is_asked_for_by_name():
+    assert "decisive" not in [one.name for one in study.choose("tiered", None)]
+    assert [one.name for one in study.choose("tiered", "run_1, decisive")] == ["run_1", "decisive"]
+    with pytest.raises(UnknownRecipe, match="did you mean 'decisive'"):
+        study.choose("tiered", "decisiv")
+
+
+def test_what_a_run_was_too_short_for_is_told(tmp_path):
+    folder = write_run(tmp_path / "run_0")
+    result = json.loads((folder.path / "result.json").read_text())
+    result["saes"]["one"]["cut_short"] = [[1000, 53]]
+    (folder.path / "result.json").write_text(json.dumps(result))
+    (line,) = read_lines(folder, ["core"])
+    assert line.remarks == ["a warm-up or onset of 1000 steps took 53"]
+
+
+def test_differences_are_of_what_is_not_trained_on(tmp_path):
+    """Five seeds: one SAE explains 0.1 more than the base, about the same as its control."""
+    one = Recipe(
+        "decisive", "", (), seeds=5, against=("base", "shuffled"), evals=("core", "attention"), study="attention"
+    )
+    lines = []
+    for seed, noise in enumerate((-0.02, 0.01, 0.0, 0.03, -0.01)):
+        for label, gain in (("base", 0.0), ("guided", 0.1 + noise / 50), ("shuffled", 0.1 + noise / 40)):
+            values = {**GOOD, "explained_variance": 0.7 + noise + gain, "contribution": gain}
+            lines.append(Line("decisive", f"{label}_seed{seed}", values, []))
+    found = {(d.label, d.against): d for d in study.differences(one, lines) if d.measure == "explained_variance"}
+    assert found["guided", "base"].verdict == "more" and found["guided", "base"].mean == pytest.approx(0.1, abs=1e-3)
+    assert found["guided", "shuffled"].verdict == "no difference shown"
+    assert {d.measure for d in study.differences(one, lines)} == {"explained_variance"}
+    write_tables([(one, lines)], tmp_path, Console(quiet=True))
+    assert "| guided | base | explained_variance | +0.1" in (tmp_path / "table.md").read_text()
 
 
 def test_a_table_is_of_one_course(tmp_path):

@@ -14,6 +14,11 @@ from typing import Any
 AS_RECORDED: Mapping[str, Any] = {"optim.lr": 3e-4, "penalty": 0.04}
 """What the studies wrote down for every run: of 2,304 latents on gemma-2-2b, layer 19."""
 
+DECISIVE: Mapping[str, Any] = {"base": "topk", "k": 32, "width": 2304}
+"""Of the runs that decide a study: top-k, so that everything is compared at one number of active latents."""
+PROBES = ("sparse_probing", "scr", "tpp", "decoder_cosine")
+"""What no variant is trained on."""
+
 
 @dataclass(frozen=True)
 class Sae:
@@ -33,6 +38,12 @@ class Recipe:
     saes: tuple[Sae, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the stream (`data.`), of the course (`course.`), and of all SAEs that have a setting of the name."""
+    seeds: int = 1
+    """As many SAEs of each kind a study trains, that differ by their seed."""
+    against: tuple[str, ...] = ()
+    """Labels of the base and of the controls that every other SAE of the run is held against, seed by seed."""
+    evals: tuple[str, ...] = ()
+    """Evaluations of the run, beside core and the study's own."""
     study: str = ""
     """The name of the file; the registry fills it in."""
 

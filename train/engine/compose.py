@@ -23,7 +23,7 @@ from ..sae.model import SparseAutoencoder
 from ..sae.side import Side
 from ..sae.view import View, residual_of
 from .optim import Optim
-from .schedules import Schedule
+from .schedules import Schedule, cut_short
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,11 @@ class Assembly:
     def wrap(self, wrap: Callable[[SparseAutoencoder], SparseAutoencoder]) -> Assembly:
         """The same around another module made from this one's."""
         return replace(self, sae=wrap(self.sae))
+
+    def cut_short(self, total_steps: int) -> list[tuple[int, int]]:
+        """What its schedules ask for that a run of this length is too short for, each once, and what it gets."""
+        schedules = [self.optim.schedule(), *(term.weight for term in self.terms), *self.knobs.values()]
+        return sorted({found for schedule in schedules for found in cut_short(schedule, total_steps)})
 
     def side(self, batch_side: Mapping[str, Any], step: int, total_steps: int, ranks: BatchRanks) -> Side:
         """Side inputs of a batch together with the knobs of a step."""

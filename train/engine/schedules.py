@@ -178,6 +178,22 @@ class Ahead:
         return self.schedule(step + self.steps, total_steps)
 
 
+def cut_short(schedule: Schedule, total_steps: int) -> list[tuple[int, int]]:
+    """Stretches of steps that the run is too short for: how many were asked for, and how many there are."""
+    match schedule:
+        case WarmUp(steps=asked, max_fraction=part):
+            stretches = [(asked, min(asked, int(part * total_steps)))]
+        case Onset(idle_steps=idle, rise_steps=rise, max_fraction=part):
+            stretches = [(asked, min(asked, int(part * total_steps))) for asked in (idle, rise)]
+        case Product(factors=factors):
+            return [found for factor in factors for found in cut_short(factor, total_steps)]
+        case Complement(schedule=inner) | Ahead(schedule=inner):
+            return cut_short(inner, total_steps)
+        case _:
+            return []
+    return [(asked, given) for asked, given in stretches if given < asked]
+
+
 def _clip01(value: float) -> float:
     return min(1.0, max(0.0, value))
 

@@ -1,4 +1,4 @@
-"""The registry: every file of this folder is a study, and its `RUNS` are the study's runs in their order."""
+"""The registry: every file of this folder is a study. `RUNS` are its runs in their order, `EVALS` its own measures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ def runs_of(study: str) -> tuple[Recipe, ...]:
     """The runs of a study."""
     require_known(study, studies(), "study", UnknownRecipe)
     runs: tuple[Recipe, ...] = import_file(__name__, study).RUNS
-    return tuple(replace(run, study=study) for run in runs)
+    return tuple(replace(run, study=study, evals=("core", *own_evals(study), *run.evals)) for run in runs)
+
+
+def own_evals(study: str) -> tuple[str, ...]:
+    """Evaluations that measure what the study's SAEs are trained on."""
+    found: tuple[str, ...] = getattr(import_file(__name__, study), "EVALS", ())
+    return found
 
 
 def find_recipes(name: str) -> tuple[Recipe, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..ask.recipe import Recipe, Sae, as_recorded
+from ..ask.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 
 def _with_controls(variant: str, settings: Mapping[str, Any]) -> tuple[Sae, ...]:
@@ -73,11 +73,30 @@ _RUNS = (
     ),
 )
 
+EVALS = ("attention",)
 RUNS = (
     *as_recorded(_RUNS),
     Recipe(
         "headline",
         "does guidance by all four layers pay at this package's defaults, and is it the attention that does it?",
         _with_controls("hierarchical", {"alpha": 0.1}),
+        seeds=3,
+        against=("base", "shuffled"),
+    ),
+    Recipe(
+        "decisive",
+        "at equal sparsity: does guidance by attention help what it is not trained on, more than links of any text do?",
+        (
+            Sae("base", "hierarchical", {"alpha": 0.0}),
+            Sae("guided", "hierarchical", {"alpha": 0.1}),
+            Sae("guided_strongly", "hierarchical", {"alpha": 1.0}),
+            Sae("shuffled", "hierarchical", {"alpha": 0.1, "shuffle_attention": True}),
+            Sae("nearest", "hierarchical", {"alpha": 0.1, "links": "nearest"}),
+            Sae("same_token", "hierarchical", {"alpha": 0.1, "links": "same_token"}),
+        ),
+        DECISIVE,
+        seeds=5,
+        against=("base", "shuffled", "nearest", "same_token"),
+        evals=PROBES,
     ),
 )

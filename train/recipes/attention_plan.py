@@ -6,7 +6,7 @@ other windows, on the same windows, seed and budget.
 
 from __future__ import annotations
 
-from ..ask.recipe import Recipe, Sae, as_recorded
+from ..ask.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 _BASE = Sae("base", "hierarchical", {"alpha": 0.0})
 _SHUFFLED = Sae("shuffled", "hierarchical", {"shuffle_attention": True})
@@ -54,6 +54,7 @@ _RUNS = (
     ),
 )
 
+EVALS = ("attention",)
 RUNS = (
     *as_recorded(_RUNS),
     Recipe(
@@ -61,5 +62,22 @@ RUNS = (
         "the encoder that reads attention, beside guidance by the loss and neither, at this package's defaults",
         (_BASE, Sae("guided", "hierarchical"), Sae("encoder", "hierarchical", {"guidance": "encode"}), _SHUFFLED),
         {"alpha": 0.1},
+        seeds=3,
+        against=("base", "shuffled"),
+    ),
+    Recipe(
+        "decisive",
+        "two by two at equal sparsity: attention in the encoder, in the loss, in both",
+        (
+            Sae("base", "hierarchical", {"alpha": 0.0}),
+            Sae("loss", "hierarchical", {"alpha": 0.1}),
+            Sae("encoder", "hierarchical", {"alpha": 0.0, "guidance": "encode"}),
+            Sae("both", "hierarchical", {"alpha": 0.1, "guidance": "encode"}),
+            Sae("shuffled", "hierarchical", {"alpha": 0.1, "shuffle_attention": True}),
+        ),
+        DECISIVE,
+        seeds=5,
+        against=("base", "shuffled"),
+        evals=PROBES,
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ask.recipe import Recipe, Sae, as_recorded
+from ..ask.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 WHOLE = {"masked_share": 1.0}
 SOFT = WHOLE | {"mask": "soft"}
@@ -37,6 +37,7 @@ _RUNS = (
     Recipe("run_10", "The base first, then the adapters.", (Sae("curriculum", "positional", CURRICULUM),)),
 )
 
+EVALS = ("position",)
 RUNS = (
     *as_recorded(_RUNS),
     Recipe(
@@ -47,5 +48,22 @@ RUNS = (
             Sae("hard", "positional"),
             Sae("soft", "positional", {"mask": "soft"}),
         ),
+        seeds=3,
+        against=("static_slicing",),
+    ),
+    Recipe(
+        "decisive",
+        "at equal sparsity: do ranges of positions help more than random sets of as many positions?",
+        (
+            Sae("base", "topk"),
+            Sae("hard", "positional"),
+            Sae("hard_scattered", "positional", {"scattered": True}),
+            Sae("encoders", "positional", ENCODERS),
+            Sae("encoders_scattered", "positional", ENCODERS | {"scattered": True}),
+        ),
+        DECISIVE,
+        seeds=5,
+        against=("base", "hard_scattered", "encoders_scattered"),
+        evals=PROBES,
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ask.recipe import Recipe, Sae, as_recorded
+from ..ask.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 OFF = {"temporal_weights": (0.0, 0.0, 0.0)}
 SEEDED = (0.01, 0.005, 0.001)
@@ -57,11 +57,28 @@ _RUNS = (
     ),
 )
 
+EVALS = ("temporal",)
 RUNS = (
     *as_recorded(_RUNS),
     Recipe(
         "headline",
         "At this package's defaults: do temporal losses keep latents on, and at what price, on the same windows?",
         (Sae("standard", "standard"), Sae("windows", "temporal", OFF), Sae("temporal", "temporal")),
+        seeds=3,
+        against=("windows",),
+    ),
+    Recipe(
+        "decisive",
+        "at equal sparsity: does the past of the same text steady latents more than the past of another text does?",
+        (
+            Sae("base", "temporal", OFF),
+            Sae("temporal", "temporal"),
+            Sae("temporal_strongly", "temporal", {"temporal_weights": (1.0, 1.0, 1.0)}),
+            Sae("other_windows", "temporal", {"other_windows": True}),
+        ),
+        DECISIVE,
+        seeds=5,
+        against=("base", "other_windows"),
+        evals=PROBES,
     ),
 )

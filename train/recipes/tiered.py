@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ask.recipe import Recipe, Sae, as_recorded
+from ..ask.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 EQUAL = (1 / 3, 1 / 3, 1 / 3)
 FIRST = {"importance": "fixed", "tier_weights": EQUAL}
@@ -46,11 +46,29 @@ _RUNS = (
     ),
 )
 
+EVALS = ("tiers",)
 RUNS = (
     *as_recorded(_RUNS),
     Recipe(
         "headline",
         "At this package's defaults: do three tiers pay, against one flat dictionary and against fixed importance?",
         (Sae("standard", "standard"), Sae("tiered", "tiered"), Sae("fixed", "tiered", FIRST)),
+        seeds=3,
+        against=("standard",),
+    ),
+    Recipe(
+        "decisive",
+        "at equal sparsity: do tiers that compose beat nested ones that do not, and a Matryoshka of equal parts?",
+        (
+            Sae("base", "topk"),
+            Sae("matryoshka", "matryoshka"),
+            Sae("nested", "tiered", {"composition_weight": 0.0}),
+            Sae("composed", "tiered", {"composition_weight": 0.01}),
+            Sae("composed_strongly", "tiered", {"composition_weight": 0.1}),
+        ),
+        DECISIVE,
+        seeds=5,
+        against=("base", "nested"),
+        evals=PROBES,
     ),
 )

@@ -37,6 +37,8 @@ class SaeOutcome:
     explained_variance_with_massive: float | None = None
     """Where there are massive rows: the same with them."""
     l0_with_massive: float | None = None
+    cut_short: tuple[tuple[int, int], ...] = ()
+    """Warm-ups and the like that the run was too short for: steps asked for, and steps there were."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def _sae_outcome(run: Run, member: Member, found: HeldOut) -> SaeOutcome:
         validation_massive=massive,
         explained_variance_with_massive=every.explained_variance if massive else None,
         l0_with_massive=every.l0 if massive else None,
+        cut_short=tuple(trainee.assembly.cut_short(run.total_steps)),
     )
 
 

@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saemill.train.engine.schedules import Ahead, Constant, Decay, ExponentialApproach, Product, Ramp, WarmUp
+from saemill.train.engine.schedules import (
+    Ahead,
+    Complement,
+    Constant,
+    Decay,
+    ExponentialApproach,
+    Onset,
+    Product,
+    Ramp,
+    WarmUp,
+    cut_short,
+)
 
 
 def test_constant():
@@ -65,3 +76,11 @@ def test_product_and_ahead():
 def test_a_ramp_stays_between_its_ends(step, total, start, end, fractions):
     value = Ramp(start, end, *fractions)(step, total)
     assert min(start, end) - 1e-9 <= value <= max(start, end) + 1e-9
+
+
+def test_what_a_short_run_cuts_is_known():
+    onset = Onset(500, 100, max_fraction=0.2)
+    both = Product((WarmUp(1.0, 1000), Complement(onset, 1.0), Decay(0.2)))
+    assert cut_short(both, 534) == [(1000, 53), (500, 106)]
+    assert cut_short(both, 10_000) == []
+    assert cut_short(Ahead(WarmUp(1.0, 10), 5), 50) == [(10, 5)]

@@ -102,7 +102,7 @@ def test_mistakes_are_named(probe, big, sae_train, tmp_path, words, said):
 def test_every_recipe_can_be_asked_for(study):
     """Each SAE has a setting for all that its recipe says, and a label of its own that a folder can have."""
     for recipe in recipes.runs_of(study):
-        assert recipe.about and recipe.name.startswith(("run_", "headline"))
+        assert recipe.about and recipe.name.startswith(("run_", "headline", "decisive"))
         labels = [sae.label for sae in recipe.saes]
         assert len(set(labels)) == len(labels) and not any(set(label) & set("/ ") for label in labels)
         found = members(recipe)
