@@ -1,29 +1,36 @@
-"""One forward pass over a batch of windows: wanted residuals and sparsified attention, nothing else.
+"""One forward pass over a batch of windows: wanted residuals, hooks and sparsified attention, nothing else.
 
-1. Hooks on the wanted layers keep a reference to each residual; nothing is copied.
+1. Hooks on the wanted layers and on their modules keep a reference to each activation; nothing is copied.
 2. The attention function hands each block of dense probabilities to `sparsify` and forgets it.
 3. The pass ends where the model was cut.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..cache_schema import AttentionSpec
+from ..cache_schema.sites import RESID, Site
 from .model.attention import Sinks
-from .model.load import TruncatedModel, kept_outputs
+from .model.load import TruncatedModel, kept_hooks, kept_outputs
 from .sparsify import KeptRows, sparsify
 
 
 @dataclass(frozen=True)
 class Captured:
-    """What one batch gave, on the device that computed it, by layer."""
+    """What one batch gave, on the device that computed it."""
 
     resid: dict[int, Tensor]
-    """[windows, context, d_model] in the dtype of the model."""
+    """By layer: [windows, context, d_model] in the dtype of the model."""
     attention: dict[int, KeptRows]
+    hooks: dict[Site, Tensor] = field(default_factory=dict)
+
+    @property
+    def acts(self) -> dict[Site, Tensor]:
+        """The activations of every place."""
+        return {Site(RESID, layer): resid for layer, resid in self.resid.items()} | self.hooks
 
 
 def capture(model: TruncatedModel, ids_WT: Tensor, spec: AttentionSpec) -> Captured:
@@ -33,8 +40,9 @@ def capture(model: TruncatedModel, ids_WT: Tensor, spec: AttentionSpec) -> Captu
     def keep(layer: int, probs_WHTT: Tensor) -> None:
         blocks[layer].append(sparsify(probs_WHTT, spec))
 
-    resid = run(model, ids_WT, {layer: partial(keep, layer) for layer in blocks})
-    return Captured(resid, {layer: KeptRows.concat(parts) for layer, parts in blocks.items()})
+    with kept_hooks(model) as hooks:
+        resid = run(model, ids_WT, {layer: partial(keep, layer) for layer in blocks})
+    return Captured(resid, {layer: KeptRows.concat(parts) for layer, parts in blocks.items()}, hooks)
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from ..cache_schema import Store, StoreError, StoreMissing
 from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
 from ..cache_schema.manifest import Codec
+from ..cache_schema.sites import HOOKS, RESID
 from .config import ATTENTION_AROUND, HarvestConfig, parse_count, parse_worker
 from .corpus import dataset_help
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
@@ -34,6 +35,13 @@ from .errors import HarvestError
 @click.option("--resid-layers", metavar="LAYERS", help="And after these: 17..20, or -2..+1 counted from --layer.")
 @click.option(
     "--attention-layers", metavar="LAYERS", default=ATTENTION_AROUND, show_default=True, help="Likewise, or none."
+)
+@click.option(
+    "--hooks",
+    metavar="HOOKS",
+    default=RESID,
+    show_default=True,
+    help=f"What to keep of these layers: {','.join(HOOKS)}; or of others: {RESID},mlp_in:12..19.",
 )
 @click.option("--attention-mass", default=0.95, show_default=True, help="Keep keys until they carry this much.")
 @click.option("--attention-topk", default=16, show_default=True, help="At most so many keys a row.")
@@ -76,7 +84,7 @@ def main(is_dry_run: bool, **options: Any) -> None:
 def make_config(options: dict[str, Any]) -> HarvestConfig:
     """The options as the command line gives them, read."""
     same = ("model", "attention_mass", "attention_topk", "attention_heads", "context", "packing", "dtype", "codec")
-    also = ("shard_windows", "batch_windows", "device", "out", "layer", "attention_layers")
+    also = ("shard_windows", "batch_windows", "device", "out", "layer", "attention_layers", "hooks")
     return HarvestConfig(
         resid_layers=options["resid_layers"] or "",
         corpus=_corpus(options),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..cache_schema.manifest import Codec
+from ..cache_schema.sites import HOOKS, RESID, Site, by_hook
+from ..cache_schema.strict import nearest
 from .corpus.source import DatasetOptions
 from .errors import SettingInvalid
 from .packing import Packing
@@ -42,6 +45,8 @@ class HarvestConfig:
     resid_layers: tuple[int, ...] | str = ""
     """As text: layers beside `layer`, in the words of `parse_layers`."""
     attention_layers: tuple[int, ...] | str = ATTENTION_AROUND
+    hooks: Mapping[str, tuple[int, ...]] | str = field(default_factory=dict)
+    """Hook to layers, beside the residual stream. As text: all that is kept, in the words of `parse_hooks`."""
     attention_mass: float = 0.95
     attention_topk: int = 16
     attention_heads: Heads = "mean"
@@ -59,6 +64,9 @@ class HarvestConfig:
     def __post_init__(self) -> None:
         for layers in (self.resid_layers, self.attention_layers):
             read_layers(layers, 0)  # what cannot be read is refused before a model is looked for
+        kept = read_hooks(self.hooks, 0, (0,))
+        if self.resid_layers and RESID not in kept:
+            raise SettingInvalid(f"--resid-layers asks for residuals, --hooks {self.hooks} for none: add {RESID}")
         if self.context < 2:
             raise SettingInvalid(f"--context: expected at least 2 (BOS and one token), found {self.context}")
         for name in ("shard_windows", "batch_windows"):
@@ -94,6 +102,13 @@ def read_layers(layers: tuple[int, ...] | str, layer: int) -> tuple[int, ...]:
     return layers if isinstance(layers, tuple) else parse_layers(layers or "none", layer)
 
 
+def read_hooks(
+    hooks: Mapping[str, tuple[int, ...]] | str, layer: int, layers: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    """Hook to layers, the residual stream among them: as they are, or by the words of the command line."""
+    return parse_hooks(hooks, layer, layers) if isinstance(hooks, str) else {RESID: layers, **hooks}
+
+
 def parse_layers(text: str, layer: int) -> tuple[int, ...]:
     """Layers such as `17,19`, `17..20` or, counted from `layer`, `-2..+1`; `none` for no layer."""
     if text.strip().lower() == "none":
@@ -105,6 +120,17 @@ def parse_layers(text: str, layer: int) -> tuple[int, ...]:
             raise SettingInvalid(f"{text!r}: expected a range such as 17..20 or -2..+1, found {item!r}")
         layers.update(range(ends[0], ends[-1] + 1))
     return tuple(sorted(layers))
+
+
+def parse_hooks(text: str, layer: int, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Hooks such as `resid,mlp_in,mlp_out`, all of the same `layers`, or `resid,mlp_in:12..19`, which says its own."""
+    sites: list[Site] = []
+    for item in text.split(","):
+        hook, colon, own = (part.strip() for part in item.partition(":"))
+        if hook not in HOOKS:
+            raise SettingInvalid(f"--hooks {text}: unknown hook {hook!r}{nearest(hook, HOOKS)}")
+        sites += [Site(hook, number) for number in (parse_layers(own, layer) if colon else layers)]
+    return by_hook(sites)
 
 
 def _parse_layer(text: str, layer: int, whole: str) -> int:

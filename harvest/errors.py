@@ -5,6 +5,7 @@ HarvestError
 ├── WeightsIncomplete       a checkpoint lacks weights that the wanted layers need
 ├── UnsupportedArchitecture a model type that this package cannot truncate
 ├── LayerOutOfRange         a layer that the model does not have
+├── HookMissing             a hook that the model does not have
 ├── ContextTooLong          windows longer than the model, or than the attention format, allows
 ├── NonFiniteResidual       the model overflowed: infinities or NaN in a residual stream
 ├── NonFiniteAttention      the same in attention probabilities
@@ -39,6 +40,10 @@ class UnsupportedArchitecture(HarvestError, ValueError):
 
 class LayerOutOfRange(HarvestError, ValueError):
     """A residual or attention layer that the model does not have."""
+
+
+class HookMissing(HarvestError, ValueError):
+    """The model's family has no such hook, or nobody has said where."""
 
 
 class ContextTooLong(HarvestError, ValueError):

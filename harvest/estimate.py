@@ -46,10 +46,10 @@ def bound_bytes(manifest: Manifest, shards: int) -> int:
 
 
 def least_bytes(manifest: Manifest) -> int:
-    """What a store takes at least: its residuals, at best compressed to a half, and its tokens."""
+    """What a store takes at least: its activations, at best compressed to a half, and its tokens."""
     arrays = arrays_of(manifest)
-    resid = sum(math.prod(array.shape) * array.dtype.itemsize for path, array in arrays.items() if "resid/" in path)
-    return resid // (1 if manifest.codec == "raw" else 2) + 8 * manifest.tokens
+    acts = sum(math.prod(arrays[site.path].shape) * arrays[site.path].dtype.itemsize for site in manifest.sites)
+    return acts // (1 if manifest.codec == "raw" else 2) + 8 * manifest.tokens
 
 
 def measure_cost(harvester: Harvester, tokens: np.ndarray) -> Cost:

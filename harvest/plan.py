@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, StoreMismatch
+from ..cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec, StoreMismatch
 from ..cache_schema.identity import seal
 from ..cache_schema.manifest import list_differences
-from .config import HarvestConfig, read_layers
+from ..cache_schema.sites import RESID
+from .config import HarvestConfig, read_hooks, read_layers
 from .corpus import source_of
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
 from .model.load import ModelFacts, Wanted, read_facts
@@ -87,7 +88,8 @@ def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:
     resid = read_layers(config.resid_layers, layer)
     if not isinstance(config.resid_layers, tuple):
         resid = tuple(sorted({layer, *resid}))
-    wanted = Wanted(resid, read_layers(config.attention_layers, layer))
+    kept = read_hooks(config.hooks, layer, resid)
+    wanted = Wanted(kept.pop(RESID, ()), read_layers(config.attention_layers, layer), kept)
     wanted.validate(facts)
     return wanted
 
@@ -110,6 +112,7 @@ def make_manifest(plan: Plan, corpus: CorpusSpec, windows: int, splits: dict[str
         attention=plan.attention_spec,
         shard_windows=plan.config.shard_windows,
         codec=plan.config.codec,
+        hooks={hook: HookSpec(layers, plan.facts.width_of(hook)) for hook, layers in plan.wanted.hooks.items()},
     )
     return seal(manifest)
 

@@ -108,7 +108,8 @@ def _recorded_source(manifest: Manifest, model: str | None) -> ModelSource:
 
 def make_harvester(manifest: Manifest, source: ModelSource, device: torch.device) -> Harvester:
     """Load of the model what a store wants."""
-    wanted = Wanted(manifest.layers, manifest.attention.layers)
+    hooks = {hook: spec.layers for hook, spec in manifest.hooks.items()}
+    wanted = Wanted(manifest.layers, manifest.attention.layers, hooks)
     return Harvester(load_model(source.folder, wanted, getattr(torch, manifest.model.dtype), device), manifest, device)
 
 

@@ -22,6 +22,7 @@ from ..cache_schema import AttentionCsr, Manifest, Moments, ShardContent, Store,
 from ..cache_schema.commits import CommitRecord
 from ..cache_schema.dtypes import STORED_AS
 from ..cache_schema.moments import merge
+from ..cache_schema.sites import RESID, Site
 from .capture import Captured, capture
 from .model.load import TruncatedModel
 from .sparsify import to_csr
@@ -69,12 +70,15 @@ def compute_shard(harvester: Harvester, tokens_WT: np.ndarray, documents_WT: np.
     for start in range(0, len(tokens_WT), harvester.batch_windows):
         collector.add(start, tokens_WT[start : start + harvester.batch_windows])
     collector.finish()
+    moments = {site: merge(parts) for site, parts in collector.moments.items()}
     return ShardContent(
         tokens=tokens_WT,
         documents=documents_WT,
-        resid=collector.resid,
-        moments={layer: merge(parts) for layer, parts in collector.moments.items()},
+        resid={site.layer: values for site, values in collector.acts.items() if site.hook == RESID},
+        moments={site.layer: found for site, found in moments.items() if site.hook == RESID},
         attention=collector.take_attention(),
+        hooks={site: values for site, values in collector.acts.items() if site.hook != RESID},
+        hook_moments={site: found for site, found in moments.items() if site.hook != RESID},
     )
 
 
@@ -99,11 +103,10 @@ class _Collector:
 
     def __init__(self, harvester: Harvester, tokens_WT: np.ndarray) -> None:
         manifest = harvester.manifest
-        shape = (*tokens_WT.shape, manifest.model.d_model)
         dtype = STORED_AS[manifest.model.dtype]
         self.harvester = harvester
-        self.resid = {layer: np.empty(shape, dtype) for layer in manifest.layers}
-        self.moments: dict[int, list[Moments]] = {layer: [] for layer in manifest.layers}
+        self.acts = {site: np.empty((*tokens_WT.shape, manifest.width_of(site.hook)), dtype) for site in manifest.sites}
+        self.moments: dict[Site, list[Moments]] = {site: [] for site in manifest.sites}
         self.attention: dict[int, list[AttentionCsr]] = {layer: [] for layer in manifest.attention.layers}
         self._behind: _Launched | None = None
         self._stream = torch.cuda.Stream(harvester.device) if harvester.device.type == "cuda" else None
@@ -140,9 +143,9 @@ class _Collector:
     def _take(self, batch: _Launched) -> None:
         special = is_special(batch.ids, self.harvester.manifest.model.special_tokens)
         rows = slice(batch.start, batch.start + len(batch.ids))
-        for layer, resid in batch.captured.resid.items():
-            self.moments[layer].append(measure(layer, resid, special))
-            torch.from_numpy(self.resid[layer])[rows].copy_(_as_stored(resid))
+        for site, acts in batch.captured.acts.items():
+            self.moments[site].append(measure(site.layer, acts, special, site.hook))
+            torch.from_numpy(self.acts[site])[rows].copy_(_as_stored(acts))
         for layer, kept in batch.captured.attention.items():
             self.attention[layer].append(to_csr(layer, kept))
 

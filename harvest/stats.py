@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cache_schema import Moments
+from ..cache_schema.sites import RESID
 from .errors import NonFiniteResidual
 
 BLOCK_TOKENS = 1024  # converted to float64 at a time: small enough to stay in a CPU's cache
@@ -24,11 +25,11 @@ def is_special(ids_WT: Tensor, special_tokens: Collection[int]) -> Tensor:
     return torch.isin(ids_WT, torch.tensor(sorted(special_tokens), dtype=ids_WT.dtype, device=ids_WT.device))
 
 
-def measure(layer: int, resid_WTD: Tensor, is_special_WT: Tensor) -> Moments:
+def measure(layer: int, resid_WTD: Tensor, is_special_WT: Tensor, hook: str = RESID) -> Moments:
     """Moments over a batch of windows; stops at infinities and NaN, in special tokens too."""
     counted_WT = (~is_special_WT).double()
     norm_WT, sum_D = _norms_and_sum(resid_WTD, counted_WT)
-    _validate_finite(layer, norm_WT, resid_WTD.dtype)
+    _validate_finite(layer, hook, norm_WT, resid_WTD.dtype)
     count = int(counted_WT.sum())
     return Moments(
         count=count,
@@ -54,12 +55,12 @@ def _norms_and_sum(resid_WTD: Tensor, counted_WT: Tensor) -> tuple[Tensor, Tenso
     return norm_WT, sum_D
 
 
-def _validate_finite(layer: int, norm_WT: Tensor, dtype: torch.dtype) -> None:
+def _validate_finite(layer: int, hook: str, norm_WT: Tensor, dtype: torch.dtype) -> None:
     """A norm in float64 is finite if and only if every channel is."""
     if not torch.isfinite(norm_WT).all():
         window, position = torch.nonzero(~torch.isfinite(norm_WT))[0].tolist()
-        name = str(dtype).removeprefix("torch.")
+        name, what = str(dtype).removeprefix("torch."), "residual" if hook == RESID else hook
         raise NonFiniteResidual(
-            f"layer {layer}: the residual at window {window} of the batch, position {position}, holds infinities "
+            f"layer {layer}: the {what} at window {window} of the batch, position {position}, holds infinities "
             f"or NaN; the model overflows in {name}, harvest with --dtype bfloat16 or float32"
         )

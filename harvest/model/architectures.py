@@ -9,19 +9,34 @@ eager model. What must hold, or the model is refused by name:
 3. The layer's attention, the module that `attention` names, reads what `input_layernorm` makes of the residual, has
    a `layer_idx`, and calls transformers' attention interface (`attn_implementation`).
 4. `drop_values` leaves that module its probabilities, to the bit, without the cost of the values.
+5. `hooks` says where in a layer the activations of each hook pass by; what a family does not name it does not have.
+   What a family multiplies before it adds it to the residual (granite's `residual_multiplier`) is kept as it was.
 
 A decoder of another build (GPT-2's `h` and `ln_1`, say) does not fit, and `require_parts` says what it lacks.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UnsupportedArchitecture
+from ...cache_schema.strict import nearest
+from ..errors import HookMissing, UnsupportedArchitecture
 
 LAYERS, INPUT_NORM = "layers", "input_layernorm"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a hook's activations pass by: what a module of a layer is given first, or what it gives back."""
+
+    module: str
+    """Its path below the layer."""
+    of_input: bool = False
+    take: Callable[[Any, Tensor], Tensor] | None = None
+    """The part of it that is the hook's, given the layer, where it is not all."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,17 @@ class Architecture:
     """The norm behind the last layer of the base model."""
     drop_values: Callable[[Any], None]
     """Strips an attention module of all that its probabilities do not need."""
+    hooks: Mapping[str, Tap]
+    """Beside the residual stream."""
+
+    def tap(self, hook: str) -> Tap:
+        """Where a hook is, or an error that lists those that there are."""
+        if hook not in self.hooks:
+            raise HookMissing(
+                f"--hooks {hook}: the layers of this model have {', '.join(self.hooks)}"
+                f"{nearest(hook, self.hooks)}. harvest/model/architectures.py says where each is found"
+            )
+        return self.hooks[hook]
 
 
 class AttentionOnly(nn.Module):
@@ -91,12 +117,43 @@ def _drop_fused_values(attention: Any) -> None:
     attention.dense = nn.Identity()
 
 
-LLAMA_STYLE = Architecture("self_attn", "norm", _drop_split_values)
-NEOX_STYLE = Architecture("attention", "final_layer_norm", _drop_fused_values)
+def _of_fused(part: int, layer: Any, fused: Tensor) -> Tensor:
+    """Queries (0) or keys (1) of all heads side by side, from what a fused projection gives."""
+    return fused.unflatten(-1, (-1, 3, layer.attention.head_size))[..., part, :].flatten(-2)
+
+
+LLAMA_STYLE = Architecture(
+    "self_attn",
+    "norm",
+    _drop_split_values,
+    {
+        "mlp_in": Tap("mlp", of_input=True),
+        "mlp_out": Tap("mlp"),
+        "attn_out": Tap("self_attn"),
+        "q": Tap("self_attn.q_proj"),
+        "k": Tap("self_attn.k_proj"),
+        "z": Tap("self_attn.o_proj", of_input=True),
+    },
+)
+NORMED_SUBLAYERS = {"mlp_out": Tap("post_feedforward_layernorm"), "attn_out": Tap("post_attention_layernorm")}
+GEMMA2_STYLE = replace(LLAMA_STYLE, hooks={**LLAMA_STYLE.hooks, **NORMED_SUBLAYERS})
+NEOX_STYLE = Architecture(
+    "attention",
+    "final_layer_norm",
+    _drop_fused_values,
+    {
+        "mlp_in": Tap("mlp", of_input=True),
+        "mlp_out": Tap("mlp"),
+        "attn_out": Tap("attention"),
+        "q": Tap("attention.query_key_value", take=partial(_of_fused, 0)),
+        "k": Tap("attention.query_key_value", take=partial(_of_fused, 1)),
+        "z": Tap("attention.dense", of_input=True),
+    },
+)
 
 ARCHITECTURES = {  # by transformers' model_type; every entry is tested against its eager model
     "gemma": LLAMA_STYLE,
-    "gemma2": LLAMA_STYLE,
+    "gemma2": GEMMA2_STYLE,
     "llama": LLAMA_STYLE,
     "mistral": LLAMA_STYLE,
     "qwen2": LLAMA_STYLE,

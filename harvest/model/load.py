@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ...cache_schema.sites import Site
 from ..errors import ContextTooLong, LayerOutOfRange, ModelUnavailable, SettingInvalid, WeightsIncomplete
-from .architectures import architecture_of, cut, require_parts
+from .architectures import Tap, architecture_of, cut, require_parts
 from .attention import ATTENTION, register_attention
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class ModelFacts:
     num_heads: int
     max_context: int
     vocab_size: int
+    num_key_heads: int
+    head_width: int
 
     @staticmethod
     def of(config: PretrainedConfig) -> ModelFacts:
@@ -57,12 +60,19 @@ class ModelFacts:
             num_heads=config.num_attention_heads,
             max_context=config.max_position_embeddings,
             vocab_size=config.vocab_size,
+            num_key_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         )
 
     @property
     def usual_layer(self) -> int:
         """The layer that is harvested where none is named."""
         return GEMMA2_LAYER if (self.model_type, self.num_layers) == ("gemma2", 26) else self.num_layers // 2
+
+    def width_of(self, hook: str) -> int:
+        """Of a hook's activations."""
+        heads = {"q": self.num_heads, "k": self.num_key_heads, "z": self.num_heads}
+        return heads[hook] * self.head_width if hook in heads else self.d_model
 
     def validate_context(self, context: int) -> None:
         if context > self.max_context:
@@ -73,15 +83,21 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The layers whose residual stream (after the layer) and whose attention are to be captured."""
+    """The layers whose residual stream (after the layer), attention and hooks are to be captured."""
 
     resid_layers: tuple[int, ...] = ()
     attention_layers: tuple[int, ...] = ()
+    hooks: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+
+    @property
+    def hook_layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer for layers in self.hooks.values() for layer in layers}))
 
     @property
     def whole_layers(self) -> int:
         """How many layers are computed in full."""
-        return max((*(layer + 1 for layer in self.resid_layers), *self.attention_layers), default=0)
+        whole = (layer + 1 for layer in (*self.resid_layers, *self.hook_layers))
+        return max((*whole, *self.attention_layers), default=0)
 
     @property
     def num_layers(self) -> int:
@@ -90,15 +106,19 @@ class Wanted:
 
     def validate(self, facts: ModelFacts) -> None:
         """Every layer exists and there is one to compute."""
-        for kind, layers in (("residual", self.resid_layers), ("attention", self.attention_layers)):
+        options = {"residual": "--layer, --resid-layers", "attention": "--layer, --attention-layers"}
+        kinds = {"residual": self.resid_layers, "attention": self.attention_layers, **self.hooks}
+        for kind, layers in kinds.items():
+            if kind in self.hooks:
+                architecture_of(facts.model_type).tap(kind)
             absent = [layer for layer in layers if not 0 <= layer < facts.num_layers]
             if absent:
                 raise LayerOutOfRange(
                     f"{kind} of layer {absent[0]}: the model has layers 0 to {facts.num_layers - 1}; "
-                    f"ask for layers in that range (--layer, --{kind.replace('residual', 'resid')}-layers)"
+                    f"ask for layers in that range ({options.get(kind, '--layer, --hooks')})"
                 )
         if self.num_layers == 0:
-            raise LayerOutOfRange("no residual and no attention layer was asked for: name at least one layer")
+            raise LayerOutOfRange("no residual, no hook and no attention layer was asked for: name at least one layer")
 
 
 @dataclass(frozen=True)
@@ -235,6 +255,30 @@ def kept_outputs(stack: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor
 
     with hooked(stack, {layer: partial(keep, layer) for layer in layers}):
         yield kept
+
+
+@contextmanager
+def kept_hooks(model: TruncatedModel) -> Iterator[dict[Site, Tensor]]:
+    """Collects the activations of the wanted hooks while a model runs; nothing is copied."""
+    kept: dict[Site, Tensor] = {}
+    handles = []
+
+    def keep(site: Site, tap: Tap, layer: Any, _module: object, args: Any, output: Any) -> None:
+        """The first of what the module is given, or of what it gives."""
+        found = args[0] if tap.of_input else output[0] if isinstance(output, tuple) else output
+        kept[site] = found if tap.take is None else tap.take(layer, found)
+
+    for hook, layers in model.wanted.hooks.items():
+        tap = architecture_of(model.facts.model_type).tap(hook)
+        for number in layers:
+            layer = model.stack.layers[number]
+            module = layer.get_submodule(tap.module)
+            handles.append(module.register_forward_hook(partial(keep, Site(hook, number), tap, layer)))
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -45,7 +45,9 @@ def called_modules(model, ids) -> list[str]:
 
 
 def test_facts_come_from_the_configuration(folder):
-    expected = ModelFacts("gemma2", num_layers=5, d_model=32, num_heads=4, max_context=64, vocab_size=60)
+    expected = ModelFacts(
+        "gemma2", num_layers=5, d_model=32, num_heads=4, max_context=64, vocab_size=60, num_key_heads=2, head_width=8
+    )
     assert read_facts(folder) == expected
 
 
@@ -123,7 +125,7 @@ def test_loading_says_nothing_about_what_was_left_out_and_keeps_the_verbosity(fo
         (Wanted((5,)), "residual of layer 5: the model has layers 0 to 4.*--resid-layers"),
         (Wanted((4,), (2, 3, 4, 5)), "attention of layer 5: the model has layers 0 to 4.*--attention-layers"),
         (Wanted((-1,)), "residual of layer -1"),
-        (Wanted(), "no residual and no attention layer"),
+        (Wanted(), "no residual, no hook and no attention layer"),
     ],
 )
 def test_layers_that_do_not_exist(folder, make_model, wanted, message):
