@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ from .info import describe, render
 from .layout import BEGINNING
 from .manifest import Codec, Manifest
 from .reader import GONE, Store
+from .sites import HOOKS, RESID, Site
 from .sources import NumpySource, SaelensSource, Source
+from .strict import nearest
 from .verify import Damage, digest, drop_broken_derived, repair, verify_shards
 
 NOT_HARVESTED = ("import",)  # corpora that no model can bring back
@@ -101,6 +104,9 @@ def repair_command(url: str, remove_only: bool) -> None:
 @main.command(name="import")
 @click.argument("url")
 @click.option("--resid", "resid_files", type=click.Path(path_type=Path), multiple=True, help="A .npy file [W, T, D].")
+@click.option(
+    "--acts", "act_files", metavar="HOOK:LAYER=FILE", multiple=True, help="A .npy file of a hook: mlp_in:4=mlp_in.npy."
+)
 @click.option("--tokens", "tokens_file", type=click.Path(path_type=Path), help="A .npy file [W, T].")
 @click.option("--saelens", "saelens_folder", type=click.Path(path_type=Path), help="Cached activations of SAELens.")
 @click.option("--layer", "layers", type=int, multiple=True, help="The layer of each --resid file, in their order.")
@@ -116,6 +122,7 @@ def repair_command(url: str, remove_only: bool) -> None:
 def import_command(
     url: str,
     resid_files: tuple[Path, ...],
+    act_files: tuple[str, ...],
     tokens_file: Path | None,
     saelens_folder: Path | None,
     layers: tuple[int, ...],
@@ -131,25 +138,40 @@ def import_command(
     special = tuple({*special, *([] if bos_token is None else [bos_token])})
     settings = ImportSettings(model, special, bos_token, validation, test, codec=codec, keep_massive=keep_massive)  # pyright: ignore[reportArgumentType]
     with _report():
-        source = _open_source(resid_files, tokens_file, saelens_folder, layers)
+        source = _open_source(resid_files, act_files, tokens_file, saelens_folder, layers)
         with _progress("importing", "shards") as advance:
             manifest = import_store(url, source, settings, lambda _, total: advance(total))
-    click.echo(f"{manifest.windows:,} windows of {manifest.context} tokens, layers {list(manifest.layers)}: {url}")
+    held = ", ".join(map(str, manifest.sites))
+    click.echo(f"{manifest.windows:,} windows of {manifest.context} tokens, {held}: {url}")
     click.echo(f"next: sae-store info {url}")
 
 
 def _open_source(
-    resid_files: tuple[Path, ...], tokens_file: Path | None, saelens_folder: Path | None, layers: tuple[int, ...]
+    resid_files: tuple[Path, ...],
+    act_files: tuple[str, ...],
+    tokens_file: Path | None,
+    saelens_folder: Path | None,
+    layers: tuple[int, ...],
 ) -> Source:
-    if (saelens_folder is None) == (not resid_files):
-        raise click.UsageError("give either --resid with --layer, or --saelens")
+    if (saelens_folder is None) == (not (resid_files or act_files)):
+        raise click.UsageError("give either --resid with --layer and --acts, or --saelens")
     if saelens_folder is not None:
         if len(layers) > 1:
             raise click.UsageError("a SAELens folder holds one layer: give --layer once or not at all")
         return SaelensSource(saelens_folder, layers[0] if layers else None)
     if len(layers) != len(resid_files) or len(set(layers)) != len(layers):
         raise click.UsageError(f"expected one --layer for each of the {len(resid_files)} --resid files, each once")
-    return NumpySource(dict(zip(layers, resid_files, strict=True)), tokens_file)
+    files = {Site(RESID, layer): path for layer, path in zip(layers, resid_files, strict=True)}
+    for text in act_files:
+        found = re.fullmatch(r"(\w+):(\d+)=(.+)", text)
+        if found is None or found[1] not in HOOKS:
+            near = nearest(found[1], HOOKS) if found else ""
+            raise click.UsageError(f"--acts {text}: expected HOOK:LAYER=FILE such as mlp_in:4=mlp_in.npy{near}")
+        site = Site(found[1], int(found[2]))
+        if site in files:
+            raise click.UsageError(f"--acts {text}: there is a file of {site} already")
+        files[site] = Path(found[3])
+    return NumpySource(files, tokens_file)
 
 
 def _find_damage(store: Store) -> list[Damage]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -36,6 +37,26 @@ class ShardContent:
     attention: Mapping[int, AttentionCsr] = field(default_factory=dict)
     hooks: Mapping[Site, np.ndarray] = field(default_factory=dict)  # beside the residual stream
     hook_moments: Mapping[Site, Moments] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        tokens: np.ndarray,
+        documents: np.ndarray,
+        acts: Mapping[Site, np.ndarray],
+        moments: Mapping[Site, Moments],
+        attention: Mapping[int, AttentionCsr] | None = None,
+    ) -> Self:
+        """The same from activations and moments by their place."""
+        return cls(
+            tokens,
+            documents,
+            resid={site.layer: values for site, values in acts.items() if site.hook == RESID},
+            moments={site.layer: found for site, found in moments.items() if site.hook == RESID},
+            attention=attention or {},
+            hooks={site: values for site, values in acts.items() if site.hook != RESID},
+            hook_moments={site: found for site, found in moments.items() if site.hook != RESID},
+        )
 
     @property
     def acts(self) -> dict[Site, np.ndarray]:

@@ -15,9 +15,10 @@ from .content import ShardContent
 from .digest import array_digest
 from .dtypes import to_float32
 from .errors import ImportInvalid
-from .manifest import AttentionSpec, Codec, CorpusSpec, Manifest, ModelSpec
+from .manifest import AttentionSpec, Codec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .massive import KEEP
 from .moments import is_special, measure
+from .sites import RESID, by_hook
 from .sources import Source
 from .writer import StoreWriter
 
@@ -52,6 +53,7 @@ def import_store(url: str, source: Source, settings: ImportSettings, on_shard: C
 
 
 def _manifest(source: Source, settings: ImportSettings, fingerprint: str) -> Manifest:
+    hooks = by_hook(source.sites)
     return Manifest(
         model=ModelSpec(
             id=settings.model,
@@ -67,12 +69,13 @@ def _manifest(source: Source, settings: ImportSettings, fingerprint: str) -> Man
             {"tokens": source.has_tokens} | ({KEEP: True} if settings.keep_massive else {}),
         ),
         context=source.context,
-        layers=source.layers,
+        layers=hooks.pop(RESID, ()),
         windows=source.windows,
         splits=_splits(source.windows, settings),
         attention=AttentionSpec(),
         shard_windows=settings.shard_windows,
         codec=settings.codec,
+        hooks={hook: HookSpec(layers, source.d_model) for hook, layers in hooks.items()},
     )
 
 
@@ -91,8 +94,8 @@ def _fingerprint(source: Source, tokens: np.ndarray, step: int) -> str:
     """Imported values decide the bytes by themselves, so their digest stands for model run and corpus."""
     starts = range(0, source.windows, step)
     parts = [
-        array_digest(source.resid(layer, start, min(start + step, source.windows)))
-        for layer in source.layers
+        array_digest(source.acts(site, start, min(start + step, source.windows)))
+        for site in source.sites
         for start in starts
     ]
     return array_digest(tokens, np.frombuffer("".join(parts).encode(), np.uint8))
@@ -101,12 +104,13 @@ def _fingerprint(source: Source, tokens: np.ndarray, step: int) -> str:
 def _content(manifest: Manifest, source: Source, shard: int, tokens: np.ndarray, documents: np.ndarray) -> ShardContent:
     start, stop = manifest.shard_range(shard)
     special = is_special(tokens[start:stop], manifest.model.special_tokens)
-    resid = {layer: source.resid(layer, start, stop) for layer in manifest.layers}
+    acts = {site: source.acts(site, start, stop) for site in manifest.sites}
     moments = {}
-    for layer, values in resid.items():
+    for site, values in acts.items():
         plain = to_float32(values, manifest.model.dtype)
         if not np.isfinite(plain).all():
             window = start + int(np.argmin(np.isfinite(plain).all(axis=(1, 2))))
-            raise ImportInvalid(f"layer {layer}, window {window}: expected finite residuals, found NaN or infinity")
-        moments[layer] = measure(plain, special)
-    return ShardContent(tokens[start:stop], documents[start:stop], resid, moments)
+            what = "residuals" if site.hook == RESID else site.hook
+            raise ImportInvalid(f"layer {site.layer}, window {window}: expected finite {what}, found NaN or infinity")
+        moments[site] = measure(plain, special)
+    return ShardContent.of(tokens[start:stop], documents[start:stop], acts, moments)

@@ -17,6 +17,17 @@ HOOKS = {
 }
 
 
+SAE_LENS_NAMES = {  # behind `blocks.L.`
+    RESID: "hook_resid_post",
+    "mlp_in": "mlp.hook_in",
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "hook_attn_out",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "z": "attn.hook_z",
+}
+
+
 class Site(NamedTuple):
     """A place whose activations are stored."""
 

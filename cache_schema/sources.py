@@ -13,43 +13,44 @@ from typing import Any, Protocol
 import numpy as np
 
 from .errors import ImportInvalid
+from .sites import RESID, SAE_LENS_NAMES, Site
 
 _DTYPES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16"}
 
 
 class Source(Protocol):
-    """Windows of residuals and tokens, by layer."""
+    """Windows of activations, by site, and of tokens."""
 
     windows: int
     context: int
     d_model: int
     dtype: str  # float32, float16 or bfloat16
-    layers: tuple[int, ...]
+    sites: tuple[Site, ...]
     has_tokens: bool
 
-    def resid(self, layer: int, start: int, stop: int) -> np.ndarray: ...
+    def acts(self, site: Site, start: int, stop: int) -> np.ndarray: ...
     def tokens(self, start: int, stop: int) -> np.ndarray: ...
 
 
 class NumpySource:
-    """`.npy` files: residuals [W, T, D] for each layer and, where there are any, tokens [W, T]."""
+    """`.npy` files: activations [W, T, D] for each site and, where there are any, tokens [W, T]."""
 
-    def __init__(self, resid: dict[int, Path], tokens: Path | None) -> None:
-        self._resid = {layer: _load(path, 3) for layer, path in resid.items()}
+    def __init__(self, acts: dict[Site, Path], tokens: Path | None) -> None:
+        self._acts = {site: _load(path, 3) for site, path in acts.items()}
         self._tokens = _load(tokens, 2) if tokens else None
-        shapes = {array.shape for array in self._resid.values()}
-        dtypes = {array.dtype.name for array in self._resid.values()}
+        shapes = {array.shape for array in self._acts.values()}
+        dtypes = {array.dtype.name for array in self._acts.values()}
         if len(shapes) != 1 or len(dtypes) != 1:
-            raise ImportInvalid(f"expected residuals of one shape and type, found {sorted(shapes)}, {sorted(dtypes)}")
+            raise ImportInvalid(f"expected activations of one shape and type, found {sorted(shapes)}, {sorted(dtypes)}")
         self.windows, self.context, self.d_model = shapes.pop()
         self.dtype = _stored_dtype(dtypes.pop())
-        self.layers = tuple(sorted(resid))
+        self.sites = tuple(sorted(acts))
         self.has_tokens = self._tokens is not None
         if self._tokens is not None and self._tokens.shape != (self.windows, self.context):
             raise ImportInvalid(f"expected tokens of shape {(self.windows, self.context)}, found {self._tokens.shape}")
 
-    def resid(self, layer: int, start: int, stop: int) -> np.ndarray:
-        return np.ascontiguousarray(self._resid[layer][start:stop])
+    def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
+        return np.ascontiguousarray(self._acts[site][start:stop])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         if self._tokens is None:
@@ -77,10 +78,10 @@ class SaelensSource:
         self.windows = len(self._rows)
         self.context, self.d_model = feature.shape
         self.dtype = _stored_dtype(feature.dtype)
-        self.layers = (_layer_of(hook) if layer is None else layer,)
+        self.sites = (Site(_hook_of(hook), _layer_of(hook) if layer is None else layer),)
         self.has_tokens = "token_ids" in self._rows.features
 
-    def resid(self, layer: int, start: int, stop: int) -> np.ndarray:
+    def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
         values = np.asarray(self._rows[start:stop][self._hook], np.dtype(self.dtype))
         return values.reshape(stop - start, self.context, self.d_model)
 
@@ -105,7 +106,7 @@ def _load(path: Path, ndim: int) -> np.ndarray:
 def _stored_dtype(name: str) -> str:
     if name not in _DTYPES:
         raise ImportInvalid(
-            f"expected residuals as float32, float16 or bfloat16 bits in uint16, found {name}. "
+            f"expected activations as float32, float16 or bfloat16 bits in uint16, found {name}. "
             "Convert them first: nothing is rounded without being told to"
         )
     return _DTYPES[name]
@@ -124,6 +125,12 @@ def _hook_column(folder: Path, features: Any) -> tuple[str, Any]:
             f"{folder}: expected one column of windows [tokens, width] beside token_ids, found {list(features)}"
         )
     return columns[0]
+
+
+def _hook_of(name: str) -> str:
+    """Of what is called otherwise the user knows best what it is: it is kept as residuals."""
+    found = [hook for hook, suffix in SAE_LENS_NAMES.items() if name.endswith(f".{suffix}")]
+    return found[0] if found else RESID
 
 
 def _layer_of(hook: str) -> int:

@@ -22,7 +22,7 @@ from ..cache_schema import AttentionCsr, Manifest, Moments, ShardContent, Store,
 from ..cache_schema.commits import CommitRecord
 from ..cache_schema.dtypes import STORED_AS
 from ..cache_schema.moments import merge
-from ..cache_schema.sites import RESID, Site
+from ..cache_schema.sites import Site
 from .capture import Captured, capture
 from .model.load import TruncatedModel
 from .sparsify import to_csr
@@ -71,15 +71,7 @@ def compute_shard(harvester: Harvester, tokens_WT: np.ndarray, documents_WT: np.
         collector.add(start, tokens_WT[start : start + harvester.batch_windows])
     collector.finish()
     moments = {site: merge(parts) for site, parts in collector.moments.items()}
-    return ShardContent(
-        tokens=tokens_WT,
-        documents=documents_WT,
-        resid={site.layer: values for site, values in collector.acts.items() if site.hook == RESID},
-        moments={site.layer: found for site, found in moments.items() if site.hook == RESID},
-        attention=collector.take_attention(),
-        hooks={site: values for site, values in collector.acts.items() if site.hook != RESID},
-        hook_moments={site: found for site, found in moments.items() if site.hook != RESID},
-    )
+    return ShardContent.of(tokens_WT, documents_WT, collector.acts, moments, collector.take_attention())
 
 
 def _write(writer: StoreWriter, shard: int, content: ShardContent, claim: ExitStack, report: Report) -> None:

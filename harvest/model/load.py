@@ -48,8 +48,8 @@ class ModelFacts:
     num_heads: int
     max_context: int
     vocab_size: int
-    num_key_heads: int
-    head_width: int
+    num_key_heads: int | None = None  # None: as many as heads
+    head_width: int | None = None  # None: the heads share the width
 
     @staticmethod
     def of(config: PretrainedConfig) -> ModelFacts:
@@ -60,8 +60,8 @@ class ModelFacts:
             num_heads=config.num_attention_heads,
             max_context=config.max_position_embeddings,
             vocab_size=config.vocab_size,
-            num_key_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            num_key_heads=getattr(config, "num_key_value_heads", None),
+            head_width=getattr(config, "head_dim", None),
         )
 
     @property
@@ -71,8 +71,8 @@ class ModelFacts:
 
     def width_of(self, hook: str) -> int:
         """Of a hook's activations."""
-        heads = {"q": self.num_heads, "k": self.num_key_heads, "z": self.num_heads}
-        return heads[hook] * self.head_width if hook in heads else self.d_model
+        heads = {"q": self.num_heads, "k": self.num_key_heads or self.num_heads, "z": self.num_heads}
+        return heads[hook] * (self.head_width or self.d_model // self.num_heads) if hook in heads else self.d_model
 
     def validate_context(self, context: int) -> None:
         if context > self.max_context:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from saemill.cache_schema import Request, Store, importer, to_float32
+from saemill.cache_schema import Request, Site, Store, importer, to_float32
 from saemill.cache_schema import verify as verify_module
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.digest import store_digest
@@ -99,7 +99,11 @@ def test_import_keeps_the_dtype_it_was_given(tmp_path: Path, dtype: str) -> None
 @pytest.mark.parametrize(
     ("resid", "tokens", "message"),
     [
-        (np.zeros((4, 8, 2)), None, "expected residuals as float32, float16 or bfloat16 bits in uint16, found float64"),
+        (
+            np.zeros((4, 8, 2)),
+            None,
+            "expected activations as float32, float16 or bfloat16 bits in uint16, found float64",
+        ),
         (np.zeros((4, 8), np.float32), None, "expected an array [windows, tokens, width], found (4, 8)"),
         (np.zeros((4, 8, 2), np.float32), np.zeros((4, 7), int), "expected tokens of shape (4, 8), found (4, 7)"),
         (np.zeros((4, 8, 2), np.float32), np.full((4, 8), -1), "expected token ids from 0 to 2^32 - 1"),
@@ -124,13 +128,32 @@ def test_import_of_pickled_arrays_is_refused(tmp_path: Path) -> None:
     assert "is not a readable .npy file" in result.output
 
 
-def test_import_of_a_saelens_folder(tmp_path: Path) -> None:
+def test_import_of_hooks(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    np.save(tmp_path / "out.npy", -arrays["resid"])
+    files = ["--acts", f"mlp_in:4={tmp_path}/resid.npy", "--acts", f"mlp_out:4={tmp_path}/out.npy"]
+    result = run("import", tmp_path / "s", *files, "--tokens", tmp_path / "tokens.npy", "--model", "m")
+    assert result.exit_code == 0 and "mlp_in of layer 4, mlp_out of layer 4" in result.output, result.output
+    with Store.open(tmp_path / "s") as opened:
+        assert opened.manifest.format == 2 and opened.manifest.layers == ()
+        parts = list(opened.stream(Request(hooks={"mlp_out": (4,)}, windows=(0, 100))))
+        assert np.array_equal(parts[0].acts["mlp_out"][4], -arrays["resid"][:100])
+        np.testing.assert_allclose(opened.moments(4, "mlp_in").mean, -opened.moments(4, "mlp_out").mean)
+    assert run("verify", tmp_path / "s").exit_code == 0
+    for wrong, message in (("mlpin:4=x.npy", "did you mean 'mlp_in'"), ("mlp_in=x.npy", "expected HOOK:LAYER=FILE")):
+        refused = run("import", tmp_path / "t", "--acts", wrong, "--model", "m")
+        assert refused.exit_code == 2 and message in " ".join(refused.output.split()), refused.output
+
+
+@pytest.mark.parametrize(
+    ("name", "site"), [("hook_resid_post", Site("resid", 12)), ("hook_mlp_out", Site("mlp_out", 12))], ids=str
+)
+def test_import_of_a_saelens_folder(tmp_path: Path, name: str, site: Site) -> None:
     """A folder as SAELens' cache runner leaves it: Array2D by hook name, and token_ids."""
     datasets = pytest.importorskip("datasets")
     rng = np.random.default_rng(0)
     resid = rng.standard_normal((20, 8, 16)).astype(np.float32)
     tokens = rng.integers(0, 50, (20, 8)).astype(np.int32)
-    hook = "blocks.12.hook_resid_post"
+    hook = f"blocks.12.{name}"
     features = datasets.Features(
         {
             hook: datasets.Array2D(shape=(8, 16), dtype="float32"),
@@ -142,8 +165,8 @@ def test_import_of_a_saelens_folder(tmp_path: Path) -> None:
     result = run("import", tmp_path / "s", "--saelens", tmp_path / "cache", "--model", "m")
     assert result.exit_code == 0, result.output
     with Store.open(tmp_path / "s") as opened:
-        (part,) = opened.stream(Request(layers=(12,), tokens=True))
-        assert np.array_equal(part.resid[12], resid)
+        (part,) = opened.stream(Request.of([site], tokens=True))
+        assert np.array_equal(part.acts[site.hook][12], resid)
         assert np.array_equal(part.tokens, tokens)
 
 
@@ -254,7 +277,7 @@ def test_digest_is_that_of_the_records_and_free_of_path_and_codec(store: Path, t
 def importer_source(folder: Path) -> importer.Source:
     from saemill.cache_schema.sources import NumpySource
 
-    return NumpySource({4: folder / "resid.npy"}, folder / "tokens.npy")
+    return NumpySource({Site("resid", 4): folder / "resid.npy"}, folder / "tokens.npy")
 
 
 def test_digest_of_a_damaged_store_is_no_digest(store: Path) -> None:

@@ -90,16 +90,7 @@ def test_layers_are_read_before_a_model_is_looked_for(name):
     ],
 )
 def test_layers_are_counted_from_the_models_own_unless_one_is_named(changes, resid, attention):
-    facts = ModelFacts(
-        "llama",
-        num_layers=30,
-        d_model=576,
-        num_heads=9,
-        max_context=8192,
-        vocab_size=49152,
-        num_key_heads=3,
-        head_width=64,
-    )
+    facts = ModelFacts("llama", num_layers=30, d_model=576, num_heads=9, max_context=8192, vocab_size=49152)
     assert wanted_layers(HarvestConfig(out="store", **changes), facts) == Wanted(resid, attention)
 
 
