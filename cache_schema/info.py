@@ -9,6 +9,7 @@ from rich.table import Table
 
 from .commits import read_index
 from .errors import ShardCorrupt
+from .links import measure_links
 from .massive import MULTIPLE, default_multiple, measure_massive
 from .reader import Store
 
@@ -43,8 +44,18 @@ def describe(store: Store) -> dict[str, Any]:
         "attention_entries_per_row": {
             layer: totals.entries / max(totals.rows, 1) for layer, totals in sorted(index.attention.items())
         },
+        "attention_left_out": list(manifest.attention.left_out),
+        "attention_links": {layer: _links(store, layer) for layer in manifest.attention.layers},
         "massive_rows": {layer: _massive_rows(store, layer) for layer in manifest.layers},
     }
+
+
+def _links(store: Store, layer: int) -> dict[str, float] | None:
+    """A row's links and where its mass goes; None where what is stored is damaged."""
+    try:
+        return measure_links(store, layer).per_row()
+    except ShardCorrupt:
+        return None
 
 
 def _massive_rows(store: Store, layer: int) -> dict[str, Any] | None:
@@ -104,11 +115,16 @@ def _size_table(facts: dict[str, Any]) -> list[RenderableType]:
 
 
 def _attention_table(facts: dict[str, Any]) -> list[RenderableType]:
-    table = Table("layer", "kept mass", "entries a row", title="Attention kept", title_justify="left")
+    title = "Attention kept" + (f", without {' and '.join(left)}" if (left := facts["attention_left_out"]) else "")
+    columns = ("layer", "kept mass", "entries a row", "links a row", "their mass", "to BOS", "to self")
+    table = Table(*columns, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for layer, mass in facts["attention_kept_mass"].items():
-        table.add_row(str(layer), f"{mass:.3f}", f"{facts['attention_entries_per_row'][layer]:.1f}")
+        found = facts["attention_links"][layer]
+        names = ("links", "link_mass", "bos_mass", "self_mass")
+        parts = ["", "", "", ""] if found is None else [f"{found[name]:.3f}" for name in names]
+        table.add_row(str(layer), f"{mass:.3f}", f"{facts['attention_entries_per_row'][layer]:.1f}", *parts)
     return [table] if facts["attention_kept_mass"] else []
 
 

@@ -12,6 +12,7 @@ from .strict import LATER, StrictError, from_json, nearest, to_json
 FORMAT = 2  # the highest that is read; a store of residuals alone is written in format 1, as ever
 SPLITS = ("train", "validation", "test")
 Codec = Literal["raw", "lz4", "zstd"]
+Sink = Literal["bos", "self"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,11 @@ class AttentionSpec:
     topk: int = 16
     mass: float = 0.95
     causal: bool = True
+    left_out: tuple[Sink, ...] = ()  # keys that are not looked at: the window's first token, the query itself
 
     def __post_init__(self) -> None:
+        if list(self.left_out) != sorted(set(self.left_out)):
+            raise ValueError(f"expected left_out in rising order, each once, found {self.left_out}")
         if self.heads < 1 or self.topk < 1 or not 0 < self.mass <= 1:
             raise ValueError(
                 f"expected heads >= 1, topk >= 1 and 0 < mass <= 1, "
@@ -127,7 +131,10 @@ class Manifest:
         return start, min(start + self.shard_windows, self.windows)
 
     def to_json(self) -> dict[str, Any]:
-        return to_json(self)
+        raw = to_json(self)
+        if not self.attention.left_out:  # as stores of before it: their bytes and cache ids stay
+            del raw["attention"]["left_out"]
+        return raw
 
 
 def read_manifest(raw: Any, where: str) -> Manifest:

@@ -123,10 +123,15 @@ def sample(manifest: Manifest, layer: int, committed: np.ndarray) -> list[Span]:
     """Whole shards that are there, spread evenly."""
     row = arrays_of(manifest)[resid_path(layer)]
     shard_bytes = manifest.shard_windows * manifest.context * manifest.model.d_model * row.dtype.itemsize
+    return spread(manifest, committed, max(1, SAMPLE_BYTES // shard_bytes))
+
+
+def spread(manifest: Manifest, committed: np.ndarray, most: int) -> list[Span]:
+    """Whole shards that are there, at most so many, spread evenly."""
     shards = np.flatnonzero(committed)
-    count = min(len(shards), max(1, SAMPLE_BYTES // shard_bytes))
-    chosen = shards[np.linspace(0, len(shards) - 1, count).round().astype(int)] if count else shards
-    return [Span(shard, *manifest.shard_range(shard)) for shard in chosen.tolist()]
+    if len(shards) > most:
+        shards = shards[np.linspace(0, len(shards) - 1, most).round().astype(int)]
+    return [Span(shard, *manifest.shard_range(shard)) for shard in shards.tolist()]
 
 
 def norms_of(store: Store, layer: int, span: Span) -> np.ndarray:

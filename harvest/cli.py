@@ -17,7 +17,7 @@ from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
 from ..cache_schema.manifest import Codec
 from ..cache_schema.sites import HOOKS, RESID
-from .config import ATTENTION_AROUND, HarvestConfig, parse_count, parse_worker
+from .config import ATTENTION_AROUND, HarvestConfig, parse_count, parse_sinks, parse_worker
 from .corpus import dataset_help
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
 from .errors import HarvestError
@@ -45,6 +45,13 @@ from .errors import HarvestError
 )
 @click.option("--attention-mass", default=0.95, show_default=True, help="Keep keys until they carry this much.")
 @click.option("--attention-topk", default=16, show_default=True, help="At most so many keys a row.")
+@click.option(
+    "--leave-out",
+    metavar="KEYS",
+    default="none",
+    show_default=True,
+    help="Keys that take neither slots nor mass: bos (a window's first token), self, or bos,self.",
+)
 @click.option("--attention-heads", type=click.Choice(["mean", "all"]), default="mean", show_default=True)
 @click.option(
     "--dataset",
@@ -88,6 +95,7 @@ def make_config(options: dict[str, Any]) -> HarvestConfig:
     return HarvestConfig(
         resid_layers=options["resid_layers"] or "",
         corpus=_corpus(options),
+        leave_out=parse_sinks(options["leave_out"]),
         tokens=parse_count(options["tokens"]) if options["tokens"] else None,
         worker=parse_worker(options["worker"]),
         **{name: options[name] for name in (*same, *also)},

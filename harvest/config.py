@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..cache_schema.manifest import Codec
+from ..cache_schema.manifest import Codec, Sink
 from ..cache_schema.sites import HOOKS, RESID, Site, by_hook
 from ..cache_schema.strict import nearest
 from .corpus.source import DatasetOptions
@@ -50,6 +50,7 @@ class HarvestConfig:
     attention_mass: float = 0.95
     attention_topk: int = 16
     attention_heads: Heads = "mean"
+    leave_out: tuple[Sink, ...] = ()
     corpus: DatasetOptions | None = None
     tokens: int | None = None
     context: int = 128
@@ -138,6 +139,20 @@ def _parse_layer(text: str, layer: int, whole: str) -> int:
     if found is None:
         raise SettingInvalid(f"{whole!r}: expected layers such as 17,19 or 17..20 or -2..+1 or none, found {text!r}")
     return layer + int(text) if found[1] else int(text)
+
+
+def parse_sinks(text: str) -> tuple[Sink, ...]:
+    """`bos,self`, or none."""
+    found: set[Sink] = set()
+    for name in text.lower().split(","):
+        match name.strip():
+            case "bos" | "self" as sink:
+                found.add(sink)
+            case "none" | "":
+                pass
+            case other:
+                raise SettingInvalid(f"--leave-out {text}: expected bos, self, bos,self or none, found {other!r}")
+    return tuple(sorted(found))
 
 
 def parse_worker(text: str) -> Worker:

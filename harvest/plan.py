@@ -67,6 +67,7 @@ class Plan:
             averaged=averaged,
             topk=min(self.config.attention_topk, self.config.context),
             mass=self.config.attention_mass,
+            left_out=self.config.leave_out,
         )
 
     @property

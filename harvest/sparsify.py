@@ -1,6 +1,7 @@
 """Dense attention rows to CSR: the few keys that carry the mass, and how much of it they carry.
 
-1. Average the heads, or keep them all; round to float16, the precision that is stored.
+1. Average the heads, or keep them all; round to float16, the precision that is stored. Sinks that are left out
+   become zero: they take no slot, and the mass asked for is that share of what the other keys of a row carry.
 2. Pack each entry into one int32, probability above reversed key position. Packed entries are all
    different, so the k largest are the same set on every device, and ties go to the lower position.
 3. Keep the k largest of a row, up to the one with which their sum reaches `mass`; drop zeros.
@@ -36,7 +37,7 @@ class KeptRows:
     packed: Tensor
     """int32 [W, H, Q, K]: key position << 16 | float16 bits, ascending; dropped slots hold DROPPED and come last."""
     kept_mass: Tensor
-    """float16 [W, H, Q]: sum of the kept probabilities of a row."""
+    """float16 [W, H, Q]: sum of the kept probabilities of a row; NaN where they are not numbers."""
 
     @staticmethod
     def concat(parts: Sequence[KeptRows]) -> KeptRows:
@@ -52,15 +53,35 @@ def sparsify(probs_WHQT: Tensor, spec: AttentionSpec) -> KeptRows:
         raise ContextTooLong(f"attention to {context} keys: at most {MAX_CONTEXT} can be stored, lower the context")
     if spec.averaged:
         probs_WHQT = probs_WHQT.mean(1, keepdim=True, dtype=torch.float32)
-    largest = _largest(_pack_by_value(probs_WHQT.half()), min(spec.topk, context))
+    probs_WHQT = probs_WHQT.half()
+    enough: float | Tensor = spec.mass
+    largest_of_all = None
+    if spec.left_out:
+        largest_of_all = probs_WHQT.amax(-1)
+        probs_WHQT = probs_WHQT.masked_fill(sinks(spec, context, probs_WHQT.device), 0)
+        enough = (spec.mass * probs_WHQT.sum(-1, keepdim=True, dtype=torch.float64)).float()  # exact, in any order
+    largest = _largest(_pack_by_value(probs_WHQT), min(spec.topk, context))
     bits = largest >> 16
     values = bits.to(torch.int16).view(torch.float16).float()
     kept = values > 0
     if spec.mass < 1:
-        kept[..., 1:] &= values.cumsum(-1)[..., :-1] < spec.mass  # exact in float32 up to 1, in any order
+        kept[..., 1:] &= values.cumsum(-1)[..., :-1] < enough  # exact in float32 up to 1, in any order
     kept_mass = torch.where(kept, values, 0.0).sum(-1).half()
+    # A softmax always has an entry above zero; where none is, or NaN, the row says so.
+    sign = kept_mass if largest_of_all is None else largest_of_all
+    kept_mass.masked_fill_(~((sign > 0) & sign.isfinite()), torch.nan)
     positions = LOW_HALF - (largest & LOW_HALF)
     return KeptRows(_ascending(torch.where(kept, positions << 16 | bits, DROPPED)), kept_mass)
+
+
+def sinks(spec: AttentionSpec, context: int, device: torch.device | str = "cpu") -> Tensor:
+    """bool [Q, T]: keys that are left out."""
+    found = torch.zeros(context, context, dtype=torch.bool, device=device)
+    if "bos" in spec.left_out:
+        found[:, 0] = True
+    if "self" in spec.left_out:
+        found.fill_diagonal_(True)
+    return found
 
 
 def to_csr(layer: int, rows: KeptRows) -> AttentionCsr:
@@ -101,8 +122,8 @@ def _ascending(packed: Tensor) -> Tensor:
 
 
 def _validate_mass(layer: int, kept_mass: np.ndarray) -> None:
-    """A softmax always has a largest entry above zero; a row without one, or with NaN, is an overflow."""
-    is_number = np.isfinite(kept_mass) & (kept_mass > 0)
+    """A row that is not of numbers is an overflow."""
+    is_number = np.isfinite(kept_mass)
     if not is_number.all():
         window, _, query = np.argwhere(~is_number)[0]
         raise NonFiniteAttention(

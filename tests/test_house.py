@@ -29,6 +29,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "chunks digest root summary",
         "content reader",
         "massive",
+        "links",
         "info writer",
         "__init__ importer verify",
         "cli",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
+from ...harvest.sparsify import sinks
 from ...train.data.batch import AttentionRows
 from ..context.ordinary import mean_of_rows, ordinary_rows
 from ..context.split_windows import read_windows
@@ -106,13 +107,14 @@ def replace(
     """The attention of the next layer from the true residual, the reconstruction and two ablations."""
     true = batch.resid[subject.layer].float()
     mean = mean_of_rows(context, subject.layer).to(true.device, torch.float32)
+    left_out = sinks(context.manifest.attention, batch.context, true.device)
     given = {"true": true, "sae": x_hat_WTD, "mean_ablation": mean.expand_as(true), "zero_ablation": true * 0}
     rows = ordinary_rows(context, subject, batch)
     seen.rows += int(rows.sum()) * stored_WHTT.shape[1]
     for name, resid in given.items():
         replaced = torch.where(rows[:, :, None], resid, true)
         found = next_attention(context, replaced, subject.layer, averaged=stored_WHTT.shape[1] == 1)
-        seen.compare(name, stored_WHTT, found, rows)
+        seen.compare(name, stored_WHTT, found.masked_fill(left_out, 0), rows)
 
 
 def next_attention(context: Context, resid_WTD: Tensor, layer: int, averaged: bool) -> Tensor:

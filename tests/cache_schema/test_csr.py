@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saemill.cache_schema import AttentionCsr, CsrInvalid
+from saemill.cache_schema.links import count_links
 
 
 def from_dense(dense_WHTT: np.ndarray) -> AttentionCsr:
@@ -152,3 +153,20 @@ def test_what_obeys_the_rules_is_accepted(dense, topk, causal):
     csr = from_dense(dense)
     if not breaks_a_rule(csr, topk, causal):
         csr.validate(topk, causal)
+
+
+def test_links_are_what_is_neither_a_sink_nor_special():
+    """Two windows of four tokens; token 2 of the second is special, as is every first one."""
+    special = np.array([[True, False, False, False], [True, False, True, False]])
+    rows = [[0], [0, 1], [1, 2], [0, 1, 2], [0], [0], [0, 1], [0, 1, 2, 3]]
+    csr = AttentionCsr(
+        np.cumsum([0, *map(len, rows)]).astype(np.uint32),
+        np.array([key for row in rows for key in row], np.uint8),
+        np.concatenate([np.full(len(row), 1 / len(row)) for row in rows]).astype(np.float16),
+        np.ones((2, 1, 4), np.float16),
+    )
+    found = count_links(csr, special)
+    assert (found.rows, found.links) == (5, 4)
+    assert found.link_mass == pytest.approx(1 / 2 + 2 / 3 + 1 / 4, abs=1e-3)
+    assert found.bos_mass == pytest.approx(1 / 2 + 1 / 3 + 1 + 1 / 4, abs=1e-3)
+    assert found.self_mass == pytest.approx(1 / 2 + 1 / 2 + 1 / 4, abs=1e-3)

@@ -129,6 +129,10 @@ def test_a_dry_run_refuses_what_the_disk_cannot_hold(type_: Type, monkeypatch):
         (["--attention-layers=7"], "LayerOutOfRange: attention of layer 7"),
         (["--context=65"], "ContextTooLong"),
         (["--tokens=many"], "SettingInvalid: 'many'"),
+        (
+            ["--leave-out=bos,me"],
+            "SettingInvalid: --leave-out bos,me: expected bos, self,",
+        ),
         (["--worker=3/2"], "SettingInvalid: --worker 3/2"),
         (["--device=abacus"], "SettingInvalid: --device abacus"),
         (["--dataset=./nothing.txt"], "CorpusUnavailable: there is no file"),

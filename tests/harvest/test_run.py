@@ -29,6 +29,7 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.files import LocalFiles
+from saemill.cache_schema.info import describe
 from saemill.cache_schema.moments import is_special
 from saemill.cache_schema.verify import digest, verify_shards
 from saemill.harvest import begin, run, shards
@@ -354,8 +355,9 @@ def test_two_cannot_tokenise_for_one_store(make_config: Make):
         harvest(make_config())
 
 
-def test_repair_harvests_damaged_shards_again(make_config: Make, model_folder, monkeypatch):
-    config = make_config()
+@pytest.mark.parametrize("leave_out", [(), ("bos", "self")])
+def test_repair_harvests_damaged_shards_again(make_config: Make, model_folder, monkeypatch, leave_out):
+    config = make_config(leave_out=leave_out)
     harvest(config)
     before = digest_of(config.out)
     with StoreWriter.open(config.out) as writer:
@@ -369,6 +371,26 @@ def test_repair_harvests_damaged_shards_again(make_config: Make, model_folder, m
     assert digest_of(config.out) == before
     with Store.open(config.out) as store:
         assert not [item for report in verify_shards(store) for item in report.damage]
+
+
+def test_sinks_left_out_are_recorded_and_in_no_row(make_config: Make):
+    config = make_config(leave_out=("bos", "self"))
+    harvest(config)
+    with Store.open(config.out) as store:
+        assert store.manifest.attention.left_out == ("bos", "self")
+        for part in store.stream(Request(attention_layers=store.manifest.attention.layers)):
+            for csr in part.attention.values():
+                query = csr.row_of_entry() % csr.context
+                assert csr.entries and (csr.indices > 0).all() and (csr.indices < query).all()
+        facts = describe(store)
+    assert all(links["links"] > 0 and links["bos_mass"] == 0 for links in facts["attention_links"].values())
+    with pytest.raises(StoreMismatch, match=r"attention.left_out: the store has \['bos', 'self'\], asked for None"):
+        harvest(replace(config, leave_out=()))
+
+
+def test_a_store_that_leaves_nothing_out_says_nothing_of_it(reference):
+    manifest = json.loads((reference / "zarr.json").read_text())["attributes"]["saemill"]
+    assert "left_out" not in manifest["attention"]
 
 
 def test_repair_refuses_another_model(make_config: Make, model_folder, tmp_path):

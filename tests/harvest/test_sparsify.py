@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -22,12 +24,12 @@ def causal_probs(seed: int, windows: int, heads: int, context: int, sharpness: f
     return scores.masked_fill(above, -torch.inf).softmax(-1).to(dtype)
 
 
-def oracle_row(row: np.ndarray, topk: int, mass: float) -> tuple[list[int], float]:
+def oracle_row(row: np.ndarray, topk: int, mass: float, whole: float) -> tuple[list[int], float]:
     """Walk down the sorted row, as the definition says."""
     kept: list[int] = []
     total = 0.0
     for position in sorted(range(len(row)), key=lambda at: (-row[at], at)):
-        reached = mass < 1 and total >= np.float32(mass)
+        reached = mass < 1 and total >= np.float32(mass * whole)
         if row[position] <= 0 or reached or len(kept) == topk:
             break
         kept.append(position)
@@ -38,10 +40,14 @@ def oracle_row(row: np.ndarray, topk: int, mass: float) -> tuple[list[int], floa
 def oracle(probs: torch.Tensor, spec: AttentionSpec) -> AttentionCsr:
     if spec.averaged:
         probs = probs.float().mean(1, keepdim=True)
-    stored = probs.half().numpy()
+    stored = probs.half().numpy().copy()
+    if "bos" in spec.left_out:
+        stored[..., 0] = 0
+    if "self" in spec.left_out:
+        stored[..., np.arange(stored.shape[2]), np.arange(stored.shape[2])] = 0
     windows, heads, context, _ = stored.shape
     rows = stored.reshape(-1, context)
-    picks = [oracle_row(row, spec.topk, spec.mass) for row in rows]
+    picks = [oracle_row(row, spec.topk, spec.mass, row.sum(dtype=np.float64) if spec.left_out else 1.0) for row in rows]
     return AttentionCsr(
         indptr=np.cumsum([0] + [len(kept) for kept, _ in picks]).astype(np.uint32),
         indices=np.array([at for kept, _ in picks for at in kept], np.uint8 if context <= 256 else np.uint16),
@@ -75,8 +81,10 @@ SPECS = st.builds(
     sharpness=st.sampled_from([0.0, 0.5, 3.0, 30.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     spec=SPECS,
+    left_out=st.sampled_from([(), ("bos",), ("self",), ("bos", "self")]),
 )
-def test_equals_the_oracle(seed, windows, heads, context, sharpness, dtype, spec):
+def test_equals_the_oracle(seed, windows, heads, context, sharpness, dtype, spec, left_out):
+    spec = replace(spec, left_out=left_out)
     probs = causal_probs(seed, windows, heads, context, sharpness, dtype)
     csr = to_csr(0, sparsify(probs, spec))
     assert_same(csr, oracle(probs, spec))
@@ -141,6 +149,25 @@ def test_without_limits_the_dense_rows_come_back(seed, averaged, dtype):
     np.testing.assert_array_equal(csr.dense(), expected.half().float().numpy())
 
 
+def test_sinks_take_no_slot_and_no_mass():
+    """Of the last row 0.9 stands on BOS and itself: half of the rest is reached by its largest, all by both."""
+    rows = torch.tensor([[1, 0, 0, 0], [0.7, 0.3, 0, 0], [0.5, 0.25, 0.25, 0], [0.6, 0.0625, 0.03125, 0.30625]])
+    for mass, kept in ((0.5, [1]), (0.95, [1, 2])):
+        spec = AttentionSpec(mass=mass, topk=2, left_out=("bos", "self"))
+        csr = to_csr(0, sparsify(rows.half().expand(1, 1, 4, 4), spec))
+        assert csr.indptr.tolist() == [0, 0, 0, 1, 1 + len(kept)]
+        assert csr.indices[1:].tolist() == kept
+        assert csr.kept_mass[0, 0].tolist() == [0, 0, 0.25, sum(rows[3, kept].tolist())]
+        csr.validate(2, causal=True)
+
+
+def test_probabilities_that_are_halves_already_stay_as_they_are():
+    probs = causal_probs(0, 1, 2, 8, dtype=torch.float16)
+    before = probs.clone()
+    sparsify(probs, AttentionSpec(averaged=False, left_out=("bos", "self")))
+    assert torch.equal(probs, before)
+
+
 def test_runs_of_windows_join_to_the_whole():
     probs = causal_probs(1, 5, 2, 16)
     spec = AttentionSpec(averaged=False)
@@ -169,9 +196,10 @@ def test_the_last_key_that_can_be_packed_is_kept():
     assert (packed[0, 0, 0, 0].item() >> 16, (packed != sparsify_module.DROPPED).sum().item()) == (32767, 1)
 
 
+@pytest.mark.parametrize("left_out", [(), ("bos", "self")])
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf])
-def test_attention_that_is_not_finite_names_its_layer(value):
+def test_attention_that_is_not_finite_names_its_layer(value, left_out):
     probs = causal_probs(0, 2, 2, 8)
     probs[1, 0, 5] = value
     with pytest.raises(NonFiniteAttention, match=r"layer 17: .* window 1 of the batch, query 5"):
-        to_csr(17, sparsify(probs, AttentionSpec()))
+        to_csr(17, sparsify(probs, AttentionSpec(left_out=left_out)))
