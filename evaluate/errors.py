@@ -12,6 +12,7 @@ EvalError
 ├── ResultInvalid (ValueError)          a file of results that cannot be read
 ├── Incomparable (ValueError)           results of other stores or settings in one table
 ├── MemoryTooSmall (MemoryError)        not even one window at a time fits
+├── BrowserUnwritten (OSError)          the disk has no room for a browser, or refuses it
 └── NotRun                              what an eval needs is not there; the others go on
     ├── ModelMissing (FileNotFoundError)    the language model cannot be loaded
     ├── DataMissing (FileNotFoundError)     a data set cannot be loaded
@@ -67,6 +68,10 @@ class Incomparable(EvalError, ValueError):
 
 class MemoryTooSmall(EvalError, MemoryError):
     """Even the smallest piece of a batch does not fit into memory."""
+
+
+class BrowserUnwritten(EvalError, OSError):
+    """The disk has no room for a latent browser, or refuses to take it."""
 
 
 class NotRun(EvalError):

@@ -64,7 +64,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "context",
         "evals/contract",
         "evals/absorption evals/core evals/measures evals/probing evals/ravel evals/unlearning output/figures",
-        "evals output/page output/plots",
+        "evals evals/browser output/page output/plots",
         "output",
         "run",
         "cli",

@@ -18,6 +18,7 @@ from ...harvest.model.resolve import POCKET, Choice, ModelSource, fetch
 from ...harvest.model.tokenizer import TextEncoder, load_encoder
 from ...harvest.progress import Watch
 from ..errors import DataMissing, ModelMissing
+from ..model.head import Head, head_of, load_head
 from ..model.lm import LanguageModel, load_language_model
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
@@ -94,6 +95,13 @@ class Context:
     def require_model(self) -> None:
         """Load the model now, so that ModelMissing is raised here if it cannot be loaded."""
         _ = self.model
+
+    @property
+    def head(self) -> Head:
+        """The model's final norm and unembedding; nothing else of it is loaded. ModelMissing where there are none."""
+        if self._model is not None:
+            return head_of(self._model.model)
+        return load_head(self._find_source().folder, self.device)
 
     @property
     def tokenizer(self) -> TextEncoder:

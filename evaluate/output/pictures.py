@@ -41,6 +41,7 @@ def after_run(folder: Path, say: Say) -> None:
 
 
 def _draw(homes: Sequence[Path], folder: Path, say: Say, known: Documents | None = None) -> None:
+    from ..evals.browser.numbers import refresh
     from .figures.records import read_records
     from .page import write_page  # loads matplotlib, which nobody waits for who asks for no pictures
     from .plots import make_plots
@@ -50,6 +51,8 @@ def _draw(homes: Sequence[Path], folder: Path, say: Say, known: Documents | None
         records = read_records(runs, known)
         drawn = make_plots(records, folder)
         page = write_page(runs[0], records, folder) if len(runs) == 1 else None
+        if len(homes) == 1:
+            refresh(homes[0], records)
     except Exception as error:  # noqa: BLE001  the numbers are safe on disk; a picture can be drawn again
         say(f"no plots in {folder}: {type(error).__name__}: {error}")
         return

@@ -64,14 +64,21 @@ class Encoded:
 @torch.inference_mode()
 def encode_kept(subject: LoadedSae, batch: Windows) -> Encoded:
     """The kept tokens of a batch."""
+    codes = encode_codes(subject, batch)
     if not subject.sae.is_plain or subject.needs:
-        acts = subject.encode(batch)[batch.keep]
-        return Encoded((_sparse(acts),), subject.decode(acts))
+        return Encoded(codes, torch.cat([subject.decode(part.dense()) for part in codes]))
+    x_hat = [part.decode(subject.sae.W_dec, subject.sae.b_dec) for part in codes]
+    return Encoded(codes, torch.cat(x_hat) if x_hat else subject.sae.b_dec.new_empty(0, subject.sae.d_out))
+
+
+@torch.inference_mode()
+def encode_codes(subject: LoadedSae, batch: Windows) -> tuple[Codes, ...]:
+    """The activations of the kept tokens alone, in pieces."""
+    if not subject.sae.is_plain or subject.needs:
+        return (_sparse(subject.encode(batch)[batch.keep]),)
     x_ND = batch.x(subject.layers)[batch.keep]
     room = CPU_PIECE if x_ND.device.type == "cpu" else GPU_PIECE
-    codes = tuple(encode(subject.sae, x) for x in x_ND.split(max(1, room // subject.width)))
-    x_hat = [part.decode(subject.sae.W_dec, subject.sae.b_dec) for part in codes]
-    return Encoded(codes, torch.cat(x_hat) if x_hat else x_ND.new_empty(0, subject.sae.d_out))
+    return tuple(encode(subject.sae, x) for x in x_ND.split(max(1, room // subject.width)))
 
 
 def encode(sae: SparseAutoencoder, x_ND: Tensor) -> Codes:

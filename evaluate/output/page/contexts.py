@@ -12,13 +12,13 @@ LATENTS = 12  # of an SAE: a page is to be read
 
 
 def contexts_of(records: Sequence[Record]) -> Html:
-    """A section for each SAE that has examples."""
-    sections = [_section(record) for record in records if record.unstructured("examples").get("latents")]
+    """A section for each SAE that has contexts."""
+    sections = [_section(record) for record in records if record.unstructured("browser").get("latents")]
     return joined([element("h2", "What latents fire on"), *sections]) if sections else Html("")
 
 
 def _section(record: Record) -> Html:
-    latents = record.unstructured("examples")["latents"]
+    latents = record.unstructured("browser")["latents"]
     every = max(1, -(-len(latents) // LATENTS))
     return joined([element("h3", record.name), *(_latent(latent) for latent in latents[::every])])
 

@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 9.5, 4.4
 
 
 def pattern_of(record: Record) -> dict[str, list]:
-    return dict(record.unstructured("examples").get("pattern") or {})
+    return dict(record.unstructured("browser").get("pattern") or {})
 
 
 def draw(records: Sequence[Record]) -> Figure | None:

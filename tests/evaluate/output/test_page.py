@@ -61,7 +61,7 @@ def record(word: str) -> Record:
     context = {"activation": 1.5, "before": word, "token": word, "after": word}
     latents = [{"latent": 7, "fired_share": 0.01, "contexts": [context]}]
     found = {"eval_result_metrics": {}, "eval_result_unstructured": {"latents": latents}}
-    return Record(word, "run_1", word, outcome={"l0": 12.0, "explained_variance": 0.5}, documents={"examples": found})
+    return Record(word, "run_1", word, outcome={"l0": 12.0, "explained_variance": 0.5}, documents={"browser": found})
 
 
 @pytest.mark.parametrize("word", [HOSTILE, "<script>alert(1)</script>", "<!--", "]]>", "&lt;b&gt;", "<style>*{}"])

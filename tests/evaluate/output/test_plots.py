@@ -60,7 +60,7 @@ def documents(token: str = "the") -> dict[str, dict]:
         "tiers": result({"tier_activity": activity}),
         "attention": result({"contribution": contribution}),
         "temporal": result({}, {**moves, "lifetimes": [1.0, 2.0], "stabilities": [0.5, 3.0]}),
-        "examples": result({}, examples),
+        "browser": result({}, examples),
     }
 
 

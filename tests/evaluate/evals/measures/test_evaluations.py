@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from saemill.cache_schema import Store
-from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.results import frame
 from saemill.evaluate.context.token_text import Wording
 from saemill.evaluate.errors import ModelMissing, NotApplicable
-from saemill.evaluate.evals import attention, examples, position, temporal, tiers
+from saemill.evaluate.evals import attention, position, temporal, tiers
 from saemill.evaluate.evals.measures.assignment import every, groups_of, ranges_of, saved, tiers_of
 from saemill.evaluate.evals.measures.splice_effects import Effect, make_tracers
 from saemill.evaluate.evals.measures.tiers import tier_activity
 from saemill.evaluate.model.batches import store_batches
-from saemill.harvest.model.resolve import POCKET_FOLDER
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 
@@ -28,7 +25,6 @@ CONFIGS = {
     position: position.Config(windows=16, batch_windows=5, least_firings=3, probe_k=(2,), probe_tokens=6),
     temporal: temporal.Config(windows=12, batch_windows=5, least_firings=3, most_frequent=6),
     attention: attention.Config(windows=12, batch_windows=5),
-    examples: examples.Config(windows=12, batch_windows=5, latents=5, pattern_tokens=8),
 }
 EVERY = pytest.mark.parametrize("module", list(CONFIGS), ids=lambda module: module.__name__.rsplit(".", 1)[-1])
 
@@ -147,25 +143,6 @@ def test_without_the_model_the_rest_is_measured(world, builder, open_context):
         assert result.missing is not None and "model" in result.missing
         assert result.metrics["contribution" if module is attention else "tier_activity"]
         assert not result.metrics["fidelity" if module is attention else "causal"]
-
-
-def test_without_a_model_tokens_are_written_as_ids(world, builder, open_context):
-    context = open_context(world, model_name="/no/such/model")
-    listed = one(examples, context, builder.subject(builder.make_sae())).unstructured
-    tokens = listed["pattern"]["tokens"]
-    assert tokens and all(token.startswith("<") and token[1:-1].isdigit() for token in tokens)
-
-
-def test_words_take_the_tokenizer_and_leave_the_weights_on_disk(world, builder, open_context, tmp_path, monkeypatch):
-    """Gemma would be gigabytes for a page of text."""
-    shutil.copytree(world.model, tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(POCKET_FOLDER / name, tmp_path / "model")
-    monkeypatch.setattr(context_module, "load_language_model", lambda *_: pytest.fail("the weights were loaded"))
-    context = open_context(world, model_name=str(tmp_path / "model"))
-    listed = one(examples, context, builder.subject(builder.make_sae())).unstructured
-    first = world.tokens[20, listed["pattern"]["positions"]]
-    assert listed["pattern"]["tokens"] == [context.tokenizer.backend.decode([int(token)]) for token in first]
 
 
 def test_the_tokenizer_of_another_model_is_not_taken(world, builder, open_context):
@@ -404,23 +381,6 @@ def test_some_of_many_are_spread_evenly():
     marked = torch.ones(100, dtype=torch.bool)
     assert every(marked, 5).tolist() == [0, 24, 49, 74, 99]
     assert every(torch.tensor([True, False, True]), 5).tolist() == [0, 2]
-
-
-def test_examples_are_the_strongest_and_their_words_those_around_them(world, builder, open_context):
-    subject, context = builder.subject(builder.make_sae(k=None)), open_context(world, model_name="/no/such/model")
-    listed = one(examples, context, subject).unstructured
-    (batch,) = list(tiers.read_windows(context, [subject], "t", 12, 12))
-    acts = subject.encode(batch)[batch.keep]
-    for entry in listed["latents"]:
-        column = acts[:, entry["latent"]]
-        found = [shown["activation"] for shown in entry["contexts"]]
-        assert found == pytest.approx(column.topk(len(found)).values.tolist())
-        assert entry["fired_share"] == pytest.approx(float((column > 0).double().mean()))
-        best = batch.tokens[batch.keep][column.argmax()]
-        assert entry["contexts"][0]["token"] == f"<{int(best)}>"
-    shares = [entry["fired_share"] for entry in listed["latents"]]
-    assert shares == sorted(shares)
-    assert len(listed["pattern"]["tokens"]) == 8
 
 
 def test_a_wide_sae_gets_small_batches(world, builder, open_context, monkeypatch):

@@ -1,0 +1,138 @@
+"""The folder of a browser: made beside its place, and moved there when it is whole.
+
+Data lie in script files that hand one JSON value to the page, because a page opened from disk may add scripts and
+may read nothing else. JSON is ASCII, and `<` is escaped: text of a corpus cannot end a script or begin one.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import BrowserUnwritten
+
+NAME = "browser"
+MAKING, OLD = f".{NAME}.making", f".{NAME}.old"
+PAGE = Path(__file__).parent / "page"
+BUILD = "{{build}}"
+KINDS = {"uint8": "u1", "uint16": "u2", "uint32": "u4", "int32": "i4", "float32": "f4"}
+
+
+class Folder:
+    """A browser in the making."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
+        """Data by the name that the page asks for them by."""
+        write_data(self.path, name, value)
+
+
+@contextmanager
+def making(home: Path, least_bytes: int) -> Iterator[Folder]:
+    """The browser of a run; whatever happens, the run has the one of before or the whole new one."""
+    path, old = home / MAKING, home / OLD
+    try:
+        for left in (path, old):  # by a build that was interrupted
+            shutil.rmtree(left, ignore_errors=True)
+        require_space(home, least_bytes)
+        (path / "data").mkdir(parents=True)
+        yield Folder(path)
+        if (home / NAME).exists():
+            (home / NAME).rename(old)
+        path.rename(home / NAME)
+    except OSError as error:
+        raise BrowserUnwritten(
+            f"{home / NAME} cannot be written: {error.strerror or error}. It needs about {megabytes(least_bytes)}"
+        ) from error
+    finally:
+        for left in (path, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def require_space(home: Path, least_bytes: int) -> None:
+    free = shutil.disk_usage(home).free
+    if free < least_bytes:
+        raise BrowserUnwritten(
+            f"{home / NAME} needs about {megabytes(least_bytes)}, and {megabytes(free)} are free there: "
+            "free some, or read fewer windows (--set browser.windows=...)"
+        )
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def write_page(folder: Folder, build: str) -> None:
+    """The page itself; `build` keeps browsers from taking data of another build out of their memory."""
+    for file in sorted(PAGE.iterdir()):
+        (folder.path / file.name).write_text(file.read_text(encoding="utf-8").replace(BUILD, build), encoding="utf-8")
+
+
+def write_data(folder: Path, name: str, value: Mapping[str, Any]) -> None:
+    path = folder / "data" / f"{name}.js"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"), default=packed).replace("<", "\\u003c")
+    path.write_text(f"saemill({json.dumps(name)},{text});\n", encoding="ascii")
+
+
+def read_data(folder: Path, name: str) -> dict[str, Any] | None:
+    """What was written, arrays still packed; None where there is nothing that can be read."""
+    try:
+        text = (folder / "data" / f"{name}.js").read_text(encoding="ascii")
+        found = json.loads(text.removeprefix(f"saemill({json.dumps(name)},").removesuffix(");\n"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def packed(array: Any) -> list[Any]:
+    """An array as its kind and its bytes."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"expected an array, found {type(array).__name__}")
+    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return [KINDS[array.dtype.name], base64.b64encode(little.data).decode()]
+
+
+def unpacked(value: list[Any]) -> np.ndarray:
+    """An array from its kind and its bytes."""
+    kind, data = value
+    names = {short: name for name, short in KINDS.items()}
+    return np.frombuffer(base64.b64decode(data), np.dtype(names[kind]).newbyteorder("<"))
+
+
+class Pieces:
+    """Arrays with a row a window, written in files of so many windows as they come."""
+
+    def __init__(self, folder: Folder, name: str, windows: int) -> None:
+        self._folder, self._name, self._size = folder, name, windows
+        self._parts: list[dict[str, np.ndarray]] = []
+        self._file = 0
+
+    def add(self, **arrays: np.ndarray) -> None:
+        self._parts.append(arrays)
+        self._write_full(self._size)
+
+    def finish(self) -> None:
+        self._write_full(1)
+
+    def _write_full(self, least: int) -> None:
+        if sum(len(next(iter(part.values()))) for part in self._parts) < least:
+            return
+        whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        length = len(next(iter(whole.values())))
+        start = 0
+        while length - start >= least:
+            self._folder.write(
+                f"{self._name}/{self._file}", {name: array[start : start + self._size] for name, array in whole.items()}
+            )
+            self._file, start = self._file + 1, start + self._size
+        self._parts = [{name: array[start:] for name, array in whole.items()}] if start < length else []

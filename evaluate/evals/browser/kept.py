@@ -1,0 +1,163 @@
+"""Which places are kept to show a latent by, chosen while the tokens go by.
+
+A firing is a latent in a window: its peak there and all its activations. Of each latent are kept the firings with
+the highest peaks, a uniform sample, and those just above the threshold. Whatever is kept is rewritten when as many
+firings wait as are kept, so memory grows with the latents and not with the text.
+
+F latents, N firings, E activations of these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+TOP, SAMPLE, LOW = 1, 2, 4  # why a firing is kept, as bits
+MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many firings of a latent are kept."""
+
+    top: int
+    sample: int
+    low: int
+
+
+@dataclass(frozen=True, eq=False)
+class Firings:
+    """Firings with their activations, which stand one behind the other."""
+
+    latent: np.ndarray  # int32 [N]
+    window: np.ndarray  # int32 [N]
+    at: np.ndarray  # int32 [N], position of the peak
+    peak: np.ndarray  # float32 [N]
+    count: np.ndarray  # int32 [N], activations of each
+    position: np.ndarray  # int16 [E]
+    value: np.ndarray  # float32 [E]
+
+    @staticmethod
+    def none() -> Firings:
+        kinds = (np.int32, np.int32, np.int32, np.float32, np.int32, np.int16, np.float32)
+        return Firings(*(np.empty(0, kind) for kind in kinds))
+
+    def take(self, chosen: np.ndarray) -> Firings:
+        """Some of them, by their numbers."""
+        starts = np.cumsum(self.count) - self.count
+        entries = ranges(starts[chosen], self.count[chosen])
+        return Firings(
+            self.latent[chosen],
+            self.window[chosen],
+            self.at[chosen],
+            self.peak[chosen],
+            self.count[chosen],
+            self.position[entries],
+            self.value[entries],
+        )
+
+    def part(self, rows: slice, entries: slice) -> Firings:
+        """Some that stand together, with the entries that are theirs."""
+        own = (getattr(self, field.name)[rows] for field in fields(self)[:5])
+        return Firings(*own, self.position[entries], self.value[entries])
+
+    @staticmethod
+    def joined(parts: list[Firings]) -> Firings:
+        return Firings(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Firings)))
+
+    @property
+    def priority(self) -> np.ndarray:
+        """A random number for each, the same whatever else is kept or read."""
+        return scatter((self.window.astype(np.uint64) << np.uint64(32)) | self.latent.astype(np.uint64))
+
+
+class Keeper:
+    """Keeps the firings of one SAE."""
+
+    def __init__(self, width: int, room: Room) -> None:
+        self._room = room
+        self._width = width
+        self._kept = Firings.none()
+        self._waiting: list[Firings] = []
+        self._waits = 0
+        self._least_peak = np.full(width, -np.inf, np.float32)  # that would be kept for its height
+        self._least_priority = np.full(width, -1.0, np.float32)
+        self._most_peak = np.full(width, np.inf, np.float32)  # that would be kept for being low
+
+    def add(self, firings: Firings) -> None:
+        latent, peak = firings.latent, firings.peak
+        wanted = (peak > self._least_peak[latent]) | (peak < self._most_peak[latent])
+        wanted |= firings.priority > self._least_priority[latent]
+        chosen = np.flatnonzero(wanted)
+        self._waiting.append(firings.take(chosen))
+        self._waits += len(chosen)
+        if self._waits > max(len(self._kept.latent), 1 << 18):
+            self._settle()
+
+    def finish(self) -> tuple[Firings, np.ndarray]:
+        """What is kept, by latent and the highest peak first, and why: bits of TOP, SAMPLE, LOW."""
+        self._settle()
+        order = np.lexsort((-self._kept.peak, self._kept.latent))
+        kept = self._kept.take(order)
+        reasons = np.zeros(len(order), np.uint8)
+        for bit, chosen in self._choices(kept).items():
+            reasons[chosen] |= bit
+        return kept, reasons
+
+    def _settle(self) -> None:
+        """Drop what is no longer among the best of its latent."""
+        everything = Firings.joined([self._kept, *self._waiting])
+        choices = self._choices(everything)
+        chosen = np.zeros(len(everything.latent), bool)
+        for numbers in choices.values():
+            chosen[numbers] = True
+        top, sample, low = (everything.take(choices[bit]) for bit in (TOP, SAMPLE, LOW))
+        self._least_peak = bound(top.latent, top.peak, self._width, self._room.top, np.minimum, -np.inf)
+        self._most_peak = bound(low.latent, low.peak, self._width, self._room.low, np.maximum, np.inf)
+        self._least_priority = bound(sample.latent, sample.priority, self._width, self._room.sample, np.minimum, -1.0)
+        self._kept, self._waiting, self._waits = everything.take(np.flatnonzero(chosen)), [], 0
+
+    def _choices(self, firings: Firings) -> dict[int, np.ndarray]:
+        latent, room = firings.latent, self._room
+        return {
+            TOP: largest(latent, firings.peak, room.top),
+            SAMPLE: largest(latent, firings.priority, room.sample),
+            LOW: largest(latent, -firings.peak, room.low),
+        }
+
+
+def largest(group: np.ndarray, key: np.ndarray, count: int) -> np.ndarray:
+    """Numbers of the `count` entries with the largest keys of every group, group by group, the largest first."""
+    order = np.argsort((group.astype(np.uint64) << np.uint64(32)) | ~ordered(key))
+    first = np.flatnonzero(np.diff(group[order], prepend=-1))
+    rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
+    return order[rank < count]
+
+
+def ordered(key: np.ndarray) -> np.ndarray:
+    """float32 as the lower half of uint64 that sort the same; `~` of it is taken inside 32 bits."""
+    bits = key.astype(np.float32).view(np.int32)
+    rising = np.where(bits < 0, ~bits, bits | np.int32(-(2**31))).view(np.uint32)
+    return rising.astype(np.uint64) | np.uint64(0xFFFFFFFF00000000)
+
+
+def bound(group: np.ndarray, key: np.ndarray, groups: int, full: int, worst: np.ufunc, none: float) -> np.ndarray:
+    """float32 [groups]: the worst key of every group that is full; `none` for the others, which take anything."""
+    found = np.full(groups, -none, np.float32) if np.isinf(none) else np.full(groups, np.inf, np.float32)
+    worst.at(found, group, key)
+    return np.where(np.bincount(group, minlength=groups) < full, np.float32(none), found)
+
+
+def scatter(number: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1), evenly spread, from uint64 (splitmix64)."""
+    mixed = number + MIX[0]
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * MIX[1]
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * MIX[2]
+    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int64: the numbers start..start + count of each, one behind the other."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)

@@ -1,0 +1,279 @@
+"""What is written of the latents of one SAE: columns for the list, files of a few latents each for the rest.
+
+F latents, K neighbours or tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....harvest.progress import Watch
+from ...context.loaded_sae import LoadedSae
+from ...model.head import Head
+from ..measures.assignment import GROUPS, RANGES, TIERS, saved
+from .config import Config
+from .folder import Folder
+from .kept import SAMPLE, TOP, Firings, largest, ranges
+from .related import Near, by_direction, by_firing
+from .seen import BINS, Seen
+from .words import Vocabulary
+
+FILE_LATENTS = 32
+PLACES_LATENTS = 1 << 14
+RANDOM = 8  # beside TOP, SAMPLE and LOW: one of a few of the sample, chosen by chance
+
+SHOWN_RANDOM = 5
+LISTED = 3  # promoted tokens that the list knows
+DENSE = 0.1  # fires on more than this share of tokens
+STEPS = 65_535  # in which activations are written, from zero to the latent's highest
+MARKS = {"tier": TIERS, "range": RANGES, "group": GROUPS}
+COUNTERPARTS = 3
+PARTS = 5
+HEAD_ROWS = 256
+DENSITY_EDGES = np.arange(-6, 0.01, 0.25)  # log10 of the share of tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """An SAE with what was seen of it."""
+
+    folder: str
+    subject: LoadedSae
+    seen: Seen
+
+    @property
+    def rows(self) -> Tensor:
+        """Its decoder."""
+        return self.subject.sae.W_dec.detach()
+
+    @cached_property
+    def density(self) -> np.ndarray:
+        return self.seen.fired / max(self.seen.tokens, 1)
+
+    @cached_property
+    def kept(self) -> tuple[Firings, np.ndarray]:
+        """The examples, by latent and the highest first, and why each is kept."""
+        kept, reasons = self.seen.keeper.finish()
+        return kept, with_random(kept, reasons)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {
+            "alive_share": float((self.seen.fired > 0).mean()),
+            "dense_share": float((self.density > DENSE).mean()),
+            "l0": float(self.density.sum()),
+        }
+
+
+def summary_of(shown: Shown) -> dict[str, Any]:
+    """What the overview says."""
+    alive = shown.density[shown.density > 0]
+    counts, _ = np.histogram(np.log10(np.maximum(alive, 1e-6)), DENSITY_EDGES)
+    subject = shown.subject
+    return {
+        "folder": shown.folder,
+        "label": subject.label,
+        "variant": subject.variant,
+        "width": subject.width,
+        "layers": list(subject.layers),
+        "target_layers": list(subject.target_layers),
+        "tokens": shown.seen.tokens,
+        **shown.shares,
+        "density": {"edges": DENSITY_EDGES.tolist(), "counts": counts.tolist()},
+        "dense": DENSE,
+    }
+
+
+def write_latents(
+    folder: Folder,
+    shown: Shown,
+    near: Mapping[str, Any],
+    tokens: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    tokens_WT: np.ndarray,
+    watch: Watch,
+) -> None:
+    """All files of one SAE: columns, places of examples, and the latents themselves."""
+    kept, reasons = shown.kept
+    width = shown.subject.width
+    write_columns(folder, shown, tokens, tokens_WT[kept.window, kept.at])
+    starts = np.searchsorted(kept.latent, np.arange(width + 1))
+    counts = np.diff(starts).astype(np.uint16)
+    for number, rows in enumerate(parts_of(width, PLACES_LATENTS)):
+        items = slice(starts[rows.start], starts[rows.stop])
+        places = {"window": kept.window[items].astype(np.uint32), "at": kept.at[items].astype(np.uint16)}
+        folder.write(f"{shown.folder}/places/{number}", {"counts": counts[rows], **places})
+    entries = np.concatenate([[0], np.cumsum(kept.count)])
+    with watch.stage(f"browser, latents of {shown.subject.label}", width, "latents") as advance:
+        for number, rows in enumerate(parts_of(width, FILE_LATENTS)):
+            first, last = starts[rows.start], starts[rows.stop]
+            firings = kept.part(slice(first, last), slice(entries[first], entries[last]))
+            value = {
+                "counts": counts[rows],
+                "reasons": reasons[first:last],
+                **firings_value(firings, shown.seen.highest),
+                **histogram_value(shown.seen.histogram[rows]),
+                "parts": shown.seen.by_part[rows].astype(np.uint32),
+                **{name: near_value(one, rows) for name, one in near.items()},
+                **{name: {"tokens": t[rows], "values": v[rows]} for name, (t, v) in tokens.items()},
+            }
+            folder.write(f"{shown.folder}/latents/{number}", value)
+            advance(rows.stop - rows.start)
+
+
+def parts_of(width: int, size: int) -> list[slice]:
+    """The latents in files of so many."""
+    return [slice(first, min(first + size, width)) for first in range(0, width, size)]
+
+
+def with_random(kept: Firings, reasons: np.ndarray) -> np.ndarray:
+    """A few of each latent's sample, marked: chance chose them, so they stand for all."""
+    sampled = np.flatnonzero(reasons & SAMPLE)
+    chosen = sampled[largest(kept.latent[sampled], kept.priority[sampled], SHOWN_RANDOM)]
+    found = reasons.copy()
+    found[chosen] |= RANDOM
+    return found
+
+
+def firings_value(firings: Firings, highest: np.ndarray) -> dict[str, np.ndarray]:
+    scale = np.repeat(highest[firings.latent], firings.count)
+    return {
+        "window": firings.window.astype(np.uint32),
+        "at": firings.at.astype(np.uint16),
+        "peak": firings.peak,
+        "lengths": firings.count.astype(np.uint16),
+        "positions": firings.position.astype(np.uint16),
+        "levels": np.round(firings.value / scale * STEPS).astype(np.uint16),
+    }
+
+
+def histogram_value(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """From the first bin with something in it to the last."""
+    filled = counts > 0
+    first = filled.argmax(1)
+    lengths = np.where(filled.any(1), BINS - filled[:, ::-1].argmax(1) - first, 0)
+    row = np.repeat(np.arange(len(counts)), lengths)
+    return {
+        "bins_first": first.astype(np.uint8),
+        "bins_count": lengths.astype(np.uint8),
+        "bins": counts[row, ranges(first, lengths)].astype(np.uint32),
+    }
+
+
+def near_value(near: Near | list[tuple[str, str, Near]], rows: slice) -> Any:
+    if isinstance(near, list):
+        return [{"label": label, "by": by, **near_value(one, rows)} for label, by, one in near]
+    return {"latents": near.latents[rows], "scores": near.scores[rows]}
+
+
+def neighbours(shown: Shown, everyone: Sequence[Shown], config: Config) -> dict[str, Any]:
+    """Near latents of the same SAE, counterparts in the others, and what a hierarchy joins."""
+    found: dict[str, Any] = {
+        "by_direction": by_direction(shown.rows, shown.rows, config.neighbours, is_same=True),
+        "by_firing": by_firing(shown.seen.together, shown.seen.together, config.neighbours, is_same=True),
+    }
+    others: list[tuple[str, str, Near]] = []
+    for other in everyone:
+        if other is shown:
+            continue
+        if other.subject.target_layers == shown.subject.target_layers:
+            near = by_direction(shown.rows, other.rows, COUNTERPARTS, is_same=False)
+            others.append((other.subject.label, "direction", near))
+        near = by_firing(shown.seen.together, other.seen.together, COUNTERPARTS, is_same=False)
+        others.append((other.subject.label, "firing", near))
+    return found | {"others": others} | hierarchy(shown)
+
+
+def hierarchy(shown: Shown) -> dict[str, Near]:
+    """Latents of the tier below that a latent is made of, and of the tier above that it is a part of."""
+    membership = saved(shown.subject, TIERS)
+    if membership is None:
+        return {}
+    tier = membership.cpu().numpy()
+    found = {
+        name: Near(np.full((len(tier), PARTS), -1, np.int32), np.zeros((len(tier), PARTS), np.float32))
+        for name in ("made_of", "part_of")
+    }
+    for upper in range(1, int(tier.max(initial=0)) + 1):
+        above, below = np.flatnonzero(tier == upper), np.flatnonzero(tier == upper - 1)
+        if not len(above) or not len(below):
+            continue
+        learned = saved(shown.subject, f"composition.C{upper + 1}")
+        if learned is not None and tuple(learned.shape) != (len(above), len(below)):
+            learned = None
+        join(found["made_of"], above, below, shown.rows, learned)
+        join(found["part_of"], below, above, shown.rows, None if learned is None else learned.T)
+    return found
+
+
+def join(near: Near, own: np.ndarray, others: np.ndarray, rows: Tensor, learned: Tensor | None) -> None:
+    """By the weights that training learned, where it did; else by direction."""
+    if learned is None:
+        place = torch.as_tensor(own, device=rows.device), torch.as_tensor(others, device=rows.device)
+        found = by_direction(rows[place[0]], rows[place[1]], PARTS, is_same=False)
+        scores, latents = found.scores, found.latents
+    else:
+        values, chosen = learned.float().topk(min(PARTS, learned.shape[1]), dim=1)
+        scores, latents = values.cpu().numpy(), chosen.cpu().numpy()
+    count = scores.shape[1]
+    near.latents[own, :count] = np.where(scores > 0, others[latents], -1)
+    near.scores[own, :count] = scores
+
+
+def promoted(
+    shown: Shown, head: Head | None, count: int, words: Vocabulary
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Tokens [F, K] and logits that each latent's direction raises most, and lowers most."""
+    if head is None or len(shown.subject.target_layers) != 1:
+        return {}
+    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"promoted": [], "suppressed": []}
+    for rows in shown.rows.split(HEAD_ROWS):
+        logits = head.promotes(rows).float()
+        for name, sign in (("promoted", 1), ("suppressed", -1)):
+            values, tokens = (sign * logits).topk(min(count, logits.shape[1]), dim=1)
+            parts[name].append((words.meet(tokens.cpu().numpy()), sign * values.cpu().numpy()))
+    return {
+        name: (np.concatenate([t for t, _ in found]), np.concatenate([v for _, v in found]).astype(np.float32))
+        for name, found in parts.items()
+    }
+
+
+def write_columns(
+    folder: Folder,
+    shown: Shown,
+    tokens: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    peak_tokens: np.ndarray,
+) -> None:
+    """What the list sorts and searches by."""
+    seen = shown.seen
+    kept, reasons = shown.kept
+    marks = {name: saved(shown.subject, place) for name, place in MARKS.items()}
+    folder.write(
+        f"{shown.folder}/columns",
+        {
+            "fired": seen.fired.astype(np.uint32),
+            "mean": (seen.mass / np.maximum(seen.fired, 1)).astype(np.float32),
+            "highest": seen.highest,
+            "token": top_tokens(kept, reasons, peak_tokens, shown.subject.width),
+            **({"promoted": tokens["promoted"][0][:, :LISTED]} if tokens else {}),
+            "part_tokens": seen.part_tokens.astype(np.uint32),
+            "marks": {name: mark.cpu().numpy().astype(np.int32) for name, mark in marks.items() if mark is not None},
+        },
+    )
+
+
+def top_tokens(kept: Firings, reasons: np.ndarray, peak_tokens: np.ndarray, width: int) -> np.ndarray:
+    """int32 [F]: the token that most of a latent's strongest examples peak on; of as frequent ones the strongest's."""
+    top = np.flatnonzero(reasons & TOP)
+    latent, token = kept.latent[top], peak_tokens[top]
+    pairs, first, counts = np.unique(latent.astype(np.int64) << 32 | token, return_index=True, return_counts=True)
+    best = largest((pairs >> 32).astype(np.int32), counts - first / (len(top) + 1), 1)
+    found = np.full(width, -1, np.int32)
+    found[pairs[best] >> 32] = pairs[best] & 0xFFFFFFFF
+    return found

@@ -1,0 +1,123 @@
+"""What was measured and logged of a run's SAEs, as the browser's overview shows it.
+
+It is written with the browser, and anew whenever the run is evaluated or drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...output.figures.records import Record
+from .folder import NAME, write_data
+
+CURVE_POINTS = 200
+CURVES = ("loss", "explained_variance", "l0", "dead_share")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of the table: where it comes from, and what it means in a few words."""
+
+    key: str
+    heading: str
+    meaning: str
+    evaluation: str
+    path: str
+    interval: str | None = None
+    """Its name among core's intervals."""
+    is_fidelity: bool = False
+    """Whether it is drawn against sparsity."""
+
+
+COLUMNS = (
+    Column("l0", "L0", "active latents a token, on held-out text", "core", "sparsity.l0", "l0"),
+    Column(
+        "explained_variance",
+        "explained variance",
+        "centred; 1 is all of it",
+        "core",
+        "saemill_metrics.explained_variance",
+        "explained_variance",
+        is_fidelity=True,
+    ),
+    Column(
+        "ce_score",
+        "CE score",
+        "cross entropy restored: 1 the model's own, 0 as bad as zero ablation",
+        "core",
+        "model_performance_preservation.ce_loss_score",
+        "ce_loss_score",
+        is_fidelity=True,
+    ),
+    Column(
+        "kl_score",
+        "KL score",
+        "predictions restored: 1 the model's own, 0 as bad as zero ablation",
+        "core",
+        "model_behavior_preservation.kl_div_score",
+        "kl_div_score",
+        is_fidelity=True,
+    ),
+    Column(
+        "probing",
+        "probing",
+        "test accuracy of probes on five latents",
+        "sparse_probing",
+        "sae.sae_top_5_test_accuracy",
+        is_fidelity=True,
+    ),
+    Column(
+        "attention",
+        "attention fidelity",
+        "how the next layer attends: 1 as from the true residual, 0 as from its mean",
+        "attention",
+        "fidelity.score",
+        is_fidelity=True,
+    ),
+)
+
+
+def write_numbers(browser: Path, records: Sequence[Record]) -> None:
+    """Into a browser's folder."""
+    value = {
+        "columns": [[column.key, column.heading, column.meaning, column.is_fidelity] for column in COLUMNS],
+        "saes": {record.label: {"numbers": numbers(record), "curves": curves(record)} for record in records},
+    }
+    write_data(browser, "numbers", value)
+
+
+def refresh(home: Path, records: Sequence[Record]) -> None:
+    """What a run's browser says of its SAEs, where it has a browser."""
+    if (home / NAME / "data").is_dir():
+        write_numbers(home / NAME, records)
+
+
+def numbers(record: Record) -> dict[str, dict[str, float | None]]:
+    found = {}
+    for column in COLUMNS:
+        value = record.metric(column.evaluation, column.path)
+        if value is None and column.evaluation == "core":
+            value = record.outcome.get(column.key)
+        if value is not None:
+            low, high = interval(record.documents.get(column.evaluation, {}), column.interval)
+            found[column.key] = {"value": value, "low": low, "high": high}
+    return found
+
+
+def interval(document: Mapping[str, Any], name: str | None) -> tuple[float | None, float | None]:
+    found = document.get("saemill_metrics", {}).get("confidence_95", {}).get(name)
+    return (found[0], found[1]) if isinstance(found, list) and len(found) == 2 else (None, None)
+
+
+def curves(record: Record) -> dict[str, tuple[list[float], list[float]]]:
+    """Logged numbers by step, thinned out."""
+    found = {}
+    for name in CURVES:
+        steps, values = record.series(name)
+        every = -(-len(steps) // CURVE_POINTS) or 1
+        if len(steps) > 1:
+            found[name] = (steps[::every], values[::every])
+    return found

@@ -1,0 +1,1011 @@
+// The latent browser. Data come as scripts that call saemill(name, value), because a page opened from disk may add
+// scripts and may read nothing else. Text of the corpus only ever becomes text nodes: nothing here parses markup.
+"use strict";
+
+// ---------------------------------------------------------------- data
+
+const BUILD = document.querySelector("meta[name=build]").content;
+const arrived = new Map(); // name -> {promise, resolve}
+const ARRAYS = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i4: Int32Array, f4: Float32Array };
+
+function saemill(name, value) {
+  arrived.get(name)?.resolve(unpack(value));
+}
+
+function load(name, fresh = false) {
+  if (!arrived.has(name)) {
+    const entry = {};
+    entry.promise = new Promise((resolve, reject) => {
+      entry.resolve = resolve;
+      const script = document.createElement("script");
+      const path = name.split("/").map(encodeURIComponent).join("/");
+      script.src = `data/${path}.js?${fresh ? Date.now() : BUILD}`;
+      script.onload = () => { script.remove(); reject(new Error(`data/${name}.js says nothing: make the browser again`)); };
+      script.onerror = () => { script.remove(); arrived.delete(name); reject(new Error(`data/${name}.js is missing: make the browser again`)); };
+      document.head.append(script);
+    });
+    arrived.set(name, entry);
+  }
+  return arrived.get(name).promise;
+}
+
+function unpack(value) {
+  if (Array.isArray(value)) {
+    if (value.length === 2 && typeof value[1] === "string" && value[0] in ARRAYS) return bytes(value[0], value[1]);
+    return typeof value[0] === "object" ? value.map(unpack) : value;
+  }
+  if (value && typeof value === "object") for (const key of Object.keys(value)) value[key] = unpack(value[key]);
+  return value;
+}
+
+function bytes(kind, text) {
+  let raw;
+  if (Uint8Array.fromBase64) raw = Uint8Array.fromBase64(text);
+  else {
+    const letters = atob(text);
+    raw = new Uint8Array(letters.length);
+    for (let i = 0; i < letters.length; i++) raw[i] = letters.charCodeAt(i);
+  }
+  return new ARRAYS[kind](raw.buffer);
+}
+
+const starts = (counts) => {
+  const found = new Uint32Array(counts.length + 1);
+  for (let i = 0; i < counts.length; i++) found[i + 1] = found[i] + counts[i];
+  return found;
+};
+
+// ---------------------------------------------------------------- elements
+
+function h(name, given = {}, ...inside) {
+  return dress(document.createElement(name), given, inside);
+}
+function s(name, given = {}, ...inside) {
+  return dress(document.createElementNS("http://www.w3.org/2000/svg", name), given, inside);
+}
+function dress(element, given, inside) {
+  for (const [key, value] of Object.entries(given)) {
+    if (key.startsWith("aria-") && typeof value === "boolean") { element.setAttribute(key, String(value)); continue; }
+    if (value === undefined || value === null || value === false) continue;
+    if (key === "on") for (const [event, act] of Object.entries(value)) element.addEventListener(event, act);
+    else if (key === "vars") for (const [name, one] of Object.entries(value)) element.style.setProperty(`--${name}`, one);
+    else if (key === "value") element.value = value;
+    else element.setAttribute(key, value === true ? "" : value);
+  }
+  element.append(...inside.flat(Infinity).filter((part) => part !== null && part !== undefined && part !== false));
+  return element;
+}
+const $ = (id) => document.getElementById(id);
+
+const number = (value, digits = 3) => value === null || value === undefined || Number.isNaN(value) ? "\u2013"
+  : value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(digits)));
+const whole = (value) => value.toLocaleString("en");
+const share = (value) => value === 0 ? "0" : value >= 0.001 ? `${Number((100 * value).toPrecision(value >= 0.1 ? 3 : 2))} %` : `${(100 * value).toExponential(0)} %`;
+
+// Characters that are invisible or turn what stands beside them are written out; joiners inside words stay.
+const UNSEEN = /[\p{Cc}\p{Zl}\p{Zp}\p{Co}\p{Cn}\p{Cs}]|(?![\u200c\u200d])\p{Cf}/gu;
+const LONG = 80;
+function visible(text) {
+  return text.replace(UNSEEN, (letter) => letter === "\n" ? "\u21b5" : letter === "\t" ? "\u2192" : letter === "\r" ? "\u240d"
+    : `\u27e8${letter.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}\u27e9`);
+}
+function brief(text, most = LONG) {
+  if (text.length <= most) return visible(text);
+  const letters = Array.from(text.slice(0, most));
+  return `${visible(letters.slice(0, most - 20).join(""))}\u2026(${whole(text.length)} characters)`;
+}
+// Alone, a token's spaces are seen: one in front stays one, more are counted.
+const spaced = (text) => (text.trim() === "" && text.length < 3 ? text.replaceAll(" ", "\u2423") : text.replace(/ {2,}/g, (run_) => `\u2423\u00d7${run_.length}`)) || "\u2205";
+function chip(token) {
+  const text = token < 0 ? "" : texts[token];
+  return h("bdi", { class: "token" }, token < 0 ? "\u2013" : spaced(brief(text, 40)));
+}
+
+// ---------------------------------------------------------------- what there is
+
+let run, texts, lower, numbers;
+const columns = new Map(); // by folder
+const LIST_ROW = 34;
+const state = { sae: null, sort: "number", way: 1, filter: "all", mark: "all", query: "", order: null, latent: null, layer: null, hits: null };
+
+async function columnsOf(sae) {
+  if (!columns.has(sae.folder)) {
+    const found = await load(`${sae.folder}/columns`);
+    found.density = Float32Array.from(found.fired, (count) => count / Math.max(1, sae.tokens));
+    found.mark = Object.keys(found.marks)[0] ?? null;
+    columns.set(sae.folder, found);
+  }
+  return columns.get(sae.folder);
+}
+
+// ---------------------------------------------------------------- text
+
+const textFile = (window_) => Math.floor(window_ / run.text_windows);
+async function windowsOf(list) {
+  await Promise.all([...new Set(list.map(textFile))].map((file) => load(`text/${file}`)));
+}
+async function loaded(name) { return load(name); }
+const files = new Map();
+async function textOf(window_) {
+  const file = textFile(window_);
+  if (!files.has(file)) files.set(file, await load(`text/${file}`));
+  const start = (window_ - file * run.text_windows) * run.context;
+  const part = files.get(file);
+  return { tokens: part.tokens.subarray(start, start + run.context), marks: part.marks.subarray(start, start + run.context) };
+}
+
+async function attentionOf(window_) {
+  const file = Math.floor(window_ / run.attention_windows);
+  const part = await load(`attention/${file}`);
+  const size = run.context * run.attention_layers.length * run.attended;
+  const start = (window_ - file * run.attention_windows) * size;
+  return { positions: part.positions.subarray(start, start + size), weights: part.weights.subarray(start, start + size) };
+}
+function attendedFrom(attention, at, layer) {
+  // Earlier positions and weights; layer null: the strongest of all layers.
+  const { attention_layers: layers, attended: keys, levels } = run;
+  const found = new Map();
+  layers.forEach((name, place) => {
+    if (layer !== null && layer !== name) return;
+    for (let key = 0; key < keys; key++) {
+      const spot = (at * layers.length + place) * keys + key;
+      const weight = attention.weights[spot] / levels;
+      if (weight > 0) found.set(attention.positions[spot], Math.max(weight, found.get(attention.positions[spot]) ?? 0));
+    }
+  });
+  return [...found].sort((a, b) => b[1] - a[1]);
+}
+
+// ---------------------------------------------------------------- notes
+
+const KEY = () => `saemill:${run.cache_id}:${run.run}`;
+let notes = {};
+function readNotes() {
+  try { notes = checkedNotes(JSON.parse(localStorage.getItem(KEY()) ?? "{}")); } catch { notes = {}; }
+}
+function checkedNotes(value) {
+  const found = {};
+  for (const [label, latents] of Object.entries(value ?? {})) {
+    if (typeof latents !== "object" || latents === null) continue;
+    for (const [latent, note] of Object.entries(latents)) {
+      if (!/^\d+$/.test(latent) || typeof note !== "object" || note === null) continue;
+      const kept = { star: note.star === true, label: typeof note.label === "string" ? note.label.slice(0, 500) : "" };
+      if (kept.star || kept.label) (found[label] ??= {})[latent] = kept;
+    }
+  }
+  return found;
+}
+const noteOf = (label, latent) => notes[label]?.[latent] ?? { star: false, label: "" };
+function setNote(label, latent, change) {
+  const kept = { ...noteOf(label, latent), ...change };
+  notes[label] ??= {};
+  if (kept.star || kept.label) notes[label][latent] = kept; else delete notes[label][latent];
+  saveNotes();
+}
+function saveNotes() {
+  try { localStorage.setItem(KEY(), JSON.stringify(notes)); }
+  catch { say("this browser keeps nothing for pages: export notes before you leave"); }
+}
+let quiet;
+function say(text) {
+  $("said").textContent = text;
+  clearTimeout(quiet);
+  quiet = setTimeout(() => { $("said").textContent = ""; }, 4000);
+}
+
+// ---------------------------------------------------------------- charts
+
+const COLOURS = ["#2f7dc4", "#d9730d", "#2f9e5b", "#b0489a", "#8a6d3b", "#5a67d8", "#c2413b", "#3a9aa8"];
+const colourOf = (place) => COLOURS[place % COLOURS.length];
+const W = innerWidth < 600 ? 340 : 520;
+
+function bars(counts, options) {
+  // options: edges (labels by bar), log, title(i), height, hot
+  const height = options.height ?? 120, foot = 18, width = options.width ?? W;
+  const size = options.log ? (count) => Math.log10(count + 1) : (count) => count;
+  const most = Math.max(...counts.map(size), 1e-9), step = width / counts.length;
+  const chart = s("svg", { viewBox: `0 0 ${width} ${height + foot}`, role: "img", "aria-label": options.label });
+  counts.forEach((count, place) => {
+    const tall = size(count) / most * (height - 14);
+    const bar = s("rect", { class: `bar ${options.hot?.(place) ? "hot" : ""}`, x: place * step + .5, width: Math.max(step - 1, .5), y: height - tall, height: count ? Math.max(tall, 1) : 0, rx: 1 });
+    bar.append(s("title", {}, options.title(place)));
+    chart.append(bar);
+  });
+  chart.append(s("line", { class: "grid", x1: 0, x2: width, y1: height, y2: height }));
+  for (const [place, text, anchor] of options.ticks) chart.append(s("text", { x: place * step, y: height + 14, "text-anchor": anchor ?? "middle" }, text));
+  if (options.top) chart.append(s("text", { x: width, y: 9, "text-anchor": "end" }, options.top));
+  return chart;
+}
+
+function axis(values, log) {
+  const clean = values.filter((value) => value !== null && Number.isFinite(value) && (!log || value > 0));
+  let low = Math.min(...clean), high = Math.max(...clean);
+  if (log) { low = Math.log10(low); high = Math.log10(high); }
+  const pad = (high - low) * .12 || Math.abs(high) * .1 || .5;
+  low -= pad; high += pad;
+  const scale = (value) => ((log ? Math.log10(value) : value) - low) / (high - low);
+  const rough = (high - low) / 4, unit = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((one) => one * unit).find((one) => one >= rough);
+  const ticks = [];
+  if (log) {
+    for (let power = Math.floor(low); power <= high; power++) for (const one of [1, 2, 5]) {
+      const value = one * 10 ** power;
+      if (scale(value) >= 0 && scale(value) <= 1) ticks.push(value);
+    }
+  } else for (let value = Math.ceil(low / step) * step; value <= high; value += step) ticks.push(Number(value.toPrecision(10)));
+  return { scale, ticks };
+}
+
+function frame(x, y, names, label) {
+  const width = W, height = 260, left = 46, foot = 34;
+  const chart = s("svg", { viewBox: `0 0 ${width} ${height + foot}`, role: "img", "aria-label": label });
+  const px = (value) => left + x.scale(value) * (width - left - 10), py = (value) => 8 + (1 - y.scale(value)) * (height - 8);
+  for (const tick of y.ticks) chart.append(s("line", { class: "grid", x1: left, x2: width, y1: py(tick), y2: py(tick) }), s("text", { x: left - 6, y: py(tick) + 4, "text-anchor": "end" }, number(tick)));
+  for (const tick of x.ticks) chart.append(s("line", { class: "grid", x1: px(tick), x2: px(tick), y1: 8, y2: height }), s("text", { x: px(tick), y: height + 15, "text-anchor": "middle" }, number(tick)));
+  chart.append(s("text", { x: width, y: height + 31, "text-anchor": "end" }, names[0]), s("text", { x: 0, y: height + 31 }, names[1]));
+  return { chart, px, py };
+}
+
+function scatter(points, names) {
+  const x = axis(points.map((point) => point.x), true), y = axis(points.flatMap((point) => [point.y, point.low ?? point.y, point.high ?? point.y]), false);
+  const { chart, px, py } = frame(x, y, names, `${names[1]} against ${names[0]}`);
+  let last = -Infinity; // names of near points stand below each other
+  for (const point of [...points].sort((a, b) => b.y - a.y)) {
+    last = Math.max(py(point.y) + 4, last + 13);
+    const group = s("g", { vars: { c: point.colour } });
+    if (point.low !== null && point.low !== undefined) group.append(s("line", { class: "whisker", x1: px(point.x), x2: px(point.x), y1: py(point.low), y2: py(point.high) }));
+    const mark = s("circle", { class: "point", cx: px(point.x), cy: py(point.y), r: 6 });
+    mark.append(s("title", {}, `${point.name}: ${names[0]} ${number(point.x)}, ${names[1]} ${number(point.y, 4)}`));
+    const turn = px(point.x) > W * .7;
+    group.append(mark, s("text", { class: "name", x: px(point.x) + (turn ? -10 : 10), y: last, "text-anchor": turn ? "end" : "start" }, brief(point.name, 30)));
+    chart.append(group);
+  }
+  return chart;
+}
+
+function lines(series, names) {
+  const x = axis(series.flatMap((one) => one.x), false), y = axis(series.flatMap((one) => one.y), names[2] === "log");
+  const { chart, px, py } = frame(x, y, names, `${names[1]} by ${names[0]}`);
+  for (const one of series) {
+    const points = one.x.map((value, place) => [value, one.y[place]]).filter(([, value]) => Number.isFinite(value) && (names[2] !== "log" || value > 0));
+    const line = s("polyline", { class: "line", vars: { c: one.colour }, points: points.map(([a, b]) => `${px(a).toFixed(1)},${py(b).toFixed(1)}`).join(" ") });
+    line.append(s("title", {}, one.name));
+    chart.append(line);
+  }
+  return chart;
+}
+
+// ---------------------------------------------------------------- overview
+
+const link = (label, ...rest) => `#/sae/${[label, ...rest].map(encodeURIComponent).join("/")}`;
+
+function facts(sae) {
+  const known = numbers.saes?.[sae.label] ?? {};
+  return {
+    ...known.numbers,
+    l0: known.numbers?.l0 ?? { value: sae.l0 },
+    alive: { value: sae.alive_share }, dense: { value: sae.dense_share }, width: { value: sae.width },
+  };
+}
+
+let tableSort = ["l0", 1], chosenY, chosenCurve;
+function showOverview() {
+  document.title = `${run.run}: latents`;
+  state.sae = null;
+  const read = Object.entries(run.windows).map(([split, count]) => `${whole(count * run.context)} of the ${split} split`).join(", ");
+  const page = h("div", { class: "page" },
+    h("div", { class: "intro" },
+      h("h1", {}, run.run),
+      h("p", { class: "quiet" }, `${run.saes.length === 1 ? "One SAE" : `${run.saes.length} SAEs`} of ${run.model}, read on ${run.corpus}: tokens ${read}. Choose one to see its latents.`),
+      run.without_words && h("p", { class: "warn small" }, `Tokens are shown as their ids: ${run.without_words}`),
+      run.without_model && h("p", { class: "warn small" }, run.without_model),
+      run.attention_layers.length === 0 && h("p", { class: "warn small" }, "The store holds no attention: what tokens look back at cannot be shown.")),
+    table(), charts(), densities(), curves());
+  $("main").replaceChildren(page);
+}
+
+function table() {
+  const rows = run.saes.map((sae, place) => ({ sae, place, facts: facts(sae) }));
+  const known = [["width", "width", "latents"], ...(numbers.columns ?? [["l0", "L0", "active latents a token"]]), ["alive", "alive", "share of latents that fired at all"], ["dense", "dense", `share of latents that fire on more than ${share(run.saes[0].dense)} of tokens`]]
+    .filter(([key]) => rows.some((row) => row.facts[key]?.value !== undefined && row.facts[key]?.value !== null));
+  const value = (row) => tableSort[0] === "sae" ? row.sae.label : row.facts[tableSort[0]]?.value ?? -Infinity;
+  rows.sort((a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0) * tableSort[1]);
+  const head = (key, text, meaning) => h("th", { scope: "col", title: meaning, "aria-sort": tableSort[0] === key ? (tableSort[1] > 0 ? "ascending" : "descending") : "none" },
+    h("button", { type: "button", on: { click: () => { tableSort = [key, tableSort[0] === key ? -tableSort[1] : key === "sae" ? 1 : -1]; whole_.replaceWith(table()); } } }, text));
+  const cell = (key, fact) => {
+    const shown = fact?.value ?? null;
+    const text = ["alive", "dense"].includes(key) && shown !== null ? share(shown) : key === "width" ? whole(shown) : number(shown, 4);
+    return h("td", {}, text, fact?.low !== undefined && fact.low !== null && h("small", { title: "95 % of resamples of documents" }, `${number(fact.low, 3)} to ${number(fact.high, 3)}`));
+  };
+  const whole_ = h("section", { class: "card wide" }, h("table", { id: "saes" },
+    h("thead", {}, h("tr", {}, head("sae", "SAE", "name in the run"), known.map(([key, text, meaning]) => head(key, text, meaning)))),
+    h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, h("span", { class: "dot", vars: { c: colourOf(row.place) } }), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key])))))));
+  return whole_;
+}
+
+function charts() {
+  const choices = (numbers.columns ?? []).filter(([key, , , fidelity]) => fidelity && run.saes.some((sae) => Number.isFinite(facts(sae)[key]?.value)));
+  const box = h("section", { class: "card" });
+  if (!choices.length) return h("section", { class: "card quiet" }, "No evaluation has measured fidelity yet: sae-eval RUN --evals core puts these SAEs on a chart.");
+  const draw = () => {
+    chosenY = choices.find(([key]) => key === chosenY)?.[0] ?? choices[0][0];
+    const [, name] = choices.find(([key]) => key === chosenY);
+    const points = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), x: facts(sae).l0.value, y: facts(sae)[chosenY]?.value, low: facts(sae)[chosenY]?.low, high: facts(sae)[chosenY]?.high })).filter((point) => point.x > 0 && Number.isFinite(point.y));
+    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Sparsity and fidelity"), chooser("fidelity", choices.map(([key, text]) => [key, text]), chosenY, (key) => { chosenY = key; draw(); })), points.length ? scatter(points, ["L0 (active latents a token)", name]) : h("p", { class: "quiet" }, "no numbers"));
+  };
+  draw();
+  return h("div", { class: "pair" }, box, curvesCard());
+}
+const chooser = (label, choices, chosen, act) => h("select", { "aria-label": label, on: { change: (event) => act(event.target.value) } }, choices.map(([key, text]) => h("option", { value: key, selected: key === chosen }, text)));
+
+function curvesCard() {
+  const names = [...new Set(run.saes.flatMap((sae) => Object.keys(numbers.saes?.[sae.label]?.curves ?? {})))];
+  const box = h("section", { class: "card" });
+  const draw = () => {
+    chosenCurve = names.includes(chosenCurve) ? chosenCurve : names[0];
+    const series = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), curve: numbers.saes?.[sae.label]?.curves?.[chosenCurve] })).filter((one) => one.curve).map((one) => ({ ...one, x: one.curve[0], y: one.curve[1] }));
+    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Training"), names.length > 0 && chooser("curve", names.map((name) => [name, name.replaceAll("_", " ")]), chosenCurve, (name) => { chosenCurve = name; draw(); })),
+      series.length ? lines(series, ["step", chosenCurve.replaceAll("_", " "), chosenCurve === "loss" ? "log" : ""]) : h("p", { class: "quiet" }, "The run's folder has no log of its training."));
+  };
+  draw();
+  return box;
+}
+function curves() {
+  return (numbers.columns ?? []).some(([key, , , fidelity]) => fidelity && run.saes.some((sae) => Number.isFinite(facts(sae)[key]?.value))) ? null : curvesCard();
+}
+
+function densities() {
+  return h("section", { class: "card" }, h("h2", {}, "How often latents fire"), h("div", { class: "many" }, run.saes.map((sae) => {
+    const { edges, counts } = sae.density;
+    const dead = Math.round(sae.width * (1 - sae.alive_share));
+    return h("div", {}, h("div", { class: "row-of between small" }, h("a", { href: link(sae.label) }, brief(sae.label, 30)), h("span", { class: "quiet" }, dead ? `${whole(dead)} never fired` : "all fired")),
+      bars(counts, { width: 300, height: 70, label: `densities of ${sae.label}`, hot: (place) => 10 ** edges[place] >= sae.dense,
+        title: (place) => `${whole(counts[place])} latents fire on ${share(10 ** edges[place])} to ${share(10 ** edges[place + 1])} of tokens`,
+        ticks: [-6, -4, -2, 0].map((power) => [(power + 6) * 4, power === 0 ? "all tokens" : `10^${power}`, power === 0 ? "end" : power === -6 ? "start" : "middle"]) }));
+  })), h("p", { class: "small quiet" }, "Latents by the share of tokens they fire on; orange are the dense ones."));
+}
+
+// ---------------------------------------------------------------- list
+
+let rows, inner, pool = [], split, detail, selecting = 0;
+
+async function showSae(label, latent, window_) {
+  const sae = run.saes.find((one) => one.label === label);
+  if (!sae) return showMissing(`There is no SAE ${label} in this run.`);
+  const isNew = state.sae !== sae || !split?.isConnected;
+  state.sae = sae;
+  const found = await columnsOf(sae);
+  if (state.sae !== sae) return;
+  if (isNew) {
+    Object.assign(state, { mark: "all", filter: "all", hits: null });
+    buildList(sae, found);
+    await arrange();
+  }
+  split.dataset.shows = latent === null ? "list" : "latent";
+  document.title = latent === null ? `${label}: latents` : `${label} ${latent}`;
+  if (latent === null) {
+    state.latent = null;
+    drawRows();
+    detail.replaceChildren(h("div", { class: "latent quiet" }, h("p", {}, "Choose a latent: click one, or step with ", h("kbd", {}, "j"), " and ", h("kbd", {}, "k"), ".")));
+    if (matchMedia("(min-width: 1021px)").matches && state.order.length) await showLatent(sae, state.order[0], null, false);
+    return;
+  }
+  if (!(latent >= 0 && latent < sae.width)) return detail.replaceChildren(h("div", { class: "latent" }, h("p", { class: "warn" }, `${label} has latents 0 to ${whole(sae.width - 1)}.`)));
+  await showLatent(sae, latent, window_, isNew);
+}
+
+function buildList(sae, found) {
+  inner = h("div", {});
+  rows = h("div", { class: "rows", role: "listbox", tabindex: 0, "aria-label": "latents", on: { scroll: drawRows } }, inner);
+  pool = [];
+  detail = h("section", { class: "detail", id: "detail", tabindex: -1, "aria-label": "latent" });
+  const head = (key, text, meaning) => h("button", { type: "button", "data-key": key, title: meaning, on: { click: () => sortBy(key) } }, text);
+  const filters = [["all", "all latents"], ["alive", "that fire"], ["dead", "dead"], ["dense", "dense"], ["sparse", "not dense"], ["starred", "starred"], ["labelled", "labelled"]];
+  const marks = found.mark === null ? [] : [...new Set(found.marks[found.mark])].sort((a, b) => a - b);
+  split = h("div", { class: `split ${found.mark ? "has-mark" : ""}`, "data-shows": "list" },
+    h("section", { class: "list", "aria-label": `latents of ${sae.label}` },
+      h("div", { class: "list-top" }, h("div", { class: "row-of between" },
+        chooser("which latents", filters, state.filter, (key) => { state.filter = key; arrange(); }),
+        found.mark && chooser(found.mark, [["all", `every ${found.mark}`], ...marks.map((mark) => [String(mark), markName(found.mark, mark)])], state.mark, (key) => { state.mark = key; arrange(); }),
+        h("span", { class: "small quiet" }, `${whole(sae.width)} latents, L0 ${number(sae.l0)}`)),
+        h("p", { class: "found", id: "found", role: "status" })),
+      h("div", { class: "heads" }, head("number", "latent", "by number"), head("token", "fires on", "the token of most of its strongest examples"), head("density", "density", "share of tokens on which it fires"), head("mean", "mean", "of its activations"), found.mark && head("mark", found.mark, found.mark)),
+      rows),
+    detail);
+  $("main").replaceChildren(split);
+}
+const markName = (name, mark) => mark < 0 ? `no ${name}` : `${name} ${mark + 1}`;
+
+function sortBy(key) {
+  const first = key === "number" || key === "token" || key === "mark" ? 1 : -1;
+  state.way = state.sort === key ? -state.way : first;
+  state.sort = key;
+  arrange();
+}
+
+async function arrange() {
+  const { sae } = state, found = columns.get(sae.folder), query = state.query.trim();
+  const hits = query ? await search(sae, found, query) : null;
+  if (state.sae !== sae || state.query.trim() !== query) return;
+  state.hits = hits;
+  const chosen = [];
+  const noted = notes[sae.label] ?? {};
+  for (let latent = 0; latent < sae.width; latent++) {
+    const fired = found.fired[latent];
+    if (hits && !hits.score[latent]) continue;
+    if (state.filter !== "all" && !{ alive: fired > 0, dead: fired === 0, dense: found.density[latent] > sae.dense, sparse: found.density[latent] <= sae.dense, starred: noted[latent]?.star, labelled: noted[latent]?.label }[state.filter]) continue;
+    if (state.mark !== "all" && found.marks[found.mark][latent] !== Number(state.mark)) continue;
+    chosen.push(latent);
+  }
+  const key = sortKey(found, hits);
+  if (key) { const way = hits && state.sort === "number" ? -1 : state.way; chosen.sort((a, b) => (key[a] - key[b]) * way || a - b); }
+  else if (state.way < 0) chosen.reverse();
+  state.order = chosen;
+  for (const button of split.querySelectorAll(".heads button")) {
+    if (button.dataset.key === state.sort) button.dataset.way = state.way > 0 ? "up" : "down"; else delete button.dataset.way;
+  }
+  $("found").textContent = hits ? `${whole(chosen.length)} found${hits.said}` : chosen.length === sae.width ? "" : `${whole(chosen.length)} of ${whole(sae.width)}`;
+  inner.style.height = `${chosen.length * LIST_ROW}px`;
+  rows.scrollTop = 0;
+  drawRows();
+  revealSelected();
+}
+
+function sortKey(found, hits) {
+  if (state.sort === "number") return hits?.score ?? null;
+  if (state.sort === "token") { const rank = tokenRanks(); return Int32Array.from(found.token, (token) => token < 0 ? 2 ** 30 : rank[token]); }
+  return state.sort === "mark" ? found.marks[found.mark] : found[state.sort];
+}
+let ranks;
+function tokenRanks() {
+  if (!ranks) {
+    ranks = new Int32Array(texts.length);
+    const compare = new Intl.Collator("en").compare;
+    [...texts.keys()].filter((token) => texts[token]).sort((a, b) => compare(texts[a].trim(), texts[b].trim())).forEach((token, place) => { ranks[token] = place; });
+  }
+  return ranks;
+}
+
+function drawRows() {
+  if (!rows?.isConnected || !state.order) return;
+  const { sae, order, hits } = state, found = columns.get(sae.folder);
+  const first = Math.max(0, Math.floor(rows.scrollTop / LIST_ROW) - 6), count = Math.min(order.length - first, Math.ceil(rows.clientHeight / LIST_ROW) + 12);
+  while (pool.length < count) {
+    const row = h("a", { class: "r", role: "option", tabindex: -1 }, ["n", "t", "v spark", "v", "v"].slice(0, found.mark ? 5 : 4).map((name) => h("span", { class: name })));
+    pool.push(row);
+    inner.append(row);
+  }
+  pool.forEach((row, place) => {
+    row.hidden = place >= count;
+    if (row.hidden) return;
+    const latent = order[first + place], note = noteOf(sae.label, latent), [n, t, density, mean, mark] = row.children;
+    row.style.transform = `translateY(${(first + place) * LIST_ROW}px)`;
+    row.href = link(sae.label, latent);
+    row.id = `row-${latent}`;
+    row.classList.toggle("dead", found.fired[latent] === 0);
+    row.setAttribute("aria-selected", latent === state.latent);
+    row.setAttribute("aria-posinset", first + place + 1);
+    row.setAttribute("aria-setsize", order.length);
+    n.textContent = (note.star ? "\u2605 " : "") + latent;
+    n.classList.toggle("starred", note.star);
+    const why = hits?.why(latent);
+    t.replaceChildren(...[note.label ? h("span", { class: "own" }, brief(note.label, 60)) : found.fired[latent] ? chip(found.token[latent]) : "dead", why && h("span", { class: "why" }, why)].filter(Boolean));
+    density.textContent = found.fired[latent] ? share(found.density[latent]) : "\u2013";
+    density.style.setProperty("--p", found.fired[latent] ? Math.max(.02, 1 + Math.log10(found.density[latent]) / 6) : 0);
+    mean.textContent = found.fired[latent] ? number(found.mean[latent]) : "\u2013";
+    if (mark) mark.textContent = found.marks[found.mark][latent] < 0 ? "\u2013" : found.marks[found.mark][latent] + 1;
+  });
+  if (state.latent !== null) rows.setAttribute("aria-activedescendant", `row-${state.latent}`); else rows.removeAttribute("aria-activedescendant");
+}
+
+function revealSelected() {
+  const place = state.latent === null ? -1 : state.order.indexOf(state.latent);
+  if (place < 0 || !rows?.isConnected) return;
+  const top = place * LIST_ROW;
+  if (top < rows.scrollTop || top + LIST_ROW > rows.scrollTop + rows.clientHeight) rows.scrollTop = Math.max(0, top - rows.clientHeight / 2);
+  drawRows();
+}
+
+// ---------------------------------------------------------------- search
+
+const BEFORE = 16, AFTER = 8; // tokens of an example that are shown at first
+
+async function search(sae, found, query) {
+  const score = new Float32Array(sae.width), fires = new Uint8Array(sae.width), promotes = new Uint8Array(sae.width), named = new Uint8Array(sae.width);
+  let inText = new Uint16Array(sae.width), wanted = query.toLowerCase(), isExact = -1;
+  if (/^\d+$/.test(query) && Number(query) < sae.width) { isExact = Number(query); score[isExact] = 1e6; }
+  lower ??= texts.map((text) => text.toLowerCase());
+  const has = Uint8Array.from(lower, (text) => text.trim() === wanted ? 2 : text.includes(wanted) ? 1 : 0);
+  const each = found.promoted ? found.promoted.length / sae.width : 0;
+  for (let latent = 0; latent < sae.width; latent++) {
+    if (found.token[latent] >= 0 && has[found.token[latent]]) { fires[latent] = 1; score[latent] += 1000 * has[found.token[latent]]; }
+    for (let place = 0; place < each; place++) if (has[found.promoted[latent * each + place]]) { promotes[latent] = 1; score[latent] += 100; break; }
+  }
+  for (const [latent, note] of Object.entries(notes[sae.label] ?? {})) if (note.label.toLowerCase().includes(wanted) && latent < sae.width) { named[latent] = 1; score[latent] += 5000; }
+  inText = await searchTexts(sae, wanted);
+  for (let latent = 0; latent < sae.width; latent++) score[latent] += inText[latent];
+  const count = (flags) => flags.reduce((sum, flag) => sum + (flag ? 1 : 0), 0);
+  const parts = [[count(fires), "fire on it"], [count(promotes), "promote it"], [count(inText), "have it in an example"], [count(named), "by your label"]].filter(([many]) => many).map(([many, what]) => `${whole(many)} ${what}`);
+  return {
+    score, said: parts.length ? `: ${parts.join(", ")}` : "",
+    why: (latent) => latent === isExact ? "this number" : named[latent] ? "your label" : fires[latent] ? "" : promotes[latent] ? "promotes it" : inText[latent] ? `in ${inText[latent]} example${inText[latent] > 1 ? "s" : ""}` : "",
+  };
+}
+
+let joined; // of every file of text: its characters and where tokens begin in them
+async function allTexts() {
+  if (!joined) {
+    const total = Object.values(run.windows).reduce((a, b) => a + b, 0);
+    const found = [];
+    lower ??= texts.map((text) => text.toLowerCase());
+    for (let file = 0; file * run.text_windows < total; file++) {
+      const { tokens } = await load(`text/${file}`);
+      const begins = new Uint32Array(tokens.length), parts = new Array(tokens.length);
+      let place = 0;
+      for (let i = 0; i < tokens.length; i++) {
+        if (i % run.context === 0) place += 1; // a character that no query has stands between windows
+        begins[i] = place;
+        parts[i] = (i % run.context === 0 ? "\u0000" : "") + lower[tokens[i]];
+        place += lower[tokens[i]].length;
+      }
+      found.push({ text: parts.join(""), begins, first: file * run.text_windows * run.context });
+    }
+    joined = { files: found, tokens: total * run.context };
+  }
+  return joined;
+}
+
+async function searchTexts(sae, wanted) {
+  const { files: parts, tokens } = await allTexts();
+  const near = new Uint8Array(tokens);
+  for (const part of parts) {
+    for (let at = part.text.indexOf(wanted); at >= 0; at = part.text.indexOf(wanted, at + 1)) {
+      let low = 0, high = part.begins.length - 1;
+      while (low < high) { const middle = (low + high + 1) >> 1; if (part.begins[middle] <= at) low = middle; else high = middle - 1; }
+      const token = part.first + low, begin = Math.floor(token / run.context) * run.context;
+      near.fill(1, Math.max(begin, token - AFTER), Math.min(begin + run.context, token + BEFORE + 1));
+    }
+  }
+  const counts = new Uint16Array(sae.width);
+  for (let first = 0, file = 0; first < sae.width; first += 1 << 14, file++) {
+    const places = await load(`${sae.folder}/places/${file}`);
+    let place = 0;
+    places.counts.forEach((many, row) => { for (let i = 0; i < many; i++, place++) counts[first + row] += near[places.window[place] * run.context + places.at[place]]; });
+  }
+  return counts;
+}
+
+// ---------------------------------------------------------------- latent
+
+const TOP = 1, SAMPLE = 2, LOW = 4, RANDOM = 8;
+const cut = new Map(); // of the latents' files: where the ragged arrays begin
+async function latentData(sae, latent) {
+  const file = Math.floor(latent / run.file_latents), name = `${sae.folder}/latents/${file}`;
+  const data = await load(name);
+  if (!cut.has(name)) cut.set(name, { items: starts(data.counts), values: starts(data.lengths), bins: starts(data.bins_count) });
+  const { items, values, bins } = cut.get(name), row = latent - file * run.file_latents;
+  const found = columns.get(sae.folder);
+  const examples = [];
+  for (let item = items[row]; item < items[row + 1]; item++) {
+    examples.push({ window: data.window[item], at: data.at[item], peak: data.peak[item], reasons: data.reasons[item],
+      positions: data.positions.subarray(values[item], values[item + 1]), levels: data.levels.subarray(values[item], values[item + 1]) });
+  }
+  const slice = (array) => array.subarray(row * array.length / data.counts.length, (row + 1) * array.length / data.counts.length);
+  const near = (one) => one && { latents: slice(one.latents), scores: slice(one.scores) };
+  return {
+    latent, examples, highest: found.highest[latent], fired: found.fired[latent],
+    bins: { first: data.bins_first[row], counts: [...data.bins.subarray(bins[row], bins[row + 1])] },
+    parts: [...slice(data.parts)],
+    byDirection: near(data.by_direction), byFiring: near(data.by_firing), madeOf: near(data.made_of), partOf: near(data.part_of),
+    others: data.others.map((one) => ({ label: one.label, by: one.by, ...near(one) })),
+    promoted: data.promoted && { tokens: slice(data.promoted.tokens), values: slice(data.promoted.values) },
+    suppressed: data.suppressed && { tokens: slice(data.suppressed.tokens), values: slice(data.suppressed.values) },
+  };
+}
+
+async function showLatent(sae, latent, window_, isNew) {
+  const mine = ++selecting;
+  state.latent = latent;
+  if (isNew) revealSelected(); else { drawRows(); }
+  const data = await latentData(sae, latent);
+  await windowsOf(data.examples.map((example) => example.window));
+  for (const example of data.examples) example.text = await textOf(example.window);
+  if (mine !== selecting || state.sae !== sae) return;
+  const found = columns.get(sae.folder);
+  detail.replaceChildren(h("article", { class: "latent" }, title(sae, latent, found), factsOf(sae, data, found), ...(data.fired ? body(sae, data, found) : [h("p", { class: "quiet" }, `It never fired on the ${whole(sae.tokens)} tokens that were read.`), related(sae, data, found), logits(data)])));
+  detail.scrollTop = 0;
+  detail.dataset.latent = latent;
+  if (window_ !== null) openExample(window_);
+  if (data.fired && run.attention_layers.length) addAttention(sae, data, mine);
+}
+
+function title(sae, latent, found) {
+  const note = noteOf(sae.label, latent), marks = Object.entries(found.marks);
+  const star = h("button", { type: "button", "aria-pressed": note.star, title: "star (s)", id: "star", on: { click: () => toggleStar() } }, note.star ? "\u2605 starred" : "\u2606 star");
+  const own = h("input", { class: "own-label", id: "own-label", placeholder: "your label", "aria-label": "your label for this latent", value: note.label, maxlength: 500,
+    on: { change: (event) => { setNote(sae.label, latent, { label: event.target.value.trim() }); drawRows(); } } });
+  return h("div", { class: "top" }, h("a", { class: "back", href: link(sae.label) }, "\u2190 all latents"),
+    h("h1", {}, `${latent} `, found.fired[latent] > 0 && h("span", {}, chip(found.token[latent]))),
+    found.fired[latent] === 0 && h("span", { class: "flag" }, "dead"), found.density[latent] > sae.dense && h("span", { class: "flag" }, "dense"),
+    marks.map(([name, values]) => h("span", { class: "flag" }, markName(name, values[latent]))),
+    h("div", { class: "row-of" }, own, star, h("button", { type: "button", title: "previous (k)", "aria-label": "previous latent", on: { click: () => step(-1) } }, "\u2191"), h("button", { type: "button", title: "next (j)", "aria-label": "next latent", on: { click: () => step(1) } }, "\u2193"),
+      h("button", { type: "button", title: "copy a link to this latent", on: { click: copyLink } }, "link")));
+}
+function toggleStar() {
+  const star = !noteOf(state.sae.label, state.latent).star;
+  setNote(state.sae.label, state.latent, { star });
+  $("star").textContent = star ? "\u2605 starred" : "\u2606 star";
+  $("star").setAttribute("aria-pressed", star);
+  drawRows();
+}
+async function copyLink() {
+  const address = location.href.split("#")[0] + link(state.sae.label, state.latent);
+  try { await navigator.clipboard.writeText(address); say("link copied"); } catch { say(address); }
+}
+
+function factsOf(sae, data, found) {
+  const { latent } = data, fact = (value, text) => h("li", {}, h("b", {}, value), ` ${text}`);
+  return h("ul", { class: "facts" }, fact(share(found.density[latent]), `of tokens (${whole(data.fired)} of ${whole(sae.tokens)})`), fact(number(found.mean[latent]), "mean activation"), fact(number(data.highest), "highest"));
+}
+
+function body(sae, data, found) {
+  const { edges } = run, bins = data.bins, parts = data.parts.map((count, place) => count / Math.max(1, found.part_tokens[place]));
+  const each = run.context / parts.length;
+  const marks = [0, .25, .5, .75, 1].map((part) => Math.round(part * bins.counts.length));
+  const charts_ = h("div", { class: "pair" },
+    h("section", { class: "card" }, h("h2", {}, "Activations"), bars(bins.counts, { log: true, label: "histogram of activations",
+      title: (place) => `${whole(bins.counts[place])} between ${number(edges[bins.first + place])} and ${number(edges[bins.first + place + 1] ?? Infinity)}`, top: `at most ${whole(Math.max(...bins.counts))} in a bar, log scale`,
+      ticks: [...new Set(marks)].map((place) => [place, number(edges[bins.first + place] ?? edges.at(-1), 2), place === 0 ? "start" : place === bins.counts.length ? "end" : "middle"]) })),
+    h("section", { class: "card" }, h("h2", {}, "Position in the window"), bars(parts, { label: "density by position",
+      title: (place) => `positions ${Math.ceil(place * each)} to ${Math.ceil((place + 1) * each) - 1}: fires on ${share(parts[place])} of tokens`, top: `up to ${share(Math.max(...parts))} of tokens`,
+      ticks: [[0, "0", "start"], [parts.length / 2, String(run.context / 2)], [parts.length, String(run.context - 1), "end"]] })));
+  return [examplesCard(sae, data), attentionCard(), charts_, related(sae, data, found), logits(data)];
+}
+
+function pairs(items, empty) {
+  return items.length ? h("ul", { class: "pairs" }, items.map(([left, middle, right]) => h("li", {}, left, middle, h("span", {}, right)))) : h("p", { class: "small quiet" }, empty);
+}
+
+function logits(data) {
+  const why = run.without_model ?? "This SAE writes to several layers, so it has no one place in front of the model's head.";
+  if (!data.promoted) return h("section", { class: "card" }, h("h2", {}, "Promoted tokens"), h("p", { class: "small quiet" }, why));
+  const listed = ({ tokens, values }) => pairs([...tokens].map((token, place) => [chip(token), "", number(values[place])]), "none");
+  return h("section", { class: "card", id: "logits" }, h("h2", { title: "the decoder's direction through the model's final norm and unembedding" }, "Through the model's head"), h("div", { class: "three" }, h("div", {}, h("h3", {}, "promotes"), listed(data.promoted)), h("div", {}, h("h3", {}, "suppresses"), listed(data.suppressed))));
+}
+
+function related(sae, data, found) {
+  const entry = (target, columns_, latent, score) => [h("a", { href: link(target.label, latent) }, `${latent}`), columns_ ? h("span", {}, noteOf(target.label, latent).label || chip(columns_.token[latent])) : "", number(score, 2)];
+  const listed = (near, empty) => pairs([...near.latents].map((latent, place) => [latent, near.scores[place]]).filter(([latent]) => latent >= 0).map(([latent, score]) => entry(sae, found, latent, score)), empty);
+  const groups = [];
+  if (data.byDirection) groups.push(h("div", {}, h("h3", { title: "cosine of decoder rows" }, "writes in a like direction (cosine)"), listed(data.byDirection, "it is alone")));
+  groups.push(h("div", {}, h("h3", { title: "tokens on which both fire, over the geometric mean of those on which each does" }, "fires on the same tokens"), listed(data.byFiring, "with none often enough to tell")));
+  if (data.madeOf) groups.push(h("div", {}, h("h3", {}, "made of, in the tier below"), listed(data.madeOf, "nothing below it")), h("div", {}, h("h3", {}, "part of, in the tier above"), listed(data.partOf, "nothing above it")));
+  const box = h("section", { class: "card", id: "related" }, h("h2", {}, "Near it"), h("div", { class: "three" }, groups));
+  const labels = [...new Set(data.others.map((one) => one.label))].filter((label) => run.saes.some((one) => one.label === label));
+  if (labels.length) {
+    const others = h("div", { class: "three" });
+    box.append(h("h2", { class: "again" }, "In the other SAEs"), others);
+    for (const label of labels) {
+      const target = run.saes.find((one) => one.label === label), place = h("div", {}, h("h3", {}, brief(label, 30)));
+      others.append(place);
+      columnsOf(target).then((columns_) => {
+        for (const one of data.others.filter((other) => other.label === label)) {
+          const there = [...one.latents].map((latent, rank) => [latent, one.scores[rank]]).filter(([latent, score]) => latent >= 0 && score > 0);
+          if (there.length) place.append(h("p", { class: "small quiet tight" }, one.by === "direction" ? "cosine" : "fires on the same tokens"), pairs(there.map(([latent, score]) => entry(target, columns_, latent, score))));
+        }
+        if (place.children.length === 1) place.append(h("p", { class: "small quiet" }, "no counterpart"));
+      });
+    }
+  }
+  return box;
+}
+
+// ---------------------------------------------------------------- examples
+
+let shown = []; // examples on the page
+
+function examplesCard(sae, data) {
+  const sample = data.examples.filter((example) => example.reasons & SAMPLE), rest = sample.filter((example) => !(example.reasons & RANDOM));
+  const quarter = (place) => rest.slice(Math.floor(place * rest.length / 4), Math.floor((place + 1) * rest.length / 4));
+  const groups = [["Strongest", data.examples.filter((example) => example.reasons & TOP)]];
+  const isFew = data.examples.every((example) => example.reasons & TOP);
+  if (!isFew) {
+    ["highest quarter of its firings", "second quarter", "third quarter", "lowest quarter"].forEach((name, place) => groups.push([`Sampled from the ${name}`, quarter(place)]));
+    groups.push(["Random firings", sample.filter((example) => example.reasons & RANDOM)], ["Just above the threshold", data.examples.filter((example) => example.reasons & LOW).reverse()]);
+  }
+  shown = [];
+  const box = h("section", { class: "card", id: "examples", on: { pointerover: hover, pointerout: leave, click: pick, keydown: exampleKeys, focusin: focusExample } },
+    h("div", { class: "row-of between" }, h("h2", {}, "Where it fires"), h("span", { class: "row-of" }, h("span", { class: "legend" }, number(0), h("i"), number(data.highest)), run.attention_layers.length > 0 && layerChooser())),
+    groups.filter(([, list]) => list.length).map(([name, list]) => [h("h3", {}, name), h("ul", { class: "examples" }, list.map((example) => exampleLine({ ...example, highest: data.highest })))]));
+  return box;
+}
+
+function layerChooser() {
+  const choices = [[null, "all"], ...run.attention_layers.map((layer) => [layer, String(layer)]), [-1, "off"]];
+  return h("span", { class: "legend" }, h("span", { title: "Underlined: earlier tokens that the model attended to from the token that fired, heads averaged; the token itself and special tokens are left out" }, h("u", {}, "looks back"), " in layer"),
+    h("span", { class: "layers", role: "group", "aria-label": "layer of attention" }, choices.map(([layer, text]) => h("button", { type: "button", "aria-pressed": state.layer === layer, "data-layer": String(layer), on: { click: (event) => { state.layer = layer; for (const one of event.target.parentNode.children) one.setAttribute("aria-pressed", one === event.target); relook(); event.stopPropagation(); } } }, text))));
+}
+
+function exampleLine(example) {
+  const line = h("li", { class: "ex", tabindex: 0, "data-place": shown.length, "aria-expanded": "false" }, h("span", { class: "peak", title: "activation" }, number(example.peak)), h("div", { class: "ctx" }), h("div", { class: "where", hidden: true }));
+  shown.push(Object.assign(example, { line, from: Math.max(0, example.at - BEFORE), to: Math.min(run.context, example.at + AFTER + 1), look: example.at }));
+  drawExample(example);
+  return line;
+}
+
+function drawExample(example) {
+  const { tokens, marks } = example.text, values = new Map([...example.positions].map((position, place) => [position, example.levels[place] / 65535]));
+  const wanted = state.query.trim().toLowerCase();
+  const spans = [];
+  for (let at = example.from; at < example.to; at++) {
+    const value = values.get(at), text = texts[tokens[at]], span = document.createElement("span");
+    if (text.length > 1 && /[\n\r\t]/.test(text)) {
+      for (const part of text.split(/([\n\r\t])/)) if (part) span.append(/[\n\r\t]/.test(part) ? h("span", { class: "sign" }, visible(part)) : brief(part));
+    } else span.textContent = brief(text);
+    if (wanted.length > 1 && text.toLowerCase().includes(wanted)) { const mark = document.createElement("mark"); mark.append(...span.childNodes); span.append(mark); }
+    span.dataset.at = at;
+    if (value) { span.className = "on"; span.style.setProperty("--a", (.06 + .94 * value) * HEAT_MOST); }
+    if (at === example.at) span.classList.add("hit");
+    if (marks[at] & 1) span.classList.add("out");
+    if (marks[at] & 2) span.classList.add("begin");
+    spans.push(span);
+  }
+  example.line.children[1].replaceChildren(...spans);
+  if (example.attention) look(example);
+}
+
+function expand(example, isOpen) {
+  example.from = isOpen ? 0 : Math.max(0, example.at - BEFORE);
+  example.to = isOpen ? run.context : Math.min(run.context, example.at + AFTER + 1);
+  example.line.setAttribute("aria-expanded", isOpen);
+  drawExample(example);
+  const where = example.line.children[2];
+  where.hidden = !isOpen;
+  where.replaceChildren(h("span", {}, `window ${example.window}, position ${example.at}`), h("a", { href: link(state.sae.label, state.latent, example.window) }, "link to this example"));
+}
+
+function openExample(window_) {
+  const example = shown.find((one) => one.window === window_);
+  if (!example) return say(`this latent has no example in window ${window_}`);
+  example.line.setAttribute("aria-current", "true");
+  expand(example, true);
+  example.line.scrollIntoView({ block: "center" });
+}
+
+const exampleAt = (target) => { const line = target.closest?.(".ex"); return line ? shown[Number(line.dataset.place)] : null; };
+function pick(event) {
+  const example = exampleAt(event.target);
+  if (!example || event.target.closest("a")) return;
+  if (matchMedia("(hover: none)").matches && event.target.closest("[data-at]") && example.touched !== event.target.closest("[data-at]").dataset.at) {
+    example.touched = event.target.closest("[data-at]").dataset.at;
+    return hover(event);
+  }
+  expand(example, example.line.getAttribute("aria-expanded") !== "true");
+}
+function hover(event) {
+  const span = event.target.closest?.(".ctx [data-at]"), example = exampleAt(event.target);
+  if (!span || !example) return;
+  point(example, Number(span.dataset.at), span);
+}
+function leave(event) {
+  const example = exampleAt(event.target);
+  if (!example || example.line.contains(event.relatedTarget)) return;
+  $("tip").hidden = true;
+  unpoint(example);
+}
+function unpoint(example) {
+  for (const one of example.line.querySelectorAll(".cur")) one.classList.remove("cur");
+  example.cursor = undefined;
+  if (example.look !== example.at) { example.look = example.at; look(example); }
+}
+function focusExample(event) { if (!event.target.closest?.(".ex")) $("tip").hidden = true; }
+function exampleKeys(event) {
+  const example = exampleAt(event.target);
+  if (!example || event.target.closest("a, button") || event.altKey || event.ctrlKey || event.metaKey) return;
+  if (event.key === "Enter" || event.key === " ") { event.preventDefault(); expand(example, example.line.getAttribute("aria-expanded") !== "true"); }
+  if (event.key === "ArrowLeft" || event.key === "ArrowRight") {
+    event.preventDefault();
+    const at = Math.min(example.to - 1, Math.max(example.from, (example.cursor ?? example.at) + (example.cursor === undefined ? 0 : event.key === "ArrowLeft" ? -1 : 1)));
+    for (const one of example.line.querySelectorAll(".cur")) one.classList.remove("cur");
+    example.cursor = at;
+    const span = example.line.querySelector(`[data-at="${at}"]`);
+    span.classList.add("cur");
+    point(example, at, span);
+  }
+}
+
+function point(example, at, span) {
+  const place = example.positions.indexOf(at), text = texts[example.text.tokens[at]], tip = $("tip");
+  const activation = example.text.marks[at] & 1 ? "left out: special, or an outlier" : place < 0 ? "does not fire" : `activation ${number(at === example.at ? example.peak : example.levels[place] / 65535 * example.highest)}`;
+  const lines_ = [h("div", {}, h("code", {}, spaced(brief(text, 300))), ` at ${at}`), h("div", { class: "big" }, activation)];
+  if (example.attention && state.layer !== -1) {
+    const seen = attendedFrom(example.attention, at, state.layer).slice(0, 4);
+    lines_.push(h("div", {}, seen.length ? "looks back at " : "looks back at nothing that was kept", ...seen.flatMap(([position, weight], rank) => [rank ? ", " : "", h("code", {}, spaced(brief(texts[example.text.tokens[position]], 24))), ` ${Math.round(100 * weight)} %`])));
+  }
+  tip.replaceChildren(...lines_);
+  tip.hidden = false;
+  const box = span.getClientRects()[0] ?? span.getBoundingClientRect(), size = tip.getBoundingClientRect();
+  tip.style.left = `${Math.max(6, Math.min(innerWidth - size.width - 6, box.left + box.width / 2 - size.width / 2))}px`;
+  tip.style.top = `${box.top - size.height - 8 > 0 ? box.top - size.height - 8 : box.bottom + 8}px`;
+  if (example.look !== at) { example.look = at; look(example); }
+}
+
+// ---------------------------------------------------------------- attention
+
+const attentionCard = () => run.attention_layers.length ? h("section", { class: "card", id: "attention" }, h("h2", {}, "What the model looks back at where it fires"), h("p", { class: "small quiet" }, "reading\u2026"))
+  : h("section", { class: "card" }, h("h2", {}, "What the model looks back at"), h("p", { class: "small quiet" }, "The store holds no attention: harvest with --attention-layers to see it."));
+
+async function addAttention(sae, data, mine) {
+  await Promise.all([...new Set(shown)].map(async (example) => { example.attention = await attentionOf(example.window); }));
+  if (mine !== selecting) return;
+  relook();
+}
+function relook() {
+  for (const example of shown) if (example.attention) look(example);
+  const box = $("attention");
+  if (box) box.replaceChildren(h("h2", {}, "What the model looks back at where it fires"), ...attentionSummary());
+}
+const LEAST_LOOK = .06; // weight below which nothing is underlined
+function look(example) {
+  const { line, attention } = example;
+  for (const span of line.querySelectorAll(".att")) span.classList.remove("att");
+  if (!attention || state.layer === -1) return;
+  for (const [position, weight] of attendedFrom(attention, example.look, state.layer)) {
+    const span = weight >= LEAST_LOOK && line.querySelector(`[data-at="${position}"]`);
+    if (span) { span.classList.add("att"); span.style.setProperty("--w", `${(1 + 4 * Math.min(1, weight * 1.5)).toFixed(1)}`); }
+  }
+}
+function attentionSummary() {
+  // Over distinct examples: the strongest ones would be counted twice where they were also sampled.
+  const seen = [...new Map(shown.map((example) => [example.window, example])).values()].filter((example) => example.attention);
+  const columns_ = run.attention_layers.filter((layer) => state.layer === null || state.layer === -1 || state.layer === layer).map((layer) => {
+    const sums = new Map();
+    let distance = 0, mass = 0;
+    for (const example of seen) for (const [position, weight] of attendedFrom(example.attention, example.at, layer)) {
+      const token = example.text.tokens[position];
+      sums.set(token, (sums.get(token) ?? 0) + weight);
+      distance += weight * (example.at - position);
+      mass += weight;
+    }
+    const top = [...sums].sort((a, b) => b[1] - a[1]).slice(0, 6);
+    return h("div", {}, h("h3", { title: `weight on earlier tokens ${share(mass / Math.max(1, seen.length))} on average` }, `layer ${layer}`, mass ? `, ${number(distance / mass, 2)} tokens back` : ""), pairs(top.map(([token, sum]) => [chip(token), "", share(sum / seen.length)]), "nothing that was kept"));
+  });
+  return [h("div", { class: "three" }, columns_), h("p", { class: "small quiet note" }, `Mean attention from the token that fired, over ${seen.length} examples; heads averaged, the token itself and special tokens left out. Hover a token above to see where the model looked from there.`)];
+}
+
+// ---------------------------------------------------------------- notes page
+
+function showNotes() {
+  document.title = "notes";
+  state.sae = null;
+  const listed = Object.entries(notes).flatMap(([label, latents]) => Object.entries(latents).map(([latent, note]) => ({ sae: label, latent: Number(latent), ...note })));
+  const file = h("input", { type: "file", accept: "application/json,.json", id: "notes-file", hidden: true, on: { change: importNotes } });
+  $("main").replaceChildren(h("div", { class: "page" }, h("h1", {}, "Notes"),
+    h("p", { class: "quiet" }, "Stars and labels are kept in this web browser. Export them to keep or to pass them on; what is imported is added to what is there."),
+    h("div", { class: "row-of" }, h("button", { type: "button", id: "export-notes", on: { click: exportNotes } }, "export as JSON"), h("button", { type: "button", on: { click: () => file.click() } }, "import"), file),
+    h("section", { class: "card listed" }, listed.length ? h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "latent"), h("th", {}, "label"))), h("tbody", {}, listed.map((note) => h("tr", {}, h("td", {}, h("a", { href: link(note.sae, note.latent) }, `${note.star ? "\u2605 " : ""}${brief(note.sae, 30)} ${note.latent}`)), h("td", {}, brief(note.label, 200)))))) : h("p", { class: "quiet" }, "Nothing yet: press ", h("kbd", {}, "s"), " on a latent to star it, ", h("kbd", {}, "l"), " to label it."))));
+}
+function exportNotes() {
+  const text = JSON.stringify({ saemill_notes: 1, run: run.run, cache_id: run.cache_id, notes }, null, 1);
+  const address = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  const anchor = h("a", { href: address, download: `${run.run}_notes.json` });
+  anchor.click();
+  setTimeout(() => URL.revokeObjectURL(address), 1000);
+}
+async function importNotes(event) {
+  try {
+    const given = JSON.parse(await event.target.files[0].text());
+    if (given.saemill_notes !== 1) throw new Error("this is no file of notes");
+    if (given.cache_id !== run.cache_id) throw new Error("these notes are of SAEs of another store");
+    for (const [label, latents] of Object.entries(checkedNotes(given.notes))) for (const [latent, note] of Object.entries(latents)) notes[label] = { ...notes[label], [latent]: note };
+    saveNotes();
+    showNotes();
+    say("notes imported");
+  } catch (error) { say(`not imported: ${error.message}`); }
+}
+
+// ---------------------------------------------------------------- moving about
+
+function showMissing(text) {
+  state.sae = null;
+  $("main").replaceChildren(h("div", { class: "page" }, h("h1", {}, "Not here"), h("p", {}, text), h("p", {}, h("a", { href: "#/" }, "all SAEs of the run"))));
+}
+
+async function route() {
+  $("tip").hidden = true;
+  const parts = location.hash.replace(/^#\/?/, "").split("/").filter(Boolean).map((part) => { try { return decodeURIComponent(part); } catch { return part; } });
+  try {
+    if (!parts.length) showOverview();
+    else if (parts[0] === "notes") showNotes();
+    else if (parts[0] === "sae" && parts[1]) await showSae(parts[1], parts[2] === undefined ? null : /^\d+$/.test(parts[2]) ? Number(parts[2]) : -1, parts[3] !== undefined && /^\d+$/.test(parts[3]) ? Number(parts[3]) : null);
+    else showMissing(`There is no page ${parts.join("/")}.`);
+  } catch (error) { showMissing(error.message); }
+  $("sae").value = state.sae?.label ?? "";
+  const placeholder = state.sae ? "number, token or text" : "choose an SAE to search in";
+  $("search").placeholder = placeholder;
+}
+
+function go(hash, isNew = true) {
+  if (isNew) location.hash = hash; else { history.replaceState(null, "", hash); route(); }
+}
+function step(by) {
+  if (!state.order?.length) return;
+  const at = state.order.indexOf(state.latent), next = state.order[at < 0 ? 0 : Math.min(state.order.length - 1, Math.max(0, at + by))];
+  go(link(state.sae.label, next), state.latent === null);
+  state.latent = next;
+  revealSelected();
+}
+
+function keys(event) {
+  const isWriting = event.target.matches?.("input, textarea, select");
+  if (event.key === "Escape") { $("tip").hidden = true; if (event.target === $("search")) { event.target.value = ""; find(); } event.target.blur?.(); return; }
+  if (event.target === $("search") && (event.key === "Enter" || event.key === "ArrowDown") && state.order?.length) { event.preventDefault(); event.target.blur(); go(link(state.sae.label, state.order[0])); rows.focus(); return; }
+  if (isWriting || event.altKey || event.ctrlKey || event.metaKey || $("keys")?.open) return;
+  const inList = state.sae !== null;
+  if (event.key === "/") { event.preventDefault(); $("search").focus(); $("search").select(); }
+  else if (event.key === "?") showKeys();
+  else if (event.key === "o") go("#/");
+  else if (event.key === "n") go("#/notes");
+  else if (event.key === "t") turnTheme();
+  else if (inList && (event.key === "j" || (event.key === "ArrowDown" && !event.target.closest?.(".detail")))) { event.preventDefault(); step(1); }
+  else if (inList && (event.key === "k" || (event.key === "ArrowUp" && !event.target.closest?.(".detail")))) { event.preventDefault(); step(-1); }
+  else if (inList && event.key === "s" && state.latent !== null && $("star")) toggleStar();
+  else if (inList && event.key === "l" && $("own-label")) { event.preventDefault(); $("own-label").focus(); }
+  else if (inList && event.key === "u") go(link(state.sae.label));
+}
+
+function showKeys() {
+  const listed = [["/", "search"], ["j k \u2193 \u2191", "next and previous latent"], ["Enter", "open an example, or the first one found"], ["\u2190 \u2192", "token by token in an example"], ["s", "star"], ["l", "label"], ["u", "back to the list"], ["o", "overview"], ["n", "notes"], ["t", "light or dark"], ["Esc", "leave"]];
+  $("keys")?.remove();
+  const box = h("dialog", { id: "keys", "aria-label": "keys" }, h("h2", {}, "Keys"), h("dl", {}, listed.flatMap(([key, what]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, what)])), h("button", { type: "button", on: { click: () => box.close() } }, "close"));
+  document.body.append(box);
+  box.showModal();
+}
+
+let HEAT_MOST = .8;
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  HEAT_MOST = Number(getComputedStyle(document.documentElement).getPropertyValue("--heat-most"));
+  for (const example of shown) drawExample(example);
+}
+function turnTheme() {
+  const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+  try { localStorage.setItem("saemill:theme", theme); } catch { /* it is forgotten */ }
+  setTheme(theme);
+}
+
+let waits;
+function find() {
+  clearTimeout(waits);
+  waits = setTimeout(async () => {
+    state.query = $("search").value;
+    if (!state.sae) return;
+    await arrange();
+  }, 120);
+}
+
+async function begin() {
+  let theme = null;
+  try { theme = localStorage.getItem("saemill:theme"); } catch { /* none is kept */ }
+  setTheme(theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+  try { 
+    let words;
+    [run, words, numbers] = await Promise.all([load("run"), load("words"), load("numbers", true)]);
+    texts = new Array(words.ids.at(-1) + 1).fill(""); // by id; what nobody read has none
+    words.ids.forEach((id, place) => { texts[id] = words.texts[place]; });
+  }
+  catch (error) { return $("main").replaceChildren(h("div", { class: "page" }, h("h1", {}, "Nothing to show"), h("p", { class: "warn" }, error.message))); }
+  readNotes();
+  $("run").textContent = brief(run.run, 40);
+  $("sae").append(h("option", { value: "" }, "all SAEs"), ...run.saes.map((sae) => h("option", { value: sae.label }, brief(sae.label, 40))));
+  $("sae").addEventListener("change", (event) => { location.hash = event.target.value ? link(event.target.value) : "#/"; event.target.blur(); });
+  $("search").addEventListener("input", () => { if (!state.sae && $("search").value) { location.hash = link(run.saes[0].label); } find(); });
+  $("theme").addEventListener("click", turnTheme);
+  $("help").addEventListener("click", showKeys);
+  document.addEventListener("keydown", keys);
+  window.addEventListener("hashchange", route);
+  window.addEventListener("resize", drawRows);
+  document.addEventListener("scroll", () => { $("tip").hidden = true; }, true);
+  await route();
+}
+begin().finally(() => { document.documentElement.dataset.ready = "true"; });

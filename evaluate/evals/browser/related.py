@@ -1,0 +1,79 @@
+"""Latents that are near each other: by the direction that they write, and by firing on the same tokens.
+
+F latents, D width, N tokens, K neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ....train.sae.kernels.linear import linear
+from ....train.sae.kernels.select import topk_rows
+from .kept import largest
+
+BLOCK = 1024
+LEAST_TOGETHER = 3  # tokens on which both fire, below which it may be chance
+PAIRS = 50_000_000  # of latents on one token, added up, that a comparison may cost
+
+
+@dataclass(frozen=True, eq=False)
+class Near:
+    """The K nearest of each latent, the nearest first; -1 where there are fewer."""
+
+    latents: np.ndarray  # int32 [F, K]
+    scores: np.ndarray  # float32 [F, K]
+
+
+@torch.inference_mode()
+def by_direction(rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool) -> Near:
+    """By cosine of decoder rows; of the same table, a row is not its own neighbour."""
+    rows, others = functional.normalize(rows_FD.float(), dim=1), functional.normalize(others_GD.float(), dim=1)
+    count = min(count, len(others) - is_same)
+    latents, scores = np.empty((len(rows), count), np.int32), np.empty((len(rows), count), np.float32)
+    for start in range(0, len(rows), BLOCK) if count > 0 else ():
+        cosines = linear(rows[start : start + BLOCK], others)
+        if is_same:
+            number = torch.arange(len(cosines), device=cosines.device)
+            cosines[number, number + start] = -torch.inf
+        values, found = topk_rows(cosines, count)
+        values, order = values.sort(dim=1, descending=True)
+        latents[start : start + BLOCK] = found.gather(1, order).cpu().numpy()
+        scores[start : start + BLOCK] = values.cpu().numpy()
+    return Near(latents, scores)
+
+
+def by_firing(rows: scipy.sparse.csr_matrix, others: scipy.sparse.csr_matrix, count: int, is_same: bool) -> Near:
+    """By tokens on which both fire, over the geometric mean of those on which each does."""
+    rows, others = affordable(rows, others)
+    latents = np.full((rows.shape[1], count), -1, np.int32)
+    scores = np.zeros((rows.shape[1], count), np.float32)
+    own, their = (np.asarray(table.sum(axis=0)).ravel() for table in (rows, others))
+    turned = rows.T.tocsr()
+    for start in range(0, rows.shape[1], BLOCK):
+        together = (turned[start : start + BLOCK] @ others).tocoo()
+        chosen = together.data >= LEAST_TOGETHER
+        if is_same:
+            chosen &= together.row + start != together.col
+        row, column = together.row[chosen], together.col[chosen]
+        score = together.data[chosen] / np.sqrt(own[row + start] * their[column])
+        best = largest(row, score, count)
+        row, first = row[best], np.flatnonzero(np.diff(row[best], prepend=-1))
+        rank = np.arange(len(row)) - np.repeat(first, np.diff(first, append=len(row)))
+        latents[row + start, rank], scores[row + start, rank] = column[best], score[best]
+    return Near(latents, scores)
+
+
+def affordable(
+    rows: scipy.sparse.csr_matrix, others: scipy.sparse.csr_matrix
+) -> tuple[scipy.sparse.csr_matrix, scipy.sparse.csr_matrix]:
+    """As many tokens as the product of the two has time for; both hold the same ones, the shorter fewer of them."""
+    tokens = min(rows.shape[0], others.shape[0])
+    pairs = np.cumsum(np.diff(rows.indptr[: tokens + 1]).astype(np.int64) * np.diff(others.indptr[: tokens + 1]))
+    tokens = int(np.searchsorted(pairs, PAIRS, side="right"))
+    return rows[:tokens], others[:tokens]

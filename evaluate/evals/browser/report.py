@@ -1,0 +1,67 @@
+"""What a run's report and plots show of latents: the contexts of a few, and a pattern of one window.
+
+Latents are spread evenly over how often they fire, from the rarest that fired a few times to the commonest. A pattern
+shows the strongest latents of the first tokens of the first window. T tokens, F latents.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .kept import TOP, Firings
+from .seen import Seen
+from .words import Vocabulary
+
+LATENTS, CONTEXTS, LEAST_FIRINGS = 24, 6, 5
+BEFORE, AFTER = 16, 8  # tokens of a context
+PATTERN_LATENTS = 24
+
+
+def report_of(
+    seen: Seen, kept: Firings, reasons: np.ndarray, tokens_WT: np.ndarray, words: Vocabulary
+) -> dict[str, Any]:
+    """Both, as JSON can hold them."""
+    return {"latents": contexts(seen, kept, reasons, tokens_WT, words), "pattern": pattern(seen, tokens_WT, words)}
+
+
+def contexts(
+    seen: Seen, kept: Firings, reasons: np.ndarray, tokens_WT: np.ndarray, words: Vocabulary
+) -> list[dict[str, Any]]:
+    """The strongest contexts of some latents, the rarest first."""
+    listed = []
+    top = np.flatnonzero(reasons & TOP)
+    for latent in spread_by_frequency(seen.fired):
+        found = []
+        for number in top[kept.latent[top] == latent][:CONTEXTS]:
+            row, at = tokens_WT[kept.window[number]], int(kept.at[number])
+            parts = row[max(0, at - BEFORE) : at], row[at : at + 1], row[at + 1 : at + 1 + AFTER]
+            text = dict(zip(("before", "token", "after"), map(words.write, parts), strict=True))
+            found.append({"activation": float(kept.peak[number]), **text})
+        listed.append({"latent": latent, "fired_share": float(seen.fired[latent] / seen.tokens), "contexts": found})
+    return listed
+
+
+def spread_by_frequency(fired_F: np.ndarray, count: int = LATENTS, least: int = LEAST_FIRINGS) -> list[int]:
+    """Latents that fired at least so often, evenly spaced in their order of frequency."""
+    order = np.argsort(fired_F, kind="stable")
+    order = order[fired_F[order] >= least]
+    chosen = order if len(order) <= count else order[np.linspace(0, len(order) - 1, count).astype(int)]
+    found: list[int] = chosen.tolist()
+    return found
+
+
+def pattern(seen: Seen, tokens_WT: np.ndarray, words: Vocabulary) -> dict[str, Any]:
+    """The first tokens of the first window against their strongest latents, in order of first firing."""
+    acts_TF, positions = seen.beginning
+    strongest = acts_TF.max(0)
+    latents = np.argsort(-strongest, kind="stable")[:PATTERN_LATENTS]
+    latents = latents[strongest[latents] > 0]
+    latents = latents[np.argsort((acts_TF[:, latents] > 0).argmax(0), kind="stable")]
+    return {
+        "tokens": [words.write(tokens_WT[0, [position]]) for position in positions],
+        "positions": positions.tolist(),
+        "latents": latents.tolist(),
+        "activations": [[round(float(value), 4) for value in row] for row in acts_TF[:, latents].T],
+    }

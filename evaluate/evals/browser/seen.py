@@ -1,0 +1,158 @@
+"""What one pass over windows leaves of an SAE: how often, how strongly, where and beside whom its latents fire.
+
+F latents, B bins of activation, P parts of a window, E entries of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy.sparse
+import torch
+
+from ....train.sae.kernels.codes import Codes
+from ...model.windows import Windows
+from .kept import Firings, Keeper, Room
+
+BINS = 128  # of activation: four to an octave, from 2^LOWEST up
+LOWEST = -16
+PARTS = 32  # of a window, at most
+SAMPLE_ENTRIES = 1 << 22
+BEGINNING = 48  # tokens of the first window, for a pattern
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Where the kept tokens of a batch stand."""
+
+    first: int  # the number of its first window in the pass
+    window: np.ndarray  # int32 [N], the number of each token's window in the pass
+    position: np.ndarray  # int16 [N]
+    is_sampled: bool  # whether firing together is counted here
+
+    @staticmethod
+    def of(windows: Windows, first: int, is_sampled: bool) -> Batch:
+        window, position = windows.keep.cpu().numpy().nonzero()
+        return Batch(first, (window + first).astype(np.int32), position.astype(np.int16), is_sampled)
+
+    def only(self, chosen: np.ndarray) -> Batch:
+        """Some of the tokens."""
+        return replace(self, window=self.window[chosen], position=self.position[chosen])
+
+
+class Seen:
+    """The sums and the kept firings of one SAE."""
+
+    def __init__(self, width: int, context: int, room: Room) -> None:
+        self.width, self.context = width, context
+        self.parts = min(PARTS, context)
+        self.tokens = 0
+        self.fired = np.zeros(width, np.int64)
+        self.mass = np.zeros(width, np.float64)
+        self.highest = np.zeros(width, np.float32)
+        self.histogram = np.zeros((width, BINS), np.int32)
+        self.by_part = np.zeros((width, self.parts), np.int32)
+        self.part_tokens = np.zeros(self.parts, np.int64)  # kept tokens
+        self.keeper = Keeper(width, room)
+        self.massive = 0
+        self._beginning: tuple[np.ndarray, np.ndarray] | None = None
+        self._together: list[scipy.sparse.csr_matrix] = []
+        self._together_entries = 0
+
+    def take(self, codes: Sequence[Codes], batch: Batch, ordinary: np.ndarray) -> None:
+        """The codes of the batch's kept tokens, of which those count that are ordinary."""
+        by_token = joined_rows(codes)
+        if not ordinary.all():
+            by_token, batch = by_token[np.flatnonzero(ordinary)], batch.only(ordinary)
+            self.massive += int((~ordinary).sum())
+        self.tokens += by_token.shape[0]
+        if self._beginning is None:
+            first = np.flatnonzero(batch.window == batch.first)[:BEGINNING]
+            self._beginning = by_token[first].toarray(), batch.position[first]
+        part = batch.position.astype(np.int64) * self.parts // self.context
+        self.part_tokens += np.bincount(part, minlength=self.parts)
+        if batch.is_sampled and self._together_entries < SAMPLE_ENTRIES:
+            self._together.append(by_token)
+            self._together_entries += by_token.nnz
+        columns = by_token.tocsc()
+        if columns.nnz:
+            self._add(columns, batch, part)
+
+    def _add(self, columns: scipy.sparse.csc_matrix, batch: Batch, part: np.ndarray) -> None:
+        counts, token, value = np.diff(columns.indptr), columns.indices, columns.data
+        latent = np.repeat(np.arange(self.width, dtype=np.int64), counts)
+        self.fired += counts
+        self.mass += np.bincount(latent, value, self.width)
+        np.add.at(self.histogram.reshape(-1), latent * BINS + bin_of(value), 1)
+        np.add.at(self.by_part.reshape(-1), latent * self.parts + part[token], 1)
+        window = batch.window[token]
+        starts = np.flatnonzero((np.diff(latent, prepend=-1) != 0) | (np.diff(window, prepend=-1) != 0))
+        peak = np.maximum.reduceat(value, starts)
+        lengths = np.diff(starts, append=len(value))
+        places = np.flatnonzero(value == np.repeat(peak, lengths))  # one or more a firing
+        owner = np.searchsorted(starts, places, side="right") - 1
+        at = places[np.flatnonzero(np.diff(owner, prepend=-1))]
+        found = latent[starts]
+        np.maximum.at(self.highest, found, peak)
+        position = batch.position[token]
+        self.keeper.add(
+            Firings(found.astype(np.int32), window[starts], position[at].astype(np.int32), peak,
+                    lengths.astype(np.int32), position, value)
+        )  # fmt: skip
+
+    @property
+    def beginning(self) -> tuple[np.ndarray, np.ndarray]:
+        """Activations [T, F] and positions of the first tokens that were read."""
+        assert self._beginning is not None
+        return self._beginning
+
+    @property
+    def together(self) -> scipy.sparse.csr_matrix:
+        """1 where a latent fires: [sampled tokens, F]."""
+        if not self._together:
+            return scipy.sparse.csr_matrix((0, self.width), dtype=np.float32)
+        found = scipy.sparse.vstack(self._together, format="csr")
+        found.data = np.ones_like(found.data)
+        return found
+
+
+def joined_rows(codes: Sequence[Codes]) -> scipy.sparse.csr_matrix:
+    """Positive entries of several pieces, as one table by token."""
+    return scipy.sparse.vstack([_rows(piece) for piece in codes], format="csr") if codes else _nothing()
+
+
+def _rows(codes: Codes) -> scipy.sparse.csr_matrix:
+    values, shape = codes.values, (codes.num_rows, codes.num_latents)
+    if codes.support is None:
+        row, latent = (values > 0).nonzero(as_tuple=True)
+        ends = np.cumsum(np.bincount(row.cpu().numpy(), minlength=shape[0]))
+        pointers = np.concatenate([[0], ends])
+        return scipy.sparse.csr_matrix((as_numpy(values[row, latent]), as_numpy(latent), pointers), shape=shape)
+    support = codes.support
+    found = scipy.sparse.csr_matrix((as_numpy(values), as_numpy(support.latents), as_numpy(support.offsets)), shape)
+    if not bool((values > 0).all()):
+        found.data = np.maximum(found.data, 0)
+        found.eliminate_zeros()
+    return found
+
+
+def _nothing() -> scipy.sparse.csr_matrix:
+    return scipy.sparse.csr_matrix((0, 0), dtype=np.float32)
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    found: np.ndarray = tensor.detach().cpu().numpy()
+    return found
+
+
+def bin_of(value: np.ndarray) -> np.ndarray:
+    """The bin of positive float32: exponent and the first two bits behind it, so that edges are exact."""
+    quarter = (value.astype(np.float32).view(np.int32) >> 21).astype(np.int64) - ((127 + LOWEST) << 2)
+    return np.clip(quarter, 0, BINS - 1)
+
+
+def lower_edges() -> list[float]:
+    """Of all bins; the first also holds what lies below."""
+    return [2.0 ** (LOWEST + number // 4) * (1 + number % 4 / 4) for number in range(BINS)]

@@ -1,0 +1,83 @@
+"""Tokens as a page shows them: the distinct ones of what was read and of what latents promote.
+
+A token that is no text by itself, a part of a character, is shown by its bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from ...errors import ModelMissing
+from ..contract import Context
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+class Vocabulary:
+    """The distinct tokens that a page shows, and their texts."""
+
+    def __init__(self, context: Context) -> None:
+        self.obstacle: str | None = None
+        """Why tokens are shown as ids, if so."""
+        try:
+            self._backend, self._bos = context.tokenizer.backend, context.tokenizer.bos_token
+        except ModelMissing as error:
+            self._backend, self._bos, self.obstacle = None, 0, str(error)
+        self._met = np.zeros(0, bool)
+
+    def meet(self, ids: np.ndarray) -> np.ndarray:
+        """The same ids, as a page has them, their texts to be told."""
+        if ids.size and int(ids.max()) >= len(self._met):
+            self._met = np.concatenate([self._met, np.zeros(int(ids.max()) + 1 - len(self._met), bool)])
+        self._met[ids] = True
+        return ids.astype(np.uint32)
+
+    def texts(self) -> dict[str, Any]:
+        """Ids and their texts, side by side."""
+        ids = np.flatnonzero(self._met)
+        return {"ids": ids.astype(np.uint32), "texts": self._texts(ids.tolist())}
+
+    def write(self, ids: np.ndarray) -> str:
+        """Text of some tokens in a row."""
+        if self._backend is None:
+            return " ".join(f"<{token}>" for token in ids)
+        text: str = self._backend.decode(ids.tolist(), skip_special_tokens=False)
+        return text
+
+    def _texts(self, ids: list[int]) -> list[str]:
+        if self._backend is None:
+            return [f"<{token}>" for token in ids]
+        start = self._backend.decode([self._bos], skip_special_tokens=False)
+        # Some tokenizers drop a space at the beginning of a text: behind another token it is there.
+        behind = self._backend.decode_batch([[self._bos, token] for token in ids], skip_special_tokens=False)
+        return [
+            text_of(self._backend, token, text.removeprefix(start)) for token, text in zip(ids, behind, strict=True)
+        ]
+
+
+def text_of(backend: Any, token: int, text: str) -> str:
+    """Its text, or its bytes where that is none."""
+    if text and BROKEN not in text:
+        return text
+    piece = backend.id_to_token(token)
+    if piece is None:
+        return f"<{token}>"
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        return f"\\x{piece[3:5]}"
+    letters = [BYTE_OF.get(letter) for letter in piece]
+    if all(byte is not None for byte in letters):
+        return "".join(f"\\x{byte:02X}" for byte in letters if byte is not None)
+    return str(piece)
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters that byte-level tokenizers write for bytes: printable Latin-1 as it is, others from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_letters()

@@ -1,0 +1,501 @@
+"""What the browser is made of: everything it shows of a latent is what dense activations say."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saemill.cache_schema import Store
+from saemill.evaluate.context import context as context_module
+from saemill.evaluate.context.ordinary import ordinary_rows
+from saemill.evaluate.errors import BrowserUnwritten, NotApplicable
+from saemill.evaluate.evals.browser import evaluation, folder, latents
+from saemill.evaluate.evals.browser.attended import LEVELS, attended
+from saemill.evaluate.evals.browser.evaluation import LEFT_OUT, Config
+from saemill.evaluate.evals.browser.folder import read_data, unpacked, write_data
+from saemill.evaluate.evals.browser.kept import LOW, SAMPLE, TOP, Firings, Keeper, Room, largest
+from saemill.evaluate.evals.browser.latents import RANDOM, STEPS
+from saemill.evaluate.evals.browser.numbers import refresh
+from saemill.evaluate.evals.browser.related import by_direction, by_firing
+from saemill.evaluate.evals.browser.seen import BINS, bin_of, lower_edges
+from saemill.evaluate.evals.browser.words import Vocabulary, text_of
+from saemill.evaluate.model.batches import store_batches
+from saemill.evaluate.model.head import head_of, load_head
+from saemill.evaluate.model.lm import load_language_model
+from saemill.evaluate.output.figures.records import Record
+from saemill.evaluate.run.find_saes import find_subjects
+from saemill.harvest.model.tokenizer import load_encoder
+from saemill.harvest.pocket import MODEL_FOLDER
+
+CONFIG = Config(windows=30, batch_windows=7, top=3, sample=8, low=2, promoted=4)
+SPLITS = ("test", "validation", "train")
+
+
+def data_of(home: Path, name: str):
+    """Data of a browser with their arrays."""
+
+    def whole(value):
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str):
+            return unpacked(value)
+        if isinstance(value, dict):
+            return {key: whole(item) for key, item in value.items()}
+        return [whole(item) for item in value] if isinstance(value, list) else value
+
+    found = read_data(home / "browser", name)
+    assert found is not None, name
+    return whole(found)
+
+
+def read_all(world, windows=30):
+    """The windows that the browser reads, in its order."""
+    batches = []
+    with Store.open(world.store) as store:
+        left = windows
+        for split in SPLITS:
+            count = min(left, store.manifest.splits[split][1] - store.manifest.splits[split][0])
+            layers = store.manifest.attention.layers
+            if count:
+                batches += store_batches(store, split, store.manifest.layers, layers, count, count=count)
+            left -= count
+    return batches
+
+
+def make(context, subjects, config=CONFIG):
+    return list(evaluation.evaluate(context, subjects, config))
+
+
+@pytest.fixture
+def made(world, builder, open_context):
+    """A browser of two SAEs, one of them sparse, with their dense activations [W, T, F], 0 where left out."""
+    home = builder.run(world, "run_1", {"a": builder.make_sae(k=4, seed=1), "b": builder.make_sae(k=None, seed=2)})
+    subjects = subjects_of(home)
+    results = make(open_context(world), subjects)
+    assert [result.missing for result in results] == [None, None]
+    acts = {}
+    for subject in subjects:
+        parts = [subject.encode(batch) * batch.keep[:, :, None] for batch in read_all(world)]
+        acts[subject.label] = torch.cat(parts).numpy()
+    return home, acts, results
+
+
+def subjects_of(home):
+    return find_subjects([str(home)], home.parent)
+
+
+def examples_of(home, label):
+    """Kept firings by latent, in the order of the files."""
+    found = {}
+    width = data_of(home, "run")["saes"][0]["width"]
+    for file in range(-(-width // latents.FILE_LATENTS)):
+        part = data_of(home, f"sae_{label}/latents/{file}")
+        item = value = 0
+        for row, count in enumerate(part["counts"]):
+            listed = found.setdefault(file * latents.FILE_LATENTS + row, [])
+            for _ in range(count):
+                length = part["lengths"][item]
+                entries = slice(value, value + length)
+                one = {name: part[name][item] for name in ("window", "at", "peak", "reasons")}
+                listed.append(one | {"positions": part["positions"][entries], "levels": part["levels"][entries]})
+                item, value = item + 1, value + length
+    return found
+
+
+@pytest.mark.parametrize("label", ["a", "b"])
+def test_examples_are_the_strongest_the_lowest_and_some_between(made, label):
+    home, acts, _ = made
+    dense = acts[label]
+    for latent, examples in examples_of(home, label).items():
+        column = dense[:, :, latent]
+        peaks = column.max(1)
+        firing = np.sort(peaks[peaks > 0])[::-1]
+        by_reason = {bit: [one["peak"] for one in examples if one["reasons"] & bit] for bit in (TOP, SAMPLE, LOW)}
+        assert by_reason[TOP] == pytest.approx(firing[: CONFIG.top])
+        assert sorted(by_reason[LOW]) == pytest.approx(firing[::-1][: CONFIG.low])
+        assert len(by_reason[SAMPLE]) == min(CONFIG.sample, len(firing))
+        randoms = sum(bool(one["reasons"] & RANDOM) for one in examples)
+        assert randoms == min(latents.SHOWN_RANDOM, len(by_reason[SAMPLE]))
+        assert len({one["window"] for one in examples}) == len(examples)
+        for one in examples:
+            row = column[one["window"]]
+            assert row[one["at"]] == one["peak"] == row.max()
+            assert one["positions"].tolist() == np.flatnonzero(row > 0).tolist()
+            assert one["levels"] / STEPS * column.max() == pytest.approx(row[row > 0], abs=float(column.max()) / STEPS)
+
+
+@pytest.mark.parametrize("label", ["a", "b"])
+def test_sums_are_those_of_dense_activations(made, world, label):
+    home, acts, results = made
+    dense = acts[label].reshape(-1, acts[label].shape[-1])
+    columns = data_of(home, f"sae_{label}/columns")
+    fired = (dense > 0).sum(0)
+    assert columns["fired"].tolist() == fired.tolist()
+    assert columns["highest"] == pytest.approx(dense.max(0))
+    assert columns["mean"] == pytest.approx(dense.sum(0) / np.maximum(fired, 1), rel=1e-5)
+    part = data_of(home, f"sae_{label}/latents/0")
+    assert part["parts"].reshape(len(fired), -1).sum(1).tolist() == fired.tolist()
+    assert part["bins"].sum() == fired.sum()
+    tokens = int(sum(int(batch.keep.sum()) for batch in read_all(world)))
+    (result,) = [one for one in results if one.subject.label == label]
+    assert result.metrics["firing"] == {
+        "tokens": tokens,
+        "massive_tokens": 0,
+        "alive_share": (fired > 0).mean(),
+        "dense_share": pytest.approx((fired / tokens > latents.DENSE).mean()),
+        "l0": pytest.approx(fired.sum() / tokens),
+    }
+    tokens_WT = np.concatenate([batch.tokens.numpy() for batch in read_all(world)])
+    for latent, examples in examples_of(home, label).items():
+        top = [int(tokens_WT[one["window"], one["at"]]) for one in examples if one["reasons"] & TOP]
+        assert columns["token"][latent] == max(top, key=lambda token: (top.count(token), -top.index(token)), default=-1)
+
+
+def test_tokens_are_those_read_and_special_ones_are_marked(made, world):
+    home, _, _ = made
+    text = data_of(home, "text/0")
+    batches = read_all(world)
+    assert text["tokens"].tolist() == torch.cat([batch.tokens for batch in batches]).flatten().tolist()
+    left_out = ~torch.cat([batch.keep for batch in batches]).flatten()
+    assert ((text["marks"] & LEFT_OUT) > 0).tolist() == left_out.tolist()
+    words = data_of(home, "words")
+    assert set(text["tokens"].tolist()) <= set(words["ids"].tolist())
+    run = data_of(home, "run")
+    assert run["windows"] == {"test": 20, "validation": 4, "train": 6}
+    assert run["without_words"] is None and run["without_model"] is None
+
+
+def test_attended_tokens_are_the_strongest_earlier_ones(world):
+    (batch,) = read_all(world, windows=5)
+    (layer, *_) = sorted(batch.attention)
+    positions, weights = attended(batch, [layer], 3)
+    rows = batch.attention[layer]
+    windows, heads, context = rows.kept_mass.shape
+    dense = np.zeros((windows * heads * context, context))
+    for row in range(len(dense)):
+        entries = slice(rows.indptr[row], rows.indptr[row + 1])
+        dense[row, rows.indices[entries]] = rows.data[entries]
+    mean = dense.reshape(windows, heads, context, context).mean(1)
+    for window in range(windows):
+        for query in range(context):
+            row = mean[window, query] * batch.keep[window].numpy()
+            row[query] = 0
+            expected = np.sort(row)[::-1][:3]
+            assert weights[window, query, 0] / LEVELS == pytest.approx(expected, abs=0.51 / LEVELS)
+            found = weights[window, query, 0] > 0
+            assert row[positions[window, query, 0][found]] == pytest.approx(expected[found])
+            assert (positions[window, query, 0][found] < query).all()
+
+
+firings_lists = st.lists(st.tuples(st.integers(0, 3), st.floats(0.125, 100, width=32)), max_size=60)
+
+
+@given(firings_lists, st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_a_keeper_keeps_what_sorting_everything_would(listed, size):
+    """However the firings come in, and however often what waits is sorted out."""
+    keeper = Keeper(4, Room(size, size, size))
+    for start in range(0, len(listed), 7):
+        part = sorted(enumerate(listed[start : start + 7], start), key=lambda entry: entry[1][0])
+        if part:
+            keeper.add(firings_of(part))
+            keeper._settle()
+    kept, reasons = keeper.finish()
+    whole = firings_of(list(enumerate(listed)))
+    for latent in range(4):
+        mine = whole.latent == latent
+        chosen = kept.latent == latent
+        peaks = np.sort(whole.peak[mine])
+        assert np.sort(kept.peak[chosen & (reasons & TOP > 0)]).tolist() == peaks[::-1][:size][::-1].tolist()
+        assert np.sort(kept.peak[chosen & (reasons & LOW > 0)]).tolist() == peaks[:size].tolist()
+        wanted = np.sort(whole.priority[mine])[::-1][:size]
+        assert np.sort(kept.priority[chosen & (reasons & SAMPLE > 0)])[::-1].tolist() == wanted.tolist()
+    for number in range(len(kept.latent)):
+        assert kept.take(np.array([number])).value.tolist() == [kept.peak[number]] * (1 + int(kept.window[number]) % 3)
+
+
+def firings_of(entries) -> Firings:
+    """A firing in each window; as many equal activations as its window's number says."""
+    numbers = np.array([number for number, _ in entries], np.int32)
+    latent = np.array([latent for _, (latent, _) in entries], np.int32)
+    peak = np.array([peak for _, (_, peak) in entries], np.float32)
+    count = (1 + numbers % 3).astype(np.int32)
+    return Firings(latent, numbers, numbers * 0, peak, count, np.zeros(count.sum(), np.int16), np.repeat(peak, count))
+
+
+def test_a_sample_is_even():
+    """Each of many firings is as likely to be kept as any other."""
+    count, keep = 4000, 400
+    keeper = Keeper(1, Room(0, keep, 0))
+    keeper.add(firings_of([(number, (0, 1.0 + number)) for number in range(count)]))
+    kept, _ = keeper.finish()
+    quarters = np.bincount(kept.window * 4 // count, minlength=4)
+    assert len(kept.window) == keep and quarters.min() > 70 and quarters.max() < 130
+
+
+def test_the_largest_of_every_group_come_first():
+    group = np.array([1, 0, 1, 1, 0], np.int32)
+    key = np.array([-1.0, 5.0, 3.0, 2.0, -7.0], np.float32)
+    assert largest(group, key, 2).tolist() == [1, 4, 2, 3]
+    assert largest(group[:0], key[:0], 2).tolist() == []
+
+
+@given(st.floats(2.0**-30, 2.0**30, width=32))
+def test_bins_have_exact_edges(value):
+    edges = [*lower_edges(), np.inf]
+    found = int(bin_of(np.array([value], np.float32))[0])
+    assert (edges[found] <= value or found == 0) and (value < edges[found + 1] or found == BINS - 1)
+
+
+def test_neighbours_by_direction():
+    rows = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    near = by_direction(rows, rows, 3, is_same=True)
+    cosine = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=2).fill_diagonal_(-2)
+    values, found = cosine.topk(3)
+    assert near.latents.tolist() == found.tolist()
+    assert near.scores == pytest.approx(values.numpy(), abs=1e-5)
+    assert by_direction(rows[:1], rows[:1], 3, is_same=True).latents.shape == (1, 0)
+
+
+def test_neighbours_by_firing():
+    fires = (np.random.default_rng(0).random((200, 20)) < 0.2).astype(np.float32)
+    near = by_firing(scipy.sparse.csr_matrix(fires), scipy.sparse.csr_matrix(fires), 4, is_same=True)
+    together = fires.T @ fires
+    score = together / np.sqrt(np.outer(fires.sum(0), fires.sum(0)))
+    np.fill_diagonal(score, 0)
+    score[together < 3] = 0
+    assert near.scores == pytest.approx(np.sort(score, axis=1)[:, ::-1][:, :4], abs=1e-5)
+    rows = np.arange(20)[:, None]
+    assert score[rows, near.latents] == pytest.approx(near.scores, abs=1e-5)
+
+
+def test_the_head_alone_says_what_the_whole_model_says():
+    whole = load_language_model(MODEL_FOLDER, torch.float32, torch.device("cpu"))
+    rows = torch.randn(3, whole.facts.d_model, generator=torch.Generator().manual_seed(0))
+    alone = load_head(MODEL_FOLDER, torch.device("cpu")).promotes(rows)
+    assert torch.equal(alone, head_of(whole.model).promotes(rows))
+    normed = whole.model.base_model.norm(rows)
+    assert alone == pytest.approx(whole.model.get_output_embeddings()(normed).numpy(), abs=1e-4)
+
+
+def test_promoted_tokens_go_through_the_models_head(made, open_context, world):
+    home, _, _ = made
+    head = open_context(world).head
+    part = data_of(home, "sae_a/latents/0")
+    (subject, _) = subjects_of(home)
+    logits = head.promotes(subject.sae.W_dec)
+    for name, sign in (("promoted", 1), ("suppressed", -1)):
+        values, tokens = (sign * logits).topk(4)
+        assert part[name]["tokens"].reshape(-1, 4).tolist() == tokens.tolist()
+        assert part[name]["values"].reshape(-1, 4) == pytest.approx(sign * values.numpy(), abs=1e-5)
+
+
+def test_words_are_what_stands_in_a_text_and_bytes_are_written_out():
+    encoder = load_encoder(MODEL_FOLDER)
+    ids = encoder.encode(["def walk(self):\n    return a\u4e2d"])[0]
+    words = Vocabulary(SimpleNamespace(tokenizer=encoder))
+    words.meet(np.array(ids))
+    told = words.texts()
+    by_id = dict(zip(told["ids"].tolist(), told["texts"], strict=True))
+    assert "".join(by_id[token] for token in ids).startswith("def walk(self):\n    return a")
+    letters = [token for token in ids if by_id[token].startswith("\\x")]
+    assert bytes.fromhex("".join(by_id[token].replace("\\x", "") for token in letters)).decode() == "\u4e2d"
+
+    class Piece:
+        id_to_token = staticmethod({1: "<0xE4>", 2: "\u0120\u00e4", 3: None}.get)
+
+    assert text_of(Piece, 1, "\ufffd") == "\\xE4"
+    assert text_of(Piece, 2, "\ufffd") == "\\x20\\xE4"
+    assert text_of(Piece, 3, "") == "<3>"
+
+
+def test_the_report_has_contexts_of_rare_and_common_latents(made, world, open_context):
+    _, acts, results = made
+    report = results[0].unstructured
+    dense, tokens = acts["a"], np.concatenate([batch.tokens.numpy() for batch in read_all(world)])
+    write = Vocabulary(open_context(world)).write
+    shares = [entry["fired_share"] for entry in report["latents"]]
+    assert shares == sorted(shares) and len(shares) > 10
+    for entry in report["latents"]:
+        column = dense[:, :, entry["latent"]]
+        assert [shown["activation"] for shown in entry["contexts"]] == pytest.approx(np.sort(column.max(1))[::-1][:3])
+        window, at = np.unravel_index(column.argmax(), column.shape)
+        assert entry["contexts"][0]["token"] == write(tokens[window, [at]])
+        assert entry["contexts"][0]["before"] == write(tokens[window, max(0, at - 16) : at])
+    pattern = report["pattern"]
+    assert pattern["positions"] == [place for place in range(1, tokens.shape[1]) if tokens[0, place] > 2]
+    wanted = dense[0, pattern["positions"]][:, pattern["latents"]].T
+    assert np.array(pattern["activations"]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_massive_rows_are_left_out_and_counted(world, builder, open_context):
+    """As they are of everything else that is measured: no example is of one, and the page marks them."""
+    subject = builder.subject(builder.make_sae(k=None))
+    context = open_context(world, massive_norms=1.3)
+    (result,) = make(context, [subject])
+    batches = read_all(world)
+    rows = np.concatenate([ordinary_rows(context, subject, batch).numpy() for batch in batches])
+    keep = np.concatenate([batch.keep.numpy() for batch in batches])
+    firing = result.metrics["firing"]
+    assert (firing["tokens"], firing["massive_tokens"]) == (rows.sum(), (keep & ~rows).sum())
+    assert 0 < firing["massive_tokens"] < firing["tokens"]
+    for examples in examples_of(subject.home, "sae").values():
+        assert all(rows[one["window"], one["positions"]].all() for one in examples)
+    assert ((data_of(subject.home, "text/0")["marks"] & LEFT_OUT) > 0).tolist() == (~rows).ravel().tolist()
+
+
+def test_it_takes_the_tokenizer_and_the_head_and_leaves_the_layers_on_disk(world, builder, open_context, monkeypatch):
+    """Gemma would be gigabytes for pages of text."""
+    monkeypatch.setattr(context_module, "load_language_model", lambda *_: pytest.fail("the weights were loaded"))
+    (result,) = make(open_context(world), [builder.subject(builder.make_sae())])
+    assert result.missing is None
+
+
+# ---------------------------------------------------------------- what bad input gets
+
+
+def test_hostile_text_is_ascii_json_and_ends_no_script(tmp_path):
+    hostile = "</script><script>alert(1)</script>\u2028\ufeff\u202e\x00<!--"
+    write_data(tmp_path, "words", {"texts": [hostile]})
+    written = (tmp_path / "data" / "words.js").read_bytes()
+    assert written.isascii() and b"<" not in written and written.count(b"\n") == 1
+    assert read_data(tmp_path, "words") == {"texts": [hostile]}
+
+
+def test_without_model_or_attention_it_is_made_and_says_so(make_world, builder, open_context):
+    bare = make_world(attention_layers=())
+    home = builder.run(bare, "run_1", {"a": builder.make_sae()})
+    (result,) = make(open_context(bare, model_name="/no/such/model"), subjects_of(home))
+    assert result.missing is not None and "promoted tokens need the model" in result.missing
+    run = data_of(home, "run")
+    assert run["attention_layers"] == [] and "model" in run["without_model"]
+    words = data_of(home, "words")
+    assert run["without_words"] and words["texts"] == [f"<{token}>" for token in words["ids"]]
+    assert "promoted" not in data_of(home, "sae_a/latents/0")
+    assert not (home / "browser" / "data" / "attention").exists()
+
+
+def test_an_sae_of_several_layers_has_no_place_before_the_head(make_world, builder, open_context):
+    wide = builder.subject(builder.make_sae(d_in=2 * builder.D), "wide", layers=(1, 2))
+    (result,) = make(open_context(make_world(layers=(1, 2))), [wide])
+    assert result.missing is None
+    assert "promoted" not in data_of(wide.home, "sae_wide/latents/0")
+
+
+def test_tiers_have_parents_and_children(world, builder, open_context):
+    subject = builder.subject(builder.make_sae(), "tiered")
+    membership = torch.arange(builder.F) * 3 // builder.F
+    learned = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    subject.sae.extras_tensors = {"tiers.membership": membership, "composition.C2": learned}
+    make(open_context(world), [subject])
+    part = data_of(subject.home, "sae_tiered/latents/0")
+    made_of = part["made_of"]["latents"].reshape(builder.F, -1)
+    assert (made_of[:8] == -1).all()  # the lowest tier
+    assert made_of[8:16].tolist() == learned.topk(latents.PARTS).indices.tolist()
+    assert set(made_of[16:].ravel().tolist()) <= {-1, *range(8, 16)}
+    part_of = part["part_of"]["latents"].reshape(builder.F, -1)
+    assert part_of[:8].tolist() == (8 + learned.T.topk(latents.PARTS).indices).tolist()
+    assert (part_of[16:] == -1).all()
+    assert data_of(subject.home, "sae_tiered/columns")["marks"]["tier"].tolist() == membership.tolist()
+
+
+def test_an_sae_that_never_fires_is_shown_dead(world, builder, open_context):
+    silent = builder.make_sae(k=None)
+    silent.b_enc.data.fill_(-1e6)
+    subject = builder.subject(silent)
+    (result,) = make(open_context(world), [subject])
+    assert result.metrics["firing"]["alive_share"] == 0
+    assert data_of(subject.home, "sae_sae/columns")["token"].tolist() == [-1] * builder.F
+
+
+def test_a_store_without_windows_is_named(make_world, builder, open_context):
+    empty = make_world(splits=(40, 40))
+    with pytest.raises(NotApplicable, match="the store's splits test have no windows: harvest more text"):
+        make(open_context(empty), [builder.subject(builder.make_sae())], Config(splits=("test",)))
+
+
+def listing(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_an_interrupted_build_leaves_the_browser_of_before(made, open_context, world, monkeypatch):
+    """Killed anywhere, a run has a whole browser or none; what is left lying is cleared by the next build."""
+    home, _, _ = made
+    before = listing(home / "browser")
+    monkeypatch.setattr(evaluation, "write_latents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        make(open_context(world), subjects_of(home))
+    assert listing(home / "browser") == before
+    monkeypatch.undo()
+    (home / folder.MAKING).mkdir()
+    (home / folder.MAKING / "index.html").write_text("half of one")
+    make(open_context(world), subjects_of(home))
+    assert sorted(path.name for path in home.iterdir() if path.name.startswith(".")) == []
+    after = listing(home / "browser")
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} <= {"index.html", "data/run.js"}  # the build's id
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(made, open_context, world, monkeypatch):
+    home, _, _ = made
+    before = listing(home / "browser")
+    write = Path.write_text
+
+    def full(path, *args, **kwargs):
+        if "latents" in path.parts:
+            raise OSError(28, os.strerror(28))
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    failures = make(open_context(world), subjects_of(home))
+    monkeypatch.undo()
+    assert [type(failure.error) for failure in failures] == [BrowserUnwritten] * 2
+    assert "cannot be written: No space left on device. It needs about" in str(failures[0].error)
+    assert listing(home / "browser") == before and not (home / folder.MAKING).exists()
+    monkeypatch.setattr(evaluation, "LATENT_BYTES", 1 << 50)
+    (failure, _) = make(open_context(world), subjects_of(home))
+    assert "are free there: free some, or read fewer windows" in str(failure.error)
+
+
+def test_saes_of_the_run_that_are_not_evaluated_stay(made, open_context, world):
+    home, _, _ = made
+    (a, b) = subjects_of(home)
+    other = listing(home / "browser" / "data" / "sae_a")
+    make(open_context(world), [b])
+    assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b", "a"]
+    assert listing(home / "browser" / "data" / "sae_a") == other
+    make(open_context(world), [b], Config(windows=5))  # other text: an SAE read on another cannot stand beside it
+    assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b"]
+    assert a.home == home
+
+
+def test_an_sae_alone_has_the_examples_that_it_has_among_others(made, open_context, world):
+    home, _, _ = made
+    whole = {name: value for name, value in data_of(home, "sae_a/latents/0").items() if name != "others"}
+    make(open_context(world), subjects_of(home)[:1])
+    alone = {name: value for name, value in data_of(home, "sae_a/latents/0").items() if name != "others"}
+    assert repr(alone) == repr(whole)
+
+
+def test_the_overview_has_what_was_measured(made):
+    home, _, _ = made
+    core = {
+        "eval_result_metrics": {"sparsity": {"l0": 4.0}},
+        "saemill_metrics": {"explained_variance": 0.5, "confidence_95": {"explained_variance": [0.4, 0.6]}},
+    }
+    log = [{"sae": "a", "step": step, "loss": 1.0 / (step + 1)} for step in range(1000)]
+    refresh(home, [Record("a", "run_1", "a", log=log, documents={"core": core})])
+    numbers = data_of(home, "numbers")["saes"]["a"]
+    assert numbers["numbers"]["explained_variance"] == {"value": 0.5, "low": 0.4, "high": 0.6}
+    assert numbers["numbers"]["l0"] == {"value": 4.0, "low": None, "high": None}
+    steps, values = numbers["curves"]["loss"]
+    assert 100 < len(steps) <= 200 and values[1] == log[5]["loss"]
+    refresh(home.parent, [])  # no browser there: nothing happens
+    assert json.dumps(sorted(path.name for path in home.parent.iterdir())) == '["run_1"]'

@@ -1,0 +1,486 @@
+"""The browser in a real Chromium, opened from disk: what a person does with it, and what hostile text does not."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from saemill.cache_schema import Store
+from saemill.evaluate.context.context import Context
+from saemill.evaluate.evals.browser import evaluation, folder
+from saemill.evaluate.evals.browser.config import Config
+from saemill.evaluate.evals.browser.folder import Folder, write_data, write_page
+from saemill.evaluate.evals.browser.numbers import refresh
+from saemill.evaluate.evals.browser.seen import lower_edges
+from saemill.evaluate.model.batches import store_batches
+from saemill.evaluate.output.figures.records import Record
+from saemill.evaluate.run.find_saes import find_subjects
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path: apt-get install chromium")
+
+SCRIPT = "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'>"
+HEBREW, ARABIC, COMBINED = (
+    "\u05e9\u05dc\u05d5\u05dd",
+    "\u0645\u064f\u062d\u064e\u0645\u0651\u064e\u062f",
+    "e\u0301\u0323",
+)
+TEXTS = {
+    3: SCRIPT, 4: "\u2028", 5: "\ufeff", 6: HEBREW, 7: ARABIC, 8: COMBINED, 9: "\u202e", 10: "x" * 10_000, 11: "\ufffd",
+    12: "\n        ", 13: "\u0000", 14: "\U0001f468\u200d\U0001f469", 15: "&lt;b&gt;", 16: " ", 17: "__proto__",
+}  # fmt: skip
+CONFIG = Config(windows=40, top=4, sample=9, low=3)
+CONTRASTS = (Path(__file__).parent / "contrasts.js").read_text()
+SLACK = 6  # of what is asked for in seconds: a machine may be busy with other tests
+
+
+class Tokens:
+    """A tokenizer whose tokens are whatever a corpus may hold."""
+
+    def decode(self, ids, **_):
+        return "".join(map(self._text, ids))
+
+    def decode_batch(self, rows, **_):
+        return [self.decode(ids) for ids in rows]
+
+    def id_to_token(self, token):
+        return "\u00c3\u0142" if token == 11 else None
+
+    @staticmethod
+    def _text(token):
+        return TEXTS.get(token, f" word{token}")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium):
+    """A page that must end without a word on its console and without having asked for anything but its own files."""
+    pages = []
+
+    def open_(home, hash_="", width=1440, address=None, **settings):
+        context = chromium.new_context(viewport={"width": width, "height": 800}, **settings)
+        page = context.new_page()
+        said, asked = [], []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(dialog.message))
+        page.on("request", lambda request: asked.append(request.url))
+        base = address or f"file://{home / 'browser'}"
+        page.goto(f"{base}/index.html{hash_}")
+        page.wait_for_selector("html[data-ready]")
+        pages.append((context, page, said, asked, base))
+        return page
+
+    yield open_
+    for context, page, said, asked, base in pages:
+        assert not said
+        assert all(url.startswith((base, "data:", "blob:")) for url in asked), asked
+        assert page.evaluate("window.stolen") is None
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def site(world, new_builder):
+    """A run of two SAEs and its browser, and the dense activations [W, T, F] of the first; numbers of core."""
+    builder, patch = new_builder(), pytest.MonkeyPatch()
+    home = builder.run(world, "run_1", {"first": builder.make_sae(k=3, seed=1), "second": builder.make_sae(k=None)})
+    patch.setattr(Context, "tokenizer", property(lambda _: SimpleNamespace(backend=Tokens(), bos_token=2)))
+    subjects = find_subjects([str(home)], home.parent)
+    subjects[0].sae.W_enc.data[5] = 0  # a dead latent
+    with Store.open(world.store) as store:
+        list(evaluation.evaluate(Context(store), subjects, CONFIG))
+        batches = [b for s in CONFIG.splits for b in store_batches(store, s, store.manifest.layers)]
+    patch.undo()
+    core = {
+        "eval_result_metrics": {"sparsity": {"l0": 3.0}},
+        "saemill_metrics": {"explained_variance": 0.5, "confidence_95": {"explained_variance": [0.4, 0.6]}},
+    }
+    log = [{"sae": "first", "step": step, "loss": 1 / (step + 1)} for step in range(9)]
+    refresh(
+        home,
+        [Record("first", "run_1", "first", log=log, documents={"core": core}), Record("second", "run_1", "second")],
+    )
+    acts = torch.cat([subjects[0].encode(batch) * batch.keep[:, :, None] for batch in batches]).numpy()
+    return SimpleNamespace(home=home, acts=acts, tokens=torch.cat([batch.tokens for batch in batches]).numpy())
+
+
+def wait(page, expression):
+    """Until it is true. Playwright's own way evaluates a string inside the page, which the page's policy forbids."""
+    for _ in range(200):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(25)
+    pytest.fail(f"never true: {expression}")
+
+
+def listed(page):
+    """Numbers of the latents on the screen, as they stand below each other."""
+    found = page.evaluate(
+        "[...document.querySelectorAll('.r')].filter((row) => !row.hidden)"
+        ".map((row) => [new DOMMatrix(getComputedStyle(row).transform).f, row.id])"
+    )
+    return [int(name.removeprefix("row-")) for _, name in sorted(found)]
+
+
+def test_the_overview_sorts_and_draws(site, open_page):
+    page = open_page(site.home)
+    names = page.locator("#saes tbody a")
+    assert sorted(names.all_inner_texts()) == ["first", "second"]
+    page.locator("#saes th button").first.click()
+    assert names.all_inner_texts() == ["first", "second"]
+    page.locator("#saes th button").first.click()
+    assert names.all_inner_texts() == ["second", "first"]
+    assert "0.4 to 0.6" in page.locator("#saes").inner_text()
+    assert page.locator("svg[aria-label^='explained variance against L0']").count() == 1
+    assert page.locator("svg[aria-label='loss by step'] polyline").count() == 1
+    assert page.locator("svg[aria-label^='densities of']").count() == 2
+    names.first.click()
+    page.wait_for_selector(".r")
+    assert page.url.endswith("#/sae/second")
+
+
+def test_the_list_sorts_filters_and_searches(site, open_page):
+    page = open_page(site.home, "#/sae/first")
+    fired = (site.acts > 0).sum((0, 1))
+    assert listed(page) == list(range(24))
+    page.locator("[data-key=density]").click()
+    assert [fired[latent] for latent in listed(page)] == sorted(fired, reverse=True)
+    page.get_by_label("which latents").select_option("dead")
+    assert listed(page) == np.flatnonzero(fired == 0).tolist()
+    page.get_by_label("which latents").select_option("all")
+    page.locator("[data-key=number]").click()
+    page.keyboard.press("/")
+    page.keyboard.type("7")
+    wait(page, "document.querySelector('#found').textContent.includes('found')")
+    assert listed(page)[0] == 7
+    page.locator("#search").fill("WORD30")
+    wait(page, "document.querySelector('#found').textContent.includes('example')")
+    near = {
+        latent for latent, windows in examples(site).items() if any(has_near(site, *place, 30) for place in windows)
+    }
+    said = page.locator("#found").inner_text()
+    assert int(re.search(r"(\d+) have it in an example", said)[1]) == len(near)
+    assert near <= set(listed(page))
+    page.keyboard.press("Escape")
+    wait(page, "document.querySelector('#found').textContent === ''")
+    assert listed(page) == list(range(24))
+
+
+def examples(site):
+    """Window and position of every kept example, by latent, as they lie on disk."""
+    found = folder.read_data(site.home / "browser", "sae_first/places/0")
+    counts, window, at = (folder.unpacked(found[name]) for name in ("counts", "window", "at"))
+    places = iter(zip(window.tolist(), at.tolist(), strict=True))
+    return {latent: [next(places) for _ in range(count)] for latent, count in enumerate(counts)}
+
+
+def has_near(site, window, at, token):
+    return token in site.tokens[window, max(0, at - 16) : at + 9]
+
+
+def test_a_latent_shows_values_on_hover_and_more_text_on_a_click(site, open_page):
+    latent = int(site.acts.max((0, 1)).argmax())
+    page = open_page(site.home, f"#/sae/first/{latent}")
+    line = page.locator(".ex").first
+    window, at = np.unravel_index(site.acts[:, :, latent].argmax(), site.acts.shape[:2])
+    assert line.locator(".peak").inner_text() == f"{site.acts[window, at, latent]:.3g}"
+    line.locator(f"[data-at='{at}']").hover()
+    assert f"activation {site.acts[window, at, latent]:.3g}" in page.locator("#tip").inner_text()
+    assert line.locator(".on").count() == int((site.acts[window, max(0, at - 16) : at + 9, latent] > 0).sum())
+    line.locator(".peak").click()
+    assert line.locator("[data-at]").count() == site.tokens.shape[1]
+    assert line.get_attribute("aria-expanded") == "true"
+    place = line.locator("a").get_attribute("href")
+    assert place == f"#/sae/first/{latent}/{window}"
+    page.mouse.move(0, 0)
+    assert page.locator("#tip").is_hidden()
+    other = open_page(site.home, place)
+    assert other.locator(".ex[aria-current=true]").first.get_attribute("aria-expanded") == "true"
+    headings = set(page.locator("#examples h3").all_inner_texts())
+    assert {"Strongest", "Random firings", "Just above the threshold"} <= headings
+    assert page.locator("svg[aria-label='histogram of activations'] rect").count() > 1
+
+
+def test_it_shows_what_the_model_looked_back_at(site, open_page):
+    data = {
+        name: folder.unpacked(value) for name, value in folder.read_data(site.home / "browser", "attention/0").items()
+    }
+    about = folder.read_data(site.home / "browser", "run")
+    shape = (-1, about["context"], len(about["attention_layers"]), about["attended"])
+    positions, weights = data["positions"].reshape(shape), data["weights"].reshape(shape)
+    firsts = [(latent, *places[0]) for latent, places in examples(site).items() if places]
+    latent, window, at = next(one for one in firsts if weights[one[1:]].max() > 0.1 * about["levels"])
+    page = open_page(site.home, f"#/sae/first/{latent}/{window}")
+    page.wait_for_selector(".att")
+    line = page.locator(".ex[aria-current=true]").first
+    marked = {int(span.get_attribute("data-at")) for span in line.locator(".att").all()}
+    strong = weights[window, at] >= 0.06 * about["levels"]
+    assert marked == set(positions[window, at][strong].tolist())
+    page.get_by_role("button", name=str(about["attention_layers"][0]), exact=True).click()
+    marked = {int(span.get_attribute("data-at")) for span in line.locator(".att").all()}
+    assert marked == set(positions[window, at, 0][strong[0]].tolist())
+    page.get_by_role("button", name="off", exact=True).click()
+    assert line.locator(".att").count() == 0
+    assert page.locator("#attention h3").first.inner_text().startswith("layer ")
+
+
+def test_keys_alone_are_enough(site, open_page):
+    page = open_page(site.home, "#/sae/first")
+    for key, latent in (("j", 1), ("ArrowDown", 2), ("k", 1)):
+        page.keyboard.press(key)
+        page.wait_for_selector(f"#detail[data-latent='{latent}']")
+    assert page.url.endswith("#/sae/first/1")
+    assert page.locator(".r[aria-selected=true]").get_attribute("id") == "row-1"
+    page.locator(".ex").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator(".ex").first.get_attribute("aria-expanded") == "true"
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#tip").is_visible()
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("?")
+    assert page.locator("dialog").is_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("o")
+    page.wait_for_selector("#saes")
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('a, button, input, select')].filter((one) => !one.hidden)"
+        ".filter((one) => !(one.innerText.trim() || one.ariaLabel || one.title)).map((one) => one.outerHTML)"
+    )
+    assert unnamed == []
+
+
+def test_notes_are_kept_exported_and_imported(site, open_page, tmp_path):
+    page = open_page(site.home, "#/sae/first/3")
+    page.keyboard.press("s")
+    page.keyboard.press("l")
+    page.keyboard.type("greetings")
+    page.keyboard.press("Tab")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert page.locator("#own-label").input_value() == "greetings"
+    page.goto(page.url.split("#")[0] + "#/notes")
+    with page.expect_download() as download:
+        page.locator("#export-notes").click()
+    download.value.save_as(tmp_path / "notes.json")
+    notes = json.loads((tmp_path / "notes.json").read_text())
+    assert notes["notes"] == {"first": {"3": {"star": True, "label": "greetings"}}}
+    other = open_page(site.home, "#/notes")
+    notes["notes"]["first"]["4"] = {"star": "yes", "label": SCRIPT, "more": 1}
+    (tmp_path / "changed.json").write_text(json.dumps(notes))
+    other.locator("#notes-file").set_input_files(tmp_path / "changed.json")
+    other.wait_for_selector("text=notes imported")
+    assert other.locator("table a").all_inner_texts() == ["\u2605 first 3", "first 4"]
+    (tmp_path / "bad.json").write_text("[1")
+    other.locator("#notes-file").set_input_files(tmp_path / "bad.json")
+    other.wait_for_selector("text=not imported")
+
+
+def test_hostile_text_is_text(site, open_page):
+    """Each hostile token on its own latent's page: written out, cut where it is endless, turned as its script turns."""
+    page = open_page(site.home, "#/sae/second/0")
+    seen = {}
+    for latent in range(24):
+        page.goto(page.url.split("#")[0] + f"#/sae/second/{latent}")
+        page.wait_for_selector(f"#detail[data-latent='{latent}']")
+        seen |= page.evaluate(
+            "Object.fromEntries([...document.querySelectorAll('.ctx [data-at]')].map((span) => "
+            "[shown[span.closest('.ex').dataset.place].text.tokens[span.dataset.at], span.textContent]))"
+        )
+    assert set(map(str, TEXTS)) <= set(seen)
+    assert seen["3"].startswith("</script><script>window.stolen")
+    assert (seen["4"], seen["5"], seen["9"], seen["13"]) == (
+        "\u27e82028\u27e9",
+        "\u27e8FEFF\u27e9",
+        "\u27e8202E\u27e9",
+        "\u27e80000\u27e9",
+    )
+    assert (seen["6"], seen["7"], seen["8"], seen["14"]) == (HEBREW, ARABIC, COMBINED, TEXTS[14])
+    assert seen["10"].endswith("\u2026(10,000 characters)") and len(seen["10"]) < 100
+    assert seen["11"] == "\\xC3\\xA0" or seen["11"].startswith("\\x")
+    assert seen["12"] == "\u21b5        "
+    assert seen["15"] == "&lt;b&gt;"
+    assert page.evaluate("getComputedStyle(document.querySelector('.ctx')).unicodeBidi") == "plaintext"
+    assert page.evaluate("document.scripts.length") == 1
+    page.keyboard.press("/")
+    page.keyboard.type("__proto__")
+    wait(page, "document.querySelector('#found').textContent.includes('found')")
+
+
+def test_right_to_left_text_reads_from_the_right(site, open_page):
+    page = open_page(site.home, "#/sae/second/0")
+    page.evaluate("texts[3] = ''")
+    left_to_right = page.evaluate(
+        """() => {
+          const line = document.querySelector('.ctx');
+          const [first, second] = [' \u05d0\u05d1', ' \u05d2\u05d3'].map((text) => h('span', {}, text));
+          line.replaceChildren(first, second);
+          return first.getBoundingClientRect().left < second.getBoundingClientRect().left;
+        }"""
+    )
+    assert not left_to_right
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_everything_can_be_read_in_light_and_dark(site, open_page, theme):
+    """Every text on the page stands out from what is behind it: at least 4.5 to 1."""
+    page = open_page(site.home, color_scheme=theme)
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    for hash_ in ("#/", "#/sae/first/2", "#/sae/second/1", "#/notes"):
+        page.goto(page.url.split("#")[0] + hash_)
+        wait(page, "document.querySelector('#main').innerText.length > 60")
+        if "sae" in hash_:
+            page.wait_for_selector(".att")
+        assert page.evaluate(CONTRASTS) == []
+
+
+@pytest.mark.parametrize("width", [380, 900])
+def test_nothing_is_cut_off_on_a_small_screen(site, open_page, width):
+    page = open_page(site.home, width=width)
+    for hash_ in ("#/", "#/sae/first", "#/sae/first/2", "#/notes"):
+        page.goto(page.url.split("#")[0] + hash_)
+        wait(page, "document.querySelector('#main').innerText.length > 60")
+        wide = page.evaluate(
+            "[...document.querySelectorAll('header, main, .card, .detail, .list, .latent')]"
+            ".filter((one) => one.getBoundingClientRect().right > innerWidth + 1"
+            " || (one.scrollWidth > one.clientWidth + 1 && !one.matches('.wide'))).map((one) => one.outerHTML)"
+        )
+        assert wide == [], hash_
+    page.goto(page.url.split("#")[0] + "#/sae/first/2")
+    page.wait_for_selector("#detail[data-latent='2']")
+    page.get_by_text("all latents").last.click()
+    page.wait_for_selector(".r >> visible=true")
+
+
+def test_one_sae_without_model_or_attention_says_what_is_missing(make_world, builder, open_context, open_page):
+    bare = make_world(attention_layers=())
+    home = builder.run(bare, "run_1", {"only": builder.make_sae()})
+    context = open_context(bare, model_name="/no/such/model")
+    list(evaluation.evaluate(context, find_subjects([str(home)], home.parent), CONFIG))
+    page = open_page(home)
+    text = page.locator("#main").inner_text()
+    assert "One SAE" in text and "holds no attention" in text and "shown as their ids" in text
+    assert "sae-eval RUN --evals core" in text
+    page.goto(page.url.split("#")[0] + "#/sae/only/2")
+    page.wait_for_selector("#detail[data-latent='2']")
+    assert "promoted tokens need the model" in page.locator("#detail").inner_text()
+    assert re.search(r"<\d+>", page.locator(".ctx").first.inner_text())
+    for hash_, said in (
+        ("#/sae/only/999", "has latents 0 to 23"),
+        ("#/sae/nobody", "no SAE nobody"),
+        ("#/what", "no page what"),
+    ):
+        page.goto(page.url.split("#")[0] + hash_)
+        page.wait_for_selector(f"text={said}")
+
+
+def test_a_damaged_browser_says_what_is_missing(site, chromium, tmp_path):
+    shutil.copytree(site.home / "browser", tmp_path / "browser")
+    (tmp_path / "browser/data/sae_first/latents/0.js").unlink()
+    (tmp_path / "browser/data/sae_second/columns.js").write_text("saemill('other', 1)")
+    page = chromium.new_page()
+    for hash_ in ("#/sae/first/1", "#/sae/second"):
+        page.goto(f"file://{tmp_path / 'browser'}/index.html{hash_}")
+        page.wait_for_selector("text=make the browser again")
+    page.close()
+
+
+def test_a_static_server_shows_it_too(site, open_page):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(site.home / "browser"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            page = open_page(site.home, "#/sae/first/1", address=f"http://127.0.0.1:{server.server_port}")
+            page.wait_for_selector(".att")
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_65k_latents_are_shown_at_once(tmp_path, open_page):
+    """A list of all of them in a second, a latent in a tenth, to the last row."""
+    write_wide(tmp_path / "browser", 65_536)
+    began = time.monotonic()
+    page = open_page(tmp_path, "#/sae/wide")
+    page.wait_for_selector(".r")
+    assert time.monotonic() - began < 1 * SLACK
+    assert len(listed(page)) < 60
+    for key in ("density", "token"):
+        took = page.evaluate(
+            f"(() => {{ const began = performance.now(); sortBy('{key}'); return performance.now() - began; }})()"
+        )
+        assert took < 300 * SLACK
+    page.evaluate("rows.scrollTop = rows.scrollHeight")
+    wait(page, "document.querySelector('.r[aria-posinset=\"65536\"]')")
+    took = page.evaluate(
+        """async () => {
+          const began = performance.now();
+          await showSae('wide', 40000, null);
+          return performance.now() - began;
+        }"""
+    )
+    assert page.locator("#detail").get_attribute("data-latent") == "40000"
+    assert took < 100 * SLACK
+
+
+def write_wide(path, width, windows=64, context=128, kept=40):
+    """A browser with columns of so many latents; they share one file of examples' text."""
+    random = np.random.default_rng(0)
+    made = Folder(path)
+    (path / "data").mkdir(parents=True)
+    sae = {"folder": "wide", "label": "wide", "variant": "topk", "width": width, "layers": [1], "target_layers": [1],
+           "tokens": windows * context, "alive_share": 1.0, "dense_share": 0.0, "l0": 64.0, "dense": 0.1,
+           "density": {"edges": np.arange(-6, 0.01, 0.25).tolist(), "counts": [1] * 24}}  # fmt: skip
+    about = {"format": 1, "build": "b", "run": "wide", "model": "m", "corpus": "c", "cache_id": "i", "context": context,
+             "windows": {"test": windows}, "text_windows": windows, "attention_windows": 8, "attention_layers": [],
+             "attended": 0, "levels": 255, "edges": lower_edges(), "file_latents": 32, "sampled": 25,
+             "without_words": None, "without_model": None, "saes": [sae]}  # fmt: skip
+    write_data(path, "run", about)
+    write_data(path, "numbers", {"columns": [], "saes": {}})
+    write_data(path, "words", {"ids": np.arange(5000, dtype=np.uint32), "texts": [f" word{n}" for n in range(5000)]})
+    tokens = random.integers(0, 5000, windows * context).astype(np.uint32)
+    write_data(path, "text/0", {"tokens": tokens, "marks": np.zeros(windows * context, np.uint8)})
+    floats = random.random(width).astype(np.float32) + 0.1
+    columns = {"fired": random.integers(1, 900, width).astype(np.uint32), "mean": floats, "highest": floats * 9,
+               "token": random.integers(0, 5000, width).astype(np.int32), "marks": {},
+               "promoted": random.integers(0, 5000, (width, 3)).astype(np.uint32),
+               "part_tokens": np.full(32, 256, np.uint32)}  # fmt: skip
+    write_data(path, "wide/columns", columns)
+    some = random.integers
+    items = 32 * kept
+    near = {"latents": some(0, width, (32, 8)).astype(np.int32), "scores": np.full((32, 8), 0.5, np.float32)}
+    part = {"counts": np.full(32, kept, np.uint16), "reasons": some(1, 8, items).astype(np.uint8),
+            "window": some(0, windows, items).astype(np.uint32), "at": some(0, context, items).astype(np.uint16),
+            "peak": np.ones(items, np.float32), "lengths": np.full(items, 4, np.uint16),
+            "positions": some(0, context, items * 4).astype(np.uint16),
+            "levels": some(1, 65_535, items * 4).astype(np.uint16),
+            "bins_first": np.full(32, 60, np.uint8), "bins_count": np.full(32, 12, np.uint8),
+            "bins": some(1, 99, 32 * 12).astype(np.uint32), "parts": some(0, 9, (32, 32)).astype(np.uint32),
+            "by_direction": near, "by_firing": near, "others": []}  # fmt: skip
+    for number in (0, 40_000 // 32, *range(width // 32 - 40, width // 32)):
+        write_data(path, f"wide/latents/{number}", part)
+    write_page(made, "b")
