@@ -12,39 +12,28 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from functools import reduce
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from ....cache_schema.strict import to_json
 from ....train.run.folder import RunFolder
-from ...context.ordinary import ordinary_rows
-from ...context.split_windows import read_windows
 from ...errors import BrowserUnwritten, ModelMissing, NotApplicable
 from ...model.batches import count_windows
 from ...model.head import Head
-from ...model.windows import Windows
 from ...output.figures.records import read_records
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from ..core.encoding import encode_codes
-from .attended import LEVELS, attended
+from .attended import LEVELS
 from .config import Config
-from .folder import NAME, Folder, Pieces, making, read_data, unpacked, write_page
-from .kept import Room
+from .folder import NAME, Folder, making, read_data, unpacked, write_page
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
 from .numbers import write_numbers
+from .reading import ATTENTION_TOKENS, TEXT_TOKENS, files_of, read
 from .report import report_of
-from .seen import Batch, Seen, lower_edges
+from .seen import lower_edges
 from .words import Vocabulary
 
 FORMAT = 1
-TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
-LEFT_OUT, BEGINS = 1, 2  # of a token, as bits: no SAE is asked about it; it begins a document
 LATENT_BYTES = 4000  # on disk, about
 SAME = ("format", "cache_id", "windows", "config")  # where SAEs of another build can stand beside these
 
@@ -105,59 +94,6 @@ def find_head(context: Context) -> tuple[Head | None, str | None]:
         return context.head, None
     except ModelMissing as error:
         return None, f"promoted tokens need the model: {error}"
-
-
-def read(
-    context: Context,
-    subjects: Sequence[LoadedSae],
-    config: Config,
-    windows: dict[str, int],
-    folder: Folder,
-    words: Vocabulary,
-) -> tuple[dict[LoadedSae, Seen], np.ndarray]:
-    """The one pass; also every token [W, T]."""
-    length, layers = context.manifest.context, context.manifest.attention.layers
-    room = Room(config.top, config.sample, config.low)
-    seen = {subject: Seen(subject.width, length, room) for subject in subjects}
-    texts = Pieces(folder, "text", files_of(TEXT_TOKENS, length))
-    attention = Pieces(folder, "attention", files_of(ATTENTION_TOKENS, length))
-    every = max(1, sum(windows.values()) * length // max(config.together_tokens, 1))
-    number, batches, tokens = 0, 0, []
-    for split, count in windows.items():
-        title = f"browser, {split} split"
-        for batch in read_windows(
-            context, subjects, title, count, config.batch_windows, split=split, attention_layers=layers
-        ):
-            place = Batch.of(batch, number, is_sampled=batches % every == 0)
-            tokens.append(words.meet(batch.tokens.cpu().numpy()))
-            rows = {subject: ordinary_rows(context, subject, batch) for subject in subjects}
-            texts.add(tokens=tokens[-1], marks=marks_of(batch, rows.values()))
-            if layers:
-                positions, weights = attended(batch, layers, config.attended)
-                kind = np.uint8 if length <= 1 << 8 else np.uint16
-                attention.add(positions=positions.astype(kind), weights=weights)
-            for subject, one in seen.items():
-                one.take(encode_codes(subject, batch), place, rows[subject][batch.keep].cpu().numpy())
-            number, batches = number + len(batch), batches + 1
-    texts.finish()
-    attention.finish()
-    return seen, np.concatenate(tokens)
-
-
-def files_of(tokens: int, context: int) -> int:
-    """Windows in a file."""
-    return max(1, tokens // context)
-
-
-def marks_of(batch: Windows, rows: Iterable[Tensor]) -> np.ndarray:
-    """uint8 [W, T]: LEFT_OUT by some SAE, and BEGINS."""
-    kept = reduce(torch.logical_and, rows)
-    marks = (~kept).cpu().numpy().astype(np.uint8) * LEFT_OUT
-    if batch.documents is not None:
-        begins = torch.zeros_like(batch.keep)
-        begins[:, 1:] = batch.documents[:, 1:] != batch.documents[:, :-1]
-        marks |= begins.cpu().numpy().astype(np.uint8) * BEGINS
-    return marks
 
 
 def keep_others(

@@ -59,8 +59,15 @@ class Firings:
 
     def part(self, rows: slice, entries: slice) -> Firings:
         """Some that stand together, with the entries that are theirs."""
-        own = (getattr(self, field.name)[rows] for field in fields(self)[:5])
-        return Firings(*own, self.position[entries], self.value[entries])
+        return Firings(
+            self.latent[rows],
+            self.window[rows],
+            self.at[rows],
+            self.peak[rows],
+            self.count[rows],
+            self.position[entries],
+            self.value[entries],
+        )
 
     @staticmethod
     def joined(parts: list[Firings]) -> Firings:

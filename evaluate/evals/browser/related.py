@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,6 +15,7 @@ from torch.nn import functional
 from ....train.sae.kernels.linear import linear
 from ....train.sae.kernels.select import topk_rows
 from .kept import largest
+from .seen import Table
 
 BLOCK = 1024
 LEAST_TOGETHER = 3  # tokens on which both fire, below which it may be chance
@@ -48,7 +48,7 @@ def by_direction(rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool) 
     return Near(latents, scores)
 
 
-def by_firing(rows: scipy.sparse.csr_matrix, others: scipy.sparse.csr_matrix, count: int, is_same: bool) -> Near:
+def by_firing(rows: Table, others: Table, count: int, is_same: bool) -> Near:
     """By tokens on which both fire, over the geometric mean of those on which each does."""
     rows, others = affordable(rows, others)
     latents = np.full((rows.shape[1], count), -1, np.int32)
@@ -69,9 +69,7 @@ def by_firing(rows: scipy.sparse.csr_matrix, others: scipy.sparse.csr_matrix, co
     return Near(latents, scores)
 
 
-def affordable(
-    rows: scipy.sparse.csr_matrix, others: scipy.sparse.csr_matrix
-) -> tuple[scipy.sparse.csr_matrix, scipy.sparse.csr_matrix]:
+def affordable(rows: Table, others: Table) -> tuple[Table, Table]:
     """As many tokens as the product of the two has time for; both hold the same ones, the shorter fewer of them."""
     tokens = min(rows.shape[0], others.shape[0])
     pairs = np.cumsum(np.diff(rows.indptr[: tokens + 1]).astype(np.int64) * np.diff(others.indptr[: tokens + 1]))

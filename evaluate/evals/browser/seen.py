@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -16,6 +17,7 @@ from ....train.sae.kernels.codes import Codes
 from ...model.windows import Windows
 from .kept import Firings, Keeper, Room
 
+Table = Any  # a sparse matrix of scipy, whose stubs lose its kind at every step
 BINS = 128  # of activation: four to an octave, from 2^LOWEST up
 LOWEST = -16
 PARTS = 32  # of a window, at most
@@ -58,7 +60,7 @@ class Seen:
         self.keeper = Keeper(width, room)
         self.massive = 0
         self._beginning: tuple[np.ndarray, np.ndarray] | None = None
-        self._together: list[scipy.sparse.csr_matrix] = []
+        self._together: list[Table] = []
         self._together_entries = 0
 
     def take(self, codes: Sequence[Codes], batch: Batch, ordinary: np.ndarray) -> None:
@@ -80,7 +82,7 @@ class Seen:
         if columns.nnz:
             self._add(columns, batch, part)
 
-    def _add(self, columns: scipy.sparse.csc_matrix, batch: Batch, part: np.ndarray) -> None:
+    def _add(self, columns: Table, batch: Batch, part: np.ndarray) -> None:
         counts, token, value = np.diff(columns.indptr), columns.indices, columns.data
         latent = np.repeat(np.arange(self.width, dtype=np.int64), counts)
         self.fired += counts
@@ -109,7 +111,7 @@ class Seen:
         return self._beginning
 
     @property
-    def together(self) -> scipy.sparse.csr_matrix:
+    def together(self) -> Table:
         """1 where a latent fires: [sampled tokens, F]."""
         if not self._together:
             return scipy.sparse.csr_matrix((0, self.width), dtype=np.float32)
@@ -118,12 +120,12 @@ class Seen:
         return found
 
 
-def joined_rows(codes: Sequence[Codes]) -> scipy.sparse.csr_matrix:
+def joined_rows(codes: Sequence[Codes]) -> Table:
     """Positive entries of several pieces, as one table by token."""
     return scipy.sparse.vstack([_rows(piece) for piece in codes], format="csr") if codes else _nothing()
 
 
-def _rows(codes: Codes) -> scipy.sparse.csr_matrix:
+def _rows(codes: Codes) -> Table:
     values, shape = codes.values, (codes.num_rows, codes.num_latents)
     if codes.support is None:
         row, latent = (values > 0).nonzero(as_tuple=True)
@@ -138,7 +140,7 @@ def _rows(codes: Codes) -> scipy.sparse.csr_matrix:
     return found
 
 
-def _nothing() -> scipy.sparse.csr_matrix:
+def _nothing() -> Table:
     return scipy.sparse.csr_matrix((0, 0), dtype=np.float32)
 
 

@@ -20,11 +20,12 @@ from saemill.evaluate.context.ordinary import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, NotApplicable
 from saemill.evaluate.evals.browser import evaluation, folder, latents
 from saemill.evaluate.evals.browser.attended import LEVELS, attended
-from saemill.evaluate.evals.browser.evaluation import LEFT_OUT, Config
+from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.folder import read_data, unpacked, write_data
 from saemill.evaluate.evals.browser.kept import LOW, SAMPLE, TOP, Firings, Keeper, Room, largest
 from saemill.evaluate.evals.browser.latents import RANDOM, STEPS
 from saemill.evaluate.evals.browser.numbers import refresh
+from saemill.evaluate.evals.browser.reading import LEFT_OUT
 from saemill.evaluate.evals.browser.related import by_direction, by_firing
 from saemill.evaluate.evals.browser.seen import BINS, bin_of, lower_edges
 from saemill.evaluate.evals.browser.words import Vocabulary, text_of
