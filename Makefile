@@ -11,6 +11,12 @@ STORE    ?= ./store
 DATASET  ?=
 TOKENS   ?=
 CONTEXT  ?=
+CODEC    ?=
+DTYPE    ?=
+DEVICE   ?=
+BATCH    ?=
+HOOKS    ?=
+DRY_RUN  ?=
 DEMO     ?= ./demo
 STUDIES  ?= ./study_runs
 DECISIONS ?= ./decisions
@@ -73,9 +79,12 @@ format: env ## put the code into its format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-harvest: env $(if $(filter smollm2,$(MODEL)),smollm2) ## run the model once: make harvest [MODEL= LAYER= DATASET= TOKENS= STORE=]
+harvest: env $(if $(filter smollm2,$(MODEL)),smollm2) ## run the model once: make harvest [MODEL= LAYER= DATASET= TOKENS= DRY_RUN=1]
 	$(BIN)/sae-harvest --model $(MODEL) --out $(STORE) $(if $(LAYER),--layer $(LAYER)) \
-	  $(if $(DATASET),--dataset $(DATASET)) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(CONTEXT),--context $(CONTEXT))
+	  $(if $(DATASET),--dataset $(DATASET)) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(CONTEXT),--context $(CONTEXT)) \
+	  $(if $(CODEC),--codec $(CODEC)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE)) \
+	  $(if $(BATCH),--batch-windows $(BATCH)) $(if $(HOOKS),--hooks $(HOOKS)) \
+	  $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
 
 demo: env ## the whole path on the bundled pocket model: harvest, train four SAEs, evaluate, plot
 	$(BIN)/sae-harvest --model pocket --layer 19 --tokens 300k --out $(DEMO)/store

@@ -10,8 +10,11 @@ from rich.table import Table
 from .commits import read_index
 from .errors import ShardCorrupt
 from .links import measure_links
+from .manifest import PART
 from .massive import MULTIPLE, default_multiple, measure_massive
 from .reader import Store
+
+BUNDLED = "pocket"  # what MODEL=auto takes where the real one is out of reach
 
 
 def describe(store: Store) -> dict[str, Any]:
@@ -29,6 +32,7 @@ def describe(store: Store) -> dict[str, Any]:
         "dtype": manifest.model.dtype,
         "d_model": manifest.model.d_model,
         "corpus": manifest.corpus.id,
+        "corpus_part": manifest.corpus.settings.get(PART),
         "context": manifest.context,
         "codec": manifest.codec,
         "layers": list(manifest.layers),
@@ -82,12 +86,13 @@ def render(facts: dict[str, Any]) -> RenderableType:
     """Three small tables: what it is, what it costs, how much attention it kept."""
     head = Table.grid(padding=(0, 2))
     revision = f" at {facts['revision']}" if facts["revision"] else ""
+    bundled = " (the small bundled model, not Gemma-2-2B)" if facts["model"] == BUNDLED else ""
     unfinished = facts["shards"] - facts["shards_committed"]
     rows = {
         "store": facts["url"],
         "cache id": facts["cache_id"],
-        "model": f"{facts['model']}{revision}, {facts['dtype']}, width {facts['d_model']:,}",
-        "corpus": facts["corpus"],
+        "model": f"{facts['model']}{bundled}{revision}, {facts['dtype']}, width {facts['d_model']:,}",
+        "corpus": facts["corpus"] + (f", a part of it ({facts['corpus_part']})" if facts["corpus_part"] else ""),
         "residuals": f"after layers {_join(facts['layers'])}" if facts["layers"] else "none",
         **{hook: f"of layers {_join(layers)}" for hook, layers in facts["hooks"].items()},
         "attention": f"layers {_join(facts['attention_layers'])}" if facts["attention_layers"] else "none",

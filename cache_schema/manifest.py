@@ -13,6 +13,7 @@ FORMAT = 2  # the highest that is read; a store of residuals alone is written in
 SPLITS = ("train", "validation", "test")
 Codec = Literal["raw", "lz4", "zstd"]
 Sink = Literal["bos", "self"]
+PART = "part"  # among a corpus's settings: of what its id names only this was read
 
 
 @dataclass(frozen=True)

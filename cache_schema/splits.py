@@ -1,7 +1,8 @@
 """Documents to train, validation and test, by a hash of their text.
 
-A pure function of the text: the same document is in the same split of every store, whatever the corpus
-around it, its order, the model or the context. Two copies of a document never end in two splits.
+A pure function of the text and of how large the test split is meant to be: whatever the corpus around a document, its
+order, the model or the context. Two copies of a document never end in two splits. A larger test split takes documents
+from train alone, so what a store tests on is tested on in every store with a larger split too.
 """
 
 from __future__ import annotations
@@ -9,17 +10,27 @@ from __future__ import annotations
 import hashlib
 
 PER_MILLE = {"train": 920, "validation": 40, "test": 40}
+EVALUATION_TOKENS = 2_200 * 16 * 128  # what SAEBench's core reads at full size
+SPARED_TOKENS = 1_000_000  # stores up to here are for trying things, and train on what they have
 
 
-def split_of(text: str) -> str:
-    """The split of a document."""
+def per_mille_for_tests(tokens: int) -> int:
+    """How much of a new store is for tests: what evaluations need, up to a quarter of what lies beyond the first
+    million tokens, and never less than 4 %. A store keeps what it was begun with."""
+    wanted = min(EVALUATION_TOKENS, max(0, tokens - SPARED_TOKENS) // 4)
+    return max(PER_MILLE["test"], -(-1000 * wanted // max(1, tokens)))
+
+
+def split_of(text: str, test: int = PER_MILLE["test"]) -> str:
+    """The split of a document where so many per mille are for tests."""
     draw = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") % 1000
-    if draw < PER_MILLE["test"]:
+    if draw < PER_MILLE["test"] or draw >= 1000 + PER_MILLE["test"] - test:
         return "test"
     return "validation" if draw < PER_MILLE["test"] + PER_MILLE["validation"] else "train"
 
 
-def share_windows(total: int) -> dict[str, int]:
+def share_windows(total: int, test: int = PER_MILLE["test"]) -> dict[str, int]:
     """How many of `total` windows each split gets: its share, and never less than one."""
-    held_out = {name: max(1, total * PER_MILLE[name] // 1000) for name in ("validation", "test")}
+    shares = {"validation": PER_MILLE["validation"], "test": test}
+    held_out = {name: max(1, total * share // 1000) for name, share in shares.items()}
     return {"train": total - sum(held_out.values()), **held_out}

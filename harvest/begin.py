@@ -19,11 +19,21 @@ from pathlib import Path
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
 from ..cache_schema.files import Files, LocalFiles, name_full_disk, open_files
 from ..cache_schema.layout import ROOT
+from ..cache_schema.manifest import PART
+from ..cache_schema.splits import PER_MILLE
 from .corpus import open_corpus, source_of
+from .corpus.source import part_of
 from .errors import SettingInvalid, TokensMissing
-from .estimate import least_bytes, require_space
 from .place import Place
-from .plan import Plan, corpus_spec, expected_manifest, manifest_of, require_same
+from .plan import (
+    TEST,
+    Plan,
+    corpus_spec,
+    manifest_of,
+    require_same,
+    settings_of_begun,
+    settings_of_new,
+)
 from .progress import Watch
 from .spool import PackingJob, spool_corpus
 
@@ -73,12 +83,12 @@ def _require_folder(path: Path, url: str) -> None:
 def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
     """Tokenise, pack, and write the beginning of the store."""
     corpus = open_corpus(plan.corpus)
-    spec = corpus_spec(plan, corpus.id, corpus.revision, corpus.settings)
+    spec = corpus_spec(plan, corpus.id, corpus.revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
+    if PART in spec.settings:
+        watch.say(f"corpus: {corpus.id} can be streamed only in part ({spec.settings[PART]}); the store says so")
     context, total = plan.config.context, plan.windows * plan.config.context
-    job = PackingJob(plan.windows, context, plan.config.packing)
+    job = PackingJob(plan.windows, context, plan.config.packing, spec.settings.get(TEST, PER_MILLE["test"]))
     folder = _spool_folder(files)
-    if source_of(plan.corpus).pinned:  # remote: it surely holds what is asked for, and takes hours to read
-        require_space(files.url, files.free_bytes(), least_bytes(expected_manifest(plan, spec, plan.windows)))
     doing = f"tokenising into {folder}"  # the store names a full disk by itself; this is for what comes before it
     with name_full_disk(doing), _locked(folder), watch.stage("tokenising", total, stays=True) as stage:
 
@@ -103,9 +113,9 @@ def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
     """What the corpus of a store must say if it is ours. A remote one stays pinned without being asked for."""
     options, recorded, pinned = plan.corpus, found.corpus, source_of(plan.corpus).pinned
     if pinned and options.dataset == recorded.id and options.revision in (None, recorded.revision):
-        return corpus_spec(plan, recorded.id, recorded.revision, pinned(options))
+        return corpus_spec(plan, recorded.id, recorded.revision, settings_of_begun(pinned(options), found))
     corpus = open_corpus(options)
-    return corpus_spec(plan, corpus.id, corpus.revision, corpus.settings)
+    return corpus_spec(plan, corpus.id, corpus.revision, settings_of_begun(corpus.settings, found))
 
 
 def wait_for_tokens(files: Files, watch: Watch) -> None:

@@ -126,6 +126,8 @@ def _harvest(config: HarvestConfig) -> None:
     with Store.open(config.out) as store:
         Console().print(render_store(describe(store)))
     click.echo(f"next: sae-train --variant topk --cache {shlex.quote(config.out)}")
+    for line in finished.fell_back:
+        click.echo(line)
 
 
 def _estimate(config: HarvestConfig) -> None:
@@ -135,7 +137,7 @@ def _estimate(config: HarvestConfig) -> None:
 
     estimate = dry_run(config, Watch())
     Console().print(render(estimate))
-    require_space(config.out, estimate.free_bytes, estimate.needed_bytes)
+    require_space(config.out, estimate.free_bytes, estimate.least_bytes)
 
 
 @contextmanager

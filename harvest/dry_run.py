@@ -1,4 +1,7 @@
-"""A harvest without writing anything: what it would cost in bytes and in time."""
+"""A harvest without writing anything: what it would cost in bytes and in time.
+
+Where the model's weights are here, a few batches of the corpus are harvested; else its configuration has to do.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,15 @@ from ..cache_schema.layout import ROOT
 from .begin import require_ours, require_place
 from .config import HarvestConfig
 from .corpus import open_corpus
-from .corpus.source import Corpus
+from .corpus.source import Corpus, part_of
 from .errors import CorpusEmpty
-from .estimate import Cost, measure_cost, needed_bytes, tokens_in
+from .estimate import Cost, least_bytes, measure_cost, needed_bytes, tokens_in
+from .forecast import cost_before, tell_splits
 from .packing import Packer
 from .place import taken_place
-from .plan import Plan, corpus_spec, expected_manifest
+from .plan import Plan, corpus_spec, expected_manifest, settings_of_new
 from .progress import Watch
-from .run import decide, make_harvester
+from .run import decide, make_harvester, with_weights
 
 TRIAL_DOCUMENTS = 2000
 DOCUMENTS_AT_ONCE = 20
@@ -31,12 +35,11 @@ DOCUMENTS_AT_ONCE = 20
 
 @dataclass(frozen=True)
 class Work:
-    """What a harvest would still have to do, and tokens to try it on."""
+    """What a harvest would still have to do."""
 
     manifest: Manifest
     shards: Sequence[int]  # that are not committed
-    sample: np.ndarray  # uint32 [W, T]
-    is_begun: bool  # whether the store exists already
+    is_begun: bool = False  # whether the store exists already
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class Estimate:
     work: Work
     cost: Cost
     free_bytes: int | None  # None where the store does not lie on a disk of this machine
+    to_download: int | None = None  # of weights; without them sizes of attention are the most that there can be
+
+    @property
+    def least_bytes(self) -> int:
+        """What is surely needed: a disk is refused for that alone."""
+        return self.needed_bytes if self.to_download is None else least_bytes(self.work.manifest)
 
     @property
     def needed_bytes(self) -> int:
@@ -62,8 +71,13 @@ def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
     require_place(files)
     with taken_place(config.device, config.worker) as place:
         plan = decide(config, watch)
-        work = _rest_of(plan, files) if files.exists(ROOT) else _whole(plan)
-        cost = measure_cost(make_harvester(work.manifest, plan.source, place.device), work.sample)
+        if plan.source.to_download is not None and not files.exists(ROOT):
+            manifest, cost = cost_before(plan, place.device)
+            work = Work(manifest, range(manifest.shards))
+            return Estimate(work, cost, files.free_bytes(), plan.source.to_download)
+        plan = with_weights(plan)
+        work, sample = _rest_of(plan, files) if files.exists(ROOT) else _whole(plan)
+        cost = measure_cost(make_harvester(work.manifest, plan.source, place.device), sample)
     return Estimate(work, cost, files.free_bytes())
 
 
@@ -71,44 +85,54 @@ def render(estimate: Estimate) -> RenderableType:
     """Two small tables for a person."""
     work, cost = estimate.work, estimate.cost
     manifest = work.manifest
-    sizes = Table("array", "bytes per token", title="Size by array", title_justify="left")
-    sizes.columns[1].justify = "right"
+    to_go = tokens_in(manifest, work.shards)
+    sizes = Table("array", "bytes per token", "GB", title="Size by array", title_justify="left")
+    for column in sizes.columns[1:]:
+        column.justify = "right"
     for path, size in sorted(cost.bytes_per_token.items()):
-        sizes.add_row(path, f"{size:,.1f}")
+        sizes.add_row(path, f"{size:,.1f}", f"{size * to_go / 1e9:,.2f}")
     sizes.add_section()
-    sizes.add_row("all", f"{cost.total_per_token:,.1f}")
+    sizes.add_row("all", f"{cost.total_per_token:,.1f}", f"{cost.total_per_token * to_go / 1e9:,.2f}")
     facts = Table.grid(padding=(0, 2))
     free = "not a disk of this machine" if estimate.free_bytes is None else f"{estimate.free_bytes / 1e9:,.2f} GB"
-    to_go = {"to go": f"{len(work.shards):,} shards; size and time are theirs"} if work.is_begun else {}
+    rest = {"to go": f"{len(work.shards):,} shards; size and time are theirs"} if work.is_begun else {}
+    come = estimate.to_download
+    weights = {} if come is None else {"download": f"{come / 1e9:,.1f} GB of weights, not done for this estimate"}
     rows = {
         "tokens": f"{manifest.tokens:,}" + ("" if work.is_begun else " (if the corpus holds as many)"),
         "shards": f"{manifest.shards:,} of {manifest.shard_windows} windows of {manifest.context} tokens",
-        **to_go,
-        "size": f"{estimate.needed_bytes / 1e9:,.2f} GB",
+        "splits": tell_splits(manifest),
+        **rest,
+        **weights,
+        "size": f"{estimate.needed_bytes / 1e9:,.2f} GB" + (" at most" if weights else ""),
         "free": free,
         "rate": f"{cost.tokens_per_second:,.0f} tokens/s on this device",
-        "time": f"{estimate.seconds / 60:,.1f} minutes for one process",
+        "time": f"{_duration(estimate.seconds)} for one process",
     }
     for name, value in rows.items():
         facts.add_row(f"[bold]{name}[/bold]", value)
     return Group(sizes, facts)
 
 
-def _whole(plan: Plan) -> Work:
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:,.1f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+
+
+def _whole(plan: Plan) -> tuple[Work, np.ndarray]:
     """A harvest from the start."""
     corpus = open_corpus(plan.corpus)
-    spec = corpus_spec(plan, corpus.id, corpus.revision, corpus.settings)
+    spec = corpus_spec(plan, corpus.id, corpus.revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
     manifest = expected_manifest(plan, spec, plan.windows)
-    return Work(manifest, range(manifest.shards), _first_windows(plan, corpus), is_begun=False)
+    return Work(manifest, range(manifest.shards)), _first_windows(plan, corpus)
 
 
-def _rest_of(plan: Plan, files: Files) -> Work:
+def _rest_of(plan: Plan, files: Files) -> tuple[Work, np.ndarray]:
     """What is left of a harvest that was begun; refused like the harvest where its settings are others."""
     with Store(files) as store:
         require_ours(plan, store.manifest, files.url)
         shards = np.flatnonzero(~store.committed).tolist()
         tokens, _ = store.beginning(shards[0] if shards else 0)
-    return Work(store.manifest, shards, tokens, is_begun=True)
+    return Work(store.manifest, shards, is_begun=True), tokens
 
 
 def _first_windows(plan: Plan, corpus: Corpus) -> np.ndarray:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from ..cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec, StoreMismatch
 from ..cache_schema.identity import seal
-from ..cache_schema.manifest import list_differences
+from ..cache_schema.manifest import PART, list_differences
 from ..cache_schema.sites import RESID
+from ..cache_schema.splits import PER_MILLE, per_mille_for_tests, share_windows
 from .config import HarvestConfig, read_hooks, read_layers
 from .corpus import source_of
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
 from .model.load import ModelFacts, Wanted, read_facts
-from .model.resolve import POCKET, SMOLLM2, ModelSource
+from .model.resolve import POCKET, SMOLLM2, Choice, ModelSource
 from .model.tokenizer import TextEncoder, load_encoder
 from .spool import PackedCorpus
 
 POCKET_TOKENS = 600_000  # a minute or so on two cores
 DEFAULT_TOKENS = 10_000_000
+TEST = "test_per_mille"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Plan:
     facts: ModelFacts
     wanted: Wanted
     encoder: TextEncoder
+    choice: Choice | None = None
+    """How the model came to be taken, where it was not found in a store."""
 
     @property
     def corpus(self) -> DatasetOptions:
@@ -40,6 +45,11 @@ class Plan:
         """How many are asked for; a corpus may hold less."""
         suits_model = POCKET_TOKENS if self.source.id == POCKET else DEFAULT_TOKENS
         return self.config.tokens or source_of(self.corpus).tokens or suits_model
+
+    @property
+    def fell_back(self) -> tuple[str, ...]:
+        """What was said of a model that was taken in place of the real one."""
+        return self.choice.banner if self.choice and self.choice.fell_back else ()
 
     @property
     def windows(self) -> int:
@@ -75,12 +85,12 @@ class Plan:
         return self.config.windows_per_batch(self.facts.d_model)
 
 
-def make_plan(config: HarvestConfig, source: ModelSource) -> Plan:
+def make_plan(config: HarvestConfig, source: ModelSource, choice: Choice | None = None) -> Plan:
     """Look at the model's configuration and tokenizer, and refuse what it does not have."""
     facts = read_facts(source.folder)
     wanted = wanted_layers(config, facts)
     facts.validate_context(config.context)
-    return Plan(config, source, facts, wanted, load_encoder(source.folder))
+    return Plan(config, source, facts, wanted, load_encoder(source.folder), choice)
 
 
 def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:
@@ -99,6 +109,19 @@ def corpus_spec(plan: Plan, name: str, revision: str | None, settings: dict[str,
     """The corpus with everything that decides windows and batches."""
     decided = {"tokens": plan.tokens, "batch_windows": plan.windows_per_batch}
     return CorpusSpec(name, revision, plan.config.packing, settings | decided)
+
+
+def settings_of_new(plan: Plan, settings: dict[str, Any], part: str | None = None) -> dict[str, Any]:
+    """The corpus's own settings, and what is decided when a store is begun: how much is for tests, and whether the
+    corpus is a part of what its name says."""
+    test = per_mille_for_tests(plan.tokens)
+    told = {TEST: test} if test != PER_MILLE["test"] else {}
+    return settings | told | ({PART: part} if part else {})
+
+
+def settings_of_begun(settings: dict[str, Any], found: Manifest) -> dict[str, Any]:
+    """The corpus's own settings, and what was decided when the store was begun, whatever would be decided today."""
+    return settings | {key: found.corpus.settings[key] for key in (TEST, PART) if key in found.corpus.settings}
 
 
 def make_manifest(plan: Plan, corpus: CorpusSpec, windows: int, splits: dict[str, tuple[int, int]]) -> Manifest:
@@ -124,8 +147,10 @@ def manifest_of(plan: Plan, corpus: CorpusSpec, packed: PackedCorpus) -> Manifes
 
 def expected_manifest(plan: Plan, corpus: CorpusSpec, windows: int) -> Manifest:
     """The manifest that a corpus of enough text would give: for estimates."""
-    rest = (windows, windows)
-    return make_manifest(plan, corpus, windows, {"train": (0, windows), "validation": rest, "test": rest})
+    shares = share_windows(windows, corpus.settings.get(TEST, PER_MILLE["test"]))
+    ends = list(accumulate(shares.values()))
+    splits = {name: (end - share, end) for (name, share), end in zip(shares.items(), ends, strict=True)}
+    return make_manifest(plan, corpus, windows, splits)
 
 
 def require_same(plan: Plan, corpus: CorpusSpec, found: Manifest, url: str) -> None:

@@ -1,7 +1,7 @@
 """A whole harvest: model and corpus to a store, from the start or from where another one stopped.
 
 1. Decide the model, or take the one a store was begun with; look at its configuration and tokenizer, refuse
-   what they do not have.
+   what they do not have, and say what a new store will cost. Only then download weights.
 2. Where there is no store yet, the first worker tokenises and packs the corpus and writes all tokens; the
    others wait for it. Where there is one, its settings must be the same, and nothing is tokenised again.
 3. Check that the disk can hold what is to come of all workers.
@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -26,8 +26,9 @@ from .begin import begin_store, require_place, wait_for_tokens
 from .config import HarvestConfig
 from .errors import HarvestError, ModelDiffers
 from .estimate import is_bound_to_fit, measure_cost, needed_bytes, require_space, tokens_in
+from .forecast import announce
 from .model.load import Wanted, find_device, load_model
-from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch
+from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch, look
 from .place import Place, taken_place
 from .plan import Plan, make_plan
 from .progress import Stage, Watch
@@ -42,6 +43,7 @@ class Finished:
     shards: int  # in the store
     committed: int  # of them, by whomever
     speaks: bool  # whether this process is to say so: one that shares a terminal does only if it ended the work
+    fell_back: tuple[str, ...] = ()  # what to say once more of a model that was taken in place of the real one
 
 
 def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
@@ -53,6 +55,9 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
         if config.model == AUTO and not place.is_first:
             wait_for_tokens(files, watch)  # the first worker decides for all
         plan = decide(config, watch)
+        if place.is_first and not files.exists(ROOT):
+            announce(plan, place.device, files, watch)
+        plan = with_weights(plan)
         writer = begin_store(plan, place, watch)
         try:
             written = _harvest_share(plan, place, writer, watch)
@@ -60,7 +65,8 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
             writer.close()
         with Store.open(config.out) as store:
             ended = bool(written) and bool(store.committed.all())
-            return Finished(store.url, store.manifest.shards, int(store.committed.sum()), place.speaks or ended)
+            counts = store.manifest.shards, int(store.committed.sum())
+            return Finished(store.url, *counts, place.speaks or ended, plan.fell_back)
 
 
 def decide(config: HarvestConfig, watch: Watch) -> Plan:
@@ -68,7 +74,14 @@ def decide(config: HarvestConfig, watch: Watch) -> Plan:
     begun = _begun_with(open_files(config.out)) if config.model == AUTO else None
     choice = begun or choose(config.model)
     watch.say(choice.banner)
-    return make_plan(config, fetch(choice))
+    return make_plan(config, look(choice), choice)
+
+
+def with_weights(plan: Plan) -> Plan:
+    """The plan with all of its model on this machine."""
+    if plan.source.to_download is None:
+        return plan
+    return replace(plan, source=fetch(Choice(plan.source.id, plan.source.revision)))
 
 
 def _begun_with(files: Files) -> Choice | None:

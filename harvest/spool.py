@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..cache_schema.files import sync
-from ..cache_schema.splits import share_windows, split_of
+from ..cache_schema.splits import PER_MILLE, share_windows, split_of
 from .corpus.source import Corpus
 from .errors import CorpusEmpty, NetworkLost, SplitEmpty
 from .model.tokenizer import TextEncoder
@@ -52,6 +52,7 @@ class PackingJob:
     windows: int
     context: int
     packing: Packing
+    test_per_mille: int = PER_MILLE["test"]
 
 
 class Spool:
@@ -60,7 +61,7 @@ class Spool:
     def __init__(self, folder: Path, job: PackingJob, bos: int, fingerprint: dict[str, Any]) -> None:
         self.folder = folder
         self.job = job
-        self.quotas = share_windows(job.windows)
+        self.quotas = share_windows(job.windows, job.test_per_mille)
         self.counts = dict.fromkeys(self.quotas, 0)
         self.documents = 0
         self.has_text = False
@@ -198,7 +199,7 @@ def _add(spool: Spool, encoder: TextEncoder, texts: list[str]) -> None:
     """Tokenise and pack one batch, split by split. A document's number is its place in the corpus."""
     by_split: dict[str, tuple[list[str], list[int]]] = {name: ([], []) for name in spool.quotas}
     for number, text in enumerate(texts, spool.documents):
-        split = split_of(text)
+        split = split_of(text, spool.job.test_per_mille)
         if spool.wants(split):
             by_split[split][0].append(text)
             by_split[split][1].append(number)

@@ -40,7 +40,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "capture config spool",
         "place plan shards",
         "estimate",
-        "begin",
+        "begin forecast",
         "run",
         "dry_run",
         "cli",

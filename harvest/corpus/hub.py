@@ -29,6 +29,7 @@ from ..network import NETWORK_ERRORS
 from .source import DatasetOptions, Source, State, checked_text
 
 CONVERSION = "refs/convert/parquet"
+PARTIAL = "partial-"
 REFUSALS = (
     DisabledRepoError,
     GatedRepoError,
@@ -48,15 +49,22 @@ class Repository:
     id: str
     commit: str
     files: tuple[str, ...] = ()  # parquet files to read; empty where `datasets` finds them by itself
+    part: str | None = None  # of a conversion that keeps only the beginning of what is very large
 
 
 class HubCorpus:
     """Documents of one split of a streamed data set. `load` gives an iterable with `datasets`' resumable state."""
 
     def __init__(
-        self, source: DatasetOptions, commit: str, load: Callable[[], Any], waits: Sequence[float] = WAITS_SECONDS
+        self,
+        source: DatasetOptions,
+        commit: str,
+        load: Callable[[], Any],
+        waits: Sequence[float] = WAITS_SECONDS,
+        part: str | None = None,
     ) -> None:
         self.id = source.dataset
+        self.part = part
         self.revision = commit
         self._source = source
         self._load = load
@@ -131,7 +139,7 @@ def open_hub(source: DatasetOptions) -> HubCorpus:
     except NETWORK_ERRORS as error:
         _refuse_what_stays(source.dataset, error, 0)
         _refuse(source.dataset, error, "check the network, or use a local file or `--dataset stdlib`")
-    return HubCorpus(source, repository.commit, lambda: _load(source, repository))
+    return HubCorpus(source, repository.commit, lambda: _load(source, repository), part=repository.part)
 
 
 def find_repository(source: DatasetOptions, api: Any = None) -> Repository:
@@ -144,14 +152,16 @@ def find_repository(source: DatasetOptions, api: Any = None) -> Repository:
     if source.revision is None and f"{source.dataset.rsplit('/', 1)[-1]}.py" in names:
         info = api.dataset_info(source.dataset, revision=CONVERSION, timeout=TIMEOUT_SECONDS)
         names = [sibling.rfilename for sibling in info.siblings]
-        return Repository(source.dataset, info.sha, _converted_files(names, source))
+        files = _converted_files(names, source)
+        folder = files[0].split("/")[1]
+        return Repository(source.dataset, info.sha, files, folder if folder.startswith(PARTIAL) else None)
     return Repository(source.dataset, info.sha)
 
 
 def _converted_files(names: Sequence[str], source: DatasetOptions) -> tuple[str, ...]:
     """The conversion keeps CONFIG/SPLIT/*.parquet, or CONFIG/partial-SPLIT/ of what is very large."""
     folders = sorted({name.rsplit("/", 1)[0] for name in names if name.endswith(".parquet") and name.count("/") == 2})
-    wanted = (source.split, f"partial-{source.split}")
+    wanted = (source.split, f"{PARTIAL}{source.split}")
     fitting = [
         folder for folder in folders if folder.split("/")[1] in wanted and source.config in (None, folder.split("/")[0])
     ]

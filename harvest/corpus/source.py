@@ -37,7 +37,8 @@ class Corpus(Protocol):
     """Documents in a fixed order, which can be read from any point on.
 
     `id`, `revision` and `settings` decide the text and name no path of this machine: they go into the manifest and
-    the cache id, so two corpora that agree in them have the same documents.
+    the cache id, so two corpora that agree in them have the same documents. One that can read only a part of what its
+    id names says which in `part`; stores then say so too.
     """
 
     @property
@@ -81,6 +82,11 @@ class Source:
     """How many to take where the user does not say; None: what suits the model."""
     pinned: Callable[[DatasetOptions], dict[str, Any]] | None = None
     """Of a remote corpus: its `settings` without asking for it, so that a store goes on while it is out of reach."""
+
+
+def part_of(corpus: Corpus) -> str | None:
+    """Of what the corpus's id names, the part that can be read; None: all of it."""
+    return getattr(corpus, "part", None)
 
 
 def checked_text(value: object, where: str) -> str:

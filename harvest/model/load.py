@@ -147,6 +147,18 @@ def load_model(
     return _truncated(stack.to(device), facts, wanted)
 
 
+def make_random(
+    folder: Path, num_layers: int, vocabulary: int, dtype: torch.dtype, device: str | torch.device
+) -> PreTrainedModel:
+    """So many layers of a model's shape, with random weights and few tokens: to find out how long a layer takes."""
+    from transformers import AutoModel
+
+    config: Any = _shortened(_read_config(folder), num_layers)
+    config.vocab_size, config.pad_token_id = vocabulary, None
+    with torch.device(device):
+        return AutoModel.from_config(config, dtype=dtype)
+
+
 def find_weights(folder: Path) -> list[Path]:
     """The safetensors files of a model, or none where one is missing."""
     files = [folder / WEIGHTS_FILE]

@@ -8,7 +8,7 @@ a folder   as `save_pretrained` writes it
 an id      of a model on the hub; nothing ever takes its place
 
 `choose` decides without downloading, within `DECISION_SECONDS`; where a store stands already, `choose_again`
-decides as it was decided for that. `fetch` then brings the files.
+decides as it was decided for that. `look` brings what describes the model, `fetch` all of it, where there is room.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
@@ -37,6 +38,7 @@ from ..network import NETWORK_ERRORS
 from ..pocket import MODEL_FOLDER
 from .gguf_file import SUFFIX, convert, find_smollm2
 from .load import CONFIG_FILE, find_weights
+from .room import require_room
 
 AUTO = "auto"
 POCKET = "pocket"
@@ -46,8 +48,11 @@ POCKET_FOLDER = MODEL_FOLDER
 
 DECISION_SECONDS = 8
 ANSWER_SECONDS = 5
-FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt"]
+DESCRIPTION = ["*.json", "tokenizer.model", "merges.txt", "vocab.txt"]
+WEIGHTS = ["*.safetensors"]
+FILES = [*DESCRIPTION, *WEIGHTS]
 OTHER_FILES = ["original/*", "consolidated*"]  # the same weights once more
+KNOWN_BYTES = {FIRST_CHOICE: 10_460_000_000}  # of weights, where a hub does not say
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -61,6 +66,11 @@ class Choice:
     banner: tuple[str, ...] = ()
     """Two lines for whoever left the choice to us: what was taken and why, and how to insist."""
 
+    @property
+    def fell_back(self) -> bool:
+        """Whether whoever left the choice to us gets the small model for the real one."""
+        return bool(self.banner) and self.name == POCKET
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -70,6 +80,8 @@ class ModelSource:
     revision: str
     """The hub's commit; for a folder or a GGUF file a hash of what is in it."""
     folder: Path
+    to_download: int | None = None
+    """Bytes of weights that are still on the hub; None: they are here."""
 
 
 def choose(model: str, revision: str | None = None) -> Choice:
@@ -98,6 +110,21 @@ def choose_again(model: str, revision: str | None) -> Choice | None:
 
 def fetch(choice: Choice) -> ModelSource:
     """Bring the files of a choice to this machine, or say what stands in the way."""
+    return _here(choice) or _download(choice.name, choice.revision)
+
+
+def look(choice: Choice) -> ModelSource:
+    """Bring what describes a model; the weights of one on the hub stay there."""
+    here = _here(choice)
+    if here is not None:
+        return here
+    to_come = _bytes_to_come(choice.name, choice.revision)
+    folder = Path(_snapshot(choice.name, choice.revision, allow_patterns=DESCRIPTION))
+    return ModelSource(choice.name, folder.name, folder, to_come)
+
+
+def _here(choice: Choice) -> ModelSource | None:
+    """A model that is on this machine already, a GGUF file in the form that can be loaded."""
     if choice.name == POCKET:
         return ModelSource(POCKET, _hash_of(POCKET_FOLDER), POCKET_FOLDER)
     if choice.name == SMOLLM2:
@@ -107,8 +134,8 @@ def fetch(choice: Choice) -> ModelSource:
         return _converted(folder.name, folder)
     if folder.is_dir():
         return ModelSource(folder.resolve().name, _hash_of(folder), folder)
-    snapshot = _cached(choice.name, choice.revision) or _download(choice.name, choice.revision)
-    return ModelSource(choice.name, snapshot.name, snapshot)
+    snapshot = _cached(choice.name, choice.revision)
+    return None if snapshot is None else ModelSource(choice.name, snapshot.name, snapshot)
 
 
 def _converted(name: str, file: Path) -> ModelSource:
@@ -126,15 +153,27 @@ def _cached(model: str, revision: str | None) -> Path | None:
     return folder if (folder / CONFIG_FILE).is_file() and find_weights(folder) and has_tokenizer else None
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None) -> ModelSource:
+    require_room(model, _bytes_to_come(model, revision), Path(constants.HF_HUB_CACHE))
+    folder = Path(_snapshot(model, revision, allow_patterns=FILES))
+    _weights_of(folder, model)
+    return ModelSource(model, folder.name, folder)
+
+
+def _bytes_to_come(model: str, revision: str | None) -> int:
+    """What weights there are to download, those in the cache left out; asks the hub for sizes alone."""
+    files = _snapshot(model, revision, allow_patterns=WEIGHTS, dry_run=True)
+    missing = [file for file in files if file.will_download]
+    return sum(file.file_size or 0 for file in missing) or (KNOWN_BYTES.get(model, 0) if missing else 0)
+
+
+def _snapshot(model: str, revision: str | None, **options: Any) -> Any:
     try:
-        folder = snapshot_download(
-            model, revision=revision, allow_patterns=FILES, ignore_patterns=OTHER_FILES, etag_timeout=ANSWER_SECONDS
+        return snapshot_download(
+            model, revision=revision, ignore_patterns=OTHER_FILES, etag_timeout=ANSWER_SECONDS, **options
         )
     except (*NETWORK_ERRORS, HFValidationError, RuntimeError) as error:  # the last is how the hub's own library fails
         raise ModelUnavailable(f"{model}: {_explain(error, model)}") from error
-    _weights_of(Path(folder), model)
-    return Path(folder)
 
 
 def _obstacle(model: str, revision: str | None) -> str | None:

@@ -17,8 +17,9 @@ from click.testing import CliRunner, Result
 from saemill.cache_schema import Store
 from saemill.cache_schema.files import LocalFiles
 from saemill.cache_schema.verify import digest
-from saemill.harvest import shards
+from saemill.harvest import run, shards
 from saemill.harvest.cli import main
+from saemill.harvest.model.resolve import Choice
 
 Type = Callable[..., Result]
 
@@ -84,6 +85,28 @@ def test_a_harvest_ends_with_a_summary_and_the_next_command(type_: Type, tmp_pat
     again = type_()
     assert again.exit_code == 0
     assert "going on with the store" in again.output
+
+
+def test_a_small_model_in_place_of_the_real_one_is_told_first_and_last_and_in_the_stores_page(type_: Type, monkeypatch):
+    banner = ("model: pocket, because the hub is away", "to insist: MODEL=google/gemma-2-2b never falls back")
+    monkeypatch.setattr(run, "choose", lambda _: Choice("pocket", banner=banner))
+    result = type_("--model=auto", "--layer=19")
+    assert tuple(result.stderr.splitlines()[:2]) == tuple(result.stdout.splitlines()[-2:]) == banner
+    assert "(the small bundled model, not Gemma-2-2B)" in result.stdout.replace("\n", " ")
+
+
+def test_make_passes_every_option_on():
+    def said(*variables: str) -> list[str]:
+        make = ["make", "-n", "--no-print-directory", "-C", str(Path(__file__).parents[2]), "harvest"]
+        out = subprocess.run([*make, *variables], capture_output=True, text=True, check=True).stdout
+        return out[out.index("sae-harvest") :].replace("\\\n", " ").split()
+
+    assert said() == ["sae-harvest", "--model", "auto", "--out", "./store"]
+    options = {"model": "m", "layer": "3", "dataset": "d", "tokens": "1M", "context": "64", "codec": "zstd"}
+    options |= {"dtype": "float32", "device": "cpu", "hooks": "resid,z"}
+    words = said(*(f"{name.upper()}={value}" for name, value in options.items()), "STORE=s", "BATCH=8", "DRY_RUN=1")
+    asked = [f"--{name} {value}" for name, value in (options | {"out": "s", "batch-windows": "8"}).items()]
+    assert sorted(" ".join(words[1:]).replace(" --", "\n--").split("\n")) == sorted([*asked, "--dry-run"])
 
 
 def test_a_dry_run_writes_nothing_and_says_what_it_would_cost(type_: Type, tmp_path):

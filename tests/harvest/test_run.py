@@ -29,10 +29,10 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.files import LocalFiles
-from saemill.cache_schema.info import describe
+from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.moments import is_special
 from saemill.cache_schema.verify import digest, verify_shards
-from saemill.harvest import begin, run, shards
+from saemill.harvest import begin, plan, run, shards
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus.hub import HubCorpus
 from saemill.harvest.corpus.source import DatasetOptions
@@ -221,6 +221,8 @@ def test_of_one_launch_only_the_first_shows_what_it_does(make_config: Make, monk
     watches: list[Watch] = []
     monkeypatch.setattr(run, "taken_place", lambda *_: nullcontext(Place(torch.device("cpu"), Worker(0), rank == 0)))
     monkeypatch.setattr(run, "decide", lambda _, watch: watches.append(watch))
+    monkeypatch.setattr(run, "announce", lambda *_: None)
+    monkeypatch.setattr(run, "with_weights", lambda plan: plan)
     monkeypatch.setattr(run, "begin_store", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.harvest(make_config())
@@ -236,7 +238,7 @@ def chosen(model_folder, monkeypatch) -> list[Choice]:
         choices.append(choice)
         return ModelSource(choice.name, "c0ffee", model_folder)
 
-    monkeypatch.setattr(run, "fetch", fetch)
+    monkeypatch.setattr(run, "look", fetch)
     return choices
 
 
@@ -251,6 +253,50 @@ def test_auto_is_decided_once_for_a_store(make_config: Make, chosen, monkeypatch
     dry_run(config, Watch(is_quiet=True))
     assert [(choice.name, choice.revision) for choice in chosen[1:]] == [(name, revision)] * 2
     assert said.getvalue().startswith(f"model: {name}, because the store at --out was begun with it\nto insist: ")
+
+
+def test_who_gets_the_small_model_for_the_real_one_is_told_again_at_the_end(make_config: Make, chosen, monkeypatch):
+    banner = ("model: pocket, because there is no network", "to insist: ...")
+    for choice, told in [
+        (Choice("pocket", banner=banner), banner),
+        (Choice("pocket"), ()),  # asked for
+        (Choice(FIRST_CHOICE, banner=banner), ()),
+    ]:
+        monkeypatch.setattr(run, "choose", lambda _, choice=choice: choice)
+        assert harvest(make_config(model="auto", out=f"memory://{choice.name}{len(told)}")).fell_back == told
+
+
+def test_a_store_keeps_the_tests_it_was_begun_with(make_config: Make, monkeypatch):
+    """Whatever rule is made later, and whether the store was begun before there was one."""
+    for begun, later in [(40, 225), (225, 40)]:
+        config = make_config(out=f"memory://tests-{begun}")
+        monkeypatch.setattr(plan, "per_mille_for_tests", lambda _, begun=begun: begun)
+        harvest(replace(config, worker=Worker(0, 2)))
+        monkeypatch.setattr(plan, "per_mille_for_tests", lambda _, later=later: later)
+        assert harvest(replace(config, worker=Worker(1, 2))).committed == 8
+        with Store.open(config.out) as store:
+            start, stop = store.manifest.splits["test"]
+            assert stop - start == 125 * begun // 1000
+            assert store.manifest.corpus.settings.get("test_per_mille", 40) == begun
+
+
+def test_a_corpus_that_comes_in_part_is_named_as_one(make_config: Make, text_file, monkeypatch):
+    source = DatasetOptions("owner/name")
+    corpus = HubCorpus(
+        source,
+        "c0ffee",
+        lambda: load_dataset("text", data_files=str(text_file), split="train", streaming=True),
+        part="partial-train",
+    )
+    monkeypatch.setattr(begin, "open_corpus", lambda _: corpus)
+    said = io.StringIO()
+    run.harvest(make_config(corpus=source), Watch(Console(file=said, width=200)))
+    assert "owner/name can be streamed only in part (partial-train)" in said.getvalue()
+    with Store.open(make_config().out) as store:
+        page = io.StringIO()
+        Console(file=page, width=200).print(render(describe(store)))
+        assert "owner/name, a part of it (partial-train)" in page.getvalue()
+    assert harvest(make_config(corpus=source)).committed == 8  # goes on without asking the hub
 
 
 def test_auto_chooses_where_the_store_is_of_a_model_it_never_means(make_config: Make, chosen, monkeypatch):

@@ -177,11 +177,13 @@ def test_a_script_repository_is_read_by_its_conversion():
     repository = find_repository(SOURCE, hub)
     assert repository.commit == "commit-of-converted"
     assert repository.files == ("plain/train/0000.parquet", "plain/train/0001.parquet")
+    assert repository.part is None
 
 
 def test_a_partial_conversion_will_do():
     hub = Hub(main=["name.py"], converted=["plain/partial-train/0000.parquet"])
-    assert find_repository(SOURCE, hub).files == ("plain/partial-train/0000.parquet",)
+    found = find_repository(SOURCE, hub)
+    assert (found.files, found.part) == (("plain/partial-train/0000.parquet",), "partial-train")
 
 
 def test_several_configs_must_be_told_apart():

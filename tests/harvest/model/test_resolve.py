@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub.errors import (
@@ -20,7 +23,7 @@ from huggingface_hub.errors import (
 
 from saemill.harvest.errors import ModelUnavailable
 from saemill.harvest.model import resolve
-from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, choose, choose_again, fetch
+from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, choose, choose_again, fetch, look
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -55,6 +58,7 @@ class Hub:
         self.calls: list[str] = []
         self.failure: Exception | None = None
         self.delay_seconds = 0.0
+        self.bytes: int | None = 1000
         self.files = ("config.json", "model.safetensors", "tokenizer.json")
 
     def fill_cache(self, *names: str) -> None:
@@ -62,15 +66,18 @@ class Hub:
         for name in names:
             (self.snapshot / name).write_text("{}")
 
-    def snapshot_download(self, _model, *, local_files_only=False, **_options) -> str:
-        self.calls.append("cache" if local_files_only else "download")
+    def snapshot_download(self, _model, *, local_files_only=False, dry_run=False, allow_patterns=(), **_options) -> Any:
+        self.calls.append("cache" if local_files_only else "sizes" if dry_run else "download")
         if local_files_only:
             if not self.snapshot.is_dir():
                 raise LocalEntryNotFoundError("nothing cached")
             return str(self.snapshot)
         if self.failure:
             raise self.failure
-        self.fill_cache(*self.files)
+        names = [name for name in self.files if any(fnmatch(name, pattern) for pattern in allow_patterns)]
+        if dry_run:
+            return [SimpleNamespace(file_size=self.bytes, will_download=True) for _ in names]
+        self.fill_cache(*names)
         return str(self.snapshot)
 
     def get_hf_file_metadata(self, _url, **_options) -> None:
@@ -114,6 +121,29 @@ def test_auto_falls_back_to_the_pocket_model_and_says_why(hub, failure, message)
     assert len(choice.banner) == 2
     assert re.search(message, choice.banner[0])
     assert f"MODEL={FIRST_CHOICE}" in choice.banner[1]
+
+
+def test_a_look_at_a_model_leaves_its_weights_on_the_hub_and_knows_their_size(hub):
+    found = look(Choice("owner/name"))
+    assert (found.revision, found.to_download) == (COMMIT, 1000)
+    assert sorted(file.name for file in hub.snapshot.iterdir()) == ["config.json", "tokenizer.json"]
+    assert fetch(Choice("owner/name")).to_download is None
+    assert look(Choice("owner/name")).to_download is None  # they are here now
+
+
+def test_a_hub_that_does_not_say_how_large_files_are_is_helped_out(hub):
+    hub.bytes = None
+    assert look(Choice(FIRST_CHOICE)).to_download == 10_460_000_000
+    hub.snapshot.joinpath("config.json").unlink()
+    assert look(Choice("owner/name")).to_download == 0
+
+
+def test_a_disk_without_room_for_the_weights_is_told_before_the_download(hub, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5_000_000_000))
+    hub.bytes = 10_460_000_000
+    with pytest.raises(ModelUnavailable, match=r"its files take 10\.5 GB, but .* has 5\.0 GB free.*set HF_HOME"):
+        fetch(Choice(FIRST_CHOICE))
+    assert "download" not in hub.calls
 
 
 @pytest.mark.parametrize("cached", [(), ("config.json",), ("config.json", "model.safetensors")], ids=len)

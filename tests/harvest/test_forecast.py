@@ -1,0 +1,115 @@
+"""What is said of a new store before anything is downloaded or read, and what is refused by then."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from saemill.cache_schema import Store, StoreFull
+from saemill.cache_schema.files import LocalFiles
+from saemill.harvest import forecast, run
+from saemill.harvest.config import HarvestConfig
+from saemill.harvest.corpus.source import DatasetOptions
+from saemill.harvest.dry_run import dry_run, render
+from saemill.harvest.forecast import bytes_by_array, manifest_before, tokens_per_second
+from saemill.harvest.model.load import load_model
+from saemill.harvest.model.resolve import Choice, ModelSource
+from saemill.harvest.plan import Plan, make_plan
+from saemill.harvest.progress import Watch
+from saemill.harvest.run import harvest
+
+Make = Callable[..., HarvestConfig]
+
+
+@pytest.fixture
+def described(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSource:
+    """A model of which only the description is here; to fetch it fails the test."""
+    folder = tmp_path / "described"
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    source = ModelSource("owner/name", "c0ffee", folder, to_download=10_460_000_000)
+    monkeypatch.setattr(run, "look", lambda _: source)
+    monkeypatch.setattr(run, "fetch", lambda _: pytest.fail("was downloaded"))
+    return source
+
+
+def watched() -> tuple[Watch, io.StringIO]:
+    said = io.StringIO()
+    return Watch(Console(file=said, width=300)), said
+
+
+def plan_of(config: HarvestConfig, source: ModelSource) -> Plan:
+    return make_plan(config, source)
+
+
+def test_a_dry_run_needs_neither_weights_nor_text(make_config: Make, described):
+    config = make_config(model="owner/name", corpus=DatasetOptions("owner/text"), tokens=10_000_000, context=64)
+    estimate = dry_run(config, Watch(is_quiet=True))
+    page = io.StringIO()
+    Console(file=page, width=120).print(render(estimate))
+    for words in ("resid/layer_2", "attention/layer_3", "10.5 GB of weights", "at most", "tokens/s", "test 2,249,984"):
+        assert words in page.getvalue()
+    assert estimate.cost.bytes_per_token["resid/layer_2"] == 2 * 16
+    assert estimate.seconds > 0
+    assert not Path(config.out).exists()
+
+
+def test_a_real_harvest_says_first_what_it_will_take(make_config: Make, described, model_folder, monkeypatch):
+    monkeypatch.setattr(forecast, "LONG_WORK", 0)
+    fetched = []
+
+    def fetch(choice: Choice) -> ModelSource:
+        fetched.append((choice, said.getvalue()))
+        return ModelSource(choice.name, "c0ffee", model_folder)
+
+    monkeypatch.setattr(run, "fetch", fetch)
+    watch, said = watched()
+    harvest(make_config(model="owner/name"), watch)
+    ((choice, before),) = fetched
+    assert choice == Choice("owner/name", "c0ffee")
+    for words in ("to harvest: 4,000 tokens (train 3,680", "GB at most (", "to download: 10.5 GB", "time: about"):
+        assert words in before
+    watch, again = watched()
+    monkeypatch.setattr(run, "look", lambda _: ModelSource("owner/name", "c0ffee", model_folder))
+    harvest(make_config(model="owner/name"), watch)
+    assert "to write" not in again.getvalue()  # it is written
+
+
+def test_a_disk_that_cannot_hold_the_store_is_told_before_the_download(make_config: Make, described, monkeypatch):
+    monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 10**6)
+    with pytest.raises(StoreFull, match="the harvest needs"):
+        harvest(make_config(model="owner/name", corpus=DatasetOptions("owner/text"), tokens=10_000_000))
+
+
+def test_sizes_told_are_those_written(make_config: Make, model_folder):
+    config = make_config(attention_layers=())
+    plan = plan_of(config, ModelSource("tiny", "c0ffee", model_folder))
+    told = bytes_by_array(manifest_before(plan))
+    harvest(config)
+    with Store.open(config.out) as store:
+        written = sum(store.record(shard).arrays["resid/layer_2"].bytes for shard in range(8))
+        assert store.manifest.splits == manifest_before(plan).splits
+    assert told["resid/layer_2"] == 4000 * 16 * 2 == pytest.approx(written, rel=0.03)
+
+
+def test_the_rate_counts_layers_and_kept_attention(make_config: Make, model_folder, monkeypatch):
+    config = make_config(attention_layers=(1, 2, 3))
+    plan = plan_of(config, ModelSource("tiny", "c0ffee", model_folder))
+    monkeypatch.setattr(
+        forecast, "_seconds_per_token", lambda *_, keep_attention: {1: 3.0, 2: 5.0}[_[-1]] + 4.0 * keep_attention
+    )
+    rate = tokens_per_second(plan, manifest_before(plan), torch.device("cpu"))
+    assert rate == pytest.approx(1 / (3 + 3 * 2 + 3 * 4))
+
+
+def test_the_layers_that_are_timed_have_the_models_shape(model_folder):
+    from saemill.harvest.model.load import Wanted, make_random
+
+    real = load_model(model_folder, Wanted((1,)), torch.float32).stack.layers[1].state_dict()
+    made = make_random(model_folder, 2, 256, torch.float32, "cpu").base_model.layers[1].state_dict()
+    assert [(name, made[name].shape) for name in made] == [(name, real[name].shape) for name in real]
