@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 from rich.console import Console
@@ -23,34 +23,53 @@ from .manifest import Codec, Manifest
 from .reader import GONE, Store
 from .sites import HOOKS, RESID, Site
 from .sources import NumpySource, SaelensSource, Source
-from .strict import nearest
+from .strict import nearest, to_json
 from .verify import Damage, digest, drop_broken_derived, repair, verify_shards
 
 NOT_HARVESTED = ("import",)  # corpora that no model can bring back
 REHARVESTERS = "saemill.reharvest"  # entry points: functions (url, shards) that can write shards again
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+EXAMPLES = """\b
+Examples:
+  sae-store info ./store
+  sae-store verify s3://bucket/store --json
+  sae-store repair ./store
+  sae-store import ./store --resid acts.npy --tokens tokens.npy --layer 4 --model NAME
+"""
+
+
+def as_json(help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option of commands whose results scripts read: one document on standard output, all else beside it."""
+    return click.option("--json", "is_json", is_flag=True, help=help)
+
+
+def example(words: str) -> str:
+    return f"\b\nExample:\n  sae-store {words}"
+
+
+@click.group(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def main() -> None:
     """Look at, check, mend and import stores of activations."""
 
 
-@main.command()
+@main.command(epilog=example("info ./store --json | jq .tokens_by_split"))
 @click.argument("url")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def info(url: str, as_json: bool) -> None:
+@as_json("Print JSON.")
+def info(url: str, is_json: bool) -> None:
     """Say what a store holds and what it costs."""
     with _report(), Store.open(url) as store:
         facts = describe(store)
-    if as_json:
-        click.echo(json.dumps(facts, indent=2))
+    if is_json:
+        _print_json(facts)
     else:
         Console().print(render(facts))
 
 
-@main.command()
+@main.command(epilog=example("verify ./store"))
 @click.argument("url")
-def verify(url: str) -> None:
+@as_json("Print what was found as JSON; the exit status is the same.")
+def verify(url: str, is_json: bool) -> None:
     """Read every byte and hold it against what was committed."""
     with _report(), Store.open(url) as store:
         damage = _find_damage(store)
@@ -58,10 +77,15 @@ def verify(url: str) -> None:
             click.echo(str(item), err=True)
         missing = int((~store.committed).sum())
         shards = store.manifest.shards
+    broken = sorted({item.shard for item in damage})
+    if is_json:
+        can_be_mended = not any(item.array in BEGINNING for item in damage)
+        facts = {"url": url, "shards": shards, "missing": missing, "damaged": broken, "can_be_mended": can_be_mended}
+        _print_json({**facts, "damage": [to_json(item) for item in damage]})
+        sys.exit(1 if damage else 0)
     if missing:
         click.echo(f"{missing} of {shards} shards are not harvested yet: the same harvest goes on with them")
     if damage:
-        broken = sorted({item.shard for item in damage})
         click.echo(f"{len(broken)} of {shards} shards are damaged: {broken}")
         with _report():
             _refuse_if_tokens_are_gone(damage)
@@ -70,15 +94,20 @@ def verify(url: str) -> None:
     click.echo(f"{shards - missing} shards read, every one is what was committed")
 
 
-@main.command(name="digest")
+@main.command(name="digest", epilog=example("digest ./store"))
 @click.argument("url")
-def digest_command(url: str) -> None:
+@as_json("Print JSON.")
+def digest_command(url: str, is_json: bool) -> None:
     """Print one hash of all content, whatever the host, the path, the codec and the order of work."""
     with _report(), Store.open(url) as store:
-        click.echo(digest(store))
+        found = digest(store)
+    if is_json:
+        _print_json({"url": url, "digest": found})
+    else:
+        click.echo(found)
 
 
-@main.command(name="repair")
+@main.command(name="repair", epilog=example("repair ./store"))
 @click.argument("url")
 @click.option("--remove-only", is_flag=True, help="Do not harvest the damaged shards again.")
 def repair_command(url: str, remove_only: bool) -> None:
@@ -101,7 +130,14 @@ def repair_command(url: str, remove_only: bool) -> None:
             _reharvest(url, manifest, damaged)
 
 
-@main.command(name="import")
+@main.command(
+    name="import",
+    epilog="""\b
+Examples:
+  sae-store import ./store --resid acts.npy --tokens tokens.npy --layer 4 --model NAME
+  sae-store import ./store --saelens ./cached_activations --model NAME
+""",
+)
 @click.argument("url")
 @click.option("--resid", "resid_files", type=click.Path(path_type=Path), multiple=True, help="A .npy file [W, T, D].")
 @click.option(
@@ -172,6 +208,10 @@ def _open_source(
             raise click.UsageError(f"--acts {text}: there is a file of {site} already")
         files[site] = Path(found[3])
     return NumpySource(files, tokens_file)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    click.echo(json.dumps(document, indent=2))
 
 
 def _find_damage(store: Store) -> list[Damage]:

@@ -7,24 +7,44 @@ import sys
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from ..train import complete
 from . import evals
+from .evals import ALL
 
 INTERRUPTED = 130
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
+EXAMPLES = """\b
+Examples:
+  sae-eval run_1
+  sae-eval run_1 --evals core,sparse_probing --set core.ablations=zero,mean
+  sae-eval run_1 run_4 --compare
+  sae-eval run_1/topk --evals all --resume
+  sae-eval ./some/saelens/folder --cache ./store --layer 19
+  sae-eval run_1 --json | jq '.results[].metrics'
+"""
+
+
+def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The last of the names between commas."""
+    before, comma, last = incomplete.rpartition(",")
+    return [CompletionItem(before + comma + name) for name in (ALL, *evals.names()) if name.startswith(last)]
+
+
+@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("targets", nargs=-1, required=True, metavar="TARGET...", shell_complete=complete.runs)
 @click.option(
     "--evals",
-    "wanted",
     default="core",
     show_default=True,
     metavar="NAMES",
+    shell_complete=complete_evals,
     help=f"all, or of {', '.join(evals.names())}.",
 )
 @click.option("--cache", metavar="URL", help="The store.  [default: the one that the run was trained on]")
-@click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Where runs are kept.")
+@click.option("--runs", default=complete.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
 @click.option("--layer", type=int, metavar="L", help="The layer of an SAE that does not say which it reads.")
 @click.option("--model", metavar="NAME", help="pocket, a folder or an id.  [default: the one that made the store]")
 @click.option(
@@ -43,8 +63,9 @@ INTERRUPTED = 130
 @click.option("--resume", is_flag=True, help="Skip what is done with the same settings.")
 @click.option("--beside-untrained", is_flag=True, help="Also show what was recorded of an SAE that was never trained.")
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Pictures beside the results.")
-@click.option("--set", "settings", multiple=True, metavar="EVAL.KEY=V", help="A setting: core.split=validation.")
-def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs: str, **options: Any) -> None:
+@click.option("--set", multiple=True, metavar="EVAL.KEY=V", help="A setting: core.split=validation; a list as a,b.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON; all else goes to standard error.")
+def main(**words: Any) -> None:
     """Evaluate SAEs: TARGET is a run, a path, the folder of an SAE, or owner/name on the Hub.
 
     Results are JSON files beside the run. The exit status is 0 when all is done, 1 when something failed,
@@ -54,7 +75,7 @@ def main(targets: tuple[str, ...], wanted: str, settings: tuple[str, ...], runs:
     try:
         from .run.command import run  # late: --help must not wait for torch and transformers
 
-        status = run(targets, wanted, settings, runs, options, lambda text: click.echo(text, err=True))
+        status = run(words, lambda text: click.echo(text, err=True))
     except KeyboardInterrupt:
         click.echo("stopped; finished results are saved, and --resume continues from there", err=True)
         status = INTERRUPTED

@@ -22,8 +22,17 @@ from .corpus import dataset_help
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
 from .errors import HarvestError
 
+EXAMPLES = """\b
+Examples:
+  sae-harvest --model pocket --layer 19 --tokens 300k
+  sae-harvest --model smollm2 --tokens 10M
+  sae-harvest --model google/gemma-2-2b --layer 19 --tokens 100M --dry-run
+  sae-harvest --dataset ./texts --column body --layer 12 --resid-layers 10..12 --out s3://bucket/store
+  sae-harvest --worker 3/16 --out /shared/store
+"""
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--model", default="auto", show_default=True, help="auto, pocket, smollm2, an id on the hub, a folder, a GGUF file."
 )

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +34,7 @@ from ..evaluate.context.results import metric_of, read_result, without_nan
 from ..evaluate.run.console_table import heading, make_console, untrained_traits
 from ..train.ask.recipe import Recipe
 from ..train.cli import main as sae_train
+from ..train.complete import beginning_with
 from ..train.disk.whole_files import read_json, replace_file, write_json
 from ..train.recipes import find_recipes, own_evals, runs_of, studies
 from ..train.run.folder import RunFolder
@@ -82,8 +84,19 @@ class Line:
 Results = Sequence[tuple[Recipe, Sequence[Line]]]
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("names", nargs=-1, metavar="[STUDY]...")
+EXAMPLES = """\b
+Examples:
+  sae-study attention --cache ./store
+  sae-study --cache ./store --tokens 1M --width 512 --seeds 2
+"""
+
+
+def complete_studies(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return beginning_with(incomplete, studies())
+
+
+@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("names", nargs=-1, metavar="[STUDY]...", shell_complete=complete_studies)
 @click.option("--cache", required=True, metavar="URL", help="The store, with attention of layers L-2..L+1.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("studies"), show_default=True, metavar="DIR")
 @click.option("--tokens", metavar="N", help="Tokens for each run, such as 1M.  [default: the recipe's]")

@@ -56,6 +56,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "kit",
         "ask variants",
         "recipes run",
+        "complete start",
         "__init__ cli export",
     ),
     "evaluate": (
@@ -80,9 +81,9 @@ MAY_IMPORT = {  # rooms of other packages
     "evaluate": {
         "cache_schema": ALL,
         "harvest": "corpus errors model network pocket progress sparsify stats",
-        "train": "ask data disk errors file_registry kit recipes run sae sae/kernels",
+        "train": "ask complete data disk errors file_registry kit recipes run sae sae/kernels start",
     },
-    "studies": {"train": "ask cli disk recipes run", "evaluate": "cli context evals run"},
+    "studies": {"train": "ask cli complete disk recipes run", "evaluate": "cli context evals run"},
 }
 NEVER_IMPORTS = {
     "cache_schema": {"torch", "transformers"},

@@ -1,5 +1,17 @@
 """Train sparse autoencoders from a store; never loads a language model."""
 
-from .run.find_sae import load_sae
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .run.find_sae import load_sae
 
 __all__ = ["load_sae"]
+
+
+def __getattr__(name: str) -> Any:
+    """Late: what only asks for names must not wait for torch."""
+    if name == "load_sae":
+        from .run.find_sae import load_sae
+
+        return load_sae
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

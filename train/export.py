@@ -8,6 +8,7 @@ from typing import Any
 import click
 import torch
 
+from . import complete
 from .command import tell_errors
 from .disk.formats import WRITERS, kind_of, read
 from .disk.plain_form import PlainSae, sae_from_plain
@@ -18,8 +19,16 @@ from .run.find_sae import find_sae
 ROWS = 256
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("source")
+EXAMPLES = """\b
+Examples:
+  sae-export run_1 --to sparsify --out ./exported
+  sae-export run_4/guided --to dictionary_learning --out ./exported
+  sae-export ./sparsify/folder --to sae_lens --out ./exported
+"""
+
+
+@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("source", shell_complete=complete.runs)
 @click.option("--to", "kind", type=click.Choice(sorted(WRITERS)), required=True, help="Whose folder to write.")
 @click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The folder to write.")
 @click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Where runs are kept.")

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...harvest.network import NETWORK_ERRORS
+from ...harvest.network import NETWORK_ERRORS, load_dataset
 from ..errors import DataMissing
 
 
 def load_rows(dataset: str, name: str | None, split: str) -> list[dict[str, Any]]:
     """All rows of a split; data that only a script could read is refused."""
-    from datasets import load_dataset  # here: it takes seconds to import
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetsError  # here: it takes seconds to import
 
     try:
         rows: Any = load_dataset(dataset, name, split=split)

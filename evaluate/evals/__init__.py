@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .contract import Evaluation
 
 CONTRACT = "contract"
+ALL = "all"
+"""In place of names: every evaluation."""
 
 
 def names() -> tuple[str, ...]:

@@ -194,7 +194,7 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
         raise ModelMissing(f"{folder}: expected complete safetensors weights; fetch the model again")
     register_attention()
     try:
-        with without_report(), _without_bar():
+        with without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
             )
@@ -239,20 +239,6 @@ def spliced(stack: Any, splice: Mapping[int, Splice]) -> Iterator[None]:
 
     with hooked(stack, {layer: partial(replace, change) for layer, change in splice.items()}):
         yield
-
-
-@contextmanager
-def _without_bar() -> Iterator[None]:
-    """An evaluation shows its own progress."""
-    from transformers.utils import logging
-
-    had_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if had_bar:
-            logging.enable_progress_bar()
 
 
 def _padding(valid_WT: Tensor | None) -> dict[str, Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import click
 import torch
 
 from ...cache_schema import Store, StoreError, StoreMissing
@@ -16,7 +19,7 @@ from ...harvest.errors import HarvestError
 from ...harvest.model.load import find_device
 from ...harvest.progress import Watch
 from ...train.ask.settings import parse_settings, split_key, with_settings
-from ...train.errors import TrainError
+from ...train.errors import RunInterrupted, TrainError
 from .. import evals
 from ..context.context import Context, DtypeName, open_context
 from ..context.loaded_sae import LoadedSae
@@ -25,35 +28,48 @@ from ..errors import CacheIdMismatch, EvalError, SettingInvalid, StoreGone, Widt
 from ..model.memory import room_for_weights, within
 from ..output.pictures import draw
 from .attempts import Keep, run_evals
-from .console_table import make_console, print_results, require_comparable, require_one_store
-from .find_saes import find_all
+from .console_table import document_of, make_console, print_results, require_comparable, require_one_store
+from .find_saes import Problem, find_all
+from .offer import offer_training
 
-ALL = "all"
 FAILED, NOT_RUN = 1, 3
 Complain = Callable[[str], None]
 
 
-def run(
-    targets: Sequence[str], wanted: str, settings: Sequence[str], runs: str, options: dict[str, Any], complain: Complain
-) -> int:
+def run(words: Mapping[str, Any], complain: Complain) -> int:
     """Evaluate, print, draw; the exit status. What is wrong with one target does not stop the others."""
-    keep_large_blocks()
     with errors_told(complain):
-        configs = make_configs(wanted, settings)
-        subjects, problems = find_all(targets, Path(runs), options["layer"])
-        for problem in problems:
-            complain(f"error: {problem}")
-        rows = evaluate(subjects, configs, options)
-        print_results(make_console(), rows, beside_untrained=options["beside_untrained"])
-        if options["plots"]:
-            draw(rows, options["compare"], Watch().say)
+        if is_at_terminal():
+            offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"])
+        rows, problems = measure(words, complain)
+        console = make_console(is_stderr=words["as_json"])
+        print_results(console, rows, beside_untrained=words["beside_untrained"])
+        if words["plots"]:
+            draw(rows, words["compare"], Watch().say)
+        if words["as_json"]:
+            click.echo(json.dumps(document_of(rows, problems), indent=2, allow_nan=False))
         return FAILED if problems else exit_code(rows)
     return FAILED
 
 
+def is_at_terminal() -> bool:
+    """Whether there is someone to answer a question."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def measure(words: Mapping[str, Any], complain: Complain) -> tuple[list[Row], list[Problem]]:
+    """Results of all targets that can be loaded, and what is wrong with the others, which is told at once."""
+    keep_large_blocks()
+    configs = make_configs(words["evals"], words["set"])
+    subjects, problems = find_all(words["targets"], Path(words["runs"]), words["layer"])
+    for problem in problems:
+        complain(f"error: {problem}")
+    return evaluate(subjects, configs, words), problems
+
+
 def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
     """The evaluations asked for, with their settings."""
-    names = evals.names() if wanted == ALL else tuple(dict.fromkeys(part.strip() for part in wanted.split(",")))
+    names = evals.names() if wanted == evals.ALL else tuple(dict.fromkeys(part.strip() for part in wanted.split(",")))
     given: dict[str, dict[str, Any]] = {}
     for said, value in parse_settings(settings).items():
         head, key = split_key(said)
@@ -63,7 +79,7 @@ def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
     return {name: with_settings(evals.load(name).config(), given.get(name, {}), name) for name in names}
 
 
-def evaluate(subjects: Sequence[LoadedSae], configs: dict[str, Any], options: dict[str, Any]) -> list[Row]:
+def evaluate(subjects: Sequence[LoadedSae], configs: dict[str, Any], options: Mapping[str, Any]) -> list[Row]:
     """All that was asked for, of all SAEs that were found."""
     if options["compare"]:
         require_one_store(subjects)
@@ -109,6 +125,9 @@ def errors_told(complain: Complain) -> Iterator[None]:
     """Expected errors end in one message, not in a traceback."""
     try:
         yield
+    except RunInterrupted as stop:  # of a run that was trained on the way
+        complain(str(stop))
+        sys.exit(128 + stop.signal)
     except (EvalError, TrainError, StoreError, HarvestError) as error:
         complain(f"error: {error}")
 

@@ -29,10 +29,12 @@ NAME, RECORDED = "never trained", "what a study recorded for gemma-2-2b, layer 1
 NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
 
 
-def make_console() -> Console:
+def make_console(*, is_stderr: bool = False) -> Console:
     """For what a person reads at the end; a pipe has room for a wide table."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, markup=False, width=PIPE_WIDTH)
+    console = Console(stderr=is_stderr, highlight=False, soft_wrap=True, markup=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
 
 
 def print_results(console: Console, rows: Sequence[Row], *, beside_untrained: bool = False) -> None:
@@ -52,6 +54,31 @@ def print_results(console: Console, rows: Sequence[Row], *, beside_untrained: bo
     homes = dict.fromkeys(row.subject.home for row in good)
     for home in homes:
         console.print(f"results: {home / 'evals'}", markup=False, soft_wrap=True)
+
+
+def document_of(rows: Sequence[Row], problems: Sequence[Exception]) -> dict[str, Any]:
+    """The same for scripts: the metrics of each evaluation's summary; whole results are in the files."""
+    return {
+        "results": [
+            {
+                "sae": row.subject.name,
+                "evaluation": row.eval_id,
+                "status": row.status,
+                "reason": row.reason,
+                "metrics": _metrics_of(row),
+                "warnings": untrained_traits(row.document or {"eval_result_metrics": {}}),
+                "file": None if row.document is None else str(row.path),
+            }
+            for row in rows
+        ],
+        "problems": [str(problem) for problem in problems],
+    }
+
+
+def _metrics_of(row: Row) -> dict[str, float | None]:
+    if row.document is None:
+        return {}
+    return {metric: metric_of(row.document, metric) for metric in evals.load(row.eval_id).summary}
 
 
 def make_table(rows: Sequence[Row], *, beside_untrained: bool = False) -> Table:

@@ -123,11 +123,16 @@ def _explain_missing(target: str, runs: Path, error: TrainError) -> str:
 
 def how_to_make(target: str) -> str | None:
     """The command that makes a run that studies know by this name, where there is one."""
-    found = [study for study in studies() if any(recipe.name == target for recipe in runs_of(study))]
+    found = studies_with(target)
     if not found:
         return None
     others = f" (also in the studies {', '.join(found[1:])})" if len(found) > 1 else ""
     return f"`sae-train --recipe {found[0]}/{target} --cache ./store` makes that of the study {found[0]}{others}"
+
+
+def studies_with(run: str) -> list[str]:
+    """The studies that have a run of this name."""
+    return [study for study in studies() if any(recipe.name == run for recipe in runs_of(study))]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import CorpusUnavailable, DocumentInvalid, NetworkLost
-from ..network import NETWORK_ERRORS
+from ..network import NETWORK_ERRORS, load_dataset
 from .source import DatasetOptions, Source, State, checked_text
 
 CONVERSION = "refs/convert/parquet"
@@ -175,8 +175,6 @@ def _converted_files(names: Sequence[str], source: DatasetOptions) -> tuple[str,
 
 
 def _load(source: DatasetOptions, repository: Repository) -> Any:
-    from datasets import load_dataset
-
     if repository.files:
         urls = [f"hf://datasets/{repository.id}@{repository.commit}/{name}" for name in repository.files]
         return load_dataset("parquet", data_files={"train": urls}, split="train", streaming=True)

@@ -236,15 +236,21 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
 
 @contextmanager
 def without_report() -> Iterator[None]:
-    """Silence the report on the weights, where layers are left out on purpose; what matters in it is checked after."""
+    """Silence the report on the weights, where layers are left out on purpose; what matters in it is checked after.
+
+    And the bar: harvests and evaluations show their own progress, and off a terminal it would be control characters.
+    """
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 def validate_report(report: dict[str, Any], folder: Path) -> None:

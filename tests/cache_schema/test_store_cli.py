@@ -199,6 +199,17 @@ def test_verify_names_shard_array_and_remedy(store: Path, array: str) -> None:
     assert ("restore their files from a copy" in result.output) is is_gone
 
 
+@pytest.mark.parametrize("array", ["resid/layer_4", "tokens"])
+def test_verify_tells_a_program_what_it_tells_a_person(store: Path, array: str) -> None:
+    flip_byte(store, array, "c.1.0.0" if "resid" in array else "c.1.0")
+    result = run("verify", store, "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert (found["shards"], found["missing"], found["damaged"]) == (3, 0, [1])
+    assert found["can_be_mended"] == (array != "tokens")
+    assert found["damage"][0]["array"] == array and found["damage"][0]["problem"] in result.stderr
+
+
 @pytest.mark.parametrize("array", ["tokens", "documents"])
 def test_what_a_shard_to_come_is_made_from_is_read_too(store: Path, array: str) -> None:
     """A harvest would stop there: verify must not call the store sound, nor repair say that nothing is damaged."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -73,6 +74,7 @@ def environment() -> dict[str, str]:
 def test_a_harvest_ends_with_a_summary_and_the_next_command(type_: Type, tmp_path):
     result = type_()
     assert result.exit_code == 0, result.output
+    assert re.search(r"[\x00-\x08\x0b-\x1f\x7f]", result.output) is None  # nobody looks: no bars
     for words in (
         "125 of 32 tokens",
         "train 3,680",

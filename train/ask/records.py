@@ -221,7 +221,7 @@ def _are_in(layers: Sequence[int], wanted: int | Sequence[int]) -> bool:
 def _choices(key: str, layers: Sequence[int]) -> str:
     """What to write on the command line."""
     if key == "layers":
-        return f"--set layers=[{','.join(map(str, layers))}]"
+        return f"--set layers={','.join(map(str, layers))}"
     option = "--layer " if key == "layer" else f"--set {key}="
     return " or ".join(f"{option}{layer}" for layer in layers)
 

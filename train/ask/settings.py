@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -58,11 +61,12 @@ def parse_value(text: str) -> Any:
 
 
 def with_settings(record: T, settings: Mapping[str, Any], where: str) -> T:
-    """The record with dotted keys replaced; every problem in one error."""
+    """The record with dotted keys replaced; every problem in one error. One item where a list is wanted is a list."""
     raw, problems = to_json(record), []
     known = list(flat_keys(raw))
     for key, value in settings.items():
-        if not _assign(raw, key.split("."), value):
+        path = key.split(".")
+        if not _assign(raw, path, _as_list(value) if _wants_list(type(record), path) else value):
             problems.append(f"unknown setting {key!r} of {where}{nearest(key, known)}")
     if problems:
         raise ConfigInvalid("; ".join(problems))
@@ -84,6 +88,21 @@ def _assign(raw: dict[str, Any], path: list[str], value: Any) -> bool:
         raw[path[0]] = value
         return True
     return isinstance(raw[path[0]], dict) and _assign(raw[path[0]], path[1:], value)
+
+
+def _wants_list(kind: Any, path: list[str]) -> bool:
+    """Whether the setting at this path is declared as a list."""
+    for name in path:
+        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return any(typing.get_origin(option) in (tuple, list) for option in options)
+
+
+def _as_list(value: Any) -> Any:
+    """`zero` and `5` are lists of one, and nothing at all is an empty one."""
+    if value is None or isinstance(value, list | tuple):
+        return value
+    return [] if value == "" else [value]
 
 
 def flat_keys(raw: Mapping[str, Any], prefix: str = "") -> Iterable[str]:

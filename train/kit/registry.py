@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigInvalid, UnknownVariant
 from ..file_registry import file_names, import_file, require_known
-from .contract import Variant
+
+if TYPE_CHECKING:
+    from .contract import Variant
 
 PACKAGE = __name__.rsplit(".", 2)[0] + ".variants"
 
@@ -25,6 +28,8 @@ def module(name: str) -> ModuleType:
 
 def config_type(name: str) -> type[Variant]:
     """The frozen `Config` of a variant."""
+    from .contract import Variant  # late: names alone must not wait for torch
+
     config = getattr(module(name), "Config", None)
     if not (isinstance(config, type) and issubclass(config, Variant)):
         raise ConfigInvalid(f"train/variants/{name}.py: expected a class Config that extends Variant, found {config!r}")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from ....harvest.corpus.hub import find_repository
 from ....harvest.corpus.source import DatasetOptions
 from ....harvest.errors import HarvestError
-from ....harvest.network import NETWORK_ERRORS
+from ....harvest.network import NETWORK_ERRORS, load_dataset
 from ...errors import DataMissing
 from .texts import Classes, Table, Task, balanced, by_class
 
@@ -74,7 +74,7 @@ def load_table(name: str, is_test: bool) -> Table:
 @lru_cache(maxsize=2)  # train and test of one data set: a process outlives many
 def _table(id: str, is_test: bool) -> Table:
     columns = COLUMNS[id]
-    rows = reached(id, lambda: _load(id, split="test" if is_test else "train"))
+    rows = reached(id, lambda: load_dataset(id, split="test" if is_test else "train"))
     return reached(
         id, lambda: Table(*(list(rows[column]) for column in (columns.text, columns.column1, columns.column2)))
     )
@@ -105,7 +105,7 @@ def _draw(name: str, train_size: int, test_size: int, seed: int) -> tuple[Classe
 
 def _draw_part(name: str, classes: Sequence[Any], is_test: bool, size: int, seed: int) -> Classes:
     if name == NEWS:
-        rows = reached(NEWS, lambda: _load(NEWS, split="test" if is_test else "train"))
+        rows = reached(NEWS, lambda: load_dataset(NEWS, split="test" if is_test else "train"))
         return by_class(list(rows["text"]), list(rows["label"]), classes, size // 2, seed)
     if name == SENTIMENT:
         table = load_table(AMAZON, is_test)
@@ -133,7 +133,7 @@ def read_speeches(count: int) -> dict[str, list[str]]:
     """The first count + 1 speeches of each language."""
     found: dict[str, list[str]] = {}
     for language, pair in SPEECHES.items():
-        rows = _load(EUROPARL, pair, split="train", streaming=True)
+        rows = load_dataset(EUROPARL, pair, split="train", streaming=True)
         found[language] = take_more_than(count, (row["translation"][language] for row in rows))
     return found
 
@@ -147,7 +147,7 @@ def read_files(count: int) -> dict[str, list[str]]:
     """Source files in the order of the stream, until there are more than `count` in every language."""
     repository = find_repository(DatasetOptions(GITHUB, config="all-all"))
     urls = [f"hf://datasets/{GITHUB}@{repository.commit}/{name}" for name in repository.files]
-    return collect_files(_load("parquet", data_files={"train": urls}, split="train", streaming=True), count)
+    return collect_files(load_dataset("parquet", data_files={"train": urls}, split="train", streaming=True), count)
 
 
 def collect_files(rows: Iterable[Mapping[str, Any]], count: int) -> dict[str, list[str]]:
@@ -161,9 +161,3 @@ def collect_files(rows: Iterable[Mapping[str, Any]], count: int) -> dict[str, li
         if all(len(files) > count for files in found.values()):
             break
     return found
-
-
-def _load(*args: Any, **kwargs: Any) -> Any:
-    from datasets import load_dataset  # late: importing it takes seconds
-
-    return load_dataset(*args, **kwargs)

@@ -123,7 +123,7 @@ def test_the_stores_only_layer_is_taken(write_store, sae_train, quick, tmp_path)
         ([*TOPK, "--set", "topk.layer=3"], None),
         (["--variant", "transcoder"], "by --layer 3 or --layer 4, and by --set to_layer=3 or --set to_layer=4\n"),
         (["--variant", "transcoder", "--layer", "3"], "choose by --set to_layer=3 or --set to_layer=4\n"),
-        (["--variant", "crosscoder"], "choose by --set layers=[3,4]\n"),
+        (["--variant", "crosscoder"], "choose by --set layers=3,4\n"),
     ],
 )
 def test_where_the_store_holds_several_layers_the_choices_are_named(big, sae_train, quick, words, said):
@@ -234,8 +234,8 @@ def test_the_options_are_few(big):
     """Growing the command needs a visible change here: everything else is --set."""
     from saemill.train.cli import main
 
-    expected = "variants recipe cache out name tokens epochs layer width k lr seed device settings grid with_baselines"
-    expected += " resume plots"
+    expected = "variant recipe cache out name tokens epochs layer width k lr seed device set grid with_baselines"
+    expected += " resume plots as_json"
     assert [parameter.name for parameter in main.params] == expected.split()
 
 

@@ -47,6 +47,30 @@ def test_settings_are_typed_and_every_mistake_is_told():
         with_settings(CourseConfig(), {"tokens": 1.5}, "course")
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("trackers=wandb", ("wandb",)),
+        ("trackers=wandb,tensorboard", ("wandb", "tensorboard")),
+        ('trackers=["wandb"]', ("wandb",)),
+        ("trackers=", ()),
+    ],
+)
+def test_a_list_is_written_with_commas_and_one_item_is_a_list(word, expected):
+    assert with_settings(CourseConfig(), parse_settings([word]), "course").trackers == expected
+
+
+def test_lists_are_lists_wherever_a_variant_or_a_grid_has_them():
+    assert members(["layers=18"], "crosscoder")[0].config.layers == (18,)
+    assert members(["layers=18,19"], "crosscoder")[0].config.layers == (18, 19)
+    (tiered,) = members(["curriculum=0.5", "boundaries=None"], "tiered")  # lists that may be None
+    assert tiered.config.curriculum == (0.5,) and tiered.config.boundaries is None
+    offsets = [member.config.offsets for member in members([], "hierarchical", grid=["offsets=-1,[-1,0]"])]
+    assert offsets == [(-1,), (-1, 0)]
+    with pytest.raises(ConfigInvalid, match=r"layers\[0\]: expected int, found 'x'"):
+        members(["layers=x"], "crosscoder")
+
+
 def members(words, *names, limits=None, grid=()):
     return Ask.of_variants(names, parse_settings(words), parse_grid(grid)).members(lambda _: limits or {})
 

@@ -147,7 +147,7 @@ def test_no_data_at_all_is_not_run(run, monkeypatch):
         raise ConnectionError("no network in tests")
 
     hub._table.cache_clear()
-    monkeypatch.setattr(hub, "_load", away)
+    monkeypatch.setattr(hub, "load_dataset", away)
     monkeypatch.setattr(hub, "find_repository", away)
     rows = run("tpp", tpp.Config(data="hub"))
     assert [row.status for row in rows] == ["not run", "not run"]

@@ -105,7 +105,7 @@ def test_whatever_keeps_a_data_set_away_is_one_error_that_says_what_to_do(monkey
         raise error
 
     hub._table.cache_clear()
-    monkeypatch.setattr(hub, "_load", fail)
+    monkeypatch.setattr(hub, "load_dataset", fail)
     monkeypatch.setattr(hub, "find_repository", fail)
     with pytest.raises(DataMissing, match="hf auth login") as caught:
         hub.load_task(name, 8, 4, 42)
@@ -123,7 +123,7 @@ def test_the_hubs_tables_are_drawn_by_class(monkeypatch):
         }
 
     hub._table.cache_clear()
-    monkeypatch.setattr(hub, "_load", rows)
+    monkeypatch.setattr(hub, "load_dataset", rows)
     task = hub.load_task(hub.AMAZON, 40, 20, 42)
     assert list(task.train) == ["1", "2", "3", "5", "6"]
     assert {len(texts) for texts in task.train.values()} == {20}
@@ -138,7 +138,7 @@ def test_no_more_than_one_data_set_is_kept_in_memory(monkeypatch):
         return {key: [split] for key in ("text", "category", "rating", "hard_text", "profession", "gender")}
 
     hub._table.cache_clear()
-    monkeypatch.setattr(hub, "_load", rows)
+    monkeypatch.setattr(hub, "load_dataset", rows)
     tables = [hub.load_table(name, is_test) for name in (hub.AMAZON, hub.BIOS) for is_test in (False, True)]
     assert [table.text for table in tables] == [["train"], ["test"]] * 2
     assert hub._table.cache_info().currsize == 2

@@ -1,0 +1,80 @@
+"""A run that is not there but has a recipe of its name: at a terminal it can be trained on the way.
+
+README's three commands name such a run. Elsewhere, and where there is no store to train on, the command ends and says
+what makes the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from ...cache_schema import Store, StoreMissing
+from ...train.ask.records import Ask
+from ...train.recipes import find_recipes
+from ...train.run.settle import settle
+from ...train.run.trial import estimate_seconds
+from ...train.start import open_site, start
+from ..errors import TargetUnknown
+from ..output.pictures import after_run
+from .console_table import make_console
+from .find_saes import find_places, studies_with
+
+STORE = "./store"
+"""Where `make harvest` puts one."""
+LONG_SECONDS = 600
+
+
+def offer_training(targets: Sequence[str], runs: Path, cache: str | None, device: str) -> None:
+    """Train what is missing, has a recipe and is wanted."""
+    for target in dict.fromkeys(targets):
+        if _is_missing(target, runs) and (found := studies_with(target)):
+            _offer(f"{found[0]}/{target}", target, runs, cache or STORE, device)
+
+
+def _is_missing(target: str, runs: Path) -> bool:
+    if "/" in target:
+        return False
+    try:
+        find_places(target, runs)
+    except TargetUnknown:
+        return True
+    return False
+
+
+def _offer(recipe: str, name: str, runs: Path, cache: str, device: str) -> None:
+    """Say what the training is and how long it takes; do it if that is wanted."""
+    console = make_console(is_stderr=True)
+    ask = Ask.of_recipe(find_recipes(recipe)[0])
+    try:
+        store = Store.open(cache)
+    except StoreMissing:
+        return  # the error that follows says how the run is made
+    with store, open_site(device, console) as site:
+        console.print(f"no run {name!r} in {runs}, and a recipe {recipe}: timing a few steps of it on {cache}")
+        settled = settle(ask, store)
+        seconds = estimate_seconds(settled, store, site)
+        epoch = settled.plan.steps_in(1)
+        if seconds > LONG_SECONDS and epoch < settled.total_steps:
+            shorter = f"sae-train --recipe {recipe} --cache {cache} --out {runs} --name {name} --epochs 1"
+            console.print(f"one epoch of it takes {about(seconds * epoch / settled.total_steps)}: {shorter}")
+        saes = len(settled.config.members)
+        what = f"{saes} SAE{'s' * (saes > 1)} side by side, {settled.total_steps:,} steps, {about(seconds)}"
+        if not click.confirm(f"Train it now, then go on? {what}", default=True, err=True):
+            return
+    with open_site(device, console) as site:
+        console.print(f"$ sae-train --recipe {recipe} --cache {cache} --out {runs} --name {name}", style="bold")
+        outcome = start(ask, cache, str(runs), name, site)
+    if outcome is not None:
+        after_run(runs / name, console.print)
+
+
+def about(seconds: float) -> str:
+    """A duration as one says it."""
+    if seconds < 5:
+        return "a few seconds"
+    if seconds < 90:
+        return f"about {seconds:.0f} seconds"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"

@@ -1,0 +1,272 @@
+"""What all commands have in common: help with examples, completion, JSON for scripts, quiet where nobody looks."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner, Result
+
+from saemill.evaluate.run import command, offer
+from saemill.studies import study
+from saemill.train.ask.recipe import Recipe, Sae
+
+COMMANDS = {
+    "sae-harvest": "harvest.cli",
+    "sae-train": "train.cli",
+    "sae-eval": "evaluate.cli",
+    "sae-store": "cache_schema.cli",
+    "sae-export": "train.export",
+    "sae-study": "studies.study",
+}
+QUICK = ["--set", "core.batch_size_prompts=4", "--set", "core.resamples=10", "--set", "core.ablations=zero"]
+SHORT = ["--set", "data.batch_tokens=256", "--tokens", "2k", "--width", "32", "--device", "cpu"]
+
+
+def main_of(name: str) -> click.Command:
+    return import_module(f"saemill.{COMMANDS[name]}").main
+
+
+def with_subcommands() -> list[tuple[str, click.Command]]:
+    store = main_of("sae-store")
+    assert isinstance(store, click.Group)
+    return [*((name, main_of(name)) for name in COMMANDS), *((f"sae-store {n}", c) for n, c in store.commands.items())]
+
+
+@pytest.fixture(scope="module")
+def small(make_world: Any) -> Any:
+    """A store long enough to train on: some 7,000 tokens."""
+    from .conftest import make_tokens
+
+    return make_world(tokens=make_tokens(700), splits=(640, 680), layers=(2,), attention_layers=(1, 2, 3))
+
+
+@pytest.fixture
+def type_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command as in a pipe: `type_("sae-train", "--variant", "topk")`."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *words: object, code: int = 0, answer: str | None = None) -> Result:
+        result = CliRunner().invoke(main_of(name), [str(word) for word in words], input=answer, prog_name=name)
+        assert result.exit_code == code, result.output + repr(result.exception)
+        return result
+
+    return call
+
+
+def is_plain(text: str) -> bool:
+    """Neither colours nor a cursor that moves."""
+    return re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text) is None
+
+
+def examples(command: click.Command) -> list[str]:
+    """The lines below Examples, as --help prints them."""
+    text = click.Context(command, info_name="it", max_content_width=100).command.get_help(click.Context(command))
+    return [line.strip() for line in re.split(r"\n\s*Examples?:\n", text)[1].splitlines()]
+
+
+@pytest.mark.parametrize(("name", "command"), with_subcommands())
+def test_help_has_examples_and_each_can_be_typed(name: str, command: click.Command) -> None:
+    lines = examples(command)
+    assert lines
+    for line in lines:
+        words = shlex.split(line.partition("|")[0])
+        main = main_of(words[0])
+        rest = words[1:]
+        if isinstance(main, click.Group):
+            main, rest = main.commands[rest[0]], rest[1:]
+        assert line.startswith(name)
+        main.make_context(words[0], rest)  # an unknown option or a value of another kind is an error
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "incomplete", "expected"),
+    [
+        ("sae-train", ["--variant"], "topk", {"topk"}),
+        ("sae-train", ["--recipe"], "attention/run_4", {"attention/run_4"}),
+        ("sae-train", ["--resume"], "mi", {"mine"}),
+        ("sae-train", ["--out", "elsewhere", "--resume"], "", {"other"}),
+        ("sae-train", [], "--js", {"--json"}),
+        ("sae-eval", ["--evals"], "core,sparse_probing_", {"core,sparse_probing_sae_probes"}),
+        ("sae-eval", ["--evals"], "al", {"all"}),
+        ("sae-eval", ["mine"], "mi", {"mine"}),
+        ("sae-export", [], "mi", {"mine"}),
+        ("sae-study", [], "tie", {"tiered"}),
+    ],
+)
+def test_completion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: list[str], incomplete: str, expected: set[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("runs/mine", "elsewhere/other"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "config.json").write_text("{}")
+    found = ShellComplete(main_of(name), {}, name, "_X_COMPLETE").get_completions(words, incomplete)
+    assert {item.value for item in found} == expected
+
+
+def test_help_and_completion_do_not_wait_for_torch() -> None:
+    code = """
+import sys
+from saemill.evaluate.cli import main as e
+from saemill.train.cli import main as t
+from click.shell_completion import ShellComplete
+for main, words in ((t, ["--variant"]), (t, ["--recipe"]), (t, ["--resume"]), (e, ["--evals"]), (e, [])):
+    ShellComplete(main, {}, "x", "_X").get_completions(words, "")
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
+    small: Any, type_: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plain(*words: object, **how: Any) -> Result:
+        result = type_(*words, **how)
+        assert is_plain(result.stdout) and is_plain(result.stderr), repr(result.output)
+        return result
+
+    def parsed(*words: object, **how: Any) -> Any:
+        return json.loads(plain(*words, "--json", **how).stdout)
+
+    plain("sae-store", "info", small.store)
+    assert parsed("sae-store", "info", small.store)["layers"] == [2]
+    assert parsed("sae-store", "verify", small.store)["damaged"] == []
+    assert "every one is what was committed" in plain("sae-store", "verify", small.store).stdout
+    digest = plain("sae-store", "digest", small.store).stdout.strip()
+    assert parsed("sae-store", "digest", small.store) == {"url": small.store, "digest": digest}
+
+    train = ["sae-train", "--variant", "topk", "--cache", small.store, "--k", "4", *SHORT]
+    assert "next: sae-eval run_1" in plain(*train, "--no-plots").stdout
+    (run,) = parsed(*train, "--grid", "seed=0,1", "--no-plots")["runs"]
+    assert run["run"] == "run_2" and run["folder"] == "runs/run_2" and set(run["saes"]) == {"topk_seed0", "topk_seed1"}
+    assert run == {"folder": "runs/run_2", **json.loads(Path("runs/run_2/result.json").read_text())}
+
+    plain("sae-eval", "run_1", *QUICK, "--no-plots")
+    table = parsed("sae-eval", "run_1", "run_2", "--compare", *QUICK, "--no-plots")
+    assert [row["sae"] for row in table["results"]] == ["run_1/topk", "run_2/topk_seed0", "run_2/topk_seed1"]
+    assert [row["status"] for row in table["results"]] == ["kept", "done", "done"]
+    assert table["results"][0]["metrics"]["sparsity.l0"] == pytest.approx(4, abs=0.5)
+    assert Path(table["results"][0]["file"]).is_file() and table["problems"] == []
+    table = parsed("sae-eval", "run_1", "nowhere", "--resume", *QUICK, "--no-plots", code=1)
+    assert table["problems"][0].startswith("no run 'nowhere'") and len(table["results"]) == 1
+
+    plain("sae-export", "run_1", "--to", "sparsify", "--out", "exported")
+    recipe = Recipe("run_0", "", (Sae("standard", "standard"),), study="tiered")
+    monkeypatch.setattr(study, "runs_of", lambda _: (recipe,))
+    monkeypatch.setattr(study, "OWN_EVAL", {"tiered": "decoder_cosine"})
+    plain("sae-study", "tiered", "--cache", small.store, *SHORT[:-2])
+
+
+def test_colours_are_left_out_where_no_color_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from saemill.evaluate.run.console_table import make_console
+
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as at a terminal
+    for is_off in (False, True):
+        if is_off:
+            monkeypatch.setenv("NO_COLOR", "1")
+        console = make_console()
+        with console.capture() as said:
+            console.print("warning", style="yellow")
+        assert ("\x1b[33m" in said.get()) != is_off
+
+
+def recipe_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run_4` is a short run of one SAE, so that a test can wait for it."""
+    settings = {"width": 32, "course.tokens": 2000, "data.batch_tokens": 256}
+    recipe = Recipe("run_4", "", (Sae("standard", "standard"),), settings, study="attention")
+    monkeypatch.setattr(offer, "find_recipes", lambda _: (recipe,))
+    monkeypatch.setattr(command, "is_at_terminal", lambda: True)
+
+
+def test_at_a_terminal_a_missing_run_with_a_recipe_is_trained_on_the_way(
+    small: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_of_one(monkeypatch)
+    result = type_("sae-eval", "run_4", "--cache", small.store, "--json", *QUICK, "--no-plots", answer="\n")
+    for said in (
+        "no run 'run_4' in runs, and a recipe attention/run_4: timing a few steps",
+        "1 SAE side by side, 7 steps, a few seconds [Y/n]",
+        f"$ sae-train --recipe attention/run_4 --cache {small.store} --out runs --name run_4",
+    ):
+        assert said in result.stderr
+    (row,) = json.loads(result.stdout)["results"]
+    assert row["sae"] == "run_4/standard" and row["status"] == "done"
+    assert "recipe" not in type_("sae-eval", "run_4", *QUICK, "--no-plots").output  # it is there now
+
+
+@pytest.mark.parametrize("words", [["--cache", "nowhere"], []])
+def test_who_declines_or_has_no_store_is_told_the_command(
+    small: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    recipe_of_one(monkeypatch)
+    words = words or ["--cache", small.store]
+    result = type_("sae-eval", "run_4", *words, answer="n\n", code=1)
+    assert ("[Y/n]" in result.stderr) == (words[1] == small.store)
+    assert "`sae-train --recipe attention/run_4 --cache ./store` makes that" in result.stderr
+    assert not Path("runs").exists()
+
+
+def test_what_the_recipe_is_refused_for_is_said_before_the_question(
+    world: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has not one batch."""
+    recipe_of_one(monkeypatch)
+    result = type_("sae-eval", "run_4", "--cache", world.store, code=1)
+    assert "[Y/n]" not in result.stderr and "less than one batch" in result.stderr
+
+
+def test_a_long_run_has_a_shorter_one_beside_it(
+    small: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_of_one(monkeypatch)
+    recipe = Recipe("run_4", "", (Sae("standard", "standard"),), {"width": 32, "data.batch_tokens": 256})
+    monkeypatch.setattr(offer, "find_recipes", lambda _: (recipe,))
+    monkeypatch.setattr(offer, "estimate_seconds", lambda *_: 16 * 3600.0)
+    result = type_("sae-eval", "run_4", "--cache", small.store, answer="n\n", code=1)
+    assert "one epoch of it takes about 60 minutes: sae-train --recipe attention/run_4" in result.stderr
+    assert "--name run_4 --epochs 1\n" in result.stderr and "about 16.0 hours [Y/n]" in result.stderr
+
+
+def test_a_real_terminal_is_asked(small: Any, tmp_path: Path) -> None:
+    """Without one the same words end with the command: `test_a_run_of_a_recipe_says_how_it_is_made`."""
+    words = [sys.executable, "-m", "saemill.evaluate.cli", "run_0", "--cache", small.store, "--device", "cpu"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    seen, status = at_a_terminal(words, tmp_path, env, "n")
+    assert status == 1 and "[Y/n]" in seen and "sae-train --recipe attention/run_0" in seen
+
+
+def at_a_terminal(words: list[str], folder: Path, env: dict[str, str], answer: str) -> tuple[str, int]:
+    """What a person sees who gives this answer to the question."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=env)
+    os.close(theirs)
+    seen, deadline = b"", time.monotonic() + 120
+    try:
+        while time.monotonic() < deadline and (select.select([ours], [], [], 0.2)[0] or process.poll() is None):
+            if select.select([ours], [], [], 0)[0]:
+                try:
+                    seen += os.read(ours, 65536)
+                except OSError:  # the other side is closed
+                    break
+            if answer and b"[Y/n]" in seen:
+                os.write(ours, f"{answer}\n".encode())
+                answer = ""
+        return seen.decode(), process.wait(30)
+    finally:
+        process.kill()
+        os.close(ours)

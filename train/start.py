@@ -1,0 +1,140 @@
+"""From the words of a command, or of a caller in Python, to runs that train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from ..cache_schema import Store
+from .ask.records import Ask, Member
+from .ask.settings import parse_grid, parse_settings
+from .errors import ConfigInvalid
+from .kit.registry import names
+from .parallel.processes import join
+from .recipes import find_recipes, studies
+from .run.folder import RunFolder, cache_of
+from .run.loop import train
+from .run.open import begin_run, resume_run
+from .run.outcome import Outcome
+from .run.run import Run, Site
+from .run.settle import settle
+
+_OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
+_OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
+_ALIASES = {"lr": "optim.lr"}
+
+
+@contextmanager
+def open_site(device: str, console: Console) -> Iterator[Site]:
+    """Where this process computes and prints."""
+    site = Site(*join(device), console)
+    try:
+        yield site
+    finally:
+        site.group.close()
+
+
+def train_all(words: Mapping[str, Any], site: Site) -> Iterator[Outcome]:
+    """Train what the options say, by the names that `sae-train` has for them: one run after the other.
+
+    Only one of several processes has results.
+    """
+    chosen = {name: words[name] for name in _OPTIONS}
+    if words["resume"] is not None:
+        others = {f"--{name}": words[name] for name in ("variant", "recipe", "set", "grid", "name")}
+        others["--with-baselines"] = words["with_baselines"] or None
+        _require_alone(words["resume"], others | {f"--{name}": value for name, value in chosen.items()})
+        outcomes = [_go_on(RunFolder.open(words["out"], words["resume"]), words["cache"], site)]
+    else:
+        settings = _settings(chosen, words["set"])
+        points = [_resolve_aliases(point) for point in parse_grid(words["grid"])]
+        asks = find_asks(words["variant"], words["recipe"], words["name"], settings, points)
+        asks = [replace(ask, baselines=words["with_baselines"]) for ask in asks]
+        outcomes = (start(ask, _require_cache(words["cache"]), words["out"], words["name"], site) for ask in asks)
+    yield from (outcome for outcome in outcomes if outcome is not None)
+
+
+def start(ask: Ask, cache: str, out: str, name: str | None, site: Site) -> Outcome | None:
+    """A new run, from its first step to its results."""
+    with Store.open(cache) as store:
+        settled = settle(ask, store)
+        with begin_run(settled, store, site, out, name) as run:
+            if site.is_first:
+                _introduce(run, settled.remark)
+            return train(run)
+
+
+def _go_on(folder: RunFolder, cache: str | None, site: Site) -> Outcome | None:
+    url, cache_id = cache_of(folder)
+    with Store.open(cache or url, expect_cache_id=cache_id) as store, resume_run(folder, store, site) as run:
+        return train(run)
+
+
+def _introduce(run: Run, remark: str) -> None:
+    """What is about to happen."""
+    run.site.console.print(f"{run.folder.path}: {remark}, {run.total_steps} steps on {run.site.device}")
+    for member in run.config.members:
+        run.site.console.print(f"  {member.label}: {_settings_of(member)}")
+    cut = {found for trainee in run.fleet.trainees.values() for found in trainee.assembly.cut_short(run.total_steps)}
+    for asked, given in sorted(cut):
+        run.site.console.print(f"the run is short: a warm-up or onset of {asked:,} steps takes {given:,}")
+    for layer, stats in run.fleet.stats.items():
+        if stats.massive is not None and stats.massive.massive:
+            run.site.console.print(
+                f"layer {layer}: {stats.massive}: left out (--set data.massive_norms=inf takes them too)"
+            )
+
+
+def _settings_of(member: Member) -> str:
+    shown = ("layer", "layers", "width", "k", "seed")
+    values = {key: getattr(member.config, key, None) for key in shown}
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+
+
+def find_asks(
+    variants: tuple[str, ...],
+    recipe: str | None,
+    name: str | None,
+    settings: dict[str, Any],
+    points: list[dict[str, Any]],
+) -> list[Ask]:
+    """The runs to make, one after the other."""
+    if variants and recipe is not None:
+        raise ConfigInvalid(f"--recipe {recipe} says which SAEs to train: leave out --variant")
+    if variants:
+        return [Ask.of_variants(variants, settings, points)]
+    if recipe is None:
+        raise ConfigInvalid(
+            f"expected --variant NAME (one of {', '.join(names())}), "
+            f"--recipe STUDY/RUN (of {', '.join(studies())}), or --resume NAME"
+        )
+    found = find_recipes(recipe)
+    if name is not None and len(found) > 1:
+        raise ConfigInvalid(f"--name {name} is of one run, and the study {recipe} has {len(found)}: leave it out")
+    return [Ask.of_recipe(one, settings, points) for one in found]
+
+
+def _settings(chosen: Mapping[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
+    """All settings of the command line; --set wins over an option."""
+    options = {_OPTIONS[key]: value for key, value in chosen.items() if value is not None}
+    return options | _resolve_aliases(parse_settings(words))
+
+
+def _resolve_aliases(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {_ALIASES.get(key, key): value for key, value in settings.items()}
+
+
+def _require_cache(cache: str | None) -> str:
+    if cache is None:
+        raise ConfigInvalid("expected --cache URL, the store to train on")
+    return cache
+
+
+def _require_alone(resume: str, others: Mapping[str, Any]) -> None:
+    given = [option for option, value in others.items() if value not in (None, ())]
+    if given:
+        raise ConfigInvalid(f"--resume {resume} goes on with the settings of that run: leave out {', '.join(given)}")
