@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import CsrInvalid
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,16 @@ class AttentionCsr:
         dense = np.zeros((self.windows * self.heads * self.context, self.context), np.float32)
         dense[self.row_of_entry(), self.indices] = self.data
         return dense.reshape(self.windows, self.heads, self.context, self.context)
+
+    def to_scipy(self) -> csr_matrix:
+        """float32 [W * H * T, T]: scipy computes with no float16. Rows are (window, head, query)."""
+        from scipy.sparse import csr_matrix  # late: reading a store does not need it
+
+        rows = self.windows * self.heads * self.context
+        indices, indptr = self.indices.astype(np.int32), self.indptr.astype(np.int64)
+        matrix = csr_matrix((self.data.astype(np.float32), indices, indptr), shape=(rows, self.context))
+        matrix.has_sorted_indices = matrix.has_canonical_format = True  # as the rules of the format are
+        return matrix
 
     def row_of_entry(self) -> np.ndarray:
         """int64 [E]: the row each entry belongs to."""

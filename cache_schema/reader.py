@@ -43,8 +43,8 @@ REMOTE_READERS = 16  # an object store answers slowly but many at once
 class Store:
     """A store opened for reading. Thread-safe, except that each caller needs a `stream` of its own."""
 
-    def __init__(self, files: Files, *, via_zarr: bool = False) -> None:
-        self.files = files
+    def __init__(self, place: Files | str | os.PathLike[str], *, via_zarr: bool = False) -> None:
+        self.files = files = open_files(place) if isinstance(place, (str, os.PathLike)) else place
         root = read_root(files)
         self.manifest = root.manifest
         self.committed = find_committed(files, self.manifest)
@@ -55,7 +55,7 @@ class Store:
     @classmethod
     def open(cls, url: str | os.PathLike[str], *, expect_cache_id: str | None = None, via_zarr: bool = False) -> Store:
         """Open the store at a path or fsspec URL. `via_zarr` reads all through zarr itself: slower, same bytes."""
-        store = cls(open_files(url), via_zarr=via_zarr)
+        store = cls(url, via_zarr=via_zarr)
         if expect_cache_id is not None and store.manifest.cache_id != expect_cache_id:
             raise StoreMismatch(
                 f"expected the store with cache id {expect_cache_id} at {store.url}, found {store.manifest.cache_id}. "

@@ -19,7 +19,7 @@ from saemill import cache_schema
 from saemill.cache_schema import errors
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies")
+ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies", "api")
 FLOORS = {  # of every package, from the ground up: its folders, and the modules beside them; imports lead down
     "cache_schema": (
         "allocator dtypes errors sites splits strict",
@@ -71,6 +71,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "cli",
     ),
     "studies": ("__init__ comparisons", "study"),
+    "api": ("__init__ html words", "run store table", "calls"),
 }
 BELOW_ITS_FOLDER = ("evals/contract",)  # what folders inside a folder stand on
 ALL = "all of it"
@@ -84,6 +85,12 @@ MAY_IMPORT = {  # rooms of other packages
         "train": "ask complete data disk errors file_registry kit recipes run sae sae/kernels start",
     },
     "studies": {"train": "ask cli complete disk recipes run", "evaluate": "cli context evals run"},
+    "api": {
+        "cache_schema": ALL,
+        "harvest": "cli progress run",
+        "train": "ask cli data disk errors parallel recipes run sae start",
+        "evaluate": "cli context output run",
+    },
 }
 NEVER_IMPORTS = {
     "cache_schema": {"torch", "transformers"},
@@ -91,6 +98,7 @@ NEVER_IMPORTS = {
     "train": {"transformers"},
     "evaluate": set(),
     "studies": set(),
+    "api": {"transformers"},
 }
 
 

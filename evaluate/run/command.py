@@ -41,7 +41,7 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
     with errors_told(complain):
         if is_at_terminal():
             offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"])
-        rows, problems = measure(words, complain)
+        rows, problems = measure(words, lambda problem: complain(f"error: {problem}"))
         console = make_console(is_stderr=words["as_json"])
         print_results(console, rows, beside_untrained=words["beside_untrained"])
         if words["plots"]:
@@ -57,13 +57,14 @@ def is_at_terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def measure(words: Mapping[str, Any], complain: Complain) -> tuple[list[Row], list[Problem]]:
-    """Results of all targets that can be loaded, and what is wrong with the others, which is told at once."""
+def measure(words: Mapping[str, Any], refuse: Callable[[Problem], None]) -> tuple[list[Row], list[Problem]]:
+    """Results of all targets that can be loaded, and what is wrong with the others, which is told at once: whoever
+    raises it has nothing evaluated."""
     keep_large_blocks()
     configs = make_configs(words["evals"], words["set"])
     subjects, problems = find_all(words["targets"], Path(words["runs"]), words["layer"])
     for problem in problems:
-        complain(f"error: {problem}")
+        refuse(problem)
     return evaluate(subjects, configs, words), problems
 
 

@@ -170,3 +170,16 @@ def test_links_are_what_is_neither_a_sink_nor_special():
     assert found.link_mass == pytest.approx(1 / 2 + 2 / 3 + 1 / 4, abs=1e-3)
     assert found.bos_mass == pytest.approx(1 / 2 + 1 / 3 + 1 + 1 / 4, abs=1e-3)
     assert found.self_mass == pytest.approx(1 / 2 + 1 / 2 + 1 / 4, abs=1e-3)
+
+
+@settings(deadline=None)  # the first example imports scipy
+@given(dense_attention())
+def test_scipys_matrix_is_the_dense_one(dense):
+    csr = from_dense(dense)
+    matrix = csr.to_scipy()
+    rows, context = csr.windows * csr.heads * csr.context, csr.context
+    assert matrix.shape == (rows, context) and matrix.dtype == np.float32
+    assert np.array_equal(matrix.toarray(), csr.dense().reshape(rows, context))
+    assert np.array_equal((matrix @ np.ones(context, np.float32)), csr.dense().reshape(rows, context).sum(1))
+    matrix.data[:] = 0  # the store's memory is its own
+    assert np.array_equal(csr.dense(), from_dense(dense).dense())

@@ -39,12 +39,13 @@ class Feed:
         rank: int = 0,
         size: int = 1,
         steps: int | None = None,
+        split: str = "train",
     ) -> None:
         self._needs = tuple(needs)
         self.plan = plan
         bounds = bounds_of(stats)
         self._kinds = tuple(dict.fromkeys(need.kind(bounds) for need in self._needs))
-        self.loader = Loader(store, plan, joint_request(self._needs, "train"), device, steps, bounds)
+        self.loader = Loader(store, plan, joint_request(self._needs, split), device, steps, bounds)
         self._scales = {layer: stats[layer].scale.to(device) for layer in stats}
         self.device = device
         self._rank, self._size = rank, size

@@ -46,13 +46,14 @@ class BlockPlan:
 class Plan:
     """The read order of a run over one split."""
 
-    def __init__(self, sizes: SplitSizes, *, batch_tokens: int, pool_tokens: int, seed: int) -> None:
+    def __init__(self, sizes: SplitSizes, *, batch_tokens: int, pool_tokens: int, seed: int | None) -> None:
         if pool_tokens < batch_tokens:
             raise ConfigInvalid(
                 f"expected a pool of a batch or more, found pool_tokens {pool_tokens} for batch_tokens {batch_tokens}"
             )
         self.sizes = sizes
         self.batch_tokens = batch_tokens
+        self.pool_tokens = pool_tokens
         self.seed = seed
         self.pieces = cut_pieces(sizes, pool_tokens)
         self.num_blocks = max(1, min(len(self.pieces), -(-sizes.windows * sizes.context // pool_tokens)))
@@ -137,20 +138,20 @@ def cut_pieces(sizes: SplitSizes, pool_tokens: int) -> list[Span]:
     return pieces
 
 
-def deal(num_pieces: int, num_blocks: int, seed: int, epoch: int) -> list[np.ndarray]:
+def deal(num_pieces: int, num_blocks: int, seed: int | None, epoch: int) -> list[np.ndarray]:
     """Shuffle the pieces and deal them out evenly; inside a block they are in the order of the store."""
-    order = random_stream(seed, epoch, 0, _PIECES).permutation(num_pieces)
+    order = permutation(num_pieces, seed, epoch, 0, _PIECES)
     return [np.sort(part) for part in np.array_split(order, num_blocks) if len(part)]
 
 
-def token_order(block: BlockPlan, seed: int) -> np.ndarray:
+def token_order(block: BlockPlan, seed: int | None) -> np.ndarray:
     """int64 [tokens]: the order in which a block's trainable tokens are drawn."""
-    return random_stream(seed, block.epoch, block.index, _TOKENS).permutation(block.tokens)
+    return permutation(block.tokens, seed, block.epoch, block.index, _TOKENS)
 
 
-def window_order(block: BlockPlan, seed: int) -> np.ndarray:
+def window_order(block: BlockPlan, seed: int | None) -> np.ndarray:
     """int64 [windows]: the order in which a block's windows are drawn."""
-    return random_stream(seed, block.epoch, block.index, _WINDOWS).permutation(block.windows)
+    return permutation(block.windows, seed, block.epoch, block.index, _WINDOWS)
 
 
 def token_slice(block: BlockPlan, at: int, batch_tokens: int) -> slice:
@@ -176,9 +177,11 @@ def share(rows: slice, rank: int, size: int) -> slice:
     return slice(rows.start + length * rank // size, rows.start + length * (rank + 1) // size)
 
 
-def random_stream(seed: int, epoch: int, block: int, purpose: int) -> np.random.Generator:
-    """Independent random numbers for each place in the order."""
-    return np.random.default_rng([seed, epoch, block, purpose])
+def permutation(count: int, seed: int | None, epoch: int, block: int, purpose: int) -> np.ndarray:
+    """Independent random numbers for each place in the order; without a seed it is that of the store."""
+    if seed is None:
+        return np.arange(count)
+    return np.random.default_rng([seed, epoch, block, purpose]).permutation(count)
 
 
 def _tokens_of(sizes: SplitSizes, pieces: list[Span]) -> np.ndarray:

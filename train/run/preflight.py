@@ -30,7 +30,7 @@ def check(settled: Settled, store: Store, processes: int, device: torch.device) 
     _require_held_out(settled, store)
     _require_batches(settled, processes)
     _require_memory(settled, store, len(request.layers), processes, device)
-    stats = {layer: _stats(store, layer, config.data.massive_norms) for layer in request.layers}
+    stats = {layer: layer_stats(store, layer, config.data.massive_norms) for layer in request.layers}
     _require_ordinary_held_out(settled, store, bounds_of(stats))
     return stats
 
@@ -103,7 +103,7 @@ def _ordinary_stats(store: Store, layer: int, massive_norms: float) -> Stats:
     return stats_of_ordinary(massive)
 
 
-def _stats(store: Store, layer: int, massive_norms: float | None) -> Stats:
+def layer_stats(store: Store, layer: int, massive_norms: float | None) -> Stats:
     """A layer's statistics; activations that are not finite end here, with their shard."""
     stats = stats_from_moments(store.moments(layer))
     if bool(stats.scale.isfinite().all() and stats.mean.isfinite().all()):

@@ -1,0 +1,59 @@
+"""A trained run: its results as rows, its SAEs to load."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..train.disk.whole_files import read_json
+from ..train.errors import RunMissing
+from ..train.run.find_sae import load_sae
+from ..train.sae.model import SparseAutoencoder
+from . import html
+
+
+class Run:
+    """A run that has ended. Wherever a run is asked for, it stands for its folder."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.results = read_json(self.path / "result.json")
+        """All of result.json."""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def saes(self) -> tuple[str, ...]:
+        """The labels of its SAEs."""
+        return tuple(self.results["saes"])
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each SAE; `pandas.DataFrame(run.rows)` is a frame."""
+        shown = ("variant", "width", "l0", "explained_variance", "dead_share", "loss")
+        return [{"sae": label, **{k: sae[k] for k in shown}} for label, sae in self.results["saes"].items()]
+
+    def load(self, which: int | str = 0) -> SparseAutoencoder:
+        """An SAE, by its label or its number."""
+        try:
+            label = self.saes[which] if isinstance(which, int) else which
+        except IndexError:
+            label = str(which)
+        if label not in self.saes:
+            raise RunMissing(f"{self.path} has no SAE {which!r}: choose one of {', '.join(self.saes)}, or by number")
+        return load_sae(self.path / label)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        saes = "; ".join(f"{r['sae']}: L0 {r['l0']:.1f}, EV {r['explained_variance']:.3f}" for r in self.rows)
+        return f"Run({str(self.path)!r}): {self.results['steps']:,} steps; {saes}"
+
+    def _repr_html_(self) -> str:
+        done = f"{self.results['steps']:,} steps, {self.results['tokens']:,} tokens"
+        return html.table(self.rows, str(self.path), [done])

@@ -1,0 +1,81 @@
+"""The store as notebooks want it: it shows itself, and gives batches to anyone's trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from ..cache_schema import Store as StoredArrays
+from ..cache_schema.info import describe
+from ..cache_schema.massive import default_multiple
+from ..train.ask.records import DataConfig
+from ..train.data.batches import Batches
+from ..train.data.plan import Plan
+from ..train.data.split_sizes import measure_split
+from ..train.parallel.processes import choose_device
+from ..train.run.preflight import layer_stats
+from ..train.run.settle import with_pool
+from . import html
+
+
+class Store(StoredArrays):
+    """A store opened for reading, by its path or URL. `close` it, or use it in a `with`."""
+
+    def batches(
+        self,
+        layers: int | Sequence[int],
+        *,
+        batch_tokens: int = 4096,
+        device: str = "auto",
+        shuffle: bool = True,
+        seed: int = 0,
+        split: str = "train",
+        epochs: int | None = 1,
+        scaled: bool = False,
+        pool_tokens: int | None = None,
+        massive_norms: float | Literal["store's"] | None = "store's",
+        rank: int = 0,
+        size: int = 1,
+    ) -> Batches:
+        """Batches of activations, float32 on the device: [batch, D] of one layer, [batch, layers, D] of several.
+
+        The same tokens in the same order as `sae-train` draws with this seed; without `shuffle`, in the order of the
+        store. Special tokens are left out, and rows whose norm is beyond `massive_norms` times the median (None: no
+        such row; if nothing is said, as in a run): where there are some, a batch is a little shorter. What does not
+        fill a batch is left out too. `scaled` gives rows the mean norm sqrt(D) that SAEs train on here. Of `size`
+        processes each takes its share of every batch. `state_dict` and `load_state_dict` resume to the same batches.
+        """
+        multiple = default_multiple(self.manifest) if massive_norms == "store's" else massive_norms
+        asked = with_pool(DataConfig(seed, batch_tokens, pool_tokens, multiple), self.manifest)
+        assert asked.pool_tokens is not None
+        plan = Plan(
+            measure_split(self, split),
+            batch_tokens=batch_tokens,
+            pool_tokens=asked.pool_tokens,
+            seed=seed if shuffle else None,
+        )
+        wanted = layers if isinstance(layers, int) else tuple(layers)
+        place = choose_device(device)
+        every = (wanted,) if isinstance(wanted, int) else wanted
+        stats = {layer: layer_stats(self, layer, multiple) for layer in every}
+        course = {"split": split, "epochs": epochs, "scaled": scaled, "rank": rank, "size": size}
+        return Batches(self, plan, wanted, stats, place, **course)
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.manifest.layers))
+        return f"Store({self.url!r}): {self.manifest.model.id}, layers {layers}, {self.manifest.tokens:,} tokens"
+
+    def _repr_html_(self) -> str:
+        found = describe(self)
+        shown = {
+            "cache id": found["cache_id"],
+            "model": f"{found['model']}, {found['dtype']}, width {found['d_model']:,}",
+            "corpus": found["corpus"],
+            "residuals after layers": ", ".join(map(str, found["layers"])),
+            "attention of layers": ", ".join(map(str, found["attention_layers"])) or "none",
+            "windows": f"{found['windows']:,} of {found['context']:,} tokens",
+            "tokens": ", ".join(f"{name} {count:,}" for name, count in found["tokens_by_split"].items()),
+            "shards": f"{found['shards_committed']:,} of {found['shards']:,} committed",
+            "size": f"{found['bytes'] / 1e9:,.3f} GB, codec {found['codec']}",
+        }
+        return html.facts(shown, self.url)

@@ -1,0 +1,48 @@
+"""The results of evaluations: one row for each SAE, one column for each metric that sums an evaluation up."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from rich.console import Console
+
+from ..evaluate.context.results import Row
+from ..evaluate.run.console_table import PIPE_WIDTH, document_of, print_results
+from . import html
+
+
+class Table:
+    """What `sae-eval` prints. `pandas.DataFrame(table.rows)` is a frame."""
+
+    def __init__(self, results: Sequence[Row]) -> None:
+        self._results = results
+        self.results = [row.document for row in results if row.document is not None]
+        """Everything that was measured, as it is on disk."""
+        self._attempts = document_of(results, [])["results"]
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        rows: dict[str, dict[str, Any]] = {}
+        for attempt in self._attempts:
+            rows.setdefault(attempt["sae"], {"sae": attempt["sae"]}).update(attempt["metrics"])
+        return list(rows.values())
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not in the table and why, and what in it cannot be right."""
+        missing = [
+            f"{a['status']}: {a['evaluation']} of {a['sae']}: {a['reason']}" for a in self._attempts if a["reason"]
+        ]
+        warnings = [f"warning: {a['sae']} did not learn: {text}" for a in self._attempts for text in a["warnings"]]
+        return list(dict.fromkeys(missing + warnings))
+
+    def __repr__(self) -> str:
+        text = io.StringIO()
+        print_results(Console(file=text, width=PIPE_WIDTH), self._results)
+        return text.getvalue().rstrip()
+
+    def _repr_html_(self) -> str:
+        return html.table(self.rows, notes=self.notes)

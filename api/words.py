@@ -1,0 +1,81 @@
+"""Keyword arguments to the words of a command: one way to say things, and one place that reads them.
+
+`train(variant="topk", grid={"k": [16, 32]}, tokens="50M")` is read by `sae-train`'s own options, so that both take,
+default and refuse the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import click
+
+from ..cache_schema import Store
+from ..cache_schema.strict import nearest
+from ..evaluate.cli import main as sae_eval
+from ..harvest.cli import main as sae_harvest
+from ..train.cli import main as sae_train
+
+COMMANDS: Mapping[str, click.Command] = {"harvest": sae_harvest, "train": sae_train, "evaluate": sae_eval}
+FOR_SHELLS = ("as_json", "is_dry_run")
+
+
+def words_of(verb: str, targets: Iterable[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the verb's command by their names, with its defaults where nothing is given."""
+    options = _options(verb)
+    unknown = [name for name in given if name not in options]
+    if unknown:
+        raise TypeError(f"{verb}() has no argument {unknown[0]!r}{nearest(unknown[0], options)}")
+    words = [word for name, value in given.items() if value is not None for word in _say(options[name], value)]
+    try:
+        return COMMANDS[verb].make_context(verb, [*words, "--", *map(_text, targets)]).params
+    except click.UsageError as error:
+        raise ValueError(f"{verb}(): {error.format_message()}") from None
+
+
+def signature_of(verb: str) -> inspect.Signature:
+    """What the verb takes."""
+    keyword, several = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL
+    targets = [inspect.Parameter("targets", several)] if verb == "evaluate" else []
+    defaults = {name: _default(option) for name, option in _options(verb).items()}
+    return inspect.Signature(
+        [*targets, *(inspect.Parameter(name, keyword, default=default) for name, default in defaults.items())]
+    )
+
+
+def _options(verb: str) -> dict[str, click.Option]:
+    found = [option for option in COMMANDS[verb].params if isinstance(option, click.Option)]
+    return {option.name: option for option in found if option.name and option.name not in FOR_SHELLS}
+
+
+def _default(option: click.Option) -> Any:
+    if isinstance(option.default, (str, int, float)):
+        return option.default
+    return False if option.is_flag else () if option.multiple else None
+
+
+def _say(option: click.Option, value: Any) -> list[str]:
+    """An option as one would type it."""
+    name = max(option.opts, key=len)
+    if option.is_flag:
+        return [name] if value else list(option.secondary_opts)
+    if not option.multiple:
+        return [f"{name}={_text(value)}"]
+    if isinstance(value, Mapping):
+        value = [f"{key}={_text(item)}" for key, item in value.items()]
+    return [f"{name}={_text(item)}" for item in ([value] if isinstance(value, str) else value)]
+
+
+def _text(value: Any) -> str:
+    """A value as one would type it: lists with commas, what lies somewhere by its place."""
+    if isinstance(value, Store):
+        return value.url
+    if isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return ",".join(json.dumps(item) if isinstance(item, (list, tuple)) else _text(item) for item in value)
+    return json.dumps(value)

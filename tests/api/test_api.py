@@ -1,0 +1,215 @@
+"""saemill from Python: the same words as the commands, and what comes back."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import saemill
+from saemill import Store, evaluate, harvest, load_sae, train
+from saemill.cache_schema import StoreMissing
+from saemill.cache_schema.importer import ImportSettings, import_store
+from saemill.cache_schema.sites import RESID, Site
+from saemill.cache_schema.sources import NumpySource
+from saemill.evaluate.cli import main as sae_eval
+from saemill.evaluate.errors import TargetUnknown
+from saemill.harvest.cli import main as sae_harvest
+from saemill.train.cli import main as sae_train
+from saemill.train.errors import ConfigInvalid, RunMissing
+
+HOSTILE = "<script>alert('model')</script>"
+QUICK: dict[str, Any] = {"set": {"data.batch_tokens": 256}, "width": 32, "device": "cpu", "plots": False}
+README = (Path(saemill.__file__).parent / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 800 windows of 8 tokens, of a model with a hostile name."""
+    folder = tmp_path_factory.mktemp("imported")
+    rng = np.random.default_rng(0)
+    np.save(folder / "acts.npy", rng.standard_normal((800, 8, 16)).astype(np.float32))
+    np.save(folder / "tokens.npy", rng.integers(3, 50, (800, 8)))
+    source = NumpySource({Site(RESID, 4): folder / "acts.npy"}, folder / "tokens.npy")
+    import_store(str(folder / "store"), source, ImportSettings(HOSTILE, (), None, 0.05, 0.05), lambda *_: None)
+    return folder / "store"
+
+
+@pytest.fixture
+def run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    return train(cache=path, variant="topk", grid={"k": [2, 4]}, tokens="1k", **QUICK)
+
+
+def test_importing_the_package_imports_nothing_and_its_names_work_in_any_order() -> None:
+    code = """
+import sys, saemill
+brought = {"torch", "numpy", "click", "transformers"} & set(sys.modules)
+assert not brought, brought
+assert callable(saemill.evaluate) and callable(saemill.harvest)
+import saemill.train.engine
+from saemill.train import load_sae as same
+from saemill import train, load_sae
+assert callable(train) and train is saemill.train is sys.modules["saemill.train"]
+assert train.engine is saemill.train.engine
+assert load_sae is same is saemill.load_sae
+assert "transformers" not in sys.modules
+try:
+    saemill.trian
+except AttributeError as error:
+    assert "trian" in str(error)
+else:
+    raise SystemExit("no error")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_type_checkers_see_functions(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("""
+from saemill import Store, evaluate, harvest, load_sae, train
+from saemill.train import load_sae as same
+from saemill.train.engine.fleet import Fleet
+
+store: Store = harvest(model="pocket", out="./store")
+rows: list[dict[str, object]] = train(cache=store, variant="topk").rows
+text: str = repr(evaluate("run_1", evals="core"))
+length: int = len(store.batches(layers=19)) + load_sae("run_1").d_in + same("run_1").d_in + len(Fleet.__name__)
+wrong: int = train(variant="topk")
+""")
+    checker = [
+        sys.executable,
+        "-m",
+        "pyright",
+        "--outputjson",
+        "--pythonpath",
+        sys.executable,
+        str(tmp_path / "mine.py"),
+    ]
+    said = json.loads(subprocess.run(checker, capture_output=True, text=True).stdout)["generalDiagnostics"]
+    assert [line["range"]["start"]["line"] + 1 for line in said] == [10], said
+
+
+@pytest.mark.parametrize(("verb", "command"), [(harvest, sae_harvest), (train, sae_train), (evaluate, sae_eval)])
+def test_the_words_are_the_commands(verb: Any, command: Any) -> None:
+    taken = inspect.signature(verb).parameters
+    assert set(taken) == {option.name for option in command.params} - {"as_json", "is_dry_run"}
+    assert all(taken[name].default == "runs" for name in ("out", "runs") if name in taken and verb is not harvest)
+
+
+def test_a_run_has_rows_and_saes(run: Any, path: Path) -> None:
+    assert run.saes == ("topk_k2", "topk_k4") and run.name == "run_1"
+    assert [row["l0"] for row in run.rows] == pytest.approx([2, 4], abs=0.2)
+    assert run.results == json.loads(Path("runs/run_1/result.json").read_text())
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    for which in (1, -1, "topk_k4"):
+        assert torch.equal(run.load(which).encode(x), load_sae("run_1/topk_k4").encode(x))
+    with pytest.raises(RunMissing, match="no SAE 7: choose one of topk_k2, topk_k4"):
+        run.load(7)
+    assert repr(run).startswith("Run('runs/run_1'): 3 steps; topk_k2: L0 2.0")
+    config = json.loads(Path("runs/run_1/config.json").read_text())
+    assert config["cache"]["url"] == str(path) and config["data"]["batch_tokens"] == 256
+
+
+def test_a_table_has_a_row_for_each_sae(run: Any) -> None:
+    table = evaluate(run, evals=["decoder_cosine", "core"], plots=False, device="cpu")
+    assert [row["sae"] for row in table.rows] == ["run_1/topk_k2", "run_1/topk_k4"]
+    assert table.rows[0]["decoder_cosine.mean"] > 0
+    assert table.results[0]["eval_type_id"] == "decoder_cosine"
+    assert any(note.startswith("incomplete: core of run_1/topk_k2") for note in table.notes)  # nobody has that model
+    assert "decoder_cosine: " in repr(table) and "run_1/topk_k4" in repr(table)
+    (one,) = evaluate("run_1/topk_k2", evals="decoder_cosine", resume=True, plots=False, device="cpu").rows
+    assert one["sae"] == "run_1/topk_k2"
+
+
+def test_they_show_themselves_and_names_are_text(run: Any, path: Path) -> None:
+    with Store(path) as store:
+        page = store._repr_html_()
+        assert "&lt;script&gt;alert(&#x27;model&#x27;)" in page and "5,760" in page
+        assert repr(store).startswith(f"Store({str(path)!r}): ")
+    evaluated = evaluate(run, evals="decoder_cosine", plots=False, device="cpu")
+    (hostile,) = (Path("runs") / "<img src=x>",)
+    run.path.rename(hostile)
+    moved = type(run)(hostile)
+    pages = (
+        page,
+        moved._repr_html_(),
+        evaluated._repr_html_(),
+        evaluate(moved, plots=False, device="cpu")._repr_html_(),
+    )
+    for text in pages:
+        tags = {tag.strip("/").split()[0] for tag in re.findall(r"<([^>]*)>", text)}
+        assert "table" in tags and tags <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "p"}
+        assert text.count("<td") == text.count("</td>")
+    assert "&lt;img src=x&gt;" in pages[1] and "&lt;img src=x&gt;" in pages[3]
+
+
+def test_batches_of_the_store_are_those_of_training(path: Path) -> None:
+    with Store(path) as store:
+        (x, *_) = batches = list(store.batches(layers=4, batch_tokens=256, device="cpu"))
+        assert x.shape == (256, 16) and x.dtype == torch.float32 and len(batches) == 720 * 8 // 256
+        assert next(store.batches(layers=(4,), batch_tokens=10, device="cpu")).shape == (10, 1, 16)
+        norms = [x.norm(dim=1).mean() for x in store.batches(layers=4, batch_tokens=256, device="cpu", scaled=True)]
+        assert float(torch.stack(norms).mean()) == pytest.approx(4, rel=0.05)
+        with pytest.raises(ConfigInvalid, match="expected a device like"):
+            store.batches(layers=4, device="nonsense")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda path: train(varient="topk"), TypeError, "did you mean 'variant'"),
+        (lambda path: train(variant="topk", cache=path, tokens="many"), ValueError, "expected a number like 50M"),
+        (lambda path: train("topk"), TypeError, "positional"),
+        (lambda path: train(variant="topkk", cache=path), LookupError, "did you mean 'topk'"),
+        (lambda path: train(recipe="attention", cache=path), ConfigInvalid, "one run, like attention/run_0"),
+        (lambda path: evaluate("nowhere"), TargetUnknown, "no run 'nowhere'"),
+        (lambda path: evaluate(), ValueError, "TARGET"),
+        (lambda path: harvest(model="pocket", tokens="lots"), ValueError, "not a number of tokens"),
+        (lambda path: harvest(dtype="float8"), ValueError, "float8"),
+        (lambda path: Store(path / "none"), StoreMissing, "there is no store"),
+        (lambda path: Store(path).batches(layers=9, device="cpu"), ValueError, "residuals of layers [9]"),
+    ],
+)
+def test_mistakes_are_errors_with_a_remedy(
+    path: Path, tmp_path: Path, monkeypatch: Any, call: Any, error: Any, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error) as raised:
+        call(path)
+    assert said in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_python_snippet_of_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small part of the text; the one that makes the store first."""
+    monkeypatch.chdir(tmp_path)
+    snippets = sorted(re.findall(r"```python\n(.*?)```", README, re.DOTALL), key=lambda code: "harvest(" not in code)
+    assert len(snippets) == 3
+    small = {
+        '"300k"': '"6k"',
+        "4096": "512",
+        "epochs=2": "epochs=1, width=64, plots=False",
+        "(run, ": "(run, plots=False, ",
+    }
+    small |= {"1e-3}": '1e-3, "data.batch_tokens": 512}'}
+    spaces = [{"x": torch.randn(3, 128, generator=torch.Generator().manual_seed(0))} for _ in snippets]
+    for code, names in zip(snippets, spaces, strict=True):
+        is_first = "harvest(" in code
+        for word, shorter in small.items() if is_first else ():
+            assert word in code
+            code = code.replace(word, shorter)
+        exec(code, names)
+    made, read, loaded = spaces
+    assert isinstance(made["store"], Store) and made["run"].saes == ("topk",) and len(made["table"].rows) == 1
+    assert loaded["x_hat"].shape == (3, 128)
+    for part in made["store"].stream(read["request"]):
+        attention = part.attention[17]
+        assert attention.to_scipy().nnz == attention.entries

@@ -1,0 +1,133 @@
+"""A store's activations for anyone's trainer: an iterator of tensors, and a data set of torch that keeps its place.
+
+The order, the reading ahead and the batches are those of our own runs (`plan.py`, `feed.py`): step s of seed 0 holds
+the tokens that step s of `sae-train` with `data.seed=0` trains on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ...cache_schema import Store
+from ..errors import ConfigInvalid, StateInvalid
+from .batch import Needs
+from .feed import Feed, joint_request
+from .plan import Plan
+from .scaling import Stats, bounds_of
+
+
+class Batches(IterableDataset[Tensor]):
+    """Batches of one layer [batch, D], or of several [batch, layers, D], in float32.
+
+    Special tokens are left out, and rows of massive norm where the statistics leave them out.
+    Each `for` goes through the store once more, in a new order, as often as `epochs` says (None: without end). It
+    reads ahead by itself, so a `DataLoader` around it takes `batch_size=None` and no workers.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        layers: int | tuple[int, ...],
+        stats: Mapping[int, Stats],
+        device: torch.device,
+        *,
+        split: str = "train",
+        epochs: int | None = 1,
+        scaled: bool = False,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
+        self._store, self._plan, self._device, self._split = store, plan, device, split
+        self._is_single = isinstance(layers, int)
+        self._needs = Needs((layers,) if isinstance(layers, int) else tuple(layers))
+        self._stats = stats if scaled else {i: replace(s, scale=torch.ones_like(s.scale)) for i, s in stats.items()}
+        self._epochs, self._rank, self._size = epochs, rank, size
+        if epochs is not None and epochs < 1:
+            raise ConfigInvalid(f"epochs: expected 1 or more, or None for batches without end, found {epochs}")
+        if not self._needs.layers:
+            raise ConfigInvalid("layers: expected at least one layer, found none")
+        if not 0 <= rank < size:
+            raise ConfigInvalid(f"rank: expected one of 0 to {size - 1} of size {size}, found {rank}")
+        store.spans(joint_request([self._needs], split))  # what is not there is said now
+        plan.locate(0)
+        self._step, self._feed = 0, None
+        self._passes = 1
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """From where it stands; at the end of a pass, the next one."""
+        if get_worker_info() is not None:
+            raise ConfigInvalid("batches are read ahead in threads, found a worker process: set num_workers=0")
+        if self._step == self._end:
+            self._passes += 1
+        return self
+
+    def __next__(self) -> Tensor:
+        if self._step == self._end:
+            self.close()
+            raise StopIteration
+        if self._feed is None:
+            self._feed = self._open_feed()
+        x = self._feed.draw(self._step).batch(self._needs).x
+        self._step += 1
+        return x if self._is_single else x.view(len(x), len(self._needs.inputs), -1)
+
+    def __len__(self) -> int:
+        """Batches in one pass."""
+        if self._epochs is None:
+            raise TypeError("batches without end (epochs=None) have no length")
+        return self._plan.steps_in(self._passes * self._epochs) - self._plan.steps_in((self._passes - 1) * self._epochs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, and what decides which batches come next: plain numbers and words."""
+        return {"step": self._step, **self._identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the same batches; a state of other batches is refused."""
+        expected = self._identity
+        wrong = [key for key, value in expected.items() if state.get(key) != value]
+        if wrong or not isinstance(step := state.get("step"), int) or step < 0:
+            found = ", ".join(f"{key} {state.get(key)!r} (here {expected.get(key)!r})" for key in wrong or ["step"])
+            raise StateInvalid(f"expected a state of these very batches, found {found}: open them as they were before")
+        self.close()
+        self._step, self._passes = step, 1
+        while self._end is not None and self._end < step:
+            self._passes += 1
+
+    def close(self) -> None:
+        """Stop reading ahead and give the memory back; the next batch begins it anew."""
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_feed", None) is not None:
+            self.close()
+
+    @property
+    def _end(self) -> int | None:
+        """The step at which this pass ends."""
+        return None if self._epochs is None else self._plan.steps_in(self._passes * self._epochs)
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        plan = self._plan
+        return {
+            "cache_id": self._store.manifest.cache_id,
+            "split": self._split,
+            "layers": list(self._needs.inputs),
+            "batch_tokens": plan.batch_tokens,
+            "pool_tokens": plan.pool_tokens,
+            "seed": plan.seed,
+            "largest_norms": {str(layer): bound for layer, bound in bounds_of(self._stats).items()},
+        }
+
+    def _open_feed(self) -> Feed:
+        parts = (self._store, self._plan, [self._needs], self._stats, self._device)
+        return Feed(*parts, self._rank, self._size, self._end, self._split)
