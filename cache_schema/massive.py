@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .layout import arrays_of, resid_path
+from .layout import arrays_of
 from .manifest import Manifest
 from .moments import Moments, is_special
 from .reader import Store
 from .request import Request, Span
+from .sites import Place, site_of
 
 MULTIPLE = 10.0
 """Of the median norm, where nothing else is asked for."""
@@ -75,7 +76,7 @@ def row_norms(stored: np.ndarray, dtype: str) -> np.ndarray:
     return np.sqrt(norms, out=norms).reshape(stored.shape[:-1])
 
 
-def measure_massive(store: Store, layer: int, multiple: float) -> Massive:
+def measure_massive(store: Store, layer: Place, multiple: float) -> Massive:
     """The massive rows of a layer, and the moments of the others."""
     manifest = store.manifest
     spans = sample(manifest, layer, store.committed)
@@ -106,23 +107,23 @@ def measure_massive(store: Store, layer: int, multiple: float) -> Massive:
     )
 
 
-def any_ordinary(store: Store, bounds: Mapping[int, float], split: str, windows: int) -> bool:
+def any_ordinary(store: Store, bounds: Mapping[Place, float], split: str, windows: int) -> bool:
     """Whether in the first windows of a split some token is neither special nor massive in any of these layers."""
     manifest = store.manifest
-    for part in store.stream(Request(layers=tuple(bounds), tokens=True, split=split, windows=(0, windows))):
+    for part in store.stream(Request.of(map(site_of, bounds), tokens=True, split=split, windows=(0, windows))):
         assert part.tokens is not None
         counts = ~is_special(part.tokens, manifest.model.special_tokens)
         for layer, bound in bounds.items():
-            counts &= ~is_massive(row_norms(part.resid[layer], manifest.model.dtype), bound)
+            counts &= ~is_massive(row_norms(part.at(site_of(layer)), manifest.model.dtype), bound)
         if counts.any():
             return True
     return False
 
 
-def sample(manifest: Manifest, layer: int, committed: np.ndarray) -> list[Span]:
+def sample(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[Span]:
     """Whole shards that are there, spread evenly."""
-    row = arrays_of(manifest)[resid_path(layer)]
-    shard_bytes = manifest.shard_windows * manifest.context * manifest.model.d_model * row.dtype.itemsize
+    row = arrays_of(manifest)[site_of(layer).path]
+    shard_bytes = manifest.shard_windows * manifest.context * row.shape[-1] * row.dtype.itemsize
     return spread(manifest, committed, max(1, SAMPLE_BYTES // shard_bytes))
 
 
@@ -134,15 +135,15 @@ def spread(manifest: Manifest, committed: np.ndarray, most: int) -> list[Span]:
     return [Span(shard, *manifest.shard_range(shard)) for shard in shards.tolist()]
 
 
-def norms_of(store: Store, layer: int, span: Span) -> np.ndarray:
+def norms_of(store: Store, layer: Place, span: Span) -> np.ndarray:
     """float32 [n]: the norms of a span's rows, special tokens left out."""
     stored, counts_WT = _read(store, layer, span)
     return row_norms(stored, store.manifest.model.dtype)[counts_WT]
 
 
-def _sum_of_ordinary(store: Store, layer: int, spans: list[Span], bound: float) -> np.ndarray:
+def _sum_of_ordinary(store: Store, layer: Place, spans: list[Span], bound: float) -> np.ndarray:
     """float64 [D]"""
-    dtype, total = store.manifest.model.dtype, np.zeros(store.manifest.model.d_model)
+    dtype, total = store.manifest.model.dtype, np.zeros(store.manifest.width_of(site_of(layer).hook))
     for span in spans:
         stored, counts_WT = _read(store, layer, span)
         norms = row_norms(stored, dtype)
@@ -152,11 +153,11 @@ def _sum_of_ordinary(store: Store, layer: int, spans: list[Span], bound: float) 
     return total
 
 
-def _read(store: Store, layer: int, span: Span) -> tuple[np.ndarray, np.ndarray]:
+def _read(store: Store, layer: Place, span: Span) -> tuple[np.ndarray, np.ndarray]:
     """A span's residuals [W, T, D] and which of its tokens are not special: bool [W, T]."""
-    arrays = store.read(Request(layers=(layer,), tokens=True), span)
+    arrays = store.read(Request.of([site_of(layer)], tokens=True), span)
     assert arrays.tokens is not None
-    return arrays.resid[layer], ~is_special(arrays.tokens, store.manifest.model.special_tokens)
+    return arrays.at(site_of(layer)), ~is_special(arrays.tokens, store.manifest.model.special_tokens)
 
 
 def _float_blocks(rows: np.ndarray, dtype: str) -> Iterator[tuple[int, np.ndarray]]:

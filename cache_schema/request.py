@@ -68,6 +68,10 @@ class ShardArrays:
     acts: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)  # hook -> layer -> [W, T, D] as stored
     attention: dict[int, AttentionCsr] = field(default_factory=dict)
 
+    def at(self, site: Site) -> np.ndarray:
+        """The activations of one place."""
+        return self.acts[site.hook][site.layer]
+
     @property
     def resid(self) -> dict[int, np.ndarray]:
         """Layer -> residuals."""

@@ -43,6 +43,23 @@ class Site(NamedTuple):
         return f"{'residuals' if self.hook == RESID else self.hook} of layer {self.layer}"
 
 
+Place = int | Site
+"""What tables of activations are keyed by: a layer where it is the residual stream after it, else a site."""
+
+
+def place_of(hook: str, layer: int) -> Place:
+    return layer if hook == RESID else Site(hook, layer)
+
+
+def site_of(place: Place) -> Site:
+    return place if isinstance(place, Site) else Site(RESID, place)
+
+
+def say_place(place: Place) -> str:
+    """As messages name it."""
+    return str(place) if isinstance(place, Site) else f"layer {place}"
+
+
 def by_hook(sites: Iterable[Site]) -> dict[str, tuple[int, ...]]:
     """Hook to its layers; hooks in the order of `HOOKS`, layers rising."""
     found = sorted(set(sites))

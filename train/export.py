@@ -67,8 +67,9 @@ def _require_one_place(metadata: dict[str, Any], kind: str) -> None:
     """Other tools know SAEs of one layer that reconstruct what they read."""
     if kind != "sae_lens" and not is_of_one_place(metadata):
         raise SaeInvalid(
-            "expected an SAE of one layer that reconstructs its input, found layers "
-            f"{metadata.get('layers')} to {metadata.get('target_layers', 'another place')}: {kind} has no form for it"
+            f"expected an SAE of one layer that reconstructs its input, found {metadata.get('hook', 'layers')} "
+            f"{metadata.get('layers')} to {metadata.get('target_hook', '')} "
+            f"{metadata.get('target_layers', 'another place')}: {kind} has no form for it"
         )
 
 

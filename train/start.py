@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ..cache_schema import Store
+from ..cache_schema.sites import RESID, say_place
 from .ask.records import Ask, Member
 from .ask.settings import parse_grid, parse_settings
 from .errors import ConfigInvalid
@@ -85,12 +86,12 @@ def _introduce(run: Run, remark: str) -> None:
     for layer, stats in run.fleet.stats.items():
         if stats.massive is not None and stats.massive.massive:
             run.site.console.print(
-                f"layer {layer}: {stats.massive}: left out (--set data.massive_norms=inf takes them too)"
+                f"{say_place(layer)}: {stats.massive}: left out (--set data.massive_norms=inf takes them too)"
             )
 
 
 def _settings_of(member: Member) -> str:
-    shown = ("layer", "layers", "width", "k", "seed")
+    shown = (*(["hook"] if member.config.request().hook != RESID else []), "layer", "layers", "width", "k", "seed")
     values = {key: getattr(member.config, key, None) for key in shown}
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 

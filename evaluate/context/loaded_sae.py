@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache_schema.sites import RESID
 from ...cache_schema.strict import from_json
 from ...train.kit import registry
 from ...train.sae.model import SparseAutoencoder
@@ -48,6 +49,11 @@ class LoadedSae:
         return self.config.get("metadata", {})
 
     @property
+    def hooks(self) -> tuple[str, str]:
+        """What of its layers the SAE reads and writes: the residual stream, or other hooks."""
+        return self.metadata.get("hook", RESID), self.metadata.get("target_hook", RESID)
+
+    @property
     def d_in(self) -> int:
         return self.sae.d_in
 
@@ -71,7 +77,7 @@ class LoadedSae:
 
     @property
     def is_single_layer(self) -> bool:
-        return len(self.layers) == 1 and self.target_layers == self.layers
+        return len(self.layers) == 1 and self.target_layers == self.layers and self.hooks == (RESID, RESID)
 
     @property
     def layer(self) -> int:

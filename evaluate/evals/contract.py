@@ -39,6 +39,8 @@ class Needs:
     store: bool = False
     from_tokens: bool = False
     """It can compute residuals from the store's tokens in place of reading them (--from-tokens)."""
+    residuals: bool = True
+    """It is about SAEs on the residual stream, others are not run. False where only the weights are looked at."""
 
     def require(self, context: Context) -> None:
         """Raise the NotRun error that names the first thing missing."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...cache_schema.strict import to_json
 from ...train.disk.sae_folder import read_config
 from ...train.run.find_sae import list_saes, read_folder
-from .contract import Context, Evaluation, LoadedSae, Result
+from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .core.weights import max_cosine
 
 ALONE = "an SAE of one latent has no pair of latents to compare"
@@ -97,6 +97,7 @@ def _random_like(rows_FD: Tensor, config: Config) -> Tensor:
 EVALUATION = Evaluation(
     Config,
     evaluate,
+    needs=Needs(residuals=False),
     summary=(
         "decoder_cosine.mean",
         "decoder_cosine.mean_chance",

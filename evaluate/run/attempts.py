@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...cache_schema import StoreError
+from ...cache_schema.sites import RESID
 from ...cache_schema.strict import to_json
 from ...harvest.errors import HarvestError
 from ...train.errors import TrainError
@@ -91,6 +92,14 @@ def crash_path(subject: LoadedSae, eval_id: str) -> Path:
     return result_path(subject, eval_id).with_name(f"{subject.label}_crash.txt")
 
 
+def _why_apart(subject: LoadedSae) -> str:
+    reads, writes = subject.hooks
+    return (
+        f"it reads {reads} of layer {', '.join(map(str, subject.layers))} and rebuilds {writes}: evaluations read and "
+        "replace the residual stream after a layer"
+    )
+
+
 class _Attempts:
     """One evaluation at work."""
 
@@ -99,6 +108,13 @@ class _Attempts:
         self._evaluation = evals.load(eval_id)
 
     def run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
+        is_for_all = not self._evaluation.needs.residuals
+        apart = [subject for subject in subjects if not (is_for_all or set(subject.hooks) == {RESID})]
+        rows = [self._not_run(subject, _why_apart(subject)) for subject in apart]
+        subjects = [subject for subject in subjects if subject not in apart]
+        return rows + (self._run(subjects) if subjects else [])
+
+    def _run(self, subjects: Sequence[LoadedSae]) -> list[Row]:
         rows, crash = self._attempt(subjects)
         owed = [subject for subject in subjects if subject not in {row.subject for row in rows}]
         if crash is None:
@@ -106,7 +122,7 @@ class _Attempts:
         if len(owed) == 1 and len(subjects) == 1:
             return [self._failed(owed[0], crash)]
         for subject in owed:
-            rows += self.run([subject])
+            rows += self._run([subject])
         return rows
 
     def _attempt(self, subjects: Sequence[LoadedSae]) -> tuple[list[Row], Exception | None]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...cache_schema.sites import RESID
 from ...cache_schema.strict import StrictError, from_json, nearest, to_json
 from ..data.batch import Needs
 from ..errors import ConfigInvalid
@@ -24,6 +25,8 @@ from .settings import flat_keys, split_key, with_settings
 
 Limits = Callable[[Variant], Mapping[str, Any]]
 """What bounds the defaults of a config."""
+Held = Mapping[str, Sequence[int]]
+"""Hook to the layers of it that a store holds."""
 
 
 @dataclass(frozen=True)
@@ -147,31 +150,31 @@ class Ask:
         """The course that was asked for."""
         return with_settings(CourseConfig(), self._of("course"), "course")
 
-    def members(self, limits: Limits, layers: Sequence[int] = ()) -> tuple[Member, ...]:
+    def members(self, limits: Limits, held: Held | None = None) -> tuple[Member, ...]:
         """The SAEs. `limits` of a config bound the variant's own defaults, never what was asked for; where nobody
-        asked for a layer, it is one of the store's `layers`."""
+        asked for a layer, it is one of those that the store holds."""
         spread = [key for point in self.grid for key in point]
         misplaced = [key for key in spread if split_key(key)[0] in ("data", "course")]
         if misplaced:
             raise ConfigInvalid(f"a fleet shares one stream and one course: {misplaced[0]} cannot be spread over it")
         self._require_known([*self.settings, *spread])
         members: dict[str, Member] = {}
-        for member in (self._member(sae, point, limits, layers) for sae in self.saes for point in self.grid):
+        for member in (self._member(sae, point, limits, held or {}) for sae in self.saes for point in self.grid):
             if members.setdefault(member.label, member) != member:
                 raise ConfigInvalid(
                     f"two SAEs of the run would both be called {member.label}: give one of them a run of its own"
                 )
         return tuple(members.values())
 
-    def _member(self, sae: Sae, point: Mapping[str, Any], limits: Limits, layers: Sequence[int]) -> Member:
+    def _member(self, sae: Sae, point: Mapping[str, Any], limits: Limits, held: Held) -> Member:
         config = registry.config_type(sae.variant)()
         known = set(flat_keys(to_json(config)))
         spread = _own(point, sae.variant, known)
         asked = _own(self.settings, sae.variant, known) | spread
         draft = with_settings(config, self._of_recipe(sae, known) | asked, sae.label)
         instead = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
-        if layers:
-            instead |= stored_layer(draft, asked, layers)
+        if held:
+            instead |= stored_layer(draft, asked, held)
         return Member(_label(sae.label, spread), sae.variant, with_settings(draft, instead, sae.label))
 
     def _of_recipe(self, sae: Sae, known: set[str]) -> dict[str, Any]:
@@ -204,18 +207,22 @@ def smaller_defaults(config: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
     return {key: limits[key] for key, value in own.items() if value is not None and value > limits[key]}
 
 
-def stored_layer(config: Any, asked: Iterable[str], layers: Sequence[int]) -> dict[str, Any]:
+def stored_layer(config: Variant, asked: Iterable[str], held: Held) -> dict[str, Any]:
     """The store's only layer in place of a default that it does not hold; where it holds several, the choices."""
-    defaults = {key: getattr(config, key) for key in ("layer", "to_layer", "layers") if hasattr(config, key)}
-    absent = [key for key, value in defaults.items() if key not in asked and not _are_in(layers, value)]
+    needs = config.request()
+    sides = {"layer": (needs.hook, needs.inputs), "to_layer": (needs.to_hook or needs.hook, needs.targets or ())}
+    sides["layers"] = sides["layer"]
+    layers, absent = held.get(needs.hook, ()), []
+    for key, (hook, wanted) in sides.items():
+        if hasattr(config, key) and key not in asked and held.get(hook) and not set(wanted) <= set(held[hook]):
+            absent.append(key)
     if not absent or len(layers) == 1:
         return {"layer": layers[0]} if "layer" in absent else {}
-    held, choices = ", ".join(map(str, layers)), ", and by ".join(_choices(key, layers) for key in absent)
-    raise ConfigInvalid(f"the store holds layers {held} and not the default: choose by {choices}")
-
-
-def _are_in(layers: Sequence[int], wanted: int | Sequence[int]) -> bool:
-    return set([wanted] if isinstance(wanted, int) else wanted) <= set(layers)
+    choices = ", and by ".join(_choices(key, held[sides[key][0]]) for key in absent)
+    of_hook = "" if needs.hook == RESID else f" of {needs.hook}"
+    raise ConfigInvalid(
+        f"the store holds layers {', '.join(map(str, layers))}{of_hook} and not the default: choose by {choices}"
+    )
 
 
 def _choices(key: str, layers: Sequence[int]) -> str:

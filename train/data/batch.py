@@ -12,20 +12,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from ...cache_schema.sites import RESID, Place, place_of, site_of
+
 
 class Kind(NamedTuple):
     """What SAEs that draw the same rows have in common."""
 
     windows: bool  # whole windows, or tokens one by one
-    layers: tuple[int, ...]  # whose massive rows are left out
+    layers: tuple[Place, ...]  # whose massive rows are left out
 
 
 @dataclass(frozen=True)
 class Needs:
     """What a variant reads from the store.
 
-    A row holds the activations of `inputs` side by side; the target those of `targets`, or the row
-    itself. With `windows` the rows are those of whole windows, special tokens left out, and the side
+    A row holds the activations of layers `inputs` side by side; the target those of `targets`, or the row
+    itself. `hook` says what of these layers is read, `to_hook` what of the targets' where that is something else.
+    With `windows` the rows are those of whole windows, special tokens left out, and the side
     inputs `window` [B], `position` [B] and `row_of` [W, T] (-1 where there is no row) say which.
     """
 
@@ -38,13 +41,26 @@ class Needs:
     windows: bool = False
     least_windows: int = 1
     """In a batch, where whole windows are read."""
+    hook: str = RESID
+    to_hook: str | None = None
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """Every layer whose activations are read, in rising order."""
-        return tuple(sorted(set(self.inputs) | set(self.targets or ())))
+    def input_places(self) -> tuple[Place, ...]:
+        return tuple(place_of(self.hook, layer) for layer in self.inputs)
 
-    def kind(self, bounded: Container[int]) -> Kind:
+    @property
+    def target_places(self) -> tuple[Place, ...]:
+        """Those of the input where it is its own target."""
+        if self.targets is None:
+            return self.input_places
+        return tuple(place_of(self.to_hook or self.hook, layer) for layer in self.targets)
+
+    @property
+    def layers(self) -> tuple[Place, ...]:
+        """Every place whose activations are read, those of a hook by rising layers."""
+        return tuple(sorted({*self.input_places, *self.target_places}, key=site_of))
+
+    def kind(self, bounded: Container[Place]) -> Kind:
         """The kind of rows, where massive ones of the `bounded` layers are left out."""
         return Kind(self.windows, tuple(layer for layer in self.layers if layer in bounded))
 

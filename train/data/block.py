@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import AttentionCsr, Span
+from ...cache_schema.sites import Place
 from .batch import AttentionRows
 from .device import send
 
@@ -32,9 +33,9 @@ class Block:
     trains: np.ndarray  # bool [W, T]
     tokens_there: Tensor  # int32 [W, T], the same on the device
     documents_there: Tensor
-    resid: dict[int, Tensor]  # [at least W * T, D]
+    resid: dict[Place, Tensor]  # [at least W * T, D]
     attention: dict[int, Attention] = field(default_factory=dict)
-    massive: dict[int, np.ndarray] = field(
+    massive: dict[Place, np.ndarray] = field(
         default_factory=dict
     )  # bool [W, T], of layers where massive rows are left out
 
@@ -52,7 +53,7 @@ class Block:
         """int64 [N], the flat places of trainable tokens."""
         return np.flatnonzero(self.trains)
 
-    def counts(self, layers: Sequence[int]) -> np.ndarray:
+    def counts(self, layers: Sequence[Place]) -> np.ndarray:
         """bool [W, T]: which tokens train an SAE that reads these layers: neither special nor massive in any."""
         counts = self.trains
         for layer in layers:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cache_schema.sites import Place
 from .batch import AttentionRows, Batch, Kind, Needs, Rows
 from .block import Block, as_whole
 from .device import send
@@ -27,7 +28,7 @@ class Draw:
         self,
         block: Block,
         rows: Mapping[Kind, Rows],
-        scales: Mapping[int, Tensor],
+        scales: Mapping[Place, Tensor],
         device: torch.device,
     ) -> None:
         self.block = block
@@ -35,14 +36,14 @@ class Draw:
         self._scales = scales
         self.device = device
         self._bounded = {layer for kind in rows for layer in kind.layers}
-        self._scaled: dict[tuple[Kind, tuple[int, ...]], Tensor] = {}
+        self._scaled: dict[tuple[Kind, tuple[Place, ...]], Tensor] = {}
         self._made: dict[tuple[str, Any], Any] = {}
 
     def batch(self, needs: Needs) -> Batch:
         """The batch for an SAE with these needs."""
         kind = needs.kind(self._bounded)
-        target = None if needs.targets is None else self._activations(kind, needs.targets)
-        return Batch(self._activations(kind, needs.inputs), target, self._side(needs, kind))
+        target = None if needs.targets is None else self._activations(kind, needs.target_places)
+        return Batch(self._activations(kind, needs.input_places), target, self._side(needs, kind))
 
     def ordinary(self, needs: Needs) -> Tensor:
         """bool [B], which rows of `batch(needs)` are massive in no layer that is read."""
@@ -66,7 +67,7 @@ class Draw:
             return self.block.documents[rows.windows, 0]
         return self.block.documents.ravel()[rows.places]
 
-    def _activations(self, kind: Kind, layers: tuple[int, ...]) -> Tensor:
+    def _activations(self, kind: Kind, layers: tuple[Place, ...]) -> Tensor:
         """float32 [B, len(layers) * D], scaled."""
         if (kind, layers) not in self._scaled:
             if len(layers) == 1:
@@ -122,7 +123,7 @@ class TokenOrder:
     Massive rows are dropped from it, and what is left is spread evenly over the same steps.
     """
 
-    def __init__(self, block: Block, chosen: np.ndarray, device: torch.device, layers: Sequence[int] = ()) -> None:
+    def __init__(self, block: Block, chosen: np.ndarray, device: torch.device, layers: Sequence[Place] = ()) -> None:
         places = block.trainable[chosen]
         self._length = len(places)
         self._places = places[block.counts(layers).ravel()[places]] if layers else places
@@ -137,7 +138,7 @@ class TokenOrder:
 class WindowOrder:
     """The order in which a block's windows are drawn, by their number in the block; sent once."""
 
-    def __init__(self, block: Block, windows: np.ndarray, device: torch.device, layers: Sequence[int] = ()) -> None:
+    def __init__(self, block: Block, windows: np.ndarray, device: torch.device, layers: Sequence[Place] = ()) -> None:
         window, position = np.nonzero(block.counts(layers)[windows])
         sizes = np.bincount(window, minlength=len(windows))
         self._windows, self._places = windows, windows[window] * block.context + position

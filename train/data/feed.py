@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ...cache_schema import Request, Store
+from ...cache_schema.sites import Place, say_place, site_of
 from ..errors import NothingToTrain
 from .batch import Kind, Needs, Rows
 from .block import Block
@@ -34,7 +35,7 @@ class Feed:
         store: Store,
         plan: Plan,
         needs: Iterable[Needs],
-        stats: Mapping[int, Stats],
+        stats: Mapping[Place, Stats],
         device: torch.device,
         rank: int = 0,
         size: int = 1,
@@ -82,8 +83,9 @@ class Feed:
     def _order(self, kind: Kind, block: Block, plan: BlockPlan) -> TokenOrder | WindowOrder:
         if not block.counts(kind.layers).any():
             shards = sorted({piece.shard for piece in plan.pieces})
+            where = ", ".join(map(say_place, kind.layers))
             raise NothingToTrain(
-                f"every token of shards {shards} is massive (layers {list(kind.layers)}): nothing there to train on. "
+                f"every token of shards {shards} is massive ({where}): nothing there to train on. "
                 "Set data.massive_norms=inf to train on all rows"
             )
         if kind.windows:
@@ -94,8 +96,8 @@ class Feed:
 def joint_request(needs: Iterable[Needs], split: str) -> Request:
     """What all of them read together."""
     needs = tuple(needs)
-    return Request(
-        layers=tuple(sorted({layer for need in needs for layer in need.layers})),
+    return Request.of(
+        (site_of(place) for need in needs for place in need.layers),
         attention_layers=tuple(sorted({layer for need in needs for layer in need.attention_layers})),
         tokens=True,
         documents=True,
@@ -106,7 +108,7 @@ def joint_request(needs: Iterable[Needs], split: str) -> Request:
 def held_out(
     store: Store,
     needs: Iterable[Needs],
-    stats: Mapping[int, Stats],
+    stats: Mapping[Place, Stats],
     device: torch.device,
     *,
     tokens: int,
@@ -129,7 +131,7 @@ def held_out(
 
 
 def _blocks_in_order(
-    store: Store, request: Request, device: torch.device, windows: int, bounds: Mapping[int, float]
+    store: Store, request: Request, device: torch.device, windows: int, bounds: Mapping[Place, float]
 ) -> Iterator[Block]:
     """One shard's windows at a time, until there are enough."""
     first, last = store.manifest.splits["validation"]

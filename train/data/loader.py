@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 
 from ...cache_schema import Request, Store
+from ...cache_schema.sites import Place
 from .block import Block
 from .plan import BlockPlan, Plan
 from .pool import PIECES_IN_FLIGHT, Pool
@@ -28,7 +29,7 @@ class Loader:
         request: Request,
         device: torch.device,
         steps: int | None = None,
-        bounds: Mapping[int, float] | None = None,
+        bounds: Mapping[Place, float] | None = None,
     ) -> None:
         self._plan, self._steps = plan, steps
         self._readers = ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="saemill-piece")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import AttentionCsr, Manifest, Request, ShardBuffers, Span, Store
-from ...cache_schema.layout import resid_path
 from ...cache_schema.massive import is_massive, row_norms
+from ...cache_schema.sites import Place, place_of, site_of
 from .block import TORCH_DTYPES, Attention, Block, as_stored, joined, owned, send_attention
 from .device import take_device
 from .split_sizes import trainable
@@ -42,18 +42,21 @@ class Pool:
         request: Request,
         max_windows: int,
         device: torch.device,
-        bounds: Mapping[int, float] | None = None,
+        bounds: Mapping[Place, float] | None = None,
     ) -> None:
         """`bounds`: the largest norm of a row that is not massive, by layer."""
         manifest = store.manifest
-        self._bounds = {layer: bound for layer, bound in (bounds or {}).items() if layer in request.layers}
+        self._bounds = {place: bound for place, bound in (bounds or {}).items() if site_of(place) in request.sites}
         self._store, self._request, self._device = store, request, device
         is_gpu = device.type == "cuda"
         ids = torch.empty((2, max_windows, manifest.context), dtype=torch.int32, pin_memory=is_gpu)
         self._ids, self._ids_there = ids, torch.empty_like(ids, device=device) if is_gpu else ids
         self._tokens, self._documents = ids.numpy().view("<u4")
-        shape, dtype = (max_windows, manifest.context, manifest.model.d_model), TORCH_DTYPES[manifest.model.dtype]
-        self._resid = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in request.layers}
+        shape, dtype = (max_windows, manifest.context), TORCH_DTYPES[manifest.model.dtype]
+        self._resid = {
+            place_of(*site): torch.empty((*shape, manifest.width_of(site.hook)), dtype=dtype, device=device)
+            for site in request.sites
+        }
         self._massive = {layer: np.zeros((max_windows, manifest.context), bool) for layer in self._bounds}
         self._stages: SimpleQueue[Stage] = SimpleQueue()
         for _ in range(PIECES_IN_FLIGHT):
@@ -118,15 +121,15 @@ class Stage:
     def __init__(self, manifest: Manifest, request: Request, device: torch.device) -> None:
         self._attention = ShardBuffers(manifest, Request(attention_layers=request.attention_layers)).arrays
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pinned: dict[int, Tensor] = {}
+        self._pinned: dict[Place, Tensor] = {}
 
-    def buffers(self, host: dict[str, np.ndarray], places: dict[int, Tensor]) -> ShardBuffers:
+    def buffers(self, host: dict[str, np.ndarray], places: dict[Place, Tensor]) -> ShardBuffers:
         """Where the store shall read a piece to."""
         targets = places if self._stream is None else self._pinned_like(places)
-        resid = {resid_path(layer): as_stored(target) for layer, target in targets.items()}
+        resid = {site_of(place).path: as_stored(target) for place, target in targets.items()}
         return PlacedBuffers({**host, **resid, **self._attention})
 
-    def copy(self, places: dict[int, Tensor], ids: tuple[Tensor, Tensor]) -> None:
+    def copy(self, places: dict[Place, Tensor], ids: tuple[Tensor, Tensor]) -> None:
         """Bring residuals, tokens and documents to the device, where reading has not put them already."""
         if self._stream is None:
             return
@@ -144,7 +147,7 @@ class Stage:
         with on_stream(self._stream):
             return torch.linalg.vector_norm(place, dim=-1, dtype=torch.float32).cpu().numpy()
 
-    def _pinned_like(self, places: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _pinned_like(self, places: dict[Place, Tensor]) -> dict[Place, Tensor]:
         """Page-locked memory of a piece's size; pieces are never larger than the first but where shards begin."""
         for layer, place in places.items():
             if layer not in self._pinned or len(self._pinned[layer]) < len(place):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...cache_schema import Moments
 from ...cache_schema.massive import Massive
+from ...cache_schema.sites import Place
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ def stats_from_moments(moments: Moments) -> Stats:
     )
 
 
-def bounds_of(stats: Mapping[int, Stats]) -> dict[int, float]:
+def bounds_of(stats: Mapping[Place, Stats]) -> dict[Place, float]:
     """The largest norm of a raw row that counts, for layers where not every row does."""
     return {layer: one.massive.bound for layer, one in stats.items() if one.massive is not None}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...cache_schema import Manifest, Request, Store
-from ...cache_schema.layout import arrays_of, resid_path
+from ...cache_schema.layout import arrays_of
 from ...cache_schema.moments import is_special
 
 
@@ -64,7 +64,7 @@ def trainable(manifest: Manifest, tokens: np.ndarray) -> np.ndarray:
 
 def chunk_windows(manifest: Manifest) -> int:
     """Windows in one chunk of residuals."""
-    return arrays_of(manifest)[resid_path(manifest.layers[0])].chunks[0] if manifest.layers else manifest.shard_windows
+    return arrays_of(manifest)[manifest.sites[0].path].chunks[0] if manifest.sites else manifest.shard_windows
 
 
 def _count_runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

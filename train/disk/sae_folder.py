@@ -101,7 +101,8 @@ def is_of_one_place(metadata: Mapping[str, Any]) -> bool:
     """Whether the SAE reads one layer and rebuilds what it reads, the only kind that other tools have a form for."""
     layers = metadata.get("layers") or [None]
     targets = metadata.get("target_layers") or layers
-    return len(layers) == 1 and targets == layers and not metadata.get("transcodes", False)
+    is_one = len(layers) == 1 and targets == layers and metadata.get("hook") == metadata.get("target_hook")
+    return is_one and not metadata.get("transcodes", False)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

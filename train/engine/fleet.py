@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import Span
+from ...cache_schema.sites import Place
 from ..data.batch import Kind
 from ..data.draw import Draw
 from ..data.scaling import Stats, bounds_of, joined_stats
@@ -48,7 +49,7 @@ class Fleet:
     def __init__(
         self,
         configs: Mapping[str, Buildable],
-        stats: Mapping[int, Stats],
+        stats: Mapping[Place, Stats],
         total_steps: int,
         device: torch.device,
         ranks: Ranks,
@@ -119,14 +120,13 @@ class Fleet:
             trainee.load_state(state[label])
 
 
-def _build(config: Buildable, stats: Mapping[int, Stats]) -> Assembly:
+def _build(config: Buildable, stats: Mapping[Place, Stats]) -> Assembly:
     needs = config.request()
-    d_model = next(iter(stats.values())).width
-    sides = (needs.inputs,) if needs.targets is None else (needs.inputs, needs.targets)
-    return config.build(d_model, *(_side_stats(layers, stats) for layers in sides))
+    sides = (needs.input_places,) if needs.targets is None else (needs.input_places, needs.target_places)
+    return config.build(stats[needs.input_places[0]].width, *(_side_stats(layers, stats) for layers in sides))
 
 
-def _side_stats(layers: tuple[int, ...], stats: Mapping[int, Stats]) -> Stats:
+def _side_stats(layers: tuple[Place, ...], stats: Mapping[Place, Stats]) -> Stats:
     """Statistics of the layers side by side."""
     return stats[layers[0]] if len(layers) == 1 else joined_stats([stats[layer] for layer in layers])
 

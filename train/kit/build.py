@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ...cache_schema.sites import HOOKS
+from ...cache_schema.strict import nearest
 from ..data.scaling import Stats, unit_stats
 from ..engine.optim import Optim
 from ..errors import ConfigInvalid
@@ -25,6 +27,10 @@ def require_least(config: Any, **least: float) -> None:
     for name, bound in least.items():
         value = getattr(config, name)  # compared so that NaN is refused too
         require(value is None or value >= bound, f"{name}: expected {bound} or more, found {value}")
+
+
+def require_hook(hook: str | None, setting: str = "hook") -> None:
+    require(hook is None or hook in HOOKS, f"{setting}: there is no hook {hook!r}{nearest(str(hook), HOOKS)}")
 
 
 def require_width(width: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, dataclass_transform
 import torch
 from torch import Tensor
 
+from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Constraint, Term
@@ -20,7 +21,7 @@ from ..sae.view import View
 from ..terms.auxk import AuxK
 from ..terms.constraints import UnitDecoder
 from ..terms.reconstruction import reconstruction
-from .build import require, stats_or_unit
+from .build import require, require_hook, stats_or_unit
 from .contract import Variant
 
 T = TypeVar("T")
@@ -48,9 +49,12 @@ class SingleLayer(Dictionary):
     """A variant that reads one layer and reconstructs it."""
 
     layer: int = 19
+    hook: str = RESID
+    """What of the layer: the residual stream after it, or another hook that the store holds."""
 
     def request(self) -> Needs:
-        return Needs(inputs=(self.layer,))
+        require_hook(self.hook)
+        return Needs(inputs=(self.layer,), hook=self.hook)
 
 
 @dataclass(frozen=True)

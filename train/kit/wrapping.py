@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from ...cache_schema import Manifest
+from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly
@@ -32,6 +33,7 @@ class Wrapping(Variant):
 
     base: str = "standard"
     layer: int = 19
+    hook: str = RESID
     width: int = 2304
     k: float | None = None
     penalty: float | None = None

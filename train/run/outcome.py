@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...cache_schema.massive import Massive
+from ...cache_schema.sites import RESID, SAE_LENS_NAMES, Place, Site
 from ...cache_schema.strict import to_json
 from ..ask.records import Member
+from ..data.batch import Needs
 from ..data.feed import held_out
 from ..data.scaling import bounds_of
 from ..disk.sae_folder import save_sae
@@ -69,7 +71,7 @@ class Outcome:
     same_document_ideal: float
     same_document_ratio: float
     saes: dict[str, SaeOutcome]
-    massive: dict[int, MassiveRows] = field(default_factory=dict)
+    massive: dict[str, MassiveRows] = field(default_factory=dict)
     """By layer; empty where every row counts."""
 
 
@@ -113,8 +115,13 @@ def _outcome(run: Run, found: Mapping[str, HeldOut]) -> Outcome:
         same_document_ideal=quality.ideal,
         same_document_ratio=quality.ratio,
         saes={member.label: _sae_outcome(run, member, found[member.label]) for member in run.config.members},
-        massive={layer: _massive_rows(one.massive) for layer, one in run.fleet.stats.items() if one.massive},
+        massive={_key(layer): _massive_rows(one.massive) for layer, one in run.fleet.stats.items() if one.massive},
     )
+
+
+def _key(place: Place) -> str:
+    """In JSON: the layer's number where it is the residual stream."""
+    return place.path if isinstance(place, Site) else str(place)
 
 
 def _massive_rows(found: Massive) -> MassiveRows:
@@ -164,7 +171,7 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
         "model_name": manifest.model.id,
         "model_revision": manifest.model.revision,
         "model_class_name": "HookedTransformer",
-        "hook_name": f"blocks.{needs.inputs[-1]}.hook_resid_post",
+        **_hooks_of(needs),
         "hook_head_index": None,
         "context_size": manifest.context,
         "prepend_bos": manifest.model.bos_token is not None,
@@ -178,5 +185,17 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
         "training_architecture": member.variant,
         "l0": outcome.l0,
         "explained_variance": outcome.explained_variance,
-        "largest_norms": {str(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
+        "largest_norms": {_key(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
     }
+
+
+def _hooks_of(needs: Needs) -> dict[str, str]:
+    """Where the SAE reads, and where it writes if that is elsewhere in the block."""
+    to_hook = needs.to_hook or needs.hook
+    found = {"hook_name": f"blocks.{needs.inputs[-1]}.{SAE_LENS_NAMES[needs.hook]}"}
+    if to_hook != needs.hook:
+        layer = needs.inputs[-1] if needs.targets is None else needs.targets[-1]
+        found["hook_name_out"] = f"blocks.{layer}.{SAE_LENS_NAMES[to_hook]}"
+    if {needs.hook, to_hook} != {RESID}:
+        found |= {"hook": needs.hook, "target_hook": to_hook}
+    return found

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from ...cache_schema import Store
+from ...cache_schema import Request, Store
 from ...cache_schema.massive import any_ordinary, measure_massive
 from ...cache_schema.request import validate_request
+from ...cache_schema.sites import Place, place_of, say_place, site_of
 from ..data.feed import joint_request
 from ..data.scaling import Stats, bounds_of, stats_from_moments, stats_of_ordinary
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain
@@ -18,7 +19,7 @@ from .settle import Settled
 from .trackers import require_trackers
 
 
-def check(settled: Settled, store: Store, processes: int, device: torch.device) -> dict[int, Stats]:
+def check(settled: Settled, store: Store, processes: int, device: torch.device) -> dict[Place, Stats]:
     """Refuse what cannot run; the statistics of each layer that is read, which are finite."""
     config, manifest = settled.config, store.manifest
     require_trackers(config.course.trackers)
@@ -29,8 +30,9 @@ def check(settled: Settled, store: Store, processes: int, device: torch.device) 
     store.spans(request)
     _require_held_out(settled, store)
     _require_batches(settled, processes)
-    _require_memory(settled, store, len(request.layers), processes, device)
-    stats = {layer: layer_stats(store, layer, config.data.massive_norms) for layer in request.layers}
+    _require_memory(settled, store, request, processes, device)
+    places = [place_of(*site) for site in request.sites]
+    stats = {place: layer_stats(store, place, config.data.massive_norms) for place in places}
     _require_ordinary_held_out(settled, store, bounds_of(stats))
     return stats
 
@@ -64,10 +66,10 @@ def _require_batches(settled: Settled, processes: int) -> None:
         )
 
 
-def _require_memory(settled: Settled, store: Store, layers: int, processes: int, device: torch.device) -> None:
+def _require_memory(settled: Settled, store: Store, request: Request, processes: int, device: torch.device) -> None:
     config, plan, manifest = settled.config, settled.plan, store.manifest
     element = 4 if manifest.model.dtype == "float32" else 2
-    window_bytes = manifest.context * manifest.model.d_model * element * layers
+    window_bytes = manifest.context * element * sum(manifest.width_of(site.hook) for site in request.sites)
     pool_bytes = (1 if plan.is_one_block else 2) * plan.max_windows * window_bytes
     shards = processes if config.course.shard_width else 1
     require_room(config.members, manifest.model.d_model, plan.batch_tokens // processes, pool_bytes, shards, device)
@@ -79,7 +81,7 @@ def _held_out_windows(settled: Settled, store: Store) -> int:
     return min(max(1, settled.config.course.validation_tokens // store.manifest.context), last - first)
 
 
-def _require_ordinary_held_out(settled: Settled, store: Store, bounds: Mapping[int, float]) -> None:
+def _require_ordinary_held_out(settled: Settled, store: Store, bounds: Mapping[Place, float]) -> None:
     """Some rows of the first held-out windows count for every SAE: not all are massive."""
     kinds = {label: needs.kind(bounds).layers for label, needs in settled.config.requests().items()}
     for layers in set(kinds.values()) - {()}:
@@ -88,29 +90,31 @@ def _require_ordinary_held_out(settled: Settled, store: Store, bounds: Mapping[i
             label = next(label for label, found in kinds.items() if found == layers)
             raise NothingToTrain(
                 f"{label}: all tokens of the validation split of {store.url} are massive, their norm is beyond "
-                f"{settled.config.data.massive_norms:g} times the median of layer {', '.join(map(str, layers))}: "
+                f"{settled.config.data.massive_norms:g} times the median of {', '.join(map(say_place, layers))}: "
                 "a run could not be measured. Set data.massive_norms=inf to train and measure on all rows"
             )
 
 
-def _ordinary_stats(store: Store, layer: int, massive_norms: float) -> Stats:
+def _ordinary_stats(store: Store, layer: Place, massive_norms: float) -> Stats:
     massive = measure_massive(store, layer, massive_norms)
     if not massive.ordinary.mean_norm > 0:
         raise NothingToTrain(
-            f"layer {layer} of {store.url}: {massive}. No others are left to train on. "
+            f"{say_place(layer)} of {store.url}: {massive}. No others are left to train on. "
             "Set data.massive_norms=inf to train on all rows"
         )
     return stats_of_ordinary(massive)
 
 
-def layer_stats(store: Store, layer: int, massive_norms: float | None) -> Stats:
+def layer_stats(store: Store, layer: Place, massive_norms: float | None) -> Stats:
     """A layer's statistics; activations that are not finite end here, with their shard."""
-    stats = stats_from_moments(store.moments(layer))
+    site = site_of(layer)
+    stats = stats_from_moments(store.moments(site.layer, site.hook))
     if bool(stats.scale.isfinite().all() and stats.mean.isfinite().all()):
         return stats if massive_norms is None else _ordinary_stats(store, layer, massive_norms)
     shards = range(store.manifest.shards)
-    broken = [shard for shard in shards if not torch.tensor(store.shard_moments(layer, shard).mean).isfinite().all()]
+    means = {shard: store.shard_moments(site.layer, shard, site.hook).mean for shard in shards}
+    broken = [shard for shard, mean in means.items() if not torch.tensor(mean).isfinite().all()]
     raise ActivationsNotFinite(
-        f"{store.url}: activations of layer {layer} are not all finite numbers, in shard "
+        f"{store.url}: activations of {say_place(layer)} are not all finite numbers, in shard "
         f"{', '.join(map(str, broken[:8])) or 'unknown'}. Harvest again in a dtype that can hold them, such as bfloat16"
     )

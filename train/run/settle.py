@@ -8,6 +8,7 @@ from typing import Any
 
 from ...cache_schema import Manifest, Store
 from ...cache_schema.massive import default_multiple
+from ...cache_schema.sites import by_hook
 from ..ask.baselines import with_baselines
 from ..ask.recipe import Recipe
 from ..ask.records import Ask, DataConfig, RunConfig, read_run_config
@@ -54,7 +55,7 @@ def settle(ask: Ask, store: Store) -> Settled:
     def limits(config: Variant) -> Mapping[str, float]:
         return config.limits(manifest, budget.tokens)
 
-    asked = ask.members(limits, manifest.layers)
+    asked = ask.members(limits, by_hook(manifest.sites))
     asked = with_baselines(asked, limits) if ask.baselines else asked
     members = tuple(replace(member, config=member.config.fill(manifest)) for member in asked)
     config = RunConfig(data, replace(ask.length(), tokens=budget.tokens), members)

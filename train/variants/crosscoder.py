@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly
-from ..kit.build import require, require_sparsity, topk_optim
+from ..kit.build import require, require_hook, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain, settings
 from ..sae.gates import BatchTopK, Relu
 from ..sae.model import EncoderProduct
@@ -25,6 +26,7 @@ from ..terms.sparsity import LayerNormsL1
 )
 class Config(WithPenalty, WithAux, Dictionary):
     layers: tuple[int, ...] = (17, 18, 19, 20)
+    hook: str = RESID
     gate: Literal["batchtopk", "relu"] = "batchtopk"
     k: float = 64.0
     """Mean number of active latents per token (batchtopk)."""
@@ -41,7 +43,8 @@ class Config(WithPenalty, WithAux, Dictionary):
             len(set(self.layers)) == len(self.layers) > 0,
             f"layers: expected one or more distinct layers, found {self.layers}",
         )
-        return Needs(inputs=self.layers)
+        require_hook(self.hook)
+        return Needs(inputs=self.layers, hook=self.hook)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         sparse, d_in = self.gate == "batchtopk", d_model * len(self.layers)

@@ -1,7 +1,8 @@
-"""Transcoder (Dunefsky et al. 2024): from the activations of one stored layer to those of another.
+"""Transcoder (Dunefsky et al. 2024): from the activations of one place to those of another.
 
-The latents of a top-k SAE, read from `layer`, written to `to_layer`. The input is not centred by the
-decoder's bias, which belongs to the other layer; the encoder's bias starts so that it is.
+The latents of a top-k SAE, read from `hook` of `layer`, written to `to_hook` of `to_layer`: with `hook=mlp_in` what a
+layer's MLP reads and what it writes. The input is not centred by the decoder's bias, which belongs to the other place;
+the encoder's bias starts so that it is.
 """
 
 from __future__ import annotations
@@ -10,32 +11,46 @@ from dataclasses import field
 
 import torch
 
+from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly
 from ..engine.optim import Optim
-from ..kit.build import require, require_sparsity, stats_or_unit, topk_optim
+from ..kit.build import require, require_hook, require_sparsity, stats_or_unit, topk_optim
 from ..kit.contract import Variant
 from ..kit.single_layer import RECONSTRUCTION, WithAux, settings
 from ..sae.gates import TopK
 from ..sae.model import EncoderProduct, SparseAutoencoder, tied_weights
 from ..terms.constraints import UnitDecoder
 
+RESID_TO_LAYER = 20
+
 
 @settings("layer to_layer width k seed aux_weight aux_k dead_after_tokens encoder_product optim")
 class Config(WithAux, Variant):
     layer: int = 19
-    to_layer: int = 20
+    to_layer: int | None = None
+    """None: `layer` itself where another hook of it is rebuilt, else 20."""
     width: int = 16384
     k: int = 64
     seed: int = 0
     dead_after_tokens: int = 10_000_000
     encoder_product: EncoderProduct = "bfloat16"
     optim: Optim = field(default_factory=Optim)
+    hook: str = RESID
+    to_hook: str | None = None
+    """None: mlp_out where the hook is mlp_in, else the same hook."""
 
     def request(self) -> Needs:
-        require(self.layer != self.to_layer, f"to_layer: expected another layer than {self.layer}, found the same one")
-        return Needs(inputs=(self.layer,), targets=(self.to_layer,))
+        require_hook(self.hook)
+        require_hook(self.to_hook, "to_hook")
+        to_hook = self.to_hook or ("mlp_out" if self.hook == "mlp_in" else self.hook)
+        to_layer = self.to_layer
+        if to_layer is None:
+            to_layer = RESID_TO_LAYER if to_hook == self.hook else self.layer
+        is_elsewhere = (self.hook, self.layer) != (to_hook, to_layer)
+        require(is_elsewhere, f"to_layer: expected another layer than {self.layer}, found the same one")
+        return Needs(inputs=(self.layer,), targets=(to_layer,), hook=self.hook, to_hook=to_hook)
 
     def build(self, d_model: int, stats: Stats | None = None, target_stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)
