@@ -20,5 +20,7 @@ class Config:
     """Tokens, and as many suppressed ones."""
     attended: int = 4
     """Earlier tokens that are kept of every token and layer."""
+    exports: tuple[str, ...] = ()
+    """Forms of others to write too: saedashboard, neuronpedia."""
     together_tokens: int = 16_384
     """Spread over the text, on which firing together is counted."""

@@ -25,6 +25,7 @@ from ...output.figures.records import read_records
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .attended import LEVELS
 from .config import Config
+from .exports import Exported, require_known, write_exports
 from .folder import NAME, Folder, making, read_data, unpacked, write_page
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
 from .numbers import write_numbers
@@ -45,6 +46,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    require_known(config.exports)
     windows = share_out(context, config)
     head, missing = find_head(context)
     try:
@@ -52,12 +54,19 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
             words = Vocabulary(context)
             seen, tokens = read(context, subjects, config, windows, folder, words)
             shown = [Shown(f"sae_{subject.label}", subject, seen[subject]) for subject in subjects]
+            near, promotes = {}, {}
             for one in shown:
-                promotes = promoted(one, head, config.promoted, words)
-                write_latents(folder, one, neighbours(one, shown, config), promotes, tokens, context.watch)
+                near[one], promotes[one] = neighbours(one, shown, config), promoted(one, head, config.promoted, words)
+                write_latents(folder, one, near[one], promotes[one], tokens, context.watch)
             about = describe(context, home, config, windows, words, missing)
             kept = keep_others(home, folder, about, subjects, words)
-            folder.write("words", words.texts())
+            told = words.texts()
+            folder.write("words", told)
+            texts = dict(zip(told["ids"].tolist(), told["texts"], strict=True)) if config.exports else {}
+            for one in shown if config.exports else ():
+                of = (about["model"], about["corpus"], about["run"])
+                exported = Exported(one, tokens, texts, promotes[one], near[one]["by_direction"], *of)
+                write_exports(folder.path, config.exports, exported)
             folder.write("run", about | {"saes": [*(summary_of(one) for one in shown), *kept]})
             write_numbers(folder.path, read_records([RunFolder.at(home)]))
             write_page(folder, about["build"])

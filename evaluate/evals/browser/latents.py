@@ -63,6 +63,16 @@ class Shown:
         kept, reasons = self.seen.keeper.finish()
         return kept, with_random(kept, reasons)
 
+    @cached_property
+    def items(self) -> np.ndarray:
+        """int64 [F + 1]: where the examples of each latent begin."""
+        return np.searchsorted(self.kept[0].latent, np.arange(self.subject.width + 1))
+
+    @cached_property
+    def entries(self) -> np.ndarray:
+        """Where the activations of each example begin."""
+        return np.concatenate([[0], np.cumsum(self.kept[0].count)])
+
     @property
     def shares(self) -> dict[str, float]:
         return {
@@ -103,13 +113,12 @@ def write_latents(
     kept, reasons = shown.kept
     width = shown.subject.width
     write_columns(folder, shown, tokens, tokens_WT[kept.window, kept.at])
-    starts = np.searchsorted(kept.latent, np.arange(width + 1))
+    starts, entries = shown.items, shown.entries
     counts = np.diff(starts).astype(np.uint16)
     for number, rows in enumerate(parts_of(width, PLACES_LATENTS)):
         items = slice(starts[rows.start], starts[rows.stop])
         places = {"window": kept.window[items].astype(np.uint32), "at": kept.at[items].astype(np.uint16)}
         folder.write(f"{shown.folder}/places/{number}", {"counts": counts[rows], **places})
-    entries = np.concatenate([[0], np.cumsum(kept.count)])
     with watch.stage(f"browser, latents of {shown.subject.label}", width, "latents") as advance:
         for number, rows in enumerate(parts_of(width, FILE_LATENTS)):
             first, last = starts[rows.start], starts[rows.stop]

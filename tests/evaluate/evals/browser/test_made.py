@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.ordinary import ordinary_rows
-from saemill.evaluate.errors import BrowserUnwritten, NotApplicable
+from saemill.evaluate.errors import BrowserUnwritten, NotApplicable, SettingInvalid
 from saemill.evaluate.evals.browser import evaluation, folder, latents
 from saemill.evaluate.evals.browser.attended import LEVELS, attended
 from saemill.evaluate.evals.browser.config import Config
@@ -38,6 +40,7 @@ from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
 
 CONFIG = Config(windows=30, batch_windows=7, top=3, sample=8, low=2, promoted=4)
+KINDS = tuple(folder.KINDS.values())
 SPLITS = ("test", "validation", "train")
 
 
@@ -45,7 +48,7 @@ def data_of(home: Path, name: str):
     """Data of a browser with their arrays."""
 
     def whole(value):
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str):
+        if isinstance(value, list) and len(value) == 2 and value[0] in KINDS and isinstance(value[1], str):
             return unpacked(value)
         if isinstance(value, dict):
             return {key: whole(item) for key, item in value.items()}
@@ -357,6 +360,43 @@ def test_it_takes_the_tokenizer_and_the_head_and_leaves_the_layers_on_disk(world
     monkeypatch.setattr(context_module, "load_language_model", lambda *_: pytest.fail("the weights were loaded"))
     (result,) = make(open_context(world), [builder.subject(builder.make_sae())])
     assert result.missing is None
+
+
+def test_exports_say_the_same_in_the_forms_of_others(made, world, open_context):
+    home, acts, _ = made
+    subjects = subjects_of(home)
+    make(open_context(world), subjects, replace(CONFIG, exports=("saedashboard", "neuronpedia")))
+    batch = json.loads((home / "browser/exports/saedashboard/a/batch-0.json").read_text())
+    assert (batch["layer"], batch["sae_set"], len(batch["features"])) == (2, "run_1-a", 24)
+    tokens = np.concatenate([part.tokens.numpy() for part in read_all(world)])
+    words = data_of(home, "words")
+    text = dict(zip(words["ids"].tolist(), words["texts"], strict=True))
+    read = data_of(home, "run")["saes"][0]["tokens"]
+    for latent, feature in enumerate(batch["features"]):
+        column = acts["a"][:, :, latent]
+        assert feature["frac_nonzero"] == pytest.approx(float((column > 0).sum() / read))
+        assert sum(feature["freq_hist_data_bar_heights"]) == (column > 0).sum()
+        best = feature["activations"][0]
+        window, at = np.unravel_index(column.argmax(), column.shape)
+        assert best["values"] == pytest.approx(column[window].tolist(), abs=6e-4)
+        assert best["tokens"] == [text[token] for token in tokens[window].tolist()]
+        assert (best["qualifying_token_index"], best["bin_min"]) == (at, -1)
+        assert len(feature["pos_str"]) == len(feature["neg_values"]) == 4
+    (source,) = (home / "browser/exports/neuronpedia").glob("*/2-run_1-a")
+    rows = {name: jsonl(source / f"{name}/batch-0.jsonl.gz") for name in ("features", "activations")}
+    assert [row["index"] for row in rows["features"]] == [str(latent) for latent in range(24)]
+    assert len(rows["activations"]) == sum(len(feature["activations"]) for feature in batch["features"])
+    assert len({row["id"] for row in rows["activations"]}) == len(rows["activations"])
+    near = data_of(home, "sae_a/latents/0")["by_direction"]["latents"].reshape(24, -1)
+    assert [row["topkCosSimIndices"] for row in rows["features"]] == near.tolist()
+    assert jsonl(source / "source.jsonl")[0]["num_prompts"] == 30
+    with pytest.raises(SettingInvalid, match="expected some of saedashboard, neuronpedia, found"):
+        make(open_context(world), subjects, Config(exports=("html",)))
+
+
+def jsonl(path: Path) -> list[dict]:
+    data = path.read_bytes()
+    return [json.loads(line) for line in (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()]
 
 
 # ---------------------------------------------------------------- what bad input gets

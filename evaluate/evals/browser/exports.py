@@ -1,0 +1,235 @@
+"""The same latents in the forms of others: SAEDashboard's batches, and the folder that Neuronpedia takes uploads from.
+
+`--set browser.exports=saedashboard,neuronpedia` writes them beside the pages:
+exports/saedashboard/SAE/batch-0.json and exports/neuronpedia/MODEL/LAYER-RUN-SAE/.
+
+Both say what we have (examples with all activations of their window, density, histogram, promoted tokens, near
+latents) and leave empty what we have not (neurons, logit histograms).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import SettingInvalid
+from .kept import SAMPLE, TOP
+from .latents import RANDOM, Shown, parts_of
+from .related import Near
+from .seen import lower_edges
+
+BATCH = 128  # latents of a file
+BUCKETS = 4  # of a sample, from the highest quarter to the lowest
+TOP_BIN, OTHER_BIN = (-1.0, -1.0), (0.0, 0.0)  # lower end and share, where a group of examples is no interval
+UNUSED = (
+    *(f"neuron_alignment_{name}" for name in ("indices", "values", "l1")),
+    *(f"correlated_{what}_{name}" for what in ("neurons", "features") for name in ("indices", "l1", "pearson")),
+    *("logits_hist_data_bar_heights", "logits_hist_data_bar_values", "decoder_weights_dist"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """One SAE with all that its export says."""
+
+    shown: Shown
+    tokens: np.ndarray  # [W, T]
+    texts: Mapping[int, str]
+    promotes: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    near: Near
+    """By direction."""
+    model: str
+    corpus: str
+    run: str
+
+    @property
+    def layer(self) -> int:
+        return self.shown.subject.target_layers[-1]
+
+    @property
+    def sae_set(self) -> str:
+        return f"{self.run}-{self.shown.subject.label}"
+
+    @property
+    def source(self) -> str:
+        """What Neuronpedia calls an SAE."""
+        return f"{self.layer}-{self.sae_set}"
+
+
+def require_known(exports: Sequence[str]) -> None:
+    unknown = sorted(set(exports) - set(WRITERS))
+    if unknown:
+        raise SettingInvalid(f"browser.exports: expected some of {', '.join(WRITERS)}, found {unknown}")
+
+
+def write_exports(folder: Path, exports: Sequence[str], exported: Exported) -> None:
+    """In every form asked for, a batch of latents at a time."""
+    for number, rows in enumerate(parts_of(exported.shown.subject.width, BATCH)):
+        features = list(features_of(exported, rows))
+        for name in exports:
+            WRITERS[name](folder / "exports" / name, exported, number, features)
+
+
+def features_of(exported: Exported, rows: slice) -> Iterator[dict[str, Any]]:
+    """Latents as SAEDashboard 0.8 says them."""
+    shown = exported.shown
+    edges, windows, context = lower_edges(), *exported.tokens.shape
+    for latent in range(rows.start, rows.stop):
+        bins = np.flatnonzero(shown.seen.histogram[latent])
+        yield {
+            "feature_index": latent,
+            **{name: [] for name in UNUSED},
+            **logits_of(exported, latent),
+            "frac_nonzero": float(shown.density[latent]),
+            "freq_hist_data_bar_values": [edges[number] for number in bins],
+            "freq_hist_data_bar_heights": shown.seen.histogram[latent, bins].tolist(),
+            "n_prompts_total": windows,
+            "n_tokens_in_prompt": context,
+            "dataset": exported.corpus,
+            "activations": activations_of(exported, latent),
+        }
+
+
+def logits_of(exported: Exported, latent: int) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {"pos_str": [], "pos_values": [], "neg_str": [], "neg_values": []}
+    for name, short in (("promoted", "pos"), ("suppressed", "neg")):
+        if name in exported.promotes:
+            tokens, values = (table[latent].tolist() for table in exported.promotes[name])
+            found |= {f"{short}_str": [exported.texts[token] for token in tokens], f"{short}_values": rounded(values)}
+    return found
+
+
+def activations_of(exported: Exported, latent: int) -> list[dict[str, Any]]:
+    """Examples in their groups, each with all activations of its window."""
+    kept, reasons = exported.shown.kept
+    items, entries = np.arange(*exported.shown.items[latent : latent + 2]), exported.shown.entries
+    found = []
+    for chosen, lower, share in groups(items, kept.peak, reasons):
+        for item in chosen:
+            span = slice(entries[item], entries[item + 1])
+            values = np.zeros(exported.tokens.shape[1], np.float32)
+            values[kept.position[span]] = kept.value[span]
+            found.append(
+                {
+                    "bin_min": lower,
+                    "bin_max": float(kept.peak[chosen].max()),
+                    "bin_contains": share,
+                    "qualifying_token_index": int(kept.at[item]),
+                    "tokens": [exported.texts[token] for token in exported.tokens[kept.window[item]].tolist()],
+                    "values": rounded(values.tolist()),
+                }
+            )
+    return found
+
+
+def groups(items: np.ndarray, peak: np.ndarray, reasons: np.ndarray) -> Iterator[tuple[np.ndarray, float, float]]:
+    """The strongest, then quarters of the sample: examples, their lower end, the share of firings they stand for."""
+    top = items[reasons[items] & TOP > 0]
+    if len(top):
+        yield top, *TOP_BIN
+    sample = items[(reasons[items] & SAMPLE > 0) & (reasons[items] & (RANDOM | TOP) == 0)]
+    for chosen in np.array_split(sample, BUCKETS):
+        if len(chosen):
+            yield chosen, float(peak[chosen].min()), 1 / BUCKETS
+
+
+def write_saedashboard(folder: Path, exported: Exported, number: int, features: list[dict[str, Any]]) -> None:
+    """A batch as its runner for Neuronpedia leaves it."""
+    path = folder / exported.shown.subject.label / f"batch-{number}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    batch = {"model_id": exported.model, "layer": exported.layer, "sae_set": exported.sae_set, "features": features}
+    path.write_text(json.dumps(batch, allow_nan=False), encoding="utf-8")
+
+
+def write_neuronpedia(folder: Path, exported: Exported, number: int, features: list[dict[str, Any]]) -> None:
+    """The folder of one SAE: who and what it is, its features, their activations."""
+    path = folder / exported.model.replace("/", "--") / exported.source
+    path.mkdir(parents=True, exist_ok=True)
+    now = datetime.now(UTC).isoformat()
+    if number == 0:
+        for name, row in facts_of(exported, now).items():
+            write_lines(path / f"{name}.jsonl", [row])
+    own = {"modelId": exported.model, "layer": exported.source, "creatorId": "", "createdAt": now}
+    rows, activations = [], []
+    for feature in features:
+        latent, examples = feature["feature_index"], feature["activations"]
+        told = {name: value for name, value in feature.items() if name in FEATURE_COLUMNS}
+        near = exported.near.latents[latent] >= 0
+        rows.append(
+            {
+                **own,
+                **told,
+                "index": str(latent),
+                "maxActApprox": float(exported.shown.seen.highest[latent]),
+                "hasVector": False,
+                "vector": [],
+                "topkCosSimIndices": exported.near.latents[latent][near].tolist(),
+                "topkCosSimValues": rounded(exported.near.scores[latent][near].tolist()),
+                "sourceSetName": exported.sae_set,
+            }
+        )
+        for place, example in enumerate(examples):
+            values = example["values"]
+            activations.append(
+                {
+                    **own,
+                    "id": f"c{int(time.time()):08x}{latent:08x}{place:04x}",
+                    "index": str(latent),
+                    "tokens": example["tokens"],
+                    "values": values,
+                    "maxValue": max(values),
+                    "maxValueTokenIndex": values.index(max(values)),
+                    "minValue": min(values),
+                    "binMin": example["bin_min"],
+                    "binMax": example["bin_max"],
+                    "binContains": example["bin_contains"],
+                    "qualifyingTokenIndex": example["qualifying_token_index"],
+                }
+            )
+    write_lines(path / "features" / f"batch-{number}.jsonl.gz", rows)
+    write_lines(path / "activations" / f"batch-{number}.jsonl.gz", activations)
+
+
+FEATURE_COLUMNS = {
+    *UNUSED, "pos_str", "pos_values", "neg_str", "neg_values", "frac_nonzero", "freq_hist_data_bar_heights",
+    "freq_hist_data_bar_values",
+}  # fmt: skip
+
+
+def facts_of(exported: Exported, now: str) -> dict[str, dict[str, Any]]:
+    """Release, model, set and source. Who publishes them fills in the creator."""
+    windows, context = exported.tokens.shape
+    whose = {"creatorId": "", "creatorName": "", "createdAt": now}
+    return {
+        "release": {"name": exported.run, "description": exported.run, "visibility": "PRIVATE", "urls": [], **whose},
+        "model": {"id": exported.model, "displayName": exported.model, "instruct": False, "creatorId": "",
+                  "createdAt": now, "updatedAt": now, "visibility": "PRIVATE"},
+        "sourceset": {"modelId": exported.model, "name": exported.sae_set, "releaseName": exported.run,
+                      "description": exported.shown.subject.name, "hasDashboards": True,
+                      "visibility": "PRIVATE", **whose},
+        "source": {"id": exported.source, "modelId": exported.model, "setName": exported.sae_set, "creatorId": "",
+                   "createdAt": now, "hasDashboards": True, "visibility": "PRIVATE", "dataset": exported.corpus,
+                   "num_prompts": windows, "num_tokens_in_prompt": context},
+    }  # fmt: skip
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """JSON lines, compressed where the name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text, 5, mtime=0) if path.suffix == ".gz" else text)
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 3) for value in values]
+
+
+WRITERS = {"saedashboard": write_saedashboard, "neuronpedia": write_neuronpedia}
