@@ -3,7 +3,7 @@
 import pytest
 
 from saemill.evaluate.errors import SettingInvalid
-from saemill.evaluate.evals import examples
+from saemill.evaluate.evals.browser import evaluation as browser
 from saemill.evaluate.evals.core import evaluation
 from saemill.evaluate.run.attempts import settings_of
 from saemill.evaluate.run.command import parse_multiple
@@ -55,10 +55,9 @@ def test_massive_rows_keep_their_own_residual_where_ours_counts_losses(spiked, o
 
 def test_no_example_is_of_a_massive_token(spiked, open_context, builder):
     subject = builder.subject(builder.make_sae(k=None))
-    config = examples.Config(latents=24, contexts=2, least_firings=1)
     for norms, massive, largest in ((10.0, 3, 100.0), (None, 0, 1e9)):
         context = open_context(spiked, massive_norms=norms)
-        (found,) = examples.evaluate(context, [subject], config)
+        (found,) = browser.evaluate(context, [subject], browser.Config(splits=("test",)))
         assert found.metrics["firing"]["massive_tokens"] == massive
         strongest = max(one["contexts"][0]["activation"] for one in found.unstructured["latents"])
         assert strongest < largest and (norms is not None or strongest > 100)
@@ -67,7 +66,7 @@ def test_no_example_is_of_a_massive_token(spiked, open_context, builder):
 def test_the_multiple_is_a_setting_that_results_remember(spiked, open_context):
     context = open_context(spiked, massive_norms=parse_multiple("25"))
     assert settings_of(context, "core", evaluation.Config())["massive_norms"] == 25
-    assert settings_of(open_context(spiked), "examples", examples.Config())["massive_norms"] == 10
+    assert settings_of(open_context(spiked), "browser", browser.Config())["massive_norms"] == 10
     assert parse_multiple("inf") is None
     with pytest.raises(SettingInvalid, match="above 1, or inf, found nan"):
         parse_multiple("nan")
