@@ -98,8 +98,10 @@ class Context:
 
     @property
     def head(self) -> Head:
-        """The model's final norm and unembedding; nothing else of it is loaded. ModelMissing where there are none."""
-        if self._model is not None:
+        """The model's final norm and unembedding, in float32 whatever the model runs in; nothing else is loaded.
+
+        ModelMissing where there are none."""
+        if self._model is not None and self._source is None:  # given in memory: there are no files
             return head_of(self._model.model)
         return load_head(self._find_source().folder, self.device)
 

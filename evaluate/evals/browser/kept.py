@@ -35,12 +35,12 @@ class Firings:
     at: np.ndarray  # int32 [N], position of the peak
     peak: np.ndarray  # float32 [N]
     count: np.ndarray  # int32 [N], activations of each
-    position: np.ndarray  # int16 [E]
+    position: np.ndarray  # uint16 [E]
     value: np.ndarray  # float32 [E]
 
     @staticmethod
     def none() -> Firings:
-        kinds = (np.int32, np.int32, np.int32, np.float32, np.int32, np.int16, np.float32)
+        kinds = (np.int32, np.int32, np.int32, np.float32, np.int32, np.uint16, np.float32)
         return Firings(*(np.empty(0, kind) for kind in kinds))
 
     def take(self, chosen: np.ndarray) -> Firings:

@@ -31,13 +31,13 @@ class Batch:
 
     first: int  # the number of its first window in the pass
     window: np.ndarray  # int32 [N], the number of each token's window in the pass
-    position: np.ndarray  # int16 [N]
+    position: np.ndarray  # uint16 [N]
     is_sampled: bool  # whether firing together is counted here
 
     @staticmethod
     def of(windows: Windows, first: int, is_sampled: bool) -> Batch:
         window, position = windows.keep.cpu().numpy().nonzero()
-        return Batch(first, (window + first).astype(np.int32), position.astype(np.int16), is_sampled)
+        return Batch(first, (window + first).astype(np.int32), position.astype(np.uint16), is_sampled)
 
     def only(self, chosen: np.ndarray) -> Batch:
         """Some of the tokens."""

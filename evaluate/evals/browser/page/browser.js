@@ -442,9 +442,9 @@ async function arrange() {
   else if (state.way < 0) chosen.reverse();
   state.order = chosen;
   for (const button of split.querySelectorAll(".heads button")) {
-    if (button.dataset.key === state.sort) button.dataset.way = state.way > 0 ? "up" : "down"; else delete button.dataset.way;
+    if (button.dataset.key === state.sort && !(hits && state.sort === "number")) button.dataset.way = state.way > 0 ? "up" : "down"; else delete button.dataset.way;
   }
-  $("found").textContent = hits ? `${whole(chosen.length)} found${hits.said}` : chosen.length === sae.width ? "" : `${whole(chosen.length)} of ${whole(sae.width)}`;
+  $("found").textContent = hits ? `${whole(chosen.length)} found${hits.said}${state.sort === "number" && chosen.length > 1 ? "; best first" : ""}` : chosen.length === sae.width ? "" : `${whole(chosen.length)} of ${whole(sae.width)}`;
   inner.style.height = `${chosen.length * LIST_ROW}px`;
   rows.scrollTop = 0;
   drawRows();
