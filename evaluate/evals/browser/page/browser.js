@@ -80,7 +80,7 @@ const $ = (id) => document.getElementById(id);
 const number = (value, digits = 3) => value === null || value === undefined || Number.isNaN(value) ? "\u2013"
   : value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(digits)));
 const whole = (value) => value.toLocaleString("en");
-const share = (value) => value === 0 ? "0" : value >= 0.001 ? `${Number((100 * value).toPrecision(value >= 0.1 ? 3 : 2))} %` : `${(100 * value).toExponential(0)} %`;
+const share = (value) => value === 0 ? "0" : value >= 1e-5 ? `${Number((100 * value).toPrecision(value >= 0.1 ? 3 : 2))} %` : `${(100 * value).toExponential(0)} %`;
 
 // Characters that are invisible or turn what stands beside them are written out; joiners inside words stay.
 const UNSEEN = /[\p{Cc}\p{Zl}\p{Zp}\p{Co}\p{Cn}\p{Cs}]|(?![\u200c\u200d])\p{Cf}/gu;
