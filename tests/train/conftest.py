@@ -74,10 +74,10 @@ def config_of(variant: str, **changes: Any) -> Any:
     return cls(**wanted)
 
 
-def quick(variant: str, lr: float = 1e-3, **changes: Any) -> Any:
+def quick(variant: str, lr: float = 1e-3, start: str = "fitted", **changes: Any) -> Any:
     """A config with a learning rate for tests of tens of steps."""
     config = config_of(variant, **changes)
-    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr, warmup_steps=0))
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr, warmup_steps=0, start=start))
 
 
 def batches(config: Any, count: int, rows: int = ROWS, seed: int = 3) -> list[Batch]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..parallel.sharded_rows import local, whole
 from ..sae.kernels.tables import RowGradient, RowUpdates, take_rows
 from .schedules import Decay, Product, Schedule, WarmUp
 
+Start = Literal["fitted", "drawn"]
 BETA1, EPSILON = 0.9, 1e-8  # Adam's own, where neither the user nor the variant says otherwise
 
 
@@ -42,6 +44,8 @@ class Optim:
     weight_decay: float = 0.0
     clip_norm: float | None = None
     """Largest norm of all gradients together; None leaves them as they are."""
+    start: Start = "fitted"
+    """fitted: from where the first batch is rebuilt best (`start.py`); drawn: from the first weights as they are."""
 
     def __post_init__(self) -> None:
         if self.lr is not None and not self.lr > 0:

@@ -1,6 +1,6 @@
 """One training step of one SAE, and all the state that it leaves behind.
 
-1. Rate, weights and knobs of this step from their schedules; the view of the batch.
+1. Rate, weights and knobs of this step from their schedules; the view of the batch. The first step fits the start.
 2. Every term, weighted and summed; a loss that is not finite stops here.
 3. Backward; gradients averaged over ranks; constraints; Adam; constraints.
 4. Running statistics of the gate and of extras, firing counters, step count.
@@ -37,6 +37,7 @@ from ..sae.view import View
 from .compose import Assembly, Term
 from .dead_latents import LatentCounters
 from .optim import Adam
+from .start import fit_start
 
 LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait
 WIDEST_ROW = 16384  # that is updated row by row: a row is held in the registers of one program
@@ -140,6 +141,8 @@ class Trainee:
             self.look()
             self.counters.list_dead(self.assembly.dead_after_tokens, retired_of(self.sae))
         # 1. What the schedules say at this step, and all that terms may see of the batch.
+        if self.step_index == 0 and self.assembly.optim.start == "fitted":
+            self._fit_start(batch)
         lr = self._lr(self.step_index, self.total_steps)
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
         view = self._view(batch)
@@ -223,6 +226,18 @@ class Trainee:
         self.counters.after_load()
         self.assembly.generator.set_state(state["generator"].cpu())
         self.step_index = int(state["step"])
+
+    @torch.no_grad()
+    def _fit_start(self, batch: Batch) -> None:
+        """Before the first step. Sharded weights are changed where they are whole, and dealt out again."""
+        found: dict[str, Tensor] = {}
+        with self.gather_weights():
+            fit_start(self.assembly, batch, self.total_steps, share_batch(self.ranks, len(batch.x), self.device))
+            if self._is_sharded:
+                found = {name: parameter.detach().clone() for name, parameter in self.sae.named_parameters()}
+        for name, parameter in self.sae.named_parameters():
+            if name in found:
+                assign(parameter, found[name])
 
     def _view(self, batch: Batch) -> View:
         assembly = self.assembly

@@ -18,11 +18,16 @@ Init = Literal["tied", "xavier", "orthogonal"]
 
 
 @torch.no_grad()
-def initialise(sae: SparseAutoencoder, how: Init, generator: torch.Generator) -> None:
-    """Give encoder and decoder other first weights."""
+def initialise(sae: SparseAutoencoder, how: Init, generator: torch.Generator, ties: bool) -> None:
+    """Give encoder and decoder other first weights.
+
+    `ties`: Xavier's encoder is its decoder, at Xavier's length. Drawn apart the two rebuild nothing at any scale.
+    """
     if how == "xavier":
         for table in (sae.W_enc, sae.W_dec):
             nn.init.xavier_uniform_(table, generator=generator)
+        if ties:
+            sae.W_enc.copy_(sae.W_dec)
         sae.W_dec.copy_(functional.normalize(sae.W_dec, dim=1))
     elif how == "orthogonal":
         rows = orthogonal_rows(sae.num_latents, sae.d_out, generator)

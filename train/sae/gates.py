@@ -35,6 +35,12 @@ class Gate(nn.Module):
     def observe(self, codes: Codes, side: Side) -> None:
         """Update running statistics after a step; most gates have none."""
 
+    def lower(self, amount: float) -> None:
+        """Pre-activations have been lowered by this much: the gate's own offsets follow."""
+
+    def rescale(self, factor: float) -> None:
+        """The same of a factor."""
+
 
 class Relu(Gate):
     """max(pre, 0)."""
@@ -131,11 +137,15 @@ class BatchTopK(Gate):
 class JumpRelu(Gate):
     """pre where pre > threshold, else 0; the threshold learns through straight-through windows.
 
-    Threshold and bandwidth are given, and learned, in multiples of `unit`.
+    Threshold and bandwidth are given, and learned, in multiples of `unit`. `asked_l0` is how many active latents of
+    a row a fitted start begins with.
     """
 
-    def __init__(self, num_latents: int, threshold: float, bandwidth: float, unit: float = 1.0) -> None:
+    def __init__(
+        self, num_latents: int, threshold: float, bandwidth: float, unit: float = 1.0, asked_l0: float | None = None
+    ) -> None:
         super().__init__()
+        self.asked_l0 = asked_l0
         self.raw_threshold = nn.Parameter(torch.full((num_latents,), threshold))
         self.bandwidth = bandwidth
         self.unit = unit
@@ -152,6 +162,16 @@ class JumpRelu(Gate):
     def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
         theta = pre.per_latent(self.threshold)
         return pre.with_values(jump_ste(pre.values, theta, self._window(side)))
+
+    def place(self, threshold: float) -> None:
+        """One threshold for all latents."""
+        self.raw_threshold.fill_(threshold / self.unit)
+
+    def lower(self, amount: float) -> None:
+        self.raw_threshold.sub_(amount / self.unit)
+
+    def rescale(self, factor: float) -> None:
+        self.raw_threshold.mul_(factor)
 
     def count(self, codes: Codes, side: Side) -> Tensor:
         """Mean number of active latents in a row, with straight-through gradient to the threshold."""
@@ -176,6 +196,12 @@ class Gated(Gate):
         super().__init__()
         self.r_mag = nn.Parameter(torch.zeros(num_latents))
         self.b_mag = nn.Parameter(torch.zeros(num_latents))
+
+    def lower(self, amount: float) -> None:
+        self.b_mag.sub_(amount)
+
+    def rescale(self, factor: float) -> None:
+        self.b_mag.mul_(factor)
 
     def choose(self, pre: Tensor, side: Side) -> Support | None:
         return positive(pre, DENSE_SHARE)

@@ -135,6 +135,17 @@ class SparseAutoencoder(nn.Module):
         """x_hat of codes: [B, D_out]."""
         return codes.decode(self.W_dec, self.b_dec)
 
+    def lower(self, amount: float) -> None:
+        """Take this much from every pre-activation; without gradient, as `scale`."""
+        self.b_enc.sub_(amount)
+        self.gate.lower(amount)
+
+    def rescale(self, factor: float) -> None:
+        """Make every activation this many times as large, by the encoder."""
+        self.W_enc.mul_(factor)
+        self.b_enc.mul_(factor)
+        self.gate.rescale(factor)
+
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
         """Activations [..., F] as the saved SAE computes them."""
         return self.gate.infer(linear(self.centred(x), self.W_enc, self.b_enc), self.b_enc)

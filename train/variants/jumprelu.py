@@ -35,7 +35,7 @@ class Config(WithPenalty, SingleLayer):
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_sparsity(self.target_l0, self.width)
         require(self.bandwidth > 0, f"bandwidth: expected a positive number, found {self.bandwidth}")
-        gate = JumpRelu(self.width, self.initial_threshold, self.bandwidth, unit=d_model**0.5)
+        gate = JumpRelu(self.width, self.initial_threshold, self.bandwidth, d_model**0.5, self.target_l0)
         terms = (
             RECONSTRUCTION,
             self.penalise("l0", TargetL0(self.target_l0)),

@@ -70,6 +70,7 @@ def take_components(sae: SparseAutoencoder, covariance_DD: Tensor) -> None:
     signed = torch.stack([components_DD, -components_DD], dim=1).flatten(0, 1)[: sae.num_latents]
     sae.W_enc.zero_()[: len(signed)] = signed.to(sae.W_enc.dtype)
     sae.W_dec[: len(signed)] = signed.to(sae.W_dec.dtype)
+    sae.b_enc.zero_()
 
 
 @settings("layer width k seed dead_after_tokens decoder_bias encoder_product optim")

@@ -82,7 +82,7 @@ class Config(Windowed):
         self._require_valid()
         assembly = build_base(self, d_model, stats)
         sae, generator = assembly.sae, assembly.generator
-        initialise(sae, self.init, generator)
+        initialise(sae, self.init, generator, self.optim.start == "fitted")
         mask = self._mask(self.length)
         shapes = self._shapes(sae, mask, generator)
         if self.scattered:

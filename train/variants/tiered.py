@@ -85,7 +85,7 @@ class Config(Wrapping):
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         self._require_valid()
         assembly = build_base(self, d_model, stats)
-        initialise(assembly.sae, self.init, assembly.generator)
+        initialise(assembly.sae, self.init, assembly.generator, self.optim.start == "fitted")
         if not self._is_nested and self.composition_weight == 0:
             return self._with_shapes(assembly)
         tiers = Tiers(self.sizes(), self.tier_weights, self.importance)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -106,7 +108,8 @@ def test_a_wrapper_changes_codes_and_gradients_follow(rng):
 
 def test_a_target_of_its_own_is_reconstructed(rng):
     x, target = rows(rng), rows(rng)
-    trainee = Trainee("one", assembly(), 10)
+    made = assembly()
+    trainee = Trainee("one", replace(made, optim=replace(made.optim, start="drawn")), 10)
     x_hat = trainee.sae.reconstruct(trainee.sae.codes(x)).detach()
     report = trainee.step(Batch(x, target))
     expected = 1 - (target - x_hat).square().sum(1).mean() / D

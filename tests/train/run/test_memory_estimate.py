@@ -32,6 +32,7 @@ def test_a_step_needs_what_is_measured(battery, variant):
     """At least what a step allocates whose activations are dense, and not several times as much."""
     rows, width, d_model = 256, 2048, 16
     words = [f"width={width}", "dead_after_tokens=100000000", "optim.lr=1e-3", "optim.warmup_steps=0"]
+    words += ["optim.start=drawn"]  # a fitted one is sparse until training makes it dense
     member_of = member(*words, *(["context=36"] if variant == "positional" else []), variant=variant)
     trainee = Trainee("one", member_of.config.build(d_model), 10)
     generator = torch.Generator().manual_seed(0)

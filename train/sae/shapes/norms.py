@@ -37,5 +37,12 @@ class PreNorm(Shape):
         variance = (centred.square() @ share_FG) @ member_FG.t()
         return centred * (variance + EPSILON).rsqrt() * self.gain + self.bias
 
+    def lower(self, amount: float) -> None:
+        self.bias.sub_(amount)
+
+    def rescale(self, factor: float) -> None:
+        self.gain.mul_(factor)
+        self.bias.mul_(factor)
+
     def follow(self, membership_F: Tensor) -> None:
         self.group.copy_(membership_F)

@@ -42,6 +42,9 @@ class RangeEncoders(Shape):
         ranged = by_range(x_centred, here, self.ranges, lambda x, index: linear(x, tables[index])) + sae.b_enc[:own]
         return torch.cat([ranged, linear(x_centred, sae.W_enc[own:], sae.b_enc[own:])], dim=1)
 
+    def rescale(self, factor: float) -> None:
+        self.W.mul_(factor)
+
 
 class Adapters(Shape):
     """x + c sigmoid(gate_r) MLP_r(layer norm of x), r the row's range; nothing at first.

@@ -67,6 +67,13 @@ class Shape(Part):
         """In the places of the codes' values; `latents` says which latents their columns are, if not all."""
         raise NotImplementedError
 
+    def lower(self, amount: float) -> None:
+        """Of a shape that changes pre-activations: take this much from what comes out."""
+        raise NotImplementedError
+
+    def rescale(self, factor: float) -> None:
+        """Make what comes out this many times as large, where it does not follow the SAE's own weights."""
+
     def follow(self, membership_F: Tensor) -> None:
         """Latents have changed groups."""
 
@@ -118,6 +125,22 @@ class ShapedAutoencoder(SparseAutoencoder):
         """Latents have changed groups."""
         for shape in self._each():
             shape.follow(membership_F)
+
+    def lower(self, amount: float) -> None:
+        last = next((shape for shape in reversed(self._each()) if shape.changes_pre), None)
+        if last is None:
+            super().lower(amount)
+        else:
+            last.lower(amount)
+            self.gate.lower(amount)
+
+    def rescale(self, factor: float) -> None:
+        if not any(shape.changes_pre for shape in self._each()):
+            super().rescale(factor)
+        else:
+            self.gate.rescale(factor)
+        for shape in self._each():
+            shape.rescale(factor)
 
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
         if self.is_plain:

@@ -1,0 +1,79 @@
+"""Every variant begins where it rebuilds its first batch, however wide it is, and never falls below nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from saemill.train.data.batch import Batch
+from saemill.train.engine.start import fit_start
+from saemill.train.engine.step import Trainee
+from saemill.train.kit.registry import names
+from saemill.train.parallel.ranks import Alone
+
+D = 32
+MORE: dict[str, dict[str, Any]] = {
+    "crosscoder": {"gate": "relu"},
+    "attention": {"guidance": "encode"},
+    "tiered": {"init": "xavier", "tier_norm": True, "curriculum": (0.0, 0.1, 0.2)},
+    "positional": {"mask": "soft", "progressive": (0.1, 0.6), "pre_norm": True, "range_encoders": True},
+    "temporal": {"position_gate": True, "base": "batchtopk"},
+    "jumprelu": {"target_l0": 48.0},
+}
+CASES = [(name, {}) for name in names()] + list(MORE.items())
+
+
+def fitted(battery: Any, variant: str, start: str = "fitted", **changes: Any) -> Trainee:
+    config = battery.config_of(variant, **{"width": 16 * D, **changes})
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, start=start))
+    return Trainee("one", config.build(D), battery.STEPS)
+
+
+@pytest.mark.parametrize(("variant", "changes"), CASES)
+def test_no_step_is_below_nothing(battery, variant, changes):
+    trainee = fitted(battery, variant, **changes)
+    config = battery.config_of(variant, **{"width": 16 * D, **changes})
+    batches = battery.batches(config, 12)
+    if config.request().targets is not None:  # another layer has much of this one
+        batches = [dataclasses.replace(batch, target=batch.x + 0.5 * batch.target) for batch in batches]
+    found = [float(trainee.step(batch).explained_variance) for batch in batches]
+    assert min(found) >= 0.0
+    assert found[0] > 0.3 or variant == "pca"
+
+
+@pytest.mark.parametrize("variant", ["standard", "topk", "gated", "transcoder"])
+def test_rows_keep_their_length_and_pre_activations_are_lowered(battery, variant):
+    trainee = fitted(battery, variant)
+    before = {name: tensor.detach().clone() for name, tensor in trainee.sae.named_parameters()}
+    (batch,) = battery.batches(battery.config_of(variant, width=16 * D), 1)
+    batch = batch if batch.target is None else dataclasses.replace(batch, target=batch.x)
+    fit_start(trainee.assembly, batch, battery.STEPS, Alone())
+    assert torch.equal(trainee.sae.W_enc, before["W_enc"])
+    lowered = before["b_enc"] - trainee.sae.b_enc.detach()
+    torch.testing.assert_close(lowered, lowered[:1].expand(len(lowered)))
+    assert lowered[0] > 0.1
+    y = (trainee.sae.reconstruct(trainee.sae.codes(batch.x)) - trainee.sae.b_dec).detach()
+    target = batch.x - trainee.sae.b_dec.detach()
+    assert float((y * target).sum() / y.square().sum()) == pytest.approx(1.0, abs=0.02)  # of least squares
+
+
+def test_a_start_as_drawn_changes_nothing(battery):
+    trainee = fitted(battery, "standard", "drawn")
+    (batch,) = battery.batches(battery.config_of("standard", width=16 * D), 1)
+    x_hat = trainee.sae(batch.x).detach()
+    expected = 1 - (batch.x - x_hat).square().sum() / len(batch.x) / D
+    assert float(trainee.step(batch).explained_variance) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_jumprelu_begins_and_ends_at_the_l0_it_was_asked_for(battery, planted):
+    """As many as rows are made of: where more would rebuild much better, the penalty gives way to them."""
+    rows, _ = planted
+    generator = torch.Generator().manual_seed(0)
+    trainee = Trainee("one", battery.config_of("jumprelu", target_l0=3.0, width=8 * D).build(D), 150)
+    drawn = (rows[torch.randint(len(rows), (512,), generator=generator)] for _ in range(150))
+    found = [float(trainee.step(Batch(x)).l0) for x in drawn]
+    assert found[0] == pytest.approx(3.0, rel=0.02)
+    assert float((trainee.sae.encode(rows) > 0).sum(1).double().mean()) == pytest.approx(3.0, rel=0.05)

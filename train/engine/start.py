@@ -1,0 +1,92 @@
+"""Where an SAE begins: at what rebuilds its first batch, so that no step goes into undoing the start.
+
+Random decoder rows with an encoder equal to them rebuild each row many times over where many latents read it: 55
+times its variance with 16 latents for each dimension and a ReLU. Before the first step, without random numbers:
+1. Thresholds, where a gate has them, come to where as many latents fire as were asked for.
+2. All pre-activations are lowered by one amount, so that fewer latents fire and each says less, until the least
+   squares scale of the reconstruction is 1.
+3. What lowering alone would lose (the asked number of active latents) is left to the scale of the encoder.
+Rows keep their length wherever 2 suffices, so that Adam turns them no faster than before: a smaller encoder
+rebuilds its first batch better still, and ends worse at equal sparsity with more dead latents (`docs/quality.md`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..parallel.ranks import BatchRanks
+from ..sae.gates import JumpRelu
+from ..sae.model import SparseAutoencoder
+from ..sae.side import Side
+from .compose import Assembly
+
+CLOSE = 0.01  # how near a search comes to its goal, as a share of it
+MOST_TRIES = 40
+
+
+@torch.no_grad()
+def fit_start(assembly: Assembly, batch: Batch, total_steps: int, ranks: BatchRanks) -> None:
+    """Change the SAE's biases, thresholds and scale; a collective call, and the same on every rank.
+
+    What knobs switch on during the run counts as it is in the first step and in the last, whichever is more.
+    """
+    sae, target = assembly.sae, batch.x if batch.target is None else batch.target
+    sides = [assembly.side(batch.side, step, total_steps, ranks) for step in (0, total_steps)]
+    sides = sides[:1] if sides[0].knobs == sides[1].knobs else sides
+    most = math.inf
+    if isinstance(sae.gate, JumpRelu) and sae.gate.asked_l0 is not None:
+        most = _place_threshold(sae, sae.gate, batch.x, sides[0], sae.gate.asked_l0)
+
+    def excess(amount: float) -> float:
+        sae.lower(amount)
+        found = max(_excess(sae, batch.x, target, side) for side in sides)
+        sae.lower(-amount)
+        return found
+
+    amount = _search(excess, 1.0, most)
+    sae.lower(amount)
+    left = max(_excess(sae, batch.x, target, side) for side in sides)
+    if left > 1.0 + 2.0 * CLOSE and math.isfinite(left):
+        sae.rescale(1.0 / left)
+
+
+def _place_threshold(sae: SparseAutoencoder, gate: JumpRelu, x: Tensor, side: Side, asked_l0: float) -> float:
+    """Give all latents the threshold above which `asked_l0` of them fire in a row; the threshold."""
+
+    def l0(threshold: float) -> float:
+        gate.place(threshold)
+        return float(side.ranks.mean(sae.codes(x, side).l0))
+
+    threshold = _search(l0, asked_l0, math.inf)
+    gate.place(threshold)
+    return threshold
+
+
+def _excess(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> float:
+    """How many times too large the reconstruction is: |y|^2 / <target, y>, both centred by the decoder's bias."""
+    y = sae.reconstruct(sae.codes(x, side), side) - sae.b_dec
+    own = torch.stack([torch.dot(y.reshape(-1), part.reshape(-1)) for part in (y, target - sae.b_dec)]).double()
+    squares, agreement = side.ranks.sum(own).tolist()
+    return 0.0 if squares == 0.0 else squares / agreement if agreement > 0.0 else math.inf
+
+
+def _search(falling: Callable[[float], float], goal: float, most: float) -> float:
+    """From 0 to `most`, the amount at which a falling function comes to its goal; 0 where it is there already."""
+    low, high = 0.0, min(1.0, most)
+    if not falling(low) > goal:
+        return low
+    while high < most and falling(high) > goal and high < 2.0**20:
+        low, high = high, min(2.0 * high, most)
+    amount = high
+    for _ in range(MOST_TRIES):
+        amount = 0.5 * (low + high)
+        found = falling(amount)
+        if abs(found - goal) <= CLOSE * goal:
+            return amount
+        low, high = (amount, high) if found > goal else (low, amount)
+    return amount
