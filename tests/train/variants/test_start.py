@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from saemill.train.ask.records import Ask
 from saemill.train.data.batch import Batch
 from saemill.train.engine.start import fit_start
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import names
 from saemill.train.parallel.ranks import Alone
+from saemill.train.recipes import runs_of, studies
 
 D = 32
 MORE: dict[str, dict[str, Any]] = {
@@ -42,6 +44,22 @@ def test_no_step_is_below_nothing(battery, variant, changes):
     found = [float(trainee.step(batch).explained_variance) for batch in batches]
     assert min(found) >= 0.0
     assert found[0] > 0.3 or variant == "pca"
+
+
+@pytest.mark.parametrize("study", studies())
+def test_no_sae_of_a_recipe_is_below_nothing(battery, study):
+    """At its own settings, each once; controls differ in whose attention they read."""
+    seen: list[Any] = []
+    for recipe in runs_of(study):
+        for member in Ask.of_recipe(recipe, {"width": 16 * D}).members(lambda _: {}):
+            config: Any = member.config
+            config = dataclasses.replace(config, context=36) if hasattr(config, "context") else config
+            if config in seen or getattr(config, "shuffle_attention", False):
+                continue
+            seen.append(config)
+            trainee = Trainee(member.label, config.build(D), 20)
+            found = [float(trainee.step(batch).explained_variance) for batch in battery.batches(config, 3, rows=256)]
+            assert min(found) >= 0.0, (recipe.name, member.label, found)
 
 
 @pytest.mark.parametrize("variant", ["standard", "topk", "gated", "transcoder"])
