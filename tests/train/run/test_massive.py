@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from saemill.cache_schema import Store
+from saemill.cache_schema import Store, massive
+from saemill.cache_schema.massive import measure_massive
 from saemill.train.data.batch import Kind, Needs
 from saemill.train.data.feed import Feed
 from saemill.train.data.plan import Plan
@@ -86,12 +87,10 @@ def test_a_run_with_the_rule_resumes_to_the_same_bits(spiked, sae_train, quick, 
     same_bits(run, tmp_path / "runs/whole")
 
 
-def make_feed(store, needs, **share):
+def make_feed(store, needs, device="cpu", **share):
     plan = Plan(measure_split(store, "train"), batch_tokens=64, pool_tokens=640, seed=0)
-    from saemill.cache_schema.massive import measure_massive
-
     stats = {layer: stats_of_ordinary(measure_massive(store, layer, 10.0)) for layer in (3, 4)}
-    return Feed(store, plan, needs, stats, torch.device("cpu"), **share)
+    return Feed(store, plan, needs, stats, torch.device(device), **share)
 
 
 @pytest.mark.parametrize("windows", [False, True])
@@ -130,6 +129,17 @@ def test_processes_share_what_is_left(spiked):
             feed.close()
 
 
+@pytest.mark.gpu
+def test_a_gpu_leaves_out_what_a_cpu_leaves_out(spiked):
+    needs = Needs(inputs=(3, 4))
+    with Store.open(spiked["path"]) as store:
+        gpu, cpu = (make_feed(store, [needs], device=name) for name in ("cuda", "cpu"))
+        for step in range(gpu.plan.steps_in(1)):
+            assert torch.equal(gpu.draw(step).batch(needs).x.cpu(), cpu.draw(step).batch(needs).x)
+        gpu.close()
+        cpu.close()
+
+
 @pytest.mark.parametrize(
     ("planted", "said"),
     [
@@ -139,8 +149,6 @@ def test_processes_share_what_is_left(spiked):
 )
 def test_nothing_left_is_refused_before_the_run(write_store, sae_train, quick, tmp_path, planted, said, monkeypatch):
     if planted == "most rows zero":
-        from saemill.cache_schema import massive
-
         monkeypatch.setattr(massive, "row_norms", lambda stored, dtype: norms_of_mostly_nothing(stored))
         planted = []
     store = write_store(tmp_path / "store", windows=1000, splits=(920, 960), massive=planted)
