@@ -36,7 +36,7 @@ STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-real smollm2 check format goldens demo harvest studies decide bench bench-store bench-harvest bench-train \
-  bench-quality bench-eval bench-gpu readme-table peers saebench clean
+  bench-quality bench-eval bench-gpu measured peers saebench clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -136,8 +136,8 @@ bench-gpu: ## everything that an accelerator is measured by, in nine minutes; GP
 	PY=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bash bench/gpu/run.sh --out $(RESULTS)/gpu \
 	  $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS)) $(GPU)
 
-readme-table: env ## README's tables of what was measured, from bench/results
-	$(BIN)/python bench/readme_table.py
+measured: env ## the tables of docs/measured.md, from bench/results
+	$(BIN)/python bench/measured_tables.py
 
 peers: $(PEERS)/.installed ## the peers' own environment, for side-by-side benchmarks
 

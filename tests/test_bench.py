@@ -1,4 +1,4 @@
-"""The benchmarks: what they claim, that who falls out stops nobody else, and that README says what they found."""
+"""The benchmarks: what they claim, that who falls out stops nobody else, and that the page of them is up to date."""
 
 from __future__ import annotations
 
@@ -54,21 +54,22 @@ def bench(monkeypatch):
     return importlib.import_module
 
 
-def test_readme_says_what_the_results_say(bench, monkeypatch, tmp_path):
-    table = bench("readme_table")
-    readme = (ROOT / "README.md").read_text()
+def test_the_page_says_what_the_results_say(bench, monkeypatch, tmp_path):
+    table = bench("measured_tables")
+    page = (ROOT / table.PAGE).read_text()
     result = CliRunner().invoke(table.main, ["--check"])
     assert result.exit_code == 0, result.output
     monkeypatch.setattr(table, "ROOT", tmp_path)
     number = table.ratio_of(table.rows_of("store")[0])
-    (tmp_path / "README.md").write_text(readme.replace(f"| {number} |", "| 9.99 |", 1))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / table.PAGE).write_text(page.replace(f"| {number} |", "| 9.99 |", 1))
     assert CliRunner().invoke(table.main, ["--check"]).exit_code == 1
     assert CliRunner().invoke(table.main, []).exit_code == 0
-    assert (tmp_path / "README.md").read_text() == readme
+    assert (tmp_path / table.PAGE).read_text() == page
 
 
 def test_a_kept_run_on_a_device_is_shown_against_the_best_peer(bench, monkeypatch, tmp_path):
-    table = bench("readme_table")
+    table = bench("measured_tables")
     (tmp_path / "gpu/2026-11-27-card").mkdir(parents=True)
     facts = {"card": "Some Card", "date": "2026-11-27", "torch": "2.11.0", "commit": "abc", "unit": "tok/s"}
     speeds = {"ours bfloat16": 900.0, "ours float32": 999.0, "sae_lens tf32": 300.0, "sparsify": 450.0}

@@ -75,6 +75,11 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option("--set", multiple=True, metavar="A.B=V", help="Any other setting, such as optim.beta1=0; a list as a,b.")
 @click.option("--grid", multiple=True, metavar="A=V,V", help="A fleet over values, such as k=16,32,64.")
 @click.option(
+    "--init",
+    metavar="SAE",
+    help="Begin as a trained SAE: a run, a folder (of SAELens, dictionary_learning, sparsify), owner/name on the Hub.",
+)
+@click.option(
     "--with-baselines",
     is_flag=True,
     help="Train sanity baselines beside them: decoder frozen, nearly frozen, encoder frozen, principal components.",

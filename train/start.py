@@ -17,6 +17,7 @@ from .errors import ConfigInvalid
 from .kit.registry import names
 from .parallel.processes import join
 from .recipes import find_recipes, studies
+from .run.find_sae import find_sae
 from .run.folder import RunFolder, cache_of
 from .run.loop import train
 from .run.open import begin_run, resume_run
@@ -46,7 +47,7 @@ def train_all(words: Mapping[str, Any], site: Site) -> Iterator[Outcome]:
     """
     chosen = {name: words[name] for name in _OPTIONS}
     if words["resume"] is not None:
-        others = {f"--{name}": words[name] for name in ("variant", "recipe", "set", "grid", "name")}
+        others = {f"--{name}": words[name] for name in ("variant", "recipe", "set", "grid", "name", "init")}
         others["--with-baselines"] = words["with_baselines"] or None
         _require_alone(words["resume"], others | {f"--{name}": value for name, value in chosen.items()})
         outcomes = [_go_on(RunFolder.open(words["out"], words["resume"]), words["cache"], site)]
@@ -54,7 +55,8 @@ def train_all(words: Mapping[str, Any], site: Site) -> Iterator[Outcome]:
         settings = _settings(chosen, words["set"])
         points = [_resolve_aliases(point) for point in parse_grid(words["grid"])]
         asks = find_asks(words["variant"], words["recipe"], words["name"], settings, points)
-        asks = [replace(ask, baselines=words["with_baselines"]) for ask in asks]
+        init = None if words["init"] is None else str(find_sae(words["init"], words["out"]))
+        asks = [replace(ask, baselines=words["with_baselines"], init=init) for ask in asks]
         outcomes = (start(ask, _require_cache(words["cache"]), words["out"], words["name"], site) for ask in asks)
     yield from (outcome for outcome in outcomes if outcome is not None)
 

@@ -28,7 +28,8 @@ from saemill.train.errors import ConfigInvalid, RunMissing
 
 HOSTILE = "<script>alert('model')</script>"
 QUICK: dict[str, Any] = {"set": {"data.batch_tokens": 256}, "width": 32, "device": "cpu", "plots": False}
-README = (Path(saemill.__file__).parent / "README.md").read_text()
+ROOT = Path(saemill.__file__).parent
+PAGES = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
 
 
 @pytest.fixture(scope="module")
@@ -188,10 +189,11 @@ def test_mistakes_are_errors_with_a_remedy(
     assert not list(tmp_path.iterdir())
 
 
-def test_every_python_snippet_of_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_python_snippet_of_the_pages_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a small part of the text; the one that makes the store first."""
     monkeypatch.chdir(tmp_path)
-    snippets = sorted(re.findall(r"```python\n(.*?)```", README, re.DOTALL), key=lambda code: "harvest(" not in code)
+    found = {code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL)}
+    snippets = sorted(found, key=lambda code: ("harvest(" not in code, "stream(" not in code))
     assert len(snippets) == 3
     small = {
         '"300k"': '"6k"',

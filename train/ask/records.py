@@ -129,6 +129,8 @@ class Ask:
     recipe: Recipe | None = None
     baselines: bool = False
     """Whether sanity baselines train beside them."""
+    init: str | None = None
+    """The folder of a trained SAE that all begin as; None: each begins anew."""
 
     @classmethod
     def of_recipe(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...cache_schema import Store
+from ...cache_schema.sites import Place
 from ..errors import ConfigInvalid, StateInvalid
 from .batch import Needs
 from .feed import Feed, joint_request
@@ -47,7 +48,8 @@ class Batches(IterableDataset[Tensor]):
         self._store, self._plan, self._device, self._split = store, plan, device, split
         self._is_single = isinstance(layers, int)
         self._needs = Needs((layers,) if isinstance(layers, int) else tuple(layers))
-        self._stats = stats if scaled else {i: replace(s, scale=torch.ones_like(s.scale)) for i, s in stats.items()}
+        unscaled = {layer: replace(s, scale=torch.ones_like(s.scale)) for layer, s in stats.items()}
+        self._stats: Mapping[Place, Stats] = {**(stats if scaled else unscaled)}
         self._epochs, self._rank, self._size = epochs, rank, size
         if epochs is not None and epochs < 1:
             raise ConfigInvalid(f"epochs: expected 1 or more, or None for batches without end, found {epochs}")

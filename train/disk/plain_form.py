@@ -3,7 +3,7 @@
 D width, F latents, s the activation scale, n the lengths of decoder rows. Trained on s x:
 1. W_enc *= s, W_dec /= s, b_dec /= s: the same SAE on x.
 2. codes in multiples of n: W_enc, b_enc, thresholds and magnitudes *= n, W_dec /= n.
-A batch top-k becomes a jump threshold, the same for all latents.
+A batch top-k becomes a jump threshold, the same for all latents. `begin_as` goes the other way.
 """
 
 from __future__ import annotations
@@ -74,6 +74,60 @@ def sae_from_plain(plain: PlainSae) -> SparseAutoencoder:
         b_enc=bias,
         centres_input=plain.centres_input,
     )
+
+
+@torch.no_grad()
+def begin_as(sae: SparseAutoencoder, source: SparseAutoencoder, stats: Stats, target_stats: Stats) -> None:
+    """Give an SAE that has not trained yet the weights of one in raw units: it then computes the same."""
+    _require_alike(sae, source)
+    scale, target_scale = (part.scale.to(source.W_dec) for part in (stats, target_stats))
+    W_dec = source.W_dec * target_scale
+    lengths = _code_lengths(W_dec, source.gate)
+    bias = source.b_enc
+    if source.centres_input != sae.centres_input:  # what the one takes from its input the other has in its bias
+        shift = source.W_enc @ source.b_dec
+        bias = bias - shift if source.centres_input else bias + shift
+    values = {
+        "W_enc": source.W_enc * lengths[:, None] / scale,
+        "b_enc": bias * lengths,
+        "W_dec": W_dec / lengths[:, None],
+        "b_dec": source.b_dec * target_scale,
+    }
+    for name, value in values.items():
+        sae.get_parameter(name).copy_(value)
+    _begin_gate(sae.gate, source.gate, lengths, bias - source.b_enc)
+
+
+def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder) -> None:
+    found, wanted = ((one.num_latents, one.d_in, one.d_out) for one in (source, sae))
+    if found != wanted:
+        raise SaeInvalid(
+            f"expected an SAE of {wanted[0]} latents from width {wanted[1]} to {wanted[2]}, found {found[0]} from "
+            f"{found[1]} to {found[2]}" + (f": set --width {found[0]}" if found[1:] == wanted[1:] else "")
+        )
+    if not (sae.is_plain and source.is_plain):
+        raise SaeInvalid("expected two SAEs whose weights and gate are all there is to them")
+
+
+def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor) -> None:
+    """Thresholds and magnitudes; a jump threshold that is one for all latents begins a batch top-k."""
+    match gate, source:
+        case (TopK(), TopK()) | (Relu(), Relu()):
+            pass
+        case JumpRelu(), JumpRelu():
+            gate.raw_threshold.copy_((source.threshold * lengths).expand_as(gate.raw_threshold) / gate.unit)
+        case BatchTopK(), JumpRelu():
+            thresholds = source.threshold * lengths
+            if float(thresholds.amax() - thresholds.amin()) > 1e-3 * float(thresholds.abs().amax()):
+                raise SaeInvalid("expected a jump threshold that is the same for all latents, found several")
+            gate.threshold.copy_(thresholds.mean())
+            gate.threshold_steps.fill_(1)
+        case Gated(), Gated():
+            gate.r_mag.copy_(source.r_mag)
+            gate.b_mag.copy_((source.b_mag + (moved_F * source.r_mag.exp())) * lengths)
+        case _:
+            names = [type(one).__name__ for one in (gate, source)]
+            raise SaeInvalid(f"expected an SAE with the gate {names[0]}, found one with {names[1]}: choose its variant")
 
 
 def _code_lengths(W_dec: Tensor, gate: Gate) -> Tensor:

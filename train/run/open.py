@@ -23,6 +23,7 @@ from .preflight import check
 from .progress import Progress
 from .run import Run, Site
 from .settle import Settled, settle_again
+from .source import begin_fleet_as
 from .trackers import Trackers
 
 
@@ -61,7 +62,10 @@ def make_fleet(settled: Settled, store: Store, site: Site) -> Fleet:
     with all_or_none(group):
         stats = check(settled, store, group.size, site.device)
         configs = {member.label: member.config for member in config.members}
-        return Fleet(configs, stats, settled.total_steps, site.device, group, shard)
+        fleet = Fleet(configs, stats, settled.total_steps, site.device, group, shard)
+        if settled.init is not None:
+            begin_fleet_as(settled.init, fleet, store.manifest)
+        return fleet
 
 
 def _make_folder(settled: Settled, out: str, name: str | None) -> RunFolder:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ...cache_schema import Manifest, Store
 from ...cache_schema.massive import default_multiple
 from ...cache_schema.sites import by_hook
+from ...cache_schema.strict import from_json, to_json
 from ..ask.baselines import with_baselines
 from ..ask.recipe import Recipe
 from ..ask.records import Ask, DataConfig, RunConfig, read_run_config
@@ -18,6 +20,7 @@ from ..errors import ConfigInvalid
 from ..kit.contract import Variant
 from .budget import settle_budget
 from .folder import RunFolder, provenance
+from .source import Source, source_of, without_start
 
 POOL_BYTES = 2 * 2**30  # of residuals, for each layer
 
@@ -32,6 +35,8 @@ class Settled:
     remark: str = ""
     """How the length came about."""
     recipe: Recipe | None = None
+    init: Source | None = None
+    """The trained SAE that all begin as."""
 
     def describe(self, store: Store) -> dict[str, Any]:
         """config.json."""
@@ -39,6 +44,7 @@ class Settled:
             "format": 1,
             "recipe": self.recipe and f"{self.recipe.study}/{self.recipe.name}",
             "cache": {"url": store.url, "cache_id": store.manifest.cache_id},
+            **({} if self.init is None else {"init": to_json(self.init)}),
             **self.config.to_json(),
             "total_steps": self.total_steps,
             "provenance": provenance(),
@@ -58,8 +64,11 @@ def settle(ask: Ask, store: Store) -> Settled:
     asked = ask.members(limits, by_hook(manifest.sites))
     asked = with_baselines(asked, limits) if ask.baselines else asked
     members = tuple(replace(member, config=member.config.fill(manifest)) for member in asked)
+    init = None if ask.init is None else source_of(Path(ask.init))
+    if init is not None:
+        members = tuple(map(without_start, members))
     config = RunConfig(data, replace(ask.length(), tokens=budget.tokens), members)
-    return Settled(config, plan, budget.steps, budget.remark, ask.recipe)
+    return Settled(config, plan, budget.steps, budget.remark, ask.recipe, init)
 
 
 def settle_again(folder: RunFolder, store: Store) -> Settled:
@@ -68,7 +77,8 @@ def settle_again(folder: RunFolder, store: Store) -> Settled:
     config = read_run_config(raw, where)
     if not isinstance(steps := raw.get("total_steps"), int) or steps < 1:
         raise ConfigInvalid(f"{where}: expected total_steps of at least 1, found {steps!r}")
-    return Settled(config, make_plan(config.data, store), steps)
+    init = from_json(Source, raw["init"], f"{where}: init") if "init" in raw else None
+    return Settled(config, make_plan(config.data, store), steps, init=init)
 
 
 def make_plan(data: DataConfig, store: Store) -> Plan:

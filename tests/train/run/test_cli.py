@@ -234,8 +234,8 @@ def test_the_options_are_few(big):
     """Growing the command needs a visible change here: everything else is --set."""
     from saemill.train.cli import main
 
-    expected = "variant recipe cache out name tokens epochs layer width k lr seed device set grid with_baselines"
-    expected += " resume plots as_json"
+    expected = "variant recipe cache out name tokens epochs layer width k lr seed device set grid init"
+    expected += " with_baselines resume plots as_json"
     assert [parameter.name for parameter in main.params] == expected.split()
 
 

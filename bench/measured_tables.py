@@ -1,6 +1,6 @@
-"""README's tables of what was measured, from bench/results: `--check` fails where README says something else.
+"""The tables of docs/measured.md, from bench/results: `--check` fails where the page says something else.
 
-python bench/readme_table.py [--check]
+python bench/measured_tables.py [--check]
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from quality import BY_K, Cell, last_scores, lines_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
-BEGIN, END = "<!-- measured: written by `make readme-table` -->", "<!-- measured: end -->"
+PAGE = "docs/measured.md"
+BEGIN, END = "<!-- measured: written by `make measured` -->", "<!-- measured: end -->"
 L0 = 16.0  # where variants without k are compared
 
 Rows = list[dict[str, Any]]
@@ -72,7 +73,7 @@ NO_GPU_RUN = (
     "No complete run of `make bench-gpu` is kept yet, so no ratio to a peer is claimed. Our steps were timed alone (D "
     "2304, k 64, batch 4,096; `python bench/gpu/kernels.py`). In other calls on such a card, at 16,384 latents: "
     "dictionary_learning 455k to 458k tok/s under bfloat16 autocast, 539k with a fused Adam; SAELens 360k to 370k, "
-    "414k; sparsify 249k to 251k. What was tried, and what fell back: [docs/performance.md](docs/performance.md)."
+    "414k; sparsify 249k to 251k. What was tried, and what fell back: [docs/performance.md](performance.md)."
 )
 ABOUT_SPEED = "Ratios of medians; from where to where the rounds went where rounds were kept."
 ABOUT_QUALITY = (
@@ -202,26 +203,26 @@ def write_tables() -> str:
     return "\n".join([BEGIN, "", *lines, "", END])
 
 
-def with_tables(readme: str) -> str:
-    before, found, rest = readme.partition(BEGIN)
+def with_tables(page: str) -> str:
+    before, found, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not found or not end:
-        raise click.ClickException(f"README.md: expected the marks {BEGIN} and {END}")
+        raise click.ClickException(f"docs/measured.md: expected the marks {BEGIN} and {END}")
     return before + write_tables() + after
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Write nothing; fail where README says something else.")
+@click.option("--check", is_flag=True, help="Write nothing; fail where the page says something else.")
 def main(check: bool) -> None:
-    path = ROOT / "README.md"
-    readme = path.read_text()
-    wanted = with_tables(readme)
+    path = ROOT / PAGE
+    page = path.read_text()
+    wanted = with_tables(page)
     if not check:
         path.write_text(wanted)
-    elif readme != wanted:
-        diff = difflib.unified_diff(readme.splitlines(), wanted.splitlines(), "README.md", "bench/results", lineterm="")
+    elif page != wanted:
+        diff = difflib.unified_diff(page.splitlines(), wanted.splitlines(), PAGE, "bench/results", lineterm="")
         click.echo("\n".join(diff))
-        click.echo("README's tables are not those of bench/results: run `make readme-table`")
+        click.echo("the page's tables are not those of bench/results: run `make measured`")
         sys.exit(1)
 
 

@@ -1,0 +1,90 @@
+"""`--init`: the first step rebuilds what the source rebuilds, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from saemill.train import load_sae
+from saemill.train.data.scaling import Stats, unit_stats
+from saemill.train.disk.plain_form import begin_as
+from saemill.train.disk.sae_folder import load_plain_sae, save_sae
+from saemill.train.errors import SaeInvalid
+
+D, F = 32, 96
+PLAIN = ("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka")
+
+
+@pytest.fixture
+def stats(rng):
+    return Stats(torch.full((D,), 0.37), torch.randn(D, generator=rng), float(D))
+
+
+def moved(sae, rng):
+    """As training might leave it: no table at its start, several lengths where the gate bears them."""
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            if name != "W_dec":
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
+    return sae
+
+
+@pytest.mark.parametrize("variant", PLAIN)
+def test_an_sae_begins_as_one_that_was_saved(variant, battery, stats, rng, tmp_path):
+    """Trained elsewhere, in other units; begun here on a store of another scale."""
+    trained = moved(battery.config_of(variant).build(D).sae, rng)
+    if variant == "batchtopk":
+        trained.gate.threshold.fill_(0.4)
+    save_sae(tmp_path / "one", trained, unit_stats(D), {"layers": [19]}, {}, variant)
+    source = load_plain_sae(tmp_path / "one")
+    sae = battery.config_of(variant).build(D, stats).sae
+    begin_as(sae, source, stats, stats)
+    x = torch.randn(200, D, generator=rng)
+    torch.testing.assert_close(sae(x * stats.scale) / stats.scale, source(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
+
+
+@pytest.mark.parametrize("centres", [True, False])
+def test_an_encoder_that_is_centred_and_one_that_is_not_begin_alike(centres, battery, stats, rng):
+    source = moved(battery.config_of("gated").build(D).sae, rng)
+    source.centres_input = centres
+    sae = battery.config_of("gated").build(D, stats).sae
+    sae.centres_input = not centres
+    begin_as(sae, source, stats, stats)
+    x = torch.randn(200, D, generator=rng)
+    torch.testing.assert_close(sae(x * stats.scale) / stats.scale, source(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "sae", "message"),
+    [
+        (("topk", {"width": 64}), ("topk", {}), r"expected an SAE of 96 latents .* found 64 .*: set --width 64"),
+        (("standard", {}), ("topk", {}), "expected an SAE with the gate TopK, found one with Relu"),
+        (("topk", {}), ("positional", {"base": "topk"}), "weights and gate are all there is"),
+    ],
+)
+def test_what_cannot_begin_is_told(source, sae, message, battery, stats):
+    made = [battery.config_of(name, **settings).build(D).sae for name, settings in (source, sae)]
+    with pytest.raises(SaeInvalid, match=message):
+        begin_as(made[1], made[0], stats, stats)
+
+
+def test_a_run_begins_where_another_ended(big, sae_train, quick, tmp_path):
+    first = ["--variant", "topk", "--layer", 3, "--k", 4, "--width", 32, "--cache", big["path"]]
+    sae_train(*first, *quick, "--tokens", 6400, "--name", "first")
+    more = [*first, *quick, "--tokens", 640, "--lr", 1e-9, "--init", "first"]
+    sae_train(*more, "--name", "second")
+    one, two = (load_sae(tmp_path / "runs" / name) for name in ("first", "second"))
+    x = torch.linspace(-3, 3, 50 * one.d_in).view(50, one.d_in)
+    torch.testing.assert_close(two(x), one(x), rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "runs/second/config.json").read_text())
+    assert config["init"]["folder"].endswith("runs/first/topk") and len(config["init"]["sha256"]) == 64
+    result = sae_train(*more, "--width", 48, "--name", "third", code=1)
+    assert "expected an SAE of 48 latents" in result.output and not (tmp_path / "runs/third").exists()
+
+
+def test_names_that_are_no_sae_end_the_command(big, sae_train, quick):
+    result = sae_train("--variant", "topk", "--cache", big["path"], *quick, "--init", "no_such", code=1)
+    assert "no SAE 'no_such'" in result.output

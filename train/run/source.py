@@ -1,0 +1,64 @@
+"""`--init`: SAEs that begin as one that was trained before, here or elsewhere.
+
+Its scale is undone and that of the store redone, so that the first step rebuilds what the source rebuilds. Where it
+lay and its digest are kept with the run: until the first checkpoint a resumed run begins as it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...cache_schema import Manifest
+from ..ask.records import Member
+from ..disk.plain_form import begin_as
+from ..engine.fleet import Fleet
+from ..errors import ConfigInvalid, SaeInvalid
+from .find_sae import read_folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained SAE on disk."""
+
+    folder: str
+    sha256: str
+    """Of all its files."""
+
+
+def source_of(folder: Path) -> Source:
+    return Source(str(folder.resolve()), _digest(folder))
+
+
+def without_start(member: Member) -> Member:
+    """The same with no start of its own: the source's weights are not to be fitted."""
+    config: Any = member.config
+    return replace(member, config=replace(config, optim=replace(config.optim, start="drawn")))
+
+
+def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
+    """Every SAE of the fleet, before its first step."""
+    folder = Path(source.folder)
+    if not folder.is_dir() or _digest(folder) != source.sha256:
+        raise ConfigInvalid(f"--init {folder}: it is gone, or not what the run was begun from; start the run anew")
+    sae = read_folder(folder)
+    told = sae.metadata.get("model_name")
+    if told is not None and told.split("/")[-1] != manifest.model.id.split("/")[-1]:
+        raise ConfigInvalid(
+            f"--init {folder}: it was trained on {told}, and the store holds activations of {manifest.model.id}"
+        )
+    for label, trainee in fleet.trainees.items():
+        try:
+            begin_as(trainee.sae, sae, trainee.assembly.input_stats, trainee.assembly.target_stats)
+        except SaeInvalid as error:
+            raise ConfigInvalid(f"{label}: --init {folder}: {error}") from None
+
+
+def _digest(folder: Path) -> str:
+    found = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".pt")):
+        found.update(file.name.encode())
+        found.update(file.read_bytes())
+    return found.hexdigest()
