@@ -36,7 +36,7 @@ class Batches(IterableDataset[Tensor]):
         store: Store,
         plan: Plan,
         layers: int | tuple[int, ...],
-        stats: Mapping[Place, Stats],
+        stats: Mapping[int, Stats],
         device: torch.device,
         *,
         split: str = "train",
