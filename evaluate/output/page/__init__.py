@@ -16,6 +16,7 @@ from .contexts import contexts_of
 from .markup import Html, element, image, joined, text
 from .numbers import numbers_table
 
+BROWSER = "browser/index.html"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
@@ -34,11 +35,12 @@ th:first-child, td:first-child { text-align: left } th { color: #666; font-weigh
 def write_page(run: RunFolder, records: Sequence[Record], plots: Path) -> Path:
     """Write <run>/report.html with the pictures of a folder; all or nothing."""
     path = run.path / "report.html"
-    replace_file(path, page(run.name, records, sorted(plots.glob("*.png"))).encode())
+    has_browser = (run.path / BROWSER).is_file()
+    replace_file(path, page(run.name, records, sorted(plots.glob("*.png")), has_browser).encode())
     return path
 
 
-def page(name: str, records: Sequence[Record], pictures: Sequence[Path]) -> Html:
+def page(name: str, records: Sequence[Record], pictures: Sequence[Path], has_browser: bool = False) -> Html:
     """The whole document."""
     head = joined(
         [
@@ -49,7 +51,8 @@ def page(name: str, records: Sequence[Record], pictures: Sequence[Path]) -> Html
             element("style", Html(STYLE)),
         ]
     )
-    parts = [element("h1", name), numbers_table(records), figures(pictures), contexts_of(records)]
+    link = element("p", element("a", "all latents, to look at and search", href=BROWSER)) if has_browser else Html("")
+    parts = [element("h1", name), link, numbers_table(records), figures(pictures), contexts_of(records)]
     body = element("body", joined(parts))
     whole = element("html", element("head", head), body, lang="en")
     return joined([Html("<!doctype html>"), whole, Html("")], between="\n")

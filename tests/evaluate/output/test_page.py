@@ -117,3 +117,9 @@ def test_numbers_that_nobody_has_are_no_columns():
     assert "explained variance" in shown
     assert "retention" not in shown
     assert "\N{EN DASH}" in shown
+
+
+def test_the_page_leads_to_the_browser_where_there_is_one():
+    link = 'href="browser/index.html"'
+    assert link in page("run", [record("a")], [], has_browser=True)
+    assert link not in page("run", [record("a")], [])
