@@ -6,6 +6,7 @@ times its variance with 16 latents for each dimension and a ReLU. Before the fir
 2. All pre-activations are lowered by one amount, so that fewer latents fire and each says less, until the least
    squares scale of the reconstruction is 1.
 3. What lowering alone would lose (the asked number of active latents) is left to the scale of the encoder.
+Where what it rebuilds has next to nothing of the target at any scale (a transcoder to another hook), it stays as drawn.
 Rows keep their length wherever 2 suffices, so that Adam turns them no faster than before: a smaller encoder
 rebuilds its first batch better still, and ends worse at equal sparsity with more dead latents (`docs/quality.md`).
 """
@@ -25,6 +26,7 @@ from ..sae.model import SparseAutoencoder
 from ..sae.side import Side
 from .compose import Assembly
 
+LEAST_SHARE = 0.01  # of the target's squares that the best scale must explain
 CLOSE = 0.01  # how near a search comes to its goal, as a share of it
 MOST_TRIES = 40
 
@@ -38,6 +40,8 @@ def fit_start(assembly: Assembly, batch: Batch, total_steps: int, ranks: BatchRa
     sae, target = assembly.sae, batch.x if batch.target is None else batch.target
     sides = [assembly.side(batch.side, step, total_steps, ranks) for step in (0, total_steps)]
     sides = sides[:1] if sides[0].knobs == sides[1].knobs else sides
+    if _explained(sae, batch.x, target, sides[-1]) < LEAST_SHARE:
+        return
     most = math.inf
     if isinstance(sae.gate, JumpRelu) and sae.gate.asked_l0 is not None:
         most = _place_threshold(sae, sae.gate, batch.x, sides[0], sae.gate.asked_l0)
@@ -69,10 +73,23 @@ def _place_threshold(sae: SparseAutoencoder, gate: JumpRelu, x: Tensor, side: Si
 
 def _excess(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> float:
     """How many times too large the reconstruction is: |y|^2 / <target, y>, both centred by the decoder's bias."""
-    y = sae.reconstruct(sae.codes(x, side), side) - sae.b_dec
-    own = torch.stack([torch.dot(y.reshape(-1), part.reshape(-1)) for part in (y, target - sae.b_dec)]).double()
-    squares, agreement = side.ranks.sum(own).tolist()
+    squares, agreement, _ = _products(sae, x, target, side)
     return 0.0 if squares == 0.0 else squares / agreement if agreement > 0.0 else math.inf
+
+
+def _explained(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> float:
+    """Share of the target's squares that the reconstruction explains at its best scale."""
+    squares, agreement, wanted = _products(sae, x, target, side)
+    return max(agreement, 0.0) ** 2 / (squares * wanted) if squares * wanted > 0.0 else 0.0
+
+
+def _products(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> list[float]:
+    """|y|^2, <target, y> and |target|^2 of all ranks."""
+    y, wanted = sae.reconstruct(sae.codes(x, side), side) - sae.b_dec, target - sae.b_dec
+    pairs = ((y, y), (wanted, y), (wanted, wanted))
+    own = torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).double()
+    found: list[float] = side.ranks.sum(own).tolist()
+    return found
 
 
 def _search(falling: Callable[[float], float], goal: float, most: float) -> float:

@@ -7,7 +7,7 @@ the encoder's bias starts so that it is.
 
 from __future__ import annotations
 
-from dataclasses import field, replace
+from dataclasses import field
 
 import torch
 
@@ -56,9 +56,6 @@ class Config(WithAux, Variant):
         require_sparsity(self.k, self.width)
         stats, target_stats = stats_or_unit(stats, d_model), stats_or_unit(target_stats, d_model)
         generator = torch.Generator().manual_seed(self.seed)
-        # Tied rows rebuild nothing of another hook at any scale: a fitted start would silence all latents.
-        needs, optim = self.request(), topk_optim(self.optim, self.width, d_model)
-        is_other_hook = needs.to_hook != needs.hook
         W_enc, W_dec = tied_weights(self.width, d_model, generator)
         sae = SparseAutoencoder(
             W_enc,
@@ -74,7 +71,7 @@ class Config(WithAux, Variant):
             terms=(RECONSTRUCTION, self.aux(d_model)),
             constraints=(UnitDecoder(),),
             knobs={},
-            optim=replace(optim, start="drawn") if is_other_hook else optim,
+            optim=topk_optim(self.optim, self.width, d_model),
             dead_after_tokens=self.dead_after_tokens,
             generator=generator,
             input_stats=stats,

@@ -78,6 +78,16 @@ def test_rows_keep_their_length_and_pre_activations_are_lowered(battery, variant
     assert float((y * target).sum() / y.square().sum()) == pytest.approx(1.0, abs=0.02)  # of least squares
 
 
+def test_where_no_scale_rebuilds_the_target_the_start_stays_as_drawn(battery):
+    """Lowering would go on until no latent fires."""
+    trainee = fitted(battery, "transcoder")
+    before = {name: tensor.detach().clone() for name, tensor in trainee.sae.named_parameters()}
+    (batch,) = battery.batches(battery.config_of("transcoder", width=16 * D), 1)  # a target of its own
+    fit_start(trainee.assembly, batch, battery.STEPS, Alone())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainee.sae.named_parameters())
+    assert float(trainee.sae.codes(batch.x).l0) == pytest.approx(battery.config_of("transcoder").k)
+
+
 def test_a_start_as_drawn_changes_nothing(battery):
     trainee = fitted(battery, "standard", "drawn")
     (batch,) = battery.batches(battery.config_of("standard", width=16 * D), 1)
