@@ -103,7 +103,7 @@ studies: env ## all runs of the five studies on a pocket store, their tables and
 	  > $(STUDIES)/{}.log 2>&1 || { tail -n 5 $(STUDIES)/{}.log; exit 1; }'; status=$$?; \
 	  cat $(foreach study,$(STUDY_NAMES),$(STUDIES)/$(study)/table.md); exit $$status
 
-decide: env ## the runs that decide the five studies, as docs/studies/questions.md says: hours; goes on after any stop
+decide: env $(if $(filter smollm2,$(MODEL)),smollm2) ## the runs that decide the five studies, as docs/studies/questions.md says: hours; goes on after any stop
 	$(BIN)/sae-harvest --model $(if $(filter auto,$(MODEL)),pocket,$(MODEL)) --out $(DECISIONS)/store
 	for study in $(STUDY_NAMES); do $(BIN)/sae-study $$study --only decisive --cache $(DECISIONS)/store \
 	  --out $(DECISIONS) --set data.batch_tokens=2048 $(STDLIB_PROBES) || exit 1; done
