@@ -217,7 +217,7 @@ def make_language_model(model: PreTrainedModel, source: str | Path | None) -> La
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)  # left open, it may ask to run some
         encoder = make_encoder(tokenizer, str(source))
     except (HarvestError, OSError, ValueError):
         return _without_tokenizer(model)

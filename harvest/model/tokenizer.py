@@ -39,7 +39,11 @@ def load_encoder(source: str | Path, revision: str | None = None) -> TextEncoder
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source,
+            revision=revision,
+            trust_remote_code=False,  # left open, it asks at a terminal whether to run a folder's code
+        )
     except (OSError, ValueError) as error:
         raise TokenizerUnsuitable(
             f"{source} has no tokenizer that can be loaded ({error}). Save one beside the model "

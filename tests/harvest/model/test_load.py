@@ -15,11 +15,14 @@ from saemill.harvest.errors import (
     ContextTooLong,
     LayerOutOfRange,
     ModelUnavailable,
+    TokenizerUnsuitable,
     UnsupportedArchitecture,
     WeightsIncomplete,
 )
 from saemill.harvest.model.architectures import ARCHITECTURES, LLAMA_STYLE
 from saemill.harvest.model.load import ModelFacts, Wanted, load_model, read_facts, truncate
+from saemill.harvest.model.tokenizer import load_encoder
+from saemill.harvest.pocket import MODEL_FOLDER
 
 IDS = torch.arange(3, 15).view(2, 6)
 RESID_2 = Wanted(resid_layers=(2,))
@@ -154,6 +157,17 @@ def test_code_that_comes_with_a_model_is_never_asked_for(tmp_path):
     (tmp_path / "code.py").write_text("raise SystemExit('ran')")
     with pytest.raises(UnsupportedArchitecture, match="'mine'"):
         read_facts(tmp_path)
+
+
+def test_code_that_comes_with_a_tokenizer_is_refused_and_nobody_is_asked(tmp_path, monkeypatch):
+    """A folder of a tokenizer alone: transformers would ask at a terminal, and a yes would run it."""
+    (tmp_path / "tokenizer.json").write_text((MODEL_FOLDER / "tokenizer.json").read_text())
+    config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(TokenizerUnsuitable, match="no tokenizer that can be loaded"):
+        load_encoder(tmp_path)
 
 
 def test_a_folder_without_a_model(tmp_path):
