@@ -39,7 +39,7 @@ STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048
   bench-quality bench-eval bench-gpu measured peers saebench clean
 
 help: ## list the verbs
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 env: $(VENV)/.installed ## create the environment in .venv
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..cache_schema import Store as StoredArrays
-from ..cache_schema.info import describe
+from ..cache_schema.info import facts
 from ..cache_schema.massive import default_multiple
 from ..train.ask.records import DataConfig
 from ..train.data.batches import Batches
@@ -66,7 +66,7 @@ class Store(StoredArrays):
         return f"Store({self.url!r}): {self.manifest.model.id}, layers {layers}, {self.manifest.tokens:,} tokens"
 
     def _repr_html_(self) -> str:
-        found = describe(self)
+        found = facts(self)
         shown = {
             "cache id": found["cache_id"],
             "model": f"{found['model']}, {found['dtype']}, width {found['d_model']:,}",

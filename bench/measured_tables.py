@@ -79,7 +79,8 @@ ABOUT_SPEED = "Ratios of medians; from where to where the rounds went where roun
 ABOUT_QUALITY = (
     "Explained variance on held-out text of a pocket store, 600 steps, {seeds}. Off target is an L0 more than a tenth "
     "from what was asked, or fits too far apart to read a value off between them: no comparison, no claim. In so short "
-    "a run the learning rate decides much, so equal rates come first."
+    "a run the learning rate decides much, so equal rates come first. Of before SAEs began fitted "
+    "([quality.md](quality.md)): `optim.start=drawn` is the start they had."
 )
 
 

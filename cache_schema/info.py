@@ -18,7 +18,16 @@ BUNDLED = "pocket"  # what MODEL=auto takes where the real one is out of reach
 
 
 def describe(store: Store) -> dict[str, Any]:
-    """Plain JSON values; `render` makes a page of them."""
+    """Plain JSON values; `render` makes a page of them. Links and massive rows are read from its shards."""
+    return {
+        **facts(store),
+        "attention_links": {layer: _links(store, layer) for layer in store.manifest.attention.layers},
+        "massive_rows": {layer: _massive_rows(store, layer) for layer in store.manifest.layers},
+    }
+
+
+def facts(store: Store) -> dict[str, Any]:
+    """What the manifest and the commits say; reads no shard."""
     manifest = store.manifest
     index = read_index(store.files, manifest)
     indexed = index.mask(manifest.shards)
@@ -49,8 +58,6 @@ def describe(store: Store) -> dict[str, Any]:
             layer: totals.entries / max(totals.rows, 1) for layer, totals in sorted(index.attention.items())
         },
         "attention_left_out": list(manifest.attention.left_out),
-        "attention_links": {layer: _links(store, layer) for layer in manifest.attention.layers},
-        "massive_rows": {layer: _massive_rows(store, layer) for layer in manifest.layers},
     }
 
 

@@ -36,11 +36,25 @@ from ..train.ask.recipe import Recipe
 from ..train.cli import main as sae_train
 from ..train.complete import beginning_with
 from ..train.disk.whole_files import read_json, replace_file, write_json
-from ..train.recipes import find_recipes, own_evals, runs_of, studies
+from ..train.recipes import find_recipes, runs_of, studies
 from ..train.run.folder import RunFolder
 from .comparisons import Difference, compare
 
 CORE, DECISIVE = "core", "decisive"
+MEASURES = (
+    "explained_variance",
+    "ce_loss_score",
+    "kl_div_score",
+    "frac_alive",
+    "sae_top_1_test_accuracy",
+    "sae_top_5_test_accuracy",
+    "scr_metric_threshold_10",
+    "scr_metric_threshold_50",
+    "tpp_threshold_10_total_metric",
+    "tpp_threshold_50_total_metric",
+)
+"""What SAEs are compared at (`docs/studies/questions.md`). Not what another seed finds again: each number of it is
+about pairs of seeds, so that five of them are not five."""
 SEED = re.compile(r"_seed(\d+)$")
 
 
@@ -161,7 +175,9 @@ def keep_course(course: Course) -> None:
     wanted |= {"evaluation": list(course.evaluation)}
     path = course.out / "course.json"
     if path.is_file():
-        found = {"evaluation": [], **read_json(path)}  # which courses of before did not have
+        found = {"evaluation": [], **read_json(path)}
+        if found.get("seeds") == 3 and course.seeds is None:  # what was written where nothing was said
+            found["seeds"] = None
         if found != wanted:
             raise click.ClickException(
                 f"{course.out} was begun with {json.dumps(found)}, found {json.dumps(wanted)}: "
@@ -272,17 +288,12 @@ def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]
 
 
 def differences(recipe: Recipe, lines: Sequence[Line]) -> list[Difference]:
-    """Of what the study's SAEs are not trained on."""
-    own = {metric for eval_id in own_evals(recipe.study) for metric in _names(eval_id)}
-    measures = [name for eval_id in recipe.evals for name in _names(eval_id) if name not in own | {"l0"}]
+    """At what no SAE is trained on."""
+    known = {name for line in lines for name in line.values}
     values: dict[str, dict[int, dict[str, float | None]]] = {}
     for line in lines:
         values.setdefault(line.family, {})[line.seed] = line.values
-    return compare(values, recipe.against, dict.fromkeys(measures))
-
-
-def _names(eval_id: str) -> list[str]:
-    return [metric.rsplit(".", 1)[-1] for metric in evals.load(eval_id).summary]
+    return compare(values, recipe.against, [name for name in MEASURES if name in known])
 
 
 def _columns(lines: Iterable[Line]) -> list[str]:

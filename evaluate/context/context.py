@@ -14,7 +14,7 @@ from ...cache_schema import Manifest, Store
 from ...cache_schema.massive import Massive, default_multiple, measure_massive
 from ...harvest.errors import HarvestError
 from ...harvest.model.load import read_facts
-from ...harvest.model.resolve import POCKET, Choice, ModelSource, fetch
+from ...harvest.model.resolve import GGUF, POCKET, Choice, ModelSource, fetch
 from ...harvest.model.tokenizer import TextEncoder, load_encoder
 from ...harvest.progress import Watch
 from ..errors import DataMissing, ModelMissing
@@ -161,7 +161,7 @@ def find_model(manifest: Manifest | None, override: str | None) -> ModelSource:
             raise ModelMissing("no store and no model: give --cache or --model")
         return _fetch(Choice(override))
     recorded = manifest.model
-    is_commit = recorded.revision is not None and "-" not in recorded.revision
+    is_commit = recorded.revision is not None and ("-" not in recorded.revision or recorded.revision.startswith(GGUF))
     source = _fetch(Choice(override or recorded.id, recorded.revision if is_commit and override is None else None))
     if recorded.revision is not None and source.revision != recorded.revision:
         raise ModelMissing(

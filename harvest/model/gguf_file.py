@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".gguf"
 RECORD = "gguf.json"
+DIGITS = 16  # of the digest, in a store's revision
 # Tested to come out as they went in. Of Gemma-2 such a file does not say how queries are scaled.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -64,13 +65,30 @@ def convert(file: Path) -> tuple[str, Path]:
         raise ModelUnavailable(f"{file}: there is no such GGUF file; check its path")
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    folder = Path(constants.HF_HOME) / "saemill" / "gguf" / digest[:32]
+    folder = _home() / digest[:32]
     if not _is_whole(folder, digest):
         config = read_header(file)
         with name_full_disk(f"converting {file.name} into {folder}"), _locked(folder):
             if not _is_whole(folder, digest):  # it may have been another's lock
                 _convert(file, digest, folder, config)
     return digest, folder
+
+
+def find_converted(digits: str) -> Path | None:
+    """The folder of a file that was converted here, by the first digits of its digest; the file may be gone."""
+    found = sorted(_home().glob(f"{digits}*/{RECORD}")) if len(digits) == DIGITS else []
+    for record in found:
+        try:
+            digest = str(json.loads(record.read_text())["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if digest.startswith(digits) and _is_whole(record.parent, digest):
+            return record.parent
+    return None
+
+
+def _home() -> Path:
+    return Path(constants.HF_HOME) / "saemill" / "gguf"
 
 
 def read_header(file: Path) -> PretrainedConfig:

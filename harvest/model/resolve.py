@@ -36,13 +36,14 @@ from ...cache_schema.files import FULL_DISK
 from ..errors import ModelUnavailable
 from ..network import NETWORK_ERRORS
 from ..pocket import MODEL_FOLDER
-from .gguf_file import SUFFIX, convert, find_smollm2
+from .gguf_file import DIGITS, SUFFIX, convert, find_converted, find_smollm2
 from .load import CONFIG_FILE, find_weights
 from .room import require_room
 
 AUTO = "auto"
 POCKET = "pocket"
 SMOLLM2 = "smollm2"
+GGUF = "gguf-"  # begins the revision of a model from such a file
 FIRST_CHOICE = "google/gemma-2-2b"
 POCKET_FOLDER = MODEL_FOLDER
 
@@ -131,7 +132,8 @@ def _here(choice: Choice) -> ModelSource | None:
         return _converted(SMOLLM2, find_smollm2())
     folder = Path(choice.name).expanduser()
     if folder.suffix == SUFFIX and not folder.is_dir():
-        return _converted(folder.name, folder)
+        kept = None if folder.is_file() else find_converted((choice.revision or "").removeprefix(GGUF))
+        return ModelSource(folder.name, choice.revision or "", kept) if kept else _converted(folder.name, folder)
     if folder.is_dir():
         return ModelSource(folder.resolve().name, _hash_of(folder), folder)
     snapshot = _cached(choice.name, choice.revision)
@@ -140,7 +142,7 @@ def _here(choice: Choice) -> ModelSource | None:
 
 def _converted(name: str, file: Path) -> ModelSource:
     digest, folder = convert(file)
-    return ModelSource(name, f"gguf-{digest[:16]}", folder)
+    return ModelSource(name, f"{GGUF}{digest[:DIGITS]}", folder)
 
 
 def _cached(model: str, revision: str | None) -> Path | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import click
 import pytest
@@ -169,6 +171,16 @@ def test_what_a_run_was_too_short_for_is_told(tmp_path):
     assert line.remarks == ["a warm-up or onset of 1000 steps took 53"]
 
 
+def test_the_controls_are_those_that_were_written_down():
+    page = (Path(study.__file__).parent.parent / "docs/studies/questions.md").read_text()
+    for name in studies():
+        (row,) = re.findall(rf"^\| {name} \|.*$", page, re.MULTILINE)
+        controls = set(re.findall(r"`(\w+)`", row.split("|")[4]))
+        (decisive,) = [one for one in runs_of(name) if one.name == "decisive"]
+        assert controls == set(decisive.against), name
+        assert set(re.findall(r"`(\w+)`", row.split("|")[3])) <= {sae.label for sae in decisive.saes}
+
+
 def test_differences_are_of_what_is_not_trained_on(tmp_path):
     """Five seeds: one SAE explains 0.1 more than the base, about the same as its control."""
     one = Recipe(
@@ -182,7 +194,7 @@ def test_differences_are_of_what_is_not_trained_on(tmp_path):
     found = {(d.label, d.against): d for d in study.differences(one, lines) if d.measure == "explained_variance"}
     assert found["guided", "base"].verdict == "more" and found["guided", "base"].mean == pytest.approx(0.1, abs=1e-3)
     assert found["guided", "shuffled"].verdict == "no difference shown"
-    assert {d.measure for d in study.differences(one, lines)} == {"explained_variance"}
+    assert {d.measure for d in study.differences(one, lines)} == {"explained_variance"}  # neither L0 nor contribution
     write_tables([(one, lines)], tmp_path, Console(quiet=True))
     assert "| guided | base | explained_variance | +0.1" in (tmp_path / "table.md").read_text()
 

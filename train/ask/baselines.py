@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
+from ...cache_schema.sites import RESID
 from ..errors import ConfigInvalid
 from ..kit import registry
 from .records import Limits, Member
@@ -66,6 +67,8 @@ def _components(member: Member, limits: Limits) -> Iterator[Member]:
     if wanted is None or layer is None:  # a penalty fixes no number
         return
     config_type: Any = registry.config_type(PCA)
-    pca = config_type(layer=layer, k=max(1, round(wanted)))
+    hook = config.request().hook
+    pca = config_type(layer=layer, k=max(1, round(wanted)), hook=hook)
     made = dataclasses.replace(pca, width=int(limits(pca)["width"]))
-    yield Member(f"{PCA}_k{made.k}_layer{layer}", PCA, made)
+    place = f"layer{layer}" if hook == RESID else f"{hook}{layer}"
+    yield Member(f"{PCA}_k{made.k}_{place}", PCA, made)

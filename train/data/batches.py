@@ -50,7 +50,7 @@ class Batches(IterableDataset[Tensor]):
         self._needs = Needs((layers,) if isinstance(layers, int) else tuple(layers))
         unscaled = {layer: replace(s, scale=torch.ones_like(s.scale)) for layer, s in stats.items()}
         self._stats: Mapping[Place, Stats] = {**(stats if scaled else unscaled)}
-        self._epochs, self._rank, self._size = epochs, rank, size
+        self._epochs, self._rank, self._size, self._scaled = epochs, rank, size, scaled
         if epochs is not None and epochs < 1:
             raise ConfigInvalid(f"epochs: expected 1 or more, or None for batches without end, found {epochs}")
         if not self._needs.layers:
@@ -127,6 +127,9 @@ class Batches(IterableDataset[Tensor]):
             "batch_tokens": plan.batch_tokens,
             "pool_tokens": plan.pool_tokens,
             "seed": plan.seed,
+            "scaled": self._scaled,
+            "rank": self._rank,
+            "size": self._size,
             "largest_norms": {str(layer): bound for layer, bound in bounds_of(self._stats).items()},
         }
 

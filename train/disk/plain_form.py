@@ -112,7 +112,10 @@ def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder) -> None:
 def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor) -> None:
     """Thresholds and magnitudes; a jump threshold that is one for all latents begins a batch top-k."""
     match gate, source:
-        case (TopK(), TopK()) | (Relu(), Relu()):
+        case TopK(), TopK():
+            if gate.k != source.k:
+                raise SaeInvalid(f"expected an SAE with {gate.k} active latents, found {source.k}: set --k {source.k}")
+        case Relu(), Relu():
             pass
         case JumpRelu(), JumpRelu():
             gate.raw_threshold.copy_((source.threshold * lengths).expand_as(gate.raw_threshold) / gate.unit)

@@ -89,13 +89,19 @@ class Variant(ABC):
 
     def limits(self, manifest: Manifest, tokens: int) -> Mapping[str, float]:
         """Upper bounds for settings that were not chosen: papers' defaults are for larger models and longer runs."""
-        active = most_active(manifest.model.d_model)
+        width = self.input_width(manifest)
+        active = most_active(width)
         return {
-            "width": 16 * manifest.model.d_model,
+            "width": 16 * width,
             "k": active,
             "target_l0": active,
             "dead_after_tokens": max(1, tokens // self.dead_part()),
         }
+
+    def input_width(self, manifest: Manifest) -> int:
+        """Of what it reads of a layer; the residual's where the store lacks the hook, which is told elsewhere."""
+        hook = self.request().hook
+        return manifest.width_of(hook) if hook in manifest.hooks else manifest.model.d_model
 
 
 def most_active(d_model: int) -> int:

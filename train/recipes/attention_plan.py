@@ -77,7 +77,7 @@ RUNS = (
         ),
         DECISIVE,
         seeds=5,
-        against=("base", "shuffled"),
+        against=("base", "loss", "shuffled"),
         evals=PROBES,
     ),
 )

@@ -68,7 +68,7 @@ RUNS = (
         ),
         DECISIVE,
         seeds=5,
-        against=("base", "nested"),
+        against=("base", "matryoshka", "nested"),
         evals=PROBES,
     ),
 )

@@ -31,6 +31,7 @@ from .trackers import Trackers
 def begin_run(settled: Settled, store: Store, site: Site, out: str, name: str | None) -> Iterator[Run]:
     """A new run, from step 0."""
     fleet, path = make_fleet(settled, store, site), ""
+    _begin_as_source(settled, fleet, store, site)
     with all_or_none(site.group):
         if site.is_first:
             folder = _make_folder(settled, out, name)
@@ -49,6 +50,8 @@ def resume_run(folder: RunFolder, store: Store, site: Site) -> Iterator[Run]:
     settled = settle_again(folder, store)
     fleet = make_fleet(settled, store, site)
     standing = _load_checkpoint(folder, fleet, site)
+    if standing is None:
+        _begin_as_source(settled, fleet, store, site)
     with _open(settled, store, site, folder, fleet, standing) as run:
         yield run
 
@@ -62,10 +65,14 @@ def make_fleet(settled: Settled, store: Store, site: Site) -> Fleet:
     with all_or_none(group):
         stats = check(settled, store, group.size, site.device)
         configs = {member.label: member.config for member in config.members}
-        fleet = Fleet(configs, stats, settled.total_steps, site.device, group, shard)
-        if settled.init is not None:
+        return Fleet(configs, stats, settled.total_steps, site.device, group, shard)
+
+
+def _begin_as_source(settled: Settled, fleet: Fleet, store: Store, site: Site) -> None:
+    """Before the first step, where the SAEs are to begin as one that was trained before."""
+    if settled.init is not None:
+        with all_or_none(site.group):
             begin_fleet_as(settled.init, fleet, store.manifest)
-        return fleet
 
 
 def _make_folder(settled: Settled, out: str, name: str | None) -> RunFolder:

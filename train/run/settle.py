@@ -17,6 +17,7 @@ from ..ask.records import Ask, DataConfig, RunConfig, read_run_config
 from ..data.plan import Plan
 from ..data.split_sizes import measure_split
 from ..errors import ConfigInvalid
+from ..kit.build import require
 from ..kit.contract import Variant
 from .budget import settle_budget
 from .folder import RunFolder, provenance
@@ -67,6 +68,7 @@ def settle(ask: Ask, store: Store) -> Settled:
     init = None if ask.init is None else source_of(Path(ask.init))
     if init is not None:
         members = tuple(map(without_start, members))
+        require(not ask.length().shard_width, "--init: course.shard_width holds parts of tables only; leave one out")
     config = RunConfig(data, replace(ask.length(), tokens=budget.tokens), members)
     return Settled(config, plan, budget.steps, budget.remark, ask.recipe, init)
 

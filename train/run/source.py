@@ -16,6 +16,7 @@ from ..ask.records import Member
 from ..disk.plain_form import begin_as
 from ..engine.fleet import Fleet
 from ..errors import ConfigInvalid, SaeInvalid
+from ..kit.build import require
 from .find_sae import read_folder
 
 
@@ -35,6 +36,7 @@ def source_of(folder: Path) -> Source:
 def without_start(member: Member) -> Member:
     """The same with no start of its own: the source's weights are not to be fitted."""
     config: Any = member.config
+    require(not config.is_baseline, f"{member.label}: a baseline begins at random; leave out --init, or the baseline")
     return replace(member, config=replace(config, optim=replace(config.optim, start="drawn")))
 
 

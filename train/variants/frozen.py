@@ -8,7 +8,7 @@ What an SAE shows that these show too is no finding about what it learned. `part
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -91,4 +91,6 @@ class Config(Wrapping):
         assembly = build_base(self, d_model, stats)
         if self.part == "soft_decoder":
             return assembly.with_extra(ANCHOR, Anchor(assembly.sae.W_dec)).with_constraints(Near(self.cosine))
-        return assembly.with_constraints(Still("W_dec" if self.part == "decoder" else "W_enc"))
+        optim = replace(assembly.optim, weight_decay=0.0)  # which would move what has no gradient
+        still = Still("W_dec" if self.part == "decoder" else "W_enc")
+        return replace(assembly, optim=optim).with_constraints(still)

@@ -7,7 +7,7 @@ as the last time. Nothing is learned by gradient. D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -81,10 +81,10 @@ class Config(SingleLayer):
     """Of at most twice as many latents as the residual is wide."""
 
     def limits(self, manifest: Manifest, tokens: int) -> dict[str, float]:
-        return {**super().limits(manifest, tokens), "width": 2 * manifest.model.d_model}
+        return {**super().limits(manifest, tokens), "width": 2 * self.input_width(manifest)}
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)
-        optim = topk_optim(self.optim, self.width, d_model)
+        optim = replace(topk_optim(self.optim, self.width, d_model), weight_decay=0.0)
         assembly = build_plain(self, d_model, stats, TopK(self.k), (RECONSTRUCTION,), optim, (NoLearning(),))
         return assembly.with_knobs(refit=Refit()).with_extra("covariance", Covariance(d_model))

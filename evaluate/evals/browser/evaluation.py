@@ -36,7 +36,13 @@ from .words import Vocabulary
 
 FORMAT = 1
 LATENT_BYTES = 4000  # on disk, about
-SAME = ("format", "cache_id", "windows", "config")  # where SAEs of another build can stand beside these
+SAME = (
+    "format",
+    "cache_id",
+    "windows",
+    "config",
+    "massive_norms",
+)  # of SAEs that can stand side by side
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
@@ -132,6 +138,7 @@ def describe(
         "build": uuid.uuid4().hex[:12],
         "run": home.name,
         "config": to_json(config),
+        "massive_norms": str(context.massive_multiple),
         "model": manifest.model.id,
         "corpus": manifest.corpus.id,
         "cache_id": manifest.cache_id,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -181,7 +182,7 @@ def write_neuronpedia(folder: Path, exported: Exported, number: int, features: l
             activations.append(
                 {
                     **own,
-                    "id": f"c{int(time.time()):08x}{latent:08x}{place:04x}",
+                    "id": f"c{int(time.time()):08x}{zlib.crc32(exported.source.encode()):08x}{latent:08x}{place:04x}",
                     "index": str(latent),
                     "tokens": example["tokens"],
                     "values": values,

@@ -41,7 +41,8 @@ def making(home: Path, least_bytes: int) -> Iterator[Folder]:
     """The browser of a run; whatever happens, the run has the one of before or the whole new one."""
     path, old = home / MAKING, home / OLD
     try:
-        for left in (path, old):  # by a build that was interrupted
+        _put_back(home)  # a build was interrupted between its two last lines
+        for left in (path, old):
             shutil.rmtree(left, ignore_errors=True)
         require_space(home, least_bytes)
         (path / "data").mkdir(parents=True)
@@ -54,8 +55,15 @@ def making(home: Path, least_bytes: int) -> Iterator[Folder]:
             f"{home / NAME} cannot be written: {error.strerror or error}. It needs about {megabytes(least_bytes)}"
         ) from error
     finally:
+        _put_back(home)
         for left in (path, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _put_back(home: Path) -> None:
+    """The browser of before, where the new one did not take its place."""
+    if (home / OLD).is_dir() and not (home / NAME).exists():
+        (home / OLD).rename(home / NAME)
 
 
 def require_space(home: Path, least_bytes: int) -> None:

@@ -164,6 +164,16 @@ def test_a_file_is_converted_once_and_another_file_again(tiny, make_model, write
     assert convert(tmp_path / "same.gguf")[1] != first[1] and len(made) == 1
 
 
+def test_a_store_finds_its_model_where_the_file_is_not(tiny, tmp_path, monkeypatch):
+    """Elsewhere than where it was harvested: what was converted is known by its digest."""
+    digest, folder = convert(tiny)
+    monkeypatch.chdir(tmp_path)
+    found = fetch(Choice("tiny.gguf", f"gguf-{digest[:16]}"))
+    assert (found.folder, found.revision) == (folder, f"gguf-{digest[:16]}")
+    with pytest.raises(ModelUnavailable, match="there is no such GGUF file"):
+        fetch(Choice("tiny.gguf", "gguf-0123456789abcdef"))
+
+
 @pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json", gguf_file.RECORD])
 def test_a_folder_that_lost_something_is_made_again(tiny, lost):
     _, folder = convert(tiny)

@@ -41,6 +41,12 @@ def test_what_two_saes_share_is_there_once():
     assert sum("frozen" in label for label in seeds) == 6
 
 
+def test_components_are_of_the_same_hook():
+    members = {member.label: member for member in fleet("topk", words=["k=12", "hook=mlp_in"])}
+    assert members["pca_k12_mlp_in19"].config.hook == "mlp_in"
+    assert members["topk_frozen_decoder"].config.hook == "mlp_in"
+
+
 def test_a_penalty_fixes_no_number_of_components():
     assert not [member for member in fleet("standard") if member.variant == "pca"]
 

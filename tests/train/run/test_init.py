@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -61,6 +62,7 @@ def test_an_encoder_that_is_centred_and_one_that_is_not_begin_alike(centres, bat
     ("source", "sae", "message"),
     [
         (("topk", {"width": 64}), ("topk", {}), r"expected an SAE of 96 latents .* found 64 .*: set --width 64"),
+        (("topk", {"k": 2}), ("topk", {}), "expected an SAE with 6 active latents, found 2: set --k 2"),
         (("standard", {}), ("topk", {}), "expected an SAE with the gate TopK, found one with Relu"),
         (("topk", {}), ("positional", {"base": "topk"}), "weights and gate are all there is"),
     ],
@@ -83,6 +85,34 @@ def test_a_run_begins_where_another_ended(big, sae_train, quick, tmp_path):
     assert config["init"]["folder"].endswith("runs/first/topk") and len(config["init"]["sha256"]) == 64
     result = sae_train(*more, "--width", 48, "--name", "third", code=1)
     assert "expected an SAE of 48 latents" in result.output and not (tmp_path / "runs/third").exists()
+
+
+def test_a_run_goes_on_when_its_source_is_gone_and_begins_anew_only_with_it(big, sae_train, quick, tmp_path):
+    first = ["--variant", "topk", "--layer", 3, "--k", 4, "--width", 32, "--cache", big["path"], *quick]
+    sae_train(*first, "--tokens", 640, "--name", "first")
+    more = [*first, "--tokens", 1280, "--init", "first", "--set", "course.checkpoint_every_steps=5", "--name", "second"]
+    sae_train(*more)
+    run = tmp_path / "runs/second"
+    shutil.rmtree(tmp_path / "runs/first")
+    (run / "result.json").unlink()
+    assert "continuing after step" in sae_train("--resume", "second").output
+    shutil.rmtree(run / "checkpoints")
+    (run / "result.json").unlink()
+    assert "is gone" in sae_train("--resume", "second", code=1).output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--with-baselines"], "a baseline begins at random"),
+        (["--set", "course.shard_width=true"], "course.shard_width holds parts of tables only"),
+    ],
+)
+def test_what_does_not_go_with_it_is_told(big, sae_train, quick, tmp_path, words, message):
+    first = ["--variant", "topk", "--layer", 3, "--k", 4, "--width", 32, "--cache", big["path"], *quick]
+    sae_train(*first, "--tokens", 640, "--name", "first")
+    result = sae_train(*first, "--tokens", 640, "--init", "first", *words, code=1)
+    assert message in result.output and not (tmp_path / "runs/run_1").exists()
 
 
 def test_names_that_are_no_sae_end_the_command(big, sae_train, quick):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -35,6 +37,15 @@ def test_a_soft_frozen_decoder_turns_as_far_as_it_may_and_no_further(battery):
     assert cosine.min() == pytest.approx(0.8, abs=1e-5)
     assert (cosine > 0.8 - 1e-5).all()
     torch.testing.assert_close(W_dec.norm(dim=1), torch.ones(len(W_dec)))
+
+
+@pytest.mark.parametrize("part", STILL)
+def test_weight_decay_moves_nothing_that_is_frozen(battery, part):
+    config = battery.quick("frozen", lr=1e-2, part=part)
+    before, sae = trained(
+        battery, dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=0.1))
+    )
+    torch.testing.assert_close(sae.get_parameter(STILL[part]), before[STILL[part]], atol=1e-5, rtol=0)
 
 
 def test_a_cosine_that_is_none_is_refused(battery):
