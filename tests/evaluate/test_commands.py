@@ -166,9 +166,9 @@ def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
     assert table["problems"][0].startswith("no run 'nowhere'") and len(table["results"]) == 1
 
     plain("sae-export", "run_1", "--to", "sparsify", "--out", "exported")
-    recipe = Recipe("run_0", "", (Sae("standard", "standard"),), study="tiered")
+    evals = ("core", "decoder_cosine")
+    recipe = Recipe("run_0", "", (Sae("standard", "standard"),), evals=evals, study="tiered")
     monkeypatch.setattr(study, "runs_of", lambda _: (recipe,))
-    monkeypatch.setattr(study, "OWN_EVAL", {"tiered": "decoder_cosine"})
     plain("sae-study", "tiered", "--cache", small.store, *SHORT[:-2])
 
 
