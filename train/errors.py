@@ -17,6 +17,7 @@ TrainError
 ├── RunTaken (FileExistsError)          the name of a new run is taken
 ├── RunFinished (ValueError)            nothing is left to resume
 ├── CheckpointDamaged (ValueError)      no checkpoint is complete
+├── NotPushed (OSError)                  the Hub does not take an SAE
 ├── TrackerMissing (ImportError)        a tracker's package is not installed
 └── RunInterrupted                      a signal ended the run; its state is saved
 """
@@ -107,6 +108,10 @@ class CheckpointDamaged(TrainError, ValueError):
 
 class CheckpointNotWritten(TrainError, OSError):
     """The run's disk is full, or takes no files."""
+
+
+class NotPushed(TrainError, OSError):
+    """The Hub cannot be reached, or does not take an SAE; nothing was uploaded."""
 
 
 class TrackerMissing(TrainError, ImportError):

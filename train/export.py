@@ -1,4 +1,4 @@
-"""`sae-export`: an SAE from any known folder to any other, with proof that it computes the same."""
+"""`sae-export`: an SAE from any known folder to any other, with proof that it computes the same; or to the Hub."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .disk.plain_form import PlainSae, sae_from_plain
 from .disk.sae_folder import is_of_one_place
 from .errors import RunTaken, SaeInvalid
 from .run.find_sae import find_sae
+from .run.push import push
 
 ROWS = 256
 
@@ -24,21 +25,45 @@ Examples:
   sae-export run_1 --to sparsify --out ./exported
   sae-export run_4/guided --to dictionary_learning --out ./exported
   sae-export ./sparsify/folder --to sae_lens --out ./exported
+  sae-export run_1 --push-to-hub me/my-saes --license mit --private
 """
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("source", shell_complete=complete.runs)
-@click.option("--to", "kind", type=click.Choice(sorted(WRITERS)), required=True, help="Whose folder to write.")
-@click.option("--out", "target", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@click.option("--to", "kind", type=click.Choice(sorted(WRITERS)), help="Whose folder to write.")
+@click.option("--out", "target", type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--push-to-hub", "repository", metavar="OWNER/NAME", help="Upload with a model card instead.")
+@click.option("--private", is_flag=True, help="A new repository of the Hub is private.")
+@click.option("--license", "licence", metavar="NAME", help="The licence that the card names, like mit. Default: none.")
 @click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Where runs are kept.")
-def main(source: str, kind: str, target: Path, runs: str) -> None:
-    """Convert SOURCE: a run, the folder of an SAE (SAELens, sparsify, dictionary_learning), or a Hub repository."""
+def main(
+    source: str,
+    kind: str | None,
+    target: Path | None,
+    repository: str | None,
+    private: bool,
+    licence: str | None,
+    runs: str,
+) -> None:
+    """Convert SOURCE: a run, the folder of an SAE (SAELens, sparsify, dictionary_learning), or a Hub repository.
+
+    Or push it: a run with all its SAEs, one of them, or a folder.
+    """
+    if repository is not None and (kind is not None or target is not None):
+        raise click.UsageError("expected --to and --out, or --push-to-hub, found both")
+    if repository is None and (private or licence is not None):
+        raise click.UsageError("--private and --license are of --push-to-hub OWNER/NAME")
     with tell_errors():
-        folder = find_sae(source, runs)
-        difference = export(folder, kind, target)
-        click.echo(f"{folder} ({kind_of(folder)}) -> {target} ({kind})")
-        click.echo(f"read back, codes and reconstructions differ by {difference:.2g} at most on {ROWS} random rows")
+        if repository is not None:
+            click.echo(f"pushed: {push(source, runs, repository, private, licence)}")
+        elif kind is None or target is None:
+            raise click.UsageError("expected --to KIND and --out FOLDER, or --push-to-hub OWNER/NAME")
+        else:
+            folder = find_sae(source, runs)
+            difference = export(folder, kind, target)
+            click.echo(f"{folder} ({kind_of(folder)}) -> {target} ({kind})")
+            click.echo(f"read back, codes and reconstructions differ by {difference:.2g} at most on {ROWS} random rows")
 
 
 def export(folder: Path, kind: str, target: Path) -> float:

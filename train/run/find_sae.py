@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -107,21 +107,27 @@ def _download(name: str, looked: str) -> Path:
 
 
 def _obstacle(repository: str) -> str | None:
-    """Why the Hub does not give a repository, if so. A name lookup without a network can hang: this one does not."""
+    """Why the Hub does not give a repository, if so."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, and it is not in the local cache"
-    answers: list[str | None] = []
+    answer = ask_hub(lambda: HfApi().repo_info(repository, timeout=ANSWER_SECONDS))
+    is_error = isinstance(answer, Exception)
+    return str(answer).partition("\n")[0] or type(answer).__name__ if is_error else None
 
-    def ask() -> None:
+
+def ask_hub(ask: Callable[[], Any]) -> Any:
+    """What the Hub answers, or the error it ends in. A name lookup without a network can hang: this one does not."""
+    answers: list[Any] = []
+
+    def call() -> None:
         try:
-            HfApi().repo_info(repository, timeout=ANSWER_SECONDS)
-            answers.append(None)
+            answers.append(ask())
         except Exception as error:  # noqa: BLE001  whatever stands in the way is the answer
-            answers.append(str(error).partition("\n")[0] or type(error).__name__)
+            answers.append(error)
 
-    thread = Thread(target=ask, daemon=True)
+    thread = Thread(target=call, daemon=True)
     thread.start()
     thread.join(ANSWER_SECONDS)
-    return answers[0] if answers else f"no answer within {ANSWER_SECONDS:g} seconds"
+    return answers[0] if answers else TimeoutError(f"no answer within {ANSWER_SECONDS:g} seconds")

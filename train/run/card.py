@@ -1,0 +1,202 @@
+"""The model card of SAEs on the Hub: what they are, what they were trained on, how well they do, how to load them.
+
+Names in it come from models, corpora and folders that anybody may have named: none of them is in the header, and in the
+text nothing of them is Markdown.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..disk.sae_folder import PLAIN, read_config
+from ..disk.whole_files import read_json
+
+LIBRARY, TAGS = "saemill", ("sparse-autoencoder", "saemill")
+LONGEST = 200  # characters of a name
+
+
+@dataclass(frozen=True)
+class Described:
+    """One SAE, with all that is on disk about it."""
+
+    place: str
+    """Its folder in the repository; empty where it is the repository's only one."""
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]
+    """Of its run; empty where it has none."""
+    core: Mapping[str, Any]
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return _object(self.config, "metadata")
+
+
+def describe(folder: Path, place: str) -> Described:
+    """What cfg.json, the run's result.json and its core evaluation say of an SAE."""
+    result, core = folder.parent / "result.json", f"evals/core/{folder.name}_eval_results.json"
+    saes = _object(read_json(result), "saes") if result.is_file() else {}
+    found = [home / core for home in (folder.parent, folder) if (home / core).is_file()]
+    return Described(place, read_config(folder), _object(saes, folder.name), read_json(found[0]) if found else {})
+
+
+def write_card(repository: str, saes: Sequence[Described], licence: str | None) -> str:
+    """README.md of a repository."""
+    return "\n".join([*_header(licence), f"# {repository}", "", *_body(repository, saes), ""])
+
+
+def _header(licence: str | None) -> Iterator[str]:
+    yield "---"
+    yield f"library_name: {json.dumps(LIBRARY)}"
+    yield f"tags: {json.dumps(TAGS)}"
+    if licence is not None:
+        yield f"license: {json.dumps(licence)}"
+    yield "---"
+
+
+def _body(repository: str, saes: Sequence[Described]) -> Iterator[str]:
+    count = "A sparse autoencoder" if len(saes) == 1 else f"{len(saes)} sparse autoencoders"
+    yield f"{count} of a language model's activations, trained with saemill."
+    for sae in saes:
+        yield from ("", f"## {plain(sae.place or sae.metadata.get('training_architecture', 'The SAE'))}", "")
+        yield from _table(("", ""), [(name, plain(value)) for name, value in _facts(sae)])
+        measured = list(_measures(sae))
+        if measured:
+            yield ""
+            yield from _table(("measured", "value", "95 % interval"), measured)
+    yield from ("", "## Load", "", *_loading(repository, saes))
+
+
+def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
+    """What it is, and what it was trained on."""
+    config, metadata = sae.config, sae.metadata
+    details = _object(metadata, "training_architecture_details")
+    named = {
+        "variant": metadata.get("training_architecture", config.get("architecture")),
+        "base": details.get("base"),
+        "architecture": config.get("architecture"),
+        "layers": _listed(metadata.get("layers")),
+        "reads": metadata.get("hook_name"),
+        "rebuilds layers": _listed(_other(metadata, "target_layers", "layers")),
+        "writes to": metadata.get("hook_name_out"),
+        "input width": config.get("d_in"),
+        "width": config.get("d_sae"),
+        "k": config.get("k", details.get("k")),
+        "model": metadata.get("model_name"),
+        "revision": metadata.get("model_revision"),
+        "corpus": metadata.get("dataset_path"),
+        "context": metadata.get("context_size"),
+        "training tokens": metadata.get("training_tokens"),
+        "store": metadata.get("cache_id"),
+        "seed": details.get("seed"),
+    }
+    yield from ((name, value) for name, value in named.items() if value not in (None, ""))
+
+
+def _measures(sae: Described) -> Iterator[tuple[str, str, str]]:
+    """Held-out numbers of the run, and of the core evaluation with its intervals."""
+    for name, value, edges in (*_of_training(sae), *_of_core(sae.core)):
+        if _is_number(value):
+            low, high = edges if _is_interval(edges) else (None, None)
+            yield name, _number(value), "" if low is None else f"{_number(low)} to {_number(high)}"
+
+
+def _of_training(sae: Described) -> Iterator[tuple[str, Any, Any]]:
+    result = sae.result or sae.metadata
+    massive = result.get("validation_massive")
+    where = "validation split"
+    yield f"L0, {where}", result.get("l0"), None
+    yield f"explained variance, {where}", result.get("explained_variance"), None
+    yield f"explained variance with massive rows, {where}", result.get("explained_variance_with_massive"), None
+    yield f"massive rows, {where}", massive, None
+    yield f"ordinary rows, {where}", result.get("validation_tokens"), None
+    yield "dead latents", result.get("dead_latents"), None
+
+
+def _of_core(core: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    metrics, ours = _object(core, "eval_result_metrics"), _object(core, "saemill_metrics")
+    edges, massive, kept = (_object(ours, name) for name in ("confidence_95", "massive", "massive_kept"))
+    losses = {**_object(metrics, "model_performance_preservation"), **_object(metrics, "model_behavior_preservation")}
+    own = f", {_of_split(core)}"
+    yield f"explained variance{own}", ours.get("explained_variance"), edges.get("explained_variance")
+    yield f"explained variance with massive rows{own}", ours.get("explained_variance_with_massive"), None
+    yield f"massive rows{own}", massive.get("tokens"), None
+    yield f"L0{own}", _object(metrics, "sparsity").get("l0"), edges.get("l0") if not massive.get("tokens") else None
+    yield f"cross entropy without the SAE{own}", losses.get("ce_loss_without_sae"), None
+    yield f"cross entropy with the SAE{own}", losses.get("ce_loss_with_sae"), edges.get("ce_loss_with_sae")
+    yield f"cross entropy score{own}", losses.get("ce_loss_score"), edges.get("ce_loss_score")
+    yield f"KL divergence score{own}", losses.get("kl_div_score"), edges.get("kl_div_score")
+    if kept.get("tokens"):
+        yield f"cross entropy score, massive rows left as they are{own}", kept.get("ce_loss_score"), None
+
+
+def _of_split(core: Mapping[str, Any]) -> str:
+    settings = _object(_object(core, "saemill"), "settings")
+    return f"{plain(_object(settings, 'config').get('split', 'test'))} split"
+
+
+def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:
+    """In this package, and in SAELens for those that its architectures express."""
+    yield from ("```python", "from saemill.train import load_sae", "")
+    yield from (f"sae = load_sae({json.dumps(_address(repository, sae))})  # raw activations in" for sae in saes)
+    yield "```"
+    known = [sae for sae in saes if sae.config.get("architecture") in PLAIN]
+    others = [sae for sae in saes if sae not in known]
+    if known:
+        yield from ("", "In SAELens:", "", "```python")
+        yield from ("from huggingface_hub import snapshot_download", "from sae_lens import SAE", "")
+        yield f"folder = snapshot_download({json.dumps(repository)})"
+        for sae in known:
+            inside = f' + "/" + {json.dumps(sae.place)}' if sae.place else ""
+            yield f"sae = SAE.load_from_disk(folder{inside})"
+        yield "```"
+    if others:
+        names = ", ".join(plain(sae.place) for sae in others if sae.place) or "this one"
+        yield from ("", f"SAELens has no architecture for {names}.")
+
+
+def _address(repository: str, sae: Described) -> str:
+    return f"{repository}/{sae.place}" if sae.place else repository
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    for row in (head, ["---"] * len(head), *rows):
+        yield f"| {' | '.join(row)} |"
+
+
+def plain(value: Any) -> str:
+    """Text on one line that means itself in Markdown, whatever is in it."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    cut = words if len(words) <= LONGEST else words[:LONGEST] + "…"
+    return html.escape(re.sub(r"([!-%'-+.:;=?@\[-`{-~])", r"\\\1", cut), quote=False)
+
+
+def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = values.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, values)) if isinstance(values, list) else ""
+
+
+def _other(metadata: Mapping[str, Any], name: str, usual: str) -> Any:
+    return metadata.get(name) if metadata.get(name) != metadata.get(usual) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_interval(edges: Any) -> bool:
+    return isinstance(edges, list) and len(edges) == 2 and all(map(_is_number, edges))
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,160 @@
+"""SAEs to the Hugging Face Hub: the folders as they were saved, with a card, in one commit.
+
+Whatever the Hub would refuse is asked before anything of it changes: the token, who may write, what is there already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..disk.formats import kind_of
+from ..disk.sae_folder import CONFIG, EXTRAS, WEIGHTS
+from ..errors import ConfigInvalid, NotPushed, RunMissing, SaeInvalid
+from .card import describe, write_card
+from .find_sae import ask_hub, list_saes
+from .folder import places_of, run_names
+
+CARD = "README.md"
+LONGEST = 300  # characters of what the Hub says
+GIVEN = {".gitattributes"}  # what the Hub puts into a new repository
+
+
+def push(name: str, runs: str | os.PathLike[str], repository: str, private: bool, licence: str | None) -> str:
+    """Upload an SAE, or all of a run; the address of the commit."""
+    _require_names(repository, licence)
+    folders = _local_saes(name, runs)
+    places = {"" if len(folders) == 1 else folder.name: folder for folder in folders}
+    card = write_card(repository, [describe(folder, place) for place, folder in places.items()], licence)
+    files = {
+        str(Path(place, file)): folder / file
+        for place, folder in places.items()
+        for file in (CONFIG, WEIGHTS, EXTRAS)
+        if (folder / file).is_file()
+    }
+    parent = _require_room(repository, files, private)
+    return _commit(repository, files, card, private, parent)
+
+
+def _require_names(repository: str, licence: str | None) -> None:
+    part = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
+    if not re.fullmatch(rf"{part}/{part}", repository, re.ASCII) or re.search(r"--|\.\.", repository):
+        raise ConfigInvalid(f"expected --push-to-hub OWNER/NAME, found {repository!r}")
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+        raise ConfigInvalid(f"expected --license by its name on the Hub, like mit or cc-by-4.0, found {licence!r}")
+
+
+def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
+    """SAEs that lie here, in the form that both this package and SAELens read."""
+    home = next((path for path in places_of(name, runs) if path.is_dir()), None)
+    if home is None:
+        raise RunMissing(f"no SAE {name!r} here to push: the runs in {runs} are {', '.join(run_names(runs)) or 'none'}")
+    folders = list_saes(home)
+    if not folders:
+        raise RunMissing(f"{home} holds no trained SAE: its run has not ended well, or it is another kind of folder")
+    for folder in folders:
+        if kind_of(folder) != "sae_lens":
+            raise SaeInvalid(
+                f"{folder} is of {kind_of(folder)}: convert it first, sae-export {folder} --to sae_lens --out FOLDER"
+            )
+    return [folder.resolve() for folder in folders]
+
+
+def _require_room(repository: str, files: Mapping[str, Path], private: bool) -> str | None:
+    """The commit to go on from where the repository exists; whatever stands in the way ends here, before uploading."""
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise NotPushed("HF_HUB_OFFLINE is set: nothing can be pushed")
+    try:
+        has_token = get_token() is not None
+    except Exception as error:  # noqa: BLE001  of an exchange of tokens, which raises what it likes
+        raise _refusal(repository, error) from None
+    if not has_token:
+        raise NotPushed("no token for the Hugging Face Hub: hf auth login, or HF_TOKEN, with a token that may write")
+    api = HfApi()
+    answer = ask_hub(api.whoami)
+    if isinstance(answer, Exception):
+        raise _refusal(repository, answer)
+    _require_permission(repository.partition("/")[0], answer)
+    found = ask_hub(lambda: api.repo_info(repository, files_metadata=True))
+    if isinstance(found, Exception):
+        if _status(found) == 404:
+            return None
+        raise _refusal(repository, found)
+    if private and not found.private:
+        raise NotPushed(f"{repository} exists and is public: choose another name, or leave --private out")
+    _require_same(repository, found.siblings or [], files)
+    return found.sha
+
+
+def _require_permission(owner: str, answer: Mapping[str, Any]) -> None:
+    """As far as the Hub tells it beforehand: fine-grained tokens say it when they are used."""
+    user = str(answer.get("name", ""))
+    if ((answer.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise NotPushed(f"the token of {user} may only read: make one that may write, then hf auth login")
+    owners = {user.lower(), *(str(one.get("name", "")).lower() for one in answer.get("orgs") or ())}
+    if owner.lower() not in owners:
+        raise NotPushed(f"{user} may not write to {owner}: expected one of {', '.join(sorted(owners))}")
+
+
+def _require_same(repository: str, siblings: Sequence[Any], files: Mapping[str, Path]) -> None:
+    """A repository is empty, or it holds these weights and its card is made anew."""
+    there = {one.rfilename: one for one in siblings if one.rfilename not in GIVEN}
+    weights = [place for place in files if place.endswith(".safetensors")]
+    other = [place for place in weights if place not in there or not _is_same(files[place], there[place])]
+    if there and other:
+        some = ", ".join(sorted(there)[:4])
+        raise NotPushed(
+            f"{repository} exists and holds other content ({some}): choose another name, or delete it there"
+        )
+
+
+def _is_same(path: Path, sibling: Any) -> bool:
+    """By the digest that the Hub keeps: of the file where it lies apart, else of git's blob."""
+    if sibling.lfs is not None:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == sibling.lfs.sha256
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == sibling.blob_id
+
+
+def _commit(repository: str, files: Mapping[str, Path], card: str, private: bool, parent: str | None) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    additions = [CommitOperationAdd(place, path) for place, path in files.items()]
+    additions.append(CommitOperationAdd(CARD, card.encode()))
+    api = HfApi(library_name="saemill")
+    try:
+        if parent is None:
+            api.create_repo(repository, private=private or None, exist_ok=True)
+        what = "SAE" if sum(place.endswith(WEIGHTS) for place in files) == 1 else "SAEs"
+        done = api.create_commit(repository, additions, commit_message=f"{what} and card", parent_commit=parent)
+    except Exception as error:  # noqa: BLE001  the transport of large files is a library of its own
+        raise _refusal(repository, error) from None
+    return done.commit_url
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _refusal(repository: str, error: Exception) -> NotPushed:
+    """In one line, with nothing of the repository changed but that it may exist now."""
+    error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    reason = {
+        401: "the token is not valid: hf auth login",
+        403: "the token may not write there: give it the right, or choose another owner",
+        409: "it changed meanwhile: run this once more",
+        412: "it changed meanwhile: run this once more",
+    }.get(_status(error) or 0)
+    said = " ".join(str(getattr(error, "server_message", None) or error).split())[:LONGEST] or type(error).__name__
+    return NotPushed(f"nothing was pushed to {repository}: {reason or said}")
