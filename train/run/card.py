@@ -103,8 +103,7 @@ def _measures(sae: Described) -> Iterator[tuple[str, str, str]]:
     """Held-out numbers of the run, and of the core evaluation with its intervals."""
     for name, value, edges in (*_of_training(sae), *_of_core(sae.core)):
         if _is_number(value):
-            low, high = edges if _is_interval(edges) else (None, None)
-            yield name, _number(value), "" if low is None else f"{_number(low)} to {_number(high)}"
+            yield name, _number(value), " to ".join(map(_number, edges)) if _is_interval(edges) else ""
 
 
 def _of_training(sae: Described) -> Iterator[tuple[str, Any, Any]]:

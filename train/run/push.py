@@ -149,7 +149,8 @@ def _status(error: Exception) -> int | None:
 
 def _refusal(repository: str, error: Exception) -> NotPushed:
     """In one line, with nothing of the repository changed but that it may exist now."""
-    error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # "Error while uploading", no more
+        error = error.__cause__
     reason = {
         401: "the token is not valid: hf auth login",
         403: "the token may not write there: give it the right, or choose another owner",

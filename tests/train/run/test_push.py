@@ -53,6 +53,7 @@ class Hub(ThreadingHTTPServer):
         self.has_lfs = False
         self.commits = 0
         self.refuses_commits = 0
+        self.refuses_large = 0
         self.user = {"name": "me", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": "write"}}}
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -107,7 +108,10 @@ class Asked(BaseHTTPRequestHandler):
         return {"blobId": blob(b"pointer"), "lfs": {"sha256": digest, "size": len(data), "pointerSize": 134}}
 
     def do_PUT(self):
-        self.server.apart[self.path.strip("/")] = self.rfile.read(int(self.headers["Content-Length"]))
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.server.refuses_large:
+            return self.answer({"error": "refused"}, self.server.refuses_large)
+        self.server.apart[self.path.strip("/")] = data
         return self.answer({})
 
     def do_POST(self):
@@ -389,9 +393,12 @@ def test_what_stands_in_the_way_is_said_before_anything_changes(hub, push, monke
     assert json.dumps(hub.repositories, default=repr) == before
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
 def test_what_is_refused_while_uploading_leaves_no_file(hub, push):
-    hub.refuses_commits = 403
+    hub.has_lfs, hub.refuses_large, hub.refuses_commits = True, 403, 400
     assert "the token may not write there" in push(code=1)
+    hub.refuses_large = 0
+    assert "nothing was pushed to me/saes: refused" in push(code=1)
     assert set(hub.files("me/saes")) == {".gitattributes"}
     hub.refuses_commits = 0
     push()  # the same command goes on
