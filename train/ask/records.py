@@ -99,8 +99,11 @@ class RunConfig:
 
 
 def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
-    """The inverse of `RunConfig.to_json`."""
+    """The inverse of `RunConfig.to_json`. A label is the name of a folder, and may lead nowhere else."""
     try:
+        outside = [label for label in raw["saes"] if not re.fullmatch(r"[\w+-][\w.+-]*", label)]
+        if outside:
+            raise ConfigInvalid(f"{where}: expected labels of SAEs that are names of folders, found {outside[0]!r}")
         members = [
             Member(
                 label, sae["variant"], from_json(registry.config_type(sae["variant"]), _as_begun(sae["config"]), label)

@@ -150,3 +150,11 @@ def test_a_damaged_record_is_named():
 def test_records_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         DataConfig().seed = 1  # pyright: ignore
+
+
+@pytest.mark.parametrize("label", ["../../x", "/tmp/x", "a/b", "..", ""])
+def test_a_foreign_runs_labels_lead_out_of_no_folder(label):
+    (member,) = members([], "topk")
+    raw = RunConfig(DataConfig(), CourseConfig(), (dataclasses.replace(member, label=label),)).to_json()
+    with pytest.raises(ConfigInvalid, match="names of folders"):
+        read_run_config(raw, "config.json")
