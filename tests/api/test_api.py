@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -85,6 +86,8 @@ text: str = repr(evaluate("run_1", evals="core"))
 length: int = len(store.batches(layers=19)) + load_sae("run_1").d_in + same("run_1").d_in + len(Fleet.__name__)
 wrong: int = train(variant="topk")
 """)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/saemill").symlink_to(ROOT, target_is_directory=True)  # checkers do not see an editable install
     checker = [
         sys.executable,
         "-m",
@@ -94,7 +97,10 @@ wrong: int = train(variant="topk")
         sys.executable,
         str(tmp_path / "mine.py"),
     ]
-    said = json.loads(subprocess.run(checker, capture_output=True, text=True).stdout)["generalDiagnostics"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
+    said = json.loads(subprocess.run(checker, capture_output=True, text=True, env=environment).stdout)[
+        "generalDiagnostics"
+    ]
     assert [line["range"]["start"]["line"] + 1 for line in said] == [10], said
 
 

@@ -8,6 +8,7 @@ import torch
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import unit_stats
 from saemill.train.engine import step
+from saemill.train.engine.optim import Optim
 from saemill.train.engine.step import LOOK_EVERY, Trainee
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.kit.registry import config_type
@@ -26,7 +27,9 @@ def as_on_gpu(monkeypatch):
 
 
 def make(variant: str, device: str = "cpu", **settings) -> Trainee:
-    config = config_type(variant)(width=F, k=3, encoder_product="float32", **settings)
+    # As drawn: a fitted start would take minutes with interpreted kernels.
+    optim = Optim(start="drawn")
+    config = config_type(variant)(width=F, k=3, encoder_product="float32", optim=optim, **settings)
     return Trainee(variant, config.build(D), total_steps=40, device=device)
 
 

@@ -120,7 +120,7 @@ def test_the_nearest_other_row(block):
     rows = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
     unit = rows / rows.norm(dim=1, keepdim=True)
     cosines = (unit @ unit.T).fill_diagonal_(-9)
-    torch.testing.assert_close(max_cosine(rows, block), cosines.amax(1))
+    torch.testing.assert_close(max_cosine(rows, block=block), cosines.amax(1))
 
 
 def test_a_lone_latent_has_no_neighbour(builder):
