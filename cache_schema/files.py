@@ -141,8 +141,7 @@ class LocalFiles:
         (self.root / key).unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:
-        place = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
-        return shutil.disk_usage(place).free
+        return free_bytes_at(self.root)
 
     def _name_full_disk(self, key: str) -> AbstractContextManager[None]:
         return name_full_disk(f"writing {key} of {self.url}; committed shards are untouched")
@@ -247,6 +246,12 @@ def _write_all(fd: int, buffers: Sequence[np.ndarray]) -> None:
         view = buffer.data
         while len(view):
             view = view[os.write(fd, view) :]
+
+
+def free_bytes_at(folder: Path) -> int:
+    """Of the disk on which a folder lies, or will lie."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(place).free
 
 
 def sync(path: Path) -> None:

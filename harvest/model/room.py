@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
+from ...cache_schema.files import free_bytes_at
 from ..errors import ModelUnavailable
 
 
 def require_room(name: str, needed: int, folder: Path) -> None:
     """Refuse to begin what the disk cannot hold."""
-    there = next((place for place in (folder, *folder.parents) if place.exists()), None)
-    if there is None:
-        return
-    free = shutil.disk_usage(there).free
+    free = free_bytes_at(folder)
     if needed > free:
         raise ModelUnavailable(
             f"{name}: its files take {needed / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB free. "

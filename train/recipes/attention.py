@@ -87,10 +87,8 @@ RUNS = (
         "decisive",
         "at equal sparsity: does guidance by attention help what it is not trained on, more than links of any text do?",
         (
-            Sae("base", "hierarchical", {"alpha": 0.0}),
-            Sae("guided", "hierarchical", {"alpha": 0.1}),
+            *_with_controls("hierarchical", {"alpha": 0.1}),
             Sae("guided_strongly", "hierarchical", {"alpha": 1.0}),
-            Sae("shuffled", "hierarchical", {"alpha": 0.1, "shuffle_attention": True}),
             Sae("nearest", "hierarchical", {"alpha": 0.1, "links": "nearest"}),
             Sae("same_token", "hierarchical", {"alpha": 0.1, "links": "same_token"}),
         ),

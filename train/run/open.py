@@ -23,7 +23,7 @@ from .preflight import check
 from .progress import Progress
 from .run import Run, Site
 from .settle import Settled, settle_again
-from .source import begin_fleet_as
+from .source import begin_fleet_as, require_unchanged
 from .trackers import Trackers
 
 
@@ -51,6 +51,9 @@ def resume_run(folder: RunFolder, store: Store, site: Site) -> Iterator[Run]:
     fleet = make_fleet(settled, store, site)
     standing = _load_checkpoint(folder, fleet, site)
     if standing is None:
+        if settled.init is not None:
+            with all_or_none(site.group):
+                require_unchanged(settled.init)
         _begin_as_source(settled, fleet, store, site)
     with _open(settled, store, site, folder, fleet, standing) as run:
         yield run

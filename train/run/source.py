@@ -40,11 +40,16 @@ def without_start(member: Member) -> Member:
     return replace(member, config=replace(config, optim=replace(config.optim, start="drawn")))
 
 
-def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
-    """Every SAE of the fleet, before its first step."""
+def require_unchanged(source: Source) -> None:
+    """Refuse to begin again from another SAE than the run was begun from."""
     folder = Path(source.folder)
     if not folder.is_dir() or _digest(folder) != source.sha256:
         raise ConfigInvalid(f"--init {folder}: it is gone, or not what the run was begun from; start the run anew")
+
+
+def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
+    """Every SAE of the fleet, before its first step."""
+    folder = Path(source.folder)
     sae = read_folder(folder)
     told = sae.metadata.get("model_name")
     if told is not None and told.split("/")[-1] != manifest.model.id.split("/")[-1]:

@@ -55,6 +55,23 @@ class NonNegativeThreshold:
         local(sae.gate.raw_threshold).clamp_min_(0.0)
 
 
+@dataclass(frozen=True)
+class Still:
+    """Parameters that keep their first values."""
+
+    names: tuple[str, ...]
+    table_use: ClassVar[TableUse] = "gradients"
+
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        for name in self.names:
+            gradient = sae.get_parameter(name).grad
+            if gradient is not None:
+                gradient.zero_()  # from the first step on, so that Adam never moves it
+
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        pass
+
+
 def _blocks(table: Tensor) -> tuple[Tensor, ...]:
     """The table in runs of rows that stay in cache between two passes."""
     return table.split(BLOCK_ROWS if table.device.type == "cpu" else table.shape[0])

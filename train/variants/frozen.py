@@ -8,7 +8,7 @@ What an SAE shows that these show too is no finding about what it learned. `part
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -18,29 +18,13 @@ from torch.nn import functional
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, TableUse
-from ..kit.build import require
+from ..kit.build import hold_still, require
 from ..kit.wrapping import Wrapping, base_request, build_base
 from ..sae.extra import Extra
 from ..sae.model import SparseAutoencoder
 
 Part = Literal["decoder", "soft_decoder", "encoder"]
 ANCHOR = "anchor"
-
-
-@dataclass(frozen=True)
-class Still:
-    """One weight table keeps its first values."""
-
-    table: str
-    table_use: ClassVar[TableUse] = "gradients"
-
-    def before_step(self, sae: SparseAutoencoder) -> None:
-        gradient = sae.get_parameter(self.table).grad
-        if gradient is not None:
-            gradient.zero_()  # from the first step on, so that Adam never moves it
-
-    def after_step(self, sae: SparseAutoencoder) -> None:
-        pass
 
 
 class Anchor(Extra):
@@ -91,6 +75,4 @@ class Config(Wrapping):
         assembly = build_base(self, d_model, stats)
         if self.part == "soft_decoder":
             return assembly.with_extra(ANCHOR, Anchor(assembly.sae.W_dec)).with_constraints(Near(self.cosine))
-        optim = replace(assembly.optim, weight_decay=0.0)  # which would move what has no gradient
-        still = Still("W_dec" if self.part == "decoder" else "W_enc")
-        return replace(assembly, optim=optim).with_constraints(still)
+        return hold_still(assembly, "W_dec" if self.part == "decoder" else "W_enc")

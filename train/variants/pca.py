@@ -7,7 +7,7 @@ as the last time. Nothing is learned by gradient. D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,28 +15,13 @@ from torch import Tensor
 
 from ...cache_schema import Manifest
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, TableUse
-from ..kit.build import require_sparsity, topk_optim
+from ..engine.compose import Assembly
+from ..kit.build import hold_still, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, build_plain, settings
 from ..sae.extra import Extra
 from ..sae.gates import TopK
 from ..sae.model import SparseAutoencoder
 from ..sae.view import View
-
-
-@dataclass(frozen=True)
-class NoLearning:
-    """No gradient moves anything."""
-
-    table_use: ClassVar[TableUse] = "gradients"
-
-    def before_step(self, sae: SparseAutoencoder) -> None:
-        for parameter in sae.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-
-    def after_step(self, sae: SparseAutoencoder) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -85,6 +70,7 @@ class Config(SingleLayer):
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)
-        optim = replace(topk_optim(self.optim, self.width, d_model), weight_decay=0.0)
-        assembly = build_plain(self, d_model, stats, TopK(self.k), (RECONSTRUCTION,), optim, (NoLearning(),))
+        optim = topk_optim(self.optim, self.width, d_model)
+        assembly = build_plain(self, d_model, stats, TopK(self.k), (RECONSTRUCTION,), optim, ())
+        assembly = hold_still(assembly, *dict(assembly.sae.named_parameters()))
         return assembly.with_knobs(refit=Refit()).with_extra("covariance", Covariance(d_model))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ....cache_schema.files import free_bytes_at
 from ...errors import BrowserUnwritten
 
 NAME = "browser"
@@ -67,7 +68,7 @@ def _put_back(home: Path) -> None:
 
 
 def require_space(home: Path, least_bytes: int) -> None:
-    free = shutil.disk_usage(home).free
+    free = free_bytes_at(home)
     if free < least_bytes:
         raise BrowserUnwritten(
             f"{home / NAME} needs about {megabytes(least_bytes)}, and {megabytes(free)} are free there: "
