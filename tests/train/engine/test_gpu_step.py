@@ -9,21 +9,20 @@ from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import unit_stats
 from saemill.train.engine import step
 from saemill.train.engine.optim import Optim
-from saemill.train.engine.step import LOOK_EVERY, Trainee
+from saemill.train.engine.step import Trainee
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.kit.registry import config_type
-from saemill.train.sae.kernels import hardware
 from saemill.train.sae.side import Side
 from saemill.train.sae.view import View
 
 D, F, B = 8, 20, 8
+LOOK_EVERY = 4  # in these tests: interpreted steps take a second
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture
-def as_on_gpu(monkeypatch):
-    monkeypatch.setattr(hardware, "SERVED", {"cuda", "cpu"})
-    monkeypatch.setattr(hardware, "READ_AT_ONCE", set())
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch):
+    monkeypatch.setattr(step, "LOOK_EVERY", LOOK_EVERY)
 
 
 def make(variant: str, device: str = "cpu", **settings) -> Trainee:
@@ -54,18 +53,17 @@ def test_it_trains_as_on_a_cpu(as_on_gpu, monkeypatch, variant):
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
-def test_a_step_that_broke_is_named_at_the_next_look(as_on_gpu):
+def test_a_step_that_broke_is_named_at_the_next_look(as_on_gpu, quick_selection):
     trainee = make("topk", DEVICE)
     good = batches(1, DEVICE)[0]
-    for _ in range(3):
-        trainee.step(good)
+    trainee.step(good)
     before = {name: tensor.clone() for name, tensor in trainee.sae.state_dict().items()}
     trainee.step(Batch(torch.full_like(good.x, torch.nan)))
-    for _ in range(LOOK_EVERY - 4):
+    for _ in range(LOOK_EVERY - 2):
         trainee.step(good)
     for name, tensor in trainee.sae.state_dict().items():
         assert torch.equal(tensor, before[name]), name  # nothing moved after what broke
-    with pytest.raises(NonFiniteLoss, match="step 3: ") as caught:
+    with pytest.raises(NonFiniteLoss, match="step 1: ") as caught:
         trainee.step(good)
     assert caught.value.is_input_finite is False
 
@@ -77,15 +75,15 @@ def test_no_checkpoint_is_made_of_a_step_that_broke(as_on_gpu):
         trainee.state()
 
 
-def test_it_resumes_to_the_same_bits_between_looks(as_on_gpu):
-    stream = batches(LOOK_EVERY + 6, DEVICE)
+def test_it_resumes_to_the_same_bits_between_looks(as_on_gpu, quick_selection):
+    stream = batches(LOOK_EVERY + 4, DEVICE)
     straight, first, second = (make("topk", DEVICE, dead_after_tokens=24) for _ in range(3))
     for batch in stream:
         straight.step(batch)
-    for batch in stream[: LOOK_EVERY + 3]:
+    for batch in stream[: LOOK_EVERY + 2]:
         first.step(batch)
     second.load_state(first.state())
-    for batch in stream[LOOK_EVERY + 3 :]:
+    for batch in stream[LOOK_EVERY + 2 :]:
         second.step(batch)
     for name, tensor in straight.state().items():
         assert torch.equal(tensor, second.state()[name]), name

@@ -23,6 +23,10 @@ from saemill.train.sae.kernels import hardware
 
 pytest.importorskip("triton")
 
+from saemill.train.sae.kernels.triton import select
+
+from .conftest import top_latents, top_of_batch
+
 ROOT = Path(hardware.__file__).parents[3]
 READ = "aten._local_scalar_dense"
 READS = (READ, "aten.nonzero", "aten.masked_select", "aten.bincount", "aten.unique", "aten._unique")
@@ -118,13 +122,20 @@ def warmed(battery: Any, case: str, device: str = "cpu") -> tuple[Trainee, Batch
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_step_reads_on_the_host(monkeypatch, battery, case):
-    monkeypatch.setattr(hardware, "SERVED", {"cuda", "cpu"})
-    monkeypatch.setattr(hardware, "READ_AT_ONCE", set())
+def test_no_step_reads_on_the_host(as_on_gpu, quick_selection, battery, case):
     trainee, batch = warmed(battery, case)
     with NoWaits():
         report = trainee.step(batch)
     assert all(torch.isfinite(torch.tensor(value)) for value in report.scalars().values())
+
+
+def test_no_selection_reads_on_the_host():
+    """Those of the kernels, which agree with what stands in for them above."""
+    pre = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    with NoWaits():
+        found = (select.top_latents(pre, 2), *select.top_of_batch(pre, 7))
+    for ours, expected in zip(found, (top_latents(pre, 2), *top_of_batch(pre, 7)), strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.gpu
