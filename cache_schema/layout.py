@@ -23,6 +23,7 @@ COMMITS = "commits"
 INDEX = "commits/index.json"
 LOCK = "commits/lock"
 SUMMARY = "stats/summary.json"
+COUNTS = "stats/counts.json"
 BEGINNING = ("tokens", "documents")  # arrays that are whole before the first shard is written
 MAX_CHUNK_BYTES = 2**30  # what is read in part goes through a scratch chunk: no store's chunks may fill the memory
 CHUNK_BYTES = 16 * 2**20  # aim for chunks of this size: large enough to stream, small enough to overlap
@@ -165,8 +166,8 @@ def documents_of(manifest: Manifest) -> dict[str, bytes]:
     return {array_document_key(path): encode_json(document) for path, document in nodes.items()}
 
 
-def encode_json(value: Any) -> bytes:
-    return json.dumps(value, indent=1).encode() + b"\n"
+def encode_json(value: Any, indent: int | None = 1) -> bytes:
+    return json.dumps(value, indent=indent).encode() + b"\n"
 
 
 def parse_array_document(expected: ArrayLayout, document: dict[str, Any]) -> ArrayLayout | None:

@@ -22,6 +22,7 @@ import zarr
 from .buffers import ShardBuffers
 from .chunks import plan_reads, read_chunk, read_with_zarr
 from .commits import CommitRecord, find_committed, read_record
+from .counts import SplitCounts, count_split, read_counts
 from .csr import AttentionCsr
 from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
 from .files import Files, LocalFiles, open_files
@@ -111,6 +112,21 @@ class Store:
         """Tokens and documents of a shard, committed or not: they were written before the first one was."""
         tokens, documents = (self.read_beginning(path, shard) for path in BEGINNING)
         return tokens, documents
+
+    def ids(self, span: Span) -> tuple[np.ndarray, np.ndarray]:
+        """The same of a span."""
+        first, _ = self.manifest.shard_range(span.shard)
+        tokens, documents = self.beginning(span.shard)
+        part = slice(span.start - first, span.stop - first)
+        return tokens[part], documents[part]
+
+    def counts(self, split: str) -> tuple[np.ndarray, SplitCounts]:
+        """How many tokens of each window train (int64 [windows of the split]), and the split's numbers."""
+        spans = self.spans(Request(tokens=True, split=split))
+        found = read_counts(self.files, self.manifest)
+        if found is None:
+            return count_split(self.manifest, map(self.ids, spans))
+        return np.array(found.trainable[slice(*self.manifest.splits[split])], np.int64), found.splits[split]
 
     def read_beginning(self, path: str, shard: int) -> np.ndarray:
         """One of the two."""

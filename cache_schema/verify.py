@@ -10,10 +10,11 @@ import numpy as np
 from .buffers import ShardBuffers
 from .claims import open_claims
 from .commits import CommitRecord, forget, read_index, read_record
+from .counts import read_counts
 from .digest import array_digest, store_digest
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError
 from .files import Files, open_files
-from .layout import BEGINNING, INDEX, SUMMARY, attention_path, documents_of, moments_path
+from .layout import BEGINNING, COUNTS, INDEX, SUMMARY, attention_path, documents_of, moments_path
 from .moments import to_line
 from .reader import Store
 from .request import Request, ShardArrays, Span
@@ -85,11 +86,11 @@ def repair(url: str, damaged: list[int]) -> None:
 
 
 def drop_broken_derived(url: str) -> list[str]:
-    """Remove index and summary where they cannot be read, rewrite array documents; return what was mended."""
+    """Remove index, counts and summary where they cannot be read, rewrite array documents; return what was mended."""
     files = open_files(url)
     manifest = read_root(files).manifest
     mended = []
-    for key, read in ((INDEX, read_index), (SUMMARY, read_summary)):
+    for key, read in ((INDEX, read_index), (SUMMARY, read_summary), (COUNTS, read_counts)):
         try:
             read(files, manifest)
         except ManifestInvalid:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -24,7 +24,8 @@ from .claims import CREATION, open_claims
 from .codecs import encode
 from .commits import CommitRecord, compact, find_committed, write_record
 from .content import ShardContent, ShardPart, lay_out, make_record, validate_content
-from .errors import ShardInvalid, StoreBusy, StoreMismatch
+from .counts import count_all, read_counts, write_counts
+from .errors import ShardCorrupt, ShardInvalid, StoreBusy, StoreMismatch
 from .files import Files, open_files
 from .identity import seal
 from .layout import BEGINNING, ROOT, arrays_of, documents_of, encode_json, record_key, root_document
@@ -151,6 +152,8 @@ class StoreWriter:
             part = ShardPart(self.arrays[path], 0, values)
             self._write_chunks([(part, at) for at in range(part.num_chunks)])
         self.files.settle(BEGINNING)
+        counts = count_all(self.manifest, lambda at: (tokens[at.start : at.stop], documents[at.start : at.stop]))
+        write_counts(self.files, counts)
         self.files.replace(ROOT, encode_json(root_document(self.manifest)))
 
     def _compact_sometimes(self) -> None:
@@ -175,8 +178,11 @@ class StoreWriter:
 
 
 def refresh(files: Files, manifest: Manifest) -> None:
-    """Derive index and summary again from the records and the lines of moments; the caller holds the claim."""
+    """Derive again what is missing of index, counts and summary; the caller holds the claim."""
     index = compact(files, manifest)
+    if read_counts(files, manifest) is None:
+        with Store(files) as store, suppress(ShardCorrupt):  # damaged tokens are counted once they are mended
+            write_counts(files, count_all(manifest, store.ids))
     if not index.mask(manifest.shards).all() or read_summary(files, manifest) is not None:
         return
     with Store(files) as store:

@@ -26,7 +26,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "csr files manifest sources",
         "identity layout request",
         "buffers claims codecs commits moments",
-        "chunks digest root summary",
+        "chunks counts digest root summary",
         "content reader",
         "massive",
         "links",

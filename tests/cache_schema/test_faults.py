@@ -213,13 +213,14 @@ def test_a_root_from_the_future_is_refused_whatever_else_it_says(finished):
         Store.open(folder)
 
 
-@pytest.mark.parametrize("name", ["commits/00002.json", "commits/index.json", "stats/summary.json"])
+@pytest.mark.parametrize("name", ["commits/00002.json", "commits/index.json", "stats/summary.json", "stats/counts.json"])
 def test_records_from_the_future_are_refused(finished, name):
     folder, _ = finished
     edit(folder / name, lambda record: record.update(format=FORMAT + 1, novelty=1))
     with pytest.raises(FormatTooNew, match="Update saemill"), Store.open(folder) as store:
         store.record(2)
         store.moments(3)
+        store.counts("train")
 
 
 @pytest.mark.parametrize("change", [{"cache_id": "0" * 32}, {"context": 9}, {"layers": [3]}])

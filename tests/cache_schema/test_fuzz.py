@@ -32,6 +32,7 @@ CASES = (
     ("inline", "commits/00001.json"),
     ("inline", "commits/index.json"),
     ("inline", "stats/summary.json"),
+    ("inline", "stats/counts.json"),
     ("apart", "zarr.json"),
     ("apart", "tokens/zarr.json"),
     ("apart", "resid/layer_3/zarr.json"),
@@ -151,6 +152,7 @@ def use(folder: Path, via_zarr: bool) -> None:
         for _ in store.stream(EVERYTHING):
             pass
         store.moments(3)
+        store.counts("train")
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from .loader import Loader
 from .plan import BlockPlan, Plan, share, token_order, token_slice, window_order, window_slice
 from .pool import PIECES_IN_FLIGHT, Pool
 from .scaling import Stats, bounds_of
-from .shuffle_quality import ideal_share
 
 
 class Feed:
@@ -68,7 +67,7 @@ class Feed:
     def ideal_share(self) -> float:
         """The share of same-document pairs in a perfectly shuffled batch."""
         sizes = self.plan.sizes
-        return ideal_share(sizes.document_windows if self.is_windowed else sizes.document_tokens)
+        return sizes.same_first_document if self.is_windowed else sizes.same_document
 
     def close(self) -> None:
         self.loader.close()

@@ -18,13 +18,6 @@ def count_pairs(labels: np.ndarray) -> tuple[int, int]:
     return int((counts * (counts - 1)).sum()) // 2, len(labels) * (len(labels) - 1) // 2
 
 
-def ideal_share(group_sizes: np.ndarray) -> float:
-    """The chance that two members drawn at random without replacement are of one group."""
-    sizes = group_sizes.astype(np.float64)
-    total = sizes.sum()
-    return float((sizes * (sizes - 1)).sum() / (total * (total - 1))) if total > 1 else 0.0
-
-
 @dataclass(frozen=True)
 class ShuffleQuality:
     """Pairs counted so far, and what they should have been."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from saemill.cache_schema import Store, to_float32
+from saemill.cache_schema.counts import pair_share
 from saemill.train.data.batch import Kind, Needs
 from saemill.train.data.feed import Feed, held_out
 from saemill.train.data.plan import Plan
@@ -39,8 +40,8 @@ def test_sizes_count_what_trains(store, written):
     sizes = measure_split(store, "train")
     tokens, documents = written["tokens"][:220], written["documents"][:220]
     assert sizes.trainable.tolist() == (tokens != 2).sum(1).tolist()
-    assert sorted(sizes.document_tokens) == sorted(np.unique(documents[tokens != 2], return_counts=True)[1])
-    assert sorted(sizes.document_windows) == sorted(np.unique(documents[:, 0], return_counts=True)[1])
+    assert sizes.same_document == pair_share(np.unique(documents[tokens != 2], return_counts=True)[1])
+    assert sizes.same_first_document == pair_share(np.unique(documents[:, 0], return_counts=True)[1])
     assert sizes.first_window == 0 and sizes.tokens == (tokens != 2).sum()
 
 

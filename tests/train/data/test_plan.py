@@ -14,7 +14,7 @@ from saemill.train.errors import ConfigInvalid
 
 def make_sizes(windows, context=8, first=0, shard=12, chunk=3, seed=0):
     trainable = np.random.default_rng(seed).integers(0, context + 1, windows)
-    return SplitSizes(first, context, shard, chunk, trainable, np.zeros(0, np.int64), np.zeros(0, np.int64))
+    return SplitSizes(first, context, shard, chunk, trainable, 0.0, 0.0)
 
 
 sizes = st.builds(

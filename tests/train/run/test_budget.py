@@ -9,11 +9,9 @@ from saemill.train.data.split_sizes import SplitSizes
 from saemill.train.errors import ConfigInvalid, NothingToTrain, StoreTooShort
 from saemill.train.run.budget import settle_budget
 
-NONE = np.zeros(0, np.int64)
-
 
 def plan(windows=100, tokens=10, batch=50):
-    sizes = SplitSizes(0, 16, 20, 5, np.full(windows, tokens), NONE, NONE)
+    sizes = SplitSizes(0, 16, 20, 5, np.full(windows, tokens), 0.0, 0.0)
     return Plan(sizes, batch_tokens=batch, pool_tokens=400, seed=0)
 
 

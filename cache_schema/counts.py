@@ -1,0 +1,126 @@
+"""stats/counts.json: how many tokens of each window train, so that nobody reads all tokens of a split to begin.
+
+Derived from tokens and documents and written with them. Stores of before lack it: a reader counts for itself there,
+and gets the same numbers. Special tokens are in none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .commits import decode_json
+from .errors import ManifestInvalid
+from .files import Files
+from .layout import COUNTS, encode_json
+from .manifest import Manifest, check_format
+from .moments import is_special
+from .request import Request, Span, spans_of
+from .strict import StrictError, from_json, to_json
+
+Ids = tuple[np.ndarray, np.ndarray]
+"""Tokens and documents [W, T] of some windows."""
+
+_REMEDY = "It can be deleted: `sae-store repair` makes it again"
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """Numbers of one split."""
+
+    tokens: int  # that train
+    same_document: float  # the chance that two of them share a document
+    same_first_document: float  # the chance that two windows begin in one document
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of a store."""
+
+    cache_id: str
+    trainable: tuple[int, ...]  # of each window
+    splits: dict[str, SplitCounts]
+    format: int = 1
+
+
+def trainable(manifest: Manifest, tokens: np.ndarray) -> np.ndarray:
+    """bool, like `tokens`: which of them may train an SAE."""
+    return ~is_special(tokens, manifest.model.special_tokens)
+
+
+def count_split(manifest: Manifest, parts: Iterable[Ids]) -> tuple[np.ndarray, SplitCounts]:
+    """Trainable tokens of each window (int64 [windows]), and the split's numbers."""
+    counts, documents, beginnings = [np.zeros(0, np.int64)], [], []
+    for tokens, ids in parts:
+        trains_WT = trainable(manifest, tokens)
+        counts.append(trains_WT.sum(axis=1, dtype=np.int64))
+        documents.append(_count_runs(ids[trains_WT]))
+        beginnings.append(_count_runs(ids[:, 0]))
+    every = np.concatenate(counts)
+    return every, SplitCounts(int(every.sum()), pair_share(_merged(documents)), pair_share(_merged(beginnings)))
+
+
+def count_all(manifest: Manifest, read: Callable[[Span], Ids]) -> Counts:
+    """Of all splits; `read` gives the tokens and documents of a span."""
+    every, splits = [], {}
+    for split in manifest.splits:
+        counts, splits[split] = count_split(manifest, map(read, spans_of(manifest, Request(split=split))))
+        every.append(counts)
+    return Counts(manifest.cache_id, tuple(np.concatenate(every).tolist()), splits)
+
+
+def pair_share(group_sizes: np.ndarray) -> float:
+    """The chance that two members drawn at random without replacement are of one group."""
+    sizes = group_sizes.astype(np.float64)
+    total = sizes.sum()
+    return float((sizes * (sizes - 1)).sum() / (total * (total - 1))) if total > 1 else 0.0
+
+
+def read_counts(files: Files, manifest: Manifest) -> Counts | None:
+    """None where the store has none."""
+    where = f"{files.url}/{COUNTS}"
+    try:
+        value = decode_json(files.read(COUNTS), where, _REMEDY)
+    except KeyError:
+        return None
+    check_format(value.get("format"), where)
+    try:
+        counts = from_json(Counts, value)
+    except StrictError as error:
+        raise ManifestInvalid(f"{where}: {error}. {_REMEDY}") from None
+    if counts.cache_id != manifest.cache_id or len(counts.trainable) != manifest.windows:
+        raise ManifestInvalid(f"{where} belongs to another store. {_REMEDY}")
+    if not all(0 <= count <= manifest.context for count in counts.trainable):
+        raise ManifestInvalid(f"{where}: expected 0 to {manifest.context} tokens in each window. {_REMEDY}")
+    for split, (start, stop) in manifest.splits.items():
+        found, total = sum(counts.trainable[start:stop]), counts.splits.get(split)
+        if total is None or found != total.tokens:
+            raise ManifestInvalid(
+                f"{where}: expected {total and total.tokens} tokens in the windows of {split}, found {found}. {_REMEDY}"
+            )
+    return counts
+
+
+def write_counts(files: Files, counts: Counts) -> None:
+    files.replace(COUNTS, encode_json(to_json(counts), indent=None))
+
+
+def _count_runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct ids with their counts. Ids come in long runs, so runs are counted and not tokens."""
+    starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])) if len(ids) else np.zeros(0, np.int64)
+    lengths = np.diff(np.concatenate([starts, [len(ids)]]))
+    return _add_up(ids[starts], lengths)
+
+
+def _merged(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    if not parts:
+        return np.zeros(0, np.int64)
+    ids, counts = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return _add_up(ids, counts)[1]
+
+
+def _add_up(ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    distinct, place = np.unique(ids, return_inverse=True)
+    return distinct, np.bincount(place, weights=counts, minlength=len(distinct)).astype(np.int64)
