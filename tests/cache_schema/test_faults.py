@@ -213,7 +213,10 @@ def test_a_root_from_the_future_is_refused_whatever_else_it_says(finished):
         Store.open(folder)
 
 
-@pytest.mark.parametrize("name", ["commits/00002.json", "commits/index.json", "stats/summary.json", "stats/counts.json"])
+RECORDS = ["commits/00002.json", "commits/index.json", "stats/summary.json", "stats/counts.json"]
+
+
+@pytest.mark.parametrize("name", RECORDS)
 def test_records_from_the_future_are_refused(finished, name):
     folder, _ = finished
     edit(folder / name, lambda record: record.update(format=FORMAT + 1, novelty=1))
