@@ -29,6 +29,7 @@ Examples:
   sae-train --variant crosscoder --set layers=18,19 --cache ./store
   sae-train --recipe attention/run_4 --cache ./store
   sae-train --resume run_1
+  torchrun --nproc-per-node 8 --no-python sae-train --spread --variant topk --grid k=16,32,64 --cache ./store
 """
 
 
@@ -72,6 +73,12 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [default: the variant's own]")
 @click.option("--seed", type=int, metavar="N", help="Of the SAE; the order of the data has its own, data.seed.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
+@click.option(
+    "--spread",
+    is_flag=True,
+    help="Several processes (torchrun, accelerate launch) train some of the SAEs each, instead of all on a part of "
+    "every batch.",
+)
 @click.option("--set", multiple=True, metavar="A.B=V", help="Any other setting, such as optim.beta1=0; a list as a,b.")
 @click.option("--grid", multiple=True, metavar="A=V,V", help="A fleet over values, such as k=16,32,64.")
 @click.option(
@@ -89,7 +96,7 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 )
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Pictures of the run when it has ended.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON; all else goes to standard error.")
-def main(*, plots: bool, as_json: bool, device: str, **words: Any) -> None:
+def main(*, plots: bool, as_json: bool, device: str, spread: bool, **words: Any) -> None:
     """Train sparse autoencoders from a store of activations.
 
     Several --variant, or a --grid, train side by side from one read of the store; each gets the bits it
@@ -100,7 +107,7 @@ def main(*, plots: bool, as_json: bool, device: str, **words: Any) -> None:
         from .start import open_site, train_all  # late: --help and completion must not wait for torch
 
         outcomes = []
-        with open_site(device, console) as site:
+        with open_site(device, console, spread) as site:
             for outcome in train_all(words, site):
                 outcomes.append(outcome)
                 tell(console, outcome, plots)

@@ -15,15 +15,16 @@ from .ask.records import Ask, Member
 from .ask.settings import parse_grid, parse_settings
 from .errors import ConfigInvalid
 from .kit.registry import names
-from .parallel.processes import join
+from .parallel.processes import Solo, join
 from .recipes import find_recipes, studies
 from .run.find_sae import find_sae
 from .run.folder import RunFolder, cache_of
 from .run.loop import train
 from .run.open import begin_run, resume_run
 from .run.outcome import Outcome
-from .run.run import Run, Site
+from .run.run import Run
 from .run.settle import settle
+from .run.site import Site
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
@@ -31,9 +32,10 @@ _ALIASES = {"lr": "optim.lr"}
 
 
 @contextmanager
-def open_site(device: str, console: Console) -> Iterator[Site]:
-    """Where this process computes and prints."""
-    site = Site(*join(device), console)
+def open_site(device: str, console: Console, spread: bool = False) -> Iterator[Site]:
+    """Where this process computes and prints; with `spread`, SAEs are dealt out over several processes."""
+    group, place = join(device)
+    site = Site(group, Solo() if spread and group.size > 1 else group, place, console)
     try:
         yield site
     finally:
@@ -66,8 +68,7 @@ def start(ask: Ask, cache: str, out: str, name: str | None, site: Site) -> Outco
     with Store.open(cache) as store:
         settled = settle(ask, store)
         with begin_run(settled, store, site, out, name) as run:
-            if site.is_first:
-                _introduce(run, settled.remark)
+            _introduce(run, settled.remark)
             return train(run)
 
 
@@ -78,11 +79,19 @@ def _go_on(folder: RunFolder, cache: str | None, site: Site) -> Outcome | None:
 
 
 def _introduce(run: Run, remark: str) -> None:
-    """What is about to happen."""
+    """What is about to happen; a collective call."""
+    own = {
+        label: {"process": run.site.group.rank, "cut": sorted(trainee.assembly.cut_short(run.total_steps))}
+        for label, trainee in run.fleet.trainees.items()
+    }
+    told = run.site.collect(own, run.labels)
+    if not run.site.is_first:
+        return
     run.site.console.print(f"{run.folder.path}: {remark}, {run.total_steps} steps on {run.site.device}")
     for member in run.config.members:
-        run.site.console.print(f"  {member.label}: {_settings_of(member)}")
-    cut = {found for trainee in run.fleet.trainees.values() for found in trainee.assembly.cut_short(run.total_steps)}
+        where = f", in process {told[member.label]['process']}" if run.site.is_spread else ""
+        run.site.console.print(f"  {member.label}: {_settings_of(member)}{where}")
+    cut = {tuple(found) for one in told.values() for found in one["cut"]}
     for asked, given in sorted(cut):
         run.site.console.print(f"the run is short: a warm-up or onset of {asked:,} steps takes {given:,}")
     for layer, stats in run.fleet.stats.items():

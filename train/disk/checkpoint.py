@@ -3,7 +3,8 @@
 1. All tensors of each SAE go into one safetensors file, in a folder whose name no reader looks at.
 2. state.json says where the run stands, and the digest of every file and of itself.
 3. Everything is flushed; the folder gets its name; older ones go.
-A reader takes the newest complete one, and says why it skipped newer ones.
+A reader takes the newest complete one, and says why it skipped newer ones. Where processes have SAEs of their own,
+each does 1 for its own in the same folder, and the first does the rest for all.
 
 A GPU's run goes on while its checkpoint is written (`Writer`).
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +27,8 @@ from torch import Tensor
 
 from ...cache_schema.files import sync
 from ...cache_schema.strict import StrictError, from_json, to_json
-from ..errors import CheckpointDamaged, CheckpointNotWritten, ConfigInvalid
+from ..errors import CheckpointDamaged, CheckpointNotWritten, ConfigInvalid, StoppedElsewhere
+from ..parallel.processes import Group, Solo
 from .whole_files import read_json, write_json
 
 KEPT = 2
@@ -67,40 +70,64 @@ class Checkpoint:
     complaints: tuple[str, ...]
 
 
-def save_checkpoint(folder: Path, standing: Standing, tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
-    """Write a checkpoint into `folder` and drop those before the last two."""
+def save_checkpoint(
+    folder: Path, standing: Standing, tensors: Mapping[str, Mapping[str, Tensor]], group: Group | None = None
+) -> None:
+    """Write a checkpoint into `folder` and drop those before the last two; a collective call of a group."""
+    group = group or Solo()
     final = folder / f"step_{standing.step:09d}"
     temporary = folder / f".{final.name}.tmp"
-    for leftover in (temporary, final):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    with _told_to(group):
+        if group.rank == 0:
+            for leftover in (temporary, final):
+                shutil.rmtree(leftover, ignore_errors=True)
+            temporary.mkdir(parents=True)
     digests = {}
-    for label, named in tensors.items():
-        path = temporary / f"{label}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
-        sync(path)
-        digests[path.name] = _digest(path)
-    state = _State(standing, digests)
-    write_json(temporary / "state.json", to_json(replace(state, digest=state.own_digest())))
-    os.rename(temporary, final)
-    sync(folder)
-    for old in list_checkpoints(folder)[KEPT:]:
-        shutil.rmtree(old)
-    return final
+    with _told_to(group):
+        for label, named in tensors.items():
+            path = temporary / f"{label}.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
+            sync(path)
+            digests[path.name] = _digest(path)
+    for text in group.texts(json.dumps(digests)):
+        digests |= json.loads(text)
+    if group.rank == 0:
+        state = _State(standing, digests)
+        write_json(temporary / "state.json", to_json(replace(state, digest=state.own_digest())))
+        os.rename(temporary, final)
+        sync(folder)
+        for old in list_checkpoints(folder)[KEPT:]:
+            shutil.rmtree(old)
+
+
+@contextmanager
+def _told_to(group: Group) -> Iterator[None]:
+    """A file that one process cannot write ends the checkpoint of all: none waits for one that has given up."""
+    failure: Exception | None = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        failure = error
+    if group.any(failure is not None):
+        raise failure or StoppedElsewhere("another process could not write its part of a checkpoint")
 
 
 class Writer:
-    """Writes checkpoints beside training, one at a time. What went wrong is raised by the next call."""
+    """Writes checkpoints beside training, one at a time. What went wrong is raised by the next call.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    A group writes one together: messages of this writer's thread alone may go through it.
+    """
+
+    def __init__(self, folder: Path, group: Group | None = None) -> None:
+        self._folder, self._group = folder, group
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saemill-checkpoint")
-        self._writing: tuple[int, Future[Path]] | None = None
+        self._writing: tuple[int, Future[None]] | None = None
 
     def begin(self, standing: Standing, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write this one as soon as the one before is written; nobody may change the tensors until then."""
         self.finish()
-        self._writing = standing.step, self._thread.submit(save_checkpoint, self._folder, standing, tensors)
+        submitted = self._thread.submit(save_checkpoint, self._folder, standing, tensors, self._group)
+        self._writing = standing.step, submitted
 
     def check(self) -> None:
         """Raise what went wrong so far; waits for nothing."""
@@ -129,12 +156,15 @@ class Writer:
         self._thread.shutdown(wait=True)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest complete checkpoint; None if none was ever written."""
+def load_checkpoint(folder: Path, labels: Collection[str] | None = None) -> Checkpoint | None:
+    """The newest complete checkpoint, with the tensors of these SAEs; None if none was ever written.
+
+    All of it is checked, whichever SAEs are asked for: processes that each load their own take the same one.
+    """
     complaints: list[str] = []
     for path in list_checkpoints(folder):
         try:
-            standing, tensors = _read(path)
+            standing, tensors = _read(path, labels)
         except CheckpointDamaged as error:
             complaints.append(str(error))
         else:
@@ -151,7 +181,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"), reverse=True)
 
 
-def _read(path: Path) -> tuple[Standing, dict[str, dict[str, Tensor]]]:
+def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[str, dict[str, Tensor]]]:
     try:
         state = from_json(_State, read_json(path / "state.json"))
     except (StrictError, ConfigInvalid, OSError) as error:
@@ -164,7 +194,9 @@ def _read(path: Path) -> tuple[Standing, dict[str, dict[str, Tensor]]]:
     for name, digest in state.files.items():
         if not (path / name).is_file() or _digest(path / name) != digest:
             raise CheckpointDamaged(f"{path / name} differs from the file that was written")
-        tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+        label = name.removesuffix(".safetensors")
+        if labels is None or label in labels:
+            tensors[label] = load_file(path / name)
     return state.standing, tensors
 
 

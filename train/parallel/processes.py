@@ -1,7 +1,8 @@
 """The processes of a run: one alone, or several that `accelerate launch` or `torchrun` started.
 
 Each process draws the same batches and works on its share of the rows; what depends on the whole batch
-goes through the calls of `ranks.py`. Only rank 0 writes.
+goes through the calls of `ranks.py`. Where SAEs are spread, each trains its own as if it were alone, and the
+processes only tell each other how it goes. Words and flags go through gloo from host to host: no GPU is waited for.
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ class Group(Ranks, Protocol):
         """Whether it is true in any process; a collective call."""
         ...
 
-    def text(self, value: str) -> str:
-        """The value of rank 0; a collective call."""
+    def texts(self, value: str) -> list[str]:
+        """The value of each process, in rank order; a collective call."""
+        ...
+
+    def beside(self) -> Group:
+        """The same processes, for messages of a thread beside this one's; a collective call."""
         ...
 
     def close(self) -> None: ...
@@ -44,8 +49,11 @@ class Solo(Alone):
     def any(self, flag: bool) -> bool:
         return flag
 
-    def text(self, value: str) -> str:
-        return value
+    def texts(self, value: str) -> list[str]:
+        return [value]
+
+    def beside(self) -> Group:
+        return self
 
     def close(self) -> None:
         pass
@@ -54,39 +62,42 @@ class Solo(Alone):
 class Processes:
     """Several processes over torch.distributed."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)  # all_reduce works in place
-        dist.all_reduce(total)
+        with _all_there():
+            dist.all_reduce(total, group=self._group)
         return total
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Shorter tensors are padded while they are sent."""
-        length = torch.tensor([len(tensor)], device=self._device)
+        length = torch.tensor([len(tensor)])
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
-        dist.all_gather(lengths, length)
+        with _all_there():
+            dist.all_gather(lengths, length, group=self._group)
         longest = int(torch.stack(lengths).max())
         padded = tensor.new_zeros((longest, *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
+        with _all_there():
+            dist.all_gather(parts, padded, group=self._group)
         return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
 
     def any(self, flag: bool) -> bool:
-        return bool(self.sum(torch.tensor([int(flag)], device=self._device)).item())
+        return bool(self.sum(torch.tensor([int(flag)])).item())
 
-    def text(self, value: str) -> str:
-        data = torch.tensor(list(value.encode()), dtype=torch.uint8, device=self._device)
-        length = torch.tensor([len(data)], device=self._device)
-        dist.broadcast(length, 0)
-        if self.rank != 0:
-            data = torch.empty(int(length), dtype=torch.uint8, device=self._device)
-        dist.broadcast(data, 0)
-        return bytes(data.tolist()).decode()
+    def texts(self, value: str) -> list[str]:
+        data = torch.tensor(list(value.encode()), dtype=torch.uint8)
+        return [bytes(part.tolist()).decode() for part in self.gather(data)]
+
+    def beside(self) -> Group:
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup), "every process is in it"
+        return Processes(group)
 
     def close(self) -> None:
         """Let gloo's worker threads come to rest first, and leave.
@@ -98,6 +109,20 @@ class Processes:
         """
         time.sleep(_REST_SECONDS)
         dist.destroy_process_group()
+
+
+@contextmanager
+def _all_there() -> Iterator[None]:
+    """What a collective says when a process has gone, in words."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise StoppedElsewhere(
+            f"another process of the run is gone, or cannot be reached: its own message says why, "
+            f"if it had time to leave one (here: {str(error).strip().splitlines()[0][:200]})"
+        ) from error
 
 
 @contextmanager
@@ -121,9 +146,40 @@ def join(device: str) -> tuple[Group, torch.device]:
         return Solo(), choose_device(device)
     from accelerate import PartialState
 
-    state = PartialState(cpu=choose_device(device).type == "cpu")
-    place = torch.device(state.device or "cpu")
-    return Processes(place), place
+    chosen = choose_device(device)
+    if ":" in device:
+        raise ConfigInvalid(
+            f"device {device} was asked for by each of {os.environ['WORLD_SIZE']} processes, and each takes one of its "
+            f"own: say {chosen.type}, and by CUDA_VISIBLE_DEVICES which there are"
+        )
+    if chosen.type == "cuda":  # accelerate would have nothing for messages between hosts
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    state = PartialState(cpu=chosen.type == "cpu")
+    place, group = torch.device(state.device or "cpu"), Processes()
+    try:
+        require_own_devices(group.texts(_name(place)))
+    except TrainError:
+        group.close()
+        raise
+    return group, place
+
+
+def require_own_devices(names: list[str]) -> None:
+    """Refuse two processes on one GPU: NCCL cannot join them, and each would have half of its memory."""
+    twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    if twice:
+        sharing = ", ".join(str(rank) for rank, name in enumerate(names) if name == twice[0])
+        raise ConfigInvalid(
+            f"expected a GPU for each of {len(names)} processes, found processes {sharing} on one ({twice[0]}): "
+            "start no more processes on a machine than it has GPUs, or with --device cpu"
+        )
+
+
+def _name(device: torch.device) -> str:
+    """Of a GPU, by which two processes know that it is the same; empty for a processor."""
+    if device.type != "cuda":
+        return ""
+    return f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).uuid}"
 
 
 def make_shard(device: torch.device) -> Shard:

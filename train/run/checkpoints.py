@@ -14,8 +14,8 @@ from ..ask.records import CourseConfig
 from ..disk.checkpoint import Standing, Writer
 from ..engine.fleet import Fleet
 from ..errors import RunInterrupted
-from ..parallel.processes import Group
 from .metrics import Watch
+from .site import Site
 
 CLOCK_EVERY_STEPS = 16  # several processes must agree on the time, which costs a message
 
@@ -47,11 +47,12 @@ def catch_signals() -> Iterator[Caught]:
 
 
 class Saver:
-    """Saves checkpoints of a run."""
+    """Saves checkpoints of a run: rank 0 does, and where SAEs are spread each process writes its own into the same."""
 
-    def __init__(self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, group: Group) -> None:
-        self._folder, self._course, self._writer = folder, course, Writer(folder)
-        self._fleet, self._watch, self._group = fleet, watch, group
+    def __init__(self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, site: Site) -> None:
+        self._writer = Writer(folder, site.group.beside() if site.is_spread else None)
+        self._folder, self._course = folder, course
+        self._fleet, self._watch, self._group, self._team = fleet, watch, site.group, site.team
         self._saved_at = time.perf_counter()
 
     def save_if_due(self, steps: int, total_steps: int, caught: Caught) -> None:
@@ -72,7 +73,7 @@ class Saver:
         """Written beside the next steps, unless these would change what is written."""
         self._writer.finish()  # before the state takes as much memory again
         state = self._fleet.state()  # a collective call if weights are sharded
-        if self._group.rank == 0:
+        if self._team.rank == 0:
             self._writer.begin(self._standing(steps), state)
             if self._fleet.lends_state:
                 self._writer.finish()

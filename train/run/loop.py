@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from ..errors import StoppedElsewhere
 from .checkpoints import catch_signals
 from .outcome import Outcome, conclude
 from .run import Run
@@ -14,11 +15,16 @@ from .run import Run
 
 def train(run: Run) -> Outcome | None:
     """Train from the fleet's step to the last; rank 0 returns the results."""
-    run.watch.begin()
-    with catch_signals() as caught:
-        for step in range(run.fleet.steps_taken, run.total_steps):
-            draw = run.feed.draw(step)
-            reports = run.fleet.step(draw)
-            run.watch.observe(step, draw, reports)
-            run.saver.save_if_due(step + 1, run.total_steps, caught)
-    return conclude(run)
+    try:
+        run.watch.begin()
+        with catch_signals() as caught:
+            for step in range(run.fleet.steps_taken, run.total_steps):
+                draw = run.feed.draw(step)
+                reports = run.fleet.step(draw)
+                run.watch.observe(step, draw, reports)
+                run.saver.save_if_due(step + 1, run.total_steps, caught)
+        return conclude(run)
+    except StoppedElsewhere as error:
+        raise StoppedElsewhere(
+            f"{error}. The last checkpoint is whole: go on with: sae-train --resume {run.folder.path}"
+        ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,9 +12,9 @@ from ..data.feed import Feed
 from ..data.shuffle_quality import ShuffleQuality
 from ..disk.checkpoint import Standing
 from ..engine.step import Report
-from ..parallel.processes import Group
 from .folder import MetricsLog
 from .progress import Progress
+from .site import Site
 from .trackers import Trackers
 
 REFRESH_SECONDS = 0.5
@@ -29,12 +29,13 @@ class Watch:
         trackers: Trackers,
         progress: Progress,
         feed: Feed,
-        group: Group,
+        site: Site,
+        labels: Sequence[str],
         every_steps: int,
         total_steps: int,
     ) -> None:
         self.log, self._trackers, self._progress = log, trackers, progress
-        self._feed, self._group = feed, group
+        self._feed, self._site, self._labels = feed, site, labels
         self._every, self._total = every_steps, total_steps
         self.quality = ShuffleQuality(feed.ideal_share)
         self.last: dict[str, dict[str, float]] = {}
@@ -57,7 +58,7 @@ class Watch:
         if step % self._every == 0 or step + 1 == self._total:
             self.quality = self.quality.with_batch(draw.labels(self._feed.is_windowed))
             self._record(step, reports)
-        elif time.perf_counter() - self._refreshed > REFRESH_SECONDS and self._group.rank == 0:
+        elif time.perf_counter() - self._refreshed > REFRESH_SECONDS and self._site.is_first:
             self._show(step, {label: report.scalars() for label, report in reports.items()})
 
     @property
@@ -91,7 +92,8 @@ class Watch:
 
     def _record(self, step: int, reports: Mapping[str, Report]) -> None:
         """One line per SAE. A collective call; rank 0 writes."""
-        self.last = {label: self._mean_over_ranks(report) for label, report in reports.items()}
+        own = {label: self._mean_over_ranks(report) for label, report in reports.items()}
+        self.last = self._site.collect(own, self._labels)
         shared = {
             "step": step,
             "tokens": (step + 1) * self._feed.plan.batch_tokens,
@@ -103,7 +105,7 @@ class Watch:
             if self.log is not None:
                 self.log.write({"sae": label, **shared, **scalars})
             self._trackers.log({f"{label}/{name}": value for name, value in scalars.items()}, step)
-        if self._group.rank == 0:
+        if self._site.is_first:
             self._show(step, self.last)
 
     def _show(self, step: int, scalars: Mapping[str, Mapping[str, float]]) -> None:
@@ -111,8 +113,8 @@ class Watch:
         self._progress.show(step + 1, scalars, self.tokens_per_second)
 
     def _mean_over_ranks(self, report: Report) -> dict[str, float]:
-        scalars, size = report.scalars(), self._group.size
-        if size == 1:
+        scalars, team = report.scalars(), self._site.team
+        if team.size == 1:
             return scalars
-        values = torch.tensor(list(scalars.values()), device=self._feed.device) * report.weight
-        return dict(zip(scalars, (self._group.sum(values) / size).tolist(), strict=True))
+        values = torch.tensor(list(scalars.values())) * report.weight
+        return dict(zip(scalars, (team.sum(values) / team.size).tolist(), strict=True))

@@ -21,9 +21,11 @@ from .folder import MetricsLog, RunFolder
 from .metrics import Watch
 from .preflight import check
 from .progress import Progress
-from .run import Run, Site
+from .run import Run
 from .settle import Settled, settle_again
+from .site import Site
 from .source import begin_fleet_as, require_unchanged
+from .spread import members_of
 from .trackers import Trackers
 
 
@@ -37,7 +39,7 @@ def begin_run(settled: Settled, store: Store, site: Site, out: str, name: str | 
             folder = _make_folder(settled, out, name)
             folder.write_config(settled.describe(store))
             path = str(folder.path)
-    folder = RunFolder.at(site.group.text(path))
+    folder = RunFolder.at(site.group.texts(path)[0])
     with _open(settled, store, site, folder, fleet, None) as run:
         yield run
 
@@ -63,12 +65,13 @@ def make_fleet(settled: Settled, store: Store, site: Site) -> Fleet:
     """The SAEs as they are before the first step: what their configs can refuse, they refuse here."""
     take_device(site.device)
     keep_large_blocks()
-    config, group = settled.config, site.group
-    shard = make_shard(site.device) if config.course.shard_width and group.size > 1 else None
-    with all_or_none(group):
-        stats = check(settled, store, group.size, site.device)
-        configs = {member.label: member.config for member in config.members}
-        return Fleet(configs, stats, settled.total_steps, site.device, group, shard)
+    is_sharded = settled.config.course.shard_width and site.group.size > 1
+    with all_or_none(site.group):
+        members = members_of(settled.config, store.manifest.model.d_model, site)
+        stats = check(settled, store, members, site.team.size, site.device)
+        shard = make_shard(site.device) if is_sharded else None
+        configs = {member.label: member.config for member in members}
+        return Fleet(configs, stats, settled.total_steps, site.device, site.team, shard)
 
 
 def _begin_as_source(settled: Settled, fleet: Fleet, store: Store, site: Site) -> None:
@@ -88,7 +91,7 @@ def _make_folder(settled: Settled, out: str, name: str | None) -> RunFolder:
 def _load_checkpoint(folder: RunFolder, fleet: Fleet, site: Site) -> Standing | None:
     """Bring the fleet to where the last whole checkpoint left it."""
     with all_or_none(site.group):
-        found = load_checkpoint(folder.checkpoints)
+        found = load_checkpoint(folder.checkpoints, fleet.trainees)
     say = site.console.print if site.is_first else (lambda *_, **__: None)
     if found is None:
         say("no checkpoint found: starting at step 0")
@@ -105,30 +108,31 @@ def _open(
     settled: Settled, store: Store, site: Site, folder: RunFolder, fleet: Fleet, standing: Standing | None
 ) -> Iterator[Run]:
     """Put the parts together, as the checkpoint left them if there is one; close them at the end."""
-    config, group, steps = settled.config, site.group, settled.total_steps
+    config, team, steps = settled.config, site.team, settled.total_steps
     with ExitStack() as open_things:
         needs = fleet.needs.values()
-        feed = Feed(store, settled.plan, needs, fleet.stats, site.device, group.rank, group.size, steps)
+        feed = Feed(store, settled.plan, needs, fleet.stats, site.device, team.rank, team.size, steps)
         open_things.callback(feed.close)
-        log, trackers, progress = _open_outlets(settled, site, folder, fleet, standing)
-        watch = Watch(log, trackers, progress, feed, group, config.course.metrics_every_steps, steps)
+        log, trackers, progress = _open_outlets(settled, site, folder, fleet.steps_taken, standing)
+        labels = [member.label for member in config.members]
+        watch = Watch(log, trackers, progress, feed, site, labels, config.course.metrics_every_steps, steps)
         open_things.callback(watch.close)
         if standing is not None:
             watch.go_on(standing)
-        saver = Saver(folder.checkpoints, config.course, fleet, watch, group)
+        saver = Saver(folder.checkpoints, config.course, fleet, watch, site)
         open_things.callback(saver.close)
         yield Run(folder, config, steps, store, feed, fleet, watch, saver, site)
 
 
 def _open_outlets(
-    settled: Settled, site: Site, folder: RunFolder, fleet: Fleet, standing: Standing | None
+    settled: Settled, site: Site, folder: RunFolder, done: int, standing: Standing | None
 ) -> tuple[MetricsLog | None, Trackers, Progress]:
     """What a run writes to and shows: only rank 0 does either. The log is cut back to the checkpoint."""
-    labels, steps = list(fleet.trainees), settled.total_steps
+    labels, steps = [member.label for member in settled.config.members], settled.total_steps
     if not site.is_first:
         return None, Trackers((), folder.path, {}), Progress(site.console, labels, steps, 0, is_quiet=True)
     trackers = Trackers(settled.config.course.trackers, folder.path, folder.read_config())
-    progress = Progress(site.console, labels, steps, fleet.steps_taken, is_quiet=False)
+    progress = Progress(site.console, labels, steps, done, is_quiet=False)
     log = MetricsLog(folder.metrics)
     log.cut(standing.metrics_bytes if standing else 0)
     return log, trackers, progress

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...cache_schema.massive import Massive
 from ...cache_schema.sites import RESID, SAE_LENS_NAMES, Place, Site
-from ...cache_schema.strict import to_json
+from ...cache_schema.strict import from_json, to_json
 from ..ask.records import Member
 from ..data.batch import Needs
 from ..data.feed import held_out
@@ -77,16 +76,27 @@ class Outcome:
 
 def conclude(run: Run) -> Outcome | None:
     """Validate, save and write, on rank 0."""
-    with run.fleet.gather_weights(), all_or_none(run.site.group):  # the others wait
-        return _finish(run) if run.site.is_first else None
+    own: dict[str, Any] = {}
+    with run.fleet.gather_weights(), all_or_none(run.site.group):
+        if run.site.team.rank == 0:  # the others wait
+            own = {label: to_json(outcome) for label, outcome in _measure_and_save(run).items()}
+    found = run.site.collect(own, run.labels)
+    with all_or_none(run.site.group):
+        if not run.site.is_first:
+            return None
+        outcome = _outcome(run, {label: from_json(SaeOutcome, raw, label) for label, raw in found.items()})
+        run.folder.write_result(to_json(outcome))
+        return outcome
 
 
-def _finish(run: Run) -> Outcome:
-    outcome = _outcome(run, validate(run.fleet, _held_out(run)))
+def _measure_and_save(run: Run) -> dict[str, SaeOutcome]:
+    """The SAEs of this process."""
+    found, outcomes = validate(run.fleet, _held_out(run)), {}
     for member in run.config.members:
-        _save(run, member, outcome.saes[member.label])
-    run.folder.write_result(to_json(outcome))
-    return outcome
+        if member.label in found:
+            outcomes[member.label] = _sae_outcome(run, member, found[member.label])
+            _save(run, member, outcomes[member.label])
+    return outcomes
 
 
 def _held_out(run: Run) -> Any:
@@ -100,7 +110,7 @@ def _held_out(run: Run) -> Any:
     )
 
 
-def _outcome(run: Run, found: Mapping[str, HeldOut]) -> Outcome:
+def _outcome(run: Run, saes: dict[str, SaeOutcome]) -> Outcome:
     watch, quality = run.watch, run.watch.quality
     tokens = run.total_steps * run.config.data.batch_tokens
     return Outcome(
@@ -114,7 +124,7 @@ def _outcome(run: Run, found: Mapping[str, HeldOut]) -> Outcome:
         same_document_share=quality.share,
         same_document_ideal=quality.ideal,
         same_document_ratio=quality.ratio,
-        saes={member.label: _sae_outcome(run, member, found[member.label]) for member in run.config.members},
+        saes=saes,
         massive={_key(layer): _massive_rows(one.massive) for layer, one in run.fleet.stats.items() if one.massive},
     )
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from ...cache_schema import Request, Store
+from ...cache_schema import Store
 from ...cache_schema.massive import any_ordinary, measure_massive
 from ...cache_schema.request import validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
+from ..ask.records import Member
 from ..data.feed import joint_request
 from ..data.scaling import Stats, bounds_of, stats_from_moments, stats_of_ordinary
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain
@@ -19,8 +20,13 @@ from .settle import Settled
 from .trackers import require_trackers
 
 
-def check(settled: Settled, store: Store, processes: int, device: torch.device) -> dict[Place, Stats]:
-    """Refuse what cannot run; the statistics of each layer that is read, which are finite."""
+def check(
+    settled: Settled, store: Store, members: Sequence[Member], processes: int, device: torch.device
+) -> dict[Place, Stats]:
+    """Refuse what cannot run; the statistics of each layer that is read, which are finite.
+
+    `members`: those of this process, whose rows are shared out over `processes`.
+    """
     config, manifest = settled.config, store.manifest
     require_trackers(config.course.trackers)
     for member in config.members:
@@ -30,7 +36,7 @@ def check(settled: Settled, store: Store, processes: int, device: torch.device) 
     store.spans(request)
     _require_held_out(settled, store)
     _require_batches(settled, processes)
-    _require_memory(settled, store, request, processes, device)
+    _require_memory(settled, store, members, processes, device)
     places = [place_of(*site) for site in request.sites]
     stats = {place: layer_stats(store, place, config.data.massive_norms) for place in places}
     _require_ordinary_held_out(settled, store, bounds_of(stats))
@@ -66,13 +72,16 @@ def _require_batches(settled: Settled, processes: int) -> None:
         )
 
 
-def _require_memory(settled: Settled, store: Store, request: Request, processes: int, device: torch.device) -> None:
+def _require_memory(
+    settled: Settled, store: Store, members: Sequence[Member], processes: int, device: torch.device
+) -> None:
     config, plan, manifest = settled.config, settled.plan, store.manifest
+    request = joint_request((member.config.request() for member in members), "train")
     element = 4 if manifest.model.dtype == "float32" else 2
     window_bytes = manifest.context * element * sum(manifest.width_of(site.hook) for site in request.sites)
     pool_bytes = (1 if plan.is_one_block else 2) * plan.max_windows * window_bytes
     shards = processes if config.course.shard_width else 1
-    require_room(config.members, manifest.model.d_model, plan.batch_tokens // processes, pool_bytes, shards, device)
+    require_room(members, manifest.model.d_model, plan.batch_tokens // processes, pool_bytes, shards, device)
 
 
 def _held_out_windows(settled: Settled, store: Store) -> int:

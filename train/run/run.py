@@ -4,31 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from rich.console import Console
-
 from ...cache_schema import Store
 from ..ask.records import RunConfig
 from ..data.feed import Feed
 from ..engine.fleet import Fleet
-from ..parallel.processes import Group
 from .checkpoints import Saver
 from .folder import RunFolder
 from .metrics import Watch
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """Where a run computes, and where it prints."""
-
-    group: Group
-    device: torch.device
-    console: Console
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the process that writes and prints."""
-        return self.group.rank == 0
+from .site import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,3 +27,8 @@ class Run:
     watch: Watch
     saver: Saver
     site: Site
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All SAEs of the run; the fleet holds those of this process."""
+        return tuple(member.label for member in self.config.members)

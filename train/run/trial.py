@@ -11,8 +11,8 @@ from ...cache_schema import Store
 from ..data.feed import Feed
 from ..data.plan import Plan
 from .open import make_fleet
-from .run import Site
 from .settle import Settled
+from .site import Site
 
 WARM, MOST = 2, 30  # steps
 SECONDS = 3.0

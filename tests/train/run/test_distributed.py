@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import socket
 from contextlib import suppress
 
@@ -20,9 +21,9 @@ def free_port():
 
 
 def launch(spawn, words, codes=(0, 0), **options):
-    """The command as `torchrun` would start it, twice; what each said, which ended with its exit code."""
-    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [spawn(*words, **where, RANK=str(r), LOCAL_RANK=str(r), **options) for r in range(2)]
+    """The command as `torchrun` would start it, once for each code; what each said, which ended with its exit code."""
+    where = {"WORLD_SIZE": str(len(codes)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [spawn(*words, **where, RANK=str(r), LOCAL_RANK=str(r), **options) for r in range(len(codes))]
     said = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == list(codes), said
     return said
@@ -75,7 +76,7 @@ def build():
     return config_type("topk")(layer=0, width=40, k=3, encoder_product="float32").build(8)
 
 def trainee():
-    return Trainee("one", build(), 6, cpu, Processes(cpu), make_shard(cpu))
+    return Trainee("one", build(), 6, cpu, Processes(), make_shard(cpu))
 
 def rows(at):
     return torch.randn(64, 8, generator=torch.Generator().manual_seed(at))
@@ -84,7 +85,7 @@ def step(trainee, at):
     trainee.step(Batch(rows(at)[:20] if rank == 0 else rows(at)[20:]))
 
 counts = torch.arange(3)
-assert Processes(cpu).sum(counts).tolist() == [0, 2, 4]
+assert Processes().sum(counts).tolist() == [0, 2, 4]
 assert counts.tolist() == [0, 1, 2], "changed in place"
 straight, alone = trainee(), Trainee("one", build(), 6)
 for tensor in (straight.sae.W_enc, straight.sae.W_dec, *straight.optimiser._first.values()):
@@ -115,13 +116,83 @@ try:
     raise AssertionError("rank 1 went on alone")
 except NonFiniteLoss as error:
     assert "reconstruction = nan" in str(error)
-Processes(cpu).close()
+Processes().close()
 """
 
 
 def test_each_process_holds_half_and_resumes_to_the_same_bits(spawn):
     """Weights and moments by rows; 3 steps, a state, 3 steps equal 6 straight, and those of one process."""
     launch(spawn, [], code=SHARDED)
+
+
+SPREAD = """
+import os, signal, sys
+from rich.console import Console
+from saemill.train.cli import main
+from saemill.train.command import tell_errors
+from saemill.train.engine.fleet import Fleet
+from saemill.train.start import open_site, train_all
+
+words = main.make_context("sae-train", sys.argv[1:]).params
+take_step = Fleet.step
+
+def die_at_12(self, draw):
+    if site.group.rank == 1 and self.steps_taken == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take_step(self, draw)
+
+with tell_errors(), open_site("cpu", Console(soft_wrap=True), spread=True) as site:
+    list(train_all({**words, "name": "two"}, site))
+    Fleet.step = die_at_12
+    list(train_all({**words, "name": "lost"}, site))
+"""
+
+FLEET = ["--variant", "topk", "--variant", "batchtopk", "--variant", "temporal", "--set", "topk.width=61"]
+FLEET += ["--set", "course.checkpoint_every_steps=5", "--set", "course.metrics_every_steps=4"]
+
+
+def test_spread_saes_have_the_bits_of_one_process_and_outlive_a_lost_one(
+    big, spawn, sae_train, quick, same_bits, tmp_path
+):
+    """Three SAEs in two processes, to the end; and again until one process is killed in a step: the other says so,
+    and the last checkpoint goes on in a single process."""
+    words = [*FLEET, *quick, "--cache", big["path"], "--tokens", 64 * 20]
+    one, two, lost = (tmp_path / "runs" / name for name in ("one", "two", "lost"))
+    sae_train(*words, "--name", "one")
+    first, _ = launch(spawn, words, codes=(1, -9), code=SPREAD)
+    same_bits(two, one)
+    config, results = (
+        [json.loads((run / name).read_text()) for run in (one, two)] for name in ("config.json", "result.json")
+    )
+    assert config[0] == config[1]
+    moving = {"run", "seconds", "tokens_per_second", "first_wait_seconds", "waiting_share", "saes"}
+    assert {k: v for k, v in results[0].items() if k not in moving} == {
+        k: v for k, v in results[1].items() if k not in moving
+    }
+    assert list(results[1]["saes"]) == ["topk", "batchtopk", "temporal"]
+    for label, sae in results[0]["saes"].items():
+        assert {**sae, "folder": str(two / label)} == results[1]["saes"][label]
+    assert "in process 0" in first and "in process 1" in first
+    assert "another process of the run is gone" in first and f"sae-train --resume {lost}" in first
+    assert "Traceback" not in first
+    assert [path.name for path in sorted((lost / "checkpoints").iterdir())] == ["step_000000005", "step_000000010"]
+    assert "continuing after step 10" in sae_train("--resume", "lost", "--device", "cpu").output
+    same_bits(lost, one)
+
+
+@pytest.mark.slow
+def test_spread_saes_go_on_in_any_number_of_processes(big, spawn, sae_train, quick, same_bits, tmp_path):
+    words = [*FLEET, *quick, "--cache", big["path"], "--tokens", 64 * 20]
+    sae_train(*words, "--name", "one")
+    shutil.copytree(tmp_path / "runs/one", tmp_path / "runs/begun")
+    (tmp_path / "runs/begun/result.json").unlink()
+    shutil.rmtree(tmp_path / "runs/begun/checkpoints/step_000000020")
+    first, *others = launch(spawn, ["--resume", "begun", "--spread", "--device", "cpu"], codes=(0, 0, 0))
+    assert "continuing after step 15" in first and others == ["", ""]
+    same_bits(tmp_path / "runs/begun", tmp_path / "runs/one")
+    for said in launch(spawn, [*words, "--spread", "--name", "four"], codes=(1, 1, 1, 1)):
+        assert "expected an SAE or more for each of 4 processes, found 3" in said
+    assert not (tmp_path / "runs/four").exists()
 
 
 def test_what_one_process_is_refused_ends_both(big, spawn, quick, tmp_path):

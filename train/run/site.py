@@ -1,0 +1,43 @@
+"""Where a run computes: its processes, this one's device, and how they tell each other of their SAEs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..parallel.processes import Group
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where a run computes, and where it prints."""
+
+    group: Group
+    """All processes of the launch."""
+    team: Group
+    """Those of them that train the same SAEs as this one: all, or this one alone where SAEs are spread."""
+    device: torch.device
+    console: Console
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether each process trains SAEs of its own."""
+        return self.team is not self.group
+
+    def collect(self, own: Mapping[str, Any], labels: Iterable[str]) -> dict[str, Any]:
+        """What each process has of its SAEs, as JSON, in the order of the labels; a collective call if spread."""
+        found = dict(own)
+        if self.is_spread:
+            for text in self.group.texts(json.dumps(own)):
+                found |= json.loads(text)
+        return {label: found[label] for label in labels if label in found}
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.group.rank == 0
