@@ -79,7 +79,7 @@ class Fleet:
             except NonFiniteLoss as error:
                 raise self._add_place(label, error, draw) from None
             except torch.OutOfMemoryError as error:
-                raise _out_of_memory(label, error, draw.device) from None
+                raise out_of_memory(f"{label}: {draw.device} has no memory left for a step", error) from None
         return reports
 
     @property
@@ -147,12 +147,12 @@ def _locate(label: str, error: NonFiniteLoss, draw: Draw, kind: Kind, ranks: Ran
     return NonFiniteLoss(error.step, error.terms, f"{label}, {place} ({DIVERGED})")
 
 
-def _out_of_memory(label: str, error: torch.OutOfMemoryError, device: torch.device) -> MemoryTooSmall:
+def out_of_memory(what: str, error: torch.OutOfMemoryError) -> MemoryTooSmall:
     """What was asked for and what was free, in the allocator's first sentences, and what to change."""
     said = ". ".join(str(error).split(". ")[:3])
     return MemoryTooSmall(
-        f"{label}: {device} has no memory left for a step ({said}). The last checkpoint is complete. "
-        "Choose fewer SAEs at once, a smaller --width, data.batch_tokens or data.pool_tokens, or another --device"
+        f"{what} ({said}). Choose fewer SAEs at once, a smaller --width, data.batch_tokens or data.pool_tokens, "
+        "or another --device"
     )
 
 

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from ..errors import StoppedElsewhere
+from ..disk.checkpoint import list_checkpoints
+from ..errors import MemoryTooSmall, StoppedElsewhere
 from .checkpoints import catch_signals
 from .outcome import Outcome, conclude
 from .run import Run
@@ -24,7 +25,8 @@ def train(run: Run) -> Outcome | None:
                 run.watch.observe(step, draw, reports)
                 run.saver.save_if_due(step + 1, run.total_steps, caught)
         return conclude(run)
-    except StoppedElsewhere as error:
-        raise StoppedElsewhere(
-            f"{error}. The last checkpoint is whole: go on with: sae-train --resume {run.folder.path}"
-        ) from error
+    except (StoppedElsewhere, MemoryTooSmall) as error:
+        saved = f"The last checkpoint is whole: go on with: sae-train --resume {run.folder.path}"
+        if not list_checkpoints(run.folder.checkpoints):
+            saved = "No checkpoint had been written"
+        raise type(error)(f"{error}. {saved}") from error

@@ -18,20 +18,27 @@ _GIB = 2**30
 def require_room(
     members: Iterable[Member], d_model: int, batch_tokens: int, pool_bytes: int, shards: int, device: torch.device
 ) -> None:
-    """Refuse a run that cannot fit, with what it needs."""
+    """Refuse a run that cannot fit: with what it needs, what is free, and what to change of the largest part."""
     members = tuple(members)
     weights = {member.label: weight_bytes(member, d_model, shards) for member in members}
-    step = max(step_bytes(member, d_model, batch_tokens) for member in members)
-    needed, free = sum(weights.values()) + step + pool_bytes, free_bytes(device)
+    largest = max(weights, key=lambda label: weights[label])
+    parts = {
+        f"for weights and optimiser, most of it for {largest}": sum(weights.values()),
+        "for a step": max(step_bytes(member, d_model, batch_tokens) for member in members),
+        "for the shuffle pool": pool_bytes,
+    }
+    remedies = (
+        "a smaller --width, fewer SAEs at once, more processes with --spread, or with --set course.shard_width=true",
+        "a smaller --set data.batch_tokens, or a smaller --width",
+        "a smaller --set data.pool_tokens",
+    )
+    needed, free = sum(parts.values()), free_bytes(device)
     if needed > free:
-        largest = max(weights, key=lambda label: weights[label])
+        asked = ", ".join(f"{size / _GIB:.1f} {what}" for what, size in parts.items())
+        most = max(range(len(remedies)), key=lambda at: list(parts.values())[at])
         raise MemoryTooSmall(
-            f"expected {needed / _GIB:.1f} GiB of memory on {device} "
-            f"({sum(weights.values()) / _GIB:.1f} for weights and optimiser, most of it for {largest}, "
-            f"{step / _GIB:.1f} for a step, {pool_bytes / _GIB:.1f} for the shuffle pool), "
-            f"found {free / _GIB:.1f} GiB free. "
-            "Choose a smaller --width, fewer SAEs at once, a smaller data.pool_tokens, "
-            "or several devices with --set course.shard_width=true"
+            f"expected {needed / _GIB:.1f} GiB of memory on {device} ({asked}), "
+            f"found {free / _GIB:.1f} GiB free. Choose {remedies[most]}"
         )
 
 
@@ -50,10 +57,10 @@ def step_bytes(member: Member, d_model: int, batch_tokens: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a process may still take."""
+    """Memory that this process may still take; those that were launched together on a host share it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(_free_on_host(), _free_in_group())
+    return min(_free_on_host(), _free_in_group()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _widths(member: Member, d_model: int) -> tuple[int, int]:

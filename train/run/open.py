@@ -5,16 +5,19 @@ Nothing is written before all checks have passed.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+
+import torch
 
 from ...cache_schema import Store
 from ...cache_schema.allocator import keep_large_blocks
 from ..data.device import take_device
 from ..data.feed import Feed
-from ..disk.checkpoint import Standing, load_checkpoint
-from ..engine.fleet import Fleet
-from ..errors import RunFinished
+from ..disk.checkpoint import Standing, list_checkpoints, load_checkpoint
+from ..engine.fleet import Fleet, out_of_memory
+from ..errors import MemoryTooSmall, RunFinished
 from ..parallel.processes import all_or_none, make_shard
 from .checkpoints import Saver
 from .folder import MetricsLog, RunFolder
@@ -40,8 +43,13 @@ def begin_run(settled: Settled, store: Store, site: Site, out: str, name: str | 
             folder.write_config(settled.describe(store))
             path = str(folder.path)
     folder = RunFolder.at(site.group.texts(path)[0])
-    with _open(settled, store, site, folder, fleet, None) as run:
-        yield run
+    try:
+        with _tell_memory(site), _open(settled, store, site, folder, fleet, None) as run:
+            yield run
+    except MemoryTooSmall:
+        if site.is_first and not list_checkpoints(folder.checkpoints):
+            shutil.rmtree(folder.path)  # nothing to go on from
+        raise
 
 
 @contextmanager
@@ -57,8 +65,17 @@ def resume_run(folder: RunFolder, store: Store, site: Site) -> Iterator[Run]:
             with all_or_none(site.group):
                 require_unchanged(settled.init)
         _begin_as_source(settled, fleet, store, site)
-    with _open(settled, store, site, folder, fleet, standing) as run:
+    with _tell_memory(site), _open(settled, store, site, folder, fleet, standing) as run:
         yield run
+
+
+@contextmanager
+def _tell_memory(site: Site) -> Iterator[None]:
+    """What a device has no room for, in words, wherever it was asked for it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(f"{site.device} has no memory left", error) from None
 
 
 def make_fleet(settled: Settled, store: Store, site: Site) -> Fleet:
@@ -66,7 +83,7 @@ def make_fleet(settled: Settled, store: Store, site: Site) -> Fleet:
     take_device(site.device)
     keep_large_blocks()
     is_sharded = settled.config.course.shard_width and site.group.size > 1
-    with all_or_none(site.group):
+    with all_or_none(site.group), _tell_memory(site):
         members = members_of(settled.config, store.manifest.model.d_model, site)
         stats = check(settled, store, members, site.team.size, site.device)
         shard = make_shard(site.device) if is_sharded else None

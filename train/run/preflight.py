@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from ...cache_schema import Store
+from ...cache_schema.csr import index_dtype
 from ...cache_schema.massive import any_ordinary, measure_massive
 from ...cache_schema.request import validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
@@ -79,6 +80,10 @@ def _require_memory(
     request = joint_request((member.config.request() for member in members), "train")
     element = 4 if manifest.model.dtype == "float32" else 2
     window_bytes = manifest.context * element * sum(manifest.width_of(site.hook) for site in request.sites)
+    if request.attention_layers:
+        entry = 2 + index_dtype(manifest.context).itemsize  # a weight, and the place of a key
+        row = min(manifest.attention.topk, manifest.context) * entry + 8 + 2  # where it ends, and its mass
+        window_bytes += len(request.attention_layers) * manifest.attention.heads * manifest.context * row
     pool_bytes = (1 if plan.is_one_block else 2) * plan.max_windows * window_bytes
     shards = processes if config.course.shard_width else 1
     require_room(members, manifest.model.d_model, plan.batch_tokens // processes, pool_bytes, shards, device)

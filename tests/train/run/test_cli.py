@@ -185,7 +185,20 @@ def test_a_step_without_memory_says_what_was_asked_and_what_to_turn(big, sae_tra
     output = sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640, code=1).output
     for said in ("topk: cpu has no memory left", "Tried to allocate 2.00 GiB", "1.06 GiB is free", "smaller --width"):
         assert said in output
-    assert "Traceback" not in output
+    assert "No checkpoint had been written" in output and "Traceback" not in output
+    assert not list((tmp_path / "runs").iterdir()), "a run that took no step is left behind"
+
+
+def test_a_device_without_room_for_the_run_is_told_before_there_is_one(big, sae_train, quick, tmp_path, monkeypatch):
+    def allocate(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full. Yes. No.")
+
+    for where in ("saemill.train.data.feed.Loader", "saemill.train.run.open.Fleet"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, allocate)
+            output = sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640, code=1).output
+        assert "cpu has no memory left (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full)" in output
+        assert not list(tmp_path.glob("runs/*"))
 
 
 def test_a_place_where_no_run_can_be_kept(big, sae_train, quick, tmp_path):

@@ -59,5 +59,30 @@ def test_refused_with_numbers(monkeypatch):
         memory_estimate.require_room([member("width=200000")], 512, 512, 10**6, 1, CPU)
 
 
+def test_a_gpu_is_asked_what_is_free_and_the_largest_part_is_to_be_turned(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ({0: 3 * 2**30, 1: 2**20}[device.index], 80 * 2**30))
+    one, small = member("width=200000"), member("width=1000")
+
+    def refused(*asked, device=1):
+        with pytest.raises(MemoryTooSmall) as refusal:
+            memory_estimate.require_room(*asked, torch.device("cuda", device))
+        return str(refusal.value)
+
+    memory_estimate.require_room([one], 64, 64, 10**6, 1, torch.device("cuda", 0))
+    assert "most of it for topk" in refused([one], 512, 64, 10**6, 1) and "found 0.0 GiB free" in refused(
+        [one], 512, 64, 10**6, 1
+    )
+    assert "found 3.0 GiB free. Choose a smaller --width" in refused([one], 5120, 64, 10**6, 1, device=0)
+    assert "Choose a smaller --set data.batch_tokens" in refused([small], 64, 10**6, 10**6, 1)
+    assert "Choose a smaller --set data.pool_tokens" in refused([small], 64, 64, 10**9, 1)
+
+
+def test_processes_on_one_host_share_its_memory(monkeypatch):
+    monkeypatch.setattr(memory_estimate, "_free_on_host", lambda: 2**40)
+    monkeypatch.setattr(memory_estimate, "_free_in_group", lambda: 2**42)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory_estimate.free_bytes(CPU) == 2**38
+
+
 def test_free_memory_is_a_sane_number():
     assert 2**20 < memory_estimate.free_bytes(CPU) < 2**50
