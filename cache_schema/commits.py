@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from .errors import ManifestInvalid, StoreUnfinished
 from .files import Files
-from .layout import COMMITS, INDEX, SUMMARY, encode_json, record_key, record_name
+from .layout import COMMITS, INDEX, SUMMARY, device_name, encode_json, record_key, record_name
 from .manifest import Manifest, check_format
 from .strict import StrictError, from_json, to_json
 
@@ -60,6 +61,25 @@ class CommitRecord:
     arrays: dict[str, ArrayRecord]
     attention: dict[int, AttentionTotals] = field(default_factory=dict)
     format: int = 1
+
+
+@dataclass(frozen=True)
+class DeviceRecord:
+    """What a shard was computed on, as far as it decides the last digits of its values.
+
+    It stands beside the record and is in no id and no digest: what counts is what the values are. A shard whose
+    commit is undone keeps it, so that whoever computes it again is told where it came from.
+    """
+
+    type: str  # cpu, cuda
+    name: str  # of the card; of a processor the instructions that torch takes
+    torch: str
+    float32_products: str  # ieee, or tf32
+    reduced_sums: bool  # whether products in 16 bits may be added up in 16 bits
+
+    def __str__(self) -> str:
+        sums = ", sums in 16 bits" if self.reduced_sums else ""
+        return f"{self.type} ({self.name}), torch {self.torch}, float32 products {self.float32_products}{sums}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,20 @@ def read_record(files: Files, manifest: Manifest, shard: int) -> CommitRecord:
 
 def write_record(files: Files, record: CommitRecord) -> None:
     files.replace(record_key(record.shard), encode_json(to_json(record)))
+
+
+def write_device(files: Files, shard: int, device: DeviceRecord) -> None:
+    files.replace(f"{COMMITS}/{device_name(shard)}", encode_json(to_json(device)))
+
+
+def read_devices(files: Files, shards: Iterable[int]) -> dict[int, DeviceRecord]:
+    """What shards were computed on, where that is known: stores of before, and imports, do not say."""
+    names = {device_name(shard): shard for shard in shards}
+    found = {}
+    for name in files.which_exist(COMMITS, list(names)):
+        with suppress(KeyError, ValueError):  # damaged: it is only for warnings
+            found[names[name]] = from_json(DeviceRecord, json.loads(files.read(f"{COMMITS}/{name}")))
+    return found
 
 
 def find_committed(files: Files, manifest: Manifest, index: Index | None = None) -> np.ndarray:

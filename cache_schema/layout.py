@@ -112,6 +112,11 @@ def record_key(shard: int) -> str:
     return f"{COMMITS}/{record_name(shard)}"
 
 
+def device_name(shard: int) -> str:
+    """Inside COMMITS."""
+    return f"{shard:05d}.device.json"
+
+
 def array_document_key(path: str) -> str:
     return f"{path}/zarr.json"
 

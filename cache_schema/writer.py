@@ -22,7 +22,7 @@ import numpy as np
 
 from .claims import CREATION, open_claims
 from .codecs import encode
-from .commits import CommitRecord, compact, find_committed, write_record
+from .commits import CommitRecord, DeviceRecord, compact, find_committed, write_device, write_record
 from .content import ShardContent, ShardPart, lay_out, make_record, validate_content
 from .counts import count_all, read_counts, write_counts
 from .errors import ShardCorrupt, ShardInvalid, StoreBusy, StoreMismatch
@@ -98,8 +98,8 @@ class StoreWriter:
         finally:
             self._claims.release(shard)
 
-    def write(self, shard: int, content: ShardContent) -> CommitRecord:
-        """Write a claimed shard and commit it."""
+    def write(self, shard: int, content: ShardContent, device: DeviceRecord | None = None) -> CommitRecord:
+        """Write a claimed shard and commit it; `device`: what computed it."""
         validate_content(self.manifest, shard, content)
         parts = lay_out(self.manifest, shard, content)
         tasks = [(part, at) for part in parts for at in range(part.num_chunks)]
@@ -107,6 +107,8 @@ class StoreWriter:
         self.files.settle(part.layout.path for part in parts)
         beginning = {path: self.files.size(self.arrays[path].chunk_key(shard)) for path in BEGINNING}
         record = make_record(self.manifest, shard, content, beginning | _sum_by_path(tasks, sizes))
+        if device is not None:
+            write_device(self.files, shard, device)
         write_record(self.files, record)
         self._compact_sometimes()
         return record

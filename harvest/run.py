@@ -18,7 +18,7 @@ import torch
 
 from ..cache_schema import Manifest, Store, StoreBusy, StoreError, StoreWriter
 from ..cache_schema.allocator import SMALLER_THAN_SHARDS, keep_large_blocks
-from ..cache_schema.commits import CommitRecord
+from ..cache_schema.commits import CommitRecord, read_devices
 from ..cache_schema.files import Files, open_files
 from ..cache_schema.layout import ROOT
 from ..cache_schema.root import read_root
@@ -27,6 +27,7 @@ from .config import HarvestConfig
 from .errors import HarvestError, ModelDiffers
 from .estimate import is_bound_to_fit, measure_cost, needed_bytes, require_space, tokens_in
 from .forecast import announce
+from .model.arithmetic import find_others
 from .model.load import Wanted, find_device, load_model
 from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch, look
 from .place import Place, taken_place
@@ -97,6 +98,7 @@ def reharvest(url: str, shards: Sequence[int], device: str | None = None, model:
         try:
             source = _recorded_source(writer.manifest, model)
             harvester = make_harvester(writer.manifest, source, find_device(device or "auto"))
+            _warn_of_others(writer, harvester, shards, Watch())
             busy = harvest_shards(writer, harvester, sorted(shards), lambda _: None)
         except HarvestError as error:
             raise StoreError(f"{error}. The same harvest, run again, also writes the missing shards") from error
@@ -134,6 +136,8 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
         return 0
     keep_large_blocks(SMALLER_THAN_SHARDS)
     harvester = make_harvester(manifest, plan.source, place.device)
+    begun = sorted(set(range(manifest.shards)) - set(pending))[:1]
+    _warn_of_others(writer, harvester, [*begun, *shards], watch)
     if not is_bound_to_fit(writer.files, manifest, len(pending)):  # all workers fill the same disk
         with Store(writer.files) as store:
             cost = measure_cost(harvester, store.beginning(shards[0])[0])
@@ -146,6 +150,13 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
             f"{len(elsewhere)} shards were left to another writer that holds or has committed them{writer.if_killed}"
         )
     return len(shards) - len(elsewhere)
+
+
+def _warn_of_others(writer: StoreWriter, harvester: Harvester, shards: Sequence[int], watch: Watch) -> None:
+    """Where shards were computed before, or beside these, on another kind of device."""
+    said = find_others(read_devices(writer.files, shards), harvester.computes_on)
+    if said:
+        watch.say(said)
 
 
 def report_shard(stage: Stage, sizes: list[int], context: int, files: Files, record: CommitRecord) -> None:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from ..cache_schema import AttentionCsr, Manifest, Moments, ShardContent, Store, StoreWriter
-from ..cache_schema.commits import CommitRecord
+from ..cache_schema.commits import CommitRecord, DeviceRecord
 from ..cache_schema.dtypes import STORED_AS
 from ..cache_schema.moments import merge
 from ..cache_schema.sites import Site
 from .capture import Captured, capture
+from .model.arithmetic import describe_device
 from .model.load import TruncatedModel
 from .sparsify import to_csr
 from .stats import is_special, measure
@@ -43,6 +44,10 @@ class Harvester:
     def batch_windows(self) -> int:
         return int(self.manifest.corpus.settings["batch_windows"])
 
+    @property
+    def computes_on(self) -> DeviceRecord:
+        return describe_device(self.device)
+
 
 def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[int], report: Report) -> list[int]:
     """Compute, write and commit; returns the shards that other writers hold or have finished meanwhile."""
@@ -57,7 +62,7 @@ def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[i
                 content = compute_shard(harvester, *store.beginning(shard))
                 if writing is not None:
                     writing.result()
-                writing = background.submit(_write, writer, shard, content, stack.pop_all(), report)
+                writing = background.submit(_write, writer, harvester, shard, content, stack.pop_all(), report)
                 del content  # or it would outlive its writing by one shard
     if writing is not None:
         writing.result()
@@ -74,9 +79,11 @@ def compute_shard(harvester: Harvester, tokens_WT: np.ndarray, documents_WT: np.
     return ShardContent.of(tokens_WT, documents_WT, collector.acts, moments, collector.take_attention())
 
 
-def _write(writer: StoreWriter, shard: int, content: ShardContent, claim: ExitStack, report: Report) -> None:
+def _write(
+    writer: StoreWriter, harvester: Harvester, shard: int, content: ShardContent, claim: ExitStack, report: Report
+) -> None:
     with claim:
-        record = writer.write(shard, content)
+        record = writer.write(shard, content, harvester.computes_on)
     report(record)
 
 

@@ -28,10 +28,11 @@ from saemill.cache_schema import (
     StoreWriter,
     to_float32,
 )
-from saemill.cache_schema.files import LocalFiles
+from saemill.cache_schema.commits import read_devices, write_device
+from saemill.cache_schema.files import LocalFiles, open_files
 from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.moments import is_special
-from saemill.cache_schema.verify import digest, verify_shards
+from saemill.cache_schema.verify import digest, repair, verify_shards
 from saemill.harvest import begin, plan, run, shards
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus.hub import HubCorpus
@@ -39,6 +40,7 @@ from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SplitEmpty
 from saemill.harvest.estimate import RESERVE_BYTES
+from saemill.harvest.model.arithmetic import describe_device
 from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, ModelSource
 from saemill.harvest.place import Place
 from saemill.harvest.progress import Watch
@@ -402,7 +404,7 @@ def test_two_cannot_tokenise_for_one_store(make_config: Make):
 
 
 @pytest.mark.parametrize("leave_out", [(), ("bos", "self")])
-def test_repair_harvests_damaged_shards_again(make_config: Make, model_folder, monkeypatch, leave_out):
+def test_repair_harvests_damaged_shards_again(make_config: Make, model_folder, monkeypatch, capsys, leave_out):
     config = make_config(leave_out=leave_out)
     harvest(config)
     before = digest_of(config.out)
@@ -415,8 +417,33 @@ def test_repair_harvests_damaged_shards_again(make_config: Make, model_folder, m
     monkeypatch.chdir(model_folder.parent)
     reharvest(config.out, [2, 7])
     assert digest_of(config.out) == before
+    assert "warning" not in capsys.readouterr().err
     with Store.open(config.out) as store:
         assert not [item for report in verify_shards(store) for item in report.damage]
+
+
+def test_a_shard_says_what_computed_it_and_another_device_is_warned_of(make_config: Make, model_folder, capsys):
+    """In no id and no digest: a store that says nothing of it, as those of before, has the same digest."""
+    config = make_config()
+    harvest(config)
+    files, before = open_files(config.out), digest_of(config.out)
+    recorded = read_devices(files, range(10))
+    here = describe_device(torch.device("cpu"))
+    assert recorded and set(recorded.values()) == {here} and here.torch == torch.__version__
+    write_device(files, 2, replace(here, type="cuda", name="NVIDIA H100", float32_products="tf32"))
+    repair(config.out, [1, 2])
+    (Path(config.out) / "commits/00003.device.json").write_text("{")
+    (Path(config.out) / "commits/00004.device.json").unlink()
+    reharvest(config.out, [1, 2], model=str(model_folder))
+    said = capsys.readouterr().err
+    assert f"warning: shard 2 was computed on cuda (NVIDIA H100), torch {here.torch}, float32 products tf32" in said
+    assert f"here it is {here}" in said and "last digits" in said
+    assert digest_of(config.out) == before
+    assert read_devices(files, range(10)) == {shard: here for shard in recorded if shard not in (3, 4)}
+    write_device(files, 0, replace(here, torch="1.0"))
+    repair(config.out, [2])
+    run.harvest(config, Watch())
+    assert "warning: shard 0 was computed on" in capsys.readouterr().err
 
 
 def test_sinks_left_out_are_recorded_and_in_no_row(make_config: Make):
