@@ -23,7 +23,7 @@ from ..sae.model import SparseAutoencoder
 from ..sae.side import Side
 from ..sae.view import View, residual_of
 from .optim import Optim
-from .schedules import Schedule, cut_short
+from .schedules import Constant, Product, Schedule, cut_short
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,13 @@ class Assembly:
     input_stats: Stats
     target_stats: Stats
     extras: Mapping[str, Extra] = field(default_factory=dict)
+    phases: Schedule = field(default=Constant(1.0))
+    """What the learning rate is multiplied by, for variants that train in phases."""
+
+    @property
+    def rate(self) -> Schedule:
+        """The learning rate."""
+        return Product((self.optim.schedule(), self.phases))
 
     @property
     def residual_by(self) -> Callable[[View], Tensor]:
@@ -124,7 +131,7 @@ class Assembly:
 
     def cut_short(self, total_steps: int) -> list[tuple[int, int]]:
         """What its schedules ask for that a run of this length is too short for, each once, and what it gets."""
-        schedules = [self.optim.schedule(), *(term.weight for term in self.terms), *self.knobs.values()]
+        schedules = [self.rate, *(term.weight for term in self.terms), *self.knobs.values()]
         return sorted({found for schedule in schedules for found in cut_short(schedule, total_steps)})
 
     def side(self, batch_side: Mapping[str, Any], step: int, total_steps: int, ranks: BatchRanks) -> Side:

@@ -130,7 +130,7 @@ class Trainee:
         self.optimiser = Adam(dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae), by_row)
         self.counters = LatentCounters(self.sae.num_latents, self.device)
         self.step_index = 0
-        self._lr = assembly.optim.schedule()
+        self._lr = assembly.rate
         self._looks_late = not reads_at_once(self.sae.b_enc)
         self._traces: deque[Trace] = deque(maxlen=LOOK_EVERY)
         self._frozen = torch.zeros((), device=self.device) if self._looks_late else None

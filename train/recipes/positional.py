@@ -1,4 +1,8 @@
-"""Positional SAEs: latents that belong to a part of the window, by masks, encoders or adapters."""
+"""Positional SAEs: latents that belong to a part of the window, by masks, encoders or adapters.
+
+A part of the dictionary for each range with an encoder of its own and one decoder, as the study words run_7, is the
+hard mask in other words: it is there as `sub_dictionaries`, beside encoders that share their latents.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ WHOLE = {"masked_share": 1.0}
 SOFT = WHOLE | {"mask": "soft"}
 SEPARATED = SOFT | {"l1_before_mask": True}
 CAREFUL = SEPARATED | {"optim.clip_norm": 1.0, "optim.lr": 3e-5}
-NORMED = SEPARATED | {"optim.clip_norm": 1.0, "pre_norm": True}
+NORMED = SEPARATED | {"optim.clip_norm": 1.0, "pre_norm": True, "norm_rectified": True}
 PROGRESSIVE = SOFT | {"progressive": (0.1, 0.6), "learned_coefficient": True}
 ENCODERS = {"mask": "none", "range_encoders": True}
-EMBEDDED = ENCODERS | {"init": "orthogonal", "position_embeddings": True, "pre_norm": True}
-ADAPTED = {"mask": "none", "adapters": True, "init": "orthogonal"}
-CURRICULUM = ADAPTED | {"adapter_from": (0.3, 0.7), "adapter_lr_scale": 0.3}
+INDEPENDENT = ENCODERS | {"independent_encoders": True}
+EMBEDDED = INDEPENDENT | {"init": "orthogonal", "position_embeddings": True, "pre_norm": True}
+ADAPTED = {"mask": "none", "adapters": True, "adapters_on": "features", "init": "orthogonal"}
+PHASES = {"adapter_from": (0.3, 0.7), "adapter_lr_scale": 0.3, "adapted_rate": 0.3, "unadapted_penalty": 0.5}
+CURRICULUM = ADAPTED | PHASES
 
 _RUNS = (
     Recipe(
@@ -25,16 +31,24 @@ _RUNS = (
     Recipe("run_2", "Soft Gaussian masks, an eighth of the window wide.", (Sae("soft", "positional", SOFT),)),
     Recipe("run_3", "The penalty sees what the mask hides.", (Sae("separated", "positional", SEPARATED),)),
     Recipe("run_4", "Clipped gradients at a tenth of the rate.", (Sae("careful", "positional", CAREFUL),)),
-    Recipe("run_5", "Layer norm before the mask.", (Sae("normed", "positional", NORMED),)),
+    Recipe("run_5", "Layer norm of what fires, before the mask.", (Sae("normed", "positional", NORMED),)),
     Recipe("run_6", "Masks that come in slowly.", (Sae("progressive", "positional", PROGRESSIVE),)),
-    Recipe("run_7", "Encoders of their own for four ranges.", (Sae("encoders", "positional", ENCODERS),)),
+    Recipe(
+        "run_7",
+        "Encoders of their own for four ranges: of all latents, and of a part for each.",
+        (Sae("encoders", "positional", INDEPENDENT), Sae("sub_dictionaries", "positional")),
+    ),
     Recipe(
         "run_8",
-        "The same from orthogonal weights, with embeddings of the range.",
+        "The same from orthogonal weights, with embeddings of the range and layer norm before the ReLU.",
         (Sae("embedded", "positional", EMBEDDED),),
     ),
-    Recipe("run_9", "A base with gated adapters for each range.", (Sae("adapters", "positional", ADAPTED),)),
-    Recipe("run_10", "The base first, then the adapters.", (Sae("curriculum", "positional", CURRICULUM),)),
+    Recipe("run_9", "Gated adapters for each range, on top of a base.", (Sae("adapters", "positional", ADAPTED),)),
+    Recipe(
+        "run_10",
+        "The base first, under half the penalty; then the adapters, at lower rates.",
+        (Sae("curriculum", "positional", CURRICULUM),),
+    ),
 )
 
 EVALS = ("position",)

@@ -1,29 +1,32 @@
 """Positional: latents that belong to a range of positions in the window, on any base.
 
 Three ways, each alone or together: a mask over positions, encoders of their own for each range, and a gated
-adapter for each range in front of the encoder. With none of them, and static_slicing, it is its base to
-the bit. All but that need the position at inference, and the saved SAE says so.
+adapter for each range, in front of the encoder or on top of the features. (A part of the dictionary for each
+range, with an encoder that no other range has, and one decoder is the hard mask.) With none of them, and
+static_slicing, it is its base to the bit. All but that need the position at inference, and the saved SAE says so.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from ...cache_schema import Manifest
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
-from ..engine.schedules import Ramp, SigmoidRamp
+from ..engine.schedules import Product, Ramp, SigmoidRamp
 from ..kit.build import require, require_least
 from ..kit.wrapping import Windowed, base_request, build_base
-from ..sae.first_weights import Init, initialise
+from ..sae.first_weights import Init, initialise, orthogonal_rows
 from ..sae.model import SparseAutoencoder
 from ..sae.shapes.masks import COEFFICIENT, HardMask, Mask, MaskKind, SoftMask
 from ..sae.shapes.norms import PreNorm
-from ..sae.shapes.range_encoders import ADAPTER, Adapters, RangeEncoders
+from ..sae.shapes.range_encoders import ADAPTER, Adapters, FeatureAdapters, RangeEncoders
 from ..sae.shapes.ranges import FREE, spread_over_positions, spread_over_ranges
 from ..sae.shapes.shaped import Shape, ShapedAutoencoder
 from ..terms.position import l1_before_mask, record_of
@@ -54,17 +57,26 @@ class Config(Windowed):
     l1_before_mask: bool = False
     pre_norm: bool = False
     """Layer norm of the pre-activations, before the mask."""
+    norm_rectified: bool = False
+    """The norm stands behind a ReLU: of what fires, before the mask, and what it leaves below zero is silent."""
     range_encoders: bool = False
     range_encoder_share: float = 0.5
     """Share of the dictionary with an encoder for each range."""
+    independent_encoders: bool = False
+    """Each range's encoder begins at rows of its own; else all begin as the SAE's, and part in training."""
     position_embeddings: bool = False
     """Learned, one for each range, added to the range encoders' input."""
     init: Init = "tied"
     adapters: bool = False
+    adapters_on: Literal["input", "features"] = "input"
     adapter_hidden: int = 64
     adapter_lr_scale: float = 1.0
     adapter_from: tuple[float, float] | None = None
     """Between which shares of the run the adapters come in; None: they are there from the start."""
+    adapted_rate: float = 1.0
+    """What the learning rate comes to as they come in, as a share of what it is without them."""
+    unadapted_penalty: float = 1.0
+    """Share of the penalty that counts before they come in; it rises to all of it with them."""
 
     def request(self) -> Needs:
         self._require_valid()
@@ -107,34 +119,51 @@ class Config(Windowed):
 
     def _shapes(self, sae: SparseAutoencoder, mask: Mask | None, generator: torch.Generator) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {}
-        if self.adapters:
-            shapes["adapters"] = Adapters(
-                sae.d_in, self.adapter_hidden, self.length, self.ranges, self.adapter_lr_scale, generator
-            )
+        adapting = (self.adapter_hidden, self.length, self.ranges, self.adapter_lr_scale, generator)
+        if self.adapters and self.adapters_on == "input":
+            shapes["adapters"] = Adapters(sae.d_in, *adapting)
         if self.range_encoders:
-            own = sae.W_enc.detach()[: round(self.range_encoder_share * self.width)]
-            shapes["range_encoders"] = RangeEncoders(own, self.length, self.ranges, self.position_embeddings)
+            own = self._first_rows(sae, generator)
+            shapes["range_encoders"] = RangeEncoders(own, self.length, self.position_embeddings)
         if self.pre_norm:
-            shapes["norm"] = PreNorm(torch.zeros(self.width, dtype=torch.int64), 1)
+            shapes["norm"] = PreNorm(torch.zeros(self.width, dtype=torch.int64), 1, self.norm_rectified)
+        if self.adapters and self.adapters_on == "features":
+            shapes["adapters"] = FeatureAdapters(self.width, *adapting)
         if mask is not None:
             shapes["mask"] = mask
         return shapes
+
+    def _first_rows(self, sae: SparseAutoencoder, generator: torch.Generator) -> Tensor:
+        """[R, P, D], where the ranges' encoders begin; rows drawn for them are as long as the SAE's own."""
+        own = sae.W_enc.detach()[: round(self.range_encoder_share * self.width)]
+        if not self.independent_encoders:
+            return own.expand(self.ranges, -1, -1)
+        count, width = self.ranges * len(own), own.shape[1]
+        if self.init == "orthogonal":
+            drawn = orthogonal_rows(count, width, generator)
+        else:
+            drawn = normalize(torch.randn(count, width, generator=generator), dim=1)
+        return drawn.view(self.ranges, *own.shape) * own.norm(dim=1, keepdim=True)
 
     def _with_knobs(self, assembly: Assembly) -> Assembly:
         if self.progressive is not None:
             assembly = assembly.with_knobs(**{COEFFICIENT: SigmoidRamp(*self.progressive)})
         if self.adapter_from is not None:
-            begin, end = self.adapter_from
-            assembly = assembly.with_knobs(**{ADAPTER: Ramp(0.0, 1.0, begin, end)})
+            assembly = assembly.with_knobs(**{ADAPTER: Ramp(0.0, 1.0, *self.adapter_from)})
+            assembly = replace(assembly, phases=Ramp(1.0, self.adapted_rate, *self.adapter_from))
         return assembly
 
     def _with_penalty(self, assembly: Assembly) -> Assembly:
-        if not self.l1_before_mask:
+        if not self.l1_before_mask and self.unadapted_penalty == 1.0:
             return assembly
         old = next((term for term in assembly.terms if term.fn is l1), None)
-        require(old is not None, f"l1_before_mask: expected a base with an L1 penalty, found {self.base!r}")
+        asked = "l1_before_mask" if self.l1_before_mask else "unadapted_penalty"
+        require(old is not None, f"{asked}: expected a base with an L1 penalty, found {self.base!r}")
         assert old is not None
-        return assembly.replacing(Term(old.name, l1_before_mask, old.weight))
+        weight = old.weight
+        if self.adapter_from is not None and self.unadapted_penalty != 1.0:
+            weight = Product((weight, Ramp(self.unadapted_penalty, 1.0, *self.adapter_from)))
+        return assembly.replacing(Term(old.name, l1_before_mask if self.l1_before_mask else l1, weight))
 
     def _require_valid(self) -> None:
         require(0 < self.ranges <= self.width, f"ranges: expected 1 to width = {self.width}, found {self.ranges}")
@@ -142,7 +171,8 @@ class Config(Windowed):
             require(0 < getattr(self, name) <= 1, f"{name}: expected more than 0 and at most 1")
         require(self.sigma is None or self.sigma > 0, f"sigma: expected a positive number, found {self.sigma}")
         require(0 <= self.mask_cutoff < 1, f"mask_cutoff: expected 0 to 1, found {self.mask_cutoff}")
-        require_least(self, adapter_hidden=1)
+        require_least(self, adapter_hidden=1, unadapted_penalty=0)
+        require(self.adapted_rate > 0, f"adapted_rate: expected more than 0, found {self.adapted_rate}")
         for name in ("progressive", "adapter_from"):
             span = getattr(self, name)
             require(
@@ -153,6 +183,13 @@ class Config(Windowed):
             require(masks or not getattr(self, name), f"{name}: expected mask hard or soft, found {self.mask!r}")
         embeds = self.range_encoders or not self.position_embeddings
         require(embeds, "position_embeddings: expected range_encoders to read them, found none")
+        draws = self.range_encoders or not self.independent_encoders
+        require(draws, "independent_encoders: expected range_encoders to begin, found none")
+        require(self.pre_norm or not self.norm_rectified, "norm_rectified: expected a pre_norm to place, found none")
+        require(self.adapters or self.adapters_on == "input", "adapters_on: expected adapters to place, found none")
+        for name in ("adapted_rate", "unadapted_penalty"):
+            phased = self.adapter_from is not None or getattr(self, name) == 1.0
+            require(phased, f"{name}: expected adapter_from, found adapters that are there from the start")
         moves = self.progressive is not None or not self.learned_coefficient
         require(moves, "learned_coefficient: expected a progressive mask to move, found one that is full throughout")
         scatters = masks or self.range_encoders or self.adapters or not self.scattered

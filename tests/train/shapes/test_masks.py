@@ -11,7 +11,7 @@ from saemill.train.sae.gates import BatchTopK, Gated, JumpRelu, Relu, TopK
 from saemill.train.sae.shapes.masks import HardMask, SoftMask
 from saemill.train.sae.shapes.norms import PreNorm
 from saemill.train.sae.shapes.position_gate import PositionGate
-from saemill.train.sae.shapes.range_encoders import Adapters, RangeEncoders
+from saemill.train.sae.shapes.range_encoders import Adapters, FeatureAdapters, RangeEncoders
 from saemill.train.sae.shapes.ranges import FREE, range_of, spread_over_ranges
 from saemill.train.sae.shapes.shaped import ShapedAutoencoder
 from saemill.train.sae.side import Side
@@ -151,7 +151,7 @@ def test_the_penalty_before_the_mask_sees_what_the_mask_hides(rng, shaping):
 
 def test_each_range_has_its_encoder(rng, shaping):
     inner = shaping.make_sae(rng, Relu())
-    shape = RangeEncoders(inner.W_enc.detach()[:8], CONTEXT, RANGES, embeds=True).double()
+    shape = RangeEncoders(inner.W_enc.detach()[:8].expand(RANGES, -1, -1), CONTEXT, embeds=True).double()
     for parameter in shape.parameters():
         parameter.data.normal_(generator=rng)
     sae = ShapedAutoencoder(inner, {"range_encoders": shape})
@@ -189,6 +189,63 @@ def test_adapters_add_what_their_range_says(gate, rng, shaping):
     torch.testing.assert_close(view.codes.dense(), expected)
     torch.testing.assert_close(sae.encode(view.x, view.side), expected)
     shaping.assert_slopes(lambda: reconstruction(views()), sae, rng)
+
+
+def test_adapters_on_features_read_what_fires_and_add_before_the_gate(rng, shaping):
+    inner = shaping.make_sae(rng, TopK(5))
+    plain = shaping.make_views(rng, inner)()
+    shape = FeatureAdapters(LATENTS, 4, CONTEXT, RANGES, 1.0, rng).double()
+    sae = ShapedAutoencoder(inner, {"adapters": shape})
+    torch.testing.assert_close(sae.codes(plain.x, plain.side).dense(), plain.codes.dense())
+    for parameter in shape.parameters():
+        parameter.data.normal_(generator=rng)
+    views = shaping.make_views(rng, sae, adapter_coefficient=0.5)
+    view, rows = views(), []
+    pre = (view.x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+    for row, position in zip(pre, view.side["position"].tolist(), strict=True):
+        r = position * RANGES // CONTEXT
+        fires = row.relu()
+        normed = (fires - fires.mean()) / (fires.var(correction=0) + 1e-5).sqrt()
+        hidden = torch.nn.functional.gelu(normed @ shape.inner[r] + shape.inner_bias[r])
+        rows.append(row + 0.5 * shape.gate[r].sigmoid() * (hidden @ shape.outer[r]))
+    expected = sae.gate.infer(torch.stack(rows), sae.b_enc)
+    torch.testing.assert_close(view.codes.dense(), expected)
+    torch.testing.assert_close(sae.encode(view.x, view.side), expected)
+    assert shape.gate.shape == (RANGES, LATENTS)
+    shaping.assert_slopes(lambda: reconstruction(views()), sae, rng)
+
+
+def test_the_norm_stands_before_the_gate_or_behind_a_relu(rng):
+    pre = torch.randn(7, LATENTS, generator=rng)
+    group, side = torch.zeros(LATENTS, dtype=torch.int64), Side({})
+    before, behind = PreNorm(group, 1), PreNorm(group, 1, rectifies=True)
+    torch.testing.assert_close(behind.change_pre(pre, side), before.change_pre(pre.relu(), side))
+    assert not torch.allclose(behind.change_pre(pre, side), before.change_pre(pre, side), atol=0.1)
+
+
+def test_encoders_of_ranges_begin_alike_or_each_at_its_own(battery):
+    """Orthogonal ones lean on each other nowhere within a block, whichever range they are of."""
+    settings = {"mask": "none", "range_encoders": True, "range_encoder_share": 8 / 96}
+    same, drawn, orthogonal = (
+        battery.config_of("positional", **settings, **more).build(battery.D).sae.shapes["range_encoders"].W.detach()
+        for more in ({}, {"independent_encoders": True}, {"independent_encoders": True, "init": "orthogonal"})
+    )
+    assert torch.equal(same[0], same[3])
+    rows = torch.nn.functional.normalize(drawn.flatten(0, 1), dim=1)
+    assert (rows @ rows.t() - torch.eye(32)).abs().max() < 0.7
+    torch.testing.assert_close(drawn.norm(dim=2), same.norm(dim=2))
+    rows = orthogonal.flatten(0, 1)  # four ranges of eight latents: one block of the width's 32
+    torch.testing.assert_close(rows @ rows.t(), torch.eye(32), rtol=0, atol=1e-5)
+
+
+def test_a_curriculum_lowers_the_rate_and_raises_the_penalty_as_adapters_come_in(battery):
+    phases = {"adapter_from": (0.25, 0.5), "adapted_rate": 0.2, "unadapted_penalty": 0.5}
+    settings = {"mask": "none", "adapters": True}
+    plain, phased = (battery.config_of("positional", **settings, **more).build(battery.D) for more in ({}, phases))
+    (old,), (new,) = ([term.weight for term in each.terms if term.fn is l1] for each in (plain, phased))
+    for step, rate, penalty in ((0, 1.0, 0.5), (250, 1.0, 0.5), (375, 0.6, 0.75), (500, 0.2, 1.0), (999, 0.2, 1.0)):
+        assert phased.rate(step, 1000) == pytest.approx(rate * plain.rate(step, 1000))
+        assert new(step, 1000) == pytest.approx(penalty * old(step, 1000))
 
 
 def test_norm_is_of_each_row_and_group(rng, shaping):

@@ -20,11 +20,14 @@ class PreNorm(Shape):
     """Layer norm within the groups that `group_F` names."""
 
     changes_pre = True
+    sets_scale = True
     group: Tensor
 
-    def __init__(self, group_F: Tensor, num_groups: int) -> None:
+    def __init__(self, group_F: Tensor, num_groups: int, rectifies: bool = False) -> None:
         super().__init__()
         self.num_groups = num_groups
+        self.rectifies = rectifies
+        """Of what ReLU leaves, in place of the pre-activations: what has no say is alike to the norm."""
         self.register_buffer("group", group_F.clone())
         self.gain = nn.Parameter(torch.ones(group_F.numel()))
         self.bias = nn.Parameter(torch.zeros(group_F.numel()))
@@ -33,6 +36,7 @@ class PreNorm(Shape):
         groups = torch.arange(self.num_groups, device=pre.device)
         member_FG = (self.group[:, None] == groups).to(pre.dtype)
         share_FG = member_FG / member_FG.sum(0).clamp_min(1.0)
+        pre = pre.relu() if self.rectifies else pre
         centred = pre - (pre @ share_FG) @ member_FG.t()
         variance = (centred.square() @ share_FG) @ member_FG.t()
         return centred * (variance + EPSILON).rsqrt() * self.gain + self.bias

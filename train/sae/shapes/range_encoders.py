@@ -1,4 +1,4 @@
-"""Encoders of their own for ranges of positions, with one decoder; and what a range may add to the input.
+"""Encoders of their own for ranges of positions, with one decoder; and what a range may add to input or features.
 
 B rows, D width, P latents with an encoder in each of R ranges, H hidden units.
 """
@@ -27,11 +27,12 @@ class RangeEncoders(Shape):
     needs_side = ("position",)
     makes_pre = True
 
-    def __init__(self, W_PD: Tensor, context: int, ranges: int, embeds: bool) -> None:
+    def __init__(self, W_RPD: Tensor, context: int, embeds: bool) -> None:
         super().__init__()
+        ranges, _, width = W_RPD.shape
         self.context, self.ranges = context, ranges
-        self.W = nn.Parameter(W_PD.repeat(ranges, 1, 1))
-        self.embedding = nn.Parameter(torch.zeros(ranges, W_PD.shape[1])) if embeds else None
+        self.W = nn.Parameter(W_RPD.clone())
+        self.embedding = nn.Parameter(torch.zeros(ranges, width)) if embeds else None
 
     def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side) -> Tensor:
         own = self.W.shape[1]
@@ -53,6 +54,8 @@ class Adapters(Shape):
     """
 
     needs_side = ("position",)
+    gates_each = False
+    """A gate for each number that is added, in place of one for each range."""
 
     def __init__(
         self, width: int, hidden: int, context: int, ranges: int, lr_scale: float, generator: torch.Generator
@@ -62,19 +65,39 @@ class Adapters(Shape):
         self.inner = nn.Parameter(torch.randn(ranges, width, hidden, generator=generator) / width**0.5)
         self.inner_bias = nn.Parameter(torch.zeros(ranges, hidden))
         self.outer = nn.Parameter(torch.zeros(ranges, hidden, width))
-        self.gate = nn.Parameter(torch.zeros(ranges))
+        self.gate = nn.Parameter(torch.zeros(ranges, width) if self.gates_each else torch.zeros(ranges))
 
     def adapt(self, x: Tensor, side: Side) -> Tensor:
+        return self.add(x, x, side)
+
+    def add(self, to: Tensor, read: Tensor, side: Side) -> Tensor:
+        """`to`, and what the MLPs make of `read`."""
         c = side.knob(ADAPTER, 1.0)
         if c == 0.0:
-            return x
+            return to
         here = range_of(self.position(side), self.context, self.ranges)
-        return x + c * by_range(x, here, self.ranges, self._added)
+        return to + c * by_range(read, here, self.ranges, self._added)
 
     def _added(self, x: Tensor, index: int) -> Tensor:
         normed = functional.layer_norm(x, x.shape[1:])
         hidden = functional.gelu(normed @ self.inner[index] + self.inner_bias[index])
         return self.gate[index].sigmoid() * (hidden @ self.outer[index])
+
+
+class FeatureAdapters(Adapters):
+    """On top of the features: pre + c sigmoid(gate_rf) MLP_r(layer norm of relu(pre)), before the gate of the SAE.
+
+    What a range adds is decided by what fires without it, and how many latents fire is still the SAE's own to say.
+    """
+
+    changes_pre = True
+    gates_each = True
+
+    def adapt(self, x: Tensor, side: Side) -> Tensor:
+        return x
+
+    def change_pre(self, pre: Tensor, side: Side) -> Tensor:
+        return self.add(pre, pre.relu(), side)
 
 
 def by_range(x: Tensor, here: Tensor, ranges: int, change: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -38,6 +38,8 @@ class Shape(Part):
     needs_side: tuple[str, ...] = ()
     makes_pre = False
     changes_pre = False
+    sets_scale = False
+    """Of a shape that changes pre-activations: what comes out has a size and an offset of its own."""
     has_factor = False
     order: Tensor | None  # [T], what each position counts as
 
@@ -68,7 +70,7 @@ class Shape(Part):
         raise NotImplementedError
 
     def lower(self, amount: float) -> None:
-        """Of a shape that changes pre-activations: take this much from what comes out."""
+        """Of a shape that sets the scale: take this much from what comes out."""
         raise NotImplementedError
 
     def rescale(self, factor: float) -> None:
@@ -127,7 +129,7 @@ class ShapedAutoencoder(SparseAutoencoder):
             shape.follow(membership_F)
 
     def lower(self, amount: float) -> None:
-        last = next((shape for shape in reversed(self._each()) if shape.changes_pre), None)
+        last = next((shape for shape in reversed(self._each()) if shape.sets_scale), None)
         if last is None:
             super().lower(amount)
         else:
@@ -135,7 +137,7 @@ class ShapedAutoencoder(SparseAutoencoder):
             self.gate.lower(amount)
 
     def rescale(self, factor: float) -> None:
-        if not any(shape.changes_pre for shape in self._each()):
+        if not any(shape.sets_scale for shape in self._each()):
             super().rescale(factor)
         else:
             self.gate.rescale(factor)
