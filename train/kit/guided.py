@@ -121,9 +121,5 @@ def _require_settings(config: Guided) -> None:
     require_least(config, alpha=0, negatives=0, rank=1)
     require(config.temperature > 0, f"temperature: expected more than 0, found {config.temperature}")
     require(0 <= config.min_mass < 1, f"min_mass: expected 0 or more and less than 1, found {config.min_mass}")
-    require(
-        not (config.shuffle_attention and config.guidance == "encode"),
-        'shuffle_attention: it is the control of guidance = "loss", found guidance = "encode"',
-    )
-    is_one_control = config.links == "attention" or not (config.shuffle_attention or config.guidance == "encode")
-    require(is_one_control, f'links: {config.links} is a control of guidance = "loss" without shuffle_attention')
+    is_one_control = config.links == "attention" or not config.shuffle_attention
+    require(is_one_control, f"links: {config.links} is a control without shuffle_attention, which is another")

@@ -10,6 +10,12 @@ from ..ask.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 _BASE = Sae("base", "hierarchical", {"alpha": 0.0})
 _SHUFFLED = Sae("shuffled", "hierarchical", {"shuffle_attention": True})
+_READS = {"guidance": "encode", "alpha": 0.0}
+_ENCODERS = (
+    Sae("encoder_alone", "hierarchical", _READS),
+    Sae("encoder_shuffled", "hierarchical", {**_READS, "shuffle_attention": True}),
+)
+"""The encoder reads attention and no loss asks it to agree with it; and the same by other windows' attention."""
 
 _RUNS = (
     Recipe(
@@ -27,7 +33,13 @@ _RUNS = (
     Recipe(
         "run_3",
         "everything: four layers, learned mixing, contrast and consistency, as a loss and in the encoder",
-        (_BASE, Sae("guided", "hierarchical"), Sae("encoder", "hierarchical", {"guidance": "encode"}), _SHUFFLED),
+        (
+            _BASE,
+            Sae("guided", "hierarchical"),
+            Sae("encoder", "hierarchical", {"guidance": "encode"}),
+            *_ENCODERS,
+            _SHUFFLED,
+        ),
         {"alpha": 0.1},
     ),
     Recipe(

@@ -128,3 +128,29 @@ def test_disk_and_back(battery, tmp_path):
     without = Side({name: value for name, value in batch.side.items() if name != "attention"})
     with pytest.raises(LookupError, match="expected a side input 'attention'"):
         loaded.encode(batch.x, without)
+
+
+@pytest.mark.parametrize("control", [{"shuffle_attention": True}, {"links": "nearest"}, {"links": "same_token"}])
+def test_controls_reach_an_encoder_without_the_loss_and_come_back_from_disk(battery, control, tmp_path):
+    """They train at alpha = 0, read other links than the encoder that they control, and name all that they read."""
+    config = battery.quick("attention", guidance="encode", alpha=0.0, rank=3, **control)
+    trainee, reports = battery.train(config, 4)
+    assert "guidance" not in reports[-1].terms and trainee.sae.U.detach().any()
+    batch = battery.batches(config, 1)[0]
+    save_sae(tmp_path, trainee.sae, trainee.assembly.input_stats, {"layers": [19]}, to_json(config), "attention")
+    loaded = read_sae(tmp_path, lambda variant, raw, d: from_json(config_type(variant), raw).build(d).sae)
+    read = Side({name: batch.side[name] for name in loaded.needs_side})
+    with torch.no_grad():
+        found = loaded.encode(batch.x, read)
+        torch.testing.assert_close(found, trainee.sae.encode(batch.x, read), rtol=1e-4, atol=1e-4)
+        trainee.sae.attention = dataclasses.replace(trainee.sae.attention, apart=False, kind="attention")
+        assert not torch.allclose(found, trainee.sae.encode(batch.x, read), atol=1e-3)
+
+
+def test_a_lone_window_has_no_other_windows_attention(battery, rng):
+    config = battery.quick("attention", guidance="encode", shuffle_attention=True)
+    assembly = moved(config.build(battery.D), rng)
+    batch = battery.batches(config, 1, rows=30)[0]
+    with torch.no_grad():
+        plain = build_base(config, battery.D).sae.encode(batch.x)
+        torch.testing.assert_close(assembly.sae.encode(batch.x, battery.side_for(assembly, batch)), plain)

@@ -86,7 +86,6 @@ def test_an_ablated_layer_is_out(battery):
         ("hierarchical", {"base": "crosscoder"}, "expected a variant that reads tokens of one layer"),
         ("attention", {"base": "attention"}, "expected a variant that wraps no other, found 'attention'"),
         ("attention", {"base": "standard", "k": 3.0}, "base standard has no setting k"),
-        ("attention", {"guidance": "encode", "shuffle_attention": True}, "shuffle_attention: it is the control"),
         ("attention", {"negatives": -1}, "negatives: expected 0 or more"),
         ("attention", {"min_mass": 1.0}, "min_mass: expected 0 or more and less than 1"),
     ],

@@ -19,6 +19,8 @@ from ..side import Side
 from .links import Links
 
 LinkKind = Literal["attention", "nearest", "same_token"]
+READ_BESIDE = {"attention": (), "nearest": ("window", "position"), "same_token": ("window", "position", "token")}
+"""Side inputs that the links are made of, beside the attention."""
 
 
 def nearest_links(links: Links, side: Side) -> Links:

@@ -24,7 +24,6 @@ class AttendedSae(SparseAutoencoder):
     """Starts as the SAE it is made from: U is zero."""
 
     is_plain = False
-    needs_side = ("attention", "row_of")
 
     def __init__(
         self,
@@ -40,6 +39,7 @@ class AttendedSae(SparseAutoencoder):
         self.U = nn.Parameter(torch.zeros(base.num_latents, width))
         self.attention = attention
         self.mixing = mixing
+        self.needs_side = ("attention", "row_of", *attention.own_side)
 
     def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
         center = self.b_dec if self.centres_input else None
@@ -62,6 +62,8 @@ class AttendedSae(SparseAutoencoder):
     def attended(self, x: Tensor, side: Side) -> Tensor:
         """[B, L * R]: what each layer's attention brings, weighted."""
         rows, layers = x.shape[0], len(self.attention.layers)
+        if self.attention.apart and side["row_of"].shape[0] < 2:
+            return x.new_zeros(rows, self.V.shape[0])  # of the control: a lone window has no other's attention to read
         links = self.attention.read(side, rows)
         weights = link_weights(weights_by_row(mixing_weights(self, side, x), links), links)
         low = (self.centred(x) @ self.V.t()).view(rows, layers, -1).transpose(0, 1).reshape(layers * rows, -1)

@@ -16,7 +16,7 @@ from ..kernels.windows import Places
 from ..model import SparseAutoencoder
 from ..side import Side
 from ..view import View, once
-from .controls import LinkKind, nearest_links, same_token_links
+from .controls import READ_BESIDE, LinkKind, nearest_links, same_token_links
 from .links import Links, links_of
 from .mixing import Mixing, weights_by_row
 
@@ -33,6 +33,11 @@ class Attention:
     min_mass: float = 0.05
     apart: bool = False
     kind: LinkKind = "attention"
+
+    @property
+    def own_side(self) -> tuple[str, ...]:
+        """Side inputs that its links take beside the attention."""
+        return READ_BESIDE[self.kind]
 
     def read(self, side: Side, num_rows: int) -> Links:
         """The links of a batch."""
