@@ -5,7 +5,8 @@ Every N steps:
    reached it. (L_t itself is always largest for the lowest tier, whose set is the smallest.)
 2. The tier with the largest one receives latents that are dead or idle, the least active first.
 3. No tier grows or shrinks by more than a given share of its first size.
-A latent that has moved learns anew by the auxiliary loss of its base, as any dead latent does.
+4. Where asked for, latents that are alive follow, if the loss falls by it (`reallocation.py`).
+A dead latent that has moved learns anew by the auxiliary loss of its base, as any dead latent does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..sae.extra import Extra
 from ..sae.kernels.hardware import StepCount
 from ..sae.view import View
+from .reallocation import reallocated
 from .tiers import tier_losses, tiers_of
 
 DECAY = 0.99  # of the running means
@@ -35,10 +37,16 @@ class Moves:
     """Share of all latents."""
     drift: float
     """Share of a tier's first size."""
+    live: bool = False
+    """Latents that are alive move too."""
 
     def room(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """How many latents each tier may come to have."""
         return tuple(size + int(self.drift * size) for size in sizes)
+
+    def floor(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """How many latents each tier keeps."""
+        return tuple(size - int(self.drift * size) for size in sizes)
 
 
 class Structure(Extra):
@@ -65,6 +73,9 @@ class Structure(Extra):
             tiers = tiers_of(view)
             before = tiers.membership.clone()
             after = self.reassigned(before, view.dead)
+            if self.moves.live:
+                room, floor = self.moves.room(self._sizes), self.moves.floor(self._sizes)
+                after = reallocated(view, after, room, floor, int(self.moves.most_at_once * len(before)))
             tiers.membership.copy_(after)
             for follow in self._followers:
                 follow(before, after)
@@ -95,8 +106,7 @@ class Structure(Extra):
     def _spare(self, membership: Tensor) -> list[int]:
         """How many latents each tier may lose."""
         sizes = torch.bincount(membership, minlength=len(self._sizes)).tolist()
-        floors = [size - int(self.moves.drift * size) for size in self._sizes]
-        return [max(0, size - floor) for size, floor in zip(sizes, floors, strict=True)]
+        return [max(0, size - floor) for size, floor in zip(sizes, self.moves.floor(self._sizes), strict=True)]
 
 
 def _first_of_each_tier(idle: Tensor, frequency: Tensor, membership: Tensor, spare: Sequence[int]) -> Tensor:

@@ -52,6 +52,8 @@ class Config(Wrapping):
     """Share of the run over which they do: a whole tier of untrained latents at once would be noise."""
     moves_every_steps: int = 0
     """How often idle latents move to the tier with the largest relative residual; 0: never."""
+    moves_live: bool = False
+    """Latents that are alive move then too, alone or two in exchange, where the weighted loss of the tiers falls."""
     idle_frequency: float = 1e-5
     moves_at_once: float = 0.01
     """Share of all latents."""
@@ -149,7 +151,7 @@ class Config(Wrapping):
         return assembly.wrap(lambda sae: ShapedAutoencoder(sae, shapes)) if shapes else assembly
 
     def _moves(self) -> Moves:
-        return Moves(self.moves_every_steps, self.idle_frequency, self.moves_at_once, self.tier_drift)
+        return Moves(self.moves_every_steps, self.idle_frequency, self.moves_at_once, self.tier_drift, self.moves_live)
 
     def _require_valid(self) -> None:
         count, weights = len(self.sizes()), self.tier_weights
@@ -161,6 +163,7 @@ class Config(Wrapping):
         require(self.tier_drift < 1, f"tier_drift: expected less than 1, found {self.tier_drift}")
         nested = self._is_nested or not self.moves_every_steps
         require(nested, "moves_every_steps: expected tiers that reconstruct on their own, found weights of 0")
+        require(self.moves_every_steps > 0 or not self.moves_live, "moves_live: expected moves_every_steps, found 0")
         rising = self.curriculum is None or (
             len(self.curriculum) == count
             and self.curriculum[0] == 0

@@ -8,11 +8,13 @@ import torch
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.terms.composition import Composition, NonNegative, composition_l1, composition_loss
 from saemill.train.terms.gradients import GradientNoise, TierGradients
+from saemill.train.terms.reallocation import changes, reallocated, weighted_loss
 from saemill.train.terms.structure import Moves, Structure
 from saemill.train.terms.tiers import TieredReconstruction, Tiers, importance_loss, tier_losses
 
 WEIGHTS = (0.2, 0.3, 0.5)
 SIZES = (5, 7, 8)
+EASY = {"importance": "fixed", "tier_weights": (0.4, 0.3, 0.3), "composition_weight": 0.0, "idle_frequency": 0.0}
 
 
 @pytest.fixture(params=["sparse", "dense"])
@@ -171,6 +173,40 @@ def test_moves_happen_in_training_and_are_logged(battery):
     assert scalars["tiers/moves"] > 0
     sizes = torch.bincount(membership, minlength=3)
     assert sum(scalars[f"tiers/size_{tier}"] for tier in (1, 2, 3)) == 96 and sizes.max() <= 40 and sizes.min() >= 24
+
+
+def test_what_a_move_changes_is_what_the_loss_changes_by(sae, rng, shaping):
+    view, membership = shaping.make_views(rng, sae)(), sae.extras["tiers"].membership
+    found, before = changes(view, membership, 3), weighted_loss(view, membership, 3)
+    torch.testing.assert_close(before, (oracle_losses(view) * torch.tensor(WEIGHTS)).sum().detach())
+    for latent in range(shaping.LATENTS):
+        for tier in range(3):
+            after = membership.clone()
+            after[latent] = tier
+            torch.testing.assert_close(found[latent, tier], weighted_loss(view, after, 3) - before, atol=1e-9, rtol=0)
+
+
+def test_living_latents_move_until_no_move_or_exchange_lowers_the_loss(sae, rng, shaping):
+    """Tiers drift within their bounds, and the loss falls with every round."""
+    view, membership = shaping.make_views(rng, sae)(), sae.extras["tiers"].membership.clone()
+    room, floor, losses = (6, 8, 10), (4, 6, 6), [float(weighted_loss(view, membership, 3))]
+    while not torch.equal(membership, after := reallocated(view, membership, room, floor, most=3)):
+        assert 0 < int((after != membership).sum()) <= 3
+        membership = after
+        sizes = torch.bincount(membership, minlength=3)
+        assert all(low <= int(size) <= high for low, size, high in zip(floor, sizes, room, strict=True))
+        losses.append(float(weighted_loss(view, membership, 3)))
+    assert len(losses) > 2 and losses == sorted(losses, reverse=True)
+
+
+def test_living_latents_move_in_training_and_losses_of_tiers_end_lower(battery):
+    """None is idle: without them nothing moves."""
+    idle, live = (
+        battery.train(battery.quick("tiered", moves_every_steps=5, moves_at_once=0.1, moves_live=on, **EASY), 31)
+        for on in (False, True)
+    )
+    assert float(idle[1][-1].notes["tiers/moves"]) == 0 < float(live[1][-1].notes["tiers/moves"])
+    assert float(live[1][-1].terms["reconstruction"]) < float(idle[1][-1].terms["reconstruction"])
 
 
 def test_each_tiers_gradient_is_clipped_alone(sae, rng, shaping):
