@@ -1,4 +1,8 @@
-"""Tiered SAEs: three nested tiers, what they count, and what higher ones are made of."""
+"""Tiered SAEs: three nested tiers, what they count, and what higher ones are made of.
+
+Gradients are scaled by a tier's loss where that is over 1, as the study's run_4 wanted against explosions, and not
+below: dividing by small losses too would be what learned importance does in the same run.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from ..ask.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 EQUAL = (1 / 3, 1 / 3, 1 / 3)
 FIRST = {"importance": "fixed", "tier_weights": EQUAL}
+RESAMPLED = {"resample_every_steps": 100, "aux_weight": 0.0}
+MOVES = {"moves_every_steps": 100, "moves_live": True}
 LEARNED = {"importance": "uncertainty", "tier_weights": EQUAL, "optim.clip_norm": 1.0}
 INITIALISED = {
     "importance": "uncertainty",
@@ -23,24 +29,28 @@ NEXT = {
     "optim.clip_norm": 5.0,
     "optim.warmup_power": 3.0,
     "optim.warmup_steps": 2000,
-    "moves_every_steps": 100,
     "curriculum": (0.0, 0.1, 0.2),
+    **MOVES,
 }
 
 _RUNS = (
     Recipe("run_0", "The baseline: one flat dictionary.", (Sae("standard", "standard"),)),
-    Recipe("run_1", "Three fixed tiers that count alike.", (Sae("tiered", "tiered", FIRST),)),
+    Recipe(
+        "run_1",
+        "Three fixed tiers that count alike; dead latents begin anew in place of the auxiliary loss.",
+        (Sae("tiered", "tiered", FIRST | RESAMPLED),),
+    ),
     Recipe("run_2", "Learned importance of the tiers, clipped gradients.", (Sae("tiered", "tiered", LEARNED),)),
     Recipe("run_3", "Xavier weights and a slow, cubic warm-up.", (Sae("tiered", "tiered", INITIALISED),)),
     Recipe("run_4", "Scaled gradients and weight decay, norms logged.", (Sae("tiered", "tiered", SCALED),)),
     Recipe(
         "run_5",
-        "Layer norm between tiers, clipping by tier, latents that move, tiers that switch on one by one.",
+        "Layer norm between tiers, clipping by tier, latents that move if the loss falls, tiers that come one by one.",
         (
             Sae("standard", "standard"),
             Sae("tiered", "tiered"),
             Sae("next_steps", "tiered", NEXT),
-            Sae("moves", "tiered", {"moves_every_steps": 100}),
+            Sae("moves", "tiered", MOVES),
             Sae("curriculum", "tiered", {"curriculum": (0.0, 0.1, 0.2)}),
         ),
     ),

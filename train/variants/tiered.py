@@ -15,7 +15,7 @@ from typing import ClassVar
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
-from ..engine.schedules import Constant, Ramp
+from ..engine.schedules import Constant, Ramp, Switch
 from ..kit.build import require, require_least
 from ..kit.wrapping import Wrapping, base_request, build_base
 from ..sae.first_weights import Init, initialise
@@ -25,6 +25,7 @@ from ..sae.shapes.tier_gates import TierGates
 from ..terms.composition import COMPOSITION, Composition, NonNegative, composition_l1, composition_loss
 from ..terms.gradients import TierGradients
 from ..terms.reconstruction import reconstruction
+from ..terms.resampling import RESAMPLING, Resampling
 from ..terms.structure import Moves, Structure
 from ..terms.tiers import TIERS, Importance, TieredReconstruction, Tiers, importance_loss, switch_name, tier_residual
 
@@ -59,6 +60,10 @@ class Config(Wrapping):
     """Share of all latents."""
     tier_drift: float = 0.25
     """Share of its first size by which a tier may grow or shrink."""
+    resample_every_steps: int = 0
+    """How often dead latents begin anew at what is rebuilt worst, beside the base's auxiliary loss; 0: never."""
+    resample_until: float = 0.7
+    """Share of the run after which none does: what begins late does not come to anything."""
     tier_norm: bool = False
     """Layer norm of each tier's pre-activations."""
     init: Init = "tied"
@@ -88,6 +93,11 @@ class Config(Wrapping):
         self._require_valid()
         assembly = build_base(self, d_model, stats)
         initialise(assembly.sae, self.init, assembly.generator, self.optim.start == "fitted")
+        if self.resample_every_steps:
+            resampling = Resampling(self.resample_every_steps)
+            assembly = assembly.with_extra(RESAMPLING, resampling).with_knobs(
+                **{RESAMPLING: Switch(self.resample_until)}
+            )
         if not self._is_nested and self.composition_weight == 0:
             return self._with_shapes(assembly)
         tiers = Tiers(self.sizes(), self.tier_weights, self.importance)
@@ -160,6 +170,7 @@ class Config(Wrapping):
         learns = self.importance != "fixed"
         require(not learns or min(weights) > 0, f"tier_weights: expected more than 0 to learn from, found {weights}")
         require_least(self, composition_weight=0, composition_l1=0, moves_every_steps=0, idle_frequency=0, tier_drift=0)
+        require_least(self, resample_every_steps=0, resample_until=0)
         require(self.tier_drift < 1, f"tier_drift: expected less than 1, found {self.tier_drift}")
         nested = self._is_nested or not self.moves_every_steps
         require(nested, "moves_every_steps: expected tiers that reconstruct on their own, found weights of 0")

@@ -41,6 +41,7 @@ MORE: dict[str, dict[str, Any]] = {
     "attention same_token": {"base": "topk", "links": "same_token"},
     "attention encoder": {"guidance": "encode", "alpha": 0.0, "shuffle_attention": True, "rank": 2},
     "tiered topk": {"base": "topk", "moves_every_steps": 1000, "curriculum": (0.0, 0.1, 0.2), "tier_norm": True},
+    "tiered resampled": {"resample_every_steps": 1, "resample_until": 1.0},
     "tiered norms": {"importance": "uncertainty", "tier_grad_norms": True, "gradient_scaling": True},
     "positional topk": {"base": "topk", "mask": "soft", "progressive": (0.1, 0.9), "learned_coefficient": True},
     "positional ranges": {"mask": "none", "range_encoders": True, "position_embeddings": True, "adapters": True},

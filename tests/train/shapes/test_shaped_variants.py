@@ -30,6 +30,7 @@ SETTINGS = {
         {"tier_norm": True, "tier_clip_norm": 0.1, "init": "xavier"},
         {"curriculum": (0.0, 0.1, 0.2), "moves_every_steps": 3, "idle_frequency": 0.5},
         {"boundaries": (10, 40, 96)},
+        {"moves_every_steps": 3, "moves_live": True, "resample_every_steps": 4, "dead_after_tokens": 600},
     ],
     "positional": [
         {"mask": "soft"},
@@ -108,6 +109,7 @@ REFUSED = [
     ("tiered", {"tier_weights": (0.0, 0.0, 1.0)}, "to learn from"),
     ("tiered", {"composition_weight": -0.1}, "composition_weight: expected 0 or more"),
     ("tiered", {"curriculum": (0.2, 0.1, 0.4)}, "curriculum: expected 3"),
+    ("tiered", {"moves_live": True}, "moves_live: expected moves_every_steps"),
     ("tiered", {"base": "matryoshka"}, "a single reconstruction"),
     ("tiered", {"base": "crosscoder"}, "found 'crosscoder'"),
     ("positional", {"base": "temporal"}, "wraps no other"),

@@ -1,0 +1,67 @@
+"""Resampling (Bricken et al. 2023): dead latents begin anew where the living rebuild least.
+
+B rows, F latents. Every N steps, until a part of the run is over, each dead latent takes a row of the batch, drawn with
+a chance in proportion to the square of its loss: its decoder row becomes what was left of that row, at length one,
+its encoder a fifth of a living latent's length along it, its bias a fifth of a living one's.
+Adam's moments are left: those of a latent that has long been silent have faded by themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..data.device import send
+from ..sae.extra import Extra
+from ..sae.kernels.hardware import StepCount
+from ..sae.view import View
+
+RESAMPLING = "resampling"  # the extra, and the knob that says whether it is over: 1 from there on
+SHARE = 0.2
+
+
+class Resampling(Extra):
+    """Counts steps, and gives dead latents new weights when it is time."""
+
+    steps: Tensor
+    resampled: Tensor
+
+    def __init__(self, every_steps: int) -> None:
+        super().__init__()
+        self.every_steps = every_steps
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("resampled", torch.zeros((), dtype=torch.int64))
+        self._count = StepCount()
+
+    @torch.no_grad()
+    def observe(self, view: View) -> None:
+        self._count.add_one(self.steps)
+        is_due = self._count.of(self.steps) % self.every_steps == 0
+        if is_due and not view.side.knob(RESAMPLING, 0.0):
+            dead = view.dead if view.retired is None else view.dead & ~view.retired
+            resample(view, dead)
+            self.resampled += dead.sum()
+        view.note("resampled", self.resampled)
+
+
+def resample(view: View, dead_F: Tensor) -> None:
+    """New weights for some latents; the host draws, so that nothing is waited for."""
+    sae = view.sae
+    fresh = normalize(view.residual[drawn_rows(view, len(dead_F))], dim=1)
+    # All ranks take the rows of the first: tables must stay the same everywhere.
+    fresh = view.side.ranks.sum(fresh if view.side.ranks.rank == 0 else torch.zeros_like(fresh))
+    living = ~dead_F
+    count = living.sum().clamp_min(1)
+    length = (sae.W_enc.norm(dim=1) * living).sum() / count
+    bias = (sae.b_enc * living).sum() / count
+    sae.W_dec.copy_(torch.where(dead_F[:, None], fresh, sae.W_dec))
+    sae.W_enc.copy_(torch.where(dead_F[:, None], SHARE * length * fresh, sae.W_enc))
+    sae.b_enc.copy_(torch.where(dead_F, SHARE * bias, sae.b_enc))
+
+
+def drawn_rows(view: View, count: int) -> Tensor:
+    """int64 [count], rows of the batch, each drawn with a chance in proportion to its squared loss."""
+    chances = view.residual.square().sum(1).square().cumsum(0)
+    dice = send(torch.rand(count, generator=view.generator), chances.device)
+    return torch.searchsorted(chances, dice.to(chances.dtype) * chances[-1]).clamp_max(len(chances) - 1)
