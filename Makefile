@@ -32,7 +32,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist workstea
 
 STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard train/recipes/*.py)))))
 STDLIB_PROBES := $(foreach eval,sparse_probing scr tpp,--eval-set $(eval).data=stdlib)
-STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048
+STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set browser.windows=256
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-real smollm2 check format goldens demo harvest studies decide bench bench-store bench-harvest bench-train \

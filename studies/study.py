@@ -55,6 +55,8 @@ MEASURES = (
 )
 """What SAEs are compared at (`docs/studies/questions.md`). Not what another seed finds again: each number of it is
 about pairs of seeds, so that five of them are not five."""
+ASKS_FOR_MATERIAL = ("unlearning",)
+"""WMDP's text is given on request only, and is about one model: a study is whole without."""
 SEED = re.compile(r"_seed(\d+)$")
 
 
@@ -137,6 +139,7 @@ def main(
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
     options += [word for setting in settings for word in ("--set", setting)]
     words = tuple(word for setting in evaluation for word in ("--set", setting))
+    settings_of(words, ())  # refuses those of no evaluation, before anything is trained
     console = make_console()
     problems: list[str] = []
     for study in names or studies():
@@ -162,11 +165,21 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
         call(sae_train, "sae-train", words, console)
     for eval_ids in dict.fromkeys(recipe.evals for recipe in recipes):
         runs = [recipe.name for recipe in recipes if recipe.evals == eval_ids]
-        words = [*runs, "--runs", str(course.out), "--evals", ",".join(eval_ids), "--resume", *course.evaluation]
+        words = [*runs, "--runs", str(course.out), "--evals", ",".join(eval_ids), "--resume"]
+        words += settings_of(course.evaluation, eval_ids)
         call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what failed
     results = [(recipe, read_lines(RunFolder.at(course.out / recipe.name), recipe.evals)) for recipe in recipes]
     write_tables(results, course.out, console)
     return [line for _, lines in results for line in lines]
+
+
+def settings_of(words: Sequence[str], eval_ids: Sequence[str]) -> list[str]:
+    """The settings of these evaluations among those of all; sae-eval takes none of another."""
+    foreign = [said for said in words[1::2] if said.split(".")[0] not in evals.names()]
+    if foreign:
+        raise click.ClickException(f"--eval-set {foreign[0]}: expected EVAL.KEY=V of one of {', '.join(evals.names())}")
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [word for option, said in pairs if said.split(".")[0] in eval_ids for word in (option, said)]
 
 
 def keep_course(course: Course) -> None:
@@ -226,7 +239,7 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str]) -> list[Line]:
         for eval_id in eval_ids:
             path = folder.path / "evals" / eval_id / f"{label}_eval_results.json"
             if not path.is_file():
-                problems.append(f"{eval_id} gave no result")
+                (remarks if eval_id in ASKS_FOR_MATERIAL else problems).append(f"{eval_id} gave no result")
                 continue
             document = read_result(path)
             found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}

@@ -215,5 +215,5 @@ EVALUATION = Evaluation(
     Config,
     evaluate,
     needs=Needs(store=True),
-    summary=("specialisation.retention", "specialisation.fidelity", "order.range_top_5"),
+    summary=("specialisation.retention", "specialisation.fidelity", "order.range_top_5", "order.first_top_5"),
 )

@@ -260,5 +260,12 @@ EVALUATION = Evaluation(
     Config,
     evaluate,
     needs=Needs(store=True),
-    summary=("tier_information.adjusted_nmi_1_2", "composition.coverage_few_2"),
+    summary=(
+        "tier_information.adjusted_nmi_1_2",
+        "composition.coverage_few_2",
+        "uncomposed.mass_share",
+        "uncomposed.loss_carried",
+        "causal.loss_increase_without_1",
+        "causal.loss_increase_without_3",
+    ),
 )

@@ -155,6 +155,27 @@ def test_every_study_has_measures_of_its_own_and_compares_with_saes_that_it_trai
         assert {"headline", "decisive"} <= {one.name for one in runs_of(name)}
 
 
+def test_settings_of_evaluations_reach_those_runs_that_ask_for_them():
+    words = ("--set", "scr.data=stdlib", "--set", "browser.windows=9")
+    assert study.settings_of(words, ("core", "browser")) == ["--set", "browser.windows=9"]
+    assert study.settings_of(words, ("core",)) == []
+    with pytest.raises(click.ClickException, match="--eval-set srcc.data=stdlib: expected EVAL.KEY=V of one of"):
+        study.settings_of(("--set", "srcc.data=stdlib"), ("core",))
+
+
+def test_studies_run_what_no_variant_is_trained_on_and_what_their_notes_ask_for():
+    asked = {name: {one.name: set(one.evals) for one in runs_of(name)} for name in studies()}
+    for runs in asked.values():
+        assert {"sparse_probing", "scr", "tpp"} <= runs["headline"] & runs["decisive"]
+    assert all("unlearning" in asked[name]["headline"] for name in ("tiered", "temporal"))
+    assert "browser" in asked["attention"]["run_6"]
+
+
+def test_a_study_is_whole_without_material_that_is_given_on_request_only(tmp_path):
+    (line,) = read_lines(write_run(tmp_path / "run_0"), ["core", "unlearning"])
+    assert line.problems == [] and line.remarks == ["unlearning gave no result"]
+
+
 def test_the_run_that_decides_is_asked_for_by_name():
     assert "decisive" not in [one.name for one in study.choose("tiered", None)]
     assert [one.name for one in study.choose("tiered", "run_1, decisive")] == ["run_1", "decisive"]

@@ -70,6 +70,7 @@ _RUNS = (
         "how mixture and contributions develop: all four layers, logged closely",
         _with_controls("hierarchical", {"alpha": 0.1, **_ANNEALED}),
         {"course.metrics_every_steps": 10},
+        evals=("browser",),
     ),
 )
 
@@ -82,6 +83,7 @@ RUNS = (
         _with_controls("hierarchical", {"alpha": 0.1}),
         seeds=3,
         against=("base", "shuffled"),
+        evals=PROBES,
     ),
     Recipe(
         "decisive",

@@ -76,6 +76,7 @@ RUNS = (
         {"alpha": 0.1},
         seeds=3,
         against=("base", "shuffled"),
+        evals=PROBES,
     ),
     Recipe(
         "decisive",

@@ -46,8 +46,8 @@ _RUNS = (
     Recipe("run_9", "Gated adapters for each range, on top of a base.", (Sae("adapters", "positional", ADAPTED),)),
     Recipe(
         "run_10",
-        "The base first, under half the penalty; then the adapters, at lower rates.",
-        (Sae("curriculum", "positional", CURRICULUM),),
+        "The base first, under half the penalty; then the adapters, at lower rates; beside those of run_9.",
+        (Sae("curriculum", "positional", CURRICULUM), Sae("adapters", "positional", ADAPTED)),
     ),
 )
 
@@ -64,6 +64,7 @@ RUNS = (
         ),
         seeds=3,
         against=("static_slicing",),
+        evals=PROBES,
     ),
     Recipe(
         "decisive",

@@ -66,6 +66,7 @@ RUNS = (
         (Sae("standard", "standard"), Sae("windows", "temporal", OFF), Sae("temporal", "temporal")),
         seeds=3,
         against=("windows",),
+        evals=(*PROBES, "unlearning"),
     ),
     Recipe(
         "decisive",

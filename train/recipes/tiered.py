@@ -65,6 +65,7 @@ RUNS = (
         (Sae("standard", "standard"), Sae("tiered", "tiered"), Sae("fixed", "tiered", FIRST)),
         seeds=3,
         against=("standard",),
+        evals=(*PROBES, "unlearning"),
     ),
     Recipe(
         "decisive",

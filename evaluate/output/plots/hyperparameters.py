@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from ..figures.panels import Bars, Lines, draw_panels, series_of
+from ..figures.panels import Bars, Lines, draw_panels, first_series, series_of
 from ..figures.records import Record
 
 
@@ -26,11 +26,14 @@ def penalty(record: Record) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
+PENALTIES = ("weight/l1", "weight/lp", "weight/l0", "weight/gate_l1")
+
 PANELS = (
     Bars("Learning rate", "peak of its schedule", peak_rate, "{:.2e}"),
     Bars("Sparsity penalty", "coefficient", penalty),
     Bars("Sparsity target", "active latents a token", target_l0),
     Lines("Learning rate over training", "learning rate", series_of("lr")),
+    Lines("Sparsity penalty over training", "coefficient", first_series(PENALTIES)),
 )
 
 
