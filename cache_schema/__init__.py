@@ -20,6 +20,7 @@ from .errors import (
     StoreMismatch,
     StoreMissing,
     StoreUnfinished,
+    StoreUnreachable,
 )
 from .manifest import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .moments import Moments
@@ -58,6 +59,7 @@ __all__ = [
     "StoreMismatch",
     "StoreMissing",
     "StoreUnfinished",
+    "StoreUnreachable",
     "StoreWriter",
     "from_float32",
     "to_float32",

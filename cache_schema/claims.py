@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
-from .files import Files, LocalFiles, RemoteFiles
+from .files import Files, LocalFiles, RemoteFiles, make_folder, name_failure
 from .layout import LOCK
 
 CREATION = 2**40  # the claim on a store's creation: a number that no shard has
@@ -57,8 +57,9 @@ class LockClaims:
 
     def __init__(self, files: LocalFiles) -> None:
         path = files.root / LOCK
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with name_failure(f"opening {path}"):
+            make_folder(path.parent)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def take(self, number: int) -> bool:
         try:

@@ -7,6 +7,7 @@
     ├── StoreBusy           (BlockingIOError)    another writer holds what is wanted
     ├── StoreUnfinished     (LookupError)        a shard or split that was asked for is not there (yet)
     ├── StoreFull           (OSError)            the disk cannot hold what is to be written
+    ├── StoreUnreachable    (OSError)            the disk, or the object store, fails or does not answer
     ├── ManifestInvalid     (ValueError)         metadata that do not say what FORMAT.md says
     │   └── FormatTooNew                         written by a later saemill
     ├── RequestInvalid      (ValueError)         the store does not hold what was asked for
@@ -46,6 +47,10 @@ class StoreUnfinished(StoreError, LookupError):
 
 class StoreFull(StoreError, OSError):
     """The disk is full, or too small for what is about to be written."""
+
+
+class StoreUnreachable(StoreError, OSError):
+    """The place where the store lies answers with an error, or not at all; what is committed is not touched by that."""
 
 
 class ManifestInvalid(StoreError, ValueError):

@@ -2,7 +2,7 @@
 
 Two classes with the same methods. A key is a path relative to the store. What the rest of the package
 leans on: `write` is durable once `settle` has returned, `replace` is all or nothing, and a key that is
-not there raises `KeyError`.
+not there raises `KeyError`. Whatever else a disk or a network answers is a `StoreUnreachable`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from .errors import AddressInvalid, StoreFull
+from .errors import AddressInvalid, StoreError, StoreFull, StoreUnreachable
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 2**20  # checksum what was just read while it is still in the processor's cache
@@ -76,42 +76,47 @@ class LocalFiles:
         self.url = str(root)
 
     def read(self, key: str) -> bytes:
-        try:
-            return (self.root / key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise KeyError(key) from None
+        with name_failure(f"reading {key} of {self.url}"):
+            try:
+                return (self.root / key).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                raise KeyError(key) from None
 
     def read_into(self, key: str, body: np.ndarray, tail: np.ndarray) -> tuple[int, int]:
-        try:
-            fd = os.open(self.root / key, os.O_RDONLY)
-        except (FileNotFoundError, NotADirectoryError):
-            raise KeyError(key) from None
-        try:
-            return os.fstat(fd).st_size, _read_checksummed(fd, body, tail)
-        finally:
-            os.close(fd)
+        with name_failure(f"reading {key} of {self.url}"):
+            try:
+                fd = os.open(self.root / key, os.O_RDONLY)
+            except (FileNotFoundError, NotADirectoryError):
+                raise KeyError(key) from None
+            try:
+                return os.fstat(fd).st_size, _read_checksummed(fd, body, tail)
+            finally:
+                os.close(fd)
 
     def size(self, key: str) -> int:
-        return (self.root / key).stat().st_size
+        with name_failure(f"asking for the size of {key} of {self.url}"):
+            return (self.root / key).stat().st_size
 
     def exists(self, key: str) -> bool:
-        return (self.root / key).exists()
+        with name_failure(f"looking for {key} of {self.url}"):
+            return (self.root / key).exists()
 
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
         """One stat a name: a listing would read every name of a folder that may hold 100,000."""
-        try:
-            fd = os.open(self.root / folder, os.O_RDONLY)
-        except FileNotFoundError:
-            return []
-        try:
-            return [name for name in names if os.access(name, os.F_OK, dir_fd=fd)]
-        finally:
-            os.close(fd)
+        with name_failure(f"looking into {folder} of {self.url}"):
+            try:
+                fd = os.open(self.root / folder, os.O_RDONLY)
+            except FileNotFoundError:
+                return []
+            try:
+                return [name for name in names if os.access(name, os.F_OK, dir_fd=fd)]
+            finally:
+                os.close(fd)
 
     def write(self, key: str, buffers: Sequence[np.ndarray]) -> None:
         path = self.root / key
-        with self._name_full_disk(key):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with self._name_failure(key):
+            make_folder(path.parent)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
                 _write_all(fd, buffers)
@@ -121,30 +126,42 @@ class LocalFiles:
 
     def settle(self, folders: Iterable[str]) -> None:
         for folder in folders:
-            sync(self.root / folder)
+            with self._name_failure(folder):
+                sync(self.root / folder)
 
     def replace(self, key: str, data: bytes) -> None:
         path = self.root / key
         temporary = path.with_name(f".{path.name}.tmp")  # one name a key: what a killed writer left is used again
-        with self._name_full_disk(key):
+        with self._name_failure(key):
             self.write(str(temporary.relative_to(self.root)), [np.frombuffer(data, np.uint8)])
             os.replace(temporary, path)
-        sync(path.parent)
+            sync(path.parent)
 
     def list(self, folder: str) -> list[str]:
-        try:
-            return sorted(entry.name for entry in os.scandir(self.root / folder))
-        except FileNotFoundError:
-            return []
+        with name_failure(f"listing {folder} of {self.url}"):
+            try:
+                return sorted(entry.name for entry in os.scandir(self.root / folder))
+            except FileNotFoundError:
+                return []
 
     def remove(self, key: str) -> None:
-        (self.root / key).unlink(missing_ok=True)
+        """A power cut must not bring it back: it may be the record of a shard that was found damaged."""
+        path = self.root / key
+        with self._name_failure(key):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return
+            sync(path.parent)
 
     def free_bytes(self) -> int | None:
         return free_bytes_at(self.root)
 
-    def _name_full_disk(self, key: str) -> AbstractContextManager[None]:
-        return name_full_disk(f"writing {key} of {self.url}; committed shards are untouched")
+    @contextmanager
+    def _name_failure(self, key: str) -> Iterator[None]:
+        doing = f"writing {key} of {self.url}; committed shards are untouched"
+        with name_failure(doing), name_full_disk(doing):
+            yield
 
 
 class RemoteFiles:
@@ -217,6 +234,21 @@ def name_full_disk(doing: str) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def name_failure(doing: str) -> Iterator[None]:
+    """Turn what a disk answers into an error that says at what."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreUnreachable(
+            error.errno,
+            f"{error.strerror or error} while {doing}. "
+            "Mend what the disk or its permissions say, then run the same command again: it goes on where it stopped",
+        ) from error
+
+
 def _read_checksummed(fd: int, body: np.ndarray, tail: np.ndarray) -> int:
     """Read a file's front into `body` and what follows into `tail`; return the crc32c of `body`."""
     crc = 0
@@ -246,6 +278,15 @@ def _write_all(fd: int, buffers: Sequence[np.ndarray]) -> None:
         view = buffer.data
         while len(view):
             view = view[os.write(fd, view) :]
+
+
+def make_folder(path: Path) -> None:
+    """With its parents, whose names are flushed: a power cut could else take a folder with all that lies in it."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
 
 
 def free_bytes_at(folder: Path) -> int:

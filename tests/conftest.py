@@ -1,11 +1,14 @@
-"""For all tests: Triton's kernels without a GPU are interpreted; the templates of CONTRIBUTING.md."""
+"""For all tests: Triton's kernels without a GPU are interpreted; the templates of CONTRIBUTING.md; a bad disk."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,3 +28,21 @@ def template() -> Callable[[str], str]:
         return code
 
     return find
+
+
+@pytest.fixture(scope="session")
+def shaky_disk() -> ModuleType:
+    """The module beside this one: tests are no package, so it is loaded by its path."""
+    spec = importlib.util.spec_from_file_location("shaky_disk", Path(__file__).with_name("shaky_disk.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def memory_folder() -> Iterator[Path]:
+    """In memory where that can be, for what a disk does wrong is made here, and its slowness tests nothing."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)

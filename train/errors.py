@@ -17,6 +17,7 @@ TrainError
 ├── RunTaken (FileExistsError)          the name of a new run is taken
 ├── RunFinished (ValueError)            nothing is left to resume
 ├── CheckpointDamaged (ValueError)      no checkpoint is complete
+├── RunNotWritten (OSError)             the run's disk is full, or takes no files
 ├── NotPushed (OSError)                  the Hub does not take an SAE
 ├── TrackerMissing (ImportError)        a tracker's package is not installed
 └── RunInterrupted                      a signal ended the run; its state is saved
@@ -106,7 +107,7 @@ class CheckpointDamaged(TrainError, ValueError):
     """No checkpoint of the run is complete."""
 
 
-class CheckpointNotWritten(TrainError, OSError):
+class RunNotWritten(TrainError, OSError):
     """The run's disk is full, or takes no files."""
 
 

@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...cache_schema.files import sync
+from ...cache_schema.files import make_folder, sync
 from ...cache_schema.strict import StrictError, from_json, to_json
-from ..errors import CheckpointDamaged, CheckpointNotWritten, ConfigInvalid, StoppedElsewhere
+from ..errors import CheckpointDamaged, ConfigInvalid, RunNotWritten, StoppedElsewhere
 from ..parallel.processes import Group, Solo
 from .whole_files import read_json, write_json
 
@@ -81,7 +81,7 @@ def save_checkpoint(
         if group.rank == 0:
             for leftover in (temporary, final):
                 shutil.rmtree(leftover, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            make_folder(temporary)
     digests = {}
     with _told_to(group):
         for label, named in tensors.items():
@@ -142,7 +142,7 @@ class Writer:
         try:
             written.result()
         except (OSError, SafetensorError) as error:
-            raise CheckpointNotWritten(
+            raise RunNotWritten(
                 f"the checkpoint of step {step} could not be written to {self._folder} ({error}). The one before is "
                 f"whole: make room there, or mend what the disk says, then go on with: "
                 f"sae-train --resume {self._folder.parent}"

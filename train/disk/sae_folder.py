@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...cache_schema.files import sync
+from ...cache_schema.files import make_folder, sync
 from ..data.scaling import Stats
 from ..errors import SaeInvalid
 from ..sae.model import SparseAutoencoder
@@ -58,7 +58,7 @@ def save_sae(
     else:
         wrapped = module_form(sae, stats, target_stats, knobs or {})
         tensors, form = wrapped.tensors, _wrapped_form(wrapped, sae, variant)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     written = _config_of(form, variant, metadata, config)
     _write(folder / WEIGHTS, lambda path: save_file(tensors, path))
     extras = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.extras.state_dict().items()}
@@ -211,8 +211,9 @@ def _fold_norms(plain: PlainSae) -> PlainSae:
 
 
 def _write(path: Path, write: Any) -> None:
-    """Write beside the place, flush, rename."""
+    """Write beside the place, flush, rename, flush the name."""
     beside = path.with_name(path.name + ".partial")
     write(beside)
     sync(beside)
     os.replace(beside, path)
+    sync(path.parent)

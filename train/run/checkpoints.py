@@ -74,6 +74,8 @@ class Saver:
         self._writer.finish()  # before the state takes as much memory again
         state = self._fleet.state()  # a collective call if weights are sharded
         if self._team.rank == 0:
+            if self._watch.log is not None:
+                self._watch.log.sync()
             self._writer.begin(self._standing(steps), state)
             if self._fleet.lends_state:
                 self._writer.finish()

@@ -15,11 +15,15 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from ...cache_schema.files import make_folder, sync
 from ..disk.whole_files import encode_line, read_json, write_json
-from ..errors import ConfigInvalid, RunMissing, RunTaken
+from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken
 
 _PACKAGES = ("saemill", "torch", "numpy", "safetensors", "accelerate", "zarr")
 
@@ -39,7 +43,8 @@ class RunFolder:
         if name in ("", ".", "..") or "/" in name:
             raise ConfigInvalid(f"expected the name of a folder in {root}, found {name!r}")
         try:
-            (root / name).mkdir()
+            with _name_refusal(root):
+                (root / name).mkdir()
         except FileExistsError:
             raise RunTaken(
                 f"{root / name} exists already: choose another --name, or continue it with --resume {name}"
@@ -81,13 +86,16 @@ class RunFolder:
         return self.path / label
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        write_json(self.path / "config.json", config)
+        with name_failure(self.path, "config.json"):
+            write_json(self.path / "config.json", config)
+            sync(self.path.parent)
 
     def read_config(self) -> dict[str, Any]:
         return read_json(self.path / "config.json")
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        write_json(self.path / "result.json", result)
+        with name_failure(self.path, "result.json"):
+            write_json(self.path / "result.json", result)
 
     @property
     def is_finished(self) -> bool:
@@ -98,23 +106,52 @@ class MetricsLog:
     """metrics.jsonl: appended to while training, cut back to the checkpoint on resume."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab")
+        self._path = path
+        with self._name_failure():
+            self._file = path.open("ab")
 
     def write(self, values: Mapping[str, Any]) -> None:
-        self._file.write(encode_line(values))
-        self._file.flush()
+        with self._name_failure():
+            self._file.write(encode_line(values))
+            self._file.flush()
 
     @property
     def size(self) -> int:
         return self._file.tell()
 
+    def sync(self) -> None:
+        """Flush to the disk: a checkpoint counts on the lines before it."""
+        with self._name_failure():
+            os.fsync(self._file.fileno())
+
     def cut(self, size: int) -> None:
-        """Drop what was written after a checkpoint: those steps are taken again."""
+        """Drop what was written after a checkpoint: those steps are taken again.
+
+        Of a log that is shorter, lost or copied in part, whole lines stay; it is not filled up with zeros.
+        """
+        if size > self._file.seek(0, os.SEEK_END):
+            size = self._path.read_bytes().rfind(b"\n") + 1
         self._file.truncate(size)
         self._file.seek(size)
 
     def close(self) -> None:
-        self._file.close()
+        with self._name_failure():
+            self._file.close()
+
+    def _name_failure(self) -> AbstractContextManager[None]:
+        return name_failure(self._path.parent, self._path.name)
+
+
+@contextmanager
+def name_failure(folder: Path, what: str) -> Iterator[None]:
+    """A disk that takes no file ends a run in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunNotWritten(
+            f"{what} could not be written to {folder} ({error}). Make room there, or mend what the disk says. What was "
+            f"saved before is whole: where there is a checkpoint, go on with: sae-train --resume {folder}"
+        ) from error
 
 
 def places_of(name: str | os.PathLike[str], root: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -135,13 +172,22 @@ def provenance() -> dict[str, Any]:
 
 def _make_root(root: str | os.PathLike[str]) -> Path:
     """The folder of runs, which may be there already."""
+    with _name_refusal(root):
+        make_folder(Path(root))
+    return Path(root)
+
+
+@contextmanager
+def _name_refusal(root: str | os.PathLike[str]) -> Iterator[None]:
+    """That a name is taken is not the disk's refusal."""
     try:
-        Path(root).mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
+        if isinstance(error, FileExistsError) and Path(root).is_dir():
+            raise
         raise ConfigInvalid(
             f"runs cannot be kept in {os.fspath(root)} ({error.strerror}): choose another --out"
         ) from None
-    return Path(root)
 
 
 def _make_first(root: Path, names: Iterator[str]) -> Path:
@@ -149,7 +195,8 @@ def _make_first(root: Path, names: Iterator[str]) -> Path:
     while True:
         path = root / next(names)
         try:
-            path.mkdir()
+            with _name_refusal(path.parent):
+                path.mkdir()
         except FileExistsError:
             continue
         return path

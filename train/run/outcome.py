@@ -15,6 +15,7 @@ from ..data.feed import held_out
 from ..data.scaling import bounds_of
 from ..disk.sae_folder import save_sae
 from ..parallel.processes import all_or_none
+from .folder import name_failure
 from .run import Run
 from .validation import HeldOut, validate
 
@@ -95,7 +96,8 @@ def _measure_and_save(run: Run) -> dict[str, SaeOutcome]:
     for member in run.config.members:
         if member.label in found:
             outcomes[member.label] = _sae_outcome(run, member, found[member.label])
-            _save(run, member, outcomes[member.label])
+            with name_failure(run.folder.path, member.label):
+                _save(run, member, outcomes[member.label])
     return outcomes
 
 

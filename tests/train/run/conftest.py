@@ -58,7 +58,7 @@ def spawn(tmp_path):
         process.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bits():
     """All that a finished run leaves behind and that time does not touch."""
 

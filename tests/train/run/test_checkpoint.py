@@ -9,7 +9,8 @@ import torch
 
 from saemill.train.disk import checkpoint
 from saemill.train.disk.checkpoint import Standing, Writer, list_checkpoints, load_checkpoint, save_checkpoint
-from saemill.train.errors import CheckpointDamaged, CheckpointNotWritten
+from saemill.train.errors import CheckpointDamaged, RunNotWritten
+from saemill.train.run.folder import MetricsLog
 
 
 def standing(step):
@@ -93,6 +94,19 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_log_that_lost_its_end_keeps_whole_lines(tmp_path):
+    """It is not filled up with zeros, which no reader of JSON takes."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": 1}\n{"st')
+    log = MetricsLog(path)
+    log.cut(1000)
+    log.write({"step": 2})
+    assert (log.size, path.read_bytes()) == (36, b'{"step": 0}\n{"step": 1}\n{"step": 2}\n')
+    log.cut(12)
+    log.close()
+    assert path.read_bytes() == b'{"step": 0}\n'
+
+
 def test_nothing_whole_is_an_error(tmp_path):
     save_checkpoint(tmp_path, standing(10), state(10))
     path = tmp_path / "step_000000010/state.json"
@@ -157,7 +171,7 @@ def test_a_full_disk_is_told_by_the_next_call(writer, tmp_path, monkeypatch, cal
         writer.begin(standing(20), state(20))
         writer._writing[1].exception(60)
     words = (standing(30), state(30)) if call == "begin" else ()
-    with pytest.raises(CheckpointNotWritten, match="step 20 .*No space left.*--resume"):
+    with pytest.raises(RunNotWritten, match="step 20 .*No space left.*--resume"):
         getattr(writer, call)(*words)
     writer.check()  # told once
     assert load_checkpoint(tmp_path / "run/checkpoints").standing.step == 10

@@ -1,0 +1,149 @@
+"""A disk that stops, fails or forgets: between this process and one folder, on top of the real one.
+
+It counts the calls of `os` that change or flush something there. Before the n-th, `die` lets no further call
+through, as a killed process makes none, and `fail` answers it, or all from then on, with an error number.
+`power_cut` takes back what POSIX does not promise: bytes of files that were not flushed, and names in folders
+that were not. What is taken back is drawn for each name, and does not depend on the order of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CALLS = ("open", "write", "fsync", "replace", "rename", "unlink", "mkdir")
+
+
+class Killed(BaseException):
+    """The process is gone: nothing but the kernel's own cleaning up happens after this."""
+
+
+class ShakyDisk:
+    """Patches `os` while it is installed; only what lies under `root` is touched."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = str(root)
+        self.faults = 0
+        self._left: int | None = None
+        self._then: Callable[[], BaseException] = Killed
+        self._sticks = True
+        self._bytes: dict[int, bytes] = {}  # inode -> what of a file was flushed
+        self._names: dict[int, dict[str, int]] = {}  # inode -> the names in a folder when it was flushed
+        self._turn = threading.RLock()
+        self._real = {name: getattr(os, name) for name in CALLS}
+
+    def install(self) -> None:
+        for name in self._real:
+            setattr(os, name, getattr(self, f"_{name}"))
+
+    def remove(self) -> None:
+        for name, call in self._real.items():
+            setattr(os, name, call)
+
+    def die(self, at: int) -> None:
+        self._left, self._then, self._sticks = at, Killed, True
+
+    def fail(self, number: int, at: int, sticks: bool) -> None:
+        self._left, self._then, self._sticks = at, lambda: OSError(number, os.strerror(number)), sticks
+
+    def be_well(self) -> None:
+        self._left = None
+
+    def flush_all(self) -> None:
+        """What lies there now is on the disk."""
+        self._bytes.clear()
+        self._names.clear()
+        for folder, _, files in os.walk(self.root):
+            self._remember(folder)
+            for name in files:
+                self._remember(os.path.join(folder, name))
+
+    def power_cut(self, seed: int) -> None:
+        """After a death: what was not flushed is there whole, in part, or as before."""
+        self._cut_folder(self.root, seed)
+        self.flush_all()
+
+    def _cut_folder(self, folder: str, seed: int) -> None:
+        now = {entry.name: entry.inode() for entry in os.scandir(folder)}
+        before = self._names.get(os.stat(folder).st_ino, {})
+        for name in sorted(now | before):
+            path = os.path.join(folder, name)
+            draw = random.Random(f"{seed} {os.path.relpath(path, self.root)}")
+            if now.get(name) != before.get(name) and draw.random() < 0.5:
+                if name in now:
+                    shutil.rmtree(path) if os.path.isdir(path) else self._real["unlink"](path)
+                if name in before:
+                    self._bring_back(path, before[name])
+            elif name in now:
+                self._cut_folder(path, seed) if os.path.isdir(path) else self._cut_file(path, now[name], draw)
+
+    def _cut_file(self, path: str, inode: int, draw: random.Random) -> None:
+        now, before = Path(path).read_bytes(), self._bytes.get(inode, b"")
+        if now != before:
+            Path(path).write_bytes(draw.choice([now, now[: draw.randint(0, len(now))], before, bytes(len(now))]))
+
+    def _bring_back(self, path: str, inode: int) -> None:
+        if inode not in self._names:
+            Path(path).write_bytes(self._bytes.get(inode, b""))
+            return
+        self._real["mkdir"](path)
+        for name, child in self._names[inode].items():
+            self._bring_back(os.path.join(path, name), child)
+
+    def _remember(self, path: str) -> None:
+        inode = os.stat(path).st_ino
+        with self._turn:
+            if os.path.isdir(path):
+                self._names[inode] = {entry.name: entry.inode() for entry in os.scandir(path)}
+            else:
+                self._bytes[inode] = Path(path).read_bytes()
+
+    def _count(self, path: Any) -> bool:
+        """One more call, if it is about what lies under the root."""
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path).startswith(self.root):
+            return False
+        with self._turn:
+            if self._left is not None:
+                self._left -= 1
+                if self._left == 0 or (self._left < 0 and self._sticks):
+                    self.faults += 1
+                    raise self._then()
+        return True
+
+    def _open(self, path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & CHANGES:
+            self._count(path)
+        return self._real["open"](path, flags, *args, **kwargs)
+
+    def _write(self, fd: int, data: Any) -> int:
+        if self._count(os.readlink(f"/proc/self/fd/{fd}")):
+            data = memoryview(data)[: max(1, len(data) // 2)]  # as write(2) may
+        return self._real["write"](fd, data)
+
+    def _fsync(self, fd: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if self._count(path):
+            self._remember(path)
+        self._real["fsync"](fd)
+
+    def _replace(self, source: Any, target: Any, **kwargs: Any) -> None:
+        self._count(target)
+        self._real["replace"](source, target, **kwargs)
+
+    def _rename(self, source: Any, target: Any, **kwargs: Any) -> None:
+        self._count(target)
+        self._real["rename"](source, target, **kwargs)
+
+    def _unlink(self, path: Any, **kwargs: Any) -> None:
+        self._count(path)
+        self._real["unlink"](path, **kwargs)
+
+    def _mkdir(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        self._count(path)
+        self._real["mkdir"](path, *args, **kwargs)

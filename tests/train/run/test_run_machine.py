@@ -1,0 +1,254 @@
+"""A run under any sequence of events, beside a model of what must hold.
+
+Events: it begins; it is killed before a step or before any call into the disk, and the power goes; the disk
+is full or fails; the newest checkpoint is damaged; the run, or the store, moves; it is resumed. What must
+hold: it goes on from the newest checkpoint that was saved whole, and ends with the bits of a run that nobody
+disturbed: weights, optimiser, log. Steps are those of a tiny SAE; everything around them is real.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import random
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from rich.console import Console
+
+from saemill.cache_schema import Store
+from saemill.train.ask.records import Ask
+from saemill.train.disk.checkpoint import list_checkpoints
+from saemill.train.errors import ConfigInvalid, RunFinished, RunMissing, RunNotWritten
+from saemill.train.parallel.processes import Solo
+from saemill.train.run import checkpoints as checkpoints_module
+from saemill.train.run.folder import RunFolder, cache_of
+from saemill.train.run.loop import train
+from saemill.train.run.metrics import Watch
+from saemill.train.run.open import begin_run, resume_run
+from saemill.train.run.run import Run, Site
+from saemill.train.run.settle import settle
+
+SETTINGS = {"layer": 3, "width": 8, "k": 2, "data.batch_tokens": 16, "data.pool_tokens": 32, "course.epochs": 1}
+SETTINGS |= {"course.checkpoint_every_steps": 2, "course.metrics_every_steps": 1}
+WINDOWS = (28, 34)  # ends of train and validation: 12 steps
+
+steps, calls, seeds = st.integers(0, 12), st.integers(1, 40), st.integers(0, 10**6)
+dies_at_step, dies_at_call = st.tuples(st.just("step"), steps), st.tuples(st.just("call"), calls)
+ends = dies_at_step | dies_at_call | st.just(("never", 0))
+
+
+class Facts:
+    """What all machines share: a store, and the bits of a run that nobody disturbed."""
+
+    def __init__(self, home: Path, store: Path, shaky_disk: Any, bits: Callable[[Path], Any]) -> None:
+        self.home, self.store, self.shaky_disk, self.bits = home, store, shaky_disk, bits
+        self.site = Site(Solo(), torch.device("cpu"), Console(file=io.StringIO()))
+        self.begin(home, store)
+        self.straight = bits(home / "run")
+        self.rules = self.faults = 0
+
+    def begin(self, home: Path, cache: Path, look: Callable[[Run], None] = lambda run: None) -> None:
+        with Store.open(cache) as store:
+            settled = settle(Ask.of_variants(["topk"], SETTINGS), store)
+            with begin_run(settled, store, self.site, str(home), "run") as run:
+                look(run)
+                train(run)
+
+    def go_on(self, home: Path, cache: Path, look: Callable[[Run], None]) -> None:
+        folder = RunFolder.open(home, "run")
+        with (
+            Store.open(cache, expect_cache_id=cache_of(folder)[1]) as store,
+            resume_run(folder, store, self.site) as run,
+        ):
+            look(run)
+            train(run)
+
+
+class RunMachine(RuleBasedStateMachine):
+    def __init__(self, facts: Facts) -> None:
+        super().__init__()
+        self.facts = facts
+        self.home = facts.home / uuid.uuid4().hex
+        self.home.mkdir()
+        self.runs, self.cache = self.home / "runs", facts.store
+        self.saved: list[int] = []  # steps of checkpoints whose saving has returned
+        self.damaged: set[int] = set()
+        self.disk = facts.shaky_disk.ShakyDisk(self.home)
+        self.disk.flush_all()
+        self.disk.install()
+
+    def teardown(self) -> None:
+        """However it went, the run can be ended, and has the bits."""
+        self.disk.be_well()
+        if self.is_begun and not self.is_finished:
+            self.advance(("never", 0), None)
+            assert self.is_finished
+        self.disk.remove()
+        self.facts.faults += self.disk.faults
+        shutil.rmtree(self.home)
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / "run"
+
+    @property
+    def is_begun(self) -> bool:
+        return (self.folder / "config.json").exists()
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    def advance(self, end: tuple[str, int], seed: int | None) -> None:
+        """Begin or go on, until it is done or until it dies."""
+        self.facts.rules += 1
+        if end[0] == "call":
+            self.disk.die(end[1])
+        try:
+            with self.watched(end[1] if end[0] == "step" else None):
+                if self.is_begun:
+                    self.facts.go_on(self.runs, self.cache, self.look)
+                else:
+                    shutil.rmtree(self.folder, ignore_errors=True)  # what died before it had a configuration
+                    self.facts.begin(self.runs, self.cache, self.look)
+        except self.facts.shaky_disk.Killed:
+            self.disk.be_well()
+            if seed is not None:
+                self.disk.power_cut(seed)
+        self.disk.be_well()
+        self.check()
+
+    def look(self, run: Run) -> None:
+        """Where it goes on from: the newest that was saved, or a newer one whose saving had not returned."""
+        whole = [step for step in self.saved if step not in self.damaged]
+        assert run.fleet.steps_taken >= max(whole, default=0)
+
+    def check(self) -> None:
+        if self.is_finished:
+            (tensors, lines), (expected, expected_lines) = self.facts.bits(self.folder), self.facts.straight
+            assert lines == expected_lines and tensors.keys() == expected.keys()
+            for name, state in expected.items():
+                assert all(torch.equal(tensors[name][key], value) for key, value in state.items()), name
+
+    @contextmanager
+    def watched(self, die_before: int | None) -> Iterator[None]:
+        """Note what was saved; die before a step is measured."""
+        save, observe = checkpoints_module.Writer.finish, Watch.observe
+
+        def noting(writer: Any) -> None:
+            step = writer._writing[0] if writer._writing is not None else None
+            save(writer)
+            if step is not None:
+                self.saved = [*(found for found in self.saved if found != step), step][-2:]
+                self.damaged.discard(step)
+
+        def dying(watch: Any, step: int, *rest: Any) -> None:
+            if step == die_before:
+                raise self.facts.shaky_disk.Killed
+            observe(watch, step, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints_module.Writer, "finish", noting)
+            patch.setattr(Watch, "observe", dying)
+            yield
+
+    @rule(end=ends, seed=st.none() | seeds)
+    @precondition(lambda self: not self.is_finished)
+    def take_steps(self, end: tuple[str, int], seed: int | None) -> None:
+        self.advance(end, seed)
+
+    @rule(number=st.sampled_from([errno.ENOSPC, errno.EIO, errno.EROFS]), at=calls, sticks=st.booleans())
+    @precondition(lambda self: not self.is_finished)
+    def meet_a_failing_disk(self, number: int, at: int, sticks: bool) -> None:
+        """A named error, which says how to go on."""
+        self.disk.fail(number, at, sticks)
+        try:
+            self.advance(("never", 0), None)
+        except (RunNotWritten, ConfigInvalid) as error:
+            assert "--resume" in str(error) or "choose another --out" in str(error)
+        self.disk.be_well()
+
+    @rule(seed=seeds)
+    @precondition(lambda self: not self.is_finished and not self.damaged)
+    def damage_the_newest_checkpoint(self, seed: int) -> None:
+        """Where there is one before it."""
+        found = list_checkpoints(self.folder / "checkpoints")
+        if len(found) < 2:
+            return
+        self.facts.rules += 1
+        draw = random.Random(seed)
+        file = draw.choice(sorted(found[0].iterdir()))
+        data = bytearray(file.read_bytes())
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        file.write_bytes(data[: draw.choice([len(data), len(data) // 2])])
+        self.damaged.add(int(found[0].name.removeprefix("step_")))
+        self.disk.flush_all()
+
+    @rule()
+    @precondition(lambda self: self.is_begun and len(self.runs.name) < 8)
+    def move_the_run(self) -> None:
+        self.facts.rules += 1
+        place = self.runs.with_name(f"{self.runs.name}_a")
+        shutil.copytree(self.runs, place)
+        shutil.rmtree(self.runs)
+        self.runs = place
+        self.disk.flush_all()
+
+    @rule()
+    @precondition(lambda self: self.cache == self.facts.store)
+    def move_the_store(self) -> None:
+        self.facts.rules += 1
+        self.cache = self.home / "store"
+        shutil.copytree(self.facts.store, self.cache)
+        self.disk.flush_all()
+
+    @rule()
+    def resume_what_is_done_or_was_never_begun(self) -> None:
+        if self.is_begun and not self.is_finished:
+            return
+        self.facts.rules += 1
+        with pytest.raises((RunFinished, RunMissing)):
+            self.facts.go_on(self.runs, self.cache, self.look)
+
+
+@pytest.fixture(scope="module")
+def facts(write_store, memory_folder, shaky_disk, bits) -> Facts:
+    write_store(memory_folder / "store", windows=40, shard_windows=8, layers=(3,), splits=WINDOWS)
+    return Facts(memory_folder, memory_folder / "store", shaky_disk, bits)
+
+
+def run(facts: Facts, examples: int, steps: int, derandomize: bool) -> None:
+    facts.rules = facts.faults = 0
+    course = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        derandomize=derandomize,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate] if derandomize else [Phase.generate, Phase.shrink],
+    )
+    run_state_machine_as_test(lambda: RunMachine(facts), settings=course)
+    print(f"{facts.rules:,} rules, {facts.faults:,} calls that a fault answered, every run ended with its bits")
+
+
+def test_any_sequence_of_events(facts):
+    run(facts, examples=8, steps=8, derandomize=True)
+    assert facts.rules >= 40
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_any_sequence_of_events_for_long(facts):
+    run(facts, examples=1000, steps=16, derandomize=False)
+    assert facts.rules >= 10_000
