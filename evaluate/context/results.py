@@ -116,11 +116,17 @@ def read_result(path: Path) -> dict[str, Any]:
     """A document as it was written."""
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultInvalid(f"{path} is damaged ({error}): remove it and evaluate again") from None
-    if not isinstance(found, dict) or "eval_result_metrics" not in found:
+    if not isinstance(found, dict) or "eval_result_metrics" not in found or not _has_settings(found):
         raise ResultInvalid(f"{path} is not a file of results: remove it and evaluate again")
     return found
+
+
+def _has_settings(document: Mapping[str, Any]) -> bool:
+    """Ours are objects where there are any; SAEBench's own results have none."""
+    ours = document.get("saemill", {})
+    return isinstance(ours, dict) and isinstance(ours.get("settings", {}), dict)
 
 
 def metric_of(document: Mapping[str, Any], metric: str) -> float | None:

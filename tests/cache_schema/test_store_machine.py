@@ -443,5 +443,5 @@ def test_any_sequence_of_events(facts):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_any_sequence_of_events_for_long(facts):
-    run(facts, examples=200, steps=60, derandomize=False)
+    run(facts, examples=220, steps=60, derandomize=False)
     assert facts.rules >= 10_000

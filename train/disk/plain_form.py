@@ -49,6 +49,7 @@ def plain_sae(sae: SparseAutoencoder, stats: Stats, target_stats: Stats) -> Plai
 
 def sae_from_plain(plain: PlainSae) -> SparseAutoencoder:
     """The module that computes a plain form."""
+    require_shapes(plain)
     tensors = plain.tensors
     gate: Gate
     match plain.architecture:
@@ -74,6 +75,23 @@ def sae_from_plain(plain: PlainSae) -> SparseAutoencoder:
         b_enc=bias,
         centres_input=plain.centres_input,
     )
+
+
+def require_shapes(plain: PlainSae) -> None:
+    """Weights of a stranger's file fit together, and k to them."""
+    W_enc, W_dec = plain.tensors["W_enc"], plain.tensors["W_dec"]
+    shapes = {name: tuple(tensor.shape) for name, tensor in plain.tensors.items()}
+    if W_enc.ndim != 2 or W_dec.ndim != 2 or W_enc.shape[1] != W_dec.shape[0] or 0 in (*W_enc.shape, *W_dec.shape):
+        raise SaeInvalid(f"expected W_enc [inputs, latents] and W_dec [latents, outputs], found {shapes}")
+    latents, outputs = W_dec.shape
+    wrong = [name for name in shapes if name.startswith(("b_", "r_")) or name == "threshold"]
+    wrong = [name for name in wrong if shapes[name] != ((outputs if name == "b_dec" else latents),)]
+    if wrong:
+        raise SaeInvalid(f"expected one value a latent or output in {', '.join(wrong)}, found {shapes}")
+    if plain.centres_input and W_enc.shape[0] != outputs:
+        raise SaeInvalid(f"expected as many outputs as inputs where b_dec is taken off the input, found {shapes}")
+    if plain.architecture == "topk" and (type(plain.k) is not int or not 1 <= plain.k <= latents):
+        raise SaeInvalid(f"expected k from 1 to {latents}, found {plain.k!r}")
 
 
 @torch.no_grad()

@@ -25,8 +25,8 @@ from ...cache_schema.files import make_folder, sync
 from ..data.scaling import Stats
 from ..errors import SaeInvalid
 from ..sae.model import SparseAutoencoder
-from .module_form import Rebuild, WrappedSae, module_form, sae_from_wrapped
-from .plain_form import PlainSae, plain_sae, sae_from_plain
+from .module_form import SCALE, Rebuild, WrappedSae, module_form, sae_from_wrapped
+from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
 SAELENS_VERSION = "6.54.12"
@@ -90,6 +90,7 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
         )
     tensors = _read_tensors(folder, TENSORS[architecture])
     plain = PlainSae(architecture, tensors, config.get("k"), config.get("apply_b_dec_to_input", True))
+    require_shapes(plain)
     if config.get("rescale_acts_by_decoder_norm", False):
         plain = _fold_norms(plain)
     sae = sae_from_plain(plain)
@@ -111,11 +112,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SaeInvalid(f"{folder}: expected an SAE's folder with {CONFIG} and {WEIGHTS}, found no {CONFIG}")
     try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise SaeInvalid(f"{path}: expected JSON, found {error}; copy or export the SAE again") from error
     if not isinstance(config, dict):
         raise SaeInvalid(f"{path}: expected a JSON object, found {type(config).__name__}")
+    for name, kind in (("metadata", dict), ("knobs", dict), ("needs_side", list)):
+        if not isinstance(config.get(name, kind()), kind):
+            raise SaeInvalid(f"{path}: expected {name} as a {kind.__name__}, found {config[name]!r:.60}")
     return config
 
 
@@ -126,7 +130,10 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
         variant, settings = metadata["training_architecture"], metadata["training_architecture_details"]
     except KeyError as error:
         raise SaeInvalid(f"{folder / CONFIG}: expected metadata.{error.args[0]}, found none") from None
-    sae = sae_from_wrapped(wrapped, rebuild(variant, settings, config["d_in"]), str(folder))
+    d_in = wrapped.tensors[SCALE].numel() if SCALE in wrapped.tensors else 0
+    if config.get("d_in") != d_in:  # before memory is taken for it
+        raise SaeInvalid(f"{folder / CONFIG}: expected d_in {d_in} by its weights, found {config.get('d_in')!r}")
+    sae = sae_from_wrapped(wrapped, rebuild(variant, settings, d_in), str(folder))
     sae.metadata = dict(metadata)
     return sae
 

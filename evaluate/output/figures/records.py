@@ -12,6 +12,7 @@ from typing import Any
 from ....train.disk.whole_files import read_json
 from ....train.run.folder import RunFolder
 from ...context.results import metric_of
+from ...errors import ResultInvalid
 
 RESULTS = "_eval_results.json"
 Documents = Mapping[Path, Mapping[str, Any]]
@@ -93,9 +94,11 @@ def read_log(path: Path) -> list[Mapping[str, Any]]:
     """metrics.jsonl; a last line that is not whole is a run that is still writing it."""
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    whole = lines[:-1]  # what follows the last newline is unfinished, or nothing
-    return [line for line in map(json.loads, filter(None, whole)) if isinstance(line, Mapping)]
+    whole = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is unfinished, or nothing
+    try:
+        return [line for line in map(json.loads, filter(None, whole)) if isinstance(line, Mapping)]
+    except (ValueError, RecursionError) as error:
+        raise ResultInvalid(f"{path} is damaged ({error}): remove the line, or copy the file anew") from None
 
 
 def read_documents(folder: Path, known: Documents) -> dict[str, dict[str, Mapping[str, Any]]]:

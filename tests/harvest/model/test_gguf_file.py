@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -259,6 +260,35 @@ def test_what_cannot_be_converted_is_refused_before_it_is(tiny, tmp_path, monkey
     with pytest.raises(error, match=words):
         convert(file)
     assert not kept.exists()
+
+
+def try_headers(mutations: Any, tiny: Path, inputs: int, first: int) -> None:
+    """Read, or refused by name; the weights behind the header stay as they are."""
+    whole, file = tiny.read_bytes(), tiny.with_name("mutated.gguf")
+    header = whole.index(b"blk.3.ffn_norm.weight")  # among the last names of tensors
+    for number in range(first, first + inputs):
+        choose, front = random.Random(number), whole[:header]
+        for _ in range(choose.randint(1, 3)):
+            front = mutations.mutate_bytes(front, choose) or b"G"
+        file.write_bytes(front + whole[header:])
+        try:
+            gguf_file.read_header(file)
+        except HarvestError as error:
+            assert str(error)
+        except Exception as error:
+            error.add_note(f"input {number}")
+            raise
+    file.unlink()
+
+
+def test_mutated_headers_are_read_or_refused_by_name(mutations, tiny):
+    try_headers(mutations, tiny, inputs=25, first=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_mutated_headers_are_read_or_refused_by_name_for_long(mutations, tiny):
+    try_headers(mutations, tiny, inputs=2000, first=random.randrange(10**9))
 
 
 @pytest.mark.parametrize("changes", [{"fields": {"split.count": 2}}, {"extra": 4}], ids=["a part", "scaled rotary"])

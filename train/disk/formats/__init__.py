@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ...errors import SaeInvalid
+from ...errors import SaeInvalid, TrainError
 from ..plain_form import PlainSae
 from . import dictionary_learning, sae_lens, sparsify
 from .plain import Metadata
@@ -43,4 +43,9 @@ def kind_of(folder: Path) -> str:
 
 def read(folder: Path) -> tuple[PlainSae, Metadata]:
     """The SAE of any of the three kinds of folder."""
-    return READERS[kind_of(folder)](folder)
+    try:
+        return READERS[kind_of(folder)](folder)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, TrainError):
+            raise
+        raise SaeInvalid(f"{folder}: its tensors cannot be put together ({error}); copy or export it again") from None

@@ -57,8 +57,10 @@ def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
 
 def read(folder: Path) -> tuple[PlainSae, Metadata]:
     config = read_json(folder / "config.json").get("trainer", {})
+    if not isinstance(config, dict):
+        raise SaeInvalid(f"{folder / 'config.json'}: expected trainer as an object, found {type(config).__name__}")
     kind = config.get("dict_class")
-    if kind not in _FROM_DICTIONARY:
+    if not isinstance(kind, str) or kind not in _FROM_DICTIONARY:
         known = ", ".join(_FROM_DICTIONARY)
         raise SaeInvalid(f"{folder}: expected a dict_class of {known}, found {kind!r}")
     found = _read_any(folder)
