@@ -50,7 +50,7 @@ def train(**words: Any) -> Run:
             "name one, or use sae-study"
         )
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    with open_site(device, console) as site:
+    with open_site(device, console, is_watched=plots) as site:
         if site.group.size > 1:
             raise ConfigInvalid(f"expected one process, found {site.group.size}: several train with sae-train")
         (outcome,) = train_all(read, site)

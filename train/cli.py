@@ -94,7 +94,12 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option(
     "--resume", metavar="NAME", shell_complete=complete.runs, help="Go on with a run from its last checkpoint."
 )
-@click.option("--plots/--no-plots", default=True, show_default=True, help="Pictures of the run when it has ended.")
+@click.option(
+    "--plots/--no-plots",
+    default=True,
+    show_default=True,
+    help="A page of the run while it trains, pictures at its end.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON; all else goes to standard error.")
 def main(*, plots: bool, as_json: bool, device: str, spread: bool, **words: Any) -> None:
     """Train sparse autoencoders from a store of activations.
@@ -107,7 +112,7 @@ def main(*, plots: bool, as_json: bool, device: str, spread: bool, **words: Any)
         from .start import open_site, train_all  # late: --help and completion must not wait for torch
 
         outcomes = []
-        with open_site(device, console, spread) as site:
+        with open_site(device, console, spread, is_watched=plots) as site:
             for outcome in train_all(words, site):
                 outcomes.append(outcome)
                 tell(console, outcome, plots)

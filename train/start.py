@@ -32,10 +32,10 @@ _ALIASES = {"lr": "optim.lr"}
 
 
 @contextmanager
-def open_site(device: str, console: Console, spread: bool = False) -> Iterator[Site]:
+def open_site(device: str, console: Console, spread: bool = False, is_watched: bool = False) -> Iterator[Site]:
     """Where this process computes and prints; with `spread`, SAEs are dealt out over several processes."""
     group, place = join(device)
-    site = Site(group, Solo() if spread and group.size > 1 else group, place, console)
+    site = Site(group, Solo() if spread and group.size > 1 else group, place, console, is_watched)
     try:
         yield site
     finally:

@@ -35,9 +35,22 @@ def joint_name(names: Sequence[str]) -> str:
     return whole[: LONGEST_NAME - len(digest)].decode(errors="ignore") + digest
 
 
-def after_run(folder: Path, say: Say) -> None:
-    """What training calls when a run has ended."""
-    _draw([folder], folder / "plots", say)
+def after_run(folder: Path, say: Say, pause: float = 0.0) -> None:
+    """What training calls when a run has ended; and before, every so many seconds, while it is on its way."""
+    if RunFolder.at(folder).is_finished:
+        _draw([folder], folder / "plots", say)
+    else:
+        _draw_live(RunFolder.at(folder), say, pause)
+
+
+def _draw_live(run: RunFolder, say: Say, pause: float) -> None:
+    from .figures.records import read_records
+    from .page import write_live_page
+
+    try:
+        write_live_page(run, read_records([run]), pause)
+    except Exception as error:  # noqa: BLE001  a page costs no training
+        say(f"no page of {run.path} while it trains: {type(error).__name__}: {error}")
 
 
 def _draw(homes: Sequence[Path], folder: Path, say: Say, known: Documents | None = None) -> None:
@@ -50,7 +63,7 @@ def _draw(homes: Sequence[Path], folder: Path, say: Say, known: Documents | None
     try:
         records = read_records(runs, known)
         drawn = make_plots(records, folder)
-        page = write_page(runs[0], records, folder) if len(runs) == 1 else None
+        page = write_page(homes[0] if len(homes) == 1 else folder, records, folder)
         if len(homes) == 1:
             refresh(homes[0], records)
     except Exception as error:  # noqa: BLE001  the numbers are safe on disk; a picture can be drawn again
@@ -58,5 +71,4 @@ def _draw(homes: Sequence[Path], folder: Path, say: Say, known: Documents | None
         return
     if drawn:
         say(f"plots: {folder} ({', '.join(path.stem for path in drawn)})")
-    if page is not None:
-        say(f"page: {page}")
+    say(f"page: {page}")

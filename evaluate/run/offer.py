@@ -64,7 +64,7 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str) -> None:
         what = f"{saes} SAE{'s' * (saes > 1)} side by side, {settled.total_steps:,} steps, {about(seconds)}"
         if not click.confirm(f"Train it now, then go on? {what}", default=True, err=True):
             return
-    with open_site(device, console) as site:
+    with open_site(device, console, is_watched=True) as site:
         console.print(f"$ sae-train --recipe {recipe} --cache {cache} --out {runs} --name {name}", style="bold")
         outcome = start(ask, cache, str(runs), name, site)
     if outcome is not None:

@@ -54,6 +54,27 @@ BOS = 2
 WINDOWS, SPLITS = 40, (16, 20)
 
 
+@pytest.fixture(scope="module")
+def chromium():
+    """A real browser: pages are tested where people read them."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on the path: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def contrasts() -> str:
+    """A script that lists texts on a page which stand out too little from what is behind them."""
+    return (Path(__file__).parent / "contrasts.js").read_text()
+
+
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in these tests may ask the network for a model."""

@@ -12,6 +12,7 @@ from ..data.feed import Feed
 from ..data.shuffle_quality import ShuffleQuality
 from ..disk.checkpoint import Standing
 from ..engine.step import Report
+from .after_run import Onlookers
 from .folder import MetricsLog
 from .progress import Progress
 from .site import Site
@@ -33,9 +34,10 @@ class Watch:
         labels: Sequence[str],
         every_steps: int,
         total_steps: int,
+        onlookers: Onlookers | None = None,
     ) -> None:
         self.log, self._trackers, self._progress = log, trackers, progress
-        self._feed, self._site, self._labels = feed, site, labels
+        self._feed, self._site, self._labels, self._onlookers = feed, site, labels, onlookers
         self._every, self._total = every_steps, total_steps
         self.quality = ShuffleQuality(feed.ideal_share)
         self.last: dict[str, dict[str, float]] = {}
@@ -107,6 +109,8 @@ class Watch:
             self._trackers.log({f"{label}/{name}": value for name, value in scalars.items()}, step)
         if self._site.is_first:
             self._show(step, self.last)
+        if self._onlookers is not None:
+            self._onlookers.look()
 
     def _show(self, step: int, scalars: Mapping[str, Mapping[str, float]]) -> None:
         self._refreshed = time.perf_counter()

@@ -19,6 +19,7 @@ from ..disk.checkpoint import Standing, list_checkpoints, load_checkpoint
 from ..engine.fleet import Fleet, out_of_memory
 from ..errors import MemoryTooSmall, RunFinished
 from ..parallel.processes import all_or_none, make_shard
+from .after_run import Onlookers
 from .checkpoints import Saver
 from .folder import MetricsLog, RunFolder
 from .metrics import Watch
@@ -131,8 +132,9 @@ def _open(
         feed = Feed(store, settled.plan, needs, fleet.stats, site.device, team.rank, team.size, steps)
         open_things.callback(feed.close)
         log, trackers, progress = _open_outlets(settled, site, folder, fleet.steps_taken, standing)
-        labels = [member.label for member in config.members]
-        watch = Watch(log, trackers, progress, feed, site, labels, config.course.metrics_every_steps, steps)
+        labels, every = [member.label for member in config.members], config.course.metrics_every_steps
+        onlookers = Onlookers(folder.path, site.console.print) if site.is_first and site.is_watched else None
+        watch = Watch(log, trackers, progress, feed, site, labels, every, steps, onlookers)
         open_things.callback(watch.close)
         if standing is not None:
             watch.go_on(standing)

@@ -23,6 +23,8 @@ class Site:
     """Those of them that train the same SAEs as this one: all, or this one alone where SAEs are spread."""
     device: torch.device
     console: Console
+    is_watched: bool = False
+    """Whether others look on while runs train, which pages of them need."""
 
     @property
     def is_spread(self) -> bool:

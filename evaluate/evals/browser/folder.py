@@ -18,6 +18,7 @@ import numpy as np
 
 from ....cache_schema.files import free_bytes_at
 from ...errors import BrowserUnwritten
+from ...output.figures.web import FILES, script_json
 
 NAME = "browser"
 MAKING, OLD = f".{NAME}.making", f".{NAME}.old"
@@ -82,15 +83,14 @@ def megabytes(count: int) -> str:
 
 def write_page(folder: Folder, build: str) -> None:
     """The page itself; `build` keeps browsers from taking data of another build out of their memory."""
-    for file in sorted(PAGE.iterdir()):
+    for file in (*sorted(PAGE.iterdir()), *sorted(FILES.iterdir())):
         (folder.path / file.name).write_text(file.read_text(encoding="utf-8").replace(BUILD, build), encoding="utf-8")
 
 
 def write_data(folder: Path, name: str, value: Mapping[str, Any]) -> None:
     path = folder / "data" / f"{name}.js"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"), default=packed).replace("<", "\\u003c")
-    path.write_text(f"saemill({json.dumps(name)},{text});\n", encoding="ascii")
+    path.write_text(f"saemill({json.dumps(name)},{script_json(value, packed)});\n", encoding="ascii")
 
 
 def read_data(folder: Path, name: str) -> dict[str, Any] | None:

@@ -6,14 +6,13 @@ It is written with the browser, and anew whenever the run is evaluated or drawn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...output.figures.records import Record
+from ...output.figures.records import Record, thinned
 from .folder import NAME, write_data
 
-CURVE_POINTS = 200
 CURVES = ("loss", "explained_variance", "l0", "dead_share")
 
 
@@ -114,10 +113,5 @@ def interval(document: Mapping[str, Any], name: str | None) -> tuple[float | Non
 
 def curves(record: Record) -> dict[str, tuple[list[float], list[float]]]:
     """Logged numbers by step, thinned out."""
-    found = {}
-    for name in CURVES:
-        steps, values = record.series(name)
-        every = -(-len(steps) // CURVE_POINTS) or 1
-        if len(steps) > 1:
-            found[name] = (steps[::every], values[::every])
-    return found
+    short = replace(record, log=thinned(record.log))
+    return {name: (steps, values) for name in CURVES for steps, values in [short.series(name)] if len(steps) > 1}

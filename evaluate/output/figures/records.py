@@ -15,6 +15,7 @@ from ...context.results import metric_of
 from ...errors import ResultInvalid
 
 RESULTS = "_eval_results.json"
+CURVE_POINTS = 200
 Documents = Mapping[Path, Mapping[str, Any]]
 
 
@@ -88,6 +89,12 @@ def _records_of(run: RunFolder, is_alone: bool, known: Documents) -> Iterator[Re
             steps=result.get("steps"),
             documents=documents.get(label, {}),
         )
+
+
+def thinned(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """As many lines as a chart can show, evenly, the last among them."""
+    every = -(-len(log) // CURVE_POINTS) or 1
+    return [*log[:-1][::every], *log[-1:]]
 
 
 def read_log(path: Path) -> list[Mapping[str, Any]]:

@@ -1,69 +1,111 @@
-"""A run as one HTML page that needs nothing else: its numbers, its pictures, and what its latents fire on.
+"""A run as one HTML page that needs nothing else: its curves, numbers and pictures, and what its latents fire on.
 
-The page asks for nothing from anywhere, and its policy forbids browsers to: pictures lie inside it, and
-not even a script that found its way in would run.
+The page asks for nothing from anywhere, and its policy forbids browsers to: pictures lie inside it, and of scripts
+only its own may run, by its digest. While a run trains, its page also takes `live.js` beside it, the same data anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 from ....train.disk.whole_files import replace_file
 from ....train.run.folder import RunFolder
 from ..figures.records import Record
+from ..figures.web import script_json, web_file
 from .contexts import contexts_of
 from .markup import Html, element, image, joined, text
 from .numbers import numbers_table
+from .training import course_of, training_data
 
 BROWSER = "browser/index.html"
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
-h1, h2, h3 { line-height: 1.2; margin: 2rem 0 .6rem } h1 { font-size: 1.6rem } h2 { font-size: 1.25rem }
-h3 { font-size: 1rem; margin-top: 1.2rem } figure { margin: 1.2rem 0 } figcaption { color: #666; font-size: .85rem }
-img { max-width: 100%; height: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-.wide { overflow-x: auto } th, td { padding: .25rem .8rem .25rem 0; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left } th { color: #666; font-weight: 600; vertical-align: bottom }
-.contexts { list-style: none; padding: 0; font: 13px/1.6 ui-monospace, monospace }
-.contexts li { white-space: pre-wrap }
-.strength { color: #888; display: inline-block; width: 4.5em } mark { background: #ffd58a; padding: 0 .1em }
-.faint { color: #666; font-size: .85rem }
-"""
+LIVE = "live.js"
+HERE = Path(__file__).parent
 
 
-def write_page(run: RunFolder, records: Sequence[Record], plots: Path) -> Path:
-    """Write <run>/report.html with the pictures of a folder; all or nothing."""
-    path = run.path / "report.html"
-    has_browser = (run.path / BROWSER).is_file()
-    replace_file(path, page(run.name, records, sorted(plots.glob("*.png")), has_browser).encode())
+def write_page(folder: Path, records: Sequence[Record], plots: Path) -> Path:
+    """Write <folder>/report.html, with the pictures of another folder; all or nothing."""
+    path = folder / "report.html"
+    has_browser = (folder / BROWSER).is_file()
+    pictures = {quote(os.path.relpath(one, folder)): one for one in sorted(plots.glob("*.png"))}
+    replace_file(path, page(folder.name, records, pictures, has_browser).encode())
+    if (folder / LIVE).exists():  # who watched the run train is brought to this page
+        replace_file(folder / LIVE, b'saemill({"ended":true});\n')
     return path
 
 
-def page(name: str, records: Sequence[Record], pictures: Sequence[Path], has_browser: bool = False) -> Html:
-    """The whole document."""
+def write_live_page(run: RunFolder, records: Sequence[Record], pause: float) -> None:
+    """The page of a run that trains, and the data that it takes again and again."""
+    course = course_of(records, run.read_config().get("total_steps", 0), pause)
+    data = training_data(records, course)
+    replace_file(run.path / LIVE, f"saemill({script_json(data)});\n".encode())
+    replace_file(run.path / "report.html", _document(run.name, data, Html(""), Html("")).encode())
+
+
+def page(name: str, records: Sequence[Record], pictures: Mapping[str, Path], has_browser: bool = False) -> Html:
+    """The whole document; pictures by where they lie as seen from it."""
+    link = element("p", element("a", "all latents, to look at and search", href=BROWSER)) if has_browser else Html("")
+    numbers, *below = [
+        element("section", card, class_="card") if card else card
+        for card in (numbers_table(records), figures(pictures), contexts_of(records))
+    ]
+    return _document(name, training_data(records), joined([link, numbers]), joined(below))
+
+
+def _document(name: str, data: Mapping[str, Any], above: Html, below: Html) -> Html:
+    """What the script draws is between the two."""
+    script = web_file("charts.js") + (HERE / "report.js").read_text(encoding="utf-8")
     head = joined(
         [
             Html('<meta charset="utf-8">'),
-            Html(f'<meta http-equiv="Content-Security-Policy" content="{text(POLICY)}">'),
-            Html('<meta name="viewport" content="width=device-width">'),
+            Html(f'<meta http-equiv="Content-Security-Policy" content="{text(_policy(script, data))}">'),
+            Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+            Html('<meta name="color-scheme" content="light dark">'),
             element("title", f"{name}: sparse autoencoders"),
-            element("style", Html(STYLE)),
+            Html('<link rel="icon" href="data:,">'),
+            element("style", Html(web_file("base.css") + (HERE / "report.css").read_text(encoding="utf-8"))),
         ]
     )
-    link = element("p", element("a", "all latents, to look at and search", href=BROWSER)) if has_browser else Html("")
-    parts = [element("h1", name), link, numbers_table(records), figures(pictures), contexts_of(records)]
-    body = element("body", joined(parts))
-    whole = element("html", element("head", head), body, lang="en")
+    button = Html('<button id="theme" type="button" aria-label="Light or dark" title="light or dark">&#9680;</button>')
+    mark = Html('<span class="mark" aria-hidden="true"></span>')
+    top = element(
+        "header", element("span", mark, element("span", name), class_="brand"), element("div", button, class_="tools")
+    )
+    main = element("main", element("h1", name), above, element("div", id="live"), below, class_="page")
+    scripts = joined([element("script", Html(script_json(data)), type="application/json", id="data"), _script(script)])
+    whole = element("html", element("head", head), element("body", top, main, scripts), lang="en")
     return joined([Html("<!doctype html>"), whole, Html("")], between="\n")
 
 
-def figures(pictures: Sequence[Path]) -> Html:
-    """Every picture under its name."""
+def _policy(script: str, data: Mapping[str, Any]) -> str:
+    """Nothing from anywhere; this script, by its digest; while a run trains, files beside it."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    beside = " 'self' file:" if data["course"] else ""
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{beside}"
+
+
+def _script(script: str) -> Html:
+    return element("script", Html(script))
+
+
+def figures(pictures: Mapping[str, Path]) -> Html:
+    """Every picture under its name, and the files of it for papers."""
     if not pictures:
         return Html("")
-    found = [
-        element("figure", image(path, path.stem), element("figcaption", path.stem.replace("_", " ")))
-        for path in pictures
+    return joined([element("h2", "Pictures"), *(_figure(*found) for found in pictures.items())])
+
+
+def _figure(address: str, path: Path) -> Html:
+    files = {kind: path.with_suffix(f".{kind}") for kind in ("png", "svg")}
+    links = [
+        element("a", kind.upper(), href=f"{address.removesuffix('png')}{kind}")
+        for kind, file in files.items()
+        if file.is_file()
     ]
-    return joined([element("h2", "Pictures"), *found])
+    caption = element("figcaption", path.stem.replace("_", " "), Html(" "), joined(links, between=" "))
+    return element("figure", image(path, path.stem), caption)

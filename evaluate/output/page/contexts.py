@@ -20,7 +20,7 @@ def contexts_of(records: Sequence[Record]) -> Html:
 def _section(record: Record) -> Html:
     latents = record.unstructured("browser")["latents"]
     every = max(1, -(-len(latents) // LATENTS))
-    return joined([element("h3", record.name), *(_latent(latent) for latent in latents[::every])])
+    return element("details", element("summary", record.name), *(_latent(latent) for latent in latents[::every]))
 
 
 def _latent(latent: Mapping[str, Any]) -> Html:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from ....train.file_registry import file_names, import_file
 from ..figures.records import Record
 
+KINDS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}}  # with its metadata
 Draw = Callable[[Sequence[Record]], Figure | None]
 
 
@@ -30,14 +31,18 @@ def draw_of(name: str) -> Draw:
 
 
 def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
-    """Every plot that these SAEs have the data for, as PNG files; several runs share each figure."""
+    """Every plot that these SAEs have the data for, as PNG, and as SVG for papers; several runs share each figure.
+
+    The PNG files are what is returned.
+    """
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name in names():
         figure = draw_of(name)(records)
         path = out / f"{name}.png"
         if figure is None:
-            path.unlink(missing_ok=True)  # a picture of what is no longer there
+            for kind in KINDS:
+                path.with_suffix(f".{kind}").unlink(missing_ok=True)  # a picture of what is no longer there
             continue
         save(figure, path)
         written.append(path)
@@ -45,8 +50,10 @@ def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Draw to a file, all or nothing."""
+    """Draw to files that differ in their ends, each all or nothing."""
     beside = path.with_suffix(".partial")
     FigureCanvasAgg(figure)
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    for kind, metadata in KINDS.items():
+        figure.savefig(beside, format=kind, metadata=metadata)
+        figure.set_layout_engine("none")  # it has been laid out
+        beside.replace(path.with_suffix(f".{kind}"))

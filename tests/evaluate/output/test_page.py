@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -9,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.evaluate.output.figures.records import Record, read_records
-from saemill.evaluate.output.page import page, write_page
+from saemill.evaluate.output.page import page, write_live_page, write_page
 from saemill.evaluate.output.page.markup import Html, element, text
+from saemill.evaluate.output.page.training import training_data
 from saemill.train.run.folder import RunFolder
 
 HOSTILE = "</li><script>alert(1)</script><img src=http://x/y onerror=alert(2)>\"'&\u202e\x00"
@@ -23,7 +28,6 @@ SAFE = {
     "body",
     "h1",
     "h2",
-    "h3",
     "p",
     "div",
     "span",
@@ -33,6 +37,7 @@ SAFE = {
     "mark",
 }
 SAFE |= {"table", "thead", "tbody", "tr", "th", "td", "br", "figure", "figcaption", "img"}
+SAFE |= {"header", "main", "section", "button", "link", "script", "details", "summary"}
 
 
 class Reader(HTMLParser):
@@ -66,11 +71,15 @@ def record(word: str) -> Record:
 
 @pytest.mark.parametrize("word", [HOSTILE, "<script>alert(1)</script>", "<!--", "]]>", "&lt;b&gt;", "<style>*{}"])
 def test_a_script_in_a_document_is_words(word):
-    reader = read(page(word, [record(word)], []))
-    tags = {tag for tag, _ in reader.tags}
-    assert tags <= SAFE
+    document = page(word, [record(word)], {})
+    reader = read(document)
+    tags = [tag for tag, _ in reader.tags]
+    assert set(tags) <= SAFE and tags.count("script") == 2  # the data and the page's own
     for _, attributes in reader.tags:
-        assert not any(name.startswith("on") or name in ("src", "href") for name in attributes)
+        assert not any(name.startswith("on") or name == "src" for name in attributes)
+        assert attributes.get("href") in (None, "data:,")
+    data = document.split('id="data">')[1].split("</script>")[0]
+    assert "<" not in data and json.loads(data)["saes"][0]["name"] == word
     shown = word.replace("\u202e", "\ufffd").replace("\x00", "\ufffd")
     assert "".join(reader.words).count(shown) >= 4  # title, heading, table, contexts
 
@@ -94,26 +103,31 @@ def test_only_our_own_markup_goes_in_as_it_is():
     assert not isinstance(Html("<b>") + "<script>", Html)
 
 
-def test_the_page_forbids_scripts_and_fetches_nothing(tmp_path):
+def test_the_page_runs_its_own_script_and_fetches_nothing(tmp_path):
     run = RunFolder.at(tmp_path / "run_1")
     run.path.mkdir()
     run.write_config({"saes": {"topk": {"variant": "topk", "config": {}}}})
     run.write_result({"steps": 3, "saes": {"topk": {"l0": 16.0, "explained_variance": 0.6}}})
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "pareto.png").write_bytes(b"\x89PNG not really")
-    path = write_page(run, read_records([run]), tmp_path / "plots")
+    (tmp_path / "plots" / "pareto.svg").write_bytes(b"<svg/>")
+    path = write_page(run.path, read_records([run]), tmp_path / "plots")
     assert path == run.path / "report.html"
-    reader = read(path.read_text())
-    policy = [a["content"] for tag, a in reader.tags if tag == "meta" and "http-equiv" in a]
-    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    document = path.read_text()
+    reader = read(document)
+    (policy,) = [a["content"] for tag, a in reader.tags if tag == "meta" and "http-equiv" in a]
+    script = document.rsplit("<script>", 1)[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    links = [a["href"] for tag, a in reader.tags if tag == "a"]
+    assert links == ["../plots/pareto.png", "../plots/pareto.svg"]
     (picture,) = [a for tag, a in reader.tags if tag == "img"]
     assert str(picture["src"]).startswith("data:image/png;base64,")
-    assert "script" not in {tag for tag, _ in reader.tags}
     assert {"topk", "16", "0.6"} <= set(reader.words)
 
 
 def test_numbers_that_nobody_has_are_no_columns():
-    shown = "".join(read(page("run", [record("a"), Record("b", "run", "b")], [])).words)
+    shown = "".join(read(page("run", [record("a"), Record("b", "run", "b")], {})).words)
     assert "explained variance" in shown
     assert "retention" not in shown
     assert "\N{EN DASH}" in shown
@@ -121,5 +135,120 @@ def test_numbers_that_nobody_has_are_no_columns():
 
 def test_the_page_leads_to_the_browser_where_there_is_one():
     link = 'href="browser/index.html"'
-    assert link in page("run", [record("a")], [], has_browser=True)
-    assert link not in page("run", [record("a")], [])
+    assert link in page("run", [record("a")], {}, has_browser=True)
+    assert link not in page("run", [record("a")], {})
+
+
+def seeded(label: str, seed: int, k: int = 8, steps: int = 3) -> Record:
+    log = [{"sae": label, "step": step, "loss": 1.0 + seed / 8, "l0": 5.0} for step in range(steps)]
+    return Record(label, "run_1", label, "topk", {"k": k, "seed": seed}, log)
+
+
+def test_seeds_of_one_sae_are_together_and_nothing_else_is():
+    records = [seeded("topk_k8_seed0", 0), seeded("topk_k8_seed1", 1), seeded("topk_k9_seed0", 0, 9)]
+    assert [sae["group"] for sae in training_data(records)["saes"]] == ["topk_k8", "topk_k8", "topk_k9"]
+    alike = [seeded("topk_seed0", 0), seeded("topk_seed1", 1, 9)]  # of one name, but other settings
+    assert [sae["group"] for sae in training_data(alike)["saes"]] == ["topk_seed0", "topk_seed1"]
+
+
+def test_a_long_log_is_thinned_to_its_last_line_and_what_is_no_number_is_left_out():
+    found = seeded("a", 0, steps=1234)
+    log = [*found.log[:-1], {**found.log[-1], "loss": float("nan"), "l0": float("inf"), "note": "x"}]
+    (sae,) = training_data([replace(found, log=log)])["saes"]
+    assert len(sae["steps"]) <= 202 and sae["steps"][-1] == 1233
+    assert sae["curves"]["loss"][-1] is None and sae["curves"]["loss"][0] == 1.0
+    assert set(sae["curves"]) == {"loss", "l0"}
+
+
+# ---------------------------------------------------------------- in a browser
+
+
+@pytest.fixture
+def live(tmp_path):
+    """A run in training: two seeds of one SAE, and another."""
+    run = RunFolder.at(tmp_path / "run_1")
+    run.path.mkdir()
+    settings = {"topk_seed0": {"seed": 0}, "topk_seed1": {"seed": 1}, "wide": {"width": 9, "seed": 0}}
+    members = {label: {"variant": "topk", "config": config} for label, config in settings.items()}
+    run.write_config({"saes": members, "total_steps": 40})
+    log(run, range(10))
+    write_live_page(run, read_records([run]), 5.0)
+    return run
+
+
+def log(run: RunFolder, steps) -> None:
+    with run.metrics.open("a") as file:
+        for step in steps:
+            for place, label in enumerate(("topk_seed0", "topk_seed1", "wide")):
+                values = {
+                    "loss": 2.0 / (1 + step) + place / 9,
+                    "explained_variance": 0.5 + place / 9,
+                    "l0": 8.0 + place,
+                }
+                shared = {"sae": label, "step": step, "explained_variance": 0.5 + place / 9, "loss/aux": 0.0}
+                file.write(json.dumps({**shared, **values}) + "\n")
+
+
+@pytest.fixture
+def open_report(chromium):
+    """Pages that must end without a word on their console."""
+    opened = []
+
+    def open_(run, **settings):
+        page = chromium.new_context(**settings).new_page()
+        said, asked = [], []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"file://{run.path / 'report.html'}")
+        page.wait_for_selector("html[data-ready]")
+        opened.append((page, said, asked, f"file://{run.path}/"))
+        return page
+
+    yield open_
+    for one, said, asked, base in opened:
+        assert not said
+        assert all(url.startswith((base, "data:")) for url in asked), asked
+        one.context.close()
+
+
+def test_a_run_in_training_is_followed_to_its_end(live, open_report):
+    page = open_report(live)
+    assert "step 10 of 40" in page.inner_text("#live")
+    log(live, range(10, 30))
+    write_live_page(live, read_records([live]), 5.0)
+    page.evaluate("again()")  # as it does by itself every few seconds
+    page.wait_for_selector("progress[value='30']")
+    live.write_result({"steps": 40, "saes": {"wide": {"l0": 16.0, "explained_variance": 0.625}}})
+    write_page(live.path, read_records([live]), live.path)
+    with page.expect_navigation():
+        page.evaluate("again()")
+    page.wait_for_selector("html[data-ready]")
+    assert page.locator("progress").count() == 0
+    assert "0.625" in page.inner_text("table")
+
+
+def test_seeds_are_a_band_and_a_chart_is_read_by_keys(live, open_report):
+    page = open_report(live, viewport={"width": 380, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    assert page.locator("[data-keep=loss] .band").count() == 1 and page.locator("[data-keep=loss] .line").count() == 2
+    page.locator("[data-keep=loss]").focus()
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowLeft")
+    said = page.locator(".chart", has=page.locator("[data-keep=loss]")).locator(".readout")
+    assert said.inner_text() == "step 8: topk 0.2778 (0.222 to 0.333), wide 0.4444"
+    page.get_by_role("button", name="each seed by itself").press("Enter")
+    assert page.locator("[data-keep=loss] .line").count() == 3 and page.locator(".band").count() == 0
+    page.get_by_role("button", name="wide").press("Enter")
+    assert page.locator("[data-keep=loss] .line").count() == 2
+    assert page.evaluate("document.activeElement.dataset.keep") == "sae wide"  # kept over the drawing anew
+    assert "loss/aux 0" in page.inner_text("#live")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_can_be_read_in_light_and_dark(live, open_report, contrasts, theme):
+    live.write_result({"steps": 40, "saes": {"wide": {"l0": 16.0, "explained_variance": 0.625}}})
+    write_page(live.path, read_records([live]), live.path)
+    page = open_report(live, color_scheme=theme)
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    assert page.evaluate(contrasts) == []

@@ -96,6 +96,7 @@ def test_a_run_with_everything_has_every_plot(make_run, tmp_path):
     written = make_plots(read_records([make_run()]), tmp_path / "plots")
     assert {path.stem for path in written} == ALL
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    assert all(b"<svg" in path.with_suffix(".svg").read_bytes() for path in written)
     assert not list((tmp_path / "plots").glob("*.partial"))
 
 

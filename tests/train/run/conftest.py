@@ -28,10 +28,11 @@ def big(write_store, tmp_path_factory):
 
 @pytest.fixture
 def sae_train(tmp_path):
-    """Run the command here: `sae_train("--variant", "topk", ...)` gives its result."""
+    """Run the command here: `sae_train("--variant", "topk", ...)` gives its result. No pictures unless asked for."""
 
     def call(*words, out=tmp_path / "runs", code=0):
-        result = CliRunner().invoke(main, ["--out", str(out), *map(str, words)], catch_exceptions=False)
+        words = ("--no-plots", "--out", out, *words)
+        result = CliRunner().invoke(main, [*map(str, words)], catch_exceptions=False)
         assert result.exit_code == code, result.output
         return result
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ import torch
 from saemill.cache_schema import Store
 from saemill.train.cli import warnings_of
 from saemill.train.engine.step import Trainee
+from saemill.train.run import after_run as onlooking
 from saemill.train.run.outcome import Outcome, SaeOutcome
 
 TOPK = ["--variant", "topk"]
 
 
 def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
-    result = sae_train(*TOPK, *quick, "--cache", big["path"], "--epochs", 2, "--k", 3, "--width", 64)
+    result = sae_train(*TOPK, *quick, "--cache", big["path"], "--epochs", 2, "--k", 3, "--width", 64, "--plots")
     run = tmp_path / "runs/run_1"
     config, outcome = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
     with Store.open(big["path"]) as store:
@@ -42,6 +44,27 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
     ):
         assert said in result.output
     assert result.output.rstrip().endswith(f"next: sae-eval {run}")
+    assert "ended" in (run / "live.js").read_text()  # a page while it trained, and in the end the whole one
+    assert "held-out" in (run / "report.html").read_text()
+
+
+def test_who_looks_on_costs_a_run_a_hundredth_of_its_time(monkeypatch, tmp_path):
+    clock, looks, said = [0.0], [], []
+
+    def look(folder, say, pause):
+        looks.append((clock[0], pause))
+        say("no room left")
+        clock[0] += 9.0 if len(looks) == 1 else 0.2  # the first time is spent importing
+
+    monkeypatch.setattr(onlooking, "after_run", look)
+    monkeypatch.setattr(onlooking, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    onlookers = onlooking.Onlookers(tmp_path, said.append)
+    while clock[0] < 60:
+        onlookers.look()
+        clock[0] += 0.5
+    assert looks[:2] == [(0.0, 5.0), (14.0, 5.0)]
+    assert looks[2][0] == pytest.approx(14.2 + 20, abs=0.5) and looks[2][1] == pytest.approx(20)
+    assert said == ["no room left"]
 
 
 def test_an_sae_that_is_no_better_than_the_mean_is_pointed_out():

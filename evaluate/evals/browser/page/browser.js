@@ -55,45 +55,8 @@ const starts = (counts) => {
   return found;
 };
 
-// ---------------------------------------------------------------- elements
+// ---------------------------------------------------------------- tokens
 
-function h(name, given = {}, ...inside) {
-  return dress(document.createElement(name), given, inside);
-}
-function s(name, given = {}, ...inside) {
-  return dress(document.createElementNS("http://www.w3.org/2000/svg", name), given, inside);
-}
-function dress(element, given, inside) {
-  for (const [key, value] of Object.entries(given)) {
-    if (key.startsWith("aria-") && typeof value === "boolean") { element.setAttribute(key, String(value)); continue; }
-    if (value === undefined || value === null || value === false) continue;
-    if (key === "on") for (const [event, act] of Object.entries(value)) element.addEventListener(event, act);
-    else if (key === "vars") for (const [name, one] of Object.entries(value)) element.style.setProperty(`--${name}`, one);
-    else if (key === "value") element.value = value;
-    else element.setAttribute(key, value === true ? "" : value);
-  }
-  element.append(...inside.flat(Infinity).filter((part) => part !== null && part !== undefined && part !== false));
-  return element;
-}
-const $ = (id) => document.getElementById(id);
-
-const number = (value, digits = 3) => value === null || value === undefined || Number.isNaN(value) ? "\u2013"
-  : value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(digits)));
-const whole = (value) => value.toLocaleString("en");
-const share = (value) => value === 0 ? "0" : value >= 1e-5 ? `${Number((100 * value).toPrecision(value >= 0.1 ? 3 : 2))} %` : `${(100 * value).toExponential(0)} %`;
-
-// Characters that are invisible or turn what stands beside them are written out; joiners inside words stay.
-const UNSEEN = /[\p{Cc}\p{Zl}\p{Zp}\p{Co}\p{Cn}\p{Cs}]|(?![\u200c\u200d])\p{Cf}/gu;
-const LONG = 80;
-function visible(text) {
-  return text.replace(UNSEEN, (letter) => letter === "\n" ? "\u21b5" : letter === "\t" ? "\u2192" : letter === "\r" ? "\u240d"
-    : `\u27e8${letter.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}\u27e9`);
-}
-function brief(text, most = LONG) {
-  if (text.length <= most) return visible(text);
-  const letters = Array.from(text.slice(0, most));
-  return `${visible(letters.slice(0, most - 20).join(""))}\u2026(${whole(text.length)} characters)`;
-}
 // Alone, a token's spaces are seen: one in front stays one, more are counted.
 const spaced = (text) => (text.trim() === "" && text.length < 3 ? text.replaceAll(" ", "\u2423") : text.replace(/ {2,}/g, (run_) => `\u2423\u00d7${run_.length}`)) || "\u2205";
 function chip(token) {
@@ -193,88 +156,6 @@ function say(text) {
   quiet = setTimeout(() => { $("said").textContent = ""; }, 4000);
 }
 
-// ---------------------------------------------------------------- charts
-
-const COLOURS = ["#2f7dc4", "#d9730d", "#2f9e5b", "#b0489a", "#8a6d3b", "#5a67d8", "#c2413b", "#3a9aa8"];
-const colourOf = (place) => COLOURS[place % COLOURS.length];
-const W = innerWidth < 600 ? 340 : 520;
-
-function bars(counts, options) {
-  // options: edges (labels by bar), log, title(i), height, hot
-  const height = options.height ?? 120, foot = 18, width = options.width ?? W;
-  const size = options.log ? (count) => Math.log10(count + 1) : (count) => count;
-  const most = Math.max(...counts.map(size), 1e-9), step = width / counts.length;
-  const chart = s("svg", { viewBox: `0 0 ${width} ${height + foot}`, role: "img", "aria-label": options.label });
-  counts.forEach((count, place) => {
-    const tall = size(count) / most * (height - 14);
-    const bar = s("rect", { class: `bar ${options.hot?.(place) ? "hot" : ""}`, x: place * step + .5, width: Math.max(step - 1, .5), y: height - tall, height: count ? Math.max(tall, 1) : 0, rx: 1 });
-    bar.append(s("title", {}, options.title(place)));
-    chart.append(bar);
-  });
-  chart.append(s("line", { class: "grid", x1: 0, x2: width, y1: height, y2: height }));
-  for (const [place, text, anchor] of options.ticks) chart.append(s("text", { x: place * step, y: height + 14, "text-anchor": anchor ?? "middle" }, text));
-  if (options.top) chart.append(s("text", { x: width, y: 9, "text-anchor": "end" }, options.top));
-  return chart;
-}
-
-function axis(values, log) {
-  const clean = values.filter((value) => value !== null && Number.isFinite(value) && (!log || value > 0));
-  let low = Math.min(...clean), high = Math.max(...clean);
-  if (log) { low = Math.log10(low); high = Math.log10(high); }
-  const pad = (high - low) * .12 || Math.abs(high) * .1 || .5;
-  low -= pad; high += pad;
-  const scale = (value) => ((log ? Math.log10(value) : value) - low) / (high - low);
-  const rough = (high - low) / 4, unit = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((one) => one * unit).find((one) => one >= rough);
-  const ticks = [];
-  if (log) {
-    for (let power = Math.floor(low); power <= high; power++) for (const one of [1, 2, 5]) {
-      const value = one * 10 ** power;
-      if (scale(value) >= 0 && scale(value) <= 1) ticks.push(value);
-    }
-  } else for (let value = Math.ceil(low / step) * step; value <= high; value += step) ticks.push(Number(value.toPrecision(10)));
-  return { scale, ticks };
-}
-
-function frame(x, y, names, label) {
-  const width = W, height = 260, left = 46, foot = 34;
-  const chart = s("svg", { viewBox: `0 0 ${width} ${height + foot}`, role: "img", "aria-label": label });
-  const px = (value) => left + x.scale(value) * (width - left - 10), py = (value) => 8 + (1 - y.scale(value)) * (height - 8);
-  for (const tick of y.ticks) chart.append(s("line", { class: "grid", x1: left, x2: width, y1: py(tick), y2: py(tick) }), s("text", { x: left - 6, y: py(tick) + 4, "text-anchor": "end" }, number(tick)));
-  for (const tick of x.ticks) chart.append(s("line", { class: "grid", x1: px(tick), x2: px(tick), y1: 8, y2: height }), s("text", { x: px(tick), y: height + 15, "text-anchor": "middle" }, number(tick)));
-  chart.append(s("text", { x: width, y: height + 31, "text-anchor": "end" }, names[0]), s("text", { x: 0, y: height + 31 }, names[1]));
-  return { chart, px, py };
-}
-
-function scatter(points, names) {
-  const x = axis(points.map((point) => point.x), true), y = axis(points.flatMap((point) => [point.y, point.low ?? point.y, point.high ?? point.y]), false);
-  const { chart, px, py } = frame(x, y, names, `${names[1]} against ${names[0]}`);
-  let last = -Infinity; // names of near points stand below each other
-  for (const point of [...points].sort((a, b) => b.y - a.y)) {
-    last = Math.max(py(point.y) + 4, last + 13);
-    const group = s("g", { vars: { c: point.colour } });
-    if (point.low !== null && point.low !== undefined) group.append(s("line", { class: "whisker", x1: px(point.x), x2: px(point.x), y1: py(point.low), y2: py(point.high) }));
-    const mark = s("circle", { class: "point", cx: px(point.x), cy: py(point.y), r: 6 });
-    mark.append(s("title", {}, `${point.name}: ${names[0]} ${number(point.x)}, ${names[1]} ${number(point.y, 4)}`));
-    const turn = px(point.x) > W * .7;
-    group.append(mark, s("text", { class: "name", x: px(point.x) + (turn ? -10 : 10), y: last, "text-anchor": turn ? "end" : "start" }, brief(point.name, 30)));
-    chart.append(group);
-  }
-  return chart;
-}
-
-function lines(series, names) {
-  const x = axis(series.flatMap((one) => one.x), false), y = axis(series.flatMap((one) => one.y), names[2] === "log");
-  const { chart, px, py } = frame(x, y, names, `${names[1]} by ${names[0]}`);
-  for (const one of series) {
-    const points = one.x.map((value, place) => [value, one.y[place]]).filter(([, value]) => Number.isFinite(value) && (names[2] !== "log" || value > 0));
-    const line = s("polyline", { class: "line", vars: { c: one.colour }, points: points.map(([a, b]) => `${px(a).toFixed(1)},${py(b).toFixed(1)}`).join(" ") });
-    line.append(s("title", {}, one.name));
-    chart.append(line);
-  }
-  return chart;
-}
-
 // ---------------------------------------------------------------- overview
 
 const link = (label, ...rest) => `#/sae/${[label, ...rest].map(encodeURIComponent).join("/")}`;
@@ -336,7 +217,6 @@ function charts() {
   draw();
   return h("div", { class: "pair" }, box, curvesCard());
 }
-const chooser = (label, choices, chosen, act) => h("select", { "aria-label": label, on: { change: (event) => act(event.target.value) } }, choices.map(([key, text]) => h("option", { value: key, selected: key === chosen }, text)));
 
 function curvesCard() {
   const names = [...new Set(run.saes.flatMap((sae) => Object.keys(numbers.saes?.[sae.label]?.curves ?? {})))];
@@ -962,19 +842,7 @@ function showKeys() {
   box.showModal();
 }
 
-let HEAT_MOST = .8;
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  HEAT_MOST = Number(getComputedStyle(document.documentElement).getPropertyValue("--heat-most"));
-  for (const example of shown) drawExample(example);
-}
-function turnTheme() {
-  const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-  try { localStorage.setItem("saemill:theme", theme); } catch { /* it is forgotten */ }
-  setTheme(theme);
-}
-
-let waits;
+let HEAT_MOST = .8, waits;
 function find() {
   clearTimeout(waits);
   waits = setTimeout(async () => {
@@ -985,9 +853,11 @@ function find() {
 }
 
 async function begin() {
-  let theme = null;
-  try { theme = localStorage.getItem("saemill:theme"); } catch { /* none is kept */ }
-  setTheme(theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+  document.addEventListener("theme", () => {
+    HEAT_MOST = Number(getComputedStyle(document.documentElement).getPropertyValue("--heat-most"));
+    for (const example of shown) drawExample(example);
+  });
+  beginTheme();
   try { 
     let words;
     [run, words, numbers] = await Promise.all([load("run"), load("words"), load("numbers", true)]);

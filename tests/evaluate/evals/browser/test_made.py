@@ -537,6 +537,6 @@ def test_the_overview_has_what_was_measured(made):
     assert numbers["numbers"]["explained_variance"] == {"value": 0.5, "low": 0.4, "high": 0.6}
     assert numbers["numbers"]["l0"] == {"value": 4.0, "low": None, "high": None}
     steps, values = numbers["curves"]["loss"]
-    assert 100 < len(steps) <= 200 and values[1] == log[5]["loss"]
+    assert 100 < len(steps) <= 201 and values[1] == log[5]["loss"]
     refresh(home.parent, [])  # no browser there: nothing happens
     assert json.dumps(sorted(path.name for path in home.parent.iterdir())) == '["run_1"]'

@@ -1,0 +1,69 @@
+"""What a page's own script draws: curves of all that was logged, which SAEs are seeds of one, and how far a run is."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..figures.records import Record, thinned
+
+SEED = re.compile(r"_?seed_?\d+")
+DIGITS = 5
+SHARED = ("sae", "step")
+
+
+def training_data(records: Sequence[Record], course: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`course` is how far a run is that has not ended."""
+    first: dict[str, str] = {}  # by what SAEs of one group have in common: how the group is called
+    saes = []
+    for record in records:
+        group = first.setdefault(_without_seed(record), SEED.sub("", record.name) or record.name)
+        saes.append({"name": record.name, "group": group, **_curves(record), **_worth(record)})
+    names = list(first.values())
+    for sae, record in zip(saes, records, strict=True):
+        if names.count(sae["group"]) > 1:  # others are called so too, and have other settings
+            sae["group"] = record.name
+    return {"saes": saes, "course": course}
+
+
+def course_of(records: Sequence[Record], steps: int, pause: float) -> dict[str, Any]:
+    """How far a run is, and how often that is written."""
+    last: Mapping[str, Any] = max((record.log[-1] for record in records if record.log), key=_step, default={})
+    speed = {"tokens_per_second": _rounded(last.get("tokens_per_second")) or 0.0}
+    return {"step": _step(last) + 1 if last else 0, "steps": steps, **speed, "written": time.time(), "pause": pause}
+
+
+def _step(line: Mapping[str, Any]) -> int:
+    return line.get("step", 0)
+
+
+def _without_seed(record: Record) -> str:
+    settings = {key: value for key, value in record.settings.items() if key != "seed"}
+    return json.dumps([record.run, record.variant, settings], sort_keys=True, default=str)
+
+
+def _curves(record: Record) -> dict[str, Any]:
+    log = thinned(record.log)
+    values = {name: [_rounded(line.get(name)) for line in log] for name in sorted(record.logged.difference(SHARED))}
+    return {
+        "steps": [line["step"] for line in log],
+        "curves": {name: found for name, found in values.items() if any(value is not None for value in found)},
+    }
+
+
+def _worth(record: Record) -> dict[str, float | None]:
+    """Held out, or while it trains as last logged."""
+    return {
+        name: _rounded(record.outcome.get(name, record.last(name) if not record.outcome else None))
+        for name in ("l0", "explained_variance")
+    }
+
+
+def _rounded(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(f"{value:.{DIGITS}g}")
