@@ -37,7 +37,7 @@ STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set b
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-real smollm2 check format goldens demo harvest studies decide bench bench-store bench-harvest bench-train \
-  bench-quality bench-eval bench-gpu measured peers saebench clean
+  bench-quality bench-eval bench-gpu docs measured peers saebench clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -136,6 +136,9 @@ bench-eval: env saebench ## the core evaluation against official SAEBench
 bench-gpu: ## everything that an accelerator is measured by, in nine minutes; GPU="--only steps" and other options
 	PY=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bash bench/gpu/run.sh --out $(RESULTS)/gpu \
 	  $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS)) $(GPU)
+
+docs: env ## README, docs/ and every setting as HTML pages: build/docs/index.html
+	$(BIN)/python docs/build.py
 
 measured: env ## the tables of docs/measured.md, from bench/results
 	$(BIN)/python bench/measured_tables.py

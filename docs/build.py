@@ -1,0 +1,295 @@
+"""`make docs`: README, these pages, and what the code itself says of its settings, as a folder of HTML pages.
+
+Pages are Markdown, made into HTML by markdown-it; there is no template language and nothing is fetched. Links between
+pages lead from page to page; a link that leads nowhere, or to a heading that is not there, is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import html
+import inspect
+import os
+import re
+import shutil
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import click
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from saemill.cache_schema.cli import main as store
+from saemill.evaluate import evals
+from saemill.evaluate.cli import main as evaluate
+from saemill.evaluate.output.figures.web import web_file
+from saemill.harvest.cli import main as harvest
+from saemill.studies.study import main as study
+from saemill.train.ask.records import CourseConfig, DataConfig
+from saemill.train.cli import main as train
+from saemill.train.export import main as export
+from saemill.train.kit import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS: dict[str, click.Command] = {
+    "sae-harvest": harvest,
+    "sae-train": train,
+    "sae-eval": evaluate,
+    "sae-study": study,
+    "sae-store": store,
+    "sae-export": export,
+}
+SECTIONS = {  # pages in the order of the menu; pages that are not named here come after, each folder for itself
+    "Use": "README.md docs/harvest.md docs/train.md docs/evaluate.md docs/python.md docs/commands.md",
+    "Settings": "docs/settings_commands.md docs/settings_variants.md docs/settings_evaluations.md",
+    "Reference": "cache_schema/FORMAT.md evaluate/MEASURES.md docs/guarantees.md CONTRIBUTING.md SECURITY.md "
+    "CHANGELOG.md",
+    "Measured": "docs/measured.md docs/performance.md docs/quality.md",
+}
+THEME = 'if (matchMedia("(prefers-color-scheme: dark)").matches) document.documentElement.dataset.theme = "dark";'
+
+
+class LinkBroken(Exception):
+    """A page leads to something that is not there."""
+
+
+def main(out: str = "build/docs") -> None:
+    folder, texts = Path(out), pages()
+    problems = broken_links(texts)
+    if problems:
+        raise LinkBroken("\n".join(problems))
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, text in texts.items():
+        target = folder / address(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(document(name, text, texts), encoding="utf-8")
+    led_to = {target for name, text in texts.items() for target, _ in links(name, text)}
+    for file in sorted(led_to - texts.keys()):
+        if (ROOT / file).is_file():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / file, folder / file)
+    (folder / "base.css").write_text(web_file("base.css") + (ROOT / "docs" / "site.css").read_text(), encoding="utf-8")
+    print(f"{len(texts)} pages: {folder / 'index.html'}")
+
+
+# ---------------------------------------------------------------- pages
+
+
+def pages() -> dict[str, str]:
+    """Markdown by where it lies in the repository, or would; in the order of the menu."""
+    made = {
+        "docs/settings_commands.md": commands_page(),
+        "docs/settings_variants.md": variants_page(),
+        "docs/settings_evaluations.md": evaluations_page(),
+    }
+    named = [name for names in SECTIONS.values() for name in names.split()]
+    found = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+    return {name: made.get(name) or (ROOT / name).read_text("utf-8") for name in dict.fromkeys([*named, *found])}
+
+
+def address(name: str) -> str:
+    """Where a page lies in the folder that is made."""
+    return "index.html" if name == "README.md" else f"{name.removesuffix('.md')}.html"
+
+
+def title_of(name: str, text: str) -> str:
+    found = re.search(r"^# (.+)$", text, re.MULTILINE)
+    return found.group(1) if found else name
+
+
+def commands_page() -> str:
+    parts = ["# Every option of every command", "From the commands themselves; `--help` says the same, with examples."]
+    for name, command in COMMANDS.items():
+        parts += [f"## {name}", *_described(command)]
+        for sub, one in (command.commands if isinstance(command, click.Group) else {}).items():
+            parts += [f"### {name} {sub}", *_described(one)]
+    return "\n\n".join(parts)
+
+
+def _described(command: click.Command) -> Iterator[str]:
+    yield _cell(inspect.cleandoc((command.help or "").split("\f")[0]).replace("\b\n", ""))
+    context = click.Context(command)
+    rows = [record for one in command.get_params(context) if (record := one.get_help_record(context))]
+    if rows:
+        yield "\n".join(["| option | |", "|---|---|", *(f"| {_code(name)} | {_cell(text)} |" for name, text in rows)])
+
+
+def variants_page() -> str:
+    intro = "A setting is `--set NAME=VALUE`, or `--set VARIANT.NAME=VALUE` for one of several; lists as `a,b`."
+    parts = ["# Every setting of every variant", f"{intro} What shows no default follows from the others."]
+    for name in registry.names():
+        parts += _settings(name, registry.config_type(name), registry.module(name).__doc__)
+    shared = "They are one for all SAEs of a run."
+    parts += _settings("data", DataConfig, f"Of the stream: `--set data.NAME=VALUE`. {shared}")
+    parts += _settings("course", CourseConfig, f"Of the run: `--set course.NAME=VALUE`. {shared}")
+    return "\n\n".join(parts)
+
+
+def evaluations_page() -> str:
+    intro = "A setting is given as `--set EVALUATION.NAME=VALUE`; lists as `a,b`."
+    parts = ["# Every setting of every evaluation", f"{intro} What they measure: [MEASURES](../evaluate/MEASURES.md)."]
+    for name in evals.names():
+        found = evals.load(name)
+        parts += _settings(name, found.config, sys.modules[found.evaluate.__module__].__doc__)
+    return "\n\n".join(parts)
+
+
+def _settings(name: str, config: Any, said: str | None) -> list[str]:
+    rows = [f"| {_code(key)} | {_code(str(value))} | {_cell(text)} |" for key, value, text in _fields(config)]
+    table = "\n".join(["| setting | default | |", "|---|---|---|", *rows])
+    paragraphs = inspect.cleandoc(said or "").split("\n\n")
+    return [f"## {name}", _cell(paragraphs[0]), table if rows else "No settings."]
+
+
+def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Name, default and meaning of every setting, those inside others after a dot."""
+    instance = config()
+    notes = _notes(config)
+    for field in dataclasses.fields(config):
+        value = getattr(instance, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields(type(value), f"{prefix}{field.name}.")
+        else:
+            shown = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+            yield f"{prefix}{field.name}", "" if shown is None else shown, notes.get(field.name, "")
+
+
+@functools.cache
+def _notes(config: type) -> Mapping[str, str]:
+    """What stands below a field in the source, its own or inherited."""
+    found: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(base))).body)
+        for field, below in pairwise(body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
+                    found[name] = inspect.cleandoc(said)
+    return found
+
+
+def _code(text: str) -> str:
+    return f"`{text}`".replace("|", "\\|") if text else ""
+
+
+def _cell(text: str) -> str:
+    """On one line of Markdown, markup that was none left as it was written."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+# ---------------------------------------------------------------- links
+
+
+def parse(text: str) -> list[Token]:
+    return MarkdownIt("commonmark").enable("table").parse(text)
+
+
+def slugs(text: str) -> list[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    tokens, found = parse(text), []
+    for opening, inline in pairwise(tokens):
+        if opening.type == "heading_open":
+            words = "".join(one.content for one in inline.children or () if one.type in ("text", "code_inline"))
+            kept = [letter for letter in words.lower() if letter in " -_" or unicodedata.category(letter)[0] in "LN"]
+            found.append("".join(kept).replace(" ", "-"))
+    return found
+
+
+def links(name: str, text: str) -> Iterator[tuple[str, str]]:
+    """What a page leads to inside the repository: a path and an anchor. Folders are their README."""
+    for token in parse(text):
+        for one in token.children or ():
+            to = str(one.attrGet("href") or one.attrGet("src") or "")
+            if to and not urlsplit(to).scheme:
+                yield target_of(name, to)
+
+
+def target_of(name: str, to: str) -> tuple[str, str]:
+    path, _, anchor = to.partition("#")
+    target = os.path.normpath(os.path.join(os.path.dirname(name), unquote(path))) if path else name
+    index = f"{target}/README.md"
+    return (index if (ROOT / index).is_file() else target), anchor
+
+
+def broken_links(texts: Mapping[str, str]) -> list[str]:
+    found = []
+    for name, text in texts.items():
+        for target, anchor in links(name, text):
+            if target not in texts and not (ROOT / target).exists():
+                found.append(f"{name} leads to {target}, which is not there")
+            elif anchor and target in texts and anchor not in slugs(texts[target]):
+                found.append(f"{name} leads to {target}#{anchor}, a heading that is not there")
+    return found
+
+
+# ---------------------------------------------------------------- HTML
+
+
+def document(name: str, text: str, texts: Mapping[str, str]) -> str:
+    here = os.path.dirname(address(name)) or "."
+
+    def way(to: str) -> str:
+        return os.path.relpath(to, here)
+
+    tokens, anchors = parse(text), iter(slugs(text))
+    for token in tokens:
+        if token.type == "heading_open":
+            token.attrSet("id", next(anchors))
+        for place, one in enumerate(token.children or ()):
+            kind = "src" if one.type == "image" else "href"
+            to = str(one.attrGet(kind) or "")
+            if to and not urlsplit(to).scheme:
+                target, anchor = target_of(name, to)
+                if (ROOT / target).is_dir():  # of the repository: here it is only named
+                    _unlink(token.children or [], place)
+                    continue
+                at = way(address(target) if target in texts else target)
+                one.attrSet(kind, f"{at}#{anchor}" if anchor else at)
+    markdown = MarkdownIt("commonmark").enable("table")
+    body = markdown.renderer.render(tokens, markdown.options, {})
+    title = html.escape(title_of(name, text))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: saemill</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
+        f'<link rel="stylesheet" href="{way("base.css")}"><script>{THEME}</script></head>\n'
+        f'<body><main><a class="to-menu" href="#menu">all pages</a>{body}</main>\n'
+        f'<nav class="menu" id="menu" aria-label="pages">{menu(name, texts, way)}</nav></body></html>\n'
+    )
+
+
+def _unlink(inline: list[Token], place: int) -> None:
+    """A link becomes plain text."""
+    closing = next(one for one in inline[place:] if one.type == "link_close")
+    for one in (inline[place], closing):
+        one.tag, one.attrs = "span", {}
+
+
+def menu(here: str, texts: Mapping[str, str], way: Any) -> str:
+    named = {name: section for section, names in SECTIONS.items() for name in names.split()}
+    sections: dict[str, list[str]] = {}
+    for name in texts:
+        other = "Studies" if name.startswith("docs/studies/") else "Measured"
+        sections.setdefault(named.get(name, other), []).append(name)
+    return "".join(
+        f"<h2>{section}</h2><ul>"
+        + "".join(
+            f'<li><a href="{way(address(name))}"{" aria-current=page" if name == here else ""}>'
+            f"{html.escape(title_of(name, texts[name]))}</a></li>"
+            for name in names
+        )
+        + "</ul>"
+        for section, names in sections.items()
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
