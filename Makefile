@@ -107,7 +107,7 @@ studies: env ## all runs of the five studies on a pocket store, their tables and
 decide: env $(if $(filter smollm2,$(MODEL)),smollm2) ## the runs that decide the five studies, as docs/studies/questions.md says: hours; goes on after any stop
 	$(BIN)/sae-harvest --model $(if $(filter auto,$(MODEL)),pocket,$(MODEL)) --out $(DECISIONS)/store
 	for study in $(STUDY_NAMES); do $(BIN)/sae-study $$study --only decisive --cache $(DECISIONS)/store \
-	  --out $(DECISIONS) --set data.batch_tokens=2048 $(STDLIB_PROBES) || exit 1; done
+	  --out $(DECISIONS) --with-baselines --set data.batch_tokens=2048 $(STDLIB_PROBES) || exit 1; done
 
 bench: bench-store bench-harvest bench-train bench-quality bench-eval ## every benchmark against the peers [RESULTS=bench/results]
 

@@ -58,10 +58,15 @@ def compare(
 def _difference(label: str, against: str, measure: str, numbers: Sequence[float]) -> Difference:
     mean, count = statistics.fmean(numbers), len(numbers)
     error = statistics.stdev(numbers) / count**0.5
-    half_width = float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * error
     sizes_of_error = abs(mean) / error if error else (0.0 if mean == 0.0 else float("inf"))
     p = float(2 * stats.t.sf(sizes_of_error, count - 1))
-    return Difference(label, against, measure, count, mean, half_width, p)
+    return Difference(label, against, measure, count, mean, half_width(numbers), p)
+
+
+def half_width(numbers: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean of some seeds, by Student's t; two at least."""
+    count = len(numbers)
+    return float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * statistics.stdev(numbers) / count**0.5
 
 
 def corrected(found: Sequence[Difference]) -> list[Difference]:

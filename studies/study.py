@@ -19,7 +19,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from rich.table import Table
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.context.results import metric_of, read_result, without_nan
+from ..evaluate.output.figures.records import read_log
 from ..evaluate.run.console_table import heading, make_console, untrained_traits
 from ..train.ask.recipe import Recipe
 from ..train.cli import main as sae_train
@@ -39,8 +40,10 @@ from ..train.disk.whole_files import read_json, replace_file, write_json
 from ..train.recipes import find_recipes, runs_of, studies
 from ..train.run.folder import RunFolder
 from .comparisons import Difference, compare
+from .rule import Families, growth, judge
 
 CORE, DECISIVE = "core", "decisive"
+LOGGED = "explained_variance"
 MEASURES = (
     "explained_variance",
     "ce_loss_score",
@@ -57,7 +60,7 @@ MEASURES = (
 about pairs of seeds, so that five of them are not five."""
 ASKS_FOR_MATERIAL = ("unlearning",)
 """WMDP's text is given on request only, and is about one model: a study is whole without."""
-SEED = re.compile(r"_seed(\d+)$")
+SEED = re.compile(r"_seed(\d+)(?=$|_frozen_)")
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,10 @@ class Course:
     """Of sae-train, such as --tokens 1M."""
     seeds: int | None
     """Of runs that compare; None: as many as the recipe says."""
+    baselines: bool = False
+    """Whether sanity baselines train beside the SAEs of runs that compare."""
     evaluation: tuple[str, ...] = ()
-    """Of sae-eval, such as --set sparse_probing.data=stdlib."""
+    """Of sae-eval, such as --set sparse_probing.data=stdlib. Not of the training: another call may say others."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,8 @@ def complete_studies(_: click.Context, __: click.Parameter, incomplete: str) -> 
 @click.option("--width", metavar="F", help="Latents.  [default: the recipe's, at most 16 times the residual width]")
 @click.option("--only", "wanted", metavar="RUN,RUN", help="Only these runs of the study.  [default: all but decisive]")
 @click.option("--seeds", type=click.IntRange(1), help="Of runs that compare.  [default: the recipe's, 3 or 5]")
+@click.option("--with-baselines", "baselines", is_flag=True, help="Sanity baselines beside the SAEs that are compared.")
+@click.option("--evals", "few", metavar="NAMES", help="Only these of a run's evaluations.  [default: all]")
 @click.option("--set", "settings", multiple=True, metavar="A.B=V", help="A setting for every run.")
 @click.option("--eval-set", "evaluation", multiple=True, metavar="A.B=V", help="A setting for every evaluation.")
 def main(
@@ -131,6 +138,8 @@ def main(
     width: str | None,
     wanted: str | None,
     seeds: int | None,
+    baselines: bool,
+    few: str | None,
     settings: tuple[str, ...],
     evaluation: tuple[str, ...],
 ) -> None:
@@ -143,8 +152,8 @@ def main(
     console = make_console()
     problems: list[str] = []
     for study in names or studies():
-        course = Course(cache, out / study, tuple(options), seeds, words)
-        lines = carry_out(choose(study, wanted), course, console)
+        course = Course(cache, out / study, tuple(options), seeds, baselines, words)
+        lines = carry_out(restrict(choose(study, wanted), few), course, console)
         problems += [f"{study}/{line.run}/{line.label}: {problem}" for line in lines for problem in line.problems]
     for problem in problems:
         click.echo(f"failed: {problem}", err=True)
@@ -158,6 +167,16 @@ def choose(study: str, wanted: str | None) -> list[Recipe]:
     return [recipe for name in wanted.split(",") for recipe in find_recipes(f"{study}/{name.strip()}")]
 
 
+def restrict(recipes: Iterable[Recipe], few: str | None) -> list[Recipe]:
+    """The runs with those of their evaluations that are named; None: with all."""
+    if few is None:
+        return list(recipes)
+    named = [name.strip() for name in few.split(",")]
+    for name in named:
+        evals.load(name)  # an unknown one is told with what it may have meant
+    return [replace(recipe, evals=tuple(name for name in recipe.evals if name in named)) for recipe in recipes]
+
+
 def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> list[Line]:
     """All of one study; what is done already is kept."""
     keep_course(course)
@@ -168,8 +187,10 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
         words = [*runs, "--runs", str(course.out), "--evals", ",".join(eval_ids), "--resume"]
         words += settings_of(course.evaluation, eval_ids)
         call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what failed
-    results = [(recipe, read_lines(RunFolder.at(course.out / recipe.name), recipe.evals)) for recipe in recipes]
+    folders = {recipe.name: RunFolder.at(course.out / recipe.name) for recipe in recipes}
+    results = [(recipe, read_lines(folders[recipe.name], recipe.evals)) for recipe in recipes]
     write_tables(results, course.out, console)
+    draw_pictures(results, folders, course.out / "plots", console)
     return [line for _, lines in results for line in lines]
 
 
@@ -182,13 +203,29 @@ def settings_of(words: Sequence[str], eval_ids: Sequence[str]) -> list[str]:
     return [word for option, said in pairs if said.split(".")[0] in eval_ids for word in (option, said)]
 
 
+def draw_pictures(results: Results, folders: Mapping[str, RunFolder], out: Path, console: Console) -> None:
+    """Of the runs of several seeds, beside the table."""
+    from .bands import draw_bands  # loads matplotlib, which nobody waits for who asks for help
+
+    for recipe, lines in results:
+        if recipe.seeds > 1 and lines:
+            curves: dict[str, list[list[tuple[float, float]]]] = {}
+            points = curve_by_label(folders[recipe.name])
+            for line in lines:
+                curves.setdefault(line.family, []).append(points.get(line.label, []))
+            title = f"{recipe.study}: {recipe.name}"
+            written = draw_bands(recipe.name, title, families(lines), recipe.against[0], curves, out)
+            console.print(f"plots: {', '.join(str(path) for path in written)}", markup=False, soft_wrap=True)
+
+
 def keep_course(course: Course) -> None:
     """Runs of one table share their settings: those of an earlier call are refused if they differ."""
     wanted = {"cache": course.cache, "options": list(course.options), "seeds": course.seeds}
-    wanted |= {"evaluation": list(course.evaluation)}
+    wanted |= {"baselines": course.baselines}
     path = course.out / "course.json"
     if path.is_file():
-        found = {"evaluation": [], **read_json(path)}
+        found = {"baselines": False, **read_json(path)}
+        found.pop("evaluation", None)  # kept until 2026-11: what another call may say otherwise
         if found.get("seeds") == 3 and course.seeds is None:  # what was written where nothing was said
             found["seeds"] = None
         if found != wanted:
@@ -214,7 +251,8 @@ def training_commands(recipes: Iterable[Recipe], course: Course) -> list[list[st
         count = recipe.seeds if recipe.seeds == 1 or course.seeds is None else course.seeds
         seeds = ["--grid", "seed=" + ",".join(map(str, range(count)))] if recipe.seeds > 1 else []
         place = ["--cache", course.cache, "--out", str(course.out), "--name", recipe.name]
-        commands.append(["--recipe", f"{recipe.study}/{recipe.name}", *place, *course.options, *seeds])
+        beside = ["--with-baselines"] if course.baselines and recipe.seeds > 1 else []
+        commands.append(["--recipe", f"{recipe.study}/{recipe.name}", *place, *course.options, *seeds, *beside])
     return commands
 
 
@@ -231,9 +269,12 @@ def call(command: Any, name: str, words: Sequence[str], console: Console, may_en
 def read_lines(folder: RunFolder, eval_ids: Sequence[str]) -> list[Line]:
     """What a finished run came to: of its result and of its evaluations."""
     result = read_json(folder.path / "result.json")
+    curves = curve_by_label(folder)
     lines = []
     for label, sae in result["saes"].items():
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
+        if (grown := growth(curves.get(label, []), result["steps"])) is not None:
+            values["growth"] = grown
         remarks = [f"a warm-up or onset of {asked} steps took {given}" for asked, given in sae.get("cut_short", ())]
         problems = [] if result["steps"] > 0 else ["it made no step"]
         for eval_id in eval_ids:
@@ -253,6 +294,15 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str]) -> list[Line]:
     return lines
 
 
+def curve_by_label(folder: RunFolder) -> dict[str, list[tuple[float, float]]]:
+    """Steps, and the explained variance of the batch, as the run logged them."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in read_log(folder.metrics):
+        if isinstance(line.get(LOGGED), float):
+            curves.setdefault(line["sae"], []).append((line["step"], line[LOGGED]))
+    return curves
+
+
 def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, float | None]) -> list[str]:
     """The metrics of a result that are not there, and why as far as it says."""
     names = [metric.rsplit(".", 1)[-1] for metric, value in found.items() if value is None]
@@ -268,7 +318,7 @@ def write_tables(results: Results, out: Path, console: Console) -> None:
     for title, head, rows in _tables(results):
         console.print(_table(title, head, rows))
         parts.append(f"**{title}**\n\n{_markdown(head, rows)}")
-    remarks = [f"{line.run}/{line.label}: {remark}" for line in every for remark in line.remarks]
+    remarks = remarks_of(every)
     for remark in remarks:
         console.print(remark, markup=False, soft_wrap=True)
     if remarks:
@@ -276,6 +326,21 @@ def write_tables(results: Results, out: Path, console: Console) -> None:
     replace_file(out / "table.md", "\n\n".join(parts).encode() + b"\n")
     raw = without_nan([{"run": line.run, "label": line.label, **line.values} for line in every], None)
     replace_file(out / "table.json", json.dumps(raw, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def remarks_of(lines: Iterable[Line]) -> list[str]:
+    """Each once, with whom it is about: the seeds of an SAE are one name, and all SAEs of a run are the run."""
+    about: dict[tuple[str, str], list[str]] = {}
+    everybody: dict[str, set[str]] = {}
+    for line in lines:
+        everybody.setdefault(line.run, set()).add(line.label)
+        for remark in line.remarks:
+            about.setdefault((line.run, remark), []).append(line.label)
+    told = []
+    for (run, remark), labels in about.items():
+        names = ", ".join(dict.fromkeys(SEED.sub("", label) for label in labels))
+        told.append(f"{run}: {remark}" if set(labels) == everybody[run] else f"{run}/{names}: {remark}")
+    return told
 
 
 def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -298,15 +363,23 @@ def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]
         if rows:
             head = ["SAE", "against", "measure", "difference, 95 %", "p, corrected", "found"]
             yield f"{title}, differences by seed, p corrected for all {len(rows)} (Holm)", head, rows
+            found = judge(families(lines), recipe.against, differences(recipe, lines))
+            cells = [[one.label, one.verdict, one.why] for one in found]
+            yield f"{title}, by the rule of docs/studies/questions.md", ["SAE", "found", "why"], cells
 
 
 def differences(recipe: Recipe, lines: Sequence[Line]) -> list[Difference]:
     """At what no SAE is trained on."""
     known = {name for line in lines for name in line.values}
+    return compare(families(lines), recipe.against, [name for name in MEASURES if name in known])
+
+
+def families(lines: Iterable[Line]) -> Families:
+    """Values by SAE and seed."""
     values: dict[str, dict[int, dict[str, float | None]]] = {}
     for line in lines:
         values.setdefault(line.family, {})[line.seed] = line.values
-    return compare(values, recipe.against, [name for name in MEASURES if name in known])
+    return values
 
 
 def _columns(lines: Iterable[Line]) -> list[str]:

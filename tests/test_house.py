@@ -70,7 +70,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "run",
         "cli",
     ),
-    "studies": ("__init__ comparisons", "study"),
+    "studies": ("__init__ comparisons", "rule", "bands", "study"),
     "api": ("__init__ html words", "run store table", "calls"),
 }
 BELOW_ITS_FOLDER = ("evals/contract",)  # what folders inside a folder stand on
@@ -84,7 +84,10 @@ MAY_IMPORT = {  # rooms of other packages
         "harvest": "corpus errors model network pocket progress sparsify stats",
         "train": "ask complete data disk errors file_registry kit recipes run sae sae/kernels start",
     },
-    "studies": {"train": "ask cli complete disk recipes run", "evaluate": "cli context evals run"},
+    "studies": {
+        "train": "ask cli complete disk recipes run",
+        "evaluate": "cli context evals output/figures output/plots run",
+    },
     "api": {
         "cache_schema": ALL,
         "harvest": "cli progress run",

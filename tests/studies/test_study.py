@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from saemill.evaluate import evals
+from saemill.evaluate.errors import EvalError
 from saemill.evaluate.run.console_table import UNTRAINED, untrained_traits
 from saemill.studies import study
 from saemill.studies.study import Course, Line, call, read_lines, seeded_rows, spread, training_commands, write_tables
@@ -88,7 +89,7 @@ def test_a_measure_that_gave_no_number_has_its_place_and_its_reason(tmp_path):
     write_tables(results, tmp_path, Console(quiet=True))
     text = (tmp_path / "table.md").read_text()
     assert all(name in text for name in own) and text.count(" | -" * len(own) + " |") == 2
-    assert f"- run_0/one: attention has no {', '.join(own)}: it has several layers" in text
+    assert f"- run_0: attention has no {', '.join(own)}: it has several layers" in text
     assert json.loads((tmp_path / "table.json").read_text())[0][own[0]] is None
 
 
@@ -226,3 +227,48 @@ def test_a_table_is_of_one_course(tmp_path):
     study.keep_course(course)
     with pytest.raises(click.ClickException, match="say the same again"):
         study.keep_course(Course("./store", tmp_path / "tiered", ("--tokens", "2M"), seeds=3))
+
+
+def test_what_is_evaluated_may_change_from_call_to_call(tmp_path):
+    """Probing that turns out too long must not cost the runs that are there."""
+    study.keep_course(Course("./store", tmp_path, (), seeds=5, evaluation=("--set", "scr.data=stdlib")))
+    study.keep_course(Course("./store", tmp_path, (), seeds=5))
+    old = json.loads((tmp_path / "course.json").read_text()) | {"evaluation": ["--set", "tpp.data=stdlib"]}
+    (tmp_path / "course.json").write_text(json.dumps({k: v for k, v in old.items() if k != "baselines"}))
+    study.keep_course(Course("./store", tmp_path, (), seeds=5))
+    with pytest.raises(click.ClickException, match="say the same again"):
+        study.keep_course(Course("./store", tmp_path, (), seeds=5, baselines=True))
+
+
+def test_only_runs_that_compare_have_sanity_baselines(tmp_path):
+    course = Course("./store", tmp_path, (), seeds=None, baselines=True)
+    alone, compared = training_commands([recipe("run_0"), recipe("decisive", 5)], course)
+    assert "--with-baselines" not in alone and compared[-1] == "--with-baselines"
+
+
+def test_a_few_evaluations_can_be_chosen():
+    (decisive,) = study.restrict(study.choose("tiered", "decisive"), "core, scr")
+    assert decisive.evals == ("core", "scr")
+    with pytest.raises(EvalError, match="core"):
+        study.restrict([decisive], "cores")
+
+
+def test_seeds_of_baselines_are_seeds():
+    frozen = Line("decisive", "base_seed3_frozen_encoder", {}, [])
+    assert (frozen.family, frozen.seed) == ("base_frozen_encoder", 3)
+    assert Line("decisive", "pca_k32_layer15", {}, []).family == "pca_k32_layer15"
+
+
+def test_a_remark_is_told_once_and_of_whom():
+    lines = [Line("a", f"{name}_seed{n}", {}, [], ["short"]) for name in ("base", "guided") for n in (0, 1)]
+    lines += [Line("b", "base_seed0", {}, [], ["short"]), Line("b", "other_seed0", {}, [])]
+    assert study.remarks_of(lines) == ["a: short", "b/base: short"]
+
+
+def test_how_much_a_run_still_grew_is_read_from_its_log(tmp_path):
+    folder = write_run(tmp_path / "decisive", steps=100, labels=("base_seed0", "base_seed1"))
+    curve = [(step, 0.5 + 0.002 * step) for step in range(100)]
+    lines = [{"sae": label, "step": s, "explained_variance": v} for s, v in curve for label in ("base_seed0",)]
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    grown, unknown = read_lines(folder, ["core"])
+    assert grown.values["growth"] == pytest.approx(0.04) and "growth" not in unknown.values

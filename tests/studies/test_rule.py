@@ -1,0 +1,99 @@
+"""The rule of docs/studies/questions.md, case by case, and the pictures of a run of several seeds."""
+
+from __future__ import annotations
+
+import pytest
+
+from saemill.studies.bands import draw_bands, smoothed
+from saemill.studies.comparisons import compare
+from saemill.studies.rule import LEAST_RECORDS, growth, judge, own_controls
+
+NOISE = (-0.02, 0.01, 0.0, 0.03, -0.01)
+AGAINST = ("base", "control")
+
+
+def family(gain=0.0, other=0.0, grew=0.001, wobble=0.02):
+    """Five seeds of one SAE: at one measure and another so much more than the base, less a little noise."""
+    return {
+        seed: {"ev": 0.7 + n + gain + wobble * n * (-1) ** seed, "ce": 0.9 + n + other, "growth": grew}
+        for seed, n in enumerate(NOISE)
+    }
+
+
+def found(values):
+    (finding,) = judge(values, AGAINST, compare(values, AGAINST, ["ev", "ce"]))
+    return finding
+
+
+def test_better_than_base_and_control_and_worse_at_nothing_helps():
+    finding = found({"base": family(wobble=0), "control": family(wobble=0), "method": family(gain=0.1)})
+    assert finding.verdict == "helps" and "ev" in finding.why and "ce" not in finding.why
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"base": family(wobble=0), "control": family(gain=0.1, wobble=0), "method": family(gain=0.1)},
+        {"base": family(wobble=0), "control": family(wobble=0), "method": family(gain=0.1, other=-0.1)},
+    ],
+    ids=["no better than the control", "worse elsewhere"],
+)
+def test_a_gain_that_the_control_has_or_that_is_paid_for_elsewhere_is_undecided(values):
+    assert found(values).verdict == "undecided"
+
+
+def test_no_room_for_a_gain_of_one_deviation_does_not_help():
+    values = {"base": family(wobble=0), "control": family(wobble=0), "method": family(gain=-0.01)}
+    assert found(values).verdict == "does not help"
+    wide = {"base": family(wobble=0), "control": family(wobble=0), "method": family(gain=0.02, wobble=2.0)}
+    assert found(wide).verdict == "undecided"
+
+
+def test_nothing_is_read_from_a_run_whose_base_still_grows():
+    values = {"base": family(grew=0.0051, wobble=0), "control": family(), "method": family(gain=0.1, grew=0.0)}
+    finding = found(values)
+    assert finding.verdict == "not decided: budget too small" and "0.0051" in finding.why
+    unlogged = {label: {s: {"ev": one["ev"]} for s, one in seeds.items()} for label, seeds in values.items()}
+    assert "metrics_every_steps" in found(unlogged).why
+
+
+def test_a_measure_at_which_a_sanity_baseline_does_as_well_is_not_used():
+    values = {"base": family(wobble=0), "control": family(wobble=0), "method": family(gain=0.1)}
+    assert found(values).verdict == "helps"
+    finding = found(values | {"base_frozen_decoder": family(gain=-0.01, other=-0.5)})
+    assert finding.verdict != "helps" and finding.why.endswith("does as well: ev")
+    assert found(values | {"pca_k32_layer15": family(gain=-0.1, other=-0.5)}).verdict == "helps"
+
+
+def test_growth_is_from_one_tenth_to_the_tenth_a_fifth_later():
+    points = [(step, 0.8 if step >= 90 else 0.7 if 70 <= step < 80 else 0.0) for step in range(100)]
+    assert growth(points, 100) == pytest.approx(0.1)
+    assert growth(points[:: 10 // (LEAST_RECORDS - 1)], 100) is not None
+    assert growth(points[::3], 100) is None and growth([], 100) is None
+
+
+def test_a_control_that_breaks_another_method_is_not_asked():
+    controls = ("hard_scattered", "encoders_scattered")
+    assert own_controls("hard", ("hard", "encoders"), controls) == ["hard_scattered"]
+    assert own_controls("guided", ("guided", "guided_strongly"), ("shuffled", "nearest")) == ["shuffled", "nearest"]
+
+
+def test_pictures_have_every_seed_and_both_kinds(tmp_path):
+    values = {"base": family(), "$x^<b>": family(gain=0.1)}
+    curves = {label: [[(step, 0.1 * step) for step in range(9)] for _ in NOISE] for label in values}
+    written = draw_bands("decisive", "a study", values, "base", curves, tmp_path)
+    assert sorted(path.name for path in written) == [
+        f"decisive_{name}.{kind}" for name in ("measures", "training") for kind in ("png", "svg")
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
+    assert (tmp_path / "decisive_measures.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "decisive_measures.svg").read_text()
+    assert "<svg" in text and "<b>" not in text
+    left = draw_bands("decisive", "a study", values, "base", {}, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in left} and len(left) == 2
+
+
+def test_a_long_curve_is_drawn_by_means():
+    assert smoothed([(0.0, 1.0), (1.0, 3.0)]) == [(0.0, 1.0), (1.0, 3.0)]
+    points = smoothed([(float(step), float(step % 2)) for step in range(400)])
+    assert len(points) == 40 and {value for _, value in points} == {0.5}
