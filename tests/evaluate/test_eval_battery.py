@@ -45,6 +45,7 @@ SMALL = {
     "absorption": {"max_words": 200, "k_sparse_probe_num_epochs": 2, "min_GT_probe_f1": 0.1, "min_feats_for_eval": 1},
     "sparse_probing": PROBES
     | {"dataset_names": ("stdlib/kind",), "probe_train_set_size": 24, "probe_test_set_size": 12, "k_values": (1, 5)},
+    "contrast": PROBES | {"dataset_names": ("stdlib/library",), "train_set_size": 24, "test_set_size": 12},
     "scr": PROBES | {"train_set_size": 24, "test_set_size": 12, "n_values": (10, 50), "probe_epochs": 2},
     "tpp": PROBES | {"train_set_size": 24, "test_set_size": 12, "n_values": (10, 50), "probe_epochs": 2},
     "sparse_probing_sae_probes": {"dataset_names": ("stdlib/kind",), "ks": (1, 5)},

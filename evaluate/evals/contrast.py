@@ -1,0 +1,192 @@
+"""contrast: do latents tell contrasting texts apart, and do they tell nothing else apart? Nobody judges.
+
+CE-Bench's kind of interpretability: no language model explains a latent or guesses at its firing, and no probe learns.
+1. A contrast is two classes of a data set: texts of two libraries, of two professions, code and prose.
+2. A text is what a latent is on average over its tokens (`probing/pooling.py`).
+3. The effect of a latent at a contrast is 2 AUC - 1 over the texts of both sides: 1 if every text of the first has more
+   of the latent than every one of the second, 0 if it does not care. Ranks know no scale, so SAEs compare.
+4. Training texts choose each latent's own contrast and its direction; test texts give the number. A latent that only
+   seemed to care comes out at 0.
+The same of the channels of the residual is what to hold it against. N texts, F latents, C contrasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from ...cache_schema.strict import to_json
+from .contract import Context, Evaluation, LoadedSae, Needs, Result
+from .probing.features import Features
+from .probing.pooling import Pool, pool_task
+from .probing.settings import of_data
+from .probing.sources import DataName, Source, find_source, load_all
+from .probing.texts import Task
+
+MOST_TEXTS = 400  # of one contrast, where nothing else was asked for: of the hub's data there are thousands
+LATENTS_AT_ONCE = 4096
+NO_OTHERS = "every two contrasts share a class: independence is not known"
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataName = "auto"
+    random_seed: int = 42
+    dataset_names: tuple[str, ...] = ()
+    """Empty: all of the data's."""
+    train_set_size: int | None = None
+    """Texts of both sides of a contrast; None: 400 of the hub's data, 320 of this Python's text."""
+    test_set_size: int | None = None
+    """The same for tests; None: 400 and 160."""
+    context_length: int | None = None
+    """None: 128 tokens of the hub's data, 48 of this Python's text."""
+    llm_batch_size: int = 32
+    least_texts: int = 5
+    """Of the training texts: a latent that is in fewer is not measured."""
+    strong: float = 0.5
+    """The effect from which a latent counts as strong: it puts three of four pairs of texts in order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Of all features at the contrasts of some data sets. float64 [C, F]."""
+
+    contrasts: tuple[tuple[str, str, str], ...]
+    """Data set and both classes."""
+    train: np.ndarray
+    test: np.ndarray
+    texts: np.ndarray
+    """int64 [F]: the training texts that a feature is in."""
+
+
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result]:
+    source = find_source(context, config.data)
+    config = filled(config, source)
+    assert config.context_length is not None
+    tasks, missing = load_all(config.dataset_names, lambda name: [_load(source, name, config)])
+    latents: dict[LoadedSae, list[Effects]] = {subject: [] for subject in subjects}
+    channels: dict[tuple[int, ...], list[Effects]] = {subject.layers: [] for subject in subjects}
+    for task in tasks:
+        pool = pool_task(context, subjects, task, config.context_length, config.llm_batch_size)
+        for layers, found in channels.items():
+            found.append(effects_of(task.name, *(pool.of_model(layers, part) for part in (task.train, task.test))))
+        for subject in subjects:
+            latents[subject].append(_of_latents(pool, subject, task))
+    settings = {**to_json(replace(config, dataset_names=tuple(task.name for task in tasks))), **of_data(source)}
+    for subject in subjects:
+        yield make_result(
+            subject, settings, joined(latents[subject]), joined(channels[subject.layers]), config, missing
+        )
+
+
+def filled(config: Config, source: Source) -> Config:
+    """The settings with what the data decide."""
+    return replace(
+        config,
+        data=source.name,
+        dataset_names=config.dataset_names or source.probing,
+        train_set_size=config.train_set_size or min(source.train_size, MOST_TEXTS),
+        test_set_size=config.test_set_size or min(source.test_size, MOST_TEXTS),
+        context_length=config.context_length or source.context,
+    )
+
+
+def effects_of(name: str, train: Features, test: Features) -> Effects:
+    """At every two classes of a data set."""
+    pairs = tuple(combinations(train.spans, 2))
+    return Effects(
+        tuple((name, one, other) for one, other in pairs),
+        *(np.stack([effect(part, one, other) for one, other in pairs]) for part in (train, test)),
+        texts=np.diff(train.matrix.indptr).astype(np.int64),
+    )
+
+
+def effect(features: Features, one: str, other: str) -> np.ndarray:
+    """[F]: 2 AUC - 1, from the ranks of all texts of both classes; equal values share their rank."""
+    first, second = (features.spans[name] for name in (one, other))
+    both = features.matrix[[*first, *second]]
+    parts = []
+    for start in range(0, features.width, LATENTS_AT_ONCE):
+        ranks_NF = rankdata(both[:, start : start + LATENTS_AT_ONCE].toarray(), axis=0)
+        below_F = ranks_NF[: len(first)].sum(0) - len(first) * (len(first) + 1) / 2
+        parts.append(2 * below_F / (len(first) * len(second)) - 1)
+    return np.concatenate(parts)
+
+
+def joined(parts: Sequence[Effects]) -> Effects:
+    """The contrasts of all data sets."""
+    return Effects(
+        tuple(contrast for part in parts for contrast in part.contrasts),
+        np.concatenate([part.train for part in parts]),
+        np.concatenate([part.test for part in parts]),
+        np.sum([part.texts for part in parts], axis=0),
+    )
+
+
+def make_result(
+    subject: LoadedSae,
+    settings: Mapping[str, Any],
+    latents: Effects,
+    channels: Effects,
+    config: Config,
+    missing: str | None,
+) -> Result:
+    own = summarise(latents, config)
+    residual = {key: value for key, value in summarise(channels, config).items() if key in ("mean", "best")}
+    best = np.abs(latents.train).argmax(1)
+    details = [
+        {"contrast": f"{name}: {one} / {other}", "latent": int(latent), "effect": float(latents.test[row, latent])}
+        for row, ((name, one, other), latent) in enumerate(zip(latents.contrasts, best, strict=True))
+    ]
+    remark = None if "independence" in own else NO_OTHERS
+    return Result(
+        subject, settings, {"contrast": own, "residual": residual}, details=details, missing=missing, remark=remark
+    )
+
+
+def summarise(found: Effects, config: Config) -> dict[str, float]:
+    """Over the features that are in enough texts; over contrasts for `best`. All of test texts, in the direction that
+    training texts chose."""
+    signed_CF = found.test * np.sign(found.train)
+    best = np.abs(found.train).argmax(1)
+    metrics = {"best": float(signed_CF[np.arange(len(best)), best].mean())}
+    measured = np.flatnonzero(found.texts >= config.least_texts)
+    metrics["measured_share"] = len(measured) / len(found.texts)
+    if len(measured) == 0:
+        return metrics | {"mean": 0.0, "strong_share": 0.0}
+    own = np.abs(found.train[:, measured]).argmax(0)
+    effect_F = signed_CF[own, measured]
+    metrics |= {"mean": float(effect_F.mean()), "strong_share": float((effect_F >= config.strong).mean())}
+    apart_CC = np.array([[_share_nothing(one, other) for other in found.contrasts] for one in found.contrasts])
+    others_F = apart_CC[own].sum(1)
+    if others_F.all():
+        elsewhere_F = (apart_CC[own].T * np.abs(found.test[:, measured])).sum(0) / others_F
+        metrics["independence"] = float((effect_F - elsewhere_F).mean())
+    return metrics
+
+
+def _share_nothing(one: tuple[str, str, str], other: tuple[str, str, str]) -> bool:
+    """Whether two contrasts have no class in common."""
+    return one[0] != other[0] or not set(one[1:]) & set(other[1:])
+
+
+def _of_latents(pool: Pool, subject: LoadedSae, task: Task) -> Effects:
+    return effects_of(task.name, *(pool.of_latents(subject, part) for part in (task.train, task.test)))
+
+
+def _load(source: Source, name: str, config: Config) -> Task:
+    assert config.train_set_size is not None and config.test_set_size is not None
+    return source.load_task(name, config.train_set_size, config.test_set_size, config.random_seed)
+
+
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(model=True),
+    summary=("contrast.mean", "contrast.strong_share", "contrast.independence", "residual.mean"),
+)
