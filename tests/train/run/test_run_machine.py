@@ -52,7 +52,8 @@ class Facts:
 
     def __init__(self, home: Path, store: Path, shaky_disk: Any, bits: Callable[[Path], Any]) -> None:
         self.home, self.store, self.shaky_disk, self.bits = home, store, shaky_disk, bits
-        self.site = Site(Solo(), torch.device("cpu"), Console(file=io.StringIO()))
+        alone = Solo()
+        self.site = Site(alone, alone, torch.device("cpu"), Console(file=io.StringIO()))
         self.begin(home, store)
         self.straight = bits(home / "run")
         self.rules = self.faults = 0
