@@ -13,6 +13,7 @@ TOKENS   ?=
 CONTEXT  ?=
 CODEC    ?=
 DTYPE    ?=
+STORED_AS ?=
 DEVICE   ?=
 BATCH    ?=
 HOOKS    ?=
@@ -84,7 +85,7 @@ harvest: env $(if $(filter smollm2,$(MODEL)),smollm2) ## run the model once: mak
 	$(BIN)/sae-harvest --model $(MODEL) --out $(STORE) $(if $(LAYER),--layer $(LAYER)) \
 	  $(if $(DATASET),--dataset $(DATASET)) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(CONTEXT),--context $(CONTEXT)) \
 	  $(if $(CODEC),--codec $(CODEC)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE)) \
-	  $(if $(BATCH),--batch-windows $(BATCH)) $(if $(HOOKS),--hooks $(HOOKS)) \
+	  $(if $(STORED_AS),--stored-as $(STORED_AS)) $(if $(BATCH),--batch-windows $(BATCH)) $(if $(HOOKS),--hooks $(HOOKS)) \
 	  $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
 
 demo: env ## the whole path on the bundled pocket model: harvest, train four SAEs, evaluate, plot

@@ -8,6 +8,8 @@ from typing import Literal
 from ..cache_schema import Store as StoredArrays
 from ..cache_schema.info import facts
 from ..cache_schema.massive import default_multiple
+from ..cache_schema.request import Request, validate_request
+from ..cache_schema.sites import RESID, place_of, site_of
 from ..train.ask.records import DataConfig
 from ..train.data.batches import Batches
 from ..train.data.plan import Plan
@@ -25,6 +27,7 @@ class Store(StoredArrays):
         self,
         layers: int | Sequence[int],
         *,
+        hook: str = RESID,
         batch_tokens: int = 4096,
         device: str = "auto",
         shuffle: bool = True,
@@ -34,6 +37,7 @@ class Store(StoredArrays):
         scaled: bool = False,
         pool_tokens: int | None = None,
         massive_norms: float | Literal["store's"] | None = "store's",
+        exact: bool = False,
         rank: int = 0,
         size: int = 1,
     ) -> Batches:
@@ -44,7 +48,11 @@ class Store(StoredArrays):
         such row; if nothing is said, as in a run): where there are some, a batch is a little shorter. What does not
         fill a batch is left out too. `scaled` gives rows the mean norm sqrt(D) that SAEs train on here. Of `size`
         processes each takes its share of every batch. `state_dict` and `load_state_dict` resume to the same batches.
+        `hook` names what is read of these layers; `exact` refuses a store that does not keep it to the bit.
         """
+        every = (layers,) if isinstance(layers, int) else tuple(layers)
+        places = [place_of(hook, layer) for layer in every]
+        validate_request(self.manifest, Request.of(map(site_of, places), exact=exact))
         multiple = default_multiple(self.manifest) if massive_norms == "store's" else massive_norms
         asked = with_pool(DataConfig(seed, batch_tokens, pool_tokens, multiple), self.manifest)
         assert asked.pool_tokens is not None
@@ -56,9 +64,8 @@ class Store(StoredArrays):
         )
         wanted = layers if isinstance(layers, int) else tuple(layers)
         place = choose_device(device)
-        every = (wanted,) if isinstance(wanted, int) else wanted
-        stats = {layer: layer_stats(self, layer, multiple) for layer in every}
-        course = {"split": split, "epochs": epochs, "scaled": scaled, "rank": rank, "size": size}
+        stats = {place: layer_stats(self, place, multiple) for place in places}
+        course = {"hook": hook, "split": split, "epochs": epochs, "scaled": scaled, "rank": rank, "size": size}
         return Batches(self, plan, wanted, stats, place, **course)
 
     def __repr__(self) -> str:
@@ -70,6 +77,7 @@ class Store(StoredArrays):
         shown = {
             "cache id": found["cache_id"],
             "model": f"{found['model']}, {found['dtype']}, width {found['d_model']:,}",
+            **({"kept as": found["stored_as"]} if found["stored_as"] else {}),
             "corpus": found["corpus"],
             "residuals after layers": ", ".join(map(str, found["layers"])),
             "attention of layers": ", ".join(map(str, found["attention_layers"])) or "none",

@@ -32,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 from talk import Worker
 
-from saemill.cache_schema import Request, Store, to_float32
+from saemill.cache_schema import Request, Site, Store
 from saemill.train.kit.registry import config_type
 
 HERE = Path(__file__).parent
@@ -90,7 +90,7 @@ def write_rows_of(store: Store, folder: Path) -> None:
         rows = []
         for split in splits:
             for part in store.stream(Request(layers=(layer,), tokens=True, split=split)):
-                values = to_float32(part.resid[layer], store.manifest.model.dtype)
+                values = part.values(Site("resid", layer))
                 rows.append(values[~np.isin(part.tokens, special)])
         np.save(folder / f"{name}.npy", np.concatenate(rows))
 

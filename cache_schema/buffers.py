@@ -6,7 +6,7 @@ import numpy as np
 
 from .csr import index_dtype
 from .dtypes import STORED_AS
-from .layout import attention_path, line_entries, line_rows
+from .layout import attention_path, line_entries, line_rows, scales_path
 from .manifest import Manifest
 from .request import Request
 
@@ -22,7 +22,9 @@ class ShardBuffers:
                 self.arrays[path] = np.empty((windows, context), "<u4")
         for site in request.sites:
             shape = (windows, context, manifest.width_of(site.hook))
-            self.arrays[site.path] = np.empty(shape, STORED_AS[manifest.model.dtype])
+            self.arrays[site.path] = np.empty(shape, STORED_AS[manifest.stored_dtype])
+            if manifest.stored_as:
+                self.arrays[scales_path(site)] = np.empty(shape[:2], "<f4")
         for layer in request.attention_layers:
             self._add_attention(manifest, layer)
 

@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .dtypes import SmallDtype
 from .errors import StoreError
 from .importer import ImportSettings, import_store
 from .info import describe, render
@@ -153,6 +154,11 @@ Examples:
 @click.option("--test", default=0.05, show_default=True, help="Share of windows.")
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
 @click.option(
+    "--stored-as",
+    type=click.Choice(get_args(SmallDtype)),
+    help="Keep activations so, with one scale a token: half the bytes of bfloat16.  [default: to the bit as given]",
+)
+@click.option(
     "--keep-massive", is_flag=True, help="Rows of massive norm count like all others, unless a run says otherwise."
 )
 def import_command(
@@ -168,11 +174,13 @@ def import_command(
     validation: float,
     test: float,
     codec: str,
+    stored_as: SmallDtype | None,
     keep_massive: bool,
 ) -> None:
     """Make a store at URL from activations that exist already."""
     special = tuple({*special, *([] if bos_token is None else [bos_token])})
-    settings = ImportSettings(model, special, bos_token, validation, test, codec=codec, keep_massive=keep_massive)  # pyright: ignore[reportArgumentType]
+    kept = {"codec": codec, "stored_as": stored_as, "keep_massive": keep_massive}
+    settings = ImportSettings(model, special, bos_token, validation, test, **kept)  # pyright: ignore[reportArgumentType]
     with _report():
         source = _open_source(resid_files, act_files, tokens_file, saelens_folder, layers)
         with _progress("importing", "shards") as advance:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from .commits import ArrayRecord, AttentionTotals, CommitRecord
 from .csr import AttentionCsr, index_dtype
 from .digest import array_digest
+from .dtypes import STORED_AS, to_codes
 from .errors import ShardInvalid
 from .layout import (
     ArrayLayout,
@@ -20,6 +21,7 @@ from .layout import (
     line_entries,
     line_rows,
     moments_path,
+    scales_path,
 )
 from .manifest import Manifest
 from .moments import Moments, to_line
@@ -28,7 +30,7 @@ from .sites import RESID, Site
 
 @dataclass(frozen=True)
 class ShardContent:
-    """All arrays of one shard. W its windows, T context, D residual width."""
+    """All arrays of one shard, activations as the model computed them. W its windows, T context, D residual width."""
 
     tokens: np.ndarray  # [W, T]; written with the store's beginning, here for the shard's digest
     documents: np.ndarray  # [W, T]; likewise
@@ -37,6 +39,7 @@ class ShardContent:
     attention: Mapping[int, AttentionCsr] = field(default_factory=dict)
     hooks: Mapping[Site, np.ndarray] = field(default_factory=dict)  # beside the residual stream
     hook_moments: Mapping[Site, Moments] = field(default_factory=dict)
+    scales: Mapping[Site, np.ndarray] = field(default_factory=dict)  # [W, T], once `as_stored` made codes of them
 
     @classmethod
     def of(
@@ -102,12 +105,26 @@ def lay_out(manifest: Manifest, shard: int, content: ShardContent) -> list[Shard
         return ShardPart(layout, first, values)
 
     parts = [part(site.path, values) for site, values in content.acts.items()]
+    parts += [part(scales_path(site), scales) for site, scales in content.scales.items()]
     moments = content.all_moments.items()
     parts += [part(moments_path(site.layer, site.hook), to_line(found)[None]) for site, found in moments]
     for layer, csr in content.attention.items():
         lines = _lines(manifest, csr) | {"kept_mass": csr.kept_mass}
         parts += [part(attention_path(layer, name), values) for name, values in lines.items()]
     return parts
+
+
+def as_stored(manifest: Manifest, content: ShardContent) -> ShardContent:
+    """The same with activations as the store keeps them. Moments stay those of what the model computed."""
+    if manifest.stored_as is None:
+        return content
+    small = {site: to_codes(acts, manifest.model.dtype, manifest.stored_as) for site, acts in content.acts.items()}
+    return replace(
+        content,
+        resid={site.layer: codes for site, (codes, _) in small.items() if site.hook == RESID},
+        hooks={site: codes for site, (codes, _) in small.items() if site.hook != RESID},
+        scales={site: scales for site, (_, scales) in small.items()},
+    )
 
 
 def validate_content(manifest: Manifest, shard: int, content: ShardContent) -> None:
@@ -118,12 +135,11 @@ def validate_content(manifest: Manifest, shard: int, content: ShardContent) -> N
     for name, array in (("tokens", content.tokens), ("documents", content.documents)):
         if array.shape != expected:
             problems.append(f"expected {name} of shape {expected}, found {array.shape}")
-    arrays = arrays_of(manifest)
+    dtype = STORED_AS[manifest.model.dtype]
     for site in manifest.sites:
-        values, layout = content.acts.get(site), arrays[site.path]
-        if values is not None and (values.shape != (*expected, layout.shape[-1]) or values.dtype != layout.dtype):
-            shape = (*expected, layout.shape[-1])
-            problems.append(f"{site}: expected {layout.dtype} {shape}, found {values.dtype} {values.shape}")
+        values, shape = content.acts.get(site), (*expected, manifest.width_of(site.hook))
+        if values is not None and (values.shape != shape or values.dtype != dtype):
+            problems.append(f"{site}: expected {dtype} {shape}, found {values.dtype} {values.shape}")
     problems += _moments_problems(manifest, content) + _attention_problems(manifest, stop - start, content)
     if problems:
         raise ShardInvalid(f"shard {shard} does not fit the manifest: " + "; ".join(problems))
@@ -151,6 +167,7 @@ def digests_of(content: ShardContent) -> dict[str, str]:
         "documents": array_digest(content.documents.astype("<u4")),
     }
     digests |= {site.path: array_digest(values) for site, values in content.acts.items()}
+    digests |= {scales_path(site): array_digest(scales) for site, scales in content.scales.items()}
     moments = content.all_moments.items()
     digests |= {moments_path(site.layer, site.hook): array_digest(to_line(found)) for site, found in moments}
     for layer, csr in content.attention.items():

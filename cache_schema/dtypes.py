@@ -1,23 +1,45 @@
-"""Element types of residuals: how each is stored, and how stored bits become float32.
+"""Element types of activations: how each is stored, and how stored bits become float32.
 
-numpy has no bfloat16, so its bits are stored as uint16 and the array's attributes say so.
+numpy has no bfloat16, so its bits are stored as uint16 and the array's attributes say so; likewise those of fp8
+(float8_e4m3fn) as uint8. int8 and fp8 are codes: a token's activations are its codes times its scale, so that a row
+of massive norm takes no precision from any other.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Literal
+
 import numpy as np
 
-STORED_AS = {"bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+SmallDtype = Literal["int8", "fp8"]
+STORED_AS = {
+    "bfloat16": np.dtype("<u2"),
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+    "int8": np.dtype("i1"),
+    "fp8": np.dtype("u1"),
+}
 
-# What a reader without checks sees where nothing was ever written: NaN, never zeros.
-UNWRITTEN = {"bfloat16": 0x7FFF, "float16": float("nan"), "float32": float("nan")}
+# What a reader without checks sees where nothing was ever written: NaN, never zeros; in int8 a code of no value.
+UNWRITTEN = {
+    "bfloat16": 0x7FFF,
+    "float16": float("nan"),
+    "float32": float("nan"),
+    "int8": -128,
+    "fp8": 0x7F,
+}
+LARGEST: dict[SmallDtype, float] = {"int8": 127.0, "fp8": 448.0}  # the value of the largest code
+ROUND_VALUES = 2**16  # at a time: they stay in a processor's cache
+LEAST_SCALE = np.finfo(np.float32).tiny  # rows that would need a smaller one are zeros
 
 
-def to_float32(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored residuals as float32 values."""
+def to_float32(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None) -> np.ndarray:
+    """Stored activations [..., D] as float32 values; `scales` [...] are those of their tokens where there are some."""
     if dtype == "bfloat16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32)
+    values = FP8_VALUES[stored] if dtype == "fp8" else stored.astype(np.float32)
+    return values if scales is None else np.multiply(values, scales[..., None], out=values)
 
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -27,3 +49,49 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
+
+
+def to_codes(stored: np.ndarray, dtype: str, small: SmallDtype) -> tuple[np.ndarray, np.ndarray]:
+    """Codes, like `stored` [..., D], and scales float32 [...]: each row's largest value gets the largest code."""
+    rows = stored.reshape(-1, stored.shape[-1])
+    codes, scales = np.empty(rows.shape, STORED_AS[small]), np.empty(len(rows), np.float32)
+    count = max(1, ROUND_VALUES // rows.shape[1])
+    for start in range(0, len(rows), count):
+        part = slice(start, start + count)
+        values = to_float32(rows[part], dtype)
+        scale = np.abs(values).max(axis=1) / np.float32(LARGEST[small])
+        scale[scale < LEAST_SCALE] = 0
+        values /= np.where(scale > 0, scale, np.float32(np.inf))[:, None]
+        scales[part] = scale
+        codes[part] = np.rint(values) if small == "int8" else _fp8_codes(values)
+    return codes.reshape(stored.shape), scales.reshape(stored.shape[:-1])
+
+
+def _fp8_codes(values: np.ndarray) -> np.ndarray:
+    """float8_e4m3fn of float32 values no larger than 448, to the nearest even: as torch converts.
+
+    From their upper sixteen bits, the last of them set where any was below: that is enough to round three bits by.
+    """
+    halves = values.view("<u2")
+    return _fp8_by_upper_bits().take(halves[:, 1::2] | (halves[:, ::2] != 0))
+
+
+@cache
+def _fp8_by_upper_bits() -> np.ndarray:
+    """uint8 [65536]"""
+    bits = np.arange(2**16, dtype=np.uint32) << 16
+    size = np.minimum(bits & 0x7FFFFFFF, np.float32(LARGEST["fp8"]).view(np.uint32))
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)  # bias 127 to 7, 23 bits to 3
+    small = np.rint(size.view(np.float32) * 512).astype(np.uint32)  # below 2^-6 codes are multiples of 2^-9
+    return (np.where(size < 121 << 23, small, normal) | bits >> 24 & 0x80).astype(np.uint8)
+
+
+def _fp8_values() -> np.ndarray:
+    codes = np.arange(256, dtype=np.int64)
+    exponent, fraction = codes >> 3 & 15, codes & 7
+    sizes = np.where(exponent > 0, np.ldexp(8.0 + fraction, exponent - 10), np.ldexp(1.0 * fraction, -9))
+    sizes[(codes & 0x7F) == 0x7F] = np.nan
+    return np.where(codes & 0x80, -sizes, sizes).astype(np.float32)
+
+
+FP8_VALUES = _fp8_values()

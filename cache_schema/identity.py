@@ -24,5 +24,5 @@ def cache_id(manifest: Manifest) -> str:
 
 def seal(manifest: Manifest) -> Manifest:
     """The manifest with what follows from it filled in: the lowest format that can say it, and its cache id."""
-    manifest = dataclasses.replace(manifest, format=2 if manifest.hooks else 1)
+    manifest = dataclasses.replace(manifest, format=3 if manifest.stored_as else 2 if manifest.hooks else 1)
     return dataclasses.replace(manifest, cache_id=cache_id(manifest))

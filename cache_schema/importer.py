@@ -13,7 +13,7 @@ import numpy as np
 
 from .content import ShardContent
 from .digest import array_digest
-from .dtypes import to_float32
+from .dtypes import SmallDtype, to_float32
 from .errors import ImportInvalid
 from .manifest import AttentionSpec, Codec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .massive import KEEP
@@ -36,6 +36,7 @@ class ImportSettings:
     codec: Codec = "raw"
     keep_massive: bool = False
     """Every row counts, however large, unless a run asks otherwise."""
+    stored_as: SmallDtype | None = None
 
 
 def import_store(url: str, source: Source, settings: ImportSettings, on_shard: Callable[[int, int], None]) -> Manifest:
@@ -76,6 +77,7 @@ def _manifest(source: Source, settings: ImportSettings, fingerprint: str) -> Man
         shard_windows=settings.shard_windows,
         codec=settings.codec,
         hooks={hook: HookSpec(layers, source.d_model) for hook, layers in hooks.items()},
+        stored_as=settings.stored_as,
     )
 
 

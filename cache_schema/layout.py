@@ -95,6 +95,10 @@ def resid_path(layer: int) -> str:
     return Site(RESID, layer).path
 
 
+def scales_path(site: Site) -> str:
+    return f"scales/{site.path}"
+
+
 def attention_path(layer: int, part: str) -> str:
     return f"attention/layer_{layer}/{part}"
 
@@ -141,6 +145,8 @@ def arrays_of(manifest: Manifest) -> dict[str, ArrayLayout]:
     arrays = [*_token_arrays(manifest)]
     for site in manifest.sites:
         arrays += [_site_array(manifest, site), _moments_array(manifest, site)]
+        if manifest.stored_as:
+            arrays.append(_scales_array(manifest, site))
     for layer in manifest.attention.layers:
         arrays += _attention_arrays(manifest, layer)
     return {array.path: array for array in arrays}
@@ -203,7 +209,7 @@ def _token_arrays(manifest: Manifest) -> list[ArrayLayout]:
 
 
 def _site_array(manifest: Manifest, site: Site) -> ArrayLayout:
-    dtype = STORED_AS[manifest.model.dtype]
+    dtype = STORED_AS[manifest.stored_dtype]
     width = manifest.width_of(site.hook)
     chunk_windows = _chunk_windows(manifest.shard_windows, manifest.context * width * dtype.itemsize)
     return ArrayLayout(
@@ -211,10 +217,23 @@ def _site_array(manifest: Manifest, site: Site) -> ArrayLayout:
         shape=(manifest.windows, manifest.context, width),
         chunks=(chunk_windows, manifest.context, width),
         dtype=dtype,
-        fill=UNWRITTEN[manifest.model.dtype],
+        fill=UNWRITTEN[manifest.stored_dtype],
         codec=manifest.codec,
         dims=("window", "token", "width"),
-        attributes={"dtype": manifest.model.dtype},
+        attributes={"dtype": {"fp8": "float8_e4m3fn"}.get(manifest.stored_dtype, manifest.stored_dtype)}
+        | ({"scales": scales_path(site)} if manifest.stored_as else {}),
+    )
+
+
+def _scales_array(manifest: Manifest, site: Site) -> ArrayLayout:
+    return ArrayLayout(
+        path=scales_path(site),
+        shape=(manifest.windows, manifest.context),
+        chunks=(manifest.shard_windows, manifest.context),
+        dtype=np.dtype("<f4"),
+        fill=float("nan"),
+        codec=manifest.codec,
+        dims=("window", "token"),
     )
 
 

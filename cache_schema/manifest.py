@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .dtypes import SmallDtype
 from .errors import FormatTooNew, ManifestInvalid
 from .sites import HOOKS, RESID, Site
 from .strict import LATER, StrictError, from_json, nearest, to_json
 
-FORMAT = 2  # the highest that is read; a store of residuals alone is written in format 1, as ever
+FORMAT = 3  # the highest that is read; `identity.seal` says which a store is written in
 SPLITS = ("train", "validation", "test")
 Codec = Literal["raw", "lz4", "zstd"]
 Sink = Literal["bos", "self"]
@@ -94,6 +95,7 @@ class Manifest:
     shard_windows: int = 256
     codec: Codec = "raw"
     hooks: dict[str, HookSpec] = field(default_factory=dict, metadata={LATER: True})
+    stored_as: SmallDtype | None = field(default=None, metadata={LATER: True})  # None: as the model computed them
     format: int = 1  # `seal` says which it takes
     cache_id: str = ""
 
@@ -117,6 +119,11 @@ class Manifest:
     def width_of(self, hook: str) -> int:
         """Of a hook's activations."""
         return self.model.d_model if hook == RESID else self.hooks[hook].width
+
+    @property
+    def stored_dtype(self) -> str:
+        """Of activations in the store; those of `stored_as` come with one scale a token."""
+        return self.stored_as or self.model.dtype
 
     @property
     def shards(self) -> int:

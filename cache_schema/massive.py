@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .dtypes import FP8_VALUES
 from .layout import arrays_of
 from .manifest import Manifest
 from .moments import Moments, is_special
 from .reader import Store
-from .request import Request, Span
-from .sites import Place, site_of
+from .request import Request, ShardArrays, Span
+from .sites import Place, Site, site_of
 
 MULTIPLE = 10.0
 """Of the median norm, where nothing else is asked for."""
@@ -67,13 +68,14 @@ def is_massive(norms: np.ndarray, bound: float) -> np.ndarray:
     return (norms > bound) & np.isfinite(norms)
 
 
-def row_norms(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 [...]: the norms of residuals [..., D] as a store holds them."""
+def row_norms(stored: np.ndarray, dtype: str, scales: np.ndarray | None = None) -> np.ndarray:
+    """float32 [...]: the norms of residuals [..., D] as a store holds them, `scales` [...] where it has some."""
     rows = stored.reshape(-1, stored.shape[-1])
     norms = np.empty(len(rows), np.float32)
     for start, block in _float_blocks(rows, dtype):
         np.einsum("nd,nd->n", block, block, out=norms[start : start + len(block)])
-    return np.sqrt(norms, out=norms).reshape(stored.shape[:-1])
+    norms = np.sqrt(norms, out=norms).reshape(stored.shape[:-1])
+    return norms if scales is None else np.multiply(norms, scales, out=norms)
 
 
 def measure_massive(store: Store, layer: Place, multiple: float) -> Massive:
@@ -114,7 +116,7 @@ def any_ordinary(store: Store, bounds: Mapping[Place, float], split: str, window
         assert part.tokens is not None
         counts = ~is_special(part.tokens, manifest.model.special_tokens)
         for layer, bound in bounds.items():
-            counts &= ~is_massive(row_norms(part.at(site_of(layer)), manifest.model.dtype), bound)
+            counts &= ~is_massive(_norms(part, site_of(layer)), bound)
         if counts.any():
             return True
     return False
@@ -137,27 +139,35 @@ def spread(manifest: Manifest, committed: np.ndarray, most: int) -> list[Span]:
 
 def norms_of(store: Store, layer: Place, span: Span) -> np.ndarray:
     """float32 [n]: the norms of a span's rows, special tokens left out."""
-    stored, counts_WT = _read(store, layer, span)
-    return row_norms(stored, store.manifest.model.dtype)[counts_WT]
+    part, counts_WT = _read(store, layer, span)
+    return _norms(part, site_of(layer))[counts_WT]
 
 
 def _sum_of_ordinary(store: Store, layer: Place, spans: list[Span], bound: float) -> np.ndarray:
     """float64 [D]"""
-    dtype, total = store.manifest.model.dtype, np.zeros(store.manifest.width_of(site_of(layer).hook))
+    site = site_of(layer)
+    total = np.zeros(store.manifest.width_of(site.hook))
     for span in spans:
-        stored, counts_WT = _read(store, layer, span)
-        norms = row_norms(stored, dtype)
-        counts = (counts_WT & (norms <= bound)).ravel()
-        for start, block in _float_blocks(stored.reshape(-1, stored.shape[-1]), dtype):
+        part, counts_WT = _read(store, layer, span)
+        stored, scales = part.at(site), part.scales.get(site)
+        counts = (counts_WT & (_norms(part, site) <= bound)).ravel()
+        for start, block in _float_blocks(stored.reshape(-1, stored.shape[-1]), part.dtype):
+            if scales is not None:
+                block *= scales.ravel()[start : start + len(block), None]
             total += block[counts[start : start + len(block)]].sum(axis=0, dtype=np.float64)
     return total
 
 
-def _read(store: Store, layer: Place, span: Span) -> tuple[np.ndarray, np.ndarray]:
-    """A span's residuals [W, T, D] and which of its tokens are not special: bool [W, T]."""
+def _norms(part: ShardArrays, site: Site) -> np.ndarray:
+    """float32 [W, T]"""
+    return row_norms(part.at(site), part.dtype, part.scales.get(site))
+
+
+def _read(store: Store, layer: Place, span: Span) -> tuple[ShardArrays, np.ndarray]:
+    """A span's residuals and which of its tokens are not special: bool [W, T]."""
     arrays = store.read(Request.of([site_of(layer)], tokens=True), span)
     assert arrays.tokens is not None
-    return arrays.at(site_of(layer)), ~is_special(arrays.tokens, store.manifest.model.special_tokens)
+    return arrays, ~is_special(arrays.tokens, store.manifest.model.special_tokens)
 
 
 def _float_blocks(rows: np.ndarray, dtype: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -166,7 +176,10 @@ def _float_blocks(rows: np.ndarray, dtype: str) -> Iterator[tuple[int, np.ndarra
     for start in range(0, len(rows), BLOCK_ROWS):
         part = rows[start : start + BLOCK_ROWS]
         block = held[: len(part)]
-        np.copyto(block, part)
+        if dtype == "fp8":
+            np.take(FP8_VALUES, part, out=block)
+        else:
+            np.copyto(block, part)
         if dtype == "bfloat16":
             np.left_shift(block, 16, out=block)
         yield start, block.view(np.float32)

@@ -26,7 +26,7 @@ from .counts import SplitCounts, count_split, read_counts
 from .csr import AttentionCsr
 from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
 from .files import Files, LocalFiles, open_files
-from .layout import BEGINNING, attention_path, is_line, moments_length, moments_path
+from .layout import BEGINNING, attention_path, is_line, moments_length, moments_path, scales_path
 from .moments import Moments, from_line, merge
 from .request import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .root import read_root
@@ -239,7 +239,8 @@ class _Reading:
         for future in self.futures:
             future.result()
         windows, arrays = self.span.windows, self.buffers.arrays
-        context = self.store.manifest.context
+        manifest = self.store.manifest
+        context = manifest.context
         return ShardArrays(
             span=self.span,
             tokens=arrays["tokens"][:windows] if self.request.tokens else None,
@@ -250,6 +251,8 @@ class _Reading:
                 for hook, layers in by_hook(self.request.sites).items()
             },
             attention={layer: self._attention(layer) for layer in self.request.attention_layers},
+            scales={site: arrays[scales_path(site)][:windows] for site in self.request.sites if manifest.stored_as},
+            dtype=manifest.stored_dtype,
         )
 
     def cancel(self) -> None:

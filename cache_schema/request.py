@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from .csr import AttentionCsr
+from .dtypes import to_float32
 from .errors import RequestInvalid
 from .manifest import Manifest
 from .sites import HOOKS, RESID, Site, by_hook
@@ -20,6 +21,7 @@ class Request:
     """Which arrays, and of which windows. `windows` is a range inside the split, or of the store.
 
     `layers` are those of the residual stream, `hooks` those of others: `{"mlp_in": (19,), "mlp_out": (19,)}`.
+    `exact` asks for activations as the model computed them, to the bit.
     """
 
     layers: tuple[int, ...] = ()
@@ -30,6 +32,7 @@ class Request:
     split: str | None = None
     windows: tuple[int, int] | None = None
     hooks: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    exact: bool = False
 
     @classmethod
     def of(cls, sites: Iterable[Site], **more: Any) -> Self:
@@ -66,11 +69,17 @@ class ShardArrays:
     documents: np.ndarray | None = None  # uint32 [W, T]
     positions: np.ndarray | None = None  # int64 [W, T], position inside the window
     acts: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)  # hook -> layer -> [W, T, D] as stored
+    scales: dict[Site, np.ndarray] = field(default_factory=dict)  # float32 [W, T], where they are stored as codes
     attention: dict[int, AttentionCsr] = field(default_factory=dict)
+    dtype: str = "bfloat16"  # of `acts`
 
     def at(self, site: Site) -> np.ndarray:
-        """The activations of one place."""
+        """The activations of one place, as stored."""
         return self.acts[site.hook][site.layer]
+
+    def values(self, site: Site) -> np.ndarray:
+        """float32 [W, T, D]: the same as numbers."""
+        return to_float32(self.at(site), self.dtype, self.scales.get(site))
 
     @property
     def resid(self) -> dict[int, np.ndarray]:
@@ -80,6 +89,11 @@ class ShardArrays:
 
 def validate_request(manifest: Manifest, request: Request) -> None:
     """Name everything that the store does not hold, in one message."""
+    if request.exact and manifest.stored_as:
+        raise RequestInvalid(
+            f"expected activations as {manifest.model.id} computed them, to the bit, found a store that keeps them as "
+            f"{manifest.stored_as} with one scale a token. Harvest again without --stored-as, or do not ask for exact"
+        )
     problems, held = [], by_hook(manifest.sites)
     for hook, layers in by_hook(request.sites).items():
         missing = sorted(set(layers) - set(held.get(hook, ())))

@@ -14,7 +14,7 @@ from .counts import read_counts
 from .digest import array_digest, store_digest
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError
 from .files import Files, open_files
-from .layout import BEGINNING, COUNTS, INDEX, SUMMARY, attention_path, documents_of, moments_path
+from .layout import BEGINNING, COUNTS, INDEX, SUMMARY, attention_path, documents_of, moments_path, scales_path
 from .moments import to_line
 from .reader import Store
 from .request import Request, ShardArrays, Span
@@ -167,6 +167,7 @@ def _digests_of_arrays(arrays: ShardArrays) -> dict[str, str]:
             found[path] = array_digest(values)
     for hook, layers in arrays.acts.items():
         found |= {Site(hook, layer).path: array_digest(values) for layer, values in layers.items()}
+    found |= {scales_path(site): array_digest(scales) for site, scales in arrays.scales.items()}
     for layer, csr in arrays.attention.items():
         for part in ("indptr", "indices", "data", "kept_mass"):
             found[attention_path(layer, part)] = array_digest(getattr(csr, part))

@@ -23,7 +23,7 @@ import numpy as np
 from .claims import CREATION, open_claims
 from .codecs import encode
 from .commits import CommitRecord, DeviceRecord, compact, find_committed, write_device, write_record
-from .content import ShardContent, ShardPart, lay_out, make_record, validate_content
+from .content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .counts import count_all, read_counts, write_counts
 from .errors import ShardCorrupt, ShardInvalid, StoreBusy, StoreMismatch
 from .files import Files, open_files
@@ -101,6 +101,7 @@ class StoreWriter:
     def write(self, shard: int, content: ShardContent, device: DeviceRecord | None = None) -> CommitRecord:
         """Write a claimed shard and commit it; `device`: what computed it."""
         validate_content(self.manifest, shard, content)
+        content = as_stored(self.manifest, content)
         parts = lay_out(self.manifest, shard, content)
         tasks = [(part, at) for part in parts for at in range(part.num_chunks)]
         sizes = self._write_chunks(tasks)

@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 
 from ..cache_schema import Store, StoreError, StoreMissing
+from ..cache_schema.dtypes import SmallDtype
 from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
 from ..cache_schema.manifest import Codec
@@ -74,6 +75,11 @@ Examples:
 @click.option("--context", default=128, show_default=True, help="Tokens in a window.")
 @click.option("--packing", type=click.Choice(["concat", "documents"]), default="concat", show_default=True)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True)
+@click.option(
+    "--stored-as",
+    type=click.Choice(get_args(SmallDtype)),
+    help="Keep activations so, with one scale a token: half the bytes of bfloat16.  [default: to the bit as computed]",
+)
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
 @click.option("--shard-windows", default=256, show_default=True, help="Windows in a shard, the unit of work.")
 @click.option(
@@ -100,7 +106,7 @@ def main(is_dry_run: bool, **options: Any) -> None:
 def make_config(options: dict[str, Any]) -> HarvestConfig:
     """The options as the command line gives them, read."""
     same = ("model", "attention_mass", "attention_topk", "attention_heads", "context", "packing", "dtype", "codec")
-    also = ("shard_windows", "batch_windows", "device", "out", "layer", "attention_layers", "hooks")
+    also = ("stored_as", "shard_windows", "batch_windows", "device", "out", "layer", "attention_layers", "hooks")
     return HarvestConfig(
         resid_layers=options["resid_layers"] or "",
         corpus=_corpus(options),

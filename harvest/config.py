@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..cache_schema.dtypes import SmallDtype
 from ..cache_schema.manifest import Codec, Sink
 from ..cache_schema.sites import HOOKS, RESID, Site, by_hook
 from ..cache_schema.strict import nearest
@@ -56,6 +57,7 @@ class HarvestConfig:
     context: int = 128
     packing: Packing = "concat"
     dtype: Dtype = "bfloat16"
+    stored_as: SmallDtype | None = None
     codec: Codec = "raw"
     shard_windows: int = 256
     batch_windows: int | None = None

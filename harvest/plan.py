@@ -137,6 +137,7 @@ def make_manifest(plan: Plan, corpus: CorpusSpec, windows: int, splits: dict[str
         shard_windows=plan.config.shard_windows,
         codec=plan.config.codec,
         hooks={hook: HookSpec(layers, plan.facts.width_of(hook)) for hook, layers in plan.wanted.hooks.items()},
+        stored_as=plan.config.stored_as,
     )
     return seal(manifest)
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import AttentionCsr, AttentionSpec, Request, ShardArrays, Store
+from ...cache_schema.sites import RESID, Site
 from ...harvest.sparsify import KeptRows, sparsify, to_csr
 from ...harvest.stats import is_special
 from ...train.data.batch import AttentionRows
-from ...train.data.block import TORCH_DTYPES, as_tensor
+from ...train.data.block import TORCH_DTYPES, StoredRows, as_tensor
 from .lm import LanguageModel
 from .windows import Windows
 
@@ -163,8 +164,16 @@ def _windows_of(store: Store, part: ShardArrays, start: int, stop: int, device: 
         tokens=tokens,
         keep=~is_special(tokens, store.manifest.model.special_tokens),
         valid=torch.ones_like(tokens, dtype=torch.bool),
-        resid={layer: as_tensor(x[rows].copy(), dtype).to(device) for layer, x in part.resid.items()},
+        resid={layer: _resid_of(part, layer, rows, dtype).to(device) for layer in part.resid},
         documents=torch.from_numpy(part.documents[rows].astype(np.int64)).to(device),
         attention={layer: attention_rows(csr.slice(start, stop), device) for layer, csr in part.attention.items()},
         numbers=torch.arange(first + start, first + stop, device=device),
     )
+
+
+def _resid_of(part: ShardArrays, layer: int, rows: slice, dtype: torch.dtype) -> Tensor:
+    """In the model's dtype: where codes are stored, their values rounded to it."""
+    stored, scales = part.resid[layer][rows].copy(), part.scales.get(Site(RESID, layer))
+    if scales is None:
+        return as_tensor(stored, dtype)
+    return StoredRows(torch.from_numpy(stored), torch.from_numpy(scales[rows].copy())).values().to(dtype)

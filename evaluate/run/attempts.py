@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,12 +145,23 @@ class _Attempts:
             if isinstance(item.error, NotRun):
                 return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
+        item = replace(item, remark="; ".join(filter(None, (item.remark, self._remark_of_store()))) or None)
         document = write_result(item, self._eval_id, self._settings)
         crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # of an earlier time
         self._context.say(f"{self._eval_id}: {item.subject.name} done")
         if item.missing:
             return Row(item.subject, self._eval_id, "incomplete", item.missing, document)
         return Row(item.subject, self._eval_id, "done", item.remark or "", document)
+
+    def _remark_of_store(self) -> str | None:
+        """What every result says where the store's activations are not the model's own."""
+        opened = self._context.opened
+        if opened is None or opened.manifest.stored_as is None:
+            return None
+        said = f"the store keeps activations as {opened.manifest.stored_as}: they are the model's own only nearly"
+        if self._settings["from_tokens"]:
+            return f"{said}; here they are computed anew from tokens"
+        return f"{said}; --from-tokens computes them anew" if self._evaluation.needs.from_tokens else said
 
     def _not_run(self, subject: LoadedSae, reason: str) -> Row:
         return Row(subject, self._eval_id, "not run", reason)

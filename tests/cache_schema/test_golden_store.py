@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saemill.cache_schema import FormatTooNew, Request, Site, Store, from_float32
+from saemill.cache_schema import FormatTooNew, Request, Site, Store, from_float32, to_float32
 from saemill.cache_schema import manifest as manifest_module
 from saemill.cache_schema.layout import COUNTS
 from saemill.cache_schema.verify import digest
@@ -18,6 +18,10 @@ spec.loader.exec_module(make_store)
 
 DIGEST = "sha256:faaabfbb68a694202f208fb3247f9a6701df8f6bfc4a66c3c3e1c89f34c68c37"
 DIGEST_OF_HOOKS = "sha256:5e486b0cac1b8d5a5944cbe69e40bd9aa16411fd47f46aac38b403bebf5631e8"
+DIGESTS_OF_SMALL = {
+    "int8": "sha256:aa577d26f502bfe7117336135773e10b2d27c51483d1268b0f1fc9c667785ae8",
+    "fp8": "sha256:311677ab1ca911c0346a3fb88689ac7be9c17860116cf232fad74adec84e51a9",
+}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -54,6 +58,24 @@ def test_golden_store_of_format_2_reads_as_it_was_made() -> None:
             assert np.array_equal(np.concatenate([part.acts[hook][layer] for part in parts]), expected)
 
 
+@pytest.mark.parametrize(("small", "expected"), DIGESTS_OF_SMALL.items())
+def test_golden_store_of_format_3_reads_as_it_was_made(small: str, expected: str) -> None:
+    """No value is further from its own than its code can be: half a step of int8, a sixteenth of itself in fp8."""
+    request = Request(layers=(1,), hooks={"z": (1,)})
+    with Store.open(GOLDEN / f"store_{small}") as store:
+        assert store.manifest.format == 3
+        assert store.manifest.stored_as == small
+        assert digest(store) == expected
+        parts = [store.read(request, span) for span in store.spans(request)]
+    for site, made in {Site("resid", 1): make_store.resid(), Site("z", 1): make_store.act(Site("z", 1))}.items():
+        values = np.concatenate([part.values(site) for part in parts])
+        plain = to_float32(from_float32(made, "bfloat16"), "bfloat16")
+        largest = np.abs(plain).max(axis=2, keepdims=True)
+        bound = largest / 254 if small == "int8" else np.maximum(np.abs(plain) / 16, largest / 448 / 1024)
+        assert (np.abs(values - plain) <= bound * 1.001).all()
+        assert not np.array_equal(values, plain)
+
+
 def test_a_reader_of_format_1_refuses_format_2_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """As releases before it do: the number is looked at before anything else."""
     monkeypatch.setattr(manifest_module, "FORMAT", 1)
@@ -62,7 +84,7 @@ def test_a_reader_of_format_1_refuses_format_2_by_name(monkeypatch: pytest.Monke
     Store.open(GOLDEN / "store_raw").close()
 
 
-@pytest.mark.parametrize("name", [*make_store.CODECS, "hooks"])
+@pytest.mark.parametrize("name", make_store.NAMES)
 def test_todays_writer_writes_the_golden_bytes(tmp_path: Path, name: str) -> None:
     """But for what it derives beside them since."""
     make_store.write(tmp_path / "store", name)

@@ -135,6 +135,7 @@ def harvest_rows(
     model_id: str | None = None,
     attention_layers: tuple[int, ...] | None = None,
     massive: Sequence[tuple[int, int]] = (),
+    stored_as: str | None = None,
 ) -> str:
     """A store of these rows; its model is known by its folder's path and by no revision. `massive` are (window,
     position) of rows made a hundred times as long."""
@@ -161,6 +162,7 @@ def harvest_rows(
         splits={"train": (0, splits[0]), "validation": splits, "test": (splits[1], windows)},
         attention=spec,
         shard_windows=7,
+        stored_as=stored_as,
     )
     plain = {layer: captured.resid[layer].float().numpy() for layer in layers}
     for values in plain.values():

@@ -54,6 +54,25 @@ def results(run, eval_id="core"):
     return {path.name: json.loads(path.read_text()) for path in sorted((run / "evals" / eval_id).glob("*.json"))}
 
 
+def test_every_result_says_where_the_stores_residuals_are_not_the_models_own(make_world, builder, sae_eval):
+    world = make_world(stored_as="int8")
+    run = builder.run(world, "run_1", {"small": builder.make_sae()})
+    wanted = ["--evals", "core,decoder_cosine"]
+    said = "the store keeps activations as int8: they are the model's own only nearly"
+    output = sae_eval("run_1", *wanted)
+    assert output.count(said) == 2 and "--from-tokens computes them anew" in output
+    for eval_id in ("core", "decoder_cosine"):
+        (document,) = results(run, eval_id).values()
+        assert said in document["saemill"]["remark"]
+    (rounded,) = results(run).values()
+    sae_eval("run_1", "--from-tokens")
+    (anew,) = results(run).values()
+    assert anew["saemill"]["remark"].endswith("here they are computed anew from tokens")
+    losses = [found["eval_result_metrics"]["model_performance_preservation"] for found in (rounded, anew)]
+    assert losses[0] != losses[1]
+    assert losses[0]["ce_loss_without_sae"] == pytest.approx(losses[1]["ce_loss_without_sae"], rel=1e-2)
+
+
 def test_all_saes_of_a_run(run_1, sae_eval):
     output = sae_eval("run_1")
     assert "run_1/small" in output

@@ -21,11 +21,14 @@ from saemill.cache_schema import (
     StoreWriter,
     from_float32,
 )
+from saemill.cache_schema.dtypes import SmallDtype
 from saemill.cache_schema.manifest import Codec
 from saemill.cache_schema.moments import is_special, measure
 
 FOLDER = Path(__file__).parent
 CODECS = get_args(Codec)
+SMALL = get_args(SmallDtype)
+NAMES = (*CODECS, "hooks", *SMALL)
 WINDOWS, CONTEXT, WIDTH, HEADS, TOPK = 5, 4, 3, 2, 2
 MANIFEST = Manifest(
     model=ModelSpec("golden", WIDTH, revision="1", num_layers=2, tokenizer="none", bos_token=0, special_tokens=(0,)),
@@ -91,8 +94,10 @@ def content(manifest: Manifest, shard: int) -> ShardContent:
 
 
 def write(url: Path, name: str) -> None:
-    """A store by its name: a codec, or `hooks`, which is of format 2."""
-    changes = {"hooks": HOOKS, "codec": "lz4"} if name == "hooks" else {"codec": name}
+    """A store by its name: a codec, `hooks`, which is of format 2, or `int8` or `fp8`, which are of format 3."""
+    of_hooks = {"hooks": HOOKS, "codec": "lz4"}
+    small = {small: of_hooks | {"stored_as": small} for small in SMALL}
+    changes = {"hooks": of_hooks, **small}.get(name, {"codec": name})
     manifest = Manifest(**{**vars(MANIFEST), **changes})
     with StoreWriter.create(url, manifest, tokens(), documents()) as writer:
         for shard in writer.pending():
@@ -100,6 +105,6 @@ def write(url: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in (*CODECS, "hooks"):
+    for name in NAMES:
         shutil.rmtree(FOLDER / f"store_{name}", ignore_errors=True)
         write(FOLDER / f"store_{name}", name)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from saemill.cache_schema import (
     Request,
+    Site,
     Store,
     StoreBusy,
     StoreError,
@@ -29,6 +31,7 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema.commits import read_devices, write_device
+from saemill.cache_schema.dtypes import SmallDtype
 from saemill.cache_schema.files import LocalFiles, open_files
 from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.moments import is_special
@@ -444,6 +447,22 @@ def test_a_shard_says_what_computed_it_and_another_device_is_warned_of(make_conf
     repair(config.out, [2])
     run.harvest(config, Watch())
     assert "warning: shard 0 was computed on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("small", get_args(SmallDtype))
+def test_repair_rounds_harvested_shards_to_the_same_bits(make_config: Make, reference, model_folder, small):
+    config = make_config(stored_as=small)
+    harvest(config)
+    before = digest_of(config.out)
+    with Store.open(config.out) as store, Store.open(reference) as exact:
+        request = Request(layers=(2,))
+        for part, whole in zip(store.stream(request), exact.stream(request), strict=True):
+            values, plain = part.values(Site("resid", 2)), whole.values(Site("resid", 2))
+            errors = np.linalg.norm(values - plain, axis=2) / np.linalg.norm(plain, axis=2)
+            assert 0 < errors.max() < 0.05
+    repair(config.out, [1])
+    reharvest(config.out, [1], model=str(model_folder))
+    assert digest_of(config.out) == before
 
 
 def test_sinks_left_out_are_recorded_and_in_no_row(make_config: Make):

@@ -196,6 +196,7 @@ def make_store(
     break_at=None,
     measured=False,
     massive=(),
+    stored_as=None,
 ):
     """Write a store; return what was written. `break_at` is a (layer, window) whose residuals become NaN, unseen by
     the moments unless `measured`; `massive` are (layer, window, position) of rows a hundred and fifty times as long."""
@@ -220,6 +221,7 @@ def make_store(
         splits={"train": (0, splits[0]), "validation": splits, "test": (splits[1], windows)},
         attention=AttentionSpec(layers=layers, heads=HEADS, averaged=False, topk=KEPT),
         shard_windows=shard_windows,
+        stored_as=stored_as,
     )
     with StoreWriter.create(path, manifest, tokens, documents) as writer:
         for shard in writer.pending():

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...cache_schema import Store
-from ...cache_schema.sites import Place
+from ...cache_schema.sites import RESID, Place
 from ..errors import ConfigInvalid, StateInvalid
 from .batch import Needs
 from .feed import Feed, joint_request
@@ -24,7 +24,7 @@ from .scaling import Stats, bounds_of
 
 
 class Batches(IterableDataset[Tensor]):
-    """Batches of one layer [batch, D], or of several [batch, layers, D], in float32.
+    """Batches of a hook of one layer [batch, D], or of several [batch, layers, D], in float32.
 
     Special tokens are left out, and rows of massive norm where the statistics leave them out.
     Each `for` goes through the store once more, in a new order, as often as `epochs` says (None: without end). It
@@ -36,9 +36,10 @@ class Batches(IterableDataset[Tensor]):
         store: Store,
         plan: Plan,
         layers: int | tuple[int, ...],
-        stats: Mapping[int, Stats],
+        stats: Mapping[Place, Stats],
         device: torch.device,
         *,
+        hook: str = RESID,
         split: str = "train",
         epochs: int | None = 1,
         scaled: bool = False,
@@ -47,9 +48,9 @@ class Batches(IterableDataset[Tensor]):
     ) -> None:
         self._store, self._plan, self._device, self._split = store, plan, device, split
         self._is_single = isinstance(layers, int)
-        self._needs = Needs((layers,) if isinstance(layers, int) else tuple(layers))
+        self._needs = Needs((layers,) if isinstance(layers, int) else tuple(layers), hook=hook)
         unscaled = {layer: replace(s, scale=torch.ones_like(s.scale)) for layer, s in stats.items()}
-        self._stats: Mapping[Place, Stats] = {**(stats if scaled else unscaled)}
+        self._stats = stats if scaled else unscaled
         self._epochs, self._rank, self._size, self._scaled = epochs, rank, size, scaled
         if epochs is not None and epochs < 1:
             raise ConfigInvalid(f"epochs: expected 1 or more, or None for batches without end, found {epochs}")
@@ -93,7 +94,7 @@ class Batches(IterableDataset[Tensor]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the same batches; a state of other batches is refused."""
         expected = self._identity
-        wrong = [key for key, value in expected.items() if state.get(key) != value]
+        wrong = [key for key in {"hook": None, **expected} if state.get(key) != expected.get(key)]
         if wrong or not isinstance(step := state.get("step"), int) or step < 0:
             found = ", ".join(f"{key} {state.get(key)!r} (here {expected.get(key)!r})" for key in wrong or ["step"])
             raise StateInvalid(f"expected a state of these very batches, found {found}: open them as they were before")
@@ -121,6 +122,7 @@ class Batches(IterableDataset[Tensor]):
     def _identity(self) -> dict[str, Any]:
         plan = self._plan
         return {
+            **({} if self._needs.hook == RESID else {"hook": self._needs.hook}),
             "cache_id": self._store.manifest.cache_id,
             "split": self._split,
             "layers": list(self._needs.inputs),

@@ -1,7 +1,7 @@
 """A block: some windows of a split, in memory, ready to be drawn from.
 
-All of it lies on the device as it is stored (bfloat16 stays bfloat16 until a batch is drawn), and batches are
-put together there. Tokens and documents are on the host too: its messages and measurements ask for them.
+All of it lies on the device as it is stored (bfloat16 stays bfloat16 until a batch is drawn, int8 int8), and batches
+are put together there. Tokens and documents are on the host too: its messages and measurements ask for them.
 W windows, T context, H heads, D residual width, N trainable tokens, E entries of attention.
 """
 
@@ -16,11 +16,18 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import AttentionCsr, Span
-from ...cache_schema.sites import Place
+from ...cache_schema.layout import scales_path
+from ...cache_schema.sites import Place, site_of
 from .batch import AttentionRows
 from .device import send
 
-TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+TORCH_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+    "fp8": torch.uint8,  # its bits: torch has few operations for itself
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +40,7 @@ class Block:
     trains: np.ndarray  # bool [W, T]
     tokens_there: Tensor  # int32 [W, T], the same on the device
     documents_there: Tensor
-    resid: dict[Place, Tensor]  # [at least W * T, D]
+    resid: dict[Place, StoredRows]  # [at least W * T, D]
     attention: dict[int, Attention] = field(default_factory=dict)
     massive: dict[Place, np.ndarray] = field(
         default_factory=dict
@@ -59,6 +66,46 @@ class Block:
         for layer in layers:
             counts = counts & ~self.massive[layer]
         return counts
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Activations as they are stored: numbers, or codes with a scale for each token."""
+
+    stored: Tensor  # [..., D]
+    scales: Tensor | None = None  # float32 [...]
+
+    def windows(self, rows: slice) -> StoredRows:
+        """Some windows of [W, T, D]."""
+        return StoredRows(self.stored[rows], None if self.scales is None else self.scales[rows])
+
+    def by_path(self, place: Place) -> dict[str, Tensor]:
+        """The same by the paths of the store's arrays."""
+        site = site_of(place)
+        return {site.path: self.stored} | ({} if self.scales is None else {scales_path(site): self.scales})
+
+    def norms(self) -> Tensor:
+        """float32 [W, T], a few windows at a time: only then are codes of a whole piece never there as float32."""
+        if self.scales is None:
+            return torch.linalg.vector_norm(self.stored, dim=-1, dtype=torch.float32)
+        parts = (self.windows(slice(at, at + 16)).values() for at in range(0, len(self.stored), 16))
+        return torch.cat([torch.linalg.vector_norm(part, dim=-1) for part in parts])
+
+    def flat(self) -> StoredRows:
+        """[n, D]"""
+        return StoredRows(self.stored.flatten(0, -2), None if self.scales is None else self.scales.flatten())
+
+    def take(self, places: Tensor) -> StoredRows:
+        """Rows of a flat table, in the order given."""
+        scales = None if self.scales is None else self.scales.index_select(0, places)
+        return StoredRows(self.stored.index_select(0, places), scales)
+
+    def values(self) -> Tensor:
+        """float32 [..., D]"""
+        if self.scales is None:
+            return self.stored.to(torch.float32)
+        codes = self.stored.view(torch.float8_e4m3fn) if self.stored.dtype == torch.uint8 else self.stored
+        return codes.to(torch.float32) * self.scales[..., None]
 
 
 @dataclass(frozen=True, eq=False)

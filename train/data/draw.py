@@ -71,8 +71,8 @@ class Draw:
         """float32 [B, len(layers) * D], scaled."""
         if (kind, layers) not in self._scaled:
             if len(layers) == 1:
-                raw = self.block.resid[layers[0]].index_select(0, self.rows[kind].places_there)
-                self._scaled[kind, layers] = raw.to(torch.float32) * self._scales[layers[0]]
+                raw = self.block.resid[layers[0]].take(self.rows[kind].places_there)
+                self._scaled[kind, layers] = raw.values() * self._scales[layers[0]]
             else:
                 parts = [self._activations(kind, (layer,)) for layer in layers]
                 self._scaled[kind, layers] = torch.cat(parts, dim=1)

@@ -20,7 +20,7 @@ from ...cache_schema import AttentionCsr, Manifest, Request, ShardBuffers, Span,
 from ...cache_schema.counts import trainable
 from ...cache_schema.massive import is_massive, row_norms
 from ...cache_schema.sites import Place, place_of, site_of
-from .block import TORCH_DTYPES, Attention, Block, as_stored, joined, owned, send_attention
+from .block import TORCH_DTYPES, Attention, Block, StoredRows, as_stored, joined, owned, send_attention
 from .device import take_device
 
 PIECES_IN_FLIGHT = 4
@@ -52,9 +52,12 @@ class Pool:
         ids = torch.empty((2, max_windows, manifest.context), dtype=torch.int32, pin_memory=is_gpu)
         self._ids, self._ids_there = ids, torch.empty_like(ids, device=device) if is_gpu else ids
         self._tokens, self._documents = ids.numpy().view("<u4")
-        shape, dtype = (max_windows, manifest.context), TORCH_DTYPES[manifest.model.dtype]
+        shape, dtype = (max_windows, manifest.context), TORCH_DTYPES[manifest.stored_dtype]
         self._resid = {
-            place_of(*site): torch.empty((*shape, manifest.width_of(site.hook)), dtype=dtype, device=device)
+            place_of(*site): StoredRows(
+                torch.empty((*shape, manifest.width_of(site.hook)), dtype=dtype, device=device),
+                torch.empty(shape, dtype=torch.float32, device=device) if manifest.stored_as else None,
+            )
             for site in request.sites
         }
         self._massive = {layer: np.zeros((max_windows, manifest.context), bool) for layer in self._bounds}
@@ -80,7 +83,7 @@ class Pool:
             trains=trainable(self._store.manifest, tokens),
             tokens_there=tokens_there,
             documents_there=documents_there,
-            resid={layer: resid.flatten(0, 1) for layer, resid in self._resid.items()},
+            resid={layer: resid.flat() for layer, resid in self._resid.items()},
             attention=self._send_attention(joined(attention)),
             massive={layer: massive[:windows] for layer, massive in self._massive.items()},
         )
@@ -104,12 +107,13 @@ class Pool:
         stage = self._stages.get()
         try:
             rows = slice(start, start + piece.windows)
-            places = {layer: resid[rows] for layer, resid in self._resid.items()}
+            resid = {layer: one.windows(rows) for layer, one in self._resid.items()}
+            places = {path: place for layer, one in resid.items() for path, place in one.by_path(layer).items()}
             host = {"tokens": self._tokens[rows], "documents": self._documents[rows]}
             found = self._store.read(self._request, piece, stage.buffers(host, places))
             stage.copy(places, (self._ids_there[:, rows], self._ids[:, rows]))
             for layer, bound in self._bounds.items():
-                self._massive[layer][rows] = is_massive(stage.norms(places[layer]), bound)
+                self._massive[layer][rows] = is_massive(stage.norms(resid[layer]), bound)
             return {layer: owned(csr) for layer, csr in found.attention.items()}
         finally:
             self._stages.put(stage)
@@ -121,38 +125,40 @@ class Stage:
     def __init__(self, manifest: Manifest, request: Request, device: torch.device) -> None:
         self._attention = ShardBuffers(manifest, Request(attention_layers=request.attention_layers)).arrays
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pinned: dict[Place, Tensor] = {}
+        self._pinned: dict[str, Tensor] = {}
+        self._dtype = manifest.stored_dtype
 
-    def buffers(self, host: dict[str, np.ndarray], places: dict[Place, Tensor]) -> ShardBuffers:
-        """Where the store shall read a piece to."""
+    def buffers(self, host: dict[str, np.ndarray], places: dict[str, Tensor]) -> ShardBuffers:
+        """Where the store shall read a piece to, by the path of each array."""
         targets = places if self._stream is None else self._pinned_like(places)
-        resid = {site_of(place).path: as_stored(target) for place, target in targets.items()}
+        resid = {path: as_stored(target) for path, target in targets.items()}
         return PlacedBuffers({**host, **resid, **self._attention})
 
-    def copy(self, places: dict[Place, Tensor], ids: tuple[Tensor, Tensor]) -> None:
+    def copy(self, places: dict[str, Tensor], ids: tuple[Tensor, Tensor]) -> None:
         """Bring residuals, tokens and documents to the device, where reading has not put them already."""
         if self._stream is None:
             return
         with on_stream(self._stream):
-            for layer, place in places.items():
-                place.copy_(self._pinned[layer][: len(place)], non_blocking=True)
+            for path, place in places.items():
+                place.copy_(self._pinned[path][: len(place)], non_blocking=True)
             for there, here in zip(*ids, strict=True):
                 there.copy_(here, non_blocking=True)
         self._stream.synchronize()
 
-    def norms(self, place: Tensor) -> np.ndarray:
+    def norms(self, resid: StoredRows) -> np.ndarray:
         """float32 [W, T]: of residuals where they lie now."""
         if self._stream is None:
-            return row_norms(as_stored(place), str(place.dtype).removeprefix("torch."))
+            scales = None if resid.scales is None else resid.scales.numpy()
+            return row_norms(as_stored(resid.stored), self._dtype, scales)
         with on_stream(self._stream):
-            return torch.linalg.vector_norm(place, dim=-1, dtype=torch.float32).cpu().numpy()
+            return resid.norms().cpu().numpy()
 
-    def _pinned_like(self, places: dict[Place, Tensor]) -> dict[Place, Tensor]:
+    def _pinned_like(self, places: dict[str, Tensor]) -> dict[str, Tensor]:
         """Page-locked memory of a piece's size; pieces are never larger than the first but where shards begin."""
-        for layer, place in places.items():
-            if layer not in self._pinned or len(self._pinned[layer]) < len(place):
-                self._pinned[layer] = torch.empty(place.shape, dtype=place.dtype, pin_memory=True)
-        return {layer: self._pinned[layer][: len(place)] for layer, place in places.items()}
+        for path, place in places.items():
+            if path not in self._pinned or len(self._pinned[path]) < len(place):
+                self._pinned[path] = torch.empty(place.shape, dtype=place.dtype, pin_memory=True)
+        return {path: self._pinned[path][: len(place)] for path, place in places.items()}
 
 
 def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:

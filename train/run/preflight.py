@@ -9,6 +9,7 @@ import torch
 
 from ...cache_schema import Store
 from ...cache_schema.csr import index_dtype
+from ...cache_schema.dtypes import STORED_AS
 from ...cache_schema.massive import any_ordinary, measure_massive
 from ...cache_schema.request import validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
@@ -78,7 +79,7 @@ def _require_memory(
 ) -> None:
     config, plan, manifest = settled.config, settled.plan, store.manifest
     request = joint_request((member.config.request() for member in members), "train")
-    element = 4 if manifest.model.dtype == "float32" else 2
+    element = STORED_AS[manifest.stored_dtype].itemsize
     window_bytes = manifest.context * element * sum(manifest.width_of(site.hook) for site in request.sites)
     if request.attention_layers:
         entry = 2 + index_dtype(manifest.context).itemsize  # a weight, and the place of a key

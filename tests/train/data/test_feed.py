@@ -1,16 +1,20 @@
 """What a step draws, against picking it from the written arrays by hand."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
 from saemill.cache_schema import Store, to_float32
 from saemill.cache_schema.counts import pair_share
+from saemill.cache_schema.dtypes import SmallDtype, to_codes
 from saemill.train.data.batch import Kind, Needs
 from saemill.train.data.feed import Feed, held_out
 from saemill.train.data.plan import Plan
 from saemill.train.data.scaling import stats_from_moments
 from saemill.train.data.split_sizes import measure_split
+from saemill.train.run.preflight import layer_stats
 
 CPU = torch.device("cpu")
 TOKENS = Needs(inputs=(3,), tokens=True, documents=True, positions=True)
@@ -23,10 +27,10 @@ def store(written):
         yield store
 
 
-def make_feed(store, needs=(TOKENS,), pool_tokens=480, batch_tokens=40, device=CPU, **share):
+def make_feed(store, needs=(TOKENS,), pool_tokens=480, batch_tokens=40, device=CPU, massive_norms=None, **share):
     sizes = measure_split(store, "train")
     plan = Plan(sizes, batch_tokens=batch_tokens, pool_tokens=pool_tokens, seed=0)
-    stats = {layer: stats_from_moments(store.moments(layer)) for layer in (3, 4)}
+    stats = {layer: layer_stats(store, layer, massive_norms) for layer in (3, 4)}
     return Feed(store, plan, needs, stats, device, **share)
 
 
@@ -70,6 +74,26 @@ def test_rows_are_the_stores_values_scaled(store, written):
         assert batch.side["position"].tolist() == position.tolist()
         assert batch.target is None
     feed.close()
+
+
+@pytest.mark.parametrize("small", get_args(SmallDtype))
+def test_rows_of_a_small_store_are_its_codes_times_their_scales(write_store, tmp_path, small):
+    """On the device, massive rows left out; torch reads fp8 as we write it."""
+    written = write_store(tmp_path / "store", stored_as=small, massive=[(3, 40, 5), (3, 41, 6)])
+    with Store.open(written["path"]) as store:
+        feed = make_feed(store, massive_norms=10.0, pool_tokens=10_000)
+        seen = []
+        for step in range(feed.plan.steps_in(1)):
+            draw = feed.draw(step)
+            batch = draw.batch(TOKENS)
+            kind = TOKENS.kind([3, 4])
+            window, position = draw.store_windows(kind), draw.rows[kind].places % 8
+            codes, scales = to_codes(written["resid"][3][window, position], "bfloat16", small)
+            expected = torch.from_numpy(to_float32(codes, small, scales))
+            assert torch.equal(batch.x, expected * draw._scales[3])
+            seen += list(zip(window.tolist(), position.tolist(), strict=True))
+        feed.close()
+    assert len(seen) > 1400 and not {(40, 5), (41, 6)} & set(seen)
 
 
 def test_mean_norm_is_the_root_of_the_width(store):

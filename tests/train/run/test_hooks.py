@@ -11,12 +11,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from saemill import Store
 from saemill.cache_schema import CorpusSpec, HookSpec, Manifest, ModelSpec, ShardContent, Site, StoreWriter
 from saemill.cache_schema import from_float32 as stored
 from saemill.cache_schema.moments import measure
 from saemill.evaluate.cli import main as sae_eval
 from saemill.train import load_sae
 from saemill.train.disk.sae_folder import is_of_one_place, read_config
+from saemill.train.errors import StateInvalid
 from saemill.train.export import main as sae_export
 from saemill.train.kit import registry
 
@@ -57,6 +59,21 @@ def planted(tmp_path_factory):
             with writer.claim(shard):
                 writer.write(shard, ShardContent.of(tokens[rows], tokens[rows] * 0, part, moments))
     return str(path), acts, atoms
+
+
+@pytest.mark.parametrize("hook", ["mlp_in", "q"])
+def test_batches_for_others_trainers_are_those_of_the_hook(planted, hook):
+    path, acts, _ = planted
+    with Store(path) as store:
+        batches = store.batches(LAYER, hook=hook, batch_tokens=100, shuffle=False, massive_norms=None, device="cpu")
+        x, state = next(batches), batches.state_dict()
+        rows = acts[Site(hook, LAYER)].reshape(-1, acts[Site(hook, LAYER)].shape[-1])
+        assert np.array_equal(x.numpy(), rows[:100]) and len(batches) == 40
+        other = store.batches(LAYER, batch_tokens=100, shuffle=False, massive_norms=None, device="cpu")
+        with pytest.raises(StateInvalid, match="hook|layers"):
+            other.load_state_dict(state)
+        batches.close()
+        other.close()
 
 
 def test_a_transcoder_finds_the_planted_map(planted, sae_train, tmp_path):
