@@ -64,7 +64,7 @@ class Store(StoredArrays):
         )
         wanted = layers if isinstance(layers, int) else tuple(layers)
         place = choose_device(device)
-        stats = {place: layer_stats(self, place, multiple) for place in places}
+        stats = {one: layer_stats(self, one, multiple) for one in places}
         course = {"hook": hook, "split": split, "epochs": epochs, "scaled": scaled, "rank": rank, "size": size}
         return Batches(self, plan, wanted, stats, place, **course)
 

@@ -72,7 +72,7 @@ class Draw:
         if (kind, layers) not in self._scaled:
             if len(layers) == 1:
                 raw = self.block.resid[layers[0]].take(self.rows[kind].places_there)
-                self._scaled[kind, layers] = raw.values() * self._scales[layers[0]]
+                self._scaled[kind, layers] = raw.values().mul_(self._scales[layers[0]])
             else:
                 parts = [self._activations(kind, (layer,)) for layer in layers]
                 self._scaled[kind, layers] = torch.cat(parts, dim=1)
