@@ -12,6 +12,7 @@ import torch
 
 from ...cache_schema import Manifest, Store
 from ...cache_schema.massive import Massive, default_multiple, measure_massive
+from ...cache_schema.sites import Place, site_of
 from ...harvest.errors import HarvestError
 from ...harvest.model.load import read_facts
 from ...harvest.model.resolve import GGUF, POCKET, Choice, ModelSource, fetch
@@ -41,7 +42,7 @@ class Context:
     watch: Watch = field(default_factory=Watch)
     model_identity: str | None = None
     """Of the loaded model, down to the revision; None where nobody knows."""
-    _massive: dict[int, Massive] = field(default_factory=dict)
+    _massive: dict[Place, Massive] = field(default_factory=dict)
     _source: ModelSource | None = None
     _model: LanguageModel | None = None
     _obstacle: ModelMissing | None = None
@@ -63,9 +64,9 @@ class Context:
             return default_multiple(self.manifest)
         return self.massive_norms
 
-    def massive(self, layer: int) -> Massive | None:
+    def massive(self, layer: Place) -> Massive | None:
         """What is massive in a layer; None where every row counts, or the store does not hold the layer."""
-        if self.massive_multiple is None or layer not in self.manifest.layers:
+        if self.massive_multiple is None or site_of(layer) not in self.manifest.sites:
             return None
         if layer not in self._massive:
             self._massive[layer] = measure_massive(self.store, layer, self.massive_multiple)

@@ -24,12 +24,15 @@ def read_windows(
     batch_windows: int,
     split: str = "test",
     attention_layers: Sequence[int] = (),
+    layers: Sequence[int] | None = None,
 ) -> Iterator[Windows]:
-    """The first `windows` windows of a split, batch by batch, with a bar."""
+    """The first `windows` windows of a split, batch by batch, with a bar. `layers`: whose residuals come along, where
+    it is not just what the SAEs need."""
     total = min(windows, count_windows(context.store, split))
     if total == 0:
         raise NotApplicable(f"the store's {split} split has no windows: harvest more text")
-    layers, attention = layers_of(subjects), sorted({*attention_layers, *attention_layers_of(subjects)})
+    layers = layers_of(subjects) if layers is None else layers
+    attention = sorted({*attention_layers, *attention_layers_of(subjects)})
     length, device = context.manifest.context, context.device
     room = MOST_CODES // (length * max(subject.width for subject in subjects))
     size = max(1, min(batch_windows, total, room))

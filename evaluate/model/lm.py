@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ...cache_schema.sites import Site
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of, require_parts
-from ...harvest.model.load import ModelFacts, find_weights, hooked, kept_outputs, read_facts, without_report
+from ...harvest.model.load import ModelFacts, find_weights, hooked, kept_outputs, read_facts, tapped, without_report
 from ...harvest.model.tokenizer import TextEncoder, make_encoder
 from ..errors import MemoryTooSmall, ModelMissing
 from .memory import is_out_of_memory
@@ -109,6 +110,10 @@ class LanguageModel:
         """[W, T, D] after the final norm, from tokens; `splice` replaces residuals after its layers."""
         with spliced(self.stack, splice or {}):
             return self.stack(input_ids=tokens_WT, use_cache=False, **_padding(valid_WT)).last_hidden_state
+
+    def tapped(self, taps: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> AbstractContextManager[None]:
+        """While it runs, functions read what passes by at these sites, or put something in its place."""
+        return tapped(self.stack, self.facts.model_type, taps)
 
     @torch.inference_mode()
     def head(self, hidden_ND: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from ...cache_schema import Store, StoreError, StoreMissing
 from ...cache_schema.allocator import keep_large_blocks
+from ...cache_schema.sites import RESID
 from ...harvest.errors import HarvestError
 from ...harvest.model.load import find_device
 from ...harvest.progress import Watch
@@ -233,7 +234,10 @@ def require_fit(subject: LoadedSae, store: Store | None) -> None:
             f"{subject.name} was trained on the store with cache id {subject.cache_id}, "
             f"found {manifest.cache_id} at {store.url}. Give the place of its own store by --cache"
         )
-    expected = manifest.model.d_model * len(subject.layers)
+    hook = subject.hooks[0]
+    if hook != RESID and hook not in manifest.hooks:
+        return  # of what the store does not keep; evaluations that read it say so
+    expected = manifest.width_of(hook) * len(subject.layers)
     if subject.d_in != expected:
         raise WidthMismatch(
             f"{subject.name} reads activations of width {subject.d_in}, but {len(subject.layers)} layers of "

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ...cache_schema.sites import Site
+from ...cache_schema.sites import RESID, Site
 from ..errors import ContextTooLong, LayerOutOfRange, ModelUnavailable, SettingInvalid, WeightsIncomplete
 from .architectures import Tap, architecture_of, cut, require_parts
 from .attention import ATTENTION, register_attention
@@ -279,21 +279,38 @@ def kept_outputs(stack: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor
 def kept_hooks(model: TruncatedModel) -> Iterator[dict[Site, Tensor]]:
     """Collects the activations of the wanted hooks while a model runs; nothing is copied."""
     kept: dict[Site, Tensor] = {}
+    sites = [Site(hook, layer) for hook, layers in model.wanted.hooks.items() for layer in layers]
+    with tapped(model.stack, model.facts.model_type, {site: partial(kept.__setitem__, site) for site in sites}):
+        yield kept
+
+
+@contextmanager
+def tapped(stack: Any, model_type: str, taps: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Each function is given the activations of its site while a model runs; what it gives back takes their place."""
     handles = []
 
-    def keep(site: Site, tap: Tap, layer: Any, _module: object, args: Any, output: Any) -> None:
-        """The first of what the module is given, or of what it gives."""
-        found = args[0] if tap.of_input else output[0] if isinstance(output, tuple) else output
-        kept[site] = found if tap.take is None else tap.take(layer, found)
+    def before(tap: Tap, function: Callable[[Tensor], Tensor | None], layer: Any, _module: object, args: Any) -> Any:
+        found = function(args[0] if tap.take is None else tap.take(layer, args[0]))
+        return None if found is None else (found, *args[1:])
 
-    for hook, layers in model.wanted.hooks.items():
-        tap = architecture_of(model.facts.model_type).tap(hook)
-        for number in layers:
-            layer = model.stack.layers[number]
-            module = layer.get_submodule(tap.module)
-            handles.append(module.register_forward_hook(partial(keep, Site(hook, number), tap, layer)))
+    def behind(
+        tap: Tap, function: Callable[[Tensor], Tensor | None], layer: Any, _module: object, _args: object, output: Any
+    ) -> Any:
+        """Of several things that a module gives the first is meant."""
+        first = output[0] if isinstance(output, tuple) else output
+        found = function(first if tap.take is None else tap.take(layer, first))
+        return found if found is None or not isinstance(output, tuple) else (found, *output[1:])
+
+    for site, function in taps.items():
+        tap = Tap("") if site.hook == RESID else architecture_of(model_type).tap(site.hook)
+        layer = stack.layers[site.layer]
+        module = layer.get_submodule(tap.module)
+        if tap.of_input:
+            handles.append(module.register_forward_pre_hook(partial(before, tap, function, layer)))
+        else:
+            handles.append(module.register_forward_hook(partial(behind, tap, function, layer)))
     try:
-        yield kept
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -39,6 +39,7 @@ SMALL = {
     "position": {"windows": 16, "batch_windows": 8, "least_firings": 3, "probe_k": (2,), "probe_tokens": 6},
     "temporal": {"windows": 8, "batch_windows": 8, "least_firings": 3},
     "attention": {"windows": 8, "batch_windows": 8},
+    "replacement": {"windows": 8, "batch_windows": 8},
     "browser": {"windows": 8, "batch_windows": 8},
     "ravel": {"num_pairs_per_attribute": 12, "num_epochs": 1, "n_generated_tokens": 2, "llm_batch_size": 4},
     "unlearning": {"retain_thresholds": (1.0,), "n_features_list": (2,), "multipliers": (1.0,)},

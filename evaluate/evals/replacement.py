@@ -1,0 +1,198 @@
+"""replacement: what the model loses with an SAE's output in place of what it rebuilds, beside skipping that place.
+
+For SAEs and transcoders on any hook: a transcoder from `mlp_in` to `mlp_out` stands for the MLP. The model runs from
+tokens, so all activations are its own.
+
+1. One clean pass of a batch keeps what SAEs read and what they rebuild.
+2. One pass for each place with nothing in it (zeros), and one for each SAE with its output in it. Special tokens and
+   massive rows keep their own.
+
+W windows, T positions, N tokens that count, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...cache_schema.massive import Massive
+from ...cache_schema.sites import RESID, Site, place_of
+from ...cache_schema.strict import to_json
+from ...harvest.errors import HarvestError
+from ...harvest.model.architectures import architecture_of
+from ..context.split_windows import read_windows
+from ..errors import DataMissing, NotApplicable, WidthMismatch
+from ..model.divergence import LogitsOf, chunk_rows, compare, next_tokens
+from ..model.memory import PieceSize
+from ..model.windows import Windows
+from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .measures.splice_effects import Effect
+
+
+@dataclass(frozen=True)
+class Config:
+    windows: int = 64
+    """Of the test split."""
+    batch_windows: int = 16
+
+
+@dataclass
+class Seen:
+    """Sums over the tokens that count for one SAE."""
+
+    effects: dict[str, Effect] = field(default_factory=dict)
+    active: float = 0.0
+    error: float = 0.0
+    square: float = 0.0
+    total: Tensor | float = 0.0  # [D]
+    tokens: int = 0
+
+    def add(self, effects: dict[str, Effect], acts_NF: Tensor, y_ND: Tensor, y_hat_ND: Tensor) -> None:
+        self.effects = {name: self.effects.get(name, Effect()) + found for name, found in effects.items()}
+        y_ND, tokens = y_ND.double(), len(y_ND)
+        self.active += float((acts_NF != 0).sum())
+        self.error += float((y_ND - y_hat_ND).square().sum())
+        self.square += float(y_ND.square().sum())
+        self.total, self.tokens = self.total + y_ND.sum(dim=0), self.tokens + tokens
+
+    def metrics(self) -> dict[str, float]:
+        clean, skipped, replaced = (self.effects[name] for name in ("clean", "skipped", "replaced"))
+        total = torch.as_tensor(self.total)
+        spread = self.square - float(total @ total) / max(self.tokens, 1)
+        return {
+            "ce_clean": clean.loss,
+            "ce_replaced": replaced.loss,
+            "ce_skipped": skipped.loss,
+            "ce_score": _ratio(skipped.loss - replaced.loss, skipped.loss - clean.loss),
+            "kl_replaced": replaced.kl,
+            "kl_skipped": skipped.kl,
+            "kl_score": _ratio(skipped.kl - replaced.kl, skipped.kl),
+            "explained_variance": 1 - _ratio(self.error, spread),
+            "l0": self.active / max(self.tokens, 1),
+            "tokens": self.tokens,
+        }
+
+
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    if context.manifest.corpus.settings.get("tokens") is False:
+        raise DataMissing(f"{context.store.url} was imported without tokens: import it again with --tokens")
+    context.require_model()
+    found: dict[LoadedSae, Seen] = {}
+    for subject in subjects:
+        try:
+            _require_place(context, subject)
+        except (NotApplicable, WidthMismatch) as error:
+            yield Failure(subject, error)
+        except HarvestError as error:  # a hook that this model lacks
+            yield Failure(subject, NotApplicable(str(error)))
+        else:
+            found[subject] = Seen()
+    if not found:
+        return
+    subjects, size = list(found), config.batch_windows
+    for batch in read_windows(context, subjects, "replacement", config.windows, size, layers=()):
+        _add_batch(context, found, batch)
+    for subject, seen in found.items():
+        yield Result(subject, to_json(config), {"replacement": seen.metrics()})
+
+
+def sites_read(subject: LoadedSae) -> list[Site]:
+    return [Site(subject.hooks[0], layer) for layer in subject.layers]
+
+
+def site_written(subject: LoadedSae) -> Site:
+    if len(subject.target_layers) != 1:
+        raise NotApplicable(f"{subject.name} rebuilds layers {list(subject.target_layers)}, which is no single place")
+    return Site(subject.hooks[1], subject.target_layers[0])
+
+
+def _require_place(context: Context, subject: LoadedSae) -> None:
+    """The model has what the SAE reads, in its width, and takes something else for what it rebuilds."""
+    read, site, facts = sites_read(subject), site_written(subject), context.model.facts
+    taps = {hook: architecture_of(facts.model_type).tap(hook) for hook in subject.hooks if hook != RESID}
+    widths = {hook: facts.d_model if hook == RESID else facts.width_of(hook) for hook in subject.hooks}
+    if max(one.layer for one in (*read, site)) >= facts.num_layers:
+        raise WidthMismatch(f"{subject.name} is of {site}; the model has {facts.num_layers} layers")
+    if (subject.d_in, subject.sae.d_out) != (len(read) * widths[read[0].hook], widths[site.hook]):
+        raise WidthMismatch(
+            f"{subject.name} reads width {subject.d_in} and writes {subject.sae.d_out}; of this model "
+            f"{', '.join(map(str, read))} and {site} have {widths}"
+        )
+    if site.hook in taps and taps[site.hook].take is not None:
+        raise NotApplicable(f"{subject.name} rebuilds {site}, a part of what one module gives: it cannot be replaced")
+
+
+@torch.inference_mode()
+def _add_batch(context: Context, found: dict[LoadedSae, Seen], batch: Windows) -> None:
+    kept: dict[Site, Tensor] = {}
+    sites = {site for subject in found for site in (*sites_read(subject), site_written(subject))}
+    with context.model.tapped({site: partial(_keep, kept, site) for site in sites}):
+        clean = context.model.hidden(batch.tokens)
+    rows = PieceSize(chunk_rows(context.model.facts.vocab_size), "rows of logits", context.say)
+    skipped: dict[tuple[Site, ...], Tensor] = {}
+    for subject, seen in found.items():
+        site = site_written(subject)
+        places = tuple(sorted({*sites_read(subject), site}))
+        counts = _ordinary(context, kept, places, batch.keep)
+        own = replace(batch, resid={layer: kept[Site(subject.hooks[0], layer)] for layer in subject.layers})
+        acts, y_hat = subject.reconstruct(own)
+        y = kept[site]
+        if (site, *places) not in skipped:  # the same for all SAEs of these places
+            skipped[site, *places] = _replaced(context, batch, site, torch.where(counts[..., None], 0, y))
+        replaced = _replaced(context, batch, site, torch.where(counts[..., None], y_hat.to(y), y))
+        logits = [_logits(context, x[counts]) for x in (clean, skipped[site, *places], replaced)]
+        targets = next_tokens(batch.tokens, batch.keep)[counts[batch.keep]]
+        ce, losses = compare(logits[0], logits[1:], targets, rows)
+        effects = {
+            name: Effect.of(part.kl, part.ce) for name, part in zip(("skipped", "replaced"), losses, strict=True)
+        }
+        effects["clean"] = Effect.of(torch.zeros_like(ce), ce)
+        seen.add(effects, acts[counts], y[counts], y_hat[counts])
+
+
+def _keep(kept: dict[Site, Tensor], site: Site, acts: Tensor) -> None:
+    kept[site] = acts.clone()  # what passes by may be changed in place behind it
+
+
+def _replaced(context: Context, batch: Windows, site: Site, instead: Tensor) -> Tensor:
+    """[W, T, D] behind the final norm, with something else at a site."""
+    with context.model.tapped({site: lambda _: instead}):
+        return context.model.hidden(batch.tokens)
+
+
+def _logits(context: Context, hidden_ND: Tensor) -> LogitsOf:
+    return lambda start, stop: context.model.head(hidden_ND[start:stop])
+
+
+def _ordinary(context: Context, kept: dict[Site, Tensor], sites: Sequence[Site], keep: Tensor) -> Tensor:
+    """bool [W, T]: those that are massive at no place that the store holds."""
+    for site in sites:
+        massive: Massive | None = context.massive(place_of(*site))
+        if massive is not None:
+            norms = torch.linalg.vector_norm(kept[site], dim=-1, dtype=torch.float32)
+            keep = keep & ~(norms > massive.bound)
+    return keep
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
+
+
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(store=True, residuals=False),
+    summary=(
+        "replacement.explained_variance",
+        "replacement.l0",
+        "replacement.ce_clean",
+        "replacement.ce_replaced",
+        "replacement.ce_skipped",
+        "replacement.kl_replaced",
+        "replacement.kl_skipped",
+    ),
+)

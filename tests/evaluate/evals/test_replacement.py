@@ -1,0 +1,73 @@
+"""replacement: SAEs whose cost is known beforehand, on every hook; a transcoder against transformers' own model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Gemma2ForCausalLM
+
+from saemill.evaluate.evals import replacement
+from saemill.evaluate.evals.contract import Failure
+
+HOOKS = ("resid", "mlp_in", "mlp_out", "attn_out", "q", "k", "z")
+WIDTHS = {"k": 8}
+
+
+def exact_sae(builder, width, scale=1.0):
+    """Each channel's positive and negative part: rebuilds `scale` times what it reads."""
+    both = torch.cat([torch.eye(width), -torch.eye(width)])
+    return builder.make_sae(k=None, W_enc=both.clone(), W_dec=scale * both, b_enc=torch.zeros(2 * width))
+
+
+def measure(context, *subjects, **settings):
+    found = list(replacement.evaluate(context, subjects, replacement.Config(**{"batch_windows": 8, **settings})))
+    return {item.subject.label: item if isinstance(item, Failure) else item.metrics["replacement"] for item in found}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_an_exact_sae_costs_nothing_and_an_empty_one_what_skipping_costs(world, builder, open_context, hook):
+    width, place = WIDTHS.get(hook, builder.D), {"hook": hook, "target_hook": hook}
+    subjects = [builder.subject(exact_sae(builder, width, scale), f"{scale}", **place) for scale in (1.0, 0.0)]
+    context = open_context(world, massive_norms=None)
+    exact, empty = measure(context, *subjects).values()
+    assert exact["explained_variance"] == pytest.approx(1)
+    assert exact["kl_replaced"] == pytest.approx(0, abs=1e-3 * exact["kl_skipped"])
+    assert exact["ce_score"] == pytest.approx(1) and exact["kl_score"] == pytest.approx(1)
+    assert empty["kl_replaced"] == empty["kl_skipped"] == exact["kl_skipped"] > 1e-3
+    assert empty["ce_replaced"] == empty["ce_skipped"] and empty["kl_score"] == 0
+    assert exact["ce_clean"] == empty["ce_clean"] != exact["ce_skipped"]
+    assert exact["tokens"] == int((world.tokens[20:] > 2).sum())
+    assert 0 < exact["l0"] <= width
+
+
+def test_a_transcoder_stands_for_the_mlp(world, builder, open_context):
+    """Its loss is that of transformers' model whose MLP gives what the transcoder gives."""
+    sae = builder.make_sae(k=4)
+    subject = builder.subject(sae, "transcoder", hook="mlp_in", target_hook="mlp_out")
+    (found,) = measure(open_context(world, massive_norms=None), subject).values()
+    model, tokens, read = Gemma2ForCausalLM.from_pretrained(world.model, dtype=torch.bfloat16), world.tokens[20:], []
+    layer = model.model.layers[builder.LAYER]
+    layer.mlp.register_forward_pre_hook(lambda _, args: read.append(args[0].float()))
+
+    def instead(_module, _args, output):
+        kept = (tokens > 2)[..., None]
+        return torch.where(kept, sae.decode(sae.encode(read[-1].flatten(0, 1))).view_as(output).to(output), output)
+
+    layer.post_feedforward_layernorm.register_forward_hook(instead)
+    with torch.inference_mode():
+        logits = model(tokens).logits.float()
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    predicts = (tokens > 2)[:, :-1]
+    assert found["ce_replaced"] == pytest.approx(float(losses[predicts].mean()), rel=2e-3)
+    assert found["kl_skipped"] > 0 and found["ce_replaced"] != found["ce_skipped"]
+
+
+def test_what_has_no_place_says_why_and_the_others_are_measured(world, builder, open_context):
+    fine = builder.subject(exact_sae(builder, builder.D), "fine", hook="mlp_out", target_hook="mlp_out")
+    wide = builder.subject(exact_sae(builder, 8), "wide", hook="mlp_out", target_hook="mlp_out")
+    several = builder.subject(builder.make_sae(d_in=2 * builder.D), "several", layers=(2, 3))
+    high = builder.subject(builder.make_sae(), "high", layers=(9,), hook="mlp_out", target_hook="mlp_out")
+    found = measure(open_context(world), fine, wide, several, high, windows=4)
+    assert found["fine"]["tokens"] > 0
+    for name, said in {"wide": "reads width 8", "several": "no single place", "high": "the model has 5"}.items():
+        assert isinstance(found[name], Failure) and said in str(found[name].error)
