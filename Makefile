@@ -38,7 +38,7 @@ STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set b
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-real smollm2 check format goldens demo harvest studies decide bench bench-store bench-harvest bench-train \
-  bench-quality bench-eval bench-gpu docs measured peers saebench clean
+  bench-small bench-quality bench-eval bench-gpu docs measured peers saebench clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -130,6 +130,9 @@ bench-quality: env peers ## saved SAEs opened by SAELens; explained variance at 
 
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS) --json $(RESULTS)/store.json
+
+bench-small: env ## what stores of int8 and fp8 cost in quality, and gain in bytes and reading
+	$(BIN)/python bench/smaller_stores.py --json $(RESULTS)/smaller_stores.json
 
 bench-eval: env saebench ## the core evaluation against official SAEBench
 	$(BIN)/python bench/evaluate.py --saebench $(SAEBENCH) --json $(RESULTS)/evaluate.json

@@ -1,0 +1,179 @@
+"""What stores of half the bytes cost: SAEs trained from bfloat16, fp8 and int8 of the same activations, all measured on
+the model's own; and how much faster they are read.
+
+The small stores are written from the exact one by the writer that writes a harvest: what it is handed is the same.
+SAEs of one seed draw the same batches in the same order from the same start, so stores are compared seed by seed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import chdir
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from time import process_time
+from typing import get_args
+
+import click
+import numpy as np
+import store as stores
+import torch
+from ratios import Row, compare, conclude, gather_facts, speeds_of, take_turns
+
+from saemill import Store, harvest, train
+from saemill.cache_schema import Request, ShardContent, StoreWriter, from_float32
+from saemill.cache_schema.allocator import keep_large_blocks
+from saemill.cache_schema.commits import read_index
+from saemill.cache_schema.dtypes import SmallDtype
+from saemill.evaluate.context.context import Context
+from saemill.evaluate.context.results import metric_of
+from saemill.evaluate.evals.core.evaluation import Config
+from saemill.evaluate.run.attempts import run_evals
+from saemill.evaluate.run.find_saes import find_subjects
+from saemill.harvest.progress import Watch
+from saemill.train.data.batches import Batches
+from saemill.train.data.plan import Plan
+from saemill.train.data.split_sizes import measure_split
+from saemill.train.run.preflight import layer_stats
+
+KINDS: tuple[SmallDtype, ...] = get_args(SmallDtype)
+EXACT = "bfloat16"
+METRICS = {
+    "explained variance": "saemill_metrics.explained_variance",
+    "CE": "model_performance_preservation.ce_loss_with_sae",
+    "KL": "model_behavior_preservation.kl_div_with_sae",
+    "L0": "sparsity.l0",
+}
+FASTER = 1.6
+
+
+def write_small(exact: Store, folder: Path, kind: SmallDtype) -> None:
+    """The same store, its activations as codes."""
+    manifest = exact.manifest
+    begun = [exact.beginning(shard) for shard in range(manifest.shards)]
+    tokens, documents = (np.concatenate(parts) for parts in zip(*begun, strict=True))
+    small = replace(manifest, stored_as=kind)
+    with StoreWriter.create(folder, small, tokens, documents) as writer:
+        for part in exact.stream(Request(layers=manifest.layers)):
+            rows, shard = slice(part.span.start, part.span.stop), part.span.shard
+            moments = {layer: exact.shard_moments(layer, shard) for layer in manifest.layers}
+            with writer.claim(shard):
+                writer.write(shard, ShardContent(tokens[rows], documents[rows], part.resid, moments))
+
+
+def measure(context: Context, run: Path) -> list[dict[str, float | None]]:
+    """Of each seed, on the activations of the context's store, whichever the run was trained from."""
+    subjects = find_subjects([str(run)], run.parent)
+    rows = run_evals(context, subjects, {"core": Config(ablations=("zero",))})
+    assert all(row.document for row in rows), [row.reason for row in rows]
+    return [{name: metric_of(row.document or {}, path) for name, path in METRICS.items()} for row in rows]
+
+
+def bytes_per_token(store: Store) -> float:
+    """Of activations, and of the scales that go with them."""
+    sizes = read_index(store.files, store.manifest).bytes
+    of_acts = sum(size for path, size in sizes.items() if path.startswith(("resid/", "scales/")))
+    return of_acts / (store.manifest.shards * store.manifest.shard_windows * store.manifest.context)
+
+
+def bench_quality(folder: Path, tokens: str, seeds: int, words: Sequence[str]) -> list[Row]:
+    settings = dict(word.split("=", 1) for word in words)
+    exact = harvest(model="pocket", layer=19, attention_layers="none", tokens=tokens, out=folder / EXACT, device="cpu")
+    runs = {}
+    for kind in (EXACT, *KINDS):
+        if kind != EXACT:
+            write_small(exact, folder / kind, kind)
+        grid = {"seed": list(range(seeds))}
+        with chdir(folder):  # runs go to ./runs
+            trained = train(cache=folder / kind, variant="topk", grid=grid, device="cpu", plots=False, **settings)
+            runs[kind] = trained.path.resolve()
+    context = Context(exact, watch=Watch(is_quiet=True))
+    found = {kind: measure(context, run) for kind, run in runs.items()}
+    rows = []
+    for kind, saes in found.items():
+        with Store(folder / kind) as store:
+            size = f"{bytes_per_token(store):,.1f} bytes a token"
+        said = [f"{name} {_spread([sae[name] for sae in saes])}" for name in METRICS]
+        against = []
+        for name in METRICS if kind != EXACT else ():
+            differences = [a[name] - b[name] for a, b in zip(saes, found[EXACT], strict=True)]
+            against.append(f"{name} {_spread(differences, '+')}")
+        rounds = {name: tuple(sae[name] for sae in saes) for name in METRICS}
+        rows.append(Row(kind, "; ".join([size, *said]), "; ".join(against), rounds=rounds))
+    return rows
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    return f"{mean(values):{sign}.4f} ({min(values):{sign}.4f} to {max(values):{sign}.4f})"
+
+
+def bench_reading(folder: Path, shards: int, rounds: int) -> list[Row]:
+    """Made activations of Gemma-2-2B's width, from the page cache: as they lie, and as batches of float32. Seconds
+    are the processor's: what else the machine does is not in them."""
+    keep_large_blocks()
+    shard_WTD = from_float32(stores.make_residuals(np.random.default_rng(0)), EXACT)
+    norm = float(np.linalg.norm((shard_WTD[0, 0].astype(np.uint32) << 16).view(np.float32)))
+    opened = {}
+    for kind in (EXACT, *KINDS):
+        manifest = stores.make_manifest(shards, stored_as=None if kind == EXACT else kind)
+        stores.write_store(folder / f"read_{kind}", manifest, shard_WTD, norm)
+        opened[kind] = Store(folder / f"read_{kind}")
+    jobs = {kind: lambda store=store: seconds_of_stream(store) for kind, store in opened.items()}
+    jobs |= {f"batches {kind}": lambda store=store: seconds_of_batches(store) for kind, store in opened.items()}
+    take_turns(1, jobs)  # to warm
+    speeds = speeds_of(1e-6, take_turns(rounds, jobs))
+    rows = []
+    for kind in reversed(KINDS):
+        target = FASTER if kind == "int8" else None
+        rows.append(compare(f"read {kind}", speeds[kind], speeds[EXACT], "M tokens/s", target, EXACT))
+    for kind in reversed(KINDS):
+        ours, theirs = (speeds[f"batches {name}"] for name in (kind, EXACT))
+        rows.append(compare(f"batches of {kind} on the processor", ours, theirs, "M tokens/s", None, EXACT))
+    return rows
+
+
+def seconds_of_stream(store: Store) -> float:
+    """Of the processor, a token of three passes."""
+    start = process_time()
+    stream = store.stream(stores.RESID, store.spans(stores.RESID) * 3)
+    tokens = sum(part.span.windows for part in stream) * stores.CONTEXT
+    return (process_time() - start) / tokens
+
+
+def seconds_of_batches(store: Store) -> float:
+    """Of the processor, a token of one pass of batches, reading and making float32 of them."""
+    plan = Plan(measure_split(store, "train"), batch_tokens=4096, pool_tokens=2**17, seed=0)
+    stats = {stores.LAYER: layer_stats(store, stores.LAYER, None)}
+    batches = Batches(store, plan, stores.LAYER, stats, torch.device("cpu"))
+    start = process_time()
+    tokens = sum(len(x) for x in batches)
+    return (process_time() - start) / tokens
+
+
+@click.command()
+@click.option("--tokens", default="300k", show_default=True, help="Of the pocket model.")
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--set", "words", multiple=True, help="Of sae-train.", default=("width=1024", "k=32", "epochs=3"))
+@click.option("--shards", default=3, show_default=True, help="To be read, 151 MB of bfloat16 each.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--only", type=click.Choice(["quality", "reading"]))
+@click.option("--json", "json_file", type=click.Path(path_type=Path))
+def main(
+    tokens: str, seeds: int, words: tuple[str, ...], shards: int, rounds: int, only: str | None, json_file: Path | None
+) -> None:
+    folder, rows = Path(tempfile.mkdtemp(prefix="smaller-stores-")), []
+    try:
+        if only != "reading":
+            rows += bench_quality(folder, tokens, seeds, words)
+        if only != "quality":
+            rows += bench_reading(folder, shards, rounds)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    raise SystemExit(conclude("Smaller stores", rows, json_file, gather_facts()))
+
+
+if __name__ == "__main__":
+    main()
