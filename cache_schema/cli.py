@@ -26,6 +26,7 @@ from .sites import HOOKS, RESID, Site
 from .sources import NumpySource, SaelensSource, Source
 from .strict import nearest, to_json
 from .verify import Damage, digest, drop_broken_derived, repair, verify_shards
+from .vllm import VllmSource
 
 NOT_HARVESTED = ("import",)  # corpora that no model can bring back
 REHARVESTERS = "saemill.reharvest"  # entry points: functions (url, shards) that can write shards again
@@ -137,6 +138,7 @@ def repair_command(url: str, remove_only: bool) -> None:
 Examples:
   sae-store import ./store --resid acts.npy --tokens tokens.npy --layer 4 --model NAME
   sae-store import ./store --saelens ./cached_activations --model NAME
+  sae-store import ./store --vllm ./hidden_states --layer 11 --layer 19 --context 128 --model NAME
 """,
 )
 @click.argument("url")
@@ -146,7 +148,15 @@ Examples:
 )
 @click.option("--tokens", "tokens_file", type=click.Path(path_type=Path), help="A .npy file [W, T].")
 @click.option("--saelens", "saelens_folder", type=click.Path(path_type=Path), help="Cached activations of SAELens.")
-@click.option("--layer", "layers", type=int, multiple=True, help="The layer of each --resid file, in their order.")
+@click.option("--vllm", "vllm_folder", type=click.Path(path_type=Path), help="Hidden states of vLLM.")
+@click.option("--context", type=click.IntRange(1), help="Cut vLLM's requests into windows of so many tokens.")
+@click.option(
+    "--layer",
+    "layers",
+    type=int,
+    multiple=True,
+    help="The layer of each --resid file, or of each that vLLM was asked for (its id L + 1 is after layer L).",
+)
 @click.option("--model", required=True, help="The model that made them, for the record.")
 @click.option("--special-token", "special", type=int, multiple=True, help="A token id that never trains, such as BOS.")
 @click.option("--bos-token", type=int)
@@ -167,6 +177,8 @@ def import_command(
     act_files: tuple[str, ...],
     tokens_file: Path | None,
     saelens_folder: Path | None,
+    vllm_folder: Path | None,
+    context: int | None,
     layers: tuple[int, ...],
     model: str,
     special: tuple[int, ...],
@@ -182,7 +194,12 @@ def import_command(
     kept = {"codec": codec, "stored_as": stored_as, "keep_massive": keep_massive}
     settings = ImportSettings(model, special, bos_token, validation, test, **kept)  # pyright: ignore[reportArgumentType]
     with _report():
-        source = _open_source(resid_files, act_files, tokens_file, saelens_folder, layers)
+        if vllm_folder is None:
+            source = _open_source(resid_files, act_files, tokens_file, saelens_folder, layers)
+        elif resid_files or act_files or tokens_file or saelens_folder:
+            raise click.UsageError("--vllm goes with --layer and --context: its files hold all else")
+        else:
+            source = VllmSource(vllm_folder, layers, context)
         with _progress("importing", "shards") as advance:
             manifest = import_store(url, source, settings, lambda _, total: advance(total))
     held = ", ".join(map(str, manifest.sites))
@@ -198,7 +215,7 @@ def _open_source(
     layers: tuple[int, ...],
 ) -> Source:
     if (saelens_folder is None) == (not (resid_files or act_files)):
-        raise click.UsageError("give either --resid with --layer and --acts, or --saelens")
+        raise click.UsageError("give either --resid with --layer and --acts, or --saelens, or --vllm")
     if saelens_folder is not None:
         if len(layers) > 1:
             raise click.UsageError("a SAELens folder holds one layer: give --layer once or not at all")

@@ -55,7 +55,7 @@ class NumpySource:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         if self._tokens is None:
             return np.zeros((stop - start, self.context), np.uint32)
-        return _as_tokens(self._tokens[start:stop])
+        return as_tokens(self._tokens[start:stop])
 
 
 class SaelensSource:
@@ -88,7 +88,7 @@ class SaelensSource:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         if not self.has_tokens:
             return np.zeros((stop - start, self.context), np.uint32)
-        return _as_tokens(np.asarray(self._rows[start:stop]["token_ids"]))
+        return as_tokens(np.asarray(self._rows[start:stop]["token_ids"]))
 
 
 def _load(path: Path, ndim: int) -> np.ndarray:
@@ -112,7 +112,7 @@ def _stored_dtype(name: str) -> str:
     return _DTYPES[name]
 
 
-def _as_tokens(tokens: np.ndarray) -> np.ndarray:
+def as_tokens(tokens: np.ndarray) -> np.ndarray:
     if tokens.dtype.kind not in "iu" or (tokens.size and (tokens.min() < 0 or tokens.max() >= 2**32)):
         raise ImportInvalid(f"expected token ids from 0 to 2^32 - 1, found {tokens.dtype} from {tokens.min()}")
     return np.ascontiguousarray(tokens, np.uint32)

@@ -24,7 +24,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
     "cache_schema": (
         "allocator dtypes errors sites splits strict",
         "csr files manifest sources",
-        "identity layout request",
+        "identity layout request vllm",
         "buffers claims codecs commits moments",
         "chunks counts digest root summary",
         "content reader",

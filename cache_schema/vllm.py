@@ -1,0 +1,109 @@
+"""Hidden states that vLLM wrote (`extract_hidden_states`): a safetensors file a request, of `hidden_states`
+[tokens, layers, width] and `token_ids` [tokens].
+
+Files say neither which layers they are of nor in what order they were asked for: layers are given, files are taken by
+their names. Requests differ in length and windows do not, so each is cut into windows, and its rest left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ImportInvalid
+from .sites import RESID, Site
+from .sources import as_tokens
+
+_HEADER_BYTES = 2**20
+_TYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I32": "<i4", "I64": "<i8"}
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    hidden: np.ndarray  # [tokens, layers, width], mapped from its file
+    tokens: np.ndarray  # [tokens]
+    dtype: str
+
+
+class VllmSource:
+    """A folder of such files."""
+
+    has_tokens = True
+
+    def __init__(self, folder: Path, layers: Sequence[int], context: int | None) -> None:
+        paths = sorted(folder.glob("**/*.safetensors"))
+        if not paths:
+            raise ImportInvalid(
+                f"{folder}: expected hidden states of vLLM, one .safetensors file a request, found none"
+            )
+        found = [_read(path) for path in paths]
+        kinds = {(one.hidden.shape[1:], one.dtype) for one in found}
+        if len(kinds) > 1:
+            raise ImportInvalid(f"{folder}: expected files of the same layers, width and type, found {sorted(kinds)}")
+        (count, self.d_model), self.dtype = kinds.pop()
+        if len(layers) != count or len(set(layers)) != count:
+            raise ImportInvalid(
+                f"{folder}: its files hold {count} layers, found --layer {list(layers)}. Give each once, in the order "
+                "of vLLM's ids: its id L + 1 is the residual stream after layer L"
+            )
+        lengths = [len(one.tokens) for one in found]
+        if context is None and len(set(lengths)) > 1:
+            raise ImportInvalid(
+                f"{folder}: requests of {min(lengths)} to {max(lengths)} tokens. Give --context T: each is cut into "
+                "windows of T tokens, and what does not fill one is left out"
+            )
+        self.context = lengths[0] if context is None else context
+        self._windows = [
+            (one, start) for one in found for start in range(0, len(one.tokens) - self.context + 1, self.context)
+        ]
+        self.windows = len(self._windows)
+        if not self.windows or self.context < 1:
+            raise ImportInvalid(
+                f"{folder}: no request fills a window of {self.context} tokens: give a smaller --context"
+            )
+        self._place = {Site(RESID, layer): at for at, layer in enumerate(layers)}
+        self.sites = tuple(sorted(self._place))
+
+    def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
+        at = self._place[site]
+        windows = self._windows[start:stop]
+        return np.stack([one.hidden[first : first + self.context, at] for one, first in windows])
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        windows = self._windows[start:stop]
+        return as_tokens(np.stack([one.tokens[first : first + self.context] for one, first in windows]))
+
+
+def _read(path: Path) -> _Sequence:
+    """The two tensors of a file, not read yet; the format of safetensors is a length, a JSON header and the bytes."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if 0 < length <= _HEADER_BYTES else None
+        hidden, kind = _tensor(path, header["hidden_states"], 8 + length)
+        tokens, _ = _tensor(path, header["token_ids"], 8 + length)
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ImportInvalid(
+            f"{path}: expected a safetensors file of hidden_states and token_ids as vLLM writes them ({error!r})"
+        ) from None
+    if hidden.ndim != 3 or tokens.shape != hidden.shape[:1] or kind not in _DTYPES or tokens.dtype.kind != "i":
+        raise ImportInvalid(
+            f"{path}: expected hidden_states [tokens, layers, width] of BF16, F16 or F32 and as many token_ids, "
+            f"found {kind} {list(hidden.shape)} and {tokens.dtype} {list(tokens.shape)}"
+        )
+    return _Sequence(hidden, tokens, _DTYPES[kind])
+
+
+def _tensor(path: Path, entry: dict[str, Any], begin: int) -> tuple[np.ndarray, str]:
+    first, last = entry["data_offsets"]
+    dtype, shape = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"])
+    size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if not 0 <= first <= last <= path.stat().st_size - begin or last - first != size or size == 0:
+        raise ValueError(f"{entry} does not fit the file")
+    return np.memmap(path, dtype, "r", begin + first, shape), entry["dtype"]

@@ -1,0 +1,70 @@
+"""Hidden states as vLLM writes them, by safetensors' own writer, to a store; and what is no such folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from saemill.cache_schema import Request, Site, Store
+from saemill.cache_schema.cli import main
+
+
+def write_requests(folder: Path, lengths: list[int], layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> list:
+    """Each in a folder of its own, as some releases of vLLM have it."""
+    generator, written = torch.Generator().manual_seed(0), []
+    for number, length in enumerate(lengths):
+        tensors = {
+            "hidden_states": torch.randn(length, layers, 6, generator=generator).to(dtype),
+            "token_ids": torch.randint(0, 90, (length,), generator=generator),
+        }
+        (folder / f"request-{number}").mkdir(parents=True)
+        save_file(tensors, folder / f"request-{number}" / "hidden_states.safetensors")
+        written.append(tensors)
+    return written
+
+
+def run(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_requests_become_windows(tmp_path: Path, dtype: torch.dtype) -> None:
+    written = write_requests(tmp_path / "states", [9, 4, 13, 3, 8], dtype=dtype)
+    words = ("--layer", 19, "--layer", 3, "--context", 4, "--model", "m", "--validation", 0, "--test", 0)
+    run("import", tmp_path / "store", "--vllm", tmp_path / "states", *words)
+    expected = [one["hidden_states"][at : at + 4] for one in written for at in range(0, len(one["token_ids"]) - 3, 4)]
+    tokens = [one["token_ids"][at : at + 4] for one in written for at in range(0, len(one["token_ids"]) - 3, 4)]
+    with Store.open(tmp_path / "store") as store:
+        assert store.manifest.model.dtype == str(dtype).removeprefix("torch.")
+        (part,) = store.stream(Request(layers=(3, 19), tokens=True))
+        for place, layer in enumerate((19, 3)):
+            values = torch.stack(expected)[:, :, place].float().numpy()
+            assert np.array_equal(part.values(Site("resid", layer)), values)
+        assert np.array_equal(part.tokens, torch.stack(tokens).numpy())
+
+
+def test_what_cannot_become_a_store_is_named(tmp_path: Path) -> None:
+    states, word = tmp_path / "states", ("--layer", 1, "--layer", 2, "--model", "m")
+
+    def said(*words: object) -> str:
+        return " ".join(run("import", tmp_path / "store", "--vllm", states, *words, code=1).split())
+
+    states.mkdir()
+    assert "found none" in said(*word)
+    write_requests(states, [9, 4])
+    assert "requests of 4 to 9 tokens. Give --context T" in said(*word)
+    assert "hold 2 layers, found --layer [1]" in said("--layer", 1, "--model", "m", "--context", 4)
+    assert "no request fills a window of 10 tokens" in said(*word, "--context", 10)
+    file = states / "request-1" / "hidden_states.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], whole[:20], b"", b"\xff" * 40, whole.replace(b"token_ids", b"token_idx")):
+        file.write_bytes(damaged)
+        assert "expected a safetensors file of hidden_states and token_ids" in said(*word, "--context", 4)
+    assert not (tmp_path / "store").exists()
