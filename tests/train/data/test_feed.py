@@ -161,6 +161,18 @@ def test_a_gpu_that_is_behind_draws_what_a_cpu_draws(store):
     cpu.close()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("small", get_args(SmallDtype))
+def test_a_gpu_draws_of_a_small_store_what_a_cpu_draws(write_store, tmp_path, small):
+    written = write_store(tmp_path / "store", stored_as=small, massive=[(3, 40, 5), (3, 41, 6)])
+    with Store.open(written["path"]) as store:
+        gpu, cpu = (make_feed(store, device=device, massive_norms=10.0) for device in (torch.device("cuda"), CPU))
+        for step in range(gpu.plan.steps_in(1)):
+            assert torch.equal(gpu.draw(step).batch(TOKENS).x.cpu(), cpu.draw(step).batch(TOKENS).x)
+        gpu.close()
+        cpu.close()
+
+
 def test_a_fleet_sees_what_each_would_see_alone(store):
     """Both kinds of rows from one read: the same as from a stream of its own."""
     both = make_feed(store, needs=(TOKENS, WINDOWS))
