@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -22,7 +23,7 @@ from torch import Tensor
 from saemill.cache_schema.strict import to_json
 from saemill.train.data.batch import Batch, Needs
 from saemill.train.data.scaling import Stats
-from saemill.train.disk.sae_folder import CONFIG, PLAIN, save_sae
+from saemill.train.disk.sae_folder import CONFIG, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type, names
 
@@ -34,7 +35,8 @@ def make_trainee(variant: str, stats: Stats) -> Trainee:
     cls = config_type(variant)
     wanted = {"width": WIDTH, "k": 8, "target_l0": 8.0}
     config = cls(**{name: value for name, value in wanted.items() if getattr(cls(), name, None) is not None})
-    return Trainee(variant, config.build(D, stats), total_steps=20)
+    targets = [] if config.request().targets is None else [stats]
+    return Trainee(variant, config.build(D, stats, *targets), total_steps=20)
 
 
 def train_and_save(variant: str, folder: Path, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,13 +44,16 @@ def train_and_save(variant: str, folder: Path, rng: torch.Generator) -> tuple[Te
     stats = Stats(torch.full((D,), SCALE), torch.randn(D, generator=rng), float(D))
     trainee = make_trainee(variant, stats)
     for _ in range(20):
-        trainee.step(Batch(torch.randn(512, D, generator=rng) + stats.mean))
+        x = torch.randn(512, D, generator=rng) + stats.mean
+        trainee.step(Batch(x, None if config_type(variant)().request().targets is None else x.roll(1, 0)))
     metadata = {"model_name": "none", "hook_name": "blocks.19.hook_resid_post", "context_size": 128, "layers": [19]}
+    if config_type(variant)().request().targets is not None:
+        metadata |= {"target_layers": [20], "hook_name_out": "blocks.20.hook_resid_post"}
     save_sae(folder, trainee.sae, stats, metadata, to_json({"width": WIDTH}), variant)
     scaled = torch.randn(256, D, generator=rng) + stats.mean
     with torch.no_grad():
         acts = trainee.sae.encode(scaled)
-        return scaled / SCALE, acts, trainee.sae.decode(acts) / SCALE
+        return scaled / SCALE, acts, trainee.sae(scaled) / SCALE
 
 
 def disagreement(variant: str, sae_lens: Worker) -> tuple[float, float] | None:
@@ -56,7 +61,7 @@ def disagreement(variant: str, sae_lens: Worker) -> tuple[float, float] | None:
     with tempfile.TemporaryDirectory() as name:
         work, rng = Path(name), torch.Generator().manual_seed(0)
         x, acts, x_hat = train_and_save(variant, work / "sae", rng)
-        if json.loads((work / "sae" / CONFIG).read_text())["architecture"] not in PLAIN:
+        if json.loads((work / "sae" / CONFIG).read_text())["architecture"].startswith("saemill_"):
             return None
         np.save(work / "x.npy", x.numpy())
         sae_lens.ask(sae=str(work / "sae"), work=name)
@@ -76,7 +81,8 @@ def main(peers_python: str, tolerance: float) -> None:
     sae_lens = Worker("SAELens", [peers_python, "-W", "ignore", HERE / "peers" / "sae_lens_load.py"])
     for variant in names():
         needs = config_type(variant)().request()
-        if needs != Needs(inputs=needs.inputs) or len(needs.inputs) > 1:  # it reads more than rows of one layer
+        rows = replace(needs, targets=None, to_hook=None)
+        if rows != Needs(needs.inputs) or len(needs.inputs) > 1:  # it reads more than rows of one layer
             continue
         found = disagreement(variant, sae_lens)
         if found is None:

@@ -11,7 +11,7 @@ import torch
 from . import complete
 from .command import tell_errors
 from .disk.formats import WRITERS, kind_of, read
-from .disk.plain_form import PlainSae, sae_from_plain
+from .disk.plain_form import PlainSae, sae_from_plain, unsigned
 from .disk.sae_folder import is_of_one_place
 from .errors import RunTaken, SaeInvalid
 from .run.find_sae import find_sae
@@ -72,6 +72,7 @@ def export(folder: Path, kind: str, target: Path) -> float:
         raise RunTaken(f"{target} exists already and is not an empty folder: choose another --out")
     plain, metadata = read(folder)
     _require_one_place(metadata, kind)
+    plain = plain if kind == "sae_lens" else unsigned(plain)
     WRITERS[kind](target, plain, metadata)
     return largest_difference(plain, read(target)[0])
 

@@ -18,7 +18,7 @@ def compute(request: dict[str, str]) -> None:
     x = torch.from_numpy(np.load(work / "x.npy"))
     with torch.no_grad():
         acts = sae.encode(x)
-        x_hat = sae.decode(acts)
+        x_hat = sae(x)
     np.save(work / "acts.npy", acts.numpy())
     np.save(work / "x_hat.npy", x_hat.numpy())
 

@@ -111,13 +111,13 @@ class LoadedSae:
 
     @torch.inference_mode()
     def decode(self, acts_WTF: Tensor) -> Tensor:
-        """x_hat [W, T, D_out]."""
+        """x_hat [W, T, D_out], without what goes past the activations."""
         return self.sae.decode(acts_WTF)
 
     def reconstruct(self, batch: Windows) -> tuple[Tensor, Tensor]:
         """Activations and x_hat."""
         acts_WTF = self.encode(batch)
-        return acts_WTF, self.decode(acts_WTF)
+        return acts_WTF, self.sae.skip(batch.x(self.layers), self.decode(acts_WTF))
 
 
 def layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:

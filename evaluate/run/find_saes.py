@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...train.disk.plain_form import without_signs
 from ...train.errors import RunMissing, TrainError
 from ...train.recipes import runs_of, studies
 from ...train.run.find_sae import find_sae, is_of_hub, list_saes, read_folder
@@ -73,7 +74,7 @@ def find_places(target: str, runs: Path) -> list[tuple[Path, RunFolder | None]]:
 
 def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> LoadedSae:
     """Load the SAE of a folder. With a home elsewhere, of results, it has the name of that."""
-    sae = read_folder(folder).eval().requires_grad_(False)
+    sae = without_signs(read_folder(folder)).eval().requires_grad_(False)
     config = _read_config(folder)
     metadata = {**sae.metadata, **config.get("metadata", {})}
     layers = _layers_of(metadata, config, folder, layer)

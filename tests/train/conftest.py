@@ -29,9 +29,11 @@ from saemill.train.engine.step import Report, Trainee
 from saemill.train.kit.registry import config_type
 from saemill.train.kit.wrapping import BASE_SETTINGS
 from saemill.train.parallel.ranks import Alone
+from saemill.train.sae.gates import AbsTopK
 from saemill.train.sae.side import Side
 
 D, ROWS, STEPS = 32, 512, 40
+FOUND = 0.9  # of a planted dictionary
 SPAN = 32  # trainable tokens of a window
 SMALL: dict[str, Any] = {"width": 96, "k": 6, "target_l0": 6.0, "layers": (1, 2), "dead_after_tokens": 2000}
 SMALL |= {"context": 36}
@@ -138,20 +140,27 @@ def train(
 
 
 def recovered(config: Any, rows: Tensor, directions: Tensor, steps: int = 600) -> float:
-    """Share of the planted directions that training finds a decoder row for."""
+    """Share of the planted directions that training finds a decoder row for; looked for until they are found."""
     trainee = Trainee("one", config.build(D), steps)
     generator = torch.Generator().manual_seed(0)
     side = side_of(config.request(), ROWS, generator)
-    for _ in range(steps):
+    share = 0.0
+    for step in range(steps):
         trainee.step(Batch(rows[torch.randint(rows.shape[0], (ROWS,), generator=generator)], side=side))
-    similarity = (directions @ trainee.sae.W_dec.detach().t()).amax(1)
-    return float((similarity > 0.9).double().mean())
+        if step % 50 == 49:
+            similarity = directions @ trainee.sae.W_dec.detach().t()
+            if isinstance(trainee.sae.gate, AbsTopK):  # a latent may be a direction's opposite
+                similarity = similarity.abs()
+            share = float((similarity.amax(1) > 0.9).double().mean())
+            if share >= FOUND:
+                break
+    return share
 
 
 class Battery:
     """What the tests over all variants share."""
 
-    D, ROWS, STEPS = D, ROWS, STEPS
+    D, ROWS, STEPS, FOUND = D, ROWS, STEPS, FOUND
     config_of = staticmethod(config_of)
     quick = staticmethod(quick)
     batches = staticmethod(batches)

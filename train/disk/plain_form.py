@@ -1,30 +1,31 @@
-"""An SAE as others read it: raw units, decoder rows of length one, one of four plain architectures.
+"""An SAE as others read it: raw units, decoder rows of length one, one of five plain architectures.
 
 D width, F latents, s the activation scale, n the lengths of decoder rows. Trained on s x:
-1. W_enc *= s, W_dec /= s, b_dec /= s: the same SAE on x.
+1. W_enc *= s, W_dec /= s, b_dec /= s: the same SAE on x. A skip *= s and /= the target's.
 2. codes in multiples of n: W_enc, b_enc, thresholds and magnitudes *= n, W_dec /= n.
 A batch top-k becomes a jump threshold, the same for all latents. `begin_as` goes the other way.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.scaling import Stats
+from ..data.scaling import Stats, unit_stats
 from ..errors import SaeInvalid
-from ..sae.gates import BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
+from ..sae.gates import AbsTopK, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
 from ..sae.model import SparseAutoencoder
 
 
 @dataclass(frozen=True, eq=False)
 class PlainSae:
-    """Weights in the layout of the SAELens format: W_enc [D_in, F], everything else as named."""
+    """Weights in the layout of the SAELens format: W_enc [D_in, F], W_skip [D_out, D_in] where there is one, everything
+    else as named."""
 
-    architecture: str  # standard, topk, jumprelu or gated
+    architecture: str  # standard, topk, abstopk, jumprelu or gated
     tensors: dict[str, Tensor]
     k: int | None
     centres_input: bool
@@ -41,9 +42,11 @@ def plain_sae(sae: SparseAutoencoder, stats: Stats, target_stats: Stats) -> Plai
         "W_dec": W_dec / lengths[:, None],
         "b_dec": sae.b_dec / target_scale,
     }
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip * scale / target_scale[:, None]
     architecture, extra = _gate_form(sae, lengths)
     tensors = {name: tensor.float().cpu().contiguous() for name, tensor in (tensors | extra).items()}
-    k = sae.gate.k if isinstance(sae.gate, TopK) else None
+    k = sae.gate.k if isinstance(sae.gate, TopK | AbsTopK) else None
     return PlainSae(architecture, tensors, k, sae.centres_input)
 
 
@@ -57,6 +60,8 @@ def sae_from_plain(plain: PlainSae) -> SparseAutoencoder:
             gate = Relu()
         case "topk" if plain.k is not None:
             gate = TopK(plain.k)
+        case "abstopk" if plain.k is not None:
+            gate = AbsTopK(plain.k)
         case "jumprelu":
             gate = JumpRelu(tensors["threshold"].numel(), 0.0, 1.0)
             gate.raw_threshold.data.copy_(tensors["threshold"])
@@ -65,7 +70,7 @@ def sae_from_plain(plain: PlainSae) -> SparseAutoencoder:
             gate.r_mag.data.copy_(tensors["r_mag"])
             gate.b_mag.data.copy_(tensors["b_mag"])
         case other:
-            raise SaeInvalid(f"expected architecture standard, topk, jumprelu or gated, found {other!r}")
+            raise SaeInvalid(f"expected architecture standard, topk, abstopk, jumprelu or gated, found {other!r}")
     bias = tensors["b_gate" if plain.architecture == "gated" else "b_enc"]
     return SparseAutoencoder(
         tensors["W_enc"].t().contiguous(),
@@ -74,6 +79,7 @@ def sae_from_plain(plain: PlainSae) -> SparseAutoencoder:
         b_dec=tensors["b_dec"],
         b_enc=bias,
         centres_input=plain.centres_input,
+        W_skip=tensors.get("W_skip"),
     )
 
 
@@ -90,8 +96,33 @@ def require_shapes(plain: PlainSae) -> None:
         raise SaeInvalid(f"expected one value a latent or output in {', '.join(wrong)}, found {shapes}")
     if plain.centres_input and W_enc.shape[0] != outputs:
         raise SaeInvalid(f"expected as many outputs as inputs where b_dec is taken off the input, found {shapes}")
-    if plain.architecture == "topk" and (type(plain.k) is not int or not 1 <= plain.k <= latents):
+    if "W_skip" in shapes and shapes["W_skip"] != (outputs, W_enc.shape[0]):
+        raise SaeInvalid(f"expected W_skip [outputs, inputs], found {shapes}")
+    if plain.architecture in ("topk", "abstopk") and (type(plain.k) is not int or not 1 <= plain.k <= latents):
         raise SaeInvalid(f"expected k from 1 to {latents}, found {plain.k!r}")
+
+
+def unsigned(plain: PlainSae) -> PlainSae:
+    """The same with no negative codes: of a signed SAE, a top-k one that has each latent again with the other sign.
+
+    Of a latent and its opposite one is positive at most, so the k largest of them all are the k furthest from zero.
+    """
+    if plain.architecture != "abstopk":
+        return plain
+    one = plain.tensors
+    tensors = {"W_enc": torch.cat([one["W_enc"], -one["W_enc"]], dim=1)}
+    tensors |= {name: torch.cat([one[name], -one[name]]) for name in ("b_enc", "W_dec")}
+    return replace(plain, architecture="topk", tensors=one | tensors)
+
+
+def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """The same of an SAE in raw units."""
+    if not isinstance(sae.gate, AbsTopK):
+        return sae
+    plain = plain_sae(sae, unit_stats(sae.d_in), unit_stats(sae.d_out))
+    found = sae_from_plain(unsigned(plain))
+    found.metadata = sae.metadata
+    return found
 
 
 @torch.no_grad()
@@ -111,6 +142,8 @@ def begin_as(sae: SparseAutoencoder, source: SparseAutoencoder, stats: Stats, ta
         "W_dec": W_dec / lengths[:, None],
         "b_dec": source.b_dec * target_scale,
     }
+    if source.W_skip is not None:
+        values["W_skip"] = source.W_skip * target_scale[:, None] / scale
     for name, value in values.items():
         sae.get_parameter(name).copy_(value)
     _begin_gate(sae.gate, source.gate, lengths, bias - source.b_enc)
@@ -123,6 +156,9 @@ def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder) -> None:
             f"expected an SAE of {wanted[0]} latents from width {wanted[1]} to {wanted[2]}, found {found[0]} from "
             f"{found[1]} to {found[2]}" + (f": set --width {found[0]}" if found[1:] == wanted[1:] else "")
         )
+    if (sae.W_skip is None) != (source.W_skip is None):
+        has, found = ("has", "none") if source.W_skip is None else ("lacks", "one")
+        raise SaeInvalid(f"the variant {has} a skip and the source has {found}: skip_transcoder alone has one")
     if not (sae.is_plain and source.is_plain):
         raise SaeInvalid("expected two SAEs whose weights and gate are all there is to them")
 
@@ -130,7 +166,7 @@ def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder) -> None:
 def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor) -> None:
     """Thresholds and magnitudes; a jump threshold that is one for all latents begins a batch top-k."""
     match gate, source:
-        case TopK(), TopK():
+        case (TopK(), TopK()) | (AbsTopK(), AbsTopK()):
             if gate.k != source.k:
                 raise SaeInvalid(f"expected an SAE with {gate.k} active latents, found {source.k}: set --k {source.k}")
         case Relu(), Relu():
@@ -154,7 +190,7 @@ def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor) -> N
 def _code_lengths(W_dec: Tensor, gate: Gate) -> Tensor:
     """What codes are multiplied with so that decoder rows get length one: [F]."""
     lengths = torch.linalg.vector_norm(W_dec, dim=1)
-    if not isinstance(gate, TopK):
+    if not isinstance(gate, TopK | AbsTopK):
         return lengths.clamp_min(1e-30)
     # One factor for all: the k largest of a row must stay the k largest.
     if float(lengths.amax()) > 1.001 * float(lengths.amin()):
@@ -173,6 +209,8 @@ def _gate_form(sae: SparseAutoencoder, lengths: Tensor) -> tuple[str, dict[str, 
             return "jumprelu", {"b_enc": bias, "threshold": gate.threshold * lengths}
         case TopK():
             return "topk", {"b_enc": bias}
+        case AbsTopK():
+            return "abstopk", {"b_enc": bias}
         case Relu():
             return "standard", {"b_enc": bias}
         case other:

@@ -1,8 +1,8 @@
 """SAEs on disk: a folder with cfg.json and sae_weights.safetensors.
 
 `save_sae` writes the layout that SAELens opens as it stands (6.54), for every SAE that its
-architectures can express; one with several input layers, with another target, or with an inference of
-its own has the same files with an architecture of our own name. `read_sae` reads all of them, and
+architectures can express; one with several input layers, with another target that they have no form for, or with an
+inference of its own has the same files with an architecture of our own name. `read_sae` reads all of them, and
 SAELens folders from elsewhere. What trained along (`extras`) lies beside, in extras.safetensors.
 Files are written beside their place and renamed; cfg.json comes last, so a folder that has one is whole.
 """
@@ -30,10 +30,17 @@ from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
 SAELENS_VERSION = "6.54.12"
-PLAIN = ("standard", "topk", "jumprelu", "gated")
+PLAIN = ("standard", "topk", "abstopk", "jumprelu", "gated")
+TRANSCODERS = {  # by the gate they have there; none takes the decoder's bias off its input
+    "transcoder": "standard",
+    "skip_transcoder": "standard",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
 TENSORS = {
     "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
     "topk": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "abstopk": ("W_enc", "b_enc", "W_dec", "b_dec"),
     "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
     "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
 }
@@ -80,7 +87,8 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
     """The same for a folder whose weights are all there is to it."""
     folder = Path(folder)
     config = read_config(folder)
-    architecture = config.get("gate", config.get("architecture"))
+    named = config.get("architecture")
+    architecture = config.get("gate", TRANSCODERS.get(str(named), named))
     if architecture not in PLAIN:
         raise SaeInvalid(f"{folder}: expected an architecture of {', '.join(PLAIN)}, found {architecture!r}")
     if config.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
@@ -89,7 +97,8 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
             "weights; save the SAE with normalize_activations 'none'"
         )
     tensors = _read_tensors(folder, TENSORS[architecture])
-    plain = PlainSae(architecture, tensors, config.get("k"), config.get("apply_b_dec_to_input", True))
+    centres_input = str(named) not in TRANSCODERS and config.get("apply_b_dec_to_input", True)
+    plain = PlainSae(architecture, tensors, config.get("k"), centres_input)
     require_shapes(plain)
     if config.get("rescale_acts_by_decoder_norm", False):
         plain = _fold_norms(plain)
@@ -104,6 +113,17 @@ def is_of_one_place(metadata: Mapping[str, Any]) -> bool:
     targets = metadata.get("target_layers") or layers
     is_one = len(layers) == 1 and targets == layers and metadata.get("hook") == metadata.get("target_hook")
     return is_one and not metadata.get("transcodes", False)
+
+
+def architecture_of(plain: PlainSae, metadata: Mapping[str, Any]) -> str | None:
+    """What SAELens calls it; None where it has no form for it."""
+    if is_of_one_place(metadata):
+        return plain.architecture if "W_skip" not in plain.tensors else None
+    is_from_one_to_one = [len(metadata.get(name) or ()) for name in ("layers", "target_layers")] == [1, 1]
+    if plain.centres_input or not is_from_one_to_one:
+        return None
+    kind = "skip_transcoder" if "W_skip" in plain.tensors else "transcoder"
+    return {"standard": kind, "jumprelu": f"jumprelu_{kind}"}.get(plain.architecture)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -141,15 +161,18 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
 def _plain_form(plain: PlainSae, variant: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What of cfg.json says how the tensors are computed with."""
     d_in, width = plain.tensors["W_enc"].shape
-    expressible = is_of_one_place(metadata)
+    architecture = architecture_of(plain, metadata)
     form: dict[str, Any] = {
-        "architecture": plain.architecture if expressible else f"saemill_{variant}",
+        "architecture": architecture or f"saemill_{variant}",
         "d_in": d_in,
         "d_sae": width,
         "apply_b_dec_to_input": plain.centres_input,
     }
-    if not expressible:
+    if architecture != plain.architecture:
         form |= {"gate": plain.architecture, "d_out": plain.tensors["W_dec"].shape[1]}
+    if architecture in TRANSCODERS:
+        name = metadata.get("hook_name_out", "")
+        form |= {"hook_name_out": name, "hook_layer_out": metadata["target_layers"][0], "hook_head_index_out": None}
     if plain.k is not None:
         form |= {"k": plain.k, "rescale_acts_by_decoder_norm": False}
     return form
@@ -202,7 +225,8 @@ def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     missing = [name for name in names if name not in tensors]
     if missing:
         raise SaeInvalid(f"{path}: expected tensors {', '.join(names)}, lacks {', '.join(missing)}")
-    return {name: tensors[name].to(torch.float32) for name in names}
+    wanted = (*names, "W_skip") if "W_skip" in tensors else names
+    return {name: tensors[name].to(torch.float32) for name in wanted}
 
 
 def _fold_norms(plain: PlainSae) -> PlainSae:

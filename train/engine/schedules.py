@@ -26,6 +26,17 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Every:
+    """A value in the first of each `steps` steps, 0 in the others."""
+
+    steps: int
+    value: float
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return self.value if step % self.steps == 0 else 0.0
+
+
+@dataclass(frozen=True)
 class Ramp:
     """From `start` to `end` between two fractions of the run, flat before and after; `power` bends it."""
 

@@ -5,7 +5,8 @@ times its variance with 16 latents for each dimension and a ReLU. Before the fir
 1. Thresholds, where a gate has them, come to where as many latents fire as were asked for.
 2. All pre-activations are lowered by one amount, so that fewer latents fire and each says less, until the least
    squares scale of the reconstruction is 1.
-3. What lowering alone would lose (the asked number of active latents) is left to the scale of the encoder.
+3. What lowering alone would lose (the asked number of active latents, the sense of signed ones) is left to the scale
+   of the encoder.
 Where what it rebuilds has next to nothing of the target at any scale (a transcoder to another hook), it stays as drawn.
 Rows keep their length wherever 2 suffices, so that Adam turns them no faster than before: a smaller encoder
 rebuilds its first batch better still, and ends worse at equal sparsity with more dead latents (`docs/quality.md`).
@@ -52,7 +53,7 @@ def fit_start(assembly: Assembly, batch: Batch, total_steps: int, ranks: BatchRa
         sae.lower(-amount)
         return found
 
-    amount = _search(excess, 1.0, most)
+    amount = _search(excess, 1.0, most) if sae.gate.can_lower else 0.0
     sae.lower(amount)
     left = max(_excess(sae, batch.x, target, side) for side in sides)
     if left > 1.0 + 2.0 * CLOSE and math.isfinite(left):
@@ -85,7 +86,7 @@ def _explained(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) ->
 
 def _products(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> list[float]:
     """|y|^2, <target, y> and |target|^2 of all ranks."""
-    y, wanted = sae.reconstruct(sae.codes(x, side), side) - sae.b_dec, target - sae.b_dec
+    y, wanted = sae.skip(x, sae.reconstruct(sae.codes(x, side), side)) - sae.b_dec, target - sae.b_dec
     pairs = ((y, y), (wanted, y), (wanted, wanted))
     own = torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).double()
     found: list[float] = side.ranks.sum(own).tolist()

@@ -65,10 +65,10 @@ class WithAux:
     aux_k: int | None = None
     """Dead latents that each token may use; None: half of the residual width."""
 
-    def aux(self, d_model: int, rectified: bool = True) -> Term:
+    def aux(self, d_model: int, rectified: bool = True, signed: bool = False) -> Term:
         k = d_model // 2 if self.aux_k is None else self.aux_k
         require(self.aux_k is None or k >= 1, f"aux_k: expected 1 or more (aux_weight=0 turns the loss off), found {k}")
-        return Term("aux", AuxK(k, rectified), Constant(self.aux_weight))
+        return Term("aux", AuxK(k, rectified, signed), Constant(self.aux_weight))
 
 
 @dataclass(frozen=True)

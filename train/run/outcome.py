@@ -205,9 +205,8 @@ def _hooks_of(needs: Needs) -> dict[str, str]:
     """Where the SAE reads, and where it writes if that is elsewhere in the block."""
     to_hook = needs.to_hook or needs.hook
     found = {"hook_name": f"blocks.{needs.inputs[-1]}.{SAE_LENS_NAMES[needs.hook]}"}
-    if to_hook != needs.hook:
-        layer = needs.inputs[-1] if needs.targets is None else needs.targets[-1]
-        found["hook_name_out"] = f"blocks.{layer}.{SAE_LENS_NAMES[to_hook]}"
+    if needs.targets is not None:
+        found["hook_name_out"] = f"blocks.{needs.targets[-1]}.{SAE_LENS_NAMES[to_hook]}"
     if {needs.hook, to_hook} != {RESID}:
         found |= {"hook": needs.hook, "target_hook": to_hook}
     return found

@@ -31,7 +31,7 @@ class Tally:
     def add(self, target: Tensor, x_hat: Tensor, acts: Tensor) -> None:
         exact = target.double()
         self.tokens += len(target)
-        self.active += float((acts > 0).sum())
+        self.active += float((acts != 0).sum())
         self.squared_error += float((exact - x_hat.double()).square().sum())
         self.squares += float(exact.square().sum())
         self.total = self.total.to(target.device) + exact.sum(dim=0)
@@ -76,4 +76,4 @@ def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, HeldOut]:
 def _reconstruct(trainee: Trainee, batch: Batch) -> tuple[Tensor, Tensor]:
     side = trainee.assembly.side(batch.side, trainee.total_steps, trainee.total_steps, Alone())
     acts = trainee.sae.encode(batch.x, side)
-    return acts, trainee.sae.decode(acts)
+    return acts, trainee.sae.skip(batch.x, trainee.sae.decode(acts))

@@ -23,6 +23,9 @@ DENSE_SHARE = 0.06  # above this share of active entries the dense products are 
 class Gate(nn.Module):
     """What every gate offers."""
 
+    can_lower = True
+    """Whether lower pre-activations mean smaller activations; not where they have signs."""
+
     def choose(self, pre: Tensor, side: Side) -> Support | None:
         raise NotImplementedError
 
@@ -93,6 +96,26 @@ class TopK(Gate):
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
         values, latents = pre.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, latents, values.relu())
+
+
+class AbsTopK(Gate):
+    """The k pre-activations of each row that are furthest from zero, with their signs."""
+
+    can_lower = False
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def choose(self, pre: Tensor, side: Side) -> Support:
+        return support_topk(pre.abs(), self.k)
+
+    def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
+        return pre
+
+    def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
+        latents = pre.abs().topk(self.k, dim=-1, sorted=False).indices
+        return torch.zeros_like(pre).scatter_(-1, latents, pre.gather(-1, latents))
 
 
 class BatchTopK(Gate):

@@ -36,7 +36,7 @@ Choose = Callable[[Tensor, Side], Support | None]
 
 
 class SparseAutoencoder(nn.Module):
-    """x -> gate((x - b_dec) W_enc^T + b_enc) -> codes W_dec + b_dec.
+    """x -> gate((x - b_dec) W_enc^T + b_enc) -> codes W_dec + b_dec, and + x W_skip^T where there is a skip.
 
     A subclass whose inference takes more than these weights says so by `is_plain` and `needs_side`.
     """
@@ -54,12 +54,14 @@ class SparseAutoencoder(nn.Module):
         b_enc: Tensor | None = None,
         centres_input: bool = True,
         encoder_product: EncoderProduct = "float32",
+        W_skip: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.W_enc = nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(W_enc.new_zeros(W_enc.shape[0]) if b_enc is None else b_enc)
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(W_dec.new_zeros(W_dec.shape[1]) if b_dec is None else b_dec)
+        self.W_skip = None if W_skip is None else nn.Parameter(W_skip)  # [D_out, D_in]
         self.gate = gate
         self.centres_input = centres_input
         self.encoder_product: EncoderProduct = encoder_product
@@ -83,6 +85,7 @@ class SparseAutoencoder(nn.Module):
             "b_enc": self.b_enc.detach(),
             "centres_input": self.centres_input,
             "encoder_product": self.encoder_product,
+            "W_skip": None if self.W_skip is None else self.W_skip.detach(),
         }
 
     @property
@@ -132,8 +135,12 @@ class SparseAutoencoder(nn.Module):
         return codes
 
     def reconstruct(self, codes: Codes, side: Side = NO_SIDE) -> Tensor:
-        """x_hat of codes: [B, D_out]."""
+        """x_hat of codes, without what goes past them: [B, D_out]."""
         return codes.decode(self.W_dec, self.b_dec)
+
+    def skip(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        """x_hat with what goes past the codes of x."""
+        return x_hat if self.W_skip is None else x_hat + x @ self.W_skip.t()
 
     def lower(self, amount: float) -> None:
         """Take this much from every pre-activation; without gradient, as `scale`."""
@@ -151,11 +158,11 @@ class SparseAutoencoder(nn.Module):
         return self.gate.infer(linear(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
 
     def decode(self, acts: Tensor) -> Tensor:
-        """x_hat of dense activations [..., F]."""
+        """x_hat of dense activations [..., F], without what goes past them."""
         return acts @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(x))
+        return self.skip(x, self.decode(self.encode(x)))
 
     def _all_pre(self, x_centred: Tensor) -> Tensor:
         product = product_on(x_centred.device, self.encoder_product)

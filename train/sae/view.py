@@ -67,7 +67,7 @@ class View:
     @property
     @once
     def x_hat(self) -> Tensor:
-        return self.sae.reconstruct(self.codes, self.side)
+        return self.sae.skip(self.x, self.sae.reconstruct(self.codes, self.side))
 
     @property
     def residual(self) -> Tensor:

@@ -30,6 +30,8 @@ class AuxK:
 
     k: int
     rectified: bool = True
+    signed: bool = False
+    """Chosen by their distance from zero; for codes that are not rectified."""
 
     def __call__(self, view: View) -> Tensor:
         error = view.residual
@@ -44,27 +46,28 @@ class AuxK:
         x = view.sae.centred(view.x).detach()
         if self.k < DENSE_SHARE * dead.numel():
             with torch.no_grad():
-                support = support_topk(linear(x, W_MD, b_M), self.k)
+                pre = linear(x, W_MD, b_M)
+                support = support_topk(pre.abs() if self.signed else pre, self.k)
             codes = Codes(affine(x, None, W_MD, b_M, support), support, x.shape[0], dead.numel())
         else:
             product = _product(view)
             is_exact = product == "float32"
             pre = linear(x, W_MD, b_M) if is_exact else affine(x, None, W_MD, b_M, None, product=product)
-            codes = replace(codes_from_dense(_keep_topk(pre, self.k), None), product=product)
+            codes = replace(codes_from_dense(self._keep_topk(pre), None), product=product)
         return view.sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
+
+    def _keep_topk(self, pre: Tensor) -> Tensor:
+        """All but the k largest of each row set to zero."""
+        if self.k >= pre.shape[1]:
+            return pre
+        score = pre.detach().abs() if self.signed else pre.detach()
+        lowest = score.topk(self.k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        return torch.where(score >= lowest, pre, 0.0)
 
 
 def _product(view: View) -> Product:
     """On a GPU that of the encoder: in float32 the dense products here would be half of a step."""
     return "float32" if reads_at_once(view.x) else product_on(view.x.device, view.sae.encoder_product)
-
-
-def _keep_topk(pre: Tensor, k: int) -> Tensor:
-    """All but the k largest of each row set to zero."""
-    if k >= pre.shape[1]:
-        return pre
-    lowest = pre.detach().topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    return torch.where(pre >= lowest, pre, 0.0)
 
 
 def _spread(error: Tensor, view: View) -> Tensor:

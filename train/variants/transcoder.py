@@ -1,13 +1,14 @@
 """Transcoder (Dunefsky et al. 2024): from the activations of one place to those of another.
 
-The latents of a top-k SAE, read from `hook` of `layer`, written to `to_hook` of `to_layer`: with `hook=mlp_in` what a
-layer's MLP reads and what it writes. The input is not centred by the decoder's bias, which belongs to the other place;
-the encoder's bias starts so that it is.
+The latents of a top-k SAE, or of a batch top-k one, read from `hook` of `layer`, written to `to_hook` of `to_layer`: with
+`hook=mlp_in` what a layer's MLP reads and what it writes. The input is not centred by the decoder's bias, which belongs
+to the other place; the encoder's bias starts so that it is.
 """
 
 from __future__ import annotations
 
 from dataclasses import field
+from typing import Literal
 
 import torch
 
@@ -19,7 +20,7 @@ from ..engine.optim import Optim
 from ..kit.build import require, require_hook, require_sparsity, stats_or_unit, topk_optim
 from ..kit.contract import Variant
 from ..kit.single_layer import RECONSTRUCTION, WithAux, settings
-from ..sae.gates import TopK
+from ..sae.gates import BatchTopK, TopK
 from ..sae.model import EncoderProduct, SparseAutoencoder, tied_weights
 from ..terms.constraints import UnitDecoder
 
@@ -40,6 +41,8 @@ class Config(WithAux, Variant):
     hook: str = RESID
     to_hook: str | None = None
     """None: mlp_out where the hook is mlp_in, else the same hook."""
+    gate: Literal["topk", "batchtopk"] = "topk"
+    """`batchtopk`: k is a mean, and the saved SAE has a jump threshold, which other tools have a form for."""
 
     def request(self) -> Needs:
         require_hook(self.hook)
@@ -60,7 +63,7 @@ class Config(WithAux, Variant):
         sae = SparseAutoencoder(
             W_enc,
             W_dec,
-            TopK(self.k),
+            TopK(self.k) if self.gate == "topk" else BatchTopK(self.k),
             b_dec=target_stats.mean.clone(),
             b_enc=-(W_enc @ stats.mean.to(torch.float32)),
             centres_input=False,

@@ -67,8 +67,9 @@ def encode_kept(subject: LoadedSae, batch: Windows) -> Encoded:
     codes = encode_codes(subject, batch)
     if not subject.sae.is_plain or subject.needs:
         return Encoded(codes, torch.cat([subject.decode(part.dense()) for part in codes]))
-    x_hat = [part.decode(subject.sae.W_dec, subject.sae.b_dec) for part in codes]
-    return Encoded(codes, torch.cat(x_hat) if x_hat else subject.sae.b_dec.new_empty(0, subject.sae.d_out))
+    parts = [part.decode(subject.sae.W_dec, subject.sae.b_dec) for part in codes]
+    x_hat = torch.cat(parts) if parts else subject.sae.b_dec.new_empty(0, subject.sae.d_out)
+    return Encoded(codes, subject.sae.skip(batch.x(subject.layers)[batch.keep], x_hat))
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from saemill.train import load_sae
 from saemill.train.disk.formats import WRITERS, read
 from saemill.train.disk.formats.plain import centred
-from saemill.train.disk.plain_form import PlainSae, sae_from_plain
+from saemill.train.disk.plain_form import PlainSae, sae_from_plain, without_signs
 from saemill.train.errors import RunMissing, SaeInvalid
 from saemill.train.export import export, largest_difference, main
 
@@ -32,7 +32,7 @@ def make_plain(architecture, centres_input=True):
         tensors["b_enc"] = 0.3 * random(F)
     if architecture == "jumprelu":
         tensors["threshold"] = random(F).abs()
-    return PlainSae(architecture, tensors, 3 if architecture == "topk" else None, centres_input)
+    return PlainSae(architecture, tensors, 3 if architecture.endswith("topk") else None, centres_input)
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
@@ -53,6 +53,20 @@ def test_centring_moves_into_the_biases(architecture):
     plain = make_plain(architecture, centres_input=False)
     assert largest_difference(plain, centred(plain, True)) < 1e-5
     assert largest_difference(plain, centred(make_plain(architecture), False)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+def test_a_signed_sae_has_two_latents_for_each_where_others_know_no_signs(kind, tmp_path):
+    plain = make_plain("abstopk")
+    WRITERS["sae_lens"](tmp_path / "a", plain, {"layers": [3]})
+    assert export(tmp_path / "a", kind, tmp_path / "b") < 1e-5
+    found, x = load_sae(tmp_path / "b"), torch.randn(9, D, generator=torch.Generator().manual_seed(0))
+    one = sae_from_plain(plain)
+    assert bool((one.encode(x) < 0).any()) and int((one.encode(x) != 0).sum()) == 9 * 3
+    assert torch.allclose(found(x), one(x), atol=1e-5)
+    assert found.num_latents == (F if kind == "sae_lens" else 2 * F)
+    codes = without_signs(one).encode(x)
+    assert bool((codes >= 0).all()) and torch.allclose(codes[:, :F] - codes[:, F:], one.encode(x), atol=1e-6)
 
 
 def test_dictionary_learning_by_its_own_formulas(tmp_path):

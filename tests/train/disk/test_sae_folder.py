@@ -13,7 +13,8 @@ from torch import Tensor
 from saemill.cache_schema.strict import to_json
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats, joined_stats
-from saemill.train.disk.sae_folder import CONFIG, EXTRAS, WEIGHTS, load_plain_sae, read_sae, save_sae
+from saemill.train.disk.plain_form import begin_as
+from saemill.train.disk.sae_folder import CONFIG, EXTRAS, PLAIN, WEIGHTS, load_plain_sae, read_sae, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
 from saemill.train.kit.registry import names
@@ -75,6 +76,9 @@ def official(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
         case "topk":
             kept = torch.topk(pre + w["b_enc"], config["k"], dim=-1)
             acts = torch.zeros_like(pre).scatter(-1, kept.indices, kept.values.relu())
+        case "abstopk":
+            kept = torch.topk((pre + w["b_enc"]).abs(), config["k"], dim=-1).indices
+            acts = torch.zeros_like(pre).scatter(-1, kept, (pre + w["b_enc"]).gather(-1, kept))
         case "jumprelu":
             acts = torch.relu(pre + w["b_enc"]) * (pre + w["b_enc"] > w["threshold"])
         case "gated":
@@ -96,7 +100,7 @@ def test_saved_is_what_was_trained(variant, tmp_path, rng, battery):
         loaded_acts = loaded.encode(raw, Side(side))
         forms = [(loaded_acts, loaded.decode(loaded_acts))] + ([official(tmp_path, raw)] if sae.is_plain else [])
     for found_acts, found_x_hat in forms:
-        assert torch.equal(found_acts > 0, acts > 0)
+        assert torch.equal(found_acts.sign(), acts.sign())
         tolerance = 1e-5 * float(x_hat.abs().amax())
         torch.testing.assert_close(found_x_hat, x_hat, rtol=1e-5, atol=tolerance)
     torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(WIDTH))
@@ -105,14 +109,43 @@ def test_saved_is_what_was_trained(variant, tmp_path, rng, battery):
     assert loaded.needs_side == sae.needs_side
 
 
-@pytest.mark.parametrize("variant", ["topk", "batchtopk", "jumprelu", "matryoshka", "standard", "gated", "p_anneal"])
+@pytest.mark.parametrize(
+    "variant", "topk batchtopk jumprelu matryoshka standard gated p_anneal abstopk tsae hierarchical_topk".split()
+)
 def test_one_layer_variants_have_an_architecture_of_the_format(variant, tmp_path, battery):
     save(tmp_path, variant, battery)
     config = json.loads((tmp_path / CONFIG).read_text())
-    assert config["architecture"] in ("standard", "topk", "jumprelu", "gated")
+    assert config["architecture"] in PLAIN
     assert config["metadata"]["sae_lens_version"] >= "6"
     assert config["metadata"]["training_architecture"] == variant
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_a_skip_transcoder_is_what_sae_lens_makes_of_it(tmp_path, rng, battery):
+    """By its formulas: x W_skip^T beside the decoder, and no bias taken off x; begun from its folder it is the same."""
+    sae, assembly = save(tmp_path, "skip_transcoder", battery)
+    config, w = json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS)
+    named = {name: config[name] for name in ("architecture", "d_out", "hook_layer_out", "apply_b_dec_to_input")}
+    assert named == {
+        "architecture": "jumprelu_skip_transcoder",
+        "d_out": D,
+        "hook_layer_out": 20,
+        "apply_b_dec_to_input": False,
+    }
+    raw = torch.randn(64, D, generator=rng) / assembly.input_stats.scale
+    found = official(tmp_path, raw)[1] + raw @ w["W_skip"].T
+    trained_on = sae(raw * assembly.input_stats.scale).detach() / assembly.target_stats.scale
+    torch.testing.assert_close(found, trained_on, rtol=1e-4, atol=1e-4)
+    loaded = load_plain_sae(tmp_path)
+    torch.testing.assert_close(loaded(raw), trained_on, rtol=1e-4, atol=1e-4)
+    assert float(w["W_skip"].norm()) > 0
+    again = battery.config_of("skip_transcoder", width=WIDTH, k=5).build(D).sae
+    begin_as(again, loaded, assembly.input_stats, assembly.target_stats)
+    x_hat = again(raw * assembly.input_stats.scale).detach() / assembly.target_stats.scale
+    torch.testing.assert_close(x_hat, trained_on, rtol=1e-4, atol=1e-4)
+    with pytest.raises(SaeInvalid, match="lacks a skip and the source has one"):
+        plain = battery.config_of("transcoder", width=WIDTH, k=5, gate="batchtopk").build(D).sae
+        begin_as(plain, loaded, assembly.input_stats, assembly.target_stats)
 
 
 @pytest.mark.parametrize(("variant", "gate"), [("crosscoder", "jumprelu"), ("transcoder", "topk")])

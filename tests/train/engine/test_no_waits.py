@@ -31,10 +31,11 @@ ROOT = Path(hardware.__file__).parents[3]
 READ = "aten._local_scalar_dense"
 READS = (READ, "aten.nonzero", "aten.masked_select", "aten.bincount", "aten.unique", "aten._unique")
 UPLOADS = ("aten.lift_fresh",)  # numbers of the host made a tensor, which `hardware.send` alone does without a wait
-ROWS = 36  # of two windows; interpreted kernels are slow
+ROWS, WINDOW_ROWS = 8, 36  # few: interpreted kernels are slow; these are of two windows
 WARM = 20  # steps that schedules have behind them, so that every term counts
 
 MORE: dict[str, dict[str, Any]] = {
+    "ortsae": {"every_steps": 1},
     "attention topk": {"base": "topk"},
     "hierarchical topk": {"base": "topk"},
     "attention nearest": {"base": "topk", "links": "nearest"},
@@ -122,7 +123,7 @@ def warmed(battery: Any, case: str, device: str = "cpu") -> tuple[Trainee, Batch
     trainee = Trainee(case, config.build(battery.D), battery.STEPS, device)
     first, then = (
         Batch(on_device(b.x, device), on_device(b.target, device), on_device(b.side, device))
-        for b in battery.batches(config, 2, rows=ROWS)
+        for b in battery.batches(config, 2, rows=WINDOW_ROWS if config.request().windows else ROWS)
     )
     trainee.step(first)
     trainee.step_index = WARM + 1

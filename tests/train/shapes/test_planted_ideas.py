@@ -168,6 +168,18 @@ def test_temporal_latents_change_slowly_at_the_same_explained_variance(battery, 
     assert lifetime > lifetime_base
 
 
+def test_what_neighbours_share_gathers_in_the_first_part(battery, rng):
+    """The first half of a contrastive matryoshka changes more slowly than that of a plain one."""
+    *batches, held_out = slow_batches(rng, 151)
+    shared = {"width": 64, "k": 4, "prefix_fractions": (0.5, 1.0), "dead_after_tokens": 20_000}
+    found = {}
+    for variant in ("matryoshka", "tsae"):
+        view = train(battery.quick(variant, lr=3e-3, **shared), batches)._view(held_out)
+        found[variant] = consistency(view, lag=1), 1 - float(view.residual.square().sum() / held_out.x.square().sum())
+    assert found["tsae"][0] > found["matryoshka"][0] + 0.1
+    assert found["tsae"][1] > found["matryoshka"][1] - 0.01
+
+
 def test_pursuit_leaves_less_where_latents_that_fire_together_lean_on_each_other(battery, rng):
     """Three children per parent, each leaning on it and firing only with it; the same number of active latents."""
     parents = draw_unit(rng, 32)

@@ -43,7 +43,7 @@ def test_no_step_is_below_nothing(battery, variant, changes):
         batches = [dataclasses.replace(batch, target=batch.x + 0.5 * batch.target) for batch in batches]
     found = [float(trainee.step(batch).explained_variance) for batch in batches]
     assert min(found) >= 0.0
-    assert found[0] > 0.3 or variant == "pca"
+    assert found[0] > (0.3 if batches[0].target is None else 0.2) or variant == "pca"
 
 
 @pytest.mark.parametrize("study", studies())

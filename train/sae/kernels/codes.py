@@ -69,15 +69,15 @@ class Codes:
 
     @cached_property
     def fired(self) -> Tensor:
-        """int64 [F], in how many rows each latent is above zero; no gradient."""
-        active = self.values.detach() > 0
+        """int64 [F], in how many rows each latent is not zero; no gradient."""
+        active = self.values.detach() != 0
         if self.support is None:
             return active.sum(0)
         return latent_count(self.support, active)
 
     @cached_property
     def l0(self) -> Tensor:
-        """Mean number of latents above zero in a row; no gradient."""
+        """Mean number of latents that are not zero in a row; no gradient."""
         return self.fired.sum() / self.num_rows
 
     def latent_totals(self) -> Tensor:

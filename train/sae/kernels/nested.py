@@ -63,7 +63,7 @@ def nested_errors(codes: Codes, W: Tensor, b: Tensor, target: Tensor, widths: tu
         return _dense_errors(codes.values, W, b, target, widths)
     last = numbers(widths, codes.support.latents)
     prefix_N = torch.bucketize(codes.support.latents, last, right=True)
-    return _sparse_errors(codes, W, b, target, prefix_N, len(widths))
+    return group_errors(codes, W, b, target, prefix_N, len(widths))
 
 
 class Tiering:
@@ -80,15 +80,16 @@ def tier_errors(codes: Codes, W: Tensor, b: Tensor, target: Tensor, tiering: Tie
     """The same for nested sets of latents: set t holds the latents of tiers 0 to t, wherever they stand."""
     widths, order = tiering.widths, tiering.order
     if codes.support is not None:
-        return _sparse_errors(codes, W, b, target, tiering.tier[codes.support.latents], len(widths))
+        return group_errors(codes, W, b, target, tiering.tier[codes.support.latents], len(widths))
     if order is None:
         return _dense_errors(codes.values, W, b, target, widths)
     return _dense_errors(codes.values[:, order], W[order], b, target, widths)
 
 
-def _sparse_errors(
+def group_errors(
     codes: Codes, W: Tensor, b: Tensor, target: Tensor, prefix_N: Tensor, prefixes: int
 ) -> tuple[Tensor, Tensor]:
+    """The same of sparse codes each of whose entries is in one of `prefixes` groups: set m holds those of 0 to m."""
     assert codes.support is not None
     order, grouped = _by_prefix(codes.support, prefix_N, prefixes)
     errors, residual = _NestedErrors.apply(codes.values[order], W, b, target, grouped, prefixes)

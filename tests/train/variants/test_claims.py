@@ -1,0 +1,111 @@
+"""What each published variant is said to do better, on data in which that is known."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from saemill.train.data.batch import Batch
+from saemill.train.engine.step import Trainee
+
+D, ROWS = 32, 512
+
+
+def draw_unit(rng: torch.Generator, count: int) -> Tensor:
+    return functional.normalize(torch.randn(count, D, generator=rng), dim=1)
+
+
+def draw_codes(rng: torch.Generator, rows: int, atoms: int, active: int) -> Tensor:
+    """Each row has `active` of the atoms, of sizes 1 to 2."""
+    chosen = torch.rand(rows, atoms, generator=rng).topk(active, dim=1).indices
+    return torch.zeros(rows, atoms).scatter_(1, chosen, 1 + torch.rand(rows, active, generator=rng))
+
+
+def scaled(rows: Tensor) -> Tensor:
+    return rows * (rows.shape[1] ** 0.5 / rows.norm(dim=1).mean())
+
+
+def train(config, batches: list[Batch]) -> Trainee:
+    trainee = Trainee("one", config.build(D), len(batches))
+    for batch in batches:
+        trainee.step(batch)
+    return trainee
+
+
+def left_over(x_hat: Tensor, target: Tensor) -> float:
+    """Share of variance unexplained."""
+    return float((target - x_hat).detach().square().sum() / (target - target.mean(0)).square().sum())
+
+
+def test_a_skip_explains_what_is_linear_and_leaves_the_latents_the_rest(battery, rng):
+    """The target is a turned copy of the input beside sparse features of it; at the same number of latents."""
+    read, written, turned = draw_unit(rng, 32), draw_unit(rng, 32), torch.linalg.qr(torch.randn(D, D, generator=rng))[0]
+
+    def batch(rows: int) -> Batch:
+        codes = draw_codes(rng, rows, 32, 3)
+        x = scaled(codes @ read + 0.3 * torch.randn(rows, D, generator=rng))
+        return Batch(x, scaled(codes @ written + x @ turned))
+
+    batches, held_out = [batch(ROWS) for _ in range(100)], batch(4 * ROWS)
+    left = {}
+    for variant in ("transcoder", "skip_transcoder"):
+        config = battery.quick(variant, lr=1e-2, width=64, k=3, gate="batchtopk", dead_after_tokens=20_000)
+        left[variant] = left_over(train(config, batches).sae(held_out.x), held_out.target)
+    assert left["skip_transcoder"] < 0.5 * left["transcoder"]
+
+
+def test_orthogonal_rows_do_not_absorb_what_fires_with_them(battery, rng):
+    """A child fires only with its parent, as strongly: by itself a dictionary puts the parent into the child's row."""
+    atoms = torch.linalg.qr(torch.randn(D, D, generator=rng))[0]
+    parents, children = atoms[:8], atoms[8:32]
+
+    def rows(count: int) -> Tensor:
+        parent = draw_codes(rng, count, 8, 2)
+        which = torch.randint(0, 6, (count, 8, 1), generator=rng)  # of three children, or none
+        child = torch.zeros(count, 8, 6).scatter_(2, which, 0.7 + 0.3 * torch.rand(count, 8, 1, generator=rng))
+        return scaled(parent @ parents + (parent[:, :, None] * child[:, :, :3]).flatten(1) @ children)
+
+    batches, held_out, absorbed, left = [Batch(rows(ROWS)) for _ in range(300)], rows(4 * ROWS), {}, {}
+    for variant, changes in (("batchtopk", {}), ("ortsae", {"overlap_weight": 1.0})):
+        config = battery.quick(variant, lr=3e-3, width=40, k=3, dead_after_tokens=20_000, **changes)
+        sae = train(config, batches).sae
+        of_child = sae.W_dec.detach()[(children @ sae.W_dec.detach().T).argmax(1)]
+        absorbed[variant] = float(torch.linalg.vecdot(of_child, parents.repeat_interleave(3, 0)).mean())
+        left[variant] = left_over(sae(held_out), held_out)
+    assert absorbed["ortsae"] < 0.6 * absorbed["batchtopk"]
+    assert left["ortsae"] < left["batchtopk"] + 0.05
+
+
+def test_one_dictionary_is_good_at_every_k(battery, rng):
+    """As good at 2 as one trained for 2, where one trained for 8 alone is not, and no worse at 8."""
+    atoms = draw_unit(rng, 64)
+
+    def rows(count: int) -> Tensor:
+        falling = draw_codes(rng, count, 64, 8).sort(1, descending=True)
+        codes = torch.zeros(count, 64).scatter_(1, falling.indices, falling.values * 0.7 ** torch.arange(64))
+        return scaled(codes @ atoms)
+
+    batches, held_out, left = [Batch(rows(ROWS)) for _ in range(150)], rows(4 * ROWS), {}
+    for variant, k in (("topk", 2), ("topk", 8), ("hierarchical_topk", 8)):
+        sae = train(battery.quick(variant, lr=3e-3, width=96, k=k, dead_after_tokens=20_000), batches).sae
+        for asked in (2, 8):
+            sae.gate.k = asked
+            left[variant, k, asked] = left_over(sae(held_out), held_out)
+    assert left["hierarchical_topk", 8, 2] < left["topk", 2, 2] + 0.05 < left["topk", 8, 2] - 0.05
+    assert left["hierarchical_topk", 8, 8] < left["topk", 8, 8] + 0.01
+
+
+def test_a_signed_latent_stands_for_a_direction_and_its_opposite(battery, rng):
+    """Every direction is there with either sign: of as many latents as there are directions, each finds one."""
+    atoms = draw_unit(rng, 40)
+
+    def rows(count: int) -> Tensor:
+        signs = 1.0 - 2.0 * torch.randint(0, 2, (count, 40), generator=rng)
+        return scaled((draw_codes(rng, count, 40, 3) * signs) @ atoms)
+
+    batches, held_out, left = [Batch(rows(ROWS)) for _ in range(200)], rows(4 * ROWS), {}
+    for variant in ("topk", "abstopk"):
+        sae = train(battery.quick(variant, lr=3e-3, width=48, k=3, dead_after_tokens=20_000), batches).sae
+        left[variant] = left_over(sae(held_out), held_out)
+    assert left["abstopk"] < 0.6 * left["topk"]

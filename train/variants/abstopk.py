@@ -1,0 +1,23 @@
+"""AbsTopK (Zhu et al. 2025): the k pre-activations furthest from zero, with their signs.
+
+One latent stands for a direction and its opposite, where a rectified SAE takes two. Evaluations, and tools without
+signed SAEs, get the same as a top-k one with two latents for each of these.
+"""
+
+from __future__ import annotations
+
+from ..data.scaling import Stats
+from ..engine.compose import Assembly
+from ..kit.build import require_sparsity, topk_optim
+from ..kit.single_layer import RECONSTRUCTION, build_plain, settings
+from ..sae.gates import AbsTopK
+from . import topk
+
+
+@settings("layer width k seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")
+class Config(topk.Config):
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        require_sparsity(self.k, self.width)
+        terms = (RECONSTRUCTION, self.aux(d_model, rectified=False, signed=True))
+        optim = topk_optim(self.optim, self.width, d_model)
+        return build_plain(self, d_model, stats, AbsTopK(self.k), terms, optim)

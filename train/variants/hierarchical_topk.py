@@ -1,0 +1,61 @@
+"""HierarchicalTopK (Balagansky et al. 2025): one top-k dictionary that is good at every k up to a maximum.
+
+The largest 1, 2, 4, ... and all k activations of a token each reconstruct it on their own, in one pass over the
+active latents. A saved SAE is a top-k one; with fewer latents it is read by `sae.gate.k = 8`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.schedules import Constant
+from ..kit.build import require, require_sparsity
+from ..kit.single_layer import settings
+from ..sae.kernels.hardware import numbers
+from ..sae.kernels.nested import group_errors
+from ..sae.view import View, once
+from . import topk
+
+
+@dataclass(frozen=True)
+class EachBudget:
+    """Mean over budgets of the share of variance that so many of the largest activations leave unexplained."""
+
+    budgets: tuple[int, ...]
+
+    def __call__(self, view: View) -> Tensor:
+        return self._parts(view)[0].mean() / view.stats.variance
+
+    def residual(self, view: View) -> Tensor:
+        return self._parts(view)[1]
+
+    @once
+    def _parts(self, view: View) -> tuple[Tensor, Tensor]:
+        codes, sae = view.codes, view.sae
+        falling = codes.values.detach().view(codes.num_rows, -1).argsort(dim=1, descending=True, stable=True)
+        rank = falling.argsort(dim=1).view(-1)
+        budget_N = torch.bucketize(rank, numbers(self.budgets, rank), right=True)
+        return group_errors(codes, sae.W_dec, sae.b_dec, view.target, budget_N, len(self.budgets))
+
+
+@settings("layer width k budgets seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")
+class Config(topk.Config):
+    budgets: tuple[int, ...] | None = None
+    """Numbers of active latents that reconstruct on their own, rising to k; None: the powers of two, and k."""
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        require_sparsity(self.k, self.width)
+        powers = (2**power for power in range(self.k.bit_length()))
+        budgets = self.budgets or (*(budget for budget in powers if budget < self.k), self.k)
+        rising = all(low < high for low, high in zip((0, *budgets), budgets, strict=False))
+        require(
+            rising and budgets[-1] == self.k, f"budgets: expected numbers that rise to k = {self.k}, found {budgets}"
+        )
+        each = EachBudget(budgets)
+        term = Term("reconstruction", each, Constant(1.0), each.residual)
+        return super().build(d_model, stats).replacing(term)

@@ -1,0 +1,56 @@
+"""OrtSAE (Korznikov et al. 2025): BatchTopK whose latents are kept from leaning on each other.
+
+Penalised is the square of the cosine of each decoder row and the one nearest to it, of those in its chunk: the
+dictionary is dealt into chunks anew each time, so that the cost grows with its width and not with the width's square.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.device import send
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.schedules import Every
+from ..kit.build import require, require_least
+from ..kit.single_layer import settings
+from ..sae.view import View
+from . import batchtopk
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Mean over decoder rows of the squared cosine of the nearest in the row's chunk."""
+
+    chunk: int
+
+    def __call__(self, view: View) -> Tensor:
+        W_dec = view.sae.W_dec
+        order = send(torch.randperm(len(W_dec), generator=view.generator), W_dec.device)
+        parts = W_dec[order].tensor_split(max(1, len(W_dec) // self.chunk))
+        return sum((_nearest_cosine(part).square().sum() for part in parts), W_dec.new_zeros(())) / len(W_dec)
+
+
+def _nearest_cosine(rows: Tensor) -> Tensor:
+    """Of rows of length one; only the two rows of each pair get its gradient."""
+    with torch.no_grad():
+        nearest = (rows @ rows.t()).fill_diagonal_(-torch.inf).argmax(1)
+    return torch.linalg.vecdot(rows, rows[nearest]).clamp_min(0.0)
+
+
+@settings("layer width k overlap_weight chunk every_steps threshold_decay seed aux_weight aux_k dead_after_tokens")
+class Config(batchtopk.Config):
+    overlap_weight: float = 0.25
+    chunk: int = 8192
+    """Decoder rows that are compared with each other; the whole dictionary where it has no more."""
+    every_steps: int = 5
+    """How often they are."""
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        require_least(self, overlap_weight=0, chunk=2, every_steps=1)
+        require(self.width >= 2, f"width: expected 2 or more latents to compare, found {self.width}")
+        overlap = Term("overlap", Overlap(self.chunk), Every(self.every_steps, self.overlap_weight))
+        return super().build(d_model, stats).with_terms(overlap)

@@ -1,0 +1,27 @@
+"""Skip transcoder (Paulo et al. 2025): a transcoder beside an affine map of what it reads.
+
+The map rebuilds what of the target is linear in the input, so that latents need not. It starts at zero, and the saved
+SAE adds it by itself (`sae(x)`); `decode` alone is what the latents write.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from ..data.scaling import Stats
+from ..engine.compose import Assembly
+from ..kit.single_layer import settings
+from ..sae.model import SparseAutoencoder
+from . import transcoder
+
+
+@settings("layer to_layer width k gate seed aux_weight aux_k dead_after_tokens encoder_product optim")
+class Config(transcoder.Config):
+    gate: Literal["topk", "batchtopk"] = "batchtopk"
+
+    def build(self, d_model: int, stats: Stats | None = None, target_stats: Stats | None = None) -> Assembly:
+        assembly = super().build(d_model, stats, target_stats)
+        W_skip = torch.zeros(assembly.sae.d_out, assembly.sae.d_in)
+        return assembly.wrap(lambda sae: SparseAutoencoder(**sae.parts() | {"W_skip": W_skip}))

@@ -1,0 +1,66 @@
+"""T-SAE (Bhalla et al. 2025): a matryoshka whose first part says the same of a token as of the one before it.
+
+Neighbours should be told by their codes from all other pairs of the batch: the first part of the dictionary gathers
+what a stretch of text is about, and what changes from token to token is left to the rest. Other tokens of the same
+window are no negatives: the text there is often about the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..data.batch import Needs
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.schedules import Constant
+from ..kit.build import require, require_least
+from ..kit.single_layer import settings
+from ..sae.view import View
+from ..terms.temporal import part_of, past_rows
+from . import matryoshka
+
+LEAST = -1e9  # the score of a pair that is no candidate
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """InfoNCE both ways between each row and the row before it, on the first latents; negatives are of this rank."""
+
+    stop: int
+    temperature: float
+
+    def __call__(self, view: View) -> Tensor:
+        codes = functional.normalize(part_of(view.codes, 0, self.stop).dense(), dim=1, eps=1e-6)
+        past, window = past_rows(view.side, 1), view.side["window"]
+        held = past >= 0
+        scores = codes @ codes[past].t() / self.temperature  # rows by the rows before each
+        own = torch.diagonal(scores)
+        rivals = (window[:, None] != window) & held & held[:, None]
+        rivals.diagonal().copy_(held)
+        scores = torch.where(rivals, scores, LEAST)
+        lost = 0.5 * (scores.logsumexp(0) + scores.logsumexp(1)) - own
+        return torch.where(held, lost, 0.0).sum() / view.side.ranks.share(held.sum())
+
+
+@settings("layer width k prefix_fractions prefix_weights contrast_weight temperature seed aux_weight aux_k")
+class Config(matryoshka.Config):
+    prefix_fractions: tuple[float, ...] = (0.2, 1.0)
+    contrast_weight: float = 0.1
+    temperature: float = 0.2
+    """Of the softmax over cosines."""
+
+    def step_tables(self) -> float:
+        return super().step_tables() + 2.0
+
+    def request(self) -> Needs:
+        return replace(super().request(), windows=True, documents=True, least_windows=2)
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        require_least(self, contrast_weight=0)
+        require(self.temperature > 0, f"temperature: expected more than 0, found {self.temperature}")
+        contrast = Term("contrast", Contrast(self.prefixes()[0], self.temperature), Constant(self.contrast_weight))
+        return super().build(d_model, stats).with_terms(contrast)
