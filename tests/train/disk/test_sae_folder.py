@@ -24,6 +24,7 @@ from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side import NO_SIDE, Side
 
 D, WIDTH = 24, 64
+IN_THE_FORMAT = ["topk", "batchtopk", "jumprelu", "matryoshka", "standard", "gated", "p_anneal", "abstopk", "tsae"]
 
 
 def stats_of(seed: int) -> Stats:
@@ -109,9 +110,7 @@ def test_saved_is_what_was_trained(variant, tmp_path, rng, battery):
     assert loaded.needs_side == sae.needs_side
 
 
-@pytest.mark.parametrize(
-    "variant", "topk batchtopk jumprelu matryoshka standard gated p_anneal abstopk tsae hierarchical_topk".split()
-)
+@pytest.mark.parametrize("variant", IN_THE_FORMAT)
 def test_one_layer_variants_have_an_architecture_of_the_format(variant, tmp_path, battery):
     save(tmp_path, variant, battery)
     config = json.loads((tmp_path / CONFIG).read_text())
