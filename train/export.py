@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import torch
 
 from . import complete
 from .command import tell_errors
-from .disk.formats import WRITERS, kind_of, read
+from .disk.formats import WRITERS, circuit_tracer, kind_of, read
 from .disk.plain_form import PlainSae, sae_from_plain, unsigned
 from .disk.sae_folder import is_of_one_place
 from .errors import RunTaken, SaeInvalid
-from .run.find_sae import find_sae
+from .run.find_sae import find_sae, find_saes, read_folder
 from .run.push import push
 
 ROWS = 256
+CIRCUIT_TRACER = "circuit_tracer"
 
 
 EXAMPLES = """\b
@@ -25,13 +27,14 @@ Examples:
   sae-export run_1 --to sparsify --out ./exported
   sae-export run_4/guided --to dictionary_learning --out ./exported
   sae-export ./sparsify/folder --to sae_lens --out ./exported
+  sae-export run_7 --to circuit_tracer --out ./exported    # all transcoders of the run, or its cross-layer one
   sae-export run_1 --push-to-hub me/my-saes --license mit --private
 """
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("source", shell_complete=complete.runs)
-@click.option("--to", "kind", type=click.Choice(sorted(WRITERS)), help="Whose folder to write.")
+@click.option("--to", "kind", type=click.Choice(sorted([*WRITERS, CIRCUIT_TRACER])), help="Whose folder to write.")
 @click.option("--out", "target", type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--push-to-hub", "repository", metavar="OWNER/NAME", help="Upload with a model card instead.")
 @click.option("--private", is_flag=True, help="A new repository of the Hub is private.")
@@ -59,6 +62,11 @@ def main(
             click.echo(f"pushed: {push(source, runs, repository, private, licence)}")
         elif kind is None or target is None:
             raise click.UsageError("expected --to KIND and --out FOLDER, or --push-to-hub OWNER/NAME")
+        elif kind == CIRCUIT_TRACER:
+            folders = find_saes(source, runs)
+            difference = export_set(folders, target)
+            click.echo(f"{', '.join(map(str, folders))} -> {target} ({kind})")
+            click.echo(f"read back, reconstructions differ by {difference:.2g} at most on {ROWS} random rows")
         else:
             folder = find_sae(source, runs)
             difference = export(folder, kind, target)
@@ -68,13 +76,27 @@ def main(
 
 def export(folder: Path, kind: str, target: Path) -> float:
     """Write the SAE of a folder in another form; the largest difference between the two."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunTaken(f"{target} exists already and is not an empty folder: choose another --out")
+    _require_free(target)
     plain, metadata = read(folder)
     _require_one_place(metadata, kind)
     plain = plain if kind == "sae_lens" else unsigned(plain)
     WRITERS[kind](target, plain, metadata)
     return largest_difference(plain, read(target)[0])
+
+
+@torch.no_grad()
+def export_set(folders: Sequence[Path], target: Path) -> float:
+    """Write transcoders, one a layer, or a cross-layer one, for circuit-tracer; the largest difference to them."""
+    _require_free(target)
+    saes = [read_folder(folder) for folder in folders]
+    circuit_tracer.write(target, saes)
+    layers = sum(len(sae.metadata["layers"]) for sae in saes)
+    x = torch.randn(ROWS, layers, saes[0].d_in * len(saes) // layers, generator=torch.Generator().manual_seed(0))
+    parts = sorted(saes, key=lambda sae: sae.metadata["layers"])
+    size = max(float(sae.b_dec.norm()) for sae in saes) or 1.0
+    x_hat = circuit_tracer.reconstruct(target, size * x).flatten(1)
+    own = torch.cat([sae(rows.flatten(1)) for sae, rows in zip(parts, (size * x).chunk(len(parts), 1), strict=True)], 1)
+    return float((x_hat - own).abs().max() / own.abs().max().clamp_min(1e-30))
 
 
 @torch.no_grad()
@@ -87,6 +109,11 @@ def largest_difference(one: PlainSae, other: PlainSae) -> float:
     for a, b in ((first.encode(x), second.encode(x)), (first(x), second(x))):
         parts.append(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
     return max(parts)
+
+
+def _require_free(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunTaken(f"{target} exists already and is not an empty folder: choose another --out")
 
 
 def _require_one_place(metadata: dict[str, Any], kind: str) -> None:

@@ -44,7 +44,7 @@ class RawUnits(SparseAutoencoder):
         W_dec = inner.W_dec.detach() / target_scale
         lengths = torch.linalg.vector_norm(W_dec, dim=1).clamp_min(1e-30)
         super().__init__(
-            inner.W_enc.detach() * scale * lengths[:, None],
+            inner.encoder_times(scale).detach() * lengths[:, None],
             W_dec / lengths[:, None],
             inner.gate,
             b_dec=inner.b_dec.detach() / target_scale,
@@ -59,6 +59,10 @@ class RawUnits(SparseAutoencoder):
 
     scale: Tensor
     lengths: Tensor
+
+    @property
+    def d_in(self) -> int:
+        return self.inner.d_in
 
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
         return self.inner.encode(x * self.scale, side.with_knobs(self.knobs)) * self.lengths

@@ -35,6 +35,12 @@ def require_hook(hook: str | None, setting: str = "hook") -> None:
     require(hook is None or hook in HOOKS, f"{setting}: there is no hook {hook!r}{nearest(str(hook), HOOKS)}")
 
 
+def require_layers(layers: tuple[int, ...], rising: bool = False) -> None:
+    is_distinct = len(set(layers)) == len(layers) > 0
+    require(is_distinct, f"layers: expected one or more distinct layers, found {layers}")
+    require(not rising or layers == tuple(sorted(layers)), f"layers: expected rising layers, found {layers}")
+
+
 def require_width(width: int) -> None:
     require(width >= 1, f"width: expected 1 or more, found {width}")
 

@@ -46,7 +46,7 @@ def rebuild(variant: str, settings: Mapping[str, Any], d_in: int) -> SparseAutoe
         config = from_json(registry.config_type(variant), dict(settings), variant)
     except StrictError as error:
         raise SaeInvalid(f"its settings are not those of {variant}: {error}") from None
-    return config.build(d_in).sae
+    return config.build(d_in // len(config.request().inputs)).sae
 
 
 def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> Path:
@@ -62,6 +62,12 @@ def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
     if run.is_dir():
         raise RunMissing(f"{looked}. {run} holds {', '.join(map(str, list_saes(run))) or 'no SAE'}")
     raise RunMissing(f"{looked}. Of the Hugging Face Hub, expected owner/name")
+
+
+def find_saes(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> list[Path]:
+    """The folders of all SAEs of a run, or of the one that is named."""
+    found = next((list_saes(path) for path in places_of(name, runs) if path.is_dir() and list_saes(path)), [])
+    return found or [find_sae(name, runs)]
 
 
 def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> bool:

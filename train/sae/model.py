@@ -119,7 +119,7 @@ class SparseAutoencoder(nn.Module):
         if x.requires_grad:
             x_centred, center = self.centred(x), None
         product = product_on(x.device, self.encoder_product)
-        pre_values = affine(x_centred, center, self.W_enc, self.b_enc, support, known, product)
+        pre_values = self._affine(x_centred, center, support, known, product)
         return Codes(pre_values, support, x.shape[0], self.num_latents, pre=pre_values, product=product)
 
     def choose(self, pre_all: Tensor, side: Side) -> Support | None:
@@ -129,6 +129,14 @@ class SparseAutoencoder(nn.Module):
     def open(self, pre: Codes, side: Side) -> Codes:
         """Activations of the pre-activations at their support."""
         return self.gate.open(pre, self.b_enc, side)
+
+    def encoder_rows(self, latents: Tensor) -> Tensor:
+        """What these latents read of a whole row: [M, D_in]."""
+        return self.W_enc[latents]
+
+    def encoder_times(self, factor_D: Tensor) -> Tensor:
+        """The encoder's table for an input divided by `factor_D`."""
+        return self.W_enc * factor_D
 
     def shape(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
         """What a wrapper does to codes of some latents only, one column for each of `latents`."""
@@ -163,6 +171,11 @@ class SparseAutoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.skip(x, self.decode(self.encode(x)))
+
+    def _affine(
+        self, x: Tensor, center: Tensor | None, support: Support | None, known: Tensor | None, product: Product
+    ) -> Tensor:
+        return affine(x, center, self.W_enc, self.b_enc, support, known, product)
 
     def _all_pre(self, x_centred: Tensor) -> Tensor:
         product = product_on(x_centred.device, self.encoder_product)

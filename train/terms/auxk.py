@@ -42,7 +42,7 @@ class AuxK:
         return squared_error(error_hat, error - error_hat.detach()) / _spread(error, view)
 
     def _codes(self, view: View, dead: Tensor) -> Codes:
-        W_MD, b_M = view.sae.W_enc[dead], view.sae.b_enc[dead]
+        W_MD, b_M = view.sae.encoder_rows(dead), view.sae.b_enc[dead]
         x = view.sae.centred(view.x).detach()
         if self.k < DENSE_SHARE * dead.numel():
             with torch.no_grad():

@@ -2,7 +2,8 @@
 
 A row is the layers side by side, each scaled to the same mean norm; a latent has one activation and
 a decoder row per layer. `gate = "batchtopk"` keeps whole decoder rows at length one; `gate = "relu"`
-is the published form, an L1 penalty weighted by the sum of a latent's decoder norms over layers.
+is the published form, an L1 penalty weighted by the sum of a latent's decoder norms over layers. With `causal` a latent
+reads one layer only, and writes to it and to all later ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly
-from ..kit.build import require, require_hook, require_sparsity, topk_optim
+from ..kit.build import require, require_hook, require_layers, require_sparsity, topk_optim
+from ..kit.cross_layer import build_cross_layer
 from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain, settings
 from ..sae.gates import BatchTopK, Relu
 from ..sae.model import EncoderProduct
@@ -34,25 +36,28 @@ class Config(WithPenalty, WithAux, Dictionary):
     """Of the L1 norm (relu)."""
     threshold_decay: float = 0.99
     encoder_product: EncoderProduct = "bfloat16"
+    causal: bool = False
+    """Weakly causal: each latent reads one layer, and writes to it and to later ones (batchtopk)."""
 
     def step_tables(self) -> float:
         return super().step_tables() if self.gate == "batchtopk" else 5.0
 
     def request(self) -> Needs:
-        require(
-            len(set(self.layers)) == len(self.layers) > 0,
-            f"layers: expected one or more distinct layers, found {self.layers}",
-        )
+        require_layers(self.layers, rising=self.causal)
+        require(not self.causal or self.gate == "batchtopk", f'causal: expected gate "batchtopk", found {self.gate!r}')
         require_hook(self.hook)
         return Needs(inputs=self.layers, hook=self.hook)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        self.request()
         sparse, d_in = self.gate == "batchtopk", d_model * len(self.layers)
         require_sparsity(self.k if sparse else 1, self.width)
         terms = [RECONSTRUCTION, self.aux(d_model, rectified=sparse)]
         optim = topk_optim(self.optim, self.width, d_in)
         if sparse:
             gate = BatchTopK(self.k, self.threshold_decay)
+            if self.causal:
+                return build_cross_layer(self, gate, self.aux(d_model), d_model, len(self.layers), stats)
             return build_plain(self, d_in, stats, gate, terms, optim)
         terms.append(self.penalise("l1", LayerNormsL1(len(self.layers))))
         return build_plain(self, d_in, stats, Relu(), terms, optim, constraints=())

@@ -1,8 +1,8 @@
 """Transcoder (Dunefsky et al. 2024): from the activations of one place to those of another.
 
 The latents of a top-k SAE, or of a batch top-k one, read from `hook` of `layer`, written to `to_hook` of `to_layer`:
-with `hook=mlp_in` what a layer's MLP reads and what it writes. The input is not centred by the decoder's bias, which belongs
-to the other place; the encoder's bias starts so that it is.
+with `hook=mlp_in` what a layer's MLP reads and what it writes. The input is not centred by the decoder's bias, which
+belongs to the other place; the encoder's bias starts so that it is.
 """
 
 from __future__ import annotations

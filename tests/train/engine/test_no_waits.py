@@ -36,6 +36,7 @@ WARM = 20  # steps that schedules have behind them, so that every term counts
 
 MORE: dict[str, dict[str, Any]] = {
     "ortsae": {"every_steps": 1},
+    "clt": {"hook": "mlp_in"},
     "attention topk": {"base": "topk"},
     "hierarchical topk": {"base": "topk"},
     "attention nearest": {"base": "topk", "links": "nearest"},

@@ -109,3 +109,37 @@ def test_a_signed_latent_stands_for_a_direction_and_its_opposite(battery, rng):
         sae = train(battery.quick(variant, lr=3e-3, width=48, k=3, dead_after_tokens=20_000), batches).sae
         left[variant] = left_over(sae(held_out), held_out)
     assert left["abstopk"] < 0.6 * left["topk"]
+
+
+def test_a_cross_layer_latent_writes_what_comes_later(battery, rng):
+    """Each layer has features of its own, which its MLP and all later ones write about."""
+    read, written = [[draw_unit(rng, 24) for _ in range(3)] for _ in range(2)]
+
+    def batch(rows: int) -> Batch:
+        codes = [draw_codes(rng, rows, 24, 2) for _ in read]
+        seen = [scaled(code @ atoms) for code, atoms in zip(codes, read, strict=True)]
+        made = [sum(codes[own] @ written[own].roll(layer, 0) for own in range(layer + 1)) for layer in range(3)]
+        return Batch(torch.cat(seen, 1), torch.cat([scaled(part) for part in made], 1))
+
+    batches, held_out = [batch(ROWS) for _ in range(120)], batch(4 * ROWS)
+    shared = {"layers": (1, 2, 3), "hook": "mlp_in", "width": 96, "k": 6, "dead_after_tokens": 20_000}
+    sae = train(battery.quick("clt", lr=1e-2, **shared), batches).sae
+    W_dec = sae.W_dec.detach().view(96, 3, D)
+    assert all(float(W_dec[sae.layer_of == own, :own].abs().sum()) == 0 for own in range(3))
+    last = slice(2 * D, 3 * D)
+    left = left_over(sae(held_out.x)[:, last], held_out.target[:, last])
+    alone = battery.quick("transcoder", lr=1e-2, width=32, k=6, dead_after_tokens=20_000)
+    of_last = [Batch(one.x[:, last].contiguous(), one.target[:, last].contiguous()) for one in (*batches, held_out)]
+    assert left < 0.4 * left_over(train(alone, of_last[:-1]).sae(of_last[-1].x), of_last[-1].target)
+
+
+def test_a_causal_crosscoder_reads_one_layer(battery, rng):
+    config = battery.quick("crosscoder", causal=True, layers=(1, 2, 3))
+    (batch,) = battery.batches(config, 1)
+    sae = battery.train(config, 5)[0].sae
+    changed = batch.x.clone()
+    changed[:, D : 2 * D] += 1.0
+    differs = (sae.encode(changed) != sae.encode(batch.x)).any(0)
+    assert bool(differs.any()) and set(sae.layer_of[differs].tolist()) == {1}
+    W_dec = sae.W_dec.detach().view(-1, 3, D).norm(dim=2)
+    assert bool((W_dec[sae.layer_of == 2, :2] == 0).all()) and bool((W_dec[sae.layer_of == 0] > 0).all(0).all())

@@ -1,0 +1,128 @@
+"""circuit-tracer (0.5): transcoders of every layer from the first on, or one cross-layer transcoder; written only.
+
+    config.yaml                   which of the two, and where in a block they read and write (JSON, which is YAML too)
+    layer_0.safetensors, ...      of transcoders: W_enc [F, D], b_enc, W_dec [F, D], b_dec, the jump threshold, W_skip
+    W_enc_0.safetensors, ...      of a cross-layer one: W_enc_0 [F_0, D], b_enc_0, b_dec_0, threshold_0
+    W_dec_0.safetensors, ...      W_dec_0 [F_0, L, D]: what layer 0's latents write to layers 0 to L - 1
+
+L layers, B rows, D width, F latents. Its replacement model wants one for each of the model's layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ....cache_schema.sites import SAE_LENS_NAMES
+from ...errors import SaeInvalid
+from ...sae.cross_layer import CrossLayerSae
+from ...sae.gates import BatchTopK, Gate, JumpRelu, Relu
+from ...sae.model import SparseAutoencoder
+from ..module_form import RawUnits
+from ..whole_files import read_json, write_json
+from .plain import write_tensors
+
+CONFIG = "config.yaml"
+THRESHOLD = "activation_function.threshold"
+
+
+@torch.no_grad()
+def write(folder: Path, saes: Sequence[SparseAutoencoder]) -> None:
+    """SAEs in raw units, as they were loaded, in any order."""
+    layers = [layer for sae in saes for layer in sae.metadata.get("layers") or ()]
+    _require_every_layer(saes, layers)
+    if len(layers) > len(saes):
+        kind, tensors = "cross_layer_transcoder", _of_all_layers(saes[0])
+    else:
+        in_order = sorted(saes, key=lambda sae: sae.metadata["layers"])
+        kind, tensors = "transcoder_set", {f"layer_{i}": _of_one_layer(sae) for i, sae in enumerate(in_order)}
+    for name, table in tensors.items():
+        write_tensors(folder / f"{name}.safetensors", {key: tensor.float().cpu() for key, tensor in table.items()})
+    write_json(folder / CONFIG, {"model_kind": kind, **_places(saes[0].metadata)})
+
+
+@torch.no_grad()
+def reconstruct(folder: Path, x_BLD: Tensor) -> Tensor:
+    """What the folder's transcoders make of what is read at each layer, by circuit-tracer's formulas: [B, L, D]."""
+    if read_json(folder / CONFIG)["model_kind"] == "transcoder_set":
+        return torch.stack([_one(load_file(folder / f"layer_{i}.safetensors"), x) for i, x in _by_layer(x_BLD)], 1)
+    total = torch.zeros_like(x_BLD)
+    for i, x in _by_layer(x_BLD):
+        w = load_file(folder / f"W_enc_{i}.safetensors")
+        pre = x @ w[f"W_enc_{i}"].t() + w[f"b_enc_{i}"]
+        acts = pre * (pre > w[f"threshold_{i}"])
+        W_dec = load_file(folder / f"W_dec_{i}.safetensors")[f"W_dec_{i}"]
+        total[:, i:] += torch.einsum("bf,fld->bld", acts, W_dec)
+        total[:, i] += w[f"b_dec_{i}"]
+    return total
+
+
+def _by_layer(x_BLD: Tensor) -> list[tuple[int, Tensor]]:
+    return list(enumerate(x_BLD.unbind(1)))
+
+
+def _one(w: dict[str, Tensor], x: Tensor) -> Tensor:
+    pre = x @ w["W_enc"].t() + w["b_enc"]
+    acts = pre * (pre > w[THRESHOLD]) if THRESHOLD in w else pre.relu()
+    y = acts @ w["W_dec"] + w["b_dec"]
+    return y + x @ w["W_skip"].t() if "W_skip" in w else y
+
+
+def _of_one_layer(sae: SparseAutoencoder) -> dict[str, Tensor]:
+    bias = sae.b_enc - sae.W_enc @ sae.b_dec if sae.centres_input else sae.b_enc
+    tensors = {"W_enc": sae.W_enc, "b_enc": bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    threshold = _threshold(sae.gate)
+    tensors |= {} if threshold is None else {THRESHOLD: threshold.expand(sae.num_latents)}
+    return tensors | ({} if sae.W_skip is None else {"W_skip": sae.W_skip})
+
+
+def _of_all_layers(sae: SparseAutoencoder) -> dict[str, dict[str, Tensor]]:
+    inner = sae.inner if isinstance(sae, RawUnits) else None
+    if not isinstance(inner, CrossLayerSae) or len(set(inner.sizes)) > 1:
+        raise SaeInvalid("expected transcoders of one layer each, or a clt with as many latents in every layer")
+    threshold = _threshold(sae.gate)
+    assert isinstance(sae, RawUnits) and threshold is not None
+    parts = (sae.W_enc, sae.b_enc, threshold * sae.lengths, sae.W_dec.unflatten(1, (inner.num_layers, -1)))
+    found: dict[str, dict[str, Tensor]] = {}
+    b_dec = sae.b_dec.view(inner.num_layers, -1)
+    for i, (W_enc, b_enc, theta, W_dec) in enumerate(zip(*(p.split(inner.sizes) for p in parts), strict=True)):
+        own = {f"W_enc_{i}": W_enc, f"b_enc_{i}": b_enc, f"b_dec_{i}": b_dec[i], f"threshold_{i}": theta}
+        found |= {f"W_enc_{i}": own, f"W_dec_{i}": {f"W_dec_{i}": W_dec[:, i:]}}
+    return found
+
+
+def _threshold(gate: Gate) -> Tensor | None:
+    """None of a ReLU."""
+    match gate:
+        case JumpRelu() | BatchTopK():
+            return gate.threshold
+        case Relu():
+            return None
+        case other:
+            raise SaeInvalid(
+                f"expected transcoders with a jump threshold or a ReLU, found {type(other).__name__}: circuit-tracer's "
+                "top-k keeps negative values. Train them with --set gate=batchtopk"
+            )
+
+
+def _require_every_layer(saes: Sequence[SparseAutoencoder], layers: Sequence[int]) -> None:
+    if sorted(layers) != list(range(len(layers))) or not layers:
+        raise SaeInvalid(f"expected one transcoder for each layer from 0 on, found layers {sorted(layers)}")
+    for sae in saes:
+        if sae.metadata.get("target_layers") != sae.metadata["layers"]:
+            raise SaeInvalid("expected transcoders that write to the layers they read, found others")
+        if (_places(sae.metadata), sae.num_latents) != (_places(saes[0].metadata), saes[0].num_latents):
+            raise SaeInvalid("expected transcoders of one model, of the same hooks, and as wide as each other")
+
+
+def _places(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Where in a block they read and write, by TransformerLens' names."""
+    hooks = {"feature_input_hook": metadata.get("hook"), "feature_output_hook": metadata.get("target_hook")}
+    if hooks["feature_output_hook"] != "mlp_out" or hooks["feature_input_hook"] not in SAE_LENS_NAMES:
+        raise SaeInvalid(f"expected transcoders that write mlp_out, found {hooks['feature_output_hook'] or 'none'}")
+    return {"model_name": metadata.get("model_name")} | {key: SAE_LENS_NAMES[hook] for key, hook in hooks.items()}

@@ -1,0 +1,46 @@
+"""How SAEs are built whose latents read one of several layers and write to it and to later ones."""
+
+from __future__ import annotations
+
+import torch
+
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..sae.cross_layer import CrossLayerSae, WritesOnward
+from ..sae.gates import BatchTopK
+from ..sae.model import tied_weights
+from ..terms.constraints import UnitDecoder
+from .build import require, stats_or_unit, topk_optim
+from .single_layer import RECONSTRUCTION, Dictionary
+
+
+def build_cross_layer(
+    config: Dictionary,
+    gate: BatchTopK,
+    aux: Term,
+    d_model: int,
+    layers: int,
+    stats: Stats | None,
+    target_stats: Stats | None = None,
+) -> Assembly:
+    """Latents that begin as those of an SAE of each layer, and learn what they write to later ones."""
+    require(config.width >= layers, f"width: expected a latent for each of {layers} layers, found {config.width}")
+    stats = stats_or_unit(stats, d_model * layers)
+    target_stats = stats if target_stats is None else target_stats
+    generator = torch.Generator().manual_seed(config.seed)
+    rows, _ = tied_weights(config.width, d_model, generator)
+    b_dec = target_stats.mean.clone() if config.decoder_bias == "mean" else torch.zeros(target_stats.width)
+    sae = CrossLayerSae(layers, rows, gate, torch.zeros(config.width), b_dec, config.encoder_product)
+    with torch.no_grad():  # of an input that is not centred
+        sae.b_enc.sub_(sae.encoder_rows(torch.arange(config.width)) @ stats.mean.to(torch.float32))
+    return Assembly(
+        sae=sae,
+        terms=(RECONSTRUCTION, aux),
+        constraints=(WritesOnward(), UnitDecoder()),
+        knobs={},
+        optim=topk_optim(config.optim, config.width, d_model),
+        dead_after_tokens=config.dead_after_tokens,
+        generator=generator,
+        input_stats=stats,
+        target_stats=target_stats,
+    )

@@ -1,0 +1,108 @@
+"""An SAE over several layers: each latent reads one layer, and writes to it and to all later ones.
+
+B rows, L layers side by side, each D_in wide where it is read and D_out where it is written, F latents. Latents are
+dealt out to the layers in order, as evenly as may be. W_enc is [F, D_in], what a latent reads of its layer; W_dec is
+[F, L D_out], zero where a layer is earlier than the latent's.
+
+A row is L rows to the encoder, one a layer. What the gate chose of [B, F] is the same pairs in the same order in both
+views, so that one sparse product reads and one writes, as in an SAE of one layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .gates import BatchTopK
+from .kernels.functions import affine
+from .kernels.linear import Product, linear, matrix_units, product_on
+from .kernels.support import Support, group_offsets
+from .kernels.tables import low_copy
+from .model import EncoderProduct, SparseAutoencoder
+from .side import NO_SIDE, Side
+
+
+def deal(width: int, layers: int) -> list[int]:
+    """How many of the latents are each layer's."""
+    return [width * (layer + 1) // layers - width * layer // layers for layer in range(layers)]
+
+
+class CrossLayerSae(SparseAutoencoder):
+    """Encoders of each layer, decoders to it and to later ones. The input is not centred."""
+
+    is_plain = False
+    layer_of: Tensor
+
+    def __init__(
+        self,
+        layers: int,
+        rows: Tensor,
+        gate: BatchTopK,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        encoder_product: EncoderProduct,
+    ) -> None:
+        """`rows` [F, D_in] are both what each latent reads and, where it can be, what it writes to its own layer."""
+        self.num_layers, self.sizes = layers, deal(len(rows), layers)
+        layer_of = torch.arange(layers).repeat_interleave(torch.tensor(self.sizes))
+        d_out = len(b_dec) // layers
+        W_dec = rows.new_zeros(len(rows), layers, d_out)
+        W_dec[torch.arange(len(rows)), layer_of, : rows.shape[1]] = rows[:, :d_out]
+        super().__init__(rows, W_dec.flatten(1), gate, b_dec, b_enc, False, encoder_product)
+        self.register_buffer("layer_of", layer_of, persistent=False)
+
+    @property
+    def d_in(self) -> int:
+        return self.num_layers * self.W_enc.shape[1]
+
+    def encoder_rows(self, latents: Tensor) -> Tensor:
+        own = torch.arange(self.num_layers, device=latents.device) == self.layer_of[latents][:, None]
+        return (own[:, :, None] * self.W_enc[latents][:, None]).flatten(1)
+
+    def encoder_times(self, factor_D: Tensor) -> Tensor:
+        return self.W_enc * factor_D.view(self.num_layers, -1)[self.layer_of]
+
+    def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
+        return self.gate.infer(self._by_layer(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
+
+    def _by_layer(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+        """Each layer's product, side by side: [..., F]."""
+        layers = x.unflatten(-1, (self.num_layers, -1)).unbind(-2)
+        tables = zip(layers, W_enc.split(self.sizes), b_enc.split(self.sizes), strict=True)
+        return torch.cat([linear(part, W, b) for part, W, b in tables], dim=-1)
+
+    def _all_pre(self, x_centred: Tensor) -> Tensor:
+        product = product_on(x_centred.device, self.encoder_product)
+        if product != "bfloat16":
+            with matrix_units(product):
+                return self._by_layer(x_centred, self.W_enc, self.b_enc)
+        low = torch.bfloat16
+        return self._by_layer(x_centred.to(low), low_copy(self.W_enc), self.b_enc.to(low))
+
+    def _affine(
+        self, x: Tensor, center: Tensor | None, support: Support | None, known: Tensor | None, product: Product
+    ) -> Tensor:
+        assert support is not None and center is None
+        row = support.rows.long() * self.num_layers + self.layer_of[support.latents]
+        rows = x.reshape(x.shape[0] * self.num_layers, -1)
+        by_layer = Support(group_offsets(row, len(rows)), support.latents, self.num_latents)
+        return affine(rows, None, self.W_enc, self.b_enc, by_layer, known, product)
+
+
+@dataclass(frozen=True)
+class WritesOnward:
+    """No latent writes to a layer before its own, where it begins at zero."""
+
+    table_use: ClassVar[Literal["gradients"]] = "gradients"
+
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        assert isinstance(sae, CrossLayerSae)
+        if sae.W_dec.grad is not None:
+            layer = torch.arange(sae.num_layers, device=sae.W_dec.device)
+            sae.W_dec.grad.unflatten(1, (sae.num_layers, -1)).mul_((layer >= sae.layer_of[:, None])[:, :, None])
+
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        pass
