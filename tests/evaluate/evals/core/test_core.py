@@ -212,6 +212,15 @@ def test_a_crosscoder_has_sparsity_and_no_losses(make_world, open_context, build
     assert result.metrics["sparsity"]["l0"] == 4.0
 
 
+def test_what_goes_past_the_latents_is_spliced_too(world, open_context, builder):
+    """No latent fires, and the skip is the identity."""
+    sae = nothing(builder.D, torch.zeros(builder.D))
+    sae.W_skip = torch.nn.Parameter(torch.eye(builder.D))
+    result = run(open_context(world), [builder.subject(sae)])["sae"]
+    assert result.metrics["model_performance_preservation"]["ce_loss_score"] == 1.0
+    assert result.metrics["sparsity"]["l0"] == 0.0
+
+
 def test_a_transcoder_is_spliced_where_it_writes(make_world, open_context, builder):
     """One that reads layer 1 and gives back the bias is a zero SAE at layer 2."""
     world = make_world(layers=(1, 2))
