@@ -38,7 +38,7 @@ def require_hook(hook: str | None, setting: str = "hook") -> None:
 def require_layers(layers: tuple[int, ...], rising: bool = False) -> None:
     is_distinct = len(set(layers)) == len(layers) > 0
     require(is_distinct, f"layers: expected one or more distinct layers, found {layers}")
-    require(not rising or layers == tuple(sorted(layers)), f"layers: expected rising layers, found {layers}")
+    require(not rising or list(layers) == sorted(layers), f"layers: expected rising layers, found {layers}")
 
 
 def require_width(width: int) -> None:

@@ -198,9 +198,12 @@ class JumpRelu(Gate):
 
     def count(self, codes: Codes, side: Side) -> Tensor:
         """Mean number of active latents in a row, with straight-through gradient to the threshold."""
+        return self.marks(codes, side).sum() / codes.num_rows
+
+    def marks(self, codes: Codes, side: Side) -> Tensor:
+        """1 where an entry is active, with the same gradient."""
         assert codes.pre is not None
-        theta = codes.per_latent(self.threshold)
-        return heaviside_ste(codes.pre, theta, self._window(side)).sum() / codes.num_rows
+        return heaviside_ste(codes.pre, codes.per_latent(self.threshold), self._window(side))
 
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
         return torch.where(pre > self.threshold, pre, 0.0).relu()

@@ -59,6 +59,39 @@ class TargetL0:
 
 
 @dataclass(frozen=True)
+class TanhL0:
+    """Sum of a row's tanh(sharpness f / sqrt(D)) over the target: a count that has a gradient to every parameter."""
+
+    target: float
+    sharpness: float
+
+    def __call__(self, view: View) -> Tensor:
+        soft = view.codes.map(lambda values: torch.tanh(values * (self.sharpness / view.stats.width**0.5)))
+        return soft.mean_over_rows() / self.target
+
+
+@dataclass(frozen=True)
+class Frequency:
+    """Sum over latents of p^2 / (common target), where p is the share of rows in which a latent fires.
+
+    A latent that fires in the share `common` of all rows costs as much as its part of the target. Straight through to
+    the thresholds of a jump gate.
+    """
+
+    target: float
+    common: float
+
+    def __call__(self, view: View) -> Tensor:
+        gate, codes = view.sae.gate, view.codes
+        assert isinstance(gate, JumpRelu)
+        marks = gate.marks(codes, view.side)
+        share_F = view.side.ranks.mean(codes.with_values(marks).latent_totals() / codes.num_rows)
+        # 2 p p' - p'^2 with p' constant: the value and the gradient of p^2, without a table of gradients by latent.
+        twice = 2.0 * (marks * codes.per_latent(share_F)).sum() / codes.num_rows
+        return (twice - share_F.square().sum()) / (self.common * self.target)
+
+
+@dataclass(frozen=True)
 class DeadPreActivation:
     """How far the dead latents' pre-activations are below their thresholds: mean over rows of the sum."""
 

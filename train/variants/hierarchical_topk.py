@@ -48,6 +48,9 @@ class Config(topk.Config):
     budgets: tuple[int, ...] | None = None
     """Numbers of active latents that reconstruct on their own, rising to k; None: the powers of two, and k."""
 
+    def step_tables(self) -> float:
+        return super().step_tables() + 1.0
+
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)
         powers = (2**power for power in range(self.k.bit_length()))

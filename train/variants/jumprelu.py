@@ -1,19 +1,22 @@
 """JumpReLU (Rajamanoharan et al. 2024): a learned threshold, trained straight through to a target L0.
 
 Thresholds and bandwidth are in units of the mean norm of the activations, as published; Adam steps
-them in those units too, or they would hardly move from where they start.
+them in those units too, or they would hardly move from where they start. With `sparsity=tanh` (Conerly et al. 2025) the
+penalty has gradients to all parameters and no target: how many latents fire follows from `penalty` / `target_l0`.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
-from ..engine.schedules import Constant
-from ..kit.build import relu_optim, require, require_sparsity
+from ..engine.schedules import Constant, Ramp
+from ..kit.build import relu_optim, require, require_least, require_sparsity
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithPenalty, build_plain, settings
 from ..sae.gates import JumpRelu
 from ..terms.constraints import NonNegativeThreshold, UnitDecoder
-from ..terms.sparsity import DeadPreActivation, TargetL0
+from ..terms.sparsity import DeadPreActivation, Frequency, TanhL0, TargetL0
 
 
 @settings(
@@ -28,6 +31,14 @@ class Config(WithPenalty, SingleLayer):
     bandwidth: float = 0.001
     dead_penalty: float = 3e-6
     """Weight of how far the dead latents' pre-activations are below their thresholds."""
+    sparsity: Literal["target", "tanh"] = "target"
+    """What is penalised: the square of L0's distance from its target, or a smooth L0."""
+    sharpness: float = 4.0
+    """Of the smooth one."""
+    frequency_penalty: float = 0.0
+    """Weight of the square of how often each latent fires (Smith et al. 2025), beside the penalty on L0."""
+    common_share: float = 0.1
+    """Of tokens: a latent that fires in so many costs its part of L0 once more."""
 
     def step_tables(self) -> float:
         return 7.0
@@ -36,10 +47,18 @@ class Config(WithPenalty, SingleLayer):
         require_sparsity(self.target_l0, self.width)
         require(self.bandwidth > 0, f"bandwidth: expected a positive number, found {self.bandwidth}")
         gate = JumpRelu(self.width, self.initial_threshold, self.bandwidth, d_model**0.5, self.target_l0)
-        terms = (
+        require(self.sharpness > 0, f"sharpness: expected a positive number, found {self.sharpness}")
+        require(0 < self.common_share <= 1, f"common_share: expected more than 0 to 1, found {self.common_share}")
+        require_least(self, frequency_penalty=0)
+        is_tanh = self.sparsity == "tanh"
+        l0 = TanhL0(self.target_l0, self.sharpness) if is_tanh else TargetL0(self.target_l0)
+        terms = [
             RECONSTRUCTION,
-            self.penalise("l0", TargetL0(self.target_l0)),
+            self.penalise("l0", l0),
             Term("dead", DeadPreActivation(), Constant(self.dead_penalty)),
-        )
+        ]
+        if self.frequency_penalty > 0:
+            rising = Ramp(0.0, self.frequency_penalty, end_fraction=self.penalty_warmup_fraction)
+            terms.append(Term("frequency", Frequency(self.target_l0, self.common_share), rising))
         optim = relu_optim(self.optim, self.width, d_model, beta1=0.0)
         return build_plain(self, d_model, stats, gate, terms, optim, (UnitDecoder(), NonNegativeThreshold()))

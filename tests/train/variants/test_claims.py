@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -143,3 +144,32 @@ def test_a_causal_crosscoder_reads_one_layer(battery, rng):
     assert bool(differs.any()) and set(sae.layer_of[differs].tolist()) == {1}
     W_dec = sae.W_dec.detach().view(-1, 3, D).norm(dim=2)
     assert bool((W_dec[sae.layer_of == 2, :2] == 0).all()) and bool((W_dec[sae.layer_of == 0] > 0).all(0).all())
+
+
+@pytest.mark.parametrize(("sparsity", "reaches"), [("target", False), ("tanh", True)])
+def test_the_smooth_l0_of_jumprelu_has_a_gradient_to_every_parameter(battery, sparsity, reaches):
+    config = battery.quick("jumprelu", sparsity=sparsity, frequency_penalty=1.0)
+    trainee = Trainee("one", config.build(D), battery.STEPS)
+    view = trainee._view(battery.batches(config, 1)[0])
+    terms = {term.name: term.fn for term in trainee.assembly.terms}
+    terms["l0"](view).backward()
+    assert bool(trainee.sae.W_enc.grad is not None and trainee.sae.W_enc.grad.any()) == reaches
+    assert bool(trainee.sae.gate.raw_threshold.grad.any())
+
+
+def test_a_penalty_on_frequency_keeps_latents_from_firing_everywhere(battery, rng):
+    """One direction is in three of four rows; L0 stays what was asked for."""
+    atoms = draw_unit(rng, 48)
+
+    def rows(count: int) -> Tensor:
+        codes = draw_codes(rng, count, 48, 3)
+        codes[:, 0] = torch.where(torch.rand(count, generator=rng) < 0.75, 1.0 + torch.rand(count, generator=rng), 0.0)
+        return scaled(codes @ atoms)
+
+    batches, held_out, most = [Batch(rows(ROWS)) for _ in range(200)], rows(4 * ROWS), {}
+    for weight in (0.0, 0.1):
+        config = battery.quick("jumprelu", lr=3e-3, width=96, target_l0=4.0, frequency_penalty=weight)
+        fires = train(config, batches).sae.encode(held_out) > 0
+        most[weight] = float(fires.double().mean(0).amax())
+        assert float(fires.sum(1).double().mean()) == pytest.approx(4.0, rel=0.08)
+    assert most[0.1] < 0.4 * most[0.0]
