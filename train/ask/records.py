@@ -64,7 +64,8 @@ class CourseConfig:
     """If set, the clock is ignored."""
     validation_tokens: int = 131_072
     shard_width: bool = False
-    """With several processes: each holds part of every dictionary's rows, for widths that do not fit on one device."""
+    """With several processes: each holds some of every dictionary's latents and reads all rows of every batch, for
+    widths that do not fit on one device."""
     trackers: tuple[str, ...] = ()
     """Further logs, through accelerate: wandb, tensorboard and others."""
 

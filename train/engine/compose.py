@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
+from ..parallel.latents import ALL_LATENTS, Latents
 from ..parallel.ranks import BatchRanks
 from ..sae.extra import Extra
 from ..sae.model import SparseAutoencoder
 from ..sae.side import Side
-from ..sae.view import View, residual_of
+from ..sae.view import Split, View, residual_of
 from .optim import Optim
 from .schedules import Constant, Product, Schedule, cut_short
 
@@ -35,6 +36,12 @@ class Term:
     weight: Schedule
     residual: Callable[[View], Tensor] | None = None
     """Of a term that reconstructs its own way: target - x_hat, which it has already."""
+
+    @property
+    def split(self) -> Split | None:
+        """What a process finds of it that holds some of the latents; None: it needs all of them."""
+        found: Split | None = getattr(self.fn, "split", None)
+        return found
 
 
 TableUse = Literal["none", "gradients", "unit decoder"]  # the last: only that decoder rows keep length one
@@ -134,9 +141,16 @@ class Assembly:
         schedules = [self.rate, *(term.weight for term in self.terms), *self.knobs.values()]
         return sorted({found for schedule in schedules for found in cut_short(schedule, total_steps)})
 
-    def side(self, batch_side: Mapping[str, Any], step: int, total_steps: int, ranks: BatchRanks) -> Side:
+    def side(
+        self,
+        batch_side: Mapping[str, Any],
+        step: int,
+        total_steps: int,
+        ranks: BatchRanks,
+        latents: Latents = ALL_LATENTS,
+    ) -> Side:
         """Side inputs of a batch together with the knobs of a step."""
-        return Side(batch_side, self.knobs_at(step, total_steps), ranks)
+        return Side(batch_side, self.knobs_at(step, total_steps), ranks, latents)
 
     def knobs_at(self, step: int, total_steps: int | None = None) -> dict[str, float]:
         """Every knob's value at a step; without a length, as at the end of the run."""

@@ -21,7 +21,6 @@ from ..data.draw import Draw
 from ..data.scaling import Stats, bounds_of, joined_stats
 from ..errors import ActivationsNotFinite, MemoryTooSmall, NonFiniteLoss, StoppedElsewhere, TrainError
 from ..parallel.ranks import Ranks
-from ..parallel.sharded_rows import Shard
 from .compose import Assembly, Buildable
 from .step import LOOK_EVERY, Report, Trainee
 
@@ -53,14 +52,14 @@ class Fleet:
         total_steps: int,
         device: torch.device,
         ranks: Ranks,
-        shard: Shard | None = None,
+        split: Ranks | None = None,
     ) -> None:
-        self._ranks = ranks
+        self.ranks = ranks
         self._past: deque[Past] = deque(maxlen=LOOK_EVERY + 1)  # steps whose losses the host has not read yet
         self.stats = stats
         self.needs = {label: config.request() for label, config in configs.items()}
         self.trainees = {
-            label: Trainee(label, _build(config, stats), total_steps, device, ranks, shard)
+            label: Trainee(label, _build(config, stats), total_steps, device, ranks, split)
             for label, config in configs.items()
         }
 
@@ -100,7 +99,7 @@ class Fleet:
         """The same error with the part of the store that the step was trained on."""
         kind = self.needs[label].kind(bounds_of(self.stats))
         if draw is not None and error.is_input_finite is None:
-            return _locate(label, error, draw, kind, self._ranks)
+            return _locate(label, error, draw, kind, self.ranks)
         # The loss was read late and the step's draw is gone: only its windows are still known.
         place = next((past.place(kind) for past in self._past if past.step == error.step), "")
         if error.is_input_finite:

@@ -7,7 +7,7 @@ run goes on to the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from ..errors import ConfigInvalid
-from ..parallel.sharded_rows import local, whole
+from ..parallel.latents import ALL_LATENTS, Latents
 from ..sae.kernels.tables import RowGradient, RowUpdates, take_rows
 from .schedules import Decay, Product, Schedule, WarmUp
 
@@ -68,7 +68,8 @@ class Optim:
 class Adam:
     """Adam over named parameters.
 
-    `by_row` names tables that are updated row by row, and whether their rows are kept at length one.
+    `by_row` names tables that are updated row by row, and whether their rows are kept at length one; `split` those
+    of which this process holds only the rows of its latents.
     """
 
     def __init__(
@@ -77,11 +78,14 @@ class Adam:
         settings: Optim,
         lr_scales: Mapping[str, float] | None = None,
         by_row: Mapping[str, bool] | None = None,
+        latents: Latents = ALL_LATENTS,
+        split: Collection[str] = (),
     ) -> None:
         self.parameters = dict(parameters)
         self._by_row = {name: (take_rows(self.parameters[name]), is_unit) for name, is_unit in (by_row or {}).items()}
         self._taken: dict[str, int] = {}  # steps of each table that goes by row, as the host knows them
         self.settings = settings
+        self._latents, self._split = latents, split
         self._beta1 = BETA1 if settings.beta1 is None else settings.beta1
         self._epsilon = EPSILON if settings.epsilon is None else settings.epsilon
         self._lr_scales = dict(lr_scales or {})
@@ -103,7 +107,7 @@ class Adam:
         if not moving:
             return None
         gradients = [_gradient(self.parameters[name]) for name in moving]
-        norm, divisor = self._clip(gradients)
+        norm, divisor = self._clip(moving, gradients)
         scales = [self._lr_scales.get(name, 1.0) for name in moving]
         for scale in dict.fromkeys(scales):
             together = [index for index, own in enumerate(scales) if own == scale]
@@ -148,11 +152,11 @@ class Adam:
     ) -> None:
         """One fused update of parameters that share a learning rate."""
         tables = (self.parameters, self._first, self._second)
-        parameters, first, second = ([local(table[name]) for name in moving] for table in tables)
+        parameters, first, second = ([table[name] for name in moving] for table in tables)
         settings = self.settings
         adam(
             parameters,
-            [local(gradient) for gradient in gradients],
+            gradients,
             first,
             second,
             [],
@@ -190,11 +194,15 @@ class Adam:
             state[f"{name}.steps"] = self._steps[name]
         return state
 
-    def _clip(self, gradients: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    def _clip(self, moving: list[str], gradients: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """The gradients' norm, and what the fused update shall divide them by."""
         if self.settings.clip_norm is None:
             return None, None
-        norms = torch.stack([whole(torch.linalg.vector_norm(gradient)) for gradient in gradients])
+        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+        if not self._latents.is_whole:
+            is_split = norms.new_tensor([name in self._split for name in moving])
+            squares = norms.square()
+            norms = (self._latents.sum(squares * is_split) + squares * (1 - is_split)).sqrt()
         norm = torch.linalg.vector_norm(norms)
         return norm, (norm / self.settings.clip_norm).clamp_min(1.0)
 

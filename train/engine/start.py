@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
+from ..parallel.latents import ALL_LATENTS, Latents
 from ..parallel.ranks import BatchRanks
 from ..sae.gates import JumpRelu
 from ..sae.model import SparseAutoencoder
@@ -33,13 +34,15 @@ MOST_TRIES = 40
 
 
 @torch.no_grad()
-def fit_start(assembly: Assembly, batch: Batch, total_steps: int, ranks: BatchRanks) -> None:
+def fit_start(
+    assembly: Assembly, batch: Batch, total_steps: int, ranks: BatchRanks, latents: Latents = ALL_LATENTS
+) -> None:
     """Change the SAE's biases, thresholds and scale; a collective call, and the same on every rank.
 
     What knobs switch on during the run counts as it is in the first step and in the last, whichever is more.
     """
     sae, target = assembly.sae, batch.x if batch.target is None else batch.target
-    sides = [assembly.side(batch.side, step, total_steps, ranks) for step in (0, total_steps)]
+    sides = [assembly.side(batch.side, step, total_steps, ranks, latents) for step in (0, total_steps)]
     sides = sides[:1] if sides[0].knobs == sides[1].knobs else sides
     if _explained(sae, batch.x, target, sides[-1]) < LEAST_SHARE:
         return
@@ -65,7 +68,7 @@ def _place_threshold(sae: SparseAutoencoder, gate: JumpRelu, x: Tensor, side: Si
 
     def l0(threshold: float) -> float:
         gate.place(threshold)
-        return float(side.ranks.mean(sae.codes(x, side).l0))
+        return float(side.latents.sum(side.ranks.mean(sae.codes(x, side).l0)))
 
     threshold = _search(l0, asked_l0, math.inf)
     gate.place(threshold)

@@ -17,26 +17,27 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.batch import Batch
 from ..data.device import fetch
-from ..errors import ConfigInvalid, NonFiniteLoss, StateInvalid
+from ..errors import NonFiniteLoss, StateInvalid
+from ..parallel.latents import AllLatents, Latents, SomeLatents
 from ..parallel.ranks import Alone, Ranks, share_batch
-from ..parallel.sharded_rows import Shard, assign, on_host
+from ..parallel.reduction import Reduction
 from ..sae.extra import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
 from ..sae.view import View
-from .compose import Assembly, Term
+from .compose import Assembly
 from .dead_latents import LatentCounters
 from .optim import Adam
+from .split import cut, require_splittable, split_parameters, split_state
 from .start import fit_start
 
 LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait
@@ -85,20 +86,6 @@ class Report:
         return named | {f"knob/{name}": knob for name, knob in self.knobs.items()} | {"lr": self.lr}
 
 
-class Losses(nn.Module):
-    """All terms and their weighted sum. A module, so that sharded weights are whole while it runs."""
-
-    def __init__(self, sae: SparseAutoencoder, terms: Sequence[Term]) -> None:
-        super().__init__()
-        self.sae = sae
-        self._terms = tuple(terms)
-
-    def forward(self, view: View, weights: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        # A term of weight zero is not computed: it costs nothing and draws no random numbers.
-        losses = {term.name: term.fn(view) for term in self._terms if weights[term.name] != 0.0}
-        return torch.stack([weights[name] * value for name, value in losses.items()]).sum(), losses
-
-
 class Trainee:
     """An SAE in training."""
 
@@ -109,8 +96,9 @@ class Trainee:
         total_steps: int,
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
-        shard: Shard | None = None,
+        split: Ranks | None = None,
     ) -> None:
+        """`ranks` share out the rows of a batch; the processes of `split` see all rows and hold some latents each."""
         self.name = name
         self.assembly = assembly
         self.total_steps = total_steps
@@ -118,16 +106,20 @@ class Trainee:
         self.ranks: Ranks = ranks or Alone()
         self.sae = assembly.sae
         self.sae.extras.update(dict(assembly.extras))
-        self._losses = Losses(self.sae, assembly.terms)
-        self._is_sharded = shard is not None
-        if shard is not None:
-            _require_shardable(name, self.sae)
-            shard(self._losses)
+        self._latents: Latents = AllLatents(self.sae.num_latents)
+        self._split: tuple[str, ...] = ()
+        if split is not None and split.size > 1:
+            require_splittable(name, assembly)
+            self._latents, self._split = SomeLatents(split, self.sae.num_latents), split_parameters(self.sae)
+            cut(self.sae, self._split, self._latents)
         self.sae.to(self.device)
         by_row = self._tables_by_row()
         # The kernel that updates decoder rows keeps them at length one by itself.
         self._constraints = [c for c in assembly.constraints if not (by_row and c.table_use == "unit decoder")]
-        self.optimiser = Adam(dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae), by_row)
+        self.optimiser = Adam(
+            dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae), by_row, self._latents, self._split
+        )
+        self._reduction = Reduction(self.sae.parameters(), self.ranks) if self.ranks.size > 1 else None
         self.counters = LatentCounters(self.sae.num_latents, self.device)
         self.step_index = 0
         self._lr = assembly.rate
@@ -142,21 +134,30 @@ class Trainee:
             self.counters.list_dead(self.assembly.dead_after_tokens, retired_of(self.sae))
         # 1. What the schedules say at this step, and all that terms may see of the batch.
         if self.step_index == 0 and self.assembly.optim.start == "fitted":
-            self._fit_start(batch)
+            ranks = share_batch(self.ranks, len(batch.x))
+            fit_start(self.assembly, batch, self.total_steps, ranks, self._latents)
         lr = self._lr(self.step_index, self.total_steps)
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
         view = self._view(batch)
         ranks = view.side.ranks
         # 2. Losses. What is reported is measured here, before the weights move.
         random_state = self.assembly.generator.get_state()
-        loss, losses = self._losses(view, weights)
+        # A term of weight zero is not computed: it costs nothing and draws no random numbers.
+        losses = {term.name: term.fn(view) for term in self.assembly.terms if weights[term.name] != 0.0}
+        own_loss = loss = _weighted_sum(losses, weights)
+        if not self._latents.is_whole:
+            losses = self._add_parts(losses)
+            loss = _weighted_sum(losses, weights)
         self._require_finite(view, loss, losses, random_state)
         with torch.no_grad():
             residual = view.residual.reshape(-1)
             unexplained = torch.dot(residual, residual) / view.x.shape[0] / view.stats.variance
-            dead_share = view.dead.double().mean()
+            dead_share = self._latents.sum(view.dead.double().sum()) / self._latents.total
+            l0 = self._latents.sum(view.codes.l0)
         # 3. Gradients and weights. A rank with more rows counts more; alone the weight is 1 and changes no bit.
-        loss.backward(torch.full_like(loss, ranks.weight))
+        if self._reduction is not None:
+            self._reduction.begin()
+        own_loss.backward(torch.full_like(own_loss, ranks.weight))
         grad_norm = self._update(lr)
         # 4. Everybody who keeps statistics is told.
         with torch.no_grad():
@@ -175,28 +176,33 @@ class Trainee:
             weights=weights,
             knobs=view.side.knobs,
             notes=dict(view.notes),
-            l0=view.codes.l0,
+            l0=l0,
             explained_variance=1.0 - unexplained,
             dead_share=dead_share,
             grad_norm=grad_norm,
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a bit-exact resume needs, as flat named tensors; a collective call if sharded.
+        """Everything that a bit-exact resume needs, as flat named tensors; a collective call if split by latents.
 
         In host memory. On a CPU they are the SAE's own, which the next step changes.
         """
         self.look()
-        return fetch({name: on_host(tensor) for name, tensor in self._own_state().items()})
+        return {name: self._whole(name, tensor) for name, tensor in fetch(self._own_state()).items()}
 
     @contextmanager
     def gather_weights(self) -> Iterator[None]:
-        """Sharded weights are whole inside, for all ranks that enter together."""
-        if self._is_sharded:
-            cast(Any, self._losses).unshard()
+        """The first process has all latents inside, where all enter together; to measure and to save, not to train."""
+        parts = {**dict(self.sae.named_parameters()), "counters": self.counters.tokens_since_fired}
+        parts = {name: parts[name] for name in (*self._split, "counters")} if self._split else {}
+        own = {name: tensor.data for name, tensor in parts.items()}
+        for tensor in parts.values():
+            whole = self._latents.whole(tensor.data)
+            if self._latents.first == 0:
+                tensor.data = whole.to(self.device)
         yield
-        if self._is_sharded:
-            cast(Any, self._losses).reshard()
+        for name, tensor in parts.items():
+            tensor.data = own[name]
 
     def _own_state(self) -> dict[str, Tensor]:
         state = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
@@ -212,40 +218,46 @@ class Trainee:
         own = self._own_state()
         problems = [f"{name} is missing" for name in own.keys() - state.keys() - ADDED_LATER]
         problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
+        shapes = {
+            name: (self._latents.total, *t.shape[1:]) if self._is_part(name) else t.shape for name, t in own.items()
+        }
         problems += [
-            f"{name}: expected shape {tuple(own[name].shape)}, found {tuple(state[name].shape)}"
+            f"{name}: expected shape {shapes[name]}, found {tuple(state[name].shape)}"
             for name in own.keys() & state.keys()
-            if own[name].shape != state[name].shape
+            if shapes[name] != tuple(state[name].shape)
         ]
         if problems:
             raise StateInvalid(f"{self.name}: the saved state does not fit: {'; '.join(sorted(problems))}")
-        for name, tensor in own.items():  # in the same order on every rank: assigning a sharded tensor is collective
+        for name, tensor in own.items():
             if name in state:
-                assign(tensor, state[name])
+                tensor.copy_(self._latents.own(state[name]) if self._is_part(name) else state[name])
         self.optimiser.after_load()
         self.counters.after_load()
         self.assembly.generator.set_state(state["generator"].cpu())
         self.step_index = int(state["step"])
 
-    @torch.no_grad()
-    def _fit_start(self, batch: Batch) -> None:
-        """Before the first step. Sharded weights are changed where they are whole, and dealt out again."""
-        found: dict[str, Tensor] = {}
-        with self.gather_weights():
-            fit_start(self.assembly, batch, self.total_steps, share_batch(self.ranks, len(batch.x), self.device))
-            if self._is_sharded:
-                found = {name: parameter.detach().clone() for name, parameter in self.sae.named_parameters()}
-        for name, parameter in self.sae.named_parameters():
-            if name in found:
-                assign(parameter, found[name])
+    def _is_part(self, name: str) -> bool:
+        """Whether a tensor of the state is of the latents that are here."""
+        return bool(self._split) and name in split_state(self._split)
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        return self._latents.whole(tensor) if self._is_part(name) else tensor
+
+    def _add_parts(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of all latents, to be told: of some each process has a part."""
+        parts = [term.name for term in self.assembly.terms if term.name in losses and term.split == "parts"]
+        values = {name: loss.detach() for name, loss in losses.items()}
+        if parts:
+            values |= dict(zip(parts, self._latents.sum(torch.stack([values[name] for name in parts])), strict=True))
+        return values
 
     def _view(self, batch: Batch) -> View:
         assembly = self.assembly
-        ranks = share_batch(self.ranks, batch.x.shape[0], self.device)
+        ranks = share_batch(self.ranks, batch.x.shape[0])
         return View(
             x=batch.x,
             target=batch.x if batch.target is None else batch.target,
-            side=assembly.side(batch.side, self.step_index, self.total_steps, ranks),
+            side=assembly.side(batch.side, self.step_index, self.total_steps, ranks, self._latents),
             sae=self.sae,
             dead=self.counters.dead(assembly.dead_after_tokens),
             stats=assembly.target_stats,
@@ -281,10 +293,8 @@ class Trainee:
             raise NonFiniteLoss(self.step_index, {name: float(mean(value.detach())) for name, value in losses.items()})
 
     def _update(self, lr: float) -> Tensor | None:
-        if self.ranks.size > 1 and not self._is_sharded:  # gradients of shards are averaged on their way
-            for parameter in self.optimiser.parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad = self.ranks.sum(parameter.grad).div_(self.ranks.size)
+        if self._reduction is not None:
+            self._reduction.finish()
         for constraint in self._constraints:
             constraint.before_step(self.sae)
         grad_norm = self.optimiser.step(lr, self._frozen)
@@ -299,7 +309,7 @@ class Trainee:
         Not where anything but the kernel has to see their gradients: other ranks, a clip of all gradients
         together, a constraint.
         """
-        sees_all = self.ranks.size > 1 or self._is_sharded or self.assembly.optim.clip_norm is not None
+        sees_all = self.ranks.size > 1 or self.assembly.optim.clip_norm is not None
         if sees_all or any(constraint.table_use == "gradients" for constraint in self.assembly.constraints):
             return {}
         tables = {"W_enc": self.sae.W_enc, "W_dec": self.sae.W_dec}
@@ -309,10 +319,8 @@ class Trainee:
         return {"W_enc": False, "W_dec": is_unit}
 
 
-def _require_shardable(name: str, sae: SparseAutoencoder) -> None:
-    """Extras and shapes read whole tables by latent, between steps too."""
-    if len(sae.extras) > 0 or not sae.is_plain:
-        raise ConfigInvalid(f"{name}: course.shard_width is for SAEs without extras; leave it out, or choose its base")
+def _weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
 
 
 def _lr_scales(sae: SparseAutoencoder) -> dict[str, float]:

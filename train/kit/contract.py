@@ -31,7 +31,8 @@ What must hold:
 3. A gradient reaches every parameter within a few steps (not of a baseline).
 4. The (row, latent) pairs of a `Support` are distinct, in order of rows: sparse sums add them unchecked.
 5. `sae.encode` agrees with what was trained, for any number of rows, and reads only what `request` asked for.
-6. What depends on the whole batch (a batch's top k, a mean, a count) goes through `view.side.ranks`.
+6. What depends on the whole batch (a batch's top k, a mean, a count) goes through `view.side.ranks`. A term that may
+   see some of the latents only says so by `@split`, and asks `view.side.latents` for what is of all.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Several processes that train one run: ranks, and tensors of which each holds some rows."""
+"""Several processes that train one run: ranks that share rows, and processes that hold some latents each."""

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...cache_schema import StoreError
 from ..errors import ConfigInvalid, StoppedElsewhere, TrainError
 from .ranks import Alone, Ranks
-from .sharded_rows import Shard
 
 _REST_SECONDS = 0.2
 
@@ -72,6 +71,17 @@ class Processes:
         with _all_there():
             dist.all_reduce(total, group=self._group)
         return total
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        with _all_there():
+            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        assert work is not None
+
+        def wait() -> None:
+            with _all_there():
+                work.wait()
+
+        return wait
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Shorter tensors are padded while they are sent."""
@@ -180,19 +190,6 @@ def _name(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     return f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).uuid}"
-
-
-def make_shard(device: torch.device) -> Shard:
-    """Deal out the rows of all parameters over the processes (FSDP)."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-
-    def shard(module: nn.Module) -> None:
-        fully_shard(module, mesh=mesh, reshard_after_forward=False)
-
-    return shard
 
 
 def choose_device(name: str) -> torch.device:

@@ -7,6 +7,7 @@ process and many compute the same step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -24,6 +25,10 @@ class Ranks(Protocol):
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, without gradient."""
+        ...
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """The sum in the tensor itself, under way when this returns; what is returned waits for it."""
         ...
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -62,6 +67,9 @@ class Alone:
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        return lambda: None
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         return [tensor]
 
@@ -78,14 +86,17 @@ class Alone:
 class Shares:
     """Several processes, and how the rows of one batch are shared out among them."""
 
-    def __init__(self, ranks: Ranks, own: int, device: torch.device) -> None:
+    def __init__(self, ranks: Ranks, own: int) -> None:
         self._ranks, self._own = ranks, own
         self.rank, self.size = ranks.rank, ranks.size
-        self._rows = int(ranks.sum(torch.tensor([own], device=device)))
+        self._rows = int(ranks.sum(torch.tensor([own])))  # from host to host: no device is waited for
         self.weight = own * self.size / self._rows
 
     def sum(self, tensor: Tensor) -> Tensor:
         return self._ranks.sum(tensor)
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        return self._ranks.begin_sum(tensor)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         return self._ranks.gather(tensor)
@@ -101,6 +112,6 @@ class Shares:
         return self._ranks.sum(count).clamp_min(1) * self.weight / self.size
 
 
-def share_batch(ranks: Ranks, own: int, device: torch.device) -> BatchRanks:
+def share_batch(ranks: Ranks, own: int) -> BatchRanks:
     """The ranks of a step in which this one has `own` rows."""
-    return Shares(ranks, own, device) if ranks.size > 1 else Alone()
+    return Shares(ranks, own) if ranks.size > 1 else Alone()

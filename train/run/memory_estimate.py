@@ -16,15 +16,15 @@ _GIB = 2**30
 
 
 def require_room(
-    members: Iterable[Member], d_model: int, batch_tokens: int, pool_bytes: int, shards: int, device: torch.device
+    members: Iterable[Member], d_model: int, batch_tokens: int, pool_bytes: int, parts: int, device: torch.device
 ) -> None:
     """Refuse a run that cannot fit: with what it needs, what is free, and what to change of the largest part."""
     members = tuple(members)
-    weights = {member.label: weight_bytes(member, d_model, shards) for member in members}
+    weights = {member.label: weight_bytes(member, d_model, parts) for member in members}
     largest = max(weights, key=lambda label: weights[label])
-    parts = {
+    asked = {
         f"for weights and optimiser, most of it for {largest}": sum(weights.values()),
-        "for a step": max(step_bytes(member, d_model, batch_tokens) for member in members),
+        "for a step": max(step_bytes(member, d_model, batch_tokens, parts) for member in members),
         "for the shuffle pool": pool_bytes,
     }
     remedies = (
@@ -32,28 +32,27 @@ def require_room(
         "a smaller --set data.batch_tokens, or a smaller --width",
         "a smaller --set data.pool_tokens",
     )
-    needed, free = sum(parts.values()), free_bytes(device)
+    needed, free = sum(asked.values()), free_bytes(device)
     if needed > free:
-        asked = ", ".join(f"{size / _GIB:.1f} {what}" for what, size in parts.items())
-        most = max(range(len(remedies)), key=lambda at: list(parts.values())[at])
+        said = ", ".join(f"{size / _GIB:.1f} {what}" for what, size in asked.items())
+        most = max(range(len(remedies)), key=lambda at: list(asked.values())[at])
         raise MemoryTooSmall(
-            f"expected {needed / _GIB:.1f} GiB of memory on {device} ({asked}), "
+            f"expected {needed / _GIB:.1f} GiB of memory on {device} ({said}), "
             f"found {free / _GIB:.1f} GiB free. Choose {remedies[most]}"
         )
 
 
-def weight_bytes(member: Member, d_model: int, shards: int = 1) -> int:
-    """Weights and optimiser state of an SAE. Sharded weights and gradients are whole for a moment."""
+def weight_bytes(member: Member, d_model: int, parts: int = 1) -> int:
+    """Weights and optimiser state of an SAE, or of the latents of a process that holds a part of them."""
     inputs, outputs = _widths(member, d_model)
-    copies = COPIES if shards == 1 else COPIES / shards + 2
-    return int(copies * 4) * member.config.width * (inputs + outputs)
+    return COPIES * 4 * -(-member.config.width // parts) * (inputs + outputs)
 
 
-def step_bytes(member: Member, d_model: int, batch_tokens: int) -> int:
+def step_bytes(member: Member, d_model: int, batch_tokens: int, parts: int = 1) -> int:
     """As many tables [B, F] as the variant says it holds at once, and a handful of the residual's width."""
     inputs, outputs = _widths(member, d_model)
     tables = member.config.step_tables()
-    return batch_tokens * int(4 * tables * member.config.width + 4 * 4 * (inputs + outputs))
+    return batch_tokens * int(4 * tables * -(-member.config.width // parts) + 4 * 4 * (inputs + outputs))
 
 
 def free_bytes(device: torch.device) -> int:

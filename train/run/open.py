@@ -18,7 +18,7 @@ from ..data.feed import Feed
 from ..disk.checkpoint import Standing, list_checkpoints, load_checkpoint
 from ..engine.fleet import Fleet, out_of_memory
 from ..errors import MemoryTooSmall, RunFinished
-from ..parallel.processes import all_or_none, make_shard
+from ..parallel.processes import Solo, all_or_none
 from .after_run import Onlookers
 from .checkpoints import Saver
 from .folder import MetricsLog, RunFolder
@@ -83,13 +83,13 @@ def make_fleet(settled: Settled, store: Store, site: Site) -> Fleet:
     """The SAEs as they are before the first step: what their configs can refuse, they refuse here."""
     take_device(site.device)
     keep_large_blocks()
-    is_sharded = settled.config.course.shard_width and site.group.size > 1
+    is_split = settled.config.course.shard_width and site.group.size > 1
+    rows, split = (Solo(), site.team) if is_split else (site.team, None)
     with all_or_none(site.group), _tell_memory(site):
         members = members_of(settled.config, store.manifest.model.d_model, site)
-        stats = check(settled, store, members, site.team.size, site.device)
-        shard = make_shard(site.device) if is_sharded else None
+        stats = check(settled, store, members, rows.size, 1 if split is None else split.size, site.device)
         configs = {member.label: member.config for member in members}
-        return Fleet(configs, stats, settled.total_steps, site.device, site.team, shard)
+        return Fleet(configs, stats, settled.total_steps, site.device, rows, split)
 
 
 def _begin_as_source(settled: Settled, fleet: Fleet, store: Store, site: Site) -> None:
@@ -126,10 +126,10 @@ def _open(
     settled: Settled, store: Store, site: Site, folder: RunFolder, fleet: Fleet, standing: Standing | None
 ) -> Iterator[Run]:
     """Put the parts together, as the checkpoint left them if there is one; close them at the end."""
-    config, team, steps = settled.config, site.team, settled.total_steps
+    config, ranks, steps = settled.config, fleet.ranks, settled.total_steps
     with ExitStack() as open_things:
         needs = fleet.needs.values()
-        feed = Feed(store, settled.plan, needs, fleet.stats, site.device, team.rank, team.size, steps)
+        feed = Feed(store, settled.plan, needs, fleet.stats, site.device, ranks.rank, ranks.size, steps)
         open_things.callback(feed.close)
         log, trackers, progress = _open_outlets(settled, site, folder, fleet.steps_taken, standing)
         labels, every = [member.label for member in config.members], config.course.metrics_every_steps

@@ -23,11 +23,11 @@ from .trackers import require_trackers
 
 
 def check(
-    settled: Settled, store: Store, members: Sequence[Member], processes: int, device: torch.device
+    settled: Settled, store: Store, members: Sequence[Member], processes: int, parts: int, device: torch.device
 ) -> dict[Place, Stats]:
     """Refuse what cannot run; the statistics of each layer that is read, which are finite.
 
-    `members`: those of this process, whose rows are shared out over `processes`.
+    `members`: those of this process, whose rows are shared out over `processes`, or whose latents lie in `parts`.
     """
     config, manifest = settled.config, store.manifest
     require_trackers(config.course.trackers)
@@ -38,7 +38,7 @@ def check(
     store.spans(request)
     _require_held_out(settled, store)
     _require_batches(settled, processes)
-    _require_memory(settled, store, members, processes, device)
+    _require_memory(settled, store, members, processes, parts, device)
     places = [place_of(*site) for site in request.sites]
     stats = {place: layer_stats(store, place, config.data.massive_norms) for place in places}
     _require_ordinary_held_out(settled, store, bounds_of(stats))
@@ -75,9 +75,9 @@ def _require_batches(settled: Settled, processes: int) -> None:
 
 
 def _require_memory(
-    settled: Settled, store: Store, members: Sequence[Member], processes: int, device: torch.device
+    settled: Settled, store: Store, members: Sequence[Member], processes: int, parts: int, device: torch.device
 ) -> None:
-    config, plan, manifest = settled.config, settled.plan, store.manifest
+    plan, manifest = settled.plan, store.manifest
     request = joint_request((member.config.request() for member in members), "train")
     element = STORED_AS[manifest.stored_dtype].itemsize
     window_bytes = manifest.context * element * sum(manifest.width_of(site.hook) for site in request.sites)
@@ -86,8 +86,7 @@ def _require_memory(
         row = min(manifest.attention.topk, manifest.context) * entry + 8 + 2  # where it ends, and its mass
         window_bytes += len(request.attention_layers) * manifest.attention.heads * manifest.context * row
     pool_bytes = (1 if plan.is_one_block else 2) * plan.max_windows * window_bytes
-    shards = processes if config.course.shard_width else 1
-    require_room(members, manifest.model.d_model, plan.batch_tokens // processes, pool_bytes, shards, device)
+    require_room(members, manifest.model.d_model, plan.batch_tokens // processes, pool_bytes, parts, device)
 
 
 def _held_out_windows(settled: Settled, store: Store) -> int:

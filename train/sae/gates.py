@@ -15,6 +15,7 @@ from .kernels.select import marked, positive, support_of_batch, support_topk, to
 from .kernels.support import Support, support_from_flat
 from .kernels.threshold import heaviside_ste, jump_ste
 from .side import Side
+from .split_select import split_batch, split_topk
 
 FLOOR = 1e-4
 DENSE_SHARE = 0.06  # above this share of active entries the dense products are faster (measured)
@@ -25,6 +26,8 @@ class Gate(nn.Module):
 
     can_lower = True
     """Whether lower pre-activations mean smaller activations; not where they have signs."""
+    may_split = True
+    """Whether its latents may lie in several processes; its parameters are then one number for each latent."""
 
     def choose(self, pre: Tensor, side: Side) -> Support | None:
         raise NotImplementedError
@@ -79,7 +82,7 @@ class AnnealedRelu(Relu):
     def observe(self, codes: Codes, side: Side) -> None:
         now, then = side.knob("p", 1.0), side.knob("next_p", 1.0)
         if now != then:
-            old, new = (side.ranks.mean(self.powers(codes, p)) for p in (now, then))
+            old, new = (side.latents.sum(side.ranks.mean(self.powers(codes, p))) for p in (now, then))
             self.penalty_scale *= torch.where(new > 0, old / new.clamp_min(1e-30), 1.0)
 
 
@@ -91,7 +94,10 @@ class TopK(Gate):
         self.k = k
 
     def choose(self, pre: Tensor, side: Side) -> Support:
-        return support_topk(pre, min(pre.shape[1], round(side.knob("k", self.k))))
+        k = round(side.knob("k", self.k))
+        if not side.latents.is_whole:
+            return split_topk(pre, min(side.latents.total, k), side.latents)
+        return support_topk(pre, min(pre.shape[1], k))
 
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
         values, latents = pre.topk(self.k, dim=-1, sorted=False)
@@ -102,6 +108,7 @@ class AbsTopK(Gate):
     """The k pre-activations of each row that are furthest from zero, with their signs."""
 
     can_lower = False
+    may_split = False
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -137,6 +144,8 @@ class BatchTopK(Gate):
     def choose(self, pre: Tensor, side: Side) -> Support:
         # One rank may hold most of the largest of all ranks' rows, so each offers that many.
         count = round(side.knob("k", self.k) * side.ranks.rows(pre.shape[0]))
+        if not side.latents.is_whole:
+            return split_batch(pre, count, side.latents)
         if side.ranks.size == 1:
             return support_of_batch(pre, min(count, pre.numel()))
         flat = _keep_globally(pre, topk_batch(pre, min(count, pre.numel())), count, side)
@@ -149,6 +158,7 @@ class BatchTopK(Gate):
     def observe(self, codes: Codes, side: Side) -> None:
         values = codes.values.detach()
         smallest = torch.where(values > 0, values, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
+        smallest = torch.cat(side.latents.gather(smallest.reshape(1))[0]).amin()
         smallest = torch.cat(side.ranks.gather(smallest.reshape(1))).amin()
         is_any = torch.isfinite(smallest)  # whether the batch kept an entry; never asked on the host
         self.threshold_steps += is_any

@@ -110,7 +110,7 @@ class SparseAutoencoder(nn.Module):
 
     def pre_codes(self, x: Tensor, side: Side = NO_SIDE, choose: Choose | None = None) -> Codes:
         """Pre-activations where the gate may open, or where `choose` says."""
-        center = self.b_dec if self.centres_input else None
+        center = side.latents.share(self.b_dec) if self.centres_input else None
         with torch.no_grad():
             x_centred = self.centred(x)
             pre_all = self._all_pre(x_centred)
@@ -144,7 +144,7 @@ class SparseAutoencoder(nn.Module):
 
     def reconstruct(self, codes: Codes, side: Side = NO_SIDE) -> Tensor:
         """x_hat of codes, without what goes past them: [B, D_out]."""
-        return codes.decode(self.W_dec, self.b_dec)
+        return rebuild(codes, self.W_dec, self.b_dec, side)
 
     def skip(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """x_hat with what goes past the codes of x."""
@@ -191,6 +191,13 @@ class SparseAutoencoder(nn.Module):
         if pre_all.dtype != self.W_enc.dtype:
             return None
         return pre_all.view(-1)[support.rows.long() * self.num_latents + support.latents]
+
+
+def rebuild(codes: Codes, W_dec: Tensor, b_dec: Tensor, side: Side) -> Tensor:
+    """codes W_dec + b_dec, of all latents, wherever they are."""
+    if side.latents.is_whole:
+        return codes.decode(W_dec, b_dec)
+    return side.latents.join(codes.decode(W_dec)) + b_dec
 
 
 def tied_weights(num_latents: int, d_in: int, generator: torch.Generator, norm: float = 1.0) -> tuple[Tensor, Tensor]:

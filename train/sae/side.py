@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SideInputMissing
+from ..parallel.latents import ALL_LATENTS, Latents
 from ..parallel.ranks import Alone, BatchRanks
 
 
@@ -22,10 +23,12 @@ class Side:
         inputs: Mapping[str, Any] | None = None,
         knobs: Mapping[str, float] | None = None,
         ranks: BatchRanks | None = None,
+        latents: Latents = ALL_LATENTS,
     ) -> None:
         self._inputs = dict(inputs or {})
         self.knobs = dict(knobs or {})
         self.ranks: BatchRanks = ranks or Alone()
+        self.latents = latents
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._inputs:
@@ -40,7 +43,7 @@ class Side:
 
     def with_knobs(self, knobs: Mapping[str, float]) -> Side:
         """The same inputs with these knobs."""
-        return Side(self._inputs, knobs, self.ranks)
+        return Side(self._inputs, knobs, self.ranks, self.latents)
 
     def knob(self, name: str, default: float) -> float:
         """The knob's value at this step; `default` where no schedule moves it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,19 @@ from .side import Side
 
 P = ParamSpec("P")
 T = TypeVar("T")
+F = TypeVar("F")
+Split = Literal["alike", "parts"]
+
+
+def split(kind: Split) -> Callable[[F], F]:
+    """Marks a term that a dictionary split by latents may have: all processes find its value alike, or each a part
+    of a sum. A term that is not marked needs all latents in one process."""
+
+    def mark(fn: F) -> F:
+        setattr(fn, "split", kind)  # noqa: B010 (of any function or class)
+        return fn
+
+    return mark
 
 
 def once(compute: Callable[P, T]) -> Callable[P, T]:

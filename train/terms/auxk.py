@@ -15,15 +15,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..parallel.latents import Latents
 from ..sae.gates import DENSE_SHARE
 from ..sae.kernels.codes import Codes, codes_from_dense
 from ..sae.kernels.functions import affine, squared_error
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.linear import Product, linear, product_on
 from ..sae.kernels.select import support_topk
-from ..sae.view import View
+from ..sae.split_select import lowest_of_topk, split_topk
+from ..sae.view import View, split
 
 
+@split("alike")
 @dataclass(frozen=True)
 class AuxK:
     """The auxiliary loss as a term's function."""
@@ -34,35 +37,40 @@ class AuxK:
     """Chosen by their distance from zero; for codes that are not rectified."""
 
     def __call__(self, view: View) -> Tensor:
-        error = view.residual
+        error, latents = view.residual, view.side.latents
         dead = view.dead_latents
-        if dead.numel() == 0:
+        count = latents.count(dead.numel())
+        if count == 0:
             return error.new_zeros(())
-        error_hat = self._codes(view, dead).decode(view.sae.W_dec[dead])
+        codes = self._codes(view, dead, count)
+        error_hat = latents.join(codes.decode(view.sae.W_dec[dead]) if dead.numel() else torch.zeros_like(error))
         return squared_error(error_hat, error - error_hat.detach()) / _spread(error, view)
 
-    def _codes(self, view: View, dead: Tensor) -> Codes:
+    def _codes(self, view: View, dead: Tensor, count: int) -> Codes:
+        """Those of the dead latents that are here, of `count` in all."""
+        latents = view.side.latents
         W_MD, b_M = view.sae.encoder_rows(dead), view.sae.b_enc[dead]
         x = view.sae.centred(view.x).detach()
-        if self.k < DENSE_SHARE * dead.numel():
+        if self.k < DENSE_SHARE * count:
             with torch.no_grad():
                 pre = linear(x, W_MD, b_M)
-                support = support_topk(pre.abs() if self.signed else pre, self.k)
+                score = pre.abs() if self.signed else pre
+                support = support_topk(score, self.k) if latents.is_whole else split_topk(score, self.k, latents)
             codes = Codes(affine(x, None, W_MD, b_M, support), support, x.shape[0], dead.numel())
         else:
             product = _product(view)
             is_exact = product == "float32"
             pre = linear(x, W_MD, b_M) if is_exact else affine(x, None, W_MD, b_M, None, product=product)
-            codes = replace(codes_from_dense(self._keep_topk(pre), None), product=product)
+            codes = replace(codes_from_dense(self._keep_topk(pre, count, latents), None), product=product)
         return view.sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
 
-    def _keep_topk(self, pre: Tensor) -> Tensor:
+    def _keep_topk(self, pre: Tensor, count: int, latents: Latents) -> Tensor:
         """All but the k largest of each row set to zero."""
-        if self.k >= pre.shape[1]:
+        k = min(self.k, count)
+        if latents.is_whole and k >= pre.shape[1]:
             return pre
         score = pre.detach().abs() if self.signed else pre.detach()
-        lowest = score.topk(self.k, dim=1, sorted=False).values.amin(1, keepdim=True)
-        return torch.where(score >= lowest, pre, 0.0)
+        return torch.where(score >= lowest_of_topk(score, k, latents), pre, 0.0)
 
 
 def _product(view: View) -> Product:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..engine.compose import TableUse
-from ..parallel.sharded_rows import local
 from ..sae.gates import JumpRelu
 from ..sae.model import SparseAutoencoder
 
@@ -31,12 +30,12 @@ class UnitDecoder:
     def before_step(self, sae: SparseAutoencoder) -> None:
         if sae.W_dec.grad is None:
             return
-        for rows, gradient in zip(_blocks(local(sae.W_dec)), _blocks(local(sae.W_dec.grad)), strict=True):
+        for rows, gradient in zip(_blocks(sae.W_dec), _blocks(sae.W_dec.grad), strict=True):
             gradient.addcmul_(rows, torch.linalg.vecdot(rows, gradient)[:, None], value=-1.0)
 
     @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:
-        for rows in _blocks(local(sae.W_dec)):
+        for rows in _blocks(sae.W_dec):
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12))
 
 
@@ -52,7 +51,7 @@ class NonNegativeThreshold:
     @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:
         assert isinstance(sae.gate, JumpRelu)
-        local(sae.gate.raw_threshold).clamp_min_(0.0)
+        sae.gate.raw_threshold.clamp_min_(0.0)
 
 
 @dataclass(frozen=True)

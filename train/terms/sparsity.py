@@ -10,14 +10,16 @@ from torch import Tensor
 from ..sae.gates import AnnealedRelu, JumpRelu
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.linear import linear
-from ..sae.view import View, once
+from ..sae.view import View, once, split
 
 
+@split("parts")
 def l1(view: View) -> Tensor:
     """Sum of a row's activations over sqrt(D), for decoder rows of length one."""
     return view.codes.mean_over_rows() / view.stats.width**0.5
 
 
+@split("parts")
 def gate_l1(view: View) -> Tensor:
     """The same of what the gate path lets through."""
     return gate_path(view).mean_over_rows() / view.stats.width**0.5
@@ -31,6 +33,7 @@ def gate_path(view: View) -> Codes:
     return view.codes.with_values(pre.relu())
 
 
+@split("parts")
 def lp(view: View) -> Tensor:
     """Sum of a row's (activation / sqrt(D))^p, rescaled as p changes."""
     gate = view.sae.gate
@@ -39,6 +42,7 @@ def lp(view: View) -> Tensor:
     return gate.penalty_scale * powers
 
 
+@split("alike")
 @dataclass(frozen=True)
 class TargetL0:
     """(L0 / target - 1)^2, straight through to the thresholds of a jump gate.
@@ -54,10 +58,11 @@ class TargetL0:
         assert isinstance(gate, JumpRelu)
         count = gate.count(view.codes, view.side)
         # The square is of the global batch's count, the gradient of this rank's.
-        others = view.side.ranks.mean(count.detach()) - count.detach()
+        others = view.side.ranks.mean(view.side.latents.sum(count.detach())) - count.detach()
         return ((count + others) / self.target - 1.0).square()
 
 
+@split("parts")
 @dataclass(frozen=True)
 class TanhL0:
     """Sum of a row's tanh(sharpness f / sqrt(D)) over the target: a count that has a gradient to every parameter."""
@@ -105,6 +110,7 @@ class DeadPreActivation:
         return below.sum() / view.x.shape[0]
 
 
+@split("parts")
 @dataclass(frozen=True)
 class LayerNormsL1:
     """L1 of a crosscoder: each activation times the sum of its latent's decoder norms over layers."""

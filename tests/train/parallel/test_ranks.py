@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
 import pytest
 import torch
 
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type, names
+from saemill.train.parallel import reduction
 from saemill.train.parallel.ranks import share_batch
 from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.side import NO_SIDE, Side
 
 CPU = torch.device("cpu")
 TOKENWISE = [name for name in names() if not config_type(name)().request().windows]
-
-
-class Pair:
-    """Two ranks in threads of one process; a call returns when both have made it."""
-
-    size = 2
-
-    def __init__(self, board: list[Any], barrier: threading.Barrier, rank: int) -> None:
-        self._board, self._barrier, self.rank = board, barrier, rank
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self.gather(tensor)).sum(0)
-
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        self._board[self.rank] = tensor.detach().clone()
-        self._barrier.wait(timeout=60)
-        everyone = list(self._board)
-        self._barrier.wait(timeout=60)
-        return everyone
-
-
-def make_pair() -> list[Pair]:
-    board, barrier = [None, None], threading.Barrier(2)
-    return [Pair(board, barrier, rank) for rank in range(2)]
-
-
-def in_both(work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` returns in each rank."""
-    with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(work, range(2)))
 
 
 HALVES = (slice(0, None, 2), slice(1, None, 2))
@@ -70,7 +36,7 @@ def windows_part(batch: Batch, windows: slice, spans: int) -> Batch:
     return Batch(batch.x[rows], side=side)
 
 
-def test_whole_windows_need_not_be_shared_out_evenly(battery):
+def test_whole_windows_need_not_be_shared_out_evenly(battery, threads):
     """5 windows here and 11 there, and of the five no token of the first 16 has an active latent to compare."""
     config = battery.quick("temporal", dead_after_tokens=1000, warmup_steps=0, temporal_weights=(3.0, 3.0, 3.0))
     all_batches = battery.batches(config, 6)
@@ -79,7 +45,8 @@ def test_whole_windows_need_not_be_shared_out_evenly(battery):
     alone = Trainee("one", config.build(battery.D), battery.STEPS)
     for batch in all_batches:
         alone.step(batch)
-    pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in make_pair()]
+    ranks, in_both = threads(2)
+    pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in ranks]
     cuts = (slice(0, 5), slice(5, 16))
     in_both(lambda rank: [pair[rank].step(windows_part(batch, cuts[rank], 32)) for batch in all_batches])
     expected, first, second = (trainee.state() for trainee in (alone, *pair))
@@ -90,13 +57,14 @@ def test_whole_windows_need_not_be_shared_out_evenly(battery):
 
 @pytest.mark.parametrize("cuts", [HALVES, UNEVEN], ids=["halves", "uneven"])
 @pytest.mark.parametrize("variant", TOKENWISE)
-def test_two_ranks_train_as_one(battery, variant, cuts):
+def test_two_ranks_train_as_one(battery, threads, variant, cuts):
     config = battery.quick(variant, dead_after_tokens=1000, encoder_product="float32")
     all_batches = battery.batches(config, 6)
     alone = Trainee("one", config.build(battery.D), battery.STEPS)
     told = [alone.step(batch) for batch in all_batches]
 
-    pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in make_pair()]
+    ranks, in_both = threads(2)
+    pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in ranks]
     reports = in_both(lambda rank: [pair[rank].step(part(batch, cuts[rank])) for batch in all_batches])
 
     expected, first, second = (trainee.state() for trainee in (alone, *pair))
@@ -110,15 +78,34 @@ def test_two_ranks_train_as_one(battery, variant, cuts):
         assert together == pytest.approx(float(one.l0), rel=1e-2)
 
 
-def test_of_equal_values_no_more_are_kept_than_by_one_rank():
+def test_gradients_go_in_buckets_while_backward_goes_on(battery, threads, monkeypatch):
+    """Two tables by themselves, the decoder's before the encoder's is there; the biases and the threshold together."""
+    config = battery.quick("jumprelu", encoder_product="float32")
+    monkeypatch.setattr(reduction, "BUCKET_BYTES", 4 * config.width * battery.D)
+    (batch,) = battery.batches(config, 1)
+    ranks, in_both = threads(2)
+    pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in ranks]
+    sent = []
+
+    def spy(tensor, begin=ranks[0].begin_sum):
+        sent.append((tuple(tensor.shape), pair[0].sae.W_enc.grad is None))
+        return begin(tensor)
+
+    ranks[0].begin_sum = spy
+    in_both(lambda rank: pair[rank].step(part(batch, HALVES[rank])))
+    table, small = (config.width, battery.D), (2 * config.width + battery.D,)
+    assert sent == [(table, True), (table, False), (small, False)]
+
+
+def test_of_equal_values_no_more_are_kept_than_by_one_rank(threads):
     """114 of 30 rows: 90 are larger, and 24 of 120 that tie come from the first rank."""
     pre = torch.ones(30, 8)
     pre[:, :3], pre[:, 7] = 2.0, 0.5
     shares = (pre[:20], pre[20:])
-    pair, gate = make_pair(), BatchTopK(3.8)
+    (pair, in_both), gate = threads(2), BatchTopK(3.8)
 
     def tied_kept(rank: int) -> int:
-        kept = gate.choose(shares[rank], Side(ranks=share_batch(pair[rank], len(shares[rank]), CPU)))
+        kept = gate.choose(shares[rank], Side(ranks=share_batch(pair[rank], len(shares[rank]))))
         return kept.latents.numel() - int((kept.latents < 3).sum())
 
     assert gate.choose(pre, NO_SIDE).latents.numel() == 114

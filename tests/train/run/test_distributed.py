@@ -46,8 +46,8 @@ def test_two_processes_train_as_one(big, spawn, sae_train, quick, tmp_path, vari
 
 
 @pytest.mark.parametrize("variant", ["topk", pytest.param("jumprelu", marks=pytest.mark.slow)])
-def test_a_sharded_dictionary_trains_as_a_whole_one(big, spawn, sae_train, quick, tmp_path, variant):
-    """Rows dealt out over two processes: the same weights within rounding, and a whole checkpoint."""
+def test_a_split_dictionary_trains_as_a_whole_one(big, spawn, sae_train, quick, tmp_path, variant):
+    """Latents dealt out over two processes: the same weights within rounding, and a whole checkpoint."""
     words = ["--variant", variant, *quick, "--cache", big["path"], "--tokens", 64 * 20, "--width", 61]
     words += ["--set", "encoder_product=float32"]
     sae_train(*words, "--name", "one")
@@ -60,12 +60,11 @@ def test_a_sharded_dictionary_trains_as_a_whole_one(big, spawn, sae_train, quick
             assert torch.allclose(one[key].double(), two[key].double(), rtol=1e-3, atol=1e-4), key
 
 
-SHARDED = """
+SPLIT = """
 import os, sys, torch, torch.distributed as dist
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.data.batch import Batch
-from saemill.train.parallel.processes import Processes, make_shard
-from saemill.train.parallel.sharded_rows import is_sharded, local
+from saemill.train.parallel.processes import Processes
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
 
@@ -73,24 +72,23 @@ dist.init_process_group("gloo")
 rank, cpu = dist.get_rank(), torch.device("cpu")
 
 def build():
-    return config_type("topk")(layer=0, width=40, k=3, encoder_product="float32").build(8)
+    return config_type("topk")(layer=0, width=41, k=3, encoder_product="float32").build(8)
 
 def trainee():
-    return Trainee("one", build(), 6, cpu, Processes(), make_shard(cpu))
+    return Trainee("one", build(), 6, cpu, split=Processes())
 
 def rows(at):
     return torch.randn(64, 8, generator=torch.Generator().manual_seed(at))
 
 def step(trainee, at):
-    trainee.step(Batch(rows(at)[:20] if rank == 0 else rows(at)[20:]))
+    trainee.step(Batch(rows(at)))
 
 counts = torch.arange(3)
 assert Processes().sum(counts).tolist() == [0, 2, 4]
 assert counts.tolist() == [0, 1, 2], "changed in place"
 straight, alone = trainee(), Trainee("one", build(), 6)
-for tensor in (straight.sae.W_enc, straight.sae.W_dec, *straight.optimiser._first.values()):
-    assert is_sharded(tensor)
-    assert local(tensor).shape[0] * 2 == tensor.shape[0]
+for tensor in (straight.sae.W_enc, straight.sae.W_dec, straight.optimiser._first["W_enc"]):
+    assert tensor.shape == (20 + rank, 8)
 for at in range(6):
     step(straight, at)
     alone.step(Batch(rows(at)))
@@ -103,16 +101,19 @@ for at in range(3, 6):
     step(second, at)
 one, two = straight.state(), second.state()
 assert all(torch.equal(one[name], two[name]) for name in one), "not the same bits"
-assert one["sae.W_dec"].shape == (40, 8)
+assert one["sae.W_dec"].shape == (41, 8)
 for name in ("sae.W_enc", "sae.W_dec", "sae.b_dec"):
     assert torch.allclose(one[name], alone.state()[name], rtol=1e-3, atol=1e-5), name
-assert torch.equal(straight.counters.tokens_since_fired, alone.counters.tokens_since_fired)
+assert torch.equal(one["latents.tokens_since_fired"], alone.counters.tokens_since_fired)
 with straight.gather_weights():
-    assert torch.equal(straight.sae.W_dec, one["sae.W_dec"])
+    assert rank == 1 or torch.equal(straight.sae.W_dec, one["sae.W_dec"])
+    assert rank == 1 or len(straight.counters.tokens_since_fired) == 41
+assert straight.sae.W_dec.shape == (20 + rank, 8)
 step(straight, 6)
-x = torch.full((32, 8), float("nan") if rank == 0 else 1.0)
+if rank == 0:
+    straight.sae.b_enc.data[:] = float("nan")
 try:
-    straight.step(Batch(x))
+    straight.step(Batch(rows(7)))
     raise AssertionError("rank 1 went on alone")
 except NonFiniteLoss as error:
     assert "reconstruction = nan" in str(error)
@@ -121,8 +122,8 @@ Processes().close()
 
 
 def test_each_process_holds_half_and_resumes_to_the_same_bits(spawn):
-    """Weights and moments by rows; 3 steps, a state, 3 steps equal 6 straight, and those of one process."""
-    launch(spawn, [], code=SHARDED)
+    """Weights and moments by latents; 3 steps, a state, 3 steps equal 6 straight, and those of one process."""
+    launch(spawn, [], code=SPLIT)
 
 
 SPREAD = """
@@ -204,8 +205,8 @@ def test_what_one_process_is_refused_ends_both(big, spawn, quick, tmp_path):
     assert "Traceback" not in first + second
 
 
-def test_what_cannot_be_sharded_is_told_before_a_folder_is_made(big, spawn, quick, tmp_path):
+def test_what_cannot_be_split_is_told_before_a_folder_is_made(big, spawn, quick, tmp_path):
     words = ["--variant", "tiered", *quick, "--cache", big["path"], "--tokens", 640]
     for said in launch(spawn, [*words, "--set", "course.shard_width=true"], codes=(1, 1)):
-        assert "course.shard_width is for SAEs without extras" in said
+        assert "course.shard_width is for SAEs of which no part needs all latents" in said
     assert not list(tmp_path.glob("runs/*"))

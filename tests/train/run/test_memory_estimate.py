@@ -22,7 +22,7 @@ def member(*words, variant="topk"):
 def test_what_a_width_needs():
     """F = 1000, D = 64: two tables, four copies, four bytes."""
     assert memory_estimate.weight_bytes(member("width=1000"), 64) == 1000 * 64 * 2 * 4 * 4
-    assert memory_estimate.weight_bytes(member("width=1000"), 64, shards=8) == 1000 * 64 * 2 * 4 * 2.5
+    assert memory_estimate.weight_bytes(member("width=1000"), 64, parts=8) == 1000 * 64 * 2 * 4 * 4 / 8
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_trackers_that_are_not_there_are_refused(monkeypatch):
 
 def test_one_process_is_a_group():
     group = Solo()
-    assert (group.rank, group.size, group.any(True), group.text("x")) == (0, 1, True, "x")
+    assert (group.rank, group.size, group.any(True), group.texts("x")) == (0, 1, True, ["x"])
 
 
 def test_devices(monkeypatch):

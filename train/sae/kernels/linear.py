@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...parallel.sharded_rows import is_sharded
 from .hardware import has_fast_bfloat16
 
 Product = Literal["float32", "tf32", "bfloat16"]  # what the factors are rounded to; sums are in float32
@@ -32,7 +31,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
 def _is_for_onednn(x: Tensor, W: Tensor) -> bool:
     is_float32 = x.dtype == W.dtype == torch.float32 and x.device.type == W.device.type == "cpu"
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
-    return is_float32 and not needs_gradient and not is_sharded(W) and x.numel() > 0 and has_onednn()
+    return is_float32 and not needs_gradient and x.numel() > 0 and W.numel() > 0 and has_onednn()
 
 
 @lru_cache

@@ -1,0 +1,145 @@
+"""Dictionaries of which each of several processes holds some latents, against one process that holds all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from saemill.train.engine.step import Trainee
+from saemill.train.errors import ConfigInvalid, NonFiniteLoss
+from saemill.train.kit.registry import config_type
+from saemill.train.parallel.latents import SomeLatents
+from saemill.train.sae.split_select import split_batch, split_topk
+
+STEPS = 12
+SPLIT = ["topk", "batchtopk", "jumprelu", "standard", "gated", "p_anneal", "transcoder", "crosscoder"]
+
+
+def tables(generator):
+    """Pre-activations with and without equal entries, 33 latents."""
+    smooth = torch.randn(20, 33, generator=generator)
+    return {"smooth": smooth, "ties": (2 * smooth).round(), "equal": torch.ones(20, 33), "low": smooth.bfloat16()}
+
+
+def chosen(supports, parts):
+    """bool [B, F], from the support of each part."""
+    masks = []
+    for support, part in zip(supports, parts, strict=True):
+        mask = torch.zeros(support.num_rows, part.stop - part.first, dtype=torch.bool)
+        mask[support.rows.long(), support.latents.long()] = True
+        assert int(mask.sum()) == support.latents.numel()
+        masks.append(mask)
+    return torch.cat(masks, 1)
+
+
+def silence(trainee):
+    """Every third latent is dead from the beginning."""
+    with torch.no_grad():
+        trainee.sae.b_enc[trainee._latents.own(torch.arange(67)) % 3 == 0] -= 50.0
+
+
+def first_of(values, count, dim):
+    """True at the `count` largest; of equal ones at the first."""
+    order = values.sort(dim=dim, descending=True, stable=True).indices
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(dim, order.narrow(dim, 0, count), True)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("kind", ["smooth", "ties", "equal", "low"])
+def test_the_selection_is_that_of_one_process_and_takes_the_lowest_of_equal_latents(rng, threads, kind, size):
+    pre = tables(rng)[kind]
+    ranks, run = threads(size)
+    parts = [SomeLatents(rank, pre.shape[1]) for rank in ranks]
+    own = [part.own(pre.t()).t().contiguous() for part in parts]
+    for k in (1, 5, 12, 33):
+        found = chosen(run(lambda at, k=k: split_topk(own[at], k, parts[at])), parts)
+        assert torch.equal(found, first_of(pre, k, 1)), k
+    flat = pre.reshape(-1)
+    for count in (1, 57, 200, 660):
+        found = chosen(run(lambda at, count=count: split_batch(own[at], count, parts[at])), parts)
+        assert torch.equal(found.view(-1), first_of(flat, count, 0) & (flat > 0)), count
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("variant", SPLIT)
+def test_latents_in_several_processes_train_as_in_one(battery, threads, variant, size):
+    """The same losses and weights within the rounding of sums that are added in another order; no part is gathered."""
+    changes = {"aux_k": 1} if size == 3 else {}  # of the dead latents: chosen by a support, or in a dense table
+    config = battery.quick(variant, dead_after_tokens=32, encoder_product="float32", width=67, k=2, **changes)
+    if size == 2:
+        config = replace(config, optim=replace(config.optim, clip_norm=0.5))
+    batches = battery.batches(config, STEPS, rows=32)
+    alone = Trainee("one", config.build(battery.D), STEPS)
+    silence(alone)
+    told = [alone.step(batch).scalars() for batch in batches]
+    ranks, run = threads(size)
+    split = [Trainee("one", config.build(battery.D), STEPS, split=rank) for rank in ranks]
+    for trainee in split:
+        silence(trainee)
+    assert sum(len(trainee.sae.W_dec) for trainee in split) == 67 and len(split[0].sae.W_dec) < 34
+    reports = run(lambda at: [split[at].step(batch).scalars() for batch in batches])
+    states = run(lambda at: split[at].state())
+    expected = alone.state()
+    for state in states[1:]:
+        assert all(torch.equal(state[name], states[0][name]) for name in expected)
+    for name in ("sae.W_enc", "sae.W_dec", "sae.b_enc", "sae.b_dec"):
+        assert float((states[0][name] - expected[name]).norm()) <= 1e-3 * float(expected[name].norm()) + 1e-6, name
+    assert torch.equal(states[0]["latents.tokens_since_fired"], expected["latents.tokens_since_fired"])
+    for one, *parts in zip(told, *reports, strict=True):
+        assert all(part == parts[0] for part in parts)
+        assert parts[0] == pytest.approx(one, rel=2e-3, abs=1e-5)
+    assert "loss/aux" not in told[-1] or told[-1]["loss/aux"] > 0, "the auxiliary loss is not tried"
+
+
+def test_a_split_run_goes_on_in_any_number_of_processes(battery, threads):
+    config = battery.quick("batchtopk", dead_after_tokens=32, encoder_product="float32", width=67, k=2)
+    batches = battery.batches(config, STEPS, rows=32)
+    half = STEPS // 2
+
+    def train(size, state, part):
+        ranks, run = threads(size)
+
+        def work(at):
+            trainee = Trainee("one", config.build(battery.D), STEPS, split=ranks[at])
+            if state is not None:
+                trainee.load_state(state)
+            for batch in part:
+                trainee.step(batch)
+            return trainee.state()
+
+        return run(work)[0]
+
+    begun = train(3, None, batches[:half])
+    straight, again = train(3, None, batches), train(3, begun, batches[half:])
+    assert all(torch.equal(again[name], straight[name]) for name in straight)
+    for size in (1, 2):
+        other = train(size, begun, batches[half:])
+        assert other.keys() == straight.keys()
+        for name in ("sae.W_enc", "sae.W_dec", "adam.W_dec.second_moment"):
+            assert float((other[name] - straight[name]).norm()) <= 1e-3 * float(straight[name].norm()), (size, name)
+
+
+def test_a_loss_that_is_no_number_in_one_part_stops_all(battery, threads):
+    config = battery.quick("standard", encoder_product="float32", width=67)
+    (batch,) = battery.batches(config, 1)
+    ranks, run = threads(2)
+
+    def work(at):
+        trainee = Trainee("one", config.build(battery.D), 10, split=ranks[at])
+        trainee.step(batch)
+        if at == 1:
+            with torch.no_grad():
+                trainee.sae.b_enc[0] = float("nan")
+        with pytest.raises(NonFiniteLoss):
+            trainee.step(batch)
+
+    run(work)
+
+
+def test_what_needs_all_latents_is_refused(battery, threads):
+    ranks, _ = threads(2)
+    for variant in ("matryoshka", "tiered"):
+        with pytest.raises(ConfigInvalid, match="no part needs all latents in one process"):
+            Trainee("one", config_type(variant)(layer=0, width=64).build(16), 10, split=ranks[0])

@@ -1,0 +1,148 @@
+"""A dictionary that is split by latents: each process holds some of them, and sees every row of a batch.
+
+No table is ever gathered in a step. What goes between the processes:
+1. the candidates of the selection (`sae/split_select.py`), k of each row and process;
+2. the reconstruction [B, D], as the sum of what each process's latents rebuild (`join`);
+3. one gradient of the width of a residual (`share`), and numbers.
+"""
+
+# pyright: reportIncompatibleMethodOverride=false
+# (`once_differentiable` makes ctx positional, which the stub of Function.backward does not foresee)
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .ranks import Ranks
+
+
+class Latents(Protocol):
+    """The latents of this process, of `total` in all: `size` of them from number `first` on."""
+
+    first: int
+    total: int
+    is_whole: bool
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over all processes, without gradient."""
+        ...
+
+    def count(self, own: int) -> int:
+        """The same of a number on the host."""
+        ...
+
+    def gather(self, tensor: Tensor) -> tuple[list[Tensor], int]:
+        """The tensor of each process, in the order of their latents, and which is this one's; lengths may differ."""
+        ...
+
+    def own(self, table: Tensor) -> Tensor:
+        """This process's rows of a whole table."""
+        ...
+
+    def whole(self, table: Tensor) -> Tensor:
+        """All rows of a table of which each process has some, on the host; a collective call."""
+        ...
+
+    def join(self, part: Tensor) -> Tensor:
+        """The sum over processes of what all of them go on with alike: the gradient of each part is the sum's."""
+        ...
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """What all hold alike, for this process's latents to read: its gradient is the sum over processes."""
+        ...
+
+
+class AllLatents:
+    """All latents are here."""
+
+    first = 0
+    is_whole = True
+
+    def __init__(self, total: int = 0) -> None:
+        self.total = total
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def count(self, own: int) -> int:
+        return own
+
+    def gather(self, tensor: Tensor) -> tuple[list[Tensor], int]:
+        return [tensor], 0
+
+    def own(self, table: Tensor) -> Tensor:
+        return table
+
+    def whole(self, table: Tensor) -> Tensor:
+        return table
+
+    def join(self, part: Tensor) -> Tensor:
+        return part
+
+    def share(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+ALL_LATENTS = AllLatents()
+
+
+class SomeLatents:
+    """Some latents are here, the others in other processes."""
+
+    is_whole = False
+
+    def __init__(self, ranks: Ranks, total: int) -> None:
+        self._ranks, self.total = ranks, total
+        self.first, self.stop = (total * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self._ranks.sum(tensor)
+
+    def count(self, own: int) -> int:
+        return int(self._ranks.sum(torch.tensor(own)))
+
+    def gather(self, tensor: Tensor) -> tuple[list[Tensor], int]:
+        return self._ranks.gather(tensor), self._ranks.rank
+
+    def join(self, part: Tensor) -> Tensor:
+        joined: Tensor = _Join.apply(part, self._ranks)
+        return joined
+
+    def share(self, tensor: Tensor) -> Tensor:
+        shared: Tensor = _Share.apply(tensor, self._ranks)
+        return shared
+
+    def own(self, table: Tensor) -> Tensor:
+        return table[self.first : self.stop]
+
+    def whole(self, table: Tensor) -> Tensor:
+        if table.dtype == torch.bool:
+            return self.whole(table.to(torch.uint8)).to(torch.bool)
+        return torch.cat(self._ranks.gather(table.cpu()))
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.sum(part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.sum(grad), None

@@ -1,0 +1,81 @@
+"""The selection of a dictionary that is split by latents: each process offers its own, all choose alike.
+
+B rows, F latents of this process. What is chosen is what one process would choose that had all of them and, of
+equal entries, took those of the lowest latent (of a whole batch: of the first row, then of the lowest latent).
+What a process offers lies in rising order of its latents, and processes hold rising runs of them: the place of an
+offer says which it is, and values are all that is sent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..parallel.latents import Latents
+from .kernels.hardware import runs_triton
+from .kernels.select import topk_batch, topk_rows
+from .kernels.support import Support, support_from_flat
+
+
+def split_topk(pre: Tensor, k: int, latents: Latents) -> Support:
+    """Of the k largest of each row, those that are here."""
+    rows, width = pre.shape
+    places = first_of_equals(pre, min(k, width))
+    parts, at = latents.gather(pre.gather(1, places).t().float().contiguous())
+    everyone = torch.cat(parts)
+    chosen = everyone.sort(dim=0, descending=True, stable=True).indices[:k]
+    is_kept = torch.zeros_like(everyone, dtype=torch.bool).scatter_(0, chosen, True)
+    before = sum(len(part) for part in parts[:at])
+    flat = torch.arange(rows, device=pre.device)[:, None] * width + places
+    return support_from_flat(flat[is_kept[before : before + places.shape[1]].t()], rows, width)
+
+
+def split_batch(pre: Tensor, count: int, latents: Latents) -> Support:
+    """Of the `count` largest positive entries of the batch, those that are here."""
+    rows, width = pre.shape
+    flat = _first_of_batch(pre, count)
+    own = pre.view(-1)[flat].float()
+    everyone = torch.cat(latents.gather(own)[0])
+    if everyone.numel() > count:
+        lowest = everyone.topk(count, sorted=False).values.amin()
+        is_tied = own == lowest
+        place = flat // width * latents.total + latents.first + flat % width
+        tied = torch.cat(latents.gather(place[is_tied])[0]).sort().values
+        last = tied[count - int((everyone > lowest).sum()) - 1]
+        flat = flat[(own > lowest) | (is_tied & (place <= last))]
+    return support_from_flat(flat, rows, width)
+
+
+def lowest_of_topk(pre: Tensor, k: int, latents: Latents) -> Tensor:
+    """[B, 1], the smallest of the k largest of each row."""
+    offered = pre.topk(min(k, pre.shape[1]), dim=1, sorted=False).values
+    if latents.is_whole:
+        return offered.amin(1, keepdim=True)
+    parts, _ = latents.gather(offered.t().contiguous())
+    return torch.cat(parts).topk(k, dim=0, sorted=False).values.amin(0)[:, None]
+
+
+def first_of_equals(pre: Tensor, k: int) -> Tensor:
+    """int64 [B, k], latents of the k largest of each row in rising order; of equal entries the lowest latents."""
+    if runs_triton(pre):
+        from .kernels.triton import select
+
+        return select.top_latents(pre, k).long()
+    values, latents = topk_rows(pre, k)
+    if k < pre.shape[1]:  # which of equal ones a row took is not said: rows where that matters choose anew
+        undecided = (pre >= values.amin(1, keepdim=True)).sum(1) > k if k else torch.zeros(len(pre), dtype=torch.bool)
+        if bool(undecided.any()):
+            latents[undecided] = pre[undecided].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return latents.sort(dim=1).values
+
+
+def _first_of_batch(pre: Tensor, count: int) -> Tensor:
+    """Rising flat places of the `count` largest positive entries; of equal ones the first."""
+    flat = topk_batch(pre, min(count, pre.numel()))
+    if flat.numel() < count or flat.numel() == pre.numel():
+        return flat
+    lowest = pre.view(-1)[flat].amin()
+    is_tied = (pre == lowest).view(-1)
+    larger = (pre > lowest).view(-1)
+    wanted = count - larger.sum()
+    return (larger | (is_tied & (is_tied.cumsum(0) <= wanted))).nonzero().view(-1)
