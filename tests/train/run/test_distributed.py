@@ -181,6 +181,34 @@ def test_spread_saes_have_the_bits_of_one_process_and_outlive_a_lost_one(
     same_bits(lost, one)
 
 
+LOST = """
+import os, signal, sys
+from saemill.train.cli import main
+from saemill.train.engine.step import Trainee
+
+look = Trainee._require_finite
+
+def die_at_12(self, *seen):
+    if os.environ["RANK"] == "1" and self.step_index == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return look(self, *seen)
+
+Trainee._require_finite = die_at_12
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_split", ["false", "true"])
+def test_a_process_lost_between_the_sums_of_a_step_ends_the_other(big, spawn, sae_train, quick, tmp_path, is_split):
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--tokens", 64 * 20, "--name", "lost"]
+    words += ["--set", "course.checkpoint_every_steps=5", "--set", f"course.shard_width={is_split}"]
+    first, _ = launch(spawn, words, codes=(1, -9), code=LOST)
+    assert "another process of the run is gone" in first and "Traceback" not in first
+    assert f"The last checkpoint is whole: go on with: sae-train --resume {tmp_path / 'runs/lost'}" in first
+    assert "continuing after step 10" in sae_train("--resume", "lost", "--device", "cpu").output
+
+
 @pytest.mark.slow
 def test_spread_saes_go_on_in_any_number_of_processes(big, spawn, sae_train, quick, same_bits, tmp_path):
     words = [*FLEET, *quick, "--cache", big["path"], "--tokens", 64 * 20]
