@@ -4,7 +4,7 @@
 2. A pass over test windows: activity of each tier, and the latent that dominates it on each token.
 3. Causal tracing, where the model is there: predictions without a tier, with it alone, without the latents
    that are composed of nothing; from one clean pass of the layers above.
-4. What those latents fire on.
+4. What those latents fire on; and which latents of the tier below make up those that are composed best.
 
 Tier numbers in results count from 1. A plain SAE has equal shares of its dictionary for tiers.
 N tokens, F latents, D residual width, M tiers.
@@ -27,7 +27,7 @@ from ..context.token_text import Wording
 from ..errors import ModelMissing
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, every, saved, tiers_of
-from .measures.composition import EXPLAINED, explained, explained_by, explained_by_few, fit_all, random_rows
+from .measures.composition import EXPLAINED, explained, explained_by, explained_by_few, fit_all, fit_few, random_rows
 from .measures.splice_effects import Effect, Tracer, make_tracers
 from .measures.tiers import (
     Activity,
@@ -57,7 +57,7 @@ class Config:
     fitted_rows: int = 128
     """Decoder rows of a tier that are fitted by all of the tier below."""
     listed: int = 12
-    """Latents composed of nothing, of which the strongest tokens are listed."""
+    """Latents composed of nothing, and as many of each tier that are composed best, with their strongest tokens."""
     seed: int = 51_866
     """Of what is compared with chance. SAEs are born from small seeds: with one of those, the random rows
     would be those that a dictionary started from."""
@@ -102,6 +102,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     for subject in subjects:
         metrics = measure(seen[subject], composition[subject][0], effects[subject], config)
         listed = {"tiers": seen[subject].tiers.source, "uncomposed": list_uncomposed(seen[subject], words, config)}
+        listed["compositions"] = list_compositions(subject, seen[subject], words, config)
         if subject.is_single_layer:
             yield Result(subject, to_json(config), metrics, unstructured=listed, missing=missing)
         else:
@@ -249,6 +250,36 @@ def list_uncomposed(seen: Seen, words: Wording, config: Config) -> list[dict[str
         for latent in chosen
         if mass[latent] > 0
     ]
+
+
+def list_compositions(subject: LoadedSae, seen: Seen, words: Wording, config: Config) -> list[dict[str, Any]]:
+    """Of each tier but the first, those of its latents that fire and that few of the tier below make up best."""
+    assert seen.activity is not None and seen.strongest is not None
+    W_dec, strongest, listed = subject.sae.W_dec.detach(), seen.strongest, []
+    for tier in range(1, seen.tiers.count):
+        below = seen.tiers.members(tier - 1).nonzero().view(-1)
+        mine = (seen.tiers.members(tier) & (seen.activity.fired.to(W_dec.device) > 0)).nonzero().view(-1)
+        if not len(mine) or not len(below):
+            continue
+        explained_M = explained_by_few(W_dec[mine], W_dec[below], config.parts)
+        best = explained_M.topk(min(config.listed, len(mine)))
+        chosen, weights = fit_few(W_dec[mine[best.indices]], W_dec[below], config.parts)
+        for row, latent in enumerate(mine[best.indices].tolist()):
+            parts = sorted(zip(weights[row].tolist(), below[chosen[row]].tolist(), strict=True), reverse=True)
+            listed.append(
+                {
+                    "latent": latent,
+                    "tier": tier + 1,
+                    "r_squared": float(best.values[row]),
+                    "tokens": [words.token(place) for _, place in strongest.of(latent)],
+                    "parts": [
+                        {"latent": part, "weight": weight, "tokens": [words.token(at) for _, at in strongest.of(part)]}
+                        for weight, part in parts
+                        if weight > 0
+                    ],
+                }
+            )
+    return listed
 
 
 def _share(r_squared_R: Tensor) -> float:

@@ -1,4 +1,8 @@
-"""Temporal SAEs: latents that stay the same over short, medium and long spans."""
+"""Temporal SAEs: latents that stay the same over short, medium and long spans.
+
+Windows that grow (run_1) bound what is compared with what. The activations have their whole context: they were
+harvested once, and a shorter context would be other activations, from a store of its own for every length.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ FIRST = {
     "progressive_window": 16,
 }
 CONSERVATIVE = {"temporal_weights": SEEDED, "warmup_steps": 0, "optim.clip_norm": 1.0}
-WARMED = CONSERVATIVE | {"warmup_steps": 1000, "buffer_mixing": 0.5}
+WARMED = CONSERVATIVE | {"warmup_steps": 1000, "buffer_mixing": 0.5, "buffer_std": 0.1}
 PROGRESSIVE = {
     "temporal_weights": SEEDED,
     "idle_steps": 500,
@@ -46,7 +50,11 @@ _RUNS = (
         (Sae("temporal", "temporal", FIRST),),
     ),
     Recipe("run_2", "Small fixed weights, clipped gradients.", (Sae("temporal", "temporal", CONSERVATIVE),)),
-    Recipe("run_3", "Weights that rise, and a buffer of the past.", (Sae("temporal", "temporal", WARMED),)),
+    Recipe(
+        "run_3",
+        "Weights that rise, and a past that starts at random.",
+        (Sae("temporal", "temporal", WARMED),),
+    ),
     Recipe(
         "run_4", "Late, decaying losses, scaled by each latent's variance.", (Sae("temporal", "temporal", PROGRESSIVE),)
     ),

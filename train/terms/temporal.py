@@ -3,7 +3,8 @@
 B rows, F_g latents of a group, j = i - lag the row that is compared with row i.
 L = mean over pairs of 1 - cos(f_i, h_j), over pairs in which either has an active latent; a silent one has
 cosine 0. h is the past, read without gradient: f itself, or with mixing m < 1 the running mean
-h_j = (m f_j + (1 - m) (m f_(j-1) + ...)) / (the same sum of ones), which starts empty in each document.
+h_j = (m f_j + (1 - m) (m f_(j-1) + ...)) / (the same sum of ones), which starts empty in each document, or at random
+numbers, drawn anew in each step, that count (1 - m)^n after n tokens.
 Each scale draws its lag anew in each step. Pairs stay within one document, and within pieces of the window
 whose length may grow over the run.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..data.device import send
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.functions import affine
 from ..sae.kernels.hardware import reads_at_once
@@ -46,15 +48,23 @@ class Consistency:
     mixing: float = 1.0
     apart: bool = False
     """The control: the past is that of another window."""
+    start_std: float = 0.0
+    """Of the random numbers that a mixed past starts at; 0: it starts empty."""
 
     def __call__(self, view: View) -> Tensor:
         lag = int(torch.randint(self.first, self.last + 1, (), generator=view.generator))
         part = part_of(view.codes, self.start, self.stop)
-        loss = inconsistency(view, part, self._weights(view), lag, self.mixing, self.apart)
+        start = self._start(view) if self.start_std > 0 else None
+        loss = inconsistency(view, part, self._weights(view), lag, self.mixing, self.apart, start)
         view.note(f"temporal/inconsistency_{self.scale}", loss)
         ratio = gradient_ratio(view, loss) if self.adaptive == "gradient" else view.x.new_ones(())
         view.note(f"temporal/weight_{self.scale}", ratio * view.side.knob(f"temporal_{self.scale}", 0.0))
         return ratio * loss if self.adaptive == "gradient" else loss
+
+    def _start(self, view: View) -> Tensor:
+        """[F_g]"""
+        drawn = torch.randn(self.stop - self.start, generator=view.generator)
+        return send(self.start_std * drawn, view.x.device).to(view.x.dtype)
 
     def _weights(self, view: View) -> Tensor:
         """[F_g], what each latent counts in the cosine."""
@@ -83,15 +93,23 @@ def part_of(codes: Codes, start: int, stop: int) -> Codes:
 
 
 def inconsistency(
-    view: View, part: Codes, weight_F: Tensor, lag: int, mixing: float = 1.0, apart: bool = False
+    view: View,
+    part: Codes,
+    weight_F: Tensor,
+    lag: int,
+    mixing: float = 1.0,
+    apart: bool = False,
+    start_F: Tensor | None = None,
 ) -> Tensor:
     """Mean of 1 - cos(f_i, h_(i - lag)) with the latents weighted in the cosine."""
-    weight_F = functional.pad(weight_F, (0, part.num_latents - len(weight_F)))
+    more = (0, part.num_latents - len(weight_F))
+    weight_F = functional.pad(weight_F, more)
+    start_F = None if start_F is None else functional.pad(start_F, more)
     past = past_rows(view.side, lag)
     if apart:
         past = torch.where(past >= 0, rows_apart(view.side, lag), -1)
     held = past >= 0
-    then_BF = remembered(view.side, part.dense().detach(), mixing)
+    then_BF = remembered(view.side, part.dense().detach(), mixing, start_F)
     norms_then = (then_BF.square() @ weight_F).clamp_min(TINY).sqrt()[past]
     values, weight = part.values, part.per_latent(weight_F)
     norms = part.sum_over_latents(weight * values.square())
@@ -123,8 +141,8 @@ def read_rows(table_BF: Tensor, part: Codes, rows_B: Tensor) -> Tensor:
     return table_BF[rows_B[part.support.rows], part.support.latents]
 
 
-def remembered(side: Side, acts_BF: Tensor, mixing: float) -> Tensor:
-    """[B, F_g], the running mean of the document's past up to and with each row."""
+def remembered(side: Side, acts_BF: Tensor, mixing: float, start_F: Tensor | None = None) -> Tensor:
+    """[B, F_g], the running mean of the document's past up to and with each row, from where it starts."""
     if mixing == 1.0:
         return acts_BF
     row_of, window, position = side["row_of"], side["window"], side["position"]
@@ -136,8 +154,11 @@ def remembered(side: Side, acts_BF: Tensor, mixing: float) -> Tensor:
     length = int(side.knob(PIECE, context))
     within = (age >= 0) & (place[:, None] // length == place // length) & _in_one_document(side)
     decay = torch.where(within, mixing * (1.0 - mixing) ** age.clamp_min(0), 0.0).to(acts_BF.dtype)
-    mean = (decay @ spread) / decay.sum(dim=2, keepdim=True).clamp_min(TINY)
-    return mean[window, position]
+    total, weight = decay @ spread, decay.sum(dim=2, keepdim=True)
+    if start_F is not None:
+        fading = ((1.0 - mixing) ** within.sum(dim=2, keepdim=True)).to(acts_BF.dtype)
+        total, weight = total + fading * start_F, weight + fading
+    return (total / weight.clamp_min(TINY))[window, position]
 
 
 def _in_one_document(side: Side) -> Tensor:

@@ -47,6 +47,8 @@ class Config(Windowed):
     """How much more reconstruction counts while temporal losses are not there yet: 1 is twice as much."""
     buffer_mixing: float = 1.0
     """Share of the newest token in the past that codes are compared with; 1: the past token alone."""
+    buffer_std: float = 0.0
+    """Standard deviation of the random numbers that this past starts at in each document; 0: it starts empty."""
     other_windows: bool = False
     """The control: codes are compared with the past of another window, at the same positions."""
     progressive_window: int | None = None
@@ -122,8 +124,8 @@ class Config(Windowed):
             last = last if self.context is None else min(last, self.context - 1)
             if size > 0 and last >= first:
                 group = (first, last, start, start + size)
-                loss = Consistency(scale, *group, self.adaptive, self.buffer_mixing, self.other_windows)
-                losses.append(loss)
+                past = (self.buffer_mixing, self.other_windows, self.buffer_std)
+                losses.append(Consistency(scale, *group, self.adaptive, *past))
             start, first = start + size, max(first, last + 1)
         return losses
 
@@ -149,4 +151,7 @@ class Config(Windowed):
         require_least(self, idle_steps=0, warmup_steps=0, reconstruction_boost=0, variance_floor=0, prune_share=0)
         require_least(self, gradient_noise=0, prune_every_steps=1, gate_rank=1, progressive_window=1)
         require(0 < self.buffer_mixing <= 1, f"buffer_mixing: expected more than 0 to 1, found {self.buffer_mixing}")
+        mixes = self.buffer_mixing < 1 or self.buffer_std == 0
+        require(mixes, "buffer_std: expected a buffer_mixing under 1, found the past token alone")
+        require_least(self, buffer_std=0)
         require(self.half_life_fraction is None or self.half_life_fraction > 0, "half_life_fraction: expected above 0")

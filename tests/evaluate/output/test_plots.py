@@ -20,6 +20,7 @@ STEPS = 12
 HOSTILE = "<script>alert(1)</script> $\\frac{1}{0}$ \u202e\u0000\u4e2d _x^y"
 ALL = {
     "activation_patterns",
+    "composition_patterns",
     "feature_analysis",
     "hyperparameters",
     "layer_contribution",
@@ -54,10 +55,12 @@ def documents(token: str = "the") -> dict[str, dict]:
     pattern = {"tokens": [token, "\n"], "latents": [3, 5], "activations": [[0.0, 1.0], [2.0, 0.0]]}
     context = {"activation": 2.0, "before": token, "token": token, "after": ""}
     examples = {"pattern": pattern, "latents": [{"latent": 3, "fired_share": 0.2, "contexts": [context]}]}
+    made_of = [{"latent": part, "weight": 1.0 / (part + 1), "tokens": [token]} for part in range(3)]
+    composed = [{"latent": 40 + n, "tier": 2, "r_squared": 0.5, "tokens": [token], "parts": made_of} for n in range(3)]
     moves = {"frequent_latents": [1, 2], "base_rates": [0.1, 0.0], "transitions": [[0.2, 0.0], [0.0, 0.3]]}
     return {
         "core": result({"sparsity": {"l0": 20.0}, "model_performance_preservation": {"ce_loss_score": 0.9}}),
-        "tiers": result({"tier_activity": activity}),
+        "tiers": result({"tier_activity": activity}, {"compositions": composed}),
         "attention": result({"contribution": contribution}),
         "temporal": result({}, {**moves, "lifetimes": [1.0, 2.0], "stabilities": [0.5, 3.0]}),
         "browser": result({}, examples),
@@ -121,6 +124,7 @@ def test_what_a_run_lacks_is_not_drawn(make_run, tmp_path):
     bare = make_plots(read_records([make_run(labels=("standard",), evaluated=False)]), tmp_path / "plots")
     assert {path.stem for path in bare} == ALL - {
         "activation_patterns",
+        "composition_patterns",
         "layer_contribution",
         "mixing_weights",
         "tier_activity_comparison",

@@ -50,7 +50,7 @@ SETTINGS = {
     "temporal": [
         {"adaptive": "gradient", "position_gate": True},
         {"adaptive": "variance", "half_life_fraction": 0.2, "progressive_window": 8},
-        {"buffer_mixing": 0.25, "gradient_noise": 0.1, "reconstruction_boost": 1.0, "idle_steps": 4},
+        {"buffer_mixing": 0.25, "buffer_std": 0.1, "gradient_noise": 0.1, "reconstruction_boost": 1.0, "idle_steps": 4},
         {"variance_floor": 0.1, "prune_share": 0.5, "prune_from": 0.2, "prune_every_steps": 2, "aux_k": 4},
     ],
 }
@@ -134,6 +134,7 @@ REFUSED = [
     ("temporal", {"temporal_weights": (0.1, -0.1, 0.1)}, "temporal_weights: expected 0 or more"),
     ("temporal", {"group_shares": (0.5, 0.5, 0.5)}, "group_shares: expected at most 1"),
     ("temporal", {"short_to": 20}, "expected rising lags"),
+    ("temporal", {"buffer_std": 0.1}, "buffer_std: expected a buffer_mixing under 1"),
     ("temporal", {"buffer_mixing": 0.0}, "buffer_mixing: expected more than 0"),
     ("temporal", {"position_gate": True, "context": None}, "context: expected the length"),
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from saemill.train.sae.gates import Relu, TopK
+from saemill.train.sae.side import Side
 from saemill.train.terms import temporal
 from saemill.train.terms.dynamics import Dynamics, Pruning, mean_lifetime
 from saemill.train.terms.temporal import Consistency, gradient_ratio, inconsistency, part_of, past_rows, remembered
@@ -179,3 +182,28 @@ def test_the_control_compares_with_the_past_of_another_window(sae, rng, shaping)
 
 def test_the_control_needs_two_windows(battery):
     assert battery.config_of("temporal", other_windows=True).request().least_windows == 2
+
+
+def test_a_past_that_starts_at_random_is_the_recursion_begun_there_in_each_document(rng):
+    """h = m f + (1 - m) h, from the same numbers in both documents of a window without holes."""
+    place = torch.arange(10)
+    side = Side({"window": place * 0, "position": place, "row_of": place[None], "document": (place >= 6).long()})
+    acts, start = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in ((10, 3), (3,)))
+    past, expected = start, []
+    for row in range(10):
+        past = 0.3 * acts[row] + 0.7 * (start if row == 6 else past)
+        expected.append(past)
+    torch.testing.assert_close(remembered(side, acts, 0.3, start), torch.stack(expected))
+
+
+def test_random_starts_are_of_the_size_asked_for_and_the_sae_s_own(battery):
+    """They change training, from the SAE's generator; none is drawn where none is asked for."""
+    found = {}
+    for std in (0.0, 0.1):
+        config = battery.quick("temporal", buffer_mixing=0.5, buffer_std=std, idle_steps=0, warmup_steps=0)
+        trainee, _ = battery.train(config, 3)
+        found[std] = trainee.sae.W_enc.detach()
+    assert not torch.equal(found[0.0], found[0.1])
+    loss = Consistency("short", 1, 4, 0, 5000, mixing=0.5, start_std=0.1)
+    view = SimpleNamespace(generator=torch.Generator().manual_seed(0), x=torch.zeros(1, 1))
+    assert float(loss._start(view).std()) == pytest.approx(0.1, rel=0.05)

@@ -163,6 +163,13 @@ def test_planted_composition_is_found(world, builder, open_context):
     assert composition["coverage_few_chance_2"] < 0.9
     assert found.metrics["uncomposed"]["latents"] == 6
     assert {entry["tier"] for entry in found.unstructured["uncomposed"]} <= {3}
+    listed = [entry for entry in found.unstructured["compositions"] if entry["tier"] == 2]
+    assert listed and all(entry["r_squared"] == pytest.approx(1.0) and entry["tokens"] for entry in listed)
+    for entry in listed:
+        i = entry["latent"] - 6
+        assert {part["latent"] for part in entry["parts"][:2]} == {i, (i - 1) % 6}
+        assert [part["weight"] for part in entry["parts"][:2]] == pytest.approx([0.5**0.5] * 2, abs=1e-3)
+        assert all(part["weight"] < 1e-3 for part in entry["parts"][2:])
 
 
 def test_a_learned_composition_is_taken_where_it_was_saved(world, builder, open_context):
