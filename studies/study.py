@@ -188,7 +188,7 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
         words += settings_of(course.evaluation, eval_ids)
         call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what failed
     folders = {recipe.name: RunFolder.at(course.out / recipe.name) for recipe in recipes}
-    results = [(recipe, read_lines(folders[recipe.name], recipe.evals)) for recipe in recipes]
+    results = [(recipe, read_lines(folders[recipe.name], recipe.evals, recipe.costs)) for recipe in recipes]
     write_tables(results, course.out, console)
     draw_pictures(results, folders, course.out / "plots", console)
     return [line for _, lines in results for line in lines]
@@ -266,7 +266,7 @@ def call(command: Any, name: str, words: Sequence[str], console: Console, may_en
             raise click.ClickException(f"{name} ended with status {end.code}: its last lines say why") from None
 
 
-def read_lines(folder: RunFolder, eval_ids: Sequence[str]) -> list[Line]:
+def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) -> list[Line]:
     """What a finished run came to: of its result and of its evaluations."""
     result = read_json(folder.path / "result.json")
     curves = curve_by_label(folder)
@@ -275,6 +275,10 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str]) -> list[Line]:
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
         if (grown := growth(curves.get(label, []), result["steps"])) is not None:
             values["growth"] = grown
+        if costs:
+            seconds, size = sae.get("step_seconds"), sae.get("state_bytes")
+            values["ms_per_step"] = None if seconds is None else 1e3 * seconds
+            values["state_mb"] = None if size is None else size / 1e6
         remarks = [f"a warm-up or onset of {asked} steps took {given}" for asked, given in sae.get("cut_short", ())]
         problems = [] if result["steps"] > 0 else ["it made no step"]
         for eval_id in eval_ids:
@@ -318,7 +322,7 @@ def write_tables(results: Results, out: Path, console: Console) -> None:
     for title, head, rows in _tables(results):
         console.print(_table(title, head, rows))
         parts.append(f"**{title}**\n\n{_markdown(head, rows)}")
-    remarks = remarks_of(every)
+    remarks = [selected(recipe, lines) for recipe, lines in results if recipe.select] + remarks_of(every)
     for remark in remarks:
         console.print(remark, markup=False, soft_wrap=True)
     if remarks:
@@ -341,6 +345,16 @@ def remarks_of(lines: Iterable[Line]) -> list[str]:
         names = ", ".join(dict.fromkeys(SEED.sub("", label) for label in labels))
         told.append(f"{run}: {remark}" if set(labels) == everybody[run] else f"{run}/{names}: {remark}")
     return told
+
+
+def selected(recipe: Recipe, lines: Sequence[Line]) -> str:
+    """Which SAE of a run is the best at what it is selected by; of one seed, so that it says where to look."""
+    found = {line.label: value for line in lines if (value := line.values.get(recipe.select)) is not None}
+    if not found:
+        return f"{recipe.name}: nothing to select by, no SAE has {recipe.select}"
+    order = sorted(found, key=lambda label: -found[label])
+    ranking = ", ".join(f"{label} {found[label]:.4g}" for label in order)
+    return f"{recipe.name}: selected by {recipe.select}: {order[0]} ({ranking})"
 
 
 def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]]:

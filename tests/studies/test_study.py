@@ -177,6 +177,30 @@ def test_a_study_is_whole_without_material_that_is_given_on_request_only(tmp_pat
     assert line.problems == [] and line.remarks == ["unlearning gave no result"]
 
 
+def test_a_run_that_tunes_names_the_best_and_one_that_weighs_costs_shows_them(tmp_path):
+    tuned = Recipe("run_6", "", (), select="explained_variance", study="attention_plan")
+    values = {"base": 0.7, "weaker": 0.8, "stronger": None}
+    lines = [Line("run_6", label, {"explained_variance": value}, []) for label, value in values.items()]
+    write_tables([(tuned, lines)], tmp_path, Console(quiet=True))
+    said = "- run_6: selected by explained_variance: weaker (weaker 0.8, base 0.7)"
+    assert said in (tmp_path / "table.md").read_text()
+    assert "no SAE has explained_variance" in study.selected(tuned, [])
+    folder = write_run(tmp_path / "run_2")
+    result = json.loads((folder.path / "result.json").read_text())
+    result["saes"]["one"] |= {"step_seconds": 0.004, "state_bytes": 3_000_000}
+    (folder.path / "result.json").write_text(json.dumps(result))
+    (line,) = read_lines(folder, ["core"], costs=True)
+    assert line.values["ms_per_step"] == 4.0 and line.values["state_mb"] == 3.0
+    assert "ms_per_step" not in read_lines(folder, ["core"])[0].values
+
+
+def test_what_a_run_is_selected_by_is_measured_in_it():
+    for name in studies():
+        for one in runs_of(name):
+            measured = {metric.rsplit(".", 1)[-1] for eval_id in one.evals for metric in evals.load(eval_id).summary}
+            assert not one.select or one.select in measured
+
+
 def test_the_run_that_decides_is_asked_for_by_name():
     assert "decisive" not in [one.name for one in study.choose("tiered", None)]
     assert [one.name for one in study.choose("tiered", "run_1, decisive")] == ["run_1", "decisive"]

@@ -44,6 +44,10 @@ class Recipe:
     """Labels of the base and of the controls that every other SAE of the run is held against, seed by seed."""
     evals: tuple[str, ...] = ()
     """Evaluations of the run, beside core and the study's own."""
+    costs: bool = False
+    """A study's table says what a step of each SAE takes, and how many bytes its state has."""
+    select: str = ""
+    """A measure of `evals`: a study names the SAE of the run that is best at it, base and controls included."""
     study: str = ""
     """The name of the file; the registry fills it in."""
 

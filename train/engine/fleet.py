@@ -6,6 +6,7 @@ alone: it trains to the same bits in a fleet of any size.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -62,6 +63,12 @@ class Fleet:
             label: Trainee(label, _build(config, stats), total_steps, device, ranks, split)
             for label, config in configs.items()
         }
+        self._spent = dict.fromkeys(configs, (0.0, 0))  # seconds and steps
+
+    def step_seconds(self, label: str) -> float | None:
+        """Mean of this process's steps of one SAE; None on a GPU, where the host does not wait for their end."""
+        seconds, steps = self._spent[label]
+        return seconds / steps if steps and self.trainees[label].device.type == "cpu" else None
 
     @property
     def steps_taken(self) -> int:
@@ -73,12 +80,14 @@ class Fleet:
         if draw.device.type != "cpu":
             self._past.append(Past(self.steps_taken, draw))
         for label, trainee in self.trainees.items():
+            begun, (seconds, steps) = time.perf_counter(), self._spent[label]
             try:
                 reports[label] = trainee.step(draw.batch(self.needs[label]))
             except NonFiniteLoss as error:
                 raise self._add_place(label, error, draw) from None
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(f"{label}: {draw.device} has no memory left for a step", error) from None
+            self._spent[label] = seconds + time.perf_counter() - begun, steps + 1
         return reports
 
     @property

@@ -190,6 +190,11 @@ class Trainee:
         self.look()
         return {name: self._whole(name, tensor) for name, tensor in fetch(self._own_state()).items()}
 
+    @property
+    def state_bytes(self) -> int:
+        """Of all that `state` gives."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._own_state().values())
+
     @contextmanager
     def gather_weights(self) -> Iterator[None]:
         """The first process has all latents inside, where all enter together; to measure and to save, not to train."""

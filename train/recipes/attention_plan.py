@@ -26,9 +26,10 @@ _RUNS = (
     ),
     Recipe(
         "run_2",
-        "what guidance on sparse attention costs: one SAE alone, its tokens per second and links per token logged",
-        (Sae("guided", "hierarchical"),),
+        "what guidance on sparse attention costs, in time and memory: by the loss, in the encoder, and without",
+        (_BASE, Sae("guided", "hierarchical"), Sae("encoder", "hierarchical", {"guidance": "encode"})),
         {"alpha": 0.1, "course.metrics_every_steps": 10},
+        costs=True,
     ),
     Recipe(
         "run_3",
@@ -60,9 +61,20 @@ _RUNS = (
     ),
     Recipe(
         "run_6",
-        "the parts that helped, together: four layers under a falling temperature, contrast, consistency",
-        (_BASE, Sae("combined", "hierarchical"), _SHUFFLED),
+        "the parts that helped, together: four layers under a falling temperature, contrast, consistency; then tuned",
+        (
+            _BASE,
+            Sae("combined", "hierarchical"),
+            Sae("weaker", "hierarchical", {"alpha": 0.03}),
+            Sae("stronger", "hierarchical", {"alpha": 0.3}),
+            Sae("sharper", "hierarchical", {"temperature": 0.1}),
+            Sae("no_consistency", "hierarchical", {"beta": 0.0}),
+            Sae("with_encoder", "hierarchical", {"guidance": "encode"}),
+            _SHUFFLED,
+        ),
         {"alpha": 0.1, "mixing_temperature": 0.5, "mixing_temperature_start": 1.5},
+        evals=("sparse_probing",),
+        select="sae_top_5_test_accuracy",
     ),
 )
 

@@ -39,6 +39,10 @@ class SaeOutcome:
     explained_variance_with_massive: float | None = None
     """Where there are massive rows: the same with them."""
     l0_with_massive: float | None = None
+    step_seconds: float | None = None
+    """Mean of the steps of the last process, beside the other SAEs of the run; None on a GPU."""
+    state_bytes: int | None = None
+    """Of weights, optimiser and all else that a checkpoint holds."""
     cut_short: tuple[tuple[int, int], ...] = ()
     """Warm-ups and the like that the run was too short for: steps asked for, and steps there were."""
 
@@ -158,6 +162,8 @@ def _sae_outcome(run: Run, member: Member, found: HeldOut) -> SaeOutcome:
         validation_massive=massive,
         explained_variance_with_massive=every.explained_variance if massive else None,
         l0_with_massive=every.l0 if massive else None,
+        step_seconds=run.fleet.step_seconds(member.label),
+        state_bytes=trainee.state_bytes,
         cut_short=tuple(trainee.assembly.cut_short(run.total_steps)),
     )
 

@@ -31,6 +31,10 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["tokens"] == outcome["tokens"] == outcome["steps"] * 64
     assert outcome["saes"]["topk"]["l0"] == pytest.approx(3, abs=0.1)
+    assert outcome["saes"]["topk"]["step_seconds"] > 0
+    with Store.open(big["path"]) as store:
+        tables = 2 * 64 * store.manifest.model.d_model * 4
+    assert 3 * tables < outcome["saes"]["topk"]["state_bytes"] < 4 * tables  # and two moments of each
     assert 0 < outcome["saes"]["topk"]["explained_variance"] < 1
     for said in (
         "steps",
