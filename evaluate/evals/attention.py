@@ -3,7 +3,8 @@
 Contribution by layer: how much of the similarity of two tokens' codes the stored attention of each layer
 explains, beyond their nearness. Attention fidelity: the residual after layer L is replaced by its
 reconstruction, layer L + 1 computes its attention from that, and its rows are held against the stored ones
-(KL). From the true residual they differ by rounding; mean and zero ablation are the other end.
+(KL). From the true residual they differ by rounding; mean and zero ablation are the other end. Causal tracing: what a
+latent at the token that layer L + 1 attends to most does to the same latent at the token that attends.
 
 W windows, H heads, T context, L layers.
 """
@@ -26,6 +27,7 @@ from ..errors import ModelMissing, NotApplicable
 from ..model.windows import Windows
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.attention import Explained, attention_divergence, explain
+from .measures.link_tracing import Traced, choose_pairs, trace_pairs
 
 ONE_LAYER = "attention fidelity is about SAEs that read and write one layer"
 
@@ -35,6 +37,10 @@ class Config:
     windows: int = 64
     """Of the test split."""
     batch_windows: int = 16
+    trace_windows: int = 16
+    """Of these, those in which latents are traced along attention; 0: none."""
+    trace_pairs: int = 4
+    """Of each such window, the strongest."""
 
 
 @dataclass(eq=False)
@@ -45,6 +51,7 @@ class Seen:
     divergence: dict[str, float] = field(default_factory=dict)  # sums over rows, by what replaced the residual
     agreement: dict[str, float] = field(default_factory=dict)
     rows: int = 0
+    traced: Traced = field(default_factory=Traced)
 
     def explain(self, acts_WTF: Tensor, attention_LWTT: Tensor, keep_WT: Tensor) -> None:
         found = explain(acts_WTF, attention_LWTT, keep_WT)
@@ -64,6 +71,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     if not layers:
         raise NotApplicable("the store holds no attention: harvest again with --attention-layers")
     seen, missing = {subject: Seen() for subject in subjects}, obstacles(context, subjects)
+    windows = 0
     for batch in read_windows(
         context, subjects, "attention", config.windows, config.batch_windows, attention_layers=layers
     ):
@@ -74,8 +82,12 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             seen[subject].explain(acts, averaged, ordinary_rows(context, subject, batch))
             if missing[subject] is None:
                 replace(context, subject, batch, x_hat, stored[subject.layer + 1], seen[subject])
+            if missing[subject] is None and windows < config.trace_windows:
+                seen[subject].traced += trace(context, subject, batch, acts, stored[subject.layer + 1], config)
+        windows += len(batch)
     for subject in subjects:
         metrics = {"contribution": contribution(seen[subject], layers), "fidelity": fidelity(seen[subject])}
+        metrics["tracing"] = seen[subject].traced.metrics() if missing[subject] is None else {}
         if subject.is_single_layer:
             yield Result(subject, to_json(config), metrics, missing=missing[subject])
         else:
@@ -115,6 +127,14 @@ def replace(
         replaced = torch.where(rows[:, :, None], resid, true)
         found = next_attention(context, replaced, subject.layer, averaged=stored_WHTT.shape[1] == 1)
         seen.compare(name, stored_WHTT, found.masked_fill(left_out, 0), rows)
+
+
+def trace(
+    context: Context, subject: LoadedSae, batch: Windows, acts_WTF: Tensor, stored_WHTT: Tensor, config: Config
+) -> Traced:
+    """Along the strongest links between tokens that are neither special nor massive."""
+    pairs = choose_pairs(stored_WHTT.mean(1), ordinary_rows(context, subject, batch), config.trace_pairs)
+    return trace_pairs(subject, batch, acts_WTF, pairs, lambda resid: context.model.attention(resid, subject.layer))
 
 
 def next_attention(context: Context, resid_WTD: Tensor, layer: int, averaged: bool) -> Tensor:
@@ -161,5 +181,14 @@ def fidelity(seen: Seen) -> Mapping[str, float]:
 
 
 EVALUATION = Evaluation(
-    Config, evaluate, needs=Needs(store=True), summary=("contribution.total", "fidelity.score", "fidelity.kl_sae")
+    Config,
+    evaluate,
+    needs=Needs(store=True),
+    summary=(
+        "contribution.total",
+        "fidelity.score",
+        "fidelity.kl_sae",
+        "tracing.change_attended",
+        "tracing.change_unattended",
+    ),
 )

@@ -131,11 +131,12 @@ class LanguageModel:
             logits_WV = self._unembed(out.last_hidden_state[:, -1])
             return logits_WV if self._softcap is None else torch.tanh(logits_WV / self._softcap) * self._softcap
 
-    def attention(self, resid_WTD: Tensor, layer: int, sink: Callable[[Tensor], None]) -> None:
-        """Hand the attention probabilities of layer + 1, from the residual after `layer`, to `sink`."""
+    def attention(self, resid_WTD: Tensor, layer: int, sink: Callable[[Tensor], None] | None = None) -> Tensor:
+        """The residual after layer + 1, from that after `layer`; `sink` is handed its attention probabilities."""
         stack = self._part(layer + 1, layer + 2, normed=False)
+        sinks = {} if sink is None else {layer + 1: sink}
         with torch.inference_mode():
-            stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, sinks={layer + 1: sink})
+            return stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, sinks=sinks).last_hidden_state
 
     @torch.inference_mode()
     def complete(

@@ -14,9 +14,11 @@ from saemill.evaluate.context.token_text import Wording
 from saemill.evaluate.errors import ModelMissing, NotApplicable
 from saemill.evaluate.evals import attention, position, temporal, tiers
 from saemill.evaluate.evals.measures.assignment import every, groups_of, ranges_of, saved, tiers_of
+from saemill.evaluate.evals.measures.link_tracing import Pairs, choose_pairs, trace_pairs
 from saemill.evaluate.evals.measures.splice_effects import Effect, make_tracers
 from saemill.evaluate.evals.measures.tiers import tier_activity
 from saemill.evaluate.model.batches import store_batches
+from saemill.evaluate.model.windows import Windows
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 
@@ -110,6 +112,43 @@ def test_a_perfect_reconstruction_leaves_attention_as_it_is(world, builder, open
     assert found["score"] == pytest.approx(1.0, abs=1e-3)
     assert found["same_favourite_sae"] > 0.99
     assert found["kl_mean_ablation"] > 100 * found["kl_true"]
+
+
+def test_pairs_are_the_strongest_links_and_their_weakest_alternatives():
+    attended = torch.zeros(1, 5, 5)
+    attended[0, 4] = torch.tensor([0.9, 0.05, 0.1, 0.4, 0.0])  # what stands at 0 is special
+    attended[0, 3] = torch.tensor([0.0, 0.1, 0.3, 0.0, 0.0])
+    rows = torch.tensor([[False, True, True, True, True]])
+    pairs = choose_pairs(attended, rows, 3)
+    assert pairs.held.tolist() == [[True, True, False]]
+    assert pairs.later[0, :2].tolist() == [4, 3] and pairs.most[0, :2].tolist() == [3, 2]
+    assert pairs.least[0, :2].tolist() == [1, 1]
+
+
+def test_a_latent_is_traced_by_what_attention_brings(world, builder, open_context):
+    """What is taken out where much is attended to changes more than where little is; nothing shared, nothing traced."""
+    found = one(attention, open_context(world), builder.subject(identity(builder))).metrics["tracing"]
+    assert found["pairs"] > 20 and found["shared_share"] == 1.0
+    assert found["change_attended"] > 1.5 * found["change_unattended"] > 0.0
+    found = one(attention, open_context(world), builder.subject(blind(builder, mean_of(world, builder.LAYER)))).metrics
+    assert found["tracing"]["shared_share"] == 0.0 and "change_attended" not in found["tracing"]
+
+
+def test_what_attention_does_not_carry_changes_nothing(builder):
+    """The layer above adds half of what stands two tokens before: a latent taken out there takes half away here."""
+    subject = builder.subject(identity(builder))
+    generator = torch.Generator().manual_seed(0)
+    resid = 1.0 + torch.rand(2, 6, builder.D, generator=generator)
+    keep = torch.ones(2, 6, dtype=torch.bool)
+    batch = Windows(torch.zeros(2, 6, dtype=torch.int64), keep, keep, {subject.layer: resid})
+    acts = subject.encode(batch)
+    ones = torch.ones(2, 1, dtype=torch.int64)
+    pairs = Pairs(5 * ones, 3 * ones, 2 * ones, ones > 0)
+    found = trace_pairs(subject, batch, acts, pairs, lambda x: x + 0.5 * x.roll(2, 1)).metrics()
+    latent = (acts[:, 5] * acts[:, 3]).argmax(1)
+    expected = 0.5 * acts[[0, 1], 3, latent].sum() / acts[[0, 1], 5, latent].sum()
+    assert found["change_attended"] == pytest.approx(float(expected), rel=1e-4)
+    assert found["change_unattended"] == 0.0 and found["shared_share"] == 1.0
 
 
 def test_the_mean_as_reconstruction_scores_zero(world, builder, open_context):
