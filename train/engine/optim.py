@@ -31,7 +31,9 @@ class Optim:
     lr: float | None = None
     """Peak learning rate; None: the variant's own default, scaled by width where its paper does."""
     warmup_steps: int = 1000
-    """Steps over which the learning rate rises, at most a tenth of the run."""
+    """Steps over which the learning rate rises, at most warmup_max_fraction of the run."""
+    warmup_max_fraction: float = 0.1
+    """1: as many steps as were asked for, however short the run."""
     warmup_power: float = 1.0
     """1: in a line; 3: along a cube, slowly at first."""
     decay_fraction: float = 0.2
@@ -56,13 +58,16 @@ class Optim:
                 raise ConfigInvalid(f"optim.{name}: expected 0 <= {name} < 1, found {value}")
         if not self.warmup_power > 0:
             raise ConfigInvalid(f"optim.warmup_power: expected a positive number, found {self.warmup_power}")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ConfigInvalid(f"optim.decay_fraction: expected 0 to 1, found {self.decay_fraction}")
+        for name in ("decay_fraction", "warmup_max_fraction"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigInvalid(f"optim.{name}: expected 0 to 1, found {value}")
 
     def schedule(self) -> Schedule:
         """The learning rate of every step; `lr` must be set."""
         assert self.lr is not None
-        return Product((WarmUp(self.lr, self.warmup_steps, power=self.warmup_power), Decay(self.decay_fraction)))
+        rise = WarmUp(self.lr, self.warmup_steps, self.warmup_max_fraction, self.warmup_power)
+        return Product((rise, Decay(self.decay_fraction)))
 
 
 class Adam:

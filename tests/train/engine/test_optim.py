@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from saemill.train.engine.optim import Adam, Optim
+from saemill.train.engine.schedules import cut_short
 from saemill.train.errors import ConfigInvalid
 
 
@@ -76,3 +77,9 @@ def test_state_is_named_and_holds_the_moments_themselves(rng):
 def test_settings_out_of_range_are_refused(wrong, message):
     with pytest.raises(ConfigInvalid, match=message):
         Optim(**wrong)
+
+
+def test_a_warm_up_may_be_as_long_as_it_was_asked_for_however_short_the_run():
+    cut, whole = (Optim(lr=1.0, warmup_steps=1000, warmup_max_fraction=f).schedule() for f in (0.1, 1.0))
+    assert cut(60, 534) == 1.0 and cut_short(cut, 534) == [(1000, 53)]
+    assert whole(60, 1000) == pytest.approx(61 / 1001) and cut_short(whole, 1000) == []
