@@ -3,7 +3,7 @@
 1. Composition, from the weights alone: decoder rows as non-negative sums of those of the tier below.
 2. A pass over test windows: activity of each tier, and the latent that dominates it on each token.
 3. Causal tracing, where the model is there: predictions without a tier, with it alone, without the latents
-   that are composed of nothing; from one clean pass of the layers above.
+   that are composed of nothing, without single latents; from one clean pass of the layers above.
 4. What those latents fire on; and which latents of the tier below make up those that are composed best.
 
 Tier numbers in results count from 1. A plain SAE has equal shares of its dictionary for tiers.
@@ -49,6 +49,8 @@ class Config:
     """Of the test split, for activity and information."""
     trace_windows: int = 16
     """Of these, those whose predictions are traced; 0: no tracing."""
+    trace_latents: int = 2
+    """Of each tier, those that are traced one by one: the most active of the first batch."""
     batch_windows: int = 16
     tiers: int = 3
     """For SAEs that were trained without."""
@@ -72,6 +74,7 @@ class Seen:
     activity: Activity | None = None
     dominant: list[Tensor] = field(default_factory=list)
     strongest: Strongest | None = None
+    alone: tuple[int, ...] | None = None  # latents that are traced one by one
 
     def take(self, acts_NF: Tensor, places_N: Tensor) -> None:
         activity = tier_activity(acts_NF, self.tiers.of_latent, self.tiers.count)
@@ -97,12 +100,15 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             rows = ordinary_rows(context, subject, batch)
             seen[subject].take(acts[rows], tokens + rows[batch.keep].nonzero().view(-1))
             if tracers and subject.is_single_layer:
+                if seen[subject].alone is None:
+                    seen[subject].alone = most_active(acts[rows].sum(0), seen[subject].tiers, config.trace_latents)
                 add_effects(effects[subject], trace(tracers[subject.layer], subject, acts, seen[subject]))
         tokens, windows = tokens + int(batch.keep.sum()), windows + len(batch)
     for subject in subjects:
         metrics = measure(seen[subject], composition[subject][0], effects[subject], config)
         listed = {"tiers": seen[subject].tiers.source, "uncomposed": list_uncomposed(seen[subject], words, config)}
         listed["compositions"] = list_compositions(subject, seen[subject], words, config)
+        listed["traced"] = list_traced(seen[subject], effects[subject], words)
         if subject.is_single_layer:
             yield Result(subject, to_json(config), metrics, unstructured=listed, missing=missing)
         else:
@@ -159,7 +165,10 @@ def trace(tracer: Tracer, subject: LoadedSae, acts_WTF: Tensor, seen: Seen) -> d
     tiers = range(seen.tiers.count)
     kept = {f"without_{tier + 1}": ~seen.tiers.members(tier) for tier in tiers}
     kept |= {f"only_{tier + 1}": seen.tiers.members(tier) for tier in tiers}
-    kept |= {"without_uncomposed": seen.composed, "all": torch.ones_like(seen.composed)}
+    every_F = torch.ones_like(seen.composed)
+    kept |= {"without_uncomposed": seen.composed, "all": every_F}
+    latents = torch.arange(len(every_F), device=every_F.device)
+    kept |= {f"without_latent_{latent}": latents != latent for latent in seen.alone or ()}
     parts = {name: partial(_decoded, subject, acts_WTF, members) for name, members in kept.items()}
     return {**tracer.given, **tracer.effects(parts)}
 
@@ -231,6 +240,37 @@ def causal(effects: Mapping[str, Effect], tiers: int) -> dict[str, float]:
         restored = effects["mean"].kl - effects[f"only_{tier}"].kl
         found[f"restored_by_{tier}"] = restored / room if room > LEAST_ROOM else float("nan")
     return found
+
+
+def most_active(mass_F: Tensor, tiers: Assignment, count: int) -> tuple[int, ...]:
+    """Of each tier, those of the largest activation that have any."""
+    found: list[int] = []
+    for tier in range(tiers.count):
+        mass = torch.where(tiers.members(tier), mass_F, 0.0)
+        best = mass.topk(min(count, len(mass)))
+        found += [
+            latent for latent, value in zip(best.indices.tolist(), best.values.tolist(), strict=True) if value > 0
+        ]
+    return tuple(found)
+
+
+def list_traced(seen: Seen, effects: Mapping[str, Effect], words: Wording) -> list[dict[str, Any]]:
+    """What predictions lose, in nats a token, by taking out single latents, and on what these fire."""
+    assert seen.activity is not None and seen.strongest is not None
+    listed = []
+    for latent in seen.alone or ():
+        effect, every_one = effects[f"without_latent_{latent}"], effects["all"]
+        listed.append(
+            {
+                "latent": latent,
+                "tier": int(seen.tiers.of_latent[latent]) + 1,
+                "fired_share": float(seen.activity.fired[latent] / max(seen.activity.tokens, 1)),
+                "kl_increase": effect.kl - every_one.kl,
+                "loss_increase": effect.loss - every_one.loss,
+                "tokens": [words.token(place) for _, place in seen.strongest.of(latent)],
+            }
+        )
+    return listed
 
 
 def list_uncomposed(seen: Seen, words: Wording, config: Config) -> list[dict[str, Any]]:

@@ -234,6 +234,24 @@ def test_causal_tracing_of_an_identity(world, builder, open_context):
     assert all(found[f"restored_by_{tier}"] < 1 for tier in (1, 2, 3))
 
 
+def test_single_latents_are_traced(world, builder, open_context):
+    """Of an identity each takes a direction away; what the third tier does is what its only latent that fires does."""
+    sae = identity(builder)
+    listed = one(tiers, open_context(world), builder.subject(sae)).unstructured["traced"]
+    assert [entry["tier"] for entry in listed] == [1, 1, 2, 2, 3, 3]
+    assert all(entry["kl_increase"] > 1e-4 and entry["tokens"] for entry in listed)
+    subject = builder.subject(sae, "marked")
+    membership = torch.zeros(2 * builder.D, dtype=torch.int64)
+    membership[listed[0]["latent"]] = 2
+    subject.sae.extras_tensors = {"tiers.membership": membership}
+    found = one(tiers, open_context(world), subject)
+    (alone,) = [entry for entry in found.unstructured["traced"] if entry["tier"] == 3]
+    causal = found.metrics["causal"]
+    assert alone["latent"] == listed[0]["latent"]
+    assert alone["kl_increase"] == pytest.approx(causal["kl_without_3"] - causal["kl_sae"])
+    assert alone["loss_increase"] == pytest.approx(causal["loss_increase_without_3"])
+
+
 def test_a_tier_with_nothing_in_it_does_nothing(world, builder, open_context):
     subject = builder.subject(identity(builder))
     silent = torch.zeros(2 * builder.D, dtype=torch.int64)
