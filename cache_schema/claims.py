@@ -16,8 +16,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
+from .errors import StoreUnreachable
 from .files import Files, LocalFiles, RemoteFiles, make_folder, name_failure
 from .layout import LOCK
 
@@ -48,6 +50,44 @@ def open_claims(files: Files) -> Claims:
         return LockClaims(files)
     assert isinstance(files, RemoteFiles)
     return LeaseClaims(files)
+
+
+def find_held(files: Files, shards: int) -> dict[int, str]:
+    """Shards that are claimed right now, and by whom as far as that can be known."""
+    if isinstance(files, LocalFiles):
+        return _find_locked(files.root / LOCK, shards)
+    names = [name for name in files.list("claims") if name.removesuffix(".json").isdecimal()]
+    held = {}
+    for number in sorted(int(name.removesuffix(".json")) for name in names):
+        with suppress(KeyError, TypeError, ValueError):  # released in between, or nobody's
+            lease = json.loads(files.read(f"claims/{number}.json"))
+            if number < shards and lease["until"] >= time.time():
+                held[number] = f"writer {str(lease['owner'])[:8]}"
+    return held
+
+
+def _find_locked(path: Path, shards: int) -> dict[int, str]:
+    """The kernel names the next lock after a byte; of one that belongs to an open file it knows no process."""
+    if not hasattr(fcntl, "F_OFD_GETLK"):
+        return {}
+    held: dict[int, str] = {}
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return {}
+    try:
+        start = 0
+        while start < shards:
+            request = struct.pack("hhqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, start, shards - start, 0)
+            kind, _, first, length, _ = struct.unpack("hhqqixxxx", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request))
+            if kind == fcntl.F_UNLCK:
+                break
+            stop = first + length if length else shards
+            held |= dict.fromkeys(range(max(first, start), min(stop, shards)), "writers on this disk")
+            start = stop
+        return held
+    finally:
+        os.close(fd)
 
 
 class LockClaims:
@@ -119,7 +159,8 @@ class LeaseClaims:
     def release(self, number: int) -> None:
         with self._turn:
             self._held.discard(number)
-            self._files.remove(self._key(number))
+            with suppress(StoreUnreachable):  # then it lapses
+                self._files.remove(self._key(number))
 
     @contextmanager
     def hold_derived(self) -> Iterator[None]:
@@ -153,11 +194,16 @@ class LeaseClaims:
             self._held.discard(number)
 
     def _create(self, number: int) -> bool:
+        if self._files.create(self._key(number), self._new_lease()):
+            return True
+        return number not in self._held and self._is_mine(number)
+
+    def _is_mine(self, number: int) -> bool:
+        """A server that created it, and whose answer was lost, refuses the second attempt."""
         try:
-            self._files.fs.pipe_file(f"{self._files.path}/{self._key(number)}", self._new_lease(), mode="create")
-        except FileExistsError:
+            return self._lease(number)["owner"] == self._owner
+        except (KeyError, TypeError, ValueError):
             return False
-        return True
 
     def _new_lease(self) -> bytes:
         return json.dumps({"owner": self._owner, "until": time.time() + LEASE_SECONDS}).encode()

@@ -27,6 +27,7 @@ from .sources import NumpySource, SaelensSource, Source
 from .strict import nearest, to_json
 from .verify import Damage, digest, drop_broken_derived, repair, verify_shards
 from .vllm import VllmSource
+from .watch import follow
 
 NOT_HARVESTED = ("import",)  # corpora that no model can bring back
 REHARVESTERS = "saemill.reharvest"  # entry points: functions (url, shards) that can write shards again
@@ -66,6 +67,23 @@ def info(url: str, is_json: bool) -> None:
         _print_json(facts)
     else:
         Console().print(render(facts))
+
+
+@main.command(epilog=example("watch s3://bucket/store"))
+@click.argument("url")
+@click.option("--every", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Seconds between looks.")
+def watch(url: str, every: float) -> None:
+    """Show how far all writers are, until the store is whole."""
+    console = Console()
+    with _report():
+        if not console.is_terminal:
+            for found in follow(url, every):
+                click.echo(str(found))
+            return
+        with Progress(BarColumn(), TextColumn("{task.description}"), console=console) as progress:
+            task = progress.add_task("", total=None)
+            for found in follow(url, every):
+                progress.update(task, total=found.shards, completed=found.committed, description=str(found))
 
 
 @main.command(epilog=example("verify ./store"))

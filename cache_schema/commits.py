@@ -8,6 +8,7 @@ derived: it can be deleted at any time and is made again from the records.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,9 @@ from .files import Files
 from .layout import COMMITS, INDEX, SUMMARY, device_name, encode_json, record_key, record_name
 from .manifest import Manifest, check_format
 from .strict import StrictError, from_json, to_json
+
+MANY = 100_000  # shards that the index lacks: to ask a disk for each takes longer than to list those there are
+RECORD_NAME = re.compile(r"[0-9]{5}[.]json|[1-9][0-9]{5,11}[.]json", re.ASCII)
 
 T = TypeVar("T")
 
@@ -93,10 +97,11 @@ class Index:
     format: int = 1
 
     def mask(self, shards: int) -> np.ndarray:
-        mask = np.zeros(shards, bool)
-        for start, stop in self.committed:
-            mask[start:stop] = True
-        return mask
+        steps = np.zeros(shards + 1, np.int8)  # ranges have gaps between them: each edge is one
+        edges = np.array(self.committed, np.int64).reshape(-1, 2)
+        steps[edges[:, 0]] = 1
+        steps[edges[:, 1]] = -1
+        return np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
 
 
 def read_index(files: Files, manifest: Manifest) -> Index:
@@ -105,15 +110,24 @@ def read_index(files: Files, manifest: Manifest) -> Index:
         raw = files.read(INDEX)
     except KeyError:
         return Index(manifest.cache_id, format=manifest.format)
-    where = f"{files.url}/{INDEX}"
-    index = _parse(Index, raw, where, manifest, "It can be deleted: `sae-store repair` makes it again")
+    where, remedy = f"{files.url}/{INDEX}", "It can be deleted: `sae-store repair` makes it again"
+    value = _decode(raw, where, manifest, remedy)
+    spans = value.get("committed")
+    if isinstance(spans, list) and all(map(_is_span, spans)):  # 100,000 where many workers fill a store: all at once
+        index = _read_as(Index, {**value, "committed": []}, where, remedy)
+        index = replace(index, committed=tuple(map(tuple, spans)))
+    else:
+        index = _read_as(Index, value, where, remedy)
     edges = [edge for span in index.committed for edge in span]
     if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] <= edges[-1] <= manifest.shards):
         raise ManifestInvalid(
-            f"{where}: expected rising ranges of the {manifest.shards} shards, found {list(index.committed)}. "
-            "It can be deleted: `sae-store repair` makes it again"
+            f"{where}: expected rising ranges of the {manifest.shards} shards, found {list(index.committed)}. {remedy}"
         )
     return index
+
+
+def _is_span(value: Any) -> bool:
+    return type(value) is list and len(value) == 2 and type(value[0]) is int and type(value[1]) is int
 
 
 def read_record(files: Files, manifest: Manifest, shard: int) -> CommitRecord:
@@ -156,9 +170,13 @@ def read_devices(files: Files, shards: Iterable[int]) -> dict[int, DeviceRecord]
 def find_committed(files: Files, manifest: Manifest, index: Index | None = None) -> np.ndarray:
     """bool [S]: the shards that exist."""
     mask = (index or read_index(files, manifest)).mask(manifest.shards)
-    shards = {record_name(shard): shard for shard in np.flatnonzero(~mask).tolist()}
-    found = files.which_exist(COMMITS, list(shards))
-    mask[[shards[name] for name in found]] = True
+    missing = np.flatnonzero(~mask).tolist()
+    if len(missing) > MANY:
+        found = [int(name[:-5]) for name in files.list(COMMITS) if RECORD_NAME.fullmatch(name)]
+        mask[[shard for shard in found if shard < manifest.shards]] = True
+        return mask
+    shards = {record_name(shard): shard for shard in missing}
+    mask[[shards[name] for name in files.which_exist(COMMITS, list(shards))]] = True
     return mask
 
 
@@ -208,6 +226,11 @@ def _ranges(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 
 def _parse(cls: type[T], raw: bytes, where: str, manifest: Manifest, remedy: str) -> T:
+    return _read_as(cls, _decode(raw, where, manifest, remedy), where, remedy)
+
+
+def _decode(raw: bytes, where: str, manifest: Manifest, remedy: str) -> dict[str, Any]:
+    """A record of this store, in a format that is known."""
     value = decode_json(raw, where, remedy)
     check_format(value.get("format"), where)
     if value.get("cache_id") != manifest.cache_id:
@@ -215,6 +238,10 @@ def _parse(cls: type[T], raw: bytes, where: str, manifest: Manifest, remedy: str
             f"{where}: expected cache id {manifest.cache_id}, found {value.get('cache_id')!r}: "
             f"this file belongs to another store. {remedy}"
         )
+    return value
+
+
+def _read_as(cls: type[T], value: dict[str, Any], where: str, remedy: str) -> T:
     try:
         return from_json(cls, value)
     except StrictError as error:

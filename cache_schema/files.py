@@ -140,7 +140,7 @@ class LocalFiles:
     def list(self, folder: str) -> list[str]:
         with name_failure(f"listing {folder} of {self.url}"):
             try:
-                return sorted(entry.name for entry in os.scandir(self.root / folder))
+                return sorted(os.listdir(self.root / folder))
             except FileNotFoundError:
                 return []
 
@@ -173,10 +173,11 @@ class RemoteFiles:
         self.url = url
 
     def read(self, key: str) -> bytes:
-        try:
-            return cast(bytes, self.fs.cat_file(f"{self.path}/{key}"))
-        except FileNotFoundError:
-            raise KeyError(key) from None
+        with self._name_failure("reading", key):
+            try:
+                return cast(bytes, self.fs.cat_file(f"{self.path}/{key}"))
+            except FileNotFoundError:
+                raise KeyError(key) from None
 
     def read_into(self, key: str, body: np.ndarray, tail: np.ndarray) -> tuple[int, int]:
         data = np.frombuffer(self.read(key), np.uint8)
@@ -185,10 +186,14 @@ class RemoteFiles:
         return len(data), google_crc32c.value(body)
 
     def size(self, key: str) -> int:
-        return cast(int, self.fs.size(f"{self.path}/{key}"))
+        with self._name_failure("asking for the size of", key):
+            return cast(int, self.fs.size(f"{self.path}/{key}"))
 
     def exists(self, key: str) -> bool:
-        return self.fs.exists(f"{self.path}/{key}")
+        """As it is now: fsspec would answer from the last listing, which another writer's record is not in."""
+        with self._name_failure("looking for", key):
+            self.fs.invalidate_cache(f"{self.path}/{key}")
+            return self.fs.exists(f"{self.path}/{key}")
 
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
         """One listing: a request answers for a thousand names, where asking for each is a request each."""
@@ -196,27 +201,57 @@ class RemoteFiles:
         return [name for name in names if name in found]
 
     def write(self, key: str, buffers: Sequence[np.ndarray]) -> None:
-        self.fs.pipe_file(f"{self.path}/{key}", b"".join(buffer.tobytes() for buffer in buffers))
+        self.replace(key, b"".join(buffer.tobytes() for buffer in buffers))
 
     def settle(self, folders: Iterable[str]) -> None:
         """An object is durable when its PUT has returned."""
 
     def replace(self, key: str, data: bytes) -> None:
-        self.fs.pipe_file(f"{self.path}/{key}", data)
+        with self._name_failure("writing", key):
+            self.fs.pipe_file(f"{self.path}/{key}", data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write a whole file unless there is one; whether it was written."""
+        with self._name_failure("writing", key):
+            try:
+                self.fs.pipe_file(f"{self.path}/{key}", data, mode="create")
+            except FileExistsError:
+                return False
+            return True
 
     def list(self, folder: str) -> list[str]:
-        self.fs.invalidate_cache(f"{self.path}/{folder}")
-        try:
-            return sorted(name.rsplit("/", 1)[-1] for name in self.fs.ls(f"{self.path}/{folder}", detail=False))
-        except FileNotFoundError:
-            return []
+        with self._name_failure("listing", folder):
+            self.fs.invalidate_cache(f"{self.path}/{folder}")
+            try:
+                return sorted(name.rsplit("/", 1)[-1] for name in self.fs.ls(f"{self.path}/{folder}", detail=False))
+            except FileNotFoundError:
+                return []
 
     def remove(self, key: str) -> None:
-        if self.exists(key):
-            self.fs.rm_file(f"{self.path}/{key}")
+        with self._name_failure("removing", key):
+            try:
+                if self.exists(key):
+                    self.fs.rm_file(f"{self.path}/{key}")
+            except FileNotFoundError:
+                return
 
     def free_bytes(self) -> int | None:
         return None
+
+    @contextmanager
+    def _name_failure(self, doing: str, key: str) -> Iterator[None]:
+        """Whatever a network and its library raise, once they have tried again as often as they do."""
+        try:
+            yield
+        except (StoreError, KeyError):
+            raise
+        except Exception as error:
+            raise StoreUnreachable(
+                getattr(error, "errno", None),
+                f"{type(error).__name__} while {doing} {key} of {self.url} ({error}); committed shards are untouched. "
+                "Look at the network, the address and the credentials, then run the same command again: it goes on "
+                "where it stopped",
+            ) from error
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from .summary import LayerSummary, Summary, read_summary, summarise, write_summa
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
 COMPACT_EVERY = 64  # shards a writer commits before it brings the index up to date
+MOST_COMPACTIONS = 1000  # of a store's shards: each looks for all that lack, which many thousand shards make long
 
 
 class StoreWriter:
@@ -161,7 +162,7 @@ class StoreWriter:
 
     def _compact_sometimes(self) -> None:
         self._uncompacted += 1
-        if self._uncompacted >= COMPACT_EVERY:
+        if self._uncompacted >= max(COMPACT_EVERY, self.manifest.shards // MOST_COMPACTIONS):
             with self._claims.hold_derived():
                 compact(self.files, self.manifest)
             self._uncompacted = 0

@@ -30,7 +30,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "content reader",
         "massive",
         "links",
-        "info writer",
+        "info watch writer",
         "__init__ importer verify",
         "cli",
     ),

@@ -1,4 +1,4 @@
-"""A store of 100,000 shards opens in under a second and never lists a folder."""
+"""A store of 100,000 shards opens in under a second and lists no folder, one of 1,000,000 in under a second."""
 
 from __future__ import annotations
 
@@ -80,3 +80,25 @@ def test_a_store_without_an_index(many_shards, monkeypatch):
     (folder / INDEX).unlink(missing_ok=True)
     forbid_listing(monkeypatch)
     np.testing.assert_array_equal(open_quickly(folder).committed, committed)
+
+
+@pytest.mark.slow
+def test_a_million_shards_open_in_under_a_second(synthetic, memory_folder):
+    """Finished; half; and every fifth, as many workers leave it: with an index, and with records alone."""
+    million = 10 * SHARDS
+    manifest = seal(synthetic.make_manifest(windows=million, shard_windows=1))
+    (memory_folder / "commits").mkdir()
+    (memory_folder / ROOT).write_bytes(encode_json(root_document(manifest)))
+    fifth = np.arange(million) % 5 == 0
+    for shard in np.flatnonzero(fifth).tolist():
+        os.mknod(f"{memory_folder}/{record_key(shard)}")
+    for ranges, count in (
+        ([(0, million)], million),
+        ([(0, million // 2)], million // 2 + million // 10),
+        ([(shard, shard + 1) for shard in range(0, million, 5)], million // 5),
+        ([], million // 5),
+    ):
+        write_index(memory_folder, manifest, ranges)
+        start = time.process_time()
+        assert open_quickly(memory_folder).committed.sum() == count
+        print(f"{len(ranges):,} ranges, {count:,} shards: {(time.process_time() - start) / 3:.3f} s")

@@ -436,7 +436,7 @@ def run(facts: Facts, examples: int, steps: int, derandomize: bool) -> None:
 
 
 def test_any_sequence_of_events(facts):
-    run(facts, examples=10, steps=25, derandomize=True)
+    run(facts, examples=8, steps=30, derandomize=True)
     assert facts.rules >= 200
 
 

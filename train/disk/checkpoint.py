@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,7 @@ from .whole_files import read_json, write_json
 
 KEPT = 2
 FORMAT = 2  # 1 had no digest of state.json
+FILE_NAME = re.compile(r"[\w+-][\w.+-]{0,200}[.]safetensors")
 
 
 @dataclass(frozen=True)
@@ -192,11 +194,16 @@ def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[st
         raise CheckpointDamaged(f"{path / 'state.json'} differs from the file that was written")
     tensors = {}
     for name, digest in state.files.items():
-        if not (path / name).is_file() or _digest(path / name) != digest:
-            raise CheckpointDamaged(f"{path / name} differs from the file that was written")
-        label = name.removesuffix(".safetensors")
-        if labels is None or label in labels:
-            tensors[label] = load_file(path / name)
+        if not FILE_NAME.fullmatch(name):
+            raise CheckpointDamaged(f"{path / 'state.json'}: expected names of files beside it, found {name!r:.80}")
+        try:
+            if not (path / name).is_file() or _digest(path / name) != digest:
+                raise CheckpointDamaged(f"{path / name} differs from the file that was written")
+            label = name.removesuffix(".safetensors")
+            if labels is None or label in labels:
+                tensors[label] = load_file(path / name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointDamaged(f"{path / name} cannot be read ({error})") from None
     return state.standing, tensors
 
 

@@ -244,8 +244,8 @@ def run(facts: Facts, examples: int, steps: int, derandomize: bool) -> None:
 
 
 def test_any_sequence_of_events(facts):
-    run(facts, examples=8, steps=8, derandomize=True)
-    assert facts.rules >= 40
+    run(facts, examples=5, steps=8, derandomize=True)
+    assert facts.rules >= 25
 
 
 @pytest.mark.slow

@@ -1,0 +1,84 @@
+"""How far all writers of a store are: what is committed, what is held and by whom, how fast, how long it will take.
+
+Reads the index and looks for newer records, as every reader does, and looks at the claims; takes none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .claims import find_held
+from .commits import find_committed
+from .files import open_files
+from .root import read_root
+
+LOOK_BACK_SECONDS = 300.0  # the rate is of these: workers come and go
+
+
+@dataclass(frozen=True)
+class Progress:
+    """At one moment."""
+
+    shards: int
+    committed: int
+    held: dict[int, str]
+    """Shard to whoever is writing it."""
+    rate: float | None
+    """Shards a second of late; None before two looks differ."""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.committed == self.shards
+
+    @property
+    def seconds_left(self) -> float | None:
+        return (self.shards - self.committed) / self.rate if self.rate else None
+
+    def __str__(self) -> str:
+        parts = [f"{self.committed:,} of {self.shards:,} shards are committed"]
+        if self.is_whole:
+            return f"{parts[0]}: the store is whole"
+        holders = Counter(self.held.values())
+        parts += [f"{count} held by {who}" for who, count in sorted(holders.items())[:4]]
+        if len(holders) > 4:
+            parts.append(f"{sum(holders.values()):,} held by {len(holders):,} writers in all")
+        if not holders:
+            parts.append("nobody is writing")
+        if self.rate:
+            parts.append(f"{self.rate * 60:,.1f} a minute, {_say_time(self.seconds_left or 0)} left")
+        return ", ".join(parts)
+
+
+def follow(
+    url: str,
+    every: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Progress]:
+    """Look again and again, until the store is whole."""
+    files = open_files(url)
+    manifest = read_root(files).manifest
+    seen: deque[tuple[float, int]] = deque()
+    while True:
+        mask = find_committed(files, manifest)
+        committed = int(mask.sum())
+        seen.append((clock(), committed))
+        while len(seen) > 2 and seen[-1][0] - seen[1][0] > LOOK_BACK_SECONDS:
+            seen.popleft()
+        seconds, shards = seen[-1][0] - seen[0][0], committed - seen[0][1]
+        held = {shard: who for shard, who in find_held(files, manifest.shards).items() if not mask[shard]}
+        progress = Progress(manifest.shards, committed, held, shards / seconds if seconds and shards > 0 else None)
+        yield progress
+        if progress.is_whole:
+            return
+        sleep(every)
+
+
+def _say_time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60:,} h {minutes % 60} min"
+    return f"{minutes} min" if minutes else "under a minute"
