@@ -37,7 +37,7 @@ STDLIB_PROBES := $(foreach eval,sparse_probing scr tpp,--eval-set $(eval).data=s
 STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set browser.windows=256
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow test-real smollm2 check format goldens demo harvest studies decide bench bench-store bench-harvest bench-train \
+.PHONY: help env test test-slow test-real smollm2 check format lock sbom goldens demo harvest studies decide bench bench-store bench-harvest bench-train \
   bench-small bench-quality bench-eval bench-gpu docs measured peers saebench clean
 
 help: ## list the verbs
@@ -73,6 +73,13 @@ check: env ## what continuous integration runs: lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(TEST)
+
+lock: env ## requirements.lock: what an installation takes, by version and hash
+	$(BIN)/python supply/lock.py
+	@$(MAKE) --no-print-directory sbom
+
+sbom: env ## sbom.cdx.json and docs/licences.md, from the lock and what is installed
+	$(BIN)/python supply/sbom.py
 
 goldens: env ## write the golden stores anew; review the change as a change of format
 	$(BIN)/python tests/golden/make_store.py

@@ -141,7 +141,8 @@ def targets_in(home: Path) -> dict[str, Target]:
         found[f"{name}, weights"] = Target(folder / weights, lambda folder=folder: use_sae(folder), kind="safetensors")
     checkpoints = home / "run/checkpoints"
     standing = Standing(step=5, metrics_bytes=7, seconds=1.5, waited_seconds=0.1, same_pairs=3, pairs=9)
-    place = save_checkpoint(checkpoints, standing, {"topk": {"w": torch.zeros(3)}})
+    save_checkpoint(checkpoints, standing, {"topk": {"w": torch.zeros(3)}})
+    place = checkpoints / "step_000000005"
     found["checkpoint, state.json"] = Target(place / "state.json", lambda: load_checkpoint(checkpoints), seal_state)
     weights = place / "topk.safetensors"
     found["checkpoint, weights"] = Target(weights, lambda: load_checkpoint(checkpoints), kind="safetensors")

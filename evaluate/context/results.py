@@ -23,6 +23,7 @@ from ...train.run.folder import provenance
 from ..errors import ResultInvalid
 from .loaded_sae import LoadedSae
 
+FORMAT = 1  # of our part of a result, which does not say it until there is another
 UNKNOWN = "Unknown"
 UNMEASURED = -1  # what SAEBench writes where there is no number
 
@@ -120,6 +121,8 @@ def read_result(path: Path) -> dict[str, Any]:
         raise ResultInvalid(f"{path} is damaged ({error}): remove it and evaluate again") from None
     if not isinstance(found, dict) or "eval_result_metrics" not in found or not _has_settings(found):
         raise ResultInvalid(f"{path} is not a file of results: remove it and evaluate again")
+    if found.get("saemill", {}).get("format", FORMAT) != FORMAT:
+        raise ResultInvalid(f"{path} was written by a later saemill: update, or remove it and evaluate again")
     return found
 
 

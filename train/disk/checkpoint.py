@@ -189,7 +189,7 @@ def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[st
     except (StrictError, ConfigInvalid, OSError) as error:
         raise CheckpointDamaged(f"{path}: {error}") from None
     if not 1 <= state.format <= FORMAT:
-        raise CheckpointDamaged(f"{path}: expected format {FORMAT} or before, found {state.format}")
+        raise CheckpointDamaged(f"{path}: expected format {FORMAT} or before, found {state.format}: update saemill")
     if state.digest != state.own_digest():
         raise CheckpointDamaged(f"{path / 'state.json'} differs from the file that was written")
     tensors = {}

@@ -23,6 +23,7 @@ from .budget import settle_budget
 from .folder import RunFolder, provenance
 from .source import Source, source_of, without_start
 
+FORMAT = 1  # of config.json
 POOL_BYTES = 2 * 2**30  # of residuals, for each layer
 
 
@@ -42,7 +43,7 @@ class Settled:
     def describe(self, store: Store) -> dict[str, Any]:
         """config.json."""
         return {
-            "format": 1,
+            "format": FORMAT,
             "recipe": self.recipe and f"{self.recipe.study}/{self.recipe.name}",
             "cache": {"url": store.url, "cache_id": store.manifest.cache_id},
             **({} if self.init is None else {"init": to_json(self.init)}),
@@ -76,6 +77,8 @@ def settle(ask: Ask, store: Store) -> Settled:
 def settle_again(folder: RunFolder, store: Store) -> Settled:
     """A run that was started before, from its config.json."""
     raw, where = folder.read_config(), str(folder.path / "config.json")
+    if (found := raw.get("format", FORMAT)) != FORMAT:
+        raise ConfigInvalid(f"{where} has format {found!r}; this saemill reads format {FORMAT}. Update saemill")
     config = read_run_config(raw, where)
     if not isinstance(steps := raw.get("total_steps"), int) or steps < 1:
         raise ConfigInvalid(f"{where}: expected total_steps of at least 1, found {steps!r}")
