@@ -21,7 +21,7 @@ from ..harvest.cli import main as sae_harvest
 from ..train.cli import main as sae_train
 
 COMMANDS: Mapping[str, click.Command] = {"harvest": sae_harvest, "train": sae_train, "evaluate": sae_eval}
-FOR_SHELLS = ("as_json", "is_dry_run")
+FOR_SHELLS = ("is_json", "is_dry_run")
 
 
 def words_of(verb: str, targets: Iterable[Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,9 @@ Examples:
 """
 
 
-def as_json(help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def as_json(
+    help: str = "Print the results as JSON; all else goes to standard error.",
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The option of commands whose results scripts read: one document on standard output, all else beside it."""
     return click.option("--json", "is_json", is_flag=True, help=help)
 
@@ -64,7 +66,7 @@ def info(url: str, is_json: bool) -> None:
     with _report(), Store.open(url) as store:
         facts = describe(store)
     if is_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         Console().print(render(facts))
 
@@ -101,7 +103,7 @@ def verify(url: str, is_json: bool) -> None:
     if is_json:
         can_be_mended = not any(item.array in BEGINNING for item in damage)
         facts = {"url": url, "shards": shards, "missing": missing, "damaged": broken, "can_be_mended": can_be_mended}
-        _print_json({**facts, "damage": [to_json(item) for item in damage]})
+        print_json({**facts, "damage": [to_json(item) for item in damage]})
         sys.exit(1 if damage else 0)
     if missing:
         click.echo(f"{missing} of {shards} shards are not harvested yet: the same harvest goes on with them")
@@ -122,7 +124,7 @@ def digest_command(url: str, is_json: bool) -> None:
     with _report(), Store.open(url) as store:
         found = digest(store)
     if is_json:
-        _print_json({"url": url, "digest": found})
+        print_json({"url": url, "digest": found})
     else:
         click.echo(found)
 
@@ -253,8 +255,9 @@ def _open_source(
     return NumpySource(files, tokens_file)
 
 
-def _print_json(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document, indent=2))
+def print_json(document: dict[str, Any]) -> None:
+    """The one document."""
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
 def _find_damage(store: Store) -> list[Damage]:

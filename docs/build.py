@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import html
 import inspect
+import json
 import os
 import re
 import shutil
@@ -48,7 +49,7 @@ COMMANDS: dict[str, click.Command] = {
     "sae-export": export,
 }
 SECTIONS = {  # pages in the order of the menu; pages that are not named here come after, each folder for itself
-    "Use": "README.md docs/harvest.md docs/train.md docs/evaluate.md docs/python.md docs/commands.md",
+    "Use": "README.md docs/tutorial.md docs/harvest.md docs/train.md docs/evaluate.md docs/python.md docs/commands.md",
     "Settings": "docs/settings_commands.md docs/settings_variants.md docs/settings_evaluations.md",
     "Reference": "cache_schema/FORMAT.md evaluate/MEASURES.md docs/guarantees.md CONTRIBUTING.md SECURITY.md "
     "CHANGELOG.md",
@@ -86,6 +87,7 @@ def main(out: str = "build/docs") -> None:
 def pages() -> dict[str, str]:
     """Markdown by where it lies in the repository, or would; in the order of the menu."""
     made = {
+        "docs/tutorial.md": tutorial_page(),
         "docs/settings_commands.md": commands_page(),
         "docs/settings_variants.md": variants_page(),
         "docs/settings_evaluations.md": evaluations_page(),
@@ -103,6 +105,13 @@ def address(name: str) -> str:
 def title_of(name: str, text: str) -> str:
     found = re.search(r"^# (.+)$", text, re.MULTILINE)
     return found.group(1) if found else name
+
+
+def tutorial_page() -> str:
+    """The notebook, without what its cells give."""
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text("utf-8"))["cells"]
+    sources = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+    return "\n\n".join(f"```python\n{source}\n```" if is_code else source for source, is_code in sources)
 
 
 def commands_page() -> str:

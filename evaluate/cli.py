@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from ..cache_schema.cli import as_json
 from ..train import complete
 from . import evals
 from .evals import ALL
@@ -64,7 +65,7 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
 @click.option("--beside-untrained", is_flag=True, help="Also show what was recorded of an SAE that was never trained.")
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Pictures beside the results.")
 @click.option("--set", multiple=True, metavar="EVAL.KEY=V", help="A setting: core.split=validation; a list as a,b.")
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON; all else goes to standard error.")
+@as_json()
 def main(**words: Any) -> None:
     """Evaluate SAEs: TARGET is a run, a path, the folder of an SAE, or owner/name on the Hub.
 

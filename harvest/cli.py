@@ -7,12 +7,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from rich.console import Console
 
 from ..cache_schema import Store, StoreError, StoreMissing
+from ..cache_schema.cli import as_json, print_json
 from ..cache_schema.dtypes import SmallDtype
 from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
@@ -23,12 +24,16 @@ from .corpus import dataset_help
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
 from .errors import HarvestError
 
+if TYPE_CHECKING:
+    from .run import Finished
+
 EXAMPLES = """\b
 Examples:
   sae-harvest --model pocket --layer 19 --tokens 300k
   sae-harvest --model smollm2 --tokens 10M
   sae-harvest --model google/gemma-2-2b --layer 19 --tokens 100M --dry-run
   sae-harvest --dataset ./texts --column body --layer 12 --resid-layers 10..12 --out s3://bucket/store
+  sae-harvest --layer 19 --dry-run --json | jq .seconds
   sae-harvest --worker 3/16 --out /shared/store
 """
 
@@ -89,7 +94,8 @@ Examples:
 @click.option("--worker", default="1/1", show_default=True, metavar="I/N", help="This is the I-th of N processes.")
 @click.option("--out", default="./store", show_default=True, help="The store: a folder, or an fsspec URL (s3://...).")
 @click.option("--dry-run", "is_dry_run", is_flag=True, help="Say what it would cost, and write nothing.")
-def main(is_dry_run: bool, **options: Any) -> None:
+@as_json()
+def main(is_dry_run: bool, is_json: bool, **options: Any) -> None:
     """Run a language model over a corpus once; keep residuals, attention and tokens in a store.
 
     Stopped at any point, the same command goes on where it was. Several processes share the work under
@@ -98,9 +104,9 @@ def main(is_dry_run: bool, **options: Any) -> None:
     with _reported(options["out"]):
         config = make_config(options)
         if is_dry_run:
-            _estimate(config)
+            _estimate(config, is_json)
         else:
-            _harvest(config)
+            _harvest(config, is_json)
 
 
 def make_config(options: dict[str, Any]) -> HarvestConfig:
@@ -129,11 +135,14 @@ def _corpus(options: dict[str, Any]) -> DatasetOptions | None:
     )
 
 
-def _harvest(config: HarvestConfig) -> None:
+def _harvest(config: HarvestConfig, is_json: bool) -> None:
     from .run import harvest  # late: --help must not wait for torch and transformers
 
     finished = harvest(config)
     if not finished.speaks:
+        return
+    if is_json:
+        print_json(_document_of(finished))
         return
     if finished.committed < finished.shards:
         click.echo(f"{finished.committed} of {finished.shards} shards are committed; others belong to other workers")
@@ -145,13 +154,23 @@ def _harvest(config: HarvestConfig) -> None:
         click.echo(line)
 
 
-def _estimate(config: HarvestConfig) -> None:
-    from .dry_run import dry_run, render
+def _document_of(finished: Finished) -> dict[str, Any]:
+    """For scripts: what `sae-store info` says, as far as the store is; and what was taken in place of a model."""
+    with Store.open(finished.url) as store:
+        facts = describe(store) if finished.committed == finished.shards else {"url": finished.url}
+    return {**facts, "shards": finished.shards, "shards_committed": finished.committed, "remarks": finished.fell_back}
+
+
+def _estimate(config: HarvestConfig, is_json: bool) -> None:
+    from .dry_run import document_of, dry_run, render
     from .estimate import require_space
     from .progress import Watch
 
     estimate = dry_run(config, Watch())
-    Console().print(render(estimate))
+    if is_json:
+        print_json(document_of(estimate))
+    else:
+        Console().print(render(estimate))
     require_space(config.out, estimate.free_bytes, estimate.least_bytes)
 
 

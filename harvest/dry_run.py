@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -79,6 +80,24 @@ def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
         work, sample = _rest_of(plan, files) if files.exists(ROOT) else _whole(plan)
         cost = measure_cost(make_harvester(work.manifest, plan.source, place.device), sample)
     return Estimate(work, cost, files.free_bytes())
+
+
+def document_of(estimate: Estimate) -> dict[str, Any]:
+    """For scripts: the numbers that `render` shows."""
+    work, cost = estimate.work, estimate.cost
+    return {
+        "model": work.manifest.model.id,
+        "tokens": work.manifest.tokens,
+        "tokens_to_go": tokens_in(work.manifest, work.shards),
+        "shards": work.manifest.shards,
+        "shards_to_go": len(work.shards),
+        "bytes_per_token": cost.bytes_per_token,
+        "bytes": estimate.needed_bytes,
+        "free_bytes": estimate.free_bytes,
+        "bytes_to_download": estimate.to_download,
+        "tokens_per_second": cost.tokens_per_second,
+        "seconds": estimate.seconds,
+    }
 
 
 def render(estimate: Estimate) -> RenderableType:

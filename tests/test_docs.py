@@ -72,7 +72,7 @@ def check_own(name: str, words: list[str]) -> None:
         assert sub is not None and command is not None
     given = command.make_context(name, words).params
     if name == "sae-harvest":
-        make_config({key: value for key, value in given.items() if key not in ("is_dry_run", "as_json")})
+        make_config({key: value for key, value in given.items() if key not in ("is_dry_run", "is_json")})
     elif name == "sae-train" and given["resume"] is None:
         options = {key: given[key] for key in ("k", "width", "layer", "seed") if given[key] is not None}
         settings = options | parse_settings(given["set"])

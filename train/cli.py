@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ..cache_schema.cli import as_json, print_json
 from ..cache_schema.strict import to_json
 from . import complete
 from .ask.settings import parse_value
@@ -100,14 +100,14 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
     show_default=True,
     help="A page of the run while it trains, pictures at its end.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON; all else goes to standard error.")
-def main(*, plots: bool, as_json: bool, device: str, spread: bool, **words: Any) -> None:
+@as_json()
+def main(*, plots: bool, is_json: bool, device: str, spread: bool, **words: Any) -> None:
     """Train sparse autoencoders from a store of activations.
 
     Several --variant, or a --grid, train side by side from one read of the store; each gets the bits it
     would have had alone.
     """
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True, markup=False)
+    console = Console(stderr=is_json, highlight=False, soft_wrap=True, markup=False)
     with tell_errors():
         from .start import open_site, train_all  # late: --help and completion must not wait for torch
 
@@ -116,14 +116,13 @@ def main(*, plots: bool, as_json: bool, device: str, spread: bool, **words: Any)
             for outcome in train_all(words, site):
                 outcomes.append(outcome)
                 tell(console, outcome, plots)
-        if as_json and site.is_first:
-            click.echo(document_of(outcomes))
+        if is_json and site.is_first:
+            print_json(document_of(outcomes))
 
 
-def document_of(outcomes: list[Outcome]) -> str:
+def document_of(outcomes: list[Outcome]) -> dict[str, Any]:
     """For scripts: the runs as their result.json has them, and where they are."""
-    runs = [{"folder": str(folder_of(outcome)), **to_json(outcome)} for outcome in outcomes]
-    return json.dumps({"runs": runs}, indent=2, allow_nan=False)
+    return {"runs": [{"folder": str(folder_of(outcome)), **to_json(outcome)} for outcome in outcomes]}
 
 
 def tell(console: Console, outcome: Outcome, plots: bool) -> None:

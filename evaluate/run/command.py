@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import click
 import torch
 
 from ...cache_schema import Store, StoreError, StoreMissing
 from ...cache_schema.allocator import keep_large_blocks
+from ...cache_schema.cli import print_json
 from ...cache_schema.sites import RESID
 from ...harvest.errors import HarvestError
 from ...harvest.model.load import find_device
@@ -43,12 +42,12 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
         if is_at_terminal():
             offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"])
         rows, problems = measure(words, lambda problem: complain(f"error: {problem}"))
-        console = make_console(is_stderr=words["as_json"])
+        console = make_console(is_stderr=words["is_json"])
         print_results(console, rows, beside_untrained=words["beside_untrained"])
         if words["plots"]:
             draw(rows, words["compare"], Watch().say)
-        if words["as_json"]:
-            click.echo(json.dumps(document_of(rows, problems), indent=2, allow_nan=False))
+        if words["is_json"]:
+            print_json(document_of(rows, problems))
         return FAILED if problems else exit_code(rows)
     return FAILED
 

@@ -107,7 +107,7 @@ wrong: int = train(variant="topk")
 @pytest.mark.parametrize(("verb", "command"), [(harvest, sae_harvest), (train, sae_train), (evaluate, sae_eval)])
 def test_the_words_are_the_commands(verb: Any, command: Any) -> None:
     taken = inspect.signature(verb).parameters
-    assert set(taken) == {option.name for option in command.params} - {"as_json", "is_dry_run"}
+    assert set(taken) == {option.name for option in command.params} - {"is_json", "is_dry_run"}
     assert all(taken[name].default == "runs" for name in ("out", "runs") if name in taken and verb is not harvest)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -117,6 +118,16 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would_cost(type_: Type, tmp_p
     for words in ("4,000", "8 of 16 windows", "resid/layer_2", "GB", "tokens/s", "minutes"):
         assert words in result.output
     assert not (tmp_path / "store").exists()
+
+
+def test_json_is_one_document_of_what_a_harvest_would_cost_and_of_what_it_made(type_: Type, tmp_path):
+    estimate = json.loads(type_("--dry-run", "--json").stdout)
+    assert estimate["tokens"] == estimate["tokens_to_go"] == 4000 and estimate["seconds"] > 0
+    assert estimate["bytes_per_token"]["tokens"] > 0 and estimate["bytes_to_download"] is None
+    part = json.loads(type_("--worker=1/2", "--json").stdout)
+    assert (part["shards_committed"], part["shards"]) == (4, 8)
+    made = json.loads(type_("--json").stdout)
+    assert made["shards_committed"] == made["shards"] == 8 and made["layers"] == [2] and made["remarks"] == []
 
 
 def test_each_worker_of_its_own_terminal_speaks_and_the_last_one_sums_up(type_: Type):

@@ -275,7 +275,7 @@ def test_the_options_are_few(big):
     from saemill.train.cli import main
 
     expected = "variant recipe cache out name tokens epochs layer width k lr seed device set grid init"
-    expected += " with_baselines resume plots as_json"
+    expected += " with_baselines resume plots is_json"
     assert [parameter.name for parameter in main.params] == expected.split()
 
 
