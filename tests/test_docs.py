@@ -57,7 +57,7 @@ def check(line: str) -> None:
         for word in words[1:]:
             name, given, _ = word.partition("=")
             assert re.search(rf"^{name}\s*\?=" if given else rf"^{name}:", MAKEFILE, re.MULTILINE), word
-    elif words[0] in ("python", "pytest"):
+    elif words[0] == "python" or words[0].endswith("/bin/python"):
         script, *options = words[1:]
         source = (ROOT / script).read_text()
         assert not [one for one in options if one.startswith("--") and f'"{one}"' not in source]

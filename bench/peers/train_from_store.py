@@ -2,15 +2,18 @@
 
     .venv-peers/bin/python bench/peers/train_from_store.py ./store
 
-runs in the peers' environment (`make peers`), with this repository on the path as `saemill`. Each trains a top-k SAE and
-says how much of held-out text it explains; nothing is converted, and no model is loaded.
+runs in the peers' environment (`make peers`). Each trains a top-k SAE and says how much of held-out text it explains;
+nothing is converted, and no model is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +22,19 @@ from dictionary_learning.training import trainSAE
 from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
-from saemill import Store
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parents[2]
 Rebuild = Callable[[Tensor], Tensor]
+
+
+def open_store(url: str) -> Any:
+    """With this repository as the package, which is not installed in the peers' environment."""
+    spec = importlib.util.spec_from_file_location("saemill", ROOT / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    sys.modules["saemill"] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package.Store(url)
 
 
 def main() -> None:
@@ -34,16 +46,16 @@ def main() -> None:
     words.add_argument("--batch-tokens", type=int, default=1024)
     words.add_argument("--steps", type=int, default=500)
     asked = words.parse_args()
-    store = Store(asked.store)
+    store = open_store(asked.store)
     for name, train in (("SAELens", with_sae_lens), ("dictionary_learning", with_dictionary_learning)):
         torch.manual_seed(0)
         began = time.perf_counter()
         rebuild = train(store, asked)
-        seconds = time.perf_counter() - began
-        print(f"{name}: {asked.steps} steps in {seconds:.0f} s, explained variance {explained(store, asked, rebuild):.3f}")
+        print(f"{name}: {asked.steps} steps in {time.perf_counter() - began:.0f} s")
+        print(f"{name}: explained variance of held-out text {explained(store, asked, rebuild):.3f}")
 
 
-def with_sae_lens(store: Store, asked: Any) -> Rebuild:
+def with_sae_lens(store: Any, asked: Any) -> Rebuild:
     """Its data provider is any iterator of rows; `scaled` gives them the mean norm that its settings expect."""
     rows = store.batches(layers=asked.layer, batch_tokens=asked.batch_tokens, epochs=None, scaled=True)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=store.manifest.model.d_model, d_sae=asked.width, k=asked.k))
@@ -58,7 +70,7 @@ def with_sae_lens(store: Store, asked: Any) -> Rebuild:
     return sae.forward
 
 
-def with_dictionary_learning(store: Store, asked: Any) -> Rebuild:
+def with_dictionary_learning(store: Any, asked: Any) -> Rebuild:
     """Its data are any iterable of rows, for as many steps as it is told."""
     rows = store.batches(layers=asked.layer, batch_tokens=asked.batch_tokens, epochs=None, scaled=True)
     config = {"trainer": TopKTrainer, "activation_dim": store.manifest.model.d_model, "dict_size": asked.width}
@@ -75,7 +87,7 @@ def with_dictionary_learning(store: Store, asked: Any) -> Rebuild:
 
 
 @torch.no_grad()
-def explained(store: Store, asked: Any, rebuild: Rebuild) -> float:
+def explained(store: Any, asked: Any, rebuild: Rebuild) -> float:
     split = {"split": "validation", "shuffle": False, "scaled": True}
     x = torch.cat(list(store.batches(layers=asked.layer, batch_tokens=asked.batch_tokens, **split)))
     return 1 - float((x - rebuild(x)).square().sum() / (x - x.mean(0)).square().sum())
