@@ -18,6 +18,7 @@ from .records import Record
 from .style import INK, Look, caption, is_wide, log_axis, look, new_figure
 
 STEP = "training step"
+LEGEND_LINES, LINE_HEIGHT = 2, 0.17  # lines of a legend that have room in a figure, and inches of every further one
 MOST_LABELLED = 18  # upright bars whose numbers have room above them
 Looks = Mapping[str, Look]
 
@@ -151,6 +152,8 @@ def add_legend(figure: Figure, names: Sequence[str], looks: Looks, has_lines: bo
     if not has_lines:
         handles = [Line2D([], [], color=looks[name].colour, ls="", marker=looks[name].mark, ms=8) for name in names]
     columns = max(1, min(len(names), int(figure.get_figwidth() * 9 / max(len(name) + 4 for name in names))))
+    further = max(0, -(-len(names) // columns) - LEGEND_LINES)  # thirty SAEs would leave the panels no height
+    figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * further)
     legend = figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)

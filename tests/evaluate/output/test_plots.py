@@ -173,6 +173,15 @@ def test_an_sae_has_one_colour_throughout(make_run):
             assert line_drawn.get_color() == look([r.name for r in records].index("tiered")).colour
 
 
+def test_thirty_names_leave_the_panels_their_height(tmp_path):
+    """The legend of a run of six SAEs from five seeds took all of a figure of one panel."""
+    outcomes = [{"l0": 32.0 + n, "explained_variance": 0.7} for n in range(30)]
+    records = [Record(f"guided_strongly_seed{n}", "run", "", outcome=one) for n, one in enumerate(outcomes)]
+    figure = pareto.draw(records)
+    plots.save(figure, tmp_path / "pareto.png")
+    assert all(axis.get_position().height * figure.get_figheight() > 1.5 for axis in figure.axes)
+
+
 def test_looks_differ_for_as_many_saes_as_anyone_compares():
     looks = [(look(place).colour, look(place).line) for place in range(4 * len(COLOURS))]
     assert len(set(looks)) == len(looks)
