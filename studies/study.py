@@ -31,12 +31,15 @@ from rich.table import Table
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.context.results import metric_of, read_result, without_nan
+from ..evaluate.errors import EvalError
 from ..evaluate.output.figures.records import read_log
+from ..evaluate.run.command import make_configs
 from ..evaluate.run.console_table import heading, make_console, untrained_traits
 from ..train.ask.recipe import Recipe
 from ..train.cli import main as sae_train
 from ..train.complete import beginning_with
 from ..train.disk.whole_files import read_json, replace_file, write_json
+from ..train.errors import TrainError
 from ..train.recipes import find_recipes, runs_of, studies
 from ..train.run.folder import RunFolder
 from .comparisons import Difference, compare
@@ -148,7 +151,7 @@ def main(
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
     options += [word for setting in settings for word in ("--set", setting)]
     words = tuple(word for setting in evaluation for word in ("--set", setting))
-    settings_of(words, ())  # refuses those of no evaluation, before anything is trained
+    require_settings(evaluation)
     console = make_console()
     problems: list[str] = []
     for study in names or studies():
@@ -194,11 +197,16 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
     return [line for _, lines in results for line in lines]
 
 
+def require_settings(evaluation: Sequence[str]) -> None:
+    """Refuse what no evaluation has, before anything is trained."""
+    try:
+        make_configs(evals.ALL, evaluation)
+    except (EvalError, TrainError) as error:
+        raise click.ClickException(f"--eval-set: {error}") from None
+
+
 def settings_of(words: Sequence[str], eval_ids: Sequence[str]) -> list[str]:
     """The settings of these evaluations among those of all; sae-eval takes none of another."""
-    foreign = [said for said in words[1::2] if said.split(".")[0] not in evals.names()]
-    if foreign:
-        raise click.ClickException(f"--eval-set {foreign[0]}: expected EVAL.KEY=V of one of {', '.join(evals.names())}")
     pairs = zip(words[::2], words[1::2], strict=True)
     return [word for option, said in pairs if said.split(".")[0] in eval_ids for word in (option, said)]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from saemill.evaluate import evals
@@ -160,8 +161,14 @@ def test_settings_of_evaluations_reach_those_runs_that_ask_for_them():
     words = ("--set", "scr.data=stdlib", "--set", "browser.windows=9")
     assert study.settings_of(words, ("core", "browser")) == ["--set", "browser.windows=9"]
     assert study.settings_of(words, ("core",)) == []
-    with pytest.raises(click.ClickException, match="--eval-set srcc.data=stdlib: expected EVAL.KEY=V of one of"):
-        study.settings_of(("--set", "srcc.data=stdlib"), ("core",))
+
+
+@pytest.mark.parametrize(("said", "message"), [("srcc.data=stdlib", "srcc.data"), ("scr.rows=2", "unknown setting")])
+def test_settings_of_no_evaluation_are_refused_before_anything_is_trained(tmp_path, said, message):
+    words = ["tiered", "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--eval-set", said]
+    result = CliRunner().invoke(study.main, words)
+    assert result.exit_code == 1 and "--eval-set: " in result.output and message in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_studies_run_what_no_variant_is_trained_on_and_what_their_notes_ask_for():

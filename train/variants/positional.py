@@ -82,6 +82,10 @@ class Config(Windowed):
         self._require_valid()
         return replace(base_request(self), positions=True)
 
+    def step_tables(self) -> float:
+        """Adapters on features make tables of their own, on a GPU one for each range."""
+        return super().step_tables() + (4.0 + self.ranges if self.adapters and self.adapters_on == "features" else 0.0)
+
     def check(self, manifest: Manifest) -> None:
         super().check(manifest)
         require(
