@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
+from ...train.disk.plain_form import without_signs
 from ...train.disk.sae_folder import read_config
 from ...train.run.find_sae import list_saes, read_folder
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
@@ -41,7 +42,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     for subject in subjects:
         rows_FD = subject.sae.W_dec.detach().float()
         metrics = {"decoder_cosine": within(rows_FD, config)} if len(rows_FD) > 1 else {}
-        others = [read_folder(folder).W_dec.detach().to(rows_FD) for folder in other_seeds(subject)]
+        others = [without_signs(read_folder(folder)).W_dec.detach().to(rows_FD) for folder in other_seeds(subject)]
         if others:
             metrics["across_seeds"] = across(rows_FD, others, config)
         remarks = [] if len(rows_FD) > 1 else [ALONE]

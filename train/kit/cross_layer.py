@@ -6,10 +6,10 @@ import torch
 
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
-from ..sae.cross_layer import CrossLayerSae, WritesOnward
+from ..sae.cross_layer import CrossLayerSae
 from ..sae.gates import BatchTopK
 from ..sae.model import tied_weights
-from ..terms.constraints import UnitDecoder
+from ..terms.constraints import UnitDecoder, WritesOnward
 from .build import require, stats_or_unit, topk_optim
 from .single_layer import RECONSTRUCTION, Dictionary
 

@@ -10,9 +10,6 @@ views, so that one sparse product reads and one writes, as in an SAE of one laye
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
-
 import torch
 from torch import Tensor
 
@@ -90,19 +87,3 @@ class CrossLayerSae(SparseAutoencoder):
         rows = x.reshape(x.shape[0] * self.num_layers, -1)
         by_layer = Support(group_offsets(row, len(rows)), support.latents, self.num_latents)
         return affine(rows, None, self.W_enc, self.b_enc, by_layer, known, product)
-
-
-@dataclass(frozen=True)
-class WritesOnward:
-    """No latent writes to a layer before its own, where it begins at zero."""
-
-    table_use: ClassVar[Literal["gradients"]] = "gradients"
-
-    def before_step(self, sae: SparseAutoencoder) -> None:
-        assert isinstance(sae, CrossLayerSae)
-        if sae.W_dec.grad is not None:
-            layer = torch.arange(sae.num_layers, device=sae.W_dec.device)
-            sae.W_dec.grad.unflatten(1, (sae.num_layers, -1)).mul_((layer >= sae.layer_of[:, None])[:, :, None])
-
-    def after_step(self, sae: SparseAutoencoder) -> None:
-        pass

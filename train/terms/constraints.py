@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine.compose import TableUse
+from ..sae.cross_layer import CrossLayerSae
 from ..sae.gates import JumpRelu
 from ..sae.model import SparseAutoencoder
 
@@ -66,6 +67,22 @@ class Still:
             gradient = sae.get_parameter(name).grad
             if gradient is not None:
                 gradient.zero_()  # from the first step on, so that Adam never moves it
+
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class WritesOnward:
+    """No latent writes to a layer before its own, where it begins at zero."""
+
+    table_use: ClassVar[TableUse] = "gradients"
+
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        assert isinstance(sae, CrossLayerSae)
+        if sae.W_dec.grad is not None:
+            layer = torch.arange(sae.num_layers, device=sae.W_dec.device)
+            sae.W_dec.grad.unflatten(1, (sae.num_layers, -1)).mul_((layer >= sae.layer_of[:, None])[:, :, None])
 
     def after_step(self, sae: SparseAutoencoder) -> None:
         pass

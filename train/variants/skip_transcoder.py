@@ -23,5 +23,6 @@ class Config(transcoder.Config):
 
     def build(self, d_model: int, stats: Stats | None = None, target_stats: Stats | None = None) -> Assembly:
         assembly = super().build(d_model, stats, target_stats)
-        W_skip = torch.zeros(assembly.sae.d_out, assembly.sae.d_in)
-        return assembly.wrap(lambda sae: SparseAutoencoder(**sae.parts() | {"W_skip": W_skip}))
+        parts = assembly.sae.parts()
+        parts["W_skip"] = torch.zeros(assembly.sae.d_out, assembly.sae.d_in)
+        return assembly.wrap(lambda _: SparseAutoencoder(**parts))

@@ -75,7 +75,7 @@ def _one(w: dict[str, Tensor], x: Tensor) -> Tensor:
 
 def _of_one_layer(sae: SparseAutoencoder) -> dict[str, Tensor]:
     bias = sae.b_enc - sae.W_enc @ sae.b_dec if sae.centres_input else sae.b_enc
-    tensors = {"W_enc": sae.W_enc, "b_enc": bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    tensors: dict[str, Tensor] = {"W_enc": sae.W_enc, "b_enc": bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     threshold = _threshold(sae.gate)
     tensors |= {} if threshold is None else {THRESHOLD: threshold.expand(sae.num_latents)}
     return tensors | ({} if sae.W_skip is None else {"W_skip": sae.W_skip})
@@ -122,7 +122,11 @@ def _require_every_layer(saes: Sequence[SparseAutoencoder], layers: Sequence[int
 
 def _places(metadata: dict[str, Any]) -> dict[str, Any]:
     """Where in a block they read and write, by TransformerLens' names."""
-    hooks = {"feature_input_hook": metadata.get("hook"), "feature_output_hook": metadata.get("target_hook")}
-    if hooks["feature_output_hook"] != "mlp_out" or hooks["feature_input_hook"] not in SAE_LENS_NAMES:
-        raise SaeInvalid(f"expected transcoders that write mlp_out, found {hooks['feature_output_hook'] or 'none'}")
-    return {"model_name": metadata.get("model_name")} | {key: SAE_LENS_NAMES[hook] for key, hook in hooks.items()}
+    read, written = (str(metadata.get(name)) for name in ("hook", "target_hook"))
+    if written != "mlp_out" or read not in SAE_LENS_NAMES:
+        raise SaeInvalid(f"expected transcoders that write mlp_out, found {read} to {written}")
+    return {
+        "model_name": metadata.get("model_name"),
+        "feature_input_hook": SAE_LENS_NAMES[read],
+        "feature_output_hook": SAE_LENS_NAMES[written],
+    }
