@@ -25,9 +25,11 @@ from ratios import Row, compare, conclude, gather_facts, speeds_of, take_turns
 
 from saemill import Store, harvest, train
 from saemill.cache_schema import Request, ShardContent, StoreWriter, from_float32
+from saemill.cache_schema import Store as StoredArrays
 from saemill.cache_schema.allocator import keep_large_blocks
 from saemill.cache_schema.commits import read_index
 from saemill.cache_schema.dtypes import SmallDtype
+from saemill.cache_schema.sites import Place
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.results import metric_of
 from saemill.evaluate.evals.core.evaluation import Config
@@ -36,6 +38,7 @@ from saemill.evaluate.run.find_saes import find_subjects
 from saemill.harvest.progress import Watch
 from saemill.train.data.batches import Batches
 from saemill.train.data.plan import Plan
+from saemill.train.data.scaling import Stats
 from saemill.train.data.split_sizes import measure_split
 from saemill.train.run.preflight import layer_stats
 
@@ -64,15 +67,17 @@ def write_small(exact: Store, folder: Path, kind: SmallDtype) -> None:
                 writer.write(shard, ShardContent(tokens[rows], documents[rows], part.resid, moments))
 
 
-def measure(context: Context, run: Path) -> list[dict[str, float | None]]:
+def measure(context: Context, run: Path) -> list[dict[str, float]]:
     """Of each seed, on the activations of the context's store, whichever the run was trained from."""
     subjects = find_subjects([str(run)], run.parent)
     rows = run_evals(context, subjects, {"core": Config(ablations=("zero",))})
     assert all(row.document for row in rows), [row.reason for row in rows]
-    return [{name: metric_of(row.document or {}, path) for name, path in METRICS.items()} for row in rows]
+    return [
+        {name: metric_of(row.document or {}, path) or float("nan") for name, path in METRICS.items()} for row in rows
+    ]
 
 
-def bytes_per_token(store: Store) -> float:
+def bytes_per_token(store: StoredArrays) -> float:
     """Of activations, and of the scales that go with them."""
     sizes = read_index(store.files, store.manifest).bytes
     of_acts = sum(size for path, size in sizes.items() if path.startswith(("resid/", "scales/")))
@@ -146,7 +151,7 @@ def seconds_of_stream(store: Store) -> float:
 def seconds_of_batches(store: Store) -> float:
     """Of the processor, a token of one pass of batches, reading and making float32 of them."""
     plan = Plan(measure_split(store, "train"), batch_tokens=4096, pool_tokens=2**17, seed=0)
-    stats = {stores.LAYER: layer_stats(store, stores.LAYER, None)}
+    stats: dict[Place, Stats] = {stores.LAYER: layer_stats(store, stores.LAYER, None)}
     batches = Batches(store, plan, stores.LAYER, stats, torch.device("cpu"))
     start = process_time()
     tokens = sum(len(x) for x in batches)

@@ -85,7 +85,9 @@ def _read(path: Path) -> _Sequence:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if 0 < length <= _HEADER_BYTES else None
+            if not 0 < length <= _HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
         hidden, kind = _tensor(path, header["hidden_states"], 8 + length)
         tokens, _ = _tensor(path, header["token_ids"], 8 + length)
     except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
