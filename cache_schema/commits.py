@@ -162,8 +162,9 @@ def read_devices(files: Files, shards: Iterable[int]) -> dict[int, DeviceRecord]
     names = {device_name(shard): shard for shard in shards}
     found = {}
     for name in files.which_exist(COMMITS, list(names)):
-        with suppress(KeyError, ValueError):  # damaged: it is only for warnings
-            found[names[name]] = from_json(DeviceRecord, json.loads(files.read(f"{COMMITS}/{name}")))
+        key = f"{COMMITS}/{name}"
+        with suppress(KeyError, ManifestInvalid, StrictError):  # damaged: it is only for warnings
+            found[names[name]] = from_json(DeviceRecord, decode_json(files.read(key), key, ""))
     return found
 
 

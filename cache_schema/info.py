@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from .commits import read_index
+from .commits import read_devices, read_index
 from .errors import ShardCorrupt
 from .links import measure_links
 from .manifest import PART
 from .massive import MULTIPLE, default_multiple, measure_massive
 from .reader import Store
 
+DEVICES_ASKED = 32  # shards whose devices are looked up
 BUNDLED = "pocket"  # what MODEL=auto takes where the real one is out of reach
 
 
@@ -59,7 +61,16 @@ def facts(store: Store) -> dict[str, Any]:
             layer: totals.entries / max(totals.rows, 1) for layer, totals in sorted(index.attention.items())
         },
         "attention_left_out": list(manifest.attention.left_out),
+        "computed_on": _devices(store),
     }
+
+
+def _devices(store: Store) -> list[str]:
+    """What computed the shards, each once, as far as a sample of them says."""
+    shards = np.flatnonzero(store.committed)
+    asked = shards[np.unique(np.linspace(0, len(shards) - 1, DEVICES_ASKED).round().astype(int))] if len(shards) else []
+    found = read_devices(store.files, map(int, asked))
+    return sorted({str(device) for device in found.values()})
 
 
 def _links(store: Store, layer: int) -> dict[str, float] | None:
@@ -111,6 +122,8 @@ def render(facts: dict[str, Any]) -> RenderableType:
         + (f" ({unfinished:,} to go: the same harvest goes on)" if unfinished else ""),
         "size": f"{facts['bytes'] / 1e9:,.3f} GB, codec {facts['codec']}",
     }
+    if facts["computed_on"]:
+        rows["computed on"] = "; ".join(facts["computed_on"])
     for name, value in rows.items():
         head.add_row(f"[bold]{name}[/bold]", value)
     return Group(head, "", *_size_table(facts), *_attention_table(facts), *_massive_table(facts))

@@ -433,9 +433,11 @@ def test_a_shard_says_what_computed_it_and_another_device_is_warned_of(make_conf
     recorded = read_devices(files, range(10))
     here = describe_device(torch.device("cpu"))
     assert recorded and set(recorded.values()) == {here} and here.torch == torch.__version__
+    with Store.open(config.out) as store:
+        assert describe(store)["computed_on"] == [str(here)]
     write_device(files, 2, replace(here, type="cuda", name="NVIDIA H100", float32_products="tf32"))
     repair(config.out, [1, 2])
-    (Path(config.out) / "commits/00003.device.json").write_text("{")
+    (Path(config.out) / "commits/00003.device.json").write_text("[" * 100_000)
     (Path(config.out) / "commits/00004.device.json").unlink()
     reharvest(config.out, [1, 2], model=str(model_folder))
     said = capsys.readouterr().err

@@ -15,8 +15,7 @@ from .compose import Assembly
 def require_splittable(name: str, assembly: Assembly) -> None:
     """Refuse an SAE of which some part needs all latents in one process."""
     sae, needy = assembly.sae, [term.name for term in assembly.terms if term.split is None]
-    is_whole = len(sae.extras) > 0 or not sae.is_plain or sae.W_skip is not None or not sae.gate.may_split
-    if is_whole or needy:
+    if type(sae) is not SparseAutoencoder or len(sae.extras) > 0 or not sae.gate.may_split or needy:
         why = f" (its loss {needy[0]} does)" if needy else ""
         raise ConfigInvalid(
             f"{name}: course.shard_width is for SAEs of which no part needs all latents in one process{why}: "

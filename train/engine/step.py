@@ -205,9 +205,11 @@ class Trainee:
             whole = self._latents.whole(tensor.data)
             if self._latents.first == 0:
                 tensor.data = whole.to(self.device)
-        yield
-        for name, tensor in parts.items():
-            tensor.data = own[name]
+        try:
+            yield
+        finally:
+            for name, tensor in parts.items():
+                tensor.data = own[name]
 
     def _own_state(self) -> dict[str, Tensor]:
         state = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}

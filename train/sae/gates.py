@@ -26,7 +26,7 @@ class Gate(nn.Module):
 
     can_lower = True
     """Whether lower pre-activations mean smaller activations; not where they have signs."""
-    may_split = True
+    may_split = False
     """Whether its latents may lie in several processes; its parameters are then one number for each latent."""
 
     def choose(self, pre: Tensor, side: Side) -> Support | None:
@@ -50,6 +50,8 @@ class Gate(nn.Module):
 
 class Relu(Gate):
     """max(pre, 0)."""
+
+    may_split = True
 
     def choose(self, pre: Tensor, side: Side) -> Support | None:
         return positive(pre, DENSE_SHARE)
@@ -89,15 +91,14 @@ class AnnealedRelu(Relu):
 class TopK(Gate):
     """The k largest pre-activations of each row, then relu."""
 
+    may_split = True
+
     def __init__(self, k: int) -> None:
         super().__init__()
         self.k = k
 
     def choose(self, pre: Tensor, side: Side) -> Support:
-        k = round(side.knob("k", self.k))
-        if not side.latents.is_whole:
-            return split_topk(pre, min(side.latents.total, k), side.latents)
-        return support_topk(pre, min(pre.shape[1], k))
+        return _largest_of_rows(pre, round(side.knob("k", self.k)), side)
 
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
         values, latents = pre.topk(self.k, dim=-1, sorted=False)
@@ -108,14 +109,14 @@ class AbsTopK(Gate):
     """The k pre-activations of each row that are furthest from zero, with their signs."""
 
     can_lower = False
-    may_split = False
+    may_split = True
 
     def __init__(self, k: int) -> None:
         super().__init__()
         self.k = k
 
     def choose(self, pre: Tensor, side: Side) -> Support:
-        return support_topk(pre.abs(), self.k)
+        return _largest_of_rows(pre.abs(), self.k, side)
 
     def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
         return pre
@@ -131,6 +132,7 @@ class BatchTopK(Gate):
     The threshold is the running mean of the smallest activation that the batch kept.
     """
 
+    may_split = True
     threshold: Tensor
     threshold_steps: Tensor
 
@@ -173,6 +175,8 @@ class JumpRelu(Gate):
     Threshold and bandwidth are given, and learned, in multiples of `unit`. `asked_l0` is how many active latents of
     a row a fitted start begins with.
     """
+
+    may_split = True
 
     def __init__(
         self, num_latents: int, threshold: float, bandwidth: float, unit: float = 1.0, asked_l0: float | None = None
@@ -228,6 +232,8 @@ class Gated(Gate):
     The encoder bias is the gate's; the magnitude shares the encoder's directions.
     """
 
+    may_split = True
+
     def __init__(self, num_latents: int) -> None:
         super().__init__()
         self.r_mag = nn.Parameter(torch.zeros(num_latents))
@@ -250,6 +256,13 @@ class Gated(Gate):
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
         magnitude = (pre - b_enc) * self.r_mag.exp() + self.b_mag
         return torch.where(pre > 0, magnitude.relu(), 0.0)
+
+
+def _largest_of_rows(score: Tensor, k: int, side: Side) -> Support:
+    """The k largest of each row; where latents are split, those of them that are here."""
+    if side.latents.is_whole:
+        return support_topk(score, min(score.shape[1], k))
+    return split_topk(score, min(side.latents.total, k), side.latents)
 
 
 def _keep_globally(pre: Tensor, flat: Tensor, count: int, side: Side) -> Tensor:

@@ -65,12 +65,11 @@ class AuxK:
         return view.sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
 
     def _keep_topk(self, pre: Tensor, count: int, latents: Latents) -> Tensor:
-        """All but the k largest of each row set to zero."""
-        k = min(self.k, count)
-        if latents.is_whole and k >= pre.shape[1]:
+        """All but the k largest of each row set to zero, of `count` latents in all."""
+        if self.k >= count:
             return pre
         score = pre.detach().abs() if self.signed else pre.detach()
-        return torch.where(score >= lowest_of_topk(score, k, latents), pre, 0.0)
+        return torch.where(score >= lowest_of_topk(score, self.k, latents), pre, 0.0)
 
 
 def _product(view: View) -> Product:
