@@ -149,7 +149,12 @@ def test_the_recipes_harvest_train_and_evaluate(slurm, commands, tmp_path):
     with Store.open(tmp_path / "store") as store:
         assert store.committed.all()
         found = digest(store)
-    subprocess.run([commands / "sae-harvest", *words, "--out", tmp_path / "alone"], check=True, env=cluster.environment)
+    subprocess.run(
+        [commands / "sae-harvest", *words, "--out", tmp_path / "alone"],
+        check=True,
+        capture_output=True,
+        env=cluster.environment,
+    )
     with Store.open(tmp_path / "alone") as store:
         assert digest(store) == found
 
