@@ -44,10 +44,11 @@ def draw_bands(run: str, title: str, values: Families, base: str, curves: Curves
 
 
 def draw_measures(title: str, values: Families, base: str, looks: Mapping[str, Look]) -> Figure | None:
-    """What all SAEs have alike, such as L0 on a top-k base, has no panel."""
+    """What all SAEs have alike to four digits, such as L0 on a top-k base, has no panel."""
     columns = list(dict.fromkeys(name for seeds in values.values() for one in seeds.values() for name in one))
     numbers = {name: {label: _of(seeds, name) for label, seeds in values.items()} for name in columns}
-    shown = {name: found for name, found in numbers.items() if len({n for some in found.values() for n in some}) > 1}
+    told = {name: {f"{n:.4g}" for some in found.values() for n in some} for name, found in numbers.items()}
+    shown = {name: found for name, found in numbers.items() if len(told[name]) > 1}
     if not shown:
         return None
     figure, axes = new_figure(len(shown), height=max(2.4, 1.0 + 0.26 * len(values)))
@@ -60,6 +61,7 @@ def draw_measures(title: str, values: Families, base: str, looks: Mapping[str, L
         axis.set_yticks(range(len(found)), list(found), fontsize=8, parse_math=False)
         axis.set_ylim(len(found) - 0.5, -0.5)
         axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.ticklabel_format(axis="x", useOffset=False)
         caption(axis, name, "seeds, and the 95 % interval of their mean", "")
     figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
     return figure
@@ -74,8 +76,11 @@ def draw_training(title: str, curves: Curves, looks: Mapping[str, Look]) -> Figu
         steps = [step for step, _ in smooth[0]]
         at_step = list(zip(*([value for _, value in points] for points in smooth), strict=False))
         style = looks[label]
-        axis.fill_between(steps, [min(v) for v in at_step], [max(v) for v in at_step], color=style.colour, alpha=0.2)
-        axis.plot(steps, [statistics.fmean(v) for v in at_step], **style.strokes, label=label)
+        axis.fill_between(
+            steps, [min(v) for v in at_step], [max(v) for v in at_step], color=style.colour, alpha=0.3, lw=0
+        )
+        middle = [statistics.fmean(v) for v in at_step]
+        axis.plot(steps, middle, color=style.colour, linestyle=style.line, linewidth=1.0, label=label)
     if not axis.lines:
         return None
     caption(axis, f"{title}: mean over seeds, from the least to the most", STEP, "explained variance of a batch")
