@@ -4,8 +4,9 @@ For SAEs and transcoders on any hook: a transcoder from `mlp_in` to `mlp_out` st
 tokens, so all activations are its own.
 
 1. One clean pass of a batch keeps what SAEs read and what they rebuild.
-2. One pass for each place with nothing in it (zeros), and one for each SAE with its output in it. Special tokens and
-   massive rows keep their own.
+2. One pass for each place with nothing in it (zeros), and one for each SAE with its output in it. What rebuilds
+   several layers takes the place of all at once, by what it read in the clean pass. Special tokens and massive rows
+   keep theirs.
 
 W windows, T positions, N tokens that count, D width.
 """
@@ -104,47 +105,47 @@ def sites_read(subject: LoadedSae) -> list[Site]:
     return [Site(subject.hooks[0], layer) for layer in subject.layers]
 
 
-def site_written(subject: LoadedSae) -> Site:
-    if len(subject.target_layers) != 1:
-        raise NotApplicable(f"{subject.name} rebuilds layers {list(subject.target_layers)}, which is no single place")
-    return Site(subject.hooks[1], subject.target_layers[0])
+def sites_written(subject: LoadedSae) -> list[Site]:
+    return [Site(subject.hooks[1], layer) for layer in subject.target_layers]
 
 
 def _require_place(context: Context, subject: LoadedSae) -> None:
     """The model has what the SAE reads, in its width, and takes something else for what it rebuilds."""
-    read, site, facts = sites_read(subject), site_written(subject), context.model.facts
+    read, written, facts = sites_read(subject), sites_written(subject), context.model.facts
     taps = {hook: architecture_of(facts.model_type).tap(hook) for hook in subject.hooks if hook != RESID}
     widths = {hook: facts.d_model if hook == RESID else facts.width_of(hook) for hook in subject.hooks}
-    if max(one.layer for one in (*read, site)) >= facts.num_layers:
-        raise WidthMismatch(f"{subject.name} is of {site}; the model has {facts.num_layers} layers")
-    if (subject.d_in, subject.sae.d_out) != (len(read) * widths[read[0].hook], widths[site.hook]):
+    if max(site.layer for site in (*read, *written)) >= facts.num_layers:
+        raise WidthMismatch(f"{subject.name} is of {written[-1]}; the model has {facts.num_layers} layers")
+    expected = tuple(sum(widths[site.hook] for site in sites) for sites in (read, written))
+    if (subject.d_in, subject.sae.d_out) != expected:
         raise WidthMismatch(
-            f"{subject.name} reads width {subject.d_in} and writes {subject.sae.d_out}; of this model "
-            f"{', '.join(map(str, read))} and {site} have {widths}"
+            f"{subject.name} reads width {subject.d_in} and writes {subject.sae.d_out}; in this model "
+            f"{', '.join(map(str, read))} and {', '.join(map(str, written))} have {expected[0]} and {expected[1]}"
         )
-    if site.hook in taps and taps[site.hook].take is not None:
-        raise NotApplicable(f"{subject.name} rebuilds {site}, a part of what one module gives: it cannot be replaced")
+    hook = written[0].hook
+    if hook in taps and taps[hook].take is not None:
+        raise NotApplicable(f"{subject.name} rebuilds {hook}, a part of what one module gives: it cannot be replaced")
 
 
 @torch.inference_mode()
 def _add_batch(context: Context, found: dict[LoadedSae, Seen], batch: Windows) -> None:
     kept: dict[Site, Tensor] = {}
-    sites = {site for subject in found for site in (*sites_read(subject), site_written(subject))}
+    sites = {site for subject in found for site in (*sites_read(subject), *sites_written(subject))}
     with context.model.tapped({site: partial(_keep, kept, site) for site in sites}):
         clean = context.model.hidden(batch.tokens)
     rows = PieceSize(chunk_rows(context.model.facts.vocab_size), "rows of logits", context.say)
     skipped: dict[tuple[Site, ...], Tensor] = {}
     for subject, seen in found.items():
-        site = site_written(subject)
-        places = tuple(sorted({*sites_read(subject), site}))
-        counts = _ordinary(context, kept, places, batch.keep)
+        written = sites_written(subject)
+        counts = _ordinary(context, kept, {*sites_read(subject), *written}, batch.keep)
         own = replace(batch, resid={layer: kept[Site(subject.hooks[0], layer)] for layer in subject.layers})
         acts, y_hat = subject.reconstruct(own)
-        y = kept[site]
-        if (site, *places) not in skipped:  # the same for all SAEs of these places
-            skipped[site, *places] = _replaced(context, batch, site, torch.where(counts[..., None], 0, y))
-        replaced = _replaced(context, batch, site, torch.where(counts[..., None], y_hat.to(y), y))
-        logits = [_logits(context, x[counts]) for x in (clean, skipped[site, *places], replaced)]
+        y = torch.cat([kept[site] for site in written], dim=-1)
+        places = (*written, *sites_read(subject))
+        if places not in skipped:  # the same for all SAEs of these places
+            skipped[places] = _replaced(context, batch, written, torch.zeros_like(y), counts)
+        replaced = _replaced(context, batch, written, y_hat.to(y), counts)
+        logits = [_logits(context, x[counts]) for x in (clean, skipped[places], replaced)]
         targets = next_tokens(batch.tokens, batch.keep)[counts[batch.keep]]
         ce, losses = compare(logits[0], logits[1:], targets, rows)
         effects = {
@@ -158,9 +159,14 @@ def _keep(kept: dict[Site, Tensor], site: Site, acts: Tensor) -> None:
     kept[site] = acts.clone()  # what passes by may be changed in place behind it
 
 
-def _replaced(context: Context, batch: Windows, site: Site, instead: Tensor) -> Tensor:
-    """[W, T, D] behind the final norm, with something else at a site."""
-    with context.model.tapped({site: lambda _: instead}):
+def _replaced(context: Context, batch: Windows, sites: Sequence[Site], instead: Tensor, counts: Tensor) -> Tensor:
+    """[W, T, D] behind the final norm, with something else at some sites, of tokens that count."""
+
+    def put(part: Tensor, acts: Tensor) -> Tensor:
+        return torch.where(counts[..., None], part, acts)
+
+    parts = instead.split(instead.shape[-1] // len(sites), dim=-1)
+    with context.model.tapped({site: partial(put, part) for site, part in zip(sites, parts, strict=True)}):
         return context.model.hidden(batch.tokens)
 
 
@@ -168,7 +174,7 @@ def _logits(context: Context, hidden_ND: Tensor) -> LogitsOf:
     return lambda start, stop: context.model.head(hidden_ND[start:stop])
 
 
-def _ordinary(context: Context, kept: dict[Site, Tensor], sites: Sequence[Site], keep: Tensor) -> Tensor:
+def _ordinary(context: Context, kept: dict[Site, Tensor], sites: set[Site], keep: Tensor) -> Tensor:
     """bool [W, T]: those that are massive at no place that the store holds."""
     for site in sites:
         massive: Massive | None = context.massive(place_of(*site))

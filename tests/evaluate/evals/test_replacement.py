@@ -62,12 +62,27 @@ def test_a_transcoder_stands_for_the_mlp(world, builder, open_context):
     assert found["kl_skipped"] > 0 and found["ce_replaced"] != found["ce_skipped"]
 
 
+def test_several_layers_are_replaced_at_once(world, builder, open_context):
+    """An exact one costs nothing, an empty one what skipping all costs, which is more than skipping either."""
+    both = {"layers": (1, 3), "target_layers": [1, 3], "hook": "mlp_out", "target_hook": "mlp_out"}
+    scales = {"exact": 1.0, "empty": 0.0}
+    subjects = [
+        builder.subject(exact_sae(builder, 2 * builder.D, scale), name, **both) for name, scale in scales.items()
+    ]
+    for layer in both["layers"]:
+        one = both | {"layers": (layer,), "target_layers": [layer]}
+        subjects.append(builder.subject(exact_sae(builder, builder.D), f"layer {layer}", **one))
+    found = measure(open_context(world, massive_norms=None), *subjects)
+    assert found["exact"]["kl_replaced"] == pytest.approx(0, abs=1e-3 * found["exact"]["kl_skipped"])
+    assert found["empty"]["kl_replaced"] == found["exact"]["kl_skipped"]
+    assert found["exact"]["kl_skipped"] not in (found["layer 1"]["kl_skipped"], found["layer 3"]["kl_skipped"])
+
+
 def test_what_has_no_place_says_why_and_the_others_are_measured(world, builder, open_context):
     fine = builder.subject(exact_sae(builder, builder.D), "fine", hook="mlp_out", target_hook="mlp_out")
     wide = builder.subject(exact_sae(builder, 8), "wide", hook="mlp_out", target_hook="mlp_out")
-    several = builder.subject(builder.make_sae(d_in=2 * builder.D), "several", layers=(2, 3))
     high = builder.subject(builder.make_sae(), "high", layers=(9,), hook="mlp_out", target_hook="mlp_out")
-    found = measure(open_context(world), fine, wide, several, high, windows=4)
+    found = measure(open_context(world), fine, wide, high, windows=4)
     assert found["fine"]["tokens"] > 0
-    for name, said in {"wide": "reads width 8", "several": "no single place", "high": "the model has 5"}.items():
+    for name, said in {"wide": "reads width 8", "high": "the model has 5"}.items():
         assert isinstance(found[name], Failure) and said in str(found[name].error)
