@@ -75,6 +75,7 @@ class TanhL0:
         return soft.mean_over_rows() / self.target
 
 
+@split("parts")
 @dataclass(frozen=True)
 class Frequency:
     """Sum over latents of p^2 / (common target), where p is the share of rows in which a latent fires.
@@ -96,6 +97,7 @@ class Frequency:
         return (twice - share_F.square().sum()) / (self.common * self.target)
 
 
+@split("parts")
 @dataclass(frozen=True)
 class DeadPreActivation:
     """How far the dead latents' pre-activations are below their thresholds: mean over rows of the sum."""

@@ -15,6 +15,7 @@ from saemill.train.sae.split_select import split_batch, split_topk
 
 STEPS = 12
 SPLIT = ["topk", "batchtopk", "jumprelu", "standard", "gated", "p_anneal", "transcoder", "crosscoder"]
+SPLIT += ["abstopk", "skip_transcoder"]
 
 
 def tables(generator):
@@ -68,6 +69,8 @@ def test_latents_in_several_processes_train_as_in_one(battery, threads, variant,
     """The same losses and weights within the rounding of sums that are added in another order; no part is gathered."""
     changes = {"aux_k": 1} if size == 3 else {}  # of the dead latents: chosen by a support, or in a dense table
     config = battery.quick(variant, dead_after_tokens=32, encoder_product="float32", width=67, k=2, **changes)
+    if variant == "jumprelu" and size == 2:
+        config = replace(config, sparsity="tanh", frequency_penalty=0.1)
     if size == 2:
         config = replace(config, optim=replace(config.optim, clip_norm=0.5))
     batches = battery.batches(config, STEPS, rows=32)
