@@ -186,10 +186,11 @@ def test_what_a_move_changes_is_what_the_loss_changes_by(sae, rng, shaping):
             torch.testing.assert_close(found[latent, tier], weighted_loss(view, after, 3) - before, atol=1e-9, rtol=0)
 
 
-def test_living_latents_move_until_no_move_or_exchange_lowers_the_loss(sae, rng, shaping):
+@pytest.mark.parametrize(("room", "floor"), [((6, 8, 10), (4, 6, 6)), (SIZES, SIZES)], ids=["drift", "exchange alone"])
+def test_living_latents_move_until_no_move_or_exchange_lowers_the_loss(sae, rng, shaping, room, floor):
     """Tiers drift within their bounds, and the loss falls with every round."""
     view, membership = shaping.make_views(rng, sae)(), sae.extras["tiers"].membership.clone()
-    room, floor, losses = (6, 8, 10), (4, 6, 6), [float(weighted_loss(view, membership, 3))]
+    losses = [float(weighted_loss(view, membership, 3))]
     while not torch.equal(membership, after := reallocated(view, membership, room, floor, most=3)):
         assert 0 < int((after != membership).sum()) <= 3
         membership = after
