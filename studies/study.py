@@ -31,15 +31,13 @@ from rich.table import Table
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.context.results import metric_of, read_result, without_nan
-from ..evaluate.errors import EvalError
 from ..evaluate.output.figures.records import read_log
-from ..evaluate.run.command import make_configs
+from ..evaluate.run.command import errors_told, make_configs
 from ..evaluate.run.console_table import heading, make_console, untrained_traits
 from ..train.ask.recipe import Recipe
 from ..train.cli import main as sae_train
 from ..train.complete import beginning_with
 from ..train.disk.whole_files import read_json, replace_file, write_json
-from ..train.errors import TrainError
 from ..train.recipes import find_recipes, runs_of, studies
 from ..train.run.folder import RunFolder
 from .comparisons import Difference, compare
@@ -199,10 +197,12 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
 
 def require_settings(evaluation: Sequence[str]) -> None:
     """Refuse what no evaluation has, before anything is trained."""
-    try:
+
+    def refuse(message: str) -> None:
+        raise click.ClickException(f"--eval-set: {message.removeprefix('error: ')}")
+
+    with errors_told(refuse):
         make_configs(evals.ALL, evaluation)
-    except (EvalError, TrainError) as error:
-        raise click.ClickException(f"--eval-set: {error}") from None
 
 
 def settings_of(words: Sequence[str], eval_ids: Sequence[str]) -> list[str]:

@@ -38,8 +38,8 @@ def draw_patterns(axis: Axes, record: Record) -> None:
     patterns = patterns_of(record)
     most = max(len(one["parts"]) for one in patterns)
     weights = [[part["weight"] for part in one["parts"]] + [0.0] * (most - len(one["parts"])) for one in patterns]
-    image = axis.imshow(weights, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
-    middle = image.norm.vmax / 2 if image.norm.vmax else 0.0
+    axis.imshow(weights, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+    middle = max(max(row) for row in weights) / 2
     for row, one in enumerate(patterns):
         for column, part in enumerate(one["parts"]):
             colour = "white" if part["weight"] > middle else INK
