@@ -63,7 +63,7 @@ class Fleet:
             label: Trainee(label, _build(config, stats), total_steps, device, ranks, split)
             for label, config in configs.items()
         }
-        self._spent: dict[str, tuple[float, int]] = {label: (0.0, 0) for label in configs}  # seconds and steps
+        self._spent: dict[str, tuple[float, float]] = dict.fromkeys(configs, (0.0, 0.0))  # seconds and steps
 
     def step_seconds(self, label: str) -> float | None:
         """Mean of this process's steps of one SAE; None on a GPU, where the host does not wait for their end."""
