@@ -541,3 +541,12 @@ def test_a_hook_that_is_no_residual(golden, builder, sae_eval, hook):
     assert "give --layer" in sae_eval(folder, code=1)
     (subject,) = find_subjects([str(folder)], builder.root, layer=4)
     assert subject.layers == (4,)
+
+
+def test_a_transcoder_from_elsewhere_is_no_sae_of_the_layer_it_reads(golden, builder, sae_eval):
+    """SAELens names the layer that it writes by a hook alone, which may be one of the block's insides."""
+    folder = golden.subject("jumprelu", builder.root).folder
+    config = json.loads((folder / "cfg.json").read_text())
+    config |= {"architecture": "jumprelu_transcoder", "metadata": {"hook_name": "blocks.3.hook_resid_post"}}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    assert "does not say which layer it writes" in sae_eval(folder, code=1)
