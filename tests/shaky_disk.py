@@ -84,9 +84,13 @@ class ShakyDisk:
                 self._cut_folder(path, seed) if os.path.isdir(path) else self._cut_file(path, now[name], draw)
 
     def _cut_file(self, path: str, inode: int, draw: random.Random) -> None:
+        """What was flushed and is still there stays: a log that is appended to loses its end alone."""
         now, before = Path(path).read_bytes(), self._bytes.get(inode, b"")
         if now != before:
-            Path(path).write_bytes(draw.choice([now, now[: draw.randint(0, len(now))], before, bytes(len(now))]))
+            pairs = zip(now, before, strict=False)
+            kept = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(now), len(before)))
+            cut, zeros = now[: draw.randint(kept, len(now))], now[:kept] + bytes(len(now) - kept)
+            Path(path).write_bytes(draw.choice([now, cut, before, zeros]))
 
     def _bring_back(self, path: str, inode: int) -> None:
         if inode not in self._names:

@@ -120,9 +120,10 @@ class MetricsLog:
         return self._file.tell()
 
     def sync(self) -> None:
-        """Flush to the disk: a checkpoint counts on the lines before it."""
+        """Flush to the disk, with the file's name: a checkpoint counts on the lines before it."""
         with self._name_failure():
             os.fsync(self._file.fileno())
+            sync(self._path.parent)
 
     def cut(self, size: int) -> None:
         """Drop what was written after a checkpoint: those steps are taken again.

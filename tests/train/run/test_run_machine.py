@@ -251,5 +251,5 @@ def test_any_sequence_of_events(facts):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_any_sequence_of_events_for_long(facts):
-    run(facts, examples=1000, steps=16, derandomize=False)
+    run(facts, examples=1100, steps=16, derandomize=False)
     assert facts.rules >= 10_000
