@@ -229,7 +229,7 @@ class Trainee:
             name: (self._latents.total, *t.shape[1:]) if self._is_part(name) else t.shape for name, t in own.items()
         }
         problems += [
-            f"{name}: expected shape {shapes[name]}, found {tuple(state[name].shape)}"
+            f"{name}: expected shape {tuple(shapes[name])}, found {tuple(state[name].shape)}"
             for name in own.keys() & state.keys()
             if shapes[name] != tuple(state[name].shape)
         ]
