@@ -22,6 +22,7 @@ from saemill.train.start import find_asks
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
+LAUNCHERS = ("accelerate", "torchrun")
 OWN_FILES = ("CONTRIBUTING.md", "README.md", "SECURITY.md")
 
 
@@ -51,6 +52,8 @@ def found_in_pages() -> list[tuple[str, str]]:
 def check(line: str) -> None:
     """Raise where a command would not be understood. What is in brackets may be left out: here it is said."""
     words = shlex.split(line.replace("[", "").replace("]", ""))
+    if words[0] in LAUNCHERS:  # of several processes: what they run is checked
+        words = words[next((place for place, word in enumerate(words) if word in BUILD.COMMANDS), 0) :]
     if words[0] in BUILD.COMMANDS:
         check_own(words[0], words[1:])
     elif words[0] == "make":
@@ -102,6 +105,7 @@ def test_every_command_of_the_pages_is_understood(page, line):
         "sae-eval run_1 --set core.windows=2",
         "sae-harvest --tokens ten",
         "sae-store look ./store",
+        "torchrun --nproc-per-node 2 --no-python sae-train --variant tpok --cache ./store",
         "make harvests",
         "make harvest MODELL=pocket",
         "python bench/train.py --nothing",

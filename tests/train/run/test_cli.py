@@ -274,7 +274,7 @@ def test_the_options_are_few(big):
     """Growing the command needs a visible change here: everything else is --set."""
     from saemill.train.cli import main
 
-    expected = "variant recipe cache out name tokens epochs layer width k lr seed device set grid init"
+    expected = "variant recipe cache out name tokens epochs layer width k lr seed device spread set grid init"
     expected += " with_baselines resume plots is_json"
     assert [parameter.name for parameter in main.params] == expected.split()
 
