@@ -60,9 +60,6 @@ def check(line: str) -> None:
         for word in words[1:]:
             name, given, _ = word.partition("=")
             assert re.search(rf"^{name}\s*\?=" if given else rf"^{name}:", MAKEFILE, re.MULTILINE), word
-    elif words[0] == "torchrun":
-        own = words.index("--no-python") + 1
-        check_own(words[own], words[own + 1 :])
     elif words[0] == "python" or words[0].endswith("/bin/python"):
         script, *options = words[1:]
         source = (ROOT / script).read_text()
