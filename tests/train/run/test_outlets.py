@@ -121,5 +121,5 @@ def test_a_tally_is_the_formula_over_all_tokens():
         tally.add(x[part], x_hat[part], acts[part])
     expected = 1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
     assert tally.explained_variance == pytest.approx(float(expected), rel=1e-4)
-    assert tally.l0 == pytest.approx(float((acts > 0).sum() / 90))
+    assert tally.l0 == pytest.approx(float((acts != 0).sum() / 90))
     assert tally.tokens == 90
