@@ -52,7 +52,7 @@ class _Verb(ModuleType):
     @property
     def __signature__(self) -> Any:
         """For whoever asks before they type: `inspect.signature`, notebooks."""
-        return import_module("saemill.api.words").signature_of(self._name)
+        return import_module("saemill.api.command_words").signature_of(self._name)
 
     @property
     def _name(self) -> str:

@@ -11,7 +11,7 @@ from ..train.disk.whole_files import read_json
 from ..train.errors import RunMissing
 from ..train.run.find_sae import load_sae
 from ..train.sae.model import SparseAutoencoder
-from . import html
+from . import notebook_html
 
 
 class Run:
@@ -56,4 +56,4 @@ class Run:
 
     def _repr_html_(self) -> str:
         done = f"{self.results['steps']:,} steps, {self.results['tokens']:,} tokens"
-        return html.table(self.rows, str(self.path), [done])
+        return notebook_html.table(self.rows, str(self.path), [done])

@@ -7,17 +7,17 @@ from typing import Literal
 
 from ..cache_schema import Store as StoredArrays
 from ..cache_schema.info import facts
-from ..cache_schema.massive import default_multiple
+from ..cache_schema.massive_rows import default_multiple
 from ..cache_schema.request import Request, validate_request
 from ..cache_schema.sites import RESID, place_of, site_of
-from ..train.ask.records import DataConfig
+from ..train.config.run_config import DataConfig
 from ..train.data.batches import Batches
-from ..train.data.plan import Plan
+from ..train.data.read_order import Plan
 from ..train.data.split_sizes import measure_split
 from ..train.parallel.processes import choose_device
 from ..train.run.preflight import layer_stats
 from ..train.run.settle import with_pool
-from . import html
+from . import notebook_html
 
 
 class Store(StoredArrays):
@@ -86,4 +86,4 @@ class Store(StoredArrays):
             "shards": f"{found['shards_committed']:,} of {found['shards']:,} committed",
             "size": f"{found['bytes'] / 1e9:,.3f} GB, codec {found['codec']}",
         }
-        return html.facts(shown, self.url)
+        return notebook_html.facts(shown, self.url)

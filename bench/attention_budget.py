@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 from saemill.cache_schema import AttentionCsr, AttentionSpec, Request, ShardContent, Store
+from saemill.cache_schema.attention_links import LinkCounts, count_links
 from saemill.cache_schema.codecs import encode
 from saemill.cache_schema.content import lay_out
-from saemill.cache_schema.links import LinkCounts, count_links
 from saemill.cache_schema.manifest import Manifest
 from saemill.cache_schema.moments import is_special
 from saemill.harvest.capture import run
 from saemill.harvest.model.load import Wanted, load_model
-from saemill.harvest.sparsify import KeptRows, sparsify, to_csr
+from saemill.harvest.sparsify_attention import KeptRows, sparsify, to_csr
 
 MASSES, SLOTS = (0.9, 0.95, 0.99), (8, 16, 32)
 SINKS = ((), ("bos",), ("bos", "self"))

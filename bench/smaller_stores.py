@@ -37,7 +37,7 @@ from saemill.evaluate.run.attempts import run_evals
 from saemill.evaluate.run.find_saes import find_subjects
 from saemill.harvest.progress import Watch
 from saemill.train.data.batches import Batches
-from saemill.train.data.plan import Plan
+from saemill.train.data.read_order import Plan
 from saemill.train.data.scaling import Stats
 from saemill.train.data.split_sizes import measure_split
 from saemill.train.run.preflight import layer_stats

@@ -16,7 +16,7 @@ from .digest import array_digest
 from .dtypes import SmallDtype, to_float32
 from .errors import ImportInvalid
 from .manifest import AttentionSpec, Codec, CorpusSpec, HookSpec, Manifest, ModelSpec
-from .massive import KEEP
+from .massive_rows import KEEP
 from .moments import is_special, measure
 from .sites import RESID, by_hook
 from .sources import Source

@@ -8,11 +8,11 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from .attention_links import measure_links
 from .commits import read_devices, read_index
 from .errors import ShardCorrupt
-from .links import measure_links
 from .manifest import PART
-from .massive import MULTIPLE, default_multiple, measure_massive
+from .massive_rows import MULTIPLE, default_multiple, measure_massive
 from .reader import Store
 
 DEVICES_ASKED = 32  # shards whose devices are looked up

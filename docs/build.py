@@ -34,8 +34,8 @@ from saemill.evaluate.cli import main as evaluate
 from saemill.evaluate.output.figures.web import web_file
 from saemill.harvest.cli import main as harvest
 from saemill.studies.study import main as study
-from saemill.train.ask.records import CourseConfig, DataConfig
 from saemill.train.cli import main as train
+from saemill.train.config.run_config import CourseConfig, DataConfig
 from saemill.train.export import main as export
 from saemill.train.kit import registry
 

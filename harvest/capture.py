@@ -15,7 +15,7 @@ from ..cache_schema import AttentionSpec
 from ..cache_schema.sites import RESID, Site
 from .model.attention import Sinks
 from .model.load import TruncatedModel, kept_hooks, kept_outputs
-from .sparsify import KeptRows, sparsify
+from .sparsify_attention import KeptRows, sparsify
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,18 @@ from rich.table import Table
 from ..cache_schema import Manifest, Store
 from ..cache_schema.files import Files, open_files
 from ..cache_schema.layout import ROOT
-from .begin import require_ours, require_place
 from .config import HarvestConfig
 from .corpus import open_corpus
 from .corpus.source import Corpus, part_of
+from .cost import Cost, least_bytes, measure_cost, needed_bytes, tokens_in
+from .cost_forecast import cost_before, tell_splits
+from .create_store import require_ours, require_place
 from .errors import CorpusEmpty
-from .estimate import Cost, least_bytes, measure_cost, needed_bytes, tokens_in
-from .forecast import cost_before, tell_splits
 from .packing import Packer
-from .place import taken_place
-from .plan import Plan, corpus_spec, expected_manifest, settings_of_new
+from .process_place import taken_place
 from .progress import Watch
 from .run import decide, make_harvester, with_weights
+from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
 
 TRIAL_DOCUMENTS = 2000
 DOCUMENTS_AT_ONCE = 20

@@ -26,7 +26,7 @@ from ..cache_schema.sites import Site
 from .capture import Captured, capture
 from .model.arithmetic import describe_device
 from .model.load import TruncatedModel
-from .sparsify import to_csr
+from .sparsify_attention import to_csr
 from .stats import is_special, measure
 
 Report = Callable[[CommitRecord], None]

@@ -34,10 +34,10 @@ from saemill.cache_schema.summary import read_summary
 from saemill.evaluate.context.results import describe_differences, is_whole, metric_of, read_result
 from saemill.evaluate.errors import EvalError
 from saemill.evaluate.output.figures.records import read_log
-from saemill.train.ask.records import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
+from saemill.train.config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from saemill.train.data.scaling import unit_stats
-from saemill.train.disk import checkpoint
-from saemill.train.disk.checkpoint import Standing, load_checkpoint, save_checkpoint
+from saemill.train.disk import checkpoint_files
+from saemill.train.disk.checkpoint_files import Standing, load_checkpoint, save_checkpoint
 from saemill.train.disk.formats import WRITERS
 from saemill.train.disk.plain_form import plain_sae
 from saemill.train.disk.sae_folder import save_sae
@@ -76,7 +76,7 @@ def seal_root(document: Any) -> None:
 def seal_state(document: Any) -> None:
     """Nor the digest of where a run stands."""
     try:
-        found = from_json(checkpoint._State, document)
+        found = from_json(checkpoint_files._State, document)
         document["digest"] = found.own_digest()
     except (StrictError, TypeError, ValueError, RecursionError):
         return

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from ..cache_schema.cli import as_json, print_json
 from ..cache_schema.strict import to_json
-from . import complete
-from .ask.settings import parse_value
+from . import shell_completion
 from .command import tell_errors
+from .config.settings import parse_value
 from .kit.registry import names
 from .recipes import studies
 
@@ -48,17 +48,17 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option(
     "--variant",
     multiple=True,
-    shell_complete=complete.variants,
+    shell_complete=shell_completion.variants,
     help=f"Which SAE; again for a fleet. One of: {', '.join(names())}.",
 )
 @click.option(
     "--recipe",
     metavar="STUDY[/RUN]",
-    shell_complete=complete.recipes,
+    shell_complete=shell_completion.recipes,
     help=f"A run of a study, or all its runs. Studies: {', '.join(studies())}.",
 )
 @click.option("--cache", metavar="URL", help="The store: a path, or any fsspec URL such as s3://bucket/store.")
-@click.option("--out", default=complete.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
+@click.option("--out", default=shell_completion.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
 @click.option("--name", metavar="NAME", help="Name of the run.  [default: run_N, the next free number]")
 @click.option("--tokens", callback=count, metavar="N", help="Tokens to train on, such as 50M.")
 @click.option("--epochs", type=click.IntRange(1), metavar="N", help="How often the store may be read.")
@@ -92,7 +92,7 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
     help="Train sanity baselines beside them: decoder frozen, nearly frozen, encoder frozen, principal components.",
 )
 @click.option(
-    "--resume", metavar="NAME", shell_complete=complete.runs, help="Go on with a run from its last checkpoint."
+    "--resume", metavar="NAME", shell_complete=shell_completion.runs, help="Go on with a run from its last checkpoint."
 )
 @click.option(
     "--plots/--no-plots",
@@ -109,7 +109,7 @@ def main(*, plots: bool, is_json: bool, device: str, spread: bool, **words: Any)
     """
     console = Console(stderr=is_json, highlight=False, soft_wrap=True, markup=False)
     with tell_errors():
-        from .start import open_site, train_all  # late: --help and completion must not wait for torch
+        from .launch import open_site, train_all  # late: --help and completion must not wait for torch
 
         outcomes = []
         with open_site(device, console, spread, is_watched=plots) as site:
@@ -177,7 +177,7 @@ def folder_of(outcome: Outcome) -> Path:
 def evaluated_as(outcome: Outcome) -> str:
     """What to call the run at the next command: its name where that looks, else its path."""
     folder = folder_of(outcome)
-    return outcome.run if folder == Path(complete.RUNS, outcome.run) else shlex.quote(str(folder))
+    return outcome.run if folder == Path(shell_completion.RUNS, outcome.run) else shlex.quote(str(folder))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
 from saemill.train.sae.kernels.hardware import has_triton
 from saemill.train.sae.kernels.support import support_from_topk
-from saemill.train.sae.kernels.triton import bags, rows, select
+from saemill.train.sae.kernels.triton import bags, rows, select_latents
 
 D, K, B = 2304, 64, 4096
 
@@ -76,15 +76,19 @@ def measure(table: Table, width: int, sweep: bool) -> None:
     table.add(f"F {width}: encoder product", milliseconds(lambda: low_x @ low_W.t()), operations=2 * B * D * width)
     pre = low_x @ low_W.t()
     full = pre.float()
-    table.add(f"F {width}: top {K} of rows, bfloat16", milliseconds(lambda: select.top_latents(pre, K)), pre.nbytes)
+    table.add(
+        f"F {width}: top {K} of rows, bfloat16", milliseconds(lambda: select_latents.top_latents(pre, K)), pre.nbytes
+    )
     table.add(f"F {width}: the same by torch.topk", milliseconds(lambda: pre.topk(K, sorted=False)), pre.nbytes)
-    table.add(f"F {width}: top {K} of rows, float32", milliseconds(lambda: select.top_latents(full, K)), full.nbytes)
+    table.add(
+        f"F {width}: top {K} of rows, float32", milliseconds(lambda: select_latents.top_latents(full, K)), full.nbytes
+    )
     table.add(
         f"F {width}: top {K * B} of the batch, bfloat16",
-        milliseconds(lambda: select.top_of_batch(pre, K * B)),
+        milliseconds(lambda: select_latents.top_of_batch(pre, K * B)),
         pre.nbytes,
     )
-    latents = select.top_latents(pre, K)
+    latents = select_latents.top_latents(pre, K)
     support = support_from_topk(latents, width)
     values = torch.rand(B * K, device="cuda")
     gathered = 4.0 * B * K * D

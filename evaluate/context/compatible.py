@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ...cache_schema import AttentionSpec
 from ..errors import DataMissing, NotRun, WidthMismatch
-from ..model.lm import LanguageModel
+from ..model.prefix_suffix import LanguageModel
 from .context import Context
 from .loaded_sae import LoadedSae, attention_layers_of
 from .results import Failure

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...train.disk.whole_files import replace_file
-from ..model.lm import LanguageModel
+from ..model.prefix_suffix import LanguageModel
 
 
 def decided_by(**facts: Any) -> str:

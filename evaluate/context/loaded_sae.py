@@ -18,7 +18,7 @@ from ...cache_schema.sites import RESID
 from ...cache_schema.strict import from_json
 from ...train.kit import registry
 from ...train.sae.model import SparseAutoencoder
-from ...train.sae.side import Side
+from ...train.sae.side_inputs import Side
 from ..errors import NotApplicable
 from ..model.windows import Windows
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...cache_schema import AttentionSpec
 from ..model.batches import make_rows, run_windows
-from ..model.lm import LanguageModel
 from ..model.memory import PieceSize, in_pieces
+from ..model.prefix_suffix import LanguageModel
 from ..model.windows import Windows
 from .loaded_sae import LoadedSae, layers_of
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ...harvest.sparsify import sinks
+from ...harvest.sparsify_attention import sinks
 from ...train.data.batch import AttentionRows
-from ..context.ordinary import mean_of_rows, ordinary_rows
+from ..context.ordinary_rows import mean_of_rows, ordinary_rows
 from ..context.split_windows import read_windows
 from ..errors import ModelMissing, NotApplicable
 from ..model.windows import Windows

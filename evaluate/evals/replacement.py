@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...cache_schema.massive import Massive
+from ...cache_schema.massive_rows import Massive
 from ...cache_schema.sites import RESID, Site, place_of
 from ...cache_schema.strict import to_json
 from ...harvest.errors import HarvestError

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.ordinary import ordinary_rows
+from ..context.ordinary_rows import ordinary_rows
 from ..context.split_windows import read_windows
 from ..model.windows import Windows
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.ordinary import ordinary_rows
+from ..context.ordinary_rows import ordinary_rows
 from ..context.split_windows import read_windows
 from ..context.token_text import Wording
 from ..errors import ModelMissing

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ...cache_schema import AttentionCsr, AttentionSpec, Request, ShardArrays, Store
 from ...cache_schema.sites import RESID, Site
-from ...harvest.sparsify import KeptRows, sparsify, to_csr
+from ...harvest.sparsify_attention import KeptRows, sparsify, to_csr
 from ...harvest.stats import is_special
 from ...train.data.batch import AttentionRows
 from ...train.data.block import TORCH_DTYPES, StoredRows, as_tensor
-from .lm import LanguageModel
+from .prefix_suffix import LanguageModel
 from .windows import Windows
 
 Padding = Literal["right", "left"]

@@ -18,7 +18,7 @@ from ...cache_schema.sites import RESID
 from ...harvest.errors import HarvestError
 from ...harvest.model.load import find_device
 from ...harvest.progress import Watch
-from ...train.ask.settings import parse_settings, split_key, with_settings
+from ...train.config.settings import parse_settings, split_key, with_settings
 from ...train.errors import RunInterrupted, TrainError
 from .. import evals
 from ..context.context import Context, DtypeName, open_context

@@ -12,11 +12,11 @@ from pathlib import Path
 import click
 
 from ...cache_schema import Store, StoreMissing
-from ...train.ask.records import Ask
+from ...train.config.run_config import Ask
+from ...train.launch import open_site, start
 from ...train.recipes import find_recipes
 from ...train.run.settle import settle
 from ...train.run.trial import estimate_seconds
-from ...train.start import open_site, start
 from ..errors import TargetUnknown
 from ..output.pictures import after_run
 from .console_table import make_console

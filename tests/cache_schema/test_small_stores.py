@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from saemill.cache_schema import Request, RequestInvalid, Site, Store, StoreMismatch, StoreWriter, to_float32
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.dtypes import FP8_VALUES, LARGEST, SmallDtype, to_codes
-from saemill.cache_schema.massive import measure_massive, row_norms
+from saemill.cache_schema.massive_rows import measure_massive, row_norms
 from saemill.cache_schema.verify import digest
 
 SMALL = get_args(SmallDtype)

@@ -32,13 +32,13 @@ from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.model.batches import store_batches
-from saemill.evaluate.model.lm import LanguageModel, make_language_model
+from saemill.evaluate.model.prefix_suffix import LanguageModel, make_language_model
 from saemill.evaluate.run.find_saes import make_subject
 from saemill.harvest.capture import capture
 from saemill.harvest.errors import ModelUnavailable
 from saemill.harvest.model.load import Wanted, load_model
 from saemill.harvest.progress import Watch
-from saemill.harvest.sparsify import to_csr
+from saemill.harvest.sparsify_attention import to_csr
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import save_sae
 from saemill.train.disk.whole_files import write_json

@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 
 from saemill.evaluate.run import command, offer
 from saemill.studies import study
-from saemill.train.ask.recipe import Recipe, Sae
+from saemill.train.config.recipe import Recipe, Sae
 
 COMMANDS = {
     "sae-harvest": "harvest.cli",

@@ -23,7 +23,7 @@ from saemill.evaluate import evals
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import EvaluationInvalid
 from saemill.evaluate.evals.contract import Evaluation
-from saemill.evaluate.model.lm import load_language_model
+from saemill.evaluate.model.prefix_suffix import load_language_model
 from saemill.evaluate.run.attempts import run_evals
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.progress import Watch

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from saemill.cache_schema import Store
-from saemill.train.ask.records import Ask
+from saemill.train.config.run_config import Ask
 from saemill.train.parallel.processes import Solo
 from saemill.train.run.loop import train
 from saemill.train.run.metrics import Watch

@@ -17,7 +17,7 @@ from saemill.harvest.model import attention as attend_module
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.attention import ATTENTION, register_attention
 from saemill.harvest.model.load import Wanted, truncate
-from saemill.harvest.sparsify import to_csr
+from saemill.harvest.sparsify_attention import to_csr
 from saemill.harvest.stats import measure
 
 ALL = Wanted(resid_layers=(0, 1, 2, 3, 4), attention_layers=(0, 1, 2, 3, 4))

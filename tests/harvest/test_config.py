@@ -5,7 +5,7 @@ import pytest
 from saemill.harvest.config import HarvestConfig, Worker, parse_count, parse_layers, parse_worker
 from saemill.harvest.errors import SettingInvalid
 from saemill.harvest.model.load import ModelFacts, Wanted
-from saemill.harvest.plan import wanted_layers
+from saemill.harvest.store_plan import wanted_layers
 
 
 @pytest.mark.parametrize(

@@ -36,16 +36,16 @@ from saemill.cache_schema.files import LocalFiles, open_files
 from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.moments import is_special
 from saemill.cache_schema.verify import digest, repair, verify_shards
-from saemill.harvest import begin, plan, run, shards
+from saemill.harvest import create_store, run, shards, store_plan
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus.hub import HubCorpus
 from saemill.harvest.corpus.source import DatasetOptions
+from saemill.harvest.cost import RESERVE_BYTES
 from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SplitEmpty
-from saemill.harvest.estimate import RESERVE_BYTES
 from saemill.harvest.model.arithmetic import describe_device
 from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, ModelSource
-from saemill.harvest.place import Place
+from saemill.harvest.process_place import Place
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import Finished, reharvest
 from saemill.harvest.spool import Spool
@@ -185,7 +185,7 @@ def test_an_interrupted_harvest_goes_on_to_the_same_store(make_config: Make, tmp
 
 def test_a_second_start_does_not_tokenise_again(make_config: Make, monkeypatch):
     harvest(make_config())
-    monkeypatch.setattr(begin, "spool_corpus", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(create_store, "spool_corpus", lambda *_: pytest.fail("tokenised again"))
     monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("loaded the model for nothing"))
     assert harvest(make_config()).committed == 8
 
@@ -200,8 +200,8 @@ def test_workers_in_any_order_give_the_same_store(make_config: Make, tmp_path):
 
 
 def test_a_later_worker_waits_for_the_tokens_with_a_bound(make_config: Make, monkeypatch):
-    monkeypatch.setattr(begin, "WAIT_SECONDS", 0)
-    monkeypatch.setattr(begin, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(create_store, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(create_store, "POLL_SECONDS", 0.01)
     said = io.StringIO()
     with pytest.raises(TimeoutError, match="first worker"):
         run.harvest(make_config(worker=Worker(1, 2)), Watch(Console(file=said)))
@@ -275,9 +275,9 @@ def test_a_store_keeps_the_tests_it_was_begun_with(make_config: Make, monkeypatc
     """Whatever rule is made later, and whether the store was begun before there was one."""
     for begun, later in [(40, 225), (225, 40)]:
         config = make_config(out=f"memory://tests-{begun}")
-        monkeypatch.setattr(plan, "per_mille_for_tests", lambda _, begun=begun: begun)
+        monkeypatch.setattr(store_plan, "per_mille_for_tests", lambda _, begun=begun: begun)
         harvest(replace(config, worker=Worker(0, 2)))
-        monkeypatch.setattr(plan, "per_mille_for_tests", lambda _, later=later: later)
+        monkeypatch.setattr(store_plan, "per_mille_for_tests", lambda _, later=later: later)
         assert harvest(replace(config, worker=Worker(1, 2))).committed == 8
         with Store.open(config.out) as store:
             start, stop = store.manifest.splits["test"]
@@ -293,7 +293,7 @@ def test_a_corpus_that_comes_in_part_is_named_as_one(make_config: Make, text_fil
         lambda: load_dataset("text", data_files=str(text_file), split="train", streaming=True),
         part="partial-train",
     )
-    monkeypatch.setattr(begin, "open_corpus", lambda _: corpus)
+    monkeypatch.setattr(create_store, "open_corpus", lambda _: corpus)
     said = io.StringIO()
     run.harvest(make_config(corpus=source), Watch(Console(file=said, width=200)))
     assert "owner/name can be streamed only in part (partial-train)" in said.getvalue()
@@ -312,15 +312,15 @@ def test_auto_chooses_where_the_store_is_of_a_model_it_never_means(make_config: 
 
 
 def test_under_auto_a_later_worker_waits_for_the_first_ones_decision(make_config: Make, monkeypatch):
-    monkeypatch.setattr(begin, "WAIT_SECONDS", 0)
-    monkeypatch.setattr(begin, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(create_store, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(create_store, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(run, "choose", lambda _: pytest.fail("decided by itself"))
     with pytest.raises(TimeoutError, match="first worker"):
         harvest(make_config(model="auto", worker=Worker(1, 2)))
 
 
 def test_a_dry_run_waits_for_nobody(make_config: Make, chosen, monkeypatch):
-    monkeypatch.setattr(begin, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(create_store, "WAIT_SECONDS", 0)
     monkeypatch.setattr(run, "choose", lambda _: Choice("pocket"))
     dry_run(make_config(model="auto", worker=Worker(1, 2)), Watch(is_quiet=True))
     assert not Path(make_config().out).exists()
@@ -357,7 +357,7 @@ def test_a_scratch_folder_that_was_left_behind_is_removed(make_config: Make):
     harvest(config)
     folder = leave_spool(config.out)
     harvest(replace(config, worker=Worker(1, 2)))
-    with begin._locked(folder):
+    with create_store._locked(folder):
         harvest(config)
     assert (folder / "tokens.u32").exists()
     harvest(config)
@@ -402,7 +402,7 @@ def test_a_shard_held_by_another_writer_is_left_to_it(make_config: Make, monkeyp
 
 
 def test_two_cannot_tokenise_for_one_store(make_config: Make):
-    with begin._locked(Path(make_config().out + ".spool")), pytest.raises(StoreBusy, match="tokenising"):
+    with create_store._locked(Path(make_config().out + ".spool")), pytest.raises(StoreBusy, match="tokenising"):
         harvest(make_config())
 
 
@@ -610,7 +610,9 @@ def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, monkeypat
 
 def test_a_large_corpus_of_the_hub_is_not_read_for_a_disk_that_cannot_hold_it(make_config: Make, monkeypatch):
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 10**9)
-    monkeypatch.setattr(begin, "open_corpus", lambda _: HubCorpus(source, "c0ffee", lambda: pytest.fail("was read")))
+    monkeypatch.setattr(
+        create_store, "open_corpus", lambda _: HubCorpus(source, "c0ffee", lambda: pytest.fail("was read"))
+    )
     source = DatasetOptions("owner/name")
     with pytest.raises(StoreFull, match="needs 4[0-9]{2}"):
         harvest(make_config(corpus=source, tokens=10**10))
@@ -621,9 +623,9 @@ def test_a_corpus_of_the_hub_is_pinned_by_the_store(make_config: Make, text_file
     corpus = HubCorpus(
         source, "c0ffee", lambda: load_dataset("text", data_files=str(text_file), split="train", streaming=True)
     )
-    monkeypatch.setattr(begin, "open_corpus", lambda _: corpus)
+    monkeypatch.setattr(create_store, "open_corpus", lambda _: corpus)
     harvest(make_config(corpus=source))
-    monkeypatch.setattr(begin, "open_corpus", lambda _: pytest.fail("asked the hub"))
+    monkeypatch.setattr(create_store, "open_corpus", lambda _: pytest.fail("asked the hub"))
     assert harvest(make_config(corpus=source)).committed == 8
     with pytest.raises(StoreMismatch, match=r"corpus\.settings\.column"):
         harvest(make_config(corpus=replace(source, column="body")))

@@ -16,7 +16,7 @@ from saemill.evaluate.errors import EvalError
 from saemill.evaluate.run.console_table import UNTRAINED, untrained_traits
 from saemill.studies import study
 from saemill.studies.study import Course, Line, call, read_lines, seeded_rows, spread, training_commands, write_tables
-from saemill.train.ask.recipe import Recipe
+from saemill.train.config.recipe import Recipe
 from saemill.train.errors import UnknownRecipe
 from saemill.train.recipes import own_evals, runs_of, studies
 from saemill.train.run.folder import RunFolder

@@ -30,7 +30,7 @@ from saemill.train.kit.registry import config_type
 from saemill.train.kit.wrapping import BASE_SETTINGS
 from saemill.train.parallel.ranks import Alone
 from saemill.train.sae.gates import AbsTopK
-from saemill.train.sae.side import Side
+from saemill.train.sae.side_inputs import Side
 
 D, ROWS, STEPS = 32, 512, 40
 FOUND = 0.9  # of a planted dictionary

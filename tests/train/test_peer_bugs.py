@@ -8,8 +8,8 @@ from saemill.train.data.scaling import unit_stats
 from saemill.train.engine.step import Trainee
 from saemill.train.sae.gates import BatchTopK, JumpRelu
 from saemill.train.sae.model import SparseAutoencoder, tied_weights
-from saemill.train.sae.side import Side
-from saemill.train.sae.view import View
+from saemill.train.sae.side_inputs import Side
+from saemill.train.sae.step_view import View
 from saemill.train.terms.auxk import AuxK
 from saemill.train.terms.nested import NestedReconstruction
 from saemill.train.terms.sparsity import TargetL0

@@ -19,10 +19,10 @@ from ...cache_schema.sites import Place, say_place, site_of
 from ..errors import NothingToTrain
 from .batch import Kind, Needs, Rows
 from .block import Block
-from .draw import Draw, TokenOrder, WindowOrder
-from .loader import Loader
-from .plan import BlockPlan, Plan, share, token_order, token_slice, window_order, window_slice
+from .block_loader import Loader
+from .drawn_rows import Draw, TokenOrder, WindowOrder
 from .pool import PIECES_IN_FLIGHT, Pool
+from .read_order import BlockPlan, Plan, share, token_order, token_slice, window_order, window_slice
 from .scaling import Stats, bounds_of
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...cache_schema import AttentionCsr, Manifest, Request, ShardBuffers, Span, Store
 from ...cache_schema.counts import trainable
-from ...cache_schema.massive import is_massive, row_norms
+from ...cache_schema.massive_rows import is_massive, row_norms
 from ...cache_schema.sites import Place, place_of, site_of
 from .block import TORCH_DTYPES, Attention, Block, StoredRows, as_stored, joined, owned, send_attention
 from .device import take_device

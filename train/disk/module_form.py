@@ -18,7 +18,7 @@ from torch import Tensor
 from ..data.scaling import Stats
 from ..errors import SaeInvalid
 from ..sae.model import SparseAutoencoder
-from ..sae.side import NO_SIDE, Side
+from ..sae.side_inputs import NO_SIDE, Side
 
 MODULE, SCALE, TARGET_SCALE = "module.", "scale", "target_scale"
 

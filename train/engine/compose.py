@@ -19,10 +19,10 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..parallel.latents import ALL_LATENTS, Latents
 from ..parallel.ranks import BatchRanks
-from ..sae.extra import Extra
+from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
-from ..sae.side import Side
-from ..sae.view import Split, View, residual_of
+from ..sae.side_inputs import Side
+from ..sae.step_view import Split, View, residual_of
 from .optim import Optim
 from .schedules import Constant, Product, Schedule, cut_short
 

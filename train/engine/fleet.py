@@ -18,7 +18,7 @@ from torch import Tensor
 from ...cache_schema import Span
 from ...cache_schema.sites import Place
 from ..data.batch import Kind
-from ..data.draw import Draw
+from ..data.drawn_rows import Draw
 from ..data.scaling import Stats, bounds_of, joined_stats
 from ..errors import ActivationsNotFinite, MemoryTooSmall, NonFiniteLoss, StoppedElsewhere, TrainError
 from ..parallel.ranks import Ranks

@@ -30,15 +30,15 @@ from ..errors import NonFiniteLoss, StateInvalid
 from ..parallel.latents import AllLatents, Latents, SomeLatents
 from ..parallel.ranks import Alone, Ranks, share_batch
 from ..parallel.reduction import Reduction
-from ..sae.extra import Part, extras_of, retired_of
+from ..sae.extra_modules import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
-from ..sae.view import View
+from ..sae.step_view import View
 from .compose import Assembly
 from .dead_latents import LatentCounters
+from .fitted_start import fit_start
 from .optim import Adam
 from .split import cut, require_splittable, split_parameters, split_state
-from .start import fit_start
 
 LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait
 WIDEST_ROW = 16384  # that is updated row by row: a row is held in the registers of one program

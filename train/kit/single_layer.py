@@ -17,7 +17,7 @@ from ..engine.optim import Optim
 from ..engine.schedules import Constant, Ramp, Schedule
 from ..sae.gates import Gate
 from ..sae.model import EncoderProduct, SparseAutoencoder, tied_weights
-from ..sae.view import View
+from ..sae.step_view import View
 from ..terms.auxk import AuxK
 from ..terms.constraints import UnitDecoder
 from ..terms.reconstruction import reconstruction

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...cache_schema.strict import nearest
-from ..ask.recipe import Recipe
+from ..config.recipe import Recipe
 from ..errors import UnknownRecipe
 from ..file_registry import file_names, import_file, require_known
 

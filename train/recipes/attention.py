@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..ask.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
+from ..config.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 
 def _with_controls(variant: str, settings: Mapping[str, Any]) -> tuple[Sae, ...]:

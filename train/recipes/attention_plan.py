@@ -6,7 +6,7 @@ other windows, on the same windows, seed and budget.
 
 from __future__ import annotations
 
-from ..ask.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
+from ..config.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 _BASE = Sae("base", "hierarchical", {"alpha": 0.0})
 _SHUFFLED = Sae("shuffled", "hierarchical", {"shuffle_attention": True})

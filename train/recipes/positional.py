@@ -6,7 +6,7 @@ hard mask in other words: it is there as `sub_dictionaries`, beside encoders tha
 
 from __future__ import annotations
 
-from ..ask.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
+from ..config.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 WHOLE = {"masked_share": 1.0}
 SOFT = WHOLE | {"mask": "soft"}

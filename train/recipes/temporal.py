@@ -6,7 +6,7 @@ harvested once, and a shorter context would be other activations, from a store o
 
 from __future__ import annotations
 
-from ..ask.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
+from ..config.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 OFF = {"temporal_weights": (0.0, 0.0, 0.0)}
 SEEDED = (0.01, 0.005, 0.001)

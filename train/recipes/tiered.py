@@ -6,7 +6,7 @@ below: dividing by small losses too would be what learned importance does in the
 
 from __future__ import annotations
 
-from ..ask.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
+from ..config.recipe import DECISIVE, PROBES, Recipe, Sae, as_recorded
 
 EQUAL = (1 / 3, 1 / 3, 1 / 3)
 FIRST = {"importance": "fixed", "tier_weights": EQUAL}

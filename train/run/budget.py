@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..ask.records import CourseConfig
-from ..data.plan import Plan
+from ..config.run_config import CourseConfig
+from ..data.read_order import Plan
 from ..errors import NothingToTrain, StoreTooShort
 
 DEFAULT_TOKENS = 8_000_000  # if no epochs are given, a smaller store is read several times

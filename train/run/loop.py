@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
-from ..disk.checkpoint import list_checkpoints
+from ..disk.checkpoint_files import list_checkpoints
 from ..errors import MemoryTooSmall, StoppedElsewhere
-from .checkpoints import catch_signals
+from .checkpoint_times import catch_signals
 from .outcome import Outcome, conclude
 from .run import Run
 

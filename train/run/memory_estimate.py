@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..ask.records import Member
+from ..config.run_config import Member
 from ..errors import MemoryTooSmall
 
 COPIES = 4  # weights, gradients, two moments, all in float32

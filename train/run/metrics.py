@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..data.draw import Draw
+from ..data.drawn_rows import Draw
 from ..data.feed import Feed
 from ..data.shuffle_quality import ShuffleQuality
-from ..disk.checkpoint import Standing
+from ..disk.checkpoint_files import Standing
 from ..engine.step import Report
 from .after_run import Onlookers
 from .folder import MetricsLog

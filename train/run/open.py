@@ -15,20 +15,20 @@ from ...cache_schema import Store
 from ...cache_schema.allocator import keep_large_blocks
 from ..data.device import take_device
 from ..data.feed import Feed
-from ..disk.checkpoint import Standing, list_checkpoints, load_checkpoint
+from ..disk.checkpoint_files import Standing, list_checkpoints, load_checkpoint
 from ..engine.fleet import Fleet, out_of_memory
 from ..errors import MemoryTooSmall, RunFinished
 from ..parallel.processes import Solo, all_or_none
 from .after_run import Onlookers
-from .checkpoints import Saver
+from .checkpoint_times import Saver
 from .folder import MetricsLog, RunFolder
+from .init_source import begin_fleet_as, require_unchanged
 from .metrics import Watch
 from .preflight import check
 from .progress import Progress
 from .run import Run
 from .settle import Settled, settle_again
 from .site import Site
-from .source import begin_fleet_as, require_unchanged
 from .spread import members_of
 from .trackers import Trackers
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...cache_schema.massive import Massive
+from ...cache_schema.massive_rows import Massive
 from ...cache_schema.sites import RESID, SAE_LENS_NAMES, Place, Site
 from ...cache_schema.strict import from_json, to_json
-from ..ask.records import Member
+from ..config.run_config import Member
 from ..data.batch import Needs
 from ..data.feed import held_out
 from ..data.scaling import bounds_of

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...cache_schema import Store
-from ..ask.records import RunConfig
+from ..config.run_config import RunConfig
 from ..data.feed import Feed
 from ..engine.fleet import Fleet
-from .checkpoints import Saver
+from .checkpoint_times import Saver
 from .folder import RunFolder
 from .metrics import Watch
 from .site import Site

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ...cache_schema import Manifest, Store
-from ...cache_schema.massive import default_multiple
+from ...cache_schema.massive_rows import default_multiple
 from ...cache_schema.sites import by_hook
 from ...cache_schema.strict import from_json, to_json
-from ..ask.baselines import with_baselines
-from ..ask.recipe import Recipe
-from ..ask.records import Ask, DataConfig, RunConfig, read_run_config
-from ..data.plan import Plan
+from ..config.baselines import with_baselines
+from ..config.recipe import Recipe
+from ..config.run_config import Ask, DataConfig, RunConfig, read_run_config
+from ..data.read_order import Plan
 from ..data.split_sizes import measure_split
 from ..errors import ConfigInvalid
 from ..kit.build import require
 from ..kit.contract import Variant
 from .budget import settle_budget
 from .folder import RunFolder, provenance
-from .source import Source, source_of, without_start
+from .init_source import Source, source_of, without_start
 
 FORMAT = 1  # of config.json
 POOL_BYTES = 2 * 2**30  # of residuals, for each layer

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..ask.records import Member, RunConfig
+from ..config.run_config import Member, RunConfig
 from ..errors import ConfigInvalid
 from .memory_estimate import weight_bytes
 from .site import Site

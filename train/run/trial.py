@@ -9,7 +9,7 @@ import torch
 
 from ...cache_schema import Store
 from ..data.feed import Feed
-from ..data.plan import Plan
+from ..data.read_order import Plan
 from .open import make_fleet
 from .settle import Settled
 from .site import Site

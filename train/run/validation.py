@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..data.draw import Draw
+from ..data.drawn_rows import Draw
 from ..engine.fleet import Fleet
 from ..engine.step import Trainee
 from ..parallel.ranks import Alone

@@ -19,7 +19,7 @@ from .kernels.linear import Product, linear, matrix_units, product_on
 from .kernels.support import Support, group_offsets
 from .kernels.tables import low_copy
 from .model import EncoderProduct, SparseAutoencoder
-from .side import NO_SIDE, Side
+from .side_inputs import NO_SIDE, Side
 
 
 def deal(width: int, layers: int) -> list[int]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.codes import Codes
-from .kernels.select import marked, positive, support_of_batch, support_topk, topk_batch
+from .kernels.learned_threshold import heaviside_ste, jump_ste
+from .kernels.select_latents import marked, positive, support_of_batch, support_topk, topk_batch
 from .kernels.support import Support, support_from_flat
-from .kernels.threshold import heaviside_ste, jump_ste
-from .side import Side
+from .side_inputs import Side
 from .split_select import split_batch, split_topk
 
 FLOOR = 1e-4

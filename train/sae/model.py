@@ -29,7 +29,7 @@ from .kernels.functions import affine
 from .kernels.linear import Product, linear, matrix_units, product_on
 from .kernels.support import Support
 from .kernels.tables import low_copy
-from .side import NO_SIDE, Side
+from .side_inputs import NO_SIDE, Side
 
 EncoderProduct = Product
 Choose = Callable[[Tensor, Side], Support | None]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..parallel.latents import Latents
 from .kernels.hardware import runs_triton
-from .kernels.select import topk_batch, topk_rows
+from .kernels.select_latents import topk_batch, topk_rows
 from .kernels.support import Support, support_from_flat
 
 
@@ -58,9 +58,9 @@ def lowest_of_topk(pre: Tensor, k: int, latents: Latents) -> Tensor:
 def first_of_equals(pre: Tensor, k: int) -> Tensor:
     """int64 [B, k], latents of the k largest of each row in rising order; of equal entries the lowest latents."""
     if runs_triton(pre):
-        from .kernels.triton import select
+        from .kernels.triton import select_latents
 
-        return select.top_latents(pre, k).long()
+        return select_latents.top_latents(pre, k).long()
     values, latents = topk_rows(pre, k)
     if k < pre.shape[1]:  # which of equal ones a row took is not said: rows where that matters choose anew
         undecided = (pre >= values.amin(1, keepdim=True)).sum(1) > k if k else torch.zeros(len(pre), dtype=torch.bool)

@@ -20,7 +20,7 @@ from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.sums import index_sum
 from ..sae.kernels.windows import window_gram
-from ..sae.view import View, once
+from ..sae.step_view import View, once
 
 Objective = Literal["divergence", "cross_entropy"]
 FAR_BELOW = -1e9  # a logit that no softmax sees, and that is no infinity times zero

@@ -21,9 +21,9 @@ from ..sae.kernels.codes import Codes, codes_from_dense
 from ..sae.kernels.functions import affine, squared_error
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.linear import Product, linear, product_on
-from ..sae.kernels.select import support_topk
+from ..sae.kernels.select_latents import support_topk
 from ..sae.split_select import lowest_of_topk, split_topk
-from ..sae.view import View, split
+from ..sae.step_view import View, split
 
 
 @split("alike")

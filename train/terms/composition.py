@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.compose import TableUse
-from ..sae.extra import Extra
+from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
-from ..sae.view import View, once
+from ..sae.step_view import View, once
 from .tiers import Tiers, tiers_of
 
 COMPOSITION = "composition"

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..engine.compose import TableUse
-from ..sae.extra import Extra, retired_of
+from ..sae.extra_modules import Extra, retired_of
 from ..sae.kernels.hardware import StepCount
 from ..sae.model import SparseAutoencoder
-from ..sae.side import Side
-from ..sae.view import View
+from ..sae.side_inputs import Side
+from ..sae.step_view import View
 
 DECAY = 0.99  # of the running moments
 SILENT = -1.0  # encoder bias of a retired latent, whose encoder row is zero

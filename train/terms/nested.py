@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..sae.kernels.hardware import numbers
 from ..sae.kernels.nested import nested_errors
-from ..sae.view import View, once
+from ..sae.step_view import View, once
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..sae.extra import Extra
+from ..sae.extra_modules import Extra
 from ..sae.shapes.masks import HardMask, Mask, SoftMask
 from ..sae.shapes.range_encoders import Adapters
 from ..sae.shapes.ranges import FREE, range_of
 from ..sae.shapes.shaped import ShapedAutoencoder
-from ..sae.view import View
+from ..sae.step_view import View
 
 DECAY = 0.99  # of the running mass
 

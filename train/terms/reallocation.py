@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..sae.kernels.functions import affine
 from ..sae.kernels.nested import Tiering, tier_errors
-from ..sae.view import View
+from ..sae.step_view import View
 from .tiers import switched_on, tiers_of
 
 Group = list[tuple[int, int]]  # latents that move together, each with its new tier

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..sae.kernels.functions import squared_error
 from ..sae.model import rebuild
-from ..sae.view import View, split
+from ..sae.step_view import View, split
 from .sparsity import gate_path
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..data.device import send
-from ..sae.extra import Extra
+from ..sae.extra_modules import Extra
 from ..sae.kernels.hardware import StepCount
-from ..sae.view import View
+from ..sae.step_view import View
 
 RESAMPLING = "resampling"  # the extra, and the knob that says whether it is over: 1 from there on
 SHARE = 0.2

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..sae.gates import AnnealedRelu, JumpRelu
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.linear import linear
-from ..sae.view import View, once, split
+from ..sae.step_view import View, once, split
 
 
 @split("parts")

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..sae.extra import Extra
+from ..sae.extra_modules import Extra
 from ..sae.kernels.hardware import StepCount
-from ..sae.view import View
+from ..sae.step_view import View
 from .reallocation import reallocated
 from .tiers import tier_losses, tiers_of
 

@@ -24,8 +24,8 @@ from ..sae.kernels.functions import affine
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.support import Support, starts
 from ..sae.kernels.windows import other_window
-from ..sae.side import Side
-from ..sae.view import View, once
+from ..sae.side_inputs import Side
+from ..sae.step_view import View, once
 from .dynamics import Dynamics, rows_before
 
 Adaptive = Literal["none", "gradient", "variance"]

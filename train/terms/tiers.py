@@ -19,10 +19,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..sae.extra import Extra
+from ..sae.extra_modules import Extra
 from ..sae.kernels.hardware import numbers
 from ..sae.kernels.nested import Tiering, tier_errors
-from ..sae.view import View, once
+from ..sae.step_view import View, once
 
 Importance = Literal["learned", "uncertainty", "fixed"]
 TIERS = "tiers"

@@ -20,7 +20,7 @@ from ..data.scaling import Stats
 from ..engine.compose import Assembly, TableUse
 from ..kit.build import hold_still, require
 from ..kit.wrapping import Wrapping, base_request, build_base
-from ..sae.extra import Extra
+from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
 
 Part = Literal["decoder", "soft_decoder", "encoder"]

@@ -18,7 +18,7 @@ from ..kit.build import require, require_sparsity
 from ..kit.single_layer import settings
 from ..sae.kernels.hardware import numbers
 from ..sae.kernels.nested import group_errors
-from ..sae.view import View, once
+from ..sae.step_view import View, once
 from . import topk
 
 

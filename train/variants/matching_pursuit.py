@@ -18,10 +18,10 @@ from ..sae.gates import TopK
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.functions import affine, decode_at
 from ..sae.kernels.linear import linear
-from ..sae.kernels.select import topk_rows
+from ..sae.kernels.select_latents import topk_rows
 from ..sae.kernels.support import support_from_topk
 from ..sae.model import SparseAutoencoder
-from ..sae.side import NO_SIDE, Side
+from ..sae.side_inputs import NO_SIDE, Side
 
 
 class Pursuit(SparseAutoencoder):

@@ -17,7 +17,7 @@ from ..engine.compose import Assembly, Term
 from ..engine.schedules import Every
 from ..kit.build import require, require_least
 from ..kit.single_layer import settings
-from ..sae.view import View
+from ..sae.step_view import View
 from . import batchtopk
 
 

@@ -18,10 +18,10 @@ from ..data.scaling import Stats
 from ..engine.compose import Assembly
 from ..kit.build import hold_still, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, build_plain, settings
-from ..sae.extra import Extra
+from ..sae.extra_modules import Extra
 from ..sae.gates import TopK
 from ..sae.model import SparseAutoencoder
-from ..sae.view import View
+from ..sae.step_view import View
 
 
 @dataclass(frozen=True)

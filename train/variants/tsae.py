@@ -19,7 +19,7 @@ from ..engine.compose import Assembly, Term
 from ..engine.schedules import Constant
 from ..kit.build import require, require_least
 from ..kit.single_layer import settings
-from ..sae.view import View
+from ..sae.step_view import View
 from ..terms.temporal import part_of, past_rows
 from . import matryoshka
 

@@ -18,7 +18,7 @@ import torch
 from ...context.compatible import attention_of, model_name_of, split_fitting
 from ...context.prompt_positions import Reader
 from ...errors import NotApplicable
-from ...model.lm import LanguageModel
+from ...model.prefix_suffix import LanguageModel
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .letters import LetterResult, Sparse, mean_metrics, measure_letters
 from .probe import Training

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ...context.prompt_positions import Spot
-from ...model.lm import LanguageModel
+from ...model.prefix_suffix import LanguageModel
 
 LETTERS = string.ascii_lowercase
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space

@@ -27,10 +27,10 @@ from .attended import LEVELS
 from .config import Config
 from .exports import Exported, require_known, write_exports
 from .folder import NAME, Folder, making, read_data, unpacked, write_page
+from .for_report import report_of
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
 from .numbers import write_numbers
 from .reading import ATTENTION_TOKENS, TEXT_TOKENS, files_of, read
-from .report import report_of
 from .seen import lower_edges
 from .words import Vocabulary
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ....train.sae.kernels.codes import Codes
-from ...context.ordinary import ordinary_rows
+from ...context.ordinary_rows import ordinary_rows
 from ...context.split_windows import read_windows
 from ...model.windows import Windows
 from ..contract import Context, LoadedSae

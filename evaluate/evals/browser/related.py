@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....train.sae.kernels.linear import linear
-from ....train.sae.kernels.select import topk_rows
+from ....train.sae.kernels.select_latents import topk_rows
 from .kept import largest
 from .seen import Table
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from ...context.loaded_sae import LoadedSae
 from .blocks import Rows
 from .bootstrap import Statistic, intervals
-from .losses import LossSums
 from .quality import explained_variance_of, summarise_density
 from .sparsity import Sparsity
+from .spliced_losses import LossSums
 from .weights import weight_metrics
 
 DECIMALS = 10

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
-from ...context.ordinary import ordinary_rows
+from ...context.ordinary_rows import ordinary_rows
 from ...model.memory import PieceSize, in_pieces
 from ...model.windows import Windows
 from .blocks import Block, read_block

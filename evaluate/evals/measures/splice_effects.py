@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...context.context import Context
 from ...model.divergence import LogitsOf, chunk_rows, compare, next_tokens
-from ...model.lm import LanguageModel
 from ...model.memory import PieceSize
+from ...model.prefix_suffix import LanguageModel
 from ...model.windows import Sums, Windows
 
 CLEAN, MEAN = "clean", "mean"

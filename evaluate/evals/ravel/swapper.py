@@ -22,7 +22,7 @@ from ...context.loaded_sae import LoadedSae, layers_of
 from ...context.prompt_positions import Reader, Reading, Spot
 from ...errors import NotApplicable
 from ...model.batches import make_rows
-from ...model.lm import LanguageModel
+from ...model.prefix_suffix import LanguageModel
 from .pairs import Pair
 from .prompts import Prompt
 

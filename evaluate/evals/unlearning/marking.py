@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...context.disk_cache import decided_by, model_print, remembered
-from ...model.lm import LanguageModel
+from ...model.prefix_suffix import LanguageModel
 from .exam import Choose, Exam, Sheet
 from .papers import ChoicePaper, Paper
 

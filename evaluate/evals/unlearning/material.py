@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataMissing
-from ...model.lm import LanguageModel
+from ...model.prefix_suffix import LanguageModel
 from .papers import Paper
 from .sweep import Sweep
 

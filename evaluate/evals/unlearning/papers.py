@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataMissing
-from ...model.lm import LanguageModel
+from ...model.prefix_suffix import LanguageModel
 from .exam import Exam, letter_sheets, letters_chosen, most_likely, next_token_sheets
 
 LETTERS = "ABCD"

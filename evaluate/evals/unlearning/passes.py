@@ -23,8 +23,8 @@ from torch import Tensor
 from ....cache_schema import AttentionSpec
 from ...context.loaded_sae import LoadedSae, layers_of
 from ...model.batches import run_windows
-from ...model.lm import LanguageModel
 from ...model.memory import PieceSize, in_pieces
+from ...model.prefix_suffix import LanguageModel
 from ...model.windows import Sums, Windows
 from .exam import Exam, Sheet
 from .marking import right_answers, valid_tokens

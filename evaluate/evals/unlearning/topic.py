@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ....harvest.pocket.text import stdlib_documents
 from ...errors import DataMissing
-from ...model.lm import LanguageModel
+from ...model.prefix_suffix import LanguageModel
 from .material import Material, eos_text, joined_rows, shuffled_rows
 from .papers import TextPaper
 from .sweep import Sweep

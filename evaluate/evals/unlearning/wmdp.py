@@ -16,7 +16,7 @@ import torch
 from ...context.context import Context, find_model
 from ...context.hub_data import load_rows
 from ...errors import DataMissing, NotApplicable
-from ...model.lm import LanguageModel, load_language_model
+from ...model.prefix_suffix import LanguageModel, load_language_model
 from .material import Material, eos_text, joined_rows, sampled_texts, shuffled_rows
 from .papers import ChoicePaper, Question
 from .sweep import Sweep

@@ -16,7 +16,7 @@ from saemill.evaluate.evals.probing.last_token import read_prompts
 from saemill.evaluate.evals.probing.pooling import pool_task
 from saemill.evaluate.evals.probing.texts import Task
 from saemill.evaluate.model.batches import store_batches
-from saemill.evaluate.model.lm import LanguageModel
+from saemill.evaluate.model.prefix_suffix import LanguageModel
 from saemill.harvest.model.tokenizer import TextEncoder
 from saemill.train.kit.registry import config_type
 

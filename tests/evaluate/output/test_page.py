@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.evaluate.output.figures.records import Record, read_records
-from saemill.evaluate.output.page import page, write_live_page, write_page
-from saemill.evaluate.output.page.markup import Html, element, text
-from saemill.evaluate.output.page.training import training_data
+from saemill.evaluate.output.report import page, write_live_page, write_page
+from saemill.evaluate.output.report.markup import Html, element, text
+from saemill.evaluate.output.report.training import training_data
 from saemill.train.run.folder import RunFolder
 
 HOSTILE = "</li><script>alert(1)</script><img src=http://x/y onerror=alert(2)>\"'&\u202e\x00"

@@ -14,8 +14,8 @@ from saemill.train.data.scaling import unit_stats
 from saemill.train.sae.gates import Gate, TopK
 from saemill.train.sae.kernels.windows import Places
 from saemill.train.sae.model import SparseAutoencoder
-from saemill.train.sae.side import Side
-from saemill.train.sae.view import View
+from saemill.train.sae.side_inputs import Side
+from saemill.train.sae.step_view import View
 
 WINDOWS, CONTEXT, HEADS, D, LATENTS = 3, 9, 2, 6, 14
 LAYERS = (17, 18, 20)

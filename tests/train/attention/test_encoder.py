@@ -20,7 +20,7 @@ from saemill.train.sae.attention.mixing import Mixing
 from saemill.train.sae.attention.reading import Attention
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
-from saemill.train.sae.side import Side
+from saemill.train.sae.side_inputs import Side
 
 
 def moved(assembly: Assembly, rng: torch.Generator) -> Assembly:

@@ -21,7 +21,7 @@ from saemill.train.kit.registry import names
 from saemill.train.parallel.ranks import Alone
 from saemill.train.run.find_sae import rebuild
 from saemill.train.sae.model import SparseAutoencoder
-from saemill.train.sae.side import NO_SIDE, Side
+from saemill.train.sae.side_inputs import NO_SIDE, Side
 
 D, WIDTH = 24, 64
 IN_THE_FORMAT = ["topk", "batchtopk", "jumprelu", "matryoshka", "standard", "gated", "p_anneal", "abstopk", "tsae"]

@@ -12,10 +12,10 @@ from saemill.train.engine.compose import Term
 from saemill.train.engine.schedules import Constant, Ramp
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SideInputMissing
-from saemill.train.sae.extra import Extra
+from saemill.train.sae.extra_modules import Extra
 from saemill.train.sae.kernels.codes import Codes
 from saemill.train.sae.model import SparseAutoencoder
-from saemill.train.sae.side import NO_SIDE, Side
+from saemill.train.sae.side_inputs import NO_SIDE, Side
 from saemill.train.terms.constraints import UnitDecoder
 from saemill.train.variants.topk import Config
 

@@ -12,8 +12,8 @@ from saemill.train.engine.optim import Optim
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.kit.registry import config_type
-from saemill.train.sae.side import Side
-from saemill.train.sae.view import View
+from saemill.train.sae.side_inputs import Side
+from saemill.train.sae.step_view import View
 
 D, F, B = 8, 20, 8
 LOOK_EVERY = 4  # in these tests: interpreted steps take a second

@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saemill.train.data.batch import AttentionRows, Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import names
-from saemill.train.sae.extra import retired_of
+from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.kernels import hardware
 
 pytest.importorskip("triton")
 
-from saemill.train.sae.kernels.triton import select
+from saemill.train.sae.kernels.triton import select_latents
 
 from .conftest import top_latents, top_of_batch
 
@@ -153,7 +153,7 @@ def test_no_selection_reads_on_the_host():
     """Those of the kernels, which agree with what stands in for them above."""
     pre = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
     with NoWaits():
-        found = (select.top_latents(pre, 2), *select.top_of_batch(pre, 7))
+        found = (select_latents.top_latents(pre, 2), *select_latents.top_of_batch(pre, 7))
     for ours, expected in zip(found, (top_latents(pre, 2), *top_of_batch(pre, 7)), strict=True):
         assert torch.equal(ours, expected)
 

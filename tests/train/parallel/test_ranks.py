@@ -11,7 +11,7 @@ from saemill.train.kit.registry import config_type, names
 from saemill.train.parallel import reduction
 from saemill.train.parallel.ranks import share_batch
 from saemill.train.sae.gates import BatchTopK
-from saemill.train.sae.side import NO_SIDE, Side
+from saemill.train.sae.side_inputs import NO_SIDE, Side
 
 CPU = torch.device("cpu")
 TOKENWISE = [name for name in names() if not config_type(name)().request().windows]

@@ -13,8 +13,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from saemill.train.ask.settings import parse_settings
 from saemill.train.cli import main
+from saemill.train.config.settings import parse_settings
 
 QUICK = ["--layer", "3", "--device", "cpu", "--set", "data.batch_tokens=64", "--set", "data.pool_tokens=600"]
 TIMING = ("tokens_per_second", "waiting_share")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from saemill.train.ask.records import CourseConfig
-from saemill.train.data.plan import Plan
+from saemill.train.config.run_config import CourseConfig
+from saemill.train.data.read_order import Plan
 from saemill.train.data.split_sizes import SplitSizes
 from saemill.train.errors import ConfigInvalid, NothingToTrain, StoreTooShort
 from saemill.train.run.budget import settle_budget

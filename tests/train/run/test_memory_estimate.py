@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from saemill.train.ask.records import Ask
-from saemill.train.ask.settings import parse_settings
+from saemill.train.config.run_config import Ask
+from saemill.train.config.settings import parse_settings
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import MemoryTooSmall

@@ -5,13 +5,13 @@ import json
 import pytest
 
 from saemill.train import recipes
-from saemill.train.ask.recipe import Recipe, Sae
-from saemill.train.ask.records import Ask, DataConfig
-from saemill.train.ask.settings import parse_grid, parse_settings
+from saemill.train.config.recipe import Recipe, Sae
+from saemill.train.config.run_config import Ask, DataConfig
+from saemill.train.config.settings import parse_grid, parse_settings
 from saemill.train.errors import UnknownRecipe
 
 PROBE = """
-from saemill.train.ask.recipe import Recipe, Sae
+from saemill.train.config.recipe import Recipe, Sae
 
 RUNS = (
     Recipe("run_0", "one", (Sae("plain", "standard"),), {"layer": 3, "course.epochs": 1}),

@@ -26,11 +26,11 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from rich.console import Console
 
 from saemill.cache_schema import Store
-from saemill.train.ask.records import Ask
-from saemill.train.disk.checkpoint import list_checkpoints
+from saemill.train.config.run_config import Ask
+from saemill.train.disk.checkpoint_files import list_checkpoints
 from saemill.train.errors import ConfigInvalid, RunFinished, RunMissing, RunNotWritten
 from saemill.train.parallel.processes import Solo
-from saemill.train.run import checkpoints as checkpoints_module
+from saemill.train.run import checkpoint_times as checkpoints_module
 from saemill.train.run.folder import RunFolder, cache_of
 from saemill.train.run.loop import train
 from saemill.train.run.metrics import Watch

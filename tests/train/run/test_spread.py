@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from saemill.train.ask.records import Member
+from saemill.train.config.run_config import Member
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit.registry import config_type
 from saemill.train.parallel.processes import require_own_devices

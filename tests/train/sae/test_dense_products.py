@@ -9,7 +9,7 @@ from torch import Tensor
 from saemill.train.kit.registry import config_type
 from saemill.train.sae.kernels import linear as products
 from saemill.train.sae.kernels.linear import multiply, product_on
-from saemill.train.sae.side import NO_SIDE
+from saemill.train.sae.side_inputs import NO_SIDE
 
 DENSE = ["standard", "jumprelu", "gated", "p_anneal"]
 D, F, B = 48, 160, 96

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saemill.train.sae.gates import AnnealedRelu, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
 from saemill.train.sae.model import SparseAutoencoder
-from saemill.train.sae.side import NO_SIDE, Side
+from saemill.train.sae.side_inputs import NO_SIDE, Side
 
 
 def opened(gate: Gate, pre: Tensor, side: Side = NO_SIDE) -> Tensor:

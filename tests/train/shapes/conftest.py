@@ -17,8 +17,8 @@ from saemill.train.engine.compose import Assembly
 from saemill.train.engine.step import Trainee
 from saemill.train.sae.gates import Gate, TopK
 from saemill.train.sae.model import SparseAutoencoder
-from saemill.train.sae.side import Side
-from saemill.train.sae.view import View
+from saemill.train.sae.side_inputs import Side
+from saemill.train.sae.step_view import View
 
 WINDOWS, CONTEXT, D, LATENTS = 3, 12, 6, 20
 SECOND_DOCUMENT = (12, 7, 4)  # where it begins in each window; 12: nowhere

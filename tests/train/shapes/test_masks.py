@@ -14,7 +14,7 @@ from saemill.train.sae.shapes.position_gate import PositionGate
 from saemill.train.sae.shapes.range_encoders import Adapters, FeatureAdapters, RangeEncoders
 from saemill.train.sae.shapes.ranges import FREE, range_of, spread_over_ranges
 from saemill.train.sae.shapes.shaped import ShapedAutoencoder
-from saemill.train.sae.side import Side
+from saemill.train.sae.side_inputs import Side
 from saemill.train.terms.position import mass_by_range, retention
 from saemill.train.terms.reconstruction import reconstruction
 from saemill.train.terms.sparsity import l1

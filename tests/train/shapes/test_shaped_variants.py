@@ -15,7 +15,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit.registry import config_type
 from saemill.train.sae.shapes.shaped import ShapedAutoencoder
-from saemill.train.sae.side import Side
+from saemill.train.sae.side_inputs import Side
 
 BASES = ("standard", "topk", "batchtopk", "jumprelu", "gated", "p_anneal")
 OFF = {

@@ -9,8 +9,8 @@ from torch import Tensor
 from saemill.train.data.scaling import unit_stats
 from saemill.train.sae.gates import AnnealedRelu, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
 from saemill.train.sae.model import SparseAutoencoder
-from saemill.train.sae.side import Side
-from saemill.train.sae.view import View
+from saemill.train.sae.side_inputs import Side
+from saemill.train.sae.step_view import View
 from saemill.train.terms.auxk import AuxK
 from saemill.train.terms.nested import NestedReconstruction
 from saemill.train.terms.reconstruction import reconstruction, reconstruction_by_gate

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from saemill.train.ask.records import Ask
+from saemill.train.config.run_config import Ask
 from saemill.train.data.batch import Batch
-from saemill.train.engine.start import fit_start
+from saemill.train.engine.fitted_start import fit_start
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import names
 from saemill.train.parallel.ranks import Alone

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.hardware import reads_at_once
 from ..kernels.sums import index_sum
-from ..side import Side
+from ..side_inputs import Side
 from .links import Links
 
 LinkKind = Literal["attention", "nearest", "same_token"]

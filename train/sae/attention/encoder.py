@@ -15,7 +15,7 @@ from ..kernels.codes import Codes
 from ..kernels.functions import affine
 from ..kernels.linear import linear
 from ..model import SparseAutoencoder
-from ..side import NO_SIDE, Side
+from ..side_inputs import NO_SIDE, Side
 from .mixing import Mixing, link_weights, weights_by_row
 from .reading import Attention, mixing_weights
 

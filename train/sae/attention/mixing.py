@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..extra import Extra
+from ..extra_modules import Extra
 from .links import Links
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..kernels.windows import Places
 from ..model import SparseAutoencoder
-from ..side import Side
-from ..view import View, once
+from ..side_inputs import Side
+from ..step_view import View, once
 from .controls import READ_BESIDE, LinkKind, nearest_links, same_token_links
 from .links import Links, links_of
 from .mixing import Mixing, weights_by_row

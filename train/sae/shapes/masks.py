@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.codes import Codes
-from ..side import Side
+from ..side_inputs import Side
 from .ranges import FREE, range_of
 from .shaped import Shape
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..side import Side
+from ..side_inputs import Side
 from .shaped import Shape
 
 EPSILON = 1e-5

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.codes import Codes
 from ..kernels.functions import affine
-from ..side import Side
+from ..side_inputs import Side
 from .shaped import Shape
 
 

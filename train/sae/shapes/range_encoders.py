@@ -14,7 +14,7 @@ from torch.nn import functional
 from ..kernels.hardware import reads_at_once
 from ..kernels.linear import linear
 from ..model import SparseAutoencoder
-from ..side import Side
+from ..side_inputs import Side
 from .ranges import range_of
 from .shaped import Shape
 

@@ -21,13 +21,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..extra import Part
+from ..extra_modules import Part
 from ..gates import Gated
 from ..kernels.codes import Codes, codes_from_dense
 from ..kernels.linear import linear
 from ..kernels.support import Support
 from ..model import Choose, SparseAutoencoder
-from ..side import NO_SIDE, Side
+from ..side_inputs import NO_SIDE, Side
 
 
 class Shape(Part):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..kernels.codes import Codes
 from ..kernels.hardware import numbers
-from ..side import Side
+from ..side_inputs import Side
 from .shaped import Shape
 
 

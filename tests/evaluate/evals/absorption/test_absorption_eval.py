@@ -26,7 +26,7 @@ from saemill.evaluate.evals.absorption.vocabulary import (
     shape_of,
     word_position,
 )
-from saemill.evaluate.model.lm import LanguageModel, make_language_model
+from saemill.evaluate.model.prefix_suffix import LanguageModel, make_language_model
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.progress import Watch
 from saemill.train.sae.gates import Relu

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
-from saemill.evaluate.context.ordinary import ordinary_rows
+from saemill.evaluate.context.ordinary_rows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, NotApplicable, SettingInvalid
 from saemill.evaluate.evals.browser import evaluation, folder, latents
 from saemill.evaluate.evals.browser.attended import LEVELS, attended
@@ -33,7 +33,7 @@ from saemill.evaluate.evals.browser.seen import BINS, bin_of, lower_edges
 from saemill.evaluate.evals.browser.words import Vocabulary, text_of
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.head import head_of, load_head
-from saemill.evaluate.model.lm import load_language_model
+from saemill.evaluate.model.prefix_suffix import load_language_model
 from saemill.evaluate.output.figures.records import Record
 from saemill.evaluate.run.find_saes import find_subjects
 from saemill.harvest.model.tokenizer import load_encoder

@@ -15,9 +15,9 @@ from saemill.evaluate.evals.core import baselines
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.core.baselines import Baselines, elsewhere, files_of
 from saemill.evaluate.evals.core.blocks import Block
-from saemill.evaluate.evals.core.losses import mean_residual
+from saemill.evaluate.evals.core.spliced_losses import mean_residual
 from saemill.evaluate.model.batches import store_batches
-from saemill.evaluate.model.lm import LanguageModel
+from saemill.evaluate.model.prefix_suffix import LanguageModel
 
 SMALL = core.Config(batch_size_prompts=4, n_eval_reconstruction_batches=2, resamples=10)
 

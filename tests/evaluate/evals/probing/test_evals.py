@@ -18,7 +18,7 @@ from saemill.evaluate.evals import scr, sparse_probing, sparse_probing_sae_probe
 from saemill.evaluate.evals.probing import hub, installed
 from saemill.evaluate.evals.probing.last_token import read_prompts, token_rows
 from saemill.evaluate.evals.probing.sources import HUB
-from saemill.evaluate.model.lm import LanguageModel
+from saemill.evaluate.model.prefix_suffix import LanguageModel
 from saemill.evaluate.run.attempts import run_evals
 from saemill.harvest.model.tokenizer import TextEncoder
 

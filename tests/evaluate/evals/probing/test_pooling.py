@@ -22,7 +22,7 @@ from saemill.evaluate.evals.probing.rounds import divide
 from saemill.evaluate.model.windows import Windows
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
-from saemill.train.sae.side import NO_SIDE
+from saemill.train.sae.side_inputs import NO_SIDE
 
 LAYER = 3
 

@@ -16,7 +16,7 @@ from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.evals.unlearning import topic, wmdp
 from saemill.evaluate.evals.unlearning.sweep import Sweep
 from saemill.evaluate.evals.unlearning.topic import EXAM_ROWS, load_topic, make_material
-from saemill.evaluate.model.lm import LanguageModel, make_language_model
+from saemill.evaluate.model.prefix_suffix import LanguageModel, make_language_model
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.progress import Watch
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saemill.train.sae.kernels import hardware
 from saemill.train.sae.kernels.support import Support, support_from_topk
-from saemill.train.sae.kernels.triton import bags, rows, select
+from saemill.train.sae.kernels.triton import bags, rows, select_latents
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,14 +42,16 @@ SHAPES = [
 @pytest.mark.parametrize(("num_rows", "width", "k"), SHAPES)
 def test_rows_keep_their_k_largest(rng, dtype, num_rows, width, k):
     pre = normal(num_rows, width, rng=rng, dtype=dtype)
-    assert torch.equal(select.top_latents(pre, k), first_of_equals(pre, k))
+    assert torch.equal(select_latents.top_latents(pre, k), first_of_equals(pre, k))
 
 
 def test_rows_may_lie_anywhere_in_memory(rng):
     """A kernel that took one row to begin where the one before ends would choose other latents."""
     pre = normal(100, 3, rng=rng).t()
-    assert torch.equal(select.top_latents(pre, 5), first_of_equals(pre, 5))
-    for found, expected in zip(select.top_of_batch(pre, 9), select.top_of_batch(pre.contiguous(), 9), strict=True):
+    assert torch.equal(select_latents.top_latents(pre, 5), first_of_equals(pre, 5))
+    for found, expected in zip(
+        select_latents.top_of_batch(pre, 9), select_latents.top_of_batch(pre.contiguous(), 9), strict=True
+    ):
         assert torch.equal(found, expected)
 
 
@@ -58,7 +60,7 @@ def test_of_equal_entries_the_first_are_kept(rng, value):
     pre = normal(2, 9000, rng=rng)
     pre[0] = value
     pre[1, 10:8990] = pre[1].max()
-    assert torch.equal(select.top_latents(pre, 40), first_of_equals(pre, 40))
+    assert torch.equal(select_latents.top_latents(pre, 40), first_of_equals(pre, 40))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,7 +69,7 @@ def test_a_batch_keeps_its_largest(rng, dtype, num_rows, width, count):
     pre = normal(num_rows, width, rng=rng, dtype=dtype)
     pre[1, : width // 2] = pre.max()  # a crowded row, full of equals
     pre[0, :] = -1.0  # an empty one, for small counts
-    offsets, latents = select.top_of_batch(pre, count)
+    offsets, latents = select_latents.top_of_batch(pre, count)
     expected = torch.sort(pre.double().view(-1), descending=True, stable=True).indices[:count].sort().values
     found = torch.repeat_interleave(torch.arange(num_rows, device=DEVICE), offsets.diff().long()) * width + latents
     assert offsets.dtype == latents.dtype == torch.int32

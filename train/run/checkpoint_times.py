@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ..ask.records import CourseConfig
-from ..disk.checkpoint import Standing, Writer
+from ..config.run_config import CourseConfig
+from ..disk.checkpoint_files import Standing, Writer
 from ..engine.fleet import Fleet
 from ..errors import RunInterrupted
 from .metrics import Watch

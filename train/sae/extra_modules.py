@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from .model import SparseAutoencoder
-from .view import View
+from .step_view import View
 
 
 class Part(nn.Module):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cache_schema import Manifest
-from ..ask.records import Member
+from ..config.run_config import Member
 from ..disk.plain_form import begin_as
 from ..engine.fleet import Fleet
 from ..errors import ConfigInvalid, SaeInvalid

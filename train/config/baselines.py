@@ -13,7 +13,7 @@ from typing import Any, get_args
 from ...cache_schema.sites import RESID
 from ..errors import ConfigInvalid
 from ..kit import registry
-from .records import Limits, Member
+from .run_config import Limits, Member
 
 FROZEN, PCA = "frozen", "pca"  # the variants that are baselines
 

@@ -13,7 +13,7 @@ from saemill.cache_schema import AttentionSpec, Store
 from saemill.evaluate.context.context import Context, find_model
 from saemill.evaluate.errors import MemoryTooSmall, ModelMissing
 from saemill.evaluate.model.batches import joined, make_rows, run_windows, store_batches
-from saemill.evaluate.model.lm import load_language_model
+from saemill.evaluate.model.prefix_suffix import load_language_model
 from saemill.harvest.model.resolve import POCKET_FOLDER
 
 

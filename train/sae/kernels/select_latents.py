@@ -40,9 +40,9 @@ def support_of_batch(pre: Tensor, count: int) -> Support:
     it is found; a gate makes nothing of them.
     """
     if runs_triton(pre):
-        from .triton import select
+        from .triton import select_latents
 
-        offsets, latents = select.top_of_batch(pre, count)
+        offsets, latents = select_latents.top_of_batch(pre, count)
         return Support(offsets, latents, pre.shape[1])
     return support_from_flat(topk_batch(pre, count), *pre.shape)
 
@@ -77,9 +77,9 @@ def marked(mask: Tensor, max_share: float) -> Support | None:
 def support_topk(pre: Tensor, k: int) -> Support:
     """Support of the k largest entries of each row."""
     if runs_triton(pre):
-        from .triton import select
+        from .triton import select_latents
 
-        return support_from_topk(select.top_latents(pre, k), pre.shape[1])
+        return support_from_topk(select_latents.top_latents(pre, k), pre.shape[1])
     return support_from_topk(topk_rows(pre, k)[1], pre.shape[1])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
-from ...context.ordinary import mean_of_rows, ordinary_rows
+from ...context.ordinary_rows import mean_of_rows, ordinary_rows
 from ...errors import NotApplicable
 from ...model.divergence import Losses
 from ...model.memory import PieceSize, in_pieces

@@ -25,7 +25,7 @@ from ..parallel.latents import ALL_LATENTS, Latents
 from ..parallel.ranks import BatchRanks
 from ..sae.gates import JumpRelu
 from ..sae.model import SparseAutoencoder
-from ..sae.side import Side
+from ..sae.side_inputs import Side
 from .compose import Assembly
 
 LEAST_SHARE = 0.01  # of the target's squares that the best scale must explain

@@ -17,11 +17,11 @@ from ..cache_schema import AttentionSpec, Manifest
 from ..cache_schema.files import Files
 from ..cache_schema.layout import arrays_of
 from .corpus import source_of
-from .estimate import Cost, least_bytes, measure_cost, require_space
+from .cost import Cost, least_bytes, measure_cost, require_space
 from .model.load import Wanted, make_random, truncate
-from .plan import Plan, corpus_spec, expected_manifest, settings_of_new
 from .progress import Watch
 from .shards import Harvester
+from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
 
 TRIAL_VOCABULARY = 256  # of the layers that are timed: a whole embedding would take memory, and no time
 LONG_WORK = 1e13  # products that take a processor more than a minute or two: worth the seconds of a trial

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from ..cache_schema import Store
 from ..cache_schema.sites import RESID, say_place
-from .ask.records import Ask, Member
-from .ask.settings import parse_grid, parse_settings
+from .config.run_config import Ask, Member
+from .config.settings import parse_grid, parse_settings
 from .errors import ConfigInvalid
 from .kit.registry import names
 from .parallel.processes import Solo, join

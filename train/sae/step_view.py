@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data.scaling import Stats
 from .kernels.codes import Codes
 from .model import SparseAutoencoder
-from .side import Side
+from .side_inputs import Side
 
 P = ParamSpec("P")
 T = TypeVar("T")

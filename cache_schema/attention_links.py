@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .csr import AttentionCsr
-from .massive import spread
+from .massive_rows import spread
 from .moments import is_special
 from .reader import Store
 from .request import Request

@@ -24,8 +24,10 @@ from ..cache_schema.splits import PER_MILLE
 from .corpus import open_corpus, source_of
 from .corpus.source import part_of
 from .errors import SettingInvalid, TokensMissing
-from .place import Place
-from .plan import (
+from .process_place import Place
+from .progress import Watch
+from .spool import PackingJob, spool_corpus
+from .store_plan import (
     TEST,
     Plan,
     corpus_spec,
@@ -34,8 +36,6 @@ from .plan import (
     settings_of_begun,
     settings_of_new,
 )
-from .progress import Watch
-from .spool import PackingJob, spool_corpus
 
 POLL_SECONDS = 0.5
 WAIT_SECONDS = 12 * 3600

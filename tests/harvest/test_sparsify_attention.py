@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.cache_schema import AttentionCsr, AttentionSpec
-from saemill.harvest import sparsify as sparsify_module
+from saemill.harvest import sparsify_attention as sparsify_module
 from saemill.harvest.errors import ContextTooLong, NonFiniteAttention
-from saemill.harvest.sparsify import KeptRows, sparsify, to_csr
+from saemill.harvest.sparsify_attention import KeptRows, sparsify, to_csr
 
 
 def causal_probs(seed: int, windows: int, heads: int, context: int, sharpness: float = 3.0, dtype=torch.float32):
