@@ -45,7 +45,7 @@ def train_and_save(variant: str, folder: Path, rng: torch.Generator) -> tuple[Te
     trainee = make_trainee(variant, stats)
     for _ in range(20):
         x = torch.randn(512, D, generator=rng) + stats.mean
-        trainee.step(Batch(x, None if config_type(variant)().request().targets is None else x.roll(1, 0)))
+        trainee.step(Batch(x, None if config_type(variant)().request().targets is None else 0.5 * (x + stats.mean)))
     metadata = {"model_name": "none", "hook_name": "blocks.19.hook_resid_post", "context_size": 128, "layers": [19]}
     if config_type(variant)().request().targets is not None:
         metadata |= {"target_layers": [20], "hook_name_out": "blocks.20.hook_resid_post"}
@@ -59,7 +59,8 @@ def train_and_save(variant: str, folder: Path, rng: torch.Generator) -> tuple[Te
 def disagreement(variant: str, sae_lens: Worker) -> tuple[float, float] | None:
     """Largest relative difference of x_hat, and of activations; None if SAELens has no such architecture."""
     with tempfile.TemporaryDirectory() as name:
-        work, rng = Path(name), torch.Generator().manual_seed(0)
+        # A seed at which in no row the last latent chosen and the next stand within a rounding of each other.
+        work, rng = Path(name), torch.Generator().manual_seed(1)
         x, acts, x_hat = train_and_save(variant, work / "sae", rng)
         if json.loads((work / "sae" / CONFIG).read_text())["architecture"].startswith("saemill_"):
             return None
