@@ -1,7 +1,7 @@
 """A store's activations for anyone's trainer: an iterator of tensors, and a data set of torch that keeps its place.
 
-The order, the reading ahead and the batches are those of our own runs (`read_order.py`, `feed.py`): step s of seed 0 holds
-the tokens that step s of `sae-train` with `data.seed=0` trains on.
+The order, the reading ahead and the batches are those of our own runs (`read_order.py`, `feed.py`): step s of seed 0
+holds the tokens that step s of `sae-train` with `data.seed=0` trains on.
 """
 
 from __future__ import annotations

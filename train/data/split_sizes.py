@@ -1,7 +1,7 @@
 """What a split holds, in numbers, before anything trains.
 
-The counts of trainable tokens fix the read order (`read_order.py`); the shares say how often two tokens or windows of an
-ideal batch would share a document (`shuffle_quality.py`). Special tokens are in neither.
+The counts of trainable tokens fix the read order (`read_order.py`); the shares say how often two tokens or windows of
+an ideal batch would share a document (`shuffle_quality.py`). Special tokens are in neither.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Optim:
     clip_norm: float | None = None
     """Largest norm of all gradients together; None leaves them as they are."""
     start: Start = "fitted"
-    """fitted: from where the first batch is rebuilt best (`fitted_start.py`); drawn: from the first weights as they are."""
+    """fitted: where the first batch is rebuilt best (`fitted_start.py`); drawn: the first weights as they are."""
 
     def __post_init__(self) -> None:
         if self.lr is not None and not self.lr > 0:
