@@ -79,11 +79,11 @@ check: env ## what continuous integration runs: lint, types, tests
 	$(TEST)
 
 lock: env ## requirements.lock: what an installation takes, by version and hash
-	$(BIN)/python supply/lock.py
+	$(BIN)/python .ci/lock.py
 	@$(MAKE) --no-print-directory sbom
 
 sbom: env ## sbom.cdx.json and docs/licences.md, from the lock and what is installed
-	$(BIN)/python supply/sbom.py
+	$(BIN)/python .ci/sbom.py
 
 goldens: env ## write the golden stores anew; review the change as a change of format
 	$(BIN)/python tests/golden/make_store.py

@@ -149,7 +149,7 @@ def test_a_gpu_leaves_out_what_a_cpu_leaves_out(spiked):
 )
 def test_nothing_left_is_refused_before_the_run(write_store, sae_train, quick, tmp_path, planted, said, monkeypatch):
     if planted == "most rows zero":
-        monkeypatch.setattr(massive_rows, "row_norms", lambda stored, dtype: norms_of_mostly_nothing(stored))
+        monkeypatch.setattr(massive_rows, "row_norms", lambda stored, *_: norms_of_mostly_nothing(stored))
         planted = []
     store = write_store(tmp_path / "store", windows=1000, splits=(920, 960), massive=planted)
     assert said in sae_train(*TOPK, *quick, "--cache", store["path"], code=1).output

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from saemill.train.sae.kernels.support import support_from_topk
-from saemill.train.sae.kernels.triton import bags, rows, select
+from saemill.train.sae.kernels.triton import bags, rows, select_latents
 
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 OPTIONS = {"num_warps", "num_stages"}
@@ -52,8 +52,8 @@ JITFunction.run = compile_instead
 for dtype in (torch.float32, torch.bfloat16):
     for width, k in ((8, 1), (1000, 64), (20000, 64), (40000, 512)):
         pre = torch.zeros(2, width, dtype=dtype)
-        select.top_latents(pre, k)
-        select.top_of_batch(pre, 2 * k)
+        select_latents.top_latents(pre, k)
+        select_latents.top_of_batch(pre, 2 * k)
 support = support_from_topk(torch.arange(6).view(2, 3), 11)
 turned, values = support.by_latent, torch.zeros(6)
 for width in (5, 2304):

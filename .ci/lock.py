@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "requirements.lock"
 HEADER = """\
 # Made by `make lock` from pyproject.toml and constraints.txt, for Linux on x86-64, Python 3.11 and torch's build
-# for processors, which pip finds with --extra-index-url https://download.pytorch.org/whl/cpu. Then:
+# for processors, which PyTorch keeps in an index of its own. Then:
 #   pip install --require-hashes -r requirements.lock
 #   pip install --no-deps saemill
 """
