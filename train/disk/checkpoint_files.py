@@ -81,7 +81,7 @@ def save_checkpoint(
     temporary = folder / f".{final.name}.tmp"
     with _told_to(group):
         if group.rank == 0:
-            for leftover in (temporary, final):
+            for leftover in (*folder.glob(".step_*.tmp"), final):  # of a kill or a full disk, whatever their steps
                 shutil.rmtree(leftover, ignore_errors=True)
             make_folder(temporary)
     digests = {}

@@ -119,6 +119,11 @@ def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
     """The same of an SAE in raw units."""
     if not isinstance(sae.gate, AbsTopK):
         return sae
+    if not sae.is_plain:
+        raise SaeInvalid(
+            "expected a signed SAE that its weights and gate compute alone, found one behind masks, attention or the "
+            "like: evaluations read codes without signs, and such an SAE has no form without them"
+        )
     plain = plain_sae(sae, unit_stats(sae.d_in), unit_stats(sae.d_out))
     found = sae_from_plain(unsigned(plain))
     found.metadata = sae.metadata

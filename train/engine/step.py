@@ -6,8 +6,9 @@
 4. Running statistics of the gate and of extras, firing counters, step count.
 `Trainee.step` is these four, in this order.
 
-On a GPU no step waits for the device: the host looks every LOOK_EVERY steps only. Until then a loss that is not
-finite freezes the weights on the device, and the list of dead latents is that of the last look.
+On a GPU no step waits for the device, but for the selection of a dictionary that is split by latents: the host looks
+every LOOK_EVERY steps only. Until then a loss that is not finite freezes the weights on the device, and the list of
+dead latents is that of the last look.
 
 Nothing here names a variant, and no step reads global random state: an SAE in a fleet trains to the same
 bits as alone.
@@ -192,8 +193,13 @@ class Trainee:
 
     @property
     def state_bytes(self) -> int:
-        """Of all that `state` gives."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._own_state().values())
+        """Of all that `state` gives: of the latents that are here, as many times as there are others."""
+        return sum(
+            tensor[:1].numel() * self._latents.total * tensor.element_size()
+            if self._is_part(name)
+            else tensor.numel() * tensor.element_size()
+            for name, tensor in self._own_state().items()
+        )
 
     @contextmanager
     def gather_weights(self) -> Iterator[None]:

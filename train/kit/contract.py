@@ -85,6 +85,10 @@ class Variant(ABC):
         """
         return 1.5
 
+    def layers_read(self) -> int:
+        """How many layers one latent reads, for the same check."""
+        return len(self.request().inputs)
+
     def dead_part(self) -> int:
         """A latent that did not fire for this part of the budget counts as dead, at the latest."""
         return 10

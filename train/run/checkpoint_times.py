@@ -64,6 +64,7 @@ class Saver:
         if stop or steps == total_steps:
             self._writer.finish()
         if stop and steps < total_steps:
+            self._group.any(False)  # whoever leaves first has the launcher end the others, and one may still write
             raise RunInterrupted(
                 caught.signal or signal.SIGTERM,
                 f"stopped after step {steps} of {total_steps}; go on with: sae-train --resume {self._folder.parent}",

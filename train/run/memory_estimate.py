@@ -22,9 +22,11 @@ def require_room(
     members = tuple(members)
     weights = {member.label: weight_bytes(member, d_model, parts) for member in members}
     largest = max(weights, key=lambda label: weights[label])
+    step = max(step_bytes(member, d_model, batch_tokens, parts) for member in members)
+    whole = 0 if parts == 1 else max(whole_bytes(member, d_model, batch_tokens) for member in members)
     asked = {
         f"for weights and optimiser, most of it for {largest}": sum(weights.values()),
-        "for a step": max(step_bytes(member, d_model, batch_tokens, parts) for member in members),
+        "for a step" if step > whole else "to measure and save the whole dictionary at the end": max(step, whole),
         "for the shuffle pool": pool_bytes,
     }
     remedies = (
@@ -44,7 +46,8 @@ def require_room(
 
 def weight_bytes(member: Member, d_model: int, parts: int = 1) -> int:
     """Weights and optimiser state of an SAE, or of the latents of a process that holds a part of them."""
-    inputs, outputs = _widths(member, d_model)
+    _, outputs = _widths(member, d_model)
+    inputs = member.config.layers_read() * d_model
     return COPIES * 4 * -(-member.config.width // parts) * (inputs + outputs)
 
 
@@ -53,6 +56,11 @@ def step_bytes(member: Member, d_model: int, batch_tokens: int, parts: int = 1) 
     inputs, outputs = _widths(member, d_model)
     tables = member.config.step_tables()
     return batch_tokens * int(4 * tables * -(-member.config.width // parts) + 4 * 4 * (inputs + outputs))
+
+
+def whole_bytes(member: Member, d_model: int, batch_tokens: int) -> int:
+    """What the first process takes when a split dictionary is put together: its weights, and dense codes of a batch."""
+    return weight_bytes(member, d_model) // COPIES + 4 * batch_tokens * member.config.width
 
 
 def free_bytes(device: torch.device) -> int:

@@ -57,13 +57,15 @@ def lowest_of_topk(pre: Tensor, k: int, latents: Latents) -> Tensor:
 
 def first_of_equals(pre: Tensor, k: int) -> Tensor:
     """int64 [B, k], latents of the k largest of each row in rising order; of equal entries the lowest latents."""
+    if k == 0:  # a process that holds none of those to choose from
+        return torch.zeros(len(pre), 0, dtype=torch.int64, device=pre.device)
     if runs_triton(pre):
         from .kernels.triton import select_latents
 
         return select_latents.top_latents(pre, k).long()
     values, latents = topk_rows(pre, k)
     if k < pre.shape[1]:  # which of equal ones a row took is not said: rows where that matters choose anew
-        undecided = (pre >= values.amin(1, keepdim=True)).sum(1) > k if k else torch.zeros(len(pre), dtype=torch.bool)
+        undecided = (pre >= values.amin(1, keepdim=True)).sum(1) > k
         if bool(undecided.any()):
             latents[undecided] = pre[undecided].sort(dim=1, descending=True, stable=True).indices[:, :k]
     return latents.sort(dim=1).values

@@ -36,6 +36,9 @@ class Config(WithAux, Dictionary):
         is_elsewhere = to_hook != self.hook
         return Needs(self.layers, self.layers if is_elsewhere else None, hook=self.hook, to_hook=to_hook)
 
+    def layers_read(self) -> int:
+        return 1
+
     def build(self, d_model: int, stats: Stats | None = None, target_stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)
         gate = BatchTopK(self.k, self.threshold_decay)

@@ -42,6 +42,9 @@ class Config(WithPenalty, WithAux, Dictionary):
     def step_tables(self) -> float:
         return super().step_tables() if self.gate == "batchtopk" else 5.0
 
+    def layers_read(self) -> int:
+        return 1 if self.causal else super().layers_read()
+
     def request(self) -> Needs:
         require_layers(self.layers, rising=self.causal)
         require(not self.causal or self.gate == "batchtopk", f'causal: expected gate "batchtopk", found {self.gate!r}')

@@ -30,7 +30,7 @@ class Overlap:
     def __call__(self, view: View) -> Tensor:
         W_dec = view.sae.W_dec
         order = send(torch.randperm(len(W_dec), generator=view.generator), W_dec.device)
-        parts = W_dec[order].tensor_split(max(1, len(W_dec) // self.chunk))
+        parts = W_dec[order].tensor_split(-(-len(W_dec) // self.chunk))
         return sum((_nearest_cosine(part).square().sum() for part in parts), W_dec.new_zeros(())) / len(W_dec)
 
 

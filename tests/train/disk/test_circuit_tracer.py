@@ -101,6 +101,10 @@ def test_what_it_has_no_form_for_is_refused(tmp_path):
     assert "as wide as each other" in said(*both)
     uneven = trained(tmp_path / "d/clt", "clt", (0, 1), width=2 * F + 1)
     assert "as many latents in every layer" in said(uneven)
+    trained(tmp_path / "e/clt", "clt", (0, 1), width=2 * F)
+    beside = trained(tmp_path / "e/transcoder", "transcoder", (2,), width=2 * F, gate="batchtopk")
+    assert "expected one clt by itself" in said(beside)
+    assert "or a clt of several layers" in said(trained(tmp_path / "f/clt", "clt", (0,), width=F))
     config = json.loads((uneven / "cfg.json").read_text())
     config["metadata"] |= {"hook": "resid", "target_hook": "resid"}
     (uneven / "cfg.json").write_text(json.dumps(config))

@@ -15,6 +15,8 @@ from saemill.train.disk.formats.plain import centred
 from saemill.train.disk.plain_form import PlainSae, sae_from_plain, without_signs
 from saemill.train.errors import RunMissing, SaeInvalid
 from saemill.train.export import export, largest_difference, main
+from saemill.train.sae.shapes.masks import HardMask
+from saemill.train.sae.shapes.shaped import ShapedAutoencoder
 
 D, F = 6, 20
 
@@ -67,6 +69,13 @@ def test_a_signed_sae_has_two_latents_for_each_where_others_know_no_signs(kind, 
     assert found.num_latents == (F if kind == "sae_lens" else 2 * F)
     codes = without_signs(one).encode(x)
     assert bool((codes >= 0).all()) and torch.allclose(codes[:, :F] - codes[:, F:], one.encode(x), atol=1e-6)
+
+
+def test_a_signed_sae_behind_a_mask_has_no_form_without_signs():
+    """It was measured without its mask."""
+    masked = ShapedAutoencoder(sae_from_plain(make_plain("abstopk")), {"mask": HardMask(torch.arange(F) % 2, 8, 2)})
+    with pytest.raises(SaeInvalid, match="found one behind masks"):
+        without_signs(masked)
 
 
 def test_dictionary_learning_by_its_own_formulas(tmp_path):

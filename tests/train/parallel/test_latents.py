@@ -11,7 +11,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss
 from saemill.train.kit.registry import config_type
 from saemill.train.parallel.latents import SomeLatents
-from saemill.train.sae.split_select import split_batch, split_topk
+from saemill.train.sae.split_select import first_of_equals, split_batch, split_topk
 
 STEPS = 12
 SPLIT = ["topk", "batchtopk", "jumprelu", "standard", "gated", "p_anneal", "transcoder", "crosscoder"]
@@ -61,6 +61,10 @@ def test_the_selection_is_that_of_one_process_and_takes_the_lowest_of_equal_late
     for count in (1, 57, 200, 660):
         found = chosen(run(lambda at, count=count: split_batch(own[at], count, parts[at])), parts)
         assert torch.equal(found.view(-1), first_of(flat, count, 0) & (flat > 0)), count
+
+
+def test_a_process_with_none_to_choose_from_offers_none():
+    assert first_of_equals(torch.zeros(5, 0), 0).shape == (5, 0)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -35,6 +35,13 @@ def test_the_last_two_are_kept(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000004000", "step_000000030"]
 
 
+def test_what_a_full_disk_left_of_another_step_is_gone(tmp_path):
+    (tmp_path / ".step_000000003.tmp").mkdir()
+    (tmp_path / ".step_000000003.tmp/a.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path, standing(7), state(7))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000007"]
+
+
 def test_none_is_not_an_error(tmp_path):
     assert load_checkpoint(tmp_path / "nothing") is None
 

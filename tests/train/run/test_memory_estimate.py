@@ -25,6 +25,22 @@ def test_what_a_width_needs():
     assert memory_estimate.weight_bytes(member("width=1000"), 64, parts=8) == 1000 * 64 * 2 * 4 * 4 / 8
 
 
+def test_a_cross_layer_latent_reads_one_layer_and_writes_to_all():
+    words = ["width=1000", "layers=1,2,3"]
+    assert memory_estimate.weight_bytes(member(*words, variant="clt"), 64) == 1000 * 64 * (1 + 3) * 4 * 4
+    assert memory_estimate.weight_bytes(member(*words, variant="crosscoder"), 64) == 1000 * 64 * (3 + 3) * 4 * 4
+    causal = member(*words, "causal=true", variant="crosscoder")
+    assert memory_estimate.weight_bytes(causal, 64) == 1000 * 64 * (1 + 3) * 4 * 4
+
+
+def test_a_dictionary_that_cannot_be_put_together_at_the_end_is_not_begun(monkeypatch):
+    monkeypatch.setattr(memory_estimate, "free_bytes", lambda device: 2**30)
+    wide = member("width=400000")
+    memory_estimate.require_room([member("width=100000")], 256, 64, 10**6, 8, CPU)
+    with pytest.raises(MemoryTooSmall, match="to measure and save the whole dictionary at the end"):
+        memory_estimate.require_room([wide], 256, 64, 10**6, 8, CPU)
+
+
 @pytest.mark.parametrize(
     "variant", ["topk", "standard", "jumprelu", "gated", "p_anneal", "tiered", "positional", "matching_pursuit"]
 )

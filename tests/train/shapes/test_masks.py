@@ -7,7 +7,7 @@ import torch
 
 from saemill.train.errors import ConfigInvalid
 from saemill.train.sae.first_weights import orthogonal_rows
-from saemill.train.sae.gates import BatchTopK, Gated, JumpRelu, Relu, TopK
+from saemill.train.sae.gates import AbsTopK, BatchTopK, Gated, JumpRelu, Relu, TopK
 from saemill.train.sae.shapes.masks import HardMask, SoftMask
 from saemill.train.sae.shapes.norms import PreNorm
 from saemill.train.sae.shapes.position_gate import PositionGate
@@ -25,6 +25,7 @@ RANGES, CONTEXT, LATENTS = 3, 12, 20
 def gate_of(name):
     gates = {"relu": Relu, "topk": lambda: TopK(4), "gated": lambda: Gated(LATENTS)}
     gates |= {"jumprelu": lambda: JumpRelu(LATENTS, 0.4, 0.2), "batchtopk": lambda: BatchTopK(3)}
+    gates |= {"abstopk": lambda: AbsTopK(4)}
     return gates[name]().double()
 
 
@@ -65,7 +66,7 @@ def oracle_factor(kind, shape, positions):
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("gate", ["relu", "topk", "jumprelu", "gated", "batchtopk"])
+@pytest.mark.parametrize("gate", ["relu", "topk", "jumprelu", "gated", "batchtopk", "abstopk"])
 def test_training_and_inference_multiply_by_the_mask(kind, gate, rng, shaping):
     shape = SHAPES[kind](rng)
     sae = ShapedAutoencoder(shaping.make_sae(rng, gate_of(gate)), {"mask": shape})
@@ -77,7 +78,7 @@ def test_training_and_inference_multiply_by_the_mask(kind, gate, rng, shaping):
     if gate != "batchtopk":  # training keeps the largest of the batch, inference what passes a threshold
         torch.testing.assert_close(view.codes.dense(), expected)
     torch.testing.assert_close(sae.encode(view.x, view.side), expected)
-    if gate in ("relu", "topk") and kind == "hard":
+    if gate in ("relu", "topk", "abstopk") and kind == "hard":
         assert not view.codes.dense()[factor == 0].any() and view.codes.dense()[factor == 1].any()
 
 

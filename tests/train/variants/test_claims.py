@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
+from saemill.train.variants import ortsae
 
 D, ROWS = 32, 512
 
@@ -54,6 +55,13 @@ def test_a_skip_explains_what_is_linear_and_leaves_the_latents_the_rest(battery,
         config = battery.quick(variant, lr=1e-2, width=64, k=3, gate="batchtopk", dead_after_tokens=20_000)
         left[variant] = left_over(train(config, batches).sae(held_out.x), held_out.target)
     assert left["skip_transcoder"] < 0.5 * left["transcoder"]
+
+
+def test_no_chunk_of_rows_is_larger_than_asked(battery, rng, monkeypatch):
+    sizes, nearest = [], ortsae._nearest_cosine
+    monkeypatch.setattr(ortsae, "_nearest_cosine", lambda rows: sizes.append(len(rows)) or nearest(rows))
+    train(battery.quick("ortsae", width=13, k=3, chunk=8, every_steps=1), [Batch(torch.randn(ROWS, D, generator=rng))])
+    assert sizes == [7, 6]
 
 
 def test_orthogonal_rows_do_not_absorb_what_fires_with_them(battery, rng):

@@ -37,6 +37,10 @@ def write(folder: Path, saes: Sequence[SparseAutoencoder]) -> None:
     layers = [layer for sae in saes for layer in sae.metadata.get("layers") or ()]
     _require_every_layer(saes, layers)
     if len(layers) > len(saes):
+        if len(saes) > 1:
+            raise SaeInvalid(
+                f"expected one clt by itself, or transcoders of one layer each, found {len(saes)} together"
+            )
         kind, tensors = "cross_layer_transcoder", _of_all_layers(saes[0])
     else:
         in_order = sorted(saes, key=lambda sae: sae.metadata["layers"])
@@ -74,6 +78,8 @@ def _one(w: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def _of_one_layer(sae: SparseAutoencoder) -> dict[str, Tensor]:
+    if not sae.is_plain:
+        raise SaeInvalid("expected transcoders that their weights and gate compute alone, or a clt of several layers")
     bias = sae.b_enc - sae.W_enc @ sae.b_dec if sae.centres_input else sae.b_enc
     tensors: dict[str, Tensor] = {"W_enc": sae.W_enc, "b_enc": bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     threshold = _threshold(sae.gate)

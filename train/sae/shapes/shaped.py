@@ -103,8 +103,9 @@ class ShapedAutoencoder(SparseAutoencoder):
         factor = self._factor(_as_codes(pre_all), side)
         if factor is None:
             return super().choose(pre_all, side)
-        # A closed latent is never chosen, not even where nothing else is above zero.
-        return super().choose(torch.where(factor > 0, pre_all * factor, -math.inf), side)
+        # A closed latent is never chosen, not even where nothing else is above zero; of codes with signs zero is last.
+        closed = -math.inf if self.gate.can_lower else 0.0
+        return super().choose(torch.where(factor > 0, pre_all * factor, closed), side)
 
     def open(self, pre: Codes, side: Side) -> Codes:
         factor = self._factor(pre, side)
