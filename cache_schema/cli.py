@@ -214,6 +214,8 @@ def import_command(
     kept = {"codec": codec, "stored_as": stored_as, "keep_massive": keep_massive}
     settings = ImportSettings(model, special, bos_token, validation, test, **kept)  # pyright: ignore[reportArgumentType]
     with _report():
+        if vllm_folder is None and context is not None:
+            raise click.UsageError("--context goes with --vllm: all other files have windows already")
         if vllm_folder is None:
             source = _open_source(resid_files, act_files, tokens_file, saelens_folder, layers)
         elif resid_files or act_files or tokens_file or saelens_folder:

@@ -25,10 +25,29 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies. It is mapped only while it is read: a map keeps its file open, and there are many."""
+
+    path: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def read(self, *part: slice | int) -> np.ndarray:
+        try:
+            return np.array(np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[part])
+        except (OSError, ValueError) as error:
+            raise ImportInvalid(f"{self.path} changed while it was read ({error}): import again") from None
+
+
+@dataclass(frozen=True)
 class _Sequence:
-    hidden: np.ndarray  # [tokens, layers, width], mapped from its file
-    tokens: np.ndarray  # [tokens]
+    hidden: _Tensor  # [tokens, layers, width]
+    tokens: _Tensor  # [tokens]
     dtype: str
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
 
 
 class VllmSource:
@@ -52,7 +71,7 @@ class VllmSource:
                 f"{folder}: its files hold {count} layers, found --layer {list(layers)}. Give each once, in the order "
                 "of vLLM's ids: its id L + 1 is the residual stream after layer L"
             )
-        lengths = [len(one.tokens) for one in found]
+        lengths = [len(one) for one in found]
         if context is None and len(set(lengths)) > 1:
             raise ImportInvalid(
                 f"{folder}: requests of {min(lengths)} to {max(lengths)} tokens. Give --context T: each is cut into "
@@ -60,7 +79,9 @@ class VllmSource:
             )
         self.context = lengths[0] if context is None else context
         self._windows = [
-            (one, start) for one in found for start in range(0, len(one.tokens) - self.context + 1, self.context)
+            (one, slice(start, start + self.context))
+            for one in found
+            for start in range(0, len(one) - self.context + 1, self.context)
         ]
         self.windows = len(self._windows)
         if not self.windows or self.context < 1:
@@ -72,12 +93,10 @@ class VllmSource:
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
         at = self._place[site]
-        windows = self._windows[start:stop]
-        return np.stack([one.hidden[first : first + self.context, at] for one, first in windows])
+        return np.stack([one.hidden.read(window, at) for one, window in self._windows[start:stop]])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        windows = self._windows[start:stop]
-        return as_tokens(np.stack([one.tokens[first : first + self.context] for one, first in windows]))
+        return as_tokens(np.stack([one.tokens.read(window) for one, window in self._windows[start:stop]]))
 
 
 def _read(path: Path) -> _Sequence:
@@ -94,7 +113,7 @@ def _read(path: Path) -> _Sequence:
         raise ImportInvalid(
             f"{path}: expected a safetensors file of hidden_states and token_ids as vLLM writes them ({error!r})"
         ) from None
-    if hidden.ndim != 3 or tokens.shape != hidden.shape[:1] or kind not in _DTYPES or tokens.dtype.kind != "i":
+    if len(hidden.shape) != 3 or tokens.shape != hidden.shape[:1] or kind not in _DTYPES or tokens.dtype.kind != "i":
         raise ImportInvalid(
             f"{path}: expected hidden_states [tokens, layers, width] of BF16, F16 or F32 and as many token_ids, "
             f"found {kind} {list(hidden.shape)} and {tokens.dtype} {list(tokens.shape)}"
@@ -102,10 +121,12 @@ def _read(path: Path) -> _Sequence:
     return _Sequence(hidden, tokens, _DTYPES[kind])
 
 
-def _tensor(path: Path, entry: dict[str, Any], begin: int) -> tuple[np.ndarray, str]:
+def _tensor(path: Path, entry: dict[str, Any], begin: int) -> tuple[_Tensor, str]:
     first, last = entry["data_offsets"]
     dtype, shape = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"])
+    if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
+        raise ValueError(f"{entry} has numbers that are no sizes")
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if not 0 <= first <= last <= path.stat().st_size - begin or last - first != size or size == 0:
         raise ValueError(f"{entry} does not fit the file")
-    return np.memmap(path, dtype, "r", begin + first, shape), entry["dtype"]
+    return _Tensor(path, begin + first, dtype, shape), entry["dtype"]

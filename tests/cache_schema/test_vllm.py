@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from saemill.cache_schema import Request, Site, Store
+from saemill.cache_schema import ImportInvalid, Request, Site, Store
 from saemill.cache_schema.cli import main
+from saemill.cache_schema.vllm import VllmSource
 
 
 def write_requests(folder: Path, lengths: list[int], layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> list:
@@ -64,7 +68,45 @@ def test_what_cannot_become_a_store_is_named(tmp_path: Path) -> None:
     assert "no request fills a window of 10 tokens" in said(*word, "--context", 10)
     file = states / "request-1" / "hidden_states.safetensors"
     whole = file.read_bytes()
-    for damaged in (whole[:-1], whole[:20], b"", b"\xff" * 40, whole.replace(b"token_ids", b"token_idx")):
+
+    def with_shape(shape: bytes) -> bytes:
+        end = 8 + int.from_bytes(whole[:8], "little")
+        header = whole[8:end].replace(b"[4,2,6]", shape)
+        return len(header).to_bytes(8, "little") + header + whole[end:]
+
+    cut = (whole[:-1], whole[:20], b"", b"\xff" * 40, whole.replace(b"token_ids", b"token_idx"))
+    for damaged in (*cut, with_shape(b"[4.0,2,6]"), with_shape(b"[-4,-2,6]"), with_shape(b"[4,2,true,6]")):
         file.write_bytes(damaged)
         assert "expected a safetensors file of hidden_states and token_ids" in said(*word, "--context", 4)
     assert not (tmp_path / "store").exists()
+
+
+def test_more_requests_than_a_process_may_open_files(tmp_path: Path) -> None:
+    written = write_requests(tmp_path, [4] * 100)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = set(map(int, os.listdir("/dev/fd")))
+    tenth_free = next(islice((number for number in count() if number not in taken), 10, None))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (tenth_free, hard))
+    try:
+        source = VllmSource(tmp_path, (3, 19), None)
+        acts, tokens = source.acts(Site("resid", 19), 0, 100), source.tokens(0, 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert acts.shape == (100, 4, 6)
+    assert {row.tobytes() for row in tokens} == {
+        one["token_ids"].numpy().astype(tokens.dtype).tobytes() for one in written
+    }
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path: Path) -> None:
+    write_requests(tmp_path, [4])
+    source = VllmSource(tmp_path, (3, 19), None)
+    file = tmp_path / "request-0" / "hidden_states.safetensors"
+    file.write_bytes(file.read_bytes()[:90])
+    with pytest.raises(ImportInvalid, match="hidden_states.safetensors changed while it was read"):
+        source.acts(Site("resid", 3), 0, 1)
+
+
+def test_a_context_without_vllm_is_refused(tmp_path: Path) -> None:
+    words = ("--resid", tmp_path / "acts.npy", "--layer", 1, "--model", "m", "--context", 4)
+    assert "--context goes with --vllm" in run("import", tmp_path / "store", *words, code=2)
