@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import zarr
 from scipy.sparse import csr_matrix
 
-from saemill.cache_schema import Request, Store, codecs
+from saemill.cache_schema import Request, Site, Store, codecs
 from saemill.cache_schema import layout as layouts
 from saemill.cache_schema import manifest as manifests
 from saemill.cache_schema.chunks import plan_reads, read_chunk
@@ -36,6 +38,18 @@ def test_zarr_alone_reads_every_array(synthetic, small_chunks, tmp_path, codec):
         array = group[f"resid/layer_{layer}"]
         assert dict(array.attrs) == {"dtype": "bfloat16"}
         np.testing.assert_array_equal(array[:], corpus.resid[layer])
+
+
+def test_codes_become_values_by_the_line_of_the_page(synthetic, tmp_path):
+    """FORMAT.md's own reading, run as it stands there."""
+    synthetic.write_store(tmp_path, synthetic.make_manifest(stored_as="int8"))
+    page = (Path(layouts.__file__).parent / "FORMAT.md").read_text()
+    (line,) = re.findall(r'is "int8": (.+)', page)
+    names = {"store": zarr.open_group(tmp_path, mode="r"), "a": 5, "b": 9}
+    exec(f"values = {line.replace('layer_19', 'layer_3')}", names)
+    with Store.open(tmp_path) as store:
+        parts = [part.values(Site("resid", 3)).copy() for part in store.stream(Request(layers=(3,), windows=(5, 9)))]
+    np.testing.assert_array_equal(names["values"], np.concatenate(parts))
 
 
 @pytest.mark.parametrize("codec", CODECS)
