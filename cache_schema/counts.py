@@ -7,7 +7,7 @@ and gets the same numbers. Special tokens are in none of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -86,13 +86,17 @@ def read_counts(files: Files, manifest: Manifest) -> Counts | None:
     except KeyError:
         return None
     check_format(value.get("format"), where)
+    numbers = value.get("trainable")
     try:
-        counts = from_json(Counts, value)
+        if isinstance(numbers, list) and set(map(type, numbers)) <= {int}:  # millions: all at once
+            counts = replace(from_json(Counts, {**value, "trainable": []}), trainable=tuple(numbers))
+        else:
+            counts = from_json(Counts, value)
     except StrictError as error:
         raise ManifestInvalid(f"{where}: {error}. {_REMEDY}") from None
     if counts.cache_id != manifest.cache_id or len(counts.trainable) != manifest.windows:
         raise ManifestInvalid(f"{where} belongs to another store. {_REMEDY}")
-    if not all(0 <= count <= manifest.context for count in counts.trainable):
+    if not 0 <= min(counts.trainable, default=0) <= max(counts.trainable, default=0) <= manifest.context:
         raise ManifestInvalid(f"{where}: expected 0 to {manifest.context} tokens in each window. {_REMEDY}")
     for split, (start, stop) in manifest.splits.items():
         found, total = sum(counts.trainable[start:stop]), counts.splits.get(split)

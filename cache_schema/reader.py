@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import zarr
@@ -22,7 +22,7 @@ import zarr
 from .buffers import ShardBuffers
 from .chunks import plan_reads, read_chunk, read_with_zarr
 from .commits import CommitRecord, find_committed, read_record
-from .counts import SplitCounts, count_split, read_counts
+from .counts import Counts, SplitCounts, count_split, read_counts
 from .csr import AttentionCsr
 from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
 from .files import Files, LocalFiles, open_files
@@ -123,10 +123,14 @@ class Store:
     def counts(self, split: str) -> tuple[np.ndarray, SplitCounts]:
         """How many tokens of each window train (int64 [windows of the split]), and the split's numbers."""
         spans = self.spans(Request(tokens=True, split=split))
-        found = read_counts(self.files, self.manifest)
+        found = self._counts
         if found is None:
             return count_split(self.manifest, map(self.ids, spans))
         return np.array(found.trainable[slice(*self.manifest.splits[split])], np.int64), found.splits[split]
+
+    @cached_property
+    def _counts(self) -> Counts | None:
+        return read_counts(self.files, self.manifest)
 
     def read_beginning(self, path: str, shard: int) -> np.ndarray:
         """One of the two."""

@@ -24,11 +24,11 @@ from .claims import CREATION, open_claims
 from .codecs import encode
 from .commits import CommitRecord, DeviceRecord, compact, find_committed, write_device, write_record
 from .content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
-from .counts import count_all, read_counts, write_counts
+from .counts import count_all, write_counts
 from .errors import ShardCorrupt, ShardInvalid, StoreBusy, StoreMismatch
 from .files import Files, open_files
 from .identity import seal
-from .layout import BEGINNING, ROOT, arrays_of, documents_of, encode_json, record_key, root_document
+from .layout import BEGINNING, COUNTS, ROOT, arrays_of, documents_of, encode_json, record_key, root_document
 from .manifest import Manifest, list_differences
 from .moments import merge
 from .reader import Store
@@ -184,7 +184,7 @@ class StoreWriter:
 def refresh(files: Files, manifest: Manifest) -> None:
     """Derive again what is missing of index, counts and summary; the caller holds the claim."""
     index = compact(files, manifest)
-    if read_counts(files, manifest) is None:
+    if not files.exists(COUNTS):
         with Store(files) as store, suppress(ShardCorrupt):  # damaged tokens are counted once they are mended
             write_counts(files, count_all(manifest, store.ids))
     if not index.mask(manifest.shards).all() or read_summary(files, manifest) is not None:

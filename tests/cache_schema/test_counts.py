@@ -8,8 +8,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from saemill.cache_schema import ManifestInvalid, Request, Store
+from saemill.cache_schema import ManifestInvalid, Request, Store, StoreWriter
 from saemill.cache_schema.counts import pair_share
+from saemill.cache_schema.files import LocalFiles
 from saemill.cache_schema.verify import drop_broken_derived, repair
 
 COUNTS = "stats/counts.json"
@@ -38,7 +39,8 @@ def test_they_are_those_of_the_tokens(synthetic, corpus, tmp_path):
 def test_a_store_of_before_gives_the_same(corpus, tmp_path):
     with Store(tmp_path) as store:
         told = {split: store.counts(split) for split in store.manifest.splits}
-        (tmp_path / COUNTS).unlink()
+    (tmp_path / COUNTS).unlink()
+    with Store(tmp_path) as store:
         for split, (per_window, numbers) in told.items():
             counted = store.counts(split)
             assert counted[0].tolist() == per_window.tolist() and counted[1] == numbers
@@ -57,10 +59,25 @@ def test_no_token_is_read_where_the_store_tells(corpus, tmp_path, monkeypatch):
         store.counts("train")
 
 
+def test_a_writer_only_asks_whether_they_are_there_and_a_store_reads_them_once(corpus, tmp_path, monkeypatch):
+    """They are a number a window, of a large store many megabytes."""
+    reads, read = [], LocalFiles.read
+    monkeypatch.setattr(LocalFiles, "read", lambda files, key: reads.append(key) or read(files, key))
+    StoreWriter.open(tmp_path).close()
+    assert reads and COUNTS not in reads
+    with Store(tmp_path) as store:
+        for split in store.manifest.splits:
+            store.counts(split)
+    assert reads.count(COUNTS) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda raw: raw["trainable"].__setitem__(1, raw["trainable"][1] - 1), "tokens in the windows of train"),
+        (lambda raw: raw["trainable"].__setitem__(1, True), r"trainable\[1\]: expected int"),
+        (lambda raw: raw["trainable"].__setitem__(1, -1), "expected 0 to 8 tokens"),
+        (lambda raw: raw["trainable"].__setitem__(1, 2**70), "expected 0 to 8 tokens"),
         (lambda raw: raw["trainable"].pop(), "belongs to another store"),
         (lambda raw: raw.update(cache_id="other"), "belongs to another store"),
         (lambda raw: raw["splits"].pop("test"), "tokens in the windows of test"),
