@@ -52,8 +52,8 @@ def open_claims(files: Files) -> Claims:
     return LeaseClaims(files)
 
 
-def find_held(files: Files, shards: int) -> dict[int, str]:
-    """Shards that are claimed right now, and by whom as far as that can be known."""
+def find_held(files: Files, shards: int) -> dict[int, str] | None:
+    """Shards that are claimed right now, and by whom as far as that can be known; None where nothing can."""
     if isinstance(files, LocalFiles):
         return _find_locked(files.root / LOCK, shards)
     names = [name for name in files.list("claims") if name.removesuffix(".json").isdecimal()]
@@ -66,25 +66,28 @@ def find_held(files: Files, shards: int) -> dict[int, str]:
     return held
 
 
-def _find_locked(path: Path, shards: int) -> dict[int, str]:
-    """The kernel names the next lock after a byte; of one that belongs to an open file it knows no process."""
+def _find_locked(path: Path, shards: int) -> dict[int, str] | None:
+    """The kernel names one lock in a range, not the first; of one that belongs to an open file it knows no process."""
     if not hasattr(fcntl, "F_OFD_GETLK"):
-        return {}
+        return None
     held: dict[int, str] = {}
     try:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return {}
     try:
-        start = 0
-        while start < shards:
-            request = struct.pack("hhqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, start, shards - start, 0)
+        unknown = [(0, shards)]
+        while unknown:
+            start, stop = unknown.pop()
+            if start >= stop:
+                continue
+            request = struct.pack("hhqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, start, stop - start, 0)
             kind, _, first, length, _ = struct.unpack("hhqqixxxx", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request))
             if kind == fcntl.F_UNLCK:
-                break
-            stop = first + length if length else shards
-            held |= dict.fromkeys(range(max(first, start), min(stop, shards)), "writers on this disk")
-            start = stop
+                continue
+            last = first + length if length else stop
+            held |= dict.fromkeys(range(max(first, start), min(last, stop)), "writers on this disk")
+            unknown += [(start, first), (last, stop)]
         return held
     finally:
         os.close(fd)

@@ -24,8 +24,8 @@ class Progress:
 
     shards: int
     committed: int
-    held: dict[int, str]
-    """Shard to whoever is writing it."""
+    held: dict[int, str] | None
+    """Shard to whoever is writing it; None where the system does not tell."""
     rate: float | None
     """Shards a second of late; None before two looks differ."""
 
@@ -41,12 +41,12 @@ class Progress:
         parts = [f"{self.committed:,} of {self.shards:,} shards are committed"]
         if self.is_whole:
             return f"{parts[0]}: the store is whole"
-        holders = Counter(self.held.values())
+        holders = Counter((self.held or {}).values())
         parts += [f"{count} held by {who}" for who, count in sorted(holders.items())[:4]]
         if len(holders) > 4:
             parts.append(f"{sum(holders.values()):,} held by {len(holders):,} writers in all")
         if not holders:
-            parts.append("nobody is writing")
+            parts.append("who is writing is not known" if self.held is None else "nobody is writing")
         if self.rate:
             parts.append(f"{self.rate * 60:,.1f} a minute, {_say_time(self.seconds_left or 0)} left")
         return ", ".join(parts)
@@ -69,7 +69,9 @@ def follow(
         while len(seen) > 2 and seen[-1][0] - seen[1][0] > LOOK_BACK_SECONDS:
             seen.popleft()
         seconds, shards = seen[-1][0] - seen[0][0], committed - seen[0][1]
-        held = {shard: who for shard, who in find_held(files, manifest.shards).items() if not mask[shard]}
+        held = find_held(files, manifest.shards)
+        if held is not None:
+            held = {shard: who for shard, who in held.items() if not mask[shard]}
         progress = Progress(manifest.shards, committed, held, shards / seconds if seconds and shards > 0 else None)
         yield progress
         if progress.is_whole:

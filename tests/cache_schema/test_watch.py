@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import closing
 
 import pytest
 from click.testing import CliRunner
 
 from saemill.cache_schema import StoreMissing, StoreWriter
+from saemill.cache_schema.claims import find_held, open_claims
 from saemill.cache_schema.cli import main
+from saemill.cache_schema.files import open_files
 from saemill.cache_schema.watch import follow
 
 
@@ -43,6 +46,24 @@ def test_two_writers_are_followed_until_the_store_is_whole(synthetic, url):
         assert last.is_whole and str(last) == "6 of 6 shards are committed: the store is whole"
         with pytest.raises(StopIteration):
             next(looks)
+
+
+def test_every_lock_of_every_writer_is_found(tmp_path):
+    """The kernel lists locks by their owner, so the first that it names need not be the lowest."""
+    files = open_files(tmp_path)
+    one, two = open_claims(files), open_claims(files)
+    for claims, shards in ((one, (10, 13, 19)), (two, (4, 11, 0))):
+        assert all(map(claims.take, shards))
+    with closing(one), closing(two):
+        assert set(find_held(files, 20)) == {0, 4, 10, 11, 13, 19}
+        assert set(find_held(files, 11)) == {0, 4, 10}
+    assert find_held(files, 20) == {}
+
+
+def test_a_system_that_does_not_tell_locks_is_not_taken_for_silence(synthetic, tmp_path, monkeypatch):
+    synthetic.write_store(tmp_path, synthetic.make_manifest(), shards=[0])
+    monkeypatch.delattr("fcntl.F_OFD_GETLK")
+    assert str(next(follow(str(tmp_path), 1))) == "1 of 6 shards are committed, who is writing is not known"
 
 
 def test_off_a_terminal_it_prints_lines_and_ends(synthetic, tmp_path):
