@@ -26,7 +26,7 @@ def find_others(recorded: dict[int, DeviceRecord], here: DeviceRecord) -> str:
     if not others:
         return ""
     shard = min(others)
-    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    more = " and others" if len(others) > 1 else ""  # how many is not known: a sample was asked for
     return (
         f"warning: shard {shard}{more} was computed on {others[shard]}; here it is {here}. What is computed here "
         "differs from it in the last digits, and the store's digest with it: for the same bits go on where it was begun"

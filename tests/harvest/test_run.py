@@ -30,7 +30,7 @@ from saemill.cache_schema import (
     StoreWriter,
     to_float32,
 )
-from saemill.cache_schema.commits import read_devices, write_device
+from saemill.cache_schema.commits import DEVICES_ASKED, read_devices, write_device
 from saemill.cache_schema.dtypes import SmallDtype
 from saemill.cache_schema.files import LocalFiles, open_files
 from saemill.cache_schema.info import describe, render
@@ -449,6 +449,18 @@ def test_a_shard_says_what_computed_it_and_another_device_is_warned_of(make_conf
     repair(config.out, [2])
     run.harvest(config, Watch())
     assert "warning: shard 0 was computed on" in capsys.readouterr().err
+
+
+def test_of_many_shards_few_are_asked_what_computed_them(tmp_path, monkeypatch):
+    files, asked = open_files(tmp_path), []
+    here = describe_device(torch.device("cpu"))
+    write_device(files, 0, here)
+    read = files.read
+    monkeypatch.setattr(files, "read", lambda key: asked.append(key) or read(key))
+    monkeypatch.setattr(files, "which_exist", lambda folder, names: asked.extend(names) or [])
+    assert read_devices(files, range(1_000_000)) == {0: here}
+    assert len(asked) == DEVICES_ASKED
+    assert read_devices(files, []) == {}
 
 
 @pytest.mark.parametrize("small", get_args(SmallDtype))
