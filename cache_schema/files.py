@@ -247,7 +247,7 @@ class RemoteFiles:
             raise
         except Exception as error:
             raise StoreUnreachable(
-                getattr(error, "errno", None),
+                getattr(error, "errno", None) or errno.EIO,
                 f"{type(error).__name__} while {doing} {key} of {self.url} ({error}); committed shards are untouched. "
                 "Look at the network, the address and the credentials, then run the same command again: it goes on "
                 "where it stopped",

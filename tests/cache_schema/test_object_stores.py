@@ -25,6 +25,7 @@ from saemill.cache_schema import (
     StoreMismatch,
     StoreMissing,
     StoreUnfinished,
+    StoreUnreachable,
     StoreWriter,
 )
 from saemill.cache_schema import claims as claims_module
@@ -274,3 +275,16 @@ def test_a_claim_that_nobody_can_read_has_lapsed(synthetic, lease):
     files.write("claims/3.json", [np.frombuffer(lease, np.uint8)])
     assert claims.take(3)
     claims.close()
+
+
+def test_an_error_without_a_number_is_not_printed_as_none(monkeypatch):
+    """What a network's library raises is often no OSError."""
+    files = open_files(f"memory://{uuid.uuid4().hex}")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no route")
+
+    monkeypatch.setattr(files.fs, "cat_file", fail)
+    with pytest.raises(StoreUnreachable, match="RuntimeError while reading zarr.json") as caught:
+        files.read("zarr.json")
+    assert "None" not in str(caught.value)
