@@ -91,7 +91,13 @@ Examples:
     "--batch-windows", type=int, help="Windows in a forward pass.  [default: 2,048 tokens, 512 of small models]"
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--worker", default="1/1", show_default=True, metavar="I/N", help="This is the I-th of N processes.")
+@click.option(
+    "--worker",
+    default="1/1",
+    show_default=True,
+    metavar="I/N",
+    help="This is the I-th of N processes; after its share it takes what others have left.",
+)
 @click.option("--out", default="./store", show_default=True, help="The store: a folder, or an fsspec URL (s3://...).")
 @click.option("--dry-run", "is_dry_run", is_flag=True, help="Say what it would cost, and write nothing.")
 @as_json()

@@ -20,6 +20,7 @@ class Place:
     device: torch.device
     worker: Worker
     speaks: bool = True  # of the processes of one launch, which share a terminal, only the first
+    takes_rest: bool = False  # whether it goes on, after its share, with what other workers have left
 
     @property
     def is_first(self) -> bool:
@@ -29,9 +30,13 @@ class Place:
 
 @contextmanager
 def taken_place(device: str, worker: Worker) -> Iterator[Place]:
-    """The place that a launcher gave this process, times the one given by hand."""
+    """The place that a launcher gave this process, times the one given by hand.
+
+    Processes of one launch end together; of workers that were started by hand, some may never begin.
+    """
+    takes_rest = worker.count > 1
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Place(find_device(device), worker)
+        yield Place(find_device(device), worker, takes_rest=takes_rest)
         return
     from accelerate import PartialState
 
@@ -39,6 +44,6 @@ def taken_place(device: str, worker: Worker) -> Iterator[Place]:
     index = worker.index * state.num_processes + state.process_index
     try:
         shared = Worker(index, worker.count * state.num_processes)
-        yield Place(find_device(str(state.device)), shared, speaks=state.process_index == 0)
+        yield Place(find_device(str(state.device)), shared, speaks=state.process_index == 0, takes_rest=takes_rest)
     finally:
         state.destroy_process_group()

@@ -5,7 +5,8 @@
 2. Where there is no store yet, the first worker tokenises and packs the corpus and writes all tokens; the
    others wait for it. Where there is one, its settings must be the same, and nothing is tokenised again.
 3. Check that the disk can hold what is to come of all workers.
-4. Load the model, cut down to what is wanted, and harvest this worker's share of the pending shards.
+4. Load the model, cut down to what is wanted, and harvest this worker's share of the pending shards; a worker
+   that was started by hand then goes on with what others have left.
 """
 
 from __future__ import annotations
@@ -129,9 +130,11 @@ def make_harvester(manifest: Manifest, source: ModelSource, device: torch.device
 
 
 def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) -> int:
-    """This worker's part of what is pending; returns how many shards it wrote."""
+    """This worker's part of what is pending, then what others have left; returns how many shards it wrote."""
     manifest, pending = writer.manifest, writer.pending()
     shards = [shard for shard in pending if place.worker.takes(shard)]
+    if place.takes_rest:
+        shards = shards or pending
     if not shards:
         return 0
     keep_large_blocks(SMALLER_THAN_SHARDS)
@@ -142,14 +145,21 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
         with Store(writer.files) as store:
             cost = measure_cost(harvester, store.beginning(shards[0])[0])
         require_space(writer.files.url, writer.files.free_bytes(), needed_bytes(cost, manifest, pending))
-    with watch.stage("harvesting", tokens_in(manifest, shards), stays=True) as stage:
-        report = partial(report_shard, stage, [], manifest.context, writer.files)
-        elsewhere = harvest_shards(writer, harvester, shards, report)
+    sizes: list[int] = []
+    elsewhere: list[int] = []
+    written = 0
+    while shards:
+        with watch.stage("harvesting", tokens_in(manifest, shards), stays=True) as stage:
+            report = partial(report_shard, stage, sizes, manifest.context, writer.files)
+            elsewhere = harvest_shards(writer, harvester, shards, report)
+        written += len(shards) - len(elsewhere)
+        goes_on = place.takes_rest and len(elsewhere) < len(shards)
+        shards = writer.pending() if goes_on else []
     if elsewhere:
         watch.say(
             f"{len(elsewhere)} shards were left to another writer that holds or has committed them{writer.if_killed}"
         )
-    return len(shards) - len(elsewhere)
+    return written
 
 
 def _warn_of_others(writer: StoreWriter, harvester: Harvester, shards: Sequence[int], watch: Watch) -> None:

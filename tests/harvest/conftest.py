@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from saemill.harvest.config import HarvestConfig
+from saemill.harvest import run
+from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus.source import DatasetOptions
+from saemill.harvest.process_place import Place
 
 torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
 
@@ -199,3 +202,16 @@ def make_config(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable
         return HarvestConfig(**settings | changes)
 
     return make
+
+
+@pytest.fixture
+def share_only(monkeypatch) -> None:
+    """Workers end after their share, as those do that are killed then."""
+    taken_place = run.taken_place
+
+    @contextmanager
+    def taken(device: str, worker: Worker) -> Iterator[Place]:
+        with taken_place(device, worker) as place:
+            yield replace(place, takes_rest=False)
+
+    monkeypatch.setattr(run, "taken_place", taken)

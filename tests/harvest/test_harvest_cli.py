@@ -120,6 +120,7 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would_cost(type_: Type, tmp_p
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.usefixtures("share_only")
 def test_json_is_one_document_of_what_a_harvest_would_cost_and_of_what_it_made(type_: Type, tmp_path):
     estimate = json.loads(type_("--dry-run", "--json").stdout)
     assert estimate["tokens"] == estimate["tokens_to_go"] == 4000 and estimate["seconds"] > 0
@@ -130,6 +131,7 @@ def test_json_is_one_document_of_what_a_harvest_would_cost_and_of_what_it_made(t
     assert made["shards_committed"] == made["shards"] == 8 and made["layers"] == [2] and made["remarks"] == []
 
 
+@pytest.mark.usefixtures("share_only")
 def test_each_worker_of_its_own_terminal_speaks_and_the_last_one_sums_up(type_: Type):
     first, second = type_("--worker=1/2"), type_("--worker=2/2")
     assert "4 of 8 shards are committed; others belong to other workers" in first.output

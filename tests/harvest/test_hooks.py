@@ -157,6 +157,7 @@ def test_the_store_holds_them_with_their_moments(straight, model_folder):
             assert moments[hook, layer].mean_norm == pytest.approx(again.mean_norm, rel=1e-12)
 
 
+@pytest.mark.usefixtures("share_only")
 def test_workers_in_any_order_give_the_same_store(straight, make_config: Make):
     for index in (0, 2, 1):
         harvest(make_config(hooks=BOTH, worker=Worker(index, 3)))

@@ -190,12 +190,26 @@ def test_a_second_start_does_not_tokenise_again(make_config: Make, monkeypatch):
     assert harvest(make_config()).committed == 8
 
 
+@pytest.mark.usefixtures("share_only")
 def test_workers_in_any_order_give_the_same_store(make_config: Make, tmp_path):
     straight = make_config(out=str(tmp_path / "straight"))
     harvest(straight)
     finished = [harvest(make_config(worker=Worker(index, 3))) for index in (0, 2, 1)]
     assert [item.committed for item in finished] == [3, 5, 8]
     assert all(item.speaks for item in finished)  # each in a terminal of its own
+    assert digest_of(make_config().out) == digest_of(straight.out)
+
+
+def test_workers_take_the_shares_of_those_that_never_come(make_config: Make, tmp_path, monkeypatch):
+    straight = make_config(out=str(tmp_path / "straight"))
+    harvest(straight)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_harvest_share", lambda *_: 0)
+        harvest(make_config())  # tokens alone
+    with StoreWriter.open(make_config().out) as other, other.claim(1) as mine, other.claim(2) as another:
+        assert mine and another
+        assert harvest(make_config(worker=Worker(1, 3))).committed == 6
+    assert harvest(make_config(worker=Worker(0, 3))).committed == 8  # its own share is done
     assert digest_of(make_config().out) == digest_of(straight.out)
 
 
@@ -247,6 +261,7 @@ def chosen(model_folder, monkeypatch) -> list[Choice]:
     return choices
 
 
+@pytest.mark.usefixtures("share_only")
 @pytest.mark.parametrize(("name", "revision"), [(FIRST_CHOICE, "c0ffee"), ("pocket", None)])
 def test_auto_is_decided_once_for_a_store(make_config: Make, chosen, monkeypatch, name, revision):
     config = make_config(model="auto")
@@ -271,6 +286,7 @@ def test_who_gets_the_small_model_for_the_real_one_is_told_again_at_the_end(make
         assert harvest(make_config(model="auto", out=f"memory://{choice.name}{len(told)}")).fell_back == told
 
 
+@pytest.mark.usefixtures("share_only")
 def test_a_store_keeps_the_tests_it_was_begun_with(make_config: Make, monkeypatch):
     """Whatever rule is made later, and whether the store was begun before there was one."""
     for begun, later in [(40, 225), (225, 40)]:
@@ -326,6 +342,7 @@ def test_a_dry_run_waits_for_nobody(make_config: Make, chosen, monkeypatch):
     assert not Path(make_config().out).exists()
 
 
+@pytest.mark.usefixtures("share_only")
 def test_a_dry_run_counts_what_is_left(make_config: Make):
     config, quiet = make_config(), Watch(is_quiet=True)
     whole = dry_run(config, quiet)
