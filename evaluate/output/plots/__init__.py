@@ -6,12 +6,14 @@ global state of matplotlib is touched: figures are objects that are drawn to fil
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ....train.disk.whole_files import replace_file
 from ....train.file_registry import file_names, import_file
 from ..figures.records import Record
 
@@ -50,10 +52,10 @@ def make_plots(records: Sequence[Record], out: Path) -> list[Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Draw to files that differ in their ends, each all or nothing."""
-    beside = path.with_suffix(".partial")
+    """Draw to files that differ in their ends, each all or nothing, whoever else draws the same."""
     FigureCanvasAgg(figure)
     for kind, metadata in KINDS.items():
-        figure.savefig(beside, format=kind, metadata=metadata)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=kind, metadata=metadata)
         figure.set_layout_engine("none")  # it has been laid out
-        beside.replace(path.with_suffix(f".{kind}"))
+        replace_file(path.with_suffix(f".{kind}"), drawn.getvalue())

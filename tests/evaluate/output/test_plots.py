@@ -100,7 +100,21 @@ def test_a_run_with_everything_has_every_plot(make_run, tmp_path):
     assert {path.stem for path in written} == ALL
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     assert all(b"<svg" in path.with_suffix(".svg").read_bytes() for path in written)
-    assert not list((tmp_path / "plots").glob("*.partial"))
+    assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".png", ".svg"}
+
+
+def test_two_that_draw_the_same_at_once_do_not_take_each_others_files(tmp_path):
+    class Overtaken(Figure):
+        """While it is drawn, another process draws the same and is done first."""
+
+        def savefig(self, *args, **options):
+            super().savefig(*args, **options)
+            plots.save(Figure(), tmp_path / "a.png")
+
+    plots.save(Overtaken(), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (tmp_path / "a.svg").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
