@@ -37,6 +37,8 @@ class Needs:
 
     model: bool = False
     store: bool = False
+    tokens_only: bool = False
+    """Of the store it reads tokens, and no activations."""
     from_tokens: bool = False
     """It can compute residuals from the store's tokens in place of reading them (--from-tokens)."""
     residuals: bool = True

@@ -191,7 +191,7 @@ def _ratio(part: float, whole: float) -> float:
 EVALUATION = Evaluation(
     Config,
     evaluate,
-    needs=Needs(store=True, residuals=False),
+    needs=Needs(store=True, tokens_only=True, residuals=False),
     summary=(
         "replacement.explained_variance",
         "replacement.l0",

@@ -154,14 +154,14 @@ class _Attempts:
         return Row(item.subject, self._eval_id, "done", item.remark or "", document)
 
     def _remark_of_store(self) -> str | None:
-        """What every result says where the store's activations are not the model's own."""
-        opened = self._context.opened
-        if opened is None or opened.manifest.stored_as is None:
+        """What a result says that was read from a store's activations, where these are not the model's own."""
+        opened, needs = self._context.opened, self._evaluation.needs
+        if not needs.store or needs.tokens_only or opened is None or opened.manifest.stored_as is None:
             return None
         said = f"the store keeps activations as {opened.manifest.stored_as}: they are the model's own only nearly"
         if self._settings["from_tokens"]:
             return f"{said}; here they are computed anew from tokens"
-        return f"{said}; --from-tokens computes them anew" if self._evaluation.needs.from_tokens else said
+        return f"{said}; --from-tokens computes them anew" if needs.from_tokens else said
 
     def _not_run(self, subject: LoadedSae, reason: str) -> Row:
         return Row(subject, self._eval_id, "not run", reason)
