@@ -20,7 +20,7 @@ HEADER = """\
 # Made by `make lock` from pyproject.toml and constraints.txt, for Linux on x86-64, Python 3.11 and torch's build
 # for processors, which PyTorch keeps in an index of its own. Then:
 #   pip install --require-hashes -r requirements.lock
-#   pip install --no-deps saemill
+#   pip install --no-deps .
 """
 
 
