@@ -56,14 +56,20 @@ SECTIONS = {  # pages in the order of the menu; pages that are not named here co
     "Measured": "docs/measured.md docs/performance.md docs/quality.md",
 }
 THEME = 'if (matchMedia("(prefers-color-scheme: dark)").matches) document.documentElement.dataset.theme = "dark";'
+MADE_BY = '<meta name="generator" content="saemill docs/build.py">'
 
 
 class LinkBroken(Exception):
     """A page leads to something that is not there."""
 
 
+class FolderTaken(Exception):
+    """The folder for the pages holds something else."""
+
+
 def main(out: str = "build/docs") -> None:
     folder, texts = Path(out), pages()
+    require_own(folder)
     problems = broken_links(texts)
     if problems:
         raise LinkBroken("\n".join(problems))
@@ -79,6 +85,18 @@ def main(out: str = "build/docs") -> None:
             shutil.copyfile(ROOT / file, folder / file)
     (folder / "base.css").write_text(web_file("base.css") + (ROOT / "docs" / "site.css").read_text(), encoding="utf-8")
     print(f"{len(texts)} pages: {folder / 'index.html'}")
+
+
+def require_own(folder: Path) -> None:
+    """All that lies in the folder is deleted: it must be pages of before, or nothing."""
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    index = folder / "index.html"
+    if not index.is_file() or MADE_BY not in index.read_text("utf-8", errors="replace"):
+        raise FolderTaken(
+            f"{folder}: expected no folder, an empty one, or one with pages of before, found other things, which are "
+            "left as they are. Delete them, or give another folder"
+        )
 
 
 # ---------------------------------------------------------------- pages
@@ -268,6 +286,7 @@ def document(name: str, text: str, texts: Mapping[str, str]) -> str:
     title = html.escape(title_of(name, text))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: saemill</title>\n'
+        f"{MADE_BY}\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
         f'<link rel="stylesheet" href="{way("base.css")}"><script>{THEME}</script></head>\n'
         f'<body><main><a class="to-menu" href="#menu">all pages</a>{body}</main>\n'

@@ -136,6 +136,21 @@ def test_the_site_has_every_setting_and_its_links_lead_to_files(tmp_path):
             assert not path or (page.parent / path).is_file(), f"{page}: {address}"
 
 
+def test_pages_take_the_place_of_pages_and_of_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(BUILD, "pages", lambda: {"README.md": "# A"})
+    BUILD.main(str(tmp_path))
+    (tmp_path / "old.html").touch()
+    BUILD.main(str(tmp_path))
+    assert not (tmp_path / "old.html").exists()
+    for name in ("source.py", "index.html"):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(BUILD.FolderTaken, match="left as they are"):
+            BUILD.main(str(folder))
+        assert (folder / name).read_text() == "mine"
+
+
 class Addresses(HTMLParser):
     """What a page of the site leads to inside it."""
 
