@@ -1,6 +1,7 @@
-"""The recipes of docs/cluster/ on a real Slurm: one node, from Debian's packages, started for the test.
+"""The recipes of docs/cluster/ with stubs of what they call, and on a real Slurm: one node, started for the test.
 
-`make test-cluster` installs it. Where it is not installed, or this user may not start it, the tests skip.
+`make test-cluster` installs it from Debian's packages. Where it is not installed, or this user may not start it, the
+test that needs it skips.
 """
 
 from __future__ import annotations
@@ -96,6 +97,73 @@ def commands(tmp_path_factory) -> Path:
     return folder
 
 
+STUBS = {
+    "sae-harvest": 'echo "harvest $*" >> log',
+    "sae-eval": 'echo "eval $*" >> log',
+    "scontrol": 'case $1 in show) echo node1 ;; *) echo "scontrol $*" >> log ;; esac',
+    "srun": 'echo $$ > step; exec "$@"',
+    # srun's first process; where the cluster signals all of a step, torchrun too
+    "scancel": 'echo "scancel $*" >> log; kill -USR1 "$(cat step)"; kill -USR1 "$(cat torchrun_pid)"',
+    "torchrun": """\
+echo "${@#--rdzv-*}" | sed 's/.*sae-train/train/' >> log
+[ "${FINISHED:-}" ] && exit 0
+trap 'echo saved >> log; exit 143' TERM
+echo $$ > torchrun_pid.tmp && mv torchrun_pid.tmp torchrun_pid
+while :; do sleep 0.05; done""",
+}
+
+
+@pytest.fixture
+def stubs(tmp_path) -> dict[str, str]:
+    """An environment in which recipes run in this folder, without Slurm, and write what they do into `log`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, does in STUBS.items():
+        (folder / name).write_text(f"#!/bin/bash\n{does}\n")
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "STORE": "store", "RUNS": "runs", "NAME": "wide"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node1"}
+    return environment | {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "17", "SLURM_ARRAY_TASK_ID": "19"}
+
+
+def begin_recipe(name: str, stubs: dict[str, str], home: Path, *words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["bash", str(RECIPES / name), *words], cwd=home, env=stubs)
+
+
+def log_of(home: Path) -> list[str]:
+    return (home / "log").read_text().splitlines()
+
+
+def test_a_run_whose_time_is_up_saves_and_is_requeued(stubs, tmp_path):
+    job = begin_recipe("train.sbatch", stubs, tmp_path, "--variant", "topk", "--k=4", "--spread", "--device", "cuda")
+    while not (tmp_path / "torchrun_pid").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait() == 0
+    begun = "train --out runs --cache store --name wide --variant topk --k=4 --spread --device cuda"
+    assert log_of(tmp_path) == [begun, "scancel --signal=USR1 7", "saved", "scontrol requeue 7"]
+
+
+def test_a_requeued_run_goes_on_as_it_was_launched_and_ends(stubs, tmp_path):
+    (tmp_path / "runs/wide").mkdir(parents=True)
+    (tmp_path / "runs/wide/config.json").touch()
+    words = ["--variant", "topk", "--spread", "--k=4", "--device", "cuda", "--no-plots"]
+    assert begin_recipe("train.sbatch", stubs | {"FINISHED": "1"}, tmp_path, *words).wait() == 0
+    assert begin_recipe("train.sbatch", stubs | {"FINISHED": "1"}, tmp_path, "--k=4").wait() == 0
+    resumed = "train --out runs --resume wide"
+    assert log_of(tmp_path) == [f"{resumed} --spread --device cuda --no-plots", resumed]
+
+
+def test_tasks_of_any_array_are_workers_from_one_on_and_evaluations_keep_what_is_done(stubs, tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / "runs/wide" / label).mkdir(parents=True)
+        (tmp_path / "runs/wide" / label / "cfg.json").touch()
+    assert begin_recipe("harvest.sbatch", stubs, tmp_path, "--tokens=1M").wait() == 0
+    assert begin_recipe("evaluate.sbatch", stubs | {"SLURM_ARRAY_TASK_ID": "2"}, tmp_path).wait() == 0
+    assert log_of(tmp_path) == ["harvest --worker 3/4 --out store --tokens=1M", "eval wide/b --resume --runs runs"]
+
+
 class Cluster:
     """Submits recipes and waits for them."""
 
@@ -164,3 +232,15 @@ def test_the_recipes_harvest_train_and_evaluate(slurm, commands, tmp_path):
     cluster.wait(cluster.submit("evaluate.sbatch", ["--array=1-2"], ["--evals", "decoder_cosine", "--device", "cpu"]))
     results = sorted((tmp_path / "runs/wide/evals/decoder_cosine").glob("*.json"))
     assert [path.name.split("_eval")[0] for path in results] == ["topk_k4", "topk_k8"]
+
+    cluster.environment["NAME"] = "long"
+    words = ["--variant", "topk", "--k", "4", "--width", "64", "--epochs", "200", "--device", "cpu", "--no-plots"]
+    job = cluster.submit("train.sbatch", ["--nodes=1"], words)
+    while not (tmp_path / "runs/long/metrics.jsonl").exists():
+        assert cluster.tasks(job), cluster.logs()
+        time.sleep(0.5)
+    cluster.ask("scancel", "--batch", "--signal=TERM", job)  # as Slurm does two minutes before the time is up
+    cluster.wait(job)
+    assert "Restarts=1" in cluster.ask("scontrol", "show", "job", job, "--oneliner"), cluster.logs()
+    assert "stopped after step" in cluster.logs()
+    assert (tmp_path / "runs/long/result.json").exists()
