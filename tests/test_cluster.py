@@ -102,8 +102,8 @@ STUBS = {
     "sae-eval": 'echo "eval $*" >> log',
     "scontrol": 'case $1 in show) echo node1 ;; *) echo "scontrol $*" >> log ;; esac',
     "srun": 'echo $$ > step; exec "$@"',
-    # srun's first process; where the cluster signals all of a step, torchrun too
-    "scancel": 'echo "scancel $*" >> log; kill -USR1 "$(cat step)"; kill -USR1 "$(cat torchrun_pid)"',
+    # srun's first process; where the cluster signals all of a step, torchrun too; and it may find some ended
+    "scancel": 'echo "scancel $*" >> log; kill -USR1 "$(cat step)"; kill -USR1 "$(cat torchrun_pid)"; exit 1',
     "torchrun": """\
 echo "${@#--rdzv-*}" | sed 's/.*sae-train/train/' >> log
 [ "${FINISHED:-}" ] && exit 0
