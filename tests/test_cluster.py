@@ -203,7 +203,7 @@ class Cluster:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_recipes_harvest_train_and_evaluate(slurm, commands, tmp_path):
-    """Three workers, one of which is lost and requeued; two processes that train; a task for each SAE."""
+    """Three workers, one of which is lost and requeued; a task for each SAE; two processes whose time is up."""
     cluster = Cluster(slurm, commands, tmp_path)
     words = ["--model", "pocket", "--layer", "3", "--tokens", "60k", "--device", "cpu"]
     harvest = cluster.submit("harvest.sbatch", ["--array=1-3"], words)
@@ -242,5 +242,6 @@ def test_the_recipes_harvest_train_and_evaluate(slurm, commands, tmp_path):
     cluster.ask("scancel", "--batch", "--signal=TERM", job)  # as Slurm does two minutes before the time is up
     cluster.wait(job)
     assert "Restarts=1" in cluster.ask("scontrol", "show", "job", job, "--oneliner"), cluster.logs()
-    assert "stopped after step" in cluster.logs()
+    log = (tmp_path / f"train_{job}.log").read_text()
+    assert log.index("stopped after step") < log.index("continuing after step")
     assert (tmp_path / "runs/long/result.json").exists()
