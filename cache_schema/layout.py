@@ -91,10 +91,6 @@ def codec_documents(codec: Codec, dtype: np.dtype) -> list[dict[str, Any]]:
     return [*chain, {"name": "crc32c"}]
 
 
-def resid_path(layer: int) -> str:
-    return Site(RESID, layer).path
-
-
 def scales_path(site: Site) -> str:
     return f"scales/{site.path}"
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
+
+SPARE_BYTES = 512 * 2**20  # what a store or file of some kilobytes may take, at the very most
 
 NASTY: tuple[Any, ...] = (
     None,
@@ -133,3 +138,15 @@ def _product(shape: list[int]) -> int:
     for size in shape:
         total *= size
     return total
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """An absurd allocation fails here instead of swapping the machine to death."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + SPARE_BYTES, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, settings
+
 CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CALLS = ("open", "write", "fsync", "replace", "rename", "unlink", "mkdir")
 
@@ -151,3 +153,16 @@ class ShakyDisk:
     def _mkdir(self, path: Any, *args: Any, **kwargs: Any) -> None:
         self._count(path)
         self._real["mkdir"](path, *args, **kwargs)
+
+
+def course(examples: int, steps: int, derandomize: bool) -> settings:
+    """How a state machine that such a disk troubles is run."""
+    return settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        derandomize=derandomize,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate] if derandomize else [Phase.generate, Phase.shrink],
+    )

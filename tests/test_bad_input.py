@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +46,6 @@ from saemill.train.run.folder import RunFolder, cache_of
 
 GOLDEN = Path(__file__).parent / "golden" / "store_raw"
 NAMED = (StoreError, TrainError, EvalError)
-SPARE_BYTES = 512 * 2**20  # what a file of some kilobytes may take, at the very most
 D, F = 4, 6
 VARIANTS = {"topk": {"k": 2}, "jumprelu": {"target_l0": 2.0}, "gated": {}, "temporal": {"base": "topk", "k": 2}}
 LONG = int(os.environ.get("FUZZ", "20000"))
@@ -171,18 +168,6 @@ def targets(memory_folder) -> dict[str, Target]:
     return found
 
 
-@contextmanager
-def bounded_memory() -> Iterator[None]:
-    """An absurd allocation fails here instead of swapping the machine to death."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + SPARE_BYTES, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
 def try_input(mutations: Any, target: Target, whole: bytes, seed: str) -> bool:
     """Whether the input was read; refused by name is the other good end."""
     choose = random.Random(seed)
@@ -203,7 +188,7 @@ def try_input(mutations: Any, target: Target, whole: bytes, seed: str) -> bool:
 
 def try_many(mutations: Any, targets: dict[str, Target], inputs: int, first: int) -> None:
     began, read, each = time.perf_counter(), 0, -(-inputs // len(targets))
-    with bounded_memory(), warnings.catch_warnings():
+    with mutations.bounded_memory(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's and torch's, of odd numbers
         for name, target in targets.items():
             whole = target.file.read_bytes()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ from saemill.cache_schema.manifest import read_manifest
 from saemill.cache_schema.verify import verify_shards
 
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
-SPARE_BYTES = 512 * 2**20  # what a store of some kilobytes may take, at the very most
 
 # Which file of which store: array documents stand inline in the root, or only apart, as other tools leave them.
 CASES = (
@@ -62,24 +58,12 @@ def use(folder: Path, via_zarr: bool) -> None:
         store.counts("train")
 
 
-@contextmanager
-def bounded_memory() -> Iterator[None]:
-    """An absurd allocation fails here instead of swapping the machine to death."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + SPARE_BYTES, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
 def fuzz(mutations: Any, folder: Path, name: str, choose: random.Random, via_zarr: bool = False) -> None:
     file = folder / name
     whole = file.read_bytes()
     file.write_bytes(mutations.mutate(whole, choose, reseal))
     try:
-        with bounded_memory(), warnings.catch_warnings():
+        with mutations.bounded_memory(), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of a fill value that float16 cannot hold
             use(folder, via_zarr)
     except StoreError as error:

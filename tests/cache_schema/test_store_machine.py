@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -420,15 +419,7 @@ def facts(synthetic, shaky_disk, memory_folder) -> Facts:
 
 def run(facts: Facts, examples: int, steps: int, derandomize: bool) -> None:
     facts.rules = facts.faults = 0
-    course = settings(
-        max_examples=examples,
-        stateful_step_count=steps,
-        deadline=None,
-        derandomize=derandomize,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate] if derandomize else [Phase.generate, Phase.shrink],
-    )
+    course = facts.shaky_disk.course(examples, steps, derandomize)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer_module, "WRITERS", 1)  # the same events lead to the same state: Hypothesis insists on that
         run_state_machine_as_test(lambda: StoreMachine(facts), settings=course)

@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from rich.console import Console
@@ -230,15 +229,7 @@ def facts(write_store, memory_folder, shaky_disk, bits) -> Facts:
 
 def run(facts: Facts, examples: int, steps: int, derandomize: bool) -> None:
     facts.rules = facts.faults = 0
-    course = settings(
-        max_examples=examples,
-        stateful_step_count=steps,
-        deadline=None,
-        derandomize=derandomize,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate] if derandomize else [Phase.generate, Phase.shrink],
-    )
+    course = facts.shaky_disk.course(examples, steps, derandomize)
     run_state_machine_as_test(lambda: RunMachine(facts), settings=course)
     print(f"{facts.rules:,} rules, {facts.faults:,} calls that a fault answered, every run ended with its bits")
 
