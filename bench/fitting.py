@@ -24,17 +24,20 @@ class Ask:
     folder: str
     variant: str
     width: int
-    k: int
-    coefficient: float
-    lr: float  # 0: the contestant's own
+    l0: float  # what is wanted
+    coefficient: float  # of the penalty, where there is one
+    lr: float
     steps: int
-    seed: int = 0  # of the weights and of the order of rows
-    precision: str = "float32"
+    seed: int  # of the weights and of the order of rows
+
+    @property
+    def k(self) -> int:
+        return round(self.l0)
 
 
 def batches(ask: Ask, steps: int | None = None) -> Iterator[torch.Tensor]:
     """Training rows, epoch by epoch in the order of one seed."""
-    rows, steps = torch.from_numpy(np.load(Path(ask.folder) / "train.npy")), ask.steps if steps is None else steps
+    rows, steps = load(ask.folder, "train"), ask.steps if steps is None else steps
     generator = torch.Generator().manual_seed(ask.seed)
     order, at = torch.randperm(len(rows), generator=generator), 0
     for _ in range(steps):
@@ -44,16 +47,25 @@ def batches(ask: Ask, steps: int | None = None) -> Iterator[torch.Tensor]:
         at += ROWS
 
 
+def load(folder: str, split: str) -> torch.Tensor:
+    return torch.from_numpy(np.load(Path(folder) / f"{split}.npy"))
+
+
 def norms(folder: str) -> dict[str, float]:
     """Mean norm and root mean square norm of the training rows."""
-    lengths = torch.from_numpy(np.load(Path(folder) / "train.npy")).norm(dim=1).double()
+    lengths = load(folder, "train").norm(dim=1).double()
     return {"mean": float(lengths.mean()), "rms": float(lengths.square().mean().sqrt())}
 
 
-@torch.no_grad()
 def score(folder: str, encode: Encode, decode: Encode, scale: float) -> dict[str, float]:
-    """Held-out explained variance, L0 and the share of latents that never fire; the SAE reads x * scale."""
-    rows = torch.from_numpy(np.load(Path(folder) / "held_out.npy")) * scale
+    """Of the test split, and what chooses between fits of the validation split; the SAE reads x * scale."""
+    test, validation = (measure(load(folder, split) * scale, encode, decode) for split in ("test", "validation"))
+    return test | {"validation": validation["explained_variance"], "validation_l0": validation["l0"]}
+
+
+@torch.no_grad()
+def measure(rows: torch.Tensor, encode: Encode, decode: Encode) -> dict[str, float]:
+    """Explained variance, L0 and the share of latents that never fire."""
     error, active, fired = 0.0, 0, torch.zeros(0, dtype=torch.bool)
     for x in rows.split(ROWS):
         acts = encode(x)

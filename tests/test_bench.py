@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -90,41 +92,70 @@ def test_every_row_says_when_and_of_what_code_it_is(path):
     assert rows and all(row["date"] and row["commit"] for row in rows)
 
 
+def score_of_fit(quality, value, l0=32.0, dead=0.0):
+    return quality.Score(value, l0, dead, validation=value - 0.01, validation_l0=l0)
+
+
 def test_a_fit_that_is_off_target_is_marked_and_claims_nothing(bench):
     quality = bench("quality")
-    fit, on, off = (
-        quality.Fit("batchtopk", 64, "ours", k=32),
-        quality.Score(0.8, 30.0, 0.0),
-        quality.Score(0.9, 7.9, 0.0),
-    )
-    assert quality.row_of(fit, on)["on_target"] and not quality.row_of(fit, off)["on_target"]
-    cell = quality.cell_of({fit: off}, 32.0)
-    assert not cell.values and str(cell) == "off target: L0 7.9"
-    seeds = {quality.Fit("batchtopk", 64, "ours", k=32, seed=seed): score for seed, score in enumerate((on, off, on))}
-    cell = quality.cell_of(seeds, 32.0)
-    assert cell.values == (0.8, 0.8) and str(cell).endswith("at L0 30.0, 1 of 3 seeds off target")
+    fits = [quality.Fit("batchtopk", 64, 32.0, "ours", 1e-3, seed=seed) for seed in range(3)]
+    on, off = score_of_fit(quality, 0.8, 30.0), score_of_fit(quality, 0.9, 7.9)
+    assert quality.row_of(fits[0], on)["on_target"] and not quality.row_of(fits[0], off)["on_target"]
+    assert quality.score_of(quality.row_of(fits[0], off)) == off
+    cell = quality.cell_at({fits[0]: off}, 1e-3)
+    assert not cell.on_target and str(cell) == "off target: L0 7.9 (rate 0.001)"
+    cell = quality.cell_at(dict(zip(fits, (on, off, on), strict=True)), 1e-3)
+    assert str(cell) == "0.800 at L0 30.0, 0.0% dead, rate 0.001, 1 of 3 seeds off target"
 
 
-def test_where_no_two_fits_lie_around_the_wanted_l0_there_is_no_number(bench):
+def test_the_rate_is_sought_up_then_down_from_a_contestants_own(bench):
     quality = bench("quality")
-    scores = {
-        quality.Fit("gated", 64, "ours", coefficient=c): quality.Score(ev, l0, 0.0)
-        for c, ev, l0 in ((1.0, 0.6, 72.0), (3.0, 0.5, 34.0))
-    }
-    assert str(quality.cell_of(scores, 16.0)) == "off target: L0 34.0"
-    assert quality.cell_of(scores, 48.0).values[0] == pytest.approx(0.5 + 0.1 * 0.4596, abs=1e-3)
-    scores[quality.Fit("gated", 64, "ours", coefficient=9.0)] = quality.Score(0.1, 8.0, 0.0)
-    assert str(quality.cell_of(scores, 16.0)) == "off target: L0 8.0 to 34.0"  # more than fourfold apart
+    for peak, tried in ((0.027, [1e-3, 3e-3, 9e-3, 0.027, 0.081]), (3e-4, [1e-3, 3e-3, 3.333e-4, 1.111e-4])):
+        rates = []
+
+        def train(fit, peak=peak, rates=rates):
+            rates.append(fit.lr)
+            return score_of_fit(quality, -abs(math.log(fit.lr / peak)))
+
+        first = quality.Fit("topk", 64, 32.0, "sae_lens", 1e-3)
+        assert quality.best_of(first, train, True).lr == pytest.approx(peak, rel=0.2)
+        assert rates == pytest.approx(tried, rel=1e-3)
 
 
-def test_the_peers_at_our_rate_come_first(bench):
+def test_a_rate_that_misses_the_wanted_l0_is_never_the_best(bench):
     quality = bench("quality")
-    fits = quality.fits_of((64,), (8,), ("topk",), (0,), 16)
-    scores = {fit: quality.Score(0.5 + 0.1 * bool(fit.lr), 8.0, 0.0) for fit in fits}
-    (rates, _, equal), (later, _, own) = quality.lines_of(scores, 16.0)
-    assert (rates, later) == ("equal", "own")
-    assert equal["sae_lens"].values == (0.6,) and own["sae_lens"].values == (0.5,)
-    assert equal["ours"] == own["ours"]
+
+    def train(fit):
+        return score_of_fit(quality, fit.lr, 90.0 if fit.lr > 2e-3 else 32.0)
+
+    first = quality.Fit("jumprelu", 64, 32.0, "ours", 1e-3)
+    assert quality.best_of(first, train, True) == first
+
+
+@pytest.mark.parametrize("power", [-0.5, -1.0, -2.0])
+def test_a_coefficient_is_sought_until_the_l0_is_what_was_asked(bench, power):
+    quality = bench("quality")
+    fits = []
+
+    def train(fit):
+        fits.append(fit)
+        return score_of_fit(quality, 0.5, 300.0 * fit.coefficient**power)
+
+    found = quality.seek(quality.Fit("gated", 64, 32.0, "sae_lens", 1e-3, 1.0), train)
+    assert 300.0 * found.coefficient**power == pytest.approx(32.0, rel=quality.NEAR)
+    assert len(fits) <= 6
+
+
+def test_each_stands_at_its_best_rate_beside_its_own(bench):
+    quality = bench("quality")
+    own = quality.Fit("topk", 64, 32.0, "sae_lens", 1e-3)
+    better = dataclasses.replace(own, lr=3e-3)
+    scores = {own: score_of_fit(quality, 0.5), better: score_of_fit(quality, 0.6)}
+    scores[dataclasses.replace(better, seed=1)] = score_of_fit(quality, 0.4)  # another seed does not decide
+    lines = quality.lines_of(scores)
+    (_, best), (_, default) = lines["best"][0], lines["own"][0]
+    assert [score.explained_variance for score in best["sae_lens"].on_target] == [0.6, 0.4]
+    assert [score.explained_variance for score in default["sae_lens"].on_target] == [0.5]
 
 
 def test_a_short_run_of_a_peer_forgets_where_its_threshold_began(bench):

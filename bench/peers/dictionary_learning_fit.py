@@ -19,7 +19,6 @@ from dictionary_learning_step import make_trainer
 from fitting import ROWS, Ask, batches, norms, score, serve_fits
 
 COEFFICIENT = {"standard": "l1_penalty", "gated": "l1_penalty", "p_anneal": "initial_sparsity_penalty"}
-COEFFICIENT |= {"jumprelu": "target_l0"}
 
 
 def settings_of(ask: Ask) -> dict[str, Any]:
@@ -28,12 +27,14 @@ def settings_of(ask: Ask) -> dict[str, Any]:
     if ask.variant in ("topk", "batchtopk", "matryoshka"):
         settings |= {"threshold_start_step": min(1000, steps // 10), "threshold_beta": threshold_beta(steps)}
     else:
-        settings |= {"sparsity_warmup_steps": min(2000, steps // 10), COEFFICIENT[ask.variant]: ask.coefficient}
+        settings |= {"sparsity_warmup_steps": min(2000, steps // 10)}
+    if ask.variant in COEFFICIENT:
+        settings |= {COEFFICIENT[ask.variant]: ask.coefficient}
     if ask.variant == "p_anneal":
         settings |= {"anneal_start": min(15_000, steps // 4), "sparsity_function": "Lp^p", "p_end": 0.2}
     else:
         settings["decay_start"] = int(0.8 * steps)
-    return settings | ({"lr": ask.lr} if ask.lr else {})
+    return settings | {"lr": ask.lr}
 
 
 def threshold_beta(steps: int) -> float:

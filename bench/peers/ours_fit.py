@@ -17,7 +17,7 @@ from saemill.train.data.scaling import Stats
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
 
-COEFFICIENT = {"standard": "penalty", "gated": "penalty", "p_anneal": "penalty", "jumprelu": "target_l0"}
+PENALTY = ("standard", "gated", "p_anneal")
 
 
 def stats_of(ask: Ask, scale: float) -> Stats:
@@ -31,13 +31,12 @@ def fit(ask: Ask) -> dict[str, float]:
     d_model = next(batches(ask, 1)).shape[1]
     scale = d_model**0.5 / norms(ask.folder)["mean"]
     cls = config_type(ask.variant)
-    wanted = {"width": ask.width, "k": ask.k, "seed": ask.seed, "encoder_product": ask.precision}
+    wanted = {"width": ask.width, "k": ask.k, "target_l0": ask.l0, "seed": ask.seed}
     wanted |= {"dead_after_tokens": ask.steps * ROWS // cls().dead_part()}
-    wanted |= {COEFFICIENT.get(ask.variant, ""): ask.coefficient}
+    wanted |= {"penalty": ask.coefficient} if ask.variant in PENALTY else {}
     known = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{name: value for name, value in wanted.items() if name in known})
-    if ask.lr:
-        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=ask.lr))
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=ask.lr))
     trainee = Trainee(ask.variant, config.build(d_model, stats_of(ask, scale)), ask.steps)
     for x in batches(ask):
         trainee.step(Batch(x * scale))

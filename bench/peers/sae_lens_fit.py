@@ -36,8 +36,7 @@ def fit(ask: Ask) -> dict[str, float]:
     d_model = next(batches(ask, 1)).shape[1]
     scale = d_model**0.5 / norms(ask.folder)["mean"]
     sae = make_sae(ask.variant, ask.width, ask.k, d_model, settings_of(ask.variant, ask.coefficient, ask.steps))
-    rate = ask.lr or 3e-4
-    course = {"total_training_samples": ask.steps * ROWS, "lr": rate, "lr_end": rate / 10}
+    course = {"total_training_samples": ask.steps * ROWS, "lr": ask.lr, "lr_end": ask.lr / 10}
     course |= {"lr_decay_steps": ask.steps // 5, "dead_feature_window": max(1, ask.steps // 10)}
     trainer = make_trainer(sae, ROWS, course)
     for x in batches(ask):
