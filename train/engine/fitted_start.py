@@ -4,7 +4,8 @@ Random decoder rows with an encoder equal to them rebuild each row many times ov
 times its variance with 16 latents for each dimension and a ReLU. Before the first step, without random numbers:
 1. Thresholds, where a gate has them, come to where as many latents fire as were asked for.
 2. All pre-activations are lowered by one amount, so that fewer latents fire and each says less, until the least
-   squares scale of the reconstruction is 1.
+   squares scale of the reconstruction is 1. A gate that chooses a number of latents keeps it: where few rows have most
+   of the squares, what rebuilds those best would leave all others without an active latent.
 3. What lowering alone would lose (the asked number of active latents, the sense of signed ones) is left to the scale
    of the encoder.
 Where what it rebuilds has next to nothing of the target at any scale (a transcoder to another hook), it stays as drawn.
@@ -57,6 +58,8 @@ def fit_start(
         return found
 
     amount = _search(excess, 1.0, most) if sae.gate.can_lower else 0.0
+    if sae.gate.keeps_number:
+        amount = min(amount, _most_with_number(sae, batch.x, sides[-1]))
     sae.lower(amount)
     left = max(_excess(sae, batch.x, target, side) for side in sides)
     if left > 1.0 + 2.0 * CLOSE and math.isfinite(left):
@@ -73,6 +76,18 @@ def _place_threshold(sae: SparseAutoencoder, gate: JumpRelu, x: Tensor, side: Si
     threshold = _search(l0, asked_l0, math.inf)
     gate.place(threshold)
     return threshold
+
+
+def _most_with_number(sae: SparseAutoencoder, x: Tensor, side: Side) -> float:
+    """How far pre-activations may be lowered before rows have fewer active latents than the gate chooses."""
+
+    def l0(amount: float) -> float:
+        sae.lower(amount)
+        found = float(side.latents.sum(side.ranks.mean(sae.codes(x, side).l0)))
+        sae.lower(-amount)
+        return found
+
+    return _search(l0, (1.0 - 2.0 * CLOSE) * l0(0.0), math.inf)
 
 
 def _excess(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> float:

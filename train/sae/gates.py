@@ -28,6 +28,8 @@ class Gate(nn.Module):
     """Whether lower pre-activations mean smaller activations; not where they have signs."""
     may_split = False
     """Whether its latents may lie in several processes; its parameters are then one number for each latent."""
+    keeps_number = False
+    """Whether it opens a number of latents that was asked for, however large pre-activations are."""
 
     def choose(self, pre: Tensor, side: Side) -> Support | None:
         raise NotImplementedError
@@ -92,6 +94,7 @@ class TopK(Gate):
     """The k largest pre-activations of each row, then relu."""
 
     may_split = True
+    keeps_number = True
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -133,6 +136,7 @@ class BatchTopK(Gate):
     """
 
     may_split = True
+    keeps_number = True
     threshold: Tensor
     threshold_steps: Tensor
 

@@ -105,3 +105,14 @@ def test_jumprelu_begins_and_ends_at_the_l0_it_was_asked_for(battery, planted):
     found = [float(trainee.step(Batch(x)).l0) for x in drawn]
     assert found[0] == pytest.approx(3.0, rel=0.02)
     assert float((trainee.sae.encode(rows) > 0).sum(1).double().mean()) == pytest.approx(3.0, rel=0.05)
+
+
+@pytest.mark.parametrize("variant", ["topk", "batchtopk", "matryoshka"])
+def test_the_asked_number_fires_where_few_rows_have_most_of_the_squares(battery, variant):
+    """What rebuilds a few large rows best would leave all others silent, and then dead."""
+    trainee = fitted(battery, variant, k=8)
+    for batch in battery.batches(battery.config_of(variant, width=16 * D, k=8), 3):
+        x = batch.x * torch.where(torch.arange(len(batch.x)) % 64 == 0, 8.0, 0.9)[:, None]
+        report = trainee.step(dataclasses.replace(batch, x=x))
+        assert float(report.l0) > 0.95 * 8
+        assert float(report.explained_variance) >= 0.0
