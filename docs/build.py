@@ -49,10 +49,12 @@ COMMANDS: dict[str, click.Command] = {
     "sae-export": export,
 }
 SECTIONS = {  # pages in the order of the menu; pages that are not named here come after, each folder for itself
-    "Use": "README.md docs/tutorial.md docs/harvest.md docs/train.md docs/evaluate.md docs/python.md docs/commands.md",
+    "Begin": "README.md docs/tutorial.md docs/laptop.md docs/gemma.md",
+    "Use": "docs/harvest.md docs/train.md docs/evaluate.md docs/python.md docs/share.md docs/cluster.md "
+    "docs/commands.md",
     "Settings": "docs/settings_commands.md docs/settings_variants.md docs/settings_evaluations.md",
-    "Reference": "cache_schema/FORMAT.md evaluate/MEASURES.md docs/guarantees.md CONTRIBUTING.md SECURITY.md "
-    "CHANGELOG.md",
+    "Reference": "docs/design.md cache_schema/FORMAT.md evaluate/MEASURES.md docs/guarantees.md CONTRIBUTING.md "
+    "SECURITY.md docs/licences.md CHANGELOG.md",
     "Measured": "docs/measured.md docs/performance.md docs/quality.md",
 }
 THEME = 'if (matchMedia("(prefers-color-scheme: dark)").matches) document.documentElement.dataset.theme = "dark";'

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import click
 import pytest
+from huggingface_hub.cli.hf import app as hf
 
 from saemill.evaluate import evals
 from saemill.evaluate.run.command import make_configs
@@ -56,6 +58,8 @@ def check(line: str) -> None:
         words = words[next((place for place, word in enumerate(words) if word in BUILD.COMMANDS), 0) :]
     if words[0] in BUILD.COMMANDS:
         check_own(words[0], words[1:])
+    elif words[0] == "hf":
+        parse(hf, words[0], words[1:])
     elif words[0] == "make":
         for word in words[1:]:
             name, given, _ = word.partition("=")
@@ -69,11 +73,7 @@ def check(line: str) -> None:
 
 
 def check_own(name: str, words: list[str]) -> None:
-    command = BUILD.COMMANDS[name]
-    if isinstance(command, click.Group):
-        sub, command, words = command.resolve_command(click.Context(command), words)
-        assert sub is not None and command is not None
-    given = command.make_context(name, words).params
+    given = parse(BUILD.COMMANDS[name], name, words)
     if name == "sae-harvest":
         make_config({key: value for key, value in given.items() if key not in ("is_dry_run", "is_json")})
     elif name == "sae-train" and given["resume"] is None:
@@ -83,6 +83,14 @@ def check_own(name: str, words: list[str]) -> None:
             assert ask.members(lambda _: {})
     elif name == "sae-eval":
         make_configs(given["evals"], given["set"])
+
+
+def parse(command: click.Command, name: str, words: list[str]) -> dict[str, Any]:
+    while isinstance(command, click.Group):
+        sub, found, words = command.resolve_command(click.Context(command), words)
+        assert sub is not None and found is not None
+        command = found
+    return command.make_context(name, words).params
 
 
 @pytest.mark.parametrize(("page", "line"), found_in_pages(), ids=str)
@@ -103,6 +111,8 @@ def test_every_command_of_the_pages_is_understood(page, line):
         "sae-harvest --tokens ten",
         "sae-store look ./store",
         "torchrun --nproc-per-node 2 --no-python sae-train --variant tpok --cache ./store",
+        "hf upload me/a ./a --repo-kind space",
+        "hf uplaod me/a ./a",
         "make harvests",
         "make harvest MODELL=pocket",
         "python bench/train.py --nothing",

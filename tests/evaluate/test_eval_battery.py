@@ -29,7 +29,7 @@ from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.progress import Watch
 
 MEASURES = (Path(evaluate.__file__).parent / "MEASURES.md").read_text()
-README = (Path(evaluate.__file__).parent.parent / "README.md").read_text()
+PAGE = (Path(evaluate.__file__).parent.parent / "docs" / "evaluate.md").read_text()
 EVALS = evals.names()
 LAYER = 19
 PROBES = {"context_length": 8}
@@ -146,7 +146,7 @@ def test_results_are_json_of_two_levels_the_same_alone_as_among_others_and_every
 
 @pytest.mark.parametrize("name", EVALS)
 def test_readme_names_the_evaluation(name):
-    assert re.search(rf"^\|.*`{name}`.*\|", README, re.MULTILINE), f"README's table of evaluations lacks {name}"
+    assert re.search(rf"^\|.*`{name}`.*\|", PAGE, re.MULTILINE), f"the table of docs/evaluate.md lacks {name}"
 
 
 def documented(name):

@@ -46,9 +46,10 @@ def describe(folder: Path, place: str) -> Described:
     return Described(place, read_config(folder), _object(saes, folder.name), read_json(found[0]) if found else {})
 
 
-def write_card(repository: str, saes: Sequence[Described], licence: str | None) -> str:
-    """README.md of a repository."""
-    return "\n".join([*_header(licence), f"# {repository}", "", *_body(repository, saes), ""])
+def write_card(repository: str, saes: Sequence[Described], licence: str | None, pictures: Sequence[str] = ()) -> str:
+    """README.md of a repository, which holds the pictures."""
+    shown = [line for path in pictures for line in ("", f"![{Path(path).stem.replace('_', ' ')}]({path})")]
+    return "\n".join([*_header(licence), f"# {repository}", "", *_body(repository, saes), *shown, ""])
 
 
 def _header(licence: str | None) -> Iterator[str]:

@@ -30,8 +30,9 @@ def push(name: str, runs: str | os.PathLike[str], repository: str, private: bool
     _require_names(repository, licence)
     folders = _local_saes(name, runs)
     places = {"" if len(folders) == 1 else folder.name: folder for folder in folders}
-    card = write_card(repository, [describe(folder, place) for place, folder in places.items()], licence)
-    files = {
+    pictures = _pictures_of(folders)
+    card = write_card(repository, [describe(folder, place) for place, folder in places.items()], licence, [*pictures])
+    files = pictures | {
         str(Path(place, file)): folder / file
         for place, folder in places.items()
         for file in (CONFIG, WEIGHTS, EXTRAS)
@@ -63,6 +64,15 @@ def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
                 f"{folder} is of {kind_of(folder)}: convert it first, sae-export {folder} --to sae_lens --out FOLDER"
             )
     return [folder.resolve() for folder in folders]
+
+
+def _pictures_of(folders: Sequence[Path]) -> dict[str, Path]:
+    """Plots of a run, which are of all its SAEs, by their place in the repository."""
+    run = folders[0].parent
+    if list_saes(run) != [*folders]:
+        return {}
+    found = sorted((run / "plots").glob("*.png"))
+    return {f"plots/{path.name}": path for path in found if re.fullmatch(r"[a-z_]+", path.stem)}
 
 
 def _require_room(repository: str, files: Mapping[str, Path], private: bool) -> str | None:

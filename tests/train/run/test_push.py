@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,9 @@ import torch
 import yaml
 from click.testing import CliRunner
 from huggingface_hub import constants
+from huggingface_hub.cli.hf import app as hf
 
+from saemill.evaluate.evals.browser.folder import Folder, write_data, write_page
 from saemill.train import load_sae
 from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.sae_folder import save_sae
@@ -27,6 +31,7 @@ from saemill.train.export import main
 from saemill.train.run.card import plain
 
 D = 32
+SHARE = Path(__file__).parents[3] / "docs" / "share.md"
 HOSTILE = 'a\n---\nlicense: evil\n# <script>x</script> | [b](javascript:c) `d` \ud800\u202e & "e'
 CONFIDENCE = {"explained_variance": [0.70, 0.74], "l0": None, "ce_loss_score": [0.951, 0.965]}
 CORE = {
@@ -151,6 +156,9 @@ class Asked(BaseHTTPRequestHandler):
         self.server.commits += 1
         repository["sha"] = f"{self.server.commits:040x}"
         for key, value in ((line["key"], line["value"]) for line in lines):
+            if key == "deletedFile":
+                del repository["files"][value["path"]]
+                continue
             data = base64.b64decode(value["content"]) if key == "file" else self.server.apart[value["oid"]]
             repository["files"][value["path"]] = data
         return self.answer(
@@ -327,6 +335,49 @@ def test_without_a_licence_none_is_written_and_the_card_follows_new_results(hub,
     (run / "evals" / "core" / "topk_eval_results.json").write_text(json.dumps(CORE_THEN))
     push()
     assert b"0.5151" in hub.files("me/saes")["README.md"] and hub.commits == 2
+
+
+def test_plots_of_a_run_are_on_its_card(hub, run, push):
+    (run / "plots").mkdir()
+    for name in ("pareto.png", "pareto.svg", "a](b).png"):
+        (run / "plots" / name).write_bytes(b"drawn")
+    push("run_1")
+    assert {name for name in hub.files("me/saes") if "plots" in name} == {"plots/pareto.png"}
+    assert "![pareto](plots/pareto.png)" in hub.files("me/saes")["README.md"].decode()
+    push("run_1/topk", "me/one")  # they show the others too
+    assert not [name for name in hub.files("me/one") if "plots" in name]
+
+
+def test_a_run_begins_as_an_sae_of_the_hub(hub, big, sae_train, quick, tmp_path):
+    words = ["--variant", "topk", "--layer", 3, "--k", 4, "--width", 32, "--cache", big["path"], "--tokens", 640]
+    sae_train(*words, *quick, "--name", "first")
+    pushed = ["first", "--push-to-hub", "lab/saes", "--runs", str(tmp_path / "runs")]
+    assert CliRunner().invoke(main, pushed, catch_exceptions=False).exit_code == 0
+    sae_train(*words, *quick, "--lr", 1e-9, "--init", "lab/saes", "--name", "second")
+    one, two = (load_sae(tmp_path / "runs" / name) for name in ("first", "second"))
+    x = torch.linspace(-3, 3, 50 * one.d_in).view(50, one.d_in)
+    torch.testing.assert_close(two(x), one(x), rtol=1e-4, atol=1e-4)
+    init = json.loads((tmp_path / "runs/second/config.json").read_text())["init"]
+    assert str(tmp_path / "cache") in init["folder"]  # from there, and not what lies here
+
+
+def test_the_folder_of_a_browser_is_a_static_space(hub, tmp_path):
+    """By the Hub's own command, as docs/share.md has it: a header that the Hub takes, and the files where they were."""
+    folder = tmp_path / "browser"
+    (folder / "data").mkdir(parents=True)
+    write_page(Folder(folder), "build")
+    write_data(folder, "run", {"run": "demo"})
+    (line,) = re.findall(r"^hf upload .*--repo-type space.*$", SHARE.read_text(), re.MULTILINE)
+    words = shlex.split(line.replace("OWNER/NAME", "me/latents").replace("runs/run_1/browser", str(folder)))
+    for name in ("run", "other"):  # again: a browser that was made anew takes the place of the one before
+        (folder / "data/run.js").replace(folder / f"data/{name}.js")
+        result = CliRunner().invoke(hf, words[1:], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        here = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        files = {name: data for name, data in hub.files("me/latents").items() if name != ".gitattributes"}
+        assert files == here
+    header = header_of(hub, "me/latents")
+    assert header["sdk"] == "static" and header["app_file"] in files
 
 
 def test_hostile_names_are_text(hub, run, push):
