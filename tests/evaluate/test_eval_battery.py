@@ -145,7 +145,7 @@ def test_results_are_json_of_two_levels_the_same_alone_as_among_others_and_every
 
 
 @pytest.mark.parametrize("name", EVALS)
-def test_readme_names_the_evaluation(name):
+def test_the_pages_name_the_evaluation(name):
     assert re.search(rf"^\|.*`{name}`.*\|", PAGE, re.MULTILINE), f"the table of docs/evaluate.md lacks {name}"
 
 

@@ -133,6 +133,15 @@ def test_numbers_that_nobody_has_are_no_columns():
     assert "\N{EN DASH}" in shown
 
 
+def test_explained_variance_is_that_of_core_where_it_was_measured():
+    """One number under one name: as the browser, the plots and the console have it."""
+    one = Record("a", "run", "a", outcome={"explained_variance": 0.7123})
+    assert "0.7123" in read(page("run", [one], {})).words
+    core = {"eval_result_metrics": {}, "saemill_metrics": {"explained_variance": 0.6543}}
+    shown = read(page("run", [replace(one, documents={"core": core})], {})).words
+    assert "0.6543" in shown and "0.7123" not in shown
+
+
 def test_the_page_leads_to_the_browser_where_there_is_one():
     link = 'href="browser/index.html"'
     assert link in page("run", [record("a")], {}, has_browser=True)
