@@ -20,7 +20,7 @@ from ...train.kit import registry
 from ...train.sae.model import SparseAutoencoder
 from ...train.sae.side_inputs import Side
 from ..errors import NotApplicable
-from ..model.windows import Windows
+from ..model.batches import Windows
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ...cache_schema import AttentionSpec
-from ..model.batches import make_rows, run_windows
+from ..model.batches import Windows, make_rows, run_windows
 from ..model.memory import PieceSize, in_pieces
 from ..model.prefix_suffix import LanguageModel
-from ..model.windows import Windows
 from .loaded_sae import LoadedSae, layers_of
 
 CHUNK_BYTES = 64 << 20

@@ -1,17 +1,40 @@
-"""What the measures of stored text read: some windows of a split, with the layers that all SAEs need.
+"""What measures of stored text read: some windows of a split with the layers that all SAEs need, and which rows count.
 
-They look at dense codes [W, T, F] of one SAE at a time; batches are as small as the widest SAE asks for.
+They look at dense codes [W, T, F] of one SAE at a time; batches are as small as the widest SAE asks for. Rows that
+count are neither special nor padding, nor massive in a layer that the SAE reads or
+writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+from torch import Tensor
+
 from ..errors import NotApplicable
-from ..model.batches import count_windows, store_batches
-from ..model.windows import Windows
+from ..model.batches import Windows, count_windows, store_batches
 from .context import Context
 from .loaded_sae import LoadedSae, attention_layers_of, layers_of
+
+
+def mean_of_rows(context: Context, layer: int) -> Tensor:
+    """float64 [D]: the mean of a layer that the store holds, over the rows that count."""
+    found = context.massive(layer)
+    moments = found.ordinary if found is not None and found.massive else context.store.moments(layer)
+    return torch.from_numpy(moments.mean)
+
+
+def ordinary_rows(context: Context, subject: LoadedSae, batch: Windows) -> Tensor:
+    """bool [W, T]: those of `batch.keep` whose norm is within the bound that training has for this store."""
+    rows = batch.keep
+    for layer in layers_of([subject]):
+        found = context.massive(layer)
+        if found is not None:
+            norms = torch.linalg.vector_norm(batch.resid[layer], dim=-1, dtype=torch.float32)
+            rows = rows & ~((norms > found.bound) & norms.isfinite())
+    return rows
+
 
 MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelMissing
-from ..model.windows import Windows
+from ..model.batches import Windows
 from .context import Context
 
 

@@ -21,13 +21,11 @@ from torch import Tensor
 from ...cache_schema.strict import to_json
 from ...harvest.sparsify_attention import sinks
 from ...train.data.batch import AttentionRows
-from ..context.ordinary_rows import mean_of_rows, ordinary_rows
-from ..context.split_windows import read_windows
+from ..context.split_windows import mean_of_rows, ordinary_rows, read_windows
 from ..errors import ModelMissing, NotApplicable
-from ..model.windows import Windows
+from ..model.batches import Windows
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .measures.attention import Explained, attention_divergence, explain
-from .measures.link_tracing import Traced, choose_pairs, trace_pairs
+from .measures.attention import Explained, Traced, attention_divergence, choose_pairs, explain, trace_pairs
 
 ONE_LAYER = "attention fidelity is about SAEs that read and write one layer"
 

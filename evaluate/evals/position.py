@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.ordinary_rows import ordinary_rows
-from ..context.split_windows import read_windows
+from ..context.split_windows import ordinary_rows, read_windows
 from ..errors import NotApplicable
-from ..model.windows import Windows
+from ..model.batches import Windows
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, is_bound, ranges_of, saved
 from .measures.position import (

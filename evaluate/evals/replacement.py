@@ -27,9 +27,9 @@ from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
 from ..context.split_windows import read_windows
 from ..errors import DataMissing, NotApplicable, WidthMismatch
+from ..model.batches import Windows
 from ..model.divergence import LogitsOf, chunk_rows, compare, next_tokens
 from ..model.memory import PieceSize
-from ..model.windows import Windows
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.splice_effects import Effect
 

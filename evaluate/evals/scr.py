@@ -2,7 +2,7 @@
 
 A probe is trained where a concept (profession, category) and an attribute (gender, rating) always go
 together; then the latents of the attribute are switched off and it is tested where they are independent.
-Every pair of concepts is one task. `probing/perturbation.py` has SAEBench's steps and says
+Every pair of concepts is one task. `probing/rounds.py` has SAEBench's steps and says
 what `corrected` leaves out of it.
 """
 

@@ -4,7 +4,8 @@ The steps of sae-probes 0.4.2 as SAEBench 0.6.0 runs them (setting `normal`), on
 1. Activations at each prompt's last token, in one pass of the model for all SAEs.
 2. Latents are ranked on the training rows; for each k a probe is tuned on the k first (`tuned_probe`).
 3. The baseline is the same probe, with an L2 penalty, on the residual.
-Every draw is seeded for itself, so that neither SAEs nor values of k bear on one another.
+Every draw is seeded for itself, so that neither SAEs nor values of k bear on one another. A prompt
+that is too long loses its beginning, never its last token. N prompts, D residual width, F latents.
 """
 
 from __future__ import annotations
@@ -14,17 +15,92 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.compatible import model_name_of
+from ..context.compatible import attention_of, model_name_of
+from ..context.loaded_sae import layers_of
+from ..model.batches import Windows, make_rows, run_windows
+from ..model.memory import PieceSize, in_pieces
+from ..model.prefix_suffix import LanguageModel
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing import collection, installed
 from .probing.collection import BinarySet
-from .probing.last_token import LastTokens, read_prompts
+from .probing.pooling import batch_size_for, beside, stacked, to_sparse
 from .probing.scores import mean_scores
 from .probing.settings import of_data
 from .probing.sources import DataName, Source, find_source, load_all
 from .probing.tuned_probe import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
+
+
+@dataclass(frozen=True, eq=False)
+class LastTokens:
+    """By the prompts' order."""
+
+    resid: Mapping[tuple[int, ...], np.ndarray]  # float32 [N, D], by layers
+    latents: Mapping[LoadedSae, csr_matrix]  # float32 [N, F]
+
+
+def read_prompts(
+    context: Context, subjects: Sequence[LoadedSae], title: str, prompts: Sequence[str], length: int, batch_size: int
+) -> LastTokens:
+    """Run the model on prompts of like length together, and put its activations back into their order."""
+    rows = token_rows(context.model, prompts, length)
+    order = np.argsort([len(row) for row in rows], kind="stable")
+    size = PieceSize(batch_size_for(subjects, length, batch_size), "prompts", context.say)
+
+    with context.watch.stage(title, len(rows), "prompts") as advance:
+
+        def read(start: int, stop: int) -> LastTokens:
+            piece = read_last(_run(context, subjects, [rows[row] for row in order[start:stop]]), subjects)
+            advance(stop - start)
+            return piece
+
+        pieces = list(in_pieces(len(rows), size, read))
+    back = np.argsort(order)
+    return LastTokens(
+        {layers: np.concatenate([piece.resid[layers] for piece in pieces])[back] for layers in pieces[0].resid},
+        {subject: stacked([piece.latents[subject] for piece in pieces])[back] for subject in subjects},
+    )
+
+
+def read_last(batch: Windows, subjects: Sequence[LoadedSae]) -> LastTokens:
+    """Activations at the last token of the prompts of a batch."""
+    last = at_last(batch)
+    groups = dict.fromkeys(subject.layers for subject in subjects)
+    return LastTokens(
+        {layers: beside(last, layers)[:, 0].float().cpu().numpy() for layers in groups},
+        {subject: to_sparse(latents_at_last(subject, batch, last)) for subject in subjects},
+    )
+
+
+def token_rows(model: LanguageModel, prompts: Sequence[str], context: int) -> list[list[int]]:
+    """BOS and the last tokens of each prompt, `context` in all."""
+    return [[model.bos, *ids[-(context - 1) :]] for ids in model.tokenizer.encode(prompts)]
+
+
+def at_last(batch: Windows) -> Windows:
+    """Windows of one position: the last of each prompt."""
+    rows, last = torch.arange(len(batch), device=batch.tokens.device), batch.valid.sum(dim=1) - 1
+    one = torch.ones(len(batch), 1, dtype=torch.bool, device=batch.tokens.device)
+    resid = {layer: x[rows, last][:, None] for layer, x in batch.resid.items()}
+    return Windows(tokens=batch.tokens[rows, last][:, None], keep=one, valid=one, resid=resid)
+
+
+def latents_at_last(subject: LoadedSae, batch: Windows, last: Windows) -> Tensor:
+    """[W, F]; an SAE that reads more than the residual sees the whole prompt."""
+    if not subject.needs:
+        return subject.encode(last)[:, 0]
+    rows = torch.arange(len(batch), device=batch.tokens.device)
+    return subject.encode(batch)[rows, batch.valid.sum(dim=1) - 1]
+
+
+def _run(context: Context, subjects: Sequence[LoadedSae], rows: Sequence[Sequence[int]]) -> Windows:
+    tokens, valid = make_rows(context.model, rows, max(map(len, rows)))
+    return run_windows(context.model, tokens, valid, layers_of(subjects), attention_of(context, subjects))
+
 
 MAX_TOKENS = 1024
 ByK = dict[int, Scores]

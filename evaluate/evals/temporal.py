@@ -1,26 +1,156 @@
 """temporal: how much codes remember from token to token, at three scales, and which latent follows which.
 
-TCS (temporal consistency score), by scale: mean cosine of codes at the scale's lags, less what shuffled order
-would give. FSM (feature stability metric), by latent: P(active next | active) over its base rate.
-SAEs that were trained without temporal groups have equal shares of their dictionary for groups.
-F latents, M latents in the transition matrix.
+TCS (temporal consistency score), by scale: mean cosine of codes at the scale's lags, less what shuffled order would
+give. FSM (feature stability metric), by latent: P(active next | active) over its base rate. SAEs that were trained
+without temporal groups have equal shares of their dictionary for groups. W windows, T context, F latents, M latents in
+the transition matrix. Pairs lie in one window and in one document, with no special token at either end. `follows` [W,
+T] marks tokens whose predecessor makes such a pair;
+`segment` [W, T] numbers the stretches that belong together, -1 where a token takes no part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...cache_schema.strict import to_json
-from ..context.ordinary_rows import ordinary_rows
-from ..context.split_windows import read_windows
-from ..model.windows import Windows
+from ..context.split_windows import ordinary_rows, read_windows
+from ..model.batches import Sums, Windows
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, groups_of
-from .measures.temporal import SCALES, Consistency, Persistence, consistency, persistence, segments, transitions
+
+SCALES: Mapping[str, tuple[int, int]] = {"short": (1, 4), "medium": (5, 16), "long": (17, 128)}
+"""First and last lag of each scale, in tokens."""
+
+
+def segments(keep_WT: Tensor, documents_WT: Tensor | None) -> Tensor:
+    """int64 [W, T]: the document of each token that takes part, -1 elsewhere."""
+    documents = torch.zeros_like(keep_WT, dtype=torch.int64) if documents_WT is None else documents_WT.long()
+    return torch.where(keep_WT, documents, -1)
+
+
+def follows(segment_WT: Tensor) -> Tensor:
+    """bool [W, T]: the token and the one before it take part, in one document."""
+    same = (segment_WT[:, 1:] == segment_WT[:, :-1]) & (segment_WT[:, 1:] >= 0)
+    return functional.pad(same, (1, 0))
+
+
+@dataclass(frozen=True, eq=False)
+class Consistency(Sums):
+    """Sums of cosines over pairs, by scale; those of two batches add up."""
+
+    in_order: Tensor  # float64 [scales]
+    shuffled: Tensor  # float64 [scales]
+    pairs: Tensor  # float64 [scales]
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """By scale: mean cosine in order, the same under shuffled order, and their difference, the TCS."""
+        pairs = self.pairs.clamp_min(1)
+        ordered, shuffled = (self.in_order / pairs).tolist(), (self.shuffled / pairs).tolist()
+        return {
+            scale: {"tcs": ordered[i] - shuffled[i], "cosine": ordered[i], "cosine_shuffled": shuffled[i]}
+            for i, scale in enumerate(SCALES)
+        }
+
+
+def consistency(acts_WTF: Tensor, segment_WT: Tensor) -> Consistency:
+    """Cosines between codes at the lags of each scale, and what shuffling each stretch would give.
+
+    Shuffling a stretch makes every pair in it as likely as any other, so its expectation is the mean over
+    all pairs of the stretch: no dice are thrown. A token on which nothing fires has cosine 0 with all.
+    """
+    cosine = functional.normalize(acts_WTF, dim=2) @ functional.normalize(acts_WTF, dim=2).mT
+    paired = _paired(segment_WT)
+    usual = _mean_of_stretch(cosine, paired)
+    lag = _lags(segment_WT.shape[1], segment_WT.device)
+    chosen = [paired & (lag >= first) & (lag <= last) for first, last in SCALES.values()]
+    return Consistency(
+        torch.stack([cosine[pairs].double().sum() for pairs in chosen]),
+        torch.stack([usual[pairs].double().sum() for pairs in chosen]),
+        torch.stack([pairs.sum() for pairs in chosen]).double(),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Persistence(Sums):
+    """Counts of each latent over tokens; those of two batches add up."""
+
+    tokens: int
+    fired: Tensor  # float64, tokens on which it fires
+    runs: Tensor  # float64, unbroken stretches of firing
+    followed: Tensor  # float64, firings that have a next token
+    stayed: Tensor  # float64, firings after which it fires on the next token too
+
+    @property
+    def stay(self) -> Tensor:
+        """P(active at i + 1 | active at i)."""
+        return self.stayed / self.followed.clamp_min(1)
+
+    @property
+    def base(self) -> Tensor:
+        """P(active)."""
+        return self.fired / max(self.tokens, 1)
+
+    @property
+    def stability(self) -> Tensor:
+        """FSM: how much likelier a latent is right after it fired; 1 for one that does not care."""
+        return self.stay / self.base.clamp_min(1e-12)
+
+    @property
+    def lifetime(self) -> Tensor:
+        """Mean length in tokens of an unbroken stretch of firing; 0 for a latent that never fires."""
+        return self.fired / self.runs.clamp_min(1)
+
+
+def persistence(acts_WTF: Tensor, segment_WT: Tensor) -> Persistence:
+    """What each latent does from one token to the next."""
+    on = (acts_WTF > 0) & (segment_WT >= 0)[:, :, None]
+    joined = follows(segment_WT)[:, 1:, None]
+    both = on[:, 1:] & on[:, :-1] & joined
+    fired, stayed = on.sum((0, 1)).double(), both.sum((0, 1)).double()
+    followed = (on[:, :-1] & joined).sum((0, 1)).double()
+    return Persistence(int((segment_WT >= 0).sum()), fired, fired - stayed, followed, stayed)
+
+
+def transitions(acts_WTM: Tensor, segment_WT: Tensor) -> Tensor:
+    """float64 [M, M]: how often column fires on the token after one on which row fires."""
+    on = (acts_WTM > 0) & (segment_WT >= 0)[:, :, None]
+    after = (on[:, 1:] & follows(segment_WT)[:, 1:, None]).flatten(0, 1).float()
+    return (on[:, :-1].flatten(0, 1).float().T @ after).double()
+
+
+def _lags(context: int, device: torch.device) -> Tensor:
+    """[T, T]: query minus key."""
+    place = torch.arange(context, device=device)
+    return place[:, None] - place[None, :]
+
+
+def _paired(segment_WT: Tensor) -> Tensor:
+    """bool [W, T, T]: an earlier key of the same stretch."""
+    same = (segment_WT[:, :, None] == segment_WT[:, None, :]) & (segment_WT >= 0)[:, :, None]
+    return same & (_lags(segment_WT.shape[1], segment_WT.device) > 0)
+
+
+def _mean_of_stretch(cosine_WTT: Tensor, paired_WTT: Tensor) -> Tensor:
+    """[W, T, T]: for each pair, the mean cosine over all pairs of its stretch.
+
+    Tokens of a stretch lie side by side or apart (a special token between), so sums go by stretch, not by place:
+    a query's stretch is the set of tokens it is paired with, in either direction, and itself.
+    """
+    together = (paired_WTT | paired_WTT.mT).float()
+    own = torch.eye(together.shape[1], device=together.device)
+    member = together + own * (together.sum(2) > 0).float()[:, :, None]
+    of_query = torch.where(paired_WTT, cosine_WTT, 0.0).sum(2)
+    count_of_query = paired_WTT.sum(2).float()
+    total = (member @ of_query[:, :, None]).squeeze(2)
+    count = (member @ count_of_query[:, :, None]).squeeze(2)
+    return (total / count.clamp_min(1))[:, :, None].expand_as(cosine_WTT)
+
 
 ALL = "all"
 

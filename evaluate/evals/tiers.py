@@ -21,19 +21,24 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict import to_json
-from ..context.ordinary_rows import ordinary_rows
-from ..context.split_windows import read_windows
+from ..context.split_windows import ordinary_rows, read_windows
 from ..context.token_text import Wording
 from ..errors import ModelMissing
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, every, saved, tiers_of
-from .measures.composition import EXPLAINED, explained, explained_by, explained_by_few, fit_all, fit_few, random_rows
 from .measures.splice_effects import Effect, Tracer, make_tracers
 from .measures.tiers import (
+    EXPLAINED,
     Activity,
     adjusted_mutual_information,
     dominant_latents,
+    explained,
+    explained_by,
+    explained_by_few,
+    fit_all,
+    fit_few,
     normalised_mutual_information,
+    random_rows,
     tier_activity,
 )
 from .measures.top import Strongest

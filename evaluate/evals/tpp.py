@@ -1,7 +1,7 @@
 """tpp: whether the latents that a class's probe rests on matter to that probe and to no other.
 
 The n latents with the largest effect on a class's probe are switched off; the score is how much accuracy
-that costs the class's probe, less what it costs the other classes' probes. `probing/perturbation.py`
+that costs the class's probe, less what it costs the other classes' probes. `probing/rounds.py`
 has SAEBench's steps and says what `corrected` leaves out of it.
 """
 

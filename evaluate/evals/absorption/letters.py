@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...context.loaded_sae import LoadedSae
-from .probe import Training, fit_probe
-from .sparse import LetterLatents, choose_latents, ranked_latents
+from .probe import LetterLatents, Training, choose_latents, fit_probe, ranked_latents
 from .task import Task
 
 SILENT = 1e-8

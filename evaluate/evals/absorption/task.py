@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ...context.prompt_positions import Reader, Reading
-from .probe import Probe, Training, fit_probe
-from .sparse import f1_score
+from .probe import Probe, Training, f1_score, fit_probe
 from .vocabulary import Prompt, WordClasses, make_prompt, make_spots, split_words
 
 TRAIN_SHARE = 0.8

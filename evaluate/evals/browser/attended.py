@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ....train.data.batch import AttentionRows
-from ...model.windows import Windows
+from ...model.batches import Windows
 
 LEVELS = 255
 

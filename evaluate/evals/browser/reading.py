@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ....train.sae.kernels.codes import Codes
-from ...context.ordinary_rows import ordinary_rows
-from ...context.split_windows import read_windows
-from ...model.windows import Windows
+from ...context.split_windows import ordinary_rows, read_windows
+from ...model.batches import Windows
 from ..contract import Context, LoadedSae
 from ..core.encoding import encode_codes
 from .attended import attended

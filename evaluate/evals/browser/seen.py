@@ -14,7 +14,7 @@ import scipy.sparse
 import torch
 
 from ....train.sae.kernels.codes import Codes
-from ...model.windows import Windows
+from ...model.batches import Windows
 from .kept import Firings, Keeper, Room
 
 Table = Any  # a sparse matrix of scipy, whose stubs lose its kind at every step

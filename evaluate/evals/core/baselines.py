@@ -22,9 +22,9 @@ from torch import Tensor
 from ....cache_schema.files import Files, open_files
 from ...context.context import Context
 from ...context.disk_cache import decided_by
+from ...model.batches import Windows
 from ...model.divergence import LogitsOf, Losses, chunk_rows, compare, next_tokens
 from ...model.memory import PieceSize, in_pieces
-from ...model.windows import Windows
 from .blocks import Block
 
 FORMAT = 1

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ...context.context import Context
 from ...errors import NotApplicable, SettingInvalid
-from ...model.batches import count_windows, store_batches
+from ...model.batches import Windows, count_windows, store_batches
 from ...model.memory import PieceSize, in_pieces
-from ...model.windows import Windows
 
 RECONSTRUCTION, SPARSITY = 200, 2000
 ENOUGH = 20

@@ -22,7 +22,7 @@ from ....train.sae.kernels.select_latents import marked, topk_rows
 from ....train.sae.kernels.support import support_from_topk
 from ....train.sae.model import SparseAutoencoder
 from ...context.loaded_sae import LoadedSae
-from ...model.windows import Windows
+from ...model.batches import Windows
 
 CPU_PIECE = 1 << 23  # pre-activations at once: 32 MB
 GPU_PIECE = 1 << 28

@@ -22,7 +22,7 @@ from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .baselines import ABLATIONS
 from .blocks import Rows, rows_of
 from .metrics import latent_details, latent_metrics, official_metrics, own_metrics
-from .sparsity import Sparsity, measure_sparsity
+from .quality import Sparsity, measure_sparsity
 from .spliced_losses import LossSums, measure_losses, splice_layer
 
 

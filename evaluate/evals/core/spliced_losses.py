@@ -15,16 +15,16 @@ from torch import Tensor
 
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
-from ...context.ordinary_rows import mean_of_rows, ordinary_rows
+from ...context.split_windows import mean_of_rows, ordinary_rows
 from ...errors import NotApplicable
+from ...model.batches import Windows
 from ...model.divergence import Losses
 from ...model.memory import PieceSize, in_pieces
-from ...model.windows import Windows
 from .baselines import ABLATIONS, Baselines, Clean
 from .blocks import Block, read_block
 from .bootstrap import DocumentSums
 from .encoding import encode_kept
-from .sparsity import piece_size
+from .quality import piece_size
 
 
 @dataclass

@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from ...model.windows import Sums
+from ...model.batches import Sums
 
 ANYWHERE = -1  # the range of a latent that no mask binds
 

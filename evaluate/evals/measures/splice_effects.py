@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ...context.context import Context
+from ...model.batches import Sums, Windows
 from ...model.divergence import LogitsOf, chunk_rows, compare, next_tokens
 from ...model.memory import PieceSize
 from ...model.prefix_suffix import LanguageModel
-from ...model.windows import Sums, Windows
 
 CLEAN, MEAN = "clean", "mean"
 

@@ -1,17 +1,25 @@
-"""How tiers of a dictionary fire, and how much the firing of one says about that of another.
+"""How tiers of a dictionary fire, what the firing of one says about another's, and what they are composed of.
 
 N tokens, F latents, M tiers, F_t latents of tier t. A tier is a set of latents; an SAE without tiers gets
 equal shares of its dictionary in the order of its latents.
+
+Composition: is a decoder row a sum of decoder rows of the tier below? R rows, A atoms, D width, P parts. C >= 0
+throughout: parts are added, never taken away.
+
+Where the atoms are more than twice the width, almost any row is a non-negative sum of all of them; so
+there is a fit of few parts as well (matching pursuit: add the atom that points most along what is left,
+solve again for all chosen), and both are to be held against rows that point anywhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...model.windows import Sums
+from ...model.batches import Sums
 
 SILENT = -1  # the label of a token on which no latent of a tier fires
 PERMUTATIONS = 8  # for what two independent labellings of this size would share by chance
@@ -96,3 +104,90 @@ def _entropy(labels_N: Tensor) -> float:
     counts = labels_N.unique(return_counts=True)[1].double()
     shares = counts / counts.sum()
     return float(-(shares * shares.log()).sum())
+
+
+ITERATIONS = 200
+FEW_ITERATIONS = 60
+POWER_ITERATIONS = 30
+ROWS_AT_ONCE = 2048  # products of rows and atoms are held for so many
+EXPLAINED = 0.5  # of a row's squared length: what counts as composed
+
+
+def fit_all(rows_RD: Tensor, atoms_AD: Tensor, iterations: int = ITERATIONS) -> Tensor:
+    """[R, A]: argmin over C >= 0 of ||rows - C atoms||^2."""
+    if len(atoms_AD) > atoms_AD.shape[1]:
+        return _descend(rows_RD @ atoms_AD.T, lambda c: (c @ atoms_AD) @ atoms_AD.T, _longest(atoms_AD), iterations)
+    gram = atoms_AD @ atoms_AD.T
+    return _descend(rows_RD @ atoms_AD.T, lambda c: c @ gram, _longest(atoms_AD), iterations)
+
+
+def fit_few(rows_RD: Tensor, atoms_AD: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Chosen atoms int64 [R, P] and their weights [R, P], greedily; a weight of zero is a part not needed."""
+    chosen = torch.empty(len(rows_RD), 0, dtype=torch.int64, device=rows_RD.device)
+    weights = rows_RD.new_empty(len(rows_RD), 0)
+    left = rows_RD
+    for _ in range(min(parts, len(atoms_AD))):
+        along = (left @ atoms_AD.T).scatter(1, chosen, -torch.inf)
+        chosen = torch.cat([chosen, along.argmax(1, keepdim=True)], dim=1)
+        picked = atoms_AD[chosen]
+        weights = _fit_each(rows_RD, picked)
+        left = rows_RD - (weights[:, None, :] @ picked).squeeze(1)
+    return chosen, weights
+
+
+def explained(rows_RD: Tensor, fitted_RD: Tensor) -> Tensor:
+    """R^2 [R]: the share of each row's squared length that its fit explains."""
+    left = (rows_RD - fitted_RD).square().sum(1)
+    return 1 - left / rows_RD.square().sum(1).clamp_min(1e-30)
+
+
+def explained_by_few(rows_RD: Tensor, atoms_AD: Tensor, parts: int) -> Tensor:
+    """R^2 [R] of the fit of few parts."""
+    found = []
+    for rows in rows_RD.split(ROWS_AT_ONCE):
+        chosen, weights = fit_few(rows, atoms_AD, parts)
+        found.append(explained(rows, (weights[:, None, :] @ atoms_AD[chosen]).squeeze(1)))
+    return torch.cat(found)
+
+
+def explained_by(learned_RA: Tensor, rows_RD: Tensor, atoms_AD: Tensor) -> Tensor:
+    """R^2 [R] of a learned composition, each row's length left free: rows were rescaled when they were saved."""
+    fitted = learned_RA @ atoms_AD
+    dot = (fitted * rows_RD).sum(1).clamp_min(0)
+    return dot.square() / (fitted.square().sum(1) * rows_RD.square().sum(1)).clamp_min(1e-30)
+
+
+def random_rows(like_RD: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows of the same lengths that point anywhere: what coverage is by chance."""
+    rows = torch.randn(like_RD.shape, generator=generator).to(like_RD)
+    return rows / rows.norm(dim=1, keepdim=True) * like_RD.norm(dim=1, keepdim=True)
+
+
+def _fit_each(rows_RD: Tensor, picked_RPD: Tensor) -> Tensor:
+    """[R, P]: each row by its own few atoms."""
+    gram = picked_RPD @ picked_RPD.mT
+    along = (picked_RPD @ rows_RD[:, :, None]).squeeze(2)
+    bound = gram.abs().sum(-1).amax(-1, keepdim=True)  # no eigenvalue is larger
+    return _descend(along, lambda c: (c[:, None, :] @ gram).squeeze(1), bound, FEW_ITERATIONS)
+
+
+def _descend(along: Tensor, times_gram: Callable[[Tensor], Tensor], curvature: Tensor, iterations: int) -> Tensor:
+    """Accelerated projected gradient on c G c / 2 - c along over c >= 0, restarted where it turns back."""
+    here = ahead = torch.zeros_like(along)
+    momentum = 1.0
+    for _ in range(iterations):
+        there = (ahead - (times_gram(ahead) - along) / curvature).clamp_min(0)
+        if ((ahead - there) * (there - here)).sum() > 0:  # O'Donoghue and Candes: forget the momentum
+            momentum = 1.0
+        following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        ahead = there + (momentum - 1) / following * (there - here)
+        here, momentum = there, following
+    return here
+
+
+def _longest(atoms_AD: Tensor) -> Tensor:
+    """The largest eigenvalue of the atoms' Gram matrix [], by power iteration and with a margin."""
+    vector = torch.randn(atoms_AD.shape[1], generator=torch.Generator().manual_seed(0)).to(atoms_AD)
+    for _ in range(POWER_ITERATIONS):
+        vector = (atoms_AD @ (vector / vector.norm().clamp_min(1e-30))) @ atoms_AD
+    return 1.1 * vector.norm().clamp_min(1e-12)

@@ -23,10 +23,9 @@ from torch import Tensor
 from ...context.compatible import attention_of
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae, layers_of
-from ...model.batches import make_rows, run_windows
+from ...model.batches import Windows, make_rows, run_windows
 from ...model.memory import PieceSize, in_pieces
 from ...model.prefix_suffix import LanguageModel
-from ...model.windows import Windows
 from .features import Features, spans_of
 from .texts import Classes, Task
 

@@ -23,9 +23,17 @@ from ...context.disk_cache import decided_by, model_print, remembered
 from ...context.prompt_positions import Reader
 from ...errors import SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .facts import ATTRIBUTES, ENTITY_CLASS, load_facts, load_identifiers
 from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores
-from .prompts import EntityClass, Prompt, answered_prompts, make_prompts
+from .prompts import (
+    ATTRIBUTES,
+    ENTITY_CLASS,
+    EntityClass,
+    Prompt,
+    answered_prompts,
+    load_facts,
+    load_identifiers,
+    make_prompts,
+)
 from .swapper import Swapper, Training, complete
 
 GENERATION_FACTOR = 8

@@ -19,13 +19,10 @@ from typing import Any, Literal
 from ...context.compatible import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable
 from ..contract import Context, Evaluation, Failure, LoadedSae, Result
-from .exam import Exam
-from .marking import count, remembered_questions
-from .material import Material
-from .passes import SharedPasses
+from .material import Material, load_topic, load_wmdp
+from .papers import Exam
+from .passes import SharedPasses, count, remembered_questions
 from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
-from .topic import load_topic
-from .wmdp import load_wmdp
 
 
 @dataclass(frozen=True)

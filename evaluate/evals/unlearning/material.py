@@ -1,18 +1,35 @@
-"""What an unlearning evaluation is made of: a text to forget, a text to retain, and exams on both."""
+"""What an unlearning evaluation is made of: a text to forget, a text to retain, and exams on both.
+
+`stdlib`, a topic to forget without a download: one package of the standard library, beside all the others.
+
+1. Documents of the topic and documents of the rest, read where this Python is installed.
+2. Of each, every third is set aside for the exam: latents are chosen on the others.
+3. The exam asks for next tokens (`TextPaper`), because a small base model answers no questions.
+
+`wmdp`, SAEBench's: biology from WMDP to forget, WikiText and four subjects of MMLU to retain.
+
+The questions are put to an instruction-tuned model of the family the SAE was trained on, in that model's own
+prompt format; only Gemma's is known. The forget corpus is given out on request, as a file.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ...errors import DataMissing
-from ...model.prefix_suffix import LanguageModel
-from .papers import Paper
+from ....harvest.pocket.text import stdlib_documents
+from ...context.context import Context, find_model
+from ...context.hub_data import load_rows
+from ...errors import DataMissing, NotApplicable
+from ...model.prefix_suffix import LanguageModel, load_language_model
+from .papers import ChoicePaper, Paper, Question, TextPaper
 from .sweep import Sweep
 
 CHUNKS = 20
@@ -70,3 +87,120 @@ class Material:
     @property
     def papers(self) -> tuple[Paper, ...]:
         return (*self.forget, *self.retain)
+
+
+TEXT_ROWS, EXAM_ROWS = 48, 24
+MAX_LENGTH = 128
+TEXTS = 120
+"""Documents of each kind that are read at most."""
+EXAM_SHARE = 3
+SWEEP = Sweep(retain_thresholds=(0.01, 0.05), num_latents=(5, 20), multipliers=(1, 2, 5, 10))
+"""Gentler than SAEBench's, whose multipliers are made for the residuals of Gemma-2-2b, and laxer about text that is
+not the topic's: all of the library is code."""
+BATCH_ROWS = 8
+
+
+def load_topic(model: LanguageModel, model_name: str, topic: str, seed: int) -> Material:
+    """Forget the documents under `topic` (a folder of the library), retain the rest."""
+    names_and_texts = list(stdlib_documents())
+    inside = [text for name, text in names_and_texts if name.startswith(f"{topic}/")]
+    outside = [text for name, text in names_and_texts if not name.startswith(f"{topic}/")]
+    if len(inside) < 2 * EXAM_SHARE:
+        raise DataMissing(
+            f"expected a package of the standard library with at least {2 * EXAM_SHARE} files, found {len(inside)} "
+            f"under {topic!r}: give another by --set unlearning.topic=NAME, for example asyncio, email or xml"
+        )
+    return make_material(model, model_name, inside, outside, topic, seed)
+
+
+def make_material(
+    model: LanguageModel,
+    model_name: str,
+    inside: Sequence[str],
+    outside: Sequence[str],
+    topic: str,
+    seed: int,
+) -> Material:
+    """Material of two lists of texts."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    drawn = [draw.sample(list(texts), min(TEXTS, len(texts))) for texts in (inside, outside)]
+    length = min(MAX_LENGTH, model.facts.max_context)
+    forget, retain = ([_rows(model, part, length, generator) for part in _set_aside(texts)] for texts in drawn)
+    papers = [
+        TextPaper(name, rows[:EXAM_ROWS], model.special, BATCH_ROWS)
+        for name, rows in ((topic, forget[1]), (f"not {topic}", retain[1]))
+    ]
+    rows = (forget[0][:TEXT_ROWS], retain[0][:TEXT_ROWS])
+    return Material(f"stdlib: {topic}", model_name, model, *rows, papers[:1], papers[1:], SWEEP)
+
+
+def _set_aside(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Texts for choosing latents, and texts for the exam."""
+    chosen = [text for number, text in enumerate(texts) if number % EXAM_SHARE]
+    return chosen, list(texts[::EXAM_SHARE])
+
+
+def _rows(model: LanguageModel, texts: Sequence[str], length: int, generator: torch.Generator) -> Tensor:
+    rows = joined_rows(texts, model.tokenizer, eos_text(model), model.bos, model.pad, length)
+    return shuffled_rows(rows, len(rows), generator)
+
+
+FORGET_EXAM = "wmdp-bio"
+FORGET_SUBJECT = "biology"
+MIN_CHARACTERS = 50
+REQUEST_FORM = "https://huggingface.co/datasets/cais/wmdp-corpora"
+
+
+def load_wmdp(
+    context: Context, model_name: str, corpus: str, names: Sequence[str], size: int, length: int, batch: int, seed: int
+) -> Material:
+    """All of it; what needs no download is looked at first, so that a missing file is said at once."""
+    forget_texts = read_corpus(Path(corpus).expanduser())
+    retain_texts = [row["text"] for row in load_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
+    questions = {name: read_questions(name) for name in names}
+    model = load_instructed(context, model_name)
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    long_enough = [text for text in retain_texts if len(text) > MIN_CHARACTERS]
+    rows = [
+        joined_rows(texts, model.tokenizer, eos_text(model), model.bos, model.pad, length)
+        for texts in (sampled_texts(forget_texts, size, draw), long_enough)
+    ]
+    forget_rows, retain_rows = (shuffled_rows(each, size, generator) for each in rows)
+    papers = [ChoicePaper(name, asked, model, batch) for name, asked in questions.items()]
+    forget = [paper for paper in papers if paper.name == FORGET_EXAM]
+    retain = [paper for paper in papers if paper.name != FORGET_EXAM]
+    return Material("wmdp-bio", model_name, model, forget_rows, retain_rows, forget, retain, Sweep())
+
+
+def read_corpus(file: Path) -> list[str]:
+    """The texts of the forget corpus: a JSON object with `text` on each line."""
+    if not file.is_file():
+        raise DataMissing(
+            f"the forget corpus is not at {file}. Ask for bio-forget-corpus.jsonl by the form that {REQUEST_FORM} "
+            "names, and give its place with --set unlearning.forget_corpus=FILE"
+        )
+    try:
+        texts = [str(json.loads(line)["text"]) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataMissing(f"{file}: expected a JSON object with 'text' on each line, found {error!r}") from error
+    return [text for text in texts if len(text) > MIN_CHARACTERS]
+
+
+def read_questions(name: str) -> list[Question]:
+    """The test questions of WMDP, or of a subject of MMLU."""
+    is_forget = name == FORGET_EXAM
+    rows = load_rows("cais/wmdp" if is_forget else "cais/mmlu", name, "test")
+    subject = FORGET_SUBJECT if is_forget else name.replace("_", " ")
+    return [Question(subject, row["question"], tuple(row["choices"]), int(row["answer"])) for row in rows]
+
+
+def load_instructed(context: Context, name: str) -> LanguageModel:
+    """The instruction-tuned model: the SAE reads it although it was trained on the base model."""
+    if "gemma" not in name.lower() or "it" not in name.lower().split("/")[-1].split("-"):
+        raise NotApplicable(
+            f"{name} is not an instruction-tuned Gemma: SAEBench has no other prompt format. Give "
+            "--set unlearning.model=google/gemma-2-2b-it, or --set unlearning.data=stdlib for any model"
+        )
+    source = find_model(None, name)
+    context.say(f"loading {source.id} for its answers")
+    return load_language_model(source.folder, context.dtype, context.device)

@@ -5,7 +5,10 @@ The intervention: firing latents of the topic are set to a negative value. SAEBe
 is x + (f' - f) W_dec, and only the K clamped latents differ. Position 0 (BOS) is encoded as zeros in both, so it
 stays as it is.
 
-W rows, T tokens, D width, F latents, K clamped latents.
+W rows, T tokens, D width, F latents, K clamped latents, N questions.
+
+Which questions a model answers right undisturbed is remembered between runs: 24 orders of every question take longer
+than all SAEs.
 """
 
 from __future__ import annotations
@@ -15,20 +18,60 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import add
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ....cache_schema import AttentionSpec
+from ...context.disk_cache import decided_by, model_print, remembered
 from ...context.loaded_sae import LoadedSae, layers_of
-from ...model.batches import run_windows
+from ...model.batches import Sums, Windows, run_windows
 from ...model.memory import PieceSize, in_pieces
 from ...model.prefix_suffix import LanguageModel
-from ...model.windows import Sums, Windows
-from .exam import Exam, Sheet
-from .marking import right_answers, valid_tokens
+from .papers import ChoicePaper, Choose, Exam, Paper, Sheet
 from .sweep import Outcome, Setting
+
+CHUNK = 256
+"""Questions whose logits are held at once."""
+
+
+def right_answers(model: LanguageModel, hidden_WTD: Tensor, sheet: Sheet, choose: Choose) -> Tensor:
+    """bool [N]: the model's choice at each question is the right one."""
+    asked = sheet.asked(hidden_WTD).split(CHUNK)
+    chosen = torch.cat([choose(model.head(rows)) for rows in asked])
+    return chosen == sheet.answers
+
+
+def known_questions(model: LanguageModel, paper: Paper) -> list[int]:
+    """The numbers of the questions that the undisturbed model answers right in every order."""
+    right = torch.cat([right.cpu() for right in _trial_answers(model, paper.trial())])
+    return right.view(-1, paper.orders).all(1).nonzero().view(-1).tolist()
+
+
+def valid_tokens(sheet: Sheet) -> Tensor:
+    """bool [W, T]: positions up to the last question of each row; behind it is padding, or nothing to ask."""
+    last = sheet.tokens.new_zeros(len(sheet.tokens)).scatter_reduce_(0, sheet.rows, sheet.positions, "amax")
+    return torch.arange(sheet.tokens.shape[1], device=last.device) <= last[:, None]
+
+
+def count(exams: Sequence[Exam]) -> int:
+    return sum(len(exam) for exam in exams)
+
+
+def _trial_answers(model: LanguageModel, exam: Exam) -> Iterator[Tensor]:
+    for sheet in (sheet.to(model.device) for sheet in exam.sheets):
+        yield right_answers(model, model.hidden(sheet.tokens), sheet, exam.choose)
+
+
+def remembered_questions(model: LanguageModel, paper: Paper, folder: Path) -> list[int]:
+    """The numbers of the questions that the model knows, of multiple choice computed at most once."""
+    if not isinstance(paper, ChoicePaper):
+        return known_questions(model, paper)
+    questions = [(question.prompt(), question.answer) for question in paper.questions]
+    decided = decided_by(model=model_print(model), questions=questions)
+    return remembered(folder, paper.name, decided, lambda: known_questions(model, paper))
 
 
 @dataclass(frozen=True, eq=False)

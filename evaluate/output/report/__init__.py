@@ -18,7 +18,6 @@ from ....train.disk.whole_files import replace_file
 from ....train.run.folder import RunFolder
 from ..figures.records import Record
 from ..figures.web import script_json, web_file
-from .contexts import contexts_of
 from .markup import Html, element, image, joined, text
 from .numbers import numbers_table
 from .training import course_of, training_data
@@ -109,3 +108,30 @@ def _figure(address: str, path: Path) -> Html:
     ]
     caption = element("figcaption", path.stem.replace("_", " "), Html(" "), joined(links, between=" "))
     return element("figure", image(path, path.stem), caption)
+
+
+LATENTS = 12  # of an SAE: a page is to be read
+
+
+def contexts_of(records: Sequence[Record]) -> Html:
+    """What latents fire on, their strongest contexts: a section for each SAE that has some."""
+    sections = [_section(record) for record in records if record.unstructured("browser").get("latents")]
+    return joined([element("h2", "What latents fire on"), *sections]) if sections else Html("")
+
+
+def _section(record: Record) -> Html:
+    latents = record.unstructured("browser")["latents"]
+    every = max(1, -(-len(latents) // LATENTS))
+    return element("details", element("summary", record.name), *(_latent(latent) for latent in latents[::every]))
+
+
+def _latent(latent: Mapping[str, Any]) -> Html:
+    share = f"latent {latent['latent']}, on {100 * latent['fired_share']:.3g} % of tokens"
+    listed = element("ul", *(_context(context) for context in latent["contexts"]), class_="contexts")
+    return joined([element("p", share, class_="faint"), listed])
+
+
+def _context(context: Mapping[str, Any]) -> Html:
+    strength = element("span", f"{context['activation']:.2f}", class_="strength")
+    words = element("bdi", context["before"], element("mark", context["token"]), context["after"])
+    return element("li", strength, words)

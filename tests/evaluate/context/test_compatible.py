@@ -12,9 +12,9 @@ from transformers import Gemma2ForCausalLM
 from saemill.evaluate.context.compatible import attention_of
 from saemill.evaluate.context.prompt_positions import Reader, Spot
 from saemill.evaluate.errors import DataMissing
-from saemill.evaluate.evals.probing.last_token import read_prompts
 from saemill.evaluate.evals.probing.pooling import pool_task
 from saemill.evaluate.evals.probing.texts import Task
+from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.prefix_suffix import LanguageModel
 from saemill.harvest.model.tokenizer import TextEncoder

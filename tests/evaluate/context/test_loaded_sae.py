@@ -12,8 +12,7 @@ from saemill.evaluate import errors
 from saemill.evaluate.context.loaded_sae import make_side
 from saemill.evaluate.errors import NotApplicable
 from saemill.evaluate.evals.core import encoding
-from saemill.evaluate.model.batches import store_batches
-from saemill.evaluate.model.windows import Windows
+from saemill.evaluate.model.batches import Windows, store_batches
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 

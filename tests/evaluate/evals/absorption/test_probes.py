@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from saemill.evaluate.evals.absorption.probe import Probe, Training, fit_probe
-from saemill.evaluate.evals.absorption.sparse import choose_latents, f1_score, ranked_latents
+from saemill.evaluate.evals.absorption.probe import Probe, Training, choose_latents, f1_score, fit_probe, ranked_latents
 from saemill.evaluate.evals.absorption.vocabulary import (
     FIRST_LETTER,
     alphabetic_words,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
-from saemill.evaluate.context.ordinary_rows import ordinary_rows
+from saemill.evaluate.context.split_windows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, NotApplicable, SettingInvalid
 from saemill.evaluate.evals.browser import evaluation, folder, latents
 from saemill.evaluate.evals.browser.attended import LEVELS, attended

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
-from saemill.evaluate.evals.core import encoding, weights
+from saemill.evaluate.evals.core import encoding, metrics
 from saemill.evaluate.evals.core.blocks import choose_rows
 from saemill.evaluate.evals.core.bootstrap import DocumentSums, intervals, resampled
+from saemill.evaluate.evals.core.metrics import max_cosine, weight_metrics
 from saemill.evaluate.evals.core.quality import Firing, summarise_density
-from saemill.evaluate.evals.core.weights import max_cosine, weight_metrics
 from saemill.evaluate.model import divergence
+from saemill.evaluate.model.batches import Windows
 from saemill.evaluate.model.divergence import compare, kl_as_published, next_tokens
 from saemill.evaluate.model.memory import PieceSize
-from saemill.evaluate.model.windows import Windows
 
 
 def logits(rows, vocab, seed, scale=3.0):
@@ -126,7 +126,7 @@ def test_the_nearest_other_row(block):
 def test_a_lone_latent_has_no_neighbour(builder):
     found = weight_metrics(builder.make_sae(width=1, k=1))
     assert found["max_decoder_cosine_sim"].tolist() == [-math.inf]
-    assert weights.BLOCK > 1
+    assert metrics.BLOCK > 1
 
 
 @pytest.mark.parametrize("share", [0.0, 0.06, 1.0])

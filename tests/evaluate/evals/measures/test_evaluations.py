@@ -14,11 +14,10 @@ from saemill.evaluate.context.token_text import Wording
 from saemill.evaluate.errors import ModelMissing, NotApplicable
 from saemill.evaluate.evals import attention, position, temporal, tiers
 from saemill.evaluate.evals.measures.assignment import every, groups_of, ranges_of, saved, tiers_of
-from saemill.evaluate.evals.measures.link_tracing import Pairs, choose_pairs, trace_pairs
+from saemill.evaluate.evals.measures.attention import Pairs, choose_pairs, trace_pairs
 from saemill.evaluate.evals.measures.splice_effects import Effect, make_tracers
 from saemill.evaluate.evals.measures.tiers import tier_activity
-from saemill.evaluate.model.batches import store_batches
-from saemill.evaluate.model.windows import Windows
+from saemill.evaluate.model.batches import Windows, store_batches
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 

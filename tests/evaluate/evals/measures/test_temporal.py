@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from saemill.evaluate.evals.measures import temporal
+from saemill.evaluate.evals import temporal
 
 CONTEXT = 20
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from sklearn.metrics import adjusted_mutual_info_score, mutual_info_score, normalized_mutual_info_score
 
-from saemill.evaluate.evals.measures import composition, tiers
+from saemill.evaluate.evals.measures import tiers
 
 
 def labels(seed: int, count: int, kinds: int) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_an_empty_tier_and_no_tokens_are_zeros():
 def test_the_fit_is_that_of_nnls(atoms, width):
     rng = np.random.default_rng(atoms)
     basis, rows = rng.standard_normal((atoms, width)), rng.standard_normal((20, width))
-    found = composition.fit_all(torch.from_numpy(rows), torch.from_numpy(basis), iterations=3000)
+    found = tiers.fit_all(torch.from_numpy(rows), torch.from_numpy(basis), iterations=3000)
     assert (found >= 0).all()
     errors = (torch.from_numpy(rows) - found @ torch.from_numpy(basis)).norm(dim=1).numpy()
     np.testing.assert_allclose(errors, [nnls(basis.T, row)[1] for row in rows], atol=2e-4)
@@ -100,35 +100,35 @@ def test_the_fit_is_that_of_nnls(atoms, width):
 
 def test_planted_sums_are_found_and_their_parts_named():
     generator = torch.Generator().manual_seed(1)
-    atoms = composition.random_rows(torch.ones(30, 64), generator)
+    atoms = tiers.random_rows(torch.ones(30, 64), generator)
     parts = torch.stack([torch.randperm(30, generator=generator)[:3] for _ in range(12)])
     rows = atoms[parts].sum(1)
-    assert composition.explained(rows, composition.fit_all(rows, atoms) @ atoms).min() > 0.999
-    chosen, weights = composition.fit_few(rows, atoms, parts=3)
+    assert tiers.explained(rows, tiers.fit_all(rows, atoms) @ atoms).min() > 0.999
+    chosen, weights = tiers.fit_few(rows, atoms, parts=3)
     assert (chosen.sort(1).values == parts.sort(1).values).double().mean() > 0.9
-    assert composition.explained_by_few(rows, atoms, 3).min() > 0.9
+    assert tiers.explained_by_few(rows, atoms, 3).min() > 0.9
     assert (weights >= 0).all()
 
 
 def test_rows_that_point_anywhere_are_no_sums_of_few():
     """With many atoms all of them explain anything: the fit of few parts is what tells."""
     generator = torch.Generator().manual_seed(2)
-    atoms = composition.random_rows(torch.ones(400, 32), generator)
-    strangers = composition.random_rows(torch.ones(20, 32), generator)
-    assert composition.explained(strangers, composition.fit_all(strangers, atoms) @ atoms).min() > 0.95
-    fewer = composition.explained_by_few(strangers, atoms, 2)
-    planted = composition.explained_by_few(atoms[:20] + 0.5 * atoms[20:40], atoms, 2)
+    atoms = tiers.random_rows(torch.ones(400, 32), generator)
+    strangers = tiers.random_rows(torch.ones(20, 32), generator)
+    assert tiers.explained(strangers, tiers.fit_all(strangers, atoms) @ atoms).min() > 0.95
+    fewer = tiers.explained_by_few(strangers, atoms, 2)
+    planted = tiers.explained_by_few(atoms[:20] + 0.5 * atoms[20:40], atoms, 2)
     assert planted.median() > fewer.median() + 0.2
 
 
 def test_what_would_have_to_be_taken_away_is_not_explained():
     atoms = torch.eye(4)[:2]
     rows = torch.tensor([[-1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
-    found = composition.explained(rows, composition.fit_all(rows, atoms) @ atoms)
+    found = tiers.explained(rows, tiers.fit_all(rows, atoms) @ atoms)
     assert found.tolist() == pytest.approx([0.0, 0.5], abs=1e-5)
 
 
 def test_a_learned_composition_is_judged_whatever_its_length():
     atoms, learned = torch.eye(5)[:3], torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     rows = torch.tensor([[0.2, 0.0, 0.1, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]])
-    assert composition.explained_by(learned, rows, atoms).tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
+    assert tiers.explained_by(learned, rows, atoms).tolist() == pytest.approx([1.0, 0.0], abs=1e-6)

@@ -16,8 +16,8 @@ from transformers import Gemma2ForCausalLM
 from saemill.evaluate.errors import DataMissing
 from saemill.evaluate.evals import scr, sparse_probing, sparse_probing_sae_probes, tpp
 from saemill.evaluate.evals.probing import hub, installed
-from saemill.evaluate.evals.probing.last_token import read_prompts, token_rows
 from saemill.evaluate.evals.probing.sources import HUB
+from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts, token_rows
 from saemill.evaluate.model.prefix_suffix import LanguageModel
 from saemill.evaluate.run.attempts import run_evals
 from saemill.harvest.model.tokenizer import TextEncoder

@@ -12,8 +12,7 @@ from saemill.evaluate.evals import scr, sparse_probing, tpp
 from saemill.evaluate.evals.probing import hub
 from saemill.evaluate.evals.probing.dense_probe import Training
 from saemill.evaluate.evals.probing.features import seeded
-from saemill.evaluate.evals.probing.perturbation import OfModel, Setup, perturb
-from saemill.evaluate.evals.probing.rounds import Outcome
+from saemill.evaluate.evals.probing.rounds import OfModel, Outcome, Setup, perturb
 from saemill.evaluate.evals.probing.texts import OPPOSITES, Table, balanced, by_class, spurious
 from saemill.evaluate.evals.probing.tuned_probe import rank_latents, split_rows, tuned_scores
 

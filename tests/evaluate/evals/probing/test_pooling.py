@@ -19,7 +19,7 @@ from saemill.evaluate.evals.probing.pooling import (
     valid_positions,
 )
 from saemill.evaluate.evals.probing.rounds import divide
-from saemill.evaluate.model.windows import Windows
+from saemill.evaluate.model.batches import Windows
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import NO_SIDE

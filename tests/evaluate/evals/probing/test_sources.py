@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 
 from saemill.evaluate.errors import DataMissing
-from saemill.evaluate.evals.probing import collection, hub, installed, order, stdlib
+from saemill.evaluate.evals.probing import collection, hub, installed, stdlib
 from saemill.evaluate.evals.probing.sources import HUB, STDLIB, find_source, load_all
 
 MODULE = '''"""What the module is for, in a sentence that is long enough to count."""
@@ -60,7 +60,7 @@ def test_installed_data_sets_are_balanced_repeatable_and_split(name):
     assert not texts[0] & texts[1]
 
 
-@pytest.mark.parametrize("name", order.TASKS)
+@pytest.mark.parametrize("name", installed.TASKS)
 def test_order_tasks_hold_the_same_pieces_in_every_class(name):
     task = installed.load_task(f"stdlib/{name}", 40, 20, 0)
     for rows in zip(*task.train.values(), strict=True):

@@ -13,8 +13,7 @@ import torch
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import DataMissing, NotApplicable, SettingInvalid
 from saemill.evaluate.evals.ravel import evaluation as ravel
-from saemill.evaluate.evals.ravel.facts import count_identifiers, load_facts
-from saemill.evaluate.evals.ravel.prompts import EntityClass
+from saemill.evaluate.evals.ravel.prompts import EntityClass, count_identifiers, load_facts
 from saemill.harvest.progress import Watch
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder

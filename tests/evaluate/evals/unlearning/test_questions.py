@@ -6,9 +6,16 @@ import random
 
 import torch
 
-from saemill.evaluate.evals.unlearning.exam import Exam, letter_sheets, letters_chosen, most_likely, next_token_sheets
 from saemill.evaluate.evals.unlearning.material import joined_rows, sampled_texts, shuffled_rows
-from saemill.evaluate.evals.unlearning.papers import ALL_ORDERS, Question
+from saemill.evaluate.evals.unlearning.papers import (
+    ALL_ORDERS,
+    Exam,
+    Question,
+    letter_sheets,
+    letters_chosen,
+    most_likely,
+    next_token_sheets,
+)
 
 QUESTION = Question("human aging", "How old?", ("one", "two", "three", "four"), answer=2)
 

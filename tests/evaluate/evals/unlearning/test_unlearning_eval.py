@@ -15,10 +15,11 @@ from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.results import Failure
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
-from saemill.evaluate.evals.unlearning import marking, wmdp
-from saemill.evaluate.evals.unlearning.marking import known_questions, remembered_questions
+from saemill.evaluate.evals.unlearning import material as material_file
+from saemill.evaluate.evals.unlearning import passes
 from saemill.evaluate.evals.unlearning.material import Material
 from saemill.evaluate.evals.unlearning.papers import ChoicePaper, Question, TextPaper
+from saemill.evaluate.evals.unlearning.passes import known_questions, remembered_questions
 from saemill.evaluate.evals.unlearning.sweep import Sweep
 from saemill.harvest.progress import Watch
 from saemill.train.sae.gates import Relu
@@ -167,7 +168,7 @@ def test_only_questions_right_in_all_orders_are_known_and_they_are_remembered(tm
     paper = ChoicePaper("quiz", QUESTIONS, model, batch_size=5)
     assert known_questions(model, paper) == [0, 2]  # "bias" is right with the choices as they are written, but by luck
     assert remembered_questions(model, paper, tmp_path) == [0, 2]
-    monkeypatch.setattr(marking, "known_questions", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(passes, "known_questions", lambda *_: pytest.fail("asked again"))
     assert remembered_questions(model, paper, tmp_path) == [0, 2]
     assert [len(sheet) for sheet in paper.exam([0, 2]).sheets] == [2]
 
@@ -190,17 +191,17 @@ def test_what_is_asked_otherwise_is_asked_again(tmp_path, change):
 
 def test_the_forget_corpus_is_asked_for_by_name(tmp_path):
     with pytest.raises(DataMissing, match="bio-forget-corpus.jsonl by the form"):
-        wmdp.read_corpus(tmp_path / "nowhere.jsonl")
+        material_file.read_corpus(tmp_path / "nowhere.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"no": 1}\n')
     with pytest.raises(DataMissing, match="expected a JSON object with 'text'"):
-        wmdp.read_corpus(tmp_path / "bad.jsonl")
+        material_file.read_corpus(tmp_path / "bad.jsonl")
     (tmp_path / "good.jsonl").write_text('{"text": "%s"}\n{"text": "short"}\n' % ("long " * 20))
-    assert wmdp.read_corpus(tmp_path / "good.jsonl") == ["long " * 20]
+    assert material_file.read_corpus(tmp_path / "good.jsonl") == ["long " * 20]
 
 
 def test_a_base_model_is_not_asked_questions(context):
     with pytest.raises(NotApplicable, match="not an instruction-tuned Gemma"):
-        wmdp.load_instructed(context, "google/gemma-2-2b")
+        material_file.load_instructed(context, "google/gemma-2-2b")
 
 
 def test_data_that_cannot_be_had_say_what_to_accept(monkeypatch: pytest.MonkeyPatch):
@@ -220,8 +221,8 @@ def test_questions_are_read_by_their_columns(monkeypatch: pytest.MonkeyPatch):
         return [{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 3}]
 
     loader: Callable[..., object] = rows_of
-    monkeypatch.setattr(wmdp, "load_rows", loader)
-    (bio,), (aging,) = wmdp.read_questions("wmdp-bio"), wmdp.read_questions("human_aging")
+    monkeypatch.setattr(material_file, "load_rows", loader)
+    (bio,), (aging,) = material_file.read_questions("wmdp-bio"), material_file.read_questions("human_aging")
     assert (bio.subject, aging.subject) == ("biology", "human aging")
     assert bio.choices[bio.answer] == "d"
     assert asked == [("cais/wmdp", "wmdp-bio", "test"), ("cais/mmlu", "human_aging", "test")]
