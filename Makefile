@@ -22,6 +22,8 @@ DEMO     ?= ./demo
 STUDIES  ?= ./study_runs
 DECISIONS ?= ./decisions
 RESULTS  ?= ./bench-results
+REAL     ?= ./store_smollm2
+REAL_TEXT ?= docs:/usr/share/doc
 FUZZ     ?=
 
 # Threads that wait for each other spin; beside other work they spin while others hold the core. This many turns cost
@@ -134,10 +136,10 @@ bench-train: env peers ## training steps against SAELens and dictionary_learning
 	$(BIN)/python bench/guided.py --json $(RESULTS)/guided.json
 	$(BIN)/python bench/fleet.py $(STORE) --json $(RESULTS)/fleet.json
 
-bench-quality: env peers ## saved SAEs opened by SAELens; explained variance at equal sparsity, against the peers
+bench-quality: env peers smollm2 ## on SmolLM2: saved SAEs opened by SAELens; explained variance at equal sparsity, against the peers
 	$(BIN)/python bench/check_sae_lens.py --peers-python $(PEERS)/bin/python
-	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STORE)
-	$(BIN)/python bench/quality.py $(STORE) --peers-python $(PEERS)/bin/python --out $(RESULTS)/quality.json
+	$(BIN)/sae-harvest --model smollm2 --dataset $(REAL_TEXT) --tokens 1200k --out $(REAL)
+	$(BIN)/python bench/quality.py $(REAL) --peers-python $(PEERS)/bin/python --out $(RESULTS)/quality.json
 
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS) --json $(RESULTS)/store.json

@@ -314,7 +314,7 @@ def main(
     with Store.open(store) as opened, tempfile.TemporaryDirectory() as folder:
         write_rows_of(opened, Path(folder))
         manifest = opened.manifest
-        run = {"steps": steps, "cache_id": manifest.cache_id, "model": manifest.model.id}
+        run = {"steps": steps, "cache_id": manifest.cache_id}
         results = Results(out, run, gather_facts(peers_python))
         contestants = Contestants(Path(folder), steps, peers_python)
 
