@@ -1,11 +1,15 @@
-"""What a lost network raises, whichever library asks; and the one library that must be told to be quiet."""
+"""What downloads share: what a lost network raises, a library that must be told to be quiet, and room on the disk."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of whichever HTTP library the hub's client uses)
 )
+
+from ..cache_schema.files import free_bytes_at
+from .errors import ModelUnavailable
 
 NETWORK_ERRORS = (OSError, HTTPError)
 
@@ -17,3 +21,13 @@ def load_dataset(*args: Any, **kwargs: Any) -> Any:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return datasets.load_dataset(*args, **kwargs)
+
+
+def require_room(name: str, needed: int, folder: Path) -> None:
+    """Refuse a model's files that the disk cannot hold, before they are made or downloaded."""
+    free = free_bytes_at(folder)
+    if needed > free:
+        raise ModelUnavailable(
+            f"{name}: its files take {needed / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB free. "
+            "Free some space, or set HF_HOME to a folder on another disk"
+        )

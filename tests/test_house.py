@@ -35,7 +35,8 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "cli",
     ),
     "harvest": (
-        "__init__ errors network packing pocket progress",
+        "__init__ errors",
+        "network packing pocket progress",
         "corpus model sparsify_attention stats",
         "capture config spool",
         "process_place store_plan shards",

@@ -20,10 +20,9 @@ from ratios import take_turns
 from records import record
 
 from saemill.cache_schema import Request, Store
-from saemill.train.data.block_loader import Loader
+from saemill.train.data.feed import Loader
 from saemill.train.data.pool import PIECES_IN_FLIGHT
-from saemill.train.data.read_order import Plan
-from saemill.train.data.split_sizes import measure_split
+from saemill.train.data.read_order import Plan, measure_split
 
 LAYER = 19
 

@@ -24,8 +24,8 @@ from ...cache_schema.strict import to_json
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing.features import Features
 from .probing.pooling import Pool, pool_task
-from .probing.settings import of_data
-from .probing.sources import DataName, Source, find_source, load_all
+from .probing.settings import DataSettings, filled, of_data
+from .probing.sources import find_source, load_all
 from .probing.texts import Task
 
 MOST_TEXTS = 400  # of one contrast, where nothing else was asked for: of the hub's data there are thousands
@@ -34,18 +34,9 @@ NO_OTHERS = "every two contrasts share a class: independence is not known"
 
 
 @dataclass(frozen=True)
-class Config:
-    data: DataName = "auto"
-    random_seed: int = 42
-    dataset_names: tuple[str, ...] = ()
-    """Empty: all of the data's."""
-    train_set_size: int | None = None
-    """Texts of both sides of a contrast; None: 400 of the hub's data, 320 of this Python's text."""
-    test_set_size: int | None = None
-    """The same for tests; None: 400 and 160."""
-    context_length: int | None = None
-    """None: 128 tokens of the hub's data, 48 of this Python's text."""
-    llm_batch_size: int = 32
+class Config(DataSettings):
+    """Texts are those of both sides of a contrast, by default at most 400 of training texts and of tests."""
+
     least_texts: int = 5
     """Of the training texts: a latent that is in fewer is not measured."""
     strong: float = 0.5
@@ -66,9 +57,10 @@ class Effects:
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result]:
     source = find_source(context, config.data)
-    config = filled(config, source)
+    config = filled(config, source, source.probing, MOST_TEXTS)
     assert config.context_length is not None
-    tasks, missing = load_all(config.dataset_names, lambda name: [_load(source, name, config)])
+    sizes, seed = config.sizes, config.random_seed
+    tasks, missing = load_all(config.dataset_names, lambda name: [source.load_task(name, *sizes, seed)])
     latents: dict[LoadedSae, list[Effects]] = {subject: [] for subject in subjects}
     channels: dict[tuple[int, ...], list[Effects]] = {subject.layers: [] for subject in subjects}
     for task in tasks:
@@ -82,18 +74,6 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         yield make_result(
             subject, settings, joined(latents[subject]), joined(channels[subject.layers]), config, missing
         )
-
-
-def filled(config: Config, source: Source) -> Config:
-    """The settings with what the data decide."""
-    return replace(
-        config,
-        data=source.name,
-        dataset_names=config.dataset_names or source.probing,
-        train_set_size=config.train_set_size or min(source.train_size, MOST_TEXTS),
-        test_set_size=config.test_set_size or min(source.test_size, MOST_TEXTS),
-        context_length=config.context_length or source.context,
-    )
 
 
 def effects_of(name: str, train: Features, test: Features) -> Effects:
@@ -177,11 +157,6 @@ def _share_nothing(one: tuple[str, str, str], other: tuple[str, str, str]) -> bo
 
 def _of_latents(pool: Pool, subject: LoadedSae, task: Task) -> Effects:
     return effects_of(task.name, *(pool.of_latents(subject, part) for part in (task.train, task.test)))
-
-
-def _load(source: Source, name: str, config: Config) -> Task:
-    assert config.train_set_size is not None and config.test_set_size is not None
-    return source.load_task(name, config.train_set_size, config.test_set_size, config.random_seed)
 
 
 EVALUATION = Evaluation(

@@ -31,14 +31,14 @@ def register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface  # here: it takes seconds to import
 
     AttentionInterface.register(ATTENTION, attend)
-    AttentionMaskInterface.register(ATTENTION, shared_mask)
+    AttentionMaskInterface.register(ATTENTION, make_mask)
 
 
-def shared_mask(batch_size: int, **kwargs: Any) -> Tensor | None:
-    """The eager mask of one window: all windows are full, so one mask [1, 1, T, T] serves them all."""
+def make_mask(batch_size: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The eager mask: one [1, 1, T, T] for all windows where none is padded."""
     from transformers.masking_utils import eager_mask
 
-    return eager_mask(1, **kwargs)
+    return eager_mask(1 if attention_mask is None else batch_size, attention_mask=attention_mask, **kwargs)
 
 
 def attend(
@@ -57,10 +57,12 @@ def attend(
     windows, heads, context, width = query_WHTE.shape
     sink = (sinks or {}).get(module.layer_idx)
     out = query_WHTE.new_empty(windows, context, *((1,) if probs_only else (heads, width)))
-    size = _windows_per_block(query_WHTE)
+    is_padded = attention_mask is not None and len(attention_mask) > 1  # then each row has a mask of its own
+    size = 1 if is_padded else _windows_per_block(query_WHTE)
     for start in range(0, windows, size):
         block = slice(start, start + size)
-        probs = _probabilities(query_WHTE[block], key_WGTE[block], attention_mask, scaling, softcap)
+        mask = attention_mask if attention_mask is None or not is_padded else attention_mask[block]
+        probs = _probabilities(query_WHTE[block], key_WGTE[block], mask, scaling, softcap)
         if sink is not None:
             sink(probs)
         if not probs_only:

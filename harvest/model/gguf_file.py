@@ -27,8 +27,8 @@ from huggingface_hub import constants
 
 from ...cache_schema.files import name_full_disk, sync
 from ..errors import ModelUnavailable, TokenizerUnsuitable, UnsupportedArchitecture
+from ..network import require_room
 from .load import validate_report
-from .room import require_room
 from .tokenizer import load_encoder
 
 if TYPE_CHECKING:

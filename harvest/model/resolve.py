@@ -34,11 +34,10 @@ from huggingface_hub.errors import (
 
 from ...cache_schema.files import FULL_DISK
 from ..errors import ModelUnavailable
-from ..network import NETWORK_ERRORS
+from ..network import NETWORK_ERRORS, require_room
 from ..pocket import MODEL_FOLDER
 from .gguf_file import DIGITS, SUFFIX, convert, find_converted, find_smollm2
 from .load import CONFIG_FILE, find_weights
-from .room import require_room
 
 AUTO = "auto"
 POCKET = "pocket"

@@ -3,9 +3,20 @@
 Soft-capping, query scaling, grouped queries, tied embeddings and a sliding window
 on every other layer are real; the window is shorter than the usual context, so
 that sliding layers do slide.
+
+A checkpoint of its training is one safetensors file with a JSON record in its header. One file is one rename, so a
+killed run leaves the old checkpoint or the new one.
 """
 
+import json
+import os
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from .make_tokenizer import BOS, EOS, PAD, VOCABULARY
@@ -44,3 +55,24 @@ def make_model(seed: int) -> Gemma2ForCausalLM:
         if name.endswith(SUBLAYER_NORMS):
             torch.nn.init.constant_(weight, SUBLAYER_GAIN - 1)  # Gemma's gain is 1 + weight
     return model
+
+
+FILE = "checkpoint.safetensors"
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / (FILE + ".tmp")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, temporary, metadata={"record": json.dumps(record)})
+    os.replace(temporary, folder / FILE)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """(tensors, record), or None where no checkpoint was written yet."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["record"])

@@ -16,12 +16,10 @@ import click
 import torch
 from tokenizers import Tokenizer
 
-from .architecture import CONTEXT, make_model
-from .checkpoint import load_checkpoint
-from .held_out import HELD_OUT_FILE, is_held_out, without_repeats, write_held_out
+from .architecture import CONTEXT, load_checkpoint, make_model
 from .make_tokenizer import wrap_tokenizer
 from .quality import Quality, measure_folder
-from .text import stdlib_documents, text_digest
+from .text import HELD_OUT_FILE, is_held_out, stdlib_documents, text_digest, without_repeats, write_held_out
 
 HERE = Path(__file__).parent
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from . import MODEL_FOLDER, load_model, load_tokenizer
-from .held_out import held_out_documents
 from .make_tokenizer import BOS
+from .text import held_out_documents
 
 CONTEXTS = (128, 512, 1024)
 

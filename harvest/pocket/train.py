@@ -21,10 +21,9 @@ import click
 import torch
 from rich.console import Console
 
-from .batches import context_of
-from .checkpoint import load_checkpoint, save_checkpoint
+from .architecture import load_checkpoint, save_checkpoint
 from .team import Team, working_team
-from .trainer import EVALUATION_CONTEXT, TOKENS_PER_STEP, Corpus, Trainer, learning_rate, read_corpus
+from .trainer import EVALUATION_CONTEXT, TOKENS_PER_STEP, Corpus, Trainer, context_of, learning_rate, read_corpus
 
 LONGEST_STEP = 15.0  # seconds; what goes beyond is a pause
 STEPS_PER_LINE = 10

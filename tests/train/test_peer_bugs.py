@@ -11,7 +11,7 @@ from saemill.train.sae.model import SparseAutoencoder, tied_weights
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
 from saemill.train.terms.auxk import AuxK
-from saemill.train.terms.nested import NestedReconstruction
+from saemill.train.terms.reconstruction import NestedReconstruction
 from saemill.train.terms.sparsity import TargetL0
 from saemill.train.variants.topk import Config
 

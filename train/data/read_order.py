@@ -9,6 +9,10 @@
 4. A step is found again by arithmetic on counts; nothing before its block is ever read.
 
 What is left of a block after its last whole batch is left out for this epoch, another part in each.
+
+`SplitSizes` says what a split holds before anything trains: counts of trainable tokens fix the order, shares say how
+often two tokens or windows of an ideal batch would share a document (`shuffle_quality.py`). Special tokens are in
+neither.
 """
 
 from __future__ import annotations
@@ -19,9 +23,51 @@ from functools import lru_cache
 
 import numpy as np
 
-from ...cache_schema import Span
+from ...cache_schema import Manifest, Span, Store
+from ...cache_schema.layout import arrays_of
 from ..errors import ConfigInvalid
-from .split_sizes import SplitSizes
+
+
+@dataclass(frozen=True, eq=False)
+class SplitSizes:
+    """All that decides the read order of a split."""
+
+    first_window: int
+    context: int
+    shard_windows: int
+    chunk_windows: int  # windows that lie in one chunk of residuals: no read is smaller
+    trainable: np.ndarray  # int64 [windows of the split], tokens that are not special
+    same_document: float  # the chance that two of these tokens share a document
+    same_first_document: float  # the chance that two windows begin in one document
+
+    @property
+    def windows(self) -> int:
+        return len(self.trainable)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.trainable.sum())
+
+
+def measure_split(store: Store, split: str) -> SplitSizes:
+    """As the store has counted, or by a pass over its tokens where it is older than its counts."""
+    manifest = store.manifest
+    trainable, numbers = store.counts(split)
+    return SplitSizes(
+        first_window=manifest.splits[split][0],
+        context=manifest.context,
+        shard_windows=manifest.shard_windows,
+        chunk_windows=chunk_windows(manifest),
+        trainable=trainable,
+        same_document=numbers.same_document,
+        same_first_document=numbers.same_first_document,
+    )
+
+
+def chunk_windows(manifest: Manifest) -> int:
+    """Windows in one chunk of residuals."""
+    return arrays_of(manifest)[manifest.sites[0].path].chunks[0] if manifest.sites else manifest.shard_windows
+
 
 PIECES_PER_BLOCK = 32  # at least so many where chunks allow it: a block should see many places of the store
 _PIECES, _TOKENS, _WINDOWS = range(3)  # what a random stream is for

@@ -29,17 +29,15 @@ from ..data.batch import Batch
 from ..data.device import fetch
 from ..errors import NonFiniteLoss, StateInvalid
 from ..parallel.latents import AllLatents, Latents, SomeLatents
-from ..parallel.ranks import Alone, Ranks, share_batch
-from ..parallel.reduction import Reduction
+from ..parallel.ranks import Alone, Ranks, Reduction, share_batch
 from ..sae.extra_modules import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
 from ..sae.step_view import View
-from .compose import Assembly
+from .compose import Assembly, cut, require_splittable, split_parameters, split_state
 from .dead_latents import LatentCounters
 from .fitted_start import fit_start
 from .optim import Adam
-from .split import cut, require_splittable, split_parameters, split_state
 
 LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait
 WIDEST_ROW = 16384  # that is updated row by row: a row is held in the registers of one program

@@ -3,15 +3,20 @@
 Each rank has its own rows of one global batch, and numbers of rows may differ. Whatever depends on the
 whole batch (gradients, the batch top-k, firing counts, normalisers) goes through these calls, so one
 process and many compute the same step.
+
+`Reduction` adds up the gradients of one step over ranks while the step's backward goes on. A table is added up by
+itself, where it lies, as soon as its gradient is there: the decoder's is on its way while the encoder's is computed.
+What is small goes together in one buffer. All ranks begin in one order, whatever order their gradients come in, so
+they never wait for different ones; and sums of the same buffers give the same bits each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Ranks(Protocol):
@@ -115,3 +120,77 @@ class Shares:
 def share_batch(ranks: Ranks, own: int) -> BatchRanks:
     """The ranks of a step in which this one has `own` rows."""
     return Shares(ranks, own) if ranks.size > 1 else Alone()
+
+
+BUCKET_BYTES = 25 * 2**20
+
+
+class Reduction:
+    """Stands at the parameters from its making on; `finish` after each backward."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._buckets = _deal(list(parameters))
+        self._bucket_of = {p: at for at, bucket in enumerate(self._buckets) for p in bucket}
+        for parameter in self._bucket_of:
+            parameter.register_post_accumulate_grad_hook(self._take)
+        self.begin()
+
+    def begin(self) -> None:
+        """Before a backward."""
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._begun = 0
+        self._flying: list[tuple[list[nn.Parameter], Tensor, Callable[[], None]]] = []
+
+    def finish(self) -> None:
+        """After it: every gradient is the mean over ranks."""
+        self._send(all_of_them=True)
+        for moving, flat, wait in self._flying:
+            wait()
+            flat.div_(self._ranks.size)
+            if len(moving) > 1:
+                for parameter, part in zip(moving, flat.split([p.numel() for p in moving]), strict=True):
+                    parameter.grad = part.view_as(parameter)
+        self._flying.clear()
+
+    def _take(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        self._missing[self._bucket_of[parameter]] -= 1
+        self._send(all_of_them=False)
+
+    def _send(self, all_of_them: bool) -> None:
+        """Begin with every bucket that is complete and whose turn it is; in the end without what has no gradient."""
+        while self._begun < len(self._buckets) and (all_of_them or not self._missing[self._begun]):
+            moving = [p for p in self._buckets[self._begun] if p.grad is not None]
+            self._begun += 1
+            if moving:
+                flat = _flat(moving)
+                self._flying.append((moving, flat, self._ranks.begin_sum(flat)))
+
+
+def _deal(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Tables one by one, the last first, as their gradients come; then the small ones, which come from everywhere."""
+    large = [p for p in reversed(parameters) if p.numel() * p.element_size() >= BUCKET_BYTES]
+    found, size = [[p] for p in large], BUCKET_BYTES
+    for parameter in parameters:
+        own = parameter.numel() * parameter.element_size()
+        if own >= BUCKET_BYTES:
+            continue
+        if size + own > BUCKET_BYTES:
+            found.append([])
+            size = 0
+        found[-1].append(parameter)
+        size += own
+    return found
+
+
+def _flat(moving: list[nn.Parameter]) -> Tensor:
+    """Their gradients, one after the other; of a single one the gradient itself."""
+    gradients: list[Tensor] = []
+    for parameter in moving:
+        assert parameter.grad is not None
+        gradients.append(parameter.grad)
+    if len(gradients) > 1:
+        return torch.cat([gradient.reshape(-1) for gradient in gradients])
+    moving[0].grad = gradients[0].contiguous()
+    return moving[0].grad

@@ -1,35 +1,44 @@
 """Wire a settled run: check it, make its SAEs and its folder, and put together all that takes part.
 
-Nothing is written before all checks have passed.
+Nothing is written before all checks have passed. `estimate_seconds` trains a few steps and writes nothing at all.
+
+With `--spread` processes have SAEs of their own. Every process reads the store for itself, the layers of its SAEs
+alone. All read the same pieces in the same order at about the same time, so the disk is asked once and the page cache
+serves the others; what is done twice is decoding, on each process's own cores. One reader for all would have to copy
+each block from process to process, would hold all layers, and its end would be everybody's.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 
 from ...cache_schema import Store
 from ...cache_schema.allocator import keep_large_blocks
+from ..config.run_config import Member, RunConfig
 from ..data.device import take_device
 from ..data.feed import Feed
+from ..data.read_order import Plan
 from ..disk.checkpoint_files import Standing, list_checkpoints, load_checkpoint
 from ..engine.fleet import Fleet, out_of_memory
-from ..errors import MemoryTooSmall, RunFinished
+from ..errors import ConfigInvalid, MemoryTooSmall, RunFinished
 from ..parallel.processes import Solo, all_or_none
 from .after_run import Onlookers
 from .checkpoint_times import Saver
 from .folder import MetricsLog, RunFolder
 from .init_source import begin_fleet_as, require_unchanged
+from .memory_estimate import weight_bytes
 from .metrics import Watch
 from .preflight import check
 from .progress import Progress
 from .run import Run
 from .settle import Settled, settle_again
 from .site import Site
-from .spread import members_of
 from .trackers import Trackers
 
 
@@ -155,3 +164,64 @@ def _open_outlets(
     log = MetricsLog(folder.metrics)
     log.cut(standing.metrics_bytes if standing else 0)
     return log, trackers, progress
+
+
+def members_of(config: RunConfig, d_model: int, site: Site) -> tuple[Member, ...]:
+    """The SAEs that this process trains: all, or where they are spread its part of them."""
+    if not site.is_spread:
+        return config.members
+    if config.course.shard_width:
+        raise ConfigInvalid("course.shard_width gives each process parts of all SAEs, --spread some whole: choose one")
+    processes, found = site.group.size, len(config.members)
+    if found < processes:
+        raise ConfigInvalid(
+            f"--spread: expected an SAE or more for each of {processes} processes, found {found}: "
+            "start fewer processes, or leave out --spread, and all of them work on every SAE"
+        )
+    return deal_members(config.members, processes, d_model)[site.group.rank]
+
+
+def deal_members(members: Sequence[Member], processes: int, d_model: int) -> list[tuple[Member, ...]]:
+    """The largest first, each to the process that has least so far, of several to one that reads its layers already.
+
+    The first process has SAEs of single tokens if any has: it measures the shuffling, which is measured on those.
+    """
+    parts: list[list[Member]] = [[] for _ in range(processes)]
+    sizes = {member.label: weight_bytes(member, d_model) for member in members}
+    for member in sorted(members, key=lambda one: -sizes[one.label]):
+        places = set(member.config.request().layers)
+
+        def cost(part: list[Member], places: set = places) -> tuple[int, int]:
+            known = {place for one in part for place in one.config.request().layers}
+            return sum(sizes[one.label] for one in part), len(places - known)
+
+        min(parts, key=cost).append(member)
+    parts.sort(key=lambda part: all(one.config.request().windows for one in part))
+    return [tuple(member for member in members if member in part) for part in parts]
+
+
+WARM, MOST = 2, 30  # steps
+SECONDS = 3.0
+POOL_BATCHES = 16
+
+
+def estimate_seconds(settled: Settled, store: Store, site: Site) -> float:
+    """Of all steps of a run on this machine. What the run would be refused for, this is refused for too."""
+    fleet, data = make_fleet(settled, store, site), settled.config.data
+    pool_tokens = min(data.pool_tokens or data.batch_tokens, POOL_BATCHES * data.batch_tokens)
+    plan = Plan(settled.plan.sizes, batch_tokens=data.batch_tokens, pool_tokens=pool_tokens, seed=data.seed)
+    steps = min(settled.total_steps, MOST)
+    feed = Feed(store, plan, fleet.needs.values(), fleet.stats, site.device, steps=steps)
+    took, began = [], time.perf_counter()
+    try:
+        for step in range(steps):
+            before = time.perf_counter()
+            fleet.step(feed.draw(step))
+            if site.device.type == "cuda":
+                torch.cuda.synchronize(site.device)
+            took.append(time.perf_counter() - before)
+            if step >= WARM and took[-1] + time.perf_counter() - began > SECONDS:
+                break
+    finally:
+        feed.close()
+    return statistics.median(took[WARM:] or took) * settled.total_steps

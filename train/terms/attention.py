@@ -18,7 +18,7 @@ from ..sae.attention.mixing import link_weights
 from ..sae.attention.reading import Attention, has_links, mixture, places_of
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
-from ..sae.kernels.sums import index_sum
+from ..sae.kernels.support import index_sum
 from ..sae.kernels.windows import window_gram
 from ..sae.step_view import View, once
 

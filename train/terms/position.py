@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..sae.extra_modules import Extra
-from ..sae.shapes.masks import HardMask, Mask, SoftMask
+from ..sae.shapes.masks import FREE, HardMask, Mask, SoftMask, range_of
 from ..sae.shapes.range_encoders import Adapters
-from ..sae.shapes.ranges import FREE, range_of
 from ..sae.shapes.shaped import ShapedAutoencoder
 from ..sae.step_view import View
 

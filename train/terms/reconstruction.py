@@ -1,12 +1,20 @@
-"""How far the reconstruction is from its target."""
+"""How far the reconstruction is from its target; of nested prefixes of one dictionary too, each on its own.
+
+B rows, D width, F latents, M prefixes. Codes are split by prefix, so one pass over the active
+latents yields all M reconstructions.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..sae.kernels.functions import squared_error
+from ..sae.kernels.hardware import numbers
+from ..sae.kernels.nested import nested_errors
 from ..sae.model import rebuild
-from ..sae.step_view import View, split
+from ..sae.step_view import View, once, split
 from .sparsity import gate_path
 
 
@@ -22,3 +30,24 @@ def reconstruction_by_gate(view: View) -> Tensor:
     sae = view.sae
     x_hat = rebuild(gate_path(view), sae.W_dec.detach(), sae.b_dec.detach(), view.side)
     return squared_error(x_hat, view.target - x_hat.detach()) / view.stats.variance
+
+
+@dataclass(frozen=True)
+class NestedReconstruction:
+    """Weighted sum over prefixes of the share of variance left unexplained; each weight counts once."""
+
+    widths: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def __call__(self, view: View) -> Tensor:
+        errors, _ = self._parts(view)
+        return (errors * numbers(self.weights, errors)).sum() / view.stats.variance
+
+    def residual(self, view: View) -> Tensor:
+        """What the whole dictionary leaves of the target."""
+        return self._parts(view)[1]
+
+    @once
+    def _parts(self, view: View) -> tuple[Tensor, Tensor]:
+        """[M], mean over rows of ||x - x_hat||^2 with the first widths[m] latents; the residual of all."""
+        return nested_errors(view.codes, view.sae.W_dec, view.sae.b_dec, view.target, self.widths)

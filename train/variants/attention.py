@@ -1,6 +1,6 @@
 """Guided by one layer's attention: tokens that attend to each other should share latents.
 
-A contrastive term beside the losses of any base (`base=topk`); see `losses/attention.py`.
+A contrastive term beside the losses of any base (`base=topk`); see `terms/attention.py`.
 """
 
 from __future__ import annotations

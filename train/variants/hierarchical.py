@@ -2,7 +2,7 @@
 
 1. A = sum_l w_l A^l with w = softmax(theta / tau); a layer that is ablated has weight zero.
 2. The contrastive term of `attention`, with A.
-3. A consistency term: what the layers bring to a token should agree (`losses/attention.py`).
+3. A consistency term: what the layers bring to a token should agree (`terms/attention.py`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from ..kit.build import TOPK_DEAD_PART, require, require_sparsity, topk_optim
 from ..kit.single_layer import SingleLayer, WithAux, build_plain, settings
 from ..sae.gates import BatchTopK
 from ..sae.model import EncoderProduct
-from ..terms.nested import NestedReconstruction
+from ..terms.reconstruction import NestedReconstruction
 
 
 @settings(

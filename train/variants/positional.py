@@ -22,13 +22,20 @@ from ..engine.compose import Assembly, Term
 from ..engine.schedules import Product, Ramp, SigmoidRamp
 from ..kit.build import require, require_least
 from ..kit.wrapping import Windowed, base_request, build_base
-from ..sae.first_weights import Init, initialise, orthogonal_rows
 from ..sae.model import SparseAutoencoder
-from ..sae.shapes.masks import COEFFICIENT, HardMask, Mask, MaskKind, SoftMask
+from ..sae.shapes.masks import (
+    COEFFICIENT,
+    FREE,
+    HardMask,
+    Mask,
+    MaskKind,
+    SoftMask,
+    spread_over_positions,
+    spread_over_ranges,
+)
 from ..sae.shapes.norms import PreNorm
 from ..sae.shapes.range_encoders import ADAPTER, Adapters, FeatureAdapters, RangeEncoders
-from ..sae.shapes.ranges import FREE, spread_over_positions, spread_over_ranges
-from ..sae.shapes.shaped import Shape, ShapedAutoencoder
+from ..sae.shapes.shaped import Init, Shape, ShapedAutoencoder, initialise, orthogonal_rows
 from ..terms.position import l1_before_mask, record_of
 from ..terms.sparsity import l1
 

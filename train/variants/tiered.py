@@ -18,9 +18,8 @@ from ..engine.compose import Assembly, Term
 from ..engine.schedules import Constant, Ramp, Switch
 from ..kit.build import require, require_least
 from ..kit.wrapping import Wrapping, base_request, build_base
-from ..sae.first_weights import Init, initialise
 from ..sae.shapes.norms import PreNorm
-from ..sae.shapes.shaped import Shape, ShapedAutoencoder
+from ..sae.shapes.shaped import Init, Shape, ShapedAutoencoder, initialise
 from ..sae.shapes.tier_gates import TierGates
 from ..terms.composition import COMPOSITION, Composition, NonNegative, composition_l1, composition_loss
 from ..terms.gradients import TierGradients

@@ -169,7 +169,7 @@ def evaluate_able(
     yield from unable
     if able:
         source = find_source(context, config.data)
-        yield from evaluate(context, able, source, filled(config, source))
+        yield from evaluate(context, able, source, filled(config, source, source.perturbed))
 
 
 def divide(subjects: Sequence[LoadedSae]) -> tuple[list[LoadedSae], list[Failure]]:

@@ -1,10 +1,10 @@
-"""The settings of the perturbing evaluations, scr and tpp, and what all probing evaluations say of theirs."""
+"""Settings of evaluations on labelled texts: which data, and for scr and tpp how probes are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ....cache_schema.strict import to_json
 from ...context.compatible import model_name_of
@@ -17,9 +17,12 @@ ALL_N = (2, 5, 10, 20, 50, 100, 500)
 TEST_BATCH = 500  # SAEBench's, of no effect: reported for its schema
 
 
+S = TypeVar("S", bound="DataSettings")
+
+
 @dataclass(frozen=True)
-class Settings:
-    """What both evaluations can be told; the defaults are SAEBench's."""
+class DataSettings:
+    """Which texts, and how many."""
 
     data: DataName = "auto"
     random_seed: int = 42
@@ -32,6 +35,17 @@ class Settings:
     context_length: int | None = None
     """None: 128 tokens of the hub's data, 48 of this Python's text."""
     llm_batch_size: int = 32
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        assert self.train_set_size is not None and self.test_set_size is not None, "filled in first"
+        return self.train_set_size, self.test_set_size
+
+
+@dataclass(frozen=True)
+class Settings(DataSettings):
+    """What scr and tpp can be told; the defaults are SAEBench's."""
+
     probe_train_batch_size: int = 16
     """Decides how much of a spurious correlation a probe learns: change it and nothing compares."""
     probe_epochs: int = 20
@@ -50,20 +64,16 @@ class Settings:
             self.probe_l1_penalty,
         )
 
-    @property
-    def sizes(self) -> tuple[int, int]:
-        assert self.train_set_size is not None and self.test_set_size is not None, "filled in first"
-        return self.train_set_size, self.test_set_size
 
-
-def filled(settings: Settings, source: Source) -> Settings:
-    """The settings with what the data decide."""
+def filled(settings: S, source: Source, names: Sequence[str], most: int | None = None) -> S:
+    """The settings with what the data decide; at `most` so many texts, where nothing else was asked for."""
+    train_size, test_size = (min(size, most or size) for size in (source.train_size, source.test_size))
     return replace(
         settings,
         data=source.name,
-        dataset_names=settings.dataset_names or source.perturbed,
-        train_set_size=settings.train_set_size or source.train_size,
-        test_set_size=settings.test_set_size or source.test_size,
+        dataset_names=settings.dataset_names or tuple(names),
+        train_set_size=settings.train_set_size or train_size,
+        test_set_size=settings.test_set_size or test_size,
         context_length=settings.context_length or source.context,
     )
 

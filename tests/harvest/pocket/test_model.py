@@ -13,10 +13,15 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from saemill.harvest.pocket import MODEL_FOLDER, load_model, load_tokenizer
 from saemill.harvest.pocket.architecture import make_config
-from saemill.harvest.pocket.held_out import held_out_documents, is_held_out, without_repeats, write_held_out
 from saemill.harvest.pocket.make_tokenizer import BOS
 from saemill.harvest.pocket.quality import join_documents, measure, unigram_entropy
-from saemill.harvest.pocket.text import stdlib_documents
+from saemill.harvest.pocket.text import (
+    held_out_documents,
+    is_held_out,
+    stdlib_documents,
+    without_repeats,
+    write_held_out,
+)
 
 PACKAGE = MODEL_FOLDER.parent
 RECORD = json.loads((PACKAGE / "training_curve.json").read_text())

@@ -7,8 +7,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from saemill.harvest.pocket import MODEL_FOLDER, load_tokenizer
-from saemill.harvest.pocket.held_out import held_out_documents
 from saemill.harvest.pocket.make_tokenizer import SPECIAL_TOKENS, VOCABULARY, train_tokenizer, wrap_tokenizer
+from saemill.harvest.pocket.text import held_out_documents
 
 TOKENIZER = load_tokenizer()
 

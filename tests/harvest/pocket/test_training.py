@@ -10,10 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saemill.harvest.pocket import trainer as trainer_module
-from saemill.harvest.pocket.batches import CYCLE, Batches, context_of
-from saemill.harvest.pocket.checkpoint import load_checkpoint, save_checkpoint
+from saemill.harvest.pocket.architecture import load_checkpoint, save_checkpoint
 from saemill.harvest.pocket.team import Team, working_team
-from saemill.harvest.pocket.trainer import DECAY_FROM, WARMUP_STEPS, Corpus, Trainer, learning_rate
+from saemill.harvest.pocket.trainer import (
+    CYCLE,
+    DECAY_FROM,
+    WARMUP_STEPS,
+    Batches,
+    Corpus,
+    Trainer,
+    context_of,
+    learning_rate,
+)
 
 BOS = 2
 

@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saemill.train.data.read_order import Plan, cut_pieces, share, token_order, token_slice, window_order, window_slice
-from saemill.train.data.split_sizes import SplitSizes
+from saemill.train.data.read_order import (
+    Plan,
+    SplitSizes,
+    cut_pieces,
+    share,
+    token_order,
+    token_slice,
+    window_order,
+    window_slice,
+)
 from saemill.train.errors import ConfigInvalid
 
 

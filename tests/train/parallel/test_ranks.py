@@ -8,7 +8,7 @@ import torch
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type, names
-from saemill.train.parallel import reduction
+from saemill.train.parallel import ranks as ranks_module
 from saemill.train.parallel.ranks import share_batch
 from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.side_inputs import NO_SIDE, Side
@@ -81,7 +81,7 @@ def test_two_ranks_train_as_one(battery, threads, variant, cuts):
 def test_gradients_go_in_buckets_while_backward_goes_on(battery, threads, monkeypatch):
     """Two tables by themselves, the decoder's before the encoder's is there; the biases and the threshold together."""
     config = battery.quick("jumprelu", encoder_product="float32")
-    monkeypatch.setattr(reduction, "BUCKET_BYTES", 4 * config.width * battery.D)
+    monkeypatch.setattr(ranks_module, "BUCKET_BYTES", 4 * config.width * battery.D)
     (batch,) = battery.batches(config, 1)
     ranks, in_both = threads(2)
     pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in ranks]

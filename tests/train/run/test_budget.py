@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from saemill.train.config.run_config import CourseConfig
-from saemill.train.data.read_order import Plan
-from saemill.train.data.split_sizes import SplitSizes
+from saemill.train.data.read_order import Plan, SplitSizes
 from saemill.train.errors import ConfigInvalid, NothingToTrain, StoreTooShort
-from saemill.train.run.budget import settle_budget
+from saemill.train.run.settle import settle_budget
 
 
 def plan(windows=100, tokens=10, batch=50):

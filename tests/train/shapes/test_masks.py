@@ -6,14 +6,12 @@ import pytest
 import torch
 
 from saemill.train.errors import ConfigInvalid
-from saemill.train.sae.first_weights import orthogonal_rows
 from saemill.train.sae.gates import AbsTopK, BatchTopK, Gated, JumpRelu, Relu, TopK
-from saemill.train.sae.shapes.masks import HardMask, SoftMask
+from saemill.train.sae.shapes.masks import FREE, HardMask, SoftMask, range_of, spread_over_ranges
 from saemill.train.sae.shapes.norms import PreNorm
 from saemill.train.sae.shapes.position_gate import PositionGate
 from saemill.train.sae.shapes.range_encoders import Adapters, FeatureAdapters, RangeEncoders
-from saemill.train.sae.shapes.ranges import FREE, range_of, spread_over_ranges
-from saemill.train.sae.shapes.shaped import ShapedAutoencoder
+from saemill.train.sae.shapes.shaped import ShapedAutoencoder, orthogonal_rows
 from saemill.train.sae.side_inputs import Side
 from saemill.train.terms.position import mass_by_range, retention
 from saemill.train.terms.reconstruction import reconstruction

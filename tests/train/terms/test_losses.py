@@ -12,8 +12,7 @@ from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
 from saemill.train.terms.auxk import AuxK
-from saemill.train.terms.nested import NestedReconstruction
-from saemill.train.terms.reconstruction import reconstruction, reconstruction_by_gate
+from saemill.train.terms.reconstruction import NestedReconstruction, reconstruction, reconstruction_by_gate
 from saemill.train.terms.sparsity import DeadPreActivation, LayerNormsL1, TargetL0, gate_l1, l1, lp
 
 ROWS, D, LATENTS = 40, 8, 20

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.hardware import reads_at_once
-from ..kernels.sums import index_sum
+from ..kernels.support import index_sum
 from ..side_inputs import Side
 from .links import Links
 

@@ -75,3 +75,11 @@ def starts(counts: Tensor) -> Tensor:
     starts = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
     torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
     return starts
+
+
+def index_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """out[index[n]] += values[n]: [size]; differentiable, and the same bits each time on every device."""
+    if values.device.type == "cpu":
+        return values.new_zeros(size).index_add(0, index, values)
+    # Atomics would add in another order each time; this sorts first.
+    return values.new_zeros(size).index_put((index,), values, accumulate=True)

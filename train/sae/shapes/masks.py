@@ -1,8 +1,8 @@
 """Masks over positions: where in a window a latent may fire.
 
-p position, T context, F latents, c coefficient. m_f(p) is
-- hard: 1 inside the latent's range of positions, 0 outside;
-- soft: exp(-(p - mu_f)^2 / (2 sigma^2)) with a learned centre mu_f; 0 where it falls below a cutoff, since
+p position, T context, F latents, c coefficient, R ranges. Range r holds the positions r T / R to (r + 1) T / R. m_f(p)
+is - hard: 1 inside the latent's range of positions, 0 outside; - soft: exp(-(p - mu_f)^2 / (2 sigma^2)) with a learned
+centre mu_f; 0 where it falls below a cutoff, since
   the tails of a Gaussian would count as activity everywhere without saying anything;
 and free latents have 1 everywhere. A latent's activation is multiplied by 1 + c (m - 1). c is 1, or goes from
 exactly 0 to exactly 1 over a part of the run (progressive), moved along its sigmoid by a learned offset
@@ -18,8 +18,29 @@ from torch import Tensor, nn
 
 from ..kernels.codes import Codes
 from ..side_inputs import Side
-from .ranges import FREE, range_of
 from .shaped import Shape
+
+FREE = -1  # the range of a latent that belongs to none
+
+
+def range_of(position: Tensor, context: int, ranges: int) -> Tensor:
+    """The range of each position."""
+    return torch.div(position * ranges, context, rounding_mode="floor").clamp_(0, ranges - 1)
+
+
+def spread_over_ranges(width: int, ranges: int, share: float) -> Tensor:
+    """int64 [F]: the first `share` of the latents in equal runs over the ranges, the others free."""
+    bound = round(share * width)
+    latents = torch.arange(width)
+    owner = torch.div(latents * ranges, max(bound, 1), rounding_mode="floor")
+    return torch.where(latents < bound, owner, FREE)
+
+
+def spread_over_positions(width: int, context: int, share: float) -> Tensor:
+    """float32 [F]: centres of the first `share` of the latents, evenly over the window; the others' do not count."""
+    bound = max(round(share * width), 1)
+    return ((torch.arange(width) + 0.5) * context / bound).clamp_max(context - 1.0)
+
 
 MaskKind = Literal["none", "hard", "soft", "static_slicing"]
 COEFFICIENT = "mask_coefficient"

@@ -15,7 +15,7 @@ from ..kernels.hardware import reads_at_once
 from ..kernels.linear import linear
 from ..model import SparseAutoencoder
 from ..side_inputs import Side
-from .ranges import range_of
+from .masks import range_of
 from .shaped import Shape
 
 ADAPTER = "adapter_coefficient"

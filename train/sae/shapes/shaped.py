@@ -9,6 +9,9 @@ The factor multiplies pre-activations, before the gate: for relu and top-k gates
 after it, k is chosen among what is left, and thresholds (of a jump, of a batch top-k) mean the same in
 training and at inference. Only a gated SAE, whose magnitude has a bias, is multiplied after its gate.
 Where all factors are 1 the codes are those of the plain SAE to the bit.
+
+First weights may be other than random rows: Xavier's uniform ones, or rows of orthogonal blocks, D wide. The decoder's
+rows keep length one.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..extra_modules import Part
 from ..gates import Gated
@@ -180,3 +184,31 @@ class ShapedAutoencoder(SparseAutoencoder):
 
 def _as_codes(dense: Tensor) -> Codes:
     return Codes(dense, None, dense.shape[0], dense.shape[1])
+
+
+Init = Literal["tied", "xavier", "orthogonal"]
+"""tied: the base's own, random decoder rows and an encoder equal to them."""
+
+
+@torch.no_grad()
+def initialise(sae: SparseAutoencoder, how: Init, generator: torch.Generator, ties: bool) -> None:
+    """Give encoder and decoder other first weights.
+
+    `ties`: Xavier's encoder is its decoder, at Xavier's length. Drawn apart the two rebuild nothing at any scale.
+    """
+    if how == "xavier":
+        for table in (sae.W_enc, sae.W_dec):
+            nn.init.xavier_uniform_(table, generator=generator)
+        if ties:
+            sae.W_enc.copy_(sae.W_dec)
+        sae.W_dec.copy_(functional.normalize(sae.W_dec, dim=1))
+    elif how == "orthogonal":
+        rows = orthogonal_rows(sae.num_latents, sae.d_out, generator)
+        sae.W_dec.copy_(rows)
+        sae.W_enc.copy_(rows)
+
+
+def orthogonal_rows(count: int, width: int, generator: torch.Generator) -> Tensor:
+    """`count` rows of length one [count, width]; each run of `width` of them is orthogonal."""
+    blocks = [nn.init.orthogonal_(torch.empty(width, width), generator=generator) for _ in range(-(-count // width))]
+    return torch.cat(blocks)[:count]
