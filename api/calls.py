@@ -27,7 +27,8 @@ from .table import Table
 
 
 def harvest(**words: Any) -> Store:
-    """Run a language model over a corpus once, or go on with it; the store. `sae-harvest --help` says the words."""
+    """Run a language model over a corpus once, or go on with it; returns the store. `sae-harvest --help` "
+    "lists the words."""
     from ..harvest.run import harvest as run_harvest  # late: training and stores have no use for transformers
 
     config = make_config(words_of("harvest", (), words))
@@ -41,7 +42,7 @@ def harvest(**words: Any) -> Store:
 
 
 def train(**words: Any) -> Run:
-    """Train the SAEs of one run, or go on with it; the run. `sae-train --help` says the words."""
+    """Train the SAEs of one run, or go on with it; returns the run. `sae-train --help` lists the words."""
     read = words_of("train", (), words)
     plots, device = read["plots"], read["device"]
     if read["recipe"] is not None and len(found := find_recipes(read["recipe"])) > 1:
@@ -61,7 +62,7 @@ def train(**words: Any) -> Run:
 
 
 def evaluate(*targets: Any, **words: Any) -> Table:
-    """Evaluate runs, SAEs' folders or repositories of the Hub; a table. `sae-eval --help` says the words.
+    """Evaluate runs, SAEs' folders or repositories of the Hub; returns a table. `sae-eval --help` lists the words.
 
     A target that cannot be loaded is an error; what could not be measured is told below the table.
     """

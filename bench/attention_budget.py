@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from saemill.cache_schema import AttentionCsr, AttentionSpec, Request, ShardContent, Store
-from saemill.cache_schema.attention_links import LinkCounts, count_links
 from saemill.cache_schema.codecs import encode
 from saemill.cache_schema.content import lay_out
+from saemill.cache_schema.info import LinkCounts, count_links
 from saemill.cache_schema.manifest import Manifest
 from saemill.cache_schema.moments import is_special
 from saemill.harvest.capture import run

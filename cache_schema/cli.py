@@ -186,7 +186,7 @@ Examples:
 @click.option(
     "--stored-as",
     type=click.Choice(get_args(SmallDtype)),
-    help="Keep activations so, with one scale a token: half the bytes of bfloat16.  [default: to the bit as given]",
+    help="Keep activations so, one scale per token: half the bytes of bfloat16.  [default: to the bit as given]",
 )
 @click.option(
     "--keep-massive", is_flag=True, help="Rows of massive norm count like all others, unless a run says otherwise."
@@ -279,7 +279,7 @@ def _refuse_if_tokens_are_gone(damage: list[Damage]) -> None:
 
 
 def _reharvest(url: str, manifest: Manifest, shards: list[int]) -> None:
-    """Whoever can harvest has registered itself: the store knows no model."""
+    """Harvest the shards again, by whoever has registered for it: the store itself knows no model."""
     harvesters = list(entry_points(group=REHARVESTERS))
     if manifest.corpus.id in NOT_HARVESTED or not harvesters:
         click.echo(f"{len(shards)} shards removed: {shards}. Run the import or harvest that made them again")

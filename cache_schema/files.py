@@ -240,7 +240,7 @@ class RemoteFiles:
 
     @contextmanager
     def _name_failure(self, doing: str, key: str) -> Iterator[None]:
-        """Whatever a network and its library raise, once they have tried again as often as they do."""
+        """What a network or its library raises, after its own retries, as one of our errors."""
         try:
             yield
         except (StoreError, KeyError):

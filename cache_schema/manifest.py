@@ -122,7 +122,7 @@ class Manifest:
 
     @property
     def stored_dtype(self) -> str:
-        """Of activations in the store; those of `stored_as` come with one scale a token."""
+        """Of activations in the store; those of `stored_as` come with one scale per token."""
         return self.stored_as or self.model.dtype
 
     @property

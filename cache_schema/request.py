@@ -92,7 +92,7 @@ def validate_request(manifest: Manifest, request: Request) -> None:
     if request.exact and manifest.stored_as:
         raise RequestInvalid(
             f"expected activations as {manifest.model.id} computed them, to the bit, found a store that keeps them as "
-            f"{manifest.stored_as} with one scale a token. Harvest again without --stored-as, or do not ask for exact"
+            f"{manifest.stored_as} with one scale per token. Harvest again without --stored-as, or do not ask for exact"
         )
     problems, held = [], by_hook(manifest.sites)
     for hook, layers in by_hook(request.sites).items():

@@ -149,7 +149,7 @@ class StoreWriter:
             self._claims.release(CREATION)
 
     def _write_beginning(self, tokens: np.ndarray, documents: np.ndarray) -> None:
-        """Everything that is there before the first shard; the root document comes last."""
+        """Write all that is there before the first shard; the root document comes last."""
         for key, data in documents_of(self.manifest).items():
             self.files.replace(key, data)
         for path, values in zip(BEGINNING, (tokens, documents), strict=True):

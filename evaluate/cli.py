@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..cache_schema.cli import as_json
-from ..train import shell_completion
+from ..train import command
 from . import evals
 from .evals import ALL
 
@@ -35,7 +35,7 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("targets", nargs=-1, required=True, metavar="TARGET...", shell_complete=shell_completion.runs)
+@click.argument("targets", nargs=-1, required=True, metavar="TARGET...", shell_complete=command.runs)
 @click.option(
     "--evals",
     default="core",
@@ -45,7 +45,7 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
     help=f"all, or of {', '.join(evals.names())}.",
 )
 @click.option("--cache", metavar="URL", help="The store.  [default: the one that the run was trained on]")
-@click.option("--runs", default=shell_completion.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
+@click.option("--runs", default=command.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
 @click.option("--layer", type=int, metavar="L", help="The layer of an SAE that does not say which it reads.")
 @click.option("--model", metavar="NAME", help="pocket, a folder or an id.  [default: the one that made the store]")
 @click.option(

@@ -83,7 +83,7 @@ Examples:
 @click.option(
     "--stored-as",
     type=click.Choice(get_args(SmallDtype)),
-    help="Keep activations so, with one scale a token: half the bytes of bfloat16.  [default: to the bit as computed]",
+    help="Keep activations so, one scale per token: half the bytes of bfloat16.  [default: to the bit as computed]",
 )
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)
 @click.option("--shard-windows", default=256, show_default=True, help="Windows in a shard, the unit of work.")

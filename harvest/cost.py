@@ -3,6 +3,10 @@
 Sizes are first bounded from the manifest alone: residuals cost what they cost, and an attention row holds at
 most its topk. Where that bound leaves a doubt, or time is asked for, a few batches are harvested into a
 store in memory by the very code that will harvest the rest.
+
+Before weights are downloaded or text is read, a new store's cost is forecast from the model's configuration. Sizes
+follow from the manifest: residuals to the byte, attention at most. Time is measured on layers of the model's shape
+with random weights: one, two, and one whose attention is kept; a model is so many times as long.
 """
 
 from __future__ import annotations
@@ -15,13 +19,19 @@ from dataclasses import dataclass, replace
 
 import fsspec
 import numpy as np
+import torch
+from huggingface_hub import constants
 
-from ..cache_schema import Manifest, StoreFull, StoreWriter
+from ..cache_schema import AttentionSpec, Manifest, StoreFull, StoreWriter
 from ..cache_schema.commits import CommitRecord
 from ..cache_schema.files import Files
 from ..cache_schema.identity import seal
 from ..cache_schema.layout import arrays_of
+from .corpus import source_of
+from .model.load import Wanted, make_random, truncate
+from .progress import Watch
 from .shards import Harvester, harvest_shards
+from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
 
 TIMED_BATCHES = 3
 RESERVE_BYTES = 64 * 2**20  # records, index and the file system's own
@@ -99,3 +109,84 @@ def _bytes_per_token(records: Sequence[CommitRecord], manifest: Manifest) -> dic
     tokens = sum(stop - start for start, stop in (record.windows for record in records)) * manifest.context
     paths = records[0].arrays
     return {path: sum(record.arrays[path].bytes for record in records) / tokens for path in paths}
+
+
+TRIAL_VOCABULARY = 256  # of the layers that are timed: a whole embedding would take memory, and no time
+LONG_WORK = 1e13  # products that take a processor more than a minute or two: worth the seconds of a trial
+
+
+def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> None:
+    """Say what a new store will take; refuse what the disk cannot hold where the corpus surely has as much."""
+    manifest = manifest_before(plan)
+    if source_of(plan.corpus).pinned:
+        require_space(files.url, files.free_bytes(), least_bytes(manifest))
+    watch.say(tell(plan, manifest, files.free_bytes()))
+    if 12 * plan.facts.d_model**2 * plan.wanted.num_layers * manifest.tokens > LONG_WORK:
+        rate = tokens_per_second(plan, manifest, device)
+        hours = manifest.tokens / rate / 3600
+        watch.say(f"time: about {hours:,.1f} hours for one process on {device}, by its layers ({rate:,.0f} tokens/s)")
+
+
+def cost_before(plan: Plan, device: torch.device) -> tuple[Manifest, Cost]:
+    """What a dry run says of a model whose weights are not here."""
+    manifest = manifest_before(plan)
+    sizes = {path: size / manifest.tokens for path, size in bytes_by_array(manifest).items()}
+    return manifest, Cost(sizes, tokens_per_second(plan, manifest, device))
+
+
+def manifest_before(plan: Plan) -> Manifest:
+    """The manifest of a store whose corpus holds as much as is asked for."""
+    spec = corpus_spec(plan, plan.corpus.dataset, None, settings_of_new(plan, {}))
+    return expected_manifest(plan, spec, plan.windows)
+
+
+def bytes_by_array(manifest: Manifest) -> dict[str, int]:
+    """What each array takes at most; those of a layer's attention together."""
+    sizes: dict[str, int] = {}
+    for path, array in arrays_of(manifest).items():
+        name = path.rsplit("/", 1)[0] if path.startswith("attention/") else path
+        sizes[name] = sizes.get(name, 0) + math.prod(array.shape) * array.dtype.itemsize
+    return sizes
+
+
+def tell(plan: Plan, manifest: Manifest, free: int | None) -> list[str]:
+    """Lines for a person: what will be kept, its size by array, and what there is to download."""
+    sizes = bytes_by_array(manifest)
+    total = sum(sizes.values())
+    arrays = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in sizes.items() if size >= 0.01 * total)
+    at = "" if free is None else f"; {free / 1e9:,.1f} GB free"
+    lines = [
+        f"to harvest: {manifest.tokens:,} tokens ({tell_splits(manifest)}) if the corpus holds as many",
+        f"to write: {total / 1e9:,.2f} GB at most ({arrays}){at}",
+    ]
+    if plan.source.to_download is not None:
+        lines.append(f"to download: {plan.source.to_download / 1e9:,.1f} GB of weights into {constants.HF_HUB_CACHE}")
+    return lines
+
+
+def tell_splits(manifest: Manifest) -> str:
+    counts = {name: (end - start) * manifest.context for name, (start, end) in manifest.splits.items()}
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def tokens_per_second(plan: Plan, manifest: Manifest, device: torch.device) -> float:
+    """The rate of a whole harvest, from what one layer takes, one more, and keeping one's attention."""
+    kept = bool(plan.wanted.attention_layers)
+    one = _seconds_per_token(plan, manifest, device, 1, keep_attention=False)
+    two = _seconds_per_token(plan, manifest, device, 2, keep_attention=False)
+    keeping = _seconds_per_token(plan, manifest, device, 1, keep_attention=True) - one if kept else 0.0
+    layers = one + (plan.wanted.num_layers - 1) * max(two - one, 0.0)
+    return 1 / (layers + len(plan.wanted.attention_layers) * max(keeping, 0.0))
+
+
+def _seconds_per_token(
+    plan: Plan, manifest: Manifest, device: torch.device, layers: int, *, keep_attention: bool
+) -> float:
+    wanted = Wanted((layers - 1,), (layers - 1,) if keep_attention else ())
+    dtype = getattr(torch, plan.config.dtype)
+    model = truncate(make_random(plan.source.folder, layers, TRIAL_VOCABULARY, dtype, device), wanted)
+    attention = replace(manifest.attention, layers=wanted.attention_layers) if keep_attention else AttentionSpec()
+    trial = replace(manifest, layers=wanted.resid_layers, attention=attention, hooks={})
+    windows = (plan.windows_per_batch, plan.config.context)
+    tokens = np.random.default_rng(0).integers(TRIAL_VOCABULARY, size=windows, dtype=np.uint32)
+    return 1 / measure_cost(Harvester(model, trial, device), tokens).tokens_per_second

@@ -27,7 +27,7 @@ class Stage:
         self._show(self._done + amount, facts)
 
     def reach(self, done: int, facts: str = "") -> None:
-        """So much is done by now. What the first call says was done by earlier runs."""
+        """Say how much is done by now; the first call says what earlier runs have done."""
         self._before = done if self._before is None else self._before
         self._show(done, facts)
 

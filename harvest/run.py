@@ -24,16 +24,14 @@ from ..cache_schema.files import Files, open_files
 from ..cache_schema.layout import ROOT
 from ..cache_schema.root import read_root
 from .config import HarvestConfig
-from .cost import is_bound_to_fit, measure_cost, needed_bytes, require_space, tokens_in
-from .cost_forecast import announce
+from .cost import announce, is_bound_to_fit, measure_cost, needed_bytes, require_space, tokens_in
 from .create_store import begin_store, require_place, wait_for_tokens
 from .errors import HarvestError, ModelDiffers
-from .model.arithmetic import find_others
 from .model.load import Wanted, find_device, load_model
 from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch, look
 from .process_place import Place, taken_place
 from .progress import Stage, Watch
-from .shards import Harvester, harvest_shards
+from .shards import Harvester, find_others, harvest_shards
 from .store_plan import Plan, make_plan
 
 

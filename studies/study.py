@@ -35,11 +35,11 @@ from ..evaluate.output.figures.records import read_log
 from ..evaluate.run.command import errors_told, make_configs
 from ..evaluate.run.console_table import heading, make_console, untrained_traits
 from ..train.cli import main as sae_train
+from ..train.command import beginning_with
 from ..train.config.recipe import Recipe
 from ..train.disk.whole_files import read_json, replace_file, write_json
 from ..train.recipes import find_recipes, runs_of, studies
 from ..train.run.folder import RunFolder
-from ..train.shell_completion import beginning_with
 from .comparisons import Difference, compare
 from .rule import Families, growth, judge
 

@@ -29,7 +29,6 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "chunks counts digest root summary",
         "content reader",
         "massive_rows",
-        "attention_links",
         "info watch writer",
         "__init__ importer verify",
         "cli",
@@ -40,15 +39,14 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "corpus model sparsify_attention stats",
         "capture config spool",
         "process_place store_plan shards",
-        "cost",
-        "create_store cost_forecast",
+        "create_store cost",
         "run",
         "dry_run",
         "cli",
     ),
     "train": (
         "errors file_registry",
-        "command data parallel",
+        "data parallel",
         "sae/kernels/triton",
         "sae/kernels",
         "sae",
@@ -57,7 +55,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "kit",
         "config variants",
         "recipes run",
-        "shell_completion launch",
+        "command launch",
         "__init__ cli export",
     ),
     "evaluate": (
@@ -83,10 +81,10 @@ MAY_IMPORT = {  # rooms of other packages
     "evaluate": {
         "cache_schema": ALL,
         "harvest": "corpus errors model network pocket progress sparsify_attention stats",
-        "train": "config shell_completion data disk errors file_registry kit recipes run sae sae/kernels launch",
+        "train": "config command data disk errors file_registry kit recipes run sae sae/kernels launch",
     },
     "studies": {
-        "train": "config cli shell_completion disk recipes run",
+        "train": "config cli command disk recipes run",
         "evaluate": "cli context evals output/figures output/plots run",
     },
     "api": {

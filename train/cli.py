@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..cache_schema.cli import as_json, print_json
 from ..cache_schema.strict import to_json
-from . import shell_completion
+from . import command
 from .command import tell_errors
 from .config.settings import parse_value
 from .kit.registry import names
@@ -34,7 +34,7 @@ Examples:
 
 
 def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
-    """`50M`, `16k` or a plain number."""
+    """A number of tokens from its words: `50M`, `16k` or plain digits."""
     if text is None:
         return None
     value = parse_value(text.replace("_", "").replace(",", ""))
@@ -48,17 +48,17 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option(
     "--variant",
     multiple=True,
-    shell_complete=shell_completion.variants,
+    shell_complete=command.variants,
     help=f"Which SAE; again for a fleet. One of: {', '.join(names())}.",
 )
 @click.option(
     "--recipe",
     metavar="STUDY[/RUN]",
-    shell_complete=shell_completion.recipes,
+    shell_complete=command.recipes,
     help=f"A run of a study, or all its runs. Studies: {', '.join(studies())}.",
 )
 @click.option("--cache", metavar="URL", help="The store: a path, or any fsspec URL such as s3://bucket/store.")
-@click.option("--out", default=shell_completion.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
+@click.option("--out", default=command.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
 @click.option("--name", metavar="NAME", help="Name of the run.  [default: run_N, the next free number]")
 @click.option("--tokens", callback=count, metavar="N", help="Tokens to train on, such as 50M.")
 @click.option("--epochs", type=click.IntRange(1), metavar="N", help="How often the store may be read.")
@@ -92,7 +92,7 @@ def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None
     help="Train sanity baselines beside them: decoder frozen, nearly frozen, encoder frozen, principal components.",
 )
 @click.option(
-    "--resume", metavar="NAME", shell_complete=shell_completion.runs, help="Go on with a run from its last checkpoint."
+    "--resume", metavar="NAME", shell_complete=command.runs, help="Go on with a run from its last checkpoint."
 )
 @click.option(
     "--plots/--no-plots",
@@ -177,7 +177,7 @@ def folder_of(outcome: Outcome) -> Path:
 def evaluated_as(outcome: Outcome) -> str:
     """What to call the run at the next command: its name where that looks, else its path."""
     folder = folder_of(outcome)
-    return outcome.run if folder == Path(shell_completion.RUNS, outcome.run) else shlex.quote(str(folder))
+    return outcome.run if folder == Path(command.RUNS, outcome.run) else shlex.quote(str(folder))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""What the commands have in common: how an expected error ends."""
+"""What the commands have in common: how an expected error ends, and what a shell completes. Brings no torch."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..cache_schema import StoreError
 from .errors import RunInterrupted, TrainError
+from .kit.registry import names
+from .recipes import runs_of, studies
+from .run.folder import run_names
 
 
 @contextmanager
@@ -25,3 +29,28 @@ def tell_errors() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+RUNS = "runs"
+"""Where runs are kept if nothing is said."""
+
+
+def beginning_with(incomplete: str, words: Iterable[str]) -> list[CompletionItem]:
+    return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def variants(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return beginning_with(incomplete, names())
+
+
+def recipes(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Studies, and the runs of each."""
+    found = [word for study in studies() for word in (study, *(f"{study}/{run.name}" for run in runs_of(study)))]
+    return beginning_with(incomplete, found)
+
+
+def runs(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Runs of the folder that the command names, and folders: an SAE may lie anywhere."""
+    root = context.params.get("runs") or context.params.get("out") or RUNS
+    found = beginning_with(incomplete, run_names(root))
+    return found or [CompletionItem(incomplete, type="dir")]

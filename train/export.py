@@ -9,7 +9,7 @@ from typing import Any
 import click
 import torch
 
-from . import shell_completion
+from . import command
 from .command import tell_errors
 from .disk.formats import WRITERS, circuit_tracer, kind_of, read
 from .disk.plain_form import PlainSae, sae_from_plain, unsigned
@@ -33,7 +33,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("source", shell_complete=shell_completion.runs)
+@click.argument("source", shell_complete=command.runs)
 @click.option("--to", "kind", type=click.Choice(sorted([*WRITERS, CIRCUIT_TRACER])), help="Whose folder to write.")
 @click.option("--out", "target", type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--push-to-hub", "repository", metavar="OWNER/NAME", help="Upload with a model card instead.")

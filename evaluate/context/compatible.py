@@ -33,7 +33,7 @@ def require_layer(subject: LoadedSae, model: LanguageModel) -> None:
     if subject.layer >= facts.num_layers or subject.d_in != facts.d_model:
         raise WidthMismatch(
             f"{subject.name} reads width {subject.d_in} after layer {subject.layer}, but the model of this evaluation "
-            f"has {facts.num_layers} layers of width {facts.d_model}"
+            f"has {facts.num_layers} layers of width {facts.d_model}. Give the SAE's own model by --model"
         )
 
 

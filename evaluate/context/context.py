@@ -74,7 +74,7 @@ class Context:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The model's: the store's, so that a stored residual is exactly what the model computes."""
+        """The model's dtype is the store's, so that a stored residual is exactly what the model computes."""
         name = self.dtype_name or (self.opened.manifest.model.dtype if self.opened else "bfloat16")
         dtype: torch.dtype = getattr(torch, name)
         return dtype

@@ -77,7 +77,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def effects_of(name: str, train: Features, test: Features) -> Effects:
-    """At every two classes of a data set."""
+    """The effect of every feature at each pair of classes of a data set."""
     pairs = tuple(combinations(train.spans, 2))
     return Effects(
         tuple((name, one, other) for one, other in pairs),

@@ -115,7 +115,10 @@ def _require_place(context: Context, subject: LoadedSae) -> None:
     taps = {hook: architecture_of(facts.model_type).tap(hook) for hook in subject.hooks if hook != RESID}
     widths = {hook: facts.d_model if hook == RESID else facts.width_of(hook) for hook in subject.hooks}
     if max(site.layer for site in (*read, *written)) >= facts.num_layers:
-        raise WidthMismatch(f"{subject.name} is of {written[-1]}; the model has {facts.num_layers} layers")
+        raise WidthMismatch(
+            f"{subject.name} writes {written[-1]}, but the model of this evaluation has {facts.num_layers} layers. "
+            "Give the SAE's own model by --model"
+        )
     expected = tuple(sum(widths[site.hook] for site in sites) for sites in (read, written))
     if (subject.d_in, subject.sae.d_out) != expected:
         raise WidthMismatch(
@@ -124,7 +127,10 @@ def _require_place(context: Context, subject: LoadedSae) -> None:
         )
     hook = written[0].hook
     if hook in taps and taps[hook].take is not None:
-        raise NotApplicable(f"{subject.name} rebuilds {hook}, a part of what one module gives: it cannot be replaced")
+        raise NotApplicable(
+            f"{subject.name} rebuilds {hook}, which is a part of what a module gives: this evaluation replaces "
+            "whole outputs"
+        )
 
 
 @torch.inference_mode()

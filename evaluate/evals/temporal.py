@@ -168,7 +168,7 @@ class Config:
 
 @dataclass(eq=False)
 class Seen:
-    """What a pass over windows leaves of one SAE."""
+    """What a pass over windows gathers of one SAE."""
 
     groups: Assignment
     consistency: dict[str, Consistency] = field(default_factory=dict)

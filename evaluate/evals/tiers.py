@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ...cache_schema.strict import to_json
 from ..context.split_windows import ordinary_rows, read_windows
-from ..context.token_text import Wording
 from ..errors import ModelMissing
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, every, saved, tiers_of
+from .measures.examples import Strongest, Wording
 from .measures.splice_effects import Effect, Tracer, make_tracers
 from .measures.tiers import (
     EXPLAINED,
@@ -41,7 +41,6 @@ from .measures.tiers import (
     random_rows,
     tier_activity,
 )
-from .measures.top import Strongest
 
 UNTRACED = "causal tracing is about SAEs that read and write one layer"
 KEPT = 5
@@ -72,7 +71,7 @@ class Config:
 
 @dataclass(eq=False)
 class Seen:
-    """What a pass over windows leaves of one SAE."""
+    """What a pass over windows gathers of one SAE."""
 
     tiers: Assignment
     composed: Tensor  # bool [F]

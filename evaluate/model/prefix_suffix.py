@@ -215,7 +215,9 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
         raise ModelMissing(f"{folder}: the model cannot be loaded ({error}); fetch it again") from error
     model, report = loaded
     if report["missing_keys"]:
-        raise ModelMissing(f"{folder}: weights are missing, the first is {sorted(report['missing_keys'])[0]}")
+        raise ModelMissing(
+            f"{folder}: it lacks weights ({sorted(report['missing_keys'])[0]} first); fetch the model again"
+        )
     return make_language_model(model.to(device), folder)
 
 

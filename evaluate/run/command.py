@@ -75,7 +75,7 @@ def make_configs(wanted: str, settings: Sequence[str]) -> dict[str, Any]:
     for said, value in parse_settings(settings).items():
         head, key = split_key(said)
         if head not in names or not key:
-            raise SettingInvalid(f"expected a setting like {names[0]}.KEY=VALUE of {', '.join(names)}: {said!r}")
+            raise SettingInvalid(f"expected a setting like {names[0]}.KEY=VALUE of {', '.join(names)}, found {said!r}")
         given.setdefault(head, {})[key] = value
     return {name: with_settings(evals.load(name).config(), given.get(name, {}), name) for name in names}
 

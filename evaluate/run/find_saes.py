@@ -146,7 +146,9 @@ def _layers_of(
 ) -> tuple[int, ...]:
     """The layers an SAE reads: as it says, as its hook says, or as the user says."""
     if metadata.get("transcodes") and not metadata.get("target_layers"):
-        raise SettingInvalid(f"{folder} is a transcoder that does not say which layer it writes: it has no place here")
+        raise SettingInvalid(
+            f"{folder} is a transcoder that does not say which layer it writes: give its config target_layers"
+        )
     if metadata.get("layers"):
         return tuple(metadata["layers"])
     if given is not None:

@@ -200,7 +200,7 @@ def _refuse_what_stays(dataset: str, error: Exception, documents: int) -> None:
         )
     if _is_damage(error):
         raise CorpusUnavailable(
-            f"data set {dataset} is damaged behind document {documents:,} ({error}). "
+            f"data set {dataset} is damaged after document {documents:,} ({error}). "
             "Take another --dataset-revision, or another data set"
         ) from error
 

@@ -296,7 +296,7 @@ def tapped(stack: Any, model_type: str, taps: Mapping[Site, Callable[[Tensor], T
     def behind(
         tap: Tap, function: Callable[[Tensor], Tensor | None], layer: Any, _module: object, _args: object, output: Any
     ) -> Any:
-        """Of several things that a module gives the first is meant."""
+        """A module may return several things: the first is the activation."""
         first = output[0] if isinstance(output, tuple) else output
         found = function(first if tap.take is None else tap.take(layer, first))
         return found if found is None or not isinstance(output, tuple) else (found, *output[1:])

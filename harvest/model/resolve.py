@@ -162,7 +162,7 @@ def _download(model: str, revision: str | None) -> ModelSource:
 
 
 def _bytes_to_come(model: str, revision: str | None) -> int:
-    """What weights there are to download, those in the cache left out; asks the hub for sizes alone."""
+    """Bytes of weights still to download, without those in the cache; asks the hub for sizes alone."""
     files = _snapshot(model, revision, allow_patterns=WEIGHTS, dry_run=True)
     missing = [file for file in files if file.will_download]
     return sum(file.file_size or 0 for file in missing) or (KNOWN_BYTES.get(model, 0) if missing else 0)
@@ -208,7 +208,7 @@ def _explain(error: Exception, model: str) -> str:
 
 
 def _is_full_disk(error: Exception) -> bool:
-    """The hub's own library says it in words only."""
+    """Whether the disk is full: the hub's library says it in words only."""
     return getattr(error, "errno", None) in FULL_DISK or os.strerror(errno.ENOSPC) in str(error)
 
 

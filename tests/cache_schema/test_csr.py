@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saemill.cache_schema import AttentionCsr, CsrInvalid
-from saemill.cache_schema.attention_links import count_links
+from saemill.cache_schema.info import count_links
 
 
 def from_dense(dense_WHTT: np.ndarray) -> AttentionCsr:

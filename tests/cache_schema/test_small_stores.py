@@ -150,7 +150,7 @@ def test_import_keeps_half_the_bytes_and_says_so(tmp_path: Path, rng: np.random.
     facts = json.loads(run("info", tmp_path / "store", "--json"))
     assert facts["stored_as"] == "int8" and facts["dtype"] == "float32"
     assert facts["bytes_per_token"]["resid/layer_4"] < 64.0 * 256 / 40 + 1  # a whole shard is stored
-    assert re.search("kept as +int8, one scale a token", run("info", tmp_path / "store"))
+    assert re.search("kept as +int8, one scale per token", run("info", tmp_path / "store"))
     with Store.open(tmp_path / "store") as store:
         assert store.manifest.format == 3
         digest(store)

@@ -43,11 +43,11 @@ from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.cost import RESERVE_BYTES
 from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SplitEmpty
-from saemill.harvest.model.arithmetic import describe_device
 from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, ModelSource
 from saemill.harvest.process_place import Place
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import Finished, reharvest
+from saemill.harvest.shards import describe_device
 from saemill.harvest.spool import Spool
 
 Make = Callable[..., HarvestConfig]

@@ -169,7 +169,10 @@ class Ask:
         spread = [key for point in self.grid for key in point]
         misplaced = [key for key in spread if split_key(key)[0] in ("data", "course")]
         if misplaced:
-            raise ConfigInvalid(f"a fleet shares one stream and one course: {misplaced[0]} cannot be spread over it")
+            raise ConfigInvalid(
+                f"--grid is of SAEs that share data and course, found {misplaced[0]}: set it by --set, and "
+                "start a run for each value"
+            )
         self._require_known([*self.settings, *spread])
         members: dict[str, Member] = {}
         for member in (self._member(sae, point, limits, held or {}) for sae in self.saes for point in self.grid):

@@ -150,7 +150,7 @@ def as_signed(array: np.ndarray) -> np.ndarray:
 
 
 def as_whole(stored: Tensor) -> Tensor:
-    """int64, the numbers that `as_signed` has bits of."""
+    """int64: the numbers behind the bits that `as_signed` gave."""
     return stored.long() if stored.dtype == torch.uint8 else stored.long().bitwise_and_(256**stored.itemsize - 1)
 
 

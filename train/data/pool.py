@@ -89,7 +89,7 @@ class Pool:
         )
 
     def release(self) -> None:
-        """Nothing more will be drawn; what was asked of the GPU may still be under way."""
+        """Say that nothing more will be drawn; copies to the GPU may still be under way."""
         if self._drawn is not None:
             self._drawn.record(torch.cuda.current_stream(self._device))
 

@@ -84,6 +84,9 @@ def sae_from_wrapped(wrapped: WrappedSae, inner: SparseAutoencoder, where: str) 
     expected = {name for name in inner.state_dict() if not name.startswith("extras.")}
     different = sorted(expected ^ state.keys())
     if different or not {SCALE, TARGET_SCALE} <= wrapped.tensors.keys():
-        raise SaeInvalid(f"{where}: the tensors do not match the variant: {', '.join(different) or 'no scale'}")
+        raise SaeInvalid(
+            f"{where}: the tensors are not those of the variant ({', '.join(different) or 'no scale'}): copy "
+            "the folder anew"
+        )
     inner.load_state_dict(state, strict=False)
     return RawUnits(inner, wrapped.tensors[SCALE], wrapped.tensors[TARGET_SCALE], wrapped.knobs)

@@ -93,7 +93,7 @@ def require_shapes(plain: PlainSae) -> None:
     wrong = [name for name in shapes if name.startswith(("b_", "r_")) or name == "threshold"]
     wrong = [name for name in wrong if shapes[name] != ((outputs if name == "b_dec" else latents),)]
     if wrong:
-        raise SaeInvalid(f"expected one value a latent or output in {', '.join(wrong)}, found {shapes}")
+        raise SaeInvalid(f"expected one value per latent or output in {', '.join(wrong)}, found {shapes}")
     if plain.centres_input and W_enc.shape[0] != outputs:
         raise SaeInvalid(f"expected as many outputs as inputs where b_dec is taken off the input, found {shapes}")
     if "W_skip" in shapes and shapes["W_skip"] != (outputs, W_enc.shape[0]):
@@ -162,8 +162,8 @@ def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder) -> None:
             f"{found[1]} to {found[2]}" + (f": set --width {found[0]}" if found[1:] == wanted[1:] else "")
         )
     if (sae.W_skip is None) != (source.W_skip is None):
-        has, found = ("has", "none") if source.W_skip is None else ("lacks", "one")
-        raise SaeInvalid(f"the variant {has} a skip and the source has {found}: skip_transcoder alone has one")
+        wanted, has = ("with", "without") if source.W_skip is None else ("without", "with")
+        raise SaeInvalid(f"expected an SAE {wanted} a skip, found one {has}: only the variant skip_transcoder has one")
     if not (sae.is_plain and source.is_plain):
         raise SaeInvalid("expected two SAEs whose weights and gate are all there is to them")
 

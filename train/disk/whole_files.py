@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigInvalid(f"expected {path.name} in {path.parent}, found none: copy the folder anew") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigInvalid(f"{path} is not JSON: {error}") from None
+        raise ConfigInvalid(f"{path} is not JSON ({error}): copy it anew") from None
     if not isinstance(value, dict):
         raise ConfigInvalid(f"{path}: expected an object, found {type(value).__name__}")
     return value

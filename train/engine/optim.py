@@ -200,7 +200,7 @@ class Adam:
         return state
 
     def _clip(self, moving: list[str], gradients: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients' norm, and what the fused update shall divide them by."""
+        """The gradients' norm, and what the fused update is to divide them by."""
         if self.settings.clip_norm is None:
             return None, None
         norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])

@@ -122,4 +122,4 @@ def _require_settings(config: Guided) -> None:
     require(config.temperature > 0, f"temperature: expected more than 0, found {config.temperature}")
     require(0 <= config.min_mass < 1, f"min_mass: expected 0 or more and less than 1, found {config.min_mass}")
     is_one_control = config.links == "attention" or not config.shuffle_attention
-    require(is_one_control, f"links: {config.links} is a control without shuffle_attention, which is another")
+    require(is_one_control, f"links={config.links} and shuffle_attention are two controls: set one of them")

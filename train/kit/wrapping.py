@@ -95,7 +95,9 @@ def _base_config(config: Wrapping, d_model: int | None) -> Variant:
     require("base" not in known, f"base: expected a variant that wraps no other, found {config.base!r}")
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "base"}
     foreign = [name for name in BASE_SETTINGS if given.get(name) is not None and name not in known]
-    require(not foreign, f"base {config.base} has no setting {', '.join(foreign)}")
+    require(
+        not foreign, f"base {config.base} has no setting {', '.join(foreign)}: leave it out, or choose another base"
+    )
     shared = {name: value for name, value in given.items() if name in known and value is not None}
     return cls(**_bound_sparsity(cls, d_model) | _make_whole(cls, shared))
 

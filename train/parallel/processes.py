@@ -160,7 +160,7 @@ def join(device: str) -> tuple[Group, torch.device]:
     if ":" in device:
         raise ConfigInvalid(
             f"device {device} was asked for by each of {os.environ['WORLD_SIZE']} processes, and each takes one of its "
-            f"own: say {chosen.type}, and by CUDA_VISIBLE_DEVICES which there are"
+            f"own: say --device {chosen.type}, and choose cards by CUDA_VISIBLE_DEVICES"
         )
     if chosen.type == "cuda":  # accelerate would have nothing for messages between hosts
         dist.init_process_group("cpu:gloo,cuda:nccl")

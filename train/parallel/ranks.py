@@ -33,7 +33,7 @@ class Ranks(Protocol):
         ...
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """The sum in the tensor itself, under way when this returns; what is returned waits for it."""
+        """Begin to sum into the tensor itself; calling what this returns waits for the end."""
         ...
 
     def gather(self, tensor: Tensor) -> list[Tensor]:

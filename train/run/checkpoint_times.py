@@ -71,7 +71,7 @@ class Saver:
             )
 
     def save(self, steps: int) -> None:
-        """Written beside the next steps, unless these would change what is written."""
+        """Save while the next steps run, unless they would change what is being written."""
         self._writer.finish()  # before the state takes as much memory again
         state = self._fleet.state()  # a collective call if weights are sharded
         if self._team.rank == 0:

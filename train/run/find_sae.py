@@ -91,7 +91,9 @@ def _only_sae(folder: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise RunMissing(f"{folder} holds no trained SAE: its run has not ended well, or it is another kind of folder")
+        raise RunMissing(
+            f"{folder} holds no trained SAE: go on with its run by sae-train --resume, or give the folder of another"
+        )
     raise RunMissing(f"{folder} holds {len(found)} SAEs: choose one of {', '.join(str(path) for path in found)}")
 
 

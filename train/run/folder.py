@@ -227,5 +227,7 @@ def cache_of(folder: RunFolder) -> tuple[str, str]:
     """Address and cache id of the store that a run trains on."""
     cache = folder.read_config().get("cache")
     if not isinstance(cache, dict) or not {"url", "cache_id"} <= set(cache):
-        raise ConfigInvalid(f"{folder.path / 'config.json'} does not say which store the run trains on")
+        raise ConfigInvalid(
+            f"expected {folder.path / 'config.json'} to name the run's store, found no url and cache_id: copy it anew"
+        )
     return cache["url"], cache["cache_id"]

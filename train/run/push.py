@@ -57,7 +57,9 @@ def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
         raise RunMissing(f"no SAE {name!r} here to push: the runs in {runs} are {', '.join(run_names(runs)) or 'none'}")
     folders = list_saes(home)
     if not folders:
-        raise RunMissing(f"{home} holds no trained SAE: its run has not ended well, or it is another kind of folder")
+        raise RunMissing(
+            f"{home} holds no trained SAE: go on with its run by sae-train --resume, or give the folder of another"
+        )
     for folder in folders:
         if kind_of(folder) != "sae_lens":
             raise SaeInvalid(

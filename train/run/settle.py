@@ -50,7 +50,8 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> Budget:
     steps = course.tokens // plan.batch_tokens
     if steps == 0:
         raise NothingToTrain(
-            f"a budget of {course.tokens} tokens is less than one batch of {plan.batch_tokens}: nothing to train"
+            f"a budget of {course.tokens} tokens is less than one batch of {plan.batch_tokens}: nothing to "
+            "train. Give more --tokens, or a smaller data.batch_tokens"
         )
     if course.tokens > plan.sizes.tokens * epochs:
         needed = -(-course.tokens // (available * plan.batch_tokens))
@@ -133,7 +134,11 @@ def settle(ask: Ask, store: Store) -> Settled:
     init = None if ask.init is None else source_of(Path(ask.init))
     if init is not None:
         members = tuple(map(without_start, members))
-        require(not ask.length().shard_width, "--init: course.shard_width holds parts of tables only; leave one out")
+        require(
+            not ask.length().shard_width,
+            "--init begins with whole SAEs, and course.shard_width gives each process a part of them: leave "
+            "one of them out",
+        )
     config = RunConfig(data, replace(ask.length(), tokens=budget.tokens), members)
     return Settled(config, plan, budget.steps, budget.remark, ask.recipe, init)
 

@@ -1,4 +1,8 @@
-"""Constraints on the weights, one frozen record each."""
+"""Constraints on weights and on their gradients, one frozen record each.
+
+Those on gradients are a norm for each group of latents, and noise; both act on rows of the tables that have one for
+each latent (encoder, decoder, encoder bias).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ from torch import Tensor
 from ..engine.compose import TableUse
 from ..sae.cross_layer import CrossLayerSae
 from ..sae.gates import JumpRelu
+from ..sae.kernels.hardware import reads_at_once
 from ..sae.model import SparseAutoencoder
+from .tiers import TIERS, Tiers
 
 BLOCK_ROWS = 256
 
@@ -91,3 +97,65 @@ class WritesOnward:
 def _blocks(table: Tensor) -> tuple[Tensor, ...]:
     """The table in runs of rows that stay in cache between two passes."""
     return table.split(BLOCK_ROWS if table.device.type == "cpu" else table.shape[0])
+
+
+@dataclass(frozen=True)
+class TierGradients:
+    """Notes the norm of each tier's gradient, and scales it down to `clip_norm` where it is larger."""
+
+    table_use: ClassVar[TableUse] = "gradients"
+
+    clip_norm: float | None = None
+
+    @torch.no_grad()
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        tiers = sae.extras[TIERS]
+        assert isinstance(tiers, Tiers)
+        tables = [table.grad for table in (sae.W_enc, sae.b_enc, sae.W_dec) if table.grad is not None]
+        squares_F = sum(_row_squares(table) for table in tables)
+        assert isinstance(squares_F, Tensor)
+        tiers.notes_grad_norm = True
+        tiers.grad_norm.zero_().index_add_(0, tiers.membership, squares_F).sqrt_()
+        if self.clip_norm is None:
+            return
+        factor_F = (self.clip_norm / tiers.grad_norm.clamp_min(1e-30)).clamp_max(1.0)[tiers.membership]
+        for table in tables:
+            table.mul_(factor_F if table.ndim == 1 else factor_F[:, None])
+
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        pass
+
+
+@dataclass(frozen=True, eq=False)
+class GradientNoise:
+    """Normal noise of `scale` times the root mean square of each gradient, so that it ends where learning ends."""
+
+    table_use: ClassVar[TableUse] = "gradients"
+
+    scale: float
+    generator: torch.Generator  # the SAE's own: its state is saved with the rest
+
+    @torch.no_grad()
+    def before_step(self, sae: SparseAutoencoder) -> None:
+        for parameter in sae.parameters():
+            if parameter.grad is None:
+                continue
+            noise = self._noise(parameter)
+            size = parameter.grad.square().mean().sqrt()
+            parameter.grad.add_(noise * size, alpha=self.scale)
+
+    def _noise(self, parameter: Tensor) -> Tensor:
+        """A GPU draws its own, from a seed that the SAE's generator gives: a table on its way there is waited for."""
+        if reads_at_once(parameter):
+            return torch.randn(parameter.shape, generator=self.generator).to(parameter)
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        own = torch.Generator(parameter.device).manual_seed(seed)
+        return torch.randn(parameter.shape, generator=own, device=parameter.device, dtype=parameter.dtype)
+
+    def after_step(self, sae: SparseAutoencoder) -> None:
+        pass
+
+
+def _row_squares(table: Tensor) -> Tensor:
+    """[F], each latent's part of the squared norm."""
+    return table.square() if table.ndim == 1 else torch.linalg.vecdot(table, table)

@@ -78,7 +78,7 @@ def dynamics_of(view: View) -> Dynamics:
 def part_of(codes: Codes, start: int, stop: int) -> Codes:
     """The codes of the latents `start` to `stop` alone.
 
-    On a GPU, where a list of them would be waited for, all other entries stay too, as zeros of one more latent.
+    On a GPU all entries stay, the others as zeros of one more latent: the host would wait for a list of them.
     """
     if codes.support is None:
         return Codes(codes.values[:, start:stop], None, codes.num_rows, stop - start)

@@ -193,11 +193,17 @@ class Config(Windowed):
         for name in ("progressive", "learned_coefficient", "l1_before_mask"):
             require(masks or not getattr(self, name), f"{name}: expected mask hard or soft, found {self.mask!r}")
         embeds = self.range_encoders or not self.position_embeddings
-        require(embeds, "position_embeddings: expected range_encoders to read them, found none")
+        require(embeds, "position_embeddings are read by range_encoders: set range_encoders=true, or leave them out")
         draws = self.range_encoders or not self.independent_encoders
-        require(draws, "independent_encoders: expected range_encoders to begin, found none")
-        require(self.pre_norm or not self.norm_rectified, "norm_rectified: expected a pre_norm to place, found none")
-        require(self.adapters or self.adapters_on == "input", "adapters_on: expected adapters to place, found none")
+        require(draws, "independent_encoders says how range_encoders begin: set range_encoders=true, or leave it out")
+        require(
+            self.pre_norm or not self.norm_rectified,
+            "norm_rectified says where pre_norm stands: set pre_norm=true, or leave it out",
+        )
+        require(
+            self.adapters or self.adapters_on == "input",
+            "adapters_on says where adapters stand: set adapters=true, or leave it out",
+        )
         for name in ("adapted_rate", "unadapted_penalty"):
             phased = self.adapter_from is not None or getattr(self, name) == 1.0
             require(phased, f"{name}: expected adapter_from, found adapters that are there from the start")
@@ -206,4 +212,7 @@ class Config(Windowed):
         scatters = masks or self.range_encoders or self.adapters or not self.scattered
         require(scatters, f"scattered: expected ranges to scatter, found mask {self.mask!r} alone")
         shaped = masks or self.range_encoders or self.adapters or self.mask == "static_slicing"
-        require(shaped, "mask: expected hard, soft, static_slicing, or range_encoders or adapters beside none")
+        require(
+            shaped,
+            "mask=none does nothing by itself: set hard, soft or static_slicing, or range_encoders or adapters with it",
+        )

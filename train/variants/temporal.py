@@ -19,8 +19,8 @@ from ..kit.build import require, require_least
 from ..kit.wrapping import Windowed, base_request, build_base
 from ..sae.shapes.position_gate import PositionGate
 from ..sae.shapes.shaped import ShapedAutoencoder
+from ..terms.constraints import GradientNoise
 from ..terms.dynamics import PRUNE, SCALES, Dynamics, Pruning, Retire
-from ..terms.gradients import GradientNoise
 from ..terms.temporal import PIECE, TEMPORAL, Adaptive, Consistency
 
 
@@ -154,4 +154,5 @@ class Config(Windowed):
         mixes = self.buffer_mixing < 1 or self.buffer_std == 0
         require(mixes, "buffer_std: expected a buffer_mixing under 1, found the past token alone")
         require_least(self, buffer_std=0)
-        require(self.half_life_fraction is None or self.half_life_fraction > 0, "half_life_fraction: expected above 0")
+        half_life = self.half_life_fraction
+        require(half_life is None or half_life > 0, f"half_life_fraction: expected more than 0, found {half_life}")

@@ -22,7 +22,7 @@ from ..sae.shapes.norms import PreNorm
 from ..sae.shapes.shaped import Init, Shape, ShapedAutoencoder, initialise
 from ..sae.shapes.tier_gates import TierGates
 from ..terms.composition import COMPOSITION, Composition, NonNegative, composition_l1, composition_loss
-from ..terms.gradients import TierGradients
+from ..terms.constraints import TierGradients
 from ..terms.reconstruction import reconstruction
 from ..terms.resampling import RESAMPLING, Resampling
 from ..terms.structure import Moves, Structure

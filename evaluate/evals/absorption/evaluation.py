@@ -22,8 +22,7 @@ from ...model.prefix_suffix import LanguageModel
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .letters import LetterResult, Sparse, mean_metrics, measure_letters
 from .probe import Training
-from .task import ClassProbe, Task, make_task
-from .vocabulary import FIRST_LETTER, WORD_SHAPES, WordClasses, alphabetic_words, word_position
+from .task import FIRST_LETTER, WORD_SHAPES, ClassProbe, Task, WordClasses, alphabetic_words, make_task, word_position
 
 OFFICIAL_ID = "absorption_first_letter"
 POCKET_WORDS, POCKET_CLASSES = 1000, 4

@@ -1,6 +1,6 @@
 """Attention and codes: what attention says about which tokens share codes, and what an SAE does to attention.
 
-W windows, H heads, T context, L layers, S regressors, P pairs a window, D width.
+W windows, H heads, T context, L layers, S regressors, P pairs per window, D width.
 
 Contribution by layer, in four steps:
 1. s_ij = cos(f_i, f_j) for earlier j; regressors are the stored attention of each layer from i to j, and

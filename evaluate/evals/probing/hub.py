@@ -81,7 +81,7 @@ def _table(id: str, is_test: bool) -> Table:
 
 
 def reached(id: str, load: Callable[[], T]) -> T:
-    """What `load` brings, or DataMissing with what to do."""
+    """What `load` returns; where it cannot, DataMissing that says what to do."""
     try:
         return load()
     except (*LOAD_ERRORS, KeyError) as error:

@@ -66,7 +66,10 @@ def shuffled_rows(rows: Tensor, number: int, generator: torch.Generator) -> Tens
 def eos_text(model: LanguageModel) -> str:
     """How EOS is written in text."""
     if model.eos is None:
-        raise DataMissing("the model's tokenizer has no EOS token, which joins the documents")
+        raise DataMissing(
+            "the model's tokenizer has no EOS token, which this evaluation puts between documents: give a "
+            "model whose tokenizer has one"
+        )
     return model.tokenizer.backend.id_to_token(model.eos)
 
 

@@ -33,7 +33,7 @@ class Panel(Protocol):
 
 @dataclass(frozen=True)
 class Lines:
-    """A number over training, one line an SAE."""
+    """A number over training, one line per SAE."""
 
     title: str
     y: str
@@ -60,7 +60,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """One number an SAE, lying, with the number beside; every SAE has its row in every panel.
+    """One number per SAE as a horizontal bar, the number beside it; every SAE has its row in every panel.
 
     Where numbers span orders of magnitude they are dots: a bar's length means nothing on a logarithmic axis.
     """

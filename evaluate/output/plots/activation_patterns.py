@@ -1,4 +1,4 @@
-"""The strongest latents on the first tokens of a test window; a panel an SAE."""
+"""The strongest latents on the first tokens of a test window; a panel per SAE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What latents are made of: a row a latent, its parts from the heaviest on, each with its number; a panel an SAE."""
+"""What latents are made of: a row per latent, its parts from the heaviest on, each with its number; a panel per SAE."""
 
 from __future__ import annotations
 

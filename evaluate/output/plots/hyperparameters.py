@@ -16,7 +16,7 @@ def peak_rate(record: Record) -> float | None:
 
 
 def target_l0(record: Record) -> float | None:
-    """Active latents a token that the variant was told to have."""
+    """Active latents per token that the variant was told to have."""
     value = record.settings.get("k") or record.settings.get("target_l0")
     return float(value) if isinstance(value, (int, float)) else None
 
@@ -31,7 +31,7 @@ PENALTIES = ("weight/l1", "weight/lp", "weight/l0", "weight/gate_l1")
 PANELS = (
     Bars("Learning rate", "peak of its schedule", peak_rate, "{:.2e}"),
     Bars("Sparsity penalty", "coefficient", penalty),
-    Bars("Sparsity target", "active latents a token", target_l0),
+    Bars("Sparsity target", "active latents per token", target_l0),
     Lines("Learning rate over training", "learning rate", series_of("lr")),
     Lines("Sparsity penalty over training", "coefficient", first_series(PENALTIES)),
 )

@@ -58,7 +58,7 @@ def draw(records: Sequence[Record]) -> Figure | None:
 
 
 def draw_measured(axis: Axes, kind: Measured, records: Sequence[Record], colours: Mapping[int, str]) -> None:
-    """What the evaluation found, a group of bars an SAE."""
+    """What the evaluation found, a group of bars per SAE."""
     parts = {
         f"layer {layer}": [record.metric("attention", f"contribution.{kind.metric}{layer}") for record in records]
         for layer in colours

@@ -1,4 +1,4 @@
-"""How much each layer's attention counts in the guidance, over training; a panel an SAE."""
+"""How much each layer's attention counts in the guidance, over training; a panel per SAE."""
 
 from __future__ import annotations
 

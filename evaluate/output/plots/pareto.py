@@ -28,7 +28,7 @@ def explained_variance(record: Record) -> float | None:
 
 @dataclass(frozen=True)
 class Points:
-    """A score against L0, a point an SAE."""
+    """A score against L0, a point per SAE."""
 
     title: str
     y: str
@@ -52,7 +52,7 @@ class Points:
         if is_wide([x for _, x, _ in found]):
             log_axis(axis, "x")
         axis.margins(0.18)
-        caption(axis, self.title, "L0 (active latents a token)", self.y)
+        caption(axis, self.title, "L0 (active latents per token)", self.y)
 
 
 PANELS = (

@@ -1,4 +1,4 @@
-"""Which of the most frequent latents follows which on the next token; a panel an SAE."""
+"""Which of the most frequent latents follows which on the next token; a panel per SAE."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def held_out(path: str, name: str) -> Callable[[Record], float | None]:
 
 
 COLUMNS = (
-    Column("L0", "active latents a token", held_out("sparsity.l0", "l0")),
+    Column("L0", "active latents per token", held_out("sparsity.l0", "l0")),
     Column(
         "explained variance",
         "of held-out residuals",

@@ -103,7 +103,7 @@ def test_a_row_that_is_no_utf8_is_a_bad_document(tmp_path):
 @pytest.mark.parametrize("content", [b'{"text": "good"}\n{"text": oops}\n', b'{"text": "go'])
 def test_jsonl_of_a_stream_that_is_no_json_is_damage(tmp_path, content):
     (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises(CorpusUnavailable, match=r"owner/name is damaged behind document 0"):
+    with pytest.raises(CorpusUnavailable, match=r"owner/name is damaged after document 0"):
         list(streamed(tmp_path / "a.jsonl").documents())
 
 
@@ -113,14 +113,14 @@ def test_a_corrupt_page_is_no_reason_to_wait_for_a_network(tmp_path):
     middle = len(content) // 2
     content[middle : middle + 60] = bytes(60)
     (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(CorpusUnavailable, match=r"owner/name is damaged behind document 0 .*[Cc]orrupt"):
+    with pytest.raises(CorpusUnavailable, match=r"owner/name is damaged after document 0 .*[Cc]orrupt"):
         list(streamed(tmp_path / "a.parquet").documents())
 
 
 @pytest.mark.parametrize("error", [OSError("Corrupt snappy compressed data."), EOFError("Compressed file ended")])
 def test_damage_further_on_says_how_far_the_stream_came(parquet, error):
     network = Network(parquet, [21], error=error)
-    with pytest.raises(CorpusUnavailable, match=r"damaged behind document 21 .*--dataset-revision"):
+    with pytest.raises(CorpusUnavailable, match=r"damaged after document 21 .*--dataset-revision"):
         list(HubCorpus(SOURCE, "c0ffee", network.load, waits=(0, 0)).documents())
     assert network.loads == 1
 

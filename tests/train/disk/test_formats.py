@@ -181,7 +181,7 @@ def test_a_damaged_file_is_named(tmp_path):
     WRITERS["sparsify"](tmp_path, make_plain("topk"), {})
     data = (tmp_path / "sae.safetensors").read_bytes()
     (tmp_path / "sae.safetensors").write_bytes(data[:-50])
-    with pytest.raises(SaeInvalid, match=r"sae\.safetensors: damaged"):
+    with pytest.raises(SaeInvalid, match=r"sae\.safetensors is damaged"):
         read(tmp_path)
 
 

@@ -46,10 +46,10 @@ def read_tensors(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     try:
         found = load_file(path)
     except SafetensorError as error:
-        raise SaeInvalid(f"{path}: damaged ({error})") from None
+        raise SaeInvalid(f"{path} is damaged ({error}): copy or download it again") from None
     missing = [name for name in names if name not in found]
     if missing:
-        raise SaeInvalid(f"{path}: lacks the tensors {', '.join(missing)}")
+        raise SaeInvalid(f"{path}: expected tensors {', '.join(names)}, found none called {', '.join(missing)}")
     return found
 
 

@@ -41,7 +41,7 @@ def has_onednn() -> bool:
 
 
 def product_on(device: torch.device, wanted: Product) -> Product:
-    """What is wanted, where hardware has it; float32 elsewhere."""
+    """The product that was asked for, where the hardware has it; float32 elsewhere."""
     if wanted == "bfloat16":
         return wanted if has_fast_bfloat16(device.type) else "float32"
     return wanted if device.type == "cuda" else "float32"

@@ -36,7 +36,7 @@ def topk_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def support_of_batch(pre: Tensor, count: int) -> Support:
     """Support of the `count` largest entries of the batch.
 
-    On a GPU it holds exactly `count` entries, also such as are not positive, so that its size is known before
+    On a GPU it holds exactly `count` entries, some of them perhaps not positive, so that its size is known before
     it is found; a gate makes nothing of them.
     """
     if runs_triton(pre):

@@ -103,7 +103,7 @@ class FeatureAdapters(Adapters):
 def by_range(x: Tensor, here: Tensor, ranges: int, change: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Each row as `change` of its range makes it.
 
-    On a GPU all rows go through all ranges: how many rows a range has would be waited for.
+    On a GPU all rows go through all ranges: the host would wait for how many rows each has.
     """
     if not reads_at_once(here):
         changed = change(x, 0)

@@ -15,11 +15,13 @@ from saemill.evaluate.context.results import Failure, Result
 from saemill.evaluate.evals.absorption import evaluation as absorption
 from saemill.evaluate.evals.absorption.letters import Sparse, mean_metrics, measure_letters
 from saemill.evaluate.evals.absorption.probe import Probe, Training
-from saemill.evaluate.evals.absorption.task import ClassProbe, Half, Task
-from saemill.evaluate.evals.absorption.vocabulary import (
+from saemill.evaluate.evals.absorption.task import (
     FIRST_LETTER,
     SHAPES,
     WORD_SHAPES,
+    ClassProbe,
+    Half,
+    Task,
     WordClasses,
     make_prompt,
     make_spots,

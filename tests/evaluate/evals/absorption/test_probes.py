@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saemill.evaluate.evals.absorption.probe import Probe, Training, choose_latents, f1_score, fit_probe, ranked_latents
-from saemill.evaluate.evals.absorption.vocabulary import (
+from saemill.evaluate.evals.absorption.task import (
     FIRST_LETTER,
     alphabetic_words,
     letter_index,

@@ -10,11 +10,11 @@ import torch
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context.results import frame
-from saemill.evaluate.context.token_text import Wording
 from saemill.evaluate.errors import ModelMissing, NotApplicable
 from saemill.evaluate.evals import attention, position, temporal, tiers
 from saemill.evaluate.evals.measures.assignment import every, groups_of, ranges_of, saved, tiers_of
 from saemill.evaluate.evals.measures.attention import Pairs, choose_pairs, trace_pairs
+from saemill.evaluate.evals.measures.examples import Wording
 from saemill.evaluate.evals.measures.splice_effects import Effect, make_tracers
 from saemill.evaluate.evals.measures.tiers import tier_activity
 from saemill.evaluate.model.batches import Windows, store_batches
