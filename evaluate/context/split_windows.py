@@ -17,25 +17,6 @@ from ..model.batches import Windows, count_windows, store_batches
 from .context import Context
 from .loaded_sae import LoadedSae, attention_layers_of, layers_of
 
-
-def mean_of_rows(context: Context, layer: int) -> Tensor:
-    """float64 [D]: the mean of a layer that the store holds, over the rows that count."""
-    found = context.massive(layer)
-    moments = found.ordinary if found is not None and found.massive else context.store.moments(layer)
-    return torch.from_numpy(moments.mean)
-
-
-def ordinary_rows(context: Context, subject: LoadedSae, batch: Windows) -> Tensor:
-    """bool [W, T]: those of `batch.keep` whose norm is within the bound that training has for this store."""
-    rows = batch.keep
-    for layer in layers_of([subject]):
-        found = context.massive(layer)
-        if found is not None:
-            norms = torch.linalg.vector_norm(batch.resid[layer], dim=-1, dtype=torch.float32)
-            rows = rows & ~((norms > found.bound) & norms.isfinite())
-    return rows
-
-
 MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
 
 
@@ -64,3 +45,21 @@ def read_windows(
         for batch in batches:
             yield batch
             advance(len(batch) * batch.context)
+
+
+def mean_of_rows(context: Context, layer: int) -> Tensor:
+    """float64 [D]: the mean of a layer that the store holds, over the rows that count."""
+    found = context.massive(layer)
+    moments = found.ordinary if found is not None and found.massive else context.store.moments(layer)
+    return torch.from_numpy(moments.mean)
+
+
+def ordinary_rows(context: Context, subject: LoadedSae, batch: Windows) -> Tensor:
+    """bool [W, T]: those of `batch.keep` whose norm is within the bound that training has for this store."""
+    rows = batch.keep
+    for layer in layers_of([subject]):
+        found = context.massive(layer)
+        if found is not None:
+            norms = torch.linalg.vector_norm(batch.resid[layer], dim=-1, dtype=torch.float32)
+            rows = rows & ~((norms > found.bound) & norms.isfinite())
+    return rows

@@ -34,130 +34,10 @@ from .team import Team
 from .text import is_held_out, stdlib_documents, text_digest
 
 CYCLE = (128,) * 7 + (512,) + (128,) * 7 + (1024,)  # the context of each step, again and again
-
-
-@dataclass(frozen=True)
-class Batches:
-    """All training batches: `batch(step)` needs no state, so a run resumes anywhere."""
-
-    run: np.ndarray  # int64, all training tokens, BOS before each document
-    bos: int
-    tokens_per_step: int
-    seed: int
-
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs_BT, targets_BT) of one step."""
-        context = context_of(step)
-        size = self.tokens_per_step // context
-        per_pass = (len(self.run) // context - 1) // size
-        number, place = divmod(_earlier(step, context), per_pass)
-        starts = self._starts(context, number)[place * size : (place + 1) * size]
-        targets_BT = self.run[starts[:, None] + np.arange(context)]
-        inputs_BT = np.concatenate([np.full((size, 1), self.bos), targets_BT[:, :-1]], axis=1)
-        return inputs_BT, targets_BT
-
-    def _starts(self, context: int, number: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, context, number])
-        pieces = len(self.run) // context - 1
-        return rng.integers(context) + context * rng.permutation(pieces)
-
-
-def context_of(step: int) -> int:
-    return CYCLE[step % len(CYCLE)]
-
-
-def _earlier(step: int, context: int) -> int:
-    """How many steps before this one had the same context."""
-    cycles, rest = divmod(step, len(CYCLE))
-    return cycles * CYCLE.count(context) + CYCLE[:rest].count(context)
-
-
 MATRIX_RATE = 6e-3
 EMBEDDING_RATE = 3e-3
 GAIN_RATE = 3e-3
 CLIP_NORM = 1.0
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """Master weights by name, and the two optimizers that move them."""
-
-    team: Team
-    model: torch.nn.Module
-    masters: dict[str, Tensor]
-    muon: torch.optim.Optimizer
-    adam: torch.optim.Optimizer
-
-    def step(self, rate: float) -> float:
-        """One update at `rate` times the full learning rates; returns the gradient's norm."""
-        self._collect_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), CLIP_NORM, error_if_nonfinite=True)
-        for optimizer in (self.muon, self.adam):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["full_rate"]
-            optimizer.step()
-        self.write_back()
-        return norm.item()
-
-    def _collect_gradients(self) -> None:
-        """Move the model's gradients to the masters, averaged over the team."""
-        weights = dict(self.model.named_parameters())
-        gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
-        flat = torch.cat([gradient.float().flatten() for gradient in gradients])
-        self.team.average_(flat)
-        sizes = [weight.numel() for weight in weights.values()]
-        for (name, weight), part in zip(weights.items(), flat.split(sizes), strict=True):
-            self.masters[name].grad = part.view_as(weight)
-            weight.grad = None
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Round the masters into the model."""
-        for name, weight in self.model.named_parameters():
-            weight.copy_(self.masters[name])
-
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor a resumed run needs, by flat names."""
-        flat = {f"master/{name}": tensor.detach() for name, tensor in self.masters.items()}
-        for kind, optimizer in (("muon", self.muon), ("adam", self.adam)):
-            for index, slots in optimizer.state_dict()["state"].items():
-                flat |= {f"{kind}/{index}/{slot}": tensor for slot, tensor in slots.items()}
-        return flat
-
-    @torch.no_grad()
-    def load_state(self, flat: dict[str, Tensor]) -> None:
-        for name, master in self.masters.items():
-            master.copy_(flat[f"master/{name}"])
-        for kind, optimizer in (("muon", self.muon), ("adam", self.adam)):
-            state: dict[int, dict[str, Tensor]] = {}
-            for key in (key for key in flat if key.startswith(f"{kind}/")):
-                _, index, slot = key.split("/")
-                state.setdefault(int(index), {})[slot] = flat[key]
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        self.write_back()
-
-
-def make_optimizer(model: torch.nn.Module, team: Team) -> Optimizer:
-    """Takes a float32 model, and leaves it in bfloat16."""
-    masters = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
-    model.to(torch.bfloat16)
-    matrices = [w for name, w in masters.items() if w.ndim == 2 and ".layers." in name]
-    tables = [w for name, w in masters.items() if w.ndim == 2 and ".layers." not in name]
-    gains = [w for w in masters.values() if w.ndim == 1]
-    muon = torch.optim.Muon(
-        [{"params": matrices, "full_rate": MATRIX_RATE}], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
-    )
-    adam = torch.optim.AdamW(
-        [
-            {"params": tables, "full_rate": EMBEDDING_RATE, "weight_decay": 0.01},
-            {"params": gains, "full_rate": GAIN_RATE, "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    return Optimizer(team, model, masters, muon, adam)
-
-
 TOKENS_PER_STEP = 4096
 WARMUP_STEPS = 40
 DECAY_FROM = 0.4  # of the planned time; from here the rate falls in a line
@@ -245,3 +125,119 @@ def _sample(held_out: np.ndarray) -> np.ndarray:
     """A few stretches of the held-out text, enough for a curve."""
     stretches = held_out[: len(held_out) // TOKENS_PER_STEP * TOKENS_PER_STEP].reshape(-1, TOKENS_PER_STEP)
     return stretches[:: max(1, len(stretches) // CURVE_STRETCHES)][:CURVE_STRETCHES].ravel()
+
+
+@dataclass(frozen=True)
+class Batches:
+    """All training batches: `batch(step)` needs no state, so a run resumes anywhere."""
+
+    run: np.ndarray  # int64, all training tokens, BOS before each document
+    bos: int
+    tokens_per_step: int
+    seed: int
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs_BT, targets_BT) of one step."""
+        context = context_of(step)
+        size = self.tokens_per_step // context
+        per_pass = (len(self.run) // context - 1) // size
+        number, place = divmod(_earlier(step, context), per_pass)
+        starts = self._starts(context, number)[place * size : (place + 1) * size]
+        targets_BT = self.run[starts[:, None] + np.arange(context)]
+        inputs_BT = np.concatenate([np.full((size, 1), self.bos), targets_BT[:, :-1]], axis=1)
+        return inputs_BT, targets_BT
+
+    def _starts(self, context: int, number: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, context, number])
+        pieces = len(self.run) // context - 1
+        return rng.integers(context) + context * rng.permutation(pieces)
+
+
+def context_of(step: int) -> int:
+    return CYCLE[step % len(CYCLE)]
+
+
+def _earlier(step: int, context: int) -> int:
+    """How many steps before this one had the same context."""
+    cycles, rest = divmod(step, len(CYCLE))
+    return cycles * CYCLE.count(context) + CYCLE[:rest].count(context)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Master weights by name, and the two optimizers that move them."""
+
+    team: Team
+    model: torch.nn.Module
+    masters: dict[str, Tensor]
+    muon: torch.optim.Optimizer
+    adam: torch.optim.Optimizer
+
+    def step(self, rate: float) -> float:
+        """One update at `rate` times the full learning rates; returns the gradient's norm."""
+        self._collect_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), CLIP_NORM, error_if_nonfinite=True)
+        for optimizer in (self.muon, self.adam):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["full_rate"]
+            optimizer.step()
+        self.write_back()
+        return norm.item()
+
+    def _collect_gradients(self) -> None:
+        """Move the model's gradients to the masters, averaged over the team."""
+        weights = dict(self.model.named_parameters())
+        gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
+        flat = torch.cat([gradient.float().flatten() for gradient in gradients])
+        self.team.average_(flat)
+        sizes = [weight.numel() for weight in weights.values()]
+        for (name, weight), part in zip(weights.items(), flat.split(sizes), strict=True):
+            self.masters[name].grad = part.view_as(weight)
+            weight.grad = None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the masters into the model."""
+        for name, weight in self.model.named_parameters():
+            weight.copy_(self.masters[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor a resumed run needs, by flat names."""
+        flat = {f"master/{name}": tensor.detach() for name, tensor in self.masters.items()}
+        for kind, optimizer in (("muon", self.muon), ("adam", self.adam)):
+            for index, slots in optimizer.state_dict()["state"].items():
+                flat |= {f"{kind}/{index}/{slot}": tensor for slot, tensor in slots.items()}
+        return flat
+
+    @torch.no_grad()
+    def load_state(self, flat: dict[str, Tensor]) -> None:
+        for name, master in self.masters.items():
+            master.copy_(flat[f"master/{name}"])
+        for kind, optimizer in (("muon", self.muon), ("adam", self.adam)):
+            state: dict[int, dict[str, Tensor]] = {}
+            for key in (key for key in flat if key.startswith(f"{kind}/")):
+                _, index, slot = key.split("/")
+                state.setdefault(int(index), {})[slot] = flat[key]
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        self.write_back()
+
+
+def make_optimizer(model: torch.nn.Module, team: Team) -> Optimizer:
+    """Takes a float32 model, and leaves it in bfloat16."""
+    masters = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
+    model.to(torch.bfloat16)
+    matrices = [w for name, w in masters.items() if w.ndim == 2 and ".layers." in name]
+    tables = [w for name, w in masters.items() if w.ndim == 2 and ".layers." not in name]
+    gains = [w for w in masters.values() if w.ndim == 1]
+    muon = torch.optim.Muon(
+        [{"params": matrices, "full_rate": MATRIX_RATE}], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    adam = torch.optim.AdamW(
+        [
+            {"params": tables, "full_rate": EMBEDDING_RATE, "weight_decay": 0.01},
+            {"params": gains, "full_rate": GAIN_RATE, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    return Optimizer(team, model, masters, muon, adam)

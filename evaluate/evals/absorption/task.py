@@ -30,6 +30,12 @@ from .probe import Probe, Training, f1_score, fit_probe
 
 LETTERS = string.ascii_lowercase
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space
+SHAPES = ("inside", "Inside", "INSIDE", "word", "Word", "WORD")
+"""Lower case, capitalised and upper case; inside a word or name, and at the start of one."""
+NUM_EXAMPLES = 10
+MAX_DRAWS = 1000
+SEPARATOR = "\n"
+TRAIN_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,6 @@ def first_letter(word: str) -> str:
 FIRST_LETTER = WordClasses(tuple(LETTERS), letter_index, first_letter, "{word} has the first letter:")
 
 
-SHAPES = ("inside", "Inside", "INSIDE", "word", "Word", "WORD")
-"""Lower case, capitalised and upper case; inside a word or name, and at the start of one."""
-
-
 def shape_index(word: str) -> int:
     letters = word.removeprefix(" ")
     case = 0 if letters.islower() else 2 if letters.isupper() and len(letters) > 1 else 1
@@ -87,11 +89,6 @@ def shape_of(word: str) -> str:
 
 
 WORD_SHAPES = WordClasses(SHAPES, shape_index, shape_of, "{word} is:")
-
-
-NUM_EXAMPLES = 10
-MAX_DRAWS = 1000
-SEPARATOR = "\n"
 
 
 @dataclass(frozen=True)
@@ -135,9 +132,6 @@ def _draw(word: str, examples: Sequence[str], draw: random.Random) -> list[str]:
         if word not in drawn:
             return drawn
     raise ValueError(f"no {NUM_EXAMPLES} examples without {word!r} among {len(examples)} words after {MAX_DRAWS} draws")
-
-
-TRAIN_SHARE = 0.8
 
 
 @dataclass(frozen=True, eq=False)

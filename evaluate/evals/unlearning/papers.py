@@ -25,6 +25,13 @@ from ...model.prefix_suffix import LanguageModel
 
 Choose = Callable[[Tensor], Tensor]
 """Logits [N, V] to the index of the choice [N]."""
+LETTERS = "ABCD"
+ALL_ORDERS = tuple(permutations(range(len(LETTERS))))
+AS_WRITTEN = (0, 1, 2, 3)
+TEMPLATE = "<bos><start_of_turn>user\n{body}<end_of_turn>\n<start_of_turn>model\nAnswer: ("
+INTRODUCTION = "The following are multiple choice questions (with answers) about {subject}.\n"
+SPELLINGS = ("", " ")
+"""An answer is a letter alone, or one after a space."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,15 +124,6 @@ def padded_right(rows: Sequence[list[int]], pad: int) -> Tensor:
     """int64 [rows, longest]."""
     longest = max(len(row) for row in rows)
     return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-
-
-LETTERS = "ABCD"
-ALL_ORDERS = tuple(permutations(range(len(LETTERS))))
-AS_WRITTEN = (0, 1, 2, 3)
-TEMPLATE = "<bos><start_of_turn>user\n{body}<end_of_turn>\n<start_of_turn>model\nAnswer: ("
-INTRODUCTION = "The following are multiple choice questions (with answers) about {subject}.\n"
-SPELLINGS = ("", " ")
-"""An answer is a letter alone, or one after a space."""
 
 
 @dataclass(frozen=True)

@@ -35,43 +35,7 @@ from .sweep import Outcome, Setting
 
 CHUNK = 256
 """Questions whose logits are held at once."""
-
-
-def right_answers(model: LanguageModel, hidden_WTD: Tensor, sheet: Sheet, choose: Choose) -> Tensor:
-    """bool [N]: the model's choice at each question is the right one."""
-    asked = sheet.asked(hidden_WTD).split(CHUNK)
-    chosen = torch.cat([choose(model.head(rows)) for rows in asked])
-    return chosen == sheet.answers
-
-
-def known_questions(model: LanguageModel, paper: Paper) -> list[int]:
-    """The numbers of the questions that the undisturbed model answers right in every order."""
-    right = torch.cat([right.cpu() for right in _trial_answers(model, paper.trial())])
-    return right.view(-1, paper.orders).all(1).nonzero().view(-1).tolist()
-
-
-def valid_tokens(sheet: Sheet) -> Tensor:
-    """bool [W, T]: positions up to the last question of each row; behind it is padding, or nothing to ask."""
-    last = sheet.tokens.new_zeros(len(sheet.tokens)).scatter_reduce_(0, sheet.rows, sheet.positions, "amax")
-    return torch.arange(sheet.tokens.shape[1], device=last.device) <= last[:, None]
-
-
-def count(exams: Sequence[Exam]) -> int:
-    return sum(len(exam) for exam in exams)
-
-
-def _trial_answers(model: LanguageModel, exam: Exam) -> Iterator[Tensor]:
-    for sheet in (sheet.to(model.device) for sheet in exam.sheets):
-        yield right_answers(model, model.hidden(sheet.tokens), sheet, exam.choose)
-
-
-def remembered_questions(model: LanguageModel, paper: Paper, folder: Path) -> list[int]:
-    """The numbers of the questions that the model knows, of multiple choice computed at most once."""
-    if not isinstance(paper, ChoicePaper):
-        return known_questions(model, paper)
-    questions = [(question.prompt(), question.answer) for question in paper.questions]
-    decided = decided_by(model=model_print(model), questions=questions)
-    return remembered(folder, paper.name, decided, lambda: known_questions(model, paper))
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +58,6 @@ class FiringCounts(Sums):
         """
         shares = (self.fired.to(torch.float32) / self.tokens).tolist()
         return np.array([float(f"{share:f}") for share in shares])
-
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,3 +167,40 @@ def clamp_shift(acts_WTK: Tensor, W_dec_KD: Tensor, multiplier: float) -> Tensor
     fires[:, 0] = False
     change_WTK = torch.where(fires, -multiplier - acts_WTK, torch.zeros_like(acts_WTK))
     return change_WTK @ W_dec_KD
+
+
+def right_answers(model: LanguageModel, hidden_WTD: Tensor, sheet: Sheet, choose: Choose) -> Tensor:
+    """bool [N]: the model's choice at each question is the right one."""
+    asked = sheet.asked(hidden_WTD).split(CHUNK)
+    chosen = torch.cat([choose(model.head(rows)) for rows in asked])
+    return chosen == sheet.answers
+
+
+def known_questions(model: LanguageModel, paper: Paper) -> list[int]:
+    """The numbers of the questions that the undisturbed model answers right in every order."""
+    right = torch.cat([right.cpu() for right in _trial_answers(model, paper.trial())])
+    return right.view(-1, paper.orders).all(1).nonzero().view(-1).tolist()
+
+
+def valid_tokens(sheet: Sheet) -> Tensor:
+    """bool [W, T]: positions up to the last question of each row; behind it is padding, or nothing to ask."""
+    last = sheet.tokens.new_zeros(len(sheet.tokens)).scatter_reduce_(0, sheet.rows, sheet.positions, "amax")
+    return torch.arange(sheet.tokens.shape[1], device=last.device) <= last[:, None]
+
+
+def count(exams: Sequence[Exam]) -> int:
+    return sum(len(exam) for exam in exams)
+
+
+def _trial_answers(model: LanguageModel, exam: Exam) -> Iterator[Tensor]:
+    for sheet in (sheet.to(model.device) for sheet in exam.sheets):
+        yield right_answers(model, model.hidden(sheet.tokens), sheet, exam.choose)
+
+
+def remembered_questions(model: LanguageModel, paper: Paper, folder: Path) -> list[int]:
+    """The numbers of the questions that the model knows, of multiple choice computed at most once."""
+    if not isinstance(paper, ChoicePaper):
+        return known_questions(model, paper)
+    questions = [(question.prompt(), question.answer) for question in paper.questions]
+    decided = decided_by(model=model_print(model), questions=questions)
+    return remembered(folder, paper.name, decided, lambda: known_questions(model, paper))
