@@ -36,7 +36,7 @@ D, ROWS, STEPS = 32, 512, 40
 FOUND = 0.9  # of a planted dictionary
 SPAN = 32  # trainable tokens of a window
 SMALL: dict[str, Any] = {"width": 96, "k": 6, "target_l0": 6.0, "layers": (1, 2), "dead_after_tokens": 2000}
-SMALL |= {"context": 36}
+SMALL |= {"context": 36, "layer_fractions": (0.5, 1.0)}
 SPECIAL = 2
 WIDTH, CONTEXT, HEADS, KEPT = 16, 8, 2, 3
 

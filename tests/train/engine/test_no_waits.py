@@ -37,6 +37,7 @@ WARM = 20  # steps that schedules have behind them, so that every term counts
 MORE: dict[str, dict[str, Any]] = {
     "ortsae": {"every_steps": 1},
     "clt": {"hook": "mlp_in"},
+    "treesae": {"move_every_fraction": 1.0},
     "jumprelu settings": {"sparsity": "tanh", "frequency_penalty": 0.1},
     "attention topk": {"base": "topk"},
     "hierarchical topk": {"base": "topk"},

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
-from saemill.train.variants import ortsae
+from saemill.train.variants import ortsae, treesae
 
 D, ROWS = 32, 512
 
@@ -84,6 +84,31 @@ def test_orthogonal_rows_do_not_absorb_what_fires_with_them(battery, rng):
         left[variant] = left_over(sae(held_out), held_out)
     assert absorbed["ortsae"] < 0.6 * absorbed["batchtopk"]
     assert left["ortsae"] < left["batchtopk"] + 0.05
+
+
+def test_a_child_fires_with_its_parent_alone_and_dead_ones_change_parents(battery, rng):
+    """Half of the first layer never fires: what hangs from it dies and moves to those that do, and to the root."""
+    config = battery.quick("treesae", lr=3e-3, width=64, k=6, dead_after_tokens=500)
+    trainee = Trainee("one", config.build(D), 40)
+    sae, silent = trainee.sae, torch.arange(64) < 16
+    with torch.no_grad():
+        sae.b_enc[silent] -= 1e3
+    before = sae.parent.clone()
+    for _ in range(40):
+        trainee.step(Batch(scaled(torch.randn(128, D, generator=rng))))
+    assert silent[before[32:].clamp_max(63)].sum() > 8
+    assert not silent[sae.parent[32:].clamp_max(63)].any()  # the root is 64
+    assert (sae.parent[:32] == 64).all() and (before[32:] != sae.parent[32:]).sum() < 32
+    fires = sae.encode(scaled(torch.randn(4 * ROWS, D, generator=rng))) > 0
+    fires = torch.cat([fires, torch.ones(4 * ROWS, 1, dtype=torch.bool)], 1)
+    assert fires[:, 32:64].any() and not (fires[:, 32:64] & ~fires[:, sae.parent[32:]]).any()
+    assert (fires[:, :32].sum(1) <= 5).all() and (fires[:, 32:64].sum(1) <= 1).all()
+
+
+def test_children_are_given_out_in_proportion():
+    share = torch.tensor([5.0, 0.0, 3.0, 2.0])
+    assert treesae.quotas(share, 7).tolist() == [4, 0, 2, 1]
+    assert treesae.quotas(torch.zeros(3), 5).sum() == 5
 
 
 def test_one_dictionary_is_good_at_every_k(battery, rng):

@@ -1,0 +1,216 @@
+"""Tree SAE (Cao et al. 2026): each latent has a parent, fires only where it fires, and adds to what it rebuilds.
+
+B rows, F latents. The dictionary lies in layers, the first of them with no parent but the root, which always fires.
+1. Each layer keeps its own number of a row's largest pre-activations, among latents whose parent fires there.
+2. Each layer with those before it rebuilds the input on its own, as the prefixes of a matryoshka.
+3. Dead latents change parents: the loss of each step is shared out among the latents that fired in it, and every few
+   per cent of the run dead children of parents with more than their share of it move to those with fewer. Half-way
+   those that are still dead become children of the root, and then the tree stays.
+Published with an interval between moves that doubles, in place of a steady one, and in two or four layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..data.scaling import Stats
+from ..engine.compose import Assembly, Term
+from ..engine.schedules import Constant
+from ..kit.build import TOPK_DEAD_PART, require, require_sparsity, topk_optim
+from ..kit.single_layer import SingleLayer, WithAux, build_plain, settings
+from ..sae.extra_modules import Extra
+from ..sae.gates import TopK
+from ..sae.kernels.codes import Codes
+from ..sae.kernels.select_latents import topk_rows
+from ..sae.kernels.support import Support, support_from_topk
+from ..sae.model import SparseAutoencoder
+from ..sae.side_inputs import NO_SIDE, Side
+from ..sae.step_view import View
+from ..terms.nested import NestedReconstruction
+
+TREE = "tree"  # the extra, and the knob that says when latents change parents
+STAY, MOVE, TO_ROOT = 0.0, 1.0, 2.0
+
+
+class TreeSae(SparseAutoencoder):
+    """An SAE whose latents open one layer after the other."""
+
+    is_plain = False
+    counts: tuple[int, ...]
+    """Latents that each layer may keep."""
+    ends: tuple[int, ...]
+    """Where each layer ends."""
+    parent: Tensor  # int64 [F], F for the root
+
+    def layers(self) -> Iterator[tuple[int, int, int]]:
+        """Begin and end of each layer, and how many it keeps."""
+        for (begin, end), count in zip(pairwise((0, *self.ends)), self.counts, strict=True):
+            yield begin, end, count
+
+    def choose(self, pre_all: Tensor, side: Side) -> Support:
+        fires, chosen = self._none_but_the_root(pre_all), []
+        for begin, end, count in self.layers():
+            may_fire = fires[:, self.parent[begin:end]]
+            values, latents = topk_rows(torch.where(may_fire, pre_all[:, begin:end], -torch.inf), count)
+            chosen.append(latents + begin)
+            fires.scatter_(1, chosen[-1], values > 0)
+        return support_from_topk(torch.cat(chosen, 1), self.num_latents)
+
+    def open(self, pre: Codes, side: Side) -> Codes:
+        """Where a layer has too few latents with a parent that fires, its others were chosen and are zero."""
+        assert pre.support is not None
+        latents, values = (part.view(pre.num_rows, -1) for part in (pre.support.latents.long(), pre.values.relu()))
+        fires, kept = self._none_but_the_root(values), []
+        for own, found in zip(latents.split(self.counts, 1), values.split(self.counts, 1), strict=True):
+            kept.append((found > 0) & fires.gather(1, self.parent[own]))
+            fires.scatter_(1, own, kept[-1])
+        return pre.with_values(torch.where(torch.cat(kept, 1), values, 0.0).reshape(-1))
+
+    def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
+        return self.codes(x.reshape(-1, self.d_in), side).dense().view(*x.shape[:-1], self.num_latents)
+
+    def _none_but_the_root(self, rows: Tensor) -> Tensor:
+        """bool [B, F + 1]"""
+        fires = torch.zeros(len(rows), self.num_latents + 1, dtype=torch.bool, device=rows.device)
+        fires[:, -1].fill_(True)
+        return fires
+
+
+class Tree(Extra):
+    """Counts what each latent had a part in, and gives dead latents other parents."""
+
+    share: Tensor
+
+    def __init__(self, num_latents: int, first: int, loss: NestedReconstruction) -> None:
+        super().__init__()
+        self.loss = loss
+        self.register_buffer("share", torch.zeros(num_latents + 1))
+        self.register_buffer("below", torch.arange(num_latents) >= first)
+
+    def retired_latents(self) -> Tensor:
+        """The auxiliary loss is the first layer's: that of a child would not know where its parent fires."""
+        return cast(Tensor, self.below)
+
+    @torch.no_grad()
+    def observe(self, view: View) -> None:
+        fired = torch.cat([view.side.ranks.sum(view.codes.fired) > 0, self.share.new_ones(1, dtype=torch.bool)])
+        self.share += fired * (view.side.ranks.mean(self.loss(view)) / fired.sum())
+        due, sae = view.side.knob(TREE, STAY), cast(TreeSae, view.sae)
+        if due == STAY:
+            return
+        for begin, end, _ in [*sae.layers()][1:]:
+            dead = view.dead[begin:end].nonzero().view(-1) + begin
+            if due == TO_ROOT:
+                sae.parent[dead] = sae.num_latents
+            else:
+                self._move(sae, begin, end, dead, view)
+        self.share.zero_()
+
+    def _move(self, sae: TreeSae, begin: int, end: int, dead: Tensor, view: View) -> None:
+        """Dead children of a layer, from parents that have more than their share to those that have fewer."""
+        pool = torch.cat([self.share[:begin] * ~view.dead[:begin], self.share[-1:]])
+        own = sae.parent[begin:end].clamp_max(begin)  # the root behind the candidates
+        spare = torch.bincount(own, minlength=begin + 1) - quotas(pool, end - begin)
+        dead = dead[torch.randperm(len(dead), generator=view.generator).to(dead.device)]
+        family, order = torch.sort(sae.parent[dead].clamp_max(begin), stable=True)
+        place = torch.arange(len(family), device=dead.device) - torch.searchsorted(family, family)  # in its family
+        leaving = dead[order[place < spare[family]]]
+        wanted = torch.arange(begin + 1, device=dead.device).repeat_interleave(-spare.clamp_max(0))
+        wanted = wanted[torch.randperm(len(wanted), generator=view.generator).to(dead.device)]
+        count = min(len(leaving), len(wanted))
+        taken = wanted[:count]
+        sae.parent[leaving[:count]] = torch.where(taken == begin, sae.num_latents, taken)
+
+
+def quotas(share_P: Tensor, count: int) -> Tensor:
+    """int64 [P], `count` children given out in proportion to the shares; none where all are nothing but the last."""
+    if float(share_P.sum()) <= 0:
+        share_P = torch.ones_like(share_P)
+    exact = share_P.double() / share_P.double().sum() * count
+    whole = exact.floor().long()
+    more = (exact - whole).argsort(descending=True, stable=True)[: count - int(whole.sum())]
+    return whole.index_add(0, more, torch.ones_like(more))
+
+
+@dataclass(frozen=True)
+class Moving:
+    """When latents change parents: every so often until a part of the run, and then once to the root."""
+
+    every_fraction: float
+    until_fraction: float
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        until, every = round(self.until_fraction * total_steps), max(1, round(self.every_fraction * total_steps))
+        if step == until:
+            return TO_ROOT
+        return MOVE if 0 < step < until and step % every == 0 else STAY
+
+
+@settings(
+    "layer width k layer_fractions k_shares move_every_fraction move_until_fraction seed aux_weight aux_k "
+    "dead_after_tokens decoder_bias encoder_product optim"
+)
+class Config(WithAux, SingleLayer):
+    k: int = 64
+    layer_fractions: tuple[float, ...] = (0.25, 1.0)
+    """Where each layer of the tree ends, as shares of the dictionary."""
+    k_shares: tuple[float, ...] = (0.8125, 0.1875)
+    """Of the k active latents of a token, those that each layer has."""
+    move_every_fraction: float = 0.03
+    """Share of the run after which dead latents change parents, again and again."""
+    move_until_fraction: float = 0.5
+    """Share of the run after which those that are dead are the root's, and the tree stays."""
+
+    def step_tables(self) -> float:
+        return 3.0
+
+    def dead_part(self) -> int:
+        return TOPK_DEAD_PART
+
+    def ends(self) -> tuple[int, ...]:
+        ends = tuple(round(fraction * self.width) for fraction in self.layer_fractions)
+        rising = all(low < high for low, high in pairwise((0, *ends)))
+        require(
+            rising and ends[-1:] == (self.width,),
+            f"layer_fractions: expected distinct ends that rise to {self.width}, found {ends}",
+        )
+        return ends
+
+    def counts(self) -> tuple[int, ...]:
+        """Active latents of each layer, k together."""
+        shares, ends = self.k_shares, self.ends()
+        require(len(shares) == len(ends), f"k_shares: expected {len(ends)}, one a layer, found {shares}")
+        require(abs(sum(shares) - 1.0) < 1e-6, f"k_shares: expected shares that sum to 1, found {shares}")
+        bounds = [round(sum(shares[:layer]) * self.k) for layer in range(len(shares) + 1)]
+        counts = tuple(high - low for low, high in pairwise(bounds))
+        sizes = tuple(high - low for low, high in pairwise((0, *ends)))
+        fits = all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
+        require(fits, f"k_shares: expected 1 or more latents in each layer of {sizes}, found {counts} of k = {self.k}")
+        return counts
+
+    def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
+        require_sparsity(self.k, self.width)
+        for name in ("move_every_fraction", "move_until_fraction"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"{name}: expected more than 0 and at most 1, found {value}")
+        ends, counts = self.ends(), self.counts()
+        nested = NestedReconstruction(ends, (1.0,) * len(ends))
+        terms = (Term("reconstruction", nested, Constant(1.0), nested.residual), self.aux(d_model))
+        optim = topk_optim(self.optim, self.width, d_model)
+        assembly = build_plain(self, d_model, stats, TopK(self.k), terms, optim)
+        sae = TreeSae(**assembly.sae.parts())
+        sae.ends, sae.counts = ends, counts
+        parents = [torch.full((ends[0],), self.width)]
+        for begin, end in pairwise(ends):
+            drawn = torch.randint(0, begin + 1, (end - begin,), generator=assembly.generator)
+            parents.append(torch.where(drawn == begin, self.width, drawn))
+        sae.register_buffer("parent", torch.cat(parents))
+        moving = Moving(self.move_every_fraction, self.move_until_fraction)
+        assembly = assembly.wrap(lambda _: sae).with_extra(TREE, Tree(self.width, ends[0], nested))
+        return assembly.with_knobs(**{TREE: moving})
