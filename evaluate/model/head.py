@@ -5,7 +5,7 @@ It says which tokens a direction of the residual stream promotes. Of a model of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
 from ...harvest.model.load import find_weights, read_facts
 from ..errors import ModelMissing
+
+TABLES = {True: ("embed_tokens", "embed_in"), False: ("lm_head", "embed_out")}  # by whether input and output share one
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,31 +44,36 @@ def head_of(model: Any) -> Head:
 
 
 def load_head(folder: Path, device: torch.device) -> Head:
-    """The head of a model on disk, in float32."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # here: it takes seconds to import
+    """The head of a model on disk, in float32; the model's own classes would take seconds to import."""
+    from transformers import AutoConfig
 
     try:
         read_facts(folder)  # refuses types that only downloaded code could run
-        config = AutoConfig.from_pretrained(folder)
-        config.num_hidden_layers = 0
-        with torch.device("meta"):
-            bare: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        norm = getattr(bare.base_model, architecture_of(config.model_type).final_norm)
-        embedding = bare.get_input_embeddings() if config.tie_word_embeddings else bare.get_output_embeddings()
-        names = {module: name for name, module in bare.named_modules()}
-        wanted = {f"{names[module]}.{part}" for module in (norm, embedding) for part, _ in module.named_parameters()}
-        tables = {name: table.float().to(device) for name, table in read_tables(folder, wanted).items()}
-        parts = {part: tables[f"{names[norm]}.{part}"] for part, _ in norm.named_parameters()}
-        norm.load_state_dict(parts, assign=True)
-        return Head(norm.requires_grad_(False), tables[f"{names[embedding]}.weight"])
+        config: Any = AutoConfig.from_pretrained(folder)
+        architecture = architecture_of(config.model_type)
+        tables = {name: table.float().to(device) for name, table in read_tables(folder, architecture.final_norm)}
+        weight, bias = (tables.get(f"{architecture.final_norm}.{part}") for part in ("weight", "bias"))
+        found = [tables[f"{name}.weight"] for name in TABLES[config.tie_word_embeddings] if f"{name}.weight" in tables]
+        if weight is None or not found:
+            raise KeyError(f"of {architecture.final_norm}, {TABLES[config.tie_word_embeddings]} there are {[*tables]}")
+        return Head(norm_of(architecture.norm, config, weight, bias), found[0])
     except (HarvestError, SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
         raise ModelMissing(f"{folder}: no final norm and unembedding ({error}); fetch the model again") from error
 
 
-def read_tables(folder: Path, names: set[str]) -> dict[str, Tensor]:
-    """Those of the tensors that the folder has."""
-    found = {}
+def read_tables(folder: Path, final_norm: str) -> Iterator[tuple[str, Tensor]]:
+    """Those of the tensors that lie in no layer and may belong to a head, by the last two parts of their names."""
     for file in find_weights(folder):
         with safe_open(file, "pt") as tables:
-            found |= {name: tables.get_tensor(name) for name in names & set(tables.keys())}
-    return found
+            for key in tables.keys():  # noqa: SIM118  # it is no mapping
+                *place, module, part = key.split(".")
+                if len(place) < 2 and module in (final_norm, *TABLES[True], *TABLES[False]):
+                    yield f"{module}.{part}", tables.get_tensor(key)
+
+
+def norm_of(kind: str, config: Any, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What `Architecture.norm` names, bit for bit as transformers computes it in float32."""
+    if kind == "layer":
+        return lambda x: functional.layer_norm(x, weight.shape, weight, bias, config.layer_norm_eps)
+    scale = 1.0 + weight if kind == "rms from one" else weight
+    return lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps) * scale

@@ -8,8 +8,9 @@ eager model. What must hold, or the model is refused by name:
 2. A layer takes the residual and keywords, returns the residual, and passes the keywords on to its attention.
 3. The layer's attention, the module that `attention` names, reads what `input_layernorm` makes of the residual, has
    a `layer_idx`, and calls transformers' attention interface (`attn_implementation`).
-4. `drop_values` leaves that module its probabilities, to the bit, without the cost of the values.
-5. `hooks` says where in a layer the activations of each hook pass by; what a family does not name it does not have.
+4. `norm` says what the module `final_norm` computes, so that a head can be read without the classes of the model.
+5. `drop_values` leaves that module its probabilities, to the bit, without the cost of the values.
+6. `hooks` says where in a layer the activations of each hook pass by; what a family does not name it does not have.
    What a family multiplies before it adds it to the residual (granite's `residual_multiplier`) is kept as it was.
 
 A decoder of another build (GPT-2's `h` and `ln_1`, say) does not fit, and `require_parts` says what it lacks.
@@ -18,7 +19,7 @@ A decoder of another build (GPT-2's `h` and `ln_1`, say) does not fit, and `requ
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -47,6 +48,8 @@ class Architecture:
     """The attention module of a layer."""
     final_norm: str
     """The norm behind the last layer of the base model."""
+    norm: Literal["rms", "rms from one", "layer"]
+    """What it computes: by mean squares, times its weight or times one and its weight; or torch's layer_norm."""
     drop_values: Callable[[Any], None]
     """Strips an attention module of all that its probabilities do not need."""
     hooks: Mapping[str, Tap]
@@ -125,6 +128,7 @@ def _of_fused(part: int, layer: Any, fused: Tensor) -> Tensor:
 LLAMA_STYLE = Architecture(
     "self_attn",
     "norm",
+    "rms",
     _drop_split_values,
     {
         "mlp_in": Tap("mlp", of_input=True),
@@ -136,10 +140,12 @@ LLAMA_STYLE = Architecture(
     },
 )
 NORMED_SUBLAYERS = {"mlp_out": Tap("post_feedforward_layernorm"), "attn_out": Tap("post_attention_layernorm")}
-GEMMA2_STYLE = replace(LLAMA_STYLE, hooks={**LLAMA_STYLE.hooks, **NORMED_SUBLAYERS})
+GEMMA_STYLE = replace(LLAMA_STYLE, norm="rms from one")
+GEMMA2_STYLE = replace(GEMMA_STYLE, hooks={**LLAMA_STYLE.hooks, **NORMED_SUBLAYERS})
 NEOX_STYLE = Architecture(
     "attention",
     "final_layer_norm",
+    "layer",
     _drop_fused_values,
     {
         "mlp_in": Tap("mlp", of_input=True),
@@ -152,7 +158,7 @@ NEOX_STYLE = Architecture(
 )
 
 ARCHITECTURES = {  # by transformers' model_type; every entry is tested against its eager model
-    "gemma": LLAMA_STYLE,
+    "gemma": GEMMA_STYLE,
     "gemma2": GEMMA2_STYLE,
     "llama": LLAMA_STYLE,
     "mistral": LLAMA_STYLE,

@@ -15,6 +15,7 @@ import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
@@ -36,6 +37,7 @@ from saemill.evaluate.model.head import head_of, load_head
 from saemill.evaluate.model.prefix_suffix import load_language_model
 from saemill.evaluate.output.figures.records import Record
 from saemill.evaluate.run.find_saes import find_subjects
+from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
 
@@ -280,7 +282,21 @@ def test_neighbours_by_firing():
     assert score[rows, near.latents] == pytest.approx(near.scores, abs=1e-5)
 
 
-def test_the_head_alone_says_what_the_whole_model_says():
+def test_the_head_alone_says_what_the_whole_model_says(tmp_path):
+    """Bit for bit, in every family that can be harvested, though none of their classes is imported for it."""
+    for model_type in ARCHITECTURES:
+        shape = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+        config = AutoConfig.for_model(model_type, vocab_size=40, **shape)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for number, parameter in enumerate(model.parameters()):  # norms start at constants that would hide errors
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        model.save_pretrained(tmp_path / model_type)
+        rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+        alone = load_head(tmp_path / model_type, torch.device("cpu")).promotes(rows)
+        assert torch.equal(alone, head_of(model).promotes(rows)), model_type
+
+
+def test_promotion_is_what_the_norm_and_the_unembedding_make_of_a_direction():
     whole = load_language_model(MODEL_FOLDER, torch.float32, torch.device("cpu"))
     rows = torch.randn(3, whole.facts.d_model, generator=torch.Generator().manual_seed(0))
     alone = load_head(MODEL_FOLDER, torch.device("cpu")).promotes(rows)
