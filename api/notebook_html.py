@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 MISSING = "-"
 
 
-def table(rows: Sequence[Mapping[str, Any]], caption: str = "", notes: Iterable[str] = ()) -> str:
-    """Rows of named values; a column is there if any row has it."""
+def table(
+    rows: Sequence[Mapping[str, Any]],
+    caption: str = "",
+    notes: Iterable[str] = (),
+    heading: Callable[[str], str] = str,
+) -> str:
+    """Rows of named values; a column is there if any row has it, its whole name under the pointer."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    head = "".join(f'<th title="{escape(column)}">{escape(heading(column))}</th>' for column in columns)
     body = "".join(f"<tr>{''.join(_cell(row.get(column)) for column in columns)}</tr>" for row in rows)
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     below = "".join(f"<p>{escape(note)}</p>" for note in notes)

@@ -131,6 +131,7 @@ def test_a_table_has_a_row_for_each_sae(run: Any) -> None:
     assert table.rows[0]["decoder_cosine.mean"] > 0
     assert table.results[0]["eval_type_id"] == "decoder_cosine"
     assert any(note.startswith("incomplete: core of run_1/topk_k2") for note in table.notes)  # nobody has that model
+    assert '<th title="decoder_cosine.mean">mean</th>' in table._repr_html_()  # as short as a terminal has it
     assert "decoder_cosine: " in repr(table) and "run_1/topk_k4" in repr(table)
     (one,) = evaluate("run_1/topk_k2", evals="decoder_cosine", resume=True, plots=False, device="cpu").rows
     assert one["sae"] == "run_1/topk_k2"
