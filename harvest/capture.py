@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cache_schema import AttentionSpec
 from ..cache_schema.sites import RESID, Site
 from .model.attention import Sinks
-from .model.load import TruncatedModel, kept_hooks, kept_outputs
+from .model.load import TruncatedModel, kept
 from .sparsify_attention import KeptRows, sparsify
 
 
@@ -40,7 +40,8 @@ def capture(model: TruncatedModel, ids_WT: Tensor, spec: AttentionSpec) -> Captu
     def keep(layer: int, probs_WHTT: Tensor) -> None:
         blocks[layer].append(sparsify(probs_WHTT, spec))
 
-    with kept_hooks(model) as hooks:
+    sites = [Site(hook, layer) for hook, layers in model.wanted.hooks.items() for layer in layers]
+    with kept(model.stack, model.facts.model_type, sites) as hooks:
         resid = run(model, ids_WT, {layer: partial(keep, layer) for layer in blocks})
     return Captured(resid, {layer: KeptRows.concat(parts) for layer, parts in blocks.items()}, hooks)
 
@@ -48,6 +49,7 @@ def capture(model: TruncatedModel, ids_WT: Tensor, spec: AttentionSpec) -> Captu
 @torch.inference_mode()
 def run(model: TruncatedModel, ids_WT: Tensor, sinks: Sinks) -> dict[int, Tensor]:
     """The forward pass: residuals by layer; attention probabilities go to the sinks, block by block."""
-    with kept_outputs(model.stack, model.wanted.resid_layers) as resid:
+    sites = [Site(RESID, layer) for layer in model.wanted.resid_layers]
+    with kept(model.stack, model.facts.model_type, sites) as resid:
         model.stack(input_ids=ids_WT, use_cache=False, sinks=sinks)
-    return resid
+    return {site.layer: found for site, found in resid.items()}

@@ -46,22 +46,26 @@ class Reading:
     def size(self) -> int:
         return len(next(iter(self.x.values())))
 
+    def x_of(self, layers: Sequence[int]) -> Tensor:
+        """float32 [N, D]: the residuals of some layers side by side."""
+        return self.x[layers[0]] if len(layers) == 1 else torch.cat([self.x[layer] for layer in layers], dim=-1)
+
     def acts_of(self, subject: LoadedSae, rows: Tensor) -> Tensor:
         """Activations at some spots: [rows, F]."""
         if subject in self.acts:
             return self.acts[subject][rows]
         with torch.no_grad():
-            return subject.sae.encode(self.x[subject.layer][rows])
+            return subject.sae.encode(self.x_of(subject.layers)[rows])
+
+    def all_acts_of(self, subject: LoadedSae) -> Iterator[Tensor]:
+        """Activations at all spots, in pieces [n, F] that fit into memory."""
+        numbers = torch.arange(self.size, device=next(iter(self.x.values())).device)
+        for rows in numbers.split(max(1, CHUNK_BYTES // (4 * subject.width))):
+            yield self.acts_of(subject, rows)
 
     def columns_of(self, subject: LoadedSae, latents: Tensor) -> Tensor:
         """Activations of some latents at all spots: [N, latents]."""
-        return torch.cat([self.acts_of(subject, rows)[:, latents] for rows in self._chunks(subject)])
-
-    def _chunks(self, subject: LoadedSae) -> Iterator[Tensor]:
-        """The numbers of all spots, in pieces whose activations fit into memory."""
-        x_ND = self.x[subject.layer]
-        size = max(1, CHUNK_BYTES // (4 * subject.width))
-        yield from torch.arange(len(x_ND), device=x_ND.device).split(size)
+        return torch.cat([acts[:, latents] for acts in self.all_acts_of(subject)])
 
 
 @dataclass(frozen=True, eq=False)

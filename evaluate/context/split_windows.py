@@ -1,8 +1,7 @@
 """What measures of stored text read: some windows of a split with the layers that all SAEs need, and which rows count.
 
 They look at dense codes [W, T, F] of one SAE at a time; batches are as small as the widest SAE asks for. Rows that
-count are neither special nor padding, nor massive in a layer that the SAE reads or
-writes.
+count are neither special nor padding, nor massive in a layer that the SAE reads or writes.
 """
 
 from __future__ import annotations

@@ -15,20 +15,16 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.sparse import csr_matrix
-from torch import Tensor
 
 from ...cache_schema.strict import to_json
 from ..context.compatible import attention_of, model_name_of
-from ..context.loaded_sae import layers_of
-from ..model.batches import Windows, make_rows, run_windows
-from ..model.memory import PieceSize, in_pieces
+from ..context.prompt_positions import Reader, Spot
 from ..model.prefix_suffix import LanguageModel
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing import collection, installed
 from .probing.collection import BinarySet
-from .probing.pooling import batch_size_for, beside, stacked, to_sparse
+from .probing.pooling import batch_size_for, stacked, to_sparse
 from .probing.scores import mean_scores
 from .probing.settings import of_data
 from .probing.sources import DataName, Source, find_source, load_all
@@ -183,57 +179,20 @@ def read_prompts(
     """Run the model on prompts of like length together, and put its activations back into their order."""
     rows = token_rows(context.model, prompts, length)
     order = np.argsort([len(row) for row in rows], kind="stable")
-    size = PieceSize(batch_size_for(subjects, length, batch_size), "prompts", context.say)
-
+    size = batch_size_for(subjects, length, batch_size)
+    reader = Reader(context.model, subjects, attention_of(context, subjects), size, context.say)
     with context.watch.stage(title, len(rows), "prompts") as advance:
-
-        def read(start: int, stop: int) -> LastTokens:
-            piece = read_last(_run(context, subjects, [rows[row] for row in order[start:stop]]), subjects)
-            advance(stop - start)
-            return piece
-
-        pieces = list(in_pieces(len(rows), size, read))
+        read = reader.read([Spot(rows[row], -1) for row in order], advance)
     back = np.argsort(order)
     return LastTokens(
-        {layers: np.concatenate([piece.resid[layers] for piece in pieces])[back] for layers in pieces[0].resid},
-        {subject: stacked([piece.latents[subject] for piece in pieces])[back] for subject in subjects},
-    )
-
-
-def read_last(batch: Windows, subjects: Sequence[LoadedSae]) -> LastTokens:
-    """Activations at the last token of the prompts of a batch."""
-    last = at_last(batch)
-    groups = dict.fromkeys(subject.layers for subject in subjects)
-    return LastTokens(
-        {layers: beside(last, layers)[:, 0].float().cpu().numpy() for layers in groups},
-        {subject: to_sparse(latents_at_last(subject, batch, last)) for subject in subjects},
+        {subject.layers: read.x_of(subject.layers).cpu().numpy()[back] for subject in subjects},
+        {subject: stacked([to_sparse(acts) for acts in read.all_acts_of(subject)])[back] for subject in subjects},
     )
 
 
 def token_rows(model: LanguageModel, prompts: Sequence[str], context: int) -> list[list[int]]:
     """BOS and the last tokens of each prompt, `context` in all."""
     return [[model.bos, *ids[-(context - 1) :]] for ids in model.tokenizer.encode(prompts)]
-
-
-def at_last(batch: Windows) -> Windows:
-    """Windows of one position: the last of each prompt."""
-    rows, last = torch.arange(len(batch), device=batch.tokens.device), batch.valid.sum(dim=1) - 1
-    one = torch.ones(len(batch), 1, dtype=torch.bool, device=batch.tokens.device)
-    resid = {layer: x[rows, last][:, None] for layer, x in batch.resid.items()}
-    return Windows(tokens=batch.tokens[rows, last][:, None], keep=one, valid=one, resid=resid)
-
-
-def latents_at_last(subject: LoadedSae, batch: Windows, last: Windows) -> Tensor:
-    """[W, F]; an SAE that reads more than the residual sees the whole prompt."""
-    if not subject.needs:
-        return subject.encode(last)[:, 0]
-    rows = torch.arange(len(batch), device=batch.tokens.device)
-    return subject.encode(batch)[rows, batch.valid.sum(dim=1) - 1]
-
-
-def _run(context: Context, subjects: Sequence[LoadedSae], rows: Sequence[Sequence[int]]) -> Windows:
-    tokens, valid = make_rows(context.model, rows, max(map(len, rows)))
-    return run_windows(context.model, tokens, valid, layers_of(subjects), attention_of(context, subjects))
 
 
 EVALUATION = Evaluation(

@@ -2,10 +2,11 @@
 
 TCS (temporal consistency score), by scale: mean cosine of codes at the scale's lags, less what shuffled order would
 give. FSM (feature stability metric), by latent: P(active next | active) over its base rate. SAEs that were trained
-without temporal groups have equal shares of their dictionary for groups. W windows, T context, F latents, M latents in
-the transition matrix. Pairs lie in one window and in one document, with no special token at either end. `follows` [W,
-T] marks tokens whose predecessor makes such a pair;
-`segment` [W, T] numbers the stretches that belong together, -1 where a token takes no part.
+without temporal groups have equal shares of their dictionary for groups.
+
+W windows, T context, F latents, M latents in the transition matrix. Pairs lie in one window and in one document, with
+no special token at either end. `follows` [W, T] marks tokens whose predecessor makes such a pair; `segment` [W, T]
+numbers the stretches that belong together, -1 where a token takes no part.
 """
 
 from __future__ import annotations

@@ -25,11 +25,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ...cache_schema.sites import Site
+from ...cache_schema.sites import RESID, Site
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of, require_parts
 from ...harvest.model.attention import ATTENTION, register_attention
-from ...harvest.model.load import ModelFacts, find_weights, hooked, kept_outputs, read_facts, tapped, without_report
+from ...harvest.model.load import ModelFacts, find_weights, kept, read_facts, tapped, without_report
 from ...harvest.model.tokenizer import TextEncoder, make_encoder
 from ..errors import MemoryTooSmall, ModelMissing
 from .memory import is_out_of_memory
@@ -96,9 +96,10 @@ class LanguageModel:
         """
         wanted: list[int] = [*layers, *(sinks or {})]
         stack = self._part(0, max(wanted) + 1, normed=False)
-        with kept_outputs(self.stack, layers) as kept, spliced(self.stack, splice or {}):
+        sites = [Site(RESID, layer) for layer in layers]
+        with kept(self.stack, self.facts.model_type, sites) as found, self._spliced(splice):
             stack(input_ids=tokens_WT, use_cache=False, sinks=sinks or {}, **_padding(valid_WT))
-        return kept
+        return {site.layer: resid for site, resid in found.items()}
 
     @torch.inference_mode()
     def suffix(self, resid_WTD: Tensor, layer: int, valid_WT: Tensor | None = None) -> Tensor:
@@ -111,7 +112,7 @@ class LanguageModel:
         self, tokens_WT: Tensor, splice: Mapping[int, Splice] | None = None, valid_WT: Tensor | None = None
     ) -> Tensor:
         """[W, T, D] after the final norm, from tokens; `splice` replaces residuals after its layers."""
-        with spliced(self.stack, splice or {}):
+        with self._spliced(splice):
             return self.stack(input_ids=tokens_WT, use_cache=False, **_padding(valid_WT)).last_hidden_state
 
     def tapped(self, taps: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> AbstractContextManager[None]:
@@ -150,7 +151,7 @@ class LanguageModel:
 
         cache = DynamicCache(config=self.stack.config)
         positions = (valid_WT.long().cumsum(dim=1) - 1).clamp_min(0)
-        with spliced(self.stack, splice or {}):
+        with self._spliced(splice):
             new = [self._next(tokens_WT, valid_WT, positions, cache)]
         for number in range(1, count):
             valid_WT = torch.cat([valid_WT, valid_WT.new_ones(len(valid_WT), 1)], dim=1)
@@ -167,6 +168,14 @@ class LanguageModel:
             use_cache=True,
         )
         return self.head(out.last_hidden_state[:, -1]).argmax(dim=-1, keepdim=True)
+
+    def _spliced(self, splice: Mapping[int, Splice] | None) -> AbstractContextManager[None]:
+        """While it runs, the residuals after these layers are replaced."""
+
+        def replace(change: Splice, resid: Tensor) -> Tensor:
+            return change(resid).to(resid.dtype)
+
+        return self.tapped({Site(RESID, layer): partial(replace, change) for layer, change in (splice or {}).items()})
 
     @contextmanager
     def _eager_attention(self) -> Iterator[None]:
@@ -239,17 +248,6 @@ def _without_tokenizer(model: PreTrainedModel) -> LanguageModel:
     """What tokens mean is unknown; which are special, the configuration says."""
     eos = model.config.eos_token_id
     return LanguageModel(model, None, eos if isinstance(eos, int) else None, model.config.pad_token_id)
-
-
-@contextmanager
-def spliced(stack: Any, splice: Mapping[int, Splice]) -> Iterator[None]:
-    """Replaces the outputs of layers while a model runs."""
-
-    def replace(change: Splice, _module: object, _args: object, output: Tensor) -> Tensor:
-        return change(output).to(output.dtype)
-
-    with hooked(stack, {layer: partial(replace, change) for layer, change in splice.items()}):
-        yield
 
 
 def _padding(valid_WT: Tensor | None) -> dict[str, Tensor]:

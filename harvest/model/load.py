@@ -13,7 +13,7 @@ Forward hooks read residuals, or change them, while a model runs. All that runs 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -264,24 +264,11 @@ def validate_report(report: dict[str, Any], folder: Path) -> None:
 
 
 @contextmanager
-def kept_outputs(stack: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collects the outputs of layers while a model runs."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(layer: int, _module: object, _args: object, output: Tensor) -> None:
-        kept[layer] = output
-
-    with hooked(stack, {layer: partial(keep, layer) for layer in layers}):
-        yield kept
-
-
-@contextmanager
-def kept_hooks(model: TruncatedModel) -> Iterator[dict[Site, Tensor]]:
-    """Collects the activations of the wanted hooks while a model runs; nothing is copied."""
-    kept: dict[Site, Tensor] = {}
-    sites = [Site(hook, layer) for hook, layers in model.wanted.hooks.items() for layer in layers]
-    with tapped(model.stack, model.facts.model_type, {site: partial(kept.__setitem__, site) for site in sites}):
-        yield kept
+def kept(stack: Any, model_type: str, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Collects the activations of these sites while a model runs; nothing is copied."""
+    found: dict[Site, Tensor] = {}
+    with tapped(stack, model_type, {site: partial(found.__setitem__, site) for site in sites}):
+        yield found
 
 
 @contextmanager
@@ -309,17 +296,6 @@ def tapped(stack: Any, model_type: str, taps: Mapping[Site, Callable[[Tensor], T
             handles.append(module.register_forward_pre_hook(partial(before, tap, function, layer)))
         else:
             handles.append(module.register_forward_hook(partial(behind, tap, function, layer)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def hooked(stack: Any, hooks: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
-    """Forward hooks on layers of a decoder stack, gone afterwards."""
-    handles = [stack.layers[layer].register_forward_hook(hook) for layer, hook in hooks.items()]
     try:
         yield
     finally:

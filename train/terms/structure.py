@@ -8,12 +8,12 @@ Every N steps:
 4. Where asked for, latents that are alive follow, alone or in exchange, if the weighted loss of the tiers falls by it.
 A dead latent that has moved learns anew by the auxiliary loss of its base, as any dead latent does.
 
-How living latents are moved. B rows, F latents, T tiers; e_u is what the set of tiers 0 to u leaves of the target, w_u
-what its loss counts, a and d a latent's activation and decoder row. Alone, a latent that joins a set changes its loss
-by E[a^2] - 2 E[a <e_u, d>], one that leaves it by E[a^2] + 2 E[a <e_u, d>]: from these follows what every move of one
-latent would do. 1. What each latent's move to each tier changes, on the batch at hand. 2. Single moves that lower the
-loss, as far as the sizes of tiers may drift; then exchanges of two latents that do. 3. Moves change each other: the
-loss with all of them is computed, and half are dropped until it is lower than before.
+How living latents are moved (B rows, F latents, T tiers; e_u is what the set of tiers 0 to u leaves of the target, w_u
+what its loss counts, a and d a latent's activation and decoder row):
+1. A latent that joins a set changes its loss by E[a^2] - 2 E[a <e_u, d>], one that leaves it by
+   E[a^2] + 2 E[a <e_u, d>]: from these follows what each latent's move to each tier changes, on the batch at hand.
+2. Single moves that lower the loss, as far as the sizes of tiers may drift; then exchanges of two latents that do.
+3. Moves change each other: the loss with all of them is computed, and half are dropped until it is lower than before.
 """
 
 from __future__ import annotations

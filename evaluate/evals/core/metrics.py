@@ -1,7 +1,7 @@
 """From the sums of a core evaluation to SAEBench's keys, and to ours beside them.
 
-SAEBench's keys have SAEBench's formulas exactly; what those leave out or get wrong has our own keys. F latents, D
-width.
+SAEBench's keys have SAEBench's formulas exactly; what those leave out or get wrong has our own keys.
+F latents, D width.
 
 Of each latent SAEBench says bias, norm and cosines from the weights alone. A similarity is computed once for both its
 latents: blocks above the diagonal give the maxima of their rows and of their columns.

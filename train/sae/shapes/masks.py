@@ -1,8 +1,9 @@
 """Masks over positions: where in a window a latent may fire.
 
-p position, T context, F latents, c coefficient, R ranges. Range r holds the positions r T / R to (r + 1) T / R. m_f(p)
-is - hard: 1 inside the latent's range of positions, 0 outside; - soft: exp(-(p - mu_f)^2 / (2 sigma^2)) with a learned
-centre mu_f; 0 where it falls below a cutoff, since
+p position, T context, F latents, c coefficient, R ranges; range r holds the positions r T / R to (r + 1) T / R. m_f(p)
+is
+- hard: 1 inside the latent's range of positions, 0 outside;
+- soft: exp(-(p - mu_f)^2 / (2 sigma^2)) with a learned centre mu_f; 0 where it falls below a cutoff, since
   the tails of a Gaussian would count as activity everywhere without saying anything;
 and free latents have 1 everywhere. A latent's activation is multiplied by 1 + c (m - 1). c is 1, or goes from
 exactly 0 to exactly 1 over a part of the run (progressive), moved along its sigmoid by a learned offset
