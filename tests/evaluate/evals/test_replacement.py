@@ -84,5 +84,5 @@ def test_what_has_no_place_says_why_and_the_others_are_measured(world, builder, 
     high = builder.subject(builder.make_sae(), "high", layers=(9,), hook="mlp_out", target_hook="mlp_out")
     found = measure(open_context(world), fine, wide, high, windows=4)
     assert found["fine"]["tokens"] > 0
-    for name, said in {"wide": "reads width 8", "high": "the model has 5"}.items():
+    for name, said in {"wide": "reads width 8", "high": "has 5 layers"}.items():
         assert isinstance(found[name], Failure) and said in str(found[name].error)

@@ -104,7 +104,7 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
         ([*TOPK, "--set", "k"], "expected a setting like"),
         ([*TOPK, "--set", "k=three"], "topk.k: expected int, found 'three'"),
         ([*TOPK, "--k", "99", "--width", "32"], "at most width = 32, found 99"),
-        ([*TOPK, "--grid", "data.batch_tokens=1,2"], "a fleet shares one stream"),
+        ([*TOPK, "--grid", "data.batch_tokens=1,2"], "--grid is of SAEs that share data"),
         ([*TOPK, "--tokens", "10"], "less than one batch of 64"),
         ([*TOPK, "--tokens", "1M"], "give --epochs 157 to read it again"),
         ([*TOPK, "--tokens", "1M", "--epochs", "2"], "in an epoch, 12,880 in 2"),

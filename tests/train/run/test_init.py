@@ -105,7 +105,7 @@ def test_a_run_goes_on_when_its_source_is_gone_and_begins_anew_only_with_it(big,
     ("words", "message"),
     [
         (["--with-baselines"], "a baseline begins at random"),
-        (["--set", "course.shard_width=true"], "course.shard_width holds parts of tables only"),
+        (["--set", "course.shard_width=true"], "course.shard_width gives each process a part"),
     ],
 )
 def test_what_does_not_go_with_it_is_told(big, sae_train, quick, tmp_path, words, message):
