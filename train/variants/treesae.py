@@ -32,7 +32,7 @@ from ..sae.kernels.support import Support, support_from_topk
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import NO_SIDE, Side
 from ..sae.step_view import View
-from ..terms.nested import NestedReconstruction
+from ..terms.reconstruction import NestedReconstruction
 
 TREE = "tree"  # the extra, and the knob that says when latents change parents
 STAY, MOVE, TO_ROOT = 0.0, 1.0, 2.0
