@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.compose import Assembly
 from ..sae.cross_layer import CrossLayerSae
 from ..sae.gates import BatchTopK
 from ..sae.model import tied_weights
-from ..terms.constraints import UnitDecoder, WritesOnward
-from .build import require, stats_or_unit, topk_optim
-from .single_layer import RECONSTRUCTION, Dictionary
+from ..terms.constraints import WritesOnward
+from .build import require, stats_or_unit
+from .single_layer import Dictionary, assemble_mapping
 
 
 def build_cross_layer(
     config: Dictionary,
     gate: BatchTopK,
-    aux: Term,
     d_model: int,
     layers: int,
     stats: Stats | None,
@@ -33,14 +32,4 @@ def build_cross_layer(
     sae = CrossLayerSae(layers, rows, gate, torch.zeros(config.width), b_dec, config.encoder_product)
     with torch.no_grad():  # of an input that is not centred
         sae.b_enc.sub_(sae.encoder_rows(torch.arange(config.width)) @ stats.mean.to(torch.float32))
-    return Assembly(
-        sae=sae,
-        terms=(RECONSTRUCTION, aux),
-        constraints=(WritesOnward(), UnitDecoder()),
-        knobs={},
-        optim=topk_optim(config.optim, config.width, d_model),
-        dead_after_tokens=config.dead_after_tokens,
-        generator=generator,
-        input_stats=stats,
-        target_stats=target_stats,
-    )
+    return assemble_mapping(config, sae, d_model, generator, stats, target_stats, WritesOnward())

@@ -21,7 +21,7 @@ from ..sae.step_view import View
 from ..terms.auxk import AuxK
 from ..terms.constraints import UnitDecoder
 from ..terms.reconstruction import reconstruction
-from .build import require, require_hook, stats_or_unit
+from .build import require, require_hook, stats_or_unit, topk_optim
 from .contract import Variant
 
 T = TypeVar("T")
@@ -122,4 +122,27 @@ def build_plain(
         generator=generator,
         input_stats=stats,
         target_stats=stats,
+    )
+
+
+def assemble_mapping(
+    config: Any,
+    sae: SparseAutoencoder,
+    d_model: int,
+    generator: torch.Generator,
+    stats: Stats,
+    target_stats: Stats,
+    *constraints: Constraint,
+) -> Assembly:
+    """What maps one place to another, trained as the top-k family is; `config` is `WithAux` and has a width."""
+    return Assembly(
+        sae=sae,
+        terms=(RECONSTRUCTION, config.aux(d_model)),
+        constraints=(*constraints, UnitDecoder()),
+        knobs={},
+        optim=topk_optim(config.optim, config.width, d_model),
+        dead_after_tokens=config.dead_after_tokens,
+        generator=generator,
+        input_stats=stats,
+        target_stats=target_stats,
     )

@@ -42,4 +42,4 @@ class Config(WithAux, Dictionary):
     def build(self, d_model: int, stats: Stats | None = None, target_stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)
         gate = BatchTopK(self.k, self.threshold_decay)
-        return build_cross_layer(self, gate, self.aux(d_model), d_model, len(self.layers), stats, target_stats)
+        return build_cross_layer(self, gate, d_model, len(self.layers), stats, target_stats)

@@ -60,7 +60,7 @@ class Config(WithPenalty, WithAux, Dictionary):
         if sparse:
             gate = BatchTopK(self.k, self.threshold_decay)
             if self.causal:
-                return build_cross_layer(self, gate, self.aux(d_model), d_model, len(self.layers), stats)
+                return build_cross_layer(self, gate, d_model, len(self.layers), stats)
             return build_plain(self, d_in, stats, gate, terms, optim)
         terms.append(self.penalise("l1", LayerNormsL1(len(self.layers))))
         return build_plain(self, d_in, stats, Relu(), terms, optim, constraints=())

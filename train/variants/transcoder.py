@@ -17,12 +17,11 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly
 from ..engine.optim import Optim
-from ..kit.build import require, require_hook, require_sparsity, stats_or_unit, topk_optim
+from ..kit.build import require, require_hook, require_sparsity, stats_or_unit
 from ..kit.contract import Variant
-from ..kit.single_layer import RECONSTRUCTION, WithAux, settings
+from ..kit.single_layer import WithAux, assemble_mapping, settings
 from ..sae.gates import BatchTopK, TopK
 from ..sae.model import EncoderProduct, SparseAutoencoder, tied_weights
-from ..terms.constraints import UnitDecoder
 
 RESID_TO_LAYER = 20
 
@@ -69,14 +68,4 @@ class Config(WithAux, Variant):
             centres_input=False,
             encoder_product=self.encoder_product,
         )
-        return Assembly(
-            sae=sae,
-            terms=(RECONSTRUCTION, self.aux(d_model)),
-            constraints=(UnitDecoder(),),
-            knobs={},
-            optim=topk_optim(self.optim, self.width, d_model),
-            dead_after_tokens=self.dead_after_tokens,
-            generator=generator,
-            input_stats=stats,
-            target_stats=target_stats,
-        )
+        return assemble_mapping(self, sae, d_model, generator, stats, target_stats)
