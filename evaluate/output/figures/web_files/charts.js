@@ -67,6 +67,13 @@ function bars(counts, options) {
   return chart;
 }
 
+function even(low, high) {
+  const rough = (high - low) / 4, unit = 10 ** Math.floor(Math.log10(rough)), ticks = [];
+  const step = [1, 2, 5, 10].map((one) => one * unit).find((one) => one >= rough);
+  for (let value = Math.ceil(low / step) * step; value <= high; value += step) ticks.push(Number(value.toPrecision(10)));
+  return ticks;
+}
+
 function axis(values, log) {
   const clean = values.filter((value) => value !== null && Number.isFinite(value) && (!log || value > 0));
   let low = Math.min(...clean), high = Math.max(...clean);
@@ -74,15 +81,14 @@ function axis(values, log) {
   const pad = (high - low) * .12 || Math.abs(high) * .1 || .5;
   low -= pad; high += pad;
   const scale = (value) => ((log ? Math.log10(value) : value) - low) / (high - low);
-  const rough = (high - low) / 4, unit = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((one) => one * unit).find((one) => one >= rough);
   const ticks = [];
   if (log) {
     for (let power = Math.floor(low); power <= high; power++) for (const one of [1, 2, 5]) {
       const value = one * 10 ** power;
       if (scale(value) >= 0 && scale(value) <= 1) ticks.push(value);
     }
-  } else for (let value = Math.ceil(low / step) * step; value <= high; value += step) ticks.push(Number(value.toPrecision(10)));
+    if (ticks.length < 2) return { scale, ticks: even(10 ** low, 10 ** high) };
+  } else ticks.push(...even(low, high));
   return { scale, ticks };
 }
 
@@ -106,7 +112,8 @@ function scatter(points, names) {
     if (point.low !== null && point.low !== undefined) group.append(s("line", { class: "whisker", x1: px(point.x), x2: px(point.x), y1: py(point.low), y2: py(point.high) }));
     const mark = s("circle", { class: "point", cx: px(point.x), cy: py(point.y), r: 6 });
     mark.append(s("title", {}, `${point.name}: ${names[0]} ${number(point.x)}, ${names[1]} ${number(point.y, 4)}`));
-    const turn = px(point.x) > W * .7;
+    const turn = px(point.x) > W * .7, wide = 7 * Math.min(point.name.length, 30), left = px(point.x) + (turn ? -10 - wide : 10);
+    while (points.some((one) => px(one.x) > left - 8 && px(one.x) < left + wide + 8 && Math.abs(py(one.y) + 4 - last) < 11)) last += 13;
     group.append(mark, s("text", { class: "name", x: px(point.x) + (turn ? -10 : 10), y: last, "text-anchor": turn ? "end" : "start" }, brief(point.name, 30)));
     chart.append(group);
   }

@@ -144,6 +144,24 @@ def test_the_overview_sorts_and_draws(site, open_page):
     assert page.url.endswith("#/sae/second")
 
 
+def test_points_that_are_near_have_numbers_below_and_names_beside_them(site, open_page):
+    page = open_page(site.home)
+    hidden = page.evaluate(
+        """() => {
+          const points = [["topk", 32, .8655], ["standard", 35.3, .8193], ["attention", 39.6, .8144], ["tiered", 40, .8145]];
+          const chart = scatter(points.map(([name, x, y]) => ({ name, x, y, colour: "red" })), ["L0", "fidelity"]);
+          document.querySelector("main").prepend(chart);
+          const texts = [...chart.querySelectorAll("text")], circles = [...chart.querySelectorAll("circle")];
+          if (texts.filter((text) => Number(text.textContent) > 30).length < 2) return "no numbers at the axis";
+          return texts.filter((text) => circles.some((circle) => {
+            const [a, b] = [text, circle].map((one) => one.getBBox());
+            return a.x < b.x + b.width && b.x < a.x + a.width && a.y + 3 < b.y + b.height && b.y < a.y + a.height - 3;
+          })).map((text) => text.textContent);
+        }"""
+    )
+    assert hidden == []
+
+
 def test_the_list_sorts_filters_and_searches(site, open_page):
     page = open_page(site.home, "#/sae/first")
     fired = (site.acts > 0).sum((0, 1))
