@@ -1,6 +1,6 @@
 """The rule of `docs/studies/questions.md`, as written there before the runs: what the numbers of a run decide.
 
-1. A budget counts if the base has converged: explained variance grows by less than `MOST_GROWTH` over the last fifth.
+1. A budget counts if the base has converged: for half as long it explains less than `MOST_GROWTH` less.
 2. A measure counts if no sanity baseline does as well at it as the base.
 3. A method helps if it is better than its base and than every control that it has at one measure, corrected for all
    comparisons of the run, and worse than its base at none. It does not help if every interval against the base leaves
@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 
 from .comparisons import Difference
 
-MOST_GROWTH = 0.005
-LEAST_RECORDS = 5
-"""In each tenth of a run: one batch's explained variance differs from the next one's by more than a run grows."""
+MOST_GROWTH = 0.01
+"""By the last doubling. Within a run growth says nothing: as the rate falls to zero, every run grows in the end."""
 Families = Mapping[str, Mapping[int, Mapping[str, float | None]]]
 """Values by SAE, seed and measure."""
 
@@ -29,18 +28,6 @@ class Finding:
     label: str
     verdict: str
     why: str
-
-
-def growth(points: Sequence[tuple[float, float]], steps: int) -> float | None:
-    """By how much a logged number grew over the last fifth of a run: the mean of its last tenth, less that of the
-    tenth which lies a fifth before. `points` are steps and values; None where a tenth has too few of them."""
-    means = []
-    for begin, end in ((0.9, 1.0), (0.7, 0.8)):
-        values = [value for step, value in points if begin * steps <= step < end * steps]
-        if len(values) < LEAST_RECORDS:
-            return None
-        means.append(statistics.fmean(values))
-    return means[0] - means[1]
 
 
 def judge(values: Families, against: Sequence[str], found: Sequence[Difference]) -> list[Finding]:
@@ -63,14 +50,14 @@ def is_baseline(label: str) -> bool:
 
 
 def why_too_small(grown: Sequence[float | None]) -> str | None:
-    """What is wrong with the budget, by how much each seed of the base still grew; None if it counts."""
+    """What is wrong with the budget, by how much each seed of the base gained by its second half; None if it counts."""
     known = [one for one in grown if one is not None]
     if not known:
-        return "how much the base still grew is not known: log more often (--set course.metrics_every_steps=10)"
+        return "how much the base gained by the last doubling is not known: there is no run of it at half the length"
     mean = statistics.fmean(known)
     if mean < MOST_GROWTH:
         return None
-    return f"the base's explained variance grew by {mean:.4f} over the last fifth, where less than {MOST_GROWTH} counts"
+    return f"the base explains {mean:.4f} more than at half the length, where less than {MOST_GROWTH} counts"
 
 
 def matched_by_baselines(values: Families, base: str, measures: Iterable[str]) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 1. Every run of the study, by the commands a person would type; runs that ended are kept, others go on.
 2. Runs that compare, such as `headline`, once for each of several seeds: comparisons stand on more than one.
-3. Evaluation: core, the study's own measures, and what else a run asks for.
-4. table.md and table.json, with the differences of SAEs from their base and controls, their intervals, and a
+3. Of the run that decides, its base once more at half the length: `growth` in the table, whether the budget counts.
+4. Evaluation: core, the study's own measures, and what else a run asks for.
+5. table.md and table.json, with the differences of SAEs from their base and controls, their intervals, and a
    correction for how many there are; a list of everything wrong, and a non-zero exit if there is anything: a run
    without steps, NaN, scores no better than those of an SAE that was never trained.
 
@@ -36,15 +37,17 @@ from ..evaluate.run.command import errors_told, make_configs
 from ..evaluate.run.console_table import heading, make_console, untrained_traits
 from ..train.cli import main as sae_train
 from ..train.command import beginning_with
-from ..train.config.recipe import Recipe
+from ..train.config.recipe import HALF, Recipe
 from ..train.disk.whole_files import read_json, replace_file, write_json
 from ..train.recipes import find_recipes, runs_of, studies
 from ..train.run.folder import RunFolder
 from .comparisons import Difference, compare
-from .rule import Families, growth, judge
+from .rule import Families, is_baseline, judge
 
 CORE, DECISIVE = "core", "decisive"
 LOGGED = "explained_variance"
+AS_OFTEN = ("--epochs", "1000")
+"""As it takes for the tokens that are asked for."""
 MEASURES = (
     "explained_variance",
     "ce_loss_score",
@@ -183,6 +186,9 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
     keep_course(course)
     for words in training_commands(recipes, course):
         call(sae_train, "sae-train", words, console)
+    for recipe in recipes:
+        if recipe.name == DECISIVE and (words := half_command(recipe, course)):
+            call(sae_train, "sae-train", words, console)
     for eval_ids in dict.fromkeys(recipe.evals for recipe in recipes):
         runs = [recipe.name for recipe in recipes if recipe.evals == eval_ids]
         words = [*runs, "--runs", str(course.out), "--evals", ",".join(eval_ids), "--resume"]
@@ -248,20 +254,29 @@ def keep_course(course: Course) -> None:
 
 def training_commands(recipes: Iterable[Recipe], course: Course) -> list[list[str]]:
     """The words after `sae-train` for each run that has not ended."""
-    commands = []
-    for recipe in recipes:
-        folder = RunFolder.at(course.out / recipe.name)
-        if folder.is_finished:
-            continue
-        if (folder.path / "config.json").is_file():
-            commands.append(["--resume", recipe.name, "--out", str(course.out)])
-            continue
-        count = recipe.seeds if recipe.seeds == 1 or course.seeds is None else course.seeds
-        seeds = ["--grid", "seed=" + ",".join(map(str, range(count)))] if recipe.seeds > 1 else []
-        place = ["--cache", course.cache, "--out", str(course.out), "--name", recipe.name]
-        beside = ["--with-baselines"] if course.baselines and recipe.seeds > 1 else []
-        commands.append(["--recipe", f"{recipe.study}/{recipe.name}", *place, *course.options, *seeds, *beside])
-    return commands
+    words = [_training_words(recipe, recipe.name, course, course.options, course.baselines) for recipe in recipes]
+    return [one for one in words if one]
+
+
+def half_command(recipe: Recipe, course: Course) -> list[str]:
+    """The same for the base of a finished run, at half its length; none where that has ended."""
+    tokens = read_json(course.out / recipe.name / "result.json")["tokens"] // 2
+    pairs = zip(course.options[::2], course.options[1::2], strict=True)
+    options = [word for pair in pairs if pair[0] not in ("--tokens", "--epochs") for word in pair]
+    return _training_words(recipe, recipe.name + HALF, course, [*options, "--tokens", str(tokens), *AS_OFTEN], False)
+
+
+def _training_words(recipe: Recipe, name: str, course: Course, options: Sequence[str], beside: bool) -> list[str]:
+    folder = RunFolder.at(course.out / name)
+    if folder.is_finished:
+        return []
+    if (folder.path / "config.json").is_file():
+        return ["--resume", name, "--out", str(course.out)]
+    count = recipe.seeds if recipe.seeds == 1 or course.seeds is None else course.seeds
+    seeds = ["--grid", "seed=" + ",".join(map(str, range(count)))] if recipe.seeds > 1 else []
+    place = ["--cache", course.cache, "--out", str(course.out), "--name", name]
+    baselines = ["--with-baselines"] if beside and recipe.seeds > 1 else []
+    return ["--recipe", f"{recipe.study}/{name}", *place, *options, *seeds, *baselines]
 
 
 def call(command: Any, name: str, words: Sequence[str], console: Console, may_end: Sequence[int] = (0,)) -> None:
@@ -277,12 +292,13 @@ def call(command: Any, name: str, words: Sequence[str], console: Console, may_en
 def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) -> list[Line]:
     """What a finished run came to: of its result and of its evaluations."""
     result = read_json(folder.path / "result.json")
-    curves = curve_by_label(folder)
+    half = RunFolder.at(folder.path.with_name(folder.name + HALF))
+    at_half = read_json(half.path / "result.json")["saes"] if half.is_finished else {}
     lines = []
     for label, sae in result["saes"].items():
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
-        if (grown := growth(curves.get(label, []), result["steps"])) is not None:
-            values["growth"] = grown
+        if label in at_half:
+            values["growth"] = sae["explained_variance"] - at_half[label]["explained_variance"]
         if costs:
             seconds, size = sae.get("step_seconds"), sae.get("state_bytes")
             values["ms_per_step"] = None if seconds is None else 1e3 * seconds
@@ -393,7 +409,8 @@ def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]
 def differences(recipe: Recipe, lines: Sequence[Line]) -> list[Difference]:
     """At what no SAE is trained on."""
     known = {name for line in lines for name in line.values}
-    return compare(families(lines), recipe.against, [name for name in MEASURES if name in known])
+    values = {label: seeds for label, seeds in families(lines).items() if not is_baseline(label)}
+    return compare(values, recipe.against, [name for name in MEASURES if name in known])
 
 
 def families(lines: Iterable[Line]) -> Families:

@@ -18,7 +18,7 @@ from saemill.studies import study
 from saemill.studies.study import Course, Line, call, read_lines, seeded_rows, spread, training_commands, write_tables
 from saemill.train.config.recipe import Recipe
 from saemill.train.errors import UnknownRecipe
-from saemill.train.recipes import own_evals, runs_of, studies
+from saemill.train.recipes import find_recipes, own_evals, runs_of, studies
 from saemill.train.run.folder import RunFolder
 
 GOOD = {"l0": 20.0, "explained_variance": 0.8, "ce": 0.9, "kl": 0.9, "alive": 1.0}
@@ -296,10 +296,38 @@ def test_a_remark_is_told_once_and_of_whom():
     assert study.remarks_of(lines) == ["a: short", "b/base: short"]
 
 
-def test_how_much_a_run_still_grew_is_read_from_its_log(tmp_path):
-    folder = write_run(tmp_path / "decisive", steps=100, labels=("base_seed0", "base_seed1"))
-    curve = [(step, 0.5 + 0.002 * step) for step in range(100)]
-    lines = [{"sae": label, "step": s, "explained_variance": v} for s, v in curve for label in ("base_seed0",)]
-    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    grown, unknown = read_lines(folder, ["core"])
-    assert grown.values["growth"] == pytest.approx(0.04) and "growth" not in unknown.values
+def test_what_the_last_doubling_gained_is_of_the_base_at_half_the_length(tmp_path):
+    folder, half = write_run(tmp_path / "decisive", labels=("base_seed0", "guided_seed0")), tmp_path / "decisive_half"
+    course = Course("./store", tmp_path, ("--epochs", "4", "--width", "64"), seeds=2)
+    decisive = Recipe("decisive", "", (), seeds=5, against=("base",), study="attention")
+    result = json.loads((folder.path / "result.json").read_text()) | {"tokens": 1001}
+    for label, share in (("base_seed0", 0.75), ("guided_seed0", 0.8)):
+        result["saes"][label]["explained_variance"] = share
+    (folder.path / "result.json").write_text(json.dumps(result))
+    start = ["--cache", "./store", "--out", str(tmp_path), "--name", "decisive_half", "--width", "64"]
+    length = ["--tokens", "500", "--epochs", "1000", "--grid", "seed=0,1"]
+    assert study.half_command(decisive, course) == ["--recipe", "attention/decisive_half", *start, *length]
+    assert all("growth" not in line.values for line in read_lines(folder, ["core"]))
+    half.mkdir()
+    (half / "result.json").write_text(json.dumps({"saes": {"base_seed0": {"explained_variance": 0.7}}}))
+    base, guided = read_lines(folder, ["core"])
+    assert base.values["growth"] == pytest.approx(0.05) and "growth" not in guided.values
+    assert study.half_command(decisive, course) == []
+
+
+def test_the_base_of_a_run_that_compares_can_be_asked_for_alone():
+    (half,) = find_recipes("tiered/decisive_half")
+    (whole,) = find_recipes("tiered/decisive")
+    assert [sae.label for sae in half.saes] == ["base"] and half.seeds == whole.seeds
+    assert half.settings == whole.settings and half.saes[0] in whole.saes
+    with pytest.raises(UnknownRecipe):
+        find_recipes("tiered/run_0_half")
+
+
+def test_sanity_baselines_are_no_comparisons():
+    """Each would be one more that p is corrected for; the rule asks only whether a measure tells them from the base."""
+    one = Recipe("decisive", "", (), seeds=2, against=("base",), study="attention")
+    labels = [f"{name}_seed{n}" for name in ("base", "guided") for n in (0, 1)]
+    labels += [f"base_seed{n}_frozen_encoder" for n in (0, 1)]
+    lines = [Line("decisive", label, {"frac_alive": 0.1 * n}, []) for n, label in enumerate(labels)]
+    assert {difference.label for difference in study.differences(one, lines)} == {"guided"}

@@ -1,7 +1,7 @@
 """The sanity baselines of a run: what its SAEs are to be compared with, as members of the same fleet.
 
 Each SAE that may be a base gets three whose dictionary is half frozen, at its own settings; each number of active
-latents that the run asks for gets as many principal components.
+latents that the run asks for gets as many principal components. Of a recipe that compares, only the base gets them.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from typing import Any, get_args
 from ...cache_schema.sites import RESID
 from ..errors import ConfigInvalid
 from ..kit import registry
+from .recipe import Recipe
 from .run_config import Limits, Member
 
 FROZEN, PCA = "frozen", "pca"  # the variants that are baselines
 
 
-def with_baselines(members: Iterable[Member], limits: Limits) -> tuple[Member, ...]:
-    """The members and their baselines; of two that are the same, one."""
+def with_baselines(members: Iterable[Member], limits: Limits, recipe: Recipe | None = None) -> tuple[Member, ...]:
+    """The members and their baselines; of two that are the same, one. Of a run that compares, those of its base."""
     own = tuple(members)
     made: list[Member] = []
     for member in own:
         needs = member.config.request()
-        if needs.targets is not None or len(needs.inputs) != 1 or member.config.is_baseline:
+        alone = needs.targets is not None or len(needs.inputs) != 1 or member.config.is_baseline
+        if alone or (recipe is not None and not _is_compared_with(member, recipe)):
             continue
         for baseline in (*_frozen(member), *_components(member, limits)):
             if baseline.config not in [other.config for other in made]:
@@ -35,6 +37,12 @@ def with_baselines(members: Iterable[Member], limits: Limits) -> tuple[Member, .
             f"{', '.join(member.variant for member in own)}: leave it out"
         )
     return (*own, *made)
+
+
+def _is_compared_with(member: Member, recipe: Recipe) -> bool:
+    """Whether it is the base of the recipe, of any seed; any SAE where the recipe has no base."""
+    known = [sae.label for sae in recipe.saes if member.label.startswith(sae.label)]
+    return not recipe.against or max(known, key=len) == recipe.against[0]
 
 
 def _frozen(member: Member) -> Iterator[Member]:

@@ -52,6 +52,16 @@ class Recipe:
     """The name of the file; the registry fills it in."""
 
 
+HALF = "_half"
+
+
+def half_of(recipe: Recipe) -> Recipe:
+    """The base of a run that compares, alone: for half as long, it shows whether the run's budget counts."""
+    about = f"the base of {recipe.name} alone, for half as long"
+    saes = tuple(sae for sae in recipe.saes if sae.label == recipe.against[0])
+    return replace(recipe, name=recipe.name + HALF, about=about, saes=saes, against=(), evals=())
+
+
 def as_recorded(runs: Iterable[Recipe]) -> tuple[Recipe, ...]:
     """The same runs at the learning rate and penalty that the studies wrote down, where a run has none of its own."""
     return tuple(replace(run, settings={**AS_RECORDED, **run.settings}) for run in runs)

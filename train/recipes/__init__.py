@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...cache_schema.strict import nearest
-from ..config.recipe import Recipe
+from ..config.recipe import HALF, Recipe, half_of
 from ..errors import UnknownRecipe
 from ..file_registry import file_names, import_file, require_known
 
@@ -29,12 +29,13 @@ def own_evals(study: str) -> tuple[str, ...]:
 
 
 def find_recipes(name: str) -> tuple[Recipe, ...]:
-    """The run that `study/run` names, or all runs of `study`."""
+    """The run that `study/run` names, or all runs of `study`. `study/run_half` is the base of a run that compares."""
     study, _, run = name.partition("/")
     runs = runs_of(study)
     if not run:
         return runs
     found = tuple(recipe for recipe in runs if recipe.name == run)
+    found += tuple(half_of(recipe) for recipe in runs if recipe.against and recipe.name + HALF == run)
     if not found:
         raise UnknownRecipe(f"unknown run {run!r} of {study}{nearest(run, [recipe.name for recipe in runs])}")
     return found

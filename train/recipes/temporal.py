@@ -84,6 +84,7 @@ RUNS = (
             Sae("temporal", "temporal"),
             Sae("temporal_strongly", "temporal", {"temporal_weights": (1.0, 1.0, 1.0)}),
             Sae("other_windows", "temporal", {"other_windows": True}),
+            Sae("contrasted", "tsae"),
         ),
         DECISIVE,
         seeds=5,

@@ -76,6 +76,8 @@ RUNS = (
             Sae("nested", "tiered", {"composition_weight": 0.0}),
             Sae("composed", "tiered", {"composition_weight": 0.01}),
             Sae("composed_strongly", "tiered", {"composition_weight": 0.1}),
+            Sae("tree", "treesae"),
+            Sae("orthogonal", "ortsae"),
         ),
         DECISIVE,
         seeds=5,

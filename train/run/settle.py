@@ -67,7 +67,7 @@ def settle(ask: Ask, store: Store) -> Settled:
         return config.limits(manifest, budget.tokens)
 
     asked = ask.members(limits, by_hook(manifest.sites))
-    asked = with_baselines(asked, limits) if ask.baselines else asked
+    asked = with_baselines(asked, limits, ask.recipe) if ask.baselines else asked
     members = tuple(replace(member, config=member.config.fill(manifest)) for member in asked)
     init = None if ask.init is None else source_of(Path(ask.init))
     if init is not None:

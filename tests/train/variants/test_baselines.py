@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
+from saemill.train.config.baselines import with_baselines
+from saemill.train.config.run_config import Ask
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid
+from saemill.train.recipes import find_recipes
 
 STILL = {"decoder": "W_dec", "encoder": "W_enc"}
 
@@ -71,3 +75,15 @@ def test_pca_rebuilds_as_principal_components_do(battery):
     largest = rows @ components.T
     kept = largest.square().topk(2, dim=1).values.sum(1)
     torch.testing.assert_close(sae.decode(acts).square().sum(1), kept, rtol=1e-3, atol=1e-3)
+
+
+def test_of_a_run_that_compares_only_the_base_has_baselines():
+    """Others would be in no rule, and some of the literature's cannot be frozen."""
+    (recipe,) = find_recipes("temporal/decisive")
+
+    def limits(_: Any) -> dict[str, float]:
+        return {"width": 64}
+
+    made = Ask.of_recipe(recipe, {"k": 8}, [{"seed": 0}, {"seed": 1}]).members(limits)
+    labels = [member.label for member in with_baselines(made, limits, recipe)][len(made) :]
+    assert len(labels) == 7 and all(label.startswith(("base_seed", "pca_k8")) for label in labels)
