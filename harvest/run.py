@@ -26,9 +26,9 @@ from ..cache_schema.root import read_root
 from .config import HarvestConfig
 from .cost import announce, is_bound_to_fit, measure_cost, needed_bytes, require_space, tokens_in
 from .create_store import begin_store, require_place, wait_for_tokens
-from .errors import HarvestError, ModelDiffers
+from .errors import HarvestError
 from .model.load import Wanted, find_device, load_model
-from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch, look
+from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch, fetch_recorded, look
 from .process_place import Place, taken_place
 from .progress import Stage, Watch
 from .shards import Harvester, find_others, harvest_shards
@@ -95,7 +95,7 @@ def reharvest(url: str, shards: Sequence[int], device: str | None = None, model:
     """Harvest given shards again from what the store says: its tokens, and the model it was begun with."""
     with StoreWriter.open(url) as writer:
         try:
-            source = _recorded_source(writer.manifest, model)
+            source = fetch_recorded(writer.manifest.model, model)
             harvester = make_harvester(writer.manifest, source, find_device(device or "auto"))
             _warn_of_others(writer, harvester, shards, Watch())
             busy = harvest_shards(writer, harvester, sorted(shards), lambda _: None)
@@ -106,18 +106,6 @@ def reharvest(url: str, shards: Sequence[int], device: str | None = None, model:
                 f"shards {busy} of {url} are committed or held by another writer: let it end, try again"
                 f"{writer.if_killed}"
             )
-
-
-def _recorded_source(manifest: Manifest, model: str | None) -> ModelSource:
-    """The files of the model that the manifest names, down to the revision."""
-    recorded = manifest.model
-    is_commit = recorded.revision is not None and "-" not in recorded.revision
-    source = fetch(Choice(model or recorded.id, recorded.revision if is_commit else None))
-    if source.revision != recorded.revision:
-        raise ModelDiffers(
-            f"the store was begun with {recorded.id} at {recorded.revision}, found {source.id} at {source.revision}"
-        )
-    return source
 
 
 def make_harvester(manifest: Manifest, source: ModelSource, device: torch.device) -> Harvester:

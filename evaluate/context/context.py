@@ -15,7 +15,7 @@ from ...cache_schema.massive_rows import Massive, default_multiple, measure_mass
 from ...cache_schema.sites import Place, site_of
 from ...harvest.errors import HarvestError
 from ...harvest.model.load import read_facts
-from ...harvest.model.resolve import GGUF, POCKET, Choice, ModelSource, fetch
+from ...harvest.model.resolve import POCKET, Choice, ModelSource, fetch, fetch_recorded
 from ...harvest.model.tokenizer import TextEncoder, load_encoder
 from ...harvest.progress import Watch
 from ..errors import DataMissing, ModelMissing
@@ -157,19 +157,12 @@ def open_context(store: Store | None, **settings: object) -> Iterator[Context]:
 
 def find_model(manifest: Manifest | None, override: str | None) -> ModelSource:
     """The files of the model that a store was made with, down to the revision."""
-    if manifest is None:
-        if override is None:
-            raise ModelMissing("no store and no model: give --cache or --model")
-        return _fetch(Choice(override))
-    recorded = manifest.model
-    is_commit = recorded.revision is not None and ("-" not in recorded.revision or recorded.revision.startswith(GGUF))
-    source = _fetch(Choice(override or recorded.id, recorded.revision if is_commit and override is None else None))
-    if recorded.revision is not None and source.revision != recorded.revision:
-        raise ModelMissing(
-            f"the store was made with {recorded.id} at {recorded.revision}, found {source.id} at {source.revision}: "
-            "its residuals are not this model's. Give the folder of the right one by --model, or harvest again"
-        )
-    return source
+    if manifest is None and override is None:
+        raise ModelMissing("no store and no model: give --cache or --model")
+    try:
+        return fetch(Choice(override or "")) if manifest is None else fetch_recorded(manifest.model, override)
+    except HarvestError as error:
+        raise ModelMissing(f"{error}. Or give its folder by --model") from error
 
 
 def require_same_shape(folder: Path, manifest: Manifest) -> None:
@@ -184,10 +177,3 @@ def require_same_shape(folder: Path, manifest: Manifest) -> None:
             f"the model has {facts.num_layers} layers of width {facts.d_model}: it is not the one that made the store. "
             "Give that one by --model"
         )
-
-
-def _fetch(choice: Choice) -> ModelSource:
-    try:
-        return fetch(choice)
-    except HarvestError as error:
-        raise ModelMissing(f"{error}. Or give its folder by --model") from error

@@ -32,8 +32,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ...cache_schema import ModelSpec
 from ...cache_schema.files import FULL_DISK
-from ..errors import ModelUnavailable
+from ..errors import ModelDiffers, ModelUnavailable
 from ..network import NETWORK_ERRORS, require_room
 from ..pocket import MODEL_FOLDER
 from .gguf_file import DIGITS, SUFFIX, convert, find_converted, find_smollm2
@@ -111,6 +112,18 @@ def choose_again(model: str, revision: str | None) -> Choice | None:
 def fetch(choice: Choice) -> ModelSource:
     """Bring the files of a choice to this machine, or say what stands in the way."""
     return _here(choice) or _download(choice.name, choice.revision)
+
+
+def fetch_recorded(model: ModelSpec, override: str | None) -> ModelSource:
+    """The files of the model that a store was made with, down to the revision; `override` says where to look."""
+    is_commit = model.revision is not None and ("-" not in model.revision or model.revision.startswith(GGUF))
+    source = fetch(Choice(override or model.id, model.revision if is_commit and override in (None, model.id) else None))
+    if model.revision is not None and source.revision != model.revision:
+        raise ModelDiffers(
+            f"expected {model.id} at {model.revision}, with which the store was made, found {source.id} at "
+            f"{source.revision}"
+        )
+    return source
 
 
 def look(choice: Choice) -> ModelSource:

@@ -522,7 +522,7 @@ def test_repair_refuses_another_model(make_config: Make, model_folder, tmp_path)
     other = tmp_path / "tiny"
     shutil.copytree(model_folder, other)
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
-    with pytest.raises(StoreError, match=r"begun with tiny at sha256-.*same harvest"):
+    with pytest.raises(StoreError, match=r"expected tiny at sha256-.*same harvest"):
         reharvest(config.out, [0], model=str(other))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,9 +166,13 @@ def test_a_slice_of_a_batch_has_its_own_attention(world, builder):
         assert torch.equal(piece.numbers, expected.numbers)
 
 
-def test_another_revision_is_another_model(world, make_world):
+def test_another_revision_is_another_model(world):
     with Store.open(world.store) as store:
-        assert find_model(store.manifest, None).folder == world.model
+        manifest = store.manifest
+    assert find_model(manifest, None).folder == world.model
+    other = replace(manifest, model=replace(manifest.model, revision="sha256-0"))
+    with pytest.raises(ModelMissing, match="with which the store was made, found .*--model"):
+        find_model(other, None)
     with pytest.raises(ModelMissing, match="give --cache or --model"):
         find_model(None, None)
 
