@@ -49,7 +49,7 @@ def main(
     licence: str | None,
     runs: str,
 ) -> None:
-    """Convert SOURCE: a run, the folder of an SAE (SAELens, sparsify, dictionary_learning), or a Hub repository.
+    """Convert SOURCE: a run, the folder of an SAE (SAELens, sparsify, dictionary_learning, Gemma Scope), or of the Hub.
 
     Or push it: a run with all its SAEs, one of them, or a folder.
     """
@@ -117,8 +117,11 @@ def _require_free(target: Path) -> None:
 
 
 def _require_one_place(metadata: dict[str, Any], kind: str) -> None:
-    """Other tools know SAEs of one layer that reconstruct what they read."""
-    if kind != "sae_lens" and not is_of_one_place(metadata):
+    """Other tools know SAEs of one layer that reconstruct what they read, and sparsify a layer's MLP as well."""
+    layers, hooks = metadata.get("layers") or (), (metadata.get("hook"), metadata.get("target_hook"))
+    is_of_mlp = hooks == ("mlp_in", "mlp_out") and len(layers) == 1 and metadata.get("target_layers") == layers
+    is_of_module = kind == "sparsify" and (is_of_mlp or metadata.get("transcodes", False))
+    if kind != "sae_lens" and not is_of_one_place(metadata) and not is_of_module:
         raise SaeInvalid(
             f"expected an SAE of one layer that reconstructs its input, found {metadata.get('hook', 'layers')} "
             f"{metadata.get('layers')} to {metadata.get('target_hook', '')} "

@@ -9,7 +9,7 @@ from threading import Thread
 from typing import Any
 
 from ...cache_schema.strict import StrictError, from_json
-from ..disk.formats import kind_of, read
+from ..disk.formats import FILES, kind_of, read
 from ..disk.plain_form import sae_from_plain
 from ..disk.sae_folder import read_sae
 from ..errors import RunMissing, SaeInvalid
@@ -25,7 +25,7 @@ def load_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
     """An SAE in raw units, ready to encode activations as the model has them.
 
     `name` is a run or `run/sae` under `runs`, a folder (of this package, SAELens, sparsify or
-    dictionary_learning), or a repository `owner/name` or `owner/name/folder` on the Hub.
+    dictionary_learning, Gemma Scope), or a repository `owner/name` or `owner/name/folder` on the Hub.
     """
     return read_folder(find_sae(name, runs))
 
@@ -73,7 +73,7 @@ def find_saes(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs
 def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> bool:
     """Whether a name is for the Hub to know: it has the form, and neither such a folder nor such a run is here."""
     text = os.fspath(name)
-    has_form = text.count("/") in (1, 2) and not text.startswith((".", "/", "~"))
+    has_form = text.count("/") > 0 and not text.startswith((".", "/", "~"))
     owner = text.partition("/")[0]
     is_ours = Path(runs, owner).is_dir() or Path(owner) == Path(runs)
     return has_form and not is_ours and not any(path.is_dir() for path in places_of(name, runs))
@@ -81,7 +81,7 @@ def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> boo
 
 def list_saes(folder: Path) -> list[Path]:
     """The SAEs of a run, or the folder itself where it is one."""
-    if any((folder / name).is_file() for name in (WEIGHTS, "sae.safetensors", "ae.safetensors", "ae.pt")):
+    if any((folder / name).is_file() for name in FILES):
         return [folder]
     return sorted(path.parent for path in folder.glob(f"*/{WEIGHTS}"))
 
@@ -103,7 +103,7 @@ def _download(name: str, looked: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     owner, repository, *folder = name.split("/")
-    wanted = [f"{folder[0]}/*"] if folder else ["*.json", "*.safetensors", "*.pt"]
+    wanted = [f"{'/'.join(folder)}/*"] if folder else ["*.json", "*.safetensors", "*.pt"]
     repository = f"{owner}/{repository}"
     obstacle = _obstacle(repository)
     try:

@@ -2,8 +2,10 @@
 
 import json
 import time
+from dataclasses import replace
 from threading import Event
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -160,6 +162,60 @@ def test_a_transcoder_of_sparsify_stays_one(tmp_path):
     for folder in ("a", "b"):
         with pytest.raises(SaeInvalid, match="dictionary_learning has no form for it"):
             export(tmp_path / folder, "dictionary_learning", tmp_path / "c")
+
+
+def test_a_skip_goes_to_sparsify_and_back(tmp_path):
+    """By its own formula: codes of an input that is not centred, decoded, and the skip beside them."""
+    plain = make_plain("topk", centres_input=False)
+    skip = torch.randn(D, D, generator=torch.Generator().manual_seed(1))
+    plain = replace(plain, tensors=plain.tensors | {"W_skip": skip})
+    WRITERS["sparsify"](tmp_path / "a", plain, {"transcodes": True})
+    config, found = json.loads((tmp_path / "a/cfg.json").read_text()), load_file(tmp_path / "a/sae.safetensors")
+    assert config["transcode"] and config["skip_connection"]
+    x = torch.randn(20, D, generator=torch.Generator().manual_seed(2))
+    top = torch.relu(x @ found["encoder.weight"].T + found["encoder.bias"]).topk(config["k"])
+    codes = torch.zeros(20, F).scatter_(1, top.indices, top.values)
+    y = codes @ found["W_dec"] + found["b_dec"] + x @ found["W_skip"].T
+    torch.testing.assert_close(sae_from_plain(read(tmp_path / "a")[0])(x).detach(), y)
+    (tmp_path / "a/cfg.json").write_text(json.dumps(config | {"transcode": False}))
+    with pytest.raises(SaeInvalid, match="skip_connection"):
+        read(tmp_path / "a")
+
+
+def write_gemma_scope(folder, **changes):
+    folder.mkdir(parents=True)
+    tensors = make_plain("jumprelu", centres_input=False).tensors
+    np.savez(folder / "params.npz", **{name: part.numpy() for name, part in tensors.items()} | changes)
+    return tensors
+
+
+def test_gemma_scope_by_its_own_formulas(tmp_path):
+    folder = tmp_path / "layer_20/width_16k/average_l0_71"
+    w = write_gemma_scope(folder)
+    plain, metadata = read(folder)
+    assert metadata == {"layers": [20]}
+    x = torch.randn(50, D, generator=torch.Generator().manual_seed(2))
+    pre = x @ w["W_enc"] + w["b_enc"]
+    codes, sae = (pre > w["threshold"]) * torch.relu(pre), sae_from_plain(plain)
+    assert 0 < (codes > 0).float().mean() < 1
+    torch.testing.assert_close(sae.encode(x).detach(), codes)
+    torch.testing.assert_close(sae(x).detach(), codes @ w["W_dec"] + w["b_dec"])
+    assert export(folder, "sae_lens", tmp_path / "out") < 1e-5
+    with pytest.raises(KeyError):
+        WRITERS["gemma_scope"]
+
+
+def test_gemma_scope_that_is_no_archive_of_arrays_is_named(tmp_path):
+    write_gemma_scope(tmp_path / "a", threshold=np.array([{}], object))
+    with pytest.raises(SaeInvalid, match=r"params\.npz is damaged, or no archive of plain arrays"):
+        read(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    np.savez(tmp_path / "b/params.npz", W_enc=np.zeros((2, 2)))
+    with pytest.raises(SaeInvalid, match="expected the arrays W_enc, b_enc"):
+        read(tmp_path / "b")
+    (tmp_path / "b/params.npz").write_bytes(b"PK but no archive")
+    with pytest.raises(SaeInvalid, match="damaged"):
+        read(tmp_path / "b")
 
 
 def test_a_folder_without_its_configuration_is_named(tmp_path):

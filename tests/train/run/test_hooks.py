@@ -100,8 +100,11 @@ def test_a_transcoder_finds_the_planted_map(planted, sae_train, tmp_path):
     assert metadata["hook_name_out"] == f"blocks.{LAYER}.hook_mlp_out"
     assert (metadata["hook"], metadata["target_hook"]) == ("mlp_in", "mlp_out")
     assert config["architecture"] == "saemill_transcoder" and not is_of_one_place(metadata)
-    refused = CliRunner().invoke(sae_export, [str(folder), "--to", "sparsify", "--out", str(tmp_path / "out")])
-    assert refused.exit_code == 1 and "mlp_in [5] to mlp_out [5]: sparsify has no form for it" in refused.output
+    words = [str(folder), "--out", str(tmp_path / "out"), "--to"]
+    refused = CliRunner().invoke(sae_export, [*words, "dictionary_learning"])
+    assert refused.exit_code == 1 and "to mlp_out [5]: dictionary_learning has no form for it" in refused.output
+    assert CliRunner().invoke(sae_export, [*words, "sparsify"]).exit_code == 0
+    torch.testing.assert_close(load_sae(tmp_path / "out")(x), sae(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("words", [["--variant", "topk"], ["--variant", "attention", "--set", "base=topk"]], ids=str)

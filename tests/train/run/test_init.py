@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from saemill.train import load_sae
 from saemill.train.data.scaling import Stats, unit_stats
-from saemill.train.disk.plain_form import begin_as
+from saemill.train.disk.formats import WRITERS
+from saemill.train.disk.formats.plain import centred
+from saemill.train.disk.plain_form import begin_as, plain_sae
 from saemill.train.disk.sae_folder import load_plain_sae, save_sae
 from saemill.train.errors import SaeInvalid
+from saemill.train.run.find_sae import read_folder
 
 D, F = 32, 96
 PLAIN = ("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka")
@@ -45,6 +49,29 @@ def test_an_sae_begins_as_one_that_was_saved(variant, battery, stats, rng, tmp_p
     x = torch.randn(200, D, generator=rng)
     torch.testing.assert_close(sae(x * stats.scale) / stats.scale, source(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
+
+
+OTHERS = [("sae_lens", variant) for variant in ("standard", "topk", "jumprelu", "gated")]
+OTHERS += [("dictionary_learning", variant) for _, variant in OTHERS]
+OTHERS += [("sparsify", "topk"), ("gemma_scope", "jumprelu")]
+
+
+@pytest.mark.parametrize(("kind", "variant"), OTHERS)
+def test_an_sae_begins_as_one_of_others(kind, variant, battery, stats, rng, tmp_path):
+    """From the folder of each of the tools that SAEs are taken from."""
+    trained = moved(battery.config_of(variant).build(D).sae, rng)
+    plain = plain_sae(trained, unit_stats(D), unit_stats(D))
+    if kind == "gemma_scope":
+        tensors = {name: part.detach().numpy() for name, part in centred(plain, False).tensors.items()}
+        np.savez(tmp_path / "params.npz", **tensors)
+    else:
+        WRITERS[kind](tmp_path, plain, {"layers": [19]})
+    source, sae = read_folder(tmp_path), battery.config_of(variant).build(D, stats).sae
+    begin_as(sae, source, stats, stats)
+    x = torch.randn(200, D, generator=rng)
+    assert (source.encode(x) > 0).any()
+    torch.testing.assert_close(source(x), trained(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(x * stats.scale) / stats.scale, source(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("centres", [True, False])

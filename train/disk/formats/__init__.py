@@ -3,6 +3,7 @@
 sae_lens             cfg.json, sae_weights.safetensors     what this package writes itself
 sparsify             cfg.json, sae.safetensors             top-k alone
 dictionary_learning  trainer's config.json, ae.safetensors
+gemma_scope          params.npz                            read only
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from pathlib import Path
 
 from ...errors import SaeInvalid, TrainError
 from ..plain_form import PlainSae
-from . import dictionary_learning, sae_lens, sparsify
+from . import dictionary_learning, gemma_scope, sae_lens, sparsify
 from .plain import Metadata
 
 READERS: dict[str, Callable[[Path], tuple[PlainSae, Metadata]]] = {
     "sae_lens": sae_lens.read,
     "sparsify": sparsify.read,
     "dictionary_learning": dictionary_learning.read,
+    "gemma_scope": gemma_scope.read,
 }
 WRITERS: dict[str, Callable[[Path, PlainSae, Metadata], None]] = {
     "sae_lens": sae_lens.write,
@@ -27,22 +29,26 @@ WRITERS: dict[str, Callable[[Path, PlainSae, Metadata], None]] = {
 }
 
 
+FILES = {
+    "sae_weights.safetensors": "sae_lens",
+    "sae.safetensors": "sparsify",
+    "ae.safetensors": "dictionary_learning",
+    "ae.pt": "dictionary_learning",
+    gemma_scope.PARAMS: "gemma_scope",
+}
+
+
 def kind_of(folder: Path) -> str:
     """Whose folder it is, by the files in it."""
-    if (folder / "sae_weights.safetensors").is_file():
-        return "sae_lens"
-    if (folder / "sae.safetensors").is_file():
-        return "sparsify"
-    if (folder / "ae.safetensors").is_file() or (folder / "ae.pt").is_file():
-        return "dictionary_learning"
-    raise SaeInvalid(
-        f"{folder}: expected sae_weights.safetensors (SAELens), sae.safetensors (sparsify), "
-        "ae.safetensors or ae.pt (dictionary_learning), found none of them"
-    )
+    for name, kind in FILES.items():
+        if (folder / name).is_file():
+            return kind
+    known = ", ".join(f"{name} ({kind})" for name, kind in FILES.items())
+    raise SaeInvalid(f"{folder}: expected one of {known}, found none of them")
 
 
 def read(folder: Path) -> tuple[PlainSae, Metadata]:
-    """The SAE of any of the three kinds of folder."""
+    """The SAE of any of these kinds of folder."""
     try:
         return READERS[kind_of(folder)](folder)
     except (RuntimeError, ValueError) as error:
