@@ -4,6 +4,8 @@ PYTHON   ?= python3
 BIN      := $(VENV)/bin
 PEERS    ?= .venv-peers
 SAEBENCH ?= .venv-saebench
+TRACER   ?= .venv-circuit-tracer
+CLT_FORGE ?= .clt-forge
 
 LAYER    ?=
 MODEL    ?= auto
@@ -42,7 +44,8 @@ STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set b
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-cluster test-real smollm2 check format lock sbom goldens demo harvest studies decide \
-  bench bench-store bench-harvest bench-train bench-small bench-quality bench-eval bench-gpu docs measured peers saebench clean
+  bench bench-store bench-harvest bench-train bench-small bench-quality bench-eval bench-gpu \
+  bench-transcoders docs measured peers saebench circuit-tracer clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -154,6 +157,14 @@ bench-small: env ## what stores of int8 and fp8 cost in quality, and gain in byt
 bench-eval: env saebench ## the core evaluation against official SAEBench
 	$(BIN)/python bench/evaluate.py --saebench $(SAEBENCH) --json $(RESULTS)/evaluate.json
 
+bench-transcoders: env peers $(CLT_FORGE) ## steps of transcoders against CLT-Forge and sparsify
+	$(BIN)/python bench/transcoders.py --peers-python $(PEERS)/bin/python --clt-forge $(CLT_FORGE) \
+	  --json $(RESULTS)/transcoders.json
+
+$(CLT_FORGE): # its code alone, which runs in the peers' environment: it is on no index
+	git clone -q https://github.com/circuits-research/CLT-Forge $@
+	git -C $@ checkout -q 919356d2370b8fb9cf1ac46c05e6ea5d49771fe7
+
 bench-gpu: ## everything that an accelerator is measured by, in nine minutes; GPU="--only steps" and other options
 	PY=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bash bench/gpu/run.sh --out $(RESULTS)/gpu \
 	  $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS)) $(GPU)
@@ -181,5 +192,14 @@ $(SAEBENCH)/.installed: tests/golden/saebench-constraints.txt
 	$(SAEBENCH)/bin/pip uninstall -q -y torchvision
 	@touch $@
 
+circuit-tracer: env $(TRACER)/.installed ## circuit-tracer opens exported transcoders of the pocket model, and builds graphs
+	$(BIN)/python bench/check_circuit_tracer.py --python $(TRACER)/bin/python
+
+$(TRACER)/.installed: # its own environment: it needs older packages than anything else here
+	$(PYTHON) -m venv $(TRACER)
+	$(TRACER)/bin/pip install -q circuit-tracer==0.5.0
+	$(TRACER)/bin/pip install -q --force-reinstall --no-deps torch==2.13.0
+	@touch $@
+
 clean: ## remove environments and caches, never stores or runs
-	rm -rf $(VENV) $(PEERS) $(SAEBENCH) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(SAEBENCH) $(TRACER) $(CLT_FORGE) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -34,6 +34,7 @@ class Settings:
     variant: str
     width: int
     k: int
+    layers: int = 0  # of a transcoder, whose batches have inputs and targets side by side; 0: of an SAE
     l0: float = 0.0  # how many latents fire at the start, of variants without k; 0: as initialised
     dead: float = 0.0  # the share of latents that never fire
     device: str = "cpu"
@@ -57,6 +58,11 @@ def sparse_bias(pre: torch.Tensor, l0: float) -> float:
     flat = pre.detach().reshape(-1)
     rank = flat.numel() - int(l0 * pre.shape[0])
     return float(flat.kthvalue(rank).values)
+
+
+def split_pairs(batches: list[torch.Tensor]) -> dict[int, tuple[torch.Tensor, ...]]:
+    """Inputs and targets by the id of their batch."""
+    return {id(x): tuple(part.contiguous() for part in x.chunk(2, dim=1)) for x in batches}
 
 
 def fuse(optimizer: Any) -> None:

@@ -13,7 +13,7 @@ if os.environ.get("WITHOUT_TRITON"):
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stepping import LONG, Settings, Step, serve_steps, sparse_bias
+from stepping import LONG, Settings, Step, serve_steps, sparse_bias, split_pairs
 
 from saemill.cache_schema.allocator import keep_large_blocks
 from saemill.train.data.batch import Batch
@@ -27,9 +27,13 @@ def make_trainee(settings: Settings, x: torch.Tensor) -> Trainee:
     cls = config_type(settings.variant)
     product = "bfloat16" if settings.precision == "bfloat16" else "float32"
     wanted = {"width": settings.width, "k": settings.k, "target_l0": float(settings.k), "encoder_product": product}
+    d_model = x.shape[1]
+    if settings.layers:
+        wanted |= {"hook": "mlp_in", "layers": tuple(range(settings.layers))}
+        d_model //= 2 * settings.layers
     known = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{name: value for name, value in wanted.items() if name in known})
-    trainee = Trainee(settings.variant, config.build(x.shape[1]), total_steps=100_000, device=x.device)
+    trainee = Trainee(settings.variant, config.build(d_model), total_steps=100_000, device=x.device)
     sae = trainee.sae
     with torch.no_grad():
         if settings.l0:
@@ -51,6 +55,9 @@ def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
     if device.type == "cuda" and not os.environ.get("WITHOUT_TRITON") and not has_triton(device):
         raise SystemExit("our kernels do not run here: a row of this name would show torch's")
     trainee = make_trainee(settings, batches[0])
+    if settings.layers:
+        pairs = split_pairs(batches)
+        return lambda x: trainee.step(Batch(*pairs[id(x)]))
     return lambda x: trainee.step(Batch(x))
 
 

@@ -16,7 +16,7 @@ from schedulefree import ScheduleFreeWrapper
 from sparsify.config import SparseCoderConfig
 from sparsify.sign_sgd import SignSGD
 from sparsify.sparse_coder import SparseCoder
-from stepping import Settings, Step, serve_steps
+from stepping import Settings, Step, serve_steps, split_pairs
 
 
 def make_optimiser(sae: Any) -> Any:
@@ -28,23 +28,27 @@ def make_optimiser(sae: Any) -> Any:
 
 
 def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
-    assert settings.variant == "topk" and not settings.l0, "sparsify has top-k SAEs only"
+    assert settings.variant in ("topk", "transcoder") and not settings.l0, "sparsify has top-k SAEs only"
     # Its trainer asks for TF32 itself.
     torch.set_float32_matmul_precision("high")
     device = settings.device
-    config = SparseCoderConfig(num_latents=settings.width, k=settings.k)
-    sae = SparseCoder(batches[0].shape[1], config, device, dtype=torch.float32)
+    is_transcoder = settings.variant == "transcoder"
+    pairs = split_pairs(batches) if is_transcoder else {id(x): (x,) for x in batches}
+    config = SparseCoderConfig(num_latents=settings.width, k=settings.k, transcode=is_transcoder)
+    sae = SparseCoder(pairs[id(batches[0])][0].shape[1], config, device, dtype=torch.float32)
     optimiser = make_optimiser(sae)
     since_fired = torch.zeros(sae.num_latents, dtype=torch.long, device=device)
 
     def step(x: torch.Tensor) -> None:
         """What its trainer does for one SAE between two reads of the model."""
-        sae.set_decoder_norm_to_unit_norm()
-        out = sae(x, dead_mask=None)  # the auxiliary loss has no weight by default
+        if not is_transcoder:
+            sae.set_decoder_norm_to_unit_norm()
+        out = sae(*pairs[id(x)], dead_mask=None)  # the auxiliary loss has no weight by default
         fired = torch.zeros_like(since_fired, dtype=torch.bool)
         fired[out.latent_indices.flatten()] = True
         out.fvu.backward()
-        sae.remove_gradient_parallel_to_decoder_directions()
+        if not is_transcoder:
+            sae.remove_gradient_parallel_to_decoder_directions()
         optimiser.step()
         optimiser.zero_grad()
         since_fired.add_(len(x))

@@ -1,0 +1,80 @@
+"""Steps of our transcoders against the peers', in one run, on the same activations: as bench/train.py measures.
+
+The cross-layer one against CLT-Forge, whose code `make clt-forge` fetches and which runs in the peers' environment;
+the one of a single layer against sparsify. SAELens (6.54) has transcoders to load, and none to train.
+
+    python bench/transcoders.py --peers-python PATH --clt-forge FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import click
+from racing import Contest, Entrant, make_batches
+from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of
+
+OURS = "ours"
+PEERS = {"clt": ("CLT-Forge", 2.0), "transcoder": ("sparsify", None)}
+
+
+@click.command()
+@click.option("--peers-python", required=True, help="Python of the peers.")
+@click.option("--clt-forge", "forge", required=True, type=click.Path(exists=True, path_type=Path), help="Its checkout.")
+@click.option("--d-model", default=512, show_default=True)
+@click.option("--layers", default=6, show_default=True, help="Of the cross-layer transcoder.")
+@click.option("--width", default=2048, show_default=True, help="Latents of a layer.")
+@click.option("--k", default=32, show_default=True, help="Active latents of a layer.")
+@click.option("--rows", default=1024, show_default=True, help="Tokens of a batch.")
+@click.option("--rounds", default=ROUNDS, show_default=True)
+@click.option("--steps", default=2, show_default=True, help="Steps of each contestant and round, timed together.")
+@click.option("--threads", default=os.cpu_count() or 1, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", help="cpu: for a machine with other work.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path))
+def main(
+    peers_python: str,
+    forge: Path,
+    d_model: int,
+    layers: int,
+    width: int,
+    k: int,
+    rows: int,
+    rounds: int,
+    steps: int,
+    threads: int,
+    device: str,
+    clock: str,
+    json_file: Path | None,
+) -> None:
+    """Training steps of transcoders against the peers'."""
+    source = {"PYTHONPATH": str((forge / "src").resolve())}
+    entrants = [
+        Entrant(OURS, "ours", {"precision": "float32"}),
+        Entrant("CLT-Forge", "clt_forge", environment=source),
+        Entrant("sparsify", "sparsify"),
+    ]
+    contest, found = Contest(entrants, peers_python, threads), []
+    for variant, (peer, target) in PEERS.items():
+        count = layers if variant == "clt" else 1
+        sizes = {"variant": variant, "layers": count, "width": width * count, "k": k * count}
+        with tempfile.TemporaryDirectory() as folder:
+            settings = sizes | {"batches": make_batches(folder, rows, 2 * count * d_model)}
+            settings |= {"device": device, "clock": clock}
+            outcome = contest.race(settings, rounds, steps, names=(OURS, peer))
+        name = f"a step of {variant}: {count} layers, {width} latents and {k} active a layer, D {d_model}, {rows} rows"
+        if outcome.failures:
+            why = "; ".join(f"{who} failed: {said}" for who, said in outcome.failures.items())
+            found.append(Row(name, why, target=target))
+            continue
+        speeds = speeds_of(rows, outcome.seconds)
+        found.append(compare(name, speeds[OURS], speeds[peer], "tok/s", target, peer))
+    contest.close()
+    facts = gather_facts(peers_python, threads=threads, steps=steps, device=device, clock=clock)
+    raise SystemExit(conclude("Transcoders", found, json_file, facts))
+
+
+if __name__ == "__main__":
+    main()
