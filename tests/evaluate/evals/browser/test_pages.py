@@ -148,7 +148,7 @@ def test_points_that_are_near_have_numbers_below_and_names_beside_them(site, ope
     page = open_page(site.home)
     hidden = page.evaluate(
         """() => {
-          const points = [["topk", 32, .8655], ["standard", 35.3, .8193], ["attention", 39.6, .8144], ["tiered", 40, .8145]];
+          const points = [["topk", 32, .8655], ["standard", 35.3, .8193], ["near", 39.6, .8144], ["tiered", 40, .8145]];
           const chart = scatter(points.map(([name, x, y]) => ({ name, x, y, colour: "red" })), ["L0", "fidelity"]);
           document.querySelector("main").prepend(chart);
           const texts = [...chart.querySelectorAll("text")], circles = [...chart.querySelectorAll("circle")];
