@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 TOP, SAMPLE, LOW = 1, 2, 4  # why a firing is kept, as bits
+WAITING = 1 << 18  # firings that wait at the least before any are sorted out
 MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
@@ -85,7 +86,7 @@ class Keeper:
     def __init__(self, width: int, room: Room) -> None:
         self._room = room
         self._width = width
-        self._kept = Firings.none()
+        self._kept, self._reasons = Firings.none(), np.zeros(0, np.uint8)
         self._waiting: list[Firings] = []
         self._waits = 0
         self._least_peak = np.full(width, -np.inf, np.float32)  # that would be kept for its height
@@ -99,39 +100,29 @@ class Keeper:
         chosen = np.flatnonzero(wanted)
         self._waiting.append(firings.take(chosen))
         self._waits += len(chosen)
-        if self._waits > max(len(self._kept.latent), 1 << 18):
+        if self._waits > max(len(self._kept.latent), WAITING):
             self._settle()
 
     def finish(self) -> tuple[Firings, np.ndarray]:
         """What is kept, by latent and the highest peak first, and why: bits of TOP, SAMPLE, LOW."""
         self._settle()
         order = np.lexsort((-self._kept.peak, self._kept.latent))
-        kept = self._kept.take(order)
-        reasons = np.zeros(len(order), np.uint8)
-        for bit, chosen in self._choices(kept).items():
-            reasons[chosen] |= bit
-        return kept, reasons
+        return self._kept.take(order), self._reasons[order]
 
     def _settle(self) -> None:
         """Drop what is no longer among the best of its latent."""
-        everything = Firings.joined([self._kept, *self._waiting])
-        choices = self._choices(everything)
-        chosen = np.zeros(len(everything.latent), bool)
-        for numbers in choices.values():
-            chosen[numbers] = True
-        top, sample, low = (everything.take(choices[bit]) for bit in (TOP, SAMPLE, LOW))
-        self._least_peak = bound(top.latent, top.peak, self._width, self._room.top, np.minimum, -np.inf)
-        self._most_peak = bound(low.latent, low.peak, self._width, self._room.low, np.maximum, np.inf)
-        self._least_priority = bound(sample.latent, sample.priority, self._width, self._room.sample, np.minimum, -1.0)
-        self._kept, self._waiting, self._waits = everything.take(np.flatnonzero(chosen)), [], 0
-
-    def _choices(self, firings: Firings) -> dict[int, np.ndarray]:
-        latent, room = firings.latent, self._room
-        return {
-            TOP: largest(latent, firings.peak, room.top),
-            SAMPLE: largest(latent, firings.priority, room.sample),
-            LOW: largest(latent, -firings.peak, room.low),
-        }
+        everything, room = Firings.joined([self._kept, *self._waiting]), self._room
+        latent, peak, priority = everything.latent, everything.peak, everything.priority
+        top, sample = largest(latent, peak, room.top), largest(latent, priority, room.sample)
+        low = largest(latent, -peak, room.low)
+        reasons = np.zeros(len(latent), np.uint8)
+        for bit, chosen in ((TOP, top), (SAMPLE, sample), (LOW, low)):
+            reasons[chosen] |= bit
+        self._least_peak = bound(latent[top], peak[top], self._width, room.top, np.minimum, -np.inf)
+        self._most_peak = bound(latent[low], peak[low], self._width, room.low, np.maximum, np.inf)
+        self._least_priority = bound(latent[sample], priority[sample], self._width, room.sample, np.minimum, -1.0)
+        kept = np.flatnonzero(reasons)
+        self._kept, self._reasons, self._waiting, self._waits = everything.take(kept), reasons[kept], [], 0
 
 
 def largest(group: np.ndarray, key: np.ndarray, count: int) -> np.ndarray:

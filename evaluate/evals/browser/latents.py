@@ -6,6 +6,7 @@ F latents, K neighbours or tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -183,18 +184,19 @@ def near_value(near: Near | list[tuple[str, str, Near]], rows: slice) -> Any:
 
 def neighbours(shown: Shown, everyone: Sequence[Shown], config: Config) -> dict[str, Any]:
     """Near latents of the same SAE, counterparts in the others, and what a hierarchy joins."""
-    found: dict[str, Any] = {
-        "by_direction": by_direction(shown.rows, shown.rows, config.neighbours, is_same=True),
-        "by_firing": by_firing(shown.seen.together, shown.seen.together, config.neighbours, is_same=True),
-    }
+    rows, together = shown.rows, shown.seen.together
+    with ThreadPoolExecutor(1, thread_name_prefix="saemill-browser") as worker:  # it keeps one core, the other the rest
+        firing = worker.submit(by_firing, together, together, config.neighbours, is_same=True)
+        direction = by_direction(rows, rows, config.neighbours, is_same=True)
+    found: dict[str, Any] = {"by_direction": direction, "by_firing": firing.result()}
     others: list[tuple[str, str, Near]] = []
     for other in everyone:
         if other is shown:
             continue
         if other.subject.target_layers == shown.subject.target_layers:
-            near = by_direction(shown.rows, other.rows, COUNTERPARTS, is_same=False)
+            near = by_direction(rows, other.rows, COUNTERPARTS, is_same=False)
             others.append((other.subject.label, "direction", near))
-        near = by_firing(shown.seen.together, other.seen.together, COUNTERPARTS, is_same=False)
+        near = by_firing(together, other.seen.together, COUNTERPARTS, is_same=False)
         others.append((other.subject.label, "firing", near))
     return found | {"others": others} | hierarchy(shown)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.split_windows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, NotApplicable, SettingInvalid
-from saemill.evaluate.evals.browser import evaluation, folder, latents
+from saemill.evaluate.evals.browser import evaluation, folder, kept, latents
 from saemill.evaluate.evals.browser.attended import LEVELS, attended
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.folder import read_data, unpacked, write_data
@@ -30,7 +31,7 @@ from saemill.evaluate.evals.browser.latents import RANDOM, STEPS
 from saemill.evaluate.evals.browser.numbers import refresh
 from saemill.evaluate.evals.browser.reading import LEFT_OUT
 from saemill.evaluate.evals.browser.related import by_direction, by_firing
-from saemill.evaluate.evals.browser.seen import BINS, bin_of, lower_edges
+from saemill.evaluate.evals.browser.seen import BINS, Batch, Seen, bin_of, lower_edges
 from saemill.evaluate.evals.browser.words import Vocabulary, text_of
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.head import head_of, load_head
@@ -40,6 +41,7 @@ from saemill.evaluate.run.find_saes import find_subjects
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
+from saemill.train.sae.kernels.codes import Codes
 
 CONFIG = Config(windows=30, batch_windows=7, top=3, sample=8, low=2, promoted=4)
 KINDS = tuple(folder.KINDS.values())
@@ -244,6 +246,26 @@ def test_a_sample_is_even():
     kept, _ = keeper.finish()
     quarters = np.bincount(kept.window * 4 // count, minlength=4)
     assert len(kept.window) == keep and quarters.min() > 70 and quarters.max() < 130
+
+
+def test_memory_grows_with_the_latents_and_not_with_the_text(monkeypatch):
+    monkeypatch.setattr(kept, "WAITING", 1 << 12)
+    seen, tokens = Seen(64, 16, Room(3, 4, 2)), np.arange(256)
+    position = (tokens % 16).astype(np.uint16)
+    generator, peaks = torch.Generator().manual_seed(0), []
+    tracemalloc.start()
+    try:
+        for part in range(3):
+            tracemalloc.reset_peak()
+            for number in range(part * 20, part * 20 + 20):
+                codes = Codes(torch.randn(256, 64, generator=generator).relu(), None, 256, 64)
+                place = Batch(number * 16, (tokens // 16 + number * 16).astype(np.int32), position, is_sampled=False)
+                seen.take([codes], place, np.ones(256, bool))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+    assert seen.tokens == 3 * 20 * 256
+    assert peaks[2] < 1.1 * peaks[0], peaks
 
 
 def test_the_largest_of_every_group_come_first():

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,7 +36,7 @@ TEXTS = {
     12: "\n        ", 13: "\u0000", 14: "\U0001f468\u200d\U0001f469", 15: "&lt;b&gt;", 16: " ", 17: "__proto__",
 }  # fmt: skip
 CONFIG = Config(windows=40, top=4, sample=9, low=3)
-SLACK = 6  # of what is asked for in seconds: a machine may be busy with other tests
+SORTING = "(() => { const began = performance.now(); sortBy('token'); return performance.now() - began; })()"
 
 
 class Tokens:
@@ -425,30 +424,44 @@ def test_a_static_server_shows_it_too(site, open_page):
             thread.join()
 
 
-def test_65k_latents_are_shown_at_once(tmp_path, open_page):
-    """A list of all of them in a second, a latent in a tenth, to the last row."""
+def test_65k_latents_are_shown_to_the_last(tmp_path, open_page):
+    """Of which only those on the screen are made."""
     write_wide(tmp_path / "browser", 65_536)
-    began = time.monotonic()
     page = open_page(tmp_path, "#/sae/wide")
     page.wait_for_selector(".r")
-    assert time.monotonic() - began < 1 * SLACK
     assert len(listed(page)) < 60
-    for key in ("density", "token"):
-        took = page.evaluate(
-            f"(() => {{ const began = performance.now(); sortBy('{key}'); return performance.now() - began; }})()"
-        )
-        assert took < 300 * SLACK
     page.evaluate("rows.scrollTop = rows.scrollHeight")
     wait(page, "document.querySelector('.r[aria-posinset=\"65536\"]')")
-    took = page.evaluate(
-        """async () => {
-          const began = performance.now();
-          await showSae('wide', 40000, null);
-          return performance.now() - began;
-        }"""
-    )
+    page.evaluate("showSae('wide', 40000, null)")
     assert page.locator("#detail").get_attribute("data-latent") == "40000"
-    assert took < 100 * SLACK
+
+
+@pytest.mark.slow
+def test_65k_latents_are_painted_in_a_second_and_each_in_a_tenth(tmp_path, open_page):
+    """The best of three, for a machine may be busy with something else."""
+    write_wide(tmp_path / "browser", 65_536)
+    paints, lists, sorts, latents_shown = [], [], [], []
+    for latent in (40_000, 65_000, 65_535):  # in files of their own, which no page has read before
+        page = open_page(tmp_path, "#/sae/wide")
+        page.wait_for_selector(".r")
+        lists.append(page.evaluate("performance.now()"))  # since the page was asked for
+        wait(page, "performance.getEntriesByName('first-contentful-paint').length")
+        paints.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+        sorts.append(page.evaluate(SORTING))
+        latents_shown.append(
+            page.evaluate(
+                """async (latent) => {
+                  const began = performance.now();
+                  await showSae('wide', latent, null);
+                  return performance.now() - began;
+                }""",
+                latent,
+            )
+        )
+        assert page.locator("#detail").get_attribute("data-latent") == str(latent)
+    print(f"ms: first paint {paints}, list {lists}, sorted {sorts}, a latent {latents_shown}")
+    assert min(paints) < 1000 and min(lists) < 1000
+    assert min(latents_shown) < 100 and min(sorts) < 300
 
 
 def write_wide(path, width, windows=64, context=128, kept=40):
