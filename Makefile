@@ -6,6 +6,7 @@ PEERS    ?= .venv-peers
 SAEBENCH ?= .venv-saebench
 TRACER   ?= .venv-circuit-tracer
 CLT_FORGE ?= .clt-forge
+DASHBOARD ?= .venv-dashboard
 
 LAYER    ?=
 MODEL    ?= auto
@@ -44,8 +45,8 @@ STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set b
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-cluster test-real smollm2 check format lock sbom goldens demo harvest studies decide \
-  bench bench-store bench-harvest bench-train bench-small bench-quality bench-eval bench-gpu \
-  bench-transcoders docs measured peers saebench circuit-tracer clean
+  bench bench-store bench-harvest bench-train bench-small bench-quality bench-eval bench-browser bench-gpu \
+  bench-transcoders docs measured peers saebench circuit-tracer dashboard clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -130,7 +131,7 @@ decide: env $(if $(filter smollm2,$(MODEL)),smollm2) ## the runs that decide the
 	  --out $(DECISIONS) --with-baselines --set data.batch_tokens=2048 $(DECIDE_COURSE) $(STDLIB_PROBES) \
 	  > $(DECISIONS)/{}.log 2>&1 || { tail -n 5 $(DECISIONS)/{}.log; exit 1; }'
 
-bench: bench-store bench-harvest bench-train bench-quality bench-eval ## every benchmark against the peers [RESULTS=bench/results]
+bench: bench-store bench-harvest bench-train bench-quality bench-eval bench-browser ## every benchmark against the peers [RESULTS=bench/results]
 
 bench-harvest: env peers ## the harvest against the bare forward pass and SAELens' runner
 	$(BIN)/python bench/harvest.py --peers $(PEERS) --json $(RESULTS)/harvest.json
@@ -164,6 +165,10 @@ bench-transcoders: env peers $(CLT_FORGE) ## steps of transcoders against CLT-Fo
 $(CLT_FORGE): # its code alone, which runs in the peers' environment: it is on no index
 	git clone -q https://github.com/circuits-research/CLT-Forge $@
 	git -C $@ checkout -q 919356d2370b8fb9cf1ac46c05e6ea5d49771fe7
+
+bench-browser: env dashboard ## the latent browser against SAEDashboard
+	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STORE)
+	$(BIN)/python bench/browser.py $(STORE) --dashboard $(DASHBOARD) --json $(RESULTS)/browser.json
 
 bench-gpu: ## everything that an accelerator is measured by, in nine minutes; GPU="--only steps" and other options
 	PY=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bash bench/gpu/run.sh --out $(RESULTS)/gpu \
@@ -201,5 +206,14 @@ $(TRACER)/.installed: # its own environment: it needs older packages than anythi
 	$(TRACER)/bin/pip install -q --force-reinstall --no-deps torch==2.13.0
 	@touch $@
 
+dashboard: $(DASHBOARD)/.installed ## SAEDashboard's own environment
+
+$(DASHBOARD)/.installed: bench/dashboard-requirements.txt
+	$(PYTHON) -m venv $(DASHBOARD)
+	$(DASHBOARD)/bin/pip install -q -r $<
+	$(DASHBOARD)/bin/pip install -q --force-reinstall --no-deps torch==2.13.0
+	$(DASHBOARD)/bin/pip uninstall -q -y torchvision torchaudio
+	@touch $@
+
 clean: ## remove environments and caches, never stores or runs
-	rm -rf $(VENV) $(PEERS) $(SAEBENCH) $(TRACER) $(CLT_FORGE) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(SAEBENCH) $(TRACER) $(DASHBOARD) $(CLT_FORGE) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

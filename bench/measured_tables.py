@@ -22,7 +22,9 @@ PAGE = "docs/measured.md"
 BEGIN, END = "<!-- measured: written by `make measured` -->", "<!-- measured: end -->"
 
 Rows = list[dict[str, Any]]
-STORE, HARVEST, TRAIN, CORE = (f"make bench-{name}" for name in ("store", "harvest", "train", "eval"))
+STORE, HARVEST, TRAIN, CORE, BROWSER = (
+    f"make bench-{name}" for name in ("store", "harvest", "train", "eval", "browser")
+)
 SPEED = {  # file of results: command, and what is told of it by the names of its rows
     "store": (
         STORE,
@@ -118,6 +120,12 @@ def speed_lines() -> Iterable[tuple[str, str, str]]:
             what = f"core evaluation on {model} in {dtype}, against official SAEBench: one SAE; eight"
             ratios = "; ".join(", ".join(ratio_of(found[name]) for name in pair) for pair in pairs)
             yield f"{what} (clean pass computed, kept from before)", ratios, CORE
+    for row in rows_of("browser"):
+        what, _, kind = row["name"].rpartition(": ")
+        if kind == "made":
+            yield f"the latent browser of {what}: tokens a second", row["found"].removesuffix(" tok/s"), BROWSER
+        elif kind == "against":
+            yield f"the same against SAEDashboard 0.8, {what}", ratio_of(row), BROWSER
 
 
 def train_lines() -> Iterable[tuple[str, str, str]]:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 PACKAGES = ("saemill", "torch", "triton", "transformers", "numpy", "zarr", "numcodecs", "google-crc32c")
-PEER_PACKAGES = ("sae-lens", "dictionary-learning", "eai-sparsify", "transformer-lens", "sae-bench")
+PEER_PACKAGES = ("sae-lens", "dictionary-learning", "eai-sparsify", "transformer-lens", "sae-bench", "sae-dashboard")
 ROUNDS = 5
 
 
