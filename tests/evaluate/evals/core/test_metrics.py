@@ -54,6 +54,23 @@ def test_losses_are_those_of_whole_distributions(monkeypatch, chunk, block):
     torch.testing.assert_close(ce[has].double(), -p.log()[has, targets[has]], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "k"), [(33, 2048, 5), (3, 2048, 16), (9, 2048, 17), (5, 2050, 3), (0, 2048, 3)]
+)
+@pytest.mark.parametrize("kind", ["random", "equal", "not a number"])
+def test_the_largest_of_rows_are_those_of_a_sort(rows, width, k, kind):
+    pre = logits(rows, width, 0)
+    if kind == "equal":
+        pre = pre.round()
+    if kind == "not a number" and rows:
+        pre[1, 7] = torch.nan
+    values, latents = encoding.largest_of_rows(pre, k)
+    assert values.shape == latents.shape == (rows, k)
+    assert torch.equal(values.nan_to_num(99), pre.gather(1, latents).nan_to_num(99))
+    assert torch.equal(values.sort(1).values.nan_to_num(99), pre.topk(k).values.sort(1).values.nan_to_num(99))
+    assert all(len(set(row)) == k for row in latents.tolist())
+
+
 def test_nothing_larger_than_a_chunk_is_asked_for():
     asked = []
 
