@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from saemill.cache_schema import Request, Site, Store, importer, to_float32
@@ -126,6 +127,27 @@ def test_import_of_pickled_arrays_is_refused(tmp_path: Path) -> None:
     result = run("import", tmp_path / "s", "--resid", tmp_path / "resid.npy", "--layer", 0, "--model", "m")
     assert result.exit_code == 1
     assert "is not a readable .npy file" in result.output
+
+
+def test_a_pickle_is_refused_and_the_way_out_that_is_told_works(tmp_path: Path) -> None:
+    """As activault writes it: bfloat16 states beside their tokens."""
+    states = torch.randn(40, 8, 6).bfloat16()
+    torch.save({"states": states, "input_ids": torch.arange(320).view(40, 8), "tensor_bytes": 1}, tmp_path / "a.pt")
+    words = ["import", tmp_path / "s", "--layer", 0, "--model", "m", "--resid"]
+    result = run(*words, tmp_path / "a.pt")
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    told = said.partition("convert it once: ")[2].partition("; then ")[0]
+    found = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert "np.save('acts.npy', found['states'].view(torch.uint16)); np.save('tokens.npy', found['input_ids'])" in told
+    np.save(tmp_path / "acts.npy", found["states"].view(torch.uint16))
+    np.save(tmp_path / "tokens.npy", found["input_ids"])
+    result = run(*words, tmp_path / "acts.npy", "--tokens", tmp_path / "tokens.npy")
+    assert result.exit_code == 0, result.output
+    with Store.open(tmp_path / "s") as opened:
+        (part, *_) = opened.stream(Request(layers=(0,), windows=(0, 40)))
+        kept = part.values(Site("resid", 0))
+        assert np.array_equal(kept, states[: len(kept)].float().numpy())
 
 
 def test_import_of_hooks(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
