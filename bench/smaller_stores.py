@@ -29,6 +29,7 @@ from saemill.cache_schema import Store as StoredArrays
 from saemill.cache_schema.allocator import keep_large_blocks
 from saemill.cache_schema.commits import read_index
 from saemill.cache_schema.dtypes import SmallDtype
+from saemill.cache_schema.manifest import AttentionSpec
 from saemill.cache_schema.sites import Place
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.results import metric_of
@@ -53,11 +54,11 @@ FASTER = 1.6
 
 
 def write_small(exact: Store, folder: Path, kind: SmallDtype) -> None:
-    """The same store, its activations as codes."""
+    """The same store's residuals, as codes."""
     manifest = exact.manifest
     begun = [exact.beginning(shard) for shard in range(manifest.shards)]
     tokens, documents = (np.concatenate(parts) for parts in zip(*begun, strict=True))
-    small = replace(manifest, stored_as=kind)
+    small = replace(manifest, stored_as=kind, attention=AttentionSpec(), hooks={})
     with StoreWriter.create(folder, small, tokens, documents) as writer:
         for part in exact.stream(Request(layers=manifest.layers)):
             rows, shard = slice(part.span.start, part.span.stop), part.span.shard
@@ -83,22 +84,26 @@ def bytes_per_token(store: StoredArrays) -> float:
     return of_acts / (store.manifest.shards * store.manifest.shard_windows * store.manifest.context)
 
 
-def bench_quality(folder: Path, tokens: str, seeds: int, words: Sequence[str]) -> list[Row]:
+def bench_quality(folder: Path, given: Path | None, tokens: str, seeds: int, words: Sequence[str]) -> list[Row]:
     settings = dict(word.split("=", 1) for word in words)
-    exact = harvest(model="pocket", layer=19, attention_layers="none", tokens=tokens, out=folder / EXACT, device="cpu")
+    paths = {kind: folder / kind for kind in (EXACT, *KINDS)} | ({EXACT: given.resolve()} if given else {})
+    pocket = {"model": "pocket", "layer": 19, "attention_layers": "none", "tokens": tokens, "device": "cpu"}
+    exact = Store(paths[EXACT]) if given else harvest(**pocket, out=paths[EXACT])
+    assert (exact.manifest.model.dtype, exact.manifest.stored_as) == (EXACT, None), f"expected {EXACT} residuals"
+    settings = {"layer": exact.manifest.layers[0]} | settings
     runs = {}
     for kind in (EXACT, *KINDS):
         if kind != EXACT:
-            write_small(exact, folder / kind, kind)
+            write_small(exact, paths[kind], kind)
         grid = {"seed": list(range(seeds))}
         with chdir(folder):  # runs go to ./runs
-            trained = train(cache=folder / kind, variant="topk", grid=grid, device="cpu", plots=False, **settings)
+            trained = train(cache=paths[kind], variant="topk", grid=grid, device="cpu", plots=False, **settings)
             runs[kind] = trained.path.resolve()
     context = Context(exact, watch=Watch(is_quiet=True))
     found = {kind: measure(context, run) for kind, run in runs.items()}
     rows = []
     for kind, saes in found.items():
-        with Store(folder / kind) as store:
+        with Store(paths[kind]) as store:
             size = f"{bytes_per_token(store):,.1f} bytes a token"
         said = [f"{name} {_spread([sae[name] for sae in saes])}" for name in METRICS]
         against = []
@@ -158,7 +163,10 @@ def seconds_of_batches(store: Store) -> float:
 
 
 @click.command()
-@click.option("--tokens", default="300k", show_default=True, help="Of the pocket model.")
+@click.option(
+    "--store", "given", type=click.Path(exists=True, path_type=Path), help="Of bfloat16, in place of a new one."
+)
+@click.option("--tokens", default="300k", show_default=True, help="Of the pocket model, where there is no --store.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--set", "words", multiple=True, help="Of sae-train.", default=("width=1024", "k=32", "epochs=3"))
 @click.option("--shards", default=3, show_default=True, help="To be read, 151 MB of bfloat16 each.")
@@ -166,12 +174,19 @@ def seconds_of_batches(store: Store) -> float:
 @click.option("--only", type=click.Choice(["quality", "reading"]))
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(
-    tokens: str, seeds: int, words: tuple[str, ...], shards: int, rounds: int, only: str | None, json_file: Path | None
+    given: Path | None,
+    tokens: str,
+    seeds: int,
+    words: tuple[str, ...],
+    shards: int,
+    rounds: int,
+    only: str | None,
+    json_file: Path | None,
 ) -> None:
     folder, rows = Path(tempfile.mkdtemp(prefix="smaller-stores-")), []
     try:
         if only != "reading":
-            rows += bench_quality(folder, tokens, seeds, words)
+            rows += bench_quality(folder, given, tokens, seeds, words)
         if only != "quality":
             rows += bench_reading(folder, shards, rounds)
     finally:

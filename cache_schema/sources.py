@@ -94,8 +94,8 @@ class SaelensSource:
 def _load(path: Path, ndim: int) -> np.ndarray:
     if path.suffix in (".pt", ".pth", ".pkl"):
         raise ImportInvalid(
-            f"{path} is a pickle, as torch.save and activault write it: expected .npy, because pickles may run code and "
-            "are not read. Where you trust it, convert it once: found = torch.load(FILE, weights_only=True); "
+            f"{path} is a pickle, as torch.save and activault write it: expected .npy, as pickles may run code and are "
+            "not read. Where you trust it, convert it once: found = torch.load(FILE, weights_only=True); "
             "np.save('acts.npy', found['states'].view(torch.uint16)); np.save('tokens.npy', found['input_ids']); "
             "then --resid acts.npy --tokens tokens.npy"
         )

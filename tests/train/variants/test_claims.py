@@ -167,6 +167,24 @@ def test_a_cross_layer_latent_writes_what_comes_later(battery, rng):
     assert left < 0.4 * left_over(train(alone, of_last[:-1]).sae(of_last[-1].x), of_last[-1].target)
 
 
+def test_a_crosscoder_has_one_latent_for_what_is_in_every_layer(battery, rng):
+    """Each feature has a direction of its own in each of three layers, and one code: a latent finds all three."""
+    atoms = torch.stack([draw_unit(rng, 24) for _ in range(3)], 1)
+
+    def batch() -> Batch:
+        return Batch(
+            torch.cat([scaled(part) for part in (draw_codes(rng, ROWS, 24, 3) @ atoms.flatten(1)).chunk(3, 1)], 1)
+        )
+
+    config = battery.quick("crosscoder", lr=1e-2, layers=(1, 2, 3), width=32, k=3, dead_after_tokens=20_000)
+    sae = train(config, [batch() for _ in range(100)]).sae
+    written = functional.normalize(sae.W_dec.detach().view(-1, 3, D), dim=2)
+    cosines = torch.einsum("fld,ald->afl", written, atoms)
+    of_first = cosines[:, :, 0].argmax(1)
+    whole = cosines[torch.arange(24), of_first].amin(1)
+    assert (whole > 0.9).double().mean() > 0.8
+
+
 def test_a_causal_crosscoder_reads_one_layer(battery, rng):
     config = battery.quick("crosscoder", causal=True, layers=(1, 2, 3))
     (batch,) = battery.batches(config, 1)
