@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from .manifest import Manifest, check_format
 from .strict import StrictError, from_json, to_json
 
 MANY = 100_000  # shards that the index lacks: to ask a disk for each takes longer than to list those there are
+READ_AT_ONCE = 16  # records: an object store answers each after some 30 ms
 DEVICES_ASKED = 32  # shards whose devices are looked up, of however many
 RECORD_NAME = re.compile(r"[0-9]{5}[.]json|[1-9][0-9]{5,11}[.]json", re.ASCII)
 
@@ -150,6 +152,11 @@ def read_record(files: Files, manifest: Manifest, shard: int) -> CommitRecord:
     return record
 
 
+def _read_records(files: Files, manifest: Manifest, shards: np.ndarray) -> list[CommitRecord]:
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+        return list(pool.map(lambda shard: read_record(files, manifest, shard), shards.tolist()))
+
+
 def write_record(files: Files, record: CommitRecord) -> None:
     files.replace(record_key(record.shard), encode_json(to_json(record)))
 
@@ -193,7 +200,7 @@ def compact(files: Files, manifest: Manifest) -> Index:
         fresh = np.flatnonzero(committed & ~index.mask(manifest.shards))
         if not len(fresh):
             return index
-        records = [read_record(files, manifest, int(shard)) for shard in fresh]
+        records = _read_records(files, manifest, fresh)
         files.replace(INDEX, encode_json(to_json(_extend(index, committed, records))))
 
 
@@ -203,7 +210,7 @@ def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     files.remove(SUMMARY)  # the summary describes a finished store, and this store is open again
     committed = find_committed(files, manifest)
     committed[gone] = False
-    records = [read_record(files, manifest, int(shard)) for shard in np.flatnonzero(committed)]
+    records = _read_records(files, manifest, np.flatnonzero(committed))
     files.replace(
         INDEX, encode_json(to_json(_extend(Index(manifest.cache_id, format=manifest.format), committed, records)))
     )
@@ -247,6 +254,17 @@ def _read_as(cls: type[T], value: dict[str, Any], where: str, remedy: str) -> T:
         return from_json(cls, value)
     except StrictError as error:
         raise ManifestInvalid(f"{where}: {error}. {remedy}") from None
+
+
+def read_derived(cls: type[T], files: Files, key: str) -> tuple[T, str, str] | None:
+    """A file that can be made again, where it is, and what to do when it is wrong; None where the store has none."""
+    where, remedy = f"{files.url}/{key}", "It can be deleted: `sae-store repair` makes it again"
+    try:
+        value = decode_json(files.read(key), where, remedy)
+    except KeyError:
+        return None
+    check_format(value.get("format"), where)
+    return _read_as(cls, value, where, remedy), where, remedy
 
 
 def decode_json(raw: bytes, where: str, remedy: str) -> dict[str, Any]:

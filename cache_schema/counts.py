@@ -7,23 +7,21 @@ and gets the same numbers. Special tokens are in none of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from .commits import decode_json
+from .commits import read_derived
 from .errors import ManifestInvalid
 from .files import Files
 from .layout import COUNTS, encode_json
-from .manifest import Manifest, check_format
+from .manifest import Manifest
 from .moments import is_special
 from .request import Request, Span, spans_of
-from .strict import StrictError, from_json, to_json
+from .strict import to_json
 
 Ids = tuple[np.ndarray, np.ndarray]
 """Tokens and documents [W, T] of some windows."""
-
-_REMEDY = "It can be deleted: `sae-store repair` makes it again"
 
 
 @dataclass(frozen=True)
@@ -80,29 +78,19 @@ def pair_share(group_sizes: np.ndarray) -> float:
 
 def read_counts(files: Files, manifest: Manifest) -> Counts | None:
     """None where the store has none."""
-    where = f"{files.url}/{COUNTS}"
-    try:
-        value = decode_json(files.read(COUNTS), where, _REMEDY)
-    except KeyError:
+    found = read_derived(Counts, files, COUNTS)
+    if found is None:
         return None
-    check_format(value.get("format"), where)
-    numbers = value.get("trainable")
-    try:
-        if isinstance(numbers, list) and set(map(type, numbers)) <= {int}:  # millions: all at once
-            counts = replace(from_json(Counts, {**value, "trainable": []}), trainable=tuple(numbers))
-        else:
-            counts = from_json(Counts, value)
-    except StrictError as error:
-        raise ManifestInvalid(f"{where}: {error}. {_REMEDY}") from None
+    counts, where, remedy = found
     if counts.cache_id != manifest.cache_id or len(counts.trainable) != manifest.windows:
-        raise ManifestInvalid(f"{where} belongs to another store. {_REMEDY}")
+        raise ManifestInvalid(f"{where} belongs to another store. {remedy}")
     if not 0 <= min(counts.trainable, default=0) <= max(counts.trainable, default=0) <= manifest.context:
-        raise ManifestInvalid(f"{where}: expected 0 to {manifest.context} tokens in each window. {_REMEDY}")
+        raise ManifestInvalid(f"{where}: expected 0 to {manifest.context} tokens in each window. {remedy}")
     for split, (start, stop) in manifest.splits.items():
-        found, total = sum(counts.trainable[start:stop]), counts.splits.get(split)
-        if total is None or found != total.tokens:
+        tokens, total = sum(counts.trainable[start:stop]), counts.splits.get(split)
+        if total is None or tokens != total.tokens:
             raise ManifestInvalid(
-                f"{where}: expected {total and total.tokens} tokens in the windows of {split}, found {found}. {_REMEDY}"
+                f"{where}: expected {total and total.tokens} tokens in the windows of {split}, found {tokens}. {remedy}"
             )
     return counts
 

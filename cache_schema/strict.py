@@ -21,6 +21,7 @@ T = TypeVar("T")
 LATER = "later"
 """In a field's metadata: it came after stores were written, and is left out of the JSON where it is empty."""
 
+_SCALARS = {int, float, bool, str, type(None)}
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}", re.ASCII)  # as `str` writes it: each integer has one form
 
 
@@ -39,8 +40,8 @@ def to_json(value: Any) -> Any:
         return {name: to_json(item) for name, (field, item) in fields.items() if item or not field.metadata.get(LATER)}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
+    if isinstance(value, (list, tuple)):  # there may be millions of numbers
+        return list(value) if set(map(type, value)) <= _SCALARS else [to_json(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"no JSON form for {type(value).__name__}: {value!r}")
@@ -138,6 +139,8 @@ def _read_sequence(kind: Any, origin: type, raw: Any, where: str, problems: list
         if len(raw) != len(args):
             return _mismatch(where, f"{len(args)} items", raw, problems)
         kinds = list(args)
+    elif args[0] in _SCALARS and set(map(type, raw)) <= {args[0]}:  # there may be millions: all at once
+        return origin(raw)
     else:
         kinds = [args[0]] * len(raw)
     items = zip(kinds, raw, strict=True)

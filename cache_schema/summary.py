@@ -10,16 +10,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .commits import decode_json
+from .commits import read_derived
 from .errors import ManifestInvalid
 from .files import Files
 from .layout import SUMMARY, encode_json
-from .manifest import Manifest, check_format
+from .manifest import Manifest
 from .moments import Moments
 from .sites import RESID, Site
-from .strict import LATER, StrictError, from_json, to_json
-
-_REMEDY = "It can be deleted: `sae-store repair` makes it again"
+from .strict import LATER, to_json
 
 
 @dataclass(frozen=True)
@@ -75,20 +73,14 @@ def summarise(moments: Moments) -> LayerSummary:
 
 def read_summary(files: Files, manifest: Manifest) -> Summary | None:
     """The summary, or None where the store has none."""
-    where = f"{files.url}/{SUMMARY}"
-    try:
-        value = decode_json(files.read(SUMMARY), where, _REMEDY)
-    except KeyError:
+    opened = read_derived(Summary, files, SUMMARY)
+    if opened is None:
         return None
-    check_format(value.get("format"), where)
-    try:
-        summary = from_json(Summary, value)
-    except StrictError as error:
-        raise ManifestInvalid(f"{where}: {error}. {_REMEDY}") from None
+    summary, where, remedy = opened
     lengths = {site: (manifest.context, manifest.width_of(site.hook)) for site in manifest.sites}
     found = {site: (len(moments.norm_by_position), len(moments.mean)) for site, moments in summary.sites.items()}
     if summary.cache_id != manifest.cache_id or found != lengths:
-        raise ManifestInvalid(f"{where} belongs to another store. {_REMEDY}")
+        raise ManifestInvalid(f"{where} belongs to another store. {remedy}")
     return summary
 
 
