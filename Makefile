@@ -46,7 +46,7 @@ STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set b
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-cluster test-real smollm2 check format lock sbom goldens demo harvest studies decide \
   bench bench-store bench-harvest bench-train bench-small bench-quality bench-eval bench-browser bench-gpu \
-  bench-transcoders docs measured peers saebench circuit-tracer dashboard clean
+  bench-transcoders bench-workers bench-simulate docs measured peers saebench circuit-tracer dashboard clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -151,6 +151,12 @@ bench-quality: env peers smollm2 ## on SmolLM2: saved SAEs opened by SAELens; ex
 
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS) --json $(RESULTS)/store.json
+
+bench-workers: env ## 64 workers on one server of the S3 protocol against its own rate; 17 GB of temporary files
+	$(BIN)/python bench/workers.py --megabytes 64 --json $(RESULTS)/workers.json
+
+bench-simulate: env ## a harvest of a million shards by ten thousand workers, on paper
+	$(BIN)/python bench/simulate.py --json $(RESULTS)/simulate.json
 
 bench-small: env ## what stores of int8 and fp8 cost in quality, and gain in bytes and reading
 	$(BIN)/python bench/smaller_stores.py --json $(RESULTS)/smaller_stores.json

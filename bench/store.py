@@ -70,16 +70,16 @@ def make_residuals(rng: np.random.Generator) -> np.ndarray:
     return rng.standard_normal((SHARD_WINDOWS, CONTEXT, WIDTH), np.float32) * scales
 
 
-def make_manifest(shards: int, **changes: Any) -> Manifest:
-    windows = shards * SHARD_WINDOWS
+def make_manifest(shards: int, width: int = WIDTH, shard_windows: int = SHARD_WINDOWS, **changes: Any) -> Manifest:
+    windows = shards * shard_windows
     manifest = Manifest(
-        model=ModelSpec("random", WIDTH, dtype=changes.pop("dtype", "bfloat16")),
+        model=ModelSpec("random", width, dtype=changes.pop("dtype", "bfloat16")),
         corpus=CorpusSpec("random"),
         context=CONTEXT,
         layers=(LAYER,),
         windows=windows,
         splits={"train": (0, windows), "validation": (windows, windows), "test": (windows, windows)},
-        shard_windows=SHARD_WINDOWS,
+        shard_windows=shard_windows,
     )
     return replace(manifest, **changes)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import struct
 import threading
 import time
@@ -27,6 +28,8 @@ CREATION = 2**40  # the claim on a store's creation: a number that no shard has
 DERIVED = 2**40 + 1  # the claim on index and summary
 LEASE_SECONDS = 600
 RENEW_SECONDS = 120
+HELD_TRIED = 16  # shards that others hold, of all that a writer looks at again
+DERIVED_SECONDS = 60  # the longest that a writer waits for the one that derives index and summary
 
 
 class Claims(Protocol):
@@ -38,6 +41,10 @@ class Claims(Protocol):
         ...
 
     def release(self, number: int) -> None: ...
+    def leave_held(self, numbers: list[int]) -> list[int]:
+        """Without those that others hold, where to try each would cost more."""
+        ...
+
     def hold_derived(self) -> AbstractContextManager[None]:
         """Wait for the claim on index and summary, and hold it for a block."""
         ...
@@ -114,6 +121,9 @@ class LockClaims:
     def release(self, number: int) -> None:
         self._lock(fcntl.F_UNLCK, number)
 
+    def leave_held(self, numbers: list[int]) -> list[int]:
+        return numbers  # to try one is a call of the kernel
+
     @contextmanager
     def hold_derived(self) -> Iterator[None]:
         self._lock(fcntl.F_WRLCK, DERIVED, wait=True)
@@ -165,10 +175,33 @@ class LeaseClaims:
             with suppress(StoreUnreachable):  # then it lapses
                 self._files.remove(self._key(number))
 
+    def leave_held(self, numbers: list[int]) -> list[int]:
+        """Some that are held stay in, drawn anew each time: a claim whose writer died is seen by trying it alone.
+
+        Near the end of a harvest thousands of workers look for what is left, and thousands of shards are in work: if
+        each tried each, that would be more requests than all before.
+        """
+        claimed = set(self._files.list("claims"))
+        held = [number for number in numbers if f"{number}.json" in claimed]
+        tried = set(random.sample(held, min(len(held), HELD_TRIED)))
+        return [number for number in numbers if number in tried or f"{number}.json" not in claimed]
+
     @contextmanager
     def hold_derived(self) -> Iterator[None]:
-        """Nothing to wait for: a PUT is all or nothing, and whoever writes last looks again."""
-        yield
+        """Wait for who holds it, so that of many writers that end together one reads the records, and not each.
+
+        Not for as long as a dead one would hold it: without it nothing is lost, as a PUT is all or nothing, and whoever
+        writes last looks again.
+        """
+        pause, end = 0.05, time.monotonic() + DERIVED_SECONDS
+        while not (is_mine := self.take(DERIVED)) and time.monotonic() < end:
+            time.sleep(pause * random.uniform(0.5, 1.5))  # or all that wait would ask together
+            pause = min(2 * pause, 4)
+        try:
+            yield
+        finally:
+            if is_mine:
+                self.release(DERIVED)
 
     def close(self) -> None:
         """Claims were released one by one; one that was not lapses."""

@@ -58,8 +58,10 @@ class Files(Protocol):
 
 def open_files(url: str | os.PathLike[str]) -> Files:
     """Local paths get plain file calls; everything else goes through fsspec."""
+    # s3fs asks for the size of each object first, where it may get it in several pieces at once
+    options = {"max_concurrency": 1} if os.fspath(url).startswith("s3://") else {}
     try:
-        fs, path = fsspec.core.url_to_fs(os.fspath(url))
+        fs, path = fsspec.core.url_to_fs(os.fspath(url), **options)
     except (ImportError, ValueError) as error:
         raise AddressInvalid(
             f"{os.fspath(url)} cannot be opened ({error}). Expected a folder, or an address such as s3://bucket/store "
@@ -230,8 +232,7 @@ class RemoteFiles:
     def remove(self, key: str) -> None:
         with self._name_failure("removing", key):
             try:
-                if self.exists(key):
-                    self.fs.rm_file(f"{self.path}/{key}")
+                self.fs.rm_file(f"{self.path}/{key}")
             except FileNotFoundError:
                 return
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from .claims import CREATION, open_claims
 from .codecs import encode
-from .commits import CommitRecord, DeviceRecord, compact, find_committed, write_device, write_record
+from .commits import READ_AT_ONCE, CommitRecord, DeviceRecord, compact, find_committed, write_device, write_record
 from .content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .counts import count_all, write_counts
 from .errors import ShardCorrupt, ShardInvalid, StoreBusy, StoreMismatch
@@ -30,14 +30,14 @@ from .files import Files, open_files
 from .identity import seal
 from .layout import BEGINNING, COUNTS, ROOT, arrays_of, documents_of, encode_json, record_key, root_document
 from .manifest import Manifest, list_differences
-from .moments import merge
+from .moments import Moments, merge
 from .reader import Store
 from .root import read_root
-from .sites import RESID
+from .sites import RESID, Site
 from .summary import LayerSummary, Summary, read_summary, summarise, write_summary
 
 WRITERS = 4  # chunks in flight: enough to overlap compression, checksums and the disk
-COMPACT_EVERY = 64  # shards a writer commits before it brings the index up to date
+COMPACT_EVERY = 64  # the index is brought up to date with one shard of so many, whoever writes it
 MOST_COMPACTIONS = 1000  # of a store's shards: each looks for all that lack, which many thousand shards make long
 
 
@@ -50,7 +50,6 @@ class StoreWriter:
         self.arrays = arrays_of(manifest)
         self._claims = open_claims(files)
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="saemill-write")
-        self._uncompacted = 0
 
     @classmethod
     def create(
@@ -88,6 +87,10 @@ class StoreWriter:
         """Shards without a record, in rising order."""
         return np.flatnonzero(~find_committed(self.files, self.manifest)).tolist()
 
+    def left(self) -> list[int]:
+        """Those of the pending that nobody holds, as far as that is cheap to know."""
+        return self._claims.leave_held(self.pending())
+
     @contextmanager
     def claim(self, shard: int) -> Iterator[bool]:
         """Hold a shard; yields False when another writer holds it or has committed it meanwhile."""
@@ -95,9 +98,17 @@ class StoreWriter:
             yield False
             return
         try:
-            yield not self.files.exists(record_key(shard))
+            yield not self._is_committed(shard)
         finally:
             self._claims.release(shard)
+
+    def _is_committed(self, shard: int) -> bool:
+        """By reading: of what is not there an object store makes a listing, where it is only looked for."""
+        try:
+            self.files.read(record_key(shard))
+        except KeyError:
+            return False
+        return True
 
     def write(self, shard: int, content: ShardContent, device: DeviceRecord | None = None) -> CommitRecord:
         """Write a claimed shard and commit it; `device`: what computed it."""
@@ -112,7 +123,9 @@ class StoreWriter:
         if device is not None:
             write_device(self.files, shard, device)
         write_record(self.files, record)
-        self._compact_sometimes()
+        if compacts_after(shard, self.manifest.shards):
+            with self._claims.hold_derived():
+                compact(self.files, self.manifest)
         return record
 
     def _write_chunks(self, tasks: Sequence[tuple[ShardPart, int]]) -> list[int]:
@@ -160,13 +173,6 @@ class StoreWriter:
         write_counts(self.files, counts)
         self.files.replace(ROOT, encode_json(root_document(self.manifest)))
 
-    def _compact_sometimes(self) -> None:
-        self._uncompacted += 1
-        if self._uncompacted >= max(COMPACT_EVERY, self.manifest.shards // MOST_COMPACTIONS):
-            with self._claims.hold_derived():
-                compact(self.files, self.manifest)
-            self._uncompacted = 0
-
     def close(self) -> None:
         """Bring what is derived up to date: the index, and the summary of a finished store."""
         try:
@@ -181,6 +187,16 @@ class StoreWriter:
         self._claims.close()
 
 
+def compacts_after(shard: int, shards: int) -> bool:
+    """Whether who commits this shard brings the index up to date.
+
+    What a writer counts of its own is never enough where thousands share a store. The shards lie about evenly, and so
+    that writers who take every n-th of all get as many each, whatever n is: multiples of the golden ratio.
+    """
+    every = max(COMPACT_EVERY, shards // MOST_COMPACTIONS)
+    return (shard + 1) * 0x9E3779B1 % 2**32 < 2**32 // every
+
+
 def refresh(files: Files, manifest: Manifest) -> None:
     """Derive again what is missing of index, counts and summary; the caller holds the claim."""
     index = compact(files, manifest)
@@ -190,12 +206,7 @@ def refresh(files: Files, manifest: Manifest) -> None:
     if not index.mask(manifest.shards).all() or read_summary(files, manifest) is not None:
         return
     with Store(files) as store:
-        merged = {
-            site: summarise(
-                merge(store.shard_moments(site.layer, shard, site.hook) for shard in range(manifest.shards))
-            )
-            for site in manifest.sites
-        }
+        merged = {site: summarise(merge(_shard_moments(store, site))) for site in manifest.sites}
     by_hook: dict[str, dict[int, LayerSummary]] = {}
     for site, found in merged.items():
         by_hook.setdefault(site.hook, {})[site.layer] = found
@@ -209,6 +220,14 @@ def refresh(files: Files, manifest: Manifest) -> None:
         format=manifest.format,
     )
     write_summary(files, summary)
+
+
+def _shard_moments(store: Store, site: Site) -> Iterator[Moments]:
+    """In order, some read at once."""
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+        for start in range(0, store.manifest.shards, READ_AT_ONCE):
+            some = range(start, min(start + READ_AT_ONCE, store.manifest.shards))
+            yield from pool.map(lambda shard: store.shard_moments(site.layer, shard, site.hook), some)
 
 
 def _validate_tokens(manifest: Manifest, tokens: np.ndarray, documents: np.ndarray) -> None:

@@ -140,7 +140,7 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
             elsewhere = harvest_shards(writer, harvester, shards, report)
         written += len(shards) - len(elsewhere)
         goes_on = place.takes_rest and len(elsewhere) < len(shards)
-        shards = writer.pending() if goes_on else []
+        shards = writer.left() if goes_on else []
     if elsewhere:
         watch.say(
             f"{len(elsewhere)} shards were left to another writer that holds or has committed them{writer.if_killed}"

@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that does what networks do: drops, delays, throttles, cuts answers in the middle."""
+"""A proxy in front of an S3 server that does what networks do: drops, delays, throttles, hangs, cuts in the middle."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 KINDS = ("lost request", "lost answer", "cut answer", "throttled", "slow")
+HANGS = 5  # seconds, of a request that is answered by nobody: longer than the client waits
 HOP = {"connection", "transfer-encoding", "content-length", "keep-alive"}
 
 
@@ -54,6 +55,10 @@ class Handler(BaseHTTPRequestHandler):
         body = self._body()
         fault = self.server.fault()
         if fault == "lost request":
+            self.close_connection = True
+            return
+        if fault == "hanging":
+            time.sleep(HANGS)
             self.close_connection = True
             return
         if fault == "throttled":

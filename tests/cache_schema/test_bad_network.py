@@ -21,7 +21,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from saemill.cache_schema import Request, Store, StoreBusy, StoreError, StoreUnreachable, StoreWriter
+from saemill.cache_schema import Request, Span, Store, StoreBusy, StoreError, StoreUnreachable, StoreWriter
 from saemill.cache_schema import claims as claims_module
 from saemill.cache_schema.claims import LeaseClaims
 from saemill.cache_schema.files import LocalFiles, RemoteFiles, open_files
@@ -244,6 +244,55 @@ def test_stale_listings_hide_shards_and_lose_none(synthetic, material, monkeypat
     synthetic.write_store(url, manifest, corpus)
     assert sorted(set(written)) == sorted(written)
     assert objects_of(synthetic, url, tmp_path / "copy") == expected
+
+
+def test_a_server_that_hangs_is_named_and_nothing_is_lost(synthetic, proxy, material, tmp_path, monkeypatch):
+    """Nobody waits for ever: s3fs gives up after 15 s, here after half a second, and tries again."""
+    manifest, corpus, expected = material
+    url, kinds = f"s3://mill/{uuid.uuid4().hex}", proxy.kinds
+    synthetic.write_store(url, manifest, corpus, shards=[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(s3fs.S3FileSystem, "read_timeout", 0.5)
+        s3fs.S3FileSystem.clear_instance_cache()
+        proxy.kinds, proxy.share = ("hanging",), 1.0
+        with pytest.raises(StoreUnreachable, match="run the same command again"):
+            Store.open(url)
+        proxy.kinds, proxy.share = kinds, 0.0
+    s3fs.S3FileSystem.clear_instance_cache()
+    synthetic.write_store(url, manifest, corpus)
+    assert objects_of(synthetic, url, tmp_path / "copy") == expected
+
+
+def test_a_disk_that_hangs_holds_up_one_writer_and_one_shard(synthetic, material, tmp_path, monkeypatch):
+    manifest, corpus, expected = material
+    place, goes_on, hangs, write = tmp_path / "store", threading.Event(), threading.Event(), os.write
+
+    def hang(fd: int, data: Any) -> int:
+        if "resid/layer_3/c.0" in os.readlink(f"/proc/self/fd/{fd}"):
+            hangs.set()
+            goes_on.wait(120)
+        return write(fd, data)
+
+    StoreWriter.create(place, manifest, corpus.tokens, corpus.documents).close()
+    monkeypatch.setattr(os, "write", hang)
+    hung = threading.Thread(target=synthetic.write_store, args=(place, manifest, corpus))
+    hung.start()
+    try:
+        assert hangs.wait(120)
+        with StoreWriter.open(place) as other:
+            assert synthetic.write_pending(other, corpus) == list(range(1, manifest.shards))
+        with Store.open(place) as store:
+            assert store.committed.tolist() == [False] + [True] * (manifest.shards - 1)
+            for shard in range(1, manifest.shards):
+                start, stop = manifest.shard_range(shard)
+                part = store.read(EVERYTHING, Span(shard, start, stop))
+                assert np.array_equal(part.resid[3], corpus.resid[3][start:stop])
+    finally:
+        goes_on.set()
+        hung.join()
+    found = synthetic.tree_of(place)
+    del found["commits/lock"]
+    assert found == expected
 
 
 @pytest.mark.parametrize("number", [5, 13, 116])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saemill.cache_schema import FormatTooNew, Request, Site, Store, from_float32, to_float32
+from saemill.cache_schema import FormatTooNew, Request, Site, Store, StoreWriter, from_float32, to_float32
 from saemill.cache_schema import manifest as manifest_module
 from saemill.cache_schema.layout import COUNTS
 from saemill.cache_schema.verify import digest
@@ -76,12 +76,19 @@ def test_golden_store_of_format_3_reads_as_it_was_made(small: str, expected: str
         assert not np.array_equal(values, plain)
 
 
-def test_a_reader_of_format_1_refuses_format_2_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As releases before it do: the number is looked at before anything else."""
-    monkeypatch.setattr(manifest_module, "FORMAT", 1)
-    with pytest.raises(FormatTooNew, match=r"has format 2; this saemill reads formats up to 1. Update saemill"):
-        Store.open(GOLDEN / "store_hooks")
-    Store.open(GOLDEN / "store_raw").close()
+@pytest.mark.parametrize("reader", range(1, manifest_module.FORMAT + 1))
+@pytest.mark.parametrize("name", make_store.NAMES)
+def test_every_reader_reads_what_is_older_and_refuses_what_is_newer(monkeypatch, name: str, reader: int) -> None:
+    """The matrix of formats: a reader looks at the number first, and says it."""
+    with Store.open(GOLDEN / f"store_{name}") as store:
+        written = store.manifest.format
+    monkeypatch.setattr(manifest_module, "FORMAT", reader)
+    if written <= reader:
+        Store.open(GOLDEN / f"store_{name}").close()
+        return
+    for use in (Store.open, StoreWriter.open):
+        with pytest.raises(FormatTooNew, match=f"has format {written}; this saemill reads formats up to {reader}"):
+            use(GOLDEN / f"store_{name}")
 
 
 @pytest.mark.parametrize("name", make_store.NAMES)

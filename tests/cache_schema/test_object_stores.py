@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 
 from saemill.cache_schema import (
+    AttentionSpec,
     ChunkMissing,
     Request,
     ShardCorrupt,
@@ -31,6 +35,8 @@ from saemill.cache_schema import (
 from saemill.cache_schema import claims as claims_module
 from saemill.cache_schema.claims import LeaseClaims
 from saemill.cache_schema.files import Files, RemoteFiles, open_files
+from saemill.cache_schema.layout import record_key
+from saemill.cache_schema.writer import compacts_after
 
 s3fs = pytest.importorskip("s3fs")  # a machine without a network may lack it
 
@@ -155,7 +161,7 @@ def test_faults_have_the_same_names(synthetic, url):
 
 
 def test_opening_a_finished_store_reads_two_objects_and_lists_nothing(synthetic, bucket, monkeypatch):
-    """s3fs asks for the size of an object before it gets it: two requests an object."""
+    """And a request an object: s3fs would ask for its size first."""
     synthetic.write_store(f"{bucket}/finished", synthetic.make_manifest())
     fsspec.filesystem("s3").invalidate_cache()
     calls = []
@@ -167,9 +173,42 @@ def test_opening_a_finished_store_reads_two_objects_and_lists_nothing(synthetic,
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
     with Store.open(f"{bucket}/finished") as store:
-        assert calls == ["head_object", "get_object"] * 2
+        assert calls == ["get_object"] * 2
         store.read(Request(layers=(3,)), Span(0, 0, 4))
-    assert calls == ["head_object", "get_object"] * 3
+    assert calls == ["get_object"] * 3
+
+
+def test_the_simulator_asks_for_what_a_writer_asks_for(synthetic, bucket, monkeypatch):
+    """bench/simulate.py, request by request; s3fs lists a folder that is not there yet once more."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    simulate = importlib.import_module("simulate")
+    manifest = synthetic.make_manifest(layers=(3,), attention=AttentionSpec())
+    corpus = synthetic.make_corpus(manifest)
+    StoreWriter.create(f"{bucket}/asked", manifest, corpus.tokens, corpus.documents).close()
+    open_files(f"{bucket}/asked").remove("commits/index.json")
+    asked, call = Counter(), s3fs.S3FileSystem._call_s3
+
+    async def counted(self, method, *args, **kwargs):
+        asked[method.split("_")[0].upper()] += 1
+        return await call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    with StoreWriter.open(f"{bucket}/asked") as writer:
+        assert len(synthetic.write_pending(writer, corpus)) == manifest.shards
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", call)
+    paper = simulate.Paper(chunks=2, has_device=False, deaths_a_day=0.0)
+    told = simulate.Harvest(manifest, 1, paper).run(again=False)
+    assert told.lost == 0 and dict(told.requests) == {**asked, "LIST": asked["LIST"] - 1}
+
+
+def test_a_harvest_on_paper_loses_nothing(monkeypatch):
+    """Of 40 workers that die twice an hour each, some hold a shard when all have ended: one command more takes it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    simulate = importlib.import_module("simulate")
+    manifest = simulate.make_manifest(400)
+    told = simulate.Harvest(manifest, 40, simulate.Paper(deaths_a_day=48.0)).run()
+    assert told.deaths > 5 and told.lost == told.twice == 0
+    assert told.requests["PUT"] > 13 * 400 and told.hours < 2
 
 
 def test_a_dead_writers_claim_lapses(synthetic, url, monkeypatch):
@@ -187,6 +226,44 @@ def test_a_dead_writers_claim_lapses(synthetic, url, monkeypatch):
         monkeypatch.setattr(time, "time", lambda: later)
         with writer.claim(0) as is_mine:
             assert is_mine
+
+
+def test_of_writers_that_end_together_one_reads_the_records(synthetic, monkeypatch):
+    """Each would read all of them: thousands of workers, millions of requests."""
+    manifest, url = synthetic.make_manifest(), f"memory://{uuid.uuid4().hex}"
+    corpus = synthetic.make_corpus(manifest)
+    writers = [StoreWriter.create(url, manifest, corpus.tokens, corpus.documents) for _ in range(3)]
+    for shard in range(manifest.shards):
+        synthetic.write_pending(writers[shard % 3], corpus, [shard])
+    read, keys = RemoteFiles.read, []
+    monkeypatch.setattr(RemoteFiles, "read", lambda files, key: (keys.append(key), read(files, key))[1])
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(StoreWriter.close, writers))
+    records = [record_key(shard) for shard in range(manifest.shards)]
+    assert sorted(key for key in keys if key in records) == records
+
+
+def test_a_writer_that_died_deriving_holds_others_up_and_no_more(synthetic, monkeypatch):
+    manifest, url = synthetic.make_manifest(), f"memory://{uuid.uuid4().hex}"
+    dead = make_claims(open_files(url))
+    assert dead.take(claims_module.DERIVED)
+    monkeypatch.setattr(claims_module, "DERIVED_SECONDS", 0.1)
+    synthetic.write_store(url, manifest)
+    with Store.open(url) as store:
+        assert store.committed.all() and store.moments(3).count
+    assert not make_claims(open_files(url)).take(claims_module.DERIVED)
+    dead.close()
+
+
+@pytest.mark.parametrize("shards", [1000, 10**5])
+@pytest.mark.parametrize("workers", [1, 7, 64, 100, 1000])
+def test_the_work_on_the_index_is_dealt_out(shards, workers):
+    """However many share a store, and whichever shards they take, of 64 or of a thousandth part one brings it about."""
+    due = np.array([compacts_after(shard, shards) for shard in range(shards)])
+    every = max(64, shards // 1000)
+    assert due.sum() == pytest.approx(shards / every, rel=0.1)
+    each = [due[worker::workers].sum() for worker in range(workers)]
+    assert max(each) <= 2 * shards / every / workers + 2
 
 
 @pytest.fixture

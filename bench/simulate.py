@@ -1,0 +1,319 @@
+"""A harvest by thousands of workers on an object store, on paper: what they ask for, what it costs, how long it takes.
+
+The claims, the records and the index are those of the package, on objects in memory: only time and chunks are made up.
+Every request moves a clock; workers die at random, their claims lapse by that clock, and others come in their place.
+Which shards have a record is kept rather than worked out again each time. Requests are counted as s3fs makes them: a
+test in tests/cache_schema/test_object_stores.py holds them to those that a real writer makes of a real server.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import fsspec
+import numpy as np
+from ratios import Row, conclude, gather_facts
+from store import CONTEXT, make_manifest
+
+from saemill.cache_schema import claims, commits, writer
+from saemill.cache_schema.claims import LeaseClaims
+from saemill.cache_schema.commits import ArrayRecord, CommitRecord
+from saemill.cache_schema.files import RemoteFiles
+from saemill.cache_schema.identity import seal
+from saemill.cache_schema.layout import BEGINNING, COMMITS, INDEX, arrays_of, encode_json, record_key
+from saemill.cache_schema.manifest import HookSpec, Manifest
+from saemill.cache_schema.strict import to_json
+
+DOLLARS = {"PUT": 5e-6, "LIST": 5e-6, "GET": 4e-7, "HEAD": 4e-7, "DELETE": 0.0}  # S3, us-east-1
+PAGE = 1000
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What is made up: seconds of a request, of a shard's work; how often a worker dies, and what comes then."""
+
+    request_s: float = 0.03
+    shard_s: float = 60.0
+    chunks: int = 10  # of a shard; WRITERS at once, each so long:
+    chunk_s: float = 0.5
+    has_device: bool = True  # a note beside each record, as a harvest leaves it: a name more in every listing
+    deaths_a_day: float = 1.0  # of each worker
+    return_s: float = 120.0  # until another has come in its place
+    seed: int = 0
+
+
+class PaperFiles(RemoteFiles):
+    """Objects in a dictionary, requests on a clock."""
+
+    def __init__(self, paper: Paper, shards: int) -> None:
+        super().__init__(fsspec.filesystem("memory"), "/paper", "paper")
+        self.paper, self.objects, self.committed = paper, {}, np.zeros(shards, bool)
+        self.requests: Counter[str] = Counter()
+        self.now = 0.0
+        self.minutes: Counter[int] = Counter()
+        self.claims: set[str] = set()
+
+    def ask(self, kind: str, times: int = 1, at_once: int = 1) -> None:
+        self.requests[kind] += times
+        self.minutes[int(self.now // 60)] += times
+        self.now += self.paper.request_s * times / at_once
+
+    def read(self, key: str) -> bytes:
+        self.ask("GET", at_once=commits.READ_AT_ONCE if key.startswith(COMMITS) and key != INDEX else 1)
+        return self.objects[key]
+
+    def exists(self, key: str) -> bool:
+        self.ask("HEAD")
+        if key not in self.objects:
+            self.ask("LIST")
+        return key in self.objects
+
+    def replace(self, key: str, data: bytes) -> None:
+        self.ask("PUT")
+        self.objects[key] = data
+
+    def create(self, key: str, data: bytes) -> bool:
+        self.ask("PUT")
+        self.claims.add(key.removeprefix("claims/"))
+        return self.objects.setdefault(key, data) is data
+
+    def remove(self, key: str) -> None:
+        self.ask("DELETE")
+        self.objects.pop(key, None)
+        self.claims.discard(key.removeprefix("claims/"))
+
+    def list(self, folder: str) -> list[str]:
+        assert folder == "claims"
+        self.ask("LIST", 1 + len(self.claims) // PAGE)
+        return list(self.claims)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What came out."""
+
+    lost: int
+    left: int  # to the same command once more: their writers died last, and their claims had not lapsed
+    twice: int  # were computed again, as their writer died or slept
+    deaths: int
+    hours: float
+    requests: Counter[str]
+    peak_a_second: float
+    index_bytes: int
+    compactions: int
+    dollars: float
+
+
+class Harvest:
+    """All workers, each an iterator that says how long it works before its next step."""
+
+    def __init__(self, manifest: Manifest, workers: int, paper: Paper) -> None:
+        self.manifest, self.workers, self.paper = seal(manifest), workers, paper
+        self.files = PaperFiles(paper, manifest.shards)
+        self.draw = random.Random(paper.seed)
+        self.deaths = self.compactions = self.twice = 0
+        sizes = {path: ArrayRecord("0" * 32, layout.chunk_bytes) for path, layout in arrays_of(self.manifest).items()}
+        self.arrays = sizes
+        self._deriving_until, self._is_summarised = 0.0, False
+
+    def run(self, again: bool = True) -> Told:
+        turns = [(0.0, number, number, self._life(number)) for number in range(self.workers)]
+        ended, born = 0.0, 0
+        with self._clock():
+            while turns:
+                self.files.now, _, share, life = heapq.heappop(turns)
+                wait = next(life, None)
+                ended = max(ended, self.files.now)
+                if wait is None:
+                    continue
+                born += 1
+                back = self.files.now + wait
+                if self.draw.random() < wait * self.paper.deaths_a_day / 86400:
+                    self.deaths += 1
+                    back, life = back + self.paper.return_s, self._life(share)
+                heapq.heappush(turns, (back, self.workers + born, share, life))
+            left = int((~self.files.committed).sum())
+            self.files.now = ended + claims.LEASE_SECONDS
+            for _ in self._life(0, alone=True) if again else ():  # what those held that died last
+                pass
+        requests, minutes = Counter(self.files.requests), self.files.minutes
+        index = commits.read_index(self.files, self.manifest)
+        lost = int((~index.mask(self.manifest.shards)).sum())
+        return Told(
+            lost=lost,
+            left=left,
+            twice=self.twice,
+            deaths=self.deaths,
+            hours=ended / 3600,
+            requests=requests,
+            peak_a_second=max(minutes.values()) / 60,
+            index_bytes=len(self.files.objects[INDEX]),
+            compactions=self.compactions,
+            dollars=sum(DOLLARS[kind] * count for kind, count in requests.items()),
+        )
+
+    def _life(self, share: int, alone: bool = False) -> Iterator[float]:
+        """As `sae-harvest --worker`: its share, then what others have left and nobody holds."""
+        held, files = LeaseClaims(self.files), self.files
+        files.ask("GET")  # the root
+        step = 1 if alone else self.workers
+        shards = np.flatnonzero(~self._look()[share::step]) * step + share
+        while len(shards):
+            wrote = 0
+            for shard in shards.tolist():
+                if held.take(shard):
+                    if not self._is_committed(shard):
+                        yield self.paper.shard_s * self.draw.uniform(0.9, 1.1)
+                        self._commit(shard)
+                        wrote += 1
+                        if writer.compacts_after(shard, self.manifest.shards):
+                            self._derive(held)
+                    held.release(shard)
+            left = np.flatnonzero(~self._look()).tolist() if wrote and self.workers > 1 else []
+            shards = np.array(held.leave_held(left) if left else [], int)
+        files.ask("HEAD")  # the root, before anything is derived
+        self._derive(held, ends=True)
+
+    def _is_committed(self, shard: int) -> bool:
+        try:
+            self.files.read(record_key(shard))
+        except KeyError:
+            return False
+        return True
+
+    def _commit(self, shard: int) -> None:
+        files = self.files
+        files.requests["PUT"] += self.paper.chunks
+        files.now += self.paper.chunk_s * self.paper.chunks / writer.WRITERS
+        files.ask("HEAD", 2)  # sizes of tokens and documents
+        files.ask("PUT", int(self.paper.has_device))
+        self.twice += int(files.committed[shard])
+        record = CommitRecord(self.manifest.cache_id, shard, self.manifest.shard_range(shard), self.arrays)
+        commits.write_record(files, record)
+        files.committed[shard] = True
+
+    def _look(self, index: commits.Index | None = None) -> np.ndarray:
+        """Which shards have a record: the answer is kept, its requests are counted."""
+        found = index or commits.read_index(self.files, self.manifest)
+        if found.committed != ((0, self.manifest.shards),):
+            names = int(self.files.committed.sum()) * (1 + self.paper.has_device)
+            self.files.ask("LIST", 1 + names // PAGE)
+        return self.files.committed.copy()
+
+    def _derive(self, held: LeaseClaims, ends: bool = False) -> None:
+        """One at a time; those that wait ask less and less often, and after a while they go on."""
+        files = self.files
+        end, pause = files.now + claims.DERIVED_SECONDS, 0.3
+        while (waits := self._deriving_until > files.now) and files.now < end:
+            files.ask("PUT")
+            files.ask("GET", 2)
+            files.now += pause
+            pause = min(2 * pause, 4)
+        if not waits:
+            assert held.take(claims.DERIVED)
+        self.compactions += 1
+        index = commits.compact(files, self.manifest)
+        files.ask("HEAD", int(ends))  # the counts
+        if ends and index.committed == ((0, self.manifest.shards),):
+            files.ask("GET")  # the summary
+            if not self._is_summarised:
+                self._is_summarised = True
+                files.ask("GET", 2)  # a reader opens, and reads the lines of moments
+                files.ask("GET", self.manifest.shards * len(self.manifest.sites), at_once=commits.READ_AT_ONCE)
+                files.ask("PUT")
+        self._deriving_until = max(files.now, self._deriving_until)
+        if not waits:
+            held.release(claims.DERIVED)
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Claims live by the clock on paper; nobody renews one, as a shard takes less than a lease."""
+        kept = claims.time, LeaseClaims._keep_renewing, commits.find_committed
+        claims.time = SimpleNamespace(time=lambda: self.files.now)  # type: ignore[assignment]
+        LeaseClaims._keep_renewing = lambda _: None  # type: ignore[method-assign]
+        commits.find_committed = lambda _, __, index: self._look(index)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            claims.time, LeaseClaims._keep_renewing, commits.find_committed = kept  # type: ignore[assignment, method-assign]
+
+
+def rows_of(harvest: Harvest, told: Told) -> list[Row]:
+    paper, shards, workers = harvest.paper, harvest.manifest.shards, harvest.workers
+    ideal = (paper.shard_s + paper.chunk_s * paper.chunks / writer.WRITERS) * -(-shards // workers) / 3600
+    each = ", ".join(f"{count / shards:.2f} {kind}" for kind, count in sorted(told.requests.items()))
+    return [
+        Row("shards lost", f"{told.lost}", f"{told.deaths:,} workers that died", float(not told.lost), 1.0),
+        Row("shards left to a command more", f"{told.left}", f"{shards:,}", None),
+        Row("shards computed twice", f"{told.twice}", f"{shards:,}", None),
+        Row("hours", f"{told.hours:.2f}", f"{ideal:.2f} without a request or a death", ideal / told.hours),
+        Row("requests", f"{told.requests.total():,}", f"a shard: {each}", None),
+        Row("requests a second, busiest minute", f"{told.peak_a_second:,.0f}", "3,500 PUT, 5,500 GET a prefix", None),
+        Row("cost of requests", f"${told.dollars:,.2f}", "prices of S3", None),
+        Row("index", f"{told.index_bytes:,} bytes", f"written or looked at {told.compactions:,} times", None),
+    ]
+
+
+def lay_out_on_paper(name: str, layers: int, hooks: tuple[str, ...], width: int, tokens: float) -> list[Row]:
+    """What a store of all of it would be, from the layout that the package would write."""
+    sites, shard_windows = tuple(range(layers)), 256
+    specs = {hook: HookSpec(sites, width) for hook in hooks}
+    windows = int(tokens) // CONTEXT // shard_windows * shard_windows
+    manifest = seal(replace(make_manifest(windows // shard_windows, width=width), layers=sites, hooks=specs))
+    layouts = {path: layout for path, layout in arrays_of(manifest).items() if path not in BEGINNING}
+    objects = sum(-(-layout.shape[0] // layout.chunks[0]) for layout in layouts.values())
+    size = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts.values())
+    arrays = {path: ArrayRecord("0" * 32, layout.chunk_bytes) for path, layout in layouts.items()}
+    record = len(encode_json(to_json(CommitRecord(manifest.cache_id, 0, (0, shard_windows), arrays))))
+    shards, puts = manifest.shards, objects + 3 * manifest.shards
+    lines = [
+        ("bytes", f"{size / 1e12:,.0f} TB in {shards:,} shards of {size / shards / 1e9:,.1f} GB"),
+        ("objects", f"{objects + 2 * shards:,}"),
+        ("requests to write, to read once", f"{puts + 4 * shards:,}, {objects:,}"),
+        (
+            "cost of them; of a month on S3",
+            f"${puts * DOLLARS['PUT'] + objects * 4e-7:,.0f}; ${size / 1e9 * 0.023:,.0f}",
+        ),
+        ("metadata", f"records {shards * record / 1e9:,.2f} GB, counts {windows * 5 / 1e6:,.0f} MB"),
+        ("names listed where the index lacks all", f"{2 * shards:,}, {2 * shards // PAGE + 1:,} requests"),
+        ("one worker's pass at 1 GB/s", f"{size / 1e9 / 86400:,.0f} days"),
+        ("deaths a day of 1,000 workers", "1,000 at one a day each; each costs a shard's work and ten minutes' claim"),
+    ]
+    return [Row(what, found, name, None) for what, found in lines]
+
+
+PAPERS = (
+    ("Gemma-2-2B, 26 layers x 3, 1B tokens", 26, ("mlp_in", "mlp_out"), 2304, 1e9),
+    ("110 PB: 62 layers x 4 of width 5376", 62, ("mlp_in", "mlp_out", "attn_out"), 5376, 110e15 / (62 * 4 * 5376 * 2)),
+)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--shards", default=1_000_000, show_default=True)
+@click.option("--workers", default=10_000, show_default=True)
+@click.option("--deaths", default=1.0, show_default=True, help="A day, of each worker.")
+@click.option("--shard-seconds", default=60.0, show_default=True, help="To compute a shard.")
+@click.option("--store", is_flag=True, help="What stores of two projects would be, in place of a harvest.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
+def main(shards: int, workers: int, deaths: float, shard_seconds: float, store: bool, json_file: Path | None) -> None:
+    """Simulate a harvest; the exit status is 1 where a shard is lost."""
+    if store:
+        rows = [row for paper in PAPERS for row in lay_out_on_paper(*paper)]
+        sys.exit(conclude("Stores on paper", rows, json_file, gather_facts()))
+    harvest = Harvest(make_manifest(shards), workers, Paper(deaths_a_day=deaths, shard_s=shard_seconds))
+    title = f"On paper: {shards:,} shards, {workers:,} workers that die {deaths:g} times a day each"
+    sys.exit(conclude(title, rows_of(harvest, harvest.run()), json_file, gather_facts()))
+
+
+if __name__ == "__main__":
+    main()

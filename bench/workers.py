@@ -1,0 +1,277 @@
+"""Many workers on one server of the S3 protocol: what they lose, and how near they come to the server's own rate.
+
+The server is moto on loopback, one process of Python: with 64 clients it is what everybody waits for. Its own rate is
+that of as many clients that put, and then get, the same objects and do nothing else. A claim, a commit and a
+listing cost as many requests for a small shard as for a large one: `--megabytes 151` is a shard of Gemma-2-2B.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from threading import BrokenBarrierError
+from time import perf_counter
+from typing import Any
+
+import click
+import fsspec
+import numpy as np
+from ratios import Row, Speeds, compare, conclude, gather_facts, take_turns
+from store import CONTEXT, LAYER, RESID, make_manifest
+
+from saemill.cache_schema import ShardContent, Store, StoreWriter, from_float32
+from saemill.cache_schema.layout import record_key
+from saemill.cache_schema.manifest import Manifest
+from saemill.cache_schema.moments import Moments
+from saemill.cache_schema.verify import verify_shards
+from saemill.cache_schema.writer import WRITERS
+
+SERVER = Path(__file__).parents[1] / "tests/cache_schema/s3_server.py"
+FORK = multiprocessing.get_context("fork")  # each has all that is imported, and begins at once
+WIDTH = 2048
+
+Mark = Callable[[], object]
+"""A client calls it when it is ready, and again when its work is done."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Who writes what: W windows of a shard, T context, D width."""
+
+    workers: int
+    manifest: Manifest
+    resid: np.ndarray  # [W, T, D] bfloat16 bits
+
+    @property
+    def gigabytes(self) -> float:
+        return self.manifest.shards * self.resid.nbytes / 1e9
+
+    def share(self, worker: int) -> range:
+        return range(worker, self.manifest.shards, self.workers)
+
+    def content(self, shard: int) -> ShardContent:
+        """Each shard's values are its own, so that none can stand for another."""
+        resid = self.resid.copy()
+        resid[:, 0, 0] = shard
+        windows, context, width = resid.shape
+        tokens = np.zeros((windows, context), np.uint32)
+        moments = Moments(1, np.zeros(width), 1.0, 1.0, windows, np.ones(context))
+        return ShardContent(tokens, tokens, {LAYER: resid}, {LAYER: moments})
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of the clock, and of the server's processor: beside other work on the machine that tells more."""
+
+    seconds: float
+    busy: float
+
+
+class Server:
+    """The server's process, and clients of it side by side."""
+
+    def __init__(self, pid: int, clients: int) -> None:
+        self._stat = Path(f"/proc/{pid}/stat")
+        self.clients = clients
+
+    def side_by_side(self, job: Callable[[int, Mark], object]) -> tuple[Spent, Spent]:
+        """What the work took, from when all were ready to when the last had done it, and what they did after it."""
+        meet, failures = FORK.Barrier(self.clients + 1), FORK.SimpleQueue()
+
+        def work(number: int) -> None:
+            try:
+                job(number, lambda: meet.wait(3600))
+            except BaseException as error:  # noqa: BLE001 (a client that is lost is what is looked for)
+                failures.put(f"client {number}: {type(error).__name__}: {error}")
+                meet.abort()
+
+        processes = [FORK.Process(target=work, args=(number,)) for number in range(self.clients)]
+        for process in processes:
+            process.start()
+        marks = []
+        with suppress(BrokenBarrierError):
+            for _ in range(2):
+                meet.wait(3600)
+                marks.append(self._now())
+        for process in processes:
+            process.join()
+        if not failures.empty():
+            raise click.ClickException(failures.get())
+        marks.append(self._now())
+        work_s, rest_s = (Spent(b.seconds - a.seconds, b.busy - a.busy) for a, b in pairwise(marks))
+        return work_s, rest_s
+
+    def _now(self) -> Spent:
+        user, system = self._stat.read_text().rsplit(") ", 1)[1].split()[11:13]
+        return Spent(perf_counter(), (int(user) + int(system)) / os.sysconf("SC_CLK_TCK"))
+
+
+def write_share(bench: Bench, url: str, worker: int, mark: Mark) -> None:
+    """A worker's whole life but for the model. After the second mark come index and summary."""
+    with StoreWriter.open(url) as writer:
+        pending, mine = writer.pending(), bench.share(worker)
+        mark()
+        for shard in pending:
+            if shard in mine:
+                with writer.claim(shard) as is_to_do:
+                    if is_to_do:
+                        writer.write(shard, bench.content(shard))
+        mark()
+
+
+def read_share(bench: Bench, url: str, worker: int, mark: Mark) -> None:
+    with Store.open(url) as store:
+        spans = [span for span in store.spans(RESID) if span.shard in bench.share(worker)]
+        mark()
+        for part in store.stream(RESID, spans):
+            assert (part.resid[LAYER][:, 0, 0] == part.span.shard).all()
+        mark()
+
+
+def use_each(keys: Sequence[str], use: Callable[[Any, str], object], mark: Mark) -> None:
+    """A client that puts or gets and does nothing else, as many at once as the store's writer."""
+    s3 = fsspec.filesystem("s3", max_concurrency=1)
+    s3.ls("mill")  # connected
+    with ThreadPoolExecutor(WRITERS) as pool:
+        mark()
+        list(pool.map(lambda key: use(s3, key), keys))
+        mark()
+
+
+def keys_of(writer: StoreWriter, shard: int) -> list[str]:
+    """What a shard of residuals consists of; its residuals come first."""
+    resid, moments = writer.arrays[f"resid/layer_{LAYER}"], writer.arrays[f"stats/layer_{LAYER}"]
+    each = writer.manifest.shard_windows // resid.chunks[0]
+    chunks = [resid.chunk_key(at) for at in range(shard * each, (shard + 1) * each)]
+    return [*chunks, moments.chunk_key(shard), record_key(shard)]
+
+
+class Jobs:
+    """What takes turns. Each writes to a place of its own, and what lay in the one before is gone."""
+
+    def __init__(self, bench: Bench, server: Server) -> None:
+        self.bench, self.server = bench, server
+        self.s3 = fsspec.filesystem("s3", max_concurrency=1)
+        self.spent: defaultdict[str, list[tuple[Spent, Spent]]] = defaultdict(list)
+        self.places: dict[bool, str] = {}
+        self.lost = 0
+        with StoreWriter.open(self._begin_store()) as writer, writer.claim(0):
+            writer.write(0, bench.content(0))
+            self.keys = [keys_of(writer, shard) for shard in range(bench.manifest.shards)]
+        self.sizes = [self.s3.size(f"{self.places[True]}/{key}") for key in self.keys[0]]
+        self.data = os.urandom(max(self.sizes))
+
+    def write(self) -> float:
+        url = self._begin_store()
+        seconds = self._note("write", lambda *at: write_share(self.bench, url, *at))
+        with Store.open(url) as store:
+            self.lost += int((~store.committed).sum())
+        return seconds
+
+    def put(self) -> float:
+        url, sizes = (
+            self._begin(False),
+            {key: size for keys in self.keys for key, size in zip(keys, self.sizes, strict=True)},
+        )
+
+        def work(worker: int, mark: Mark) -> None:
+            mine = [key for shard in self.bench.share(worker) for key in self.keys[shard]]
+            use_each(mine, lambda s3, key: s3.pipe_file(f"{url}/{key}", self.data[: sizes[key]]), mark)
+
+        return self._note("put", work)
+
+    def read(self) -> float:
+        return self._note("read", lambda *at: read_share(self.bench, self.places[True], *at))
+
+    def get(self) -> float:
+        def work(worker: int, mark: Mark) -> None:
+            mine = [key for shard in self.bench.share(worker) for key in self.keys[shard][:-2]]
+            use_each(mine, lambda s3, key: s3.cat_file(f"{self.places[False]}/{key}"), mark)
+
+        return self._note("get", work)
+
+    def check(self) -> None:
+        """Every value of the store that was written last."""
+        with Store.open(self.places[True]) as store:
+            self.lost += sum(bool(report.damage) for report in verify_shards(store))
+            for part in store.stream(RESID):
+                self.lost += bool((part.resid[LAYER] != self.bench.content(part.span.shard).resid[LAYER]).any())
+
+    def median(self, name: str, at: int = 0) -> Spent:
+        found = [spent[at] for spent in self.spent[name]]
+        return Spent(statistics.median(s.seconds for s in found), statistics.median(s.busy for s in found))
+
+    def _note(self, name: str, job: Callable[[int, Mark], object]) -> float:
+        self.spent[name].append(self.server.side_by_side(job))
+        return self.spent[name][-1][0].seconds
+
+    def _begin(self, is_store: bool) -> str:
+        if is_store in self.places:
+            self.s3.rm(self.places[is_store], recursive=True)
+        self.places[is_store] = f"s3://mill/{uuid.uuid4().hex}"
+        return self.places[is_store]
+
+    def _begin_store(self) -> str:
+        url, tokens = self._begin(True), np.zeros((self.bench.manifest.windows, CONTEXT), np.uint32)
+        StoreWriter.create(url, self.bench.manifest, tokens, tokens).close()
+        return url
+
+
+def measure(bench: Bench, server: Server, rounds: int) -> list[Row]:
+    jobs = Jobs(bench, server)
+    seconds = take_turns(rounds, {"write": jobs.write, "put": jobs.put})
+    seconds |= take_turns(rounds, {"read": jobs.read, "get": jobs.get})
+    jobs.check()
+    speeds = {name: Speeds(tuple(bench.gigabytes / value for value in values)) for name, values in seconds.items()}
+    written = f"{rounds * bench.manifest.shards:,} shards by {bench.workers} workers at a time"
+    rows = [Row("shards lost or damaged", f"{jobs.lost}", written, float(not jobs.lost), 1.0)]
+    for ours, plain, what in (
+        ("write", "put", "write, each shard claimed and committed"),
+        ("read", "get", "read, every checksum verified"),
+    ):
+        rows.append(compare(what, speeds[ours], speeds[plain], "GB/s", 0.9, f"{plain}s"))
+        busy, other = jobs.median(ours).busy, jobs.median(plain).busy
+        rows.append(Row("  the server's processor time", f"{busy:.2f} s", f"{plain}s {other:.2f} s", other / busy))
+    ends = jobs.median("write", 1)
+    rows.append(Row("  all end: index, summary", f"{ends.seconds:.2f} s, {ends.busy:.2f} s of the server", "", None))
+    return rows
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--workers", default=64, show_default=True)
+@click.option("--shards", default=2, show_default=True, help="Of each worker.")
+@click.option("--megabytes", default=32, show_default=True, help="Of a shard.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
+def main(workers: int, shards: int, megabytes: int, rounds: int, json_file: Path | None) -> None:
+    """Measure workers against their server; the exit status is 1 where a shard is lost or a target missed."""
+    windows = max(1, round(megabytes * 1e6 / (CONTEXT * WIDTH * 2)))
+    resid = from_float32(np.random.default_rng(0).standard_normal((windows, CONTEXT, WIDTH), np.float32), "bfloat16")
+    bench = Bench(workers, make_manifest(workers * shards, width=WIDTH, shard_windows=windows), resid)
+    process = subprocess.Popen([sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    os.environ |= {"AWS_ACCESS_KEY_ID": "anybody", "AWS_SECRET_ACCESS_KEY": "anything"}
+    os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": process.stdout.readline().decode().strip()}
+    try:
+        subprocess.run([sys.executable, "-c", "import fsspec; fsspec.filesystem('s3').mkdir('mill')"], check=True)
+        rows = measure(bench, Server(process.pid, workers), rounds)
+    finally:
+        process.stdin.close()
+        process.wait()
+    title = f"{workers} workers, {shards} shards of {megabytes} MB each, one server (moto), {rounds} rounds in turns"
+    sys.exit(conclude(title, rows, json_file, gather_facts()))
+
+
+if __name__ == "__main__":
+    main()
