@@ -438,7 +438,7 @@ def test_65k_latents_are_shown_to_the_last(tmp_path, open_page):
 
 @pytest.mark.slow
 def test_65k_latents_are_painted_in_a_second_and_each_in_a_tenth(tmp_path, open_page):
-    """The best of three, for a machine may be busy with something else."""
+    """On a quiet machine: the best of three."""
     write_wide(tmp_path / "browser", 65_536)
     paints, lists, sorts, latents_shown = [], [], [], []
     for latent in (40_000, 65_000, 65_535):  # in files of their own, which no page has read before
