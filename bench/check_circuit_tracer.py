@@ -71,8 +71,8 @@ def check(variant: str, run: Path, work: Path, tracer: Worker, x: Tensor, nodes:
     """How far the two reconstructions are apart, and what circuit-tracer found."""
     folders = find_saes(str(run), run.parent)
     export_set(folders, work / variant)
-    asked = {"model": str(MODEL_FOLDER), "folder": str(work / variant), "work": str(work)}
-    found = tracer.ask(**asked, prompt=PROMPT, nodes=nodes)
+    places = {"model": str(MODEL_FOLDER), "folder": str(work / variant), "work": str(work)}
+    found = tracer.ask(None, **places, prompt=PROMPT, nodes=nodes)
     own = rebuild([read_folder(folder) for folder in folders], x)
     theirs = torch.from_numpy(np.load(work / "rebuilt.npy"))
     return float((own - theirs).abs().max() / own.abs().max()), found
