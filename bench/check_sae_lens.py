@@ -35,7 +35,7 @@ def make_trainee(variant: str, stats: Stats) -> Trainee:
     cls = config_type(variant)
     wanted = {"width": WIDTH, "k": 8, "target_l0": 8.0}
     config = cls(**{name: value for name, value in wanted.items() if getattr(cls(), name, None) is not None})
-    targets = [] if config.request().targets is None else [stats]
+    targets = [] if config.needs().targets is None else [stats]
     return Trainee(variant, config.build(D, stats, *targets), total_steps=20)
 
 
@@ -45,9 +45,9 @@ def train_and_save(variant: str, folder: Path, rng: torch.Generator) -> tuple[Te
     trainee = make_trainee(variant, stats)
     for _ in range(20):
         x = torch.randn(512, D, generator=rng) + stats.mean
-        trainee.step(Batch(x, None if config_type(variant)().request().targets is None else 0.5 * (x + stats.mean)))
+        trainee.step(Batch(x, None if config_type(variant)().needs().targets is None else 0.5 * (x + stats.mean)))
     metadata = {"model_name": "none", "hook_name": "blocks.19.hook_resid_post", "context_size": 128, "layers": [19]}
-    if config_type(variant)().request().targets is not None:
+    if config_type(variant)().needs().targets is not None:
         metadata |= {"target_layers": [20], "hook_name_out": "blocks.20.hook_resid_post"}
     save_sae(folder, trainee.sae, stats, metadata, to_json({"width": WIDTH}), variant)
     scaled = torch.randn(256, D, generator=rng) + stats.mean
@@ -81,7 +81,7 @@ def main(peers_python: str, tolerance: float) -> None:
     failed = []
     sae_lens = Worker("SAELens", [peers_python, "-W", "ignore", HERE / "peers" / "sae_lens_load.py"])
     for variant in names():
-        needs = config_type(variant)().request()
+        needs = config_type(variant)().needs()
         rows = replace(needs, targets=None, to_hook=None)
         if rows != Needs(needs.inputs) or len(needs.inputs) > 1:  # it reads more than rows of one layer
             continue

@@ -45,7 +45,7 @@ class Race:
         self.feed = Feed(store, plan, self.fleet.needs.values(), stats, device)
         self.device = device
         self._steps = count()
-        self._ready = self.feed.draw(next(self._steps)).batch(config(layer=layer).request())
+        self._ready = self.feed.draw(next(self._steps)).batch(config(layer=layer).needs())
 
     def fleet_steps(self, steps: int) -> None:
         for _ in range(steps):

@@ -43,7 +43,7 @@ class UnknownRecipe(TrainError, LookupError):
 
 
 class SideInputMissing(TrainError, LookupError):
-    """A side input was read that the variant's `request()` did not name."""
+    """A side input was read that the variant's `needs()` did not name."""
 
 
 class NonFiniteLoss(TrainError, ArithmeticError):

@@ -72,7 +72,7 @@ class LoadedSae:
         if "attention" not in self.needs:
             return ()
         settings = self.metadata["training_architecture_details"]
-        layers: tuple[int, ...] = from_json(registry.config_type(self.variant), settings).request().attention_layers
+        layers: tuple[int, ...] = from_json(registry.config_type(self.variant), settings).needs().attention_layers
         return layers
 
     @property

@@ -84,7 +84,7 @@ def quick(variant: str, lr: float = 1e-3, start: str = "fitted", **changes: Any)
 
 def batches(config: Any, count: int, rows: int = ROWS, seed: int = 3) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
-    needs = config.request()
+    needs = config.needs()
 
     def draw(layers: tuple[int, ...]) -> Tensor:
         return torch.randn(rows, D * len(layers), generator=generator)
@@ -143,7 +143,7 @@ def recovered(config: Any, rows: Tensor, directions: Tensor, steps: int = 600) -
     """Share of the planted directions that training finds a decoder row for; looked for until they are found."""
     trainee = Trainee("one", config.build(D), steps)
     generator = torch.Generator().manual_seed(0)
-    side = side_of(config.request(), ROWS, generator)
+    side = side_of(config.needs(), ROWS, generator)
     share = 0.0
     for step in range(steps):
         trainee.step(Batch(rows[torch.randint(rows.shape[0], (ROWS,), generator=generator)], side=side))

@@ -24,7 +24,7 @@ def with_baselines(members: Iterable[Member], limits: Limits, recipe: Recipe | N
     own = tuple(members)
     made: list[Member] = []
     for member in own:
-        needs = member.config.request()
+        needs = member.config.needs()
         alone = needs.targets is not None or len(needs.inputs) != 1 or member.config.is_baseline
         if alone or (recipe is not None and not _is_compared_with(member, recipe)):
             continue
@@ -75,7 +75,7 @@ def _components(member: Member, limits: Limits) -> Iterator[Member]:
     if wanted is None or layer is None:  # a penalty fixes no number
         return
     config_type: Any = registry.config_type(PCA)
-    hook = config.request().hook
+    hook = config.needs().hook
     pca = config_type(layer=layer, k=max(1, round(wanted)), hook=hook)
     made = dataclasses.replace(pca, width=int(limits(pca)["width"]))
     place = f"layer{layer}" if hook == RESID else f"{hook}{layer}"

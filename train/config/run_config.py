@@ -92,7 +92,7 @@ class RunConfig:
     members: tuple[Member, ...]
 
     def requests(self) -> dict[str, Needs]:
-        return {member.label: member.config.request() for member in self.members}
+        return {member.label: member.config.needs() for member in self.members}
 
     def to_json(self) -> dict[str, Any]:
         saes = {m.label: {"variant": m.variant, "config": to_json(m.config)} for m in self.members}
@@ -225,7 +225,7 @@ def smaller_defaults(config: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
 
 def stored_layer(config: Variant, asked: Iterable[str], held: Held) -> dict[str, Any]:
     """The store's only layer in place of a default that it does not hold; where it holds several, the choices."""
-    needs = config.request()
+    needs = config.needs()
     sides = {"layer": (needs.hook, needs.inputs), "to_layer": (needs.to_hook or needs.hook, needs.targets or ())}
     sides["layers"] = sides["layer"]
     layers, absent = held.get(needs.hook, ()), []

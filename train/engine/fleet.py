@@ -58,7 +58,7 @@ class Fleet:
         self.ranks = ranks
         self._past: deque[Past] = deque(maxlen=LOOK_EVERY + 1)  # steps whose losses the host has not read yet
         self.stats = stats
-        self.needs = {label: config.request() for label, config in configs.items()}
+        self.needs = {label: config.needs() for label, config in configs.items()}
         self.trainees = {
             label: Trainee(label, _build(config, stats), total_steps, device, ranks, split)
             for label, config in configs.items()
@@ -129,7 +129,7 @@ class Fleet:
 
 
 def _build(config: Buildable, stats: Mapping[Place, Stats]) -> Assembly:
-    needs = config.request()
+    needs = config.needs()
     sides = (needs.input_places,) if needs.targets is None else (needs.input_places, needs.target_places)
     return config.build(stats[needs.input_places[0]].width, *(_side_stats(layers, stats) for layers in sides))
 

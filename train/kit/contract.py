@@ -57,7 +57,7 @@ class Variant(ABC):
     """Latents of the dictionary."""
 
     @abstractmethod
-    def request(self) -> Needs:
+    def needs(self) -> Needs:
         """What is read of the store: layers, targets, positions, windows, attention. Refuses settings that
         contradict each other (`require`). Called without a store, also with all settings at their defaults."""
 
@@ -65,8 +65,8 @@ class Variant(ABC):
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         """The SAE and all that its training takes.
 
-        `stats` are those of the input's layers, in the order of `request().inputs`; None means scaled and centred
-        already (tests, and loading a saved SAE, whose weights are replaced afterwards). With `request().targets`
+        `stats` are those of the input's layers, in the order of `needs().inputs`; None means scaled and centred
+        already (tests, and loading a saved SAE, whose weights are replaced afterwards). With `needs().targets`
         the targets' statistics come as a third argument.
         """
 
@@ -87,7 +87,7 @@ class Variant(ABC):
 
     def layers_read(self) -> int:
         """How many layers one latent reads, for the same check."""
-        return len(self.request().inputs)
+        return len(self.needs().inputs)
 
     def dead_part(self) -> int:
         """A latent that did not fire for this part of the budget counts as dead, at the latest."""
@@ -106,7 +106,7 @@ class Variant(ABC):
 
     def input_width(self, manifest: Manifest) -> int:
         """Of what it reads of a layer; the residual's where the store lacks the hook, which is told elsewhere."""
-        hook = self.request().hook
+        hook = self.needs().hook
         return manifest.width_of(hook) if hook in manifest.hooks else manifest.model.d_model
 
 

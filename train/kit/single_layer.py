@@ -52,7 +52,7 @@ class SingleLayer(Dictionary):
     hook: str = RESID
     """What of the layer: the residual stream after it, or another hook that the store holds."""
 
-    def request(self) -> Needs:
+    def needs(self) -> Needs:
         require_hook(self.hook)
         return Needs(inputs=(self.layer,), hook=self.hook)
 

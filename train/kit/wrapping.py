@@ -83,7 +83,7 @@ def build_base(config: Wrapping, d_model: int, stats: Stats | None = None) -> As
 
 def base_request(config: Wrapping) -> Needs:
     """What the base reads. One that reads several layers, another target or windows cannot be wrapped."""
-    needs = _base_config(config, None).request()
+    needs = _base_config(config, None).needs()
     plain = len(needs.inputs) == 1 and needs.targets is None and not needs.windows
     require(plain, f"base: expected a variant that reads tokens of one layer and rebuilds them, found {config.base!r}")
     return needs

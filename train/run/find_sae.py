@@ -46,7 +46,7 @@ def rebuild(variant: str, settings: Mapping[str, Any], d_in: int) -> SparseAutoe
         config = from_json(registry.config_type(variant), dict(settings), variant)
     except StrictError as error:
         raise SaeInvalid(f"its settings are not those of {variant}: {error}") from None
-    return config.build(d_in // len(config.request().inputs)).sae
+    return config.build(d_in // len(config.needs().inputs)).sae
 
 
 def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> Path:

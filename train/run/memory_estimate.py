@@ -71,7 +71,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _widths(member: Member, d_model: int) -> tuple[int, int]:
-    needs = member.config.request()
+    needs = member.config.needs()
     targets = needs.inputs if needs.targets is None else needs.targets
     return len(needs.inputs) * d_model, len(targets) * d_model
 

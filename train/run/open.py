@@ -189,14 +189,14 @@ def deal_members(members: Sequence[Member], processes: int, d_model: int) -> lis
     parts: list[list[Member]] = [[] for _ in range(processes)]
     sizes = {member.label: weight_bytes(member, d_model) for member in members}
     for member in sorted(members, key=lambda one: -sizes[one.label]):
-        places = set(member.config.request().layers)
+        places = set(member.config.needs().layers)
 
         def cost(part: list[Member], places: set = places) -> tuple[int, int]:
-            known = {place for one in part for place in one.config.request().layers}
+            known = {place for one in part for place in one.config.needs().layers}
             return sum(sizes[one.label] for one in part), len(places - known)
 
         min(parts, key=cost).append(member)
-    parts.sort(key=lambda part: all(one.config.request().windows for one in part))
+    parts.sort(key=lambda part: all(one.config.needs().windows for one in part))
     return [tuple(member for member in members if member in part) for part in parts]
 
 

@@ -184,7 +184,7 @@ def _save(run: Run, member: Member, outcome: SaeOutcome) -> None:
 
 def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]:
     """What the SAE was trained on, under the names that other tools look for."""
-    manifest, needs = run.store.manifest, member.config.request()
+    manifest, needs = run.store.manifest, member.config.needs()
     return {
         "model_name": manifest.model.id,
         "model_revision": manifest.model.revision,

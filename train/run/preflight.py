@@ -78,7 +78,7 @@ def _require_memory(
     settled: Settled, store: Store, members: Sequence[Member], processes: int, parts: int, device: torch.device
 ) -> None:
     plan, manifest = settled.plan, store.manifest
-    request = joint_request((member.config.request() for member in members), "train")
+    request = joint_request((member.config.needs() for member in members), "train")
     element = STORED_AS[manifest.stored_dtype].itemsize
     window_bytes = manifest.context * element * sum(manifest.width_of(site.hook) for site in request.sites)
     if request.attention_layers:

@@ -34,7 +34,7 @@ class Side:
         if name not in self._inputs:
             raise SideInputMissing(
                 f"expected a side input {name!r}, found {sorted(self._inputs)}; "
-                "name it in the variant's request(), or pass it to encode()"
+                "name it in the variant's needs(), or pass it to encode()"
             )
         return self._inputs[name]
 

@@ -22,9 +22,9 @@ class Config(Guided):
     def attention_layers(self) -> tuple[int, ...]:
         return (self.layer + self.offset,)
 
-    def request(self) -> Needs:
+    def needs(self) -> Needs:
         return request_guided(self, self.attention_layers)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
-        self.request()
+        self.needs()
         return build_guided(self, self.attention_layers, d_model, stats)

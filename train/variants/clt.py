@@ -28,7 +28,7 @@ class Config(WithAux, Dictionary):
     to_hook: str | None = None
     """None: mlp_out where the hook is mlp_in, else the same hook."""
 
-    def request(self) -> Needs:
+    def needs(self) -> Needs:
         require_layers(self.layers, rising=True)
         require_hook(self.hook)
         require_hook(self.to_hook, "to_hook")

@@ -45,14 +45,14 @@ class Config(WithPenalty, WithAux, Dictionary):
     def layers_read(self) -> int:
         return 1 if self.causal else super().layers_read()
 
-    def request(self) -> Needs:
+    def needs(self) -> Needs:
         require_layers(self.layers, rising=self.causal)
         require(not self.causal or self.gate == "batchtopk", f'causal: expected gate "batchtopk", found {self.gate!r}')
         require_hook(self.hook)
         return Needs(inputs=self.layers, hook=self.hook)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
-        self.request()
+        self.needs()
         sparse, d_in = self.gate == "batchtopk", d_model * len(self.layers)
         require_sparsity(self.k if sparse else 1, self.width)
         terms = [RECONSTRUCTION, self.aux(d_model, rectified=sparse)]

@@ -66,12 +66,12 @@ class Config(Wrapping):
     cosine: float = 0.8
     """Of `soft_decoder`."""
 
-    def request(self) -> Needs:
+    def needs(self) -> Needs:
         require(-1.0 <= self.cosine <= 1.0, f"cosine: expected a number from -1 to 1, found {self.cosine}")
         return base_request(self)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
-        self.request()
+        self.needs()
         assembly = build_base(self, d_model, stats)
         if self.part == "soft_decoder":
             return assembly.with_extra(ANCHOR, Anchor(assembly.sae.W_dec)).with_constraints(Near(self.cosine))

@@ -38,12 +38,12 @@ class Config(Guided):
     def attention_layers(self) -> tuple[int, ...]:
         return tuple(self.layer + offset for offset in sorted(self.offsets))
 
-    def request(self) -> Needs:
+    def needs(self) -> Needs:
         self._require_settings()
         return request_guided(self, self.attention_layers)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
-        self.request()
+        self.needs()
         return build_guided(
             self,
             self.attention_layers,

@@ -85,7 +85,7 @@ class Config(Windowed):
     unadapted_penalty: float = 1.0
     """Share of the penalty that counts before they come in; it rises to all of it with them."""
 
-    def request(self) -> Needs:
+    def needs(self) -> Needs:
         self._require_valid()
         return replace(base_request(self), positions=True)
 

@@ -65,7 +65,7 @@ class Config(Windowed):
     position_gate: bool = False
     gate_rank: int = 8
 
-    def request(self) -> Needs:
+    def needs(self) -> Needs:
         self._require_valid()
         least = 2 if self.other_windows else 1  # the control compares windows with each other
         return replace(base_request(self), windows=True, positions=True, documents=True, least_windows=least)

@@ -72,7 +72,7 @@ class Config(Wrapping):
     gradient_scaling: bool = False
     """Divide the gradient of a tier's loss by the loss where that is over 1."""
 
-    def request(self) -> Needs:
+    def needs(self) -> Needs:
         self._require_valid()
         return base_request(self)
 

@@ -43,7 +43,7 @@ class Config(WithAux, Variant):
     gate: Literal["topk", "batchtopk"] = "topk"
     """`batchtopk`: k is a mean, and the saved SAE has a jump threshold, which other tools have a form for."""
 
-    def request(self) -> Needs:
+    def needs(self) -> Needs:
         require_hook(self.hook)
         require_hook(self.to_hook, "to_hook")
         to_hook = self.to_hook or ("mlp_out" if self.hook == "mlp_in" else self.hook)

@@ -56,8 +56,8 @@ class Config(matryoshka.Config):
     def step_tables(self) -> float:
         return super().step_tables() + 2.0
 
-    def request(self) -> Needs:
-        return replace(super().request(), windows=True, documents=True, least_windows=2)
+    def needs(self) -> Needs:
+        return replace(super().needs(), windows=True, documents=True, least_windows=2)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_least(self, contrast_weight=0)

@@ -92,13 +92,13 @@ def test_an_ablated_layer_is_out(battery):
 )
 def test_what_cannot_be_is_refused_before_anything_is_built(variant, changes, message):
     with pytest.raises(ConfigInvalid, match=message):
-        config_type(variant)(**changes).request()
+        config_type(variant)(**changes).needs()
 
 
 def test_a_guided_sae_asks_for_windows_and_the_layers_around_its_own():
-    needs = config_type("hierarchical")(layer=7, offsets=(1, -2)).request()
+    needs = config_type("hierarchical")(layer=7, offsets=(1, -2)).needs()
     assert needs.windows and needs.inputs == (7,) and needs.attention_layers == (5, 8)
-    assert config_type("attention")(layer=7, offset=-1).request().attention_layers == (6,)
+    assert config_type("attention")(layer=7, offset=-1).needs().attention_layers == (6,)
 
 
 class Topics:

@@ -77,4 +77,4 @@ def test_a_control_trains_and_is_not_guided_by_attention(battery, variant, kind)
 def test_one_control_at_a_time(battery):
     config = dataclasses.replace(battery.quick("attention"), links="nearest", shuffle_attention=True)
     with pytest.raises(ConfigInvalid, match="links=nearest and shuffle_attention are two controls"):
-        config.request()
+        config.needs()

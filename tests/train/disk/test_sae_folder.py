@@ -36,7 +36,7 @@ def stats_of(seed: int) -> Stats:
 def trained(variant: str, battery):
     """A config, an SAE after a few steps on scaled rows, and the statistics it was built with."""
     config = battery.config_of(variant, width=WIDTH, k=5, target_l0=5.0)
-    needs = config.request()
+    needs = config.needs()
     stats = joined_stats([stats_of(layer) for layer in needs.inputs])
     targets = () if needs.targets is None else (joined_stats([stats_of(9) for _ in needs.targets]),)
     assembly = config.build(D, stats, *targets)
@@ -52,7 +52,7 @@ def trained(variant: str, battery):
 def save(folder: Path, variant: str, battery):
     config, sae, assembly = trained(variant, battery)
     metadata = {"model_name": "pocket", "hook_name": "blocks.19.hook_resid_post"}
-    needs = config.request()
+    needs = config.needs()
     metadata |= {"layers": list(needs.inputs), "target_layers": list(needs.targets or needs.inputs)}
     save_sae(
         folder,
@@ -93,7 +93,7 @@ def test_saved_is_what_was_trained(variant, tmp_path, rng, battery):
     sae, assembly = save(tmp_path, variant, battery)
     scale, target_scale = assembly.input_stats.scale, assembly.target_stats.scale
     raw = (torch.randn(64, sae.d_in, generator=rng) + assembly.input_stats.mean) / scale
-    side = battery.side_of(battery.config_of(variant).request(), 64, rng)
+    side = battery.side_of(battery.config_of(variant).needs(), 64, rng)
     loaded = read_sae(tmp_path, rebuild)
     with torch.no_grad():
         acts = sae.encode(raw * scale, assembly.side(side, 10, 10, Alone()))

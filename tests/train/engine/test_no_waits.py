@@ -132,7 +132,7 @@ def warmed(battery: Any, case: str, device: str = "cpu") -> tuple[Trainee, Batch
     trainee = Trainee(case, config.build(battery.D), battery.STEPS, device)
     first, then = (
         Batch(on_device(b.x, device), on_device(b.target, device), on_device(b.side, device))
-        for b in battery.batches(config, 2, rows=WINDOW_ROWS if config.request().windows else ROWS)
+        for b in battery.batches(config, 2, rows=WINDOW_ROWS if config.needs().windows else ROWS)
     )
     trainee.step(first)
     trainee.step_index = WARM + 1

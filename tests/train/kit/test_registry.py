@@ -44,6 +44,6 @@ def test_settings_that_contradict_are_refused(variant, settings, message):
 
 def test_requests_that_contradict_are_refused():
     with pytest.raises(ConfigInvalid, match="another layer"):
-        registry.config_type("transcoder")(layer=3, to_layer=3).request()
+        registry.config_type("transcoder")(layer=3, to_layer=3).needs()
     with pytest.raises(ConfigInvalid, match="distinct"):
-        registry.config_type("crosscoder")(layers=(3, 3)).request()
+        registry.config_type("crosscoder")(layers=(3, 3)).needs()

@@ -27,7 +27,7 @@ class Wrapping(wrapping.Wrapping):
     seed: int = 1
     alpha: float = 0.1
 
-    def request(self):
+    def needs(self):
         return base_request(self)
 
     def build(self, d_model, stats=None):

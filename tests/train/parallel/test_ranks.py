@@ -14,7 +14,7 @@ from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.side_inputs import NO_SIDE, Side
 
 CPU = torch.device("cpu")
-TOKENWISE = [name for name in names() if not config_type(name)().request().windows]
+TOKENWISE = [name for name in names() if not config_type(name)().needs().windows]
 
 
 HALVES = (slice(0, None, 2), slice(1, None, 2))

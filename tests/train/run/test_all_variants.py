@@ -34,7 +34,7 @@ def test_the_saved_sae_is_the_one_that_was_validated(fleet, big, variant):
     outcome = json.loads((fleet / "result.json").read_text())["saes"][variant]
     needs = config_type(variant)(
         **json.loads((fleet / "config.json").read_text())["saes"][variant]["config"] | {"optim": None}
-    ).request()
+    ).needs()
     sae = load_sae(fleet / variant)
 
     def raw(layers):
@@ -58,4 +58,4 @@ def test_each_learned_something(fleet):
     for variant in names():
         found = [line["explained_variance"] for line in lines if line["sae"] == variant]
         # Layers of this store have nothing to do with each other: a transcoder does no harm at best.
-        assert found[-1] > (0.0 if config_type(variant)().request().targets else max(found[0], 0.0))
+        assert found[-1] > (0.0 if config_type(variant)().needs().targets else max(found[0], 0.0))

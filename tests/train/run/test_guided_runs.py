@@ -42,7 +42,7 @@ def test_an_encoder_that_reads_attention_gives_its_result_again_from_the_store(b
     sae_train(*GUIDED, "--set", "guidance=encode", "--set", "rank=4", *quick, "--cache", big["path"])
     outcome = json.loads((tmp_path / "runs/run_1/result.json").read_text())["saes"]["hierarchical"]
     sae = load_sae(tmp_path / "runs/run_1")
-    needs = config_type("hierarchical")(layer=3, offsets=(0, 1)).request()
+    needs = config_type("hierarchical")(layer=3, offsets=(0, 1)).needs()
     active = tokens = 0
     with Store.open(big["path"]) as store, torch.no_grad():
         stats = {3: unit_stats(store.manifest.model.d_model)}

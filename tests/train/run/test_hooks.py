@@ -111,7 +111,7 @@ def test_a_transcoder_finds_the_planted_map(planted, sae_train, tmp_path):
 def test_a_variant_of_one_layer_trains_on_any_hook(planted, sae_train, tmp_path, words):
     if "attention" in words:
         config = replace(registry.config_type("attention")(base="topk"), hook="mlp_out")
-        assert config.request().hook == "mlp_out"
+        assert config.needs().hook == "mlp_out"
         return
     sizes = ["--set", "width=48", "--set", "k=2", "--epochs", 12, "--set", "optim.lr=0.01"]
     sae_train(*words, "--set", "hook=mlp_out", *sizes, "--cache", planted[0], *WORDS)
@@ -173,10 +173,10 @@ def test_all_hooks_that_are_missing_come_in_one_message(written, sae_train):
 
 def test_old_settings_of_a_transcoder_mean_what_they_meant():
     config = registry.config_type("transcoder")
-    needs = config().request()
+    needs = config().needs()
     assert (needs.inputs, needs.targets, needs.layers) == ((19,), (20,), (19, 20))
-    assert config(layer=3, to_layer=4).request().layers == (3, 4)
-    needs = config(layer=3, hook="mlp_in").request()
+    assert config(layer=3, to_layer=4).needs().layers == (3, 4)
+    needs = config(layer=3, hook="mlp_in").needs()
     assert needs.layers == (Site("mlp_in", 3), Site("mlp_out", 3))
 
 

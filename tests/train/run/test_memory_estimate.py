@@ -53,7 +53,7 @@ def test_a_step_needs_what_is_measured(battery, variant):
     trainee = Trainee("one", member_of.config.build(d_model), 10)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, d_model, generator=generator)
-    batch = Batch(x, side=battery.side_of(member_of.config.request(), rows, generator))
+    batch = Batch(x, side=battery.side_of(member_of.config.needs(), rows, generator))
     trainee.step(batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainee.step(batch)

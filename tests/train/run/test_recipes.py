@@ -112,7 +112,7 @@ def test_every_recipe_can_be_asked_for(study):
         Ask.of_recipe(recipe).length()
         Ask.of_recipe(recipe).stream(DataConfig())
         for config in found.values():
-            config.request()
+            config.needs()
 
 
 def test_runs_have_distinct_names():

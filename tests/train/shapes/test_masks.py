@@ -308,4 +308,4 @@ def test_the_control_scatters_ranges_of_the_same_size(battery, kind, rng):
 
 def test_there_must_be_ranges_to_scatter(battery):
     with pytest.raises(ConfigInvalid, match="scattered: expected ranges to scatter"):
-        battery.config_of("positional", mask="static_slicing", scattered=True).request()
+        battery.config_of("positional", mask="static_slicing", scattered=True).needs()

@@ -215,4 +215,4 @@ def test_what_is_learned_is_written_down(battery):
 
 def test_configs_are_found_by_their_files():
     for variant in OFF:
-        assert config_type(variant)().request().inputs == (19,)
+        assert config_type(variant)().needs().inputs == (19,)

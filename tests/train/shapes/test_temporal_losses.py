@@ -181,7 +181,7 @@ def test_the_control_compares_with_the_past_of_another_window(sae, rng, shaping)
 
 
 def test_the_control_needs_two_windows(battery):
-    assert battery.config_of("temporal", other_windows=True).request().least_windows == 2
+    assert battery.config_of("temporal", other_windows=True).needs().least_windows == 2
 
 
 def test_a_past_that_starts_at_random_is_the_recursion_begun_there_in_each_document(rng):

@@ -54,7 +54,7 @@ def test_weight_decay_moves_nothing_that_is_frozen(battery, part):
 
 def test_a_cosine_that_is_none_is_refused(battery):
     with pytest.raises(ConfigInvalid, match=r"cosine: expected a number from -1 to 1, found 1\.5"):
-        battery.config_of("frozen", part="soft_decoder", cosine=1.5).request()
+        battery.config_of("frozen", part="soft_decoder", cosine=1.5).needs()
 
 
 def test_pca_rebuilds_as_principal_components_do(battery):

@@ -28,7 +28,7 @@ def test_config_survives_json(battery, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_config_defaults_build_a_request(battery, variant):
-    needs = config_type(variant)().request()
+    needs = config_type(variant)().needs()
     assert needs.layers == tuple(sorted(needs.layers)) != ()
 
 
@@ -131,9 +131,9 @@ def test_a_foreign_state_is_refused_whole(battery, variant):
         trainee.load_state(wrong)
 
 
-@pytest.mark.parametrize("variant", [name for name in LEARNING if config_type(name)().request().inputs == (19,)])
+@pytest.mark.parametrize("variant", [name for name in LEARNING if config_type(name)().needs().inputs == (19,)])
 def test_a_planted_dictionary_is_recovered(battery, variant, planted):
-    if battery.config_of(variant).request().targets is not None:
+    if battery.config_of(variant).needs().targets is not None:
         pytest.skip("the dictionary is planted in one layer")
     # Penalties act in their own units in each variant; one of the two must fit this sparsity.
     penalties = [0.3, 0.8] if hasattr(battery.config_of(variant), "penalty") else [None]

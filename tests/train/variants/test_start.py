@@ -39,7 +39,7 @@ def test_no_step_is_below_nothing(battery, variant, changes):
     trainee = fitted(battery, variant, **changes)
     config = battery.config_of(variant, **{"width": 16 * D, **changes})
     batches = battery.batches(config, 12)
-    if config.request().targets is not None:  # another layer has much of this one
+    if config.needs().targets is not None:  # another layer has much of this one
         batches = [dataclasses.replace(batch, target=batch.x + 0.5 * batch.target) for batch in batches]
     found = [float(trainee.step(batch).explained_variance) for batch in batches]
     assert min(found) >= 0.0
