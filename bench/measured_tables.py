@@ -80,9 +80,9 @@ NO_GPU_RUN = (
 ABOUT_SPEED = "Ratios of medians; from where to where the rounds went where rounds were kept."
 ABOUT_QUALITY = (
     "Explained variance on the test split of {model} after layer {layer}, {tokens} training tokens, ordinary tokens "
-    "only (no massive ones, for nobody); {seeds}. Every contestant at the learning rate that is best for it on "
-    "validation text, sought with the first seed a factor of three apart; then at its own, as it comes. Off target is "
-    "an L0 more than a tenth from what was asked: no comparison, no claim."
+    "only (no massive ones, for nobody). Every contestant at the learning rate that is best for it on validation text, "
+    "sought with the first seed a factor of three apart: {seeds}; then at its own, as it comes: one seed. Off target "
+    "is an L0 more than a tenth from what was asked: no comparison, no claim."
 )
 RATES = {"best": "its best", "own": "its own"}
 

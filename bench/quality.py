@@ -210,7 +210,7 @@ class Cell:
         if not self.on_target:
             return f"off target: L0 {from_to([score.l0 for score in self.scores], '.1f')} ({at})"
         values = [score.explained_variance for score in self.on_target]
-        spread = f" ({from_to(values, '.3f')})" if len(set(values)) > 1 else ""
+        spread = f" ({from_to(values, '.4f')})" if len(values) > 1 else ""
         dead = statistics.median(score.dead for score in self.on_target)
         missing = len(self.scores) - len(values)
         return (

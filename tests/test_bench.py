@@ -105,7 +105,7 @@ def test_a_fit_that_is_off_target_is_marked_and_claims_nothing(bench):
     cell = quality.cell_at({fits[0]: off}, 1e-3)
     assert not cell.on_target and str(cell) == "off target: L0 7.9 (rate 0.001)"
     cell = quality.cell_at(dict(zip(fits, (on, off, on), strict=True)), 1e-3)
-    assert str(cell) == "0.800 at L0 30.0, 0.0% dead, rate 0.001, 1 of 3 seeds off target"
+    assert str(cell) == "0.800 (0.8000) at L0 30.0, 0.0% dead, rate 0.001, 1 of 3 seeds off target"
 
 
 def test_the_rate_is_sought_up_then_down_from_a_contestants_own(bench):
