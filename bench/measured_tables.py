@@ -125,7 +125,8 @@ def speed_lines() -> Iterable[tuple[str, str, str]]:
         if kind == "made":
             yield f"the latent browser of {what}: tokens a second", row["found"].removesuffix(" tok/s"), BROWSER
         elif kind == "against":
-            yield f"the same against SAEDashboard 0.8, {what}", ratio_of(row), BROWSER
+            wide = "" if ", 512 latents" in what else " (of which it is timed on 128 latents a round, and multiplied)"
+            yield f"the same against SAEDashboard 0.8, {what}{wide}", ratio_of(row), BROWSER
 
 
 def train_lines() -> Iterable[tuple[str, str, str]]:
