@@ -143,7 +143,9 @@ def train_lines() -> Iterable[tuple[str, str, str]]:
             products = "float32, bfloat16 product" if max(map(len, ratios.values())) > 1 else "float32"
             what = f"a training step of {some['batch']:,} tokens, D {some['d_model']:,}, {width:,} latents{firing}"
             told = "; ".join(f"{variant} {', '.join(values)}" for variant, values in ratios.items())
-            yield f"{what}, against the faster of the peers ({products})", told, TRAIN
+            theirs = [row["contestant"] for row in rows_of(name) if row["contestant"].startswith(PEERS)]
+            autocast = ", bfloat16 autocast too" if any(who.endswith("bfloat16") for who in theirs) else " in float32"
+            yield f"{what} ({products}), against the faster of the peers{autocast}", told, TRAIN
 
 
 def quality_lines() -> Iterable[str]:
