@@ -40,7 +40,8 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist workstea
 STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard train/recipes/*.py)))))
 STDLIB_PROBES := $(foreach eval,sparse_probing scr tpp,--eval-set $(eval).data=stdlib)
 # The plan of docs/studies/questions.md.
-DECIDE_COURSE := $(if $(filter smollm2,$(MODEL)),--epochs 4 --width 1152)
+DECIDE_COURSE := $(if $(filter smollm2,$(MODEL)),--epochs 2 --width 1152)
+DECIDE_TOKENS := $(or $(TOKENS),$(if $(filter smollm2,$(MODEL)),1200k))
 STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set browser.windows=256
 
 .DEFAULT_GOAL := help
@@ -125,7 +126,8 @@ studies: env ## all runs of the five studies on a pocket store, their tables and
 	  cat $(foreach study,$(STUDY_NAMES),$(STUDIES)/$(study)/table.md); exit $$status
 
 decide: env $(if $(filter smollm2,$(MODEL)),smollm2) ## the runs that decide the five studies, as docs/studies/questions.md says: hours; goes on after any stop
-	$(BIN)/sae-harvest --model $(if $(filter auto,$(MODEL)),pocket,$(MODEL)) --out $(DECISIONS)/store
+	$(BIN)/sae-harvest --model $(if $(filter auto,$(MODEL)),pocket,$(MODEL)) --out $(DECISIONS)/store \
+	  $(if $(DATASET),--dataset $(DATASET)) $(if $(DECIDE_TOKENS),--tokens $(DECIDE_TOKENS))
 	@printf '%s\n' $(STUDY_NAMES) | OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
 	  'echo "{}: see $(DECISIONS)/{}.log"; $(BIN)/sae-study {} --only decisive --cache $(DECISIONS)/store \
 	  --out $(DECISIONS) --with-baselines --set data.batch_tokens=2048 $(DECIDE_COURSE) $(STDLIB_PROBES) \
