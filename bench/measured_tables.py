@@ -77,7 +77,11 @@ NO_GPU_RUN = (
     "dictionary_learning 455k to 458k tok/s under bfloat16 autocast, 539k with a fused Adam; SAELens 360k to 370k, "
     "414k; sparsify 249k to 251k. What was tried, and what fell back: [docs/performance.md](performance.md)."
 )
-ABOUT_SPEED = "Ratios of medians; from where to where the rounds went where rounds were kept."
+ABOUT_SPEED = (
+    "Ratios of medians; from where to where the rounds went where rounds were kept. Steps with 64 latents firing, "
+    "harvests, guidance, fleets and core are of 20 and 21 November, an earlier machine, where the peers were not tried "
+    "under autocast."
+)
 ABOUT_QUALITY = (
     "Explained variance on the test split of {model} after layer {layer}, {tokens} training tokens, ordinary tokens "
     "only (no massive ones, for nobody). Every contestant at the learning rate that is best for it on validation text, "
@@ -123,7 +127,12 @@ def speed_lines() -> Iterable[tuple[str, str, str]]:
     for row in rows_of("browser"):
         what, _, kind = row["name"].rpartition(": ")
         if kind == "made":
-            yield f"the latent browser of {what}: tokens a second", row["found"].removesuffix(" tok/s"), BROWSER
+            missed = "" if row["is_met"] else f", wanted {row['against']}"
+            yield (
+                f"the latent browser of {what}: tokens a second",
+                row["found"].removesuffix(" tok/s") + missed,
+                BROWSER,
+            )
         elif kind == "against":
             wide = "" if ", 512 latents" in what else " (of which it is timed on 128 latents a round, and multiplied)"
             yield f"the same against SAEDashboard 0.8, {what}{wide}", ratio_of(row), BROWSER

@@ -1,7 +1,8 @@
 """Steps of our transcoders against the peers', in one run, on the same activations: as bench/train.py measures.
 
-The cross-layer one against CLT-Forge, whose code `make clt-forge` fetches and which runs in the peers' environment;
-the one of a single layer against sparsify. SAELens (6.54) has transcoders to load, and none to train.
+The cross-layer one against CLT-Forge, whose code `make bench-transcoders` fetches and which runs in the peers'
+environment; it has no k and runs as initialised, with as many active as that gives. The one of a single layer against
+sparsify. SAELens (6.54) has transcoders to load, and none to train.
 
     python bench/transcoders.py --peers-python PATH --clt-forge FOLDER
 """
@@ -64,7 +65,7 @@ def main(
             settings = sizes | {"batches": make_batches(folder, rows, 2 * count * d_model)}
             settings |= {"device": device, "clock": clock}
             outcome = contest.race(settings, rounds, steps, names=(OURS, peer))
-        name = f"a step of {variant}: {count} layers, {width} latents and {k} active a layer, D {d_model}, {rows} rows"
+        name = f"a step of {variant}: {count} layers, {width} latents ({k} of ours fire) each, D {d_model}, {rows} rows"
         if outcome.failures:
             why = "; ".join(f"{who} failed: {said}" for who, said in outcome.failures.items())
             found.append(Row(name, why, target=target))

@@ -123,7 +123,7 @@ def complete_studies(_: click.Context, __: click.Parameter, incomplete: str) -> 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("names", nargs=-1, metavar="[STUDY]...", shell_complete=complete_studies)
 @click.option("--cache", required=True, metavar="URL", help="The store, with attention of layers L-2..L+1.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("studies"), show_default=True, metavar="DIR")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("study_runs"), show_default=True, metavar="DIR")
 @click.option("--tokens", metavar="N", help="Tokens for each run, such as 1M.  [default: the recipe's]")
 @click.option("--epochs", metavar="N", help="How often the store may be read.")
 @click.option("--width", metavar="F", help="Latents.  [default: the recipe's, at most 16 times the residual width]")

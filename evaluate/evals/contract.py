@@ -5,7 +5,8 @@ A file `evals/NAME.py` is the evaluation NAME; so is a folder `evals/NAME/` with
     EVALUATION = Evaluation(Config, evaluate, needs=Needs(store=True), summary=("group.metric",))
 
 and nothing else is edited: the command, `--set NAME.key=value`, `--resume`, `--compare` and the tests find it by its
-name. Every metric has a row in MEASURES.md and the evaluation a line in README's table; a test asks for both.
+name. Every metric has a row in MEASURES.md and the evaluation a line in the table of docs/evaluate.md; a test asks for
+both.
 
 There are four ways of having no number:
     raise NotRun            the model, the data or the store is missing: no SAE that is left can be evaluated

@@ -255,9 +255,11 @@ def test_a_server_that_hangs_is_named_and_nothing_is_lost(synthetic, proxy, mate
         patch.setattr(s3fs.S3FileSystem, "read_timeout", 0.5)
         s3fs.S3FileSystem.clear_instance_cache()
         proxy.kinds, proxy.share = ("hanging",), 1.0
-        with pytest.raises(StoreUnreachable, match="run the same command again"):
-            Store.open(url)
-        proxy.kinds, proxy.share = kinds, 0.0
+        try:
+            with pytest.raises(StoreUnreachable, match="run the same command again"):
+                Store.open(url)
+        finally:
+            proxy.kinds, proxy.share = kinds, 0.0
     s3fs.S3FileSystem.clear_instance_cache()
     synthetic.write_store(url, manifest, corpus)
     assert objects_of(synthetic, url, tmp_path / "copy") == expected

@@ -207,7 +207,7 @@ def test_a_harvest_on_paper_loses_nothing(monkeypatch):
     simulate = importlib.import_module("simulate")
     manifest = simulate.make_manifest(400)
     told = simulate.Harvest(manifest, 40, simulate.Paper(deaths_a_day=48.0)).run()
-    assert told.deaths > 5 and told.lost == told.twice == 0
+    assert told.deaths > 5 and told.lost == 0
     assert told.requests["PUT"] > 13 * 400 and told.hours < 2
 
 
@@ -260,6 +260,7 @@ def test_a_writer_that_died_deriving_holds_others_up_and_no_more(synthetic, monk
     manifest, url = synthetic.make_manifest(), f"memory://{uuid.uuid4().hex}"
     dead = make_claims(open_files(url))
     assert dead.take(claims_module.DERIVED)
+    assert claims_module.DERIVED_SECONDS <= 60
     monkeypatch.setattr(claims_module, "DERIVED_SECONDS", 0.1)
     synthetic.write_store(url, manifest)
     with Store.open(url) as store:

@@ -75,6 +75,7 @@ def test_a_store_in_the_making_whose_index_is_behind(many_shards, monkeypatch):
     np.testing.assert_array_equal(open_quickly(folder).committed, committed)
 
 
+@pytest.mark.slow
 def test_who_resumes_knows_in_under_two_seconds_what_to_write(many_shards):
     """The best of three in processor time, from opening to the list of what lacks."""
     folder, manifest, committed = many_shards

@@ -30,7 +30,7 @@ What must hold:
 2. Everything that training changes is a parameter or a buffer of `sae` or of an extra, so checkpoints hold it.
 3. A gradient reaches every parameter within a few steps (not of a baseline).
 4. The (row, latent) pairs of a `Support` are distinct, in order of rows: sparse sums add them unchecked.
-5. `sae.encode` agrees with what was trained, for any number of rows, and reads only what `request` asked for.
+5. `sae.encode` agrees with what was trained, for any number of rows, and reads only what `needs` asked for.
 6. What depends on the whole batch (a batch's top k, a mean, a count) goes through `view.side.ranks`. A term that may
    see some of the latents only says so by `@split`, and asks `view.side.latents` for what is of all.
 """
@@ -48,7 +48,7 @@ from ..engine.compose import Assembly
 
 
 class Variant(ABC):
-    """What `Config` offers. `request` and `build` must be defined; everything else has a default."""
+    """What `Config` offers. `needs` and `build` must be defined; everything else has a default."""
 
     is_baseline: ClassVar[bool] = False
     """It is there to be compared with, and may leave weights as they are or learn without a gradient."""

@@ -24,7 +24,7 @@ from ..sae.attention.mixing import Mixing
 from ..sae.attention.reading import MIXING, TEMPERATURE, Attention, Noted
 from ..terms.attention import Consistency, Guidance, Objective
 from .build import require, require_least
-from .wrapping import Wrapping, base_request, build_base
+from .wrapping import Wrapping, base_needs, build_base
 
 ENCODER_SEEDS = 2**40  # far from those of the bases
 
@@ -70,7 +70,7 @@ class Guided(Wrapping):
 def request_guided(config: Guided, layers: Sequence[int]) -> Needs:
     """Whole windows of the base's layer, and the attention of `layers`."""
     _require_settings(config)
-    needs = base_request(config)
+    needs = base_needs(config)
     least = 2 if config.shuffle_attention else 1  # the control exchanges rows between windows
     tokens = needs.tokens or config.links == "same_token"
     return replace(needs, attention_layers=tuple(sorted(layers)), windows=True, tokens=tokens, least_windows=least)

@@ -77,11 +77,11 @@ class Windowed(Wrapping):
 
 def build_base(config: Wrapping, d_model: int, stats: Stats | None = None) -> Assembly:
     """The assembly of the variant that `config.base` names, with the settings of `config`."""
-    base_request(config)
+    base_needs(config)
     return _base_config(config, d_model).build(d_model, stats)
 
 
-def base_request(config: Wrapping) -> Needs:
+def base_needs(config: Wrapping) -> Needs:
     """What the base reads. One that reads several layers, another target or windows cannot be wrapped."""
     needs = _base_config(config, None).needs()
     plain = len(needs.inputs) == 1 and needs.targets is None and not needs.windows

@@ -19,7 +19,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, TableUse
 from ..kit.build import hold_still, require
-from ..kit.wrapping import Wrapping, base_request, build_base
+from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
 
@@ -68,7 +68,7 @@ class Config(Wrapping):
 
     def needs(self) -> Needs:
         require(-1.0 <= self.cosine <= 1.0, f"cosine: expected a number from -1 to 1, found {self.cosine}")
-        return base_request(self)
+        return base_needs(self)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         self.needs()

@@ -21,7 +21,7 @@ from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Product, Ramp, SigmoidRamp
 from ..kit.build import require, require_least
-from ..kit.wrapping import Windowed, base_request, build_base
+from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.model import SparseAutoencoder
 from ..sae.shapes.masks import (
     COEFFICIENT,
@@ -87,7 +87,7 @@ class Config(Windowed):
 
     def needs(self) -> Needs:
         self._require_valid()
-        return replace(base_request(self), positions=True)
+        return replace(base_needs(self), positions=True)
 
     def step_tables(self) -> float:
         """Adapters on features make tables of their own, on a GPU one for each range."""

@@ -16,7 +16,7 @@ from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Schedule, Switch
 from ..kit.build import require, require_least
-from ..kit.wrapping import Windowed, base_request, build_base
+from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.shapes.position_gate import PositionGate
 from ..sae.shapes.shaped import ShapedAutoencoder
 from ..terms.constraints import GradientNoise
@@ -68,7 +68,7 @@ class Config(Windowed):
     def needs(self) -> Needs:
         self._require_valid()
         least = 2 if self.other_windows else 1  # the control compares windows with each other
-        return replace(base_request(self), windows=True, positions=True, documents=True, least_windows=least)
+        return replace(base_needs(self), windows=True, positions=True, documents=True, least_windows=least)
 
     def limits(self, manifest: Manifest, tokens: int) -> Mapping[str, float]:
         longest = dict.fromkeys(("short_to", "medium_to", "long_to"), manifest.context)

@@ -17,7 +17,7 @@ from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Constant, Ramp, Switch
 from ..kit.build import require, require_least
-from ..kit.wrapping import Wrapping, base_request, build_base
+from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.norms import PreNorm
 from ..sae.shapes.shaped import Init, Shape, ShapedAutoencoder, initialise
 from ..sae.shapes.tier_gates import TierGates
@@ -74,7 +74,7 @@ class Config(Wrapping):
 
     def needs(self) -> Needs:
         self._require_valid()
-        return base_request(self)
+        return base_needs(self)
 
     def sizes(self) -> tuple[int, ...]:
         """Latents of each tier."""

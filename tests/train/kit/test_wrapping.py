@@ -11,7 +11,7 @@ from saemill.train.engine.optim import Optim
 from saemill.train.errors import ConfigInvalid, UnknownVariant
 from saemill.train.kit import wrapping
 from saemill.train.kit.registry import config_type
-from saemill.train.kit.wrapping import base_request, build_base
+from saemill.train.kit.wrapping import base_needs, build_base
 from saemill.train.sae.gates import TopK
 from saemill.train.sae.kernels.codes import Codes
 from saemill.train.sae.model import SparseAutoencoder
@@ -28,7 +28,7 @@ class Wrapping(wrapping.Wrapping):
     alpha: float = 0.1
 
     def needs(self):
-        return base_request(self)
+        return base_needs(self)
 
     def build(self, d_model, stats=None):
         return build_base(self, d_model, stats)
@@ -40,7 +40,7 @@ def test_shared_settings_are_handed_on():
     assert isinstance(assembly.sae.gate, TopK) and assembly.sae.gate.k == 3
     assert all(torch.equal(a, b) for a, b in zip(assembly.sae.parameters(), expected.sae.parameters(), strict=True))
     assert assembly.optim == expected.optim
-    assert base_request(Wrapping(layer=7)).layers == (7,)
+    assert base_needs(Wrapping(layer=7)).layers == (7,)
 
 
 def test_the_optimiser_is_the_bases_own_but_for_what_was_chosen():
