@@ -48,6 +48,25 @@ SPEED = {  # file of results: command, and what is told of it by the names of it
             ),
         },
     ),
+    "hooks": (
+        "python bench/hooks.py",
+        {
+            "eight layers' mlp_in and mlp_out harvested, against 1.10 bare passes plus the time of writing": (
+                "eight layers' mlp_in and mlp_out: 1.10 times the bare pass plus the time of writing, "
+                "against the harvest",
+            ),
+        },
+    ),
+    "transcoders": (
+        "make bench-transcoders",
+        {
+            "a step of a cross-layer transcoder of six layers, 2,048 latents each, 32 firing, against CLT-Forge as "
+            "initialised": ("a step of clt: 6 layers, 2048 latents (32 of ours fire) each, D 512, 1024 rows",),
+            "a step of a transcoder, 2,048 latents, against sparsify": (
+                "a step of transcoder: 1 layers, 2048 latents (32 of ours fire) each, D 512, 1024 rows",
+            ),
+        },
+    ),
     "guided": (
         TRAIN,
         {
