@@ -27,8 +27,8 @@ from .table import Table
 
 
 def harvest(**words: Any) -> Store:
-    """Run a language model over a corpus once, or go on with it; returns the store. `sae-harvest --help` "
-    "lists the words."""
+    """Run a language model over a corpus once, or go on with it; returns the store. `sae-harvest --help`
+    lists the words."""
     from ..harvest.run import harvest as run_harvest  # late: training and stores have no use for transformers
 
     config = make_config(words_of("harvest", (), words))

@@ -187,7 +187,7 @@ def describe_differences(document: Mapping[str, Any], settings: Mapping[str, Any
 
 def _is_older(path: Path, folder: Path) -> bool:
     """Whether a folder's weights were written after the result: another SAE has taken the place of the one measured."""
-    weights = [found for ending in ("*.safetensors", "*.pt") for found in folder.glob(ending)]
+    weights = [found for ending in ("*.safetensors", "*.pt", "*.npz") for found in folder.glob(ending)]
     return any(found.stat().st_mtime > path.stat().st_mtime for found in weights)
 
 

@@ -103,7 +103,7 @@ def _download(name: str, looked: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     owner, repository, *folder = name.split("/")
-    wanted = [f"{'/'.join(folder)}/*"] if folder else ["*.json", "*.safetensors", "*.pt"]
+    wanted = [f"{'/'.join(folder)}/*"] if folder else ["*.json", "*.safetensors", "*.pt", "*.npz"]
     repository = f"{owner}/{repository}"
     obstacle = _obstacle(repository)
     try:

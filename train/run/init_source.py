@@ -65,7 +65,7 @@ def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
 
 def _digest(folder: Path) -> str:
     found = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".pt")):
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".pt", ".npz")):
         found.update(file.name.encode())
         found.update(file.read_bytes())
     return found.hexdigest()

@@ -15,8 +15,8 @@ from .links import Links
 
 
 class Mixing(Extra):
-    """Learned weights over layers, equal at the start; `layers` and the last `weight` are for whoever reads "
-    "the saved file."""
+    """Learned weights over layers, equal at the start; `layers` and the last `weight` are for whoever reads
+    the saved file."""
 
     lr_scale = 10.0  # a handful of numbers that every token of a batch has a say in
 
