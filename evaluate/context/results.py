@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ...train.disk.sae_folder import SAELENS_VERSION
+from ...train.disk.sae_folder import SAELENS_VERSION, WEIGHT_SUFFIXES
 from ...train.disk.whole_files import replace_file
 from ...train.run.folder import provenance
 from ..errors import ResultInvalid
@@ -187,7 +187,7 @@ def describe_differences(document: Mapping[str, Any], settings: Mapping[str, Any
 
 def _is_older(path: Path, folder: Path) -> bool:
     """Whether a folder's weights were written after the result: another SAE has taken the place of the one measured."""
-    weights = [found for ending in ("*.safetensors", "*.pt", "*.npz") for found in folder.glob(ending)]
+    weights = [found for found in folder.glob("*") if found.suffix in WEIGHT_SUFFIXES]
     return any(found.stat().st_mtime > path.stat().st_mtime for found in weights)
 
 

@@ -86,14 +86,18 @@ def list_saes(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"*/{WEIGHTS}"))
 
 
+def no_sae(folder: Path) -> RunMissing:
+    return RunMissing(
+        f"{folder} holds no trained SAE: go on with its run by sae-train --resume, or give the folder of another"
+    )
+
+
 def _only_sae(folder: Path) -> Path:
     found = list_saes(folder)
     if len(found) == 1:
         return found[0]
     if not found:
-        raise RunMissing(
-            f"{folder} holds no trained SAE: go on with its run by sae-train --resume, or give the folder of another"
-        )
+        raise no_sae(folder)
     raise RunMissing(f"{folder} holds {len(found)} SAEs: choose one of {', '.join(str(path) for path in found)}")
 
 
@@ -103,7 +107,7 @@ def _download(name: str, looked: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     owner, repository, *folder = name.split("/")
-    wanted = [f"{'/'.join(folder)}/*"] if folder else ["*.json", "*.safetensors", "*.pt", "*.npz"]
+    wanted = [f"{'/'.join(folder)}/*"] if folder else ["*.json", "*.safetensors", "*.pt"]
     repository = f"{owner}/{repository}"
     obstacle = _obstacle(repository)
     try:

@@ -14,6 +14,7 @@ from typing import Any
 from ...cache_schema import Manifest
 from ..config.run_config import Member
 from ..disk.plain_form import begin_as
+from ..disk.sae_folder import WEIGHT_SUFFIXES
 from ..engine.fleet import Fleet
 from ..errors import ConfigInvalid, SaeInvalid
 from ..kit.build import require
@@ -65,7 +66,7 @@ def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
 
 def _digest(folder: Path) -> str:
     found = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".pt", ".npz")):
+    for file in sorted(path for path in folder.iterdir() if path.suffix in {".json", *WEIGHT_SUFFIXES}):
         found.update(file.name.encode())
         found.update(file.read_bytes())
     return found.hexdigest()

@@ -17,7 +17,7 @@ from ..disk.formats import kind_of
 from ..disk.sae_folder import CONFIG, EXTRAS, WEIGHTS
 from ..errors import ConfigInvalid, NotPushed, RunMissing, SaeInvalid
 from .card import describe, write_card
-from .find_sae import ask_hub, list_saes
+from .find_sae import ask_hub, list_saes, no_sae
 from .folder import places_of, run_names
 
 CARD = "README.md"
@@ -57,9 +57,7 @@ def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
         raise RunMissing(f"no SAE {name!r} here to push: the runs in {runs} are {', '.join(run_names(runs)) or 'none'}")
     folders = list_saes(home)
     if not folders:
-        raise RunMissing(
-            f"{home} holds no trained SAE: go on with its run by sae-train --resume, or give the folder of another"
-        )
+        raise no_sae(home)
     for folder in folders:
         if kind_of(folder) != "sae_lens":
             raise SaeInvalid(

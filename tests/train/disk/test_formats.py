@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 from threading import Event
 
 import numpy as np
@@ -12,9 +13,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from saemill.train import load_sae
-from saemill.train.disk.formats import WRITERS, read
+from saemill.train.disk.formats import FILES, WRITERS, read
 from saemill.train.disk.formats.plain import centred
 from saemill.train.disk.plain_form import PlainSae, sae_from_plain, without_signs
+from saemill.train.disk.sae_folder import WEIGHT_SUFFIXES
 from saemill.train.errors import RunMissing, SaeInvalid
 from saemill.train.export import export, largest_difference, main
 from saemill.train.sae.shapes.masks import HardMask
@@ -326,3 +328,7 @@ def test_without_the_hub_the_answer_comes_at_once(tmp_path, monkeypatch):
         assert time.monotonic() - began < 20 and not asked
     finally:
         is_over.set()
+
+
+def test_every_kind_of_weights_is_among_those_that_a_digest_reads():
+    assert {Path(name).suffix for name in FILES} <= set(WEIGHT_SUFFIXES)

@@ -15,8 +15,9 @@ from saemill.train.disk.formats import WRITERS
 from saemill.train.disk.formats.plain import centred
 from saemill.train.disk.plain_form import begin_as, plain_sae
 from saemill.train.disk.sae_folder import load_plain_sae, save_sae
-from saemill.train.errors import SaeInvalid
+from saemill.train.errors import ConfigInvalid, SaeInvalid
 from saemill.train.run.find_sae import read_folder
+from saemill.train.run.init_source import require_unchanged, source_of
 
 D, F = 32, 96
 PLAIN = ("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka")
@@ -145,3 +146,12 @@ def test_what_does_not_go_with_it_is_told(big, sae_train, quick, tmp_path, words
 def test_names_that_are_no_sae_end_the_command(big, sae_train, quick):
     result = sae_train("--variant", "topk", "--cache", big["path"], *quick, "--init", "no_such", code=1)
     assert "no SAE 'no_such'" in result.output
+
+
+def test_other_weights_of_gemma_scope_are_another_source(tmp_path):
+    np.savez(tmp_path / "params.npz", W_enc=np.zeros(2))
+    source = source_of(tmp_path)
+    require_unchanged(source)
+    np.savez(tmp_path / "params.npz", W_enc=np.ones(2))
+    with pytest.raises(ConfigInvalid, match="not what the run was begun from"):
+        require_unchanged(source)
