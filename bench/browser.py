@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,15 +109,6 @@ def make_run(world: World, variant: str, width: int) -> Path:
     return run
 
 
-@contextmanager
-def worker(name: str, *command: object) -> Iterator[Worker]:
-    found = Worker(name, command)
-    try:
-        yield found
-    finally:
-        found.close()
-
-
 def bench(world: World, variant: str, width: int, dashboard: Path | None, rounds: int) -> list[Row]:
     """Both in turns; the last rows say what each made."""
     run = make_run(world, variant, width)
@@ -127,7 +117,7 @@ def bench(world: World, variant: str, width: int, dashboard: Path | None, rounds
     begun = 0
 
     def ours() -> float:
-        with worker("ours", sys.executable, "-W", "ignore", PEERS / "ours_browser.py") as one:
+        with closing(Worker("ours", [sys.executable, "-W", "ignore", PEERS / "ours_browser.py"])) as one:
             made["ours"] = one.ask(**request)
         return made["ours"]["seconds"]
 
@@ -140,9 +130,8 @@ def bench(world: World, variant: str, width: int, dashboard: Path | None, rounds
     if dashboard is None:
         seconds = take_turns(rounds, {"ours": ours})
     else:
-        with worker(
-            "SAEDashboard", dashboard / "bin/python", "-W", "ignore", PEERS / "sae_dashboard_browser.py"
-        ) as peer:
+        command = [dashboard / "bin/python", "-W", "ignore", PEERS / "sae_dashboard_browser.py"]
+        with closing(Worker("SAEDashboard", command)) as peer:
             peer.ask(**request, latents=[0, 2])  # the model runs, the cache fills
             seconds = take_turns(rounds, {"ours": ours, "SAEDashboard": lambda: theirs(peer)})
     tokens = made["ours"]["tokens"]

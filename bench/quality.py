@@ -78,6 +78,10 @@ class Score:
     def is_on_target(self, wanted: float) -> bool:
         return abs(self.l0 - wanted) <= OFF * wanted
 
+    def worth(self, wanted: float) -> tuple[bool, float]:
+        """What decides between rates."""
+        return self.is_on_target(wanted), self.validation
+
 
 def write_rows_of(store: Store, folder: Path) -> None:
     """A table of float32 rows for each split: of ordinary tokens, neither special nor of massive norm."""
@@ -158,13 +162,9 @@ Train = Callable[[Fit], Score]
 def best_of(first: Fit, train: Train, is_targeted: bool) -> Fit:
     """Of the first seed: rates from `first` on, up and then down, as long as validation text is rebuilt better."""
 
-    def value(fit: Fit) -> tuple[bool, float]:
-        score = train(fit)
-        return score.is_on_target(fit.l0), score.validation
-
     def tried(fit: Fit) -> tuple[Fit, tuple[bool, float]]:
         fit = fit if is_targeted else seek(fit, train)
-        return fit, value(fit)
+        return fit, train(fit).worth(fit.l0)
 
     best, worth = tried(first)
     for factor in (FACTOR, 1 / FACTOR):
@@ -237,15 +237,11 @@ def lines_of(scores: dict[Fit, Score]) -> dict[str, list[Line]]:
             if own:
                 by_rate = {lr: cell_at(own, lr) for lr in dict.fromkeys(fit.lr for fit in own)}
                 cells["own"][contestant] = next(iter(by_rate.values()))  # the first that is tried
-                cells["best"][contestant] = max(by_rate.values(), key=judge)
+                # By how the first seed did, which every rate has.
+                cells["best"][contestant] = max(by_rate.values(), key=lambda cell: cell.scores[0].worth(l0))
         for kind, told in cells.items():
             found[kind].append((f"{variant}, {width:,} latents, L0 {l0:g}", told))
     return found
-
-
-def judge(cell: Cell) -> tuple[bool, float]:
-    """What decides between rates: how the first seed did, which every rate has."""
-    return cell.scores[0].is_on_target(cell.fits[0].l0), cell.scores[0].validation
 
 
 def cell_at(scores: dict[Fit, Score], lr: float) -> Cell:

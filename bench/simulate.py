@@ -30,7 +30,7 @@ from saemill.cache_schema.claims import LeaseClaims
 from saemill.cache_schema.commits import ArrayRecord, CommitRecord
 from saemill.cache_schema.files import RemoteFiles
 from saemill.cache_schema.identity import seal
-from saemill.cache_schema.layout import BEGINNING, COMMITS, INDEX, arrays_of, encode_json, record_key
+from saemill.cache_schema.layout import BEGINNING, COMMITS, INDEX, arrays_of, encode_json
 from saemill.cache_schema.manifest import HookSpec, Manifest
 from saemill.cache_schema.strict import to_json
 
@@ -104,7 +104,6 @@ class Told:
 
     lost: int
     left: int  # to the same command once more: their writers died last, and their claims had not lapsed
-    twice: int  # were computed again, as their writer died or slept
     deaths: int
     hours: float
     requests: Counter[str]
@@ -121,7 +120,7 @@ class Harvest:
         self.manifest, self.workers, self.paper = seal(manifest), workers, paper
         self.files = PaperFiles(paper, manifest.shards)
         self.draw = random.Random(paper.seed)
-        self.deaths = self.compactions = self.twice = 0
+        self.deaths = self.compactions = 0
         sizes = {path: ArrayRecord("0" * 32, layout.chunk_bytes) for path, layout in arrays_of(self.manifest).items()}
         self.arrays = sizes
         self._deriving_until, self._is_summarised = 0.0, False
@@ -152,7 +151,6 @@ class Harvest:
         return Told(
             lost=lost,
             left=left,
-            twice=self.twice,
             deaths=self.deaths,
             hours=ended / 3600,
             requests=requests,
@@ -172,7 +170,7 @@ class Harvest:
             wrote = 0
             for shard in shards.tolist():
                 if held.take(shard):
-                    if not self._is_committed(shard):
+                    if not commits.has_record(files, shard):
                         yield self.paper.shard_s * self.draw.uniform(0.9, 1.1)
                         self._commit(shard)
                         wrote += 1
@@ -184,20 +182,12 @@ class Harvest:
         files.ask("HEAD")  # the root, before anything is derived
         self._derive(held, ends=True)
 
-    def _is_committed(self, shard: int) -> bool:
-        try:
-            self.files.read(record_key(shard))
-        except KeyError:
-            return False
-        return True
-
     def _commit(self, shard: int) -> None:
         files = self.files
         files.requests["PUT"] += self.paper.chunks
         files.now += self.paper.chunk_s * self.paper.chunks / writer.WRITERS
         files.ask("HEAD", 2)  # sizes of tokens and documents
         files.ask("PUT", int(self.paper.has_device))
-        self.twice += int(files.committed[shard])
         record = CommitRecord(self.manifest.cache_id, shard, self.manifest.shard_range(shard), self.arrays)
         commits.write_record(files, record)
         files.committed[shard] = True
@@ -255,7 +245,6 @@ def rows_of(harvest: Harvest, told: Told) -> list[Row]:
     return [
         Row("shards lost", f"{told.lost}", f"{told.deaths:,} workers that died", float(not told.lost), 1.0),
         Row("shards left to a command more", f"{told.left}", f"{shards:,}", None),
-        Row("shards computed twice", f"{told.twice}", f"{shards:,}", None),
         Row("hours", f"{told.hours:.2f}", f"{ideal:.2f} without a request or a death", ideal / told.hours),
         Row("requests", f"{told.requests.total():,}", f"a shard: {each}", None),
         Row("requests a second, busiest minute", f"{told.peak_a_second:,.0f}", "3,500 PUT, 5,500 GET a prefix", None),

@@ -180,10 +180,8 @@ class Jobs:
         return seconds
 
     def put(self) -> float:
-        url, sizes = (
-            self._begin(False),
-            {key: size for keys in self.keys for key, size in zip(keys, self.sizes, strict=True)},
-        )
+        url = self._begin(False)
+        sizes = {key: size for keys in self.keys for key, size in zip(keys, self.sizes, strict=True)}
 
         def work(worker: int, mark: Mark) -> None:
             mine = [key for shard in self.bench.share(worker) for key in self.keys[shard]]

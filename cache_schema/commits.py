@@ -152,6 +152,15 @@ def read_record(files: Files, manifest: Manifest, shard: int) -> CommitRecord:
     return record
 
 
+def has_record(files: Files, shard: int) -> bool:
+    """By reading: of what is not there an object store makes a listing, where it is only looked for."""
+    try:
+        files.read(record_key(shard))
+    except KeyError:
+        return False
+    return True
+
+
 def _read_records(files: Files, manifest: Manifest, shards: np.ndarray) -> list[CommitRecord]:
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
         return list(pool.map(lambda shard: read_record(files, manifest, shard), shards.tolist()))

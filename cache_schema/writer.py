@@ -22,13 +22,22 @@ import numpy as np
 
 from .claims import CREATION, open_claims
 from .codecs import encode
-from .commits import READ_AT_ONCE, CommitRecord, DeviceRecord, compact, find_committed, write_device, write_record
+from .commits import (
+    READ_AT_ONCE,
+    CommitRecord,
+    DeviceRecord,
+    compact,
+    find_committed,
+    has_record,
+    write_device,
+    write_record,
+)
 from .content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .counts import count_all, write_counts
 from .errors import ShardCorrupt, ShardInvalid, StoreBusy, StoreMismatch
 from .files import Files, open_files
 from .identity import seal
-from .layout import BEGINNING, COUNTS, ROOT, arrays_of, documents_of, encode_json, record_key, root_document
+from .layout import BEGINNING, COUNTS, ROOT, arrays_of, documents_of, encode_json, root_document
 from .manifest import Manifest, list_differences
 from .moments import Moments, merge
 from .reader import Store
@@ -98,17 +107,9 @@ class StoreWriter:
             yield False
             return
         try:
-            yield not self._is_committed(shard)
+            yield not has_record(self.files, shard)
         finally:
             self._claims.release(shard)
-
-    def _is_committed(self, shard: int) -> bool:
-        """By reading: of what is not there an object store makes a listing, where it is only looked for."""
-        try:
-            self.files.read(record_key(shard))
-        except KeyError:
-            return False
-        return True
 
     def write(self, shard: int, content: ShardContent, device: DeviceRecord | None = None) -> CommitRecord:
         """Write a claimed shard and commit it; `device`: what computed it."""

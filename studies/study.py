@@ -37,7 +37,7 @@ from ..evaluate.run.command import errors_told, make_configs
 from ..evaluate.run.console_table import heading, make_console, untrained_traits
 from ..train.cli import main as sae_train
 from ..train.command import beginning_with
-from ..train.config.recipe import HALF, Recipe
+from ..train.config.recipe import HALF, Recipe, half_of
 from ..train.disk.whole_files import read_json, replace_file, write_json
 from ..train.recipes import find_recipes, runs_of, studies
 from ..train.run.folder import RunFolder
@@ -254,7 +254,7 @@ def keep_course(course: Course) -> None:
 
 def training_commands(recipes: Iterable[Recipe], course: Course) -> list[list[str]]:
     """The words after `sae-train` for each run that has not ended."""
-    words = [_training_words(recipe, recipe.name, course, course.options, course.baselines) for recipe in recipes]
+    words = [_training_words(recipe, course, course.options, course.baselines) for recipe in recipes]
     return [one for one in words if one]
 
 
@@ -263,10 +263,11 @@ def half_command(recipe: Recipe, course: Course) -> list[str]:
     tokens = read_json(course.out / recipe.name / "result.json")["tokens"] // 2
     pairs = zip(course.options[::2], course.options[1::2], strict=True)
     options = [word for pair in pairs if pair[0] not in ("--tokens", "--epochs") for word in pair]
-    return _training_words(recipe, recipe.name + HALF, course, [*options, "--tokens", str(tokens), *AS_OFTEN], False)
+    return _training_words(half_of(recipe), course, [*options, "--tokens", str(tokens), *AS_OFTEN], False)
 
 
-def _training_words(recipe: Recipe, name: str, course: Course, options: Sequence[str], beside: bool) -> list[str]:
+def _training_words(recipe: Recipe, course: Course, options: Sequence[str], beside: bool) -> list[str]:
+    name = recipe.name
     folder = RunFolder.at(course.out / name)
     if folder.is_finished:
         return []

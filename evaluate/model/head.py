@@ -5,7 +5,7 @@ It says which tokens a direction of the residual stream promotes. Of a model of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,24 +51,25 @@ def load_head(folder: Path, device: torch.device) -> Head:
         read_facts(folder)  # refuses types that only downloaded code could run
         config: Any = AutoConfig.from_pretrained(folder)
         architecture = architecture_of(config.model_type)
-        tables = {name: table.float().to(device) for name, table in read_tables(folder, architecture.final_norm)}
+        names = (architecture.final_norm, *TABLES[config.tie_word_embeddings])
+        tables = {name: table.float().to(device) for name, table in read_tables(folder, names)}
         weight, bias = (tables.get(f"{architecture.final_norm}.{part}") for part in ("weight", "bias"))
-        found = [tables[f"{name}.weight"] for name in TABLES[config.tie_word_embeddings] if f"{name}.weight" in tables]
+        found = [tables[f"{name}.weight"] for name in names[1:] if f"{name}.weight" in tables]
         if weight is None or not found:
-            raise KeyError(f"of {architecture.final_norm}, {TABLES[config.tie_word_embeddings]} there are {[*tables]}")
+            raise KeyError(f"of {', '.join(names)} there are {[*tables]}")
         return Head(norm_of(architecture.norm, config, weight, bias), found[0])
     except (HarvestError, SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
         raise ModelMissing(f"{folder}: no final norm and unembedding ({error}); fetch the model again") from error
 
 
-def read_tables(folder: Path, final_norm: str) -> Iterator[tuple[str, Tensor]]:
-    """Those of the tensors that lie in no layer and may belong to a head, by the last two parts of their names."""
+def read_tables(folder: Path, modules: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of modules that lie in no layer, by the last two parts of their names."""
     for file in find_weights(folder):
         with safe_open(file, "pt") as tables:
             for key in tables.keys():  # noqa: SIM118  # it is no mapping
-                *place, module, part = key.split(".")
-                if len(place) < 2 and module in (final_norm, *TABLES[True], *TABLES[False]):
-                    yield f"{module}.{part}", tables.get_tensor(key)
+                parts = key.split(".")
+                if len(parts) in (2, 3) and parts[-2] in modules:
+                    yield ".".join(parts[-2:]), tables.get_tensor(key)
 
 
 def norm_of(kind: str, config: Any, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
