@@ -69,7 +69,7 @@ def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
 def _pictures_of(folders: Sequence[Path]) -> dict[str, Path]:
     """Plots of a run, which are of all its SAEs, by their place in the repository."""
     run = folders[0].parent
-    if list_saes(run) != [*folders]:
+    if not (run / "result.json").is_file() or list_saes(run) != [*folders]:  # an SAE may lie beside anything
         return {}
     found = sorted((run / "plots").glob("*.png"))
     return {f"plots/{path.name}": path for path in found if re.fullmatch(r"[a-z_]+", path.stem)}

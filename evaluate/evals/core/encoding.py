@@ -100,14 +100,14 @@ def largest_of_rows(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     rows, width = pre_NF.shape
     groups = width // GROUP
-    if width % GROUP or groups < 4 * k or pre_NF.device.type != "cpu" or pre_NF.dtype != torch.float32:
+    if rows == 0 or width % GROUP or groups < 4 * k or pre_NF.device.type != "cpu" or pre_NF.dtype != torch.float32:
         return topk_rows(pre_NF, k)
-    least = np.partition(pre_NF.view(rows, GROUP, groups).amax(1).numpy(), groups - k)[:, groups - k]
-    flat = np.flatnonzero(pre_NF.numpy() >= least[:, None])
+    most_of_groups = np.partition(pre_NF.view(rows, GROUP, groups).amax(1).numpy(), groups - k)[:, groups - k :]
+    if np.isnan(most_of_groups).any():  # it lies above every number, and no comparison finds it
+        return topk_rows(pre_NF, k)
+    flat = np.flatnonzero(pre_NF.numpy() >= most_of_groups[:, :1])
     row = flat // width
     counts = np.bincount(row, minlength=rows)
-    if rows == 0 or counts.min() < k:  # a row has no number for a bound
-        return topk_rows(pre_NF, k)
     starts, most = np.cumsum(counts) - counts, int(counts.max())
     found = np.full((rows, most), -np.inf, np.float32)
     found[row, np.arange(len(flat)) - np.repeat(starts, counts)] = pre_NF.numpy().reshape(-1)[flat]

@@ -218,6 +218,10 @@ def test_gemma_scope_that_is_no_archive_of_arrays_is_named(tmp_path):
     (tmp_path / "b/params.npz").write_bytes(b"PK but no archive")
     with pytest.raises(SaeInvalid, match="damaged"):
         read(tmp_path / "b")
+    with (tmp_path / "b/params.npz").open("wb") as file:
+        np.save(file, np.zeros(2))  # an array where an archive belongs
+    with pytest.raises(SaeInvalid, match="damaged"):
+        read(tmp_path / "b")
 
 
 def test_a_folder_without_its_configuration_is_named(tmp_path):

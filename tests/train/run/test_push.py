@@ -346,6 +346,10 @@ def test_plots_of_a_run_are_on_its_card(hub, run, push):
     assert "![pareto](plots/pareto.png)" in hub.files("me/saes")["README.md"].decode()
     push("run_1/topk", "me/one")  # they show the others too
     assert not [name for name in hub.files("me/one") if "plots" in name]
+    shutil.copytree(run / "topk", run.parent / "elsewhere/topk")
+    shutil.copytree(run / "plots", run.parent / "elsewhere/plots")  # of whatever else lies there
+    push(str(run.parent / "elsewhere/topk"), "me/lone")
+    assert not [name for name in hub.files("me/lone") if "plots" in name]
 
 
 def test_a_run_begins_as_an_sae_of_the_hub(hub, big, sae_train, quick, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -24,7 +25,7 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
             found = {name: torch.from_numpy(np.asarray(file[name], np.float32)) for name in NAMES}
     except KeyError as error:
         raise SaeInvalid(f"{path}: expected the arrays {', '.join(NAMES)}, found otherwise: {error.args[0]}") from None
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, TypeError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise SaeInvalid(f"{path} is damaged, or no archive of plain arrays ({error}): download it again") from None
     found["threshold"].clamp_min_(0)  # its codes are rectified as well
     place = str(folder.resolve())  # its files say neither the layer nor what they rebuild

@@ -71,6 +71,14 @@ def test_the_largest_of_rows_are_those_of_a_sort(rows, width, k, kind):
     assert all(len(set(row)) == k for row in latents.tolist())
 
 
+def test_what_is_not_a_number_is_kept_beside_as_many_numbers_as_are_asked_for():
+    """Two of the largest lie in one group, so that the bound alone would find k numbers and drop it."""
+    pre = torch.arange(2048.0).flip(0).view(1, -1) / 2048
+    pre[0, 7], pre[0, 10], pre[0, 74] = torch.nan, 9.0, 8.0
+    values, _ = encoding.largest_of_rows(pre, 5)
+    assert torch.equal(values.sort(1).values.nan_to_num(99), pre.topk(5).values.sort(1).values.nan_to_num(99))
+
+
 def test_nothing_larger_than_a_chunk_is_asked_for():
     asked = []
 
