@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...cache_schema.sites import HOOKS
 from ...train.disk.plain_form import without_signs
 from ...train.errors import RunMissing, TrainError
 from ...train.recipes import runs_of, studies
@@ -145,9 +146,11 @@ def _layers_of(
     metadata: Mapping[str, Any], config: Mapping[str, Any], folder: Path, given: int | None
 ) -> tuple[int, ...]:
     """The layers an SAE reads: as it says, as its hook says, or as the user says."""
-    if metadata.get("transcodes") and not metadata.get("target_layers"):
+    if metadata.get("transcodes") and not (metadata.get("layers") and metadata.get("target_layers")):
         raise SettingInvalid(
-            f"{folder} is a transcoder that does not say which layer it writes: give its config target_layers"
+            f"{folder} is a transcoder that does not say where it reads and writes: write in its cfg.json metadata "
+            "with layers and target_layers, as [5], and, where that is not the residual stream, hook and target_hook "
+            f"of {', '.join(HOOKS)}"
         )
     if metadata.get("layers"):
         return tuple(metadata["layers"])

@@ -550,4 +550,12 @@ def test_a_transcoder_from_elsewhere_is_no_sae_of_the_layer_it_reads(golden, bui
     config = json.loads((folder / "cfg.json").read_text())
     config |= {"architecture": "jumprelu_transcoder", "metadata": {"hook_name": "blocks.3.hook_resid_post"}}
     (folder / "cfg.json").write_text(json.dumps(config))
-    assert "does not say which layer it writes" in sae_eval(folder, code=1)
+    for more in ({}, {"target_layers": [3]}):
+        config["metadata"] |= more
+        (folder / "cfg.json").write_text(json.dumps(config))
+        said = sae_eval(folder, "--layer", 3, code=1)
+        assert "metadata with layers and target_layers" in said and "hook and target_hook of resid, mlp_in" in said
+    config["metadata"] |= {"layers": [3], "hook": "mlp_in", "target_hook": "mlp_out"}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    (subject,) = find_subjects([str(folder)], builder.root)
+    assert (subject.layers, subject.hooks) == ((3,), ("mlp_in", "mlp_out"))

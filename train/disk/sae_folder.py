@@ -105,7 +105,7 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
         plain = _fold_norms(plain)
     sae = sae_from_plain(plain)
     sae.metadata = {**config.get("metadata", {})}
-    if str(named) in TRANSCODERS and not sae.metadata.get("target_layers"):
+    if str(named) in TRANSCODERS and not (sae.metadata.get("layers") and sae.metadata.get("target_layers")):
         sae.metadata["transcodes"] = True
     return sae
 

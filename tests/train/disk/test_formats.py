@@ -192,10 +192,9 @@ def write_gemma_scope(folder, **changes):
 
 
 def test_gemma_scope_by_its_own_formulas(tmp_path):
-    folder = tmp_path / "layer_20/width_16k/average_l0_71"
+    folder = tmp_path / "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
     w = write_gemma_scope(folder)
-    plain, metadata = read(folder)
-    assert metadata == {"layers": [20]}
+    plain, _ = read(folder)
     x = torch.randn(50, D, generator=torch.Generator().manual_seed(2))
     pre = x @ w["W_enc"] + w["b_enc"]
     codes, sae = (pre > w["threshold"]) * torch.relu(pre), sae_from_plain(plain)
@@ -205,6 +204,60 @@ def test_gemma_scope_by_its_own_formulas(tmp_path):
     assert export(folder, "sae_lens", tmp_path / "out") < 1e-5
     with pytest.raises(KeyError):
         WRITERS["gemma_scope"]
+
+
+@pytest.mark.parametrize(
+    ("home", "model", "name", "hook"),
+    [
+        ("gemma-scope-2b-pt-res", "gemma-2-2b", "hook_resid_post", "resid"),
+        ("google--gemma-scope-9b-it-res", "gemma-2-9b-it", "hook_resid_post", "resid"),
+        ("models--google--gemma-scope-9b-pt-mlp/snapshots/0a1b", "gemma-2-9b", "hook_mlp_out", "mlp_out"),
+        ("layer_3_of_transcoders/gemma-scope-2b-pt-att", "gemma-2-2b", "attn.hook_z", "z"),
+    ],
+)
+def test_gemma_scope_s_place_is_that_of_its_repository(tmp_path, home, model, name, hook):
+    """Whatever folders above are called; for the Hub's cache see also `test_init.py`."""
+    folder = tmp_path / home / "layer_20/width_16k/average_l0_71"
+    write_gemma_scope(folder)
+    place = {"layers": [20], "target_layers": [20], "hook": hook, "target_hook": hook}
+    expected = {"model_name": f"google/{model}", "hook_name": f"blocks.20.{name}"} | place
+    assert load_sae(folder).metadata == read(folder)[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("home", "said"),
+    [
+        ("layer_3/mine/width_16k/average_l0_71", r'cfg\.json .*: \{"metadata": \{"layers": \[20\], "hook": "re'),
+        ("gemma-scope-2b-pt-res/notes/layer_20/width_16k/average_l0_71", "expected it under the names of its repos"),
+        ("gemma-scope-2b-pt-res/old_layer_20/width_16k/average_l0_71", "expected it under the names of its repository"),
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "rebuilds the embedding"),
+        ("gemma-scope-2b-pt-transcoders/layer_5/width_16k/average_l0_5", r'norm before its gain.*"layers": \[5\]'),
+    ],
+)
+def test_gemma_scope_of_an_unknown_place_asks_for_it(tmp_path, home, said):
+    write_gemma_scope(tmp_path / home)
+    with pytest.raises(SaeInvalid, match=said):
+        load_sae(tmp_path / home)
+
+
+def test_gemma_scope_s_place_may_be_written_beside_it(tmp_path):
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders/layer_5/width_16k/average_l0_5"
+    write_gemma_scope(folder)
+    told = {"layers": [5], "hook": "mlp_in", "target_hook": "mlp_out"}
+    (folder / "cfg.json").write_text(json.dumps({"metadata": told}))
+    names = {"hook_name": "blocks.5.mlp.hook_in", "hook_name_out": "blocks.5.hook_mlp_out"}
+    assert read(folder)[1] == told | names | {"target_layers": [5]}
+    for wrong in ({}, {"layers": [5]}, told | {"hook": "ln2"}, told | {"layers": [5, 6]}, told | {"layers": "5"}):
+        (folder / "cfg.json").write_text(json.dumps({"metadata": wrong}))
+        with pytest.raises(SaeInvalid, match=r"expected metadata with layers of one number"):
+            read(folder)
+
+
+def test_gemma_scope_with_a_factor_is_refused(tmp_path):
+    folder = tmp_path / "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
+    write_gemma_scope(folder, scaling_factor=np.full(F, 2.0))
+    with pytest.raises(SaeInvalid, match="scaling_factor"):
+        read(folder)
 
 
 def test_gemma_scope_that_is_no_archive_of_arrays_is_named(tmp_path):

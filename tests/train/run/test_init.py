@@ -62,12 +62,14 @@ def test_an_sae_begins_as_one_of_others(kind, variant, battery, stats, rng, tmp_
     """From the folder of each of the tools that SAEs are taken from."""
     trained = moved(battery.config_of(variant).build(D).sae, rng)
     plain = plain_sae(trained, unit_stats(D), unit_stats(D))
+    folder = tmp_path / "gemma-scope-2b-pt-res/layer_19/width_16k/average_l0_71"
     if kind == "gemma_scope":
         tensors = {name: part.detach().numpy() for name, part in centred(plain, False).tensors.items()}
-        np.savez(tmp_path / "params.npz", **tensors)
+        folder.mkdir(parents=True)
+        np.savez(folder / "params.npz", **tensors)
     else:
-        WRITERS[kind](tmp_path, plain, {"layers": [19]})
-    source, sae = read_folder(tmp_path), battery.config_of(variant).build(D, stats).sae
+        WRITERS[kind](folder, plain, {"layers": [19]})
+    source, sae = read_folder(folder), battery.config_of(variant).build(D, stats).sae
     begin_as(sae, source, stats, stats)
     x = torch.randn(200, D, generator=rng)
     assert (source.encode(x) > 0).any()

@@ -1,21 +1,34 @@
-"""Gemma Scope: `params.npz` of a JumpReLU SAE or transcoder, below a folder named after its layer; read only."""
+"""Gemma Scope (Lieberum et al. 2024): `params.npz` of a JumpReLU SAE of Gemma 2; read only.
+
+Its files say neither the layer nor what of it they rebuild, and the names of its repositories and folders do:
+`gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`. Under any other name a cfg.json beside the weights says it.
+By section 3.1 of the paper res is the residual stream after a layer, mlp what the MLP adds to it, behind the norm
+there, att the heads' outputs side by side before the output projection. By its appendix transcoders read what comes
+out of the norm before the MLP without its gain, which was folded into the MLP: no hook of this package is there.
+"""
 
 from __future__ import annotations
 
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
+from ....cache_schema.sites import HOOKS, RESID, SAE_LENS_NAMES
 from ...errors import SaeInvalid
 from ..plain_form import PlainSae
+from ..whole_files import read_json
 from .plain import Metadata, make_plain
 
-PARAMS = "params.npz"
+PARAMS, PLACE = "params.npz", "cfg.json"
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+REPOSITORY = re.compile(r"(?:.*--)?gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)")
+SITES = {"res": RESID, "mlp": "mlp_out", "att": "z"}
+EXAMPLE = "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
 
 
 def read(folder: Path) -> tuple[PlainSae, Metadata]:
@@ -23,12 +36,68 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: torch.from_numpy(np.asarray(file[name], np.float32)) for name in NAMES}
+            factor = np.asarray(file["scaling_factor"]) if "scaling_factor" in file else np.ones(1)
     except KeyError as error:
         raise SaeInvalid(f"{path}: expected the arrays {', '.join(NAMES)}, found otherwise: {error.args[0]}") from None
     except (OSError, TypeError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise SaeInvalid(f"{path} is damaged, or no archive of plain arrays ({error}): download it again") from None
+    if not (factor == 1).all():
+        raise SaeInvalid(f"{path}: expected no scaling_factor but 1, found others: multiply W_dec's rows by them")
     found["threshold"].clamp_min_(0)  # its codes are rectified as well
-    place = str(folder.resolve())  # its files say neither the layer nor what they rebuild
-    layers = [int(number) for number in re.findall(r"layer_(\d+)", place)[-1:]]
-    metadata: Metadata = {"layers": layers} if layers else {}
-    return make_plain("jumprelu", found, None, False), metadata | ({"transcodes": True} if "transcod" in place else {})
+    metadata = _told_by_file(folder / PLACE) if (folder / PLACE).is_file() else _told_by_names(folder)
+    return make_plain("jumprelu", found, None, False), metadata
+
+
+def _told_by_names(folder: Path) -> Metadata:
+    """By the repository's name and those of the folders below it, and by nothing that lies above."""
+    *_, of_cache, snapshots, above, layer, _, _ = (*[""] * 6, *folder.resolve().parts)
+    named = REPOSITORY.fullmatch(of_cache if snapshots == "snapshots" else above)
+    number = re.fullmatch(r"layer_(\d+)", layer)
+    if named is None or number is None:
+        raise SaeInvalid(_ask(folder, named, layer))
+    size, training, site = named.groups()
+    at = int(number[1])
+    if site not in SITES:
+        raise SaeInvalid(
+            f"{folder}: Gemma Scope's transcoders read what comes out of the MLP's norm before its gain, and no hook "
+            "is there: mlp_in lies behind the gain. Divide row i of W_enc by the gain of input i (1 + the weight of "
+            f"model.layers.{at}.pre_feedforward_layernorm), save {PARAMS} anew, and write a {PLACE} beside it: "
+            f'{{"metadata": {{"layers": [{at}], "hook": "mlp_in", "target_hook": "mlp_out"}}}}'
+        )
+    name = f"google/gemma-2-{size}{'-it' if training == 'it' else ''}"
+    return {"model_name": name, **_place(SITES[site], SITES[site], at)}
+
+
+def _ask(folder: Path, named: re.Match[str] | None, layer: str) -> str:
+    """What to give, where names say too little."""
+    if named is not None and layer == "embedding":
+        return f"{folder} rebuilds the embedding, before the first layer, and no hook is there: take one of a layer"
+    return (
+        f"{folder}: expected it under the names of its repository, such as {EXAMPLE} (-res, -mlp, -att), which say "
+        "what it rebuilds: its files do not. Name the folders so, or write a "
+        f'{PLACE} beside {PARAMS}: {{"metadata": {{"layers": [20], "hook": "resid"}}}}, with its layer, and its hook '
+        f"of {', '.join(HOOKS)}"
+    )
+
+
+def _told_by_file(path: Path) -> Metadata:
+    """As its reader wrote it down."""
+    told: Any = read_json(path).get("metadata")
+    told = told if isinstance(told, dict) else {}
+    layers, hook = told.get("layers"), told.get("hook")
+    to_hook = told.get("target_hook", hook)
+    is_layer = isinstance(layers, list) and len(layers) == 1 and type(layers[0]) is int and layers[0] >= 0
+    if not is_layer or not {hook, to_hook} <= HOOKS.keys() or told.get("target_layers", layers) != layers:
+        raise SaeInvalid(
+            f"{path}: expected metadata with layers of one number, and a hook (and target_hook, where it writes "
+            f"another) of {', '.join(HOOKS)}, found {told!r:.200}"
+        )
+    return {**told, **_place(hook, to_hook, layers[0])}
+
+
+def _place(hook: str, to_hook: str, layer: int) -> Metadata:
+    """Under the names that this package's own SAEs have."""
+    names = {"hook_name": f"blocks.{layer}.{SAE_LENS_NAMES[hook]}"}
+    if to_hook != hook:
+        names["hook_name_out"] = f"blocks.{layer}.{SAE_LENS_NAMES[to_hook]}"
+    return {**names, "layers": [layer], "target_layers": [layer], "hook": hook, "target_hook": to_hook}
