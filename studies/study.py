@@ -168,7 +168,15 @@ def choose(study: str, wanted: str | None) -> list[Recipe]:
     """The runs of a study but the one that decides, or those that are named."""
     if wanted is None:
         return [recipe for recipe in runs_of(study) if recipe.name != DECISIVE]
-    return [recipe for name in wanted.split(",") for recipe in find_recipes(f"{study}/{name.strip()}")]
+    named = [name.strip() for name in wanted.split(",")]
+    for name in named:
+        if name.endswith(HALF):
+            whole = name.removesuffix(HALF)
+            raise click.ClickException(
+                f"--only {name}: expected a run with something to compare, found the base of {whole} alone. Ask for "
+                f"{whole}, beside which it is trained, or for itself: sae-train --recipe {study}/{name}"
+            )
+    return [recipe for name in named for recipe in find_recipes(f"{study}/{name}")]
 
 
 def restrict(recipes: Iterable[Recipe], few: str | None) -> list[Recipe]:

@@ -215,6 +215,14 @@ def test_the_run_that_decides_is_asked_for_by_name():
         study.choose("tiered", "decisiv")
 
 
+def test_a_base_at_half_length_is_no_run_of_its_own(tmp_path):
+    words = ["tiered", "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--only", "decisive_half"]
+    result = CliRunner().invoke(study.main, words)
+    assert result.exit_code == 1 and "Ask for decisive" in result.output, result.output
+    assert "sae-train --recipe tiered/decisive_half" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_run_was_too_short_for_is_told(tmp_path):
     folder = write_run(tmp_path / "run_0")
     result = json.loads((folder.path / "result.json").read_text())
