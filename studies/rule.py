@@ -1,10 +1,12 @@
 """The rule of `docs/studies/questions.md`, as written there before the runs: what the numbers of a run decide.
 
-1. A budget counts if the base has converged: for half as long it explains less than `MOST_GROWTH` less.
+1. A budget counts if the base has converged: for half as long, every seed of it known, it explains less than
+   `MOST_GROWTH` less.
 2. A measure counts if no sanity baseline does as well at it as the base.
 3. A method helps if it is better than its base and than every control that it has at one measure, corrected for all
    comparisons of the run, and worse than its base at none. It does not help if every interval against the base leaves
-   out a gain of one standard deviation of the base over seeds. Anything else is undecided.
+   out a gain of one standard deviation of the base over seeds; of a base whose seeds are all alike, any gain that was
+   found. Anything else is undecided, and so is what lacks one of the measures that count.
 """
 
 from __future__ import annotations
@@ -30,18 +32,21 @@ class Finding:
     why: str
 
 
-def judge(values: Families, against: Sequence[str], found: Sequence[Difference]) -> list[Finding]:
+def judge(
+    values: Families, against: Sequence[str], found: Sequence[Difference], measures: Sequence[str]
+) -> list[Finding]:
     """Of every SAE that is neither base nor control nor sanity baseline. The first of `against` is the base."""
     base, *controls = against
     methods = [label for label in values if label not in against and not is_baseline(label)]
     too_small = why_too_small([one.get("growth") for one in values.get(base, {}).values()])
     if too_small is not None:
         return [Finding(label, "not decided: budget too small", too_small) for label in methods]
-    useless = set(matched_by_baselines(values, base, {one.measure for one in found}))
-    used = [one for one in found if one.measure not in useless]
-    findings = [_judge(label, base, own_controls(label, methods, controls), values, used) for label in methods]
-    without = f"; not used, since a sanity baseline does as well: {', '.join(sorted(useless))}" if useless else ""
-    return [replace(one, why=one.why + without) for one in findings]
+    useless = list(matched_by_baselines(values, base, measures))
+    used = [measure for measure in measures if measure not in useless]
+    own = {label: own_controls(label, methods, controls) for label in methods}
+    findings = [_judge(label, base, own[label], values, found, used) for label in methods]
+    notes = "".join(f"; {note}" for note in _notes_of_baselines(values, useless, used))
+    return [replace(one, why=one.why + notes) for one in findings]
 
 
 def is_baseline(label: str) -> bool:
@@ -54,6 +59,8 @@ def why_too_small(grown: Sequence[float | None]) -> str | None:
     known = [one for one in grown if one is not None]
     if not known:
         return "how much the base gained by the last doubling is not known: there is no run of it at half the length"
+    if len(known) < len(grown):
+        return f"how much the base gained by the last doubling is known of {len(known)} of its {len(grown)} seeds"
     mean = statistics.fmean(known)
     if mean < MOST_GROWTH:
         return None
@@ -72,16 +79,36 @@ def matched_by_baselines(values: Families, base: str, measures: Iterable[str]) -
             yield measure
 
 
+def _notes_of_baselines(values: Families, useless: Sequence[str], used: Sequence[str]) -> Iterator[str]:
+    """What was left out for them, and what they could not be asked about."""
+    if useless:
+        yield f"not used, since a sanity baseline does as well: {', '.join(useless)}"
+    baselines = [seeds for label, seeds in values.items() if is_baseline(label)]
+    unasked = [measure for measure in used if not any(_of(seeds, measure) for seeds in baselines)]
+    if not baselines:
+        yield "no sanity baseline stands beside it"
+    elif unasked:
+        yield f"no sanity baseline has a number at {', '.join(unasked)}"
+
+
 def own_controls(label: str, methods: Sequence[str], controls: Sequence[str]) -> list[str]:
     """Without those that break another method: `encoders_scattered` is the control of `encoders`."""
     return [one for one in controls if not any(one.startswith(f"{other}_") for other in methods if other != label)]
 
 
-def _judge(label: str, base: str, controls: Sequence[str], values: Families, found: Sequence[Difference]) -> Finding:
-    own = {(one.against, one.measure): one for one in found if one.label == label}
+def _judge(
+    label: str,
+    base: str,
+    controls: Sequence[str],
+    values: Families,
+    found: Sequence[Difference],
+    used: Sequence[str],
+) -> Finding:
+    own = {(one.against, one.measure): one for one in found if one.label == label and one.measure in used}
     to_base = [one for (other, _), one in own.items() if other == base]
     if not to_base:
         return Finding(label, "undecided", "no measure that counts has a number")
+    lacking = [measure for measure in used if any((other, measure) not in own for other in (base, *controls))]
     worse = [one.measure for one in to_base if one.verdict == "less"]
     better = [
         one.measure
@@ -89,15 +116,26 @@ def _judge(label: str, base: str, controls: Sequence[str], values: Families, fou
         if all((other := own.get((c, one.measure))) and other.verdict == "more" for c in (base, *controls))
     ]
     rivals = " and ".join((base, *controls))
-    if better and not worse:
-        return Finding(label, "helps", f"better than {rivals} at {', '.join(better)}, worse than {base} at nothing")
-    moving = [(one, sd) for one in to_base if (sd := _deviation(_of(values[base], one.measure))) > 0.0]
-    open_ones = [one.measure for one, sd in moving if one.mean + one.half_width >= sd]
-    lost = f"worse than {base} at {', '.join(worse)}" if worse else f"worse than {base} at nothing"
-    if moving and not open_ones:
-        return Finding(label, "does not help", f"no interval leaves room for a gain of one deviation; {lost}")
+    lost = f"worse than {base} at {', '.join(worse) or 'nothing'}"
     gained = f"better than {rivals} at {', '.join(better)}" if better else f"better than all of {rivals} at nothing"
-    return Finding(label, "undecided", f"{gained}; {lost}; a gain is not excluded at {', '.join(open_ones) or 'any'}")
+    deviations = {one.measure: _deviation(_of(values[base], one.measure)) for one in to_base}
+    open_ones = [one.measure for one in to_base if _may_gain(one, deviations[one.measure])]
+    fewer = sorted({one.measure for one in own.values() if one.seeds < len(values[base])}, key=used.index)
+    partly = f"; of fewer than {len(values[base])} seeds: {', '.join(fewer)}" if fewer else ""
+    if lacking:
+        return Finding(label, "undecided", f"not measured: {', '.join(lacking)}; {gained}; {lost}{partly}")
+    if better and not worse:
+        return Finding(label, "helps", f"{gained}, {lost}{partly}")
+    if any(deviations.values()) and not open_ones:
+        return Finding(label, "does not help", f"no interval leaves room for a gain of one deviation; {lost}{partly}")
+    still = f"a gain is not excluded at {', '.join(open_ones) or 'any'}"
+    return Finding(label, "undecided", f"{gained}; {lost}; {still}{partly}")
+
+
+def _may_gain(one: Difference, deviation: float) -> bool:
+    """Whether the interval leaves room for a gain of one deviation. Where the seeds of the base are all alike, one is
+    nothing, which every interval of an SAE that is like it too has room for: then a gain is one that was found."""
+    return one.mean + one.half_width >= deviation if deviation > 0.0 else one.mean > 0.0
 
 
 def _of(seeds: Mapping[int, Mapping[str, float | None]], measure: str) -> list[float]:

@@ -410,7 +410,7 @@ def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]
         if rows:
             head = ["SAE", "against", "measure", "difference, 95 %", "p, corrected", "found"]
             yield f"{title}, differences by seed, p corrected for all {len(rows)} (Holm)", head, rows
-            found = judge(families(lines), recipe.against, differences(recipe, lines))
+            found = judge(families(lines), recipe.against, differences(recipe, lines), MEASURES)
             cells = [[one.label, one.verdict, one.why] for one in found]
             yield f"{title}, by the rule of docs/studies/questions.md", ["SAE", "found", "why"], cells
 

@@ -21,7 +21,7 @@ def family(gain=0.0, other=0.0, grew=0.001, wobble=0.02):
 
 
 def found(values):
-    (finding,) = judge(values, AGAINST, compare(values, AGAINST, ["ev", "ce"]))
+    (finding,) = judge(values, AGAINST, compare(values, AGAINST, ["ev", "ce"]), ["ev", "ce"])
     return finding
 
 
@@ -63,6 +63,64 @@ def test_a_measure_at_which_a_sanity_baseline_does_as_well_is_not_used():
     finding = found(values | {"base_frozen_decoder": family(gain=-0.01, other=-0.5)})
     assert finding.verdict != "helps" and finding.why.endswith("does as well: ev")
     assert found(values | {"pca_k32_layer15": family(gain=-0.1, other=-0.5)}).verdict == "helps"
+
+
+GAINED = {"base": family(wobble=0), "control": family(wobble=0), "method": family(gain=0.1)}
+
+
+def without(values, label, measure, seeds=range(5)):
+    """The same, but of these seeds of an SAE the measure gave no number."""
+    return values | {label: {s: one | ({measure: None} if s in seeds else {}) for s, one in values[label].items()}}
+
+
+def test_what_lacks_a_measure_is_undecided():
+    """It could be worse there, or gain there: neither verdict stands without it."""
+    assert found(GAINED).verdict == "helps"
+    lost = {"base": family(wobble=0), "control": family(wobble=0), "method": family(gain=-0.01)}
+    for values in (GAINED, lost):
+        for label in values:
+            finding = found(without(values, label, "ce"))
+            assert finding.verdict == "undecided" and finding.why.startswith("not measured: ce; ")
+    (finding,) = judge(GAINED, AGAINST, compare(GAINED, AGAINST, ["ev", "ce"]), ["ev", "ce", "tpp"])
+    assert finding.verdict == "undecided" and "not measured: tpp" in finding.why
+    assert "better than base and control at ev" in finding.why
+
+
+def test_what_a_sanity_baseline_does_as_well_at_may_be_missing():
+    values = without(GAINED, "method", "ce") | {"pca_k32_layer15": family(gain=-0.5, other=0.5)}
+    assert found(values).verdict == "helps"
+
+
+def test_a_seed_that_gave_no_number_is_told():
+    assert "fewer than" not in found(GAINED).why
+    finding = found(without(GAINED, "method", "ce", seeds=[3]))
+    assert finding.verdict == "helps" and "of fewer than 5 seeds: ce" in finding.why
+
+
+def test_a_budget_counts_if_every_seed_of_the_base_is_known_to_have_converged():
+    finding = found(without(GAINED, "base", "growth", seeds=[4]))
+    assert finding.verdict == "not decided: budget too small" and "known of 4 of its 5 seeds" in finding.why
+
+
+def test_a_gain_over_a_base_whose_seeds_are_all_alike_is_not_said_to_be_none():
+    """All of its latents alive in every seed, or half of them: the deviation is nothing."""
+
+    def alive(share):
+        lost = {"base": family(wobble=0), "control": family(wobble=0), "method": family(gain=-0.01)}
+        shares = {"base": 0.5, "control": share, "method": share}
+        return {label: {s: one | {"ce": shares[label]} for s, one in lost[label].items()} for label in lost}
+
+    assert found(alive(0.5)).verdict == "does not help"
+    finding = found(alive(0.9))
+    assert finding.verdict == "undecided" and "a gain is not excluded at ce" in finding.why
+
+
+def test_without_a_sanity_baseline_it_is_said_that_there_was_none():
+    assert found(GAINED).why.endswith("; no sanity baseline stands beside it")
+    baseline = family(gain=-0.3, other=-0.3)
+    assert "baseline" not in found(GAINED | {"pca_k32_layer15": baseline}).why
+    finding = found(without(GAINED | {"pca_k32_layer15": baseline}, "pca_k32_layer15", "ce"))
+    assert finding.why.endswith("; no sanity baseline has a number at ce")
 
 
 def test_a_control_that_breaks_another_method_is_not_asked():
