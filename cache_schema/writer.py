@@ -96,9 +96,10 @@ class StoreWriter:
         """Shards without a record, in rising order."""
         return np.flatnonzero(~find_committed(self.files, self.manifest)).tolist()
 
-    def left(self) -> list[int]:
-        """Those of the pending that nobody holds, as far as that is cheap to know."""
-        return self._claims.leave_held(self.pending())
+    def left(self) -> tuple[list[int], int]:
+        """Those of the pending that nobody holds, as far as that is cheap to know, and how many are pending in all."""
+        pending = self.pending()
+        return self._claims.leave_held(pending), len(pending)
 
     @contextmanager
     def claim(self, shard: int) -> Iterator[bool]:

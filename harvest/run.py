@@ -133,17 +133,22 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
         require_space(writer.files.url, writer.files.free_bytes(), needed_bytes(cost, manifest, pending))
     sizes: list[int] = []
     elsewhere: list[int] = []
-    written = 0
+    written, undone, is_first_look = 0, len(shards), True
     while shards:
         with watch.stage("harvesting", tokens_in(manifest, shards), stays=True) as stage:
             report = partial(report_shard, stage, sizes, manifest.context, writer.files)
             elsewhere = harvest_shards(writer, harvester, shards, report)
-        written += len(shards) - len(elsewhere)
-        goes_on = place.takes_rest and len(elsewhere) < len(shards)
-        shards = writer.left() if goes_on else []
-    if elsewhere:
+        done = len(shards) - len(elsewhere)
+        written, undone = written + done, undone - done
+        if not place.takes_rest or not (done or is_first_look):  # the first look is at this worker's share alone
+            break
+        shards, undone = writer.left()
+        is_first_look = False
+    if undone:
+        untried = undone - len(elsewhere)  # on an object store each try costs requests
+        some = f"; {untried} of them were not tried, and their claims may have lapsed" if untried else ""
         watch.say(
-            f"{len(elsewhere)} shards were left to another writer that holds or has committed them{writer.if_killed}"
+            f"{undone} shards were left to another writer that holds or has committed them{some}{writer.if_killed}"
         )
     return written
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from saemill.cache_schema import (
     StoreWriter,
     to_float32,
 )
+from saemill.cache_schema.claims import HELD_TRIED, Claims, open_claims
 from saemill.cache_schema.commits import DEVICES_ASKED, read_devices, write_device
 from saemill.cache_schema.dtypes import SmallDtype
 from saemill.cache_schema.files import LocalFiles, open_files
@@ -211,6 +213,62 @@ def test_workers_take_the_shares_of_those_that_never_come(make_config: Make, tmp
         assert harvest(make_config(worker=Worker(1, 3))).committed == 6
     assert harvest(make_config(worker=Worker(0, 3))).committed == 8  # its own share is done
     assert digest_of(make_config().out) == digest_of(straight.out)
+
+
+@pytest.fixture
+def share_of(monkeypatch):
+    """share_of(worker, shards, claims, done): how many a worker takes, without a model, and what it says in the end."""
+
+    def take(worker: Worker, shards: int, claims: Claims, done: set[int]) -> tuple[int, str]:
+        def pending() -> list[int]:
+            return [shard for shard in range(shards) if shard not in done]
+
+        def harvest_shards(_writer, _harvester, wanted, _report) -> list[int]:
+            taken = [shard for shard in wanted if claims.take(shard)]
+            done.update(taken)
+            for shard in taken:
+                claims.release(shard)
+            return [shard for shard in wanted if shard not in taken]
+
+        writer = SimpleNamespace(
+            manifest=SimpleNamespace(shards=shards, context=32, shard_range=lambda shard: (shard, shard + 1)),
+            files=None,
+            pending=pending,
+            left=lambda: (claims.leave_held(pending()), len(pending())),
+            if_killed=claims.if_killed,
+        )
+        monkeypatch.setattr(run, "make_harvester", lambda *_: None)
+        monkeypatch.setattr(run, "_warn_of_others", lambda *_: None)
+        monkeypatch.setattr(run, "is_bound_to_fit", lambda *_: True)
+        monkeypatch.setattr(run, "harvest_shards", harvest_shards)
+        said = io.StringIO()
+        place = Place(torch.device("cpu"), worker, takes_rest=True)
+        plan: Any = SimpleNamespace(source=None)
+        written = run._harvest_share(plan, place, cast(StoreWriter, writer), Watch(Console(file=said, width=300)))
+        return written, said.getvalue()
+
+    return take
+
+
+def test_what_is_left_to_others_is_counted_and_not_as_many_as_were_tried(share_of):
+    """On an object store a worker tries few of the claims that others hold: what it says is of all."""
+    files = open_files("memory://left-to-others")
+    other, mine = open_claims(files), open_claims(files)
+    assert all(other.take(shard) for shard in range(10, 40))
+    written, said = share_of(Worker(0, 40), 40, mine, set())
+    assert written == 10
+    assert f"30 shards were left to another writer that holds or has committed them; {30 - HELD_TRIED} of them" in said
+    assert "may have lapsed. If that writer was killed, run again in 10 minutes" in said
+    written, said = share_of(Worker(0, 40), 40, mine, set(range(25)))
+    assert written == 0 and "15 shards were left to another writer that holds or has committed them. If" in said
+
+
+def test_a_worker_whose_whole_share_is_held_takes_what_is_free(share_of):
+    files = open_files("memory://whole-share-held")
+    other, mine = open_claims(files), open_claims(files)
+    assert other.take(0) and other.take(2)
+    written, said = share_of(Worker(0, 2), 4, mine, set())
+    assert written == 2 and "2 shards were left to another writer" in said
 
 
 def test_a_later_worker_waits_for_the_tokens_with_a_bound(make_config: Make, monkeypatch):
