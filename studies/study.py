@@ -31,7 +31,7 @@ from rich.table import Table
 
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
-from ..evaluate.context.results import metric_of, read_result, without_nan
+from ..evaluate.context.results import describe_differences, metric_of, read_result, settings_in, without_nan
 from ..evaluate.output.figures.records import read_log
 from ..evaluate.run.command import errors_told, make_configs
 from ..evaluate.run.console_table import heading, make_console, untrained_traits
@@ -304,6 +304,7 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) 
     half = RunFolder.at(folder.path.with_name(folder.name + HALF))
     at_half = read_json(half.path / "result.json")["saes"] if half.is_finished else {}
     lines = []
+    settings: dict[str, Mapping[str, Any]] = {}  # of the first result of each evaluation
     for label, sae in result["saes"].items():
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
         if label in at_half:
@@ -320,11 +321,15 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) 
                 (remarks if eval_id in ASKS_FOR_MATERIAL else problems).append(f"{eval_id} gave no result")
                 continue
             document = read_result(path)
+            if other := describe_differences(document, settings.setdefault(eval_id, settings_in(document))):
+                problems.append(f"{eval_id} is left out: its result has not the settings of the first SAE's: {other}")
+                continue
             found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
             values |= {metric.rsplit(".", 1)[-1]: value for metric, value in found.items()}
             problems += untrained_traits(document)
             remarks += absences(eval_id, document, found)
             if eval_id == CORE:
+                remarks += measured_on(document, result)
                 problems += [f"{metric.rsplit('.', 1)[-1]} is not a number" for metric, v in found.items() if v is None]
         problems += [f"{name} is not a number" for name, value in values.items() if not math.isfinite(value or 0.0)]
         lines.append(Line(folder.name, label, values, problems, remarks))
@@ -344,8 +349,18 @@ def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, floa
     """The metrics of a result that are not there, and why as far as it says."""
     names = [metric.rsplit(".", 1)[-1] for metric, value in found.items() if value is None]
     ours = document.get("saemill", {})
+    if not names and ours.get("missing"):
+        return [f"{eval_id} is of a part of its data: {ours['missing']}"]
     reason = ours.get("missing") or ours.get("remark") or "its result does not say why"
     return [f"{eval_id} has no {', '.join(names)}: {reason}"] if names else []
+
+
+def measured_on(document: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    """The model and the store that a run's numbers are about, as far as its results say."""
+    store, model = document.get("saemill", {}).get("cache_id"), document.get("sae_cfg_dict", {}).get("model_name")
+    if store is None:
+        return []
+    return [f"of the model {model}, store id {store}: {result.get('tokens', 0):,} tokens in {result['steps']:,} steps"]
 
 
 def write_tables(results: Results, out: Path, console: Console) -> None:
@@ -402,9 +417,10 @@ def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]
             continue
         columns = _columns(lines)
         title = f"{recipe.study}: {recipe.name}"
+        seeds = len({line.seed for line in lines if not is_baseline(line.family)})
         yield f"{title}, mean ± standard deviation over seeds", ["SAE", "seeds", *columns], seeded_rows(lines, columns)
         rows = [
-            [d.label, d.against, d.measure, f"{d.mean:+.4g} ± {d.half_width:.2g}", f"{d.p_corrected:.2g}", d.verdict]
+            [d.label, d.against, d.measure, interval_of(d, seeds), f"{d.p_corrected:.2g}", d.verdict]
             for d in differences(recipe, lines)
         ]
         if rows:
@@ -439,9 +455,16 @@ def seeded_rows(lines: Sequence[Line], columns: Sequence[str]) -> list[list[str]
     rows = []
     for family in dict.fromkeys(line.family for line in lines):
         members = [line for line in lines if line.family == family]
-        cells = [spread([v for line in members if (v := line.values.get(c)) is not None]) for c in columns]
+        found = [[v for line in members if (v := line.values.get(c)) is not None] for c in columns]
+        cells = [spread(own) + (f" (of {len(own)})" if 0 < len(own) < len(members) else "") for own in found]
         rows.append([family, str(len(members)), *cells])
     return rows
+
+
+def interval_of(difference: Difference, seeds: int) -> str:
+    """The mean and half of its 95 % interval, and of how many seeds where it is not of all."""
+    partly = f" (of {difference.seeds})" if difference.seeds < seeds else ""
+    return f"{difference.mean:+.4g} ± {difference.half_width:.2g}{partly}"
 
 
 def spread(values: Sequence[float]) -> str:

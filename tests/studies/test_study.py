@@ -15,6 +15,7 @@ from saemill.evaluate import evals
 from saemill.evaluate.errors import EvalError
 from saemill.evaluate.run.console_table import UNTRAINED, untrained_traits
 from saemill.studies import study
+from saemill.studies.comparisons import Difference
 from saemill.studies.study import Course, Line, call, read_lines, seeded_rows, spread, training_commands, write_tables
 from saemill.train.config.recipe import Recipe
 from saemill.train.errors import UnknownRecipe
@@ -94,6 +95,36 @@ def test_a_measure_that_gave_no_number_has_its_place_and_its_reason(tmp_path):
     assert json.loads((tmp_path / "table.json").read_text())[0][own[0]] is None
 
 
+def write_core(folder, label, settings, missing=None):
+    told = {"settings": settings, "cache_id": settings.get("cache_id"), "missing": missing}
+    result = document() | {"sae_cfg_dict": {"model_name": "smollm2"}, "saemill": told}
+    (folder / "evals/core" / f"{label}_eval_results.json").write_text(json.dumps(result))
+
+
+def test_results_of_other_settings_are_not_put_into_one_table(tmp_path):
+    """Those of an earlier call stay where this one's evaluation failed."""
+    folder = write_run(tmp_path / "run_0", labels=("one", "two", "three"))
+    for label, split in (("one", "test"), ("two", "test"), ("three", "validation")):
+        write_core(tmp_path / "run_0", label, {"config": {"split": split}, "cache_id": "c0ffee"})
+    one, two, three = read_lines(folder, ["core"])
+    assert one.problems == two.problems == [] and two.values["l0"] == 20.0
+    (problem,) = three.problems
+    assert "core is left out" in problem and "config.split 'validation' (asked for: 'test')" in problem
+    assert "l0" not in three.values
+
+
+def test_a_table_says_what_it_is_of_and_that_a_result_is_of_a_part(tmp_path):
+    folder = write_run(tmp_path / "run_0", steps=1080)
+    write_core(tmp_path / "run_0", "one", {"cache_id": "c0ffee"}, missing="two data sets are not here")
+    (line,) = read_lines(folder, ["core"])
+    assert line.remarks == [
+        "core is of a part of its data: two data sets are not here",
+        "of the model smollm2, store id c0ffee: 0 tokens in 1,080 steps",
+    ]
+    write_tables([(recipe("run_0"), [line])], tmp_path, Console(quiet=True))
+    assert "- run_0: of the model smollm2, store id c0ffee" in (tmp_path / "table.md").read_text()
+
+
 def test_every_recorded_number_counts_as_untrained():
     recorded = document(
         *(UNTRAINED[name] for name in ("sparsity.l0", "saemill_metrics.explained_variance")),
@@ -124,6 +155,10 @@ def test_seeds_of_one_sae_become_one_row():
     lines = [Line("headline", f"base_seed{n}", {"l0": value}, []) for n, value in enumerate((1.0, 2.0, 3.0))]
     lines.append(Line("headline", "other_seed0", {}, []))
     assert seeded_rows(lines, ["l0"]) == [["base", "3", "2 ± 1"], ["other", "1", "-"]]
+    lines.append(Line("headline", "base_seed3", {"l0": None}, []))
+    assert seeded_rows(lines, ["l0"])[0] == ["base", "4", "2 ± 1 (of 3)"]
+    assert study.interval_of(Difference("one", "base", "l0", 3, 1.0, 0.1, 0.5), 4) == "+1 ± 0.1 (of 3)"
+    assert study.interval_of(Difference("one", "base", "l0", 3, 1.0, 0.1, 0.5), 3) == "+1 ± 0.1"
     assert spread([4.0]) == "4"
 
 
