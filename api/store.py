@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..cache_schema import Store as StoredArrays
-from ..cache_schema.info import facts
+from ..cache_schema.info import describe_lines, facts
 from ..cache_schema.massive_rows import default_multiple
 from ..cache_schema.request import Request, validate_request
 from ..cache_schema.sites import RESID, place_of, site_of
@@ -72,17 +72,4 @@ class Store(StoredArrays):
         return f"Store({self.url!r}): {self.manifest.model.id}, layers {layers}, {self.manifest.tokens:,} tokens"
 
     def _repr_html_(self) -> str:
-        found = facts(self)
-        shown = {
-            "cache id": found["cache_id"],
-            "model": f"{found['model']}, {found['dtype']}, width {found['d_model']:,}",
-            **({"kept as": found["stored_as"]} if found["stored_as"] else {}),
-            "corpus": found["corpus"],
-            "residuals after layers": ", ".join(map(str, found["layers"])),
-            "attention of layers": ", ".join(map(str, found["attention_layers"])) or "none",
-            "windows": f"{found['windows']:,} of {found['context']:,} tokens",
-            "tokens": ", ".join(f"{name} {count:,}" for name, count in found["tokens_by_split"].items()),
-            "shards": f"{found['shards_committed']:,} of {found['shards']:,} committed",
-            "size": f"{found['bytes'] / 1e9:,.3f} GB, codec {found['codec']}",
-        }
-        return notebook_html.facts(shown, self.url)
+        return notebook_html.facts(describe_lines(facts(self)), self.url)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from .commits import read_devices, read_index
 from .csr import AttentionCsr
@@ -110,11 +111,17 @@ def _massive_rows(store: Store, layer: int) -> dict[str, Any] | None:
 def render(facts: dict[str, Any]) -> RenderableType:
     """Three small tables: what it is, what it costs, how much attention it kept."""
     head = Table.grid(padding=(0, 2))
+    for name, value in {"store": facts["url"], **describe_lines(facts)}.items():
+        head.add_row(Text(name, "bold"), Text(value))  # names and paths are no markup
+    return Group(head, "", *_size_table(facts), *_attention_table(facts), *_massive_table(facts))
+
+
+def describe_lines(facts: dict[str, Any]) -> dict[str, str]:
+    """What it is, in words: a line for each property."""
     revision = f" at {facts['revision']}" if facts["revision"] else ""
     bundled = " (the small bundled model, not Gemma-2-2B)" if facts["model"] == BUNDLED else ""
     unfinished = facts["shards"] - facts["shards_committed"]
-    rows = {
-        "store": facts["url"],
+    lines = {
         "cache id": facts["cache_id"],
         "model": f"{facts['model']}{bundled}{revision}, {facts['dtype']}, width {facts['d_model']:,}",
         **({"kept as": f"{facts['stored_as']}, one scale per token: not to the bit"} if facts["stored_as"] else {}),
@@ -128,11 +135,7 @@ def render(facts: dict[str, Any]) -> RenderableType:
         + (f" ({unfinished:,} to go: the same harvest goes on)" if unfinished else ""),
         "size": f"{facts['bytes'] / 1e9:,.3f} GB, codec {facts['codec']}",
     }
-    if facts["computed_on"]:
-        rows["computed on"] = "; ".join(facts["computed_on"])
-    for name, value in rows.items():
-        head.add_row(f"[bold]{name}[/bold]", value)
-    return Group(head, "", *_size_table(facts), *_attention_table(facts), *_massive_table(facts))
+    return lines | ({"computed on": "; ".join(facts["computed_on"])} if facts["computed_on"] else {})
 
 
 def _size_table(facts: dict[str, Any]) -> list[RenderableType]:

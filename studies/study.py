@@ -20,6 +20,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.table import Table
 
+from ..cache_schema.cli import as_json, print_json
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.context.results import describe_differences, metric_of, read_result, settings_in, without_nan
@@ -113,6 +115,7 @@ EXAMPLES = """\b
 Examples:
   sae-study attention --cache ./store
   sae-study --cache ./store --tokens 1M --width 512 --seeds 2
+  sae-study tiered --cache ./store --json | jq '.studies[].saes'
 """
 
 
@@ -133,6 +136,7 @@ def complete_studies(_: click.Context, __: click.Parameter, incomplete: str) -> 
 @click.option("--evals", "few", metavar="NAMES", help="Only these of a run's evaluations.  [default: all]")
 @click.option("--set", "settings", multiple=True, metavar="A.B=V", help="A setting for every run.")
 @click.option("--eval-set", "evaluation", multiple=True, metavar="A.B=V", help="A setting for every evaluation.")
+@as_json()
 def main(
     names: tuple[str, ...],
     cache: str,
@@ -146,6 +150,7 @@ def main(
     few: str | None,
     settings: tuple[str, ...],
     evaluation: tuple[str, ...],
+    is_json: bool,
 ) -> None:
     """Train, evaluate and compare all runs of STUDY, or of every study."""
     given = {"--tokens": tokens, "--epochs": epochs, "--width": width}
@@ -153,12 +158,17 @@ def main(
     options += [word for setting in settings for word in ("--set", setting)]
     words = tuple(word for setting in evaluation for word in ("--set", setting))
     require_settings(evaluation)
-    console = make_console()
-    problems: list[str] = []
-    for study in names or studies():
-        course = Course(cache, out / study, tuple(options), seeds, baselines, words)
-        lines = carry_out(restrict(choose(study, wanted), few), course, console)
-        problems += [f"{study}/{line.run}/{line.label}: {problem}" for line in lines for problem in line.problems]
+    told = []
+    with redirect_stdout(sys.stderr) if is_json else nullcontext():  # what runs and evaluations print, too
+        for study in names or studies():
+            course = Course(cache, out / study, tuple(options), seeds, baselines, words)
+            told.append((course, carry_out(restrict(choose(study, wanted), few), course, make_console())))
+    problems = [
+        f"{of.out.name}/{line.run}/{line.label}: {p}" for of, lines in told for line in lines for p in line.problems
+    ]
+    if is_json:
+        found = [{"folder": str(course.out), "saes": rows_of(lines)} for course, lines in told]
+        print_json({"studies": found, "problems": problems})
     for problem in problems:
         click.echo(f"failed: {problem}", err=True)
     sys.exit(1 if problems else 0)
@@ -376,8 +386,12 @@ def write_tables(results: Results, out: Path, console: Console) -> None:
     if remarks:
         parts.append("\n".join(f"- {remark}" for remark in remarks))
     replace_file(out / "table.md", "\n\n".join(parts).encode() + b"\n")
-    raw = without_nan([{"run": line.run, "label": line.label, **line.values} for line in every], None)
-    replace_file(out / "table.json", json.dumps(raw, indent=1, allow_nan=False).encode() + b"\n")
+    replace_file(out / "table.json", json.dumps(rows_of(every), indent=1, allow_nan=False).encode() + b"\n")
+
+
+def rows_of(lines: Iterable[Line]) -> list[dict[str, Any]]:
+    """For scripts: plain JSON values."""
+    return without_nan([{"run": line.run, "label": line.label, **line.values} for line in lines], None)
 
 
 def remarks_of(lines: Iterable[Line]) -> list[str]:

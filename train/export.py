@@ -9,6 +9,7 @@ from typing import Any
 import click
 import torch
 
+from ..cache_schema.cli import as_json, print_json
 from . import command
 from .command import tell_errors
 from .disk.formats import WRITERS, circuit_tracer, kind_of, read
@@ -29,6 +30,7 @@ Examples:
   sae-export ./sparsify/folder --to sae_lens --out ./exported
   sae-export run_7 --to circuit_tracer --out ./exported    # all transcoders of the run, or its cross-layer one
   sae-export run_1 --push-to-hub me/my-saes --license mit --private
+  sae-export run_1 --push-to-hub me/my-saes --json | jq -r .pushed
 """
 
 
@@ -40,6 +42,7 @@ Examples:
 @click.option("--private", is_flag=True, help="A new repository of the Hub is private.")
 @click.option("--license", "licence", metavar="NAME", help="The licence that the card names, like mit. Default: none.")
 @click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Where runs are kept.")
+@as_json()
 def main(
     source: str,
     kind: str | None,
@@ -48,6 +51,7 @@ def main(
     private: bool,
     licence: str | None,
     runs: str,
+    is_json: bool,
 ) -> None:
     """Convert SOURCE: a run, the folder of an SAE (SAELens, sparsify, dictionary_learning, Gemma Scope), or of the Hub.
 
@@ -59,19 +63,30 @@ def main(
         raise click.UsageError("--private and --license are of --push-to-hub OWNER/NAME")
     with tell_errors():
         if repository is not None:
-            click.echo(f"pushed: {push(source, runs, repository, private, licence)}")
-        elif kind is None or target is None:
+            address = push(source, runs, repository, private, licence)
+            tell({"pushed": address}, [f"pushed: {address}"], is_json)
+            return
+        if kind is None or target is None:
             raise click.UsageError("expected --to KIND and --out FOLDER, or --push-to-hub OWNER/NAME")
-        elif kind == CIRCUIT_TRACER:
+        if kind == CIRCUIT_TRACER:
             folders = find_saes(source, runs)
-            difference = export_set(folders, target)
-            click.echo(f"{', '.join(map(str, folders))} -> {target} ({kind})")
-            click.echo(f"read back, reconstructions differ by {difference:.2g} at most on {ROWS} random rows")
+            difference, compared = export_set(folders, target), "reconstructions differ"
         else:
-            folder = find_sae(source, runs)
-            difference = export(folder, kind, target)
-            click.echo(f"{folder} ({kind_of(folder)}) -> {target} ({kind})")
-            click.echo(f"read back, codes and reconstructions differ by {difference:.2g} at most on {ROWS} random rows")
+            folders = [find_sae(source, runs)]
+            difference, compared = export(folders[0], kind, target), "codes and reconstructions differ"
+        read_from = [{"folder": str(folder), "kind": kind_of(folder)} for folder in folders]
+        said = f"{', '.join(map(str, folders))} ({read_from[0]['kind']}) -> {target} ({kind})"
+        proof = f"read back, {compared} by {difference:.2g} at most on {ROWS} random rows"
+        document = {"read": read_from, "written": {"folder": str(target), "kind": kind}, "difference": difference}
+        tell(document, [said, proof], is_json)
+
+
+def tell(document: dict[str, Any], lines: Sequence[str], is_json: bool) -> None:
+    """What came of it: for scripts on standard output, in words where a person looks."""
+    for line in lines:
+        click.echo(line, err=is_json)
+    if is_json:
+        print_json(document)
 
 
 def export(folder: Path, kind: str, target: Path) -> float:

@@ -17,6 +17,7 @@ import torch
 
 import saemill
 from saemill import Store, evaluate, harvest, load_sae, train
+from saemill.api import store as store_module
 from saemill.cache_schema import StoreMissing
 from saemill.cache_schema.importer import ImportSettings, import_store
 from saemill.cache_schema.sites import RESID, Site
@@ -135,6 +136,13 @@ def test_a_table_has_a_row_for_each_sae(run: Any) -> None:
     assert "decoder_cosine: " in repr(table) and "run_1/topk_k4" in repr(table)
     (one,) = evaluate("run_1/topk_k2", evals="decoder_cosine", resume=True, plots=False, device="cpu").rows
     assert one["sae"] == "run_1/topk_k2"
+
+
+def test_a_store_of_the_bundled_model_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store(path) as store:
+        found = store_module.facts(store) | {"model": "pocket"}
+        monkeypatch.setattr(store_module, "facts", lambda _: found)
+        assert "pocket (the small bundled model, not Gemma-2-2B)" in store._repr_html_()
 
 
 def test_they_show_themselves_and_names_are_text(run: Any, path: Path) -> None:

@@ -1,5 +1,6 @@
 """`sae-store` as a person types it."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from saemill.cache_schema import Request, Site, Store, importer, to_float32
 from saemill.cache_schema import verify as verify_module
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.digest import store_digest
+from saemill.cache_schema.info import render
 
 
 def run(*args: object) -> Result:
@@ -202,6 +205,14 @@ def test_info_tells_a_person_and_a_program_the_same(store: Path) -> None:
     assert sum(facts["bytes_per_token"].values()) == pytest.approx(on_disk / 4800)
     page = run("info", store).output
     assert "somebody/model" in page and facts["cache_id"] in page and "train 4,320" in page
+
+
+def test_info_says_names_as_they_are_and_which_model_is_the_bundled_one(store: Path) -> None:
+    facts = json.loads(run("info", store, "--json").output)
+    for model, said in (("me/[/b]m", "me/[/b]m, "), ("pocket", "pocket (the small bundled model, not Gemma-2-2B), ")):
+        console = Console(file=io.StringIO(), width=200)
+        console.print(render(facts | {"model": model}))
+        assert said in console.file.getvalue()  # pyright: ignore
 
 
 def test_verify_reads_every_byte(store: Path) -> None:

@@ -151,6 +151,7 @@ def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
     digest = plain("sae-store", "digest", small.store).stdout.strip()
     assert parsed("sae-store", "digest", small.store) == {"url": small.store, "digest": digest}
 
+    export = ["run_1", "--to", "sparsify"]
     train = ["sae-train", "--variant", "topk", "--cache", small.store, "--k", "4", *SHORT]
     assert "next: sae-eval run_1" in plain(*train, "--no-plots").stdout
     (run,) = parsed(*train, "--grid", "seed=0,1", "--no-plots")["runs"]
@@ -166,11 +167,20 @@ def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
     table = parsed("sae-eval", "run_1", "nowhere", "--resume", *QUICK, "--no-plots", code=1)
     assert table["problems"][0].startswith("no run 'nowhere'") and len(table["results"]) == 1
 
-    plain("sae-export", "run_1", "--to", "sparsify", "--out", "exported")
+    assert "run_1/topk (sae_lens) -> exported (sparsify)" in plain("sae-export", *export, "--out", "exported").stdout
+    exported = parsed("sae-export", *export, "--out", "again")
+    assert exported["read"] == [{"folder": "runs/run_1/topk", "kind": "sae_lens"}]
+    assert exported["written"] == {"folder": "again", "kind": "sparsify"} and exported["difference"] < 1e-5
     evals = ("core", "decoder_cosine")
     recipe = Recipe("run_0", "", (Sae("standard", "standard"),), evals=evals, study="tiered")
     monkeypatch.setattr(study, "runs_of", lambda _: (recipe,))
-    plain("sae-study", "tiered", "--cache", small.store, *SHORT[:-2])
+    result = plain("sae-study", "tiered", "--cache", small.store, *SHORT[:-2], "--json")
+    assert result.stderr.startswith("$ sae-train --recipe tiered/run_0")
+    (found,) = json.loads(result.stdout)["studies"]
+    assert found == {
+        "folder": "study_runs/tiered",
+        "saes": json.loads(Path("study_runs/tiered/table.json").read_text()),
+    }
 
 
 def test_colours_are_left_out_where_no_color_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
