@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,12 @@ def shaky_disk() -> ModuleType:
 @pytest.fixture(scope="session")
 def mutations() -> ModuleType:
     return load_helper("mutations")
+
+
+@pytest.fixture(scope="session")
+def threads() -> Callable[[int], Any]:
+    """`threads(n)`: n ranks, and a function that gives what `work(rank)` returns in each."""
+    return load_helper("thread_ranks").make
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,123 @@
+"""Several processes of a run as threads of this one: in place of gloo, behind the same calls.
+
+One thread works at a time, from one collective call to the next, and then the next rank's: the same work meets the
+same events in the same order each time. A rank that ends with an error ends the others as a lost process does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from saemill.train.errors import StoppedElsewhere
+
+T = TypeVar("T")
+
+
+class Turns:
+    """Whose turn it is."""
+
+    def __init__(self, size: int) -> None:
+        self._moved = threading.Condition()
+        self.restart(size)
+
+    def restart(self, size: int) -> None:
+        self._ranks, self._at, self._is_broken = list(range(size)), 0, False
+
+    def begin(self, rank: int) -> None:
+        with self._moved:
+            self._wait(rank)
+
+    def pass_on(self, rank: int) -> None:
+        """The others work until they call, too."""
+        with self._moved:
+            self._at = (self._ranks.index(rank) + 1) % len(self._ranks)
+            self._moved.notify_all()
+            self._wait(rank)
+
+    def end(self, rank: int, is_lost: bool) -> None:
+        with self._moved:
+            self._is_broken |= is_lost
+            self._at = self._ranks.index(rank)
+            self._ranks.remove(rank)
+            self._at %= max(1, len(self._ranks))
+            self._moved.notify_all()
+
+    def _wait(self, rank: int) -> None:
+        self._moved.wait_for(lambda: self._is_broken or self._ranks[self._at] == rank)
+        if self._is_broken:
+            raise StoppedElsewhere("another process of the run is gone")
+
+
+class ThreadRanks:
+    """What one of them makes of `Group`; every rank makes the same calls in the same order."""
+
+    def __init__(self, rank: int, size: int, turns: Turns, boards: dict[Any, dict[int, Any]], name: str = "") -> None:
+        self.rank, self.size = rank, size
+        self._turns, self._boards, self._name = turns, boards, name
+        self._calls = self._besides = 0
+
+    def _gather(self, value: Any) -> list[Any]:
+        self._calls += 1
+        board = self._boards.setdefault((self._name, self._calls), {})
+        board[self.rank] = value
+        self._turns.pass_on(self.rank)
+        if len(board) < self.size:
+            raise StoppedElsewhere("another process of the run has ended before this one")
+        return [board[rank] for rank in range(self.size)]
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return self._gather(tensor.detach().clone())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self.gather(tensor)).sum(0)
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        tensor.copy_(self.sum(tensor))
+        return lambda: None
+
+    def any(self, flag: bool) -> bool:
+        return any(self._gather(flag))
+
+    def texts(self, value: str) -> list[str]:
+        return self._gather(value)
+
+    def beside(self) -> ThreadRanks:
+        self._besides += 1
+        return ThreadRanks(self.rank, self.size, self._turns, self._boards, f"{self._name}/{self._besides}")
+
+    def close(self) -> None:
+        pass
+
+
+def make(size: int) -> tuple[list[ThreadRanks], Callable[[Callable[[int], T]], list[T]]]:
+    """Ranks, and a function that gives what `work(rank)` returns in each; of errors, the one that came first."""
+    turns, boards = Turns(size), {}
+    ranks = [ThreadRanks(rank, size, turns, boards) for rank in range(size)]
+
+    def run(work: Callable[[int], T]) -> list[T]:
+        turns.restart(size)
+
+        def in_turn(rank: int) -> T:
+            is_lost = True
+            try:
+                turns.begin(rank)
+                found = work(rank)
+                is_lost = False
+                return found
+            finally:
+                turns.end(rank, is_lost)
+
+        with ThreadPoolExecutor(size) as pool:
+            futures = [pool.submit(in_turn, rank) for rank in range(size)]
+            failed = [error for error in (future.exception() for future in futures) if error is not None]
+        for error in sorted(failed, key=lambda error: isinstance(error, StoppedElsewhere)):
+            raise error
+        return [future.result() for future in futures]
+
+    return ranks, run
