@@ -8,7 +8,7 @@ from typing import Any, Literal
 from .dtypes import SmallDtype
 from .errors import FormatTooNew, ManifestInvalid
 from .sites import HOOKS, RESID, Site
-from .strict import LATER, StrictError, from_json, nearest, to_json
+from .strict import LATER, StrictError, flatten, from_json, nearest, to_json
 
 FORMAT = 3  # the highest that is read; `identity.seal` says which a store is written in
 SPLITS = ("train", "validation", "test")
@@ -169,7 +169,7 @@ def check_format(found: Any, where: str) -> None:
 
 def list_differences(found: Manifest, wanted: Manifest) -> list[str]:
     """One line for each setting in which two manifests differ, ids left out."""
-    old, new = dict(_flatten(found.to_json())), dict(_flatten(wanted.to_json()))
+    old, new = flatten(found.to_json()), flatten(wanted.to_json())
     keys = [key for key in {**old, **new} if key not in ("cache_id", "format")]  # both follow from the others
     return [
         f"{key}: the store has {old.get(key)!r}, asked for {new.get(key)!r}"
@@ -184,9 +184,3 @@ def _validate_splits(splits: dict[str, tuple[int, int]], windows: int) -> None:
     edges = [edge for span in splits.values() for edge in span]
     if edges[0] != 0 or edges[-1] != windows or edges != sorted(edges) or edges[1:-1:2] != edges[2:-1:2]:
         raise ValueError(f"expected splits that follow each other from 0 to {windows}, found {splits}")
-
-
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        return [pair for key, item in value.items() for pair in _flatten(item, f"{prefix}.{key}" if prefix else key)]
-    return [(prefix, value)]

@@ -56,6 +56,14 @@ def from_json(cls: type[T], raw: Any, where: str = "") -> T:
     return value
 
 
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What is in nested objects, by dotted names; an empty object is a value too."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) and item else {f"{prefix}{key}": item}
+    return flat
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or all the known names when none is near."""
     known = sorted(known)

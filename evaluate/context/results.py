@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ...cache_schema.strict import flatten
 from ...train.disk.sae_folder import SAELENS_VERSION, WEIGHT_SUFFIXES
 from ...train.disk.whole_files import replace_file
 from ...train.run.folder import provenance
@@ -170,17 +171,9 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "cache"}
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted names."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value}
-    parts = [flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items()]
-    return {key: item for part in parts for key, item in part.items()}
-
-
 def describe_differences(document: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Where a result's settings differ from these, in words; empty where they are the same."""
-    found, wanted = flat(settings_in(document)), flat(settings)
+    found, wanted = flatten(settings_in(document)), flatten(settings)
     keys = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
     return ", ".join(f"{key} {found.get(key)!r} (asked for: {wanted.get(key)!r})" for key in keys)
 

@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ...cache_schema.strict import flatten
 from .. import evals
 from ..context.loaded_sae import LoadedSae
-from ..context.results import Row, flat, metric_of, settings_in
+from ..context.results import Row, metric_of, settings_in
 from ..errors import Incomparable
 
 MISSING = "-"
@@ -122,7 +123,7 @@ def require_comparable(rows: Sequence[Row]) -> None:
         settings = {}
         for row in rows:
             if row.eval_id == eval_id and row.document is not None:
-                settings[row.subject.name] = flat(settings_in(row.document))
+                settings[row.subject.name] = flatten(settings_in(row.document))
         _require_equal(eval_id, settings)
 
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...cache_schema.sites import RESID
-from ...cache_schema.strict import StrictError, from_json, nearest, to_json
+from ...cache_schema.strict import StrictError, flatten, from_json, nearest, to_json
 from ..data.batch import Needs
 from ..errors import ConfigInvalid
 from ..kit import registry
 from ..kit.build import require, require_least
 from ..kit.contract import Variant
 from .recipe import Recipe, Sae
-from .settings import flat_keys, split_key, with_settings
+from .settings import split_key, with_settings
 
 Limits = Callable[[Variant], Mapping[str, Any]]
 """What bounds the defaults of a config."""
@@ -184,7 +184,7 @@ class Ask:
 
     def _member(self, sae: Sae, point: Mapping[str, Any], limits: Limits, held: Held) -> Member:
         config = registry.config_type(sae.variant)()
-        known = set(flat_keys(to_json(config)))
+        known = set(flatten(to_json(config)))
         spread = _own(point, sae.variant, known)
         asked = _own(self.settings, sae.variant, known) | spread
         draft = with_settings(config, self._of_recipe(sae, known) | asked, sae.label)
@@ -204,7 +204,7 @@ class Ask:
     def _require_known(self, keys: Iterable[str]) -> None:
         """Refuse a key that no SAE of the run has."""
         names = dict.fromkeys(sae.variant for sae in self.saes)
-        by_variant = {name: list(flat_keys(to_json(registry.config_type(name)()))) for name in names}
+        by_variant = {name: list(flatten(to_json(registry.config_type(name)()))) for name in names}
         everything = {key for keys in by_variant.values() for key in keys}
         for key in keys:
             head, rest = split_key(key)

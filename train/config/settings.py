@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from ...cache_schema.strict import StrictError, from_json, nearest, to_json
+from ...cache_schema.strict import StrictError, flatten, from_json, nearest, to_json
 from ..errors import ConfigInvalid
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def parse_value(text: str) -> Any:
 def with_settings(record: T, settings: Mapping[str, Any], where: str) -> T:
     """The record with dotted keys replaced; every problem in one error. One item where a list is wanted is a list."""
     raw, problems = to_json(record), []
-    known = list(flat_keys(raw))
+    known = flatten(raw)
     for key, value in settings.items():
         path = key.split(".")
         if not _assign(raw, path, _as_list(value) if _wants_list(type(record), path) else value):
@@ -103,12 +103,3 @@ def _as_list(value: Any) -> Any:
     if value is None or isinstance(value, list | tuple):
         return value
     return [] if value == "" else [value]
-
-
-def flat_keys(raw: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
-    """Every setting of a record in its JSON form, by dotted name."""
-    for key, value in raw.items():
-        if isinstance(value, dict) and value:
-            yield from flat_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"

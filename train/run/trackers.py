@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...cache_schema.strict import flatten
 from ..errors import ConfigInvalid, TrackerMissing
 
 
@@ -14,8 +15,9 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> None:
         self._trackers = [_open(name, folder) for name in names]
+        plain = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in flatten(config).items()}
         for tracker in self._trackers:
-            tracker.store_init_configuration(_flat(config))
+            tracker.store_init_configuration(plain)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for tracker in self._trackers:
@@ -50,14 +52,3 @@ def _open(name: str, folder: Path) -> Any:
     tracker = kind(folder.name, **place)
     tracker.start()
     return tracker
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names to plain values, which every tracker can take."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
