@@ -1,4 +1,4 @@
-"""The strongest activations of each latent over a stream of tokens, and the words they were on, with their context.
+"""The strongest activations of each latent over a stream of tokens, and the words they were on.
 
 N tokens, F latents, K kept. A token is known by its number: these count the kept tokens of a pass in the order they
 were read. Without a tokenizer a token is written as its id.
@@ -6,7 +6,6 @@ were read. Without a tokenizer a token is written as its id.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,7 +46,7 @@ class Strongest:
 
 
 class Wording:
-    """Remembers the tokens of a pass."""
+    """Remembers the kept tokens of a pass."""
 
     def __init__(self, context: Context) -> None:
         try:
@@ -55,45 +54,19 @@ class Wording:
         except ModelMissing:
             self._tokenizer = None
         self._batches: list[Tensor] = []
-        self._kept: list[Tensor] = []
-        self._read = 0
 
     def read(self, batch: Windows) -> None:
         """The next batch of the pass."""
-        place = batch.keep.nonzero().cpu()
-        place[:, 0] += self._read
-        self._batches.append(batch.tokens.cpu())
-        self._kept.append(place)
-        self._read += len(batch)
+        self._batches.append(batch.tokens[batch.keep].cpu())
 
     def token(self, number: int) -> str:
         """A token's text."""
-        window, position = self._place(number)
-        return self.write([int(self._tokens[window, position])])
-
-    def context(self, number: int, before: int, after: int) -> tuple[str, str, str]:
-        """Text before a token in its window, its own, and after it."""
-        window, position = self._place(number)
-        row = self._tokens[window].tolist()
-        parts = row[max(0, position - before) : position], row[position : position + 1], row[position + 1 :][:after]
-        left, own, right = (self.write(part) for part in parts)
-        return left, own, right
-
-    def write(self, ids: Sequence[int]) -> str:
-        """Text of some tokens in a row."""
+        token = int(self._tokens[number])
         if self._tokenizer is None:
-            return " ".join(f"<{number}>" for number in ids)
-        return self._tokenizer.backend.decode(list(ids), skip_special_tokens=False)
-
-    def _place(self, number: int) -> tuple[int, int]:
-        window, position = self._places[number].tolist()
-        return window, position
-
-    @cached_property
-    def _places(self) -> Tensor:
-        """int64 [N, 2]: window and position; asked for when the pass is over."""
-        return torch.cat(self._kept)
+            return f"<{token}>"
+        return self._tokenizer.backend.decode([token], skip_special_tokens=False)
 
     @cached_property
     def _tokens(self) -> Tensor:
+        """int64 [N]; asked for when the pass is over."""
         return torch.cat(self._batches)

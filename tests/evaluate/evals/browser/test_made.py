@@ -371,6 +371,7 @@ def test_the_report_has_contexts_of_rare_and_common_latents(made, world, open_co
         window, at = np.unravel_index(column.argmax(), column.shape)
         assert entry["contexts"][0]["token"] == write(tokens[window, [at]])
         assert entry["contexts"][0]["before"] == write(tokens[window, max(0, at - 16) : at])
+        assert entry["contexts"][0]["after"] == write(tokens[window, at + 1 : at + 9])
     pattern = report["pattern"]
     assert pattern["positions"] == [place for place in range(1, tokens.shape[1]) if tokens[0, place] > 2]
     wanted = dense[0, pattern["positions"]][:, pattern["latents"]].T
