@@ -9,8 +9,11 @@ from torch import Tensor
 
 
 def take_device(device: torch.device) -> None:
-    """Make a GPU the one that this thread works on: streams, events and page-locked memory belong to one."""
-    if device.type == "cuda":
+    """Make a GPU the one that this thread works on: streams, events and page-locked memory belong to one.
+
+    Without a number it means the one that is this thread's already, and torch refuses to take it.
+    """
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 

@@ -193,10 +193,9 @@ def _name(device: torch.device) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """With its number, if it is a GPU: a thread that reads for it has to make it its own."""
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise ConfigInvalid(f"expected a device like auto, cpu, cuda or cuda:1, found {name!r}") from None
     found = _count_devices(device.type)
@@ -205,7 +204,7 @@ def choose_device(name: str) -> torch.device:
             f"device {name} was asked for, but torch {torch.__version__} finds {found or 'no'} "
             f"{device.type.upper()} device{'s' * (found > 1)} here: choose another --device, or auto"
         )
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def _count_devices(kind: str) -> int:

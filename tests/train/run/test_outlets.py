@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from saemill.train.data.device import take_device
 from saemill.train.disk.whole_files import encode_line
 from saemill.train.errors import ConfigInvalid, TrackerMissing
 from saemill.train.parallel.processes import Solo, choose_device
@@ -110,6 +111,19 @@ def test_devices(monkeypatch):
         choose_device("cuda:2")
     with pytest.raises(ConfigInvalid, match="finds no META device"):
         choose_device("meta")
+
+
+def test_a_gpu_has_its_number_which_torch_must_have_to_take_it(monkeypatch):
+    """What torch does with a device is torch's own here, but for the driver."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    taken: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)
+    for name in ("auto", "cuda", "cuda:0", "cpu"):
+        take_device(choose_device(name))
+    take_device(torch.device("cuda"))  # the thread's own, whichever that is
+    assert taken == [1, 1, 0]
 
 
 def test_a_tally_is_the_formula_over_all_tokens():
