@@ -84,6 +84,7 @@ MAY_IMPORT = {  # rooms of other packages
         "train": "config command data disk errors file_registry kit recipes run sae sae/kernels launch",
     },
     "studies": {
+        "cache_schema": "cli",
         "train": "config cli command disk recipes run",
         "evaluate": "cli context evals output/figures output/plots run",
     },
