@@ -88,5 +88,11 @@ def sae_from_wrapped(wrapped: WrappedSae, inner: SparseAutoencoder, where: str) 
             f"{where}: the tensors are not those of the variant ({', '.join(different) or 'no scale'}): copy "
             "the folder anew"
         )
+    scales = {SCALE: (inner.d_in,), TARGET_SCALE: (inner.d_out,)}
+    expected_shapes = scales | {f"{MODULE}{name}": tuple(t.shape) for name, t in inner.state_dict().items()}
+    wrong = sorted(name for name, t in wrapped.tensors.items() if tuple(t.shape) != expected_shapes.get(name))
+    if wrong:
+        raise SaeInvalid(f"{where}: the tensors {', '.join(wrong)} have other shapes than the variant's: copy it anew")
     inner.load_state_dict(state, strict=False)
+    inner.require_sound(where)
     return RawUnits(inner, wrapped.tensors[SCALE], wrapped.tensors[TARGET_SCALE], wrapped.knobs)

@@ -88,6 +88,9 @@ class SparseAutoencoder(nn.Module):
             "W_skip": None if self.W_skip is None else self.W_skip.detach(),
         }
 
+    def require_sound(self, where: str) -> None:
+        """Refuse what was loaded from there where it points to what is not; weights may be any numbers."""
+
     @property
     def num_latents(self) -> int:
         return self.W_dec.shape[0]

@@ -22,11 +22,13 @@ from torch import Tensor
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Constant
+from ..errors import SaeInvalid
 from ..kit.build import TOPK_DEAD_PART, require, require_sparsity, topk_optim
 from ..kit.single_layer import SingleLayer, WithAux, build_plain, settings
 from ..sae.extra_modules import Extra
 from ..sae.gates import TopK
-from ..sae.kernels.codes import Codes
+from ..sae.kernels.codes import Codes, codes_from_dense
+from ..sae.kernels.linear import linear
 from ..sae.kernels.select_latents import topk_rows
 from ..sae.kernels.support import Support, support_from_topk
 from ..sae.model import SparseAutoencoder
@@ -73,7 +75,19 @@ class TreeSae(SparseAutoencoder):
         return pre.with_values(torch.where(torch.cat(kept, 1), values, 0.0).reshape(-1))
 
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
-        return self.codes(x.reshape(-1, self.d_in), side).dense().view(*x.shape[:-1], self.num_latents)
+        pre = linear(self.centred(x.reshape(-1, self.d_in)), self.W_enc, self.b_enc)
+        support = self.choose(pre.detach(), side)
+        return self.open(codes_from_dense(pre, support), side).dense().view(*x.shape[:-1], self.num_latents)
+
+    def require_sound(self, where: str) -> None:
+        for begin, end, _ in self.layers():
+            own = self.parent[begin:end]
+            wrong = own[(own != self.num_latents) & ((own < 0) | (own >= begin))]
+            if len(wrong):
+                raise SaeInvalid(
+                    f"{where}: expected parents of latents {begin} to {end - 1} before latent {begin}, or "
+                    f"{self.num_latents} for none, found {int(wrong[0])}: copy the folder anew"
+                )
 
     def _none_but_the_root(self, rows: Tensor) -> Tensor:
         """bool [B, F + 1]"""
@@ -140,13 +154,14 @@ def quotas(share_P: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Moving:
-    """When latents change parents: every so often until a part of the run, and then once to the root."""
+    """When latents change parents: every so often until a part of the run, or its last step, then once to the root."""
 
     every_fraction: float
     until_fraction: float
 
     def __call__(self, step: int, total_steps: int) -> float:
-        until, every = round(self.until_fraction * total_steps), max(1, round(self.every_fraction * total_steps))
+        until = min(round(self.until_fraction * total_steps), total_steps - 1)
+        every = max(1, round(self.every_fraction * total_steps))
         if step == until:
             return TO_ROOT
         return MOVE if 0 < step < until and step % every == 0 else STAY

@@ -257,5 +257,11 @@ def test_an_inference_of_its_own_is_saved_whole(tmp_path, rng, battery):
     with pytest.raises(SaeInvalid, match="found 'saemill_topk'"):
         load_plain_sae(tmp_path)
     (tmp_path / EXTRAS).unlink()
+    weights = load_file(tmp_path / WEIGHTS)
+    for name in ("target_scale", "module.W_dec", "module.factor"):
+        save_file(weights | {name: torch.ones(1)}, tmp_path / WEIGHTS)
+        with pytest.raises(SaeInvalid, match=rf"the tensors {name} have other shapes than the variant's"):
+            read_sae(tmp_path, rebuilt)
+    save_file(weights, tmp_path / WEIGHTS)
     with pytest.raises(SaeInvalid, match=r"are not those of the variant \(factor\)"):
         read_sae(tmp_path, lambda variant, found, d_in: config.build(D).sae)

@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from saemill.cache_schema.strict import to_json
+from saemill.train import load_sae
 from saemill.train.data.batch import Batch
+from saemill.train.data.scaling import unit_stats
+from saemill.train.disk.sae_folder import save_sae
 from saemill.train.engine.step import Trainee
+from saemill.train.errors import SaeInvalid
 from saemill.train.variants import ortsae, treesae
 
 D, ROWS = 32, 512
@@ -103,6 +108,44 @@ def test_a_child_fires_with_its_parent_alone_and_dead_ones_change_parents(batter
     fires = torch.cat([fires, torch.ones(4 * ROWS, 1, dtype=torch.bool)], 1)
     assert fires[:, 32:64].any() and not (fires[:, 32:64] & ~fires[:, sae.parent[32:]]).any()
     assert (fires[:, :32].sum(1) <= 5).all() and (fires[:, 32:64].sum(1) <= 1).all()
+
+
+def test_a_tree_encodes_in_float32_whatever_it_is_trained_in(battery, rng, monkeypatch):
+    """With products in bfloat16 other latents are among the largest; what is saved does not depend on the machine."""
+    config = battery.quick("treesae", width=512, k=32, encoder_product="bfloat16")
+    sae, x = config.build(D).sae, torch.randn(64, D, generator=rng)
+    acts, codes = {}, {}
+    for product in ("float32", "bfloat16"):
+        monkeypatch.setattr("saemill.train.sae.model.product_on", lambda device, wanted, product=product: product)
+        acts[product], codes[product] = sae.encode(x), sae.codes(x).dense()
+    torch.testing.assert_close(acts["float32"], codes["float32"])
+    assert torch.equal(acts["bfloat16"], acts["float32"])
+    assert not torch.equal(codes["bfloat16"] > 0, codes["float32"] > 0)
+    assert torch.equal(sae.encode(x.view(4, 16, D)), acts["float32"].view(4, 16, 512))
+
+
+def test_a_damaged_tree_is_named(battery, tmp_path):
+    """A parent may be in a layer before, or none."""
+    config = battery.quick("treesae", width=64, k=6, layer_fractions=(0.25, 0.5, 1.0), k_shares=(0.5, 0.25, 0.25))
+    sae, stats = config.build(D).sae, unit_stats(D)
+    for latent, parent in ((20, 15), (20, 64), (63, 31)):
+        sae.parent[latent] = parent
+        save_sae(tmp_path, sae, stats, {}, to_json(config), "treesae")
+        assert load_sae(tmp_path).inner.parent[latent] == parent
+    for latent, parent in ((0, 0), (15, 3), (20, 16), (20, 20), (40, 32), (63, 65), (63, -1)):
+        before = int(sae.parent[latent])
+        sae.parent[latent] = parent
+        save_sae(tmp_path, sae, stats, {}, to_json(config), "treesae")
+        with pytest.raises(SaeInvalid, match=rf"expected parents of latents .* found {parent}: copy the folder anew"):
+            load_sae(tmp_path)
+        sae.parent[latent] = before
+
+
+@pytest.mark.parametrize(("until", "last"), [(0.5, 20), (0.999, 39), (1.0, 39)])
+def test_the_last_move_of_a_tree_is_within_the_run(until, last):
+    moving = treesae.Moving(0.1, until)
+    found = [moving(step, 40) for step in range(40)]
+    assert found.index(treesae.TO_ROOT) == last and treesae.MOVE in found and set(found[last + 1 :]) <= {treesae.STAY}
 
 
 def test_children_are_given_out_in_proportion():
