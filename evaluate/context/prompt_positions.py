@@ -1,6 +1,7 @@
 """Reading single tokens of prompts: what the model, and each SAE, makes of them. N prompts, D width, F latents.
 
-A prompt is read at one position, counted from its end, so prompts of any length will do.
+A prompt is read at one position, counted from its end, so prompts of any length will do. Of an SAE that reads more than
+the residual there, activations are kept from the pass, and sparse: dense ones of all spots may be more than fits.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
 from ...cache_schema import AttentionSpec
@@ -34,13 +37,13 @@ class Reading:
     """Residuals at the spots; activations too of SAEs that read more than the residual there."""
 
     x: dict[int, Tensor]  # layer -> float32 [N, D]
-    acts: dict[LoadedSae, Tensor]  # [N, F]
+    acts: dict[LoadedSae, csr_matrix]  # float32 [N, F]
 
     @staticmethod
     def joined(parts: Sequence[Reading]) -> Reading:
         """One reading of several, in order."""
         x = {layer: torch.cat([part.x[layer] for part in parts]) for layer in parts[0].x}
-        return Reading(x, {subject: torch.cat([part.acts[subject] for part in parts]) for subject in parts[0].acts})
+        return Reading(x, {subject: stacked([part.acts[subject] for part in parts]) for subject in parts[0].acts})
 
     @property
     def size(self) -> int:
@@ -53,7 +56,7 @@ class Reading:
     def acts_of(self, subject: LoadedSae, rows: Tensor) -> Tensor:
         """Activations at some spots: [rows, F]."""
         if subject in self.acts:
-            return self.acts[subject][rows]
+            return torch.from_numpy(self.acts[subject][rows.cpu().numpy()].toarray()).to(rows.device)
         with torch.no_grad():
             return subject.sae.encode(self.x_of(subject.layers)[rows])
 
@@ -92,7 +95,7 @@ class Reader:
         batch, at = self._run(spots, layers)
         return Reading(
             x={layer: batch.x((layer,))[at].clone() for layer in layers},
-            acts={subject: subject.encode(batch)[at].clone() for subject in self.subjects if subject.needs},
+            acts={subject: to_sparse(subject.encode(batch)[at]) for subject in self.subjects if subject.needs},
         )
 
     def _run(self, spots: Sequence[Spot], layers: Sequence[int]) -> tuple[Windows, tuple[Tensor, Tensor]]:
@@ -101,3 +104,11 @@ class Reader:
         batch = run_windows(self.model, tokens, valid, layers, self.attention)
         places = torch.tensor([len(spot.tokens) + spot.position for spot in spots], device=batch.tokens.device)
         return batch, (torch.arange(len(spots), device=places.device), places)
+
+
+def to_sparse(dense: Tensor) -> csr_matrix:
+    return csr_matrix(dense.float().cpu().numpy())
+
+
+def stacked(parts: Sequence[csr_matrix]) -> csr_matrix:
+    return csr_matrix(vstack(parts, dtype=np.float32))

@@ -19,12 +19,12 @@ from scipy.sparse import csr_matrix
 
 from ...cache_schema.strict import to_json
 from ..context.compatible import attention_of, model_name_of
-from ..context.prompt_positions import Reader, Spot
+from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
 from ..model.prefix_suffix import LanguageModel
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing import collection, installed
 from .probing.collection import BinarySet
-from .probing.pooling import batch_size_for, stacked, to_sparse
+from .probing.pooling import batch_size_for
 from .probing.scores import mean_scores
 from .probing.settings import of_data
 from .probing.sources import DataName, Source, find_source, load_all

@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from scipy.sparse import csc_matrix, csr_matrix, vstack
+from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
 from ...context.compatible import attention_of
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae, layers_of
+from ...context.prompt_positions import stacked, to_sparse
 from ...model.batches import Windows, make_rows, run_windows
 from ...model.memory import PieceSize, in_pieces
 from ...model.prefix_suffix import LanguageModel
@@ -149,14 +149,6 @@ def by_count(total_WF: Tensor, valid_WT: Tensor) -> Tensor:
 def beside(batch: Windows, layers: Sequence[int]) -> Tensor:
     """The residuals of some layers side by side, in the model's dtype."""
     return torch.cat([batch.resid[layer] for layer in layers], dim=-1)
-
-
-def to_sparse(dense: Tensor) -> csr_matrix:
-    return csr_matrix(dense.float().cpu().numpy())
-
-
-def stacked(parts: Sequence[csr_matrix]) -> csr_matrix:
-    return csr_matrix(vstack(parts, dtype=np.float32))
 
 
 def batch_size_for(subjects: Sequence[LoadedSae], context: int, wanted: int) -> int:

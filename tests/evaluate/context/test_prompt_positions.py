@@ -57,6 +57,28 @@ def test_saes_that_need_side_inputs_are_encoded_where_they_have_them(model, buil
     assert read.columns_of(subject, torch.tensor([1])).tolist() == [[3], [1], [2]]
 
 
+class FiresSeldom(FiresByPosition):
+    """One latent of very many fires, by how far in its prompt the token stands."""
+
+    width = 1 << 16
+
+    def encode(self, batch):
+        acts = torch.zeros(*batch.tokens.shape, self.width)
+        acts[..., 7] = torch.arange(batch.context) - 2.5
+        return acts
+
+
+def test_of_saes_that_need_side_inputs_no_dense_activations_are_kept(model, builder):
+    subject = FiresSeldom(builder.LAYER)
+    read = Reader(model, [subject], None, batch_size=2).read(SPOTS, ignore)
+    kept = read.acts[subject]
+    assert kept.nnz == 3 and sum(part.nbytes for part in (kept.data, kept.indices, kept.indptr)) < 100
+    dense = read.acts_of(subject, torch.tensor([2, 0, 2]))
+    assert dense.dtype == torch.float32 and dense.shape == (3, 1 << 16)
+    assert dense[:, 7].tolist() == [-0.5, 0.5, -0.5] and dense.count_nonzero() == 3
+    assert torch.cat(list(read.all_acts_of(subject)))[:, 7].tolist() == [0.5, -1.5, -0.5]
+
+
 def test_a_batch_that_does_not_fit_is_halved(model, builder, monkeypatch):
     subject = builder.subject(builder.make_sae())
     whole = Reader(model, [subject], None, batch_size=3).read(SPOTS, ignore)
