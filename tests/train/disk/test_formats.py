@@ -184,6 +184,25 @@ def test_a_skip_goes_to_sparsify_and_back(tmp_path):
         read(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("model", "is_refused"),
+    [("google/gemma-2-2b", True), ("pocket", True), ("tiny-gemma2", True), ("google/gemma-2b", False), ("m", False)],
+)
+def test_a_transcoder_of_a_model_with_a_norm_behind_its_mlp_is_none_of_sparsify_s(tmp_path, model, is_refused):
+    """There mlp_out is behind that norm, and sparsify hooks what the MLP gives before it."""
+    place = {"layers": [3], "target_layers": [3], "hook": "mlp_in", "target_hook": "mlp_out", "model_name": model}
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk", centres_input=False), place)
+    if is_refused:
+        with pytest.raises(SaeInvalid, match=f"found one of {model}: its mlp_out is behind the norm"):
+            export(tmp_path / "a", "sparsify", tmp_path / "b")
+        assert not (tmp_path / "b").exists()
+    else:
+        assert export(tmp_path / "a", "sparsify", tmp_path / "b") < 1e-5
+    of_one_place = place | {"hook": "mlp_out"}  # what the norm gives: a module of its own, whose name the folder has
+    WRITERS["sae_lens"](tmp_path / "c", make_plain("topk"), of_one_place)
+    assert export(tmp_path / "c", "sparsify", tmp_path / "layers.3.post_feedforward_layernorm") < 1e-5
+
+
 def write_gemma_scope(folder, **changes):
     folder.mkdir(parents=True)
     tensors = make_plain("jumprelu", centres_input=False).tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ...errors import SaeInvalid
@@ -10,12 +11,22 @@ from ..sae_folder import is_of_one_place
 from ..whole_files import read_json, write_json
 from .plain import Metadata, centred, make_plain, read_tensors, whole_k, write_tensors
 
+NORMED = re.compile(r"(gemma-?[23]|olmo-?2|\bpocket)(?![a-z0-9])", re.IGNORECASE)
+"""Models with a norm behind the MLP, by their names: an SAE's metadata say no more of its model."""
+
 
 def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
     """sparsify knows top-k, with the decoder bias taken off its input but for a transcoder's."""
     if plain.architecture != "topk":
         raise SaeInvalid(f"sparsify knows topk SAEs alone, found {plain.architecture}: export it to sae_lens instead")
     transcodes, skips = not is_of_one_place(metadata), "W_skip" in plain.tensors
+    model = str(metadata.get("model_name"))
+    if transcodes and metadata.get("target_hook") == "mlp_out" and NORMED.search(model):
+        raise SaeInvalid(
+            f"expected a transcoder of a model that adds what its MLP gives to the residual stream as it is, found one "
+            f"of {model}: its mlp_out is behind the norm there, and sparsify, which hooks the MLP itself, would put "
+            "what was normed in before that norm. Export it to circuit_tracer, or leave it as it is for load_sae"
+        )
     plain = centred(plain, not transcodes)
     d_in, width = plain.tensors["W_enc"].shape
     tensors = {
