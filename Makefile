@@ -115,7 +115,7 @@ demo: env ## the whole path on the bundled pocket model: harvest, train four SAE
 	  --variant standard --variant topk --variant attention --variant hierarchical --width 512 --epochs 8
 	$(BIN)/sae-eval demo --runs $(DEMO)/runs --evals core,sparse_probing,browser --set browser.windows=1024 \
 	  --beside-untrained
-	@echo "next: open $(DEMO)/runs/demo/browser/index.html and look at latents, then harvest for yourself: make harvest, or make harvest MODEL=smollm2"
+	@echo "next: open $(DEMO)/runs/demo/browser/index.html and look at latents; sae-eval run_4 offers to train the ablation of the attention study on this store. Then harvest for yourself: make harvest, or make harvest MODEL=smollm2"
 
 studies: env ## all runs of the five studies on a pocket store, their tables and plots
 	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STUDIES)/store

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...cache_schema.layout import ROOT
 from ...cache_schema.sites import HOOKS
 from ...train.disk.plain_form import without_signs
 from ...train.errors import RunMissing, TrainError
@@ -26,6 +27,9 @@ from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 HOOK = re.compile(r"(?:blocks|layers)\.(\d+)\.?(?:hook_resid_(pre|post))?$|^layer_(\d+)$")
 """transformer_lens' names of residuals before and after a layer, and transformers' names of layers."""
 
+
+STORES = ("./store", "./demo/store")
+"""Where `make harvest` and `make demo` put one."""
 
 Problem = EvalError | TrainError
 
@@ -129,7 +133,15 @@ def how_to_make(target: str) -> str | None:
     if not found:
         return None
     others = f" (also in the studies {', '.join(found[1:])})" if len(found) > 1 else ""
-    return f"`sae-train --recipe {found[0]}/{target} --cache ./store` makes that of the study {found[0]}{others}"
+    store = known_store()
+    first = "" if store else "; first `make harvest`, as there is no store here yet"
+    command = f"sae-train --recipe {found[0]}/{target} --cache {store or STORES[0]}"
+    return f"`{command}` makes that of the study {found[0]}{others}{first}"
+
+
+def known_store() -> str | None:
+    """The first store of those that `make` leaves in this folder."""
+    return next((place for place in STORES if (Path(place) / ROOT).is_file()), None)
 
 
 def studies_with(run: str) -> list[str]:

@@ -20,18 +20,17 @@ from ...train.run.settle import settle
 from ..errors import TargetUnknown
 from ..output.pictures import after_run
 from .console_table import make_console
-from .find_saes import find_places, studies_with
+from .find_saes import find_places, known_store, studies_with
 
-STORE = "./store"
-"""Where `make harvest` puts one."""
 LONG_SECONDS = 600
 
 
 def offer_training(targets: Sequence[str], runs: Path, cache: str | None, device: str) -> None:
     """Train what is missing, has a recipe and is wanted."""
+    store = cache or known_store()
     for target in dict.fromkeys(targets):
-        if _is_missing(target, runs) and (found := studies_with(target)):
-            _offer(f"{found[0]}/{target}", target, runs, cache or STORE, device)
+        if store and _is_missing(target, runs) and (found := studies_with(target)):
+            _offer(f"{found[0]}/{target}", target, runs, store, device)
 
 
 def _is_missing(target: str, runs: Path) -> bool:

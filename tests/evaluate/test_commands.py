@@ -232,6 +232,21 @@ def test_who_declines_or_has_no_store_is_told_the_command(
     assert not Path("runs").exists()
 
 
+def test_the_store_that_the_demo_leaves_is_found_and_named(
+    small: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """README's first command is `make demo`, and its third `sae-eval run_4`."""
+    recipe_of_one(monkeypatch)
+    assert "no store here yet" in type_("sae-eval", "run_4", code=1).stderr
+    Path("demo").mkdir()
+    Path("demo/store").symlink_to(small.store)
+    result = type_("sae-eval", "run_4", answer="n\n", code=1)
+    assert "timing a few steps of it on ./demo/store" in result.stderr and "[Y/n]" in result.stderr
+    assert "`sae-train --recipe attention/run_4 --cache ./demo/store` makes that" in result.stderr
+    Path("store").symlink_to(small.store)  # what was harvested for oneself comes first
+    assert "attention/run_4 --cache ./store`" in type_("sae-eval", "run_4", answer="n\n", code=1).stderr
+
+
 def test_what_the_recipe_is_refused_for_is_said_before_the_question(
     world: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
