@@ -20,6 +20,7 @@ INTERRUPTED = 130
 EXAMPLES = """\b
 Examples:
   sae-eval run_1
+  sae-eval run_1 --evals core,browser
   sae-eval run_1 --evals core,sparse_probing --set core.ablations=zero,mean
   sae-eval run_1 run_4 --compare
   sae-eval run_1/topk --evals all --resume
@@ -42,7 +43,7 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
     show_default=True,
     metavar="NAMES",
     shell_complete=complete_evals,
-    help=f"all, or of {', '.join(evals.names())}.",
+    help=f"all, or of {', '.join(evals.names())}. browser makes pages to look at all latents.",
 )
 @click.option("--cache", metavar="URL", help="The store.  [default: the one that the run was trained on]")
 @click.option("--runs", default=command.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")

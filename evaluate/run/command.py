@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from ...cache_schema.sites import RESID
 from ...harvest.errors import HarvestError
 from ...harvest.model.load import find_device
 from ...harvest.progress import Watch
+from ...train.command import RUNS
 from ...train.config.settings import parse_settings, split_key, with_settings
 from ...train.errors import RunInterrupted, TrainError
 from .. import evals
@@ -25,6 +27,8 @@ from ..context.context import Context, DtypeName, open_context
 from ..context.loaded_sae import LoadedSae
 from ..context.results import Row
 from ..errors import CacheIdMismatch, EvalError, SettingInvalid, StoreGone, WidthMismatch
+from ..evals.browser.folder import LATENT_BYTES
+from ..evals.browser.folder import NAME as BROWSER
 from ..model.memory import room_for_weights, within
 from ..output.pictures import draw
 from .attempts import Keep, run_evals
@@ -46,10 +50,25 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
         print_results(console, rows, beside_untrained=words["beside_untrained"])
         if words["plots"]:
             draw(rows, words["compare"], Watch().say)
+        if line := next_look(rows, words):
+            console.print(line)
         if words["is_json"]:
             print_json(document_of(rows, problems))
         return FAILED if problems else exit_code(rows)
     return FAILED
+
+
+def next_look(rows: Sequence[Row], words: Mapping[str, Any]) -> str | None:
+    """The command that makes pages of the latents, where there are none and nobody has asked for them now."""
+    subjects = dict.fromkeys(row.subject for row in rows if row.document is not None)
+    bare = [one for one in subjects if set(one.hooks) == {RESID} and not (one.home / BROWSER).is_dir()]
+    if not bare or any(row.eval_id == BROWSER for row in rows):
+        return None
+    places = [] if words["runs"] == RUNS else ["--runs", words["runs"]]
+    places += ["--cache", words["cache"]] if words["cache"] else []
+    command = shlex.join(["sae-eval", *words["targets"], *places, "--evals", "browser"])
+    megabytes = sum(subject.width for subject in bare) * LATENT_BYTES / 1e6
+    return f"next: {command}    # pages to look at all latents, about {max(1, round(megabytes)):,} MB"
 
 
 def is_at_terminal() -> bool:

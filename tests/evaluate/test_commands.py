@@ -15,6 +15,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import click
 import pytest
@@ -158,7 +159,7 @@ def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
     assert run["run"] == "run_2" and run["folder"] == "runs/run_2" and set(run["saes"]) == {"topk_seed0", "topk_seed1"}
     assert run == {"folder": "runs/run_2", **json.loads(Path("runs/run_2/result.json").read_text())}
 
-    plain("sae-eval", "run_1", *QUICK, "--no-plots")
+    assert "next: sae-eval run_1 --evals browser " in plain("sae-eval", "run_1", *QUICK, "--no-plots").stdout
     table = parsed("sae-eval", "run_1", "run_2", "--compare", *QUICK, "--no-plots")
     assert [row["sae"] for row in table["results"]] == ["run_1/topk", "run_2/topk_seed0", "run_2/topk_seed1"]
     assert [row["status"] for row in table["results"]] == ["kept", "done", "done"]
@@ -181,6 +182,20 @@ def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
         "folder": "study_runs/tiered",
         "saes": json.loads(Path("study_runs/tiered/table.json").read_text()),
     }
+
+
+def test_results_without_pages_of_their_latents_say_how_these_are_made(tmp_path: Path) -> None:
+    words = {"targets": ("my run",), "runs": "else where", "cache": None}
+
+    def said(hook: str = "resid", eval_id: str = "core", document: Any = ()) -> str | None:
+        subject = Mock(home=tmp_path, width=2048, hooks=(hook, hook))
+        return command.next_look([Mock(subject=subject, eval_id=eval_id, document=document)], words)
+
+    how = "next: sae-eval 'my run' --runs 'else where' --evals browser    # pages to look at all latents, about 8 MB"
+    assert said() == how
+    assert said(hook="mlp_in") is said(eval_id="browser") is said(document=None) is None  # no pages; asked for; failed
+    (tmp_path / "browser").mkdir()
+    assert said() is None
 
 
 def test_colours_are_left_out_where_no_color_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

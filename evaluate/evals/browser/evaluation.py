@@ -26,7 +26,7 @@ from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .attended import LEVELS
 from .config import Config
 from .exports import Exported, require_known, write_exports
-from .folder import NAME, Folder, making, read_data, unpacked, write_page
+from .folder import LATENT_BYTES, NAME, Folder, making, read_data, unpacked, write_page
 from .for_report import report_of
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
 from .numbers import write_numbers
@@ -35,7 +35,6 @@ from .seen import lower_edges
 from .words import Vocabulary
 
 FORMAT = 1
-LATENT_BYTES = 4000  # on disk, about
 SAME = (
     "format",
     "cache_id",

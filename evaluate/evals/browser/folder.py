@@ -21,6 +21,7 @@ from ...errors import BrowserUnwritten
 from ...output.figures.web import FILES, script_json
 
 NAME = "browser"
+LATENT_BYTES = 4000  # on disk, about
 MAKING, OLD = f".{NAME}.making", f".{NAME}.old"
 PAGE = Path(__file__).parent / "page"
 BUILD = "{{build}}"

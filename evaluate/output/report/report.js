@@ -3,6 +3,7 @@
 
 W = 340; H = 170;
 const FIRST = ["loss", "explained_variance", "l0", "dead_share"], AXIS = ["tokens"], AGAIN_MS = 5000;
+const SAID = { l0: "L0", l1: "L1", lr: "learning rate" };
 let data, isApart = false;
 const off = new Set();
 
@@ -96,7 +97,7 @@ function training(all, shown) {
 }
 function curve(name, part, found) {
   const values = found.flatMap((one) => one.y), isWide = Math.min(...values) > 0 && Math.max(...values) > 20 * Math.min(...values);
-  const title = (part && name.includes("/") ? name.slice(part.length + 1) : name).replaceAll("_", " ");
+  const own = part && name.includes("/") ? name.slice(part.length + 1) : name, title = SAID[own] ?? own.replaceAll("_", " ");
   const drawn = lines(found, ["step", isWide ? "logarithmic" : "", isWide ? "log" : ""]), chart = drawn.firstChild;
   chart.setAttribute("aria-label", `${name} by step`);
   chart.dataset.keep = name;

@@ -252,6 +252,7 @@ def test_seeds_are_a_band_and_a_chart_is_read_by_keys(live, open_report):
     assert page.locator("[data-keep=loss] .line").count() == 2
     assert page.evaluate("document.activeElement.dataset.keep") == "sae wide"  # kept over the drawing anew
     assert "loss/aux 0" in page.inner_text("#live")
+    assert page.locator("[data-keep=l0]").locator("xpath=ancestor::div/h3").inner_text() == "L0"
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

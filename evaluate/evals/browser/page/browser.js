@@ -200,7 +200,7 @@ function table() {
   };
   const whole_ = h("section", { class: "card wide" }, h("table", { id: "saes" },
     h("thead", {}, h("tr", {}, head("sae", "SAE", "name in the run"), known.map(([key, text, meaning]) => head(key, text, meaning)))),
-    h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, h("span", { class: "dot", vars: { c: colourOf(row.place) } }), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key])))))));
+    h("tbody", {}, rows.map((row) => h("tr", {}, h("td", {}, h("span", { class: "dot", vars: { c: colourOf(row.place) } }), h("a", { href: link(row.sae.label) }, brief(row.sae.label, 40)), row.sae.variant !== row.sae.label && h("small", {}, row.sae.variant)), known.map(([key]) => cell(key, row.facts[key])))))));
   return whole_;
 }
 
@@ -801,8 +801,7 @@ async function route() {
     else showMissing(`There is no page ${parts.join("/")}.`);
   } catch (error) { showMissing(error.message); }
   $("sae").value = state.sae?.label ?? "";
-  const placeholder = state.sae ? "number, token or text" : "choose an SAE to search in";
-  $("search").placeholder = placeholder;
+  $("search").placeholder = `number, token or text${state.sae || run.saes.length < 2 ? "" : ` in ${brief(run.saes[0].label, 20)}`}`; // where typing leads
 }
 
 function go(hash, isNew = true) {

@@ -141,6 +141,11 @@ def test_the_overview_sorts_and_draws(site, open_page):
     names.first.click()
     page.wait_for_selector(".r")
     assert page.url.endswith("#/sae/second")
+    page.keyboard.press("o")
+    page.wait_for_selector("#saes")
+    assert page.locator("#search").get_attribute("placeholder") == "number, token or text in first"
+    page.locator("#search").fill("word7")
+    wait(page, "location.hash === '#/sae/first' && document.querySelector('#found')?.textContent.includes('found')")
 
 
 def test_points_that_are_near_have_numbers_below_and_names_beside_them(site, open_page):
