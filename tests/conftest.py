@@ -20,15 +20,26 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def template() -> Callable[[str], str]:
-    """A function from a heading of CONTRIBUTING.md to the code below it."""
+    """A function from the place of a file to the code of CONTRIBUTING.md whose first line names it."""
     page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
-    def find(heading: str) -> str:
-        section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-        (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-        return code
+    def find(place: str) -> str:
+        found = re.findall(rf"^```python\n# {re.escape(place)}.*?\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        assert len(found) == 1, f"CONTRIBUTING.md: expected one template for {place}, found {len(found)}"
+        return found[0]
 
     return find
+
+
+@pytest.fixture(scope="session")
+def entry(template: Callable[[str], str]) -> Callable[[str, dict[str, Any]], tuple[str, Any]]:
+    """A function from a place to the line of a dictionary that goes there, read with the names of that file."""
+
+    def read(place: str, names: dict[str, Any]) -> tuple[str, Any]:
+        ((key, value),) = eval(f"{{{template(place)}}}", names).items()  # noqa: S307  (our own page)
+        return key, value
+
+    return read
 
 
 def load_helper(name: str) -> ModuleType:

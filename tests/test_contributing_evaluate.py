@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import runpy
 import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -37,19 +35,11 @@ from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 
 ROOT = Path(saemill.__file__).parent
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 TINY = "tests/harvest/conftest.py"
 
 
-def template(place: str) -> str:
-    """The fenced code whose first line names this place."""
-    found = re.findall(rf"^```python\n# {re.escape(place)}.*?\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    assert len(found) == 1, f"CONTRIBUTING.md: expected one template for {place}, found {len(found)}"
-    return found[0]
-
-
 @pytest.fixture
-def copied(tmp_path, monkeypatch):
+def copied(tmp_path, monkeypatch, template):
     """A template as a file of its package, until the test ends: copied(package, "folder/name.py")."""
     names = []
 
@@ -133,16 +123,11 @@ def test_a_harvest_reads_the_corpus_source_of_the_page(copied, tmp_path):
     assert '"csv"' in json.dumps(manifest)
 
 
-def entry(place: str, names: dict[str, Any]) -> tuple[str, Any]:
-    """The line of a dictionary that goes into a file, read with that file's names."""
-    ((key, value),) = eval(f"{{{template(place)}}}", names).items()  # noqa: S307  (our own page)
-    return key, value
-
-
-def test_the_architecture_of_the_page_is_harvested_to_the_bit(monkeypatch):
+def test_the_architecture_of_the_page_is_harvested_to_the_bit(monkeypatch, entry):
     model_type, settings = entry(TINY, runpy.run_path(str(ROOT / TINY)))
     same_type, architecture = entry("harvest/model/architectures.py", dict(vars(architectures)))
     assert same_type == model_type
+    monkeypatch.delitem(ARCHITECTURES, model_type, raising=False)  # whoever followed the page has it
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

@@ -41,14 +41,14 @@ def add_variant(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_template_passes_the_battery(check, add_variant, template, request):
-    add_variant(template("A variant"))
+    add_variant(template("train/variants/overlap.py"))
     assert NAME in registry.names()
     others = [name for name in inspect.signature(CHECKS[check]).parameters if name != "variant"]
     CHECKS[check](variant=NAME, **{name: request.getfixturevalue(name) for name in others})
 
 
 def test_the_template_can_be_wrapped(add_variant, template, battery):
-    add_variant(template("A variant"))
+    add_variant(template("train/variants/overlap.py"))
     assembly = battery.config_of("positional", base=NAME).build(battery.D)
     assert "overlap" in {term.name for term in assembly.terms}
 
