@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from ...cache_schema.sites import HOOKS
@@ -31,6 +33,14 @@ def require_least(config: Any, **least: float) -> None:
         require(value is None or value >= bound, f"{name}: expected {bound} or more, found {value}")
 
 
+def require_positive(config: Any, *names: str, most: float = math.inf) -> None:
+    """Refuse settings that are not above 0, or are above `most`; those that are None are open."""
+    bound = "" if most == math.inf else f" and at most {most:g}"
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or 0 < value <= most, f"{name}: expected more than 0{bound}, found {value}")
+
+
 def require_hook(hook: str | None, setting: str = "hook") -> None:
     require(hook is None or hook in HOOKS, f"{setting}: there is no hook {hook!r}{nearest(str(hook), HOOKS)}")
 
@@ -48,6 +58,21 @@ def require_width(width: int) -> None:
 def require_sparsity(k: float, width: int) -> None:
     require_width(width)
     require(0 < k <= width, f"k: expected more than 0 and at most width = {width}, found {k}")
+
+
+def ends_of(name: str, fractions: tuple[float, ...], width: int) -> tuple[int, ...]:
+    """Where each part of a dictionary ends, by the setting of this name that gives the ends as shares of it."""
+    ends = tuple(round(fraction * width) for fraction in fractions)
+    rising = all(low < high for low, high in pairwise((0, *ends)))
+    require(rising and ends[-1:] == (width,), f"{name}: expected shares whose ends rise to {width}, found {ends}")
+    return ends
+
+
+def write_hook(hook: str, to_hook: str | None) -> str:
+    """What of its target a transcoder writes: as it says, else what the MLP writes where it reads what that reads."""
+    require_hook(hook)
+    require_hook(to_hook, "to_hook")
+    return to_hook or ("mlp_out" if hook == "mlp_in" else hook)
 
 
 def scaled_lr(lr_at_16k: float, width: int, d_model: int) -> float:

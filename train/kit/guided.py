@@ -23,7 +23,7 @@ from ..sae.attention.links import require_head
 from ..sae.attention.mixing import Mixing
 from ..sae.attention.reading import MIXING, TEMPERATURE, Attention, Noted
 from ..terms.attention import Consistency, Guidance, Objective
-from .build import require, require_least
+from .build import require, require_least, require_positive
 from .wrapping import Wrapping, base_needs, build_base
 
 ENCODER_SEEDS = 2**40  # far from those of the bases
@@ -119,7 +119,7 @@ def anneal(start: float | None, end: float, steps: int) -> Schedule:
 
 def _require_settings(config: Guided) -> None:
     require_least(config, alpha=0, negatives=0, rank=1)
-    require(config.temperature > 0, f"temperature: expected more than 0, found {config.temperature}")
+    require_positive(config, "temperature")
     require(0 <= config.min_mass < 1, f"min_mass: expected 0 or more and less than 1, found {config.min_mass}")
     is_one_control = config.links == "attention" or not config.shuffle_attention
     require(is_one_control, f"links={config.links} and shuffle_attention are two controls: set one of them")

@@ -21,7 +21,7 @@ from ..sae.step_view import View
 from ..terms.auxk import AuxK
 from ..terms.constraints import UnitDecoder
 from ..terms.reconstruction import reconstruction
-from .build import require, require_hook, stats_or_unit, topk_optim
+from .build import require, require_hook, require_least, stats_or_unit, topk_optim
 from .contract import Variant
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class WithPenalty:
     """Share of the run over which the penalty rises from zero."""
 
     def penalise(self, name: str, fn: Callable[[View], Tensor]) -> Term:
-        require(self.penalty >= 0, f"penalty: expected 0 or more, found {self.penalty}")
+        require_least(self, penalty=0)
         return Term(name, fn, Ramp(0.0, self.penalty, end_fraction=self.penalty_warmup_fraction))
 
 

@@ -11,7 +11,7 @@ from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly
-from ..kit.build import require_hook, require_layers, require_sparsity
+from ..kit.build import require_layers, require_sparsity, write_hook
 from ..kit.cross_layer import build_cross_layer
 from ..kit.single_layer import Dictionary, WithAux, settings
 from ..sae.gates import BatchTopK
@@ -30,9 +30,7 @@ class Config(WithAux, Dictionary):
 
     def needs(self) -> Needs:
         require_layers(self.layers, rising=True)
-        require_hook(self.hook)
-        require_hook(self.to_hook, "to_hook")
-        to_hook = self.to_hook or ("mlp_out" if self.hook == "mlp_in" else self.hook)
+        to_hook = write_hook(self.hook, self.to_hook)
         is_elsewhere = to_hook != self.hook
         return Needs(self.layers, self.layers if is_elsewhere else None, hook=self.hook, to_hook=to_hook)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly
-from ..kit.build import require
+from ..kit.build import require, require_least, require_positive
 from ..kit.guided import Guided, anneal, build_guided, request_guided
 from ..sae.attention.mixing import Mixing
 from ..terms.attention import Objective
@@ -63,9 +63,5 @@ class Config(Guided):
         require(
             ablated < offsets, f"ablated: expected some of {list(self.offsets)}, not all, found {list(self.ablated)}"
         )
-        require(self.beta >= 0, f"beta: expected 0 or more, found {self.beta}")
-        for name in ("mixing_temperature", "mixing_temperature_start"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name}: expected more than 0, found {value}")
-        steps = self.mixing_temperature_steps
-        require(steps > 0, f"mixing_temperature_steps: expected more than 0, found {steps}")
+        require_least(self, beta=0)
+        require_positive(self, "mixing_temperature", "mixing_temperature_start", "mixing_temperature_steps")

@@ -12,7 +12,7 @@ from typing import Literal
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Constant, Ramp
-from ..kit.build import relu_optim, require, require_least, require_sparsity
+from ..kit.build import relu_optim, require_least, require_positive, require_sparsity
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithPenalty, build_plain, settings
 from ..sae.gates import JumpRelu
 from ..terms.constraints import NonNegativeThreshold, UnitDecoder
@@ -45,11 +45,10 @@ class Config(WithPenalty, SingleLayer):
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_sparsity(self.target_l0, self.width)
-        require(self.bandwidth > 0, f"bandwidth: expected a positive number, found {self.bandwidth}")
-        gate = JumpRelu(self.width, self.initial_threshold, self.bandwidth, d_model**0.5, self.target_l0)
-        require(self.sharpness > 0, f"sharpness: expected a positive number, found {self.sharpness}")
-        require(0 < self.common_share <= 1, f"common_share: expected more than 0 to 1, found {self.common_share}")
+        require_positive(self, "bandwidth", "sharpness")
+        require_positive(self, "common_share", most=1)
         require_least(self, frequency_penalty=0)
+        gate = JumpRelu(self.width, self.initial_threshold, self.bandwidth, d_model**0.5, self.target_l0)
         is_tanh = self.sparsity == "tanh"
         l0 = TanhL0(self.target_l0, self.sharpness) if is_tanh else TargetL0(self.target_l0)
         terms = [

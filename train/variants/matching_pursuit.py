@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.scaling import Stats
 from ..engine.compose import Assembly
-from ..kit.build import TOPK_DEAD_PART, require, require_sparsity, topk_optim
+from ..kit.build import TOPK_DEAD_PART, require_least, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
 from ..sae.gates import TopK
 from ..sae.kernels.codes import Codes
@@ -63,7 +63,7 @@ class Config(WithAux, SingleLayer):
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)
-        require(self.rounds >= 1, f"rounds: expected 1 or more, found {self.rounds}")
+        require_least(self, rounds=1)
         rounds, optim = min(self.rounds, self.k), topk_optim(self.optim, self.width, d_model)
         assembly = build_plain(self, d_model, stats, TopK(self.k), (RECONSTRUCTION, self.aux(d_model)), optim)
         sae = Pursuit(**assembly.sae.parts())

@@ -5,40 +5,26 @@ from __future__ import annotations
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Constant
-from ..kit.build import TOPK_DEAD_PART, require, require_sparsity, topk_optim
-from ..kit.single_layer import SingleLayer, WithAux, build_plain, settings
+from ..kit.build import ends_of, require, require_sparsity, topk_optim
+from ..kit.single_layer import build_plain, settings
 from ..sae.gates import BatchTopK
-from ..sae.model import EncoderProduct
 from ..terms.reconstruction import NestedReconstruction
+from . import batchtopk
 
 
 @settings(
     "layer width k prefix_fractions prefix_weights seed aux_weight aux_k threshold_decay dead_after_tokens "
     "decoder_bias encoder_product optim"
 )
-class Config(WithAux, SingleLayer):
-    k: float = 64.0
-    """Mean number of active latents per token."""
+class Config(batchtopk.Config):
     prefix_fractions: tuple[float, ...] = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
     """Shares of the dictionary that reconstruct on their own, rising to 1."""
     prefix_weights: tuple[float, ...] | None = None
     """Of each prefix's reconstruction loss; None: one each."""
-    threshold_decay: float = 0.99
-    """Of the running mean of the smallest kept activation."""
-    encoder_product: EncoderProduct = "bfloat16"
-
-    def dead_part(self) -> int:
-        return TOPK_DEAD_PART
 
     def prefixes(self) -> tuple[int, ...]:
         """The widths of the nested dictionaries."""
-        widths = tuple(round(fraction * self.width) for fraction in self.prefix_fractions)
-        rising = all(low < high for low, high in zip((0, *widths), widths, strict=False))
-        require(
-            rising and widths[-1:] == (self.width,),
-            f"prefix_fractions: expected distinct widths that rise to {self.width}, found {widths}",
-        )
-        return widths
+        return ends_of("prefix_fractions", self.prefix_fractions, self.width)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)

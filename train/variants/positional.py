@@ -20,7 +20,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Product, Ramp, SigmoidRamp
-from ..kit.build import require, require_least
+from ..kit.build import require, require_least, require_positive
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.model import SparseAutoencoder
 from ..sae.shapes.masks import (
@@ -178,12 +178,10 @@ class Config(Windowed):
 
     def _require_valid(self) -> None:
         require(0 < self.ranges <= self.width, f"ranges: expected 1 to width = {self.width}, found {self.ranges}")
-        for name in ("masked_share", "range_encoder_share"):
-            require(0 < getattr(self, name) <= 1, f"{name}: expected more than 0 and at most 1")
-        require(self.sigma is None or self.sigma > 0, f"sigma: expected a positive number, found {self.sigma}")
+        require_positive(self, "masked_share", "range_encoder_share", most=1)
+        require_positive(self, "sigma", "adapted_rate")
         require(0 <= self.mask_cutoff < 1, f"mask_cutoff: expected 0 to 1, found {self.mask_cutoff}")
         require_least(self, adapter_hidden=1, unadapted_penalty=0)
-        require(self.adapted_rate > 0, f"adapted_rate: expected more than 0, found {self.adapted_rate}")
         for name in ("progressive", "adapter_from"):
             span = getattr(self, name)
             require(

@@ -15,7 +15,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Schedule, Switch
-from ..kit.build import require, require_least
+from ..kit.build import require, require_least, require_positive
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.shapes.position_gate import PositionGate
 from ..sae.shapes.shaped import ShapedAutoencoder
@@ -150,9 +150,8 @@ class Config(Windowed):
         require(sum(self.group_shares) <= 1, f"group_shares: expected at most 1 together, found {self.group_shares}")
         require_least(self, idle_steps=0, warmup_steps=0, reconstruction_boost=0, variance_floor=0, prune_share=0)
         require_least(self, gradient_noise=0, prune_every_steps=1, gate_rank=1, progressive_window=1)
-        require(0 < self.buffer_mixing <= 1, f"buffer_mixing: expected more than 0 to 1, found {self.buffer_mixing}")
+        require_positive(self, "buffer_mixing", most=1)
+        require_positive(self, "half_life_fraction")
         mixes = self.buffer_mixing < 1 or self.buffer_std == 0
         require(mixes, "buffer_std: expected a buffer_mixing under 1, found the past token alone")
         require_least(self, buffer_std=0)
-        half_life = self.half_life_fraction
-        require(half_life is None or half_life > 0, f"half_life_fraction: expected more than 0, found {half_life}")

@@ -17,7 +17,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly
 from ..engine.optim import Optim
-from ..kit.build import require, require_hook, require_sparsity, stats_or_unit
+from ..kit.build import require, require_sparsity, stats_or_unit, write_hook
 from ..kit.contract import Variant
 from ..kit.single_layer import WithAux, assemble_mapping, settings
 from ..sae.gates import BatchTopK, TopK
@@ -44,9 +44,7 @@ class Config(WithAux, Variant):
     """`batchtopk`: k is a mean, and the saved SAE has a jump threshold, which other tools have a form for."""
 
     def needs(self) -> Needs:
-        require_hook(self.hook)
-        require_hook(self.to_hook, "to_hook")
-        to_hook = self.to_hook or ("mlp_out" if self.hook == "mlp_in" else self.hook)
+        to_hook = write_hook(self.hook, self.to_hook)
         to_layer = self.to_layer
         if to_layer is None:
             to_layer = RESID_TO_LAYER if to_hook == self.hook else self.layer

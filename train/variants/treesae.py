@@ -23,7 +23,7 @@ from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Constant
 from ..errors import SaeInvalid
-from ..kit.build import TOPK_DEAD_PART, require, require_sparsity, topk_optim
+from ..kit.build import TOPK_DEAD_PART, ends_of, require, require_positive, require_sparsity, topk_optim
 from ..kit.single_layer import SingleLayer, WithAux, build_plain, settings
 from ..sae.extra_modules import Extra
 from ..sae.gates import TopK
@@ -189,13 +189,7 @@ class Config(WithAux, SingleLayer):
         return TOPK_DEAD_PART
 
     def ends(self) -> tuple[int, ...]:
-        ends = tuple(round(fraction * self.width) for fraction in self.layer_fractions)
-        rising = all(low < high for low, high in pairwise((0, *ends)))
-        require(
-            rising and ends[-1:] == (self.width,),
-            f"layer_fractions: expected distinct ends that rise to {self.width}, found {ends}",
-        )
-        return ends
+        return ends_of("layer_fractions", self.layer_fractions, self.width)
 
     def counts(self) -> tuple[int, ...]:
         """Active latents of each layer, k together."""
@@ -211,9 +205,7 @@ class Config(WithAux, SingleLayer):
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)
-        for name in ("move_every_fraction", "move_until_fraction"):
-            value = getattr(self, name)
-            require(0 < value <= 1, f"{name}: expected more than 0 and at most 1, found {value}")
+        require_positive(self, "move_every_fraction", "move_until_fraction", most=1)
         ends, counts = self.ends(), self.counts()
         nested = NestedReconstruction(ends, (1.0,) * len(ends))
         terms = (Term("reconstruction", nested, Constant(1.0), nested.residual), self.aux(d_model))

@@ -17,7 +17,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.compose import Assembly, Term
 from ..engine.schedules import Constant
-from ..kit.build import require, require_least
+from ..kit.build import require_least, require_positive
 from ..kit.single_layer import settings
 from ..sae.step_view import View
 from ..terms.temporal import part_of, past_rows
@@ -61,6 +61,6 @@ class Config(matryoshka.Config):
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_least(self, contrast_weight=0)
-        require(self.temperature > 0, f"temperature: expected more than 0, found {self.temperature}")
+        require_positive(self, "temperature")
         contrast = Term("contrast", Contrast(self.prefixes()[0], self.temperature), Constant(self.contrast_weight))
         return super().build(d_model, stats).with_terms(contrast)
