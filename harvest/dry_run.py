@@ -156,12 +156,13 @@ def _rest_of(plan: Plan, files: Files) -> tuple[Work, np.ndarray]:
 def _first_windows(plan: Plan, corpus: Corpus) -> np.ndarray:
     """Enough windows of the corpus for one batch, or as many as it quickly gives."""
     packer = Packer(plan.config.context, plan.encoder.bos_token, plan.config.packing)
-    documents = islice(corpus.documents(), TRIAL_DOCUMENTS)
+    documents, read = islice(corpus.documents(), TRIAL_DOCUMENTS), 0
     while texts := list(islice(documents, DOCUMENTS_AT_ONCE)):
+        read += len(texts)
         windows = packer.pack(plan.encoder.encode(texts), [0] * len(texts))
         if len(windows):
             return windows.tokens[: plan.windows_per_batch]
     raise CorpusEmpty(
-        f"the first {TRIAL_DOCUMENTS:,} documents of {corpus.id} fill no window of {plan.config.context} tokens. "
+        f"the first {read:,} documents of {corpus.id} fill no window of {plan.config.context} tokens. "
         "Give more text, or a smaller --context"
     )

@@ -221,6 +221,12 @@ def test_bad_text_gets_one_line(type_: Type, tmp_path, content, line):
     assert result.output.splitlines()[-1].startswith(line)
 
 
+def test_a_dry_run_counts_the_documents_that_there_are(type_: Type, tmp_path):
+    (tmp_path / "text.txt").write_text("one\n\ntwo")
+    result = type_(f"--dataset={tmp_path / 'text.txt'}", "--dry-run")
+    assert result.exit_code == 1 and "the first 2 documents of" in result.output
+
+
 def test_a_file_of_another_user_gets_one_line(type_: Type, text_file, monkeypatch):
     def refuse(path: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
