@@ -6,6 +6,7 @@ import ast
 import builtins
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -231,6 +232,37 @@ def test_imports_inside_the_package_are_relative():
         if (isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "saemill")
         or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "saemill" for alias in node.names))
     ]
+    assert not wrong
+
+
+NOTED = {"notes"}  # of a step's view: what its terms say for the log
+FILLS = {"add", "append", "clear", "extend", "pop", "setdefault", "update"}
+
+
+def test_no_frozen_record_is_filled_after_it_was_made():
+    """What says that it does not change is read so: containers of such a record are whole when it is made."""
+    wrong = []
+    for file in (file for room in ROOMS for file in sources(room)):
+        tree = ast.parse(file.read_text())
+        records = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        frozen = [one for one in records if any("frozen=True" in ast.unparse(mark) for mark in one.decorator_list)]
+        fields = [part for one in frozen for part in one.body if isinstance(part, ast.AnnAssign)]
+        held = {
+            ast.unparse(part.target)
+            for part in fields
+            if re.search(r"\b(dict|list|set)\[", ast.unparse(part.annotation))
+        }
+        for node in ast.walk(tree):
+            into: list[ast.expr] = []
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+                into = [node.value]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FILLS:
+                into = [node.func.value]
+            wrong += [
+                f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(one)}"
+                for one in into
+                if isinstance(one, ast.Attribute) and one.attr in held - NOTED
+            ]
     assert not wrong
 
 

@@ -49,7 +49,7 @@ class Config:
     """SAEBench's default is 1, 2, 5; every further k moves all draws after it."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Progress:
     """How far the steps have come for one SAE."""
 
