@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,25 @@ def test_a_part_of_the_device_benchmark_that_is_too_late_costs_no_number(bench, 
     (row,) = json.loads((out / "some-card.json").read_text())["rows"]
     assert (row["median"], row["rounds"], row["part"], row["commit"]) == (2.0, [1.0, 3.0, 2.0], "steps", "abc")
     assert "TOO LATE" in (out / "table.txt").read_text()
+
+
+def test_a_job_of_the_small_path_fails_alone_and_says_why(bench, tmp_path, capsys):
+    small = bench("small")
+
+    def fail():
+        print("the first line")
+        raise ValueError("a device of another kind")
+
+    jobs = small.Jobs(tmp_path / "logs", time.monotonic() + 100, None)
+    good = [small.Job(name, 50, lambda name=name: print(f"{name} is done")) for name in ("one", "two")]
+    assert jobs.run(*good) and not jobs.run(small.Job("bad", 50, fail), small.Job("told", 50, print, lambda: "a note"))
+    jobs.deadline = 0.0
+    assert not jobs.run(good[0])
+    assert (jobs.done, jobs.failed) == (3, ["bad", "one"])
+    said = capsys.readouterr().out
+    for part in ("one is done", "two is done", "a note", "| the first line", "| ValueError: a device of another kind"):
+        assert part in said
+    assert "FAILED 1" in said and "no time left" in said
 
 
 def test_clocks_are_those_of_the_time_when_a_number_was_measured(bench):

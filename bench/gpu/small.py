@@ -1,8 +1,9 @@
-"""The whole path at a small size on one device: harvest, verify, train every variant, evaluate; and against the CPU.
+"""The whole path at a small size on one device: harvest, verify, train, evaluate; against the CPU; all other variants.
 
 One process imports everything once; each job is a fork of it with a limit of its own, so that a job that fails,
 hangs or breaks the device's context is reported and the next one begins. Nothing here touches CUDA before a fork;
 where a fork has no CUDA all the same (some import asked for the device), each job is a fresh process instead.
+Jobs that do not wait for each other run several at a time: a small run is all start, and none is timed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,74 +33,100 @@ METRICS = (  # of core, which the device and the CPU must agree on
     "model_behavior_preservation.kl_div_score",
 )
 FAR = 0.02  # how far they may be apart, as a share: bfloat16 passes, another order of sums
-child = 0
+AT_ONCE = min(6, max(1, (os.cpu_count() or 1) // 2))
+LAST_LINES = 14  # shown of a job that failed
+children: set[int] = set()
 
 
-def stop_child(*_: object) -> None:
-    if child:
+def stop_children(*_: object) -> None:
+    for child in children:
         os.killpg(child, signal.SIGKILL)
     sys.exit(143)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to do, with a limit in seconds, and what to say of it once it is done."""
+
+    name: str
+    limit: float
+    do: Callable[[], object]
+    note: Callable[[], str] | None = None  # without one: the last line that it wrote
 
 
 class Jobs:
     """Runs them, keeps what came out."""
 
-    def __init__(self, log: Path, deadline: float, only: str | None) -> None:
-        self.log, self.deadline, self.only, self.spawns = log, deadline, only, False
+    def __init__(self, logs: Path, deadline: float, only: str | None) -> None:
+        self.logs, self.deadline, self.only, self.spawns = logs, deadline, only, False
         self.failed: list[str] = []
         self.done = 0
+        logs.mkdir(exist_ok=True)
 
-    def run(self, name: str, limit: float, job: Callable[[], object], note: Callable[[], str] = lambda: "") -> bool:
-        global child
+    def run(self, *jobs: Job) -> bool:
+        """Side by side; whether all of them came to an end."""
         if self.only is not None:  # this process is one job, and goes through the others without a word
-            if name == self.only:
-                job()
-                sys.exit(0)
+            for job in jobs:
+                if job.name == self.only:
+                    job.do()
+                    sys.exit(0)
             return True
-        limit = min(limit, self.deadline - time.monotonic())
-        if limit < 3:
-            return self.keep(name, "skipped", 0.0, "no time left")
-        mark, start = self.log.stat().st_size if self.log.exists() else 0, time.monotonic()
+        waiting, running, all_ok = list(jobs), {}, True
+        while waiting or running:
+            while waiting and len(running) < AT_ONCE:
+                job, start = waiting.pop(0), time.monotonic()
+                limit = min(job.limit, self.deadline - start)
+                if limit < 3:
+                    all_ok = self.keep(job.name, "skipped", 0.0, "no time left")
+                else:
+                    running[self._begin(job)] = job, start, start + limit
+            for child, (job, start, until) in list(running.items()):
+                done, status = os.waitpid(child, os.WNOHANG)
+                if not done and time.monotonic() < until:
+                    continue
+                if not done:
+                    os.killpg(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                children.discard(child)
+                del running[child]
+                all_ok &= self._end(job, time.monotonic() - start, status if done else None)
+            time.sleep(0.02)
+        return all_ok
+
+    def _begin(self, job: Job) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # threads of libraries stand still here
             child = os.fork()
         if child == 0:
-            self._in_child(name, job)
-        status = self._wait(start + limit)
-        seconds, child = time.monotonic() - start, 0
-        if status is None:
-            return self.keep(name, "TIMEOUT", seconds, self.last(mark))
+            self._in_child(job)
+        children.add(child)
+        return child
+
+    def _end(self, job: Job, seconds: float, status: int | None) -> bool:
+        """Tell of it; a status of None is that of a job that was killed for its time."""
         if status != 0:
-            return self.keep(name, f"FAILED {os.waitstatus_to_exitcode(status)}", seconds, self.last(mark))
+            said = "TIMEOUT" if status is None else f"FAILED {os.waitstatus_to_exitcode(status)}"
+            self.keep(job.name, said, seconds, self.last(job.name)[-1])
+            print("\n".join(f"    | {line}" for line in self.last(job.name)), flush=True)
+            return False
         try:
-            said = note()
+            said = self.last(job.name)[-1] if job.note is None else job.note()
         except Exception as error:  # noqa: BLE001  # a note is not the job
             said = f"({type(error).__name__}: {error})"
-        return self.keep(name, "ok", seconds, said)
+        return self.keep(job.name, "ok", seconds, said)
 
-    def _wait(self, until: float) -> int | None:
-        """The child's status; None where it was killed for its time."""
-        while time.monotonic() < until:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return status
-            time.sleep(0.02)
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return None
-
-    def _in_child(self, name: str, job: Callable[[], object]) -> None:
+    def _in_child(self, job: Job) -> None:
         """Never returns."""
         os.setpgid(0, 0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(self._log(job.name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2)
-        print(f"\n===== {name}", flush=True)
+        sys.stdout = sys.stderr = os.fdopen(file, "w", 1)
         if self.spawns:
-            os.execv(sys.executable, [sys.executable, *sys.argv, "--job", name])
+            os.execv(sys.executable, [sys.executable, *sys.argv, "--job", job.name])
         code = 0
         try:
-            job()
+            job.do()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         except BaseException:  # noqa: BLE001  # a fork must not go on with its parent's work
@@ -107,9 +135,14 @@ class Jobs:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
 
-    def last(self, mark: int) -> str:
-        lines = [line for line in self.log.read_bytes()[mark:].decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1].strip()[:200] if lines else ""
+    def _log(self, name: str) -> Path:
+        return self.logs / f"{name.replace(' ', '_')}.log"
+
+    def last(self, name: str) -> list[str]:
+        """Of what a job wrote."""
+        written = self._log(name).read_text(errors="replace") if self._log(name).exists() else ""
+        lines = [line.strip()[:200] for line in written.splitlines() if line.strip()]
+        return lines[-LAST_LINES:] or [""]
 
     def keep(self, name: str, status: str, seconds: float, note: str) -> bool:
         keep({"what": f"whole path, small: {name}", "who": status, "seconds": round(seconds, 2), "note": note})
@@ -208,11 +241,10 @@ def evaluate_on_both(jobs: Jobs, sae_eval: Any, runs: Path, work: Path, device: 
         shutil.rmtree(evaluations, ignore_errors=True)
         return call(sae_eval, *names, "--runs", copies, "--device", "cpu", *words)()
 
-    here = jobs.run("core evaluation", 60, call(sae_eval, *names, "--runs", runs, "--device", device, *words))
-    there = jobs.run("core on the cpu", 60, on_cpu)
+    here = jobs.run(Job("core evaluation", 60, call(sae_eval, *names, "--runs", runs, "--device", device, *words)))
+    there = jobs.run(Job("core on the cpu", 60, on_cpu))
     if here and there:
-        mark = jobs.log.stat().st_size if jobs.log.exists() else 0
-        jobs.run("evaluations agree", 30, lambda: compare_core(runs, copies, names), lambda: jobs.last(mark))
+        jobs.run(Job("evaluations agree", 30, lambda: compare_core(runs, copies, names)))
 
 
 def harvest_on_both(jobs: Jobs, sae_harvest: Any, work: Path, device: str, small: bool) -> None:
@@ -222,13 +254,12 @@ def harvest_on_both(jobs: Jobs, sae_harvest: Any, work: Path, device: str, small
     if device == "cpu":
         places = {"cpu": work / "exact_cpu", "auto": work / "exact_device"}
     made = [
-        jobs.run(f"harvest float32 {at}", 60, call(sae_harvest, *words, "--device", at, "--out", out))
+        Job(f"harvest float32 {at}", 60, call(sae_harvest, *words, "--device", at, "--out", out))
         for at, out in places.items()
     ]
-    if all(made):
-        mark = jobs.log.stat().st_size if jobs.log.exists() else 0
+    if jobs.run(*made):
         compare = lambda: compare_stores(work / "exact_device", work / "exact_cpu", 19)  # noqa: E731
-        jobs.run("harvests agree", 30, compare, lambda: jobs.last(mark))
+        jobs.run(Job("harvests agree", 30, compare))
 
 
 def main() -> None:
@@ -240,10 +271,10 @@ def main() -> None:
     parse.add_argument("--spawn", action="store_true", help="A fresh process for each job in any case.")
     parse.add_argument("--job", help="For this script's own use.")
     asked = parse.parse_args()
-    signal.signal(signal.SIGTERM, stop_child)
+    signal.signal(signal.SIGTERM, stop_children)
     start = time.monotonic()
     asked.work.mkdir(parents=True, exist_ok=True)
-    jobs = Jobs(asked.work / "jobs.log", start + asked.limit, asked.job)
+    jobs = Jobs(asked.work / "jobs", start + asked.limit, asked.job)
     device, work, small = asked.device, asked.work, asked.small
     tokens, batch, width = ("40k", 4096, 128) if small else ("200k", 2048, 1024)
     store, runs, by_cpu = work / "store", work / "runs", work / "runs_cpu"
@@ -258,14 +289,14 @@ def main() -> None:
     from saemill.train.cli import main as sae_train
     from saemill.train.kit import registry
 
-    names = sorted(registry.names(), key=lambda name: (name not in EVALUATED, name not in ON_BOTH))
-    for name in names:
+    first = list(dict.fromkeys((*ON_BOTH, *EVALUATED)))
+    others = [name for name in sorted(registry.names()) if name not in first]
+    for name in registry.names():
         registry.module(name)
     if asked.job is None:
         jobs.keep("imports", "ok", time.monotonic() - start, f"torch {torch.__version__}")
-        jobs.spawns = asked.spawn or not jobs.run(
-            "device in a fork", 40, lambda: print(torch.zeros(1, device=device).add(1)), lambda: "and no other process"
-        )
+        on_device = Job("device in a fork", 40, lambda: print(torch.zeros(1, device=device).add(1)))
+        jobs.spawns = asked.spawn or not jobs.run(on_device)
 
     def train(name: str, where: str, out: Path) -> Callable[[], object]:
         words = ["--variant", name, "--cache", store, "--out", out, "--name", name, "--width", width]
@@ -273,21 +304,34 @@ def main() -> None:
         return call(sae_train, *words)
 
     def train_on_cpu(name: str) -> object:
-        torch.set_num_threads(4)  # the CPU's turns must not take all cores for long
+        torch.set_num_threads(2)  # several at a time must not take all cores for long
         return train(name, "cpu", by_cpu)()
+
+    def trained(names: list[str]) -> list[Job]:
+        return [
+            Job(f"train {name}", 40, train(name, device, runs), lambda name=name: describe(runs, name))
+            for name in names
+        ]
 
     words = ["--model", "pocket", "--layer", 19, "--resid-layers", "-2..+1", "--tokens", tokens, "--device", device]
     note = lambda: f"{tokens} tokens of the pocket model, bfloat16"  # noqa: E731
-    if jobs.run("harvest", 90, call(sae_harvest, *words, "--out", store), note):
-        jobs.run("verify", 30, call(sae_store, "verify", store))
-        for name in names:
-            jobs.run(f"train {name}", 40, train(name, device, runs), lambda name=name: describe(runs, name))
+    if jobs.run(Job("harvest", 90, call(sae_harvest, *words, "--out", store), note)):
+        jobs.run(Job("verify", 30, call(sae_store, "verify", store)), *trained(first))
         evaluate_on_both(jobs, sae_eval, runs, work, device, small)
+        jobs.run(*trained(others))
     harvest_on_both(jobs, sae_harvest, work, device, small)
-    for name in ON_BOTH[: 1 if small else None]:
-        if asked.job is not None or (runs / name / "result.json").exists():
-            note = lambda name=name: compare_runs(runs, by_cpu, name)  # noqa: E731
-            jobs.run(f"{name} on the cpu", 30, lambda name=name: train_on_cpu(name), note)
+    jobs.run(
+        *(
+            Job(
+                f"{name} on the cpu",
+                40,
+                lambda name=name: train_on_cpu(name),
+                lambda name=name: compare_runs(runs, by_cpu, name),
+            )
+            for name in ON_BOTH[: 1 if small else None]
+            if asked.job is not None or (runs / name / "result.json").exists()
+        )
+    )
     tell(
         f"{jobs.done} of {jobs.done + len(jobs.failed)} jobs ok"
         + f"; not: {', '.join(jobs.failed)}" * bool(jobs.failed)

@@ -18,6 +18,7 @@ from saemill.train.sae.step_view import View
 D, F, B = 8, 20, 8
 LOOK_EVERY = 4  # in these tests: interpreted steps take a second
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.either
 
 
 @pytest.fixture(autouse=True)

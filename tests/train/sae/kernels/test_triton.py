@@ -11,6 +11,7 @@ from saemill.train.sae.kernels.support import Support, support_from_topk
 from saemill.train.sae.kernels.triton import bags, rows, select_latents
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.either
 
 
 @pytest.fixture
@@ -186,4 +187,4 @@ def test_only_a_gpu_is_served_by_these_kernels(monkeypatch):
     """On a CPU they are interpreted, thousands of times slower: a test must ask for it."""
     assert not hardware.runs_triton(torch.zeros(1))
     monkeypatch.setattr(hardware, "SERVED", {"cuda", "cpu"})
-    assert hardware.runs_triton(torch.zeros(1))
+    assert hardware.runs_triton(torch.zeros(1, device=DEVICE))
