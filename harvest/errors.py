@@ -18,6 +18,7 @@ HarvestError
 ├── NetworkLost             the connection was lost too often in a row
 ├── TokenizerUnsuitable     a tokenizer without BOS, or without its fast form
 ├── TokensMissing           the worker that writes the tokens never did
+├── DeviceFull              the device has no memory left for the model, or for a batch
 └── ModelDiffers            another model than the one that a store was begun with
 """
 
@@ -96,3 +97,7 @@ class TokensMissing(HarvestError, TimeoutError):
 
 class ModelDiffers(HarvestError, ValueError):
     """The model at hand is not the one that the store was begun with."""
+
+
+class DeviceFull(HarvestError, MemoryError):
+    """The device has no memory left for the model, or for a batch of windows."""

@@ -25,11 +25,15 @@ from ..cache_schema.dtypes import STORED_AS
 from ..cache_schema.moments import merge
 from ..cache_schema.sites import Site
 from .capture import Captured, capture
-from .model.load import TruncatedModel
+from .model.load import TruncatedModel, memory_of
 from .sparsify_attention import to_csr
 from .stats import is_special, measure
 
 Report = Callable[[CommitRecord], None]
+SMALLER_BATCH = (
+    "Begin the store anew with a smaller --batch-windows, which it keeps because batches decide the last digits; "
+    "or let whoever else computes there end, and run this again"
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[i
                 if not stack.enter_context(writer.claim(shard)):
                     elsewhere.append(shard)
                     continue
-                content = compute_shard(harvester, *store.beginning(shard))
+                with memory_of(harvester.device, f"batches of {harvester.batch_windows} windows", SMALLER_BATCH):
+                    content = compute_shard(harvester, *store.beginning(shard))
                 if writing is not None:
                     writing.result()
                 writing = background.submit(_write, writer, harvester, shard, content, stack.pop_all(), report)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...cache_schema.sites import RESID, Site
-from ..errors import ContextTooLong, LayerOutOfRange, ModelUnavailable, SettingInvalid, WeightsIncomplete
+from ..errors import ContextTooLong, DeviceFull, LayerOutOfRange, ModelUnavailable, SettingInvalid, WeightsIncomplete
 from .architectures import Tap, architecture_of, cut, require_parts
 from .attention import ATTENTION, register_attention
 
@@ -144,7 +144,18 @@ def load_model(
     facts = ModelFacts.of(config)
     wanted.validate(facts)
     stack = _load_stack(folder, _shortened(config, wanted.num_layers), dtype)
-    return _truncated(stack.to(device), facts, wanted)
+    with memory_of(device, "the model", "Choose another --device, or layers further down: those above are not loaded"):
+        return _truncated(stack.to(device), facts, wanted)
+
+
+@contextmanager
+def memory_of(device: str | torch.device, what: str, remedy: str) -> Iterator[None]:
+    """A device that has none left says what was asked and what was free, in the allocator's first sentences."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = ". ".join(str(error).split(". ")[:3])
+        raise DeviceFull(f"{device} has no memory left for {what} ({said}). {remedy}") from None
 
 
 def make_random(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from saemill.cache_schema import Store
@@ -21,6 +22,7 @@ from saemill.cache_schema.files import LocalFiles
 from saemill.cache_schema.verify import digest
 from saemill.harvest import run, shards
 from saemill.harvest.cli import main
+from saemill.harvest.model import load
 from saemill.harvest.model.resolve import Choice
 
 Type = Callable[..., Result]
@@ -260,6 +262,25 @@ def test_ctrl_c_says_what_is_safe(type_: Type, monkeypatch):
     assert result.exit_code == 130
     assert "3 of 8 shards are committed; the same command continues" in result.output
     monkeypatch.undo()
+    assert type_().exit_code == 0
+
+
+def test_a_device_without_memory_says_what_was_asked_and_what_to_turn(type_: Type, monkeypatch):
+    def allocate(*_: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which "
+            "1.06 GiB is free. Including non-PyTorch memory, this process has 78.12 GiB memory in use."
+        )
+
+    for module, name, asked in (
+        (shards, "capture", "batches of 16 windows"),
+        (load, "_truncated", "the model"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, allocate)
+            result = type_()
+        assert result.exit_code == 1 and f"DeviceFull: cpu has no memory left for {asked} (CUDA" in result.output
+        assert "Tried to allocate 2.00 GiB" in result.output and "1.06 GiB is free" in result.output
     assert type_().exit_code == 0
 
 
