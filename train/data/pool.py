@@ -66,6 +66,7 @@ class Pool:
             self._stages.put(Stage(manifest, request, device))
         self._stream = torch.cuda.Stream(device) if is_gpu else None
         self._drawn = torch.cuda.Event() if is_gpu else None
+        self.release()  # what had this memory before may still be read by what the GPU was asked for
 
     def fill(self, pieces: Sequence[Span], readers: Executor) -> Block:
         """Read a block; returns when all of it is in place."""
