@@ -41,6 +41,7 @@ STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard trai
 STDLIB_PROBES := $(foreach eval,sparse_probing scr tpp,--eval-set $(eval).data=stdlib)
 # The plan of docs/studies/questions.md.
 DECIDE_COURSE := $(if $(filter smollm2,$(MODEL)),--epochs 2 --width 1152)
+DECIDE_MEASURED := $(if $(filter smollm2,$(MODEL)),--eval-set core.n_eval_reconstruction_batches=4 --eval-set tiers.trace_windows=0)
 DECIDE_TOKENS := $(or $(TOKENS),$(if $(filter smollm2,$(MODEL)),1200k))
 STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set browser.windows=256
 
@@ -130,7 +131,7 @@ decide: env $(if $(filter smollm2,$(MODEL)),smollm2) ## the runs that decide the
 	  $(if $(DATASET),--dataset $(DATASET)) $(if $(DECIDE_TOKENS),--tokens $(DECIDE_TOKENS))
 	@printf '%s\n' $(STUDY_NAMES) | OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
 	  'echo "{}: see $(DECISIONS)/{}.log"; $(BIN)/sae-study {} --only decisive --cache $(DECISIONS)/store \
-	  --out $(DECISIONS) --with-baselines --set data.batch_tokens=2048 $(DECIDE_COURSE) $(STDLIB_PROBES) \
+	  --out $(DECISIONS) --with-baselines --set data.batch_tokens=1024 $(DECIDE_COURSE) $(STDLIB_PROBES) $(DECIDE_MEASURED) \
 	  > $(DECISIONS)/{}.log 2>&1 || { tail -n 5 $(DECISIONS)/{}.log; exit 1; }'
 
 bench: bench-store bench-harvest bench-train bench-quality bench-eval bench-browser ## every benchmark against the peers [RESULTS=bench/results]; make -k goes on past a missed goal
