@@ -4,9 +4,9 @@
    `MOST_GROWTH` less.
 2. A measure counts if no sanity baseline does as well at it as the base.
 3. A method helps if it is better than its base and than every control that it has at one measure, corrected for all
-   comparisons of the run, and worse than its base at none. It does not help if every interval against the base leaves
-   out a gain of one standard deviation of the base over seeds; of a base whose seeds are all alike, any gain that was
-   found. Anything else is undecided, and so is what lacks one of the measures that count.
+   comparisons of the run, and by the same test worse than none of them at the others. It does not help if every
+   interval against the base leaves out a gain of one standard deviation of the base over seeds; of a base whose seeds
+   are all alike, any gain that was found. Anything else is undecided, and so is what lacks a measure that counts.
 """
 
 from __future__ import annotations
@@ -104,20 +104,22 @@ def _judge(
     found: Sequence[Difference],
     used: Sequence[str],
 ) -> Finding:
-    own = {(one.against, one.measure): one for one in found if one.label == label and one.measure in used}
+    rivals = (base, *controls)
+    about = [one for one in found if one.label == label and one.against in rivals and one.measure in used]
+    own = {(one.against, one.measure): one for one in about}
     to_base = [one for (other, _), one in own.items() if other == base]
     if not to_base:
         return Finding(label, "undecided", "no measure that counts has a number")
-    lacking = [measure for measure in used if any((other, measure) not in own for other in (base, *controls))]
-    worse = [one.measure for one in to_base if one.verdict == "less"]
+    lacking = [measure for measure in used if any((other, measure) not in own for other in rivals)]
+    worse = [f"worse than {one.against} at {one.measure}" for one in about if one.verdict == "less"]
     better = [
         one.measure
         for one in to_base
-        if all((other := own.get((c, one.measure))) and other.verdict == "more" for c in (base, *controls))
+        if all((other := own.get((rival, one.measure))) and other.verdict == "more" for rival in rivals)
     ]
-    rivals = " and ".join((base, *controls))
-    lost = f"worse than {base} at {', '.join(worse) or 'nothing'}"
-    gained = f"better than {rivals} at {', '.join(better)}" if better else f"better than all of {rivals} at nothing"
+    names = " and ".join(rivals)
+    lost = ", ".join(worse) or f"worse than {' or '.join(rivals)} at nothing"
+    gained = f"better than {names} at {', '.join(better)}" if better else f"better than all of {names} at nothing"
     deviations = {one.measure: _deviation(_of(values[base], one.measure)) for one in to_base}
     open_ones = [one.measure for one in to_base if _may_gain(one, deviations[one.measure])]
     fewer = sorted({one.measure for one in own.values() if one.seeds < len(values[base])}, key=used.index)

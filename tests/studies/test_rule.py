@@ -42,6 +42,14 @@ def test_a_gain_that_the_control_has_or_that_is_paid_for_elsewhere_is_undecided(
     assert found(values).verdict == "undecided"
 
 
+def test_who_is_worse_than_a_control_elsewhere_does_not_help():
+    """The sentence names the base and every control, and then asks for no less at the others."""
+    values = {"base": family(wobble=0), "control": family(other=0.1, wobble=0), "method": family(gain=0.1)}
+    finding = found(values)
+    assert finding.verdict == "undecided" and "worse than control at ce" in finding.why
+    assert "better than base and control at ev" in finding.why and "worse than base" not in finding.why
+
+
 def test_no_room_for_a_gain_of_one_deviation_does_not_help():
     values = {"base": family(wobble=0), "control": family(wobble=0), "method": family(gain=-0.01)}
     assert found(values).verdict == "does not help"
