@@ -101,15 +101,17 @@ def parse_count(text: str) -> int:
 
 
 def read_layers(layers: tuple[int, ...] | str, layer: int) -> tuple[int, ...]:
-    """Layers as they are, or by the words of the command line."""
-    return layers if isinstance(layers, tuple) else parse_layers(layers or "none", layer)
+    """Rising layers, given as numbers or in the words of the command line: their order makes no other store."""
+    return tuple(sorted(set(layers))) if isinstance(layers, tuple) else parse_layers(layers or "none", layer)
 
 
 def read_hooks(
     hooks: Mapping[str, tuple[int, ...]] | str, layer: int, layers: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
-    """Hook to layers, the residual stream among them: as they are, or by the words of the command line."""
-    return parse_hooks(hooks, layer, layers) if isinstance(hooks, str) else {RESID: layers, **hooks}
+    """Hook to layers, the residual stream among them, likewise."""
+    if isinstance(hooks, str):
+        return parse_hooks(hooks, layer, layers)
+    return by_hook(Site(hook, number) for hook, own in {RESID: layers, **hooks}.items() for number in own)
 
 
 def parse_layers(text: str, layer: int) -> tuple[int, ...]:

@@ -94,6 +94,15 @@ def test_layers_are_counted_from_the_models_own_unless_one_is_named(changes, res
     assert wanted_layers(HarvestConfig(out="store", **changes), facts) == Wanted(resid, attention)
 
 
+def test_layers_in_any_order_ask_for_the_same():
+    facts = ModelFacts("llama", num_layers=30, d_model=576, num_heads=9, max_context=8192, vocab_size=49152)
+    one = HarvestConfig("store", resid_layers=(4, 2), attention_layers=(3, 3, 1), hooks={"z": (2, 1), "mlp_in": (1, 2)})
+    other = HarvestConfig("store", resid_layers=(2, 4), attention_layers=(1, 3), hooks="resid,mlp_in:1..2,z:2,z:1")
+    found = wanted_layers(one, facts)
+    assert found == wanted_layers(other, facts) == Wanted((2, 4), (1, 3), {"mlp_in": (1, 2), "z": (1, 2)})
+    assert list(found.hooks) == ["mlp_in", "z"]
+
+
 @pytest.mark.parametrize(
     ("kind", "layers", "usual"), [("llama", 30, 15), ("gemma2", 26, 19), ("gemma2", 42, 21), ("qwen2", 24, 12)]
 )
