@@ -2,7 +2,8 @@
 
 D width, F latents, s the activation scale, n the lengths of decoder rows. Trained on s x:
 1. W_enc *= s, W_dec /= s, b_dec /= s: the same SAE on x. A skip *= s and /= the target's.
-2. codes in multiples of n: W_enc, b_enc, thresholds and magnitudes *= n, W_dec /= n.
+2. codes in multiples of n: W_enc, b_enc, thresholds and magnitudes *= n, W_dec /= n. Of a top-k SAE n is one number,
+   the mean: the k largest of a row must stay the k largest. Rows of ours have one length; sparsify's have several.
 A batch top-k becomes a jump threshold, the same for all latents. `begin_as` goes the other way.
 """
 
@@ -18,6 +19,8 @@ from ..data.scaling import Stats, unit_stats
 from ..errors import SaeInvalid
 from ..sae.gates import AbsTopK, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
 from ..sae.model import SparseAutoencoder
+
+FAR = 4.0  # times the mean length
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +67,8 @@ def sae_from_plain(plain: PlainSae) -> SparseAutoencoder:
             gate = AbsTopK(plain.k)
         case "jumprelu":
             gate = JumpRelu(tensors["threshold"].numel(), 0.0, 1.0)
-            gate.raw_threshold.data.copy_(tensors["threshold"])
+            # What is rectified after the jump has no threshold below zero; in training nothing rectifies it.
+            gate.raw_threshold.data.copy_(tensors["threshold"].clamp_min(0.0))
         case "gated":
             gate = Gated(tensors["r_mag"].numel())
             gate.r_mag.data.copy_(tensors["r_mag"])
@@ -137,6 +141,8 @@ def begin_as(sae: SparseAutoencoder, source: SparseAutoencoder, stats: Stats, ta
     scale, target_scale = (part.scale.to(source.W_dec) for part in (stats, target_stats))
     W_dec = source.W_dec * target_scale
     lengths = _code_lengths(W_dec, source.gate)
+    if isinstance(source.gate, TopK | AbsTopK):
+        _require_near_one(torch.linalg.vector_norm(W_dec, dim=1) / lengths)
     bias = source.b_enc
     if source.centres_input != sae.centres_input:  # what the one takes from its input the other has in its bias
         shift = source.W_enc @ source.b_dec
@@ -168,6 +174,17 @@ def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder) -> None:
         raise SaeInvalid("expected two SAEs whose weights and gate are all there is to them")
 
 
+def _require_near_one(lengths_F: Tensor) -> None:
+    """Training keeps decoder rows at length one from its first step on. Means of unit rows, as sparsify saves, rebuild
+    more after it than before; rows of any length, as its transcoders have, would rebuild something else."""
+    least, most = (float(part) for part in torch.aminmax(lengths_F))
+    if not (least >= 1 / FAR and most <= FAR):
+        raise SaeInvalid(
+            f"expected a top-k SAE whose decoder rows are about as long as each other, found {least:.2g} to {most:.2g} "
+            "times their mean: training keeps rows at one length, and the first step would change what they rebuild"
+        )
+
+
 def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor) -> None:
     """Thresholds and magnitudes; a jump threshold that is one for all latents begins a batch top-k."""
     match gate, source:
@@ -193,14 +210,9 @@ def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor) -> N
 
 
 def _code_lengths(W_dec: Tensor, gate: Gate) -> Tensor:
-    """What codes are multiplied with so that decoder rows get length one: [F]."""
+    """What codes are multiplied with so that decoder rows get length one, a top-k's in the mean: [F]."""
     lengths = torch.linalg.vector_norm(W_dec, dim=1)
-    if not isinstance(gate, TopK | AbsTopK):
-        return lengths.clamp_min(1e-30)
-    # One factor for all: the k largest of a row must stay the k largest.
-    if float(lengths.amax()) > 1.001 * float(lengths.amin()):
-        raise SaeInvalid("expected a top-k SAE whose decoder rows have one length, found several")
-    return lengths.mean().expand_as(lengths)
+    return lengths.mean().expand_as(lengths) if isinstance(gate, TopK | AbsTopK) else lengths.clamp_min(1e-30)
 
 
 def _gate_form(sae: SparseAutoencoder, lengths: Tensor) -> tuple[str, dict[str, Any]]:

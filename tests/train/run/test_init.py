@@ -77,6 +77,34 @@ def test_an_sae_begins_as_one_of_others(kind, variant, battery, stats, rng, tmp_
     torch.testing.assert_close(sae(x * stats.scale) / stats.scale, source(x), rtol=1e-5, atol=1e-5)
 
 
+def test_rows_of_several_lengths_begin_as_they_are_if_none_is_far_from_the_rest(battery, stats, rng, tmp_path):
+    """sparsify saves means of unit rows, and transcoders whose rows have any length."""
+    plain = plain_sae(moved(battery.config_of("topk").build(D).sae, rng), unit_stats(D), unit_stats(D))
+    plain.tensors["W_dec"] *= torch.linspace(0.5, 1.0, F)[:, None]
+    WRITERS["sparsify"](tmp_path / "a", plain, {"layers": [19]})
+    source, sae = read_folder(tmp_path / "a"), battery.config_of("topk").build(D, stats).sae
+    begin_as(sae, source, stats, stats)
+    x = torch.randn(200, D, generator=rng)
+    torch.testing.assert_close(sae(x * stats.scale) / stats.scale, source(x), rtol=1e-5, atol=1e-5)
+    plain.tensors["W_dec"][3] = 0.0
+    WRITERS["sparsify"](tmp_path / "b", plain, {"layers": [19]})
+    with pytest.raises(SaeInvalid, match="about as long as each other, found 0 to 1.3 times their mean"):
+        begin_as(sae, read_folder(tmp_path / "b"), stats, stats)
+
+
+def test_a_threshold_below_zero_begins_as_the_zero_that_it_is(battery, stats, rng, tmp_path):
+    """dictionary_learning's may fall below; its codes are rectified, and those of a training step are not."""
+    plain = plain_sae(moved(battery.config_of("jumprelu").build(D).sae, rng), unit_stats(D), unit_stats(D))
+    plain.tensors["threshold"] -= 2.0 * plain.tensors["threshold"].mean()
+    assert (plain.tensors["threshold"] < 0).any() and (plain.tensors["threshold"] > 0).any()
+    WRITERS["dictionary_learning"](tmp_path, plain, {"layers": [19]})
+    source, sae = read_folder(tmp_path), battery.config_of("jumprelu").build(D, stats).sae
+    begin_as(sae, source, stats, stats)
+    x = torch.randn(200, D, generator=rng)
+    first_step = sae.reconstruct(sae.codes(x * stats.scale)) / stats.scale
+    torch.testing.assert_close(first_step, source(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("centres", [True, False])
 def test_an_encoder_that_is_centred_and_one_that_is_not_begin_alike(centres, battery, stats, rng):
     source = moved(battery.config_of("gated").build(D).sae, rng)

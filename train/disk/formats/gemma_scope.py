@@ -43,7 +43,6 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
         raise SaeInvalid(f"{path} is damaged, or no archive of plain arrays ({error}): download it again") from None
     if not (factor == 1).all():
         raise SaeInvalid(f"{path}: expected no scaling_factor but 1, found others: multiply W_dec's rows by them")
-    found["threshold"].clamp_min_(0)  # its codes are rectified as well
     metadata = _told_by_file(folder / PLACE) if (folder / PLACE).is_file() else _told_by_names(folder)
     return make_plain("jumprelu", found, None, False), metadata
 
