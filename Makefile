@@ -47,7 +47,7 @@ STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set b
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-cluster test-real smollm2 check format lock sbom goldens demo harvest studies decide \
-  bench bench-store bench-harvest bench-train bench-small bench-quality bench-eval bench-browser bench-gpu \
+  bench bench-store bench-exports bench-harvest bench-train bench-small bench-quality bench-eval bench-browser bench-gpu \
   bench-transcoders bench-workers bench-simulate docs measured peers saebench circuit-tracer dashboard clean
 
 help: ## list the verbs
@@ -134,7 +134,7 @@ decide: env $(if $(filter smollm2,$(MODEL)),smollm2) ## the runs that decide the
 	  --out $(DECISIONS) --with-baselines --set data.batch_tokens=1024 $(DECIDE_COURSE) $(STDLIB_PROBES) $(DECIDE_MEASURED) \
 	  > $(DECISIONS)/{}.log 2>&1 || { tail -n 5 $(DECISIONS)/{}.log; exit 1; }'
 
-bench: bench-store bench-harvest bench-train bench-quality bench-eval bench-browser ## every benchmark against the peers [RESULTS=bench/results]; make -k goes on past a missed goal
+bench: bench-store bench-exports bench-harvest bench-train bench-quality bench-eval bench-browser ## every benchmark against the peers [RESULTS=bench/results]; make -k goes on past a missed goal
 
 bench-harvest: env peers ## the harvest against the bare forward pass and SAELens' runner
 	$(BIN)/python bench/harvest.py --peers $(PEERS) --json $(RESULTS)/harvest.json
@@ -147,8 +147,10 @@ bench-train: env peers ## training steps against SAELens and dictionary_learning
 	$(BIN)/python bench/guided.py --json $(RESULTS)/guided.json
 	$(BIN)/python bench/fleet.py $(STORE) --json $(RESULTS)/fleet.json
 
-bench-quality: env peers smollm2 ## on SmolLM2: saved SAEs opened by SAELens; explained variance at equal sparsity, against the peers
-	$(BIN)/python bench/check_sae_lens.py --peers-python $(PEERS)/bin/python
+bench-exports: env peers ## our SAEs opened by SAELens, dictionary_learning and sparsify themselves, and theirs by ours
+	$(BIN)/python bench/check_exports.py --peers-python $(PEERS)/bin/python
+
+bench-quality: env peers smollm2 ## on SmolLM2: explained variance at equal sparsity, against the peers
 	$(BIN)/sae-harvest --model smollm2 --dataset $(REAL_TEXT) --tokens 1200k --out $(REAL)
 	$(BIN)/python bench/quality.py $(REAL) --peers-python $(PEERS)/bin/python --out $(RESULTS)/quality.json
 

@@ -1,0 +1,142 @@
+"""SAEs of SAELens, dictionary_learning and sparsify, each made, saved and opened by its own code.
+
+{"tool": name, "make": variant, "settings", "sae": folder, "work": folder}    trains one a little and saves it
+{"tool": name, "sae": folder, "work": folder}                                 what it computes, beside x.npy
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from talk import serve
+
+STEPS, ROWS = 60, 512
+Request = dict[str, Any]
+Opened = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
+def batches(request: Request) -> list[Tensor]:
+    """Of a planted dictionary, or latents would not come to fire and decoders not to turn."""
+    x = torch.from_numpy(np.load(Path(request["work"]) / "train.npy"))
+    return list(x.split(ROWS))[:STEPS]
+
+
+def open_sae_lens(folder: Path) -> Opened:
+    from sae_lens import SAE
+
+    sae: Any = SAE.load_from_disk(folder)
+    return sae.encode, sae
+
+
+def make_sae_lens(request: Request) -> None:
+    from sae_lens.registry import get_sae_class
+    from sae_lens_step import SAES, make_sae, make_trainer
+
+    settings, d_in = request["settings"], batches(request)[0].shape[1]
+    if request["make"] not in SAES:  # it has transcoders to load, and no way to train them
+        cls, config = get_sae_class(request["make"])
+        sae: Any = cls(config(d_in=d_in, d_sae=settings["d_sae"], **settings["more"]))
+        move(sae)
+        sae.save_model(request["sae"])
+        return
+    sae = make_sae(request["make"], settings["d_sae"], settings["k"], d_in)
+    trainer = make_trainer(sae, ROWS, {"lr": 3e-3, "lr_end": 3e-4})
+    for x in batches(request):
+        trainer.step(x)
+        trainer.n_training_steps += 1
+    sae.save_inference_model(request["sae"])
+
+
+def open_dictionary_learning(folder: Path) -> Opened:
+    from dictionary_learning.utils import load_dictionary
+    from safetensors.torch import load_file
+
+    if not (folder / "ae.pt").is_file():  # the two lines of the README that is exported along
+        torch.save(load_file(folder / "ae.safetensors"), folder / "ae.pt")
+    sae, _ = load_dictionary(str(folder), "cpu")
+    return sae.encode, sae
+
+
+def make_dictionary_learning(request: Request) -> None:
+    from dictionary_learning.training import trainSAE
+    from dictionary_learning_step import make_trainer
+
+    settings, data = request["settings"], batches(request)
+    has_k = request["make"] in ("topk", "batchtopk", "matryoshka")
+    course = {"steps": STEPS + 1, "lr": 3e-3, "warmup_steps": 1}
+    course |= {"threshold_start_step": 0} if has_k else {"sparsity_warmup_steps": 1}
+    trainer = make_trainer(request["make"], settings["d_sae"], settings["k"], data[0].shape[1], course)
+    folder, trainers = Path(request["sae"]), [{"trainer": lambda: trainer}]
+    trainSAE(data, trainers, STEPS, save_dir=str(folder.parent), normalize_activations=True, device="cpu")
+    (folder.parent / "trainer_0").rename(folder)
+
+
+def open_sparsify(folder: Path) -> Opened:
+    from sparsify_step import SparseCoder
+
+    sae = SparseCoder.load_from_disk(folder)
+
+    def encode(x: Tensor) -> Tensor:
+        found = sae.encode(x)
+        return torch.zeros(len(x), sae.num_latents).scatter_(1, found.top_indices, found.top_acts)
+
+    return encode, lambda x: sae(x).sae_out
+
+
+def make_sparsify(request: Request) -> None:
+    from sparsify_step import SparseCoder, SparseCoderConfig, make_optimiser
+
+    settings, data = request["settings"], batches(request)
+    config = SparseCoderConfig(num_latents=settings["d_sae"], k=settings["k"], **settings["more"])
+    sae = SparseCoder(data[0].shape[1], config, "cpu", torch.float32)
+    optimiser = make_optimiser(sae)
+    for x in data:  # as its trainer does, which does not normalise what it saves
+        if not config.transcode:
+            sae.set_decoder_norm_to_unit_norm()
+        sae(x, x.roll(1, 1) if config.transcode else None).fvu.backward()
+        if not config.transcode:
+            sae.remove_gradient_parallel_to_decoder_directions()
+        optimiser.step()
+        optimiser.zero_grad()
+    optimiser.eval()
+    sae.save_to_disk(request["sae"])
+
+
+@torch.no_grad()
+def move(sae: torch.nn.Module) -> None:
+    """Weights that begin at zero would prove nothing."""
+    for parameter in sae.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape))
+
+
+TOOLS: dict[str, tuple[Callable[[Path], Opened], Callable[[Request], None]]] = {
+    "sae_lens": (open_sae_lens, make_sae_lens),
+    "dictionary_learning": (open_dictionary_learning, make_dictionary_learning),
+    "sparsify": (open_sparsify, make_sparsify),
+}
+
+
+def answer(request: Request) -> None:
+    torch.manual_seed(0)
+    open_folder, make = TOOLS[request["tool"]]
+    if "make" in request:
+        make(request)
+    encode, rebuild = open_folder(Path(request["sae"]))
+    work = Path(request["work"])
+    x = torch.from_numpy(np.load(work / "x.npy"))
+    with torch.no_grad():
+        np.save(work / "acts.npy", encode(x).numpy())
+        np.save(work / "x_hat.npy", rebuild(x).numpy())
+
+
+if __name__ == "__main__":
+    serve(answer)
