@@ -64,8 +64,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 test: env ## the tests that a change must pass, under ten minutes on two cores
 	$(TEST)
 
-test-slow: env ## the tests that take longer; FUZZ=1000000 damaged files in place of 20,000
-	$(if $(FUZZ),FUZZ=$(FUZZ) )$(BIN)/pytest -m slow --timeout 3600
+test-slow: env ## the tests that take longer; FUZZ=1000000 damaged files in place of 20,000; adds up in a table what was damaged
+	$(if $(FUZZ),FUZZ=$(FUZZ) )$(BIN)/pytest -s -m slow --timeout 3600
 
 test-cluster: env ## the recipes of docs/cluster on a Slurm of this machine, from Debian's packages: as root
 	command -v slurmctld munged slurmd > /dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge; }
@@ -80,7 +80,7 @@ $(VENV)/.smollm2: $(VENV)/.installed
 	@touch $@
 
 test-real: smollm2 ## the whole path on SmolLM2: harvest, train, evaluate
-	$(BIN)/pytest -m slow --timeout 3600 tests/test_smollm2.py
+	$(BIN)/pytest -s -m slow --timeout 3600 tests/test_smollm2.py
 
 check: env ## what continuous integration runs: lint, types, tests
 	$(BIN)/ruff check .

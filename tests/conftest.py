@@ -1,4 +1,7 @@
-"""For all tests: interpreted Triton kernels without a GPU; templates of CONTRIBUTING.md; a bad disk, bad input."""
+"""For all tests: interpreted Triton kernels without a GPU; templates of CONTRIBUTING.md; a bad disk, bad input.
+
+Tests that do harm on purpose tell what they did; `pytest -s -m faults` prints it as the table of docs/guarantees.md.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +62,28 @@ def shaky_disk() -> ModuleType:
 @pytest.fixture(scope="session")
 def mutations() -> ModuleType:
     return load_helper("mutations")
+
+
+@pytest.fixture
+def tell(record_property: Callable[[str, object], None]) -> Callable[[str, Mapping[str, int]], None]:
+    """`tell("3 stores", {"EIO": 5})`: what was tried, and what was done to it. A test that finds a loss fails."""
+    return lambda tried, faults: record_property("faults", f"{tried} | {_list_counts(faults)} | 0")
+
+
+def _list_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """From the reports of all processes."""
+    told = [
+        f"| {value} | `{report.nodeid}` |"
+        for report in terminalreporter.stats.get("passed", [])
+        for name, value in report.user_properties
+        if name == "faults"
+    ]
+    if told and config.getoption("capture") == "no":
+        terminalreporter.write_line("\n| tried | faults | lost | test |\n|---|---|---|---|\n" + "\n".join(told))
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,12 @@ that were not. What is taken back is drawn for each name, and does not depend on
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,10 @@ class ShakyDisk:
 
     def __init__(self, root: Path) -> None:
         self.root = str(root)
-        self.faults = 0
+        self.faults: Counter[str] = Counter()
         self._left: int | None = None
         self._then: Callable[[], BaseException] = Killed
+        self._kind = ""
         self._sticks = True
         self._bytes: dict[int, bytes] = {}  # inode -> what of a file was flushed
         self._names: dict[int, dict[str, int]] = {}  # inode -> the names in a folder when it was flushed
@@ -49,10 +52,11 @@ class ShakyDisk:
             setattr(os, name, call)
 
     def die(self, at: int) -> None:
-        self._left, self._then, self._sticks = at, Killed, True
+        self._left, self._then, self._sticks, self._kind = at, Killed, True, "killed"
 
     def fail(self, number: int, at: int, sticks: bool) -> None:
         self._left, self._then, self._sticks = at, lambda: OSError(number, os.strerror(number)), sticks
+        self._kind = errno.errorcode[number]
 
     def be_well(self) -> None:
         self._left = None
@@ -68,6 +72,7 @@ class ShakyDisk:
 
     def power_cut(self, seed: int) -> None:
         """After a death: what was not flushed is there whole, in part, or as before."""
+        self.faults["power cut"] += 1
         self._cut_folder(self.root, seed)
         self.flush_all()
 
@@ -118,7 +123,7 @@ class ShakyDisk:
             if self._left is not None:
                 self._left -= 1
                 if self._left == 0 or (self._left < 0 and self._sticks):
-                    self.faults += 1
+                    self.faults[self._kind] += self._left == 0 or self._then is not Killed  # a process dies once
                     raise self._then()
         return True
 
@@ -129,6 +134,7 @@ class ShakyDisk:
 
     def _write(self, fd: int, data: Any) -> int:
         if self._count(os.readlink(f"/proc/self/fd/{fd}")):
+            self.faults["short write"] += len(data) > 1
             data = memoryview(data)[: max(1, len(data) // 2)]  # as write(2) may
         return self._real["write"](fd, data)
 

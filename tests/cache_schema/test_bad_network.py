@@ -7,6 +7,7 @@ error has its name and says what to do.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import subprocess
@@ -15,6 +16,7 @@ import threading
 import time
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -159,19 +161,16 @@ def write_and_read_badly(synthetic, proxy, material, tmp_path, share: float, see
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("short_leases")
-def test_two_writers_behind_a_bad_network(synthetic, proxy, material, tmp_path):
+def test_two_writers_behind_a_bad_network(synthetic, proxy, material, tmp_path, tell):
     proxy.requests, errors, runs = 0, 0, 0
     proxy.faults.clear()
     for seed in range(1, 21):
         tries = write_and_read_badly(synthetic, proxy, material, tmp_path, share=0.02 * (seed % 5 + 1), seed=seed)
         runs, errors = runs + tries.runs, errors + tries.errors
-    faults = ", ".join(f"{count:,} {kind}" for kind, count in sorted(proxy.faults.items()))
-    print(
-        f"20 stores, {runs:,} commands, {proxy.requests:,} requests, {proxy.faults.total():,} faults ({faults}), "
-        f"{errors:,} errors, all named; 0 shards lost, 0 read half-written"
-    )
+    tell(f"20 stores on S3, {runs:,} commands, {proxy.requests:,} requests, {errors:,} named errors", proxy.faults)
 
 
 def test_a_claim_whose_answer_was_lost_is_the_writers_own():
@@ -187,8 +186,9 @@ def test_a_claim_whose_answer_was_lost_is_the_writers_own():
     other.close()
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("short_leases")
-def test_two_writers_that_see_one_lapsed_lease(synthetic, material, tmp_path, monkeypatch):
+def test_two_writers_that_see_one_lapsed_lease(synthetic, material, tmp_path, monkeypatch, tell):
     """Both may take it, in the moment between a look and a removal: they write the same bytes, and one record."""
     manifest, corpus, expected = material
     url = f"memory://{uuid.uuid4().hex}"
@@ -225,18 +225,22 @@ def test_two_writers_that_see_one_lapsed_lease(synthetic, material, tmp_path, mo
         for part in store.stream(EVERYTHING):
             assert np.array_equal(part.resid[3], corpus.resid[3][part.span.start : part.span.stop])
     assert objects_of(synthetic, url, tmp_path / "copy") == expected
+    tell("1 store by two writers", {"lapsed lease that both saw": 1})
 
 
-def test_stale_listings_hide_shards_and_lose_none(synthetic, material, monkeypatch, tmp_path):
+@pytest.mark.faults
+def test_stale_listings_hide_shards_and_lose_none(synthetic, material, monkeypatch, tmp_path, tell):
     """A listing of some time ago: what is committed meanwhile is not written again, and is found later."""
     manifest, corpus, expected = material
     url = f"memory://{uuid.uuid4().hex}"
     listing, old, turns = RemoteFiles.list, {}, iter(range(10**6))
+    stale_ones: list[bool] = []
 
     def stale(files: RemoteFiles, folder: str) -> list[str]:
         now = listing(files, folder)
         before = old.get(folder, [])
         if next(turns) % 2:
+            stale_ones.append(before != now)
             return before
         old[folder] = now
         return now
@@ -254,13 +258,17 @@ def test_stale_listings_hide_shards_and_lose_none(synthetic, material, monkeypat
     synthetic.write_store(url, manifest, corpus)
     assert sorted(set(written)) == sorted(written)
     assert objects_of(synthetic, url, tmp_path / "copy") == expected
+    assert any(stale_ones)
+    tell("1 store by two writers", {"listing of before": sum(stale_ones)})
 
 
-def test_a_server_that_hangs_is_named_and_nothing_is_lost(synthetic, proxy, material, tmp_path, monkeypatch):
+@pytest.mark.faults
+def test_a_server_that_hangs_is_named_and_nothing_is_lost(synthetic, proxy, material, tmp_path, monkeypatch, tell):
     """Nobody waits for ever: s3fs gives up after 15 s, here after half a second, and tries again."""
     manifest, corpus, expected = material
     url, kinds = f"s3://mill/{uuid.uuid4().hex}", proxy.kinds
     synthetic.write_store(url, manifest, corpus, shards=[0])
+    before = proxy.faults["hanging"]
     with monkeypatch.context() as patch:
         patch.setattr(s3fs.S3FileSystem, "read_timeout", 0.5)
         patch.setattr(s3fs.S3FileSystem, "cachable", False)  # or what is there already would wait its own time
@@ -273,9 +281,11 @@ def test_a_server_that_hangs_is_named_and_nothing_is_lost(synthetic, proxy, mate
     forget_instances()
     synthetic.write_store(url, manifest, corpus)
     assert objects_of(synthetic, url, tmp_path / "copy") == expected
+    tell("1 store on S3", {"request that nobody answers": proxy.faults["hanging"] - before})
 
 
-def test_a_disk_that_hangs_holds_up_one_writer_and_one_shard(synthetic, material, tmp_path, monkeypatch):
+@pytest.mark.faults
+def test_a_disk_that_hangs_holds_up_one_writer_and_one_shard(synthetic, material, tmp_path, monkeypatch, tell):
     manifest, corpus, expected = material
     place, goes_on, hangs, write = tmp_path / "store", threading.Event(), threading.Event(), os.write
 
@@ -305,17 +315,28 @@ def test_a_disk_that_hangs_holds_up_one_writer_and_one_shard(synthetic, material
     found = synthetic.tree_of(place)
     del found["commits/lock"]
     assert found == expected
+    tell("1 store by two writers", {"write that hangs": 1})
 
 
-@pytest.mark.parametrize("number", [5, 13, 116])
-def test_a_disk_that_fails_while_it_is_read_is_named(synthetic, material, tmp_path, monkeypatch, number):
-    """EIO, EACCES, ESTALE in any call of a reader; a read that is short is read on."""
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_disk_that_fails_while_it_is_read_is_named(synthetic, material, tmp_path, monkeypatch, number, tell):
+    """In any call of a reader; a read that is short is read on."""
+    _, corpus, _ = material
+    faults: Counter[str] = Counter()
     with Store.open(tmp_path / "quiet") as store:
         preadv = os.preadv
-        monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][:7]], at))
-        assert sum(1 for _ in store.stream(EVERYTHING)) == store.manifest.shards
+
+        def give_less(fd: int, buffers: Any, at: int) -> int:
+            faults["short read"] += len(buffers[0]) > 7
+            return preadv(fd, [buffers[0][:7]], at)
+
+        monkeypatch.setattr(os, "preadv", give_less)
+        for part in store.stream(EVERYTHING):
+            assert np.array_equal(part.resid[3], corpus.resid[3][part.span.start : part.span.stop])
 
         def fail(*_: Any, **__: Any) -> Any:
+            faults[errno.errorcode[number]] += 1
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(os, "preadv", fail)
@@ -325,3 +346,4 @@ def test_a_disk_that_fails_while_it_is_read_is_named(synthetic, material, tmp_pa
         files = LocalFiles(tmp_path / "quiet")
         with pytest.raises(StoreUnreachable, match="while reading zarr.json"):
             Store(files)
+    tell("1 store, read", faults)

@@ -108,13 +108,15 @@ def test_killed_before_calls_all_over_a_run(nursery, synthetic, corpora, tmp_pat
 
 
 @pytest.mark.slow
-def test_killed_before_every_single_call(nursery, synthetic, corpora, tmp_path):
+@pytest.mark.faults
+def test_killed_before_every_single_call(nursery, synthetic, corpora, tmp_path, tell):
     died = kill_at_calls(nursery, synthetic, corpora, tmp_path, range(1, 10_000))
     assert 200 < died < 2_000
+    tell(f"{died:,} writers, one for each call into the file system", {"SIGKILL": died})
 
 
-def kill_at_random_times(nursery, synthetic, corpora, folder: Path, kills: int, seed: int) -> None:
-    """Up to three writers on one store, killed together, store after store until enough have died."""
+def kill_at_random_times(nursery, synthetic, corpora, folder: Path, kills: int, seed: int) -> tuple[int, int]:
+    """Up to three writers on one store, killed together, store after store until enough have died; stores and dead."""
     rng = random.Random(seed)
     manifest, corpus = corpora[12]
     assert nursery.run(folder / "straight", 12) == 0
@@ -131,6 +133,7 @@ def kill_at_random_times(nursery, synthetic, corpora, folder: Path, kills: int, 
             died += sum(nursery.ask(wait=pid) == KILLED for pid in writers)
         assert nursery.run(place, 12) == 0
         assert synthetic.tree_of(place) == expected
+    return campaign, died
 
 
 def test_several_writers_killed_at_random_times(nursery, synthetic, corpora, tmp_path):
@@ -138,8 +141,10 @@ def test_several_writers_killed_at_random_times(nursery, synthetic, corpora, tmp
 
 
 @pytest.mark.slow
-def test_several_writers_killed_at_random_times_for_long(nursery, synthetic, corpora, tmp_path):
-    kill_at_random_times(nursery, synthetic, corpora, tmp_path, kills=1000, seed=1)
+@pytest.mark.faults
+def test_several_writers_killed_at_random_times_for_long(nursery, synthetic, corpora, tmp_path, tell):
+    stores, died = kill_at_random_times(nursery, synthetic, corpora, tmp_path, kills=1000, seed=1)
+    tell(f"{stores:,} stores by up to three writers", {"SIGKILL": died})
 
 
 def test_writers_side_by_side_make_the_store_of_one(nursery, synthetic, corpora, tmp_path):

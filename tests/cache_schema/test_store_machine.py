@@ -13,6 +13,8 @@ import errno
 import random
 import shutil
 import uuid
+from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,10 @@ class Facts:
         np.save(home / "acts.npy", np.arange(3 * 4 * 2, dtype=np.float32).reshape(3, 4, 2))
         self.importing(home / "imported")
         self.imported = self.tree(home / "imported")
-        self.rules = self.faults = 0
+        self.count()
+
+    def count(self) -> None:
+        self.rules, self.faults = 0, Counter[str]()
 
     def importing(self, place: Path) -> None:
         source = NumpySource({Site("resid", 1): self.home / "acts.npy"}, None)
@@ -289,6 +294,7 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             file.unlink()
         self.damaged.setdefault(shard, set()).add(array)
+        self.facts.faults["damaged file"] += 1
         self.disk.flush_all()
 
     @rule()
@@ -333,6 +339,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not file.exists():
             return
         file.unlink()
+        self.facts.faults["lost derived file"] += 1
         if junk is not None:
             file.write_bytes(junk)
             if key == INDEX:
@@ -417,22 +424,23 @@ def facts(synthetic, shaky_disk, memory_folder) -> Facts:
     return Facts(synthetic, shaky_disk, memory_folder)
 
 
-def run(facts: Facts, examples: int, steps: int, derandomize: bool) -> None:
-    facts.rules = facts.faults = 0
+def run(facts: Facts, tell: Callable[..., None], examples: int, steps: int, derandomize: bool) -> None:
+    facts.count()
     course = facts.shaky_disk.course(examples, steps, derandomize)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer_module, "WRITERS", 1)  # the same events lead to the same state: Hypothesis insists on that
         run_state_machine_as_test(lambda: StoreMachine(facts), settings=course)
-    print(f"{facts.rules:,} rules, {facts.faults:,} calls that a fault answered, nothing lost")
+    tell(f"{facts.rules:,} events of {examples:,} stores", facts.faults)
 
 
-def test_any_sequence_of_events(facts):
-    run(facts, examples=8, steps=30, derandomize=True)
+def test_any_sequence_of_events(facts, tell):
+    run(facts, tell, examples=8, steps=30, derandomize=True)
     assert facts.rules >= 200
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(3600)
-def test_any_sequence_of_events_for_long(facts):
-    run(facts, examples=220, steps=60, derandomize=False)
+def test_any_sequence_of_events_for_long(facts, tell):
+    run(facts, tell, examples=220, steps=60, derandomize=False)
     assert facts.rules >= 10_000

@@ -65,7 +65,7 @@ class Facts:
         self.straight = bits(home / "run")
 
     def count(self) -> None:
-        self.rules = self.faults = 0
+        self.rules, self.faults = 0, Counter[str]()
         self.places: Counter[str] = Counter()
 
     def begin(self, place: str, home: Path, cache: Path, look: Callable[[Run], None] = lambda run: None) -> None:
@@ -195,6 +195,7 @@ class RunMachine(RuleBasedStateMachine):
 
         def dying(watch: Any, step: int, *rest: Any) -> None:
             if step == die_before and watch._site.group.rank == watch._site.group.size - 1:
+                self.facts.faults["killed"] += 1
                 raise self.facts.shaky_disk.Killed
             observe(watch, step, *rest)
 
@@ -234,6 +235,7 @@ class RunMachine(RuleBasedStateMachine):
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         file.write_bytes(data[: draw.choice([len(data), len(data) // 2])])
         self.damaged.add(int(found[0].name.removeprefix("step_")))
+        self.facts.faults["damaged checkpoint"] += 1
         self.disk.flush_all()
 
     @rule()
@@ -269,24 +271,23 @@ def facts(write_store, memory_folder, shaky_disk, bits, threads) -> Facts:
     return Facts(memory_folder, memory_folder / "store", shaky_disk, bits, threads)
 
 
-def run(facts: Facts, examples: int, steps: int, derandomize: bool) -> None:
+def run(facts: Facts, tell: Callable[..., None], examples: int, steps: int, derandomize: bool) -> None:
     facts.count()
     course = facts.shaky_disk.course(examples, steps, derandomize)
     run_state_machine_as_test(lambda: RunMachine(facts), settings=course)
     places = ", ".join(f"{count:,} {place}" for place, count in sorted(facts.places.items()))
-    print(
-        f"{facts.rules:,} rules ({places}), {facts.faults:,} calls that a fault answered, every run ended with its bits"
-    )
+    tell(f"{facts.rules:,} events of {examples:,} runs; begun or resumed {places}", facts.faults)
     assert len(facts.places) == 3
 
 
-def test_any_sequence_of_events(facts):
-    run(facts, examples=6, steps=8, derandomize=True)
+def test_any_sequence_of_events(facts, tell):
+    run(facts, tell, examples=6, steps=8, derandomize=True)
     assert facts.rules >= 25
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(3600)
-def test_any_sequence_of_events_for_long(facts):
-    run(facts, examples=1100, steps=16, derandomize=False)
+def test_any_sequence_of_events_for_long(facts, tell):
+    run(facts, tell, examples=1100, steps=16, derandomize=False)
     assert facts.rules >= 10_000
