@@ -78,7 +78,7 @@ class SaelensSource:
         self.windows = len(self._rows)
         self.context, self.d_model = feature.shape
         self.dtype = _stored_dtype(feature.dtype)
-        self.sites = (Site(_hook_of(hook), _layer_of(hook) if layer is None else layer),)
+        self.sites = (_site_of(hook, layer),)
         self.has_tokens = "token_ids" in self._rows.features
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
@@ -134,14 +134,19 @@ def _hook_column(folder: Path, features: Any) -> tuple[str, Any]:
     return columns[0]
 
 
-def _hook_of(name: str) -> str:
-    """Of what is called otherwise the user knows best what it is: it is kept as residuals."""
-    found = [hook for hook, suffix in SAE_LENS_NAMES.items() if name.endswith(f".{suffix}")]
-    return found[0] if found else RESID
-
-
-def _layer_of(hook: str) -> int:
-    found = re.search(r"\d+", hook)
-    if not found:
-        raise ImportInvalid(f"cannot tell the layer from the hook name {hook!r}: give it with --layer")
-    return int(found.group())
+def _site_of(name: str, given: int | None) -> Site:
+    """Of a column by TransformerLens' name, or that of a layer, whose output is the residual stream after it. What is
+    called otherwise the user knows best: with a layer it is kept as residuals."""
+    found = re.search(r"\b(?:blocks|layers|h)\.(\d+)(?:\.(.+))?$", name)
+    layer, place = (int(found[1]), found[2]) if found else (0, "unknown")
+    hooks = {None: RESID} | {suffix: hook for hook, suffix in SAE_LENS_NAMES.items()}
+    if given is not None:
+        return Site(hooks.get(place, RESID), given)
+    if place == "hook_resid_pre" and layer > 0:
+        return Site(RESID, layer - 1)  # before a layer is after the one below
+    if place not in hooks:
+        raise ImportInvalid(
+            f"cannot tell from the name {name!r} what of the model these activations are: give --layer L where they "
+            "are the residual stream after layer L"
+        )
+    return Site(hooks[place], layer)

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from saemill.cache_schema import Request, Site, Store, importer, to_float32
+from saemill.cache_schema import ImportInvalid, Request, Site, Store, importer, sources, to_float32
 from saemill.cache_schema import verify as verify_module
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.digest import store_digest
@@ -193,6 +193,28 @@ def test_import_of_a_saelens_folder(tmp_path: Path, name: str, site: Site) -> No
         (part,) = opened.stream(Request.of([site], tokens=True))
         assert np.array_equal(part.acts[site.hook][12], resid)
         assert np.array_equal(part.tokens, tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "site"),
+    [
+        ("blocks.12.hook_resid_pre", None, Site("resid", 11)),  # before layer 12 is after layer 11
+        ("blocks.12.hook_resid_pre", 11, Site("resid", 11)),
+        ("model.layers.12", None, Site("resid", 12)),
+        ("blocks.12.mlp.hook_in", None, Site("mlp_in", 12)),
+        ("blocks.12.hook_resid_mid", 12, Site("resid", 12)),
+    ],
+)
+def test_a_saelens_column_is_of_the_place_that_its_name_says(name: str, layer: int | None, site: Site) -> None:
+    assert sources._site_of(name, layer) == site
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.0.hook_resid_pre", "blocks.12.hook_resid_mid", "model.layers.12.mlp", "acts", "layer2"]
+)
+def test_a_saelens_column_whose_name_says_no_place_needs_a_layer(name: str) -> None:
+    with pytest.raises(ImportInvalid, match=f"the name '{name}' .* give --layer L"):
+        sources._site_of(name, None)
 
 
 def test_info_tells_a_person_and_a_program_the_same(store: Path) -> None:
