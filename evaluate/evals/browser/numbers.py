@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...output.figures.records import Record, thinned
+from ...output.figures.records import CORE, Record, thinned
 from .folder import NAME, write_data
 
 CURVES = ("loss", "explained_variance", "l0", "dead_share")
@@ -97,9 +97,8 @@ def refresh(home: Path, records: Sequence[Record]) -> None:
 def numbers(record: Record) -> dict[str, dict[str, float | None]]:
     found = {}
     for column in COLUMNS:
-        value = record.metric(column.evaluation, column.path)
-        if value is None and column.evaluation == "core":
-            value = record.outcome.get(column.key)
+        is_held_out = CORE.get(column.key) == column.path
+        value = record.held_out(column.key) if is_held_out else record.metric(column.evaluation, column.path)
         if value is not None:
             low, high = interval(record.documents.get(column.evaluation, {}), column.interval)
             found[column.key] = {"value": value, "low": low, "high": high}

@@ -17,6 +17,11 @@ from ...errors import ResultInvalid
 RESULTS = "_eval_results.json"
 CURVE_POINTS = 200
 Documents = Mapping[Path, Mapping[str, Any]]
+CORE = {  # the names of a run's own held-out numbers in core's results; SAEBench's explained variance is another one
+    "l0": "sparsity.l0",
+    "explained_variance": "saemill_metrics.explained_variance",
+    "explained_variance_with_massive": "saemill_metrics.explained_variance_with_massive",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +62,11 @@ class Record:
         """A dotted metric of an evaluation; None where it was not measured."""
         document = self.documents.get(evaluation)
         return None if document is None else metric_of(document, path)
+
+    def held_out(self, name: str) -> float | None:
+        """By core; before core was asked, by the run's own validation."""
+        measured = self.metric("core", CORE[name])
+        return self.outcome.get(name) if measured is None else measured
 
     def unstructured(self, evaluation: str) -> Mapping[str, Any]:
         return self.documents.get(evaluation, {}).get("eval_result_unstructured") or {}

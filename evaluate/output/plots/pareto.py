@@ -15,17 +15,6 @@ from ..figures.style import caption, is_wide, log_axis
 FLOOR = -0.5  # a score below is drawn here, pointing down, with its number
 
 
-def l0(record: Record) -> float | None:
-    measured = record.metric("core", "sparsity.l0")
-    return measured if measured is not None else record.outcome.get("l0")
-
-
-def explained_variance(record: Record) -> float | None:
-    """The centred one, which every table has; SAEBench's is another quantity."""
-    measured = record.metric("core", "saemill_metrics.explained_variance")
-    return measured if measured is not None else record.outcome.get("explained_variance")
-
-
 @dataclass(frozen=True)
 class Points:
     """A score against L0, a point per SAE."""
@@ -35,10 +24,10 @@ class Points:
     score: Callable[[Record], float | None]
 
     def finds(self, records: Sequence[Record]) -> bool:
-        return any(l0(record) and self.score(record) is not None for record in records)
+        return any(record.held_out("l0") and self.score(record) is not None for record in records)
 
     def draw(self, axis: Axes, records: Sequence[Record], looks: Looks) -> None:
-        found = [(r, x, y) for r in records if (x := l0(r)) and (y := self.score(r)) is not None]
+        found = [(r, x, y) for r in records if (x := r.held_out("l0")) and (y := self.score(r)) is not None]
         for record, x, y in found:
             style = looks[record.name]
             is_off = y < FLOOR
@@ -56,7 +45,7 @@ class Points:
 
 
 PANELS = (
-    Points("Residual", "explained variance", explained_variance),
+    Points("Residual", "explained variance", lambda r: r.held_out("explained_variance")),
     Points(
         "Loss of the model",
         "CE score (1 clean, 0 ablated)",

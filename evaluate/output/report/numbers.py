@@ -24,28 +24,14 @@ def measured(evaluation: str, path: str) -> Callable[[Record], float | None]:
     return lambda record: record.metric(evaluation, path)
 
 
-def held_out(path: str, name: str) -> Callable[[Record], float | None]:
-    """By core, as the browser and the plots have it; before core was asked, by the validation after training."""
-
-    def value(record: Record) -> float | None:
-        found = record.metric("core", path)
-        return record.outcome.get(name) if found is None else found
-
-    return value
+def held_out(name: str) -> Callable[[Record], float | None]:
+    return lambda record: record.held_out(name)
 
 
 COLUMNS = (
-    Column("L0", "active latents per token", held_out("sparsity.l0", "l0")),
-    Column(
-        "explained variance",
-        "of held-out residuals",
-        held_out("saemill_metrics.explained_variance", "explained_variance"),
-    ),
-    Column(
-        "with massive rows",
-        "the same of all rows",
-        held_out("saemill_metrics.explained_variance_with_massive", "explained_variance_with_massive"),
-    ),
+    Column("L0", "active latents per token", held_out("l0")),
+    Column("explained variance", "of held-out residuals", held_out("explained_variance")),
+    Column("with massive rows", "the same of all rows", held_out("explained_variance_with_massive")),
     Column("CE score", "1 clean, 0 ablated", measured("core", "model_performance_preservation.ce_loss_score")),
     Column("KL score", "1 clean, 0 ablated", measured("core", "model_behavior_preservation.kl_div_score")),
     Column("dead", "share of latents", lambda r: r.outcome.get("dead_share")),

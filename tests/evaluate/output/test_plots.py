@@ -215,12 +215,12 @@ def test_whitespace_shows_and_unknown_letters_are_dots():
     assert shown("") == "\N{MIDDLE DOT}"
 
 
-def test_pareto_shows_the_variance_that_tables_show():
+def test_tables_and_plots_show_one_explained_variance():
     """SAEBench's own is another quantity under the same name."""
     core = {"eval_result_metrics": {"reconstruction_quality": {"explained_variance": 0.9}}}
     record = Record("a", "run_1", "a", documents={"core": core | {"saemill_metrics": {"explained_variance": 0.8}}})
-    assert pareto.explained_variance(record) == 0.8
-    assert pareto.explained_variance(Record("a", "run_1", "a", outcome={"explained_variance": 0.7})) == 0.7
+    assert record.held_out("explained_variance") == 0.8
+    assert Record("a", "run_1", "a", outcome={"explained_variance": 0.7}).held_out("explained_variance") == 0.7
 
 
 def test_no_global_state_is_touched(make_run):
