@@ -17,7 +17,7 @@ from ..harvest.cli import make_config
 from ..harvest.progress import Watch
 from ..train.cli import folder_of
 from ..train.errors import ConfigInvalid
-from ..train.launch import open_site, train_all
+from ..train.launch import open_process, train_all
 from ..train.recipes import find_recipes
 from ..train.run.after_run import after_run
 from .command_words import words_of
@@ -51,10 +51,10 @@ def train(**words: Any) -> Run:
             "name one, or use sae-study"
         )
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    with open_site(device, console, is_watched=plots) as site:
-        if site.group.size > 1:
-            raise ConfigInvalid(f"expected one process, found {site.group.size}: several train with sae-train")
-        (outcome,) = train_all(read, site)
+    with open_process(device, console, is_watched=plots) as process:
+        if process.group.size > 1:
+            raise ConfigInvalid(f"expected one process, found {process.group.size}: several train with sae-train")
+        (outcome,) = train_all(read, process)
     folder = folder_of(outcome)
     if plots:
         after_run(folder, console.print)

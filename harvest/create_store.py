@@ -24,7 +24,7 @@ from ..cache_schema.splits import PER_MILLE
 from .corpus import open_corpus, source_of
 from .corpus.source import part_of
 from .errors import SettingInvalid, TokensMissing
-from .process_place import Place
+from .process import Process
 from .progress import Watch
 from .spool import PackingJob, spool_corpus
 from .store_plan import (
@@ -42,10 +42,10 @@ WAIT_SECONDS = 12 * 3600
 LOCK_FILE = "lock"
 
 
-def begin_store(plan: Plan, place: Place, watch: Watch) -> StoreWriter:
+def begin_store(plan: Plan, process: Process, watch: Watch) -> StoreWriter:
     """The store's writer, once all tokens are written."""
     files = open_files(plan.config.out)
-    if place.is_first and not files.exists(ROOT):
+    if process.is_first and not files.exists(ROOT):
         return _create(plan, files, watch)
     wait_for_tokens(files, watch)
     writer = StoreWriter.open(plan.config.out)
@@ -54,7 +54,7 @@ def begin_store(plan: Plan, place: Place, watch: Watch) -> StoreWriter:
     except BaseException:
         writer.close()
         raise
-    if place.is_first:
+    if process.is_first:
         _remove_leftover(_spool_folder(files))
     watch.say(f"going on with the store at {files.url}")
     return writer

@@ -24,7 +24,7 @@ from .cost import Cost, cost_before, least_bytes, measure_cost, needed_bytes, te
 from .create_store import require_ours, require_place
 from .errors import CorpusEmpty
 from .packing import Packer
-from .process_place import taken_place
+from .process import open_process
 from .progress import Watch
 from .run import decide, make_harvester, with_weights
 from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
@@ -69,15 +69,15 @@ def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
     """Time a few batches of the corpus and scale up to what is not harvested yet."""
     files = open_files(config.out)
     require_place(files)
-    with taken_place(config.device, config.worker) as place:
+    with open_process(config.device, config.worker) as process:
         plan = decide(config, watch)
         if plan.source.to_download is not None and not files.exists(ROOT):
-            manifest, cost = cost_before(plan, place.device)
+            manifest, cost = cost_before(plan, process.device)
             work = Work(manifest, range(manifest.shards))
             return Estimate(work, cost, files.free_bytes(), plan.source.to_download)
         plan = with_weights(plan)
         work, sample = _rest_of(plan, files) if files.exists(ROOT) else _whole(plan)
-        cost = measure_cost(make_harvester(work.manifest, plan.source, place.device), sample)
+        cost = measure_cost(make_harvester(work.manifest, plan.source, process.device), sample)
     return Estimate(work, cost, files.free_bytes())
 
 

@@ -29,7 +29,7 @@ from .create_store import begin_store, require_place, wait_for_tokens
 from .errors import HarvestError
 from .model.load import Wanted, find_device, load_model
 from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch, fetch_recorded, look
-from .process_place import Place, taken_place
+from .process import Process, open_process
 from .progress import Stage, Watch
 from .shards import Harvester, find_others, harvest_shards
 from .store_plan import Plan, make_plan
@@ -50,23 +50,23 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
     """Write a store, or go on with one."""
     files = open_files(config.out)
     require_place(files)
-    with taken_place(config.device, config.worker) as place:
-        watch = watch or Watch(is_quiet=not place.speaks)
-        if config.model == AUTO and not place.is_first:
+    with open_process(config.device, config.worker) as process:
+        watch = watch or Watch(is_quiet=not process.speaks)
+        if config.model == AUTO and not process.is_first:
             wait_for_tokens(files, watch)  # the first worker decides for all
         plan = decide(config, watch)
-        if place.is_first and not files.exists(ROOT):
-            announce(plan, place.device, files, watch)
+        if process.is_first and not files.exists(ROOT):
+            announce(plan, process.device, files, watch)
         plan = with_weights(plan)
-        writer = begin_store(plan, place, watch)
+        writer = begin_store(plan, process, watch)
         try:
-            written = _harvest_share(plan, place, writer, watch)
+            written = _harvest_share(plan, process, writer, watch)
         finally:
             writer.close()
         with Store.open(config.out) as store:
             ended = bool(written) and bool(store.committed.all())
             counts = store.manifest.shards, int(store.committed.sum())
-            return Finished(store.url, *counts, place.speaks or ended, plan.fell_back)
+            return Finished(store.url, *counts, process.speaks or ended, plan.fell_back)
 
 
 def decide(config: HarvestConfig, watch: Watch) -> Plan:
@@ -115,16 +115,16 @@ def make_harvester(manifest: Manifest, source: ModelSource, device: torch.device
     return Harvester(load_model(source.folder, wanted, getattr(torch, manifest.model.dtype), device), manifest, device)
 
 
-def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) -> int:
+def _harvest_share(plan: Plan, process: Process, writer: StoreWriter, watch: Watch) -> int:
     """This worker's part of what is pending, then what others have left; returns how many shards it wrote."""
     manifest, pending = writer.manifest, writer.pending()
-    shards = [shard for shard in pending if place.worker.takes(shard)]
-    if place.takes_rest:
+    shards = [shard for shard in pending if process.worker.takes(shard)]
+    if process.takes_rest:
         shards = shards or pending
     if not shards:
         return 0
     keep_large_blocks(SMALLER_THAN_SHARDS)
-    harvester = make_harvester(manifest, plan.source, place.device)
+    harvester = make_harvester(manifest, plan.source, process.device)
     begun = sorted(set(range(manifest.shards)) - set(pending))[:1]
     _warn_of_others(writer, harvester, [*begun, *shards], watch)
     if not is_bound_to_fit(writer.files, manifest, len(pending)):  # all workers fill the same disk
@@ -140,7 +140,7 @@ def _harvest_share(plan: Plan, place: Place, writer: StoreWriter, watch: Watch) 
             elsewhere = harvest_shards(writer, harvester, shards, report)
         done = len(shards) - len(elsewhere)
         written, undone = written + done, undone - done
-        if not place.takes_rest or not (done or is_first_look):  # the first look is at this worker's share alone
+        if not process.takes_rest or not (done or is_first_look):  # the first look is at this worker's share alone
             break
         shards, undone = writer.left()
         is_first_look = False

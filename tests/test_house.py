@@ -39,7 +39,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "network packing pocket progress",
         "corpus model sparsify_attention stats",
         "capture config spool",
-        "process_place store_plan shards",
+        "process store_plan shards",
         "create_store cost",
         "run",
         "dry_run",

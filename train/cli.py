@@ -109,14 +109,14 @@ def main(*, plots: bool, is_json: bool, device: str, spread: bool, **words: Any)
     """
     console = Console(stderr=is_json, highlight=False, soft_wrap=True, markup=False)
     with tell_errors():
-        from .launch import open_site, train_all  # late: --help and completion must not wait for torch
+        from .launch import open_process, train_all  # late: --help and completion must not wait for torch
 
         outcomes = []
-        with open_site(device, console, spread, is_watched=plots) as site:
-            for outcome in train_all(words, site):
+        with open_process(device, console, spread, is_watched=plots) as process:
+            for outcome in train_all(words, process):
                 outcomes.append(outcome)
                 tell(console, outcome, plots)
-        if is_json and site.is_first:
+        if is_json and process.is_first:
             print_json(document_of(outcomes))
 
 

@@ -22,9 +22,9 @@ from .run.folder import RunFolder, cache_of
 from .run.loop import train
 from .run.open import begin_run, resume_run
 from .run.outcome import Outcome
+from .run.process import Process
 from .run.run import Run
 from .run.settle import settle
-from .run.site import Site
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
@@ -32,17 +32,17 @@ _ALIASES = {"lr": "optim.lr"}
 
 
 @contextmanager
-def open_site(device: str, console: Console, spread: bool = False, is_watched: bool = False) -> Iterator[Site]:
+def open_process(device: str, console: Console, spread: bool = False, is_watched: bool = False) -> Iterator[Process]:
     """Where this process computes and prints; with `spread`, SAEs are dealt out over several processes."""
     group, place = join(device)
-    site = Site(group, Solo() if spread and group.size > 1 else group, place, console, is_watched)
+    process = Process(group, Solo() if spread and group.size > 1 else group, place, console, is_watched)
     try:
-        yield site
+        yield process
     finally:
-        site.group.close()
+        process.group.close()
 
 
-def train_all(words: Mapping[str, Any], site: Site) -> Iterator[Outcome]:
+def train_all(words: Mapping[str, Any], process: Process) -> Iterator[Outcome]:
     """Train what the options say, by the names that `sae-train` has for them: one run after the other.
 
     Only one of several processes has results.
@@ -52,51 +52,51 @@ def train_all(words: Mapping[str, Any], site: Site) -> Iterator[Outcome]:
         others = {f"--{name}": words[name] for name in ("variant", "recipe", "set", "grid", "name", "init")}
         others["--with-baselines"] = words["with_baselines"] or None
         _require_alone(words["resume"], others | {f"--{name}": value for name, value in chosen.items()})
-        outcomes = [_go_on(RunFolder.open(words["out"], words["resume"]), words["cache"], site)]
+        outcomes = [_go_on(RunFolder.open(words["out"], words["resume"]), words["cache"], process)]
     else:
         settings = _settings(chosen, words["set"])
         points = [_resolve_aliases(point) for point in parse_grid(words["grid"])]
         asks = find_asks(words["variant"], words["recipe"], words["name"], settings, points)
         init = None if words["init"] is None else str(find_sae(words["init"], words["out"]))
         asks = [replace(ask, baselines=words["with_baselines"], init=init) for ask in asks]
-        outcomes = (start(ask, _require_cache(words["cache"]), words["out"], words["name"], site) for ask in asks)
+        outcomes = (start(ask, _require_cache(words["cache"]), words["out"], words["name"], process) for ask in asks)
     yield from (outcome for outcome in outcomes if outcome is not None)
 
 
-def start(ask: Ask, cache: str, out: str, name: str | None, site: Site) -> Outcome | None:
+def start(ask: Ask, cache: str, out: str, name: str | None, process: Process) -> Outcome | None:
     """A new run, from its first step to its results."""
     with Store.open(cache) as store:
         settled = settle(ask, store)
-        with begin_run(settled, store, site, out, name) as run:
+        with begin_run(settled, store, process, out, name) as run:
             _introduce(run, settled.remark)
             return train(run)
 
 
-def _go_on(folder: RunFolder, cache: str | None, site: Site) -> Outcome | None:
+def _go_on(folder: RunFolder, cache: str | None, process: Process) -> Outcome | None:
     url, cache_id = cache_of(folder)
-    with Store.open(cache or url, expect_cache_id=cache_id) as store, resume_run(folder, store, site) as run:
+    with Store.open(cache or url, expect_cache_id=cache_id) as store, resume_run(folder, store, process) as run:
         return train(run)
 
 
 def _introduce(run: Run, remark: str) -> None:
     """What is about to happen; a collective call."""
     own = {
-        label: {"process": run.site.group.rank, "cut": sorted(trainee.assembly.cut_short(run.total_steps))}
+        label: {"process": run.process.group.rank, "cut": sorted(trainee.assembly.cut_short(run.total_steps))}
         for label, trainee in run.fleet.trainees.items()
     }
-    told = run.site.collect(own, run.labels)
-    if not run.site.is_first:
+    told = run.process.collect(own, run.labels)
+    if not run.process.is_first:
         return
-    run.site.console.print(f"{run.folder.path}: {remark}, {run.total_steps} steps on {run.site.device}")
+    run.process.console.print(f"{run.folder.path}: {remark}, {run.total_steps} steps on {run.process.device}")
     for member in run.config.members:
-        where = f", in process {told[member.label]['process']}" if run.site.is_spread else ""
-        run.site.console.print(f"  {member.label}: {_settings_of(member)}{where}")
+        where = f", in process {told[member.label]['process']}" if run.process.is_spread else ""
+        run.process.console.print(f"  {member.label}: {_settings_of(member)}{where}")
     cut = {tuple(found) for one in told.values() for found in one["cut"]}
     for asked, given in sorted(cut):
-        run.site.console.print(f"the run is short: a warm-up or onset of {asked:,} steps takes {given:,}")
+        run.process.console.print(f"the run is short: a warm-up or onset of {asked:,} steps takes {given:,}")
     for layer, stats in run.fleet.stats.items():
         if stats.massive is not None and stats.massive.massive:
-            run.site.console.print(
+            run.process.console.print(
                 f"{say_place(layer)}: {stats.massive}: left out (--set data.massive_norms=inf takes them too)"
             )
 

@@ -13,7 +13,7 @@ import click
 
 from ...cache_schema import Store, StoreMissing
 from ...train.config.run_config import Ask
-from ...train.launch import open_site, start
+from ...train.launch import open_process, start
 from ...train.recipes import find_recipes
 from ...train.run.open import estimate_seconds
 from ...train.run.settle import settle
@@ -51,10 +51,10 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str) -> None:
         store = Store.open(cache)
     except StoreMissing:
         return  # the error that follows says how the run is made
-    with store, open_site(device, console) as site:
+    with store, open_process(device, console) as process:
         console.print(f"no run {name!r} in {runs}, and a recipe {recipe}: timing a few steps of it on {cache}")
         settled = settle(ask, store)
-        seconds = estimate_seconds(settled, store, site)
+        seconds = estimate_seconds(settled, store, process)
         epoch = settled.plan.steps_in(1)
         if seconds > LONG_SECONDS and epoch < settled.total_steps:
             shorter = f"sae-train --recipe {recipe} --cache {cache} --out {runs} --name {name} --epochs 1"
@@ -63,9 +63,9 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str) -> None:
         what = f"{saes} SAE{'s' * (saes > 1)} side by side, {settled.total_steps:,} steps, {about(seconds)}"
         if not click.confirm(f"Train it now, then go on? {what}", default=True, err=True):
             return
-    with open_site(device, console, is_watched=True) as site:
+    with open_process(device, console, is_watched=True) as process:
         console.print(f"$ sae-train --recipe {recipe} --cache {cache} --out {runs} --name {name}", style="bold")
-        outcome = start(ask, cache, str(runs), name, site)
+        outcome = start(ask, cache, str(runs), name, process)
     if outcome is not None:
         after_run(runs / name, console.print)
 

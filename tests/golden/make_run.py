@@ -21,9 +21,9 @@ from saemill.train.parallel.processes import Solo
 from saemill.train.run.loop import train
 from saemill.train.run.metrics import Watch
 from saemill.train.run.open import begin_run
+from saemill.train.run.process import Process
 from saemill.train.run.run import Run
 from saemill.train.run.settle import settle
-from saemill.train.run.site import Site
 
 FOLDER = Path(__file__).parent / "runs_1"
 SETTINGS = {"layer": 3, "width": 8, "k": 2, "data.batch_tokens": 16, "data.pool_tokens": 32, "course.epochs": 1}
@@ -32,19 +32,19 @@ STORE = {"windows": 40, "shard_windows": 8, "layers": (3,), "splits": (28, 34)} 
 STOPS_AT = 7
 
 
-def site() -> Site:
+def process() -> Process:
     alone = Solo()
-    return Site(alone, alone, torch.device("cpu"), Console(file=io.StringIO()))
+    return Process(alone, alone, torch.device("cpu"), Console(file=io.StringIO()))
 
 
 def write(cache: str, folder: Path) -> None:
     """Two runs of one seed: `ended`, and `stopped` before its eighth step."""
     with Store.open(cache) as store:
         settled = settle(Ask.of_variants(["topk"], SETTINGS), store)
-        with begin_run(settled, store, site(), str(folder), "ended") as run:
+        with begin_run(settled, store, process(), str(folder), "ended") as run:
             train(run)
         try:
-            with begin_run(settled, store, site(), str(folder), "stopped") as run:
+            with begin_run(settled, store, process(), str(folder), "stopped") as run:
                 stop_before(run, STOPS_AT)
                 train(run)
         except KeyboardInterrupt:

@@ -25,7 +25,7 @@ from transformers import (
 from saemill.harvest import run
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus.source import DatasetOptions
-from saemill.harvest.process_place import Place
+from saemill.harvest.process import Process
 
 torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
 
@@ -207,11 +207,11 @@ def make_config(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable
 @pytest.fixture
 def share_only(monkeypatch) -> None:
     """Workers end after their share, as those do that are killed then."""
-    taken_place = run.taken_place
+    open_process = run.open_process
 
     @contextmanager
-    def taken(device: str, worker: Worker) -> Iterator[Place]:
-        with taken_place(device, worker) as place:
-            yield replace(place, takes_rest=False)
+    def taken(device: str, worker: Worker) -> Iterator[Process]:
+        with open_process(device, worker) as process:
+            yield replace(process, takes_rest=False)
 
-    monkeypatch.setattr(run, "taken_place", taken)
+    monkeypatch.setattr(run, "open_process", taken)

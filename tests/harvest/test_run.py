@@ -46,7 +46,7 @@ from saemill.harvest.cost import RESERVE_BYTES
 from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SplitEmpty
 from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, ModelSource
-from saemill.harvest.process_place import Place
+from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import Finished, reharvest
 from saemill.harvest.shards import describe_device
@@ -242,9 +242,9 @@ def share_of(monkeypatch):
         monkeypatch.setattr(run, "is_bound_to_fit", lambda *_: True)
         monkeypatch.setattr(run, "harvest_shards", harvest_shards)
         said = io.StringIO()
-        place = Place(torch.device("cpu"), worker, takes_rest=True)
+        process = Process(torch.device("cpu"), worker, takes_rest=True)
         plan: Any = SimpleNamespace(source=None)
-        written = run._harvest_share(plan, place, cast(StoreWriter, writer), Watch(Console(file=said, width=300)))
+        written = run._harvest_share(plan, process, cast(StoreWriter, writer), Watch(Console(file=said, width=300)))
         return written, said.getvalue()
 
     return take
@@ -282,8 +282,8 @@ def test_a_later_worker_waits_for_the_tokens_with_a_bound(make_config: Make, mon
 
 def test_of_one_launch_the_first_speaks_and_whoever_ends_the_work(make_config: Make, monkeypatch):
     def launched(rank: int) -> Finished:
-        place = Place(torch.device("cpu"), Worker(rank, 2), speaks=rank == 0)
-        monkeypatch.setattr(run, "taken_place", lambda *_: nullcontext(place))
+        process = Process(torch.device("cpu"), Worker(rank, 2), speaks=rank == 0)
+        monkeypatch.setattr(run, "open_process", lambda *_: nullcontext(process))
         return run.harvest(make_config(), Watch(is_quiet=True))
 
     first, second, again = launched(0), launched(1), launched(1)
@@ -296,7 +296,7 @@ def test_of_one_launch_only_the_first_shows_what_it_does(make_config: Make, monk
         raise KeyboardInterrupt
 
     watches: list[Watch] = []
-    monkeypatch.setattr(run, "taken_place", lambda *_: nullcontext(Place(torch.device("cpu"), Worker(0), rank == 0)))
+    monkeypatch.setattr(run, "open_process", lambda *_: nullcontext(Process(torch.device("cpu"), Worker(0), rank == 0)))
     monkeypatch.setattr(run, "decide", lambda _, watch: watches.append(watch))
     monkeypatch.setattr(run, "announce", lambda *_: None)
     monkeypatch.setattr(run, "with_weights", lambda plan: plan)

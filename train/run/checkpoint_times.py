@@ -15,7 +15,7 @@ from ..disk.checkpoint_files import Standing, Writer
 from ..engine.fleet import Fleet
 from ..errors import RunInterrupted
 from .metrics import Watch
-from .site import Site
+from .process import Process
 
 CLOCK_EVERY_STEPS = 16  # several processes must agree on the time, which costs a message
 
@@ -49,10 +49,10 @@ def catch_signals() -> Iterator[Caught]:
 class Saver:
     """Saves checkpoints of a run: rank 0 does, and where SAEs are spread each process writes its own into the same."""
 
-    def __init__(self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, site: Site) -> None:
-        self._writer = Writer(folder, site.group.beside() if site.is_spread else None)
+    def __init__(self, folder: Path, course: CourseConfig, fleet: Fleet, watch: Watch, process: Process) -> None:
+        self._writer = Writer(folder, process.group.beside() if process.is_spread else None)
         self._folder, self._course = folder, course
-        self._fleet, self._watch, self._group, self._team = fleet, watch, site.group, site.team
+        self._fleet, self._watch, self._group, self._team = fleet, watch, process.group, process.team
         self._saved_at = time.perf_counter()
 
     def save_if_due(self, steps: int, total_steps: int, caught: Caught) -> None:

@@ -14,8 +14,8 @@ from ..disk.checkpoint_files import Standing
 from ..engine.step import Report
 from .after_run import Onlookers
 from .folder import MetricsLog
+from .process import Process
 from .progress import Progress
-from .site import Site
 from .trackers import Trackers
 
 REFRESH_SECONDS = 0.5
@@ -30,14 +30,14 @@ class Watch:
         trackers: Trackers,
         progress: Progress,
         feed: Feed,
-        site: Site,
+        process: Process,
         labels: Sequence[str],
         every_steps: int,
         total_steps: int,
         onlookers: Onlookers | None = None,
     ) -> None:
         self.log, self._trackers, self._progress = log, trackers, progress
-        self._feed, self._site, self._labels, self._onlookers = feed, site, labels, onlookers
+        self._feed, self._process, self._labels, self._onlookers = feed, process, labels, onlookers
         self._every, self._total = every_steps, total_steps
         self.quality = ShuffleQuality(feed.ideal_share)
         self.last: dict[str, dict[str, float]] = {}
@@ -60,7 +60,7 @@ class Watch:
         if step % self._every == 0 or step + 1 == self._total:
             self.quality = self.quality.with_batch(draw.labels(self._feed.is_windowed))
             self._record(step, reports)
-        elif time.perf_counter() - self._refreshed > REFRESH_SECONDS and self._site.is_first:
+        elif time.perf_counter() - self._refreshed > REFRESH_SECONDS and self._process.is_first:
             self._show(step, {label: report.scalars() for label, report in reports.items()})
 
     @property
@@ -95,7 +95,7 @@ class Watch:
     def _record(self, step: int, reports: Mapping[str, Report]) -> None:
         """One line per SAE. A collective call; rank 0 writes."""
         own = {label: self._mean_over_ranks(report) for label, report in reports.items()}
-        self.last = self._site.collect(own, self._labels)
+        self.last = self._process.collect(own, self._labels)
         shared = {
             "step": step,
             "tokens": (step + 1) * self._feed.plan.batch_tokens,
@@ -107,7 +107,7 @@ class Watch:
             if self.log is not None:
                 self.log.write({"sae": label, **shared, **scalars})
             self._trackers.log({f"{label}/{name}": value for name, value in scalars.items()}, step)
-        if self._site.is_first:
+        if self._process.is_first:
             self._show(step, self.last)
         if self._onlookers is not None:
             self._onlookers.look()
@@ -117,7 +117,7 @@ class Watch:
         self._progress.show(step + 1, scalars, self.tokens_per_second)
 
     def _mean_over_ranks(self, report: Report) -> dict[str, float]:
-        scalars, team = report.scalars(), self._site.team
+        scalars, team = report.scalars(), self._process.team
         if team.size == 1:
             return scalars
         values = torch.tensor(list(scalars.values())) * report.weight

@@ -35,76 +35,76 @@ from .init_source import begin_fleet_as, require_unchanged
 from .memory_estimate import weight_bytes
 from .metrics import Watch
 from .preflight import check
+from .process import Process
 from .progress import Progress
 from .run import Run
 from .settle import Settled, settle_again
-from .site import Site
 from .trackers import Trackers
 
 
 @contextmanager
-def begin_run(settled: Settled, store: Store, site: Site, out: str, name: str | None) -> Iterator[Run]:
+def begin_run(settled: Settled, store: Store, process: Process, out: str, name: str | None) -> Iterator[Run]:
     """A new run, from step 0."""
-    fleet, path = make_fleet(settled, store, site), ""
-    _begin_as_source(settled, fleet, store, site)
-    with all_or_none(site.group):
-        if site.is_first:
+    fleet, path = make_fleet(settled, store, process), ""
+    _begin_as_source(settled, fleet, store, process)
+    with all_or_none(process.group):
+        if process.is_first:
             folder = _make_folder(settled, out, name)
             folder.write_config(settled.describe(store))
             path = str(folder.path)
-    folder = RunFolder.at(site.group.texts(path)[0])
+    folder = RunFolder.at(process.group.texts(path)[0])
     try:
-        with _tell_memory(site), _open(settled, store, site, folder, fleet, None) as run:
+        with _tell_memory(process), _open(settled, store, process, folder, fleet, None) as run:
             yield run
     except MemoryTooSmall:
-        if site.is_first and not list_checkpoints(folder.checkpoints):
+        if process.is_first and not list_checkpoints(folder.checkpoints):
             shutil.rmtree(folder.path)  # nothing to go on from
         raise
 
 
 @contextmanager
-def resume_run(folder: RunFolder, store: Store, site: Site) -> Iterator[Run]:
+def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Run]:
     """A run from its last whole checkpoint."""
     if folder.is_finished:
         raise RunFinished(f"{folder.path} is finished: nothing to resume. Evaluate it with: sae-eval {folder.path}")
     settled = settle_again(folder, store)
-    fleet = make_fleet(settled, store, site)
-    standing = _load_checkpoint(folder, fleet, site)
+    fleet = make_fleet(settled, store, process)
+    standing = _load_checkpoint(folder, fleet, process)
     if standing is None:
         if settled.init is not None:
-            with all_or_none(site.group):
+            with all_or_none(process.group):
                 require_unchanged(settled.init)
-        _begin_as_source(settled, fleet, store, site)
-    with _tell_memory(site), _open(settled, store, site, folder, fleet, standing) as run:
+        _begin_as_source(settled, fleet, store, process)
+    with _tell_memory(process), _open(settled, store, process, folder, fleet, standing) as run:
         yield run
 
 
 @contextmanager
-def _tell_memory(site: Site) -> Iterator[None]:
+def _tell_memory(process: Process) -> Iterator[None]:
     """What a device has no room for, in words, wherever it was asked for it."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(f"{site.device} has no memory left", error) from None
+        raise out_of_memory(f"{process.device} has no memory left", error) from None
 
 
-def make_fleet(settled: Settled, store: Store, site: Site) -> Fleet:
+def make_fleet(settled: Settled, store: Store, process: Process) -> Fleet:
     """The SAEs as they are before the first step: what their configs can refuse, they refuse here."""
-    take_device(site.device)
+    take_device(process.device)
     keep_large_blocks()
-    is_split = settled.config.course.shard_width and site.group.size > 1
-    rows, split = (Solo(), site.team) if is_split else (site.team, None)
-    with all_or_none(site.group), _tell_memory(site):
-        members = members_of(settled.config, store.manifest.model.d_model, site)
-        stats = check(settled, store, members, rows.size, 1 if split is None else split.size, site.device)
+    is_split = settled.config.course.shard_width and process.group.size > 1
+    rows, split = (Solo(), process.team) if is_split else (process.team, None)
+    with all_or_none(process.group), _tell_memory(process):
+        members = members_of(settled.config, store.manifest.model.d_model, process)
+        stats = check(settled, store, members, rows.size, 1 if split is None else split.size, process.device)
         configs = {member.label: member.config for member in members}
-        return Fleet(configs, stats, settled.total_steps, site.device, rows, split)
+        return Fleet(configs, stats, settled.total_steps, process.device, rows, split)
 
 
-def _begin_as_source(settled: Settled, fleet: Fleet, store: Store, site: Site) -> None:
+def _begin_as_source(settled: Settled, fleet: Fleet, store: Store, process: Process) -> None:
     """Before the first step, where the SAEs are to begin as one that was trained before."""
     if settled.init is not None:
-        with all_or_none(site.group):
+        with all_or_none(process.group):
             begin_fleet_as(settled.init, fleet, store.manifest)
 
 
@@ -115,11 +115,11 @@ def _make_folder(settled: Settled, out: str, name: str | None) -> RunFolder:
     return RunFolder.create(out, name)
 
 
-def _load_checkpoint(folder: RunFolder, fleet: Fleet, site: Site) -> Standing | None:
+def _load_checkpoint(folder: RunFolder, fleet: Fleet, process: Process) -> Standing | None:
     """Bring the fleet to where the last whole checkpoint left it."""
-    with all_or_none(site.group):
+    with all_or_none(process.group):
         found = load_checkpoint(folder.checkpoints, fleet.trainees)
-    say = site.console.print if site.is_first else (lambda *_, **__: None)
+    say = process.console.print if process.is_first else (lambda *_, **__: None)
     if found is None:
         say("no checkpoint found: starting at step 0")
         return None
@@ -132,53 +132,53 @@ def _load_checkpoint(folder: RunFolder, fleet: Fleet, site: Site) -> Standing | 
 
 @contextmanager
 def _open(
-    settled: Settled, store: Store, site: Site, folder: RunFolder, fleet: Fleet, standing: Standing | None
+    settled: Settled, store: Store, process: Process, folder: RunFolder, fleet: Fleet, standing: Standing | None
 ) -> Iterator[Run]:
     """Put the parts together, as the checkpoint left them if there is one; close them at the end."""
     config, ranks, steps = settled.config, fleet.ranks, settled.total_steps
     with ExitStack() as open_things:
         needs = fleet.needs.values()
-        feed = Feed(store, settled.plan, needs, fleet.stats, site.device, ranks.rank, ranks.size, steps)
+        feed = Feed(store, settled.plan, needs, fleet.stats, process.device, ranks.rank, ranks.size, steps)
         open_things.callback(feed.close)
-        log, trackers, progress = _open_outlets(settled, site, folder, fleet.steps_taken, standing)
+        log, trackers, progress = _open_outlets(settled, process, folder, fleet.steps_taken, standing)
         labels, every = [member.label for member in config.members], config.course.metrics_every_steps
-        onlookers = Onlookers(folder.path, site.console.print) if site.is_first and site.is_watched else None
-        watch = Watch(log, trackers, progress, feed, site, labels, every, steps, onlookers)
+        onlookers = Onlookers(folder.path, process.console.print) if process.is_first and process.is_watched else None
+        watch = Watch(log, trackers, progress, feed, process, labels, every, steps, onlookers)
         open_things.callback(watch.close)
         if standing is not None:
             watch.go_on(standing)
-        saver = Saver(folder.checkpoints, config.course, fleet, watch, site)
+        saver = Saver(folder.checkpoints, config.course, fleet, watch, process)
         open_things.callback(saver.close)
-        yield Run(folder, config, steps, store, feed, fleet, watch, saver, site)
+        yield Run(folder, config, steps, store, feed, fleet, watch, saver, process)
 
 
 def _open_outlets(
-    settled: Settled, site: Site, folder: RunFolder, done: int, standing: Standing | None
+    settled: Settled, process: Process, folder: RunFolder, done: int, standing: Standing | None
 ) -> tuple[MetricsLog | None, Trackers, Progress]:
     """What a run writes to and shows: only rank 0 does either. The log is cut back to the checkpoint."""
     labels, steps = [member.label for member in settled.config.members], settled.total_steps
-    if not site.is_first:
-        return None, Trackers((), folder.path, {}), Progress(site.console, labels, steps, 0, is_quiet=True)
+    if not process.is_first:
+        return None, Trackers((), folder.path, {}), Progress(process.console, labels, steps, 0, is_quiet=True)
     trackers = Trackers(settled.config.course.trackers, folder.path, folder.read_config())
-    progress = Progress(site.console, labels, steps, done, is_quiet=False)
+    progress = Progress(process.console, labels, steps, done, is_quiet=False)
     log = MetricsLog(folder.metrics)
     log.cut(standing.metrics_bytes if standing else 0)
     return log, trackers, progress
 
 
-def members_of(config: RunConfig, d_model: int, site: Site) -> tuple[Member, ...]:
+def members_of(config: RunConfig, d_model: int, process: Process) -> tuple[Member, ...]:
     """The SAEs that this process trains: all, or where they are spread its part of them."""
-    if not site.is_spread:
+    if not process.is_spread:
         return config.members
     if config.course.shard_width:
         raise ConfigInvalid("course.shard_width gives each process parts of all SAEs, --spread some whole: choose one")
-    processes, found = site.group.size, len(config.members)
+    processes, found = process.group.size, len(config.members)
     if found < processes:
         raise ConfigInvalid(
             f"--spread: expected an SAE or more for each of {processes} processes, found {found}: "
             "start fewer processes, or leave out --spread, and all of them work on every SAE"
         )
-    return deal_members(config.members, processes, d_model)[site.group.rank]
+    return deal_members(config.members, processes, d_model)[process.group.rank]
 
 
 def deal_members(members: Sequence[Member], processes: int, d_model: int) -> list[tuple[Member, ...]]:
@@ -205,20 +205,20 @@ SECONDS = 3.0
 POOL_BATCHES = 16
 
 
-def estimate_seconds(settled: Settled, store: Store, site: Site) -> float:
+def estimate_seconds(settled: Settled, store: Store, process: Process) -> float:
     """Of all steps of a run on this machine. What the run would be refused for, this is refused for too."""
-    fleet, data = make_fleet(settled, store, site), settled.config.data
+    fleet, data = make_fleet(settled, store, process), settled.config.data
     pool_tokens = min(data.pool_tokens or data.batch_tokens, POOL_BATCHES * data.batch_tokens)
     plan = Plan(settled.plan.sizes, batch_tokens=data.batch_tokens, pool_tokens=pool_tokens, seed=data.seed)
     steps = min(settled.total_steps, MOST)
-    feed = Feed(store, plan, fleet.needs.values(), fleet.stats, site.device, steps=steps)
+    feed = Feed(store, plan, fleet.needs.values(), fleet.stats, process.device, steps=steps)
     took, began = [], time.perf_counter()
     try:
         for step in range(steps):
             before = time.perf_counter()
             fleet.step(feed.draw(step))
-            if site.device.type == "cuda":
-                torch.cuda.synchronize(site.device)
+            if process.device.type == "cuda":
+                torch.cuda.synchronize(process.device)
             took.append(time.perf_counter() - before)
             if step >= WARM and took[-1] + time.perf_counter() - began > SECONDS:
                 break

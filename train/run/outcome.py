@@ -82,12 +82,12 @@ class Outcome:
 def conclude(run: Run) -> Outcome | None:
     """Validate, save and write, on rank 0."""
     own: dict[str, Any] = {}
-    with run.fleet.gather_weights(), all_or_none(run.site.group):
-        if run.site.team.rank == 0:  # the others wait
+    with run.fleet.gather_weights(), all_or_none(run.process.group):
+        if run.process.team.rank == 0:  # the others wait
             own = {label: to_json(outcome) for label, outcome in _measure_and_save(run).items()}
-    found = run.site.collect(own, run.labels)
-    with all_or_none(run.site.group):
-        if not run.site.is_first:
+    found = run.process.collect(own, run.labels)
+    with all_or_none(run.process.group):
+        if not run.process.is_first:
             return None
         outcome = _outcome(run, {label: from_json(SaeOutcome, raw, label) for label, raw in found.items()})
         run.folder.write_result(to_json(outcome))
@@ -110,7 +110,7 @@ def _held_out(run: Run) -> Any:
         run.store,
         run.fleet.needs.values(),
         run.fleet.stats,
-        run.site.device,
+        run.process.device,
         tokens=run.config.course.validation_tokens,
         batch_tokens=run.config.data.batch_tokens,
     )

@@ -11,7 +11,7 @@ from ..engine.fleet import Fleet
 from .checkpoint_times import Saver
 from .folder import RunFolder
 from .metrics import Watch
-from .site import Site
+from .process import Process
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Run:
     fleet: Fleet
     watch: Watch
     saver: Saver
-    site: Site
+    process: Process
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -132,20 +132,20 @@ from rich.console import Console
 from saemill.train.cli import main
 from saemill.train.command import tell_errors
 from saemill.train.engine.fleet import Fleet
-from saemill.train.launch import open_site, train_all
+from saemill.train.launch import open_process, train_all
 
 words = main.make_context("sae-train", sys.argv[1:]).params
 take_step = Fleet.step
 
 def die_at_12(self, draw):
-    if site.group.rank == 1 and self.steps_taken == 12:
+    if process.group.rank == 1 and self.steps_taken == 12:
         os.kill(os.getpid(), signal.SIGKILL)
     return take_step(self, draw)
 
-with tell_errors(), open_site("cpu", Console(soft_wrap=True), spread=True) as site:
-    list(train_all({**words, "name": "two"}, site))
+with tell_errors(), open_process("cpu", Console(soft_wrap=True), spread=True) as process:
+    list(train_all({**words, "name": "two"}, process))
     Fleet.step = die_at_12
-    list(train_all({**words, "name": "lost"}, site))
+    list(train_all({**words, "name": "lost"}, process))
 """
 
 FLEET = ["--variant", "topk", "--variant", "batchtopk", "--variant", "temporal", "--set", "topk.width=61"]

@@ -38,7 +38,7 @@ from saemill.train.run.folder import RunFolder, cache_of
 from saemill.train.run.loop import train
 from saemill.train.run.metrics import Watch
 from saemill.train.run.open import begin_run, resume_run
-from saemill.train.run.run import Run, Site
+from saemill.train.run.run import Process, Run
 from saemill.train.run.settle import settle
 
 SETTINGS = {"layer": 3, "width": 8, "data.batch_tokens": 16, "data.pool_tokens": 32, "course.epochs": 1}
@@ -69,38 +69,38 @@ class Facts:
         self.places: Counter[str] = Counter()
 
     def begin(self, place: str, home: Path, cache: Path, look: Callable[[Run], None] = lambda run: None) -> None:
-        def work(site: Site) -> None:
+        def work(process: Process) -> None:
             with Store.open(cache) as store:
                 settled = settle(Ask.of_variants(["topk"], SETTINGS, MEMBERS), store)
-                with begin_run(settled, store, site, str(home), "run") as run:
+                with begin_run(settled, store, process, str(home), "run") as run:
                     look(run)
                     train(run)
 
         self._in_each(place, work)
 
     def go_on(self, place: str, home: Path, cache: Path, look: Callable[[Run], None]) -> None:
-        def work(site: Site) -> None:
+        def work(process: Process) -> None:
             folder = RunFolder.open(home, "run")
             with (
                 Store.open(cache, expect_cache_id=cache_of(folder)[1]) as store,
-                resume_run(folder, store, site) as run,
+                resume_run(folder, store, process) as run,
             ):
                 look(run)
                 train(run)
 
         self._in_each(place, work)
 
-    def _in_each(self, place: str, work: Callable[[Site], None]) -> None:
+    def _in_each(self, place: str, work: Callable[[Process], None]) -> None:
         """The command in each of its processes."""
         self.places[place] += 1
         cpu, console = torch.device("cpu"), Console(file=io.StringIO())
         if place == "alone":
             alone = Solo()
-            work(Site(alone, alone, cpu, console))
+            work(Process(alone, alone, cpu, console))
             return
         ranks, run = self.threads(2)
         is_spread = place == "an SAE each"
-        run(lambda at: work(Site(ranks[at], Solo() if is_spread else ranks[at], cpu, console)))
+        run(lambda at: work(Process(ranks[at], Solo() if is_spread else ranks[at], cpu, console)))
 
 
 class RunMachine(RuleBasedStateMachine):
@@ -194,7 +194,7 @@ class RunMachine(RuleBasedStateMachine):
                 self.damaged.discard(step)
 
         def dying(watch: Any, step: int, *rest: Any) -> None:
-            if step == die_before and watch._site.group.rank == watch._site.group.size - 1:
+            if step == die_before and watch._process.group.rank == watch._process.group.size - 1:
                 self.facts.faults["killed"] += 1
                 raise self.facts.shaky_disk.Killed
             observe(watch, step, *rest)

@@ -39,13 +39,13 @@ def test_the_first_process_can_measure_the_shuffling_of_tokens():
 
 
 def test_what_cannot_be_spread_is_refused():
-    site = SimpleNamespace(is_spread=True, group=SimpleNamespace(size=3, rank=0))
+    process = SimpleNamespace(is_spread=True, group=SimpleNamespace(size=3, rank=0))
     config = SimpleNamespace(members=members(a=("topk", 256)), course=SimpleNamespace(shard_width=False))
     with pytest.raises(ConfigInvalid, match="an SAE or more for each of 3 processes, found 1"):
-        members_of(config, 8, site)
+        members_of(config, 8, process)
     config.course.shard_width = True
     with pytest.raises(ConfigInvalid, match=r"course\.shard_width .* --spread"):
-        members_of(config, 8, site)
+        members_of(config, 8, process)
 
 
 def test_two_processes_on_one_gpu_are_named():

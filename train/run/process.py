@@ -14,7 +14,7 @@ from ..parallel.processes import Group
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class Process:
     """Where a run computes, and where it prints."""
 
     group: Group

@@ -14,7 +14,7 @@ from .model.load import find_device
 
 
 @dataclass(frozen=True)
-class Place:
+class Process:
     """One process."""
 
     device: torch.device
@@ -29,14 +29,14 @@ class Place:
 
 
 @contextmanager
-def taken_place(device: str, worker: Worker) -> Iterator[Place]:
+def open_process(device: str, worker: Worker) -> Iterator[Process]:
     """The place that a launcher gave this process, times the one given by hand.
 
     Processes of one launch end together; of workers that were started by hand, some may never begin.
     """
     takes_rest = worker.count > 1
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Place(find_device(device), worker, takes_rest=takes_rest)
+        yield Process(find_device(device), worker, takes_rest=takes_rest)
         return
     from accelerate import PartialState
 
@@ -44,6 +44,6 @@ def taken_place(device: str, worker: Worker) -> Iterator[Place]:
     index = worker.index * state.num_processes + state.process_index
     try:
         shared = Worker(index, worker.count * state.num_processes)
-        yield Place(find_device(str(state.device)), shared, speaks=state.process_index == 0, takes_rest=takes_rest)
+        yield Process(find_device(str(state.device)), shared, speaks=state.process_index == 0, takes_rest=takes_rest)
     finally:
         state.destroy_process_group()
