@@ -56,7 +56,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "kit",
         "config variants",
         "recipes run",
-        "command launch",
+        "command start_runs",
         "__init__ cli export",
     ),
     "evaluate": (
@@ -82,7 +82,7 @@ MAY_IMPORT = {  # rooms of other packages
     "evaluate": {
         "cache_schema": ALL,
         "harvest": "corpus errors model network pocket progress sparsify_attention stats",
-        "train": "config command data disk errors file_registry kit recipes run sae sae/kernels launch",
+        "train": "config command data disk errors file_registry kit recipes run sae sae/kernels start_runs",
     },
     "studies": {
         "cache_schema": "cli",
@@ -92,7 +92,7 @@ MAY_IMPORT = {  # rooms of other packages
     "api": {
         "cache_schema": ALL,
         "harvest": "cli progress run",
-        "train": "config cli data disk errors parallel recipes run sae launch",
+        "train": "config cli data disk errors parallel recipes run sae start_runs",
         "evaluate": "cli context output run",
     },
 }

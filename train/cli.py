@@ -19,7 +19,7 @@ from .kit.registry import names
 from .recipes import studies
 
 if TYPE_CHECKING:
-    from .run.outcome import Outcome
+    from .run.results import Outcome
 
 EXAMPLES = """\b
 Examples:
@@ -109,7 +109,7 @@ def main(*, plots: bool, is_json: bool, device: str, spread: bool, **words: Any)
     """
     console = Console(stderr=is_json, highlight=False, soft_wrap=True, markup=False)
     with tell_errors():
-        from .launch import open_process, train_all  # late: --help and completion must not wait for torch
+        from .start_runs import open_process, train_all  # late: --help and completion must not wait for torch
 
         outcomes = []
         with open_process(device, console, spread, is_watched=plots) as process:

@@ -54,7 +54,7 @@ def _draw_live(run: RunFolder, say: Say, pause: float) -> None:
 
 
 def _draw(homes: Sequence[Path], folder: Path, say: Say, known: Documents | None = None) -> None:
-    from ..evals.browser.numbers import refresh
+    from ..evals.browser.overview import refresh
     from .figures.records import read_records
     from .plots import make_plots
     from .report import write_page  # loads matplotlib, which nobody waits for who asks for no pictures

@@ -34,7 +34,7 @@ from ..output.pictures import draw
 from .attempts import Keep, run_evals
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store
 from .find_saes import Problem, find_all
-from .offer import offer_training
+from .offer_training import offer_training
 
 FAILED, NOT_RUN = 1, 3
 Complain = Callable[[str], None]

@@ -22,7 +22,7 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
-from saemill.evaluate.run import command, offer
+from saemill.evaluate.run import command, offer_training
 from saemill.studies import study
 from saemill.train.config.recipe import Recipe, Sae
 
@@ -215,7 +215,7 @@ def recipe_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """`run_4` is a short run of one SAE, so that a test can wait for it."""
     settings = {"width": 32, "course.tokens": 2000, "data.batch_tokens": 256}
     recipe = Recipe("run_4", "", (Sae("standard", "standard"),), settings, study="attention")
-    monkeypatch.setattr(offer, "find_recipes", lambda _: (recipe,))
+    monkeypatch.setattr(offer_training, "find_recipes", lambda _: (recipe,))
     monkeypatch.setattr(command, "is_at_terminal", lambda: True)
 
 
@@ -276,8 +276,8 @@ def test_a_long_run_has_a_shorter_one_beside_it(
 ) -> None:
     recipe_of_one(monkeypatch)
     recipe = Recipe("run_4", "", (Sae("standard", "standard"),), {"width": 32, "data.batch_tokens": 256})
-    monkeypatch.setattr(offer, "find_recipes", lambda _: (recipe,))
-    monkeypatch.setattr(offer, "estimate_seconds", lambda *_: 16 * 3600.0)
+    monkeypatch.setattr(offer_training, "find_recipes", lambda _: (recipe,))
+    monkeypatch.setattr(offer_training, "estimate_seconds", lambda *_: 16 * 3600.0)
     result = type_("sae-eval", "run_4", "--cache", small.store, answer="n\n", code=1)
     assert "one epoch of it takes about 60 minutes: sae-train --recipe attention/run_4" in result.stderr
     assert "--name run_4 --epochs 1\n" in result.stderr and "about 16.0 hours [Y/n]" in result.stderr

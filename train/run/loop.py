@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..disk.checkpoint_files import list_checkpoints
 from ..errors import MemoryTooSmall, StoppedElsewhere
 from .checkpoint_times import catch_signals
-from .outcome import Outcome, conclude
+from .results import Outcome, conclude
 from .run import Run
 
 

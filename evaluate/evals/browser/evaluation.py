@@ -26,13 +26,13 @@ from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .attended import LEVELS
 from .config import Config
 from .exports import Exported, require_known, write_exports
+from .firing_counts import lower_edges
 from .folder import LATENT_BYTES, NAME, Folder, making, read_data, unpacked, write_page
 from .for_report import report_of
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
-from .numbers import write_numbers
+from .overview import write_numbers
 from .reading import ATTENTION_TOKENS, TEXT_TOKENS, files_of, read
-from .seen import lower_edges
-from .words import Vocabulary
+from .token_text import Vocabulary
 
 FORMAT = 1
 SAME = (

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from ...errors import SettingInvalid
-from .kept import SAMPLE, TOP
+from .firing_counts import lower_edges
+from .kept_firings import SAMPLE, TOP
 from .latents import RANDOM, Shown, parts_of
 from .related import Near
-from .seen import lower_edges
 
 BATCH = 128  # latents of a file
 BUCKETS = 4  # of a sample, from the highest quarter to the lowest

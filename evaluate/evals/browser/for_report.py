@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .kept import TOP, Firings
-from .seen import Seen
-from .words import Vocabulary
+from .firing_counts import Seen
+from .kept_firings import TOP, Firings
+from .token_text import Vocabulary
 
 LATENTS, CONTEXTS, LEAST_FIRINGS = 24, 6, 5
 BEFORE, AFTER = 16, 8  # tokens of a context

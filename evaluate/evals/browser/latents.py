@@ -20,11 +20,11 @@ from ...context.loaded_sae import LoadedSae
 from ...model.head import Head
 from ..measures.assignment import GROUPS, RANGES, TIERS, saved
 from .config import Config
+from .firing_counts import BINS, Seen
 from .folder import Folder
-from .kept import SAMPLE, TOP, Firings, largest, ranges
+from .kept_firings import SAMPLE, TOP, Firings, largest, ranges
 from .related import Near, by_direction, by_firing
-from .seen import BINS, Seen
-from .words import Vocabulary
+from .token_text import Vocabulary
 
 FILE_LATENTS = 32
 PLACES_LATENTS = 1 << 14

@@ -20,10 +20,10 @@ from ..contract import Context, LoadedSae
 from ..core.encoding import encode_codes
 from .attended import attended
 from .config import Config
+from .firing_counts import Batch, Seen
 from .folder import Folder, Pieces
-from .kept import Room
-from .seen import Batch, Seen
-from .words import Vocabulary
+from .kept_firings import Room
+from .token_text import Vocabulary
 
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
 LEFT_OUT, BEGINS = 1, 2  # of a token, as bits: some SAE is not asked about it; it begins a document

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from ....train.sae.kernels.linear import linear
 from ....train.sae.kernels.select_latents import topk_rows
-from .kept import largest
-from .seen import Table
+from .firing_counts import Table
+from .kept_firings import largest
 
 BLOCK = 1024
 LEAST_TOGETHER = 3  # tokens on which both fire, below which it may be chance

@@ -13,7 +13,7 @@ from saemill.cache_schema import Store
 from saemill.train.cli import warnings_of
 from saemill.train.engine.step import Trainee
 from saemill.train.run import after_run as onlooking
-from saemill.train.run.outcome import Outcome, SaeOutcome
+from saemill.train.run.results import Outcome, SaeOutcome
 
 TOPK = ["--variant", "topk"]
 

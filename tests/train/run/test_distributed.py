@@ -132,7 +132,7 @@ from rich.console import Console
 from saemill.train.cli import main
 from saemill.train.command import tell_errors
 from saemill.train.engine.fleet import Fleet
-from saemill.train.launch import open_process, train_all
+from saemill.train.start_runs import open_process, train_all
 
 words = main.make_context("sae-train", sys.argv[1:]).params
 take_step = Fleet.step

@@ -22,17 +22,17 @@ from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.split_windows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, NotApplicable, SettingInvalid
-from saemill.evaluate.evals.browser import evaluation, folder, kept, latents
+from saemill.evaluate.evals.browser import evaluation, folder, kept_firings, latents
 from saemill.evaluate.evals.browser.attended import LEVELS, attended
 from saemill.evaluate.evals.browser.config import Config
+from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_of, lower_edges
 from saemill.evaluate.evals.browser.folder import read_data, unpacked, write_data
-from saemill.evaluate.evals.browser.kept import LOW, SAMPLE, TOP, Firings, Keeper, Room, largest
+from saemill.evaluate.evals.browser.kept_firings import LOW, SAMPLE, TOP, Firings, Keeper, Room, largest
 from saemill.evaluate.evals.browser.latents import RANDOM, STEPS
-from saemill.evaluate.evals.browser.numbers import refresh
+from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.evals.browser.reading import LEFT_OUT
 from saemill.evaluate.evals.browser.related import by_direction, by_firing
-from saemill.evaluate.evals.browser.seen import BINS, Batch, Seen, bin_of, lower_edges
-from saemill.evaluate.evals.browser.words import Vocabulary, text_of
+from saemill.evaluate.evals.browser.token_text import Vocabulary, text_of
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.head import head_of, load_head
 from saemill.evaluate.model.prefix_suffix import load_language_model
@@ -249,7 +249,7 @@ def test_a_sample_is_even():
 
 
 def test_memory_grows_with_the_latents_and_not_with_the_text(monkeypatch):
-    monkeypatch.setattr(kept, "WAITING", 1 << 12)
+    monkeypatch.setattr(kept_firings, "WAITING", 1 << 12)
     seen, tokens = Seen(64, 16, Room(3, 4, 2)), np.arange(256)
     position = (tokens % 16).astype(np.uint16)
     generator, peaks = torch.Generator().manual_seed(0), []

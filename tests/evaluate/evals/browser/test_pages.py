@@ -18,9 +18,9 @@ from saemill.cache_schema import Store
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.evals.browser import evaluation, folder
 from saemill.evaluate.evals.browser.config import Config
+from saemill.evaluate.evals.browser.firing_counts import lower_edges
 from saemill.evaluate.evals.browser.folder import Folder, write_data, write_page
-from saemill.evaluate.evals.browser.numbers import refresh
-from saemill.evaluate.evals.browser.seen import lower_edges
+from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.output.figures.records import Record
 from saemill.evaluate.run.find_saes import find_subjects

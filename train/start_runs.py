@@ -21,8 +21,8 @@ from .run.find_sae import find_sae
 from .run.folder import RunFolder, cache_of
 from .run.loop import train
 from .run.open import begin_run, resume_run
-from .run.outcome import Outcome
 from .run.process import Process
+from .run.results import Outcome
 from .run.run import Run
 from .run.settle import settle
 
