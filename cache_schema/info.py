@@ -112,7 +112,7 @@ def render(facts: dict[str, Any]) -> RenderableType:
     """Three small tables: what it is, what it costs, how much attention it kept."""
     head = Table.grid(padding=(0, 2))
     for name, value in {"store": facts["url"], **describe_lines(facts)}.items():
-        head.add_row(Text(name, "bold"), Text(value))  # names and paths are no markup
+        head.add_row(Text(name, "bold"), Text(value))  # names and paths are not markup
     return Group(head, "", *_size_table(facts), *_attention_table(facts), *_massive_table(facts))
 
 

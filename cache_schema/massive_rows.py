@@ -32,7 +32,7 @@ BLOCK_ROWS = 512  # converted to float32 at a time: they stay in a processor's c
 
 @dataclass(frozen=True)
 class Massive:
-    """What was found in one layer. Special tokens are no rows here."""
+    """What was found in one layer. Special tokens do not count as rows."""
 
     multiple: float
     median: float  # of the norms
@@ -64,7 +64,7 @@ def default_multiple(manifest: Manifest) -> float | None:
 
 
 def is_massive(norms: np.ndarray, bound: float) -> np.ndarray:
-    """bool, like `norms`. What is no finite number is damage of another kind, and is not hidden by this."""
+    """bool, like `norms`. What is not a finite number is damage of another kind, and is not hidden by this."""
     return (norms > bound) & np.isfinite(norms)
 
 

@@ -125,7 +125,7 @@ def _tensor(path: Path, entry: dict[str, Any], begin: int) -> tuple[_Tensor, str
     first, last = entry["data_offsets"]
     dtype, shape = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"])
     if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
-        raise ValueError(f"{entry} has numbers that are no sizes")
+        raise ValueError(f"{entry} has numbers that are not sizes")
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if not 0 <= first <= last <= path.stat().st_size - begin or last - first != size or size == 0:
         raise ValueError(f"{entry} does not fit the file")

@@ -1,4 +1,4 @@
-"""Where a process stands among those that harvest together, and on which device it computes."""
+"""This one of the processes that harvest together: its share, and the device it computes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .model.load import find_device
 
 @dataclass(frozen=True)
 class Process:
-    """One process."""
+    """One of them."""
 
     device: torch.device
     worker: Worker

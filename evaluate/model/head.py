@@ -66,7 +66,7 @@ def read_tables(folder: Path, modules: Collection[str]) -> Iterator[tuple[str, T
     """The tensors of modules that lie in no layer, by the last two parts of their names."""
     for file in find_weights(folder):
         with safe_open(file, "pt") as tables:
-            for key in tables.keys():  # noqa: SIM118  # it is no mapping
+            for key in tables.keys():  # noqa: SIM118  # it is not a mapping
                 parts = key.split(".")
                 if len(parts) in (2, 3) and parts[-2] in modules:
                     yield ".".join(parts[-2:]), tables.get_tensor(key)

@@ -2,7 +2,7 @@
 
 Each file is one document, HTML without its tags. Equal files count once. They come in the order of their hashes, so
 that the first part of a large folder is a sample of all of it, and no path decides the text. What is not UTF-8, or
-nearly empty, is passed over; logs of changes and licences are no documentation.
+nearly empty, is passed over; logs of changes and licences are not documentation.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ EXCLUDED_FOLDERS = frozenset(
 )
 EXCLUDED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars", "turtle", "sitecustomize", "usercustomize")
 TOPICS_FILE = "pydoc_data/topics.py"
-MIN_CHARACTERS = 64  # empty package markers are no documents
+MIN_CHARACTERS = 64  # empty package markers are not documents
 
 
 def stdlib_documents(root: Path | None = None) -> Iterator[tuple[str, str]]:

@@ -56,7 +56,7 @@ class Draw:
         return self.block.windows[self.rows[kind].places // self.block.context]
 
     def non_finite_rows(self, kind: Kind) -> np.ndarray:
-        """bool [B], rows with a value that is no finite number in any layer that was drawn."""
+        """bool [B], rows with a value that is not a finite number in some layer that was drawn."""
         tables = [x for (drawn, _), x in self._scaled.items() if drawn == kind]
         return torch.stack([~x.isfinite().all(dim=1) for x in tables]).any(dim=0).cpu().numpy()
 

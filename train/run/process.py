@@ -15,7 +15,7 @@ from ..parallel.processes import Group
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """Where a run computes, and where it prints."""
+    """This one of the processes of a launch: what it computes on, and where it prints."""
 
     group: Group
     """All processes of the launch."""

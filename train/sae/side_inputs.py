@@ -1,7 +1,7 @@
 """Side inputs: what an SAE may read besides the activations, by name.
 
-Tokens, positions, windows or attention of the batch, and the knobs: scheduled values that are no loss
-weight (k, sharpness, bandwidth, temperature). Reading what was not requested is an error, so that a
+Tokens, positions, windows or attention of the batch, and the knobs: scheduled values that are not loss
+weights (k, sharpness, bandwidth, temperature). Reading what was not requested is an error, so that a
 variant cannot lean on an input that it would lack at inference.
 """
 

@@ -23,7 +23,7 @@ from ..sae.kernels.windows import window_gram
 from ..sae.step_view import View, once
 
 Objective = Literal["divergence", "cross_entropy"]
-FAR_BELOW = -1e9  # a logit that no softmax sees, and that is no infinity times zero
+FAR_BELOW = -1e9  # a logit that no softmax sees, and that is not infinity times zero
 
 
 @dataclass(frozen=True)

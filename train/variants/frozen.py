@@ -1,6 +1,6 @@
 """A sanity baseline: any base, with half of its dictionary left as chance drew it.
 
-What an SAE shows that these show too is no finding about what it learned. `part` says which half:
+What an SAE shows that these show too is not a finding about what it learned. `part` says which half:
 - `decoder`: random directions; the encoder learns to use them;
 - `soft_decoder`: the decoder learns, and no row turns from its random start by more than `cosine` allows;
 - `encoder`: random features; the decoder learns what they mean. The encoder's bias learns in all three.

@@ -115,7 +115,7 @@ class Config(Windowed):
         if shapes:
             assembly = assembly.wrap(lambda inner: ShapedAutoencoder(inner, shapes))
         assembly = self._with_penalty(self._with_knobs(assembly))
-        known = None if self.scattered else mask  # a scattered range is no part of the window
+        known = None if self.scattered else mask  # a scattered range is not a stretch of the window
         return assembly.with_extra("mask", record_of(known, self.width, self.length, self.ranges))
 
     def _mask(self, context: int) -> Mask | None:

@@ -2,7 +2,7 @@
 
 Neighbours should be told by their codes from all other pairs of the batch: the first part of the dictionary gathers
 what a stretch of text is about, and what changes from token to token is left to the rest. Other tokens of the same
-window are no negatives: the text there is often about the same.
+window are not negatives: the text there is often about the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..sae.step_view import View
 from ..terms.temporal import part_of, past_rows
 from . import matryoshka
 
-LEAST = -1e9  # the score of a pair that is no candidate
+LEAST = -1e9  # the score of a pair that is not a candidate
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Which earlier tokens the model attended to: of every token the strongest keys of each stored layer.
 
-Heads are averaged. The token itself and special tokens, above all the first, are no answer and left out.
+Heads are averaged. The token itself and special tokens, above all the first, say nothing and are left out.
 W windows, T context, L layers, K keys.
 """
 

@@ -1,6 +1,6 @@
 """Tokens as a page shows them: the distinct ones of what was read and of what latents promote.
 
-A token that is no text by itself, a part of a character, is shown by its bytes.
+A token that is not text by itself, such as a part of a character, is shown by its bytes.
 """
 
 from __future__ import annotations

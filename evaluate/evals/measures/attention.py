@@ -79,7 +79,7 @@ class Explained(Sums):
 def explain(acts_WTF: Tensor, attention_LWTT: Tensor, takes_part_WT: Tensor) -> Explained:
     """What stored attention says about the similarity of codes in a batch of windows.
 
-    `attention` is averaged over heads; special tokens (the sink) and the token itself are no keys.
+    `attention` is averaged over heads; special tokens (the sink) and the token itself are not keys.
     """
     unit = functional.normalize(acts_WTF, dim=2)
     similarity = unit @ unit.mT
