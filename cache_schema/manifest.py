@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .dtypes import SmallDtype
-from .errors import FormatTooNew, ManifestInvalid
+from .errors import FormatTooNew, ManifestInvalid, StoreMismatch
 from .sites import HOOKS, RESID, Site
 from .strict import LATER, StrictError, flatten, from_json, nearest, to_json
 
@@ -167,15 +167,20 @@ def check_format(found: Any, where: str) -> None:
         )
 
 
-def list_differences(found: Manifest, wanted: Manifest) -> list[str]:
-    """One line for each setting in which two manifests differ, ids left out."""
+def require_same(url: str, found: Manifest, wanted: Manifest) -> None:
+    """Refuse to go on with a store that was begun with other settings, each in a line."""
     old, new = flatten(found.to_json()), flatten(wanted.to_json())
     keys = [key for key in {**old, **new} if key not in ("cache_id", "format")]  # both follow from the others
-    return [
-        f"{key}: the store has {old.get(key)!r}, asked for {new.get(key)!r}"
+    differences = [
+        f"  {key}: the store has {old.get(key)!r}, asked for {new.get(key)!r}"
         for key in keys
         if old.get(key) != new.get(key)
     ]
+    if differences:
+        raise StoreMismatch(
+            f"{url} holds a store with other settings:\n" + "\n".join(differences) + "\n"
+            "Use the same settings to go on with it, or another place for a new store"
+        )
 
 
 def _validate_splits(splits: dict[str, tuple[int, int]], windows: int) -> None:

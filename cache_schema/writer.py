@@ -34,11 +34,11 @@ from .commits import (
 )
 from .content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .counts import count_all, write_counts
-from .errors import ShardCorrupt, ShardInvalid, StoreBusy, StoreMismatch
+from .errors import ShardCorrupt, ShardInvalid, StoreBusy
 from .files import Files, open_files
 from .identity import seal
 from .layout import BEGINNING, COUNTS, ROOT, arrays_of, documents_of, encode_json, root_document
-from .manifest import Manifest, list_differences
+from .manifest import Manifest, require_same
 from .moments import Moments, merge
 from .reader import Store
 from .root import read_root
@@ -157,7 +157,7 @@ class StoreWriter:
             )
         try:
             if self.files.exists(ROOT):
-                _require_same_settings(self.files, self.manifest)
+                require_same(self.files.url, read_root(self.files).manifest, self.manifest)
             else:
                 self._write_beginning(tokens, documents)
         finally:
@@ -237,16 +237,6 @@ def _validate_tokens(manifest: Manifest, tokens: np.ndarray, documents: np.ndarr
     for name, array in (("tokens", tokens), ("documents", documents)):
         if array.shape != expected or array.dtype.kind not in "iu":
             raise ShardInvalid(f"expected {name} as integers of shape {expected}, found {array.dtype} {array.shape}")
-
-
-def _require_same_settings(files: Files, wanted: Manifest) -> None:
-    found = read_root(files).manifest
-    differences = list_differences(found, wanted)
-    if differences:
-        raise StoreMismatch(
-            f"{files.url} holds a store with other settings:\n  " + "\n  ".join(differences) + "\n"
-            "Use the same settings to go on with it, or another path for a new store"
-        )
 
 
 def _sum_by_path(tasks: list[tuple[ShardPart, int]], sizes: list[int]) -> dict[str, int]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
 from ..cache_schema.files import Files, LocalFiles, name_full_disk, open_files
 from ..cache_schema.layout import ROOT
-from ..cache_schema.manifest import PART
+from ..cache_schema.manifest import PART, require_same
 from ..cache_schema.splits import PER_MILLE
 from .corpus import open_corpus, source_of
 from .corpus.source import part_of
@@ -31,8 +31,8 @@ from .store_plan import (
     TEST,
     Plan,
     corpus_spec,
+    make_manifest,
     manifest_of,
-    require_same,
     settings_of_begun,
     settings_of_new,
 )
@@ -106,7 +106,7 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
 
 def require_ours(plan: Plan, found: Manifest, url: str) -> None:
     """An existing store must have the plan's settings, and be of its corpus."""
-    require_same(plan, _corpus_of_existing(plan, found), found, url)
+    require_same(url, found, make_manifest(plan, _corpus_of_existing(plan, found), found.windows, found.splits))
 
 
 def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:

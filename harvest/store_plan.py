@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from ..cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec, StoreMismatch
+from ..cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from ..cache_schema.identity import seal
-from ..cache_schema.manifest import PART, list_differences
+from ..cache_schema.manifest import PART
 from ..cache_schema.sites import RESID
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests, share_windows
 from .config import HarvestConfig, read_hooks, read_layers
@@ -152,14 +152,3 @@ def expected_manifest(plan: Plan, corpus: CorpusSpec, windows: int) -> Manifest:
     ends = list(accumulate(shares.values()))
     splits = {name: (end - share, end) for (name, share), end in zip(shares.items(), ends, strict=True)}
     return make_manifest(plan, corpus, windows, splits)
-
-
-def require_same(plan: Plan, corpus: CorpusSpec, found: Manifest, url: str) -> None:
-    """An existing store is continued only with the settings it was begun with."""
-    wanted = make_manifest(plan, corpus, found.windows, found.splits)
-    differences = list_differences(found, replace(wanted, cache_id=found.cache_id))
-    if differences:
-        raise StoreMismatch(
-            f"{url} holds a store with other settings:\n  " + "\n  ".join(differences) + "\n"
-            "Use the same settings to go on with it, or another --out for a new store"
-        )
