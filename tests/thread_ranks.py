@@ -7,7 +7,7 @@ same events in the same order each time. A rank that ends with an error ends the
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -73,6 +73,11 @@ class ThreadRanks:
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         return self._gather(tensor.detach().clone())
+
+    def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        parts = self.gather(part)
+        assert [len(one) for one in parts] == list(lengths)
+        return None if self.rank else torch.cat(parts)
 
     def sum(self, tensor: Tensor) -> Tensor:
         return torch.stack(self.gather(tensor)).sum(0)

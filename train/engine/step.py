@@ -182,12 +182,14 @@ class Trainee:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a bit-exact resume needs, as flat named tensors; a collective call if split by latents.
+        """Everything that a bit-exact resume needs, as flat named tensors.
 
-        In host memory. On a CPU they are the SAE's own, which the next step changes.
+        In host memory. On a CPU they are the SAE's own, which the next step changes. If it is split by latents this is
+        a collective call, and what each process has its part of goes to the first one, which writes it, alone.
         """
         self.look()
-        return {name: self._whole(name, tensor) for name, tensor in fetch(self._own_state()).items()}
+        whole = ((name, self._whole(name, tensor)) for name, tensor in fetch(self._own_state()).items())
+        return {name: tensor for name, tensor in whole if tensor is not None}
 
     @property
     def state_bytes(self) -> int:
@@ -207,7 +209,7 @@ class Trainee:
         own = {name: tensor.data for name, tensor in parts.items()}
         for tensor in parts.values():
             whole = self._latents.whole(tensor.data)
-            if self._latents.first == 0:
+            if whole is not None:
                 tensor.data = whole.to(self.device)
         try:
             yield
@@ -251,7 +253,7 @@ class Trainee:
         """Whether a tensor of the state is of the latents that are here."""
         return bool(self._split) and name in split_state(self._split)
 
-    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+    def _whole(self, name: str, tensor: Tensor) -> Tensor | None:
         return self._latents.whole(tensor) if self._is_part(name) else tensor
 
     def _add_parts(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:

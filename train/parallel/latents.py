@@ -11,6 +11,7 @@ No table is ever gathered in a step. What goes between the processes:
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -43,8 +44,8 @@ class Latents(Protocol):
         """This process's rows of a whole table."""
         ...
 
-    def whole(self, table: Tensor) -> Tensor:
-        """All rows of a table of which each process has some, on the host; a collective call."""
+    def whole(self, table: Tensor) -> Tensor | None:
+        """All rows of a table of which each process has some, on the first one's host alone; a collective call."""
         ...
 
     def join(self, part: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class AllLatents:
     def own(self, table: Tensor) -> Tensor:
         return table
 
-    def whole(self, table: Tensor) -> Tensor:
+    def whole(self, table: Tensor) -> Tensor | None:
         return table
 
     def join(self, part: Tensor) -> Tensor:
@@ -97,7 +98,8 @@ class SomeLatents:
 
     def __init__(self, ranks: Ranks, total: int) -> None:
         self._ranks, self.total = ranks, total
-        self.first, self.stop = (total * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+        self._starts = [total * rank // ranks.size for rank in range(ranks.size + 1)]
+        self.first, self.stop = self._starts[ranks.rank : ranks.rank + 2]
 
     def sum(self, tensor: Tensor) -> Tensor:
         return self._ranks.sum(tensor)
@@ -119,10 +121,11 @@ class SomeLatents:
     def own(self, table: Tensor) -> Tensor:
         return table[self.first : self.stop]
 
-    def whole(self, table: Tensor) -> Tensor:
-        if table.dtype == torch.bool:
-            return self.whole(table.to(torch.uint8)).to(torch.bool)
-        return torch.cat(self._ranks.gather(table.cpu()))
+    def whole(self, table: Tensor) -> Tensor | None:
+        is_bool = table.dtype == torch.bool
+        own = table.cpu().view(torch.uint8) if is_bool else table.cpu()
+        found = self._ranks.bring(own, [stop - start for start, stop in pairwise(self._starts)])
+        return found if found is None or not is_bool else found.view(torch.bool)
 
 
 class _Join(torch.autograd.Function):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -96,6 +96,22 @@ class Processes:
         with _all_there():
             dist.all_gather(parts, padded, group=self._group)
         return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
+
+    def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        """Each part to its place, one after the other: nobody but the first has more than its own."""
+        if self.rank > 0:
+            with _all_there():
+                if len(part):
+                    dist.send(part.contiguous(), 0, group=self._group)
+            return None
+        whole = part.new_empty((sum(lengths), *part.shape[1:]))
+        for rank, place in enumerate(whole.split(list(lengths))):
+            if rank == 0:
+                place.copy_(part)
+            elif len(place):
+                with _all_there():
+                    dist.recv(place, rank, group=self._group)
+        return whole
 
     def any(self, flag: bool) -> bool:
         return bool(self.sum(torch.tensor([int(flag)])).item())

@@ -12,7 +12,7 @@ they never wait for different ones; and sums of the same buffers give the same b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -38,6 +38,10 @@ class Ranks(Protocol):
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensor of each rank, in rank order; lengths may differ."""
+        ...
+
+    def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        """The parts of all ranks one after the other, as long as these, to the first rank; to others nothing."""
         ...
 
 
@@ -78,6 +82,9 @@ class Alone:
     def gather(self, tensor: Tensor) -> list[Tensor]:
         return [tensor]
 
+    def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        return part
+
     def rows(self, own: int) -> int:
         return own
 
@@ -105,6 +112,9 @@ class Shares:
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         return self._ranks.gather(tensor)
+
+    def bring(self, part: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        return self._ranks.bring(part, lengths)
 
     def rows(self, own: int) -> int:
         assert own == self._own, "shares are of the rows of one batch"

@@ -32,6 +32,7 @@ def reconstruction_by_gate(view: View) -> Tensor:
     return squared_error(x_hat, view.target - x_hat.detach()) / view.stats.variance
 
 
+@split("alike")
 @dataclass(frozen=True)
 class NestedReconstruction:
     """Weighted sum over prefixes of the share of variance left unexplained; each weight counts once."""
@@ -50,4 +51,5 @@ class NestedReconstruction:
     @once
     def _parts(self, view: View) -> tuple[Tensor, Tensor]:
         """[M], mean over rows of ||x - x_hat||^2 with the first widths[m] latents; the residual of all."""
-        return nested_errors(view.codes, view.sae.W_dec, view.sae.b_dec, view.target, self.widths)
+        sae = view.sae
+        return nested_errors(view.codes, sae.W_dec, sae.b_dec, view.target, self.widths, view.side.latents)

@@ -62,20 +62,23 @@ def test_a_split_dictionary_trains_as_a_whole_one(big, spawn, sae_train, quick, 
 
 SPLIT = """
 import os, sys, torch, torch.distributed as dist
+from pathlib import Path
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.data.batch import Batch
+from saemill.train.disk.checkpoint_files import Standing, load_checkpoint, save_checkpoint
 from saemill.train.parallel.processes import Processes
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
 
 dist.init_process_group("gloo")
-rank, cpu = dist.get_rank(), torch.device("cpu")
+rank, size, folder = dist.get_rank(), dist.get_world_size(), Path(sys.argv[-1])
+rows_here = 41 * (rank + 1) // size - 41 * rank // size
 
 def build():
     return config_type("topk")(layer=0, width=41, k=3, encoder_product="float32").build(8)
 
 def trainee():
-    return Trainee("one", build(), 6, cpu, split=Processes())
+    return Trainee("one", build(), 6, torch.device("cpu"), split=Processes())
 
 def rows(at):
     return torch.randn(64, 8, generator=torch.Generator().manual_seed(at))
@@ -84,46 +87,54 @@ def step(trainee, at):
     trainee.step(Batch(rows(at)))
 
 counts = torch.arange(3)
-assert Processes().sum(counts).tolist() == [0, 2, 4]
+assert Processes().sum(counts).tolist() == [0, size, 2 * size]
 assert counts.tolist() == [0, 1, 2], "changed in place"
 straight, alone = trainee(), Trainee("one", build(), 6)
 for tensor in (straight.sae.W_enc, straight.sae.W_dec, straight.optimiser._first["W_enc"]):
-    assert tensor.shape == (20 + rank, 8)
+    assert tensor.shape == (rows_here, 8)
 for at in range(6):
     step(straight, at)
     alone.step(Batch(rows(at)))
 first = trainee()
 for at in range(3):
     step(first, at)
+begun = first.state()
+assert (rank == 0) == ("sae.W_enc" in begun) == ("latents.listed" in begun), "only who writes has the tables"
+if rank == 0:
+    save_checkpoint(folder, Standing(3, 0, 0.0, 0.0, 0, 0), {"one": begun})
+Processes().any(False)  # all wait for the file
 second = trainee()
-second.load_state(first.state())
+second.load_state(load_checkpoint(folder).tensors["one"])
 for at in range(3, 6):
     step(second, at)
 one, two = straight.state(), second.state()
-assert all(torch.equal(one[name], two[name]) for name in one), "not the same bits"
-assert one["sae.W_dec"].shape == (41, 8)
-for name in ("sae.W_enc", "sae.W_dec", "sae.b_dec"):
-    assert torch.allclose(one[name], alone.state()[name], rtol=1e-3, atol=1e-5), name
-assert torch.equal(one["latents.tokens_since_fired"], alone.counters.tokens_since_fired)
+assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one), "not the same bits"
+parts = {name: Processes().gather(straight.sae.get_parameter(name).detach()) for name in ("W_enc", "W_dec")}
+if rank == 0:
+    for name, held in parts.items():
+        assert torch.equal(one[f"sae.{name}"], torch.cat(held)), name
+    for name in ("sae.W_enc", "sae.W_dec", "sae.b_dec"):
+        assert torch.allclose(one[name], alone.state()[name], rtol=1e-3, atol=1e-5), name
+    assert torch.equal(one["latents.tokens_since_fired"], alone.counters.tokens_since_fired)
 with straight.gather_weights():
-    assert rank == 1 or torch.equal(straight.sae.W_dec, one["sae.W_dec"])
-    assert rank == 1 or len(straight.counters.tokens_since_fired) == 41
-assert straight.sae.W_dec.shape == (20 + rank, 8)
+    assert rank or torch.equal(straight.sae.W_dec, one["sae.W_dec"])
+    assert rank or len(straight.counters.tokens_since_fired) == 41
+assert straight.sae.W_dec.shape == (rows_here, 8)
 step(straight, 6)
 if rank == 0:
     straight.sae.b_enc.data[:] = float("nan")
 try:
     straight.step(Batch(rows(7)))
-    raise AssertionError("rank 1 went on alone")
+    raise AssertionError("the others went on alone")
 except NonFiniteLoss as error:
     assert "reconstruction = nan" in str(error)
 Processes().close()
 """
 
 
-def test_each_process_holds_half_and_resumes_to_the_same_bits(spawn):
-    """Weights and moments by latents; 3 steps, a state, 3 steps equal 6 straight, and those of one process."""
-    launch(spawn, [], code=SPLIT)
+def test_each_process_holds_its_part_and_resumes_to_the_same_bits(spawn, tmp_path):
+    """Weights and moments by latents; 3 steps, a checkpoint, 3 steps equal 6 straight, and those of one process."""
+    launch(spawn, [tmp_path], codes=(0, 0, 0), code=SPLIT)
 
 
 SPREAD = """

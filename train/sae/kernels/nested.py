@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...parallel.latents import ALL_LATENTS, Latents
 from .codes import Codes
 from .hardware import numbers
 from .products import column_sum, decode_sum, pair_dots
@@ -28,10 +29,17 @@ from .tables import table_gradient
 class _NestedErrors(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values_N: Tensor, W_FD: Tensor, b_D: Tensor, target_BD: Tensor, support: Support, prefixes: int
+        ctx: Any,
+        values_N: Tensor,
+        W_FD: Tensor,
+        b_D: Tensor,
+        target_BD: Tensor,
+        support: Support,
+        prefixes: int,
+        latents: Latents,
     ) -> tuple[Tensor, Tensor]:
         rows, width = target_BD.shape
-        residuals = decode_sum(support, values_N, W_FD).view(prefixes, rows, width)
+        residuals = latents.sum(decode_sum(support, values_N, W_FD).view(prefixes, rows, width))
         torch.sub(target_BD - b_D, residuals[0], out=residuals[0])
         for prefix in range(1, prefixes):
             torch.sub(residuals[prefix - 1], residuals[prefix], out=residuals[prefix])
@@ -54,16 +62,22 @@ class _NestedErrors(torch.autograd.Function):
             torch.mul(residuals[prefix], scale[prefix], out=grads[prefix]).add_(grads[prefix + 1])
         table = grads.view(prefixes * rows, width)
         grad_values = pair_dots(ctx.support, table, W_FD)
-        return grad_values, table_gradient(W_FD, ctx.support, values_N, table), column_sum(grads[0]), None, None, None
+        return grad_values, table_gradient(W_FD, ctx.support, values_N, table), column_sum(grads[0]), *[None] * 4
 
 
-def nested_errors(codes: Codes, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean over rows of the squared error of each prefix [M], and the residual of the last [B, D]."""
+def nested_errors(
+    codes: Codes, W: Tensor, b: Tensor, target: Tensor, widths: tuple[int, ...], latents: Latents = ALL_LATENTS
+) -> tuple[Tensor, Tensor]:
+    """Mean over rows of the squared error of each prefix [M], and the residual of the last [B, D].
+
+    Of sparse codes a process may have those of its latents alone: what all of them rebuild is added up.
+    """
     if codes.support is None:
+        assert latents.is_whole
         return _dense_errors(codes.values, W, b, target, widths)
     last = numbers(widths, codes.support.latents)
-    prefix_N = torch.bucketize(codes.support.latents, last, right=True)
-    return group_errors(codes, W, b, target, prefix_N, len(widths))
+    prefix_N = torch.bucketize(codes.support.latents + latents.first, last, right=True)
+    return group_errors(codes, W, b, target, prefix_N, len(widths), latents)
 
 
 class Tiering:
@@ -87,12 +101,18 @@ def tier_errors(codes: Codes, W: Tensor, b: Tensor, target: Tensor, tiering: Tie
 
 
 def group_errors(
-    codes: Codes, W: Tensor, b: Tensor, target: Tensor, prefix_N: Tensor, prefixes: int
+    codes: Codes,
+    W: Tensor,
+    b: Tensor,
+    target: Tensor,
+    prefix_N: Tensor,
+    prefixes: int,
+    latents: Latents = ALL_LATENTS,
 ) -> tuple[Tensor, Tensor]:
     """The same of sparse codes each of whose entries is in one of `prefixes` groups: set m holds those of 0 to m."""
     assert codes.support is not None
     order, grouped = _by_prefix(codes.support, prefix_N, prefixes)
-    errors, residual = _NestedErrors.apply(codes.values[order], W, b, target, grouped, prefixes)
+    errors, residual = _NestedErrors.apply(codes.values[order], W, b, target, grouped, prefixes, latents)
     return errors, residual
 
 
