@@ -1,7 +1,9 @@
 """Every launch of the GPU's kernels compiles for a GPU, on a machine that has none.
 
 The interpreter takes what a compiler refuses, such as two branches of unlike types. So the kernels' callers run
-here on CPU tensors, in a process without the interpreter, and each launch is compiled for an H100 in its place.
+here on CPU tensors, in a process without the interpreter, and Triton compiles each launch as it would before it
+runs, down to the processor's code: with its own types of the arguments, and with those numbers built in that it
+builds in. A kernel that keeps part of its registers in memory would run, many times slower.
 """
 
 from __future__ import annotations
@@ -12,71 +14,88 @@ import sys
 import pytest
 
 SCRIPT = """
+import contextlib
+import io
+import re
+import sys
+
 import torch
-import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime import JITFunction
+from triton.runtime import JITFunction, driver
 
 from saemill.train.sae.kernels.support import support_from_topk
 from saemill.train.sae.kernels.triton import bags, rows, select_latents
 
-KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
-OPTIONS = {"num_warps", "num_stages"}
-compiled = set()
+SHARED = 99 * 1024  # bytes that a program of any card since 2020 may have
+SPILLED = 64  # bytes of a thread that may be kept in memory for want of registers: a number or two
+capability, is_long = int(sys.argv[1]), len(sys.argv) > 2
+compiled = {}
 
 
-def compile_instead(self, *args, grid, warmup, **told):
-    options = {name: told.pop(name) for name in OPTIONS & told.keys()}
-    bound = dict(zip(self.arg_names, args)) | told
-    assert bound.keys() == set(self.arg_names), (self.__name__, bound.keys())
-    signature, constants = {}, {}
-    for index, param in enumerate(self.params):
-        value = bound[param.name]
-        if param.is_constexpr:
-            signature[param.name], constants[(index,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = "*" + KINDS[value.dtype]
-        else:
-            signature[param.name] = "i32" if isinstance(value, int) else "fp32"
-    key = (self.__name__, tuple(signature.items()), tuple(constants.items()), tuple(options.items()))
-    if key not in compiled:
-        compiled.add(key)
-        try:
-            triton.compile(ASTSource(self, signature, constants, {}), target=GPUTarget("cuda", 90, 32), options=options)
-        except Exception as error:
-            raise SystemExit(f"{self.__name__} {signature} {constants}: {error}\\n{error.__cause__ or ''}")
+class Card:
+    def get_current_target(self):
+        return GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
 
 
-JITFunction.run = compile_instead
-for dtype in (torch.float32, torch.bfloat16):
-    for width, k in ((8, 1), (1000, 64), (20000, 64), (40000, 512)):
+def compile_only(self, *args, grid, warmup, **told):
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            kernel = run(self, *args, grid=grid, warmup=True, **told)
+    except Exception as error:
+        raise SystemExit(f"{self.__name__} {told}: {error}\\n{error.__cause__ or ''}")
+    if kernel.hash in compiled:
+        return
+    compiled[kernel.hash] = self.__name__
+    spilled = [int(size) for size in re.findall(r"(\\d+) bytes spill", said.getvalue())]
+    if max(spilled, default=SPILLED + 1) > SPILLED or kernel.metadata.shared > SHARED:
+        raise SystemExit(f"{self.__name__} {told}: {kernel.metadata.shared} bytes shared, {said.getvalue()}")
+
+
+driver.set_active(Card())
+knobs.nvidia.dump_ptxas_log = True  # which says how many registers there were too few
+run, JITFunction.run = JITFunction.run, compile_only
+
+both, low = (torch.float32, torch.bfloat16), (torch.bfloat16,)
+selections = [(8, 1, both), (20000, 64, both), (40000, 512, low)]
+if is_long:
+    selections += [(20000, 1, low), (1000, 64, both), (65536, 64, both), (40000, 512, both), (131072, 32, low)]
+for width, k, dtypes in selections:
+    for dtype in dtypes:
         pre = torch.zeros(2, width, dtype=dtype)
         select_latents.top_latents(pre, k)
         select_latents.top_of_batch(pre, 2 * k)
 support = support_from_topk(torch.arange(6).view(2, 3), 11)
 turned, values = support.by_latent, torch.zeros(6)
-for width in (5, 2304):
+for width in (5, 2304, *((1, 64, 768, 4096, 9216, 16384) if is_long else ())):
     x, W = torch.zeros(2, width), torch.zeros(11, width)
     bags.bag_sum(W, support.latents, support.offsets, values)
     bags.pair_dots(W, turned.latents, x, turned.rows, turned.order)
     bags.segment_sum(values, support.offsets)
-    moments, low = (torch.zeros_like(W), torch.zeros_like(W)), torch.zeros_like(W, dtype=torch.bfloat16)
+    moments, copy = (torch.zeros_like(W), torch.zeros_like(W)), torch.zeros_like(W, dtype=torch.bfloat16)
     adam = rows.AdamStep(0.1, 0.9, 0.999, 1e-8, 0.0, 1)
     entries = turned.offsets, turned.latents, turned.rows, values, x
-    rows.update_rows(W, moments, entries, adam, low=low, unit=True)
-    rows.update_rows(W, moments, entries, adam, dense=torch.zeros_like(W), low=low, unit=False)
-    rows.update_rows(W, moments, None, adam)
-names = {name for name, *_ in compiled}
-print(len(compiled), sorted(names))
+    rows.update_rows(W, moments, entries, adam, low=copy, unit=True)
+    rows.update_rows(W, moments, entries, adam, dense=torch.zeros_like(W), low=copy, unit=width == 5)
+print(len(compiled), sorted(set(compiled.values())))
 """
 
 
-def test_every_launch_compiles_for_a_gpu(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "words", [["90"], *(pytest.param([card, "long"], marks=pytest.mark.slow) for card in ("80", "89", "90"))]
+)
+def test_every_launch_compiles_for_a_gpu(tmp_path, monkeypatch, words):
     pytest.importorskip("triton.backends.nvidia")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     count = int(done.stdout.split()[0])
     assert count > 30 and "_update" in done.stdout and "_top_of_row" in done.stdout

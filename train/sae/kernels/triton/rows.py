@@ -158,7 +158,7 @@ def update_rows(
     offsets, latents, rows, values, x = _no_entries(weights) if entries is None else entries
     frozen = torch.zeros((), device=weights.device) if frozen is None else frozen
     block = triton.next_power_of_2(width)
-    warps = max(4, min(16, block // PER_WARP))
+    warps = max(4, min(32, block // PER_WARP))
     shared = {"CHUNK": CHUNK, "TOGETHER": TOGETHER, "BLOCK_D": block, "num_warps": warps}
     chunks = triton.cdiv(rows.numel(), CHUNK)
     sums = torch.empty(chunks, width, dtype=torch.float32, device=weights.device)

@@ -153,30 +153,21 @@ def _top_of_row(pre, offered, counts, out, k, room, F: tl.constexpr, BITS: tl.co
     _write(pre, offered, row, count, room, lowest, k - above, out + row * k, F, BITS, BLOCK)
 
 
-@triton.jit
-def _count_digits(keys, prefix, counts, numel, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["shift"])  # or each digit would be compiled by itself
+def _count_digits(keys, prefix, counts, numel, shift, BLOCK: tl.constexpr):
     """counts[program, t]: how many keys are at or above the prefix with digit t behind it."""
     program = tl.program_id(0)
     places = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     found = tl.load(keys + places, mask=places < numel, other=0).to(tl.uint32)
     lowest = tl.load(prefix).to(tl.uint32)
     for digit in tl.static_range(1, 16):
-        tried = lowest | (tl.full((), digit, tl.uint32) << SHIFT)
+        tried = lowest | (tl.full((), digit, tl.uint32) << shift)
         tl.store(counts + program * 16 + digit, tl.sum((found >= tried).to(tl.int32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def _count_offered_digits(
-    pre,
-    offered,
-    offers,
-    prefix,
-    counts,
-    room,
-    F: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    pre, offered, offers, prefix, counts, room, shift, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """counts[row, t]: how many of a row's keys are at or above the prefix with digit t behind it."""
     row = tl.program_id(0).to(tl.int64)
@@ -184,7 +175,7 @@ def _count_offered_digits(
     count = tl.load(offers + row)
     stop = tl.where(count <= room, count, F)
     digits = tl.arange(0, 16)
-    tried = lowest | (digits.to(tl.uint32) << SHIFT)
+    tried = lowest | (digits.to(tl.uint32) << shift)
     total = tl.zeros((16,), tl.int32)
     start = tl.zeros((), tl.int32)
     while start < stop:
@@ -263,7 +254,7 @@ def top_of_batch(pre: Tensor, count: int) -> tuple[Tensor, Tensor]:
     lowest = torch.zeros((), dtype=torch.int64, device=device)
     counts = torch.empty(rows, 1 << DIGIT_BITS, dtype=torch.int32, device=device)
     for shift in range(bits - DIGIT_BITS, -1, -DIGIT_BITS):
-        _count_offered_digits[(rows,)](pre, offered, offers, lowest, counts, room, SHIFT=shift, **told)
+        _count_offered_digits[(rows,)](pre, offered, offers, lowest, counts, room, shift, **told)
         lowest = _with_digit(lowest, counts, count, shift)
     above, equal = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
     _count_kept[(rows,)](pre, offered, offers, lowest, above, equal, room, **told)
@@ -303,7 +294,7 @@ def _kth_of_all(keys: Tensor, count: int, bits: int) -> Tensor:
     counts = torch.full((programs, 1 << DIGIT_BITS), CHUNK, dtype=torch.int32, device=keys.device)
     lowest = torch.zeros((), dtype=torch.int64, device=keys.device)
     for shift in range(bits - DIGIT_BITS, -1, -DIGIT_BITS):
-        _count_digits[(programs,)](keys, lowest, counts, keys.numel(), SHIFT=shift, BLOCK=CHUNK, num_warps=4)
+        _count_digits[(programs,)](keys, lowest, counts, keys.numel(), shift, BLOCK=CHUNK, num_warps=4)
         lowest = _with_digit(lowest, counts, count, shift)
     return lowest
 
