@@ -216,18 +216,18 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
             )
+        model, report = loaded[0].to(device), loaded[1]
     except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise MemoryTooSmall(
                 f"{folder}: the model does not fit into memory; free some, or try --device cpu"
             ) from error
         raise ModelMissing(f"{folder}: the model cannot be loaded ({error}); fetch it again") from error
-    model, report = loaded
     if report["missing_keys"]:
         raise ModelMissing(
             f"{folder}: it lacks weights ({sorted(report['missing_keys'])[0]} first); fetch the model again"
         )
-    return make_language_model(model.to(device), folder)
+    return make_language_model(model, folder)
 
 
 def make_language_model(model: PreTrainedModel, source: str | Path | None) -> LanguageModel:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from saemill.cache_schema import AttentionSpec, Store
 from saemill.evaluate.context.context import Context, find_model
@@ -212,9 +212,11 @@ def test_a_model_that_does_not_fit_is_not_called_damaged(world, monkeypatch):
     def refuse(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    with pytest.raises(MemoryTooSmall, match="does not fit"):
-        load_language_model(world.model, torch.float32, torch.device("cpu"))
+    for owner, name in ((AutoModelForCausalLM, "from_pretrained"), (PreTrainedModel, "to")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            with pytest.raises(MemoryTooSmall, match="does not fit"):
+                load_language_model(world.model, torch.float32, torch.device("cpu"))
 
 
 def test_no_store_is_said_in_words():
