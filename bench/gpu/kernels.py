@@ -141,6 +141,7 @@ def measure(table: Table, width: int, sweep: bool) -> None:
     )
     if sweep:
         entries = by_latent.offsets, by_latent.latents, by_latent.rows, sorted_values, x
+        usual = rows.PER_WARP, rows.TOGETHER
         for per_warp, together in itertools.product((256, 512, 1024), (2, 4, 8)):
             rows.PER_WARP, rows.TOGETHER = per_warp, together
             table.add(
@@ -148,7 +149,7 @@ def measure(table: Table, width: int, sweep: bool) -> None:
                 milliseconds(lambda: rows.update_rows(W, moments, entries, adam, low=low, unit=True), 5),
                 moved + gathered,
             )
-        rows.PER_WARP, rows.TOGETHER = 512, 4
+        rows.PER_WARP, rows.TOGETHER = usual
     centre = torch.rand(width, device="cuda")
     table.add(f"F {width}: one vector times W", milliseconds(lambda: centre @ W), W.nbytes)
 
