@@ -184,13 +184,14 @@ def parts_of(run: Run) -> list[Part]:
         guided = ["--base", "topk", "--width", 128, "--windows", 4, "--sparsity", 8, "--d-model", 64, "--context", 32]
         harvest = ["--tokens", 1024, "--rounds", 2, "--peer-rounds", 1]
     in_time = ["--limit", max(10, min(180, run.left - 15))]
+    jobs_in_time = ["--limit", max(10, min(140, run.left - 18))]  # its jobs are no children of this group
 
     def part(name: str, limit: float, script: Path, *words: object) -> Part:
         return Part(name, limit, run.python(script, *words, *(["--json", tables[name]] if name in tables else [])))
 
     return [
         Part("tests", 90, run.python(*tests, *files_with_gpu_tests())),
-        part("small", 150, HERE / "small.py", *options, "--work", run.work / "small", "--limit", 140),
+        part("small", 150, HERE / "small.py", *options, "--work", run.work / "small", *jobs_in_time),
         part("limits", 25, HERE / "limits.py", *options),
         part("steps", 200, HERE / "steps.py", *options, *beside, "--rounds", rounds, *in_time, *compiled),
         part("store", 30, HERE / "made_store.py", store, 2 if small else 16),
