@@ -109,11 +109,14 @@ class _Collector:
         manifest = harvester.manifest
         dtype = STORED_AS[manifest.model.dtype]
         self.harvester = harvester
-        self.acts = {site: np.empty((*tokens_WT.shape, manifest.width_of(site.hook)), dtype) for site in manifest.sites}
+        is_gpu = harvester.device.type == "cuda"
+        self.acts = {
+            site: _make_room((*tokens_WT.shape, manifest.width_of(site.hook)), dtype, is_gpu) for site in manifest.sites
+        }
         self.moments: dict[Site, list[Moments]] = {site: [] for site in manifest.sites}
         self.attention: dict[int, list[AttentionCsr]] = {layer: [] for layer in manifest.attention.layers}
         self._behind: _Launched | None = None
-        self._stream = torch.cuda.Stream(harvester.device) if harvester.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(harvester.device) if is_gpu else None
 
     def take_attention(self) -> dict[int, AttentionCsr]:
         """Each layer in one piece; its parts are gone before the next one's are joined."""
@@ -142,6 +145,7 @@ class _Collector:
         self._stream.wait_event(launched.done)
         with torch.cuda.stream(self._stream):
             self._take(launched)
+        self._stream.synchronize()  # only then may what was copied be dropped
 
     @torch.inference_mode()
     def _take(self, batch: _Launched) -> None:
@@ -149,9 +153,16 @@ class _Collector:
         rows = slice(batch.start, batch.start + len(batch.ids))
         for site, acts in batch.captured.acts.items():
             self.moments[site].append(measure(site.layer, acts, special, site.hook))
-            torch.from_numpy(self.acts[site])[rows].copy_(_as_stored(acts))
+            torch.from_numpy(self.acts[site])[rows].copy_(_as_stored(acts), non_blocking=True)
         for layer, kept in batch.captured.attention.items():
             self.attention[layer].append(to_csr(layer, kept))
+
+
+def _make_room(shape: tuple[int, ...], dtype: np.dtype, is_pinned: bool) -> np.ndarray:
+    """Memory for a shard; page-locked, a GPU copies into it at the speed of the bus and nobody waits meanwhile."""
+    if not is_pinned:
+        return np.empty(shape, dtype)
+    return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True).numpy()
 
 
 def _as_stored(resid: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ...harvest.sparsify_attention import KeptRows, sparsify, to_csr
 from ...harvest.stats import is_special
 from ...train.data.batch import AttentionRows
 from ...train.data.block import TORCH_DTYPES, StoredRows, as_tensor
+from ...train.data.device import send
 from .prefix_suffix import LanguageModel
 
 
@@ -168,13 +169,13 @@ def make_rows(
     return tokens, valid
 
 
-def attention_rows(csr: AttentionCsr, device: torch.device | str) -> AttentionRows:
+def attention_rows(csr: AttentionCsr, device: torch.device) -> AttentionRows:
     """Attention as a store has it, on the device."""
     return AttentionRows(
-        indptr=torch.from_numpy(csr.indptr.astype(np.int64)).to(device),
-        indices=torch.from_numpy(csr.indices.astype(np.int64)).to(device),
-        data=torch.from_numpy(csr.data.astype(np.float32)).to(device),
-        kept_mass=torch.from_numpy(csr.kept_mass.astype(np.float32)).to(device),
+        indptr=send(torch.from_numpy(csr.indptr.astype(np.int64)), device),
+        indices=send(torch.from_numpy(csr.indices.astype(np.int64)), device),
+        data=send(torch.from_numpy(csr.data.astype(np.float32)), device),
+        kept_mass=send(torch.from_numpy(csr.kept_mass.astype(np.float32)), device),
     )
 
 
@@ -221,14 +222,14 @@ def _windows_of(store: Store, part: ShardArrays, start: int, stop: int, device: 
     assert part.tokens is not None and part.documents is not None
     rows = slice(start, stop)
     dtype = TORCH_DTYPES[store.manifest.model.dtype]
-    tokens = torch.from_numpy(part.tokens[rows].astype(np.int64)).to(device)
+    tokens = send(torch.from_numpy(part.tokens[rows].astype(np.int64)), device)
     first = part.span.start
     return Windows(
         tokens=tokens,
         keep=~is_special(tokens, store.manifest.model.special_tokens),
         valid=torch.ones_like(tokens, dtype=torch.bool),
-        resid={layer: _resid_of(part, layer, rows, dtype).to(device) for layer in part.resid},
-        documents=torch.from_numpy(part.documents[rows].astype(np.int64)).to(device),
+        resid={layer: send(_resid_of(part, layer, rows, dtype), device) for layer in part.resid},
+        documents=send(torch.from_numpy(part.documents[rows].astype(np.int64)), device),
         attention={layer: attention_rows(csr.slice(start, stop), device) for layer, csr in part.attention.items()},
         numbers=torch.arange(first + start, first + stop, device=device),
     )
