@@ -67,10 +67,15 @@ class Ablatable:
 
     def logits(self, off: np.ndarray | None = None) -> Logits:
         """What the probes say when the latents `off` are switched off."""
-        table = self.resid.matrix @ self._weights + self._biases
+        table = self._untouched
         if off is not None:
-            table -= self.latents.matrix[:, off] @ (self._decoder[off] @ self._weights)
+            table = table - self.latents.matrix[:, off] @ (self._decoder[off] @ self._weights)
         return Logits(table, list(self.probes), self.resid.spans)
+
+    @cached_property
+    def _untouched(self) -> np.ndarray:
+        """float64 [N, P]: what the probes say of the texts as they are."""
+        return self.resid.matrix @ self._weights + self._biases
 
     @cached_property
     def _weights(self) -> np.ndarray:

@@ -13,7 +13,7 @@ W texts of a batch, T positions, D residual width, F latents.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from scipy.sparse import csc_matrix, csr_matrix
@@ -48,10 +48,14 @@ class Pool:
     rows: Mapping[str, int]  # by text
     whole: Piece
     dtype: torch.dtype  # of the model
+    _of_model: dict[tuple[tuple[int, ...], int], tuple[Classes, Features]] = field(default_factory=dict)
 
     def of_model(self, layers: tuple[int, ...], classes: Classes) -> Features:
-        """What the residuals of some layers are on average."""
-        return self._features(self.whole.model[layers], classes, self.dtype)
+        """What the residuals of some layers are on average; made once for all SAEs."""
+        key = layers, id(classes)
+        if key not in self._of_model:  # the classes stay with it, or their id could become that of others
+            self._of_model[key] = classes, self._features(self.whole.model[layers], classes, self.dtype)
+        return self._of_model[key][1]
 
     def of_latents(self, subject: LoadedSae, classes: Classes) -> Features:
         return self._features(self.whole.latents[subject], classes, torch.float32)

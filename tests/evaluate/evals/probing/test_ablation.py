@@ -54,6 +54,21 @@ def test_nothing_off_is_the_probe_itself():
     torch.testing.assert_close(torch.from_numpy(texts.logits().table[:, 0]).float(), probe.logits(whole))
 
 
+def test_what_all_ablations_begin_with_is_computed_once(official):
+    """Residuals of texts are dense: taken anew for each SAE, class and number of latents they were most of the work."""
+    made, subject = official.scr, official.subject
+    pool, test = made.pool(subject, leaky=True), made.task.test
+    resid = pool.of_model(subject.layers, test)
+    assert pool.of_model(subject.layers, test) is resid
+    assert pool.of_model(subject.layers, made.task.train) is not resid
+    probes = {name: fresh_probe(resid.width, torch.float32, seeded(i)) for i, name in enumerate(test)}
+    texts = Ablatable(resid, pool.of_leaky_latents(subject, test), subject.sae.W_dec.detach(), probes)
+    whole = texts.logits().table.copy()
+    changed = [texts.logits(np.array([n])).table for n in range(3)]
+    assert texts.logits().table is texts.logits().table and np.array_equal(texts.logits().table, whole)
+    assert any(not np.array_equal(table, whole) for table in changed)
+
+
 def test_effects_weigh_firing_by_direction():
     rows = torch.tensor([[2.0, 0, 1], [2.0, 0, 1], [0, 1.0, 1], [0, 1.0, 1]])
     latents = Features.of({"a": rows[:2], "b": rows[2:]})
