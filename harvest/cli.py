@@ -189,8 +189,11 @@ def _reported(url: str) -> Iterator[None]:
     except (HarvestError, StoreError) as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(1)
-    except PermissionError as error:
-        click.echo(f"permission denied: {error.filename}. Change its permissions, or name another", err=True)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        said = (error.strerror or type(error).__name__).lower()
+        click.echo(f"{said}: {error.filename}. Change its permissions, or name another", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo(f"stopped. {_what_is_safe(url)}; the same command continues from there", err=True)

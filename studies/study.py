@@ -159,10 +159,11 @@ def main(
     words = tuple(word for setting in evaluation for word in ("--set", setting))
     require_settings(evaluation)
     told = []
-    with redirect_stdout(sys.stderr) if is_json else nullcontext():  # what runs and evaluations print, too
-        for study in names or studies():
+    with errors_told(refuse), redirect_stdout(sys.stderr) if is_json else nullcontext():  # of what it runs, too
+        chosen = {study: restrict(choose(study, wanted), few) for study in names or studies()}
+        for study, recipes in chosen.items():
             course = Course(cache, out / study, tuple(options), seeds, baselines, words)
-            told.append((course, carry_out(restrict(choose(study, wanted), few), course, make_console())))
+            told.append((course, carry_out(recipes, course, make_console())))
     problems = [
         f"{of.out.name}/{line.run}/{line.label}: {p}" for of, lines in told for line in lines for p in line.problems
     ]
@@ -172,6 +173,10 @@ def main(
     for problem in problems:
         click.echo(f"failed: {problem}", err=True)
     sys.exit(1 if problems else 0)
+
+
+def refuse(message: str) -> None:
+    raise click.ClickException(message.removeprefix("error: "))
 
 
 def choose(study: str, wanted: str | None) -> list[Recipe]:
@@ -221,11 +226,7 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
 
 def require_settings(evaluation: Sequence[str]) -> None:
     """Refuse what no evaluation has, before anything is trained."""
-
-    def refuse(message: str) -> None:
-        raise click.ClickException(f"--eval-set: {message.removeprefix('error: ')}")
-
-    with errors_told(refuse):
+    with errors_told(lambda message: refuse(f"--eval-set: {message.removeprefix('error: ')}")):
         make_configs(evals.ALL, evaluation)
 
 
@@ -266,7 +267,10 @@ def keep_course(course: Course) -> None:
                 "say the same again, or choose another --out"
             )
         return
-    course.out.mkdir(parents=True, exist_ok=True)
+    try:
+        course.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"{course.out} cannot be made ({error.strerror}): choose another --out") from None
     write_json(path, wanted)
 
 

@@ -23,6 +23,7 @@ from ...harvest.stats import is_special
 from ...train.data.batch import AttentionRows
 from ...train.data.block import TORCH_DTYPES, StoredRows, as_tensor
 from ...train.data.device import send
+from ..errors import SettingInvalid
 from .prefix_suffix import LanguageModel
 
 
@@ -100,7 +101,7 @@ def store_batches(
     device: torch.device | str = "cpu",
 ) -> Iterator[Windows]:
     """The windows first..first + count of a split in the store's order; the last batch may be smaller."""
-    begin, end = store.manifest.splits[split]
+    begin, end = span_of(store, split)
     stop = end - begin if count is None else min(first + count, end - begin)
     request = Request(
         layers=tuple(layers),
@@ -125,8 +126,16 @@ def store_batches(
 
 
 def count_windows(store: Store, split: str) -> int:
-    begin, end = store.manifest.splits[split]
+    begin, end = span_of(store, split)
     return end - begin
+
+
+def span_of(store: Store, split: str) -> tuple[int, int]:
+    """The windows of a split."""
+    splits = store.manifest.splits
+    if split not in splits:
+        raise SettingInvalid(f"expected a split of {', '.join(splits)}, found {split!r}")
+    return splits[split]
 
 
 def run_windows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -229,13 +230,14 @@ def test_a_dry_run_counts_the_documents_that_there_are(type_: Type, tmp_path):
     assert result.exit_code == 1 and "the first 2 documents of" in result.output
 
 
-def test_a_file_of_another_user_gets_one_line(type_: Type, text_file, monkeypatch):
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_what_the_disk_refuses_gets_one_line(type_: Type, text_file, monkeypatch, code):
     def refuse(path: Path, *_: object) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
+        raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr("saemill.harvest.corpus.local._blocks_of_text", refuse)  # root may read everything
     result = type_()
-    assert result.exit_code == 1 and f"permission denied: {text_file}" in result.output
+    assert result.exit_code == 1 and f"{os.strerror(code).lower()}: {text_file}" in result.output
 
 
 def test_a_tokenizer_without_bos_is_refused(type_: Type, model_folder, tmp_path):

@@ -258,6 +258,25 @@ def test_a_base_at_half_length_is_no_run_of_its_own(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tierd"], "Error: unknown study 'tierd' (did you mean 'tiered'?)"),
+        (["tiered", "tierd"], "Error: unknown study 'tierd' (did you mean 'tiered'?)"),
+        (["tiered", "--only", "run_99"], "Error: "),
+        (["tiered", "--evals", "cores"], "Error: unknown evaluation 'cores' (did you mean 'core'"),
+        (["tiered", "--out", "file/runs"], "Error: file/runs/tiered cannot be made (Not a directory)"),
+    ],
+)
+def test_bad_words_are_one_line_before_anything_is_trained(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(study, "call", lambda *_: pytest.fail("something runs"))
+    result = CliRunner().invoke(study.main, [*words, "--cache", "./store"])
+    assert result.exit_code == 1 and result.output.startswith(said) and len(result.output.splitlines()) == 1
+    assert not Path("study_runs").exists()
+
+
 def test_what_a_run_was_too_short_for_is_told(tmp_path):
     folder = write_run(tmp_path / "run_0")
     result = json.loads((folder.path / "result.json").read_text())

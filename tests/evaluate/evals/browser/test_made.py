@@ -501,6 +501,11 @@ def test_a_store_without_windows_is_named(make_world, builder, open_context):
         make(open_context(empty), [builder.subject(builder.make_sae())], Config(splits=("test",)))
 
 
+def test_a_split_that_no_store_has_is_named(world, builder, open_context):
+    with pytest.raises(SettingInvalid, match="expected a split of train, validation, test, found 'tst'"):
+        make(open_context(world), [builder.subject(builder.make_sae())], Config(splits=("tst",)))
+
+
 def listing(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
