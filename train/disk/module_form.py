@@ -22,8 +22,8 @@ from ..sae.side_inputs import NO_SIDE, Side
 
 MODULE, SCALE, TARGET_SCALE = "module.", "scale", "target_scale"
 
-Rebuild = Callable[[str, Mapping[str, Any], int], SparseAutoencoder]
-"""(variant, its config in JSON, input width) -> the module as it was before training."""
+Rebuild = Callable[[str, Mapping[str, Any], int, int], SparseAutoencoder]
+"""(variant, its config in JSON, width of the input, of the target) -> the module as it was before training."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from ...cache_schema.files import make_folder, sync
 from ..data.scaling import Stats
 from ..errors import SaeInvalid
 from ..sae.model import SparseAutoencoder
-from .module_form import SCALE, Rebuild, WrappedSae, module_form, sae_from_wrapped
+from .module_form import SCALE, TARGET_SCALE, Rebuild, WrappedSae, module_form, sae_from_wrapped
 from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
@@ -156,7 +156,8 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
     d_in = wrapped.tensors[SCALE].numel() if SCALE in wrapped.tensors else 0
     if config.get("d_in") != d_in:  # before memory is taken for it
         raise SaeInvalid(f"{folder / CONFIG}: expected d_in {d_in} by its weights, found {config.get('d_in')!r}")
-    sae = sae_from_wrapped(wrapped, rebuild(variant, settings, d_in), str(folder))
+    d_out = wrapped.tensors[TARGET_SCALE].numel() if TARGET_SCALE in wrapped.tensors else d_in
+    sae = sae_from_wrapped(wrapped, rebuild(variant, settings, d_in, d_out), str(folder))
     sae.metadata = dict(metadata)
     return sae
 

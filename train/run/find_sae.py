@@ -9,6 +9,7 @@ from threading import Thread
 from typing import Any
 
 from ...cache_schema.strict import StrictError, from_json
+from ..data.scaling import unit_stats
 from ..disk.formats import FILES, kind_of, read
 from ..disk.plain_form import sae_from_plain
 from ..disk.sae_folder import read_sae
@@ -40,13 +41,15 @@ def read_folder(folder: Path) -> SparseAutoencoder:
     return sae
 
 
-def rebuild(variant: str, settings: Mapping[str, Any], d_in: int) -> SparseAutoencoder:
+def rebuild(variant: str, settings: Mapping[str, Any], d_in: int, d_out: int) -> SparseAutoencoder:
     """The module that a variant builds, as it is before training."""
     try:
         config = from_json(registry.config_type(variant), dict(settings), variant)
     except StrictError as error:
         raise SaeInvalid(f"its settings are not those of {variant}: {error}") from None
-    return config.build(d_in // len(config.needs().inputs)).sae
+    needs = config.needs()
+    targets = () if needs.targets is None else (unit_stats(d_out),)
+    return config.build(d_in // len(needs.inputs), None, *targets).sae
 
 
 def find_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> Path:

@@ -14,7 +14,7 @@ import torch
 
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
-from ..data.scaling import Stats
+from ..data.scaling import Stats, unit_stats
 from ..engine.compose import Assembly
 from ..engine.optim import Optim
 from ..kit.build import require, require_sparsity, stats_or_unit, write_hook
@@ -54,9 +54,11 @@ class Config(WithAux, Variant):
 
     def build(self, d_model: int, stats: Stats | None = None, target_stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)
-        stats, target_stats = stats_or_unit(stats, d_model), stats_or_unit(target_stats, d_model)
+        stats, target_stats = stats_or_unit(stats, d_model), target_stats or unit_stats(d_model)
         generator = torch.Generator().manual_seed(self.seed)
         W_enc, W_dec = tied_weights(self.width, d_model, generator)
+        if target_stats.width != d_model:  # all heads side by side need not be as wide as the residual stream
+            _, W_dec = tied_weights(self.width, target_stats.width, generator)
         sae = SparseAutoencoder(
             W_enc,
             W_dec,

@@ -120,6 +120,23 @@ def test_one_layer_variants_have_an_architecture_of_the_format(variant, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
 
 
+@pytest.mark.parametrize("variant", ["transcoder", "skip_transcoder", "clt"])
+def test_what_is_written_may_be_of_another_width_than_what_is_read(variant, tmp_path, rng, battery):
+    """All heads of Gemma-2-2B are 2,048 wide side by side, its residual stream 2,304."""
+    config = battery.config_of(variant, hook="z", to_hook="attn_out")
+    layers = len(config.needs().inputs)
+    read, written = (
+        Stats(torch.full((width * layers,), scale), torch.randn(width * layers, generator=rng), width * layers)
+        for width, scale in ((24, 0.5), (32, 2.0))
+    )
+    trainee = Trainee("one", config.build(24, read, written), 3)
+    x = torch.randn(64, 24 * layers, generator=rng)
+    for _ in range(3):
+        trainee.step(Batch(x, torch.randn(64, 32 * layers, generator=rng)))
+    save_sae(tmp_path, trainee.sae, read, {"layers": list(config.needs().inputs)}, to_json(config), variant, written)
+    torch.testing.assert_close(read_sae(tmp_path, rebuild)(x / 0.5) * 2.0, trainee.sae(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_skip_transcoder_is_what_sae_lens_makes_of_it(tmp_path, rng, battery):
     """By its formulas: x W_skip^T beside the decoder, and no bias taken off x; begun from its folder it is the same."""
     sae, assembly = save(tmp_path, "skip_transcoder", battery)
