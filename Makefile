@@ -169,9 +169,13 @@ bench-small: env ## what stores of int8 and fp8 cost in quality, and gain in byt
 bench-eval: env saebench ## the core evaluation against official SAEBench
 	$(BIN)/python bench/evaluate.py --saebench $(SAEBENCH) --json $(RESULTS)/evaluate.json
 
-bench-transcoders: env peers $(CLT_FORGE) ## steps of transcoders against CLT-Forge and sparsify
+bench-transcoders: env peers $(CLT_FORGE) ## steps of transcoders against CLT-Forge and sparsify, and quality against sparsify
 	$(BIN)/python bench/transcoders.py --peers-python $(PEERS)/bin/python --clt-forge $(CLT_FORGE) \
 	  --json $(RESULTS)/transcoders.json
+	$(BIN)/sae-harvest --model pocket --layer 13 --hooks mlp_in,mlp_out --attention-layers none --tokens 400k \
+	  --out $(STORE)_mlp
+	$(BIN)/python bench/quality.py $(STORE)_mlp --peers-python $(PEERS)/bin/python --variant transcoder \
+	  --variant skip_transcoder --width 1024 --steps 360 --out $(RESULTS)/transcoder_quality.json
 
 $(CLT_FORGE): # its code alone, which runs in the peers' environment: it is on no index
 	git clone -q https://github.com/circuits-research/CLT-Forge $@
@@ -188,7 +192,7 @@ bench-gpu: ## everything that an accelerator is measured by, in nine minutes; GP
 docs: env ## README, docs/ and every setting as HTML pages: build/docs/index.html
 	$(BIN)/python docs/build.py
 
-measured: env ## the tables of docs/measured.md, from bench/results
+measured: env ## the tables of docs/measured.md and docs/smaller_stores.md, from bench/results
 	$(BIN)/python bench/measured_tables.py
 
 peers: $(PEERS)/.installed ## the peers' own environment, for side-by-side benchmarks

@@ -14,6 +14,7 @@ import torch
 from talk import serve
 
 ROWS = 2048  # of a batch
+TRANSCODERS = ("transcoder", "skip_transcoder")
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -51,6 +52,12 @@ def load(folder: str, split: str) -> torch.Tensor:
     return torch.from_numpy(np.load(Path(folder) / f"{split}.npy"))
 
 
+def ends(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a transcoder reads and what it is to rebuild, which lie side by side."""
+    x, target = rows.chunk(2, dim=1)
+    return x.contiguous(), target.contiguous()
+
+
 def norms(folder: str) -> dict[str, float]:
     """Mean norm and root mean square norm of the training rows."""
     lengths = load(folder, "train").norm(dim=1).double()
@@ -59,20 +66,35 @@ def norms(folder: str) -> dict[str, float]:
 
 def score(folder: str, encode: Encode, decode: Encode, scale: float) -> dict[str, float]:
     """Of the test split, and what chooses between fits of the validation split; the SAE reads x * scale."""
-    test, validation = (measure(load(folder, split) * scale, encode, decode) for split in ("test", "validation"))
+    parts = [load(folder, split) * scale for split in ("test", "validation")]
+    return told(*(measure(x, x, encode, lambda _, acts: decode(acts)) for x in parts))
+
+
+def score_map(folder: str, encode: Encode, rebuild: Encode) -> dict[str, float]:
+    """The same of a transcoder, in the units of what it reads and writes."""
+    parts = [ends(load(folder, split)) for split in ("test", "validation")]
+    return told(*(measure(x, target, encode, lambda x, _: rebuild(x)) for x, target in parts))
+
+
+def told(test: dict[str, float], validation: dict[str, float]) -> dict[str, float]:
     return test | {"validation": validation["explained_variance"], "validation_l0": validation["l0"]}
 
 
 @torch.no_grad()
-def measure(rows: torch.Tensor, encode: Encode, decode: Encode) -> dict[str, float]:
+def measure(
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    encode: Encode,
+    rebuild: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> dict[str, float]:
     """Explained variance, L0 and the share of latents that never fire."""
     error, active, fired = 0.0, 0, torch.zeros(0, dtype=torch.bool)
-    for x in rows.split(ROWS):
+    for x, target in zip(rows.split(ROWS), targets.split(ROWS), strict=True):
         acts = encode(x)
-        error += float((x - decode(acts)).double().square().sum())
+        error += float((target - rebuild(x, acts)).double().square().sum())
         active += int((acts > 0).sum())
         fired = (acts > 0).any(0) if not len(fired) else fired | (acts > 0).any(0)
-    spread = float((rows - rows.mean(0)).double().square().sum())
+    spread = float((targets - targets.mean(0)).double().square().sum())
     found = {"explained_variance": 1 - error / spread, "l0": active / len(rows)}
     return found | {"dead": float((~fired).double().mean())}
 

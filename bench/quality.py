@@ -9,6 +9,10 @@ is told is of the test split, which chose nothing. A fit whose L0 is more than a
 target: it is kept and marked, and stands in no comparison. A fit that is in the results already is not made again.
 
     python bench/quality.py STORE --peers-python PATH
+
+Transcoders, of a store that has mlp_in and mlp_out, are compared with sparsify's, both with k active latents a row:
+
+    python bench/quality.py STORE --peers-python PATH --variant transcoder --variant skip_transcoder
 """
 
 from __future__ import annotations
@@ -25,18 +29,21 @@ from typing import Any
 
 import click
 import numpy as np
+from fitting import TRANSCODERS
 from ratios import gather_facts, write_rows
 from rich.console import Console
 from rich.table import Table
 from talk import Worker
 
 from saemill import Store
+from saemill.cache_schema.sites import RESID
 from saemill.train.kit.registry import config_type
 
 HERE = Path(__file__).parent
 CONTESTANTS = ("ours", "sae_lens", "dictionary_learning")
-BY_K = ("topk", "batchtopk", "matryoshka")
-VARIANTS = (*BY_K, "jumprelu", "gated")
+OF_TRANSCODERS = ("ours", "sparsify")
+BY_K = ("topk", "batchtopk", "matryoshka", *TRANSCODERS)
+VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated")
 SEEDS = (0, 1, 2)
 PROTOCOL = 3  # raised when a contestant is trained in another way: rows of before are of another comparison
 OFF = 0.1  # how far L0 may be from what was asked
@@ -83,11 +90,16 @@ class Score:
         return self.is_on_target(wanted), self.validation
 
 
-def write_rows_of(store: Store, folder: Path) -> None:
-    """A table of float32 rows for each split: of ordinary tokens, neither special nor of massive norm."""
+def write_rows_of(store: Store, layer: int, folder: Path, of_mlp: bool) -> None:
+    """A table of float32 rows for each split: of ordinary tokens, neither special nor of massive norm; of transcoders
+    what the MLP reads and writes side by side, of all tokens but special ones."""
+    how = {"batch_tokens": 512, "shuffle": False, "device": "cpu"} | ({"massive_norms": None} if of_mlp else {})
     for split in ("train", "validation", "test"):
-        batches = store.batches(store.manifest.layers[0], split=split, batch_tokens=512, shuffle=False, device="cpu")
-        np.save(folder / f"{split}.npy", np.concatenate([batch.numpy() for batch in batches]))
+        parts = [
+            np.concatenate([batch.numpy() for batch in store.batches(layer, hook=hook, split=split, **how)])
+            for hook in (("mlp_in", "mlp_out") if of_mlp else (RESID,))
+        ]
+        np.save(folder / f"{split}.npy", np.concatenate(parts, axis=1))
 
 
 def own_rate(contestant: str, variant: str, width: int, d_model: int) -> float:
@@ -97,6 +109,8 @@ def own_rate(contestant: str, variant: str, width: int, d_model: int) -> float:
             rate = config_type(variant)(width=width).build(d_model).optim.lr
             assert rate is not None
             return rate
+        case "sparsify", _:
+            return 5e-3 / (width / 2**14) ** 0.5
         case "sae_lens", _:
             return 3e-4  # of its documentation's trainings; the field's default is 5e-5
         case _, "jumprelu":
@@ -232,7 +246,7 @@ def lines_of(scores: dict[Fit, Score]) -> dict[str, list[Line]]:
     for what in dict.fromkeys((fit.variant, fit.width, fit.l0) for fit in scores):
         variant, width, l0 = what
         cells: dict[str, dict[str, Cell]] = {"best": {}, "own": {}}
-        for contestant in CONTESTANTS:
+        for contestant in dict.fromkeys((*CONTESTANTS, *OF_TRANSCODERS)):
             own = {f: s for f, s in scores.items() if (f.variant, f.width, f.l0) == what and f.contestant == contestant}
             if own:
                 by_rate = {lr: cell_at(own, lr) for lr in dict.fromkeys(fit.lr for fit in own)}
@@ -262,11 +276,12 @@ def last_scores(rows: list[dict[str, Any]]) -> dict[Fit, Score]:
 def show(scores: dict[Fit, Score]) -> None:
     titles = {"best": "each at its best learning rate", "own": "each at its own learning rate"}
     for kind, lines in lines_of(scores).items():
+        present = dict.fromkeys(who for _, cells in lines for who in cells)
         table = Table(title=f"explained variance of the test split, {titles[kind]}: median of seeds (from to)")
-        for heading in ("what", *CONTESTANTS):
+        for heading in ("what", *present):
             table.add_column(heading)
         for what, cells in lines:
-            table.add_row(what, *(str(cells[who]) if who in cells else "" for who in CONTESTANTS))
+            table.add_row(what, *(str(cells[who]) if who in cells else "" for who in present))
         Console(width=190).print(table)
 
 
@@ -281,7 +296,7 @@ def make_fits(first: Fit, seeds: tuple[int, ...], train: Train) -> None:
 def contests(variants: tuple[str, ...], width: int, l0: float, d_model: int) -> Iterator[Fit]:
     """The first fit of each contestant."""
     for variant in variants:
-        for contestant in CONTESTANTS:
+        for contestant in OF_TRANSCODERS if variant in TRANSCODERS else CONTESTANTS:
             coefficient = COEFFICIENTS.get(variant, {}).get(contestant, 0.0)
             if coefficient or variant in BY_K or (variant, contestant) in TARGETED:
                 yield Fit(variant, width, l0, contestant, own_rate(contestant, variant, width, d_model), coefficient)
@@ -289,7 +304,7 @@ def contests(variants: tuple[str, ...], width: int, l0: float, d_model: int) -> 
 
 @click.command()
 @click.argument("store")
-@click.option("--peers-python", required=True, help="Python with sae-lens and dictionary-learning installed.")
+@click.option("--peers-python", required=True, help="Python with sae-lens, dictionary-learning, sparsify installed.")
 @click.option("--variant", "variants", multiple=True, default=VARIANTS, show_default=True)
 @click.option("--width", default=2304, show_default=True)
 @click.option("--l0", default=32.0, show_default=True)
@@ -307,11 +322,15 @@ def main(
     out: Path,
 ) -> None:
     """Train everything on the activations of STORE and compare."""
+    of_mlp = set(variants) <= set(TRANSCODERS)
+    if not of_mlp and set(variants) & set(TRANSCODERS):
+        raise click.UsageError("expected transcoders, or SAEs of one place, found both: they read other rows")
     with Store.open(store) as opened, tempfile.TemporaryDirectory() as folder:
-        write_rows_of(opened, Path(folder))
         manifest = opened.manifest
+        layer = manifest.hooks["mlp_in"].layers[0] if of_mlp else manifest.layers[0]
+        write_rows_of(opened, layer, Path(folder), of_mlp)
         run = {"steps": steps, "cache_id": manifest.cache_id}
-        results = Results(out, run, gather_facts(peers_python))
+        results = Results(out, run, gather_facts(peers_python, model=manifest.model.id, layer=layer))
         contestants = Contestants(Path(folder), steps, peers_python)
 
         def train(fit: Fit) -> Score:

@@ -99,6 +99,11 @@ def bench_quality(folder: Path, given: Path | None, tokens: str, seeds: int, wor
         with chdir(folder):  # runs go to ./runs
             trained = train(cache=paths[kind], variant="topk", grid=grid, device="cpu", plots=False, **settings)
             runs[kind] = trained.path.resolve()
+    first, last = exact.manifest.splits["train"]
+    about = (
+        f"{exact.manifest.model.id} after layer {exact.manifest.layers[0]}, {(last - first) * exact.manifest.context:,}"
+    )
+    about += f" tokens in the train split; topk, {', '.join(words)}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
     context = Context(exact, watch=Watch(is_quiet=True))
     found = {kind: measure(context, run) for kind, run in runs.items()}
     rows = []
@@ -111,7 +116,7 @@ def bench_quality(folder: Path, given: Path | None, tokens: str, seeds: int, wor
             differences = [a[name] - b[name] for a, b in zip(saes, found[EXACT], strict=True)]
             against.append(f"{name} {_spread(differences, '+')}")
         rounds = {name: tuple(sae[name] for sae in saes) for name in METRICS}
-        rows.append(Row(kind, "; ".join([size, *said]), "; ".join(against), rounds=rounds))
+        rows.append(Row(kind, "; ".join([size, *said]), "; ".join(against), rounds=rounds, facts={"about": about}))
     return rows
 
 

@@ -59,16 +59,20 @@ def bench(monkeypatch):
 
 def test_the_page_says_what_the_results_say(bench, monkeypatch, tmp_path):
     table = bench("measured_tables")
-    page = (ROOT / table.PAGE).read_text()
+    pages = {name: (ROOT / name).read_text() for name in table.PAGES}
     result = CliRunner().invoke(table.main, ["--check"])
     assert result.exit_code == 0, result.output
     monkeypatch.setattr(table, "ROOT", tmp_path)
     number = table.ratio_of(table.rows_of("store")[0])
     (tmp_path / "docs").mkdir()
-    (tmp_path / table.PAGE).write_text(page.replace(f"| {number} |", "| 9.99 |", 1))
-    assert CliRunner().invoke(table.main, ["--check"]).exit_code == 1
-    assert CliRunner().invoke(table.main, []).exit_code == 0
-    assert (tmp_path / table.PAGE).read_text() == page
+    changes = {table.PAGE: (f"| {number} |", "| 9.99 |"), table.SMALLER: ("| int8 | 132 |", "| int8 | 64 |")}
+    for changed, (old, new) in changes.items():
+        for name, page in pages.items():
+            (tmp_path / name).write_text(page.replace(old, new, 1) if name == changed else page)
+        assert (tmp_path / changed).read_text() != pages[changed]
+        assert CliRunner().invoke(table.main, ["--check"]).exit_code == 1
+        assert CliRunner().invoke(table.main, []).exit_code == 0
+        assert {name: (tmp_path / name).read_text() for name in pages} == pages
 
 
 def test_a_kept_run_on_a_device_is_shown_against_the_best_peer(bench, monkeypatch, tmp_path):

@@ -19,9 +19,9 @@ from sparsify.sparse_coder import SparseCoder
 from stepping import Settings, Step, serve_steps, split_pairs
 
 
-def make_optimiser(sae: Any) -> Any:
+def make_optimiser(sae: Any, lr: float | None = None) -> Any:
     """Its trainer's default: the sign of the momentum, free of a schedule."""
-    groups = [{"params": sae.parameters(), "lr": 5e-3 / (sae.num_latents / 2**14) ** 0.5}]
+    groups = [{"params": sae.parameters(), "lr": lr or 5e-3 / (sae.num_latents / 2**14) ** 0.5}]
     optimiser = ScheduleFreeWrapper(SignSGD(groups), momentum=0.95)
     optimiser.train()
     return optimiser

@@ -1,0 +1,39 @@
+"""Train transcoders of sparsify for the quality benchmark: its trainer's defaults, on activations as they are."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fitting import Ask, batches, ends, score_map, serve_fits
+from sparsify_step import SparseCoder, SparseCoderConfig, make_optimiser
+
+
+def fit(ask: Ask) -> dict[str, float]:
+    torch.manual_seed(ask.seed)
+    d_model = next(batches(ask, 1)).shape[1] // 2
+    skips = ask.variant == "skip_transcoder"
+    config = SparseCoderConfig(num_latents=ask.width, k=ask.k, transcode=True, skip_connection=skips)
+    sae = SparseCoder(d_model, config, "cpu", torch.float32)
+    optimiser = make_optimiser(sae, ask.lr)
+    for step, rows in enumerate(batches(ask)):
+        x, target = ends(rows)
+        if step == 0:
+            sae.encoder.bias.data, sae.b_dec.data = -x.mean(0) @ sae.encoder.weight.data.T, target.mean(0)
+        sae(x, target).fvu.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    optimiser.eval()
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        found = sae.encode(x)
+        return torch.zeros(len(x), ask.width).scatter_(1, found.top_indices, found.top_acts)
+
+    return score_map(ask.folder, encode, lambda x: sae(x).sae_out)
+
+
+if __name__ == "__main__":
+    serve_fits(fit)
