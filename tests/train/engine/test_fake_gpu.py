@@ -1,0 +1,160 @@
+"""A step on a GPU of which only shapes, types and places exist: every tensor lies there, and none is read on the host.
+
+torch's fake tensors say of each operation what a real GPU would refuse: operands on different devices, a number read
+back, a shape that depends on values. The kernels of Triton are replaced by the shapes that they give. A torch without
+CUDA has no gradients of fake tensors that lie there, so the device is one of the kind that torch leaves to others;
+it stays in a process once it is made known, so these tests run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import deque
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from saemill.train.engine.optim import Adam
+from saemill.train.engine.step import Trainee, _lr_scales
+from saemill.train.sae.kernels import hardware, linear
+from saemill.train.sae.kernels.hardware import StepCount
+from saemill.train.terms.constraints import GradientNoise
+from saemill.train.terms.tiers import Tiers
+
+pytest.importorskip("triton")
+
+from saemill.train.sae.kernels.triton import bags, rows
+
+from .test_no_waits import CASES, warmed
+
+NAME = "fake"
+SOME = ("topk", "batchtopk", "jumprelu", "matryoshka", "hierarchical", "tiered topk", "positional", "temporal topk")
+WANTED_BY = {"": (), "some": SOME, "all": tuple(CASES)}
+WANTED = WANTED_BY[os.environ.get("FAKE_GPU", "")]
+if WANTED:
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend(NAME)
+    GPU = torch.device(NAME, 0)
+
+
+class Card(FakeTensorMode):
+    """But that what the SAE's generator draws lies on the host, and may be read there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_read = func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], FakeTensor)
+        if is_read or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.fixture
+def shapes_of_kernels(monkeypatch, quick_selection):
+    def lies_there(*parts: Any) -> None:
+        places = {part.device for part in parts if isinstance(part, Tensor)}
+        assert places <= {GPU}, f"a kernel is given tensors on {places}"
+
+    def bag_sum(table, indices, offsets, weights):
+        lies_there(table, indices, offsets, weights)
+        return table.new_empty(len(offsets) - 1, table.shape[1], dtype=torch.float32)
+
+    def pair_dots(left, left_index, right, right_index, order):
+        lies_there(left, left_index, right, right_index, order)
+        return left.new_empty(len(left_index), dtype=torch.float32)
+
+    def segment_sum(values, offsets):
+        lies_there(values, offsets)
+        return values.new_empty(len(offsets) - 1, dtype=torch.float32)
+
+    def update_rows(weights, moments, entries, adam, frozen=None, *, dense=None, low=None, unit=False):
+        lies_there(weights, *moments, *(entries or ()), frozen, dense, low)
+
+    monkeypatch.setattr(hardware, "SERVED", {NAME})
+    monkeypatch.setattr(hardware, "has_triton", lambda device: True)
+    monkeypatch.setattr(linear, "has_fast_bfloat16", lambda kind: True)
+    for module, kernel in ((bags, bag_sum), (bags, pair_dots), (bags, segment_sum), (rows, update_rows)):
+        monkeypatch.setattr(module, kernel.__name__, kernel)
+    monkeypatch.setattr(GradientNoise, "_noise", lambda self, parameter: torch.zeros_like(parameter))  # a GPU's own
+
+
+class Move:
+    """Tensors, and what holds them, on the fake GPU."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode, self._known = mode, {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, dict):
+            return {name: self(part) for name, part in value.items()}
+        if isinstance(value, tuple):
+            return tuple(map(self, value))
+        if is_dataclass(value) and not isinstance(value, type):
+            return type(value)(*(self(getattr(value, field.name)) for field in fields(value)))
+        return value
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._known:
+            fake = self._mode.from_tensor(tensor.detach()).to(GPU)
+            fake = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+            self._known[id(tensor)] = tensor, fake
+        return self._known[id(tensor)][1]
+
+    def module(self, module: nn.Module) -> None:
+        """What `Module.to` moves, and what steps have kept of it."""
+        for own in (module._parameters, module._buffers):
+            own.update({name: self(tensor) for name, tensor in own.items()})
+        for kept in vars(module).values():
+            if isinstance(kept, StepCount) and kept._seen is not None:
+                steps = self(kept._seen[0])
+                kept._seen = steps, steps._version, kept._seen[2]
+        if isinstance(module, Tiers) and module._tiering is not None:
+            tiering = module._tiering[1]
+            for name, part in vars(tiering).items():
+                setattr(tiering, name, self(part))
+            module._tiering = module.membership._version, tiering
+
+
+def move(trainee: Trainee, to: Move) -> None:
+    """A trainee as it would be on a GPU."""
+    sae, assembly = trainee.sae, trainee.assembly
+    for module in sae.modules():
+        to.module(module)
+    trainee.device, trainee._looks_late, trainee._frozen = GPU, True, torch.zeros((), device=GPU)
+    by_row = trainee._tables_by_row()
+    trainee._constraints = [c for c in assembly.constraints if not (by_row and c.table_use == "unit decoder")]
+    trainee.optimiser = Adam(dict(sae.named_parameters()), assembly.optim, _lr_scales(sae), by_row)
+    trainee.optimiser._taken = dict.fromkeys(by_row, 1)
+    trainee._traces = deque()
+    counters = trainee.counters
+    numbers = counters.listed
+    counters.tokens_since_fired, counters._listed = to(counters.tokens_since_fired), to(counters._listed)
+    counters._numbers = to(numbers)
+
+
+@pytest.mark.parametrize("case", WANTED)
+def test_every_tensor_of_a_step_lies_on_the_gpu(battery, shapes_of_kernels, case):
+    trainee, batch = warmed(battery, case)
+    with Card(allow_non_fake_inputs=True) as mode:
+        to = Move(mode)
+        move(trainee, to)
+        report = trainee.step(to(batch))
+        told = [report.loss, report.l0, report.explained_variance, report.dead_share]
+        for value in (*told, *report.terms.values(), *report.notes.values()):
+            assert value.device == GPU
+
+
+@pytest.mark.parametrize("cases", ["some", pytest.param("all", marks=pytest.mark.slow)])
+def test_in_a_process_of_its_own(cases):
+    words = ["-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", "lies_on_the_gpu"]
+    environment = os.environ | {"FAKE_GPU": cases}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and f"{len(WANTED_BY[cases])} passed" in done.stdout, done.stdout[-3000:]
