@@ -41,7 +41,7 @@ class Piece:
     leaky: Mapping[LoadedSae, csr_matrix]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Pool:
     """Pooled features of texts."""
 
