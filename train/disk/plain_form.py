@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data.scaling import Stats, unit_stats
 from ..errors import SaeInvalid
+from ..parallel.latents import ALL_LATENTS, Latents
 from ..sae.gates import AbsTopK, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
 from ..sae.model import SparseAutoencoder
 
@@ -135,33 +136,40 @@ def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
 
 
 @torch.no_grad()
-def begin_as(sae: SparseAutoencoder, source: SparseAutoencoder, stats: Stats, target_stats: Stats) -> None:
-    """Give an SAE that has not trained yet the weights of one in raw units: it then computes the same."""
-    _require_alike(sae, source)
+def begin_as(
+    sae: SparseAutoencoder,
+    source: SparseAutoencoder,
+    stats: Stats,
+    target_stats: Stats,
+    latents: Latents = ALL_LATENTS,
+) -> None:
+    """Give an SAE that has not trained yet, or the part of it that is here, the weights of a whole one in raw units: it
+    then computes the same."""
+    _require_alike(sae, source, sae.num_latents if latents.is_whole else latents.total)
     scale, target_scale = (part.scale.to(source.W_dec) for part in (stats, target_stats))
     W_dec = source.W_dec * target_scale
     lengths = _code_lengths(W_dec, source.gate)
     if isinstance(source.gate, TopK | AbsTopK):
         _require_near_one(torch.linalg.vector_norm(W_dec, dim=1) / lengths)
-    bias = source.b_enc
+    own_lengths, bias = latents.own(lengths), source.b_enc
     if source.centres_input != sae.centres_input:  # what the one takes from its input the other has in its bias
         shift = source.W_enc @ source.b_dec
         bias = bias - shift if source.centres_input else bias + shift
     values = {
-        "W_enc": source.W_enc * lengths[:, None] / scale,
-        "b_enc": bias * lengths,
-        "W_dec": W_dec / lengths[:, None],
+        "W_enc": latents.own(source.W_enc) * own_lengths[:, None] / scale,
+        "b_enc": latents.own(bias) * own_lengths,
+        "W_dec": latents.own(W_dec) / own_lengths[:, None],
         "b_dec": source.b_dec * target_scale,
     }
     if source.W_skip is not None:
         values["W_skip"] = source.W_skip * target_scale[:, None] / scale
     for name, value in values.items():
         sae.get_parameter(name).copy_(value)
-    _begin_gate(sae.gate, source.gate, lengths, bias - source.b_enc)
+    _begin_gate(sae.gate, source.gate, lengths, bias - source.b_enc, latents)
 
 
-def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder) -> None:
-    found, wanted = ((one.num_latents, one.d_in, one.d_out) for one in (source, sae))
+def _require_alike(sae: SparseAutoencoder, source: SparseAutoencoder, num_latents: int) -> None:
+    found, wanted = (source.num_latents, source.d_in, source.d_out), (num_latents, sae.d_in, sae.d_out)
     if found != wanted:
         raise SaeInvalid(
             f"expected an SAE of {wanted[0]} latents from width {wanted[1]} to {wanted[2]}, found {found[0]} from "
@@ -185,7 +193,7 @@ def _require_near_one(lengths_F: Tensor) -> None:
         )
 
 
-def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor) -> None:
+def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor, latents: Latents) -> None:
     """Thresholds and magnitudes; a jump threshold that is one for all latents begins a batch top-k."""
     match gate, source:
         case (TopK(), TopK()) | (AbsTopK(), AbsTopK()):
@@ -194,7 +202,7 @@ def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor) -> N
         case Relu(), Relu():
             pass
         case JumpRelu(), JumpRelu():
-            gate.raw_threshold.copy_((source.threshold * lengths).expand_as(gate.raw_threshold) / gate.unit)
+            gate.raw_threshold.copy_(latents.own(source.threshold * lengths) / gate.unit)
         case BatchTopK(), JumpRelu():
             thresholds = source.threshold * lengths
             if float(thresholds.amax() - thresholds.amin()) > 1e-3 * float(thresholds.abs().amax()):
@@ -202,8 +210,8 @@ def _begin_gate(gate: Gate, source: Gate, lengths: Tensor, moved_F: Tensor) -> N
             gate.threshold.copy_(thresholds.mean())
             gate.threshold_steps.fill_(1)
         case Gated(), Gated():
-            gate.r_mag.copy_(source.r_mag)
-            gate.b_mag.copy_((source.b_mag + (moved_F * source.r_mag.exp())) * lengths)
+            gate.r_mag.copy_(latents.own(source.r_mag))
+            gate.b_mag.copy_(latents.own((source.b_mag + (moved_F * source.r_mag.exp())) * lengths))
         case _:
             names = [type(one).__name__ for one in (gate, source)]
             raise SaeInvalid(f"expected an SAE with the gate {names[0]}, found one with {names[1]}: choose its variant")

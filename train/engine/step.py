@@ -192,6 +192,11 @@ class Trainee:
         return {name: tensor for name, tensor in whole if tensor is not None}
 
     @property
+    def latents(self) -> Latents:
+        """Those of the SAE that are here."""
+        return self._latents
+
+    @property
     def state_bytes(self) -> int:
         """Of all that `state` gives: of the latents that are here, as many times as there are others."""
         return sum(

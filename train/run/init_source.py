@@ -59,7 +59,7 @@ def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
         )
     for label, trainee in fleet.trainees.items():
         try:
-            begin_as(trainee.sae, sae, trainee.assembly.input_stats, trainee.assembly.target_stats)
+            begin_as(trainee.sae, sae, trainee.assembly.input_stats, trainee.assembly.target_stats, trainee.latents)
         except SaeInvalid as error:
             raise ConfigInvalid(f"{label}: --init {folder}: {error}") from None
 

@@ -19,7 +19,6 @@ from ..config.recipe import Recipe
 from ..config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from ..data.read_order import Plan, measure_split
 from ..errors import ConfigInvalid, NothingToTrain, StoreTooShort
-from ..kit.build import require
 from ..kit.contract import Variant
 from .folder import RunFolder, provenance
 from .init_source import Source, source_of, without_start
@@ -72,11 +71,6 @@ def settle(ask: Ask, store: Store) -> Settled:
     init = None if ask.init is None else source_of(Path(ask.init))
     if init is not None:
         members = tuple(map(without_start, members))
-        require(
-            not ask.length().shard_width,
-            "--init begins with whole SAEs, and course.shard_width gives each process a part of them: leave "
-            "one of them out",
-        )
     config = RunConfig(data, replace(ask.length(), tokens=budget.tokens), members)
     return Settled(config, plan, budget.steps, budget.remark, ask.recipe, init)
 

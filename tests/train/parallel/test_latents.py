@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from saemill.train.data.scaling import Stats, unit_stats
+from saemill.train.disk.plain_form import begin_as, plain_sae, sae_from_plain
 from saemill.train.engine.step import Trainee
-from saemill.train.errors import ConfigInvalid, NonFiniteLoss
+from saemill.train.errors import ConfigInvalid, NonFiniteLoss, SaeInvalid
 from saemill.train.kit.registry import config_type
 from saemill.train.parallel.latents import SomeLatents
+from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.split_select import first_of_equals, split_batch, split_topk
 
 STEPS = 12
@@ -127,6 +130,44 @@ def test_a_split_run_goes_on_in_any_number_of_processes(battery, threads):
         assert other.keys() == straight.keys()
         for name in ("sae.W_enc", "sae.W_dec", "adam.W_dec.second_moment"):
             assert float((other[name] - straight[name]).norm()) <= 1e-3 * float(straight[name].norm()), (size, name)
+
+
+@pytest.mark.parametrize("variant", ["topk", "batchtopk", "jumprelu", "gated", "skip_transcoder"])
+def test_a_split_dictionary_begins_as_a_whole_one(battery, threads, rng, variant):
+    """Each process has its rows of the source, in the units of its store: the first step rebuilds what it does."""
+    changes = {"gate": "batchtopk"} if variant == "skip_transcoder" else {}
+    config = battery.quick(variant, encoder_product="float32", width=67, k=2, **changes)
+    config = replace(config, optim=replace(config.optim, start="drawn"))
+    source = config.build(battery.D).sae
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            if name != "W_dec":
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
+        if isinstance(source.gate, BatchTopK):
+            source.gate.threshold.fill_(0.4)
+    plain = sae_from_plain(plain_sae(source, unit_stats(battery.D), unit_stats(battery.D)))
+    stats = Stats(torch.full((battery.D,), 0.37), torch.zeros(battery.D), float(battery.D))
+
+    def trainee(split):
+        sides = (stats,) if config.needs().targets is None else (stats, stats)
+        found = Trainee("one", config.build(battery.D, *sides), STEPS, split=split)
+        begin_as(found.sae, plain, stats, stats, found.latents)
+        return found
+
+    ranks, run = threads(2)
+    whole, parts = trainee(None), [trainee(rank) for rank in ranks]
+    assert len(parts[0].sae.W_dec) == 33
+    states = run(lambda at: parts[at].state())
+    expected = whole.state()
+    assert states[0].keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for state in states for name, tensor in state.items())
+    x = torch.randn(50, battery.D, generator=rng)
+    torch.testing.assert_close(whole.sae(x * stats.scale) / stats.scale, plain(x), rtol=1e-5, atol=1e-5)
+    (batch,) = battery.batches(config, 1, rows=32)
+    told = run(lambda at: parts[at].step(batch).scalars())
+    assert told[0] == told[1] == pytest.approx(whole.step(batch).scalars(), rel=1e-4, abs=1e-6)
+    with pytest.raises(SaeInvalid, match="an SAE of 66 latents .* found 67"):
+        begin_as(parts[0].sae, plain, stats, stats, SomeLatents(ranks[0], 66))
 
 
 def test_a_loss_that_is_no_number_in_one_part_stops_all(battery, threads):

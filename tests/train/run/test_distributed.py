@@ -60,6 +60,18 @@ def test_a_split_dictionary_trains_as_a_whole_one(big, spawn, sae_train, quick, 
             assert torch.allclose(one[key].double(), two[key].double(), rtol=1e-3, atol=1e-4), key
 
 
+@pytest.mark.slow
+def test_a_split_dictionary_begins_where_another_ended(big, spawn, sae_train, quick, tmp_path):
+    words = ["--variant", "jumprelu", *quick, "--cache", big["path"], "--width", 61, "--set", "encoder_product=float32"]
+    sae_train(*words, "--tokens", 64 * 20, "--name", "source")
+    words += ["--init", "source", "--tokens", 64 * 4]
+    sae_train(*words, "--name", "one")
+    launch(spawn, [*words, "--name", "two", "--set", "course.shard_width=true"])
+    one, two = (load_file(tmp_path / "runs" / name / "jumprelu/sae_weights.safetensors") for name in ("one", "two"))
+    for key in one:
+        assert torch.allclose(one[key], two[key], rtol=1e-3, atol=1e-4), key
+
+
 SPLIT = """
 import os, sys, torch, torch.distributed as dist
 from pathlib import Path
@@ -69,13 +81,14 @@ from saemill.train.disk.checkpoint_files import Standing, load_checkpoint, save_
 from saemill.train.parallel.processes import Processes
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
+from saemill.train.disk.plain_form import begin_as
 
 dist.init_process_group("gloo")
 rank, size, folder = dist.get_rank(), dist.get_world_size(), Path(sys.argv[-1])
 rows_here = 41 * (rank + 1) // size - 41 * rank // size
 
-def build():
-    return config_type("topk")(layer=0, width=41, k=3, encoder_product="float32").build(8)
+def build(seed=0):
+    return config_type("topk")(layer=0, width=41, k=3, encoder_product="float32", seed=seed).build(8)
 
 def trainee():
     return Trainee("one", build(), 6, torch.device("cpu"), split=Processes())
@@ -120,6 +133,10 @@ with straight.gather_weights():
     assert rank or torch.equal(straight.sae.W_dec, one["sae.W_dec"])
     assert rank or len(straight.counters.tokens_since_fired) == 41
 assert straight.sae.W_dec.shape == (rows_here, 8)
+begun, source = trainee(), build(1)
+begin_as(begun.sae, source.sae, source.input_stats, source.target_stats, begun.latents)
+assert begun.sae.W_enc.shape == (rows_here, 8)
+assert torch.equal(torch.cat(Processes().gather(begun.sae.W_enc.detach())), source.sae.W_enc)
 step(straight, 6)
 if rank == 0:
     straight.sae.b_enc.data[:] = float("nan")
