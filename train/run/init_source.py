@@ -7,12 +7,16 @@ lay and its digest are kept with the run: until the first checkpoint a resumed r
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...cache_schema import Manifest
+from ...cache_schema.sites import say_place
 from ..config.run_config import Member
+from ..data.batch import Needs
+from ..disk.places import places_told
 from ..disk.plain_form import begin_as
 from ..disk.sae_folder import WEIGHT_SUFFIXES
 from ..engine.fleet import Fleet
@@ -59,9 +63,20 @@ def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
         )
     for label, trainee in fleet.trainees.items():
         try:
+            _require_place(sae.metadata, fleet.needs[label])
             begin_as(trainee.sae, sae, trainee.assembly.input_stats, trainee.assembly.target_stats, trainee.latents)
         except SaeInvalid as error:
             raise ConfigInvalid(f"{label}: --init {folder}: {error}") from None
+
+
+def _require_place(metadata: Mapping[str, Any], needs: Needs) -> None:
+    """What the source reads and rebuilds, where it says so, is what is read and rebuilt here."""
+    told, wanted = places_told(metadata), (needs.input_places, needs.target_places)
+    if told is None and metadata.get("transcodes") and needs.targets is None:
+        raise SaeInvalid("it is a transcoder, and an SAE that rebuilds what it reads is to begin as it")
+    if told is not None and told != wanted:
+        found, asked = (" to ".join(", ".join(map(say_place, side)) for side in sides) for sides in (told, wanted))
+        raise SaeInvalid(f"it goes from {found}, and here from {asked}: choose the --layer and hook that it has")
 
 
 def _digest(folder: Path) -> str:

@@ -12,9 +12,11 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from saemill.cache_schema import Site
 from saemill.train import load_sae
 from saemill.train.disk.formats import FILES, WRITERS, read
 from saemill.train.disk.formats.plain import centred
+from saemill.train.disk.places import places_told
 from saemill.train.disk.plain_form import PlainSae, sae_from_plain, without_signs
 from saemill.train.disk.sae_folder import WEIGHT_SUFFIXES
 from saemill.train.errors import RunMissing, SaeInvalid
@@ -201,6 +203,66 @@ def test_a_transcoder_of_a_model_with_a_norm_behind_its_mlp_is_none_of_sparsify_
     of_one_place = place | {"hook": "mlp_out"}  # what the norm gives: a module of its own, whose name the folder has
     WRITERS["sae_lens"](tmp_path / "c", make_plain("topk"), of_one_place)
     assert export(tmp_path / "c", "sparsify", tmp_path / "layers.3.post_feedforward_layernorm") < 1e-5
+
+
+@pytest.mark.parametrize("hook", ["resid", "mlp_out", "z"])
+def test_dictionary_learning_is_told_the_place_and_tells_it(tmp_path, hook):
+    place = {"layers": [3], "target_layers": [3], "hook": hook, "target_hook": hook}
+    WRITERS["dictionary_learning"](tmp_path, make_plain("topk"), place)
+    trainer = json.loads((tmp_path / "config.json").read_text())["trainer"]
+    assert trainer["submodule_name"] == {"resid": "resid_post"}.get(hook, hook) + "_layer_3"
+    assert places_told(read(tmp_path)[1]) == places_told(place)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "buffer", "said"),
+    [
+        ({"submodule_name": "mlp_layer_3"}, {}, "found 'mlp_layer_3'"),
+        (
+            {"submodule_name": "resid_post_layer_4"},
+            {},
+            "expected a submodule_name of resid_post_layer_3, mlp",
+        ),
+        ({}, {"io": "in"}, "io 'in'"),
+    ],
+)
+def test_a_place_of_dictionary_learning_that_no_store_has_is_no_residual(tmp_path, trainer, buffer, said):
+    WRITERS["dictionary_learning"](tmp_path, make_plain("topk"), {"layers": [3]})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {"trainer": config["trainer"] | trainer, "buffer": buffer}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SaeInvalid, match=said):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "places"),
+    [
+        ({"hook_name": "blocks.3.hook_resid_pre"}, ((2,), (2,))),
+        ({"hook_name": "model.layers.3"}, ((3,), (3,))),
+        ({"hook_name": "blocks.3.attn.hook_z"}, ((Site("z", 3),), (Site("z", 3),))),
+        ({"hook_name": "exported"}, None),
+        ({"layers": [1, 2], "target_layers": [1, 2]}, ((1, 2), (1, 2))),
+        ({"layers": [3], "hook": "mlp_in", "target_hook": "mlp_out"}, ((Site("mlp_in", 3),), (Site("mlp_out", 3),))),
+        ({"hook_name": "blocks.3.ln2.hook_normalized"}, "it names blocks.3.ln2.hook_normalized alone"),
+        ({"hook_name": "layers.3.mlp", "transcodes": True}, r'"layers": \[3\], "hook": "mlp_in"'),
+    ],
+)
+def test_places_are_read_from_metadata_as_far_as_they_say(metadata, places):
+    if isinstance(places, str):
+        with pytest.raises(SaeInvalid, match=places):
+            places_told(metadata)
+    else:
+        assert places_told(metadata) == places
+
+
+def test_a_transcoder_of_sparsify_may_be_told_its_place(tmp_path):
+    WRITERS["sparsify"](tmp_path, make_plain("topk", centres_input=False), {"transcodes": True})
+    assert read(tmp_path)[1]["transcodes"]
+    place = {"layers": [3], "target_layers": [3], "hook": "mlp_in", "target_hook": "mlp_out"}
+    config = json.loads((tmp_path / "cfg.json").read_text()) | {"metadata": place}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    assert read(tmp_path)[1] == place | {"hook_name": tmp_path.name}
 
 
 def write_gemma_scope(folder, **changes):

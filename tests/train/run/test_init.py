@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from saemill import Store
 from saemill.train import load_sae
 from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.formats import WRITERS
@@ -164,6 +165,38 @@ def test_what_does_not_go_with_it_is_told(big, sae_train, quick, tmp_path):
     sae_train(*first, "--tokens", 640, "--name", "first")
     result = sae_train(*first, "--tokens", 640, "--init", "first", "--with-baselines", code=1)
     assert "a baseline begins at random" in result.output and not (tmp_path / "runs/run_1").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"layers": [5], "target_layers": [5]}, "it goes from layer 5 to layer 5, and here from layer 3 to layer 3"),
+        ({"layers": [3], "target_layers": [3], "hook": "z", "target_hook": "z"}, "it goes from z of layer 3"),
+        ({"hook_name": "blocks.3.ln2.hook_normalized"}, "it names blocks.3.ln2.hook_normalized alone"),
+        ({"model_name": "another"}, "it was trained on another"),
+    ],
+)
+def test_a_source_of_another_place_is_refused(big, sae_train, quick, tmp_path, battery, told, message):
+    with Store(big["path"]) as store:
+        sae = battery.config_of("topk", width=32, k=4).build(store.manifest.model.d_model).sae
+    save_sae(tmp_path / "one", sae, unit_stats(sae.d_in), told, {}, "topk")
+    words = [
+        "--variant",
+        "topk",
+        "--layer",
+        3,
+        "--k",
+        4,
+        "--width",
+        32,
+        "--cache",
+        big["path"],
+        "--tokens",
+        640,
+        *quick,
+    ]
+    result = sae_train(*words, "--init", tmp_path / "one", code=1)
+    assert message in " ".join(result.output.split()) and not (tmp_path / "runs").exists()
 
 
 def test_names_that_are_no_sae_end_the_command(big, sae_train, quick):

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ....cache_schema.sites import HOOKS, RESID
 from ...errors import SaeInvalid
+from ..places import told_of
 from ..plain_form import PlainSae
 from ..whole_files import read_json, write_json
 from .plain import Metadata, centred, make_plain, read_tensors, whole_k, write_tensors
@@ -34,11 +37,13 @@ _DICTIONARIES = {
     "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
     "gated": ("GatedAutoEncoder", "GatedSAETrainer"),
 }
+_NAMES = {hook: "resid_post" if hook == RESID else hook for hook in HOOKS}  # before `_layer_5`
 
 
 def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
     """Its JumpReLU leaves the input as it is; the others take the decoder bias off."""
     plain = centred(plain, plain.architecture != "jumprelu")
+    layer, hook = (metadata.get("layers") or [None])[0], metadata.get("hook", RESID)
     d_in, width = plain.tensors["W_enc"].shape
     dictionary, trainer = _DICTIONARIES[plain.architecture]
     config = {
@@ -46,8 +51,9 @@ def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
         "dict_class": dictionary,
         "activation_dim": d_in,
         "dict_size": width,
-        "layer": metadata.get("layers", [None])[0],
+        "layer": layer,
         "lm_name": metadata.get("model_name"),
+        "submodule_name": None if layer is None else f"{_NAMES[hook]}_layer_{layer}",
         "k": plain.k,
     }
     write_tensors(folder / "ae.safetensors", _to_dictionary(plain))
@@ -56,7 +62,8 @@ def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
 
 
 def read(folder: Path) -> tuple[PlainSae, Metadata]:
-    config = read_json(folder / "config.json").get("trainer", {})
+    whole = read_json(folder / "config.json")
+    config = whole.get("trainer", {})
     if not isinstance(config, dict):
         raise SaeInvalid(f"{folder / 'config.json'}: expected trainer as an object, found {type(config).__name__}")
     kind = config.get("dict_class")
@@ -70,7 +77,23 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
         raise SaeInvalid(f"{folder}: the weights of a {kind} lack the tensor {error}") from None
     if plain.architecture == "topk":
         plain = replace(plain, k=whole_k(config, folder))
-    return plain, {"model_name": config.get("lm_name"), "layers": [config.get("layer")]}
+    return plain, {"model_name": config.get("lm_name"), **_place(config, whole.get("buffer"), folder)}
+
+
+def _place(config: Mapping[str, Any], buffer: Any, folder: Path) -> Metadata:
+    """The layer, and what of it: the residual stream where nothing else is named."""
+    layer, name = config.get("layer"), config.get("submodule_name")
+    io = buffer.get("io", "out") if isinstance(buffer, dict) else "out"
+    known = {f"{prefix}_layer_{layer}": hook for hook, prefix in _NAMES.items()}
+    if io != "out" or not (name is None or name in known):
+        raise SaeInvalid(
+            f"{folder / 'config.json'}: expected a submodule_name of {', '.join(known)}, and io 'out', what that "
+            f"gives, found {name!r} and io {io!r}: where it is one of these, write that there"
+        )
+    if type(layer) is not int or layer < 0:
+        return {}
+    hook = RESID if name is None else known[name]
+    return told_of(hook, hook, layer)
 
 
 def _to_dictionary(plain: PlainSae) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from ....cache_schema.sites import HOOKS, RESID, SAE_LENS_NAMES
+from ....cache_schema.sites import HOOKS, RESID
 from ...errors import SaeInvalid
+from ..places import told_of
 from ..plain_form import PlainSae
 from ..whole_files import read_json
 from .plain import Metadata, make_plain
@@ -64,7 +65,7 @@ def _told_by_names(folder: Path) -> Metadata:
             f'{{"metadata": {{"layers": [{at}], "hook": "mlp_in", "target_hook": "mlp_out"}}}}'
         )
     name = f"google/gemma-2-{size}{'-it' if training == 'it' else ''}"
-    return {"model_name": name, **_place(SITES[site], SITES[site], at)}
+    return {"model_name": name, **told_of(SITES[site], SITES[site], at)}
 
 
 def _ask(folder: Path, named: re.Match[str] | None, layer: str) -> str:
@@ -91,12 +92,4 @@ def _told_by_file(path: Path) -> Metadata:
             f"{path}: expected metadata with layers of one number, and a hook (and target_hook, where it writes "
             f"another) of {', '.join(HOOKS)}, found {told!r:.200}"
         )
-    return {**told, **_place(hook, to_hook, layers[0])}
-
-
-def _place(hook: str, to_hook: str, layer: int) -> Metadata:
-    """Under the names that this package's own SAEs have."""
-    names = {"hook_name": f"blocks.{layer}.{SAE_LENS_NAMES[hook]}"}
-    if to_hook != hook:
-        names["hook_name_out"] = f"blocks.{layer}.{SAE_LENS_NAMES[to_hook]}"
-    return {**names, "layers": [layer], "target_layers": [layer], "hook": hook, "target_hook": to_hook}
+    return {**told, **told_of(hook, to_hook, layers[0])}

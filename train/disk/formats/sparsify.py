@@ -52,5 +52,8 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
     found = read_tensors(folder / "sae.safetensors", names)
     tensors = {"W_enc": found["encoder.weight"].t(), "b_enc": found["encoder.bias"]}
     tensors |= {name: found[name] for name in names[2:]}
-    metadata: Metadata = {"hook_name": folder.name} | ({"transcodes": True} if transcodes else {})
+    told = config.get("metadata")  # not sparsify's own: where it belongs, as its reader wrote it down
+    metadata: Metadata = {"hook_name": folder.name, **(told if isinstance(told, dict) else {})}
+    if transcodes and not (metadata.get("layers") and metadata.get("target_layers")):
+        metadata["transcodes"] = True
     return make_plain("topk", tensors, whole_k(config, folder), not transcodes), metadata
