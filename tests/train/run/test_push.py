@@ -13,9 +13,11 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -27,6 +29,7 @@ from saemill.evaluate.evals.browser.folder import Folder, write_data, write_page
 from saemill.train import load_sae
 from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.sae_folder import save_sae
+from saemill.train.engine.step import Trainee
 from saemill.train.export import main
 from saemill.train.run.card import plain
 
@@ -352,17 +355,38 @@ def test_plots_of_a_run_are_on_its_card(hub, run, push):
     assert not [name for name in hub.files("me/lone") if "plots" in name]
 
 
-def test_a_run_begins_as_an_sae_of_the_hub(hub, big, sae_train, quick, tmp_path):
-    words = ["--variant", "topk", "--layer", 3, "--k", 4, "--width", 32, "--cache", big["path"], "--tokens", 640]
-    sae_train(*words, *quick, "--name", "first")
-    pushed = ["first", "--push-to-hub", "lab/saes", "--runs", str(tmp_path / "runs")]
-    assert CliRunner().invoke(main, pushed, catch_exceptions=False).exit_code == 0
-    sae_train(*words, *quick, "--lr", 1e-9, "--init", "lab/saes", "--name", "second")
-    one, two = (load_sae(tmp_path / "runs" / name) for name in ("first", "second"))
-    x = torch.linspace(-3, 3, 50 * one.d_in).view(50, one.d_in)
-    torch.testing.assert_close(two(x), one(x), rtol=1e-4, atol=1e-4)
-    init = json.loads((tmp_path / "runs/second/config.json").read_text())["init"]
-    assert str(tmp_path / "cache") in init["folder"]  # from there, and not what lies here
+def test_a_run_begins_as_an_sae_of_the_hub(hub, big, sae_train, quick, tmp_path, monkeypatch):
+    """Pushed, and gone from here: the first step's reconstruction is the source's."""
+    words = ["--variant", "topk", "--k", 4, "--width", 32, "--cache", big["path"], *quick]
+    sae_train(*words, "--tokens", 1280, "--name", "first")
+    told = CliRunner().invoke(main, ["first", "--push-to-hub", "me/saes", "--runs", str(tmp_path / "runs")])
+    assert told.exit_code == 0, told.output
+    shutil.rmtree(tmp_path / "runs")
+    source, found, step = load_sae("me/saes", tmp_path / "runs"), [], Trainee.step
+
+    def watch(trainee, batch):
+        if trainee.step_index == 0:
+            scale = trainee.assembly.input_stats.scale
+            with torch.no_grad():
+                found.append((trainee.sae(batch.x) / scale, source(batch.x / scale)))
+        return step(trainee, batch)
+
+    monkeypatch.setattr(Trainee, "step", watch)
+    sae_train(*words, "--tokens", 640, "--init", "me/saes", "--name", "second")
+    ((own, theirs),) = found
+    assert float((own - theirs).norm() / theirs.norm()) < 1e-5
+    config = json.loads((tmp_path / "runs/second/config.json").read_text())
+    assert str(tmp_path / "cache") in config["init"]["folder"]
+
+
+def test_a_folder_of_gemma_scope_has_the_place_of_its_repository_on_the_hub(hub, tmp_path):
+    tensors = {"W_enc": (4, 6), "b_enc": 6, "W_dec": (6, 4), "b_dec": 4, "threshold": 6}
+    data = BytesIO()
+    np.savez(data, **{name: np.ones(shape, np.float32) for name, shape in tensors.items()})
+    hub.create("google/gemma-scope-2b-pt-mlp")
+    hub.files("google/gemma-scope-2b-pt-mlp")["layer_5/width_16k/average_l0_71/params.npz"] = data.getvalue()
+    metadata = load_sae("google/gemma-scope-2b-pt-mlp/layer_5/width_16k/average_l0_71", tmp_path / "runs").metadata
+    assert (metadata["layers"], metadata["hook"], metadata["model_name"]) == ([5], "mlp_out", "google/gemma-2-2b")
 
 
 def test_the_folder_of_a_browser_is_a_static_space(hub, tmp_path):
