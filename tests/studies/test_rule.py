@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from saemill.studies.bands import draw_bands, smoothed
@@ -76,7 +78,7 @@ def test_a_measure_at_which_a_sanity_baseline_does_as_well_is_not_used():
 GAINED = {"base": family(wobble=0), "control": family(wobble=0), "method": family(gain=0.1)}
 
 
-def without(values, label, measure, seeds=range(5)):
+def without(values, label, measure, seeds: Sequence[int] = range(5)):
     """The same, but of these seeds of an SAE the measure gave no number."""
     return values | {label: {s: one | ({measure: None} if s in seeds else {}) for s, one in values[label].items()}}
 
