@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from safetensors import SafetensorError
 
 from ..cache_schema.cli import as_json, print_json
 from . import command
@@ -15,7 +18,7 @@ from .command import tell_errors
 from .disk.formats import WRITERS, circuit_tracer, kind_of, read
 from .disk.plain_form import PlainSae, sae_from_plain, unsigned
 from .disk.sae_folder import is_of_one_place
-from .errors import RunTaken, SaeInvalid
+from .errors import RunNotWritten, RunTaken, SaeInvalid
 from .run.find_sae import find_sae, find_saes, read_folder
 from .run.push import push
 
@@ -95,7 +98,8 @@ def export(folder: Path, kind: str, target: Path) -> float:
     plain, metadata = read(folder)
     _require_one_place(metadata, kind)
     plain = plain if kind == "sae_lens" else unsigned(plain)
-    WRITERS[kind](target, plain, metadata)
+    with _whole_or_gone(target):
+        WRITERS[kind](target, plain, metadata)
     return largest_difference(plain, read(target)[0])
 
 
@@ -104,7 +108,8 @@ def export_set(folders: Sequence[Path], target: Path) -> float:
     """Write transcoders, one a layer, or a cross-layer one, for circuit-tracer; the largest difference to them."""
     _require_free(target)
     saes = [read_folder(folder) for folder in folders]
-    circuit_tracer.write(target, saes)
+    with _whole_or_gone(target):
+        circuit_tracer.write(target, saes)
     layers = sum(len(sae.metadata["layers"]) for sae in saes)
     x = torch.randn(ROWS, layers, saes[0].d_in * len(saes) // layers, generator=torch.Generator().manual_seed(0))
     parts = sorted(saes, key=lambda sae: sae.metadata["layers"])
@@ -129,6 +134,16 @@ def largest_difference(one: PlainSae, other: PlainSae) -> float:
 def _require_free(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunTaken(f"{target} exists already and is not an empty folder: choose another --out")
+
+
+@contextmanager
+def _whole_or_gone(target: Path) -> Iterator[None]:
+    """Of a folder that was free: a disk that takes no more leaves no part of it, and ends in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise RunNotWritten(f"{target} could not be written ({error}): make room, or choose another --out") from error
 
 
 def _require_one_place(metadata: dict[str, Any], kind: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from saemill.cache_schema import Site
@@ -54,6 +55,22 @@ def test_there_and_back(architecture, kind, tmp_path):
         return
     WRITERS[kind](tmp_path, plain, {"layers": [3], "model_name": "m"})
     assert largest_difference(plain, read(tmp_path)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, error):
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"layers": [3], "model_name": "m"})
+
+    def fill(folder, *_):
+        folder.mkdir()
+        (folder / "ae.safetensors").write_bytes(b"a part")
+        raise error
+
+    monkeypatch.setitem(WRITERS, "dictionary_learning", fill)
+    words = [str(tmp_path / "a"), "--to", "dictionary_learning", "--out", str(tmp_path / "b")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1 and len(result.output.splitlines()) == 1 and "No space left" in result.output
+    assert "make room, or choose another --out" in result.output and not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
