@@ -1,9 +1,11 @@
 """The peers' own trainers on a store: SAELens' `SAETrainer` and dictionary_learning's `trainSAE`, fed by `batches`.
 
-    .venv-peers/bin/python bench/peers/train_from_store.py ./store
+    .venv-peers/bin/python bench/peers/train_from_store.py ./store --own harvest/pocket/model
 
 runs in the peers' environment (`make peers`). Each trains a top-k SAE and says how much of held-out text it explains;
-nothing is converted, and no model is loaded.
+nothing is converted, and no model is loaded. With `--own`, the folder of the store's model, each trains the same steps
+once more fed by its own pipeline, which runs that model over the same windows: tokens a second of both, loading the
+model not counted.
 """
 
 from __future__ import annotations
@@ -12,15 +14,21 @@ import argparse
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+from dictionary_learning.buffer import ActivationBuffer
 from dictionary_learning.trainers.top_k import TopKTrainer
 from dictionary_learning.training import trainSAE
+from nnsight import LanguageModel
 from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
+from sae_lens.load_model import load_model
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
@@ -45,19 +53,35 @@ def main() -> None:
     words.add_argument("--k", type=int, default=32)
     words.add_argument("--batch-tokens", type=int, default=1024)
     words.add_argument("--steps", type=int, default=500)
+    words.add_argument("--own", type=Path, metavar="MODEL", help="the store's model, a folder: by their own way too")
     asked = words.parse_args()
     store = open_store(asked.store)
-    for name, train in (("SAELens", with_sae_lens), ("dictionary_learning", with_dictionary_learning)):
-        torch.manual_seed(0)
-        began = time.perf_counter()
-        rebuild = train(store, asked)
-        print(f"{name}: {asked.steps} steps in {time.perf_counter() - began:.0f} s")
-        print(f"{name}: explained variance of held-out text {explained(store, asked, rebuild):.3f}")
+    for name, train, own_rows in (
+        ("SAELens", with_sae_lens, rows_of_sae_lens),
+        ("dictionary_learning", with_dictionary_learning, rows_of_dictionary_learning),
+    ):
+        rebuild = timed(f"{name} fed by the store", train, store, asked, rows_of_store(store, asked))
+        print(f"{name}: explained variance of held-out text {explained(store, asked, rebuild):.3f}", flush=True)
+        if asked.own is not None:
+            timed(f"{name} fed by its own pipeline", train, store, asked, own_rows(store, asked))
 
 
-def with_sae_lens(store: Any, asked: Any) -> Rebuild:
-    """Its data provider is any iterator of rows; `scaled` gives them the mean norm that its settings expect."""
-    rows = store.batches(layers=asked.layer, batch_tokens=asked.batch_tokens, epochs=None, scaled=True)
+def timed(name: str, train: Callable[[Any, Any, Any], Rebuild], store: Any, asked: Any, rows: Any) -> Rebuild:
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    rebuild = train(store, asked, rows)
+    seconds = time.perf_counter() - began
+    print(f"{name}: {asked.steps} steps in {seconds:.0f} s, {asked.steps * asked.batch_tokens / seconds:,.0f} tokens/s")
+    return rebuild
+
+
+def rows_of_store(store: Any, asked: Any) -> Any:
+    """`scaled` gives rows the mean norm that the peers' settings expect."""
+    return store.batches(layers=asked.layer, batch_tokens=asked.batch_tokens, epochs=None, scaled=True)
+
+
+def with_sae_lens(store: Any, asked: Any, rows: Any) -> Rebuild:
+    """Its data provider is any iterator of rows."""
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=store.manifest.model.d_model, d_sae=asked.width, k=asked.k))
     config = SAETrainerConfig(
         total_training_samples=asked.steps * asked.batch_tokens,
@@ -70,9 +94,8 @@ def with_sae_lens(store: Any, asked: Any) -> Rebuild:
     return sae.forward
 
 
-def with_dictionary_learning(store: Any, asked: Any) -> Rebuild:
+def with_dictionary_learning(store: Any, asked: Any, rows: Any) -> Rebuild:
     """Its data are any iterable of rows, for as many steps as it is told."""
-    rows = store.batches(layers=asked.layer, batch_tokens=asked.batch_tokens, epochs=None, scaled=True)
     config = {"trainer": TopKTrainer, "activation_dim": store.manifest.model.d_model, "dict_size": asked.width}
     config |= {"k": asked.k, "lr": 1e-3, "steps": asked.steps, "warmup_steps": asked.steps // 10, "device": "cpu"}
     config |= {"layer": asked.layer, "lm_name": store.manifest.model.id, "threshold_start_step": asked.steps // 10}
@@ -84,6 +107,52 @@ def with_dictionary_learning(store: Any, asked: Any) -> Rebuild:
 
     trainSAE(rows, [config | {"trainer": made}], asked.steps, device="cpu")
     return found[0].ae.forward
+
+
+def rows_of_sae_lens(store: Any, asked: Any) -> ActivationsStore:
+    """Its own pipeline at its own settings: the model runs while the SAE trains."""
+    name = f"model.layers.{asked.layer}"
+    loading = {"dtype": store.manifest.model.dtype, "attn_implementation": "eager"}
+    return ActivationsStore(
+        model=load_model("AutoModelForCausalLM", str(asked.own), "cpu", loading, hook_names=[name]),
+        dataset=datasets.Dataset.from_dict({"tokens": [row.tolist() for row in windows(store, asked)]}),
+        streaming=False,
+        hook_name=name,
+        hook_head_index=None,
+        context_size=store.manifest.context,
+        d_in=store.manifest.model.d_model,
+        n_batches_in_buffer=20,
+        total_training_tokens=asked.steps * asked.batch_tokens,
+        store_batch_size_prompts=32,
+        train_batch_size_tokens=asked.batch_tokens,
+        prepend_bos=True,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+    )
+
+
+def rows_of_dictionary_learning(store: Any, asked: Any) -> Iterator[Tensor]:
+    """Its own pipeline, over the same windows as text. Its buffer holds eight batches: by default, 3.8M tokens."""
+    context = store.manifest.context
+    model = LanguageModel(
+        str(asked.own), device_map="cpu", dispatch=True, dtype=torch.float32, attn_implementation="eager"
+    )
+    texts = cycle([model.tokenizer.decode(row[1:]) for row in windows(store, asked)])  # it begins each with BOS itself
+    sizes = {"n_ctxs": 8 * asked.batch_tokens // context, "ctx_len": context, "refresh_batch_size": 32}
+    sizes |= {"d_submodule": store.manifest.model.d_model, "out_batch_size": asked.batch_tokens}
+    return ActivationBuffer(texts, model, model.model.layers[asked.layer], remove_bos=True, **sizes)
+
+
+def windows(store: Any, asked: Any) -> Iterator[Any]:
+    """As many of the store's own windows as the steps read."""
+    left = -(-asked.steps * asked.batch_tokens // store.manifest.context)
+    request = sys.modules["saemill"].cache_schema.Request(tokens=True, split="train")
+    for part in store.stream(request):
+        yield from part.tokens[:left].astype("int64")
+        left -= len(part.tokens)
+        if left <= 0:
+            return
 
 
 @torch.no_grad()
