@@ -2,13 +2,15 @@
 
 Random decoder rows with an encoder equal to them rebuild each row many times over where many latents read it: 55
 times its variance with 16 latents for each dimension and a ReLU. Before the first step, without random numbers:
+0. Of what maps one place to another, each decoder row points to where the target is when its latent fires: a row as
+   drawn says nothing of the target, and what is written at random keeps the encoder from learning what to read.
 1. Thresholds, where a gate has them, come to where as many latents fire as were asked for.
 2. All pre-activations are lowered by one amount, so that fewer latents fire and each says less, until the least
    squares scale of the reconstruction is 1. A gate that chooses a number of latents keeps it: where few rows have most
    of the squares, what rebuilds those best would leave all others without an active latent.
 3. What lowering alone would lose (the asked number of active latents, the sense of signed ones) is left to the scale
    of the encoder.
-Where what it rebuilds has next to nothing of the target at any scale (a transcoder to another hook), it stays as drawn.
+Where what it rebuilds has next to nothing of the target at any scale, it stays as drawn.
 Rows keep their length wherever 2 suffices, so that Adam turns them no faster than before: a smaller encoder
 rebuilds its first batch better still, and ends worse at equal sparsity with more dead latents (`docs/quality.md`).
 """
@@ -45,6 +47,8 @@ def fit_start(
     sae, target = assembly.sae, batch.x if batch.target is None else batch.target
     sides = [assembly.side(batch.side, step, total_steps, ranks, latents) for step in (0, total_steps)]
     sides = sides[:1] if sides[0].knobs == sides[1].knobs else sides
+    if batch.target is not None:
+        _point_rows(sae, batch.x, target, sides[0])
     if _explained(sae, batch.x, target, sides[-1]) < LEAST_SHARE:
         return
     most = math.inf
@@ -64,6 +68,18 @@ def fit_start(
     left = max(_excess(sae, batch.x, target, side) for side in sides)
     if left > 1.0 + 2.0 * CLOSE and math.isfinite(left):
         sae.rescale(1.0 / left)
+
+
+def _point_rows(sae: SparseAutoencoder, x: Tensor, target: Tensor, side: Side) -> None:
+    """Decoder rows of length one along the sum of what is to be rebuilt, weighted by the latent's activations."""
+    codes = sae.codes(x, side)
+    with torch.enable_grad():
+        W_dec = sae.W_dec.detach().requires_grad_()
+        (codes.decode(W_dec) * (target - sae.b_dec.detach())).sum().backward()
+    assert W_dec.grad is not None
+    rows = sae.clear_unwritten(side.ranks.sum(W_dec.grad))
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    sae.W_dec.copy_(torch.where(lengths > 0, rows / lengths.clamp_min(1e-30), sae.W_dec))
 
 
 def _place_threshold(sae: SparseAutoencoder, gate: JumpRelu, x: Tensor, side: Side, asked_l0: float) -> float:

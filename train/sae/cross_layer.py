@@ -62,6 +62,11 @@ class CrossLayerSae(SparseAutoencoder):
     def encoder_times(self, factor_D: Tensor) -> Tensor:
         return self.W_enc * factor_D.view(self.num_layers, -1)[self.layer_of]
 
+    def clear_unwritten(self, table_FD: Tensor) -> Tensor:
+        layer = torch.arange(self.num_layers, device=table_FD.device)
+        table_FD.unflatten(1, (self.num_layers, -1)).mul_((layer >= self.layer_of[:, None])[:, :, None])
+        return table_FD
+
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
         return self.gate.infer(self._by_layer(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
 

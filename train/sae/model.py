@@ -141,6 +141,10 @@ class SparseAutoencoder(nn.Module):
         """The encoder's table for an input divided by `factor_D`."""
         return self.W_enc * factor_D
 
+    def clear_unwritten(self, table_FD: Tensor) -> Tensor:
+        """A table like the decoder's, zero where no latent may write; in place."""
+        return table_FD
+
     def shape(self, codes: Codes, side: Side, latents: Tensor) -> Codes:
         """What a wrapper does to codes of some latents only, one column for each of `latents`."""
         return codes

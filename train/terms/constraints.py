@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..engine.compose import TableUse
-from ..sae.cross_layer import CrossLayerSae
 from ..sae.gates import JumpRelu
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.model import SparseAutoencoder
@@ -85,10 +84,8 @@ class WritesOnward:
     table_use: ClassVar[TableUse] = "gradients"
 
     def before_step(self, sae: SparseAutoencoder) -> None:
-        assert isinstance(sae, CrossLayerSae)
         if sae.W_dec.grad is not None:
-            layer = torch.arange(sae.num_layers, device=sae.W_dec.device)
-            sae.W_dec.grad.unflatten(1, (sae.num_layers, -1)).mul_((layer >= sae.layer_of[:, None])[:, :, None])
+            sae.clear_unwritten(sae.W_dec.grad)
 
     def after_step(self, sae: SparseAutoencoder) -> None:
         pass

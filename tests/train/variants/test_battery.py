@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -52,6 +53,8 @@ def test_shapes(battery, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_lowers_a_finite_loss(battery, variant):
     config = battery.quick(variant)
+    if config.needs().targets is not None:  # rows that begin on a batch as small as these know that one best
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, start="drawn"))
     _, reports = battery.train(config)
     losses = [float(report.terms["reconstruction"]) for report in reports]
     assert all(torch.isfinite(report.loss) for report in reports)

@@ -78,11 +78,28 @@ def test_rows_keep_their_length_and_pre_activations_are_lowered(battery, variant
     assert float((y * target).sum() / y.square().sum()) == pytest.approx(1.0, abs=0.02)  # of least squares
 
 
+@pytest.mark.parametrize("variant", ["transcoder", "skip_transcoder", "clt"])
+def test_rows_of_what_maps_begin_where_the_target_is_when_their_latents_fire(battery, variant):
+    """The target is a turned copy of the input: rows as drawn say nothing of it."""
+    explained = {}
+    for start in ("drawn", "fitted"):
+        trainee = fitted(battery, variant, start)
+        (batch,) = battery.batches(battery.config_of(variant, width=16 * D), 1)
+        turned = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(3)))[0]
+        batch = dataclasses.replace(batch, target=(batch.x.unflatten(1, (-1, D)) @ turned).flatten(1))
+        explained[start] = float(trainee.step(batch).explained_variance)
+        W_dec = trainee.sae.W_dec.detach()
+        assert torch.equal(trainee.sae.clear_unwritten(W_dec.clone()), W_dec)
+        torch.testing.assert_close(W_dec.norm(dim=1), torch.ones(16 * D))
+    assert explained["drawn"] < 0.05 and explained["fitted"] > 0.25
+
+
 def test_where_no_scale_rebuilds_the_target_the_start_stays_as_drawn(battery):
     """Lowering would go on until no latent fires."""
     trainee = fitted(battery, "transcoder")
     before = {name: tensor.detach().clone() for name, tensor in trainee.sae.named_parameters()}
-    (batch,) = battery.batches(battery.config_of("transcoder", width=16 * D), 1)  # a target of its own
+    (batch,) = battery.batches(battery.config_of("transcoder", width=16 * D), 1)
+    batch = dataclasses.replace(batch, target=torch.zeros_like(batch.x))  # there is nothing to rebuild
     fit_start(trainee.assembly, batch, battery.STEPS, Alone())
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainee.sae.named_parameters())
     assert float(trainee.sae.codes(batch.x).l0) == pytest.approx(battery.config_of("transcoder").k)
