@@ -142,22 +142,46 @@ def test_pip_takes_the_lock_with_its_hashes():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_wheel_installs_into_a_clean_environment_and_its_commands_run(tmp_path):
-    """Its dependencies are those of this environment; saemill itself is the wheel's alone."""
+PIP = [sys.executable, "-m", "pip"]
+QUIET = ["-q", "--no-deps", "--no-index", "--disable-pip-version-check"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("wheel")
     leave_out = shutil.ignore_patterns(".*", "tests", "bench", "*.egg-info", "build", "__pycache__", "store", "runs")
-    shutil.copytree(ROOT, tmp_path / "sources", ignore=leave_out)
-    quiet = ["-q", "--no-deps", "--no-index", "--disable-pip-version-check"]
-    pip = [sys.executable, "-m", "pip"]
-    wheel = [*pip, "wheel", *quiet, "--no-build-isolation", "-w", tmp_path / "out", tmp_path / "sources"]
-    subprocess.run(wheel, check=True, cwd=tmp_path)
-    (found,) = (tmp_path / "out").glob("saemill-*.whl")
+    shutil.copytree(ROOT, home / "sources", ignore=leave_out)
+    build = [*PIP, "wheel", *QUIET, "--no-build-isolation", "-w", home / "out", home / "sources"]
+    subprocess.run(build, check=True, cwd=home)
+    (found,) = (home / "out").glob("saemill-*.whl")
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert found.name == f"saemill-{version}-py3-none-any.whl"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_pipx_runs_a_command_of_the_wheel(wheel, tmp_path):
+    """pipx is that of the index; what saemill depends on is this environment's, as one more folder of the user's."""
+    subprocess.run([*PIP, "install", "-q", "--target", tmp_path / "pipx", "pipx"], check=True)
+    packages = tmp_path / "base" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    places = {"PYTHONUSERBASE": tmp_path / "base", "PYTHONPATH": tmp_path / "pipx", "PIPX_HOME": tmp_path / "home"}
+    alone = ["--system-site-packages", "--pip-args=--no-deps"]
+    command = [sys.executable, "-m", "pipx", "run", "--spec", wheel, *alone, "sae-store", "--help"]
+    environment = {**os.environ, **{name: str(place) for name, place in places.items()}}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and "Usage:" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_wheel_installs_into_a_clean_environment_and_its_commands_run(wheel, tmp_path):
+    """Its dependencies are those of this environment; saemill itself is the wheel's alone."""
     place = tmp_path / "venv"
     venv.create(place, with_pip=False)
-    subprocess.run([*pip, "--python", place / "bin/python", "install", *quiet, found], check=True)
+    subprocess.run([*PIP, "--python", place / "bin/python", "install", *QUIET, wheel], check=True)
     packages = next((place / "lib").glob("python3*/site-packages"))
     (packages / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
