@@ -2,8 +2,9 @@
 
 The claims, the records and the index are those of the package, on objects in memory: only time and chunks are made up.
 Every request moves a clock; workers die at random, their claims lapse by that clock, and others come in their place.
-Which shards have a record is kept rather than worked out again each time. Requests are counted as s3fs makes them: a
-test in tests/cache_schema/test_object_stores.py holds them to those that a real writer makes of a real server.
+What would only be worked out again is kept: which shards have a record, what the index says; a record that is in the
+index, which nobody reads any more, is emptied. Requests are counted as s3fs makes them: a test in
+tests/cache_schema/test_object_stores.py holds them to those that a real writer makes of a real server.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from saemill.cache_schema.claims import LeaseClaims
 from saemill.cache_schema.commits import ArrayRecord, CommitRecord
 from saemill.cache_schema.files import RemoteFiles
 from saemill.cache_schema.identity import seal
-from saemill.cache_schema.layout import BEGINNING, COMMITS, INDEX, arrays_of, encode_json
+from saemill.cache_schema.layout import BEGINNING, COMMITS, INDEX, arrays_of, encode_json, record_key
 from saemill.cache_schema.manifest import HookSpec, Manifest
+from saemill.cache_schema.request import Span
 from saemill.cache_schema.strict import to_json
 
 DOLLARS = {"PUT": 5e-6, "LIST": 5e-6, "GET": 4e-7, "HEAD": 4e-7, "DELETE": 0.0}  # S3, us-east-1
 PAGE = 1000
+READ_INDEX = commits.read_index
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class PaperFiles(RemoteFiles):
 
     def __init__(self, paper: Paper, shards: int) -> None:
         super().__init__(fsspec.filesystem("memory"), "/paper", "paper")
-        self.paper, self.objects, self.committed = paper, {}, np.zeros(shards, bool)
+        self.paper, self.objects, self.committed, self.records = paper, {}, np.zeros(shards, bool), 0
         self.requests: Counter[str] = Counter()
         self.now = 0.0
         self.minutes: Counter[int] = Counter()
@@ -124,6 +127,7 @@ class Harvest:
         sizes = {path: ArrayRecord("0" * 32, layout.chunk_bytes) for path, layout in arrays_of(self.manifest).items()}
         self.arrays = sizes
         self._deriving_until, self._is_summarised = 0.0, False
+        self._known: tuple[bytes, commits.Index] | None = None
 
     def run(self, again: bool = True) -> Told:
         turns = [(0.0, number, number, self._life(number)) for number in range(self.workers)]
@@ -190,13 +194,29 @@ class Harvest:
         files.ask("PUT", int(self.paper.has_device))
         record = CommitRecord(self.manifest.cache_id, shard, self.manifest.shard_range(shard), self.arrays)
         commits.write_record(files, record)
+        files.records += not files.committed[shard]
         files.committed[shard] = True
+
+    def _read_index(self, files: PaperFiles, manifest: Manifest) -> commits.Index:
+        """Asked for by each, parsed where it has changed."""
+        raw = files.objects.get(INDEX)
+        if raw is None or self._known is None or self._known[0] is not raw:
+            index = READ_INDEX(files, manifest)
+            self._known = (raw, index) if raw is not None else None
+            return index
+        files.ask("GET")
+        return self._known[1]
+
+    def _read_records(self, files: PaperFiles, manifest: Manifest, shards: np.ndarray) -> list[CommitRecord]:
+        found = [commits.read_record(files, manifest, shard) for shard in shards.tolist()]
+        files.objects.update(dict.fromkeys(map(record_key, shards.tolist()), b""))
+        return found
 
     def _look(self, index: commits.Index | None = None) -> np.ndarray:
         """Which shards have a record: the answer is kept, its requests are counted."""
         found = index or commits.read_index(self.files, self.manifest)
         if found.committed != ((0, self.manifest.shards),):
-            names = int(self.files.committed.sum()) * (1 + self.paper.has_device)
+            names = self.files.records * (1 + self.paper.has_device)
             self.files.ask("LIST", 1 + names // PAGE)
         return self.files.committed.copy()
 
@@ -229,13 +249,16 @@ class Harvest:
     def _clock(self) -> Iterator[None]:
         """Claims live by the clock on paper; nobody renews one, as a shard takes less than a lease."""
         kept = claims.time, LeaseClaims._keep_renewing, commits.find_committed
+        readers = commits.read_index, commits._read_records
         claims.time = SimpleNamespace(time=lambda: self.files.now)  # type: ignore[assignment]
         LeaseClaims._keep_renewing = lambda _: None  # type: ignore[method-assign]
         commits.find_committed = lambda _, __, index: self._look(index)  # type: ignore[assignment]
+        commits.read_index, commits._read_records = self._read_index, self._read_records  # type: ignore[assignment]
         try:
             yield
         finally:
             claims.time, LeaseClaims._keep_renewing, commits.find_committed = kept  # type: ignore[assignment, method-assign]
+            commits.read_index, commits._read_records = readers  # type: ignore[assignment]
 
 
 def rows_of(harvest: Harvest, told: Told) -> list[Row]:
@@ -281,6 +304,48 @@ def lay_out_on_paper(name: str, layers: int, hooks: tuple[str, ...], width: int,
     return [Row(what, found, name, None) for what, found in lines]
 
 
+BATCH, DOCUMENT = 4096, 1000  # tokens, of a document in the mean
+LOOKED_AT = 3  # blocks of an epoch, and batches of each
+
+
+def shuffle_on_paper(shards: int) -> list[Row]:
+    """What a trainer's batches mix: its own read order and pool, over documents of random lengths."""
+    from saemill.train.data.read_order import Plan, SplitSizes, token_order, token_slice
+    from saemill.train.data.shuffle_quality import count_pairs
+    from saemill.train.run.settle import POOL_BYTES
+
+    manifest = make_manifest(shards)
+    layout = arrays_of(manifest)[manifest.sites[0].path]
+    own, pool = CONTEXT - 1, POOL_BYTES // (2 * manifest.model.d_model)  # tokens of a window that train
+    trainable = np.full(manifest.windows, own, np.int64)
+    sizes = SplitSizes(0, CONTEXT, manifest.shard_windows, layout.chunks[0], trainable, 0.0, 0.0)
+    plan = Plan(sizes, batch_tokens=BATCH, pool_tokens=pool, seed=0)
+    blocks, counts = plan.blocks(0), []
+    for block in [blocks[at] for at in np.linspace(0, len(blocks) - 1, LOOKED_AT).astype(int)]:
+        documents = np.concatenate([_documents_on_paper(manifest, piece) for piece in block.pieces])
+        order = token_order(block, 0)
+        for at in np.linspace(0, block.steps - 1, LOOKED_AT).astype(int):
+            drawn = documents[order[token_slice(block, int(at), BATCH)]]
+            distinct = [len(np.unique(labels)) for labels in (drawn, drawn >> 20)]
+            counts.append((*distinct, *count_pairs(drawn), (drawn[1:] == drawn[:-1]).sum()))
+    of_documents, of_shards, same, pairs, beside = np.mean(counts, axis=0)
+    ideal = f"{2 * DOCUMENT / (manifest.windows * own):.1e} of a batch drawn from all"
+    return [
+        Row("documents in a batch", f"{of_documents:,.0f}", f"{BATCH:,} tokens, {DOCUMENT:,} a document", None),
+        Row("shards in a batch", f"{of_shards:,.0f}", f"{shards:,}; a pool is {pool:,} tokens", None),
+        Row("pairs of one document", f"{same / pairs:.1e}", ideal, None),
+        Row("neighbours of one document", f"{beside / (BATCH - 1):.1e}", "as many, where their order is random", None),
+    ]
+
+
+def _documents_on_paper(manifest: Manifest, piece: Span) -> np.ndarray:
+    """Of the tokens of some windows: a shard's documents follow each other, their lengths exponential."""
+    first, own = manifest.shard_range(piece.shard)[0], CONTEXT - 1
+    lengths = np.random.default_rng(piece.shard).exponential(DOCUMENT, 4 * manifest.shard_windows * own // DOCUMENT)
+    tokens = np.arange((piece.start - first) * own, (piece.stop - first) * own)
+    return (piece.shard << 20) + np.searchsorted(np.cumsum(lengths), tokens, side="right")
+
+
 PAPERS = (
     ("Gemma-2-2B, 26 layers x 3, 1B tokens", 26, ("mlp_in", "mlp_out"), 2304, 1e9),
     ("110 PB: 62 layers x 4 of width 5376", 62, ("mlp_in", "mlp_out", "attn_out"), 5376, 110e15 / (62 * 4 * 5376 * 2)),
@@ -293,9 +358,20 @@ PAPERS = (
 @click.option("--deaths", default=1.0, show_default=True, help="A day, of each worker.")
 @click.option("--shard-seconds", default=60.0, show_default=True, help="To compute a shard.")
 @click.option("--store", is_flag=True, help="What stores of two projects would be, in place of a harvest.")
+@click.option("--shuffle", is_flag=True, help="What a trainer's batches mix, in place of a harvest.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the table here.")
-def main(shards: int, workers: int, deaths: float, shard_seconds: float, store: bool, json_file: Path | None) -> None:
+def main(
+    shards: int,
+    workers: int,
+    deaths: float,
+    shard_seconds: float,
+    store: bool,
+    shuffle: bool,
+    json_file: Path | None,
+) -> None:
     """Simulate a harvest; the exit status is 1 where a shard is lost."""
+    if shuffle:
+        sys.exit(conclude("Batches on paper", shuffle_on_paper(shards), json_file, gather_facts()))
     if store:
         rows = [row for paper in PAPERS for row in lay_out_on_paper(*paper)]
         sys.exit(conclude("Stores on paper", rows, json_file, gather_facts()))

@@ -7,6 +7,7 @@ listing cost as many requests for a small shard as for a large one: `--megabytes
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import statistics
@@ -38,7 +39,7 @@ from saemill.cache_schema.verify import verify_shards
 from saemill.cache_schema.writer import WRITERS
 
 SERVER = Path(__file__).parents[1] / "tests/cache_schema/s3_server.py"
-FORK = multiprocessing.get_context("fork")  # each has all that is imported, and begins at once
+FORK = multiprocessing.get_context("fork")  # each shares all that is imported, and begins at once
 WIDTH = 2048
 
 Mark = Callable[[], object]
@@ -261,6 +262,7 @@ def main(workers: int, shards: int, megabytes: int, rounds: int, json_file: Path
     assert process.stdin is not None and process.stdout is not None
     os.environ |= {"AWS_ACCESS_KEY_ID": "anybody", "AWS_SECRET_ACCESS_KEY": "anything"}
     os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": process.stdout.readline().decode().strip()}
+    gc.freeze()  # or a collection of garbage in each would copy what they share
     try:
         subprocess.run([sys.executable, "-c", "import fsspec; fsspec.filesystem('s3').mkdir('mill')"], check=True)
         rows = measure(bench, Server(process.pid, workers), rounds)

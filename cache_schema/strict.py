@@ -14,6 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -94,8 +95,7 @@ def _read(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
 def _read_dataclass(cls: type, raw: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(raw, Mapping):
         return _mismatch(where, "an object", raw, problems)
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints, fields = _hints_of(cls), {field.name: field for field in dataclasses.fields(cls) if field.init}
     before = len(problems)
     for key in raw:
         if key not in fields:
@@ -113,6 +113,11 @@ def _read_dataclass(cls: type, raw: Any, where: str, problems: list[str]) -> Any
     except ValueError as error:
         problems.append(f"{where or cls.__name__}: {error}")
         return None
+
+
+@cache  # to work them out takes longer than to read a record
+def _hints_of(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _read_union(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:

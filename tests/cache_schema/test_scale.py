@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from saemill.cache_schema import Request, Store, StoreWriter
-from saemill.cache_schema.commits import Index
+from saemill.cache_schema.commits import AttentionTotals, Index, encode_index
 from saemill.cache_schema.identity import seal
 from saemill.cache_schema.layout import INDEX, ROOT, encode_json, record_key, root_document
 from saemill.cache_schema.strict import to_json
@@ -88,6 +88,12 @@ def test_who_resumes_knows_in_under_two_seconds_what_to_write(many_shards):
         seconds.append(time.process_time() - start)
         writer._release()
     assert min(seconds) < 2
+
+
+@pytest.mark.parametrize("ranges", [(), ((0, 1),), ((0, 5), (7, 9), (100, 10**6))])
+def test_ranges_are_written_as_any_other_document_is(ranges):
+    index = Index("0" * 32, ranges, {"tokens": 5}, {3: AttentionTotals(1, 2, 3)})
+    assert encode_index(index) == encode_json(to_json(index))
 
 
 def test_a_store_without_an_index(many_shards, monkeypatch):
