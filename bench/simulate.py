@@ -176,6 +176,7 @@ class Harvest:
                 if held.take(shard):
                     if not commits.has_record(files, shard):
                         yield self.paper.shard_s * self.draw.uniform(0.9, 1.1)
+                        assert held.keeps(shard)  # a lease is longer than a shard's work
                         self._commit(shard)
                         wrote += 1
                         if writer.compacts_after(shard, self.manifest.shards):

@@ -40,6 +40,10 @@ class Claims(Protocol):
         """Try to claim; False when another writer holds it."""
         ...
 
+    def keeps(self, number: int) -> bool:
+        """Whether what was taken is still this writer's: who sleeps through a lease may have lost it."""
+        ...
+
     def release(self, number: int) -> None: ...
     def leave_held(self, numbers: list[int]) -> list[int]:
         """Without those that others hold, where to try each would cost more."""
@@ -66,11 +70,16 @@ def find_held(files: Files, shards: int) -> dict[int, str] | None:
     names = [name for name in files.list("claims") if name.removesuffix(".json").isdecimal()]
     held = {}
     for number in sorted(int(name.removesuffix(".json")) for name in names):
-        with suppress(KeyError, TypeError, ValueError):  # released in between, or nobody's
+        with suppress(KeyError, TypeError, ValueError, RecursionError):  # released in between, or nobody's
             lease = json.loads(files.read(f"claims/{number}.json"))
-            if number < shards and lease["until"] >= time.time():
+            if number < shards and _is_running(lease):
                 held[number] = f"writer {str(lease['owner'])[:8]}"
     return held
+
+
+def _is_running(lease: Any) -> bool:
+    """One that ends in more than two leases is of a clock that was wrong, or no number: nobody would wait it out."""
+    return time.time() <= lease["until"] <= time.time() + 2 * LEASE_SECONDS
 
 
 def _find_locked(path: Path, shards: int) -> dict[int, str] | None:
@@ -106,10 +115,10 @@ class LockClaims:
     if_killed = ""
 
     def __init__(self, files: LocalFiles) -> None:
-        path = files.root / LOCK
-        with name_failure(f"opening {path}"):
-            make_folder(path.parent)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._path = files.root / LOCK
+        with name_failure(f"opening {self._path}"):
+            make_folder(self._path.parent)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def take(self, number: int) -> bool:
         try:
@@ -117,6 +126,9 @@ class LockClaims:
         except (BlockingIOError, PermissionError):
             return False
         return True
+
+    def keeps(self, number: int) -> bool:
+        return True  # the kernel takes back none of a process that lives
 
     def release(self, number: int) -> None:
         self._lock(fcntl.F_UNLCK, number)
@@ -136,6 +148,18 @@ class LockClaims:
         os.close(self._fd)
 
     def _lock(self, kind: int, number: int, wait: bool = False) -> None:
+        try:
+            self._ask_kernel(kind, number, wait)
+        except (BlockingIOError, PermissionError):  # held
+            raise
+        except OSError as error:
+            raise StoreUnreachable(
+                error.errno,
+                f"{error.strerror} while locking {self._path}: expected a disk whose file system has locks (NFS 4, "
+                "Lustre with -o flock, CephFS, GPFS). Put the store on one, or into an object store",
+            ) from error
+
+    def _ask_kernel(self, kind: int, number: int, wait: bool) -> None:
         if not hasattr(fcntl, "F_OFD_SETLK"):  # not Linux: locks of the process are the next best
             flags = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
             fcntl.lockf(self._fd, flags, 1, number)
@@ -171,9 +195,17 @@ class LeaseClaims:
 
     def release(self, number: int) -> None:
         with self._turn:
+            if number not in self._held:  # lost
+                return
             self._held.discard(number)
             with suppress(StoreUnreachable):  # then it lapses
                 self._files.remove(self._key(number))
+
+    def keeps(self, number: int) -> bool:
+        with self._turn:
+            if not self._is_mine(number):
+                self._held.discard(number)
+            return number in self._held
 
     def leave_held(self, numbers: list[int]) -> list[int]:
         """Some that are held stay in, drawn anew each time: a claim whose writer died is seen by trying it alone.
@@ -238,7 +270,7 @@ class LeaseClaims:
         """A server that created it, and whose answer was lost, refuses the second attempt."""
         try:
             return self._lease(number)["owner"] == self._owner
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             return False
 
     def _new_lease(self) -> bytes:
@@ -250,8 +282,8 @@ class LeaseClaims:
     def _has_lapsed(self, number: int) -> bool:
         """Also true of a claim released in between, and of an unreadable one, which would hold its shard for ever."""
         try:
-            return self._lease(number)["until"] < time.time()
-        except (KeyError, TypeError, ValueError):
+            return not _is_running(self._lease(number))
+        except (KeyError, TypeError, ValueError, RecursionError):
             return True
 
     @staticmethod

@@ -119,7 +119,13 @@ class LocalFiles:
         path = self.root / key
         with self._name_failure(key):
             make_folder(path.parent)
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            if path.is_symlink():  # of a store from elsewhere it may lead anywhere
+                raise StoreUnreachable(
+                    errno.ELOOP,
+                    f"{path} is a symbolic link, and nothing is written through one. Remove it, or put the file that "
+                    "it leads to in its place, then run the same command again",
+                )
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
             try:
                 _write_all(fd, buffers)
                 os.fsync(fd)

@@ -14,6 +14,7 @@ FORMAT = 3  # the highest that is read; `identity.seal` says which a store is wr
 SPLITS = ("train", "validation", "test")
 Codec = Literal["raw", "lz4", "zstd"]
 Sink = Literal["bos", "self"]
+MOST_SHARDS = 10**8  # readers keep a byte for each
 PART = "part"  # among a corpus's settings: of what its id names only this was read
 
 
@@ -103,6 +104,8 @@ class Manifest:
         for name in ("context", "windows", "shard_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, found {getattr(self, name)}")
+        if self.shards > MOST_SHARDS:
+            raise ValueError(f"expected at most {MOST_SHARDS:,} shards, found {self.windows} windows in {self.shards}")
         if len(set(self.layers)) != len(self.layers) or len(set(self.attention.layers)) != len(self.attention.layers):
             raise ValueError(f"expected each layer once, found {self.layers} and {self.attention.layers}")
         for hook in self.hooks:

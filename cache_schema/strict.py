@@ -177,7 +177,10 @@ def _read_mapping(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
 
 def _read_scalar(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
     if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
-        return float(raw)
+        try:
+            return float(raw)
+        except OverflowError:
+            return _mismatch(where, "a number of at most 1.8e308", raw, problems)
     if isinstance(raw, bool) and kind is not bool:
         return _mismatch(where, kind.__name__, raw, problems)
     if isinstance(raw, kind):

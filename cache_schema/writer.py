@@ -112,9 +112,15 @@ class StoreWriter:
         finally:
             self._claims.release(shard)
 
-    def write(self, shard: int, content: ShardContent, device: DeviceRecord | None = None) -> CommitRecord:
-        """Write a claimed shard and commit it; `device`: what computed it."""
+    def write(self, shard: int, content: ShardContent, device: DeviceRecord | None = None) -> CommitRecord | None:
+        """Write a claimed shard and commit it; `device`: what computed it.
+
+        None, and nothing is written, where the claim lapsed meanwhile and another writer has it: it may have committed
+        the shard, and what another device computed has other bytes.
+        """
         validate_content(self.manifest, shard, content)
+        if not self._claims.keeps(shard):
+            return None
         content = as_stored(self.manifest, content)
         parts = lay_out(self.manifest, shard, content)
         tasks = [(part, at) for part in parts for at in range(part.num_chunks)]
@@ -173,6 +179,10 @@ class StoreWriter:
         self.files.settle(BEGINNING)
         counts = count_all(self.manifest, lambda at: (tokens[at.start : at.stop], documents[at.start : at.stop]))
         write_counts(self.files, counts)
+        if not self._claims.keeps(CREATION):
+            raise StoreBusy(
+                f"another process has begun a store at {self.files.url} meanwhile: run the same command again"
+            )
         self.files.replace(ROOT, encode_json(root_document(self.manifest)))
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -142,17 +143,30 @@ def _spool_folder(files: Files) -> Path:
     return Path(tempfile.gettempdir()) / f"saemill-{name}.spool"
 
 
+def _require_own(folder: Path) -> None:
+    """Where all users write, another may have made it: to be read as tokens, or with links to what will be emptied."""
+    if folder.parent != Path(tempfile.gettempdir()):
+        return
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+        raise SettingInvalid(
+            f"{folder}, where tokens lie until the store has them, is another user's, or no folder: remove it, or set "
+            "TMPDIR to a folder of your own"
+        )
+
+
 def _remove_leftover(folder: Path) -> None:
     """The scratch folder of a process that died after it had written the store's root."""
     if (folder / LOCK_FILE).exists():
-        with suppress(OSError), _locked(folder):  # one that is in use, or another user's, stays
+        with suppress(OSError, SettingInvalid), _locked(folder):  # one that is in use, or another user's, stays
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time tokenises for a store."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _require_own(folder)
     fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -67,7 +68,8 @@ def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[i
                     content = compute_shard(harvester, *store.beginning(shard))
                 if writing is not None:
                     writing.result()
-                writing = background.submit(_write, writer, harvester, shard, content, stack.pop_all(), report)
+                keep = partial(_write, writer, harvester, shard, claim=stack.pop_all(), report=report, lost=elsewhere)
+                writing = background.submit(keep, content)
                 del content  # or it would outlive its writing by one shard
     if writing is not None:
         writing.result()
@@ -85,11 +87,20 @@ def compute_shard(harvester: Harvester, tokens_WT: np.ndarray, documents_WT: np.
 
 
 def _write(
-    writer: StoreWriter, harvester: Harvester, shard: int, content: ShardContent, claim: ExitStack, report: Report
+    writer: StoreWriter,
+    harvester: Harvester,
+    shard: int,
+    content: ShardContent,
+    claim: ExitStack,
+    report: Report,
+    lost: list[int],
 ) -> None:
     with claim:
         record = writer.write(shard, content, harvester.computes_on)
-    report(record)
+    if record is None:
+        lost.append(shard)
+    else:
+        report(record)
 
 
 @dataclass(frozen=True)

@@ -138,10 +138,16 @@ class Spool:
         return np.memmap(path, "<u4", "r", shape=(windows, self.job.context))
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
-        if not self._checkpoint.exists():
+        """None as well where it is damaged, or files are shorter than it says: what lacks would become zeros."""
+        try:
+            checkpoint = json.loads(self._checkpoint.read_text())
+            if checkpoint["fingerprint"] != self._fingerprint:
+                return None
+            sizes = {key: self._path(*key).stat().st_size for key in self._keys()}
+        except (FileNotFoundError, KeyError, TypeError, ValueError):
             return None
-        checkpoint = json.loads(self._checkpoint.read_text())
-        return checkpoint if checkpoint["fingerprint"] == self._fingerprint else None
+        wanted = {split: count * self.job.context * 4 for split, count in checkpoint["counts"].items()}
+        return checkpoint if all(size >= wanted[split] for (split, _), size in sizes.items()) else None
 
     @property
     def _checkpoint(self) -> Path:

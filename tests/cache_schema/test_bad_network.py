@@ -18,6 +18,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ import pytest
 
 from saemill.cache_schema import Request, Span, Store, StoreBusy, StoreError, StoreUnreachable, StoreWriter
 from saemill.cache_schema import claims as claims_module
+from saemill.cache_schema import writer as writer_module
 from saemill.cache_schema.claims import LeaseClaims
 from saemill.cache_schema.files import LocalFiles, RemoteFiles, open_files
+from saemill.cache_schema.layout import arrays_of
 
 s3fs = pytest.importorskip("s3fs")
 
@@ -226,6 +229,57 @@ def test_two_writers_that_see_one_lapsed_lease(synthetic, material, tmp_path, mo
             assert np.array_equal(part.resid[3], corpus.resid[3][part.span.start : part.span.stop])
     assert objects_of(synthetic, url, tmp_path / "copy") == expected
     tell("1 store by two writers", {"lapsed lease that both saw": 1})
+
+
+def test_who_slept_through_a_lease_overwrites_nothing(synthetic, material, monkeypatch):
+    """Of another device its bytes may be others: chunks of both under one record would be nobody's."""
+    manifest, corpus, _ = material
+    url = f"memory://{uuid.uuid4().hex}"
+    content = synthetic.make_content(manifest, corpus, 0)
+    chunk = arrays_of(manifest)["resid/layer_3"].chunk_key(0)
+    with StoreWriter.create(url, manifest, corpus.tokens, corpus.documents) as slept, StoreWriter.open(url) as other:
+        files = slept.files
+        with ExitStack() as claims:
+            assert claims.enter_context(slept.claim(0))
+            later = time.time() + 11 * 60
+            monkeypatch.setattr(time, "time", lambda: later)
+            with other.claim(0) as is_mine:
+                assert is_mine
+                assert slept.write(0, content) is None and not files.exists(chunk)
+                claims.close()
+                assert not LeaseClaims(files).take(0), "the claim of the other one is gone"
+                assert other.write(0, content) is not None and files.exists(chunk)
+
+
+def test_a_store_that_another_began_meanwhile_keeps_its_root(synthetic, material, monkeypatch):
+    manifest, corpus, _ = material
+    url = f"memory://{uuid.uuid4().hex}"
+    count, others = writer_module.count_all, synthetic.replace(manifest, codec="lz4")
+
+    def sleep_and_count(*args: Any) -> Any:
+        monkeypatch.setattr(writer_module, "count_all", count)
+        later = time.time() + 11 * 60
+        monkeypatch.setattr(time, "time", lambda: later)
+        StoreWriter.create(url, others, corpus.tokens, corpus.documents).close()
+        return count(*args)
+
+    monkeypatch.setattr(writer_module, "count_all", sleep_and_count)
+    with pytest.raises(StoreBusy, match="begun a store at .* meanwhile"):
+        StoreWriter.create(url, manifest, corpus.tokens, corpus.documents)
+    with Store.open(url) as store:
+        assert store.manifest.codec == "lz4"
+
+
+@pytest.mark.parametrize("until", ["NaN", "Infinity", "4e12", '"x"', "null", "[" * 5000 + "]" * 5000])
+def test_a_claim_of_a_wrong_clock_lapses(until):
+    """Nobody would ever get its shard."""
+    files = open_files(f"memory://{uuid.uuid4().hex}")
+    assert isinstance(files, RemoteFiles)
+    claims = LeaseClaims(files)
+    files.replace("claims/0.json", f'{{"owner": "somebody", "until": {until}}}'.encode())
+    assert claims_module.find_held(files, 1) == {}
+    assert claims.take(0)
+    claims.close()
 
 
 @pytest.mark.faults

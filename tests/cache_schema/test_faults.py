@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -35,6 +36,7 @@ from saemill.cache_schema import (
     StoreMismatch,
     StoreMissing,
     StoreUnfinished,
+    StoreUnreachable,
     StoreWriter,
 )
 from saemill.cache_schema.cli import main
@@ -501,3 +503,28 @@ def test_a_limit_on_file_size_ends_in_the_same_name(synthetic, tmp_path):
     synthetic.write_store(tmp_path / "store", manifest, corpus)
     synthetic.write_store(tmp_path / "straight", manifest, corpus)
     assert synthetic.tree_of(tmp_path / "store") == synthetic.tree_of(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("link", ["resid/layer_3/c.0.0.0", "commits/.00000.json.tmp"])
+def test_nothing_is_written_through_a_symbolic_link(synthetic, tmp_path, link):
+    """A store from elsewhere may bring one that leads anywhere."""
+    manifest, mine = synthetic.make_manifest(), tmp_path / "mine"
+    corpus = synthetic.write_store(tmp_path / "store", manifest, shards=[1])
+    mine.write_text("mine")
+    (tmp_path / "store" / link).symlink_to(mine)
+    with pytest.raises(StoreUnreachable, match=r"is a symbolic link.* Remove it"):
+        synthetic.write_store(tmp_path / "store", manifest, corpus)
+    assert mine.read_text() == "mine"
+    (tmp_path / "store" / link).unlink()
+    synthetic.write_store(tmp_path / "store", manifest, corpus)
+
+
+def test_a_disk_without_locks_is_named(synthetic, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.make_corpus(manifest)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with pytest.raises(StoreUnreachable, match="No locks available while locking .*lock: expected a disk"):
+        StoreWriter.create(tmp_path / "store", manifest, corpus.tokens, corpus.documents)

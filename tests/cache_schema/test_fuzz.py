@@ -7,6 +7,7 @@ import random
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from saemill.cache_schema import ManifestInvalid, Request, Store, StoreError
-from saemill.cache_schema.identity import seal
+from saemill.cache_schema.identity import cache_id, seal
 from saemill.cache_schema.info import describe, render
+from saemill.cache_schema.layout import encode_json, root_document
 from saemill.cache_schema.manifest import read_manifest
 from saemill.cache_schema.verify import verify_shards
 
@@ -149,3 +151,16 @@ def test_absurd_shards_are_refused_at_once(store, shard_windows):
             Store.open(store)
     finally:
         file.write_text(whole)
+
+
+@pytest.mark.parametrize("windows", [10**9, 10**13, 10**400])
+def test_more_shards_than_a_memory_holds_are_refused_at_once(synthetic, tmp_path, windows):
+    """Sealed, as whoever means harm would."""
+    root = json.loads(encode_json(root_document(seal(synthetic.make_manifest()))))
+    found = root["attributes"]["saemill"]
+    found |= {"windows": windows, "shard_windows": 1}
+    found["splits"] = {"train": [0, windows], "validation": [windows, windows], "test": [windows, windows]}
+    found["cache_id"] = cache_id(SimpleNamespace(to_json=lambda: found))  # type: ignore[arg-type]
+    (tmp_path / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(ManifestInvalid, match="expected at most 100,000,000 shards"):
+        Store.open(tmp_path)

@@ -202,7 +202,7 @@ class StoreMachine(RuleBasedStateMachine):
         if shard in self.held[slot]:
             record = self.writer(slot).write(shard, self.facts.contents[shard])
             self.committed.add(shard)
-            assert record.shard == shard
+            assert record is not None and record.shard == shard
             self.let_go(slot, shard)
 
     @rule(slot=slots, shard=shards, at=calls, seed=st.none() | seeds)

@@ -82,6 +82,7 @@ def test_what_goes_out_comes_back(value):
         ({"name": "a", "by_layer": {"--5": 1.0}}, "by_layer.--5: expected an integer key"),
         ({"name": "a", "by_layer": {"007": 1.0}}, "by_layer.007: expected an integer key"),
         ({"name": "a", "by_layer": {"9" * 5000: 1.0}}, "expected an integer key"),
+        ({"name": "a", "by_layer": {"5": 10**400}}, "by_layer.5: expected a number of at most 1.8e308, found 1000"),
         ({"name": "a", "kind": "zip"}, "kind: expected one of 'raw', 'lz4', found 'zip'"),
         ({"name": "a", "note": 1}, "note: expected str, found 1"),
         ({"name": "a", "ready": 1}, "ready: expected bool, found 1"),

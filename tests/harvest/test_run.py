@@ -44,7 +44,7 @@ from saemill.harvest.corpus.hub import HubCorpus
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.cost import RESERVE_BYTES
 from saemill.harvest.dry_run import dry_run
-from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SplitEmpty
+from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SettingInvalid, SplitEmpty
 from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, ModelSource
 from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch
@@ -474,6 +474,36 @@ def test_a_shard_held_by_another_writer_is_left_to_it(make_config: Make, monkeyp
         assert mine
         assert harvest(make_config()).committed == 7
     assert harvest(make_config()).committed == 8
+
+
+def test_a_shard_whose_claim_was_lost_is_another_writers(make_config: Make, monkeypatch):
+    """To whoever slept through a lease; the others of the harvest are written."""
+    write, lost = StoreWriter.write, [3]
+
+    def write_or_not(writer: StoreWriter, shard: int, *rest: Any) -> Any:
+        return None if shard in lost else write(writer, shard, *rest)
+
+    monkeypatch.setattr(StoreWriter, "write", write_or_not)
+    assert harvest(make_config()).committed == 7
+    lost.clear()
+    assert harvest(make_config()).committed == 8
+
+
+def test_a_folder_for_tokens_that_is_another_users_is_refused(tmp_path, monkeypatch):
+    """In the folder for temporary files, where everybody may make one of that name."""
+    monkeypatch.setattr(create_store.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = create_store._spool_folder(open_files(f"memory://{tmp_path.name}"))
+    with create_store._locked(folder):
+        assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(create_store.os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(SettingInvalid, match="another user's"), create_store._locked(folder):
+        pass
+    monkeypatch.undo()
+    monkeypatch.setattr(create_store.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SettingInvalid, match="no folder"), create_store._locked(folder):
+        pass
 
 
 def test_two_cannot_tokenise_for_one_store(make_config: Make):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,6 +178,25 @@ def test_a_document_that_was_never_packed_is_not_passed_over(tmp_path, error):
     with pytest.raises(error):
         pack(ListCorpus(make_texts(800), 300, error), tmp_path, 2000)
     assert not (tmp_path / "checkpoint.json").exists()
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_what_a_checkpoint_counts_and_is_not_there_is_tokenised_again(tmp_path):
+    """Cleared from a folder for temporary files, or lost with the power: it never becomes zeros."""
+    straight = pack(ListCorpus(make_texts(200)), tmp_path / "straight", 400)
+    with pytest.raises(KeyboardInterrupt):
+        pack(ListCorpus(make_texts(200), 130), tmp_path / "stopped", 400)
+    for damage, name in (
+        (lambda file: os.truncate(file, 64), "train.tokens.u32"),
+        (Path.unlink, "train.tokens.u32"),
+        (lambda file: file.write_text("{"), "checkpoint.json"),
+        (lambda file: file.write_text("[]"), "checkpoint.json"),
+    ):
+        again = tmp_path / "again"
+        shutil.copytree(tmp_path / "stopped", again)
+        damage(again / name)
+        assert np.array_equal(pack(ListCorpus(make_texts(200)), again, 400).tokens, straight.tokens)
+        shutil.rmtree(again)
 
 
 @pytest.mark.usefixtures("small_batches")
