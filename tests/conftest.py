@@ -16,7 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("at any speed", deadline=None)  # on a busy machine an example takes what it takes
+settings.load_profile("at any speed")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
 
