@@ -31,9 +31,6 @@ from .products import column_sum, decode_sum, latent_sum, pair_dots, row_sum
 from .support import Support
 from .tables import low_copy, table_gradient
 
-# pyright: reportIncompatibleMethodOverride=false
-# (`once_differentiable` makes ctx positional, which the stub of Function.backward does not foresee)
-
 
 class _AffineAt(torch.autograd.Function):
     """values[n] = <x[row n], W[latent n]> + b[latent n], where x was centred by `center`."""
