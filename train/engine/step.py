@@ -6,9 +6,9 @@
 4. Running statistics of the gate and of extras, firing counters, step count.
 `Trainee.step` is these four, in this order.
 
-On a GPU no step waits for the device, but for the selection of a dictionary that is split by latents: the host looks
-every LOOK_EVERY steps only. Until then a loss that is not finite freezes the weights on the device, and the list of
-dead latents is that of the last look.
+On a GPU no step waits for the device, but for the selection of a dictionary that is split by latents and for the
+batch's largest where processes share its rows: the host looks every LOOK_EVERY steps only. Until then a loss that is
+not finite freezes the weights on the device, and the list of dead latents is that of the last look.
 
 Nothing here names a variant, and no step reads global random state: an SAE in a fleet trains to the same
 bits as alone.
