@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -41,6 +42,19 @@ class Site(NamedTuple):
 
     def __str__(self) -> str:
         return f"{'residuals' if self.hook == RESID else self.hook} of layer {self.layer}"
+
+
+IN_A_LAYER = re.compile(r"\b(?:blocks|layers|h)\.(\d+)(?:\.(.+))?$")
+_HOOKS_OF = {None: RESID, **{name: hook for hook, name in SAE_LENS_NAMES.items()}}  # by what stands behind the layer
+
+
+def site_named(name: str) -> Site | None:
+    """Of TransformerLens' name, or that of a layer, whose output is the residual stream after it; None of others."""
+    found = IN_A_LAYER.search(name)
+    layer, place = (int(found[1]), found[2]) if found else (0, "unknown")
+    if place == "hook_resid_pre" and layer > 0:
+        return Site(RESID, layer - 1)  # before a layer is after the one below
+    return Site(_HOOKS_OF[place], layer) if place in _HOOKS_OF else None
 
 
 Place = int | Site

@@ -6,14 +6,13 @@ W windows, T context, D residual width.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from .errors import ImportInvalid
-from .sites import RESID, SAE_LENS_NAMES, Site
+from .sites import RESID, Site, site_named
 
 _DTYPES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16"}
 
@@ -137,16 +136,12 @@ def _hook_column(folder: Path, features: Any) -> tuple[str, Any]:
 def _site_of(name: str, given: int | None) -> Site:
     """Of a column by TransformerLens' name, or that of a layer, whose output is the residual stream after it. What is
     called otherwise the user knows best: with a layer it is kept as residuals."""
-    found = re.search(r"\b(?:blocks|layers|h)\.(\d+)(?:\.(.+))?$", name)
-    layer, place = (int(found[1]), found[2]) if found else (0, "unknown")
-    hooks = {None: RESID} | {suffix: hook for hook, suffix in SAE_LENS_NAMES.items()}
+    found = site_named(name)
     if given is not None:
-        return Site(hooks.get(place, RESID), given)
-    if place == "hook_resid_pre" and layer > 0:
-        return Site(RESID, layer - 1)  # before a layer is after the one below
-    if place not in hooks:
+        return Site(RESID if found is None else found.hook, given)
+    if found is None:
         raise ImportInvalid(
             f"cannot tell from the name {name!r} what of the model these activations are: give --layer L where they "
             "are the residual stream after layer L"
         )
-    return Site(hooks[place], layer)
+    return found

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from ...cache_schema.sites import HOOKS, RESID, SAE_LENS_NAMES, Place, place_of
+from ...cache_schema.sites import HOOKS, IN_A_LAYER, RESID, SAE_LENS_NAMES, Place, place_of, site_named
 from ..errors import SaeInvalid
-
-IN_A_LAYER = re.compile(r"(?:.*\.)?(?:blocks|layers|h)\.(\d+)(?:\.(.+))?")
-_HOOKS_OF = {None: RESID, **{name: hook for hook, name in SAE_LENS_NAMES.items()}}  # by what stands behind the layer
 
 Places = tuple[Place, ...]
 
@@ -32,16 +28,14 @@ def places_told(metadata: Mapping[str, Any]) -> tuple[Places, Places] | None:
         read, written = (tuple(place_of(hook, n) for n in side) for hook, side in zip(hooks, sides, strict=True))
         return read, written
     name = metadata.get("hook_name")
-    found = IN_A_LAYER.fullmatch(name) if isinstance(name, str) else None
+    found = IN_A_LAYER.search(name) if isinstance(name, str) else None
     if found is None:
         return None
-    layer, hook = int(found[1]), _HOOKS_OF.get(found[2])
-    if found[2] == "hook_resid_pre" and layer > 0:
-        layer, hook = layer - 1, RESID
-    if hook is None or metadata.get("transcodes"):
+    site, layer = site_named(found.string), found[1]
+    if site is None or metadata.get("transcodes"):
         raise SaeInvalid(
             f"it names {name} alone, which does not say what of a store it reads and rebuilds: write into the metadata "
             f'of its cfg.json where that is, as {{"layers": [{layer}], "hook": "mlp_in", "target_layers": [{layer}], '
             f'"target_hook": "mlp_out"}}, with hooks of {", ".join(HOOKS)}'
         )
-    return (place_of(hook, layer),), (place_of(hook, layer),)
+    return (place_of(*site),), (place_of(*site),)
