@@ -223,7 +223,7 @@ function curvesCard() {
   const box = h("section", { class: "card" });
   const draw = () => {
     chosenCurve = names.includes(chosenCurve) ? chosenCurve : names[0];
-    const series = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), curve: numbers.saes?.[sae.label]?.curves?.[chosenCurve] })).filter((one) => one.curve).map((one) => ({ ...one, x: one.curve[0], y: one.curve[1] }));
+    const series = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), dash: dashOf(place), curve: numbers.saes?.[sae.label]?.curves?.[chosenCurve] })).filter((one) => one.curve).map((one) => ({ ...one, x: one.curve[0], y: one.curve[1] }));
     box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Training"), names.length > 0 && chooser("curve", names.map((name) => [name, name.replaceAll("_", " ")]), chosenCurve, (name) => { chosenCurve = name; draw(); })),
       series.length ? lines(series, ["step", chosenCurve.replaceAll("_", " "), chosenCurve === "loss" ? "log" : ""]) : h("p", { class: "quiet" }, "The run's folder has no log of its training."));
   };

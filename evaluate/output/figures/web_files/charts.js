@@ -43,9 +43,9 @@ function brief(text, most = LONG) {
 
 // ---------------------------------------------------------------- charts
 
-const COLOURS = ["#2f7dc4", "#d9730d", "#2f9e5b", "#b0489a", "#8a6d3b", "#5a67d8", "#c2413b", "#3a9aa8"];
+const COLOURS = ["#2f7dc4", "#d9730d", "#2f9e5b", "#b0489a", "#8a6d3b", "#5a67d8", "#c2413b", "#3a9aa8", "#7d8794", "#8f9a1f"];
 const colourOf = (place) => COLOURS[place % COLOURS.length];
-const DASHES = [null, "6 3", "2 3"]; // of lines from the ninth on
+const DASHES = [null, "6 3", "2 3"]; // of lines, where all colours are taken
 const dashOf = (place) => DASHES[Math.floor(place / COLOURS.length) % DASHES.length];
 let W = innerWidth < 600 ? 340 : 520, H = 260;
 
@@ -105,16 +105,20 @@ function frame(x, y, names, label) {
 function scatter(points, names) {
   const x = axis(points.map((point) => point.x), true), y = axis(points.flatMap((point) => [point.y, point.low ?? point.y, point.high ?? point.y]), false);
   const { chart, px, py } = frame(x, y, names, `${names[1]} against ${names[0]}`);
-  let last = -Infinity; // names of near points stand below each other
+  let last = -Infinity; // names of near points stand below each other; one that would stand far from its point is left to the pointer
   for (const point of [...points].sort((a, b) => b.y - a.y)) {
-    last = Math.max(py(point.y) + 4, last + 13);
+    let below = Math.max(py(point.y) + 4, last + 13);
     const group = s("g", { vars: { c: point.colour } });
     if (point.low !== null && point.low !== undefined) group.append(s("line", { class: "whisker", x1: px(point.x), x2: px(point.x), y1: py(point.low), y2: py(point.high) }));
     const mark = s("circle", { class: "point", cx: px(point.x), cy: py(point.y), r: 6 });
     mark.append(s("title", {}, `${point.name}: ${names[0]} ${number(point.x)}, ${names[1]} ${number(point.y, 4)}`));
     const turn = px(point.x) > W * .7, wide = 7 * Math.min(point.name.length, 30), left = px(point.x) + (turn ? -10 - wide : 10);
-    while (points.some((one) => px(one.x) > left - 8 && px(one.x) < left + wide + 8 && Math.abs(py(one.y) + 4 - last) < 11)) last += 13;
-    group.append(mark, s("text", { class: "name", x: px(point.x) + (turn ? -10 : 10), y: last, "text-anchor": turn ? "end" : "start" }, brief(point.name, 30)));
+    while (points.some((one) => px(one.x) > left - 8 && px(one.x) < left + wide + 8 && Math.abs(py(one.y) + 4 - below) < 11)) below += 13;
+    group.append(mark);
+    if (below < py(point.y) + 40) {
+      group.append(s("text", { class: "name", x: px(point.x) + (turn ? -10 : 10), y: below, "text-anchor": turn ? "end" : "start" }, brief(point.name, 30)));
+      last = below;
+    }
     chart.append(group);
   }
   return chart;

@@ -164,6 +164,19 @@ def test_points_that_are_near_have_numbers_below_and_names_beside_them(site, ope
         }"""
     )
     assert hidden == []
+    far = page.evaluate(
+        """() => {
+          const near = (name, place) => ({ name, x: 40 + place / 1e3, y: .8, colour: colourOf(place) });
+          const points = [..."abcdefghij"].map(near);
+          const marks = [...scatter(points, ["L0", "fidelity"]).querySelectorAll("g")];
+          const colours = new Set(points.map((point) => point.colour));
+          const named = marks.filter((mark) => mark.querySelector("text"));
+          const height = (mark, name, key) => Number(mark.querySelector(name).getAttribute(key));
+          const isFar = (mark) => height(mark, "text", "y") - height(mark, "circle", "cy") > 40;
+          return [colours.size, named.length, named.filter(isFar).length];
+        }"""
+    )
+    assert far[0] == 10 and 1 <= far[1] < 10 and far[2] == 0  # names that are left out are the pointer's
 
 
 def test_the_list_sorts_filters_and_searches(site, open_page):
@@ -375,6 +388,15 @@ def test_nothing_is_cut_off_on_a_small_screen(site, open_page, width):
         assert wide == [], hash_
     page.goto(page.url.split("#")[0] + "#/sae/first/2")
     page.wait_for_selector("#detail[data-latent='2']")
+    over = page.evaluate(
+        """() => {
+          const line = document.querySelector(".ctx"), indent = document.createElement("span");
+          line.append(indent);
+          indent.textContent = " ".repeat(300);  // as an indented line is underlined where the model looks back at it
+          return [...indent.getClientRects()].some((one) => one.right > line.getBoundingClientRect().right + 1);
+        }"""
+    )
+    assert not over
     page.get_by_text("all latents").last.click()
     page.wait_for_selector(".r >> visible=true")
 
