@@ -75,7 +75,8 @@ def stats_of(x: Tensor) -> Stats:
 def make_trainee(variant: str, settings: Mapping[str, Any], stats: Stats) -> Trainee:
     cls = config_type(variant)
     wanted = {"width": WIDTH, "k": K, "target_l0": float(K), "encoder_product": "float32"}
-    config = cls(**{name: value for name, value in wanted.items() if getattr(cls(), name, None) is not None} | settings)
+    known = {name: value for name, value in wanted.items() if getattr(cls(), name, None) is not None}
+    config = cls(**known, **settings)
     targets = [] if config.needs().targets is None else [stats]
     return Trainee(variant, config.build(D, stats, *targets), total_steps=STEPS)
 

@@ -81,9 +81,9 @@ def make_dictionary_learning(request: Request) -> None:
 
 
 def open_sparsify(folder: Path) -> Opened:
-    from sparsify_step import SparseCoder
+    from sparsify_step import load_coder
 
-    sae = SparseCoder.load_from_disk(folder)
+    sae = load_coder(folder)
 
     def encode(x: Tensor) -> Tensor:
         found = sae.encode(x)
@@ -93,17 +93,16 @@ def open_sparsify(folder: Path) -> Opened:
 
 
 def make_sparsify(request: Request) -> None:
-    from sparsify_step import SparseCoder, SparseCoderConfig, make_optimiser
+    from sparsify_step import make_coder, make_optimiser
 
     settings, data = request["settings"], batches(request)
-    config = SparseCoderConfig(num_latents=settings["d_sae"], k=settings["k"], **settings["more"])
-    sae = SparseCoder(data[0].shape[1], config, "cpu", torch.float32)
+    sae = make_coder(data[0].shape[1], num_latents=settings["d_sae"], k=settings["k"], **settings["more"])
     optimiser = make_optimiser(sae)
     for x in data:  # as its trainer does, which does not normalise what it saves
-        if not config.transcode:
+        if not sae.cfg.transcode:
             sae.set_decoder_norm_to_unit_norm()
-        sae(x, x.roll(1, 1) if config.transcode else None).fvu.backward()
-        if not config.transcode:
+        sae(x, x.roll(1, 1) if sae.cfg.transcode else None).fvu.backward()
+        if not sae.cfg.transcode:
             sae.remove_gradient_parallel_to_decoder_directions()
         optimiser.step()
         optimiser.zero_grad()

@@ -9,15 +9,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fitting import Ask, batches, ends, score_map, serve_fits
-from sparsify_step import SparseCoder, SparseCoderConfig, make_optimiser
+from sparsify_step import make_coder, make_optimiser
 
 
 def fit(ask: Ask) -> dict[str, float]:
     torch.manual_seed(ask.seed)
     d_model = next(batches(ask, 1)).shape[1] // 2
     skips = ask.variant == "skip_transcoder"
-    config = SparseCoderConfig(num_latents=ask.width, k=ask.k, transcode=True, skip_connection=skips)
-    sae = SparseCoder(d_model, config, "cpu", torch.float32)
+    sae = make_coder(d_model, num_latents=ask.width, k=ask.k, transcode=True, skip_connection=skips)
     optimiser = make_optimiser(sae, ask.lr)
     for step, rows in enumerate(batches(ask)):
         x, target = ends(rows)

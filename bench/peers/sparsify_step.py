@@ -19,6 +19,14 @@ from sparsify.sparse_coder import SparseCoder
 from stepping import Settings, Step, serve_steps, split_pairs
 
 
+def make_coder(d_in: int, device: str = "cpu", **settings: Any) -> Any:
+    return SparseCoder(d_in, SparseCoderConfig(**settings), device, dtype=torch.float32)
+
+
+def load_coder(folder: Path) -> Any:
+    return SparseCoder.load_from_disk(folder)
+
+
 def make_optimiser(sae: Any, lr: float | None = None) -> Any:
     """Its trainer's default: the sign of the momentum, free of a schedule."""
     groups = [{"params": sae.parameters(), "lr": lr or 5e-3 / (sae.num_latents / 2**14) ** 0.5}]
@@ -34,8 +42,8 @@ def make_step(settings: Settings, batches: list[torch.Tensor]) -> Step:
     device = settings.device
     is_transcoder = settings.variant == "transcoder"
     pairs = split_pairs(batches) if is_transcoder else {id(x): (x,) for x in batches}
-    config = SparseCoderConfig(num_latents=settings.width, k=settings.k, transcode=is_transcoder)
-    sae = SparseCoder(pairs[id(batches[0])][0].shape[1], config, device, dtype=torch.float32)
+    d_in = pairs[id(batches[0])][0].shape[1]
+    sae = make_coder(d_in, device, num_latents=settings.width, k=settings.k, transcode=is_transcoder)
     optimiser = make_optimiser(sae)
     since_fired = torch.zeros(sae.num_latents, dtype=torch.long, device=device)
 
