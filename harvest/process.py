@@ -30,7 +30,7 @@ class Process:
 
 @contextmanager
 def open_process(device: str, worker: Worker) -> Iterator[Process]:
-    """The place that a launcher gave this process, times the one given by hand.
+    """The share that a launcher gave this process, times the one given by hand.
 
     Processes of one launch end together; of workers that were started by hand, some may never begin.
     """

@@ -31,10 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cache_schema.cli import as_json, print_json
+from ..cache_schema.strict import flatten
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
-from ..evaluate.context.results import describe_differences, metric_of, read_result, settings_in, without_nan
-from ..evaluate.output.figures.records import read_log
+from ..evaluate.context.results import metric_of, read_result, settings_in, without_nan
+from ..evaluate.output.figures.records import RESULTS, read_log
 from ..evaluate.run.command import errors_told, make_configs
 from ..evaluate.run.console_table import heading, make_console, untrained_traits
 from ..train.cli import main as sae_train
@@ -194,14 +195,21 @@ def choose(study: str, wanted: str | None) -> list[Recipe]:
     return [recipe for name in named for recipe in find_recipes(f"{study}/{name}")]
 
 
-def restrict(recipes: Iterable[Recipe], few: str | None) -> list[Recipe]:
+def restrict(recipes: Sequence[Recipe], few: str | None) -> list[Recipe]:
     """The runs with those of their evaluations that are named; None: with all."""
     if few is None:
         return list(recipes)
     named = [name.strip() for name in few.split(",")]
     for name in named:
         evals.load(name)  # an unknown one is told with what it may have meant
-    return [replace(recipe, evals=tuple(name for name in recipe.evals if name in named)) for recipe in recipes]
+    found = [replace(recipe, evals=tuple(name for name in recipe.evals if name in named)) for recipe in recipes]
+    if not any(recipe.evals for recipe in found):
+        known = sorted({name for recipe in recipes for name in recipe.evals})
+        raise click.ClickException(
+            f"--evals {few}: no run of {recipes[0].study} that was asked for has it, but {', '.join(known)}; "
+            "`sae-eval RUN --evals NAME` adds others afterwards"
+        )
+    return found
 
 
 def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> list[Line]:
@@ -212,7 +220,7 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
     for recipe in recipes:
         if recipe.name == DECISIVE and (words := half_command(recipe, course)):
             call(sae_train, "sae-train", words, console)
-    for eval_ids in dict.fromkeys(recipe.evals for recipe in recipes):
+    for eval_ids in dict.fromkeys(recipe.evals for recipe in recipes if recipe.evals):
         runs = [recipe.name for recipe in recipes if recipe.evals == eval_ids]
         words = [*runs, "--runs", str(course.out), "--evals", ",".join(eval_ids), "--resume"]
         words += settings_of(course.evaluation, eval_ids)
@@ -318,7 +326,12 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) 
     half = RunFolder.at(folder.path.with_name(folder.name + HALF))
     at_half = read_json(half.path / "result.json")["saes"] if half.is_finished else {}
     lines = []
-    settings: dict[str, Mapping[str, Any]] = {}  # of the first result of each evaluation
+    paths = {eval_id: folder.path / "evals" / eval_id for eval_id in eval_ids}
+    documents = {
+        eval_id: {label: read_result(file) for label in result["saes"] if (file := path / (label + RESULTS)).is_file()}
+        for eval_id, path in paths.items()
+    }
+    uneven = {eval_id: differing(list(found.values())) for eval_id, found in documents.items()}
     for label, sae in result["saes"].items():
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
         if label in at_half:
@@ -330,13 +343,12 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) 
         remarks = [f"a warm-up or onset of {asked} steps took {given}" for asked, given in sae.get("cut_short", ())]
         problems = [] if result["steps"] > 0 else ["it made no step"]
         for eval_id in eval_ids:
-            path = folder.path / "evals" / eval_id / f"{label}_eval_results.json"
-            if not path.is_file():
+            document = documents[eval_id].get(label)
+            if document is None:
                 (remarks if eval_id in ASKS_FOR_MATERIAL else problems).append(f"{eval_id} gave no result")
                 continue
-            document = read_result(path)
-            if other := describe_differences(document, settings.setdefault(eval_id, settings_in(document))):
-                problems.append(f"{eval_id} is left out: its result has not the settings of the first SAE's: {other}")
+            if uneven[eval_id]:
+                problems.append(f"{eval_id} is left out: results of this run differ in {uneven[eval_id]}")
                 continue
             found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
             values |= {metric.rsplit(".", 1)[-1]: value for metric, value in found.items()}
@@ -348,6 +360,13 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) 
         problems += [f"{name} is not a number" for name, value in values.items() if not math.isfinite(value or 0.0)]
         lines.append(Line(folder.name, label, values, problems, remarks))
     return lines
+
+
+def differing(documents: Sequence[Mapping[str, Any]]) -> str:
+    """The settings in which results of one evaluation differ: none of them can be told to be the one that was meant."""
+    all_of = [flatten(settings_in(document)) for document in documents]
+    keys = sorted({key for one in all_of for key in one})
+    return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
 
 
 def curve_by_label(folder: RunFolder) -> dict[str, list[tuple[float, float]]]:

@@ -85,7 +85,7 @@ MAY_IMPORT = {  # rooms of other packages
         "train": "config command data disk errors file_registry kit recipes run sae sae/kernels start_runs",
     },
     "studies": {
-        "cache_schema": "cli",
+        "cache_schema": "cli strict",
         "train": "config cli command disk recipes run",
         "evaluate": "cli context evals output/figures output/plots run",
     },

@@ -81,7 +81,7 @@ def measure(words: Mapping[str, Any], refuse: Callable[[Problem], None]) -> tupl
     raises it has nothing evaluated."""
     keep_large_blocks()
     configs = make_configs(words["evals"], words["set"])
-    subjects, problems = find_all(words["targets"], Path(words["runs"]), words["layer"])
+    subjects, problems = find_all(words["targets"], Path(words["runs"]), words["layer"], words["cache"])
     for problem in problems:
         refuse(problem)
     return evaluate(subjects, configs, words), problems

@@ -42,16 +42,18 @@ def find_subjects(targets: Iterable[str], runs: Path, layer: int | None = None) 
     return subjects
 
 
-def find_all(targets: Iterable[str], runs: Path, layer: int | None = None) -> tuple[list[LoadedSae], list[Problem]]:
+def find_all(
+    targets: Iterable[str], runs: Path, layer: int | None = None, cache: str | None = None
+) -> tuple[list[LoadedSae], list[Problem]]:
     """All SAEs of all targets that can be loaded, and what is wrong with the others.
 
-    `layer` is for SAEs that do not say theirs.
+    `layer` is for SAEs that do not say theirs; `cache` is the store that what is missing would be trained on.
     """
     found: dict[Path, LoadedSae] = {}
     problems: list[Problem] = []
     for target in targets:
         try:
-            places = find_places(target, runs)
+            places = find_places(target, runs, cache)
         except (EvalError, TrainError) as error:
             problems.append(error)
             continue
@@ -64,7 +66,7 @@ def find_all(targets: Iterable[str], runs: Path, layer: int | None = None) -> tu
     return list(found.values()), problems
 
 
-def find_places(target: str, runs: Path) -> list[tuple[Path, RunFolder | None]]:
+def find_places(target: str, runs: Path, cache: str | None = None) -> list[tuple[Path, RunFolder | None]]:
     """The folders of SAEs that one word on the command line means, and the run they belong to."""
     run = _run_of(target, runs)
     if run is not None:
@@ -72,7 +74,7 @@ def find_places(target: str, runs: Path) -> list[tuple[Path, RunFolder | None]]:
     try:
         folder = find_sae(target, runs)
     except RunMissing as error:
-        raise TargetUnknown(_explain_missing(target, runs, error)) from error
+        raise TargetUnknown(_explain_missing(target, runs, cache, error)) from error
     parent = RunFolder.at(folder.resolve().parent)
     return [(folder, parent if (parent.path / "config.json").is_file() else None)]
 
@@ -118,22 +120,22 @@ def _saes_of(run: RunFolder) -> list[Path]:
     return found
 
 
-def _explain_missing(target: str, runs: Path, error: TrainError) -> str:
+def _explain_missing(target: str, runs: Path, cache: str | None, error: TrainError) -> str:
     if "/" in target:
         return str(error)
     known = ", ".join(run_names(runs)) or "none"
     text = f"no run {target!r} in {runs} (it has: {known}), and no folder of an SAE of that name"
-    recipe = how_to_make(target)
+    recipe = how_to_make(target, cache)
     return text if recipe is None else f"{text}. {recipe}"
 
 
-def how_to_make(target: str) -> str | None:
+def how_to_make(target: str, cache: str | None = None) -> str | None:
     """The command that makes a run that studies know by this name, where there is one."""
     found = studies_with(target)
     if not found:
         return None
     others = f" (also in the studies {', '.join(found[1:])})" if len(found) > 1 else ""
-    store = known_store()
+    store = cache or known_store()
     first = "" if store else "; first `make harvest`, as there is no store here yet"
     command = f"sae-train --recipe {found[0]}/{target} --cache {store or STORES[0]}"
     return f"`{command}` makes that of the study {found[0]}{others}{first}"

@@ -101,16 +101,16 @@ def write_core(folder, label, settings, missing=None):
     (folder / "evals/core" / f"{label}_eval_results.json").write_text(json.dumps(result))
 
 
-def test_results_of_other_settings_are_not_put_into_one_table(tmp_path):
-    """Those of an earlier call stay where this one's evaluation failed."""
+@pytest.mark.parametrize("old", ["one", "three"])
+def test_results_of_other_settings_are_not_put_into_one_table(tmp_path, old):
+    """Those of an earlier call stay where this one's evaluation failed; nothing says which was meant."""
     folder = write_run(tmp_path / "run_0", labels=("one", "two", "three"))
-    for label, split in (("one", "test"), ("two", "test"), ("three", "validation")):
+    for label in ("one", "two", "three"):
+        split = "validation" if label == old else "test"
         write_core(tmp_path / "run_0", label, {"config": {"split": split}, "cache_id": "c0ffee"})
-    one, two, three = read_lines(folder, ["core"])
-    assert one.problems == two.problems == [] and two.values["l0"] == 20.0
-    (problem,) = three.problems
-    assert "core is left out" in problem and "config.split 'validation' (asked for: 'test')" in problem
-    assert "l0" not in three.values
+    for line in read_lines(folder, ["core"]):
+        assert line.problems == ["core is left out: results of this run differ in config.split"]
+        assert "l0" not in line.values
 
 
 def test_a_table_says_what_it_is_of_and_that_a_result_is_of_a_part(tmp_path):
@@ -393,3 +393,10 @@ def test_sanity_baselines_are_no_comparisons():
     labels += [f"base_seed{n}_frozen_encoder" for n in (0, 1)]
     lines = [Line("decisive", label, {"frac_alive": 0.1 * n}, []) for n, label in enumerate(labels)]
     assert {difference.label for difference in study.differences(one, lines)} == {"guided"}
+
+
+def test_an_evaluation_that_no_run_of_a_study_has_is_refused():
+    recipes = study.choose("tiered", "decisive")
+    with pytest.raises(click.ClickException, match="--evals ravel: no run of tiered .* has it, but core, "):
+        study.restrict(recipes, "ravel")
+    assert [found.evals for found in study.restrict(recipes, "core,ravel")] == [("core",)]

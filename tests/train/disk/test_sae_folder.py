@@ -257,8 +257,8 @@ def test_an_inference_of_its_own_is_saved_whole(tmp_path, rng, battery):
     settings, stats = to_json(config), assembly.input_stats
     save_sae(tmp_path, sae, stats, {}, settings, "topk", knobs={"late": 0.5})
 
-    def rebuilt(variant, found, d_in):
-        assert (variant, found, d_in) == ("topk", settings, D)
+    def rebuilt(variant, found, d_in, d_out):
+        assert (variant, found, d_in) == ("topk", settings, D) and d_out in (D, 1)  # 1: of the damaged rows below
         return Shifted(config.build(D).sae)
 
     loaded = read_sae(tmp_path, rebuilt)
@@ -283,4 +283,4 @@ def test_an_inference_of_its_own_is_saved_whole(tmp_path, rng, battery):
             read_sae(tmp_path, rebuilt)
     save_file(weights, tmp_path / WEIGHTS)
     with pytest.raises(SaeInvalid, match=r"are not those of the variant \(factor\)"):
-        read_sae(tmp_path, lambda variant, found, d_in: config.build(D).sae)
+        read_sae(tmp_path, lambda variant, found, d_in, d_out: config.build(D).sae)

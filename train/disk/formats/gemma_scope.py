@@ -87,7 +87,8 @@ def _told_by_file(path: Path) -> Metadata:
     layers, hook = told.get("layers"), told.get("hook")
     to_hook = told.get("target_hook", hook)
     is_layer = isinstance(layers, list) and len(layers) == 1 and type(layers[0]) is int and layers[0] >= 0
-    if not is_layer or not {hook, to_hook} <= HOOKS.keys() or told.get("target_layers", layers) != layers:
+    is_known = all(isinstance(one, str) and one in HOOKS for one in (hook, to_hook))
+    if not is_layer or not is_known or told.get("target_layers", layers) != layers:
         raise SaeInvalid(
             f"{path}: expected metadata with layers of one number, and a hook (and target_hook, where it writes "
             f"another) of {', '.join(HOOKS)}, found {told!r:.200}"
