@@ -136,6 +136,8 @@ def _hook_column(folder: Path, features: Any) -> tuple[str, Any]:
 def _site_of(name: str, given: int | None) -> Site:
     """Of a column by TransformerLens' name, or that of a layer, whose output is the residual stream after it. What is
     called otherwise the user knows best: with a layer it is kept as residuals."""
+    if name.endswith("blocks.0.hook_resid_pre"):
+        raise ImportInvalid(f"{name} is the embedding, before the first layer: a store has no place for it")
     found = site_named(name)
     if given is not None:
         return Site(RESID if found is None else found.hook, given)

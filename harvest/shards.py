@@ -32,8 +32,8 @@ from .stats import is_special, measure
 
 Report = Callable[[CommitRecord], None]
 SMALLER_BATCH = (
-    "Begin the store anew with a smaller --batch-windows, which it keeps because batches decide the last digits; "
-    "or let whoever else computes there end, and run this again"
+    "Let whoever else computes there end, and run this again; a smaller --batch-windows needs a store begun anew, "
+    "as batches decide the last digits of what it holds"
 )
 
 
@@ -173,7 +173,10 @@ def _make_room(shape: tuple[int, ...], dtype: np.dtype, is_pinned: bool) -> np.n
     """Memory for a shard; page-locked, a GPU copies into it at the speed of the bus and nobody waits meanwhile."""
     if not is_pinned:
         return np.empty(shape, dtype)
-    return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True).numpy()
+    try:
+        return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True).numpy()
+    except RuntimeError:  # the host locks no more pages: copies are slower then, and the same
+        return np.empty(shape, dtype)
 
 
 def _as_stored(resid: Tensor) -> Tensor:

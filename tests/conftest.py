@@ -74,7 +74,7 @@ def tell(record_property: Callable[[str, object], None]) -> Callable[[str, Mappi
 
 
 def _list_counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
+    return ", ".join(f"{count:,} x {kind}" for kind, count in sorted(counts.items()))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -26,6 +26,8 @@ from ...train.data.device import send
 from ..errors import SettingInvalid
 from .prefix_suffix import LanguageModel
 
+HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True, eq=False)
 class Windows:
@@ -98,7 +100,7 @@ def store_batches(
     batch_windows: int = 16,
     first: int = 0,
     count: int | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device = HOST,
 ) -> Iterator[Windows]:
     """The windows first..first + count of a split in the store's order; the last batch may be smaller."""
     begin, end = span_of(store, split)

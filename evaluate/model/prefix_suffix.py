@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Splice = Callable[[Tensor], Tensor]
 Sinks = Mapping[int, Callable[[Tensor], None]]
+NO_ROOM = "{}: the model does not fit into memory; free some, or try --device cpu"
 
 
 class LanguageModel:
@@ -216,13 +217,17 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
             )
-        model, report = loaded[0].to(device), loaded[1]
+        model, report = loaded
     except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise MemoryTooSmall(
-                f"{folder}: the model does not fit into memory; free some, or try --device cpu"
-            ) from error
+            raise MemoryTooSmall(NO_ROOM.format(folder)) from error
         raise ModelMissing(f"{folder}: the model cannot be loaded ({error}); fetch it again") from error
+    try:
+        model = model.to(device)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise MemoryTooSmall(NO_ROOM.format(folder)) from error
+        raise  # of the device, not of the files
     if report["missing_keys"]:
         raise ModelMissing(
             f"{folder}: it lacks weights ({sorted(report['missing_keys'])[0]} first); fetch the model again"

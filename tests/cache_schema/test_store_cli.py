@@ -209,12 +209,16 @@ def test_a_saelens_column_is_of_the_place_that_its_name_says(name: str, layer: i
     assert sources._site_of(name, layer) == site
 
 
-@pytest.mark.parametrize(
-    "name", ["blocks.0.hook_resid_pre", "blocks.12.hook_resid_mid", "model.layers.12.mlp", "acts", "layer2"]
-)
+@pytest.mark.parametrize("name", ["blocks.12.hook_resid_mid", "model.layers.12.mlp", "acts", "layer2"])
 def test_a_saelens_column_whose_name_says_no_place_needs_a_layer(name: str) -> None:
     with pytest.raises(ImportInvalid, match=f"the name '{name}' .* give --layer L"):
         sources._site_of(name, None)
+
+
+@pytest.mark.parametrize("layer", [None, 0])
+def test_a_saelens_column_of_the_embedding_has_no_place(layer: int | None) -> None:
+    with pytest.raises(ImportInvalid, match="hook_resid_pre is the embedding, before the first layer"):
+        sources._site_of("blocks.0.hook_resid_pre", layer)
 
 
 def test_info_tells_a_person_and_a_program_the_same(store: Path) -> None:

@@ -345,7 +345,8 @@ def test_gemma_scope_s_place_may_be_written_beside_it(tmp_path):
     (folder / "cfg.json").write_text(json.dumps({"metadata": told}))
     names = {"hook_name": "blocks.5.mlp.hook_in", "hook_name_out": "blocks.5.hook_mlp_out"}
     assert read(folder)[1] == told | names | {"target_layers": [5]}
-    for wrong in ({}, {"layers": [5]}, told | {"hook": "ln2"}, told | {"layers": [5, 6]}, told | {"layers": "5"}):
+    of_layers, of_hook = ({"layers": [5, 6]}, {"layers": "5"}), ({"hook": "ln2"}, {"hook": ["resid"]})
+    for wrong in ({}, {"layers": [5]}, *(told | one for one in (*of_layers, *of_hook))):
         (folder / "cfg.json").write_text(json.dumps({"metadata": wrong}))
         with pytest.raises(SaeInvalid, match=r"expected metadata with layers of one number"):
             read(folder)
