@@ -35,7 +35,7 @@ from saemill.cache_schema import ShardContent, Store, StoreWriter, from_float32
 from saemill.cache_schema.layout import record_key
 from saemill.cache_schema.manifest import Manifest
 from saemill.cache_schema.moments import Moments
-from saemill.cache_schema.verify import verify_shards
+from saemill.cache_schema.verify_and_repair import verify_shards
 from saemill.cache_schema.writer import WRITERS
 
 SERVER = Path(__file__).parents[1] / "tests/cache_schema/s3_server.py"

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from saemill.cache_schema import Store
-from saemill.cache_schema.verify import digest
+from saemill.cache_schema.verify_and_repair import digest
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "docs" / "cluster"

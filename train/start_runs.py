@@ -20,11 +20,11 @@ from .recipes import find_recipes, studies
 from .run.find_sae import find_sae
 from .run.folder import RunFolder, cache_of
 from .run.loop import train
-from .run.open import begin_run, resume_run
 from .run.process import Process
 from .run.results import Outcome
 from .run.run import Run
 from .run.settle import settle
+from .run.start_or_resume import begin_run, resume_run
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}

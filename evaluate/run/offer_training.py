@@ -14,8 +14,8 @@ import click
 from ...cache_schema import Store, StoreMissing
 from ...train.config.run_config import Ask
 from ...train.recipes import find_recipes
-from ...train.run.open import estimate_seconds
 from ...train.run.settle import settle
+from ...train.run.start_or_resume import estimate_seconds
 from ...train.start_runs import open_process, start
 from ..errors import TargetUnknown
 from ..output.pictures import after_run

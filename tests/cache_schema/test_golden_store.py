@@ -9,7 +9,7 @@ import pytest
 from saemill.cache_schema import FormatTooNew, Request, Site, Store, StoreWriter, from_float32, to_float32
 from saemill.cache_schema import manifest as manifest_module
 from saemill.cache_schema.layout import COUNTS
-from saemill.cache_schema.verify import digest
+from saemill.cache_schema.verify_and_repair import digest
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 spec = importlib.util.spec_from_file_location("make_store", GOLDEN / "make_store.py")

@@ -16,7 +16,7 @@ from saemill.cache_schema import Request, RequestInvalid, Site, Store, StoreMism
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.dtypes import FP8_VALUES, LARGEST, SmallDtype, to_codes
 from saemill.cache_schema.massive_rows import measure_massive, row_norms
-from saemill.cache_schema.verify import digest
+from saemill.cache_schema.verify_and_repair import digest
 
 SMALL = get_args(SmallDtype)
 BOUND = {"int8": 0.013, "fp8": 0.035}  # of a row's norm, D 64: half a step at most, a third of it on average

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from saemill.cache_schema import ImportInvalid, Request, Site, Store, importer, sources, to_float32
-from saemill.cache_schema import verify as verify_module
+from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.digest import store_digest
 from saemill.cache_schema.info import render

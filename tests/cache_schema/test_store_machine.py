@@ -48,7 +48,7 @@ from saemill.cache_schema import writer as writer_module
 from saemill.cache_schema.importer import ImportSettings, import_store
 from saemill.cache_schema.layout import INDEX, SUMMARY, arrays_of, record_key
 from saemill.cache_schema.sources import NumpySource
-from saemill.cache_schema.verify import drop_broken_derived, repair, verify_shards
+from saemill.cache_schema.verify_and_repair import drop_broken_derived, repair, verify_shards
 
 SHARDS = 4
 EVERYTHING = Request(layers=(3,), attention_layers=(2,), tokens=True, documents=True)

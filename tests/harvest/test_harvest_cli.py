@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 
 from saemill.cache_schema import Store
 from saemill.cache_schema.files import LocalFiles
-from saemill.cache_schema.verify import digest
+from saemill.cache_schema.verify_and_repair import digest
 from saemill.harvest import run, shards
 from saemill.harvest.cli import main
 from saemill.harvest.model import load

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from saemill.cache_schema import AttentionSpec, Request, Site, Store, StoreMismatch, from_float32, writer
 from saemill.cache_schema.moments import is_special, measure
-from saemill.cache_schema.verify import digest, repair, verify_shards
+from saemill.cache_schema.verify_and_repair import digest, repair, verify_shards
 from saemill.harvest import run, stats
 from saemill.harvest.capture import capture
 from saemill.harvest.cli import main

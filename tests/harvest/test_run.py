@@ -37,7 +37,7 @@ from saemill.cache_schema.dtypes import SmallDtype
 from saemill.cache_schema.files import LocalFiles, open_files
 from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.moments import is_special
-from saemill.cache_schema.verify import digest, repair, verify_shards
+from saemill.cache_schema.verify_and_repair import digest, repair, verify_shards
 from saemill.harvest import create_store, run, shards, store_plan
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus.hub import HubCorpus

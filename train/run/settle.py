@@ -14,10 +14,10 @@ from ...cache_schema import Manifest, Store
 from ...cache_schema.massive_rows import default_multiple
 from ...cache_schema.sites import by_hook
 from ...cache_schema.strict import from_json, to_json
-from ..config.baselines import with_baselines
 from ..config.recipe import Recipe
 from ..config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
-from ..data.read_order import Plan, measure_split
+from ..config.sanity_baselines import with_baselines
+from ..data.shuffle import Plan, measure_split
 from ..errors import ConfigInvalid, NothingToTrain, StoreTooShort
 from ..kit.contract import Variant
 from .folder import RunFolder, provenance

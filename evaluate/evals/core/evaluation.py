@@ -19,7 +19,7 @@ from typing import Any
 from ...context.compatible import model_name_of
 from ...errors import ModelMissing, NotApplicable, SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .baselines import ABLATIONS
+from .ablations import ABLATIONS
 from .blocks import Rows, rows_of
 from .metrics import latent_details, latent_metrics, official_metrics, own_metrics
 from .quality import Sparsity, measure_sparsity

@@ -20,7 +20,7 @@ from ...errors import NotApplicable
 from ...model.batches import Windows
 from ...model.divergence import Losses
 from ...model.memory import PieceSize, in_pieces
-from .baselines import ABLATIONS, Baselines, Clean
+from .ablations import ABLATIONS, Baselines, Clean
 from .blocks import Block, read_block
 from .bootstrap import DocumentSums
 from .encoding import encode_kept

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from saemill.cache_schema import Store, StoreFull
-from saemill.cache_schema.verify import digest
+from saemill.cache_schema.verify_and_repair import digest
 from saemill.harvest.errors import HarvestError, ModelUnavailable, TokenizerUnsuitable, UnsupportedArchitecture
 from saemill.harvest.model import gguf_file
 from saemill.harvest.model.gguf_file import convert, find_smollm2

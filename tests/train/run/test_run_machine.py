@@ -37,9 +37,9 @@ from saemill.train.run import loop as loop_module
 from saemill.train.run.folder import RunFolder, cache_of
 from saemill.train.run.loop import train
 from saemill.train.run.metrics import Watch
-from saemill.train.run.open import begin_run, resume_run
 from saemill.train.run.run import Process, Run
 from saemill.train.run.settle import settle
+from saemill.train.run.start_or_resume import begin_run, resume_run
 
 SETTINGS = {"layer": 3, "width": 8, "data.batch_tokens": 16, "data.pool_tokens": 32, "course.epochs": 1}
 SETTINGS |= {"course.checkpoint_every_steps": 2, "course.metrics_every_steps": 1}

@@ -8,7 +8,7 @@ from saemill.train.config.run_config import Member
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit.registry import config_type
 from saemill.train.parallel.processes import require_own_devices
-from saemill.train.run.open import deal_members, members_of
+from saemill.train.run.start_or_resume import deal_members, members_of
 
 
 def members(**settings):

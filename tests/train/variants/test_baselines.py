@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from saemill.train.config.baselines import with_baselines
 from saemill.train.config.run_config import Ask
+from saemill.train.config.sanity_baselines import with_baselines
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid

@@ -23,7 +23,7 @@ from ...cache_schema.allocator import keep_large_blocks
 from ..config.run_config import Member, RunConfig
 from ..data.device import take_device
 from ..data.feed import Feed
-from ..data.read_order import Plan
+from ..data.shuffle import Plan
 from ..disk.checkpoint_files import Standing, list_checkpoints, load_checkpoint
 from ..engine.fleet import Fleet, out_of_memory
 from ..errors import ConfigInvalid, MemoryTooSmall, RunFinished

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from saemill.evaluate.evals.core import baselines
+from saemill.evaluate.evals.core import ablations
 from saemill.evaluate.evals.core import evaluation as core
-from saemill.evaluate.evals.core.baselines import Baselines, elsewhere, files_of
+from saemill.evaluate.evals.core.ablations import Baselines, elsewhere, files_of
 from saemill.evaluate.evals.core.blocks import Block
 from saemill.evaluate.evals.core.spliced_losses import mean_residual
 from saemill.evaluate.model.batches import store_batches
@@ -153,7 +153,7 @@ def test_places_of_before_are_found(asked):
 
 def test_a_change_of_format_leaves_what_is_kept(asked, monkeypatch):
     before = asked.place
-    monkeypatch.setattr(baselines, "FORMAT", baselines.FORMAT + 1)
+    monkeypatch.setattr(ablations, "FORMAT", ablations.FORMAT + 1)
     assert asked.place != before
 
 
@@ -234,7 +234,7 @@ def test_a_model_nobody_can_name_leaves_nothing_behind(fresh, open_context, buil
     context.use(language_model(fresh.model, torch.bfloat16))
     run(context, builder.subject(builder.make_sae()))
     assert not kept(fresh)
-    assert baselines.FORMAT == 1
+    assert ablations.FORMAT == 1
 
 
 def core_batches(context, layer):
