@@ -243,7 +243,7 @@ def test_who_declines_or_has_no_store_is_told_the_command(
     words = words or ["--cache", small.store]
     result = type_("sae-eval", "run_4", *words, answer="n\n", code=1)
     assert ("[Y/n]" in result.stderr) == (words[1] == small.store)
-    assert "`sae-train --recipe attention/run_4 --cache ./store` makes that" in result.stderr
+    assert f"`sae-train --recipe attention/run_4 --cache {words[1]}` makes that" in result.stderr
     assert not Path("runs").exists()
 
 

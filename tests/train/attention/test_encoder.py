@@ -116,7 +116,7 @@ def test_disk_and_back(battery, tmp_path):
     stats = dataclasses.replace(assembly.input_stats, scale=torch.full((battery.D,), 0.5))
     knobs = assembly.knobs_at(battery.STEPS)
     save_sae(tmp_path, trainee.sae, stats, {"layers": [19]}, to_json(config), "hierarchical", None, knobs)
-    loaded = read_sae(tmp_path, lambda variant, raw, d: from_json(config_type(variant), raw).build(d).sae)
+    loaded = read_sae(tmp_path, lambda variant, raw, d, _: from_json(config_type(variant), raw).build(d).sae)
     assert loaded.needs_side == ("attention", "row_of")
     batch = battery.batches(config, 1)[0]
     side = Side(batch.side)
@@ -138,7 +138,7 @@ def test_controls_reach_an_encoder_without_the_loss_and_come_back_from_disk(batt
     assert "guidance" not in reports[-1].terms and trainee.sae.U.detach().any()
     batch = battery.batches(config, 1)[0]
     save_sae(tmp_path, trainee.sae, trainee.assembly.input_stats, {"layers": [19]}, to_json(config), "attention")
-    loaded = read_sae(tmp_path, lambda variant, raw, d: from_json(config_type(variant), raw).build(d).sae)
+    loaded = read_sae(tmp_path, lambda variant, raw, d, _: from_json(config_type(variant), raw).build(d).sae)
     read = Side({name: batch.side[name] for name in loaded.needs_side})
     with torch.no_grad():
         found = loaded.encode(batch.x, read)

@@ -235,6 +235,7 @@ def test_dictionary_learning_is_told_the_place_and_tells_it(tmp_path, hook):
     ("trainer", "buffer", "said"),
     [
         ({"submodule_name": "mlp_layer_3"}, {}, "found 'mlp_layer_3'"),
+        ({"submodule_name": {"a": 1}}, {}, "found {'a': 1}"),
         (
             {"submodule_name": "resid_post_layer_4"},
             {},
