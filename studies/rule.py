@@ -6,7 +6,8 @@
 3. A method helps if it is better than its base and than every control that it has at one measure, corrected for all
    comparisons of the run, and by the same test worse than none of them at the others. It does not help if every
    interval against the base leaves out a gain of one standard deviation of the base over seeds; of a base whose seeds
-   are all alike, any gain that was found. Anything else is undecided, and so is what lacks a measure that counts.
+   are all alike, any gain that was found. Anything else is undecided, and so is what lacks a measure that counts, and
+   a gain of an SAE with more active latents than the base: more latents explain more, whatever the method.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from .comparisons import Difference
 
 MOST_GROWTH = 0.01
 """By the last doubling. Within a run growth says nothing: as the rate falls to zero, every run grows in the end."""
+MOST_L0 = 1.05
+"""Of the base's: as near as an L0 that was asked for is met."""
 Families = Mapping[str, Mapping[int, Mapping[str, float | None]]]
 """Values by SAE, seed and measure."""
 
@@ -127,11 +130,20 @@ def _judge(
     if lacking:
         return Finding(label, "undecided", f"not measured: {', '.join(lacking)}; {gained}; {lost}{partly}")
     if better and not worse:
-        return Finding(label, "helps", f"{gained}, {lost}{partly}")
+        denser = _why_denser(values, label, base)
+        return Finding(label, "undecided" if denser else "helps", f"{gained}, {lost}{denser}{partly}")
     if any(deviations.values()) and not open_ones:
         return Finding(label, "does not help", f"no interval leaves room for a gain of one deviation; {lost}{partly}")
     still = f"a gain is not excluded at {', '.join(open_ones) or 'any'}"
     return Finding(label, "undecided", f"{gained}; {lost}; {still}{partly}")
+
+
+def _why_denser(values: Families, label: str, base: str) -> str:
+    """Where an SAE has more active latents than the base, seeds on average."""
+    own, its = _of(values[label], "l0"), _of(values[base], "l0")
+    if not own or not its or statistics.fmean(own) <= MOST_L0 * statistics.fmean(its):
+        return ""
+    return f"; not at equal sparsity, L0 {statistics.fmean(own):.1f} against {statistics.fmean(its):.1f}"
 
 
 def _may_gain(one: Difference, deviation: float) -> bool:

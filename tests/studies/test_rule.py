@@ -32,6 +32,15 @@ def test_better_than_base_and_control_and_worse_at_nothing_helps():
     assert finding.verdict == "helps" and "ev" in finding.why and "ce" not in finding.why
 
 
+@pytest.mark.parametrize(("l0", "verdict"), [(33.0, "helps"), (36.0, "undecided")])
+def test_a_gain_with_more_active_latents_is_undecided(l0, verdict):
+    sizes = {"base": 32.0, "control": 32.0, "method": l0}
+    values = {"base": family(wobble=0), "control": family(wobble=0), "method": family(gain=0.1)}
+    finding = found({label: {at: one | {"l0": sizes[label]} for at, one in of.items()} for label, of in values.items()})
+    assert finding.verdict == verdict
+    assert ("not at equal sparsity, L0 36.0 against 32.0" in finding.why) == (verdict == "undecided")
+
+
 @pytest.mark.parametrize(
     "values",
     [
