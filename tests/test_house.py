@@ -31,7 +31,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "content reader",
         "massive_rows",
         "info watch writer",
-        "__init__ importer verify",
+        "__init__ importer verify_and_repair",
         "cli",
     ),
     "harvest": (
