@@ -140,10 +140,11 @@ def _judge(
 
 def _why_denser(values: Families, label: str, base: str) -> str:
     """Where an SAE has more active latents than the base, seeds on average."""
-    own, its = _of(values[label], "l0"), _of(values[base], "l0")
-    if not own or not its or statistics.fmean(own) <= MOST_L0 * statistics.fmean(its):
+    found = [_of(values[one], "l0") for one in (label, base)]
+    if not all(found):
         return ""
-    return f"; not at equal sparsity, L0 {statistics.fmean(own):.1f} against {statistics.fmean(its):.1f}"
+    own, its = map(statistics.fmean, found)
+    return f"; not at equal sparsity, L0 {own:.1f} against {its:.1f}" if own > MOST_L0 * its else ""
 
 
 def _may_gain(one: Difference, deviation: float) -> bool:

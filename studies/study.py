@@ -326,10 +326,13 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) 
     half = RunFolder.at(folder.path.with_name(folder.name + HALF))
     at_half = read_json(half.path / "result.json")["saes"] if half.is_finished else {}
     lines = []
-    paths = {eval_id: folder.path / "evals" / eval_id for eval_id in eval_ids}
     documents = {
-        eval_id: {label: read_result(file) for label in result["saes"] if (file := path / (label + RESULTS)).is_file()}
-        for eval_id, path in paths.items()
+        eval_id: {
+            label: read_result(path)
+            for label in result["saes"]
+            if (path := folder.path / "evals" / eval_id / (label + RESULTS)).is_file()
+        }
+        for eval_id in eval_ids
     }
     uneven = {eval_id: differing(list(found.values())) for eval_id, found in documents.items()}
     for label, sae in result["saes"].items():

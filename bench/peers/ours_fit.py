@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fitting import ROWS, TRANSCODERS, Ask, batches, ends, load, norms, score, score_map, serve_fits
+from fitting import ROWS, TRANSCODERS, Ask, batches, ends, load, score, score_map, serve_fits
 from torch import Tensor
 
 from saemill.cache_schema.allocator import keep_large_blocks
@@ -48,9 +48,8 @@ def fit(ask: Ask) -> dict[str, float]:
     keep_large_blocks()
     if ask.variant in TRANSCODERS:
         return fit_map(ask)
-    d_model = next(batches(ask, 1)).shape[1]
-    scale = d_model**0.5 / norms(ask.folder)["mean"]
-    trainee = Trainee(ask.variant, make_config(ask).build(d_model, stats_of(next(batches(ask, 1)), scale)), ask.steps)
+    scale, first = scale_to_unit(load(ask.folder, "train")), next(batches(ask, 1))
+    trainee = Trainee(ask.variant, make_config(ask).build(first.shape[1], stats_of(first, scale)), ask.steps)
     for x in batches(ask):
         trainee.step(Batch(x * scale))
     return score(ask.folder, trainee.sae.encode, trainee.sae.decode, scale)

@@ -81,15 +81,10 @@ def make_dictionary_learning(request: Request) -> None:
 
 
 def open_sparsify(folder: Path) -> Opened:
-    from sparsify_step import load_coder
+    from sparsify_step import encode_dense, load_coder
 
     sae = load_coder(folder)
-
-    def encode(x: Tensor) -> Tensor:
-        found = sae.encode(x)
-        return torch.zeros(len(x), sae.num_latents).scatter_(1, found.top_indices, found.top_acts)
-
-    return encode, lambda x: sae(x).sae_out
+    return lambda x: encode_dense(sae, x), lambda x: sae(x).sae_out
 
 
 def make_sparsify(request: Request) -> None:

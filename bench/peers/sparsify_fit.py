@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fitting import Ask, batches, ends, score_map, serve_fits
-from sparsify_step import make_coder, make_optimiser
+from sparsify_step import encode_dense, make_coder, make_optimiser
 
 
 def fit(ask: Ask) -> dict[str, float]:
@@ -26,12 +26,7 @@ def fit(ask: Ask) -> dict[str, float]:
         optimiser.step()
         optimiser.zero_grad()
     optimiser.eval()
-
-    def encode(x: torch.Tensor) -> torch.Tensor:
-        found = sae.encode(x)
-        return torch.zeros(len(x), ask.width).scatter_(1, found.top_indices, found.top_acts)
-
-    return score_map(ask.folder, encode, lambda x: sae(x).sae_out)
+    return score_map(ask.folder, lambda x: encode_dense(sae, x), lambda x: sae(x).sae_out)
 
 
 if __name__ == "__main__":

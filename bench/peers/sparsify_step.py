@@ -27,6 +27,13 @@ def load_coder(folder: Path) -> Any:
     return SparseCoder.load_from_disk(folder)
 
 
+@torch.no_grad()
+def encode_dense(sae: Any, x: torch.Tensor) -> torch.Tensor:
+    """Codes [rows, latents]; its own are the k that are active, and which."""
+    found = sae.encode(x)
+    return torch.zeros(len(x), sae.num_latents).scatter_(1, found.top_indices, found.top_acts)
+
+
 def make_optimiser(sae: Any, lr: float | None = None) -> Any:
     """Its trainer's default: the sign of the momentum, free of a schedule."""
     groups = [{"params": sae.parameters(), "lr": lr or 5e-3 / (sae.num_latents / 2**14) ** 0.5}]

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 Splice = Callable[[Tensor], Tensor]
 Sinks = Mapping[int, Callable[[Tensor], None]]
-NO_ROOM = "{}: the model does not fit into memory; free some, or try --device cpu"
 
 
 class LanguageModel:
@@ -212,27 +211,35 @@ def load_language_model(folder: Path, dtype: torch.dtype, device: torch.device) 
     if not find_weights(folder):
         raise ModelMissing(f"{folder}: expected complete safetensors weights; fetch the model again")
     register_attention()
-    try:
-        with without_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
-            )
-        model, report = loaded
-    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise MemoryTooSmall(NO_ROOM.format(folder)) from error
-        raise ModelMissing(f"{folder}: the model cannot be loaded ({error}); fetch it again") from error
-    try:
-        model = model.to(device)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise MemoryTooSmall(NO_ROOM.format(folder)) from error
-        raise  # of the device, not of the files
+    with _room_for(folder):
+        try:
+            with without_report():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
+                )
+        except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ModelMissing(f"{folder}: the model cannot be loaded ({error}); fetch it again") from error
+        model, report = loaded[0].to(device), loaded[1]
     if report["missing_keys"]:
         raise ModelMissing(
             f"{folder}: it lacks weights ({sorted(report['missing_keys'])[0]} first); fetch the model again"
         )
     return make_language_model(model, folder)
+
+
+@contextmanager
+def _room_for(folder: Path) -> Iterator[None]:
+    """Whose memory it is, the host's or the device's, the message need not know."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise MemoryTooSmall(
+                f"{folder}: the model does not fit into memory; free some, or try --device cpu"
+            ) from error
+        raise
 
 
 def make_language_model(model: PreTrainedModel, source: str | Path | None) -> LanguageModel:

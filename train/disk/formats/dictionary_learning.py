@@ -85,7 +85,7 @@ def _place(config: Mapping[str, Any], buffer: Any, folder: Path) -> Metadata:
     layer, name = config.get("layer"), config.get("submodule_name")
     io = buffer.get("io", "out") if isinstance(buffer, dict) else "out"
     known = {f"{prefix}_layer_{layer}": hook for hook, prefix in _NAMES.items()}
-    if io != "out" or not (name is None or (isinstance(name, str) and name in known)):
+    if io != "out" or name not in (None, *known):
         raise SaeInvalid(
             f"{folder / 'config.json'}: expected a submodule_name of {', '.join(known)}, and io 'out', what that "
             f"gives, found {name!r} and io {io!r}: where it is one of these, write that there"
