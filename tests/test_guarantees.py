@@ -15,6 +15,7 @@ NAME = re.compile(r"`(tests/[^`]+)`")
 ROW = re.compile(r"\| (?P<tried>[^|]+) \| (?P<faults>(\d[\d,]* [^|,]+(, )?)+) \| 0 \| `(?P<test>tests/[^`]+)` \|")
 SENTENCE = re.compile(r"- (?P<said>[^.].*?\.)(?P<tests>( `tests/[\w/]+\.py::test_\w+`)+)")
 INSIDE = re.compile(r"[.!?] +[A-Z]")  # where a second sentence begins, which would stand there without a test
+HARM = "pytest.mark.faults"
 NEVER_RUN = ("pytest.mark.gpu", "pytest.mark.skip", "pytest.mark.xfail")
 
 
@@ -26,7 +27,7 @@ def find_problems(page: str) -> list[str]:
             continue
         if row := ROW.fullmatch(line):
             file, _, test = re.sub(r"\[.*\]$", "", row["test"]).partition("::")
-            if "pytest.mark.faults" not in marks_of(file).get(test, ()):
+            if HARM not in marks_of(file).get(test, ()):
                 found.append(f"no test that does harm (`pytest.mark.faults`): {row['test']}")
             continue
         promise = SENTENCE.fullmatch(line)
@@ -64,6 +65,13 @@ def marks_of(file: str) -> dict[str, list[str]]:
 def test_every_sentence_has_a_test_that_exists():
     assert not find_problems(PAGE)
     assert len(NAME.findall(PAGE)) > 80
+
+
+def test_every_test_that_does_harm_has_its_row_and_no_other():
+    rows = {re.sub(r"\[.*\]$", "", row["test"]) for row in map(ROW.fullmatch, PAGE.splitlines()) if row}
+    files = (str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py")))
+    harmful = {f"{file}::{test}" for file in files for test, marks in marks_of(file).items() if HARM in marks}
+    assert rows == harmful
 
 
 HERE = "`tests/test_guarantees.py::test_every_sentence_has_a_test_that_exists`"
