@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from ..cache_schema import Store
-from ..cache_schema.strict import nearest
+from ..cache_schema.strict_json import nearest
 from ..evaluate.cli import main as sae_eval
 from ..harvest.cli import main as sae_harvest
 from ..train.cli import main as sae_train

@@ -15,7 +15,7 @@ from ..train.data.batches import Batches
 from ..train.data.shuffle import Plan, measure_split
 from ..train.parallel.processes import choose_device
 from ..train.run.preflight import layer_stats
-from ..train.run.settle import with_pool
+from ..train.run.settle_config import with_pool
 from . import notebook_html
 
 

@@ -25,7 +25,7 @@ from saemill.cache_schema.info import LinkCounts, count_links
 from saemill.cache_schema.manifest import Manifest
 from saemill.cache_schema.moments import is_special
 from saemill.harvest.capture import run
-from saemill.harvest.model.load import Wanted, load_model
+from saemill.harvest.model.load_and_truncate import Wanted, load_model
 from saemill.harvest.sparsify_attention import KeptRows, sparsify, to_csr
 
 MASSES, SLOTS = (0.9, 0.95, 0.99), (8, 16, 32)

@@ -25,7 +25,7 @@ from torch import Tensor
 from saemill import Store, harvest, train
 from saemill.cache_schema import Request
 from saemill.cache_schema.sites import Site
-from saemill.harvest.model.load import read_facts
+from saemill.harvest.model.load_and_truncate import read_facts
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.train.export import export_set
 from saemill.train.run.find_sae import find_saes, read_folder

@@ -24,7 +24,7 @@ from talk import Worker
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saemill.cache_schema.strict import to_json
+from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.batch import Batch, Needs
 from saemill.train.data.scaling import Stats
 from saemill.train.disk.plain_form import begin_as

@@ -29,7 +29,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from saemill.cache_schema import CorpusSpec, Manifest, ModelSpec, ShardContent, StoreWriter
 from saemill.harvest.capture import capture
-from saemill.harvest.model.load import Wanted, load_model, read_facts
+from saemill.harvest.model.load_and_truncate import Wanted, load_model, read_facts
 from saemill.harvest.model.resolve import POCKET_FOLDER
 from saemill.harvest.stats import measure
 from saemill.train.data.scaling import unit_stats

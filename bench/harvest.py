@@ -40,7 +40,7 @@ from transformers.utils import logging
 from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, ShardContent, Store, StoreWriter
 from saemill.cache_schema.allocator import SMALLER_THAN_SHARDS, keep_large_blocks
 from saemill.harvest.capture import run
-from saemill.harvest.model.load import Wanted, load_model
+from saemill.harvest.model.load_and_truncate import Wanted, load_model
 from saemill.harvest.shards import Harvester, compute_shard, harvest_shards
 
 LAYER, ATTENTION = 19, (17, 18, 19, 20)

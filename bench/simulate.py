@@ -34,7 +34,7 @@ from saemill.cache_schema.identity import seal
 from saemill.cache_schema.layout import BEGINNING, COMMITS, INDEX, arrays_of, encode_json, record_key
 from saemill.cache_schema.manifest import HookSpec, Manifest
 from saemill.cache_schema.request import Span
-from saemill.cache_schema.strict import to_json
+from saemill.cache_schema.strict_json import to_json
 
 DOLLARS = {"PUT": 5e-6, "LIST": 5e-6, "GET": 4e-7, "HEAD": 4e-7, "DELETE": 0.0}  # S3, us-east-1
 PAGE = 1000
@@ -313,7 +313,7 @@ def shuffle_on_paper(shards: int) -> list[Row]:
     """What a trainer's batches mix: its own read order and pool, over documents of random lengths."""
     from saemill.train.data.shuffle import Plan, SplitSizes, token_order, token_slice
     from saemill.train.data.shuffle_quality import count_pairs
-    from saemill.train.run.settle import POOL_BYTES
+    from saemill.train.run.settle_config import POOL_BYTES
 
     manifest = make_manifest(shards)
     layout = arrays_of(manifest)[manifest.sites[0].path]

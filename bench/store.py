@@ -43,7 +43,7 @@ from saemill.cache_schema.commits import Index
 from saemill.cache_schema.identity import seal
 from saemill.cache_schema.layout import INDEX, ROOT, encode_json, root_document
 from saemill.cache_schema.moments import Moments
-from saemill.cache_schema.strict import to_json
+from saemill.cache_schema.strict_json import to_json
 from saemill.cache_schema.writer import WRITERS
 
 CONTEXT, WIDTH, LAYER, SHARD_WINDOWS = 128, 2304, 19, 256

@@ -24,7 +24,7 @@ from .manifest import Codec, Manifest
 from .reader import GONE, Store
 from .sites import HOOKS, RESID, Site
 from .sources import NumpySource, SaelensSource, Source
-from .strict import nearest, to_json
+from .strict_json import nearest, to_json
 from .verify_and_repair import Damage, digest, drop_broken_derived, repair, verify_shards
 from .vllm import VllmSource
 from .watch import follow

@@ -21,7 +21,7 @@ from .errors import ManifestInvalid, StoreUnfinished
 from .files import Files
 from .layout import COMMITS, INDEX, SUMMARY, device_name, encode_json, record_key, record_name
 from .manifest import Manifest, check_format
-from .strict import StrictError, from_json, to_json
+from .strict_json import StrictError, from_json, to_json
 
 MANY = 100_000  # shards that the index lacks: to ask a disk for each takes longer than to list those there are
 READ_AT_ONCE = 16  # records: an object store answers each after some 30 ms

@@ -18,7 +18,7 @@ from .layout import COUNTS, encode_json
 from .manifest import Manifest
 from .moments import is_special
 from .request import Request, Span, spans_of
-from .strict import to_json
+from .strict_json import to_json
 
 Ids = tuple[np.ndarray, np.ndarray]
 """Tokens and documents [W, T] of some windows."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from .dtypes import SmallDtype
 from .errors import FormatTooNew, ManifestInvalid, StoreMismatch
 from .sites import HOOKS, RESID, Site
-from .strict import LATER, StrictError, flatten, from_json, nearest, to_json
+from .strict_json import LATER, StrictError, flatten, from_json, nearest, to_json
 
 FORMAT = 3  # the highest that is read; `identity.seal` says which a store is written in
 SPLITS = ("train", "validation", "test")

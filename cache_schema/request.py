@@ -13,7 +13,7 @@ from .dtypes import to_float32
 from .errors import RequestInvalid
 from .manifest import Manifest
 from .sites import HOOKS, RESID, Site, by_hook
-from .strict import nearest
+from .strict_json import nearest
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .layout import SUMMARY, encode_json
 from .manifest import Manifest
 from .moments import Moments
 from .sites import RESID, Site
-from .strict import LATER, to_json
+from .strict_json import LATER, to_json
 
 
 @dataclass(frozen=True)

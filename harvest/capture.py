@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cache_schema import AttentionSpec
 from ..cache_schema.sites import RESID, Site
 from .model.attention import Sinks
-from .model.load import TruncatedModel, kept
+from .model.load_and_truncate import TruncatedModel, kept
 from .sparsify_attention import KeptRows, sparsify
 
 

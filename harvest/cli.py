@@ -168,8 +168,8 @@ def _document_of(finished: Finished) -> dict[str, Any]:
 
 
 def _estimate(config: HarvestConfig, is_json: bool) -> None:
-    from .cost import require_space
     from .dry_run import document_of, dry_run, render
+    from .estimate_cost import require_space
     from .progress import Watch
 
     estimate = dry_run(config, Watch())

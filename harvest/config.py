@@ -10,7 +10,7 @@ from typing import Literal
 from ..cache_schema.dtypes import SmallDtype
 from ..cache_schema.manifest import Codec, Sink
 from ..cache_schema.sites import HOOKS, RESID, Site, by_hook
-from ..cache_schema.strict import nearest
+from ..cache_schema.strict_json import nearest
 from .corpus.source import DatasetOptions
 from .errors import SettingInvalid
 from .packing import Packing

@@ -20,9 +20,9 @@ from ..cache_schema.layout import ROOT
 from .config import HarvestConfig
 from .corpus import open_corpus
 from .corpus.source import Corpus, part_of
-from .cost import Cost, cost_before, least_bytes, measure_cost, needed_bytes, tell_splits, tokens_in
 from .create_store import require_ours, require_place
 from .errors import CorpusEmpty
+from .estimate_cost import Cost, cost_before, least_bytes, measure_cost, needed_bytes, tell_splits, tokens_in
 from .packing import Packer
 from .process import open_process
 from .progress import Watch

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .config import Worker
-from .model.load import find_device
+from .model.load_and_truncate import find_device
 
 
 @dataclass(frozen=True)

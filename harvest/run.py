@@ -24,10 +24,10 @@ from ..cache_schema.files import Files, open_files
 from ..cache_schema.layout import ROOT
 from ..cache_schema.root import read_root
 from .config import HarvestConfig
-from .cost import announce, is_bound_to_fit, measure_cost, needed_bytes, require_space, tokens_in
 from .create_store import begin_store, require_place, wait_for_tokens
 from .errors import HarvestError
-from .model.load import Wanted, find_device, load_model
+from .estimate_cost import announce, is_bound_to_fit, measure_cost, needed_bytes, require_space, tokens_in
+from .model.load_and_truncate import Wanted, find_device, load_model
 from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch, fetch_recorded, look
 from .process import Process, open_process
 from .progress import Stage, Watch

@@ -26,7 +26,7 @@ from ..cache_schema.dtypes import STORED_AS
 from ..cache_schema.moments import merge
 from ..cache_schema.sites import Site
 from .capture import Captured, capture
-from .model.load import TruncatedModel, memory_of
+from .model.load_and_truncate import TruncatedModel, memory_of
 from .sparsify_attention import to_csr
 from .stats import is_special, measure
 

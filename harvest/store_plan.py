@@ -14,7 +14,7 @@ from ..cache_schema.splits import PER_MILLE, per_mille_for_tests, share_windows
 from .config import HarvestConfig, read_hooks, read_layers
 from .corpus import source_of
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
-from .model.load import ModelFacts, Wanted, read_facts
+from .model.load_and_truncate import ModelFacts, Wanted, read_facts
 from .model.resolve import POCKET, SMOLLM2, Choice, ModelSource
 from .model.tokenizer import TextEncoder, load_encoder
 from .spool import PackedCorpus

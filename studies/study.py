@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cache_schema.cli import as_json, print_json
-from ..cache_schema.strict import flatten
+from ..cache_schema.strict_json import flatten
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.context.results import metric_of, read_result, settings_in, without_nan
@@ -45,7 +45,7 @@ from ..train.disk.whole_files import read_json, replace_file, write_json
 from ..train.recipes import find_recipes, runs_of, studies
 from ..train.run.folder import RunFolder
 from .comparisons import Difference, compare
-from .rule import Families, is_baseline, judge
+from .decision_rule import Families, is_baseline, judge
 
 CORE, DECISIVE = "core", "decisive"
 LOGGED = "explained_variance"
@@ -246,7 +246,7 @@ def settings_of(words: Sequence[str], eval_ids: Sequence[str]) -> list[str]:
 
 def draw_pictures(results: Results, folders: Mapping[str, RunFolder], out: Path, console: Console) -> None:
     """Of the runs of several seeds, beside the table."""
-    from .bands import draw_bands  # loads matplotlib, which nobody waits for who asks for help
+    from .seed_plots import draw_bands  # loads matplotlib, which nobody waits for who asks for help
 
     for recipe, lines in results:
         if recipe.seeds > 1 and lines:

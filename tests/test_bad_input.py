@@ -27,7 +27,7 @@ from saemill.cache_schema.files import LocalFiles
 from saemill.cache_schema.identity import seal
 from saemill.cache_schema.manifest import read_manifest
 from saemill.cache_schema.root import read_root
-from saemill.cache_schema.strict import StrictError, from_json, to_json
+from saemill.cache_schema.strict_json import StrictError, from_json, to_json
 from saemill.cache_schema.summary import read_summary
 from saemill.evaluate.context.results import describe_differences, is_whole, metric_of, read_result
 from saemill.evaluate.errors import EvalError

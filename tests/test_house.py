@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies", "api")
 FLOORS = {  # of every package, from the ground up: its folders, and the modules beside them; imports lead down
     "cache_schema": (
-        "allocator dtypes errors sites splits strict",
+        "allocator dtypes errors sites splits strict_json",
         "csr files manifest sources",
         "identity layout request vllm",
         "buffers claims codecs commits moments",
@@ -40,7 +40,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "corpus model sparsify_attention stats",
         "capture config spool",
         "process store_plan shards",
-        "create_store cost",
+        "create_store estimate_cost",
         "run",
         "dry_run",
         "cli",
@@ -70,7 +70,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "run",
         "cli",
     ),
-    "studies": ("__init__ comparisons", "rule", "bands", "study"),
+    "studies": ("__init__ comparisons", "decision_rule", "seed_plots", "study"),
     "api": ("__init__ notebook_html command_words", "run store table", "calls"),
 }
 BELOW_ITS_FOLDER = ("evals/contract",)  # what folders inside a folder stand on
@@ -85,7 +85,7 @@ MAY_IMPORT = {  # rooms of other packages
         "train": "config command data disk errors file_registry kit recipes run sae sae/kernels start_runs",
     },
     "studies": {
-        "cache_schema": "cli strict",
+        "cache_schema": "cli strict_json",
         "train": "config cli command disk recipes run",
         "evaluate": "cli context evals output/figures output/plots run",
     },

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cache_schema.cli import as_json, print_json
-from ..cache_schema.strict import to_json
+from ..cache_schema.strict_json import to_json
 from . import command
 from .command import tell_errors
 from .config.settings import parse_value

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Iterable
 from types import ModuleType
 
-from ..cache_schema.strict import nearest
+from ..cache_schema.strict_json import nearest
 
 
 def file_names(folders: Iterable[str]) -> tuple[str, ...]:

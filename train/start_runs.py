@@ -23,7 +23,7 @@ from .run.loop import train
 from .run.process import Process
 from .run.results import Outcome
 from .run.run import Run
-from .run.settle import settle
+from .run.settle_config import settle
 from .run.start_or_resume import begin_run, resume_run
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}

@@ -28,7 +28,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from harvest import ATTENTION, BOS, LAYER, Bare, SaeLens, save_tokenizer
 from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, StoreWriter
 from saemill.harvest.capture import run
-from saemill.harvest.model.load import TruncatedModel, Wanted, load_model
+from saemill.harvest.model.load_and_truncate import TruncatedModel, Wanted, load_model
 from saemill.harvest.shards import Harvester, harvest_shards
 
 ENOUGH = 24 * 10**9  # bytes that must be free where everything is written

@@ -26,8 +26,8 @@ from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
 from saemill.train.sae.kernels.hardware import has_triton
-from saemill.train.sae.kernels.support import support_from_topk
-from saemill.train.sae.kernels.triton import bags, rows, select_latents
+from saemill.train.sae.kernels.sparse_support import support_from_topk
+from saemill.train.sae.kernels.triton import bag_sums, row_update, select_kernels
 
 D, K, B = 2304, 64, 4096
 
@@ -77,18 +77,18 @@ def measure(table: Table, width: int, sweep: bool) -> None:
     pre = low_x @ low_W.t()
     full = pre.float()
     table.add(
-        f"F {width}: top {K} of rows, bfloat16", milliseconds(lambda: select_latents.top_latents(pre, K)), pre.nbytes
+        f"F {width}: top {K} of rows, bfloat16", milliseconds(lambda: select_kernels.top_latents(pre, K)), pre.nbytes
     )
     table.add(f"F {width}: the same by torch.topk", milliseconds(lambda: pre.topk(K, sorted=False)), pre.nbytes)
     table.add(
-        f"F {width}: top {K} of rows, float32", milliseconds(lambda: select_latents.top_latents(full, K)), full.nbytes
+        f"F {width}: top {K} of rows, float32", milliseconds(lambda: select_kernels.top_latents(full, K)), full.nbytes
     )
     table.add(
         f"F {width}: top {K * B} of the batch, bfloat16",
-        milliseconds(lambda: select_latents.top_of_batch(pre, K * B)),
+        milliseconds(lambda: select_kernels.top_of_batch(pre, K * B)),
         pre.nbytes,
     )
-    latents = select_latents.top_latents(pre, K)
+    latents = select_kernels.top_latents(pre, K)
     support = support_from_topk(latents, width)
     values = torch.rand(B * K, device="cuda")
     gathered = 4.0 * B * K * D
@@ -101,7 +101,7 @@ def measure(table: Table, width: int, sweep: bool) -> None:
     for name, source in (("float32", W), ("bfloat16", low_W)):
         table.add(
             f"F {width}: decode from {name}",
-            milliseconds(lambda source=source: bags.bag_sum(source, support.latents, support.offsets, values)),
+            milliseconds(lambda source=source: bag_sums.bag_sum(source, support.latents, support.offsets, values)),
             gathered,
         )
     bag = torch.nn.functional.embedding_bag
@@ -118,38 +118,38 @@ def measure(table: Table, width: int, sweep: bool) -> None:
         table.add(
             f"F {width}: pair dots by latent, rows {name}",
             milliseconds(
-                lambda source=source: bags.pair_dots(W, by_latent.latents, source, by_latent.rows, by_latent.order)
+                lambda source=source: bag_sums.pair_dots(W, by_latent.latents, source, by_latent.rows, by_latent.order)
             ),
             gathered,
         )
     moments = torch.zeros_like(W), torch.zeros_like(W)
     low = torch.empty_like(low_W)
-    adam = rows.AdamStep(1e-5, 0.9, 0.999, 1e-8, 0.0, 10)
+    adam = row_update.AdamStep(1e-5, 0.9, 0.999, 1e-8, 0.0, 10)
     sorted_values = values[by_latent.order]
     moved = 6.0 * W.nbytes + low.nbytes
     for name, source in (("float32", x), ("bfloat16", low_x)):
         entries = by_latent.offsets, by_latent.latents, by_latent.rows, sorted_values, source
         table.add(
             f"F {width}: row update, rows {name}",
-            milliseconds(lambda entries=entries: rows.update_rows(W, moments, entries, adam, low=low, unit=True)),
+            milliseconds(lambda entries=entries: row_update.update_rows(W, moments, entries, adam, low=low, unit=True)),
             moved + gathered / (1 if name == "float32" else 2),
         )
     table.add(
         f"F {width}: row update without entries",
-        milliseconds(lambda: rows.update_rows(W, moments, None, adam, low=low, unit=True)),
+        milliseconds(lambda: row_update.update_rows(W, moments, None, adam, low=low, unit=True)),
         moved,
     )
     if sweep:
         entries = by_latent.offsets, by_latent.latents, by_latent.rows, sorted_values, x
-        usual = rows.PER_WARP, rows.TOGETHER
+        usual = row_update.PER_WARP, row_update.TOGETHER
         for per_warp, together in itertools.product((256, 512, 1024), (2, 4, 8)):
-            rows.PER_WARP, rows.TOGETHER = per_warp, together
+            row_update.PER_WARP, row_update.TOGETHER = per_warp, together
             table.add(
                 f"F {width}: row update, {per_warp} elements per warp, {together} rows together",
-                milliseconds(lambda: rows.update_rows(W, moments, entries, adam, low=low, unit=True), 5),
+                milliseconds(lambda: row_update.update_rows(W, moments, entries, adam, low=low, unit=True), 5),
                 moved + gathered,
             )
-        rows.PER_WARP, rows.TOGETHER = usual
+        row_update.PER_WARP, row_update.TOGETHER = usual
     centre = torch.rand(width, device="cuda")
     table.add(f"F {width}: one vector times W", milliseconds(lambda: centre @ W), W.nbytes)
 

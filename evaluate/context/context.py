@@ -14,7 +14,7 @@ from ...cache_schema import Manifest, Store
 from ...cache_schema.massive_rows import Massive, default_multiple, measure_massive
 from ...cache_schema.sites import Place, site_of
 from ...harvest.errors import HarvestError
-from ...harvest.model.load import read_facts
+from ...harvest.model.load_and_truncate import read_facts
 from ...harvest.model.resolve import POCKET, Choice, ModelSource, fetch, fetch_recorded
 from ...harvest.model.tokenizer import TextEncoder, load_encoder
 from ...harvest.progress import Watch

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.sites import RESID
-from ...cache_schema.strict import from_json
+from ...cache_schema.strict_json import from_json
 from ...train.kit import registry
 from ...train.sae.model import SparseAutoencoder
 from ...train.sae.side_inputs import Side

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ...cache_schema.strict import flatten
+from ...cache_schema.strict_json import flatten
 from ...train.disk.sae_folder import SAELENS_VERSION, WEIGHT_SUFFIXES
 from ...train.disk.whole_files import replace_file
 from ...train.run.folder import provenance

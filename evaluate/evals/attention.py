@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache_schema.strict import to_json
+from ...cache_schema.strict_json import to_json
 from ...harvest.sparsify_attention import sinks
 from ...train.data.batch import AttentionRows
 from ..context.split_windows import mean_of_rows, ordinary_rows, read_windows

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from ...cache_schema.strict import to_json
+from ...cache_schema.strict_json import to_json
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing.features import Features
 from .probing.pooling import Pool, pool_task

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache_schema.strict import to_json
+from ...cache_schema.strict_json import to_json
 from ...train.disk.plain_form import without_signs
 from ...train.disk.sae_folder import read_config
 from ...train.run.find_sae import list_saes, read_folder

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...cache_schema.massive_rows import Massive
 from ...cache_schema.sites import RESID, Site, place_of
-from ...cache_schema.strict import to_json
+from ...cache_schema.strict_json import to_json
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
 from ..context.split_windows import read_windows

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ...cache_schema.strict import to_json
+from ...cache_schema.strict_json import to_json
 from ..context.compatible import model_name_of
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing.dense_probe import FULL_WIDTH, probe_every_class, sparse_accuracy

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from ...cache_schema.strict import to_json
+from ...cache_schema.strict_json import to_json
 from ..context.compatible import attention_of, model_name_of
 from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
 from ..model.prefix_suffix import LanguageModel

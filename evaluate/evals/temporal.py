@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...cache_schema.strict import to_json
+from ...cache_schema.strict_json import to_json
 from ..context.split_windows import ordinary_rows, read_windows
 from ..model.batches import Sums, Windows
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result

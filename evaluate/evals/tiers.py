@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache_schema.strict import to_json
+from ...cache_schema.strict_json import to_json
 from ..context.split_windows import ordinary_rows, read_windows
 from ..errors import ModelMissing
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result

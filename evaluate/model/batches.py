@@ -22,7 +22,7 @@ from ...harvest.sparsify_attention import KeptRows, sparsify, to_csr
 from ...harvest.stats import is_special
 from ...train.data.batch import AttentionRows
 from ...train.data.block import TORCH_DTYPES, StoredRows, as_tensor
-from ...train.data.device import send
+from ...train.data.device_copies import send
 from ..errors import SettingInvalid
 from .prefix_suffix import LanguageModel
 

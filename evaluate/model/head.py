@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
-from ...harvest.model.load import find_weights, read_facts
+from ...harvest.model.load_and_truncate import find_weights, read_facts
 from ..errors import ModelMissing
 
 TABLES = {True: ("embed_tokens", "embed_in"), False: ("lm_head", "embed_out")}  # by whether input and output share one

@@ -29,7 +29,7 @@ from ...cache_schema.sites import RESID, Site
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of, require_parts
 from ...harvest.model.attention import ATTENTION, register_attention
-from ...harvest.model.load import ModelFacts, find_weights, kept, read_facts, tapped, without_report
+from ...harvest.model.load_and_truncate import ModelFacts, find_weights, kept, read_facts, tapped, without_report
 from ...harvest.model.tokenizer import TextEncoder, make_encoder
 from ..errors import MemoryTooSmall, ModelMissing
 from .memory import is_out_of_memory

@@ -45,7 +45,7 @@ def after_run(folder: Path, say: Say, pause: float = 0.0) -> None:
 
 def _draw_live(run: RunFolder, say: Say, pause: float) -> None:
     from .figures.records import read_records
-    from .report import write_live_page
+    from .report.run_page import write_live_page
 
     try:
         write_live_page(run, read_records([run]), pause)
@@ -57,7 +57,7 @@ def _draw(homes: Sequence[Path], folder: Path, say: Say, known: Documents | None
     from ..evals.browser.overview import refresh
     from .figures.records import read_records
     from .plots import make_plots
-    from .report import write_page  # loads matplotlib, which nobody waits for who asks for no pictures
+    from .report.run_page import write_page  # loads matplotlib, which nobody waits for who asks for no pictures
 
     runs = [RunFolder.at(home) for home in homes]
     try:

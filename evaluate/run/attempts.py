@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from ...cache_schema import StoreError
 from ...cache_schema.sites import RESID
-from ...cache_schema.strict import to_json
+from ...cache_schema.strict_json import to_json
 from ...harvest.errors import HarvestError
 from ...train.errors import TrainError
 from .. import evals

@@ -17,7 +17,7 @@ from ...cache_schema.allocator import keep_large_blocks
 from ...cache_schema.cli import print_json
 from ...cache_schema.sites import RESID
 from ...harvest.errors import HarvestError
-from ...harvest.model.load import find_device
+from ...harvest.model.load_and_truncate import find_device
 from ...harvest.progress import Watch
 from ...train.command import RUNS
 from ...train.config.settings import parse_settings, split_key, with_settings

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ...cache_schema.strict import flatten
+from ...cache_schema.strict_json import flatten
 from .. import evals
 from ..context.loaded_sae import LoadedSae
 from ..context.results import Row, metric_of, settings_in

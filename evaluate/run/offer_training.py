@@ -14,7 +14,7 @@ import click
 from ...cache_schema import Store, StoreMissing
 from ...train.config.run_config import Ask
 from ...train.recipes import find_recipes
-from ...train.run.settle import settle
+from ...train.run.settle_config import settle
 from ...train.run.start_or_resume import estimate_seconds
 from ...train.start_runs import open_process, start
 from ..errors import TargetUnknown

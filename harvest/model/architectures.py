@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ...cache_schema.strict import nearest
+from ...cache_schema.strict_json import nearest
 from ..errors import HookMissing, UnsupportedArchitecture
 
 LAYERS, INPUT_NORM = "layers", "input_layernorm"

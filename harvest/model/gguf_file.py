@@ -28,7 +28,7 @@ from huggingface_hub import constants
 from ...cache_schema.files import name_full_disk, sync
 from ..errors import ModelUnavailable, TokenizerUnsuitable, UnsupportedArchitecture
 from ..network import require_room
-from .load import validate_report
+from .load_and_truncate import validate_report
 from .tokenizer import load_encoder
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from ..errors import ModelDiffers, ModelUnavailable
 from ..network import NETWORK_ERRORS, require_room
 from ..pocket import MODEL_FOLDER
 from .gguf_file import DIGITS, SUFFIX, convert, find_converted, find_smollm2
-from .load import CONFIG_FILE, find_weights
+from .load_and_truncate import CONFIG_FILE, find_weights
 
 AUTO = "auto"
 POCKET = "pocket"

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from .architecture import load_checkpoint, save_checkpoint
-from .team import Team, working_team
+from .process_team import Team, working_team
 from .trainer import EVALUATION_CONTEXT, TOKENS_PER_STEP, Corpus, Trainer, context_of, learning_rate, read_corpus
 
 LONGEST_STEP = 15.0  # seconds; what goes beyond is a pause

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from .architecture import make_model
 from .make_tokenizer import BOS, train_tokenizer
+from .process_team import Team
 from .quality import join_documents, measure
-from .team import Team
 from .text import is_held_out, stdlib_documents, text_digest
 
 CYCLE = (128,) * 7 + (512,) + (128,) * 7 + (1024,)  # the context of each step, again and again

@@ -15,7 +15,7 @@ import pytest
 import zarr
 from scipy.sparse import csr_matrix
 
-from saemill.cache_schema import Request, Site, Store, codecs, strict
+from saemill.cache_schema import Request, Site, Store, codecs, strict_json
 from saemill.cache_schema import layout as layouts
 from saemill.cache_schema import manifest as manifests
 from saemill.cache_schema.chunks import plan_reads, read_chunk
@@ -201,7 +201,7 @@ def test_the_template_of_a_codec_is_read_by_zarr_and_by_us(synthetic, tmp_path, 
         monkeypatch.setattr(module, "Codec", Literal[(*get_args(Codec), name)])
     for module in (layouts, codecs):
         monkeypatch.setattr(module, "BLOSC", settings)
-    monkeypatch.setattr(strict, "_hints_of", strict._hints_of.__wrapped__)  # of the list before, where kept
+    monkeypatch.setattr(strict_json, "_hints_of", strict_json._hints_of.__wrapped__)  # of the list before, where kept
     corpus = synthetic.write_store(tmp_path, synthetic.make_manifest(codec=name))
     np.testing.assert_array_equal(zarr.open_group(tmp_path, mode="r")["tokens"][:], corpus.tokens)
     with Store.open(tmp_path) as store:

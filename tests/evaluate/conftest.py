@@ -36,7 +36,7 @@ from saemill.evaluate.model.prefix_suffix import LanguageModel, make_language_mo
 from saemill.evaluate.run.find_saes import make_subject
 from saemill.harvest.capture import capture
 from saemill.harvest.errors import ModelUnavailable
-from saemill.harvest.model.load import Wanted, load_model
+from saemill.harvest.model.load_and_truncate import Wanted, load_model
 from saemill.harvest.progress import Watch
 from saemill.harvest.sparsify_attention import to_csr
 from saemill.train.data.scaling import unit_stats

@@ -18,7 +18,7 @@ import torch
 
 from saemill import evaluate
 from saemill.cache_schema import Store
-from saemill.cache_schema.strict import StrictError, from_json, to_json
+from saemill.cache_schema.strict_json import StrictError, from_json, to_json
 from saemill.evaluate import evals
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import EvaluationInvalid

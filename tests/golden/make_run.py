@@ -22,7 +22,7 @@ from saemill.train.run.loop import train
 from saemill.train.run.metrics import Watch
 from saemill.train.run.process import Process
 from saemill.train.run.run import Run
-from saemill.train.run.settle import settle
+from saemill.train.run.settle_config import settle
 from saemill.train.run.start_or_resume import begin_run
 
 FOLDER = Path(__file__).parent / "runs_1"

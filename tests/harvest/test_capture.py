@@ -16,7 +16,7 @@ from saemill.harvest.errors import NonFiniteResidual
 from saemill.harvest.model import attention as attend_module
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.attention import ATTENTION, register_attention
-from saemill.harvest.model.load import Wanted, truncate
+from saemill.harvest.model.load_and_truncate import Wanted, truncate
 from saemill.harvest.sparsify_attention import to_csr
 from saemill.harvest.stats import measure
 

@@ -4,7 +4,7 @@ import pytest
 
 from saemill.harvest.config import HarvestConfig, Worker, parse_count, parse_layers, parse_worker
 from saemill.harvest.errors import SettingInvalid
-from saemill.harvest.model.load import ModelFacts, Wanted
+from saemill.harvest.model.load_and_truncate import ModelFacts, Wanted
 from saemill.harvest.store_plan import wanted_layers
 
 

@@ -23,7 +23,7 @@ from saemill.cache_schema.files import LocalFiles
 from saemill.cache_schema.verify_and_repair import digest
 from saemill.harvest import run, shards
 from saemill.harvest.cli import main
-from saemill.harvest.model import load
+from saemill.harvest.model import load_and_truncate
 from saemill.harvest.model.resolve import Choice
 
 Type = Callable[..., Result]
@@ -276,7 +276,7 @@ def test_a_device_without_memory_says_what_was_asked_and_what_to_turn(type_: Typ
 
     for module, name, asked in (
         (shards, "capture", "batches of 16 windows"),
-        (load, "_truncated", "the model"),
+        (load_and_truncate, "_truncated", "the model"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, allocate)

@@ -23,7 +23,7 @@ from saemill.harvest.config import HarvestConfig, Worker, parse_hooks
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import HookMissing, LayerOutOfRange, NonFiniteResidual, SettingInvalid
 from saemill.harvest.model.architectures import ARCHITECTURES
-from saemill.harvest.model.load import Wanted, truncate
+from saemill.harvest.model.load_and_truncate import Wanted, truncate
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import reharvest
 

@@ -42,9 +42,9 @@ from saemill.harvest import create_store, run, shards, store_plan
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus.hub import HubCorpus
 from saemill.harvest.corpus.source import DatasetOptions
-from saemill.harvest.cost import RESERVE_BYTES
 from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SettingInvalid, SplitEmpty
+from saemill.harvest.estimate_cost import RESERVE_BYTES
 from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, ModelSource
 from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch

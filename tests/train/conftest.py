@@ -24,7 +24,7 @@ from saemill.cache_schema import (
 )
 from saemill.cache_schema.moments import is_special, measure
 from saemill.train.data.batch import AttentionRows, Batch, Needs
-from saemill.train.engine.compose import Assembly
+from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Report, Trainee
 from saemill.train.kit.registry import config_type
 from saemill.train.kit.wrapping import BASE_SETTINGS

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...cache_schema.sites import RESID
-from ...cache_schema.strict import StrictError, flatten, from_json, nearest, to_json
+from ...cache_schema.strict_json import StrictError, flatten, from_json, nearest, to_json
 from ..data.batch import Needs
 from ..errors import ConfigInvalid
 from ..kit import registry

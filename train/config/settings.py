@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from ...cache_schema.strict import StrictError, flatten, from_json, nearest, to_json
+from ...cache_schema.strict_json import StrictError, flatten, from_json, nearest, to_json
 from ..errors import ConfigInvalid
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from ...cache_schema import AttentionCsr, Span
 from ...cache_schema.layout import scales_path
 from ...cache_schema.sites import Place, site_of
 from .batch import AttentionRows
-from .device import send
+from .device_copies import send
 
 TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,

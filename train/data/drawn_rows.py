@@ -18,7 +18,7 @@ from torch import Tensor
 from ...cache_schema.sites import Place
 from .batch import AttentionRows, Batch, Kind, Needs, Rows
 from .block import Block, as_whole
-from .device import send
+from .device_copies import send
 
 
 class Draw:

@@ -21,7 +21,7 @@ from ...cache_schema.counts import trainable
 from ...cache_schema.massive_rows import is_massive, row_norms
 from ...cache_schema.sites import Place, place_of, site_of
 from .block import TORCH_DTYPES, Attention, Block, StoredRows, as_stored, joined, owned, send_attention
-from .device import take_device
+from .device_copies import take_device
 
 PIECES_IN_FLIGHT = 4
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...cache_schema.files import make_folder, sync
-from ...cache_schema.strict import StrictError, from_json, to_json
+from ...cache_schema.strict_json import StrictError, from_json, to_json
 from ..errors import CheckpointDamaged, ConfigInvalid, RunNotWritten, StoppedElsewhere
 from ..parallel.processes import Group, Solo
 from .whole_files import read_json, write_json

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data.scaling import Stats, unit_stats
 from ..errors import SaeInvalid
-from ..parallel.latents import ALL_LATENTS, Latents
+from ..parallel.split_latents import ALL_LATENTS, Latents
 from ..sae.gates import AbsTopK, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
 from ..sae.model import SparseAutoencoder
 

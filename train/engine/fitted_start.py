@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..parallel.latents import ALL_LATENTS, Latents
 from ..parallel.ranks import BatchRanks
+from ..parallel.split_latents import ALL_LATENTS, Latents
 from ..sae.gates import JumpRelu
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
-from .compose import Assembly
+from .assembly import Assembly
 
 LEAST_SHARE = 0.01  # of the target's squares that the best scale must explain
 CLOSE = 0.01  # how near a search comes to its goal, as a share of it

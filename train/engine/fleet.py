@@ -22,7 +22,7 @@ from ..data.drawn_rows import Draw
 from ..data.scaling import Stats, bounds_of, joined_stats
 from ..errors import ActivationsNotFinite, MemoryTooSmall, NonFiniteLoss, StoppedElsewhere, TrainError
 from ..parallel.ranks import Ranks
-from .compose import Assembly, Buildable
+from .assembly import Assembly, Buildable
 from .step import LOOK_EVERY, Report, Trainee
 
 SHOWN = 8  # windows that a message lists

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from ..errors import ConfigInvalid
-from ..parallel.latents import ALL_LATENTS, Latents
-from ..sae.kernels.tables import RowGradient, RowUpdates, take_rows
+from ..parallel.split_latents import ALL_LATENTS, Latents
+from ..sae.kernels.row_gradients import RowGradient, RowUpdates, take_rows
 from .schedules import Decay, Product, Schedule, WarmUp
 
 Start = Literal["fitted", "drawn"]
@@ -121,7 +121,7 @@ class Adam:
 
     def _move_rows(self, name: str, updates: RowUpdates, is_unit: bool, lr: float, frozen: Tensor | None) -> None:
         """One table by the kernel that adds, moves and writes a row at a time."""
-        from ..sae.kernels.triton.rows import AdamStep, update_rows
+        from ..sae.kernels.triton.row_update import AdamStep, update_rows
 
         table, settings = self.parameters[name], self.settings
         if name not in self._taken:

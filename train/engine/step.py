@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..data.device import fetch
+from ..data.device_copies import fetch
 from ..errors import NonFiniteLoss, StateInvalid
-from ..parallel.latents import AllLatents, Latents, SomeLatents
 from ..parallel.ranks import Alone, Ranks, Reduction, share_batch
+from ..parallel.split_latents import AllLatents, Latents, SomeLatents
 from ..sae.extra_modules import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
 from ..sae.step_view import View
-from .compose import Assembly, cut, require_splittable, split_parameters, split_state
+from .assembly import Assembly, cut, require_splittable, split_parameters, split_state
 from .dead_latents import LatentCounters
 from .fitted_start import fit_start
 from .optim import Adam

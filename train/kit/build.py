@@ -8,9 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from ...cache_schema.sites import HOOKS
-from ...cache_schema.strict import nearest
+from ...cache_schema.strict_json import nearest
 from ..data.scaling import Stats, unit_stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..engine.optim import Optim
 from ..errors import ConfigInvalid
 from ..terms.constraints import Still

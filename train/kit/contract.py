@@ -44,7 +44,7 @@ from typing import ClassVar, Self
 from ...cache_schema import Manifest
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 
 
 class Variant(ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..sae.cross_layer import CrossLayerSae
 from ..sae.gates import BatchTopK
 from ..sae.model import tied_weights

@@ -15,14 +15,14 @@ import torch
 from ...cache_schema import Manifest
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant, ExponentialApproach, Ramp, Schedule
+from ..sae.attention.attention_links import require_head
 from ..sae.attention.controls import LinkKind
 from ..sae.attention.encoder import AttendedSae
-from ..sae.attention.links import require_head
 from ..sae.attention.mixing import Mixing
 from ..sae.attention.reading import MIXING, TEMPERATURE, Attention, Noted
-from ..terms.attention import Consistency, Guidance, Objective
+from ..terms.attention_guidance import Consistency, Guidance, Objective
 from .build import require, require_least, require_positive
 from .wrapping import Wrapping, base_needs, build_base
 

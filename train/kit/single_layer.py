@@ -12,7 +12,7 @@ from torch import Tensor
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Constraint, Term
+from ..engine.assembly import Assembly, Constraint, Term
 from ..engine.optim import Optim
 from ..engine.schedules import Constant, Ramp, Schedule
 from ..sae.gates import Gate

@@ -14,7 +14,7 @@ from ...cache_schema import Manifest
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..engine.optim import Optim
 from ..sae.model import EncoderProduct
 from . import registry

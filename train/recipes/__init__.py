@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...cache_schema.strict import nearest
+from ...cache_schema.strict_json import nearest
 from ..config.recipe import HALF, Recipe, half_of
 from ..errors import UnknownRecipe
 from ..file_registry import file_names, import_file, require_known

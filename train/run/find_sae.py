@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from ...cache_schema.strict import StrictError, from_json
+from ...cache_schema.strict_json import StrictError, from_json
 from ..data.scaling import unit_stats
 from ..disk.formats import FILES, kind_of, read
 from ..disk.plain_form import sae_from_plain

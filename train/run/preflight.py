@@ -18,7 +18,7 @@ from ..data.feed import joint_request
 from ..data.scaling import Stats, bounds_of, stats_from_moments, stats_of_ordinary
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain
 from .memory_estimate import require_room
-from .settle import Settled
+from .settle_config import Settled
 from .trackers import require_trackers
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...cache_schema.massive_rows import Massive
 from ...cache_schema.sites import RESID, SAE_LENS_NAMES, Place, Site
-from ...cache_schema.strict import from_json, to_json
+from ...cache_schema.strict_json import from_json, to_json
 from ..config.run_config import Member
 from ..data.batch import Needs
 from ..data.feed import held_out

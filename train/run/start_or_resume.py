@@ -21,7 +21,7 @@ import torch
 from ...cache_schema import Store
 from ...cache_schema.allocator import keep_large_blocks
 from ..config.run_config import Member, RunConfig
-from ..data.device import take_device
+from ..data.device_copies import take_device
 from ..data.feed import Feed
 from ..data.shuffle import Plan
 from ..disk.checkpoint_files import Standing, list_checkpoints, load_checkpoint
@@ -38,7 +38,7 @@ from .preflight import check
 from .process import Process
 from .progress import Progress
 from .run import Run
-from .settle import Settled, settle_again
+from .settle_config import Settled, settle_again
 from .trackers import Trackers
 
 

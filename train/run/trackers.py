@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...cache_schema.strict import flatten
+from ...cache_schema.strict_json import flatten
 from ..errors import ConfigInvalid, TrackerMissing
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from .gates import BatchTopK
 from .kernels.functions import affine
 from .kernels.linear import Product, linear, matrix_units, product_on
-from .kernels.support import Support, group_offsets
-from .kernels.tables import low_copy
+from .kernels.row_gradients import low_copy
+from .kernels.sparse_support import Support, group_offsets
 from .model import EncoderProduct, SparseAutoencoder
 from .side_inputs import NO_SIDE, Side
 

@@ -27,8 +27,8 @@ from .gates import Gate
 from .kernels.codes import Codes
 from .kernels.functions import affine
 from .kernels.linear import Product, linear, matrix_units, product_on
-from .kernels.support import Support
-from .kernels.tables import low_copy
+from .kernels.row_gradients import low_copy
+from .kernels.sparse_support import Support
 from .side_inputs import NO_SIDE, Side
 
 EncoderProduct = Product

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..parallel.latents import Latents
+from ..parallel.split_latents import Latents
 from .kernels.hardware import runs_triton
 from .kernels.select_latents import topk_batch, topk_rows
-from .kernels.support import Support, support_from_flat
+from .kernels.sparse_support import Support, support_from_flat
 
 
 def split_topk(pre: Tensor, k: int, latents: Latents) -> Support:
@@ -60,9 +60,9 @@ def first_of_equals(pre: Tensor, k: int) -> Tensor:
     if k == 0:  # a process that holds none of those to choose from
         return torch.zeros(len(pre), 0, dtype=torch.int64, device=pre.device)
     if runs_triton(pre):
-        from .kernels.triton import select_latents
+        from .kernels.triton import select_kernels
 
-        return select_latents.top_latents(pre, k).long()
+        return select_kernels.top_latents(pre, k).long()
     values, latents = topk_rows(pre, k)
     if k < pre.shape[1]:  # which of equal ones a row took is not said: rows where that matters choose anew
         undecided = (pre >= values.amin(1, keepdim=True)).sum(1) > k

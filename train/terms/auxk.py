@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..parallel.latents import Latents
+from ..parallel.split_latents import Latents
 from ..sae.gates import DENSE_SHARE
 from ..sae.kernels.codes import Codes, codes_from_dense
 from ..sae.kernels.functions import affine, squared_error

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.compose import TableUse
+from ..engine.assembly import TableUse
 from ..sae.gates import JumpRelu
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.model import SparseAutoencoder

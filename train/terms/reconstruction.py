@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..sae.kernels.functions import squared_error
 from ..sae.kernels.hardware import numbers
-from ..sae.kernels.nested import nested_errors
+from ..sae.kernels.nested_prefixes import nested_errors
 from ..sae.model import rebuild
 from ..sae.step_view import View, once, split
 from .sparsity import gate_path

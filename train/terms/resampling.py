@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..data.device import send
+from ..data.device_copies import send
 from ..sae.extra_modules import Extra
 from ..sae.kernels.hardware import StepCount
 from ..sae.step_view import View

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..sae.extra_modules import Extra
 from ..sae.kernels.functions import affine
 from ..sae.kernels.hardware import StepCount
-from ..sae.kernels.nested import Tiering, tier_errors
+from ..sae.kernels.nested_prefixes import Tiering, tier_errors
 from ..sae.step_view import View
 from .tiers import switched_on, tier_losses, tiers_of
 

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..data.device import send
+from ..data.device_copies import send
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.functions import affine
 from ..sae.kernels.hardware import reads_at_once
-from ..sae.kernels.support import Support, starts
+from ..sae.kernels.sparse_support import Support, starts
 from ..sae.kernels.windows import other_window
 from ..sae.side_inputs import Side
 from ..sae.step_view import View, once
-from .dynamics import Dynamics, rows_before
+from .latent_lifetimes import Dynamics, rows_before
 
 Adaptive = Literal["none", "gradient", "variance"]
 TEMPORAL = "temporal"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..sae.extra_modules import Extra
 from ..sae.kernels.hardware import numbers
-from ..sae.kernels.nested import Tiering, tier_errors
+from ..sae.kernels.nested_prefixes import Tiering, tier_errors
 from ..sae.step_view import View, once
 
 Importance = Literal["learned", "uncertainty", "fixed"]

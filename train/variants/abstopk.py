@@ -7,7 +7,7 @@ signed SAEs, get the same as a top-k one with two latents for each of these.
 from __future__ import annotations
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..kit.build import require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, build_plain, settings
 from ..sae.gates import AbsTopK

@@ -1,6 +1,6 @@
 """Guided by one layer's attention: tokens that attend to each other should share latents.
 
-A contrastive term beside the losses of any base (`base=topk`); see `terms/attention.py`.
+A contrastive term beside the losses of any base (`base=topk`); see `terms/attention_guidance.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..kit.guided import Guided, build_guided, request_guided
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..kit.build import TOPK_DEAD_PART, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
 from ..sae.gates import BatchTopK

@@ -10,7 +10,7 @@ from __future__ import annotations
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..kit.build import require_layers, require_sparsity, write_hook
 from ..kit.cross_layer import build_cross_layer
 from ..kit.single_layer import Dictionary, WithAux, settings

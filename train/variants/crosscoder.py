@@ -13,7 +13,7 @@ from typing import Literal
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..kit.build import require, require_hook, require_layers, require_sparsity, topk_optim
 from ..kit.cross_layer import build_cross_layer
 from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain, settings

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, TableUse
+from ..engine.assembly import Assembly, TableUse
 from ..kit.build import hold_still, require
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.extra_modules import Extra

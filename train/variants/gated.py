@@ -7,7 +7,7 @@ sees the reconstruction alone, so it does not shrink.
 from __future__ import annotations
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..kit.build import relu_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain, settings

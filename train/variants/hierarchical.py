@@ -2,7 +2,7 @@
 
 1. A = sum_l w_l A^l with w = softmax(theta / tau); a layer that is ablated has weight zero.
 2. The contrastive term of `attention`, with A.
-3. A consistency term: what the layers bring to a token should agree (`terms/attention.py`).
+3. A consistency term: what the layers bring to a token should agree (`terms/attention_guidance.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..kit.build import require, require_least, require_positive
 from ..kit.guided import Guided, anneal, build_guided, request_guided
 from ..sae.attention.mixing import Mixing
-from ..terms.attention import Objective
+from ..terms.attention_guidance import Objective
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..kit.build import require, require_sparsity
 from ..kit.single_layer import settings
 from ..sae.kernels.hardware import numbers
-from ..sae.kernels.nested import group_errors
+from ..sae.kernels.nested_prefixes import group_errors
 from ..sae.step_view import View, once
 from . import topk
 

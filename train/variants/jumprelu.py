@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant, Ramp
 from ..kit.build import relu_optim, require_least, require_positive, require_sparsity
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithPenalty, build_plain, settings

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..kit.build import TOPK_DEAD_PART, require_least, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
 from ..sae.gates import TopK
@@ -19,7 +19,7 @@ from ..sae.kernels.codes import Codes
 from ..sae.kernels.functions import affine, decode_at
 from ..sae.kernels.linear import linear
 from ..sae.kernels.select_latents import topk_rows
-from ..sae.kernels.support import support_from_topk
+from ..sae.kernels.sparse_support import support_from_topk
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import NO_SIDE, Side
 

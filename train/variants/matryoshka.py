@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..kit.build import ends_of, require, require_sparsity, topk_optim
 from ..kit.single_layer import build_plain, settings

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.device import send
+from ..data.device_copies import send
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Every
 from ..kit.build import require, require_least
 from ..kit.single_layer import settings

@@ -7,7 +7,7 @@ the running coefficient is the gate's buffer `penalty_scale`.
 from __future__ import annotations
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..engine.schedules import Ahead, Ramp
 from ..kit.build import relu_optim, require
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain, settings

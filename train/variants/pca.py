@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...cache_schema import Manifest
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..kit.build import hold_still, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, build_plain, settings
 from ..sae.extra_modules import Extra

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from ...cache_schema import Manifest
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Product, Ramp, SigmoidRamp
 from ..kit.build import require, require_least, require_positive
 from ..kit.wrapping import Windowed, base_needs, build_base

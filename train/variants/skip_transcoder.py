@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..kit.single_layer import settings
 from ..sae.model import SparseAutoencoder
 from . import transcoder

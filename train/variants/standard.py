@@ -7,7 +7,7 @@ value means the same at every width of the residual stream.
 from __future__ import annotations
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..kit.build import relu_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, WithPenalty, build_plain, settings
 from ..sae.gates import Relu

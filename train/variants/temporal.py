@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from ...cache_schema import Manifest
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Schedule, Switch
 from ..kit.build import require, require_least, require_positive
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.shapes.position_gate import PositionGate
 from ..sae.shapes.shaped import ShapedAutoencoder
 from ..terms.constraints import GradientNoise
-from ..terms.dynamics import PRUNE, SCALES, Dynamics, Pruning, Retire
+from ..terms.latent_lifetimes import PRUNE, SCALES, Dynamics, Pruning, Retire
 from ..terms.temporal import PIECE, TEMPORAL, Adaptive, Consistency
 
 

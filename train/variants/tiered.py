@@ -14,18 +14,18 @@ from typing import ClassVar
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant, Ramp, Switch
 from ..kit.build import require, require_least
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.norms import PreNorm
 from ..sae.shapes.shaped import Init, Shape, ShapedAutoencoder, initialise
 from ..sae.shapes.tier_gates import TierGates
-from ..terms.composition import COMPOSITION, Composition, NonNegative, composition_l1, composition_loss
 from ..terms.constraints import TierGradients
 from ..terms.reconstruction import reconstruction
 from ..terms.resampling import RESAMPLING, Resampling
 from ..terms.structure import Moves, Structure
+from ..terms.tier_composition import COMPOSITION, Composition, NonNegative, composition_l1, composition_loss
 from ..terms.tiers import TIERS, Importance, TieredReconstruction, Tiers, importance_loss, switch_name, tier_residual
 
 

@@ -15,7 +15,7 @@ import torch
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats, unit_stats
-from ..engine.compose import Assembly
+from ..engine.assembly import Assembly
 from ..engine.optim import Optim
 from ..kit.build import require, require_sparsity, stats_or_unit, write_hook
 from ..kit.contract import Variant

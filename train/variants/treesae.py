@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..errors import SaeInvalid
 from ..kit.build import TOPK_DEAD_PART, ends_of, require, require_positive, require_sparsity, topk_optim
@@ -30,7 +30,7 @@ from ..sae.gates import TopK
 from ..sae.kernels.codes import Codes, codes_from_dense
 from ..sae.kernels.linear import linear
 from ..sae.kernels.select_latents import topk_rows
-from ..sae.kernels.support import Support, support_from_topk
+from ..sae.kernels.sparse_support import Support, support_from_topk
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import NO_SIDE, Side
 from ..sae.step_view import View

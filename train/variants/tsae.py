@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.compose import Assembly, Term
+from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..kit.build import require_least, require_positive
 from ..kit.single_layer import settings

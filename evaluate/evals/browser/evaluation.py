@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ....cache_schema.strict import to_json
+from ....cache_schema.strict_json import to_json
 from ....train.run.folder import RunFolder
 from ...errors import BrowserUnwritten, ModelMissing, NotApplicable
 from ...model.batches import count_windows

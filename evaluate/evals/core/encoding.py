@@ -20,7 +20,7 @@ from ....train.sae.gates import DENSE_SHARE, TopK
 from ....train.sae.kernels.codes import Codes
 from ....train.sae.kernels.linear import linear
 from ....train.sae.kernels.select_latents import marked, topk_rows
-from ....train.sae.kernels.support import support_from_topk
+from ....train.sae.kernels.sparse_support import support_from_topk
 from ....train.sae.model import SparseAutoencoder
 from ...context.loaded_sae import LoadedSae
 from ...model.batches import Windows

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ....cache_schema.strict import to_json
+from ....cache_schema.strict_json import to_json
 from ...context.compatible import model_name_of
 from ...context.context import Context
 from .ablation import Kind

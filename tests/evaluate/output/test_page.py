@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.evaluate.output.figures.records import Record, read_records
-from saemill.evaluate.output.report import page, write_live_page, write_page
 from saemill.evaluate.output.report.markup import Html, element, text
+from saemill.evaluate.output.report.run_page import page, write_live_page, write_page
 from saemill.evaluate.output.report.training import training_data
 from saemill.train.run.folder import RunFolder
 

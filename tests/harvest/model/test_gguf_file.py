@@ -23,7 +23,7 @@ from saemill.cache_schema.verify_and_repair import digest
 from saemill.harvest.errors import HarvestError, ModelUnavailable, TokenizerUnsuitable, UnsupportedArchitecture
 from saemill.harvest.model import gguf_file
 from saemill.harvest.model.gguf_file import convert, find_smollm2
-from saemill.harvest.model.load import find_weights
+from saemill.harvest.model.load_and_truncate import find_weights
 from saemill.harvest.model.resolve import Choice, fetch
 from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.run import harvest, reharvest

@@ -16,7 +16,7 @@ from saemill.train.sae.attention.reading import MIXING, TEMPERATURE, Attention
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.kernels.codes import Codes
 from saemill.train.sae.step_view import View
-from saemill.train.terms.attention import Consistency, Guidance
+from saemill.train.terms.attention_guidance import Consistency, Guidance
 
 THETA = torch.tensor([0.7, -0.4, 0.1], dtype=torch.float64)
 NEGATIVES = 5

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saemill.cache_schema.strict import from_json, to_json
+from saemill.cache_schema.strict_json import from_json, to_json
 from saemill.train.disk.sae_folder import read_sae, save_sae
-from saemill.train.engine.compose import Assembly
+from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
 from saemill.train.kit.wrapping import build_base

@@ -10,8 +10,8 @@ import torch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid
 from saemill.train.parallel.ranks import Alone
+from saemill.train.sae.attention.attention_links import links_of
 from saemill.train.sae.attention.controls import nearest_links, same_token_links
-from saemill.train.sae.attention.links import links_of
 
 ROWS = 96
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from saemill.train.sae.attention.links import links_of
+from saemill.train.sae.attention.attention_links import links_of
 from saemill.train.sae.attention.mixing import Mixing, link_weights, weights_by_row
 from saemill.train.sae.attention.reading import mixture
 

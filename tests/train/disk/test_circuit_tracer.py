@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from saemill.cache_schema.strict import to_json
+from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats, joined_stats
 from saemill.train.disk.formats import circuit_tracer

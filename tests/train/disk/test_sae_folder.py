@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saemill.cache_schema.strict import to_json
+from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats, joined_stats
 from saemill.train.disk.plain_form import begin_as

@@ -29,7 +29,7 @@ from saemill.train.terms.tiers import Tiers
 
 pytest.importorskip("triton")
 
-from saemill.train.sae.kernels.triton import bags, rows
+from saemill.train.sae.kernels.triton import bag_sums, row_update
 
 from .test_no_waits import CASES, warmed
 
@@ -79,7 +79,12 @@ def shapes_of_kernels(monkeypatch, quick_selection):
     monkeypatch.setattr(hardware, "SERVED", {NAME})
     monkeypatch.setattr(hardware, "has_triton", lambda device: True)
     monkeypatch.setattr(linear, "has_fast_bfloat16", lambda kind: True)
-    for module, kernel in ((bags, bag_sum), (bags, pair_dots), (bags, segment_sum), (rows, update_rows)):
+    for module, kernel in (
+        (bag_sums, bag_sum),
+        (bag_sums, pair_dots),
+        (bag_sums, segment_sum),
+        (row_update, update_rows),
+    ):
         monkeypatch.setattr(module, kernel.__name__, kernel)
     monkeypatch.setattr(GradientNoise, "_noise", lambda self, parameter: torch.zeros_like(parameter))  # a GPU's own
 

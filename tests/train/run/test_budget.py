@@ -6,7 +6,7 @@ import pytest
 from saemill.train.config.run_config import CourseConfig
 from saemill.train.data.shuffle import Plan, SplitSizes
 from saemill.train.errors import ConfigInvalid, NothingToTrain, StoreTooShort
-from saemill.train.run.settle import settle_budget
+from saemill.train.run.settle_config import settle_budget
 
 
 def plan(windows=100, tokens=10, batch=50):

@@ -38,7 +38,7 @@ from saemill.train.run.folder import RunFolder, cache_of
 from saemill.train.run.loop import train
 from saemill.train.run.metrics import Watch
 from saemill.train.run.run import Process, Run
-from saemill.train.run.settle import settle
+from saemill.train.run.settle_config import settle
 from saemill.train.run.start_or_resume import begin_run, resume_run
 
 SETTINGS = {"layer": 3, "width": 8, "data.batch_tokens": 16, "data.pool_tokens": 32, "course.epochs": 1}

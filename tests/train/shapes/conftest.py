@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saemill.train.cli import main
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import unit_stats
-from saemill.train.engine.compose import Assembly
+from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
 from saemill.train.sae.gates import Gate, TopK
 from saemill.train.sae.model import SparseAutoencoder

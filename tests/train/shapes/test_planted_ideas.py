@@ -10,7 +10,7 @@ from torch.nn import functional
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.sae.step_view import View
-from saemill.train.terms.dynamics import mean_lifetime
+from saemill.train.terms.latent_lifetimes import mean_lifetime
 from saemill.train.terms.position import mass_by_range, retention
 from saemill.train.terms.temporal import past_rows
 

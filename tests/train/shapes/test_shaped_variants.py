@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from saemill.cache_schema.strict import to_json
+from saemill.cache_schema.strict_json import to_json
 from saemill.train import load_sae
 from saemill.train.disk.sae_folder import save_sae
 from saemill.train.engine.step import Trainee

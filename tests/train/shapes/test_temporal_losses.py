@@ -10,7 +10,7 @@ import torch
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.side_inputs import Side
 from saemill.train.terms import temporal
-from saemill.train.terms.dynamics import Dynamics, Pruning, mean_lifetime
+from saemill.train.terms.latent_lifetimes import Dynamics, Pruning, mean_lifetime
 from saemill.train.terms.temporal import Consistency, gradient_ratio, inconsistency, part_of, past_rows, remembered
 
 START, STOP = 4, 13

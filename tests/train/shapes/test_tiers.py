@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from saemill.train.sae.gates import Relu, TopK
-from saemill.train.terms.composition import Composition, NonNegative, composition_l1, composition_loss
 from saemill.train.terms.constraints import GradientNoise, TierGradients
 from saemill.train.terms.structure import Moves, Structure, changes, reallocated, weighted_loss
+from saemill.train.terms.tier_composition import Composition, NonNegative, composition_l1, composition_loss
 from saemill.train.terms.tiers import TieredReconstruction, Tiers, importance_loss, tier_losses
 
 WEIGHTS = (0.2, 0.3, 0.5)

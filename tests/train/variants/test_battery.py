@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-from saemill.cache_schema.strict import StrictError, from_json, to_json
-from saemill.train.engine.compose import Assembly
+from saemill.cache_schema.strict_json import StrictError, from_json, to_json
+from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NonFiniteLoss, StateInvalid
 from saemill.train.kit.registry import config_type, names

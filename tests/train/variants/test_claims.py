@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saemill.cache_schema.strict import to_json
+from saemill.cache_schema.strict_json import to_json
 from saemill.train import load_sae
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import unit_stats

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.hardware import reads_at_once
-from ..kernels.support import index_sum
+from ..kernels.sparse_support import index_sum
 from ..side_inputs import Side
-from .links import Links
+from .attention_links import Links
 
 LinkKind = Literal["attention", "nearest", "same_token"]
 READ_BESIDE = {"attention": (), "nearest": ("window", "position"), "same_token": ("window", "position", "token")}

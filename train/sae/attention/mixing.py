@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..extra_modules import Extra
-from .links import Links
+from .attention_links import Links
 
 
 class Mixing(Extra):

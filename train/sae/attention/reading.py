@@ -16,8 +16,8 @@ from ..kernels.windows import Places
 from ..model import SparseAutoencoder
 from ..side_inputs import Side
 from ..step_view import View, once
+from .attention_links import Links, links_of
 from .controls import READ_BESIDE, LinkKind, nearest_links, same_token_links
-from .links import Links, links_of
 from .mixing import Mixing, weights_by_row
 
 MIXING = "mixing"  # the extra that holds the learned weights

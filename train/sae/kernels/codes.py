@@ -17,7 +17,7 @@ from torch import Tensor
 from .functions import decode_at, decode_dense, spread_latents, spread_rows, sum_rows
 from .linear import Product
 from .products import latent_count, latent_sum, row_sum
-from .support import Support
+from .sparse_support import Support
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from .linear import Product, linear, matrix_units, multiply
 from .products import column_sum, decode_sum, latent_sum, pair_dots, row_sum
-from .support import Support
-from .tables import low_copy, table_gradient
+from .row_gradients import low_copy, table_gradient
+from .sparse_support import Support
 
 
 class _AffineAt(torch.autograd.Function):

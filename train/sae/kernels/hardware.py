@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...data.device import send
+from ...data.device_copies import send
 
 
 @lru_cache
@@ -75,10 +75,10 @@ def has_triton(device: torch.device) -> bool:
 def _why_not(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    from .triton import select_latents
+    from .triton import select_kernels
 
     try:
-        select_latents.top_latents(torch.zeros(1, 8, device=device), 1)
+        select_kernels.top_latents(torch.zeros(1, 8, device=device), 1)
     except Exception as error:  # noqa: BLE001 (an old card, no C compiler, a driver: a compiler fails in many ways)
         said = str(error).partition("\n")[0][:200]
         return f"triton cannot compile for it ({type(error).__name__}: {said})"

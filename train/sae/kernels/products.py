@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .hardware import runs_triton
-from .support import Support
+from .sparse_support import Support
 
 
 def bag_sum(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -25,9 +25,9 @@ def bag_sum(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) ->
     if indices.numel() == 0:
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
     if runs_triton(table):
-        from .triton import bags
+        from .triton import bag_sums
 
-        return bags.bag_sum(table.contiguous(), indices, offsets, weights.contiguous())
+        return bag_sums.bag_sum(table.contiguous(), indices, offsets, weights.contiguous())
     return functional.embedding_bag(
         indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
@@ -50,10 +50,10 @@ def pair_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
         return rows_BD.new_zeros(0)
     rows_BD, W_FD = rows_BD.contiguous(), W_FD.contiguous()
     if runs_triton(rows_BD):
-        from .triton import bags
+        from .triton import bag_sums
 
         turned = support.by_latent  # the larger table is read once, the rows stay in cache
-        return bags.pair_dots(W_FD, turned.latents, rows_BD, turned.rows, turned.order)
+        return bag_sums.pair_dots(W_FD, turned.latents, rows_BD, turned.rows, turned.order)
     if rows_BD.device.type != "cpu":
         return _bag_dots(support, rows_BD, W_FD)
     return _sampled_dots(support, rows_BD, W_FD)
@@ -87,9 +87,9 @@ def latent_count(support: Support, mask: Tensor) -> Tensor:
 
 def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     if runs_triton(values):
-        from .triton import bags
+        from .triton import bag_sums
 
-        return bags.segment_sum(values.contiguous(), offsets)
+        return bag_sums.segment_sum(values.contiguous(), offsets)
     return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0)
 
 

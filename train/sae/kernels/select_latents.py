@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .hardware import reads_at_once, runs_triton
-from .support import Support, support_from_flat, support_from_topk
+from .sparse_support import Support, support_from_flat, support_from_topk
 
 BLOCK = 8  # latents of a block in `topk_rows`; found by measuring 4 to 32
 SAMPLE_ROWS = 32  # rows that `topk_batch` guesses its threshold from
@@ -41,9 +41,9 @@ def support_of_batch(pre: Tensor, count: int) -> Support:
     it is found; a gate makes nothing of them.
     """
     if runs_triton(pre):
-        from .triton import select_latents
+        from .triton import select_kernels
 
-        offsets, latents = select_latents.top_of_batch(pre, count)
+        offsets, latents = select_kernels.top_of_batch(pre, count)
         return Support(offsets, latents, pre.shape[1])
     return support_from_flat(topk_batch(pre, count), *pre.shape)
 
@@ -81,9 +81,9 @@ def marked(mask: Tensor, max_share: float) -> Support | None:
 def support_topk(pre: Tensor, k: int) -> Support:
     """Support of the k largest entries of each row."""
     if runs_triton(pre):
-        from .triton import select_latents
+        from .triton import select_kernels
 
-        return support_from_topk(select_latents.top_latents(pre, k), pre.shape[1])
+        return support_from_topk(select_kernels.top_latents(pre, k), pre.shape[1])
     return support_from_topk(topk_rows(pre, k)[1], pre.shape[1])
 
 

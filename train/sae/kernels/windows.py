@@ -24,7 +24,7 @@ from ...errors import ConfigInvalid
 from .codes import Codes
 from .hardware import reads_at_once
 from .products import decode_sum, pair_dots, row_sum
-from .support import Support, starts
+from .sparse_support import Support, starts
 
 
 @dataclass(frozen=True, eq=False)

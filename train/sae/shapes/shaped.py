@@ -29,7 +29,7 @@ from ..extra_modules import Part
 from ..gates import Gated
 from ..kernels.codes import Codes, codes_from_dense
 from ..kernels.linear import linear
-from ..kernels.support import Support
+from ..kernels.sparse_support import Support
 from ..model import Choose, SparseAutoencoder
 from ..side_inputs import NO_SIDE, Side
 

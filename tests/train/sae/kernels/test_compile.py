@@ -24,8 +24,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from saemill.train.sae.kernels.support import support_from_topk
-from saemill.train.sae.kernels.triton import bags, rows, select_latents
+from saemill.train.sae.kernels.sparse_support import support_from_topk
+from saemill.train.sae.kernels.triton import bag_sums, row_update, select_kernels
 
 SHARED = 99 * 1024  # bytes that a program of any card since 2020 may have
 SPILLED = 64  # bytes of a thread that may be kept in memory for want of registers: a number or two
@@ -70,20 +70,20 @@ if is_long:
 for width, k, dtypes in selections:
     for dtype in dtypes:
         pre = torch.zeros(2, width, dtype=dtype)
-        select_latents.top_latents(pre, k)
-        select_latents.top_of_batch(pre, 2 * k)
+        select_kernels.top_latents(pre, k)
+        select_kernels.top_of_batch(pre, 2 * k)
 support = support_from_topk(torch.arange(6).view(2, 3), 11)
 turned, values = support.by_latent, torch.zeros(6)
 for width in (5, 2304, *((1, 64, 768, 4096, 9216, 16384) if is_long else ())):
     x, W = torch.zeros(2, width), torch.zeros(11, width)
-    bags.bag_sum(W, support.latents, support.offsets, values)
-    bags.pair_dots(W, turned.latents, x, turned.rows, turned.order)
-    bags.segment_sum(values, support.offsets)
+    bag_sums.bag_sum(W, support.latents, support.offsets, values)
+    bag_sums.pair_dots(W, turned.latents, x, turned.rows, turned.order)
+    bag_sums.segment_sum(values, support.offsets)
     moments, copy = (torch.zeros_like(W), torch.zeros_like(W)), torch.zeros_like(W, dtype=torch.bfloat16)
-    adam = rows.AdamStep(0.1, 0.9, 0.999, 1e-8, 0.0, 1)
+    adam = row_update.AdamStep(0.1, 0.9, 0.999, 1e-8, 0.0, 1)
     entries = turned.offsets, turned.latents, turned.rows, values, x
-    rows.update_rows(W, moments, entries, adam, low=copy, unit=True)
-    rows.update_rows(W, moments, entries, adam, dense=torch.zeros_like(W), low=copy, unit=width == 5)
+    row_update.update_rows(W, moments, entries, adam, low=copy, unit=True)
+    row_update.update_rows(W, moments, entries, adam, dense=torch.zeros_like(W), low=copy, unit=width == 5)
 print(len(compiled), sorted(set(compiled.values())))
 """
 

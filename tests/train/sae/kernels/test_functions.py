@@ -11,7 +11,7 @@ from torch import Tensor
 from saemill.train.sae.kernels.codes import Codes
 from saemill.train.sae.kernels.functions import affine, decode_at, spread_latents, spread_rows, squared_error
 from saemill.train.sae.kernels.products import latent_sum, row_sum
-from saemill.train.sae.kernels.support import Support, support_from_flat, support_from_topk
+from saemill.train.sae.kernels.sparse_support import Support, support_from_flat, support_from_topk
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

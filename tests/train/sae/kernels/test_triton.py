@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from saemill.train.sae.kernels import hardware
-from saemill.train.sae.kernels.support import Support, support_from_topk
-from saemill.train.sae.kernels.triton import bags, rows, select_latents
+from saemill.train.sae.kernels.sparse_support import Support, support_from_topk
+from saemill.train.sae.kernels.triton import bag_sums, row_update, select_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.either
@@ -43,15 +43,15 @@ SHAPES = [
 @pytest.mark.parametrize(("num_rows", "width", "k"), SHAPES)
 def test_rows_keep_their_k_largest(rng, dtype, num_rows, width, k):
     pre = normal(num_rows, width, rng=rng, dtype=dtype)
-    assert torch.equal(select_latents.top_latents(pre, k), first_of_equals(pre, k))
+    assert torch.equal(select_kernels.top_latents(pre, k), first_of_equals(pre, k))
 
 
 def test_rows_may_lie_anywhere_in_memory(rng):
     """A kernel that took one row to begin where the one before ends would choose other latents."""
     pre = normal(100, 3, rng=rng).t()
-    assert torch.equal(select_latents.top_latents(pre, 5), first_of_equals(pre, 5))
+    assert torch.equal(select_kernels.top_latents(pre, 5), first_of_equals(pre, 5))
     for found, expected in zip(
-        select_latents.top_of_batch(pre, 9), select_latents.top_of_batch(pre.contiguous(), 9), strict=True
+        select_kernels.top_of_batch(pre, 9), select_kernels.top_of_batch(pre.contiguous(), 9), strict=True
     ):
         assert torch.equal(found, expected)
 
@@ -61,7 +61,7 @@ def test_of_equal_entries_the_first_are_kept(rng, value):
     pre = normal(2, 9000, rng=rng)
     pre[0] = value
     pre[1, 10:8990] = pre[1].max()
-    assert torch.equal(select_latents.top_latents(pre, 40), first_of_equals(pre, 40))
+    assert torch.equal(select_kernels.top_latents(pre, 40), first_of_equals(pre, 40))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,7 +70,7 @@ def test_a_batch_keeps_its_largest(rng, dtype, num_rows, width, count):
     pre = normal(num_rows, width, rng=rng, dtype=dtype)
     pre[1, : width // 2] = pre.max()  # a crowded row, full of equals
     pre[0, :] = -1.0  # an empty one, for small counts
-    offsets, latents = select_latents.top_of_batch(pre, count)
+    offsets, latents = select_kernels.top_of_batch(pre, count)
     expected = torch.sort(pre.double().view(-1), descending=True, stable=True).indices[:count].sort().values
     found = torch.repeat_interleave(torch.arange(num_rows, device=DEVICE), offsets.diff().long()) * width + latents
     assert offsets.dtype == latents.dtype == torch.int32
@@ -115,14 +115,14 @@ def test_products_are_those_of_the_dense_formula(support, rng, width):
     x, W = normal(support.num_rows, width, rng=rng), normal(support.num_latents, width, rng=rng)
     acts, turned = dense(support, values), support.by_latent
     close = {"rtol": 1e-5, "atol": 1e-5}
-    decoded = bags.bag_sum(W, support.latents, support.offsets, values)
+    decoded = bag_sums.bag_sum(W, support.latents, support.offsets, values)
     torch.testing.assert_close(decoded.double(), acts @ W.double(), **close)
-    gradient = bags.bag_sum(x, turned.rows, turned.offsets, values[turned.order])
+    gradient = bag_sums.bag_sum(x, turned.rows, turned.offsets, values[turned.order])
     torch.testing.assert_close(gradient.double(), acts.t() @ x.double(), **close)
-    dots = bags.pair_dots(W, turned.latents, x, turned.rows, turned.order)
+    dots = bag_sums.pair_dots(W, turned.latents, x, turned.rows, turned.order)
     expected = (x.double() @ W.double().t())[support.rows.long(), support.latents.long()]
     torch.testing.assert_close(dots.double(), expected, **close)
-    sums = bags.segment_sum(values[turned.order], turned.offsets)
+    sums = bag_sums.segment_sum(values[turned.order], turned.offsets)
     torch.testing.assert_close(sums.double(), acts.sum(0), **close)
 
 
@@ -142,8 +142,8 @@ def test_a_row_moves_as_adam_moves_the_table(support, rng, is_unit, has_dense):
         extra = normal(F, width, rng=rng) if has_dense else None
         turned = support.by_latent
         entries = turned.offsets, turned.latents, turned.rows, values[turned.order], x
-        settings = rows.AdamStep(0.01, 0.9, 0.99, 1e-8, 0.02, step)
-        rows.update_rows(table, moments, entries, settings, dense=extra, low=low, unit=is_unit)
+        settings = row_update.AdamStep(0.01, 0.9, 0.99, 1e-8, 0.02, step)
+        row_update.update_rows(table, moments, entries, settings, dense=extra, low=low, unit=is_unit)
 
         gradient = dense(support, values).t() @ x.double()
         gradient += 0 if extra is None else extra.double()
@@ -166,7 +166,7 @@ def test_the_same_update_gives_the_same_bits(rng):
     for _ in range(2):
         table, moments = start.clone(), (torch.zeros_like(start), torch.zeros_like(start))
         entries = turned.offsets, turned.latents, turned.rows, values[turned.order], x
-        rows.update_rows(table, moments, entries, rows.AdamStep(0.1, 0.9, 0.999, 1e-8, 0.0, 1), unit=True)
+        row_update.update_rows(table, moments, entries, row_update.AdamStep(0.1, 0.9, 0.999, 1e-8, 0.0, 1), unit=True)
         found.append((table, *moments))
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
@@ -178,8 +178,8 @@ def test_a_frozen_table_stays_as_it_is(rng):
     before, moments = table.clone(), (torch.zeros_like(table), torch.zeros_like(table))
     values = torch.full((support.latents.numel(),), torch.nan, device=DEVICE)
     entries = turned.offsets, turned.latents, turned.rows, values, normal(9, 8, rng=rng)
-    settings = rows.AdamStep(0.1, 0.9, 0.999, 1e-8, 0.0, 1)
-    rows.update_rows(table, moments, entries, settings, torch.ones((), device=DEVICE))
+    settings = row_update.AdamStep(0.1, 0.9, 0.999, 1e-8, 0.0, 1)
+    row_update.update_rows(table, moments, entries, settings, torch.ones((), device=DEVICE))
     assert torch.equal(table, before) and not moments[0].any() and not moments[1].any()
 
 

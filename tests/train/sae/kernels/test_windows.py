@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saemill.train.sae.kernels.codes import Codes
-from saemill.train.sae.kernels.support import support_from_flat
+from saemill.train.sae.kernels.sparse_support import support_from_flat
 from saemill.train.sae.kernels.windows import Places, window_gram
-from saemill.train.terms.attention import columns_of
+from saemill.train.terms.attention_guidance import columns_of
 
 
 def make_places(has_row: Tensor) -> Places:

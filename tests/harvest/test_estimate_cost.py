@@ -13,12 +13,12 @@ from rich.console import Console
 
 from saemill.cache_schema import Store, StoreFull
 from saemill.cache_schema.files import LocalFiles
-from saemill.harvest import cost, run
+from saemill.harvest import estimate_cost, run
 from saemill.harvest.config import HarvestConfig
 from saemill.harvest.corpus.source import DatasetOptions
-from saemill.harvest.cost import bytes_by_array, manifest_before, tokens_per_second
 from saemill.harvest.dry_run import dry_run, render
-from saemill.harvest.model.load import load_model
+from saemill.harvest.estimate_cost import bytes_by_array, manifest_before, tokens_per_second
+from saemill.harvest.model.load_and_truncate import load_model
 from saemill.harvest.model.resolve import Choice, ModelSource
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import harvest
@@ -60,7 +60,7 @@ def test_a_dry_run_needs_neither_weights_nor_text(make_config: Make, described):
 
 
 def test_a_real_harvest_says_first_what_it_will_take(make_config: Make, described, model_folder, monkeypatch):
-    monkeypatch.setattr(cost, "LONG_WORK", 0)
+    monkeypatch.setattr(estimate_cost, "LONG_WORK", 0)
     fetched = []
 
     def fetch(choice: Choice) -> ModelSource:
@@ -101,14 +101,14 @@ def test_the_rate_counts_layers_and_kept_attention(make_config: Make, model_fold
     config = make_config(attention_layers=(1, 2, 3))
     plan = plan_of(config, ModelSource("tiny", "c0ffee", model_folder))
     monkeypatch.setattr(
-        cost, "_seconds_per_token", lambda *_, keep_attention: {1: 3.0, 2: 5.0}[_[-1]] + 4.0 * keep_attention
+        estimate_cost, "_seconds_per_token", lambda *_, keep_attention: {1: 3.0, 2: 5.0}[_[-1]] + 4.0 * keep_attention
     )
     rate = tokens_per_second(plan, manifest_before(plan), torch.device("cpu"))
     assert rate == pytest.approx(1 / (3 + 3 * 2 + 3 * 4))
 
 
 def test_the_layers_that_are_timed_have_the_models_shape(model_folder):
-    from saemill.harvest.model.load import Wanted, make_random
+    from saemill.harvest.model.load_and_truncate import Wanted, make_random
 
     real = load_model(model_folder, Wanted((1,)), torch.float32).stack.layers[1].state_dict()
     made = make_random(model_folder, 2, 256, torch.float32, "cpu").base_model.layers[1].state_dict()

@@ -20,7 +20,7 @@ from ..evaluate.output.figures.panels import STEP
 from ..evaluate.output.figures.style import INK, Look, caption, look, new_figure
 from ..evaluate.output.plots import KINDS, save
 from .comparisons import half_width
-from .rule import Families
+from .decision_rule import Families
 
 SMOOTHED = 40  # points of a curve at most: each is the mean of the batches that it stands for
 Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]

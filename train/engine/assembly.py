@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..errors import ConfigInvalid
-from ..parallel.latents import ALL_LATENTS, Latents
 from ..parallel.ranks import BatchRanks
+from ..parallel.split_latents import ALL_LATENTS, Latents
 from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side

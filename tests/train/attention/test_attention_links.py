@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saemill.train.errors import ConfigInvalid
-from saemill.train.sae.attention.links import Links, links_of
+from saemill.train.sae.attention.attention_links import Links, links_of
 
 
 def dense(links: Links, layer: int, rows: int) -> Tensor:

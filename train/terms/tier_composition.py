@@ -14,7 +14,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..engine.compose import TableUse
+from ..engine.assembly import TableUse
 from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
 from ..sae.step_view import View, once

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saemill.train.data.batch import Batch, Needs
-from saemill.train.engine.compose import Term
+from saemill.train.engine.assembly import Term
 from saemill.train.engine.schedules import Constant, Ramp
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SideInputMissing

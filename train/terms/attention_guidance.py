@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..data.device import send
-from ..sae.attention.links import Links
+from ..data.device_copies import send
+from ..sae.attention.attention_links import Links
 from ..sae.attention.mixing import link_weights
 from ..sae.attention.reading import Attention, has_links, mixture, places_of
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
-from ..sae.kernels.support import index_sum
+from ..sae.kernels.sparse_support import index_sum
 from ..sae.kernels.windows import window_gram
 from ..sae.step_view import View, once
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...parallel.latents import ALL_LATENTS, Latents
+from ...parallel.split_latents import ALL_LATENTS, Latents
 from .codes import Codes
 from .hardware import numbers
 from .products import column_sum, decode_sum, pair_dots
-from .support import Support, group_offsets
-from .tables import table_gradient
+from .row_gradients import table_gradient
+from .sparse_support import Support, group_offsets
 
 
 class _NestedErrors(torch.autograd.Function):

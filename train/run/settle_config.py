@@ -13,7 +13,7 @@ from typing import Any
 from ...cache_schema import Manifest, Store
 from ...cache_schema.massive_rows import default_multiple
 from ...cache_schema.sites import by_hook
-from ...cache_schema.strict import from_json, to_json
+from ...cache_schema.strict_json import from_json, to_json
 from ..config.recipe import Recipe
 from ..config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from ..config.sanity_baselines import with_baselines

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.compose import TableUse
+from ..engine.assembly import TableUse
 from ..sae.extra_modules import Extra, retired_of
 from ..sae.kernels.hardware import StepCount
 from ..sae.model import SparseAutoencoder

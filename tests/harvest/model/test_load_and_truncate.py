@@ -20,7 +20,7 @@ from saemill.harvest.errors import (
     WeightsIncomplete,
 )
 from saemill.harvest.model.architectures import ARCHITECTURES, LLAMA_STYLE
-from saemill.harvest.model.load import ModelFacts, Wanted, load_model, read_facts, truncate
+from saemill.harvest.model.load_and_truncate import ModelFacts, Wanted, load_model, read_facts, truncate
 from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
 

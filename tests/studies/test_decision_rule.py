@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from saemill.studies.bands import draw_bands, smoothed
 from saemill.studies.comparisons import compare
-from saemill.studies.rule import judge, own_controls
+from saemill.studies.decision_rule import judge, own_controls
+from saemill.studies.seed_plots import draw_bands, smoothed
 
 NOISE = (-0.02, 0.01, 0.0, 0.03, -0.01)
 AGAINST = ("base", "control")

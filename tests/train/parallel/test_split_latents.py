@@ -12,7 +12,7 @@ from saemill.train.disk.plain_form import begin_as, plain_sae, sae_from_plain
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, SaeInvalid
 from saemill.train.kit.registry import config_type
-from saemill.train.parallel.latents import SomeLatents
+from saemill.train.parallel.split_latents import SomeLatents
 from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.split_select import first_of_equals, split_batch, split_topk
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .products import weight_sum
-from .support import Support
+from .sparse_support import Support
 
 
 @dataclass(frozen=True, eq=False)

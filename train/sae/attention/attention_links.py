@@ -26,7 +26,7 @@ from torch import Tensor
 from ...data.batch import AttentionRows
 from ...errors import ConfigInvalid
 from ..kernels.hardware import reads_at_once
-from ..kernels.support import group_offsets, index_sum
+from ..kernels.sparse_support import group_offsets, index_sum
 from ..kernels.windows import other_window
 
 

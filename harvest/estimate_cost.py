@@ -28,7 +28,7 @@ from ..cache_schema.files import Files
 from ..cache_schema.identity import seal
 from ..cache_schema.layout import arrays_of
 from .corpus import source_of
-from .model.load import Wanted, make_random, truncate
+from .model.load_and_truncate import Wanted, make_random, truncate
 from .progress import Watch
 from .shards import Harvester, harvest_shards
 from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new

@@ -1,0 +1,137 @@
+"""A run as one HTML page that needs nothing else: its curves, numbers and pictures, and what its latents fire on.
+
+The page asks for nothing from anywhere, and its policy forbids browsers to: pictures lie inside it, and of scripts
+only its own may run, by its digest. While a run trains, its page also takes `live.js` beside it, the same data anew.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ....train.disk.whole_files import replace_file
+from ....train.run.folder import RunFolder
+from ..figures.records import Record
+from ..figures.web import script_json, web_file
+from .markup import Html, element, image, joined, text
+from .numbers import numbers_table
+from .training import course_of, training_data
+
+BROWSER = "browser/index.html"
+LIVE = "live.js"
+HERE = Path(__file__).parent
+
+
+def write_page(folder: Path, records: Sequence[Record], plots: Path) -> Path:
+    """Write <folder>/report.html, with the pictures of another folder; all or nothing."""
+    path = folder / "report.html"
+    has_browser = (folder / BROWSER).is_file()
+    pictures = {quote(os.path.relpath(one, folder)): one for one in sorted(plots.glob("*.png"))}
+    replace_file(path, page(folder.name, records, pictures, has_browser).encode())
+    if (folder / LIVE).exists():  # who watched the run train is brought to this page
+        replace_file(folder / LIVE, b'saemill({"ended":true});\n')
+    return path
+
+
+def write_live_page(run: RunFolder, records: Sequence[Record], pause: float) -> None:
+    """The page of a run that trains, and the data that it takes again and again."""
+    course = course_of(records, run.read_config().get("total_steps", 0), pause)
+    data = training_data(records, course)
+    replace_file(run.path / LIVE, f"saemill({script_json(data)});\n".encode())
+    replace_file(run.path / "report.html", _document(run.name, data, Html(""), Html("")).encode())
+
+
+def page(name: str, records: Sequence[Record], pictures: Mapping[str, Path], has_browser: bool = False) -> Html:
+    """The whole document; pictures by where they lie as seen from it."""
+    link = element("p", element("a", "all latents, to look at and search", href=BROWSER)) if has_browser else Html("")
+    numbers, *below = [
+        element("section", card, class_="card") if card else card
+        for card in (numbers_table(records), figures(pictures), contexts_of(records))
+    ]
+    return _document(name, training_data(records), joined([link, numbers]), joined(below))
+
+
+def _document(name: str, data: Mapping[str, Any], above: Html, below: Html) -> Html:
+    """What the script draws is between the two."""
+    script = web_file("charts.js") + (HERE / "report.js").read_text(encoding="utf-8")
+    head = joined(
+        [
+            Html('<meta charset="utf-8">'),
+            Html(f'<meta http-equiv="Content-Security-Policy" content="{text(_policy(script, data))}">'),
+            Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+            Html('<meta name="color-scheme" content="light dark">'),
+            element("title", f"{name}: sparse autoencoders"),
+            Html('<link rel="icon" href="data:,">'),
+            element("style", Html(web_file("base.css") + (HERE / "report.css").read_text(encoding="utf-8"))),
+        ]
+    )
+    button = Html('<button id="theme" type="button" aria-label="Light or dark" title="light or dark">&#9680;</button>')
+    mark = Html('<span class="mark" aria-hidden="true"></span>')
+    top = element(
+        "header", element("span", mark, element("span", name), class_="brand"), element("div", button, class_="tools")
+    )
+    main = element("main", element("h1", name), above, element("div", id="live"), below, class_="page")
+    scripts = joined([element("script", Html(script_json(data)), type="application/json", id="data"), _script(script)])
+    whole = element("html", element("head", head), element("body", top, main, scripts), lang="en")
+    return joined([Html("<!doctype html>"), whole, Html("")], between="\n")
+
+
+def _policy(script: str, data: Mapping[str, Any]) -> str:
+    """Nothing from anywhere; this script, by its digest; while a run trains, files beside it."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    beside = " 'self' file:" if data["course"] else ""
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{beside}"
+
+
+def _script(script: str) -> Html:
+    return element("script", Html(script))
+
+
+def figures(pictures: Mapping[str, Path]) -> Html:
+    """Every picture under its name, and the files of it for papers."""
+    if not pictures:
+        return Html("")
+    return joined([element("h2", "Pictures"), *(_figure(*found) for found in pictures.items())])
+
+
+def _figure(address: str, path: Path) -> Html:
+    files = {kind: path.with_suffix(f".{kind}") for kind in ("png", "svg")}
+    links = [
+        element("a", kind.upper(), href=f"{address.removesuffix('png')}{kind}")
+        for kind, file in files.items()
+        if file.is_file()
+    ]
+    caption = element("figcaption", path.stem.replace("_", " "), Html(" "), joined(links, between=" "))
+    return element("figure", image(path, path.stem), caption)
+
+
+LATENTS = 12  # of an SAE: a page is to be read
+
+
+def contexts_of(records: Sequence[Record]) -> Html:
+    """What latents fire on, their strongest contexts: a section for each SAE that has some."""
+    sections = [_section(record) for record in records if record.unstructured("browser").get("latents")]
+    return joined([element("h2", "What latents fire on"), *sections]) if sections else Html("")
+
+
+def _section(record: Record) -> Html:
+    latents = record.unstructured("browser")["latents"]
+    every = max(1, -(-len(latents) // LATENTS))
+    return element("details", element("summary", record.name), *(_latent(latent) for latent in latents[::every]))
+
+
+def _latent(latent: Mapping[str, Any]) -> Html:
+    share = f"latent {latent['latent']}, on {100 * latent['fired_share']:.3g} % of tokens"
+    listed = element("ul", *(_context(context) for context in latent["contexts"]), class_="contexts")
+    return joined([element("p", share, class_="faint"), listed])
+
+
+def _context(context: Mapping[str, Any]) -> Html:
+    strength = element("span", f"{context['activation']:.2f}", class_="strength")
+    words = element("bdi", context["before"], element("mark", context["token"]), context["after"])
+    return element("li", strength, words)
