@@ -14,60 +14,35 @@ The run `decisive`, five seeds at equal sparsity, is longer than all others toge
 from __future__ import annotations
 
 import json
-import math
-import re
 import shlex
-import statistics
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 from rich.console import Console
-from rich.table import Table
 
 from ..cache_schema.cli import as_json, print_json
-from ..cache_schema.strict_json import flatten
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
-from ..evaluate.context.results import metric_of, read_result, settings_in, without_nan
-from ..evaluate.output.figures.records import RESULTS, read_log
 from ..evaluate.run.command import errors_told, make_configs
-from ..evaluate.run.console_table import heading, make_console, untrained_traits
+from ..evaluate.run.console_table import make_console
 from ..train.cli import main as sae_train
 from ..train.command import beginning_with
 from ..train.config.recipe import HALF, Recipe, half_of
-from ..train.disk.whole_files import read_json, replace_file, write_json
+from ..train.disk.whole_files import read_json, write_json
 from ..train.recipes import find_recipes, runs_of, studies
 from ..train.run.folder import RunFolder
-from .comparisons import Difference, compare
-from .decision_rule import Families, is_baseline, judge
+from .run_results import Line, Results, curve_by_label, families, read_lines
+from .tables import rows_of, write_tables
 
-CORE, DECISIVE = "core", "decisive"
-LOGGED = "explained_variance"
+DECISIVE = "decisive"
 AS_OFTEN = ("--epochs", "1000")
 """As it takes for the tokens that are asked for."""
-MEASURES = (
-    "explained_variance",
-    "ce_loss_score",
-    "kl_div_score",
-    "frac_alive",
-    "sae_top_1_test_accuracy",
-    "sae_top_5_test_accuracy",
-    "scr_metric_threshold_10",
-    "scr_metric_threshold_50",
-    "tpp_threshold_10_total_metric",
-    "tpp_threshold_50_total_metric",
-)
-"""What SAEs are compared at (`docs/studies/questions.md`). Not what another seed finds again: each number of it is
-about pairs of seeds, so that five of them are not five."""
-ASKS_FOR_MATERIAL = ("unlearning",)
-"""WMDP's text is given on request only, and is about one model: a study is whole without."""
-SEED = re.compile(r"_seed(\d+)(?=$|_frozen_)")
 
 
 @dataclass(frozen=True)
@@ -84,32 +59,6 @@ class Course:
     """Whether sanity baselines train beside the SAEs of runs that compare."""
     evaluation: tuple[str, ...] = ()
     """Of sae-eval, such as --set sparse_probing.data=stdlib. Not of the training: another call may say others."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One SAE of a study."""
-
-    run: str
-    label: str
-    values: dict[str, float | None]
-    """None for what was measured and gave no number."""
-    problems: list[str]
-    remarks: list[str] = field(default_factory=list)
-    """Why numbers are not there, where an evaluation says."""
-
-    @property
-    def family(self) -> str:
-        """The label without its seed."""
-        return SEED.sub("", self.label)
-
-    @property
-    def seed(self) -> int:
-        found = SEED.search(self.label)
-        return int(found[1]) if found else 0
-
-
-Results = Sequence[tuple[Recipe, Sequence[Line]]]
 
 
 EXAMPLES = """\b
@@ -318,219 +267,6 @@ def call(command: Any, name: str, words: Sequence[str], console: Console, may_en
     except SystemExit as end:
         if (end.code or 0) not in may_end:
             raise click.ClickException(f"{name} ended with status {end.code}: its last lines say why") from None
-
-
-def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) -> list[Line]:
-    """What a finished run came to: of its result and of its evaluations."""
-    result = read_json(folder.path / "result.json")
-    half = RunFolder.at(folder.path.with_name(folder.name + HALF))
-    at_half = read_json(half.path / "result.json")["saes"] if half.is_finished else {}
-    lines = []
-    documents = {
-        eval_id: {
-            label: read_result(path)
-            for label in result["saes"]
-            if (path := folder.path / "evals" / eval_id / (label + RESULTS)).is_file()
-        }
-        for eval_id in eval_ids
-    }
-    uneven = {eval_id: differing(list(found.values())) for eval_id, found in documents.items()}
-    for label, sae in result["saes"].items():
-        values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
-        if label in at_half:
-            values["growth"] = sae["explained_variance"] - at_half[label]["explained_variance"]
-        if costs:
-            seconds, size = sae.get("step_seconds"), sae.get("state_bytes")
-            values["ms_per_step"] = None if seconds is None else 1e3 * seconds
-            values["state_mb"] = None if size is None else size / 1e6
-        remarks = [f"a warm-up or onset of {asked} steps took {given}" for asked, given in sae.get("cut_short", ())]
-        problems = [] if result["steps"] > 0 else ["it made no step"]
-        for eval_id in eval_ids:
-            document = documents[eval_id].get(label)
-            if document is None:
-                (remarks if eval_id in ASKS_FOR_MATERIAL else problems).append(f"{eval_id} gave no result")
-                continue
-            if uneven[eval_id]:
-                problems.append(f"{eval_id} is left out: results of this run differ in {uneven[eval_id]}")
-                continue
-            found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
-            values |= {metric.rsplit(".", 1)[-1]: value for metric, value in found.items()}
-            problems += untrained_traits(document)
-            remarks += absences(eval_id, document, found)
-            if eval_id == CORE:
-                remarks += measured_on(document, result)
-                problems += [f"{metric.rsplit('.', 1)[-1]} is not a number" for metric, v in found.items() if v is None]
-        problems += [f"{name} is not a number" for name, value in values.items() if not math.isfinite(value or 0.0)]
-        lines.append(Line(folder.name, label, values, problems, remarks))
-    return lines
-
-
-def differing(documents: Sequence[Mapping[str, Any]]) -> str:
-    """The settings in which results of one evaluation differ: none of them can be told to be the one that was meant."""
-    all_of = [flatten(settings_in(document)) for document in documents]
-    keys = sorted({key for one in all_of for key in one})
-    return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
-
-
-def curve_by_label(folder: RunFolder) -> dict[str, list[tuple[float, float]]]:
-    """Steps, and the explained variance of the batch, as the run logged them."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for line in read_log(folder.metrics):
-        if isinstance(line.get(LOGGED), float):
-            curves.setdefault(line["sae"], []).append((line["step"], line[LOGGED]))
-    return curves
-
-
-def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, float | None]) -> list[str]:
-    """The metrics of a result that are not there, and why as far as it says."""
-    names = [metric.rsplit(".", 1)[-1] for metric, value in found.items() if value is None]
-    ours = document.get("saemill", {})
-    if not names and ours.get("missing"):
-        return [f"{eval_id} is of a part of its data: {ours['missing']}"]
-    reason = ours.get("missing") or ours.get("remark") or "its result does not say why"
-    return [f"{eval_id} has no {', '.join(names)}: {reason}"] if names else []
-
-
-def measured_on(document: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
-    """The model and the store that a run's numbers are about, as far as its results say."""
-    store, model = document.get("saemill", {}).get("cache_id"), document.get("sae_cfg_dict", {}).get("model_name")
-    if store is None:
-        return []
-    return [f"of the model {model}, store id {store}: {result.get('tokens', 0):,} tokens in {result['steps']:,} steps"]
-
-
-def write_tables(results: Results, out: Path, console: Console) -> None:
-    """On the console, and as table.md and table.json."""
-    every = [line for _, lines in results for line in lines]
-    parts = []
-    for title, head, rows in _tables(results):
-        console.print(_table(title, head, rows))
-        parts.append(f"**{title}**\n\n{_markdown(head, rows)}")
-    remarks = [selected(recipe, lines) for recipe, lines in results if recipe.select] + remarks_of(every)
-    for remark in remarks:
-        console.print(remark, markup=False, soft_wrap=True)
-    if remarks:
-        parts.append("\n".join(f"- {remark}" for remark in remarks))
-    replace_file(out / "table.md", "\n\n".join(parts).encode() + b"\n")
-    replace_file(out / "table.json", json.dumps(rows_of(every), indent=1, allow_nan=False).encode() + b"\n")
-
-
-def rows_of(lines: Iterable[Line]) -> list[dict[str, Any]]:
-    """For scripts: plain JSON values."""
-    return without_nan([{"run": line.run, "label": line.label, **line.values} for line in lines], None)
-
-
-def remarks_of(lines: Iterable[Line]) -> list[str]:
-    """Each once, with whom it is about: the seeds of an SAE are one name, and all SAEs of a run are the run."""
-    about: dict[tuple[str, str], list[str]] = {}
-    everybody: dict[str, set[str]] = {}
-    for line in lines:
-        everybody.setdefault(line.run, set()).add(line.label)
-        for remark in line.remarks:
-            about.setdefault((line.run, remark), []).append(line.label)
-    told = []
-    for (run, remark), labels in about.items():
-        names = ", ".join(dict.fromkeys(SEED.sub("", label) for label in labels))
-        told.append(f"{run}: {remark}" if set(labels) == everybody[run] else f"{run}/{names}: {remark}")
-    return told
-
-
-def selected(recipe: Recipe, lines: Sequence[Line]) -> str:
-    """Which SAE of a run is the best at what it is selected by; of one seed, so that it says where to look."""
-    found = {line.label: value for line in lines if (value := line.values.get(recipe.select)) is not None}
-    if not found:
-        return f"{recipe.name}: nothing to select by, no SAE has {recipe.select}"
-    order = sorted(found, key=lambda label: -found[label])
-    ranking = ", ".join(f"{label} {found[label]:.4g}" for label in order)
-    return f"{recipe.name}: selected by {recipe.select}: {order[0]} ({ranking})"
-
-
-def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Runs of one seed together; each run of several by itself, and then its differences."""
-    alone = [line for recipe, lines in results if recipe.seeds == 1 for line in lines]
-    if alone:
-        columns = _columns(alone)
-        cells = [[line.run, line.label, *(_cell(line.values.get(column)) for column in columns)] for line in alone]
-        yield f"{results[0][0].study}: runs", ["run", "SAE", *columns], cells
-    for recipe, lines in results:
-        if recipe.seeds == 1 or not lines:
-            continue
-        columns = _columns(lines)
-        title = f"{recipe.study}: {recipe.name}"
-        seeds = len({line.seed for line in lines if not is_baseline(line.family)})
-        yield f"{title}, mean ± standard deviation over seeds", ["SAE", "seeds", *columns], seeded_rows(lines, columns)
-        rows = [
-            [d.label, d.against, d.measure, interval_of(d, seeds), f"{d.p_corrected:.2g}", d.verdict]
-            for d in differences(recipe, lines)
-        ]
-        if rows:
-            head = ["SAE", "against", "measure", "difference, 95 %", "p, corrected", "found"]
-            yield f"{title}, differences by seed, p corrected for all {len(rows)} (Holm)", head, rows
-            found = judge(families(lines), recipe.against, differences(recipe, lines), MEASURES)
-            cells = [[one.label, one.verdict, one.why] for one in found]
-            yield f"{title}, by the rule of docs/studies/questions.md", ["SAE", "found", "why"], cells
-
-
-def differences(recipe: Recipe, lines: Sequence[Line]) -> list[Difference]:
-    """At what no SAE is trained on."""
-    known = {name for line in lines for name in line.values}
-    values = {label: seeds for label, seeds in families(lines).items() if not is_baseline(label)}
-    return compare(values, recipe.against, [name for name in MEASURES if name in known])
-
-
-def families(lines: Iterable[Line]) -> Families:
-    """Values by SAE and seed."""
-    values: dict[str, dict[int, dict[str, float | None]]] = {}
-    for line in lines:
-        values.setdefault(line.family, {})[line.seed] = line.values
-    return values
-
-
-def _columns(lines: Iterable[Line]) -> list[str]:
-    return list(dict.fromkeys(name for line in lines for name in line.values))
-
-
-def seeded_rows(lines: Sequence[Line], columns: Sequence[str]) -> list[list[str]]:
-    """A row for each SAE that was trained from several seeds."""
-    rows = []
-    for family in dict.fromkeys(line.family for line in lines):
-        members = [line for line in lines if line.family == family]
-        found = [[v for line in members if (v := line.values.get(c)) is not None] for c in columns]
-        cells = [spread(own) + (f" (of {len(own)})" if 0 < len(own) < len(members) else "") for own in found]
-        rows.append([family, str(len(members)), *cells])
-    return rows
-
-
-def interval_of(difference: Difference, seeds: int) -> str:
-    """The mean and half of its 95 % interval, and of how many seeds where it is not of all."""
-    partly = f" (of {difference.seeds})" if difference.seeds < seeds else ""
-    return f"{difference.mean:+.4g} ± {difference.half_width:.2g}{partly}"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean, and standard deviation where there are several."""
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4g}{deviation}"
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for number, name in enumerate(head):
-        table.add_column(heading(name), justify="left" if number < 2 else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    ruler = ["---", "---", *("--:" for _ in head[2:])]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *rows))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "run",
         "cli",
     ),
-    "studies": ("__init__ comparisons", "decision_rule", "seed_plots", "study"),
+    "studies": ("__init__ comparisons", "decision_rule", "run_results seed_plots", "tables", "study"),
     "api": ("__init__ notebook_html command_words", "run store table", "calls"),
 }
 BELOW_ITS_FOLDER = ("evals/contract",)  # what folders inside a folder stand on

@@ -20,8 +20,8 @@ from ratios import take_turns
 from records import record
 
 from saemill.cache_schema import Request, Store
-from saemill.train.data.prefetch import Loader
 from saemill.train.data.pool import PIECES_IN_FLIGHT
+from saemill.train.data.prefetch import Loader
 from saemill.train.data.shuffle import Plan, measure_split
 
 LAYER = 19

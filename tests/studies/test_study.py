@@ -14,9 +14,11 @@ from rich.console import Console
 from saemill.evaluate import evals
 from saemill.evaluate.errors import EvalError
 from saemill.evaluate.run.console_table import UNTRAINED, untrained_traits
-from saemill.studies import study
+from saemill.studies import study, tables
 from saemill.studies.comparisons import Difference
-from saemill.studies.study import Course, Line, call, read_lines, seeded_rows, spread, training_commands, write_tables
+from saemill.studies.run_results import Line, read_lines
+from saemill.studies.study import Course, call, training_commands
+from saemill.studies.tables import seeded_rows, spread, write_tables
 from saemill.train.config.recipe import Recipe
 from saemill.train.errors import UnknownRecipe
 from saemill.train.recipes import find_recipes, own_evals, runs_of, studies
@@ -157,8 +159,8 @@ def test_seeds_of_one_sae_become_one_row():
     assert seeded_rows(lines, ["l0"]) == [["base", "3", "2 ± 1"], ["other", "1", "-"]]
     lines.append(Line("headline", "base_seed3", {"l0": None}, []))
     assert seeded_rows(lines, ["l0"])[0] == ["base", "4", "2 ± 1 (of 3)"]
-    assert study.interval_of(Difference("one", "base", "l0", 3, 1.0, 0.1, 0.5), 4) == "+1 ± 0.1 (of 3)"
-    assert study.interval_of(Difference("one", "base", "l0", 3, 1.0, 0.1, 0.5), 3) == "+1 ± 0.1"
+    assert tables.interval_of(Difference("one", "base", "l0", 3, 1.0, 0.1, 0.5), 4) == "+1 ± 0.1 (of 3)"
+    assert tables.interval_of(Difference("one", "base", "l0", 3, 1.0, 0.1, 0.5), 3) == "+1 ± 0.1"
     assert spread([4.0]) == "4"
 
 
@@ -226,7 +228,7 @@ def test_a_run_that_tunes_names_the_best_and_one_that_weighs_costs_shows_them(tm
     write_tables([(tuned, lines)], tmp_path, Console(quiet=True))
     said = "- run_6: selected by explained_variance: weaker (weaker 0.8, base 0.7)"
     assert said in (tmp_path / "table.md").read_text()
-    assert "no SAE has explained_variance" in study.selected(tuned, [])
+    assert "no SAE has explained_variance" in tables.selected(tuned, [])
     folder = write_run(tmp_path / "run_2")
     result = json.loads((folder.path / "result.json").read_text())
     result["saes"]["one"] |= {"step_seconds": 0.004, "state_bytes": 3_000_000}
@@ -306,10 +308,10 @@ def test_differences_are_of_what_is_not_trained_on(tmp_path):
         for label, gain in (("base", 0.0), ("guided", 0.1 + noise / 50), ("shuffled", 0.1 + noise / 40)):
             values = {**GOOD, "explained_variance": 0.7 + noise + gain, "contribution": gain}
             lines.append(Line("decisive", f"{label}_seed{seed}", values, []))
-    found = {(d.label, d.against): d for d in study.differences(one, lines) if d.measure == "explained_variance"}
+    found = {(d.label, d.against): d for d in tables.differences(one, lines) if d.measure == "explained_variance"}
     assert found["guided", "base"].verdict == "more" and found["guided", "base"].mean == pytest.approx(0.1, abs=1e-3)
     assert found["guided", "shuffled"].verdict == "no difference shown"
-    assert {d.measure for d in study.differences(one, lines)} == {"explained_variance"}  # neither L0 nor contribution
+    assert {d.measure for d in tables.differences(one, lines)} == {"explained_variance"}  # neither L0 nor contribution
     write_tables([(one, lines)], tmp_path, Console(quiet=True))
     assert "| guided | base | explained_variance | +0.1" in (tmp_path / "table.md").read_text()
 
@@ -355,7 +357,7 @@ def test_seeds_of_baselines_are_seeds():
 def test_a_remark_is_told_once_and_of_whom():
     lines = [Line("a", f"{name}_seed{n}", {}, [], ["short"]) for name in ("base", "guided") for n in (0, 1)]
     lines += [Line("b", "base_seed0", {}, [], ["short"]), Line("b", "other_seed0", {}, [])]
-    assert study.remarks_of(lines) == ["a: short", "b/base: short"]
+    assert tables.remarks_of(lines) == ["a: short", "b/base: short"]
 
 
 def test_what_the_last_doubling_gained_is_of_the_base_at_half_the_length(tmp_path):
@@ -392,7 +394,7 @@ def test_sanity_baselines_are_no_comparisons():
     labels = [f"{name}_seed{n}" for name in ("base", "guided") for n in (0, 1)]
     labels += [f"base_seed{n}_frozen_encoder" for n in (0, 1)]
     lines = [Line("decisive", label, {"frac_alive": 0.1 * n}, []) for n, label in enumerate(labels)]
-    assert {difference.label for difference in study.differences(one, lines)} == {"guided"}
+    assert {difference.label for difference in tables.differences(one, lines)} == {"guided"}
 
 
 def test_an_evaluation_that_no_run_of_a_study_has_is_refused():

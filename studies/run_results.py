@@ -1,0 +1,138 @@
+"""What the runs of a study came to: each SAE's numbers, what is wrong with them, and why some are not there."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..cache_schema.strict_json import flatten
+from ..evaluate import evals
+from ..evaluate.context.results import metric_of, read_result, settings_in
+from ..evaluate.output.figures.records import RESULTS, read_log
+from ..evaluate.run.console_table import untrained_traits
+from ..train.config.recipe import HALF, Recipe
+from ..train.disk.whole_files import read_json
+from ..train.run.folder import RunFolder
+from .decision_rule import Families
+
+CORE = "core"
+LOGGED = "explained_variance"
+ASKS_FOR_MATERIAL = ("unlearning",)
+"""WMDP's text is given on request only, and is about one model: a study is whole without."""
+SEED = re.compile(r"_seed(\d+)(?=$|_frozen_)")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One SAE of a study."""
+
+    run: str
+    label: str
+    values: dict[str, float | None]
+    """None for what was measured and gave no number."""
+    problems: list[str]
+    remarks: list[str] = field(default_factory=list)
+    """Why numbers are not there, where an evaluation says."""
+
+    @property
+    def family(self) -> str:
+        """The label without its seed."""
+        return SEED.sub("", self.label)
+
+    @property
+    def seed(self) -> int:
+        found = SEED.search(self.label)
+        return int(found[1]) if found else 0
+
+
+Results = Sequence[tuple[Recipe, Sequence[Line]]]
+
+
+def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) -> list[Line]:
+    """What a finished run came to: of its result and of its evaluations."""
+    result = read_json(folder.path / "result.json")
+    half = RunFolder.at(folder.path.with_name(folder.name + HALF))
+    at_half = read_json(half.path / "result.json")["saes"] if half.is_finished else {}
+    lines = []
+    documents = {
+        eval_id: {
+            label: read_result(path)
+            for label in result["saes"]
+            if (path := folder.path / "evals" / eval_id / (label + RESULTS)).is_file()
+        }
+        for eval_id in eval_ids
+    }
+    uneven = {eval_id: differing(list(found.values())) for eval_id, found in documents.items()}
+    for label, sae in result["saes"].items():
+        values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
+        if label in at_half:
+            values["growth"] = sae["explained_variance"] - at_half[label]["explained_variance"]
+        if costs:
+            seconds, size = sae.get("step_seconds"), sae.get("state_bytes")
+            values["ms_per_step"] = None if seconds is None else 1e3 * seconds
+            values["state_mb"] = None if size is None else size / 1e6
+        remarks = [f"a warm-up or onset of {asked} steps took {given}" for asked, given in sae.get("cut_short", ())]
+        problems = [] if result["steps"] > 0 else ["it made no step"]
+        for eval_id in eval_ids:
+            document = documents[eval_id].get(label)
+            if document is None:
+                (remarks if eval_id in ASKS_FOR_MATERIAL else problems).append(f"{eval_id} gave no result")
+                continue
+            if uneven[eval_id]:
+                problems.append(f"{eval_id} is left out: results of this run differ in {uneven[eval_id]}")
+                continue
+            found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
+            values |= {metric.rsplit(".", 1)[-1]: value for metric, value in found.items()}
+            problems += untrained_traits(document)
+            remarks += absences(eval_id, document, found)
+            if eval_id == CORE:
+                remarks += measured_on(document, result)
+                problems += [f"{metric.rsplit('.', 1)[-1]} is not a number" for metric, v in found.items() if v is None]
+        problems += [f"{name} is not a number" for name, value in values.items() if not math.isfinite(value or 0.0)]
+        lines.append(Line(folder.name, label, values, problems, remarks))
+    return lines
+
+
+def differing(documents: Sequence[Mapping[str, Any]]) -> str:
+    """The settings in which results of one evaluation differ: none of them can be told to be the one that was meant."""
+    all_of = [flatten(settings_in(document)) for document in documents]
+    keys = sorted({key for one in all_of for key in one})
+    return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
+
+
+def curve_by_label(folder: RunFolder) -> dict[str, list[tuple[float, float]]]:
+    """Steps, and the explained variance of the batch, as the run logged them."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in read_log(folder.metrics):
+        if isinstance(line.get(LOGGED), float):
+            curves.setdefault(line["sae"], []).append((line["step"], line[LOGGED]))
+    return curves
+
+
+def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, float | None]) -> list[str]:
+    """The metrics of a result that are not there, and why as far as it says."""
+    names = [metric.rsplit(".", 1)[-1] for metric, value in found.items() if value is None]
+    ours = document.get("saemill", {})
+    if not names and ours.get("missing"):
+        return [f"{eval_id} is of a part of its data: {ours['missing']}"]
+    reason = ours.get("missing") or ours.get("remark") or "its result does not say why"
+    return [f"{eval_id} has no {', '.join(names)}: {reason}"] if names else []
+
+
+def measured_on(document: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    """The model and the store that a run's numbers are about, as far as its results say."""
+    store, model = document.get("saemill", {}).get("cache_id"), document.get("sae_cfg_dict", {}).get("model_name")
+    if store is None:
+        return []
+    return [f"of the model {model}, store id {store}: {result.get('tokens', 0):,} tokens in {result['steps']:,} steps"]
+
+
+def families(lines: Iterable[Line]) -> Families:
+    """Values by SAE and seed."""
+    values: dict[str, dict[int, dict[str, float | None]]] = {}
+    for line in lines:
+        values.setdefault(line.family, {})[line.seed] = line.values
+    return values

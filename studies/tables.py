@@ -1,0 +1,161 @@
+"""The table of a study, on the console and as table.md and table.json: numbers by SAE, and how they differ by seed."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..evaluate.context.results import without_nan
+from ..evaluate.run.console_table import heading
+from ..train.config.recipe import Recipe
+from ..train.disk.whole_files import replace_file
+from .comparisons import Difference, compare
+from .decision_rule import is_baseline, judge
+from .run_results import SEED, Line, Results, families
+
+MEASURES = (
+    "explained_variance",
+    "ce_loss_score",
+    "kl_div_score",
+    "frac_alive",
+    "sae_top_1_test_accuracy",
+    "sae_top_5_test_accuracy",
+    "scr_metric_threshold_10",
+    "scr_metric_threshold_50",
+    "tpp_threshold_10_total_metric",
+    "tpp_threshold_50_total_metric",
+)
+"""What SAEs are compared at (`docs/studies/questions.md`). Not what another seed finds again: each number of it is
+about pairs of seeds, so that five of them are not five."""
+
+
+def write_tables(results: Results, out: Path, console: Console) -> None:
+    """On the console, and as table.md and table.json."""
+    every = [line for _, lines in results for line in lines]
+    parts = []
+    for title, head, rows in _tables(results):
+        console.print(_table(title, head, rows))
+        parts.append(f"**{title}**\n\n{_markdown(head, rows)}")
+    remarks = [selected(recipe, lines) for recipe, lines in results if recipe.select] + remarks_of(every)
+    for remark in remarks:
+        console.print(remark, markup=False, soft_wrap=True)
+    if remarks:
+        parts.append("\n".join(f"- {remark}" for remark in remarks))
+    replace_file(out / "table.md", "\n\n".join(parts).encode() + b"\n")
+    replace_file(out / "table.json", json.dumps(rows_of(every), indent=1, allow_nan=False).encode() + b"\n")
+
+
+def rows_of(lines: Iterable[Line]) -> list[dict[str, Any]]:
+    """For scripts: plain JSON values."""
+    return without_nan([{"run": line.run, "label": line.label, **line.values} for line in lines], None)
+
+
+def remarks_of(lines: Iterable[Line]) -> list[str]:
+    """Each once, with whom it is about: the seeds of an SAE are one name, and all SAEs of a run are the run."""
+    about: dict[tuple[str, str], list[str]] = {}
+    everybody: dict[str, set[str]] = {}
+    for line in lines:
+        everybody.setdefault(line.run, set()).add(line.label)
+        for remark in line.remarks:
+            about.setdefault((line.run, remark), []).append(line.label)
+    told = []
+    for (run, remark), labels in about.items():
+        names = ", ".join(dict.fromkeys(SEED.sub("", label) for label in labels))
+        told.append(f"{run}: {remark}" if set(labels) == everybody[run] else f"{run}/{names}: {remark}")
+    return told
+
+
+def selected(recipe: Recipe, lines: Sequence[Line]) -> str:
+    """Which SAE of a run is the best at what it is selected by; of one seed, so that it says where to look."""
+    found = {line.label: value for line in lines if (value := line.values.get(recipe.select)) is not None}
+    if not found:
+        return f"{recipe.name}: nothing to select by, no SAE has {recipe.select}"
+    order = sorted(found, key=lambda label: -found[label])
+    ranking = ", ".join(f"{label} {found[label]:.4g}" for label in order)
+    return f"{recipe.name}: selected by {recipe.select}: {order[0]} ({ranking})"
+
+
+def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Runs of one seed together; each run of several by itself, and then its differences."""
+    alone = [line for recipe, lines in results if recipe.seeds == 1 for line in lines]
+    if alone:
+        columns = _columns(alone)
+        cells = [[line.run, line.label, *(_cell(line.values.get(column)) for column in columns)] for line in alone]
+        yield f"{results[0][0].study}: runs", ["run", "SAE", *columns], cells
+    for recipe, lines in results:
+        if recipe.seeds == 1 or not lines:
+            continue
+        columns = _columns(lines)
+        title = f"{recipe.study}: {recipe.name}"
+        seeds = len({line.seed for line in lines if not is_baseline(line.family)})
+        yield f"{title}, mean ± standard deviation over seeds", ["SAE", "seeds", *columns], seeded_rows(lines, columns)
+        rows = [
+            [d.label, d.against, d.measure, interval_of(d, seeds), f"{d.p_corrected:.2g}", d.verdict]
+            for d in differences(recipe, lines)
+        ]
+        if rows:
+            head = ["SAE", "against", "measure", "difference, 95 %", "p, corrected", "found"]
+            yield f"{title}, differences by seed, p corrected for all {len(rows)} (Holm)", head, rows
+            found = judge(families(lines), recipe.against, differences(recipe, lines), MEASURES)
+            cells = [[one.label, one.verdict, one.why] for one in found]
+            yield f"{title}, by the rule of docs/studies/questions.md", ["SAE", "found", "why"], cells
+
+
+def differences(recipe: Recipe, lines: Sequence[Line]) -> list[Difference]:
+    """At what no SAE is trained on."""
+    known = {name for line in lines for name in line.values}
+    values = {label: seeds for label, seeds in families(lines).items() if not is_baseline(label)}
+    return compare(values, recipe.against, [name for name in MEASURES if name in known])
+
+
+def _columns(lines: Iterable[Line]) -> list[str]:
+    return list(dict.fromkeys(name for line in lines for name in line.values))
+
+
+def seeded_rows(lines: Sequence[Line], columns: Sequence[str]) -> list[list[str]]:
+    """A row for each SAE that was trained from several seeds."""
+    rows = []
+    for family in dict.fromkeys(line.family for line in lines):
+        members = [line for line in lines if line.family == family]
+        found = [[v for line in members if (v := line.values.get(c)) is not None] for c in columns]
+        cells = [spread(own) + (f" (of {len(own)})" if 0 < len(own) < len(members) else "") for own in found]
+        rows.append([family, str(len(members)), *cells])
+    return rows
+
+
+def interval_of(difference: Difference, seeds: int) -> str:
+    """The mean and half of its 95 % interval, and of how many seeds where it is not of all."""
+    partly = f" (of {difference.seeds})" if difference.seeds < seeds else ""
+    return f"{difference.mean:+.4g} ± {difference.half_width:.2g}{partly}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation where there are several."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4g}{deviation}"
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for number, name in enumerate(head):
+        table.add_column(heading(name), justify="left" if number < 2 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    ruler = ["---", "---", *("--:" for _ in head[2:])]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *rows))
