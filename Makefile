@@ -48,7 +48,7 @@ STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set b
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-cluster test-real smollm2 check format lock sbom goldens demo harvest studies decide \
   bench bench-store bench-exports bench-harvest bench-train bench-small bench-quality bench-eval bench-browser bench-gpu \
-  bench-transcoders bench-workers bench-simulate docs measured peers saebench circuit-tracer dashboard clean
+  bench-transcoders bench-claims bench-workers bench-simulate docs measured peers saebench circuit-tracer dashboard clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -153,6 +153,10 @@ bench-exports: env peers ## our SAEs opened by SAELens, dictionary_learning and 
 bench-quality: env peers smollm2 ## on SmolLM2: explained variance at equal sparsity, against the peers
 	$(BIN)/sae-harvest --model smollm2 --dataset $(REAL_TEXT) --tokens 1200k --out $(REAL)
 	$(BIN)/python bench/quality.py $(REAL) --peers-python $(PEERS)/bin/python --out $(RESULTS)/quality.json
+
+bench-claims: env smollm2 ## on SmolLM2: what the published variants are said to do better, beside top-k
+	$(BIN)/sae-harvest --model smollm2 --dataset $(REAL_TEXT) --tokens 1200k --out $(REAL)
+	$(BIN)/python bench/claims.py $(REAL) --json $(RESULTS)/claims.json
 
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS) --json $(RESULTS)/store.json

@@ -1,0 +1,173 @@
+"""What each published variant is said to do better, on a real model: at equal sparsity where sparsity can be set.
+
+1. Trains, on a store of a real model, top-k and the variants that claim something beyond it, from three seeds each.
+2. Reads the test split once for each SAE: explained variance and L0 of ordinary tokens, and what the claim is about.
+3. Prints them beside the SAE that they are claimed to be better than, seed by seed.
+
+    sae-harvest --model smollm2 --dataset docs:/usr/share/doc --tokens 1200k --out ./store
+    python bench/claims.py ./store
+
+A run that is in the folder of runs already is gone on with, or read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import click
+import torch
+from ratios import gather_facts, write_rows
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+
+from saemill import Store, train
+from saemill.api.run import Run
+from saemill.train.run.folder import RunFolder
+from saemill.train.sae.model import SparseAutoencoder
+
+K = 32
+KS = (8, 16, 32, 64)
+SEEDS = (0, 1, 2)
+BESIDE = ("batchtopk", "matryoshka", "ortsae", "tsae", "abstopk", "matching_pursuit", "treesae")
+FIRST = 0.2  # the part of the dictionary that T-SAE steadies, and a matryoshka's third group ends near it
+BATCH = 2048
+BOTH = 0.1  # a signed latent counts as used both ways if so large a share of its firings has the rarer sign
+
+
+@dataclass
+class Seen:
+    """Sums over the test split of one SAE at one number of active latents."""
+
+    rows: int = 0
+    unexplained: float = 0.0
+    active: float = 0.0
+    own: list[float] = field(default_factory=list)  # cosines of the codes of neighbouring tokens
+    chance: list[float] = field(default_factory=list)  # of tokens half a batch apart
+    signs: Tensor | None = None  # [2, F], firings above and below zero
+
+    def take(self, sae: SparseAutoencoder, x: Tensor) -> None:
+        f = sae.encode(x)
+        self.rows += len(x)
+        self.unexplained += float((sae.decode(f) - x).double().square().sum())
+        self.active += float((f != 0).sum())
+        first = f[:, : round(FIRST * f.shape[1])]
+        self.own.append(_cosine(first[1:], first[:-1]))
+        self.chance.append(_cosine(first, first.roll(len(x) // 2, 0)))
+        signs = torch.stack([(f > 0).sum(0), (f < 0).sum(0)])
+        self.signs = signs if self.signs is None else self.signs + signs
+
+    def measures(self, variance: float) -> dict[str, float]:
+        assert self.signs is not None
+        rarer, firings = self.signs.amin(0), self.signs.sum(0)
+        return {
+            "explained_variance": 1.0 - self.unexplained / self.rows / variance,
+            "l0": self.active / self.rows,
+            "never_fired": float((firings == 0).double().mean()),
+            "neighbours": fmean(self.own) - fmean(self.chance),
+            "both_signs": float((rarer > BOTH * firings).double().mean()),
+        }
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return float(functional.cosine_similarity(one, other, dim=1).mean())
+
+
+def read_rows(store: Store, layer: int) -> list[Tensor]:
+    """The ordinary tokens of the test split, in the order of the text."""
+    return list(store.batches(layers=layer, split="test", batch_tokens=BATCH, shuffle=False, device="cpu"))
+
+
+@torch.no_grad()
+def measure(runs: Iterable[Run], batches: list[Tensor]) -> list[dict[str, Any]]:
+    """A row for each SAE; for the one that is good at every k, a row for each of KS."""
+    rows = torch.cat(batches)
+    variance = float((rows - rows.mean(0)).double().square().sum(1).mean())
+    found = []
+    for run in runs:
+        saes = RunFolder.at(run.path).read_config()["saes"]
+        for label in run.saes:
+            variant, config = saes[label]["variant"], saes[label]["config"]
+            sae = run.load(label)
+            for k in KS if variant == "hierarchical_topk" else (config["k"],):
+                if k != config["k"]:
+                    sae.gate.k = k  # pyright: ignore[reportAttributeAccessIssue]
+                seen = Seen()
+                for x in batches:
+                    seen.take(sae, x)
+                about = {"variant": variant, "k": k, "seed": config["seed"], "decoder": _nearest(sae.W_dec)}
+                found.append(about | seen.measures(variance))
+    return found
+
+
+def _nearest(W_dec: Tensor) -> float:
+    """Mean over decoder rows of the cosine of the nearest other row."""
+    unit = functional.normalize(W_dec, dim=1)
+    return float((unit @ unit.t()).fill_diagonal_(-1.0).amax(1).mean())
+
+
+def train_all(out: Path, **words: Any) -> list[Run]:
+    """Three runs: all at one k, the dictionary for every k, and one top-k SAE for each of these."""
+    seeds = "seed=" + ",".join(map(str, SEEDS))
+    asked = {
+        "claims_32": {"variant": ["topk", *BESIDE], "k": K, "grid": [seeds]},
+        "claims_every_k": {"variant": "hierarchical_topk", "k": KS[-1], "grid": [seeds]},
+        "claims_topk": {"variant": "topk", "grid": ["k=" + ",".join(str(k) for k in KS if k != K), seeds]},
+    }
+    return [run_of(out / name, {"out": str(out), "name": name, **words, **of}) for name, of in asked.items()]
+
+
+def run_of(folder: Path, words: Mapping[str, Any]) -> Run:
+    """A run that has ended, or the rest of it, or all of it."""
+    if (folder / "result.json").is_file():
+        return Run(folder)
+    return train(resume=str(folder)) if (folder / "config.json").is_file() else train(plots=False, **words)
+
+
+COLUMNS = ("explained_variance", "l0", "never_fired", "decoder", "neighbours", "both_signs")
+
+
+def show(found: list[dict[str, Any]], console: Console) -> None:
+    """A line for each variant and k: mean and standard deviation over seeds, and the difference from top-k by seed."""
+    table = Table(title="the test split: mean ± standard deviation over seeds", title_justify="left", box=None)
+    for heading in ("variant", "k", *COLUMNS, "EV, against topk at this k"):
+        table.add_column(heading.replace("_", " "))
+    base = {(row["k"], row["seed"]): row["explained_variance"] for row in found if row["variant"] == "topk"}
+    for variant, k in dict.fromkeys((row["variant"], row["k"]) for row in found):
+        rows = [row for row in found if (row["variant"], row["k"]) == (variant, k)]
+        gains = [row["explained_variance"] - base[k, row["seed"]] for row in rows]
+        cells = [spread([row[column] for row in rows]) for column in COLUMNS]
+        table.add_row(variant, str(k), *cells, "" if variant == "topk" else spread(gains, "+"))
+    console.print(table)
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    digits = ".1f" if abs(fmean(values)) >= 2 else ".4f"
+    return f"{fmean(values):{sign}{digits}} ± {stdev(values):{digits}}"
+
+
+@click.command()
+@click.argument("store")
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("bench-results/claims"), show_default=True)
+@click.option("--width", default=1152, show_default=True)
+@click.option("--tokens", default="546304", show_default=True, help="Of the training split, for each SAE.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), default=Path("bench-results/claims.json"))
+def main(store: str, runs: Path, width: int, tokens: str, json_file: Path) -> None:
+    """Train and compare the variants on the residual stream of STORE."""
+    course = {"width": width, "tokens": tokens, "epochs": 1, "set": {"data.batch_tokens": 1024}}
+    trained = train_all(runs, cache=store, **course)
+    with Store(store) as opened:
+        manifest = opened.manifest
+        found = measure(trained, read_rows(opened, manifest.layers[0]))
+    show(found, Console(width=200))
+    facts = gather_facts(cache_id=manifest.cache_id, model=manifest.model.id, width=width, tokens=tokens)
+    write_rows(json_file, "What the variants claim, on a real model", [row | facts for row in found])
+
+
+if __name__ == "__main__":
+    main()
