@@ -28,9 +28,10 @@ def read_windows(
     split: str = "test",
     attention_layers: Sequence[int] = (),
     layers: Sequence[int] | None = None,
+    first: int = 0,
 ) -> Iterator[Windows]:
     """The first `windows` windows of a split, batch by batch, with a bar. `layers`: whose residuals come along, where
-    it is not just what the SAEs need."""
+    it is not just what the SAEs need. `first`: so many of them, whole batches, were read before."""
     total = min(windows, count_windows(context.store, split))
     if total == 0:
         raise NotApplicable(f"the store's {split} split has no windows: harvest more text")
@@ -39,8 +40,9 @@ def read_windows(
     length, device = context.manifest.context, context.device
     room = MOST_CODES // (length * max(subject.width for subject in subjects))
     size = max(1, min(batch_windows, total, room))
-    batches = store_batches(context.store, split, layers, attention, size, count=total, device=device)
+    batches = store_batches(context.store, split, layers, attention, size, first, total - first, device)
     with context.watch.stage(title, total * length) as advance:
+        advance.reach(first * length)
         for batch in batches:
             yield batch
             advance(len(batch) * batch.context)

@@ -1,7 +1,7 @@
 """browser: all latents of all SAEs of a run, to be looked at: a folder of pages beside the run that opens from disk.
 
 1. One pass over windows encodes them for all SAEs, keeps examples of every latent, and writes tokens, and what these
-   attended to, as it goes.
+   attended to, as it goes. A build that was stopped on the way goes on there.
 2. Each SAE's latents: neighbours, counterparts in the other SAEs, what they promote through the model's own head.
 3. The page, and the folder moves to its place.
 
@@ -16,8 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ....cache_schema.errors import StoreError
 from ....cache_schema.strict_json import to_json
 from ....train.run.folder import RunFolder
+from ....train.run.init_source import source_of
+from ...context.disk_cache import decided_by
 from ...errors import BrowserUnwritten, ModelMissing, NotApplicable
 from ...model.batches import count_windows
 from ...model.head import Head
@@ -31,7 +34,7 @@ from .folder import LATENT_BYTES, NAME, Folder, making, read_data, unpacked, wri
 from .for_report import report_of
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
 from .overview import write_numbers
-from .reading import ATTENTION_TOKENS, TEXT_TOKENS, files_of, read
+from .reading import ATTENTION_TOKENS, SAVED, TEXT_TOKENS, files_of, read
 from .token_text import Vocabulary
 
 FORMAT = 1
@@ -54,16 +57,18 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     require_known(config.exports)
     windows = share_out(context, config)
     head, missing = find_head(context)
+    words = Vocabulary(context)
+    about = describe(context, home, config, windows, words, missing)
+    saes = [[subject.label, source_of(subject.folder).sha256] for subject in subjects]
+    inputs = decided_by(**{key: about[key] for key in SAME}, saes=saes, saved=SAVED, device=str(context.device))
     try:
-        with making(home, size_of(context, subjects, sum(windows.values()))) as folder:
-            words = Vocabulary(context)
+        with making(home, size_of(context, subjects, sum(windows.values())), inputs) as folder:
             seen, tokens = read(context, subjects, config, windows, folder, words)
             shown = [Shown(f"sae_{subject.label}", subject, seen[subject]) for subject in subjects]
             near, promotes = {}, {}
             for one in shown:
                 near[one], promotes[one] = neighbours(one, shown, config), promoted(one, head, config.promoted, words)
                 write_latents(folder, one, near[one], promotes[one], tokens, context.watch)
-            about = describe(context, home, config, windows, words, missing)
             kept = keep_others(home, folder, about, subjects, words)
             told = words.texts()
             folder.write("words", told)
@@ -75,7 +80,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
             folder.write("run", about | {"saes": [*(summary_of(one) for one in shown), *kept]})
             write_numbers(folder.path, read_records([RunFolder.at(home)]))
             write_page(folder, about["build"])
-    except BrowserUnwritten as error:
+    except (BrowserUnwritten, StoreError) as error:
         yield from (Failure(subject, error) for subject in subjects)
         return
     context.say(f"browser: {home / 'browser' / 'index.html'}")

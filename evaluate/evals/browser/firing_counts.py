@@ -5,7 +5,7 @@ F latents, B bins of activation, P parts of a window, E entries of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ LOWEST = -16
 PARTS = 32  # of a window, at most
 SAMPLE_ENTRIES = 1 << 22
 BEGINNING = 48  # tokens of the first window, for a pattern
+SUMS = ("fired", "mass", "highest", "histogram", "by_part", "part_tokens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +104,31 @@ class Seen:
             Firings(found.astype(np.int32), window[starts], position[at].astype(np.int32), peak,
                     lengths.astype(np.int32), position, value)
         )  # fmt: skip
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All of it, by name."""
+        acts_TF, positions = self.beginning
+        together = self.together
+        return {
+            **{name: getattr(self, name) for name in SUMS},
+            "tokens": np.array([self.tokens, self.massive]),
+            "beginning": acts_TF,
+            "beginning_positions": positions,
+            "together": together.indices,
+            "together_starts": together.indptr,
+            **self.keeper.state(),
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        for name in SUMS:
+            setattr(self, name, state[name])
+        self.tokens, self.massive = state["tokens"].tolist()
+        self._beginning = state["beginning"], state["beginning_positions"]
+        latents, starts = state["together"], state["together_starts"]
+        ones, shape = np.ones(len(latents), np.float32), (len(starts) - 1, self.width)
+        self._together = [scipy.sparse.csr_matrix((ones, latents, starts), shape)]
+        self._together_entries = len(latents)
+        self.keeper.restore(state)
 
     @property
     def beginning(self) -> tuple[np.ndarray, np.ndarray]:

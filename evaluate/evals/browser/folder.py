@@ -1,5 +1,7 @@
 """The folder of a browser: made beside its place, and moved there when it is whole.
 
+What a stopped build had read stays beside that place, for a build of the same inputs to go on from.
+
 Data lie in script files that hand one JSON value to the page, because a page opened from disk may add scripts and
 may read nothing else. JSON is ASCII, and `<` is escaped: text of a corpus cannot end a script or begin one.
 """
@@ -16,51 +18,71 @@ from typing import Any
 
 import numpy as np
 
-from ....cache_schema.files import free_bytes_at
+from ....cache_schema.errors import StoreError
+from ....cache_schema.files import free_bytes_at, sync
 from ...errors import BrowserUnwritten
 from ...output.figures.web import FILES, script_json
 
 NAME = "browser"
 LATENT_BYTES = 4000  # on disk, about
 MAKING, OLD = f".{NAME}.making", f".{NAME}.old"
+TEXT, ATTENTION = "text", "attention"  # written while text is read
 PAGE = Path(__file__).parent / "page"
 BUILD = "{{build}}"
 KINDS = {"uint8": "u1", "uint16": "u2", "uint32": "u4", "int32": "i4", "float32": "f4"}
 
 
 class Folder:
-    """A browser in the making."""
+    """A browser in the making; `inputs` names all that decides what is read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, inputs: str = "") -> None:
         self.path = path
+        self.saved = path / f"read-{inputs}"
+        """What was read so far, where it was saved."""
 
-    def write(self, name: str, value: Mapping[str, Any]) -> None:
+    def write(self, name: str, value: Mapping[str, Any]) -> Path:
         """Data by the name that the page asks for them by."""
-        write_data(self.path, name, value)
+        return write_data(self.path, name, value)
 
 
 @contextmanager
-def making(home: Path, least_bytes: int) -> Iterator[Folder]:
+def making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
     """The browser of a run; whatever happens, the run has the one of before or the whole new one."""
     path, old = home / MAKING, home / OLD
+    folder = Folder(path, inputs)
     try:
         _put_back(home)  # a build was interrupted between its two last lines
-        for left in (path, old):
-            shutil.rmtree(left, ignore_errors=True)
-        require_space(home, least_bytes)
-        (path / "data").mkdir(parents=True)
-        yield Folder(path)
+        shutil.rmtree(old, ignore_errors=True)
+        _clear(folder)
+        require_space(home, least_bytes - sum(file.stat().st_size for file in path.glob("data/*/*")))
+        (path / "data").mkdir(parents=True, exist_ok=True)
+        yield folder
+        shutil.rmtree(folder.saved, ignore_errors=True)
         if (home / NAME).exists():
             (home / NAME).rename(old)
         path.rename(home / NAME)
+    except (BrowserUnwritten, StoreError):
+        raise
     except OSError as error:
+        goes_on = ". What was read is kept: the same command goes on from there" if folder.saved.exists() else ""
         raise BrowserUnwritten(
             f"{home / NAME} cannot be written: {error.strerror or error}. It needs about {megabytes(least_bytes)}"
+            f"{goes_on}"
         ) from error
     finally:
         _put_back(home)
-        for left in (path, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if not folder.saved.exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _clear(folder: Folder) -> None:
+    """What a stopped build left, but for what one of the same inputs goes on from."""
+    path, data = folder.path, folder.path / "data"
+    stays = {folder.saved, data, data / TEXT, data / ATTENTION} if folder.saved.exists() else set()
+    for left in (*path.glob("data/*"), *path.glob("*")):
+        if left not in stays:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _put_back(home: Path) -> None:
@@ -88,10 +110,11 @@ def write_page(folder: Folder, build: str) -> None:
         (folder.path / file.name).write_text(file.read_text(encoding="utf-8").replace(BUILD, build), encoding="utf-8")
 
 
-def write_data(folder: Path, name: str, value: Mapping[str, Any]) -> None:
+def write_data(folder: Path, name: str, value: Mapping[str, Any]) -> Path:
     path = folder / "data" / f"{name}.js"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"saemill({json.dumps(name)},{script_json(value, packed)});\n", encoding="ascii")
+    return path
 
 
 def read_data(folder: Path, name: str) -> dict[str, Any] | None:
@@ -126,6 +149,7 @@ class Pieces:
         self._folder, self._name, self._size = folder, name, windows
         self._parts: list[dict[str, np.ndarray]] = []
         self._file = 0
+        self._written: list[Path] = []  # since the last save
 
     def add(self, **arrays: np.ndarray) -> None:
         self._parts.append(arrays)
@@ -134,6 +158,19 @@ class Pieces:
     def finish(self) -> None:
         self._write_full(1)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Rows that wait for their file; the files before are on the disk for good."""
+        for path in {place for file in self._written for place in (file, file.parent)}:
+            sync(path)
+        self._written = []
+        names = self._parts[0] if self._parts else ()
+        return {f"{self._name}.{name}": np.concatenate([part[name] for part in self._parts]) for name in names}
+
+    def restore(self, windows: int, state: Mapping[str, np.ndarray]) -> None:
+        self._file, start = windows // self._size, f"{self._name}."
+        waiting = {name.removeprefix(start): array for name, array in state.items() if name.startswith(start)}
+        self._parts = [waiting] if waiting else []
+
     def _write_full(self, least: int) -> None:
         if sum(len(next(iter(part.values()))) for part in self._parts) < least:
             return
@@ -141,8 +178,7 @@ class Pieces:
         length = len(next(iter(whole.values())))
         start = 0
         while length - start >= least:
-            self._folder.write(
-                f"{self._name}/{self._file}", {name: array[start : start + self._size] for name, array in whole.items()}
-            )
+            rows = {name: array[start : start + self._size] for name, array in whole.items()}
+            self._written.append(self._folder.write(f"{self._name}/{self._file}", rows))
             self._file, start = self._file + 1, start + self._size
         self._parts = [{name: array[start:] for name, array in whole.items()}] if start < length else []

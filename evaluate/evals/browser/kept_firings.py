@@ -9,6 +9,7 @@ F latents, N firings, E activations of these.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -86,12 +87,7 @@ class Keeper:
     def __init__(self, width: int, room: Room) -> None:
         self._room = room
         self._width = width
-        self._kept, self._reasons = Firings.none(), np.zeros(0, np.uint8)
-        self._waiting: list[Firings] = []
-        self._waits = 0
-        self._least_peak = np.full(width, -np.inf, np.float32)  # that would be kept for its height
-        self._least_priority = np.full(width, -1.0, np.float32)
-        self._most_peak = np.full(width, np.inf, np.float32)  # that would be kept for being low
+        self._hold(Firings.none(), np.zeros(0, np.uint8))
 
     def add(self, firings: Firings) -> None:
         latent, peak = firings.latent, firings.peak
@@ -103,6 +99,17 @@ class Keeper:
         if self._waits > max(len(self._kept.latent), WAITING):
             self._settle()
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Firings that are kept, with their reasons, and behind them those that wait."""
+        return {**vars(self._everything), "reasons": self._reasons}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        everything, reasons = Firings(*(state[field.name] for field in fields(Firings))), state["reasons"]
+        kept, entries = len(reasons), int(everything.count[: len(reasons)].sum())
+        self._hold(everything.part(slice(kept), slice(entries)), reasons)
+        self._waiting = [everything.part(slice(kept, None), slice(entries, None))]
+        self._waits = len(everything.latent) - kept
+
     def finish(self) -> tuple[Firings, np.ndarray]:
         """What is kept, by latent and the highest peak first, and why: bits of TOP, SAMPLE, LOW."""
         self._settle()
@@ -111,18 +118,30 @@ class Keeper:
 
     def _settle(self) -> None:
         """Drop what is no longer among the best of its latent."""
-        everything, room = Firings.joined([self._kept, *self._waiting]), self._room
+        everything, room = self._everything, self._room
         latent, peak, priority = everything.latent, everything.peak, everything.priority
         top, sample = largest(latent, peak, room.top), largest(latent, priority, room.sample)
         low = largest(latent, -peak, room.low)
         reasons = np.zeros(len(latent), np.uint8)
         for bit, chosen in ((TOP, top), (SAMPLE, sample), (LOW, low)):
             reasons[chosen] |= bit
-        self._least_peak = bound(latent[top], peak[top], self._width, room.top, np.minimum, -np.inf)
-        self._most_peak = bound(latent[low], peak[low], self._width, room.low, np.maximum, np.inf)
-        self._least_priority = bound(latent[sample], priority[sample], self._width, room.sample, np.minimum, -1.0)
         kept = np.flatnonzero(reasons)
-        self._kept, self._reasons, self._waiting, self._waits = everything.take(kept), reasons[kept], [], 0
+        self._hold(everything.take(kept), reasons[kept])
+
+    @property
+    def _everything(self) -> Firings:
+        return Firings.joined([self._kept, *self._waiting])
+
+    def _hold(self, kept: Firings, reasons: np.ndarray) -> None:
+        """Nothing but these, and the bounds beyond which others are kept too."""
+        self._kept, self._reasons = kept, reasons
+        self._waiting: list[Firings] = []
+        self._waits = 0
+        latent, peak, priority, room, width = kept.latent, kept.peak, kept.priority, self._room, self._width
+        top, sample, low = (np.flatnonzero(reasons & reason) for reason in (TOP, SAMPLE, LOW))
+        self._least_peak = bound(latent[top], peak[top], width, room.top, np.minimum, -np.inf)
+        self._most_peak = bound(latent[low], peak[low], width, room.low, np.maximum, np.inf)
+        self._least_priority = bound(latent[sample], priority[sample], width, room.sample, np.minimum, -1.0)
 
 
 def largest(group: np.ndarray, key: np.ndarray, count: int) -> np.ndarray:

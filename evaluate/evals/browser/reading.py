@@ -1,18 +1,25 @@
 """The one pass over windows: SAEs encode a batch while what the batch before says is sorted into its place.
 
-Encoding keeps all cores busy and sorting keeps one; side by side neither waits for the other. W windows, T context.
+Encoding keeps all cores busy and sorting keeps one; side by side neither waits for the other. What was read is saved
+now and then, between two batches: a build that was stopped goes on from there to the same bytes. W windows, T context.
 """
 
 from __future__ import annotations
 
+import math
+import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import reduce
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from ....train.disk.checkpoint_files import Standing, load_checkpoint, save_checkpoint
+from ....train.errors import CheckpointDamaged
 from ....train.sae.kernels.codes import Codes
 from ...context.split_windows import ordinary_rows, read_windows
 from ...model.batches import Windows
@@ -21,11 +28,13 @@ from ..core.encoding import encode_codes
 from .attended import attended
 from .config import Config
 from .firing_counts import Batch, Seen
-from .folder import Folder, Pieces
+from .folder import ATTENTION, TEXT, Folder, Pieces
 from .kept_firings import Room
 from .token_text import Vocabulary
 
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
+SAVED = 1  # the format of what is saved
+EVERY, SHARE = 30, 20  # seconds from one save to the next at the least, and how many times what the last one took
 LEFT_OUT, BEGINS = 1, 2  # of a token, as bits: some SAE is not asked about it; it begins a document
 
 
@@ -40,11 +49,13 @@ def read(
     """What was seen of every SAE, and every token [W, T]; texts and attention are written on the way."""
     layers = context.manifest.attention.layers
     gathering = Gathering(context, subjects, config, sum(windows.values()), folder, words)
+    done = gathering.go_on()
     with ThreadPoolExecutor(1, thread_name_prefix="saemill-browser") as worker:
         sorting: Future[None] | None = None
         for split, count in windows.items():
-            title = f"browser, {split} split"
-            for batch in read_windows(context, subjects, title, count, config.batch_windows, split, layers):
+            title, size, first = f"browser, {split} split", config.batch_windows, min(done, count)
+            done -= first
+            for batch in read_windows(context, subjects, title, count, size, split, layers, first=first):
                 rows = {subject: ordinary_rows(context, subject, batch) for subject in subjects}
                 codes = {subject: encode_codes(subject, batch) for subject in subjects}
                 if sorting is not None:
@@ -71,17 +82,19 @@ class Gathering:
         room = Room(config.top, config.sample, config.low)
         self._layers, self._config, self._words = context.manifest.attention.layers, config, words
         self._seen = {subject: Seen(subject.width, length, room) for subject in subjects}
-        self._texts = Pieces(folder, "text", files_of(TEXT_TOKENS, length))
-        self._attention = Pieces(folder, "attention", files_of(ATTENTION_TOKENS, length))
+        self._texts = Pieces(folder, TEXT, files_of(TEXT_TOKENS, length))
+        self._attention = Pieces(folder, ATTENTION, files_of(ATTENTION_TOKENS, length))
         self._every = max(1, windows * length // max(config.together_tokens, 1))
         self._tokens: list[np.ndarray] = []
-        self._windows = 0
+        self._windows = self._batches = 0
+        self._total, self._say, self._saved = windows, context.say, folder.saved
+        self._save_at = time.monotonic() + EVERY
 
     def add(self, batch: Windows, rows: Mapping[LoadedSae, Tensor], codes: Mapping[LoadedSae, Sequence[Codes]]) -> None:
         """The next batch: which rows count, and the codes of its kept tokens."""
-        place = Batch.of(batch, self._windows, is_sampled=len(self._tokens) % self._every == 0)
+        place = Batch.of(batch, self._windows, is_sampled=self._batches % self._every == 0)
         self._tokens.append(self._words.meet(batch.tokens.cpu().numpy()))
-        self._windows += len(batch)
+        self._windows, self._batches = self._windows + len(batch), self._batches + 1
         self._texts.add(tokens=self._tokens[-1], marks=marks_of(batch, rows.values()))
         if self._layers:
             positions, weights = attended(batch, self._layers, self._config.attended)
@@ -89,6 +102,44 @@ class Gathering:
             self._attention.add(positions=positions.astype(kind), weights=weights)
         for subject, seen in self._seen.items():
             seen.take(codes[subject], place, rows[subject][batch.keep].cpu().numpy())
+        if time.monotonic() >= self._save_at:
+            self._save()
+
+    def _save(self) -> None:
+        """All that was read so far. A disk that does not take it may still take the browser."""
+        began = time.monotonic()
+        try:
+            text = {"tokens": np.concatenate(self._tokens), "batches": np.array([self._batches])}
+            state = {"text": {**text, **self._texts.state(), **self._attention.state()}}
+            state |= {f"sae_{number}": seen.state() for number, seen in enumerate(self._seen.values())}
+            tensors = {part: {name: torch.from_numpy(one) for name, one in of.items()} for part, of in state.items()}
+            save_checkpoint(self._saved, Standing(self._windows, 0, 0.0, 0.0, 0, 0), tensors)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(self._saved, ignore_errors=True)
+            self._say(f"browser: what was read cannot be saved ({error}): stopped, it would be read anew")
+            self._save_at = math.inf
+        else:
+            self._save_at = time.monotonic() + max(EVERY, SHARE * (time.monotonic() - began))
+
+    def go_on(self) -> int:
+        """From where a build of the same inputs was stopped; the windows that it had read."""
+        try:
+            found = load_checkpoint(self._saved)
+        except CheckpointDamaged:
+            self._say("browser: what a stopped build had read is damaged: it is read anew")
+            shutil.rmtree(self._saved)
+            return 0
+        if found is None:
+            return 0
+        state = {part: {name: one.numpy() for name, one in of.items()} for part, of in found.tensors.items()}
+        text, self._windows = state["text"], found.standing.step
+        self._tokens, self._batches = [self._words.meet(text["tokens"])], text["batches"].item()
+        for pieces in (self._texts, self._attention):
+            pieces.restore(self._windows, text)
+        for number, seen in enumerate(self._seen.values()):
+            seen.restore(state[f"sae_{number}"])
+        self._say(f"browser: goes on where it was stopped, behind {self._windows:,} of {self._total:,} windows")
+        return self._windows
 
     def finish(self) -> tuple[dict[LoadedSae, Seen], np.ndarray]:
         self._texts.finish()
