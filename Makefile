@@ -174,13 +174,17 @@ bench-small: env ## what stores of int8 and fp8 cost in quality, and gain in byt
 bench-eval: env saebench ## the core evaluation against official SAEBench
 	$(BIN)/python bench/evaluate.py --saebench $(SAEBENCH) --json $(RESULTS)/evaluate.json
 
-bench-transcoders: env peers $(CLT_FORGE) ## steps of transcoders against CLT-Forge and sparsify, and quality against sparsify
+bench-transcoders: env peers $(CLT_FORGE) ## steps and quality of transcoders against CLT-Forge and sparsify
 	$(BIN)/python bench/transcoders.py --peers-python $(PEERS)/bin/python --clt-forge $(CLT_FORGE) \
 	  --json $(RESULTS)/transcoders.json
 	$(BIN)/sae-harvest --model pocket --layer 13 --hooks mlp_in,mlp_out --attention-layers none --tokens 400k \
 	  --out $(STORE)_mlp
 	$(BIN)/python bench/quality.py $(STORE)_mlp --peers-python $(PEERS)/bin/python --variant transcoder \
 	  --variant skip_transcoder --width 1024 --steps 360 --out $(RESULTS)/transcoder_quality.json
+	$(BIN)/sae-harvest --model pocket --layer 19 --hooks mlp_in:18..19,mlp_out:18..19 --attention-layers none \
+	  --tokens 400k --out $(STORE)_mlps
+	$(BIN)/python bench/quality.py $(STORE)_mlps --peers-python $(PEERS)/bin/python --clt-forge $(CLT_FORGE) \
+	  --variant clt --width 1024 --steps 1400 --out $(RESULTS)/transcoder_quality.json
 
 $(CLT_FORGE): # its code alone, which runs in the peers' environment: it is on no index
 	git clone -q https://github.com/circuits-research/CLT-Forge $@

@@ -14,7 +14,9 @@ import torch
 from talk import serve
 
 ROWS = 2048  # of a batch
+FEWER_ROWS = 512  # of one of cross-layer transcoders, whose steps cost a peer most
 TRANSCODERS = ("transcoder", "skip_transcoder")
+CROSS_LAYER = "clt"
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -35,6 +37,10 @@ class Ask:
     def k(self) -> int:
         return round(self.l0)
 
+    @property
+    def rows(self) -> int:
+        return FEWER_ROWS if self.variant == CROSS_LAYER else ROWS
+
 
 def batches(ask: Ask, steps: int | None = None) -> Iterator[torch.Tensor]:
     """Training rows, epoch by epoch in the order of one seed."""
@@ -42,10 +48,10 @@ def batches(ask: Ask, steps: int | None = None) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(ask.seed)
     order, at = torch.randperm(len(rows), generator=generator), 0
     for _ in range(steps):
-        if at + ROWS > len(order):
+        if at + ask.rows > len(order):
             order, at = torch.randperm(len(rows), generator=generator), 0
-        yield rows[order[at : at + ROWS]]
-        at += ROWS
+        yield rows[order[at : at + ask.rows]]
+        at += ask.rows
 
 
 def load(folder: str, split: str) -> torch.Tensor:
@@ -53,9 +59,20 @@ def load(folder: str, split: str) -> torch.Tensor:
 
 
 def ends(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a transcoder reads and what it is to rebuild, which lie side by side."""
+    """What a transcoder reads and what it is to rebuild, which lie side by side: [B, D], or [B, layers, D]."""
     x, target = rows.chunk(2, dim=1)
     return x.contiguous(), target.contiguous()
+
+
+def scale_to_unit(rows: torch.Tensor) -> torch.Tensor:
+    """To a mean norm of sqrt(D), in each layer."""
+    return (rows.shape[-1] ** 0.5 / rows.norm(dim=-1, keepdim=True).double().mean(0)).float()
+
+
+def end_scales(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both ends have a scale of their own."""
+    x, target = ends(load(folder, "train"))
+    return scale_to_unit(x), scale_to_unit(target)
 
 
 def norms(folder: str) -> dict[str, float]:
@@ -70,10 +87,12 @@ def score(folder: str, encode: Encode, decode: Encode, scale: float) -> dict[str
     return told(*(measure(x, x, encode, lambda _, acts: decode(acts)) for x in parts))
 
 
-def score_map(folder: str, encode: Encode, rebuild: Encode) -> dict[str, float]:
-    """The same of a transcoder, in the units of what it reads and writes."""
+def score_map(
+    folder: str, encode: Encode, rebuild: Encode, scale: torch.Tensor | float = 1.0, to: torch.Tensor | float = 1.0
+) -> dict[str, float]:
+    """The same of a transcoder, which reads x * scale and writes target * to; squares are summed over layers."""
     parts = [ends(load(folder, split)) for split in ("test", "validation")]
-    return told(*(measure(x, target, encode, lambda x, _: rebuild(x)) for x, target in parts))
+    return told(*(measure(x * scale, target * to, encode, lambda x, _: rebuild(x)) for x, target in parts))
 
 
 def told(test: dict[str, float], validation: dict[str, float]) -> dict[str, float]:

@@ -13,6 +13,12 @@ target: it is kept and marked, and stands in no comparison. A fit that is in the
 Transcoders, of a store that has mlp_in and mlp_out, are compared with sparsify's, both with k active latents a row:
 
     python bench/quality.py STORE --peers-python PATH --variant transcoder --variant skip_transcoder
+
+Cross-layer transcoders, of all layers of such a store, with CLT-Forge's, whose code `make bench-transcoders` fetches.
+Width and L0 are those of all layers together, and so are the squares that explained variance adds up, each layer
+scaled to the same mean norm as both train on it:
+
+    python bench/quality.py STORE --peers-python PATH --clt-forge FOLDER --variant clt
 """
 
 from __future__ import annotations
@@ -22,14 +28,14 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from fitting import TRANSCODERS
+from fitting import CROSS_LAYER, TRANSCODERS
 from ratios import gather_facts, write_rows
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +48,7 @@ from saemill.train.kit.registry import config_type
 HERE = Path(__file__).parent
 CONTESTANTS = ("ours", "sae_lens", "dictionary_learning")
 OF_TRANSCODERS = ("ours", "sparsify")
+OF_CROSS_LAYER = ("ours", "clt_forge")
 BY_K = ("topk", "batchtopk", "matryoshka", *TRANSCODERS)
 VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated")
 SEEDS = (0, 1, 2)
@@ -54,8 +61,10 @@ COEFFICIENTS = {  # where the search for one begins
     "gated": {"ours": 0.3, "sae_lens": 8.0, "dictionary_learning": 3.0},
     "p_anneal": {"ours": 0.14, "dictionary_learning": 0.17},
     "jumprelu": {"sae_lens": 2.0},
+    CROSS_LAYER: {"clt_forge": 0.2},
 }
-TARGETED = {("jumprelu", "ours"), ("jumprelu", "dictionary_learning")}  # they are told the L0 that is wanted
+# They are told the L0 that is wanted.
+TARGETED = {("jumprelu", "ours"), ("jumprelu", "dictionary_learning"), (CROSS_LAYER, "ours")}
 
 
 @dataclass(frozen=True)
@@ -90,16 +99,29 @@ class Score:
         return self.is_on_target(wanted), self.validation
 
 
-def write_rows_of(store: Store, layer: int, folder: Path, of_mlp: bool) -> None:
+def rows_read_by(variant: str) -> str:
+    """The kind of rows: those of the residual stream, of an MLP, or of the MLPs of several layers."""
+    return "MLPs" if variant == CROSS_LAYER else "MLP" if variant in TRANSCODERS else RESID
+
+
+def layers_of(store: Store, kind: str) -> tuple[int, ...]:
+    layers = store.manifest.layers if kind == RESID else store.manifest.hooks["mlp_in"].layers
+    return tuple(layers) if kind == "MLPs" else tuple(layers[:1])
+
+
+def write_rows_of(store: Store, layers: Sequence[int], folder: Path, kind: str) -> None:
     """A table of float32 rows for each split: of ordinary tokens, neither special nor of massive norm; of transcoders
-    what the MLP reads and writes side by side, of all tokens but special ones."""
+    what the MLP reads and writes side by side, of all tokens but special ones; of several layers [N, 2 layers, D]."""
+    of_mlp = kind != RESID
     how = {"batch_tokens": 512, "shuffle": False, "device": "cpu"} | ({"massive_norms": None} if of_mlp else {})
+    join = np.stack if kind == "MLPs" else np.concatenate
     for split in ("train", "validation", "test"):
         parts = [
             np.concatenate([batch.numpy() for batch in store.batches(layer, hook=hook, split=split, **how)])
             for hook in (("mlp_in", "mlp_out") if of_mlp else (RESID,))
+            for layer in layers
         ]
-        np.save(folder / f"{split}.npy", np.concatenate(parts, axis=1))
+        np.save(folder / f"{split}.npy", join(parts, axis=1))
 
 
 def own_rate(contestant: str, variant: str, width: int, d_model: int) -> float:
@@ -111,6 +133,8 @@ def own_rate(contestant: str, variant: str, width: int, d_model: int) -> float:
             return rate
         case "sparsify", _:
             return 5e-3 / (width / 2**14) ** 0.5
+        case "clt_forge", _:
+            return 4e-4  # of its GPT-2 runner; the field's default is 1e-5
         case "sae_lens", _:
             return 3e-4  # of its documentation's trainings; the field's default is 5e-5
         case _, "jumprelu":
@@ -126,15 +150,16 @@ def own_rate(contestant: str, variant: str, width: int, d_model: int) -> float:
 class Contestants:
     """A process each, started when it is first asked."""
 
-    def __init__(self, folder: Path, steps: int, peers_python: str) -> None:
+    def __init__(self, folder: Path, steps: int, peers_python: str, clt_forge: Path | None) -> None:
         self._folder, self._steps, self._peers_python = str(folder), steps, peers_python
+        self._sources = {"clt_forge": {"PYTHONPATH": str((clt_forge / "src").resolve())}} if clt_forge else {}
         self._workers: dict[str, Worker] = {}
 
     def train(self, fit: Fit) -> Score:
         if fit.contestant not in self._workers:
             python = sys.executable if fit.contestant == "ours" else self._peers_python
             script = [python, "-W", "ignore", HERE / "peers" / f"{fit.contestant}_fit.py"]
-            self._workers[fit.contestant] = Worker(fit.contestant, script)
+            self._workers[fit.contestant] = Worker(fit.contestant, script, self._sources.get(fit.contestant))
         asked = {name: value for name, value in asdict(fit).items() if name != "contestant"}
         return Score(**self._workers[fit.contestant].ask(folder=self._folder, steps=self._steps, **asked))
 
@@ -246,7 +271,7 @@ def lines_of(scores: dict[Fit, Score]) -> dict[str, list[Line]]:
     for what in dict.fromkeys((fit.variant, fit.width, fit.l0) for fit in scores):
         variant, width, l0 = what
         cells: dict[str, dict[str, Cell]] = {"best": {}, "own": {}}
-        for contestant in dict.fromkeys((*CONTESTANTS, *OF_TRANSCODERS)):
+        for contestant in dict.fromkeys((*CONTESTANTS, *OF_TRANSCODERS, *OF_CROSS_LAYER)):
             own = {f: s for f, s in scores.items() if (f.variant, f.width, f.l0) == what and f.contestant == contestant}
             if own:
                 by_rate = {lr: cell_at(own, lr) for lr in dict.fromkeys(fit.lr for fit in own)}
@@ -295,8 +320,9 @@ def make_fits(first: Fit, seeds: tuple[int, ...], train: Train) -> None:
 
 def contests(variants: tuple[str, ...], width: int, l0: float, d_model: int) -> Iterator[Fit]:
     """The first fit of each contestant."""
+    of = {RESID: CONTESTANTS, "MLP": OF_TRANSCODERS, "MLPs": OF_CROSS_LAYER}
     for variant in variants:
-        for contestant in OF_TRANSCODERS if variant in TRANSCODERS else CONTESTANTS:
+        for contestant in of[rows_read_by(variant)]:
             coefficient = COEFFICIENTS.get(variant, {}).get(contestant, 0.0)
             if coefficient or variant in BY_K or (variant, contestant) in TARGETED:
                 yield Fit(variant, width, l0, contestant, own_rate(contestant, variant, width, d_model), coefficient)
@@ -305,15 +331,17 @@ def contests(variants: tuple[str, ...], width: int, l0: float, d_model: int) -> 
 @click.command()
 @click.argument("store")
 @click.option("--peers-python", required=True, help="Python with sae-lens, dictionary-learning, sparsify installed.")
+@click.option("--clt-forge", type=click.Path(exists=True, path_type=Path), help="Its checkout, for --variant clt.")
 @click.option("--variant", "variants", multiple=True, default=VARIANTS, show_default=True)
 @click.option("--width", default=2304, show_default=True)
 @click.option("--l0", default=32.0, show_default=True)
-@click.option("--steps", default=440, show_default=True, help="Of 2,048 tokens.")
+@click.option("--steps", default=440, show_default=True, help="Of 2,048 tokens; clt: of 512.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=SEEDS, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench-results/quality.json"))
 def main(
     store: str,
     peers_python: str,
+    clt_forge: Path | None,
     variants: tuple[str, ...],
     width: int,
     l0: float,
@@ -322,16 +350,21 @@ def main(
     out: Path,
 ) -> None:
     """Train everything on the activations of STORE and compare."""
-    of_mlp = set(variants) <= set(TRANSCODERS)
-    if not of_mlp and set(variants) & set(TRANSCODERS):
-        raise click.UsageError("expected transcoders, or SAEs of one place, found both: they read other rows")
+    kind, *others = dict.fromkeys(map(rows_read_by, variants))
+    if others:
+        raise click.UsageError(
+            "expected SAEs of one place, transcoders, or cross-layer ones, found several of these: they read other rows"
+        )
+    if kind == "MLPs" and clt_forge is None:
+        raise click.UsageError("--variant clt: expected --clt-forge with CLT-Forge's checkout, found none")
     with Store.open(store) as opened, tempfile.TemporaryDirectory() as folder:
         manifest = opened.manifest
-        layer = manifest.hooks["mlp_in"].layers[0] if of_mlp else manifest.layers[0]
-        write_rows_of(opened, layer, Path(folder), of_mlp)
+        layers = layers_of(opened, kind)
+        write_rows_of(opened, layers, Path(folder), kind)
+        where = {"layers": layers} if kind == "MLPs" else {"layer": layers[0]}
         run = {"steps": steps, "cache_id": manifest.cache_id}
-        results = Results(out, run, gather_facts(peers_python, model=manifest.model.id, layer=layer))
-        contestants = Contestants(Path(folder), steps, peers_python)
+        results = Results(out, run, gather_facts(peers_python, model=manifest.model.id, **where))
+        contestants = Contestants(Path(folder), steps, peers_python, clt_forge)
 
         def train(fit: Fit) -> Score:
             if fit not in results.scores:

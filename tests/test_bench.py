@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +170,54 @@ def test_a_short_run_of_a_peer_forgets_where_its_threshold_began(bench):
     assert beta(100_000) == pytest.approx(0.999) and beta(10**6) == 0.999
     for steps in (60, 600, 10_000):
         assert beta(steps) ** (0.9 * steps) < 0.01
+
+
+class RowsOfMlps:
+    """A store whose rows of each hook and layer are one number times the same row."""
+
+    def batches(self, layer, hook, **_):
+        times = layer if hook == "mlp_in" else 10.0 * layer
+        yield times * (torch.eye(4) - 0.25)
+
+
+def test_every_layer_of_a_cross_layer_transcoder_counts_as_much(bench, tmp_path):
+    quality, fitting = bench("quality"), bench("fitting")
+    quality.write_rows_of(RowsOfMlps(), (2, 3), tmp_path, quality.rows_read_by("clt"))
+    x, target = fitting.ends(fitting.load(tmp_path, "test"))
+    assert [float(part[0, 0]) for part in (*x.unbind(1), *target.unbind(1))] == [1.5, 2.25, 15.0, 22.5]
+    scale, to = fitting.end_scales(tmp_path)
+    assert torch.allclose((x * scale).norm(dim=2), torch.tensor(2.0)) and torch.allclose(x * scale, target * to)
+    only_first = torch.tensor([[1.0], [0.0]])
+    told = fitting.score_map(tmp_path, lambda x: x.flatten(1), lambda x: x * only_first, scale, to)
+    assert told["explained_variance"] == pytest.approx(0.5) and told["l0"] == 2.0 and told["dead"] == 0.0
+
+
+def test_a_cross_layer_transcoder_is_fitted_to_the_l0_that_was_asked(bench, tmp_path):
+    rows = torch.randn(600, 4, 8, generator=torch.Generator().manual_seed(0))
+    rows[:, 2:] = rows[:, :2].relu()
+    for split in ("train", "validation", "test"):
+        np.save(tmp_path / f"{split}.npy", rows.numpy())
+    ask = bench("fitting").Ask(str(tmp_path), "clt", 32, 6.0, 0.0, 3e-3, 40, 0)
+    told = bench("ours_fit").fit(ask)
+    assert told["explained_variance"] > 0.3 and told["l0"] == pytest.approx(6.0, rel=0.2) and told["dead"] < 0.2
+
+
+def test_a_cross_layer_transcoder_meets_clt_forge_at_a_coefficient_that_is_sought(bench):
+    quality = bench("quality")
+    ours, theirs = quality.contests(("clt",), 64, 32.0, 16)
+    assert (ours.contestant, theirs.contestant) == ("ours", "clt_forge")
+    assert ours.coefficient == 0.0 and ("clt", "ours") in quality.TARGETED
+    assert theirs.coefficient > 0.0 and ("clt", "clt_forge") not in quality.TARGETED and "clt" not in quality.BY_K
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [(("clt", "transcoder"), "other rows"), (("topk", "clt"), "other rows"), (("clt",), "--clt-forge")],
+)
+def test_what_cannot_be_compared_is_told_before_anything_is_read(bench, asked, said):
+    variants = [word for variant in asked for word in ("--variant", variant)]
+    result = CliRunner().invoke(bench("quality").main, ["no store", "--peers-python", "no python", *variants])
+    assert result.exit_code == 2 and said in result.output
 
 
 def test_turns_are_taken_in_another_order_each_round(bench):

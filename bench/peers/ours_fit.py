@@ -10,7 +10,19 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fitting import ROWS, TRANSCODERS, Ask, batches, ends, load, score, score_map, serve_fits
+from fitting import (
+    CROSS_LAYER,
+    TRANSCODERS,
+    Ask,
+    batches,
+    end_scales,
+    ends,
+    load,
+    scale_to_unit,
+    score,
+    score_map,
+    serve_fits,
+)
 from torch import Tensor
 
 from saemill.cache_schema.allocator import keep_large_blocks
@@ -22,23 +34,20 @@ from saemill.train.kit.registry import config_type
 PENALTY = ("standard", "gated", "p_anneal")
 
 
-def stats_of(rows: Tensor, scale: float) -> Stats:
+def stats_of(rows: Tensor, scale: Tensor) -> Stats:
     rows = rows * scale
     mean = rows.mean(0)
-    return Stats(torch.full_like(mean, scale), mean, float((rows - mean).square().sum(1).mean()))
+    variance = float((rows - mean).square().flatten(1).sum(1).mean())
+    return Stats((torch.ones_like(mean) * scale).flatten(), mean.flatten(), variance)
 
 
-def scale_to_unit(rows: Tensor) -> float:
-    """To a mean norm of sqrt(D)."""
-    return rows.shape[1] ** 0.5 / float(rows.norm(dim=1).double().mean())
-
-
-def make_config(ask: Ask) -> Any:
+def make_config(ask: Ask, first: Tensor) -> Any:
     cls = config_type(ask.variant)
     wanted = {"width": ask.width, "k": ask.k, "target_l0": ask.l0, "seed": ask.seed}
-    wanted |= {"dead_after_tokens": ask.steps * ROWS // cls().dead_part()}
+    wanted |= {"dead_after_tokens": ask.steps * ask.rows // cls().dead_part()}
     wanted |= {"penalty": ask.coefficient} if ask.variant in PENALTY else {}
     wanted |= {"gate": "topk"} if ask.variant in TRANSCODERS else {}  # as the peer's
+    wanted |= {"hook": "mlp_in", "layers": tuple(range(first.shape[1]))} if ask.variant == CROSS_LAYER else {}
     known = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{name: value for name, value in wanted.items() if name in known})
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=ask.lr))
@@ -46,26 +55,26 @@ def make_config(ask: Ask) -> Any:
 
 def fit(ask: Ask) -> dict[str, float]:
     keep_large_blocks()
-    if ask.variant in TRANSCODERS:
+    if ask.variant in (*TRANSCODERS, CROSS_LAYER):
         return fit_map(ask)
     scale, first = scale_to_unit(load(ask.folder, "train")), next(batches(ask, 1))
-    trainee = Trainee(ask.variant, make_config(ask).build(first.shape[1], stats_of(first, scale)), ask.steps)
+    trainee = Trainee(ask.variant, make_config(ask, first).build(first.shape[1], stats_of(first, scale)), ask.steps)
     for x in batches(ask):
         trainee.step(Batch(x * scale))
-    return score(ask.folder, trainee.sae.encode, trainee.sae.decode, scale)
+    return score(ask.folder, trainee.sae.encode, trainee.sae.decode, float(scale))
 
 
 def fit_map(ask: Ask) -> dict[str, float]:
-    """A transcoder: both ends have a scale of their own."""
-    scale, target_scale = (scale_to_unit(rows) for rows in ends(load(ask.folder, "train")))
+    """A transcoder; of several layers with these side by side."""
+    scale, to = end_scales(ask.folder)
     x, target = ends(next(batches(ask, 1)))
-    stats, target_stats = stats_of(x, scale), stats_of(target, target_scale)
-    trainee = Trainee(ask.variant, make_config(ask).build(x.shape[1], stats, target_stats), ask.steps)
+    assembly = make_config(ask, x).build(x.shape[-1], stats_of(x, scale), stats_of(target, to))
+    trainee = Trainee(ask.variant, assembly, ask.steps)
     for rows in batches(ask):
         x, target = ends(rows)
-        trainee.step(Batch(x * scale, target * target_scale))
+        trainee.step(Batch((x * scale).flatten(1), (target * to).flatten(1)))
     sae = trainee.sae
-    return score_map(ask.folder, lambda x: sae.encode(x * scale), lambda x: sae(x * scale) / target_scale)
+    return score_map(ask.folder, lambda x: sae.encode(x.flatten(1)), lambda x: sae(x.flatten(1)).view_as(x), scale, to)
 
 
 if __name__ == "__main__":
