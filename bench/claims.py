@@ -85,7 +85,7 @@ def read_rows(store: Store, layer: int) -> list[Tensor]:
 
 @torch.no_grad()
 def measure(runs: Iterable[Run], batches: list[Tensor]) -> list[dict[str, Any]]:
-    """A row for each SAE; for the one that is good at every k, a row for each of KS."""
+    """A row for each SAE; of those that were trained at the largest k, with every smaller one too."""
     rows = torch.cat(batches)
     variance = float((rows - rows.mean(0)).double().square().sum(1).mean())
     found = []
@@ -93,14 +93,15 @@ def measure(runs: Iterable[Run], batches: list[Tensor]) -> list[dict[str, Any]]:
         saes = RunFolder.at(run.path).read_config()["saes"]
         for label in run.saes:
             variant, config = saes[label]["variant"], saes[label]["config"]
-            sae = run.load(label)
-            for k in KS if variant == "hierarchical_topk" else (config["k"],):
-                if k != config["k"]:
+            sae, trained_at = run.load(label), round(config["k"])
+            for k in KS if trained_at == KS[-1] else (trained_at,):
+                if trained_at == KS[-1]:
                     sae.gate.k = k  # pyright: ignore[reportAttributeAccessIssue]
                 seen = Seen()
                 for x in batches:
                     seen.take(sae, x)
-                about = {"variant": variant, "k": k, "seed": config["seed"], "decoder": _nearest(sae.W_dec)}
+                name = variant if k == trained_at else f"{variant}, trained at {trained_at}"
+                about = {"variant": name, "k": k, "seed": config["seed"], "decoder": _nearest(sae.W_dec)}
                 found.append(about | seen.measures(variance))
     return found
 

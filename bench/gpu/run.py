@@ -172,7 +172,7 @@ def parts_of(run: Run) -> list[Part]:
     compiled = ["--compile"] if run.asked.compile else []
     store, tables = run.work / "made_store", {name: run.work / f"{name}.json" for name in ("fleet", "guided")}
     mark = "gpu or either" if device != "cpu" else "not gpu and not slow and not either"
-    tests = ["-m", "pytest", "-m", mark, "-q", "-p", "no:cacheprovider", "--timeout", 80, "--maxfail", 20]
+    tests = ["-m", "pytest", "-m", mark, "-v", "-p", "no:cacheprovider", "--timeout", 80, "--maxfail", 20]
     if importlib.util.find_spec("xdist"):  # most of the time is Triton's compiler
         tests += ["-n", min(6, max(1, (os.cpu_count() or 1) // 2))]
     turns = ["--device", device, "--rounds", rounds, "--steps", 2 if small else 24]
@@ -205,7 +205,7 @@ def parts_of(run: Run) -> list[Part]:
 def files_with_gpu_tests() -> list[Path]:
     """By name: collecting all of tests/ needs more than a bare machine has."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [file for file in files if re.search(r"mark\.(gpu|either)\b", file.read_text())]
+    return [file for file in files if re.search(r"(?<!\")pytest\.mark\.(gpu|either)\b", file.read_text())]
 
 
 PARTS = ("tests", "small", "limits", "steps", "store", "fleet", "guided", "harvest", "reading")

@@ -93,28 +93,38 @@ def material(synthetic, tmp_path) -> Any:
     return manifest, corpus, expected
 
 
+MOST_TRIES = 300  # of a store that takes ten
+
+
 class Tries:
     """What is counted of all that was tried."""
 
     def __init__(self) -> None:
         self.runs = self.errors = 0
+        self.last: BaseException | None = None
         self.unnamed: list[BaseException] = []
+
+    def begin(self) -> None:
+        """Trying for ever is as bad as losing something: it ends in what stood in the way last."""
+        self.runs += 1
+        if self.runs > MOST_TRIES:
+            raise AssertionError(f"{MOST_TRIES} commands, and no end: {self.last!r}")
 
 
 def keep_writing(synthetic: Any, url: str, material: Any, tries: Tries) -> None:
     """The same command again and again, until the store is whole."""
     manifest, corpus, _ = material
     while True:
-        tries.runs += 1
         try:
+            tries.begin()
             synthetic.write_store(url, manifest, corpus)
             with Store.open(url) as store:
                 if store.committed.all():
                     return
-        except StoreBusy:
-            pass
+        except StoreBusy as error:
+            tries.last = error
         except StoreError as error:
-            tries.errors += 1
+            tries.errors, tries.last = tries.errors + 1, error
             assert not isinstance(error, StoreUnreachable) or "run the same command again" in str(error)
         except Exception as error:  # noqa: BLE001 (a thread must not lose what it is for)
             tries.unnamed.append(error)
@@ -146,7 +156,7 @@ def write_and_read_badly(synthetic, proxy, material, tmp_path, share: float, see
     _, corpus, expected = material
     done = False
     while not done and not tries.unnamed:
-        tries.runs += 1
+        tries.begin()
         try:
             with Store.open(url) as store:
                 for part in store.stream(EVERYTHING):
@@ -155,8 +165,8 @@ def write_and_read_badly(synthetic, proxy, material, tmp_path, share: float, see
                     assert np.array_equal(part.attention[2].dense(), corpus.attention[2].slice(start, stop).dense())
                     assert np.array_equal(part.tokens, corpus.tokens[start:stop])
             done = True
-        except StoreUnreachable:
-            tries.errors += 1
+        except StoreUnreachable as error:
+            tries.errors, tries.last = tries.errors + 1, error
     proxy.share = 0.0
     assert not tries.unnamed, tries.unnamed
     assert objects_of(synthetic, url, tmp_path / str(seed)) == expected
