@@ -50,9 +50,11 @@ class Bench:
         found = list(evaluation.evaluate(context, subjects, config))
         return [(one.metrics, one.unstructured) if hasattr(one, "metrics") else one for one in found]
 
-    def stop_in_the_fourth_batch(self, stop: type[BaseException]) -> None:
+    def stop_in_batch(self, number: int, stop: type[BaseException] = KeyboardInterrupt) -> None:
+        """Between its two SAEs; the batches before are saved."""
+
         def stop_there():
-            if self.encoded == 7:
+            if self.encoded == 2 * number - 1:
                 raise stop
 
         self.before_encoding = stop_there
@@ -124,7 +126,7 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bytes(bench, tmp_path, monke
 def test_what_was_encoded_before_a_stop_is_not_encoded_again(bench, stop):
     whole = bench.build(every=math.inf)
     files = taken(bench.run)
-    bench.stop_in_the_fourth_batch(stop)
+    bench.stop_in_batch(4, stop)
     assert bench.build() == whole and taken(bench.run) == files
     assert bench.goes_on_behind() == 3
 
@@ -132,7 +134,7 @@ def test_what_was_encoded_before_a_stop_is_not_encoded_again(bench, stop):
 def test_other_inputs_begin_anew(bench, builder, open_context, world):
     """Other settings, another SAE under the same name, other rows left out: nothing of before is taken."""
     for change in ("weights", "rows", "settings"):
-        bench.stop_in_the_fourth_batch(KeyboardInterrupt)
+        bench.stop_in_batch(4)
         if change == "weights":
             builder.save(bench.run / "a", builder.make_sae(k=4, seed=3))
         other = replace(CONFIG, top=5) if change == "settings" else CONFIG
@@ -144,19 +146,27 @@ def test_other_inputs_begin_anew(bench, builder, open_context, world):
 
 
 def test_what_was_damaged_is_not_read(bench):
-    """The save before is taken; where that is damaged too, it begins anew and says why."""
+    """The save before is taken; where that is damaged too, it begins anew, says why, and can be stopped again."""
     whole = bench.build(every=math.inf)
     files = taken(bench.run)
-    for damaged, goes_on_behind in ((1, 2), (2, 0)):
-        bench.stop_in_the_fourth_batch(KeyboardInterrupt)
+
+    def damage(newest: int) -> None:
         saves = sorted(bench.run.glob(".browser.making/read-*/step_*"), reverse=True)
-        for save in saves[:damaged]:
+        for save in saves[:newest]:
             data = bytearray((save / "sae_1.safetensors").read_bytes())
             data[-1] ^= 1
             (save / "sae_1.safetensors").write_bytes(data)
-        assert bench.build() == whole and taken(bench.run) == files
-        assert bench.goes_on_behind() == goes_on_behind
+
+    bench.stop_in_batch(4)
+    damage(newest=1)
+    assert bench.build() == whole and taken(bench.run) == files
+    assert bench.goes_on_behind() == 2
+    bench.stop_in_batch(4)
+    damage(newest=2)
+    bench.stop_in_batch(2)
     assert "browser: what a stopped build had read is damaged: it is read anew" in bench.said
+    assert bench.build() == whole and taken(bench.run) == files
+    assert bench.goes_on_behind() == 1
 
 
 def test_a_disk_that_takes_no_saves_may_take_the_browser(bench, monkeypatch):
