@@ -38,13 +38,7 @@ from .reading import ATTENTION_TOKENS, SAVED, TEXT_TOKENS, files_of, read
 from .token_text import Vocabulary
 
 FORMAT = 1
-SAME = (
-    "format",
-    "cache_id",
-    "windows",
-    "config",
-    "massive_norms",
-)  # of SAEs that can stand side by side
+SAME = ("format", "cache_id", "windows", "config", "massive_norms")  # of SAEs that can stand side by side
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:

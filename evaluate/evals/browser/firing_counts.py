@@ -148,7 +148,7 @@ class Seen:
 
 def joined_rows(codes: Sequence[Codes]) -> Table:
     """Positive entries of several pieces, as one table by token."""
-    return scipy.sparse.vstack([_rows(piece) for piece in codes], format="csr") if codes else _nothing()
+    return scipy.sparse.vstack([_rows(piece) for piece in codes], format="csr")
 
 
 def _rows(codes: Codes) -> Table:
@@ -164,10 +164,6 @@ def _rows(codes: Codes) -> Table:
         found.data = np.maximum(found.data, 0)
         found.eliminate_zeros()
     return found
-
-
-def _nothing() -> Table:
-    return scipy.sparse.csr_matrix((0, 0), dtype=np.float32)
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -48,19 +48,10 @@ class Firings:
     def take(self, chosen: np.ndarray) -> Firings:
         """Some of them, by their numbers."""
         starts = np.cumsum(self.count) - self.count
-        entries = ranges(starts[chosen], self.count[chosen])
-        return Firings(
-            self.latent[chosen],
-            self.window[chosen],
-            self.at[chosen],
-            self.peak[chosen],
-            self.count[chosen],
-            self.position[entries],
-            self.value[entries],
-        )
+        return self.part(chosen, ranges(starts[chosen], self.count[chosen]))
 
-    def part(self, rows: slice, entries: slice) -> Firings:
-        """Some that stand together, with the entries that are theirs."""
+    def part(self, rows: slice | np.ndarray, entries: slice | np.ndarray) -> Firings:
+        """Some of them, with the entries that are theirs."""
         return Firings(
             self.latent[rows],
             self.window[rows],

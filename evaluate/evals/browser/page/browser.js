@@ -83,17 +83,10 @@ async function columnsOf(sae) {
 
 // ---------------------------------------------------------------- text
 
-const textFile = (window_) => Math.floor(window_ / run.text_windows);
-async function windowsOf(list) {
-  await Promise.all([...new Set(list.map(textFile))].map((file) => load(`text/${file}`)));
-}
-async function loaded(name) { return load(name); }
-const files = new Map();
 async function textOf(window_) {
-  const file = textFile(window_);
-  if (!files.has(file)) files.set(file, await load(`text/${file}`));
+  const file = Math.floor(window_ / run.text_windows);
+  const part = await load(`text/${file}`);
   const start = (window_ - file * run.text_windows) * run.context;
-  const part = files.get(file);
   return { tokens: part.tokens.subarray(start, start + run.context), marks: part.marks.subarray(start, start + run.context) };
 }
 
@@ -181,7 +174,7 @@ function showOverview() {
       run.without_words && h("p", { class: "warn small" }, `Tokens are shown as their ids: ${run.without_words}`),
       run.without_model && h("p", { class: "warn small" }, run.without_model),
       run.attention_layers.length === 0 && h("p", { class: "warn small" }, "The store holds no attention: what tokens look back at cannot be shown.")),
-    table(), charts(), densities(), curves());
+    table(), charts(), densities(), fidelities().length === 0 && curvesCard());
   $("main").replaceChildren(page);
 }
 
@@ -204,15 +197,16 @@ function table() {
   return whole_;
 }
 
+const fidelities = () => (numbers.columns ?? []).filter(([key, , , fidelity]) => fidelity && run.saes.some((sae) => Number.isFinite(facts(sae)[key]?.value)));
 function charts() {
-  const choices = (numbers.columns ?? []).filter(([key, , , fidelity]) => fidelity && run.saes.some((sae) => Number.isFinite(facts(sae)[key]?.value)));
+  const choices = fidelities();
   const box = h("section", { class: "card" });
   if (!choices.length) return h("section", { class: "card quiet" }, "No evaluation has measured fidelity yet: sae-eval RUN --evals core puts these SAEs on a chart.");
   const draw = () => {
     chosenY = choices.find(([key]) => key === chosenY)?.[0] ?? choices[0][0];
     const [, name] = choices.find(([key]) => key === chosenY);
     const points = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), x: facts(sae).l0.value, y: facts(sae)[chosenY]?.value, low: facts(sae)[chosenY]?.low, high: facts(sae)[chosenY]?.high })).filter((point) => point.x > 0 && Number.isFinite(point.y));
-    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Sparsity and fidelity"), chooser("fidelity", choices.map(([key, text]) => [key, text]), chosenY, (key) => { chosenY = key; draw(); })), points.length ? scatter(points, ["L0 (active latents a token)", name]) : h("p", { class: "quiet" }, "no numbers"));
+    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Sparsity and fidelity"), chooser("fidelity", choices, chosenY, (key) => { chosenY = key; draw(); })), points.length ? scatter(points, ["L0 (active latents a token)", name]) : h("p", { class: "quiet" }, "no numbers"));
   };
   draw();
   return h("div", { class: "pair" }, box, curvesCard());
@@ -229,9 +223,6 @@ function curvesCard() {
   };
   draw();
   return box;
-}
-function curves() {
-  return (numbers.columns ?? []).some(([key, , , fidelity]) => fidelity && run.saes.some((sae) => Number.isFinite(facts(sae)[key]?.value))) ? null : curvesCard();
 }
 
 function densities() {
@@ -392,7 +383,8 @@ const BEFORE = 16, AFTER = 8; // tokens of an example that are shown at first
 
 async function search(sae, found, query) {
   const score = new Float32Array(sae.width), fires = new Uint8Array(sae.width), promotes = new Uint8Array(sae.width), named = new Uint8Array(sae.width);
-  let inText = new Uint16Array(sae.width), wanted = query.toLowerCase(), isExact = -1;
+  const wanted = query.toLowerCase();
+  let isExact = -1;
   if (/^\d+$/.test(query) && Number(query) < sae.width) { isExact = Number(query); score[isExact] = 1e6; }
   lower ??= texts.map((text) => text.toLowerCase());
   const has = Uint8Array.from(lower, (text) => text.trim() === wanted ? 2 : text.includes(wanted) ? 1 : 0);
@@ -402,7 +394,7 @@ async function search(sae, found, query) {
     for (let place = 0; place < each; place++) if (has[found.promoted[latent * each + place]]) { promotes[latent] = 1; score[latent] += 100; break; }
   }
   for (const [latent, note] of Object.entries(notes[sae.label] ?? {})) if (note.label.toLowerCase().includes(wanted) && latent < sae.width) { named[latent] = 1; score[latent] += 5000; }
-  inText = await searchTexts(sae, wanted);
+  const inText = await searchTexts(sae, wanted);
   for (let latent = 0; latent < sae.width; latent++) score[latent] += inText[latent];
   const count = (flags) => flags.reduce((sum, flag) => sum + (flag ? 1 : 0), 0);
   const parts = [[count(fires), "fire on it"], [count(promotes), "promote it"], [count(inText), "have it in an example"], [count(named), "by your label"]].filter(([many]) => many).map(([many, what]) => `${whole(many)} ${what}`);
@@ -486,10 +478,9 @@ async function latentData(sae, latent) {
 async function showLatent(sae, latent, window_, isNew) {
   const mine = ++selecting;
   state.latent = latent;
-  if (isNew) revealSelected(); else { drawRows(); }
+  if (isNew) revealSelected(); else drawRows();
   const data = await latentData(sae, latent);
-  await windowsOf(data.examples.map((example) => example.window));
-  for (const example of data.examples) example.text = await textOf(example.window);
+  await Promise.all(data.examples.map(async (example) => { example.text = await textOf(example.window); }));
   if (mine !== selecting || state.sae !== sae) return;
   const found = columns.get(sae.folder);
   detail.replaceChildren(h("article", { class: "latent" }, title(sae, latent, found), factsOf(sae, data, found), ...(data.fired ? body(sae, data, found) : [h("p", { class: "quiet" }, `It never fired on the ${whole(sae.tokens)} tokens that were read.`), related(sae, data, found), logits(data)])));
@@ -844,10 +835,9 @@ function showKeys() {
 let HEAT_MOST = .8, waits;
 function find() {
   clearTimeout(waits);
-  waits = setTimeout(async () => {
+  waits = setTimeout(() => {
     state.query = $("search").value;
-    if (!state.sae) return;
-    await arrange();
+    if (state.sae) arrange();
   }, 120);
 }
 
@@ -857,7 +847,7 @@ async function begin() {
     for (const example of shown) drawExample(example);
   });
   beginTheme();
-  try { 
+  try {
     let words;
     [run, words, numbers] = await Promise.all([load("run"), load("words"), load("numbers", true)]);
     texts = new Array(words.ids.at(-1) + 1).fill(""); // by id; what nobody read has none
