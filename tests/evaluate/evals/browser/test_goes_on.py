@@ -116,7 +116,7 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bytes(bench, tmp_path, monke
     monkeypatch.setattr(folder, "write_data", write)
     monkeypatch.setattr(reading, "save_checkpoint", save)
     read_before = []
-    for moment in moments[:: len(moments) // 6]:
+    for moment in moments[:: len(moments) // 4]:
         assert bench.build(moment) == results and taken(moment) == whole, moment
         read_before.append(bench.goes_on_behind())
     assert read_before == sorted(read_before) and read_before[0] < 3 and read_before[-2:] == [BATCHES] * 2
