@@ -15,9 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,11 +27,13 @@ from torch import Tensor
 
 from ...cache_schema.files import make_folder, sync
 from ...cache_schema.strict_json import StrictError, from_json, to_json
-from ..errors import CheckpointDamaged, ConfigInvalid, RunNotWritten, StoppedElsewhere
-from ..parallel.processes import Group, Solo
+from ..errors import CheckpointDamaged, ConfigInvalid, RunNotWritten
+from ..parallel.processes import Group, Solo, all_or_none
 from .whole_files import read_json, write_json
 
 KEPT = 2
+FILE_ERRORS = (OSError, SafetensorError)
+NOT_WRITTEN_ELSEWHERE = "another process could not write its part of a checkpoint"
 FORMAT = 2  # 1 had no digest of state.json
 FILE_NAME = re.compile(r"[\w+-][\w.+-]{0,200}[.]safetensors")
 
@@ -79,13 +80,13 @@ def save_checkpoint(
     group = group or Solo()
     final = folder / f"step_{standing.step:09d}"
     temporary = folder / f".{final.name}.tmp"
-    with _told_to(group):
+    with all_or_none(group, FILE_ERRORS, NOT_WRITTEN_ELSEWHERE):
         if group.rank == 0:
             for leftover in (*folder.glob(".step_*.tmp"), final):  # of a kill or a full disk, whatever their steps
                 shutil.rmtree(leftover, ignore_errors=True)
             make_folder(temporary)
     digests = {}
-    with _told_to(group):
+    with all_or_none(group, FILE_ERRORS, NOT_WRITTEN_ELSEWHERE):
         for label, named in tensors.items():
             path = temporary / f"{label}.safetensors"
             save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
@@ -100,18 +101,6 @@ def save_checkpoint(
         sync(folder)
         for old in list_checkpoints(folder)[KEPT:]:
             shutil.rmtree(old)
-
-
-@contextmanager
-def _told_to(group: Group) -> Iterator[None]:
-    """A file that one process cannot write ends the checkpoint of all: none waits for one that has given up."""
-    failure: Exception | None = None
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        failure = error
-    if group.any(failure is not None):
-        raise failure or StoppedElsewhere("another process could not write its part of a checkpoint")
 
 
 class Writer:
@@ -143,7 +132,7 @@ class Writer:
         step, written = self._writing
         try:
             written.result()
-        except (OSError, SafetensorError) as error:
+        except FILE_ERRORS as error:
             raise RunNotWritten(
                 f"the checkpoint of step {step} could not be written to {self._folder} ({error}). The one before is "
                 f"whole: make room there, or mend what the disk says, then go on with: "
@@ -202,7 +191,7 @@ def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[st
             label = name.removesuffix(".safetensors")
             if labels is None or label in labels:
                 tensors[label] = load_file(path / name)
-        except (OSError, SafetensorError) as error:
+        except FILE_ERRORS as error:
             raise CheckpointDamaged(f"{path / name} cannot be read ({error})") from None
     return state.standing, tensors
 

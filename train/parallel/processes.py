@@ -152,18 +152,23 @@ def _all_there() -> Iterator[None]:
 
 
 @contextmanager
-def all_or_none(group: Group) -> Iterator[None]:
+def all_or_none(
+    group: Group,
+    kinds: tuple[type[Exception], ...] = (TrainError, StoreError),
+    elsewhere: str = "another process of the run stopped with an error; its own message says what and why",
+) -> Iterator[None]:
     """If one process raises inside, all do: none waits for one that has gone. No collective calls inside."""
-    refusal: TrainError | StoreError | None = None
+    failure: Exception | None = None
     try:
         yield
-    except (TrainError, StoreError) as error:
-        refusal = error
-    if not group.any(refusal is not None):
-        return
-    raise refusal or StoppedElsewhere(
-        "another process of the run stopped with an error; its own message says what and why"
-    )
+    except kinds as error:
+        failure = error
+    try:
+        is_lost = group.any(failure is not None)
+    except StoppedElsewhere as gone:  # who was told first may have left already, and says no more than that
+        raise failure or gone from None
+    if is_lost:
+        raise failure or StoppedElsewhere(elsewhere)
 
 
 def join(device: str) -> tuple[Group, torch.device]:

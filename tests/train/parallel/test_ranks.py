@@ -7,8 +7,10 @@ import torch
 
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
+from saemill.train.errors import ConfigInvalid, StoppedElsewhere
 from saemill.train.kit.registry import config_type, names
 from saemill.train.parallel import ranks as ranks_module
+from saemill.train.parallel.processes import Solo, all_or_none
 from saemill.train.parallel.ranks import share_batch
 from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.side_inputs import NO_SIDE, Side
@@ -110,3 +112,16 @@ def test_of_equal_values_no_more_are_kept_than_by_one_rank(threads):
 
     assert gate.choose(pre, NO_SIDE).latents.numel() == 114
     assert in_both(tied_kept) == [24, 0]
+
+
+def test_who_failed_says_why_where_the_others_have_left_already():
+    """The one that was told first is gone before this one hears what it said itself."""
+
+    class Left(Solo):
+        def any(self, flag: bool) -> bool:
+            raise StoppedElsewhere("another process of the run is gone")
+
+    with pytest.raises(ConfigInvalid, match="mine"), all_or_none(Left()):
+        raise ConfigInvalid("mine")
+    with pytest.raises(StoppedElsewhere, match="gone"), all_or_none(Left()):
+        pass
