@@ -92,7 +92,7 @@ def measure(runs: Iterable[Run], batches: list[Tensor]) -> list[dict[str, Any]]:
     for run in runs:
         saes = RunFolder.at(run.path).read_config()["saes"]
         for label in run.saes:
-            variant, config = saes[label]["variant"], saes[label]["config"]
+            variant, config, ended = saes[label]["variant"], saes[label]["config"], run.results["saes"][label]
             sae, trained_at = run.load(label), round(config["k"])
             for k in KS if trained_at == KS[-1] else (trained_at,):
                 if trained_at == KS[-1]:
@@ -102,7 +102,7 @@ def measure(runs: Iterable[Run], batches: list[Tensor]) -> list[dict[str, Any]]:
                     seen.take(sae, x)
                 name = variant if k == trained_at else f"{variant}, trained at {trained_at}"
                 about = {"variant": name, "k": k, "seed": config["seed"], "decoder": _nearest(sae.W_dec)}
-                found.append(about | seen.measures(variance))
+                found.append(about | seen.measures(variance) | {"step_seconds": ended["step_seconds"]})
     return found
 
 
@@ -130,7 +130,20 @@ def run_of(folder: Path, words: Mapping[str, Any]) -> Run:
     return train(resume=str(folder)) if (folder / "config.json").is_file() else train(plots=False, **words)
 
 
-COLUMNS = ("explained_variance", "l0", "never_fired", "decoder", "neighbours", "both_signs")
+def require_of(runs: Iterable[Run], cache_id: str, width: int, tokens: int) -> None:
+    """Runs that were there already are told as if they had been asked for now, so they have to be what is asked for."""
+    for run in runs:
+        config = RunFolder.at(run.path).read_config()
+        found = (config["cache"]["cache_id"], {sae["config"]["width"] for sae in config["saes"].values()})
+        least = tokens - config["data"]["batch_tokens"]
+        if found != (cache_id, {width}) or not least < run.results["tokens"] <= tokens:
+            raise click.ClickException(
+                f"{run.path} is of the store {found[0]}, width {found[1]}, {run.results['tokens']:,} tokens, and "
+                f"{cache_id}, {width}, {tokens:,} were asked for: choose other --runs"
+            )
+
+
+COLUMNS = ("explained_variance", "l0", "never_fired", "decoder", "neighbours", "both_signs", "step_seconds")
 
 
 def show(found: list[dict[str, Any]], console: Console) -> None:
@@ -156,17 +169,20 @@ def spread(values: list[float], sign: str = "") -> str:
 @click.argument("store")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("bench-results/claims"), show_default=True)
 @click.option("--width", default=1152, show_default=True)
-@click.option("--tokens", default="546304", show_default=True, help="Of the training split, for each SAE.")
+@click.option("--tokens", default=546304, show_default=True, help="Of the training split, for each SAE.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), default=Path("bench-results/claims.json"))
-def main(store: str, runs: Path, width: int, tokens: str, json_file: Path) -> None:
+def main(store: str, runs: Path, width: int, tokens: int, json_file: Path) -> None:
     """Train and compare the variants on the residual stream of STORE."""
-    course = {"width": width, "tokens": tokens, "epochs": 1, "set": {"data.batch_tokens": 1024}}
-    trained = train_all(runs, cache=store, **course)
     with Store(store) as opened:
-        manifest = opened.manifest
-        found = measure(trained, read_rows(opened, manifest.layers[0]))
+        manifest, layer = opened.manifest, opened.manifest.layers[0]
+        course = {"width": width, "tokens": tokens, "epochs": 1, "layer": layer, "set": {"data.batch_tokens": 1024}}
+        trained = train_all(runs, cache=store, **course)
+        require_of(trained, manifest.cache_id, width, tokens)
+        batches = read_rows(opened, layer)
+    found = measure(trained, batches)
     show(found, Console(width=200))
-    facts = gather_facts(cache_id=manifest.cache_id, model=manifest.model.id, width=width, tokens=tokens)
+    facts = gather_facts(cache_id=manifest.cache_id, model=manifest.model.id, layer=layer, width=width, tokens=tokens)
+    facts |= {"threads": torch.get_num_threads(), "rows": sum(map(len, batches))}
     write_rows(json_file, "What the variants claim, on a real model", [row | facts for row in found])
 
 

@@ -36,7 +36,7 @@ from typing import Any
 import click
 import numpy as np
 from fitting import CROSS_LAYER, TRANSCODERS
-from ratios import gather_facts, write_rows
+from ratios import gather_facts, revision_of, write_rows
 from rich.console import Console
 from rich.table import Table
 from talk import Worker
@@ -105,7 +105,10 @@ def rows_read_by(variant: str) -> str:
 
 
 def layers_of(store: Store, kind: str) -> tuple[int, ...]:
-    layers = store.manifest.layers if kind == RESID else store.manifest.hooks["mlp_in"].layers
+    hooks = store.manifest.hooks
+    if kind != RESID and not {"mlp_in", "mlp_out"} <= hooks.keys():
+        raise click.UsageError(f"{store.url} has no mlp_in and mlp_out: sae-harvest --hooks mlp_in,mlp_out keeps them")
+    layers = store.manifest.layers if kind == RESID else hooks["mlp_in"].layers
     return tuple(layers) if kind == "MLPs" else tuple(layers[:1])
 
 
@@ -362,6 +365,7 @@ def main(
         layers = layers_of(opened, kind)
         write_rows_of(opened, layers, Path(folder), kind)
         where = {"layers": layers} if kind == "MLPs" else {"layer": layers[0]}
+        where |= revision_of(clt_forge)
         run = {"steps": steps, "cache_id": manifest.cache_id}
         results = Results(out, run, gather_facts(peers_python, model=manifest.model.id, **where))
         contestants = Contestants(Path(folder), steps, peers_python, clt_forge)

@@ -109,6 +109,14 @@ def commit() -> str:
     return os.environ.get("COMMIT") or (copied.read_text().strip() if copied.exists() else "unknown")
 
 
+def revision_of(checkout: str | os.PathLike[str] | None) -> dict[str, str]:
+    """Of CLT-Forge, which is no package: the commit that is measured."""
+    if checkout is None:
+        return {}
+    is_one = _say("git", "-C", checkout, "rev-parse", "--show-toplevel") == str(Path(checkout).resolve())
+    return {"CLT-Forge": _say("git", "-C", checkout, "rev-parse", "--short=9", "HEAD") if is_one else "unknown"}
+
+
 def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

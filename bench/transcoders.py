@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 from racing import Contest, Entrant, make_batches
-from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of
+from ratios import ROUNDS, Row, compare, conclude, gather_facts, revision_of, speeds_of
 
 OURS = "ours"
 PEERS = {"clt": ("CLT-Forge", 2.0), "transcoder": ("sparsify", None)}
@@ -73,7 +73,7 @@ def main(
         speeds = speeds_of(rows, outcome.seconds)
         found.append(compare(name, speeds[OURS], speeds[peer], "tok/s", target, peer))
     contest.close()
-    facts = gather_facts(peers_python, threads=threads, steps=steps, device=device, clock=clock)
+    facts = gather_facts(peers_python, threads=threads, steps=steps, device=device, clock=clock) | revision_of(forge)
     raise SystemExit(conclude("Transcoders", found, json_file, facts))
 
 
