@@ -99,6 +99,34 @@ def test_every_row_says_when_and_of_what_code_it_is(path):
     assert rows and all(row["date"] and row["commit"] for row in rows)
 
 
+def test_a_claim_is_measured_on_codes_that_are_known(bench):
+    """Of ten latents the first two are what is steadied: one says the same of all rows, one of every other."""
+    claims = bench("claims")
+    f = torch.zeros(8, 10)
+    f[:, 0], f[::2, 1] = 1.0, 1.0
+    f[:, 5] = torch.tensor([1.0, -1.0] * 4)  # both ways
+    sae = argparse.Namespace(encode=lambda x: f, decode=lambda f: torch.zeros(8, 3))
+    x = torch.ones(8, 3)
+    seen = claims.Seen()
+    seen.take(sae, x)
+    found = seen.measures(variance=6.0)
+    assert found["explained_variance"] == 0.5 and found["l0"] == 2.5
+    assert found["never_fired"] == pytest.approx(0.7) and found["both_signs"] == pytest.approx(0.1)
+    assert found["neighbours"] == pytest.approx(0.5**0.5 - 1.0)  # half a batch apart rows are alike
+
+
+@pytest.mark.parametrize("what", ["cache_id", "width", "tokens"])
+def test_a_claim_refuses_a_run_of_other_settings(bench, tmp_path, what):
+    claims = bench("claims")
+    config = {"cache": {"cache_id": "a"}, "data": {"batch_tokens": 4}, "saes": {"one": {"config": {"width": 8}}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "result.json").write_text(json.dumps({"tokens": 96}))
+    run, asked = claims.Run(tmp_path), {"cache_id": "a", "width": 8, "tokens": 99}
+    claims.require_of([run], **asked)
+    with pytest.raises(Exception, match="were asked for"):
+        claims.require_of([run], **asked | {what: {"cache_id": "b", "width": 9, "tokens": 100}[what]})
+
+
 def score_of_fit(quality, value, l0=32.0, dead=0.0):
     return quality.Score(value, l0, dead, validation=value - 0.01, validation_l0=l0)
 
