@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -322,13 +322,23 @@ def _write_all(fd: int, buffers: Sequence[np.ndarray]) -> None:
             view = view[os.write(fd, view) :]
 
 
+_flushed: set[Path] = set()  # folders whose names this process knows to be on the disk
+
+
 def make_folder(path: Path) -> None:
-    """With its parents, whose names are flushed: a power cut could else take a folder with all that lies in it."""
+    """With its parents, whose names are flushed: a power cut could else take a folder with all that lies in it.
+
+    So is the name of one that is there already, once: whoever made it may have died before.
+    """
     if path.is_dir():
-        return
-    make_folder(path.parent)
-    path.mkdir(exist_ok=True)
-    sync(path.parent)
+        if path not in _flushed:
+            with suppress(PermissionError):  # of a folder that is not ours to read, and so not of our making
+                sync(path.parent)
+    else:
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+    _flushed.add(path)
 
 
 def free_bytes_at(folder: Path) -> int:

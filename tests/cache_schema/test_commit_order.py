@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from saemill.cache_schema import StoreWriter
+from saemill.cache_schema import StoreWriter, files
 
 
 @pytest.fixture
@@ -58,3 +58,24 @@ def test_the_root_appears_last(synthetic, tmp_path, journal):
     assert set(tokens) <= set(begun)
     assert ("fsync", str(tmp_path / "tokens")) in begun
     assert ("replace", str(tmp_path / "resid/layer_3/zarr.json")) in begun
+
+
+def test_the_name_of_a_folder_whose_maker_died_is_flushed(tmp_path, monkeypatch):
+    """Once in a process: it was made, and the maker was killed before its name was on the disk."""
+    flushed = []
+    monkeypatch.setattr(files, "sync", flushed.append)
+    (tmp_path / "left").mkdir()
+    files.make_folder(tmp_path / "left")
+    files.make_folder(tmp_path / "left")
+    assert flushed == [tmp_path]
+    files.make_folder(tmp_path / "left" / "new")
+    files.make_folder(tmp_path / "left" / "new")
+    assert flushed == [tmp_path, tmp_path / "left"]
+
+
+def test_a_folder_below_one_that_nobody_may_read_can_be_used(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "sync", refuse)
+    files.make_folder(tmp_path)
