@@ -16,6 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .... import __version__
 from ....cache_schema.errors import StoreError
 from ....cache_schema.strict_json import to_json
 from ....train.run.folder import RunFolder
@@ -54,7 +57,10 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     words = Vocabulary(context)
     about = describe(context, home, config, windows, words, missing)
     saes = [[subject.label, source_of(subject.folder).sha256] for subject in subjects]
-    inputs = decided_by(**{key: about[key] for key in SAME}, saes=saes, saved=SAVED, device=str(context.device))
+    programs = [__version__, torch.__version__]  # sums of two are not joined
+    inputs = decided_by(
+        **{key: about[key] for key in SAME}, saes=saes, saved=SAVED, device=str(context.device), programs=programs
+    )
     try:
         with making(home, size_of(context, subjects, sum(windows.values())), inputs) as folder:
             seen, tokens = read(context, subjects, config, windows, folder, words)
@@ -73,7 +79,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
                 write_exports(folder.path, config.exports, exported)
             folder.write("run", about | {"saes": [*(summary_of(one) for one in shown), *kept]})
             write_numbers(folder.path, read_records([RunFolder.at(home)]))
-            write_page(folder, about["build"])
+            write_page(folder.path, about["build"])
     except (BrowserUnwritten, StoreError) as error:
         yield from (Failure(subject, error) for subject in subjects)
         return

@@ -35,10 +35,10 @@ KINDS = {"uint8": "u1", "uint16": "u2", "uint32": "u4", "int32": "i4", "float32"
 class Folder:
     """A browser in the making; `inputs` names all that decides what is read."""
 
-    def __init__(self, path: Path, inputs: str = "") -> None:
-        self.path = path
-        self.saved = path / f"read-{inputs}"
-        """What was read so far, where it was saved."""
+    def __init__(self, made_in: Path, inputs: str) -> None:
+        self.path = made_in / NAME
+        self.saved = made_in / f"read-{inputs}"
+        """What was read so far, where it was saved: beside the browser, which moves away whole."""
 
     def write(self, name: str, value: Mapping[str, Any]) -> Path:
         """Data by the name that the page asks for them by."""
@@ -48,23 +48,23 @@ class Folder:
 @contextmanager
 def making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
     """The browser of a run; whatever happens, the run has the one of before or the whole new one."""
-    path, old = home / MAKING, home / OLD
-    folder = Folder(path, inputs)
+    made_in, old = home / MAKING, home / OLD
+    folder = Folder(made_in, inputs)
     try:
         _put_back(home)  # a build was interrupted between its two last lines
         shutil.rmtree(old, ignore_errors=True)
-        _clear(folder)
-        require_space(home, least_bytes - sum(file.stat().st_size for file in path.glob("data/*/*")))
-        (path / "data").mkdir(parents=True, exist_ok=True)
+        left = (file for file in made_in.rglob("*") if file.is_file() and folder.saved not in file.parents)
+        require_space(home, least_bytes - sum(file.stat().st_size for file in left))
+        _clear(folder, inputs)
+        (folder.path / "data").mkdir(parents=True, exist_ok=True)
         yield folder
-        shutil.rmtree(folder.saved, ignore_errors=True)
         if (home / NAME).exists():
             (home / NAME).rename(old)
-        path.rename(home / NAME)
+        folder.path.rename(home / NAME)
     except (BrowserUnwritten, StoreError):
         raise
     except OSError as error:
-        goes_on = ". What was read is kept: the same command goes on from there" if folder.saved.exists() else ""
+        goes_on = ". What was read is kept: the same command goes on from there" if _goes_on(made_in, inputs) else ""
         raise BrowserUnwritten(
             f"{home / NAME} cannot be written: {error.strerror or error}. It needs about {megabytes(least_bytes)}"
             f"{goes_on}"
@@ -72,16 +72,21 @@ def making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
     finally:
         _put_back(home)
         shutil.rmtree(old, ignore_errors=True)
-        if not folder.saved.exists():
-            shutil.rmtree(path, ignore_errors=True)
+        if not _goes_on(made_in):  # a build that was refused leaves what one of other inputs saved
+            shutil.rmtree(made_in, ignore_errors=True)
 
 
-def _clear(folder: Folder) -> None:
-    """What a stopped build left, but for what one of the same inputs goes on from."""
-    path, data = folder.path, folder.path / "data"
-    stays = {folder.saved, data, data / TEXT, data / ATTENTION} if folder.saved.exists() else set()
-    for left in (*path.glob("data/*"), *path.glob("*")):
-        if left not in stays:
+def _goes_on(made_in: Path, inputs: str = "*") -> bool:
+    """Whether a stopped build left a save here, and the text that it had written."""
+    return (made_in / NAME).exists() and any(made_in.glob(f"read-{inputs}/step_*"))
+
+
+def _clear(folder: Folder, inputs: str) -> None:
+    """What a stopped build left, but for what one of the same inputs goes on from; no save outlives its text."""
+    made_in, path, data = folder.path.parent, folder.path, folder.path / "data"
+    stays = {folder.saved, path, data, data / TEXT, data / ATTENTION} if _goes_on(made_in, inputs) else set()
+    for left in (*made_in.glob("read-*"), *data.glob("*"), *path.glob("*"), *made_in.glob("*")):
+        if left not in stays and left.exists():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
@@ -92,11 +97,12 @@ def _put_back(home: Path) -> None:
 
 
 def require_space(home: Path, least_bytes: int) -> None:
+    """For the browser: what saves take hangs on how much fires, and a disk too full for them may still take it."""
     free = free_bytes_at(home)
     if free < least_bytes:
         raise BrowserUnwritten(
-            f"{home / NAME} needs about {megabytes(least_bytes)}, and {megabytes(free)} are free there: "
-            "free some, or read fewer windows (--set browser.windows=...)"
+            f"{home / NAME} needs about {megabytes(least_bytes)}, what is saved on the way not counted, and "
+            f"{megabytes(free)} are free there: free some, or read fewer windows (--set browser.windows=...)"
         )
 
 
@@ -104,10 +110,10 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
-def write_page(folder: Folder, build: str) -> None:
+def write_page(path: Path, build: str) -> None:
     """The page itself; `build` keeps browsers from taking data of another build out of their memory."""
     for file in (*sorted(PAGE.iterdir()), *sorted(FILES.iterdir())):
-        (folder.path / file.name).write_text(file.read_text(encoding="utf-8").replace(BUILD, build), encoding="utf-8")
+        (path / file.name).write_text(file.read_text(encoding="utf-8").replace(BUILD, build), encoding="utf-8")
 
 
 def write_data(folder: Path, name: str, value: Mapping[str, Any]) -> Path:

@@ -6,7 +6,6 @@ now and then, between two batches: a build that was stopped goes on from there t
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ....train.disk.checkpoint_files import Standing, load_checkpoint, save_checkpoint
+from ....train.disk.checkpoint_files import Standing, list_checkpoints, load_checkpoint, save_checkpoint
 from ....train.errors import CheckpointDamaged
 from ....train.sae.kernels.codes import Codes
 from ...context.split_windows import ordinary_rows, read_windows
@@ -113,13 +112,14 @@ class Gathering:
             state = {"text": {**text, **self._texts.state(), **self._attention.state()}}
             state |= {f"sae_{number}": seen.state() for number, seen in enumerate(self._seen.values())}
             tensors = {part: {name: torch.from_numpy(one) for name, one in of.items()} for part, of in state.items()}
-            save_checkpoint(self._saved, Standing(self._windows, 0, 0.0, 0.0, 0, 0), tensors)
+            far = Standing(step=self._windows, metrics_bytes=0, seconds=0.0, waited_seconds=0.0, same_pairs=0, pairs=0)
+            save_checkpoint(self._saved, far, tensors)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(self._saved, ignore_errors=True)
-            self._say(f"browser: what was read cannot be saved ({error}): stopped, it would be read anew")
-            self._save_at = math.inf
-        else:
-            self._save_at = time.monotonic() + max(EVERY, SHARE * (time.monotonic() - began))
+            for part in self._saved.glob(".step_*.tmp"):
+                shutil.rmtree(part, ignore_errors=True)
+            then = "go on from the last save" if list_checkpoints(self._saved) else "be read anew"
+            self._say(f"browser: what was read cannot be saved ({error}): stopped now, it would {then}")
+        self._save_at = time.monotonic() + max(EVERY, SHARE * (time.monotonic() - began))
 
     def go_on(self) -> int:
         """From where a build of the same inputs was stopped; the windows that it had read."""

@@ -25,7 +25,7 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 from huggingface_hub.cli.hf import app as hf
 
-from saemill.evaluate.evals.browser.folder import Folder, write_data, write_page
+from saemill.evaluate.evals.browser.folder import write_data, write_page
 from saemill.train import load_sae
 from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.sae_folder import save_sae
@@ -393,7 +393,7 @@ def test_the_folder_of_a_browser_is_a_static_space(hub, tmp_path):
     """By the Hub's own command, as docs/share.md has it: a header that the Hub takes, and the files where they were."""
     folder = tmp_path / "browser"
     (folder / "data").mkdir(parents=True)
-    write_page(Folder(folder), "build")
+    write_page(folder, "build")
     write_data(folder, "run", {"run": "demo"})
     (line,) = re.findall(r"^hf upload .*--repo-type space.*$", SHARE.read_text(), re.MULTILINE)
     words = shlex.split(line.replace("OWNER/NAME", "me/latents").replace("runs/run_1/browser", str(folder)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -89,37 +90,58 @@ def taken(home: Path) -> dict[str, bytes]:
     return {name: data.replace(about["build"].encode(), b"BUILD") for name, data in files.items()}
 
 
-def test_killed_at_any_write_it_goes_on_to_the_same_bytes(bench, tmp_path, monkeypatch):
-    """What lies on the disk before and in the middle of each write is all that a killed build leaves."""
-    results = bench.build(every=math.inf)
-    whole, home, moments = taken(bench.run), bench.run, []
+KILLED = {  # in the middle of which write, and how many batches are not encoded again then
+    "data/text/4.js": 5,
+    "data/sae_b/latents/0.js": BATCHES,
+    "exports/saedashboard/b/batch-0.json": BATCHES,
+    "index.html": BATCHES,
+    "between the renames": BATCHES,
+    "behind the renames": 0,  # the browser is made: another one is asked for
+}
+
+
+def test_killed_on_the_way_it_goes_on_to_the_same_bytes(bench, tmp_path, monkeypatch):
+    """What lies on the disk in the middle of a write is all that a killed build leaves."""
+    config = replace(CONFIG, exports=("saedashboard",))
+    results = bench.build(every=math.inf, config=config)
+    whole, home = taken(bench.run), bench.run
     shutil.rmtree(home / "browser")
+    (home / "browser").mkdir()  # the one of before
 
-    def keep_what_lies_there() -> None:
-        moments.append(tmp_path / "killed" / str(len(moments)) / home.name)
-        shutil.copytree(home, moments[-1])
+    def keep_what_lies_there(moment: str) -> None:
+        shutil.copytree(home, tmp_path / "killed" / moment / home.name)
 
-    write, save = folder.write_data, reading.save_checkpoint
+    write, rename, save = Path.write_text, Path.rename, reading.save_checkpoint
 
-    def watched_write(*args):
-        keep_what_lies_there()
-        return write(*args)
+    def watched_write(path, text, **words):
+        moment = str(path.relative_to(home / ".browser.making" / "browser"))
+        if moment in KILLED:
+            write(path, text[: len(text) // 2], **words)
+            keep_what_lies_there(moment)
+        return write(path, text, **words)
+
+    def watched_rename(path, to):
+        if to == home / "browser":
+            keep_what_lies_there("between the renames")
+            rename(path, to)
+            keep_what_lies_there("behind the renames")
+        else:
+            rename(path, to)
 
     def watched_save(path, *args):
         save(path, *args)
         (path / ".step_000000099.tmp").mkdir()  # the next one, killed while it was written
         (path / ".step_000000099.tmp" / "sae_0.safetensors").write_bytes(b"half")
 
-    monkeypatch.setattr(folder, "write_data", watched_write)
-    monkeypatch.setattr(reading, "save_checkpoint", watched_save)
-    assert bench.build() == results and taken(home) == whole
-    monkeypatch.setattr(folder, "write_data", write)
-    monkeypatch.setattr(reading, "save_checkpoint", save)
-    read_before = []
-    for moment in moments[:: len(moments) // 4]:
-        assert bench.build(moment) == results and taken(moment) == whole, moment
-        read_before.append(bench.goes_on_behind())
-    assert read_before == sorted(read_before) and read_before[0] < 3 and read_before[-2:] == [BATCHES] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", watched_write)
+        patch.setattr(Path, "rename", watched_rename)
+        patch.setattr(reading, "save_checkpoint", watched_save)
+        assert bench.build(config=config) == results and taken(home) == whole
+    for moment, batches in KILLED.items():
+        killed = tmp_path / "killed" / moment / home.name
+        assert bench.build(killed, config=config) == results and taken(killed) == whole, moment
+        assert bench.goes_on_behind() == batches, moment
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
@@ -131,12 +153,14 @@ def test_what_was_encoded_before_a_stop_is_not_encoded_again(bench, stop):
     assert bench.goes_on_behind() == 3
 
 
-def test_other_inputs_begin_anew(bench, builder, open_context, world):
-    """Other settings, another SAE under the same name, other rows left out: nothing of before is taken."""
-    for change in ("weights", "rows", "settings"):
+def test_other_inputs_begin_anew(bench, builder, monkeypatch):
+    """Other settings, another SAE under the same name, other rows left out, another program: nothing is taken."""
+    for change in ("weights", "rows", "settings", "program"):
         bench.stop_in_batch(4)
         if change == "weights":
             builder.save(bench.run / "a", builder.make_sae(k=4, seed=3))
+        if change == "program":
+            monkeypatch.setattr(evaluation, "__version__", "0.0.9")
         other = replace(CONFIG, top=5) if change == "settings" else CONFIG
         norms = {"massive_norms": 1.3} if change == "rows" else {}
         result = bench.build(config=other, **norms)
@@ -169,18 +193,69 @@ def test_what_was_damaged_is_not_read(bench):
     assert bench.goes_on_behind() == 1
 
 
-def test_a_disk_that_takes_no_saves_may_take_the_browser(bench, monkeypatch):
+def test_what_is_killed_while_it_clears_goes_on_or_begins_anew(bench, tmp_path, monkeypatch):
+    """A save whose text is gone is not gone on from."""
     whole = bench.build(every=math.inf)
-    files, save = taken(bench.run), reading.save_checkpoint
+    files, moments = taken(bench.run), []
+    bench.stop_in_batch(4)
+
+    def watched_removal(path, **words):
+        if bench.encoded == 0:
+            moments.append(tmp_path / "killed" / str(len(moments)) / bench.run.name)
+            shutil.copytree(bench.run, moments[-1])
+        shutil.rmtree(path, **words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "shutil", SimpleNamespace(rmtree=watched_removal))
+        bench.build(config=replace(CONFIG, top=5))
+    for moment in moments[1:4]:  # before the save, the text and the attention go
+        assert bench.build(moment) == whole and taken(moment) == files, moment
+
+
+def test_what_is_refused_for_want_of_room_costs_no_save(bench, monkeypatch):
+    bench.stop_in_batch(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "LATENT_BYTES", 1 << 50)
+        failures = bench.build(config=replace(CONFIG, top=5))
+    assert all("are free there" in str(failure.error) for failure in failures)
+    bench.build()
+    assert bench.goes_on_behind() == 3
+
+
+def let_saves_fail(monkeypatch, *numbers: int) -> None:
+    """Those of these numbers, when the disk has taken a part of them."""
+    made, save = itertools.count(1), reading.save_checkpoint
 
     def full(path, *args):
-        save(path, *args)
+        if next(made) not in numbers:
+            return save(path, *args)
+        (path / ".step_000000099.tmp").mkdir(parents=True)
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr(reading, "save_checkpoint", full)
+
+
+def test_a_disk_that_takes_no_saves_may_take_the_browser(bench, monkeypatch):
+    whole = bench.build(every=math.inf)
+    files = taken(bench.run)
+    let_saves_fail(monkeypatch, *range(1, BATCHES + 1))
     assert bench.build() == whole and taken(bench.run) == files
-    (said,) = [line for line in bench.said if "cannot be saved" in line]  # and is not tried again
-    assert said.endswith("(No space left on device): stopped, it would be read anew")
+    (said,) = {line for line in bench.said if "cannot be saved" in line}
+    assert said.endswith("(No space left on device): stopped now, it would be read anew")
+
+
+@pytest.mark.parametrize("failing, behind", [((2, 3), 1), ((2,), 3)])
+def test_a_save_that_fails_costs_none_before_and_none_behind(bench, monkeypatch, failing, behind):
+    whole = bench.build(every=math.inf)
+    files = taken(bench.run)
+    with monkeypatch.context() as patch:
+        let_saves_fail(patch, *failing)
+        bench.stop_in_batch(4)
+    said = [line for line in bench.said if "cannot be saved" in line]
+    assert len(said) == len(failing) and all(line.endswith("it would go on from the last save") for line in said)
+    assert not list(bench.run.glob(".browser.making/read-*/.step_*"))
+    assert bench.build() == whole and taken(bench.run) == files
+    assert bench.goes_on_behind() == behind
 
 
 def test_where_the_disk_was_full_it_goes_on_when_there_is_room(bench, builder, monkeypatch):

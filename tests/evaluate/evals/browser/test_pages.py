@@ -19,7 +19,7 @@ from saemill.evaluate.context.context import Context
 from saemill.evaluate.evals.browser import evaluation, folder
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.firing_counts import lower_edges
-from saemill.evaluate.evals.browser.folder import Folder, write_data, write_page
+from saemill.evaluate.evals.browser.folder import write_data, write_page
 from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.output.figures.records import Record
@@ -494,7 +494,6 @@ def test_65k_latents_are_painted_in_a_second_and_each_in_a_tenth(tmp_path, open_
 def write_wide(path, width, windows=64, context=128, kept=40):
     """A browser with columns of so many latents; they share one file of examples' text."""
     random = np.random.default_rng(0)
-    made = Folder(path)
     (path / "data").mkdir(parents=True)
     sae = {"folder": "wide", "label": "wide", "variant": "topk", "width": width, "layers": [1], "target_layers": [1],
            "tokens": windows * context, "alive_share": 1.0, "dense_share": 0.0, "l0": 64.0, "dense": 0.1,
@@ -527,4 +526,4 @@ def write_wide(path, width, windows=64, context=128, kept=40):
             "by_direction": near, "by_firing": near, "others": []}  # fmt: skip
     for number in (0, 40_000 // 32, *range(width // 32 - 40, width // 32)):
         write_data(path, f"wide/latents/{number}", part)
-    write_page(made, "b")
+    write_page(path, "b")
