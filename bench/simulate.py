@@ -101,6 +101,11 @@ class PaperFiles(RemoteFiles):
         return list(self.claims)
 
 
+AHEAD = (
+    30  # seconds that one worker may ask on before the others have lived up to there: what they hold would seem lapsed
+)
+
+
 @dataclass(frozen=True)
 class Told:
     """What came out."""
@@ -172,10 +177,16 @@ class Harvest:
         shards = np.flatnonzero(~self._look()[share::step]) * step + share
         while len(shards):
             wrote = 0
+            yield 0.0  # a look takes minutes where there are a million records
+            since = files.now
             for shard in shards.tolist():
+                if files.now > since + AHEAD:
+                    yield 0.0
+                    since = files.now
                 if held.take(shard):
                     if not commits.has_record(files, shard):
                         yield self.paper.shard_s * self.draw.uniform(0.9, 1.1)
+                        since = files.now
                         assert held.keeps(shard)  # a lease is longer than a shard's work
                         self._commit(shard)
                         wrote += 1
