@@ -28,7 +28,7 @@ CREATION = 2**40  # the claim on a store's creation: a number that no shard has
 DERIVED = 2**40 + 1  # the claim on index and summary
 LEASE_SECONDS = 600
 RENEW_SECONDS = 120
-HELD_TRIED = 16  # shards that others hold, of all that a writer looks at again
+HELD_TRIED, FREE_TRIED = 16, 64  # shards that others hold, and that nobody holds, of all that a writer looks at again
 DERIVED_SECONDS = 60  # the longest that a writer waits for the one that derives index and summary
 
 
@@ -208,15 +208,20 @@ class LeaseClaims:
             return number in self._held
 
     def leave_held(self, numbers: list[int]) -> list[int]:
-        """Some that are held stay in, drawn anew each time: a claim whose writer died is seen by trying it alone.
+        """Some, drawn anew each time; of those that are held too, as a claim whose writer died is seen by trying it.
 
         Near the end of a harvest thousands of workers look for what is left, and thousands of shards are in work: if
-        each tried each, that would be more requests than all before.
+        each tried each, that would be more requests than all before. Who has written any looks again.
         """
         claimed = set(self._files.list("claims"))
-        held = [number for number in numbers if f"{number}.json" in claimed]
-        tried = set(random.sample(held, min(len(held), HELD_TRIED)))
-        return [number for number in numbers if number in tried or f"{number}.json" not in claimed]
+        held, free = [], []
+        for number in numbers:
+            (held if f"{number}.json" in claimed else free).append(number)
+        return [
+            number
+            for some, most in ((free, FREE_TRIED), (held, HELD_TRIED))
+            for number in random.sample(some, min(len(some), most))
+        ]
 
     @contextmanager
     def hold_derived(self) -> Iterator[None]:
