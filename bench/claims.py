@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import click
@@ -28,6 +28,8 @@ from torch.nn import functional
 
 from saemill import Store, train
 from saemill.api.run import Run
+from saemill.evaluate.evals.core.metrics import max_cosine
+from saemill.studies.tables import spread
 from saemill.train.run.folder import RunFolder
 from saemill.train.sae.model import SparseAutoencoder
 
@@ -101,15 +103,14 @@ def measure(runs: Iterable[Run], batches: list[Tensor]) -> list[dict[str, Any]]:
                 for x in batches:
                     seen.take(sae, x)
                 name = variant if k == trained_at else f"{variant}, trained at {trained_at}"
-                about = {"variant": name, "k": k, "seed": config["seed"], "decoder": _nearest(sae.W_dec)}
+                about = {
+                    "variant": name,
+                    "k": k,
+                    "seed": config["seed"],
+                    "decoder": float(max_cosine(sae.W_dec).mean()),
+                }
                 found.append(about | seen.measures(variance) | {"step_seconds": ended["step_seconds"]})
     return found
-
-
-def _nearest(W_dec: Tensor) -> float:
-    """Mean over decoder rows of the cosine of the nearest other row."""
-    unit = functional.normalize(W_dec, dim=1)
-    return float((unit @ unit.t()).fill_diagonal_(-1.0).amax(1).mean())
 
 
 def train_all(out: Path, **words: Any) -> list[Run]:
@@ -156,13 +157,8 @@ def show(found: list[dict[str, Any]], console: Console) -> None:
         rows = [row for row in found if (row["variant"], row["k"]) == (variant, k)]
         gains = [row["explained_variance"] - base[k, row["seed"]] for row in rows]
         cells = [spread([row[column] for row in rows]) for column in COLUMNS]
-        table.add_row(variant, str(k), *cells, "" if variant == "topk" else spread(gains, "+"))
+        table.add_row(variant, str(k), *cells, "" if variant == "topk" else spread(gains))
     console.print(table)
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    digits = ".1f" if abs(fmean(values)) >= 2 else ".4f"
-    return f"{fmean(values):{sign}{digits}} ± {stdev(values):{digits}}"
 
 
 @click.command()

@@ -194,7 +194,7 @@ class Harvest:
                             self._derive(held)
                     held.release(shard)
             left = np.flatnonzero(~self._look()).tolist() if wrote and self.workers > 1 else []
-            shards = np.array(held.leave_held(left) if left else [], int)
+            shards = np.array(held.worth_trying(left) if left else [], int)
         files.ask("HEAD")  # the root, before anything is derived
         self._derive(held, ends=True)
 

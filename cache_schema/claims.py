@@ -45,8 +45,8 @@ class Claims(Protocol):
         ...
 
     def release(self, number: int) -> None: ...
-    def leave_held(self, numbers: list[int]) -> list[int]:
-        """Without those that others hold, where to try each would cost more."""
+    def worth_trying(self, numbers: list[int]) -> list[int]:
+        """All; where each try costs requests a few, in no order: of what nobody holds, and of what others hold."""
         ...
 
     def hold_derived(self) -> AbstractContextManager[None]:
@@ -133,7 +133,7 @@ class LockClaims:
     def release(self, number: int) -> None:
         self._lock(fcntl.F_UNLCK, number)
 
-    def leave_held(self, numbers: list[int]) -> list[int]:
+    def worth_trying(self, numbers: list[int]) -> list[int]:
         return numbers  # to try one is a call of the kernel
 
     @contextmanager
@@ -207,7 +207,7 @@ class LeaseClaims:
                 self._held.discard(number)
             return number in self._held
 
-    def leave_held(self, numbers: list[int]) -> list[int]:
+    def worth_trying(self, numbers: list[int]) -> list[int]:
         """Some, drawn anew each time; of those that are held too, as a claim whose writer died is seen by trying it.
 
         Near the end of a harvest thousands of workers look for what is left, and thousands of shards are in work: if

@@ -97,9 +97,9 @@ class StoreWriter:
         return np.flatnonzero(~find_committed(self.files, self.manifest)).tolist()
 
     def left(self) -> tuple[list[int], int]:
-        """Those of the pending that nobody holds, as far as that is cheap to know, and how many are pending in all."""
+        """Those of the pending that are worth trying, and how many are pending in all."""
         pending = self.pending()
-        return self._claims.leave_held(pending), len(pending)
+        return self._claims.worth_trying(pending), len(pending)
 
     @contextmanager
     def claim(self, shard: int) -> Iterator[bool]:

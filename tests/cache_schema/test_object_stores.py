@@ -248,9 +248,9 @@ def test_of_what_is_left_a_few_are_tried_in_no_order():
     files = open_files(f"memory://{uuid.uuid4().hex}")
     one, other = make_claims(files), make_claims(files)
     assert all(one.take(number) for number in range(10))
-    assert sorted(other.leave_held(list(range(20)))) == list(range(20))
+    assert sorted(other.worth_trying(list(range(20)))) == list(range(20))
     assert all(one.take(number) for number in range(10, 40))
-    found = other.leave_held(list(range(400)))
+    found = other.worth_trying(list(range(400)))
     free = [number for number in found if number >= 40]
     assert len(set(free)) == claims_module.FREE_TRIED and free != sorted(free)
     assert len(set(found)) == len(found) == claims_module.FREE_TRIED + claims_module.HELD_TRIED

@@ -234,7 +234,7 @@ def share_of(monkeypatch):
             manifest=SimpleNamespace(shards=shards, context=32, shard_range=lambda shard: (shard, shard + 1)),
             files=None,
             pending=pending,
-            left=lambda: (claims.leave_held(pending()), len(pending())),
+            left=lambda: (claims.worth_trying(pending()), len(pending())),
             if_killed=claims.if_killed,
         )
         monkeypatch.setattr(run, "make_harvester", lambda *_: None)
