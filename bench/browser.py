@@ -162,7 +162,7 @@ def agreement(what: str, made: dict[str, dict[str, Any]], latents: int) -> Row:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("store")
 @click.option("--dashboard", type=click.Path(path_type=Path), help="The environment of sae-dashboard 0.8; none: alone.")
-@click.option("--windows", default=1024, show_default=True, help="As many as `make demo` reads.")
+@click.option("--windows", default=Config().windows, show_default=True, help="As many as the browser reads by itself.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--case", "cases", multiple=True, type=click.IntRange(0, len(CASES) - 1), default=range(len(CASES)))
 @click.option("--folder", type=click.Path(path_type=Path), help="On which disk; a temporary folder by default.")

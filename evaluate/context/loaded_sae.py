@@ -17,6 +17,7 @@ from torch import Tensor
 from ...cache_schema.sites import RESID
 from ...cache_schema.strict_json import from_json
 from ...train.kit import registry
+from ...train.sae.kernels.second_look import Affine
 from ...train.sae.model import SparseAutoencoder
 from ...train.sae.side_inputs import Side
 from ..errors import NotApplicable
@@ -60,6 +61,12 @@ class LoadedSae:
     @property
     def width(self) -> int:
         return self.sae.num_latents
+
+    @cached_property
+    def encoder(self) -> Affine:
+        """What `sae` multiplies its input with; made on the device that it is on when this is first asked for."""
+        with torch.inference_mode():
+            return Affine.of(self.sae.W_enc, self.sae.b_enc)
 
     @cached_property
     def needs(self) -> frozenset[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 TOP, SAMPLE, LOW = 1, 2, 4  # why a firing is kept, as bits
-WAITING = 1 << 18  # firings that wait at the least before any are sorted out
+WAITING = 1 << 20  # firings that wait at the least before any are sorted out
 MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ....train.sae.kernels.linear import linear
-from ....train.sae.kernels.select_latents import topk_rows
+from ....train.sae.kernels.second_look import Affine, largest_products
 from .firing_counts import Table
 from .kept_firings import largest
 
@@ -36,15 +35,14 @@ def by_direction(rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool) 
     rows, others = functional.normalize(rows_FD.float(), dim=1), functional.normalize(others_GD.float(), dim=1)
     count = min(count, len(others) - is_same)
     latents, scores = np.empty((len(rows), count), np.int32), np.empty((len(rows), count), np.float32)
+    affine = Affine.of(others, others.new_zeros(len(others)))
     for start in range(0, len(rows), BLOCK) if count > 0 else ():
-        cosines = linear(rows[start : start + BLOCK], others)
+        cosines, found = largest_products(affine, rows[start : start + BLOCK], count + is_same)
         if is_same:
-            number = torch.arange(len(cosines), device=cosines.device)
-            cosines[number, number + start] = -torch.inf
-        values, found = topk_rows(cosines, count)
-        values, order = values.sort(dim=1, descending=True)
-        latents[start : start + BLOCK] = found.gather(1, order).cpu().numpy()
-        scores[start : start + BLOCK] = values.cpu().numpy()
+            cosines[found == torch.arange(start, start + len(found), device=found.device)[:, None]] = -torch.inf
+        cosines, order = cosines.sort(dim=1, descending=True)
+        latents[start : start + BLOCK] = found.gather(1, order)[:, :count].cpu().numpy()
+        scores[start : start + BLOCK] = cosines[:, :count].cpu().numpy()
     return Near(latents, scores)
 
 

@@ -2,7 +2,8 @@
 
 The same numbers as `LoadedSae.encode` and `decode` up to the order of sums, at a fraction of the cost:
 1. Rows go in pieces: many enough for the product to run at full speed, few enough to be held.
-2. A top-k gate is searched, not sorted; of any other gate the active entries are picked out.
+2. A top-k gate is searched, not sorted; of any other gate the active entries are picked out. Where the processor is
+   faster in bfloat16 only those entries are computed in float32 that may be among them.
 3. The decoder adds up rows of active latents. Where many are active the dense products are used.
 
 N kept tokens, D width, F latents.
@@ -16,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....train.sae.gates import DENSE_SHARE, TopK
+from ....train.sae.gates import DENSE_SHARE, BatchTopK, JumpRelu, TopK
 from ....train.sae.kernels.codes import Codes
 from ....train.sae.kernels.linear import linear
+from ....train.sae.kernels.second_look import can_look_twice, largest_products, products_above
 from ....train.sae.kernels.select_latents import marked, topk_rows
 from ....train.sae.kernels.sparse_support import support_from_topk
-from ....train.sae.model import SparseAutoencoder
 from ...context.loaded_sae import LoadedSae
 from ...model.batches import Windows
 
@@ -81,15 +82,26 @@ def encode_codes(subject: LoadedSae, batch: Windows) -> tuple[Codes, ...]:
         return (_sparse(subject.encode(batch)[batch.keep]),)
     x_ND = batch.x(subject.layers)[batch.keep]
     room = CPU_PIECE if x_ND.device.type == "cpu" else GPU_PIECE
-    return tuple(encode(subject.sae, x) for x in x_ND.split(max(1, room // subject.width)))
+    return tuple(encode(subject, x) for x in x_ND.split(max(1, room // subject.width)))
 
 
-def encode(sae: SparseAutoencoder, x_ND: Tensor) -> Codes:
+def encode(subject: LoadedSae, x_ND: Tensor) -> Codes:
     """Activations of rows by a plain SAE."""
-    pre_NF = linear(sae.centred(x_ND), sae.W_enc, sae.b_enc)
-    if not isinstance(sae.gate, TopK):
-        return _sparse(sae.gate.infer(pre_NF, sae.b_enc))
-    values, latents = largest_of_rows(pre_NF, sae.gate.k)
+    sae, gate, x_centred = subject.sae, subject.sae.gate, subject.sae.centred(x_ND)
+    looks_twice = can_look_twice(x_centred, sae.W_enc)
+    if looks_twice and isinstance(gate, JumpRelu | BatchTopK):
+        floor_F = gate.threshold.expand(sae.num_latents)
+        found = products_above(subject.encoder, x_centred, floor_F, DENSE_SHARE)
+        if found is not None:
+            pre, support = found
+            return Codes(torch.where(pre > floor_F[support.latents], pre, 0.0), support, len(x_ND), sae.num_latents)
+    if looks_twice and isinstance(gate, TopK):
+        values, latents = largest_products(subject.encoder, x_centred, gate.k)
+    else:
+        pre_NF = linear(x_centred, sae.W_enc, sae.b_enc)
+        if not isinstance(gate, TopK):
+            return _sparse(gate.infer(pre_NF, sae.b_enc))
+        values, latents = largest_of_rows(pre_NF, gate.k)
     return Codes(values.relu().view(-1), support_from_topk(latents, sae.num_latents), len(x_ND), sae.num_latents)
 
 

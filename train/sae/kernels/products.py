@@ -103,13 +103,13 @@ def _bag_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
 def _sampled_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
     """The larger table is read in order, once, and the smaller one stays in cache."""
     if support.num_latents <= support.num_rows:
-        return _sampled(support.offsets, support.latents, rows_BD, W_FD)
+        return sampled_dots(support.offsets, support.latents, rows_BD, W_FD)
     turned = support.by_latent
-    dots = _sampled(turned.offsets, turned.rows, W_FD, rows_BD)
+    dots = sampled_dots(turned.offsets, turned.rows, W_FD, rows_BD)
     return torch.empty_like(dots).index_copy_(0, turned.order, dots)
 
 
-def _sampled(offsets: Tensor, indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+def sampled_dots(offsets: Tensor, indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     """<rows[r], table[indices[n]]> for offsets[r] <= n < offsets[r + 1]."""
     _allow_csr()
     nothing = rows.new_zeros(indices.numel())
