@@ -209,7 +209,7 @@ class RemoteFiles:
         return [name for name in names if name in found]
 
     def write(self, key: str, buffers: Sequence[np.ndarray]) -> None:
-        self.replace(key, b"".join(buffer.tobytes() for buffer in buffers))
+        self.replace(key, b"".join(buffer.data for buffer in buffers))
 
     def settle(self, folders: Iterable[str]) -> None:
         """An object is durable when its PUT has returned."""
