@@ -202,7 +202,6 @@ class Harvest:
         files = self.files
         files.requests["PUT"] += self.paper.chunks
         files.now += self.paper.chunk_s * self.paper.chunks / writer.WRITERS
-        files.ask("HEAD", 2)  # sizes of tokens and documents
         files.ask("PUT", int(self.paper.has_device))
         record = CommitRecord(self.manifest.cache_id, shard, self.manifest.shard_range(shard), self.arrays)
         commits.write_record(files, record)
@@ -303,7 +302,7 @@ def lay_out_on_paper(name: str, layers: int, hooks: tuple[str, ...], width: int,
     lines = [
         ("bytes", f"{size / 1e12:,.0f} TB in {shards:,} shards of {size / shards / 1e9:,.1f} GB"),
         ("objects", f"{objects + 2 * shards:,}"),
-        ("requests to write, to read once", f"{puts + 4 * shards:,}, {objects:,}"),
+        ("requests to write, to read once", f"{puts + 3 * shards:,}, {objects:,}"),  # two looks, and a release
         (
             "cost of them; of a month on S3",
             f"${puts * DOLLARS['PUT'] + objects * 4e-7:,.0f}; ${size / 1e9 * 0.023:,.0f}",

@@ -28,6 +28,7 @@ CREATION = 2**40  # the claim on a store's creation: a number that no shard has
 DERIVED = 2**40 + 1  # the claim on index and summary
 LEASE_SECONDS = 600
 RENEW_SECONDS = 120
+SURE = 1 / 60  # of a lease: a claim so young is not looked at again before chunks are written, which takes longer
 HELD_TRIED, FREE_TRIED = 16, 64  # shards that others hold, and that nobody holds, of all that a writer looks at again
 DERIVED_SECONDS = 60  # the longest that a writer waits for the one that derives index and summary
 
@@ -176,20 +177,22 @@ class LeaseClaims:
     def __init__(self, files: RemoteFiles) -> None:
         self._files = files
         self._owner = uuid.uuid4().hex
-        self._held: set[int] = set()
+        self._held: dict[int, float] = {}  # number -> when it was last known to be this writer's
         self._turn = threading.Lock()  # or a renewal could bring back a claim that is just being released
         self._closed = threading.Event()
         self._renewal: threading.Thread | None = None
 
     def take(self, number: int) -> bool:
+        asked = time.time()
         if not self._create(number):
             if not self._has_lapsed(number):
                 return False
             self._files.remove(self._key(number))
+            asked = time.time()
             if not self._create(number):
                 return False
         with self._turn:
-            self._held.add(number)
+            self._held[number] = asked
         self._keep_renewing()
         return True
 
@@ -197,15 +200,20 @@ class LeaseClaims:
         with self._turn:
             if number not in self._held:  # lost
                 return
-            self._held.discard(number)
+            del self._held[number]
             with suppress(StoreUnreachable):  # then it lapses
                 self._files.remove(self._key(number))
 
     def keeps(self, number: int) -> bool:
         with self._turn:
-            if not self._is_mine(number):
-                self._held.discard(number)
-            return number in self._held
+            now, known = time.time(), self._held.get(number)
+            if known is None or 0 <= now - known < SURE * LEASE_SECONDS:
+                return known is not None
+            if is_mine := self._is_mine(number):
+                self._held[number] = now
+            else:
+                del self._held[number]
+            return is_mine
 
     def worth_trying(self, numbers: list[int]) -> list[int]:
         """Some, drawn anew each time; of those that are held too, as a claim whose writer died is seen by trying it.
@@ -260,11 +268,15 @@ class LeaseClaims:
                     self._renew_one(number)
 
     def _renew_one(self, number: int) -> None:
-        """Not one that lapsed while this process slept and that another took; of one released, nothing is there."""
+        """Not one that lapsed while this process slept and that another took, nor one that was just released."""
+        asked = time.time()
+        if number not in self._held:
+            return
         if self._lease(number).get("owner") == self._owner:
             self._files.replace(self._key(number), self._new_lease())
+            self._held[number] = asked
         else:
-            self._held.discard(number)
+            del self._held[number]
 
     def _create(self, number: int) -> bool:
         if self._files.create(self._key(number), self._new_lease()):

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 
 from .claims import CREATION, open_claims
-from .codecs import encode
+from .codecs import CHECKSUM_BYTES, encode
 from .commits import (
     READ_AT_ONCE,
     CommitRecord,
@@ -37,7 +37,7 @@ from .counts import count_all, write_counts
 from .errors import ShardCorrupt, ShardInvalid, StoreBusy
 from .files import Files, open_files
 from .identity import seal
-from .layout import BEGINNING, COUNTS, ROOT, arrays_of, documents_of, encode_json, root_document
+from .layout import BEGINNING, COUNTS, ROOT, ArrayLayout, arrays_of, documents_of, encode_json, root_document
 from .manifest import Manifest, require_same
 from .moments import Moments, merge
 from .reader import Store
@@ -126,7 +126,7 @@ class StoreWriter:
         tasks = [(part, at) for part in parts for at in range(part.num_chunks)]
         sizes = self._write_chunks(tasks)
         self.files.settle(part.layout.path for part in parts)
-        beginning = {path: self.files.size(self.arrays[path].chunk_key(shard)) for path in BEGINNING}
+        beginning = {path: self._size_of(self.arrays[path], shard) for path in BEGINNING}
         record = make_record(self.manifest, shard, content, beginning | _sum_by_path(tasks, sizes))
         if device is not None:
             write_device(self.files, shard, device)
@@ -153,6 +153,12 @@ class StoreWriter:
         buffers = encode(part.layout, part.chunk(at))
         self.files.write(part.layout.chunk_key(part.first_chunk + at), buffers)
         return sum(buffer.nbytes for buffer in buffers)
+
+    def _size_of(self, layout: ArrayLayout, shard: int) -> int:
+        """On disk, of a chunk that was written with the store's beginning; asked for where it is compressed."""
+        if layout.codec == "raw":
+            return layout.chunk_bytes + CHECKSUM_BYTES
+        return self.files.size(layout.chunk_key(shard))
 
     def _begin(self, tokens: np.ndarray, documents: np.ndarray) -> None:
         """Write the store's beginning, unless a store of the same settings exists."""

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +197,32 @@ def test_the_simulator_asks_for_what_a_writer_asks_for(synthetic, bucket, monkey
     with StoreWriter.open(f"{bucket}/asked") as writer:
         assert len(synthetic.write_pending(writer, corpus)) == manifest.shards
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", call)
-    paper = simulate.Paper(chunks=2, has_device=False, deaths_a_day=0.0)
+    paper = simulate.Paper(chunks=2, has_device=False, deaths_a_day=0.0, shard_s=0.0)
     told = simulate.Harvest(manifest, 1, paper).run(again=False)
     assert told.lost == 0 and dict(told.requests) == {**asked, "LIST": asked["LIST"] - 1}
+
+
+@pytest.mark.parametrize(("seconds", "looks"), [(0, 0), (30, 1)])
+def test_beside_its_objects_a_shard_takes_a_claim_a_look_and_a_release(synthetic, monkeypatch, seconds, looks):
+    """Each request more is one more for every shard of every worker; who computed for long looks at its claim again."""
+    manifest, url, asked = synthetic.make_manifest(), f"memory://{uuid.uuid4().hex}", []
+    corpus = synthetic.make_corpus(manifest)
+
+    def count(files: RemoteFiles, name: str, call: Any, key: str, *rest: Any) -> Any:
+        asked.append((name, key))
+        return call(files, key, *rest)
+
+    for name in ("create", "exists", "list", "read", "remove", "replace", "size", "which_exist"):
+        monkeypatch.setattr(RemoteFiles, name, partialmethod(count, name, getattr(RemoteFiles, name)))
+    with StoreWriter.create(url, manifest, corpus.tokens, corpus.documents) as writer:
+        asked.clear()
+        with writer.claim(1) as is_mine:
+            later = time.time() + seconds
+            monkeypatch.setattr(time, "time", lambda: later)
+            assert is_mine and writer.write(1, synthetic.make_content(manifest, corpus, 1))
+        found = [(name, key) for name, key in asked if name != "replace"]
+    claim, record = "claims/1.json", record_key(1)
+    assert found == [("create", claim), ("read", record), *[("read", claim)] * looks, ("remove", claim)]
 
 
 def test_a_harvest_on_paper_loses_nothing(monkeypatch):
