@@ -29,15 +29,14 @@ from store import CONTEXT, make_manifest
 from saemill.cache_schema import claims, commits, writer
 from saemill.cache_schema.claims import LeaseClaims
 from saemill.cache_schema.commits import ArrayRecord, CommitRecord
-from saemill.cache_schema.files import RemoteFiles
+from saemill.cache_schema.files import PAGE, RemoteFiles
 from saemill.cache_schema.identity import seal
-from saemill.cache_schema.layout import BEGINNING, COMMITS, INDEX, arrays_of, encode_json, record_key
+from saemill.cache_schema.layout import BEGINNING, COMMITS, INDEX, arrays_of, encode_json, record_key, record_name
 from saemill.cache_schema.manifest import HookSpec, Manifest
 from saemill.cache_schema.request import Span
 from saemill.cache_schema.strict_json import to_json
 
 DOLLARS = {"PUT": 5e-6, "LIST": 5e-6, "GET": 4e-7, "HEAD": 4e-7, "DELETE": 0.0}  # S3, us-east-1
-PAGE = 1000
 READ_INDEX = commits.read_index
 
 
@@ -133,6 +132,8 @@ class Harvest:
         self.arrays = sizes
         self._deriving_until, self._is_summarised = 0.0, False
         self._known: tuple[bytes, commits.Index] | None = None
+        self._by_name = np.array(sorted(range(manifest.shards), key=record_name))
+        self._lacks: tuple[commits.Index | None, np.ndarray] = None, self._by_name
 
     def run(self, again: bool = True) -> Told:
         turns = [(0.0, number, number, self._life(number)) for number in range(self.workers)]
@@ -227,9 +228,27 @@ class Harvest:
         """Which shards have a record: the answer is kept, its requests are counted."""
         found = index or commits.read_index(self.files, self.manifest)
         if found.committed != ((0, self.manifest.shards),):
-            names = self.files.records * (1 + self.paper.has_device)
-            self.files.ask("LIST", 1 + names // PAGE)
+            self.files.ask("LIST", self._pages(found))
         return self.files.committed.copy()
+
+    def _pages(self, index: commits.Index) -> int:
+        """Of a listing of all names, or of `S3Files.which_exist`; a shard's note comes before its record there."""
+        has_record, each = self.files.committed[self._by_name], 1 + self.paper.has_device
+        ends = np.cumsum(has_record, dtype=np.int64) * each  # names up to and with each shard's
+        names = int(ends[-1]) + (INDEX in self.files.objects)
+        if self._lacks[0] is not index:
+            self._lacks = index, np.flatnonzero(~index.mask(self.manifest.shards)[self._by_name])
+        left, pages, at = self._lacks[1], 0, 0
+        if len(left) > commits.MANY:
+            return 1 + names // PAGE
+        while at < len(left):
+            pages += 1
+            read = ends[left[at]] - has_record[left[at]] + PAGE  # names, with those that are skipped
+            if read >= names:
+                break
+            last = np.searchsorted(ends, read)
+            at = np.searchsorted(left, last, "right" if ends[last] == read else "left")
+        return pages
 
     def _derive(self, held: LeaseClaims, ends: bool = False) -> None:
         """One at a time; those that wait ask less and less often, and after a while they go on."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import fsspec
 import google_crc32c
@@ -22,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from .errors import AddressInvalid, StoreError, StoreFull, StoreUnreachable
 
+PAGE = 1000  # names that one request for a listing gives at most
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 2**20  # checksum what was just read while it is still in the processor's cache
 
@@ -67,7 +69,10 @@ def open_files(url: str | os.PathLike[str]) -> Files:
             f"{os.fspath(url)} cannot be opened ({error}). Expected a folder, or an address such as s3://bucket/store "
             "(pip install 'saemill[s3]'), gs://bucket/store (pip install 'saemill[gcs]') or another that fsspec knows"
         ) from None
-    return LocalFiles(Path(path)) if isinstance(fs, LocalFileSystem) else RemoteFiles(fs, path, os.fspath(url))
+    if isinstance(fs, LocalFileSystem):
+        return LocalFiles(Path(path))
+    lists_in_order = hasattr(fs, "call_s3") and not path.split("/")[0].endswith("--x-s3")
+    return (S3Files if lists_in_order else RemoteFiles)(fs, path, os.fspath(url))
 
 
 class LocalFiles:
@@ -259,6 +264,34 @@ class RemoteFiles:
                 "Look at the network, the address and the credentials, then run the same command again: it goes on "
                 "where it stopped",
             ) from error
+
+
+class S3Files(RemoteFiles):
+    """On S3, whose listings are in order, and begin where one wants."""
+
+    def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
+        """The pages of a listing that a name could be on: what lies together and is not asked for is not listed."""
+        s3: Any = self.fs
+        bucket, path, _ = s3.split_path(f"{self.path}/{folder}/")
+        found, left = set(), sorted(names)
+        while left:
+            with self._name_failure("listing", folder):
+                answer = s3.call_s3(
+                    "list_objects_v2",
+                    Bucket=bucket,
+                    Prefix=path,
+                    StartAfter=path + left[0][:-1],  # behind it: no name of ours lies between
+                    MaxKeys=PAGE,
+                    **s3.req_kw,
+                )
+            page = [entry["Key"].removeprefix(path) for entry in answer.get("Contents", ())]
+            found.update(page)
+            if not answer.get("IsTruncated"):
+                break
+            if page != sorted(page) or not page or page[-1] < left[0]:  # a server of this protocol that lists otherwise
+                return super().which_exist(folder, names)
+            left = left[bisect_right(left, page[-1]) :]
+        return [name for name in names if name in found]
 
 
 @contextmanager

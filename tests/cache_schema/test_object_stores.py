@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partialmethod
@@ -18,6 +19,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from fsspec.asyn import sync_wrapper
 
 from saemill.cache_schema import (
     AttentionSpec,
@@ -32,11 +34,13 @@ from saemill.cache_schema import (
     StoreUnfinished,
     StoreUnreachable,
     StoreWriter,
+    commits,
 )
 from saemill.cache_schema import claims as claims_module
+from saemill.cache_schema import files as files_module
 from saemill.cache_schema.claims import LeaseClaims
-from saemill.cache_schema.files import Files, RemoteFiles, open_files
-from saemill.cache_schema.layout import record_key
+from saemill.cache_schema.files import Files, RemoteFiles, S3Files, open_files
+from saemill.cache_schema.layout import device_name, record_key, record_name
 from saemill.cache_schema.writer import compacts_after
 
 s3fs = pytest.importorskip("s3fs")  # a machine without a network may lack it
@@ -161,18 +165,24 @@ def test_faults_have_the_same_names(synthetic, url):
             store.read(Request(layers=(5,)), Span(2, 8, 12))
 
 
+def note_requests(patch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of S3 from now on."""
+    calls, call = [], s3fs.S3FileSystem._call_s3
+
+    async def noted(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        calls.append(method)
+        return await call(self, method, *args, **kwargs)
+
+    patch.setattr(s3fs.S3FileSystem, "_call_s3", noted)
+    patch.setattr(s3fs.S3FileSystem, "call_s3", sync_wrapper(noted))
+    return calls
+
+
 def test_opening_a_finished_store_reads_two_objects_and_lists_nothing(synthetic, bucket, monkeypatch):
     """And a request an object: s3fs would ask for its size first."""
     synthetic.write_store(f"{bucket}/finished", synthetic.make_manifest())
     fsspec.filesystem("s3").invalidate_cache()
-    calls = []
-    call = s3fs.S3FileSystem._call_s3
-
-    async def counted(self, method, *args, **kwargs):
-        calls.append(method)
-        return await call(self, method, *args, **kwargs)
-
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    calls = note_requests(monkeypatch)
     with Store.open(f"{bucket}/finished") as store:
         assert calls == ["get_object"] * 2
         store.read(Request(layers=(3,)), Span(0, 0, 4))
@@ -180,26 +190,22 @@ def test_opening_a_finished_store_reads_two_objects_and_lists_nothing(synthetic,
 
 
 def test_the_simulator_asks_for_what_a_writer_asks_for(synthetic, bucket, monkeypatch):
-    """bench/simulate.py, request by request; s3fs lists a folder that is not there yet once more."""
+    """bench/simulate.py, request by request."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
     simulate = importlib.import_module("simulate")
+    for module in (simulate, files_module):
+        monkeypatch.setattr(module, "PAGE", 4)  # of six records
     manifest = synthetic.make_manifest(layers=(3,), attention=AttentionSpec())
     corpus = synthetic.make_corpus(manifest)
     StoreWriter.create(f"{bucket}/asked", manifest, corpus.tokens, corpus.documents).close()
     open_files(f"{bucket}/asked").remove("commits/index.json")
-    asked, call = Counter(), s3fs.S3FileSystem._call_s3
-
-    async def counted(self, method, *args, **kwargs):
-        asked[method.split("_")[0].upper()] += 1
-        return await call(self, method, *args, **kwargs)
-
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
-    with StoreWriter.open(f"{bucket}/asked") as writer:
-        assert len(synthetic.write_pending(writer, corpus)) == manifest.shards
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", call)
+    with monkeypatch.context() as patch:
+        calls = note_requests(patch)
+        with StoreWriter.open(f"{bucket}/asked") as writer:
+            assert len(synthetic.write_pending(writer, corpus)) == manifest.shards
     paper = simulate.Paper(chunks=2, has_device=False, deaths_a_day=0.0, shard_s=0.0)
     told = simulate.Harvest(manifest, 1, paper).run(again=False)
-    assert told.lost == 0 and dict(told.requests) == {**asked, "LIST": asked["LIST"] - 1}
+    assert told.lost == 0 and told.requests == Counter(call.split("_")[0].upper() for call in calls)
 
 
 @pytest.mark.parametrize(("seconds", "looks"), [(0, 0), (30, 1)])
@@ -223,6 +229,58 @@ def test_beside_its_objects_a_shard_takes_a_claim_a_look_and_a_release(synthetic
         found = [(name, key) for name, key in asked if name != "replace"]
     claim, record = "claims/1.json", record_key(1)
     assert found == [("create", claim), ("read", record), *[("read", claim)] * looks, ("remove", claim)]
+
+
+class Listing:
+    """A file system that lists as S3 does."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names, self.req_kw, self.asked = sorted(names), {}, 0
+
+    def split_path(self, path: str) -> tuple[str, str, None]:
+        bucket, key = path.split("/", 1)
+        return bucket, key, None
+
+    def call_s3(self, method: str, **asked: Any) -> dict[str, Any]:
+        self.asked += 1
+        start = bisect_right(self.names, asked["StartAfter"].removeprefix(asked["Prefix"]))
+        page = self.names[start : start + asked["MaxKeys"]]
+        truncated = start + len(page) < len(self.names)
+        return {"Contents": [{"Key": asked["Prefix"] + name} for name in page], "IsTruncated": truncated}
+
+
+@pytest.mark.parametrize("has_device", [False, True])
+def test_of_a_listing_those_pages_are_read_that_could_have_what_lacks(has_device, monkeypatch):
+    """Shards of which the index lacks all from some on, and a few before; names of six digits stand among shorter."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    simulate = importlib.import_module("simulate")
+    shards, rng, pages = 100_400, np.random.default_rng(0), []
+    harvest = simulate.Harvest(simulate.make_manifest(shards), 1, simulate.Paper(has_device=has_device))
+    harvest.files.objects["commits/index.json"] = b""
+    for lacking in (0, 1, 3, 50, 2000):
+        index, committed = np.arange(shards) < 100_000 - lacking, rng.random(shards) < 0.99
+        index[rng.integers(shards, size=lacking)] = False
+        committed |= index
+        harvest.files.committed = committed
+        found = commits.Index("", committed=commits._ranges(index))
+        names = [record_name(shard) for shard in np.flatnonzero(committed)]
+        notes = [device_name(shard) for shard in np.flatnonzero(committed)] if has_device else []
+        listing = Listing([*names, *notes, "index.json"])
+        lacks = [record_name(shard) for shard in np.flatnonzero(~index)]
+        have = set(names)
+        assert S3Files(listing, "mill/store", "").which_exist("commits", lacks) == [n for n in lacks if n in have]
+        assert listing.asked == harvest._pages(found)
+        pages.append(listing.asked)
+    assert pages[0] <= 4 and pages == sorted(pages) and pages[-1] <= len(listing.names) // 1000 + 1
+
+
+def test_a_server_that_lists_in_no_order_is_listed_whole(monkeypatch):
+    names, listing = [f"{number}.json" for number in range(9)], Listing([])
+    page = [{"Key": f"store/commits/{name}"} for name in reversed(names)]
+    monkeypatch.setattr(listing, "call_s3", lambda *_, **__: {"Contents": page, "IsTruncated": True})
+    monkeypatch.setattr(RemoteFiles, "list", lambda *_: names)
+    files = S3Files(listing, "mill/store", "")  # type: ignore[arg-type]
+    assert files.which_exist("commits", ["7.json", "9.json", "0.json"]) == ["7.json", "0.json"]
 
 
 def test_a_harvest_on_paper_loses_nothing(monkeypatch):
