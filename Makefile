@@ -161,8 +161,8 @@ bench-claims: env smollm2 ## on SmolLM2: what the published variants are said to
 bench-store: env peers ## the store against plain files and SAELens' cache
 	$(BIN)/python bench/store.py --peers $(PEERS) --json $(RESULTS)/store.json
 
-bench-workers: env ## 64 workers on one server of the S3 protocol against its own rate; 5 GB of temporary files
-	$(BIN)/python bench/workers.py --shards 1 --megabytes 32 --json $(RESULTS)/workers.json
+bench-workers: env ## 64 workers on one server of the S3 protocol against its own rate; 9 GB of temporary files
+	$(BIN)/python bench/workers.py --shards 1 --megabytes 64 --json $(RESULTS)/workers.json
 
 bench-simulate: env ## a harvest of a million shards by ten thousand workers, and what batches of it mix, on paper
 	$(BIN)/python bench/simulate.py --shuffle --json $(RESULTS)/shuffle.json

@@ -99,9 +99,8 @@ NO_GPU_RUN = (
     "414k; sparsify 249k to 251k. What was tried, and what fell back: [docs/performance.md](performance.md)."
 )
 ABOUT_SPEED = (
-    "Ratios of medians; from where to where the rounds went where rounds were kept. Steps with 64 latents firing, "
-    "harvests, guidance, fleets and core are of 20 and 21 November, an earlier machine, where the peers were not tried "
-    "under autocast."
+    "Ratios of medians; from where to where the rounds went where rounds were kept. Core is of 21 November, an earlier "
+    "machine."
 )
 ABOUT_QUALITY = (
     "Explained variance on the test split of {model} after layer {layer}, {tokens} training tokens, ordinary tokens "

@@ -28,7 +28,7 @@ CREATION = 2**40  # the claim on a store's creation: a number that no shard has
 DERIVED = 2**40 + 1  # the claim on index and summary
 LEASE_SECONDS = 600
 RENEW_SECONDS = 120
-SURE = 1 / 60  # of a lease: a claim so young is not looked at again before chunks are written, which takes longer
+SURE = 1 / 60  # of a lease: a claim so young is not looked at again; only a clock that is wrong by a lease takes it
 HELD_TRIED, FREE_TRIED = 16, 64  # shards that others hold, and that nobody holds, of all that a writer looks at again
 DERIVED_SECONDS = 60  # the longest that a writer waits for the one that derives index and summary
 
@@ -188,7 +188,7 @@ class LeaseClaims:
             if not self._has_lapsed(number):
                 return False
             self._files.remove(self._key(number))
-            asked = time.time()
+            asked = 0.0  # another may have seen it lapse too and remove this one: `keeps` has to look
             if not self._create(number):
                 return False
         with self._turn:

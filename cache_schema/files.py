@@ -71,7 +71,7 @@ def open_files(url: str | os.PathLike[str]) -> Files:
         ) from None
     if isinstance(fs, LocalFileSystem):
         return LocalFiles(Path(path))
-    lists_in_order = hasattr(fs, "call_s3") and not path.split("/")[0].endswith("--x-s3")
+    lists_in_order = hasattr(fs, "call_s3") and not path.split("/")[0].endswith(("--x-s3", "--xa-s3"))
     return (S3Files if lists_in_order else RemoteFiles)(fs, path, os.fspath(url))
 
 

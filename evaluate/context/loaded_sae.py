@@ -64,9 +64,8 @@ class LoadedSae:
 
     @cached_property
     def encoder(self) -> Affine:
-        """What `sae` multiplies its input with; made on the device that it is on when this is first asked for."""
-        with torch.inference_mode():
-            return Affine.of(self.sae.W_enc, self.sae.b_enc)
+        """What `sae` multiplies its input with; where it is looked at twice, half of `W_enc` more is held."""
+        return Affine(self.sae.W_enc.detach(), self.sae.b_enc.detach())
 
     @cached_property
     def needs(self) -> frozenset[str]:

@@ -438,6 +438,20 @@ def test_a_store_that_is_being_created_says_when_to_come_back(synthetic, url):
     claims.close()
 
 
+def test_who_takes_a_lapsed_claim_looks_whether_it_kept_it(synthetic, monkeypatch):
+    """Another saw it lapse too, and removed what the first had just made in its place."""
+    files = open_files(f"memory://{uuid.uuid4().hex}")
+    assert isinstance(files, RemoteFiles)
+    dead, first, second = (LeaseClaims(files) for _ in range(3))
+    assert dead.take(0)
+    dead.close()
+    monkeypatch.setattr(LeaseClaims, "_has_lapsed", lambda claims, number: True)
+    assert first.take(0) and second.take(0)
+    assert second.keeps(0) and not first.keeps(0)
+    first.close()
+    second.close()
+
+
 @pytest.mark.parametrize("lease", [b"", b"[]", b"{", b'{"until": "tomorrow"}', b"\xff"])
 def test_a_claim_that_nobody_can_read_has_lapsed(synthetic, lease):
     """It can only be half of something: holding a shard for ever because of it would help nobody."""

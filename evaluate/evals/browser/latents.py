@@ -187,7 +187,7 @@ def neighbours(shown: Shown, everyone: Sequence[Shown], config: Config) -> dict[
     rows, together = shown.rows, shown.seen.together
     with ThreadPoolExecutor(1, thread_name_prefix="saemill-browser") as worker:  # it keeps one core, the other the rest
         firing = worker.submit(by_firing, together, together, config.neighbours, is_same=True)
-        kept = worker.submit(lambda: shown.kept)
+        kept = worker.submit(lambda: shown.kept)  # to be written later, sorted out meanwhile
         direction = by_direction(rows, rows, config.neighbours, is_same=True)
         kept.result()
     found: dict[str, Any] = {"by_direction": direction, "by_firing": firing.result()}

@@ -35,7 +35,7 @@ def by_direction(rows_FD: Tensor, others_GD: Tensor, count: int, is_same: bool) 
     rows, others = functional.normalize(rows_FD.float(), dim=1), functional.normalize(others_GD.float(), dim=1)
     count = min(count, len(others) - is_same)
     latents, scores = np.empty((len(rows), count), np.int32), np.empty((len(rows), count), np.float32)
-    affine = Affine.of(others, others.new_zeros(len(others)))
+    affine = Affine(others, others.new_zeros(len(others)))
     for start in range(0, len(rows), BLOCK) if count > 0 else ():
         cosines, found = largest_products(affine, rows[start : start + BLOCK], count + is_same)
         if is_same:

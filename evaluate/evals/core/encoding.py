@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +20,11 @@ from ....train.sae.gates import DENSE_SHARE, BatchTopK, JumpRelu, TopK
 from ....train.sae.kernels.codes import Codes
 from ....train.sae.kernels.linear import linear
 from ....train.sae.kernels.second_look import can_look_twice, largest_products, products_above
-from ....train.sae.kernels.select_latents import marked, topk_rows
+from ....train.sae.kernels.select_latents import marked
 from ....train.sae.kernels.sparse_support import support_from_topk
 from ...context.loaded_sae import LoadedSae
 from ...model.batches import Windows
 
-GROUP = 32  # latents of a group in `largest_of_rows`
 CPU_PIECE = 1 << 23  # pre-activations at once: 32 MB
 GPU_PIECE = 1 << 28
 
@@ -88,44 +86,16 @@ def encode_codes(subject: LoadedSae, batch: Windows) -> tuple[Codes, ...]:
 def encode(subject: LoadedSae, x_ND: Tensor) -> Codes:
     """Activations of rows by a plain SAE."""
     sae, gate, x_centred = subject.sae, subject.sae.gate, subject.sae.centred(x_ND)
-    looks_twice = can_look_twice(x_centred, sae.W_enc)
-    if looks_twice and isinstance(gate, JumpRelu | BatchTopK):
+    if isinstance(gate, TopK):
+        values, latents = largest_products(subject.encoder, x_centred, gate.k)
+        return Codes(values.relu().view(-1), support_from_topk(latents, sae.num_latents), len(x_ND), sae.num_latents)
+    if isinstance(gate, JumpRelu | BatchTopK) and can_look_twice(x_centred, sae.W_enc):
         floor_F = gate.threshold.expand(sae.num_latents)
         found = products_above(subject.encoder, x_centred, floor_F, DENSE_SHARE)
         if found is not None:
             pre, support = found
             return Codes(torch.where(pre > floor_F[support.latents], pre, 0.0), support, len(x_ND), sae.num_latents)
-    if looks_twice and isinstance(gate, TopK):
-        values, latents = largest_products(subject.encoder, x_centred, gate.k)
-    else:
-        pre_NF = linear(x_centred, sae.W_enc, sae.b_enc)
-        if not isinstance(gate, TopK):
-            return _sparse(gate.infer(pre_NF, sae.b_enc))
-        values, latents = largest_of_rows(pre_NF, gate.k)
-    return Codes(values.relu().view(-1), support_from_topk(latents, sae.num_latents), len(x_ND), sae.num_latents)
-
-
-def largest_of_rows(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What `topk_rows` gives, by one thread with half of its work: the browser has a use for the other cores.
-
-    The k-th largest of the maxima of groups is a bound that few more than k entries of a row reach.
-    """
-    rows, width = pre_NF.shape
-    groups = width // GROUP
-    if rows == 0 or width % GROUP or groups < 4 * k or pre_NF.device.type != "cpu" or pre_NF.dtype != torch.float32:
-        return topk_rows(pre_NF, k)
-    most_of_groups = np.partition(pre_NF.view(rows, GROUP, groups).amax(1).numpy(), groups - k)[:, groups - k :]
-    if np.isnan(most_of_groups).any():  # it lies above every number, and no comparison finds it
-        return topk_rows(pre_NF, k)
-    flat = np.flatnonzero(pre_NF.numpy() >= most_of_groups[:, :1])
-    row = flat // width
-    counts = np.bincount(row, minlength=rows)
-    starts, most = np.cumsum(counts) - counts, int(counts.max())
-    found = np.full((rows, most), -np.inf, np.float32)
-    found[row, np.arange(len(flat)) - np.repeat(starts, counts)] = pre_NF.numpy().reshape(-1)[flat]
-    chosen = np.argpartition(found, most - k)[:, most - k :]
-    latents = flat[starts[:, None] + chosen] - np.arange(rows)[:, None] * width
-    return torch.from_numpy(np.take_along_axis(found, chosen, 1)), torch.from_numpy(latents)
+    return _sparse(gate.infer(linear(x_centred, sae.W_enc, sae.b_enc), sae.b_enc))
 
 
 def _sparse(acts_NF: Tensor) -> Codes:

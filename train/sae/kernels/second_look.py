@@ -2,13 +2,16 @@
 
 bfloat16 has half the bytes and, where the processor multiplies it, about twice the rate. How wrong such a product may
 be is bounded by the lengths of what rounding took from each row (Cauchy and Schwarz), so whoever is passed over at the
-first look is surely not wanted. Positive numbers sort as their bits do as integers, which are compared faster; a row
-of which the bound says nothing is looked at again as a whole. No gradient. N rows, D width, F latents.
+first look is not wanted, for finite numbers whose squares are too. Positive numbers sort as their bits do as integers,
+which are compared faster. Rows of which the bound says nothing are looked at as a whole. No gradient.
+
+N rows, D width, F latents.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,43 +20,53 @@ from torch import Tensor
 from .hardware import has_fast_bfloat16
 from .linear import linear
 from .products import sampled_dots
-from .select_latents import topk_rows
+from .select_latents import GROUP, best_of, largest_of_rows, topk_rows
 from .sparse_support import Support, support_from_flat
 
-GROUP = 32  # latents of a group, of which the first look keeps the largest
-SUMMED = 2**-22  # what an addition in float32 may take from a number, at both looks and more
-EVERYTHING = -(1 << 15)  # a bound in bits that all pass
+KEPT = 1 - 2**-8  # of a positive number, at the least, when it becomes bfloat16
+SUMMED = 2**-22  # the most that an addition in float32 takes from a number is a quarter of it, and there are two looks
+NOTHING = np.int16((1 << 15) - 1)  # a bound that no number passes
+USUAL = 2.0  # times the median of rows: what is further off is looked at as a whole
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """W and b with their bfloat16 copies, and the lengths that the bound is made of."""
+    """W [F, D] and b [F]; where they are asked for, their bfloat16 copies and the lengths that the bound is made of."""
 
-    W: Tensor  # [F, D]
-    b: Tensor  # [F]
-    rounded: Tensor
-    rounded_bias: Tensor
-    longest: Tensor  # row of W or its copy
-    lost: Tensor  # the most that the copy of a row lost
-    lost_bias: Tensor  # the most that rounding and adding take from a bias
+    W: Tensor
+    b: Tensor
 
-    @staticmethod
-    def of(W: Tensor, b: Tensor) -> Affine:
-        rounded, rounded_bias = W.to(torch.bfloat16), b.to(torch.bfloat16)
-        longest, lost = W.norm(dim=1).amax(), (W - rounded).norm(dim=1).amax()
-        lost_bias = ((b - rounded_bias).abs() + b.abs() * SUMMED).amax()
-        return Affine(W, b, rounded, rounded_bias, longest + lost, lost, lost_bias)
+    @cached_property
+    def rounded(self) -> tuple[Tensor, Tensor]:
+        return self.W.to(torch.bfloat16), self.b.to(torch.bfloat16)
 
-    def look(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Coarse products [N, F], and the most that those of a row were wrong by before they became bfloat16."""
-        low_x = x_ND.to(torch.bfloat16)
-        length, width = x_ND.norm(dim=1), x_ND.shape[1]
-        wrong = (x_ND - low_x).norm(dim=1) * self.longest + length * self.lost + self.lost_bias
-        wrong += width * SUMMED * length * self.longest
-        return linear(low_x, self.rounded, self.rounded_bias), wrong * (1 + 2**-8)
+    @cached_property
+    def longest(self) -> Tensor:
+        """A row of W, or of its copy."""
+        return self.W.norm(dim=1).amax() + self.lost
+
+    @cached_property
+    def lost(self) -> Tensor:
+        """The most that a row of W lost."""
+        return (self.W - self.rounded[0]).norm(dim=1).amax()
+
+    @cached_property
+    def lost_bias(self) -> Tensor:
+        """The most that rounding and adding take from a bias."""
+        return ((self.b - self.rounded[1]).abs() + self.b.abs() * SUMMED).amax()
+
+    def bound(self, x_ND: Tensor) -> Tensor:
+        """[N], the most that coarse products of a row are wrong by before they become bfloat16."""
+        length, rounded = x_ND.norm(dim=1), (x_ND - x_ND.to(torch.bfloat16)).norm(dim=1)
+        wrong = rounded * self.longest + length * self.lost + self.lost_bias
+        return (wrong + x_ND.shape[1] * SUMMED * length * self.longest) * (1 + 2**-8)
+
+    def look(self, x_ND: Tensor) -> Tensor:
+        """Coarse products, bfloat16 [N, F]."""
+        return linear(x_ND.to(torch.bfloat16), *self.rounded)
 
     def look_again(self, x_ND: Tensor, support: Support) -> Tensor:
-        """float32 [entries of the support]."""
+        """float32 at the entries of the support, whose rows have no need to be sorted by latent for it."""
         return sampled_dots(support.offsets, support.latents, x_ND, self.W).add_(self.b[support.latents])
 
 
@@ -66,42 +79,51 @@ def can_look_twice(x_ND: Tensor, W_FD: Tensor) -> bool:
 def largest_products(affine: Affine, x_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and latents [N, k] of the k largest products of each row, in no particular order.
 
-    At least k groups reach the k-th largest of the groups' maxima, and so do k entries: whatever is below it by more
-    than both may be wrong is not among the k largest.
+    At least k groups reach the k-th largest of the groups' maxima, and so do k entries.
     """
     groups, rest = divmod(len(affine.W), GROUP)
     if rest or groups < 4 * k or not can_look_twice(x_ND, affine.W):
-        return topk_rows(linear(x_ND, affine.W, affine.b), k)
-    coarse, wrong = affine.look(x_ND)
+        return largest_of_rows(linear(x_ND, affine.W, affine.b), k)
+    coarse = affine.look(x_ND)
     most = coarse.view(torch.int16).view(-1, GROUP, groups).amax(1).numpy()
     reached = torch.from_numpy(np.partition(most, groups - k)[:, groups - k]).view(torch.bfloat16).float()
-    support = entries_above(coarse, (reached - 2 * wrong)[:, None])
-    values, counts = affine.look_again(x_ND, support), support.offsets.diff()
-    place = torch.arange(int(counts.amax()))
-    entry = (support.offsets[:-1, None] + place).clamp_max(len(values) - 1)
-    found = torch.where(place < counts[:, None], values[entry], -torch.inf)
-    best, chosen = found.topk(k, dim=1, sorted=False)
-    return best, support.latents[entry.gather(1, chosen)]
+    lowest = lowest_beside(reached, affine.bound(x_ND))
+    known = lowest > 0
+    if not bool(known.any()):
+        return topk_rows(linear(x_ND, affine.W, affine.b), k)
+    bound = np.where(known.numpy(), bits(lowest), NOTHING)
+    support = support_of(coarse.view(torch.int16).numpy() >= bound[:, None])
+    values, latents = best_of(support, affine.look_again(x_ND, support), k)
+    if not bool(known.all()):
+        values[~known], latents[~known] = topk_rows(linear(x_ND[~known], affine.W, affine.b), k)
+    return values, latents
 
 
 def products_above(affine: Affine, x_ND: Tensor, floor_F: Tensor, most_share: float) -> tuple[Tensor, Support] | None:
     """The products that are above a floor, one for each latent, with a few that are not; None where they are many."""
-    coarse, wrong = affine.look(x_ND)
-    lowest = floor_F - wrong.amax()
+    wrong = affine.bound(x_ND)
+    usual = wrong <= USUAL * wrong.median()
+    lowest = floor_F - wrong.where(usual, 0).amax()
     if not bool((lowest > 0).all()):
         return None
-    support = entries_above(coarse, lowest[None])
-    if len(support.latents) > most_share * coarse.numel():
+    is_near = affine.look(x_ND).view(torch.int16).numpy() >= bits(lowest)
+    is_near[~usual.numpy()] = True
+    support = support_of(is_near)
+    if len(support.latents) > most_share * is_near.size:
         return None
     return affine.look_again(x_ND, support), support
 
 
-def entries_above(coarse: Tensor, lowest: Tensor) -> Support:
-    """Where coarse products may stand for more than this; everywhere in rows or columns where that is not positive.
+def lowest_beside(reached: Tensor, wrong: Tensor) -> Tensor:
+    """The least that a coarse product was before it was rounded, if it may be as large as one that became `reached`."""
+    return reached * KEPT - 2 * wrong
 
-    The bound is cut off to bfloat16: that makes up for the half step by which what it comes from was rounded up.
-    """
-    bits = (lowest.view(torch.int32) >> 16).to(torch.int16)
-    bound = torch.where(lowest > 0, bits, EVERYTHING).numpy()
-    flat = np.flatnonzero(coarse.view(torch.int16).numpy() >= bound)
-    return support_from_flat(torch.from_numpy(flat), *coarse.shape)
+
+def bits(positive: Tensor) -> np.ndarray:
+    """int16, those of the next bfloat16 that is not above: who is not below it is not when it is rounded either."""
+    found: np.ndarray = (positive.view(torch.int32) >> 16).to(torch.int16).numpy()
+    return found
+
+
+def support_of(is_near: np.ndarray) -> Support:
+    return support_from_flat(torch.from_numpy(np.flatnonzero(is_near)), *is_near.shape)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.errors import NotApplicable, SettingInvalid
 from saemill.evaluate.evals.core import encoding, metrics
 from saemill.evaluate.evals.core.blocks import choose_rows
@@ -20,6 +23,9 @@ from saemill.evaluate.model import divergence
 from saemill.evaluate.model.batches import Windows
 from saemill.evaluate.model.divergence import compare, kl_as_published, next_tokens
 from saemill.evaluate.model.memory import PieceSize
+from saemill.train.sae.gates import BatchTopK, JumpRelu
+from saemill.train.sae.kernels import second_look
+from saemill.train.sae.kernels.select_latents import largest_of_rows
 
 
 def logits(rows, vocab, seed, scale=3.0):
@@ -64,7 +70,7 @@ def test_the_largest_of_rows_are_those_of_a_sort(rows, width, k, kind):
         pre = pre.round()
     if kind == "not a number" and rows:
         pre[1, 7] = torch.nan
-    values, latents = encoding.largest_of_rows(pre, k)
+    values, latents = largest_of_rows(pre, k)
     assert values.shape == latents.shape == (rows, k)
     assert torch.equal(values.nan_to_num(99), pre.gather(1, latents).nan_to_num(99))
     assert torch.equal(values.sort(1).values.nan_to_num(99), pre.topk(k).values.sort(1).values.nan_to_num(99))
@@ -75,7 +81,7 @@ def test_what_is_not_a_number_is_kept_beside_as_many_numbers_as_are_asked_for():
     """Two of the largest lie in one group, so that the bound alone would find k numbers and drop it."""
     pre = torch.arange(2048.0).flip(0).view(1, -1) / 2048
     pre[0, 7], pre[0, 10], pre[0, 74] = torch.nan, 9.0, 8.0
-    values, _ = encoding.largest_of_rows(pre, 5)
+    values, _ = largest_of_rows(pre, 5)
     assert torch.equal(values.sort(1).values.nan_to_num(99), pre.topk(5).values.sort(1).values.nan_to_num(99))
 
 
@@ -157,9 +163,11 @@ def test_a_lone_latent_has_no_neighbour(builder):
 @pytest.mark.parametrize("share", [0.0, 0.06, 1.0])
 @pytest.mark.parametrize("piece", [24, 24 * 5, 1 << 20])
 @pytest.mark.parametrize("kind", ["topk", "relu", "jumprelu", "gated"])
-def test_sparse_readings_are_the_dense_activations(golden, tmp_path, builder, monkeypatch, kind, piece, share):
-    """In pieces of any size, by sparse and by dense products."""
+@pytest.mark.parametrize("looks_twice", [False, True])
+def test_sparse_readings_are_the_dense_activations(golden, tmp_path, monkeypatch, looks_twice, kind, piece, share):
+    """In pieces of any size, by sparse and by dense products, by one look and by two."""
     name = {"relu": "standard"}.get(kind, kind)
+    monkeypatch.setattr(second_look, "has_fast_bfloat16", lambda device: looks_twice)
     monkeypatch.setattr(encoding, "CPU_PIECE", piece)
     monkeypatch.setattr(encoding, "DENSE_SHARE", share)
     subject = golden.subject(name, tmp_path)
@@ -173,6 +181,32 @@ def test_sparse_readings_are_the_dense_activations(golden, tmp_path, builder, mo
     fires = (acts > 0) & keep[..., None]
     assert torch.equal(reading.fired(), fires.sum((0, 1)))
     assert torch.equal(reading.fired_in(keep.nonzero()[:, 0], len(keep)), fires.any(1).sum(0))
+
+
+@pytest.mark.parametrize("looks_twice", [False, True])
+@pytest.mark.parametrize("gate", ["topk", "batchtopk", "jumprelu"])
+def test_a_wide_sae_chooses_what_its_gate_would(builder, monkeypatch, gate, looks_twice):
+    """Wide enough for groups; a massive row and one without positive products among the others."""
+    monkeypatch.setattr(second_look, "has_fast_bfloat16", lambda device: looks_twice)
+    made = torch.Generator().manual_seed(1)
+    sae, x = builder.make_sae(width=2048, d_in=256, k=9), torch.randn(30, 256, generator=made)
+    x[4] *= 100
+    x[7] = 0
+    sae.b_enc.data = torch.randn(2048, generator=made) * 0.1 - 1
+    if gate == "batchtopk":
+        sae.gate = BatchTopK(9)
+        sae.gate.threshold.fill_(0.3)
+    if gate == "jumprelu":
+        sae.gate = JumpRelu(2048, 0.3, 0.01)
+        sae.gate.raw_threshold.data += torch.rand(2048, generator=made) * 0.2
+    subject = cast(LoadedSae, SimpleNamespace(sae=sae, encoder=second_look.Affine(sae.W_enc.data, sae.b_enc.data)))
+    looks, again = [], second_look.Affine.look_again
+    monkeypatch.setattr(second_look.Affine, "look_again", lambda *at: looks.append(at) or again(*at))
+    with torch.no_grad():
+        codes, expected = encoding.encode(subject, x), sae.encode(x)
+    assert codes.support is not None and len(looks) == looks_twice
+    torch.testing.assert_close(codes.dense(), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(codes.dense() > 0, expected > 0)
 
 
 def test_a_latent_that_never_fires_has_no_heuristic():
