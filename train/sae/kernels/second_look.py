@@ -20,7 +20,7 @@ from torch import Tensor
 from .hardware import has_fast_bfloat16
 from .linear import linear
 from .products import sampled_dots
-from .select_latents import GROUP, best_of, largest_of_rows, topk_rows
+from .select_latents import best_of, has_groups, largest_of_rows, marked, most_of_groups, topk_rows
 from .sparse_support import Support, support_from_flat
 
 KEPT = 1 - 2**-8  # of a positive number, at the least, when it becomes bfloat16
@@ -77,22 +77,18 @@ def can_look_twice(x_ND: Tensor, W_FD: Tensor) -> bool:
 
 
 def largest_products(affine: Affine, x_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and latents [N, k] of the k largest products of each row, in no particular order.
-
-    At least k groups reach the k-th largest of the groups' maxima, and so do k entries.
-    """
-    groups, rest = divmod(len(affine.W), GROUP)
-    if rest or groups < 4 * k or not can_look_twice(x_ND, affine.W):
+    """Values and latents [N, k] of the k largest products of each row, in no particular order."""
+    if not has_groups(len(affine.W), k) or not can_look_twice(x_ND, affine.W):
         return largest_of_rows(linear(x_ND, affine.W, affine.b), k)
-    coarse = affine.look(x_ND)
-    most = coarse.view(torch.int16).view(-1, GROUP, groups).amax(1).numpy()
-    reached = torch.from_numpy(np.partition(most, groups - k)[:, groups - k]).view(torch.bfloat16).float()
+    coarse = affine.look(x_ND).view(torch.int16)
+    reached = torch.from_numpy(most_of_groups(coarse, k)[:, 0].copy()).view(torch.bfloat16).float()
     lowest = lowest_beside(reached, affine.bound(x_ND))
     known = lowest > 0
     if not bool(known.any()):
         return topk_rows(linear(x_ND, affine.W, affine.b), k)
     bound = np.where(known.numpy(), bits(lowest), NOTHING)
-    support = support_of(coarse.view(torch.int16).numpy() >= bound[:, None])
+    flat = torch.from_numpy(np.flatnonzero(coarse.numpy() >= bound[:, None]))
+    support = support_from_flat(flat, *coarse.shape)
     values, latents = best_of(support, affine.look_again(x_ND, support), k)
     if not bool(known.all()):
         values[~known], latents[~known] = topk_rows(linear(x_ND[~known], affine.W, affine.b), k)
@@ -108,10 +104,8 @@ def products_above(affine: Affine, x_ND: Tensor, floor_F: Tensor, most_share: fl
         return None
     is_near = affine.look(x_ND).view(torch.int16).numpy() >= bits(lowest)
     is_near[~usual.numpy()] = True
-    support = support_of(is_near)
-    if len(support.latents) > most_share * is_near.size:
-        return None
-    return affine.look_again(x_ND, support), support
+    support = marked(torch.from_numpy(is_near), most_share)
+    return None if support is None else (affine.look_again(x_ND, support), support)
 
 
 def lowest_beside(reached: Tensor, wrong: Tensor) -> Tensor:
@@ -123,7 +117,3 @@ def bits(positive: Tensor) -> np.ndarray:
     """int16, those of the next bfloat16 that is not above: who is not below it is not when it is rounded either."""
     found: np.ndarray = (positive.view(torch.int32) >> 16).to(torch.int16).numpy()
     return found
-
-
-def support_of(is_near: np.ndarray) -> Support:
-    return support_from_flat(torch.from_numpy(np.flatnonzero(is_near)), *is_near.shape)

@@ -36,19 +36,27 @@ def topk_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def largest_of_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What `topk_rows` gives, by one thread with half of its work, where other cores have something else to do.
-
-    The k-th largest of the maxima of groups is a bound that few more than k entries of a row reach.
-    """
+    """What `topk_rows` gives, by one thread with half of its work, where other cores have something else to do."""
     rows, width = pre.shape
-    groups = width // GROUP
-    if rows == 0 or width % GROUP or groups < 4 * k or pre.device.type != "cpu" or pre.dtype != torch.float32:
+    if rows == 0 or not has_groups(width, k) or pre.device.type != "cpu" or pre.dtype != torch.float32:
         return topk_rows(pre, k)
-    most = np.partition(pre.view(rows, GROUP, groups).amax(1).numpy(), groups - k)[:, groups - k :]
+    most = most_of_groups(pre, k)
     if np.isnan(most).any():  # it lies above every number, and no comparison finds it
         return topk_rows(pre, k)
     flat = torch.from_numpy(np.flatnonzero(pre.numpy() >= most[:, :1]))
     return best_of(support_from_flat(flat, rows, width), pre.view(-1)[flat], k)
+
+
+def has_groups(width: int, k: int) -> bool:
+    """Whether a row falls into groups that are many beside k."""
+    return width % GROUP == 0 and width // GROUP >= 4 * k
+
+
+def most_of_groups(scores: Tensor, k: int) -> np.ndarray:
+    """[B, k], the largest maxima of groups, the least of them first: few more than k entries of a row reach it."""
+    groups = scores.shape[1] // GROUP
+    found: np.ndarray = np.partition(scores.view(-1, GROUP, groups).amax(1).numpy(), groups - k)[:, groups - k :]
+    return found
 
 
 def best_of(support: Support, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
