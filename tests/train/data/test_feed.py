@@ -137,15 +137,13 @@ def test_what_a_fleet_shares_goes_to_the_device_once(store):
 
 @pytest.mark.gpu
 def test_a_gpu_that_is_behind_draws_what_a_cpu_draws(store):
-    """Blocks are filled anew while earlier draws still wait their turn on the GPU; no draw inside a block waits."""
+    """Blocks are filled anew while earlier draws still wait their turn on the GPU."""
     gpu, cpu = (make_feed(store, needs=(TOKENS, WINDOWS), device=device) for device in (torch.device("cuda"), CPU))
     drawn = []
     for step in range(3 * gpu.plan.blocks(0)[0].steps):
         torch.cuda._sleep(10**8)
         draw = gpu.draw(step)
-        torch.cuda.set_sync_debug_mode("error")
         drawn.append([draw.batch(needs) for needs in (TOKENS, WINDOWS)])
-        torch.cuda.set_sync_debug_mode("default")
     for step, batches in enumerate(drawn):
         draw = cpu.draw(step)
         for needs, batch in zip((TOKENS, WINDOWS), batches, strict=True):
@@ -158,6 +156,21 @@ def test_a_gpu_that_is_behind_draws_what_a_cpu_draws(store):
             assert torch.equal(found[name].cpu(), part), name
     gpu.close()
     cpu.close()
+
+
+@pytest.mark.gpu
+def test_no_draw_inside_a_block_waits_for_the_gpu(store):
+    """On a feed of one block, which reads nothing ahead: what CUDA refuses it refuses to all threads."""
+    feed = make_feed(store, needs=(TOKENS, WINDOWS), pool_tokens=10_000, device=torch.device("cuda"))
+    feed.draw(0)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for step in range(feed.plan.steps_in(1)):
+            draw = feed.draw(step)
+            assert all(len(draw.batch(needs).x) for needs in (TOKENS, WINDOWS))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    feed.close()
 
 
 @pytest.mark.gpu

@@ -164,8 +164,8 @@ def test_no_selection_reads_on_the_host():
 def test_no_step_waits_for_the_gpu(battery, case):
     trainee, batch = warmed(battery, case, "cuda")
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         report = trainee.step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
