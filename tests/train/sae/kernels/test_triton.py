@@ -77,6 +77,24 @@ def test_a_batch_keeps_its_largest(rng, dtype, num_rows, width, count):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(("dtype", "has_room"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_batch_of_unlike_rows_keeps_its_largest(rng, monkeypatch, dtype, has_room):
+    """One row keeps seven times its share, and is searched among what it offers; or it is full of equals."""
+    num_rows, width, share = 10, 2100, 25
+    pre = normal(num_rows, width, rng=rng, dtype=dtype)
+    pre[5] *= 2
+    if not has_room:
+        pre[5, ::2] = pre.max()
+    offer, offered = select_kernels._offered, []
+    monkeypatch.setattr(select_kernels, "_offered", lambda *told: offered.append(offer(*told)) or offered[-1])
+    offsets, latents = select_kernels.top_of_batch(pre, num_rows * share)
+    expected = torch.sort(pre.double().view(-1), descending=True, stable=True).indices[: num_rows * share].sort().values
+    found = torch.repeat_interleave(torch.arange(num_rows, device=DEVICE), offsets.diff().long()) * width + latents
+    assert torch.equal(found, expected)
+    ((_, offers, room),) = offered
+    assert offers.argmax() == 5 and offers[5] > 7 * share and (offers[5] <= room) == has_room
+
+
 def supports(rng: torch.Generator) -> dict[str, Support]:
     def chosen(num_rows: int, width: int, k: int) -> Tensor:
         return torch.rand(num_rows, width, generator=rng).topk(k).indices.to(DEVICE)

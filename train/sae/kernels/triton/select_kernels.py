@@ -6,10 +6,11 @@ float32. Equal entries are taken in order of their place.
 1. The latents of a row are dealt into groups. The k-th largest of the groups' largest entries is a floor: at
    least k entries reach it, and with many more groups than k hardly more than k.
 2. Each row offers the latents that reach its floor. They have room for ROOM * k; a row that offers more, as one
-   whose groups are unlike each other may, is searched as a whole instead.
+   whose groups are unlike each other may, is searched as a whole instead, and everything waits for it.
 3. Among what is offered the k-th largest key is found bit by bit: a key is tried, those at or above it are counted.
 
-A batch is treated alike: its floor is one for all rows. So the entries are read twice, in order, whatever k.
+A batch is treated alike: its floor is one for all rows, which offer as unequally as tokens have latents, and have
+room for BATCH_ROOM times their share. So the entries are read twice, in order, whatever k.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -25,7 +26,8 @@ from torch import Tensor
 CHUNK = 2048  # latents that a program looks at together
 GROUPS = 16  # for each entry that is wanted of a row, at least
 MOST_GROUPS = 8192  # that one program holds in registers
-ROOM = 4  # latents that a row may offer for each one that is wanted
+ROOM = 4  # latents that a row may offer for each one that is wanted of it
+BATCH_ROOM = 16  # the same where they are wanted of a batch: of a row, on average
 DIGIT_BITS = 4  # of a batch's smallest key, found in each pass
 BITS = {torch.bfloat16: 16, torch.float32: 32}
 
@@ -248,7 +250,7 @@ def top_of_batch(pre: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if groups is not None:
         largest = torch.empty(rows, groups, dtype=torch.int64, device=device)
         _batch_groups[(rows,)](pre, largest, F=width, BITS=bits, GROUPS=groups, num_warps=_warps(groups))
-        offered, offers, room = _offered(pre, _kth_of_all(largest, count, bits), 0, ROOM * wanted)
+        offered, offers, room = _offered(pre, _kth_of_all(largest, count, bits), 0, BATCH_ROOM * wanted)
     block = min(512, triton.next_power_of_2(width if groups is None else room))
     told = {"F": width, "BITS": bits, "BLOCK": block, "num_warps": _warps(block)}
     lowest = torch.zeros((), dtype=torch.int64, device=device)
