@@ -18,6 +18,7 @@ TOP_K = ("topk", "batchtopk", "matryoshka")
 VARIANTS = (*TOP_K, "standard", "jumprelu", "gated", "p_anneal")
 PEERS = ("sae_lens", "dictionary_learning", "sparsify")
 ABSENT = {("sae_lens", "p_anneal"), *(("sparsify", variant) for variant in VARIANTS if variant != "topk")}
+UNEQUAL = 0.15  # spread of the log of rows' lengths at which one of 4,096 keeps some ten times its share of a batch's
 PATIENCE = 120.0  # seconds for a contestant to import everything and to build a trainer
 
 
@@ -125,9 +126,14 @@ class Contest:
                 failures.setdefault(entrant.name, str(failure))
 
 
-def make_batches(folder: str, rows: int, d_model: int, count: int = 3) -> str:
-    """Gaussian rows of mean norm sqrt(D): what a step costs does not depend on more."""
+def make_batches(folder: str, rows: int, d_model: int, count: int = 3, spread: float = 0.0) -> str:
+    """Gaussian rows of mean norm sqrt(D), their lengths lognormal: where latents are kept of a whole batch, what a
+    step costs may depend on how unequally rows have them, and on nothing more."""
     generator = np.random.default_rng(0)
+    Path(folder).mkdir(exist_ok=True)
     for index in range(count):
-        np.save(Path(folder) / f"batch_{index}.npy", generator.standard_normal((rows, d_model), dtype=np.float32))
+        batch = generator.standard_normal((rows, d_model), dtype=np.float32)
+        if spread:
+            batch *= np.exp(spread * generator.standard_normal((rows, 1), dtype=np.float32))
+        np.save(Path(folder) / f"batch_{index}.npy", batch)
     return folder

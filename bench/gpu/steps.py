@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
-from racing import Contest, Entrant, make_batches
+from racing import UNEQUAL, Contest, Entrant, make_batches
 from records import record, record_failure, shares, tell
 
 SURE = ("ours bfloat16", "ours bfloat16, no Triton", "sae_lens bfloat16", "dictionary_learning bfloat16", "sparsify")
@@ -61,8 +61,8 @@ def entrants(compiled: bool) -> list[Entrant]:
     return found
 
 
-def contests(sizes: Sizes) -> list[tuple[str, dict[str, Any], tuple[str, ...] | None]]:
-    """Most important first: name, settings, and who takes part (all without)."""
+def contests(sizes: Sizes, unequal: str) -> list[tuple[str, dict[str, Any], tuple[str, ...] | None]]:
+    """Most important first: name, settings, and who takes part (all without). `unequal`: a folder of such batches."""
     narrow, wide = sizes.widths
     return [
         (f"topk, {narrow:,} latents", {"variant": "topk", "width": narrow}, None),
@@ -70,6 +70,11 @@ def contests(sizes: Sizes) -> list[tuple[str, dict[str, Any], tuple[str, ...] | 
         (f"batchtopk, {narrow:,} latents", {"variant": "batchtopk", "width": narrow}, None),
         (f"topk, {narrow:,} latents, 5 % dead", {"variant": "topk", "width": narrow, "dead": 0.05}, SURE),
         (f"batchtopk, {wide:,} latents", {"variant": "batchtopk", "width": wide}, SURE),
+        (
+            f"batchtopk, {narrow:,} latents, unequal rows",
+            {"variant": "batchtopk", "width": narrow, "batches": unequal},
+            SURE,
+        ),
     ]
 
 
@@ -101,8 +106,9 @@ def main(peers_python: str | None, device: str, rounds: int, limit: float, compi
     contest = Contest(entrants(compiled), peers_python, threads)
     with tempfile.TemporaryDirectory() as folder:
         shared = {"batches": make_batches(folder, sizes.rows, sizes.d_model), "k": sizes.k, "device": device}
+        unequal = make_batches(f"{folder}/unequal", sizes.rows, sizes.d_model, spread=UNEQUAL)
         longest = 0.0
-        for name, settings, who in contests(sizes):
+        for name, settings, who in contests(sizes, unequal):
             if time.monotonic() + longest > until:
                 tell(f"{name}: no time left")
                 continue
