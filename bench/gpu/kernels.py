@@ -1,9 +1,10 @@
 """The GPU's kernels one by one at the sizes of a real step, and where the time of whole steps goes.
 
-D 2304, k 64, 4,096 rows. Every line is printed when it is measured: milliseconds as the median of repeated
-launches by device events, and what share of the card's own copy rate or matrix rate that is.
+D 2304, k 64, 4,096 rows. Every line is printed and kept when it is measured: milliseconds as the median of repeated
+launches by device events, and the bytes or operations a second that this is.
 
-    python bench/gpu/kernels.py [--width 16384 --width 65536] [--profile] [--out FILE]
+    bash bench/gpu/run.sh --only kernels
+    python bench/gpu/kernels.py [--width 16384 --width 65536] [--profile] [--out FILE]  # where saemill is installed
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from facts import facts_of
+from racing import UNEQUAL
+from records import record
 
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
@@ -30,36 +34,38 @@ from saemill.train.sae.kernels.sparse_support import support_from_topk
 from saemill.train.sae.kernels.triton import bag_sums, row_update, select_kernels
 
 D, K, B = 2304, 64, 4096
+HEAD_START = 8_000_000  # clocks, about 4 ms, in which the host queues all that is timed
 
 
-def milliseconds(job: Callable[[], object], repeats: int = 10) -> float:
+def milliseconds(job: Callable[[], object], repeats: int = 10) -> list[float]:
+    """The device's own time: it sleeps until the launches are queued, or it would wait for Python in between."""
     for _ in range(3):
         job()
     found = []
     for _ in range(repeats):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HEAD_START)
         start.record()
         job()
         stop.record()
         stop.synchronize()
         found.append(start.elapsed_time(stop))
-    return statistics.median(found)
+    return found
 
 
 class Table:
-    """Lines as they come, kept for a file."""
+    """Lines as they come, kept for a file, and among the records of the whole benchmark."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, what: str, ms: float, bytes_moved: float = 0.0, operations: float = 0.0) -> None:
-        row = {"what": what, "ms": round(ms, 4)}
-        row |= {"GB_per_s": round(bytes_moved / ms / 1e6)} if bytes_moved else {}
-        row |= {"TFLOP_per_s": round(operations / ms / 1e9, 1)} if operations else {}
-        self.rows.append(row)
-        print(
-            " | ".join(f"{name} {value}" if name != "what" else str(value) for name, value in row.items()), flush=True
-        )
+    def add(self, what: str, rounds: list[float], bytes_moved: float = 0.0, operations: float = 0.0) -> None:
+        """`rounds`: milliseconds."""
+        ms = statistics.median(rounds)
+        rates = {"GB_per_s": bytes_moved / ms / 1e6} if bytes_moved else {}
+        rates |= {"TFLOP_per_s": operations / ms / 1e9} if operations else {}
+        self.rows.append({"what": what, "ms": round(ms, 4), **{name: round(rate, 1) for name, rate in rates.items()}})
+        record(what, "device", "ms", rounds, (time.time(), time.time()), **rates)
 
 
 def limits(table: Table) -> None:
@@ -86,6 +92,12 @@ def measure(table: Table, width: int, sweep: bool) -> None:
     table.add(
         f"F {width}: top {K * B} of the batch, bfloat16",
         milliseconds(lambda: select_kernels.top_of_batch(pre, K * B)),
+        pre.nbytes,
+    )
+    unequal = pre * torch.exp(UNEQUAL * torch.randn(B, 1, device="cuda")).bfloat16()
+    table.add(
+        f"F {width}: top {K * B} of a batch of unequal rows",
+        milliseconds(lambda: select_kernels.top_of_batch(unequal, K * B)),
         pre.nbytes,
     )
     latents = select_kernels.top_latents(pre, K)
@@ -171,8 +183,7 @@ def step(table: Table, variant: str, width: int, profile: bool) -> None:
         stop.record()
         stop.synchronize()
         found.append(start.elapsed_time(stop) / 8)
-    ms = statistics.median(found)
-    table.add(f"{variant} F {width}: a step, {B / ms * 1e3:,.0f} tok/s", ms)
+    table.add(f"{variant} F {width}: a step, {B / statistics.median(found) * 1e3:,.0f} tok/s", found)
     table.rows[-1] |= {"rounds_ms": [round(value, 3) for value in found]}
     table.rows[-1] |= {"peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
     if profile:
@@ -182,7 +193,8 @@ def step(table: Table, variant: str, width: int, profile: bool) -> None:
             torch.cuda.synchronize()
         events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
         for event in events[:16]:
-            table.add(f"    {event.key[:90]} x{event.count / 4:g}", event.self_device_time_total / 4e3)
+            what = f"    {variant} F {width}: {event.key[:90]} x{event.count / 4:g}"
+            table.add(what, [event.self_device_time_total / 4e3])
 
 
 def main() -> None:
