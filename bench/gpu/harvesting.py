@@ -3,7 +3,8 @@
 ours: a whole harvest (one residual, four layers of attention, sparsified, written, checksummed). Beside it our own
 truncated pass with nothing captured, transformers' eager pass through the same layers, and SAELens' runner caching
 the one residual. All eager: that is Gemma-2 with its softcap. Where the disk is slow everything is written to
-memory (/dev/shm), which the result says.
+memory (/dev/shm), which the result says. At the short context our shards are also computed and not written, at two
+sizes: a device that has nothing queued where one shard ends and the next begins shows as the difference.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from harvest import ATTENTION, BOS, LAYER, Bare, SaeLens, save_tokenizer
 from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, StoreWriter
 from saemill.harvest.capture import run
 from saemill.harvest.model.load_and_truncate import TruncatedModel, Wanted, load_model
-from saemill.harvest.shards import Harvester, harvest_shards
+from saemill.harvest.shards import Harvester, compute_shard, harvest_shards
 
 ENOUGH = 24 * 10**9  # bytes that must be free where everything is written
 SLOW_DISK = 2e9  # bytes a second with fsync
+SHARD, LARGE_SHARD = 4, 16  # batches
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,9 @@ def make_model(folder: Path, shape: Shape, device: torch.device) -> Path:
     return folder
 
 
-def harvest_once(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape, folder: Path) -> float:
+def make_harvester(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape, batches: int) -> Harvester:
+    """Whose shards are of so many batches."""
     windows, context = tokens_WT.shape
-    device = next(model.stack.parameters()).device
     manifest = Manifest(
         model=ModelSpec("random", shape.width, bos_token=BOS, special_tokens=(0, 1, BOS)),
         corpus=CorpusSpec("random", settings={"batch_windows": shape.batch_tokens // context}),
@@ -89,14 +91,29 @@ def harvest_once(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape, fol
         windows=windows,
         splits={"train": (0, windows), "validation": (windows, windows), "test": (windows, windows)},
         attention=AttentionSpec(layers=ATTENTION),
-        shard_windows=4 * shape.batch_tokens // context,
+        shard_windows=batches * shape.batch_tokens // context,
     )
-    with StoreWriter.create(folder, manifest, tokens_WT, np.zeros_like(tokens_WT)) as writer:
+    return Harvester(model, manifest, next(model.stack.parameters()).device)
+
+
+def harvest_once(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape, folder: Path) -> float:
+    harvester = make_harvester(model, tokens_WT, shape, SHARD)
+    with StoreWriter.create(folder, harvester.manifest, tokens_WT, np.zeros_like(tokens_WT)) as writer:
         start = time.perf_counter()
-        harvest_shards(writer, Harvester(model, writer.manifest, device), writer.pending(), lambda _: None)
+        harvest_shards(writer, replace(harvester, manifest=writer.manifest), writer.pending(), lambda _: None)
         seconds = time.perf_counter() - start
     shutil.rmtree(folder)
     return seconds
+
+
+def compute_once(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape, batches: int) -> float:
+    """Everything of a harvest but its writing."""
+    harvester = make_harvester(model, tokens_WT, shape, batches)
+    start = time.perf_counter()
+    for shard in range(harvester.manifest.shards):
+        tokens = tokens_WT[slice(*harvester.manifest.shard_range(shard))]
+        compute_shard(harvester, tokens, tokens)
+    return time.perf_counter() - start
 
 
 def pass_once(model: TruncatedModel, tokens_WT: np.ndarray, batch: int) -> float:
@@ -121,6 +138,10 @@ def bench_context(context: int, tokens: int, rounds: int, folder: Path, device: 
         "our pass, nothing captured": lambda: pass_once(model, tokens_WT, batch),
         "transformers, eager": lambda: bare.run(tokens_WT),
     }
+    if context == shape.contexts[0]:
+        for size in (SHARD, LARGE_SHARD):
+            name = f"our shards of {size} batches, not written"
+            jobs[name] = lambda size=size: compute_once(model, tokens_WT, shape, size)
     take_turns(1, jobs)
     reset_peak(device)
     began = time.time()
