@@ -194,7 +194,7 @@ bench-browser: env dashboard ## the latent browser against SAEDashboard
 	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STORE)
 	$(BIN)/python bench/browser.py $(STORE) --dashboard $(DASHBOARD) --json $(RESULTS)/browser.json
 
-bench-gpu: ## everything that an accelerator is measured by, in nine minutes; GPU="--only steps" and other options
+bench-gpu: ## everything that an accelerator is measured by, in ten minutes; GPU="--only steps" and other options
 	PY=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bash bench/gpu/run.sh --out $(RESULTS)/gpu \
 	  $(if $(wildcard $(PEERS)/bin/python),--peers $(PEERS)) $(GPU)
 

@@ -298,6 +298,27 @@ def test_who_falls_out_of_a_race_is_named_and_the_others_go_on(bench, monkeypatc
     assert "does not fit" in outcome.failures["large"] and "diverged" in outcome.failures["wild"]
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_part_of_the_device_benchmark_has_its_command_and_its_turn(bench, tmp_path, device):
+    run = bench("run")
+    asked = {"device": device, "small": False, "rounds": 5, "total": 580.0, "no_peers": True, "compile": False}
+    asked |= {"only": None}
+    made = run.Run(argparse.Namespace(**asked), tmp_path, {})
+    parts = run.parts_of(made)
+    assert tuple(part.name for part in parts) == run.PARTS
+    assert run.chosen(made.asked) == [name for name in run.PARTS if device == "cuda" or name != "kernels"]
+    for part in parts[1:]:
+        assert Path(part.command[1]).exists(), part.name
+
+
+def test_rows_of_a_batch_are_as_unlike_as_asked(bench, tmp_path):
+    racing = bench("racing")
+    for name, spread in (("alike", 0.0), ("unlike", 0.2)):
+        batch = np.load(Path(racing.make_batches(str(tmp_path / name), 400, 300, 1, spread)) / "batch_0.npy")
+        lengths = np.log(np.linalg.norm(batch, axis=1))
+        assert batch.dtype == np.float32 and lengths.std() == pytest.approx((spread**2 + 1 / 600) ** 0.5, rel=0.15)
+
+
 def test_a_part_of_the_device_benchmark_that_is_too_late_costs_no_number(bench, monkeypatch, tmp_path):
     run = bench("run")
     monkeypatch.setattr(run, "SHORTEST", 0.0)

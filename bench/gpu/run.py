@@ -1,6 +1,6 @@
 """Everything that is measured on an accelerator, within a time that is given: most important first.
 
-    bash bench/gpu/run.sh --out results            # on a GPU, under nine minutes
+    bash bench/gpu/run.sh --out results            # on a GPU, under ten minutes
     bash bench/gpu/run.sh --small --device cpu     # to try it anywhere, within a few minutes
 
 Each part has a limit of its own and stops no other. Numbers are printed and kept the moment they are there; the
@@ -172,7 +172,9 @@ def parts_of(run: Run) -> list[Part]:
     compiled = ["--compile"] if run.asked.compile else []
     store, tables = run.work / "made_store", {name: run.work / f"{name}.json" for name in ("fleet", "guided")}
     mark = "gpu or either" if device != "cpu" else "not gpu and not slow and not either"
-    tests = ["-m", "pytest", "-m", mark, "-v", "-p", "no:cacheprovider", "--timeout", 80, "--maxfail", 20]
+    tests = ["-m", "pytest", "-m", mark, "--timeout", 80, "--maxfail", 20]
+    tests += ["-vv", "-p", "no:cacheprovider"]  # against the -q of pyproject.toml: a line for each test, as it ends
+    tests += ["-p", "no:benchmark"]  # a plugin that warns of xdist, and a warning is an error
     if importlib.util.find_spec("xdist"):  # most of the time is Triton's compiler
         tests += ["-n", min(6, max(1, (os.cpu_count() or 1) // 2))]
     turns = ["--device", device, "--rounds", rounds, "--steps", 2 if small else 24]
@@ -193,6 +195,7 @@ def parts_of(run: Run) -> list[Part]:
         Part("tests", 90, run.python(*tests, *files_with_gpu_tests())),
         part("small", 150, HERE / "small.py", *options, "--work", run.work / "small", *jobs_in_time),
         part("limits", 25, HERE / "limits.py", *options),
+        part("kernels", 70, HERE / "kernels.py", "--variant", "topk", "--variant", "batchtopk", "--profile"),
         part("steps", 200, HERE / "steps.py", *options, *beside, "--rounds", rounds, *in_time, *compiled),
         part("store", 30, HERE / "made_store.py", store, 2 if small else 16),
         part("fleet", 60, BENCH / "fleet.py", store, *turns, *fleet),
@@ -208,7 +211,7 @@ def files_with_gpu_tests() -> list[Path]:
     return [file for file in files if re.search(r"(?<!\")pytest\.mark\.(gpu|either)\b", file.read_text())]
 
 
-PARTS = ("tests", "small", "limits", "steps", "store", "fleet", "guided", "harvest", "reading")
+PARTS = ("tests", "small", "limits", "kernels", "steps", "store", "fleet", "guided", "harvest", "reading")
 NEEDED = {"fleet": ("store",), "reading": ("store",), "steps": ("limits",), "harvest": ("limits",)}
 
 
@@ -218,6 +221,8 @@ def chosen(asked: argparse.Namespace) -> list[str]:
     if unknown := wanted - set(PARTS):
         sys.exit(f"--only: expected some of {', '.join(PARTS)}, found {', '.join(sorted(unknown))}")
     wanted |= {need for name in wanted for need in NEEDED.get(name, ())}
+    if asked.device == "cpu":
+        wanted.discard("kernels")  # which run on a GPU only
     return [name for name in PARTS if name in wanted]
 
 
@@ -391,7 +396,7 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--out", type=Path, default=Path("bench-results/gpu"), help="Folder for what comes out.")
     parse.add_argument("--only", help=f"Some of {','.join(PARTS)}; what they need is added.")
-    parse.add_argument("--total", type=float, default=520, help="Seconds for everything.")
+    parse.add_argument("--total", type=float, default=580, help="Seconds for everything.")
     parse.add_argument("--device", default="cuda")
     parse.add_argument("--rounds", type=int, default=5)
     parse.add_argument("--peers", type=Path, help="An environment of the peers; default: .whl-peers, where it is.")
