@@ -136,7 +136,10 @@ class _Collector:
 
     def add(self, start: int, tokens_WT: np.ndarray) -> None:
         """Start a batch; take in the one before it."""
-        ids = torch.from_numpy(tokens_WT.astype(np.int64)).to(self.harvester.device, non_blocking=True)
+        ids = torch.from_numpy(tokens_WT.astype(np.int64))
+        if self._stream is not None:
+            ids = ids.pin_memory()  # from other memory a copy may wait for all that is queued
+        ids = ids.to(self.harvester.device, non_blocking=True)
         captured = capture(self.harvester.model, ids, self.harvester.manifest.attention)
         done = torch.cuda.current_stream(self.harvester.device).record_event() if self._stream else None
         self.finish()
