@@ -197,9 +197,10 @@ def quality_lines() -> Iterable[str]:
 
 
 def gpu_lines() -> Iterable[str]:
-    """Of the newest run of bench/gpu that is kept."""
-    runs = [path for path in sorted((RESULTS / "gpu").glob("*/*.json")) if '"parts"' in path.read_text()]
-    rows: Rows = json.loads(runs[-1].read_text())["rows"] if runs else []
+    """Of the newest run of bench/gpu that is kept: all its calls, a file each."""
+    calls = [path for path in sorted((RESULTS / "gpu").glob("*/*.json")) if '"parts"' in path.read_text()]
+    newest = [path for path in calls if path.parent == calls[-1].parent]
+    rows: Rows = [row for path in newest for row in json.loads(path.read_text())["rows"]]
     if not rows:
         yield from (NO_GPU_RUN, "", *lone_steps())
         return
@@ -231,14 +232,17 @@ def lone_steps() -> Iterable[str]:
 
 
 def gpu_line(what: str, beside: Rows) -> str:
-    """Ours at its defaults, whose row comes first, against the best peer."""
-    ours = next(row for row in beside if row["who"].startswith("ours"))
+    """Ours at its defaults, whose row comes first, or which took turns with the peer, against the best peer."""
+    own = [row for row in beside if row["who"].startswith("ours")]
     best = max((row for row in beside if row["who"].startswith(PEERS)), key=lambda row: row["median"], default=None)
+    told = "not compared" if best is None else f"{best['who']}: {best['median']:,.0f}"
+    if not own:
+        return f"| {what} | fell out | {told} | |"
+    ours = next((row for row in own if best is not None and ", beside " in row["who"]), own[0])
     share = ours.get("share_of_matrix_rate")
     found = f"{ours['median']:,.0f} tok/s" + (f", {share:.0%} of the matrix rate" if share else "")
-    if best is None:
-        return f"| {what} | {found} | not compared | |"
-    return f"| {what} | {found} | {best['who']}: {best['median']:,.0f} | {ours['median'] / best['median']:.2f} |"
+    ratio = " " if best is None else f" {ours['median'] / best['median']:.2f} "
+    return f"| {what} | {found} | {told} |{ratio}|"
 
 
 def smaller_lines() -> Iterable[str]:

@@ -86,11 +86,19 @@ def test_a_kept_run_on_a_device_is_shown_against_the_best_peer(bench, monkeypatc
     rows.append(
         {"part": "steps", "what": "topk", "who": "dictionary_learning tf32", "failed": "out of memory", **facts}
     )
+    speeds = {"ours": 500.0, "ours, beside SAELens": 400.0, "SAELens, one residual": 200.0}
+    rows += [{"part": "harvest", "what": "harvest", "who": who, "median": speeds[who], **facts} for who in speeds]
+    rows.append({"part": "steps", "what": "gated", "who": "sae_lens tf32", "median": 10.0, **facts})
     document = {"title": "On Some Card", "parts": [], "rows": rows}
-    (tmp_path / "gpu/2026-11-27-card/some-card.json").write_text(json.dumps(document))
+    for name, told in (("1", []), ("2", rows), ("3", [{"part": "reading"}])):  # a file for each call
+        (tmp_path / f"gpu/2026-11-27-card/{name}.json").write_text(json.dumps(document | {"rows": told}))
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     lines = list(table.gpu_lines())
-    assert "Some Card" in lines[0] and lines[-1] == "| topk | 900 tok/s | sparsify: 450 | 2.00 |"
+    assert "Some Card" in lines[0] and lines[-3:] == [
+        "| topk | 900 tok/s | sparsify: 450 | 2.00 |",
+        "| harvest | 400 tok/s | SAELens, one residual: 200 | 2.00 |",
+        "| gated | fell out | sae_lens tf32: 10 | |",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda path: path.stem)
