@@ -155,9 +155,10 @@ def _add_batch(context: Context, found: dict[LoadedSae, Seen], batch: Windows) -
         targets = next_tokens(batch.tokens, batch.keep)[counts[batch.keep]]
         ce, losses = compare(logits[0], logits[1:], targets, rows)
         effects = {
-            name: Effect.of(part.kl, part.ce) for name, part in zip(("skipped", "replaced"), losses, strict=True)
+            name: Effect.of(part.kl, part.ce, targets)
+            for name, part in zip(("skipped", "replaced"), losses, strict=True)
         }
-        effects["clean"] = Effect.of(torch.zeros_like(ce), ce)
+        effects["clean"] = Effect.of(torch.zeros_like(ce), ce, targets)
         seen.add(effects, acts[counts], y[counts], y_hat[counts])
 
 

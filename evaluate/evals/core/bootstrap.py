@@ -29,12 +29,9 @@ class DocumentSums:
         self._parts: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
 
     def add(self, documents_N: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
-        """Per-token values [N], by name; NaN counts for nothing."""
+        """Per-token values [N], by name; a NaN is one in the sums of its document and of all."""
         found, place = np.unique(documents_N, return_inverse=True)
-        sums = {
-            name: np.bincount(place, np.nan_to_num(value, posinf=np.inf, neginf=-np.inf), len(found))
-            for name, value in values.items()
-        }
+        sums = {name: np.bincount(place, value, len(found)) for name, value in values.items()}
         self._parts.append((found, sums))
 
     def table(self) -> dict[str, np.ndarray]:
@@ -50,15 +47,15 @@ class DocumentSums:
 def intervals(
     table: Sums, statistics: Mapping[str, Statistic], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, list[float] | None]:
-    """[low, high] of each statistic at `LEVEL`; None with fewer than two documents."""
+    """[low, high] of each statistic at `LEVEL`; None with fewer than two documents, or where one is no number."""
     count = len(next(iter(table.values()), ()))
     if count < 2:
         return dict.fromkeys(statistics)
     sums = resampled(table, resamples, seed)
     edges = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
     with np.errstate(divide="ignore", invalid="ignore"):
-        drawn = {name: statistic(sums) for name, statistic in statistics.items()}
-    return {name: [float(edge) for edge in np.quantile(values, edges)] for name, values in drawn.items()}
+        found = {name: np.quantile(statistic(sums), edges) for name, statistic in statistics.items()}
+    return {name: None if np.isnan(at).any() else [float(edge) for edge in at] for name, at in found.items()}
 
 
 def resampled(table: Sums, resamples: int, seed: int) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
 from ...context.split_windows import mean_of_rows, ordinary_rows
 from ...errors import NotApplicable
 from ...model.batches import Windows
-from ...model.divergence import Losses
+from ...model.divergence import Losses, next_tokens
 from ...model.memory import PieceSize, in_pieces
 from .ablations import ABLATIONS, Baselines, Clean
 from .blocks import Block, read_block
@@ -35,16 +35,21 @@ class LossSums:
     massive: int = 0  # tokens that keep their own residual in `sae_ordinary`
     published: dict[str, float] = field(default_factory=dict)  # divergences by SAEBench's formula, NaN and all
 
-    def add(self, documents_N: np.ndarray, clean: Clean, spliced: Losses, ordinary: Losses) -> None:
+    def add(self, documents_N: np.ndarray, predicts_N: Tensor, clean: Clean, spliced: Losses, ordinary: Losses) -> None:
         """One batch: with all its rows spliced, and with massive ones left as they are."""
         runs: dict[str, Losses] = {**clean.ablated, "sae": spliced}
-        predicts = ~clean.ce.isnan()
-        values: dict[str, Tensor] = {"tokens": torch.ones_like(clean.ce), "predicting": predicts, "ce_clean": clean.ce}
+        values: dict[str, Tensor] = {
+            "tokens": torch.ones_like(clean.ce),
+            "predicting": predicts_N,
+            "ce_clean": clean.ce,
+        }
         for name, losses in runs.items():
             values |= {f"ce_{name}": losses.ce, f"kl_{name}": losses.kl}
             total = float(losses.kl_published.double().sum())
             self.published[name] = self.published.get(name, 0.0) + total
         values |= {"ce_sae_ordinary": ordinary.ce, "kl_sae_ordinary": ordinary.kl}
+        of_next = {name: value for name, value in values.items() if name.startswith("ce_")}
+        values |= {name: torch.where(predicts_N, ce, 0.0) for name, ce in of_next.items()}
         self.documents.add(documents_N, {name: value.double().cpu().numpy() for name, value in values.items()})
 
     def totals(self) -> dict[str, float]:
@@ -113,10 +118,10 @@ def _add_batch(
             own = torch.where(ordinary[subject][..., None], resid, batch.resid[splice_layer(subject)])
             hidden.append(baselines.hidden(batch, own))
     clean, losses = baselines.measure(batch, number, hidden)
-    documents, measured = _documents(batch), iter(losses)
+    documents, predicts, measured = _documents(batch), next_tokens(batch.tokens, batch.keep) >= 0, iter(losses)
     for subject in subjects:
         whole = next(measured)
-        found[subject].add(documents, clean, whole, next(measured) if massive[subject] else whole)
+        found[subject].add(documents, predicts, clean, whole, next(measured) if massive[subject] else whole)
         found[subject].massive += massive[subject]
 
 

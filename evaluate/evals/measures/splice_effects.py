@@ -32,9 +32,9 @@ class Effect(Sums):
     predicting: int = 0
 
     @staticmethod
-    def of(kl_N: Tensor, loss_N: Tensor) -> Effect:
-        """Of the tokens of a batch; a loss of NaN is a token that predicts nothing."""
-        losses = loss_N[~loss_N.isnan()].double()
+    def of(kl_N: Tensor, loss_N: Tensor, targets_N: Tensor) -> Effect:
+        """Of the tokens of a batch; those without a target, -1, predict nothing."""
+        losses = loss_N[targets_N >= 0].double()
         return Effect(float(kl_N.double().sum()), float(losses.sum()), len(kl_N), len(losses))
 
     @property
@@ -63,8 +63,8 @@ class Tracer:
         hidden = [self._hidden(torch.where(keep, x_hat().to(self._resid), self._resid)) for x_hat in replaced.values()]
         targets = next_tokens(self._batch.tokens, self._batch.keep)
         clean_loss, losses = compare(self._logits(self._clean), list(map(self._logits, hidden)), targets, self._rows)
-        found = {name: Effect.of(part.kl, part.ce) for name, part in zip(replaced, losses, strict=True)}
-        return found | {CLEAN: Effect.of(torch.zeros_like(clean_loss), clean_loss)}
+        found = {name: Effect.of(part.kl, part.ce, targets) for name, part in zip(replaced, losses, strict=True)}
+        return found | {CLEAN: Effect.of(torch.zeros_like(clean_loss), clean_loss, targets)}
 
     def _hidden(self, resid_WTD: Tensor) -> Tensor:
         """[N, D] behind the final norm."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import Gemma2ForCausalLM
@@ -76,6 +78,14 @@ def test_several_layers_are_replaced_at_once(world, builder, open_context):
     assert found["exact"]["kl_replaced"] == pytest.approx(0, abs=1e-3 * found["exact"]["kl_skipped"])
     assert found["empty"]["kl_replaced"] == found["exact"]["kl_skipped"]
     assert found["exact"]["kl_skipped"] not in (found["layer 1"]["kl_skipped"], found["layer 3"]["kl_skipped"])
+
+
+def test_a_broken_sae_has_no_losses(world, builder, open_context):
+    sae = builder.make_sae()
+    sae.W_dec.data[3] = torch.nan
+    (found,) = measure(open_context(world), builder.subject(sae)).values()
+    assert math.isnan(found["ce_replaced"]) and math.isnan(found["ce_score"]) and math.isnan(found["kl_score"])
+    assert found["ce_clean"] > 0 and found["ce_skipped"] > 0
 
 
 def test_what_has_no_place_says_why_and_the_others_are_measured(world, builder, open_context):

@@ -69,6 +69,20 @@ def test_a_reconstruction_of_zeros_has_no_cosine(world, open_context, builder):
     assert without_nan(result.metrics, -1)["reconstruction_quality"]["cossim"] == -1
 
 
+def test_a_broken_sae_has_no_losses(world, open_context, builder):
+    """One latent writes no numbers: where it fires there is no loss, and none is better than the clean model's."""
+    sae = builder.make_sae()
+    sae.W_dec.data[3] = torch.nan
+    result = run(open_context(world), [builder.subject(sae)])["sae"]
+    whole, ours = without_nan(result.metrics, -1), result.extra["saemill_metrics"]
+    losses = whole["model_performance_preservation"] | whole["model_behavior_preservation"]
+    assert losses["ce_loss_with_sae"] == losses["ce_loss_score"] == losses["kl_div_with_sae"] == -1
+    assert losses["ce_loss_without_sae"] > 0
+    assert {name for name, found in ours["confidence_95"].items() if found} == {"l0"}
+    for found in (ours["massive_kept"], *ours["ablations"].values()):
+        assert math.isnan(found["ce_loss_score"]) and math.isnan(found["kl_div_score"])
+
+
 def test_zero_ablation_leaves_a_gemma_with_every_token_equally_likely(world, open_context, builder):
     result = run(open_context(world), [builder.subject(builder.make_sae())])["sae"]
     assert result.metrics["model_performance_preservation"]["ce_loss_with_ablation"] == pytest.approx(

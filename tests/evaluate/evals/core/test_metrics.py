@@ -226,12 +226,15 @@ def test_density_of_a_dead_sae():
 
 def test_sums_by_document_over_batches():
     sums = DocumentSums()
-    sums.add(np.array([4, 4, 9]), {"a": np.array([1.0, 2.0, np.nan]), "b": np.ones(3)})
-    sums.add(np.array([9, 2]), {"a": np.array([5.0, 7.0]), "b": np.ones(2)})
+    sums.add(np.array([4, 4, 9]), {"a": np.array([1.0, 2.0, 3.0]), "b": np.ones(3)})
+    sums.add(np.array([9, 2]), {"a": np.array([5.0, 7.0]), "b": np.array([np.nan, 1])})
     table = sums.table()
-    assert table["a"].tolist() == [7.0, 3.0, 5.0]
-    assert table["b"].tolist() == [1.0, 2.0, 2.0]
+    assert table["a"].tolist() == [7.0, 3.0, 8.0]
+    np.testing.assert_array_equal(table["b"], [1.0, 2.0, np.nan])
     assert DocumentSums().table() == {}
+    whole = {name: lambda sums, name=name: sums[name] for name in table}
+    found = intervals(table, whole)
+    assert found["b"] is None and found["a"] == intervals({"a": table["a"]}, whole | {"b": whole["a"]})["a"]
 
 
 def test_an_interval_is_as_wide_as_theory_says():
