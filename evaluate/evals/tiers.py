@@ -93,7 +93,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     seen = {subject: Seen(tiers_of(subject, config.tiers), composed) for subject, (_, composed) in composition.items()}
     effects, missing = {subject: dict[str, Effect]() for subject in subjects}, model_obstacle(context, config)
     words = Wording(context)
-    traced = [subject.layer for subject in subjects if subject.is_single_layer]
+    traced = [subject for subject in subjects if subject.is_single_layer]
     tokens = windows = 0
     for batch in read_windows(context, subjects, "tiers", config.windows, config.batch_windows):
         words.read(batch)

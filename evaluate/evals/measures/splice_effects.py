@@ -1,19 +1,21 @@
 """How the model's predictions change when its residual is replaced: KL and loss, from the layers above alone.
 
-Special tokens keep their residual, all others get what they are given. The clean pass of a batch is made once
-for all that is compared with it.
+Special tokens and massive rows keep their residual and do not count, all others get what they are given. The clean
+pass of a batch is made once for all that is compared with it.
 W windows, T positions, D residual width, N kept tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...context.context import Context
+from ...context.loaded_sae import LoadedSae
+from ...context.split_windows import mean_of_rows, ordinary_rows
 from ...model.batches import Sums, Windows
 from ...model.divergence import LogitsOf, chunk_rows, compare, next_tokens
 from ...model.memory import PieceSize
@@ -74,9 +76,11 @@ class Tracer:
         return lambda start, stop: self._model.head(hidden_ND[start:stop])
 
 
-def make_tracers(context: Context, batch: Windows, layers: Sequence[int]) -> dict[int, Tracer]:
-    """A tracer for each layer, so that all SAEs of a layer share its clean pass."""
-    moments = {layer: context.store.moments(layer) for layer in set(layers)}
-    means = {layer: torch.as_tensor(part.mean, dtype=torch.float32) for layer, part in moments.items()}
-    rows = PieceSize(chunk_rows(context.model.facts.vocab_size), "rows of logits", context.say)
-    return {layer: Tracer(context.model, batch, layer, mean.to(context.device), rows) for layer, mean in means.items()}
+def make_tracers(context: Context, batch: Windows, subjects: Iterable[LoadedSae]) -> dict[int, Tracer]:
+    """A tracer for each layer of single-layer SAEs, so that all SAEs of a layer share its clean pass."""
+    rows, tracers = PieceSize(chunk_rows(context.model.facts.vocab_size), "rows of logits", context.say), {}
+    for layer, subject in {subject.layer: subject for subject in subjects}.items():
+        mean = mean_of_rows(context, layer).to(context.device, torch.float32)
+        ordinary = replace(batch, keep=ordinary_rows(context, subject, batch))
+        tracers[layer] = Tracer(context.model, ordinary, layer, mean, rows)
+    return tracers

@@ -10,6 +10,7 @@ import torch
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context.results import frame
+from saemill.evaluate.context.split_windows import mean_of_rows, ordinary_rows
 from saemill.evaluate.errors import ModelMissing, NotApplicable
 from saemill.evaluate.evals import attention, position, temporal, tiers
 from saemill.evaluate.evals.measures.assignment import every, groups_of, ranges_of, saved, tiers_of
@@ -265,7 +266,7 @@ def test_effects_are_those_of_the_whole_model(world, builder, open_context):
     """KL and loss of a spliced reconstruction, and of the store's mean, against a plain forward of all layers."""
     context, subject = open_context(world), builder.subject(builder.make_sae())
     (batch,) = list(tiers.read_windows(context, [subject], "t", 4, 4))
-    tracer = make_tracers(context, batch, [builder.LAYER])[builder.LAYER]
+    tracer = make_tracers(context, batch, [subject])[builder.LAYER]
     _, x_hat = subject.reconstruct(batch)
     found = {**tracer.given, **tracer.effects({"sae": lambda: x_hat})}
     clean = predictions(context.model, batch)
@@ -276,6 +277,19 @@ def test_effects_are_those_of_the_whole_model(world, builder, open_context):
         assert found[name].kl == pytest.approx(float(kl), rel=1e-4)
         assert found[name].loss == pytest.approx(float(loss), rel=1e-5)
     assert found["clean"].kl == 0.0
+
+
+def test_massive_rows_keep_theirs_and_do_not_count(make_world, builder, open_context):
+    context, subject = open_context(make_world(massive=[(21, 3)])), builder.subject(builder.make_sae())
+    (batch,) = list(tiers.read_windows(context, [subject], "t", 4, 4))
+    rows, mean = ordinary_rows(context, subject, batch), mean_of_rows(context, builder.LAYER).float()
+    assert int(batch.keep.sum() - rows.sum()) == 1
+    tracer = make_tracers(context, batch, [subject])[builder.LAYER]
+    _, x_hat = subject.reconstruct(batch)
+    other = torch.where(rows[..., None], x_hat, 9.0)
+    found = tracer.effects({"sae": lambda: x_hat, "other": lambda: other, "mean": lambda: mean.expand_as(x_hat)})
+    assert found["sae"] == found["other"] and found["sae"].tokens == int(rows.sum())
+    assert found["mean"] == tracer.given["mean"]
 
 
 def predictions(model, batch, resid=None, layer=0):
