@@ -87,7 +87,7 @@ def read_sae(folder: Path, rebuild: Rebuild) -> SparseAutoencoder:
 def load_plain_sae(folder: Path) -> SparseAutoencoder:
     """The same for a folder whose weights are all there is to it."""
     folder = Path(folder)
-    config = read_config(folder)
+    config = _as_said_since_6(read_config(folder), folder)
     named = config.get("architecture")
     architecture = config.get("gate", TRANSCODERS.get(str(named), named))
     if architecture not in PLAIN:
@@ -108,6 +108,22 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
     if str(named) in TRANSCODERS and not (sae.metadata.get("layers") and sae.metadata.get("target_layers")):
         sae.metadata["transcodes"] = True
     return sae
+
+
+def _as_said_since_6(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A configuration in SAELens' words of 6.0, which earlier versions had others for."""
+    activation = config.get("activation_fn_str", config.get("activation_fn")) or "relu"
+    factor = config.get("finetuning_scaling_factor") or 1
+    if activation not in ("relu", "topk") or factor is True or factor != 1:
+        raise SaeInvalid(
+            f"{folder}: expected relu or topk as activation and no finetuning_scaling_factor, found {activation!r} and "
+            f"{factor!r}: no plain form computes that"
+        )
+    told = {"architecture": config.get("architecture") or "standard"}
+    if activation == "topk":
+        kwargs = config.get("activation_fn_kwargs")
+        told = {"architecture": "topk", "k": config.get("k"), **(kwargs if isinstance(kwargs, dict) else {})}
+    return {**config, **told, "normalize_activations": config.get("normalize_activations") or "none"}
 
 
 def is_of_one_place(metadata: Mapping[str, Any]) -> bool:

@@ -223,6 +223,31 @@ def test_normalisation_at_run_time_is_refused(tmp_path, battery):
         load_plain_sae(tmp_path)
 
 
+@pytest.mark.parametrize("architecture", ["standard", "topk", None])
+def test_a_topk_of_sae_lens_before_6_is_one(architecture, tmp_path, rng, battery):
+    """It was saved as standard, or as nothing, with topk for its activation."""
+    save(tmp_path, "topk", battery)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    told = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": config.pop("k")}, "normalize_activations": None}
+    told |= {"architecture": architecture} if architecture else {}
+    x = torch.randn(9, D, generator=rng)
+    expected = load_plain_sae(tmp_path).encode(x)
+    (tmp_path / CONFIG).write_text(json.dumps({"apply_b_dec_to_input": True, **told}))
+    assert torch.equal(load_plain_sae(tmp_path).encode(x), expected)
+
+
+@pytest.mark.parametrize("told", [{"activation_fn_str": "tanh-relu"}, {"finetuning_scaling_factor": True}])
+def test_what_sae_lens_before_6_computed_beside_a_plain_form_is_refused(told, tmp_path, battery):
+    save(tmp_path, "standard", battery)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    usual = {"activation_fn_str": "relu", "finetuning_scaling_factor": False, "normalize_activations": False}
+    (tmp_path / CONFIG).write_text(json.dumps({**config, **usual}))
+    load_plain_sae(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps({**config, **usual, **told}))
+    with pytest.raises(SaeInvalid, match="expected relu or topk as activation and no finetuning_scaling_factor"):
+        load_plain_sae(tmp_path)
+
+
 def test_topk_with_rows_of_several_lengths_is_saved_as_what_it_computes(tmp_path, battery, rng):
     """As sparsify leaves it: with rows of length one other latents would be among the k largest."""
     config, sae, assembly = trained("topk", battery)
