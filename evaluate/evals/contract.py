@@ -66,6 +66,8 @@ class Evaluation(Generic[C]):
     needs: Needs = Needs()
     summary: tuple[str, ...] = ()
     """Metrics for the console's table by dotted path: `group.metric`, or a path into `Result.extra`."""
+    is_there: Callable[[LoadedSae], bool] = lambda _: True
+    """Whether what it leaves beside its result is there still: where it is not, `--resume` does it again."""
 
     def __post_init__(self) -> None:
         settings: Any = self.config

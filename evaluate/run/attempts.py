@@ -65,7 +65,8 @@ def _kept(subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: K
     if document is None:
         return None
     if keep == "same":
-        return Row(subject, eval_id, "kept", document=document) if is_whole(document, settings) else None
+        stands = is_whole(document, settings) and evals.load(eval_id).is_there(subject)
+        return Row(subject, eval_id, "kept", document=document) if stands else None
     if not is_of_store(document, settings["cache_id"]):
         return None
     found = describe_differences(document, settings)

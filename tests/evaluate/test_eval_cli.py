@@ -284,6 +284,17 @@ def test_resume_skips_what_is_done_with_the_same_settings(run_1, sae_eval):
     assert results(run_1)["small_eval_results.json"] != before["small_eval_results.json"]
 
 
+def test_resume_makes_a_browser_that_is_gone(run_1, sae_eval):
+    words = ("run_1/small", "--evals", "browser", "--set", "browser.windows=4", "--resume", "--no-plots")
+    sae_eval(*words, options=[])
+    made = (run_1 / "browser/index.html").stat().st_mtime_ns
+    sae_eval(*words, options=[])
+    assert (run_1 / "browser/index.html").stat().st_mtime_ns == made
+    shutil.rmtree(run_1 / "browser")
+    sae_eval(*words, options=[])
+    assert (run_1 / "browser/index.html").is_file()
+
+
 def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run_1, sae_eval, monkeypatch):
     sae_eval("run_1")
     together, groups, run_evals = results(run_1), [], command.run_evals
@@ -440,7 +451,8 @@ def test_a_crash_whose_traceback_cannot_be_kept_is_told(run_1, sae_eval, monkeyp
 @pytest.fixture
 def second_eval(monkeypatch):
     """An evaluation beside core, of which a test decides what it does."""
-    second = SimpleNamespace(config=core.Config, needs=core.EVALUATION.needs, summary=())
+    core_is = core.EVALUATION
+    second = SimpleNamespace(config=core.Config, needs=core_is.needs, summary=(), is_there=core_is.is_there)
     known = evals.load
     monkeypatch.setattr(evals, "names", lambda: ("core", "second"))
     monkeypatch.setattr(evals, "load", lambda name: second if name == "second" else known(name))

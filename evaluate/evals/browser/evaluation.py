@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ...output.figures.records import read_records
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .attended import LEVELS
 from .config import Config
-from .exports import Exported, require_known, write_exports
+from .exports import Exported, keep_exports, require_known, write_exports
 from .firing_counts import lower_edges
 from .folder import LATENT_BYTES, NAME, Folder, making, read_data, unpacked, write_page
 from .for_report import report_of
@@ -69,7 +69,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
             for one in shown:
                 near[one], promotes[one] = neighbours(one, shown, config), promoted(one, head, config.promoted, words)
                 write_latents(folder, one, near[one], promotes[one], tokens, context.watch)
-            kept = keep_others(home, folder, about, subjects, words)
+            kept = keep_others(context, home, folder, about, subjects, words)
             told = words.texts()
             folder.write("words", told)
             texts = dict(zip(told["ids"].tolist(), told["texts"], strict=True)) if config.exports else {}
@@ -116,20 +116,42 @@ def find_head(context: Context) -> tuple[Head | None, str | None]:
 
 
 def keep_others(
-    home: Path, folder: Folder, about: dict[str, Any], subjects: Sequence[LoadedSae], words: Vocabulary
+    context: Context,
+    home: Path,
+    folder: Folder,
+    about: dict[str, Any],
+    subjects: Sequence[LoadedSae],
+    words: Vocabulary,
 ) -> list[dict[str, Any]]:
     """SAEs of the run that are not evaluated now go on to be shown, if they were read on the same tokens."""
-    before = read_data(home / NAME, "run")
-    if before is None or any(before.get(key) != about[key] for key in SAME):
+    before, known = read_data(home / NAME, "run") or {}, {subject.label for subject in subjects}
+    kept = [sae for sae in before.get("saes", []) if sae["label"] not in known and (home / sae["label"]).is_dir()]
+    if not kept:
         return []
-    known = {subject.label for subject in subjects}
-    kept = [sae for sae in before["saes"] if sae["label"] not in known and (home / sae["label"]).is_dir()]
+    labels = [sae["label"] for sae in kept]
+    if _deciding(before) != _deciding(about):
+        context.say(
+            f"browser: {', '.join(labels)} left out, read with other settings: name them too to have them shown"
+        )
+        return []
     for sae in kept:
         shutil.copytree(home / NAME / "data" / sae["folder"], folder.path / "data" / sae["folder"])
-    if kept:
-        told = read_data(home / NAME, "words") or {}
-        words.meet(unpacked(told["ids"]))
+    keep_exports(home / NAME, folder.path, about["run"], labels)
+    told = read_data(home / NAME, "words") or {}
+    words.meet(unpacked(told["ids"]))
     return kept
+
+
+def _deciding(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What SAEs side by side must have alike: `SAME`, without the forms of others that are written too."""
+    found = {key: about.get(key) for key in SAME}
+    return found | {"config": {name: value for name, value in (found["config"] or {}).items() if name != "exports"}}
+
+
+def is_there(subject: LoadedSae) -> bool:
+    """Whether the SAE's pages are: a browser can be removed, or be made without it."""
+    found = read_data(subject.home / NAME, "run") or {}
+    return any(sae["label"] == subject.label for sae in found.get("saes", []))
 
 
 def describe(
@@ -161,4 +183,10 @@ def describe(
     }
 
 
-EVALUATION = Evaluation(Config, evaluate, needs=Needs(store=True), summary=("firing.alive_share", "firing.dense_share"))
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    needs=Needs(store=True),
+    summary=("firing.alive_share", "firing.dense_share"),
+    is_there=is_there,
+)

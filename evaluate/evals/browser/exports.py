@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,6 +78,13 @@ def write_exports(folder: Path, exports: Sequence[str], exported: Exported) -> N
         features = list(features_of(exported, rows))
         for name in exports:
             WRITERS[name](folder / "exports" / name, exported, number, features)
+
+
+def keep_exports(before: Path, folder: Path, run: str, labels: Sequence[str]) -> None:
+    """Of SAEs that a browser of before has and the new one too, as they were written."""
+    for path in (*before.glob("exports/saedashboard/*"), *before.glob("exports/neuronpedia/*/*")):
+        if any(path.name == label or path.name.endswith(f"-{run}-{label}") for label in labels):
+            shutil.copytree(path, folder / path.relative_to(before))
 
 
 def features_of(exported: Exported, rows: slice) -> Iterator[dict[str, Any]]:

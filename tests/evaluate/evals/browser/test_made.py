@@ -570,9 +570,26 @@ def test_saes_of_the_run_that_are_not_evaluated_stay(made, open_context, world):
     make(open_context(world), [b])
     assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b", "a"]
     assert listing(home / "browser" / "data" / "sae_a") == other
-    make(open_context(world), [b], Config(windows=5))  # other text: an SAE read on another cannot stand beside it
+    assert evaluation.is_there(a) and evaluation.is_there(b)
+    context, said = open_context(world), []
+    context.say = said.append
+    make(context, [b], Config(windows=5))  # other text: an SAE read on another cannot stand beside it
     assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b"]
-    assert a.home == home
+    assert [line for line in said if line.startswith("browser: a left out, read with other settings")]
+    assert a.home == home and evaluation.is_there(b) and not evaluation.is_there(a)
+
+
+def test_saes_stay_with_their_exports_whatever_is_exported_now(made, open_context, world):
+    home, _, _ = made
+    (a, b) = subjects_of(home)
+    exports = home / "browser/exports"
+    make(open_context(world), [a], replace(CONFIG, exports=("saedashboard", "neuronpedia")))
+    before = listing(exports)
+    make(open_context(world), [b], replace(CONFIG, exports=("saedashboard",)))
+    assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b", "a"]
+    assert before.items() <= listing(exports).items() and (exports / "saedashboard/b").is_dir()
+    make(open_context(world), [a])
+    assert {path.name for path in exports.glob("*/*")} == {"b"}
 
 
 def test_an_sae_alone_has_the_examples_that_it_has_among_others(made, open_context, world):
