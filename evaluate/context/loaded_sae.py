@@ -96,7 +96,8 @@ class LoadedSae:
         return self.layers[0]
 
     def to(self, device: torch.device) -> None:
-        """Move the SAE."""
+        """Move the SAE; `encoder`, which would hold the memory it leaves, is made anew there."""
+        vars(self).pop("encoder", None)
         self.sae.to(device)
 
     @property

@@ -85,6 +85,15 @@ def test_the_one_layer_of_an_sae_that_has_several(builder):
     assert builder.subject(builder.make_sae(), "one").layer == builder.LAYER
 
 
+def test_what_encodes_moves_with_its_sae(builder):
+    """What is kept of the weights where they were would hold that memory."""
+    subject = builder.subject(builder.make_sae())
+    before = subject.encoder
+    assert subject.encoder is before
+    subject.to(torch.device("cpu"))
+    assert subject.encoder is not before
+
+
 def test_the_drawn_tree_of_errors_is_the_tree():
     drawn = [line for line in errors.__doc__.splitlines() if "──" in line]
     parents, seen = {0: errors.EvalError}, {"EvalError"}
