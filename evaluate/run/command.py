@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,7 +188,7 @@ class Session:
         try:
             store = open_store(url, subjects)
         except (EvalError, StoreError) as error:
-            return [row for subject in subjects for row in self._refused(subject, error)]
+            return self._run_without_store(subjects, error)
         with open_context(
             store,
             model_name=self.model,
@@ -199,6 +199,15 @@ class Session:
             watch=self.watch,
         ) as context:
             return self._run_fitting(context, subjects)
+
+    def _run_without_store(self, subjects: Sequence[LoadedSae], error: Exception) -> list[Row]:
+        """What needs none goes on."""
+        others = {name: config for name, config in self.configs.items() if not evals.load(name).needs.store}
+        rows = [row for subject in subjects for row in self._refused(subject, error) if row.eval_id not in others]
+        if others:
+            self.watch.say(str(error))
+            rows += replace(self, configs=others)._run_group(None, subjects)
+        return rows
 
     def _run_fitting(self, context: Context, subjects: Sequence[LoadedSae]) -> list[Row]:
         """Those SAEs that belong to this store."""

@@ -184,6 +184,15 @@ def test_a_store_that_is_gone(make_world, builder, sae_eval):
     assert not results(run)
 
 
+def test_what_needs_no_store_goes_on_without_one(make_world, builder, sae_eval):
+    world = make_world()
+    run = builder.run(world, "run_1", {"sae": builder.make_sae()})
+    shutil.rmtree(world.store)
+    output = sae_eval("run_1", "--evals", "core,decoder_cosine", code=1)
+    assert "failed: core of run_1/sae: the store of run_1/sae was at" in output and "failed: decoder" not in output
+    assert results(run, "decoder_cosine") and not results(run)
+
+
 def test_a_store_with_another_id_costs_the_other_runs_nothing(world, make_world, builder, sae_eval):
     other = make_world(dtype="float32")
     run_1, run_2 = (builder.run(w, n, {"sae": builder.make_sae()}) for w, n in ((world, "run_1"), (other, "run_2")))
