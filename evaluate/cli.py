@@ -47,7 +47,9 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
 )
 @click.option("--cache", metavar="URL", help="The store.  [default: the one that the run was trained on]")
 @click.option("--runs", default=command.RUNS, show_default=True, metavar="DIR", help="Where runs are kept.")
-@click.option("--layer", type=int, metavar="L", help="The layer of an SAE that does not say which it reads.")
+@click.option(
+    "--layer", type=click.IntRange(0), metavar="L", help="The layer of an SAE that does not say which it reads."
+)
 @click.option("--model", metavar="NAME", help="pocket, a folder or an id.  [default: the one that made the store]")
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="The model's.  [default: the store's]"

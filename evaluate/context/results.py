@@ -26,6 +26,7 @@ from .loaded_sae import LoadedSae
 
 FORMAT = 1  # of our part of a result, which does not say it until there is another
 UNKNOWN = "Unknown"
+CONFIGS = ("cfg.json", "config.json")  # of an SAE's folder
 UNMEASURED = -1  # what SAEBench writes where there is no number
 
 
@@ -144,9 +145,12 @@ def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
 
 
 def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
-    """The result on disk, if it is not older than the SAE."""
+    """The result on disk, if it is not older than the SAE, and of the layers and hooks that it has now."""
     path = result_path(subject, eval_id)
-    return read_result(path) if path.is_file() and not _is_older(path, subject.folder) else None
+    if not path.is_file() or _is_older(path, subject.folder):
+        return None
+    document = read_result(path)
+    return document if _places_in(document.get("sae_cfg_dict")) == _places_in(sae_config(subject)) else None
 
 
 def is_of_store(document: Mapping[str, Any], cache_id: str | None) -> bool:
@@ -178,10 +182,19 @@ def describe_differences(document: Mapping[str, Any], settings: Mapping[str, Any
     return ", ".join(f"{key} {found.get(key)!r} (asked for: {wanted.get(key)!r})" for key in keys)
 
 
+def _places_in(config: Any) -> list[Any]:
+    """Where an SAE reads and writes, by its configuration in a result."""
+    found = config if isinstance(config, Mapping) else {}
+    metadata = found.get("metadata")
+    told = metadata if isinstance(metadata, Mapping) else {}
+    names = ("layers", "target_layers", "hook", "target_hook")
+    return [found.get("hook_layer"), found.get("hook_name"), *(told.get(name) for name in names)]
+
+
 def _is_older(path: Path, folder: Path) -> bool:
-    """Whether a folder's weights were written after the result: another SAE has taken the place of the one measured."""
-    weights = [found for found in folder.glob("*") if found.suffix in WEIGHT_SUFFIXES]
-    return any(found.stat().st_mtime > path.stat().st_mtime for found in weights)
+    """Whether an SAE's files were written after the result: another one has taken the place of the one measured."""
+    files = [found for found in folder.glob("*") if found.suffix in WEIGHT_SUFFIXES or found.name in CONFIGS]
+    return any(found.stat().st_mtime > path.stat().st_mtime for found in files)
 
 
 def without_nan(value: Any, instead: Any) -> Any:

@@ -31,7 +31,7 @@ from ...harvest.model.architectures import architecture_of, require_parts
 from ...harvest.model.attention import ATTENTION, register_attention
 from ...harvest.model.load_and_truncate import ModelFacts, find_weights, kept, read_facts, tapped, without_report
 from ...harvest.model.tokenizer import TextEncoder, make_encoder
-from ..errors import MemoryTooSmall, ModelMissing
+from ..errors import MemoryTooSmall, ModelMissing, WidthMismatch
 from .memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -95,6 +95,10 @@ class LanguageModel:
         `sinks` are handed the attention probabilities [w, H, T, T] of their layers, block by block.
         """
         wanted: list[int] = [*layers, *(sinks or {})]
+        if max(wanted) >= self.facts.num_layers:
+            raise WidthMismatch(
+                f"expected a layer below {self.facts.num_layers}, all the model has, found {max(wanted)}"
+            )
         stack = self._part(0, max(wanted) + 1, normed=False)
         sites = [Site(RESID, layer) for layer in layers]
         with kept(self.stack, self.facts.model_type, sites) as found, self._spliced(splice):

@@ -24,7 +24,7 @@ from ...train.config.settings import parse_settings, split_key, with_settings
 from ...train.errors import RunInterrupted, TrainError
 from .. import evals
 from ..context.context import Context, DtypeName, open_context
-from ..context.loaded_sae import LoadedSae
+from ..context.loaded_sae import LoadedSae, layers_of
 from ..context.results import Row
 from ..errors import CacheIdMismatch, EvalError, SettingInvalid, StoreGone, WidthMismatch
 from ..evals.browser.folder import LATENT_BYTES
@@ -66,6 +66,7 @@ def next_look(rows: Sequence[Row], words: Mapping[str, Any]) -> str | None:
         return None
     places = [] if words["runs"] == RUNS else ["--runs", words["runs"]]
     places += ["--cache", words["cache"]] if words["cache"] else []
+    places += ["--layer", str(words["layer"])] if words["layer"] is not None else []
     command = shlex.join(["sae-eval", *words["targets"], *places, "--evals", "browser"])
     megabytes = sum(subject.width for subject in bare) * LATENT_BYTES / 1e6
     return f"next: {command}    # pages to look at all latents, about {max(1, round(megabytes)):,} MB"
@@ -256,6 +257,12 @@ def require_fit(subject: LoadedSae, store: Store | None) -> None:
     if store is None:
         return
     manifest = store.manifest
+    depth, highest = manifest.model.num_layers, max(layers_of([subject]))
+    if depth is not None and highest >= depth:
+        raise WidthMismatch(
+            f"{subject.name} is about layer {highest}, but the model of {store.url} ({manifest.model.id}) has {depth} "
+            "layers, counted from 0"
+        )
     if subject.cache_id is not None and subject.cache_id != manifest.cache_id:
         raise CacheIdMismatch(
             f"{subject.name} was trained on the store with cache id {subject.cache_id}, "

@@ -8,25 +8,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...cache_schema.layout import ROOT
-from ...cache_schema.sites import HOOKS
+from ...cache_schema.sites import HOOKS, IN_A_LAYER, RESID, site_named
 from ...train.disk.plain_form import without_signs
+from ...train.disk.sae_folder import CONFIG, read_config
 from ...train.errors import RunMissing, TrainError
 from ...train.recipes import runs_of, studies
 from ...train.run.find_sae import find_sae, is_of_hub, list_saes, read_folder
 from ...train.run.folder import RunFolder, cache_of, places_of, run_names
 from ..context.loaded_sae import LoadedSae
 from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
-
-HOOK = re.compile(r"(?:blocks|layers)\.(\d+)\.?(?:hook_resid_(pre|post))?$|^layer_(\d+)$")
-"""transformer_lens' names of residuals before and after a layer, and transformers' names of layers."""
-
 
 STORES = ("./store", "./demo/store")
 """Where `make harvest` and `make demo` put one."""
@@ -82,9 +78,9 @@ def find_places(target: str, runs: Path, cache: str | None = None) -> list[tuple
 def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> LoadedSae:
     """Load the SAE of a folder. With a home elsewhere, of results, it has the name of that."""
     sae = without_signs(read_folder(folder)).eval().requires_grad_(False)
-    config = _read_config(folder)
+    config = read_config(folder) if (folder / CONFIG).is_file() else {}
     metadata = {**sae.metadata, **config.get("metadata", {})}
-    layers = _layers_of(metadata, config, folder, layer)
+    layers, hooks = _places_of(metadata, config, folder, layer)
     url, cache_id = cache_of(run) if run else (None, metadata.get("cache_id"))
     return LoadedSae(
         label=(home or folder.resolve()).name,
@@ -93,7 +89,7 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
         run=run.name if run else None,
         variant=metadata.get("training_architecture") or str(config.get("architecture", "unknown")),
         sae=sae,
-        config={**config, "metadata": metadata},
+        config={**config, "metadata": {**hooks, **metadata}},
         layers=layers,
         target_layers=tuple(metadata.get("target_layers") or layers),
         cache_id=cache_id,
@@ -151,15 +147,12 @@ def studies_with(run: str) -> list[str]:
     return [study for study in studies() if any(recipe.name == run for recipe in runs_of(study))]
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "cfg.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _layers_of(
+def _places_of(
     metadata: Mapping[str, Any], config: Mapping[str, Any], folder: Path, given: int | None
-) -> tuple[int, ...]:
-    """The layers an SAE reads: as it says, as its hook says, or as the user says."""
+) -> tuple[tuple[int, ...], dict[str, str]]:
+    """The layers an SAE reads, and what of them where its hook's name says so: as it says, as that says, or, where no
+    name is that of a place, as the user says."""
+    _require_places(metadata, folder)
     if metadata.get("transcodes") and not (metadata.get("layers") and metadata.get("target_layers")):
         raise SettingInvalid(
             f"{folder} is a transcoder that does not say where it reads and writes: write in its cfg.json metadata "
@@ -167,16 +160,32 @@ def _layers_of(
             f"of {', '.join(HOOKS)}"
         )
     if metadata.get("layers"):
-        return tuple(metadata["layers"])
-    if given is not None:
-        return (given,)
-    hook = str(metadata.get("hook_name") or config.get("hook_name") or config.get("hook_point") or "")
-    match = HOOK.search(hook)
-    if match is None:
+        return tuple(metadata["layers"]), {}
+    name = str(metadata.get("hook_name") or config.get("hook_name") or config.get("hook_point") or "")
+    site = site_named(re.sub(r"^layer_(\d+)$", r"layers.\1", name))
+    if site is not None:
+        return (site.layer,), {} if site.hook == RESID else {"hook": site.hook, "target_hook": site.hook}
+    if name.endswith("blocks.0.hook_resid_pre"):
+        raise SettingInvalid(f"{folder} reads what comes before the first layer ({name!r}), which no store holds")
+    if IN_A_LAYER.search(name) or "hook_" in name:
         raise SettingInvalid(
-            f"{folder} does not say which layer's residual stream it reads (hook_name {hook!r}): give --layer"
+            f"{folder} reads {name!r}, which is none of the hooks that are known here ({', '.join(HOOKS)}). Where it "
+            "is another name of one, write that in the metadata of its cfg.json, as "
+            '{"layers": [5], "hook": "mlp_out", "target_hook": "mlp_out"}'
         )
-    found = int(match[1] or match[3]) - (match[2] == "pre")
-    if found < 0:
-        raise SettingInvalid(f"{folder} reads what comes before the first layer ({hook!r}), which no store holds")
-    return (found,)
+    if given is None:
+        raise SettingInvalid(
+            f"{folder} does not say which layer's residual stream it reads (hook_name {name!r}): give --layer"
+        )
+    return (given,), {}
+
+
+def _require_places(metadata: Mapping[str, Any], folder: Path) -> None:
+    """What says where an SAE reads and writes may have been written by hand."""
+    for name in ("layers", "target_layers"):
+        found = metadata.get(name) or []
+        if not isinstance(found, list) or not all(type(one) is int and one >= 0 for one in found):
+            raise SettingInvalid(f"{folder}: expected {name} as a list of layers, as [5], found {found!r:.60}")
+    for name in ("hook", "target_hook"):
+        if metadata.get(name, RESID) not in [*HOOKS]:
+            raise SettingInvalid(f"{folder}: expected {name} of {', '.join(HOOKS)}, found {metadata[name]!r:.60}")

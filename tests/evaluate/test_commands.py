@@ -185,7 +185,7 @@ def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
 
 
 def test_results_without_pages_of_their_latents_say_how_these_are_made(tmp_path: Path) -> None:
-    words = {"targets": ("my run",), "runs": "else where", "cache": None}
+    words = {"targets": ("my run",), "runs": "else where", "cache": None, "layer": None}
 
     def said(hook: str = "resid", eval_id: str = "core", document: Any = ()) -> str | None:
         subject = Mock(home=tmp_path, width=2048, hooks=(hook, hook))
@@ -193,6 +193,8 @@ def test_results_without_pages_of_their_latents_say_how_these_are_made(tmp_path:
 
     how = "next: sae-eval 'my run' --runs 'else where' --evals browser    # pages to look at all latents, about 8 MB"
     assert said() == how
+    words["layer"] = 0
+    assert said() == how.replace(" --evals", " --layer 0 --evals")
     assert said(hook="mlp_in") is said(eval_id="browser") is said(document=None) is None  # no pages; asked for; failed
     (tmp_path / "browser").mkdir()
     assert said() is None

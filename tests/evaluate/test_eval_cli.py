@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from traceback import walk_stack
 from types import SimpleNamespace
@@ -16,10 +16,12 @@ import pytest
 from click.testing import CliRunner
 
 from saemill import evaluate
+from saemill.cache_schema import Store
 from saemill.cache_schema.cli import main as store_main
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
 from saemill.evaluate.context.results import result_path
+from saemill.evaluate.errors import WidthMismatch
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
@@ -554,15 +556,81 @@ def test_the_layer_that_a_hook_means(golden, builder, hook, layer):
     assert result_path(subject, "core").parent == folder / "evals" / "core"
 
 
-@pytest.mark.parametrize("hook", ["blocks.3.attn.hook_z", "blocks.3.hook_mlp_out", ""])
-def test_a_hook_that_is_no_residual(golden, builder, sae_eval, hook):
+@pytest.fixture
+def told(golden, builder):
+    """The folder of an SAE from elsewhere with other metadata: told(hook_name=...)."""
     folder = golden.subject("topk", builder.root).folder
     config = json.loads((folder / "cfg.json").read_text())
-    config["metadata"]["hook_name"] = hook
-    (folder / "cfg.json").write_text(json.dumps(config))
+
+    def write(**metadata):
+        changed = config | {"metadata": config["metadata"] | metadata}
+        (folder / "cfg.json").write_text(json.dumps(changed))
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "hook"), [("attn.hook_z", "z"), ("hook_mlp_out", "mlp_out"), ("hook_resid_post", "resid")]
+)
+@pytest.mark.parametrize("given", [None, 4])
+def test_a_hook_is_what_its_name_says_whatever_layer_is_given(told, builder, sae_eval, name, hook, given):
+    folder = told(hook_name=f"blocks.3.{name}")
+    (subject,) = find_subjects([str(folder)], builder.root, layer=given)
+    assert (subject.layers, subject.target_layers, subject.hooks) == ((3,), (3,), (hook, hook))
+
+
+@pytest.mark.parametrize("name", ["blocks.3.hook_resid_mid", "hook_embed", "blocks.0.hook_resid_pre"])
+def test_a_place_that_no_store_has_is_refused_whatever_layer_is_given(told, sae_eval, name):
+    said = sae_eval(told(hook_name=name), "--layer", 3, code=1)
+    assert name in said and "--layer" not in said
+
+
+def test_an_sae_that_names_no_place_has_the_layer_it_is_given(told, builder, world, sae_eval):
+    folder = told(hook_name="")
     assert "give --layer" in sae_eval(folder, code=1)
     (subject,) = find_subjects([str(folder)], builder.root, layer=4)
     assert subject.layers == (4,)
+    assert "is not in the range x>=0" in sae_eval(folder, "--layer", -1, code=2)
+    assert "below 5, all the model has, found 99" in sae_eval(
+        folder, "--layer", 99, "--cache", world.store, "--from-tokens", code=1
+    )
+    with Store.open(world.store) as store:
+        model = replace(store.manifest.model, num_layers=5)
+        known = SimpleNamespace(manifest=replace(store.manifest, model=model), url=world.store)
+        with pytest.raises(WidthMismatch, match="about layer 99, but the model .* has 5 layers"):
+            command.require_fit(replace(subject, layers=(99,)), known)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"layers": 3}, "layers as a list of layers, as [5], found 3"),
+        ({"layers": [3], "target_layers": ["3"]}, "target_layers as a list of layers"),
+        ({"layers": [-1]}, "found [-1]"),
+        ({"layers": [3], "hook": ["mlp_in"]}, "expected hook of resid, mlp_in"),
+    ],
+)
+def test_metadata_written_by_hand_cost_the_other_targets_nothing(told, run_1, sae_eval, metadata, said):
+    output = sae_eval(told(**metadata), "run_1/small", code=1)
+    assert said in output and "run_1/small" in output
+    assert set(results(run_1)) == {"small_eval_results.json"}
+
+
+@pytest.mark.parametrize("way", ["--resume", "--compare"])
+def test_a_result_of_another_layer_is_no_result(told, builder, make_world, sae_eval, way):
+    store = make_world(layers=(1, 2)).store
+    words = [told(hook_name=""), "--cache", store, way, "--layer"]
+    found = []
+    for layer in (1, 2, 2):
+        sae_eval(*words, layer)
+        found += results(words[0]).values()
+    assert [document["sae_cfg_dict"]["hook_layer"] for document in found] == [1, 2, 2]
+    assert found[1] == found[2]
+    ahead = time.time() + 60
+    os.utime(words[0] / "cfg.json", (ahead, ahead))
+    sae_eval(*words, 2)
+    assert found[2] not in results(words[0]).values()
 
 
 def test_a_transcoder_from_elsewhere_is_no_sae_of_the_layer_it_reads(golden, builder, sae_eval):
