@@ -15,7 +15,7 @@ from typing import Any
 
 from ...cache_schema.layout import ROOT
 from ...cache_schema.sites import HOOKS, IN_A_LAYER, RESID, site_named
-from ...train.disk.plain_form import without_signs
+from ...train.disk.plain_form import with_unit_rows, without_signs
 from ...train.disk.sae_folder import CONFIG, read_config
 from ...train.errors import RunMissing, TrainError
 from ...train.recipes import runs_of, studies
@@ -77,7 +77,7 @@ def find_places(target: str, runs: Path, cache: str | None = None) -> list[tuple
 
 def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> LoadedSae:
     """Load the SAE of a folder. With a home elsewhere, of results, it has the name of that."""
-    sae = without_signs(read_folder(folder)).eval().requires_grad_(False)
+    sae = with_unit_rows(without_signs(read_folder(folder))).eval().requires_grad_(False)
     config = read_config(folder) if (folder / CONFIG).is_file() else {}
     metadata = {**sae.metadata, **config.get("metadata", {})}
     layers, hooks = _places_of(metadata, config, folder, layer)

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from saemill import evaluate
 from saemill.cache_schema import Store
@@ -631,6 +633,19 @@ def test_a_result_of_another_layer_is_no_result(told, builder, make_world, sae_e
     os.utime(words[0] / "cfg.json", (ahead, ahead))
     sae_eval(*words, 2)
     assert found[2] not in results(words[0]).values()
+
+
+def test_rows_of_other_lengths_are_evaluated_as_unit_rows(builder):
+    sae = builder.make_sae(k=None)
+    plain = make_subject(builder.save(builder.root / "plain", sae), None)
+    weights = load_file(plain.folder / "sae_weights.safetensors")
+    lengths = torch.linspace(0.5, 3, builder.F)
+    for name, factor in (("W_enc", 1 / lengths), ("b_enc", 1 / lengths), ("W_dec", lengths[:, None])):
+        weights[name] = weights[name] * factor
+    save_file(weights, plain.folder / "sae_weights.safetensors")
+    found = make_subject(plain.folder, None).sae
+    torch.testing.assert_close(found.W_dec, plain.sae.W_dec)
+    torch.testing.assert_close(found.W_enc, plain.sae.W_enc)
 
 
 def test_a_transcoder_from_elsewhere_is_no_sae_of_the_layer_it_reads(golden, builder, sae_eval):

@@ -22,6 +22,7 @@ from ..sae.gates import AbsTopK, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
 from ..sae.model import SparseAutoencoder
 
 FAR = 4.0  # times the mean length
+ALMOST_ONE = 1e-5  # what a length may differ by from one, as in SAEBench
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +130,26 @@ def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
             "expected a signed SAE that its weights and gate compute alone, found one behind masks, attention or the "
             "like: evaluations read codes without signs, and such an SAE has no form without them"
         )
-    plain = plain_sae(sae, unit_stats(sae.d_in), unit_stats(sae.d_out))
-    found = sae_from_plain(unsigned(plain))
-    found.metadata = sae.metadata
+    return _again(sae, unsigned(_in_raw_units(sae)))
+
+
+def with_unit_rows(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """The same of an SAE in raw units, its codes in multiples of its decoder rows' lengths; what has them so, to
+    `ALMOST_ONE`, is left as it is, and so is a top-k SAE, whose choice hangs on them."""
+    if not sae.is_plain or isinstance(sae.gate, TopK | AbsTopK):
+        return sae
+    lengths = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1)
+    is_other = ((lengths - 1).abs() > ALMOST_ONE) & (lengths > 0)
+    return _again(sae, _in_raw_units(sae)) if bool(is_other.any()) else sae
+
+
+def _in_raw_units(sae: SparseAutoencoder) -> PlainSae:
+    return plain_sae(sae, unit_stats(sae.d_in), unit_stats(sae.d_out))
+
+
+def _again(sae: SparseAutoencoder, plain: PlainSae) -> SparseAutoencoder:
+    found = sae_from_plain(plain)
+    found.metadata, found.extras_tensors = sae.metadata, sae.extras_tensors
     return found
 
 

@@ -18,7 +18,7 @@ from saemill.train import load_sae
 from saemill.train.disk.formats import FILES, WRITERS, read
 from saemill.train.disk.formats.plain import centred
 from saemill.train.disk.places import places_told
-from saemill.train.disk.plain_form import PlainSae, sae_from_plain, without_signs
+from saemill.train.disk.plain_form import PlainSae, sae_from_plain, with_unit_rows, without_signs
 from saemill.train.disk.sae_folder import WEIGHT_SUFFIXES
 from saemill.train.errors import RunMissing, SaeInvalid
 from saemill.train.export import export, largest_difference, main
@@ -92,6 +92,23 @@ def test_a_signed_sae_has_two_latents_for_each_where_others_know_no_signs(kind, 
     assert found.num_latents == (F if kind == "sae_lens" else 2 * F)
     codes = without_signs(one).encode(x)
     assert bool((codes >= 0).all()) and torch.allclose(codes[:, :F] - codes[:, F:], one.encode(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated", "topk"])
+def test_rows_get_length_one_where_they_have_another(architecture):
+    """The same reconstructions; a top-k SAE, whose choice hangs on its codes, and one of unit rows stay as they are."""
+    plain = make_plain(architecture)
+    lengths = torch.linspace(0.25, 4, F)
+    tensors = plain.tensors | {"W_dec": plain.tensors["W_dec"] * lengths[:, None]}
+    x = torch.randn(64, D, generator=torch.Generator().manual_seed(0))
+    stretched = sae_from_plain(replace(plain, tensors=tensors))
+    folded, unit = with_unit_rows(stretched), sae_from_plain(plain)
+    assert with_unit_rows(unit) is unit
+    assert (folded is stretched) == (architecture == "topk")
+    torch.testing.assert_close(folded(x), stretched(x), rtol=1e-4, atol=1e-5)
+    if architecture != "topk":
+        torch.testing.assert_close(folded.W_dec, plain.tensors["W_dec"])
+        torch.testing.assert_close(folded.encode(x), stretched.encode(x) * lengths, rtol=1e-4, atol=1e-5)
 
 
 def test_a_signed_sae_behind_a_mask_has_no_form_without_signs():
