@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,8 @@ from .errors import AddressInvalid, StoreError, StoreFull, StoreUnreachable
 
 PAGE = 1000  # names that one request for a listing gives at most
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+EXISTS, CONFLICT = 412, 409  # what S3 answers to "create it": it is there; it is being removed at this moment
+CONFLICT_PAUSES = (0.1, 0.3, 1.0)  # seconds, before trying again
 _BLOCK = 2**20  # checksum what was just read while it is still in the processor's cache
 
 
@@ -226,11 +229,19 @@ class RemoteFiles:
     def create(self, key: str, data: bytes) -> bool:
         """Write a whole file unless there is one; whether it was written."""
         with self._name_failure("writing", key):
-            try:
-                self.fs.pipe_file(f"{self.path}/{key}", data, mode="create")
-            except FileExistsError:
-                return False
-            return True
+            pauses = iter(CONFLICT_PAUSES)
+            while True:
+                try:
+                    self.fs.pipe_file(f"{self.path}/{key}", data, mode="create")
+                    return True
+                except FileExistsError:
+                    return False
+                except OSError as error:
+                    if (status := _status_of(error)) == EXISTS:
+                        return False
+                    if status != CONFLICT or (pause := next(pauses, None)) is None:
+                        raise
+                    time.sleep(pause)
 
     def list(self, folder: str) -> list[str]:
         with self._name_failure("listing", folder):
@@ -264,6 +275,12 @@ class RemoteFiles:
                 "Look at the network, the address and the credentials, then run the same command again: it goes on "
                 "where it stopped",
             ) from error
+
+
+def _status_of(error: OSError) -> int | None:
+    """The HTTP status that botocore was given: s3fs knows a refusal only in the words that AWS has for it."""
+    answer: Any = getattr(error.__cause__, "response", None)
+    return answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else None
 
 
 class S3Files(RemoteFiles):

@@ -28,12 +28,14 @@ import pytest
 
 from saemill.cache_schema import Request, Span, Store, StoreBusy, StoreError, StoreUnreachable, StoreWriter
 from saemill.cache_schema import claims as claims_module
+from saemill.cache_schema import files as files_module
 from saemill.cache_schema import writer as writer_module
 from saemill.cache_schema.claims import LeaseClaims
 from saemill.cache_schema.files import LocalFiles, RemoteFiles, open_files
 from saemill.cache_schema.layout import arrays_of
 
 s3fs = pytest.importorskip("s3fs")
+botocore = pytest.importorskip("botocore")
 
 EVERYTHING = Request(layers=(3,), attention_layers=(2,), tokens=True, documents=True)
 
@@ -200,6 +202,41 @@ def test_a_claim_whose_answer_was_lost_is_the_writers_own():
     assert not other.take(0) and not one.take(0)
     one.close()
     other.close()
+
+
+def test_a_server_that_names_no_condition_refuses_too(proxy, monkeypatch):
+    """AWS says which condition did not hold, others do not; s3fs then knows no file that exists."""
+    files = open_files(f"s3://mill/{uuid.uuid4().hex}")
+    assert isinstance(files, RemoteFiles)
+    monkeypatch.setattr(proxy, "kinds", ("no condition",))
+    monkeypatch.setattr(proxy, "share", 1.0)
+    one, other = LeaseClaims(files), LeaseClaims(files)
+    assert one.take(3)
+    assert not other.take(3)
+    one.close()
+
+
+@pytest.mark.parametrize("conflicts", [2, 9])
+def test_a_claim_that_is_just_being_removed_is_tried_again(monkeypatch, conflicts):
+    """AWS answers so to who creates what another removes at this moment; not for ever."""
+    files = open_files(f"memory://{uuid.uuid4().hex}")
+    assert isinstance(files, RemoteFiles)
+    answer = {"Error": {"Code": "ConditionalRequestConflict"}, "ResponseMetadata": {"HTTPStatusCode": 409}}
+    left, pipe = [OSError(errno.EIO, "conflict") for _ in range(conflicts)], files.fs.pipe_file
+
+    def conflict(*args: Any, **kwargs: Any) -> None:
+        if left:
+            raise left.pop() from botocore.exceptions.ClientError(answer, "PutObject")
+        pipe(*args, **kwargs)
+
+    monkeypatch.setattr(files_module, "CONFLICT_PAUSES", (0.0,) * 3)
+    monkeypatch.setattr(files.fs, "pipe_file", conflict)
+    if conflicts == 2:
+        assert files.create("claims/0.json", b"mine") and files.read("claims/0.json") == b"mine"
+    else:
+        with pytest.raises(StoreUnreachable, match="conflict"):
+            files.create("claims/0.json", b"mine")
+        assert len(left) == 9 - 4
 
 
 @pytest.mark.faults
