@@ -7,13 +7,16 @@ from itertools import accumulate
 from typing import Any
 
 from ..cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
+from ..cache_schema.codecs import MAX_PACKED_BYTES
 from ..cache_schema.identity import seal
+from ..cache_schema.layout import arrays_of
 from ..cache_schema.manifest import PART
 from ..cache_schema.sites import RESID
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests, share_windows
 from .config import HarvestConfig, read_hooks, read_layers
 from .corpus import source_of
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
+from .errors import SettingInvalid
 from .model.load_and_truncate import ModelFacts, Wanted, read_facts
 from .model.resolve import POCKET, SMOLLM2, Choice, ModelSource
 from .model.tokenizer import TextEncoder, load_encoder
@@ -90,7 +93,21 @@ def make_plan(config: HarvestConfig, source: ModelSource, choice: Choice | None 
     facts = read_facts(source.folder)
     wanted = wanted_layers(config, facts)
     facts.validate_context(config.context)
-    return Plan(config, source, facts, wanted, load_encoder(source.folder), choice)
+    plan = Plan(config, source, facts, wanted, load_encoder(source.folder), choice)
+    _require_chunks_that_fit(plan)
+    return plan
+
+
+def _require_chunks_that_fit(plan: Plan) -> None:
+    """Else the first shard would find out, when the corpus has been tokenised and the model is loaded."""
+    manifest = expected_manifest(plan, corpus_spec(plan, plan.corpus.dataset, None, {}), plan.windows)
+    for path, array in arrays_of(manifest).items():
+        if array.codec != "raw" and array.chunk_bytes > MAX_PACKED_BYTES:
+            topk = f" or --attention-topk ({manifest.attention.topk})" if path.startswith("attention/") else ""
+            raise SettingInvalid(
+                f"{path}: a shard would take {array.chunk_bytes / 2**30:,.2f} GiB in one piece, and what is compressed "
+                f"must be below 2 GiB. Lower --shard-windows ({manifest.shard_windows}){topk}"
+            )
 
 
 def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:

@@ -641,6 +641,12 @@ def test_without_attention(make_config: Make):
         ({"resid_layers": (4,)}, LayerOutOfRange, "layers 0 to 3"),
         ({"resid_layers": (3,), "attention_layers": (1, 2, 3, 4)}, LayerOutOfRange, "attention of layer 4"),
         ({"context": 65}, ContextTooLong, "at most 64"),
+        (
+            {"shard_windows": 2**20, "attention_topk": 99},
+            SettingInvalid,
+            r"layer_0/data: .* 2.00 GiB .* --shard-windows \(1048576\) or --attention-topk \(32\)",
+        ),
+        ({"shard_windows": 2**25, "attention_layers": (), "codec": "lz4"}, SettingInvalid, r"--shard-windows .*\d\)$"),
     ],
 )
 def test_what_the_model_cannot_give_is_refused_before_anything_is_written(make_config: Make, changes, error, words):
