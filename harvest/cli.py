@@ -22,7 +22,7 @@ from ..cache_schema.sites import HOOKS, RESID
 from .config import ATTENTION_AROUND, HarvestConfig, parse_count, parse_sinks, parse_worker
 from .corpus import dataset_help
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
-from .errors import HarvestError
+from .errors import HarvestError, SettingInvalid
 
 if TYPE_CHECKING:
     from .run import Finished
@@ -130,15 +130,18 @@ def make_config(options: dict[str, Any]) -> HarvestConfig:
 
 
 def _corpus(options: dict[str, Any]) -> DatasetOptions | None:
-    if options["dataset"] is None:
-        return None
-    return DatasetOptions(
-        dataset=options["dataset"],
+    said = DatasetOptions(
+        dataset=options["dataset"] or "",
         config=options["dataset_config"],
         split=options["dataset_split"],
         revision=options["dataset_revision"],
         column=options["column"],
     )
+    if options["dataset"] is not None:
+        return said
+    for words in said.beside.values():
+        raise SettingInvalid(f"{words} goes with --dataset: name that too, {OPENWEBTEXT} say")
+    return None
 
 
 def _harvest(config: HarvestConfig, is_json: bool) -> None:

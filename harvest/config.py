@@ -11,6 +11,7 @@ from ..cache_schema.dtypes import SmallDtype
 from ..cache_schema.manifest import Codec, Sink
 from ..cache_schema.sites import HOOKS, RESID, Site, by_hook
 from ..cache_schema.strict_json import nearest
+from .corpus import require_heeded
 from .corpus.source import DatasetOptions
 from .errors import SettingInvalid
 from .packing import Packing
@@ -23,6 +24,7 @@ BATCH_TOKENS = 2048
 SMALL_BATCH_TOKENS = 512  # of models so narrow that their activations then stay in a CPU's cache
 SMALL_WIDTH = 512
 ATTENTION_AROUND = "-2..+1"
+ANY_LAYER = 2**40  # stands for --resid-layers where it only counts which hooks take them
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,12 @@ class HarvestConfig:
     def __post_init__(self) -> None:
         for layers in (self.resid_layers, self.attention_layers):
             read_layers(layers, 0)  # what cannot be read is refused before a model is looked for
-        kept = read_hooks(self.hooks, 0, (0,))
-        if self.resid_layers and RESID not in kept:
-            raise SettingInvalid(f"--resid-layers asks for residuals, --hooks {self.hooks} for none: add {RESID}")
+        kept = read_hooks(self.hooks, 0, (ANY_LAYER,)).get(RESID, ())
+        if self.resid_layers and ANY_LAYER not in kept:
+            found = "those of other layers: leave out one of the two" if kept else f"none: add {RESID}"
+            raise SettingInvalid(f"--resid-layers asks for residuals, --hooks {self.hooks} for {found}")
+        if self.corpus is not None:
+            require_heeded(self.corpus)
         if self.context < 2:
             raise SettingInvalid(f"--context: expected at least 2 (BOS and one token), found {self.context}")
         for name in ("shard_windows", "batch_windows"):

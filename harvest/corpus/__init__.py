@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from functools import cache
 
-from ..errors import SourceInvalid
+from ..errors import SettingInvalid, SourceInvalid
 from .source import Corpus, DatasetOptions, Source
 
 CONTRACT = "source"
@@ -30,6 +30,14 @@ def _load(name: str) -> Source:
 def source_of(options: DatasetOptions) -> Source:
     """The first source that takes what a user names."""
     return next(source for source in sources().values() if source.takes(options))
+
+
+def require_heeded(options: DatasetOptions) -> None:
+    """Refuse what is said beside --dataset and would change nothing."""
+    heeds = source_of(options).heeds
+    for name, words in options.beside.items():
+        if name not in heeds:
+            raise SettingInvalid(f"{words}: --dataset {options.dataset} knows nothing of that kind. Leave it out")
 
 
 def open_corpus(options: DatasetOptions) -> Corpus:

@@ -155,4 +155,5 @@ SOURCE = Source(
     help=f"{PREFIX}FOLDER of installed documentation",
     takes=lambda options: options.dataset.startswith(PREFIX),
     open=open_docs,
+    heeds=(),
 )

@@ -1,8 +1,9 @@
 """A corpus of local files: text, jsonl, parquet, or a folder of any of these.
 
-A text file that stands alone holds documents with blank lines between them, or, where it has no blank
-line, one document a line. In a folder each text file is one document. jsonl and parquet files hold one
-document a row. A folder's files are read in the order of their names; other files in it are left alone.
+A text file that stands alone, whatever its suffix, holds documents with blank lines between them, or, where it has no
+blank line, one document a line; one whose suffix says rows or packed is refused. In a folder each text file is one
+document. jsonl and parquet files hold one document a row. A folder's files are read in the order of their names; other
+files in it are left alone.
 
 The identity is a hash of the bytes, never the path.
 """
@@ -17,13 +18,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid
+from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, SettingInvalid
 from .source import OPENWEBTEXT, STDLIB, DatasetOptions, Source, State, checked_text
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 FILE_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES)
+ROWS_REMEDY = (
+    "Write its rows into a .jsonl file, one JSON object a line; one that has such lines already only needs that name"
+)
+NO_TEXT: dict[str, str] = {
+    **dict.fromkeys((".json", ".csv", ".tsv"), ROWS_REMEDY),
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), "Unpack it first"),
+}
 PARQUET_ROWS = 256
 
 
@@ -195,7 +203,23 @@ def open_local(options: DatasetOptions) -> LocalCorpus:
             f"there is no file or folder {options.dataset}. Give a text, jsonl or parquet file or a folder of them, "
             f"the id of a data set on the hub such as {OPENWEBTEXT}, or `{STDLIB}`"
         )
-    return LocalCorpus(path, options.column)
+    if path.is_file() and (remedy := NO_TEXT.get(path.suffix.lower())):
+        raise CorpusUnavailable(
+            f"{options.dataset}: expected text ({', '.join(TEXT_SUFFIXES)}), or rows as {', '.join(JSONL_SUFFIXES)} or "
+            f".parquet, found {path.suffix}. {remedy}"
+        )
+    corpus = LocalCorpus(path, options.column)
+    if "column" in options.beside and "column" not in corpus.settings:
+        raise SettingInvalid(
+            f"{options.beside['column']}: {options.dataset} is plain text, which has no columns. Leave it out"
+        )
+    return corpus
 
 
-SOURCE = Source(help="a text, jsonl or parquet file or a folder of them", takes=is_local, open=open_local, rank=1)
+SOURCE = Source(
+    help="a text, jsonl or parquet file or a folder of them",
+    takes=is_local,
+    open=open_local,
+    rank=1,
+    heeds=("column",),
+)

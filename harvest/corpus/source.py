@@ -11,7 +11,7 @@ Importing it is quick: what takes seconds to import is imported by `open`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from ..errors import DocumentInvalid
@@ -20,6 +20,12 @@ State = dict[str, Any]  # plain JSON
 
 STDLIB = "stdlib"
 OPENWEBTEXT = "Skylion007/openwebtext"
+BESIDE = {  # --dataset: what a source may heed, and what a user types
+    "config": "--dataset-config",
+    "split": "--dataset-split",
+    "revision": "--dataset-revision",
+    "column": "--column",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,12 @@ class DatasetOptions:
     split: str = "train"
     revision: str | None = None
     column: str = "text"
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """What is said beside --dataset, by name, as a user types it."""
+        said = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+        return {name: f"{BESIDE[name]} {value}" for name, value in said.items() if name in BESIDE}
 
 
 class Corpus(Protocol):
@@ -80,6 +92,8 @@ class Source:
     """Sources are asked by rank: 0 names of their own, 1 paths, 2 whatever no other takes."""
     tokens: int | None = None
     """How many to take where the user does not say; None: what suits the model."""
+    heeds: tuple[str, ...] = tuple(BESIDE)
+    """Of what may be said beside --dataset; the rest is refused where a user says it."""
     pinned: Callable[[DatasetOptions], dict[str, Any]] | None = None
     """Of a remote corpus: its `settings` without asking for it, so that a store goes on while it is out of reach."""
 

@@ -45,5 +45,6 @@ SOURCE = Source(
     help=STDLIB,
     takes=lambda options: options.dataset == STDLIB,
     open=lambda _: StdlibCorpus(),
+    heeds=(),
     tokens=600_000,  # a minute or so on two cores
 )

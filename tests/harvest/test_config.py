@@ -3,6 +3,7 @@
 import pytest
 
 from saemill.harvest.config import HarvestConfig, Worker, parse_count, parse_layers, parse_worker
+from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import SettingInvalid
 from saemill.harvest.model.load_and_truncate import ModelFacts, Wanted
 from saemill.harvest.store_plan import wanted_layers
@@ -77,6 +78,34 @@ def test_settings_out_of_range_name_their_option(changes):
 def test_layers_are_read_before_a_model_is_looked_for(name):
     with pytest.raises(SettingInvalid, match="'all': expected layers such as"):
         HarvestConfig(out="store", **{name: "all"})
+
+
+@pytest.mark.parametrize(
+    ("hooks", "words"),
+    [
+        ("mlp_in", "mlp_in for none: add resid"),
+        ("resid:5", "resid:5 for those of other layers"),
+        ("resid:5,mlp_in", "those of other layers"),
+        ({"resid": (5,)}, "those of other layers"),
+    ],
+)
+def test_layers_of_residuals_that_hooks_would_leave_out_are_refused(hooks, words):
+    with pytest.raises(SettingInvalid, match=f"--resid-layers asks for residuals, --hooks .*{words}"):
+        HarvestConfig("store", resid_layers="17..20", hooks=hooks)
+    for kept in ("resid", "resid,resid:5", "mlp_in:2,resid", {"mlp_in": (2,)}):
+        HarvestConfig("store", resid_layers="17..20", hooks=kept)
+
+
+@pytest.mark.parametrize("dataset", ["stdlib", "docs:/usr/share/doc", "./text.jsonl"])
+@pytest.mark.parametrize("beside", ["config", "split", "revision", "column"])
+def test_what_a_corpus_would_not_heed_is_refused(dataset, beside):
+    options = DatasetOptions(dataset, **{beside: "other"})
+    if dataset == "./text.jsonl" and beside == "column":
+        assert HarvestConfig("store", corpus=options).corpus == options
+        return
+    with pytest.raises(SettingInvalid, match=rf"--(dataset-)?{beside} other: --dataset {dataset} knows nothing"):
+        HarvestConfig("store", corpus=options)
+    HarvestConfig("store", corpus=DatasetOptions("owner/name", **{beside: "other"}))
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,7 @@ def test_a_dry_run_refuses_what_the_disk_cannot_hold(type_: Type, monkeypatch):
         ),
         (["--worker=3/2"], "SettingInvalid: --worker 3/2"),
         (["--device=abacus"], "SettingInvalid: --device abacus"),
+        (["--dataset-split=test"], "SettingInvalid: --dataset-split test: --dataset"),
         (["--dataset=./nothing.txt"], "CorpusUnavailable: there is no file"),
         (["--dataset=my data"], "CorpusUnavailable: data set my data cannot be reached"),
         (["--model=./nothing"], "ModelUnavailable"),
@@ -187,6 +188,13 @@ def test_bad_settings_get_one_line_and_write_nothing(type_: Type, tmp_path, more
     assert result.exit_code == 1
     assert result.output.splitlines()[-1].startswith(line)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("more", ["--dataset-config=en", "--dataset-split=test", "--dataset-revision=1", "--column=x"])
+def test_what_goes_with_a_dataset_is_refused_without_one(tmp_path, more):
+    result = CliRunner().invoke(main, [more, "--model=./nothing", f"--out={tmp_path}/store"])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"SettingInvalid: {more.replace('=', ' ')} goes with --dataset")
 
 
 @pytest.mark.parametrize("below", ["", "/store", "/runs/store"])

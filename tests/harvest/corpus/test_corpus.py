@@ -14,7 +14,7 @@ from saemill.harvest.corpus import open_corpus
 from saemill.harvest.corpus.local import LocalCorpus
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.corpus.stdlib import StdlibCorpus
-from saemill.harvest.errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid
+from saemill.harvest.errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, SettingInvalid
 
 
 def read(path: Path, column: str = "text") -> list[str]:
@@ -119,6 +119,25 @@ def test_a_folder_without_text_is_empty(tmp_path):
     write(tmp_path / "a.bin", b"x")
     with pytest.raises(CorpusEmpty, match="no file with text"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("wiki.json", "needs that name"), ("a.CSV", ".jsonl"), ("x.jsonl.gz", "Unpack it"), ("x.txt.zst", "Unpack it")],
+)
+def test_a_file_of_rows_or_a_packed_one_is_not_read_as_text(tmp_path, name, remedy):
+    path = write(tmp_path / name, '{"text": "one"}\n{"text": "two"}\n')
+    suffix = Path(name).suffix
+    with pytest.raises(CorpusUnavailable, match=rf"expected text .* \.parquet, found \{suffix}\. .*{remedy}"):
+        open_corpus(DatasetOptions(str(path)))
+
+
+@pytest.mark.parametrize("name", ["enwik", "wiki.train.tokens", "notes.rst", "a.txt"])
+def test_any_other_file_is_text_and_has_no_columns(tmp_path, name):
+    path = write(tmp_path / name, "one\n\ntwo\n")
+    assert list(open_corpus(DatasetOptions(str(path))).documents()) == ["one\n", "two\n"]
+    with pytest.raises(SettingInvalid, match=f"--column body: .*{name} is plain text"):
+        open_corpus(DatasetOptions(str(path), column="body"))
 
 
 @pytest.mark.parametrize("name", ["./nothing", "nothing.txt", "/no/such/folder", "a/b/c"])
