@@ -11,12 +11,13 @@ import hashlib
 
 PER_MILLE = {"train": 920, "validation": 40, "test": 40}
 EVALUATION_TOKENS = 2_200 * 16 * 128  # what SAEBench's core reads at full size
-SPARED_TOKENS = 1_000_000  # stores up to here are for trying things, and train on what they have
+SPARED_TOKENS = 1_000_000  # who asks for no more than this tries things, and trains on what there is
 
 
 def per_mille_for_tests(tokens: int) -> int:
     """How much of a new store is for tests: what evaluations need, up to a quarter of what lies beyond the first
-    million tokens, and never less than 4 %. A store keeps what it was begun with."""
+    million tokens, and never less than 4 %. Of the tokens that are asked for: how many a corpus has is known when its
+    documents are dealt out. A store keeps what it was begun with."""
     wanted = min(EVALUATION_TOKENS, max(0, tokens - SPARED_TOKENS) // 4)
     return max(PER_MILLE["test"], -(-1000 * wanted // max(1, tokens)))
 

@@ -21,7 +21,7 @@ from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
 from ..cache_schema.files import Files, LocalFiles, name_full_disk, open_files
 from ..cache_schema.layout import ROOT
 from ..cache_schema.manifest import PART, require_same
-from ..cache_schema.splits import PER_MILLE
+from ..cache_schema.splits import PER_MILLE, per_mille_for_tests
 from .corpus import open_corpus, source_of
 from .corpus.source import part_of
 from .errors import SettingInvalid, TokensMissing
@@ -41,6 +41,7 @@ from .store_plan import (
 POLL_SECONDS = 0.5
 WAIT_SECONDS = 12 * 3600
 LOCK_FILE = "lock"
+WORTH_TELLING = 10  # per mille of the documents: so many more than needed are for tests
 
 
 def begin_store(plan: Plan, process: Process, watch: Watch) -> StoreWriter:
@@ -98,11 +99,23 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
 
         spool, packed = spool_corpus(corpus, plan.encoder, job, folder, report)
         if len(packed.tokens) < plan.windows:
-            watch.say(f"the corpus fills {len(packed.tokens):,} windows of the {plan.windows:,} asked for")
+            watch.say(tell_shortage(plan.windows, len(packed.tokens), context, job.test_per_mille))
         writer = StoreWriter.create(plan.config.out, manifest_of(plan, spec, packed), packed.tokens, packed.documents)
         del packed
         spool.remove()
     return writer
+
+
+def tell_shortage(asked: int, filled: int, context: int, test: int) -> str:
+    """That the corpus ended early; the share of tests was drawn for what was asked, while documents were read."""
+    said = f"the corpus fills {filled:,} windows of the {asked:,} asked for"
+    own = per_mille_for_tests(filled * context)
+    if test - own < WORTH_TELLING:
+        return said
+    return (
+        f"{said}; {test / 10:g} % of its documents are for tests, as suits so many, and not {own / 10:g} %. "
+        f"To train on the others, remove the store and begin it with --tokens {filled * context}"
+    )
 
 
 def require_ours(plan: Plan, found: Manifest, url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -37,6 +38,7 @@ from saemill.cache_schema.dtypes import SmallDtype
 from saemill.cache_schema.files import LocalFiles, open_files
 from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.moments import is_special
+from saemill.cache_schema.splits import per_mille_for_tests
 from saemill.cache_schema.verify_and_repair import digest, repair, verify_shards
 from saemill.harvest import create_store, run, shards, store_plan
 from saemill.harvest.config import HarvestConfig, Worker
@@ -695,6 +697,28 @@ def test_an_overflow_stops_the_run_names_the_layer_and_keeps_what_is_committed(m
         harvest(make_config())
     with Store.open(make_config().out) as store:
         assert store.committed.tolist() == [True, True] + [False] * 6
+
+
+@pytest.mark.parametrize(
+    ("asked", "filled", "told"),
+    [
+        (78_125, 3_125, "; 22.5 % of its documents are for tests, .* not 4 %.* begin it with --tokens 400000"),
+        (78_125, 70_000, ""),
+        (781_250, 78_125, ""),  # 4.6 % for tests, where its own count would have 22.5 %
+        (4_000, 3_000, ""),
+    ],
+)
+def test_a_corpus_that_ends_early_says_what_its_tests_cost(asked, filled, told):
+    said = create_store.tell_shortage(asked, filled, 128, per_mille_for_tests(asked * 128))
+    assert re.fullmatch(f"the corpus fills {filled:,} windows of the {asked:,} asked for{told}", said)
+
+
+def test_a_short_corpus_is_told(make_config: Make, monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr(create_store, "tell_shortage", lambda *numbers: f"short: {numbers}")
+    run.harvest(make_config(tokens=10**6), Watch(Console(file=said, width=200)))
+    with Store.open(make_config().out) as store:
+        assert f"short: ({10**6 // 32}, {store.manifest.windows}, 32, 40)" in said.getvalue()
 
 
 def test_too_little_text_is_refused(make_config: Make, tmp_path):
