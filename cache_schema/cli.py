@@ -25,11 +25,12 @@ from .reader import GONE, Store
 from .sites import HOOKS, RESID, Site
 from .sources import NumpySource, SaelensSource, Source
 from .strict_json import nearest, to_json
-from .verify_and_repair import Damage, digest, drop_broken_derived, repair, verify_shards
+from .verify_and_repair import Damage, digest, drop_broken_derived, find_wrong_derived, repair, verify_shards
 from .vllm import VllmSource
 from .watch import follow
 
 NOT_HARVESTED = ("import",)  # corpora that no model can bring back
+TOKEN = click.IntRange(0, 2**32 - 1)
 REHARVESTERS = "saemill.reharvest"  # entry points: functions (url, shards) that can write shards again
 
 
@@ -95,22 +96,26 @@ def verify(url: str, is_json: bool) -> None:
     """Read every byte and hold it against what was committed."""
     with _report(), Store.open(url) as store:
         damage = _find_damage(store)
+        wrong = [] if damage else find_wrong_derived(store)
         for item in damage:
             click.echo(str(item), err=True)
+        for key in wrong:
+            click.echo(f"{key}: not what the shards give", err=True)
         missing = int((~store.committed).sum())
         shards = store.manifest.shards
     broken = sorted({item.shard for item in damage})
     if is_json:
         can_be_mended = not any(item.array in BEGINNING for item in damage)
         facts = {"url": url, "shards": shards, "missing": missing, "damaged": broken, "can_be_mended": can_be_mended}
-        print_json({**facts, "damage": [to_json(item) for item in damage]})
-        sys.exit(1 if damage else 0)
+        print_json({**facts, "damage": [to_json(item) for item in damage], "derived_damaged": wrong})
+        sys.exit(1 if damage or wrong else 0)
     if missing:
         click.echo(f"{missing} of {shards} shards are not harvested yet: the same harvest goes on with them")
     if damage:
         click.echo(f"{len(broken)} of {shards} shards are damaged: {broken}")
         with _report():
             _refuse_if_tokens_are_gone(damage)
+    if damage or wrong:
         click.echo(f"Mend them with: sae-store repair {url}")
         sys.exit(1)
     click.echo(f"{shards - missing} shards read, every one is what was committed")
@@ -139,16 +144,19 @@ def repair_command(url: str, remove_only: bool) -> None:
             click.echo(f"{key} was damaged: made again")
         with Store.open(url) as store:
             damage, manifest = _find_damage(store), store.manifest
+            wrong = [] if damage else find_wrong_derived(store)
         damaged = sorted({item.shard for item in damage})
         for item in damage:
             click.echo(str(item))
         _refuse_if_tokens_are_gone(damage)
-        repair(url, damaged)
-        if not damaged:
+        repair(url, damaged, wrong)
+        for key in wrong:
+            click.echo(f"{key} was not what the shards give: made again")
+        if not damaged and not wrong:
             click.echo("nothing is damaged")
-        elif remove_only:
+        elif damaged and remove_only:
             click.echo(f"{len(damaged)} shards removed: {damaged}. The same harvest writes them again")
-        else:
+        elif damaged:
             _reharvest(url, manifest, damaged)
 
 
@@ -173,13 +181,13 @@ Examples:
 @click.option(
     "--layer",
     "layers",
-    type=int,
+    type=click.IntRange(0),
     multiple=True,
     help="The layer of each --resid file, or of each that vLLM was asked for (its id L + 1 is after layer L).",
 )
 @click.option("--model", required=True, help="The model that made them, for the record.")
-@click.option("--special-token", "special", type=int, multiple=True, help="A token id that never trains, such as BOS.")
-@click.option("--bos-token", type=int)
+@click.option("--special-token", "special", type=TOKEN, multiple=True, help="Id of a token that never trains, as BOS.")
+@click.option("--bos-token", type=TOKEN)
 @click.option("--validation", default=0.05, show_default=True, help="Share of windows.")
 @click.option("--test", default=0.05, show_default=True, help="Share of windows.")
 @click.option("--codec", type=click.Choice(get_args(Codec)), default="raw", show_default=True)

@@ -219,10 +219,15 @@ def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     files.remove(SUMMARY)  # the summary describes a finished store, and this store is open again
     committed = find_committed(files, manifest)
     committed[gone] = False
-    records = _read_records(files, manifest, np.flatnonzero(committed))
-    files.replace(INDEX, encode_index(_extend(Index(manifest.cache_id, format=manifest.format), committed, records)))
+    files.replace(INDEX, encode_index(derive_index(files, manifest, committed)))
     for shard in gone:
         files.remove(record_key(shard))
+
+
+def derive_index(files: Files, manifest: Manifest, committed: np.ndarray) -> Index:
+    """The index of these shards, from their records alone."""
+    records = _read_records(files, manifest, np.flatnonzero(committed))
+    return _extend(Index(manifest.cache_id, format=manifest.format), committed, records)
 
 
 def encode_index(index: Index) -> bytes:

@@ -41,6 +41,11 @@ class ImportSettings:
 
 def import_store(url: str, source: Source, settings: ImportSettings, on_shard: Callable[[int, int], None]) -> Manifest:
     """Write the source as a store; goes on where an earlier import of the same source stopped."""
+    if not source.has_tokens and (settings.special_tokens or settings.bos_token is not None):
+        raise ImportInvalid(
+            "special tokens and BOS cannot be found without tokens: give them (--tokens FILE), or leave out "
+            "--special-token and --bos-token, so that every row trains"
+        )
     tokens = source.tokens(0, source.windows)
     documents = np.repeat(np.arange(source.windows, dtype=np.uint32)[:, None], source.context, axis=1)
     manifest = _manifest(source, settings, _fingerprint(source, tokens, settings.shard_windows))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .buffers import ShardBuffers
 from .claims import open_claims
-from .commits import CommitRecord, forget, read_index, read_record
-from .counts import read_counts
+from .commits import CommitRecord, derive_index, forget, read_index, read_record
+from .counts import count_all, read_counts
 from .digest import array_digest, store_digest
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError
 from .files import Files, open_files
@@ -21,7 +21,7 @@ from .request import Request, ShardArrays, Span
 from .root import read_root
 from .sites import Site
 from .summary import read_summary
-from .writer import refresh
+from .writer import derive_summary, refresh
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,35 @@ def digest(store: Store) -> str:
     return store_digest(store.manifest, records)
 
 
-def repair(url: str, damaged: list[int]) -> None:
-    """Make damaged shards uncommitted, so that a harvest writes them again, and rebuild what is derived."""
+def find_wrong_derived(store: Store) -> list[str]:
+    """Index, counts and summary that are not what the shards give; every shard must have been found sound before."""
+    files, manifest = store.files, store.manifest
+    index = read_index(files, manifest)
+    wrong = [] if index == derive_index(files, manifest, index.mask(manifest.shards)) else [INDEX]
+    if _is_wrong(
+        lambda: (found := read_counts(files, manifest)) and found.trainable,
+        lambda: count_all(manifest, store.ids).trainable,
+    ):
+        wrong.append(COUNTS)
+    if store.committed.all() and _is_wrong(
+        lambda: read_summary(files, manifest),
+        lambda: derive_summary(files, manifest, derive_index(files, manifest, store.committed)),
+    ):
+        wrong.append(SUMMARY)
+    return wrong
+
+
+def _is_wrong(read: Callable[[], object], derive: Callable[[], object]) -> bool:
+    """None is read where there is no such file, which is no fault."""
+    try:
+        found = read()
+    except ManifestInvalid:
+        return True
+    return found is not None and found != derive()
+
+
+def repair(url: str, damaged: list[int], wrong: Sequence[str] = ()) -> None:
+    """Make damaged shards uncommitted, so that a harvest writes them again, and derive anew what is wrong or lacks."""
     files = open_files(url)
     manifest = read_root(files).manifest
     claims = open_claims(files)
@@ -76,6 +103,8 @@ def repair(url: str, damaged: list[int]) -> None:
                     f"shard {shard} of {url} is being written right now: let that end, then repair{claims.if_killed}"
                 )
         with claims.hold_derived():
+            for key in wrong:
+                files.remove(key)
             if damaged:
                 forget(files, manifest, damaged)
             refresh(files, manifest)

@@ -26,6 +26,7 @@ from .commits import (
     READ_AT_ONCE,
     CommitRecord,
     DeviceRecord,
+    Index,
     compact,
     find_committed,
     has_record,
@@ -221,15 +222,19 @@ def refresh(files: Files, manifest: Manifest) -> None:
     if not files.exists(COUNTS):
         with Store(files) as store, suppress(ShardCorrupt):  # damaged tokens are counted once they are mended
             write_counts(files, count_all(manifest, store.ids))
-    if not index.mask(manifest.shards).all() or read_summary(files, manifest) is not None:
-        return
+    if index.mask(manifest.shards).all() and read_summary(files, manifest) is None:
+        write_summary(files, derive_summary(files, manifest, index))
+
+
+def derive_summary(files: Files, manifest: Manifest, index: Index) -> Summary:
+    """The summary of a finished store, from the lines of its shards."""
     with Store(files) as store:
         merged = {site: summarise(merge(_shard_moments(store, site))) for site in manifest.sites}
     by_hook: dict[str, dict[int, LayerSummary]] = {}
     for site, found in merged.items():
         by_hook.setdefault(site.hook, {})[site.layer] = found
     totals = sorted(index.attention.items())
-    summary = Summary(
+    return Summary(
         cache_id=manifest.cache_id,
         resid=by_hook.pop(RESID, {}),
         kept_mass={layer: total.kept_mass for layer, total in totals},
@@ -237,7 +242,6 @@ def refresh(files: Files, manifest: Manifest) -> None:
         hooks=by_hook,
         format=manifest.format,
     )
-    write_summary(files, summary)
 
 
 def _shard_moments(store: Store, site: Site) -> Iterator[Moments]:

@@ -9,7 +9,7 @@ import pytest
 from saemill.cache_schema import FormatTooNew, Request, Site, Store, StoreWriter, from_float32, to_float32
 from saemill.cache_schema import manifest as manifest_module
 from saemill.cache_schema.layout import COUNTS
-from saemill.cache_schema.verify_and_repair import digest
+from saemill.cache_schema.verify_and_repair import digest, find_wrong_derived
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 spec = importlib.util.spec_from_file_location("make_store", GOLDEN / "make_store.py")
@@ -34,6 +34,7 @@ def test_golden_store_reads_as_it_was_made(codec: str) -> None:
         request = Request(layers=(1,), attention_layers=(0,), tokens=True, documents=True)
         parts = [store.read(request, span) for span in store.spans(request)]
         assert digest(store) == DIGEST
+        assert find_wrong_derived(store) == []
     assert np.array_equal(np.concatenate([part.tokens for part in parts]), make_store.tokens())
     assert np.array_equal(np.concatenate([part.documents for part in parts]), make_store.documents())
     expected = from_float32(make_store.resid(), "bfloat16")
@@ -48,6 +49,7 @@ def test_golden_store_of_format_2_reads_as_it_was_made() -> None:
         request = Request(layers=(1,), hooks={"mlp_in": (0, 1), "mlp_out": (1,), "z": (1,)})
         parts = [store.read(request, span) for span in store.spans(request)]
         assert digest(store) == DIGEST_OF_HOOKS
+        assert find_wrong_derived(store) == []
         assert store.moments(1, "z").mean.shape == (2,)
     assert np.array_equal(
         np.concatenate([part.resid[1] for part in parts]), from_float32(make_store.resid(), "bfloat16")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,21 @@ def test_import_without_tokens_says_so_in_the_manifest(tmp_path: Path, arrays: d
     with Store.open(url) as opened:
         assert opened.manifest.corpus.settings == {"tokens": False}
         assert opened.moments(4).count == 600 * 8
+
+
+@pytest.mark.parametrize("more", [("--bos-token", 0), ("--special-token", 7)])
+def test_special_tokens_without_tokens_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], more) -> None:
+    """Rows would all count as BOS, or none."""
+    result = run("import", tmp_path / "s", "--resid", tmp_path / "resid.npy", "--layer", 4, "--model", "m", *more)
+    assert result.exit_code == 1 and not (tmp_path / "s").exists()
+    assert result.output.lstrip().startswith("ImportInvalid: special tokens and BOS cannot be found without tokens")
+
+
+@pytest.mark.parametrize("option", ["--special-token", "--bos-token", "--layer"])
+def test_numbers_below_zero_are_refused_by_their_option(tmp_path: Path, option: str) -> None:
+    result = run("import", tmp_path / "s", "--resid", tmp_path / "x.npy", option, -1, "--model", "m")
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}': -1 is not in the range" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -323,6 +339,38 @@ def test_repair_makes_index_summary_and_array_documents_again(store: Path) -> No
     assert result.exit_code == 0, result.output
     assert "nothing is damaged" in result.output
     assert [path.read_bytes() for path in derived] == before
+
+
+@pytest.mark.parametrize(
+    ("key", "find", "put"),
+    [
+        ("stats/summary.json", r'"mean_norm": [0-9.]+', '"mean_norm": 400.0'),
+        ("stats/summary.json", "^.*$", "{"),
+        ("stats/counts.json", r"\b8, 7\b", "7, 8"),
+        ("commits/index.json", r'"tokens": [0-9]+', '"tokens": 1'),
+    ],
+)
+def test_what_is_derived_and_wrong_is_found_and_made_again(store: Path, key: str, find: str, put: str) -> None:
+    """Its numbers are used in place of those of the shards."""
+    whole = (store / key).read_text()
+    changed = re.sub(find, put, whole, count=1, flags=re.S)
+    assert changed != whole
+    (store / key).write_text(changed)
+    result = run("verify", store)
+    assert result.exit_code == 1
+    assert f"{key}: not what the shards give" in result.stderr and f"sae-store repair {store}" in result.stdout
+    found = json.loads(run("verify", store, "--json").stdout)
+    assert (found["damaged"], found["derived_damaged"]) == ([], [key])
+    result = run("repair", store)
+    assert result.exit_code == 0 and f"{key} was" in result.output, result.output
+    assert (store / key).read_text() == whole
+    assert run("verify", store).exit_code == 0
+
+
+def test_what_is_derived_and_not_there_is_no_fault(store: Path) -> None:
+    for key in ("stats/summary.json", "stats/counts.json", "commits/index.json"):
+        (store / key).unlink()
+    assert run("verify", store).exit_code == 0
 
 
 def test_repair_refuses_where_tokens_are_gone(store: Path) -> None:
