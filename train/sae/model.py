@@ -133,9 +133,20 @@ class SparseAutoencoder(nn.Module):
         """Activations of the pre-activations at their support."""
         return self.gate.open(pre, self.b_enc, side)
 
+    def encoder_input(self, x: Tensor, side: Side) -> Tensor:
+        """What `encoder_rows` are multiplied with: [B, D_in]."""
+        return self.centred(x)
+
     def encoder_rows(self, latents: Tensor) -> Tensor:
         """What these latents read of a whole row: [M, D_in]."""
         return self.W_enc[latents]
+
+    def made_pre(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
+        """Pre-activations of these latents [B, M], for a constant x, where `encoder_rows` do not make them.
+
+        Their gradient reaches what is theirs alone and what changes all of them, no other latent's encoder.
+        """
+        return None
 
     def encoder_times(self, factor_D: Tensor) -> Tensor:
         """The encoder's table for an input divided by `factor_D`."""

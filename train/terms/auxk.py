@@ -5,7 +5,8 @@ B rows, D width, M dead latents.
 2. The k_aux largest of each row; sparse where k_aux is a small part of M.
 3. e_hat = their activations times their decoder rows, without the bias: the residual e lacks it already.
 4. Loss = ||e - e_hat||^2 / ||e - mean(e)||^2, with e a constant.
-Encoder and decoder rows of dead latents get its gradient, nothing else does.
+Encoder and decoder rows of dead latents get its gradient, and what changes pre-activations (a norm, adapters on
+features); nothing else does.
 """
 
 from __future__ import annotations
@@ -48,21 +49,27 @@ class AuxK:
 
     def _codes(self, view: View, dead: Tensor, count: int) -> Codes:
         """Those of the dead latents that are here, of `count` in all."""
-        latents = view.side.latents
-        W_MD, b_M = view.sae.encoder_rows(dead), view.sae.b_enc[dead]
-        x = view.sae.centred(view.x).detach()
-        if self.k < DENSE_SHARE * count:
-            with torch.no_grad():
-                pre = linear(x, W_MD, b_M)
-                score = pre.abs() if self.signed else pre
-                support = support_topk(score, self.k) if latents.is_whole else split_topk(score, self.k, latents)
-            codes = Codes(affine(x, None, W_MD, b_M, support), support, x.shape[0], dead.numel())
+        sae = view.sae
+        pre = sae.made_pre(view.x, view.side, dead)
+        if pre is None:
+            read = (sae.encoder_input(view.x, view.side).detach(), sae.encoder_rows(dead), sae.b_enc[dead])
+            is_sparse = self.k < DENSE_SHARE * count
+            codes = self._sparse(*read, view) if is_sparse else self._dense(_affine(*read, _product(view)), count, view)
         else:
-            product = _product(view)
-            is_exact = product == "float32"
-            pre = linear(x, W_MD, b_M) if is_exact else affine(x, None, W_MD, b_M, None, product=product)
-            codes = replace(codes_from_dense(self._keep_topk(pre, count, latents), None), product=product)
-        return view.sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
+            codes = self._dense(pre, count, view)
+        return sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
+
+    def _sparse(self, x: Tensor, W_MD: Tensor, b_M: Tensor, view: View) -> Codes:
+        latents = view.side.latents
+        with torch.no_grad():
+            pre = linear(x, W_MD, b_M)
+            score = pre.abs() if self.signed else pre
+            support = support_topk(score, self.k) if latents.is_whole else split_topk(score, self.k, latents)
+        return Codes(affine(x, None, W_MD, b_M, support), support, x.shape[0], b_M.numel())
+
+    def _dense(self, pre: Tensor, count: int, view: View) -> Codes:
+        kept = self._keep_topk(pre, count, view.side.latents)
+        return replace(codes_from_dense(kept, None), product=_product(view))
 
     def _keep_topk(self, pre: Tensor, count: int, latents: Latents) -> Tensor:
         """All but the k largest of each row set to zero, of `count` latents in all."""
@@ -70,6 +77,10 @@ class AuxK:
             return pre
         score = pre.detach().abs() if self.signed else pre.detach()
         return torch.where(score >= lowest_of_topk(score, self.k, latents), pre, 0.0)
+
+
+def _affine(x: Tensor, W: Tensor, b: Tensor, product: Product) -> Tensor:
+    return linear(x, W, b) if product == "float32" else affine(x, None, W, b, None, product=product)
 
 
 def _product(view: View) -> Product:

@@ -107,7 +107,10 @@ class DeadPreActivation:
         if dead.numel() == 0:
             return view.x.new_zeros(())
         assert isinstance(gate, JumpRelu)
-        pre = linear(view.sae.centred(view.x).detach(), view.sae.W_enc[dead], view.sae.b_enc[dead])
+        pre = view.sae.made_pre(view.x, view.side, dead)
+        if pre is None:
+            x = view.sae.encoder_input(view.x, view.side).detach()
+            pre = linear(x, view.sae.encoder_rows(dead), view.sae.b_enc[dead])
         below = torch.relu(gate.threshold[dead] - pre)
         return below.sum() / view.x.shape[0]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saemill.cache_schema.strict_json import from_json, to_json
+from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import read_sae, save_sae
 from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
@@ -21,6 +22,8 @@ from saemill.train.sae.attention.reading import Attention
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import Side
+from saemill.train.sae.step_view import View
+from saemill.train.terms.auxk import AuxK
 
 
 def moved(assembly: Assembly, rng: torch.Generator) -> Assembly:
@@ -91,6 +94,25 @@ def test_gradients_are_finite_differences(made):
         below = float(loss().detach())
         flat[place] += step
         assert float(grad.flatten()[place]) == pytest.approx((above - below) / (2 * step), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["dense", "sparse"])
+def test_dead_latents_learn_what_they_read_through_attention_too(share, made, rng, monkeypatch):
+    monkeypatch.setattr("saemill.train.terms.auxk.DENSE_SHARE", share)
+    sae, x, windows = made
+    side, dead = Side(windows.side), torch.arange(sae.num_latents) % 3 == 0
+    view = View(x, x, side, sae, dead, unit_stats(x.shape[1]), rng)
+    attended = sae.attended(x, side).detach()
+    pre = ((x - sae.b_dec.detach()) @ sae.W_enc.t() + attended @ sae.U.t() + sae.b_enc)[:, dead]
+    acts = torch.where(pre >= pre.topk(2, dim=1).values[:, -1:], pre, 0.0).relu()
+    error = view.residual
+    expected = (error - acts @ sae.W_dec[dead]).square().sum() / (error - error.mean(0)).square().sum()
+    found = AuxK(2)(view)
+    torch.testing.assert_close(found, expected)
+    parameters = [sae.U, sae.W_enc, sae.b_enc, sae.W_dec]
+    own, slow = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (found, expected))
+    torch.testing.assert_close(own, slow)
+    assert own[0][dead].any() and torch.autograd.grad(found, sae.V, allow_unused=True)[0] is None
 
 
 @pytest.mark.parametrize("base", ["standard", "topk", "jumprelu", "batchtopk"])

@@ -13,9 +13,10 @@ from saemill.train.sae.shapes.position_gate import PositionGate
 from saemill.train.sae.shapes.range_encoders import Adapters, FeatureAdapters, RangeEncoders
 from saemill.train.sae.shapes.shaped import ShapedAutoencoder, orthogonal_rows
 from saemill.train.sae.side_inputs import Side
+from saemill.train.terms.auxk import AuxK
 from saemill.train.terms.position import mass_by_range, retention
 from saemill.train.terms.reconstruction import reconstruction
-from saemill.train.terms.sparsity import l1
+from saemill.train.terms.sparsity import DeadPreActivation, l1
 
 RANGES, CONTEXT, LATENTS = 3, 12, 20
 
@@ -309,3 +310,53 @@ def test_the_control_scatters_ranges_of_the_same_size(battery, kind, rng):
 def test_there_must_be_ranges_to_scatter(battery):
     with pytest.raises(ConfigInvalid, match="scattered: expected ranges to scatter"):
         battery.config_of("positional", mask="static_slicing", scattered=True).needs()
+
+
+@pytest.mark.parametrize("kind", ["ranges", "norm", "on_input", "on_features"])
+@pytest.mark.parametrize("k", [3, 99], ids=["some", "all"])
+def test_dead_latents_learn_from_the_pre_activations_that_the_codes_are_made_of(kind, k, rng, shaping, monkeypatch):
+    """Through the encoders that are really read; those of living latents, and what brings the input, are left alone."""
+    monkeypatch.setattr("saemill.train.terms.auxk.DENSE_SHARE", 1.0)
+    inner = shaping.make_sae(rng, JumpRelu(LATENTS, 0.4, 0.2).double())
+    shape = {
+        "ranges": lambda: RangeEncoders(inner.W_enc.detach()[:8].expand(RANGES, -1, -1), CONTEXT, embeds=True),
+        "norm": lambda: PreNorm(torch.arange(LATENTS) % 2, 2),
+        "on_input": lambda: Adapters(shaping.D, 4, CONTEXT, RANGES, 1.0, rng),
+        "on_features": lambda: FeatureAdapters(LATENTS, 4, CONTEXT, RANGES, 1.0, rng),
+    }[kind]().double()
+    for parameter in shape.parameters():
+        parameter.data.normal_(generator=rng)
+    sae = ShapedAutoencoder(inner, {"shape": shape})
+    dead = torch.zeros(LATENTS, dtype=torch.bool)
+    dead[[2, 5, 7, 8, 13, 19]] = True
+    view = shaping.make_views(rng, sae, dead)()
+    pre = sae.pre_codes(view.x, view.side, lambda pre, side: None).values[:, dead]
+    expected = torch.relu(sae.gate.threshold[dead] - pre).sum() / len(view.x)
+    torch.testing.assert_close(DeadPreActivation()(view), expected)
+    kept = torch.zeros_like(pre).scatter(1, pre.topk(min(k, 6), dim=1).indices, 1.0)
+    left = view.residual - (pre * kept).relu() @ sae.W_dec[dead]
+    spread = (view.residual - view.residual.mean(0)).square().sum(1).mean()
+    found, expected = AuxK(k)(view), left.square().sum(1).mean() / spread
+    torch.testing.assert_close(found, expected)
+    named = dict(sae.named_parameters())
+    own, slow = (
+        dict(
+            zip(
+                named,
+                torch.autograd.grad(loss, [*named.values()], retain_graph=True, materialize_grads=True),
+                strict=True,
+            )
+        )
+        for loss in (found, expected)
+    )
+    for name in ("W_enc", "b_enc"):
+        torch.testing.assert_close(own[name][dead], slow[name][dead])
+        assert not own[name][~dead].any() and own["b_enc"][dead].any()
+    assert not own["b_dec"].any()
+    if kind == "ranges":
+        first = dead[:8]
+        torch.testing.assert_close(own["shapes.shape.W"][:, first], slow["shapes.shape.W"][:, first])
+        assert own["shapes.shape.W"][:, first].any() and not own["shapes.shape.W"][:, ~first].any()
+        assert not own["W_enc"][:8].any() and not own["shapes.shape.embedding"].any()
+    if kind == "on_input":
+        assert not any(own[f"shapes.shape.{name}"].any() for name in ("inner", "outer", "gate"))

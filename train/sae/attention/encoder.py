@@ -55,6 +55,12 @@ class AttendedSae(SparseAutoencoder):
         pre = Codes(pre_values, support, x.shape[0], self.num_latents, pre=pre_values)
         return self.gate.open(pre, self.b_enc, side)
 
+    def encoder_input(self, x: Tensor, side: Side) -> Tensor:
+        return torch.cat([self.centred(x), self.attended(x, side)], dim=1)
+
+    def encoder_rows(self, latents: Tensor) -> Tensor:
+        return torch.cat([self.W_enc[latents], self.U[latents]], dim=1)
+
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
         pre = linear(self.centred(x), self.W_enc, self.b_enc)
         return self.gate.infer(pre + self.attended(x, side) @ self.U.t(), self.b_enc)

@@ -34,11 +34,17 @@ class RangeEncoders(Shape):
         self.W = nn.Parameter(W_RPD.clone())
         self.embedding = nn.Parameter(torch.zeros(ranges, width)) if embeds else None
 
-    def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side) -> Tensor:
+    def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side, latents: Tensor | None = None) -> Tensor:
         own = self.W.shape[1]
         here = range_of(self.position(side), self.context, self.ranges)
         if self.embedding is not None:
-            x_centred = x_centred + self.embedding[here]
+            embedding = self.embedding if latents is None else self.embedding.detach()
+            x_centred = x_centred + embedding[here]
+        if latents is not None:
+            ranged_M = self.W[:, latents.clamp_max(own - 1)]
+            tables = torch.where((latents < own)[:, None], ranged_M, sae.W_enc[latents]).unbind(0)
+            read = by_range(x_centred, here, self.ranges, lambda x, index: linear(x, tables[index]))
+            return read + sae.b_enc[latents]
         tables = self.W.unbind(0)
         ranged = by_range(x_centred, here, self.ranges, lambda x, index: linear(x, tables[index])) + sae.b_enc[:own]
         return torch.cat([ranged, linear(x_centred, sae.W_enc[own:], sae.b_enc[own:])], dim=1)

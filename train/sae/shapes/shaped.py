@@ -63,7 +63,8 @@ class Shape(Part):
     def adapt(self, x: Tensor, side: Side) -> Tensor:
         return x
 
-    def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side) -> Tensor:
+    def make_pre(self, sae: SparseAutoencoder, x_centred: Tensor, side: Side, latents: Tensor | None = None) -> Tensor:
+        """Of all latents, or of some, with gradient to these latents' encoders alone."""
         raise NotImplementedError
 
     def change_pre(self, pre: Tensor, side: Side) -> Tensor:
@@ -95,13 +96,28 @@ class ShapedAutoencoder(SparseAutoencoder):
 
     def pre_codes(self, x: Tensor, side: Side = NO_SIDE, choose: Choose | None = None) -> Codes:
         x = self._adapted(x, side)
-        if not any(shape.makes_pre or shape.changes_pre for shape in self._each()):
+        if not self._is_dense():
             return super().pre_codes(x, side, choose)
         pre = self._dense_pre(x, side)
         with torch.no_grad():
             support = (choose or self.choose)(pre, side)
         codes = codes_from_dense(pre, support)
         return replace(codes, pre=codes.values)
+
+    def encoder_input(self, x: Tensor, side: Side) -> Tensor:
+        return super().encoder_input(self._adapted(x, side), side)
+
+    def made_pre(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
+        if not self._is_dense():
+            return None
+        with torch.no_grad():
+            x_centred = self.encoder_input(x, side)
+        pre = self._made(x_centred, side, latents)
+        if not any(shape.changes_pre for shape in self._each()):
+            return pre
+        with torch.no_grad():
+            pre_all = self._made(x_centred, side)
+        return self._changed(pre_all.index_copy(1, latents, pre), side)[:, latents]
 
     def choose(self, pre_all: Tensor, side: Side) -> Support | None:
         factor = self._factor(_as_codes(pre_all), side)
@@ -170,9 +186,19 @@ class ShapedAutoencoder(SparseAutoencoder):
 
     def _dense_pre(self, x: Tensor, side: Side) -> Tensor:
         """All pre-activations in float32, with gradient."""
-        x_centred = self.centred(x)
+        return self._changed(self._made(self.centred(x), side), side)
+
+    def _is_dense(self) -> bool:
+        return any(shape.makes_pre or shape.changes_pre for shape in self._each())
+
+    def _made(self, x_centred: Tensor, side: Side, latents: Tensor | None = None) -> Tensor:
         makers = [shape for shape in self._each() if shape.makes_pre]
-        pre = makers[0].make_pre(self, x_centred, side) if makers else linear(x_centred, self.W_enc, self.b_enc)
+        if makers:
+            return makers[0].make_pre(self, x_centred, side, latents)
+        W, b = (self.W_enc, self.b_enc) if latents is None else (self.W_enc[latents], self.b_enc[latents])
+        return linear(x_centred, W, b)
+
+    def _changed(self, pre: Tensor, side: Side) -> Tensor:
         for shape in self._each():
             pre = shape.change_pre(pre, side)
         return pre
