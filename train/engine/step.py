@@ -344,7 +344,7 @@ def _weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) ->
 def _lr_scales(sae: SparseAutoencoder) -> dict[str, float]:
     """Multiples of the learning rate, for the parameters of modules that ask for one."""
     return {
-        f"{path}.{name}": module.lr_scale
+        f"{path}.{name}": 1.0 if name in module.unscaled else module.lr_scale
         for path, module in sae.named_modules()
         if isinstance(module, Part)
         for name, _ in module.named_parameters()

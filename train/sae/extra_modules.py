@@ -15,6 +15,8 @@ class Part(nn.Module):
 
     lr_scale: float = 1.0
     """Multiple of the SAE's learning rate, for the parameters of this module."""
+    unscaled: tuple[str, ...] = ()
+    """Those of its parameters that learn at the SAE's own rate all the same."""
 
 
 class Extra(Part):

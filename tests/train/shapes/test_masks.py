@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saemill.train.engine.step import _lr_scales
 from saemill.train.errors import ConfigInvalid
 from saemill.train.sae.gates import AbsTopK, BatchTopK, Gated, JumpRelu, Relu, TopK
 from saemill.train.sae.shapes.masks import FREE, HardMask, SoftMask, range_of, spread_over_ranges
@@ -135,7 +136,18 @@ def test_a_progressive_mask_begins_at_the_plain_codes_and_ends_at_the_mask(rng, 
     moved = 0.3 * torch.tensor(0.7).exp() / (0.3 * torch.tensor(0.7).exp() + 0.7)
     assert float(mask.coefficient(views[0.3].side).detach()) == pytest.approx(float(moved))
     assert float(mask.coefficient(views[1.0].side).detach()) == 1.0
+    with torch.no_grad():
+        mask.offset.fill_(-40.0)  # beside 1 such odds are nothing
+        assert float(mask.coefficient(views[1.0].side)) == 1.0
+        mask.offset.fill_(0.7)
     shaping.assert_slopes(lambda: reconstruction(shaping.make_views(rng_at(5), sae, mask_coefficient=0.3)()), mask, rng)
+
+
+def test_the_offset_of_a_soft_mask_learns_at_the_rate_of_the_sae(battery):
+    """Centres have many tokens to go; a step of so much in the offset would open or close the mask at once."""
+    settings = {"mask": "soft", "sigma": 3.0, "progressive": (0.1, 0.6), "learned_coefficient": True}
+    scales = _lr_scales(battery.config_of("positional", **settings).build(battery.D).sae)
+    assert {name: scales[f"shapes.mask.{name}"] for name in ("centre", "offset")} == {"centre": 90.0, "offset": 1.0}
 
 
 def rng_at(seed):

@@ -49,7 +49,7 @@ class Mask(Shape):
         if self.offset is None:
             return c
         odds = c * self.offset.exp()
-        return odds / (odds + 1.0 - c)
+        return odds / (odds + (1.0 - c))  # exactly 1 at c = 1, however small the odds
 
     def mask(self, codes: Codes, position_B: Tensor, latents: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -77,6 +77,7 @@ class SoftMask(Mask):
     """A Gaussian around a learned centre."""
 
     sigma: Tensor
+    unscaled = ("offset",)
 
     def __init__(
         self, bound_F: Tensor, centre_F: Tensor, sigma: float, cutoff: float, learns_offset: bool = False
