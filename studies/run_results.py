@@ -55,7 +55,7 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) 
     """What a finished run came to: of its result and of its evaluations."""
     result = read_json(folder.path / "result.json")
     half = RunFolder.at(folder.path.with_name(folder.name + HALF))
-    at_half = read_json(half.path / "result.json")["saes"] if half.is_finished else {}
+    at_half = read_json(half.path / "result.json") if half.is_finished else {"saes": {}}
     lines = []
     documents = {
         eval_id: {
@@ -68,14 +68,20 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) 
     uneven = {eval_id: differing(list(found.values())) for eval_id, found in documents.items()}
     for label, sae in result["saes"].items():
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
-        if label in at_half:
-            values["growth"] = sae["explained_variance"] - at_half[label]["explained_variance"]
+        is_half = at_half.get("steps") == result["steps"] // 2
+        if label in at_half["saes"] and is_half:
+            values["growth"] = sae["explained_variance"] - at_half["saes"][label]["explained_variance"]
         if costs:
             seconds, size = sae.get("step_seconds"), sae.get("state_bytes")
             values["ms_per_step"] = None if seconds is None else 1e3 * seconds
             values["state_mb"] = None if size is None else size / 1e6
         remarks = [f"a warm-up or onset of {asked} steps took {given}" for asked, given in sae.get("cut_short", ())]
         problems = [] if result["steps"] > 0 else ["it made no step"]
+        if label in at_half["saes"] and not is_half:
+            problems.append(
+                f"its growth is not known: expected {result['steps'] // 2} steps of {half.name}, found "
+                f"{at_half['steps']}: remove {half.path} and ask for the study again"
+            )
         for eval_id in eval_ids:
             document = documents[eval_id].get(label)
             if document is None:

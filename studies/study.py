@@ -241,8 +241,13 @@ def half_command(recipe: Recipe, course: Course) -> list[str]:
     """The same for the base of a finished run, at half its length; none where that has ended."""
     tokens = read_json(course.out / recipe.name / "result.json")["tokens"] // 2
     pairs = zip(course.options[::2], course.options[1::2], strict=True)
-    options = [word for pair in pairs if pair[0] not in ("--tokens", "--epochs") for word in pair]
+    options = [word for pair in pairs if not _says_length(*pair) for word in pair]
     return _training_words(half_of(recipe), course, [*options, "--tokens", str(tokens), *AS_OFTEN], False)
+
+
+def _says_length(option: str, value: str) -> bool:
+    name = value.partition("=")[0].strip() if option == "--set" else option
+    return name in ("--tokens", "--epochs", "course.tokens", "course.epochs")
 
 
 def _training_words(recipe: Recipe, course: Course, options: Sequence[str], beside: bool) -> list[str]:

@@ -362,7 +362,8 @@ def test_a_remark_is_told_once_and_of_whom():
 
 def test_what_the_last_doubling_gained_is_of_the_base_at_half_the_length(tmp_path):
     folder, half = write_run(tmp_path / "decisive", labels=("base_seed0", "guided_seed0")), tmp_path / "decisive_half"
-    course = Course("./store", tmp_path, ("--epochs", "4", "--width", "64"), seeds=2)
+    settings = ("--set", "course.tokens=2k", "--set", "course.epochs=4")
+    course = Course("./store", tmp_path, ("--epochs", "4", "--width", "64", *settings), seeds=2)
     decisive = Recipe("decisive", "", (), seeds=5, against=("base",), study="attention")
     result = json.loads((folder.path / "result.json").read_text()) | {"tokens": 1001}
     for label, share in (("base_seed0", 0.75), ("guided_seed0", 0.8)):
@@ -373,7 +374,11 @@ def test_what_the_last_doubling_gained_is_of_the_base_at_half_the_length(tmp_pat
     assert study.half_command(decisive, course) == ["--recipe", "attention/decisive_half", *start, *length]
     assert all("growth" not in line.values for line in read_lines(folder, ["core"]))
     half.mkdir()
-    (half / "result.json").write_text(json.dumps({"saes": {"base_seed0": {"explained_variance": 0.7}}}))
+    of_half = {"steps": 100, "saes": {"base_seed0": {"explained_variance": 0.7}}}
+    (half / "result.json").write_text(json.dumps(of_half))
+    base, guided = read_lines(folder, ["core"])
+    assert "growth" not in base.values and "expected 50 steps of decisive_half, found 100" in base.problems[0]
+    (half / "result.json").write_text(json.dumps(of_half | {"steps": 50}))
     base, guided = read_lines(folder, ["core"])
     assert base.values["growth"] == pytest.approx(0.05) and "growth" not in guided.values
     assert study.half_command(decisive, course) == []
