@@ -91,6 +91,10 @@ class Assembly:
     phases: Schedule = field(default=Constant(1.0))
     """What the learning rate is multiplied by, for variants that train in phases."""
 
+    def __post_init__(self) -> None:
+        if self.dead_after_tokens < 1:
+            raise ConfigInvalid(f"dead_after_tokens: expected 1 or more, found {self.dead_after_tokens}")
+
     @property
     def rate(self) -> Schedule:
         """The learning rate."""

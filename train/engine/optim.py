@@ -50,14 +50,18 @@ class Optim:
     """fitted: where the first batch is rebuilt best (`fitted_start.py`); drawn: the first weights as they are."""
 
     def __post_init__(self) -> None:
-        if self.lr is not None and not self.lr > 0:
-            raise ConfigInvalid(f"optim.lr: expected a positive number, found {self.lr}")
+        for name in ("lr", "epsilon", "clip_norm", "warmup_power"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigInvalid(f"optim.{name}: expected a positive number, found {value}")
+        for name in ("weight_decay", "warmup_steps"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ConfigInvalid(f"optim.{name}: expected 0 or more, found {value}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigInvalid(f"optim.{name}: expected 0 <= {name} < 1, found {value}")
-        if not self.warmup_power > 0:
-            raise ConfigInvalid(f"optim.warmup_power: expected a positive number, found {self.warmup_power}")
         for name in ("decay_fraction", "warmup_max_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1:

@@ -16,7 +16,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant, Ramp, Switch
-from ..kit.build import require, require_least
+from ..kit.build import require, require_least, require_positive
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.norms import PreNorm
 from ..sae.shapes.shaped import Init, Shape, ShapedAutoencoder, initialise
@@ -170,6 +170,7 @@ class Config(Wrapping):
         require(not learns or min(weights) > 0, f"tier_weights: expected more than 0 to learn from, found {weights}")
         require_least(self, composition_weight=0, composition_l1=0, moves_every_steps=0, idle_frequency=0, tier_drift=0)
         require_least(self, resample_every_steps=0, resample_until=0)
+        require_positive(self, "tier_clip_norm")
         require(self.tier_drift < 1, f"tier_drift: expected less than 1, found {self.tier_drift}")
         nested = self._is_nested or not self.moves_every_steps
         require(nested, "moves_every_steps: expected tiers that reconstruct on their own, found weights of 0")

@@ -72,7 +72,16 @@ def test_state_is_named_and_holds_the_moments_themselves(rng):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"lr": 0.0}, "optim.lr"), ({"beta1": 1.0}, "optim.beta1"), ({"decay_fraction": 1.5}, "optim.decay_fraction")],
+    [
+        ({"lr": 0.0}, "optim.lr"),
+        ({"beta1": 1.0}, "optim.beta1"),
+        ({"decay_fraction": 1.5}, "optim.decay_fraction"),
+        ({"clip_norm": 0.0}, "optim.clip_norm: expected a positive number, found 0"),
+        ({"epsilon": 0.0}, "optim.epsilon"),
+        ({"weight_decay": -0.1}, "optim.weight_decay: expected 0 or more, found -0.1"),
+        ({"weight_decay": float("nan")}, "optim.weight_decay"),
+        ({"warmup_steps": -1}, "optim.warmup_steps"),
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong, message):
     with pytest.raises(ConfigInvalid, match=message):
