@@ -60,7 +60,7 @@ class Guidance:
     def _negatives(self, view: View) -> Tensor:
         """[B, n]: cosines with random tokens of the batch, out of sight where the window is the same."""
         rows = view.x.shape[0]
-        picked = torch.randperm(rows, generator=view.generator)[: self.negatives]
+        picked = torch.randperm(rows, generator=_dice(view))[: self.negatives]
         picked = send(picked, view.x.device)
         norms = inverse_norms(view)
         cosines = view.codes.decode(columns_of(view.codes, picked)) * norms[:, None] * norms[picked]
@@ -163,6 +163,14 @@ def _lengths(links: Links, brought: Tensor) -> Tensor:
 
 def _mean_where(view: View, losses: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts, losses, 0.0).sum() / view.side.ranks.share(counts.sum())
+
+
+def _dice(view: View) -> torch.Generator:
+    """The SAE's own; where ranks share a batch one of this step, as each draws by its number of rows and the SAE's
+    own, of which a checkpoint keeps the first rank's, must go on alike in all of them."""
+    if view.side.ranks.size == 1:
+        return view.generator
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=view.generator)))
 
 
 @torch.no_grad()

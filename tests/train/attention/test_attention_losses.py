@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from saemill.train.parallel.ranks import share_batch
 from saemill.train.sae.attention.mixing import Mixing
 from saemill.train.sae.attention.reading import MIXING, TEMPERATURE, Attention
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.kernels.codes import Codes
+from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
 from saemill.train.terms.attention_guidance import Consistency, Guidance
 
@@ -94,6 +96,27 @@ def test_guidance_is_its_definition(guidance, rng, gate, objective):
     torch.testing.assert_close(found, expected)
     if objective == "divergence":
         assert float(found.detach()) > 0
+
+
+def test_ranks_of_unequal_rows_draw_as_much_as_each_other(guidance, rng, threads):
+    """Of the generator a checkpoint keeps the first rank's: the others go on with it."""
+    ranks, in_both = threads(2)
+    views = []
+    for rank, count in zip(ranks, (2, 3), strict=True):
+        windows = guidance.make_windows(rng, windows=count)
+        view = guidance.view_of(windows, rng)
+        view.sae.extras[MIXING] = Mixing((17, 18, 20))
+        views.append((rank, view, windows))
+
+    def draw(index: int) -> Tensor:
+        rank, view, windows = views[index]
+        side = Side(windows.side, ranks=share_batch(rank, windows.rows))
+        generator = torch.Generator().manual_seed(7)
+        Guidance(Attention(guidance.LAYERS), 0.3, NEGATIVES)(dataclasses.replace(view, side=side, generator=generator))
+        return generator.get_state()
+
+    first, second = in_both(draw)
+    assert torch.equal(first, second)
 
 
 def test_consistency_is_its_definition(guidance, rng):
