@@ -17,7 +17,7 @@ from saemill.train.sae.side_inputs import Side
 from saemill.train.terms.auxk import AuxK
 from saemill.train.terms.position import mass_by_range, retention
 from saemill.train.terms.reconstruction import reconstruction
-from saemill.train.terms.sparsity import DeadPreActivation, l1
+from saemill.train.terms.sparsity import DeadPreActivation, gate_l1, l1
 
 RANGES, CONTEXT, LATENTS = 3, 12, 20
 
@@ -80,6 +80,20 @@ def test_training_and_inference_multiply_by_the_mask(kind, gate, rng, shaping):
     torch.testing.assert_close(sae.encode(view.x, view.side), expected)
     if gate in ("relu", "topk", "abstopk") and kind == "hard":
         assert not view.codes.dense()[factor == 0].any() and view.codes.dense()[factor == 1].any()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["dense", "sparse"])
+def test_the_gate_path_of_a_gated_sae_learns_inside_only(share, rng, shaping, monkeypatch):
+    monkeypatch.setattr("saemill.train.sae.gates.DENSE_SHARE", share)
+    mask = hard_mask()
+    sae = ShapedAutoencoder(shaping.make_sae(rng, gate_of("gated")), {"mask": mask})
+    view = shaping.make_views(rng, sae)()
+    assert (view.codes.support is None) == (share == 0.0)
+    factor = oracle_factor("hard", mask, view.side["position"])
+    pre = (view.x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+    expected, found = (pre.relu() * factor).sum(1).mean() / shaping.D**0.5, gate_l1(view)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, sae.W_enc), torch.autograd.grad(expected, sae.W_enc))
 
 
 @pytest.mark.parametrize("kind", SHAPES)

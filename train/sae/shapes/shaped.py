@@ -132,7 +132,8 @@ class ShapedAutoencoder(SparseAutoencoder):
         if factor is None:
             return super().open(pre, side)
         if isinstance(self.gate, Gated):
-            return super().open(pre, side).map(lambda values: values * factor)
+            opened, seen = super().open(pre, side), torch.where(factor > 0, pre.values, 0.0)
+            return replace(opened, values=opened.values * factor, pre=seen)  # nor does its gate path see closed ones
         values = pre.values * factor
         return super().open(replace(pre, values=values, pre=values), side)
 
