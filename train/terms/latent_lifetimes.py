@@ -83,6 +83,7 @@ class Dynamics(Extra):
         is_due = self._count.of(self.steps) % self.pruning.every_steps == 0
         if self.pruning.share > 0 and view.side.knob(PRUNE, 0.0) and is_due:
             self.retired |= self.variance < self.pruning.share * self.variance.mean()
+            silence(view.sae)  # at once: this may be the last step
         view.note("temporal/activation_variance", (square - mean.square()).mean())
         view.note("temporal/lifetime", mean_lifetime(view))
         view.note("temporal/pruned", self.retired.sum())
@@ -102,10 +103,15 @@ class Retire:
             if table is not None:
                 table.masked_fill_(_along(table, sae), 0.0)
 
-    @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:
-        sae.W_enc.masked_fill_(_along(sae.W_enc, sae), 0.0)
-        sae.b_enc.masked_fill_(_along(sae.b_enc, sae), SILENT)
+        silence(sae)
+
+
+@torch.no_grad()
+def silence(sae: SparseAutoencoder) -> None:
+    """Retired latents read nothing; a bias below zero keeps them closed."""
+    sae.W_enc.masked_fill_(_along(sae.W_enc, sae), 0.0)
+    sae.b_enc.masked_fill_(_along(sae.b_enc, sae), SILENT)
 
 
 def _along(table: Tensor, sae: SparseAutoencoder) -> Tensor:

@@ -86,6 +86,10 @@ class Config(Windowed):
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         self._require_valid()
         assembly = build_base(self, d_model, stats)
+        require(
+            self.prune_share == 0 or assembly.sae.gate.can_lower,
+            f"prune_share: expected a base whose latents a bias below zero keeps closed, found {self.base!r}",
+        )
         assembly = self._with_gate(self._with_terms(assembly))
         if self.gradient_noise > 0:
             assembly = assembly.with_constraints(GradientNoise(self.gradient_noise, assembly.generator))

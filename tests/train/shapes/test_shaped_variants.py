@@ -137,6 +137,7 @@ REFUSED = [
     ("temporal", {"buffer_std": 0.1}, "buffer_std: expected a buffer_mixing under 1"),
     ("temporal", {"buffer_mixing": 0.0}, "buffer_mixing: expected more than 0"),
     ("temporal", {"position_gate": True, "context": None}, "context: expected the length"),
+    ("temporal", {"base": "abstopk", "prune_share": 0.1}, "prune_share: expected a base whose latents a bias"),
 ]
 
 

@@ -167,6 +167,14 @@ def test_retired_latents_stay_silent_and_are_logged(battery):
     assert not acts[:, retired].any() and acts[:, ~retired].any()
 
 
+def test_who_is_retired_in_the_last_step_is_silent_too(battery):
+    config = battery.quick("temporal", prune_share=1.0, prune_from=0.0, prune_every_steps=battery.STEPS)
+    sae = battery.train(config)[0].sae
+    retired = sae.extras["temporal"].retired
+    assert retired.any() and not sae.W_enc[retired].any() and (sae.b_enc[retired] == -1.0).all()
+    assert sae.W_enc[~retired].any(dim=1).all()
+
+
 def test_the_control_compares_with_the_past_of_another_window(sae, rng, shaping):
     view = shaping.make_views(rng, sae)()
     side, lag = view.side, 2
