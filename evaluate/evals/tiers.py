@@ -24,7 +24,7 @@ from ...cache_schema.strict_json import to_json
 from ..context.split_windows import ordinary_rows, read_windows
 from ..errors import ModelMissing
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .measures.assignment import Assignment, every, saved, tiers_of
+from .measures.assignment import Assignment, every, saved_composition, tiers_of
 from .measures.examples import Strongest, Wording
 from .measures.splice_effects import Effect, Tracer, make_tracers
 from .measures.tiers import (
@@ -144,9 +144,9 @@ def compose(subject: LoadedSae, config: Config) -> tuple[dict[str, float], Tenso
         composed[mine] = few >= EXPLAINED
         found = coverage(W_dec[every(mine, config.fitted_rows)], atoms, config.parts, generator)
         found |= {"coverage_few": _share(few), "r_squared_few": float(few.mean())}
-        learned = saved(subject, f"composition.C{tier + 1}")
-        if learned is not None and tuple(learned.shape) == (int(mine.sum()), len(atoms)):
-            found["coverage_learned"] = _share(explained_by(learned.float(), W_dec[mine], atoms))
+        learned = saved_composition(subject, tier, int(mine.sum()), len(atoms))
+        if learned is not None:
+            found["coverage_learned"] = _share(explained_by(learned, W_dec[mine], atoms))
         metrics |= {f"{name}_{tier + 1}": value for name, value in found.items()}
     return metrics, composed
 

@@ -186,6 +186,11 @@ class Adam:
         """Whether this table is updated row by row."""
         return name in self._by_row
 
+    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """The two moments of one of the parameters, as they are."""
+        (name,) = (name for name, own in self.parameters.items() if own is parameter)
+        return self._first[name], self._second[name]
+
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
             parameter.grad = None

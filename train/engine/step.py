@@ -283,6 +283,7 @@ class Trainee:
             retired=retired_of(self.sae),
             listed_dead=self.counters.listed if self._looks_late else None,
             residual_by=assembly.residual_by,
+            moments=self.optimiser.moments,
         )
 
     def look(self) -> None:

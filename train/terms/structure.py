@@ -32,6 +32,7 @@ from ..sae.kernels.nested_prefixes import Tiering, tier_errors
 from ..sae.step_view import View
 from .tiers import switched_on, tier_losses, tiers_of
 
+Follower = Callable[[View, Tensor, Tensor], None]  # told of the membership before and after
 Group = list[tuple[int, int]]  # latents that move together, each with its new tier
 DECAY = 0.99  # of the running means
 
@@ -67,7 +68,7 @@ class Structure(Extra):
     steps: Tensor
     moved: Tensor
 
-    def __init__(self, moves: Moves, sizes: Sequence[int], followers: Sequence[Callable[[Tensor, Tensor], None]]):
+    def __init__(self, moves: Moves, sizes: Sequence[int], followers: Sequence[Follower]):
         super().__init__()
         self.moves, self._sizes, self._followers = moves, tuple(sizes), tuple(followers)
         self.register_buffer("frequency", torch.zeros(sum(sizes)))
@@ -88,7 +89,7 @@ class Structure(Extra):
                 after = reallocated(view, after, room, floor, int(self.moves.most_at_once * len(before)))
             tiers.membership.copy_(after)
             for follow in self._followers:
-                follow(before, after)
+                follow(view, before, after)
             self.moved += (before != after).sum()
         view.note("tiers/moves", self.moved)
 

@@ -43,14 +43,16 @@ class Composition(Extra):
         return self._table(tier)[: len(tiers.members(tier)), : len(tiers.members(tier - 1))]
 
     @torch.no_grad()
-    def follow(self, before: Tensor, after: Tensor) -> None:
-        """Latents went from membership `before` to `after`: those that stayed keep their entries, others begin at 0."""
+    def follow(self, view: View, before: Tensor, after: Tensor) -> None:
+        """Latents went from membership `before` to `after`: those that stayed keep their entries, with the optimiser's
+        moments of them, others begin at 0."""
         for tier in range(1, int(after.max()) + 1):
             table = self._table(tier)
             (old_rows, new_rows), (old_columns, new_columns) = (_stayed(before, after, t) for t in (tier, tier - 1))
-            kept = table[old_rows[:, None], old_columns]
-            table.zero_()
-            table[new_rows[:, None], new_columns] = kept
+            for entries in (table, *view.moments(table)):
+                kept = entries[old_rows[:, None], old_columns]
+                entries.zero_()
+                entries[new_rows[:, None], new_columns] = kept
 
     @torch.no_grad()
     def observe(self, view: View) -> None:

@@ -143,7 +143,7 @@ class Config(Wrapping):
         sae = assembly.sae
         followers = [extra.follow for extra in assembly.extras.values() if isinstance(extra, Composition)]
         if isinstance(sae, ShapedAutoencoder):
-            followers.append(lambda before, after: sae.follow(after))
+            followers.append(lambda view, before, after: sae.follow(after))
         return assembly.with_extra("structure", Structure(self._moves(), self.sizes(), followers))
 
     def _with_shapes(self, assembly: Assembly) -> Assembly:

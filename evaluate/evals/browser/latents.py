@@ -18,7 +18,7 @@ from torch import Tensor
 from ....harvest.progress import Watch
 from ...context.loaded_sae import LoadedSae
 from ...model.head import Head
-from ..measures.assignment import GROUPS, RANGES, TIERS, saved
+from ..measures.assignment import GROUPS, RANGES, TIERS, saved, saved_composition
 from .config import Config
 from .firing_counts import BINS, Seen
 from .folder import Folder
@@ -217,9 +217,7 @@ def hierarchy(shown: Shown) -> dict[str, Near]:
         above, below = np.flatnonzero(tier == upper), np.flatnonzero(tier == upper - 1)
         if not len(above) or not len(below):
             continue
-        learned = saved(shown.subject, f"composition.C{upper + 1}")
-        if learned is not None and tuple(learned.shape) != (len(above), len(below)):
-            learned = None
+        learned = saved_composition(shown.subject, upper, len(above), len(below))
         join(found["made_of"], above, below, shown.rows, learned)
         join(found["part_of"], below, above, shown.rows, None if learned is None else learned.T)
     return found
@@ -232,7 +230,7 @@ def join(near: Near, own: np.ndarray, others: np.ndarray, rows: Tensor, learned:
         found = by_direction(rows[place[0]], rows[place[1]], PARTS, is_same=False)
         scores, latents = found.scores, found.latents
     else:
-        values, chosen = learned.float().topk(min(PARTS, learned.shape[1]), dim=1)
+        values, chosen = learned.topk(min(PARTS, learned.shape[1]), dim=1)
         scores, latents = values.cpu().numpy(), chosen.cpu().numpy()
     count = scores.shape[1]
     near.latents[own, :count] = np.where(scores > 0, others[latents], -1)

@@ -43,6 +43,14 @@ def saved(subject: LoadedSae, name: str) -> Tensor | None:
     return tensor.detach().to(subject.sae.W_dec.device) if isinstance(tensor, Tensor) else None
 
 
+def saved_composition(subject: LoadedSae, tier: int, rows: int, columns: int) -> Tensor | None:
+    """What training learned the latents of a tier to be made of; the matrix may have room for more than there are."""
+    learned = saved(subject, f"composition.C{tier + 1}")
+    if learned is None or learned.shape[0] < rows or learned.shape[1] < columns:
+        return None
+    return learned[:rows, :columns].float()
+
+
 def tiers_of(subject: LoadedSae, count: int) -> Assignment:
     """The tier of each latent, 0 the lowest."""
     return _saved_or_equal(subject, TIERS, count)

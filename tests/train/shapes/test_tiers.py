@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -115,7 +117,7 @@ def test_composition_never_falls_below_zero(sae):
     assert float(sae.extras["composition"].C2.detach()[1, 1]) == 0.0
 
 
-def test_entries_follow_latents_that_move():
+def test_entries_follow_latents_that_move(rng, shaping):
     composition = Composition((4, 4, 4))
     before = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
     after = torch.tensor([0, 2, 0, 1, 1, 0, 2, 2, 2])
@@ -124,7 +126,11 @@ def test_entries_follow_latents_that_move():
     composition.requires_grad_(False)
     # By latent: entry (latent of the tier, latent of the tier below).
     old = {(f, g): float(composition.C2[i, j]) for i, f in enumerate((3, 4, 5)) for j, g in enumerate((0, 1, 2))}
-    composition.follow(before, after)
+    moments = {table: (2 * table.clone(), 3 * table.clone()) for table in composition.parameters()}
+    view = replace(shaping.make_views(rng, shaping.make_sae(rng))(), moments=moments.__getitem__)
+    composition.follow(view, before, after)
+    for table, (first, second) in moments.items():
+        assert torch.equal(first, 2 * table) and torch.equal(second, 3 * table)
     for i, f in enumerate((3, 4)):
         for j, g in enumerate((0, 2, 5)):
             assert float(composition.C2[i, j]) == (old[f, g] if g != 5 else 0.0)
@@ -172,6 +178,18 @@ def test_moves_happen_in_training_and_are_logged(battery):
     assert scalars["tiers/moves"] > 0
     sizes = torch.bincount(membership, minlength=3)
     assert sum(scalars[f"tiers/size_{tier}"] for tier in (1, 2, 3)) == 96 and sizes.max() <= 40 and sizes.min() >= 24
+
+
+def test_what_lies_beyond_a_tiers_size_stays_zero_after_moves(battery):
+    settings = {"moves_every_steps": 5, "idle_frequency": 0.9, "moves_at_once": 0.05, "tier_drift": 0.25}
+    trainee, _ = battery.train(battery.quick("tiered", composition_weight=0.05, **settings), 23)
+    tiers, composition = (trainee.sae.extras[name] for name in ("tiers", "composition"))
+    for tier in (1, 2):
+        table = getattr(composition, f"C{tier + 1}")
+        for entries in (table, *trainee.optimiser.moments(table)):
+            assert entries.any()
+            entries.data[: len(tiers.members(tier)), : len(tiers.members(tier - 1))] = 0.0
+            assert not entries.any()
 
 
 def test_what_a_move_changes_is_what_the_loss_changes_by(sae, rng, shaping):

@@ -487,7 +487,10 @@ def test_tiers_have_parents_and_children(world, builder, open_context):
     subject = builder.subject(builder.make_sae(), "tiered")
     membership = torch.arange(builder.F) * 3 // builder.F
     learned = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
-    subject.sae.extras_tensors = {"tiers.membership": membership, "composition.C2": learned}
+    subject.sae.extras_tensors = {
+        "tiers.membership": membership,
+        "composition.C2": torch.nn.functional.pad(learned, (0, 2, 0, 1)),
+    }
     make(open_context(world), [subject])
     part = data_of(subject.home, "sae_tiered/latents/0")
     made_of = part["made_of"]["latents"].reshape(builder.F, -1)

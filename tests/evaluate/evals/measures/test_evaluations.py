@@ -217,7 +217,8 @@ def test_a_learned_composition_is_taken_where_it_was_saved(world, builder, open_
     subject = builder.subject(SparseAutoencoder(both.clone(), both, Relu()))
     learned = torch.eye(3) + torch.eye(3).roll(1, 0)
     config = tiers.Config(windows=5, trace_windows=0, tiers=2)
-    for C, expected in ((learned, 1.0), (torch.zeros(3, 3), 0.0)):
+    roomy = torch.nn.functional.pad(learned, (0, 2, 0, 1))  # as where latents may change tiers
+    for C, expected in ((learned, 1.0), (roomy, 1.0), (torch.zeros(3, 3), 0.0)):
         subject.sae.extras_tensors = {"composition.C2": C}
         (result,) = tiers.evaluate(open_context(world), [subject], config)
         assert result.metrics["composition"]["coverage_learned_2"] == expected
