@@ -103,7 +103,8 @@ def _introduce(run: Run, remark: str) -> None:
 
 def _settings_of(member: Member) -> str:
     shown = (*(["hook"] if member.config.needs().hook != RESID else []), "layer", "layers", "width", "k", "seed")
-    values = {key: getattr(member.config, key, None) for key in shown}
+    unread = member.config.unread()
+    values = {key: getattr(member.config, key, None) for key in shown if key not in unread}
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 
 

@@ -188,6 +188,9 @@ class Ask:
         spread = _own(point, sae.variant, known)
         asked = _own(self.settings, sae.variant, known) | spread
         draft = with_settings(config, self._of_recipe(sae, known) | asked, sae.label)
+        for key, advice in draft.unread().items():
+            if asked.get(key, getattr(config, key)) != getattr(config, key):
+                raise ConfigInvalid(f"{sae.label}: {key} {asked[key]} would be ignored: {advice}")
         instead = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
         if held:
             instead |= stored_layer(draft, asked, held)

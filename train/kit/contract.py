@@ -73,6 +73,11 @@ class Variant(ABC):
     def check(self, manifest: Manifest) -> None:  # noqa: B027
         """Refuse a store that cannot serve (`require`), before anything is built. Layers are checked already."""
 
+    def unread(self) -> Mapping[str, str]:
+        """Settings that say nothing beside the others, and what to do: who asks for another value than their default
+        is refused."""
+        return {}
+
     def fill(self, manifest: Manifest) -> Self:
         """The same with settings that only the store can answer, such as the length of its windows."""
         return self

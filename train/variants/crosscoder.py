@@ -8,6 +8,7 @@ reads one layer only, and writes to it and to all later ones.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from ...cache_schema.sites import RESID
@@ -38,6 +39,10 @@ class Config(WithPenalty, WithAux, Dictionary):
     encoder_product: EncoderProduct = "bfloat16"
     causal: bool = False
     """Weakly causal: each latent reads one layer, and writes to it and to later ones (batchtopk)."""
+
+    def unread(self) -> Mapping[str, str]:
+        names = ("penalty", "penalty_warmup_fraction") if self.gate == "batchtopk" else ("k", "threshold_decay")
+        return dict.fromkeys(names, f"gate={self.gate} does not read it; leave it out, or choose the other gate")
 
     def step_tables(self) -> float:
         return super().step_tables() if self.gate == "batchtopk" else 5.0

@@ -7,6 +7,7 @@ penalty has gradients to all parameters and no target: how many latents fire fol
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from ..data.scaling import Stats
@@ -28,6 +29,7 @@ class Config(WithPenalty, SingleLayer):
     penalty: float = 1.0
     penalty_warmup_fraction: float = 0.1
     initial_threshold: float = 0.001
+    """Of an SAE that begins as it was drawn; a fitted start places thresholds where `target_l0` latents fire."""
     bandwidth: float = 0.001
     dead_penalty: float = 3e-6
     """Weight of how far the dead latents' pre-activations are below their thresholds."""
@@ -39,6 +41,10 @@ class Config(WithPenalty, SingleLayer):
     """Weight of the square of how often each latent fires (Smith et al. 2025), beside the penalty on L0."""
     common_share: float = 0.1
     """Of tokens: a latent that fires in so many costs its part of L0 once more."""
+
+    def unread(self) -> Mapping[str, str]:
+        advice = "a fitted start places thresholds by itself; leave it out, or set optim.start=drawn"
+        return {"initial_threshold": advice} if self.optim.start == "fitted" else {}
 
     def step_tables(self) -> float:
         return 7.0

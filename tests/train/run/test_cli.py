@@ -16,6 +16,7 @@ from saemill.train.run import after_run as onlooking
 from saemill.train.run.results import Outcome, SaeOutcome
 
 TOPK = ["--variant", "topk"]
+CROSS = [*TOPK, "--variant", "crosscoder"]
 
 
 def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
@@ -122,6 +123,9 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
         ([*TOPK, "--set", "aux_k=-1"], "aux_k: expected 1 or more (aux_weight=0 turns the loss off), found -1"),
         ([*TOPK, "--set", "aux_k=0"], "aux_k: expected 1 or more (aux_weight=0 turns the loss off), found 0"),
         ([*TOPK, "--set", "dead_after_tokens=0"], "dead_after_tokens: expected 1 or more, found 0"),
+        ([*CROSS, "--set", "crosscoder.gate=relu", "--k", "4"], "k 4 would be ignored: gate=relu does not read it"),
+        ([*CROSS, "--set", "crosscoder.penalty=1"], "penalty 1 would be ignored: gate=batchtopk does not"),
+        (["--variant", "jumprelu", "--set", "initial_threshold=0.1"], "or set optim.start=drawn"),
         ([*TOPK, "--set", "optim.clip_norm=0"], "optim.clip_norm: expected a positive number, found 0"),
         (["--variant", "tiered", "--set", "tier_clip_norm=-5"], "tier_clip_norm: expected more than 0, found -5"),
         (["--variant", "standard", "--width", "0"], "width: expected 1 or more, found 0"),
