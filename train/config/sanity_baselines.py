@@ -26,6 +26,7 @@ def with_baselines(members: Iterable[Member], limits: Limits, recipe: Recipe | N
     for member in own:
         needs = member.config.needs()
         alone = needs.targets is not None or len(needs.inputs) != 1 or member.config.is_baseline
+        alone |= needs.windows and not hasattr(member.config, "base")  # no base itself, and has none
         if alone or (recipe is not None and not _is_compared_with(member, recipe)):
             continue
         for baseline in (*_frozen(member), *_components(member, limits)):
@@ -33,7 +34,7 @@ def with_baselines(members: Iterable[Member], limits: Limits, recipe: Recipe | N
                 made.append(baseline)
     if not made:
         raise ConfigInvalid(
-            "--with-baselines: expected an SAE that reads one layer and rebuilds it, found "
+            "--with-baselines: expected an SAE that rebuilds tokens of one layer, or whose base does, found "
             f"{', '.join(member.variant for member in own)}: leave it out"
         )
     return (*own, *made)

@@ -54,7 +54,12 @@ def test_a_penalty_fixes_no_number_of_components():
 @pytest.mark.parametrize(
     ("variants", "words", "message"),
     [
-        (["transcoder"], [], "expected an SAE that reads one layer and rebuilds it, found transcoder"),
+        (["transcoder"], [], "expected an SAE that rebuilds tokens of one layer, or whose base does, found transcoder"),
+        (
+            ["tsae"],
+            [],
+            "--with-baselines: expected an SAE that rebuilds tokens of one layer, .* found tsae",
+        ),
         (["topk"], ["decoder_bias=zero"], "a frozen topk has no setting decoder_bias"),
     ],
 )
