@@ -54,7 +54,7 @@ class AuxK:
         if pre is None:
             read = (sae.encoder_input(view.x, view.side).detach(), sae.encoder_rows(dead), sae.b_enc[dead])
             is_sparse = self.k < DENSE_SHARE * count
-            codes = self._sparse(*read, view) if is_sparse else self._dense(_affine(*read, _product(view)), count, view)
+            codes = self._sparse(*read, view) if is_sparse else self._dense(_affine(*read, view), count, view)
         else:
             codes = self._dense(pre, count, view)
         return sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
@@ -62,7 +62,7 @@ class AuxK:
     def _sparse(self, x: Tensor, W_MD: Tensor, b_M: Tensor, view: View) -> Codes:
         latents = view.side.latents
         with torch.no_grad():
-            pre = linear(x, W_MD, b_M)
+            pre = _affine(x, W_MD, b_M, view)
             score = pre.abs() if self.signed else pre
             support = support_topk(score, self.k) if latents.is_whole else split_topk(score, self.k, latents)
         return Codes(affine(x, None, W_MD, b_M, support), support, x.shape[0], b_M.numel())
@@ -79,7 +79,8 @@ class AuxK:
         return torch.where(score >= lowest_of_topk(score, self.k, latents), pre, 0.0)
 
 
-def _affine(x: Tensor, W: Tensor, b: Tensor, product: Product) -> Tensor:
+def _affine(x: Tensor, W: Tensor, b: Tensor, view: View) -> Tensor:
+    product = _product(view)
     return linear(x, W, b) if product == "float32" else affine(x, None, W, b, None, product=product)
 
 

@@ -129,5 +129,21 @@ def test_auxk_reconstructs_the_residual_by_the_largest_dead_latents(k, share, re
     assert_same(view, AuxK(k, rectified)(view), left.square().sum(1).mean() / spread)
 
 
+def test_auxk_chooses_by_the_product_of_the_encoder_and_computes_in_float32(rng, monkeypatch):
+    """As on a GPU, where a dense product in float32 over many dead latents would be half of a step."""
+    monkeypatch.setattr("saemill.train.terms.auxk.DENSE_SHARE", 1.0)
+    monkeypatch.setattr("saemill.train.terms.auxk._product", lambda view: "bfloat16")
+    view = view_of(TopK(3), rng, torch.ones(LATENTS, dtype=torch.bool))
+    with torch.no_grad():
+        view.sae.W_enc.copy_(view.sae.W_enc[0] + 0.01 * view.sae.W_enc)  # the two products differ in who is largest
+        view.sae.b_enc.zero_()
+        x, W = view.sae.centred(view.x), view.sae.W_enc
+        low, exact = (x.bfloat16() @ W.bfloat16().t()).float(), x @ W.t()
+    codes = AuxK(5, rectified=False)._codes(view, torch.arange(LATENTS), LATENTS)
+    chosen = codes.support.latents.view(ROWS, 5).long()
+    assert torch.equal(low.gather(1, chosen).amin(1), low.topk(5, dim=1).values.amin(1))
+    torch.testing.assert_close(codes.values.view(ROWS, 5), exact.gather(1, chosen), rtol=1e-5, atol=1e-6)
+
+
 def test_auxk_is_zero_while_nothing_is_dead(rng):
     assert float(AuxK(4)(view_of(TopK(3), rng))) == 0.0
