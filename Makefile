@@ -37,7 +37,7 @@ export GOMP_SPINCOUNT ?= 10000
 # One worker per core with one thread each: the tests' tensors are too small to keep two threads busy together.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
-STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard train/recipes/*.py)))))
+STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard train/study_recipes/*.py)))))
 STDLIB_PROBES := $(foreach eval,sparse_probing scr tpp,--eval-set $(eval).data=stdlib)
 # The plan of docs/studies/questions.md.
 DECIDE_COURSE := $(if $(filter smollm2,$(MODEL)),--epochs 2 --width 1152)

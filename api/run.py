@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..train.disk.whole_files import read_json
+from ..train.disk.atomic_files import read_json
 from ..train.errors import RunMissing
 from ..train.run.find_sae import load_sae
 from ..train.sae.model import SparseAutoencoder

@@ -19,7 +19,7 @@ from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take
 from stepping import sparse_bias
 from torch.profiler import ProfilerActivity, profile
 
-from saemill.cache_schema.allocator import keep_large_blocks
+from saemill.cache_schema.keep_freed_memory import keep_large_blocks
 from saemill.train.data.batch import AttentionRows, Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type

@@ -38,7 +38,7 @@ from transformers import AutoModel, Gemma2Config, Gemma2ForCausalLM, PreTrainedT
 from transformers.utils import logging
 
 from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, ShardContent, Store, StoreWriter
-from saemill.cache_schema.allocator import SMALLER_THAN_SHARDS, keep_large_blocks
+from saemill.cache_schema.keep_freed_memory import SMALLER_THAN_SHARDS, keep_large_blocks
 from saemill.harvest.capture import run
 from saemill.harvest.model.load_and_truncate import Wanted, load_model
 from saemill.harvest.shards import Harvester, compute_shard, harvest_shards

@@ -20,7 +20,7 @@ from ratios import ROUNDS, Row, conclude, gather_facts, speeds_of, take_turns
 
 from harvest import CONTEXT, LAYER, Bare, make_manifest
 from saemill.cache_schema import HookSpec, Manifest, ShardContent, StoreWriter
-from saemill.cache_schema.allocator import SMALLER_THAN_SHARDS, keep_large_blocks
+from saemill.cache_schema.keep_freed_memory import SMALLER_THAN_SHARDS, keep_large_blocks
 from saemill.harvest.model.load_and_truncate import Wanted, load_model, read_facts
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.shards import Harvester, compute_shard, harvest_shards

@@ -26,14 +26,14 @@ import numpy as np
 from ratios import Row, conclude, gather_facts
 from store import CONTEXT, make_manifest
 
-from saemill.cache_schema import claims, commits, writer
-from saemill.cache_schema.claims import LeaseClaims
+from saemill.cache_schema import commits, shard_claims, writer
 from saemill.cache_schema.commits import ArrayRecord, CommitRecord
-from saemill.cache_schema.files import PAGE, RemoteFiles
+from saemill.cache_schema.disk_and_cloud_files import PAGE, RemoteFiles
 from saemill.cache_schema.identity import seal
 from saemill.cache_schema.layout import BEGINNING, COMMITS, INDEX, arrays_of, encode_json, record_key, record_name
 from saemill.cache_schema.manifest import HookSpec, Manifest
 from saemill.cache_schema.request import Span
+from saemill.cache_schema.shard_claims import LeaseClaims
 from saemill.cache_schema.strict_json import to_json
 
 DOLLARS = {"PUT": 5e-6, "LIST": 5e-6, "GET": 4e-7, "HEAD": 4e-7, "DELETE": 0.0}  # S3, us-east-1
@@ -152,7 +152,7 @@ class Harvest:
                     back, life = back + self.paper.return_s, self._life(share)
                 heapq.heappush(turns, (back, self.workers + born, share, life))
             left = int((~self.files.committed).sum())
-            self.files.now = ended + claims.LEASE_SECONDS
+            self.files.now = ended + shard_claims.LEASE_SECONDS
             for _ in self._life(0, alone=True) if again else ():  # what those held that died last
                 pass
         requests, minutes = Counter(self.files.requests), self.files.minutes
@@ -253,14 +253,14 @@ class Harvest:
     def _derive(self, held: LeaseClaims, ends: bool = False) -> None:
         """One at a time; those that wait ask less and less often, and after a while they go on."""
         files = self.files
-        end, pause = files.now + claims.DERIVED_SECONDS, 0.3
+        end, pause = files.now + shard_claims.DERIVED_SECONDS, 0.3
         while (waits := self._deriving_until > files.now) and files.now < end:
             files.ask("PUT")
             files.ask("GET", 2)
             files.now += pause
             pause = min(2 * pause, 4)
         if not waits:
-            assert held.take(claims.DERIVED)
+            assert held.take(shard_claims.DERIVED)
         self.compactions += 1
         index = commits.compact(files, self.manifest)
         files.ask("HEAD", int(ends))  # the counts
@@ -273,21 +273,21 @@ class Harvest:
                 files.ask("PUT")
         self._deriving_until = max(files.now, self._deriving_until)
         if not waits:
-            held.release(claims.DERIVED)
+            held.release(shard_claims.DERIVED)
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
         """Claims live by the clock on paper; nobody renews one, as a shard takes less than a lease."""
-        kept = claims.time, LeaseClaims._keep_renewing, commits.find_committed
+        kept = shard_claims.time, LeaseClaims._keep_renewing, commits.find_committed
         readers = commits.read_index, commits._read_records
-        claims.time = SimpleNamespace(time=lambda: self.files.now)  # type: ignore[assignment]
+        shard_claims.time = SimpleNamespace(time=lambda: self.files.now)  # type: ignore[assignment]
         LeaseClaims._keep_renewing = lambda _: None  # type: ignore[method-assign]
         commits.find_committed = lambda _, __, index: self._look(index)  # type: ignore[assignment]
         commits.read_index, commits._read_records = self._read_index, self._read_records  # type: ignore[assignment]
         try:
             yield
         finally:
-            claims.time, LeaseClaims._keep_renewing, commits.find_committed = kept  # type: ignore[assignment, method-assign]
+            shard_claims.time, LeaseClaims._keep_renewing, commits.find_committed = kept  # type: ignore[assignment, method-assign]
             commits.read_index, commits._read_records = readers  # type: ignore[assignment]
 
 
@@ -340,7 +340,7 @@ LOOKED_AT = 3  # blocks of an epoch, and batches of each
 
 def shuffle_on_paper(shards: int) -> list[Row]:
     """What a trainer's batches mix: its own read order and pool, over documents of random lengths."""
-    from saemill.train.data.shuffle import Plan, SplitSizes, token_order, token_slice
+    from saemill.train.data.read_order import Plan, SplitSizes, token_order, token_slice
     from saemill.train.data.shuffle_quality import count_pairs
     from saemill.train.run.settle_config import POOL_BYTES
 

@@ -26,11 +26,11 @@ from ratios import Row, compare, conclude, gather_facts, speeds_of, take_turns
 from saemill import Store, harvest, train
 from saemill.cache_schema import Request, ShardContent, StoreWriter, from_float32
 from saemill.cache_schema import Store as StoredArrays
-from saemill.cache_schema.allocator import keep_large_blocks
 from saemill.cache_schema.commits import read_index
-from saemill.cache_schema.dtypes import SmallDtype
+from saemill.cache_schema.keep_freed_memory import keep_large_blocks
 from saemill.cache_schema.manifest import AttentionSpec
 from saemill.cache_schema.sites import Place
+from saemill.cache_schema.stored_dtypes import SmallDtype
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.results import metric_of
 from saemill.evaluate.evals.core.evaluation import Config
@@ -38,8 +38,8 @@ from saemill.evaluate.run.attempts import run_evals
 from saemill.evaluate.run.find_saes import find_subjects
 from saemill.harvest.progress import Watch
 from saemill.train.data.batches import Batches
+from saemill.train.data.read_order import Plan, measure_split
 from saemill.train.data.scaling import Stats
-from saemill.train.data.shuffle import Plan, measure_split
 from saemill.train.run.preflight import layer_stats
 
 KINDS: tuple[SmallDtype, ...] = get_args(SmallDtype)

@@ -3,7 +3,6 @@
 from .buffers import ShardBuffers
 from .content import ShardContent
 from .csr import AttentionCsr
-from .dtypes import from_float32, to_float32
 from .errors import (
     AddressInvalid,
     ChunkMissing,
@@ -27,6 +26,7 @@ from .moments import Moments
 from .reader import Store
 from .request import Request, ShardArrays, Span
 from .sites import Site
+from .stored_dtypes import from_float32, to_float32
 from .writer import StoreWriter
 
 __all__ = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from .csr import index_dtype
-from .dtypes import STORED_AS
 from .layout import attention_path, line_entries, line_rows, scales_path
 from .manifest import Manifest
 from .request import Request
+from .stored_dtypes import STORED_AS
 
 
 class ShardBuffers:

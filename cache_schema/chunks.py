@@ -17,8 +17,8 @@ import numpy as np
 import zarr
 
 from .codecs import CHECKSUM_BYTES, as_bytes, check, decode
+from .disk_and_cloud_files import Files
 from .errors import ChunkMissing, ShardCorrupt
-from .files import Files
 from .layout import ArrayLayout
 
 # What the codecs of zarr raise over bytes that are not theirs.

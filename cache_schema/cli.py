@@ -15,7 +15,6 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .dtypes import SmallDtype
 from .errors import StoreError
 from .importer import ImportSettings, import_store
 from .info import describe, render
@@ -24,6 +23,7 @@ from .manifest import Codec, Manifest
 from .reader import GONE, Store
 from .sites import HOOKS, RESID, Site
 from .sources import NumpySource, SaelensSource, Source
+from .stored_dtypes import SmallDtype
 from .strict_json import nearest, to_json
 from .verify_and_repair import Damage, digest, drop_broken_derived, find_wrong_derived, repair, verify_shards
 from .vllm import VllmSource

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from .disk_and_cloud_files import Files
 from .errors import ManifestInvalid, StoreUnfinished
-from .files import Files
 from .layout import COMMITS, INDEX, SUMMARY, device_name, encode_json, record_key, record_name
 from .manifest import Manifest, check_format
 from .strict_json import StrictError, from_json, to_json

@@ -11,7 +11,6 @@ import numpy as np
 from .commits import ArrayRecord, AttentionTotals, CommitRecord
 from .csr import AttentionCsr, index_dtype
 from .digest import array_digest
-from .dtypes import STORED_AS, to_codes
 from .errors import ShardInvalid
 from .layout import (
     ArrayLayout,
@@ -26,6 +25,7 @@ from .layout import (
 from .manifest import Manifest
 from .moments import Moments, to_line
 from .sites import RESID, Site
+from .stored_dtypes import STORED_AS, to_codes
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .commits import read_derived
+from .disk_and_cloud_files import Files
 from .errors import ManifestInvalid
-from .files import Files
 from .layout import COUNTS, encode_json
 from .manifest import Manifest
 from .moments import is_special

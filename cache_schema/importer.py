@@ -13,13 +13,13 @@ import numpy as np
 
 from .content import ShardContent
 from .digest import array_digest
-from .dtypes import SmallDtype, to_float32
 from .errors import ImportInvalid
 from .manifest import AttentionSpec, Codec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .massive_rows import KEEP
 from .moments import is_special, measure
 from .sites import RESID, by_hook
 from .sources import Source
+from .stored_dtypes import SmallDtype, to_float32
 from .writer import StoreWriter
 
 

@@ -14,9 +14,9 @@ from typing import Any, get_args
 import numpy as np
 
 from .csr import index_dtype
-from .dtypes import STORED_AS, UNWRITTEN
 from .manifest import Codec, Manifest
 from .sites import RESID, Site
+from .stored_dtypes import STORED_AS, UNWRITTEN
 
 ROOT = "zarr.json"
 COMMITS = "commits"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .dtypes import SmallDtype
 from .errors import FormatTooNew, ManifestInvalid, StoreMismatch
 from .sites import HOOKS, RESID, Site
+from .stored_dtypes import SmallDtype
 from .strict_json import LATER, StrictError, flatten, from_json, nearest, to_json
 
 FORMAT = 3  # the highest that is read; `identity.seal` says which a store is written in

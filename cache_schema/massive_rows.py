@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .dtypes import FP8_VALUES
 from .layout import arrays_of
 from .manifest import Manifest
 from .moments import Moments, is_special
 from .reader import Store
 from .request import Request, ShardArrays, Span
 from .sites import Place, Site, site_of
+from .stored_dtypes import FP8_VALUES
 
 MULTIPLE = 10.0
 """Of the median norm, where nothing else is asked for."""

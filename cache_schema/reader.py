@@ -24,8 +24,8 @@ from .chunks import plan_reads, read_chunk, read_with_zarr
 from .commits import CommitRecord, find_committed, read_record
 from .counts import Counts, SplitCounts, count_split, read_counts
 from .csr import AttentionCsr
+from .disk_and_cloud_files import Files, LocalFiles, open_files
 from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
-from .files import Files, LocalFiles, open_files
 from .layout import BEGINNING, attention_path, is_line, moments_length, moments_path, scales_path
 from .moments import Moments, from_line, merge
 from .request import Request, ShardArrays, Span, spans_of, validate_request, validate_span

@@ -9,10 +9,10 @@ from typing import Any, Self
 import numpy as np
 
 from .csr import AttentionCsr
-from .dtypes import to_float32
 from .errors import RequestInvalid
 from .manifest import Manifest
 from .sites import HOOKS, RESID, Site, by_hook
+from .stored_dtypes import to_float32
 from .strict_json import nearest
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .commits import decode_json
+from .disk_and_cloud_files import Files
 from .errors import ManifestInvalid, StoreMissing
-from .files import Files
 from .identity import cache_id
 from .layout import ROOT, ArrayLayout, array_document_key, arrays_of, parse_array_document
 from .manifest import Manifest, read_manifest

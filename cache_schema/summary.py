@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .commits import read_derived
+from .disk_and_cloud_files import Files
 from .errors import ManifestInvalid
-from .files import Files
 from .layout import SUMMARY, encode_json
 from .manifest import Manifest
 from .moments import Moments

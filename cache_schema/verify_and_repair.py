@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from .buffers import ShardBuffers
-from .claims import open_claims
 from .commits import CommitRecord, derive_index, forget, read_index, read_record
 from .counts import count_all, read_counts
 from .digest import array_digest, store_digest
+from .disk_and_cloud_files import Files, open_files
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError
-from .files import Files, open_files
 from .layout import BEGINNING, COUNTS, INDEX, SUMMARY, attention_path, documents_of, moments_path, scales_path
 from .moments import to_line
 from .reader import Store
 from .request import Request, ShardArrays, Span
 from .root import read_root
+from .shard_claims import open_claims
 from .sites import Site
 from .summary import read_summary
 from .writer import derive_summary, refresh

@@ -10,10 +10,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .claims import find_held
 from .commits import find_committed
-from .files import open_files
+from .disk_and_cloud_files import open_files
 from .root import read_root
+from .shard_claims import find_held
 
 LOOK_BACK_SECONDS = 300.0  # the rate is of these: workers come and go
 

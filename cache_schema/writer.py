@@ -20,7 +20,6 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from .claims import CREATION, open_claims
 from .codecs import CHECKSUM_BYTES, encode
 from .commits import (
     READ_AT_ONCE,
@@ -35,14 +34,15 @@ from .commits import (
 )
 from .content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .counts import count_all, write_counts
+from .disk_and_cloud_files import Files, open_files
 from .errors import ShardCorrupt, ShardInvalid, StoreBusy
-from .files import Files, open_files
 from .identity import seal
 from .layout import BEGINNING, COUNTS, ROOT, ArrayLayout, arrays_of, documents_of, encode_json, root_document
 from .manifest import Manifest, require_same
 from .moments import Moments, merge
 from .reader import Store
 from .root import read_root
+from .shard_claims import CREATION, open_claims
 from .sites import RESID, Site
 from .summary import LayerSummary, Summary, read_summary, summarise, write_summary
 

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from ..cache_schema import Store, StoreError, StoreMissing
 from ..cache_schema.cli import as_json, print_json
-from ..cache_schema.dtypes import SmallDtype
 from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
 from ..cache_schema.manifest import Codec
 from ..cache_schema.sites import HOOKS, RESID
+from ..cache_schema.stored_dtypes import SmallDtype
 from .config import ATTENTION_AROUND, HarvestConfig, parse_count, parse_sinks, parse_worker
 from .corpus import dataset_help
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions

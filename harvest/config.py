@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..cache_schema.dtypes import SmallDtype
 from ..cache_schema.manifest import Codec, Sink
 from ..cache_schema.sites import HOOKS, RESID, Site, by_hook
+from ..cache_schema.stored_dtypes import SmallDtype
 from ..cache_schema.strict_json import nearest
 from .corpus import require_heeded
 from .corpus.source import DatasetOptions
+from .cut_windows import Packing
 from .errors import SettingInvalid
-from .packing import Packing
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Heads = Literal["mean", "all"]

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
-from ..cache_schema.files import Files, LocalFiles, name_full_disk, open_files
+from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_disk, open_files
 from ..cache_schema.layout import ROOT
 from ..cache_schema.manifest import PART, require_same
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests

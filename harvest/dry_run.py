@@ -15,15 +15,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ..cache_schema import Manifest, Store
-from ..cache_schema.files import Files, open_files
+from ..cache_schema.disk_and_cloud_files import Files, open_files
 from ..cache_schema.layout import ROOT
 from .config import HarvestConfig
 from .corpus import open_corpus
 from .corpus.source import Corpus, part_of
 from .create_store import require_ours, require_place
+from .cut_windows import Packer
 from .errors import CorpusEmpty
 from .estimate_cost import Cost, cost_before, least_bytes, measure_cost, needed_bytes, tell_splits, tokens_in
-from .packing import Packer
 from .process import open_process
 from .progress import Watch
 from .run import decide, make_harvester, with_weights

@@ -24,7 +24,7 @@ from huggingface_hub import constants
 
 from ..cache_schema import AttentionSpec, Manifest, StoreFull, StoreWriter
 from ..cache_schema.commits import CommitRecord
-from ..cache_schema.files import Files
+from ..cache_schema.disk_and_cloud_files import Files
 from ..cache_schema.identity import seal
 from ..cache_schema.layout import arrays_of
 from .corpus import source_of

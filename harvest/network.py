@@ -8,7 +8,7 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of whichever HTTP library the hub's client uses)
 )
 
-from ..cache_schema.files import free_bytes_at
+from ..cache_schema.disk_and_cloud_files import free_bytes_at
 from .errors import ModelUnavailable
 
 NETWORK_ERRORS = (OSError, HTTPError)

@@ -18,9 +18,9 @@ from functools import partial
 import torch
 
 from ..cache_schema import Manifest, Store, StoreBusy, StoreError, StoreWriter
-from ..cache_schema.allocator import SMALLER_THAN_SHARDS, keep_large_blocks
 from ..cache_schema.commits import CommitRecord, read_devices
-from ..cache_schema.files import Files, open_files
+from ..cache_schema.disk_and_cloud_files import Files, open_files
+from ..cache_schema.keep_freed_memory import SMALLER_THAN_SHARDS, keep_large_blocks
 from ..cache_schema.layout import ROOT
 from ..cache_schema.root import read_root
 from .config import HarvestConfig

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ..cache_schema import AttentionCsr, Manifest, Moments, ShardContent, Store, StoreWriter
 from ..cache_schema.commits import CommitRecord, DeviceRecord
-from ..cache_schema.dtypes import STORED_AS
 from ..cache_schema.moments import merge
 from ..cache_schema.sites import Site
+from ..cache_schema.stored_dtypes import STORED_AS
 from .capture import Captured, capture
 from .model.load_and_truncate import TruncatedModel, memory_of
 from .sparsify_attention import to_csr

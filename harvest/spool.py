@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from ..cache_schema.files import sync
+from ..cache_schema.disk_and_cloud_files import sync
 from ..cache_schema.splits import PER_MILLE, share_windows, split_of
 from .corpus.source import Corpus
+from .cut_windows import Packer, Packing
 from .errors import CorpusEmpty, NetworkLost, SplitEmpty
 from .model.tokenizer import TextEncoder
-from .packing import Packer, Packing
 
 BATCH_CHARACTERS = 2_000_000
 CHECKPOINT_SECONDS = 10.0

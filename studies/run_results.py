@@ -14,7 +14,7 @@ from ..evaluate.context.results import metric_of, read_result, settings_in
 from ..evaluate.output.figures.records import RESULTS, read_log
 from ..evaluate.run.console_table import untrained_traits
 from ..train.config.recipe import HALF, Recipe
-from ..train.disk.whole_files import read_json
+from ..train.disk.atomic_files import read_json
 from ..train.run.folder import RunFolder
 from .decision_rule import Families
 

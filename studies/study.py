@@ -34,9 +34,9 @@ from ..evaluate.run.console_table import make_console
 from ..train.cli import main as sae_train
 from ..train.command import beginning_with
 from ..train.config.recipe import HALF, Recipe, half_of
-from ..train.disk.whole_files import read_json, write_json
-from ..train.recipes import find_recipes, runs_of, studies
+from ..train.disk.atomic_files import read_json, write_json
 from ..train.run.folder import RunFolder
+from ..train.study_recipes import find_recipes, runs_of, studies
 from .run_results import Line, Results, curve_by_label, families, read_lines
 from .tables import rows_of, write_tables
 

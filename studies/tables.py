@@ -14,7 +14,7 @@ from rich.table import Table
 from ..evaluate.context.results import without_nan
 from ..evaluate.run.console_table import heading
 from ..train.config.recipe import Recipe
-from ..train.disk.whole_files import replace_file
+from ..train.disk.atomic_files import replace_file
 from .comparisons import Difference, compare
 from .decision_rule import is_baseline, judge
 from .run_results import SEED, Line, Results, families

@@ -23,7 +23,7 @@ import torch
 
 from saemill.cache_schema import StoreError
 from saemill.cache_schema.commits import read_index, read_record
-from saemill.cache_schema.files import LocalFiles
+from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.identity import seal
 from saemill.cache_schema.manifest import read_manifest
 from saemill.cache_schema.root import read_root

@@ -23,10 +23,10 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies", "api")
 FLOORS = {  # of every package, from the ground up: its folders, and the modules beside them; imports lead down
     "cache_schema": (
-        "allocator dtypes errors sites splits strict_json",
-        "csr files manifest sources",
+        "keep_freed_memory errors sites splits stored_dtypes strict_json",
+        "csr disk_and_cloud_files manifest sources",
         "identity layout request vllm",
-        "buffers claims codecs commits moments",
+        "buffers codecs commits moments shard_claims",
         "chunks counts digest root summary",
         "content reader",
         "massive_rows",
@@ -36,7 +36,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
     ),
     "harvest": (
         "__init__ errors",
-        "network packing pocket progress",
+        "cut_windows network pocket progress",
         "corpus model sparsify_attention stats",
         "capture config spool",
         "process store_plan shards",
@@ -55,7 +55,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "disk/formats terms",
         "kit",
         "config variants",
-        "recipes run",
+        "run study_recipes",
         "command start_runs",
         "__init__ cli export",
     ),
@@ -82,17 +82,17 @@ MAY_IMPORT = {  # rooms of other packages
     "evaluate": {
         "cache_schema": ALL,
         "harvest": "corpus errors model network pocket progress sparsify_attention stats",
-        "train": "config command data disk errors file_registry kit recipes run sae sae/kernels start_runs",
+        "train": "config command data disk errors file_registry kit run sae sae/kernels start_runs study_recipes",
     },
     "studies": {
         "cache_schema": "cli strict_json",
-        "train": "config cli command disk recipes run",
+        "train": "config cli command disk run study_recipes",
         "evaluate": "cli context evals output/figures output/plots run",
     },
     "api": {
         "cache_schema": ALL,
         "harvest": "cli progress run",
-        "train": "config cli data disk errors parallel recipes run sae start_runs",
+        "train": "config cli data disk errors parallel run sae start_runs study_recipes",
         "evaluate": "cli context output run",
     },
 }

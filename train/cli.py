@@ -16,7 +16,7 @@ from . import command
 from .command import tell_errors
 from .config.settings import parse_value
 from .kit.registry import names
-from .recipes import studies
+from .study_recipes import studies
 
 if TYPE_CHECKING:
     from .run.results import Outcome

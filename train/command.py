@@ -12,8 +12,8 @@ from click.shell_completion import CompletionItem
 from ..cache_schema import StoreError
 from .errors import RunInterrupted, TrainError
 from .kit.registry import names
-from .recipes import runs_of, studies
 from .run.folder import run_names
+from .study_recipes import runs_of, studies
 
 
 @contextmanager

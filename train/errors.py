@@ -3,7 +3,7 @@
 TrainError
 ├── ConfigInvalid (ValueError)          a setting that no run can satisfy
 ├── UnknownVariant (LookupError)        no file of that name in train/variants/
-├── UnknownRecipe (LookupError)         no study or run of that name in train/recipes/
+├── UnknownRecipe (LookupError)         no study or run of that name in train/study_recipes/
 ├── SideInputMissing (LookupError)      a term or a gate read what its variant did not request
 ├── NonFiniteLoss (ArithmeticError)     the loss is not finite; weights are as before the step
 ├── StoppedElsewhere (RuntimeError)     another process of the run stopped with an error

@@ -16,7 +16,6 @@ from .config.settings import parse_grid, parse_settings
 from .errors import ConfigInvalid
 from .kit.registry import names
 from .parallel.processes import Solo, join
-from .recipes import find_recipes, studies
 from .run.find_sae import find_sae
 from .run.folder import RunFolder, cache_of
 from .run.loop import train
@@ -25,6 +24,7 @@ from .run.results import Outcome
 from .run.run import Run
 from .run.settle_config import settle
 from .run.start_or_resume import begin_run, resume_run
+from .study_recipes import find_recipes, studies
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}

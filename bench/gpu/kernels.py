@@ -31,7 +31,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
 from saemill.train.sae.kernels.hardware import has_triton
 from saemill.train.sae.kernels.sparse_support import support_from_topk
-from saemill.train.sae.kernels.triton import bag_sums, row_update, select_kernels
+from saemill.train.sae.kernels.triton import bag_sums, exact_top_k, row_update
 
 D, K, B = 2304, 64, 4096
 HEAD_START = 8_000_000  # clocks, about 4 ms, in which the host queues all that is timed
@@ -83,24 +83,24 @@ def measure(table: Table, width: int, sweep: bool) -> None:
     pre = low_x @ low_W.t()
     full = pre.float()
     table.add(
-        f"F {width}: top {K} of rows, bfloat16", milliseconds(lambda: select_kernels.top_latents(pre, K)), pre.nbytes
+        f"F {width}: top {K} of rows, bfloat16", milliseconds(lambda: exact_top_k.top_latents(pre, K)), pre.nbytes
     )
     table.add(f"F {width}: the same by torch.topk", milliseconds(lambda: pre.topk(K, sorted=False)), pre.nbytes)
     table.add(
-        f"F {width}: top {K} of rows, float32", milliseconds(lambda: select_kernels.top_latents(full, K)), full.nbytes
+        f"F {width}: top {K} of rows, float32", milliseconds(lambda: exact_top_k.top_latents(full, K)), full.nbytes
     )
     table.add(
         f"F {width}: top {K * B} of the batch, bfloat16",
-        milliseconds(lambda: select_kernels.top_of_batch(pre, K * B)),
+        milliseconds(lambda: exact_top_k.top_of_batch(pre, K * B)),
         pre.nbytes,
     )
     unequal = pre * torch.exp(UNEQUAL * torch.randn(B, 1, device="cuda")).bfloat16()
     table.add(
         f"F {width}: top {K * B} of a batch of unequal rows",
-        milliseconds(lambda: select_kernels.top_of_batch(unequal, K * B)),
+        milliseconds(lambda: exact_top_k.top_of_batch(unequal, K * B)),
         pre.nbytes,
     )
-    latents = select_kernels.top_latents(pre, K)
+    latents = exact_top_k.top_latents(pre, K)
     support = support_from_topk(latents, width)
     values = torch.rand(B * K, device="cuda")
     gathered = 4.0 * B * K * D

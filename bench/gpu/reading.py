@@ -22,7 +22,7 @@ from records import record
 from saemill.cache_schema import Request, Store
 from saemill.train.data.pool import PIECES_IN_FLIGHT
 from saemill.train.data.prefetch import Loader
-from saemill.train.data.shuffle import Plan, measure_split
+from saemill.train.data.read_order import Plan, measure_split
 
 LAYER = 19
 

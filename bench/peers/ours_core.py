@@ -17,7 +17,7 @@ from ratios import resident
 from talk import serve
 
 from saemill.cache_schema import Store
-from saemill.cache_schema.allocator import keep_large_blocks
+from saemill.cache_schema.keep_freed_memory import keep_large_blocks
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.results import frame
 from saemill.evaluate.evals.core import evaluation as core

@@ -25,7 +25,7 @@ from fitting import (
 )
 from torch import Tensor
 
-from saemill.cache_schema.allocator import keep_large_blocks
+from saemill.cache_schema.keep_freed_memory import keep_large_blocks
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats
 from saemill.train.engine.step import Trainee

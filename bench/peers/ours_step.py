@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stepping import LONG, Settings, Step, serve_steps, sparse_bias, split_pairs
 
-from saemill.cache_schema.allocator import keep_large_blocks
+from saemill.cache_schema.keep_freed_memory import keep_large_blocks
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type

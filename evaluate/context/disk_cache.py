@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...train.disk.whole_files import replace_file
+from ...train.disk.atomic_files import replace_file
 from ..model.prefix_suffix import LanguageModel
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...cache_schema import AttentionSpec
 from ..model.batches import Windows, make_rows, run_windows
-from ..model.memory import PieceSize, in_pieces
 from ..model.prefix_suffix import LanguageModel
+from ..model.smaller_pieces import PieceSize, in_pieces
 from .loaded_sae import LoadedSae, layers_of
 
 CHUNK_BYTES = 64 << 20

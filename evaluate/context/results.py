@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...cache_schema.strict_json import flatten
+from ...train.disk.atomic_files import replace_file
 from ...train.disk.sae_folder import SAELENS_VERSION, WEIGHT_SUFFIXES
-from ...train.disk.whole_files import replace_file
 from ...train.run.folder import provenance
 from ..errors import ResultInvalid
 from .loaded_sae import LoadedSae

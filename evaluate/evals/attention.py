@@ -21,7 +21,7 @@ from torch import Tensor
 from ...cache_schema.strict_json import to_json
 from ...harvest.sparsify_attention import sinks
 from ...train.data.batch import AttentionRows
-from ..context.split_windows import mean_of_rows, ordinary_rows, read_windows
+from ..context.stored_windows import mean_of_rows, ordinary_rows, read_windows
 from ..errors import ModelMissing, NotApplicable
 from ..model.batches import Windows
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result

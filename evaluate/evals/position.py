@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict_json import to_json
-from ..context.split_windows import ordinary_rows, read_windows
+from ..context.stored_windows import ordinary_rows, read_windows
 from ..errors import NotApplicable
 from ..model.batches import Windows
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result

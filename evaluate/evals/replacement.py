@@ -25,11 +25,11 @@ from ...cache_schema.sites import RESID, Site, place_of
 from ...cache_schema.strict_json import to_json
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
-from ..context.split_windows import read_windows
+from ..context.stored_windows import read_windows
 from ..errors import DataMissing, NotApplicable, WidthMismatch
 from ..model.batches import Windows
 from ..model.divergence import LogitsOf, chunk_rows, compare, next_tokens
-from ..model.memory import PieceSize
+from ..model.smaller_pieces import PieceSize
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.splice_effects import Effect
 

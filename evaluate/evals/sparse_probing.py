@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from ...cache_schema.strict_json import to_json
-from ..context.compatible import model_name_of
+from ..context.usable_saes import model_name_of
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
-from .probing.dense_probe import FULL_WIDTH, probe_every_class, sparse_accuracy
 from .probing.features import Features, Memo, draw_probe, seeded
 from .probing.pooling import Pool, pool_task
 from .probing.settings import of_data
 from .probing.sources import DataName, Source, find_source, load_all
 from .probing.texts import Task
+from .probing.train_probes import FULL_WIDTH, probe_every_class, sparse_accuracy
 
 ALL_K = (1, 2, 5, 10, 20, 50, 100)
 Accuracies = dict[str, dict[str, float]]  # by metric, then by class

@@ -18,8 +18,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ...cache_schema.strict_json import to_json
-from ..context.compatible import attention_of, model_name_of
 from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
+from ..context.usable_saes import attention_of, model_name_of
 from ..model.prefix_suffix import LanguageModel
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing import collection, installed

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...cache_schema.strict_json import to_json
-from ..context.split_windows import ordinary_rows, read_windows
+from ..context.stored_windows import ordinary_rows, read_windows
 from ..model.batches import Sums, Windows
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, groups_of

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .memory import PieceSize, in_pieces
+from .smaller_pieces import PieceSize, in_pieces
 
 LogitsOf = Callable[[int, int], Tensor]
 """Logits [stop - start, V] of the rows start..stop."""

@@ -32,7 +32,7 @@ from ...harvest.model.attention import ATTENTION, register_attention
 from ...harvest.model.load_and_truncate import ModelFacts, find_weights, kept, read_facts, tapped, without_report
 from ...harvest.model.tokenizer import TextEncoder, make_encoder
 from ..errors import MemoryTooSmall, ModelMissing, WidthMismatch
-from .memory import is_out_of_memory
+from .smaller_pieces import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel

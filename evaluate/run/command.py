@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from ...cache_schema import Store, StoreError, StoreMissing
-from ...cache_schema.allocator import keep_large_blocks
 from ...cache_schema.cli import print_json
+from ...cache_schema.keep_freed_memory import keep_large_blocks
 from ...cache_schema.sites import RESID
 from ...harvest.errors import HarvestError
 from ...harvest.model.load_and_truncate import find_device
@@ -27,9 +27,9 @@ from ..context.context import Context, DtypeName, open_context
 from ..context.loaded_sae import LoadedSae, layers_of
 from ..context.results import Row
 from ..errors import CacheIdMismatch, EvalError, SettingInvalid, StoreGone, WidthMismatch
-from ..evals.browser.folder import LATENT_BYTES
-from ..evals.browser.folder import NAME as BROWSER
-from ..model.memory import room_for_weights, within
+from ..evals.browser.write_pages import LATENT_BYTES
+from ..evals.browser.write_pages import NAME as BROWSER
+from ..model.smaller_pieces import room_for_weights, within
 from ..output.pictures import draw
 from .attempts import Keep, run_evals
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store

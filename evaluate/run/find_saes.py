@@ -18,9 +18,9 @@ from ...cache_schema.sites import HOOKS, IN_A_LAYER, RESID, site_named
 from ...train.disk.plain_form import with_unit_rows, without_signs
 from ...train.disk.sae_folder import CONFIG, read_config
 from ...train.errors import RunMissing, TrainError
-from ...train.recipes import runs_of, studies
 from ...train.run.find_sae import find_sae, is_of_hub, list_saes, read_folder
 from ...train.run.folder import RunFolder, cache_of, places_of, run_names
+from ...train.study_recipes import runs_of, studies
 from ..context.loaded_sae import LoadedSae
 from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
 

@@ -13,10 +13,10 @@ import click
 
 from ...cache_schema import Store, StoreMissing
 from ...train.config.run_config import Ask
-from ...train.recipes import find_recipes
 from ...train.run.settle_config import settle
 from ...train.run.start_or_resume import estimate_seconds
 from ...train.start_runs import open_process, start
+from ...train.study_recipes import find_recipes
 from ..errors import TargetUnknown
 from ..output.pictures import after_run
 from .console_table import make_console

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import constants
 
-from ...cache_schema.files import name_full_disk, sync
+from ...cache_schema.disk_and_cloud_files import name_full_disk, sync
 from ..errors import ModelUnavailable, TokenizerUnsuitable, UnsupportedArchitecture
 from ..network import require_room
 from .load_and_truncate import validate_report

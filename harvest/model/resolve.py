@@ -33,7 +33,7 @@ from huggingface_hub.errors import (
 )
 
 from ...cache_schema import ModelSpec
-from ...cache_schema.files import FULL_DISK
+from ...cache_schema.disk_and_cloud_files import FULL_DISK
 from ..errors import ModelDiffers, ModelUnavailable
 from ..network import NETWORK_ERRORS, require_room
 from ..pocket import MODEL_FOLDER

@@ -79,7 +79,7 @@ def test_type_checkers_see_functions(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("""
 from saemill import Store, evaluate, harvest, load_sae, train
 from saemill.train import load_sae as same
-from saemill.train.engine.fleet import Fleet
+from saemill.train.engine.fleet_of_saes import Fleet
 
 store: Store = harvest(model="pocket", out="./store")
 rows: list[dict[str, object]] = train(cache=store, variant="topk").rows

@@ -27,12 +27,12 @@ import numpy as np
 import pytest
 
 from saemill.cache_schema import Request, Span, Store, StoreBusy, StoreError, StoreUnreachable, StoreWriter
-from saemill.cache_schema import claims as claims_module
-from saemill.cache_schema import files as files_module
+from saemill.cache_schema import disk_and_cloud_files as files_module
+from saemill.cache_schema import shard_claims as claims_module
 from saemill.cache_schema import writer as writer_module
-from saemill.cache_schema.claims import LeaseClaims
-from saemill.cache_schema.files import LocalFiles, RemoteFiles, open_files
+from saemill.cache_schema.disk_and_cloud_files import LocalFiles, RemoteFiles, open_files
 from saemill.cache_schema.layout import arrays_of
+from saemill.cache_schema.shard_claims import LeaseClaims
 
 s3fs = pytest.importorskip("s3fs")
 botocore = pytest.importorskip("botocore")

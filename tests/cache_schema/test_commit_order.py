@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from saemill.cache_schema import StoreWriter, files
+from saemill.cache_schema import StoreWriter, disk_and_cloud_files
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def test_the_root_appears_last(synthetic, tmp_path, journal):
 def test_the_name_of_a_folder_whose_maker_died_is_flushed(tmp_path, monkeypatch):
     """Once in a process: it was made, and the maker was killed before its name was on the disk."""
     flushed = []
-    monkeypatch.setattr(files, "sync", flushed.append)
+    monkeypatch.setattr(disk_and_cloud_files, "sync", flushed.append)
     (tmp_path / "left").mkdir()
-    files.make_folder(tmp_path / "left")
-    files.make_folder(tmp_path / "left")
+    disk_and_cloud_files.make_folder(tmp_path / "left")
+    disk_and_cloud_files.make_folder(tmp_path / "left")
     assert flushed == [tmp_path]
-    files.make_folder(tmp_path / "left" / "new")
-    files.make_folder(tmp_path / "left" / "new")
+    disk_and_cloud_files.make_folder(tmp_path / "left" / "new")
+    disk_and_cloud_files.make_folder(tmp_path / "left" / "new")
     assert flushed == [tmp_path, tmp_path / "left"]
 
 
@@ -77,5 +77,5 @@ def test_a_folder_below_one_that_nobody_may_read_can_be_used(tmp_path, monkeypat
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(files, "sync", refuse)
-    files.make_folder(tmp_path)
+    monkeypatch.setattr(disk_and_cloud_files, "sync", refuse)
+    disk_and_cloud_files.make_folder(tmp_path)

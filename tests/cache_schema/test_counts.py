@@ -10,7 +10,7 @@ import pytest
 
 from saemill.cache_schema import ManifestInvalid, Request, Store, StoreWriter
 from saemill.cache_schema.counts import pair_share
-from saemill.cache_schema.files import LocalFiles
+from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.verify_and_repair import drop_broken_derived, repair
 
 COUNTS = "stats/counts.json"

@@ -36,11 +36,11 @@ from saemill.cache_schema import (
     StoreWriter,
     commits,
 )
-from saemill.cache_schema import claims as claims_module
-from saemill.cache_schema import files as files_module
-from saemill.cache_schema.claims import LeaseClaims
-from saemill.cache_schema.files import Files, RemoteFiles, S3Files, open_files
+from saemill.cache_schema import disk_and_cloud_files as files_module
+from saemill.cache_schema import shard_claims as claims_module
+from saemill.cache_schema.disk_and_cloud_files import Files, RemoteFiles, S3Files, open_files
 from saemill.cache_schema.layout import device_name, record_key, record_name
+from saemill.cache_schema.shard_claims import LeaseClaims
 from saemill.cache_schema.writer import compacts_after
 
 s3fs = pytest.importorskip("s3fs")  # a machine without a network may lack it

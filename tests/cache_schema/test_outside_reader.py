@@ -20,7 +20,7 @@ from saemill.cache_schema import layout as layouts
 from saemill.cache_schema import manifest as manifests
 from saemill.cache_schema.chunks import plan_reads, read_chunk
 from saemill.cache_schema.codecs import decode, encode
-from saemill.cache_schema.files import open_files
+from saemill.cache_schema.disk_and_cloud_files import open_files
 from saemill.cache_schema.layout import ArrayLayout, arrays_of, is_line
 from saemill.cache_schema.manifest import Codec
 

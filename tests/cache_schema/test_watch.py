@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from saemill.cache_schema import StoreMissing, StoreWriter
-from saemill.cache_schema.claims import find_held, open_claims
 from saemill.cache_schema.cli import main
-from saemill.cache_schema.files import open_files
+from saemill.cache_schema.disk_and_cloud_files import open_files
+from saemill.cache_schema.shard_claims import find_held, open_claims
 from saemill.cache_schema.watch import follow
 
 

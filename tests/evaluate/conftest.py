@@ -40,8 +40,8 @@ from saemill.harvest.model.load_and_truncate import Wanted, load_model
 from saemill.harvest.progress import Watch
 from saemill.harvest.sparsify_attention import to_csr
 from saemill.train.data.scaling import unit_stats
+from saemill.train.disk.atomic_files import write_json
 from saemill.train.disk.sae_folder import save_sae
-from saemill.train.disk.whole_files import write_json
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.model import SparseAutoencoder
 

@@ -101,7 +101,7 @@ def test_the_way_from_the_command_to_a_cross_entropy_is_short(run_1, sae_eval, m
     sae_eval("run_1/small", "--no-plots")
     assert ways[0][0] == "evaluate/cli.py" and ways[0][-2:] == [
         "evaluate/model/divergence.py",
-        "evaluate/model/memory.py",
+        "evaluate/model/smaller_pieces.py",
     ]
     assert max(map(len, ways)) <= 9
 

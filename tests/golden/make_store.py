@@ -21,9 +21,9 @@ from saemill.cache_schema import (
     StoreWriter,
     from_float32,
 )
-from saemill.cache_schema.dtypes import SmallDtype
 from saemill.cache_schema.manifest import Codec
 from saemill.cache_schema.moments import is_special, measure
+from saemill.cache_schema.stored_dtypes import SmallDtype
 
 FOLDER = Path(__file__).parent
 CODECS = get_args(Codec)

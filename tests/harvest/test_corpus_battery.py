@@ -14,8 +14,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from saemill.harvest import corpus
 from saemill.harvest.cli import main
-from saemill.harvest.corpus import hub, open_corpus, source_of, sources
-from saemill.harvest.corpus.hub import Repository
+from saemill.harvest.corpus import hugging_face, open_corpus, source_of, sources
+from saemill.harvest.corpus.hugging_face import Repository
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, HarvestError, SourceInvalid
 
@@ -43,9 +43,9 @@ def a_data_set(folder, monkeypatch):
     """Of a hub that lies in a folder."""
     pq.write_table(pa.table({"text": TEXTS}), folder / "a.parquet")
     files = {"train": str(folder / "a.parquet")}
-    monkeypatch.setattr(hub, "find_repository", lambda options: Repository(options.dataset, "c0ffee"))
+    monkeypatch.setattr(hugging_face, "find_repository", lambda options: Repository(options.dataset, "c0ffee"))
     monkeypatch.setattr(
-        hub, "_load", lambda *_: load_dataset("parquet", data_files=files, split="train", streaming=True)
+        hugging_face, "_load", lambda *_: load_dataset("parquet", data_files=files, split="train", streaming=True)
     )
     return DatasetOptions("owner/name")
 
@@ -59,7 +59,7 @@ def a_data_set_that_is_not_there(folder, monkeypatch):
     def refuse(options):
         raise RepositoryNotFoundError("refused", response=SimpleNamespace(headers={}, request=None))  # pyright: ignore
 
-    monkeypatch.setattr(hub, "find_repository", refuse)
+    monkeypatch.setattr(hugging_face, "find_repository", refuse)
     return DatasetOptions("owner/nothing")
 
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from saemill.cache_schema import Store, StoreFull
-from saemill.cache_schema.files import LocalFiles
+from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.harvest import estimate_cost, run
 from saemill.harvest.config import HarvestConfig
 from saemill.harvest.corpus.source import DatasetOptions

@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from saemill.cache_schema import Store
-from saemill.cache_schema.files import LocalFiles
+from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.verify_and_repair import digest
 from saemill.harvest import run, shards
 from saemill.harvest.cli import main

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from saemill.cache_schema.commits import ArrayRecord, CommitRecord
-from saemill.cache_schema.files import LocalFiles
+from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.harvest import progress
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import report_shard

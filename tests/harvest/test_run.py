@@ -32,17 +32,17 @@ from saemill.cache_schema import (
     StoreWriter,
     to_float32,
 )
-from saemill.cache_schema.claims import HELD_TRIED, Claims, open_claims
 from saemill.cache_schema.commits import DEVICES_ASKED, read_devices, write_device
-from saemill.cache_schema.dtypes import SmallDtype
-from saemill.cache_schema.files import LocalFiles, open_files
+from saemill.cache_schema.disk_and_cloud_files import LocalFiles, open_files
 from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.moments import is_special
+from saemill.cache_schema.shard_claims import HELD_TRIED, Claims, open_claims
 from saemill.cache_schema.splits import per_mille_for_tests
+from saemill.cache_schema.stored_dtypes import SmallDtype
 from saemill.cache_schema.verify_and_repair import digest, repair, verify_shards
 from saemill.harvest import create_store, run, shards, store_plan
 from saemill.harvest.config import HarvestConfig, Worker
-from saemill.harvest.corpus.hub import HubCorpus
+from saemill.harvest.corpus.hugging_face import HubCorpus
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SettingInvalid, SplitEmpty

@@ -15,8 +15,8 @@ import pytest
 
 from saemill.cache_schema.splits import split_of
 from saemill.harvest import spool as spool_module
+from saemill.harvest.cut_windows import Packer
 from saemill.harvest.errors import CorpusEmpty, DocumentInvalid, NetworkLost, SplitEmpty
-from saemill.harvest.packing import Packer
 from saemill.harvest.spool import PackedCorpus, PackingJob, Spool, spool_corpus
 
 CONTEXT = 8

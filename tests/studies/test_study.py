@@ -21,8 +21,8 @@ from saemill.studies.study import Course, call, training_commands
 from saemill.studies.tables import seeded_rows, spread, write_tables
 from saemill.train.config.recipe import Recipe
 from saemill.train.errors import UnknownRecipe
-from saemill.train.recipes import find_recipes, own_evals, runs_of, studies
 from saemill.train.run.folder import RunFolder
+from saemill.train.study_recipes import find_recipes, own_evals, runs_of, studies
 
 GOOD = {"l0": 20.0, "explained_variance": 0.8, "ce": 0.9, "kl": 0.9, "alive": 1.0}
 

@@ -1,6 +1,6 @@
 """What a recipe is: a run that can be called by its name, as data.
 
-A study is a file in `train/recipes/` with a tuple `RUNS` of these records. Settings are written as on
+A study is a file in `train/study_recipes/` with a tuple `RUNS` of these records. Settings are written as on
 the command line (`data.batch_tokens`, `course.epochs`, `optim.lr`, a variant's own names). The
 limits of the store bound them, as they bound a variant's defaults, and the command line overrides them.
 """

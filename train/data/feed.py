@@ -22,8 +22,8 @@ from .block import Block
 from .drawn_rows import Draw, TokenOrder, WindowOrder
 from .pool import PIECES_IN_FLIGHT, Pool
 from .prefetch import Loader
+from .read_order import BlockPlan, Plan, share, token_order, token_slice, window_order, window_slice
 from .scaling import Stats, bounds_of
-from .shuffle import BlockPlan, Plan, share, token_order, token_slice, window_order, window_slice
 
 
 class Feed:

@@ -16,7 +16,7 @@ from ...cache_schema import Request, Store
 from ...cache_schema.sites import Place
 from .block import Block
 from .pool import PIECES_IN_FLIGHT, Pool
-from .shuffle import BlockPlan, Plan
+from .read_order import BlockPlan, Plan
 
 
 class Loader:

@@ -25,11 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...cache_schema.files import make_folder, sync
+from ...cache_schema.disk_and_cloud_files import make_folder, sync
 from ...cache_schema.strict_json import StrictError, from_json, to_json
 from ..errors import CheckpointDamaged, ConfigInvalid, RunNotWritten
 from ..parallel.processes import Group, Solo, all_or_none
-from .whole_files import read_json, write_json
+from .atomic_files import read_json, write_json
 
 KEPT = 2
 FILE_ERRORS = (OSError, SafetensorError)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...cache_schema.files import make_folder, sync
+from ...cache_schema.disk_and_cloud_files import make_folder, sync
 from ..data.scaling import Stats
 from ..errors import SaeInvalid
 from ..sae.model import SparseAutoencoder

@@ -35,7 +35,7 @@ from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
 from ..sae.step_view import View
 from .assembly import Assembly, cut, require_splittable, split_parameters, split_state
-from .dead_latents import LatentCounters
+from .count_dead_latents import LatentCounters
 from .fitted_start import fit_start
 from .optim import Adam
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..disk.atomic_files import read_json
 from ..disk.sae_folder import PLAIN, read_config
-from ..disk.whole_files import read_json
 
 LIBRARY, TAGS = "saemill", ("sparse-autoencoder", "saemill")
 LONGEST = 200  # characters of a name

@@ -12,7 +12,7 @@ from types import FrameType
 
 from ..config.run_config import CourseConfig
 from ..disk.checkpoint_files import Standing, Writer
-from ..engine.fleet import Fleet
+from ..engine.fleet_of_saes import Fleet
 from ..errors import RunInterrupted
 from .metrics import Watch
 from .process import Process

@@ -21,8 +21,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ...cache_schema.files import make_folder, sync
-from ..disk.whole_files import encode_line, read_json, write_json
+from ...cache_schema.disk_and_cloud_files import make_folder, sync
+from ..disk.atomic_files import encode_line, read_json, write_json
 from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken
 
 _PACKAGES = ("saemill", "torch", "numpy", "safetensors", "accelerate", "zarr")

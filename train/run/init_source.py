@@ -19,7 +19,7 @@ from ..data.batch import Needs
 from ..disk.places import places_told
 from ..disk.plain_form import begin_as
 from ..disk.sae_folder import WEIGHT_SUFFIXES
-from ..engine.fleet import Fleet
+from ..engine.fleet_of_saes import Fleet
 from ..errors import ConfigInvalid, SaeInvalid
 from ..kit.build import require
 from .find_sae import read_folder

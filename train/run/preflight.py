@@ -9,10 +9,10 @@ import torch
 
 from ...cache_schema import Store
 from ...cache_schema.csr import index_dtype
-from ...cache_schema.dtypes import STORED_AS
 from ...cache_schema.massive_rows import any_ordinary, measure_massive
 from ...cache_schema.request import validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
+from ...cache_schema.stored_dtypes import STORED_AS
 from ..config.run_config import Member
 from ..data.feed import joint_request
 from ..data.scaling import Stats, bounds_of, stats_from_moments, stats_of_ordinary

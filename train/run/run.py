@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...cache_schema import Store
 from ..config.run_config import RunConfig
 from ..data.feed import Feed
-from ..engine.fleet import Fleet
+from ..engine.fleet_of_saes import Fleet
 from .checkpoint_times import Saver
 from .folder import RunFolder
 from .metrics import Watch

@@ -19,13 +19,13 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ...cache_schema import Store
-from ...cache_schema.allocator import keep_large_blocks
+from ...cache_schema.keep_freed_memory import keep_large_blocks
 from ..config.run_config import Member, RunConfig
 from ..data.device_copies import take_device
 from ..data.feed import Feed
-from ..data.shuffle import Plan
+from ..data.read_order import Plan
 from ..disk.checkpoint_files import Standing, list_checkpoints, load_checkpoint
-from ..engine.fleet import Fleet, out_of_memory
+from ..engine.fleet_of_saes import Fleet, out_of_memory
 from ..errors import ConfigInvalid, MemoryTooSmall, RunFinished
 from ..parallel.processes import Solo, all_or_none
 from .after_run import Onlookers

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..data.drawn_rows import Draw
-from ..engine.fleet import Fleet
+from ..engine.fleet_of_saes import Fleet
 from ..engine.step import Trainee
 from ..parallel.ranks import Alone
 

@@ -60,9 +60,9 @@ def first_of_equals(pre: Tensor, k: int) -> Tensor:
     if k == 0:  # a process that holds none of those to choose from
         return torch.zeros(len(pre), 0, dtype=torch.int64, device=pre.device)
     if runs_triton(pre):
-        from .kernels.triton import select_kernels
+        from .kernels.triton import exact_top_k
 
-        return select_kernels.top_latents(pre, k).long()
+        return exact_top_k.top_latents(pre, k).long()
     values, latents = topk_rows(pre, k)
     if k < pre.shape[1]:  # which of equal ones a row took is not said: rows where that matters choose anew
         undecided = (pre >= values.amin(1, keepdim=True)).sum(1) > k

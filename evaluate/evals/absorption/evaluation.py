@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from ...context.compatible import attention_of, model_name_of, split_fitting
 from ...context.prompt_positions import Reader
+from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable
 from ...model.prefix_suffix import LanguageModel
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result

@@ -33,12 +33,12 @@ from .attended import LEVELS
 from .config import Config
 from .exports import Exported, keep_exports, require_known, write_exports
 from .firing_counts import lower_edges
-from .folder import LATENT_BYTES, NAME, Folder, making, read_data, unpacked, write_page
 from .for_report import report_of
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
 from .overview import write_numbers
 from .reading import ATTENTION_TOKENS, SAVED, TEXT_TOKENS, files_of, read
 from .token_text import Vocabulary
+from .write_pages import LATENT_BYTES, NAME, Folder, making, read_data, unpacked, write_page
 
 FORMAT = 1
 SAME = ("format", "cache_id", "windows", "config", "massive_norms")  # of SAEs that can stand side by side

@@ -21,10 +21,10 @@ from ...model.head import Head
 from ..measures.assignment import GROUPS, RANGES, TIERS, saved, saved_composition
 from .config import Config
 from .firing_counts import BINS, Seen
-from .folder import Folder
 from .kept_firings import SAMPLE, TOP, Firings, largest, ranges
 from .related import Near, by_direction, by_firing
 from .token_text import Vocabulary
+from .write_pages import Folder
 
 FILE_LATENTS = 32
 PLACES_LATENTS = 1 << 14

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...output.figures.records import CORE, Record, thinned
-from .folder import NAME, write_data
+from .write_pages import NAME, write_data
 
 CURVES = ("loss", "explained_variance", "l0", "dead_share")
 

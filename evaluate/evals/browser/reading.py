@@ -20,16 +20,16 @@ from torch import Tensor
 from ....train.disk.checkpoint_files import Standing, list_checkpoints, load_checkpoint, save_checkpoint
 from ....train.errors import CheckpointDamaged
 from ....train.sae.kernels.codes import Codes
-from ...context.split_windows import ordinary_rows, read_windows
+from ...context.stored_windows import ordinary_rows, read_windows
 from ...model.batches import Windows
 from ..contract import Context, LoadedSae
 from ..core.encoding import encode_codes
 from .attended import attended
 from .config import Config
 from .firing_counts import Batch, Seen
-from .folder import ATTENTION, TEXT, Folder, Pieces
 from .kept_firings import Room
 from .token_text import Vocabulary
+from .write_pages import ATTENTION, TEXT, Folder, Pieces
 
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
 SAVED = 1  # the format of what is saved

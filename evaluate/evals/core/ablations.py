@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ....cache_schema.files import Files, open_files
+from ....cache_schema.disk_and_cloud_files import Files, open_files
 from ...context.context import Context
 from ...context.disk_cache import decided_by
 from ...model.batches import Windows
 from ...model.divergence import LogitsOf, Losses, chunk_rows, compare, next_tokens
-from ...model.memory import PieceSize, in_pieces
+from ...model.smaller_pieces import PieceSize, in_pieces
 from .blocks import Block
 
 FORMAT = 1

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...context.context import Context
 from ...errors import NotApplicable, SettingInvalid
 from ...model.batches import Windows, count_windows, store_batches
-from ...model.memory import PieceSize, in_pieces
+from ...model.smaller_pieces import PieceSize, in_pieces
 
 RECONSTRUCTION, SPARSITY = 200, 2000
 ENOUGH = 20

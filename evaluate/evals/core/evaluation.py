@@ -16,14 +16,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...context.compatible import model_name_of
+from ...context.usable_saes import model_name_of
 from ...errors import ModelMissing, NotApplicable, SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .ablations import ABLATIONS
 from .blocks import Rows, rows_of
 from .metrics import latent_details, latent_metrics, official_metrics, own_metrics
 from .quality import Sparsity, measure_sparsity
-from .spliced_losses import LossSums, measure_losses, splice_layer
+from .spliced_ce_and_kl import LossSums, measure_losses, splice_layer
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ...context.loaded_sae import LoadedSae
 from .blocks import Rows
 from .bootstrap import Statistic, intervals
 from .quality import Sparsity, explained_variance_of, summarise_density
-from .spliced_losses import LossSums
+from .spliced_ce_and_kl import LossSums
 
 DECIMALS = 10
 NAN = float("nan")

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
-from ...context.split_windows import ordinary_rows
+from ...context.stored_windows import ordinary_rows
 from ...model.batches import Windows
-from ...model.memory import PieceSize, in_pieces
+from ...model.smaller_pieces import PieceSize, in_pieces
 from .blocks import Block, read_block
 from .bootstrap import DocumentSums
 from .encoding import encode_kept

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae
-from ...context.split_windows import mean_of_rows, ordinary_rows
+from ...context.stored_windows import mean_of_rows, ordinary_rows
 from ...model.batches import Sums, Windows
 from ...model.divergence import LogitsOf, chunk_rows, compare, next_tokens
-from ...model.memory import PieceSize
 from ...model.prefix_suffix import LanguageModel
+from ...model.smaller_pieces import PieceSize
 
 CLEAN, MEAN = "clean", "mean"
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dense_probe import LinearProbe
 from .features import Draw, Features, draw_probe
+from .train_probes import LinearProbe
 
 Kind = Literal["absolute", "positive"]
 """scr takes the size of an effect; tpp takes effects of latents that fire more on the class, with their sign."""

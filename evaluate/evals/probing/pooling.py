@@ -19,13 +19,13 @@ import torch
 from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
-from ...context.compatible import attention_of
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae, layers_of
 from ...context.prompt_positions import stacked, to_sparse
+from ...context.usable_saes import attention_of
 from ...model.batches import Windows, make_rows, run_windows
-from ...model.memory import PieceSize, in_pieces
 from ...model.prefix_suffix import LanguageModel
+from ...model.smaller_pieces import PieceSize, in_pieces
 from .features import Features, spans_of
 from .texts import Classes, Task
 

@@ -26,13 +26,13 @@ from ...context.loaded_sae import LoadedSae
 from ...context.results import Failure, Result
 from ...errors import NotApplicable
 from .ablation import Ablatable, Kind, Logits, effects_of_classes, top_effects
-from .dense_probe import LinearProbe, Training, probe_every_class
 from .features import Draw, Features, Memo, draw_probe, seeded
 from .pooling import Pool, pool_task
 from .scores import Ablated, Accuracies, on_data
 from .settings import Settings, filled
 from .sources import Source, find_source
 from .texts import OPPOSITES, Task
+from .train_probes import LinearProbe, Training, probe_every_class
 
 BOTH_WAYS = OPPOSITES | {negative: name for name, negative in OPPOSITES.items()}
 

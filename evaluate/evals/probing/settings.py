@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ....cache_schema.strict_json import to_json
-from ...context.compatible import model_name_of
 from ...context.context import Context
+from ...context.usable_saes import model_name_of
 from .ablation import Kind
-from .dense_probe import Training
 from .sources import DataName, Source
+from .train_probes import Training
 
 ALL_N = (2, 5, 10, 20, 50, 100, 500)
 TEST_BATCH = 500  # SAEBench's, of no effect: reported for its schema

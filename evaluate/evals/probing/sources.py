@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from ...context.context import Context
 from ...errors import DataMissing
-from . import hub, installed, stdlib
+from . import installed, saebench_texts, stdlib
 from .texts import Table, Task
 
 T = TypeVar("T")
@@ -50,11 +50,11 @@ class Source:
         return self.pairs[name]
 
 
-_BIOS, _AMAZON = f"{hub.BIOS}_class_set1", hub.AMAZON
+_BIOS, _AMAZON = f"{saebench_texts.BIOS}_class_set1", saebench_texts.AMAZON
 
 HUB = Source(
     name="hub",
-    probing=hub.NAMES,
+    probing=saebench_texts.NAMES,
     perturbed=(_BIOS, _AMAZON),
     pairs={
         _BIOS: Pairs(
@@ -91,8 +91,8 @@ HUB = Source(
             },
         ),
     },
-    load_task=hub.load_task,
-    load_table=hub.load_table,
+    load_task=saebench_texts.load_task,
+    load_table=saebench_texts.load_table,
     train_size=4000,
     test_size=1000,
     context=128,

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ...context.compatible import attention_of, model_name_of, split_fitting
 from ...context.disk_cache import decided_by, model_print, remembered
 from ...context.prompt_positions import Reader
+from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ....harvest.pocket.text import stdlib_documents
-from ...context.hub_data import load_json
+from ...context.evaluation_data_sets import load_json
 from .answers import is_right
 
 Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ...context.compatible import attention_of, model_name_of, split_fitting
+from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable
 from ..contract import Context, Evaluation, Failure, LoadedSae, Result
 from .material import Material, load_topic, load_wmdp

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ....harvest.pocket.text import stdlib_documents
 from ...context.context import Context, find_model
-from ...context.hub_data import load_rows
+from ...context.evaluation_data_sets import load_rows
 from ...errors import DataMissing, NotApplicable
 from ...model.prefix_suffix import LanguageModel, load_language_model
 from .papers import ChoicePaper, Paper, Question, TextPaper

@@ -28,8 +28,8 @@ from ....cache_schema import AttentionSpec
 from ...context.disk_cache import decided_by, model_print, remembered
 from ...context.loaded_sae import LoadedSae, layers_of
 from ...model.batches import Sums, Windows, run_windows
-from ...model.memory import PieceSize, in_pieces
 from ...model.prefix_suffix import LanguageModel
+from ...model.smaller_pieces import PieceSize, in_pieces
 from .papers import ChoicePaper, Choose, Exam, Paper, Sheet
 from .sweep import Outcome, Setting
 

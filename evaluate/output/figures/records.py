@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ....train.disk.whole_files import read_json
+from ....train.disk.atomic_files import read_json
 from ....train.run.folder import RunFolder
 from ...context.results import metric_of
 from ...errors import ResultInvalid

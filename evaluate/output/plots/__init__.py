@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ....train.disk.whole_files import replace_file
+from ....train.disk.atomic_files import replace_file
 from ....train.file_registry import file_names, import_file
 from ..figures.records import Record
 

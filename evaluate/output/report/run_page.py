@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ....train.disk.whole_files import replace_file
+from ....train.disk.atomic_files import replace_file
 from ....train.run.folder import RunFolder
 from ..figures.records import Record
 from ..figures.web import script_json, web_file

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from saemill.evaluate.context import prompt_positions
-from saemill.evaluate.context.compatible import split_fitting
 from saemill.evaluate.context.prompt_positions import Reader, Spot
+from saemill.evaluate.context.usable_saes import split_fitting
 from saemill.evaluate.errors import NotApplicable, WidthMismatch
 
 SPOTS = [Spot((2, 9, 4, 7), -1), Spot((2, 5), -1), Spot((2, 8, 8, 6, 3, 11), -4)]

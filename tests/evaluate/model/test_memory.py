@@ -8,7 +8,7 @@ import torch
 from saemill.evaluate.errors import MemoryTooSmall
 from saemill.evaluate.evals.core import encoding
 from saemill.evaluate.evals.core import evaluation as core
-from saemill.evaluate.model.memory import PieceSize, in_pieces, is_out_of_memory
+from saemill.evaluate.model.smaller_pieces import PieceSize, in_pieces, is_out_of_memory
 
 OUT = [
     MemoryError("no"),

@@ -13,7 +13,7 @@ from saemill.evaluate.output import plots
 from saemill.evaluate.output.figures.records import Record, read_records
 from saemill.evaluate.output.figures.style import COLOURS, look, shades, shown
 from saemill.evaluate.output.plots import draw_of, make_plots, names, pareto
-from saemill.train.disk.whole_files import write_json
+from saemill.train.disk.atomic_files import write_json
 from saemill.train.run.folder import RunFolder
 
 STEPS = 12

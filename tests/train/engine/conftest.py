@@ -18,7 +18,7 @@ def as_on_gpu(monkeypatch):
 @pytest.fixture
 def quick_selection(monkeypatch):
     """Latents chosen by torch: interpreted, the kernels of a selection take seconds a step."""
-    select = pytest.importorskip("saemill.train.sae.kernels.triton.select_kernels")
+    select = pytest.importorskip("saemill.train.sae.kernels.triton.exact_top_k")
     monkeypatch.setattr(select, "top_latents", top_latents)
     monkeypatch.setattr(select, "top_of_batch", top_of_batch)
 

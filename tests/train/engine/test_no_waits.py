@@ -23,7 +23,7 @@ from saemill.train.sae.kernels import hardware
 
 pytest.importorskip("triton")
 
-from saemill.train.sae.kernels.triton import select_kernels
+from saemill.train.sae.kernels.triton import exact_top_k
 
 from .conftest import top_latents, top_of_batch
 
@@ -154,7 +154,7 @@ def test_no_selection_reads_on_the_host():
     """Those of the kernels, which agree with what stands in for them above."""
     pre = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
     with NoWaits():
-        found = (select_kernels.top_latents(pre, 2), *select_kernels.top_of_batch(pre, 7))
+        found = (exact_top_k.top_latents(pre, 2), *exact_top_k.top_of_batch(pre, 7))
     for ours, expected in zip(found, (top_latents(pre, 2), *top_of_batch(pre, 7)), strict=True):
         assert torch.equal(ours, expected)
 

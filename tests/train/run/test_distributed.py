@@ -159,7 +159,7 @@ import os, signal, sys
 from rich.console import Console
 from saemill.train.cli import main
 from saemill.train.command import tell_errors
-from saemill.train.engine.fleet import Fleet
+from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.start_runs import open_process, train_all
 
 words = main.make_context("sae-train", sys.argv[1:]).params

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from saemill.train.data.device_copies import take_device
-from saemill.train.disk.whole_files import encode_line
+from saemill.train.disk.atomic_files import encode_line
 from saemill.train.errors import ConfigInvalid, TrackerMissing
 from saemill.train.parallel.processes import Solo, choose_device
 from saemill.train.run.folder import MetricsLog

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from saemill.train import recipes
+from saemill.train import study_recipes
 from saemill.train.config.recipe import Recipe, Sae
 from saemill.train.config.run_config import Ask, DataConfig
 from saemill.train.config.settings import parse_grid, parse_settings
@@ -32,7 +32,7 @@ def probe(tmp_path, monkeypatch):
     """A study called `probe`, made by writing a file."""
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies/probe.py").write_text(PROBE)
-    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path / "studies")])
+    monkeypatch.setattr(study_recipes, "__path__", [*study_recipes.__path__, str(tmp_path / "studies")])
 
 
 def members(recipe, words=(), grid=(), limits=None):
@@ -98,10 +98,10 @@ def test_mistakes_are_named(probe, big, sae_train, tmp_path, words, said):
     assert not list(tmp_path.glob("runs/*"))
 
 
-@pytest.mark.parametrize("study", recipes.studies())
+@pytest.mark.parametrize("study", study_recipes.studies())
 def test_every_recipe_can_be_asked_for(study):
     """Each SAE has a setting for all that its recipe says, and a label of its own that a folder can have."""
-    for recipe in recipes.runs_of(study):
+    for recipe in study_recipes.runs_of(study):
         assert recipe.about and recipe.name.startswith(("run_", "headline", "decisive"))
         labels = [sae.label for sae in recipe.saes]
         assert len(set(labels)) == len(labels) and not any(set(label) & set("/ ") for label in labels)
@@ -116,8 +116,8 @@ def test_every_recipe_can_be_asked_for(study):
 
 
 def test_runs_have_distinct_names():
-    for study in recipes.studies():
-        names = [recipe.name for recipe in recipes.runs_of(study)]
+    for study in study_recipes.studies():
+        names = [recipe.name for recipe in study_recipes.runs_of(study)]
         assert len(set(names)) == len(names) > 0
     with pytest.raises(UnknownRecipe):
-        recipes.find_recipes("nothing/run_1")
+        study_recipes.find_recipes("nothing/run_1")

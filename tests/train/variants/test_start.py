@@ -14,7 +14,7 @@ from saemill.train.engine.fitted_start import fit_start
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import names
 from saemill.train.parallel.ranks import Alone
-from saemill.train.recipes import runs_of, studies
+from saemill.train.study_recipes import runs_of, studies
 
 D = 32
 MORE: dict[str, dict[str, Any]] = {

@@ -23,8 +23,8 @@ from ...errors import SaeInvalid
 from ...sae.cross_layer import CrossLayerSae
 from ...sae.gates import BatchTopK, Gate, JumpRelu, Relu
 from ...sae.model import SparseAutoencoder
+from ..atomic_files import read_json, write_json
 from ..module_form import RawUnits
-from ..whole_files import read_json, write_json
 from .plain import write_tensors
 
 CONFIG = "config.yaml"

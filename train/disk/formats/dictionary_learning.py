@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ....cache_schema.sites import HOOKS, RESID
 from ...errors import SaeInvalid
+from ..atomic_files import read_json, write_json
 from ..places import told_of
 from ..plain_form import PlainSae
-from ..whole_files import read_json, write_json
 from .plain import Metadata, centred, make_plain, read_tensors, whole_k, write_tensors
 
 # What torch raises at anything but plain tensors.

@@ -20,9 +20,9 @@ import torch
 
 from ....cache_schema.sites import HOOKS, RESID
 from ...errors import SaeInvalid
+from ..atomic_files import read_json
 from ..places import told_of
 from ..plain_form import PlainSae
-from ..whole_files import read_json
 from .plain import Metadata, make_plain
 
 PARAMS, PLACE = "params.npz", "cfg.json"

@@ -75,10 +75,10 @@ def has_triton(device: torch.device) -> bool:
 def _why_not(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    from .triton import select_kernels
+    from .triton import exact_top_k
 
     try:
-        select_kernels.top_latents(torch.zeros(1, 8, device=device), 1)
+        exact_top_k.top_latents(torch.zeros(1, 8, device=device), 1)
     except Exception as error:  # noqa: BLE001 (an old card, no C compiler, a driver: a compiler fails in many ways)
         said = str(error).partition("\n")[0][:200]
         return f"triton cannot compile for it ({type(error).__name__}: {said})"

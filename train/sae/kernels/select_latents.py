@@ -76,9 +76,9 @@ def support_of_batch(pre: Tensor, count: int) -> Support:
     it is found; a gate makes nothing of them.
     """
     if runs_triton(pre):
-        from .triton import select_kernels
+        from .triton import exact_top_k
 
-        offsets, latents = select_kernels.top_of_batch(pre, count)
+        offsets, latents = exact_top_k.top_of_batch(pre, count)
         return Support(offsets, latents, pre.shape[1])
     return support_from_flat(topk_batch(pre, count), *pre.shape)
 
@@ -116,9 +116,9 @@ def marked(mask: Tensor, max_share: float) -> Support | None:
 def support_topk(pre: Tensor, k: int) -> Support:
     """Support of the k largest entries of each row."""
     if runs_triton(pre):
-        from .triton import select_kernels
+        from .triton import exact_top_k
 
-        return support_from_topk(select_kernels.top_latents(pre, k), pre.shape[1])
+        return support_from_topk(exact_top_k.top_latents(pre, k), pre.shape[1])
     return support_from_topk(topk_rows(pre, k)[1], pre.shape[1])
 
 

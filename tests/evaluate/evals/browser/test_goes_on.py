@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from saemill.cache_schema import StoreUnreachable
 from saemill.evaluate.errors import BrowserUnwritten
-from saemill.evaluate.evals.browser import evaluation, folder, kept_firings, reading
+from saemill.evaluate.evals.browser import evaluation, kept_firings, reading, write_pages
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.run.find_saes import find_subjects
 
@@ -206,7 +206,7 @@ def test_what_is_killed_while_it_clears_goes_on_or_begins_anew(bench, tmp_path, 
         shutil.rmtree(path, **words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "shutil", SimpleNamespace(rmtree=watched_removal))
+        patch.setattr(write_pages, "shutil", SimpleNamespace(rmtree=watched_removal))
         bench.build(config=replace(CONFIG, top=5))
     for moment in moments[1:4]:  # before the save, the text and the attention go
         assert bench.build(moment) == whole and taken(moment) == files, moment

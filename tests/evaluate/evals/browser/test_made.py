@@ -20,19 +20,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
-from saemill.evaluate.context.split_windows import ordinary_rows
+from saemill.evaluate.context.stored_windows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, NotApplicable, SettingInvalid
-from saemill.evaluate.evals.browser import evaluation, folder, kept_firings, latents
+from saemill.evaluate.evals.browser import evaluation, kept_firings, latents, write_pages
 from saemill.evaluate.evals.browser.attended import LEVELS, attended
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_of, lower_edges
-from saemill.evaluate.evals.browser.folder import read_data, unpacked, write_data
 from saemill.evaluate.evals.browser.kept_firings import LOW, SAMPLE, TOP, Firings, Keeper, Room, largest
 from saemill.evaluate.evals.browser.latents import RANDOM, STEPS
 from saemill.evaluate.evals.browser.overview import refresh
 from saemill.evaluate.evals.browser.reading import LEFT_OUT
 from saemill.evaluate.evals.browser.related import by_direction, by_firing
 from saemill.evaluate.evals.browser.token_text import Vocabulary, text_of
+from saemill.evaluate.evals.browser.write_pages import read_data, unpacked, write_data
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.head import head_of, load_head
 from saemill.evaluate.model.prefix_suffix import load_language_model
@@ -45,7 +45,7 @@ from saemill.train.sae.kernels import second_look
 from saemill.train.sae.kernels.codes import Codes
 
 CONFIG = Config(windows=30, batch_windows=7, top=3, sample=8, low=2, promoted=4)
-KINDS = tuple(folder.KINDS.values())
+KINDS = tuple(write_pages.KINDS.values())
 SPLITS = ("test", "validation", "train")
 
 
@@ -536,8 +536,8 @@ def test_an_interrupted_build_leaves_the_browser_of_before(made, open_context, w
         make(open_context(world), subjects_of(home))
     assert listing(home / "browser") == before
     monkeypatch.undo()
-    (home / folder.MAKING).mkdir()
-    (home / folder.MAKING / "index.html").write_text("half of one")
+    (home / write_pages.MAKING).mkdir()
+    (home / write_pages.MAKING / "index.html").write_text("half of one")
     make(open_context(world), subjects_of(home))
     assert sorted(path.name for path in home.iterdir() if path.name.startswith(".")) == []
     after = listing(home / "browser")
@@ -560,7 +560,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(made, open_context, world, m
     monkeypatch.undo()
     assert [type(failure.error) for failure in failures] == [BrowserUnwritten] * 2
     assert "cannot be written: No space left on device. It needs about" in str(failures[0].error)
-    assert listing(home / "browser") == before and not (home / folder.MAKING).exists()
+    assert listing(home / "browser") == before and not (home / write_pages.MAKING).exists()
     monkeypatch.setattr(evaluation, "LATENT_BYTES", 1 << 50)
     (failure, _) = make(open_context(world), subjects_of(home))
     assert "are free there: free some, or read fewer windows" in str(failure.error)

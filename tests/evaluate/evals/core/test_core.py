@@ -13,7 +13,7 @@ from saemill.evaluate.context.results import without_nan
 from saemill.evaluate.evals.core import blocks
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.core.metrics import against, loss_statistics, official_losses
-from saemill.evaluate.evals.core.spliced_losses import LossSums
+from saemill.evaluate.evals.core.spliced_ce_and_kl import LossSums
 from saemill.evaluate.model.batches import store_batches
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder

@@ -22,7 +22,7 @@ from saemill.evaluate.evals.core.quality import Firing, summarise_density
 from saemill.evaluate.model import divergence
 from saemill.evaluate.model.batches import Windows
 from saemill.evaluate.model.divergence import compare, kl_as_published, next_tokens
-from saemill.evaluate.model.memory import PieceSize
+from saemill.evaluate.model.smaller_pieces import PieceSize
 from saemill.train.sae.gates import BatchTopK, JumpRelu
 from saemill.train.sae.kernels import second_look
 from saemill.train.sae.kernels.select_latents import largest_of_rows

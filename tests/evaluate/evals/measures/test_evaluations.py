@@ -10,7 +10,7 @@ import torch
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context.results import frame
-from saemill.evaluate.context.split_windows import mean_of_rows, ordinary_rows
+from saemill.evaluate.context.stored_windows import mean_of_rows, ordinary_rows
 from saemill.evaluate.errors import ModelMissing, NotApplicable
 from saemill.evaluate.evals import attention, position, temporal, tiers
 from saemill.evaluate.evals.measures.assignment import every, groups_of, ranges_of, saved, tiers_of
@@ -454,7 +454,7 @@ def test_some_of_many_are_spread_evenly():
 
 def test_a_wide_sae_gets_small_batches(world, builder, open_context, monkeypatch):
     subject = builder.subject(builder.make_sae())
-    monkeypatch.setattr("saemill.evaluate.context.split_windows.MOST_CODES", 2 * builder.CONTEXT * builder.F)
+    monkeypatch.setattr("saemill.evaluate.context.stored_windows.MOST_CODES", 2 * builder.CONTEXT * builder.F)
     sizes = [len(batch) for batch in tiers.read_windows(open_context(world), [subject], "t", 7, 5)]
     assert sizes == [2, 2, 2, 1]
 

@@ -15,7 +15,7 @@ from transformers import Gemma2ForCausalLM
 
 from saemill.evaluate.errors import DataMissing
 from saemill.evaluate.evals import scr, sparse_probing, sparse_probing_sae_probes, tpp
-from saemill.evaluate.evals.probing import hub, installed
+from saemill.evaluate.evals.probing import installed, saebench_texts
 from saemill.evaluate.evals.probing.sources import HUB
 from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts, token_rows
 from saemill.evaluate.model.prefix_suffix import LanguageModel
@@ -130,7 +130,7 @@ def test_an_sae_of_several_layers_is_not_run_and_costs_no_other_its_result(run, 
 
 def test_missing_data_is_told_and_the_rest_is_evaluated(run, monkeypatch):
     def load(name, *sizes):
-        if name != hub.NEWS:
+        if name != saebench_texts.NEWS:
             raise DataMissing(f"{name}: log in")
         return installed.load_task("stdlib/kind", *sizes)
 
@@ -146,9 +146,9 @@ def test_no_data_at_all_is_not_run(run, monkeypatch):
     def away(*_args, **_kwargs):
         raise ConnectionError("no network in tests")
 
-    hub._table.cache_clear()
-    monkeypatch.setattr(hub, "load_dataset", away)
-    monkeypatch.setattr(hub, "find_repository", away)
+    saebench_texts._table.cache_clear()
+    monkeypatch.setattr(saebench_texts, "load_dataset", away)
+    monkeypatch.setattr(saebench_texts, "find_repository", away)
     rows = run("tpp", tpp.Config(data="hub"))
     assert [row.status for row in rows] == ["not run", "not run"]
     assert "hf auth login" in rows[0].reason

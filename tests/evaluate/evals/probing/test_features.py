@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.evaluate.errors import DataMissing
-from saemill.evaluate.evals.probing.dense_probe import sparse_accuracy, top_features
 from saemill.evaluate.evals.probing.features import Draw, Features, Memo, draw_probe, seeded, spans_of
 from saemill.evaluate.evals.probing.texts import Table, balanced, sample, spurious
+from saemill.evaluate.evals.probing.train_probes import sparse_accuracy, top_features
 
 
 @given(num_classes=st.integers(2, 6), size=st.integers(1, 30), seed=st.integers(0, 9))

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from saemill.evaluate.evals import scr, sparse_probing, tpp
-from saemill.evaluate.evals.probing import hub
-from saemill.evaluate.evals.probing.dense_probe import Training
+from saemill.evaluate.evals.probing import saebench_texts
 from saemill.evaluate.evals.probing.features import seeded
 from saemill.evaluate.evals.probing.rounds import OfModel, Outcome, Setup, perturb
 from saemill.evaluate.evals.probing.texts import OPPOSITES, Table, balanced, by_class, spurious
+from saemill.evaluate.evals.probing.train_probes import Training
 from saemill.evaluate.evals.probing.tuned_probe import rank_latents, split_rows, tuned_scores
 
 SEED = 42
@@ -102,16 +102,18 @@ def test_samples_of_tables(official):
 
 
 def test_samples_of_streams(official):
-    classes = hub.CLASSES[hub.GITHUB]
-    cut = hub.split_shuffled(hub.collect_files(official.maker.files(), 40), classes, 30, 10, SEED)
+    classes = saebench_texts.CLASSES[saebench_texts.GITHUB]
+    cut = saebench_texts.split_shuffled(saebench_texts.collect_files(official.maker.files(), 40), classes, 30, 10, SEED)
     assert [
         {name: [[file[:6], len(file)] for file in files] for name, files in part.items()} for part in cut
     ] == official.outputs["samples"]["files"]
     speeches = {
-        language: hub.take_more_than(30, (row["translation"][language] for row in official.maker.speeches(pair)))
-        for language, pair in hub.SPEECHES.items()
+        language: saebench_texts.take_more_than(
+            30, (row["translation"][language] for row in official.maker.speeches(pair))
+        )
+        for language, pair in saebench_texts.SPEECHES.items()
     }
-    cut = hub.split_shuffled(speeches, hub.CLASSES[hub.EUROPARL], 20, 10, SEED)
+    cut = saebench_texts.split_shuffled(speeches, saebench_texts.CLASSES[saebench_texts.EUROPARL], 20, 10, SEED)
     assert list(cut) == official.outputs["samples"]["speeches"]
 
 

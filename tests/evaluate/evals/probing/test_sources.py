@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 
 from saemill.evaluate.errors import DataMissing
-from saemill.evaluate.evals.probing import collection, hub, installed, stdlib
+from saemill.evaluate.evals.probing import collection, installed, saebench_texts, stdlib
 from saemill.evaluate.evals.probing.sources import HUB, STDLIB, find_source, load_all
 
 MODULE = '''"""What the module is for, in a sentence that is long enough to count."""
@@ -99,16 +99,16 @@ def test_auto_takes_installed_text_for_the_pocket_model_alone(wanted, is_pocket,
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no route"), ValueError("no split"), RuntimeError("scripts")])
-@pytest.mark.parametrize("name", hub.NAMES)
+@pytest.mark.parametrize("name", saebench_texts.NAMES)
 def test_whatever_keeps_a_data_set_away_is_one_error_that_says_what_to_do(monkeypatch, name, error):
     def fail(*_args, **_kwargs):
         raise error
 
-    hub._table.cache_clear()
-    monkeypatch.setattr(hub, "load_dataset", fail)
-    monkeypatch.setattr(hub, "find_repository", fail)
+    saebench_texts._table.cache_clear()
+    monkeypatch.setattr(saebench_texts, "load_dataset", fail)
+    monkeypatch.setattr(saebench_texts, "find_repository", fail)
     with pytest.raises(DataMissing, match="hf auth login") as caught:
-        hub.load_task(name, 8, 4, 42)
+        saebench_texts.load_task(name, 8, 4, 42)
     assert str(error) in str(caught.value)
     assert caught.value.__cause__ is error
 
@@ -122,27 +122,31 @@ def test_the_hubs_tables_are_drawn_by_class(monkeypatch):
             "rating": [1.0 if i // 5 % 2 else 5.0 for i in range(count)],
         }
 
-    hub._table.cache_clear()
-    monkeypatch.setattr(hub, "load_dataset", rows)
-    task = hub.load_task(hub.AMAZON, 40, 20, 42)
+    saebench_texts._table.cache_clear()
+    monkeypatch.setattr(saebench_texts, "load_dataset", rows)
+    task = saebench_texts.load_task(saebench_texts.AMAZON, 40, 20, 42)
     assert list(task.train) == ["1", "2", "3", "5", "6"]
     assert {len(texts) for texts in task.train.values()} == {20}
-    sentiment = hub.load_task(hub.SENTIMENT, 40, 20, 42)
+    sentiment = saebench_texts.load_task(saebench_texts.SENTIMENT, 40, 20, 42)
     assert list(sentiment.test) == ["1.0", "5.0"]
     assert all(text.startswith("test") for text in sentiment.test["5.0"])
-    hub._table.cache_clear()
+    saebench_texts._table.cache_clear()
 
 
 def test_no_more_than_one_data_set_is_kept_in_memory(monkeypatch):
     def rows(_id, split):
         return {key: [split] for key in ("text", "category", "rating", "hard_text", "profession", "gender")}
 
-    hub._table.cache_clear()
-    monkeypatch.setattr(hub, "load_dataset", rows)
-    tables = [hub.load_table(name, is_test) for name in (hub.AMAZON, hub.BIOS) for is_test in (False, True)]
+    saebench_texts._table.cache_clear()
+    monkeypatch.setattr(saebench_texts, "load_dataset", rows)
+    tables = [
+        saebench_texts.load_table(name, is_test)
+        for name in (saebench_texts.AMAZON, saebench_texts.BIOS)
+        for is_test in (False, True)
+    ]
     assert [table.text for table in tables] == [["train"], ["test"]] * 2
-    assert hub._table.cache_info().currsize == 2
-    hub._table.cache_clear()
+    assert saebench_texts._table.cache_info().currsize == 2
+    saebench_texts._table.cache_clear()
 
 
 def test_what_can_be_had_is_taken_and_the_rest_is_named():

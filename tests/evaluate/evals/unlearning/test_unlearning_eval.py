@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saemill.evaluate.context import hub_data
+from saemill.evaluate.context import evaluation_data_sets
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.results import Failure
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
@@ -210,7 +210,7 @@ def test_data_that_cannot_be_had_say_what_to_accept(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(DataMissing, match=r"cais/wmdp \(wmdp-bio\) cannot be loaded \(no route\).*accept its terms"):
-        hub_data.load_rows("cais/wmdp", "wmdp-bio", "test")
+        evaluation_data_sets.load_rows("cais/wmdp", "wmdp-bio", "test")
 
 
 def test_questions_are_read_by_their_columns(monkeypatch: pytest.MonkeyPatch):

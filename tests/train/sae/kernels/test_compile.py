@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from saemill.train.sae.kernels.sparse_support import support_from_topk
-from saemill.train.sae.kernels.triton import bag_sums, row_update, select_kernels
+from saemill.train.sae.kernels.triton import bag_sums, row_update, exact_top_k
 
 SHARED = 99 * 1024  # bytes that a program of any card since 2020 may have
 SPILLED = 64  # bytes of a thread that may be kept in memory for want of registers: a number or two
@@ -70,8 +70,8 @@ if is_long:
 for width, k, dtypes in selections:
     for dtype in dtypes:
         pre = torch.zeros(2, width, dtype=dtype)
-        select_kernels.top_latents(pre, k)
-        select_kernels.top_of_batch(pre, 2 * k)
+        exact_top_k.top_latents(pre, k)
+        exact_top_k.top_of_batch(pre, 2 * k)
 support = support_from_topk(torch.arange(6).view(2, 3), 11)
 turned, values = support.by_latent, torch.zeros(6)
 for width in (5, 2304, *((1, 64, 768, 4096, 9216, 16384) if is_long else ())):

@@ -8,7 +8,7 @@ import torch
 from saemill.train.sae.gates import TopK
 from saemill.train.sae.kernels import hardware
 from saemill.train.sae.kernels.hardware import has_fast_bfloat16, has_triton
-from saemill.train.sae.kernels.triton import select_kernels
+from saemill.train.sae.kernels.triton import exact_top_k
 from saemill.train.sae.model import SparseAutoencoder
 
 
@@ -46,7 +46,7 @@ def test_a_device_that_triton_cannot_compile_for_uses_torch(asked_anew, monkeypa
         raise error
 
     error = RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
-    monkeypatch.setattr(select_kernels, "top_latents", refuse)
+    monkeypatch.setattr(exact_top_k, "top_latents", refuse)
     with pytest.warns(UserWarning, match=r"cannot compile for it \(RuntimeError: Failed to find C compiler.\)"):
         assert not has_triton(torch.device("cpu"))
     has_triton.cache_clear()

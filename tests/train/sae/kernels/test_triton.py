@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saemill.train.sae.kernels import hardware
 from saemill.train.sae.kernels.sparse_support import Support, support_from_topk
-from saemill.train.sae.kernels.triton import bag_sums, row_update, select_kernels
+from saemill.train.sae.kernels.triton import bag_sums, exact_top_k, row_update
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.either
@@ -43,15 +43,15 @@ SHAPES = [
 @pytest.mark.parametrize(("num_rows", "width", "k"), SHAPES)
 def test_rows_keep_their_k_largest(rng, dtype, num_rows, width, k):
     pre = normal(num_rows, width, rng=rng, dtype=dtype)
-    assert torch.equal(select_kernels.top_latents(pre, k), first_of_equals(pre, k))
+    assert torch.equal(exact_top_k.top_latents(pre, k), first_of_equals(pre, k))
 
 
 def test_rows_may_lie_anywhere_in_memory(rng):
     """A kernel that took one row to begin where the one before ends would choose other latents."""
     pre = normal(100, 3, rng=rng).t()
-    assert torch.equal(select_kernels.top_latents(pre, 5), first_of_equals(pre, 5))
+    assert torch.equal(exact_top_k.top_latents(pre, 5), first_of_equals(pre, 5))
     for found, expected in zip(
-        select_kernels.top_of_batch(pre, 9), select_kernels.top_of_batch(pre.contiguous(), 9), strict=True
+        exact_top_k.top_of_batch(pre, 9), exact_top_k.top_of_batch(pre.contiguous(), 9), strict=True
     ):
         assert torch.equal(found, expected)
 
@@ -61,7 +61,7 @@ def test_of_equal_entries_the_first_are_kept(rng, value):
     pre = normal(2, 9000, rng=rng)
     pre[0] = value
     pre[1, 10:8990] = pre[1].max()
-    assert torch.equal(select_kernels.top_latents(pre, 40), first_of_equals(pre, 40))
+    assert torch.equal(exact_top_k.top_latents(pre, 40), first_of_equals(pre, 40))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,7 +70,7 @@ def test_a_batch_keeps_its_largest(rng, dtype, num_rows, width, count):
     pre = normal(num_rows, width, rng=rng, dtype=dtype)
     pre[1, : width // 2] = pre.max()  # a crowded row, full of equals
     pre[0, :] = -1.0  # an empty one, for small counts
-    offsets, latents = select_kernels.top_of_batch(pre, count)
+    offsets, latents = exact_top_k.top_of_batch(pre, count)
     expected = torch.sort(pre.double().view(-1), descending=True, stable=True).indices[:count].sort().values
     found = torch.repeat_interleave(torch.arange(num_rows, device=DEVICE), offsets.diff().long()) * width + latents
     assert offsets.dtype == latents.dtype == torch.int32
@@ -85,9 +85,9 @@ def test_a_batch_of_unlike_rows_keeps_its_largest(rng, monkeypatch, dtype, has_r
     pre[5] *= 2
     if not has_room:
         pre[5, ::2] = pre.max()
-    offer, offered = select_kernels._offered, []
-    monkeypatch.setattr(select_kernels, "_offered", lambda *told: offered.append(offer(*told)) or offered[-1])
-    offsets, latents = select_kernels.top_of_batch(pre, num_rows * share)
+    offer, offered = exact_top_k._offered, []
+    monkeypatch.setattr(exact_top_k, "_offered", lambda *told: offered.append(offer(*told)) or offered[-1])
+    offsets, latents = exact_top_k.top_of_batch(pre, num_rows * share)
     expected = torch.sort(pre.double().view(-1), descending=True, stable=True).indices[: num_rows * share].sort().values
     found = torch.repeat_interleave(torch.arange(num_rows, device=DEVICE), offsets.diff().long()) * width + latents
     assert torch.equal(found, expected)

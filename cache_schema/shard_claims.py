@@ -20,8 +20,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from .disk_and_cloud_files import Files, LocalFiles, RemoteFiles, make_folder, name_failure
 from .errors import StoreUnreachable
-from .files import Files, LocalFiles, RemoteFiles, make_folder, name_failure
 from .layout import LOCK
 
 CREATION = 2**40  # the claim on a store's creation: a number that no shard has

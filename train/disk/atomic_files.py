@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...cache_schema.files import sync
+from ...cache_schema.disk_and_cloud_files import sync
 from ..errors import ConfigInvalid
 
 

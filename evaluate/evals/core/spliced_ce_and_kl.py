@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae, attention_layers_of, layers_of
-from ...context.split_windows import mean_of_rows, ordinary_rows
+from ...context.stored_windows import mean_of_rows, ordinary_rows
 from ...errors import NotApplicable
 from ...model.batches import Windows
 from ...model.divergence import Losses, next_tokens
-from ...model.memory import PieceSize, in_pieces
+from ...model.smaller_pieces import PieceSize, in_pieces
 from .ablations import ABLATIONS, Baselines, Clean
 from .blocks import Block, read_block
 from .bootstrap import DocumentSums

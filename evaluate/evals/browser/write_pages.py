@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ....cache_schema.disk_and_cloud_files import free_bytes_at, sync
 from ....cache_schema.errors import StoreError
-from ....cache_schema.files import free_bytes_at, sync
 from ...errors import BrowserUnwritten
 from ...output.figures.web import FILES, script_json
 

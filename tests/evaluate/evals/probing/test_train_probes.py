@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from saemill.evaluate.evals.probing.dense_probe import (
+from saemill.evaluate.evals.probing.features import Features, seeded
+from saemill.evaluate.evals.probing.train_probes import (
     FULL_WIDTH,
     Training,
     fresh_probe,
@@ -14,7 +15,6 @@ from saemill.evaluate.evals.probing.dense_probe import (
     train_on,
     train_probe,
 )
-from saemill.evaluate.evals.probing.features import Features, seeded
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,7 +16,7 @@ from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from saemill.harvest.corpus.hub import HubCorpus, find_repository, open_hub
+from saemill.harvest.corpus.hugging_face import HubCorpus, find_repository, open_hub
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import CorpusUnavailable, DocumentInvalid, NetworkLost
 

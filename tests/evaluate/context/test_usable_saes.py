@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM
 
-from saemill.evaluate.context.compatible import attention_of
 from saemill.evaluate.context.prompt_positions import Reader, Spot
+from saemill.evaluate.context.usable_saes import attention_of
 from saemill.evaluate.errors import DataMissing
 from saemill.evaluate.evals.probing.pooling import pool_task
 from saemill.evaluate.evals.probing.texts import Task

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saemill.cache_schema.allocator import SMALLER_THAN_SHARDS, keep_large_blocks
+from saemill.cache_schema.keep_freed_memory import SMALLER_THAN_SHARDS, keep_large_blocks
 
 
 def test_the_allocator_answers_or_is_not_there(monkeypatch):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from ....harvest.corpus.hub import find_repository
+from ....harvest.corpus.hugging_face import find_repository
 from ....harvest.corpus.source import DatasetOptions
 from ....harvest.errors import HarvestError
 from ....harvest.network import NETWORK_ERRORS, load_dataset
