@@ -19,7 +19,7 @@ from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take
 from saemill.cache_schema import Store
 from saemill.cache_schema.keep_freed_memory import keep_large_blocks
 from saemill.train.data.feed import Feed
-from saemill.train.data.read_order import Plan, measure_split
+from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.scaling import stats_from_moments
 from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.kit.registry import config_type

@@ -38,7 +38,7 @@ from saemill.evaluate.run.attempts import run_evals
 from saemill.evaluate.run.find_saes import find_subjects
 from saemill.harvest.progress import Watch
 from saemill.train.data.batches import Batches
-from saemill.train.data.read_order import Plan, measure_split
+from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.scaling import Stats
 from saemill.train.run.preflight import layer_stats
 

@@ -16,17 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .errors import StoreError
-from .importer import ImportSettings, import_store
+from .import_from_others import ImportSettings, import_store
 from .info import describe, render
 from .layout import BEGINNING
 from .manifest import Codec, Manifest
+from .read_vllm import VllmSource
 from .reader import GONE, Store
 from .sites import HOOKS, RESID, Site
 from .sources import NumpySource, SaelensSource, Source
 from .stored_dtypes import SmallDtype
 from .strict_json import nearest, to_json
 from .verify_and_repair import Damage, digest, drop_broken_derived, find_wrong_derived, repair, verify_shards
-from .vllm import VllmSource
 from .watch import follow
 
 NOT_HARVESTED = ("import",)  # corpora that no model can bring back

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import numpy as np
 import xxhash
 
-from .codecs import as_bytes
 from .commits import CommitRecord
+from .compression import as_bytes
 from .manifest import Manifest
 
 

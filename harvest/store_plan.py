@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from ..cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
-from ..cache_schema.codecs import MAX_PACKED_BYTES
+from ..cache_schema.compression import MAX_PACKED_BYTES
 from ..cache_schema.identity import seal
 from ..cache_schema.layout import arrays_of
 from ..cache_schema.manifest import PART

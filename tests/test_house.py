@@ -25,13 +25,13 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
     "cache_schema": (
         "keep_freed_memory errors sites splits stored_dtypes strict_json",
         "csr disk_and_cloud_files manifest sources",
-        "identity layout request vllm",
-        "buffers codecs commits moments shard_claims",
+        "identity layout read_vllm request",
+        "buffers commits compression moments shard_claims",
         "chunks counts digest root summary",
         "content reader",
         "massive_rows",
         "info watch writer",
-        "__init__ importer verify_and_repair",
+        "__init__ import_from_others verify_and_repair",
         "cli",
     ),
     "harvest": (

@@ -20,9 +20,9 @@ from ratios import take_turns
 from records import record
 
 from saemill.cache_schema import Request, Store
+from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.pool import PIECES_IN_FLIGHT
 from saemill.train.data.prefetch import Loader
-from saemill.train.data.read_order import Plan, measure_split
 
 LAYER = 19
 

@@ -16,8 +16,8 @@ import click
 import torch
 from tokenizers import Tokenizer
 
-from .architecture import CONTEXT, load_checkpoint, make_model
 from .make_tokenizer import wrap_tokenizer
+from .pocket_model import CONTEXT, load_checkpoint, make_model
 from .quality import Quality, measure_folder
 from .text import HELD_OUT_FILE, is_held_out, stdlib_documents, text_digest, without_repeats, write_held_out
 

@@ -21,7 +21,7 @@ import click
 import torch
 from rich.console import Console
 
-from .architecture import load_checkpoint, save_checkpoint
+from .pocket_model import load_checkpoint, save_checkpoint
 from .process_team import Team, working_team
 from .trainer import EVALUATION_CONTEXT, TOKENS_PER_STEP, Corpus, Trainer, context_of, learning_rate, read_corpus
 

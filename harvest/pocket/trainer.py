@@ -27,8 +27,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .architecture import make_model
 from .make_tokenizer import BOS, train_tokenizer
+from .pocket_model import make_model
 from .process_team import Team
 from .quality import join_documents, measure
 from .text import is_held_out, stdlib_documents, text_digest

@@ -19,7 +19,7 @@ import saemill
 from saemill import Store, evaluate, harvest, load_sae, train
 from saemill.api import store as store_module
 from saemill.cache_schema import StoreMissing
-from saemill.cache_schema.importer import ImportSettings, import_store
+from saemill.cache_schema.import_from_others import ImportSettings, import_store
 from saemill.cache_schema.sites import RESID, Site
 from saemill.cache_schema.sources import NumpySource
 from saemill.evaluate.cli import main as sae_eval

@@ -40,7 +40,7 @@ from saemill.cache_schema import (
     StoreWriter,
 )
 from saemill.cache_schema.cli import main
-from saemill.cache_schema.codecs import decode, encode
+from saemill.cache_schema.compression import decode, encode
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.layout import BEGINNING, arrays_of, attention_path
 from saemill.cache_schema.manifest import FORMAT

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from saemill.cache_schema import ImportInvalid, Request, Site, Store, importer, sources, to_float32
+from saemill.cache_schema import ImportInvalid, Request, Site, Store, import_from_others, sources, to_float32
 from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.digest import store_digest
@@ -383,8 +383,8 @@ def test_repair_refuses_where_tokens_are_gone(store: Path) -> None:
 def test_digest_is_that_of_the_records_and_free_of_path_and_codec(store: Path, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere" / "zipped"
     source = importer_source(tmp_path)
-    settings = importer.ImportSettings("somebody/model", special_tokens=(7,), codec="zstd")
-    importer.import_store(str(other), source, settings, lambda *_: None)
+    settings = import_from_others.ImportSettings("somebody/model", special_tokens=(7,), codec="zstd")
+    import_from_others.import_store(str(other), source, settings, lambda *_: None)
     digests = {run("digest", url).output.strip() for url in (store, other)}
     with Store.open(store) as opened:
         records = [opened.record(shard) for shard in range(3)]
@@ -392,7 +392,7 @@ def test_digest_is_that_of_the_records_and_free_of_path_and_codec(store: Path, t
     assert len(digests) == 1
 
 
-def importer_source(folder: Path) -> importer.Source:
+def importer_source(folder: Path) -> import_from_others.Source:
     from saemill.cache_schema.sources import NumpySource
 
     return NumpySource({Site("resid", 4): folder / "resid.npy"}, folder / "tokens.npy")

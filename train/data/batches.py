@@ -1,6 +1,6 @@
 """A store's activations for anyone's trainer: an iterator of tensors, and a data set of torch that keeps its place.
 
-The order, the reading ahead and the batches are those of our own runs (`read_order.py`, `feed.py`): step s of seed 0
+The order, the reading ahead and the batches are those of our own runs (`mixing_order.py`, `feed.py`): step s of seed 0
 holds the tokens that step s of `sae-train` with `data.seed=0` trains on.
 """
 
@@ -19,7 +19,7 @@ from ...cache_schema.sites import RESID, Place
 from ..errors import ConfigInvalid, StateInvalid
 from .batch import Needs
 from .feed import Feed, joint_request
-from .read_order import Plan
+from .mixing_order import Plan
 from .scaling import Stats, bounds_of
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..config.run_config import CourseConfig
-from ..disk.checkpoint_files import Standing, Writer
+from ..disk.safe_checkpoints import Standing, Writer
 from ..engine.fleet_of_saes import Fleet
 from ..errors import RunInterrupted
 from .metrics import Watch

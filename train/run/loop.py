@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from ..disk.checkpoint_files import list_checkpoints
+from ..disk.safe_checkpoints import list_checkpoints
 from ..errors import MemoryTooSmall, StoppedElsewhere
 from .checkpoint_times import catch_signals
 from .results import Outcome, conclude

@@ -17,7 +17,7 @@ from ..config.run_config import Member
 from ..data.feed import joint_request
 from ..data.scaling import Stats, bounds_of, stats_from_moments, stats_of_ordinary
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain
-from .memory_estimate import require_room
+from .fits_in_memory import require_room
 from .settle_config import Settled
 from .trackers import require_trackers
 

@@ -17,7 +17,7 @@ from ...cache_schema.strict_json import from_json, to_json
 from ..config.recipe import Recipe
 from ..config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from ..config.sanity_baselines import with_baselines
-from ..data.read_order import Plan, measure_split
+from ..data.mixing_order import Plan, measure_split
 from ..errors import ConfigInvalid, NothingToTrain, StoreTooShort
 from ..kit.contract import Variant
 from .folder import RunFolder, provenance

@@ -23,16 +23,16 @@ from ...cache_schema.keep_freed_memory import keep_large_blocks
 from ..config.run_config import Member, RunConfig
 from ..data.device_copies import take_device
 from ..data.feed import Feed
-from ..data.read_order import Plan
-from ..disk.checkpoint_files import Standing, list_checkpoints, load_checkpoint
+from ..data.mixing_order import Plan
+from ..disk.safe_checkpoints import Standing, list_checkpoints, load_checkpoint
 from ..engine.fleet_of_saes import Fleet, out_of_memory
 from ..errors import ConfigInvalid, MemoryTooSmall, RunFinished
 from ..parallel.processes import Solo, all_or_none
 from .after_run import Onlookers
 from .checkpoint_times import Saver
+from .fits_in_memory import weight_bytes
 from .folder import MetricsLog, RunFolder
 from .init_source import begin_fleet_as, require_unchanged
-from .memory_estimate import weight_bytes
 from .metrics import Watch
 from .preflight import check
 from .process import Process

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .gates import BatchTopK
-from .kernels.functions import affine
 from .kernels.linear import Product, linear, matrix_units, product_on
+from .kernels.products_with_gradients import affine
 from .kernels.row_gradients import low_copy
 from .kernels.sparse_support import Support, group_offsets
 from .model import EncoderProduct, SparseAutoencoder

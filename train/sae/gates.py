@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.codes import Codes
-from .kernels.functions import heaviside_ste, jump_ste
+from .kernels.products_with_gradients import heaviside_ste, jump_ste
 from .kernels.select_latents import marked, positive, support_of_batch, support_topk, topk_batch
 from .kernels.sparse_support import Support, support_from_flat
 from .side_inputs import Side

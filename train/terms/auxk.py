@@ -19,9 +19,9 @@ from torch import Tensor
 from ..parallel.split_latents import Latents
 from ..sae.gates import DENSE_SHARE
 from ..sae.kernels.codes import Codes, codes_from_dense
-from ..sae.kernels.functions import affine, squared_error
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.linear import Product, linear, product_on
+from ..sae.kernels.products_with_gradients import affine, squared_error
 from ..sae.kernels.select_latents import support_topk
 from ..sae.split_select import lowest_of_topk, split_topk
 from ..sae.step_view import View, split

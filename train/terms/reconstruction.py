@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..sae.kernels.functions import squared_error
 from ..sae.kernels.hardware import numbers
 from ..sae.kernels.nested_prefixes import nested_errors
+from ..sae.kernels.products_with_gradients import squared_error
 from ..sae.model import rebuild
 from ..sae.step_view import View, once, split
 from .sparsity import gate_path

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ..sae.extra_modules import Extra
-from ..sae.kernels.functions import affine
 from ..sae.kernels.hardware import StepCount
 from ..sae.kernels.nested_prefixes import Tiering, tier_errors
+from ..sae.kernels.products_with_gradients import affine
 from ..sae.step_view import View
 from .tiers import switched_on, tier_losses, tiers_of
 

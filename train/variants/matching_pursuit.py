@@ -16,8 +16,8 @@ from ..kit.build import TOPK_DEAD_PART, require_least, require_sparsity, topk_op
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
 from ..sae.gates import TopK
 from ..sae.kernels.codes import Codes
-from ..sae.kernels.functions import affine, decode_at
 from ..sae.kernels.linear import linear
+from ..sae.kernels.products_with_gradients import affine, decode_at
 from ..sae.kernels.select_latents import topk_rows
 from ..sae.kernels.sparse_support import support_from_topk
 from ..sae.model import SparseAutoencoder

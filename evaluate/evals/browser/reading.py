@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ....train.disk.checkpoint_files import Standing, list_checkpoints, load_checkpoint, save_checkpoint
+from ....train.disk.safe_checkpoints import Standing, list_checkpoints, load_checkpoint, save_checkpoint
 from ....train.errors import CheckpointDamaged
 from ....train.sae.kernels.codes import Codes
 from ...context.stored_windows import ordinary_rows, read_windows

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from saemill.harvest.pocket import MODEL_FOLDER, load_model, load_tokenizer
-from saemill.harvest.pocket.architecture import make_config
 from saemill.harvest.pocket.make_tokenizer import BOS
+from saemill.harvest.pocket.pocket_model import make_config
 from saemill.harvest.pocket.quality import join_documents, measure, unigram_entropy
 from saemill.harvest.pocket.text import (
     held_out_documents,

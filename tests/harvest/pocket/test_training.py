@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saemill.harvest.pocket import trainer as trainer_module
-from saemill.harvest.pocket.architecture import load_checkpoint, save_checkpoint
+from saemill.harvest.pocket.pocket_model import load_checkpoint, save_checkpoint
 from saemill.harvest.pocket.process_team import Team, working_team
 from saemill.harvest.pocket.trainer import (
     CYCLE,

@@ -11,7 +11,7 @@ from saemill.cache_schema.counts import pair_share
 from saemill.cache_schema.stored_dtypes import SmallDtype, to_codes
 from saemill.train.data.batch import Kind, Needs
 from saemill.train.data.feed import Feed, held_out
-from saemill.train.data.read_order import Plan, measure_split
+from saemill.train.data.mixing_order import Plan, measure_split
 from saemill.train.data.scaling import stats_from_moments
 from saemill.train.run.preflight import layer_stats
 

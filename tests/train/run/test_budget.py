@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from saemill.train.config.run_config import CourseConfig
-from saemill.train.data.read_order import Plan, SplitSizes
+from saemill.train.data.mixing_order import Plan, SplitSizes
 from saemill.train.errors import ConfigInvalid, NothingToTrain, StoreTooShort
 from saemill.train.run.settle_config import settle_budget
 

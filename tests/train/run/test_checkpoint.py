@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from saemill.train.disk import checkpoint_files
-from saemill.train.disk.checkpoint_files import Standing, Writer, list_checkpoints, load_checkpoint, save_checkpoint
+from saemill.train.disk import safe_checkpoints
+from saemill.train.disk.safe_checkpoints import Standing, Writer, list_checkpoints, load_checkpoint, save_checkpoint
 from saemill.train.errors import CheckpointDamaged, RunNotWritten
 from saemill.train.run.folder import MetricsLog
 
@@ -91,7 +91,7 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    for step in ("saemill.train.disk.checkpoint_files.write_json", "saemill.train.disk.checkpoint_files.os.rename"):
+    for step in ("saemill.train.disk.safe_checkpoints.write_json", "saemill.train.disk.safe_checkpoints.os.rename"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(step, killed)
             save_checkpoint(tmp_path, standing(20), state(20))
@@ -132,13 +132,13 @@ def writer(tmp_path):
 @pytest.fixture
 def gate(monkeypatch):
     """A disk that writes no file until it is told to."""
-    opened, sync = threading.Event(), checkpoint_files.sync
+    opened, sync = threading.Event(), safe_checkpoints.sync
 
     def slow(path):
         assert opened.wait(60)
         sync(path)
 
-    monkeypatch.setattr(checkpoint_files, "sync", slow)
+    monkeypatch.setattr(safe_checkpoints, "sync", slow)
     yield opened
     opened.set()
 
@@ -174,7 +174,7 @@ def test_a_full_disk_is_told_by_the_next_call(writer, tmp_path, monkeypatch, cal
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_files, "sync", full)
+        patch.setattr(safe_checkpoints, "sync", full)
         writer.begin(standing(20), state(20))
         writer._writing[1].exception(60)
     words = (standing(30), state(30)) if call == "begin" else ()
@@ -185,7 +185,7 @@ def test_a_full_disk_is_told_by_the_next_call(writer, tmp_path, monkeypatch, cal
 
 
 def test_an_error_of_a_run_does_not_hide_behind_its_checkpoint(writer, monkeypatch):
-    monkeypatch.setattr(checkpoint_files, "sync", lambda path: 1 / 0)
+    monkeypatch.setattr(safe_checkpoints, "sync", lambda path: 1 / 0)
     writer.begin(standing(10), state(10))
     writer.close()
 
@@ -194,7 +194,7 @@ def test_a_run_whose_disk_is_full_ends_in_one_line(big, sae_train, quick, tmp_pa
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_files, "sync", full)
+    monkeypatch.setattr(safe_checkpoints, "sync", full)
     words = ["--variant", "topk", *quick, "--cache", big["path"], "--name", "run"]
     result = sae_train(*words, "--set", "course.checkpoint_every_steps=3", code=1)
     assert "error: the checkpoint of step 3 could not be written" in result.output

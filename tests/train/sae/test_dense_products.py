@@ -74,7 +74,7 @@ def test_without_being_asked_for_no_product_is_low(variant, monkeypatch):
 def test_the_dense_product_is_made_once(monkeypatch):
     """Its result is used as it is: nothing is computed anew in float32."""
     calls = []
-    monkeypatch.setattr("saemill.train.sae.kernels.functions.linear", lambda *_: calls.append("again"))
+    monkeypatch.setattr("saemill.train.sae.kernels.products_with_gradients.linear", lambda *_: calls.append("again"))
     gradients("standard", "bfloat16", torch.float32)
     assert not calls
 

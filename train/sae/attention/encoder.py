@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels.codes import Codes
-from ..kernels.functions import affine
 from ..kernels.linear import linear
+from ..kernels.products_with_gradients import affine
 from ..model import SparseAutoencoder
 from ..side_inputs import NO_SIDE, Side
 from .mixing import Mixing, link_weights, weights_by_row

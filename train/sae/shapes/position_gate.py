@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.codes import Codes
-from ..kernels.functions import affine
+from ..kernels.products_with_gradients import affine
 from ..side_inputs import Side
 from .shaped import Shape
 

@@ -9,8 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saemill.train.sae.kernels.codes import Codes
-from saemill.train.sae.kernels.functions import affine, decode_at, spread_latents, spread_rows, squared_error
 from saemill.train.sae.kernels.products import latent_sum, row_sum
+from saemill.train.sae.kernels.products_with_gradients import (
+    affine,
+    decode_at,
+    spread_latents,
+    spread_rows,
+    squared_error,
+)
 from saemill.train.sae.kernels.sparse_support import Support, support_from_flat, support_from_topk
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

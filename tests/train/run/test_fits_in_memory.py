@@ -10,7 +10,7 @@ from saemill.train.config.settings import parse_settings
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import MemoryTooSmall
-from saemill.train.run import memory_estimate
+from saemill.train.run import fits_in_memory
 
 CPU = torch.device("cpu")
 
@@ -21,24 +21,24 @@ def member(*words, variant="topk"):
 
 def test_what_a_width_needs():
     """F = 1000, D = 64: two tables, four copies, four bytes."""
-    assert memory_estimate.weight_bytes(member("width=1000"), 64) == 1000 * 64 * 2 * 4 * 4
-    assert memory_estimate.weight_bytes(member("width=1000"), 64, parts=8) == 1000 * 64 * 2 * 4 * 4 / 8
+    assert fits_in_memory.weight_bytes(member("width=1000"), 64) == 1000 * 64 * 2 * 4 * 4
+    assert fits_in_memory.weight_bytes(member("width=1000"), 64, parts=8) == 1000 * 64 * 2 * 4 * 4 / 8
 
 
 def test_a_cross_layer_latent_reads_one_layer_and_writes_to_all():
     words = ["width=1000", "layers=1,2,3"]
-    assert memory_estimate.weight_bytes(member(*words, variant="clt"), 64) == 1000 * 64 * (1 + 3) * 4 * 4
-    assert memory_estimate.weight_bytes(member(*words, variant="crosscoder"), 64) == 1000 * 64 * (3 + 3) * 4 * 4
+    assert fits_in_memory.weight_bytes(member(*words, variant="clt"), 64) == 1000 * 64 * (1 + 3) * 4 * 4
+    assert fits_in_memory.weight_bytes(member(*words, variant="crosscoder"), 64) == 1000 * 64 * (3 + 3) * 4 * 4
     causal = member(*words, "causal=true", variant="crosscoder")
-    assert memory_estimate.weight_bytes(causal, 64) == 1000 * 64 * (1 + 3) * 4 * 4
+    assert fits_in_memory.weight_bytes(causal, 64) == 1000 * 64 * (1 + 3) * 4 * 4
 
 
 def test_a_dictionary_that_cannot_be_put_together_at_the_end_is_not_begun(monkeypatch):
-    monkeypatch.setattr(memory_estimate, "free_bytes", lambda device: 2**30)
+    monkeypatch.setattr(fits_in_memory, "free_bytes", lambda device: 2**30)
     wide = member("width=400000")
-    memory_estimate.require_room([member("width=100000")], 256, 64, 10**6, 8, CPU)
+    fits_in_memory.require_room([member("width=100000")], 256, 64, 10**6, 8, CPU)
     with pytest.raises(MemoryTooSmall, match="to measure and save the whole dictionary at the end"):
-        memory_estimate.require_room([wide], 256, 64, 10**6, 8, CPU)
+        fits_in_memory.require_room([wide], 256, 64, 10**6, 8, CPU)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_step_needs_what_is_measured(battery, variant):
     trainee.step(batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainee.step(batch)
-    estimate = memory_estimate.step_bytes(member_of, d_model, rows)
+    estimate = fits_in_memory.step_bytes(member_of, d_model, rows)
     gradients = 4 * width * (2 * d_model + 1)
     assert 0.3 * estimate < peak_of(profiler) - gradients < estimate
 
@@ -69,10 +69,10 @@ def peak_of(profiler):
 
 
 def test_refused_with_numbers(monkeypatch):
-    monkeypatch.setattr(memory_estimate, "free_bytes", lambda device: 2**30)
-    memory_estimate.require_room([member("width=1000")], 64, 512, 10**6, 1, CPU)
+    monkeypatch.setattr(fits_in_memory, "free_bytes", lambda device: 2**30)
+    fits_in_memory.require_room([member("width=1000")], 64, 512, 10**6, 1, CPU)
     with pytest.raises(MemoryTooSmall, match=r"expected 3\.\d GiB of memory on cpu .* found 1\.0 GiB free"):
-        memory_estimate.require_room([member("width=200000")], 512, 512, 10**6, 1, CPU)
+        fits_in_memory.require_room([member("width=200000")], 512, 512, 10**6, 1, CPU)
 
 
 def test_a_gpu_is_asked_what_is_free_and_the_largest_part_is_to_be_turned(monkeypatch):
@@ -81,10 +81,10 @@ def test_a_gpu_is_asked_what_is_free_and_the_largest_part_is_to_be_turned(monkey
 
     def refused(*asked, device=1):
         with pytest.raises(MemoryTooSmall) as refusal:
-            memory_estimate.require_room(*asked, torch.device("cuda", device))
+            fits_in_memory.require_room(*asked, torch.device("cuda", device))
         return str(refusal.value)
 
-    memory_estimate.require_room([one], 64, 64, 10**6, 1, torch.device("cuda", 0))
+    fits_in_memory.require_room([one], 64, 64, 10**6, 1, torch.device("cuda", 0))
     assert "most of it for topk" in refused([one], 512, 64, 10**6, 1) and "found 0.0 GiB free" in refused(
         [one], 512, 64, 10**6, 1
     )
@@ -94,11 +94,11 @@ def test_a_gpu_is_asked_what_is_free_and_the_largest_part_is_to_be_turned(monkey
 
 
 def test_processes_on_one_host_share_its_memory(monkeypatch):
-    monkeypatch.setattr(memory_estimate, "_free_on_host", lambda: 2**40)
-    monkeypatch.setattr(memory_estimate, "_free_in_group", lambda: 2**42)
+    monkeypatch.setattr(fits_in_memory, "_free_on_host", lambda: 2**40)
+    monkeypatch.setattr(fits_in_memory, "_free_in_group", lambda: 2**42)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory_estimate.free_bytes(CPU) == 2**38
+    assert fits_in_memory.free_bytes(CPU) == 2**38
 
 
 def test_free_memory_is_a_sane_number():
-    assert 2**20 < memory_estimate.free_bytes(CPU) < 2**50
+    assert 2**20 < fits_in_memory.free_bytes(CPU) < 2**50
