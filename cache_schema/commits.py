@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,7 @@ from .strict_json import StrictError, from_json, to_json
 
 MANY = 100_000  # shards that the index lacks: to ask a disk for each takes longer than to list those there are
 READ_AT_ONCE = 16  # records: an object store answers each after some 30 ms
+HELD = 1024  # records, of 2 kB each
 DEVICES_ASKED = 32  # shards whose devices are looked up, of however many
 RECORD_NAME = re.compile(r"[0-9]{5}[.]json|[1-9][0-9]{5,11}[.]json", re.ASCII)
 
@@ -161,9 +162,12 @@ def has_record(files: Files, shard: int) -> bool:
     return True
 
 
-def _read_records(files: Files, manifest: Manifest, shards: np.ndarray) -> list[CommitRecord]:
+def _read_records(files: Files, manifest: Manifest, shards: np.ndarray) -> Iterator[CommitRecord]:
+    """In order, some read at once: a million of them would fill gigabytes."""
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-        return list(pool.map(lambda shard: read_record(files, manifest, shard), shards.tolist()))
+        for start in range(0, len(shards), HELD):
+            some = shards[start : start + HELD].tolist()
+            yield from pool.map(lambda shard: read_record(files, manifest, shard), some)
 
 
 def write_record(files: Files, record: CommitRecord) -> None:

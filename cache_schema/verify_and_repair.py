@@ -68,17 +68,15 @@ def find_wrong_derived(store: Store) -> list[str]:
     """Index, counts and summary that are not what the shards give; every shard must have been found sound before."""
     files, manifest = store.files, store.manifest
     index = read_index(files, manifest)
-    wrong = [] if index == derive_index(files, manifest, index.mask(manifest.shards)) else [INDEX]
-    if _is_wrong(
-        lambda: (found := read_counts(files, manifest)) and found.trainable,
-        lambda: count_all(manifest, store.ids).trainable,
-    ):
+    covered = index.mask(manifest.shards)
+    derived = derive_index(files, manifest, covered)
+    wrong = [] if index == derived else [INDEX]
+    if _is_wrong(lambda: read_counts(files, manifest), lambda: count_all(manifest, store.ids)):
         wrong.append(COUNTS)
-    if store.committed.all() and _is_wrong(
-        lambda: read_summary(files, manifest),
-        lambda: derive_summary(files, manifest, derive_index(files, manifest, store.committed)),
-    ):
-        wrong.append(SUMMARY)
+    if store.committed.all():
+        whole = derived if covered.all() else derive_index(files, manifest, store.committed)
+        if _is_wrong(lambda: read_summary(files, manifest), lambda: derive_summary(files, manifest, whole)):
+            wrong.append(SUMMARY)
     return wrong
 
 

@@ -347,6 +347,7 @@ def test_repair_makes_index_summary_and_array_documents_again(store: Path) -> No
         ("stats/summary.json", r'"mean_norm": [0-9.]+', '"mean_norm": 400.0'),
         ("stats/summary.json", "^.*$", "{"),
         ("stats/counts.json", r"\b8, 7\b", "7, 8"),
+        ("stats/counts.json", r'"same_document": ?[0-9.e-]+', '"same_document": 0.5'),
         ("commits/index.json", r'"tokens": [0-9]+', '"tokens": 1'),
     ],
 )

@@ -180,7 +180,22 @@ class Ask:
                 raise ConfigInvalid(
                     f"two SAEs of the run would both be called {member.label}: give one of them a run of its own"
                 )
+        self._require_read(tuple(members.values()), spread)
         return tuple(members.values())
+
+    def _require_read(self, members: Sequence[Member], spread: Sequence[str]) -> None:
+        """Refuse what is said of SAEs of which none reads it."""
+        for key in dict.fromkeys([*self.settings, *spread]):
+            of = [(member, name) for member in members for name in _own({key: None}, member.variant, _keys(member))]
+            advice = [member.config.unread().get(name) for member, name in of]
+            if not of or None in advice:
+                continue
+            member, name = of[0]
+            found, default = (getattr(config, name) for config in (member.config, type(member.config)()))
+            if found != default:
+                raise ConfigInvalid(
+                    f"{member.label}: {name} {self.settings.get(key, found)} would be ignored: {advice[0]}"
+                )
 
     def _member(self, sae: Sae, point: Mapping[str, Any], limits: Limits, held: Held) -> Member:
         config = registry.config_type(sae.variant)()
@@ -188,9 +203,6 @@ class Ask:
         spread = _own(point, sae.variant, known)
         asked = _own(self.settings, sae.variant, known) | spread
         draft = with_settings(config, self._of_recipe(sae, known) | asked, sae.label)
-        for key, advice in draft.unread().items():
-            if asked.get(key, getattr(config, key)) != getattr(config, key):
-                raise ConfigInvalid(f"{sae.label}: {key} {asked[key]} would be ignored: {advice}")
         instead = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
         if held:
             instead |= stored_layer(draft, asked, held)
@@ -257,6 +269,10 @@ def _own(settings: Mapping[str, Any], variant: str, known: set[str]) -> dict[str
     general = {key: value for key, value in settings.items() if key in known}
     named = {split_key(key)[1]: value for key, value in settings.items() if split_key(key)[0] == variant}
     return general | {key: value for key, value in named.items() if key}
+
+
+def _keys(member: Member) -> set[str]:
+    return set(flatten(to_json(member.config)))
 
 
 def _label(name: str, spread: Mapping[str, Any]) -> str:

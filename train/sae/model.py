@@ -141,6 +141,16 @@ class SparseAutoencoder(nn.Module):
         """What these latents read of a whole row: [M, D_in]."""
         return self.W_enc[latents]
 
+    def read_by(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Of a constant x: pre-activations of these latents where something else than `encoder_rows` makes them, or
+        what they are made of: the input, the latents' rows and their bias."""
+        pre = self.made_pre(x, side, latents)
+        if pre is not None:
+            return pre
+        with torch.no_grad():
+            read = self.encoder_input(x, side)
+        return read, self.encoder_rows(latents), self.b_enc[latents]
+
     def made_pre(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
         """Pre-activations of these latents [B, M], for a constant x, where `encoder_rows` do not make them.
 

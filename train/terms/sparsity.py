@@ -107,10 +107,8 @@ class DeadPreActivation:
         if dead.numel() == 0:
             return view.x.new_zeros(())
         assert isinstance(gate, JumpRelu)
-        pre = view.sae.made_pre(view.x, view.side, dead)
-        if pre is None:
-            x = view.sae.encoder_input(view.x, view.side).detach()
-            pre = linear(x, view.sae.encoder_rows(dead), view.sae.b_enc[dead])
+        read = view.sae.read_by(view.x, view.side, dead)
+        pre = read if isinstance(read, Tensor) else linear(*read)
         below = torch.relu(gate.threshold[dead] - pre)
         return below.sum() / view.x.shape[0]
 

@@ -123,8 +123,14 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
         ([*TOPK, "--set", "aux_k=-1"], "aux_k: expected 1 or more (aux_weight=0 turns the loss off), found -1"),
         ([*TOPK, "--set", "aux_k=0"], "aux_k: expected 1 or more (aux_weight=0 turns the loss off), found 0"),
         ([*TOPK, "--set", "dead_after_tokens=0"], "dead_after_tokens: expected 1 or more, found 0"),
-        ([*CROSS, "--set", "crosscoder.gate=relu", "--k", "4"], "k 4 would be ignored: gate=relu does not read it"),
-        ([*CROSS, "--set", "crosscoder.penalty=1"], "penalty 1 would be ignored: gate=batchtopk does not"),
+        (
+            [*CROSS, "--set", "layers=3,4", "--set", "crosscoder.gate=relu", "--set", "crosscoder.k=4"],
+            "k 4 would be ignored: gate=relu does not read it",
+        ),
+        (
+            [*CROSS, "--set", "layers=3,4", "--set", "crosscoder.penalty=1"],
+            "penalty 1 would be ignored: gate=batchtopk does not",
+        ),
         (["--variant", "jumprelu", "--set", "initial_threshold=0.1"], "or set optim.start=drawn"),
         ([*TOPK, "--set", "optim.clip_norm=0"], "optim.clip_norm: expected a positive number, found 0"),
         (["--variant", "tiered", "--set", "tier_clip_norm=-5"], "tier_clip_norm: expected more than 0, found -5"),

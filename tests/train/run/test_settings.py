@@ -81,6 +81,16 @@ def test_settings_reach_the_variants_that_have_them():
     assert topk.config.optim.lr == standard.config.optim.lr == 0.1
 
 
+def test_a_setting_is_for_the_saes_that_read_it():
+    """Refused is what none reads of those that it is said of."""
+    topk, _ = members(["crosscoder.gate=relu", "k=48"], "topk", "crosscoder")
+    assert topk.config.k == 48
+    spread = members(["k=48"], "crosscoder", grid=["gate=batchtopk,relu"])
+    assert [member.config.gate for member in spread] == ["batchtopk", "relu"]
+    with pytest.raises(ConfigInvalid, match="crosscoder: k 48 would be ignored: gate=relu does not read it"):
+        members(["crosscoder.gate=relu", "crosscoder.k=48"], "topk", "crosscoder")
+
+
 def test_limits_bound_defaults_and_not_wishes():
     (member,) = members(["k=50"], "topk", limits={"k": 8, "width": 256})
     assert (member.config.k, member.config.width) == (50, 256)
