@@ -40,7 +40,8 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist workstea
 STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard train/study_recipes/*.py)))))
 STDLIB_PROBES := $(foreach eval,sparse_probing scr tpp,--eval-set $(eval).data=stdlib)
 # The plan of docs/studies/questions.md.
-DECIDE_COURSE := $(if $(filter smollm2,$(MODEL)),--epochs 2 --width 1152)
+DECIDE_PASSES := $$(case {} in (attention|attention_plan|temporal) echo 4;; (*) echo 2;; esac)
+DECIDE_COURSE := $(if $(filter smollm2,$(MODEL)),--epochs $(DECIDE_PASSES) --width 1152)
 DECIDE_MEASURED := $(if $(filter smollm2,$(MODEL)),--eval-set core.n_eval_reconstruction_batches=4 --eval-set tiers.trace_windows=0)
 DECIDE_TOKENS := $(or $(TOKENS),$(if $(filter smollm2,$(MODEL)),1200k))
 STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set browser.windows=256
