@@ -122,7 +122,8 @@ def unsigned(plain: PlainSae) -> PlainSae:
 
 
 def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
-    """The same of an SAE in raw units."""
+    """The same of an SAE in raw units. What trained along and says one thing of each latent says it of both; what else
+    did is of other latents than these, and stays behind."""
     if not isinstance(sae.gate, AbsTopK):
         return sae
     if not sae.is_plain:
@@ -130,7 +131,10 @@ def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
             "expected a signed SAE that its weights and gate compute alone, found one behind masks, attention or the "
             "like: evaluations read codes without signs, and such an SAE has no form without them"
         )
-    return _again(sae, unsigned(_in_raw_units(sae)))
+    found = _again(sae, unsigned(_in_raw_units(sae)))
+    of_each = {name: one for name, one in sae.extras_tensors.items() if one.shape == (sae.num_latents,)}
+    found.extras_tensors = {name: torch.cat([one, one]) for name, one in of_each.items()}
+    return found
 
 
 def with_unit_rows(sae: SparseAutoencoder) -> SparseAutoencoder:

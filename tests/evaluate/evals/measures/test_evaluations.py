@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn import Module
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context.results import frame
@@ -19,7 +20,7 @@ from saemill.evaluate.evals.measures.examples import Wording
 from saemill.evaluate.evals.measures.splice_effects import Effect, make_tracers
 from saemill.evaluate.evals.measures.tiers import tier_activity
 from saemill.evaluate.model.batches import Windows, store_batches
-from saemill.train.sae.gates import Relu
+from saemill.train.sae.gates import AbsTopK, Relu
 from saemill.train.sae.model import SparseAutoencoder
 
 CONFIGS = {
@@ -444,6 +445,20 @@ def test_an_assignment_is_found_beside_the_weights_or_in_the_module(builder):
     assert (found.of_latent.diff() >= 0).all() and set(found.of_latent.tolist()) == {0, 1, 2, 3}
     subject.sae.extras_tensors = {"tiers.membership": torch.arange(builder.F) // 6}
     assert tiers_of(subject, 3).count == 4
+
+
+@pytest.mark.parametrize(("module", "name"), [(tiers, "tiers.membership"), (temporal, "temporal.group")])
+def test_a_latent_and_its_opposite_of_a_signed_sae_belong_together(module, name, world, builder, open_context):
+    sae = builder.make_sae()
+    sae.gate = AbsTopK(4)
+    part, _, tensor = name.partition(".")
+    sae.extras[part] = Module()
+    sae.extras[part].register_buffer(tensor, torch.arange(builder.F) % 3)
+    sae.extras[part].register_buffer("of_pairs", torch.eye(4))
+    subject = builder.subject(sae)
+    assert saved(subject, name).tolist() == 2 * (torch.arange(builder.F) % 3).tolist()
+    assert saved(subject, f"{part}.of_pairs") is None
+    assert one(module, open_context(world), subject).metrics
 
 
 def test_some_of_many_are_spread_evenly():
