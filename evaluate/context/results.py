@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ...cache_schema.sites import SAE_LENS_NAMES
 from ...cache_schema.strict_json import flatten
 from ...train.disk.atomic_files import replace_file
 from ...train.disk.sae_folder import SAELENS_VERSION, WEIGHT_SUFFIXES
@@ -102,15 +103,15 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
 def sae_config(subject: LoadedSae) -> dict[str, Any]:
     """cfg.json with the entries that SAEBench's tools look for at its top level."""
     metadata = subject.metadata
-    hook = metadata.get("hook_name") or f"blocks.{subject.layers[-1]}.hook_resid_post"
+    hook = metadata.get("hook_name") or f"blocks.{subject.layers[-1]}.{SAE_LENS_NAMES[subject.hooks[0]]}"
     return {
         **subject.config,
-        "model_name": metadata.get("model_name"),
+        "model_name": metadata.get("model_name", subject.config.get("model_name")),
         "d_in": subject.d_in,
         "d_sae": subject.width,
         "hook_layer": subject.layers[-1],
         "hook_name": hook,
-        "context_size": metadata.get("context_size"),
+        "context_size": metadata.get("context_size", subject.config.get("context_size")),
         "training_tokens": metadata.get("training_tokens", -1),
     }
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from ...cache_schema.layout import ROOT
 from ...cache_schema.sites import HOOKS, IN_A_LAYER, RESID, site_named
+from ...train.disk.formats import kind_of
 from ...train.disk.plain_form import with_unit_rows, without_signs
-from ...train.disk.sae_folder import CONFIG, read_config
+from ...train.disk.sae_folder import CONFIG, as_said_since_6, read_config
 from ...train.errors import RunMissing, TrainError
 from ...train.run.find_sae import find_sae, is_of_hub, list_saes, read_folder
 from ...train.run.folder import RunFolder, cache_of, places_of, run_names
@@ -78,7 +79,7 @@ def find_places(target: str, runs: Path, cache: str | None = None) -> list[tuple
 def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> LoadedSae:
     """Load the SAE of a folder. With a home elsewhere, of results, it has the name of that."""
     sae = with_unit_rows(without_signs(read_folder(folder))).eval().requires_grad_(False)
-    config = read_config(folder) if (folder / CONFIG).is_file() else {}
+    config = _config_of(folder)
     metadata = {**sae.metadata, **config.get("metadata", {})}
     layers, hooks = _places_of(metadata, config, folder, layer)
     url, cache_id = cache_of(run) if run else (None, metadata.get("cache_id"))
@@ -95,6 +96,12 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
         cache_id=cache_id,
         cache_url=url,
     )
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """cfg.json, if there is one, and that of SAELens in its words of now."""
+    config = read_config(folder) if (folder / CONFIG).is_file() else {}
+    return as_said_since_6(config, folder) if config and kind_of(folder) == "sae_lens" else config
 
 
 def _run_of(target: str, runs: Path) -> RunFolder | None:
@@ -161,7 +168,7 @@ def _places_of(
         )
     if metadata.get("layers"):
         return tuple(metadata["layers"]), {}
-    name = str(metadata.get("hook_name") or config.get("hook_name") or config.get("hook_point") or "")
+    name = str(metadata.get("hook_name") or "")
     site = site_named(re.sub(r"^layer_(\d+)$", r"layers.\1", name))
     if site is not None:
         return (site.layer,), {} if site.hook == RESID else {"hook": site.hook, "target_hook": site.hook}

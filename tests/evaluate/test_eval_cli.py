@@ -22,7 +22,7 @@ from saemill.cache_schema import Store
 from saemill.cache_schema.cli import main as store_main
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
-from saemill.evaluate.context.results import result_path
+from saemill.evaluate.context.results import result_path, sae_config
 from saemill.evaluate.errors import WidthMismatch
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
@@ -646,6 +646,23 @@ def test_rows_of_other_lengths_are_evaluated_as_unit_rows(builder):
     found = make_subject(plain.folder, None).sae
     torch.testing.assert_close(found.W_dec, plain.sae.W_dec)
     torch.testing.assert_close(found.W_enc, plain.sae.W_enc)
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_results_say_the_hook_and_the_gate_of_an_sae_of_sae_lens_before_6(golden, builder, is_told):
+    """Its name by hand where that is none that is known."""
+    folder = golden.subject("topk", builder.root).folder
+    config = json.loads((folder / "cfg.json").read_text())
+    k, place = config.pop("k"), {"layers": [5], "hook": "mlp_out", "target_hook": "mlp_out"}
+    config |= {"model_name": "gpt2-small", "architecture": "standard", "activation_fn_str": "topk"}
+    config |= {"activation_fn_kwargs": {"k": k}, "hook_name": "" if is_told else "blocks.5.hook_mlp_out"}
+    config["metadata"] = place if is_told else {}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    subject = make_subject(folder, None)
+    said = sae_config(subject)
+    assert (subject.hooks, subject.layers, subject.variant) == (("mlp_out", "mlp_out"), (5,), "topk")
+    assert (said["hook_name"], said["hook_layer"]) == ("blocks.5.hook_mlp_out", 5)
+    assert (said["architecture"], said["k"], said["model_name"]) == ("topk", k, "gpt2-small")
 
 
 def test_a_transcoder_from_elsewhere_is_no_sae_of_the_layer_it_reads(golden, builder, sae_eval):

@@ -87,7 +87,7 @@ def read_sae(folder: Path, rebuild: Rebuild) -> SparseAutoencoder:
 def load_plain_sae(folder: Path) -> SparseAutoencoder:
     """The same for a folder whose weights are all there is to it."""
     folder = Path(folder)
-    config = _as_said_since_6(read_config(folder), folder)
+    config = as_said_since_6(read_config(folder), folder)
     named = config.get("architecture")
     architecture = config.get("gate", TRANSCODERS.get(str(named), named))
     if architecture not in PLAIN:
@@ -104,14 +104,14 @@ def load_plain_sae(folder: Path) -> SparseAutoencoder:
     if config.get("rescale_acts_by_decoder_norm", False):
         plain = _fold_norms(plain)
     sae = sae_from_plain(plain)
-    sae.metadata = {**config.get("metadata", {})}
+    sae.metadata = {**config["metadata"]}
     if str(named) in TRANSCODERS and not (sae.metadata.get("layers") and sae.metadata.get("target_layers")):
         sae.metadata["transcodes"] = True
     return sae
 
 
-def _as_said_since_6(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A configuration in SAELens' words of 6.0, which earlier versions had others for."""
+def as_said_since_6(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A configuration in SAELens' words of 6.0, which earlier versions had others for, or another place."""
     activation = config.get("activation_fn_str", config.get("activation_fn")) or "relu"
     factor = config.get("finetuning_scaling_factor") or 1
     if activation not in ("relu", "topk") or factor is True or factor != 1:
@@ -119,11 +119,14 @@ def _as_said_since_6(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             f"{folder}: expected relu or topk as activation and no finetuning_scaling_factor, found {activation!r} and "
             f"{factor!r}: no plain form computes that"
         )
-    told = {"architecture": config.get("architecture") or "standard"}
+    told: dict[str, Any] = {"architecture": config.get("architecture") or "standard"}
     if activation == "topk":
         kwargs = config.get("activation_fn_kwargs")
         told = {"architecture": "topk", "k": config.get("k"), **(kwargs if isinstance(kwargs, dict) else {})}
-    return {**config, **told, "normalize_activations": config.get("normalize_activations") or "none"}
+    told |= {"normalize_activations": config.get("normalize_activations") or "none"}
+    name = config.get("hook_name") or config.get("hook_point")
+    place = {"hook_name": name} if name else {}
+    return {**config, **told, "metadata": {**place, **config.get("metadata", {})}}
 
 
 def is_of_one_place(metadata: Mapping[str, Any]) -> bool:
