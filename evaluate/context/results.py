@@ -164,6 +164,16 @@ def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     return settings_in(document) == dict(settings) and document.get("saemill", {}).get("missing") is None
 
 
+def is_of_store_now_gone(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a whole result is of a store, and these settings are the same with none, and with what follows of that:
+    another number type, a model by its name."""
+    found = settings_in(document)
+    of_store = {"cache_id", "dtype"} | ({"model"} - found.keys())
+    asked = {name: value for name, value in settings.items() if name not in of_store}
+    asked |= {name: found[name] for name in of_store & found.keys()}
+    return settings["cache_id"] is None and found.get("cache_id") is not None and is_whole(document, asked)
+
+
 def settings_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
     """What decided a result besides the SAE; results of before also name a folder of the machine there."""
     settings = document.get("saemill", {}).get("settings", {})

@@ -29,6 +29,7 @@ from ..context.results import (
     deciding,
     describe_differences,
     is_of_store,
+    is_of_store_now_gone,
     is_whole,
     result_path,
     standing_result,
@@ -65,8 +66,10 @@ def _kept(subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: K
     if document is None:
         return None
     if keep == "same":
-        stands = is_whole(document, settings) and evals.load(eval_id).is_there(subject)
-        return Row(subject, eval_id, "kept", document=document) if stands else None
+        is_gone = is_of_store_now_gone(document, settings)
+        stands = (is_whole(document, settings) or is_gone) and evals.load(eval_id).is_there(subject)
+        reason = "its result is of a store, and there is none now: without --resume it is evaluated anew"
+        return Row(subject, eval_id, "kept", reason if is_gone else "", document) if stands else None
     if not is_of_store(document, settings["cache_id"]):
         return None
     found = describe_differences(document, settings)

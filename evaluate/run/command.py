@@ -202,8 +202,8 @@ class Session:
             return self._run_fitting(context, subjects)
 
     def _run_without_store(self, subjects: Sequence[LoadedSae], error: Exception) -> list[Row]:
-        """What needs none goes on."""
-        others = {name: config for name, config in self.configs.items() if not evals.load(name).needs.store}
+        """What needs none goes on, but where a store was asked for."""
+        others = {n: c for n, c in self.configs.items() if self.cache is None and not evals.load(n).needs.store}
         rows = [row for subject in subjects for row in self._refused(subject, error) if row.eval_id not in others]
         if others:
             self.watch.say(str(error))

@@ -197,6 +197,26 @@ def test_what_needs_no_store_goes_on_without_one(make_world, builder, sae_eval):
     assert results(run, "decoder_cosine") and not results(run)
 
 
+def test_nothing_goes_on_without_a_store_that_was_asked_for(run_1, sae_eval):
+    output = sae_eval("run_1", "--evals", "decoder_cosine", "--cache", "no/such/store", code=1, options=[])
+    assert "failed: decoder_cosine" in output and "there is none now" in output
+    assert not results(run_1, "decoder_cosine")
+
+
+def test_resume_leaves_a_result_of_a_store_that_is_gone(make_world, builder, sae_eval):
+    world = make_world()
+    run = builder.run(world, "run_1", {"sae": builder.make_sae()})
+    words = ("run_1", "--evals", "decoder_cosine")
+    sae_eval(*words, options=[])
+    before = results(run, "decoder_cosine")
+    shutil.rmtree(world.store)
+    said = sae_eval(*words, "--resume", options=[])
+    assert "kept: decoder_cosine of run_1/sae: its result is of a store, and there is none now" in said
+    assert results(run, "decoder_cosine") == before
+    sae_eval(*words, "--resume", "--set", "decoder_cosine.threshold=0.5", options=[])
+    assert results(run, "decoder_cosine") != before
+
+
 def test_a_store_with_another_id_costs_the_other_runs_nothing(world, make_world, builder, sae_eval):
     other = make_world(dtype="float32")
     run_1, run_2 = (builder.run(w, n, {"sae": builder.make_sae()}) for w, n in ((world, "run_1"), (other, "run_2")))
