@@ -68,6 +68,8 @@ class Evaluation(Generic[C]):
     """Metrics for the console's table by dotted path: `group.metric`, or a path into `Result.extra`."""
     is_there: Callable[[LoadedSae], bool] = lambda _: True
     """Whether what it leaves beside its result is there still: where it is not, `--resume` does it again."""
+    revision: int = 1
+    """Raised where the same settings give other numbers than before: `--resume` takes no result of an earlier one."""
 
     def __post_init__(self) -> None:
         settings: Any = self.config

@@ -81,13 +81,16 @@ def _kept(subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: K
 
 def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
     """All that decides a result of an evaluation besides the SAE."""
+    evaluation = evals.load(eval_id)
     settings = {
         "config": deciding(to_json(config)),
         "cache_id": context.opened.manifest.cache_id if context.opened else None,
         "dtype": str(context.dtype).removeprefix("torch."),
-        "from_tokens": context.from_tokens and evals.load(eval_id).needs.from_tokens,
+        "from_tokens": context.from_tokens and evaluation.needs.from_tokens,
     }
-    if context.opened is not None and evals.load(eval_id).needs.store:
+    if evaluation.revision != 1:  # results of before there were any are of the first
+        settings["revision"] = evaluation.revision
+    if context.opened is not None and evaluation.needs.store:
         settings["massive_norms"] = context.massive_multiple
     return settings if context.model_name is None else settings | {"model": context.model_name}
 

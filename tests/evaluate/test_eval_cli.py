@@ -485,7 +485,7 @@ def test_a_crash_whose_traceback_cannot_be_kept_is_told(run_1, sae_eval, monkeyp
 def second_eval(monkeypatch):
     """An evaluation beside core, of which a test decides what it does."""
     core_is = core.EVALUATION
-    second = SimpleNamespace(config=core.Config, needs=core_is.needs, summary=(), is_there=core_is.is_there)
+    second = SimpleNamespace(**vars(core_is) | {"summary": ()})
     known = evals.load
     monkeypatch.setattr(evals, "names", lambda: ("core", "second"))
     monkeypatch.setattr(evals, "load", lambda name: second if name == "second" else known(name))
@@ -522,6 +522,23 @@ def test_where_an_evaluation_remembers_is_no_other_evaluation(run_1, sae_eval, s
     assert len(asked) == 1
     sae_eval("run_1", *call, "--set", "second.pairs=6", "--resume", options=[])
     assert len(asked) == 2
+
+
+def test_a_result_of_an_earlier_revision_is_done_again(run_1, sae_eval, second_eval):
+    """The first one is in no settings: results of before count."""
+    asked = []
+
+    def evaluate(context, subjects, config):
+        asked.append(second_eval.revision)
+        yield from (core.Result(subject, {}, {"group": {"value": 1.0}}) for subject in subjects)
+
+    second_eval.evaluate = evaluate
+    for revision in (1, 1, 2, 2):
+        second_eval.revision = revision
+        sae_eval("run_1", "--evals", "second", "--no-plots", "--resume", options=[])
+        settings = results(run_1, "second")["small_eval_results.json"]["saemill"]["settings"]
+        assert settings.get("revision", 1) == revision and ("revision" in settings) == (revision > 1)
+    assert asked == [1, 2]
 
 
 def test_a_crash_in_one_evaluation_costs_no_other_its_result(run_1, sae_eval, second_eval):
