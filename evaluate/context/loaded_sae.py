@@ -52,7 +52,8 @@ class LoadedSae:
     @property
     def hooks(self) -> tuple[str, str]:
         """What of its layers the SAE reads and writes: the residual stream, or other hooks."""
-        return self.metadata.get("hook", RESID), self.metadata.get("target_hook", RESID)
+        hook = self.metadata.get("hook", RESID)
+        return hook, self.metadata.get("target_hook", hook)
 
     @property
     def d_in(self) -> int:

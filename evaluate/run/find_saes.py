@@ -8,17 +8,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...cache_schema.layout import ROOT
-from ...cache_schema.sites import HOOKS, IN_A_LAYER, RESID, site_named
-from ...train.disk.formats import kind_of
+from ...cache_schema.sites import RESID
+from ...train.disk.places import UNTOLD, Told, places_told
 from ...train.disk.plain_form import with_unit_rows, without_signs
-from ...train.disk.sae_folder import CONFIG, as_said_since_6, read_config
-from ...train.errors import RunMissing, TrainError
+from ...train.disk.sae_folder import CONFIG, WEIGHTS, as_said_since_6, read_config
+from ...train.errors import RunMissing, SaeInvalid, TrainError
 from ...train.run.find_sae import find_sae, is_of_hub, list_saes, read_folder
 from ...train.run.folder import RunFolder, cache_of, places_of, run_names
 from ...train.study_recipes import runs_of, studies
@@ -81,7 +80,9 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
     sae = with_unit_rows(without_signs(read_folder(folder))).eval().requires_grad_(False)
     config = _config_of(folder)
     metadata = {**sae.metadata, **config.get("metadata", {})}
-    layers, hooks = _places_of(metadata, config, folder, layer)
+    told = _told_of(metadata, folder, layer)
+    if (told.hook, told.target_hook) != (RESID, RESID):
+        metadata |= {"hook": told.hook, "target_hook": told.target_hook}
     url, cache_id = cache_of(run) if run else (None, metadata.get("cache_id"))
     return LoadedSae(
         label=(home or folder.resolve()).name,
@@ -90,9 +91,9 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
         run=run.name if run else None,
         variant=metadata.get("training_architecture") or str(config.get("architecture", "unknown")),
         sae=sae,
-        config={**config, "metadata": {**hooks, **metadata}},
-        layers=layers,
-        target_layers=tuple(metadata.get("target_layers") or layers),
+        config={**config, "metadata": metadata},
+        layers=told.layers,
+        target_layers=told.target_layers,
         cache_id=cache_id,
         cache_url=url,
     )
@@ -101,7 +102,7 @@ def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, 
 def _config_of(folder: Path) -> dict[str, Any]:
     """cfg.json, if there is one, and that of SAELens in its words of now."""
     config = read_config(folder) if (folder / CONFIG).is_file() else {}
-    return as_said_since_6(config, folder) if config and kind_of(folder) == "sae_lens" else config
+    return as_said_since_6(config, folder) if config and (folder / WEIGHTS).is_file() else config
 
 
 def _run_of(target: str, runs: Path) -> RunFolder | None:
@@ -154,45 +155,19 @@ def studies_with(run: str) -> list[str]:
     return [study for study in studies() if any(recipe.name == run for recipe in runs_of(study))]
 
 
-def _places_of(
-    metadata: Mapping[str, Any], config: Mapping[str, Any], folder: Path, given: int | None
-) -> tuple[tuple[int, ...], dict[str, str]]:
-    """The layers an SAE reads, and what of them where its hook's name says so: as it says, as that says, or, where no
-    name is that of a place, as the user says."""
-    _require_places(metadata, folder)
-    if metadata.get("transcodes") and not (metadata.get("layers") and metadata.get("target_layers")):
-        raise SettingInvalid(
-            f"{folder} is a transcoder that does not say where it reads and writes: write in its cfg.json metadata "
-            "with layers and target_layers, as [5], and, where that is not the residual stream, hook and target_hook "
-            f"of {', '.join(HOOKS)}"
-        )
-    if metadata.get("layers"):
-        return tuple(metadata["layers"]), {}
-    name = str(metadata.get("hook_name") or "")
-    site = site_named(re.sub(r"^layer_(\d+)$", r"layers.\1", name))
-    if site is not None:
-        return (site.layer,), {} if site.hook == RESID else {"hook": site.hook, "target_hook": site.hook}
-    if name.endswith("blocks.0.hook_resid_pre"):
-        raise SettingInvalid(f"{folder} reads what comes before the first layer ({name!r}), which no store holds")
-    if IN_A_LAYER.search(name) or "hook_" in name:
-        raise SettingInvalid(
-            f"{folder} reads {name!r}, which is none of the hooks that are known here ({', '.join(HOOKS)}). Where it "
-            "is another name of one, write that in the metadata of its cfg.json, as "
-            '{"layers": [5], "hook": "mlp_out", "target_hook": "mlp_out"}'
-        )
+def _told_of(metadata: Mapping[str, Any], folder: Path, given: int | None) -> Told:
+    """Where an SAE reads and writes: as it says or, where no name is that of a place, as the user says."""
+    try:
+        told = places_told(metadata)
+    except SaeInvalid as error:
+        raise SettingInvalid(f"{folder}: {error}") from None
+    if told is not None:
+        return told
+    if metadata.get("transcodes"):
+        raise SettingInvalid(f"{folder}: {UNTOLD}")
     if given is None:
         raise SettingInvalid(
-            f"{folder} does not say which layer's residual stream it reads (hook_name {name!r}): give --layer"
+            f"{folder} does not say which layer's residual stream it reads (hook_name "
+            f"{metadata.get('hook_name', '')!r}): give --layer"
         )
-    return (given,), {}
-
-
-def _require_places(metadata: Mapping[str, Any], folder: Path) -> None:
-    """What says where an SAE reads and writes may have been written by hand."""
-    for name in ("layers", "target_layers"):
-        found = metadata.get(name) or []
-        if not isinstance(found, list) or not all(type(one) is int and one >= 0 for one in found):
-            raise SettingInvalid(f"{folder}: expected {name} as a list of layers, as [5], found {found!r:.60}")
-    for name in ("hook", "target_hook"):
-        if metadata.get(name, RESID) not in [*HOOKS]:
-            raise SettingInvalid(f"{folder}: expected {name} of {', '.join(HOOKS)}, found {metadata[name]!r:.60}")
+    return Told((given,), RESID, (given,), RESID)

@@ -690,7 +690,7 @@ def test_results_say_the_hook_and_the_gate_of_an_sae_of_sae_lens_before_6(golden
     """Its name by hand where that is none that is known."""
     folder = golden.subject("topk", builder.root).folder
     config = json.loads((folder / "cfg.json").read_text())
-    k, place = config.pop("k"), {"layers": [5], "hook": "mlp_out", "target_hook": "mlp_out"}
+    k, place = config.pop("k"), {"layers": [5], "hook": "mlp_out"}
     config |= {"model_name": "gpt2-small", "architecture": "standard", "activation_fn_str": "topk"}
     config |= {"activation_fn_kwargs": {"k": k}, "hook_name": "" if is_told else "blocks.5.hook_mlp_out"}
     config["metadata"] = place if is_told else {}
@@ -712,7 +712,7 @@ def test_a_transcoder_from_elsewhere_is_no_sae_of_the_layer_it_reads(golden, bui
         config["metadata"] |= more
         (folder / "cfg.json").write_text(json.dumps(config))
         said = sae_eval(folder, "--layer", 3, code=1)
-        assert "metadata with layers and target_layers" in said and "hook and target_hook of resid, mlp_in" in said
+        assert "a transcoder that does not say where it reads and writes" in said and "with hooks of resid, mlp" in said
     config["metadata"] |= {"layers": [3], "hook": "mlp_in", "target_hook": "mlp_out"}
     (folder / "cfg.json").write_text(json.dumps(config))
     (subject,) = find_subjects([str(folder)], builder.root)

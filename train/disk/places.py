@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...cache_schema.sites import HOOKS, IN_A_LAYER, RESID, SAE_LENS_NAMES, Place, place_of, site_named
 from ..errors import SaeInvalid
 
 Places = tuple[Place, ...]
+
+HOW_TO_TELL = (
+    'write into the metadata of its cfg.json where it reads and writes, as {"layers": [5], "hook": "mlp_in", '
+    f'"target_layers": [5], "target_hook": "mlp_out"}}, with hooks of {", ".join(HOOKS)}'
+)
+UNTOLD = f"it is a transcoder that does not say where it reads and writes: {HOW_TO_TELL}"
+
+
+class Told(NamedTuple):
+    """Layers and what of them an SAE reads, and those that it rebuilds."""
+
+    layers: tuple[int, ...]
+    hook: str
+    target_layers: tuple[int, ...]
+    target_hook: str
+
+    @property
+    def places(self) -> tuple[Places, Places]:
+        sides = (self.layers, self.hook), (self.target_layers, self.target_hook)
+        read, written = (tuple(place_of(hook, layer) for layer in layers) for layers, hook in sides)
+        return read, written
 
 
 def told_of(hook: str, to_hook: str, layer: int) -> dict[str, Any]:
@@ -19,23 +41,36 @@ def told_of(hook: str, to_hook: str, layer: int) -> dict[str, Any]:
     return {**names, "layers": [layer], "target_layers": [layer], "hook": hook, "target_hook": to_hook}
 
 
-def places_told(metadata: Mapping[str, Any]) -> tuple[Places, Places] | None:
+def places_told(metadata: Mapping[str, Any]) -> Told | None:
     """What it reads and what it rebuilds; None where it does not say."""
-    layers = metadata.get("layers")
-    if layers:
-        hooks = metadata.get("hook", RESID), metadata.get("target_hook", RESID)
-        sides = layers, metadata.get("target_layers") or layers
-        read, written = (tuple(place_of(hook, n) for n in side) for hook, side in zip(hooks, sides, strict=True))
-        return read, written
-    name = metadata.get("hook_name")
-    found = IN_A_LAYER.search(name) if isinstance(name, str) else None
-    if found is None:
+    layers, targets = (_layers(metadata, name) for name in ("layers", "target_layers"))
+    hook = _hook(metadata, "hook", RESID)
+    name, transcodes = str(metadata.get("hook_name") or ""), bool(metadata.get("transcodes"))
+    if layers and (targets or not transcodes):
+        return Told(layers, hook, targets or layers, _hook(metadata, "target_hook", hook))
+    site = site_named(re.sub(r"^layer_(\d+)$", r"layers.\1", name))
+    if transcodes:
+        if layers or targets or IN_A_LAYER.search(name):
+            raise SaeInvalid(UNTOLD)
         return None
-    site, layer = site_named(found.string), found[1]
-    if site is None or metadata.get("transcodes"):
-        raise SaeInvalid(
-            f"it names {name} alone, which does not say what of a store it reads and rebuilds: write into the metadata "
-            f'of its cfg.json where that is, as {{"layers": [{layer}], "hook": "mlp_in", "target_layers": [{layer}], '
-            f'"target_hook": "mlp_out"}}, with hooks of {", ".join(HOOKS)}'
-        )
-    return (place_of(*site),), (place_of(*site),)
+    if site is not None:
+        return Told((site.layer,), site.hook, (site.layer,), site.hook)
+    if name.endswith("blocks.0.hook_resid_pre"):
+        raise SaeInvalid(f"it reads what comes before the first layer ({name!r}), which no store holds")
+    if IN_A_LAYER.search(name) or re.search(r"\bhook_", name):
+        raise SaeInvalid(f"it reads {name!r}, which is no place that is known here by that name: {HOW_TO_TELL}")
+    return None
+
+
+def _layers(metadata: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    found = metadata.get(name) or []
+    if not isinstance(found, list | tuple) or not all(type(one) is int and one >= 0 for one in found):
+        raise SaeInvalid(f"expected {name} as a list of layers, as [5], found {found!r:.60}")
+    return tuple(found)
+
+
+def _hook(metadata: Mapping[str, Any], name: str, instead: str) -> str:
+    found = metadata.get(name, instead)
+    if found not in [*HOOKS]:
+        raise SaeInvalid(f"expected {name} of {', '.join(HOOKS)}, found {found!r:.60}")
+    return found

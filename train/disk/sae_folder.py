@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...cache_schema.disk_and_cloud_files import make_folder, sync
+from ...cache_schema.sites import RESID
 from ..data.scaling import Stats
 from ..errors import SaeInvalid
 from ..sae.model import SparseAutoencoder
@@ -133,7 +134,8 @@ def is_of_one_place(metadata: Mapping[str, Any]) -> bool:
     """Whether the SAE reads one layer and rebuilds what it reads, the only kind that other tools have a form for."""
     layers = metadata.get("layers") or [None]
     targets = metadata.get("target_layers") or layers
-    is_one = len(layers) == 1 and targets == layers and metadata.get("hook") == metadata.get("target_hook")
+    hook = metadata.get("hook", RESID)
+    is_one = len(layers) == 1 and targets == layers and metadata.get("target_hook", hook) == hook
     return is_one and not metadata.get("transcodes", False)
 
 

@@ -71,7 +71,8 @@ def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
 
 def _require_place(metadata: Mapping[str, Any], needs: Needs) -> None:
     """What the source reads and rebuilds, where it says so, is what is read and rebuilt here."""
-    told, wanted = places_told(metadata), (needs.input_places, needs.target_places)
+    whole, wanted = places_told(metadata), (needs.input_places, needs.target_places)
+    told = whole and whole.places
     if told is None and metadata.get("transcodes") and needs.targets is None:
         raise SaeInvalid("it is a transcoder, and an SAE that rebuilds what it reads is to begin as it")
     if told is not None and told != wanted:

@@ -279,8 +279,12 @@ def test_a_place_of_dictionary_learning_that_no_store_has_is_no_residual(tmp_pat
         ({"hook_name": "exported"}, None),
         ({"layers": [1, 2], "target_layers": [1, 2]}, ((1, 2), (1, 2))),
         ({"layers": [3], "hook": "mlp_in", "target_hook": "mlp_out"}, ((Site("mlp_in", 3),), (Site("mlp_out", 3),))),
-        ({"hook_name": "blocks.3.ln2.hook_normalized"}, "it names blocks.3.ln2.hook_normalized alone"),
-        ({"hook_name": "layers.3.mlp", "transcodes": True}, r'"layers": \[3\], "hook": "mlp_in"'),
+        ({"hook_name": "blocks.3.ln2.hook_normalized"}, "it reads 'blocks.3.ln2.hook_normalized', which is no"),
+        ({"hook_name": "layers.3.mlp", "transcodes": True}, r'"layers": \[5\], "hook": "mlp_in"'),
+        ({"layers": [3], "hook": "mlp_out"}, ((Site("mlp_out", 3),), (Site("mlp_out", 3),))),
+        ({"hook_name": "layer_3"}, ((3,), (3,))),
+        ({"hook_name": "blocks.0.hook_resid_pre"}, "before the first layer"),
+        ({"layers": [3], "hook": "mlp"}, "expected hook of resid, mlp_in"),
     ],
 )
 def test_places_are_read_from_metadata_as_far_as_they_say(metadata, places):
@@ -288,7 +292,8 @@ def test_places_are_read_from_metadata_as_far_as_they_say(metadata, places):
         with pytest.raises(SaeInvalid, match=places):
             places_told(metadata)
     else:
-        assert places_told(metadata) == places
+        told = places_told(metadata)
+        assert (told and told.places) == places
 
 
 def test_a_transcoder_of_sparsify_may_be_told_its_place(tmp_path):

@@ -172,7 +172,7 @@ def test_what_does_not_go_with_it_is_told(big, sae_train, quick, tmp_path):
     [
         ({"layers": [5], "target_layers": [5]}, "it goes from layer 5 to layer 5, and here from layer 3 to layer 3"),
         ({"layers": [3], "target_layers": [3], "hook": "z", "target_hook": "z"}, "it goes from z of layer 3"),
-        ({"hook_name": "blocks.3.ln2.hook_normalized"}, "it names blocks.3.ln2.hook_normalized alone"),
+        ({"hook_name": "blocks.3.ln2.hook_normalized"}, "it reads 'blocks.3.ln2.hook_normalized', which is no place"),
         ({"model_name": "another"}, "it was trained on another"),
     ],
 )
