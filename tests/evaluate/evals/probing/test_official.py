@@ -14,7 +14,7 @@ from saemill.evaluate.evals.probing.features import seeded
 from saemill.evaluate.evals.probing.rounds import OfModel, Outcome, Setup, perturb
 from saemill.evaluate.evals.probing.texts import OPPOSITES, Table, balanced, by_class, spurious
 from saemill.evaluate.evals.probing.train_probes import Training
-from saemill.evaluate.evals.probing.tuned_probe import rank_latents, split_rows, tuned_scores
+from saemill.evaluate.evals.probing.regression_of_sae_probes import rank_latents, split_rows, tuned_scores
 
 SEED = 42
 PROBES = Training(batch_size=16, epochs=20, lr=1e-3, patience=20, l1_penalty=1e-3)
