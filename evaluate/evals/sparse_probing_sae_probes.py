@@ -25,10 +25,10 @@ from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing import collection, installed
 from .probing.collection import BinarySet
 from .probing.pooling import batch_size_for
+from .probing.regression_of_sae_probes import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
 from .probing.scores import mean_scores
 from .probing.settings import of_data
 from .probing.sources import DataName, Source, find_source, load_all
-from .probing.regression_of_sae_probes import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
 
 MAX_TOKENS = 1024
 ByK = dict[int, Scores]

@@ -11,10 +11,10 @@ import torch
 from saemill.evaluate.evals import scr, sparse_probing, tpp
 from saemill.evaluate.evals.probing import saebench_texts
 from saemill.evaluate.evals.probing.features import seeded
+from saemill.evaluate.evals.probing.regression_of_sae_probes import rank_latents, split_rows, tuned_scores
 from saemill.evaluate.evals.probing.rounds import OfModel, Outcome, Setup, perturb
 from saemill.evaluate.evals.probing.texts import OPPOSITES, Table, balanced, by_class, spurious
 from saemill.evaluate.evals.probing.train_probes import Training
-from saemill.evaluate.evals.probing.regression_of_sae_probes import rank_latents, split_rows, tuned_scores
 
 SEED = 42
 PROBES = Training(batch_size=16, epochs=20, lr=1e-3, patience=20, l1_penalty=1e-3)
