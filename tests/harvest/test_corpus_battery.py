@@ -67,7 +67,7 @@ EXAMPLES = {
     "stdlib": lambda folder, monkeypatch: DatasetOptions("stdlib"),
     "local": a_file,
     "docs": a_folder_of_documentation,
-    "hub": a_data_set,
+    "hugging_face": a_data_set,
 }
 BAD = {  # what to refuse, by which error; stdlib can be asked for nothing else
     "local": [
@@ -78,7 +78,7 @@ BAD = {  # what to refuse, by which error; stdlib can be asked for nothing else
         (lambda *_: DatasetOptions("docs:./nothing"), CorpusUnavailable, "no folder nothing: give --dataset docs:"),
         (a_folder_without_documentation, CorpusEmpty, r"no documentation \(\.html"),
     ],
-    "hub": [(a_data_set_that_is_not_there, CorpusUnavailable, "check the id and the revision")],
+    "hugging_face": [(a_data_set_that_is_not_there, CorpusUnavailable, "check the id and the revision")],
     "stdlib": [],
 }
 EACH = pytest.mark.parametrize("name", sources())
