@@ -100,7 +100,7 @@ NO_GPU_RUN = (
 )
 ABOUT_SPEED = (
     "Ratios of medians; from where to where the rounds went where rounds were kept. Core is of 21 November, an earlier "
-    "machine."
+    "machine, but for its rows of eight SAEs in float32."
 )
 ABOUT_QUALITY = (
     "Explained variance on the test split of {model} after layer {layer}, {tokens} training tokens, ordinary tokens "
