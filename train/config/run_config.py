@@ -185,8 +185,9 @@ class Ask:
 
     def _require_read(self, members: Sequence[Member], spread: Sequence[str]) -> None:
         """Refuse what is said of SAEs of which none reads it."""
+        known = [(member, _keys(member.config)) for member in members]
         for key in dict.fromkeys([*self.settings, *spread]):
-            of = [(member, name) for member in members for name in _own({key: None}, member.variant, _keys(member))]
+            of = [(member, name) for member, keys in known for name in _own({key: None}, member.variant, keys)]
             advice = [member.config.unread().get(name) for member, name in of]
             if not of or None in advice:
                 continue
@@ -199,7 +200,7 @@ class Ask:
 
     def _member(self, sae: Sae, point: Mapping[str, Any], limits: Limits, held: Held) -> Member:
         config = registry.config_type(sae.variant)()
-        known = set(flatten(to_json(config)))
+        known = _keys(config)
         spread = _own(point, sae.variant, known)
         asked = _own(self.settings, sae.variant, known) | spread
         draft = with_settings(config, self._of_recipe(sae, known) | asked, sae.label)
@@ -271,8 +272,8 @@ def _own(settings: Mapping[str, Any], variant: str, known: set[str]) -> dict[str
     return general | {key: value for key, value in named.items() if key}
 
 
-def _keys(member: Member) -> set[str]:
-    return set(flatten(to_json(member.config)))
+def _keys(config: Variant) -> set[str]:
+    return set(flatten(to_json(config)))
 
 
 def _label(name: str, spread: Mapping[str, Any]) -> str:

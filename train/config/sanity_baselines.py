@@ -13,6 +13,7 @@ from typing import Any, get_args
 from ...cache_schema.sites import RESID
 from ..errors import ConfigInvalid
 from ..kit import registry
+from ..kit.wrapping import Wrapping
 from .recipe import Recipe
 from .run_config import Limits, Member
 
@@ -26,7 +27,7 @@ def with_baselines(members: Iterable[Member], limits: Limits, recipe: Recipe | N
     for member in own:
         needs = member.config.needs()
         alone = needs.targets is not None or len(needs.inputs) != 1 or member.config.is_baseline
-        alone |= needs.windows and not hasattr(member.config, "base")  # no base itself, and has none
+        alone |= needs.windows and not isinstance(member.config, Wrapping)  # no base itself, and has none
         if alone or (recipe is not None and not _is_compared_with(member, recipe)):
             continue
         for baseline in (*_frozen(member), *_components(member, limits)):
