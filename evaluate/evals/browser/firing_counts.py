@@ -85,25 +85,25 @@ class Seen:
 
     def _add(self, columns: Table, batch: Batch, part: np.ndarray) -> None:
         counts, token, value = np.diff(columns.indptr), columns.indices, columns.data
-        latent = np.repeat(np.arange(self.width, dtype=np.int64), counts)
+        latent, fires = np.repeat(np.arange(self.width), counts), np.flatnonzero(counts)
         self.fired += counts
         self.mass += np.bincount(latent, value, self.width)
-        count_at(self.histogram.reshape(-1), latent * BINS + bin_of(value))
-        count_at(self.by_part.reshape(-1), latent * self.parts + part[token])
-        window = batch.window[token]
-        starts = np.flatnonzero((np.diff(latent, prepend=-1) != 0) | (np.diff(window, prepend=-1) != 0))
-        peak = np.maximum.reduceat(value, starts)
-        lengths = np.diff(starts, append=len(value))
-        places = np.flatnonzero(value == np.repeat(peak, lengths))  # one or more a firing
-        owner = np.searchsorted(starts, places, side="right") - 1
-        at = places[np.flatnonzero(np.diff(owner, prepend=-1))]
-        found = latent[starts]
-        fires = np.flatnonzero(counts)
-        highest = np.maximum.reduceat(peak, np.searchsorted(found, fires))
+        np.add.at(self.histogram.reshape(-1), latent * BINS + bin_of(value), np.int32(1))
+        np.add.at(self.by_part.reshape(-1), latent * self.parts + part[token], np.int32(1))
+        highest = np.maximum.reduceat(value, columns.indptr[fires])
         self.highest[fires] = np.maximum(self.highest[fires], highest)
-        position = batch.position[token]
+        window, position = batch.window[token], batch.position[token]
+        begins = np.ones(len(value), bool)  # of a latent in a window
+        begins[1:] = window[1:] != window[:-1]
+        begins[columns.indptr[fires]] = True
+        starts = np.flatnonzero(begins)
+        lengths = np.diff(starts, append=len(value))
+        peak = np.maximum.reduceat(value, starts)
+        places = np.flatnonzero(value == np.repeat(peak, lengths))  # one or more a firing
+        owner = np.repeat(np.arange(len(starts)), lengths)[places]
+        at = places[np.flatnonzero(np.diff(owner, prepend=-1))]
         self.keeper.add(
-            Firings(found.astype(np.int32), window[starts], position[at].astype(np.int32), peak,
+            Firings(latent[starts].astype(np.int32), window[starts], position[at].astype(np.int32), peak,
                     lengths.astype(np.int32), position, value)
         )  # fmt: skip
 
@@ -173,16 +173,9 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
     return found
 
 
-def count_at(table: np.ndarray, places: np.ndarray) -> None:
-    """One more in the table for each place; sorting the few that a batch names costs less than `np.add.at`."""
-    places = np.sort(places)
-    first = np.flatnonzero(np.diff(places, prepend=-1))
-    table[places[first]] += np.diff(first, append=len(places)).astype(table.dtype)
-
-
 def bin_of(value: np.ndarray) -> np.ndarray:
     """The bin of positive float32: exponent and the first two bits behind it, so that edges are exact."""
-    quarter = (value.astype(np.float32).view(np.int32) >> 21).astype(np.int64) - ((127 + LOWEST) << 2)
+    quarter = (value.astype(np.float32).view(np.int32) >> 21) - ((127 + LOWEST) << 2)
     return np.clip(quarter, 0, BINS - 1)
 
 

@@ -1,15 +1,18 @@
-"""The one pass over windows: SAEs encode a batch while what the batch before says is sorted into its place.
+"""The one pass over windows: SAEs encode some batches while what a batch before says is sorted into its place.
 
-Encoding keeps all cores busy and sorting keeps one; side by side neither waits for the other. What was read is saved
-now and then, between two batches: a build that was stopped goes on from there to the same bytes. W windows, T context.
+Batches are encoded side by side, each by its share of the cores: products that all cores share would wait for the one
+that sorts, each time. What was read is saved now and then, between two batches: a build that was stopped goes on from
+there to the same bytes. W windows, T context.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import reduce
 
 import numpy as np
@@ -33,6 +36,7 @@ from .write_pages import ATTENTION, TEXT, Folder, Pieces
 
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
 SAVED = 1  # the format of what is saved
+WORKERS = 2  # at the most: each holds a batch with its codes
 EVERY, SHARE = 30, 20  # seconds from one save to the next at the least, and how many times what the last one took
 LEFT_OUT, BEGINS = 1, 2  # of a token, as bits: some SAE is not asked about it; it begins a document
 
@@ -49,20 +53,39 @@ def read(
     layers = context.manifest.attention.layers
     gathering = Gathering(context, subjects, config, sum(windows.values()), folder, words)
     done = gathering.go_on()
-    with ThreadPoolExecutor(1, thread_name_prefix="saemill-browser") as worker:
-        sorting: Future[None] | None = None
+
+    def encode(batch: Windows) -> dict[LoadedSae, tuple[Codes, ...]]:
+        return {subject: encode_codes(subject, batch) for subject in subjects}
+
+    def sort(batch: Windows, codes: Future[dict[LoadedSae, tuple[Codes, ...]]]) -> None:
+        rows = {subject: ordinary_rows(context, subject, batch) for subject in subjects}
+        gathering.add(batch, rows, codes.result())
+
+    with side_by_side(context.device) as (workers, pool):
+        encoding: deque[tuple[Windows, Future[dict[LoadedSae, tuple[Codes, ...]]]]] = deque()
         for split, count in windows.items():
             title, size, first = f"browser, {split} split", config.batch_windows, min(done, count)
             done -= first
             for batch in read_windows(context, subjects, title, count, size, split, layers, first=first):
-                rows = {subject: ordinary_rows(context, subject, batch) for subject in subjects}
-                codes = {subject: encode_codes(subject, batch) for subject in subjects}
-                if sorting is not None:
-                    sorting.result()
-                sorting = worker.submit(gathering.add, batch, rows, codes)
-        if sorting is not None:
-            sorting.result()
+                encoding.append((batch, pool.submit(encode, batch)))
+                if len(encoding) > workers:
+                    sort(*encoding.popleft())
+        while encoding:
+            sort(*encoding.popleft())
     return gathering.finish()
+
+
+@contextmanager
+def side_by_side(device: torch.device) -> Iterator[tuple[int, ThreadPoolExecutor]]:
+    """Some workers, and how many: each has its share of the threads that products take. A GPU has enough in one."""
+    threads = torch.get_num_threads()
+    workers = min(threads, WORKERS) if device.type == "cpu" else 1
+    torch.set_num_threads(threads // workers)
+    try:
+        with ThreadPoolExecutor(workers, thread_name_prefix="saemill-browser") as pool:
+            yield workers, pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Gathering:

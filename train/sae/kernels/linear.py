@@ -28,6 +28,22 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     return result
 
 
+def packed(W: Tensor) -> Tensor:
+    """A bfloat16 W on a processor as `linear_packed` takes it, laid out once and not at each product."""
+    if not has_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return W
+    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(W, None)
+    return result
+
+
+def linear_packed(x: Tensor, packed_W: Tensor, b: Tensor) -> Tensor:
+    """x W^T + b in the type of all three, without gradient."""
+    if not packed_W.is_mkldnn:
+        return functional.linear(x, packed_W, b)
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed_W, b, "none", [], "")
+    return result
+
+
 def _is_for_onednn(x: Tensor, W: Tensor) -> bool:
     is_float32 = x.dtype == W.dtype == torch.float32 and x.device.type == W.device.type == "cpu"
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
@@ -36,8 +52,9 @@ def _is_for_onednn(x: Tensor, W: Tensor) -> bool:
 
 @lru_cache
 def has_onednn() -> bool:
-    """Whether this build of torch has the product under the name that its own compiler calls."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether this build of torch has the product under the names that its own compiler calls."""
+    names = ("_linear_pointwise", "_reorder_linear_weight")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def product_on(device: torch.device, wanted: Product) -> Product:

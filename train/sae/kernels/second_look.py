@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .hardware import has_fast_bfloat16
-from .linear import linear
+from .linear import linear, linear_packed, packed
 from .products import sampled_dots
 from .select_latents import best_of, has_groups, largest_of_rows, marked, most_of_groups, topk_rows
 from .sparse_support import Support, support_from_flat
@@ -38,7 +38,7 @@ class Affine:
 
     @cached_property
     def rounded(self) -> tuple[Tensor, Tensor]:
-        return self.W.to(torch.bfloat16), self.b.to(torch.bfloat16)
+        return packed(self.W.to(torch.bfloat16)), self.b.to(torch.bfloat16)
 
     @cached_property
     def longest(self) -> Tensor:
@@ -48,7 +48,7 @@ class Affine:
     @cached_property
     def lost(self) -> Tensor:
         """The most that a row of W lost."""
-        return (self.W - self.rounded[0]).norm(dim=1).amax()
+        return (self.W - self.W.to(torch.bfloat16)).norm(dim=1).amax()
 
     @cached_property
     def lost_bias(self) -> Tensor:
@@ -63,7 +63,7 @@ class Affine:
 
     def look(self, x_ND: Tensor) -> Tensor:
         """Coarse products, bfloat16 [N, F]."""
-        return linear(x_ND.to(torch.bfloat16), *self.rounded)
+        return linear_packed(x_ND.to(torch.bfloat16), *self.rounded)
 
     def look_again(self, x_ND: Tensor, support: Support) -> Tensor:
         """float32 at the entries of the support, whose rows have no need to be sorted by latent for it."""

@@ -29,7 +29,7 @@ from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_
 from saemill.evaluate.evals.browser.kept_firings import LOW, SAMPLE, TOP, Firings, Keeper, Room, largest
 from saemill.evaluate.evals.browser.latents import RANDOM, STEPS
 from saemill.evaluate.evals.browser.overview import refresh
-from saemill.evaluate.evals.browser.reading import LEFT_OUT
+from saemill.evaluate.evals.browser.reading import LEFT_OUT, WORKERS, side_by_side
 from saemill.evaluate.evals.browser.related import by_direction, by_firing
 from saemill.evaluate.evals.browser.token_text import Vocabulary, text_of
 from saemill.evaluate.evals.browser.write_pages import read_data, unpacked, write_data
@@ -237,6 +237,20 @@ def firings_of(entries) -> Firings:
     peak = np.array([peak for _, (_, peak) in entries], np.float32)
     count = (1 + numbers % 3).astype(np.int32)
     return Firings(latent, numbers, numbers * 0, peak, count, np.zeros(count.sum(), np.int16), np.repeat(peak, count))
+
+
+def test_workers_share_out_the_threads_of_products_and_give_them_back():
+    threads = torch.get_num_threads()
+    for found in (5, 1):
+        torch.set_num_threads(found)
+        try:
+            with pytest.raises(ZeroDivisionError), side_by_side(torch.device("cpu")) as (workers, pool):
+                assert workers == min(found, WORKERS)
+                assert pool.submit(torch.get_num_threads).result() * workers <= found
+                1 / 0  # noqa: B018
+            assert torch.get_num_threads() == found
+        finally:
+            torch.set_num_threads(threads)
 
 
 def test_a_sample_is_even():

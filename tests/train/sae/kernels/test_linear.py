@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from saemill.train.sae.kernels import linear as module
-from saemill.train.sae.kernels.linear import linear
+from saemill.train.sae.kernels.linear import linear, linear_packed, packed
 
 
 @pytest.fixture
@@ -58,3 +58,14 @@ def test_a_parameter_without_gradient_is_read_by_onednn(asked, rng):
     linear(x, W).sum().backward()
     assert asked == [True, False]
     assert W.grad is not None
+
+
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_weights_laid_out_before_give_the_same_for_any_rows(monkeypatch, rng, has_onednn):
+    if not has_onednn:
+        monkeypatch.setattr(module, "has_onednn", lambda: False)
+    W, b = torch.randn(96, 40, generator=rng).bfloat16(), torch.randn(96, generator=rng).bfloat16()
+    kept = packed(W)
+    for rows in (1, 7, 64):
+        x = torch.randn(rows, 40, generator=rng).bfloat16()
+        torch.testing.assert_close(linear_packed(x, kept, b), functional.linear(x, W, b))
