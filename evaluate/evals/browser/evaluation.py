@@ -23,6 +23,7 @@ from ....cache_schema.errors import StoreError
 from ....cache_schema.strict_json import to_json
 from ....train.run.folder import RunFolder
 from ....train.run.init_source import source_of
+from ....train.sae.kernels.hardware import has_fast_bfloat16
 from ...context.disk_cache import decided_by
 from ...errors import BrowserUnwritten, ModelMissing, NotApplicable
 from ...model.batches import count_windows
@@ -57,7 +58,8 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     words = Vocabulary(context)
     about = describe(context, home, config, windows, words, missing)
     saes = [[subject.label, source_of(subject.folder).sha256] for subject in subjects]
-    programs = [__version__, torch.__version__]  # sums of two are not joined
+    # What computes the same numbers to the bit: sums of two are not joined.
+    programs = [__version__, torch.__version__, torch.get_num_threads(), has_fast_bfloat16("cpu")]
     inputs = decided_by(
         **{key: about[key] for key in SAME}, saes=saes, saved=SAVED, device=str(context.device), programs=programs
     )

@@ -186,7 +186,7 @@ def write_neuronpedia(folder: Path, exported: Exported, number: int, features: l
             }
         )
         for place, example in enumerate(examples):
-            values = example["values"]
+            values, at = example["values"], example["qualifying_token_index"]
             activations.append(
                 {
                     **own,
@@ -194,13 +194,13 @@ def write_neuronpedia(folder: Path, exported: Exported, number: int, features: l
                     "index": str(latent),
                     "tokens": example["tokens"],
                     "values": values,
-                    "maxValue": max(values),
-                    "maxValueTokenIndex": values.index(max(values)),
+                    "maxValue": values[at],
+                    "maxValueTokenIndex": at,
                     "minValue": min(values),
                     "binMin": example["bin_min"],
                     "binMax": example["bin_max"],
                     "binContains": example["bin_contains"],
-                    "qualifyingTokenIndex": example["qualifying_token_index"],
+                    "qualifyingTokenIndex": at,
                 }
             )
     write_lines(path / "features" / f"batch-{number}.jsonl.gz", rows)

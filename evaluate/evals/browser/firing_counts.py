@@ -67,6 +67,9 @@ class Seen:
     def take(self, codes: Sequence[Codes], batch: Batch, ordinary: np.ndarray) -> None:
         """The codes of the batch's kept tokens, of which those count that are ordinary."""
         by_token = joined_rows(codes)
+        if batch.is_sampled and self._together_entries < SAMPLE_ENTRIES:
+            self._together.append(emptied(by_token, ordinary))  # a row stays a token's, as in other SAEs' tables
+            self._together_entries += by_token.nnz
         if not ordinary.all():
             by_token, batch = by_token[np.flatnonzero(ordinary)], batch.only(ordinary)
             self.massive += int((~ordinary).sum())
@@ -76,9 +79,6 @@ class Seen:
             self._beginning = by_token[first].toarray(), batch.position[first]
         part = batch.position.astype(np.int64) * self.parts // self.context
         self.part_tokens += np.bincount(part, minlength=self.parts)
-        if batch.is_sampled and self._together_entries < SAMPLE_ENTRIES:
-            self._together.append(by_token)
-            self._together_entries += by_token.nnz
         columns = by_token.tocsc()
         if columns.nnz:
             self._add(columns, batch, part)
@@ -165,6 +165,15 @@ def _rows(codes: Codes) -> Table:
     if not bool((values > 0).all()):
         found.data = np.maximum(found.data, 0)
         found.eliminate_zeros()
+    return found
+
+
+def emptied(by_token: Table, kept: np.ndarray) -> Table:
+    """The same rows, with nothing in those that are not kept."""
+    if kept.all():
+        return by_token
+    found = (scipy.sparse.diags(kept.astype(np.float32)) @ by_token).tocsr()
+    found.eliminate_zeros()
     return found
 
 

@@ -55,10 +55,10 @@ def spread_by_frequency(fired_F: np.ndarray, count: int = LATENTS, least: int = 
 def pattern(seen: Seen, tokens_WT: np.ndarray, words: Vocabulary) -> dict[str, Any]:
     """The first tokens of the first window against their strongest latents, in order of first firing."""
     acts_TF, positions = seen.beginning
-    strongest = acts_TF.max(0)
+    strongest = acts_TF.max(0, initial=0)
     latents = np.argsort(-strongest, kind="stable")[:PATTERN_LATENTS]
     latents = latents[strongest[latents] > 0]
-    latents = latents[np.argsort((acts_TF[:, latents] > 0).argmax(0), kind="stable")]
+    latents = latents[np.argsort((acts_TF[:, latents] > 0).argmax(0), kind="stable")] if len(latents) else latents
     return {
         "tokens": [words.write(tokens_WT[0, [position]]) for position in positions],
         "positions": positions.tolist(),

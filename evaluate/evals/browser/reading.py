@@ -35,7 +35,7 @@ from .token_text import Vocabulary
 from .write_pages import ATTENTION, TEXT, Folder, Pieces
 
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
-SAVED = 1  # the format of what is saved
+SAVED = 2  # the format of what is saved
 WORKERS = 2  # at the most: each holds a batch with its codes
 EVERY, SHARE = 30, 20  # seconds from one save to the next at the least, and how many times what the last one took
 LEFT_OUT, BEGINS = 1, 2  # of a token, as bits: some SAE is not asked about it; it begins a document
@@ -61,7 +61,7 @@ def read(
         rows = {subject: ordinary_rows(context, subject, batch) for subject in subjects}
         gathering.add(batch, rows, codes.result())
 
-    with side_by_side(context.device) as (workers, pool):
+    with side_by_side(context.device, subjects) as (workers, pool):
         encoding: deque[tuple[Windows, Future[dict[LoadedSae, tuple[Codes, ...]]]]] = deque()
         for split, count in windows.items():
             title, size, first = f"browser, {split} split", config.batch_windows, min(done, count)
@@ -76,15 +76,20 @@ def read(
 
 
 @contextmanager
-def side_by_side(device: torch.device) -> Iterator[tuple[int, ThreadPoolExecutor]]:
-    """Some workers, and how many: each has its share of the threads that products take. A GPU has enough in one."""
+def side_by_side(device: torch.device, subjects: Sequence[LoadedSae]) -> Iterator[tuple[int, ThreadPoolExecutor]]:
+    """Some workers, and how many: each has its share of the threads that products take.
+
+    A GPU has enough in one. So has memory, where SAEs are encoded by tables of all latents, several at a time.
+    """
     threads = torch.get_num_threads()
-    workers = min(threads, WORKERS) if device.type == "cpu" else 1
+    are_sparse = all(subject.sae.is_plain and not subject.needs for subject in subjects)
+    workers = min(threads, WORKERS) if device.type == "cpu" and are_sparse else 1
     torch.set_num_threads(threads // workers)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="saemill-browser")
     try:
-        with ThreadPoolExecutor(workers, thread_name_prefix="saemill-browser") as pool:
-            yield workers, pool
+        yield workers, pool
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 

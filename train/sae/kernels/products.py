@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch.nn import functional
 
 from .hardware import runs_triton
 from .sparse_support import Support
+
+ONE_AT_A_TIME = Lock()
 
 
 def bag_sum(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -120,6 +123,6 @@ def sampled_dots(offsets: Tensor, indices: Tensor, rows: Tensor, table: Tensor) 
 @cache
 def _allow_csr() -> None:
     """torch says once a process that CSR tensors are in beta; that one word is kept from the user."""
-    with warnings.catch_warnings():
+    with ONE_AT_A_TIME, warnings.catch_warnings():  # it changes what all threads see, and puts it back
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], torch.zeros(0), (1, 1), check_invariants=False)

@@ -8,11 +8,13 @@ import json
 import math
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from saemill.cache_schema import StoreUnreachable
@@ -30,20 +32,34 @@ class Bench:
 
     def __init__(self, run: Path, open_context, world, monkeypatch):
         self.run, self._open, self._world, self._patch = run, open_context, world, monkeypatch
-        self.encoded, self.said, self.before_encoding = 0, [], lambda: None
-        encode = reading.encode_codes
+        self._encoded, self.said, self._stop = [], [], None
+        self._number: dict[int, int] = {}  # of each batch of a build
+        encode, read = reading.encode_codes, reading.read_windows
 
         def count(subject, batch):
-            self.before_encoding()
-            self.encoded += 1
+            if self._stop and self._stop[:2] == (self._number[id(batch)], subject.label):
+                raise self._stop[2]
+            self._encoded.append(subject)
             return encode(subject, batch)
 
+        def numbered(*args, **words):
+            for batch in read(*args, **words):
+                self._number[id(batch)] = len(self._number) + 1
+                self._held.append(batch)
+                yield batch
+
         monkeypatch.setattr(reading, "encode_codes", count)
+        monkeypatch.setattr(reading, "read_windows", numbered)
+
+    @property
+    def encoded(self) -> int:
+        """Batches of one SAE each."""
+        return len(self._encoded)
 
     def build(self, home: Path | None = None, config=CONFIG, every=0.0, labels="ab", **settings):
         """What a build, saved behind every batch, says of its SAEs."""
         home = home or self.run
-        self.encoded, self.said = 0, []
+        self._encoded, self.said, self._number, self._held = [], [], {}, []
         self._patch.setattr(reading, "EVERY", every)
         context = self._open(self._world, **settings)
         self._patch.setattr(context.watch, "say", self.said.append)
@@ -51,17 +67,16 @@ class Bench:
         found = list(evaluation.evaluate(context, subjects, config))
         return [(one.metrics, one.unstructured) if hasattr(one, "metrics") else one for one in found]
 
+    @contextmanager
+    def stopped(self, number: int, stop: BaseException | type[BaseException]):
+        """In a batch, between its two SAEs; the batches before are saved."""
+        self._stop = number, "b", stop
+        yield
+        self._stop = None
+
     def stop_in_batch(self, number: int, stop: type[BaseException] = KeyboardInterrupt) -> None:
-        """Between its two SAEs; the batches before are saved."""
-
-        def stop_there():
-            if self.encoded == 2 * number - 1:
-                raise stop
-
-        self.before_encoding = stop_there
-        with pytest.raises(stop):
+        with self.stopped(number, stop), pytest.raises(stop):
             self.build()
-        self.before_encoding = lambda: None
 
     def goes_on_behind(self) -> int:
         """Batches of all SAEs that the last build did not encode."""
@@ -73,13 +88,16 @@ class Bench:
 
 @pytest.fixture
 def bench(world, builder, open_context, monkeypatch):
-    """A run of two SAEs, one of them sparse; files and what waits are so short that all of them are met."""
+    """A run of two SAEs, one sparse, read by two workers; files and what waits are so short that all are met."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     monkeypatch.setattr(reading, "SHARE", 0)
     monkeypatch.setattr(reading, "TEXT_TOKENS", 5 * builder.CONTEXT)
     monkeypatch.setattr(reading, "ATTENTION_TOKENS", 4 * builder.CONTEXT)
     monkeypatch.setattr(kept_firings, "WAITING", 40)
     run = builder.run(world, "run_1", {"a": builder.make_sae(k=4, seed=1), "b": builder.make_sae(k=None, seed=2)})
-    return Bench(run, open_context, world, monkeypatch)
+    yield Bench(run, open_context, world, monkeypatch)
+    torch.set_num_threads(threads)
 
 
 def taken(home: Path) -> dict[str, bytes]:
@@ -283,13 +301,8 @@ def test_a_store_that_goes_away_is_named_as_it_is(bench):
     """And is not asked again for each SAE alone, which would cost what was read for all."""
     unreachable = StoreUnreachable(errno.EIO, "the network is gone")
 
-    def gone():
-        if bench.encoded == 7:
-            raise unreachable
-
-    bench.before_encoding = gone
-    assert [failure.error for failure in bench.build()] == [unreachable] * 2
-    bench.before_encoding = lambda: None
+    with bench.stopped(4, unreachable):
+        assert [failure.error for failure in bench.build()] == [unreachable] * 2
     bench.build()
     assert bench.goes_on_behind() == 3
 

@@ -9,6 +9,7 @@ import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from saemill.evaluate.evals.browser import evaluation, kept_firings, latents, wr
 from saemill.evaluate.evals.browser.attended import LEVELS, attended
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_of, lower_edges
+from saemill.evaluate.evals.browser.for_report import pattern
 from saemill.evaluate.evals.browser.kept_firings import LOW, SAMPLE, TOP, Firings, Keeper, Room, largest
 from saemill.evaluate.evals.browser.latents import RANDOM, STEPS
 from saemill.evaluate.evals.browser.overview import refresh
@@ -86,8 +88,10 @@ def make(context, subjects, config=CONFIG):
 def made(world, builder, open_context):
     """A browser of two SAEs, one of them sparse, with their dense activations [W, T, F], 0 where left out."""
     home = builder.run(world, "run_1", {"a": builder.make_sae(k=4, seed=1), "b": builder.make_sae(k=None, seed=2)})
-    subjects = subjects_of(home)
+    subjects, threads = subjects_of(home), torch.get_num_threads()
+    torch.set_num_threads(2)  # batches are encoded by two workers
     results = make(open_context(world), subjects)
+    torch.set_num_threads(threads)
     assert [result.missing for result in results] == [None, None]
     acts = {}
     for subject in subjects:
@@ -244,13 +248,43 @@ def test_workers_share_out_the_threads_of_products_and_give_them_back():
     for found in (5, 1):
         torch.set_num_threads(found)
         try:
-            with pytest.raises(ZeroDivisionError), side_by_side(torch.device("cpu")) as (workers, pool):
+            with pytest.raises(ZeroDivisionError), side_by_side(torch.device("cpu"), []) as (workers, pool):
                 assert workers == min(found, WORKERS)
                 assert pool.submit(torch.get_num_threads).result() * workers <= found
                 1 / 0  # noqa: B018
             assert torch.get_num_threads() == found
         finally:
             torch.set_num_threads(threads)
+
+
+def seen_of(dense: np.ndarray, ordinary: np.ndarray, context: int = 16) -> Seen:
+    """What is left of dense codes [N, F], some rows of which do not count."""
+    tokens, seen = np.arange(len(dense)), Seen(dense.shape[1], context, Room(2, 2, 2))
+    place = Batch(0, (tokens // context).astype(np.int32), (tokens % context).astype(np.uint16), is_sampled=True)
+    seen.take([Codes(torch.from_numpy(dense), None, *dense.shape)], place, ordinary)
+    return seen
+
+
+def test_saes_are_held_against_each_other_token_by_token():
+    """Also where one leaves out a token that the other counts."""
+    rng = np.random.default_rng(0)
+    dense = rng.random((320, 12), np.float32) * (rng.random((320, 12)) < 0.2)
+    dense[7] = 0
+    tables = [seen_of(dense, np.arange(320) != left_out).together for left_out in (-1, 7)]
+    near = by_firing(*tables, 1, is_same=False)
+    assert near.latents[:, 0].tolist() == list(range(12))
+    assert near.scores[:, 0] == pytest.approx(1)
+
+
+def test_what_is_left_out_fires_beside_nothing():
+    seen = seen_of(np.ones((4, 2), np.float32), np.array([True, False, True, True]))
+    assert seen.together.toarray().tolist() == [[1, 1], [0, 0], [1, 1], [1, 1]]
+
+
+def test_a_first_window_without_ordinary_tokens_has_no_pattern():
+    dense = np.ones((32, 3), np.float32)
+    told = pattern(seen_of(dense, np.arange(32) >= 16), np.zeros((2, 16), int), cast(Vocabulary, None))
+    assert told == {"tokens": [], "positions": [], "latents": [], "activations": []}
 
 
 def test_a_sample_is_even():
@@ -452,6 +486,9 @@ def test_exports_say_the_same_in_the_forms_of_others(made, world, open_context):
     (source,) = (home / "browser/exports/neuronpedia").glob("*/2-run_1-a")
     rows = {name: jsonl(source / f"{name}/batch-0.jsonl.gz") for name in ("features", "activations")}
     assert [row["index"] for row in rows["features"]] == [str(latent) for latent in range(24)]
+    for row in rows["activations"]:
+        assert row["maxValueTokenIndex"] == row["qualifyingTokenIndex"]
+        assert row["maxValue"] == row["values"][row["maxValueTokenIndex"]] == max(row["values"])
     assert len(rows["activations"]) == sum(len(feature["activations"]) for feature in batch["features"])
     assert len({row["id"] for row in rows["activations"]}) == len(rows["activations"])
     near = data_of(home, "sae_a/latents/0")["by_direction"]["latents"].reshape(24, -1)
