@@ -99,8 +99,9 @@ NO_GPU_RUN = (
     "414k; sparsify 249k to 251k. What was tried, and what fell back: [docs/performance.md](performance.md)."
 )
 ABOUT_SPEED = (
-    "Ratios of medians; from where to where the rounds went where rounds were kept. Core is of 21 November, an earlier "
-    "machine, but for its rows of eight SAEs in float32."
+    "Ratios of medians, of training steps the median of each round's ratio; from where to where the rounds went where "
+    "rounds were kept. Core is of 21 November, an earlier machine, but for the pocket model's rows of eight SAEs in "
+    "float32."
 )
 ABOUT_QUALITY = (
     "Explained variance on the test split of {model} after layer {layer}, {tokens} training tokens, ordinary tokens "
@@ -177,8 +178,11 @@ def train_lines() -> Iterable[tuple[str, str, str]]:
             products = "float32, bfloat16 product" if max(map(len, ratios.values())) > 1 else "float32"
             what = f"a training step of {some['batch']:,} tokens, D {some['d_model']:,}, {width:,} latents{firing}"
             told = "; ".join(f"{variant} {', '.join(values)}" for variant, values in ratios.items())
-            theirs = [row["contestant"] for row in rows_of(name) if row["contestant"].startswith(PEERS)]
-            autocast = ", bfloat16 autocast too" if any(who.endswith("bfloat16") for who in theirs) else " in float32"
+            theirs = [row for row in rows_of(name) if row["contestant"].startswith(PEERS) and row["width"] == width]
+            ran = {row["contestant"] for row in theirs if "failed" not in row}
+            fell_out = [f"{row['variant']} {row['contestant']}" for row in theirs if "failed" in row]
+            autocast = ", bfloat16 autocast too" if any(who.endswith("bfloat16") for who in ran) else " in float32"
+            told += f"; without {', '.join(fell_out)}, which failed" if fell_out else ""
             yield f"{what} ({products}), against the faster of the peers{autocast}", told, TRAIN
 
 

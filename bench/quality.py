@@ -95,8 +95,8 @@ class Score:
         return abs(self.l0 - wanted) <= OFF * wanted
 
     def worth(self, wanted: float) -> tuple[bool, float]:
-        """What decides between rates."""
-        return self.is_on_target(wanted), self.validation
+        """What decides between rates: validation text alone."""
+        return abs(self.validation_l0 - wanted) <= OFF * wanted, self.validation
 
 
 def rows_read_by(variant: str) -> str:
@@ -316,7 +316,7 @@ def show(scores: dict[Fit, Score]) -> None:
 def make_fits(first: Fit, seeds: tuple[int, ...], train: Train) -> None:
     """The first seed finds the rate, and the coefficient where there is one; the others train there."""
     is_targeted = first.variant in BY_K or (first.variant, first.contestant) in TARGETED
-    best = best_of(first, train, is_targeted)
+    best = best_of(replace(first, seed=seeds[0]), train, is_targeted)
     for seed in seeds[1:]:
         train(replace(best, seed=seed))
 

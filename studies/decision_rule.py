@@ -18,6 +18,9 @@ from dataclasses import dataclass, replace
 
 from .comparisons import Difference
 
+DECISIVE = "decisive"
+"""The run of a study that the rule is about, on this model and from so many seeds."""
+MODEL, SEEDS = "smollm2", 5
 MOST_GROWTH = 0.01
 """By the last doubling. Within a run growth says nothing: as the rate falls to zero, every run grows in the end."""
 MOST_L0 = 1.05
@@ -40,7 +43,7 @@ def judge(
 ) -> list[Finding]:
     """Of every SAE that is neither base nor control nor sanity baseline. The first of `against` is the base."""
     base, *controls = against
-    methods = [label for label in values if label not in against and not is_baseline(label)]
+    methods = methods_of(values, against)
     too_small = why_too_small([one.get("growth") for one in values.get(base, {}).values()])
     if too_small is not None:
         return [Finding(label, "not decided: budget too small", too_small) for label in methods]
@@ -50,6 +53,19 @@ def judge(
     findings = [_judge(label, base, own[label], values, found, used) for label in methods]
     notes = "".join(f"; {note}" for note in _notes_of_baselines(values, useless, used))
     return [replace(one, why=one.why + notes) for one in findings]
+
+
+def methods_of(values: Families, against: Sequence[str]) -> list[str]:
+    """The SAEs that are asked about."""
+    return [label for label in values if label not in against and not is_baseline(label)]
+
+
+def why_outside(models: set[str | None], seeds: int) -> str | None:
+    """What makes a run one that the rule was not written about."""
+    if models == {MODEL} and seeds >= SEEDS:
+        return None
+    found = " and ".join(sorted(model or "an unknown model" for model in models)) or "no model"
+    return f"the rule is about {SEEDS} seeds on {MODEL}, and this run is of {found}, {seeds} seeds"
 
 
 def is_baseline(label: str) -> bool:

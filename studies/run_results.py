@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..cache_schema.strict_json import flatten
+from ..cache_schema.strict_json import flatten, to_json
 from ..evaluate import evals
-from ..evaluate.context.results import metric_of, read_result, settings_in
+from ..evaluate.context.results import deciding, describe_differences, metric_of, read_result, settings_in
 from ..evaluate.output.figures.records import RESULTS, read_log
 from ..evaluate.run.console_table import untrained_traits
 from ..train.config.recipe import HALF, Recipe
@@ -36,6 +36,8 @@ class Line:
     problems: list[str]
     remarks: list[str] = field(default_factory=list)
     """Why numbers are not there, where an evaluation says."""
+    model: str | None = None
+    """Of which its results say that they are."""
 
     @property
     def family(self) -> str:
@@ -51,8 +53,10 @@ class Line:
 Results = Sequence[tuple[Recipe, Sequence[Line]]]
 
 
-def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) -> list[Line]:
-    """What a finished run came to: of its result and of its evaluations."""
+def read_lines(
+    folder: RunFolder, eval_ids: Sequence[str], costs: bool = False, asked: Mapping[str, Any] | None = None
+) -> list[Line]:
+    """What a finished run came to: of its result and of its evaluations, if these are of the settings `asked` for."""
     result = read_json(folder.path / "result.json")
     half = RunFolder.at(folder.path.with_name(folder.name + HALF))
     at_half = read_json(half.path / "result.json") if half.is_finished else {"saes": {}}
@@ -75,6 +79,7 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) 
             seconds, size = sae.get("step_seconds"), sae.get("state_bytes")
             values["ms_per_step"] = None if seconds is None else 1e3 * seconds
             values["state_mb"] = None if size is None else size / 1e6
+        model = None
         remarks = [f"a warm-up or onset of {asked} steps took {given}" for asked, given in sae.get("cut_short", ())]
         problems = [] if result["steps"] > 0 else ["it made no step"]
         if label in at_half["saes"] and not is_half:
@@ -90,15 +95,19 @@ def read_lines(folder: RunFolder, eval_ids: Sequence[str], costs: bool = False) 
             if uneven[eval_id]:
                 problems.append(f"{eval_id} is left out: results of this run differ in {uneven[eval_id]}")
                 continue
+            if other := of_other_settings(document, (asked or {}).get(eval_id)):
+                problems.append(f"{eval_id} is left out: its result is of {other}")
+                continue
             found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
             values |= {metric.rsplit(".", 1)[-1]: value for metric, value in found.items()}
             problems += untrained_traits(document)
             remarks += absences(eval_id, document, found)
             if eval_id == CORE:
+                model = model_of(document)
                 remarks += measured_on(document, result)
                 problems += [f"{metric.rsplit('.', 1)[-1]} is not a number" for metric, v in found.items() if v is None]
         problems += [f"{name} is not a number" for name, value in values.items() if not math.isfinite(value or 0.0)]
-        lines.append(Line(folder.name, label, values, problems, remarks))
+        lines.append(Line(folder.name, label, values, problems, remarks, model))
     return lines
 
 
@@ -107,6 +116,18 @@ def differing(documents: Sequence[Mapping[str, Any]]) -> str:
     all_of = [flatten(settings_in(document)) for document in documents]
     keys = sorted({key for one in all_of for key in one})
     return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
+
+
+def of_other_settings(document: Mapping[str, Any], asked: Any | None) -> str:
+    """Where a result of before was left standing, since an evaluation by these settings has failed."""
+    if asked is None:
+        return ""
+    return describe_differences(document, {**settings_in(document), "config": deciding(to_json(asked))})
+
+
+def model_of(document: Mapping[str, Any]) -> str | None:
+    name: str | None = document.get("sae_cfg_dict", {}).get("model_name")
+    return name
 
 
 def curve_by_label(folder: RunFolder) -> dict[str, list[tuple[float, float]]]:
@@ -130,10 +151,11 @@ def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, floa
 
 def measured_on(document: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     """The model and the store that a run's numbers are about, as far as its results say."""
-    store, model = document.get("saemill", {}).get("cache_id"), document.get("sae_cfg_dict", {}).get("model_name")
+    store = document.get("saemill", {}).get("cache_id")
     if store is None:
         return []
-    return [f"of the model {model}, store id {store}: {result.get('tokens', 0):,} tokens in {result['steps']:,} steps"]
+    size = f"{result.get('tokens', 0):,} tokens in {result['steps']:,} steps"
+    return [f"of the model {model_of(document)}, store id {store}: {size}"]
 
 
 def families(lines: Iterable[Line]) -> Families:

@@ -37,10 +37,10 @@ from ..train.config.recipe import HALF, Recipe, half_of
 from ..train.disk.atomic_files import read_json, write_json
 from ..train.run.folder import RunFolder
 from ..train.study_recipes import find_recipes, runs_of, studies
+from .decision_rule import DECISIVE
 from .run_results import Line, Results, curve_by_label, families, read_lines
 from .tables import rows_of, write_tables
 
-DECISIVE = "decisive"
 AS_OFTEN = ("--epochs", "1000")
 """As it takes for the tokens that are asked for."""
 
@@ -175,7 +175,9 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
         words += settings_of(course.evaluation, eval_ids)
         call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what failed
     folders = {recipe.name: RunFolder.at(course.out / recipe.name) for recipe in recipes}
-    results = [(recipe, read_lines(folders[recipe.name], recipe.evals, recipe.costs)) for recipe in recipes]
+    all_evals = list(dict.fromkeys(eval_id for recipe in recipes for eval_id in recipe.evals))
+    asked = make_configs(",".join(all_evals), settings_of(course.evaluation, all_evals)[1::2]) if all_evals else {}
+    results = [(recipe, read_lines(folders[recipe.name], recipe.evals, recipe.costs, asked)) for recipe in recipes]
     write_tables(results, course.out, console)
     draw_pictures(results, folders, course.out / "plots", console)
     return [line for _, lines in results for line in lines]

@@ -16,7 +16,7 @@ from ..evaluate.run.console_table import heading
 from ..train.config.recipe import Recipe
 from ..train.disk.atomic_files import replace_file
 from .comparisons import Difference, compare
-from .decision_rule import is_baseline, judge
+from .decision_rule import DECISIVE, Finding, is_baseline, judge, methods_of, why_outside
 from .run_results import SEED, Line, Results, families
 
 MEASURES = (
@@ -102,9 +102,17 @@ def _tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]
         if rows:
             head = ["SAE", "against", "measure", "difference, 95 %", "p, corrected", "found"]
             yield f"{title}, differences by seed, p corrected for all {len(rows)} (Holm)", head, rows
-            found = judge(families(lines), recipe.against, differences(recipe, lines), MEASURES)
-            cells = [[one.label, one.verdict, one.why] for one in found]
+        if rows and recipe.name == DECISIVE:
+            cells = [[one.label, one.verdict, one.why] for one in ruled(recipe, lines, seeds)]
             yield f"{title}, by the rule of docs/studies/questions.md", ["SAE", "found", "why"], cells
+
+
+def ruled(recipe: Recipe, lines: Sequence[Line], seeds: int) -> list[Finding]:
+    """What the rule says, of a run that it is about."""
+    values, outside = families(lines), why_outside({line.model for line in lines}, seeds)
+    if outside is not None:
+        return [Finding(label, "not asked", outside) for label in methods_of(values, recipe.against)]
+    return judge(values, recipe.against, differences(recipe, lines), MEASURES)
 
 
 def differences(recipe: Recipe, lines: Sequence[Line]) -> list[Difference]:

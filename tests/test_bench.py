@@ -175,6 +175,19 @@ def test_a_rate_that_misses_the_wanted_l0_is_never_the_best(bench):
     assert quality.best_of(first, train, True) == first
 
 
+def test_validation_text_alone_chooses_and_every_seed_that_is_asked_for_is_trained(bench):
+    quality, seeds = bench("quality"), set()
+
+    def train(fit):  # by the test split the higher rate would be off target
+        seeds.add(fit.seed)
+        return dataclasses.replace(score_of_fit(quality, fit.lr, 90.0 if fit.lr > 2e-3 else 32.0), validation_l0=32.0)
+
+    first = quality.Fit("topk", 64, 32.0, "ours", 1e-3)
+    quality.make_fits(first, (3, 4), lambda fit: train(dataclasses.replace(fit, lr=min(fit.lr, 9e-3))))
+    assert seeds == {3, 4}
+    assert quality.Score(0.8, 90.0, 0.0, 0.8, 32.0).worth(32.0) > quality.Score(0.7, 32.0, 0.0, 0.7, 32.0).worth(32.0)
+
+
 @pytest.mark.parametrize("power", [-0.5, -1.0, -2.0])
 def test_a_coefficient_is_sought_until_the_l0_is_what_was_asked(bench, power):
     quality = bench("quality")

@@ -17,7 +17,11 @@ AGAINST = ("base", "control")
 def family(gain=0.0, other=0.0, grew=0.001, wobble=0.02):
     """Five seeds of one SAE: at one measure and another so much more than the base, less a little noise."""
     return {
-        seed: {"ev": 0.7 + n + gain + wobble * n * (-1) ** seed, "ce": 0.9 + n + other, "growth": grew}
+        seed: {
+            "ev": 0.7 + n + gain + wobble * n * (-1) ** seed,
+            "ce": 0.9 + n + other * (1 + seed / 50),
+            "growth": grew,
+        }
         for seed, n in enumerate(NOISE)
     }
 

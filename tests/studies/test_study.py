@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from saemill.cache_schema.strict_json import to_json
 from saemill.evaluate import evals
 from saemill.evaluate.errors import EvalError
 from saemill.evaluate.run.console_table import UNTRAINED, untrained_traits
@@ -18,7 +20,7 @@ from saemill.studies import study, tables
 from saemill.studies.comparisons import Difference
 from saemill.studies.run_results import Line, read_lines
 from saemill.studies.study import Course, call, training_commands
-from saemill.studies.tables import seeded_rows, spread, write_tables
+from saemill.studies.tables import MEASURES, seeded_rows, spread, write_tables
 from saemill.train.config.recipe import Recipe
 from saemill.train.errors import UnknownRecipe
 from saemill.train.run.folder import RunFolder
@@ -113,6 +115,37 @@ def test_results_of_other_settings_are_not_put_into_one_table(tmp_path, old):
     for line in read_lines(folder, ["core"]):
         assert line.problems == ["core is left out: results of this run differ in config.split"]
         assert "l0" not in line.values
+
+
+def test_results_left_standing_by_an_evaluation_that_failed_are_not_those_that_were_asked_for(tmp_path):
+    folder = write_run(tmp_path / "run_0")
+    asked = evals.load("core").config()
+    for split in ("test", "validation"):
+        write_core(tmp_path / "run_0", "one", {"config": to_json(replace(asked, split=split)), "cache_id": "c0ffee"})
+        (line,) = read_lines(folder, ["core"], asked={"core": asked})
+        left_out = ["core is left out: its result is of config.split 'validation' (asked for: 'test')"]
+        assert line.problems == ([] if split == "test" else left_out)
+        assert ("l0" in line.values) == (split == "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "seeds", "found"),
+    [
+        ("decisive", "smollm2", 5, ["helps"]),
+        ("decisive", "pocket", 5, ["not asked"]),
+        ("decisive", "smollm2", 4, ["not asked"]),
+        ("headline", "smollm2", 5, []),
+    ],
+)
+def test_the_rule_is_asked_of_what_it_is_about(tmp_path, name, model, seeds, found):
+    lines = []
+    for label, value in (("base", 0.7), ("one", 0.8)):
+        for seed in range(seeds):
+            values = dict.fromkeys(MEASURES, 0.5) | {"explained_variance": value * (1 + 1e-3 * seed), "growth": 0.0}
+            lines.append(Line(name, f"{label}_seed{seed}", values, [], model=model))
+    write_tables([(replace(recipe(name, seeds), against=("base",)), lines)], tmp_path, Console(quiet=True))
+    text = (tmp_path / "table.md").read_text()
+    assert [verdict for verdict in ("helps", "not asked") if f"| one | {verdict} |" in text] == found
 
 
 def test_a_table_says_what_it_is_of_and_that_a_result_is_of_a_part(tmp_path):

@@ -99,10 +99,12 @@ RUNS = (
             Sae("encoder", "hierarchical", {"alpha": 0.0, "guidance": "encode"}),
             Sae("both", "hierarchical", {"guidance": "encode"}),
             _SHUFFLED,
+            Sae("encoder_shuffled", "hierarchical", {"alpha": 0.0, "guidance": "encode", "shuffle_attention": True}),
+            Sae("both_shuffled", "hierarchical", {"guidance": "encode", "shuffle_attention": True}),
         ),
         {**DECISIVE, "alpha": 0.1},
         seeds=5,
-        against=("base", "loss", "shuffled"),
+        against=("base", "loss", "shuffled", "encoder_shuffled", "both_shuffled"),
         evals=PROBES,
     ),
 )
