@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
+import numpy as np
 
 from ..cache_schema import Store
 from ..cache_schema.strict_json import nearest
@@ -22,6 +23,7 @@ from ..train.cli import main as sae_train
 
 COMMANDS: Mapping[str, click.Command] = {"harvest": sae_harvest, "train": sae_train, "evaluate": sae_eval}
 FOR_SHELLS = ("is_json", "is_dry_run")
+LISTS = ("resid_layers", "attention_layers", "hooks", "leave_out", "evals")  # options of several words between commas
 
 
 def words_of(verb: str, targets: Iterable[Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,8 +32,8 @@ def words_of(verb: str, targets: Iterable[Any], given: Mapping[str, Any]) -> dic
     unknown = [name for name in given if name not in options]
     if unknown:
         raise TypeError(f"{verb}() has no argument {unknown[0]!r}{nearest(unknown[0], options)}")
-    words = [word for name, value in given.items() if value is not None for word in _say(options[name], value)]
     try:
+        words = [word for name, value in given.items() if value is not None for word in _say(options[name], value)]
         return COMMANDS[verb].make_context(verb, [*words, "--", *map(_text, targets)]).params
     except click.UsageError as error:
         raise ValueError(f"{verb}(): {error.format_message()}") from None
@@ -64,6 +66,9 @@ def _say(option: click.Option, value: Any) -> list[str]:
     if option.is_flag:
         return [name] if value else list(option.secondary_opts)
     if not option.multiple:
+        if _is_list(value) and option.name not in LISTS:
+            advice = "train() takes several values of a setting as grid={'k': [16, 32]}"
+            raise click.BadParameter(f"expected one value, found {value!r}: {advice}", param=option)
         return [f"{name}={_text(value)}"]
     if isinstance(value, Mapping):
         value = [f"{key}={_text(item)}" for key, item in value.items()]
@@ -76,6 +81,16 @@ def _text(value: Any) -> str:
         return value.url
     if isinstance(value, (str, os.PathLike)):
         return os.fspath(value)
-    if isinstance(value, (list, tuple)):
-        return ",".join(json.dumps(item) if isinstance(item, (list, tuple)) else _text(item) for item in value)
-    return json.dumps(value)
+    if _is_list(value):
+        return ",".join(json.dumps(item, default=_plain) if _is_list(item) else _text(item) for item in value)
+    return json.dumps(value, default=_plain)
+
+
+def _is_list(value: Any) -> bool:
+    """Also a range, an array or a set."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, os.PathLike, Mapping))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: NumPy's numbers, and lists of other kinds."""
+    return value.item() if isinstance(value, np.generic) else list(value)

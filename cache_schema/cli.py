@@ -50,6 +50,12 @@ def as_json(
     return click.option("--json", "is_json", is_flag=True, help=help)
 
 
+def digits_of(text: str) -> str:
+    """A number without what sets its thousands apart. Other commas stay: who reads the number refuses them."""
+    plain = text.strip().replace("_", "")
+    return plain.replace(",", "") if re.fullmatch(r"\d{1,3}(,\d{3})+", plain) else plain
+
+
 def example(words: str) -> str:
     return f"\b\nExample:\n  sae-store {words}"
 

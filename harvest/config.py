@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..cache_schema.cli import digits_of
 from ..cache_schema.manifest import Codec, Sink
 from ..cache_schema.sites import HOOKS, RESID, Site, by_hook
 from ..cache_schema.stored_dtypes import SmallDtype
@@ -98,7 +99,7 @@ class HarvestConfig:
 
 def parse_count(text: str) -> int:
     """`10M`, `1.5B`, `200k` or plain digits."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbBgG]?)", text.strip().replace("_", "").replace(",", ""))
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbBgG]?)", digits_of(text))
     if found is None:
         raise SettingInvalid(f"{text!r} is not a number of tokens: expected for example 200k, 10M or 1.5B")
     scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[found[2].lower()]

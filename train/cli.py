@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..cache_schema.cli import as_json, print_json
+from ..cache_schema.cli import as_json, digits_of, print_json
 from ..cache_schema.strict_json import to_json
 from . import command
 from .command import tell_errors
@@ -33,14 +33,16 @@ Examples:
 """
 
 
-def count(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
+def count(_: click.Context | None, option: click.Parameter, text: str | None) -> int | None:
     """A number of tokens from its words: `50M`, `16k` or plain digits."""
     if text is None:
         return None
-    value = parse_value(text.replace("_", "").replace(",", ""))
+    may_be_fleet = option.name != "tokens" and "," in text  # `--k 16,128` is two wishes, not 16 thousand latents
+    value = None if may_be_fleet else parse_value(digits_of(text))
     is_whole = value.is_integer() if isinstance(value, float) else type(value) is int
     if not is_whole:
-        raise click.BadParameter(f"expected a number like 50M, 16k or 4096, found {text!r}")
+        advice = f": a fleet is --grid {option.name}={text}" if may_be_fleet else ""
+        raise click.BadParameter(f"expected a number like 50M, 16k or 4096, found {text!r}{advice}")
     return int(value)
 
 

@@ -55,7 +55,7 @@ def train_all(words: Mapping[str, Any], process: Process) -> Iterator[Outcome]:
         outcomes = [_go_on(RunFolder.open(words["out"], words["resume"]), words["cache"], process)]
     else:
         settings = _settings(chosen, words["set"])
-        points = [_resolve_aliases(point) for point in parse_grid(words["grid"])]
+        points = _points(words["grid"])
         asks = find_asks(words["variant"], words["recipe"], words["name"], settings, points)
         init = None if words["init"] is None else str(find_sae(words["init"], words["out"]))
         asks = [replace(ask, baselines=words["with_baselines"], init=init) for ask in asks]
@@ -135,6 +135,19 @@ def _settings(chosen: Mapping[str, Any], words: tuple[str, ...]) -> dict[str, An
     """All settings of the command line; --set wins over an option."""
     options = {_OPTIONS[key]: value for key, value in chosen.items() if value is not None}
     return options | _resolve_aliases(parse_settings(words))
+
+
+def _points(words: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The grid. Of a key that stands in it twice all values but the last would be dropped."""
+    points = [_resolve_aliases(point) for point in parse_grid(words)]
+    given = [word.partition("=")[0].strip() for word in words]
+    keys = [_ALIASES.get(key, key) for key in given]
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise ConfigInvalid(
+            f"expected {twice[0]} once in a grid, found it in several --grid: give all its values to one"
+        )
+    return points
 
 
 def _resolve_aliases(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,24 @@ from saemill.harvest.store_plan import wanted_layers
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("10M", 10**7), ("1.5B", 1_500_000_000), ("200k", 200_000), ("4096", 4096), ("1_000", 1000), (" 2m ", 2 * 10**6)],
+    [
+        ("10M", 10**7),
+        ("1.5B", 1_500_000_000),
+        ("200k", 200_000),
+        ("4096", 4096),
+        ("1_000", 1000),
+        (" 2m ", 2 * 10**6),
+        ("10,000", 10_000),
+        ("4.1M", 4_100_000),
+    ],
 )
 def test_counts(text, expected):
     assert parse_count(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "M", "ten", "-5", "1e6", "10MB", "1.2.3"])
+@pytest.mark.parametrize(
+    "text", ["", "M", "ten", "-5", "1e6", "10MB", "1.2.3", "16,32", "1,5M", "1024,2048", "10,000k"]
+)
 def test_counts_that_are_none(text):
     with pytest.raises(SettingInvalid, match="for example"):
         parse_count(text)

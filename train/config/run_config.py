@@ -173,6 +173,12 @@ class Ask:
                 f"--grid is of SAEs that share data and course, found {misplaced[0]}: set it by --set, and "
                 "start a run for each value"
             )
+        single = [key for key in spread if key in self.settings]
+        if single:
+            raise ConfigInvalid(
+                f"expected {single[0]} in --grid alone, found {self.settings[single[0]]} by an option or --set too: "
+                "leave out one of the two"
+            )
         self._require_known([*self.settings, *spread])
         members: dict[str, Member] = {}
         for member in (self._member(sae, point, limits, held or {}) for sae in self.saes for point in self.grid):

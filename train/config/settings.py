@@ -50,7 +50,7 @@ def parse_value(text: str) -> Any:
     """JSON where it is JSON, `50M` where it is a number with a unit, a list where there are commas."""
     number = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB])", text)
     if number:
-        return int(float(number[1]) * _UNITS[number[2]])
+        return round(float(number[1]) * _UNITS[number[2]])
     try:
         return json.loads(text, parse_constant=str)  # NaN and Infinity are words: no setting takes them
     except json.JSONDecodeError:

@@ -5,12 +5,13 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import click
 import numpy as np
 import pytest
 import torch
 
 from saemill.cache_schema import Store
-from saemill.train.cli import warnings_of
+from saemill.train.cli import count, warnings_of
 from saemill.train.engine.step import Trainee
 from saemill.train.run import after_run as onlooking
 from saemill.train.run.results import Outcome, SaeOutcome
@@ -106,6 +107,10 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
         ([*TOPK, "--set", "k=three"], "topk.k: expected int, found 'three'"),
         ([*TOPK, "--k", "99", "--width", "32"], "at most width = 32, found 99"),
         ([*TOPK, "--grid", "data.batch_tokens=1,2"], "--grid is of SAEs that share data"),
+        ([*TOPK, "--grid", "seed=0,1", "--grid", "seed=2,3"], "expected seed once in a grid"),
+        ([*TOPK, "--grid", "lr=1e-3,1e-4", "--grid", "optim.lr=1,2"], "expected optim.lr once in a grid"),
+        ([*TOPK, "--grid", "layer=3,4"], "expected layer in --grid alone, found 3 by an option"),
+        ([*TOPK, "--grid", "lr=1,2", "--set", "optim.lr=3"], "expected optim.lr in --grid alone, found 3 by an option"),
         ([*TOPK, "--tokens", "10"], "less than one batch of 64"),
         ([*TOPK, "--tokens", "1M"], "give --epochs 157 to read it again"),
         ([*TOPK, "--tokens", "1M", "--epochs", "2"], "in an epoch, 12,880 in 2"),
@@ -175,6 +180,28 @@ def test_where_the_store_holds_several_layers_the_choices_are_named(big, sae_tra
 @pytest.mark.parametrize("tokens", ["NaN", "Infinity", "1e999", "2.5", "many"])
 def test_a_number_of_tokens_is_a_whole_one(sae_train, tokens):
     assert "expected a number like 50M" in sae_train(*TOPK, "--tokens", tokens, code=2).output
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("--k", "16,32"),
+        ("--k", "16,128"),
+        ("--width", "1024,2048"),
+        ("--tokens", "16,32"),
+        ("--tokens", "1,5M"),
+        ("--tokens", "1024,2048"),
+    ],
+)
+def test_what_may_be_a_list_is_no_number(sae_train, option, text):
+    output = sae_train(*TOPK, option, text, code=2).output
+    assert f"found '{text}'" in output
+    assert (f"a fleet is --grid {option[2:]}={text}" in output) == (option != "--tokens")
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("10,000", 10_000), ("1,000,000", 10**6), ("4.1M", 4_100_000)])
+def test_a_comma_sets_thousands_of_tokens_apart(text, tokens):
+    assert count(None, click.Option(["--tokens"]), text) == tokens
 
 
 def test_a_store_that_is_not_there(sae_train, tmp_path):

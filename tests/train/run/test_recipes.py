@@ -74,6 +74,13 @@ def test_a_run_is_trained_as_written_in_a_folder_of_its_name(probe, big, sae_tra
     assert {sae["config"]["width"] for sae in config["saes"].values()} == {24}
 
 
+def test_a_grid_takes_the_place_of_what_the_recipe_says(probe, big, sae_train, tmp_path):
+    sae_train("--recipe", "probe/run_1", *QUICK, "--cache", big["path"], "--tokens", 128, "--grid", "width=8,16")
+    saes = json.loads((tmp_path / "runs/run_1/result.json").read_text())["saes"]
+    widths = {"few_width8": 8, "few_width16": 16, "more_width8": 8, "more_width16": 16}
+    assert {label: sae["width"] for label, sae in saes.items()} == widths
+
+
 def test_a_study_is_all_its_runs_and_options_reach_them(probe, big, sae_train, tmp_path):
     result = sae_train("--recipe", "probe", *QUICK, "--cache", big["path"], "--tokens", 320, "--width", 16)
     for run in ("run_0", "run_1"):

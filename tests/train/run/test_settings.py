@@ -16,6 +16,7 @@ from saemill.train.kit import registry
     [
         ("50M", 50_000_000),
         ("1.5k", 1500),
+        ("4.1M", 4_100_000),
         ("3", 3),
         ("1e-4", 1e-4),
         ("true", True),
@@ -122,6 +123,11 @@ def test_a_variant_asked_for_twice_is_one():
 def test_lists_of_a_grid_have_labels_of_their_own():
     found = members([], "crosscoder", grid=["layers=[1,2],[12]"])
     assert [member.label for member in found] == ["crosscoder_layers1-2", "crosscoder_layers12"]
+
+
+def test_a_grid_that_a_setting_gives_too_is_refused():
+    with pytest.raises(ConfigInvalid, match="expected k in --grid alone, found 5 by an option or --set too"):
+        members(["k=5"], "topk", grid=["k=2,4"])
 
 
 def test_two_saes_of_one_label_are_refused():
