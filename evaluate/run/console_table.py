@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,28 +42,37 @@ def make_console(*, is_stderr: bool = False) -> Console:
 def print_results(console: Console, rows: Sequence[Row], *, beside_untrained: bool = False) -> None:
     """The table, what in it cannot be right, then everything that is not in it and why."""
     good = [row for row in rows if row.document is not None]
+    names_of = shown_names(row.subject for row in rows)
     if good:
-        console.print(make_table(good, beside_untrained=beside_untrained))
+        console.print(make_table(good, names_of, beside_untrained=beside_untrained))
     if beside_untrained:
         console.print(f"{NAME}: {RECORDED}", style="dim", markup=False, soft_wrap=True)
     for row in good:
         for trait in untrained_traits(row.document or {}):
-            console.print(f"warning: {row.subject.name} did not learn: {trait}", markup=False, soft_wrap=True)
+            console.print(f"warning: {names_of[row.subject]} did not learn: {trait}", markup=False, soft_wrap=True)
     for reason, concerned in _by_reason(rows).items():
         status, eval_id, text = reason
-        names = ", ".join(row.subject.name for row in concerned)
+        names = ", ".join(names_of[row.subject] for row in concerned)
         console.print(f"{status}: {eval_id} of {names}: {text}", markup=False, soft_wrap=True)
     homes = dict.fromkeys(row.subject.home for row in good)
     for home in homes:
         console.print(f"results: {home / 'evals'}", markup=False, soft_wrap=True)
 
 
+def shown_names(subjects: Iterable[LoadedSae]) -> dict[LoadedSae, str]:
+    """The name of each SAE; where several have the same, with its folder."""
+    each = dict.fromkeys(subjects)
+    times = Counter(subject.name for subject in each)
+    return {one: one.name if times[one.name] == 1 else f"{one.name} ({one.folder})" for one in each}
+
+
 def document_of(rows: Sequence[Row], problems: Sequence[Exception]) -> dict[str, Any]:
     """The same for scripts: the metrics of each evaluation's summary; whole results are in the files."""
+    names_of = shown_names(row.subject for row in rows)
     return {
         "results": [
             {
-                "sae": row.subject.name,
+                "sae": names_of[row.subject],
                 "evaluation": row.eval_id,
                 "status": row.status,
                 "reason": row.reason,
@@ -82,7 +92,7 @@ def _metrics_of(row: Row) -> dict[str, float | None]:
     return {metric: metric_of(row.document, metric) for metric in evals.load(row.eval_id).summary}
 
 
-def make_table(rows: Sequence[Row], *, beside_untrained: bool = False) -> Table:
+def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], *, beside_untrained: bool = False) -> Table:
     """One line for each SAE, one column for each metric in the evaluations' summaries."""
     found = {(row.subject, row.eval_id): row.document for row in rows}
     subjects = list(dict.fromkeys(row.subject for row in rows))
@@ -94,7 +104,8 @@ def make_table(rows: Sequence[Row], *, beside_untrained: bool = False) -> Table:
         whose = f"{eval_id}: " if len(eval_ids) > 1 else ""
         table.add_column(whose + heading(metric), justify="right", min_width=NUMBER_WIDTH)
     for subject in subjects:
-        table.add_row(subject.name, *(_cell(found.get((subject, eval_id)), metric) for eval_id, metric in columns))
+        cells = (_cell(found.get((subject, eval_id)), metric) for eval_id, metric in columns)
+        table.add_row(names_of[subject], *cells)
     if beside_untrained:
         recorded = (UNTRAINED.get(metric) for _, metric in columns)
         table.add_row(NAME, *(MISSING if value is None else f"{value:g}" for value in recorded), style="dim")
@@ -109,9 +120,9 @@ def heading(metric: str) -> str:
 def require_one_store(subjects: Iterable[LoadedSae]) -> None:
     """SAEs of several stores saw different tokens: their numbers do not compare."""
     by_id: dict[str, list[str]] = {}
-    for subject in subjects:
+    for subject, name in shown_names(subjects).items():
         if subject.cache_id is not None:  # one that says none is measured on the store it is given, as the results say
-            by_id.setdefault(subject.cache_id, []).append(subject.name)
+            by_id.setdefault(subject.cache_id, []).append(name)
     if len(by_id) > 1:
         listed = "; ".join(f"{cache_id}: {', '.join(names)}" for cache_id, names in by_id.items())
         raise Incomparable(f"--compare is for SAEs of one store, found cache ids {listed}. Compare those of one id")
@@ -119,11 +130,12 @@ def require_one_store(subjects: Iterable[LoadedSae]) -> None:
 
 def require_comparable(rows: Sequence[Row]) -> None:
     """Results of one evaluation must be of the same settings to stand in one table."""
+    names_of = shown_names(row.subject for row in rows)
     for eval_id in dict.fromkeys(row.eval_id for row in rows):
         settings = {}
         for row in rows:
             if row.eval_id == eval_id and row.document is not None:
-                settings[row.subject.name] = flatten(settings_in(row.document))
+                settings[names_of[row.subject]] = flatten(settings_in(row.document))
         _require_equal(eval_id, settings)
 
 

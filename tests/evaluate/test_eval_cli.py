@@ -18,17 +18,19 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from saemill import evaluate
+from saemill.api.table import Table
 from saemill.cache_schema import Store
 from saemill.cache_schema.cli import main as store_main
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
-from saemill.evaluate.context.results import result_path, sae_config
-from saemill.evaluate.errors import WidthMismatch
+from saemill.evaluate.context.results import Row, result_path, sae_config
+from saemill.evaluate.errors import Incomparable, WidthMismatch
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.model import divergence
 from saemill.evaluate.run import command
+from saemill.evaluate.run.console_table import require_comparable
 from saemill.evaluate.run.find_saes import find_places, find_subjects, make_subject
 from saemill.train.run.find_sae import find_sae
 from saemill.train.run.folder import RunFolder
@@ -403,6 +405,19 @@ def test_compare_refuses_other_settings(world, run_1, builder, sae_eval):
     assert "config.n_eval_reconstruction_batches" in output
     assert "run_2/other: 1" in output
     assert "ce loss score" not in output
+
+
+def test_saes_of_one_name_are_told_by_their_folders(builder):
+    subjects = [builder.subject(builder.make_sae(seed=n), f"{n}/sae") for n in (1, 2)]
+    documents = [
+        {"eval_result_metrics": {"sparsity": {"l0": n}}, "saemill": {"settings": {"batches": n}}} for n in (1, 2)
+    ]
+    rows = [Row(one, "core", "done", "", document) for one, document in zip(subjects, documents, strict=True)]
+    names = [f"sae ({one.folder})" for one in subjects]
+    assert [(row["sae"], row["sparsity.l0"]) for row in Table(rows).rows] == list(zip(names, (1, 2), strict=True))
+    with pytest.raises(Incomparable, match="batches") as raised:
+        require_comparable(rows)
+    assert all(name in str(raised.value) for name in names)
 
 
 def test_compare_names_results_of_other_settings_than_were_asked_for(run_1, sae_eval):

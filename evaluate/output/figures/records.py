@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -73,14 +74,18 @@ class Record:
 
 
 def read_records(runs: Sequence[RunFolder], known: Documents | None = None) -> list[Record]:
-    """The SAEs of some runs in a fixed order; names carry the run where there are several.
+    """The SAEs of some runs in a fixed order; names carry the run where there are several, and its path where several
+    runs have one name.
 
     `known` are results that are in memory already, by their place on disk.
     """
-    return [record for run in runs for record in _records_of(run, len(runs) == 1, known or {})]
+    times = Counter(run.name for run in runs)
+    names = [run.name if times[run.name] == 1 else str(run.path) for run in runs]
+    pairs = zip(runs, names, strict=True)
+    return [record for run, name in pairs for record in _records_of(run, name, len(runs) == 1, known or {})]
 
 
-def _records_of(run: RunFolder, is_alone: bool, known: Documents) -> Iterator[Record]:
+def _records_of(run: RunFolder, name: str, is_alone: bool, known: Documents) -> Iterator[Record]:
     config = run.read_config() if (run.path / "config.json").is_file() else {}
     result = read_json(run.path / "result.json") if run.is_finished else {}
     members, outcomes = config.get("saes", {}), result.get("saes", {})
@@ -89,8 +94,8 @@ def _records_of(run: RunFolder, is_alone: bool, known: Documents) -> Iterator[Re
     for label in sorted({*members, *outcomes, *documents}):
         member = members.get(label, {})
         yield Record(
-            name=label if is_alone else f"{run.name}/{label}",
-            run=run.name,
+            name=label if is_alone else f"{name}/{label}",
+            run=name,
             label=label,
             variant=member.get("variant", ""),
             settings=member.get("config", {}),

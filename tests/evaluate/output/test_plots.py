@@ -103,6 +103,11 @@ def test_a_run_with_everything_has_every_plot(make_run, tmp_path):
     assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".png", ".svg"}
 
 
+def test_runs_of_one_name_are_told_by_their_paths(make_run, tmp_path):
+    records = read_records([make_run(f"{folder}/run_1", ["standard"]) for folder in "ab"])
+    assert [record.name for record in records] == [f"{tmp_path}/{folder}/run_1/standard" for folder in "ab"]
+
+
 def test_two_that_draw_the_same_at_once_do_not_take_each_others_files(tmp_path):
     class Overtaken(Figure):
         """While it is drawn, another process draws the same and is done first."""
