@@ -109,17 +109,19 @@ def measure_massive(store: Store, layer: Place, multiple: float) -> Massive:
     )
 
 
-def any_ordinary(store: Store, bounds: Mapping[Place, float], split: str, windows: int) -> bool:
-    """Whether in the first windows of a split some token is neither special nor massive in any of these layers."""
-    manifest = store.manifest
+def count_ordinary(store: Store, bounds: Mapping[Place, float], split: str, windows: int, enough: int) -> int:
+    """How many tokens of the first windows of a split are neither special nor massive in any of these layers; counted
+    until there are enough."""
+    manifest, found = store.manifest, 0
     for part in store.stream(Request.of(map(site_of, bounds), tokens=True, split=split, windows=(0, windows))):
         assert part.tokens is not None
         counts = ~is_special(part.tokens, manifest.model.special_tokens)
         for layer, bound in bounds.items():
             counts &= ~is_massive(_norms(part, site_of(layer)), bound)
-        if counts.any():
-            return True
-    return False
+        found += int(counts.sum())
+        if found >= enough:
+            break
+    return found
 
 
 def sample(manifest: Manifest, layer: Place, committed: np.ndarray) -> list[Span]:

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from saemill.cache_schema import Store, from_float32, massive_rows, to_float32
 from saemill.cache_schema.cli import main
-from saemill.cache_schema.massive_rows import default_multiple, is_massive, measure_massive, row_norms
+from saemill.cache_schema.massive_rows import count_ordinary, default_multiple, is_massive, measure_massive, row_norms
 
 PLANTED = ((3, 7), (700, 0), (1249, 5))
 
@@ -55,7 +55,9 @@ def test_special_tokens_are_no_rows(imported, tmp_path):
     url, _ = imported("--tokens", tmp_path / "tokens.npy", "--special-token", 7)
     with Store.open(url) as store:
         found = measure_massive(store, 4, 10.0)
+        ordinary = count_ordinary(store, {}, "validation", 1, enough=100), count_ordinary(store, {}, "train", 500, 2)
     assert (found.rows, found.massive) == (8_750, 2)
+    assert ordinary[0] == 7 and ordinary[1] >= 2
 
 
 def test_info_tells_both_numbers(imported):

@@ -9,7 +9,7 @@ import torch
 
 from ...cache_schema import Store
 from ...cache_schema.csr import index_dtype
-from ...cache_schema.massive_rows import any_ordinary, measure_massive
+from ...cache_schema.massive_rows import count_ordinary, measure_massive
 from ...cache_schema.request import validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
 from ...cache_schema.stored_dtypes import STORED_AS
@@ -20,6 +20,8 @@ from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain
 from .fits_in_memory import require_room
 from .settle_config import Settled
 from .trackers import require_trackers
+
+LEAST_HELD_OUT = 2  # tokens: one has no variance of which a part could be explained
 
 
 def check(
@@ -96,16 +98,21 @@ def _held_out_windows(settled: Settled, store: Store) -> int:
 
 
 def _require_ordinary_held_out(settled: Settled, store: Store, bounds: Mapping[Place, float]) -> None:
-    """Some rows of the first held-out windows count for every SAE: not all are massive."""
-    kinds = {label: needs.kind(bounds).layers for label, needs in settled.config.requests().items()}
-    for layers in set(kinds.values()) - {()}:
-        windows = _held_out_windows(settled, store)
-        if not any_ordinary(store, {layer: bounds[layer] for layer in layers}, "validation", windows):
-            label = next(label for label, found in kinds.items() if found == layers)
+    """Enough rows of the first held-out windows count for every SAE: they are neither special nor massive."""
+    windows = _held_out_windows(settled, store)
+    kinds = {needs.kind(bounds).layers: label for label, needs in settled.config.requests().items()}
+    for layers, label in kinds.items():
+        of_layers = {layer: bounds[layer] for layer in layers}
+        found = count_ordinary(store, of_layers, "validation", windows, LEAST_HELD_OUT)
+        if found < LEAST_HELD_OUT:
+            others, remedy = "special", "Set a larger course.validation_tokens, or harvest or import more text"
+            if layers:
+                multiple, places = settled.config.data.massive_norms, ", ".join(map(say_place, layers))
+                others += f", or massive: their norm is beyond {multiple:g} times the median of {places}"
+                remedy += ", or set data.massive_norms=inf to train and measure on all rows"
             raise NothingToTrain(
-                f"{label}: all tokens of the validation split of {store.url} are massive, their norm is beyond "
-                f"{settled.config.data.massive_norms:g} times the median of {', '.join(map(say_place, layers))}: "
-                "a run could not be measured. Set data.massive_norms=inf to train and measure on all rows"
+                f"{label}: expected {LEAST_HELD_OUT} tokens or more to measure a run on, found {found} in the first "
+                f"{windows} windows of the validation split of {store.url}. The others are {others}. {remedy}"
             )
 
 
