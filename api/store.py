@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from ..cache_schema import Store as StoredArrays
@@ -49,7 +50,7 @@ class Store(StoredArrays):
         processes each takes its share of every batch. `state_dict` and `load_state_dict` resume to the same batches.
         `hook` names what is read of these layers; `exact` refuses a store that does not keep it to the bit.
         """
-        every = (layers,) if isinstance(layers, int) else tuple(layers)
+        every = tuple(map(operator.index, layers if isinstance(layers, Iterable) else (layers,)))  # NumPy's numbers too
         places = [place_of(hook, layer) for layer in every]
         validate_request(self.manifest, Request.of(map(site_of, places), exact=exact))
         multiple = default_multiple(self.manifest) if massive_norms == "store's" else massive_norms
@@ -61,7 +62,7 @@ class Store(StoredArrays):
             pool_tokens=asked.pool_tokens,
             seed=seed if shuffle else None,
         )
-        wanted = layers if isinstance(layers, int) else tuple(layers)
+        wanted = every if isinstance(layers, Iterable) else every[0]
         place = choose_device(device)
         stats = {one: layer_stats(self, one, multiple) for one in places}
         course = {"hook": hook, "split": split, "epochs": epochs, "scaled": scaled, "rank": rank, "size": size}

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import saemill
 from saemill import Store, evaluate, harvest, load_sae, train
 from saemill.api import store as store_module
+from saemill.api.command_words import words_of
 from saemill.cache_schema import StoreMissing
 from saemill.cache_schema.import_from_others import ImportSettings, import_store
 from saemill.cache_schema.sites import RESID, Site
@@ -138,6 +140,21 @@ def test_a_table_has_a_row_for_each_sae(run: Any) -> None:
     assert one["sae"] == "run_1/topk_k2"
 
 
+def test_words_may_be_numbers_of_numpy_and_lists_of_any_kind() -> None:
+    grid = {"seed": range(3), "layers": [np.arange(2), (3,)], "optim.lr": np.array([0.5])}
+    read = words_of("train", (), {"variant": ("topk",), "k": np.int64(16), "lr": np.float32(0.5), "grid": grid})
+    assert (read["k"], read["lr"]) == (16, 0.5)
+    assert read["grid"] == ("seed=0,1,2", "layers=[0, 1],[3]", "optim.lr=0.5")
+    assert words_of("harvest", (), {"attention_layers": range(17, 20)})["attention_layers"] == "17,18,19"
+
+
+def test_a_thread_can_train(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the main one may catch signals."""
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, cache=path, variant="topk", k=2, tokens="1k", **QUICK).result().saes == ("topk",)
+
+
 def test_a_store_of_the_bundled_model_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store(path) as store:
         found = store_module.facts(store) | {"model": "pocket"}
@@ -172,6 +189,8 @@ def test_batches_of_the_store_are_those_of_training(path: Path) -> None:
         (x, *_) = batches = list(store.batches(layers=4, batch_tokens=256, device="cpu"))
         assert x.shape == (256, 16) and x.dtype == torch.float32 and len(batches) == 720 * 8 // 256
         assert next(store.batches(layers=(4,), batch_tokens=10, device="cpu")).shape == (10, 1, 16)
+        assert next(store.batches(layers=np.int64(4), batch_tokens=10, device="cpu")).shape == (10, 16)
+        assert next(store.batches(layers=np.array([4]), batch_tokens=10, device="cpu")).shape == (10, 1, 16)
         norms = [x.norm(dim=1).mean() for x in store.batches(layers=4, batch_tokens=256, device="cpu", scaled=True)]
         assert float(torch.stack(norms).mean()) == pytest.approx(4, rel=0.05)
         with pytest.raises(ConfigInvalid, match="expected a device like"):
@@ -184,6 +203,12 @@ def test_batches_of_the_store_are_those_of_training(path: Path) -> None:
         (lambda path: train(varient="topk"), TypeError, "did you mean 'variant'"),
         (lambda path: train(variant="topk", cache=path, tokens="many"), ValueError, "expected a number like 50M"),
         (lambda path: train("topk"), TypeError, "positional"),
+        (
+            lambda path: train(variant="topk", cache=path, k=[16, 32]),
+            ValueError,
+            "'--k': expected one value, found [16",
+        ),
+        (lambda path: train(variant="topk", cache=path, k=range(2)), ValueError, "as grid={'k': [16, 32]}"),
         (lambda path: train(variant="topkk", cache=path), LookupError, "did you mean 'topk'"),
         (lambda path: train(recipe="attention", cache=path), ConfigInvalid, "one run, like attention/run_0"),
         (lambda path: evaluate("nowhere"), TargetUnknown, "no run 'nowhere'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,14 +30,16 @@ class Caught:
 
 @contextmanager
 def catch_signals() -> Iterator[Caught]:
-    """Ctrl-C and SIGTERM let the step end first; the same signal again stops at once."""
+    """Ctrl-C and SIGTERM let the step end first; the same signal again stops at once. They reach the main thread, and
+    no other may catch them."""
     caught = Caught()
 
     def catch(number: int, _: FrameType | None) -> None:
         caught.signal = number
         signal.signal(number, before[number])
 
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {int(number): signal.getsignal(number) for number in numbers}
     for number in before:
         signal.signal(number, catch)
     try:
