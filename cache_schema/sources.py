@@ -139,8 +139,13 @@ def _site_of(name: str, given: int | None) -> Site:
     if name.endswith("blocks.0.hook_resid_pre"):
         raise ImportInvalid(f"{name} is the embedding, before the first layer: a store has no place for it")
     found = site_named(name)
-    if given is not None:
-        return Site(RESID if found is None else found.hook, given)
+    if found is not None and given not in (None, found.layer):
+        raise ImportInvalid(
+            f"expected --layer {found.layer}, as {name} is {found}, found --layer {given}: leave --layer out, which is "
+            "for columns whose names say no place"
+        )
+    if found is None and given is not None:
+        return Site(RESID, given)
     if found is None:
         raise ImportInvalid(
             f"cannot tell from the name {name!r} what of the model these activations are: give --layer L where they "

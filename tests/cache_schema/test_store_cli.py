@@ -231,6 +231,18 @@ def test_a_saelens_column_whose_name_says_no_place_needs_a_layer(name: str) -> N
         sources._site_of(name, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "layer", "said"),
+    [
+        ("blocks.5.hook_resid_pre", 5, "expected --layer 4, as blocks.5.hook_resid_pre is residuals of layer 4, found"),
+        ("blocks.5.hook_mlp_out", 19, "expected --layer 5, as blocks.5.hook_mlp_out is mlp_out of layer 5, found"),
+    ],
+)
+def test_a_layer_that_contradicts_a_saelens_column_is_refused(name: str, layer: int, said: str) -> None:
+    with pytest.raises(ImportInvalid, match=f"{said} --layer {layer}"):
+        sources._site_of(name, layer)
+
+
 @pytest.mark.parametrize("layer", [None, 0])
 def test_a_saelens_column_of_the_embedding_has_no_place(layer: int | None) -> None:
     with pytest.raises(ImportInvalid, match="hook_resid_pre is the embedding, before the first layer"):
