@@ -37,7 +37,7 @@ from saemill.train.data.scaling import unit_stats
 from saemill.train.disk import safe_checkpoints
 from saemill.train.disk.formats import WRITERS
 from saemill.train.disk.plain_form import plain_sae
-from saemill.train.disk.sae_folder import save_sae
+from saemill.train.disk.sae_folder import read_config, save_sae
 from saemill.train.disk.safe_checkpoints import Standing, load_checkpoint, save_checkpoint
 from saemill.train.errors import TrainError
 from saemill.train.kit.registry import config_type
@@ -47,7 +47,12 @@ from saemill.train.run.folder import RunFolder, cache_of
 GOLDEN = Path(__file__).parent / "golden" / "store_raw"
 NAMED = (StoreError, TrainError, EvalError)
 D, F = 4, 6
+NOT_PLAIN: dict[str, dict[str, Any]] = {
+    "clt": {"layers": (0, 1), "k": 2.0},
+    "positional": {"base": "topk", "k": 2, "ranges": 2, "context": 8, "scattered": True},
+}
 VARIANTS = {"topk": {"k": 2}, "jumprelu": {"target_l0": 2.0}, "gated": {}, "temporal": {"base": "topk", "k": 2}}
+VARIANTS |= NOT_PLAIN
 LONG = int(os.environ.get("FUZZ", "20000"))
 
 
@@ -87,14 +92,10 @@ def make_sae(variant: str, **changes: Any) -> Any:
 def write_saes(folder: Path) -> dict[str, tuple[Path, str]]:
     """One of every kind of folder: its path, and the file of its weights."""
     stats, found = unit_stats(D), {}
-    for variant, changes in {
-        "topk": {"k": 2},
-        "jumprelu": {"target_l0": 2.0},
-        "gated": {},
-        "temporal": {"base": "topk", "k": 2},
-    }.items():
+    for variant, changes in VARIANTS.items():
         config, sae = make_sae(variant, **changes)
-        save_sae(folder / variant, sae, stats, {"layers": [3]}, to_json(config), variant)
+        save_sae(folder / variant, sae, unit_stats(sae.d_in), {"layers": [3]}, to_json(config), variant)
+        assert ("needs_side" in read_config(folder / variant)) == (variant in NOT_PLAIN)
         found[variant] = folder / variant, "sae_weights.safetensors"
     plain = plain_sae(make_sae("topk", k=2)[1], stats, stats)
     for kind, weights in {"sparsify": "sae.safetensors", "dictionary_learning": "ae.safetensors"}.items():

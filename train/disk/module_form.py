@@ -80,7 +80,16 @@ def module_form(sae: SparseAutoencoder, stats: Stats, target_stats: Stats, knobs
 @torch.no_grad()
 def sae_from_wrapped(wrapped: WrappedSae, inner: SparseAutoencoder, where: str) -> RawUnits:
     """The module that computes a saved form; `inner` is as it was before training."""
-    state = {name.removeprefix(MODULE): t for name, t in wrapped.tensors.items() if name.startswith(MODULE)}
+    require_tensors(wrapped, inner, where)
+    inner.load_state_dict(_state_of(wrapped), strict=False)
+    inner.require_sound(where)
+    return RawUnits(inner, wrapped.tensors[SCALE], wrapped.tensors[TARGET_SCALE], wrapped.knobs)
+
+
+def require_tensors(wrapped: WrappedSae, inner: SparseAutoencoder, where: str) -> None:
+    """The tensors are those of the module, by name and shape; `inner` may be on the meta device, where it takes no
+    memory."""
+    state = _state_of(wrapped)
     expected = {name for name in inner.state_dict() if not name.startswith("extras.")}
     different = sorted(expected ^ state.keys())
     if different or not {SCALE, TARGET_SCALE} <= wrapped.tensors.keys():
@@ -93,6 +102,7 @@ def sae_from_wrapped(wrapped: WrappedSae, inner: SparseAutoencoder, where: str) 
     wrong = sorted(name for name, t in wrapped.tensors.items() if tuple(t.shape) != expected_shapes.get(name))
     if wrong:
         raise SaeInvalid(f"{where}: the tensors {', '.join(wrong)} have other shapes than the variant's: copy it anew")
-    inner.load_state_dict(state, strict=False)
-    inner.require_sound(where)
-    return RawUnits(inner, wrapped.tensors[SCALE], wrapped.tensors[TARGET_SCALE], wrapped.knobs)
+
+
+def _state_of(wrapped: WrappedSae) -> dict[str, Tensor]:
+    return {name.removeprefix(MODULE): t for name, t in wrapped.tensors.items() if name.startswith(MODULE)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from torch import Tensor
 from ...cache_schema.disk_and_cloud_files import make_folder, sync
 from ...cache_schema.sites import RESID
 from ..data.scaling import Stats
-from ..errors import SaeInvalid
+from ..errors import SaeInvalid, TrainError
 from ..sae.model import SparseAutoencoder
-from .module_form import SCALE, TARGET_SCALE, Rebuild, WrappedSae, module_form, sae_from_wrapped
+from .module_form import SCALE, TARGET_SCALE, Rebuild, WrappedSae, module_form, require_tensors, sae_from_wrapped
 from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
@@ -170,17 +170,38 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> SparseAutoencoder:
     wrapped = WrappedSae(load_tensors(folder / WEIGHTS), config.get("knobs", {}), tuple(config["needs_side"]))
     metadata = config.get("metadata", {})
-    try:
-        variant, settings = metadata["training_architecture"], metadata["training_architecture_details"]
-    except KeyError as error:
-        raise SaeInvalid(f"{folder / CONFIG}: expected metadata.{error.args[0]}, found none") from None
+    for name, kind in (("training_architecture", str), ("training_architecture_details", dict)):
+        if not isinstance(metadata.get(name), kind):
+            raise SaeInvalid(
+                f"{folder / CONFIG}: expected metadata.{name} as a {kind.__name__}, found {metadata.get(name)!r:.60}"
+            )
     d_in = wrapped.tensors[SCALE].numel() if SCALE in wrapped.tensors else 0
     if config.get("d_in") != d_in:  # before memory is taken for it
         raise SaeInvalid(f"{folder / CONFIG}: expected d_in {d_in} by its weights, found {config.get('d_in')!r}")
     d_out = wrapped.tensors[TARGET_SCALE].numel() if TARGET_SCALE in wrapped.tensors else d_in
-    sae = sae_from_wrapped(wrapped, rebuild(variant, settings, d_in, d_out), str(folder))
+    built = metadata["training_architecture"], metadata["training_architecture_details"], d_in, d_out
+    try:
+        _require_fit(wrapped, lambda: rebuild(*built), str(folder))
+        sae = sae_from_wrapped(wrapped, rebuild(*built), str(folder))
+    except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, TrainError):
+            raise
+        said = str(error).partition("\n")[0]
+        raise SaeInvalid(f"{folder}: no {built[0]} can be built of its settings ({said}): copy it anew") from None
     sae.metadata = dict(metadata)
     return sae
+
+
+def _require_fit(wrapped: WrappedSae, build: Callable[[], SparseAutoencoder], where: str) -> None:
+    """The tensors are those of what is to be built, by its shapes alone: nothing takes memory that they do not fit."""
+    try:
+        with torch.device("meta"):
+            inner = build()
+    except RuntimeError as error:
+        if "meta" not in str(error).lower():
+            raise
+        return  # of a variant of one's own that needs values to be built: here none does
+    require_tensors(wrapped, inner, where)
 
 
 def _plain_form(plain: PlainSae, variant: str, metadata: Mapping[str, Any]) -> dict[str, Any]:

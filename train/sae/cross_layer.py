@@ -44,7 +44,7 @@ class CrossLayerSae(SparseAutoencoder):
     ) -> None:
         """`rows` [F, D_in] are both what each latent reads and, where it can be, what it writes to its own layer."""
         self.num_layers, self.sizes = layers, deal(len(rows), layers)
-        layer_of = torch.arange(layers).repeat_interleave(torch.tensor(self.sizes))
+        layer_of = torch.arange(layers).repeat_interleave(torch.tensor(self.sizes), output_size=len(rows))
         d_out = len(b_dec) // layers
         W_dec = rows.new_zeros(len(rows), layers, d_out)
         W_dec[torch.arange(len(rows)), layer_of, : rows.shape[1]] = rows[:, :d_out]

@@ -48,7 +48,9 @@ class Dynamics(Extra):
 
     def __init__(self, group_sizes: Sequence[int], pruning: Pruning) -> None:
         super().__init__()
-        groups = torch.arange(len(group_sizes)).repeat_interleave(torch.tensor(tuple(group_sizes)))
+        groups = torch.arange(len(group_sizes)).repeat_interleave(
+            torch.tensor(tuple(group_sizes)), output_size=sum(group_sizes)
+        )
         self.pruning = pruning
         self.register_buffer("group", groups)
         self.register_buffer("retired", torch.zeros(len(groups), dtype=torch.bool))

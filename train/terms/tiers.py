@@ -40,7 +40,7 @@ class Tiers(Extra):
         super().__init__()
         self.num_tiers = len(sizes)
         self.importance: Importance = importance
-        tiers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(tuple(sizes)))
+        tiers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(tuple(sizes)), output_size=sum(sizes))
         self.register_buffer("membership", tiers)
         shares = torch.tensor(tuple(weights)) / sum(weights)
         self.register_buffer("weight", shares)

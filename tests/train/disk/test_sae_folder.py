@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.batch import Batch
-from saemill.train.data.scaling import Stats, joined_stats
+from saemill.train.data.scaling import Stats, joined_stats, unit_stats
 from saemill.train.disk.plain_form import begin_as
 from saemill.train.disk.sae_folder import CONFIG, EXTRAS, PLAIN, WEIGHTS, load_plain_sae, read_sae, save_sae
 from saemill.train.engine.step import Trainee
@@ -213,6 +213,57 @@ def test_a_damaged_folder_is_named(damage, message, tmp_path, battery):
     damage(tmp_path)
     with pytest.raises(SaeInvalid, match=message):
         load_plain_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variant", "change", "message"),
+    [
+        ("clt", {"training_architecture": 3}, "expected metadata.training_architecture as a str, found 3"),
+        ("clt", {"training_architecture_details": None}, "training_architecture_details as a dict, found None"),
+        ("clt", {"width": 10**18}, "no clt can be built of its settings"),
+        ("clt", {"width": 2 * 10**9}, "have other shapes than the variant's"),
+        ("clt", {"seed": 10**30}, "no clt can be built of its settings"),
+        ("positional", {"scattered": True, "context": 10**12}, "the tensors are not those of the variant"),
+        ("positional", {"adapters": True, "adapter_hidden": 10**9}, "the tensors are not those of the variant"),
+    ],
+)
+def test_settings_that_are_not_those_of_the_weights_are_named_and_take_no_memory(
+    variant, change, message, tmp_path, battery, mutations
+):
+    save(tmp_path, variant, battery)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    metadata = config["metadata"]
+    of_all = metadata.keys() & change.keys()
+    (metadata if of_all else metadata["training_architecture_details"]).update(change)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with mutations.bounded_memory(), pytest.raises(SaeInvalid, match=message):
+        read_sae(tmp_path, rebuild)
+
+
+def test_what_needs_values_to_be_built_is_loaded_all_the_same(tmp_path, battery):
+    def build(*settings):
+        assert int(torch.arange(3).sum()) == 3
+        return rebuild(*settings)
+
+    save(tmp_path, "clt", battery)
+    assert read_sae(tmp_path, build).num_latents == WIDTH
+
+
+@pytest.mark.parametrize("variant", names())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"position_gate": True, "guidance": "encode", "mask": "soft", "range_encoders": True, "tier_norm": True},
+        {"adapters": True, "scattered": True, "init": "orthogonal", "pre_norm": True, "hook": "mlp_in"},
+    ],
+    ids=["usual", "first", "second"],
+)
+def test_every_variant_can_be_built_of_shapes_alone(variant, settings, battery):
+    config = battery.config_of(variant, **settings)
+    targets = config.needs().targets
+    with torch.device("meta"):
+        config.build(D, None, *(() if targets is None else (unit_stats(D * len(targets)),)))
 
 
 def test_normalisation_at_run_time_is_refused(tmp_path, battery):
