@@ -16,6 +16,7 @@ from ..cache_schema.cli import as_json, print_json
 from . import command
 from .command import tell_errors
 from .disk.formats import WRITERS, circuit_tracer, kind_of, read
+from .disk.places import places_told, told_of
 from .disk.plain_form import PlainSae, sae_from_plain, unsigned
 from .disk.sae_folder import is_of_one_place
 from .errors import RunNotWritten, RunTaken, SaeInvalid
@@ -96,6 +97,7 @@ def export(folder: Path, kind: str, target: Path) -> float:
     """Write the SAE of a folder in another form; the largest difference between the two."""
     _require_free(target)
     plain, metadata = read(folder)
+    metadata = _with_place(metadata)
     _require_one_place(metadata, kind)
     plain = plain if kind == "sae_lens" else unsigned(plain)
     with _whole_or_gone(target):
@@ -144,6 +146,17 @@ def _whole_or_gone(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(target, ignore_errors=True)
         raise RunNotWritten(f"{target} could not be written ({error}): make room, or choose another --out") from error
+
+
+def _with_place(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The same with its place under our own names, which writers read, where only another tool's name tells it."""
+    try:
+        told = places_told(metadata)
+    except SaeInvalid:  # a place that is unknown here stays as it is named
+        return metadata
+    if told is None or len(told.layers) != 1 or told.layers != told.target_layers:
+        return metadata
+    return metadata | told_of(told.hook, told.target_hook, told.layers[0])
 
 
 def _require_one_place(metadata: dict[str, Any], kind: str) -> None:

@@ -172,13 +172,35 @@ class Exploit:
         return exit, (3,)
 
 
-@pytest.mark.parametrize("setting", [("activation", "groupmax"), ("skip_connection", True), ("k", 0)])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("activation", "groupmax"),
+        ("skip_connection", True),
+        ("k", 0),
+        ("embed_skip", True),
+        ("gram_lookup", {"n": 2}),
+    ],
+)
 def test_sparsify_beyond_a_plain_form_is_refused(tmp_path, setting):
     WRITERS["sparsify"](tmp_path, make_plain("topk"), {})
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | dict([setting])))
     with pytest.raises(SaeInvalid, match=setting[0]):
         read(tmp_path)
+
+
+def test_a_signed_sae_of_sparsify_keeps_its_signs(tmp_path):
+    """By its own formula: the k furthest from zero, as they are."""
+    WRITERS["sparsify"](tmp_path, make_plain("topk"), {})
+    config, found = json.loads((tmp_path / "cfg.json").read_text()), load_file(tmp_path / "sae.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"signed": True}))
+    x = torch.randn(20, D, generator=torch.Generator().manual_seed(2))
+    pre = (x - found["b_dec"]) @ found["encoder.weight"].T + found["encoder.bias"]
+    indices = pre.abs().topk(config["k"]).indices
+    codes = torch.zeros(20, F).scatter_(1, indices, pre.gather(1, indices))
+    assert bool((codes < 0).any())
+    torch.testing.assert_close(load_sae(tmp_path)(x).detach(), codes @ found["W_dec"] + found["b_dec"])
 
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
@@ -246,6 +268,28 @@ def test_dictionary_learning_is_told_the_place_and_tells_it(tmp_path, hook):
     trainer = json.loads((tmp_path / "config.json").read_text())["trainer"]
     assert trainer["submodule_name"] == {"resid": "resid_post"}.get(hook, hook) + "_layer_3"
     assert places_told(read(tmp_path)[1]) == places_told(place)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("blocks.5.hook_mlp_out", Site("mlp_out", 5)),
+        ("blocks.5.hook_resid_pre", 4),
+        ("blocks.5.hook_resid_mid", None),  # nowhere here: no place is made up
+    ],
+)
+def test_the_place_of_a_folder_of_sae_lens_goes_on_to_dictionary_learning(tmp_path, name, place):
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"hook_name": name})
+    export(tmp_path / "a", "dictionary_learning", tmp_path / "b")
+    told = places_told(read(tmp_path / "b")[1])
+    assert (told and told.places) == (place if place is None else ((place,), (place,)))
+
+
+def test_the_place_of_a_folder_of_sparsify_goes_on_to_sae_lens(tmp_path):
+    WRITERS["sparsify"](tmp_path / "layers.5", make_plain("topk"), {})
+    export(tmp_path / "layers.5", "sae_lens", tmp_path / "b")
+    metadata = json.loads((tmp_path / "b/cfg.json").read_text())["metadata"]
+    assert (metadata["hook_name"], metadata["layers"]) == ("blocks.5.hook_resid_post", [5])
 
 
 @pytest.mark.parametrize(

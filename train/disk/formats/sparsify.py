@@ -48,6 +48,9 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
     for key, expected in (("activation", "topk"), ("skip_connection", skips and transcodes)):
         if config.get(key, expected) != expected:
             raise SaeInvalid(f"{folder}: expected {key} {expected!r}, found {config[key]!r}, which has no plain form")
+    for key in ("embed_skip", "gram_lookup"):  # EleutherAI's: more is added to the output, or taken off the input
+        if config.get(key):
+            raise SaeInvalid(f"{folder}: expected no {key}, found {config[key]!r:.60}, which has no plain form")
     names = ("encoder.weight", "encoder.bias", "W_dec", "b_dec", *(("W_skip",) if skips else ()))
     found = read_tensors(folder / "sae.safetensors", names)
     tensors = {"W_enc": found["encoder.weight"].t(), "b_enc": found["encoder.bias"]}
@@ -56,4 +59,5 @@ def read(folder: Path) -> tuple[PlainSae, Metadata]:
     metadata: Metadata = {"hook_name": folder.name, **(told if isinstance(told, dict) else {})}
     if transcodes and not (metadata.get("layers") and metadata.get("target_layers")):
         metadata["transcodes"] = True
-    return make_plain("topk", tensors, whole_k(config, folder), not transcodes), metadata
+    architecture = "abstopk" if config.get("signed") else "topk"  # of its first releases, whose codes may have signs
+    return make_plain(architecture, tensors, whole_k(config, folder), not transcodes), metadata
