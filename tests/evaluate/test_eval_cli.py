@@ -141,7 +141,8 @@ def test_results_of_the_hubs_saes_lie_under_the_runs(world, builder, sae_eval, m
     builder.save(cached / "layer_2", builder.make_sae())
     before = sorted(cached.rglob("*"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(cached))
-    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: None)
+    there = SimpleNamespace(siblings=[SimpleNamespace(rfilename="layer_2/sae_weights.safetensors")])
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: there)
     for _ in range(2):
         assert "owner--name--layer_2" in sae_eval("owner/name/layer_2", "--cache", world.store)
     assert sorted(cached.rglob("*")) == before

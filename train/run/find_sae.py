@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -12,7 +13,7 @@ from ...cache_schema.strict_json import StrictError, from_json
 from ..data.scaling import unit_stats
 from ..disk.formats import FILES, kind_of, read
 from ..disk.plain_form import sae_from_plain
-from ..disk.sae_folder import read_sae
+from ..disk.sae_folder import EXTRAS, read_sae
 from ..errors import RunMissing, SaeInvalid
 from ..kit import registry
 from ..sae.model import SparseAutoencoder
@@ -20,6 +21,7 @@ from .folder import places_of, run_names
 
 WEIGHTS = "sae_weights.safetensors"
 ANSWER_SECONDS = 5.0
+SHOWN = 20  # names of a repository's SAEs: Gemma Scope's have hundreds
 
 
 def load_sae(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> SparseAutoencoder:
@@ -105,31 +107,61 @@ def _only_sae(folder: Path) -> Path:
 
 
 def _download(name: str, looked: str) -> Path:
-    """A repository of the Hub, or one folder of it; where the Hub cannot be asked, what it gave before."""
+    """The one SAE that a repository of the Hub, or a folder of it, has by the names of its files: no other file is
+    fetched. Where the Hub cannot be asked, what it gave before."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    owner, repository, *folder = name.split("/")
-    wanted = [f"{'/'.join(folder)}/*"] if folder else ["*.json", "*.safetensors", "*.pt"]
-    repository = f"{owner}/{repository}"
-    obstacle = _obstacle(repository)
+    owner, repository, *folder = name.rstrip("/").split("/")
+    repository, inside = f"{owner}/{repository}", "/".join(folder)
+    files, obstacle = _files_of(repository)
+    if obstacle is None:
+        inside = _only_folder(repository, inside, files)
+    wanted = [glob.escape(file) for file in files if _is_of(inside, file)]
     try:
         root = snapshot_download(repository, allow_patterns=wanted, local_files_only=obstacle is not None)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         reason = obstacle or str(error).partition("\n")[0]
         raise RunMissing(f"{looked}. The Hugging Face Hub was asked for {repository}: {reason}") from None
-    return Path(root, *folder)
+    return Path(root, inside)
 
 
-def _obstacle(repository: str) -> str | None:
-    """Why the Hub does not give a repository, if so."""
+def _only_folder(repository: str, inside: str, files: Sequence[str]) -> str:
+    """The folder of an SAE that is named, or else the only one in it."""
+    homes = {_folder_of(file) for file in files if file.rpartition("/")[2] in FILES}
+    below = f"{inside}/" if inside else ""
+    found = [inside] if inside in homes else sorted(one for one in homes if one.startswith(below))
+    if len(found) == 1:
+        return found[0]
+    asked = f"{repository}/{inside}" if inside else repository
+    if not found:
+        raise RunMissing(f"{asked} of the Hugging Face Hub holds no SAE: expected one of {', '.join(FILES)} in it")
+    names = [f"{repository}/{one}" for one in found]
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    raise RunMissing(f"{asked} holds {len(names)} SAEs: choose one of {', '.join(names[:SHOWN])}{more}")
+
+
+def _folder_of(file: str) -> str:
+    """In its repository; empty at the top."""
+    return file.rpartition("/")[0]
+
+
+def _is_of(folder: str, file: str) -> bool:
+    """Whether a file of a repository is one of the SAE in this folder."""
+    name = file.rpartition("/")[2]
+    return _folder_of(file) == folder and (name.endswith(".json") or name in (*FILES, EXTRAS))
+
+
+def _files_of(repository: str) -> tuple[list[str], str | None]:
+    """The names of a repository's files, or why the Hub does not give them."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set, and it is not in the local cache"
+        return [], "HF_HUB_OFFLINE is set, and it is not in the local cache"
     answer = ask_hub(lambda: HfApi().repo_info(repository, timeout=ANSWER_SECONDS))
-    is_error = isinstance(answer, Exception)
-    return str(answer).partition("\n")[0] or type(answer).__name__ if is_error else None
+    if isinstance(answer, Exception):
+        return [], str(answer).partition("\n")[0] or type(answer).__name__
+    return [one.rfilename for one in answer.siblings or ()], None
 
 
 def ask_hub(ask: Callable[[], Any]) -> Any:

@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -496,7 +497,7 @@ def test_finding_an_sae(tmp_path):
 
 
 def test_the_hub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):
-    """`owner/name/folder` downloads that folder alone."""
+    """Of its files those of the one SAE are downloaded, and no others."""
     import huggingface_hub
 
     asked = []
@@ -508,12 +509,13 @@ def test_the_hub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):
         return str(tmp_path / "hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: None)
-    assert load_sae("owner/name/layer_3", tmp_path / "runs").num_latents == F
-    assert asked == [("owner/name", ["layer_3/*"])]
-    asked.clear()
-    load_sae("owner/name", tmp_path / "runs")
-    assert asked == [("owner/name", ["*.json", "*.safetensors", "*.pt"])]  # ae.pt is read as plain tensors
+    files = [f"layer_3/{name}" for name in ("cfg.json", "sae_weights.safetensors", "extras.safetensors")]
+    others = ["model-00001-of-00002.safetensors", "tokenizer.json", "layer_3/optimizer.pt", "layer_3/plots/a.json"]
+    there = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files + others])
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: there)
+    for name in ("owner/name/layer_3", "owner/name"):  # the only one is found
+        assert load_sae(name, tmp_path / "runs").num_latents == F
+        assert asked.pop() == ("owner/name", files)
 
 
 def test_a_run_that_is_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from saemill.train import load_sae
 from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.sae_folder import save_sae
 from saemill.train.engine.step import Trainee
+from saemill.train.errors import RunMissing
 from saemill.train.export import main
 from saemill.train.run.card import plain
 
@@ -58,6 +59,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Asked)
         self.repositories: dict[str, dict] = {}
         self.apart: dict[str, bytes] = {}
+        self.fetched: list[str] = []
         self.has_lfs = False
         self.commits = 0
         self.refuses_commits = 0
@@ -170,6 +172,7 @@ class Asked(BaseHTTPRequestHandler):
 
     def resolve(self, repository, path):
         data = repository["files"][path]
+        self.server.fetched.append(path)
         self.answer(data, headers={"ETag": f'"{blob(data)}"', "X-Repo-Commit": repository["sha"]})
 
     def answer(self, value, status=200, headers=()):
@@ -291,6 +294,31 @@ def test_a_run_is_pushed_with_all_its_saes(hub, run, push):
     assert 'load_sae("me/saes/batchtopk")' in card and 'SAE.load_from_disk(folder + "/" + "topk")' in card
     assert 'load_from_disk(folder + "/" + "positional")' not in card
     assert "SAELens has no architecture for positional." in card
+
+
+def test_no_file_is_fetched_before_it_is_known_whose(hub, run, push):
+    push("run_1/topk", "me/saes")
+    files = hub.files("me/saes")
+    for place in ("a", "b/c"):
+        files |= {f"{place}/{name}": files[name] for name in ("cfg.json", "sae_weights.safetensors")}
+    del files["cfg.json"], files["sae_weights.safetensors"]
+    files |= {"model-00001-of-00002.safetensors": b"x" * 1000, "config.json": b"{}"}
+    with pytest.raises(RunMissing, match="me/saes holds 2 SAEs: choose one of me/saes/a, me/saes/b/c$"):
+        load_sae("me/saes", run.parent)
+    with pytest.raises(RunMissing, match="me/saes/d of the Hugging Face Hub holds no SAE"):
+        load_sae("me/saes/d", run.parent)
+    assert not hub.fetched
+    for name in ("me/saes/a", "me/saes/b"):  # the only one in there
+        assert torch.equal(load_sae(name, run.parent).W_enc, load_sae(run / "topk").W_enc)
+    assert {path.partition("/")[0] for path in hub.fetched} == {"a", "b"}
+
+
+def test_a_transcoder_that_sae_lens_has_a_form_for_is_loaded_there(hub, run, push):
+    config = json.loads((run / "topk/cfg.json").read_text())
+    (run / "topk/cfg.json").write_text(json.dumps(config | {"architecture": "skip_transcoder"}))
+    push()
+    card = hub.files("me/saes")["README.md"].decode()
+    assert "SAE.load_from_disk(folder)" in card and "no architecture" not in card
 
 
 def test_the_card_says_what_it_is_and_how_well_it_does(hub, push):
