@@ -115,14 +115,15 @@ function attendedFrom(attention, at, layer) {
 // ---------------------------------------------------------------- notes
 
 const KEY = () => `saemill:${run.cache_id}:${run.run}`;
-let notes = {};
+let notes = Object.create(null), isKept = true; // not kept, they are of this page alone
 function readNotes() {
-  try { notes = checkedNotes(JSON.parse(localStorage.getItem(KEY()) ?? "{}")); } catch { notes = {}; }
+  // Anew before each change: another tab may have written.
+  if (isKept) try { notes = checkedNotes(JSON.parse(localStorage.getItem(KEY()) ?? "{}")); } catch { /* what is here stays */ }
 }
 function checkedNotes(value) {
-  const found = {};
+  const found = Object.create(null); // a label may be called __proto__
   for (const [label, latents] of Object.entries(value ?? {})) {
-    if (typeof latents !== "object" || latents === null) continue;
+    if (typeof latents !== "object" || latents === null || /\p{Cs}/u.test(label)) continue; // half a character stands in no address
     for (const [latent, note] of Object.entries(latents)) {
       if (!/^\d+$/.test(latent) || typeof note !== "object" || note === null) continue;
       const kept = { star: note.star === true, label: typeof note.label === "string" ? note.label.slice(0, 500) : "" };
@@ -133,14 +134,15 @@ function checkedNotes(value) {
 }
 const noteOf = (label, latent) => notes[label]?.[latent] ?? { star: false, label: "" };
 function setNote(label, latent, change) {
+  readNotes();
   const kept = { ...noteOf(label, latent), ...change };
   notes[label] ??= {};
   if (kept.star || kept.label) notes[label][latent] = kept; else delete notes[label][latent];
   saveNotes();
 }
 function saveNotes() {
-  try { localStorage.setItem(KEY(), JSON.stringify(notes)); }
-  catch { say("this browser keeps nothing for pages: export notes before you leave"); }
+  try { localStorage.setItem(KEY(), JSON.stringify(notes)); isKept = true; }
+  catch { isKept = false; say("this browser keeps nothing for pages: export notes before you leave"); }
 }
 let quiet;
 function say(text) {
@@ -185,7 +187,8 @@ function table() {
   const value = (row) => tableSort[0] === "sae" ? row.sae.label : row.facts[tableSort[0]]?.value ?? -Infinity;
   rows.sort((a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0) * tableSort[1]);
   const head = (key, text, meaning) => h("th", { scope: "col", title: meaning, "aria-sort": tableSort[0] === key ? (tableSort[1] > 0 ? "ascending" : "descending") : "none" },
-    h("button", { type: "button", on: { click: () => { tableSort = [key, tableSort[0] === key ? -tableSort[1] : key === "sae" ? 1 : -1]; whole_.replaceWith(table()); } } }, text));
+    h("button", { type: "button", on: { click: () => { tableSort = [key, tableSort[0] === key ? -tableSort[1] : key === "sae" ? 1 : -1]; renew(); } } }, text));
+  const renew = () => { const fresh = table(); whole_.replaceWith(fresh); fresh.querySelector("th:not([aria-sort=none]) button").focus(); }; // a keyboard goes on where it was
   const cell = (key, fact) => {
     const shown = fact?.value ?? null;
     const text = ["alive", "dense"].includes(key) && shown !== null ? share(shown) : key === "width" ? whole(shown) : number(shown, 4);
@@ -206,7 +209,7 @@ function charts() {
     chosenY = choices.find(([key]) => key === chosenY)?.[0] ?? choices[0][0];
     const [, name] = choices.find(([key]) => key === chosenY);
     const points = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), x: facts(sae).l0.value, y: facts(sae)[chosenY]?.value, low: facts(sae)[chosenY]?.low, high: facts(sae)[chosenY]?.high })).filter((point) => point.x > 0 && Number.isFinite(point.y));
-    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Sparsity and fidelity"), chooser("fidelity", choices, chosenY, (key) => { chosenY = key; draw(); })), points.length ? scatter(points, ["L0 (active latents a token)", name]) : h("p", { class: "quiet" }, "no numbers"));
+    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Sparsity and fidelity"), chooser("fidelity", choices, chosenY, (key) => { chosenY = key; draw(); box.querySelector("select").focus(); })), points.length ? scatter(points, ["L0 (active latents a token)", name]) : h("p", { class: "quiet" }, "no numbers"));
   };
   draw();
   return h("div", { class: "pair" }, box, curvesCard());
@@ -218,7 +221,7 @@ function curvesCard() {
   const draw = () => {
     chosenCurve = names.includes(chosenCurve) ? chosenCurve : names[0];
     const series = run.saes.map((sae, place) => ({ name: sae.label, colour: colourOf(place), dash: dashOf(place), curve: numbers.saes?.[sae.label]?.curves?.[chosenCurve] })).filter((one) => one.curve).map((one) => ({ ...one, x: one.curve[0], y: one.curve[1] }));
-    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Training"), names.length > 0 && chooser("curve", names.map((name) => [name, name.replaceAll("_", " ")]), chosenCurve, (name) => { chosenCurve = name; draw(); })),
+    box.replaceChildren(h("div", { class: "row-of between" }, h("h2", {}, "Training"), names.length > 0 && chooser("curve", names.map((name) => [name, name.replaceAll("_", " ")]), chosenCurve, (name) => { chosenCurve = name; draw(); box.querySelector("select").focus(); })),
       series.length ? lines(series, ["step", chosenCurve.replaceAll("_", " "), chosenCurve === "loss" ? "log" : ""]) : h("p", { class: "quiet" }, "The run's folder has no log of its training."));
   };
   draw();
@@ -238,20 +241,23 @@ function densities() {
 
 // ---------------------------------------------------------------- list
 
-let rows, inner, pool = [], split, detail, selecting = 0;
+let rows, inner, pool = [], split, detail, selecting = 0, visits = 0;
 
 async function showSae(label, latent, window_) {
   const sae = run.saes.find((one) => one.label === label);
   if (!sae) return showMissing(`There is no SAE ${label} in this run.`);
-  const isNew = state.sae !== sae || !split?.isConnected;
+  const mine = visits;
+  if (state.sae !== sae) state.order = null; // it is of the list before
   state.sae = sae;
   const found = await columnsOf(sae);
-  if (state.sae !== sae) return;
+  if (mine !== visits) return;
+  const isNew = !split?.isConnected || split.dataset.sae !== label;
   if (isNew) {
-    Object.assign(state, { mark: "all", filter: "all", hits: null });
+    Object.assign(state, { mark: "all", filter: "all", hits: null, order: null });
     buildList(sae, found);
-    await arrange();
   }
+  while (!state.order && mine === visits) await arrange(); // again, where the query changed while it was searched for
+  if (mine !== visits) return;
   split.dataset.shows = latent === null ? "list" : "latent";
   document.title = latent === null ? `${label}: latents` : `${label} ${latent}`;
   if (latent === null) {
@@ -273,7 +279,7 @@ function buildList(sae, found) {
   const head = (key, text, meaning) => h("button", { type: "button", "data-key": key, title: meaning, on: { click: () => sortBy(key) } }, text);
   const filters = [["all", "all latents"], ["alive", "that fire"], ["dead", "dead"], ["dense", "dense"], ["sparse", "not dense"], ["starred", "starred"], ["labelled", "labelled"]];
   const marks = found.mark === null ? [] : [...new Set(found.marks[found.mark])].sort((a, b) => a - b);
-  split = h("div", { class: `split ${found.mark ? "has-mark" : ""}`, "data-shows": "list" },
+  split = h("div", { class: `split ${found.mark ? "has-mark" : ""}`, "data-shows": "list", "data-sae": sae.label },
     h("section", { class: "list", "aria-label": `latents of ${sae.label}` },
       h("div", { class: "list-top" }, h("div", { class: "row-of between" },
         chooser("which latents", filters, state.filter, (key) => { state.filter = key; arrange(); }),
@@ -296,8 +302,9 @@ function sortBy(key) {
 
 async function arrange() {
   const { sae } = state, found = columns.get(sae.folder), query = state.query.trim();
+  if (!found) return; // it is still read, and arranged then
   const hits = query ? await search(sae, found, query) : null;
-  if (state.sae !== sae || state.query.trim() !== query) return;
+  if (state.sae !== sae || state.query.trim() !== query || !split?.isConnected) return;
   state.hits = hits;
   const chosen = [];
   const noted = notes[sae.label] ?? {};
@@ -370,7 +377,7 @@ function drawRows() {
 }
 
 function revealSelected() {
-  const place = state.latent === null ? -1 : state.order.indexOf(state.latent);
+  const place = state.order?.indexOf(state.latent) ?? -1;
   if (place < 0 || !rows?.isConnected) return;
   const top = place * LIST_ROW;
   if (top < rows.scrollTop || top + LIST_ROW > rows.scrollTop + rows.clientHeight) rows.scrollTop = Math.max(0, top - rows.clientHeight / 2);
@@ -503,11 +510,22 @@ function title(sae, latent, found) {
       h("button", { type: "button", title: "copy a link to this latent", on: { click: copyLink } }, "link")));
 }
 function toggleStar() {
-  const star = !noteOf(state.sae.label, state.latent).star;
-  setNote(state.sae.label, state.latent, { star });
+  setNote(state.sae.label, state.latent, { star: !noteOf(state.sae.label, state.latent).star });
+  drawNote();
+}
+function drawNote() {
+  const { star, label } = noteOf(split.dataset.sae, detail.dataset.latent), own = $("own-label");
   $("star").textContent = star ? "\u2605 starred" : "\u2606 star";
   $("star").setAttribute("aria-pressed", star);
+  if (own !== document.activeElement) own.value = label;
   drawRows();
+}
+function renote(event) { // another tab wrote
+  if (event.key !== KEY()) return;
+  readNotes();
+  if ($("star")) drawNote();
+  else if ($("notes-file")) showNotes();
+  else drawRows();
 }
 async function copyLink() {
   const address = location.href.split("#")[0] + link(state.sae.label, state.latent);
@@ -617,7 +635,7 @@ function drawExample(example) {
     span.dataset.at = at;
     if (value) { span.className = "on"; span.style.setProperty("--a", (.06 + .94 * value) * HEAT_MOST); }
     if (at === example.at) span.classList.add("hit");
-    if (marks[at] & 1) span.classList.add("out");
+    if (marks[at] & 1 && value === undefined) span.classList.add("out");
     if (marks[at] & 2) span.classList.add("begin");
     spans.push(span);
   }
@@ -687,7 +705,7 @@ function exampleKeys(event) {
 
 function point(example, at, span) {
   const place = example.positions.indexOf(at), text = texts[example.text.tokens[at]], tip = $("tip");
-  const activation = example.text.marks[at] & 1 ? "left out: special, or an outlier" : place < 0 ? "does not fire" : `activation ${number(at === example.at ? example.peak : example.levels[place] / 65535 * example.highest)}`;
+  const activation = place >= 0 ? `activation ${number(at === example.at ? example.peak : example.levels[place] / 65535 * example.highest)}` : example.text.marks[at] & 1 ? "left out by some SAE: special, or an outlier" : "does not fire";
   const lines_ = [h("div", {}, h("code", {}, spaced(brief(text, 300))), ` at ${at}`), h("div", { class: "big" }, activation)];
   if (example.attention && state.layer !== -1) {
     const seen = attendedFrom(example.attention, at, state.layer).slice(0, 4);
@@ -768,6 +786,7 @@ async function importNotes(event) {
     const given = JSON.parse(await event.target.files[0].text());
     if (given.saemill_notes !== 1) throw new Error("this is no file of notes");
     if (given.cache_id !== run.cache_id) throw new Error("these notes are of SAEs of another store");
+    readNotes();
     for (const [label, latents] of Object.entries(checkedNotes(given.notes))) for (const [latent, note] of Object.entries(latents)) notes[label] = { ...notes[label], [latent]: note };
     saveNotes();
     showNotes();
@@ -784,13 +803,14 @@ function showMissing(text) {
 
 async function route() {
   $("tip").hidden = true;
+  const mine = ++visits;
   const parts = location.hash.replace(/^#\/?/, "").split("/").filter(Boolean).map((part) => { try { return decodeURIComponent(part); } catch { return part; } });
   try {
     if (!parts.length) showOverview();
     else if (parts[0] === "notes") showNotes();
     else if (parts[0] === "sae" && parts[1]) await showSae(parts[1], parts[2] === undefined ? null : /^\d+$/.test(parts[2]) ? Number(parts[2]) : -1, parts[3] !== undefined && /^\d+$/.test(parts[3]) ? Number(parts[3]) : null);
     else showMissing(`There is no page ${parts.join("/")}.`);
-  } catch (error) { showMissing(error.message); }
+  } catch (error) { if (mine === visits) showMissing(error.message); }
   $("sae").value = state.sae?.label ?? "";
   $("search").placeholder = `number, token or text${state.sae || run.saes.length < 2 ? "" : ` in ${brief(run.saes[0].label, 20)}`}`; // where typing leads
 }
@@ -809,7 +829,7 @@ function step(by) {
 function keys(event) {
   const isWriting = event.target.matches?.("input, textarea, select");
   if (event.key === "Escape") { $("tip").hidden = true; if (event.target === $("search")) { event.target.value = ""; find(); } event.target.blur?.(); return; }
-  if (event.target === $("search") && (event.key === "Enter" || event.key === "ArrowDown") && state.order?.length) { event.preventDefault(); event.target.blur(); go(link(state.sae.label, state.order[0])); rows.focus(); return; }
+  if (event.target === $("search") && (event.key === "Enter" || event.key === "ArrowDown") && state.sae) { event.preventDefault(); openFirst(); return; }
   if (isWriting || event.altKey || event.ctrlKey || event.metaKey || $("keys")?.open) return;
   const inList = state.sae !== null;
   if (event.key === "/") { event.preventDefault(); $("search").focus(); $("search").select(); }
@@ -840,6 +860,16 @@ function find() {
     if (state.sae) arrange();
   }, 120);
 }
+async function openFirst() {
+  const { sae } = state, typed = $("search").value;
+  clearTimeout(waits);
+  state.query = typed;
+  await arrange();
+  if (state.sae !== sae || $("search").value !== typed || !state.order?.length) return;
+  $("search").blur();
+  go(link(sae.label, state.order[0]));
+  rows.focus();
+}
 
 async function begin() {
   document.addEventListener("theme", () => {
@@ -863,6 +893,7 @@ async function begin() {
   $("help").addEventListener("click", showKeys);
   document.addEventListener("keydown", keys);
   window.addEventListener("hashchange", route);
+  window.addEventListener("storage", renote);
   window.addEventListener("resize", drawRows);
   document.addEventListener("scroll", () => { $("tip").hidden = true; }, true);
   await route();

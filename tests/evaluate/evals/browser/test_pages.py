@@ -148,6 +148,18 @@ def test_the_overview_sorts_and_draws(site, open_page):
     wait(page, "location.hash === '#/sae/first' && document.querySelector('#found')?.textContent.includes('found')")
 
 
+def test_what_the_overview_draws_anew_keeps_the_keyboard_where_it_was(site, open_page):
+    page = open_page(site.home)
+    for _ in range(2):
+        page.locator("#saes th button").nth(1).focus()
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement === document.querySelectorAll('#saes th button')[1]")
+    for name in ("fidelity", "curve"):
+        page.get_by_label(name, exact=True).focus()
+        page.get_by_label(name, exact=True).dispatch_event("change")
+        assert page.evaluate("document.activeElement.ariaLabel") == name
+
+
 def test_points_that_are_near_have_numbers_below_and_names_beside_them(site, open_page):
     page = open_page(site.home)
     hidden = page.evaluate(
@@ -206,6 +218,75 @@ def test_the_list_sorts_filters_and_searches(site, open_page):
     assert listed(page) == list(range(24))
 
 
+def hold(page, name):
+    """What is asked for by this name comes only after `release[name]()`."""
+    page.evaluate(
+        """(name) => {
+          const quick = load, released = new Promise((go) => { (window.release ??= {})[name] = go; });
+          load = async (asked) => { if (asked === name) await released; return quick(asked); };
+        }""",
+        name,
+    )
+
+
+def test_a_search_typed_on_the_overview_waits_for_the_sae(site, open_page):
+    page = open_page(site.home)
+    hold(page, "sae_first/columns")
+    hold(page, "text/0")
+    page.locator("#search").press_sequentially("wor", delay=150)  # longer than a search waits for the next letter
+    wait(page, "state.query === 'wor'")
+    page.evaluate("release['sae_first/columns']()")
+    page.wait_for_selector("[aria-label='latents of first']")
+    page.locator("#search").press_sequentially("d30", delay=150)  # while what stood there before is searched for
+    wait(page, "state.query === 'word30'")
+    page.evaluate("release['text/0']()")
+    wait(page, "document.querySelector('#found')?.textContent.includes('in an example')")
+    assert page.evaluate("state.order.every((latent) => state.hits.score[latent] > 0)")
+    page.wait_for_selector(f"#detail[data-latent='{listed(page)[0]}']")
+
+
+def test_an_sae_that_still_searches_leaves_the_one_chosen_after_it_alone(site, open_page):
+    page = open_page(site.home, "#/sae/second")
+    page.locator("#search").fill("word30")
+    wait(page, "document.querySelector('#found')?.textContent.includes('in an example')")
+    hold(page, "sae_first/places/0")
+    page.locator("#sae").select_option("first")
+    page.wait_for_selector("[aria-label='latents of first']")
+    page.locator("#sae").select_option("second")
+    page.wait_for_selector("[aria-label='latents of second'] ~ [data-latent]")
+    page.evaluate("release['sae_first/places/0']()")
+    page.wait_for_timeout(100)
+    assert page.title().startswith("second")
+    assert page.locator("#detail h1").inner_text().startswith(f"{listed(page)[0]} ")
+
+
+def test_enter_opens_what_was_typed_and_nothing_of_another_list(site, open_page):
+    page = open_page(site.home, "#/sae/first")
+    page.wait_for_selector("#detail[data-latent]")
+    page.keyboard.press("o")
+    page.wait_for_selector("#saes")
+    page.keyboard.press("/")
+    page.keyboard.press("Enter")
+    assert page.locator("#saes").is_visible()
+    page.keyboard.press("Escape")
+    page.goto(page.url.split("#")[0] + "#/sae/first")
+    page.wait_for_selector("#detail[data-latent]")
+    page.keyboard.press("/")
+    page.keyboard.type("7")
+    page.keyboard.press("Enter")  # before it is searched for
+    page.wait_for_selector("#detail[data-latent='7']")
+    assert page.url.endswith("#/sae/first/7")
+    page.evaluate("columns.delete('sae_second')")  # as if nothing had asked for them yet
+    hold(page, "sae_second/columns")
+    page.locator("#sae").select_option("second")
+    wait(page, "state.sae.label === 'second'")
+    page.keyboard.press("/")
+    page.keyboard.press("Enter")
+    page.evaluate("release['sae_second/columns']()")
+    page.wait_for_selector("[aria-label='latents of second'] ~ [data-latent]")
+    assert page.url.endswith("#/sae/second")
+
+
 def examples(site):
     """Window and position of every kept example, by latent, as they lie on disk."""
     found = write_pages.read_data(site.home / "browser", "sae_first/places/0")
@@ -239,6 +320,23 @@ def test_a_latent_shows_values_on_hover_and_more_text_on_a_click(site, open_page
     headings = set(page.locator("#examples h3").all_inner_texts())
     assert {"Strongest", "Random firings", "Just above the threshold"} <= headings
     assert page.locator("svg[aria-label='histogram of activations'] rect").count() > 1
+
+
+def test_what_another_sae_leaves_out_still_shows_where_this_one_fires(site, open_page):
+    page = open_page(site.home, f"#/sae/first/{int(site.acts.max((0, 1)).argmax())}")
+    page.wait_for_selector(".ex")
+    seen = page.evaluate(
+        """[".hit", "[data-at]:not(.on)"].map((which) => {
+          const [one] = shown, at = Number(one.line.querySelector(which).dataset.at);
+          one.text.marks[at] |= 1;
+          drawExample(one);
+          const span = one.line.querySelector(`[data-at="${at}"]`);
+          point(one, at, span);
+          return [document.querySelector("#tip .big").textContent, span.classList.contains("out")];
+        })"""
+    )
+    assert seen[0][0].startswith("activation ") and not seen[0][1]
+    assert seen[1] == ["left out by some SAE: special, or an outlier", True]
 
 
 def test_it_shows_what_the_model_looked_back_at(site, open_page):
@@ -315,6 +413,36 @@ def test_notes_are_kept_exported_and_imported(site, open_page, tmp_path):
     (tmp_path / "bad.json").write_text("[1")
     other.locator("#notes-file").set_input_files(tmp_path / "bad.json")
     other.wait_for_selector("text=not imported")
+
+
+def test_two_tabs_keep_each_others_notes(site, open_page):
+    page = open_page(site.home, "#/sae/first/3")
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.wait_for_selector("#star")
+    page.keyboard.press("s")
+    wait(other, "document.querySelector('#star').ariaPressed === 'true'")
+    other.evaluate("notes = Object.create(null)")  # as if the word of it were still on its way
+    other.locator("#own-label").fill("greetings")
+    other.keyboard.press("Tab")
+    wait(page, "document.querySelector('#own-label').value === 'greetings'")
+    kept = json.loads(page.evaluate("localStorage.getItem(KEY())"))
+    assert kept == {"first": {"3": {"star": True, "label": "greetings"}}}
+
+
+def test_hostile_notes_change_nothing_and_lock_nobody_out(site, open_page, tmp_path):
+    page = open_page(site.home, "#/notes")
+    label = {"1": {"star": True, "label": "x"}}
+    notes = {"\ud800": label, "__proto__": label, "first": label}
+    about = {"saemill_notes": 1, "cache_id": page.evaluate("run.cache_id"), "notes": notes}
+    (tmp_path / "notes.json").write_text(json.dumps(about))
+    page.locator("#notes-file").set_input_files(tmp_path / "notes.json")
+    page.wait_for_selector("text=notes imported")
+    assert page.evaluate("({})[1]") is None
+    page.evaluate("localStorage.setItem(KEY(), JSON.stringify({'\\ud800': {1: {star: true}}, ...notes}))")  # of before
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert page.locator("table a").all_inner_texts() == ["\u2605 __proto__ 1", "\u2605 first 1"]
 
 
 def test_hostile_text_is_text(site, open_page):
