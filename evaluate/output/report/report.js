@@ -4,11 +4,12 @@
 W = 340; H = 170;
 const FIRST = ["loss", "explained_variance", "l0", "dead_share"], AXIS = ["tokens"], AGAIN_MS = 5000;
 const SAID = { l0: "L0", l1: "L1", lr: "learning rate" };
-let data, isApart = false;
+let data, isApart = false, chosen = new Map(); // chosen steps, by chart
 const off = new Set();
 
 function saemill(fresh) {
-  if (fresh.ended) location.reload(); else draw(fresh);
+  if (fresh.ended) location.reload();
+  else if (fresh.course.written !== data.course.written) draw(fresh);
 }
 
 function again() {
@@ -52,6 +53,7 @@ function series(group, metric) {
 function draw(fresh) {
   data = fresh;
   const focused = document.activeElement?.closest?.("[data-keep]")?.dataset.keep;
+  chosen = new Map([...document.querySelectorAll("[data-keep][data-step]")].map((chart) => [chart.dataset.keep, Number(chart.dataset.step)]));
   const all = groups(), shown = all.filter((group) => !off.has(group.name));
   $("live").replaceChildren(...[progress(), all.length && training(all, shown), compared(shown)].filter(Boolean));
   said();
@@ -98,7 +100,7 @@ function training(all, shown) {
 function curve(name, part, found) {
   const values = found.flatMap((one) => one.y), isWide = Math.min(...values) > 0 && Math.max(...values) > 20 * Math.min(...values);
   const own = part && name.includes("/") ? name.slice(part.length + 1) : name, title = SAID[own] ?? own.replaceAll("_", " ");
-  const drawn = lines(found, ["step", isWide ? "logarithmic" : "", isWide ? "log" : ""]), chart = drawn.firstChild;
+  const drawn = lines(found, ["step", isWide ? "logarithmic" : "", isWide ? "log" : ""], chosen.get(name)), chart = drawn.firstChild;
   chart.setAttribute("aria-label", `${name} by step`);
   chart.dataset.keep = name;
   return h("div", {}, h("h3", {}, title), drawn);

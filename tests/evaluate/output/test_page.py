@@ -255,6 +255,25 @@ def test_seeds_are_a_band_and_a_chart_is_read_by_keys(live, open_report):
     assert page.locator("[data-keep=l0]").locator("xpath=ancestor::div/h3").inner_text() == "L0"
 
 
+def test_what_is_read_at_a_chart_stays_while_the_run_trains(live, open_report):
+    page = open_report(live)
+    page.locator("[data-keep=loss]").focus()
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowLeft")
+    said = page.locator(".chart", has=page.locator("[data-keep=loss]")).locator(".readout")
+    before = said.inner_text()
+    page.evaluate("document.activeElement.isOld = true")
+    page.evaluate("saemill(structuredClone(data))")  # nothing new was written
+    assert page.evaluate("document.activeElement.isOld") and said.inner_text() == before
+    log(live, range(10, 30))
+    write_live_page(live, read_records([live]), 5.0)
+    page.evaluate("again()")
+    page.wait_for_selector("progress[value='30']")
+    assert said.inner_text() == before and before.startswith("step 8:")
+    page.keyboard.press("ArrowRight")
+    assert said.inner_text().startswith("step 9:")
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_the_page_can_be_read_in_light_and_dark(live, open_report, contrasts, theme):
     live.write_result({"steps": 40, "saes": {"wide": {"l0": 16.0, "explained_variance": 0.625}}})

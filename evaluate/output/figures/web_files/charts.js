@@ -124,8 +124,9 @@ function scatter(points, names) {
   return chart;
 }
 
-// Each of `series` has a name, a colour, x and y; of several seeds y is the median, low and high the range.
-function lines(series, names) {
+// Each of `series` has a name, a colour, x and y; of several seeds y is the median, low and high the range. `chosen` is
+// the step that is read at first, if any.
+function lines(series, names, chosen) {
   const log = names[2] === "log";
   const x = axis(series.flatMap((one) => one.x), false), y = axis(series.flatMap((one) => [...one.y, ...one.low ?? [], ...one.high ?? []]), log);
   const { chart, px, py } = frame(x, y, names, `${names[1]} by ${names[0]}`);
@@ -142,17 +143,17 @@ function lines(series, names) {
     line.append(s("title", {}, one.name));
     chart.append(line);
   }
-  return readable(chart, series, px, names[0]);
+  return readable(chart, series, px, names[0], chosen);
 }
 
-// What a chart says at a step: under the pointer, or by the arrow keys.
-function readable(chart, series, px, unit) {
+// What a chart says at a step: under the pointer, or by the arrow keys. A chart drawn anew is given `data-step` of the old.
+function readable(chart, series, px, unit, chosen) {
   const steps = [...new Set(series.flatMap((one) => one.x))].sort((a, b) => a - b);
   const cross = s("line", { class: "cross", y1: 8, y2: H }), readout = h("p", { class: "readout", "aria-live": "polite" });
   let at = -1;
   const show = (place) => {
     at = Math.max(0, Math.min(steps.length - 1, place));
-    const step = steps[at];
+    const step = chart.dataset.step = steps[at];
     for (const side of ["x1", "x2"]) cross.setAttribute(side, px(step));
     cross.style.visibility = "visible";
     readout.textContent = `${unit} ${whole(step)}: ` + series.map((one) => {
@@ -161,10 +162,11 @@ function readable(chart, series, px, unit) {
       return `${brief(one.name, 30)} ${number(one.y[here], 4)}${one.low ? ` (${number(one.low[here])} to ${number(one.high[here])})` : ""}`;
     }).filter((text) => text !== null).join(", ");
   };
-  const hide = () => { at = -1; cross.style.visibility = "hidden"; readout.textContent = ""; };
-  const nearest = (event) => {
-    const box = chart.getBoundingClientRect(), wanted = (event.clientX - box.left) / box.width * W;
-    return steps.reduce((best, step, place) => Math.abs(px(step) - wanted) < Math.abs(px(steps[best]) - wanted) ? place : best, 0);
+  const hide = () => { at = -1; delete chart.dataset.step; cross.style.visibility = "hidden"; readout.textContent = ""; };
+  const nearest = (wanted) => steps.reduce((best, step, place) => Math.abs(px(step) - wanted) < Math.abs(px(steps[best]) - wanted) ? place : best, 0);
+  const follow = (event) => {
+    const box = chart.getBoundingClientRect();
+    show(nearest((event.clientX - box.left) / box.width * W));
   };
   const keys = (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
@@ -175,7 +177,8 @@ function readable(chart, series, px, unit) {
   };
   chart.append(cross);
   chart.setAttribute("tabindex", "0");
-  for (const [event, act] of Object.entries({ pointermove: (event) => show(nearest(event)), pointerleave: hide, blur: hide, keydown: keys })) chart.addEventListener(event, act);
+  for (const [event, act] of Object.entries({ pointermove: follow, pointerleave: hide, blur: hide, keydown: keys })) chart.addEventListener(event, act);
+  if (chosen !== undefined) show(nearest(px(chosen)));
   return h("div", { class: "chart" }, chart, readout);
 }
 const chooser = (label, choices, chosen, act) => h("select", { "aria-label": label, on: { change: (event) => act(event.target.value) } }, choices.map(([key, text]) => h("option", { value: key, selected: key === chosen }, text)));
