@@ -71,7 +71,7 @@ def wait_for(device: torch.device) -> None:
 @click.option("--k", default=32, show_default=True)
 @click.option("--rows", default=2048, show_default=True, help="Tokens of a batch.")
 @click.option("--steps", default=20, show_default=True, help="In a round.")
-@click.option("--pool-tokens", type=int, help="Of the shuffle pool.  [default: 16 batches, less than a round: rounds read]")
+@click.option("--pool-tokens", type=int, help="Of the shuffle pool.  [default: 16 batches, so that rounds read]")
 @click.option("--rounds", default=ROUNDS, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)

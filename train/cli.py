@@ -39,11 +39,12 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
         return None
     may_be_fleet = option.name != "tokens" and "," in text  # `--k 16,128` is two wishes, not 16 thousand latents
     value = None if may_be_fleet else parse_value(digits_of(text))
-    is_whole = value.is_integer() if isinstance(value, float) else type(value) is int
-    if not is_whole:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int:
         advice = f": a fleet is --grid {option.name}={text}" if may_be_fleet else ""
         raise click.BadParameter(f"expected a number like 50M, 16k or 4096, found {text!r}{advice}")
-    return int(value)
+    return value
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
