@@ -92,11 +92,15 @@ class Score:
     validation_l0: float
 
     def is_on_target(self, wanted: float) -> bool:
-        return abs(self.l0 - wanted) <= OFF * wanted
+        return is_near(self.l0, wanted)
 
     def worth(self, wanted: float) -> tuple[bool, float]:
         """What decides between rates: validation text alone."""
-        return abs(self.validation_l0 - wanted) <= OFF * wanted, self.validation
+        return is_near(self.validation_l0, wanted), self.validation
+
+
+def is_near(l0: float, wanted: float) -> bool:
+    return abs(l0 - wanted) <= OFF * wanted
 
 
 def rows_read_by(variant: str) -> str:

@@ -139,16 +139,16 @@ def _site_of(name: str, given: int | None) -> Site:
     if name.endswith("blocks.0.hook_resid_pre"):
         raise ImportInvalid(f"{name} is the embedding, before the first layer: a store has no place for it")
     found = site_named(name)
-    if found is not None and given not in (None, found.layer):
+    if found is None:
+        if given is None:
+            raise ImportInvalid(
+                f"cannot tell from the name {name!r} what of the model these activations are: give --layer L where "
+                "they are the residual stream after layer L"
+            )
+        return Site(RESID, given)
+    if given not in (None, found.layer):
         raise ImportInvalid(
             f"expected --layer {found.layer}, as {name} is {found}, found --layer {given}: leave --layer out, which is "
             "for columns whose names say no place"
-        )
-    if found is None and given is not None:
-        return Site(RESID, given)
-    if found is None:
-        raise ImportInvalid(
-            f"cannot tell from the name {name!r} what of the model these activations are: give --layer L where they "
-            "are the residual stream after layer L"
         )
     return found

@@ -80,7 +80,7 @@ def read_lines(
             values["ms_per_step"] = None if seconds is None else 1e3 * seconds
             values["state_mb"] = None if size is None else size / 1e6
         model = None
-        remarks = [f"a warm-up or onset of {asked} steps took {given}" for asked, given in sae.get("cut_short", ())]
+        remarks = [f"a warm-up or onset of {wanted} steps took {given}" for wanted, given in sae.get("cut_short", ())]
         problems = [] if result["steps"] > 0 else ["it made no step"]
         if label in at_half["saes"] and not is_half:
             problems.append(

@@ -39,6 +39,7 @@ SAVED = 2  # the format of what is saved
 WORKERS = 2  # at the most: each holds a batch with its codes
 EVERY, SHARE = 30, 20  # seconds from one save to the next at the least, and how many times what the last one took
 LEFT_OUT, BEGINS = 1, 2  # of a token, as bits: some SAE is not asked about it; it begins a document
+CodesBySae = Mapping[LoadedSae, Sequence[Codes]]
 
 
 def read(
@@ -54,15 +55,15 @@ def read(
     gathering = Gathering(context, subjects, config, sum(windows.values()), folder, words)
     done = gathering.go_on()
 
-    def encode(batch: Windows) -> dict[LoadedSae, tuple[Codes, ...]]:
+    def encode(batch: Windows) -> CodesBySae:
         return {subject: encode_codes(subject, batch) for subject in subjects}
 
-    def sort(batch: Windows, codes: Future[dict[LoadedSae, tuple[Codes, ...]]]) -> None:
+    def sort(batch: Windows, codes: Future[CodesBySae]) -> None:
         rows = {subject: ordinary_rows(context, subject, batch) for subject in subjects}
         gathering.add(batch, rows, codes.result())
 
     with side_by_side(context.device, subjects) as (workers, pool):
-        encoding: deque[tuple[Windows, Future[dict[LoadedSae, tuple[Codes, ...]]]]] = deque()
+        encoding: deque[tuple[Windows, Future[CodesBySae]]] = deque()
         for split, count in windows.items():
             title, size, first = f"browser, {split} split", config.batch_windows, min(done, count)
             done -= first
@@ -117,7 +118,7 @@ class Gathering:
         self._total, self._say, self._saved = windows, context.say, folder.saved
         self._save_at = time.monotonic() + EVERY
 
-    def add(self, batch: Windows, rows: Mapping[LoadedSae, Tensor], codes: Mapping[LoadedSae, Sequence[Codes]]) -> None:
+    def add(self, batch: Windows, rows: Mapping[LoadedSae, Tensor], codes: CodesBySae) -> None:
         """The next batch: which rows count, and the codes of its kept tokens."""
         place = Batch.of(batch, self._windows, is_sampled=self._batches % self._every == 0)
         self._tokens.append(self._words.meet(batch.tokens.cpu().numpy()))

@@ -24,8 +24,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """x W^T + b for x [..., D] and W [F, D]; the gradient is torch's own."""
     if not _is_for_onednn(x, W):
         return functional.linear(x, W, b)
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
-    return result
+    return _by_onednn(x, W, b)
 
 
 def packed(W: Tensor) -> Tensor:
@@ -40,7 +39,11 @@ def linear_packed(x: Tensor, packed_W: Tensor, b: Tensor) -> Tensor:
     """x W^T + b in the type of all three, without gradient."""
     if not packed_W.is_mkldnn:
         return functional.linear(x, packed_W, b)
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed_W, b, "none", [], "")
+    return _by_onednn(x, packed_W, b)
+
+
+def _by_onednn(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
     return result
 
 
