@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
@@ -24,6 +24,7 @@ from saemill.train.data.batch import AttentionRows, Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
 from saemill.train.kit.wrapping import build_base
+from saemill.train.sae.kernels.linear import Product
 
 LAYERS = (17, 18, 19, 20)
 KEYS = 16  # of a row of attention, as a harvest keeps them
@@ -61,10 +62,10 @@ def make_attention(generator: torch.Generator, windows: int, context: int) -> At
     return AttentionRows(indptr, kept.nonzero()[:, 3], probs[kept], (probs * kept).sum(-1))
 
 
-def make_pair(base: str, batch: Batch, width: int, sparsity: int) -> dict[str, Trainee]:
+def make_pair(base: str, batch: Batch, width: int, sparsity: int, product: str) -> dict[str, Trainee]:
     """The base, and the same guided; both start where `sparsity` latents fire."""
     cls = config_type("hierarchical")
-    config = cls(base=base, width=width, k=sparsity if base == "topk" else None)
+    config = cls(base=base, width=width, k=sparsity if base == "topk" else None, encoder_product=product)
     d_model = batch.x.shape[1]
     pair = {}
     for name, assembly in (("base", build_base(config, d_model)), ("hierarchical", config.build(d_model))):
@@ -105,10 +106,11 @@ def measure(base: str, settings: dict[str, Any]) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     shape = (settings["windows"], settings["context"], settings["d_model"])
     batch = to_device(make_batch(generator, *shape), torch.device(settings["device"]))
-    pair = make_pair(base, batch, settings["width"], settings["sparsity"])
+    pair = make_pair(base, batch, settings["width"], settings["sparsity"], settings["product"])
     for trainee in pair.values():
         steps(trainee, batch, 3 if batch.x.is_cuda else 1)
-    rows, count, name = batch.x.shape[0], settings["steps"], f"{base}, {settings['sparsity']} active"
+    rows, count = batch.x.shape[0], settings["steps"]
+    name = f"{base}, {settings['sparsity']} active, {settings['product']}"
     jobs = {who: (lambda t=trainee: steps(t, batch, count)) for who, trainee in pair.items()}
     speeds = speeds_of(rows * count, take_turns(settings["rounds"], jobs))
     speed = compare(f"{name}: step", speeds["hierarchical"], speeds["base"], "tok/s", 1 / LONGER, "base")
@@ -132,6 +134,7 @@ def measure(base: str, settings: dict[str, Any]) -> list[Row]:
 @click.option("--windows", default=16, show_default=True)
 @click.option("--context", default=128, show_default=True)
 @click.option("--sparsity", default=32, show_default=True, help="Active latents a token.")
+@click.option("--product", type=click.Choice(get_args(Product)), default="float32", show_default=True)
 @click.option("--rounds", default=ROUNDS, show_default=True)
 @click.option("--steps", default=1, show_default=True, help="In a round.")
 @click.option("--device", default="cpu", show_default=True)

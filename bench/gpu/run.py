@@ -174,12 +174,13 @@ def parts_of(run: Run) -> list[Part]:
     mark = "gpu or either" if device != "cpu" else "not gpu and not slow and not either"
     tests = ["-m", "pytest", "-m", mark, "--timeout", 80, "--maxfail", 20]
     tests += ["-vv", "-p", "no:cacheprovider"]  # against the -q of pyproject.toml: a line for each test, as it ends
+    tests += ["-k", run.asked.matching] if run.asked.matching else []
     tests += ["-p", "no:benchmark"]  # a plugin that warns of xdist, and a warning is an error
     if importlib.util.find_spec("xdist"):  # most of the time is Triton's compiler
         tests += ["-n", min(6, max(1, (os.cpu_count() or 1) // 2))]
     turns = ["--device", device, "--rounds", rounds, "--steps", 2 if small else 24]
     fleet = ["--width", 16384, "--k", 64, "--rows", 4096, "--pool-tokens", 2**16]
-    guided = ["--base", "topk", "--width", 16384, "--windows", 32, "--sparsity", 64]
+    guided = ["--base", "topk", "--width", 16384, "--windows", 32, "--sparsity", 64, "--product", "bfloat16"]
     harvest: list[object] = []
     if small:
         fleet = ["--width", 256, "--k", 8, "--rows", 128, "--pool-tokens", 2**15]
@@ -396,6 +397,7 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--out", type=Path, default=Path("bench-results/gpu"), help="Folder for what comes out.")
     parse.add_argument("--only", help=f"Some of {','.join(PARTS)}; what they need is added.")
+    parse.add_argument("--matching", help="Of the tests, those that pytest's -k chooses by this.")
     parse.add_argument("--total", type=float, default=580, help="Seconds for everything.")
     parse.add_argument("--device", default="cuda")
     parse.add_argument("--rounds", type=int, default=5)

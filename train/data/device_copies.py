@@ -17,11 +17,30 @@ def take_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+class NotRecordable(Exception):
+    """A step does on the host what a replay of its launches would not do again."""
+
+
+def is_recording() -> bool:
+    """Whether this thread's launches are being recorded, and not done."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_recording(why: str) -> None:
+    if is_recording():
+        raise NotRecordable(why)
+
+
+def page_locked(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor from which this device takes without a wait."""
+    return host.pin_memory() if device.type == "cuda" and host.device.type == "cpu" else host
+
+
 def send(host: Tensor, device: torch.device) -> Tensor:
     """A host tensor on the device."""
-    if device.type != "cuda" or host.device.type != "cpu":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    if host.device != device:
+        refuse_recording("it sends numbers of its host")
+    return page_locked(host, device).to(device, non_blocking=device.type == "cuda")
 
 
 def fetch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ class LatentCounters:
     def __init__(self, num_latents: int, device: torch.device) -> None:
         self.tokens_since_fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
         self._listed = torch.zeros(num_latents, dtype=torch.bool, device=device)
-        self._numbers: Tensor | None = None
+        self._numbers = torch.zeros(0, dtype=torch.int64, device=device)
+        self._is_old = True
 
     def dead(self, after_tokens: int) -> Tensor:
         """bool [F], latents that have not fired in the last `after_tokens` tokens."""
@@ -26,13 +27,16 @@ class LatentCounters:
         """Note which latents are dead now, for `listed`, without those that are retired."""
         dead = self.dead(after_tokens)
         self._listed.copy_(dead if retired is None else dead & ~retired)
-        self._numbers = None
+        self._is_old = True
 
     @property
     def listed(self) -> Tensor:
         """int64, the latents that were dead when last noted, in rising order."""
-        if self._numbers is None:
-            self._numbers = self._listed.nonzero().view(-1)
+        if self._is_old:
+            found = self._listed.nonzero().view(-1)
+            # In its old place where it fits: a step that was recorded reads it there.
+            self._numbers = self._numbers.copy_(found) if self._numbers.shape == found.shape else found
+            self._is_old = False
         return self._numbers
 
     @torch.no_grad()
@@ -46,4 +50,4 @@ class LatentCounters:
 
     def after_load(self) -> None:
         """The state was overwritten by a checkpoint's: drop what was derived from it."""
-        self._numbers = None
+        self._is_old = True

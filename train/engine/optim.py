@@ -17,6 +17,7 @@ from torch.optim.adam import adam
 
 from ..errors import ConfigInvalid
 from ..parallel.split_latents import ALL_LATENTS, Latents
+from ..sae.kernels.hardware import reads_at_once, write_numbers
 from ..sae.kernels.row_gradients import RowGradient, RowUpdates, take_rows
 from .schedules import Decay, Product, Schedule, WarmUp
 
@@ -75,10 +76,13 @@ class Optim:
 
 
 class Adam:
-    """Adam over named parameters.
+    """Adam over named parameters; a step is `begin`, `step` and `end`.
 
     `by_row` names tables that are updated row by row, and whether their rows are kept at length one; `split` those
     of which this process holds only the rows of its latents.
+
+    On a GPU `step` does what is the device's alone, and can be recorded: the rate and what else changes from step to
+    step lie there, where `begin` writes them, and `end` counts the steps of the host.
     """
 
     def __init__(
@@ -101,17 +105,45 @@ class Adam:
         self._first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._steps = {name: torch.zeros((), device=p.device) for name, p in self.parameters.items()}
+        self._moved: list[str] = []  # the tables that the last step moved by row
+        self._lr: dict[float, float | Tensor] = {}  # of the step that was begun, by its multiple
+        scales = dict.fromkeys(self._lr_scales.get(name, 1.0) for name in self.parameters)
+        self._numbers: Tensor | None = None
+        first = next(iter(self.parameters.values()), None)
+        if first is not None and not reads_at_once(first):
+            # Four to a row: what a kernel is given begins at a multiple of 16 bytes.
+            self._numbers = torch.zeros(len(scales) + len(self._by_row), 4, device=first.device)
+            self._lr = dict(zip(scales, self._numbers[:, 0], strict=False))
+        self._scales = list(scales)
+
+    def begin(self, lr: float) -> None:
+        """Say the learning rate of the next step."""
+        if self._numbers is None:
+            self._lr = {scale: lr * scale for scale in self._scales}
+            return
+        rows = [(lr * scale, 0.0, 0.0, 0.0) for scale in self._scales]
+        rows += [(*self._row_numbers(name, lr), 0.0, 0.0) for name in self._by_row]
+        write_numbers(self._numbers, rows)
+
+    def end(self) -> None:
+        """Count the step that was taken."""
+        for name in self._moved:
+            self._taken[name] += 1
 
     @torch.no_grad()
-    def step(self, lr: float, frozen: Tensor | None = None) -> Tensor | None:
+    def step(self, frozen: Tensor | None = None) -> Tensor | None:
         """Update every parameter that has a gradient; the norm of all gradients if it is clipped.
 
         Where `frozen` is not zero, nothing moves: on a GPU a loss that is not finite sets
         it, before the host has seen the loss.
         """
-        for name, (updates, is_unit) in self._by_row.items():
-            if updates.gradients or self.parameters[name].grad is not None:
-                self._move_rows(name, updates, is_unit, lr * self._lr_scales.get(name, 1.0), frozen)
+        self._moved = [
+            name
+            for name, (updates, _) in self._by_row.items()
+            if updates.gradients or self.parameters[name].grad is not None
+        ]
+        for name in self._moved:
+            self._move_rows(name, *self._by_row[name], frozen)
         moving = [name for name, p in self.parameters.items() if p.grad is not None and name not in self._by_row]
         if not moving:
             return None
@@ -120,19 +152,27 @@ class Adam:
         scales = [self._lr_scales.get(name, 1.0) for name in moving]
         for scale in dict.fromkeys(scales):
             together = [index for index, own in enumerate(scales) if own == scale]
-            self._move([moving[i] for i in together], [gradients[i] for i in together], lr * scale, divisor, frozen)
+            self._move([moving[i] for i in together], [gradients[i] for i in together], scale, divisor, frozen)
         return norm
 
-    def _move_rows(self, name: str, updates: RowUpdates, is_unit: bool, lr: float, frozen: Tensor | None) -> None:
+    def _row_numbers(self, name: str, lr: float) -> tuple[float, float]:
+        """What the kernel reads of the next step."""
+        from ..sae.kernels.triton.row_update import step_numbers
+
+        if name not in self._taken:
+            self._taken[name] = int(self._steps[name])
+        scaled = lr * self._lr_scales.get(name, 1.0)
+        return step_numbers(scaled, self._beta1, self.settings.beta2, self._taken[name] + 1)
+
+    def _move_rows(self, name: str, updates: RowUpdates, is_unit: bool, frozen: Tensor | None) -> None:
         """One table by the kernel that adds, moves and writes a row at a time."""
         from ..sae.kernels.triton.row_update import AdamStep, update_rows
 
+        assert self._numbers is not None
         table, settings = self.parameters[name], self.settings
-        if name not in self._taken:
-            self._taken[name] = int(self._steps[name])
-        self._taken[name] += 1
+        numbers = self._numbers[len(self._scales) + list(self._by_row).index(name)]
         self._steps[name] += 1 if frozen is None else 1 - frozen
-        if updates.low is None:
+        if updates.low is None and updates.is_low_read:
             updates.low = torch.empty_like(table, dtype=torch.bfloat16)
         dense = _dense_part(table.grad, updates.gradients[1:])
         first = updates.gradients[0] if updates.gradients else None
@@ -140,24 +180,16 @@ class Adam:
             table,
             (self._first[name], self._second[name]),
             None if first is None else (*first.entries(), first.rows.contiguous()),
-            AdamStep(
-                lr,
-                self._beta1,
-                settings.beta2,
-                self._epsilon,
-                settings.weight_decay,
-                self._taken[name],
-            ),
+            AdamStep(numbers, self._beta1, settings.beta2, self._epsilon, settings.weight_decay),
             frozen,
             dense=dense,
             low=updates.low,
             unit=is_unit,
         )
         updates.low_version = table._version
-        updates.gradients.clear()
 
     def _move(
-        self, moving: list[str], gradients: list[Tensor], lr: float, divisor: Tensor | None, frozen: Tensor | None
+        self, moving: list[str], gradients: list[Tensor], scale: float, divisor: Tensor | None, frozen: Tensor | None
     ) -> None:
         """One fused update of parameters that share a learning rate."""
         tables = (self.parameters, self._first, self._second)
@@ -176,7 +208,7 @@ class Adam:
             amsgrad=False,
             beta1=self._beta1,
             beta2=settings.beta2,
-            lr=lr,
+            lr=self._lr[scale],
             weight_decay=settings.weight_decay,
             eps=self._epsilon,
             maximize=False,
@@ -194,6 +226,8 @@ class Adam:
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
             parameter.grad = None
+        for updates, _ in self._by_row.values():
+            updates.gradients.clear()
 
     def after_load(self) -> None:
         """The state was overwritten by a checkpoint's: drop what was derived from it."""

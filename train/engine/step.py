@@ -4,7 +4,8 @@
 2. Every term, weighted and summed; a loss that is not finite stops here.
 3. Backward; gradients averaged over ranks; constraints; Adam; constraints.
 4. Running statistics of the gate and of extras, firing counters, step count.
-`Trainee.step` is these four, in this order.
+`Trainee.step` is these four, in this order; `_work`, from the view on, is all that is done on the device. A GPU may
+have recorded it, and replays it (`replay.py`).
 
 On a GPU no step waits for the device, but for the selection of a dictionary that is split by latents and for the
 batch's largest where processes share its rows: the host looks every LOOK_EVERY steps only. Until then a loss that is
@@ -26,21 +27,24 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..data.device_copies import fetch
+from ..data.device_copies import NotRecordable, fetch, is_recording
 from ..errors import NonFiniteLoss, StateInvalid
 from ..parallel.ranks import Alone, Ranks, Reduction, share_batch
 from ..parallel.split_latents import AllLatents, Latents, SomeLatents
 from ..sae.extra_modules import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
+from ..sae.side_inputs import Side
 from ..sae.step_view import View
 from .assembly import Assembly, cut, require_splittable, split_parameters, split_state
 from .count_dead_latents import LatentCounters
 from .fitted_start import fit_start
 from .optim import Adam
+from .replay import RECORDS, Measured, Replays
 
 LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait
 WIDEST_ROW = 16384  # that is updated row by row: a row is held in the registers of one program
+LOSS, NOTE, LOOKED_AT = "loss of ", "note of ", "looked at: "  # names of what a step tells, before those of terms
 ADDED_LATER = {"latents.listed"}  # entries that older checkpoints may lack
 
 
@@ -49,9 +53,9 @@ class Trace:
     """What the host reads of a step later, where it does not wait for the device."""
 
     step: int
-    losses: Mapping[str, Tensor]
-    is_finite: Tensor  # bool, the loss
-    is_input_finite: Tensor  # bool, the batch
+    losses: Mapping[str, Tensor]  # of the whole batch
+    is_finite: Tensor  # not 0: the loss is
+    is_input_finite: Tensor  # not 0: the batch is
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +129,9 @@ class Trainee:
         self._looks_late = not reads_at_once(self.sae.b_enc)
         self._traces: deque[Trace] = deque(maxlen=LOOK_EVERY)
         self._frozen = torch.zeros((), device=self.device) if self._looks_late else None
+        self._random_state = assembly.generator.get_state()  # at the last step's beginning
+        is_alone = self.ranks.size == 1 and self._latents.is_whole and not extras_of(self.sae)
+        self.replays = Replays(is_alone and self.device.type in RECORDS, self._undo)
 
     def step(self, batch: Batch) -> Report:
         """Train on one batch."""
@@ -137,49 +144,77 @@ class Trainee:
             fit_start(self.assembly, batch, self.total_steps, ranks, self._latents)
         lr = self._lr(self.step_index, self.total_steps)
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
-        view = self._view(batch)
+        knobs = self.assembly.knobs_at(self.step_index, self.total_steps)
+        self.optimiser.begin(lr)
+        measured = self._measured(batch, weights, knobs)
+        self.optimiser.end()
+        ranks = share_batch(self.ranks, batch.x.shape[0])
+        self.step_index += 1
+        return Report(
+            step=self.step_index - 1,
+            tokens=ranks.rows(batch.x.shape[0]),
+            weight=ranks.weight,
+            lr=lr,
+            loss=measured["loss"],
+            terms=_under(LOSS, measured),
+            weights=weights,
+            knobs=knobs,
+            notes=_under(NOTE, measured),
+            l0=measured["l0"],
+            explained_variance=measured["explained_variance"],
+            dead_share=measured["dead_share"],
+            grad_norm=measured.get("grad_norm"),
+        )
+
+    def _measured(self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float]) -> Measured:
+        """What the device does in this step, and what it tells of it."""
+        # What the host decides in `_work`, whose launches can be replayed while it stays the same.
+        key = (*weights.items(), *knobs.items(), self.counters.listed.numel() if self.replays.is_possible else 0)
+        measured = self.replays.take(batch, key, lambda rows: self._work(rows, weights, knobs))
+        if self._looks_late:
+            losses = _under(LOOKED_AT, measured)
+            self._traces.append(Trace(self.step_index, losses, measured["is_finite"], measured["is_input_finite"]))
+        return measured
+
+    def _work(self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float]) -> Measured:
+        view = self._view(batch, knobs)
         ranks = view.side.ranks
         # 2. Losses. What is reported is measured here, before the weights move.
-        random_state = self.assembly.generator.get_state()
+        random_state = self._random_state = self.assembly.generator.get_state()
         # A term of weight zero is not computed: it costs nothing and draws no random numbers.
         losses = {term.name: term.fn(view) for term in self.assembly.terms if weights[term.name] != 0.0}
         own_loss = loss = _weighted_sum(losses, weights)
         if not self._latents.is_whole:
             losses = self._add_parts(losses)
             loss = _weighted_sum(losses, weights)
-        self._require_finite(view, loss, losses, random_state)
+        measured = self._require_finite(view, loss, losses, random_state)
         with torch.no_grad():
             residual = view.residual.reshape(-1)
             unexplained = torch.dot(residual, residual) / view.x.shape[0] / view.stats.variance
-            dead_share = self._latents.sum(view.dead.double().sum()) / self._latents.total
-            l0 = self._latents.sum(view.codes.l0)
+            measured["explained_variance"] = 1.0 - unexplained
+            measured["dead_share"] = self._latents.sum(view.dead.double().sum()) / self._latents.total
+            measured["l0"] = self._latents.sum(view.codes.l0)
         # 3. Gradients and weights. A rank with more rows counts more; alone the weight is 1 and changes no bit.
         if self._reduction is not None:
             self._reduction.begin()
         own_loss.backward(torch.full_like(own_loss, ranks.weight))
-        grad_norm = self._update(lr)
+        grad_norm = self._update()
         # 4. Everybody who keeps statistics is told.
         with torch.no_grad():
             self.sae.gate.observe(view.codes, view.side)
             self.counters.update(ranks.sum(view.codes.fired), ranks.rows(view.x.shape[0]))
             for extra in extras_of(self.sae):
                 extra.observe(view)
-        self.step_index += 1
-        return Report(
-            step=self.step_index - 1,
-            tokens=ranks.rows(view.x.shape[0]),
-            weight=ranks.weight,
-            lr=lr,
-            loss=loss.detach(),
-            terms={name: value.detach() for name, value in losses.items()},
-            weights=weights,
-            knobs=view.side.knobs,
-            notes=dict(view.notes),
-            l0=l0,
-            explained_variance=1.0 - unexplained,
-            dead_share=dead_share,
-            grad_norm=grad_norm,
-        )
+        measured |= {"loss": loss.detach()} | ({} if grad_norm is None else {"grad_norm": grad_norm})
+        measured |= {LOSS + name: value.detach() for name, value in losses.items()}
+        if is_recording() and not torch.equal(self.assembly.generator.get_state(), random_state):
+            raise NotRecordable("it draws random numbers on the host")
+        return measured | {NOTE + name: value for name, value in view.notes.items()}
+
+    def _undo(self) -> None:
+        """What a step has left on the host of which nothing was done on the device."""
+        self.optimiser.zero_grad()
+        self.assembly.generator.set_state(self._random_state)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a bit-exact resume needs, as flat named tensors.
@@ -251,6 +286,7 @@ class Trainee:
                 tensor.copy_(self._latents.own(state[name]) if self._is_part(name) else state[name])
         self.optimiser.after_load()
         self.counters.after_load()
+        self.replays.forget()
         self.assembly.generator.set_state(state["generator"].cpu())
         self.step_index = int(state["step"])
 
@@ -269,13 +305,13 @@ class Trainee:
             values |= dict(zip(parts, self._latents.sum(torch.stack([values[name] for name in parts])), strict=True))
         return values
 
-    def _view(self, batch: Batch) -> View:
+    def _view(self, batch: Batch, knobs: Mapping[str, float]) -> View:
         assembly = self.assembly
         ranks = share_batch(self.ranks, batch.x.shape[0])
         return View(
             x=batch.x,
             target=batch.x if batch.target is None else batch.target,
-            side=assembly.side(batch.side, self.step_index, self.total_steps, ranks, self._latents),
+            side=Side(batch.side, knobs, ranks, self._latents),
             sae=self.sae,
             dead=self.counters.dead(assembly.dead_after_tokens),
             stats=assembly.target_stats,
@@ -298,25 +334,25 @@ class Trainee:
                 losses = {name: float(value) for name, value in trace.losses.items()}
                 raise NonFiniteLoss(trace.step, losses, is_input_finite=bool(is_input_finite))
 
-    def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor], random_state: Tensor) -> None:
-        """Decided on the whole batch, so that all ranks stop or none."""
+    def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor], random_state: Tensor) -> Measured:
+        """Decided on the whole batch, so that all ranks stop or none; what is looked at later, if it is."""
         mean = view.side.ranks.mean
         if self._frozen is not None:
-            losses = {name: mean(value.detach()) for name, value in losses.items()}
             is_finite = mean(loss.detach()).isfinite()
-            self._traces.append(Trace(self.step_index, losses, is_finite, view.x.sum().isfinite()))
-            self._frozen = torch.maximum(self._frozen, (~is_finite).float())
-            return
+            self._frozen.copy_(torch.maximum(self._frozen, (~is_finite).float()))
+            losses = {LOOKED_AT + name: mean(value.detach()) for name, value in losses.items()}
+            return losses | {"is_finite": is_finite, "is_input_finite": view.x.sum().isfinite()}
         if not math.isfinite(float(mean(loss.detach()))):
             self.assembly.generator.set_state(random_state)  # as if the step had not been tried
             raise NonFiniteLoss(self.step_index, {name: float(mean(value.detach())) for name, value in losses.items()})
+        return {}
 
-    def _update(self, lr: float) -> Tensor | None:
+    def _update(self) -> Tensor | None:
         if self._reduction is not None:
             self._reduction.finish()
         for constraint in self._constraints:
             constraint.before_step(self.sae)
-        grad_norm = self.optimiser.step(lr, self._frozen)
+        grad_norm = self.optimiser.step(self._frozen)
         self.optimiser.zero_grad()
         for constraint in self._constraints:
             constraint.after_step(self.sae)
@@ -336,6 +372,10 @@ class Trainee:
             return {}
         is_unit = any(constraint.table_use == "unit decoder" for constraint in self.assembly.constraints)
         return {"W_enc": False, "W_dec": is_unit}
+
+
+def _under(prefix: str, measured: Measured) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in measured.items() if name.startswith(prefix)}
 
 
 def _weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

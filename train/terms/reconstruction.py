@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..sae.kernels.hardware import numbers
+from ..sae.kernels.hardware import constants
 from ..sae.kernels.nested_prefixes import nested_errors
 from ..sae.kernels.products_with_gradients import squared_error
 from ..sae.model import rebuild
@@ -42,7 +42,7 @@ class NestedReconstruction:
 
     def __call__(self, view: View) -> Tensor:
         errors, _ = self._parts(view)
-        return (errors * numbers(self.weights, errors)).sum() / view.stats.variance
+        return (errors * constants(self.weights, errors)).sum() / view.stats.variance
 
     def residual(self, view: View) -> Tensor:
         """What the whole dictionary leaves of the target."""

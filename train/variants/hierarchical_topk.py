@@ -16,7 +16,7 @@ from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..kit.build import require, require_sparsity
 from ..kit.single_layer import settings
-from ..sae.kernels.hardware import numbers
+from ..sae.kernels.hardware import constants
 from ..sae.kernels.nested_prefixes import group_errors
 from ..sae.step_view import View, once
 from . import topk
@@ -39,7 +39,7 @@ class EachBudget:
         codes, sae = view.codes, view.sae
         falling = codes.values.detach().view(codes.num_rows, -1).argsort(dim=1, descending=True, stable=True)
         rank = falling.argsort(dim=1).view(-1)
-        budget_N = torch.bucketize(rank, numbers(self.budgets, rank), right=True)
+        budget_N = torch.bucketize(rank, constants(self.budgets, rank), right=True)
         return group_errors(codes, sae.W_dec, sae.b_dec, view.target, budget_N, len(self.budgets))
 
 

@@ -86,6 +86,7 @@ def shapes_of_kernels(monkeypatch, quick_selection):
         (row_update, update_rows),
     ):
         monkeypatch.setattr(module, kernel.__name__, kernel)
+    hardware._kept.cache_clear()
     monkeypatch.setattr(GradientNoise, "_noise", lambda self, parameter: torch.zeros_like(parameter))  # a GPU's own
 
 
@@ -138,11 +139,12 @@ def move(trainee: Trainee, to: Move) -> None:
     trainee._constraints = [c for c in assembly.constraints if not (by_row and c.table_use == "unit decoder")]
     trainee.optimiser = Adam(dict(sae.named_parameters()), assembly.optim, _lr_scales(sae), by_row)
     trainee.optimiser._taken = dict.fromkeys(by_row, 1)
+    trainee.optimiser._lr = dict.fromkeys(trainee.optimiser._scales, 0.1)  # torch has no fake update of one there
     trainee._traces = deque()
     counters = trainee.counters
-    numbers = counters.listed
+    listed = counters.listed
     counters.tokens_since_fired, counters._listed = to(counters.tokens_since_fired), to(counters._listed)
-    counters._numbers = to(numbers)
+    counters._numbers = to(listed)
 
 
 @pytest.mark.parametrize("case", WANTED)

@@ -42,7 +42,8 @@ def test_steps_are_those_of_the_library(clip_norm, weight_decay, rng):
         for group in library.param_groups:
             group["lr"] = 0.1 / (step + 1)
         library.step()
-        found = optimiser.step(0.1 / (step + 1))
+        optimiser.begin(0.1 / (step + 1))
+        found = optimiser.step()
         assert (found is None) == (norm is None)
         if found is not None and norm is not None:
             torch.testing.assert_close(found, norm)
@@ -55,7 +56,8 @@ def test_a_parameter_without_gradient_keeps_its_value_and_its_count(rng):
     before = parameters["b"].detach().clone()
     optimiser = Adam(dict(parameters.items()), Optim(lr=0.1))
     parameters["a"].grad = torch.ones(5, 3)
-    optimiser.step(0.1)
+    optimiser.begin(0.1)
+    optimiser.step()
     assert torch.equal(parameters["b"], before)
     assert [float(optimiser.state()[f"{name}.steps"]) for name in ("a", "b")] == [1.0, 0.0]
 
@@ -66,7 +68,8 @@ def test_state_is_named_and_holds_the_moments_themselves(rng):
     state = optimiser.state()
     assert sorted(state) == [f"{p}.{s}" for p in "ab" for s in ("first_moment", "second_moment", "steps")]
     gradients(parameters, rng)
-    optimiser.step(0.1)
+    optimiser.begin(0.1)
+    optimiser.step()
     assert float(state["a.second_moment"].sum()) > 0
 
 

@@ -29,7 +29,7 @@ class Codes:
     num_rows: int
     num_latents: int
     pre: Tensor | None = None  # what the values were before their gate, in the same places
-    product: Product = "float32"  # how dense codes are decoded
+    product: Product = "float32"  # how dense codes are decoded, and what gradients of sparse ones gather
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Codes:
         """The same places with changed values; `change` is elementwise."""
@@ -49,7 +49,7 @@ class Codes:
     def decode(self, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
         """values @ W_dec + b_dec: [B, D]."""
         if self.support is not None:
-            return decode_at(self.values, W_dec, b_dec, self.support)
+            return decode_at(self.values, W_dec, b_dec, self.support, self.product)
         return decode_dense(self.values, W_dec, b_dec, self.product)
 
     def dense(self) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from ...data.device_copies import send
+from ...data.device_copies import page_locked, refuse_recording, send
 
 
 @lru_cache
@@ -38,6 +38,22 @@ def numbers(values: Sequence[float], like: Tensor) -> Tensor:
     return send(torch.tensor(values, dtype=like.dtype), like.device)
 
 
+def constants(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers of an SAE that never change, kept for good: a step that is recorded may read them."""
+    return _kept(tuple(values), like.dtype, like.device)
+
+
+@cache
+def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return send(torch.tensor(values, dtype=dtype), device)
+
+
+def write_numbers(there: Tensor, values: Sequence[Sequence[float]]) -> None:
+    """Overwrite a tensor with numbers that the host knows; a GPU's queue is not waited for."""
+    there.copy_(page_locked(torch.tensor(values, dtype=there.dtype), there.device), non_blocking=True)
+
+
 class StepCount:
     """The step count that lies in a module's buffer, as the host knows it.
 
@@ -48,6 +64,7 @@ class StepCount:
         self._seen: tuple[Tensor, int, int] | None = None  # the buffer, its version, its value
 
     def of(self, steps: Tensor) -> int:
+        refuse_recording("it counts steps on the host")
         if self._seen is None or self._seen[0] is not steps or self._seen[1] != steps._version:
             self._seen = steps, steps._version, int(steps)
         return self._seen[2]

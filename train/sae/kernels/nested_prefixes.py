@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ...parallel.split_latents import ALL_LATENTS, Latents
 from .codes import Codes
-from .hardware import numbers
+from .hardware import constants
 from .products import column_sum, decode_sum, pair_dots
 from .row_gradients import table_gradient
 from .sparse_support import Support, group_offsets
@@ -75,7 +75,7 @@ def nested_errors(
     if codes.support is None:
         assert latents.is_whole
         return _dense_errors(codes.values, W, b, target, widths)
-    last = numbers(widths, codes.support.latents)
+    last = constants(widths, codes.support.latents)
     prefix_N = torch.bucketize(codes.support.latents + latents.first, last, right=True)
     return group_errors(codes, W, b, target, prefix_N, len(widths), latents)
 

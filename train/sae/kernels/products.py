@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .hardware import runs_triton
+from .linear import Product
 from .sparse_support import Support
 
 ONE_AT_A_TIME = Lock()
@@ -60,6 +61,11 @@ def pair_dots(support: Support, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
     if rows_BD.device.type != "cpu":
         return _bag_dots(support, rows_BD, W_FD)
     return _sampled_dots(support, rows_BD, W_FD)
+
+
+def gathered(rows_BD: Tensor, product: Product) -> Tensor:
+    """Rows as a GPU's kernels read them k times each for gradients: in bfloat16, where the product rounds to it."""
+    return rows_BD.to(torch.bfloat16) if product == "bfloat16" and runs_triton(rows_BD) else rows_BD
 
 
 def column_sum(rows_BD: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A table's gradient is a sum of k B outer products, so most of a dense one would be written only to be read
 again. An optimiser that adds the entries itself says so (`RowUpdates`); they then arrive in
 `table.row_updates.gradients`, and a dense gradient in `table.grad` is added to them. It also writes the
-bfloat16 copy that the encoder's product reads.
+bfloat16 copy of a table of which a product reads one.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class RowUpdates:
     """Stands at a table whose optimiser takes entries."""
 
     gradients: list[RowGradient] = field(default_factory=list)
+    is_low_read: bool = False  # whether a product has asked for the table in bfloat16
     low: Tensor | None = None  # bfloat16 [F, D], as the optimiser wrote it
     low_version: int = -1  # of the table when it was written
 
@@ -63,6 +64,8 @@ def table_gradient(table: Tensor, support: Support, values: Tensor, rows: Tensor
 def low_copy(table: Tensor) -> Tensor:
     """The table in bfloat16; the optimiser's own copy where nobody has written to the table since."""
     updates: RowUpdates | None = getattr(table, "row_updates", None)
+    if updates is not None:
+        updates.is_low_read = True
     if updates is None or updates.low is None or updates.low_version != table._version:
         return table.to(torch.bfloat16)
     return updates.low

@@ -160,7 +160,7 @@ def test_a_row_moves_as_adam_moves_the_table(support, rng, is_unit, has_dense):
         extra = normal(F, width, rng=rng) if has_dense else None
         turned = support.by_latent
         entries = turned.offsets, turned.latents, turned.rows, values[turned.order], x
-        settings = row_update.AdamStep(0.01, 0.9, 0.99, 1e-8, 0.02, step)
+        settings = adam_step(0.01, 0.99, 0.02, step)
         row_update.update_rows(table, moments, entries, settings, dense=extra, low=low, unit=is_unit)
 
         gradient = dense(support, values).t() @ x.double()
@@ -176,6 +176,11 @@ def test_a_row_moves_as_adam_moves_the_table(support, rng, is_unit, has_dense):
     torch.testing.assert_close(low.float(), table, rtol=2**-7, atol=0.0)  # the interpreter cuts off, a GPU rounds
 
 
+def adam_step(lr: float, beta2: float = 0.999, weight_decay: float = 0.0, step: int = 1) -> row_update.AdamStep:
+    numbers = torch.tensor(row_update.step_numbers(lr, 0.9, beta2, step), device=DEVICE)
+    return row_update.AdamStep(numbers, 0.9, beta2, 1e-8, weight_decay)
+
+
 def test_the_same_update_gives_the_same_bits(rng):
     support = supports(rng)["one latent in every row"]
     values, x = normal(support.latents.numel(), rng=rng), normal(support.num_rows, 64, rng=rng)
@@ -184,7 +189,7 @@ def test_the_same_update_gives_the_same_bits(rng):
     for _ in range(2):
         table, moments = start.clone(), (torch.zeros_like(start), torch.zeros_like(start))
         entries = turned.offsets, turned.latents, turned.rows, values[turned.order], x
-        row_update.update_rows(table, moments, entries, row_update.AdamStep(0.1, 0.9, 0.999, 1e-8, 0.0, 1), unit=True)
+        row_update.update_rows(table, moments, entries, adam_step(0.1), unit=True)
         found.append((table, *moments))
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
@@ -196,7 +201,7 @@ def test_a_frozen_table_stays_as_it_is(rng):
     before, moments = table.clone(), (torch.zeros_like(table), torch.zeros_like(table))
     values = torch.full((support.latents.numel(),), torch.nan, device=DEVICE)
     entries = turned.offsets, turned.latents, turned.rows, values, normal(9, 8, rng=rng)
-    settings = row_update.AdamStep(0.1, 0.9, 0.999, 1e-8, 0.0, 1)
+    settings = adam_step(0.1)
     row_update.update_rows(table, moments, entries, settings, torch.ones((), device=DEVICE))
     assert torch.equal(table, before) and not moments[0].any() and not moments[1].any()
 

@@ -71,10 +71,9 @@ def _update(
     x,
     sums,
     D,
-    step_size,
+    numbers,
     beta1,
     beta2,
-    root_bias2,
     epsilon,
     weight_decay,
     HAS_DENSE: tl.constexpr,
@@ -97,6 +96,8 @@ def _update(
         head_end = tl.where(has_chunks, chunk * CHUNK, stop)
         tail = tl.where(has_chunks, chunks_end * CHUNK, stop)
 
+        step_size = tl.load(numbers)
+        root_bias2 = tl.load(numbers + 1)
         place = latent * D + columns
         gradient = tl.zeros((BLOCK_D,), tl.float32)
         if HAS_DENSE:
@@ -127,14 +128,18 @@ def _update(
 
 @dataclass(frozen=True)
 class AdamStep:
-    """The numbers of one step of Adam."""
+    """Adam's settings, and its numbers of one step where the kernel finds them."""
 
-    lr: float
+    numbers: Tensor  # `step_numbers`, on the table's device: a launch that is recorded reads those of its replay
     beta1: float
     beta2: float
     epsilon: float
     weight_decay: float
-    step: int  # of this one, from 1
+
+
+def step_numbers(lr: float, beta1: float, beta2: float, step: int) -> tuple[float, float]:
+    """What a row moves by, and the root of the second moment's bias, in a step counted from 1."""
+    return lr / (1.0 - beta1**step), (1.0 - beta2**step) ** 0.5
 
 
 def update_rows(
@@ -164,8 +169,6 @@ def update_rows(
     sums = torch.empty(chunks, width, dtype=torch.float32, device=weights.device)
     if chunks > 0:
         _add_chunks[(chunks,)](latents, rows, values, x, sums, rows.numel(), width, **shared)
-    bias1 = 1.0 - adam.beta1**adam.step
-    root_bias2 = (1.0 - adam.beta2**adam.step) ** 0.5
     _update[(num_latents,)](
         weights,
         *moments,
@@ -178,10 +181,9 @@ def update_rows(
         x,
         sums,
         width,
-        adam.lr / bias1,
+        adam.numbers,
         adam.beta1,
         adam.beta2,
-        root_bias2,
         adam.epsilon,
         adam.weight_decay,
         HAS_DENSE=dense is not None,
