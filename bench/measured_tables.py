@@ -91,13 +91,8 @@ MODELS = {
     "pocket model, 4 + 40 batches": "the pocket model",
     "random model, 1 + 10 batches": "a random Gemma-2 of 26 layers and width 576",
 }
+GPU_PARTS = ("steps", "fleet", "guided", "harvest")
 PEERS = ("sae_lens", "dictionary_learning", "sparsify", "SAELens")
-NO_GPU_RUN = (
-    "No complete run of `make bench-gpu` is kept yet, so no ratio to a peer is claimed. Our steps were timed alone (D "
-    "2304, k 64, batch 4,096; `python bench/gpu/kernels.py`). In other calls on such a card, at 16,384 latents: "
-    "dictionary_learning 455k to 458k tok/s under bfloat16 autocast, 539k with a fused Adam; SAELens 360k to 370k, "
-    "414k; sparsify 249k to 251k. What was tried, and what fell back: [docs/performance.md](performance.md)."
-)
 ABOUT_SPEED = (
     "Ratios of medians, of training steps the median of each round's ratio; from where to where the rounds went where "
     "rounds were kept. Core is of 21 November, an earlier machine, but for the pocket model's rows of eight SAEs in "
@@ -201,42 +196,36 @@ def quality_lines() -> Iterable[str]:
 
 
 def gpu_lines() -> Iterable[str]:
-    """Of the newest run of bench/gpu that is kept: all its calls, a file each."""
+    """Of the newest day of bench/gpu that is kept; of what was measured twice on it, the later."""
     calls = [path for path in sorted((RESULTS / "gpu").glob("*/*.json")) if '"parts"' in path.read_text()]
-    newest = [path for path in calls if path.parent == calls[-1].parent]
-    rows: Rows = [row for path in newest for row in json.loads(path.read_text())["rows"]]
-    if not rows:
-        yield from (NO_GPU_RUN, "", *lone_steps())
-        return
-    facts = rows[0]
-    yield f"On one {facts['card']}, {facts['date']}, torch {facts['torch']}, at {facts['commit']}. Medians of rounds."
-    yield from ("", "| what | here | the best peer | ratio |", "|---|---|---|---|")
-    raced = [row for row in rows if row["part"] in ("steps", "harvest") and "median" in row]
-    for what in dict.fromkeys(row["what"] for row in raced):
-        yield gpu_line(what, [row for row in raced if row["what"] == what])
-    for row in rows:
-        if row["part"] in ("fleet", "guided") and row.get("ratio"):
-            yield f"| {row['what']} | {row['who']} | {row['against']} | {row['ratio']:.2f} |"
+    told: dict[str, Rows] = {}
+    for folder in sorted({path.parent for path in calls if path.parent.name[:10] == calls[-1].parent.name[:10]}):
+        rows: Rows = [row for path in calls if path.parent == folder for row in json.loads(path.read_text())["rows"]]
+        of_folder = [row for row in rows if row["part"] in GPU_PARTS or ": a step, " in row["what"]]
+        for what in dict.fromkeys(map(name_of, of_folder)):
+            told[what] = [row for row in of_folder if name_of(row) == what]
+    facts = next(iter(told.values()))[0]
+    yield f"On one {facts['card']}, {facts['date']}, torch {facts['torch']}. Medians of rounds."
+    yield from ("", "| what | here | the best peer, or beside it | ratio | at |", "|---|---|---|---|---|")
+    for what, rows in told.items():
+        timed = [row for row in rows if "median" in row]
+        if timed:
+            yield f"{gpu_line(what, timed)} {rows[0]['commit']} |"
+        elif rows[0].get("ratio"):
+            cells = what, rows[0]["who"], rows[0]["against"], f"{rows[0]['ratio']:.2f}", rows[0]["commit"]
+            yield f"| {' | '.join(cells)} |"
 
 
-def lone_steps() -> Iterable[str]:
-    """Steps that bench/gpu/kernels.py timed without a peer beside them; not those that ran without our kernels."""
-    yield from ("| a step | tok/s (from to) | peak memory | card, commit |", "|---|---|---|---|")
-    for path in sorted((RESULTS / "gpu").glob("*/kernels.json")):
-        found = json.loads(path.read_text())
-        for row in found["rows"]:
-            if "rounds_ms" in row and "fell_back" not in row:
-                what, _, rate = row["what"].partition(": a step, ")
-                median, rounds = float(rate.split()[0].replace(",", "")), row["rounds_ms"]
-                low, high = (median * row["ms"] / edge for edge in (max(rounds), min(rounds)))
-                yield (
-                    f"| {what} | {median:,.0f} ({low:,.0f} to {high:,.0f}) | {row['peak_GiB']} GiB "
-                    f"| {found['card']}, {found['commit']} |"
-                )
+def name_of(row: dict[str, Any]) -> str:
+    """Of what bench/gpu/kernels.py timed, the name holds the speed."""
+    name, found, _ = row["what"].partition(": a step, ")
+    return f"{name}, alone" if found else name
 
 
 def gpu_line(what: str, beside: Rows) -> str:
     """Ours at its defaults, whose row comes first, or which took turns with the peer, against the best peer."""
+    if beside[0]["part"] == "kernels":
+        return f"| {what} | {beside[0]['what'].partition(': a step, ')[2]} | | |"
     own = [row for row in beside if row["who"].startswith("ours")]
     best = max((row for row in beside if row["who"].startswith(PEERS)), key=lambda row: row["median"], default=None)
     told = "not compared" if best is None else f"{best['who']}: {best['median']:,.0f}"
@@ -244,7 +233,8 @@ def gpu_line(what: str, beside: Rows) -> str:
         return f"| {what} | fell out | {told} | |"
     ours = next((row for row in own if best is not None and ", beside " in row["who"]), own[0])
     share = ours.get("share_of_matrix_rate")
-    found = f"{ours['median']:,.0f} tok/s" + (f", {share:.0%} of the matrix rate" if share else "")
+    found = f"{ours['median']:,.0f} ({ours['low']:,.0f} to {ours['high']:,.0f}) tok/s"
+    found += f", {share:.0%} of the matrix rate" if share else ""
     ratio = " " if best is None else f" {ours['median'] / best['median']:.2f} "
     return f"| {what} | {found} | {told} |{ratio}|"
 

@@ -77,27 +77,40 @@ def test_the_page_says_what_the_results_say(bench, monkeypatch, tmp_path):
         assert {name: (tmp_path / name).read_text() for name in pages} == pages
 
 
+def spread(median: float) -> dict[str, float]:
+    return {"median": median, "low": median - 10, "high": median + 10}
+
+
 def test_a_kept_run_on_a_device_is_shown_against_the_best_peer(bench, monkeypatch, tmp_path):
     table = bench("measured_tables")
-    (tmp_path / "gpu/2026-11-27-card").mkdir(parents=True)
+    folders = [tmp_path / f"gpu/2026-11-{name}-card" for name in ("26-1", "27-1", "27-2")]
+    for folder in folders:
+        folder.mkdir(parents=True)
     facts = {"card": "Some Card", "date": "2026-11-27", "torch": "2.11.0", "commit": "abc", "unit": "tok/s"}
     speeds = {"ours bfloat16": 900.0, "ours float32": 999.0, "sae_lens tf32": 300.0, "sparsify": 450.0}
-    rows = [{"part": "steps", "what": "topk", "who": who, "median": speed, **facts} for who, speed in speeds.items()]
+    rows = [{"part": "steps", "what": "topk", "who": who, **spread(speed), **facts} for who, speed in speeds.items()]
     rows.append(
         {"part": "steps", "what": "topk", "who": "dictionary_learning tf32", "failed": "out of memory", **facts}
     )
     speeds = {"ours": 500.0, "ours, beside SAELens": 400.0, "SAELens, one residual": 200.0}
-    rows += [{"part": "harvest", "what": "harvest", "who": who, "median": speeds[who], **facts} for who in speeds]
-    rows.append({"part": "steps", "what": "gated", "who": "sae_lens tf32", "median": 10.0, **facts})
-    document = {"title": "On Some Card", "parts": [], "rows": rows}
-    for name, told in (("1", []), ("2", rows), ("3", [{"part": "reading"}])):  # a file for each call
-        (tmp_path / f"gpu/2026-11-27-card/{name}.json").write_text(json.dumps(document | {"rows": told}))
+    rows += [{"part": "harvest", "what": "harvest", "who": who, **spread(speeds[who]), **facts} for who in speeds]
+    rows.append({"part": "steps", "what": "gated", "who": "sae_lens tf32", **spread(10.0), **facts})
+    rows.append({"part": "kernels", "what": "topk F 8: a step, 77 tok/s", "who": "device", **spread(1.0), **facts})
+    older = [row | {"median": 1.0} for row in rows]
+    beside = {"part": "fleet", "what": "fleet", "who": "80 tok/s", "against": "100 tok/s", "ratio": 0.8, **facts}
+    later = [row | {"commit": "abd"} for row in rows if row["what"] == "gated"]
+    files = {"1": [beside], "2": rows, "3": [{"part": "reading", "what": "disk", "median": 1.0, **facts}]}
+    for folder, told in zip(folders, ({"1": older}, files, {"1": later}), strict=True):
+        for name, of_call in told.items():
+            (folder / f"{name}.json").write_text(json.dumps({"title": "", "parts": [], "rows": of_call}))
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     lines = list(table.gpu_lines())
-    assert "Some Card" in lines[0] and lines[-3:] == [
-        "| topk | 900 tok/s | sparsify: 450 | 2.00 |",
-        "| harvest | 400 tok/s | SAELens, one residual: 200 | 2.00 |",
-        "| gated | fell out | sae_lens tf32: 10 | |",
+    assert "Some Card" in lines[0] and lines[4:] == [
+        "| fleet | 80 tok/s | 100 tok/s | 0.80 | abc |",
+        "| topk | 900 (890 to 910) tok/s | sparsify: 450 | 2.00 | abc |",
+        "| harvest | 400 (390 to 410) tok/s | SAELens, one residual: 200 | 2.00 | abc |",
+        "| gated | fell out | sae_lens tf32: 10 | | abd |",
+        "| topk F 8, alone | 77 tok/s | | | abc |",
     ]
 
 
@@ -323,7 +336,7 @@ def test_who_falls_out_of_a_race_is_named_and_the_others_go_on(bench, monkeypatc
 def test_every_part_of_the_device_benchmark_has_its_command_and_its_turn(bench, tmp_path, device):
     run = bench("run")
     asked = {"device": device, "small": False, "rounds": 5, "total": 580.0, "no_peers": True, "compile": False}
-    asked |= {"only": None}
+    asked |= {"only": None, "matching": None}
     made = run.Run(argparse.Namespace(**asked), tmp_path, {})
     parts = run.parts_of(made)
     assert tuple(part.name for part in parts) == run.PARTS

@@ -105,29 +105,37 @@ def record(batch: Batch, work: Work) -> Recording:
 
 def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """What does the work again, and where its result will lie."""
-    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
-    memory, stream = _shared(device)
-    stream.wait_stream(here)
-    with torch.cuda.stream(stream):
-        # Other threads copy and allocate meanwhile, as a feed does; only what this one does is recorded.
-        graph.capture_begin(pool=memory, capture_error_mode="thread_local")
-        try:
-            told = work()
-        finally:
-            graph.capture_end()
-    here.wait_stream(stream)
+    if device not in _memories:
+        torch.cuda.empty_cache()  # what steps leave for the next one is not for recordings
+        _memories[device] = Memory(device)
+    graph, told = _memories[device].record(work)
     return graph.replay, told
 
 
-_all_shared: dict[torch.device, tuple[tuple[int, int], torch.cuda.Stream]] = {}
+class Memory:
+    """What all recordings on a device use, and their stream: they are made and replayed one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        # The pool is given up with the last recording in it, and takes none after that: this one stays.
+        self._first, _ = self.record(lambda: torch.zeros(1, device=device))
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            # Other threads copy and allocate meanwhile, as a feed does; only what this one does is recorded.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                told = work()
+            finally:
+                graph.capture_end()
+        here.wait_stream(self._stream)
+        return graph, told
 
 
-def _shared(device: torch.device) -> tuple[tuple[int, int], torch.cuda.Stream]:
-    """Memory and stream of all recordings on a device: they are made and replayed one after the other."""
-    if device not in _all_shared:
-        torch.cuda.empty_cache()  # what steps leave for the next one is not for recordings
-        _all_shared[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-    return _all_shared[device]
+_memories: dict[torch.device, Memory] = {}
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saemill.train.errors import ConfigInvalid
 from saemill.train.sae.attention.attention_links import Links, links_of
+from saemill.train.sae.kernels import hardware
 
 
 def dense(links: Links, layer: int, rows: int) -> Tensor:
@@ -42,6 +43,18 @@ def test_links_know_where_they_stand(guidance, rng):
     assert torch.equal(window, windows.places.window[links.key_row])
     assert torch.equal(links.key, windows.places.position[links.key_row])
     assert bool((links.key < windows.places.position[links.row]).all() and (links.key > 0).all())
+
+
+def test_entries_that_are_left_out_stay_where_they_were(guidance, rng, monkeypatch):
+    """On a GPU none is dropped. Thousands of zeros for one place are added one after the other there."""
+    windows = guidance.make_windows(rng, windows=30)
+    expected = links_of(windows.attention, guidance.LAYERS, windows.row_of, windows.rows)
+    monkeypatch.setattr(hardware, "READ_AT_ONCE", set())
+    links = links_of(windows.attention, guidance.LAYERS, windows.row_of, windows.rows)
+    assert len(links.share) > len(expected.share) and torch.equal(links.attends, expected.attends)
+    for index in range(len(guidance.LAYERS)):
+        torch.testing.assert_close(dense(links, index, windows.rows), dense(expected, index, windows.rows))
+    assert int(torch.bincount(links.place).max()) < 0.05 * len(links.place)
 
 
 def test_the_control_gives_each_token_the_row_of_another_window(guidance, rng):

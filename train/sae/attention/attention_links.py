@@ -102,9 +102,8 @@ def _layer_links(
         kept &= place // context % heads == head
     weight = attention.data / (heads if head is None else 1)
     if not reads_at_once(kept):
-        nowhere = torch.zeros_like(row)
-        row, key_row = (torch.where(kept, places, nowhere) for places in (row, key_row))
-        return row, key, key_row, torch.where(kept, weight, 0.0)
+        # Where they were: in one place, thousands of zeros would be added up one after the other.
+        return row.clamp_min(0), key, key_row.clamp_min(0), torch.where(kept, weight, 0.0)
     chosen = kept.nonzero().view(-1)
     return row[chosen], key[chosen], key_row[chosen], weight[chosen]
 
