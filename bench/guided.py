@@ -83,6 +83,7 @@ def peak_bytes(trainee: Trainee, batch: Batch) -> int:
     """The most that tensors made during a step took together."""
     if batch.x.is_cuda:
         torch.cuda.synchronize()
+        trainee.replays.is_possible = False  # what is replayed allocates nothing
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         trainee.step(batch)

@@ -199,6 +199,9 @@ def gpu_lines() -> Iterable[str]:
     """Of the newest day of bench/gpu that is kept; of what was measured twice on it, the later."""
     calls = [path for path in sorted((RESULTS / "gpu").glob("*/*.json")) if '"parts"' in path.read_text()]
     told: dict[str, Rows] = {}
+    if not calls:
+        yield "No run of `make bench-gpu` is kept."
+        return
     for folder in sorted({path.parent for path in calls if path.parent.name[:10] == calls[-1].parent.name[:10]}):
         rows: Rows = [row for path in calls if path.parent == folder for row in json.loads(path.read_text())["rows"]]
         of_folder = [row for row in rows if row["part"] in GPU_PARTS or ": a step, " in row["what"]]

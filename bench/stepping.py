@@ -98,10 +98,10 @@ class Stepper:
 
     def _run(self, steps: int, warm: int, release: bool) -> dict[str, float]:
         assert self._step is not None
+        if self._on_gpu:  # before what is replayed from the third step on, which allocates nothing anew
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(warm):
             self._step(next(self._batches))
-        if self._on_gpu:
-            torch.cuda.reset_peak_memory_stats()
         start = self._wait()
         for _ in range(steps):
             self._step(next(self._batches))

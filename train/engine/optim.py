@@ -214,6 +214,11 @@ class Adam:
             maximize=False,
         )
 
+    def places(self) -> tuple[int, ...]:
+        """Where the parameters lie, and whether somebody else has written to those of which copies are kept."""
+        own = (parameter.data_ptr() for parameter in self.parameters.values())
+        return *own, *(self.parameters[name]._version for name in self._by_row)
+
     def goes_by_row(self, name: str) -> bool:
         """Whether this table is updated row by row."""
         return name in self._by_row

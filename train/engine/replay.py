@@ -1,16 +1,20 @@
 """A step's launches, recorded once on a GPU and replayed as one.
 
-At 16,384 latents the host takes as long to launch a step's two hundred kernels as a GPU takes for them; a CUDA graph
-is one launch. It does again exactly what was recorded, on the same memory, so a step is recorded only where the host
-decides nothing but what its key holds: shapes, weights of terms, knobs, the number of dead latents. A term is a
-function of its view, so what else could differ is what the host draws or counts, and that is refused: such an SAE,
-one that reads side inputs and one that shares its rows or latents with other processes is launched step by step.
+At 16,384 latents the host takes as long to launch a step's kernels, some two hundred, as a GPU takes for them; a CUDA
+graph is one launch. It does again exactly what was recorded, on the same memory, so a step is recorded only where the
+host decides nothing but what its key holds: shapes, weights of terms, knobs, where weights and dead latents are
+listed. A term is a function of its view, so what else could differ is what the host draws or counts, and that is
+refused. Steps are launched one by one of an SAE that does so, that has extras or reads side inputs, or that shares its
+rows or latents with other processes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -21,55 +25,79 @@ from ..data.device_copies import NotRecordable
 Measured = dict[str, Tensor]  # what a step tells: scalars by name
 Work = Callable[[Batch], Measured]
 
-RECORDS = {"cuda"}  # kinds of devices whose launches can be recorded
 SETTLED = 2  # steps with one key before it is recorded, twice as many after each recording that hardly served
 SERVED_WELL = 8  # steps
+KEPT = 4  # keys: where massive rows are left out, batches have one row more or less
+
+
+@dataclass(eq=False)
+class Kind:
+    """Steps with one key."""
+
+    seen: int = 0
+    served: int = 0
+    recording: Recording | None = None
 
 
 class Replays:
-    """The recording of one SAE's step, for as long as it holds."""
+    """The recordings of one SAE's step, for as long as they hold."""
 
-    def __init__(self, is_possible: bool, undo: Callable[[], None]) -> None:
+    def __init__(self, name: str, is_possible: bool, undo: Callable[[], None]) -> None:
         """`undo` takes back what a step that could not be recorded has left on the host."""
-        self.is_possible, self._undo = is_possible, undo
-        self._key: Hashable = None
-        self._recording: Recording | None = None
-        self._seen, self._patience = 0, SETTLED
-        self.refused: str | None = None
-        """Why steps are not recorded, where it was tried."""
+        self._name, self._undo = name, undo
+        self.is_possible = is_possible
+        self._kinds: dict[Hashable, Kind] = {}  # the one that was used last stands last
+        self._patience = SETTLED
+        self._memory: Memory | None = None
 
     def take(self, batch: Batch, key: Hashable, work: Work) -> Measured:
         """The work of a step, launched or replayed; `key` is all that its host decides."""
         if not self.is_possible or batch.side:
             return work(batch)
-        key = key, *(None if x is None else (x.shape, x.dtype, x.stride()) for x in (batch.x, batch.target))
-        if key != self._key:
-            self._forget(key)
-        self._seen += 1
-        if self._recording is None and self._seen > self._patience:
-            self._record(batch, work)
-        return work(batch) if self._recording is None else self._recording.replay(batch)
+        kind = self._kind((key, *(None if x is None else (x.shape, x.dtype, x.stride()) for x in _given(batch))))
+        kind.seen += 1
+        if kind.recording is None and kind.seen > self._patience:
+            kind.recording = self._record(batch, work)
+        if kind.recording is None:
+            return work(batch)
+        kind.served += 1
+        return kind.recording.replay(batch)
 
     @property
-    def is_recorded(self) -> bool:
-        return self._recording is not None
+    def served(self) -> int:
+        """How many steps those recordings have replayed that are kept."""
+        return sum(kind.served for kind in self._kinds.values())
 
     def forget(self) -> None:
-        """What a recording was made of has been replaced."""
-        self._forget(None)
+        """What recordings were made of has been replaced."""
+        self._kinds.clear()
 
-    def _forget(self, key: Hashable) -> None:
-        if self._recording is not None:
-            served = self._seen - self._patience
-            self._patience = self._patience * 2 if served < SERVED_WELL else SETTLED
-        self._key, self._seen, self._recording = key, 0, None
+    def _kind(self, key: Hashable) -> Kind:
+        kind = self._kinds.pop(key, None) or Kind()
+        self._kinds[key] = kind
+        if len(self._kinds) > KEPT:
+            oldest = self._kinds.pop(next(iter(self._kinds)))
+            if oldest.recording is not None:
+                self._patience = self._patience * 2 if oldest.served < SERVED_WELL else SETTLED
+        return kind
 
-    def _record(self, batch: Batch, work: Work) -> None:
+    def _record(self, batch: Batch, work: Work) -> Recording | None:
+        failed = None
         try:
-            self._recording = record(batch, work)
-        except (NotRecordable, RuntimeError) as error:  # CUDA refuses by the latter, and so does a full device
-            self.is_possible, self.refused = False, str(error).partition("\n")[0]
-            self._undo()
+            self._memory = memory_of(batch.x.device)
+            self._memory.require_room()
+            return record(batch, work, self._memory)
+        except NotRecordable:
+            pass  # as it should be: what it draws or counts must be drawn and counted in each step
+        except RuntimeError as error:  # CUDA refuses by one, and so does a full device
+            failed = str(error).partition("\n")[0]
+        # Outside: the error holds what was recorded so far.
+        self.is_possible, self._memory = False, None
+        self.forget()
+        self._undo()
+        if failed is not None:
+            warnings.warn(f"{self._name}: its steps are launched one by one, which is slower: {failed}", stacklevel=2)
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +116,7 @@ class Recording:
         return dict(zip(self.names, self.told.clone(), strict=True))  # the next replay overwrites it
 
 
-def record(batch: Batch, work: Work) -> Recording:
+def record(batch: Batch, work: Work, memory: Memory) -> Recording:
     """Nothing is done yet: launches are only noted."""
     inputs = tuple(value.clone() for value in _tensors(batch))
     own = Batch(inputs[0], None if batch.target is None else inputs[1])
@@ -99,17 +127,8 @@ def record(batch: Batch, work: Work) -> Recording:
         names.extend(measured)
         return torch.stack([value.detach().double() for value in measured.values()])
 
-    launch, told = recorded(tell, batch.x.device)
+    launch, told = memory.record(tell)
     return Recording(launch, inputs, tuple(names), told)
-
-
-def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """What does the work again, and where its result will lie."""
-    if device not in _memories:
-        torch.cuda.empty_cache()  # what steps leave for the next one is not for recordings
-        _memories[device] = Memory(device)
-    graph, told = _memories[device].record(work)
-    return graph.replay, told
 
 
 class Memory:
@@ -117,11 +136,25 @@ class Memory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        # Of the streams that torch deals out, none else here asks for one of these.
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, priority=-1)
         # The pool is given up with the last recording in it, and takes none after that: this one stays.
         self._first, _ = self.record(lambda: torch.zeros(1, device=device))
 
-    def record(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def require_room(self) -> None:
+        """A recording has room of its own, beside that of steps that are launched before it and between."""
+        largest = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
+        if torch.cuda.mem_get_info(self._device)[0] < 2 * largest:
+            torch.cuda.empty_cache()  # a recording takes nothing of what launched steps have left
+        free = torch.cuda.mem_get_info(self._device)[0]
+        if free < 2 * largest:
+            raise RuntimeError(
+                f"a step takes up to {largest / 2**30:.1f} GiB, and of {free / 2**30:.1f} GiB that are free a "
+                "recording would leave too little"
+            )
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What does the work again, and where its result will lie."""
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
@@ -129,14 +162,36 @@ class Memory:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 told = work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                self._end(graph)
+                raise
+            graph.capture_end()
         here.wait_stream(self._stream)
-        return graph, told
+        return graph.replay, told
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Of what cannot be recorded: the allocator must not go on as if it were."""
+        try:
+            graph.capture_end()
+        except RuntimeError:  # CUDA has broken it off, and torch then leaves its allocator behind
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
 
 
-_memories: dict[torch.device, Memory] = {}
+_memories: WeakValueDictionary[torch.device, Memory] = WeakValueDictionary()
+
+
+def memory_of(device: torch.device) -> Memory:
+    """Shared by all SAEs that have recordings, and given back with the last of them."""
+    memory = _memories.get(device)
+    if memory is None:
+        memory = _memories[device] = Memory(device)
+    return memory
+
+
+def _given(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    return batch.x, batch.target
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:
-    return (batch.x,) if batch.target is None else (batch.x, batch.target)
+    return tuple(value for value in _given(batch) if value is not None)

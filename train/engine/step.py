@@ -4,8 +4,8 @@
 2. Every term, weighted and summed; a loss that is not finite stops here.
 3. Backward; gradients averaged over ranks; constraints; Adam; constraints.
 4. Running statistics of the gate and of extras, firing counters, step count.
-`Trainee.step` is these four, in this order; `_work`, from the view on, is all that is done on the device. A GPU may
-have recorded it, and replays it (`replay.py`).
+`Trainee.step` is these four, in this order. From the view on a step is in `_work`, which a GPU may have recorded and
+then replays (`replay.py`).
 
 On a GPU no step waits for the device, but for the selection of a dictionary that is split by latents and for the
 batch's largest where processes share its rows: the host looks every LOOK_EVERY steps only. Until then a loss that is
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..data.device_copies import NotRecordable, fetch, is_recording
 from ..errors import NonFiniteLoss, StateInvalid
-from ..parallel.ranks import Alone, Ranks, Reduction, share_batch
+from ..parallel.ranks import Alone, BatchRanks, Ranks, Reduction, share_batch
 from ..parallel.split_latents import AllLatents, Latents, SomeLatents
 from ..sae.extra_modules import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
@@ -40,9 +40,10 @@ from .assembly import Assembly, cut, require_splittable, split_parameters, split
 from .count_dead_latents import LatentCounters
 from .fitted_start import fit_start
 from .optim import Adam
-from .replay import RECORDS, Measured, Replays
+from .replay import Measured, Replays
 
-LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs one wait
+LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs a wait, and the list of the dead another
+RECORDS = {"cuda"}  # kinds of devices whose launches can be recorded
 WIDEST_ROW = 16384  # that is updated row by row: a row is held in the registers of one program
 LOSS, NOTE, LOOKED_AT = "loss of ", "note of ", "looked at: "  # names of what a step tells, before those of terms
 ADDED_LATER = {"latents.listed"}  # entries that older checkpoints may lack
@@ -129,9 +130,11 @@ class Trainee:
         self._looks_late = not reads_at_once(self.sae.b_enc)
         self._traces: deque[Trace] = deque(maxlen=LOOK_EVERY)
         self._frozen = torch.zeros((), device=self.device) if self._looks_late else None
-        self._random_state = assembly.generator.get_state()  # at the last step's beginning
-        is_alone = self.ranks.size == 1 and self._latents.is_whole and not extras_of(self.sae)
-        self.replays = Replays(is_alone and self.device.type in RECORDS, self._undo)
+        self._random_state = assembly.generator.get_state()  # as this step began
+        # Without kernels of our own the host reads what was selected.
+        is_recordable = self.device.type in RECORDS and runs_triton(self.sae.b_enc)
+        is_alone = self.ranks.size == 1 and self._latents.is_whole
+        self.replays = Replays(name, is_recordable and is_alone and not extras_of(self.sae), self._undo)
 
     def step(self, batch: Batch) -> Report:
         """Train on one batch."""
@@ -145,10 +148,10 @@ class Trainee:
         lr = self._lr(self.step_index, self.total_steps)
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
         knobs = self.assembly.knobs_at(self.step_index, self.total_steps)
-        self.optimiser.begin(lr)
-        measured = self._measured(batch, weights, knobs)
-        self.optimiser.end()
         ranks = share_batch(self.ranks, batch.x.shape[0])
+        self.optimiser.begin(lr)
+        measured = self._measured(batch, weights, knobs, ranks)
+        self.optimiser.end()
         self.step_index += 1
         return Report(
             step=self.step_index - 1,
@@ -166,28 +169,34 @@ class Trainee:
             grad_norm=measured.get("grad_norm"),
         )
 
-    def _measured(self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float]) -> Measured:
+    def _measured(
+        self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float], ranks: BatchRanks
+    ) -> Measured:
         """What the device does in this step, and what it tells of it."""
-        # What the host decides in `_work`, whose launches can be replayed while it stays the same.
-        key = (*weights.items(), *knobs.items(), self.counters.listed.numel() if self.replays.is_possible else 0)
-        measured = self.replays.take(batch, key, lambda rows: self._work(rows, weights, knobs))
+        self._random_state = self.assembly.generator.get_state()
+        key: tuple[Hashable, ...] = ()
+        if self.replays.is_possible:  # all that the host decides in `_work`, and the tensors that it reads and moves
+            listed = self.counters.listed
+            places = listed.data_ptr(), listed.numel(), *self.optimiser.places()
+            key = *weights.items(), *knobs.items(), *places
+        measured = self.replays.take(batch, key, lambda rows: self._work(rows, weights, knobs, ranks))
         if self._looks_late:
             losses = _under(LOOKED_AT, measured)
             self._traces.append(Trace(self.step_index, losses, measured["is_finite"], measured["is_input_finite"]))
         return measured
 
-    def _work(self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float]) -> Measured:
-        view = self._view(batch, knobs)
-        ranks = view.side.ranks
+    def _work(
+        self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float], ranks: BatchRanks
+    ) -> Measured:
+        view = self._view(batch, Side(batch.side, knobs, ranks, self._latents))
         # 2. Losses. What is reported is measured here, before the weights move.
-        random_state = self._random_state = self.assembly.generator.get_state()
         # A term of weight zero is not computed: it costs nothing and draws no random numbers.
         losses = {term.name: term.fn(view) for term in self.assembly.terms if weights[term.name] != 0.0}
         own_loss = loss = _weighted_sum(losses, weights)
         if not self._latents.is_whole:
             losses = self._add_parts(losses)
             loss = _weighted_sum(losses, weights)
-        measured = self._require_finite(view, loss, losses, random_state)
+        measured = self._require_finite(view, loss, losses)
         with torch.no_grad():
             residual = view.residual.reshape(-1)
             unexplained = torch.dot(residual, residual) / view.x.shape[0] / view.stats.variance
@@ -207,7 +216,7 @@ class Trainee:
                 extra.observe(view)
         measured |= {"loss": loss.detach()} | ({} if grad_norm is None else {"grad_norm": grad_norm})
         measured |= {LOSS + name: value.detach() for name, value in losses.items()}
-        if is_recording() and not torch.equal(self.assembly.generator.get_state(), random_state):
+        if is_recording() and not torch.equal(self.assembly.generator.get_state(), self._random_state):
             raise NotRecordable("it draws random numbers on the host")
         return measured | {NOTE + name: value for name, value in view.notes.items()}
 
@@ -305,13 +314,12 @@ class Trainee:
             values |= dict(zip(parts, self._latents.sum(torch.stack([values[name] for name in parts])), strict=True))
         return values
 
-    def _view(self, batch: Batch, knobs: Mapping[str, float]) -> View:
+    def _view(self, batch: Batch, side: Side) -> View:
         assembly = self.assembly
-        ranks = share_batch(self.ranks, batch.x.shape[0])
         return View(
             x=batch.x,
             target=batch.x if batch.target is None else batch.target,
-            side=Side(batch.side, knobs, ranks, self._latents),
+            side=side,
             sae=self.sae,
             dead=self.counters.dead(assembly.dead_after_tokens),
             stats=assembly.target_stats,
@@ -334,7 +342,7 @@ class Trainee:
                 losses = {name: float(value) for name, value in trace.losses.items()}
                 raise NonFiniteLoss(trace.step, losses, is_input_finite=bool(is_input_finite))
 
-    def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor], random_state: Tensor) -> Measured:
+    def _require_finite(self, view: View, loss: Tensor, losses: Mapping[str, Tensor]) -> Measured:
         """Decided on the whole batch, so that all ranks stop or none; what is looked at later, if it is."""
         mean = view.side.ranks.mean
         if self._frozen is not None:
@@ -343,7 +351,7 @@ class Trainee:
             losses = {LOOKED_AT + name: mean(value.detach()) for name, value in losses.items()}
             return losses | {"is_finite": is_finite, "is_input_finite": view.x.sum().isfinite()}
         if not math.isfinite(float(mean(loss.detach()))):
-            self.assembly.generator.set_state(random_state)  # as if the step had not been tried
+            self.assembly.generator.set_state(self._random_state)  # as if the step had not been tried
             raise NonFiniteLoss(self.step_index, {name: float(mean(value.detach())) for name, value in losses.items()})
         return {}
 

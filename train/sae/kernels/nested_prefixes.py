@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from ...parallel.split_latents import ALL_LATENTS, Latents
 from .codes import Codes
 from .hardware import constants
-from .products import column_sum, decode_sum, pair_dots
+from .linear import Product
+from .products import column_sum, decode_sum, gathered, pair_dots
 from .row_gradients import table_gradient
 from .sparse_support import Support, group_offsets
 
@@ -37,6 +38,7 @@ class _NestedErrors(torch.autograd.Function):
         support: Support,
         prefixes: int,
         latents: Latents,
+        product: Product,
     ) -> tuple[Tensor, Tensor]:
         rows, width = target_BD.shape
         residuals = latents.sum(decode_sum(support, values_N, W_FD).view(prefixes, rows, width))
@@ -45,7 +47,7 @@ class _NestedErrors(torch.autograd.Function):
             torch.sub(residuals[prefix - 1], residuals[prefix], out=residuals[prefix])
         flat = residuals.view(prefixes, -1)
         errors = torch.stack([torch.dot(row, row) for row in flat]) / rows
-        ctx.support = support
+        ctx.support, ctx.product = support, product
         ctx.save_for_backward(values_N, W_FD, residuals)
         ctx.mark_non_differentiable(last := residuals[-1])
         return errors, last
@@ -60,9 +62,9 @@ class _NestedErrors(torch.autograd.Function):
         torch.mul(residuals[-1], scale[-1], out=grads[-1])
         for prefix in range(prefixes - 2, -1, -1):
             torch.mul(residuals[prefix], scale[prefix], out=grads[prefix]).add_(grads[prefix + 1])
-        table = grads.view(prefixes * rows, width)
+        table = gathered(grads.view(prefixes * rows, width), ctx.product)
         grad_values = pair_dots(ctx.support, table, W_FD)
-        return grad_values, table_gradient(W_FD, ctx.support, values_N, table), column_sum(grads[0]), *[None] * 4
+        return grad_values, table_gradient(W_FD, ctx.support, values_N, table), column_sum(grads[0]), *[None] * 5
 
 
 def nested_errors(
@@ -112,7 +114,8 @@ def group_errors(
     """The same of sparse codes each of whose entries is in one of `prefixes` groups: set m holds those of 0 to m."""
     assert codes.support is not None
     order, grouped = _by_prefix(codes.support, prefix_N, prefixes)
-    errors, residual = _NestedErrors.apply(codes.values[order], W, b, target, grouped, prefixes, latents)
+    values = codes.values[order]
+    errors, residual = _NestedErrors.apply(values, W, b, target, grouped, prefixes, latents, codes.product)
     return errors, residual
 
 

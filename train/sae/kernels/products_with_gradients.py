@@ -8,7 +8,7 @@
 6. `squared_error`: mean over rows of ||residual||^2, one pass each way.
 
 Every backward costs k / F of the dense one. Gradients equal autograd's on the dense formula; where the encoder's
-product is in bfloat16, a GPU's kernels gather the batch's rows in it for them, in half the time.
+product is in bfloat16, a GPU's kernels gather the batch's rows in it for them, half the bytes.
 
 A learned threshold has straight-through derivatives (rectangular window of width `bandwidth`):
 jump(z, theta) = z where z > theta, else 0; its derivative by theta is -theta / bandwidth inside the

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saemill.train.sae.kernels import hardware
+from saemill.train.sae.kernels.products_with_gradients import affine, decode_at
 from saemill.train.sae.kernels.sparse_support import Support, support_from_topk
 from saemill.train.sae.kernels.triton import bag_sums, exact_top_k, row_update
 
@@ -142,6 +143,29 @@ def test_products_are_those_of_the_dense_formula(support, rng, width):
     torch.testing.assert_close(dots.double(), expected, **close)
     sums = bag_sums.segment_sum(values[turned.order], turned.offsets)
     torch.testing.assert_close(sums.double(), acts.sum(0), **close)
+
+
+def test_gradients_from_rows_in_bfloat16_are_near_those_in_float64(support, rng, monkeypatch):
+    """What is decoded stays float32."""
+    monkeypatch.setattr(hardware, "SERVED", {DEVICE})
+    monkeypatch.setattr(hardware, "has_triton", lambda device: True)
+    rows, latents = support.rows.long(), support.latents.long()
+    x, W, V = (normal(count, 40, rng=rng) for count in (support.num_rows, *[support.num_latents] * 2))
+    b = normal(support.num_latents, rng=rng)
+    ours, exact = (
+        [own.detach().to(dtype).requires_grad_() for own in (W, V, b)] for dtype in (torch.float32, torch.float64)
+    )
+    found = decode_at(affine(x, None, ours[0], ours[2], support, None, "bfloat16"), ours[1], None, support, "bfloat16")
+    pre = x.double() @ exact[0].t() + exact[2]
+    active = torch.zeros_like(pre, dtype=torch.bool).index_put((rows, latents), torch.ones_like(rows) > 0)
+    expected = torch.where(active, pre, 0.0) @ exact[1]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    for decoded in (found, expected):
+        decoded.square().sum().backward()
+    for own, wanted in zip(ours, exact, strict=True):
+        error = torch.linalg.vector_norm(own.grad.double() - wanted.grad)
+        assert error <= 2**-7 * torch.linalg.vector_norm(wanted.grad)
+        assert error > 0 or not wanted.grad.any()
 
 
 @pytest.mark.parametrize("is_unit", [False, True])
