@@ -127,18 +127,25 @@ class LocalFiles:
         path = self.root / key
         with self._name_failure(key):
             make_folder(path.parent)
-            if path.is_symlink():  # of a store from elsewhere it may lead anywhere
-                raise StoreUnreachable(
-                    errno.ELOOP,
-                    f"{path} is a symbolic link, and nothing is written through one. Remove it, or put the file that "
-                    "it leads to in its place, then run the same command again",
-                )
+            self._refuse_links(path)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
             try:
                 _write_all(fd, buffers)
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+    def _refuse_links(self, path: Path) -> None:
+        """Of a store from elsewhere a link may lead anywhere, that in place of a folder too."""
+        for part in (path, *path.parents):
+            if part == self.root:
+                return
+            if part.is_symlink():
+                raise StoreUnreachable(
+                    errno.ELOOP,
+                    f"{part} is a symbolic link, and nothing is written through one. Remove it, or put what it leads "
+                    "to in its place, then run the same command again",
+                )
 
     def settle(self, folders: Iterable[str]) -> None:
         for folder in folders:
@@ -164,6 +171,7 @@ class LocalFiles:
         """A power cut must not bring it back: it may be the record of a shard that was found damaged."""
         path = self.root / key
         with self._name_failure(key):
+            self._refuse_links(path.parent)
             try:
                 path.unlink()
             except FileNotFoundError:

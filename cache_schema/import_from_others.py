@@ -13,7 +13,7 @@ import numpy as np
 
 from .content import ShardContent
 from .digest import array_digest
-from .errors import ImportInvalid
+from .errors import ImportInvalid, StoreBusy
 from .manifest import AttentionSpec, Codec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .massive_rows import KEEP
 from .moments import is_special, measure
@@ -50,11 +50,19 @@ def import_store(url: str, source: Source, settings: ImportSettings, on_shard: C
     documents = np.repeat(np.arange(source.windows, dtype=np.uint32)[:, None], source.context, axis=1)
     manifest = _manifest(source, settings, _fingerprint(source, tokens, settings.shard_windows))
     with StoreWriter.create(url, manifest, tokens, documents) as writer:
+        left = []
         for shard in writer.pending():
             with writer.claim(shard) as is_mine:
                 if is_mine:
                     writer.write(shard, _content(manifest, source, shard, tokens, documents))
+                else:
+                    left.append(shard)
             on_shard(shard, manifest.shards)
+        if left:
+            raise StoreBusy(
+                f"another import is writing {len(left)} of {manifest.shards} shards of {url}: let it end, then run "
+                "this command again"
+            )
         return writer.manifest
 
 

@@ -12,7 +12,7 @@ from .commits import CommitRecord, derive_index, forget, read_index, read_record
 from .counts import count_all, read_counts
 from .digest import array_digest, store_digest
 from .disk_and_cloud_files import Files, open_files
-from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError
+from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError, StoreUnreachable
 from .layout import BEGINNING, COUNTS, INDEX, SUMMARY, attention_path, documents_of, moments_path, scales_path
 from .moments import to_line
 from .reader import Store
@@ -140,6 +140,8 @@ def _content(files: Files, key: str) -> bytes | None:
 def _verify_shard(store: Store, shard: int, buffers: dict[Request, ShardBuffers]) -> ShardReport:
     try:
         record = read_record(store.files, store.manifest, shard)
+    except StoreUnreachable:
+        raise  # says nothing of the shard
     except StoreError as error:
         return ShardReport(shard, None, (Damage(shard, "commits", str(error)),))
     damage: list[Damage] = []

@@ -213,6 +213,8 @@ def _what_is_safe(url: str) -> str:
             return f"{int(store.committed.sum())} of {store.manifest.shards} shards are committed"
     except StoreMissing:
         return "What was tokenised up to a few seconds ago is kept"
+    except StoreError:  # the disk or the network is away, which may be why it was stopped
+        return "What is committed is safe"
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from .store_plan import (
     corpus_spec,
     make_manifest,
     manifest_of,
+    require_known_tokens,
     settings_of_begun,
     settings_of_new,
 )
@@ -100,6 +101,7 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
         spool, packed = spool_corpus(corpus, plan.encoder, job, folder, report)
         if len(packed.tokens) < plan.windows:
             watch.say(tell_shortage(plan.windows, len(packed.tokens), context, job.test_per_mille))
+        require_known_tokens(packed.tokens, plan.facts)
         writer = StoreWriter.create(plan.config.out, manifest_of(plan, spec, packed), packed.tokens, packed.documents)
         del packed
         spool.remove()

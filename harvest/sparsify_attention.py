@@ -128,5 +128,5 @@ def _validate_mass(layer: int, kept_mass: np.ndarray) -> None:
         window, _, query = np.argwhere(~is_number)[0]
         raise NonFiniteAttention(
             f"layer {layer}: the attention of window {window} of the batch, query {query}, is not finite; "
-            "the model overflows in this dtype, harvest with --dtype bfloat16 or float32"
+            "if the model overflows in its dtype, harvest with a wider one (--dtype bfloat16 or float32)"
         )

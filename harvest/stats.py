@@ -55,6 +55,14 @@ def _norms_and_sum(resid_WTD: Tensor, counted_WT: Tensor) -> tuple[Tensor, Tenso
     return norm_WT, sum_D
 
 
+def say_overflow(dtype: str) -> str:
+    """What to do where a model's numbers are none."""
+    if dtype == "float32":
+        return "the model itself gives them in float32: look at its weights"
+    wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
+    return f"the model overflows in {dtype}, harvest with --dtype {wider}"
+
+
 def _validate_finite(layer: int, hook: str, norm_WT: Tensor, dtype: torch.dtype) -> None:
     """A norm in float64 is finite if and only if every channel is."""
     if not torch.isfinite(norm_WT).all():
@@ -62,5 +70,5 @@ def _validate_finite(layer: int, hook: str, norm_WT: Tensor, dtype: torch.dtype)
         name, what = str(dtype).removeprefix("torch."), "residual" if hook == RESID else hook
         raise NonFiniteResidual(
             f"layer {layer}: the {what} at window {window} of the batch, position {position}, holds infinities "
-            f"or NaN; the model overflows in {name}, harvest with --dtype bfloat16 or float32"
+            f"or NaN; {say_overflow(name)}"
         )

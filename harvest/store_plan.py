@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from ..cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from ..cache_schema.compression import MAX_PACKED_BYTES
 from ..cache_schema.identity import seal
@@ -16,7 +18,7 @@ from ..cache_schema.splits import PER_MILLE, per_mille_for_tests, share_windows
 from .config import HarvestConfig, read_hooks, read_layers
 from .corpus import source_of
 from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
-from .errors import SettingInvalid
+from .errors import SettingInvalid, TokenizerUnsuitable
 from .model.load_and_truncate import ModelFacts, Wanted, read_facts
 from .model.resolve import POCKET, SMOLLM2, Choice, ModelSource
 from .model.tokenizer import TextEncoder, load_encoder
@@ -94,8 +96,24 @@ def make_plan(config: HarvestConfig, source: ModelSource, choice: Choice | None 
     wanted = wanted_layers(config, facts)
     facts.validate_context(config.context)
     plan = Plan(config, source, facts, wanted, load_encoder(source.folder), choice)
+    _require_known(plan.encoder.bos_token, "the BOS token", facts)
     _require_chunks_that_fit(plan)
     return plan
+
+
+def _require_known(token: int, what: str, facts: ModelFacts) -> None:
+    """A token that was added to a tokenizer alone has no row in the model's embedding."""
+    if token >= facts.vocab_size:
+        raise TokenizerUnsuitable(
+            f"{what} of the tokenizer is {token}, and the model knows {facts.vocab_size:,} tokens: it was added to the "
+            "tokenizer alone. Choose one that the model was trained with in tokenizer_config.json"
+        )
+
+
+def require_known_tokens(packed: np.ndarray, facts: ModelFacts) -> None:
+    """Before the first shard: the model would end in its embedding, on a GPU without a word of where."""
+    if packed.size:
+        _require_known(int(packed.max()), "the largest token of the text", facts)
 
 
 def _require_chunks_that_fit(plan: Plan) -> None:

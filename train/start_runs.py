@@ -30,11 +30,15 @@ _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "see
 _OPTIONS |= {"tokens": "course.tokens", "epochs": "course.epochs"}
 _ALIASES = {"lr": "optim.lr"}
 
+TAKEN = 0.98  # share of the text below which it is said how much is read
+
 
 @contextmanager
 def open_process(device: str, console: Console, spread: bool = False, is_watched: bool = False) -> Iterator[Process]:
     """Where this process computes and prints; with `spread`, SAEs are dealt out over several processes."""
     group, place = join(device)
+    if spread and group.size == 1:
+        console.print("--spread deals SAEs out over several processes, and this is one: start it by torchrun or srun")
     process = Process(group, Solo() if spread and group.size > 1 else group, place, console, is_watched)
     try:
         yield process
@@ -91,6 +95,13 @@ def _introduce(run: Run, remark: str) -> None:
     for member in run.config.members:
         where = f", in process {told[member.label]['process']}" if run.process.is_spread else ""
         run.process.console.print(f"  {member.label}: {_settings_of(member)}{where}")
+    windowed = any(needs.windows for needs in run.config.requests().values())
+    if windowed and (taken := run.feed.plan.windows_taken()) < TAKEN:
+        run.process.console.print(
+            f"SAEs on whole windows read {taken:.0%} of the text: a batch of {run.feed.plan.batch_tokens:,} tokens "
+            f"takes whole windows of {run.store.manifest.context}; a multiple of that as data.batch_tokens "
+            "leaves out less"
+        )
     cut = {tuple(found) for one in told.values() for found in one["cut"]}
     for asked, given in sorted(cut):
         run.process.console.print(f"the run is short: a warm-up or onset of {asked:,} steps takes {given:,}")

@@ -322,7 +322,10 @@ def find_device(name: str) -> torch.device:
     if index != name and index.isdigit() and int(index) >= torch.cuda.device_count() > 0:
         raise SettingInvalid(f"--device {name}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type not in ("cpu", "cuda"):  # norms are summed in float64, which Apple's does not have
+            raise RuntimeError("harvests run on these alone")
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise SettingInvalid(f"--device {name}: {reason}. Expected auto, cpu, cuda or cuda:1 and the like") from None

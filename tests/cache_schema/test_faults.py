@@ -38,6 +38,7 @@ from saemill.cache_schema import (
     StoreUnfinished,
     StoreUnreachable,
     StoreWriter,
+    verify_and_repair,
 )
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.compression import decode, encode
@@ -517,6 +518,33 @@ def test_nothing_is_written_through_a_symbolic_link(synthetic, tmp_path, link):
     assert mine.read_text() == "mine"
     (tmp_path / "store" / link).unlink()
     synthetic.write_store(tmp_path / "store", manifest, corpus)
+
+
+def test_nothing_is_written_or_removed_where_a_link_stands_for_a_folder(synthetic, tmp_path):
+    manifest, elsewhere = synthetic.make_manifest(), tmp_path / "elsewhere"
+    corpus = synthetic.write_store(tmp_path / "store", manifest, shards=[1])
+    resid = tmp_path / "store/resid"
+    resid.rename(elsewhere)
+    before = synthetic.tree_of(elsewhere)
+    resid.symlink_to(elsewhere)
+    with pytest.raises(StoreUnreachable, match=r"resid is a symbolic link.* Remove it"):
+        synthetic.write_store(tmp_path / "store", manifest, corpus)
+    with pytest.raises(StoreUnreachable, match="resid is a symbolic link"):
+        LocalFiles(tmp_path / "store").remove("resid/layer_3/zarr.json")
+    assert synthetic.tree_of(elsewhere) == before
+
+
+def test_a_record_that_cannot_be_read_for_now_is_not_called_damaged(synthetic, tmp_path, monkeypatch):
+    """Repair would throw a whole shard away."""
+    synthetic.write_store(tmp_path / "store", synthetic.make_manifest())
+
+    def read_record(*_):
+        raise StoreUnreachable(errno.EIO, "the network is away")
+
+    with Store.open(tmp_path / "store") as store:
+        monkeypatch.setattr(verify_and_repair, "read_record", read_record)
+        with pytest.raises(StoreUnreachable, match="the network is away"):
+            list(verify_and_repair.verify_shards(store))
 
 
 def test_a_disk_without_locks_is_named(synthetic, tmp_path, monkeypatch):

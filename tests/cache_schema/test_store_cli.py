@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,16 @@ import torch
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from saemill.cache_schema import ImportInvalid, Request, Site, Store, import_from_others, sources, to_float32
+from saemill.cache_schema import (
+    ImportInvalid,
+    Request,
+    Site,
+    Store,
+    StoreWriter,
+    import_from_others,
+    sources,
+    to_float32,
+)
 from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.digest import store_digest
@@ -70,6 +80,18 @@ def test_import_twice_writes_nothing_new(store: Path, tmp_path: Path) -> None:
     args = ["--resid", tmp_path / "resid.npy", "--tokens", tmp_path / "tokens.npy", "--layer", 4, "--special-token", 7]
     assert run("import", store, *args, "--model", "somebody/model").exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()} == before
+
+
+def test_an_import_beside_another_says_that_it_is_not_whole(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said how many windows there were, and what to do next."""
+    args = ["--resid", tmp_path / "resid.npy", "--tokens", tmp_path / "tokens.npy", "--layer", 4, "--special-token", 7]
+    monkeypatch.setattr(StoreWriter, "claim", lambda *_: nullcontext(False))
+    result = run("import", tmp_path / "other", *args, "--model", "somebody/model")
+    assert result.exit_code == 1 and "another import is writing 3 of 3 shards" in result.output
+    monkeypatch.undo()
+    assert run("import", tmp_path / "other", *args, "--model", "somebody/model").exit_code == 0
 
 
 def test_import_of_other_values_into_the_same_path_is_refused(store: Path, tmp_path: Path) -> None:

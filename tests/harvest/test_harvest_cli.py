@@ -12,19 +12,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from saemill.cache_schema import Store
+from saemill.cache_schema import Store, StoreUnreachable
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
 from saemill.cache_schema.verify_and_repair import digest
-from saemill.harvest import run, shards
+from saemill.harvest import cli, run, shards
 from saemill.harvest.cli import main
+from saemill.harvest.errors import TokenizerUnsuitable
 from saemill.harvest.model import load_and_truncate
 from saemill.harvest.model.resolve import Choice
+from saemill.harvest.store_plan import require_known_tokens
 
 Type = Callable[..., Result]
 
@@ -176,6 +179,7 @@ def test_a_dry_run_refuses_what_the_disk_cannot_hold(type_: Type, monkeypatch):
         ),
         (["--worker=3/2"], "SettingInvalid: --worker 3/2"),
         (["--device=abacus"], "SettingInvalid: --device abacus"),
+        (["--device=meta"], "SettingInvalid: --device meta: harvests run on"),
         (["--dataset-split=test"], "SettingInvalid: --dataset-split test: --dataset"),
         (["--dataset=./nothing.txt"], "CorpusUnavailable: there is no file"),
         (["--dataset=my data"], "CorpusUnavailable: data set my data cannot be reached"),
@@ -256,6 +260,28 @@ def test_a_tokenizer_without_bos_is_refused(type_: Type, model_folder, tmp_path)
     result = type_(f"--model={folder}")
     assert result.exit_code == 1
     assert "TokenizerUnsuitable" in result.output and "no BOS token" in result.output
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(type_: Type, model_folder, tmp_path):
+    """Added to the tokenizer alone, it has no row in the embedding: as BOS it would begin every window."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"bos_token": "<bos>"', '"bos_token": "<new>"'))
+    result = type_(f"--model={folder}")
+    assert result.exit_code == 1
+    assert "TokenizerUnsuitable: the BOS token of the tokenizer is" in result.output
+    assert not (tmp_path / "store").exists()
+    with pytest.raises(TokenizerUnsuitable, match="the largest token of the text .* is 9, and the model knows 9"):
+        require_known_tokens(np.array([[1, 9]], np.uint32), SimpleNamespace(vocab_size=9))
+
+
+def test_ctrl_c_where_the_store_is_out_of_reach(monkeypatch):
+    def unreachable(url):
+        raise StoreUnreachable(5, "the network is away")
+
+    monkeypatch.setattr(cli.Store, "open", unreachable)
+    assert cli._what_is_safe("s3://somewhere") == "What is committed is safe"
 
 
 def test_ctrl_c_says_what_is_safe(type_: Type, monkeypatch):

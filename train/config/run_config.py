@@ -37,7 +37,8 @@ class DataConfig:
     """Of the read order alone: SAEs have seeds of their own, so a fleet over seeds reads one stream."""
     batch_tokens: int = 4096
     pool_tokens: int | None = None
-    """Tokens that are shuffled together in memory, in each of two pools; None: 2 GiB of residuals per layer in all."""
+    """Tokens that are shuffled together in memory, in each of two pools; None: as many as take 2 GiB per layer in
+    each, where an activation takes two bytes."""
 
     massive_norms: float | None = None
     """Rows whose norm is beyond this multiple of their layer's median norm are left out of scale, mean, loss and

@@ -128,7 +128,8 @@ class Plan:
                     "set a smaller batch_tokens"
                 )
         epoch = bisect_right(self._starts, step) - 1
-        block = next(block for block in reversed(self.blocks(epoch)) if block.first_step <= step)
+        blocks = self.blocks(epoch)
+        block = blocks[bisect_right(blocks, step, key=lambda block: block.first_step) - 1]
         return block, step - block.first_step
 
     def after(self, block: BlockPlan) -> BlockPlan:
@@ -146,6 +147,13 @@ class Plan:
         last = self.locate(steps - 1)[0].epoch
         blocks = (block for epoch in range(last + 1) for block in self.blocks(epoch) if block.first_step < steps)
         return min(block.windows // block.steps for block in blocks)
+
+    def windows_taken(self) -> float:
+        """Share of the first epoch's windows that come up where whole ones are drawn: each batch of a block has as
+        many as the others."""
+        blocks = self.blocks(0)
+        taken = sum(block.windows // block.steps * block.steps for block in blocks)
+        return taken / max(1, sum(block.windows for block in blocks))
 
     @property
     def is_one_block(self) -> bool:

@@ -100,7 +100,7 @@ def save_checkpoint(
         os.rename(temporary, final)
         sync(folder)
         for old in list_checkpoints(folder)[KEPT:]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # the next one tries again
 
 
 class Writer:

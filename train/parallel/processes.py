@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -22,6 +23,7 @@ from ..errors import ConfigInvalid, StoppedElsewhere, TrainError
 from .ranks import Alone, Ranks
 
 _REST_SECONDS = 0.2
+PATIENCE = timedelta(days=1)  # of processes with one that measures or saves alone; one that is gone is seen at once
 
 
 class Group(Ranks, Protocol):
@@ -121,7 +123,7 @@ class Processes:
         return [bytes(part.tolist()).decode() for part in self.gather(data)]
 
     def beside(self) -> Group:
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
         assert isinstance(group, dist.ProcessGroup), "every process is in it"
         return Processes(group)
 
@@ -184,8 +186,8 @@ def join(device: str) -> tuple[Group, torch.device]:
             f"own: say --device {chosen.type}, and choose cards by CUDA_VISIBLE_DEVICES"
         )
     if chosen.type == "cuda":  # accelerate would have nothing for messages between hosts
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    state = PartialState(cpu=chosen.type == "cpu")
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+    state = PartialState(cpu=chosen.type == "cpu", timeout=PATIENCE)
     place, group = torch.device(state.device or "cpu"), Processes()
     try:
         require_own_devices(group.texts(_name(place)))

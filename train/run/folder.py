@@ -9,6 +9,7 @@ runs/run_4/result.json          the results (only if the run finished)
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import itertools
 import os
@@ -103,12 +104,19 @@ class RunFolder:
 
 
 class MetricsLog:
-    """metrics.jsonl: appended to while training, cut back to the checkpoint on resume."""
+    """metrics.jsonl: appended to while training, cut back to the checkpoint on resume. One process trains a run."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._name_failure():
             self._file = path.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process ends
+        except BlockingIOError:
+            self._file.close()
+            raise RunTaken(f"another process is training {path.parent}: let it end, or stop it, first") from None
+        except OSError:
+            pass  # a file system without locks
 
     def write(self, values: Mapping[str, Any]) -> None:
         with self._name_failure():

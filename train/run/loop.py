@@ -24,6 +24,7 @@ def train(run: Run) -> Outcome | None:
                 reports = run.fleet.step(draw)
                 run.watch.observe(step, draw, reports)
                 run.saver.save_if_due(step + 1, run.total_steps, caught)
+            run.watch.end()
         return conclude(run)
     except (StoppedElsewhere, MemoryTooSmall) as error:
         saved = f"The last checkpoint is whole: go on with: sae-train --resume {run.folder.path}"

@@ -18,8 +18,6 @@ from .process import Process
 from .progress import Progress
 from .trackers import Trackers
 
-REFRESH_SECONDS = 0.5
-
 
 class Watch:
     """Records every step, and measures time, shuffling and waiting."""
@@ -44,6 +42,7 @@ class Watch:
         self._before = (0.0, 0.0)  # seconds, seconds waited: in processes before this one
         self._tokens = 0
         self._started = self._refreshed = time.perf_counter()
+        self._ended: float | None = None
 
     def go_on(self, standing: Standing) -> None:
         """Add to what was measured before the run was resumed."""
@@ -54,13 +53,17 @@ class Watch:
         """Start the clock."""
         self._started = self._refreshed = time.perf_counter()
 
+    def end(self) -> None:
+        """Stop it: what is measured and saved after the last step is no training."""
+        self._ended = time.perf_counter()
+
     def observe(self, step: int, draw: Draw, reports: Mapping[str, Report]) -> None:
         """Called after each step."""
         self._tokens += self._feed.plan.batch_tokens
         if step % self._every == 0 or step + 1 == self._total:
             self.quality = self.quality.with_batch(draw.labels(self._feed.is_windowed))
             self._record(step, reports)
-        elif time.perf_counter() - self._refreshed > REFRESH_SECONDS and self._process.is_first:
+        elif self._process.is_first and self._progress.is_due(time.perf_counter() - self._refreshed):
             self._show(step, {label: report.scalars() for label, report in reports.items()})
 
     @property
@@ -90,7 +93,8 @@ class Watch:
 
     @property
     def _seconds_here(self) -> float:
-        return max(0.0, time.perf_counter() - self._started - self._feed.loader.first_wait_seconds)
+        now = time.perf_counter() if self._ended is None else self._ended
+        return max(0.0, now - self._started - self._feed.loader.first_wait_seconds)
 
     def _record(self, step: int, reports: Mapping[str, Report]) -> None:
         """One line per SAE. A collective call; rank 0 writes."""

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+REFRESH_SECONDS = 0.5
 PLAIN_SECONDS = 30.0
 WIDE = 110  # columns
 
@@ -26,6 +27,12 @@ class Progress:
                 label: self._bars.add_task(label, total=total_steps, completed=done, numbers="") for label in labels
             }
             self._bars.start()
+
+    def is_due(self, seconds: float) -> bool:
+        """Whether it would show something, so long after the last time; the numbers are waited for."""
+        if self._is_quiet:
+            return False
+        return seconds > (PLAIN_SECONDS if self._bars is None else REFRESH_SECONDS)
 
     def show(self, steps: int, scalars: Mapping[str, Mapping[str, float]], tokens_per_second: float) -> None:
         """The state after so many steps."""

@@ -26,7 +26,7 @@ from .init_source import Source, source_of, without_start
 DEFAULT_TOKENS = 8_000_000  # if no epochs are given, a smaller store is read several times
 MOST_EPOCHS = 16
 FORMAT = 1  # of config.json
-POOL_BYTES = 2 * 2**30  # of residuals, for each layer
+POOL_BYTES = 2 * 2**30  # of residuals of two bytes, for each layer and in each of two pools
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ class Settled:
         return {
             "format": FORMAT,
             "recipe": self.recipe and f"{self.recipe.study}/{self.recipe.name}",
-            "cache": {"url": store.url, "cache_id": store.manifest.cache_id},
+            "cache": {
+                "url": store.url,
+                "cache_id": store.manifest.cache_id,
+                "shard_windows": store.manifest.shard_windows,
+            },
             **({} if self.init is None else {"init": to_json(self.init)}),
             **self.config.to_json(),
             "total_steps": self.total_steps,
@@ -84,6 +88,12 @@ def settle_again(folder: RunFolder, store: Store) -> Settled:
     if not isinstance(steps := raw.get("total_steps"), int) or steps < 1:
         raise ConfigInvalid(f"{where}: expected total_steps of at least 1, found {steps!r}")
     init = from_json(Source, raw["init"], f"{where}: init") if "init" in raw else None
+    begun_with, found = raw["cache"].get("shard_windows"), store.manifest.shard_windows
+    if begun_with not in (None, found):
+        raise ConfigInvalid(
+            f"{where}: expected a store with {begun_with} windows in a shard, found {found} in {store.url}: the same "
+            f"text would be read in another order. Harvest it with --shard-windows {begun_with}, or begin a new run"
+        )
     return Settled(config, make_plan(config.data, store), steps, init=init)
 
 

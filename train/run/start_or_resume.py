@@ -10,6 +10,7 @@ each block from process to process, would hold all layers, and its end would be 
 
 from __future__ import annotations
 
+import gc
 import shutil
 import statistics
 import time
@@ -92,6 +93,9 @@ def make_fleet(settled: Settled, store: Store, process: Process) -> Fleet:
     """The SAEs as they are before the first step: what their configs can refuse, they refuse here."""
     take_device(process.device)
     keep_large_blocks()
+    gc.collect()  # what an earlier run of this process has left, which a check of free memory would count
+    if process.device.type == "cuda":
+        torch.cuda.empty_cache()
     is_split = settled.config.course.shard_width and process.group.size > 1
     rows, split = (Solo(), process.team) if is_split else (process.team, None)
     with all_or_none(process.group), _tell_memory(process):

@@ -108,6 +108,13 @@ def test_epochs_and_seeds_differ():
     assert not np.array_equal(token_order(block, 0), token_order(block, 1))
 
 
+def test_how_much_of_the_windows_is_taken_is_known():
+    plan = Plan(make_sizes(60), batch_tokens=16, pool_tokens=200, seed=0)
+    drawn = [window_slice(block, at) for block in plan.blocks(0) for at in range(block.steps)]
+    total = sum(block.windows for block in plan.blocks(0))
+    assert plan.windows_taken() == sum(part.stop - part.start for part in drawn) / total < 1
+
+
 def test_windows_are_spread_over_the_same_steps():
     """Whole windows: each at most once, the same number in each batch, as many batches as for tokens."""
     plan = Plan(make_sizes(60), batch_tokens=16, pool_tokens=200, seed=0)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from saemill.train.disk.atomic_files import encode_line
 from saemill.train.errors import ConfigInvalid, TrackerMissing
 from saemill.train.parallel.processes import Solo, choose_device
 from saemill.train.run.folder import MetricsLog
+from saemill.train.run.metrics import Watch
 from saemill.train.run.progress import Progress
 from saemill.train.run.trackers import Trackers, require_trackers
 from saemill.train.run.validation import Tally
+from saemill.train.start_runs import open_process
 
 NUMBERS = {"loss": 0.25, "l0": 31.7, "explained_variance": 0.81234, "dead_share": 0.015}
 
@@ -37,6 +40,33 @@ def test_a_log_gets_plain_lines_and_the_last_one_always():
     quiet = Progress(Console(file=out), ["a"], 100, 0, is_quiet=True)
     quiet.show(100, {"a": NUMBERS}, 1.0)
     assert out.getvalue().count("\n") == 1
+
+
+def test_numbers_are_asked_for_where_they_are_shown():
+    """Each time costs a wait for a GPU."""
+    plain = Progress(Console(file=io.StringIO()), ["a"], 100, 0, is_quiet=False)
+    shown = Progress(Console(file=io.StringIO(), force_terminal=True), ["a"], 100, 0, is_quiet=False)
+    quiet = Progress(Console(file=io.StringIO()), ["a"], 100, 0, is_quiet=True)
+    assert [one.is_due(1.0) for one in (plain, shown, quiet)] == [False, True, False]
+    assert plain.is_due(31.0)
+    shown.close()
+
+
+def test_the_clock_of_a_run_stops_with_its_last_step(monkeypatch):
+    now = iter([0.0, 1.0, 5.0])
+    monkeypatch.setattr("saemill.train.run.metrics.time.perf_counter", lambda: next(now))
+    feed = SimpleNamespace(ideal_share=0.5, loader=SimpleNamespace(first_wait_seconds=0.5, waited_seconds=0.0))
+    watch = Watch(None, None, None, feed, None, ["a"], 1, 10)
+    watch.begin()
+    watch.end()
+    assert watch.seconds == 3.5 and watch.seconds == 3.5
+
+
+def test_spread_over_one_process_says_so():
+    out = io.StringIO()
+    with open_process("cpu", Console(file=out, width=200), spread=True):
+        pass
+    assert "--spread deals SAEs out over several processes, and this is one" in out.getvalue()
 
 
 def test_numbers_that_json_does_not_know_are_null(tmp_path):

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from saemill.train.run.folder import MetricsLog
+
 COURSE = ["--variant", "topk", "--epochs", "4", "--set", "course.metrics_every_steps=1"]
 COURSE += ["--set", "course.checkpoint_every_steps=7"]
 
@@ -123,6 +125,25 @@ def test_another_store_is_refused_on_resume(stopped, write_store, sae_train, tmp
     result = sae_train("--resume", "run", "--cache", tmp_path / "other", code=1)
     assert "expected the store with cache id" in result.output
     assert sorted(path.stat().st_mtime_ns for path in stopped.rglob("*")) == before
+
+
+def test_a_store_that_is_read_in_another_order_is_refused_on_resume(stopped, sae_train):
+    """The id is of what is in the store; how many windows a shard has decides the order in which they are read."""
+    config = json.loads((stopped / "config.json").read_text())
+    found = config["cache"]["shard_windows"]
+    (stopped / "config.json").write_text(json.dumps(config | {"cache": config["cache"] | {"shard_windows": 7}}))
+    result = sae_train("--resume", "run", code=1)
+    assert f"expected a store with 7 windows in a shard, found {found}" in result.output
+
+
+def test_one_process_trains_a_run(stopped, sae_train):
+    """The other's log would be cut, and its checkpoints removed."""
+    log = MetricsLog(stopped / "metrics.jsonl")
+    before = (stopped / "metrics.jsonl").read_bytes()
+    assert "another process is training" in sae_train("--resume", "run", "--device", "cpu", code=1).output
+    assert (stopped / "metrics.jsonl").read_bytes() == before
+    log.close()
+    sae_train("--resume", "run", "--device", "cpu")
 
 
 def test_a_finished_run_is_not_resumed(straight, sae_train):
