@@ -31,6 +31,7 @@ from saemill.train.kit.wrapping import BASE_SETTINGS
 from saemill.train.parallel.ranks import Alone
 from saemill.train.sae.gates import AbsTopK
 from saemill.train.sae.side_inputs import Side
+from saemill.train.sae.step_view import View
 
 D, ROWS, STEPS = 32, 512, 40
 FOUND = 0.9  # of a planted dictionary
@@ -129,6 +130,12 @@ def attention_of(windows: int, generator: torch.Generator, context: int = SPAN +
     return AttentionRows(indptr, kept.nonzero()[:, 3], probs[kept], (probs * kept).sum(-1))
 
 
+def view_of(trainee: Trainee, batch: Batch) -> View:
+    """What the terms of its next step would see of this batch."""
+    side = trainee.assembly.side(batch.side, trainee.step_index, trainee.total_steps, Alone())
+    return trainee._view(batch, side)
+
+
 def side_for(assembly: Assembly, batch: Batch) -> Side:
     """What the module reads of a batch in the middle of a run."""
     return assembly.side(batch.side, STEPS // 2, STEPS, Alone())
@@ -168,6 +175,7 @@ class Battery:
     batches = staticmethod(batches)
     side_of = staticmethod(side_of)
     side_for = staticmethod(side_for)
+    view_of = staticmethod(view_of)
     attention_of = staticmethod(attention_of)
     train = staticmethod(train)
     recovered = staticmethod(recovered)

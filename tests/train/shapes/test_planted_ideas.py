@@ -112,7 +112,7 @@ def test_masks_keep_latents_in_their_ranges(mask, battery, rng):
 
     def measured(**settings) -> tuple[float, float]:
         trainee = train(battery.quick("positional", lr=3e-3, **shared, **settings), batches)
-        view = trainee._view(held_out)
+        view = battery.view_of(trainee, held_out)
         owner = trainee.sae.extras["mask"].range
         explained = 1 - float(view.residual.square().sum() / held_out.x.square().sum())
         return float(retention(mass_by_range(view, 32, 4), owner)), explained
@@ -157,7 +157,7 @@ def test_temporal_latents_change_slowly_at_the_same_explained_variance(battery, 
 
     def measured(weights) -> tuple[float, float, float]:
         trainee = train(battery.quick("temporal", lr=3e-3, temporal_weights=weights, **shared), batches)
-        view = trainee._view(held_out)
+        view = battery.view_of(trainee, held_out)
         explained = 1 - float(view.residual.square().sum() / held_out.x.square().sum())
         return consistency(view), explained, float(mean_lifetime(view))
 
@@ -174,7 +174,7 @@ def test_what_neighbours_share_gathers_in_the_first_part(battery, rng):
     shared = {"width": 64, "k": 4, "prefix_fractions": (0.5, 1.0), "dead_after_tokens": 20_000}
     found = {}
     for variant in ("matryoshka", "tsae"):
-        view = train(battery.quick(variant, lr=3e-3, **shared), batches)._view(held_out)
+        view = battery.view_of(train(battery.quick(variant, lr=3e-3, **shared), batches), held_out)
         found[variant] = consistency(view, lag=1), 1 - float(view.residual.square().sum() / held_out.x.square().sum())
     assert found["tsae"][0] > found["matryoshka"][0] + 0.1
     assert found["tsae"][1] > found["matryoshka"][1] - 0.01

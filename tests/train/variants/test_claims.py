@@ -244,7 +244,7 @@ def test_a_causal_crosscoder_reads_one_layer(battery, rng):
 def test_the_smooth_l0_of_jumprelu_has_a_gradient_to_every_parameter(battery, sparsity, reaches):
     config = battery.quick("jumprelu", sparsity=sparsity, frequency_penalty=1.0)
     trainee = Trainee("one", config.build(D), battery.STEPS)
-    view = trainee._view(battery.batches(config, 1)[0])
+    view = battery.view_of(trainee, battery.batches(config, 1)[0])
     terms = {term.name: term.fn for term in trainee.assembly.terms}
     terms["l0"](view).backward()
     assert bool(trainee.sae.W_enc.grad is not None and trainee.sae.W_enc.grad.any()) == reaches
