@@ -188,6 +188,7 @@ class Trainee:
     def _work(
         self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float], ranks: BatchRanks
     ) -> Measured:
+        """The step from its view on. Where it is recorded, nothing in it is of the host's but what its key holds."""
         view = self._view(batch, Side(batch.side, knobs, ranks, self._latents))
         # 2. Losses. What is reported is measured here, before the weights move.
         # A term of weight zero is not computed: it costs nothing and draws no random numbers.
