@@ -5,9 +5,11 @@ Imports only numpy and torch, so that this package and its peers each run in an 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ ROWS = 2048  # of a batch
 FEWER_ROWS = 512  # of one of cross-layer transcoders, whose steps cost a peer most
 TRANSCODERS = ("transcoder", "skip_transcoder")
 CROSS_LAYER = "clt"
+BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu")
+PLACED = 0.002  # how near L0 is brought by a threshold
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -81,18 +85,52 @@ def norms(folder: str) -> dict[str, float]:
     return {"mean": float(lengths.mean()), "rms": float(lengths.square().mean().sqrt())}
 
 
-def score(folder: str, encode: Encode, decode: Encode, scale: float) -> dict[str, float]:
-    """Of the test split, and what chooses between fits of the validation split; the SAE reads x * scale."""
-    parts = [load(folder, split) * scale for split in ("test", "validation")]
-    return told(*(measure(x, x, encode, lambda _, acts: decode(acts)) for x in parts))
+def score(
+    ask: Ask, encode: Encode, decode: Encode, scale: float, threshold: torch.Tensor | None = None
+) -> dict[str, float | None]:
+    """Of the test split, and what chooses between fits of the validation split; the SAE reads x * scale.
+
+    Where `threshold`, one number or one of each latent, decides who is active, held-out text has more active latents
+    than the training text by which it was learned: it is multiplied by what makes L0 of validation text as wanted.
+    """
+    test, validation = (load(ask.folder, split) * scale for split in ("test", "validation"))
+    came_to = None if threshold is None else place(threshold, encode, validation, ask.l0)
+    found = told(*(measure(x, x, encode, lambda _, acts: decode(acts)) for x in (test, validation)))
+    return found | {"came_to": came_to}
+
+
+@torch.no_grad()
+def place(threshold: torch.Tensor, encode: Encode, rows: torch.Tensor, wanted: float, tries: int = 8) -> float:
+    """Multiply the threshold until `wanted` latents are active in a row; how many were."""
+    came_to, factor, slope = 0.0, 1.0, -1.0
+    before: tuple[float, float] | None = None  # log of the factor, of L0 as a multiple of the wanted one
+    for _ in range(tries):
+        l0 = sum(int((encode(part) > 0).sum()) for part in rows.split(ROWS)) / len(rows)
+        came_to = came_to or l0
+        off = math.log(max(l0, 1e-3) / wanted)
+        if abs(off) < PLACED:
+            break
+        if before is not None and before[0] != math.log(factor):
+            slope = min(-0.2, (off - before[1]) / (math.log(factor) - before[0]))
+        before = math.log(factor), off
+        step = math.exp(max(-0.7, min(0.7, -off / slope)))
+        factor *= step
+        threshold.mul_(step)
+    return came_to
 
 
 def score_map(
-    folder: str, encode: Encode, rebuild: Encode, scale: torch.Tensor | float = 1.0, to: torch.Tensor | float = 1.0
+    ask: Ask, encode: Encode, rebuild: Encode, scale: torch.Tensor | float = 1.0, to: torch.Tensor | float = 1.0
 ) -> dict[str, float]:
     """The same of a transcoder, which reads x * scale and writes target * to; squares are summed over layers."""
-    parts = [ends(load(folder, split)) for split in ("test", "validation")]
+    parts = [ends(load(ask.folder, split)) for split in ("test", "validation")]
     return told(*(measure(x * scale, target * to, encode, lambda x, _: rebuild(x)) for x, target in parts))
+
+
+def threshold_of(ask: Ask, autoencoder: Any) -> torch.Tensor | None:
+    """What decides who is active at inference, where that is a threshold; a top-k SAE keeps one and does not use it."""
+    threshold: torch.Tensor | None = autoencoder.threshold if ask.variant in BY_THRESHOLD else None
+    return threshold
 
 
 def told(test: dict[str, float], validation: dict[str, float]) -> dict[str, float]:
@@ -118,6 +156,6 @@ def measure(
     return found | {"dead": float((~fired).double().mean())}
 
 
-def serve_fits(fit: Callable[[Ask], dict[str, float]]) -> None:
+def serve_fits(fit: Callable[[Ask], dict[str, Any]]) -> None:
     """A request is an SAE to be trained, its answer the held-out score."""
     serve(lambda request: fit(Ask(**request)))

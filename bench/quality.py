@@ -4,8 +4,8 @@ All contestants train on the same rows in the same order, in a process and an en
 tokens only, since no peer would be well served by rows of massive norm, and what is reported is of ordinary tokens.
 A short run is decided by its learning rate, so each contestant is tried with the first seed at its own rate and at
 rates three times apart from there, up and down for as long as that is better on validation text; the other seeds
-train at the best. Where sparsity follows a coefficient, it is sought in the same way until L0 is what was asked. What
-is told is of the test split, which chose nothing. A fit whose L0 is more than a tenth from what was asked is off
+train at the best. Where sparsity follows a coefficient, it is sought in the same way until L0 is what was asked, and
+where a threshold decides who is active, it is placed on validation text so that L0 is just that. What is told is of the test split, which chose nothing. A fit whose L0 is more than a tenth from what was asked is off
 target: it is kept and marked, and stands in no comparison. A fit that is in the results already is not made again.
 
     python bench/quality.py STORE --peers-python PATH
@@ -90,6 +90,8 @@ class Score:
     dead: float
     validation: float
     validation_l0: float
+    came_to: float | None = None
+    """L0 of validation text as trained, where thresholds were then placed to make it what is wanted."""
 
     def is_on_target(self, wanted: float) -> bool:
         return is_near(self.l0, wanted)
@@ -199,7 +201,7 @@ def fit_of(row: dict[str, Any]) -> Fit:
 
 
 def score_of(row: dict[str, Any]) -> Score:
-    return Score(**{name: row["test_l0" if name == "l0" else name] for name in Score.__dataclass_fields__})
+    return Score(**{name: row.get("test_l0" if name == "l0" else name) for name in Score.__dataclass_fields__})
 
 
 Train = Callable[[Fit], Score]
@@ -227,14 +229,14 @@ def seek(fit: Fit, train: Train, tries: int = 6) -> Fit:
     seen: list[tuple[float, float, Fit]] = []  # log of the coefficient, of L0 as a multiple of the wanted one
     slope = -1.0
     for _ in range(tries):
-        off = math.log(max(train(fit).validation_l0, 1e-3) / fit.l0)
+        found = train(fit)
+        off = math.log(max(found.validation_l0 if found.came_to is None else found.came_to, 1e-3) / fit.l0)
         seen.append((math.log(fit.coefficient), off, fit))
-        if abs(off) <= NEAR:
+        if abs(off) <= (NEAR if found.came_to is None else OFF):
             break
         if len(seen) > 1:
             (before, off_before, _), (now, off_now, _) = seen[-2:]
-            found = (off_now - off_before) / (now - before)
-            slope = min(found, -0.2)  # more of a penalty never means more latents: that would be noise
+            slope = min((off_now - off_before) / (now - before), -0.2)  # more of a penalty never means more latents: that would be noise
         step = max(-1.5, min(1.5, -off / slope))
         fit = replace(fit, coefficient=float(f"{fit.coefficient * math.exp(step):.4g}"))
     return min(seen, key=lambda one: abs(one[1]))[2]
@@ -300,9 +302,10 @@ def cell_at(scores: dict[Fit, Score], lr: float) -> Cell:
 
 
 def last_scores(rows: list[dict[str, Any]]) -> dict[Fit, Score]:
-    """Of the latest comparison in a file: rows of other steps, of another store or protocol are not beside it."""
+    """Of each variant's latest comparison: rows of other steps, of another store or protocol are not beside it."""
     same = [tuple(row.get(name) for name in ("steps", "cache_id", "protocol")) for row in rows]
-    return {fit_of(row): score_of(row) for row, run in zip(rows, same, strict=True) if run == same[-1]}
+    last = {row["variant"]: run for row, run in zip(rows, same, strict=True)}
+    return {fit_of(row): score_of(row) for row, run in zip(rows, same, strict=True) if run == last[row["variant"]]}
 
 
 def show(scores: dict[Fit, Score]) -> None:

@@ -136,8 +136,8 @@ def measure(table: Table, width: int, sweep: bool) -> None:
         )
     moments = torch.zeros_like(W), torch.zeros_like(W)
     low = torch.empty_like(low_W)
-    numbers = torch.tensor([*row_update.step_numbers(1e-5, 0.9, 0.999, 10), 0.0, 0.0], device="cuda")
-    adam = row_update.AdamStep(numbers, 0.9, 0.999, 1e-8, 0.0)
+    lr, betas = torch.tensor(1e-5, device="cuda"), torch.tensor([0.9, 0.999], dtype=torch.float64, device="cuda")
+    adam = row_update.AdamStep(lr, 1 - betas**10, 0.9, 0.999, 1e-8, 0.0)
     sorted_values = values[by_latent.order]
     moved = 6.0 * W.nbytes + low.nbytes
     for name, source in (("float32", x), ("bfloat16", low_x)):

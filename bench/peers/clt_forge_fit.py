@@ -63,7 +63,7 @@ def settings_of(ask: Ask, layers: int, d_in: int) -> CLTTrainingRunnerConfig:
     )
 
 
-def fit(ask: Ask) -> dict[str, float]:
+def fit(ask: Ask) -> dict[str, Any]:
     logging.disable(logging.INFO)
     rows: Any = Rows(ask)
     _, layers, d_in = next(iter(rows))[0].shape
@@ -71,7 +71,7 @@ def fit(ask: Ask) -> dict[str, float]:
     clt = CLT(config.create_sub_config(CLTConfig, n_layers=layers))
     clt.d_latent = max(clt.d_latent, RUNNERS_WIDTH)  # read from here on by nothing but the share that is to fire
     CLTTrainer(clt, rows, config, lambda **_: None).fit()
-    return score_map(ask.folder, lambda x: clt.encode(x)[0].flatten(1), clt.forward_eval, rows.scale, rows.to)
+    return score_map(ask, lambda x: clt.encode(x)[0].flatten(1), clt.forward_eval, rows.scale, rows.to)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dictionary_learning_step import make_trainer
-from fitting import ROWS, Ask, batches, norms, score, serve_fits
+from fitting import ROWS, Ask, batches, norms, score, serve_fits, threshold_of
 
 COEFFICIENT = {"standard": "l1_penalty", "gated": "l1_penalty", "p_anneal": "initial_sparsity_penalty"}
 
@@ -42,7 +42,7 @@ def threshold_beta(steps: int) -> float:
     return min(0.999, 1 - 1 / max(2.0, steps / 100))
 
 
-def fit(ask: Ask) -> dict[str, float]:
+def fit(ask: Ask) -> dict[str, Any]:
     torch.manual_seed(ask.seed)
     d_model = next(batches(ask, 1)).shape[1]
     scale = 1 / norms(ask.folder)["rms"]
@@ -50,7 +50,7 @@ def fit(ask: Ask) -> dict[str, float]:
     trainer.dead_feature_threshold = ask.steps * ROWS // 10
     for step, x in enumerate(batches(ask)):
         trainer.update(step, x * scale)
-    return score(ask.folder, trainer.ae.encode, trainer.ae.decode, scale)
+    return score(ask, trainer.ae.encode, trainer.ae.decode, scale, threshold_of(ask, trainer.ae))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from fitting import (
     score,
     score_map,
     serve_fits,
+    threshold_of,
 )
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def make_config(ask: Ask, first: Tensor) -> Any:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=ask.lr))
 
 
-def fit(ask: Ask) -> dict[str, float]:
+def fit(ask: Ask) -> dict[str, Any]:
     keep_large_blocks()
     if ask.variant in (*TRANSCODERS, CROSS_LAYER):
         return fit_map(ask)
@@ -61,10 +62,12 @@ def fit(ask: Ask) -> dict[str, float]:
     trainee = Trainee(ask.variant, make_config(ask, first).build(first.shape[1], stats_of(first, scale)), ask.steps)
     for x in batches(ask):
         trainee.step(Batch(x * scale))
-    return score(ask.folder, trainee.sae.encode, trainee.sae.decode, float(scale))
+    gate = trainee.sae.gate
+    threshold = gate.raw_threshold if ask.variant == "jumprelu" else threshold_of(ask, gate)
+    return score(ask, trainee.sae.encode, trainee.sae.decode, float(scale), threshold)
 
 
-def fit_map(ask: Ask) -> dict[str, float]:
+def fit_map(ask: Ask) -> dict[str, Any]:
     """A transcoder; of several layers with these side by side."""
     scale, to = end_scales(ask.folder)
     x, target = ends(next(batches(ask, 1)))
@@ -74,7 +77,7 @@ def fit_map(ask: Ask) -> dict[str, float]:
         x, target = ends(rows)
         trainee.step(Batch((x * scale).flatten(1), (target * to).flatten(1)))
     sae = trainee.sae
-    return score_map(ask.folder, lambda x: sae.encode(x.flatten(1)), lambda x: sae(x.flatten(1)).view_as(x), scale, to)
+    return score_map(ask, lambda x: sae.encode(x.flatten(1)), lambda x: sae(x.flatten(1)).view_as(x), scale, to)
 
 
 if __name__ == "__main__":

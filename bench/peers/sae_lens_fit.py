@@ -16,7 +16,7 @@ import torch
 from sae_lens import SAE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fitting import ROWS, Ask, batches, norms, score, serve_fits
+from fitting import ROWS, Ask, batches, norms, score, serve_fits, threshold_of
 from sae_lens_step import make_sae, make_trainer
 
 
@@ -32,7 +32,7 @@ def settings_of(variant: str, coefficient: float, steps: int) -> dict[str, Any]:
             return {}
 
 
-def fit(ask: Ask) -> dict[str, float]:
+def fit(ask: Ask) -> dict[str, Any]:
     torch.manual_seed(ask.seed)
     d_model = next(batches(ask, 1)).shape[1]
     scale = d_model**0.5 / norms(ask.folder)["mean"]
@@ -46,7 +46,7 @@ def fit(ask: Ask) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as saved:
         sae.save_inference_model(saved)
         inference = SAE.load_from_disk(saved)
-    return score(ask.folder, inference.encode, inference.decode, scale)
+    return score(ask, inference.encode, inference.decode, scale, threshold_of(ask, inference))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from fitting import Ask, batches, ends, score_map, serve_fits
 from sparsify_step import encode_dense, make_coder, make_optimiser
 
 
-def fit(ask: Ask) -> dict[str, float]:
+def fit(ask: Ask) -> dict[str, Any]:
     torch.manual_seed(ask.seed)
     d_model = next(batches(ask, 1)).shape[1] // 2
     skips = ask.variant == "skip_transcoder"
@@ -26,7 +26,7 @@ def fit(ask: Ask) -> dict[str, float]:
         optimiser.step()
         optimiser.zero_grad()
     optimiser.eval()
-    return score_map(ask.folder, lambda x: encode_dense(sae, x), lambda x: sae(x).sae_out)
+    return score_map(ask, lambda x: encode_dense(sae, x), lambda x: sae(x).sae_out)
 
 
 if __name__ == "__main__":

@@ -76,13 +76,13 @@ class Optim:
 
 
 class Adam:
-    """Adam over named parameters; a step is `begin`, `step` and `end`.
+    """Adam over named parameters; a step is `begin` and `step`.
 
     `by_row` names tables that are updated row by row, and whether their rows are kept at length one; `split` those
     of which this process holds only the rows of its latents.
 
-    On a GPU `step` does what is the device's alone, and can be recorded: the rate and what else changes from step to
-    step lie there, where `begin` writes them, and `end` counts the steps of the host.
+    On a GPU `step` does what is the device's alone, and can be recorded: the rate lies there, where `begin` writes it,
+    and steps are counted there, each table's own.
     """
 
     def __init__(
@@ -96,7 +96,6 @@ class Adam:
     ) -> None:
         self.parameters = dict(parameters)
         self._by_row = {name: (take_rows(self.parameters[name]), is_unit) for name, is_unit in (by_row or {}).items()}
-        self._taken: dict[str, int] = {}  # steps of each table that goes by row, as the host knows them
         self.settings = settings
         self._latents, self._split = latents, split
         self._beta1 = BETA1 if settings.beta1 is None else settings.beta1
@@ -105,30 +104,23 @@ class Adam:
         self._first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self._steps = {name: torch.zeros((), device=p.device) for name, p in self.parameters.items()}
-        self._moved: list[str] = []  # the tables that the last step moved by row
         self._lr: dict[float, float | Tensor] = {}  # of the step that was begun, by its multiple
         scales = dict.fromkeys(self._lr_scales.get(name, 1.0) for name in self.parameters)
-        self._numbers: Tensor | None = None
+        self._rates: Tensor | None = None
         first = next(iter(self.parameters.values()), None)
         if first is not None and not reads_at_once(first):
             # Four to a row: what a kernel is given begins at a multiple of 16 bytes.
-            self._numbers = torch.zeros(len(scales) + len(self._by_row), 4, device=first.device)
-            self._lr = dict(zip(scales, self._numbers[:, 0], strict=False))
+            self._rates = torch.zeros(len(scales), 4, device=first.device)
+            self._lr = dict(zip(scales, self._rates[:, 0], strict=True))
+            self._betas = torch.tensor([self._beta1, settings.beta2], dtype=torch.float64).to(first.device)
         self._scales = list(scales)
 
     def begin(self, lr: float) -> None:
         """Say the learning rate of the next step."""
-        if self._numbers is None:
+        if self._rates is None:
             self._lr = {scale: lr * scale for scale in self._scales}
-            return
-        rows = [(lr * scale, 0.0, 0.0, 0.0) for scale in self._scales]
-        rows += [(*self._row_numbers(name, lr), 0.0, 0.0) for name in self._by_row]
-        write_numbers(self._numbers, rows)
-
-    def end(self) -> None:
-        """Count the step that was taken."""
-        for name in self._moved:
-            self._taken[name] += 1
+        else:
+            write_numbers(self._rates, [(lr * scale, 0.0, 0.0, 0.0) for scale in self._scales])
 
     @torch.no_grad()
     def step(self, frozen: Tensor | None = None) -> Tensor | None:
@@ -137,13 +129,9 @@ class Adam:
         Where `frozen` is not zero, nothing moves: on a GPU a loss that is not finite sets
         it, before the host has seen the loss.
         """
-        self._moved = [
-            name
-            for name, (updates, _) in self._by_row.items()
-            if updates.gradients or self.parameters[name].grad is not None
-        ]
-        for name in self._moved:
-            self._move_rows(name, *self._by_row[name], frozen)
+        for name, (updates, is_unit) in self._by_row.items():
+            if updates.gradients or self.parameters[name].grad is not None:
+                self._move_rows(name, updates, is_unit, frozen)
         moving = [name for name, p in self.parameters.items() if p.grad is not None and name not in self._by_row]
         if not moving:
             return None
@@ -155,23 +143,15 @@ class Adam:
             self._move([moving[i] for i in together], [gradients[i] for i in together], scale, divisor, frozen)
         return norm
 
-    def _row_numbers(self, name: str, lr: float) -> tuple[float, float]:
-        """What the kernel reads of the next step."""
-        from ..sae.kernels.triton.row_update import step_numbers
-
-        if name not in self._taken:
-            self._taken[name] = int(self._steps[name])
-        scaled = lr * self._lr_scales.get(name, 1.0)
-        return step_numbers(scaled, self._beta1, self.settings.beta2, self._taken[name] + 1)
-
     def _move_rows(self, name: str, updates: RowUpdates, is_unit: bool, frozen: Tensor | None) -> None:
         """One table by the kernel that adds, moves and writes a row at a time."""
         from ..sae.kernels.triton.row_update import AdamStep, update_rows
 
-        assert self._numbers is not None
         table, settings = self.parameters[name], self.settings
-        numbers = self._numbers[len(self._scales) + list(self._by_row).index(name)]
+        assert self._rates is not None
+        lr = self._rates[self._scales.index(self._lr_scales.get(name, 1.0))]
         self._steps[name] += 1 if frozen is None else 1 - frozen
+        bias = 1 - self._betas ** self._steps[name]
         if updates.low is None and updates.is_low_read:
             updates.low = torch.empty_like(table, dtype=torch.bfloat16)
         dense = _dense_part(table.grad, updates.gradients[1:])
@@ -180,7 +160,7 @@ class Adam:
             table,
             (self._first[name], self._second[name]),
             None if first is None else (*first.entries(), first.rows.contiguous()),
-            AdamStep(numbers, self._beta1, settings.beta2, self._epsilon, settings.weight_decay),
+            AdamStep(lr, bias, self._beta1, settings.beta2, self._epsilon, settings.weight_decay),
             frozen,
             dense=dense,
             low=updates.low,
@@ -233,10 +213,6 @@ class Adam:
             parameter.grad = None
         for updates, _ in self._by_row.values():
             updates.gradients.clear()
-
-    def after_load(self) -> None:
-        """The state was overwritten by a checkpoint's: drop what was derived from it."""
-        self._taken.clear()
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by name."""

@@ -151,7 +151,6 @@ class Trainee:
         ranks = share_batch(self.ranks, batch.x.shape[0])
         self.optimiser.begin(lr)
         measured = self._measured(batch, weights, knobs, ranks)
-        self.optimiser.end()
         self.step_index += 1
         return Report(
             step=self.step_index - 1,
@@ -294,7 +293,6 @@ class Trainee:
         for name, tensor in own.items():
             if name in state:
                 tensor.copy_(self._latents.own(state[name]) if self._is_part(name) else state[name])
-        self.optimiser.after_load()
         self.counters.after_load()
         self.replays.forget()
         self.assembly.generator.set_state(state["generator"].cpu())

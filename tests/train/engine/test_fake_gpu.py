@@ -138,7 +138,6 @@ def move(trainee: Trainee, to: Move) -> None:
     by_row = trainee._tables_by_row()
     trainee._constraints = [c for c in assembly.constraints if not (by_row and c.table_use == "unit decoder")]
     trainee.optimiser = Adam(dict(sae.named_parameters()), assembly.optim, _lr_scales(sae), by_row)
-    trainee.optimiser._taken = dict.fromkeys(by_row, 1)
     trainee.optimiser._lr = dict.fromkeys(trainee.optimiser._scales, 0.1)  # torch has no fake update of one there
     trainee._traces = deque()
     counters = trainee.counters

@@ -8,7 +8,7 @@ import torch
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import unit_stats
 from saemill.train.engine import step
-from saemill.train.engine.optim import Optim
+from saemill.train.engine.optim import Adam, Optim
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.kit.registry import config_type
@@ -52,6 +52,29 @@ def test_it_trains_as_on_a_cpu(as_on_gpu, monkeypatch, variant):
     assert losses == pytest.approx(expected, rel=1e-4)
     norms = torch.linalg.vector_norm(ours.sae.W_dec, dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def test_a_table_without_gradient_keeps_its_count(as_on_gpu):
+    """What was moved in a step is known to the device alone, since the step may be a replayed one."""
+    rng = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(6, D, generator=rng) for name in "ab"}
+    by_row, plain = (
+        {name: torch.nn.Parameter(value.to(DEVICE, copy=True)) for name, value in drawn.items()} for _ in range(2)
+    )
+    ours, theirs = Adam(by_row, Optim(), {"a": 0.5}, dict.fromkeys("ab", False)), Adam(plain, Optim(), {"a": 0.5})
+    for index in range(4):
+        moved = "ab" if index % 2 else "b"
+        for name in moved:
+            by_row[name].grad = torch.randn(6, D, generator=rng).to(DEVICE)
+            plain[name].grad = by_row[name].grad.clone()
+        for optimiser in (ours, theirs):
+            optimiser.begin(0.1)
+            optimiser.step()
+            optimiser.zero_grad()
+    for name, tensor in theirs.state().items():
+        torch.testing.assert_close(ours.state()[name], tensor, msg=name)
+    for name in "ab":
+        torch.testing.assert_close(by_row[name], plain[name])
 
 
 def test_a_step_that_broke_is_named_at_the_next_look(as_on_gpu, quick_selection):

@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_map
 from saemill.train.data import device_copies
 from saemill.train.data.batch import Batch
 from saemill.train.engine import replay, step
+from saemill.train.engine.assembly import Term
 from saemill.train.engine.optim import Optim
+from saemill.train.engine.schedules import Constant
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.kit.registry import config_type
@@ -73,7 +75,7 @@ class TapedMemory:
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         owner = next(cell.cell_contents for cell in _cells(work) if isinstance(cell.cell_contents, Trainee))
-        kept = [*owner._own_state().values(), owner._frozen, owner.optimiser._numbers]
+        kept = [*owner._own_state().values(), owner._frozen, owner.optimiser._rates]
         before, tape, TapedMemory.is_on = [tensor.clone() for tensor in kept], Tape(), True
         try:
             with tape:
@@ -247,6 +249,18 @@ def test_a_recording_that_hardly_serves_is_made_less_often(monkeypatch):
 @pytest.mark.parametrize("variant", RECORDED)
 def test_a_graph_trains_to_the_same_bits(variant):
     assert train_alike(*make_pair(variant, "cuda", **settings_of(variant)), batches(STEPS - 5, "cuda")) >= 6
+
+
+@pytest.mark.gpu
+def test_recordings_that_move_other_tables_take_turns():
+    """Each second step leaves the encoder where it is: a table's steps are counted where it is moved."""
+    ours, plain = make_pair("topk", "cuda", k=4)
+    for trainee in (ours, plain):
+        whole = trainee.assembly.terms[0]
+        decoder = Term("decoder", lambda view: view.sae.W_dec.square().sum(), Constant(0.1))
+        now_and_then = replace(whole, weight=lambda step, total: float(step % 2))
+        trainee.assembly = replace(trainee.assembly, terms=(now_and_then, decoder))
+    assert train_alike(ours, plain, batches(16, "cuda")) == 12
 
 
 @pytest.mark.gpu

@@ -201,8 +201,8 @@ def test_a_row_moves_as_adam_moves_the_table(support, rng, is_unit, has_dense):
 
 
 def adam_step(lr: float, beta2: float = 0.999, weight_decay: float = 0.0, step: int = 1) -> row_update.AdamStep:
-    numbers = torch.tensor(row_update.step_numbers(lr, 0.9, beta2, step), device=DEVICE)
-    return row_update.AdamStep(numbers, 0.9, beta2, 1e-8, weight_decay)
+    betas = torch.tensor([0.9, beta2], dtype=torch.float64, device=DEVICE)
+    return row_update.AdamStep(torch.tensor(lr, device=DEVICE), 1 - betas**step, 0.9, beta2, 1e-8, weight_decay)
 
 
 def test_the_same_update_gives_the_same_bits(rng):

@@ -71,7 +71,8 @@ def _update(
     x,
     sums,
     D,
-    numbers,
+    lr,
+    bias,
     beta1,
     beta2,
     epsilon,
@@ -96,8 +97,8 @@ def _update(
         head_end = tl.where(has_chunks, chunk * CHUNK, stop)
         tail = tl.where(has_chunks, chunks_end * CHUNK, stop)
 
-        step_size = tl.load(numbers)
-        root_bias2 = tl.load(numbers + 1)
+        step_size = tl.load(lr) / tl.load(bias).to(tl.float32)
+        root_bias2 = tl.sqrt(tl.load(bias + 1).to(tl.float32))
         place = latent * D + columns
         gradient = tl.zeros((BLOCK_D,), tl.float32)
         if HAS_DENSE:
@@ -128,18 +129,14 @@ def _update(
 
 @dataclass(frozen=True)
 class AdamStep:
-    """Adam's settings, and its numbers of one step where the kernel finds them."""
+    """Adam's settings, and what changes from step to step: on the table's device, where a replay finds its own."""
 
-    numbers: Tensor  # `step_numbers`, on the table's device: a launch that is recorded reads those of its replay
+    lr: Tensor
+    bias: Tensor  # float64 [2]: of the two moments, 1 - beta ** steps, steps counted from 1
     beta1: float
     beta2: float
     epsilon: float
     weight_decay: float
-
-
-def step_numbers(lr: float, beta1: float, beta2: float, step: int) -> tuple[float, float]:
-    """What a row moves by, and the root of the second moment's bias, in a step counted from 1."""
-    return lr / (1.0 - beta1**step), (1.0 - beta2**step) ** 0.5
 
 
 def update_rows(
@@ -181,7 +178,8 @@ def update_rows(
         x,
         sums,
         width,
-        adam.numbers,
+        adam.lr,
+        adam.bias,
         adam.beta1,
         adam.beta2,
         adam.epsilon,
