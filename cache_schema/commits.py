@@ -53,6 +53,9 @@ class AttentionTotals:
             self.rows + other.rows, self.entries + other.entries, self.kept_mass_units + other.kept_mass_units
         )
 
+    def __str__(self) -> str:
+        return f"{self.rows} rows, {self.entries} entries, mass {self.kept_mass_units} * 2^-24"
+
     @property
     def kept_mass(self) -> float:
         """Mean kept mass of a row."""

@@ -155,7 +155,7 @@ def make_record(manifest: Manifest, shard: int, content: ShardContent, sizes: Ma
         shard=shard,
         windows=manifest.shard_range(shard),
         arrays={path: ArrayRecord(digest, sizes[path]) for path, digest in sorted(digests.items())},
-        attention={layer: _totals(csr) for layer, csr in sorted(content.attention.items())},
+        attention={layer: totals_of(csr) for layer, csr in sorted(content.attention.items())},
         format=manifest.format,
     )
 
@@ -231,6 +231,7 @@ def _lines(manifest: Manifest, csr: AttentionCsr) -> dict[str, np.ndarray]:
     return {"indptr": indptr, "indices": indices, "data": data}
 
 
-def _totals(csr: AttentionCsr) -> AttentionTotals:
+def totals_of(csr: AttentionCsr) -> AttentionTotals:
+    """What a record adds up of a layer's attention."""
     units = int(np.round(csr.kept_mass.astype(np.float64).sum() * 2**24))
     return AttentionTotals(csr.kept_mass.size, csr.entries, units)

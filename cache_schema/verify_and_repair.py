@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .buffers import ShardBuffers
-from .commits import CommitRecord, derive_index, forget, read_index, read_record
+from .commits import AttentionTotals, CommitRecord, derive_index, forget, read_index, read_record
+from .content import totals_of
 from .counts import count_all, read_counts
 from .digest import array_digest, store_digest
 from .disk_and_cloud_files import Files, open_files
@@ -146,15 +147,23 @@ def _verify_shard(store: Store, shard: int, buffers: dict[Request, ShardBuffers]
         return ShardReport(shard, None, (Damage(shard, "commits", str(error)),))
     damage: list[Damage] = []
     found: dict[str, str] = {}
+    sums: dict[int, AttentionTotals] = {}
     for name, request in _single_requests(store).items():
         try:
-            found |= _digests(store, shard, request, buffers)
+            arrays = _read_arrays(store, shard, request, buffers)
+            found |= _digests(store, shard, request, arrays)
+            sums |= {layer: totals_of(csr) for layer, csr in arrays.attention.items()}
         except ShardCorrupt as error:
             damage.append(Damage(shard, name, str(error)))
     for path, value in found.items():
         expected = record.arrays[path].digest if path in record.arrays else "no digest"
         if value != expected:
             damage.append(Damage(shard, path, f"array {path}: the record says {expected}, the values give {value}"))
+    for layer, totals in sums.items():
+        if record.attention.get(layer) != totals:  # what `info` and the summary add up
+            name = f"attention/layer_{layer}"
+            problem = f"{name}: the record adds up {record.attention.get(layer)}, the values give {totals}"
+            damage.append(Damage(shard, name, problem))
     return ShardReport(shard, record, tuple(damage))
 
 
@@ -178,11 +187,14 @@ def _single_requests(store: Store) -> dict[str, Request]:
     }
 
 
-def _digests(store: Store, shard: int, request: Request, buffers: dict[Request, ShardBuffers]) -> dict[str, str]:
-    """Path -> digest of what one request reads."""
+def _read_arrays(store: Store, shard: int, request: Request, buffers: dict[Request, ShardBuffers]) -> ShardArrays:
     if request not in buffers:
         buffers[request] = ShardBuffers(store.manifest, request)
-    arrays = store.read(request, Span(shard, *store.manifest.shard_range(shard)), buffers[request])
+    return store.read(request, Span(shard, *store.manifest.shard_range(shard)), buffers[request])
+
+
+def _digests(store: Store, shard: int, request: Request, arrays: ShardArrays) -> dict[str, str]:
+    """Path -> digest of what one request reads."""
     found = _digests_of_arrays(arrays)
     for hook, layer in request.sites:
         found[moments_path(layer, hook)] = array_digest(to_line(store.shard_moments(layer, shard, hook)))

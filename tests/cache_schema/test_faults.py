@@ -43,7 +43,7 @@ from saemill.cache_schema import (
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.compression import decode, encode
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
-from saemill.cache_schema.layout import BEGINNING, arrays_of, attention_path
+from saemill.cache_schema.layout import BEGINNING, arrays_of, attention_path, record_key
 from saemill.cache_schema.manifest import FORMAT
 
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
@@ -146,6 +146,19 @@ def test_verify_and_repair_handle_exactly_what_is_damaged(finished):
     with Store.open(folder) as store:
         assert np.flatnonzero(~store.committed).tolist() == [HURT]
     assert CliRunner().invoke(main, ["verify", str(folder)]).exit_code == 0
+
+
+def test_verify_finds_sums_that_are_not_of_the_values(finished):
+    """What `info` tells of attention is added up from the records alone."""
+    folder, _ = finished
+    path = folder / record_key(HURT)
+    record = json.loads(path.read_text())
+    layer, sums = next(iter(record["attention"].items()))
+    sums["entries"] += 1
+    path.write_text(json.dumps(record))
+    found = CliRunner().invoke(main, ["verify", str(folder)])
+    assert found.exit_code == 1
+    assert f"shard {HURT}: attention/layer_{layer}: the record adds up " in found.output
 
 
 def test_a_damaged_line_of_moments_is_named(finished):
