@@ -124,6 +124,7 @@ class Batches(IterableDataset[Tensor]):
         return {
             **({} if self._needs.hook == RESID else {"hook": self._needs.hook}),
             "cache_id": self._store.manifest.cache_id,
+            "shard_windows": self._store.manifest.shard_windows,  # not in the id, and decides the order
             "split": self._split,
             "layers": list(self._needs.inputs),
             "batch_tokens": plan.batch_tokens,

@@ -133,6 +133,13 @@ def test_a_state_of_other_batches_is_refused(open_batches, change, said):
     assert said in str(refused.value)
 
 
+def test_a_state_of_the_same_text_in_other_shards_is_refused(open_batches):
+    """The id of a store says nothing of its shards, and the order goes by them."""
+    batches = open_batches()
+    with pytest.raises(StateInvalid, match="shard_windows 7"):
+        batches.load_state_dict({**batches.state_dict(), "shard_windows": 7})
+
+
 def test_a_state_without_its_step_is_refused(open_batches):
     state = open_batches().state_dict()
     for step in (None, -1, "3"):
