@@ -70,6 +70,9 @@ class Evaluation(Generic[C]):
     """Whether what it leaves beside its result is there still: where it is not, `--resume` does it again."""
     revision: int = 1
     """Raised where the same settings give other numbers than before: `--resume` takes no result of an earlier one."""
+    data_revision: Callable[[Context, C], str | None] = lambda _context, _config: None
+    """Names the text that it measures on, where neither settings nor store do: `--resume` takes no result of other
+    text. None where there is nothing to name."""
 
     def __post_init__(self) -> None:
         settings: Any = self.config

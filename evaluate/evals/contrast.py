@@ -25,7 +25,7 @@ from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing.features import Features
 from .probing.pooling import Pool, pool_task
 from .probing.settings import DataSettings, filled, of_data
-from .probing.sources import find_source, load_all
+from .probing.sources import data_revision, find_source, load_all
 from .probing.texts import Task
 
 MOST_TEXTS = 400  # of one contrast, where nothing else was asked for: of the hub's data there are thousands
@@ -164,4 +164,5 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("contrast.mean", "contrast.strong_share", "contrast.independence", "residual.mean"),
+    data_revision=data_revision,
 )

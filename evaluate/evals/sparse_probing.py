@@ -24,7 +24,7 @@ from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .probing.features import Features, Memo, draw_probe, seeded
 from .probing.pooling import Pool, pool_task
 from .probing.settings import of_data
-from .probing.sources import DataName, Source, find_source, load_all
+from .probing.sources import DataName, Source, data_revision, find_source, load_all
 from .probing.texts import Task
 from .probing.train_probes import FULL_WIDTH, probe_every_class, sparse_accuracy
 
@@ -203,4 +203,5 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("sae.sae_top_1_test_accuracy", "sae.sae_top_5_test_accuracy", "llm.llm_top_5_test_accuracy"),
+    data_revision=data_revision,
 )

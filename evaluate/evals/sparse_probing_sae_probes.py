@@ -28,7 +28,7 @@ from .probing.pooling import batch_size_for
 from .probing.regression_of_sae_probes import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
 from .probing.scores import mean_scores
 from .probing.settings import of_data
-from .probing.sources import DataName, Source, find_source, load_all
+from .probing.sources import DataName, Source, data_revision, find_source, load_all
 
 MAX_TOKENS = 1024
 ByK = dict[int, Scores]
@@ -200,4 +200,5 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("sae.sae_top_1_test_auc", "sae.sae_top_5_test_auc", "llm.llm_test_auc"),
+    data_revision=data_revision,
 )

@@ -15,7 +15,7 @@ from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.rounds import Outcome, evaluate_able, perturb_all
 from .probing.scores import mean_scores, tpp_scores
 from .probing.settings import Settings, official_config
-from .probing.sources import Source, load_all
+from .probing.sources import Source, data_revision, load_all
 
 
 @dataclass(frozen=True)
@@ -62,4 +62,5 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("tpp_metrics.tpp_threshold_10_total_metric", "tpp_metrics.tpp_threshold_50_total_metric"),
+    data_revision=data_revision,
 )

@@ -32,11 +32,13 @@ from ..context.results import (
     is_of_store_now_gone,
     is_whole,
     result_path,
+    settings_in,
     standing_result,
     write_result,
 )
 from ..errors import EvalError, NotRun
 
+DATA = "data_revision"
 EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
 
 Keep = Literal["none", "same", "any"]
@@ -65,6 +67,7 @@ def _kept(subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: K
     document = None if keep == "none" else standing_result(subject, eval_id)
     if document is None:
         return None
+    settings = _comparable(settings, document)
     if keep == "same":
         is_gone = is_of_store_now_gone(document, settings)
         stands = (is_whole(document, settings) or is_gone) and evals.load(eval_id).is_there(subject)
@@ -92,7 +95,20 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
         settings["revision"] = evaluation.revision
     if context.opened is not None and evaluation.needs.store:
         settings["massive_norms"] = context.massive_multiple
+    data = evaluation.data_revision(context, config)
+    if data is not None:
+        settings[DATA] = data
     return settings if context.model_name is None else settings | {"model": context.model_name}
+
+
+def _comparable(settings: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with the result's own data revision unless both name one: results of before name none, and where the
+    store is gone nobody knows which data were meant."""
+    found = settings_in(document)
+    if DATA in found and DATA in settings:
+        return dict(settings)
+    rest = {name: value for name, value in settings.items() if name != DATA}
+    return rest | ({DATA: found[DATA]} if DATA in found else {})
 
 
 def crash_path(subject: LoadedSae, eval_id: str) -> Path:

@@ -23,6 +23,7 @@ from saemill.cache_schema import Store
 from saemill.cache_schema.cli import main as store_main
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
+from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.results import Row, result_path, sae_config
 from saemill.evaluate.errors import Incomparable, WidthMismatch
 from saemill.evaluate.evals.core import evaluation as core
@@ -30,6 +31,7 @@ from saemill.evaluate.evals.ravel import evaluation as ravel
 from saemill.evaluate.evals.unlearning import evaluation as unlearning
 from saemill.evaluate.model import divergence
 from saemill.evaluate.run import command
+from saemill.evaluate.run.attempts import settings_of
 from saemill.evaluate.run.console_table import require_comparable
 from saemill.evaluate.run.find_saes import find_places, find_subjects, make_subject
 from saemill.train.run.find_sae import find_sae
@@ -555,6 +557,40 @@ def test_a_result_of_an_earlier_revision_is_done_again(run_1, sae_eval, second_e
         settings = results(run_1, "second")["small_eval_results.json"]["saemill"]["settings"]
         assert settings.get("revision", 1) == revision and ("revision" in settings) == (revision > 1)
     assert asked == [1, 2]
+
+
+def test_a_result_of_other_text_is_done_again(run_1, sae_eval, second_eval):
+    """Results of before name no text, and count."""
+    asked = []
+
+    def evaluate(context, subjects, config):
+        asked.append(second_eval.data_revision(context, config))
+        yield from (core.Result(subject, {}, {"group": {"value": 1.0}}) for subject in subjects)
+
+    second_eval.evaluate = evaluate
+    call = ("--evals", "second", "--no-plots")
+    for text in (None, "sha256:old", "sha256:old"):
+        second_eval.data_revision = lambda context, config, text=text: text
+        sae_eval("run_1", *call, "--resume", options=[])
+    assert asked == [None]
+    sae_eval("run_1", *call, options=[])
+    for text in ("sha256:old", "sha256:new", "sha256:new", None):
+        second_eval.data_revision = lambda context, config, text=text: text
+        sae_eval("run_1", *call, "--resume", options=[])
+    assert asked == [None, "sha256:old", "sha256:new"]
+    second_eval.data_revision = lambda context, config: "sha256:newer"
+    assert "data_revision 'sha256:new' (asked for: 'sha256:newer')" in " ".join(
+        sae_eval("run_1", *call, "--compare", options=[]).split()
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["contrast", "ravel", "scr", "sparse_probing", "sparse_probing_sae_probes", "tpp", "unlearning"]
+)
+def test_evaluations_on_text_of_this_python_say_which_text_that_is(name):
+    context, config = Context(None, model_name="elsewhere/model"), evals.load(name).config
+    assert settings_of(context, name, config(data="stdlib"))["data_revision"].startswith("sha256:")
+    assert "data_revision" not in settings_of(context, name, config())
 
 
 def test_a_crash_in_one_evaluation_costs_no_other_its_result(run_1, sae_eval, second_eval):

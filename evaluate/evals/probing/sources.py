@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from ...context.context import Context
 from ...errors import DataMissing
@@ -122,6 +122,18 @@ def find_source(context: Context, wanted: DataName) -> Source:
     if wanted == "auto":
         return STDLIB if context.is_pocket else HUB
     return STDLIB if wanted == "stdlib" else HUB
+
+
+class ChoosesData(Protocol):
+    """Settings that say which data are meant."""
+
+    @property
+    def data(self) -> DataName: ...
+
+
+def data_revision(context: Context, settings: ChoosesData) -> str | None:
+    """Of the data that the settings mean, as an evaluation's `data_revision`."""
+    return find_source(context, settings.data).revision()
 
 
 def load_all(names: Sequence[str], load: Callable[[str], Iterable[T]]) -> tuple[list[T], str | None]:

@@ -23,6 +23,7 @@ from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from ..probing.stdlib import revision_of_all
 from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores
 from .prompts import (
     ATTRIBUTES,
@@ -83,7 +84,7 @@ class Findings:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
-    is_stdlib = config.data == "stdlib" or (config.data == "auto" and context.is_pocket)
+    is_stdlib = is_of_library(context, config)
     selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
     entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
     require_selectable(selection, entities)
@@ -97,6 +98,11 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         study(context, entity_class, selection[entity_class.name], findings, config, draw)
     for subject in fitting:
         yield make_result(context, subject, findings[subject], selection, config)
+
+
+def is_of_library(context: Context, config: Config) -> bool:
+    """Whether identifiers of this Python's library are asked about."""
+    return config.data == "stdlib" or (config.data == "auto" and context.is_pocket)
 
 
 def require_selectable(selection: Mapping[str, Sequence[str]], entities: Sequence[EntityClass]) -> None:
@@ -238,4 +244,5 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("ravel.disentanglement_score", "ravel.cause_score", "ravel.isolation_score"),
+    data_revision=lambda context, config: revision_of_all() if is_of_library(context, config) else None,
 )

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable
 from ..contract import Context, Evaluation, Failure, LoadedSae, Result
+from ..probing.stdlib import revision_of_all
 from .material import Material, load_topic, load_wmdp
 from .papers import Exam
 from .passes import SharedPasses, count, remembered_questions
@@ -77,9 +78,13 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         yield make_result(subject, outcomes[subject], material, exams, config)
 
 
+def is_of_library(context: Context, config: Config) -> bool:
+    """Whether a package of this Python's library is to be forgotten."""
+    return config.data == "stdlib" or (config.data == "auto" and context.is_pocket)
+
+
 def load_material(context: Context, config: Config) -> Material:
-    data = config.data if config.data != "auto" else "stdlib" if context.is_pocket else "wmdp"
-    if data == "stdlib":
+    if is_of_library(context, config):
         return load_topic(context.model, model_name_of(context), config.topic, config.random_seed)
     return load_wmdp(
         context,
@@ -168,4 +173,9 @@ def official_config(config: Config, material: Material) -> dict[str, Any]:
     }
 
 
-EVALUATION = Evaluation(Config, evaluate, summary=("unlearning.unlearning_score",))
+EVALUATION = Evaluation(
+    Config,
+    evaluate,
+    summary=("unlearning.unlearning_score",),
+    data_revision=lambda context, config: revision_of_all() if is_of_library(context, config) else None,
+)
