@@ -28,6 +28,7 @@ from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.attention import Explained, Traced, attention_divergence, choose_pairs, explain, trace_pairs
 
 ONE_LAYER = "attention fidelity is about SAEs that read and write one layer"
+TOP_LAYER = "attention fidelity is about the layer above the SAE's, and the model has none above it"
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,12 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     for subject in subjects:
         metrics = {"contribution": contribution(seen[subject], layers), "fidelity": fidelity(seen[subject])}
         metrics["tracing"] = seen[subject].traced.metrics() if missing[subject] is None else {}
-        if subject.is_single_layer:
-            yield Result(subject, to_json(config), metrics, missing=missing[subject])
-        else:
+        if not subject.is_single_layer:
             yield Result(subject, to_json(config), metrics, remark=ONE_LAYER)
+        elif missing[subject] == TOP_LAYER:
+            yield Result(subject, to_json(config), metrics, remark=TOP_LAYER)
+        else:
+            yield Result(subject, to_json(config), metrics, missing=missing[subject])
 
 
 def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str | None]:
@@ -103,6 +106,8 @@ def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae
     for subject in subjects:
         if not subject.is_single_layer:
             found[subject] = ONE_LAYER
+        elif subject.layer + 1 >= context.model.facts.num_layers:
+            found[subject] = TOP_LAYER
         elif subject.layer + 1 not in stored:
             held = ", ".join(map(str, stored))
             found[subject] = f"attention fidelity needs layer {subject.layer + 1}; the store holds layers {held}"

@@ -169,6 +169,14 @@ def test_attention_that_was_not_stored_is_named(make_world, builder, open_contex
     assert found[high].metrics["contribution"] and not found[high].metrics["fidelity"]
 
 
+def test_above_the_last_layer_there_is_no_attention_to_ask_for(make_world, builder, open_context):
+    """So that its result is complete."""
+    subject = builder.subject(builder.make_sae(), layers=(4,))
+    result = one(attention, open_context(make_world(layers=(4,), attention_layers=(3, 4))), subject)
+    assert result.missing is None and result.remark == attention.TOP_LAYER
+    assert result.metrics["contribution"] and not result.metrics["fidelity"] and not result.metrics["tracing"]
+
+
 def test_a_store_without_attention_is_named(make_world, builder, open_context):
     """As `sae-harvest --attention-layers none` makes it."""
     context = open_context(make_world(attention_layers=()))
