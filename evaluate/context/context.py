@@ -58,6 +58,14 @@ class Context:
         return self.store.manifest
 
     @property
+    def without_tokens(self) -> str | None:
+        """What to do where the store was imported without tokens, as those that it holds are made up; None: they are
+        its own."""
+        if self.opened is None or self.manifest.corpus.settings.get("tokens") is not False:
+            return None
+        return f"{self.store.url} was imported without tokens: import it again with --tokens"
+
+    @property
     def massive_multiple(self) -> float | None:
         """The multiple that holds here."""
         if self.massive_norms == "store's":

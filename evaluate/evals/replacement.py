@@ -79,8 +79,8 @@ class Seen:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
-    if context.manifest.corpus.settings.get("tokens") is False:
-        raise DataMissing(f"{context.store.url} was imported without tokens: import it again with --tokens")
+    if context.without_tokens:
+        raise DataMissing(context.without_tokens)
     context.require_model()
     found: dict[LoadedSae, Seen] = {}
     for subject in subjects:
@@ -140,14 +140,14 @@ def _add_batch(context: Context, found: dict[LoadedSae, Seen], batch: Windows) -
     with context.model.tapped({site: partial(_keep, kept, site) for site in sites}):
         clean = context.model.hidden(batch.tokens)
     rows = PieceSize(chunk_rows(context.model.facts.vocab_size), "rows of logits", context.say)
-    skipped: dict[tuple[Site, ...], Tensor] = {}
+    skipped: dict[tuple[tuple[Site, ...], tuple[Site, ...]], Tensor] = {}
     for subject, seen in found.items():
         written = sites_written(subject)
         counts = _ordinary(context, kept, {*sites_read(subject), *written}, batch.keep)
         own = replace(batch, resid={layer: kept[Site(subject.hooks[0], layer)] for layer in subject.layers})
         acts, y_hat = subject.reconstruct(own)
         y = torch.cat([kept[site] for site in written], dim=-1)
-        places = (*written, *sites_read(subject))
+        places = tuple(written), tuple(sites_read(subject))
         if places not in skipped:  # the same for all SAEs of these places
             skipped[places] = _replaced(context, batch, written, torch.zeros_like(y), counts)
         replaced = _replaced(context, batch, written, y_hat.to(y), counts)

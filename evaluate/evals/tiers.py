@@ -123,6 +123,8 @@ def model_obstacle(context: Context, config: Config) -> str | None:
     """Why nothing can be traced, if so."""
     if config.trace_windows == 0:
         return None
+    if context.without_tokens:
+        return f"causal tracing needs tokens: {context.without_tokens}"
     try:
         context.require_model()
     except ModelMissing as error:

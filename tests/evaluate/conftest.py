@@ -136,9 +136,10 @@ def harvest_rows(
     attention_layers: tuple[int, ...] | None = None,
     massive: Sequence[tuple[int, int]] = (),
     stored_as: str | None = None,
+    has_tokens: bool = True,
 ) -> str:
     """A store of these rows; its model is known by its folder's path and by no revision. `massive` are (window,
-    position) of rows made a hundred times as long."""
+    position) of rows made a hundred times as long. Without tokens it says so, as one that was imported does."""
     windows, context = tokens.shape
     attention_layers = (layers[-1], layers[-1] + 1) if attention_layers is None else attention_layers
     spec = AttentionSpec(layers=attention_layers, topk=4, mass=1.0)
@@ -155,7 +156,7 @@ def harvest_rows(
             special_tokens=SPECIAL,
             bos_token=BOS,
         ),
-        corpus=CorpusSpec("golden"),
+        corpus=CorpusSpec("golden", settings={} if has_tokens else {"tokens": False}),
         context=context,
         layers=layers,
         windows=windows,

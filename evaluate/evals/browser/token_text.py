@@ -20,12 +20,14 @@ class Vocabulary:
     """The distinct tokens that a page shows, and their texts."""
 
     def __init__(self, context: Context) -> None:
-        self.obstacle: str | None = None
+        self.obstacle: str | None = context.without_tokens
         """Why tokens are shown as ids, if so."""
-        try:
-            self._backend, self._bos = context.tokenizer.backend, context.tokenizer.bos_token
-        except ModelMissing as error:
-            self._backend, self._bos, self.obstacle = None, 0, str(error)
+        self._backend, self._bos = None, 0
+        if self.obstacle is None:  # tokens that are made up would be read as text
+            try:
+                self._backend, self._bos = context.tokenizer.backend, context.tokenizer.bos_token
+            except ModelMissing as error:
+                self.obstacle = str(error)
         self._met = np.zeros(0, bool)
 
     def meet(self, ids: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...context.usable_saes import model_name_of
-from ...errors import ModelMissing, NotApplicable, SettingInvalid
+from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .ablations import ABLATIONS
 from .blocks import Rows, rows_of
@@ -80,8 +80,10 @@ def unspliceable(subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str]:
 
 def missing_model(context: Context) -> str | None:
     """Why the losses of the model cannot be measured; None where they can. With --from-tokens nothing can."""
-    if context.manifest.corpus.settings.get("tokens") is False:
-        return f"{context.store.url} was imported without tokens: import it again with --tokens for the model's losses"
+    if context.without_tokens and context.from_tokens:
+        raise DataMissing(f"{context.without_tokens}, or leave out --from-tokens")
+    if context.without_tokens:
+        return f"{context.without_tokens} for the model's losses"
     try:
         context.require_model()
     except ModelMissing as error:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM
 
+from saemill.evaluate.errors import DataMissing
 from saemill.evaluate.evals import replacement
 from saemill.evaluate.evals.contract import Failure
 
@@ -86,6 +87,25 @@ def test_a_broken_sae_has_no_losses(world, builder, open_context):
     (found,) = measure(open_context(world), builder.subject(sae)).values()
     assert math.isnan(found["ce_replaced"]) and math.isnan(found["ce_score"]) and math.isnan(found["kl_score"])
     assert found["ce_clean"] > 0 and found["ce_skipped"] > 0
+
+
+def test_tokens_that_are_made_up_are_not_run(make_world, builder, open_context):
+    with pytest.raises(DataMissing, match="imported without tokens: import it again with --tokens"):
+        measure(open_context(make_world(has_tokens=False)), builder.subject(builder.make_sae()))
+
+
+def test_skipping_is_shared_by_saes_that_read_and_write_the_same_places(world, builder, open_context):
+    """Of two SAEs the flat lists of places are the same: one writes both layers, the other reads one of them."""
+    both, one = {"layers": (3,), "target_layers": [1, 2]}, {"layers": (2, 3), "target_layers": [1]}
+    hooks = {"hook": "mlp_out", "target_hook": "mlp_out"}
+    narrow, wide = (builder.make_sae(d_in=width).W_dec.detach() for width in (builder.D, 2 * builder.D))
+    writes = builder.make_sae(W_enc=narrow.clone(), W_dec=wide.clone(), centres_input=False)
+    reads = builder.make_sae(W_enc=wide.clone(), W_dec=narrow.clone(), centres_input=False)
+    subjects = builder.subject(writes, "both", **hooks, **both), builder.subject(reads, "one", **hooks, **one)
+    together, alone = measure(open_context(world), *subjects), {}
+    for subject in subjects:
+        alone |= measure(open_context(world), subject)
+    assert together == alone
 
 
 def test_what_has_no_place_says_why_and_the_others_are_measured(world, builder, open_context):

@@ -404,7 +404,7 @@ def test_promoted_tokens_go_through_the_models_head(made, open_context, world):
 def test_words_are_what_stands_in_a_text_and_bytes_are_written_out():
     encoder = load_encoder(MODEL_FOLDER)
     ids = encoder.encode(["def walk(self):\n    return a\u4e2d"])[0]
-    words = Vocabulary(SimpleNamespace(tokenizer=encoder))
+    words = Vocabulary(SimpleNamespace(tokenizer=encoder, without_tokens=None))
     words.meet(np.array(ids))
     told = words.texts()
     by_id = dict(zip(told["ids"].tolist(), told["texts"], strict=True))
@@ -525,6 +525,11 @@ def test_without_model_or_attention_it_is_made_and_says_so(make_world, builder, 
     assert run["without_words"] and words["texts"] == [f"<{token}>" for token in words["ids"]]
     assert "promoted" not in data_of(home, "sae_a/latents/0")
     assert not (home / "browser" / "data" / "attention").exists()
+
+
+def test_tokens_that_are_made_up_are_shown_as_ids(make_world, open_context):
+    words = Vocabulary(open_context(make_world(model=MODEL_FOLDER, has_tokens=False)))
+    assert "imported without tokens" in words.obstacle and words.write(np.array([5, 7])) == "<5> <7>"
 
 
 def test_an_sae_of_several_layers_has_no_place_before_the_head(make_world, builder, open_context):

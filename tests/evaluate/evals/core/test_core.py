@@ -10,6 +10,7 @@ import torch
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context.results import without_nan
+from saemill.evaluate.errors import DataMissing
 from saemill.evaluate.evals.core import blocks
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.core.metrics import against, loss_statistics, official_losses
@@ -215,6 +216,14 @@ def test_without_the_model_the_rest_is_measured(make_world, open_context, builde
     assert result.eval_config["compute_kl"] is False
     assert result.metrics["sparsity"]["l0"] > 0
     assert "ablations" not in result.extra["saemill_metrics"]
+
+
+def test_tokens_that_are_made_up_are_not_run(make_world, open_context, builder):
+    world, subject = make_world(has_tokens=False), builder.subject(builder.make_sae())
+    result = run(open_context(world), [subject])["sae"]
+    assert "imported without tokens" in result.missing and result.metrics["sparsity"]["l0"] > 0
+    with pytest.raises(DataMissing, match="import it again with --tokens, or leave out --from-tokens"):
+        run(open_context(world, from_tokens=True), [subject])
 
 
 def test_a_crosscoder_has_sparsity_and_no_losses(make_world, open_context, builder):

@@ -193,6 +193,12 @@ def test_without_the_model_the_rest_is_measured(world, builder, open_context):
         assert not result.metrics["fidelity" if module is attention else "causal"]
 
 
+def test_nothing_is_traced_on_tokens_that_are_made_up(make_world, builder, open_context):
+    result = one(tiers, open_context(make_world(has_tokens=False)), builder.subject(builder.make_sae()))
+    assert "imported without tokens: import it again with --tokens" in result.missing
+    assert result.metrics["tier_activity"] and not result.metrics["causal"]
+
+
 def test_the_tokenizer_of_another_model_is_not_taken(world, builder, open_context):
     with pytest.raises(ModelMissing, match="not the one that made the store"):
         _ = open_context(world, model_name="pocket").tokenizer
