@@ -51,7 +51,7 @@ def train(**words: Any) -> Run:
             "name one, or use sae-study"
         )
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    with open_process(device, console, is_watched=plots) as process:
+    with open_process(device, console, read["spread"], is_watched=plots) as process:
         if process.group.size > 1:
             raise ConfigInvalid(f"expected one process, found {process.group.size}: several train with sae-train")
         (outcome,) = train_all(read, process)

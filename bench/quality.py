@@ -5,8 +5,9 @@ tokens only, since no peer would be well served by rows of massive norm, and wha
 A short run is decided by its learning rate, so each contestant is tried with the first seed at its own rate and at
 rates three times apart from there, up and down for as long as that is better on validation text; the other seeds
 train at the best. Where sparsity follows a coefficient, it is sought in the same way until L0 is what was asked, and
-where a threshold decides who is active, it is placed on validation text so that L0 is just that. What is told is of the test split, which chose nothing. A fit whose L0 is more than a tenth from what was asked is off
-target: it is kept and marked, and stands in no comparison. A fit that is in the results already is not made again.
+where a threshold decides who is active, it is placed on validation text so that L0 is just that. What is told is of
+the test split, which chose nothing. A fit whose L0 is more than a tenth from what was asked is off target: it is kept
+and marked, and stands in no comparison. A fit that is in the results already is not made again.
 
     python bench/quality.py STORE --peers-python PATH
 
@@ -236,7 +237,9 @@ def seek(fit: Fit, train: Train, tries: int = 6) -> Fit:
             break
         if len(seen) > 1:
             (before, off_before, _), (now, off_now, _) = seen[-2:]
-            slope = min((off_now - off_before) / (now - before), -0.2)  # more of a penalty never means more latents: that would be noise
+            slope = min(
+                (off_now - off_before) / (now - before), -0.2
+            )  # more of a penalty never means more latents: that would be noise
         step = max(-1.5, min(1.5, -off / slope))
         fit = replace(fit, coefficient=float(f"{fit.coefficient * math.exp(step):.4g}"))
     return min(seen, key=lambda one: abs(one[1]))[2]

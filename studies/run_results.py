@@ -95,7 +95,7 @@ def read_lines(
             if uneven[eval_id]:
                 problems.append(f"{eval_id} is left out: results of this run differ in {uneven[eval_id]}")
                 continue
-            if other := of_other_settings(document, (asked or {}).get(eval_id)):
+            if other := of_other_settings(eval_id, document, (asked or {}).get(eval_id)):
                 problems.append(f"{eval_id} is left out: its result is of {other}")
                 continue
             found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
@@ -118,11 +118,14 @@ def differing(documents: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
 
 
-def of_other_settings(document: Mapping[str, Any], asked: Any | None) -> str:
+def of_other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | None) -> str:
     """Where a result of before was left standing, since an evaluation by these settings has failed."""
     if asked is None:
         return ""
-    return describe_differences(document, {**settings_in(document), "config": deciding(to_json(asked))})
+    revision = evals.load(eval_id).revision
+    others = {name: value for name, value in settings_in(document).items() if name != "revision"}
+    wanted = others | {"config": deciding(to_json(asked))} | ({} if revision == 1 else {"revision": revision})
+    return describe_differences(document, wanted)
 
 
 def model_of(document: Mapping[str, Any]) -> str | None:

@@ -26,6 +26,7 @@ import click
 from click.shell_completion import CompletionItem
 from rich.console import Console
 
+from ..cache_schema import Store
 from ..cache_schema.cli import as_json, print_json
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
@@ -133,7 +134,7 @@ def choose(study: str, wanted: str | None) -> list[Recipe]:
     """The runs of a study but the one that decides, or those that are named."""
     if wanted is None:
         return [recipe for recipe in runs_of(study) if recipe.name != DECISIVE]
-    named = [name.strip() for name in wanted.split(",")]
+    named = list(dict.fromkeys(name.strip() for name in wanted.split(",")))
     for name in named:
         if name.endswith(HALF):
             whole = name.removesuffix(HALF)
@@ -171,7 +172,8 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
             call(sae_train, "sae-train", words, console)
     for eval_ids in dict.fromkeys(recipe.evals for recipe in recipes if recipe.evals):
         runs = [recipe.name for recipe in recipes if recipe.evals == eval_ids]
-        words = [*runs, "--runs", str(course.out), "--evals", ",".join(eval_ids), "--resume"]
+        words = [*runs, "--runs", str(course.out), "--cache", course.cache]
+        words += ["--evals", ",".join(eval_ids), "--resume"]
         words += settings_of(course.evaluation, eval_ids)
         call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what failed
     folders = {recipe.name: RunFolder.at(course.out / recipe.name) for recipe in recipes}
@@ -211,13 +213,16 @@ def draw_pictures(results: Results, folders: Mapping[str, RunFolder], out: Path,
 
 
 def keep_course(course: Course) -> None:
-    """Runs of one table share their settings: those of an earlier call are refused if they differ."""
-    wanted = {"cache": course.cache, "options": list(course.options), "seeds": course.seeds}
-    wanted |= {"baselines": course.baselines}
+    """Runs of one table share their settings and their store: those of an earlier call are refused if they differ."""
+    wanted = {"options": list(course.options), "seeds": course.seeds, "baselines": course.baselines}
     path = course.out / "course.json"
-    if path.is_file():
+    begun = sorted(course.out.glob("*/config.json"))
+    if begun:
+        require_one_store(course, begun)
+    if begun and path.is_file():
         found = {"baselines": False, **read_json(path)}
-        found.pop("evaluation", None)  # kept until 2026-11: what another call may say otherwise
+        # Kept until 2026-11: what another call may say otherwise, and a place from which a store may have moved.
+        found = {name: value for name, value in found.items() if name not in ("evaluation", "cache")}
         if found.get("seeds") == 3 and course.seeds is None:  # what was written where nothing was said
             found["seeds"] = None
         if found != wanted:
@@ -231,6 +236,19 @@ def keep_course(course: Course) -> None:
     except OSError as error:
         raise click.ClickException(f"{course.out} cannot be made ({error.strerror}): choose another --out") from None
     write_json(path, wanted)
+
+
+def require_one_store(course: Course, begun: Sequence[Path]) -> None:
+    """Another one at the same place, of other text, would go into the same table."""
+    with Store.open(course.cache) as store:
+        found = store.manifest.cache_id
+    for path in begun:
+        trained_on = read_json(path)["cache"]["cache_id"]
+        if trained_on != found:
+            raise click.ClickException(
+                f"{path.parent} was trained on store {trained_on}, and {course.cache} is store {found}: give --cache "
+                "the store that the study was begun with, or choose another --out"
+            )
 
 
 def training_commands(recipes: Iterable[Recipe], course: Course) -> list[list[str]]:
@@ -258,7 +276,7 @@ def _training_words(recipe: Recipe, course: Course, options: Sequence[str], besi
     if folder.is_finished:
         return []
     if (folder.path / "config.json").is_file():
-        return ["--resume", name, "--out", str(course.out)]
+        return ["--resume", name, "--out", str(course.out), "--cache", course.cache]
     count = recipe.seeds if recipe.seeds == 1 or course.seeds is None else course.seeds
     seeds = ["--grid", "seed=" + ",".join(map(str, range(count)))] if recipe.seeds > 1 else []
     place = ["--cache", course.cache, "--out", str(course.out), "--name", name]

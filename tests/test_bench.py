@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -242,6 +243,18 @@ class RowsOfMlps:
         yield times * (torch.eye(4) - 0.25)
 
 
+def test_a_threshold_is_placed_where_as_many_are_active_as_was_asked(bench):
+    """Held-out text has more of them than the text by which a threshold was learned."""
+    fitting = bench("fitting")
+    rows = torch.randn(3000, 40, generator=torch.Generator().manual_seed(0)).abs()
+    threshold = torch.linspace(0.5, 1.5, 40)
+    began = threshold.clone()
+    came_to = fitting.place(threshold, lambda x: x * (x > threshold), rows, 4.0)
+    assert came_to == pytest.approx(float((rows > began).sum()) / 3000)
+    assert float((rows > threshold).sum()) / 3000 == pytest.approx(4.0, rel=0.003)
+    torch.testing.assert_close(threshold / threshold[0], began / began[0])
+
+
 def test_every_layer_of_a_cross_layer_transcoder_counts_as_much(bench, tmp_path):
     quality, fitting = bench("quality"), bench("fitting")
     quality.write_rows_of(RowsOfMlps(), (2, 3), tmp_path, quality.rows_read_by("clt"))
@@ -250,7 +263,8 @@ def test_every_layer_of_a_cross_layer_transcoder_counts_as_much(bench, tmp_path)
     scale, to = fitting.end_scales(tmp_path)
     assert torch.allclose((x * scale).norm(dim=2), torch.tensor(2.0)) and torch.allclose(x * scale, target * to)
     only_first = torch.tensor([[1.0], [0.0]])
-    told = fitting.score_map(tmp_path, lambda x: x.flatten(1), lambda x: x * only_first, scale, to)
+    ask = SimpleNamespace(folder=tmp_path)
+    told = fitting.score_map(ask, lambda x: x.flatten(1), lambda x: x * only_first, scale, to)
     assert told["explained_variance"] == pytest.approx(0.5) and told["l0"] == 2.0 and told["dead"] == 0.0
 
 

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from ..cache_schema.cli import as_json, print_json
 from . import command
 from .command import tell_errors
+from .data.scaling import unit_stats
 from .disk.formats import WRITERS, circuit_tracer, kind_of, read
 from .disk.places import places_told, told_of
-from .disk.plain_form import PlainSae, sae_from_plain, unsigned
+from .disk.plain_form import PlainSae, plain_sae, sae_from_plain, unsigned
 from .disk.sae_folder import is_of_one_place
 from .errors import RunNotWritten, RunTaken, SaeInvalid
 from .run.find_sae import find_sae, find_saes, read_folder
@@ -102,7 +103,7 @@ def export(folder: Path, kind: str, target: Path) -> float:
     plain = plain if kind == "sae_lens" else unsigned(plain)
     with _whole_or_gone(target):
         WRITERS[kind](target, plain, metadata)
-    return largest_difference(plain, read(target)[0])
+    return largest_difference(plain, read(target)[0], of_unit_rows(plain) if kind == "sae_lens" else plain)
 
 
 @torch.no_grad()
@@ -122,15 +123,21 @@ def export_set(folders: Sequence[Path], target: Path) -> float:
 
 
 @torch.no_grad()
-def largest_difference(one: PlainSae, other: PlainSae) -> float:
-    """Between codes and between reconstructions, relative to their size."""
+def largest_difference(one: PlainSae, other: PlainSae, coded: PlainSae | None = None) -> float:
+    """Between reconstructions, and between codes, for which `coded` stands in for the first; relative to their size."""
     first, second = sae_from_plain(one), sae_from_plain(other)
     size = first.b_dec.norm().clamp_min(1.0)
     x = first.b_dec + size * torch.randn(ROWS, first.d_in, generator=torch.Generator().manual_seed(0))
     parts = []
-    for a, b in ((first.encode(x), second.encode(x)), (first(x), second(x))):
+    for a, b in ((sae_from_plain(coded or one).encode(x), second.encode(x)), (first(x), second(x))):
         parts.append(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
     return max(parts)
+
+
+def of_unit_rows(plain: PlainSae) -> PlainSae:
+    """The same SAE with decoder rows of length one, as SAELens' form is written: its codes take up their lengths."""
+    sae = sae_from_plain(plain)
+    return plain_sae(sae, unit_stats(sae.d_in), unit_stats(sae.d_out))
 
 
 def _require_free(target: Path) -> None:

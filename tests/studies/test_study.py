@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -52,6 +54,21 @@ def write_run(folder, steps=100, labels=("one",), **scores):
     for label in labels:
         (folder / "evals/core" / f"{label}_eval_results.json").write_text(json.dumps(document(**scores)))
     return RunFolder.at(folder)
+
+
+CACHE_ID = "0" * 32
+
+
+@pytest.fixture(autouse=True)
+def any_store(monkeypatch):
+    """Wherever one is looked for, there is the same."""
+    store = SimpleNamespace(manifest=SimpleNamespace(cache_id=CACHE_ID))
+    monkeypatch.setattr(study.Store, "open", lambda url: nullcontext(store))
+
+
+def begin(course, run="run_1", cache_id=CACHE_ID):
+    (course.out / run).mkdir(exist_ok=True)
+    (course.out / run / "config.json").write_text(json.dumps({"cache": {"cache_id": cache_id}}))
 
 
 def test_a_run_that_learned_has_no_problems(tmp_path):
@@ -128,6 +145,15 @@ def test_results_left_standing_by_an_evaluation_that_failed_are_not_those_that_w
         assert ("l0" in line.values) == (split == "test")
 
 
+def test_results_of_an_earlier_revision_are_not_those_that_were_asked_for(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run_0")
+    asked = evals.load("core").config()
+    write_core(tmp_path / "run_0", "one", {"config": to_json(asked), "cache_id": "c0ffee"})
+    monkeypatch.setattr(evals, "load", lambda name, load=evals.load: replace(load(name), revision=7))
+    (line,) = read_lines(folder, ["core"], asked={"core": asked})
+    assert line.problems == ["core is left out: its result is of revision None (asked for: 7)"]
+
+
 @pytest.mark.parametrize(
     ("name", "model", "seeds", "found"),
     [
@@ -180,7 +206,7 @@ def test_commands_start_what_is_missing_go_on_with_what_stopped_and_leave_what_e
     start = ["--cache", "./store", *out, "--name"]
     runs = [recipe("run_0"), recipe("run_1"), recipe("run_2"), recipe("headline", 5)]
     assert training_commands(runs, course) == [
-        ["--resume", "run_1", *out],
+        ["--resume", "run_1", *out, "--cache", "./store"],
         ["--recipe", "attention/run_2", *start, "run_2", "--tokens", "1M"],
         ["--recipe", "attention/headline", *start, "headline", "--tokens", "1M", "--grid", "seed=0,1,2"],
     ]
@@ -350,16 +376,31 @@ def test_differences_are_of_what_is_not_trained_on(tmp_path):
 
 
 def test_a_table_is_of_one_course(tmp_path):
+    other = Course("./store", tmp_path / "tiered", ("--tokens", "2M"), seeds=3)
+    study.keep_course(other)  # nothing was begun by it: a refused call must not bind the next one
     course = Course("./store", tmp_path / "tiered", ("--tokens", "1M"), seeds=3)
     study.keep_course(course)
+    begin(course)
     study.keep_course(course)
     with pytest.raises(click.ClickException, match="say the same again"):
-        study.keep_course(Course("./store", tmp_path / "tiered", ("--tokens", "2M"), seeds=3))
+        study.keep_course(other)
+
+
+def test_a_table_is_of_one_store(tmp_path):
+    """It may have moved; another one in its place is of another text."""
+    course = Course("./store", tmp_path, (), seeds=3)
+    study.keep_course(course)
+    begin(course)
+    study.keep_course(replace(course, cache="./elsewhere"))
+    begin(course, "run_2", "id of another")
+    with pytest.raises(click.ClickException, match="run_2 was trained on store id of another, and ./store is store "):
+        study.keep_course(course)
 
 
 def test_what_is_evaluated_may_change_from_call_to_call(tmp_path):
     """Probing that turns out too long must not cost the runs that are there."""
-    study.keep_course(Course("./store", tmp_path, (), seeds=5, evaluation=("--set", "scr.data=stdlib")))
+    study.keep_course(course := Course("./store", tmp_path, (), seeds=5, evaluation=("--set", "scr.data=stdlib")))
+    begin(course)
     study.keep_course(Course("./store", tmp_path, (), seeds=5))
     old = json.loads((tmp_path / "course.json").read_text()) | {"evaluation": ["--set", "tpp.data=stdlib"]}
     (tmp_path / "course.json").write_text(json.dumps({k: v for k, v in old.items() if k != "baselines"}))

@@ -14,8 +14,9 @@ from typing import Any
 AS_RECORDED: Mapping[str, Any] = {"optim.lr": 3e-4, "penalty": 0.04}
 """What the studies wrote down for every run: of 2,304 latents on gemma-2-2b, layer 19."""
 
-DECISIVE: Mapping[str, Any] = {"base": "topk", "k": 32, "width": 2304}
-"""Of the runs that decide a study: top-k, so that everything is compared at one number of active latents."""
+DECISIVE: Mapping[str, Any] = {"base": "topk", "k": 32, "width": 2304, "encoder_product": "float32"}
+"""Of the runs that decide a study: top-k, so that everything is compared at one number of active latents, chosen by
+products of one precision, which variants have defaults of their own for."""
 PROBES = ("sparse_probing", "scr", "tpp", "decoder_cosine")
 """What no variant is trained on."""
 

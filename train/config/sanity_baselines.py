@@ -73,7 +73,9 @@ def _require_kept(member: Member, values: Mapping[str, Any], kept: Mapping[str, 
 
 def _components(member: Member, limits: Limits) -> Iterator[Member]:
     config = member.config
-    wanted, layer = getattr(config, "k", None) or getattr(config, "target_l0", None), getattr(config, "layer", None)
+    base = registry.config_type(config.base)() if isinstance(config, Wrapping) else config
+    found = (getattr(one, name, None) for one in (config, base) for name in ("k", "target_l0"))
+    wanted, layer = next((number for number in found if number), None), getattr(config, "layer", None)
     if wanted is None or layer is None:  # a penalty fixes no number
         return
     config_type: Any = registry.config_type(PCA)

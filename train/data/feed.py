@@ -70,7 +70,9 @@ class Feed:
         return sizes.same_first_document if self.is_windowed else sizes.same_document
 
     def close(self) -> None:
+        """Stop reading, and give the memory back."""
         self.loader.close()
+        self._orders.clear()
 
     def _rows(self, kind: Kind, block: Block, plan: BlockPlan, at: int) -> Rows:
         """This process's share of the batch."""

@@ -49,9 +49,10 @@ class Loader:
         return self._present[1]
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading, and give the memory back."""
         for executor in (self._filler, self._readers):
             executor.shutdown(wait=True, cancel_futures=True)
+        self._pools, self._present, self._next = [], None, None
 
     def _advance(self, plan: BlockPlan) -> None:
         """Make a block the present one, and begin to read the one after it."""

@@ -127,6 +127,7 @@ def as_said_since_6(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     told |= {"normalize_activations": config.get("normalize_activations") or "none"}
     name = config.get("hook_name") or config.get("hook_point")
     place = {"hook_name": name} if name else {}
+    place |= {"model_name": config["model_name"]} if config.get("model_name") else {}
     return {**config, **told, "metadata": {**place, **config.get("metadata", {})}}
 
 

@@ -215,12 +215,18 @@ def _name(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).uuid}"
 
 
+COMPUTED_ON = ("cpu", "cuda")
+"""Kinds of devices: activations are read into the memory of one, which no other kind here shares with NumPy."""
+
+
 def choose_device(name: str) -> torch.device:
     """With its number, if it is a GPU: a thread that reads for it has to make it its own."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise ConfigInvalid(f"expected a device like auto, cpu, cuda or cuda:1, found {name!r}") from None
+    if device.type not in COMPUTED_ON:
+        raise ConfigInvalid(f"expected --device auto, cpu or a CUDA device, found {name!r}: it is not supported")
     found = _count_devices(device.type)
     if (device.index or 0) >= found:
         raise ConfigInvalid(

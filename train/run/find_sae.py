@@ -92,9 +92,9 @@ def list_saes(folder: Path) -> list[Path]:
 
 
 def no_sae(folder: Path) -> RunMissing:
-    return RunMissing(
-        f"{folder} holds no trained SAE: go on with its run by sae-train --resume, or give the folder of another"
-    )
+    if not (folder / "config.json").is_file():
+        return RunMissing(f"{folder} holds no SAE that is known here: give the folder in which the SAE's files lie")
+    return RunMissing(f"{folder} holds no trained SAE yet: go on with its run by sae-train --resume {folder}")
 
 
 def _only_sae(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -11,19 +11,20 @@ import torch
 from ..config.run_config import Member
 from ..errors import MemoryTooSmall
 
+Widths = Callable[[str], int]  # of a hook's activations: those of keys are narrower than the residual, and z's wider
 COPIES = 4  # weights, gradients, two moments, all in float32
 _GIB = 2**30
 
 
 def require_room(
-    members: Iterable[Member], d_model: int, batch_tokens: int, pool_bytes: int, parts: int, device: torch.device
+    members: Iterable[Member], widths: Widths, batch_tokens: int, pool_bytes: int, parts: int, device: torch.device
 ) -> None:
     """Refuse a run that cannot fit: with what it needs, what is free, and what to change of the largest part."""
     members = tuple(members)
-    weights = {member.label: weight_bytes(member, d_model, parts) for member in members}
+    weights = {member.label: weight_bytes(member, widths, parts) for member in members}
     largest = max(weights, key=lambda label: weights[label])
-    step = max(step_bytes(member, d_model, batch_tokens, parts) for member in members)
-    whole = 0 if parts == 1 else max(whole_bytes(member, d_model, batch_tokens) for member in members)
+    step = max(step_bytes(member, widths, batch_tokens, parts) for member in members)
+    whole = 0 if parts == 1 else max(whole_bytes(member, widths, batch_tokens) for member in members)
     asked = {
         f"for weights and optimiser, most of it for {largest}": sum(weights.values()),
         "for a step" if step > whole else "to measure and save the whole dictionary at the end": max(step, whole),
@@ -44,23 +45,23 @@ def require_room(
         )
 
 
-def weight_bytes(member: Member, d_model: int, parts: int = 1) -> int:
+def weight_bytes(member: Member, widths: Widths, parts: int = 1) -> int:
     """Weights and optimiser state of an SAE, or of the latents of a process that holds a part of them."""
-    _, outputs = _widths(member, d_model)
-    inputs = member.config.layers_read() * d_model
+    _, outputs = _widths(member, widths)
+    inputs = member.config.layers_read() * widths(member.config.needs().hook)
     return COPIES * 4 * -(-member.config.width // parts) * (inputs + outputs)
 
 
-def step_bytes(member: Member, d_model: int, batch_tokens: int, parts: int = 1) -> int:
+def step_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1) -> int:
     """As many tables [B, F] as the variant says it holds at once, and a handful of the residual's width."""
-    inputs, outputs = _widths(member, d_model)
+    inputs, outputs = _widths(member, widths)
     tables = member.config.step_tables()
     return batch_tokens * int(4 * tables * -(-member.config.width // parts) + 4 * 4 * (inputs + outputs))
 
 
-def whole_bytes(member: Member, d_model: int, batch_tokens: int) -> int:
+def whole_bytes(member: Member, widths: Widths, batch_tokens: int) -> int:
     """What the first process takes when a split dictionary is put together: its weights, and dense codes of a batch."""
-    return weight_bytes(member, d_model) // COPIES + 4 * batch_tokens * member.config.width
+    return weight_bytes(member, widths) // COPIES + 4 * batch_tokens * member.config.width
 
 
 def free_bytes(device: torch.device) -> int:
@@ -70,10 +71,10 @@ def free_bytes(device: torch.device) -> int:
     return min(_free_on_host(), _free_in_group()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _widths(member: Member, d_model: int) -> tuple[int, int]:
+def _widths(member: Member, widths: Widths) -> tuple[int, int]:
     needs = member.config.needs()
     targets = needs.inputs if needs.targets is None else needs.targets
-    return len(needs.inputs) * d_model, len(targets) * d_model
+    return len(needs.inputs) * widths(needs.hook), len(targets) * widths(needs.to_hook or needs.hook)
 
 
 def _free_on_host() -> int:

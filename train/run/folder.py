@@ -47,9 +47,9 @@ class RunFolder:
             with _name_refusal(root):
                 (root / name).mkdir()
         except FileExistsError:
-            raise RunTaken(
-                f"{root / name} exists already: choose another --name, or continue it with --resume {name}"
-            ) from None
+            if not _is_empty(root / name):  # as a disk leaves it that was full before the first file
+                remedy = f", or continue it with --resume {name}" if (root / name / "config.json").is_file() else ""
+                raise RunTaken(f"{root / name} exists already: choose another --name{remedy}") from None
         return cls(root / name)
 
     @classmethod
@@ -101,6 +101,10 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         return (self.path / "result.json").exists()
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 class MetricsLog:

@@ -7,12 +7,14 @@ lay and its digest are kept with the run: until the first checkpoint a resumed r
 from __future__ import annotations
 
 import hashlib
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...cache_schema import Manifest
+from ...cache_schema import Manifest, ModelSpec
 from ...cache_schema.sites import say_place
 from ..config.run_config import Member
 from ..data.batch import Needs
@@ -23,6 +25,8 @@ from ..engine.fleet_of_saes import Fleet
 from ..errors import ConfigInvalid, SaeInvalid
 from ..kit.build import require
 from .find_sae import read_folder
+
+COMMIT = re.compile("[0-9a-f]{40}")  # the revision of a model of the Hub, whose name says which one it is
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,23 @@ def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
     """Every SAE of the fleet, before its first step."""
     folder = Path(source.folder)
     sae = read_folder(folder)
-    told = sae.metadata.get("model_name")
-    if told is not None and told.split("/")[-1] != manifest.model.id.split("/")[-1]:
-        raise ConfigInvalid(
-            f"--init {folder}: it was trained on {told}, and the store holds activations of {manifest.model.id}"
-        )
+    require_model(folder, sae.metadata.get("model_name"), manifest.model)
     for label, trainee in fleet.trainees.items():
         try:
             _require_place(sae.metadata, fleet.needs[label])
             begin_as(trainee.sae, sae, trainee.assembly.input_stats, trainee.assembly.target_stats, trainee.latents)
         except SaeInvalid as error:
             raise ConfigInvalid(f"{label}: --init {folder}: {error}") from None
+
+
+def require_model(folder: Path, told: str | None, model: ModelSpec) -> None:
+    """The source's own, as far as names say it: that of a model from a file or folder here may be any."""
+    if told is None or told.split("/")[-1] == model.id.split("/")[-1]:
+        return
+    said = f"--init {folder}: it was trained on {told}, and the store holds activations of {model.id}"
+    if COMMIT.fullmatch(model.revision or ""):
+        raise ConfigInvalid(said)
+    warnings.warn(f"{said}, read from a file or folder: whether that is the same model is not known", stacklevel=2)
 
 
 def _require_place(metadata: Mapping[str, Any], needs: Needs) -> None:

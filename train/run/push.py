@@ -21,6 +21,7 @@ from .find_sae import ask_hub, list_saes, no_sae
 from .folder import places_of, run_names
 
 CARD = "README.md"
+PLOTS = "plots/"
 LONGEST = 300  # characters of what the Hub says
 GIVEN = {".gitattributes"}  # what the Hub puts into a new repository
 
@@ -56,6 +57,8 @@ def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
     if home is None:
         raise RunMissing(f"no SAE {name!r} here to push: the runs in {runs} are {', '.join(run_names(runs)) or 'none'}")
     folders = list_saes(home)
+    if (home / "config.json").is_file() and not (home / "result.json").is_file():
+        raise RunMissing(f"{home} is not finished, and more SAEs may come: first sae-train --resume {home}")
     if not folders:
         raise no_sae(home)
     for folder in folders:
@@ -72,7 +75,7 @@ def _pictures_of(folders: Sequence[Path]) -> dict[str, Path]:
     if not (run / "result.json").is_file() or list_saes(run) != [*folders]:  # an SAE may lie beside anything
         return {}
     found = sorted((run / "plots").glob("*.png"))
-    return {f"plots/{path.name}": path for path in found if re.fullmatch(r"[a-z_]+", path.stem)}
+    return {f"{PLOTS}{path.name}": path for path in found if re.fullmatch(r"[a-z_]+", path.stem)}
 
 
 def _require_room(repository: str, files: Mapping[str, Path], private: bool) -> str | None:
@@ -118,8 +121,9 @@ def _require_same(repository: str, siblings: Sequence[Any], files: Mapping[str, 
     there = {one.rfilename: one for one in siblings if one.rfilename not in GIVEN}
     weights = [place for place in files if place.endswith(".safetensors")]
     other = [place for place in weights if place not in there or not _is_same(files[place], there[place])]
-    if there and other:
-        some = ", ".join(sorted(there)[:4])
+    kept = [place for place in there if place not in files and place != CARD and not place.startswith(PLOTS)]
+    if there and (other or kept):
+        some = ", ".join(sorted(kept or there)[:4])
         raise NotPushed(
             f"{repository} exists and holds other content ({some}): choose another name, or delete it there"
         )

@@ -82,6 +82,7 @@ class Outcome:
 def conclude(run: Run) -> Outcome | None:
     """Validate, save and write, on rank 0."""
     own: dict[str, Any] = {}
+    run.feed.close()  # what it holds is as large as what held-out text takes
     with run.fleet.gather_weights(), all_or_none(run.process.group):
         if run.process.team.rank == 0:  # the others wait
             own = {label: to_json(outcome) for label, outcome in _measure_and_save(run).items()}
@@ -199,12 +200,18 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
         "layers": list(needs.inputs),
         "target_layers": list(needs.inputs if needs.targets is None else needs.targets),
         "cache_id": manifest.cache_id,
-        "training_tokens": run.total_steps * run.config.data.batch_tokens,
+        "training_tokens": _tokens_of(run, needs),
         "training_architecture": member.variant,
         "l0": outcome.l0,
         "explained_variance": outcome.explained_variance,
         "largest_norms": {_key(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
     }
+
+
+def _tokens_of(run: Run, needs: Needs) -> int:
+    """What an SAE has trained on: where whole windows are read, no batch holds a part of one."""
+    tokens = run.total_steps * run.config.data.batch_tokens
+    return round(tokens * run.feed.plan.windows_taken()) if needs.windows else tokens
 
 
 def _hooks_of(needs: Needs) -> dict[str, str]:

@@ -191,7 +191,7 @@ def deal_members(members: Sequence[Member], processes: int, d_model: int) -> lis
     The first process has SAEs of single tokens if any has: it measures the shuffling, which is measured on those.
     """
     parts: list[list[Member]] = [[] for _ in range(processes)]
-    sizes = {member.label: weight_bytes(member, d_model) for member in members}
+    sizes = {member.label: weight_bytes(member, lambda _: d_model) for member in members}
     for member in sorted(members, key=lambda one: -sizes[one.label]):
         places = set(member.config.needs().layers)
 

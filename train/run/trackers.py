@@ -49,6 +49,10 @@ def _open(name: str, folder: Path) -> Any:
 
     kind = LOGGER_TYPE_TO_CLASS[name]
     place = {"logging_dir": str(folder / "trackers")} if kind.requires_logging_directory else {}
-    tracker = kind(folder.name, **place)
-    tracker.start()
+    try:
+        tracker = kind(folder.name, **place)
+        tracker.start()
+    except Exception as error:  # of another package, which raises what it likes
+        reason = str(error).strip().partition("\n")[0]
+        raise TrackerMissing(f"the tracker {name} could not be started: {reason}") from error
     return tracker

@@ -483,6 +483,15 @@ def test_the_command(tmp_path):
     assert again.exit_code == 1 and "not an empty folder" in again.output
 
 
+def test_rows_that_are_not_of_length_one_are_no_difference(tmp_path):
+    """Their lengths move into the codes, of which SAELens' form has no others."""
+    plain = make_plain("standard")
+    lengths = torch.linspace(0.5, 2.0, len(plain.tensors["W_dec"]))[:, None]
+    stretched = replace(plain, tensors={**plain.tensors, "W_dec": lengths * plain.tensors["W_dec"]})
+    WRITERS["dictionary_learning"](tmp_path / "a", stretched, {})
+    assert export(tmp_path / "a", "sae_lens", tmp_path / "b") < 1e-5
+
+
 def test_finding_an_sae(tmp_path):
     for label in ("topk_k2", "topk_k4"):
         WRITERS["sae_lens"](tmp_path / "run_1" / label, make_plain("topk"), {})
@@ -490,9 +499,12 @@ def test_finding_an_sae(tmp_path):
     with pytest.raises(RunMissing, match="holds 2 SAEs: choose one of"):
         load_sae("run_1", tmp_path)
     (tmp_path / "run_2").mkdir()
-    with pytest.raises(RunMissing, match="holds no trained SAE"):
+    with pytest.raises(RunMissing, match="holds no SAE that is known here"):
         load_sae("run_2", tmp_path)
-    with pytest.raises(RunMissing, match=r"no such folder, and the runs in .* are none. .* expected owner/name"):
+    (tmp_path / "run_2/config.json").write_text("{}")
+    with pytest.raises(RunMissing, match="holds no trained SAE yet: go on with its run by sae-train --resume"):
+        load_sae("run_2", tmp_path)
+    with pytest.raises(RunMissing, match=r"no such folder, and the runs in .* are run_2. .* expected owner/name"):
         load_sae("run_9", tmp_path)
 
 

@@ -41,6 +41,10 @@ def test_what_two_saes_share_is_there_once():
     assert sum("frozen" in label for label in seeds) == 6
 
 
+def test_a_base_at_its_own_k_has_components_too():
+    assert [member.label for member in fleet("tiered", words=["base=topk"]) if member.variant == "pca"]
+
+
 def test_components_are_of_the_same_hook():
     members = {member.label: member for member in fleet("topk", words=["k=12", "hook=mlp_in"])}
     assert members["pca_k12_mlp_in19"].config.hook == "mlp_in"

@@ -19,26 +19,36 @@ def member(*words, variant="topk"):
     return Ask.of_variants((variant,), parse_settings(words)).members(lambda _: {})[0]
 
 
+def of_64(hook):
+    return 64
+
+
 def test_what_a_width_needs():
     """F = 1000, D = 64: two tables, four copies, four bytes."""
-    assert fits_in_memory.weight_bytes(member("width=1000"), 64) == 1000 * 64 * 2 * 4 * 4
-    assert fits_in_memory.weight_bytes(member("width=1000"), 64, parts=8) == 1000 * 64 * 2 * 4 * 4 / 8
+    assert fits_in_memory.weight_bytes(member("width=1000"), of_64) == 1000 * 64 * 2 * 4 * 4
+    assert fits_in_memory.weight_bytes(member("width=1000"), of_64, parts=8) == 1000 * 64 * 2 * 4 * 4 / 8
 
 
 def test_a_cross_layer_latent_reads_one_layer_and_writes_to_all():
     words = ["width=1000", "layers=1,2,3"]
-    assert fits_in_memory.weight_bytes(member(*words, variant="clt"), 64) == 1000 * 64 * (1 + 3) * 4 * 4
-    assert fits_in_memory.weight_bytes(member(*words, variant="crosscoder"), 64) == 1000 * 64 * (3 + 3) * 4 * 4
+    assert fits_in_memory.weight_bytes(member(*words, variant="clt"), of_64) == 1000 * 64 * (1 + 3) * 4 * 4
+    assert fits_in_memory.weight_bytes(member(*words, variant="crosscoder"), of_64) == 1000 * 64 * (3 + 3) * 4 * 4
     causal = member(*words, "causal=true", variant="crosscoder")
-    assert fits_in_memory.weight_bytes(causal, 64) == 1000 * 64 * (1 + 3) * 4 * 4
+    assert fits_in_memory.weight_bytes(causal, of_64) == 1000 * 64 * (1 + 3) * 4 * 4
+
+
+def test_keys_are_narrower_than_the_residual():
+    """Of grouped queries; what was counted as wide as the residual refused runs that fit."""
+    narrow = member("width=1000", "hook=k")
+    assert fits_in_memory.weight_bytes(narrow, {"k": 16, "resid": 64}.__getitem__) == 1000 * 16 * 2 * 4 * 4
 
 
 def test_a_dictionary_that_cannot_be_put_together_at_the_end_is_not_begun(monkeypatch):
     monkeypatch.setattr(fits_in_memory, "free_bytes", lambda device: 2**30)
     wide = member("width=400000")
-    fits_in_memory.require_room([member("width=100000")], 256, 64, 10**6, 8, CPU)
+    fits_in_memory.require_room([member("width=100000")], lambda _: 256, 64, 10**6, 8, CPU)
     with pytest.raises(MemoryTooSmall, match="to measure and save the whole dictionary at the end"):
-        fits_in_memory.require_room([wide], 256, 64, 10**6, 8, CPU)
+        fits_in_memory.require_room([wide], lambda _: 256, 64, 10**6, 8, CPU)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +67,7 @@ def test_a_step_needs_what_is_measured(battery, variant):
     trainee.step(batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainee.step(batch)
-    estimate = fits_in_memory.step_bytes(member_of, d_model, rows)
+    estimate = fits_in_memory.step_bytes(member_of, lambda _: d_model, rows)
     gradients = 4 * width * (2 * d_model + 1)
     assert 0.3 * estimate < peak_of(profiler) - gradients < estimate
 
@@ -70,21 +80,21 @@ def peak_of(profiler):
 
 def test_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(fits_in_memory, "free_bytes", lambda device: 2**30)
-    fits_in_memory.require_room([member("width=1000")], 64, 512, 10**6, 1, CPU)
+    fits_in_memory.require_room([member("width=1000")], of_64, 512, 10**6, 1, CPU)
     with pytest.raises(MemoryTooSmall, match=r"expected 3\.\d GiB of memory on cpu .* found 1\.0 GiB free"):
-        fits_in_memory.require_room([member("width=200000")], 512, 512, 10**6, 1, CPU)
+        fits_in_memory.require_room([member("width=200000")], lambda _: 512, 512, 10**6, 1, CPU)
 
 
 def test_a_gpu_is_asked_what_is_free_and_the_largest_part_is_to_be_turned(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ({0: 3 * 2**30, 1: 2**20}[device.index], 80 * 2**30))
     one, small = member("width=200000"), member("width=1000")
 
-    def refused(*asked, device=1):
+    def refused(members, d_model, *asked, device=1):
         with pytest.raises(MemoryTooSmall) as refusal:
-            fits_in_memory.require_room(*asked, torch.device("cuda", device))
+            fits_in_memory.require_room(members, lambda _: d_model, *asked, torch.device("cuda", device))
         return str(refusal.value)
 
-    fits_in_memory.require_room([one], 64, 64, 10**6, 1, torch.device("cuda", 0))
+    fits_in_memory.require_room([one], of_64, 64, 10**6, 1, torch.device("cuda", 0))
     assert "most of it for topk" in refused([one], 512, 64, 10**6, 1) and "found 0.0 GiB free" in refused(
         [one], 512, 64, 10**6, 1
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from saemill import Store
+from saemill.cache_schema import ModelSpec
 from saemill.train import load_sae
 from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.formats import WRITERS
@@ -18,7 +20,7 @@ from saemill.train.disk.plain_form import begin_as, plain_sae
 from saemill.train.disk.sae_folder import load_plain_sae, save_sae
 from saemill.train.errors import ConfigInvalid, SaeInvalid
 from saemill.train.run.find_sae import read_folder
-from saemill.train.run.init_source import require_unchanged, source_of
+from saemill.train.run.init_source import require_model, require_unchanged, source_of
 
 D, F = 32, 96
 PLAIN = ("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka")
@@ -173,7 +175,6 @@ def test_what_does_not_go_with_it_is_told(big, sae_train, quick, tmp_path):
         ({"layers": [5], "target_layers": [5]}, "it goes from layer 5 to layer 5, and here from layer 3 to layer 3"),
         ({"layers": [3], "target_layers": [3], "hook": "z", "target_hook": "z"}, "it goes from z of layer 3"),
         ({"hook_name": "blocks.3.ln2.hook_normalized"}, "it reads 'blocks.3.ln2.hook_normalized', which is no place"),
-        ({"model_name": "another"}, "it was trained on another"),
     ],
 )
 def test_a_source_of_another_place_is_refused(big, sae_train, quick, tmp_path, battery, told, message):
@@ -197,6 +198,17 @@ def test_a_source_of_another_place_is_refused(big, sae_train, quick, tmp_path, b
     ]
     result = sae_train(*words, "--init", tmp_path / "one", code=1)
     assert message in " ".join(result.output.split()) and not (tmp_path / "runs").exists()
+
+
+def test_a_source_of_another_model_is_refused_where_names_tell(tmp_path):
+    """Not so of a file or folder, which may have any name: SmolLM2 from a package is `smollm2`."""
+    model = ModelSpec("lab/model-2b", 8, "bfloat16", revision="0" * 40)
+    require_model(tmp_path, "model-2b", model)
+    require_model(tmp_path, None, model)
+    with pytest.raises(ConfigInvalid, match="it was trained on lab/model-9b, and the store holds .* lab/model-2b"):
+        require_model(tmp_path, "lab/model-9b", model)
+    with pytest.warns(UserWarning, match="whether that is the same model is not known"):
+        require_model(tmp_path, "lab/model-2b", replace(model, id="snapshot", revision="gguf-0123"))
 
 
 def test_names_that_are_no_sae_end_the_command(big, sae_train, quick):

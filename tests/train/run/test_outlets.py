@@ -113,6 +113,21 @@ def test_trackers_are_accelerates_and_optional(tmp_path, monkeypatch):
     assert told[1:] == ["start", {"data.seed": 0, "saes.a.k": "None"}, ({"a/loss": 1.0}, 3), "finish"]
 
 
+def test_a_tracker_that_refuses_is_named(tmp_path, monkeypatch):
+    """As without a login."""
+    from accelerate import tracking
+
+    class Refuses:
+        requires_logging_directory = False
+
+        def __init__(self, name):
+            raise LookupError("no login\nsee elsewhere")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "refuses", Refuses)
+    with pytest.raises(TrackerMissing, match="the tracker refuses could not be started: no login$"):
+        Trackers(["refuses"], tmp_path / "run_1", {})
+
+
 def test_trackers_that_are_not_there_are_refused(monkeypatch):
     from accelerate import tracking
 
@@ -139,8 +154,9 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigInvalid, match="finds 2 CUDA devices here"):
         choose_device("cuda:2")
-    with pytest.raises(ConfigInvalid, match="finds no META device"):
-        choose_device("meta")
+    for kind in ("meta", "mps", "xpu"):  # NumPy reads into the memory of none
+        with pytest.raises(ConfigInvalid, match=f"found '{kind}': it is not supported"):
+            choose_device(kind)
 
 
 def test_a_gpu_has_its_number_which_torch_must_have_to_take_it(monkeypatch):

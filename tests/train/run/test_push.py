@@ -481,6 +481,19 @@ def taken(hub, patch):
     hub.files("me/saes")["sae_weights.safetensors"] = b"another"
 
 
+def test_a_repository_that_holds_more_is_another(hub, push):
+    """These weights and others: its card would name the one and leave out the other."""
+    push()
+    hub.files("me/saes")["other/sae_weights.safetensors"] = b"another"
+    assert "me/saes exists and holds other content (other/sae_weights.safetensors)" in push(code=1)
+
+
+def test_a_run_is_pushed_when_it_is_whole(hub, run, push):
+    (run / "config.json").write_text("{}")
+    (run / "result.json").unlink()
+    assert "is not finished, and more SAEs may come: first sae-train --resume" in push("run_1", code=1)
+
+
 @pytest.mark.parametrize(
     ("obstacle", "expected"),
     [
