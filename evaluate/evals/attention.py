@@ -52,8 +52,8 @@ class Seen:
     rows: int = 0
     traced: Traced = field(default_factory=Traced)
 
-    def explain(self, acts_WTF: Tensor, attention_LWTT: Tensor, keep_WT: Tensor) -> None:
-        found = explain(acts_WTF, attention_LWTT, keep_WT)
+    def explain(self, acts_WTF: Tensor, attention_LWTT: Tensor, keep_WT: Tensor, documents_WT: Tensor | None) -> None:
+        found = explain(acts_WTF, attention_LWTT, keep_WT, documents_WT)
         self.explained = found if self.explained is None else self.explained + found
 
     def compare(self, name: str, stored_WHTT: Tensor, found_WHTT: Tensor, keep_WT: Tensor) -> None:
@@ -78,11 +78,13 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         averaged = torch.stack([stored[layer].mean(1) for layer in layers])
         for subject in subjects:
             acts, x_hat = subject.reconstruct(batch)
-            seen[subject].explain(acts, averaged, ordinary_rows(context, subject, batch))
+            seen[subject].explain(acts, averaged, ordinary_rows(context, subject, batch), batch.documents)
             if missing[subject] is None:
                 replace(context, subject, batch, x_hat, stored[subject.layer + 1], seen[subject])
-            if missing[subject] is None and windows < config.trace_windows:
-                seen[subject].traced += trace(context, subject, batch, acts, stored[subject.layer + 1], config)
+            share = batch.slice(0, max(0, config.trace_windows - windows))  # however large batches are
+            if missing[subject] is None and len(share):
+                links = stored[subject.layer + 1][: len(share)]
+                seen[subject].traced += trace(context, subject, share, acts[: len(share)], links, config)
         windows += len(batch)
     for subject in subjects:
         metrics = {"contribution": contribution(seen[subject], layers), "fidelity": fidelity(seen[subject])}
@@ -136,7 +138,8 @@ def trace(
     context: Context, subject: LoadedSae, batch: Windows, acts_WTF: Tensor, stored_WHTT: Tensor, config: Config
 ) -> Traced:
     """Along the strongest links between tokens that are neither special nor massive."""
-    pairs = choose_pairs(stored_WHTT.mean(1), ordinary_rows(context, subject, batch), config.trace_pairs)
+    rows = ordinary_rows(context, subject, batch)
+    pairs = choose_pairs(stored_WHTT.mean(1), rows, config.trace_pairs, batch.documents)
     return trace_pairs(subject, batch, acts_WTF, pairs, lambda resid: context.model.attention(resid, subject.layer))
 
 
@@ -194,4 +197,5 @@ EVALUATION = Evaluation(
         "tracing.change_attended",
         "tracing.change_unattended",
     ),
+    revision=2,  # pairs lie in one document, and as many windows are traced as were asked for
 )

@@ -8,7 +8,8 @@ Contribution by layer, in four steps:
 2. Everything is centred within its row i: which tokens are alike, not how alike they are on the whole.
 3. Least squares of s on every subset of layers, with nearness always in; R^2 of each.
 4. A layer's contribution is its mean gain in R^2 over all orders of entering (Shapley's value), so
-   contributions add up to what all layers explain beyond nearness.
+   contributions add up to what all layers explain beyond nearness. Of more than 10 layers there are too many
+   subsets: the mean is over 256 orders, drawn the same each time, and contributions still add up.
 
 Causal tracing of single latents along attention: what a latent at one token does to the same latent at another.
 
@@ -24,9 +25,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations
 from math import comb
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -35,6 +38,8 @@ from ...context.loaded_sae import LoadedSae
 from ...model.batches import Sums, Windows
 
 TINY = 1e-9  # below any stored probability
+EXACT_LAYERS = 10  # 1024 subsets, half a second; every further layer doubles them
+ORDERS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +62,10 @@ class Explained(Sums):
         return (products[0, 2:].square() / scale).tolist()
 
     def contributions(self) -> list[float]:
-        """Shapley's value of each layer in R^2 beyond nearness."""
+        """Shapley's value of each layer in R^2 beyond nearness; by drawn orders where layers are many."""
         layers = range(len(self.products) - 2)
+        if len(layers) > EXACT_LAYERS:
+            return _mean_gains(self._r_squared, len(layers), ORDERS)
         worth = {
             subset: self._r_squared(subset) for size in range(len(layers) + 1) for subset in combinations(layers, size)
         }
@@ -76,14 +83,17 @@ class Explained(Sums):
         return float(along @ fitted / products[0, 0].clamp_min(1e-30))
 
 
-def explain(acts_WTF: Tensor, attention_LWTT: Tensor, takes_part_WT: Tensor) -> Explained:
+def explain(
+    acts_WTF: Tensor, attention_LWTT: Tensor, takes_part_WT: Tensor, documents_WT: Tensor | None = None
+) -> Explained:
     """What stored attention says about the similarity of codes in a batch of windows.
 
-    `attention` is averaged over heads; special tokens (the sink) and the token itself are not keys.
+    `attention` is averaged over heads; special tokens (the sink) and the token itself are not keys. Nor are tokens of
+    another document: attention knows where one begins, and that alone would pass for what it says of single tokens.
     """
     unit = functional.normalize(acts_WTF, dim=2)
     similarity = unit @ unit.mT
-    pairs = _earlier_pairs(takes_part_WT)
+    pairs = _earlier_pairs(takes_part_WT, documents_WT)
     lag = torch.arange(pairs.shape[1], device=pairs.device)
     near = 1.0 / (lag[:, None] - lag[None, :]).clamp_min(1).float()
     attention = torch.where(pairs, attention_LWTT, 0.0)
@@ -117,11 +127,12 @@ def attention_divergence(stored_WHTT: Tensor, found_WHTT: Tensor) -> Tensor:
     return row_divergence(reference / total, other / other.sum(-1, keepdim=True))
 
 
-def _earlier_pairs(takes_part_WT: Tensor) -> Tensor:
-    """bool [W, T, T]: both take part, and the key comes first."""
+def _earlier_pairs(takes_part_WT: Tensor, documents_WT: Tensor | None) -> Tensor:
+    """bool [W, T, T]: both take part and are of one document, and the key comes first."""
     context = takes_part_WT.shape[1]
     earlier = torch.ones(context, context, dtype=torch.bool, device=takes_part_WT.device).tril(-1)
-    return takes_part_WT[:, :, None] & takes_part_WT[:, None, :] & earlier
+    pairs = takes_part_WT[:, :, None] & takes_part_WT[:, None, :] & earlier
+    return pairs if documents_WT is None else pairs & (documents_WT[:, :, None] == documents_WT[:, None, :])
 
 
 def _centred_by_row(tables_SWTT: Tensor, pairs_WTT: Tensor) -> Tensor:
@@ -150,6 +161,18 @@ def _shapley(player: int, worth: dict[tuple[int, ...], float], players: int) -> 
             joined = tuple(sorted((*subset, player)))
             gains += (worth[joined] - value) / (players * comb(players - 1, len(subset)))
     return gains
+
+
+def _mean_gains(worth: Callable[[tuple[int, ...]], float], players: int, orders: int) -> list[float]:
+    """Each player's mean gain over drawn orders of entering. Every other order is the one before backwards: who gains
+    by coming early has come late as well, so means settle sooner."""
+    worth, dice, gains = cache(worth), np.random.default_rng(0), np.zeros(players)
+    for _ in range(orders // 2):
+        drawn = dice.permutation(players).tolist()
+        for order in (drawn, drawn[::-1]):
+            values = [worth(tuple(sorted(order[:end]))) for end in range(players + 1)]
+            gains[order] += np.diff(values)
+    return (gains / (orders // 2 * 2)).tolist()
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,10 +206,10 @@ class Traced(Sums):
         return found
 
 
-def choose_pairs(attended_WTT: Tensor, rows_WT: Tensor, count: int) -> Pairs:
-    """Of each window the `count` later tokens that attend most to one earlier token, where there are two to tell."""
-    place = torch.arange(rows_WT.shape[1], device=rows_WT.device)
-    may = rows_WT[:, :, None] & rows_WT[:, None, :] & (place < place[:, None])
+def choose_pairs(attended_WTT: Tensor, rows_WT: Tensor, count: int, documents_WT: Tensor | None = None) -> Pairs:
+    """Of each window the `count` later tokens that attend most to one earlier token of their document, where there are
+    two to tell."""
+    may = _earlier_pairs(rows_WT, documents_WT)
     strength, most = torch.where(may, attended_WTT, -1.0).max(dim=2)
     least = torch.where(may, attended_WTT, torch.inf).argmin(dim=2)
     strength = torch.where((may.sum(dim=2) > 1) & (most != least), strength, -1.0)

@@ -100,6 +100,41 @@ def test_two_equal_layers_share_what_they_explain(rng):
     assert sum(twins) > 0.5
 
 
+@pytest.mark.parametrize("layers", [11, 14])
+def test_of_many_layers_contributions_are_those_of_drawn_orders(rng, layers, monkeypatch):
+    """Near the exact ones, the same each time, and as many fits as there are orders to enter by."""
+    rows = random_attention(rng, heads=layers)
+    codes = codes_with_similarity(0.1 * rows[1] + 0.1 * rows[4])
+    found = attention.explain(codes, rows, torch.ones(WINDOWS, CONTEXT, dtype=torch.bool))
+    fits, fit = [], attention.Explained._r_squared
+    monkeypatch.setattr(attention.Explained, "_r_squared", lambda *args: fits.append(args) or fit(*args))
+    shares = found.contributions()
+    assert len(fits) < attention.ORDERS * layers
+    assert found.contributions() == shares
+    assert sum(shares) + found.nearness() == pytest.approx(fit(found, range(layers)), abs=1e-6)
+    if layers == 11:
+        monkeypatch.setattr(attention, "EXACT_LAYERS", layers)
+        assert shares == pytest.approx(found.contributions(), abs=0.01)
+
+
+def test_another_document_is_no_key(rng):
+    """Two documents in a window are measured as if they stood in windows of their own."""
+    rows, half = random_attention(rng), CONTEXT // 2
+    codes = torch.randn(WINDOWS, CONTEXT, 5, generator=rng)
+    keep = torch.ones(WINDOWS, CONTEXT, dtype=torch.bool)
+    documents = (torch.arange(CONTEXT) >= half).long().expand(WINDOWS, CONTEXT)
+    found = attention.explain(codes, rows, keep, documents)
+    parts = [slice(0, half), slice(half, CONTEXT)]
+    apart = [attention.explain(codes[:, part], rows[:, :, part, part], keep[:, part]) for part in parts]
+    whole = apart[0] + apart[1]
+    assert found.contributions() == pytest.approx(whole.contributions(), abs=1e-6)
+    assert found.similarity_gain() == pytest.approx(whole.similarity_gain(), abs=1e-6)
+    pairs = attention.choose_pairs(rows[0], keep, 3, documents)
+    assert pairs.held.any()
+    assert torch.equal(pairs.later[pairs.held] >= half, pairs.most[pairs.held] >= half)
+    assert torch.equal(pairs.later[pairs.held] >= half, pairs.least[pairs.held] >= half)
+
+
 def test_batches_add_up(rng):
     rows, codes = random_attention(rng), torch.randn(WINDOWS, CONTEXT, 5, generator=rng)
     keep = torch.ones(WINDOWS, CONTEXT, dtype=torch.bool)
