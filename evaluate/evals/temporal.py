@@ -28,6 +28,7 @@ from .measures.assignment import Assignment, groups_of
 SCALES: Mapping[str, tuple[int, int]] = {"short": (1, 4), "medium": (5, 16), "long": (17, 128)}
 """First and last lag of each scale, in tokens."""
 ALL = "all"
+CHOOSING = 16  # windows by which the latents of the transition matrix are chosen
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,17 @@ class Seen:
     groups: Assignment
     consistency: dict[str, Consistency] = field(default_factory=dict)
     persistence: Persistence | None = None
-    frequent: Tensor | None = None  # chosen by the first batch
+    frequent: Tensor | None = None  # chosen before the pass
     transition_counts: Tensor | None = None
 
-    def take(self, acts_WTF: Tensor, batch: Windows, rows_WT: Tensor, most_frequent: int) -> None:
+    def take(self, acts_WTF: Tensor, batch: Windows, rows_WT: Tensor) -> None:
         segment = segments(rows_WT, batch.documents)
         for name, members in {ALL: slice(None), **self._by_group()}.items():
             found = consistency(acts_WTF[:, :, members], segment)
             self.consistency[name] = self.consistency[name] + found if name in self.consistency else found
         found = persistence(acts_WTF, segment)
         self.persistence = found if self.persistence is None else self.persistence + found
-        if self.frequent is None:
-            self.frequent = found.fired.topk(min(most_frequent, len(found.fired))).indices
+        assert self.frequent is not None
         counts = transitions(acts_WTF[:, :, self.frequent], segment)
         self.transition_counts = counts if self.transition_counts is None else self.transition_counts + counts
 
@@ -70,13 +70,26 @@ class Seen:
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     seen = {subject: Seen(groups_of(subject, len(SCALES) + 1)) for subject in subjects}
+    choose_frequent(context, seen, config)
     for batch in read_windows(context, subjects, "temporal", config.windows, config.batch_windows):
         for subject in subjects:
             rows = ordinary_rows(context, subject, batch)
-            seen[subject].take(subject.encode(batch) * rows[:, :, None], batch, rows, config.most_frequent)
+            seen[subject].take(subject.encode(batch) * rows[:, :, None], batch, rows)
     for subject, one in seen.items():
         metrics = {"consistency": consistency_scores(one), "stability": stability(one, config)}
         yield Result(subject, to_json(config), metrics, unstructured=patterns(one, config))
+
+
+def choose_frequent(context: Context, seen: Mapping[LoadedSae, Seen], config: Config) -> None:
+    """The latents of the transition matrix, by the same windows however large batches are."""
+    fired: dict[LoadedSae, Tensor] = {}
+    count = min(config.windows, CHOOSING)
+    for batch in read_windows(context, list(seen), "temporal: latents", count, config.batch_windows):
+        for subject in seen:
+            found = (subject.encode(batch)[ordinary_rows(context, subject, batch)] > 0).sum(0)
+            fired[subject] = fired[subject] + found if subject in fired else found
+    for subject, one in seen.items():
+        one.frequent = fired[subject].topk(min(config.most_frequent, len(fired[subject]))).indices
 
 
 def consistency_scores(seen: Seen) -> dict[str, float]:

@@ -54,7 +54,7 @@ class Config:
     trace_windows: int = 16
     """Of these, those whose predictions are traced; 0: no tracing."""
     trace_latents: int = 2
-    """Of each tier, those that are traced one by one: the most active of the first batch."""
+    """Of each tier, those that are traced one by one: the most active of the windows that are traced."""
     batch_windows: int = 16
     tiers: int = 3
     """For SAEs that were trained without."""
@@ -95,18 +95,19 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     words = Wording(context)
     traced = [subject for subject in subjects if subject.is_single_layer]
     tokens = windows = 0
+    if missing is None and config.trace_windows and traced:
+        choose_alone(context, {subject: seen[subject] for subject in traced}, config)
     for batch in read_windows(context, subjects, "tiers", config.windows, config.batch_windows):
         words.read(batch)
-        is_traced = missing is None and windows < config.trace_windows
-        tracers = make_tracers(context, batch, traced) if is_traced else {}
+        share = batch.slice(0, max(0, config.trace_windows - windows))  # however large batches are
+        tracers = make_tracers(context, share, traced) if missing is None and len(share) else {}
         for subject in subjects:
             acts = subject.encode(batch)
             rows = ordinary_rows(context, subject, batch)
             seen[subject].take(acts[rows], tokens + rows[batch.keep].nonzero().view(-1))
             if tracers and subject.is_single_layer:
-                if seen[subject].alone is None:
-                    seen[subject].alone = most_active(acts[rows].sum(0), seen[subject].tiers, config.trace_latents)
-                add_effects(effects[subject], trace(tracers[subject.layer], subject, acts, seen[subject]))
+                found = trace(tracers[subject.layer], subject, acts[: len(share)], seen[subject])
+                add_effects(effects[subject], found)
         tokens, windows = tokens + int(batch.keep.sum()), windows + len(batch)
     for subject in subjects:
         metrics = measure(seen[subject], composition[subject][0], effects[subject], config)
@@ -130,6 +131,18 @@ def model_obstacle(context: Context, config: Config) -> str | None:
     except ModelMissing as error:
         return f"causal tracing needs the model: {error}"
     return None
+
+
+def choose_alone(context: Context, seen: Mapping[LoadedSae, Seen], config: Config) -> None:
+    """Before the first window is traced, and by all that are: the first batch is as large as the widest SAE lets it."""
+    mass: dict[LoadedSae, Tensor] = {}
+    count = min(config.windows, config.trace_windows)
+    for batch in read_windows(context, list(seen), "tiers: latents to trace", count, config.batch_windows):
+        for subject in seen:
+            found = subject.encode(batch)[ordinary_rows(context, subject, batch)].sum(0)
+            mass[subject] = mass[subject] + found if subject in mass else found
+    for subject, one in seen.items():
+        one.alone = most_active(mass[subject], one.tiers, config.trace_latents)
 
 
 def compose(subject: LoadedSae, config: Config) -> tuple[dict[str, float], Tensor]:
@@ -345,5 +358,5 @@ EVALUATION = Evaluation(
         "causal.loss_increase_without_1",
         "causal.loss_increase_without_3",
     ),
-    revision=2,  # massive rows keep theirs, and do not count
+    revision=3,  # 2: massive rows keep theirs, and do not count; 3: as many windows are traced as were asked for
 )
