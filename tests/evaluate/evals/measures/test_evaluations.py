@@ -415,8 +415,9 @@ def test_without_validation_windows_only_saes_that_have_ranges_are_measured(make
 
 
 def drawn(context, subject, config):
-    sample = position.Sample(config.probe_tokens, torch.Generator().manual_seed(0))
-    position.profiles(context, [subject], "p", config, "test", sample)
+    samples = position.make_samples([subject], config)
+    position.profiles(context, [subject], "p", config, "test", samples)
+    (sample,) = samples.values()
     return sample
 
 
@@ -427,6 +428,33 @@ def test_order_probes_see_no_special_token(world, builder, open_context):
     positions, seen = torch.cat(sample.positions), sum(sample.sides())
     special = torch.isin(world.tokens[20:36], torch.tensor([0, 1, 2])).gather(1, positions)
     assert special.any() and torch.equal(seen.bool(), ~special)
+
+
+def test_order_probes_see_no_massive_row(make_world, builder, open_context):
+    """Nor does an SAE of another layer, in which other rows are massive, change what a probe sees."""
+    massive = [(window, 3) for window in range(20, 36)]
+    context = open_context(make_world(massive=massive, layers=(1, 2)))
+    subject = builder.subject(builder.make_sae(k=None))
+    config = position.Config(windows=16, probe_tokens=builder.CONTEXT, probe_k=(2,))
+    sample = drawn(context, subject, config)
+    seen = sum(sample.sides()).bool()
+    assert seen.any() and (torch.cat(sample.positions) == 3).any()
+    assert not (torch.cat(sample.positions)[seen] == 3).any()
+    wide = builder.subject(builder.make_sae(d_in=2 * builder.D), "wide", layers=(1, 2))
+    found = {result.subject: result for result in position.evaluate(context, [wide, subject], config)}
+    (alone,) = position.evaluate(context, [subject], config)
+    assert found[subject].metrics == alone.metrics
+
+
+def test_what_order_probes_wait_for_is_kept_sparse(world, builder, open_context):
+    context, subject = open_context(world), builder.subject(builder.make_sae(width=64, k=2))
+    config = position.Config(windows=16, batch_windows=5, probe_tokens=6, probe_k=(2,))
+    sample = drawn(context, subject, config)
+    assert all(part.is_sparse and part.device.type == "cpu" for part in sample.rows[subject])
+    assert sum(part._nnz() for part in sample.rows[subject]) <= 2 * 16 * 6
+    (batch,) = list(tiers.read_windows(context, [subject], "t", 16, 16))
+    place = torch.cat(sample.positions)[:, :, None].expand(-1, -1, 64)
+    assert torch.allclose(sample.of(subject), subject.encode(batch).gather(1, place), atol=1e-6)
 
 
 @pytest.mark.parametrize(("length", "windows"), [(5, [10, 11, 12, 13, 14, 15]), (40, [])])
