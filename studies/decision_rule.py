@@ -89,11 +89,11 @@ def why_too_small(grown: Sequence[float | None]) -> str | None:
 def matched_by_baselines(values: Families, base: str, measures: Iterable[str]) -> Iterator[str]:
     """Measures at which a sanity baseline comes within one standard deviation, over seeds, of the base."""
     for measure in measures:
-        own = _of(values[base], measure)
+        own = values_of(values[base], measure)
         if not own:
             continue
         least = statistics.fmean(own) - _deviation(own)
-        others = [_of(seeds, measure) for label, seeds in values.items() if is_baseline(label)]
+        others = [values_of(seeds, measure) for label, seeds in values.items() if is_baseline(label)]
         if any(other and statistics.fmean(other) >= least for other in others):
             yield measure
 
@@ -103,7 +103,7 @@ def _notes_of_baselines(values: Families, useless: Sequence[str], used: Sequence
     if useless:
         yield f"not used, since a sanity baseline does as well: {', '.join(useless)}"
     baselines = [seeds for label, seeds in values.items() if is_baseline(label)]
-    unasked = [measure for measure in used if not any(_of(seeds, measure) for seeds in baselines)]
+    unasked = [measure for measure in used if not any(values_of(seeds, measure) for seeds in baselines)]
     if not baselines:
         yield "no sanity baseline stands beside it"
     elif unasked:
@@ -139,7 +139,7 @@ def _judge(
     names = " and ".join(rivals)
     lost = ", ".join(worse) or f"worse than {' or '.join(rivals)} at nothing"
     gained = f"better than {names} at {', '.join(better)}" if better else f"better than all of {names} at nothing"
-    deviations = {one.measure: _deviation(_of(values[base], one.measure)) for one in to_base}
+    deviations = {one.measure: _deviation(values_of(values[base], one.measure)) for one in to_base}
     open_ones = [one.measure for one in to_base if _may_gain(one, deviations[one.measure])]
     fewer = sorted({one.measure for one in own.values() if one.seeds < len(values[base])}, key=used.index)
     partly = f"; of fewer than {len(values[base])} seeds: {', '.join(fewer)}" if fewer else ""
@@ -156,7 +156,7 @@ def _judge(
 
 def _why_denser(values: Families, label: str, base: str) -> str:
     """Where an SAE has more active latents than the base, seeds on average."""
-    found = [_of(values[one], "l0") for one in (label, base)]
+    found = [values_of(values[one], "l0") for one in (label, base)]
     if not all(found):
         return ""
     own, its = map(statistics.fmean, found)
@@ -169,7 +169,8 @@ def _may_gain(one: Difference, deviation: float) -> bool:
     return one.mean + one.half_width >= deviation if deviation > 0.0 else one.mean > 0.0
 
 
-def _of(seeds: Mapping[int, Mapping[str, float | None]], measure: str) -> list[float]:
+def values_of(seeds: Mapping[int, Mapping[str, float | None]], measure: str) -> list[float]:
+    """Of the seeds that have it."""
     return [value for one in seeds.values() if (value := one.get(measure)) is not None]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +19,7 @@ from ..evaluate.output.figures.panels import STEP
 from ..evaluate.output.figures.style import INK, Look, caption, look, new_figure
 from ..evaluate.output.plots import KINDS, save
 from .comparisons import half_width
-from .decision_rule import Families
+from .decision_rule import Families, values_of
 
 SMOOTHED = 40  # points of a curve at most: each is the mean of the batches that it stands for
 Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]
@@ -46,7 +45,7 @@ def draw_bands(run: str, title: str, values: Families, base: str, curves: Curves
 def draw_measures(title: str, values: Families, base: str, looks: Mapping[str, Look]) -> Figure | None:
     """What all SAEs have alike to four digits, such as L0 on a top-k base, has no panel."""
     columns = list(dict.fromkeys(name for seeds in values.values() for one in seeds.values() for name in one))
-    numbers = {name: {label: _of(seeds, name) for label, seeds in values.items()} for name in columns}
+    numbers = {name: {label: values_of(seeds, name) for label, seeds in values.items()} for name in columns}
     told = {name: {f"{n:.4g}" for some in found.values() for n in some} for name, found in numbers.items()}
     shown = {name: found for name, found in numbers.items() if len(told[name]) > 1}
     if not shown:
@@ -102,7 +101,3 @@ def _draw_row(axis: Axes, row: int, own: Sequence[float], style: Look) -> None:
         axis.plot([middle - half, middle + half], [row, row], color=style.colour, lw=6, alpha=0.35)
         axis.plot([middle], [row], "|", color=style.colour, ms=14, mew=2)
     axis.plot(own, [row] * len(own), style.mark, color=style.colour, ms=4, mec="white", mew=0.4)
-
-
-def _of(seeds: Mapping[int, Mapping[str, Any]], name: str) -> list[float]:
-    return [value for one in seeds.values() if (value := one.get(name)) is not None]

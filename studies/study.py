@@ -26,7 +26,7 @@ import click
 from click.shell_completion import CompletionItem
 from rich.console import Console
 
-from ..cache_schema import Store
+from ..cache_schema.reader import Store
 from ..cache_schema.cli import as_json, print_json
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval

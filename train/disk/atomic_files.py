@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,13 @@ from ..errors import ConfigInvalid
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file beside its place, flush it, and move it there."""
+    replace_written(path, lambda beside: beside.write_bytes(data))
+
+
+def replace_written(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written beside its place, flush it, and move it there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
+    write(temporary)
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)

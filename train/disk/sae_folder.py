@@ -10,7 +10,6 @@ Files are written beside their place and renamed; cfg.json comes last, so a fold
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...cache_schema.disk_and_cloud_files import make_folder, sync
+from ...cache_schema.disk_and_cloud_files import make_folder
 from ...cache_schema.sites import RESID
 from ..data.scaling import Stats
 from ..errors import SaeInvalid, TrainError
 from ..sae.model import SparseAutoencoder
+from .atomic_files import replace_written
 from .module_form import SCALE, TARGET_SCALE, Rebuild, WrappedSae, module_form, require_tensors, sae_from_wrapped
 from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
@@ -69,11 +69,11 @@ def save_sae(
         tensors, form = wrapped.tensors, _wrapped_form(wrapped, sae, variant)
     make_folder(folder)
     written = _config_of(form, variant, metadata, config)
-    _write(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    replace_written(folder / WEIGHTS, lambda path: save_file(tensors, path))
     extras = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.extras.state_dict().items()}
     if extras:
-        _write(folder / EXTRAS, lambda path: save_file(extras, path))
-    _write(folder / CONFIG, lambda path: path.write_text(json.dumps(written, indent=1) + "\n"))
+        replace_written(folder / EXTRAS, lambda path: save_file(extras, path))
+    replace_written(folder / CONFIG, lambda path: path.write_text(json.dumps(written, indent=1) + "\n"))
 
 
 def read_sae(folder: Path, rebuild: Rebuild) -> SparseAutoencoder:
@@ -286,12 +286,3 @@ def _fold_norms(plain: PlainSae) -> PlainSae:
         if name in tensors:
             tensors[name] = tensors[name] * lengths
     return replace(plain, tensors=tensors)
-
-
-def _write(path: Path, write: Any) -> None:
-    """Write beside the place, flush, rename, flush the name."""
-    beside = path.with_name(path.name + ".partial")
-    write(beside)
-    sync(beside)
-    os.replace(beside, path)
-    sync(path.parent)

@@ -199,10 +199,6 @@ class Adam:
         own = (parameter.data_ptr() for parameter in self.parameters.values())
         return *own, *(self.parameters[name]._version for name in self._by_row)
 
-    def goes_by_row(self, name: str) -> bool:
-        """Whether this table is updated row by row."""
-        return name in self._by_row
-
     def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
         """The two moments of one of the parameters, as they are."""
         (name,) = (name for name, own in self.parameters.items() if own is parameter)

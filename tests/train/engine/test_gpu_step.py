@@ -43,11 +43,11 @@ def test_it_trains_as_on_a_cpu(as_on_gpu, monkeypatch, variant):
     """Dead latents too: after 24 tokens, so that the auxiliary loss takes part in the end. Lists are of each step."""
     monkeypatch.setattr(step, "LOOK_EVERY", 1)
     ours = make(variant, DEVICE, dead_after_tokens=24)
-    assert ours.optimiser.goes_by_row("W_enc") and ours.optimiser.goes_by_row("W_dec")
+    assert "W_enc" in ours.optimiser._by_row and "W_dec" in ours.optimiser._by_row
     losses = [ours.step(batch).scalars()["loss"] for batch in batches(6, DEVICE)]
     monkeypatch.undo()
     plain = make(variant, dead_after_tokens=24)
-    assert not plain.optimiser.goes_by_row("W_dec")
+    assert "W_dec" not in plain.optimiser._by_row
     expected = [plain.step(batch).scalars()["loss"] for batch in batches(6)]
     assert losses == pytest.approx(expected, rel=1e-4)
     norms = torch.linalg.vector_norm(ours.sae.W_dec, dim=1)
