@@ -21,6 +21,7 @@ from ...harvest.model.load_and_truncate import find_device
 from ...harvest.progress import Watch
 from ...train.command import RUNS
 from ...train.config.settings import parse_settings, split_key, with_settings
+from ...train.data.device_copies import take_device
 from ...train.errors import RunInterrupted, TrainError
 from .. import evals
 from ..context.context import Context, DtypeName, open_context
@@ -104,9 +105,11 @@ def evaluate(subjects: Sequence[LoadedSae], configs: dict[str, Any], options: Ma
     """All that was asked for, of all SAEs that were found."""
     if options["compare"]:
         require_one_store(subjects)
+    device = find_device(options["device"])
+    take_device(device)
     session = Session(
         configs=configs,
-        device=find_device(options["device"]),
+        device=device,
         watch=Watch(),
         cache=options["cache"],
         model=options["model"],

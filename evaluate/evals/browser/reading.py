@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ....train.data.device_copies import take_device
 from ....train.disk.safe_checkpoints import Standing, list_checkpoints, load_checkpoint, save_checkpoint
 from ....train.errors import CheckpointDamaged
 from ....train.sae.kernels.codes import Codes
@@ -86,7 +87,7 @@ def side_by_side(device: torch.device, subjects: Sequence[LoadedSae]) -> Iterato
     are_sparse = all(subject.sae.is_plain and not subject.needs for subject in subjects)
     workers = min(threads, WORKERS) if device.type == "cpu" and are_sparse else 1
     torch.set_num_threads(threads // workers)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="saemill-browser")
+    pool = ThreadPoolExecutor(workers, "saemill-browser", initializer=take_device, initargs=(device,))
     try:
         yield workers, pool
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import threading
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.stored_windows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, NotApplicable, SettingInvalid
-from saemill.evaluate.evals.browser import evaluation, kept_firings, latents, write_pages
+from saemill.evaluate.evals.browser import evaluation, kept_firings, latents, reading, write_pages
 from saemill.evaluate.evals.browser.attended import LEVELS, attended
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_of, lower_edges
@@ -241,6 +242,15 @@ def firings_of(entries) -> Firings:
     peak = np.array([peak for _, (_, peak) in entries], np.float32)
     count = (1 + numbers % 3).astype(np.int32)
     return Firings(latent, numbers, numbers * 0, peak, count, np.zeros(count.sum(), np.int16), np.repeat(peak, count))
+
+
+def test_every_worker_works_on_the_device_that_was_asked_for(monkeypatch):
+    """A thread has a GPU of its own, which is the first where nobody says another."""
+    taken = []
+    monkeypatch.setattr(reading, "take_device", lambda device: taken.append((device, threading.current_thread().name)))
+    with side_by_side(torch.device("cpu"), []) as (_, pool):
+        names = {pool.submit(lambda: threading.current_thread().name).result()}
+    assert ("cpu", names) == (taken[0][0].type, {name for _, name in taken})
 
 
 def test_workers_share_out_the_threads_of_products_and_give_them_back():
