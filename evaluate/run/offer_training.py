@@ -13,11 +13,12 @@ import click
 
 from ...cache_schema import Store, StoreMissing
 from ...train.config.run_config import Ask
+from ...train.errors import TrainError
 from ...train.run.settle_config import settle
 from ...train.run.start_or_resume import estimate_seconds
 from ...train.start_runs import open_process, start
 from ...train.study_recipes import find_recipes
-from ..errors import TargetUnknown
+from ..errors import EvalError, TargetUnknown
 from ..output.pictures import after_run
 from .console_table import make_console
 from .find_saes import find_places, known_store, studies_with
@@ -38,8 +39,8 @@ def _is_missing(target: str, runs: Path) -> bool:
         return False
     try:
         find_places(target, runs)
-    except TargetUnknown:
-        return True
+    except (EvalError, TrainError) as error:  # what is wrong with one that is there is told with the others' results
+        return isinstance(error, TargetUnknown)
     return False
 
 

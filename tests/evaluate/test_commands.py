@@ -237,6 +237,18 @@ def test_at_a_terminal_a_missing_run_with_a_recipe_is_trained_on_the_way(
     assert "recipe" not in type_("sae-eval", "run_4", *QUICK, "--no-plots").output  # it is there now
 
 
+def test_at_a_terminal_a_run_that_is_still_trained_stops_no_other(
+    small: Any, builder: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "is_at_terminal", lambda: True)
+    builder.run(small, "run_1", {"small": builder.make_sae()})
+    builder.run(small, "run_2", {}, finished=False)
+    words = ["--cache", small.store, "--device", "cpu", "--evals", "decoder_cosine", "--no-plots", "--json"]
+    result = type_("sae-eval", "run_1", "run_2", *words, code=1)
+    found = json.loads(result.stdout)
+    assert [row["status"] for row in found["results"]] == ["done"] and "has not ended" in found["problems"][0]
+
+
 @pytest.mark.parametrize("words", [["--cache", "nowhere"], []])
 def test_who_declines_or_has_no_store_is_told_the_command(
     small: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, words: list[str]
