@@ -1,6 +1,6 @@
 """Run evaluations over SAEs, so that nothing that goes wrong in one costs another its result.
 
-1. Skip what is done, where that was asked for.
+1. Skip what is done, where that was asked for; a result that cannot be read is done anew.
 2. Hand all SAEs to an evaluation at once and write each result as it comes.
 3. What an evaluation raises as NotRun is the reason for all SAEs it still owed.
 4. After any other error, the SAEs it still owed are tried one by one: the one that fails, fails alone.
@@ -36,7 +36,7 @@ from ..context.results import (
     standing_result,
     write_result,
 )
-from ..errors import EvalError, NotRun
+from ..errors import EvalError, NotRun, ResultInvalid
 
 DATA = "data_revision"
 EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
@@ -52,7 +52,7 @@ def run_evals(
     rows: list[Row] = []
     for eval_id, config in configs.items():
         settings = settings_of(context, eval_id, config)
-        kept = {subject: row for subject in subjects if (row := _kept(subject, eval_id, settings, keep))}
+        kept = {subject: row for subject in subjects if (row := _kept(context, subject, eval_id, settings, keep))}
         rows += kept.values()
         pending = [subject for subject in subjects if subject not in kept]
         if pending:
@@ -62,9 +62,9 @@ def run_evals(
     return rows
 
 
-def _kept(subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
+def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
     """A result that is taken as it is; the reason says where it was measured with other settings."""
-    document = None if keep == "none" else standing_result(subject, eval_id)
+    document = None if keep == "none" else _standing(context, subject, eval_id)
     if document is None:
         return None
     settings = _comparable(settings, document)
@@ -80,6 +80,15 @@ def _kept(subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: K
         f"its result is of {found}. Evaluate it again without --compare to have what was asked for" if found else ""
     )
     return Row(subject, eval_id, "kept", reason, document)
+
+
+def _standing(context: Context, subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
+    """The result on disk; one that cannot be read counts as none, so that it costs no other SAE its result."""
+    try:
+        return standing_result(subject, eval_id)
+    except ResultInvalid as error:
+        context.say(f"{eval_id}: {error}. Here it is done anew, for {subject.name}")
+        return None
 
 
 def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:

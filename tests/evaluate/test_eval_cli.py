@@ -359,6 +359,15 @@ def test_only_what_was_computed_from_tokens_says_so(run_1, sae_eval):
     assert [settings["from_tokens"] for settings in said] == [True, False]
 
 
+def test_the_device_that_was_asked_for_is_the_one_that_the_thread_works_on(run_1, sae_eval, monkeypatch):
+    """Kernels are launched on a thread's own GPU, wherever the tensors lie."""
+    taken = []
+    monkeypatch.setattr(command, "take_device", taken.append)
+    monkeypatch.setattr(command, "find_device", lambda name: torch.device("cpu", 0))
+    sae_eval("run_1/small", "--no-plots", "--evals", "decoder_cosine", options=[])
+    assert taken == [torch.device("cpu", 0)]
+
+
 def test_without_resume_everything_is_done_anew(run_1, sae_eval):
     sae_eval("run_1/small")
     before = results(run_1)["small_eval_results.json"]
@@ -368,10 +377,17 @@ def test_without_resume_everything_is_done_anew(run_1, sae_eval):
     assert after["eval_result_metrics"] == before["eval_result_metrics"]
 
 
-def test_a_damaged_result_is_named(run_1, sae_eval):
-    sae_eval("run_1/small")
-    (run_1 / "evals" / "core" / "small_eval_results.json").write_text("{")
-    assert "remove it and evaluate again" in sae_eval("run_1/small", "--resume", code=1)
+@pytest.mark.parametrize("keep", ["--resume", "--compare"])
+def test_a_damaged_result_is_named_and_measured_anew(run_1, sae_eval, keep):
+    """It costs the others nothing."""
+    sae_eval("run_1", "--no-plots")
+    before, damaged = results(run_1), run_1 / "evals" / "core" / "small_eval_results.json"
+    damaged.write_text("{")
+    output = " ".join(sae_eval("run_1", keep, "--no-plots").split())
+    assert "is damaged" in output and "Here it is done anew, for run_1/small" in output
+    after = results(run_1)
+    assert after["large_eval_results.json"] == before["large_eval_results.json"]
+    assert after[damaged.name]["eval_result_metrics"] == before[damaged.name]["eval_result_metrics"]
 
 
 def test_compare_is_one_table_and_evaluates_only_what_is_missing(world, run_1, builder, sae_eval):
