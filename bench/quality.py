@@ -233,6 +233,8 @@ def seek(fit: Fit, train: Train, tries: int = 6) -> Fit:
         found = train(fit)
         off = math.log(max(found.validation_l0 if found.came_to is None else found.came_to, 1e-3) / fit.l0)
         seen.append((math.log(fit.coefficient), off, fit))
+        if found.validation < 0.0:  # it has diverged: no penalty mends that
+            break
         if abs(off) <= (NEAR if found.came_to is None else OFF):
             break
         if len(seen) > 1:

@@ -216,6 +216,18 @@ def test_a_coefficient_is_sought_until_the_l0_is_what_was_asked(bench, power):
     assert len(fits) <= 6
 
 
+def test_no_coefficient_is_sought_for_what_has_diverged(bench):
+    quality = bench("quality")
+    fits = []
+
+    def train(fit):
+        fits.append(fit)
+        return score_of_fit(quality, -0.1, 50.0)
+
+    quality.seek(quality.Fit("gated", 64, 32.0, "sae_lens", 1e-3, 1.0), train)
+    assert len(fits) == 1
+
+
 def test_each_stands_at_its_best_rate_beside_its_own(bench):
     quality = bench("quality")
     own = quality.Fit("topk", 64, 32.0, "sae_lens", 1e-3)
