@@ -9,7 +9,9 @@ may read nothing else. JSON is ASCII, and `<` is escaped: text of a corpus canno
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from ...output.figures.web import FILES, script_json
 
 NAME = "browser"
 LATENT_BYTES = 4000  # on disk, about
-MAKING, OLD = f".{NAME}.making", f".{NAME}.old"
+MAKING, OLD, LOCK = f".{NAME}.making", f".{NAME}.old", f".{NAME}.lock"
 TEXT, ATTENTION = "text", "attention"  # written while text is read
 PAGE = Path(__file__).parent / "page"
 BUILD = "{{build}}"
@@ -48,6 +50,37 @@ class Folder:
 @contextmanager
 def making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
     """The browser of a run; whatever happens, the run has the one of before or the whole new one."""
+    with _alone(home), _making(home, least_bytes, inputs) as folder:
+        yield folder
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """One process at a time makes a run's browser: two would write into one folder, and clear it for each other."""
+    path = home / LOCK
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise BrowserUnwritten(f"{home / NAME} cannot be written: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process ends
+            is_taken = not os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):  # another has it, or had it and took it away when it was done
+            is_taken = True
+        except OSError:
+            is_taken = False  # a file system without locks
+        if is_taken:
+            raise BrowserUnwritten(f"another process is making {home / NAME}: let it end, or stop it, first")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # before it is let go: whoever opened it meanwhile finds it gone
+
+
+@contextmanager
+def _making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
     made_in, old = home / MAKING, home / OLD
     folder = Folder(made_in, inputs)
     try:

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +162,36 @@ def test_killed_on_the_way_it_goes_on_to_the_same_bytes(bench, tmp_path, monkeyp
         killed = tmp_path / "killed" / moment / home.name
         assert bench.build(killed, config=config) == results and taken(killed) == whole, moment
         assert bench.goes_on_behind() == batches, moment
+
+
+def test_while_one_process_makes_a_browser_another_is_told_so(bench, monkeypatch):
+    """And touches nothing of it; the lock goes with the process, and what a killed one left of it locks nobody out."""
+    whole = bench.build(every=math.inf)
+    files = taken(bench.run)
+    other = """
+import sys
+from pathlib import Path
+from saemill.evaluate.errors import BrowserUnwritten
+from saemill.evaluate.evals.browser.write_pages import making
+try:
+    with making(Path(sys.argv[1]), 1, "other"):
+        print("made")
+except BrowserUnwritten as error:
+    print(error)
+"""
+    told, write = [], evaluation.write_numbers
+
+    def meanwhile(*args):
+        call = [sys.executable, "-c", other, str(bench.run)]
+        told.append(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_numbers", meanwhile)
+        assert bench.build() == whole and taken(bench.run) == files
+    assert told == [f"another process is making {bench.run / 'browser'}: let it end, or stop it, first\n"]
+    (bench.run / write_pages.LOCK).touch()
+    assert bench.build(every=math.inf) == whole and taken(bench.run) == files
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
