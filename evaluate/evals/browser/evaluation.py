@@ -57,7 +57,8 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     head, missing = find_head(context)
     words = Vocabulary(context)
     about = describe(context, home, config, windows, words, missing)
-    saes = [[subject.label, source_of(subject.folder).sha256] for subject in subjects]
+    weights = {subject: source_of(subject.folder).sha256 for subject in subjects}
+    saes = [[subject.label, sha256] for subject, sha256 in weights.items()]
     # What computes the same numbers to the bit: sums of two are not joined.
     programs = [__version__, torch.__version__, torch.get_num_threads(), has_fast_bfloat16("cpu")]
     inputs = decided_by(
@@ -79,7 +80,8 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
                 of = (about["model"], about["corpus"], about["run"])
                 exported = Exported(one, tokens, texts, promotes[one], near[one]["by_direction"], *of)
                 write_exports(folder.path, config.exports, exported)
-            folder.write("run", about | {"saes": [*(summary_of(one) for one in shown), *kept]})
+            own = [summary_of(one) | {"sha256": weights[one.subject]} for one in shown]
+            folder.write("run", about | {"saes": [*own, *kept]})
             write_numbers(folder.path, read_records([RunFolder.at(home)]))
             write_page(folder.path, about["build"])
     except (BrowserUnwritten, StoreError) as error:
@@ -125,9 +127,17 @@ def keep_others(
     subjects: Sequence[LoadedSae],
     words: Vocabulary,
 ) -> list[dict[str, Any]]:
-    """SAEs of the run that are not evaluated now go on to be shown, if they were read on the same tokens."""
+    """SAEs of the run that are not evaluated now go on to be shown, if they were read on the same tokens and are still
+    those that were read."""
     before, known = read_data(home / NAME, "run") or {}, {subject.label for subject in subjects}
-    kept = [sae for sae in before.get("saes", []) if sae["label"] not in known and (home / sae["label"]).is_dir()]
+    there = [sae for sae in before.get("saes", []) if sae["label"] not in known and (home / sae["label"]).is_dir()]
+    kept = [sae for sae in there if sae.get("sha256") == source_of(home / sae["label"]).sha256]
+    others = [sae["label"] for sae in there if sae not in kept]
+    if others:
+        context.say(
+            f"browser: {', '.join(others)} left out, of other weights than are there now: name them too to have them "
+            "shown"
+        )
     if not kept:
         return []
     labels = [sae["label"] for sae in kept]

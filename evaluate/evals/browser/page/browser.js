@@ -114,11 +114,15 @@ function attendedFrom(attention, at, layer) {
 
 // ---------------------------------------------------------------- notes
 
-const KEY = () => `saemill:${run.cache_id}:${run.run}`;
+// Of the very weights: another SAE may come to stand under the same label, and its latents are others.
+const KEY = (sae) => `saemill:notes:${sae.sha256}`;
 let notes = Object.create(null), isKept = true; // not kept, they are of this page alone
 function readNotes() {
   // Anew before each change: another tab may have written.
-  if (isKept) try { notes = checkedNotes(JSON.parse(localStorage.getItem(KEY()) ?? "{}")); } catch { /* what is here stays */ }
+  if (!isKept) return;
+  const found = Object.create(null);
+  for (const sae of run.saes) try { found[sae.label] = JSON.parse(localStorage.getItem(KEY(sae)) ?? "{}"); } catch { found[sae.label] = notes[sae.label]; /* what is here stays */ }
+  notes = checkedNotes(found);
 }
 function checkedNotes(value) {
   const found = Object.create(null); // a label may be called __proto__
@@ -138,10 +142,10 @@ function setNote(label, latent, change) {
   const kept = { ...noteOf(label, latent), ...change };
   notes[label] ??= {};
   if (kept.star || kept.label) notes[label][latent] = kept; else delete notes[label][latent];
-  saveNotes();
+  saveNotes([label]);
 }
-function saveNotes() {
-  try { localStorage.setItem(KEY(), JSON.stringify(notes)); isKept = true; }
+function saveNotes(labels) {
+  try { for (const label of labels) localStorage.setItem(KEY(run.saes.find((one) => one.label === label)), JSON.stringify(notes[label] ?? {})); isKept = true; }
   catch { isKept = false; say("this browser keeps nothing for pages: export notes before you leave"); }
 }
 let quiet;
@@ -521,7 +525,7 @@ function drawNote() {
   drawRows();
 }
 function renote(event) { // another tab wrote
-  if (event.key !== KEY()) return;
+  if (!run.saes.some((sae) => event.key === KEY(sae))) return;
   readNotes();
   if ($("star")) drawNote();
   else if ($("notes-file")) showNotes();
@@ -775,7 +779,8 @@ function showNotes() {
     h("section", { class: "card listed" }, listed.length ? h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "latent"), h("th", {}, "label"))), h("tbody", {}, listed.map((note) => h("tr", {}, h("td", {}, h("a", { href: link(note.sae, note.latent) }, `${note.star ? "\u2605 " : ""}${brief(note.sae, 30)} ${note.latent}`)), h("td", {}, brief(note.label, 200)))))) : h("p", { class: "quiet" }, "Nothing yet: press ", h("kbd", {}, "s"), " on a latent to star it, ", h("kbd", {}, "l"), " to label it."))));
 }
 function exportNotes() {
-  const text = JSON.stringify({ saemill_notes: 1, run: run.run, cache_id: run.cache_id, notes }, null, 1);
+  const weights = Object.fromEntries(run.saes.map((sae) => [sae.label, sae.sha256]));
+  const text = JSON.stringify({ saemill_notes: 1, run: run.run, cache_id: run.cache_id, weights, notes }, null, 1);
   const address = URL.createObjectURL(new Blob([text], { type: "application/json" }));
   const anchor = h("a", { href: address, download: `${run.run}_notes.json` });
   anchor.click();
@@ -785,12 +790,18 @@ async function importNotes(event) {
   try {
     const given = JSON.parse(await event.target.files[0].text());
     if (given.saemill_notes !== 1) throw new Error("this is no file of notes");
-    if (given.cache_id !== run.cache_id) throw new Error("these notes are of SAEs of another store");
+    const taken = new Set(), others = [];
     readNotes();
-    for (const [label, latents] of Object.entries(checkedNotes(given.notes))) for (const [latent, note] of Object.entries(latents)) notes[label] = { ...notes[label], [latent]: note };
-    saveNotes();
+    for (const [label, latents] of Object.entries(checkedNotes(given.notes))) {
+      const sae = run.saes.find((one) => one.sha256 && one.sha256 === given.weights?.[label]);
+      if (!sae) { others.push(brief(label, 30)); continue; }
+      for (const [latent, note] of Object.entries(latents)) notes[sae.label] = { ...notes[sae.label], [latent]: note };
+      taken.add(sae.label);
+    }
+    if (others.length && !taken.size) throw new Error(`these notes are of other weights than are shown here: ${others.join(", ")}`);
+    saveNotes(taken);
     showNotes();
-    say("notes imported");
+    say(others.length ? `notes imported, but not those of other weights than are shown here: ${others.join(", ")}` : "notes imported");
   } catch (error) { say(`not imported: ${error.message}`); }
 }
 

@@ -24,6 +24,7 @@ from saemill.evaluate.errors import BrowserUnwritten
 from saemill.evaluate.evals.browser import evaluation, kept_firings, reading, write_pages
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.run.find_saes import find_subjects
+from saemill.train.run.init_source import source_of
 
 CONFIG = Config(windows=30, batch_windows=5, top=2, sample=3, low=1, promoted=4, together_tokens=120)
 BATCHES = 4 + 1 + 2  # of 20 windows of test, 4 of validation, 6 of train
@@ -359,3 +360,17 @@ def test_saving_takes_a_small_share_of_the_time(bench, monkeypatch, seconds, sav
     monkeypatch.setattr(reading, "save_checkpoint", slow_save)
     bench.build(every=30)
     assert len(saved) == saves
+
+
+def test_pages_of_other_weights_do_not_stay(bench, builder):
+    """An SAE trained anew under its label is not shown with the pages of the one before."""
+    bench.build(every=math.inf)
+    bench.build(every=math.inf, labels="a")
+    saes = write_pages.read_data(bench.run / "browser", "run")["saes"]
+    assert [(sae["label"], sae["sha256"]) for sae in saes] == [
+        (label, source_of(bench.run / label).sha256) for label in "ab"
+    ]
+    builder.save(bench.run / "b", builder.make_sae(k=None, seed=9))
+    bench.build(every=math.inf, labels="a")
+    assert [sae["label"] for sae in write_pages.read_data(bench.run / "browser", "run")["saes"]] == ["a"]
+    assert [line for line in bench.said if line.startswith("browser: b left out, of other weights")]

@@ -24,6 +24,7 @@ from saemill.evaluate.evals.browser.write_pages import write_data, write_page
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.output.figures.records import Record
 from saemill.evaluate.run.find_saes import find_subjects
+from saemill.train.run.init_source import source_of
 
 SCRIPT = "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'>"
 HEBREW, ARABIC, COMBINED = (
@@ -404,6 +405,7 @@ def test_notes_are_kept_exported_and_imported(site, open_page, tmp_path):
     download.value.save_as(tmp_path / "notes.json")
     notes = json.loads((tmp_path / "notes.json").read_text())
     assert notes["notes"] == {"first": {"3": {"star": True, "label": "greetings"}}}
+    assert notes["weights"] == {sae: source_of(site.home / sae).sha256 for sae in ("first", "second")}
     other = open_page(site.home, "#/notes")
     notes["notes"]["first"]["4"] = {"star": "yes", "label": SCRIPT, "more": 1}
     (tmp_path / "changed.json").write_text(json.dumps(notes))
@@ -426,23 +428,54 @@ def test_two_tabs_keep_each_others_notes(site, open_page):
     other.locator("#own-label").fill("greetings")
     other.keyboard.press("Tab")
     wait(page, "document.querySelector('#own-label').value === 'greetings'")
-    kept = json.loads(page.evaluate("localStorage.getItem(KEY())"))
-    assert kept == {"first": {"3": {"star": True, "label": "greetings"}}}
+    kept = json.loads(page.evaluate("localStorage.getItem(KEY(run.saes[0]))"))
+    assert kept == {"3": {"star": True, "label": "greetings"}}
+
+
+def test_notes_are_of_the_weights_and_not_of_whatever_bears_their_label(site, open_page, tmp_path):
+    """Another SAE under the same label begins without notes, and an export of the one before is refused in words."""
+    page = open_page(site.home, "#/sae/first/3")
+    page.keyboard.press("s")
+    wait(page, "document.querySelector('#star').ariaPressed === 'true'")
+    retrained = "run.saes[0] = { ...run.saes[0], sha256: 'of others' }; readNotes(); showNotes()"
+    page.evaluate(f"{{ {retrained} }}")
+    assert page.locator("table a").count() == 0
+    weights = {sae: source_of(site.home / sae).sha256 for sae in ("first", "second")}
+    star = {"3": {"star": True}}
+    given = {
+        "old": {"notes": {"first": star}},  # which says nothing of weights
+        "all": {"notes": {"first": star}, "weights": weights},
+        "some": {"notes": {"first": star, "elsewhere": star}, "weights": weights | {"elsewhere": weights["second"]}},
+    }
+    said = []
+    for name, notes in given.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"saemill_notes": 1} | notes))
+        page.locator("#said").evaluate("(said) => { said.textContent = ''; }")
+        page.locator("#notes-file").set_input_files(tmp_path / f"{name}.json")
+        page.wait_for_selector("#said:not(:empty)")
+        said.append(page.locator("#said").inner_text())
+    refused = "not imported: these notes are of other weights than are shown here: first"
+    assert said[:2] == [refused] * 2
+    assert said[2] == "notes imported, but not those of other weights than are shown here: first"
+    assert page.locator("table a").all_inner_texts() == ["\u2605 second 3"]
 
 
 def test_hostile_notes_change_nothing_and_lock_nobody_out(site, open_page, tmp_path):
     page = open_page(site.home, "#/notes")
     label = {"1": {"star": True, "label": "x"}}
     notes = {"\ud800": label, "__proto__": label, "first": label}
-    about = {"saemill_notes": 1, "cache_id": page.evaluate("run.cache_id"), "notes": notes}
+    first, second = (source_of(site.home / sae).sha256 for sae in ("first", "second"))
+    weights = {"\ud800": second, "__proto__": second, "first": first}
+    about = {"saemill_notes": 1, "weights": weights, "notes": notes}
     (tmp_path / "notes.json").write_text(json.dumps(about))
     page.locator("#notes-file").set_input_files(tmp_path / "notes.json")
     page.wait_for_selector("text=notes imported")
     assert page.evaluate("({})[1]") is None
-    page.evaluate("localStorage.setItem(KEY(), JSON.stringify({'\\ud800': {1: {star: true}}, ...notes}))")  # of before
+    hostile = "{ '__proto__x': { star: true }, 2: 'x', ...notes.first }"
+    page.evaluate(f"localStorage.setItem(KEY(run.saes[0]), JSON.stringify({hostile}))")
     page.reload()
     page.wait_for_selector("html[data-ready]")
-    assert page.locator("table a").all_inner_texts() == ["\u2605 __proto__ 1", "\u2605 first 1"]
+    assert page.locator("table a").all_inner_texts() == ["\u2605 first 1", "\u2605 second 1"]
 
 
 def test_hostile_text_is_text(site, open_page):
