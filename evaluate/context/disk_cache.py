@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ def decided_by(**facts: Any) -> str:
 
 
 def remembered(folder: Path, name: str, decided: str, compute: Callable[[], Any]) -> Any:
-    """What `compute` returned when it was first asked for under this name; it must fit into JSON."""
+    """What `compute` returned when it was first asked for under this name; it must fit into JSON.
+
+    A damaged file is none, and a disk that takes no file costs no result: it is computed again next time.
+    """
     file = folder / f"{name}-{decided}.json"
-    if file.is_file():
-        return json.loads(file.read_text())
+    with suppress(OSError, ValueError, RecursionError):
+        return json.loads(file.read_bytes())
     found = compute()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, json.dumps(found).encode())
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, json.dumps(found).encode())
     return found
 
 
