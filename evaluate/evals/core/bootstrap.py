@@ -47,9 +47,10 @@ class DocumentSums:
 def intervals(
     table: Sums, statistics: Mapping[str, Statistic], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, list[float] | None]:
-    """[low, high] of each statistic at `LEVEL`; None with fewer than two documents, or where one is no number."""
+    """[low, high] of each statistic at `LEVEL`; None with fewer than two documents, without resamples, or where one is
+    no number."""
     count = len(next(iter(table.values()), ()))
-    if count < 2:
+    if count < 2 or resamples < 1:
         return dict.fromkeys(statistics)
     sums = resampled(table, resamples, seed)
     edges = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)

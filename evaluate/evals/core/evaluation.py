@@ -36,7 +36,7 @@ class Config:
     """None: 2,000, or the rest of the split."""
     split: str = "test"
     resamples: int = 1000
-    """Of documents, for confidence intervals."""
+    """Of documents, for confidence intervals; 0: none."""
     ablations: tuple[str, ...] = ABLATIONS
     """What to set the losses against; SAEBench's is `zero`, the others cost one more pass each, once for a store."""
 
@@ -44,6 +44,8 @@ class Config:
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     """All SAEs side by side; those that no model can be spliced with get the measures that need none."""
     require_ablations(config.ablations)
+    if config.resamples < 0:
+        raise SettingInvalid(f"resamples: expected a number, 0 for no intervals, found {config.resamples}")
     rows = rows_of(
         context,
         config.split,

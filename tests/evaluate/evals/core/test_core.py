@@ -10,7 +10,7 @@ import torch
 
 from saemill.cache_schema import Store
 from saemill.evaluate.context.results import without_nan
-from saemill.evaluate.errors import DataMissing
+from saemill.evaluate.errors import DataMissing, SettingInvalid
 from saemill.evaluate.evals.core import blocks
 from saemill.evaluate.evals.core import evaluation as core
 from saemill.evaluate.evals.core.metrics import against, loss_statistics, official_losses
@@ -184,6 +184,20 @@ def test_confidence_intervals_hold_the_estimate(world, open_context, builder):
     for name in ("ce_loss_with_sae", "kl_div_with_sae", "kl_div_score", "explained_variance", "cossim"):
         low, high = ours["confidence_95"][name]
         assert low < estimates[name] < high, name
+
+
+def test_without_resamples_there_are_no_intervals(world, open_context, builder):
+    config = core.Config(4, 1, 2, resamples=0, ablations=("zero",))
+    result = run(open_context(world), [builder.subject(builder.make_sae())], config)["sae"]
+    ours = result.extra["saemill_metrics"]
+    assert set(ours["confidence_95"].values()) == {None} and ours["explained_variance"] > 0
+
+
+@pytest.mark.parametrize("config", [core.Config(batch_size_prompts=0), core.Config(resamples=-1)])
+def test_what_makes_no_sense_is_said_before_any_work(world, open_context, builder, monkeypatch, config):
+    monkeypatch.setattr(core, "measure_sparsity", None)
+    with pytest.raises(SettingInvalid, match=r"(batch_size_prompts|resamples): expected .*, found (0|-1)"):
+        run(open_context(world), [builder.subject(builder.make_sae())], config)
 
 
 def test_scores_have_one_formula():
