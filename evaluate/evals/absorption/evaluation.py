@@ -17,12 +17,22 @@ import torch
 
 from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
-from ...errors import NotApplicable
+from ...errors import NotApplicable, SettingInvalid
 from ...model.prefix_suffix import LanguageModel
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .letters import LetterResult, Sparse, mean_metrics, measure_letters
 from .probe import Training
-from .task import FIRST_LETTER, WORD_SHAPES, ClassProbe, Task, WordClasses, alphabetic_words, make_task, word_position
+from .task import (
+    FIRST_LETTER,
+    WORD_SHAPES,
+    ClassProbe,
+    Task,
+    WordClasses,
+    alphabetic_words,
+    make_task,
+    require_template,
+    word_position,
+)
 
 OFFICIAL_ID = "absorption_first_letter"
 POCKET_WORDS, POCKET_CLASSES = 1000, 4
@@ -69,6 +79,10 @@ class Config:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    if config.prompt_template:
+        require_template(config.prompt_template)
+    if config.max_words is not None and config.max_words < 0:
+        raise SettingInvalid(f"absorption.max_words: expected a number of words, found {config.max_words}")
     fitting, failures = split_fitting(subjects, context.model)
     yield from failures
     if not fitting:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ...context.prompt_positions import Reader, Reading, Spot
+from ...errors import NotApplicable, SettingInvalid
 from ...model.prefix_suffix import LanguageModel
 from .probe import Probe, Training, f1_score, fit_probe
 
@@ -131,7 +132,10 @@ def _draw(word: str, examples: Sequence[str], draw: random.Random) -> list[str]:
         drawn = draw.sample(examples, NUM_EXAMPLES)
         if word not in drawn:
             return drawn
-    raise ValueError(f"no {NUM_EXAMPLES} examples without {word!r} among {len(examples)} words after {MAX_DRAWS} draws")
+    raise NotApplicable(
+        f"no {NUM_EXAMPLES} examples without {word!r} among {len(examples)} words after {MAX_DRAWS} draws: ask for "
+        "more words (absorption.max_words)"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +191,7 @@ def make_task(
     """Read all words and fit the probes."""
     draw = random.Random(seed)
     halves = split_words(words, TRAIN_SHARE, draw)
+    require_examples(halves, len(words))
     prompts = [_prompts(half, half, classes, draw) for half in halves]
     advance = stage("words", sum(map(len, prompts)))
     train, test = (
@@ -199,6 +204,29 @@ def make_task(
     fresh = _prompts([test.words[number] for number in found], words, classes, draw)
     again = reader.read(make_spots(fresh, classes, reader.model), stage("known words", len(fresh)))
     return Task(classes, train, test, probes, again, torch.where(is_found, is_found.cumsum(0) - 1, -1))
+
+
+def require_examples(halves: Sequence[Sequence[str]], words: int) -> None:
+    """A prompt shows other words of its own half."""
+    least = min(map(len, halves))
+    if least <= NUM_EXAMPLES:
+        raise NotApplicable(
+            f"of {words} words {least} are in one half, and a prompt shows {NUM_EXAMPLES} others: ask for more words "
+            "(absorption.max_words), or give a model with more of them in its vocabulary"
+        )
+
+
+def require_template(template: str) -> None:
+    """A word's line has one place for the word, and nothing else to fill in."""
+    try:
+        is_plain = template.count("{word}") == 1 and template.format(word="A") == template.replace("{word}", "A")
+    except (LookupError, ValueError, AttributeError):
+        is_plain = False
+    if not is_plain:
+        raise SettingInvalid(
+            "absorption.prompt_template: expected {word} once and no other braces, as in "
+            f"{FIRST_LETTER.template!r}, found {template!r}"
+        )
 
 
 def _prompts(words: Sequence[str], examples: Sequence[str], classes: WordClasses, draw: random.Random) -> list[Prompt]:

@@ -12,6 +12,7 @@ from transformers import Gemma2ForCausalLM
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.prompt_positions import Reading
 from saemill.evaluate.context.results import Failure, Result
+from saemill.evaluate.errors import NotApplicable, SettingInvalid
 from saemill.evaluate.evals.absorption import evaluation as absorption
 from saemill.evaluate.evals.absorption.letters import Sparse, mean_metrics, measure_letters
 from saemill.evaluate.evals.absorption.probe import Probe, Training
@@ -119,7 +120,7 @@ def run(tiny: LanguageModel, builder, **settings: object) -> list[Result | Failu
     context = Context(None, model_name="tiny", watch=Watch(is_quiet=True))
     context.use(tiny)
     saes = [builder.subject(builder.make_sae(k=None, seed=seed), f"sae{seed}") for seed in (0, 1)]
-    config = absorption.Config(max_words=60, llm_batch_size=16, k_sparse_probe_num_epochs=3, **settings)
+    config = absorption.Config(**{"max_words": 60, "llm_batch_size": 16, "k_sparse_probe_num_epochs": 3, **settings})
     return list(absorption.evaluate(context, saes, config))
 
 
@@ -143,3 +144,17 @@ def test_too_few_known_letters_are_a_reason_not_to_run(tiny, builder):
     failures = run(tiny, builder)
     assert all(isinstance(failure, Failure) for failure in failures)
     assert "20 are needed" in str(failures[0].error)
+
+
+@pytest.mark.parametrize("template", ["what is it:", "{word} and {word}:", "{word} {letter}:", "{word} {", "{word!r}:"])
+def test_a_template_without_one_place_for_the_word_is_refused(tiny, builder, template):
+    with pytest.raises(SettingInvalid, match="prompt_template: expected {word} once"):
+        run(tiny, builder, prompt_template=template)
+
+
+def test_words_that_are_too_few_for_a_prompt_are_a_reason_not_to_run(tiny, builder):
+    with pytest.raises(NotApplicable, match=r"of 50 words 10 are in one half, and a prompt shows 10 others"):
+        run(tiny, builder, max_words=50)
+    assert "are needed" in str(run(tiny, builder, max_words=51)[0].error)
+    with pytest.raises(SettingInvalid, match="max_words"):
+        run(tiny, builder, max_words=-5)
