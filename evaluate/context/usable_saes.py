@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ...cache_schema import AttentionSpec
@@ -12,29 +12,40 @@ from .context import Context
 from .loaded_sae import LoadedSae, attention_layers_of
 from .results import Failure
 
+Require = Callable[[LoadedSae, LanguageModel], None]
 
-def split_fitting(subjects: Sequence[LoadedSae], model: LanguageModel) -> tuple[list[LoadedSae], list[Failure]]:
-    """SAEs that read and write one layer of this model, and for each other one the reason why not."""
+
+def require_reading(subject: LoadedSae, model: LanguageModel) -> None:
+    """The model has the layers that the SAE reads, and side by side they have its width."""
+    facts, layers = model.facts, subject.layers
+    if max(layers) >= facts.num_layers or subject.d_in != len(layers) * facts.d_model:
+        named = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        raise WidthMismatch(
+            f"{subject.name} reads width {subject.d_in} after {named}, but the model of this evaluation "
+            f"has {facts.num_layers} layers of width {facts.d_model}. Give the SAE's own model by --model"
+        )
+
+
+def require_layer(subject: LoadedSae, model: LanguageModel) -> None:
+    """The SAE reads and writes one layer, and the model has it in the SAE's width."""
+    _ = subject.layer
+    require_reading(subject, model)
+
+
+def split_fitting(
+    subjects: Sequence[LoadedSae], model: LanguageModel, require: Require = require_layer
+) -> tuple[list[LoadedSae], list[Failure]]:
+    """SAEs that an evaluation can take, and for each other one the reason why not, which `require` raises."""
     fitting: list[LoadedSae] = []
     failures: list[Failure] = []
     for subject in subjects:
         try:
-            require_layer(subject, model)
+            require(subject, model)
         except (NotRun, WidthMismatch) as error:
             failures.append(Failure(subject, error))
         else:
             fitting.append(subject)
     return fitting, failures
-
-
-def require_layer(subject: LoadedSae, model: LanguageModel) -> None:
-    """The SAE reads and writes one layer, and the model has it in the SAE's width."""
-    facts = model.facts
-    if subject.layer >= facts.num_layers or subject.d_in != facts.d_model:
-        raise WidthMismatch(
-            f"{subject.name} reads width {subject.d_in} after layer {subject.layer}, but the model of this evaluation "
-            f"has {facts.num_layers} layers of width {facts.d_model}. Give the SAE's own model by --model"
-        )
 
 
 def attention_of(context: Context, subjects: Sequence[LoadedSae]) -> AttentionSpec | None:

@@ -21,7 +21,8 @@ import numpy as np
 from scipy.stats import rankdata
 
 from ...cache_schema.strict_json import to_json
-from .contract import Context, Evaluation, LoadedSae, Needs, Result
+from ..context.usable_saes import require_reading, split_fitting
+from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.features import Features
 from .probing.pooling import Pool, pool_task
 from .probing.settings import DataSettings, filled, of_data
@@ -55,7 +56,11 @@ class Effects:
     """int64 [F]: the training texts that a feature is in."""
 
 
-def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result]:
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    subjects, failures = split_fitting(subjects, context.model, require_reading)
+    yield from failures
+    if not subjects:
+        return
     source = find_source(context, config.data)
     config = filled(config, source, source.probing, MOST_TEXTS)
     assert config.context_length is not None

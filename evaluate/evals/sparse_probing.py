@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from ...cache_schema.strict_json import to_json
-from ..context.usable_saes import model_name_of
-from .contract import Context, Evaluation, LoadedSae, Needs, Result
+from ..context.usable_saes import model_name_of, require_reading, split_fitting
+from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.features import Features, Memo, draw_probe, seeded
 from .probing.pooling import Pool, pool_task
 from .probing.settings import of_data
@@ -65,7 +65,11 @@ class _OfModel:
     validated: Memo[Accuracies] = field(default_factory=Memo)
 
 
-def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result]:
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    subjects, failures = split_fitting(subjects, context.model, require_reading)
+    yield from failures
+    if not subjects:
+        return
     source = find_source(context, config.data)
     config = filled(config, source)
     tasks, missing = load_all(config.dataset_names, lambda name: [_load(source, name, config)])

@@ -19,9 +19,9 @@ from scipy.sparse import csr_matrix
 
 from ...cache_schema.strict_json import to_json
 from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
-from ..context.usable_saes import attention_of, model_name_of
+from ..context.usable_saes import attention_of, model_name_of, require_reading, split_fitting
 from ..model.prefix_suffix import LanguageModel
-from .contract import Context, Evaluation, LoadedSae, Needs, Result
+from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing import collection, installed
 from .probing.collection import BinarySet
 from .probing.pooling import batch_size_for
@@ -56,7 +56,11 @@ class _Found:
     llm: dict[str, Scores] = field(default_factory=dict)
 
 
-def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result]:
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+    subjects, failures = split_fitting(subjects, context.model, require_reading)
+    yield from failures
+    if not subjects:
+        return
     source = find_source(context, config.data)
     sets, missing = load_sets(source, config)
     found = {subject: _Found() for subject in subjects}

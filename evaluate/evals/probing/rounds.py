@@ -24,7 +24,9 @@ from ....train.sae.model import SparseAutoencoder
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae
 from ...context.results import Failure, Result
+from ...context.usable_saes import require_layer, split_fitting
 from ...errors import NotApplicable
+from ...model.prefix_suffix import LanguageModel
 from .ablation import Ablatable, Kind, Logits, effects_of_classes, top_effects
 from .features import Draw, Features, Memo, draw_probe, seeded
 from .pooling import Pool, pool_task
@@ -165,29 +167,16 @@ def evaluate_able(
     evaluate: Callable[[Context, Sequence[LoadedSae], Source, Settings], Iterator[Result]],
 ) -> Iterator[Result | Failure]:
     """A Failure for each SAE that cannot be evaluated, then the results that `evaluate` gives for the others."""
-    able, unable = divide(subjects)
+    able, unable = split_fitting(subjects, context.model, require_linear)
     yield from unable
     if able:
         source = find_source(context, config.data)
         yield from evaluate(context, able, source, filled(config, source, source.perturbed))
 
 
-def divide(subjects: Sequence[LoadedSae]) -> tuple[list[LoadedSae], list[Failure]]:
-    """The SAEs that write what they read by a plain decoder matrix, and why the others cannot be evaluated."""
-    able: list[LoadedSae] = []
-    unable: list[Failure] = []
-    for subject in subjects:
-        try:
-            require_linear(subject)
-            able.append(subject)
-        except NotApplicable as reason:
-            unable.append(Failure(subject, reason))
-    return able, unable
-
-
-def require_linear(subject: LoadedSae) -> None:
+def require_linear(subject: LoadedSae, model: LanguageModel) -> None:
     """Switching latents off by logits rests on a decoder that is one matrix, back into the same layer."""
-    _ = subject.layer
+    require_layer(subject, model)
     if type(subject.sae).decode is not SparseAutoencoder.decode:
         raise NotApplicable(
             f"{subject.name} decodes by more than one matrix: this evaluation ablates latents by their decoder rows"

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM
 
-from saemill.evaluate.errors import DataMissing
-from saemill.evaluate.evals import scr, sparse_probing, sparse_probing_sae_probes, tpp
+from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
+from saemill.evaluate.evals import contrast, scr, sparse_probing, sparse_probing_sae_probes, tpp
 from saemill.evaluate.evals.probing import installed, saebench_texts
 from saemill.evaluate.evals.probing.sources import HUB
 from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts, token_rows
@@ -103,6 +103,28 @@ def test_results_have_the_official_keys_and_say_which_data_they_are_of(run, offi
     for detail in one["eval_result_details"]:
         assert {key for key in detail if "validated" not in key} <= set(keys["eval_result_details"])
     assert one["eval_result_metrics"] != other["eval_result_metrics"]
+
+
+@pytest.mark.parametrize("module", [contrast, scr, sparse_probing, sparse_probing_sae_probes, tpp])
+def test_saes_of_another_model_are_named_and_cost_no_text(module, context, builder, monkeypatch):
+    """One of another width, one of a layer that the model lacks, and of several layers one too many."""
+    monkeypatch.setattr(context.model, "resid", None)
+    wide = builder.subject(builder.make_sae(d_in=builder.D + 1), "wide")
+    high = builder.subject(builder.make_sae(), "high", layers=(9,))
+    both = builder.subject(builder.make_sae(), "both", layers=(1, 2))
+    failures = list(module.evaluate(context, [wide, high, both], module.Config(data="stdlib")))
+    assert [failure.subject for failure in failures] == [wide, high, both]
+    of_one_layer = module in (scr, tpp)
+    assert [type(failure.error) for failure in failures[:2]] == [WidthMismatch, WidthMismatch]
+    assert type(failures[2].error) is (NotApplicable if of_one_layer else WidthMismatch)
+    assert "reads width 17 after layer 2, but the model" in str(failures[0].error)
+    assert of_one_layer or "reads width 16 after layers 1, 2, but" in str(failures[2].error)
+
+
+def test_an_sae_of_another_model_costs_the_others_nothing(run, builder):
+    wide = builder.subject(builder.make_sae(d_in=builder.D + 1), "wide")
+    rows = {row.subject.label: row for row in run("tpp", subjects=[wide, builder.subject(builder.make_sae(), "fine")])}
+    assert (rows["wide"].status, rows["fine"].status) == ("failed", "done")
 
 
 def test_the_model_reads_every_text_once_for_all_saes(run, context, monkeypatch):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from saemill.evaluate.context.usable_saes import split_fitting
 from saemill.evaluate.errors import NotApplicable
 from saemill.evaluate.evals.probing.pooling import (
     batch_size_for,
@@ -18,7 +20,7 @@ from saemill.evaluate.evals.probing.pooling import (
     read_piece,
     valid_positions,
 )
-from saemill.evaluate.evals.probing.rounds import divide
+from saemill.evaluate.evals.probing.rounds import require_linear
 from saemill.evaluate.model.batches import Windows
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
@@ -154,7 +156,8 @@ def test_only_saes_with_a_plain_decoder_are_perturbed(subject_of):
     plain = subject_of(SparseAutoencoder(torch.eye(4), torch.eye(4), Relu()), "plain")
     late = subject_of(LateOnly(torch.eye(4), torch.eye(4), Relu()), "late")
     squared = subject_of(Squared(torch.eye(4), torch.eye(4), Relu()), "squared")
-    able, unable = divide([plain, squared, late])
+    model = SimpleNamespace(facts=SimpleNamespace(num_layers=LAYER + 1, d_model=4))
+    able, unable = split_fitting([plain, squared, late], model, require_linear)
     assert able == [plain, late]
     assert [failure.subject for failure in unable] == [squared]
     assert isinstance(unable[0].error, NotApplicable)
