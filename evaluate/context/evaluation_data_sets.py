@@ -1,12 +1,15 @@
-"""Rows of a data set on the hub, by its real name; an error says what is in the way and what to do."""
+"""What evaluations measure on: a data set on the hub by its real name, with errors that say what is in the way and
+what to do; and which text of the running Python it is."""
 
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ...harvest.network import NETWORK_ERRORS, load_dataset
+from ...harvest.pocket.text import stdlib_documents, text_digest
 from ..errors import DataMissing
 
 
@@ -30,6 +33,12 @@ def load_json(dataset: str, file: str) -> Any:
         return json.loads(Path(hf_hub_download(dataset, file, repo_type="dataset")).read_text())
     except (*NETWORK_ERRORS, HFValidationError, ValueError) as error:
         raise _missing(dataset, file, error) from error
+
+
+@cache
+def library_revision() -> str:
+    """Of the running Python's standard library, for evaluations on its text."""
+    return f"sha256:{text_digest(stdlib_documents())}"
 
 
 def _missing(dataset: str, part: str | None, error: Exception) -> DataMissing:

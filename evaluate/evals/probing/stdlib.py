@@ -53,12 +53,6 @@ def revision(root: Path | None = None) -> str:
     return f"sha256:{text_digest(_documents(root))}"
 
 
-@cache
-def revision_of_all() -> str:
-    """The same of the whole library, for what reads more than `LIBRARIES`."""
-    return f"sha256:{text_digest(stdlib_documents())}"
-
-
 def split_lines(text: str) -> dict[Kind, list[str]]:
     """The lines of a module by kind: prose without the marks that make it such, nothing blank."""
     prose = {

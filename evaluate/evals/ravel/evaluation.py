@@ -19,11 +19,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ...context.disk_cache import decided_by, model_print, remembered
+from ...context.evaluation_data_sets import library_revision
 from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from ..probing.stdlib import revision_of_all
 from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores
 from .prompts import (
     ATTRIBUTES,
@@ -244,5 +244,5 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("ravel.disentanglement_score", "ravel.cause_score", "ravel.isolation_score"),
-    data_revision=lambda context, config: revision_of_all() if is_of_library(context, config) else None,
+    data_revision=lambda context, config: library_revision() if is_of_library(context, config) else None,
 )

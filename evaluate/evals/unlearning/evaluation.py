@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ...context.evaluation_data_sets import library_revision
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import NotApplicable
 from ..contract import Context, Evaluation, Failure, LoadedSae, Result
-from ..probing.stdlib import revision_of_all
 from .material import Material, load_topic, load_wmdp
 from .papers import Exam
 from .passes import SharedPasses, count, remembered_questions
@@ -177,5 +177,5 @@ EVALUATION = Evaluation(
     Config,
     evaluate,
     summary=("unlearning.unlearning_score",),
-    data_revision=lambda context, config: revision_of_all() if is_of_library(context, config) else None,
+    data_revision=lambda context, config: library_revision() if is_of_library(context, config) else None,
 )
