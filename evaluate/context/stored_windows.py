@@ -6,11 +6,12 @@ count are neither special nor padding, nor massive in a layer that the SAE reads
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ...cache_schema.sites import Place
 from ..errors import NotApplicable
 from ..model.batches import Windows, count_windows, store_batches
 from .context import Context
@@ -56,11 +57,18 @@ def mean_of_rows(context: Context, layer: int) -> Tensor:
 
 
 def ordinary_rows(context: Context, subject: LoadedSae, batch: Windows) -> Tensor:
-    """bool [W, T]: those of `batch.keep` whose norm is within the bound that training has for this store."""
-    rows = batch.keep
-    for layer in layers_of([subject]):
-        found = context.massive(layer)
+    """bool [W, T]: those of `batch.keep` that are massive in no layer that the SAE reads or writes."""
+    return without_massive(context, batch.keep, {layer: batch.resid[layer] for layer in layers_of([subject])})
+
+
+def without_massive(context: Context, rows_WT: Tensor, acts: Mapping[Place, Tensor]) -> Tensor:
+    """bool [W, T]: those rows whose norm is within the bound that training has for this store, at all these places.
+
+    A norm that is not finite is no massive one: numbers show it, where leaving it out would hide it.
+    """
+    for place, acts_WTD in acts.items():
+        found = context.massive(place)
         if found is not None:
-            norms = torch.linalg.vector_norm(batch.resid[layer], dim=-1, dtype=torch.float32)
-            rows = rows & ~((norms > found.bound) & norms.isfinite())
-    return rows
+            norms = torch.linalg.vector_norm(acts_WTD, dim=-1, dtype=torch.float32)
+            rows_WT = rows_WT & ~((norms > found.bound) & norms.isfinite())
+    return rows_WT

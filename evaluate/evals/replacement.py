@@ -20,15 +20,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...cache_schema.massive_rows import Massive
 from ...cache_schema.sites import RESID, Site, place_of
 from ...cache_schema.strict_json import to_json
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
-from ..context.stored_windows import read_windows
+from ..context.stored_windows import read_windows, without_massive
 from ..errors import DataMissing, NotApplicable, WidthMismatch
 from ..model.batches import Windows
-from ..model.divergence import LogitsOf, chunk_rows, compare, next_tokens
+from ..model.divergence import chunk_rows, compare, logits_of, next_tokens
 from ..model.smaller_pieces import PieceSize
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.splice_effects import Effect
@@ -142,16 +141,16 @@ def _add_batch(context: Context, found: dict[LoadedSae, Seen], batch: Windows) -
     rows = PieceSize(chunk_rows(context.model.facts.vocab_size), "rows of logits", context.say)
     skipped: dict[tuple[tuple[Site, ...], tuple[Site, ...]], Tensor] = {}
     for subject, seen in found.items():
-        written = sites_written(subject)
-        counts = _ordinary(context, kept, {*sites_read(subject), *written}, batch.keep)
+        read, written = sites_read(subject), sites_written(subject)
+        counts = without_massive(context, batch.keep, {place_of(*site): kept[site] for site in (*read, *written)})
         own = replace(batch, resid={layer: kept[Site(subject.hooks[0], layer)] for layer in subject.layers})
         acts, y_hat = subject.reconstruct(own)
         y = torch.cat([kept[site] for site in written], dim=-1)
-        places = tuple(written), tuple(sites_read(subject))
+        places = tuple(written), tuple(read)
         if places not in skipped:  # the same for all SAEs of these places
             skipped[places] = _replaced(context, batch, written, torch.zeros_like(y), counts)
         replaced = _replaced(context, batch, written, y_hat.to(y), counts)
-        logits = [_logits(context, x[counts]) for x in (clean, skipped[places], replaced)]
+        logits = [logits_of(context.model, x[counts]) for x in (clean, skipped[places], replaced)]
         targets = next_tokens(batch.tokens, batch.keep)[counts[batch.keep]]
         ce, losses = compare(logits[0], logits[1:], targets, rows)
         effects = {
@@ -175,20 +174,6 @@ def _replaced(context: Context, batch: Windows, sites: Sequence[Site], instead: 
     parts = instead.split(instead.shape[-1] // len(sites), dim=-1)
     with context.model.tapped({site: partial(put, part) for site, part in zip(sites, parts, strict=True)}):
         return context.model.hidden(batch.tokens)
-
-
-def _logits(context: Context, hidden_ND: Tensor) -> LogitsOf:
-    return lambda start, stop: context.model.head(hidden_ND[start:stop])
-
-
-def _ordinary(context: Context, kept: dict[Site, Tensor], sites: set[Site], keep: Tensor) -> Tensor:
-    """bool [W, T]: those that are massive at no place that the store holds."""
-    for site in sites:
-        massive: Massive | None = context.massive(place_of(*site))
-        if massive is not None:
-            norms = torch.linalg.vector_norm(kept[site], dim=-1, dtype=torch.float32)
-            keep = keep & ~(norms > massive.bound)
-    return keep
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .prefix_suffix import LanguageModel
 from .smaller_pieces import PieceSize, in_pieces
 
 LogitsOf = Callable[[int, int], Tensor]
@@ -39,6 +40,11 @@ class Losses:
     @staticmethod
     def concat(parts: Sequence[Losses]) -> Losses:
         return Losses(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Losses)))
+
+
+def logits_of(model: LanguageModel, hidden_ND: Tensor) -> LogitsOf:
+    """Of hidden states behind the final norm."""
+    return lambda start, stop: model.head(hidden_ND[start:stop])
 
 
 def chunk_rows(vocab_size: int) -> int:

@@ -23,7 +23,7 @@ from ....cache_schema.disk_and_cloud_files import Files, open_files
 from ...context.context import Context
 from ...context.disk_cache import decided_by
 from ...model.batches import Windows
-from ...model.divergence import LogitsOf, Losses, chunk_rows, compare, next_tokens
+from ...model.divergence import LogitsOf, Losses, chunk_rows, compare, logits_of, next_tokens
 from ...model.smaller_pieces import PieceSize, in_pieces
 from .blocks import Block
 
@@ -61,11 +61,12 @@ class Baselines:
         Baselines are those that are kept, or made now and kept; clean logits are computed once for both.
         """
         key = f"{self._first + number:05d}.safetensors"
-        targets, others = next_tokens(batch.tokens, batch.keep), [self._logits(h) for h in hidden]
+        model, targets = self._context.model, next_tokens(batch.tokens, batch.keep)
+        others = [logits_of(model, h) for h in hidden]
         kept = _read(self._files, key, int(batch.keep.sum()), self._ablations)
         if kept is not None:
             clean = _on_device(kept, self._context.device)
-            return clean, compare(self._logits(clean.hidden), others, targets, self._rows)[1]
+            return clean, compare(logits_of(model, clean.hidden), others, targets, self._rows)[1]
         made, losses = self._make(batch, targets, others)
         self._keep(key, made)
         return made, losses
@@ -76,14 +77,10 @@ class Baselines:
         pieces = in_pieces(len(batch), self._size, lambda a, b: suffix(resid_WTD[a:b], self._layer)[batch.keep[a:b]])
         return torch.cat(list(pieces))
 
-    def _logits(self, hidden_ND: Tensor) -> LogitsOf:
-        head = self._context.model.head
-        return lambda start, stop: head(hidden_ND[start:stop])
-
     def _make(self, batch: Windows, targets_N: Tensor, others: Sequence[LogitsOf]) -> tuple[Clean, list[Losses]]:
         hidden = self.hidden(batch, batch.resid[self._layer])
         ablated = [self._ablated(batch, ablation) for ablation in self._ablations]
-        ce, losses = compare(self._logits(hidden), [*ablated, *others], targets_N, self._rows)
+        ce, losses = compare(logits_of(self._context.model, hidden), [*ablated, *others], targets_N, self._rows)
         count = len(ablated)
         return Clean(hidden, ce, dict(zip(self._ablations, losses[:count], strict=True))), losses[count:]
 
@@ -100,7 +97,8 @@ class Baselines:
             return self._zero_logits(batch)
         resid = batch.resid[self._layer]
         instead = self._mean_D if ablation == "mean" else elsewhere(resid)
-        return self._logits(self.hidden(batch, torch.where(batch.keep[..., None], instead, resid)))
+        hidden = self.hidden(batch, torch.where(batch.keep[..., None], instead, resid))
+        return logits_of(self._context.model, hidden)
 
     def _zero_logits(self, batch: Windows) -> LogitsOf:
         """With a residual of zero the model sees positions and nothing else."""

@@ -17,7 +17,7 @@ from ...context.context import Context
 from ...context.loaded_sae import LoadedSae
 from ...context.stored_windows import mean_of_rows, ordinary_rows
 from ...model.batches import Sums, Windows
-from ...model.divergence import LogitsOf, chunk_rows, compare, next_tokens
+from ...model.divergence import chunk_rows, compare, logits_of, next_tokens
 from ...model.prefix_suffix import LanguageModel
 from ...model.smaller_pieces import PieceSize
 
@@ -64,16 +64,14 @@ class Tracer:
         keep = self._batch.keep[:, :, None]
         hidden = [self._hidden(torch.where(keep, x_hat().to(self._resid), self._resid)) for x_hat in replaced.values()]
         targets = next_tokens(self._batch.tokens, self._batch.keep)
-        clean_loss, losses = compare(self._logits(self._clean), list(map(self._logits, hidden)), targets, self._rows)
+        clean, *others = (logits_of(self._model, one) for one in (self._clean, *hidden))
+        clean_loss, losses = compare(clean, others, targets, self._rows)
         found = {name: Effect.of(part.kl, part.ce, targets) for name, part in zip(replaced, losses, strict=True)}
         return found | {CLEAN: Effect.of(torch.zeros_like(clean_loss), clean_loss, targets)}
 
     def _hidden(self, resid_WTD: Tensor) -> Tensor:
         """[N, D] behind the final norm."""
         return self._model.suffix(resid_WTD, self._layer, self._batch.valid)[self._batch.keep]
-
-    def _logits(self, hidden_ND: Tensor) -> LogitsOf:
-        return lambda start, stop: self._model.head(hidden_ND[start:stop])
 
 
 def make_tracers(context: Context, batch: Windows, subjects: Iterable[LoadedSae]) -> dict[int, Tracer]:
