@@ -156,7 +156,7 @@ def speed_lines() -> Iterable[tuple[str, str, str]]:
             )
         elif kind == "against":
             wide = "" if ", 512 latents" in what else " (of which it is timed on 128 latents a round, and multiplied)"
-            yield f"the same against SAEDashboard 0.8, {what}{wide}", ratio_of(row), BROWSER
+            yield f"the same, at {row['commit']}, against SAEDashboard 0.8, {what}{wide}", ratio_of(row), BROWSER
 
 
 def train_lines() -> Iterable[tuple[str, str, str]]:
@@ -208,14 +208,17 @@ def gpu_lines() -> Iterable[str]:
         for what in dict.fromkeys(map(name_of, of_folder)):
             told[what] = [row for row in of_folder if name_of(row) == what]
     facts = next(iter(told.values()))[0]
-    yield f"On one {facts['card']}, {facts['date']}, torch {facts['torch']}. Medians of rounds."
+    yield (
+        f"On one {facts['card']}, {facts['date']}, torch {facts['torch']}. Medians of rounds. "
+        "What was wanted, and what of it was missed: [performance.md](performance.md)."
+    )
     yield from ("", "| what | here | the best peer, or beside it | ratio | at |", "|---|---|---|---|---|")
     for what, rows in told.items():
         timed = [row for row in rows if "median" in row]
         if timed:
             yield f"{gpu_line(what, timed)} {rows[0]['commit']} |"
         elif rows[0].get("ratio"):
-            cells = what, rows[0]["who"], rows[0]["against"], f"{rows[0]['ratio']:.2f}", rows[0]["commit"]
+            cells = what, rows[0]["who"], rows[0]["against"], ratio_of(rows[0]), rows[0]["commit"]
             yield f"| {' | '.join(cells)} |"
 
 

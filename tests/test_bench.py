@@ -99,6 +99,7 @@ def test_a_kept_run_on_a_device_is_shown_against_the_best_peer(bench, monkeypatc
     rows.append({"part": "kernels", "what": "topk F 8: a step, 77 tok/s", "who": "device", **spread(1.0), **facts})
     older = [row | {"median": 1.0} for row in rows]
     beside = {"part": "fleet", "what": "fleet", "who": "80 tok/s", "against": "100 tok/s", "ratio": 0.8, **facts}
+    beside |= {"target": 0.9, "is_met": False}
     later = [row | {"commit": "abd"} for row in rows if row["what"] == "gated"]
     files = {"1": [beside], "2": rows, "3": [{"part": "reading", "what": "disk", "median": 1.0, **facts}]}
     for folder, told in zip(folders, ({"1": older}, files, {"1": later}), strict=True):
@@ -107,7 +108,7 @@ def test_a_kept_run_on_a_device_is_shown_against_the_best_peer(bench, monkeypatc
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     lines = list(table.gpu_lines())
     assert "Some Card" in lines[0] and lines[4:] == [
-        "| fleet | 80 tok/s | 100 tok/s | 0.80 | abc |",
+        "| fleet | 80 tok/s | 100 tok/s | 0.80, wanted 0.9 | abc |",
         "| topk | 900 (890 to 910) tok/s | sparsify: 450 | 2.00 | abc |",
         "| harvest | 400 (390 to 410) tok/s | SAELens, one residual: 200 | 2.00 | abc |",
         "| gated | fell out | sae_lens tf32: 10 | | abd |",
