@@ -10,6 +10,7 @@ EvalError
 ├── CacheIdMismatch (ValueError)        another store than the one that the SAE was trained on
 ├── WidthMismatch (ValueError)          an SAE for activations of another width
 ├── ResultInvalid (ValueError)          a file of results that cannot be read
+├── ResultFromLater (ValueError)        a file of results that a later saemill wrote
 ├── Incomparable (ValueError)           results of other stores or settings in one table
 ├── MemoryTooSmall (MemoryError)        not even one window at a time fits
 ├── BrowserUnwritten (OSError)          the disk has no room for a browser, or refuses it
@@ -60,6 +61,10 @@ class WidthMismatch(EvalError, ValueError):
 
 class ResultInvalid(EvalError, ValueError):
     """A file of results is damaged, or is not one."""
+
+
+class ResultFromLater(EvalError, ValueError):
+    """A later saemill wrote a file of results: it is whole, and not to be written over."""
 
 
 class Incomparable(EvalError, ValueError):

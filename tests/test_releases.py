@@ -27,7 +27,7 @@ from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 from saemill.evaluate.context.results import metric_of, read_result
-from saemill.evaluate.errors import ResultInvalid
+from saemill.evaluate.errors import ResultFromLater
 from saemill.train import load_sae
 from saemill.train.cli import main as sae_train
 from saemill.train.disk.safe_checkpoints import load_checkpoint
@@ -90,7 +90,7 @@ def test_runs_checkpoints_and_results_of_a_later_format_are_refused_by_their_num
         load_checkpoint(runs / "stopped/checkpoints")
     ours = json.loads((runs / RESULT).read_text())["saemill"]
     edit(runs / RESULT, saemill={**ours, "format": 2})
-    with pytest.raises(ResultInvalid, match="written by a later saemill: update"):
+    with pytest.raises(ResultFromLater, match="written by a later saemill: update"):
         read_result(runs / RESULT)
 
 

@@ -22,7 +22,7 @@ from ...cache_schema.strict_json import flatten
 from ...train.disk.atomic_files import replace_file
 from ...train.disk.sae_folder import SAELENS_VERSION, WEIGHT_SUFFIXES
 from ...train.run.folder import provenance
-from ..errors import ResultInvalid
+from ..errors import ResultFromLater, ResultInvalid
 from .loaded_sae import LoadedSae
 
 FORMAT = 1  # of our part of a result, which does not say it until there is another
@@ -125,7 +125,7 @@ def read_result(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or "eval_result_metrics" not in found or not _has_settings(found):
         raise ResultInvalid(f"{path} is not a file of results: remove it and evaluate again")
     if found.get("saemill", {}).get("format", FORMAT) != FORMAT:
-        raise ResultInvalid(f"{path} was written by a later saemill: update, or remove it and evaluate again")
+        raise ResultFromLater(f"{path} was written by a later saemill: update, or remove it and evaluate again")
     return found
 
 

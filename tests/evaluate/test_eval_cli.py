@@ -390,6 +390,16 @@ def test_a_damaged_result_is_named_and_measured_anew(run_1, sae_eval, keep):
     assert after[damaged.name]["eval_result_metrics"] == before[damaged.name]["eval_result_metrics"]
 
 
+def test_a_result_of_a_later_saemill_is_not_written_over(run_1, sae_eval):
+    sae_eval("run_1", "--no-plots")
+    path = run_1 / "evals" / "core" / "small_eval_results.json"
+    document = json.loads(path.read_text())
+    document["saemill"]["format"] = 99
+    path.write_text(json.dumps(document))
+    assert "was written by a later saemill" in sae_eval("run_1", "--resume", "--no-plots", code=1)
+    assert json.loads(path.read_text())["saemill"]["format"] == 99
+
+
 def test_compare_is_one_table_and_evaluates_only_what_is_missing(world, run_1, builder, sae_eval):
     builder.run(world, "run_2", {"other": builder.make_sae(seed=5)})
     sae_eval("run_1")

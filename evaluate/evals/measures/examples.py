@@ -50,7 +50,7 @@ class Wording:
 
     def __init__(self, context: Context) -> None:
         try:
-            self._tokenizer = context.tokenizer
+            self._tokenizer = None if context.without_tokens else context.tokenizer
         except ModelMissing:
             self._tokenizer = None
         self._batches: list[Tensor] = []
