@@ -94,6 +94,11 @@ class Score:
     came_to: float | None = None
     """L0 of validation text as trained, where thresholds were then placed to make it what is wanted."""
 
+    @property
+    def as_trained(self) -> float:
+        """L0 of validation text, before thresholds were placed."""
+        return self.validation_l0 if self.came_to is None else self.came_to
+
     def is_on_target(self, wanted: float) -> bool:
         return is_near(self.l0, wanted)
 
@@ -231,7 +236,7 @@ def seek(fit: Fit, train: Train, tries: int = 6) -> Fit:
     slope = -1.0
     for _ in range(tries):
         found = train(fit)
-        off = math.log(max(found.validation_l0 if found.came_to is None else found.came_to, 1e-3) / fit.l0)
+        off = math.log(max(found.as_trained, 1e-3) / fit.l0)
         seen.append((math.log(fit.coefficient), off, fit))
         if found.validation < 0.0:  # it has diverged: no penalty mends that
             break
@@ -298,9 +303,9 @@ def lines_of(scores: dict[Fit, Score]) -> dict[str, list[Line]]:
 
 
 def cell_at(scores: dict[Fit, Score], lr: float) -> Cell:
-    """Of each seed the fit whose L0 is nearest to what is wanted."""
+    """Of each seed the fit whose L0 is nearest to what is wanted, as trained: that is what was sought."""
     chosen: dict[int, Fit] = {}
-    for fit in sorted((fit for fit in scores if fit.lr == lr), key=lambda fit: abs(scores[fit].validation_l0 - fit.l0)):
+    for fit in sorted((fit for fit in scores if fit.lr == lr), key=lambda fit: abs(scores[fit].as_trained - fit.l0)):
         chosen.setdefault(fit.seed, fit)
     fits = tuple(chosen[seed] for seed in sorted(chosen))
     return Cell(fits, tuple(scores[fit] for fit in fits))

@@ -64,7 +64,7 @@ class ResultInvalid(EvalError, ValueError):
 
 
 class ResultFromLater(EvalError, ValueError):
-    """A later saemill wrote a file of results: it is whole, and not to be written over."""
+    """A later saemill wrote a file of results: whole, and not to be taken for a damaged one."""
 
 
 class Incomparable(EvalError, ValueError):

@@ -8,9 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..cache_schema.strict_json import flatten, to_json
+from ..cache_schema.strict_json import to_json
 from ..evaluate import evals
-from ..evaluate.context.results import deciding, describe_differences, metric_of, read_result, settings_in
+from ..evaluate.context.results import (
+    deciding,
+    describe_differences,
+    metric_of,
+    read_result,
+    settings_in,
+    settings_of_each,
+)
 from ..evaluate.output.figures.records import RESULTS, read_log
 from ..evaluate.run.console_table import untrained_traits
 from ..train.config.recipe import HALF, Recipe
@@ -113,7 +120,7 @@ def read_lines(
 
 def differing(documents: Sequence[Mapping[str, Any]]) -> str:
     """The settings in which results of one evaluation differ: none of them can be told to be the one that was meant."""
-    all_of = [flatten(settings_in(document)) for document in documents]
+    all_of = settings_of_each(documents)
     keys = sorted({key for one in all_of for key in one})
     return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
 

@@ -26,8 +26,9 @@ import click
 from click.shell_completion import CompletionItem
 from rich.console import Console
 
-from ..cache_schema.reader import Store
 from ..cache_schema.cli import as_json, print_json
+from ..cache_schema.errors import StoreError
+from ..cache_schema.reader import Store
 from ..evaluate import evals
 from ..evaluate.cli import main as sae_eval
 from ..evaluate.run.command import errors_told, make_configs
@@ -172,7 +173,8 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
             call(sae_train, "sae-train", words, console)
     for eval_ids in dict.fromkeys(recipe.evals for recipe in recipes if recipe.evals):
         runs = [recipe.name for recipe in recipes if recipe.evals == eval_ids]
-        words = [*runs, "--runs", str(course.out), "--cache", course.cache]
+        place = ["--cache", course.cache] if id_of_store(course) else []
+        words = [*runs, "--runs", str(course.out), *place]
         words += ["--evals", ",".join(eval_ids), "--resume"]
         words += settings_of(course.evaluation, eval_ids)
         call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what failed
@@ -240,15 +242,23 @@ def keep_course(course: Course) -> None:
 
 def require_one_store(course: Course, begun: Sequence[Path]) -> None:
     """Another one at the same place, of other text, would go into the same table."""
-    with Store.open(course.cache) as store:
-        found = store.manifest.cache_id
-    for path in begun:
-        trained_on = read_json(path)["cache"]["cache_id"]
+    trained = {path: read_json(path)["cache"]["cache_id"] for path in begun}
+    found = id_of_store(course) or next(iter(trained.values()))  # where it is gone, results that are there can be told
+    for path, trained_on in trained.items():
         if trained_on != found:
             raise click.ClickException(
                 f"{path.parent} was trained on store {trained_on}, and {course.cache} is store {found}: give --cache "
                 "the store that the study was begun with, or choose another --out"
             )
+
+
+def id_of_store(course: Course) -> str | None:
+    """None where there is none, or none that can be read now."""
+    try:
+        with Store.open(course.cache) as store:
+            return store.manifest.cache_id
+    except StoreError:
+        return None
 
 
 def training_commands(recipes: Iterable[Recipe], course: Course) -> list[list[str]]:

@@ -85,7 +85,7 @@ MAY_IMPORT = {  # rooms of other packages
         "train": "config command data disk errors file_registry kit run sae sae/kernels start_runs study_recipes",
     },
     "studies": {
-        "cache_schema": "cli reader strict_json",
+        "cache_schema": "cli errors reader strict_json",
         "train": "config cli command disk run study_recipes",
         "evaluate": "cli context evals output/figures output/plots run",
     },

@@ -12,7 +12,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from .loaded_sae import LoadedSae
 FORMAT = 1  # of our part of a result, which does not say it until there is another
 UNKNOWN = "Unknown"
 CONFIGS = ("cfg.json", "config.json")  # of an SAE's folder
+DATA = "data_revision"  # among the settings of a result: which text, where neither settings nor store say it
 UNMEASURED = -1  # what SAEBench writes where there is no number
 
 
@@ -179,6 +180,14 @@ def settings_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
     settings = document.get("saemill", {}).get("settings", {})
     config = settings.get("config")
     return {**settings, "config": deciding(config)} if isinstance(config, Mapping) else settings
+
+
+def settings_of_each(documents: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Flat, to be held against each other: results of before do not name their text, and pass for the same."""
+    found = [flatten(settings_in(document)) for document in documents]
+    if all(DATA in one for one in found):
+        return found
+    return [{key: value for key, value in one.items() if key != DATA} for one in found]
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:

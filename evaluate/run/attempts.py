@@ -23,6 +23,7 @@ from .. import evals
 from ..context.context import Context
 from ..context.loaded_sae import LoadedSae
 from ..context.results import (
+    DATA,
     Failure,
     Result,
     Row,
@@ -38,7 +39,6 @@ from ..context.results import (
 )
 from ..errors import EvalError, NotRun, ResultInvalid
 
-DATA = "data_revision"
 EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
 
 Keep = Literal["none", "same", "any"]

@@ -9,10 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ...cache_schema.strict_json import flatten
 from .. import evals
 from ..context.loaded_sae import LoadedSae
-from ..context.results import Row, metric_of, settings_in
+from ..context.results import Row, metric_of, settings_of_each
 from ..errors import Incomparable
 
 MISSING = "-"
@@ -132,11 +131,9 @@ def require_comparable(rows: Sequence[Row]) -> None:
     """Results of one evaluation must be of the same settings to stand in one table."""
     names_of = shown_names(row.subject for row in rows)
     for eval_id in dict.fromkeys(row.eval_id for row in rows):
-        settings = {}
-        for row in rows:
-            if row.eval_id == eval_id and row.document is not None:
-                settings[names_of[row.subject]] = flatten(settings_in(row.document))
-        _require_equal(eval_id, settings)
+        found = {row.subject: row.document for row in rows if row.eval_id == eval_id and row.document is not None}
+        names = (names_of[subject] for subject in found)
+        _require_equal(eval_id, dict(zip(names, settings_of_each(found.values()), strict=True)))
 
 
 def _require_equal(eval_id: str, settings: Mapping[str, Mapping[str, Any]]) -> None:

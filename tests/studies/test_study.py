@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from saemill.cache_schema import StoreUnreachable
 from saemill.cache_schema.strict_json import to_json
 from saemill.evaluate import evals
 from saemill.evaluate.errors import EvalError
@@ -143,6 +144,15 @@ def test_results_left_standing_by_an_evaluation_that_failed_are_not_those_that_w
         left_out = ["core is left out: its result is of config.split 'validation' (asked for: 'test')"]
         assert line.problems == ([] if split == "test" else left_out)
         assert ("l0" in line.values) == (split == "test")
+
+
+def test_results_that_do_not_name_their_text_pass_for_the_same(tmp_path):
+    """Those of before; where all name it, it must be one."""
+    folder = write_run(tmp_path / "run_0", labels=("one", "two"))
+    for texts, problems in (((None, "a"), 0), (("a", "a"), 0), (("a", "b"), 1)):
+        for label, text in zip(("one", "two"), texts, strict=True):
+            write_core(tmp_path / "run_0", label, {"config": {}} | ({} if text is None else {"data_revision": text}))
+        assert [len(line.problems) for line in read_lines(folder, ["core"])] == [problems, problems]
 
 
 def test_results_of_an_earlier_revision_are_not_those_that_were_asked_for(tmp_path, monkeypatch):
@@ -386,12 +396,19 @@ def test_a_table_is_of_one_course(tmp_path):
         study.keep_course(other)
 
 
-def test_a_table_is_of_one_store(tmp_path):
+def gone(url):
+    raise StoreUnreachable(2, url)
+
+
+def test_a_table_is_of_one_store(tmp_path, monkeypatch):
     """It may have moved; another one in its place is of another text."""
     course = Course("./store", tmp_path, (), seeds=3)
     study.keep_course(course)
     begin(course)
     study.keep_course(replace(course, cache="./elsewhere"))
+    with monkeypatch.context() as patch:  # what is there can be told without it
+        patch.setattr(study.Store, "open", gone)
+        study.keep_course(course)
     begin(course, "run_2", "id of another")
     with pytest.raises(click.ClickException, match="run_2 was trained on store id of another, and ./store is store "):
         study.keep_course(course)

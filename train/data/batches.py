@@ -94,6 +94,7 @@ class Batches(IterableDataset[Tensor]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the same batches; a state of other batches is refused."""
         expected = self._identity
+        state = {"shard_windows": expected["shard_windows"], **state}  # states of before do not have it
         wrong = [key for key in {"hook": None, **expected} if state.get(key) != expected.get(key)]
         if wrong or not isinstance(step := state.get("step"), int) or step < 0:
             found = ", ".join(f"{key} {state.get(key)!r} (here {expected.get(key)!r})" for key in wrong or ["step"])

@@ -15,6 +15,7 @@ import itertools
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from ...cache_schema.disk_and_cloud_files import make_folder, sync
 from ..disk.atomic_files import encode_line, read_json, write_json
 from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken
 
+LEFT_SECONDS = 60.0
 _PACKAGES = ("saemill", "torch", "numpy", "safetensors", "accelerate", "zarr")
 
 
@@ -47,7 +49,7 @@ class RunFolder:
             with _name_refusal(root):
                 (root / name).mkdir()
         except FileExistsError:
-            if not _is_empty(root / name):  # as a disk leaves it that was full before the first file
+            if not _was_left_empty(root / name):
                 remedy = f", or continue it with --resume {name}" if (root / name / "config.json").is_file() else ""
                 raise RunTaken(f"{root / name} exists already: choose another --name{remedy}") from None
         return cls(root / name)
@@ -103,8 +105,9 @@ class RunFolder:
         return (self.path / "result.json").exists()
 
 
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+def _was_left_empty(path: Path) -> bool:
+    """As a disk leaves it that was full before the first file; not as another start makes it in this moment."""
+    return path.is_dir() and not any(path.iterdir()) and time.time() - path.stat().st_mtime > LEFT_SECONDS
 
 
 class MetricsLog:

@@ -70,13 +70,14 @@ def begin_fleet_as(source: Source, fleet: Fleet, manifest: Manifest) -> None:
 
 
 def require_model(folder: Path, told: str | None, model: ModelSpec) -> None:
-    """The source's own, as far as names say it: that of a model from a file or folder here may be any."""
+    """The source's own, as far as names say it: one without an owner is another tool's, and that of a model from a
+    file or folder here may be any."""
     if told is None or told.split("/")[-1] == model.id.split("/")[-1]:
         return
     said = f"--init {folder}: it was trained on {told}, and the store holds activations of {model.id}"
-    if COMMIT.fullmatch(model.revision or ""):
+    if "/" in told and COMMIT.fullmatch(model.revision or ""):
         raise ConfigInvalid(said)
-    warnings.warn(f"{said}, read from a file or folder: whether that is the same model is not known", stacklevel=2)
+    warnings.warn(f"{said}: whether that is the same model their names do not tell", stacklevel=2)
 
 
 def _require_place(metadata: Mapping[str, Any], needs: Needs) -> None:

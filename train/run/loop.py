@@ -20,9 +20,7 @@ def train(run: Run) -> Outcome | None:
         run.watch.begin()
         with catch_signals() as caught:
             for step in range(run.fleet.steps_taken, run.total_steps):
-                draw = run.feed.draw(step)
-                reports = run.fleet.step(draw)
-                run.watch.observe(step, draw, reports)
+                _take_step(run, step)
                 run.saver.save_if_due(step + 1, run.total_steps, caught)
             run.watch.end()
         return conclude(run)
@@ -31,3 +29,9 @@ def train(run: Run) -> Outcome | None:
         if not list_checkpoints(run.folder.checkpoints):
             saved = "No checkpoint had been written"
         raise type(error)(f"{error}. {saved}") from error
+
+
+def _take_step(run: Run, step: int) -> None:
+    """What was drawn goes with the step: it holds what the feed is to give back at the end."""
+    draw = run.feed.draw(step)
+    run.watch.observe(step, draw, run.fleet.step(draw))

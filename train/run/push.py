@@ -57,7 +57,7 @@ def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
     if home is None:
         raise RunMissing(f"no SAE {name!r} here to push: the runs in {runs} are {', '.join(run_names(runs)) or 'none'}")
     folders = list_saes(home)
-    if (home / "config.json").is_file() and not (home / "result.json").is_file():
+    if home not in folders and (home / "config.json").is_file() and not (home / "result.json").is_file():
         raise RunMissing(f"{home} is not finished, and more SAEs may come: first sae-train --resume {home}")
     if not folders:
         raise no_sae(home)
@@ -121,7 +121,7 @@ def _require_same(repository: str, siblings: Sequence[Any], files: Mapping[str, 
     there = {one.rfilename: one for one in siblings if one.rfilename not in GIVEN}
     weights = [place for place in files if place.endswith(".safetensors")]
     other = [place for place in weights if place not in there or not _is_same(files[place], there[place])]
-    kept = [place for place in there if place not in files and place != CARD and not place.startswith(PLOTS)]
+    kept = [place for place in there if place not in files and Path(place).name in (CONFIG, WEIGHTS)]
     if there and (other or kept):
         some = ", ".join(sorted(kept or there)[:4])
         raise NotPushed(

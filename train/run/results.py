@@ -200,18 +200,12 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
         "layers": list(needs.inputs),
         "target_layers": list(needs.inputs if needs.targets is None else needs.targets),
         "cache_id": manifest.cache_id,
-        "training_tokens": _tokens_of(run, needs),
+        "training_tokens": run.total_steps * run.config.data.batch_tokens,
         "training_architecture": member.variant,
         "l0": outcome.l0,
         "explained_variance": outcome.explained_variance,
         "largest_norms": {_key(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
     }
-
-
-def _tokens_of(run: Run, needs: Needs) -> int:
-    """What an SAE has trained on: where whole windows are read, no batch holds a part of one."""
-    tokens = run.total_steps * run.config.data.batch_tokens
-    return round(tokens * run.feed.plan.windows_taken()) if needs.windows else tokens
 
 
 def _hooks_of(needs: Needs) -> dict[str, str]:

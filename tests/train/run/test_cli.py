@@ -1,7 +1,10 @@
 """What the command does, says and refuses."""
 
+import gc
 import json
+import os
 import shutil
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,8 +15,10 @@ import torch
 
 from saemill.cache_schema import Store
 from saemill.train.cli import count, warnings_of
+from saemill.train.data.prefetch import Loader
 from saemill.train.engine.step import Trainee
 from saemill.train.run import after_run as onlooking
+from saemill.train.run import results
 from saemill.train.run.results import Outcome, SaeOutcome
 
 TOPK = ["--variant", "topk"]
@@ -89,12 +94,33 @@ def test_runs_get_the_next_free_number(big, sae_train, quick, tmp_path):
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"run_1", "run_2", "run_3"}
 
 
+def test_what_a_run_holds_of_the_store_is_gone_when_held_out_text_is_read(big, sae_train, quick, monkeypatch):
+    """Both together may be more than there is."""
+    blocks, block, validate = [], Loader.block, results.validate
+
+    def remembered(loader, plan):
+        found = block(loader, plan)
+        blocks.append(weakref.ref(found))
+        return found
+
+    def measured(*given):
+        gc.collect()
+        assert blocks and not any(one() is not None for one in blocks)
+        return validate(*given)
+
+    monkeypatch.setattr(Loader, "block", remembered)
+    monkeypatch.setattr(results, "validate", measured)
+    sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640)
+
+
 def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
     (tmp_path / "runs/mine").mkdir(parents=True)
     words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--name", "mine"]
     (tmp_path / "runs/mine/notes.txt").write_text("of somebody")
     assert "exists already: choose another --name\n" in sae_train(*words, code=1).output
     (tmp_path / "runs/mine/notes.txt").unlink()
+    assert "exists already" in sae_train(*words, code=1).output  # it may be another start's, of this moment
+    os.utime(tmp_path / "runs/mine", (0, 0))
     sae_train(*words)  # an empty folder is what a full disk leaves, and nothing could go on from it
     assert "or continue it with --resume mine" in sae_train(*words, code=1).output
 

@@ -201,13 +201,15 @@ def test_a_source_of_another_place_is_refused(big, sae_train, quick, tmp_path, b
 
 
 def test_a_source_of_another_model_is_refused_where_names_tell(tmp_path):
-    """Not so of a file or folder, which may have any name: SmolLM2 from a package is `smollm2`."""
+    """Not so of a file or folder, which may have any name, and of another tool's: gpt2-small is openai's gpt2."""
     model = ModelSpec("lab/model-2b", 8, "bfloat16", revision="0" * 40)
     require_model(tmp_path, "model-2b", model)
     require_model(tmp_path, None, model)
     with pytest.raises(ConfigInvalid, match="it was trained on lab/model-9b, and the store holds .* lab/model-2b"):
         require_model(tmp_path, "lab/model-9b", model)
-    with pytest.warns(UserWarning, match="whether that is the same model is not known"):
+    with pytest.warns(UserWarning, match="whether that is the same model their names do not tell"):
+        require_model(tmp_path, "model-small", model)
+    with pytest.warns(UserWarning, match="their names do not tell"):
         require_model(tmp_path, "lab/model-2b", replace(model, id="snapshot", revision="gguf-0123"))
 
 

@@ -484,6 +484,8 @@ def taken(hub, patch):
 def test_a_repository_that_holds_more_is_another(hub, push):
     """These weights and others: its card would name the one and leave out the other."""
     push()
+    hub.files("me/saes")["LICENSE"] = b"added by its owner"
+    push()
     hub.files("me/saes")["other/sae_weights.safetensors"] = b"another"
     assert "me/saes exists and holds other content (other/sae_weights.safetensors)" in push(code=1)
 

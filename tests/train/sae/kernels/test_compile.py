@@ -80,7 +80,8 @@ for width in (5, 2304, *((1, 64, 768, 4096, 9216, 16384) if is_long else ())):
     bag_sums.pair_dots(W, turned.latents, x, turned.rows, turned.order)
     bag_sums.segment_sum(values, support.offsets)
     moments, copy = (torch.zeros_like(W), torch.zeros_like(W)), torch.zeros_like(W, dtype=torch.bfloat16)
-    adam = row_update.AdamStep(torch.zeros(4), 0.9, 0.999, 1e-8, 0.0)
+    lr, bias = torch.zeros(2, 4)[1], torch.zeros(2, dtype=torch.float64)
+    adam = row_update.AdamStep(lr, bias, 0.9, 0.999, 1e-8, 0.0)
     entries = turned.offsets, turned.latents, turned.rows, values, x
     row_update.update_rows(W, moments, entries, adam, low=copy, unit=True)
     read = x.bfloat16()
