@@ -102,7 +102,9 @@ ABOUT_QUALITY = (
     "Explained variance on the test split of {model} after layer {layer}, {tokens} training tokens, ordinary tokens "
     "only (no massive ones, for nobody). Every contestant at the learning rate that is best for it on validation text, "
     "sought with the first seed a factor of three apart: {seeds}; then at its own, as it comes: one seed. Off target "
-    "is an L0 more than a tenth from what was asked: no comparison, no claim."
+    "is an L0 more than a tenth from what was asked: no comparison, no claim. Where a threshold decides who is active, "
+    "it is placed on validation text, for everybody, so that L0 is 32 there. Compare along a row: variants may be of "
+    "text of different machines ([quality.md](quality.md))."
 )
 ABOUT_SMALLER = (
     "The pocket model after layer 19, 276,096 tokens to train on, three epochs; topk, 1,024 latents, 32 active, three "
