@@ -222,10 +222,10 @@ def keep_course(course: Course) -> None:
     if begun:
         require_one_store(course, begun)
     if begun and path.is_file():
-        found = {"baselines": False, **read_json(path)}
+        kept = {"baselines": False, **read_json(path)}
         # Kept until 2026-11: what another call may say otherwise, and a place from which a store may have moved.
-        found = {name: value for name, value in found.items() if name not in ("evaluation", "cache")}
-        if found.get("seeds") == 3 and course.seeds is None:  # what was written where nothing was said
+        found = {name: value for name, value in kept.items() if name not in ("evaluation", "cache")}
+        if "cache" in kept and found.get("seeds") == 3 and course.seeds is None:  # what was written if none was said
             found["seeds"] = None
         if found != wanted:
             raise click.ClickException(

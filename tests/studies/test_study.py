@@ -396,6 +396,18 @@ def test_a_table_is_of_one_course(tmp_path):
         study.keep_course(other)
 
 
+def test_seeds_that_were_asked_for_are_asked_for_again(tmp_path):
+    """Runs that are not begun yet would have as many as their recipe says, in the same table."""
+    course = Course("./store", tmp_path, (), seeds=3)
+    study.keep_course(course)
+    begin(course)
+    with pytest.raises(click.ClickException, match="say the same again"):
+        study.keep_course(replace(course, seeds=None))
+    of_before = json.loads((tmp_path / "course.json").read_text()) | {"cache": "./store"}
+    (tmp_path / "course.json").write_text(json.dumps(of_before))
+    study.keep_course(replace(course, seeds=None))
+
+
 def gone(url):
     raise StoreUnreachable(2, url)
 
