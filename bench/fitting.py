@@ -102,21 +102,19 @@ def score(
 @torch.no_grad()
 def place(threshold: torch.Tensor, encode: Encode, rows: torch.Tensor, wanted: float, tries: int = 8) -> float:
     """Multiply the threshold until `wanted` latents are active in a row; how many were."""
-    came_to, factor, slope = 0.0, 1.0, -1.0
-    before: tuple[float, float] | None = None  # log of the factor, of L0 as a multiple of the wanted one
+    found: list[float] = []  # L0 at each try
+    before = step = 0.0  # log of L0 as a multiple of the wanted one, and of what the threshold was then multiplied by
+    slope = -1.0
     for _ in range(tries):
-        l0 = sum(int((encode(part) > 0).sum()) for part in rows.split(ROWS)) / len(rows)
-        came_to = came_to or l0
-        off = math.log(max(l0, 1e-3) / wanted)
+        found.append(sum(int((encode(part) > 0).sum()) for part in rows.split(ROWS)) / len(rows))
+        off = math.log(max(found[-1], 1e-3) / wanted)
         if abs(off) < PLACED:
             break
-        if before is not None and before[0] != math.log(factor):
-            slope = min(-0.2, (off - before[1]) / (math.log(factor) - before[0]))
-        before = math.log(factor), off
-        step = math.exp(max(-0.7, min(0.7, -off / slope)))
-        factor *= step
-        threshold.mul_(step)
-    return came_to
+        if len(found) > 1:
+            slope = min(-0.2, (off - before) / step)
+        before, step = off, max(-0.7, min(0.7, -off / slope))
+        threshold.mul_(math.exp(step))
+    return found[0]
 
 
 def score_map(

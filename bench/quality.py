@@ -238,15 +238,13 @@ def seek(fit: Fit, train: Train, tries: int = 6) -> Fit:
         found = train(fit)
         off = math.log(max(found.as_trained, 1e-3) / fit.l0)
         seen.append((math.log(fit.coefficient), off, fit))
-        if found.validation < 0.0:  # it has diverged: no penalty mends that
-            break
-        if abs(off) <= (NEAR if found.came_to is None else OFF):
+        has_diverged = found.validation < 0.0  # no penalty mends that
+        if has_diverged or abs(off) <= (NEAR if found.came_to is None else OFF):
             break
         if len(seen) > 1:
             (before, off_before, _), (now, off_now, _) = seen[-2:]
-            slope = min(
-                (off_now - off_before) / (now - before), -0.2
-            )  # more of a penalty never means more latents: that would be noise
+            # More of a penalty never means more latents: that would be noise.
+            slope = min((off_now - off_before) / (now - before), -0.2)
         step = max(-1.5, min(1.5, -off / slope))
         fit = replace(fit, coefficient=float(f"{fit.coefficient * math.exp(step):.4g}"))
     return min(seen, key=lambda one: abs(one[1]))[2]

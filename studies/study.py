@@ -171,11 +171,10 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
     for recipe in recipes:
         if recipe.name == DECISIVE and (words := half_command(recipe, course)):
             call(sae_train, "sae-train", words, console)
+    place = ["--runs", str(course.out), *(["--cache", course.cache] if id_of_store(course) else [])]
     for eval_ids in dict.fromkeys(recipe.evals for recipe in recipes if recipe.evals):
         runs = [recipe.name for recipe in recipes if recipe.evals == eval_ids]
-        place = ["--cache", course.cache] if id_of_store(course) else []
-        words = [*runs, "--runs", str(course.out), *place]
-        words += ["--evals", ",".join(eval_ids), "--resume"]
+        words = [*runs, *place, "--evals", ",".join(eval_ids), "--resume"]
         words += settings_of(course.evaluation, eval_ids)
         call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what failed
     folders = {recipe.name: RunFolder.at(course.out / recipe.name) for recipe in recipes}

@@ -15,10 +15,9 @@ from safetensors import SafetensorError
 from ..cache_schema.cli import as_json, print_json
 from . import command
 from .command import tell_errors
-from .data.scaling import unit_stats
 from .disk.formats import WRITERS, circuit_tracer, kind_of, read
 from .disk.places import places_told, told_of
-from .disk.plain_form import PlainSae, plain_sae, sae_from_plain, unsigned
+from .disk.plain_form import PlainSae, in_raw_units, sae_from_plain, unsigned
 from .disk.sae_folder import is_of_one_place
 from .errors import RunNotWritten, RunTaken, SaeInvalid
 from .run.find_sae import find_sae, find_saes, read_folder
@@ -103,7 +102,9 @@ def export(folder: Path, kind: str, target: Path) -> float:
     plain = plain if kind == "sae_lens" else unsigned(plain)
     with _whole_or_gone(target):
         WRITERS[kind](target, plain, metadata)
-    return largest_difference(plain, read(target)[0], of_unit_rows(plain) if kind == "sae_lens" else plain)
+    # SAELens' form has decoder rows of length one, and codes that take up their lengths.
+    coded = in_raw_units(sae_from_plain(plain)) if kind == "sae_lens" else None
+    return largest_difference(plain, read(target)[0], coded)
 
 
 @torch.no_grad()
@@ -132,12 +133,6 @@ def largest_difference(one: PlainSae, other: PlainSae, coded: PlainSae | None = 
     for a, b in ((sae_from_plain(coded or one).encode(x), second.encode(x)), (first(x), second(x))):
         parts.append(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
     return max(parts)
-
-
-def of_unit_rows(plain: PlainSae) -> PlainSae:
-    """The same SAE with decoder rows of length one, as SAELens' form is written: its codes take up their lengths."""
-    sae = sae_from_plain(plain)
-    return plain_sae(sae, unit_stats(sae.d_in), unit_stats(sae.d_out))
 
 
 def _require_free(target: Path) -> None:

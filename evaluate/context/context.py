@@ -145,6 +145,10 @@ class Context:
         name = self.model_name or (self.opened.manifest.model.id if self.opened else None)
         return name == POCKET
 
+    def takes_library(self, data: str) -> bool:
+        """Whether `data`, as an evaluation's setting says it, means text of this Python's library."""
+        return data == "stdlib" or (data == "auto" and self.is_pocket)
+
     def use(self, model: LanguageModel, identity: str | None = None) -> None:
         """Take a model that is in memory already. Without an identity nothing it computes is kept."""
         self._model, self.model_identity = model, identity

@@ -6,7 +6,7 @@ count are neither special nor padding, nor massive in a layer that the SAE reads
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,24 @@ def read_windows(
         for batch in batches:
             yield batch
             advance(len(batch) * batch.context)
+
+
+def sums_of_codes(
+    context: Context,
+    subjects: Sequence[LoadedSae],
+    title: str,
+    windows: int,
+    batch_windows: int,
+    of_rows: Callable[[Tensor], Tensor],
+) -> dict[LoadedSae, Tensor]:
+    """What `of_rows` gives of an SAE's codes [N, F], added up over the rows that count of the first windows: by it
+    latents are chosen that are the same however large batches are."""
+    sums: dict[LoadedSae, Tensor] = {}
+    for batch in read_windows(context, subjects, title, windows, batch_windows):
+        for subject in subjects:
+            found = of_rows(subject.encode(batch)[ordinary_rows(context, subject, batch)])
+            sums[subject] = sums[subject] + found if subject in sums else found
+    return sums
 
 
 def mean_of_rows(context: Context, layer: int) -> Tensor:

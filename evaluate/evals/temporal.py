@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...cache_schema.strict_json import to_json
-from ..context.stored_windows import ordinary_rows, read_windows
+from ..context.stored_windows import ordinary_rows, read_windows, sums_of_codes
 from ..model.batches import Sums, Windows
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, groups_of
@@ -81,13 +81,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 
 def choose_frequent(context: Context, seen: Mapping[LoadedSae, Seen], config: Config) -> None:
-    """The latents of the transition matrix, by the same windows however large batches are."""
-    fired: dict[LoadedSae, Tensor] = {}
-    count = min(config.windows, CHOOSING)
-    for batch in read_windows(context, list(seen), "temporal: latents", count, config.batch_windows):
-        for subject in seen:
-            found = (subject.encode(batch)[ordinary_rows(context, subject, batch)] > 0).sum(0)
-            fired[subject] = fired[subject] + found if subject in fired else found
+    """The latents of the transition matrix."""
+    count, title = min(config.windows, CHOOSING), "temporal: latents"
+    fired = sums_of_codes(context, list(seen), title, count, config.batch_windows, lambda acts: (acts > 0).sum(0))
     for subject, one in seen.items():
         one.frequent = fired[subject].topk(min(config.most_frequent, len(fired[subject]))).indices
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.strict_json import to_json
-from ..context.stored_windows import ordinary_rows, read_windows
+from ..context.stored_windows import ordinary_rows, read_windows, sums_of_codes
 from ..errors import ModelMissing
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, every, saved_composition, tiers_of
@@ -134,13 +134,9 @@ def model_obstacle(context: Context, config: Config) -> str | None:
 
 
 def choose_alone(context: Context, seen: Mapping[LoadedSae, Seen], config: Config) -> None:
-    """Before the first window is traced, and by all that are: the first batch is as large as the widest SAE lets it."""
-    mass: dict[LoadedSae, Tensor] = {}
-    count = min(config.windows, config.trace_windows)
-    for batch in read_windows(context, list(seen), "tiers: latents to trace", count, config.batch_windows):
-        for subject in seen:
-            found = subject.encode(batch)[ordinary_rows(context, subject, batch)].sum(0)
-            mass[subject] = mass[subject] + found if subject in mass else found
+    """By all windows that are traced, before the first of them is."""
+    count, title = min(config.windows, config.trace_windows), "tiers: latents to trace"
+    mass = sums_of_codes(context, list(seen), title, count, config.batch_windows, lambda acts: acts.sum(0))
     for subject, one in seen.items():
         one.alone = most_active(mass[subject], one.tiers, config.trace_latents)
 

@@ -131,7 +131,7 @@ def without_signs(sae: SparseAutoencoder) -> SparseAutoencoder:
             "expected a signed SAE that its weights and gate compute alone, found one behind masks, attention or the "
             "like: evaluations read codes without signs, and such an SAE has no form without them"
         )
-    found = _again(sae, unsigned(_in_raw_units(sae)))
+    found = _again(sae, unsigned(in_raw_units(sae)))
     of_each = {name: one for name, one in sae.extras_tensors.items() if one.shape == (sae.num_latents,)}
     found.extras_tensors = {name: torch.cat([one, one]) for name, one in of_each.items()}
     return found
@@ -144,10 +144,11 @@ def with_unit_rows(sae: SparseAutoencoder) -> SparseAutoencoder:
         return sae
     lengths = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1)
     is_other = ((lengths - 1).abs() > ALMOST_ONE) & (lengths > 0)
-    return _again(sae, _in_raw_units(sae)) if bool(is_other.any()) else sae
+    return _again(sae, in_raw_units(sae)) if bool(is_other.any()) else sae
 
 
-def _in_raw_units(sae: SparseAutoencoder) -> PlainSae:
+def in_raw_units(sae: SparseAutoencoder) -> PlainSae:
+    """The plain form of an SAE that reads activations as they are."""
     return plain_sae(sae, unit_stats(sae.d_in), unit_stats(sae.d_out))
 
 

@@ -119,9 +119,7 @@ STDLIB = Source(
 
 def find_source(context: Context, wanted: DataName) -> Source:
     """The data that a setting means."""
-    if wanted == "auto":
-        return STDLIB if context.is_pocket else HUB
-    return STDLIB if wanted == "stdlib" else HUB
+    return STDLIB if context.takes_library(wanted) else HUB
 
 
 class ChoosesData(Protocol):

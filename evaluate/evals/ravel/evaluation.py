@@ -84,7 +84,7 @@ class Findings:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
-    is_stdlib = is_of_library(context, config)
+    is_stdlib = context.takes_library(config.data)
     selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
     entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
     require_selectable(selection, entities)
@@ -98,11 +98,6 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         study(context, entity_class, selection[entity_class.name], findings, config, draw)
     for subject in fitting:
         yield make_result(context, subject, findings[subject], selection, config)
-
-
-def is_of_library(context: Context, config: Config) -> bool:
-    """Whether identifiers of this Python's library are asked about."""
-    return config.data == "stdlib" or (config.data == "auto" and context.is_pocket)
 
 
 def require_selectable(selection: Mapping[str, Sequence[str]], entities: Sequence[EntityClass]) -> None:
@@ -244,5 +239,5 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("ravel.disentanglement_score", "ravel.cause_score", "ravel.isolation_score"),
-    data_revision=lambda context, config: library_revision() if is_of_library(context, config) else None,
+    data_revision=lambda context, config: library_revision() if context.takes_library(config.data) else None,
 )

@@ -78,13 +78,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         yield make_result(subject, outcomes[subject], material, exams, config)
 
 
-def is_of_library(context: Context, config: Config) -> bool:
-    """Whether a package of this Python's library is to be forgotten."""
-    return config.data == "stdlib" or (config.data == "auto" and context.is_pocket)
-
-
 def load_material(context: Context, config: Config) -> Material:
-    if is_of_library(context, config):
+    if context.takes_library(config.data):
         return load_topic(context.model, model_name_of(context), config.topic, config.random_seed)
     return load_wmdp(
         context,
@@ -177,5 +172,5 @@ EVALUATION = Evaluation(
     Config,
     evaluate,
     summary=("unlearning.unlearning_score",),
-    data_revision=lambda context, config: library_revision() if is_of_library(context, config) else None,
+    data_revision=lambda context, config: library_revision() if context.takes_library(config.data) else None,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...data.scaling import unit_stats
-from ..plain_form import PlainSae, plain_sae, sae_from_plain
+from ..plain_form import PlainSae, in_raw_units, sae_from_plain
 from ..sae_folder import load_plain_sae, save_sae
 from .plain import Metadata
 
@@ -20,5 +20,4 @@ def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
 
 def read(folder: Path) -> tuple[PlainSae, Metadata]:
     sae = load_plain_sae(folder)
-    plain = plain_sae(sae, unit_stats(sae.d_in), unit_stats(sae.d_out))
-    return plain, dict(sae.metadata)
+    return in_raw_units(sae), dict(sae.metadata)

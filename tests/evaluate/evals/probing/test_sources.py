@@ -9,6 +9,7 @@ from collections import Counter
 import pyarrow
 import pytest
 
+from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import DataMissing
 from saemill.evaluate.evals.probing import collection, installed, saebench_texts, stdlib
 from saemill.evaluate.evals.probing.sources import HUB, STDLIB, find_source, load_all
@@ -86,6 +87,8 @@ def test_binary_data_sets_have_two_labels_of_equal_number():
 
 
 class Place:
+    takes_library = Context.takes_library
+
     def __init__(self, is_pocket: bool) -> None:
         self.is_pocket = is_pocket
 
