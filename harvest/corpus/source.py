@@ -104,7 +104,10 @@ def part_of(corpus: Corpus) -> str | None:
 
 
 def checked_text(value: object, where: str) -> str:
-    """A document that can be written as UTF-8, or an error that says which one cannot."""
+    """A document that can be written as UTF-8, or an error that says which one cannot. A null is an empty one: a row
+    without text has none to lose, and who reads a data set from the hub cannot mend it."""
+    if value is None:
+        return ""
     if not isinstance(value, str):
         raise DocumentInvalid(
             f"{where}: expected text, found {type(value).__name__}. Remove it, or name another --column"

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, checked when they are read; the last two are kept.
+"""Checkpoints: complete or absent, checked when they are read; the last two are kept, of a finished run the last.
 
 1. All tensors of each SAE go into one safetensors file, in a folder whose name no reader looks at.
 2. state.json says where the run stands, and the digest of every file and of itself.
@@ -99,8 +99,13 @@ def save_checkpoint(
         write_json(temporary / "state.json", to_json(replace(state, digest=state.own_digest())))
         os.rename(temporary, final)
         sync(folder)
-        for old in list_checkpoints(folder)[KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)  # the next one tries again
+        keep_newest(folder, KEPT)
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Drop the checkpoints before the last `count`."""
+    for old in list_checkpoints(folder)[count:]:
+        shutil.rmtree(old, ignore_errors=True)  # whoever saves next tries again
 
 
 class Writer:

@@ -41,6 +41,11 @@ def require_positive(config: Any, *names: str, most: float = math.inf) -> None:
         require(value is None or 0 < value <= most, f"{name}: expected more than 0{bound}, found {value}")
 
 
+def read_with(switch: str, is_on: bool, *names: str) -> dict[str, str]:
+    """For `unread`: settings that say nothing unless the switch is on, each with what to do."""
+    return {} if is_on else dict.fromkeys(names, f"{switch} alone reads it; set that too, or leave it out")
+
+
 def require_hook(hook: str | None, setting: str = "hook") -> None:
     require(hook is None or hook in HOOKS, f"{setting}: there is no hook {hook!r}{nearest(str(hook), HOOKS)}")
 

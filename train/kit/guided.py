@@ -6,7 +6,7 @@ the bit. `guidance = "encode"` lets the encoder read attention too, and so does 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,7 +23,7 @@ from ..sae.attention.encoder import AttendedSae
 from ..sae.attention.mixing import Mixing
 from ..sae.attention.reading import MIXING, TEMPERATURE, Attention, Noted
 from ..terms.attention_guidance import Consistency, Guidance, Objective
-from .build import require, require_least, require_positive
+from .build import read_with, require, require_least, require_positive
 from .wrapping import Wrapping, base_needs, build_base
 
 ENCODER_SEEDS = 2**40  # far from those of the bases
@@ -52,6 +52,9 @@ class Guided(Wrapping):
     """The control: each token gets the attention of a token at its position in another window."""
     links: LinkKind = "attention"
     """Further controls: as many links to the tokens just before, or links to the same token earlier in the window."""
+
+    def unread(self) -> Mapping[str, str]:
+        return read_with("guidance=encode", self.guidance == "encode", "rank")
 
     def check(self, manifest: Manifest) -> None:
         """Refuse a store without this head."""

@@ -2,7 +2,7 @@
 
 runs/run_4/config.json          what was asked for, and where it ran: cache id, commit, versions
 runs/run_4/metrics.jsonl        one line per logged step and SAE
-runs/run_4/checkpoints/step_*/  the last two
+runs/run_4/checkpoints/step_*/  the last two; the last alone if the run finished
 runs/run_4/topk_k32/            an SAE: cfg.json, sae_weights.safetensors (there when training is done)
 runs/run_4/result.json          the results (only if the run finished)
 """

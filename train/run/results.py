@@ -14,6 +14,7 @@ from ..data.batch import Needs
 from ..data.feed import held_out
 from ..data.scaling import bounds_of
 from ..disk.sae_folder import save_sae
+from ..disk.safe_checkpoints import keep_newest
 from ..parallel.processes import all_or_none
 from .folder import name_failure
 from .run import Run
@@ -92,6 +93,7 @@ def conclude(run: Run) -> Outcome | None:
             return None
         outcome = _outcome(run, {label: from_json(SaeOutcome, raw, label) for label, raw in found.items()})
         run.folder.write_result(to_json(outcome))
+        keep_newest(run.folder.checkpoints, 1)  # each is three times as large as the SAEs
         return outcome
 
 

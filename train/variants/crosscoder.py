@@ -15,7 +15,7 @@ from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
-from ..kit.build import require, require_hook, require_layers, require_sparsity, topk_optim
+from ..kit.build import read_with, require, require_hook, require_layers, require_sparsity, topk_optim
 from ..kit.cross_layer import build_cross_layer
 from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain, settings
 from ..sae.gates import BatchTopK, Relu
@@ -41,8 +41,10 @@ class Config(WithPenalty, WithAux, Dictionary):
     """Weakly causal: each latent reads one layer, and writes to it and to later ones (batchtopk)."""
 
     def unread(self) -> Mapping[str, str]:
-        names = ("penalty", "penalty_warmup_fraction") if self.gate == "batchtopk" else ("k", "threshold_decay")
-        return dict.fromkeys(names, f"gate={self.gate} does not read it; leave it out, or choose the other gate")
+        return {
+            **read_with("gate=relu", self.gate == "relu", "penalty", "penalty_warmup_fraction"),
+            **read_with("gate=batchtopk", self.gate == "batchtopk", "k", "threshold_decay"),
+        }
 
     def step_tables(self) -> float:
         return super().step_tables() if self.gate == "batchtopk" else 5.0

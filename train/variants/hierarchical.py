@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
-from ..kit.build import require, require_least, require_positive
+from ..kit.build import read_with, require, require_least, require_positive
 from ..kit.guided import Guided, anneal, build_guided, request_guided
 from ..sae.attention.mixing import Mixing
 from ..terms.attention_guidance import Objective
@@ -33,6 +34,10 @@ class Config(Guided):
     mixing_temperature_start: float | None = None
     mixing_temperature_steps: int = 1000
     """Steps in which tau comes e times nearer to its last value."""
+
+    def unread(self) -> Mapping[str, str]:
+        falls = self.mixing_temperature_start is not None
+        return {**super().unread(), **read_with("mixing_temperature_start", falls, "mixing_temperature_steps")}
 
     @property
     def attention_layers(self) -> tuple[int, ...]:

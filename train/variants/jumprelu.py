@@ -13,7 +13,7 @@ from typing import Literal
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant, Ramp
-from ..kit.build import relu_optim, require_least, require_positive, require_sparsity
+from ..kit.build import read_with, relu_optim, require_least, require_positive, require_sparsity
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithPenalty, build_plain, settings
 from ..sae.gates import JumpRelu
 from ..terms.constraints import NonNegativeThreshold, UnitDecoder
@@ -43,8 +43,11 @@ class Config(WithPenalty, SingleLayer):
     """Of tokens: a latent that fires in so many costs its part of L0 once more."""
 
     def unread(self) -> Mapping[str, str]:
-        advice = "a fitted start places thresholds by itself; leave it out, or set optim.start=drawn"
-        return {"initial_threshold": advice} if self.optim.start == "fitted" else {}
+        return {
+            **read_with("optim.start=drawn", self.optim.start == "drawn", "initial_threshold"),
+            **read_with("sparsity=tanh", self.sparsity == "tanh", "sharpness"),
+            **read_with("frequency_penalty", self.frequency_penalty > 0, "common_share"),
+        }
 
     def step_tables(self) -> float:
         return 7.0

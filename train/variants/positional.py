@@ -8,6 +8,7 @@ static_slicing, it is its base to the bit. All but that need the position at inf
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -20,7 +21,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Product, Ramp, SigmoidRamp
-from ..kit.build import require, require_least, require_positive
+from ..kit.build import read_with, require, require_least, require_positive
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.model import SparseAutoencoder
 from ..sae.shapes.masks import (
@@ -84,6 +85,14 @@ class Config(Windowed):
     """What the learning rate comes to as they come in, as a share of what it is without them."""
     unadapted_penalty: float = 1.0
     """Share of the penalty that counts before they come in; it rises to all of it with them."""
+
+    def unread(self) -> Mapping[str, str]:
+        return {
+            **read_with("mask=soft", self.mask == "soft", "sigma", "mask_cutoff"),
+            **read_with("mask=hard or soft", self.mask in ("hard", "soft"), "masked_share"),
+            **read_with("range_encoders", self.range_encoders, "range_encoder_share"),
+            **read_with("adapters", self.adapters, "adapter_hidden", "adapter_lr_scale"),
+        }
 
     def needs(self) -> Needs:
         self._require_valid()

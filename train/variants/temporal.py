@@ -15,7 +15,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Schedule, Switch
-from ..kit.build import require, require_least, require_positive
+from ..kit.build import read_with, require, require_least, require_positive
 from ..kit.wrapping import Windowed, base_needs, build_base
 from ..sae.shapes.position_gate import PositionGate
 from ..sae.shapes.shaped import ShapedAutoencoder
@@ -64,6 +64,12 @@ class Config(Windowed):
     """In multiples of each gradient's root mean square."""
     position_gate: bool = False
     gate_rank: int = 8
+
+    def unread(self) -> Mapping[str, str]:
+        return {
+            **read_with("prune_share", self.prune_share > 0, "prune_from", "prune_every_steps"),
+            **read_with("position_gate", self.position_gate, "gate_rank"),
+        }
 
     def needs(self) -> Needs:
         self._require_valid()

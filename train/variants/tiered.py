@@ -9,6 +9,7 @@ its base to the bit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant, Ramp, Switch
-from ..kit.build import require, require_least, require_positive
+from ..kit.build import read_with, require, require_least, require_positive
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.norms import PreNorm
 from ..sae.shapes.shaped import Init, Shape, ShapedAutoencoder, initialise
@@ -71,6 +72,17 @@ class Config(Wrapping):
     """Log the norm of each tier's gradient."""
     gradient_scaling: bool = False
     """Divide the gradient of a tier's loss by the loss where that is over 1."""
+
+    def unread(self) -> Mapping[str, str]:
+        composes, moves = self.composition_weight > 0, self.moves_every_steps > 0
+        return {
+            **read_with("boundaries=null", self.boundaries is None, "tier_fractions"),
+            **read_with("composition_weight", composes, "composition_l1", "composition_warmup_fraction"),
+            **read_with("curriculum", self.curriculum is not None, "curriculum_rise_fraction"),
+            **read_with("moves_every_steps", moves, "idle_frequency", "moves_at_once", "tier_drift"),
+            **read_with("resample_every_steps", self.resample_every_steps > 0, "resample_until"),
+            **read_with("importance=learned", self._is_nested, "gradient_scaling"),
+        }
 
     def needs(self) -> Needs:
         self._require_valid()

@@ -92,7 +92,7 @@ def test_the_standard_library_is_a_corpus():
         ("a.jsonl", "{", DocumentInvalid, "line 1 is not JSON"),
         ("a.jsonl", '{"body": "x"}', DocumentInvalid, "expected an object with 'text', found body"),
         ("a.jsonl", "[1]", DocumentInvalid, "expected an object with 'text', found list"),
-        ("a.jsonl", '{"text": null}', DocumentInvalid, "expected text, found NoneType"),
+        ("a.jsonl", '{"text": 7}', DocumentInvalid, "expected text, found int"),
         ("a.parquet", b"no parquet", CorpusUnavailable, "cannot be read as parquet"),
     ],
 )

@@ -17,6 +17,7 @@ from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from saemill.harvest.corpus.hugging_face import HubCorpus, find_repository, open_hub
+from saemill.harvest.corpus.local import LocalCorpus
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import CorpusUnavailable, DocumentInvalid, NetworkLost
 
@@ -79,8 +80,14 @@ def test_reading_goes_on_from_a_saved_state(parquet):
 def test_bad_rows_of_a_stream_are_named(parquet):
     with pytest.raises(CorpusUnavailable, match="no column 'body'; it has text"):
         next(HubCorpus(DatasetOptions("owner/name", column="body"), "c", Network(parquet).load).documents())
-    with pytest.raises(DocumentInvalid, match="owner/name, document 0: expected text, found NoneType"):
-        next(HubCorpus(SOURCE, "c", lambda: Network(parquet).load().map(lambda _: {"text": None})).documents())
+    with pytest.raises(DocumentInvalid, match="owner/name, document 0: expected text, found int"):
+        next(HubCorpus(SOURCE, "c", lambda: Network(parquet).load().map(lambda _: {"text": 7})).documents())
+
+
+def test_a_row_without_text_is_an_empty_document(tmp_path):
+    rows = tmp_path / "a.jsonl"
+    rows.write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    assert list(streamed(rows).documents()) == list(LocalCorpus(rows).documents()) == ["one", "", "two"]
 
 
 def streamed(path: Path) -> HubCorpus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from saemill.train.cli import main
 from saemill.train.config.settings import parse_settings
+from saemill.train.disk.safe_checkpoints import list_checkpoints
 
 QUICK = ["--layer", "3", "--device", "cpu", "--set", "data.batch_tokens=64", "--set", "data.pool_tokens=600"]
 TIMING = ("tokens_per_second", "waiting_share")
@@ -37,6 +39,19 @@ def sae_train(tmp_path):
         return result
 
     return call
+
+
+@pytest.fixture
+def rewind(monkeypatch):
+    """Makes a finished run of this process one that was killed after the last checkpoint but one."""
+    monkeypatch.setattr("saemill.train.run.results.keep_newest", lambda *_: None)
+
+    def back(run):
+        newest, _ = list_checkpoints(run / "checkpoints")
+        shutil.rmtree(newest)
+        (run / "result.json").unlink()
+
+    return back
 
 
 @pytest.fixture

@@ -159,13 +159,14 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
         ([*TOPK, "--set", "dead_after_tokens=0"], "dead_after_tokens: expected 1 or more, found 0"),
         (
             [*CROSS, "--set", "layers=3,4", "--set", "crosscoder.gate=relu", "--set", "crosscoder.k=4"],
-            "k 4 would be ignored: gate=relu does not read it",
+            "k 4 would be ignored: gate=batchtopk alone reads it",
         ),
         (
             [*CROSS, "--set", "layers=3,4", "--set", "crosscoder.penalty=1"],
-            "penalty 1 would be ignored: gate=batchtopk does not",
+            "penalty 1 would be ignored: gate=relu alone reads it",
         ),
-        (["--variant", "jumprelu", "--set", "initial_threshold=0.1"], "or set optim.start=drawn"),
+        (["--variant", "tiered", "--set", "resample_until=0.5"], "resample_every_steps alone reads it; set that too"),
+        (["--variant", "jumprelu", "--set", "initial_threshold=0.1"], "optim.start=drawn alone reads it"),
         ([*TOPK, "--set", "optim.clip_norm=0"], "optim.clip_norm: expected a positive number, found 0"),
         (["--variant", "tiered", "--set", "tier_clip_norm=-5"], "tier_clip_norm: expected more than 0, found -5"),
         (["--variant", "standard", "--width", "0"], "width: expected 1 or more, found 0"),

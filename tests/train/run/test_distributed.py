@@ -239,12 +239,11 @@ def test_a_process_lost_between_the_sums_of_a_step_ends_the_other(big, spawn, sa
 
 
 @pytest.mark.slow
-def test_spread_saes_go_on_in_any_number_of_processes(big, spawn, sae_train, quick, same_bits, tmp_path):
+def test_spread_saes_go_on_in_any_number_of_processes(big, spawn, sae_train, quick, same_bits, tmp_path, rewind):
     words = [*FLEET, *quick, "--cache", big["path"], "--tokens", 64 * 20]
     sae_train(*words, "--name", "one")
     shutil.copytree(tmp_path / "runs/one", tmp_path / "runs/begun")
-    (tmp_path / "runs/begun/result.json").unlink()
-    shutil.rmtree(tmp_path / "runs/begun/checkpoints/step_000000020")
+    rewind(tmp_path / "runs/begun")
     first, *others = launch(spawn, ["--resume", "begun", "--spread", "--device", "cpu"], codes=(0, 0, 0))
     assert "continuing after step 15" in first and others == ["", ""]
     same_bits(tmp_path / "runs/begun", tmp_path / "runs/one")

@@ -134,17 +134,13 @@ def test_hooks_may_be_wider_than_the_residual_and_stand_beside_others(planted, s
     assert widths == {"topk_hookq": 24, "topk_hookresid": 12}
 
 
-def test_a_resumed_run_on_hooks_is_the_same(planted, sae_train, same_bits, tmp_path):
+def test_a_resumed_run_on_hooks_is_the_same(planted, sae_train, same_bits, tmp_path, rewind):
     words = ["--variant", "transcoder", "--set", "hook=mlp_in", "--set", "width=32", "--set", "k=2", "--tokens", 2560]
     words += ["--cache", planted[0], "--set", "course.checkpoint_every_steps=7", *WORDS]
     sae_train(*words, "--name", "straight")
     sae_train(*words, "--name", "again")
     again = tmp_path / "runs/again"
-    last = sorted((again / "checkpoints").glob("step_*"))[-1]
-    for file in last.glob("*"):
-        file.unlink()
-    last.rmdir()
-    (again / "result.json").unlink()
+    rewind(again)
     sae_train("--resume", "again")
     same_bits(again, tmp_path / "runs/straight")
 

@@ -53,7 +53,7 @@ def test_massive_rows_change_nothing_of_what_is_learned(spiked, write_store, sae
 
 
 def test_a_run_of_before_the_setting_is_one_without_and_resumes_to_the_same_bits(
-    spiked, sae_train, quick, tmp_path, same_bits
+    spiked, sae_train, quick, tmp_path, same_bits, rewind
 ):
     words = [*TOPK, *quick, "--cache", spiked["path"], "--set", "data.massive_norms=inf"]
     words += ["--set", "course.checkpoint_every_steps=20"]
@@ -61,11 +61,7 @@ def test_a_run_of_before_the_setting_is_one_without_and_resumes_to_the_same_bits
     assert "massive" not in said and result_of(tmp_path, "whole")["massive"] == {}
     sae_train(*words, "--name", "before")
     run = tmp_path / "runs/before"
-    newest = sorted((run / "checkpoints").glob("step_*"))[-1]
-    for path in newest.iterdir():
-        path.unlink()
-    newest.rmdir()
-    (run / "result.json").unlink()
+    rewind(run)
     config = json.loads((run / "config.json").read_text())
     del config["data"]["massive_norms"]
     (run / "config.json").write_text(json.dumps(config))
@@ -73,16 +69,12 @@ def test_a_run_of_before_the_setting_is_one_without_and_resumes_to_the_same_bits
     same_bits(run, tmp_path / "runs/whole")
 
 
-def test_a_run_with_the_rule_resumes_to_the_same_bits(spiked, sae_train, quick, tmp_path, same_bits):
+def test_a_run_with_the_rule_resumes_to_the_same_bits(spiked, sae_train, quick, tmp_path, same_bits, rewind):
     words = [*TOPK, *quick, "--cache", spiked["path"], "--set", "course.checkpoint_every_steps=20"]
     for name in ("whole", "resumed"):
         sae_train(*words, "--name", name)
     run = tmp_path / "runs/resumed"
-    newest = sorted((run / "checkpoints").glob("step_*"))[-1]
-    for path in newest.iterdir():
-        path.unlink()
-    newest.rmdir()
-    (run / "result.json").unlink()
+    rewind(run)
     sae_train("--resume", "resumed", "--device", "cpu")
     same_bits(run, tmp_path / "runs/whole")
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from saemill.train.disk.safe_checkpoints import list_checkpoints
 from saemill.train.run.folder import MetricsLog
 
 COURSE = ["--variant", "topk", "--epochs", "4", "--set", "course.metrics_every_steps=1"]
@@ -155,6 +156,7 @@ def test_a_run_that_stopped_between_its_last_step_and_its_result_ends_well(big, 
     sae_train(*words, "--set", "course.checkpoint_every_steps=1")
     (tmp_path / "runs/short/result.json").unlink()
     sae_train("--resume", "short", "--device", "cpu")
+    assert [path.name for path in list_checkpoints(tmp_path / "runs/short/checkpoints")] == ["step_000000010"]
     result = json.loads((tmp_path / "runs/short/result.json").read_text())
     assert result["steps"] == 10 and result["saes"]["topk"]["loss"] is None
 

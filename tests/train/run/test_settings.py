@@ -88,7 +88,7 @@ def test_a_setting_is_for_the_saes_that_read_it():
     assert topk.config.k == 48
     spread = members(["k=48"], "crosscoder", grid=["gate=batchtopk,relu"])
     assert [member.config.gate for member in spread] == ["batchtopk", "relu"]
-    with pytest.raises(ConfigInvalid, match="crosscoder: k 48 would be ignored: gate=relu does not read it"):
+    with pytest.raises(ConfigInvalid, match="k 48 would be ignored: gate=batchtopk alone reads it; set that too"):
         members(["crosscoder.gate=relu", "crosscoder.k=48"], "topk", "crosscoder")
 
 

@@ -86,6 +86,18 @@ def test_same_seed_same_bits_and_another_seed_others(battery, variant):
         assert not torch.equal(first["sae.W_dec"], other["sae.W_dec"])
 
 
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if config_type(name)().unread()])
+def test_a_setting_that_is_called_unread_changes_no_bit(battery, variant):
+    config = battery.quick(variant)
+    others = {name: _another(getattr(config, name)) for name in config.unread()}
+    first, second = (battery.train(one, 5)[0].state() for one in (config, dataclasses.replace(config, **others)))
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def _another(value):
+    return value + 1 if isinstance(value, int) else 0.9 * (1.0 if value is None else value)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stopping_and_going_on_changes_no_bit(battery, variant):
     config = battery.quick(variant)
