@@ -151,6 +151,21 @@ def test_another_job_starts_anew(tmp_path):
     assert np.array_equal(pack(changed, tmp_path, 2000).tokens, expected.tokens)
 
 
+@pytest.mark.usefixtures("small_batches")
+def test_a_job_that_comes_back_after_another_takes_none_of_its_text(tmp_path, monkeypatch):
+    """The other is stopped before its first checkpoint, with more windows than the first one counted."""
+    texts, others = make_texts(800), [text.upper() for text in make_texts(800)]
+    expected = pack(ListCorpus(texts), tmp_path / "straight", 2000)
+    with pytest.raises(KeyboardInterrupt):
+        pack(ListCorpus(texts, 200), tmp_path / "stopped", 2000)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Spool, "checkpoint", lambda *_: None)
+        pack(ListCorpus(others, 600, revision="2"), tmp_path / "stopped", 2000)
+    again = pack(ListCorpus(texts), tmp_path / "stopped", 2000)
+    assert np.array_equal(again.tokens, expected.tokens)
+    assert np.array_equal(again.documents, expected.documents)
+
+
 def checkpoint_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "checkpoint.json").read_text())
 
