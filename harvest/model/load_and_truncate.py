@@ -171,9 +171,9 @@ def make_random(
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a model, or none where one is missing."""
+    """The safetensors files of a model, or none where one is missing; of two sets, that which transformers loads."""
     files = [folder / WEIGHTS_FILE]
-    if (folder / WEIGHTS_INDEX).is_file():
+    if not files[0].is_file() and (folder / WEIGHTS_INDEX).is_file():
         shards = _read_json(folder / WEIGHTS_INDEX)["weight_map"].values()
         files = [folder / shard for shard in sorted(set(shards))]
     return files if all(file.is_file() for file in files) else []

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from saemill.harvest.capture import run
@@ -20,7 +21,7 @@ from saemill.harvest.errors import (
     WeightsIncomplete,
 )
 from saemill.harvest.model.architectures import ARCHITECTURES, LLAMA_STYLE
-from saemill.harvest.model.load_and_truncate import ModelFacts, Wanted, load_model, read_facts, truncate
+from saemill.harvest.model.load_and_truncate import ModelFacts, Wanted, find_weights, load_model, read_facts, truncate
 from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
 
@@ -192,6 +193,17 @@ def test_a_missing_weights_file(broken):
     next(broken.glob("model-00002*")).unlink()
     with pytest.raises(WeightsIncomplete, match=r"expected model\.safetensors, or"):
         load_model(broken, RESID_2)
+
+
+def test_one_whole_file_beside_an_index_is_what_is_loaded_and_what_is_named(broken, make_model):
+    """As a model that is saved in one piece into a folder that held it in several; transformers takes that first."""
+    file = broken / "model.safetensors"
+    save_file({name: 2 * weight for name, weight in make_model("gemma2").state_dict().items()}, file)
+    assert find_weights(broken) == [file]
+    stack = load_model(broken, RESID_2, torch.float32).stack
+    assert torch.equal(stack.embed_tokens.weight, 2 * make_model("gemma2").model.embed_tokens.weight)
+    next(broken.glob("model-00002*")).unlink()
+    assert find_weights(broken) == [file]
 
 
 def test_a_truncated_weights_file(broken):
