@@ -180,7 +180,12 @@ Examples:
 @click.option(
     "--acts", "act_files", metavar="HOOK:LAYER=FILE", multiple=True, help="A .npy file of a hook: mlp_in:4=mlp_in.npy."
 )
-@click.option("--tokens", "tokens_file", type=click.Path(path_type=Path), help="A .npy file [W, T].")
+@click.option(
+    "--tokens",
+    "tokens_file",
+    type=click.Path(path_type=Path),
+    help="A .npy file [W, T]; beside --saelens where that has none.",
+)
 @click.option("--saelens", "saelens_folder", type=click.Path(path_type=Path), help="Cached activations of SAELens.")
 @click.option("--vllm", "vllm_folder", type=click.Path(path_type=Path), help="Hidden states of vLLM.")
 @click.option("--context", type=click.IntRange(1), help="Cut vLLM's requests into windows of so many tokens.")
@@ -255,7 +260,7 @@ def _open_source(
     if saelens_folder is not None:
         if len(layers) > 1:
             raise click.UsageError("a SAELens folder holds one layer: give --layer once or not at all")
-        return SaelensSource(saelens_folder, layers[0] if layers else None)
+        return SaelensSource(saelens_folder, layers[0] if layers else None, tokens_file)
     if len(layers) != len(resid_files) or len(set(layers)) != len(layers):
         raise click.UsageError(f"expected one --layer for each of the {len(resid_files)} --resid files, each once")
     files = {Site(RESID, layer): path for layer, path in zip(layers, resid_files, strict=True)}

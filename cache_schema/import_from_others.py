@@ -1,7 +1,7 @@
 """Make a store of activations from elsewhere, so that trainers serve people who never harvested here.
 
 Windows keep their order: row i of the source is window i of the store. Splits are therefore cut by
-position, and each window counts as a document of its own unless documents are given.
+position; of a document that a source knows to be several windows all are in one split.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import ImportInvalid, StoreBusy
 from .manifest import AttentionSpec, Codec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .massive_rows import KEEP
 from .moments import is_special, measure
-from .sites import RESID, by_hook
+from .sites import RESID, Site, by_hook
 from .sources import Source
 from .stored_dtypes import SmallDtype, to_float32
 from .writer import StoreWriter
@@ -46,8 +46,11 @@ def import_store(url: str, source: Source, settings: ImportSettings, on_shard: C
             "special tokens and BOS cannot be found without tokens: give them (--tokens FILE), or leave out "
             "--special-token and --bos-token, so that every row trains"
         )
+    shape = (source.windows, source.context, source.d_model)
+    if 0 in shape:
+        raise ImportInvalid(f"expected activations [windows, tokens, width] of at least 1 each, found {shape}")
     tokens = source.tokens(0, source.windows)
-    documents = np.repeat(np.arange(source.windows, dtype=np.uint32)[:, None], source.context, axis=1)
+    documents = np.repeat(source.document_of[:, None], source.context, axis=1)
     manifest = _manifest(source, settings, _fingerprint(source, tokens, settings.shard_windows))
     with StoreWriter.create(url, manifest, tokens, documents) as writer:
         left = []
@@ -85,7 +88,7 @@ def _manifest(source: Source, settings: ImportSettings, fingerprint: str) -> Man
         context=source.context,
         layers=hooks.pop(RESID, ()),
         windows=source.windows,
-        splits=_splits(source.windows, settings),
+        splits=_splits(source, settings),
         attention=AttentionSpec(),
         shard_windows=settings.shard_windows,
         codec=settings.codec,
@@ -94,38 +97,45 @@ def _manifest(source: Source, settings: ImportSettings, fingerprint: str) -> Man
     )
 
 
-def _splits(windows: int, settings: ImportSettings) -> dict[str, tuple[int, int]]:
-    shares = (settings.validation_share, settings.test_share)
-    if min(shares) < 0 or sum(shares) >= 1:
+def _splits(source: Source, settings: ImportSettings) -> dict[str, tuple[int, int]]:
+    shares, windows = (settings.validation_share, settings.test_share), source.windows
+    if not (min(shares) >= 0 and sum(shares) < 1):  # of NaN neither holds
         raise ImportInvalid(f"expected shares of at least 0 that leave some windows to train on, found {shares}")
     validation, test = (round(windows * share) for share in shares)
-    train = windows - validation - test
+    borders = np.append(np.unique(source.document_of, return_index=True)[1], windows)
+    train, seen = (int(borders[np.abs(borders - (windows - left)).argmin()]) for left in (validation + test, test))
     if train < 1:
         raise ImportInvalid(f"{windows} windows with shares {shares} leave no window to train on")
-    return {"train": (0, train), "validation": (train, train + validation), "test": (train + validation, windows)}
+    return {"train": (0, train), "validation": (train, seen), "test": (seen, windows)}
 
 
 def _fingerprint(source: Source, tokens: np.ndarray, step: int) -> str:
     """Imported values decide the bytes by themselves, so their digest stands for model run and corpus."""
     starts = range(0, source.windows, step)
     parts = [
-        array_digest(source.acts(site, start, min(start + step, source.windows)))
+        array_digest(_finite_acts(source, site, start, min(start + step, source.windows)))
         for site in source.sites
         for start in starts
     ]
-    return array_digest(tokens, np.frombuffer("".join(parts).encode(), np.uint8))
+    own = np.array_equal(source.document_of, np.arange(source.windows))  # of each window one: nothing more to tell
+    documents = [] if own else [source.document_of]
+    return array_digest(tokens, np.frombuffer("".join(parts).encode(), np.uint8), *documents)
+
+
+def _finite_acts(source: Source, site: Site, start: int, stop: int) -> np.ndarray:
+    """Some windows; refused before anything is written, as what is written fixes what may come to the same place."""
+    values = source.acts(site, start, stop)
+    is_finite = np.isfinite(to_float32(values, source.dtype)).all(axis=(1, 2))
+    if not is_finite.all():
+        window = start + int(np.argmin(is_finite))
+        what = "residuals" if site.hook == RESID else site.hook
+        raise ImportInvalid(f"layer {site.layer}, window {window}: expected finite {what}, found NaN or infinity")
+    return values
 
 
 def _content(manifest: Manifest, source: Source, shard: int, tokens: np.ndarray, documents: np.ndarray) -> ShardContent:
     start, stop = manifest.shard_range(shard)
     special = is_special(tokens[start:stop], manifest.model.special_tokens)
     acts = {site: source.acts(site, start, stop) for site in manifest.sites}
-    moments = {}
-    for site, values in acts.items():
-        plain = to_float32(values, manifest.model.dtype)
-        if not np.isfinite(plain).all():
-            window = start + int(np.argmin(np.isfinite(plain).all(axis=(1, 2))))
-            what = "residuals" if site.hook == RESID else site.hook
-            raise ImportInvalid(f"layer {site.layer}, window {window}: expected finite {what}, found NaN or infinity")
-        moments[site] = measure(plain, special)
+    moments = {site: measure(to_float32(values, manifest.model.dtype), special) for site, values in acts.items()}
     return ShardContent.of(tokens[start:stop], documents[start:stop], acts, moments)

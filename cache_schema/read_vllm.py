@@ -2,7 +2,8 @@
 [tokens, layers, width] and `token_ids` [tokens].
 
 Files say neither which layers they are of nor in what order they were asked for: layers are given, files are taken by
-their names. Requests differ in length and windows do not, so each is cut into windows, and its rest left out.
+their names. A request is a document. Requests differ in length and windows do not, so each is cut into windows, and its
+rest left out.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class VllmSource:
             for start in range(0, len(one) - self.context + 1, self.context)
         ]
         self.windows = len(self._windows)
+        self.document_of = np.repeat(np.arange(len(found), dtype=np.uint32), [n // self.context for n in lengths])
         if not self.windows or self.context < 1:
             raise ImportInvalid(
                 f"{folder}: no request fills a window of {self.context} tokens: give a smaller --context"

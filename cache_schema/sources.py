@@ -13,6 +13,7 @@ import numpy as np
 
 from .errors import ImportInvalid
 from .sites import RESID, Site, site_named
+from .stored_dtypes import STORED_AS
 
 _DTYPES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16"}
 
@@ -26,6 +27,7 @@ class Source(Protocol):
     dtype: str  # float32, float16 or bfloat16
     sites: tuple[Site, ...]
     has_tokens: bool
+    document_of: np.ndarray  # uint32 [W], rising: the number of each window's document
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray: ...
     def tokens(self, start: int, stop: int) -> np.ndarray: ...
@@ -36,7 +38,6 @@ class NumpySource:
 
     def __init__(self, acts: dict[Site, Path], tokens: Path | None) -> None:
         self._acts = {site: _load(path, 3) for site, path in acts.items()}
-        self._tokens = _load(tokens, 2) if tokens else None
         shapes = {array.shape for array in self._acts.values()}
         dtypes = {array.dtype.name for array in self._acts.values()}
         if len(shapes) != 1 or len(dtypes) != 1:
@@ -44,12 +45,12 @@ class NumpySource:
         self.windows, self.context, self.d_model = shapes.pop()
         self.dtype = _stored_dtype(dtypes.pop())
         self.sites = tuple(sorted(acts))
+        self._tokens = _load_tokens(tokens, self.windows, self.context) if tokens else None
         self.has_tokens = self._tokens is not None
-        if self._tokens is not None and self._tokens.shape != (self.windows, self.context):
-            raise ImportInvalid(f"expected tokens of shape {(self.windows, self.context)}, found {self._tokens.shape}")
+        self.document_of = np.arange(self.windows, dtype=np.uint32)
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
-        return np.ascontiguousarray(self._acts[site][start:stop])
+        return np.ascontiguousarray(self._acts[site][start:stop], STORED_AS[self.dtype])  # a file may be big-endian
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         if self._tokens is None:
@@ -58,9 +59,10 @@ class NumpySource:
 
 
 class SaelensSource:
-    """A folder that SAELens' cache runner wrote: one row per window, one column named after the hook."""
+    """A folder that SAELens' cache runner wrote: one row per window, one column named after the hook, and token_ids
+    where it was asked for them; else tokens [W, T] may come from a file."""
 
-    def __init__(self, folder: Path, layer: int | None) -> None:
+    def __init__(self, folder: Path, layer: int | None, tokens: Path | None = None) -> None:
         from datasets import Dataset, load_from_disk  # only this import needs it
 
         try:
@@ -78,15 +80,22 @@ class SaelensSource:
         self.context, self.d_model = feature.shape
         self.dtype = _stored_dtype(feature.dtype)
         self.sites = (_site_of(hook, layer),)
-        self.has_tokens = "token_ids" in self._rows.features
+        has_ids = "token_ids" in self._rows.features
+        if has_ids and tokens is not None:
+            raise ImportInvalid(f"{folder} holds token_ids: leave out --tokens {tokens}")
+        self._tokens = _load_tokens(tokens, self.windows, self.context) if tokens else None
+        self.has_tokens = has_ids or tokens is not None
+        self.document_of = np.arange(self.windows, dtype=np.uint32)
 
     def acts(self, site: Site, start: int, stop: int) -> np.ndarray:
-        values = np.asarray(self._rows[start:stop][self._hook], np.dtype(self.dtype))
+        values = np.asarray(self._rows[start:stop][self._hook], STORED_AS[self.dtype])
         return values.reshape(stop - start, self.context, self.d_model)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         if not self.has_tokens:
             return np.zeros((stop - start, self.context), np.uint32)
+        if self._tokens is not None:
+            return as_tokens(self._tokens[start:stop])
         return as_tokens(np.asarray(self._rows[start:stop]["token_ids"]))
 
 
@@ -107,6 +116,13 @@ def _load(path: Path, ndim: int) -> np.ndarray:
         expected = "[windows, tokens, width]" if ndim == 3 else "[windows, tokens]"
         raise ImportInvalid(f"{path}: expected an array {expected}, found {shape}. Reshape it and save it again")
     return array
+
+
+def _load_tokens(path: Path, windows: int, context: int) -> np.ndarray:
+    tokens = _load(path, 2)
+    if tokens.shape != (windows, context):
+        raise ImportInvalid(f"expected tokens of shape {(windows, context)}, found {tokens.shape}")
+    return tokens
 
 
 def _stored_dtype(name: str) -> str:

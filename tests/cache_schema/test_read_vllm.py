@@ -54,6 +54,20 @@ def test_requests_become_windows(tmp_path: Path, dtype: torch.dtype) -> None:
         assert np.array_equal(part.tokens, torch.stack(tokens).numpy())
 
 
+def test_a_request_is_a_document_and_in_one_split(tmp_path: Path) -> None:
+    """Windows of one text on both sides of a split would make what is held out easy."""
+    write_requests(tmp_path / "states", [9, 3, 26, 8, 40, 12])
+    words = ("--layer", 19, "--layer", 3, "--context", 4, "--model", "m", "--validation", 0.1, "--test", 0.3)
+    run("import", tmp_path / "store", "--vllm", tmp_path / "states", *words)
+    with Store.open(tmp_path / "store") as store:
+        (part,) = store.stream(Request(documents=True))
+        assert part.documents is not None
+        found = part.documents.copy()
+        assert store.manifest.splits == {"train": (0, 10), "validation": (10, 20), "test": (20, 23)}
+    expected = np.repeat([0, 2, 3, 4, 5], [2, 6, 2, 10, 3])
+    assert np.array_equal(found, np.repeat(expected[:, None], 4, axis=1))
+
+
 def test_what_cannot_become_a_store_is_named(tmp_path: Path) -> None:
     states, word = tmp_path / "states", ("--layer", 1, "--layer", 2, "--model", "m")
 

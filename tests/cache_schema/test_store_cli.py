@@ -149,7 +149,10 @@ def test_import_keeps_the_dtype_it_was_given(tmp_path: Path, dtype: str) -> None
         (np.zeros((4, 8), np.float32), None, "expected an array [windows, tokens, width], found (4, 8)"),
         (np.zeros((4, 8, 2), np.float32), np.zeros((4, 7), int), "expected tokens of shape (4, 8), found (4, 7)"),
         (np.zeros((4, 8, 2), np.float32), np.full((4, 8), -1), "expected token ids from 0 to 2^32 - 1"),
-        (np.full((4, 8, 2), np.nan, np.float32), None, "window 0: expected finite residuals"),
+        (np.zeros((4, 8, 0), np.float32), None, "of at least 1 each, found (4, 8, 0)"),
+        (np.zeros((0, 8, 2), np.float32), None, "of at least 1 each, found (0, 8, 2)"),
+        (np.repeat([0, np.nan], [300, 100]).astype(np.float32).reshape(400, 1, 1), None, "window 300: expected finite"),
+        (np.full((4, 1, 2), 0x7F80, np.uint16), None, "window 0: expected finite residuals, found NaN or infinity"),
     ],
 )
 def test_import_names_what_is_wrong(tmp_path: Path, resid: np.ndarray, tokens: np.ndarray | None, message: str) -> None:
@@ -161,6 +164,23 @@ def test_import_names_what_is_wrong(tmp_path: Path, resid: np.ndarray, tokens: n
     result = run("import", tmp_path / "s", *args)
     assert result.exit_code == 1
     assert message in result.output
+    assert not (tmp_path / "s").exists()  # or the files, once they are mended, would be refused there
+
+
+def test_import_of_a_file_of_the_other_byte_order(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    np.save(tmp_path / "resid.npy", arrays["resid"].astype(">f4"))
+    assert run("import", tmp_path / "s", "--resid", tmp_path / "resid.npy", "--layer", 4, "--model", "m").exit_code == 0
+    with Store.open(tmp_path / "s") as opened:
+        parts = [part.resid[4].copy() for part in opened.stream(Request(layers=(4,)))]
+    assert np.array_equal(np.concatenate(parts), arrays["resid"])
+
+
+@pytest.mark.parametrize("share", ["nan", "-0.1", "0.95"])
+def test_shares_that_are_none_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], share: str) -> None:
+    words = ["--resid", tmp_path / "resid.npy", "--layer", 4, "--model", "m", "--validation", share]
+    result = run("import", tmp_path / "s", *words)
+    assert result.exit_code == 1 and "expected shares of at least 0" in result.output
+    assert not (tmp_path / "s").exists()
 
 
 def test_import_of_pickled_arrays_is_refused(tmp_path: Path) -> None:
@@ -207,30 +227,48 @@ def test_import_of_hooks(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
         assert refused.exit_code == 2 and message in " ".join(refused.output.split()), refused.output
 
 
+def write_saelens(folder: Path, hook: str, acts: np.ndarray, tokens: np.ndarray | None) -> None:
+    """As SAELens' cache runner leaves it: Array2D by hook name, and token_ids where it was asked for them."""
+    datasets = pytest.importorskip("datasets")
+    features, columns = {hook: datasets.Array2D(shape=acts.shape[1:], dtype=acts.dtype.name)}, {hook: list(acts)}
+    if tokens is not None:
+        features["token_ids"] = datasets.Sequence(datasets.Value("int32"), length=acts.shape[1])
+        columns["token_ids"] = list(tokens)
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "site"), [("hook_resid_post", Site("resid", 12)), ("hook_mlp_out", Site("mlp_out", 12))], ids=str
 )
-def test_import_of_a_saelens_folder(tmp_path: Path, name: str, site: Site) -> None:
-    """A folder as SAELens' cache runner leaves it: Array2D by hook name, and token_ids."""
-    datasets = pytest.importorskip("datasets")
-    rng = np.random.default_rng(0)
-    resid = rng.standard_normal((20, 8, 16)).astype(np.float32)
-    tokens = rng.integers(0, 50, (20, 8)).astype(np.int32)
-    hook = f"blocks.12.{name}"
-    features = datasets.Features(
-        {
-            hook: datasets.Array2D(shape=(8, 16), dtype="float32"),
-            "token_ids": datasets.Sequence(datasets.Value("int32"), length=8),
-        }
-    )
-    rows = datasets.Dataset.from_dict({hook: list(resid), "token_ids": list(tokens)}, features=features)
-    rows.save_to_disk(tmp_path / "cache")
-    result = run("import", tmp_path / "s", "--saelens", tmp_path / "cache", "--model", "m")
+@pytest.mark.parametrize("holds_tokens", [True, False])
+def test_import_of_a_saelens_folder(
+    tmp_path: Path, arrays: dict[str, np.ndarray], name: str, site: Site, holds_tokens: bool
+) -> None:
+    resid, tokens = arrays["resid"][:20], arrays["tokens"][:20]
+    write_saelens(tmp_path / "cache", f"blocks.12.{name}", resid, tokens if holds_tokens else None)
+    np.save(tmp_path / "tokens.npy", tokens)
+    beside = ["--tokens", tmp_path / "tokens.npy"]
+    words = ["import", tmp_path / "s", "--saelens", tmp_path / "cache", "--model", "m", "--bos-token", 7]
+    result = run(*words, *([] if holds_tokens else beside))
     assert result.exit_code == 0, result.output
     with Store.open(tmp_path / "s") as opened:
         (part,) = opened.stream(Request.of([site], tokens=True))
         assert np.array_equal(part.acts[site.hook][12], resid)
         assert np.array_equal(part.tokens, tokens)
+    np.save(tmp_path / "tokens.npy", tokens[:19])
+    refused = run(*words, *beside)
+    assert refused.exit_code == 1
+    assert ("holds token_ids: leave out --tokens" if holds_tokens else "expected tokens of shape") in refused.output
+
+
+def test_import_of_a_saelens_folder_of_bfloat16_bits(tmp_path: Path) -> None:
+    bits = np.arange(0x3F80, 0x3F80 + 24, dtype=np.uint16).reshape(2, 3, 4)
+    write_saelens(tmp_path / "cache", "blocks.12.hook_resid_post", bits, None)
+    result = run("import", tmp_path / "s", "--saelens", tmp_path / "cache", "--model", "m")
+    assert result.exit_code == 0, result.output
+    with Store.open(tmp_path / "s") as opened:
+        (part,) = opened.stream(Request(layers=(12,)))
+        assert opened.manifest.model.dtype == "bfloat16" and np.array_equal(part.resid[12], bits)
 
 
 @pytest.mark.parametrize(
