@@ -127,7 +127,7 @@ class LocalFiles:
         path = self.root / key
         with self._name_failure(key):
             make_folder(path.parent)
-            self._refuse_links(path)
+            self.refuse_links(path)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
             try:
                 _write_all(fd, buffers)
@@ -135,7 +135,7 @@ class LocalFiles:
             finally:
                 os.close(fd)
 
-    def _refuse_links(self, path: Path) -> None:
+    def refuse_links(self, path: Path) -> None:
         """Of a store from elsewhere a link may lead anywhere, that in place of a folder too."""
         for part in (path, *path.parents):
             if part == self.root:
@@ -171,7 +171,7 @@ class LocalFiles:
         """A power cut must not bring it back: it may be the record of a shard that was found damaged."""
         path = self.root / key
         with self._name_failure(key):
-            self._refuse_links(path.parent)
+            self.refuse_links(path.parent)
             try:
                 path.unlink()
             except FileNotFoundError:

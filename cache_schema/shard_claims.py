@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .disk_and_cloud_files import Files, LocalFiles, RemoteFiles, make_folder, name_failure
-from .errors import StoreUnreachable
+from .errors import StoreBusy, StoreUnreachable
 from .layout import LOCK
 
 CREATION = 2**40  # the claim on a store's creation: a number that no shard has
@@ -50,8 +50,8 @@ class Claims(Protocol):
         """All; where each try costs requests a few, in no order: of what nobody holds, and of what others hold."""
         ...
 
-    def hold_derived(self) -> AbstractContextManager[None]:
-        """Wait for the claim on index and summary, and hold it for a block."""
+    def hold_derived(self, must: bool = False) -> AbstractContextManager[None]:
+        """Wait for the claim on index and summary, and hold it for a block; StoreBusy where one must and cannot."""
         ...
 
     def close(self) -> None: ...
@@ -118,8 +118,9 @@ class LockClaims:
     def __init__(self, files: LocalFiles) -> None:
         self._path = files.root / LOCK
         with name_failure(f"opening {self._path}"):
+            files.refuse_links(self._path)
             make_folder(self._path.parent)
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
     def take(self, number: int) -> bool:
         try:
@@ -138,7 +139,7 @@ class LockClaims:
         return numbers  # to try one is a call of the kernel
 
     @contextmanager
-    def hold_derived(self) -> Iterator[None]:
+    def hold_derived(self, must: bool = False) -> Iterator[None]:
         self._lock(fcntl.F_WRLCK, DERIVED, wait=True)
         try:
             yield
@@ -232,16 +233,21 @@ class LeaseClaims:
         ]
 
     @contextmanager
-    def hold_derived(self) -> Iterator[None]:
+    def hold_derived(self, must: bool = False) -> Iterator[None]:
         """Wait for who holds it, so that of many writers that end together one reads the records, and not each.
 
-        Not for as long as a dead one would hold it: without it nothing is lost, as a PUT is all or nothing, and whoever
-        writes last looks again.
+        Not for as long as a dead one would hold it: without it nothing that is added is lost, as a PUT is all or
+        nothing, and whoever writes last looks again. Who takes something away must hold it: another would add it again.
         """
         pause, end = 0.05, time.monotonic() + DERIVED_SECONDS
         while not (is_mine := self.take(DERIVED)) and time.monotonic() < end:
             time.sleep(pause * random.uniform(0.5, 1.5))  # or all that wait would ask together
             pause = min(2 * pause, 4)
+        if must and not is_mine:
+            raise StoreBusy(
+                f"another writer is bringing the index of {self._files.url} up to date: let it end, then try again"
+                f"{self.if_killed}"
+            )
         try:
             yield
         finally:

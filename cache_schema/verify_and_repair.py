@@ -101,15 +101,15 @@ def repair(url: str, damaged: list[int], wrong: Sequence[str] = ()) -> None:
                 raise StoreBusy(
                     f"shard {shard} of {url} is being written right now: let that end, then repair{claims.if_killed}"
                 )
-        with claims.hold_derived():
+        with claims.hold_derived(must=bool(damaged)):
             for key in wrong:
                 files.remove(key)
             if damaged:
                 forget(files, manifest, damaged)
             refresh(files, manifest)
-        for shard in damaged:
-            claims.release(shard)
     finally:
+        for shard in damaged:  # or those of a repair that was refused would be held as a dead writer's are
+            claims.release(shard)
         claims.close()
 
 

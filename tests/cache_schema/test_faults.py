@@ -533,6 +533,23 @@ def test_nothing_is_written_through_a_symbolic_link(synthetic, tmp_path, link):
     synthetic.write_store(tmp_path / "store", manifest, corpus)
 
 
+@pytest.mark.parametrize("link", ["commits/lock", "commits"])
+def test_nothing_is_made_where_a_link_of_a_store_leads(synthetic, tmp_path, link):
+    """Its target is not there: whoever opens what a link names would make it."""
+    manifest, mine = synthetic.make_manifest(), tmp_path / "mine"
+    corpus = synthetic.write_store(tmp_path / "store", manifest, shards=[1])
+    (tmp_path / "store" / link).rename(tmp_path / "aside")
+    (tmp_path / "store" / link).symlink_to(mine)
+    for _ in range(2):
+        with pytest.raises(StoreUnreachable, match=rf"{link} is a symbolic link.* Remove it"):
+            synthetic.write_store(tmp_path / "store", manifest, corpus)
+        assert not mine.exists() or not list(mine.iterdir())
+        mine.mkdir(exist_ok=True)
+    (tmp_path / "store" / link).unlink()
+    (tmp_path / "aside").rename(tmp_path / "store" / link)
+    synthetic.write_store(tmp_path / "store", manifest, corpus)
+
+
 def test_nothing_is_written_or_removed_where_a_link_stands_for_a_folder(synthetic, tmp_path):
     manifest, elsewhere = synthetic.make_manifest(), tmp_path / "elsewhere"
     corpus = synthetic.write_store(tmp_path / "store", manifest, shards=[1])

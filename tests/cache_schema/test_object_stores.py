@@ -41,6 +41,7 @@ from saemill.cache_schema import shard_claims as claims_module
 from saemill.cache_schema.disk_and_cloud_files import Files, RemoteFiles, S3Files, open_files
 from saemill.cache_schema.layout import device_name, record_key, record_name
 from saemill.cache_schema.shard_claims import LeaseClaims
+from saemill.cache_schema.verify_and_repair import repair
 from saemill.cache_schema.writer import compacts_after
 
 s3fs = pytest.importorskip("s3fs")  # a machine without a network may lack it
@@ -350,6 +351,26 @@ def test_a_writer_that_died_deriving_holds_others_up_and_no_more(synthetic, monk
         assert store.committed.all() and store.moments(3).count
     assert not make_claims(open_files(url)).take(claims_module.DERIVED)
     dead.close()
+
+
+def test_repair_takes_nothing_away_beside_another_that_derives_the_index(synthetic, monkeypatch):
+    """It read the index of before, and would write it back: with shards that are gone."""
+    url = f"memory://{uuid.uuid4().hex}"
+    synthetic.write_store(url, synthetic.make_manifest())
+    slow = make_claims(open_files(url))
+    assert slow.take(claims_module.DERIVED)
+    monkeypatch.setattr(claims_module, "DERIVED_SECONDS", 0.1)
+    with pytest.raises(
+        StoreBusy, match=r"up to date: let it end, then try again\. If that writer was killed, run again"
+    ):
+        repair(url, [1])
+    with Store.open(url) as store:
+        assert store.committed.all() and store.record(1)
+    slow.release(claims_module.DERIVED)
+    repair(url, [1])
+    with Store.open(url) as store:
+        assert np.flatnonzero(~store.committed).tolist() == [1]
+    slow.close()
 
 
 @pytest.mark.parametrize("shards", [1000, 10**5])
