@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_args
@@ -31,7 +32,7 @@ from .watch import follow
 
 NOT_HARVESTED = ("import",)  # corpora that no model can bring back
 TOKEN = click.IntRange(0, 2**32 - 1)
-REHARVESTERS = "saemill.reharvest"  # entry points: functions (url, shards) that can write shards again
+REHARVESTERS = "saemill.reharvest"  # entry points: functions like `harvest.run.reharvest`
 
 
 EXAMPLES = """\b
@@ -143,8 +144,12 @@ def digest_command(url: str, is_json: bool) -> None:
 @main.command(name="repair", epilog=example("repair ./store"))
 @click.argument("url")
 @click.option("--remove-only", is_flag=True, help="Do not harvest the damaged shards again.")
-def repair_command(url: str, remove_only: bool) -> None:
+@click.option("--model", help="Where the model lies now: a folder, a file or an id.  [default: as it was harvested]")
+@click.option("--device", help="Where to harvest again: auto, cpu, cuda or cuda:1 and the like.  [default: auto]")
+def repair_command(url: str, remove_only: bool, model: str | None, device: str | None) -> None:
     """Undo the commits of damaged shards and harvest just those again."""
+    if remove_only and (model or device):
+        raise click.UsageError("--model and --device are for harvesting again: leave them out, or --remove-only")
     with _report():
         for key in drop_broken_derived(url):
             click.echo(f"{key} was damaged: made again")
@@ -155,15 +160,17 @@ def repair_command(url: str, remove_only: bool) -> None:
         for item in damage:
             click.echo(str(item))
         _refuse_if_tokens_are_gone(damage)
-        repair(url, damaged, wrong)
+        undo = partial(repair, url, damaged, wrong)
+        if damaged and not remove_only:
+            _reharvest(url, manifest, damaged, undo, device, model)
+            return
+        undo()
         for key in wrong:
             click.echo(f"{key} was not what the shards give: made again")
-        if not damaged and not wrong:
-            click.echo("nothing is damaged")
-        elif damaged and remove_only:
+        if damaged:
             click.echo(f"{len(damaged)} shards removed: {damaged}. The same harvest writes them again")
-        elif damaged:
-            _reharvest(url, manifest, damaged)
+        elif not wrong:
+            click.echo("nothing is damaged")
 
 
 @main.command(
@@ -297,13 +304,16 @@ def _refuse_if_tokens_are_gone(damage: list[Damage]) -> None:
         raise StoreError(f"the tokens or documents of shards {gone} are damaged. {GONE}")
 
 
-def _reharvest(url: str, manifest: Manifest, shards: list[int]) -> None:
+def _reharvest(
+    url: str, manifest: Manifest, shards: list[int], undo: Callable[[], None], device: str | None, model: str | None
+) -> None:
     """Harvest the shards again, by whoever has registered for it: the store itself knows no model."""
     harvesters = list(entry_points(group=REHARVESTERS))
     if manifest.corpus.id in NOT_HARVESTED or not harvesters:
+        undo()
         click.echo(f"{len(shards)} shards removed: {shards}. Run the import or harvest that made them again")
         return
-    harvesters[0].load()(url, shards)
+    harvesters[0].load()(url, shards, device, model, undo)
     click.echo(f"{len(shards)} shards harvested again: {shards}")
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .errors import ShardCorrupt
 from .layout import MOMENT_SCALARS
 
 
@@ -98,6 +99,8 @@ def to_line(moments: Moments) -> np.ndarray:
 
 def from_line(line: np.ndarray, context: int) -> Moments:
     count, mean_norm, mean_square_norm, windows = line[: len(MOMENT_SCALARS)]
+    if not all(number >= 0 and number.is_integer() for number in (count, windows)):  # NaN is neither
+        raise ShardCorrupt(f"expected whole numbers of tokens and of windows, found {count} and {windows}")
     rest = line[len(MOMENT_SCALARS) :]
     return Moments(
         count=int(count),

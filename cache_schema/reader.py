@@ -162,7 +162,10 @@ class Store:
         line, path = np.empty((1, moments_length(self.manifest, hook)), np.float64), moments_path(layer, hook)
         for job in self._jobs(path, shard, shard + 1, line):
             self._run(job, shard, path)
-        return from_line(line[0], self.manifest.context)
+        try:
+            return from_line(line[0], self.manifest.context)
+        except ShardCorrupt as error:
+            raise self._damage(shard, path, error) from None
 
     def _require_committed(self, spans: Sequence[Span]) -> None:
         """What has no record does not exist, even where its chunks lie there already."""

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -91,21 +91,36 @@ def _begun_with(files: Files) -> Choice | None:
     return choose_again(model.id, model.revision)
 
 
-def reharvest(url: str, shards: Sequence[int], device: str | None = None, model: str | None = None) -> None:
-    """Harvest given shards again from what the store says: its tokens, and the model it was begun with."""
+def reharvest(
+    url: str,
+    shards: Sequence[int],
+    device: str | None = None,
+    model: str | None = None,
+    undo: Callable[[], None] = lambda: None,
+) -> None:
+    """Harvest given shards again from what the store says: its tokens, and the model it was begun with.
+
+    `undo` takes away what there is of them, and is called when the model is there to make them anew.
+    """
+    manifest = read_root(open_files(url)).manifest
+    try:
+        harvester = make_harvester(manifest, fetch_recorded(manifest.model, model), find_device(device or "auto"))
+    except HarvestError as error:
+        raise StoreError(
+            f"{error}. No shard was removed. Say with --model where the model lies now; or take the damaged shards out "
+            "with --remove-only, and run the same harvest, which writes what is missing"
+        ) from error
+    undo()
     with StoreWriter.open(url) as writer:
         try:
-            source = fetch_recorded(writer.manifest.model, model)
-            harvester = make_harvester(writer.manifest, source, find_device(device or "auto"))
             _warn_of_others(writer, harvester, shards, Watch())
             busy = harvest_shards(writer, harvester, sorted(shards), lambda _: None)
         except HarvestError as error:
             raise StoreError(f"{error}. The same harvest, run again, also writes the missing shards") from error
-        if busy:
-            raise StoreBusy(
-                f"shards {busy} of {url} are committed or held by another writer: let it end, try again"
-                f"{writer.if_killed}"
-            )
+    if busy:
+        raise StoreBusy(
+            f"shards {busy} of {url} are committed or held by another writer: let it end, try again{writer.if_killed}"
+        )
 
 
 def make_harvester(manifest: Manifest, source: ModelSource, device: torch.device) -> Harvester:

@@ -15,6 +15,7 @@ from rich.console import Console
 from saemill.cache_schema import (
     ImportInvalid,
     Request,
+    ShardCorrupt,
     Site,
     Store,
     StoreWriter,
@@ -24,6 +25,7 @@ from saemill.cache_schema import (
 )
 from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.cli import main
+from saemill.cache_schema.compression import checksum_of
 from saemill.cache_schema.digest import store_digest
 from saemill.cache_schema.info import render
 
@@ -383,6 +385,22 @@ def test_verify_finds_values_that_were_rewritten_with_a_right_checksum(store: Pa
     assert "shard 2: array resid/layer_4: the record says xxh3_128:" in result.output
 
 
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -1.0, 2.5])
+def test_counts_that_are_none_are_damage_though_their_checksum_is_right(store: Path, at: int, number: float) -> None:
+    """Of tokens and of windows, in a line of moments."""
+    chunk = store / "stats/layer_4/c.1.0"
+    line = np.frombuffer(chunk.read_bytes()[:-4], np.float64).copy()
+    line[at] = number
+    chunk.write_bytes(line.tobytes() + checksum_of(line.view(np.uint8)).tobytes())
+    result = run("verify", store)
+    assert result.exit_code == 1
+    assert "shard 1, array stats/layer_4: expected whole numbers of tokens and of windows" in result.output
+    (store / "stats/summary.json").unlink()
+    with Store.open(store) as opened, pytest.raises(ShardCorrupt, match="array stats/layer_4: expected whole"):
+        opened.moments(4)
+
+
 def test_repair_removes_only_what_is_damaged(store: Path) -> None:
     flip_byte(store, "resid/layer_4", "c.1.0.0")
     result = run("repair", store)
@@ -499,18 +517,20 @@ def test_an_address_that_cannot_be_opened_is_one_line(monkeypatch: pytest.Monkey
 
 
 def test_repair_hands_damaged_shards_to_whoever_can_harvest(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    handed: list[tuple[str, list[int]]] = []
+    handed: list[tuple] = []
 
     class Entry:
         @staticmethod
         def load() -> object:
-            return lambda url, shards: handed.append((url, shards))
+            return lambda url, shards, device, model, undo: (undo(), handed.append((url, shards, device, model)))
 
     monkeypatch.setattr("saemill.cache_schema.cli.entry_points", lambda group: [Entry])
     monkeypatch.setattr("saemill.cache_schema.cli.NOT_HARVESTED", ())
     flip_byte(store, "resid/layer_4", "c.2.0.0")
-    assert run("repair", store).exit_code == 0
-    assert handed == [(str(store), [2])]
+    assert run("repair", store, "--device", "cpu").exit_code == 0
+    assert handed == [(str(store), [2], "cpu", None)]
+    refused = run("repair", store, "--device", "cpu", "--remove-only")
+    assert refused.exit_code == 2 and "--model and --device are for harvesting again" in refused.output
 
 
 def test_verify_goes_on_after_a_broken_record(store: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, cast, get_args
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from datasets import load_dataset
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -32,6 +33,7 @@ from saemill.cache_schema import (
     StoreWriter,
     to_float32,
 )
+from saemill.cache_schema.cli import main as store_command
 from saemill.cache_schema.commits import DEVICES_ASKED, read_devices, write_device
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles, open_files
 from saemill.cache_schema.info import describe, render
@@ -614,6 +616,27 @@ def test_repair_refuses_another_model(make_config: Make, model_folder, tmp_path)
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     with pytest.raises(StoreError, match=r"expected tiny at sha256-.*same harvest"):
         reharvest(config.out, [0], model=str(other))
+
+
+def test_repair_without_the_model_removes_nothing(make_config: Make, model_folder, tmp_path, monkeypatch):
+    """A split that lacks one shard cannot be read at all."""
+    config = make_config()
+    harvest(config)
+    before = digest_of(config.out)
+    with StoreWriter.open(config.out) as writer:
+        chunk = Path(config.out) / writer.arrays["resid/layer_2"].chunk_key(2)
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for more in ([], ["--model", str(tmp_path / "gone")], ["--device", "abacus", "--model", str(model_folder)]):
+        result = CliRunner().invoke(store_command, ["repair", config.out, *more])
+        said = result.output.splitlines()
+        assert result.exit_code == 1 and said[-1].startswith("StoreError: ") and "No shard was removed" in said[-1]
+        with Store.open(config.out) as store:
+            assert store.committed.all() and store.record(2)
+    result = CliRunner().invoke(store_command, ["repair", config.out, "--model", str(model_folder), "--device", "cpu"])
+    assert result.exit_code == 0 and "1 shards harvested again: [2]" in result.output, result.output
+    assert digest_of(config.out) == before
 
 
 def test_repair_leaves_committed_shards_alone(make_config: Make, model_folder):
