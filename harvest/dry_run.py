@@ -23,10 +23,19 @@ from .corpus.source import Corpus, part_of
 from .create_store import require_ours, require_place
 from .cut_windows import Packer
 from .errors import CorpusEmpty
-from .estimate_cost import Cost, cost_before, least_bytes, measure_cost, needed_bytes, tell_splits, tokens_in
+from .estimate_cost import (
+    Cost,
+    cost_before,
+    least_bytes,
+    manifest_before,
+    measure_cost,
+    needed_bytes,
+    tell_splits,
+    tokens_in,
+)
 from .process import open_process
 from .progress import Watch
-from .run import decide, make_harvester, with_weights
+from .run import decide, make_harvester
 from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
 
 TRIAL_DOCUMENTS = 2000
@@ -54,7 +63,9 @@ class Estimate:
     @property
     def least_bytes(self) -> int:
         """What is surely needed: a disk is refused for that alone."""
-        return self.needed_bytes if self.to_download is None else least_bytes(self.work.manifest)
+        if self.to_download is None:
+            return self.needed_bytes
+        return least_bytes(self.work.manifest) * len(self.work.shards) // self.work.manifest.shards
 
     @property
     def needed_bytes(self) -> int:
@@ -71,14 +82,14 @@ def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
     require_place(files)
     with open_process(config.device, config.worker) as process:
         plan = decide(config, watch)
-        if plan.source.to_download is not None and not files.exists(ROOT):
-            manifest, cost = cost_before(plan, process.device)
-            work = Work(manifest, range(manifest.shards))
-            return Estimate(work, cost, files.free_bytes(), plan.source.to_download)
-        plan = with_weights(plan)
-        work, sample = _rest_of(plan, files) if files.exists(ROOT) else _whole(plan)
-        cost = measure_cost(make_harvester(work.manifest, plan.source, process.device), sample)
-    return Estimate(work, cost, files.free_bytes())
+        is_begun = files.exists(ROOT)
+        if plan.source.to_download is None:
+            work, sample = _rest_of(plan, files) if is_begun else _whole(plan)
+            cost = measure_cost(make_harvester(work.manifest, plan.source, process.device), sample)
+        else:
+            work = _rest_of(plan, files)[0] if is_begun else _all_of(manifest_before(plan))
+            cost = cost_before(plan, work.manifest, process.device)
+    return Estimate(work, cost, files.free_bytes(), plan.source.to_download)
 
 
 def document_of(estimate: Estimate) -> dict[str, Any]:
@@ -136,12 +147,16 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:,.1f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
 
 
+def _all_of(manifest: Manifest) -> Work:
+    return Work(manifest, range(manifest.shards))
+
+
 def _whole(plan: Plan) -> tuple[Work, np.ndarray]:
     """A harvest from the start."""
     corpus = open_corpus(plan.corpus)
     spec = corpus_spec(plan, corpus.id, corpus.revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
     manifest = expected_manifest(plan, spec, plan.windows)
-    return Work(manifest, range(manifest.shards)), _first_windows(plan, corpus)
+    return _all_of(manifest), _first_windows(plan, corpus)
 
 
 def _rest_of(plan: Plan, files: Files) -> tuple[Work, np.ndarray]:

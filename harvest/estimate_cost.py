@@ -127,11 +127,10 @@ def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> No
         watch.say(f"time: about {hours:,.1f} hours for one process on {device}, by its layers ({rate:,.0f} tokens/s)")
 
 
-def cost_before(plan: Plan, device: torch.device) -> tuple[Manifest, Cost]:
+def cost_before(plan: Plan, manifest: Manifest, device: torch.device) -> Cost:
     """What a dry run says of a model whose weights are not here."""
-    manifest = manifest_before(plan)
     sizes = {path: size / manifest.tokens for path, size in bytes_by_array(manifest).items()}
-    return manifest, Cost(sizes, tokens_per_second(plan, manifest, device))
+    return Cost(sizes, tokens_per_second(plan, manifest, device))
 
 
 def manifest_before(plan: Plan) -> Manifest:

@@ -55,9 +55,10 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
         if config.model == AUTO and not process.is_first:
             wait_for_tokens(files, watch)  # the first worker decides for all
         plan = decide(config, watch)
-        if process.is_first and not files.exists(ROOT):
-            announce(plan, process.device, files, watch)
-        plan = with_weights(plan)
+        if not files.exists(ROOT):
+            if process.is_first:
+                announce(plan, process.device, files, watch)
+            plan = with_weights(plan)
         writer = begin_store(plan, process, watch)
         try:
             written = _harvest_share(plan, process, writer, watch)
@@ -70,9 +71,8 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
 
 
 def decide(config: HarvestConfig, watch: Watch) -> Plan:
-    """Which model it is, and whether it can give what is wanted. `auto` is decided once for a store."""
-    begun = _begun_with(open_files(config.out)) if config.model == AUTO else None
-    choice = begun or choose(config.model)
+    """Which model it is, and whether it can give what is wanted. That is decided once for a store, the commit too."""
+    choice = _begun_with(open_files(config.out), config.model) or choose(config.model)
     watch.say(choice.banner)
     return make_plan(config, look(choice), choice)
 
@@ -84,11 +84,8 @@ def with_weights(plan: Plan) -> Plan:
     return replace(plan, source=fetch(Choice(plan.source.id, plan.source.revision)))
 
 
-def _begun_with(files: Files) -> Choice | None:
-    if not files.exists(ROOT):
-        return None
-    model = read_root(files).manifest.model
-    return choose_again(model.id, model.revision)
+def _begun_with(files: Files, name: str) -> Choice | None:
+    return choose_again(name, read_root(files).manifest.model) if files.exists(ROOT) else None
 
 
 def reharvest(
@@ -139,7 +136,7 @@ def _harvest_share(plan: Plan, process: Process, writer: StoreWriter, watch: Wat
     if not shards:
         return 0
     keep_large_blocks(SMALLER_THAN_SHARDS)
-    harvester = make_harvester(manifest, plan.source, process.device)
+    harvester = make_harvester(manifest, with_weights(plan).source, process.device)
     begun = sorted(set(range(manifest.shards)) - set(pending))[:1]
     _warn_of_others(writer, harvester, [*begun, *shards], watch)
     if not is_bound_to_fit(writer.files, manifest, len(pending)):  # all workers fill the same disk

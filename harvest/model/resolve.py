@@ -97,16 +97,14 @@ def choose(model: str, revision: str | None = None) -> Choice:
     return Choice(POCKET, None, _banner(POCKET, f"{FIRST_CHOICE} is not cached and {obstacle}"))
 
 
-def choose_again(model: str, revision: str | None) -> Choice | None:
-    """What `auto` must mean for a store begun with this model, whatever is cached or within reach today.
+def choose_again(name: str, found: ModelSpec) -> Choice | None:
+    """What `auto`, or a model's own name, must mean for a store begun with it, whatever is cached or on the hub today.
 
-    None where `auto` never means that model.
+    None where the name never means that model.
     """
-    if model not in (FIRST_CHOICE, POCKET):
-        return None
-    return Choice(
-        model, revision if model == FIRST_CHOICE else None, _banner(model, "the store at --out was begun with it")
-    )
+    if name == AUTO and found.id in (FIRST_CHOICE, POCKET):
+        return Choice(found.id, _commit_of(found), _banner(found.id, "the store at --out was begun with it"))
+    return Choice(name, _commit_of(found)) if name == found.id else None
 
 
 def fetch(choice: Choice) -> ModelSource:
@@ -116,14 +114,19 @@ def fetch(choice: Choice) -> ModelSource:
 
 def fetch_recorded(model: ModelSpec, override: str | None) -> ModelSource:
     """The files of the model that a store was made with, down to the revision; `override` says where to look."""
-    is_commit = model.revision is not None and ("-" not in model.revision or model.revision.startswith(GGUF))
-    source = fetch(Choice(override or model.id, model.revision if is_commit and override in (None, model.id) else None))
+    source = fetch(Choice(override or model.id, _commit_of(model) if override in (None, model.id) else None))
     if model.revision is not None and source.revision != model.revision:
         raise ModelDiffers(
             f"expected {model.id} at {model.revision}, with which the store was made, found {source.id} at "
             f"{source.revision}"
         )
     return source
+
+
+def _commit_of(model: ModelSpec) -> str | None:
+    """By which a recorded model can be asked for; None where its revision is a hash of a folder."""
+    revision = model.revision or "-"
+    return revision if "-" not in revision or revision.startswith(GGUF) else None
 
 
 def look(choice: Choice) -> ModelSource:

@@ -48,7 +48,8 @@ from saemill.harvest.corpus.hugging_face import HubCorpus
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SettingInvalid, SplitEmpty
-from saemill.harvest.estimate_cost import RESERVE_BYTES
+from saemill.harvest.estimate_cost import RESERVE_BYTES, least_bytes
+from saemill.harvest.model import resolve
 from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, ModelSource
 from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch
@@ -247,7 +248,7 @@ def share_of(monkeypatch):
         monkeypatch.setattr(run, "harvest_shards", harvest_shards)
         said = io.StringIO()
         process = Process(torch.device("cpu"), worker, takes_rest=True)
-        plan: Any = SimpleNamespace(source=None)
+        plan: Any = SimpleNamespace(source=SimpleNamespace(to_download=None))
         written = run._harvest_share(plan, process, cast(StoreWriter, writer), Watch(Console(file=said, width=300)))
         return written, said.getvalue()
 
@@ -324,8 +325,8 @@ def chosen(model_folder, monkeypatch) -> list[Choice]:
 
 
 @pytest.mark.usefixtures("share_only")
-@pytest.mark.parametrize(("name", "revision"), [(FIRST_CHOICE, "c0ffee"), ("pocket", None)])
-def test_auto_is_decided_once_for_a_store(make_config: Make, chosen, monkeypatch, name, revision):
+@pytest.mark.parametrize("name", [FIRST_CHOICE, "pocket"])
+def test_auto_is_decided_once_for_a_store(make_config: Make, chosen, monkeypatch, name):
     config = make_config(model="auto")
     monkeypatch.setattr(run, "choose", lambda _: Choice(name))
     harvest(replace(config, worker=Worker(0, 2)))
@@ -333,8 +334,51 @@ def test_auto_is_decided_once_for_a_store(make_config: Make, chosen, monkeypatch
     said = io.StringIO()
     assert run.harvest(replace(config, worker=Worker(1, 2)), Watch(Console(file=said, width=200))).committed == 8
     dry_run(config, Watch(is_quiet=True))
-    assert [(choice.name, choice.revision) for choice in chosen[1:]] == [(name, revision)] * 2
+    assert [(choice.name, choice.revision) for choice in chosen[1:]] == [(name, "c0ffee")] * 2
     assert said.getvalue().startswith(f"model: {name}, because the store at --out was begun with it\nto insist: ")
+
+
+@pytest.mark.usefixtures("share_only")
+def test_a_model_of_the_hub_stays_at_the_commit_of_the_store(make_config: Make, model_folder, tmp_path, monkeypatch):
+    """Whoever published it has moved `main`, and this machine has the later commit too."""
+    first, later = "1" * 40, "2" * 40
+    for commit in (first, later):
+        shutil.copytree(model_folder, tmp_path / "hub" / commit)
+    main = [first]
+    monkeypatch.setattr(
+        resolve, "snapshot_download", lambda _, revision=None, **__: str(tmp_path / "hub" / (revision or main[0]))
+    )
+    config = make_config(model="somebody/model")
+    harvest(replace(config, worker=Worker(0, 2)))
+    main[0] = later
+    assert not dry_run(config, Watch(is_quiet=True)).to_download
+    assert harvest(replace(config, worker=Worker(1, 2))).committed == 8
+    with Store.open(config.out) as store:
+        assert store.manifest.model.revision == first
+    with pytest.raises(StoreMismatch, match=r"model\.id"):
+        harvest(replace(config, model="another/model"))
+
+
+@pytest.mark.usefixtures("share_only")
+def test_weights_are_not_fetched_to_be_told_that_settings_differ(make_config: Make, model_folder, monkeypatch):
+    """Nor for a dry run, nor where nothing is left to harvest."""
+    monkeypatch.setattr(run, "look", lambda choice: ModelSource(choice.name, "c0ffee", model_folder, to_download=7))
+    monkeypatch.setattr(run, "fetch", lambda choice: ModelSource(choice.name, "c0ffee", model_folder))
+    config = make_config(model="somebody/model")
+    harvest(replace(config, worker=Worker(0, 2)))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "fetch", lambda _: pytest.fail("fetched the weights"))
+        for worker in (Worker(0), Worker(1, 2)):
+            with pytest.raises(StoreMismatch, match="attention.topk"):
+                harvest(replace(config, attention_topk=8, worker=worker))
+        with pytest.raises(StoreMismatch, match="attention.topk"):
+            dry_run(replace(config, attention_topk=8), Watch(is_quiet=True))
+        rest = dry_run(config, Watch(is_quiet=True))
+        assert (rest.to_download, list(rest.work.shards), rest.work.is_begun) == (7, [1, 3, 5, 7], True)
+        assert rest.least_bytes == least_bytes(rest.work.manifest) // 2 < rest.needed_bytes
+    harvest(config)
+    monkeypatch.setattr(run, "fetch", lambda _: pytest.fail("fetched the weights"))
+    assert harvest(config).committed == 8
 
 
 def test_who_gets_the_small_model_for_the_real_one_is_told_again_at_the_end(make_config: Make, chosen, monkeypatch):

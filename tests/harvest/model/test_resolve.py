@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from saemill.cache_schema import ModelSpec
 from saemill.harvest.errors import ModelUnavailable
 from saemill.harvest.model import resolve
 from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, choose, choose_again, fetch, look
@@ -208,11 +209,29 @@ def test_a_disk_that_is_full_in_the_words_of_the_hubs_own_library(hub):
 
 
 def test_auto_means_for_a_store_what_it_was_begun_with():
-    gemma, pocket = choose_again(FIRST_CHOICE, COMMIT), choose_again("pocket", "sha256-0")
+    gemma, pocket = (
+        choose_again("auto", ModelSpec(id=name, d_model=1, dtype="float32", revision=revision))
+        for name, revision in ((FIRST_CHOICE, COMMIT), ("pocket", "sha256-0"))
+    )
     assert gemma is not None and (gemma.name, gemma.revision) == (FIRST_CHOICE, COMMIT)
     assert pocket is not None and (pocket.name, pocket.revision) == ("pocket", None)
     assert len(gemma.banner) == len(pocket.banner) == 2
-    assert choose_again("somebody/model", COMMIT) is None
+    assert choose_again("auto", ModelSpec(id="somebody/model", d_model=1, dtype="float32", revision=COMMIT)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "commit"),
+    [
+        ("somebody/model", COMMIT, COMMIT),
+        ("tiny", "sha256-0", None),
+        ("a.gguf", "gguf-01", "gguf-01"),
+        ("b", None, None),
+    ],
+)
+def test_a_name_means_for_a_store_the_commit_it_was_begun_with(name, revision, commit):
+    found = ModelSpec(id=name, d_model=1, dtype="float32", revision=revision)
+    assert choose_again(name, found) == Choice(name, commit)
+    assert choose_again("another/model", found) is None
 
 
 def test_a_folder_without_weights(tmp_path):
