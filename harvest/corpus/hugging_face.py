@@ -147,11 +147,14 @@ def find_repository(source: DatasetOptions, api: Any = None) -> Repository:
     from huggingface_hub import HfApi
 
     api = api or HfApi()
-    info = api.dataset_info(source.dataset, revision=source.revision, timeout=TIMEOUT_SECONDS)
+    revision = source.revision
+    info = api.dataset_info(source.dataset, revision=revision, timeout=TIMEOUT_SECONDS)
     names = [sibling.rfilename for sibling in info.siblings]
-    if source.revision is None and f"{source.dataset.rsplit('/', 1)[-1]}.py" in names:
-        info = api.dataset_info(source.dataset, revision=CONVERSION, timeout=TIMEOUT_SECONDS)
+    if revision is None and f"{source.dataset.rsplit('/', 1)[-1]}.py" in names:
+        revision = CONVERSION
+        info = api.dataset_info(source.dataset, revision=revision, timeout=TIMEOUT_SECONDS)
         names = [sibling.rfilename for sibling in info.siblings]
+    if revision == CONVERSION:
         files = _converted_files(names, source)
         folder = files[0].split("/")[1]
         return Repository(source.dataset, info.sha, files, folder if folder.startswith(PARTIAL) else None)

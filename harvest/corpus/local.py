@@ -61,16 +61,19 @@ class LocalCorpus:
 
     @cached_property
     def _digest(self) -> str:
-        """A hash over the hashes of all files, in order."""
+        """A hash over the hashes of all files, in order; where text is mixed with rows, each says which it is."""
         total = hashlib.sha256()
+        is_mixed = len(set(map(_has_rows, self.files))) > 1
         for file in self.files:
             with file.open("rb") as opened:
                 total.update(hashlib.file_digest(opened, "sha256").digest())
+            if is_mixed:
+                total.update(b"rows" if _has_rows(file) else b"text")
         return f"sha256:{total.hexdigest()}"
 
     @property
     def settings(self) -> dict[str, Any]:
-        has_columns = any(file.suffix.lower() in (*JSONL_SUFFIXES, *PARQUET_SUFFIXES) for file in self.files)
+        has_columns = any(map(_has_rows, self.files))
         kind = "file" if self._path.is_file() else "folder"
         return {"kind": kind} | ({"column": self._column} if has_columns else {})
 
@@ -94,6 +97,10 @@ class LocalCorpus:
                 yield from _blocks_of_text(file)
             else:
                 yield _decoded(file.read_bytes(), f"{file}")
+
+
+def _has_rows(file: Path) -> bool:
+    return file.suffix.lower() in (*JSONL_SUFFIXES, *PARQUET_SUFFIXES)
 
 
 def _blocks_of_text(file: Path) -> Iterator[str]:

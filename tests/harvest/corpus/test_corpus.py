@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from itertools import islice
 from pathlib import Path
@@ -71,6 +72,20 @@ def test_moving_text_between_files_changes_the_identity_of_a_folder(tmp_path):
         for i, part in enumerate(parts):
             write(tmp_path / name / f"{i}.txt", part)
     assert LocalCorpus(tmp_path / "x").revision != LocalCorpus(tmp_path / "y").revision
+
+
+def test_a_folder_of_text_and_rows_says_which_file_is_which(tmp_path):
+    """The same bytes are other documents; folders of one kind have the identity they always had."""
+    row = '{"text": "one"}\n'
+    for name, suffix in (("rows", "jsonl"), ("mixed", "txt")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / f"a.{suffix}", row)
+        write(tmp_path / name / "b.jsonl", row)
+    rows, mixed = LocalCorpus(tmp_path / "rows"), LocalCorpus(tmp_path / "mixed")
+    assert list(rows.documents()) != list(mixed.documents())
+    assert (rows.id, rows.settings) == (mixed.id, mixed.settings) and rows.revision != mixed.revision
+    one = hashlib.sha256(row.encode()).digest()
+    assert rows.revision == f"sha256:{hashlib.sha256(one + one).hexdigest()}"
 
 
 def test_the_standard_library_is_a_corpus():

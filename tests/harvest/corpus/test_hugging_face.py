@@ -16,7 +16,7 @@ from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from saemill.harvest.corpus.hugging_face import HubCorpus, find_repository, open_hub
+from saemill.harvest.corpus.hugging_face import CONVERSION, HubCorpus, find_repository, open_hub
 from saemill.harvest.corpus.local import LocalCorpus
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import CorpusUnavailable, DocumentInvalid, NetworkLost
@@ -189,8 +189,10 @@ def test_a_script_repository_is_read_by_its_conversion():
 
 def test_a_partial_conversion_will_do():
     hub = Hub(main=["name.py"], converted=["plain/partial-train/0000.parquet"])
-    found = find_repository(SOURCE, hub)
-    assert (found.files, found.part) == (("plain/partial-train/0000.parquet",), "partial-train")
+    for source in (SOURCE, DatasetOptions("owner/name", revision=CONVERSION)):
+        found = find_repository(source, hub)
+        assert (found.commit, found.files) == ("commit-of-converted", ("plain/partial-train/0000.parquet",))
+        assert found.part == "partial-train"
 
 
 def test_several_configs_must_be_told_apart():
