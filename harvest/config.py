@@ -69,8 +69,8 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         for layers in (self.resid_layers, self.attention_layers):
-            read_layers(layers, 0)  # what cannot be read is refused before a model is looked for
-        kept = read_hooks(self.hooks, 0, (ANY_LAYER,)).get(RESID, ())
+            read_layers(layers, None)  # what cannot be read is refused before a model is looked for
+        kept = read_hooks(self.hooks, None, (ANY_LAYER,)).get(RESID, ())
         if self.resid_layers and ANY_LAYER not in kept:
             found = "those of other layers: leave out one of the two" if kept else f"none: add {RESID}"
             raise SettingInvalid(f"--resid-layers asks for residuals, --hooks {self.hooks} for {found}")
@@ -106,13 +106,13 @@ def parse_count(text: str) -> int:
     return round(float(found[1]) * scale)
 
 
-def read_layers(layers: tuple[int, ...] | str, layer: int) -> tuple[int, ...]:
+def read_layers(layers: tuple[int, ...] | str, layer: int | None) -> tuple[int, ...]:
     """Rising layers, given as numbers or in the words of the command line: their order makes no other store."""
     return tuple(sorted(set(layers))) if isinstance(layers, tuple) else parse_layers(layers or "none", layer)
 
 
 def read_hooks(
-    hooks: Mapping[str, tuple[int, ...]] | str, layer: int, layers: tuple[int, ...]
+    hooks: Mapping[str, tuple[int, ...]] | str, layer: int | None, layers: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
     """Hook to layers, the residual stream among them, likewise."""
     if isinstance(hooks, str):
@@ -120,20 +120,21 @@ def read_hooks(
     return by_hook(Site(hook, number) for hook, own in {RESID: layers, **hooks}.items() for number in own)
 
 
-def parse_layers(text: str, layer: int) -> tuple[int, ...]:
-    """Layers such as `17,19`, `17..20` or, counted from `layer`, `-2..+1`; `none` for no layer."""
+def parse_layers(text: str, layer: int | None) -> tuple[int, ...]:
+    """Layers such as `17,19`, `17..20` or, counted from `layer`, `-2..+1`; `none` for no layer. Where `layer` is not
+    known yet (None), a range such as `17..+1` is read, and not what it holds."""
     if text.strip().lower() == "none":
         return ()
     layers: set[int] = set()
     for item in text.split(","):
-        ends = [_parse_layer(end, layer, text) for end in item.split("..")]
-        if len(ends) > 2 or ends[0] > ends[-1]:
+        ends = [_parse_layer(end, layer or 0, text) for end in item.split("..")]
+        if len(ends) > 2 or (layer is not None and ends[0] > ends[-1]):
             raise SettingInvalid(f"{text!r}: expected a range such as 17..20 or -2..+1, found {item!r}")
-        layers.update(range(ends[0], ends[-1] + 1))
+        layers.update(range(ends[0], max(ends) + 1))
     return tuple(sorted(layers))
 
 
-def parse_hooks(text: str, layer: int, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def parse_hooks(text: str, layer: int | None, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Hooks such as `resid,mlp_in,mlp_out`, all of the same `layers`, or `resid,mlp_in:12..19`, which says its own."""
     sites: list[Site] = []
     for item in text.split(","):

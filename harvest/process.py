@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .config import Worker
+from .errors import SettingInvalid
 from .model.load_and_truncate import find_device
 
 
@@ -38,6 +39,10 @@ def open_process(device: str, worker: Worker) -> Iterator[Process]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Process(find_device(device), worker, takes_rest=takes_rest)
         return
+    if ":" in device:
+        raise SettingInvalid(
+            f"--device {device}: each process of a launch computes on the device of its rank. Leave out the number"
+        )
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")

@@ -91,6 +91,15 @@ def test_layers_are_read_before_a_model_is_looked_for(name):
         HarvestConfig(out="store", **{name: "all"})
 
 
+def test_a_range_from_a_number_to_a_distance_is_read_by_the_models_layer():
+    """At no layer was it: before one is known, its end seems to lie before its beginning."""
+    facts = ModelFacts("llama", num_layers=30, d_model=576, num_heads=9, max_context=8192, vocab_size=49152)
+    config = HarvestConfig("store", layer=19, attention_layers="17..+1", hooks="resid,mlp_in:18..+0")
+    assert wanted_layers(config, facts) == Wanted((19,), (17, 18, 19, 20), {"mlp_in": (18, 19)})
+    with pytest.raises(SettingInvalid, match=r"expected a range such as .*, found '17\.\.\+1'"):
+        wanted_layers(HarvestConfig("store", layer=3, attention_layers="17..+1"), facts)
+
+
 @pytest.mark.parametrize(
     ("hooks", "words"),
     [
