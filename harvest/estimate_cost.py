@@ -28,7 +28,7 @@ from ..cache_schema.disk_and_cloud_files import Files
 from ..cache_schema.identity import seal
 from ..cache_schema.layout import arrays_of
 from .corpus import source_of
-from .model.load_and_truncate import Wanted, make_random, truncate
+from .model.load_and_truncate import Wanted, make_random, memory_of, truncate
 from .progress import Watch
 from .shards import Harvester, harvest_shards
 from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
@@ -183,7 +183,8 @@ def _seconds_per_token(
 ) -> float:
     wanted = Wanted((layers - 1,), (layers - 1,) if keep_attention else ())
     dtype = getattr(torch, plan.config.dtype)
-    model = truncate(make_random(plan.source.folder, layers, TRIAL_VOCABULARY, dtype, device), wanted)
+    with memory_of(device, "layers whose time is taken", "Choose another --device, or let whoever computes there end"):
+        model = truncate(make_random(plan.source.folder, layers, TRIAL_VOCABULARY, dtype, device), wanted)
     attention = replace(manifest.attention, layers=wanted.attention_layers) if keep_attention else AttentionSpec()
     trial = replace(manifest, layers=wanted.resid_layers, attention=attention, hooks={})
     windows = (plan.windows_per_batch, plan.config.context)

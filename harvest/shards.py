@@ -65,7 +65,8 @@ def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[i
                     elsewhere.append(shard)
                     continue
                 with memory_of(harvester.device, f"batches of {harvester.batch_windows} windows", SMALLER_BATCH):
-                    content = compute_shard(harvester, *store.beginning(shard))
+                    first, _ = harvester.manifest.shard_range(shard)
+                    content = compute_shard(harvester, *store.beginning(shard), first)
                 if writing is not None:
                     writing.result()
                 keep = partial(_write, writer, harvester, shard, claim=stack.pop_all(), report=report, lost=elsewhere)
@@ -76,9 +77,11 @@ def harvest_shards(writer: StoreWriter, harvester: Harvester, shards: Iterable[i
     return elsewhere
 
 
-def compute_shard(harvester: Harvester, tokens_WT: np.ndarray, documents_WT: np.ndarray) -> ShardContent:
-    """All arrays of one shard."""
-    collector = _Collector(harvester, tokens_WT)
+def compute_shard(
+    harvester: Harvester, tokens_WT: np.ndarray, documents_WT: np.ndarray, first: int = 0
+) -> ShardContent:
+    """All arrays of one shard, whose first window is the store's window `first`."""
+    collector = _Collector(harvester, tokens_WT, first)
     for start in range(0, len(tokens_WT), harvester.batch_windows):
         collector.add(start, tokens_WT[start : start + harvester.batch_windows])
     collector.finish()
@@ -116,10 +119,10 @@ class _Launched:
 class _Collector:
     """Gathers batches into the arrays of a shard, one batch behind the device where that can wait."""
 
-    def __init__(self, harvester: Harvester, tokens_WT: np.ndarray) -> None:
+    def __init__(self, harvester: Harvester, tokens_WT: np.ndarray, first: int) -> None:
         manifest = harvester.manifest
         dtype = STORED_AS[manifest.model.dtype]
-        self.harvester = harvester
+        self.harvester, self.first = harvester, first
         is_gpu = harvester.device.type == "cuda"
         self.acts = {
             site: _make_room((*tokens_WT.shape, manifest.width_of(site.hook)), dtype, is_gpu) for site in manifest.sites
@@ -138,7 +141,7 @@ class _Collector:
         """Start a batch; take in the one before it."""
         ids = torch.from_numpy(tokens_WT.astype(np.int64))
         if self._stream is not None:
-            ids = ids.pin_memory()  # from other memory a copy may wait for all that is queued
+            ids = _pinned(ids)  # from other memory a copy may wait for all that is queued
         ids = ids.to(self.harvester.device, non_blocking=True)
         captured = capture(self.harvester.model, ids, self.harvester.manifest.attention)
         done = torch.cuda.current_stream(self.harvester.device).record_event() if self._stream else None
@@ -164,12 +167,12 @@ class _Collector:
     @torch.inference_mode()
     def _take(self, batch: _Launched) -> None:
         special = is_special(batch.ids, self.harvester.manifest.model.special_tokens)
-        rows = slice(batch.start, batch.start + len(batch.ids))
+        rows, first = slice(batch.start, batch.start + len(batch.ids)), self.first + batch.start
         for site, acts in batch.captured.acts.items():
-            self.moments[site].append(measure(site.layer, acts, special, site.hook))
+            self.moments[site].append(measure(site.layer, acts, special, site.hook, first))
             torch.from_numpy(self.acts[site])[rows].copy_(_as_stored(acts), non_blocking=True)
         for layer, kept in batch.captured.attention.items():
-            self.attention[layer].append(to_csr(layer, kept))
+            self.attention[layer].append(to_csr(layer, kept, first))
 
 
 def _make_room(shape: tuple[int, ...], dtype: np.dtype, is_pinned: bool) -> np.ndarray:
@@ -180,6 +183,13 @@ def _make_room(shape: tuple[int, ...], dtype: np.dtype, is_pinned: bool) -> np.n
         return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True).numpy()
     except RuntimeError:  # the host locks no more pages: copies are slower then, and the same
         return np.empty(shape, dtype)
+
+
+def _pinned(ids: Tensor) -> Tensor:
+    try:
+        return ids.pin_memory()
+    except RuntimeError:  # likewise
+        return ids
 
 
 def _as_stored(resid: Tensor) -> Tensor:

@@ -25,11 +25,14 @@ def is_special(ids_WT: Tensor, special_tokens: Collection[int]) -> Tensor:
     return torch.isin(ids_WT, torch.tensor(sorted(special_tokens), dtype=ids_WT.dtype, device=ids_WT.device))
 
 
-def measure(layer: int, resid_WTD: Tensor, is_special_WT: Tensor, hook: str = RESID) -> Moments:
-    """Moments over a batch of windows; stops at infinities and NaN, in special tokens too."""
+def measure(
+    layer: int, resid_WTD: Tensor, is_special_WT: Tensor, hook: str = RESID, first: int | None = None
+) -> Moments:
+    """Moments over a batch of windows, of which the store counts the first as `first`; stops at infinities and NaN, in
+    special tokens too."""
     counted_WT = (~is_special_WT).double()
     norm_WT, sum_D = _norms_and_sum(resid_WTD, counted_WT)
-    _validate_finite(layer, hook, norm_WT, resid_WTD.dtype)
+    _validate_finite(layer, hook, norm_WT, resid_WTD.dtype, first)
     count = int(counted_WT.sum())
     return Moments(
         count=count,
@@ -63,12 +66,17 @@ def say_overflow(dtype: str) -> str:
     return f"the model overflows in {dtype}, harvest with --dtype {wider}"
 
 
-def _validate_finite(layer: int, hook: str, norm_WT: Tensor, dtype: torch.dtype) -> None:
+def name_window(window: int, first: int | None) -> str:
+    """For a person: of the store, or of the batch where no store is made."""
+    return f"window {window} of the batch" if first is None else f"window {first + window} of the store"
+
+
+def _validate_finite(layer: int, hook: str, norm_WT: Tensor, dtype: torch.dtype, first: int | None) -> None:
     """A norm in float64 is finite if and only if every channel is."""
     if not torch.isfinite(norm_WT).all():
         window, position = torch.nonzero(~torch.isfinite(norm_WT))[0].tolist()
         name, what = str(dtype).removeprefix("torch."), "residual" if hook == RESID else hook
         raise NonFiniteResidual(
-            f"layer {layer}: the {what} at window {window} of the batch, position {position}, holds infinities "
+            f"layer {layer}: the {what} at {name_window(window, first)}, position {position}, holds infinities "
             f"or NaN; {say_overflow(name)}"
         )

@@ -17,6 +17,7 @@ from saemill.harvest import estimate_cost, run
 from saemill.harvest.config import HarvestConfig
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.dry_run import dry_run, render
+from saemill.harvest.errors import DeviceFull
 from saemill.harvest.estimate_cost import bytes_by_array, manifest_before, tokens_per_second
 from saemill.harvest.model.load_and_truncate import load_model
 from saemill.harvest.model.resolve import Choice, ModelSource
@@ -105,6 +106,15 @@ def test_the_rate_counts_layers_and_kept_attention(make_config: Make, model_fold
     )
     rate = tokens_per_second(plan, manifest_before(plan), torch.device("cpu"))
     assert rate == pytest.approx(1 / (3 + 3 * 2 + 3 * 4))
+
+
+def test_a_device_without_memory_for_the_layers_that_are_timed_is_named(make_config: Make, described, monkeypatch):
+    def allocate(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.")
+
+    monkeypatch.setattr(estimate_cost, "make_random", allocate)
+    with pytest.raises(DeviceFull, match="cpu has no memory left for layers whose time is taken .*Tried to allocate"):
+        dry_run(make_config(model="owner/name"), Watch(is_quiet=True))
 
 
 def test_the_layers_that_are_timed_have_the_models_shape(model_folder):

@@ -311,6 +311,13 @@ def test_of_one_launch_only_the_first_shows_what_it_does(make_config: Make, monk
     assert watches[0].console.quiet is is_quiet
 
 
+def test_a_device_by_number_is_not_for_each_process_of_a_launch(make_config: Make, monkeypatch):
+    """All would compute on those of their ranks, whatever was asked for."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingInvalid, match="--device cuda:1: each process of a launch .* Leave out the number"):
+        harvest(make_config(device="cuda:1"))
+
+
 @pytest.fixture
 def chosen(model_folder, monkeypatch) -> list[Choice]:
     """What was fetched; every model has the files of the tiny one."""
@@ -683,6 +690,15 @@ def test_repair_without_the_model_removes_nothing(make_config: Make, model_folde
     assert digest_of(config.out) == before
 
 
+def test_a_host_that_locks_no_more_pages_computes_all_the_same(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    ids = torch.arange(3)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    assert shards._pinned(ids) is ids
+
+
 def test_repair_leaves_committed_shards_alone(make_config: Make, model_folder):
     harvest(make_config())
     with pytest.raises(StoreBusy, match=r"shards \[0\]"):
@@ -760,7 +776,7 @@ def test_an_overflow_stops_the_run_names_the_layer_and_keeps_what_is_committed(m
         return captured
 
     monkeypatch.setattr(shards, "capture", overflowing)
-    with pytest.raises(NonFiniteResidual, match="layer 2"):
+    with pytest.raises(NonFiniteResidual, match="layer 2: the residual at window 32 of the store"):
         harvest(make_config())
     with Store.open(make_config().out) as store:
         assert store.committed.tolist() == [True, True] + [False] * 6

@@ -203,3 +203,5 @@ def test_attention_that_is_not_finite_names_its_layer(value, left_out):
     probs[1, 0, 5] = value
     with pytest.raises(NonFiniteAttention, match=r"layer 17: .* window 1 of the batch, query 5"):
         to_csr(17, sparsify(probs, AttentionSpec(left_out=left_out)))
+    with pytest.raises(NonFiniteAttention, match=r"window 41 of the store, query 5"):
+        to_csr(17, sparsify(probs, AttentionSpec(left_out=left_out)), first=40)
