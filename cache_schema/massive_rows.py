@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .counts import trainable
 from .layout import arrays_of
 from .manifest import Manifest
-from .moments import Moments, is_special
+from .moments import Moments
 from .reader import Store
 from .request import Request, ShardArrays, Span
 from .sites import Place, Site, site_of
@@ -115,7 +116,7 @@ def count_ordinary(store: Store, bounds: Mapping[Place, float], split: str, wind
     manifest, found = store.manifest, 0
     for part in store.stream(Request.of(map(site_of, bounds), tokens=True, split=split, windows=(0, windows))):
         assert part.tokens is not None
-        counts = ~is_special(part.tokens, manifest.model.special_tokens)
+        counts = trainable(manifest, part.tokens)
         for layer, bound in bounds.items():
             counts &= ~is_massive(_norms(part, site_of(layer)), bound)
         found += int(counts.sum())
@@ -169,7 +170,7 @@ def _read(store: Store, layer: Place, span: Span) -> tuple[ShardArrays, np.ndarr
     """A span's residuals and which of its tokens are not special: bool [W, T]."""
     arrays = store.read(Request.of([site_of(layer)], tokens=True), span)
     assert arrays.tokens is not None
-    return arrays, ~is_special(arrays.tokens, store.manifest.model.special_tokens)
+    return arrays, trainable(store.manifest, arrays.tokens)
 
 
 def _float_blocks(rows: np.ndarray, dtype: str) -> Iterator[tuple[int, np.ndarray]]:

@@ -17,14 +17,13 @@ from ..cache_schema.sites import RESID
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests, share_windows
 from .config import HarvestConfig, read_hooks, read_layers
 from .corpus import source_of
-from .corpus.source import OPENWEBTEXT, STDLIB, DatasetOptions
+from .corpus.source import OPENWEBTEXT, SMALL_TOKENS, STDLIB, DatasetOptions
 from .errors import SettingInvalid, TokenizerUnsuitable
 from .model.load_and_truncate import ModelFacts, Wanted, read_facts
 from .model.resolve import POCKET, SMOLLM2, Choice, ModelSource
 from .model.tokenizer import TextEncoder, load_encoder
 from .spool import PackedCorpus
 
-POCKET_TOKENS = 600_000  # a minute or so on two cores
 DEFAULT_TOKENS = 10_000_000
 TEST = "test_per_mille"
 
@@ -48,7 +47,7 @@ class Plan:
     @property
     def tokens(self) -> int:
         """How many are asked for; a corpus may hold less."""
-        suits_model = POCKET_TOKENS if self.source.id == POCKET else DEFAULT_TOKENS
+        suits_model = SMALL_TOKENS if self.source.id == POCKET else DEFAULT_TOKENS
         return self.config.tokens or source_of(self.corpus).tokens or suits_model
 
     @property

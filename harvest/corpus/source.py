@@ -19,6 +19,7 @@ from ..errors import DocumentInvalid
 State = dict[str, Any]  # plain JSON
 
 STDLIB = "stdlib"
+SMALL_TOKENS = 600_000  # a minute or so on two cores, of the pocket model
 OPENWEBTEXT = "Skylion007/openwebtext"
 BESIDE = {  # --dataset: what a source may heed, and what a user types
     "config": "--dataset-config",

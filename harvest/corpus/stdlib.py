@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from .source import STDLIB, Source, State
+from .source import SMALL_TOKENS, STDLIB, Source, State
 
 
 class StdlibCorpus:
@@ -46,5 +46,5 @@ SOURCE = Source(
     takes=lambda options: options.dataset == STDLIB,
     open=lambda _: StdlibCorpus(),
     heeds=(),
-    tokens=600_000,  # a minute or so on two cores
+    tokens=SMALL_TOKENS,
 )

@@ -34,14 +34,13 @@ class TextEncoder:
         return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 
 
-def load_encoder(source: str | Path, revision: str | None = None) -> TextEncoder:
+def load_encoder(source: str | Path) -> TextEncoder:
     """The encoder of a model's folder or hub id."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source,
-            revision=revision,
             trust_remote_code=False,  # left open, it asks at a terminal whether to run a folder's code
         )
     except (OSError, ValueError) as error:
