@@ -18,7 +18,7 @@ from ...cache_schema.strict_json import StrictError, flatten, from_json, nearest
 from ..data.batch import Needs
 from ..errors import ConfigInvalid
 from ..kit import registry
-from ..kit.build import require, require_least
+from ..kit.build import require, require_bounds, require_least
 from ..kit.contract import Variant
 from .recipe import Recipe, Sae
 from .settings import split_key, with_settings
@@ -214,7 +214,9 @@ class Ask:
         instead = smaller_defaults(draft, {key: limit for key, limit in limits(draft).items() if key not in asked})
         if held:
             instead |= stored_layer(draft, asked, held)
-        return Member(_label(sae.label, spread), sae.variant, with_settings(draft, instead, sae.label))
+        config = with_settings(draft, instead, sae.label)
+        require_bounds(config)
+        return Member(_label(sae.label, spread), sae.variant, config)
 
     def _of_recipe(self, sae: Sae, known: set[str]) -> dict[str, Any]:
         shared = self.recipe.settings if self.recipe else {}

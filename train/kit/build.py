@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -39,6 +39,25 @@ def require_positive(config: Any, *names: str, most: float = math.inf) -> None:
     for name in names:
         value = getattr(config, name)
         require(value is None or 0 < value <= most, f"{name}: expected more than 0{bound}, found {value}")
+
+
+def require_bounds(config: Any) -> None:
+    """Refuse what no share of the run, weight or decay can be, by the ends of their names.
+
+    Nothing would fail by itself: a penalty that rises over 2000 runs is not there all along. Only what is asked for
+    anew is checked, so that runs and SAEs of before go on.
+    """
+    for name in (field.name for field in fields(config)):
+        given = getattr(config, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is None:
+                continue
+            if name.endswith(("_fraction", "_from", "_until")):
+                require(0 <= value <= 1, f"{name}: expected a share of the run from 0 to 1, found {value}")
+            elif name.endswith(("_weight", "_weights", "penalty")):
+                require(value >= 0, f"{name}: expected 0 or more, found {value}")
+            elif name.endswith("_decay"):
+                require(0 <= value < 1, f"{name}: expected 0 or more and less than 1, found {value}")
 
 
 def read_with(switch: str, is_on: bool, *names: str) -> dict[str, str]:

@@ -5,7 +5,8 @@ battery (`tests/train/variants/`) finds it by itself. It defines `Config`, a fro
 `Variant` below, or a class of the kit that does: `SingleLayer` (one layer in, the same layer out) or
 `Wrapping` (a base inside, chosen by name). Fields are the settings. Each has a default and a JSON form (numbers,
 strings, booleans, None, tuples, records of them); `layer`, `width`, `k`, `target_l0`, `seed` and `optim` mean
-the same in every variant, and the command line has options for them.
+the same in every variant, and the command line has options for them. A name that ends in `_fraction`, `_from` or
+`_until` is a share of the run, one in `_weight` or `penalty` is never negative: `require_bounds` sees to it.
 
 `build` returns an `Assembly` of parts that know nothing of each other:
 - `sae`: a `SparseAutoencoder` owns W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] and a gate. A new way to

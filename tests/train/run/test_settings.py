@@ -163,6 +163,12 @@ def test_a_damaged_record_is_named():
         read_run_config({}, "config.json")
 
 
+def test_a_run_of_before_goes_on_with_a_share_that_would_be_refused_now():
+    raw = RunConfig(DataConfig(), CourseConfig(), members([], "standard")).to_json()
+    raw["saes"]["standard"]["config"]["penalty_warmup_fraction"] = 2.0
+    assert read_run_config(raw, "config.json").members[0].config.penalty_warmup_fraction == 2.0
+
+
 def test_records_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         DataConfig().seed = 1  # pyright: ignore

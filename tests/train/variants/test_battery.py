@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from saemill.cache_schema.strict_json import StrictError, from_json, to_json
+from saemill.train.config.run_config import Ask
 from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
-from saemill.train.errors import NonFiniteLoss, StateInvalid
+from saemill.train.errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from saemill.train.kit.registry import config_type, names
 
 VARIANTS = names()
@@ -31,6 +32,23 @@ def test_config_survives_json(battery, variant):
 def test_config_defaults_build_a_request(battery, variant):
     needs = config_type(variant)().needs()
     assert needs.layers == tuple(sorted(needs.layers)) != ()
+
+
+def out_of_bounds():
+    """Each variant's shares of the run, weights and decays, with what each cannot be."""
+    wrong = {"_fraction": (2.0, -0.1), "_from": (2.0,), "_until": (2.0,), "_decay": (1.0, -0.1)}
+    wrong |= dict.fromkeys(("_weight", "penalty"), (-1.0,))
+    for variant in VARIANTS:
+        for field in dataclasses.fields(config_type(variant)):
+            if field.type in ("float", "float | None"):
+                for value in next((wrong[end] for end in wrong if field.name.endswith(end)), ()):
+                    yield variant, field.name, value
+
+
+@pytest.mark.parametrize(("variant", "name", "value"), [*out_of_bounds()])
+def test_a_share_or_a_weight_out_of_its_bounds_is_refused(variant, name, value):
+    with pytest.raises(ConfigInvalid, match=f"{name}: expected .*, found {value}"):
+        Ask.of_variants([variant], {name: value}).members(lambda _: {})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
