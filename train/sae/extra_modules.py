@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from .model import SparseAutoencoder
@@ -26,7 +28,7 @@ class Extra(Part):
         """Called once after each step, without gradient; `view.note` writes numbers to the log."""
 
     def retired_latents(self) -> Tensor | None:
-        """bool [F], latents that must stay silent from now on: the auxiliary loss leaves them alone."""
+        """bool [F], latents that the auxiliary loss leaves alone: they are silent for good, or not for it to wake."""
         return None
 
 
@@ -35,6 +37,6 @@ def extras_of(sae: SparseAutoencoder) -> list[Extra]:
 
 
 def retired_of(sae: SparseAutoencoder) -> Tensor | None:
-    """bool [F], the latents that an extra has retired; None where no extra retires any."""
-    found = (extra.retired_latents() for extra in extras_of(sae))
-    return next((retired for retired in found if retired is not None), None)
+    """bool [F], the latents that any extra has retired; None where no extra retires any."""
+    found = [retired for extra in extras_of(sae) if (retired := extra.retired_latents()) is not None]
+    return reduce(torch.logical_or, found) if found else None

@@ -70,7 +70,7 @@ class View:
     dead: Tensor  # bool [F], latents that have not fired for long
     stats: Stats  # of the target
     generator: torch.Generator
-    retired: Tensor | None = None  # bool [F], latents that must stay silent
+    retired: Tensor | None = None  # bool [F], latents that auxiliary losses leave alone
     listed_dead: Tensor | None = None  # the dead latents that the step has listed; listing them waits for a GPU
     residual_by: Callable[[View], Tensor] = residual_of  # a term that reconstructs its own way has it at no cost
     moments: Callable[[nn.Parameter], tuple[Tensor, ...]] = no_moments  # the optimiser's, for whoever moves entries

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..engine.assembly import TableUse
-from ..sae.extra_modules import Extra, retired_of
+from ..sae.extra_modules import Extra
 from ..sae.kernels.hardware import StepCount
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
@@ -85,7 +85,7 @@ class Dynamics(Extra):
         is_due = self._count.of(self.steps) % self.pruning.every_steps == 0
         if self.pruning.share > 0 and view.side.knob(PRUNE, 0.0) and is_due:
             self.retired |= self.variance < self.pruning.share * self.variance.mean()
-            silence(view.sae)  # at once: this may be the last step
+            silence(view.sae, self.retired)  # at once: this may be the last step
         view.note("temporal/activation_variance", (square - mean.square()).mean())
         view.note("temporal/lifetime", mean_lifetime(view))
         view.note("temporal/pruned", self.retired.sum())
@@ -94,33 +94,33 @@ class Dynamics(Extra):
                 view.note(f"temporal/weight_{scale}", view.x.new_zeros(()))
 
 
+@dataclass(frozen=True)
 class Retire:
-    """Retired latents read nothing and stay below zero."""
+    """Latents that were retired here read nothing and stay below zero; what other extras retire is theirs."""
 
+    dynamics: Dynamics
     table_use: ClassVar[TableUse] = "gradients"
 
     @torch.no_grad()
     def before_step(self, sae: SparseAutoencoder) -> None:
         for table in (sae.W_enc.grad, sae.b_enc.grad, sae.W_dec.grad):
             if table is not None:
-                table.masked_fill_(_along(table, sae), 0.0)
+                table.masked_fill_(_along(table, self.dynamics.retired), 0.0)
 
     def after_step(self, sae: SparseAutoencoder) -> None:
-        silence(sae)
+        silence(sae, self.dynamics.retired)
 
 
 @torch.no_grad()
-def silence(sae: SparseAutoencoder) -> None:
+def silence(sae: SparseAutoencoder, retired_F: Tensor) -> None:
     """Retired latents read nothing; a bias below zero keeps them closed."""
-    sae.W_enc.masked_fill_(_along(sae.W_enc, sae), 0.0)
-    sae.b_enc.masked_fill_(_along(sae.b_enc, sae), SILENT)
+    sae.W_enc.masked_fill_(_along(sae.W_enc, retired_F), 0.0)
+    sae.b_enc.masked_fill_(retired_F, SILENT)
 
 
-def _along(table: Tensor, sae: SparseAutoencoder) -> Tensor:
-    """bool, the retired latents in the shape of a table's rows."""
-    retired = retired_of(sae)
-    assert retired is not None
-    return retired if table.ndim == 1 else retired[:, None]
+def _along(table: Tensor, retired_F: Tensor) -> Tensor:
+    """The retired latents in the shape of a table's rows."""
+    return retired_F if table.ndim == 1 else retired_F[:, None]
 
 
 def rows_before(side: Side, lag: int) -> Tensor:

@@ -100,9 +100,10 @@ class Config(Windowed):
         if self.gradient_noise > 0:
             assembly = assembly.with_constraints(GradientNoise(self.gradient_noise, assembly.generator))
         pruning = Pruning(self.prune_every_steps, self.prune_share, self.variance_floor)
-        assembly = assembly.with_extra(TEMPORAL, Dynamics(self._group_sizes(), pruning))
+        dynamics = Dynamics(self._group_sizes(), pruning)
+        assembly = assembly.with_extra(TEMPORAL, dynamics)
         if self.prune_share > 0:
-            assembly = assembly.with_constraints(Retire()).with_knobs(**{PRUNE: Switch(self.prune_from)})
+            assembly = assembly.with_constraints(Retire(dynamics)).with_knobs(**{PRUNE: Switch(self.prune_from)})
         return assembly
 
     def _with_terms(self, assembly: Assembly) -> Assembly:

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from saemill.train.kit.registry import config_type, names
+from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.side_inputs import Side
 from saemill.train.terms import temporal
@@ -14,6 +16,12 @@ from saemill.train.terms.latent_lifetimes import Dynamics, Pruning, mean_lifetim
 from saemill.train.terms.temporal import Consistency, gradient_ratio, inconsistency, part_of, past_rows, remembered
 
 START, STOP = 4, 13
+TOKENS = config_type("topk")().needs()
+BASES = [  # but the one whose latents no bias keeps closed
+    name
+    for name in names()
+    if config_type(name)().needs() == TOKENS and not hasattr(config_type(name), "base") and name != "abstopk"
+]
 
 
 @pytest.fixture(params=["sparse", "dense"])
@@ -165,6 +173,25 @@ def test_retired_latents_stay_silent_and_are_logged(battery):
     assert pruned[9] == 0 and 0 < pruned[-1] == int(retired.sum()) < 96
     acts = trainee.sae.encode(battery.batches(config, 1)[0].x)
     assert not acts[:, retired].any() and acts[:, ~retired].any()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_pruning_that_never_comes_is_none(battery, base):
+    """Latents that the base leaves out of its auxiliary loss are no pruned ones."""
+    found = []
+    for share in (0.0, 0.5):
+        config = battery.quick("temporal", base=base, prune_share=share, prune_from=1.0, prune_every_steps=1)
+        found.append(battery.train(config, 5)[0].state())
+    assert [name for name in found[0] if not torch.equal(found[0][name], found[1][name])] == []
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_pruning_a_tree_keeps_what_its_auxiliary_loss_leaves_alone(battery, every):
+    config = battery.quick("temporal", base="treesae", prune_share=0.5, prune_from=0.0, prune_every_steps=every)
+    sae = battery.train(config, 5)[0].sae
+    retired, below = sae.extras["temporal"].retired, sae.extras["tree"].below
+    assert retired.any() == (every == 1) and sae.W_enc[~retired].any(dim=1).all() and not sae.W_enc[retired].any()
+    assert torch.equal(retired_of(sae), retired | below)
 
 
 def test_who_is_retired_in_the_last_step_is_silent_too(battery):
