@@ -101,3 +101,8 @@ class ModelDiffers(HarvestError, ValueError):
 
 class DeviceFull(HarvestError, MemoryError):
     """The device has no memory left for the model, or for a batch of windows."""
+
+
+def name_window(window: int, first: int | None) -> str:
+    """For a person: of the store, or of the batch where no store is made."""
+    return f"window {window} of the batch" if first is None else f"window {first + window} of the store"

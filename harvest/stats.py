@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cache_schema import Moments
 from ..cache_schema.sites import RESID
-from .errors import NonFiniteResidual
+from .errors import NonFiniteResidual, name_window
 
 BLOCK_TOKENS = 1024  # converted to float64 at a time: small enough to stay in a CPU's cache
 
@@ -64,11 +64,6 @@ def say_overflow(dtype: str) -> str:
         return "the model itself gives them in float32: look at its weights"
     wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
     return f"the model overflows in {dtype}, harvest with --dtype {wider}"
-
-
-def name_window(window: int, first: int | None) -> str:
-    """For a person: of the store, or of the batch where no store is made."""
-    return f"window {window} of the batch" if first is None else f"window {first + window} of the store"
 
 
 def _validate_finite(layer: int, hook: str, norm_WT: Tensor, dtype: torch.dtype, first: int | None) -> None:
