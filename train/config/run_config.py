@@ -199,7 +199,7 @@ class Ask:
             if not of or None in advice:
                 continue
             member, name = of[0]
-            found, default = (getattr(config, name) for config in (member.config, type(member.config)()))
+            found, default = (flatten(to_json(config))[name] for config in (member.config, type(member.config)()))
             if found != default:
                 raise ConfigInvalid(
                     f"{member.label}: {name} {self.settings.get(key, found)} would be ignored: {advice[0]}"

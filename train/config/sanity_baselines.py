@@ -15,7 +15,7 @@ from ..errors import ConfigInvalid
 from ..kit import registry
 from ..kit.wrapping import Wrapping
 from .recipe import Recipe
-from .run_config import Limits, Member
+from .run_config import Limits, Member, smaller_defaults
 
 FROZEN, PCA = "frozen", "pca"  # the variants that are baselines
 
@@ -74,6 +74,7 @@ def _require_kept(member: Member, values: Mapping[str, Any], kept: Mapping[str, 
 def _components(member: Member, limits: Limits) -> Iterator[Member]:
     config = member.config
     base = registry.config_type(config.base)() if isinstance(config, Wrapping) else config
+    base = dataclasses.replace(base, **smaller_defaults(base, limits(config)))  # as a base is built
     found = (getattr(one, name, None) for one in (config, base) for name in ("k", "target_l0"))
     wanted, layer = next((number for number in found if number), None), getattr(config, "layer", None)
     if wanted is None or layer is None:  # a penalty fixes no number

@@ -10,10 +10,8 @@ from typing import Any
 from ...cache_schema.sites import HOOKS
 from ...cache_schema.strict_json import nearest
 from ..data.scaling import Stats, unit_stats
-from ..engine.assembly import Assembly
 from ..engine.optim import Optim
 from ..errors import ConfigInvalid
-from ..terms.constraints import Still
 
 TOPK_DEAD_PART = 30
 """`dead_part` of the top-k family: fewer dead latents in the end than at a tenth, and no worse reconstruction, at
@@ -126,12 +124,6 @@ def topk_optim(optim: Optim, width: int, d_model: int) -> Optim:
 def relu_optim(optim: Optim, width: int, d_model: int, **own: float) -> Optim:
     """The settings, with those of variants with dense activations where none was given."""
     return fill_optim(optim, lr=scaled_lr(5e-4, width, d_model), **own)
-
-
-def hold_still(assembly: Assembly, *names: str) -> Assembly:
-    """The same with parameters that training leaves as they are; weight decay would move what has no gradient."""
-    optim = replace(assembly.optim, weight_decay=0.0)
-    return replace(assembly, optim=optim).with_constraints(Still(names))
 
 
 def stats_or_unit(stats: Stats | None, width: int) -> Stats:

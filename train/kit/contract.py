@@ -75,8 +75,8 @@ class Variant(ABC):
         """Refuse a store that cannot serve (`require`), before anything is built. Layers are checked already."""
 
     def unread(self) -> Mapping[str, str]:
-        """Settings that say nothing beside the others, and what to do: who asks for another value than their default
-        is refused."""
+        """Settings (`k`, `optim.lr`) that say nothing beside the others, and what to do: who asks for another value
+        than their default is refused."""
         return {}
 
     def fill(self, manifest: Manifest) -> Self:

@@ -69,9 +69,7 @@ class Still:
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         for name in self.names:
-            gradient = sae.get_parameter(name).grad
-            if gradient is not None:
-                gradient.zero_()  # from the first step on, so that Adam never moves it
+            sae.get_parameter(name).grad = None  # what has none is not moved, nor decayed
 
     def after_step(self, sae: SparseAutoencoder) -> None:
         pass

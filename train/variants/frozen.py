@@ -8,6 +8,7 @@ What an SAE shows that these show too is not a finding about what it learned. `p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,10 +19,11 @@ from torch.nn import functional
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, TableUse
-from ..kit.build import hold_still, require
+from ..kit.build import read_with, require
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
+from ..terms.constraints import Still
 
 Part = Literal["decoder", "soft_decoder", "encoder"]
 ANCHOR = "anchor"
@@ -66,6 +68,9 @@ class Config(Wrapping):
     cosine: float = 0.8
     """Of `soft_decoder`."""
 
+    def unread(self) -> Mapping[str, str]:
+        return read_with("part=soft_decoder", self.part == "soft_decoder", "cosine")
+
     def needs(self) -> Needs:
         require(-1.0 <= self.cosine <= 1.0, f"cosine: expected a number from -1 to 1, found {self.cosine}")
         return base_needs(self)
@@ -75,4 +80,4 @@ class Config(Wrapping):
         assembly = build_base(self, d_model, stats)
         if self.part == "soft_decoder":
             return assembly.with_extra(ANCHOR, Anchor(assembly.sae.W_dec)).with_constraints(Near(self.cosine))
-        return hold_still(assembly, "W_dec" if self.part == "decoder" else "W_enc")
+        return assembly.with_constraints(Still(("W_dec" if self.part == "decoder" else "W_enc",)))

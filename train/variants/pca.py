@@ -7,7 +7,7 @@ as the last time. Nothing is learned by gradient. D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor
 from ...cache_schema import Manifest
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
-from ..kit.build import hold_still, require_sparsity, topk_optim
+from ..engine.optim import Optim
+from ..kit.build import require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, build_plain, settings
 from ..sae.extra_modules import Extra
 from ..sae.gates import TopK
 from ..sae.model import SparseAutoencoder
 from ..sae.step_view import View
+from ..terms.constraints import Still
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Config(SingleLayer):
     k: int = 64
     """Of at most twice as many latents as the residual is wide."""
 
+    def unread(self) -> dict[str, str]:
+        names = (field.name for field in fields(Optim) if field.name != "start")  # the first step's loss shows that
+        return {f"optim.{name}": "nothing is learned by gradient; leave it out" for name in names}
+
     def limits(self, manifest: Manifest, tokens: int) -> dict[str, float]:
         return {**super().limits(manifest, tokens), "width": 2 * self.input_width(manifest)}
 
@@ -72,5 +78,5 @@ class Config(SingleLayer):
         require_sparsity(self.k, self.width)
         optim = topk_optim(self.optim, self.width, d_model)
         assembly = build_plain(self, d_model, stats, TopK(self.k), (RECONSTRUCTION,), optim, ())
-        assembly = hold_still(assembly, *dict(assembly.sae.named_parameters()))
+        assembly = assembly.with_constraints(Still(tuple(dict(assembly.sae.named_parameters()))))
         return assembly.with_knobs(refit=Refit()).with_extra("covariance", Covariance(d_model))

@@ -52,6 +52,43 @@ def test_weight_decay_moves_nothing_that_is_frozen(battery, part):
     torch.testing.assert_close(sae.get_parameter(STILL[part]), before[STILL[part]], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("part", "other"), [("decoder", "W_enc"), ("encoder", "W_dec"), ("soft_decoder", "W_enc")])
+def test_what_is_not_frozen_decays_as_the_bases_does(battery, part, other):
+    optim = dataclasses.replace(battery.quick("topk", lr=1e-2).optim, weight_decay=0.5)
+    configs = (battery.config_of("topk"), battery.config_of("frozen", part=part, encoder_product="bfloat16"))
+    base, sae = (trained(battery, dataclasses.replace(config, optim=optim), 1)[1] for config in configs)
+    assert torch.equal(sae.get_parameter(other), base.get_parameter(other))
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "message"),
+    [
+        ("pca", {"optim.lr": 0.1}, "optim.lr 0.1 would be ignored: nothing is learned by gradient"),
+        ("frozen", {"cosine": 0.5}, "cosine 0.5 would be ignored: part=soft_decoder alone reads it"),
+    ],
+)
+def test_a_setting_that_a_baseline_does_not_read_is_refused(variant, settings, message):
+    with pytest.raises(ConfigInvalid, match=message):
+        Ask.of_variants([variant], settings).members(lambda _: {})
+    beside = Ask.of_variants(["topk", variant], {"optim.lr": 0.1}).members(lambda _: {})
+    assert {member.config.optim.lr for member in beside} == {0.1}
+
+
+@pytest.mark.parametrize(("base", "number"), [("topk", "k"), ("batchtopk", "k"), ("jumprelu", "asked_l0")])
+@pytest.mark.parametrize("settings", [{}, {"k": 5, "target_l0": 5.0}])
+def test_every_baseline_has_the_number_of_active_latents_that_its_sae_is_built_with(battery, base, number, settings):
+    chosen = {name: value for name, value in settings.items() if hasattr(battery.config_of(base), name)}
+    most = battery.D // 4
+
+    def limits(_: Any) -> dict[str, float]:
+        return {"width": 64, "k": most, "target_l0": most}
+
+    members = Ask.of_variants(["attention"], {"attention.base": base} | chosen).members(limits)
+    *saes, pca = with_baselines(members, limits)
+    found = [getattr(member.config.build(battery.D).sae.gate, number) for member in saes]
+    assert pca.variant == "pca" and found == [pca.config.k] * 4 == [5 if settings else most] * 4
+
+
 def test_a_cosine_that_is_none_is_refused(battery):
     with pytest.raises(ConfigInvalid, match=r"cosine: expected a number from -1 to 1, found 1\.5"):
         battery.config_of("frozen", part="soft_decoder", cosine=1.5).needs()

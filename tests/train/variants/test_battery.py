@@ -8,8 +8,9 @@ import json
 import pytest
 import torch
 
-from saemill.cache_schema.strict_json import StrictError, from_json, to_json
+from saemill.cache_schema.strict_json import StrictError, flatten, from_json, to_json
 from saemill.train.config.run_config import Ask
+from saemill.train.config.settings import with_settings
 from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, StateInvalid
@@ -107,13 +108,13 @@ def test_same_seed_same_bits_and_another_seed_others(battery, variant):
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if config_type(name)().unread()])
 def test_a_setting_that_is_called_unread_changes_no_bit(battery, variant):
     config = battery.quick(variant)
-    others = {name: _another(getattr(config, name)) for name in config.unread()}
-    first, second = (battery.train(one, 5)[0].state() for one in (config, dataclasses.replace(config, **others)))
+    others = {name: _another(flatten(to_json(config))[name]) for name in config.unread()}
+    first, second = (battery.train(one, 5)[0].state() for one in (config, with_settings(config, others, variant)))
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def _another(value):
-    return value + 1 if isinstance(value, int) else 0.9 * (1.0 if value is None else value)
+    return value + 1 if isinstance(value, int) else 0.9 * (value or 1.0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
