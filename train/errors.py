@@ -104,7 +104,7 @@ class RunFinished(TrainError, ValueError):
 
 
 class CheckpointDamaged(TrainError, ValueError):
-    """No checkpoint of the run is complete."""
+    """No checkpoint of the run is complete, or its processes do not see the same."""
 
 
 class RunNotWritten(TrainError, OSError):

@@ -38,7 +38,7 @@ def open_process(device: str, console: Console, spread: bool = False, is_watched
     """Where this process computes and prints; with `spread`, SAEs are dealt out over several processes."""
     group, place = join(device)
     if spread and group.size == 1:
-        console.print("--spread deals SAEs out over several processes, and this is one: start it by torchrun or srun")
+        console.print("--spread deals SAEs out over several processes, and this is one: start it by torchrun")
     process = Process(group, Solo() if spread and group.size > 1 else group, place, console, is_watched)
     try:
         yield process

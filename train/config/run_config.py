@@ -23,6 +23,7 @@ from ..kit.contract import Variant
 from .recipe import Recipe, Sae
 from .settings import split_key, with_settings
 
+LONGEST_LABEL = 200  # of the names that checkpoints read back, and of what file systems take
 Limits = Callable[[Variant], Mapping[str, Any]]
 """What bounds the defaults of a config."""
 Held = Mapping[str, Sequence[int]]
@@ -183,6 +184,11 @@ class Ask:
         self._require_known([*self.settings, *spread])
         members: dict[str, Member] = {}
         for member in (self._member(sae, point, limits, held or {}) for sae in self.saes for point in self.grid):
+            if len(member.label) > LONGEST_LABEL:
+                raise ConfigInvalid(
+                    f"{member.label:.60}...: expected a name of at most {LONGEST_LABEL} characters, which files bear, "
+                    f"found {len(member.label)}: fewer settings in --grid, or a recipe with names of its own"
+                )
             if members.setdefault(member.label, member) != member:
                 raise ConfigInvalid(
                     f"two SAEs of the run would both be called {member.label}: give one of them a run of its own"

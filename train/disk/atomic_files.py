@@ -20,9 +20,13 @@ def replace_file(path: Path, data: bytes) -> None:
 def replace_written(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written beside its place, flush it, and move it there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:  # of a full disk, which needs the room
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

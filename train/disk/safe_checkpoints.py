@@ -99,6 +99,9 @@ def save_checkpoint(
         write_json(temporary / "state.json", to_json(replace(state, digest=state.own_digest())))
         os.rename(temporary, final)
         sync(folder)
+        for later in list_checkpoints(folder):
+            if later.name > final.name:  # damaged ones that the run went back behind
+                shutil.rmtree(later, ignore_errors=True)
         keep_newest(folder, KEPT)
 
 

@@ -96,13 +96,16 @@ class Fleet:
         return any(trainee.device.type == "cpu" for trainee in self.trainees.values())
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        return {label: self._state_of(label, trainee) for label, trainee in self.trainees.items()}
+        self.look()
+        return {label: trainee.state() for label, trainee in self.trainees.items()}
 
-    def _state_of(self, label: str, trainee: Trainee) -> dict[str, Tensor]:
-        try:
-            return trainee.state()
-        except NonFiniteLoss as error:
-            raise self._add_place(label, error, None) from None
+    def look(self) -> None:
+        """Raise if a step since the last look had a loss that is not finite."""
+        for label, trainee in self.trainees.items():
+            try:
+                trainee.look()
+            except NonFiniteLoss as error:
+                raise self._add_place(label, error, None) from None
 
     def _add_place(self, label: str, error: NonFiniteLoss, draw: Draw | None) -> TrainError:
         """The same error with the part of the store that the step was trained on."""

@@ -76,8 +76,11 @@ class Saver:
     def save(self, steps: int) -> None:
         """Save while the next steps run, unless they would change what is being written."""
         self._writer.finish()  # before the state takes as much memory again
-        state = self._fleet.state()  # a collective call if weights are sharded
-        if self._team.rank == 0:
+        writes = self._team.rank == 0
+        state = self._fleet.state() if writes or self._course.shard_width else {}  # a collective call of the latter
+        if not writes:  # the same weights as the first has: a copy of them in host memory would be for nothing
+            self._fleet.look()
+        else:
             if self._watch.log is not None:
                 self._watch.log.sync()
             self._writer.begin(self._standing(steps), state)

@@ -13,21 +13,28 @@ from ..errors import MemoryTooSmall
 
 Widths = Callable[[str], int]  # of a hook's activations: those of keys are narrower than the residual, and z's wider
 COPIES = 4  # weights, gradients, two moments, all in float32
+ENCODE_TABLES = 3.0  # [B, F] in float32 that a saved SAE's `encode` holds at its peak (batchtopk, the most of all)
 _GIB = 2**30
 
 
 def require_room(
-    members: Iterable[Member], widths: Widths, batch_tokens: int, pool_bytes: int, parts: int, device: torch.device
+    members: Iterable[Member],
+    widths: Widths,
+    batch_tokens: int,
+    pool_bytes: int,
+    parts: int,
+    device: torch.device,
+    processes: int = 1,
 ) -> None:
     """Refuse a run that cannot fit: with what it needs, what is free, and what to change of the largest part."""
     members = tuple(members)
     weights = {member.label: weight_bytes(member, widths, parts) for member in members}
     largest = max(weights, key=lambda label: weights[label])
-    step = max(step_bytes(member, widths, batch_tokens, parts) for member in members)
-    whole = 0 if parts == 1 else max(whole_bytes(member, widths, batch_tokens) for member in members)
+    step = max(step_bytes(member, widths, batch_tokens // processes, parts) for member in members)
+    end = max(end_bytes(member, widths, batch_tokens, parts) for member in members)
     asked = {
         f"for weights and optimiser, most of it for {largest}": sum(weights.values()),
-        "for a step" if step > whole else "to measure and save the whole dictionary at the end": max(step, whole),
+        "for a step" if step > end else "to measure and save an SAE at the end": max(step, end),
         "for the shuffle pool": pool_bytes,
     }
     remedies = (
@@ -49,7 +56,23 @@ def weight_bytes(member: Member, widths: Widths, parts: int = 1) -> int:
     """Weights and optimiser state of an SAE, or of the latents of a process that holds a part of them."""
     _, outputs = _widths(member, widths)
     inputs = member.config.layers_read() * widths(member.config.needs().hook)
-    return COPIES * 4 * -(-member.config.width // parts) * (inputs + outputs)
+    tables = -(-member.config.width // parts) * (inputs + outputs)
+    return COPIES * 4 * (tables + _beside_tables(member, widths))
+
+
+def _beside_tables(member: Member, widths: Widths) -> int:
+    """Numbers in the matrices beside encoder and decoder: encoders of ranges, what tiers are composed of."""
+    try:
+        with torch.device("meta"):  # shapes alone
+            assembly = member.config.build(widths(member.config.needs().hook))
+    except RuntimeError as error:
+        if "meta" not in str(error).lower():
+            raise
+        return 0  # of a variant of one's own that needs values to be built
+    named = [pair for part in (assembly.sae, *assembly.extras.values()) for pair in part.named_parameters()]
+    return sum(
+        tensor.numel() for name, tensor in named if tensor.ndim > 1 and name.split(".")[-1] not in ("W_enc", "W_dec")
+    )
 
 
 def step_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1) -> int:
@@ -59,9 +82,11 @@ def step_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1
     return batch_tokens * int(4 * tables * -(-member.config.width // parts) + 4 * 4 * (inputs + outputs))
 
 
-def whole_bytes(member: Member, widths: Widths, batch_tokens: int) -> int:
-    """What the first process takes when a split dictionary is put together: its weights, and dense codes of a batch."""
-    return weight_bytes(member, widths) // COPIES + 4 * batch_tokens * member.config.width
+def end_bytes(member: Member, widths: Widths, batch_tokens: int, parts: int = 1) -> int:
+    """What the first process takes to measure and save: dense codes of a whole batch, and the weights of a split
+    dictionary once more, put together."""
+    weights = 0 if parts == 1 else weight_bytes(member, widths) // COPIES
+    return weights + int(4 * ENCODE_TABLES * batch_tokens * member.config.width)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -86,12 +111,38 @@ def _free_on_host() -> int:
 
 
 def _free_in_group() -> int:
-    """What a container's limit leaves; without one, no limit. Cached pages are given back when needed."""
-    root = Path("/sys/fs/cgroup")
+    """What the narrowest limit of a container or of a cluster's job leaves; without one, no limit. A job's limit lies
+    in a group of its own, some folders below the root."""
+    return min((_left_in(folder) for folder in _own_groups()), default=2**62)
+
+
+def _own_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[Path]:
+    """Folders of this process's memory groups, each with those above it; of both versions of groups."""
     try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 2**62
-    return 2**62 if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))
+        lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, kinds, path in lines:
+        if kinds == "" or "memory" in kinds.split(","):
+            top = root / "memory" if kinds else root
+            inside = top / path.lstrip("/")
+            found += [inside, *(above for above in inside.parents if above.is_relative_to(top))]
+    return found
+
+
+def _left_in(group: Path) -> int:
+    """Cached pages are given back when needed."""
+    for limit_name, used_name in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit = (group / limit_name).read_text().strip()
+            used = int((group / used_name).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+        return 2**62 if limit == "max" else int(limit) - used + cached
+    return 2**62

@@ -188,6 +188,7 @@ def _save(run: Run, member: Member, outcome: SaeOutcome) -> None:
 def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]:
     """What the SAE was trained on, under the names that other tools look for."""
     manifest, needs = run.store.manifest, member.config.needs()
+    taken = run.feed.plan.windows_taken() if needs.windows else 1.0
     return {
         "model_name": manifest.model.id,
         "model_revision": manifest.model.revision,
@@ -202,7 +203,7 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
         "layers": list(needs.inputs),
         "target_layers": list(needs.inputs if needs.targets is None else needs.targets),
         "cache_id": manifest.cache_id,
-        "training_tokens": run.total_steps * run.config.data.batch_tokens,
+        "training_tokens": round(run.total_steps * run.config.data.batch_tokens * taken),
         "training_architecture": member.variant,
         "l0": outcome.l0,
         "explained_variance": outcome.explained_variance,

@@ -27,7 +27,7 @@ from ..data.feed import Feed
 from ..data.mixing_order import Plan
 from ..disk.safe_checkpoints import Standing, list_checkpoints, load_checkpoint
 from ..engine.fleet_of_saes import Fleet, out_of_memory
-from ..errors import ConfigInvalid, MemoryTooSmall, RunFinished
+from ..errors import CheckpointDamaged, ConfigInvalid, MemoryTooSmall, RunFinished
 from ..parallel.processes import Solo, all_or_none
 from .after_run import Onlookers
 from .checkpoint_times import Saver
@@ -123,6 +123,12 @@ def _load_checkpoint(folder: RunFolder, fleet: Fleet, process: Process) -> Stand
     """Bring the fleet to where the last whole checkpoint left it."""
     with all_or_none(process.group):
         found = load_checkpoint(folder.checkpoints, fleet.trainees)
+    steps = process.group.texts("none" if found is None else str(found.standing.step))
+    if len(set(steps)) > 1:
+        raise CheckpointDamaged(
+            f"{folder.checkpoints}: expected the same checkpoint in every process, found those after steps "
+            f"{', '.join(dict.fromkeys(steps))}: a host does not see the folder as it is yet; run the same again"
+        )
     say = process.console.print if process.is_first else (lambda *_, **__: None)
     if found is None:
         say("no checkpoint found: starting at step 0")
@@ -144,7 +150,8 @@ def _open(
         needs = fleet.needs.values()
         feed = Feed(store, settled.plan, needs, fleet.stats, process.device, ranks.rank, ranks.size, steps)
         open_things.callback(feed.close)
-        log, trackers, progress = _open_outlets(settled, process, folder, fleet.steps_taken, standing)
+        with all_or_none(process.group):
+            log, trackers, progress = _open_outlets(settled, process, folder, fleet.steps_taken, standing)
         labels, every = [member.label for member in config.members], config.course.metrics_every_steps
         onlookers = Onlookers(folder.path, process.console.print) if process.is_first and process.is_watched else None
         watch = Watch(log, trackers, progress, feed, process, labels, every, steps, onlookers)

@@ -28,10 +28,11 @@ class Tally:
     squares: float = 0.0
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, target: Tensor, x_hat: Tensor, acts: Tensor) -> None:
+    def add(self, target: Tensor, x_hat: Tensor, active: Tensor) -> None:
+        """`active` [B]: how many latents are, of each row."""
         exact = target.double()
         self.tokens += len(target)
-        self.active += float((acts != 0).sum())
+        self.active += float(active.sum())
         self.squared_error += float((exact - x_hat.double()).square().sum())
         self.squares += float(exact.square().sum())
         self.total = self.total.to(target.device) + exact.sum(dim=0)
@@ -55,9 +56,9 @@ class HeldOut:
     ordinary: Tally = field(default_factory=Tally)
     every: Tally = field(default_factory=Tally)
 
-    def add(self, target: Tensor, x_hat: Tensor, acts: Tensor, is_ordinary: Tensor) -> None:
-        self.every.add(target, x_hat, acts)
-        self.ordinary.add(target[is_ordinary], x_hat[is_ordinary], acts[is_ordinary])
+    def add(self, target: Tensor, x_hat: Tensor, active: Tensor, is_ordinary: Tensor) -> None:
+        self.every.add(target, x_hat, active)
+        self.ordinary.add(target[is_ordinary], x_hat[is_ordinary], active[is_ordinary])
 
 
 @torch.no_grad()
@@ -67,13 +68,14 @@ def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, HeldOut]:
     for draw in draws:
         for label, trainee in fleet.trainees.items():
             batch = draw.batch(fleet.needs[label])
-            acts, x_hat = _reconstruct(trainee, batch)
+            active, x_hat = _reconstruct(trainee, batch)
             target = batch.x if batch.target is None else batch.target
-            found[label].add(target, x_hat, acts, draw.ordinary(fleet.needs[label]))
+            found[label].add(target, x_hat, active, draw.ordinary(fleet.needs[label]))
     return found
 
 
 def _reconstruct(trainee: Trainee, batch: Batch) -> tuple[Tensor, Tensor]:
     side = trainee.assembly.side(batch.side, trainee.total_steps, trainee.total_steps, Alone())
     acts = trainee.sae.encode(batch.x, side)
-    return acts, trainee.sae.skip(batch.x, trainee.sae.decode(acts))
+    active = torch.linalg.vector_norm(acts, 0, dim=1)  # `count_nonzero` makes a table of int64
+    return active, trainee.sae.skip(batch.x, trainee.sae.decode(acts))

@@ -63,6 +63,15 @@ def test_any_damage_falls_back_and_is_told(tmp_path, name, damage):
     assert len(found.complaints) == 1 and "step_000000020" in found.complaints[0]
 
 
+def test_behind_a_damaged_one_two_are_kept_again(tmp_path):
+    for step in (10, 20):
+        save_checkpoint(tmp_path, standing(step), state(step))
+    (tmp_path / "step_000000020/state.json").unlink()
+    for step in (12, 14):
+        save_checkpoint(tmp_path, standing(step), state(step))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000000014", "step_000000012"]
+
+
 def test_a_flipped_digit_of_where_the_run_stands_is_seen(tmp_path):
     """It parses, and would cut or pad the log of metrics."""
     for step in (10, 20):

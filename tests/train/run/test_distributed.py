@@ -1,14 +1,26 @@
 """Two processes on a share of a batch each, against one process on all of it."""
 
+import io
 import json
 import random
 import shutil
 import socket
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
+
+from saemill.cache_schema import Store
+from saemill.train.config.run_config import CourseConfig
+from saemill.train.errors import CheckpointDamaged
+from saemill.train.parallel.processes import Solo
+from saemill.train.run.checkpoint_times import Saver
+from saemill.train.run.folder import MetricsLog, RunFolder
+from saemill.train.run.process import Process
+from saemill.train.run.start_or_resume import resume_run
 
 
 def free_port():
@@ -266,3 +278,42 @@ def test_what_cannot_be_split_is_told_before_a_folder_is_made(big, spawn, quick,
     for said in launch(spawn, [*words, "--set", "course.shard_width=true"], codes=(1, 1)):
         assert "course.shard_width is for SAEs of which no part needs all latents" in said
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_run_that_is_being_trained_keeps_out_all_that_would_go_on(big, spawn, sae_train, quick, rewind, tmp_path):
+    """The first alone asks for the log; the other does not wait for it."""
+    sae_train(*FLEET, *quick, "--cache", big["path"], "--tokens", 64 * 20, "--name", "begun")
+    rewind(tmp_path / "runs/begun")
+    log = MetricsLog(tmp_path / "runs/begun/metrics.jsonl")
+    first, second = launch(spawn, ["--resume", "begun", "--spread", "--device", "cpu"], codes=(1, 1))
+    log.close()
+    assert "another process is training" in first and "another process of the run" in second
+
+
+class Unequal(Solo):
+    """Two processes of which the other has come to step 100."""
+
+    size = 2
+
+    def texts(self, value):
+        return [value, "100"]
+
+
+def test_processes_that_found_other_checkpoints_stop(big, sae_train, quick, rewind, tmp_path, monkeypatch):
+    sae_train(*FLEET, *quick, "--cache", big["path"], "--tokens", 64 * 20, "--name", "begun")
+    rewind(tmp_path / "runs/begun")
+    process = Process(Unequal(), Solo(), torch.device("cpu"), Console(file=io.StringIO()))
+    with Store.open(big["path"]) as store, pytest.raises(CheckpointDamaged, match="found those after steps 15, 100"):
+        resume_run(RunFolder.at(tmp_path / "runs/begun"), store, process).__enter__()
+
+
+def test_who_writes_no_checkpoint_copies_none(monkeypatch):
+    """Processes that share rows have the same weights; a copy in each is as much host memory again."""
+    asked = []
+    fleet = SimpleNamespace(state=lambda: asked.append("state"), look=lambda: asked.append("look"), lends_state=True)
+    team = SimpleNamespace(rank=1)
+    saver = Saver.__new__(Saver)
+    saver._writer, saver._fleet, saver._team = SimpleNamespace(finish=lambda: None), fleet, team
+    saver._course = CourseConfig()
+    saver.save(5)
+    assert asked == ["look"]

@@ -47,7 +47,7 @@ def test_a_dictionary_that_cannot_be_put_together_at_the_end_is_not_begun(monkey
     monkeypatch.setattr(fits_in_memory, "free_bytes", lambda device: 2**30)
     wide = member("width=400000")
     fits_in_memory.require_room([member("width=100000")], lambda _: 256, 64, 10**6, 8, CPU)
-    with pytest.raises(MemoryTooSmall, match="to measure and save the whole dictionary at the end"):
+    with pytest.raises(MemoryTooSmall, match="to measure and save an SAE at the end"):
         fits_in_memory.require_room([wide], lambda _: 256, 64, 10**6, 8, CPU)
 
 
@@ -81,7 +81,7 @@ def peak_of(profiler):
 def test_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(fits_in_memory, "free_bytes", lambda device: 2**30)
     fits_in_memory.require_room([member("width=1000")], of_64, 512, 10**6, 1, CPU)
-    with pytest.raises(MemoryTooSmall, match=r"expected 3\.\d GiB of memory on cpu .* found 1\.0 GiB free"):
+    with pytest.raises(MemoryTooSmall, match=r"expected 4\.\d GiB of memory on cpu .* found 1\.0 GiB free"):
         fits_in_memory.require_room([member("width=200000")], lambda _: 512, 512, 10**6, 1, CPU)
 
 
@@ -112,3 +112,52 @@ def test_processes_on_one_host_share_its_memory(monkeypatch):
 
 def test_free_memory_is_a_sane_number():
     assert 2**20 < fits_in_memory.free_bytes(CPU) < 2**50
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ("tiered", []),
+        ("positional", ["context=36", "range_encoders=true"]),
+        ("positional", ["context=36", "adapters=true", "adapters_on=features"]),
+        ("hierarchical", ["guidance=encode"]),
+        ("skip_transcoder", []),
+    ],
+)
+def test_matrices_beside_encoder_and_decoder_are_counted(variant, words):
+    one = member("width=600", *words, variant=variant)
+    trainee = Trainee("one", one.config.build(64), 10)
+    numbers = sum(tensor.numel() for tensor in trainee.sae.parameters() if tensor.ndim > 1)
+    assert numbers > 600 * 64 * 2
+    assert fits_in_memory.weight_bytes(one, of_64) == 4 * 4 * numbers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["topk", "batchtopk", "jumprelu"])
+def test_to_measure_needs_no_more_than_is_counted(variant):
+    rows, width, d_model = 256, 4096, 16
+    one = member(f"width={width}", variant=variant)
+    sae = one.config.build(d_model).sae
+    x = torch.randn(rows, d_model, generator=torch.Generator().manual_seed(0))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        torch.linalg.vector_norm(sae.encode(x), 0, dim=1)
+    assert peak_of(profiler) < 1.02 * fits_in_memory.end_bytes(one, lambda _: d_model, rows)
+
+
+def test_the_narrowest_limit_of_a_job_counts(tmp_path):
+    """Slurm's are some folders below the root, of both versions of groups."""
+    own = tmp_path / "cgroup"
+    own.write_text("5:cpu,memory:/job_7/step_0\n0::/slice/job_7/step_0\n")
+    for folder, names, limit in (
+        ("memory/job_7", ("memory.limit_in_bytes", "memory.usage_in_bytes"), 5000),
+        ("slice/job_7", ("memory.max", "memory.current"), 4000),
+        ("slice/job_7/step_0", ("memory.max", "memory.current"), "max"),
+    ):
+        group = tmp_path / "groups" / folder
+        group.mkdir(parents=True)
+        for name, value in zip(names, (limit, 1500), strict=True):
+            (group / name).write_text(f"{value}\n")
+        (group / "memory.stat").write_text("inactive_file 100\n")
+    left = [fits_in_memory._left_in(group) for group in fits_in_memory._own_groups(own, tmp_path / "groups")]
+    assert sorted(left) == [2600, 3600, *[2**62] * 5]
+    assert fits_in_memory._own_groups(tmp_path / "none") == []

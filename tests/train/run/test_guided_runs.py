@@ -90,3 +90,16 @@ def test_one_window_in_a_batch_has_none_to_exchange_rows_with(big, sae_train, qu
     assert "hierarchical: expected 2 whole windows or more in each batch of a process, found 1" in result.output
     assert not list(tmp_path.glob("runs/*"))
     sae_train(*words)
+
+
+def test_an_sae_on_whole_windows_says_how_many_tokens_it_was_trained_on(big, sae_train, tmp_path):
+    """Batches of 11 tokens hold one window of 7, or none of the next."""
+    words = ["--variant", "temporal", "--variant", "topk", "--layer", 3, "--device", "cpu", "--width", 32]
+    words += ["--set", "data.batch_tokens=11", "--set", "data.pool_tokens=600", "--tokens", 1280]
+    said = sae_train(*words, "--cache", big["path"]).output
+    metadata = {
+        name: json.loads((tmp_path / f"runs/run_1/{name}/cfg.json").read_text())["metadata"]["training_tokens"]
+        for name in ("temporal", "topk")
+    }
+    share = int(said.split("SAEs on whole windows read ")[1].split("%")[0]) / 100
+    assert metadata["topk"] == 1276 and metadata["temporal"] == pytest.approx(1276 * share, abs=7)

@@ -1,5 +1,6 @@
 """Progress, trackers, groups: what a run speaks through."""
 
+import errno
 import io
 import json
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 
 from saemill.train.data.device_copies import take_device
-from saemill.train.disk.atomic_files import encode_line
+from saemill.train.disk.atomic_files import encode_line, replace_written
 from saemill.train.errors import ConfigInvalid, TrackerMissing
 from saemill.train.parallel.processes import Solo, choose_device
 from saemill.train.run.folder import MetricsLog
@@ -172,13 +173,23 @@ def test_a_gpu_has_its_number_which_torch_must_have_to_take_it(monkeypatch):
     assert taken == [1, 1, 0]
 
 
+def test_a_full_disk_keeps_no_part_of_a_file(tmp_path):
+    def fill(beside):
+        beside.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        replace_written(tmp_path / "sae.safetensors", fill)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tally_is_the_formula_over_all_tokens():
     generator = torch.Generator().manual_seed(0)
     x, acts = torch.randn(90, 5, generator=generator) + 3, torch.rand(90, 7, generator=generator) - 0.5
     x_hat = x + 0.1 * torch.randn(90, 5, generator=generator)
     tally = Tally()
     for part in (slice(0, 20), slice(20, 21), slice(21, 90)):
-        tally.add(x[part], x_hat[part], acts[part])
+        tally.add(x[part], x_hat[part], acts[part].count_nonzero(dim=1))
     expected = 1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
     assert tally.explained_variance == pytest.approx(float(expected), rel=1e-4)
     assert tally.l0 == pytest.approx(float((acts != 0).sum() / 90))
