@@ -1,7 +1,8 @@
 """A whole harvest: model and corpus to a store, from the start or from where another one stopped.
 
 1. Decide the model, or take the one a store was begun with; look at its configuration and tokenizer, refuse
-   what they do not have, and say what a new store will cost. Only then download weights.
+   what they do not have, and say what a new store will cost. Only then download weights; where there is a
+   store, only for what is left to harvest.
 2. Where there is no store yet, the first worker tokenises and packs the corpus and writes all tokens; the
    others wait for it. Where there is one, its settings must be the same, and nothing is tokenised again.
 3. Check that the disk can hold what is to come of all workers.

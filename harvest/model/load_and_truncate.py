@@ -228,6 +228,7 @@ def _load_stack(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> A
     if not find_weights(folder):
         raise WeightsIncomplete(f"{folder}: expected {WEIGHTS_FILE}, or {WEIGHTS_INDEX} with all files it lists")
     register_attention()
+    config.transformers_weights = None  # a configuration may name another file than those of `find_weights`
     try:
         with without_report():
             stack, report = AutoModel.from_pretrained(

@@ -206,6 +206,16 @@ def test_one_whole_file_beside_an_index_is_what_is_loaded_and_what_is_named(brok
     assert find_weights(broken) == [file]
 
 
+def test_weights_that_a_configuration_names_are_not_loaded_in_place_of_those_that_are_hashed(make_model, tmp_path):
+    model = make_model("gemma2")
+    model.save_pretrained(tmp_path)
+    save_file({name: 2 * weight for name, weight in model.state_dict().items()}, tmp_path / "other.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    stack = load_model(tmp_path, RESID_2, torch.float32).stack
+    assert torch.equal(stack.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
 def test_a_truncated_weights_file(broken):
     file = next(broken.glob("model-00001*"))
     file.write_bytes(file.read_bytes()[:-100])
