@@ -101,6 +101,17 @@ class View:
         wanted = self.dead if self.retired is None else self.dead & ~self.retired
         return wanted.nonzero().view(-1)
 
+    @property
+    @once
+    def fired(self) -> Tensor:
+        """int64 [F], in how many rows of the global batch each latent fires; a collective call, the first time."""
+        return self.side.ranks.sum(self.codes.fired)
+
+    @property
+    def still_dead(self) -> Tensor:
+        """bool [F], the dead latents that do not fire in this batch either."""
+        return self.dead & (self.fired == 0)
+
     def note(self, name: str, value: Tensor | float) -> None:
         """A number [] for the log, besides the losses; it stays on the device of the batch until somebody reads it."""
         is_tensor = isinstance(value, Tensor)  # of a parameter, which moves after the note

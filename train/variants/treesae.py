@@ -113,13 +113,13 @@ class Tree(Extra):
 
     @torch.no_grad()
     def observe(self, view: View) -> None:
-        fired = torch.cat([view.side.ranks.sum(view.codes.fired) > 0, self.share.new_ones(1, dtype=torch.bool)])
+        fired = torch.cat([view.fired > 0, self.share.new_ones(1, dtype=torch.bool)])
         self.share += fired * (view.side.ranks.mean(self.loss(view)) / fired.sum())
         due, sae = view.side.knob(TREE, STAY), cast(TreeSae, view.sae)
         if due == STAY:
             return
         for begin, end, _ in [*sae.layers()][1:]:
-            dead = view.dead[begin:end].nonzero().view(-1) + begin
+            dead = view.still_dead[begin:end].nonzero().view(-1) + begin
             if due == TO_ROOT:
                 sae.parent[dead] = sae.num_latents
             else:
@@ -128,7 +128,7 @@ class Tree(Extra):
 
     def _move(self, sae: TreeSae, begin: int, end: int, dead: Tensor, view: View) -> None:
         """Dead children of a layer, from parents that have more than their share to those that have fewer."""
-        pool = torch.cat([self.share[:begin] * ~view.dead[:begin], self.share[-1:]])
+        pool = torch.cat([self.share[:begin] * ~view.still_dead[:begin], self.share[-1:]])
         own = sae.parent[begin:end].clamp_max(begin)  # the root behind the candidates
         spare = torch.bincount(own, minlength=begin + 1) - quotas(pool, end - begin)
         dead = dead[torch.randperm(len(dead), generator=view.generator).to(dead.device)]

@@ -27,6 +27,18 @@ def test_the_dead_take_what_is_left_of_rows_and_the_living_stay(rng, shaping):
     torch.testing.assert_close(view.sae.b_enc.detach()[dead], (0.2 * before["b_enc"][living].mean()).expand(dead.sum()))
 
 
+def test_a_dead_latent_that_fires_in_the_step_that_resamples_keeps_its_rows(rng, shaping):
+    sae = shaping.make_sae(rng, Relu())
+    with torch.no_grad():
+        sae.b_enc[:5] -= 100.0
+    view = shaping.make_views(rng, sae, torch.arange(shaping.LATENTS) < 10)()
+    assert (view.codes.fired[5:] > 0).all()
+    before, resampling = sae.W_dec.detach().clone(), Resampling(1)
+    resampling.observe(view)
+    assert (sae.W_dec == before).all(dim=1).tolist() == [False] * 5 + [True] * (shaping.LATENTS - 5)
+    assert int(resampling.resampled) == 5
+
+
 def test_rows_are_drawn_by_their_squared_loss(rng, shaping):
     view = shaping.make_views(rng, shaping.make_sae(rng, Relu()))()
     chances = view.residual.square().sum(1).square()

@@ -148,6 +148,19 @@ def test_the_last_move_of_a_tree_is_within_the_run(until, last):
     assert found.index(treesae.TO_ROOT) == last and treesae.MOVE in found and set(found[last + 1 :]) <= {treesae.STAY}
 
 
+@pytest.mark.parametrize("step", [1, 20])
+def test_a_dead_child_that_fires_in_the_step_that_moves_keeps_its_parent(battery, step):
+    """Step 1 moves dead latents to other parents, step 20 of 40 to the root."""
+    config = battery.quick("treesae", move_every_fraction=0.01, dead_after_tokens=1000)
+    trainee, batch = Trainee("one", config.build(D), 40), battery.batches(config, 1)[0]
+    trainee.step_index = step
+    trainee.counters.tokens_since_fired.fill_(1000)
+    before = trainee.sae.parent.clone()
+    trainee.step(batch)
+    fired, moved = trainee.counters.tokens_since_fired == 0, trainee.sae.parent != before
+    assert moved.any() and fired[48:].any() and not (moved & fired).any()
+
+
 def test_children_are_given_out_in_proportion():
     share = torch.tensor([5.0, 0.0, 3.0, 2.0])
     assert treesae.quotas(share, 7).tolist() == [4, 0, 2, 1]
