@@ -15,6 +15,7 @@ from torch import Tensor
 from ..engine.assembly import TableUse
 from ..sae.gates import JumpRelu
 from ..sae.kernels.hardware import reads_at_once
+from ..sae.kernels.sparse_support import index_sum
 from ..sae.model import SparseAutoencoder
 from .tiers import TIERS, Tiers
 
@@ -110,7 +111,7 @@ class TierGradients:
         squares_F = sum(_row_squares(table) for table in tables)
         assert isinstance(squares_F, Tensor)
         tiers.notes_grad_norm = True
-        tiers.grad_norm.zero_().index_add_(0, tiers.membership, squares_F).sqrt_()
+        tiers.grad_norm.copy_(index_sum(squares_F, tiers.membership, tiers.num_tiers).sqrt())
         if self.clip_norm is None:
             return
         factor_F = (self.clip_norm / tiers.grad_norm.clamp_min(1e-30)).clamp_max(1.0)[tiers.membership]

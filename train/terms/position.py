@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..sae.extra_modules import Extra
+from ..sae.kernels.sparse_support import index_sum
 from ..sae.shapes.masks import FREE, HardMask, Mask, SoftMask, range_of
 from ..sae.shapes.range_encoders import Adapters
 from ..sae.shapes.shaped import ShapedAutoencoder
@@ -98,9 +99,9 @@ def mass_by_range(view: View, context: int, ranges: int) -> Tensor:
     here = range_of(view.side["position"], context, ranges)
     values = codes.values.detach()
     if codes.support is None:
-        return values.new_zeros(ranges, codes.num_latents).index_add_(0, here, values)
+        return index_sum(values, here, ranges)
     flat = here[codes.support.rows] * codes.num_latents + codes.support.latents
-    return values.new_zeros(ranges * codes.num_latents).index_add_(0, flat, values).view(ranges, -1)
+    return index_sum(values, flat, ranges * codes.num_latents).view(ranges, -1)
 
 
 def retention(mass_RF: Tensor, range_F: Tensor) -> Tensor:

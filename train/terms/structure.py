@@ -107,7 +107,7 @@ class Structure(Extra):
 
     def _measure(self, view: View) -> None:
         ranks = view.side.ranks
-        fired = ranks.sum(view.codes.fired) / ranks.rows(view.x.shape[0])
+        fired = view.fired / ranks.rows(view.x.shape[0])
         losses = ranks.mean(tier_losses(view).detach())
         weight = max(1.0 - DECAY, 1.0 / (self._count.of(self.steps) + 1))
         self.frequency.lerp_(fired.to(self.frequency.dtype), weight)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..sae.extra_modules import Extra
 from ..sae.kernels.hardware import numbers
 from ..sae.kernels.nested_prefixes import Tiering, tier_errors
+from ..sae.kernels.sparse_support import index_sum
 from ..sae.step_view import View, once
 
 Importance = Literal["learned", "uncertainty", "fixed"]
@@ -74,9 +75,8 @@ class Tiers(Extra):
     @torch.no_grad()
     def observe(self, view: View) -> None:
         """Write down activity, size and importance of each tier; tiers count from 1 in the log."""
-        ranks = view.side.ranks
-        fired = ranks.sum(view.codes.fired) / ranks.rows(view.x.shape[0])
-        active = torch.zeros_like(self.weight).index_add_(0, self.membership, fired.to(self.weight.dtype))
+        fired = view.fired / view.side.ranks.rows(view.x.shape[0])
+        active = index_sum(fired.to(self.weight.dtype), self.membership, self.num_tiers)
         weights = self.weights(switched_on(view, self.num_tiers))
         for tier in range(self.num_tiers):
             size = len(self.members(tier))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from saemill.train.data.scaling import unit_stats
 from saemill.train.sae.gates import AnnealedRelu, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
+from saemill.train.sae.kernels import sparse_support
+from saemill.train.sae.kernels.sparse_support import index_sum
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
@@ -147,3 +152,24 @@ def test_auxk_chooses_by_the_product_of_the_encoder_and_computes_in_float32(rng,
 
 def test_auxk_is_zero_while_nothing_is_dead(rng):
     assert float(AuxK(4)(view_of(TopK(3), rng))) == 0.0
+
+
+def test_no_sum_over_an_index_depends_on_the_order_of_a_gpus_atomics():
+    """`index_sum` and the kernels' own sums sort on a GPU; whole numbers may be added in any order."""
+    room = Path(sparse_support.__file__).parents[2]
+    allowed = {"sae/kernels/sparse_support.py": 1, "sae/kernels/products.py": 3, "variants/treesae.py": 1}
+    found = {
+        str(file.relative_to(room)): len(
+            re.findall(r"\.(?:index_add|scatter_add|scatter_reduce)_?\(", file.read_text())
+        )
+        for folder in ("terms", "sae", "variants")
+        for file in (room / folder).rglob("*.py")
+    }
+    assert {name: count for name, count in found.items() if count} == allowed
+
+
+@pytest.mark.parametrize("shape", [(30,), (30, 4)])
+def test_index_sum_adds_numbers_and_rows(shape, rng):
+    values, index = torch.randn(shape, generator=rng), torch.randint(5, (30,), generator=rng)
+    expected = torch.stack([values[index == place].sum(0) for place in range(5)])
+    torch.testing.assert_close(index_sum(values, index, 5), expected)

@@ -78,8 +78,8 @@ def starts(counts: Tensor) -> Tensor:
 
 
 def index_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """out[index[n]] += values[n]: [size]; differentiable, and the same bits each time on every device."""
+    """out[index[n]] += values[n]: [size, ...]; differentiable, and the same bits each time on every device."""
+    out = values.new_zeros(size, *values.shape[1:])
     if values.device.type == "cpu":
-        return values.new_zeros(size).index_add(0, index, values)
-    # Atomics would add in another order each time; this sorts first.
-    return values.new_zeros(size).index_put((index,), values, accumulate=True)
+        return out.index_add(0, index, values)
+    return out.index_put((index,), values, accumulate=True)  # atomics would add in another order each time; this sorts
