@@ -101,7 +101,7 @@ class TopK(Gate):
         self.k = k
 
     def choose(self, pre: Tensor, side: Side) -> Support:
-        return _largest_of_rows(pre, round(side.knob("k", self.k)), side)
+        return _largest_of_rows(pre, self.k, side)
 
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
         values, latents = pre.topk(self.k, dim=-1, sorted=False)
@@ -149,7 +149,7 @@ class BatchTopK(Gate):
 
     def choose(self, pre: Tensor, side: Side) -> Support:
         # One rank may hold most of the largest of all ranks' rows, so each offers that many.
-        count = round(side.knob("k", self.k) * side.ranks.rows(pre.shape[0]))
+        count = round(self.k * side.ranks.rows(pre.shape[0]))
         if not side.latents.is_whole:
             return split_batch(pre, count, side.latents)
         if side.ranks.size == 1:
@@ -158,7 +158,7 @@ class BatchTopK(Gate):
         return support_from_flat(flat, pre.shape[0], pre.shape[1])
 
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
-        return torch.where(pre > self.threshold, pre, 0.0).relu()
+        return _above(pre, self.threshold)
 
     @torch.no_grad()
     def observe(self, codes: Codes, side: Side) -> None:
@@ -197,12 +197,12 @@ class JumpRelu(Gate):
 
     def choose(self, pre: Tensor, side: Side) -> Support | None:
         # Entries just below the threshold have a derivative too, so they belong to the support.
-        lowest = self.threshold.detach() - 0.5 * self._window(side)
+        lowest = self.threshold.detach() - 0.5 * self._window
         return marked(pre > lowest, DENSE_SHARE)
 
     def open(self, pre: Codes, b_enc: Tensor, side: Side) -> Codes:
         theta = pre.per_latent(self.threshold)
-        return pre.with_values(jump_ste(pre.values, theta, self._window(side)))
+        return pre.with_values(jump_ste(pre.values, theta, self._window))
 
     def place(self, threshold: float) -> None:
         """One threshold for all latents."""
@@ -214,20 +214,21 @@ class JumpRelu(Gate):
     def rescale(self, factor: float) -> None:
         self.raw_threshold.mul_(factor)
 
-    def count(self, codes: Codes, side: Side) -> Tensor:
+    def count(self, codes: Codes) -> Tensor:
         """Mean number of active latents in a row, with straight-through gradient to the threshold."""
-        return self.marks(codes, side).sum() / codes.num_rows
+        return self.marks(codes).sum() / codes.num_rows
 
-    def marks(self, codes: Codes, side: Side) -> Tensor:
+    def marks(self, codes: Codes) -> Tensor:
         """1 where an entry is active, with the same gradient."""
         assert codes.pre is not None
-        return heaviside_ste(codes.pre, codes.per_latent(self.threshold), self._window(side))
+        return heaviside_ste(codes.pre, codes.per_latent(self.threshold), self._window)
 
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
-        return torch.where(pre > self.threshold, pre, 0.0).relu()
+        return _above(pre, self.threshold)
 
-    def _window(self, side: Side) -> float:
-        return side.knob("bandwidth", self.bandwidth) * self.unit
+    @property
+    def _window(self) -> float:
+        return self.bandwidth * self.unit
 
 
 class Gated(Gate):
@@ -260,6 +261,11 @@ class Gated(Gate):
     def infer(self, pre: Tensor, b_enc: Tensor) -> Tensor:
         magnitude = (pre - b_enc) * self.r_mag.exp() + self.b_mag
         return torch.where(pre > 0, magnitude.relu(), 0.0)
+
+
+def _above(pre: Tensor, threshold: Tensor) -> Tensor:
+    """What fires above a threshold of all latents, or of each."""
+    return torch.where(pre > threshold, pre, 0.0).relu()
 
 
 def _largest_of_rows(score: Tensor, k: int, side: Side) -> Support:

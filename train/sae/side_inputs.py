@@ -1,7 +1,7 @@
 """Side inputs: what an SAE may read besides the activations, by name.
 
 Tokens, positions, windows or attention of the batch, and the knobs: scheduled values that are not loss
-weights (k, sharpness, bandwidth, temperature). Reading what was not requested is an error, so that a
+weights (p, temperature). Reading what was not requested is an error, so that a
 variant cannot lean on an input that it would lack at inference.
 """
 
@@ -37,9 +37,6 @@ class Side:
                 "name it in the variant's needs(), or pass it to encode()"
             )
         return self._inputs[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._inputs
 
     def with_knobs(self, knobs: Mapping[str, float]) -> Side:
         """The same inputs with these knobs."""

@@ -56,7 +56,7 @@ class TargetL0:
     def __call__(self, view: View) -> Tensor:
         gate = view.sae.gate
         assert isinstance(gate, JumpRelu)
-        count = gate.count(view.codes, view.side)
+        count = gate.count(view.codes)
         # The square is of the global batch's count, the gradient of this rank's.
         others = view.side.ranks.mean(view.side.latents.sum(count.detach())) - count.detach()
         return ((count + others) / self.target - 1.0).square()
@@ -90,7 +90,7 @@ class Frequency:
     def __call__(self, view: View) -> Tensor:
         gate, codes = view.sae.gate, view.codes
         assert isinstance(gate, JumpRelu)
-        marks = gate.marks(codes, view.side)
+        marks = gate.marks(codes)
         share_F = view.side.ranks.mean(codes.with_values(marks).latent_totals() / codes.num_rows)
         # 2 p p' - p'^2 with p' constant: the value and the gradient of p^2, without a table of gradients by latent.
         twice = 2.0 * (marks * codes.per_latent(share_F)).sum() / codes.num_rows

@@ -38,11 +38,6 @@ def test_batchtopk_keeps_the_k_b_largest_of_the_batch():
     assert opened(BatchTopK(0.5), PRE).count_nonzero() == 1
 
 
-def test_k_may_move_by_a_knob():
-    assert opened(TopK(1), PRE, Side(knobs={"k": 2.0})).count_nonzero() == 4
-    assert opened(BatchTopK(1), PRE, Side(knobs={"k": 1.5})).count_nonzero() == 3
-
-
 def test_the_batchtopk_threshold_is_the_mean_of_the_smallest_kept():
     gate = BatchTopK(2, threshold_decay=0.5)
     sae = SparseAutoencoder(torch.eye(4), torch.eye(4), gate)
@@ -95,7 +90,7 @@ def test_jumprelu_has_the_straight_through_gradients_of_its_paper(share, rng, mo
     torch.testing.assert_close(sae.b_enc.grad, (weights * (pre > 0.3)).sum(0))
 
     gate.raw_threshold.grad = None
-    gate.count(sae.codes(pre), NO_SIDE).backward()
+    gate.count(sae.codes(pre)).backward()
     torch.testing.assert_close(gate.raw_threshold.grad, -window.sum(0) / width / rows)
 
 
