@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from saemill.train.engine.optim import Optim
 from saemill.train.errors import ConfigInvalid, UnknownVariant
 from saemill.train.kit import wrapping
-from saemill.train.kit.registry import config_type
+from saemill.train.kit.registry import config_type, names
 from saemill.train.kit.wrapping import base_needs, build_base
 from saemill.train.sae.gates import TopK
 from saemill.train.sae.kernels.codes import Codes
@@ -18,6 +19,8 @@ from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.variants import topk
 
 D = 16
+PAGE = Path(__file__).parents[3] / "docs" / "train.md"
+LAST_TIER = {"importance": "fixed", "tier_weights": (0.0, 0.0, 1.0), "composition_weight": 0.0}
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,40 @@ def test_what_cannot_be_wrapped_is_refused(config, message):
 def test_an_unknown_base_names_its_neighbour():
     with pytest.raises(UnknownVariant, match="topk"):
         build_base(Wrapping(base="topkk"), D)
+
+
+NESTED, OWN_ENCODER = "matryoshka hierarchical_topk treesae", "matching_pursuit treesae"
+TAKES_NO = [
+    ("frozen", {}, ""),
+    ("attention", {}, ""),
+    ("attention", {"guidance": "encode"}, OWN_ENCODER),
+    ("hierarchical", {}, ""),
+    ("hierarchical", {"guidance": "encode"}, OWN_ENCODER),
+    ("tiered", {}, NESTED),
+    ("tiered", LAST_TIER, ""),
+    ("tiered", LAST_TIER | {"tier_norm": True}, OWN_ENCODER),
+    ("tiered", LAST_TIER | {"curriculum": (0.0, 0.1, 0.2)}, OWN_ENCODER),
+    ("positional", {"mask": "static_slicing"}, ""),
+    ("positional", {}, OWN_ENCODER),
+    ("temporal", {}, ""),
+    ("temporal", {"position_gate": True}, OWN_ENCODER),
+    ("temporal", {"prune_share": 0.5}, "abstopk"),
+]
+
+
+@pytest.mark.parametrize(("variant", "settings", "refused"), TAKES_NO)
+def test_which_base_a_variant_takes_is_as_the_page_says(battery, variant, settings, refused):
+    def is_built(base):
+        try:
+            battery.config_of(variant, base=base, **settings).build(battery.D)
+        except ConfigInvalid:
+            return False
+        return True
+
+    free = {name for name in names() if not hasattr(config_type(name), "base")}
+    bases = {name for name in free if config_type(name)().needs() == config_type("topk")().needs()}
+    assert {name for name in free if is_built(name)} == bases - set(refused.split())
+    assert f"no `{refused}`" in PAGE.read_text() or not refused
 
 
 class Halved(SparseAutoencoder):
