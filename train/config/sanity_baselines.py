@@ -73,7 +73,7 @@ def _require_kept(member: Member, values: Mapping[str, Any], kept: Mapping[str, 
 
 def _components(member: Member, limits: Limits) -> Iterator[Member]:
     config = member.config
-    base = registry.config_type(config.base)() if isinstance(config, Wrapping) else config
+    base: Any = registry.config_type(config.base)() if isinstance(config, Wrapping) else config
     base = dataclasses.replace(base, **smaller_defaults(base, limits(config)))  # as a base is built
     found = (getattr(one, name, None) for one in (config, base) for name in ("k", "target_l0"))
     wanted, layer = next((number for number in found if number), None), getattr(config, "layer", None)

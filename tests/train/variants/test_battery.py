@@ -35,21 +35,16 @@ def test_config_defaults_build_a_request(battery, variant):
     assert needs.layers == tuple(sorted(needs.layers)) != ()
 
 
-def out_of_bounds():
-    """Each variant's shares of the run, weights and decays, with what each cannot be."""
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_share_a_weight_or_a_decay_out_of_its_bounds_is_refused(variant):
     wrong = {"_fraction": (2.0, -0.1), "_from": (2.0,), "_until": (2.0,), "_decay": (1.0, -0.1)}
     wrong |= dict.fromkeys(("_weight", "penalty"), (-1.0,))
-    for variant in VARIANTS:
-        for field in dataclasses.fields(config_type(variant)):
-            if field.type in ("float", "float | None"):
-                for value in next((wrong[end] for end in wrong if field.name.endswith(end)), ()):
-                    yield variant, field.name, value
-
-
-@pytest.mark.parametrize(("variant", "name", "value"), [*out_of_bounds()])
-def test_a_share_or_a_weight_out_of_its_bounds_is_refused(variant, name, value):
-    with pytest.raises(ConfigInvalid, match=f"{name}: expected .*, found {value}"):
-        Ask.of_variants([variant], {name: value}).members(lambda _: {})
+    numbers = [f.name for f in dataclasses.fields(config_type(variant)) if f.type in ("float", "float | None")]
+    for name, value in (
+        (name, value) for name in numbers for end in wrong if name.endswith(end) for value in wrong[end]
+    ):
+        with pytest.raises(ConfigInvalid, match=f"{name}: expected .*, found {value}"):
+            Ask.of_variants([variant], {name: value}).members(lambda _: {})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
