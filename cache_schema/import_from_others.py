@@ -102,8 +102,17 @@ def _splits(source: Source, settings: ImportSettings) -> dict[str, tuple[int, in
     if not (min(shares) >= 0 and sum(shares) < 1):  # of NaN neither holds
         raise ImportInvalid(f"expected shares of at least 0 that leave some windows to train on, found {shares}")
     validation, test = (round(windows * share) for share in shares)
-    borders = np.append(np.unique(source.document_of, return_index=True)[1], windows)
-    train, seen = (int(borders[np.abs(borders - (windows - left)).argmin()]) for left in (validation + test, test))
+    starts = np.unique(source.document_of, return_index=True)[1]
+    if len(starts) <= (validation > 0) + (test > 0):  # too few for all splits: documents are cut
+        starts = np.arange(windows)
+
+    def border(left: int, before: int) -> int:
+        """The start of a document that leaves about so many windows behind it, before another border."""
+        here = starts[starts < before]
+        return int(here[np.abs(here - (windows - left)).argmin()]) if len(here) else 0
+
+    seen = border(test, windows) if test else windows
+    train = border(validation + test, seen) if validation else seen
     if train < 1:
         raise ImportInvalid(f"{windows} windows with shares {shares} leave no window to train on")
     return {"train": (0, train), "validation": (train, seen), "test": (seen, windows)}

@@ -85,7 +85,8 @@ class VllmSource:
             for start in range(0, len(one) - self.context + 1, self.context)
         ]
         self.windows = len(self._windows)
-        self.document_of = np.repeat(np.arange(len(found), dtype=np.uint32), [n // self.context for n in lengths])
+        counts = [n // self.context for n in lengths if n >= self.context]
+        self.document_of = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
         if not self.windows or self.context < 1:
             raise ImportInvalid(
                 f"{folder}: no request fills a window of {self.context} tokens: give a smaller --context"

@@ -26,7 +26,7 @@ from ..cache_schema.layout import ROOT
 from ..cache_schema.root import read_root
 from .config import HarvestConfig
 from .create_store import begin_store, require_place, wait_for_tokens
-from .errors import HarvestError
+from .errors import HarvestError, ModelDiffers, ModelUnavailable
 from .estimate_cost import announce, is_bound_to_fit, measure_cost, needed_bytes, require_space, tokens_in
 from .model.load_and_truncate import Wanted, find_device, load_model
 from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch, fetch_recorded, look
@@ -104,9 +104,14 @@ def reharvest(
     try:
         harvester = make_harvester(manifest, fetch_recorded(manifest.model, model), find_device(device or "auto"))
     except HarvestError as error:
+        where = (
+            "Say with --model where the model lies now; or take"
+            if isinstance(error, (ModelUnavailable, ModelDiffers))
+            else "Or take"
+        )
         raise StoreError(
-            f"{error}. No shard was removed. Say with --model where the model lies now; or take the damaged shards out "
-            "with --remove-only, and run the same harvest, which writes what is missing"
+            f"{error}. No shard was removed. {where} the damaged shards out with --remove-only, and run the same "
+            "harvest, which writes what is missing"
         ) from error
     undo()
     with StoreWriter.open(url) as writer:

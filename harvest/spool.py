@@ -80,9 +80,8 @@ class Spool:
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = self._read_checkpoint()
         if checkpoint is None:
-            self._checkpoint.unlink(
-                missing_ok=True
-            )  # it may be another job's: of that, these files would pass for text
+            # It may be another job's, for whose text these files would pass.
+            self._checkpoint.unlink(missing_ok=True)
             sync(self.folder)
             for split, array in self._keys():
                 self._path(split, array).write_bytes(b"")

@@ -64,7 +64,7 @@ def test_a_request_is_a_document_and_in_one_split(tmp_path: Path) -> None:
         assert part.documents is not None
         found = part.documents.copy()
         assert store.manifest.splits == {"train": (0, 10), "validation": (10, 20), "test": (20, 23)}
-    expected = np.repeat([0, 2, 3, 4, 5], [2, 6, 2, 10, 3])
+    expected = np.repeat([0, 1, 2, 3, 4], [2, 6, 2, 10, 3])
     assert np.array_equal(found, np.repeat(expected[:, None], 4, axis=1))
 
 
@@ -124,3 +124,32 @@ def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path: Path) -> None
 def test_a_context_without_vllm_is_refused(tmp_path: Path) -> None:
     words = ("--resid", tmp_path / "acts.npy", "--layer", 1, "--model", "m", "--context", 4)
     assert "--context goes with --vllm" in run("import", tmp_path / "store", *words, code=2)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "splits"),
+    [
+        ([80] * 10, [(0, 160), (160, 180), (180, 200)]),
+        ([400] * 3, [(0, 100), (100, 200), (200, 300)]),
+        ([400], [(0, 90), (90, 95), (95, 100)]),
+    ],
+)
+def test_every_split_that_is_asked_for_has_windows(tmp_path: Path, lengths: list[int], splits: list[tuple]) -> None:
+    """Of few requests, each in one split; one alone is cut."""
+    write_requests(tmp_path / "states", lengths)
+    run(
+        "import",
+        tmp_path / "store",
+        "--vllm",
+        tmp_path / "states",
+        "--layer",
+        19,
+        "--layer",
+        3,
+        "--context",
+        4,
+        "--model",
+        "m",
+    )
+    with Store.open(tmp_path / "store") as store:
+        assert list(store.manifest.splits.values()) == splits

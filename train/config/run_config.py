@@ -23,7 +23,7 @@ from ..kit.contract import Variant
 from .recipe import Recipe, Sae
 from .settings import split_key, with_settings
 
-LONGEST_LABEL = 200  # of the names that checkpoints read back, and of what file systems take
+LONGEST_LABEL = 180  # checkpoints read 200 characters back, and baselines add some to a name
 Limits = Callable[[Variant], Mapping[str, Any]]
 """What bounds the defaults of a config."""
 Held = Mapping[str, Sequence[int]]

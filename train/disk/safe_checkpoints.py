@@ -99,15 +99,13 @@ def save_checkpoint(
         write_json(temporary / "state.json", to_json(replace(state, digest=state.own_digest())))
         os.rename(temporary, final)
         sync(folder)
-        for later in list_checkpoints(folder):
-            if later.name > final.name:  # damaged ones that the run went back behind
-                shutil.rmtree(later, ignore_errors=True)
-        keep_newest(folder, KEPT)
+        keep_newest(folder, KEPT, final)
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Drop the checkpoints before the last `count`."""
-    for old in list_checkpoints(folder)[count:]:
+def keep_newest(folder: Path, count: int, last: Path | None = None) -> None:
+    """Drop the checkpoints before the last `count`. Those behind `last`, which a run could not read and went back from,
+    do not count; they stay until it comes there again."""
+    for old in [path for path in list_checkpoints(folder) if last is None or path <= last][count:]:
         shutil.rmtree(old, ignore_errors=True)  # whoever saves next tries again
 
 

@@ -211,7 +211,7 @@ class Trainee:
         # 4. Everybody who keeps statistics is told.
         with torch.no_grad():
             self.sae.gate.observe(view.codes, view.side)
-            self.counters.update(ranks.sum(view.codes.fired), ranks.rows(view.x.shape[0]))
+            self.counters.update(view.fired, ranks.rows(view.x.shape[0]))
             for extra in extras_of(self.sae):
                 extra.observe(view)
         measured |= {"loss": loss.detach()} | ({} if grad_norm is None else {"grad_norm": grad_norm})

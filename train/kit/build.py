@@ -48,9 +48,9 @@ def require_bounds(config: Any) -> None:
     for name in (field.name for field in fields(config)):
         given = getattr(config, name)
         for value in given if isinstance(given, tuple) else (given,):
-            if value is None:
+            if not isinstance(value, int | float):
                 continue
-            if name.endswith(("_fraction", "_from", "_until")):
+            if name.endswith(("_fraction", "_from", "_until")) and not name.startswith("half_life"):
                 require(0 <= value <= 1, f"{name}: expected a share of the run from 0 to 1, found {value}")
             elif name.endswith(("_weight", "_weights", "penalty")):
                 require(value >= 0, f"{name}: expected 0 or more, found {value}")

@@ -6,12 +6,14 @@ battery (`tests/train/variants/`) finds it by itself. It defines `Config`, a fro
 `Wrapping` (a base inside, chosen by name). Fields are the settings. Each has a default and a JSON form (numbers,
 strings, booleans, None, tuples, records of them); `layer`, `width`, `k`, `target_l0`, `seed` and `optim` mean
 the same in every variant, and the command line has options for them. A name that ends in `_fraction`, `_from` or
-`_until` is a share of the run, one in `_weight` or `penalty` is never negative: `require_bounds` sees to it.
+`_until` is a share of the run, one in `_weight`, `_weights` or `penalty` is never negative, one in `_decay` is less
+than 1: `require_bounds` sees to it.
 
 `build` returns an `Assembly` of parts that know nothing of each other:
 - `sae`: a `SparseAutoencoder` owns W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] and a gate. A new way to
   choose active latents is a `Gate` (`choose` where a training batch may be active, `open` the values there,
-  `infer` the dense activations of the saved SAE). Where that is not enough a subclass overrides `codes` and
+  `infer` the dense activations of the saved SAE); an SAE with a gate of one's own opens with `load_sae`, by its
+  variant's file, and in no other tool. Where that is not enough a subclass overrides `codes` and
   `encode`; it sets `is_plain = False` where the plain weights and gate do not compute its `encode`, and
   `needs_side` where `encode` reads side inputs. A subclass cannot be wrapped: wrappers refuse it.
 - `terms`: losses, each a function of a `View` with a schedule as its weight. A term changes nothing and leaves

@@ -20,23 +20,27 @@ _GIB = 2**30
 def require_room(
     members: Iterable[Member],
     widths: Widths,
-    batch_tokens: int,
+    rows: int,
     pool_bytes: int,
     parts: int,
     device: torch.device,
-    processes: int = 1,
+    held_out_rows: int = 0,
 ) -> None:
-    """Refuse a run that cannot fit: with what it needs, what is free, and what to change of the largest part."""
+    """Refuse a run that cannot fit: with what it needs, what is free, and what to change of the largest part.
+
+    `rows` of a process in a step, `held_out_rows` in a batch of the measurement at the end. By then the pool and the
+    gradients are gone.
+    """
     members = tuple(members)
     weights = {member.label: weight_bytes(member, widths, parts) for member in members}
-    largest = max(weights, key=lambda label: weights[label])
-    step = max(step_bytes(member, widths, batch_tokens // processes, parts) for member in members)
-    end = max(end_bytes(member, widths, batch_tokens, parts) for member in members)
-    asked = {
-        f"for weights and optimiser, most of it for {largest}": sum(weights.values()),
-        "for a step" if step > end else "to measure and save an SAE at the end": max(step, end),
-        "for the shuffle pool": pool_bytes,
-    }
+    largest, all_weights = max(weights, key=lambda label: weights[label]), sum(weights.values())
+    step = max(step_bytes(member, widths, rows, parts) for member in members)
+    end = max(end_bytes(member, widths, held_out_rows, parts) for member in members)
+    end_weights = all_weights // COPIES * (COPIES - 1)
+    of_weights = f"for weights and optimiser, most of it for {largest}"
+    asked = {of_weights: all_weights, "for a step": step, "for the shuffle pool": pool_bytes}
+    if end_weights + end > all_weights + step + pool_bytes:
+        asked = {of_weights: end_weights, "to measure and save an SAE at the end": end, "for the shuffle pool": 0}
     remedies = (
         "a smaller --width, fewer SAEs at once, more processes with --spread, or with --set course.shard_width=true",
         "a smaller --set data.batch_tokens, or a smaller --width",
@@ -44,7 +48,7 @@ def require_room(
     )
     needed, free = sum(asked.values()), free_bytes(device)
     if needed > free:
-        said = ", ".join(f"{size / _GIB:.1f} {what}" for what, size in asked.items())
+        said = ", ".join(f"{size / _GIB:.1f} {what}" for what, size in asked.items() if size)
         most = max(range(len(remedies)), key=lambda at: list(asked.values())[at])
         raise MemoryTooSmall(
             f"expected {needed / _GIB:.1f} GiB of memory on {device} ({said}), "
@@ -65,7 +69,7 @@ def _beside_tables(member: Member, widths: Widths) -> int:
     try:
         with torch.device("meta"):  # shapes alone
             assembly = member.config.build(widths(member.config.needs().hook))
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # of numpy it is the latter
         if "meta" not in str(error).lower():
             raise
         return 0  # of a variant of one's own that needs values to be built

@@ -88,7 +88,9 @@ def _require_memory(
         row = min(manifest.attention.topk, manifest.context) * entry + 8 + 2  # where it ends, and its mass
         window_bytes += len(request.attention_layers) * manifest.attention.heads * manifest.context * row
     pool_bytes = (1 if plan.is_one_block else 2) * plan.max_windows * window_bytes
-    require_room(members, manifest.width_of, plan.batch_tokens, pool_bytes, parts, device, processes)
+    shard_rows = manifest.shard_windows * manifest.context  # held-out batches lie in one shard
+    held_out = min(plan.batch_tokens, shard_rows, _held_out_windows(settled, store) * manifest.context)
+    require_room(members, manifest.width_of, plan.batch_tokens // processes, pool_bytes, parts, device, held_out)
 
 
 def _held_out_windows(settled: Settled, store: Store) -> int:

@@ -288,3 +288,7 @@ def _keep_globally(pre: Tensor, flat: Tensor, count: int, side: Side) -> Tensor:
     taken = (everyone > lowest).sum() + sum((part == lowest).sum() for part in parts[: side.ranks.rank])
     tied = own == lowest
     return flat[(own > lowest) | (tied & (tied.cumsum(0) <= count - taken))]
+
+
+PLAIN_GATES = frozenset({Relu, AnnealedRelu, TopK, AbsTopK, BatchTopK, JumpRelu, Gated})
+"""Those that the plain forms of saved SAEs know; another, and a subclass of one of them, is saved with its variant."""

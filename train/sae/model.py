@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ConfigInvalid
-from .gates import Gate
+from .gates import PLAIN_GATES, Gate
 from .kernels.codes import Codes
 from .kernels.linear import Product, linear, matrix_units, product_on
 from .kernels.products_with_gradients import affine
@@ -63,6 +63,7 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(W_dec.new_zeros(W_dec.shape[1]) if b_dec is None else b_dec)
         self.W_skip = None if W_skip is None else nn.Parameter(W_skip)  # [D_out, D_in]
         self.gate = gate
+        self.is_plain = type(self).is_plain and type(gate) in PLAIN_GATES
         self.centres_input = centres_input
         self.encoder_product: EncoderProduct = encoder_product
         self.extras = nn.ModuleDict()  # what trains along but no activation needs; the trainer puts it here

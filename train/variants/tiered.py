@@ -81,7 +81,7 @@ class Config(Wrapping):
             **read_with("curriculum", self.curriculum is not None, "curriculum_rise_fraction"),
             **read_with("moves_every_steps", moves, "idle_frequency", "moves_at_once", "tier_drift"),
             **read_with("resample_every_steps", self.resample_every_steps > 0, "resample_until"),
-            **read_with("importance=learned", self._is_nested, "gradient_scaling"),
+            **read_with("importance, or an earlier of tier_weights,", self._is_nested, "gradient_scaling"),
         }
 
     def needs(self) -> Needs:

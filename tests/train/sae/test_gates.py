@@ -159,3 +159,13 @@ def test_inputs_in_bfloat16_are_encoded_in_float32(centres_input):
     acts = sae.encode(PRE.bfloat16())
     assert acts.dtype == torch.float32
     assert torch.equal(acts, PRE.bfloat16().float().relu())
+
+
+def test_a_gate_of_ones_own_is_saved_with_its_variant():
+    """Its weights alone would open as another SAE, or not at all: that was told after the last step."""
+
+    class Own(TopK):
+        pass
+
+    tables = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    assert SparseAutoencoder(*tables, TopK(2)).is_plain and not SparseAutoencoder(*tables, Own(2)).is_plain

@@ -91,7 +91,7 @@ class ShapedAutoencoder(SparseAutoencoder):
     def __init__(self, inner: SparseAutoencoder, shapes: Mapping[str, Shape]) -> None:
         super().__init__(**inner.parts())
         self.shapes = nn.ModuleDict(shapes)
-        self.is_plain = all(shape.is_plain for shape in shapes.values())
+        self.is_plain = self.is_plain and all(shape.is_plain for shape in shapes.values())
         self.needs_side = tuple(dict.fromkeys(name for shape in shapes.values() for name in shape.needs_side))
 
     def pre_codes(self, x: Tensor, side: Side = NO_SIDE, choose: Choose | None = None) -> Codes:
