@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 
 from ..errors import CorpusUnavailable, DocumentInvalid, NetworkLost
 from ..network import NETWORK_ERRORS, load_dataset
-from .source import DatasetOptions, Source, State, checked_text
+from .source import DatasetOptions, Source, State, cell_text
 
 CONVERSION = "refs/convert/parquet"
 PARTIAL = "partial-"
@@ -122,7 +122,7 @@ class HubCorpus:
             raise CorpusUnavailable(
                 f"{self.id} has no column {column!r}; it has {', '.join(row)}. Name one with --column"
             )
-        return checked_text(row[column], f"{self.id}, document {self._read - 1}")
+        return cell_text(row[column], f"{self.id}, document {self._read - 1}")
 
 
 def settings_of(options: DatasetOptions) -> dict[str, Any]:

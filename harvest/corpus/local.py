@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, SettingInvalid
-from .source import OPENWEBTEXT, STDLIB, DatasetOptions, Source, State, checked_text
+from .source import OPENWEBTEXT, STDLIB, DatasetOptions, Source, State, cell_text
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -139,7 +139,7 @@ def _rows_of_jsonl(file: Path, column: str) -> Iterator[str]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{file}, line {number}"
-                yield checked_text(_cell(_decoded(line, where), column, where), where)
+                yield cell_text(_cell(_decoded(line, where), column, where), where)
 
 
 def _cell(line: str, column: str, where: str) -> object:
@@ -177,7 +177,7 @@ def _rows_of_parquet(file: Path, column: str) -> Iterator[str]:
 
 def _text_of_cell(cell: Any, where: str) -> str:
     try:
-        return checked_text(cell.as_py(), where)
+        return cell_text(cell.as_py(), where)
     except UnicodeDecodeError as error:
         raise _not_utf8(where, error) from None
 

@@ -105,10 +105,7 @@ def part_of(corpus: Corpus) -> str | None:
 
 
 def checked_text(value: object, where: str) -> str:
-    """A document that can be written as UTF-8, or an error that says which one cannot. A null is an empty one: a row
-    without text has none to lose, and who reads a data set from the hub cannot mend it."""
-    if value is None:
-        return ""
+    """A document that can be written as UTF-8, or an error that says which one cannot."""
     if not isinstance(value, str):
         raise DocumentInvalid(
             f"{where}: expected text, found {type(value).__name__}. Remove it, or name another --column"
@@ -121,3 +118,9 @@ def checked_text(value: object, where: str) -> str:
             "hold. Mend or remove this document, then run again"
         ) from None
     return value
+
+
+def cell_text(value: object, where: str) -> str:
+    """The same of a column that is there. A null is an empty document: a row without text has none to lose, and who
+    reads a data set from the hub cannot mend it."""
+    return "" if value is None else checked_text(value, where)
