@@ -38,9 +38,9 @@ def require_room(
     end = max(end_bytes(member, widths, held_out_rows, parts) for member in members)
     end_weights = all_weights // COPIES * (COPIES - 1)
     of_weights = f"for weights and optimiser, most of it for {largest}"
-    asked = {of_weights: all_weights, "for a step": step, "for the shuffle pool": pool_bytes}
-    if end_weights + end > all_weights + step + pool_bytes:
-        asked = {of_weights: end_weights, "to measure and save an SAE at the end": end, "for the shuffle pool": 0}
+    training = {of_weights: all_weights, "for a step": step, "for the shuffle pool": pool_bytes}
+    ending = {of_weights: end_weights, "to measure and save an SAE at the end": end}
+    asked = max(training, ending, key=lambda parts: sum(parts.values()))
     remedies = (
         "a smaller --width, fewer SAEs at once, more processes with --spread, or with --set course.shard_width=true",
         "a smaller --set data.batch_tokens, or a smaller --width",
@@ -48,11 +48,11 @@ def require_room(
     )
     needed, free = sum(asked.values()), free_bytes(device)
     if needed > free:
-        said = ", ".join(f"{size / _GIB:.1f} {what}" for what, size in asked.items() if size)
-        most = max(range(len(remedies)), key=lambda at: list(asked.values())[at])
+        said = ", ".join(f"{size / _GIB:.1f} {what}" for what, size in asked.items())
+        _, remedy = max(zip(asked.values(), remedies, strict=False), key=lambda pair: pair[0])
         raise MemoryTooSmall(
             f"expected {needed / _GIB:.1f} GiB of memory on {device} ({said}), "
-            f"found {free / _GIB:.1f} GiB free. Choose {remedies[most]}"
+            f"found {free / _GIB:.1f} GiB free. Choose {remedy}"
         )
 
 
