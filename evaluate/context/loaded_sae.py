@@ -5,6 +5,7 @@ W windows, T positions, B rows, D_in and D_out widths, F latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache_schema.sites import RESID
+from ...cache_schema.sites import RESID, Site
 from ...cache_schema.strict_json import from_json
 from ...train.kit import registry
 from ...train.sae.kernels.second_look import Affine
@@ -73,6 +74,11 @@ class LoadedSae:
         """Side inputs that the SAE reads at inference: position, attention, ..."""
         return frozenset(self.sae.needs_side)
 
+    @property
+    def encoding(self) -> int:
+        """Raised where the same weights give other codes than before: 2 reads no massive rows along attention."""
+        return 2 if "row_of" in self.needs else 1
+
     @cached_property
     def attention_layers(self) -> tuple[int, ...]:
         """The layers whose attention the SAE reads at inference."""
@@ -112,10 +118,20 @@ class LoadedSae:
         x_WTD = batch.x(self.layers)
         if not self.needs:
             return self.sae.encode(x_WTD.flatten(0, 1)).unflatten(0, x_WTD.shape[:2])
-        acts_BF = self.sae.encode(x_WTD[batch.keep], make_side(batch))
+        x = x_WTD[batch.keep]
+        acts_BF = self.sae.encode(x, make_side(batch, self._ordinary(x)))
         acts_WTF = acts_BF.new_zeros(*batch.keep.shape, acts_BF.shape[-1])
         acts_WTF[batch.keep] = acts_BF
         return acts_WTF
+
+    def _ordinary(self, x: Tensor) -> Tensor:
+        """bool [B]: rows of a norm that training had too, in each layer. A massive one among those that attention
+        reads would be all that it brings."""
+        hook, largest = self.hooks[0], self.metadata.get("largest_norms", {})  # none where training took every row
+        keys = [str(layer) if hook == RESID else Site(hook, layer).path for layer in self.layers]
+        bounds = x.new_tensor([largest.get(key, math.inf) for key in keys])
+        norms = x.unflatten(1, (len(keys), -1)).norm(dim=-1)
+        return ~((norms > bounds) & norms.isfinite()).any(dim=1)
 
     @torch.inference_mode()
     def decode(self, acts_WTF: Tensor) -> Tensor:
@@ -138,11 +154,12 @@ def attention_layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:
     return tuple(sorted({layer for sae in saes for layer in sae.attention_layers}))
 
 
-def make_side(batch: Windows) -> Side:
-    """The side inputs of the rows `x[batch.keep]`, by the names that training uses."""
+def make_side(batch: Windows, is_read: Tensor) -> Side:
+    """The side inputs of the rows `x[batch.keep]`, by the names that training uses; `is_read` [B] says which of them
+    others may read."""
     window = batch.keep.nonzero()[:, 0]
     row_of = torch.full_like(batch.tokens, -1)
-    row_of[batch.keep] = torch.arange(len(window), device=row_of.device)
+    row_of[batch.keep] = torch.arange(len(window), device=row_of.device).masked_fill(~is_read, -1)
     positions = batch.valid.long().cumsum(dim=1) - 1  # padding on the left takes no position
     inputs: dict[str, Any] = {"token": batch.tokens[batch.keep], "position": positions[batch.keep], "window": window}
     inputs |= {"row_of": row_of, "attention": dict(batch.attention)}

@@ -94,6 +94,7 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
             "run": subject.run,
             "label": subject.label,
             "variant": subject.variant,
+            **({} if subject.encoding == 1 else {"encoding": subject.encoding}),
             "missing": result.missing,
             "remark": result.remark,
             "provenance": made,
@@ -147,11 +148,14 @@ def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
 
 
 def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
-    """The result on disk, if it is not older than the SAE, and of the layers and hooks that it has now."""
+    """The result on disk, if it is not older than the SAE, of the layers and hooks that it has now, and of codes as
+    they are made now."""
     path = result_path(subject, eval_id)
     if not path.is_file() or _is_older(path, subject.folder):
         return None
     document = read_result(path)
+    if document.get("saemill", {}).get("encoding", 1) != subject.encoding:
+        return None
     return document if _places_in(document.get("sae_cfg_dict")) == _places_in(sae_config(subject)) else None
 
 

@@ -32,7 +32,7 @@ class Needs:
     A row holds the activations of layers `inputs` side by side; the target those of `targets`, or the row
     itself. `hook` says what of these layers is read, `to_hook` what of the targets' where that is something else.
     With `windows` the rows are those of whole windows, special tokens left out, and the side
-    inputs `window` [B], `position` [B] and `row_of` [W, T] (-1 where there is no row) say which.
+    inputs `window` [B], `position` [B] and `row_of` [W, T] (-1 where there is no row, or a massive one) say which.
     """
 
     inputs: tuple[int, ...]

@@ -89,7 +89,9 @@ class Draw:
         if needs.positions or needs.windows:
             side["position"] = self._once("position", kind, lambda: rows.places_there % block.context)
         if rows.windows is not None:
-            side |= self._once("window", kind, lambda: self._window_side(rows))
+            unread = [layer for layer in needs.layers if layer in block.massive and layer not in kind.layers]
+            read = self.ordinary(needs) if unread else None
+            side |= self._once("window", (kind, *unread), lambda: self._window_side(rows, read))
         if needs.attention_layers:
             assert rows.windows is not None, "attention is of whole windows"
             side["attention"] = {layer: self._attention(layer, rows) for layer in needs.attention_layers}
@@ -101,13 +103,15 @@ class Draw:
             self._made[name, of] = make()
         return self._made[name, of]
 
-    def _window_side(self, rows: Rows) -> dict[str, Tensor]:
-        """`window` [B]: the row's window in the batch; `row_of` [W, T]: the row of a place, or -1."""
+    def _window_side(self, rows: Rows, read: Tensor | None) -> dict[str, Tensor]:
+        """`window` [B]: the row's window in the batch; `row_of` [W, T]: the row of a place, or -1. What reads other
+        rows of its window finds those that are `read` [B]: no massive ones, which it has not met in training."""
         assert rows.sizes_there is not None
         context, count, sizes = self.block.context, len(rows.places), rows.sizes_there
         window = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=count)
         row_of = sizes.new_full((len(sizes), context), -1)
-        row_of[window, rows.places_there % context] = torch.arange(count, device=sizes.device)
+        numbers = torch.arange(count, device=sizes.device)
+        row_of[window, rows.places_there % context] = numbers if read is None else numbers.masked_fill(~read, -1)
         return {"window": window, "row_of": row_of}
 
     def _attention(self, layer: int, rows: Rows) -> AttentionRows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from saemill.evaluate import errors
 from saemill.evaluate.context.loaded_sae import make_side
+from saemill.evaluate.context.results import Result, result_path, standing_result, write_result
 from saemill.evaluate.errors import NotApplicable
 from saemill.evaluate.evals.core import encoding
 from saemill.evaluate.model.batches import Windows, store_batches
@@ -59,16 +61,55 @@ def test_readings_with_side_inputs_are_the_same(positional, batch):
 def test_positions_do_not_count_padding_on_the_left():
     valid = torch.tensor([[False, False, True, True], [True, True, True, True]])
     keep = valid & torch.tensor([[True, True, False, True], [False, True, True, True]])
-    side = make_side(Windows(torch.zeros(2, 4, dtype=torch.int64), keep, valid))
+    side = make_side(Windows(torch.zeros(2, 4, dtype=torch.int64), keep, valid), torch.ones(4, dtype=torch.bool))
     assert side["position"].tolist() == [1, 1, 2, 3]
     assert side["window"].tolist() == [0, 1, 1, 1]
     assert side["row_of"].tolist() == [[-1, -1, -1, 0], [-1, 1, 2, 3]]
 
 
 def test_side_inputs_hold_the_stores_attention_and_documents(batch, builder):
-    side = make_side(batch)
+    side = make_side(batch, torch.ones(int(batch.keep.sum()), dtype=torch.bool))
     assert side["attention"].keys() == {builder.LAYER}
     assert torch.equal(side["document"], batch.documents[batch.keep])
+
+
+class ReadOfOthers(SparseAutoencoder):
+    """One latent: whether others may read the row."""
+
+    is_plain = False
+    needs_side = ("window", "row_of")
+
+    def encode(self, x, side):
+        read = torch.zeros(len(x))
+        read[side["row_of"][side["row_of"] >= 0]] = 1.0
+        return read[:, None]
+
+
+@pytest.mark.parametrize("bound", [5.0, None])
+def test_no_row_reads_one_that_is_massive(builder, batch, bound):
+    """Training leaves them out: what attention brings of a row a hundred times as long would be all that is seen."""
+    place = tuple(batch.keep.nonzero()[3].tolist())
+    resid = torch.nn.functional.normalize(batch.resid[builder.LAYER].float(), dim=-1)
+    resid[place] *= 100
+    metadata = {"largest_norms": {str(builder.LAYER): bound} if bound else {}}
+    sae = ReadOfOthers(torch.ones(1, builder.D), torch.ones(1, builder.D), Relu())
+    subject = replace(builder.subject(builder.make_sae()), sae=sae, config={"metadata": metadata})
+    read = subject.encode(replace(batch, resid={builder.LAYER: resid}))[..., 0].bool()
+    expected = batch.keep.clone()
+    expected[place] = bound is None
+    assert torch.equal(read, expected)
+
+
+def test_results_of_other_codes_do_not_stand(builder, tmp_path):
+    """Those of before read massive rows along attention; of SAEs that read no other rows they are the same."""
+    plain = replace(builder.subject(builder.make_sae()), folder=tmp_path / "sae", home=tmp_path)
+    sae = ReadOfOthers(torch.ones(1, builder.D), torch.ones(1, builder.D), Relu())
+    for subject, stands in ((plain, True), (replace(plain, sae=sae), False)):
+        document = write_result(Result(subject, {}, {}), "core", {})
+        assert standing_result(subject, "core") == document
+        document["saemill"].pop("encoding", None)
+        result_path(subject, "core").write_text(json.dumps(document))
+        assert (standing_result(subject, "core") is not None) == stands
 
 
 def test_several_layers_lie_side_by_side(batch, builder):

@@ -229,6 +229,23 @@ def test_the_held_out_split_comes_in_order(store, written):
     assert sorted(set(windows.tolist())) == list(range(220, 260))
 
 
+def test_held_out_rows_are_all_there_and_no_massive_one_is_read_by_others(write_store, tmp_path):
+    """As in training, which has none of them: what reads other rows of its window does not find them."""
+    places = [(230, 5), (231, 6)]
+    write_store(tmp_path / "store", massive=[(3, *places[0]), (4, *places[1])])
+    with Store.open(tmp_path / "store") as store:
+        stats = {layer: layer_stats(store, layer, 10.0) for layer in (3, 4)}
+        for layers, unread in (((3,), places[:1]), ((3, 4), places)):
+            needs, lost = Needs(inputs=layers, windows=True), []
+            for draw in held_out(store, [needs, WINDOWS], stats, CPU, tokens=10**6, batch_tokens=10**6):
+                side, rows = draw.batch(needs).side, draw.rows[Kind(True, ())]
+                number = side["row_of"][side["window"], torch.from_numpy(rows.places % 8)]
+                assert torch.equal(number.where(number >= 0, torch.arange(len(number))), torch.arange(len(number)))
+                window = draw.store_windows(Kind(True, ()))[number < 0]
+                lost += zip(window.tolist(), (rows.places % 8)[number < 0].tolist(), strict=True)
+            assert sorted(lost) == unread
+
+
 def test_damage_is_named(write_store, tmp_path):
     """A flipped byte ends the stream with the store's own error: shard, array and remedy."""
     from saemill.cache_schema import ShardCorrupt
