@@ -204,24 +204,30 @@ def find_committed(files: Files, manifest: Manifest, index: Index | None = None)
     return mask
 
 
-def compact(files: Files, manifest: Manifest) -> Index:
+def compact(files: Files, manifest: Manifest, is_alone: bool = True) -> Index:
     """Bring the index up to date.
 
     Writers may compact at the same time, and the last one to write wins; so each looks again after it
-    has written, and writes again as long as there is a record that the index lacks.
+    has written, and writes again as long as there is a record that the index lacks. Who is not alone looks for
+    all records, those that the index names too: somebody may be taking shards away, whose index it has overwritten.
     """
+    nothing = Index(manifest.cache_id, format=manifest.format)
     while True:
         index = read_index(files, manifest)
-        committed = find_committed(files, manifest, index)
-        fresh = np.flatnonzero(committed & ~index.mask(manifest.shards))
-        if not len(fresh):
+        indexed = index.mask(manifest.shards)
+        committed = find_committed(files, manifest, index if is_alone else nothing)
+        if np.array_equal(committed, indexed):
             return index
-        records = _read_records(files, manifest, fresh)
-        files.replace(INDEX, encode_index(_extend(index, committed, records)))
+        base = nothing if (indexed & ~committed).any() else index
+        records = _read_records(files, manifest, np.flatnonzero(committed & ~base.mask(manifest.shards)))
+        files.replace(INDEX, encode_index(_extend(base, committed, records)))
 
 
 def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
-    """Undo commits. The index goes first: a kill in between leaves the shards committed, never half gone."""
+    """Undo commits. The index goes first: a kill in between leaves the shards committed, never half gone.
+
+    A writer that gave up waiting may have written its index over this one's while the records were still there.
+    """
     gone = sorted(set(shards))
     files.remove(SUMMARY)  # the summary describes a finished store, and this store is open again
     committed = find_committed(files, manifest)
@@ -229,6 +235,7 @@ def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:
     files.replace(INDEX, encode_index(derive_index(files, manifest, committed)))
     for shard in gone:
         files.remove(record_key(shard))
+    compact(files, manifest, is_alone=False)
 
 
 def derive_index(files: Files, manifest: Manifest, committed: np.ndarray) -> Index:

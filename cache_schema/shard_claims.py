@@ -50,8 +50,9 @@ class Claims(Protocol):
         """All; where each try costs requests a few, in no order: of what nobody holds, and of what others hold."""
         ...
 
-    def hold_derived(self, must: bool = False) -> AbstractContextManager[None]:
-        """Wait for the claim on index and summary, and hold it for a block; StoreBusy where one must and cannot."""
+    def hold_derived(self, must: bool = False) -> AbstractContextManager[bool]:
+        """Wait for the claim on index and summary, and hold it for a block; False in it where the wait was given up,
+        StoreBusy where one must hold it."""
         ...
 
     def close(self) -> None: ...
@@ -139,10 +140,10 @@ class LockClaims:
         return numbers  # to try one is a call of the kernel
 
     @contextmanager
-    def hold_derived(self, must: bool = False) -> Iterator[None]:
+    def hold_derived(self, must: bool = False) -> Iterator[bool]:
         self._lock(fcntl.F_WRLCK, DERIVED, wait=True)
         try:
-            yield
+            yield True
         finally:
             self.release(DERIVED)
 
@@ -233,11 +234,12 @@ class LeaseClaims:
         ]
 
     @contextmanager
-    def hold_derived(self, must: bool = False) -> Iterator[None]:
+    def hold_derived(self, must: bool = False) -> Iterator[bool]:
         """Wait for who holds it, so that of many writers that end together one reads the records, and not each.
 
         Not for as long as a dead one would hold it: without it nothing that is added is lost, as a PUT is all or
-        nothing, and whoever writes last looks again. Who takes something away must hold it: another would add it again.
+        nothing, and whoever writes last looks again. Who takes something away must hold it, and looks afterwards too:
+        one that gave up waiting may have added it again.
         """
         pause, end = 0.05, time.monotonic() + DERIVED_SECONDS
         while not (is_mine := self.take(DERIVED)) and time.monotonic() < end:
@@ -249,7 +251,7 @@ class LeaseClaims:
                 f"{self.if_killed}"
             )
         try:
-            yield
+            yield is_mine
         finally:
             if is_mine:
                 self.release(DERIVED)

@@ -133,8 +133,8 @@ class StoreWriter:
             write_device(self.files, shard, device)
         write_record(self.files, record)
         if compacts_after(shard, self.manifest.shards):
-            with self._claims.hold_derived():
-                compact(self.files, self.manifest)
+            with self._claims.hold_derived() as is_alone:
+                compact(self.files, self.manifest, is_alone)
         return record
 
     def _write_chunks(self, tasks: Sequence[tuple[ShardPart, int]]) -> list[int]:
@@ -196,8 +196,8 @@ class StoreWriter:
         """Bring what is derived up to date: the index, and the summary of a finished store."""
         try:
             if self.files.exists(ROOT):
-                with self._claims.hold_derived():
-                    refresh(self.files, self.manifest)
+                with self._claims.hold_derived() as is_alone:
+                    refresh(self.files, self.manifest, is_alone)
         finally:
             self._release()
 
@@ -216,9 +216,9 @@ def compacts_after(shard: int, shards: int) -> bool:
     return (shard + 1) * 0x9E3779B1 % 2**32 < 2**32 // every
 
 
-def refresh(files: Files, manifest: Manifest) -> None:
-    """Derive again what is missing of index, counts and summary; the caller holds the claim."""
-    index = compact(files, manifest)
+def refresh(files: Files, manifest: Manifest, is_alone: bool = True) -> None:
+    """Derive again what is missing of index, counts and summary; `is_alone`: the caller holds the claim."""
+    index = compact(files, manifest, is_alone)
     if not files.exists(COUNTS):
         with Store(files) as store, suppress(ShardCorrupt):  # damaged tokens are counted once they are mended
             write_counts(files, count_all(manifest, store.ids))

@@ -39,7 +39,7 @@ from saemill.cache_schema import (
 from saemill.cache_schema import disk_and_cloud_files as files_module
 from saemill.cache_schema import shard_claims as claims_module
 from saemill.cache_schema.disk_and_cloud_files import Files, RemoteFiles, S3Files, open_files
-from saemill.cache_schema.layout import device_name, record_key, record_name
+from saemill.cache_schema.layout import INDEX, device_name, record_key, record_name
 from saemill.cache_schema.shard_claims import LeaseClaims
 from saemill.cache_schema.verify_and_repair import repair
 from saemill.cache_schema.writer import compacts_after
@@ -371,6 +371,40 @@ def test_repair_takes_nothing_away_beside_another_that_derives_the_index(synthet
     with Store.open(url) as store:
         assert np.flatnonzero(~store.committed).tolist() == [1]
     slow.close()
+
+
+@pytest.mark.parametrize("writes_last", ["writer", "repair"])
+def test_a_writer_that_gave_up_waiting_for_the_index_brings_no_shard_back(synthetic, monkeypatch, writes_last):
+    """Whichever of it and repair writes the index last: what repair took away is in it, with no record."""
+    manifest, url = synthetic.make_manifest(), f"memory://{uuid.uuid4().hex}"
+    corpus = synthetic.write_store(url, manifest, shards=range(5))
+    files, late = open_files(url), StoreWriter.open(url)
+    manifest = late.manifest  # with its id
+    synthetic.write_pending(late, corpus, [5])
+    repairing = make_claims(files)
+    assert repairing.take(claims_module.DERIVED)
+    monkeypatch.setattr(claims_module, "DERIVED_SECONDS", 0.1)
+    first, second = late.close, lambda: commits.forget(files, manifest, [1])
+    if writes_last == "repair":
+        first, second = second, first
+    between, replace = [second], RemoteFiles.replace
+
+    def interrupted(self: RemoteFiles, key: str, data: bytes) -> None:
+        other = between.pop() if key == INDEX and between else lambda: None
+        if writes_last == "writer":
+            other()
+            replace(self, key, data)
+        else:  # of repair the record is what goes last
+            replace(self, key, data)
+            other()
+
+    monkeypatch.setattr(RemoteFiles, "replace", interrupted)
+    first()
+    assert not between
+    with Store.open(url) as store:
+        assert np.flatnonzero(~store.committed).tolist() == [1]
+        assert commits.read_index(files, manifest) == commits.derive_index(files, manifest, store.committed)
+    repairing.close()
 
 
 @pytest.mark.parametrize("shards", [1000, 10**5])
