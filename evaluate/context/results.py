@@ -47,6 +47,8 @@ class Result:
     """What is needed for the numbers that are absent; None: nothing is."""
     remark: str | None = None
     """Why this SAE cannot have some of the numbers."""
+    measured_on: str | None = None
+    """Which text, and how much of it, in words for who reads the numbers."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
             **({} if subject.encoding == 1 else {"encoding": subject.encoding}),
             "missing": result.missing,
             "remark": result.remark,
+            "measured_on": result.measured_on,
             "provenance": made,
         },
     }
@@ -145,6 +148,17 @@ def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
         if isinstance(value, (int, float)):
             return None if value == UNMEASURED else float(value)
     return None
+
+
+def reach_of(document: Mapping[str, Any], intervals: str | None, metric: str) -> float | None:
+    """From a number to the farther end of its interval; None where there is none."""
+    found: Any = document
+    for part in (*intervals.split("."), metric.rsplit(".", 1)[-1]) if intervals else ():
+        found = found.get(part) if isinstance(found, Mapping) else None
+    value = metric_of(document, metric)
+    if value is None or not isinstance(found, list) or len(found) != 2:
+        return None
+    return max(found[1] - value, value - found[0])
 
 
 def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:

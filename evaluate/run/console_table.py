@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .. import evals
 from ..context.loaded_sae import LoadedSae
-from ..context.results import Row, metric_of, settings_of_each
+from ..context.results import Row, metric_of, reach_of, settings_of_each
 from ..errors import Incomparable
 
 MISSING = "-"
@@ -27,6 +27,7 @@ UNTRAINED: Mapping[
     "sae.sae_top_5_test_accuracy": 0.5,  # of layer 5
 }
 NAME, RECORDED = "never trained", "what a study recorded for gemma-2-2b, layer 19, after no training step"
+REACH = "\N{PLUS-MINUS SIGN}"
 NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
 
 
@@ -44,6 +45,8 @@ def print_results(console: Console, rows: Sequence[Row], *, beside_untrained: bo
     names_of = shown_names(row.subject for row in rows)
     if good:
         console.print(make_table(good, names_of, beside_untrained=beside_untrained))
+        for line in measured_on(good):
+            console.print(line, style="dim", markup=False, soft_wrap=True)
     if beside_untrained:
         console.print(f"{NAME}: {RECORDED}", style="dim", markup=False, soft_wrap=True)
     for row in good:
@@ -103,12 +106,26 @@ def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], *, beside
         whose = f"{eval_id}: " if len(eval_ids) > 1 else ""
         table.add_column(whose + heading(metric), justify="right", min_width=NUMBER_WIDTH)
     for subject in subjects:
-        cells = (_cell(found.get((subject, eval_id)), metric) for eval_id, metric in columns)
+        cells = (_cell(found.get((subject, eval_id)), eval_id, metric) for eval_id, metric in columns)
         table.add_row(names_of[subject], *cells)
     if beside_untrained:
         recorded = (UNTRAINED.get(metric) for _, metric in columns)
         table.add_row(NAME, *(MISSING if value is None else f"{value:g}" for value in recorded), style="dim")
     return table
+
+
+def measured_on(rows: Sequence[Row]) -> list[str]:
+    """What text the numbers are of, and what stands behind them."""
+    found = dict.fromkeys((row.eval_id, (row.document or {}).get("saemill", {}).get("measured_on")) for row in rows)
+    lines = [f"{eval_id}: {told}" for eval_id, told in found if told]
+    if any(reach is not None for row in rows for reach in _reaches(row)):
+        lines.append(f"{REACH} to the farther end of the 95 % interval over documents")
+    return lines
+
+
+def _reaches(row: Row) -> Iterator[float | None]:
+    evaluation = evals.load(row.eval_id)
+    return (reach_of(row.document or {}, evaluation.intervals, metric) for metric in evaluation.summary)
 
 
 def heading(metric: str) -> str:
@@ -156,9 +173,12 @@ def _by_reason(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
     return reasons
 
 
-def _cell(document: Mapping[str, Any] | None, metric: str) -> str:
+def _cell(document: Mapping[str, Any] | None, eval_id: str, metric: str) -> str:
     value = None if document is None else metric_of(document, metric)
-    return MISSING if value is None else f"{value:.4g}"
+    if document is None or value is None:
+        return MISSING
+    reach = reach_of(document, evals.load(eval_id).intervals, metric)
+    return f"{value:.4g}" if reach is None else f"{value:.4g} {REACH} {reach:.2g}"
 
 
 def untrained_traits(document: Mapping[str, Any]) -> list[str]:

@@ -14,10 +14,13 @@ import importlib.metadata
 import itertools
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +185,19 @@ def run_names(root: str | os.PathLike[str]) -> list[str]:
 
 def provenance() -> dict[str, Any]:
     """Where a run comes from: never part of an identity."""
-    versions = {name: _version(name) for name in _PACKAGES}
-    return {"git": _git_state(Path(__file__).parent), "python": platform.python_version(), "packages": versions}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _typed_command(),
+        "git": _git_state(Path(__file__).parent),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _typed_command() -> str | None:
+    """The command that was typed; None where the package is called from Python."""
+    name = Path(sys.argv[0]).name
+    return shlex.join([name, *sys.argv[1:]]) if name.startswith("sae-") else None
 
 
 def _make_root(root: str | os.PathLike[str]) -> Path:

@@ -44,6 +44,12 @@ class DocumentSums:
         return {name: np.bincount(place, values, len(found)) for name, values in joined.items()}
 
 
+def said(table: Sums) -> str:
+    """How much text the sums are of, in words."""
+    tokens, documents = int(table["tokens"].sum()), len(table["tokens"])
+    return f"{tokens:,} tokens of {documents:,} document{'s' * (documents != 1)}"
+
+
 def intervals(
     table: Sums, statistics: Mapping[str, Statistic], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, list[float] | None]:

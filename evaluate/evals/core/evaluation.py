@@ -21,6 +21,7 @@ from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .ablations import ABLATIONS
 from .blocks import Rows, rows_of
+from .bootstrap import said
 from .metrics import latent_details, latent_metrics, official_metrics, own_metrics
 from .quality import Sparsity, measure_sparsity
 from .spliced_ce_and_kl import LossSums, measure_losses, splice_layer
@@ -107,7 +108,15 @@ def make_result(
         details=latent_details(latents),
         unstructured={},
         extra={"saemill_metrics": own_metrics(sparsity, losses, config.ablations, config.resamples)},
+        measured_on=measured_on(config.split, sparsity, losses),
     )
+
+
+def measured_on(split: str, sparsity: Sparsity, losses: LossSums | None) -> str:
+    """Both blocks, without massive rows where those are left out; a store that names no documents has its tokens."""
+    table = sparsity.documents.table()
+    line = f"{split} split, {said(table) if table else f'{sparsity.ordinary.tokens:,} tokens'}"
+    return line if losses is None else f"{line}; CE and KL on {said(losses.documents.table())}"
 
 
 def official_config(context: Context, rows: Rows, has_losses: bool) -> dict[str, Any]:
@@ -136,6 +145,7 @@ EVALUATION = Evaluation(
     Config,
     evaluate,
     needs=Needs(store=True, from_tokens=True),
+    intervals="saemill_metrics.confidence_95",
     summary=(
         "sparsity.l0",
         "saemill_metrics.explained_variance",

@@ -12,7 +12,7 @@ from typing import Protocol
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from .records import Record
 from .style import INK, Look, caption, is_wide, log_axis, look, new_figure
@@ -130,8 +130,9 @@ def first_series(names: Iterable[str]) -> Callable[[Record], tuple[list[float], 
 
 
 def draw_panels(panels: Sequence[Panel], records: Sequence[Record], title: str) -> Figure | None:
-    """All panels that anyone has numbers for, and one legend for all; None where there is nothing to draw."""
-    drawn = [panel for panel in panels if panel.finds(records)]
+    """All panels that anyone has numbers for, and one legend for all; None where there is nothing to draw. A bar by
+    itself says no more than its number, which stands in the table."""
+    drawn = [panel for panel in panels if panel.finds(records) and (len(records) > 1 or not isinstance(panel, Bars))]
     if not drawn:
         return None
     looks = looks_of(records)
@@ -186,5 +187,4 @@ def draw_parts(
     for text in axis.get_xticklabels():
         text.set_parse_math(False)
     axis.grid(visible=False, axis="x")
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.legend(fontsize=8, frameon=False, ncols=min(len(parts), 4), loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -38,6 +38,7 @@ class Record:
     outcome: Mapping[str, Any] = field(default_factory=dict)  # its part of result.json
     steps: int | None = None
     documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # results by evaluation
+    asked: Mapping[str, Any] = field(default_factory=dict)  # of its run: config.json
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a logged number, where it is one."""
@@ -69,6 +70,23 @@ class Record:
         measured = self.metric("core", CORE[name])
         return self.outcome.get(name) if measured is None else measured
 
+    @property
+    def asked_l0(self) -> float | None:
+        """Active latents per token that the variant was told to have."""
+        return self.setting("k", "target_l0")
+
+    def setting(self, *names: str) -> float | None:
+        """The first of some settings of the variant that is a number."""
+        found = (self.settings.get(name) for name in names)
+        numbers = (float(value) for value in found if isinstance(value, (int, float)) and not isinstance(value, bool))
+        return next(numbers, None)
+
+    @property
+    def measured_on(self) -> list[tuple[str, str]]:
+        """Evaluations that say what text their numbers are of, and what they say."""
+        ours = {name: document.get("saemill", {}) for name, document in self.documents.items()}
+        return [(name, str(told["measured_on"])) for name, told in ours.items() if told.get("measured_on")]
+
     def unstructured(self, evaluation: str) -> Mapping[str, Any]:
         return self.documents.get(evaluation, {}).get("eval_result_unstructured") or {}
 
@@ -99,6 +117,7 @@ def _records_of(run: RunFolder, name: str, is_alone: bool, known: Documents) -> 
             label=label,
             variant=member.get("variant", ""),
             settings=member.get("config", {}),
+            asked=config,
             log=[line for line in log if line.get("sae") == label],
             outcome=outcomes.get(label, {}),
             steps=result.get("steps"),

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Okabe and Ito's palette without its yellow, which is too light for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
@@ -70,13 +70,19 @@ def new_figure(
 
 
 def plainly(axis: Axes) -> Axes:
-    """No box, a faint grid behind."""
+    """No box, a faint grid behind, and at every tick its whole number: no offset beside the axis to add to it."""
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(_whole)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(INK)
     axis.tick_params(colors=INK, labelsize=8)
     axis.set_axisbelow(True)
     axis.grid(color=FAINT, linewidth=0.6)
     return axis
+
+
+def _whole(value: float, _: object) -> str:
+    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
 
 
 def caption(axis: Axes, title: str, x: str, y: str) -> None:
@@ -91,7 +97,7 @@ def log_axis(axis: Axes, which: Literal["x", "y"]) -> None:
     side = axis.xaxis if which == "x" else axis.yaxis
     axis.set(**{f"{which}scale": "log"})
     side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    side.set_major_formatter(_whole)
     side.set_minor_formatter(NullFormatter())
 
 

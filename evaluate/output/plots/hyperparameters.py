@@ -15,23 +15,12 @@ def peak_rate(record: Record) -> float | None:
     return max(record.series("lr")[1], default=None)
 
 
-def target_l0(record: Record) -> float | None:
-    """Active latents per token that the variant was told to have."""
-    value = record.settings.get("k") or record.settings.get("target_l0")
-    return float(value) if isinstance(value, (int, float)) else None
-
-
-def penalty(record: Record) -> float | None:
-    value = record.settings.get("penalty")
-    return float(value) if isinstance(value, (int, float)) else None
-
-
 PENALTIES = ("weight/l1", "weight/lp", "weight/l0", "weight/gate_l1")
 
 PANELS = (
     Bars("Learning rate", "peak of its schedule", peak_rate, "{:.2e}"),
-    Bars("Sparsity penalty", "coefficient", penalty),
-    Bars("Sparsity target", "active latents per token", target_l0),
+    Bars("Sparsity penalty", "coefficient", lambda r: r.setting("penalty")),
+    Bars("Sparsity target", "active latents per token", lambda r: r.asked_l0),
     Lines("Learning rate over training", "learning rate", series_of("lr")),
     Lines("Sparsity penalty over training", "coefficient", first_series(PENALTIES)),
 )

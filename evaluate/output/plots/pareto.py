@@ -24,7 +24,8 @@ class Points:
     score: Callable[[Record], float | None]
 
     def finds(self, records: Sequence[Record]) -> bool:
-        return any(record.held_out("l0") and self.score(record) is not None for record in records)
+        scored = [record for record in records if record.held_out("l0") and self.score(record) is not None]
+        return len(scored) > 1  # a point by itself is next to nothing
 
     def draw(self, axis: Axes, records: Sequence[Record], looks: Looks) -> None:
         found = [(r, x, y) for r in records if (x := r.held_out("l0")) and (y := self.score(r)) is not None]

@@ -1,11 +1,16 @@
-"""The table of a run: one line for each SAE, one column for each number that somebody measured."""
+"""The table of a run: one line for each SAE, one column for each number that somebody measured.
+
+An evaluation that no column here is of has one for each metric of its summary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..figures.records import Record
+from ... import evals
+from ...context.results import reach_of
+from ..figures.records import CORE, Record
 from .markup import Html, element, joined
 
 MISSING = "\N{EN DASH}"
@@ -18,61 +23,97 @@ class Column:
     heading: str
     meaning: str
     value: Callable[[Record], float | None]
+    evaluation: str = ""
+    metric: str = ""
+
+    def reach(self, record: Record) -> float | None:
+        """To the farther end of the number's interval, where its evaluation gives one."""
+        if self.evaluation not in record.documents:
+            return None
+        return reach_of(record.documents[self.evaluation], evals.load(self.evaluation).intervals, self.metric)
 
 
-def measured(evaluation: str, path: str) -> Callable[[Record], float | None]:
-    return lambda record: record.metric(evaluation, path)
+def measured(heading: str, meaning: str, evaluation: str, path: str) -> Column:
+    return Column(heading, meaning, lambda record: record.metric(evaluation, path), evaluation, path)
 
 
-def held_out(name: str) -> Callable[[Record], float | None]:
-    return lambda record: record.held_out(name)
+def held_out(heading: str, meaning: str, name: str) -> Column:
+    return Column(heading, meaning, lambda record: record.held_out(name), "core", CORE[name])
 
 
 COLUMNS = (
-    Column("L0", "active latents per token", held_out("l0")),
-    Column("explained variance", "of held-out residuals", held_out("explained_variance")),
-    Column("with massive rows", "the same of all rows", held_out("explained_variance_with_massive")),
-    Column("CE score", "1 clean, 0 ablated", measured("core", "model_performance_preservation.ce_loss_score")),
-    Column("KL score", "1 clean, 0 ablated", measured("core", "model_behavior_preservation.kl_div_score")),
+    Column("latents", "of the dictionary", lambda r: r.setting("width")),
+    Column("asked L0", "k, or a target", lambda r: r.asked_l0),
+    held_out("L0", "active latents per token", "l0"),
+    held_out("explained variance", "of held-out residuals", "explained_variance"),
+    held_out("with massive rows", "the same of all rows", "explained_variance_with_massive"),
+    measured("CE score", "1 clean, 0 ablated", "core", "model_performance_preservation.ce_loss_score"),
+    measured("KL score", "1 clean, 0 ablated", "core", "model_behavior_preservation.kl_div_score"),
     Column("dead", "share of latents", lambda r: r.outcome.get("dead_share")),
-    Column("probing", "test accuracy, k = 5", measured("sparse_probing", "sae.sae_top_5_test_accuracy")),
-    Column("tier information", "adjusted, tiers 1 and 2", measured("tiers", "tier_information.adjusted_nmi_1_2")),
-    Column("composed", "share of tier 2, of few", measured("tiers", "composition.coverage_few_2")),
-    Column("retention", "activation inside range", measured("position", "specialisation.retention")),
-    Column("TCS short", "lags 1 to 4", measured("temporal", "consistency.tcs_short")),
-    Column("FSM", "median latent", measured("temporal", "stability.fsm_median")),
-    Column("lifetime", "tokens", measured("temporal", "stability.lifetime_mean")),
-    Column("attention fidelity", "1 true, 0 mean ablation", measured("attention", "fidelity.score")),
+    measured("probing", "test accuracy, k = 5", "sparse_probing", "sae.sae_top_5_test_accuracy"),
+    measured("tier information", "adjusted, tiers 1 and 2", "tiers", "tier_information.adjusted_nmi_1_2"),
+    measured("composed", "share of tier 2, of few", "tiers", "composition.coverage_few_2"),
+    measured("retention", "activation inside range", "position", "specialisation.retention"),
+    measured("TCS short", "lags 1 to 4", "temporal", "consistency.tcs_short"),
+    measured("FSM", "median latent", "temporal", "stability.fsm_median"),
+    measured("lifetime", "tokens", "temporal", "stability.lifetime_mean"),
+    measured("attention fidelity", "1 true, 0 mean ablation", "attention", "fidelity.score"),
 )
+
+
+def summary_columns(records: Sequence[Record]) -> list[Column]:
+    """Of evaluations that have none of `COLUMNS`; results of one that is not installed here stay in their files."""
+    shown = {column.evaluation for column in COLUMNS}
+    found = dict.fromkeys(name for record in records for name in record.documents if name not in shown)
+    return [
+        measured(metric.rsplit(".", 1)[-1].replace("_", " "), name, name, metric)
+        for name in found
+        if name in evals.names()
+        for metric in evals.load(name).summary
+    ]
 
 
 def numbers_table(records: Sequence[Record]) -> Html:
     """Columns that nobody has a number for are left out."""
-    columns = [column for column in COLUMNS if any(column.value(record) is not None for record in records)]
+    every = (*COLUMNS, *summary_columns(records))
+    columns = [column for column in every if any(column.value(record) is not None for record in records)]
     headings = [
         element("th", column.heading, Html("<br>"), element("span", column.meaning, class_="faint"))
         for column in columns
     ]
-    rows = [element("tr", element("td", record.name), *cells(record, columns)) for record in records]
+    rows = [element("tr", element("td", record.name, *variant(record)), *cells(record, columns)) for record in records]
     head = element("tr", element("th", "SAE"), *headings)
     table = element("table", element("thead", head), element("tbody", joined(rows)))
     return joined([element("h2", "Numbers"), element("div", table, class_="wide"), *notes(records)])
 
 
+def variant(record: Record) -> list[Html]:
+    """Below the name, where that does not say it."""
+    return [element("small", record.variant)] if record.variant not in record.name else []
+
+
 def notes(records: Sequence[Record]) -> list[Html]:
-    """What the numbers are not about."""
-    return [
-        element(
-            "p",
-            f"{record.name}: {massive:,} of {massive + record.outcome['validation_tokens']:,} held-out tokens are "
-            "massive, their norm many times the median; explained variance and L0 of held-out residuals are without.",
-            class_="faint",
-        )
+    """What the numbers are of, and what they are not about."""
+    told = [f"{name}: {line}" for name, line in dict.fromkeys(line for one in records for line in one.measured_on)]
+    by_training = [record.name for record in records if record.outcome and "core" not in record.documents]
+    if any(column.reach(one) is not None for column in COLUMNS for one in records):
+        told.append("Below a number: how far the farther end of its 95 % interval over documents is.")
+    if by_training:
+        told.append(f"L0 and explained variance of {', '.join(by_training)}: validation split, measured by training.")
+    massive = [
+        f"{record.name}: {found:,} of {found + record.outcome['validation_tokens']:,} tokens of the validation split "
+        "are massive, their norm many times the median; explained variance and L0 of held-out residuals are without."
         for record in records
-        if (massive := record.outcome.get("validation_massive"))
+        if (found := record.outcome.get("validation_massive"))
     ]
+    return [element("p", line, class_="faint") for line in (*told, *massive)]
 
 
 def cells(record: Record, columns: Sequence[Column]) -> list[Html]:
-    values = (column.value(record) for column in columns)
-    return [element("td", MISSING if value is None else f"{value:.4g}") for value in values]
+    return [element("td", *_cell(column.value(record), column.reach(record))) for column in columns]
+
+
+def _cell(value: float | None, reach: float | None) -> list[str]:
+    if value is None:
+        return [MISSING]
+    return [f"{value:.4g}"] + ([] if reach is None else [element("small", f"\N{PLUS-MINUS SIGN} {reach:.2g}")])

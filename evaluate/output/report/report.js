@@ -3,7 +3,8 @@
 
 W = 340; H = 170;
 const FIRST = ["loss", "explained_variance", "l0", "dead_share"], AXIS = ["tokens"], AGAIN_MS = 5000;
-const SAID = { l0: "L0", l1: "L1", lr: "learning rate" };
+const SAID = { l0: "L0", l1: "L1", lr: "Learning rate" };
+const capital = (words) => words.slice(0, 1).toUpperCase() + words.slice(1);
 let data, isApart = false, chosen = new Map(); // chosen steps, by chart
 const off = new Set();
 
@@ -92,14 +93,14 @@ function training(all, shown) {
       if (isStill) still.push(`${name} ${number(values[0], 4)}`);
       return values.length && !isStill;
     });
-    return drawn.length ? h("div", {}, part && h("h2", {}, part), h("div", { class: "curves" }, drawn.map(([name, found]) => curve(name, part, found)))) : null;
+    return drawn.length ? h("div", {}, part && h("h2", {}, capital(part)), h("div", { class: "curves" }, drawn.map(([name, found]) => curve(name, part, found)))) : null;
   });
   return h("section", { class: "card" }, h("div", { class: "row-of between" }, h("h2", {}, "Training curves"), seeds()), legend(all), sections,
     still.length > 0 && h("p", { class: "small quiet" }, `Unchanged: ${still.join(", ")}.`));
 }
 function curve(name, part, found) {
   const values = found.flatMap((one) => one.y), isWide = Math.min(...values) > 0 && Math.max(...values) > 20 * Math.min(...values);
-  const own = part && name.includes("/") ? name.slice(part.length + 1) : name, title = SAID[own] ?? own.replaceAll("_", " ");
+  const own = part && name.includes("/") ? name.slice(part.length + 1) : name, title = SAID[own] ?? capital(own.replaceAll("_", " "));
   const drawn = lines(found, ["step", isWide ? "logarithmic" : "", isWide ? "log" : ""], chosen.get(name)), chart = drawn.firstChild;
   chart.setAttribute("aria-label", `${name} by step`);
   chart.dataset.keep = name;

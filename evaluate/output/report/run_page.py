@@ -20,6 +20,7 @@ from ..figures.records import Record
 from ..figures.web import script_json, web_file
 from .markup import Html, element, image, joined, text
 from .numbers import numbers_table
+from .origin import origins
 from .training import course_of, training_data
 
 BROWSER = "browser/index.html"
@@ -43,7 +44,7 @@ def write_live_page(run: RunFolder, records: Sequence[Record], pause: float) -> 
     course = course_of(records, run.read_config().get("total_steps", 0), pause)
     data = training_data(records, course)
     replace_file(run.path / LIVE, f"saemill({script_json(data)});\n".encode())
-    replace_file(run.path / "report.html", _document(run.name, data, Html(""), Html("")).encode())
+    replace_file(run.path / "report.html", _document(run.name, data, origins(records), Html("")).encode())
 
 
 def page(name: str, records: Sequence[Record], pictures: Mapping[str, Path], has_browser: bool = False) -> Html:
@@ -53,7 +54,7 @@ def page(name: str, records: Sequence[Record], pictures: Mapping[str, Path], has
         element("section", card, class_="card") if card else card
         for card in (numbers_table(records), figures(pictures), contexts_of(records))
     ]
-    return _document(name, training_data(records), joined([link, numbers]), joined(below))
+    return _document(name, training_data(records), joined([origins(records), link, numbers]), joined(below))
 
 
 def _document(name: str, data: Mapping[str, Any], above: Html, below: Html) -> Html:
@@ -92,22 +93,31 @@ def _script(script: str) -> Html:
     return element("script", Html(script))
 
 
+CURVES = ("hyperparameters", "training_metrics", "training_progression")
+"""Pictures of what the page's script draws from the same log: their files alone are offered."""
+
+
 def figures(pictures: Mapping[str, Path]) -> Html:
     """Every picture under its name, and the files of it for papers."""
-    if not pictures:
-        return Html("")
-    return joined([element("h2", "Pictures"), *(_figure(*found) for found in pictures.items())])
+    drawn = [_figure(*found) for found in pictures.items() if found[1].stem not in CURVES]
+    of_curves = [_links(*found) for found in pictures.items() if found[1].stem in CURVES]
+    as_files = [element("p", "The curves above, for papers: ", joined(of_curves, between=", "))] if of_curves else []
+    return joined([element("h2", "Pictures"), *drawn, *as_files]) if pictures else Html("")
 
 
 def _figure(address: str, path: Path) -> Html:
+    return element("figure", image(path, path.stem), element("figcaption", _links(address, path)))
+
+
+def _links(address: str, path: Path) -> Html:
+    """The picture's name, and its files."""
     files = {kind: path.with_suffix(f".{kind}") for kind in ("png", "svg")}
     links = [
         element("a", kind.upper(), href=f"{address.removesuffix('png')}{kind}")
         for kind, file in files.items()
         if file.is_file()
     ]
-    caption = element("figcaption", path.stem.replace("_", " "), Html(" "), joined(links, between=" "))
-    return element("figure", image(path, path.stem), caption)
+    return joined([text(path.stem.replace("_", " ")), *links], between=" ")
 
 
 LATENTS = 12  # of an SAE: a page is to be read

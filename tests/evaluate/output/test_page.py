@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saemill.evaluate import evals
 from saemill.evaluate.output.figures.records import Record, read_records
+from saemill.evaluate.output.report import numbers
 from saemill.evaluate.output.report.markup import Html, element, text
 from saemill.evaluate.output.report.run_page import page, write_live_page, write_page
 from saemill.evaluate.output.report.training import training_data
@@ -37,7 +39,7 @@ SAFE = {
     "mark",
 }
 SAFE |= {"table", "thead", "tbody", "tr", "th", "td", "br", "figure", "figcaption", "img"}
-SAFE |= {"header", "main", "section", "button", "link", "script", "details", "summary"}
+SAFE |= {"dl", "dt", "dd", "small", "header", "main", "section", "button", "link", "script", "details", "summary"}
 
 
 class Reader(HTMLParser):
@@ -281,3 +283,47 @@ def test_the_page_can_be_read_in_light_and_dark(live, open_report, contrasts, th
     page = open_report(live, color_scheme=theme)
     assert page.evaluate("document.documentElement.dataset.theme") == theme
     assert page.evaluate(contrasts) == []
+
+
+def test_the_page_says_what_its_numbers_are_of():
+    """Model, text, store, length, date and command of a run; how much text core read; whose numbers are training's."""
+    asked = {
+        "cache": {"url": "./store", "cache_id": "ab12", "model": "pocket", "model_revision": "v1", "corpus": "stdlib"},
+        "course": {"tokens": 180_224},
+        "total_steps": 44,
+        "provenance": {"date": "2026-11-28T09:00:00+00:00", "command": "sae-train --variant topk <b>", "packages": {}},
+    }
+    shared = {"variant": "topk", "settings": {"layer": 19, "width": 512, "k": 32}, "asked": asked}
+    interval = {"confidence_95": {"explained_variance": [0.5, 0.65]}, "explained_variance": 0.6}
+    core = {"eval_result_metrics": {}, "saemill_metrics": interval, "saemill": {"measured_on": "test split, 9 tokens"}}
+    first = Record("a", "run_1", "a", outcome={"l0": 32.0}, documents={"core": core}, **shared)
+    second = Record("b", "run_1", "b", outcome={"l0": 31.0}, **shared)
+    words = read(page("run_1", [first, second], {})).words
+    assert "pocket (v1), layer 19 (resid), text stdlib, 180,224 tokens in 44 steps" in words
+    assert {"./store (ab12)", "2026-11-28T09:00:00+00:00", "sae-train --variant topk <b>"} <= set(words)
+    assert {"512", "32", "core: test split, 9 tokens", "\N{PLUS-MINUS SIGN} 0.1"} <= set(words)
+    assert "L0 and explained variance of b: validation split, measured by training." in words
+
+
+def test_an_evaluation_without_a_column_of_its_own_has_those_of_its_summary():
+    """One that somebody adds is on the page at once; one that is not installed here is left in its file."""
+    for name in evals.names():
+        for metric in evals.load(name).summary:
+            group, last = metric.rsplit(".", 1)
+            document = {"eval_result_metrics": {}}
+            place = document
+            for part in group.split("."):
+                place = place.setdefault(part, {})
+            place[last] = 0.4321
+            words = read(page("run", [Record("a", "run", "a", documents={name: document, "gone": document})], {})).words
+            if name not in {column.evaluation for column in numbers.COLUMNS}:
+                assert "0.4321" in words and last.replace("_", " ") in words
+
+
+def test_curves_that_the_page_draws_are_no_pictures_in_it(tmp_path):
+    paths = {f"plots/{name}.png": tmp_path / f"{name}.png" for name in ("pareto", "training_metrics")}
+    for path in paths.values():
+        path.write_bytes(b"\x89PNG")
+    reader = read(page("run", [record("a")], paths))
+    assert [attributes["alt"] for tag, attributes in reader.tags if tag == "img"] == ["pareto"]
+    assert {"plots/pareto.png", "plots/training_metrics.png"} <= {a.get("href") for tag, a in reader.tags if tag == "a"}

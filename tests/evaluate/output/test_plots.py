@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from saemill.evaluate.output import plots
 from saemill.evaluate.output.figures.records import Record, read_records
-from saemill.evaluate.output.figures.style import COLOURS, look, shades, shown
+from saemill.evaluate.output.figures.style import COLOURS, look, new_figure, shades, shown
 from saemill.evaluate.output.plots import draw_of, make_plots, names, pareto
 from saemill.train.disk.atomic_files import write_json
 from saemill.train.run.folder import RunFolder
@@ -140,7 +140,7 @@ def panels_of(figure: Figure) -> list:
 
 
 def test_what_a_run_lacks_is_not_drawn(make_run, tmp_path):
-    bare = make_plots(read_records([make_run(labels=("standard",), evaluated=False)]), tmp_path / "plots")
+    bare = make_plots(read_records([make_run(labels=("standard", "topk"), evaluated=False)]), tmp_path / "plots")
     assert {path.stem for path in bare} == ALL - {
         "activation_patterns",
         "composition_patterns",
@@ -150,10 +150,27 @@ def test_what_a_run_lacks_is_not_drawn(make_run, tmp_path):
         "transition_matrix",
     }
     unlogged = make_plots(
-        read_records([make_run("run_2", ("standard",), evaluated=False, logged=False)]), tmp_path / "plots"
+        read_records([make_run("run_2", ("standard", "topk"), evaluated=False, logged=False)]), tmp_path / "plots"
     )
     assert {path.stem for path in unlogged} == {"hyperparameters", "pareto", "training_metrics", "training_progression"}
     assert not (tmp_path / "plots" / "feature_analysis.png").exists()  # of the run before: no longer true
+
+
+def test_one_sae_by_itself_has_no_bars_and_no_points(make_run):
+    """A bar or a point that nothing stands beside says no more than its number."""
+    (record,) = read_records([make_run(labels=("standard",))])
+    titles = [axis.get_title() for name in names() if (drawn := draw_of(name)([record])) for axis in drawn.axes]
+    assert "Total loss" in titles and "Learning rate over training" in titles
+    assert not {"Learning rate", "Final reconstruction", "Training steps completed", "Residual"} & set(titles)
+
+
+def test_ticks_are_whole_numbers():
+    """16.001 is not 1e-3 beside an axis that says +1.6e1."""
+    figure, (axis,) = new_figure(1)
+    axis.plot([0, 1], [16.001, 16.002])
+    figure.canvas.draw()
+    assert axis.yaxis.get_offset_text().get_text() == ""
+    assert "16.001" in [tick.get_text() for tick in axis.get_yticklabels()]
 
 
 def test_nothing_to_draw_draws_nothing(tmp_path):

@@ -96,8 +96,12 @@ function frame(x, y, names, label) {
   const width = W, height = H, left = 46, foot = 34;
   const chart = s("svg", { viewBox: `0 0 ${width} ${height + foot}`, role: "img", "aria-label": label });
   const px = (value) => left + x.scale(value) * (width - left - 10), py = (value) => 8 + (1 - y.scale(value)) * (height - 8);
-  for (const tick of y.ticks) chart.append(s("line", { class: "grid", x1: left, x2: width, y1: py(tick), y2: py(tick) }), s("text", { x: left - 6, y: py(tick) + 4, "text-anchor": "end" }, number(tick)));
-  for (const tick of x.ticks) chart.append(s("line", { class: "grid", x1: px(tick), x2: px(tick), y1: 8, y2: height }), s("text", { x: px(tick), y: height + 15, "text-anchor": "middle" }, number(tick)));
+  const digits = (ticks) => { // as many as tell neighbours apart
+    const apart = Math.min(...ticks.slice(1).map((tick, place) => tick - ticks[place])), most = Math.max(...ticks.map(Math.abs));
+    return Math.max(3, Math.min(7, Math.floor(Math.log10(most)) - Math.floor(Math.log10(apart)) + 1)) || 3;
+  };
+  for (const tick of y.ticks) chart.append(s("line", { class: "grid", x1: left, x2: width, y1: py(tick), y2: py(tick) }), s("text", { x: left - 6, y: py(tick) + 4, "text-anchor": "end" }, number(tick, digits(y.ticks))));
+  for (const tick of x.ticks) chart.append(s("line", { class: "grid", x1: px(tick), x2: px(tick), y1: 8, y2: height }), s("text", { x: px(tick), y: height + 15, "text-anchor": "middle" }, number(tick, digits(x.ticks))));
   chart.append(s("text", { x: width, y: height + 31, "text-anchor": "end" }, names[0]), s("text", { x: 0, y: height + 31 }, names[1]));
   return { chart, px, py };
 }
