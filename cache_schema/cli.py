@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .errors import StoreError
 from .import_from_others import ImportSettings, import_store
+from .in_words import counted
 from .info import describe, render
 from .layout import BEGINNING
 from .manifest import Codec, Manifest
@@ -125,7 +126,7 @@ def verify(url: str, is_json: bool) -> None:
     if damage or wrong:
         click.echo(f"Mend them with: sae-store repair {url}")
         sys.exit(1)
-    click.echo(f"{shards - missing} shards read, every one is what was committed")
+    click.echo(f"{counted(shards - missing, 'shard')} read, every one is what was committed")
 
 
 @main.command(name="digest", epilog=example("digest ./store"))
@@ -168,7 +169,7 @@ def repair_command(url: str, remove_only: bool, model: str | None, device: str |
         for key in wrong:
             click.echo(f"{key} was not what the shards give: made again")
         if damaged:
-            click.echo(f"{len(damaged)} shards removed: {damaged}. The same harvest writes them again")
+            click.echo(f"{counted(len(damaged), 'shard')} removed: {damaged}. The same harvest writes them again")
         elif not wrong:
             click.echo("nothing is damaged")
 
@@ -251,7 +252,7 @@ def import_command(
         with _progress("importing", "shards") as advance:
             manifest = import_store(url, source, settings, lambda _, total: advance(total))
     held = ", ".join(map(str, manifest.sites))
-    click.echo(f"{manifest.windows:,} windows of {manifest.context} tokens, {held}: {url}")
+    click.echo(f"{counted(manifest.windows, 'window')} of {counted(manifest.context, 'token')}, {held}: {url}")
     click.echo(f"next: sae-store info {url}")
 
 
@@ -311,10 +312,10 @@ def _reharvest(
     harvesters = list(entry_points(group=REHARVESTERS))
     if manifest.corpus.id in NOT_HARVESTED or not harvesters:
         undo()
-        click.echo(f"{len(shards)} shards removed: {shards}. Run the import or harvest that made them again")
+        click.echo(f"{counted(len(shards), 'shard')} removed: {shards}. Run the import or harvest that made them again")
         return
     harvesters[0].load()(url, shards, device, model, undo)
-    click.echo(f"{len(shards)} shards harvested again: {shards}")
+    click.echo(f"{counted(len(shards), 'shard')} harvested again: {shards}")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from rich.text import Text
 from .commits import read_devices, read_index
 from .csr import AttentionCsr
 from .errors import ShardCorrupt
+from .in_words import counted, say_size
 from .manifest import PART
 from .massive_rows import MULTIPLE, default_multiple, measure_massive, spread
 from .moments import is_special
@@ -133,7 +134,7 @@ def describe_lines(facts: dict[str, Any]) -> dict[str, str]:
         "tokens": ", ".join(f"{name} {count:,}" for name, count in facts["tokens_by_split"].items()),
         "shards": f"{facts['shards_committed']:,} of {facts['shards']:,} committed"
         + (f" ({unfinished:,} to go: the same harvest goes on)" if unfinished else ""),
-        "size": f"{facts['bytes'] / 1e9:,.3f} GB, codec {facts['codec']}",
+        "size": f"{say_size(facts['bytes'])}, codec {facts['codec']}",
     }
     return lines | ({"computed on": "; ".join(facts["computed_on"])} if facts["computed_on"] else {})
 
@@ -182,7 +183,8 @@ def _massive_table(facts: dict[str, Any]) -> list[RenderableType]:
             str(layer),
             f"{row['median_norm']:,.4g}",
             f"{row['massive']:,} ({row['massive'] / row['tokens']:.3%})",
-            f"{row['tokens']:,}" + ("" if row["shards"] == facts["shards"] else f" in {row['shards']} shards"),
+            f"{row['tokens']:,}"
+            + ("" if row["shards"] == facts["shards"] else f" in {counted(row['shards'], 'shard')}"),
             f"{row['share_of_squares']:.1%}",
             f"{row['rms_norm']:,.4g}",
             f"{row['rms_norm_of_others']:,.4g}",

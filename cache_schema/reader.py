@@ -149,8 +149,8 @@ class Store:
         if not self.committed.all():
             missing = int((~self.committed).sum())
             raise StoreUnfinished(
-                f"{missing} shards of {self.url} are not committed: its statistics are not final. "
-                "Finish the harvest: the same command goes on where it stopped"
+                f"{missing} of {self.manifest.shards} shards of {self.url} are not committed: its statistics are not "
+                "final. Finish the harvest: the same command goes on where it stopped"
             )
         found = read_summary(self.files, self.manifest)
         if found is not None:

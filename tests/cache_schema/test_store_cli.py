@@ -405,7 +405,7 @@ def test_repair_removes_only_what_is_damaged(store: Path) -> None:
     flip_byte(store, "resid/layer_4", "c.1.0.0")
     result = run("repair", store)
     assert result.exit_code == 0, result.output
-    assert "1 shards removed: [1]" in result.output
+    assert "1 shard removed: [1]" in result.output
     with Store.open(store) as opened:
         assert opened.committed.tolist() == [True, False, True]
     assert "2 of 3 committed (1 to go" in run("info", store).output

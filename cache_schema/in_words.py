@@ -1,0 +1,22 @@
+"""Numbers for a person: how many, how large, how long."""
+
+from __future__ import annotations
+
+from rich.filesize import decimal
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def say_size(number: int) -> str:
+    """In the largest of bytes, kB, MB, GB, ... of which there is one."""
+    return decimal(number, precision=2)
+
+
+def say_time(seconds: float) -> str:
+    for unit, length, from_length in (("hours", 3600, 7200), ("minutes", 60, 60)):
+        if seconds >= from_length:
+            return f"{seconds / length:,.1f} {unit}"
+    return counted(round(seconds), "second")

@@ -1,0 +1,25 @@
+"""Numbers for a person."""
+
+import pytest
+
+from saemill.cache_schema.in_words import counted, say_size, say_time
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, "0 shards"), (1, "1 shard"), (2000, "2,000 shards")])
+def test_of_one_there_is_no_plural(number, words):
+    assert counted(number, "shard") == words
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (say_size(30_400_000), "30.40 MB"),
+        (say_size(10_460_000_000), "10.46 GB"),
+        (say_time(1.2), "1 second"),
+        (say_time(40), "40 seconds"),
+        (say_time(90), "1.5 minutes"),
+        (say_time(7200), "2.0 hours"),
+    ],
+)
+def test_the_unit_is_one_that_fits(said, words):
+    assert said == words
