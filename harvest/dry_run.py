@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from ..cache_schema import Manifest, Store
 from ..cache_schema.disk_and_cloud_files import Files, open_files
+from ..cache_schema.in_words import counted, say_size, say_time
 from ..cache_schema.layout import ROOT
 from .config import HarvestConfig
 from .corpus import open_corpus
@@ -30,6 +32,7 @@ from .estimate_cost import (
     manifest_before,
     measure_cost,
     needed_bytes,
+    sizes_of,
     tell_splits,
     tokens_in,
 )
@@ -69,7 +72,19 @@ class Estimate:
 
     @property
     def needed_bytes(self) -> int:
-        return needed_bytes(self.cost, self.work.manifest, self.work.shards)
+        return needed_bytes(self.sizes)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Of the arrays of what is to be done."""
+        return sizes_of(self.cost, self.work.manifest, self.work.shards)
+
+    @cached_property
+    def bytes_per_token(self) -> dict[str, float]:
+        """On average over the whole store."""
+        manifest = self.work.manifest
+        whole = sizes_of(self.cost, manifest, range(manifest.shards))
+        return {path: size / manifest.tokens for path, size in whole.items()}
 
     @property
     def seconds(self) -> float:
@@ -101,8 +116,9 @@ def document_of(estimate: Estimate) -> dict[str, Any]:
         "tokens_to_go": tokens_in(work.manifest, work.shards),
         "shards": work.manifest.shards,
         "shards_to_go": len(work.shards),
-        "bytes_per_token": cost.bytes_per_token,
-        "bytes": estimate.needed_bytes,
+        "bytes_per_token": estimate.bytes_per_token,
+        "bytes": sum(estimate.sizes.values()),
+        "bytes_needed": estimate.needed_bytes,
         "free_bytes": estimate.free_bytes,
         "bytes_to_download": estimate.to_download,
         "tokens_per_second": cost.tokens_per_second,
@@ -114,37 +130,34 @@ def render(estimate: Estimate) -> RenderableType:
     """Two small tables for a person."""
     work, cost = estimate.work, estimate.cost
     manifest = work.manifest
-    to_go = tokens_in(manifest, work.shards)
-    sizes = Table("array", "bytes per token", "GB", title="Size by array", title_justify="left")
+    sizes = Table("array", "bytes per token", "size", title="Size by array", title_justify="left")
     for column in sizes.columns[1:]:
         column.justify = "right"
-    for path, size in sorted(cost.bytes_per_token.items()):
-        sizes.add_row(path, f"{size:,.1f}", f"{size * to_go / 1e9:,.2f}")
+    per_token, total = estimate.bytes_per_token, say_size(sum(estimate.sizes.values()))
+    for path, of_array in sorted(estimate.sizes.items()):
+        sizes.add_row(path, f"{per_token[path]:,.1f}", say_size(of_array))
     sizes.add_section()
-    sizes.add_row("all", f"{cost.total_per_token:,.1f}", f"{cost.total_per_token * to_go / 1e9:,.2f}")
+    sizes.add_row("all", f"{sum(per_token.values()):,.1f}", total)
     facts = Table.grid(padding=(0, 2))
-    free = "not a disk of this machine" if estimate.free_bytes is None else f"{estimate.free_bytes / 1e9:,.2f} GB"
-    rest = {"to go": f"{len(work.shards):,} shards; size and time are theirs"} if work.is_begun else {}
+    free = "not a disk of this machine" if estimate.free_bytes is None else say_size(estimate.free_bytes)
+    rest = {"to go": f"{counted(len(work.shards), 'shard')}: size and time are of that"} if work.is_begun else {}
     come = estimate.to_download
-    weights = {} if come is None else {"download": f"{come / 1e9:,.1f} GB of weights, not done for this estimate"}
+    weights = {} if come is None else {"download": f"{say_size(come)} of weights, not done for this estimate"}
     rows = {
         "tokens": f"{manifest.tokens:,}" + ("" if work.is_begun else " (if the corpus holds as many)"),
         "shards": f"{manifest.shards:,} of {manifest.shard_windows} windows of {manifest.context} tokens",
         "splits": tell_splits(manifest),
         **rest,
         **weights,
-        "size": f"{estimate.needed_bytes / 1e9:,.2f} GB" + (" at most" if weights else ""),
+        "size": total + (" at most" if weights else ""),
+        "needs": f"{say_size(estimate.needed_bytes)} free, with a reserve for records and the disk's own",
         "free": free,
         "rate": f"{cost.tokens_per_second:,.0f} tokens/s on this device",
-        "time": f"{_duration(estimate.seconds)} for one process",
+        "time": f"{say_time(estimate.seconds)} for one process",
     }
     for name, value in rows.items():
         facts.add_row(f"[bold]{name}[/bold]", value)
     return Group(sizes, facts)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:,.1f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
 
 
 def _all_of(manifest: Manifest) -> Work:

@@ -1,8 +1,9 @@
 """What a harvest will cost, before it is begun: bytes by array, and time.
 
 Sizes are first bounded from the manifest alone: residuals cost what they cost, and an attention row holds at
-most its topk. Where that bound leaves a doubt, or time is asked for, a few batches are harvested into a
-store in memory by the very code that will harvest the rest.
+most its topk. Chunks are written whole, those of a last shard too that has fewer windows. Where that bound leaves a
+doubt, or time is asked for, a few batches are harvested into a store in memory by the very code that will harvest
+the rest.
 
 Before weights are downloaded or text is read, a new store's cost is forecast from the model's configuration. Sizes
 follow from the manifest: residuals to the byte, attention at most. Time is measured on layers of the model's shape
@@ -14,7 +15,8 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import fsspec
@@ -24,9 +26,11 @@ from huggingface_hub import constants
 
 from ..cache_schema import AttentionSpec, Manifest, StoreFull, StoreWriter
 from ..cache_schema.commits import CommitRecord
+from ..cache_schema.compression import BLOSC_HEADER_BYTES, CHECKSUM_BYTES
 from ..cache_schema.disk_and_cloud_files import Files
 from ..cache_schema.identity import seal
-from ..cache_schema.layout import arrays_of
+from ..cache_schema.in_words import say_size, say_time
+from ..cache_schema.layout import arrays_of, is_line
 from .corpus import source_of
 from .model.load_and_truncate import Wanted, make_random, memory_of, truncate
 from .progress import Watch
@@ -34,7 +38,7 @@ from .shards import Harvester, harvest_shards
 from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
 
 TIMED_BATCHES = 3
-RESERVE_BYTES = 64 * 2**20  # records, index and the file system's own
+RESERVE_BYTES = 64 * 2**20  # beside the arrays: records, index and the file system's own
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,16 @@ class Cost:
     bytes_per_token: dict[str, float]
     tokens_per_second: float
 
-    @property
-    def total_per_token(self) -> float:
-        return sum(self.bytes_per_token.values())
 
-
-def bound_bytes(manifest: Manifest, shards: int) -> int:
-    """What so many shards can take on disk at most."""
-    whole = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays_of(manifest).values())
-    return whole * shards // manifest.shards + RESERVE_BYTES
+def bound_bytes(manifest: Manifest, shards: Sequence[int]) -> dict[str, int]:
+    """What each array of these shards takes on disk at most; where it is stored raw, just that."""
+    alike = Counter(stop - start for start, stop in map(manifest.shard_range, shards))  # all but the last one
+    sizes = {}
+    for path, array in arrays_of(manifest).items():
+        chunk = array.chunk_bytes + CHECKSUM_BYTES + (0 if array.codec == "raw" else BLOSC_HEADER_BYTES)
+        chunks = {windows: 1 if is_line(path) else math.ceil(windows / array.chunks[0]) for windows in alike}
+        sizes[path] = chunk * sum(count * chunks[windows] for windows, count in alike.items())
+    return sizes
 
 
 def least_bytes(manifest: Manifest) -> int:
@@ -85,24 +90,35 @@ def require_space(url: str, free: int | None, needed: int) -> None:
     """Refuse to begin what the disk cannot hold; None of an object store is as much as it takes."""
     if free is not None and needed > free:
         raise StoreFull(
-            f"the harvest needs {needed / 1e9:,.2f} GB, but the disk of {url} has {free / 1e9:,.2f} GB free. "
+            f"the harvest needs {say_size(needed)}, but the disk of {url} has {say_size(free)} free. "
             "Ask for fewer --tokens or layers, try --codec zstd, or give another --out"
         )
 
 
-def is_bound_to_fit(files: Files, manifest: Manifest, shards: int) -> bool:
+def is_bound_to_fit(files: Files, manifest: Manifest, shards: Sequence[int]) -> bool:
     """Whether the disk holds even the most that the shards can take."""
     free = files.free_bytes()
-    return free is None or bound_bytes(manifest, shards) <= free
+    return free is None or needed_bytes(bound_bytes(manifest, shards)) <= free
 
 
 def tokens_in(manifest: Manifest, shards: Sequence[int]) -> int:
     return sum(stop - start for start, stop in map(manifest.shard_range, shards)) * manifest.context
 
 
-def needed_bytes(cost: Cost, manifest: Manifest, shards: Sequence[int]) -> int:
-    """What these shards will take, by measure."""
-    return int(cost.total_per_token * tokens_in(manifest, shards)) + RESERVE_BYTES if shards else 0
+def sizes_of(cost: Cost, manifest: Manifest, shards: Sequence[int]) -> dict[str, int]:
+    """What each array of these shards will take: by measure where it is compressed, as what fills up chunks is
+    compressed to nothing."""
+    tokens, most, arrays = tokens_in(manifest, shards), bound_bytes(manifest, shards), arrays_of(manifest)
+    return {
+        path: most[path] if path in arrays and arrays[path].codec == "raw" else int(per_token * tokens)
+        for path, per_token in cost.bytes_per_token.items()
+    }
+
+
+def needed_bytes(sizes: Mapping[str, int]) -> int:
+    """What must be free for arrays of these sizes."""
+    total = sum(sizes.values())
+    return total + RESERVE_BYTES if total else 0
 
 
 def _bytes_per_token(records: Sequence[CommitRecord], manifest: Manifest) -> dict[str, float]:
@@ -123,13 +139,13 @@ def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> No
     watch.say(tell(plan, manifest, files.free_bytes()))
     if 12 * plan.facts.d_model**2 * plan.wanted.num_layers * manifest.tokens > LONG_WORK:
         rate = tokens_per_second(plan, manifest, device)
-        hours = manifest.tokens / rate / 3600
-        watch.say(f"time: about {hours:,.1f} hours for one process on {device}, by its layers ({rate:,.0f} tokens/s)")
+        time_taken = say_time(manifest.tokens / rate)
+        watch.say(f"time: about {time_taken} for one process on {device}, by its layers ({rate:,.0f} tokens/s)")
 
 
 def cost_before(plan: Plan, manifest: Manifest, device: torch.device) -> Cost:
     """What a dry run says of a model whose weights are not here."""
-    sizes = {path: size / manifest.tokens for path, size in bytes_by_array(manifest).items()}
+    sizes = {path: most / manifest.tokens for path, most in bytes_by_array(manifest).items()}
     return Cost(sizes, tokens_per_second(plan, manifest, device))
 
 
@@ -142,9 +158,9 @@ def manifest_before(plan: Plan) -> Manifest:
 def bytes_by_array(manifest: Manifest) -> dict[str, int]:
     """What each array takes at most; those of a layer's attention together."""
     sizes: dict[str, int] = {}
-    for path, array in arrays_of(manifest).items():
+    for path, most in bound_bytes(manifest, range(manifest.shards)).items():
         name = path.rsplit("/", 1)[0] if path.startswith("attention/") else path
-        sizes[name] = sizes.get(name, 0) + math.prod(array.shape) * array.dtype.itemsize
+        sizes[name] = sizes.get(name, 0) + most
     return sizes
 
 
@@ -152,14 +168,14 @@ def tell(plan: Plan, manifest: Manifest, free: int | None) -> list[str]:
     """Lines for a person: what will be kept, its size by array, and what there is to download."""
     sizes = bytes_by_array(manifest)
     total = sum(sizes.values())
-    arrays = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in sizes.items() if size >= 0.01 * total)
-    at = "" if free is None else f"; {free / 1e9:,.1f} GB free"
+    arrays = ", ".join(f"{name} {say_size(most)}" for name, most in sizes.items() if most >= 0.01 * total)
+    at = "" if free is None else f"; {say_size(free)} free"
     lines = [
         f"to harvest: {manifest.tokens:,} tokens ({tell_splits(manifest)}) if the corpus holds as many",
-        f"to write: {total / 1e9:,.2f} GB at most ({arrays}){at}",
+        f"to write: {say_size(total)} at most ({arrays}){at}",
     ]
     if plan.source.to_download is not None:
-        lines.append(f"to download: {plan.source.to_download / 1e9:,.1f} GB of weights into {constants.HF_HUB_CACHE}")
+        lines.append(f"to download: {say_size(plan.source.to_download)} of weights into {constants.HF_HUB_CACHE}")
     return lines
 
 

@@ -9,6 +9,7 @@ from huggingface_hub.errors import (
 )
 
 from ..cache_schema.disk_and_cloud_files import free_bytes_at
+from ..cache_schema.in_words import say_size
 from .errors import ModelUnavailable
 
 NETWORK_ERRORS = (OSError, HTTPError)
@@ -28,6 +29,6 @@ def require_room(name: str, needed: int, folder: Path) -> None:
     free = free_bytes_at(folder)
     if needed > free:
         raise ModelUnavailable(
-            f"{name}: its files take {needed / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB free. "
+            f"{name}: its files take {say_size(needed)}, but {folder} has {say_size(free)} free. "
             "Free some space, or set HF_HOME to a folder on another disk"
         )

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..cache_schema.in_words import say_time
+
 LOG_SECONDS = 30.0
 
 
@@ -39,7 +41,7 @@ class Stage:
         if not self._watch.console.is_terminal and time.monotonic() - self._logged > LOG_SECONDS:
             self._logged = time.monotonic()
             left = max(self._total - done, 0) / max(rate, 1e-9)
-            self._watch.say(f"{self._title}: {facts}, {left / 60:,.1f} minutes left")
+            self._watch.say(f"{self._title}: {facts}, {say_time(left)} left")
 
 
 class Watch:

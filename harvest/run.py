@@ -21,13 +21,14 @@ import torch
 from ..cache_schema import Manifest, Store, StoreBusy, StoreError, StoreWriter
 from ..cache_schema.commits import CommitRecord, read_devices
 from ..cache_schema.disk_and_cloud_files import Files, open_files
+from ..cache_schema.in_words import counted, say_size
 from ..cache_schema.keep_freed_memory import SMALLER_THAN_SHARDS, keep_large_blocks
 from ..cache_schema.layout import ROOT
 from ..cache_schema.root import read_root
 from .config import HarvestConfig
 from .create_store import begin_store, require_place, wait_for_tokens
 from .errors import HarvestError, ModelDiffers, ModelUnavailable
-from .estimate_cost import announce, is_bound_to_fit, measure_cost, needed_bytes, require_space, tokens_in
+from .estimate_cost import announce, is_bound_to_fit, measure_cost, needed_bytes, require_space, sizes_of, tokens_in
 from .model.load_and_truncate import Wanted, find_device, load_model
 from .model.resolve import AUTO, Choice, ModelSource, choose, choose_again, fetch, fetch_recorded, look
 from .process import Process, open_process
@@ -145,10 +146,10 @@ def _harvest_share(plan: Plan, process: Process, writer: StoreWriter, watch: Wat
     harvester = make_harvester(manifest, with_weights(plan).source, process.device)
     begun = sorted(set(range(manifest.shards)) - set(pending))[:1]
     _warn_of_others(writer, harvester, [*begun, *shards], watch)
-    if not is_bound_to_fit(writer.files, manifest, len(pending)):  # all workers fill the same disk
+    if not is_bound_to_fit(writer.files, manifest, pending):  # all workers fill the same disk
         with Store(writer.files) as store:
             cost = measure_cost(harvester, store.beginning(shards[0])[0])
-        require_space(writer.files.url, writer.files.free_bytes(), needed_bytes(cost, manifest, pending))
+        require_space(writer.files.url, writer.files.free_bytes(), needed_bytes(sizes_of(cost, manifest, pending)))
     sizes: list[int] = []
     elsewhere: list[int] = []
     written, undone, is_first_look = 0, len(shards), True
@@ -164,10 +165,9 @@ def _harvest_share(plan: Plan, process: Process, writer: StoreWriter, watch: Wat
         is_first_look = False
     if undone:
         untried = undone - len(elsewhere)  # on an object store each try costs requests
-        some = f"; {untried} of them were not tried, and their claims may have lapsed" if untried else ""
-        watch.say(
-            f"{undone} shards were left to another writer that holds or has committed them{some}{writer.if_killed}"
-        )
+        some = f"; {untried} not tried, whose claims may have lapsed" if untried else ""
+        left = f"left to another writer that holds or has committed them: {counted(undone, 'shard')}"
+        watch.say(f"{left}{some}{writer.if_killed}")
     return written
 
 
@@ -183,5 +183,5 @@ def report_shard(stage: Stage, sizes: list[int], context: int, files: Files, rec
     start, stop = record.windows
     sizes.append(sum(array.bytes for array in record.arrays.values()))
     free = files.free_bytes()
-    disk = "" if free is None else f", {free / 1e9:,.1f} GB free"
-    stage((stop - start) * context, f"{sum(sizes) / 1e9:,.2f} GB written{disk}")
+    disk = "" if free is None else f", {say_size(free)} free"
+    stage((stop - start) * context, f"{say_size(sum(sizes))} written{disk}")

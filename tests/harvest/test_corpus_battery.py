@@ -86,7 +86,7 @@ EACH = pytest.mark.parametrize("name", sources())
 
 @pytest.fixture
 def options(name, tmp_path, monkeypatch):
-    assert name in EXAMPLES, f"add an example of harvest/corpus/{name}.py to EXAMPLES, and what it refuses to BAD"
+    assert name in EXAMPLES, f"add an example of harvest/corpus/{name}.py to EXAMPLES"
     return EXAMPLES[name](tmp_path, monkeypatch)
 
 
@@ -133,6 +133,7 @@ def test_it_describes_itself_for_the_manifest(name, options, tmp_path):
 
 @EACH
 def test_bad_input_is_a_named_error_that_says_what_to_do(name, tmp_path, monkeypatch):
+    assert name in BAD, f"add to BAD what harvest/corpus/{name}.py refuses"
     for make, error, words in BAD[name]:
         with pytest.raises(error, match=words) as raised:
             list(open_corpus(make(tmp_path, monkeypatch)).documents())

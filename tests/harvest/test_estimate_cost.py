@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,9 +54,9 @@ def test_a_dry_run_needs_neither_weights_nor_text(make_config: Make, described):
     estimate = dry_run(config, Watch(is_quiet=True))
     page = io.StringIO()
     Console(file=page, width=120).print(render(estimate))
-    for words in ("resid/layer_2", "attention/layer_3", "10.5 GB of weights", "at most", "tokens/s", "test 2,249,984"):
+    for words in ("resid/layer_2", "attention/layer_3", "10.46 GB of weights", "GB at most", "tokens/s", "2,249,984"):
         assert words in page.getvalue()
-    assert estimate.cost.bytes_per_token["resid/layer_2"] == 2 * 16
+    assert estimate.bytes_per_token["resid/layer_2"] == pytest.approx(2 * 16, rel=1e-3)
     assert estimate.seconds > 0
     assert not Path(config.out).exists()
 
@@ -73,7 +74,7 @@ def test_a_real_harvest_says_first_what_it_will_take(make_config: Make, describe
     harvest(make_config(model="owner/name"), watch)
     ((choice, before),) = fetched
     assert choice == Choice("owner/name", "c0ffee")
-    for words in ("to harvest: 4,000 tokens (train 3,680", "GB at most (", "to download: 10.5 GB", "time: about"):
+    for words in ("to harvest: 4,000 tokens (train 3,680", "1.05 MB at most (", "to download: 10.46 GB", "time: about"):
         assert words in before
     watch, again = watched()
     monkeypatch.setattr(run, "look", lambda _: ModelSource("owner/name", "c0ffee", model_folder))
@@ -87,15 +88,24 @@ def test_a_disk_that_cannot_hold_the_store_is_told_before_the_download(make_conf
         harvest(make_config(model="owner/name", corpus=DatasetOptions("owner/text"), tokens=10_000_000))
 
 
-def test_sizes_told_are_those_written(make_config: Make, model_folder):
-    config = make_config(attention_layers=())
+@pytest.mark.parametrize("shard_windows", [16, 100, 256])
+def test_sizes_told_are_those_written(make_config: Make, model_folder, shard_windows):
+    """To the byte where nothing is compressed, else at most: chunks of a shard with few windows are written whole."""
+    config = make_config(shard_windows=shard_windows, batch_windows=4)
     plan = plan_of(config, ModelSource("tiny", "c0ffee", model_folder))
-    told = bytes_by_array(manifest_before(plan))
+    told, estimate = bytes_by_array(manifest_before(plan)), dry_run(config, Watch(is_quiet=True))
     harvest(config)
+    written = Counter()
     with Store.open(config.out) as store:
-        written = sum(store.record(shard).arrays["resid/layer_2"].bytes for shard in range(8))
+        for shard in range(store.manifest.shards):
+            for path, array in store.record(shard).arrays.items():
+                written[path] += array.bytes
         assert store.manifest.splits == manifest_before(plan).splits
-    assert told["resid/layer_2"] == 4000 * 16 * 2 == pytest.approx(written, rel=0.03)
+    for path in ("resid/layer_2", "stats/layer_2", "tokens", "documents"):
+        assert told[path] == estimate.sizes[path] == written[path]
+    for layer in config.attention_layers:
+        most = sum(size for path, size in written.items() if path.startswith(f"attention/layer_{layer}/"))
+        assert told[f"attention/layer_{layer}"] >= most
 
 
 def test_the_rate_counts_layers_and_kept_attention(make_config: Make, model_folder, monkeypatch):

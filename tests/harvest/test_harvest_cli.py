@@ -25,6 +25,7 @@ from saemill.cache_schema.verify_and_repair import digest
 from saemill.harvest import cli, run, shards
 from saemill.harvest.cli import main
 from saemill.harvest.errors import TokenizerUnsuitable
+from saemill.harvest.estimate_cost import RESERVE_BYTES
 from saemill.harvest.model import load_and_truncate
 from saemill.harvest.model.resolve import Choice
 from saemill.harvest.store_plan import require_known_tokens
@@ -121,7 +122,7 @@ def test_make_passes_every_option_on():
 def test_a_dry_run_writes_nothing_and_says_what_it_would_cost(type_: Type, tmp_path):
     result = type_("--dry-run")
     assert result.exit_code == 0, result.output
-    for words in ("4,000", "8 of 16 windows", "resid/layer_2", "GB", "tokens/s", "minutes"):
+    for words in ("4,000", "8 of 16 windows", "resid/layer_2", "kB", "tokens/s", "seconds for one"):
         assert words in result.output
     assert not (tmp_path / "store").exists()
 
@@ -131,6 +132,7 @@ def test_json_is_one_document_of_what_a_harvest_would_cost_and_of_what_it_made(t
     estimate = json.loads(type_("--dry-run", "--json").stdout)
     assert estimate["tokens"] == estimate["tokens_to_go"] == 4000 and estimate["seconds"] > 0
     assert estimate["bytes_per_token"]["tokens"] > 0 and estimate["bytes_to_download"] is None
+    assert estimate["bytes_needed"] - estimate["bytes"] == RESERVE_BYTES
     part = json.loads(type_("--worker=1/2", "--json").stdout)
     assert (part["shards_committed"], part["shards"]) == (4, 8)
     made = json.loads(type_("--json").stdout)
@@ -144,7 +146,7 @@ def test_each_worker_of_its_own_terminal_speaks_and_the_last_one_sums_up(type_: 
     assert "next: sae-train" not in first.output
     assert "going on with the store" in second.output
     assert "kept mass" in second.output and "next: sae-train" in second.output
-    assert "0 shards; size and time are theirs" in type_("--dry-run").output
+    assert "0 shards: size and time are of that" in type_("--dry-run").output
 
 
 def test_the_estimate_is_near_the_truth(type_: Type, tmp_path):
@@ -160,7 +162,7 @@ def test_a_dry_run_refuses_what_the_disk_cannot_hold(type_: Type, monkeypatch):
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 1000)
     result = type_("--dry-run")
     assert result.exit_code == 1
-    assert "GB" in result.output  # the tables come first
+    assert "kB" in result.output  # the tables come first
     assert result.output.splitlines()[-1].startswith("StoreFull: the harvest needs")
     assert "--codec zstd" in result.output.splitlines()[-1]
 

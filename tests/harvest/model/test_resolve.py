@@ -142,7 +142,7 @@ def test_a_hub_that_does_not_say_how_large_files_are_is_helped_out(hub):
 def test_a_disk_without_room_for_the_weights_is_told_before_the_download(hub, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5_000_000_000))
     hub.bytes = 10_460_000_000
-    with pytest.raises(ModelUnavailable, match=r"its files take 10\.5 GB, but .* has 5\.0 GB free.*set HF_HOME"):
+    with pytest.raises(ModelUnavailable, match=r"its files take 10\.46 GB, but .* has 5\.00 GB free.*set HF_HOME"):
         fetch(Choice(FIRST_CHOICE))
     assert "download" not in hub.calls
 
