@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ def test_the_registry_is_the_folder():
     files = {path.stem for path in (Path(train.__path__[0]) / "variants").glob("*.py")} - {"__init__"}
     assert set(registry.names()) == files
     assert {"standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "p_anneal"} <= files
+
+
+@pytest.mark.parametrize("variant", registry.names())
+def test_the_page_says_what_a_variant_does(variant):
+    page = (Path(train.__path__[0]).parent / "docs" / "train.md").read_text()
+    assert re.search(rf"^\| `{variant}` \| \S", page, re.MULTILINE), f"the table of docs/train.md lacks {variant}"
 
 
 def test_an_unknown_variant_names_its_neighbours():
