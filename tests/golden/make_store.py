@@ -21,6 +21,7 @@ from saemill.cache_schema import (
     StoreWriter,
     from_float32,
 )
+from saemill.cache_schema.layout import COUNTS
 from saemill.cache_schema.manifest import Codec
 from saemill.cache_schema.moments import is_special, measure
 from saemill.cache_schema.stored_dtypes import SmallDtype
@@ -102,6 +103,7 @@ def write(url: Path, name: str) -> None:
     with StoreWriter.create(url, manifest, tokens(), documents()) as writer:
         for shard in writer.pending():
             writer.write(shard, content(writer.manifest, shard))
+    (url / COUNTS).unlink()  # derived, and none of the bytes that every later version must read
 
 
 if __name__ == "__main__":
