@@ -5,9 +5,11 @@ Tests that do harm on purpose tell what they did; `pytest -s -m faults` prints i
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+
+from saemill.harvest.corpus import sources
 
 settings.register_profile("at any speed", deadline=None)  # on a busy machine an example takes what it takes
 settings.load_profile("at any speed")
@@ -46,6 +50,29 @@ def entry(template: Callable[[str], str]) -> Callable[[str, dict[str, Any]], tup
         return key, value
 
     return read
+
+
+@pytest.fixture
+def copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: Callable[[str], str]
+) -> Iterator[Callable[[ModuleType, str], str]]:
+    """A template as a file of its package, until the test ends: copied(package, "folder/name.py")."""
+    names: list[str] = []
+
+    def copy(package: ModuleType, place: str) -> str:
+        (tmp_path / "copied").mkdir(exist_ok=True)
+        file = tmp_path / "copied" / Path(place).name
+        file.write_text(template(place))
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(file.parent)])
+        names.append(f"{package.__name__}.{file.stem}")
+        importlib.invalidate_caches()
+        sources.cache_clear()
+        return file.stem
+
+    yield copy
+    sources.cache_clear()
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 def load_helper(name: str) -> ModuleType:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import runpy
-import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,32 +36,11 @@ ROOT = Path(saemill.__file__).parent
 TINY = "tests/harvest/conftest.py"
 
 
-@pytest.fixture
-def copied(tmp_path, monkeypatch, template):
-    """A template as a file of its package, until the test ends: copied(package, "folder/name.py")."""
-    names = []
-
-    def copy(package, place):
-        (tmp_path / "copied").mkdir(exist_ok=True)
-        file = tmp_path / "copied" / Path(place).name
-        file.write_text(template(place))
-        monkeypatch.setattr(package, "__path__", [*package.__path__, str(file.parent)])
-        names.append(f"{package.__name__}.{file.stem}")
-        importlib.invalidate_caches()
-        sources.cache_clear()
-        return file.stem
-
-    yield copy
-    sources.cache_clear()
-    for name in names:
-        sys.modules.pop(name, None)
-
-
 def imported_store(folder: Path) -> str:
-    """Windows of three tokens, two of which have a residual in the first direction, and one in the second."""
-    resid = np.tile(np.array([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]], np.float32), (40, 1, 1))
+    """Windows of four tokens: two residuals in the first direction, one in the second, and a massive one in that."""
+    resid = np.tile(np.array([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1000.0]]], np.float32), (40, 1, 1))
     np.save(folder / "acts.npy", resid)
-    np.save(folder / "tokens.npy", np.arange(120).reshape(40, 3) + 5)
+    np.save(folder / "tokens.npy", np.arange(160).reshape(40, 4) + 5)
     words = [
         "import",
         str(folder / "store"),
@@ -78,18 +55,23 @@ def imported_store(folder: Path) -> str:
 
 
 def test_the_evaluation_of_the_page_runs_from_the_command(copied, tmp_path):
-    """Two latents: one for each direction, of which the first is that of two tokens in three."""
+    """A latent for each direction, of which the first is that of two tokens in three that count; and one SAE whose
+    latents never fire, which has no number."""
     name = copied(evals, "evaluate/evals/busiest.py")
     assert name in evals.names()
-    sae = SparseAutoencoder(torch.eye(2), torch.eye(2), Relu())
     metadata = {"layers": [0], "target_layers": [0], "hook_name": "blocks.0.hook_resid_post"}
-    save_sae(tmp_path / "sae", sae, unit_stats(2), metadata, {}, "standard", unit_stats(2))
-    words = [str(tmp_path / "sae"), "--evals", name, "--set", f"{name}.windows=2", "--cache", imported_store(tmp_path)]
+    for folder, bias in (("sae", 0.0), ("dead", -1e6)):
+        sae = SparseAutoencoder(torch.eye(2), torch.eye(2), Relu(), b_enc=torch.full((2,), bias))
+        save_sae(tmp_path / folder, sae, unit_stats(2), metadata, {}, "standard", unit_stats(2))
+    words = [str(tmp_path / "sae"), str(tmp_path / "dead"), "--evals", name, "--set", f"{name}.windows=2"]
+    words += ["--cache", imported_store(tmp_path)]
     done = CliRunner().invoke(sae_eval, [*words, "--no-plots", "--runs", str(tmp_path / "runs")])
     assert done.exit_code == 0, done.output
     assert "busiest share" in done.output
-    (path,) = (tmp_path / "sae" / "evals" / name).glob("*.json")
-    assert json.loads(path.read_text())["eval_result_metrics"] == {"firing": {"busiest_share": pytest.approx(2 / 3)}}
+    for folder, share in (("sae", 2 / 3), ("dead", -1)):
+        (path,) = (tmp_path / folder / "evals" / name).glob("*.json")
+        metrics = json.loads(path.read_text())["eval_result_metrics"]
+        assert metrics == {"firing": {"busiest_share": pytest.approx(share)}}
 
 
 def test_the_corpus_source_of_the_page_is_a_data_set(copied, tmp_path):
@@ -108,6 +90,9 @@ def test_the_corpus_source_of_the_page_is_a_data_set(copied, tmp_path):
         open_corpus(DatasetOptions("nothing.csv"))
     with pytest.raises(DocumentInvalid, match="row 1: expected text"):
         list(open_corpus(DatasetOptions(str(tmp_path / "a.csv"), column="body")).documents())
+    (tmp_path / "bad.csv").write_bytes(b"text\none\n\xff\n")
+    with pytest.raises(DocumentInvalid, match=r"bad\.csv, behind row \d: .*invalid start byte"):
+        list(open_corpus(DatasetOptions(str(tmp_path / "bad.csv"))).documents())
     assert "a csv file" in corpus.dataset_help()
 
 

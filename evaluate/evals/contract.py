@@ -13,6 +13,11 @@ There are four ways of having no number:
     yield Failure(sae, e)   this SAE cannot be evaluated, others can: `not run` for a NotRun error, else `failed`
     Result(missing="...")   some numbers are absent until something is there (the model): `--resume` tries again
     Result(remark="...")    some numbers are absent because this SAE cannot have them: the result is complete
+A single number that cannot be had, such as a mean over nothing, is NaN. JSON has none: it is written as -1 among
+metrics, details and `unstructured`, as SAEBench does, and as null in `extra`. Tables take -1 for no number in both.
+
+Tokens that count are neither special nor padding, nor massive in what the SAE reads or writes: `ordinary_rows` of
+context/stored_windows.py says which, `sums_of_codes` adds up over them.
 """
 
 from __future__ import annotations
@@ -65,7 +70,10 @@ class Evaluation(Generic[C]):
     they come, the same numbers whoever else is there. `Result.metrics` is two levels deep, group and metric."""
     needs: Needs = Needs()
     summary: tuple[str, ...] = ()
-    """Metrics for the console's table by dotted path: `group.metric`, or a path into `Result.extra`."""
+    """Metrics for the tables of the console and of a run's page by dotted path: `group.metric`, or one into
+    `Result.extra`."""
+    intervals: str | None = None
+    """Path into `Result.extra` of [low, high] of 95 % by the last name of a metric; those of `summary` are shown."""
     is_there: Callable[[LoadedSae], bool] = lambda _: True
     """Whether what it leaves beside its result is there still: where it is not, `--resume` does it again."""
     revision: int = 1

@@ -12,10 +12,12 @@ than 1: `require_bounds` sees to it.
 `build` returns an `Assembly` of parts that know nothing of each other:
 - `sae`: a `SparseAutoencoder` owns W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] and a gate. A new way to
   choose active latents is a `Gate` (`choose` where a training batch may be active, `open` the values there,
-  `infer` the dense activations of the saved SAE); an SAE with a gate of one's own opens with `load_sae`, by its
-  variant's file, and in no other tool. Where that is not enough a subclass overrides `codes` and
-  `encode`; it sets `is_plain = False` where the plain weights and gate do not compute its `encode`, and
-  `needs_side` where `encode` reads side inputs. A subclass cannot be wrapped: wrappers refuse it.
+  `infer` the dense activations of the saved SAE). `choose` gives a `Support`, by `support_from_topk` where a row has k
+  latents, or None, and `open` is given all pre-activations; it reads no value on the host, as `nonzero` does, or a GPU
+  is waited for. An SAE with a gate of one's own opens with `load_sae`, by its variant's file, and in no other tool.
+  Where that is not enough a subclass overrides `codes` and `encode`; it sets `is_plain = False` where the plain weights
+  and gate do not compute its `encode`, and `needs_side` where `encode` reads side inputs. A subclass cannot be
+  wrapped: wrappers refuse it.
 - `terms`: losses, each a function of a `View` with a schedule as its weight. A term changes nothing and leaves
   nothing for other terms; what two terms share is a function marked `@once`.
 - `constraints`: what is done to gradients before, and to weights after, the optimiser's step.

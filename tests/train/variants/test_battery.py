@@ -11,10 +11,14 @@ import torch
 from saemill.cache_schema.strict_json import StrictError, flatten, from_json, to_json
 from saemill.train.config.run_config import Ask
 from saemill.train.config.settings import with_settings
+from saemill.train.data.scaling import unit_stats
+from saemill.train.disk.sae_folder import read_sae, save_sae
 from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from saemill.train.kit.registry import config_type, names
+from saemill.train.run.find_sae import rebuild
+from saemill.train.sae.side_inputs import Side
 
 VARIANTS = names()
 LEARNING = [name for name in VARIANTS if not config_type(name).is_baseline]
@@ -127,6 +131,24 @@ def test_stopping_and_going_on_changes_no_bit(battery, variant):
     battery.train(config, 5, resumed, start=5)
     expected, found = straight.state(), resumed.state()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_sae_has_the_codes_that_were_trained(battery, variant, tmp_path):
+    config = battery.quick(variant)
+    units = [unit_stats(battery.D * len(one)) for one in (config.needs().inputs, config.needs().targets) if one]
+    stats = [dataclasses.replace(one, scale=one.scale / 2 ** (place + 1)) for place, one in enumerate(units)]
+    assembly = config.build(battery.D, *stats)
+    trainee, _ = battery.train(config, 5, Trainee("one", assembly, battery.STEPS))
+    knobs = assembly.knobs_at(battery.STEPS // 2, battery.STEPS)
+    save_sae(tmp_path, trainee.sae, stats[0], {}, to_json(config), variant, stats[-1], knobs)
+    loaded, (batch,) = read_sae(tmp_path, rebuild), battery.batches(config, 1)
+    with torch.no_grad():
+        acts = trainee.sae.encode(batch.x, battery.side_for(assembly, batch))
+        found = loaded.encode(batch.x / stats[0].scale, Side(batch.side))
+        x_hat, found_x_hat = trainee.sae.decode(acts) / stats[-1].scale, loaded.decode(found)
+    assert torch.equal(found.sign(), acts.sign()) and bool(acts.any())
+    torch.testing.assert_close(found_x_hat, x_hat, rtol=1e-5, atol=1e-5 * float(x_hat.abs().amax()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,4 +1,4 @@
-"""The template of a variant in CONTRIBUTING.md is a variant: the registry finds it, and it passes the battery."""
+"""The templates of a variant in CONTRIBUTING.md are variants: the registry finds them, and they pass the battery."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from saemill.train import variants
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit import registry
+from saemill.train.sae.side_inputs import NO_SIDE
 
 NAME = "of_contributing"
 
@@ -40,8 +42,9 @@ def add_variant(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_the_template_passes_the_battery(check, add_variant, template, request):
-    add_variant(template("train/variants/overlap.py"))
+@pytest.mark.parametrize("file", ["overlap", "one_of_each"])
+def test_the_template_passes_the_battery(check, file, add_variant, template, request):
+    add_variant(template(f"train/variants/{file}.py"))
     assert NAME in registry.names()
     others = [name for name in inspect.signature(CHECKS[check]).parameters if name != "variant"]
     CHECKS[check](variant=NAME, **{name: request.getfixturevalue(name) for name in others})
@@ -51,6 +54,15 @@ def test_the_template_can_be_wrapped(add_variant, template, battery):
     add_variant(template("train/variants/overlap.py"))
     assembly = battery.config_of("positional", base=NAME).build(battery.D)
     assert "overlap" in {term.name for term in assembly.terms}
+
+
+def test_the_template_of_a_gate_keeps_the_largest_of_each_group(add_variant, template):
+    """Seven latents of three groups, 0 3 6, 1 4 and 2 5; nothing of the last is above zero."""
+    add_variant(template("train/variants/one_of_each.py"))
+    gate = registry.module(NAME).OneOfEach(3)
+    pre = torch.tensor([[1.0, 2.0, -1.0, 3.0, 1.0, -2.0, 4.0]])
+    assert gate.infer(pre, torch.zeros(7)).tolist() == [[0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 4.0]]
+    assert sorted(gate.choose(pre, NO_SIDE).latents.tolist()) == [1, 2, 6]
 
 
 def test_a_file_without_a_config_is_named(add_variant):
