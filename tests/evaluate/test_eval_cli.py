@@ -91,6 +91,20 @@ def test_all_saes_of_a_run(run_1, sae_eval):
     assert len(found["large_eval_results.json"]["eval_result_details"]) == 32
 
 
+def test_the_table_says_how_much_text_it_is_of_and_how_far_that_is_sure(run_1, sae_eval):
+    """Four digits of 1,141 tokens in three documents look like much more."""
+    output = sae_eval("run_1/small")
+    (found,) = results(run_1).values()
+    ours = found["saemill_metrics"]
+    value, (low, high) = ours["explained_variance"], ours["confidence_95"]["explained_variance"]
+    assert f"{value:.4g} ± {max(high - value, value - low):.2g}" in output
+    tokens, documents = ours["massive"]["of_tokens"], ours["documents"]["sparsity"]
+    assert f"core: test split, {tokens:,} tokens of {documents} documents; CE and KL on " in output
+    assert "95 % interval over documents" in output
+    bare = sae_eval("run_1/large", "--set", "core.resamples=0")
+    assert "±" not in bare and "core: test split" in bare
+
+
 def test_the_way_from_the_command_to_a_cross_entropy_is_short(run_1, sae_eval, monkeypatch):
     """Whoever reads core opens these files, one calling the next."""
     cross_entropy, ways, root = divergence._cross_entropy, [], Path(evaluate.__file__).parent.parent.resolve()
