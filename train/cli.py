@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cache_schema.cli import as_json, digits_of, print_json
+from ..cache_schema.in_words import counted
 from ..cache_schema.strict_json import to_json
 from . import command
 from .command import tell_errors
@@ -133,7 +134,7 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("SAE", no_wrap=True)
     has_massive = any(sae.validation_massive for sae in outcome.saes.values())
-    for column in ("width", "L0", "EV held out", *(["with massive rows"] if has_massive else []), "dead"):
+    for column in ("width", "L0", "EV", *(["EV with massive rows"] if has_massive else []), "dead"):
         table.add_column(column, justify="right", no_wrap=True)
     for label, sae in outcome.saes.items():
         cells = [str(sae.width), f"{sae.l0:.1f}", f"{sae.explained_variance:.4f}"]
@@ -142,10 +143,11 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
             cells.append(f"{sae.explained_variance if every is None else every:.4f}")
         table.add_row(label, *cells, f"{sae.dead_latents} ({sae.dead_share:.1%})")
     console.print(table)
+    console.print("L0 and EV (explained variance) are of the store's validation split")
     for line in warnings_of(outcome):
         console.print(line, style="yellow")
     console.print(
-        f"{outcome.steps} steps, {outcome.tokens:,} tokens in {outcome.seconds:.0f} s: "
+        f"{counted(outcome.steps, 'step')}, {outcome.tokens:,} tokens in {outcome.seconds:.0f} s: "
         f"{outcome.tokens_per_second:,.0f} tokens/s, {outcome.waiting_share:.1%} of it waiting for data"
     )
     console.print(
@@ -167,7 +169,7 @@ def warnings_of(outcome: Outcome) -> list[str]:
     if not poor:
         return []
     return [
-        f"warning: {', '.join(poor)}: held-out activations are rebuilt no better than by their mean. "
+        f"warning: {', '.join(poor)}: activations of the validation split are rebuilt no better than by their mean. "
         "Train on more --tokens, or with a higher --lr or a smaller --width"
     ]
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ..cache_schema import Store
+from ..cache_schema.in_words import counted
 from ..cache_schema.sites import RESID, say_place
 from .config.run_config import Ask, Member
 from .config.settings import parse_grid, parse_settings
@@ -91,7 +92,8 @@ def _introduce(run: Run, remark: str) -> None:
     told = run.process.collect(own, run.labels)
     if not run.process.is_first:
         return
-    run.process.console.print(f"{run.folder.path}: {remark}, {run.total_steps} steps on {run.process.device}")
+    steps = counted(run.total_steps, "step")
+    run.process.console.print(f"{run.folder.path}: {remark}, {steps} on {run.process.device}")
     for member in run.config.members:
         where = f", in process {told[member.label]['process']}" if run.process.is_spread else ""
         run.process.console.print(f"  {member.label}: {_settings_of(member)}{where}")

@@ -69,7 +69,9 @@ class RunFolder:
         for path in places_of(name, root):
             if (path / "config.json").is_file():
                 return cls(path)
-        raise RunMissing(f"no run {name!r} in {root} (it has: {', '.join(run_names(root)) or 'none'})")
+        known = ", ".join(run_names(root))
+        held = f"which has {known}: give one of these" if known else "which has no runs: train one without --resume"
+        raise RunMissing(f"no run {name!r} in {root}, {held}, or say by --out where the run is kept")
 
     @classmethod
     def at(cls, path: str | os.PathLike[str]) -> RunFolder:

@@ -47,7 +47,7 @@ def test_a_run_leaves_what_it_promises(big, sae_train, quick, tmp_path):
         "steps",
         "tokens/s",
         "L0",
-        "EV held out",
+        "L0 and EV (explained variance) are of the store's validation split",
         "dead",
         "waiting for data",
         "share a document",
@@ -83,7 +83,7 @@ def test_an_sae_that_is_no_better_than_the_mean_is_pointed_out():
     saes = {"poor": poor, "fair": replace(poor, explained_variance=0.5)}
     outcome = Outcome("runs/run_1", 1, 1, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, saes)
     (line,) = warnings_of(outcome)
-    assert line.startswith("warning: poor: held-out activations are rebuilt no better than by their mean")
+    assert line.startswith("warning: poor: activations of the validation split are rebuilt no better than by their")
     assert warnings_of(replace(outcome, saes={"fair": saes["fair"]})) == []
 
 
@@ -92,6 +92,7 @@ def test_runs_get_the_next_free_number(big, sae_train, quick, tmp_path):
     for _ in range(2):
         sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640)
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"run_1", "run_2", "run_3"}
+    assert "which has run_1, run_3: give one of these" in sae_train("--resume", "run_4", code=1).output
 
 
 def test_what_a_run_holds_of_the_store_is_gone_when_held_out_text_is_read(big, sae_train, quick, monkeypatch):
@@ -173,7 +174,7 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
         (["--variant", "gated", "--width", "-4"], "width: expected 1 or more, found -4"),
         ([*TOPK, "--set", "data.pool_tokens=10"], "pool_tokens 10 for batch_tokens 64"),
         ([*TOPK, "--set", 'course.trackers=["nosuch"]', "--tokens", "640"], "expected trackers among"),
-        (["--resume", "nothing"], "no run 'nothing'"),
+        (["--resume", "nothing"], "which has no runs: train one without --resume, or say by --out where"),
     ],
 )
 def test_mistakes_are_named(big, sae_train, quick, tmp_path, words, said):
