@@ -54,8 +54,8 @@ class MassiveRows:
 
     multiple: float
     median_norm: float
-    largest_norm: float
-    """Of the rows that count."""
+    norm_bound: float
+    """Beyond it a row is massive: `multiple` times `median_norm`."""
     tokens: int
     massive: int
     share_of_squares: float
@@ -207,7 +207,7 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
         "training_architecture": member.variant,
         "l0": outcome.l0,
         "explained_variance": outcome.explained_variance,
-        "largest_norms": {_key(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
+        "norm_bounds": {_key(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
     }
 
 

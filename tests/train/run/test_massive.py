@@ -35,6 +35,9 @@ def test_a_run_tells_what_it_left_out_and_both_numbers(spiked, sae_train, quick,
     assert "with massive rows" in said
     result = result_of(tmp_path)
     assert result["massive"]["3"]["massive"] == 4 and result["massive"]["3"]["tokens"] == 7000
+    bound = result["massive"]["3"]["norm_bound"]
+    saved = json.loads((tmp_path / "runs/run_1/topk/cfg.json").read_text())
+    assert bound == 10 * result["massive"]["3"]["median_norm"] and saved["metadata"]["norm_bounds"] == {"3": bound}
     sae = result["saes"]["topk"]
     assert (sae["validation_tokens"], sae["validation_massive"]) == (40 * 7 - 2, 2)
     assert sae["explained_variance"] > 0.3 and sae["explained_variance_with_massive"] < 0.9 * sae["explained_variance"]
