@@ -25,17 +25,19 @@ def require_room(
     parts: int,
     device: torch.device,
     held_out_rows: int = 0,
+    team: int = 1,
 ) -> None:
     """Refuse a run that cannot fit: with what it needs, what is free, and what to change of the largest part.
 
     `rows` of a process in a step, `held_out_rows` in a batch of the measurement at the end. By then the pool and the
-    gradients are gone.
+    gradients are gone, and of the `team` that trains the same SAEs one process measures: those that share its memory
+    have so much more for it.
     """
     members = tuple(members)
     weights = {member.label: weight_bytes(member, widths, parts) for member in members}
     largest, all_weights = max(weights, key=lambda label: weights[label]), sum(weights.values())
     step = max(step_bytes(member, widths, rows, parts) for member in members)
-    end = max(end_bytes(member, widths, held_out_rows, parts) for member in members)
+    end = max(end_bytes(member, widths, held_out_rows, parts) for member in members) // min(team, _sharing(device))
     end_weights = all_weights // COPIES * (COPIES - 1)
     of_weights = f"for weights and optimiser, most of it for {largest}"
     training = {of_weights: all_weights, "for a step": step, "for the shuffle pool": pool_bytes}
@@ -97,7 +99,12 @@ def free_bytes(device: torch.device) -> int:
     """Memory that this process may still take; those that were launched together on a host share it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(_free_on_host(), _free_in_group()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(_free_on_host(), _free_in_group()) // _sharing(device)
+
+
+def _sharing(device: torch.device) -> int:
+    """How many processes of a launch take of one memory."""
+    return 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _widths(member: Member, widths: Widths) -> tuple[int, int]:

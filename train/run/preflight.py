@@ -90,7 +90,8 @@ def _require_memory(
     pool_bytes = (1 if plan.is_one_block else 2) * plan.max_windows * window_bytes
     shard_rows = manifest.shard_windows * manifest.context  # held-out batches lie in one shard
     held_out = min(plan.batch_tokens, shard_rows, _held_out_windows(settled, store) * manifest.context)
-    require_room(members, manifest.width_of, plan.batch_tokens // processes, pool_bytes, parts, device, held_out)
+    rows, team = plan.batch_tokens // processes, processes * parts
+    require_room(members, manifest.width_of, rows, pool_bytes, parts, device, held_out, team)
 
 
 def _held_out_windows(settled: Settled, store: Store) -> int:

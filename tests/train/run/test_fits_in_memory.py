@@ -10,7 +10,7 @@ from saemill.train.config.settings import parse_settings
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import MemoryTooSmall
-from saemill.train.run import fits_in_memory
+from saemill.train.run import fits_in_memory, preflight
 
 CPU = torch.device("cpu")
 
@@ -108,6 +108,35 @@ def test_processes_on_one_host_share_its_memory(monkeypatch):
     monkeypatch.setattr(fits_in_memory, "_free_in_group", lambda: 2**42)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert fits_in_memory.free_bytes(CPU) == 2**38
+
+
+def test_of_processes_that_share_a_memory_one_measures(monkeypatch):
+    """Not so of SAEs that are spread: each process measures its own. Nor of GPUs: each has its memory."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(fits_in_memory, "_free_on_host", lambda: 4 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**40))
+    wide = [member("width=40000")]  # 1.8 GiB to measure, and 0.03 of weights
+
+    def require(team, device=CPU):
+        fits_in_memory.require_room(wide, of_64, 64, 0, 1, device, 4096, team)
+
+    require(4)
+    for team, device in ((1, CPU), (4, torch.device("cuda"))):
+        with pytest.raises(MemoryTooSmall, match="1.8 to measure and save"):
+            require(team, device)
+
+
+def test_a_team_are_those_that_share_rows_or_latents(big, sae_train, quick, monkeypatch):
+    asked, real = [], preflight._require_memory
+
+    def require(settled, store, members, *_):
+        real(settled, store, members, 4, 1, CPU)
+        real(settled, store, members, 1, 3, CPU)
+
+    monkeypatch.setattr(preflight, "require_room", lambda *args: asked.append(args[-1]))
+    monkeypatch.setattr(preflight, "_require_memory", require)
+    sae_train("--variant", "topk", *quick, "--cache", big["path"], "--tokens", 640)
+    assert asked == [4, 3]
 
 
 def test_free_memory_is_a_sane_number():
