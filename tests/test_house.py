@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("cache_schema", "harvest", "train", "evaluate", "studies", "api")
 FLOORS = {  # of every package, from the ground up: its folders, and the modules beside them; imports lead down
     "cache_schema": (
-        "keep_freed_memory errors sites splits stored_dtypes strict_json",
+        "in_words keep_freed_memory errors sites splits stored_dtypes strict_json",
         "csr disk_and_cloud_files manifest sources",
         "identity layout read_vllm request",
         "buffers commits compression moments shard_claims",
