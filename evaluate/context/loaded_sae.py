@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...cache_schema.sites import RESID, Site
 from ...cache_schema.strict_json import from_json
+from ...train.disk.sae_folder import NORM_BOUNDS
 from ...train.kit import registry
 from ...train.sae.kernels.second_look import Affine
 from ...train.sae.model import SparseAutoencoder
@@ -127,9 +128,10 @@ class LoadedSae:
     def _ordinary(self, x: Tensor) -> Tensor:
         """bool [B]: rows of a norm that training had too, in each layer. A massive one among those that attention
         reads would be all that it brings."""
-        hook, largest = self.hooks[0], self.metadata.get("largest_norms", {})  # none where training took every row
+        hook, old = self.hooks[0], self.metadata.get("largest_norms", {})  # as SAEs of before name them
+        found = self.metadata.get(NORM_BOUNDS, old)  # none where training took every row
         keys = [str(layer) if hook == RESID else Site(hook, layer).path for layer in self.layers]
-        bounds = x.new_tensor([largest.get(key, math.inf) for key in keys])
+        bounds = x.new_tensor([found.get(key, math.inf) for key in keys])
         norms = x.unflatten(1, (len(keys), -1)).norm(dim=-1)
         return ~((norms > bounds) & norms.isfinite()).any(dim=1)
 

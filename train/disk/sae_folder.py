@@ -31,6 +31,7 @@ from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".npz")  # of this package and of other tools
+NORM_BOUNDS = "norm_bounds"  # in the metadata: beyond which norm a row of each place did not train
 SAELENS_VERSION = "6.54.12"
 PLAIN = ("standard", "topk", "abstopk", "jumprelu", "gated")
 TRANSCODERS = {  # by the gate they have there; none takes the decoder's bias off its input

@@ -13,7 +13,7 @@ from ..config.run_config import Member
 from ..data.batch import Needs
 from ..data.feed import held_out
 from ..data.scaling import bounds_of
-from ..disk.sae_folder import save_sae
+from ..disk.sae_folder import NORM_BOUNDS, save_sae
 from ..disk.safe_checkpoints import keep_newest
 from ..parallel.processes import all_or_none
 from .folder import name_failure
@@ -207,7 +207,7 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
         "training_architecture": member.variant,
         "l0": outcome.l0,
         "explained_variance": outcome.explained_variance,
-        "norm_bounds": {_key(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
+        NORM_BOUNDS: {_key(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
     }
 
 

@@ -15,6 +15,7 @@ from saemill.evaluate.context.results import Result, result_path, standing_resul
 from saemill.evaluate.errors import NotApplicable
 from saemill.evaluate.evals.core import encoding
 from saemill.evaluate.model.batches import Windows, store_batches
+from saemill.train.disk.sae_folder import NORM_BOUNDS
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 
@@ -85,13 +86,13 @@ class ReadOfOthers(SparseAutoencoder):
         return read[:, None]
 
 
-@pytest.mark.parametrize("bound", [5.0, None])
-def test_no_row_reads_one_that_is_massive(builder, batch, bound):
+@pytest.mark.parametrize(("name", "bound"), [(NORM_BOUNDS, 5.0), ("largest_norms", 5.0), (NORM_BOUNDS, None)])
+def test_no_row_reads_one_that_is_massive(builder, batch, name, bound):
     """Training leaves them out: what attention brings of a row a hundred times as long would be all that is seen."""
     place = tuple(batch.keep.nonzero()[3].tolist())
     resid = torch.nn.functional.normalize(batch.resid[builder.LAYER].float(), dim=-1)
     resid[place] *= 100
-    metadata = {"largest_norms": {str(builder.LAYER): bound} if bound else {}}
+    metadata = {name: {str(builder.LAYER): bound} if bound else {}}
     sae = ReadOfOthers(torch.ones(1, builder.D), torch.ones(1, builder.D), Relu())
     subject = replace(builder.subject(builder.make_sae()), sae=sae, config={"metadata": metadata})
     read = subject.encode(replace(batch, resid={builder.LAYER: resid}))[..., 0].bool()
