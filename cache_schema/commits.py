@@ -208,8 +208,8 @@ def compact(files: Files, manifest: Manifest, is_alone: bool = True) -> Index:
     """Bring the index up to date.
 
     Writers may compact at the same time, and the last one to write wins; so each looks again after it
-    has written, and writes again as long as there is a record that the index lacks. Who is not alone looks for
-    all records, those that the index names too: somebody may be taking shards away, whose index it has overwritten.
+    has written, and writes again as long as there is a record that the index lacks. Without the claim all records are
+    looked for, those that the index names too: somebody may be taking shards away, whose index has been overwritten.
     """
     nothing = Index(manifest.cache_id, format=manifest.format)
     while True:
@@ -220,7 +220,13 @@ def compact(files: Files, manifest: Manifest, is_alone: bool = True) -> Index:
             return index
         base = nothing if (indexed & ~committed).any() else index
         records = _read_records(files, manifest, np.flatnonzero(committed & ~base.mask(manifest.shards)))
-        files.replace(INDEX, encode_index(_extend(base, committed, records)))
+        try:
+            extended = _extend(base, committed, records)
+        except StoreUnfinished:
+            if is_alone:
+                raise
+            continue  # one was taken away since they were listed
+        files.replace(INDEX, encode_index(extended))
 
 
 def forget(files: Files, manifest: Manifest, shards: Iterable[int]) -> None:

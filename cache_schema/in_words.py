@@ -19,4 +19,4 @@ def say_time(seconds: float) -> str:
     for unit, length, from_length in (("hours", 3600, 7200), ("minutes", 60, 60)):
         if seconds >= from_length:
             return f"{seconds / length:,.1f} {unit}"
-    return counted(round(seconds), "second")
+    return counted(max(1, round(seconds)), "second")

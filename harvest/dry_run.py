@@ -140,7 +140,7 @@ def render(estimate: Estimate) -> RenderableType:
     sizes.add_row("all", f"{sum(per_token.values()):,.1f}", total)
     facts = Table.grid(padding=(0, 2))
     free = "not a disk of this machine" if estimate.free_bytes is None else say_size(estimate.free_bytes)
-    rest = {"to go": f"{counted(len(work.shards), 'shard')}: size and time are of that"} if work.is_begun else {}
+    rest = {"to go": f"{counted(len(work.shards), 'shard')}, of which size and time are"} if work.is_begun else {}
     come = estimate.to_download
     weights = {} if come is None else {"download": f"{say_size(come)} of weights, not done for this estimate"}
     rows = {

@@ -13,6 +13,7 @@ from ..evaluate import evals
 from ..evaluate.context.results import (
     deciding,
     describe_differences,
+    is_of_other_codes,
     metric_of,
     read_result,
     settings_in,
@@ -101,6 +102,9 @@ def read_lines(
                 continue
             if uneven[eval_id]:
                 problems.append(f"{eval_id} is left out: results of this run differ in {uneven[eval_id]}")
+                continue
+            if is_of_other_codes(document):
+                problems.append(f"{eval_id} is left out: its result is of codes that the SAE no longer has")
                 continue
             if other := of_other_settings(eval_id, document, (asked or {}).get(eval_id)):
                 problems.append(f"{eval_id} is left out: its result is of {other}")

@@ -60,7 +60,6 @@ def draw_measures(title: str, values: Families, base: str, looks: Mapping[str, L
         axis.set_yticks(range(len(found)), list(found), fontsize=8, parse_math=False)
         axis.set_ylim(len(found) - 0.5, -0.5)
         axis.xaxis.set_major_locator(MaxNLocator(4))
-        axis.ticklabel_format(axis="x", useOffset=False)
         caption(axis, name, "seeds, and the 95 % interval of their mean", "")
     figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
     return figure

@@ -91,7 +91,7 @@ def test_the_corpus_source_of_the_page_is_a_data_set(copied, tmp_path):
     with pytest.raises(DocumentInvalid, match="row 1: expected text"):
         list(open_corpus(DatasetOptions(str(tmp_path / "a.csv"), column="body")).documents())
     (tmp_path / "bad.csv").write_bytes(b"text\none\n\xff\n")
-    with pytest.raises(DocumentInvalid, match=r"bad\.csv, behind row \d: .*invalid start byte"):
+    with pytest.raises(DocumentInvalid, match=r"bad\.csv, after row \d: .*invalid start byte"):
         list(open_corpus(DatasetOptions(str(tmp_path / "bad.csv"))).documents())
     assert "a csv file" in corpus.dataset_help()
 

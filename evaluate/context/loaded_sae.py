@@ -77,8 +77,7 @@ class LoadedSae:
 
     @property
     def encoding(self) -> int:
-        """Raised where the same weights give other codes than before: 2 reads no massive rows along attention."""
-        return 2 if "row_of" in self.needs else 1
+        return encoding_of(self.config)
 
     @cached_property
     def attention_layers(self) -> tuple[int, ...]:
@@ -128,8 +127,7 @@ class LoadedSae:
     def _ordinary(self, x: Tensor) -> Tensor:
         """bool [B]: rows of a norm that training had too, in each layer. A massive one among those that attention
         reads would be all that it brings."""
-        hook, old = self.hooks[0], self.metadata.get("largest_norms", {})  # as SAEs of before name them
-        found = self.metadata.get(NORM_BOUNDS, old)  # none where training took every row
+        hook, found = self.hooks[0], bounds_in(self.config)
         keys = [str(layer) if hook == RESID else Site(hook, layer).path for layer in self.layers]
         bounds = x.new_tensor([found.get(key, math.inf) for key in keys])
         norms = x.unflatten(1, (len(keys), -1)).norm(dim=-1)
@@ -144,6 +142,19 @@ class LoadedSae:
         """Activations and x_hat."""
         acts_WTF = self.encode(batch)
         return acts_WTF, self.sae.skip(batch.x(self.layers), self.decode(acts_WTF))
+
+
+def encoding_of(config: Mapping[str, Any]) -> int:
+    """Raised where the same weights give other codes than before: 2 reads no massive rows along attention."""
+    needs = config.get("needs_side")
+    return 2 if isinstance(needs, list) and "row_of" in needs and bounds_in(config) else 1
+
+
+def bounds_in(config: Mapping[str, Any]) -> Mapping[str, float]:
+    """By place, beyond which norm a row is massive; none where training took every row."""
+    metadata = config.get("metadata")
+    told = metadata if isinstance(metadata, Mapping) else {}
+    return told.get(NORM_BOUNDS, told.get("largest_norms", {}))  # as SAEs of before say it
 
 
 def layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:

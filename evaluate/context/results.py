@@ -23,12 +23,13 @@ from ...train.disk.atomic_files import replace_file
 from ...train.disk.sae_folder import SAELENS_VERSION, WEIGHT_SUFFIXES
 from ...train.run.folder import provenance
 from ..errors import ResultFromLater, ResultInvalid
-from .loaded_sae import LoadedSae
+from .loaded_sae import LoadedSae, encoding_of
 
 FORMAT = 1  # of our part of a result, which does not say it until there is another
 UNKNOWN = "Unknown"
 CONFIGS = ("cfg.json", "config.json")  # of an SAE's folder
 DATA = "data_revision"  # among the settings of a result: which text, where neither settings nor store say it
+REACH = "\N{PLUS-MINUS SIGN}"
 UNMEASURED = -1  # what SAEBench writes where there is no number
 
 
@@ -142,23 +143,47 @@ def _has_settings(document: Mapping[str, Any]) -> bool:
 
 def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
     """A number by its dotted name: one of the official metrics, or of a top-level key of ours; None for no number."""
-    for value in (document["eval_result_metrics"], document):
+    for value, missing in ((document["eval_result_metrics"], UNMEASURED), (document, None)):
         for part in metric.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         if isinstance(value, (int, float)):
-            return None if value == UNMEASURED else float(value)
+            return None if value == missing else float(value)
     return None
 
 
+def is_of_other_codes(document: Mapping[str, Any]) -> bool:
+    """Whether its SAE is encoded in another way by now."""
+    config = document.get("sae_cfg_dict")
+    return ours_in(document).get("encoding", 1) != encoding_of(config if isinstance(config, Mapping) else {})
+
+
+def ours_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What we say of a result; nothing of one of SAEBench's own."""
+    ours = document.get("saemill")
+    return ours if isinstance(ours, Mapping) else {}
+
+
+def lines_of_each(told: Iterable[tuple[str, tuple[str, Any]]]) -> list[str]:
+    """What evaluations say of the text that SAEs were measured on, by the SAEs where they do not say the same."""
+    names: dict[tuple[str, Any], list[str]] = {}
+    for name, said in told:
+        names.setdefault(said, []).append(name)
+    evaluations = [eval_id for eval_id, _ in names]
+    whose = (f" of {', '.join(names[said])}" if evaluations.count(said[0]) > 1 else "" for said in names)
+    return [f"{eval_id}{of}: {line}" for (eval_id, line), of in zip(names, whose, strict=True)]
+
+
 def reach_of(document: Mapping[str, Any], intervals: str | None, metric: str) -> float | None:
-    """From a number to the farther end of its interval; None where there is none."""
+    """From a number to the farther end of its interval; None where there is none, or one of other rows than the
+    number's, which it does not hold."""
     found: Any = document
     for part in (*intervals.split("."), metric.rsplit(".", 1)[-1]) if intervals else ():
         found = found.get(part) if isinstance(found, Mapping) else None
     value = metric_of(document, metric)
-    if value is None or not isinstance(found, list) or len(found) != 2:
+    if value is None or not isinstance(found, list) or not all(isinstance(end, (int, float)) for end in found):
         return None
-    return max(found[1] - value, value - found[0])
+    low, high = min(found), max(found)
+    return max(high - value, value - low) if low <= value <= high else None
 
 
 def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
@@ -168,7 +193,7 @@ def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
     if not path.is_file() or _is_older(path, subject.folder):
         return None
     document = read_result(path)
-    if document.get("saemill", {}).get("encoding", 1) != subject.encoding:
+    if is_of_other_codes(document):
         return None
     return document if _places_in(document.get("sae_cfg_dict")) == _places_in(sae_config(subject)) else None
 

@@ -14,7 +14,7 @@ There are four ways of having no number:
     Result(missing="...")   some numbers are absent until something is there (the model): `--resume` tries again
     Result(remark="...")    some numbers are absent because this SAE cannot have them: the result is complete
 A single number that cannot be had, such as a mean over nothing, is NaN. JSON has none: it is written as -1 among
-metrics, details and `unstructured`, as SAEBench does, and as null in `extra`. Tables take -1 for no number in both.
+metrics, details and `unstructured`, as SAEBench does, where tables take -1 for no number, and as null in `extra`.
 
 Tokens that count are neither special nor padding, nor massive in what the SAE reads or writes: `ordinary_rows` of
 context/stored_windows.py says which, `sums_of_codes` adds up over them.

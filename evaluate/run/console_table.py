@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .. import evals
 from ..context.loaded_sae import LoadedSae
-from ..context.results import Row, metric_of, reach_of, settings_of_each
+from ..context.results import REACH, Row, lines_of_each, metric_of, ours_in, reach_of, settings_of_each
 from ..errors import Incomparable
 
 MISSING = "-"
@@ -27,7 +27,6 @@ UNTRAINED: Mapping[
     "sae.sae_top_5_test_accuracy": 0.5,  # of layer 5
 }
 NAME, RECORDED = "never trained", "what a study recorded for gemma-2-2b, layer 19, after no training step"
-REACH = "\N{PLUS-MINUS SIGN}"
 NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
 
 
@@ -45,7 +44,7 @@ def print_results(console: Console, rows: Sequence[Row], *, beside_untrained: bo
     names_of = shown_names(row.subject for row in rows)
     if good:
         console.print(make_table(good, names_of, beside_untrained=beside_untrained))
-        for line in measured_on(good):
+        for line in measured_on(good, names_of):
             console.print(line, style="dim", markup=False, soft_wrap=True)
     if beside_untrained:
         console.print(f"{NAME}: {RECORDED}", style="dim", markup=False, soft_wrap=True)
@@ -69,7 +68,8 @@ def shown_names(subjects: Iterable[LoadedSae]) -> dict[LoadedSae, str]:
 
 
 def document_of(rows: Sequence[Row], problems: Sequence[Exception]) -> dict[str, Any]:
-    """The same for scripts: the metrics of each evaluation's summary; whole results are in the files."""
+    """The same for scripts: the metrics of each evaluation's summary, the distance from each to the farther end of its
+    interval, and the text behind them; whole results are in the files."""
     names_of = shown_names(row.subject for row in rows)
     return {
         "results": [
@@ -79,6 +79,8 @@ def document_of(rows: Sequence[Row], problems: Sequence[Exception]) -> dict[str,
                 "status": row.status,
                 "reason": row.reason,
                 "metrics": _metrics_of(row),
+                "reach": {} if row.document is None else _reaches(row),
+                "measured_on": ours_in(row.document or {}).get("measured_on"),
                 "warnings": untrained_traits(row.document or {"eval_result_metrics": {}}),
                 "file": None if row.document is None else str(row.path),
             }
@@ -114,18 +116,19 @@ def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], *, beside
     return table
 
 
-def measured_on(rows: Sequence[Row]) -> list[str]:
+def measured_on(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> list[str]:
     """What text the numbers are of, and what stands behind them."""
-    found = dict.fromkeys((row.eval_id, (row.document or {}).get("saemill", {}).get("measured_on")) for row in rows)
-    lines = [f"{eval_id}: {told}" for eval_id, told in found if told]
-    if any(reach is not None for row in rows for reach in _reaches(row)):
-        lines.append(f"{REACH} to the farther end of the 95 % interval over documents")
+    told = ((names_of[row.subject], (row.eval_id, ours_in(row.document or {}).get("measured_on"))) for row in rows)
+    lines = lines_of_each((name, said) for name, said in told if said[1])
+    if any(reach is not None for row in rows for reach in _reaches(row).values()):
+        lines.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents")
     return lines
 
 
-def _reaches(row: Row) -> Iterator[float | None]:
+def _reaches(row: Row) -> dict[str, float | None]:
+    """By metric."""
     evaluation = evals.load(row.eval_id)
-    return (reach_of(row.document or {}, evaluation.intervals, metric) for metric in evaluation.summary)
+    return {metric: reach_of(row.document or {}, evaluation.intervals, metric) for metric in evaluation.summary}
 
 
 def heading(metric: str) -> str:

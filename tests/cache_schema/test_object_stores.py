@@ -407,6 +407,27 @@ def test_a_writer_that_gave_up_waiting_for_the_index_brings_no_shard_back(synthe
     repairing.close()
 
 
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_a_record_that_goes_after_it_was_listed_is_looked_for_again(synthetic, monkeypatch, is_alone):
+    """Somebody takes shards away beside who has no claim; who has it is told of damage."""
+    url = f"memory://{uuid.uuid4().hex}"
+    synthetic.write_store(url, synthetic.make_manifest(), shards=range(5))
+    files, manifest, find = open_files(url), Store.open(url).manifest, commits.find_committed
+    files.remove(INDEX)
+
+    def listed(*args):
+        found = find(*args)
+        files.remove(record_key(1))
+        return found
+
+    monkeypatch.setattr(commits, "find_committed", listed)
+    if is_alone:
+        with pytest.raises(StoreUnfinished, match="shard 1"):
+            commits.compact(files, manifest)
+    else:
+        assert commits.compact(files, manifest, is_alone=False).committed == ((0, 1), (2, 5))
+
+
 @pytest.mark.parametrize("shards", [1000, 10**5])
 @pytest.mark.parametrize("workers", [1, 7, 64, 100, 1000])
 def test_the_work_on_the_index_is_dealt_out(shards, workers):

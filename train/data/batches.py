@@ -134,6 +134,7 @@ class Batches(IterableDataset[Tensor]):
             "scaled": self._scaled,
             "rank": self._rank,
             "size": self._size,
+            # Bounds of the norm, by the name that they have in states of before.
             "largest_norms": {str(layer): bound for layer, bound in bounds_of(self._stats).items()},
         }
 

@@ -48,7 +48,7 @@ def stats_from_moments(moments: Moments) -> Stats:
 
 
 def bounds_of(stats: Mapping[Place, Stats]) -> dict[Place, float]:
-    """The largest norm of a raw row that counts, for layers where not every row does."""
+    """Beyond which norm a raw row is massive, for layers where not every row counts."""
     return {layer: one.massive.bound for layer, one in stats.items() if one.massive is not None}
 
 

@@ -14,6 +14,7 @@ import importlib.metadata
 import itertools
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -197,9 +198,14 @@ def provenance() -> dict[str, Any]:
 
 
 def _typed_command() -> str | None:
-    """The command that was typed; None where the package is called from Python."""
+    """The command of ours that was typed, which may have called others; None where it was none of ours."""
     name = Path(sys.argv[0]).name
-    return shlex.join([name, *sys.argv[1:]]) if name.startswith("sae-") else None
+    return without_password(shlex.join([name, *sys.argv[1:]])) if name.startswith("sae-") else None
+
+
+def without_password(text: str) -> str:
+    """Addresses may hold one: https://name:password@host. Folders of runs are handed round."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 def _make_root(root: str | os.PathLike[str]) -> Path:

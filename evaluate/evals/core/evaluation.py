@@ -113,7 +113,8 @@ def make_result(
 
 
 def measured_on(split: str, sparsity: Sparsity, losses: LossSums | None) -> str:
-    """Both blocks, without massive rows where those are left out; a store that names no documents has its tokens."""
+    """The second block without massive rows, and the first, where they are spliced as well; a store that names no
+    documents has its tokens."""
     table = sparsity.documents.table()
     line = f"{split} split, {said(table) if table else f'{sparsity.ordinary.tokens:,} tokens'}"
     return line if losses is None else f"{line}; CE and KL on {said(losses.documents.table())}"

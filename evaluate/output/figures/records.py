@@ -12,7 +12,7 @@ from typing import Any
 
 from ....train.disk.atomic_files import read_json
 from ....train.run.folder import RunFolder
-from ...context.results import metric_of
+from ...context.results import is_of_other_codes, metric_of, ours_in
 from ...errors import ResultInvalid
 
 RESULTS = "_eval_results.json"
@@ -84,8 +84,8 @@ class Record:
     @property
     def measured_on(self) -> list[tuple[str, str]]:
         """Evaluations that say what text their numbers are of, and what they say."""
-        ours = {name: document.get("saemill", {}) for name, document in self.documents.items()}
-        return [(name, str(told["measured_on"])) for name, told in ours.items() if told.get("measured_on")]
+        told = {name: ours_in(document).get("measured_on") for name, document in self.documents.items()}
+        return [(name, str(line)) for name, line in told.items() if line]
 
     def unstructured(self, evaluation: str) -> Mapping[str, Any]:
         return self.documents.get(evaluation, {}).get("eval_result_unstructured") or {}
@@ -143,8 +143,10 @@ def read_log(path: Path) -> list[Mapping[str, Any]]:
 
 
 def read_documents(folder: Path, known: Documents) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Results by label and evaluation."""
+    """Results by label and evaluation, those that still hold."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for path in sorted(folder.glob(f"*/*{RESULTS}")):
-        found.setdefault(path.name.removesuffix(RESULTS), {})[path.parent.name] = known.get(path) or read_json(path)
+        document = known.get(path) or read_json(path)
+        if not is_of_other_codes(document):
+            found.setdefault(path.name.removesuffix(RESULTS), {})[path.parent.name] = document
     return found

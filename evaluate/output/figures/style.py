@@ -70,9 +70,9 @@ def new_figure(
 
 
 def plainly(axis: Axes) -> Axes:
-    """No box, a faint grid behind, and at every tick its whole number: no offset beside the axis to add to it."""
+    """No box, a faint grid behind, and at every tick its number in full: no offset beside the axis to add to it."""
     for side in (axis.xaxis, axis.yaxis):
-        side.set_major_formatter(_whole)
+        side.set_major_formatter(_in_full)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(INK)
     axis.tick_params(colors=INK, labelsize=8)
@@ -81,8 +81,8 @@ def plainly(axis: Axes) -> Axes:
     return axis
 
 
-def _whole(value: float, _: object) -> str:
-    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
+def _in_full(value: float, _: object) -> str:
+    return f"{value:.10g}".replace("-", "\N{MINUS SIGN}")
 
 
 def caption(axis: Axes, title: str, x: str, y: str) -> None:
@@ -97,7 +97,7 @@ def log_axis(axis: Axes, which: Literal["x", "y"]) -> None:
     side = axis.xaxis if which == "x" else axis.yaxis
     axis.set(**{f"{which}scale": "log"})
     side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    side.set_major_formatter(_whole)
+    side.set_major_formatter(_in_full)
     side.set_minor_formatter(NullFormatter())
 
 

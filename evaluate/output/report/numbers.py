@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ... import evals
-from ...context.results import reach_of
+from ...context.results import REACH, lines_of_each, reach_of
 from ..figures.records import CORE, Record
 from .markup import Html, element, joined
 
@@ -25,6 +25,7 @@ class Column:
     value: Callable[[Record], float | None]
     evaluation: str = ""
     metric: str = ""
+    form: str = ".4g"
 
     def reach(self, record: Record) -> float | None:
         """To the farther end of the number's interval, where its evaluation gives one."""
@@ -42,8 +43,9 @@ def held_out(heading: str, meaning: str, name: str) -> Column:
 
 
 COLUMNS = (
-    Column("latents", "of the dictionary", lambda r: r.setting("width")),
+    Column("latents", "of the dictionary", lambda r: r.setting("width"), form=",.0f"),
     Column("asked L0", "k, or a target", lambda r: r.asked_l0),
+    Column("penalty", "coefficient", lambda r: r.setting("penalty")),
     held_out("L0", "active latents per token", "l0"),
     held_out("explained variance", "of held-out residuals", "explained_variance"),
     held_out("with massive rows", "the same of all rows", "explained_variance_with_massive"),
@@ -84,25 +86,27 @@ def numbers_table(records: Sequence[Record]) -> Html:
     rows = [element("tr", element("td", record.name, *variant(record)), *cells(record, columns)) for record in records]
     head = element("tr", element("th", "SAE"), *headings)
     table = element("table", element("thead", head), element("tbody", joined(rows)))
-    return joined([element("h2", "Numbers"), element("div", table, class_="wide"), *notes(records)])
+    return joined([element("h2", "Numbers"), element("div", table, class_="wide"), *notes(records, columns)])
 
 
 def variant(record: Record) -> list[Html]:
     """Below the name, where that does not say it."""
-    return [element("small", record.variant)] if record.variant not in record.name else []
+    is_named = record.label == record.variant or record.label.startswith(f"{record.variant}_")
+    return [] if is_named else [element("small", record.variant)]
 
 
-def notes(records: Sequence[Record]) -> list[Html]:
+def notes(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
     """What the numbers are of, and what they are not about."""
-    told = [f"{name}: {line}" for name, line in dict.fromkeys(line for one in records for line in one.measured_on)]
-    by_training = [record.name for record in records if record.outcome and "core" not in record.documents]
-    if any(column.reach(one) is not None for column in COLUMNS for one in records):
-        told.append("Below a number: how far the farther end of its 95 % interval over documents is.")
+    told = [f"{line}." for line in lines_of_each((one.name, line) for one in records for line in one.measured_on)]
+    if any(column.reach(one) is not None for column in columns for one in records):
+        told.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents.")
+    others = (one for one in records if one.outcome and one.metric("core", CORE["explained_variance"]) is None)
+    by_training = [one.name for one in others]
     if by_training:
         told.append(f"L0 and explained variance of {', '.join(by_training)}: validation split, measured by training.")
     massive = [
         f"{record.name}: {found:,} of {found + record.outcome['validation_tokens']:,} tokens of the validation split "
-        "are massive, their norm many times the median; explained variance and L0 of held-out residuals are without."
+        "are massive, their norm many times the median; explained variance is without."
         for record in records
         if (found := record.outcome.get("validation_massive"))
     ]
@@ -110,10 +114,10 @@ def notes(records: Sequence[Record]) -> list[Html]:
 
 
 def cells(record: Record, columns: Sequence[Column]) -> list[Html]:
-    return [element("td", *_cell(column.value(record), column.reach(record))) for column in columns]
+    return [element("td", *_cell(column.value(record), column.form, column.reach(record))) for column in columns]
 
 
-def _cell(value: float | None, reach: float | None) -> list[str]:
+def _cell(value: float | None, form: str, reach: float | None) -> list[str]:
     if value is None:
         return [MISSING]
-    return [f"{value:.4g}"] + ([] if reach is None else [element("small", f"\N{PLUS-MINUS SIGN} {reach:.2g}")])
+    return [f"{value:{form}}"] + ([] if reach is None else [element("small", f"{REACH} {reach:.2g}")])

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ....train.run.folder import without_password
 from ..figures.records import Record
 from .markup import Html, element, joined
 
 
 def origins(records: Sequence[Record]) -> Html:
     """A line for each run, which opens to the rest of it."""
-    runs = {record.run: record for record in records}
+    runs = dict.fromkeys(record.run for record in records)
     return joined([_origin(run, [one for one in records if one.run == run], len(runs) > 1) for run in runs])
 
 
@@ -20,7 +21,7 @@ def _origin(run: str, records: Sequence[Record], is_named: bool) -> Html:
     cache, course, made = (_part(asked, name) for name in ("cache", "course", "provenance"))
     line = ", ".join(filter(None, [_model(cache), _sites(records), _text(cache), _length(asked, course)]))
     facts = {
-        "store": _together(cache.get("url"), cache.get("cache_id")),
+        "store": _together(without_password(str(cache.get("url") or "")), cache.get("cache_id")),
         "trained": made.get("date"),
         "command": made.get("command"),
         "code": _code(made),
@@ -29,7 +30,7 @@ def _origin(run: str, records: Sequence[Record], is_named: bool) -> Html:
     if not (line or shown):
         return Html("")
     rows = [part for name, value in shown.items() for part in (element("dt", name), element("dd", value))]
-    summary = element("summary", f"{run}: {line}" if is_named else line)
+    summary = element("summary", ": ".join(filter(None, [run, line])) if is_named or not line else line)
     return element("details", summary, element("dl", *rows), class_="origin")
 
 

@@ -52,7 +52,7 @@ def page(name: str, records: Sequence[Record], pictures: Mapping[str, Path], has
     link = element("p", element("a", "all latents, to look at and search", href=BROWSER)) if has_browser else Html("")
     numbers, *below = [
         element("section", card, class_="card") if card else card
-        for card in (numbers_table(records), figures(pictures), contexts_of(records))
+        for card in (numbers_table(records), figures(pictures, len(records) == 1), contexts_of(records))
     ]
     return _document(name, training_data(records), joined([origins(records), link, numbers]), joined(below))
 
@@ -94,13 +94,15 @@ def _script(script: str) -> Html:
 
 
 CURVES = ("hyperparameters", "training_metrics", "training_progression")
-"""Pictures of what the page's script draws from the same log: their files alone are offered."""
+"""Pictures of which the page's script draws all but the bars that several SAEs have there."""
 
 
-def figures(pictures: Mapping[str, Path]) -> Html:
-    """Every picture under its name, and the files of it for papers."""
-    drawn = [_figure(*found) for found in pictures.items() if found[1].stem not in CURVES]
-    of_curves = [_links(*found) for found in pictures.items() if found[1].stem in CURVES]
+def figures(pictures: Mapping[str, Path], is_alone: bool) -> Html:
+    """Every picture under its name, and the files of it for papers; where an SAE is alone, the files alone of what
+    stands above."""
+    left_out = CURVES if is_alone else ()
+    drawn = [_figure(*found) for found in pictures.items() if found[1].stem not in left_out]
+    of_curves = [_links(*found) for found in pictures.items() if found[1].stem in left_out]
     as_files = [element("p", "The curves above, for papers: ", joined(of_curves, between=", "))] if of_curves else []
     return joined([element("h2", "Pictures"), *drawn, *as_files]) if pictures else Html("")
 

@@ -15,6 +15,7 @@ from saemill.evaluate.context.results import Result, result_path, standing_resul
 from saemill.evaluate.errors import NotApplicable
 from saemill.evaluate.evals.core import encoding
 from saemill.evaluate.model.batches import Windows, store_batches
+from saemill.evaluate.output.figures.records import read_documents
 from saemill.train.disk.sae_folder import NORM_BOUNDS
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
@@ -101,16 +102,25 @@ def test_no_row_reads_one_that_is_massive(builder, batch, name, bound):
     assert torch.equal(read, expected)
 
 
-def test_results_of_other_codes_do_not_stand(builder, tmp_path):
-    """Those of before read massive rows along attention; of SAEs that read no other rows they are the same."""
-    plain = replace(builder.subject(builder.make_sae()), folder=tmp_path / "sae", home=tmp_path)
-    sae = ReadOfOthers(torch.ones(1, builder.D), torch.ones(1, builder.D), Relu())
-    for subject, stands in ((plain, True), (replace(plain, sae=sae), False)):
-        document = write_result(Result(subject, {}, {}), "core", {})
-        assert standing_result(subject, "core") == document
-        document["saemill"].pop("encoding", None)
-        result_path(subject, "core").write_text(json.dumps(document))
-        assert (standing_result(subject, "core") is not None) == stands
+@pytest.mark.parametrize(
+    ("config", "stands"),
+    [
+        ({"metadata": {NORM_BOUNDS: {"2": 5.0}}}, True),
+        ({"needs_side": ["attention", "row_of"], "metadata": {NORM_BOUNDS: {}}}, True),
+        ({"needs_side": ["attention", "row_of"], "metadata": {"largest_norms": {"2": 5.0}}}, False),
+    ],
+    ids=["reads no other row", "trained on every row", "read massive rows"],
+)
+def test_results_of_other_codes_do_not_stand(builder, tmp_path, config, stands):
+    """Neither for --resume nor on the page."""
+    plain = builder.subject(builder.make_sae())
+    subject = replace(plain, folder=tmp_path / "sae", home=tmp_path, config={**plain.config, **config})
+    document, path = write_result(Result(subject, {}, {}), "core", {}), result_path(subject, "core")
+    assert standing_result(subject, "core") == document
+    document["saemill"].pop("encoding", None)
+    path.write_text(json.dumps(document))
+    assert (standing_result(subject, "core") is not None) == stands
+    assert bool(read_documents(tmp_path / "evals", {})) == stands
 
 
 def test_several_layers_lie_side_by_side(batch, builder):

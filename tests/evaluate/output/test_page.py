@@ -293,7 +293,7 @@ def test_the_page_says_what_its_numbers_are_of():
         "total_steps": 44,
         "provenance": {"date": "2026-11-28T09:00:00+00:00", "command": "sae-train --variant topk <b>", "packages": {}},
     }
-    shared = {"variant": "topk", "settings": {"layer": 19, "width": 512, "k": 32}, "asked": asked}
+    shared = {"variant": "topk", "settings": {"layer": 19, "width": 65536, "k": 32}, "asked": asked}
     interval = {"confidence_95": {"explained_variance": [0.5, 0.65]}, "explained_variance": 0.6}
     core = {"eval_result_metrics": {}, "saemill_metrics": interval, "saemill": {"measured_on": "test split, 9 tokens"}}
     first = Record("a", "run_1", "a", outcome={"l0": 32.0}, documents={"core": core}, **shared)
@@ -301,7 +301,7 @@ def test_the_page_says_what_its_numbers_are_of():
     words = read(page("run_1", [first, second], {})).words
     assert "pocket (v1), layer 19 (resid), text stdlib, 180,224 tokens in 44 steps" in words
     assert {"./store (ab12)", "2026-11-28T09:00:00+00:00", "sae-train --variant topk <b>"} <= set(words)
-    assert {"512", "32", "core: test split, 9 tokens", "\N{PLUS-MINUS SIGN} 0.1"} <= set(words)
+    assert {"65,536", "32", "core: test split, 9 tokens.", "\N{PLUS-MINUS SIGN} 0.1"} <= set(words)
     assert "L0 and explained variance of b: validation split, measured by training." in words
 
 
@@ -326,4 +326,6 @@ def test_curves_that_the_page_draws_are_no_pictures_in_it(tmp_path):
         path.write_bytes(b"\x89PNG")
     reader = read(page("run", [record("a")], paths))
     assert [attributes["alt"] for tag, attributes in reader.tags if tag == "img"] == ["pareto"]
+    of_two = read(page("run", [record("a"), record("b")], paths))
+    assert [tag for tag, _ in of_two.tags].count("img") == 2  # these have bars as well
     assert {"plots/pareto.png", "plots/training_metrics.png"} <= {a.get("href") for tag, a in reader.tags if tag == "a"}

@@ -164,7 +164,7 @@ def test_one_sae_by_itself_has_no_bars_and_no_points(make_run):
     assert not {"Learning rate", "Final reconstruction", "Training steps completed", "Residual"} & set(titles)
 
 
-def test_ticks_are_whole_numbers():
+def test_ticks_have_their_numbers_in_full():
     """16.001 is not 1e-3 beside an axis that says +1.6e1."""
     figure, (axis,) = new_figure(1)
     axis.plot([0, 1], [16.001, 16.002])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
 from saemill.train.kit.wrapping import build_base
+from saemill.train.sae.attention.controls import LinkKind
 from saemill.train.sae.attention.encoder import AttendedSae
 from saemill.train.sae.attention.mixing import Mixing
 from saemill.train.sae.attention.reading import Attention
@@ -57,6 +58,25 @@ def made(guidance: Any, rng: torch.Generator) -> tuple[AttendedSae, Tensor, Any]
     sae.mixing.theta.data.copy_(torch.tensor([0.5, -0.2, 0.1]))
     sae.U.data.normal_(generator=rng)
     return sae, torch.randn(windows.rows, guidance.D, generator=rng, dtype=torch.float64), windows
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("kind", get_args(LinkKind))
+def test_rows_that_nobody_may_read_are_to_all_others_as_if_they_were_not_there(made, rng, kind, apart):
+    """As massive rows are in held-out text: there, with no number in `row_of`. In training they are not there."""
+    sae, x, windows = made
+    sae.attention = dataclasses.replace(sae.attention, kind=kind, apart=apart)
+    places = windows.places
+    token = torch.randint(0, 2, (windows.rows,), generator=rng)
+    is_read = torch.rand(windows.rows, generator=rng) > 0.2
+    row_of = windows.row_of.clone()
+    row_of[places.window[~is_read], places.position[~is_read]] = -1
+    masked = sae.encode(x.where(is_read[:, None], 1e6), Side({**windows.side, "row_of": row_of, "token": token}))
+    row_of[row_of >= 0] = torch.arange(int(is_read.sum()))
+    side = {"window": places.window[is_read], "position": places.position[is_read], "token": token[is_read]}
+    absent = sae.encode(x[is_read], Side({**side, "row_of": row_of, "attention": windows.attention}))
+    assert bool((~is_read).any())
+    torch.testing.assert_close(masked[is_read], absent)
 
 
 def test_the_encoder_is_its_formula(guidance, made):

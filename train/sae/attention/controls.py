@@ -44,7 +44,7 @@ def same_token_links(links: Links, side: Side) -> Links:
     token_WT[window, position] = side["token"].to(row_of.dtype)
     place = torch.arange(links.context, device=row_of.device)
     same_BT = token_WT[window] == side["token"].to(row_of.dtype)[:, None]
-    same_BT &= (place < position[:, None]) & (place > 0)
+    same_BT &= (place < position[:, None]) & (place > 0) & (row_of >= 0)[window]
     count_B = same_BT.sum(1)
     attends = links.attends & (count_B > 0)
     row, key = _places(same_BT)

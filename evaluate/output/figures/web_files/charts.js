@@ -24,7 +24,7 @@ function dress(element, given, inside) {
 const $ = (id) => document.getElementById(id);
 
 const number = (value, digits = 3) => value === null || value === undefined || Number.isNaN(value) ? "\u2013"
-  : value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(digits)));
+  : value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(Math.max(1, digits - 2)) : String(Number(value.toPrecision(digits)));
 const whole = (value) => value.toLocaleString("en");
 const share = (value) => value === 0 ? "0" : value >= 1e-5 ? `${Number((100 * value).toPrecision(value >= 0.1 ? 3 : 2))} %` : `${(100 * value).toExponential(0)} %`;
 
