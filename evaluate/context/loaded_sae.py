@@ -75,10 +75,6 @@ class LoadedSae:
         """Side inputs that the SAE reads at inference: position, attention, ..."""
         return frozenset(self.sae.needs_side)
 
-    @property
-    def encoding(self) -> int:
-        return encoding_of(self.config)
-
     @cached_property
     def attention_layers(self) -> tuple[int, ...]:
         """The layers whose attention the SAE reads at inference."""
@@ -131,7 +127,7 @@ class LoadedSae:
         keys = [str(layer) if hook == RESID else Site(hook, layer).path for layer in self.layers]
         bounds = x.new_tensor([found.get(key, math.inf) for key in keys])
         norms = x.unflatten(1, (len(keys), -1)).norm(dim=-1)
-        return ~((norms > bounds) & norms.isfinite()).any(dim=1)
+        return ~is_massive(norms, bounds).any(dim=1)
 
     @torch.inference_mode()
     def decode(self, acts_WTF: Tensor) -> Tensor:
@@ -142,6 +138,12 @@ class LoadedSae:
         """Activations and x_hat."""
         acts_WTF = self.encode(batch)
         return acts_WTF, self.sae.skip(batch.x(self.layers), self.decode(acts_WTF))
+
+
+def is_massive(norms: Tensor, bounds: Tensor | float) -> Tensor:
+    """bool, like `norms`. One that is not finite is no massive one: numbers show it, where leaving it out would hide
+    it."""
+    return (norms > bounds) & norms.isfinite()
 
 
 def encoding_of(config: Mapping[str, Any]) -> int:

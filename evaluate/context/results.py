@@ -76,7 +76,7 @@ def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> d
 def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The whole document."""
     subject = result.subject
-    made = provenance()
+    made, encoding = provenance(), encoding_of(subject.config)
     return {
         "eval_type_id": eval_id,
         "eval_config": dict(result.eval_config),
@@ -97,7 +97,7 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
             "run": subject.run,
             "label": subject.label,
             "variant": subject.variant,
-            **({} if subject.encoding == 1 else {"encoding": subject.encoding}),
+            **({} if encoding == 1 else {"encoding": encoding}),
             "missing": result.missing,
             "remark": result.remark,
             "measured_on": result.measured_on,
@@ -143,12 +143,18 @@ def _has_settings(document: Mapping[str, Any]) -> bool:
 
 def metric_of(document: Mapping[str, Any], metric: str) -> float | None:
     """A number by its dotted name: one of the official metrics, or of a top-level key of ours; None for no number."""
-    for value, missing in ((document["eval_result_metrics"], UNMEASURED), (document, None)):
-        for part in metric.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+    for place, missing in ((document["eval_result_metrics"], UNMEASURED), (document, None)):
+        value = _at(place, metric)
         if isinstance(value, (int, float)):
             return None if value == missing else float(value)
     return None
+
+
+def _at(place: Any, path: str) -> Any:
+    """What lies at a dotted path; None where nothing does."""
+    for part in path.split("."):
+        place = place.get(part) if isinstance(place, Mapping) else None
+    return place
 
 
 def is_of_other_codes(document: Mapping[str, Any]) -> bool:
@@ -176,9 +182,7 @@ def lines_of_each(told: Iterable[tuple[str, tuple[str, Any]]]) -> list[str]:
 def reach_of(document: Mapping[str, Any], intervals: str | None, metric: str) -> float | None:
     """From a number to the farther end of its interval; None where there is none, or one of other rows than the
     number's, which it does not hold."""
-    found: Any = document
-    for part in (*intervals.split("."), metric.rsplit(".", 1)[-1]) if intervals else ():
-        found = found.get(part) if isinstance(found, Mapping) else None
+    found = _at(document, f"{intervals}.{metric.rsplit('.', 1)[-1]}") if intervals else None
     value = metric_of(document, metric)
     if value is None or not isinstance(found, list) or not all(isinstance(end, (int, float)) for end in found):
         return None
@@ -205,7 +209,7 @@ def is_of_store(document: Mapping[str, Any], cache_id: str | None) -> bool:
 
 def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a result is of these very settings and misses nothing."""
-    return settings_in(document) == dict(settings) and document.get("saemill", {}).get("missing") is None
+    return settings_in(document) == dict(settings) and ours_in(document).get("missing") is None
 
 
 def is_of_store_now_gone(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
@@ -220,7 +224,7 @@ def is_of_store_now_gone(document: Mapping[str, Any], settings: Mapping[str, Any
 
 def settings_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
     """What decided a result besides the SAE; results of before also name a folder of the machine there."""
-    settings = document.get("saemill", {}).get("settings", {})
+    settings = ours_in(document).get("settings", {})
     config = settings.get("config")
     return {**settings, "config": deciding(config)} if isinstance(config, Mapping) else settings
 

@@ -15,7 +15,7 @@ from ...cache_schema.sites import Place
 from ..errors import NotApplicable
 from ..model.batches import Windows, count_windows, store_batches
 from .context import Context
-from .loaded_sae import LoadedSae, attention_layers_of, layers_of
+from .loaded_sae import LoadedSae, attention_layers_of, is_massive, layers_of
 
 MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
 
@@ -80,13 +80,10 @@ def ordinary_rows(context: Context, subject: LoadedSae, batch: Windows) -> Tenso
 
 
 def without_massive(context: Context, rows_WT: Tensor, acts: Mapping[Place, Tensor]) -> Tensor:
-    """bool [W, T]: those rows whose norm is within the bound that training has for this store, at all these places.
-
-    A norm that is not finite is no massive one: numbers show it, where leaving it out would hide it.
-    """
+    """bool [W, T]: those rows whose norm is within the bound that training has for this store, at all these places."""
     for place, acts_WTD in acts.items():
         found = context.massive(place)
         if found is not None:
             norms = torch.linalg.vector_norm(acts_WTD, dim=-1, dtype=torch.float32)
-            rows_WT = rows_WT & ~((norms > found.bound) & norms.isfinite())
+            rows_WT = rows_WT & ~is_massive(norms, found.bound)
     return rows_WT

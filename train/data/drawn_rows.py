@@ -90,8 +90,11 @@ class Draw:
             side["position"] = self._once("position", kind, lambda: rows.places_there % block.context)
         if rows.windows is not None:
             unread = [layer for layer in needs.layers if layer in block.massive and layer not in kind.layers]
-            read = self.ordinary(needs) if unread else None
-            side |= self._once("window", (kind, *unread), lambda: self._window_side(rows, read))
+            side |= self._once(
+                "window",
+                (kind, *unread),
+                lambda: self._window_side(rows, self.ordinary(needs) if unread else None),
+            )
         if needs.attention_layers:
             assert rows.windows is not None, "attention is of whole windows"
             side["attention"] = {layer: self._attention(layer, rows) for layer in needs.attention_layers}

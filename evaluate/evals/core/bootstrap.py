@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from ....cache_schema.in_words import counted
+
 RESAMPLES = 1000
 RESAMPLES_AT_ONCE = 50
 KEPT_DRAWS = 1 << 22  # 32 MB
@@ -46,8 +48,7 @@ class DocumentSums:
 
 def said(table: Sums) -> str:
     """How much text the sums are of, in words."""
-    tokens, documents = int(table["tokens"].sum()), len(table["tokens"])
-    return f"{tokens:,} tokens of {documents:,} document{'s' * (documents != 1)}"
+    return f"{counted(int(table['tokens'].sum()), 'token')} of {counted(len(table['tokens']), 'document')}"
 
 
 def intervals(

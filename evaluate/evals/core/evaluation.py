@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ....cache_schema.in_words import counted
 from ...context.usable_saes import model_name_of
 from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
@@ -116,7 +117,7 @@ def measured_on(split: str, sparsity: Sparsity, losses: LossSums | None) -> str:
     """The second block without massive rows, and the first, where they are spliced as well; a store that names no
     documents has its tokens."""
     table = sparsity.documents.table()
-    line = f"{split} split, {said(table) if table else f'{sparsity.ordinary.tokens:,} tokens'}"
+    line = f"{split} split, {said(table) if table else counted(sparsity.ordinary.tokens, 'token')}"
     return line if losses is None else f"{line}; CE and KL on {said(losses.documents.table())}"
 
 

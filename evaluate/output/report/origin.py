@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ....cache_schema.sites import RESID
 from ....train.run.folder import without_password
 from ..figures.records import Record
 from .markup import Html, element, joined
@@ -45,7 +46,7 @@ def _model(cache: Mapping[str, Any]) -> str:
 
 def _sites(records: Sequence[Record]) -> str:
     """Where the SAEs read, if all read there."""
-    found = {(str(one.settings.get("layer")), str(one.settings.get("hook", "resid"))) for one in records}
+    found = {(str(one.settings.get("layer")), str(one.settings.get("hook", RESID))) for one in records}
     layer, hook = next(iter(found))
     return f"layer {layer} ({hook})" if len(found) == 1 and layer != "None" else ""
 
