@@ -39,12 +39,15 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist workstea
 
 STUDY_NAMES  := $(filter-out __init__,$(basename $(notdir $(sort $(wildcard train/study_recipes/*.py)))))
 STDLIB_PROBES := $(foreach eval,sparse_probing scr tpp,--eval-set $(eval).data=stdlib)
+STUDY_MODEL  := $(if $(filter auto,$(MODEL)),pocket,$(MODEL))
 # The plan of docs/studies/questions.md.
 DECIDE_PASSES := $$(case {} in (attention|attention_plan|temporal) echo 4;; (*) echo 2;; esac)
 DECIDE_COURSE := $(if $(filter smollm2,$(MODEL)),--epochs $(DECIDE_PASSES) --width 1152)
 DECIDE_MEASURED := $(if $(filter smollm2,$(MODEL)),--eval-set core.n_eval_reconstruction_batches=4 --eval-set tiers.trace_windows=0)
 DECIDE_TOKENS := $(or $(TOKENS),$(if $(filter smollm2,$(MODEL)),1200k))
-STUDY_COURSE := --epochs 2 --width 512 --set data.batch_tokens=2048 --eval-set browser.windows=256
+STUDY_TOKENS := $(or $(TOKENS),$(if $(filter smollm2,$(MODEL)),500k))
+STUDY_COURSE := --set data.batch_tokens=2048 --eval-set browser.windows=256 \
+  $(if $(filter smollm2,$(MODEL)),--epochs 1 --width 1152 $(STDLIB_PROBES) $(DECIDE_MEASURED),--epochs 2 --width 512)
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-cluster test-real smollm2 check format lock sbom goldens demo harvest studies decide \
@@ -119,8 +122,9 @@ demo: env ## the whole path on the bundled pocket model: harvest, train four SAE
 	  --beside-untrained
 	@echo "next: open $(DEMO)/runs/demo/browser/index.html and look at latents; sae-eval run_4 offers to train the ablation of the attention study on this store. Then harvest for yourself: make harvest, or make harvest MODEL=smollm2"
 
-studies: env ## all runs of the five studies on a pocket store, their tables and plots
-	$(BIN)/sae-harvest --model pocket --layer 19 --out $(STUDIES)/store
+studies: env $(if $(filter smollm2,$(MODEL)),smollm2) ## all runs of the five studies, their tables and plots [MODEL=pocket or smollm2]
+	$(BIN)/sae-harvest --model $(STUDY_MODEL) --out $(STUDIES)/store \
+	  $(if $(DATASET),--dataset $(DATASET)) $(if $(STUDY_TOKENS),--tokens $(STUDY_TOKENS))
 	@# Two at a time with a thread each: steps as small as these do not keep two threads busy together.
 	@printf '%s\n' $(STUDY_NAMES) | OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
 	  'echo "{}: see $(STUDIES)/{}.log"; $(BIN)/sae-study {} --cache $(STUDIES)/store --out $(STUDIES) $(STUDY_COURSE) \
@@ -128,7 +132,7 @@ studies: env ## all runs of the five studies on a pocket store, their tables and
 	  cat $(foreach study,$(STUDY_NAMES),$(STUDIES)/$(study)/table.md); exit $$status
 
 decide: env $(if $(filter smollm2,$(MODEL)),smollm2) ## the runs that decide the five studies, as docs/studies/questions.md says: hours; goes on after any stop
-	$(BIN)/sae-harvest --model $(if $(filter auto,$(MODEL)),pocket,$(MODEL)) --out $(DECISIONS)/store \
+	$(BIN)/sae-harvest --model $(STUDY_MODEL) --out $(DECISIONS)/store \
 	  $(if $(DATASET),--dataset $(DATASET)) $(if $(DECIDE_TOKENS),--tokens $(DECIDE_TOKENS))
 	@printf '%s\n' $(STUDY_NAMES) | OMP_NUM_THREADS=1 xargs -P 2 -I {} sh -c \
 	  'echo "{}: see $(DECISIONS)/{}.log"; $(BIN)/sae-study {} --only decisive --cache $(DECISIONS)/store \

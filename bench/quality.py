@@ -329,11 +329,16 @@ def show(scores: dict[Fit, Score]) -> None:
 
 
 def make_fits(first: Fit, seeds: tuple[int, ...], train: Train) -> None:
-    """The first seed finds the rate, and the coefficient where there is one; the others train there."""
+    """The first seed finds the rate, and each its coefficient where there is one: near a steep place of L0 one that
+    serves the first leaves another off target."""
     is_targeted = first.variant in BY_K or (first.variant, first.contestant) in TARGETED
     best = best_of(replace(first, seed=seeds[0]), train, is_targeted)
     for seed in seeds[1:]:
-        train(replace(best, seed=seed))
+        there = replace(best, seed=seed)
+        if is_targeted:
+            train(there)
+        else:
+            seek(there, train)
 
 
 def contests(variants: tuple[str, ...], width: int, l0: float, d_model: int) -> Iterator[Fit]:

@@ -13,9 +13,9 @@ from ..data.scaling import Stats, unit_stats
 from ..engine.optim import Optim
 from ..errors import ConfigInvalid
 
-TOPK_DEAD_PART = 30
-"""`dead_part` of the top-k family: fewer dead latents in the end than at a tenth, and no worse reconstruction, at
-every variant tried; a hundredth part made half of a matryoshka dictionary die (`bench/quality.py`)."""
+EARLY_DEAD_PART = 30
+"""`dead_part` of variants that bring dead latents back: fewer of them in the end than at a tenth, and no worse
+reconstruction, at every variant tried; a hundredth made half of a matryoshka dictionary die (`bench/quality.py`)."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -95,11 +95,13 @@ class View:
     @property
     @once
     def dead_latents(self) -> Tensor:
-        """int64, the dead latents in rising order; those that were retired are past saving."""
-        if self.listed_dead is not None:
-            return self.listed_dead
-        wanted = self.dead if self.retired is None else self.dead & ~self.retired
-        return wanted.nonzero().view(-1)
+        """int64, those that are dead and wanted, in rising order."""
+        return self.dead_and_wanted.nonzero().view(-1) if self.listed_dead is None else self.listed_dead
+
+    @property
+    def dead_and_wanted(self) -> Tensor:
+        """bool [F], the dead latents but for those that were retired, which are past saving."""
+        return self.dead if self.retired is None else self.dead & ~self.retired
 
     @property
     @once

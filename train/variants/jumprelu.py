@@ -13,11 +13,11 @@ from typing import Literal
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant, Ramp
-from ..kit.build import read_with, relu_optim, require_least, require_positive, require_sparsity
+from ..kit.build import EARLY_DEAD_PART, read_with, relu_optim, require_least, require_positive, require_sparsity
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithPenalty, build_plain, settings
 from ..sae.gates import JumpRelu
 from ..terms.constraints import NonNegativeThreshold, UnitDecoder
-from ..terms.sparsity import DeadPreActivation, Frequency, TanhL0, TargetL0
+from ..terms.sparsity import Frequency, TanhL0, TargetL0, dead_thresholds
 
 
 @settings(
@@ -31,8 +31,8 @@ class Config(WithPenalty, SingleLayer):
     initial_threshold: float = 0.001
     """Of an SAE that begins as it was drawn; a fitted start places thresholds where `target_l0` latents fire."""
     bandwidth: float = 0.001
-    dead_penalty: float = 3e-6
-    """Weight of how far the dead latents' pre-activations are below their thresholds."""
+    dead_penalty: float = 3e-3
+    """Weight of the sum of the dead latents' thresholds, which brings them down until such latents fire."""
     sparsity: Literal["target", "tanh"] = "target"
     """What is penalised: the square of L0's distance from its target, or a smooth L0."""
     sharpness: float = 4.0
@@ -49,6 +49,9 @@ class Config(WithPenalty, SingleLayer):
             **read_with("frequency_penalty", self.frequency_penalty > 0, "common_share"),
         }
 
+    def dead_part(self) -> int:
+        return EARLY_DEAD_PART
+
     def step_tables(self) -> float:
         return 7.0
 
@@ -63,7 +66,7 @@ class Config(WithPenalty, SingleLayer):
         terms = [
             RECONSTRUCTION,
             self.penalise("l0", l0),
-            Term("dead", DeadPreActivation(), Constant(self.dead_penalty)),
+            Term("dead", dead_thresholds, Constant(self.dead_penalty)),
         ]
         if self.frequency_penalty > 0:
             rising = Ramp(0.0, self.frequency_penalty, end_fraction=self.penalty_warmup_fraction)

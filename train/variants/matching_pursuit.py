@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
-from ..kit.build import TOPK_DEAD_PART, require_least, require_sparsity, topk_optim
+from ..kit.build import EARLY_DEAD_PART, require_least, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
 from ..sae.gates import TopK
 from ..sae.kernels.codes import Codes
@@ -59,7 +59,7 @@ class Config(WithAux, SingleLayer):
         return 2.5
 
     def dead_part(self) -> int:
-        return TOPK_DEAD_PART
+        return EARLY_DEAD_PART
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
-from ..kit.build import TOPK_DEAD_PART, require_sparsity, topk_optim
+from ..kit.build import EARLY_DEAD_PART, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
 from ..sae.gates import TopK
 from ..sae.model import EncoderProduct
@@ -16,7 +16,7 @@ class Config(WithAux, SingleLayer):
     encoder_product: EncoderProduct = "bfloat16"
 
     def dead_part(self) -> int:
-        return TOPK_DEAD_PART
+        return EARLY_DEAD_PART
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         require_sparsity(self.k, self.width)

@@ -23,7 +23,7 @@ from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..errors import SaeInvalid
-from ..kit.build import TOPK_DEAD_PART, ends_of, require, require_positive, require_sparsity, topk_optim
+from ..kit.build import EARLY_DEAD_PART, ends_of, require, require_positive, require_sparsity, topk_optim
 from ..kit.single_layer import SingleLayer, WithAux, build_plain, settings
 from ..sae.extra_modules import Extra
 from ..sae.gates import TopK
@@ -186,7 +186,7 @@ class Config(WithAux, SingleLayer):
         return 3.0
 
     def dead_part(self) -> int:
-        return TOPK_DEAD_PART
+        return EARLY_DEAD_PART
 
     def ends(self) -> tuple[int, ...]:
         return ends_of("layer_fractions", self.layer_fractions, self.width)

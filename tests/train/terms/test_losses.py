@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
 from saemill.train.terms.auxk import AuxK
 from saemill.train.terms.reconstruction import NestedReconstruction, reconstruction, reconstruction_by_gate
-from saemill.train.terms.sparsity import DeadPreActivation, LayerNormsL1, TargetL0, gate_l1, l1, lp
+from saemill.train.terms.sparsity import LayerNormsL1, TargetL0, dead_thresholds, gate_l1, l1, lp
 
 ROWS, D, LATENTS = 40, 8, 20
 
@@ -80,13 +81,13 @@ def test_target_l0_counts_what_is_active(rng):
     torch.testing.assert_close(TargetL0(4.0)(view).double(), (active / 4.0 - 1.0) ** 2)
 
 
-def test_dead_pre_activations_are_pulled_towards_their_thresholds(rng):
+def test_thresholds_of_dead_latents_are_brought_down_and_nothing_else_is_moved(rng):
     dead = torch.zeros(LATENTS, dtype=torch.bool)
-    dead[[2, 11]] = True
-    view = view_of(JumpRelu(LATENTS, 0.5, 0.3), rng, dead)
-    pre = (view.x - view.sae.b_dec.detach()) @ view.sae.W_enc.t() + view.sae.b_enc
-    oracle = torch.relu(view.sae.gate.threshold - pre)[:, dead].sum(1).mean()
-    assert_same(view, DeadPreActivation()(view), oracle)
+    dead[[2, 7, 11]] = True
+    view = view_of(JumpRelu(LATENTS, 0.5, 0.3, unit=2.0), rng, dead)
+    view = dataclasses.replace(view, retired=torch.arange(LATENTS) == 7)
+    oracle = 2.0 * (view.sae.gate.raw_threshold[2] + view.sae.gate.raw_threshold[11])
+    assert_same(view, dead_thresholds(view), oracle)
 
 
 def test_the_gate_path_of_a_gated_sae(rng):

@@ -264,6 +264,20 @@ def test_the_smooth_l0_of_jumprelu_has_a_gradient_to_every_parameter(battery, sp
     assert bool(trainee.sae.gate.raw_threshold.grad.any())
 
 
+@pytest.mark.parametrize("penalty", [0.0, 3e-3])
+def test_a_threshold_of_jumprelu_that_nothing_reaches_comes_down(battery, rng, penalty):
+    config = battery.quick("jumprelu", lr=3e-3, width=96, target_l0=4.0, dead_penalty=penalty, dead_after_tokens=ROWS)
+    trainee, atoms = Trainee("one", config.build(D), 100), draw_unit(rng, 48)
+    for step in range(100):
+        x = scaled(draw_codes(rng, ROWS, 48, 3) @ atoms)
+        if step == 20:
+            raised = 1.2 * trainee.sae.encode(x)[:, :3].detach().amax() / D**0.5
+            trainee.sae.gate.raw_threshold.data[:3] = raised
+        trainee.step(Batch(x))
+    came_down = trainee.sae.gate.raw_threshold[:3].detach() < raised - 0.05
+    assert came_down.any() if penalty else not came_down.any()
+
+
 def test_a_penalty_on_frequency_keeps_latents_from_firing_everywhere(battery, rng):
     """One direction is in three of four rows; L0 stays what was asked for."""
     atoms = draw_unit(rng, 48)
