@@ -72,7 +72,7 @@ def find_places(target: str, runs: Path, cache: str | None = None) -> list[tuple
     except RunMissing as error:
         raise TargetUnknown(_explain_missing(target, runs, cache, error)) from error
     parent = RunFolder.at(folder.resolve().parent)
-    return [(folder, parent if (parent.path / "config.json").is_file() else None)]
+    return [(folder, parent if _is_run(parent) else None)]
 
 
 def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> LoadedSae:
@@ -108,9 +108,14 @@ def _config_of(folder: Path) -> dict[str, Any]:
 def _run_of(target: str, runs: Path) -> RunFolder | None:
     """The run of this name or path."""
     for path in places_of(target, runs):
-        if (path / "config.json").is_file() and list_saes(path) != [path]:
+        if _is_run(RunFolder.at(path)) and list_saes(path) != [path]:
             return RunFolder.at(path)
     return None
+
+
+def _is_run(folder: RunFolder) -> bool:
+    """Whether the config.json there is of a run of ours: models and other tools' runs have one too."""
+    return (folder.path / "config.json").is_file() and {"saes", "cache"} <= folder.read_config().keys()
 
 
 def _saes_of(run: RunFolder) -> list[Path]:

@@ -152,6 +152,15 @@ def test_an_sae_from_elsewhere_on_a_store_that_is_named(golden, world, builder, 
     assert (subject.folder / "evals" / "core" / "jumprelu_eval_results.json").is_file()
 
 
+def test_a_config_beside_an_sae_that_is_not_ours_makes_no_run(golden, builder):
+    """sparsify keeps one in its run's folder, and a model's folder has one."""
+    folder = golden.subject("topk", builder.root / "their_run" / "layers").folder
+    (folder.parent / "config.json").write_text('{"model": "gpt2", "layers": [3]}')
+    (subject,) = find_subjects([str(folder)], builder.root)
+    assert subject.home == folder and subject.run is None
+    assert find_places(str(folder.parent), builder.root) == [(folder, None)]
+
+
 def test_results_of_the_hubs_saes_lie_under_the_runs(world, builder, sae_eval, monkeypatch):
     cached = builder.root / "cache/snapshots/0123abc"
     builder.save(cached / "layer_2", builder.make_sae())
