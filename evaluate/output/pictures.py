@@ -48,7 +48,7 @@ def _draw_live(run: RunFolder, say: Say, pause: float) -> None:
     from .report.run_page import write_live_page
 
     try:
-        write_live_page(run, read_records([run]), pause)
+        write_live_page(run, read_records([run], say), pause)
     except Exception as error:  # noqa: BLE001  a page costs no training
         say(f"no page of {run.path} while it trains: {type(error).__name__}: {error}")
 
@@ -61,7 +61,7 @@ def _draw(homes: Sequence[Path], folder: Path, say: Say, known: Documents | None
 
     runs = [RunFolder.at(home) for home in homes]
     try:
-        records = read_records(runs, known)
+        records = read_records(runs, say, known)
         drawn = make_plots(records, folder)
         page = write_page(homes[0] if len(homes) == 1 else folder, records, folder)
         if len(homes) == 1:

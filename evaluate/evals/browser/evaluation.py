@@ -57,6 +57,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     head, missing = find_head(context)
     words = Vocabulary(context)
     about = describe(context, home, config, windows, words, missing)
+    records = read_records([RunFolder.at(home)], context.say)  # before all text is read: the log may be damaged
     weights = {subject: source_of(subject.folder).sha256 for subject in subjects}
     saes = [[subject.label, sha256] for subject, sha256 in weights.items()]
     # What computes the same numbers to the bit: sums of two are not joined.
@@ -82,7 +83,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
                 write_exports(folder.path, config.exports, exported)
             own = [summary_of(one) | {"sha256": weights[one.subject]} for one in shown]
             folder.write("run", about | {"saes": [*own, *kept]})
-            write_numbers(folder.path, read_records([RunFolder.at(home)]))
+            write_numbers(folder.path, records)
             write_page(folder.path, about["build"])
     except (BrowserUnwritten, StoreError) as error:
         yield from (Failure(subject, error) for subject in subjects)

@@ -120,7 +120,7 @@ def test_results_of_other_codes_do_not_stand(builder, tmp_path, config, stands):
     document["saemill"].pop("encoding", None)
     path.write_text(json.dumps(document))
     assert (standing_result(subject, "core") is not None) == stands
-    assert bool(read_documents(tmp_path / "evals", {})) == stands
+    assert bool(read_documents(tmp_path / "evals", print, {})) == stands
 
 
 def test_several_layers_lie_side_by_side(batch, builder):

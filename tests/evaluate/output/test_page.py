@@ -113,7 +113,7 @@ def test_the_page_runs_its_own_script_and_fetches_nothing(tmp_path):
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "pareto.png").write_bytes(b"\x89PNG not really")
     (tmp_path / "plots" / "pareto.svg").write_bytes(b"<svg/>")
-    path = write_page(run.path, read_records([run]), tmp_path / "plots")
+    path = write_page(run.path, read_records([run], print), tmp_path / "plots")
     assert path == run.path / "report.html"
     document = path.read_text()
     reader = read(document)
@@ -183,7 +183,7 @@ def live(tmp_path):
     members = {label: {"variant": "topk", "config": config} for label, config in settings.items()}
     run.write_config({"saes": members, "total_steps": 40})
     log(run, range(10))
-    write_live_page(run, read_records([run]), 5.0)
+    write_live_page(run, read_records([run], print), 5.0)
     return run
 
 
@@ -227,11 +227,11 @@ def test_a_run_in_training_is_followed_to_its_end(live, open_report):
     page = open_report(live)
     assert "step 10 of 40" in page.inner_text("#live")
     log(live, range(10, 30))
-    write_live_page(live, read_records([live]), 5.0)
+    write_live_page(live, read_records([live], print), 5.0)
     page.evaluate("again()")  # as it does by itself every few seconds
     page.wait_for_selector("progress[value='30']")
     live.write_result({"steps": 40, "saes": {"wide": {"l0": 16.0, "explained_variance": 0.625}}})
-    write_page(live.path, read_records([live]), live.path)
+    write_page(live.path, read_records([live], print), live.path)
     with page.expect_navigation():
         page.evaluate("again()")
     page.wait_for_selector("html[data-ready]")
@@ -268,7 +268,7 @@ def test_what_is_read_at_a_chart_stays_while_the_run_trains(live, open_report):
     page.evaluate("saemill(structuredClone(data))")  # nothing new was written
     assert page.evaluate("document.activeElement.isOld") and said.inner_text() == before
     log(live, range(10, 30))
-    write_live_page(live, read_records([live]), 5.0)
+    write_live_page(live, read_records([live], print), 5.0)
     page.evaluate("again()")
     page.wait_for_selector("progress[value='30']")
     assert said.inner_text() == before and before.startswith("step 8:")
@@ -279,7 +279,7 @@ def test_what_is_read_at_a_chart_stays_while_the_run_trains(live, open_report):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_the_page_can_be_read_in_light_and_dark(live, open_report, contrasts, theme):
     live.write_result({"steps": 40, "saes": {"wide": {"l0": 16.0, "explained_variance": 0.625}}})
-    write_page(live.path, read_records([live]), live.path)
+    write_page(live.path, read_records([live], print), live.path)
     page = open_report(live, color_scheme=theme)
     assert page.evaluate("document.documentElement.dataset.theme") == theme
     assert page.evaluate(contrasts) == []

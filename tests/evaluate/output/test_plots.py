@@ -96,7 +96,7 @@ def test_the_folder_is_the_registry():
 
 
 def test_a_run_with_everything_has_every_plot(make_run, tmp_path):
-    written = make_plots(read_records([make_run()]), tmp_path / "plots")
+    written = make_plots(read_records([make_run()], print), tmp_path / "plots")
     assert {path.stem for path in written} == ALL
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     assert all(b"<svg" in path.with_suffix(".svg").read_bytes() for path in written)
@@ -104,7 +104,7 @@ def test_a_run_with_everything_has_every_plot(make_run, tmp_path):
 
 
 def test_runs_of_one_name_are_told_by_their_paths(make_run, tmp_path):
-    records = read_records([make_run(f"{folder}/run_1", ["standard"]) for folder in "ab"])
+    records = read_records([make_run(f"{folder}/run_1", ["standard"]) for folder in "ab"], print)
     assert [record.name for record in records] == [f"{tmp_path}/{folder}/run_1/standard" for folder in "ab"]
 
 
@@ -125,7 +125,7 @@ def test_two_that_draw_the_same_at_once_do_not_take_each_others_files(tmp_path):
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_no_panel_is_empty(make_run, name):
     """Whatever a run lacks, what is drawn has data in it, a title or a caption, and named axes."""
-    for record in read_records([make_run()]):
+    for record in read_records([make_run()], print):
         figure = draw_of(name)([record])
         if figure is None:
             continue
@@ -140,7 +140,7 @@ def panels_of(figure: Figure) -> list:
 
 
 def test_what_a_run_lacks_is_not_drawn(make_run, tmp_path):
-    bare = make_plots(read_records([make_run(labels=("standard", "topk"), evaluated=False)]), tmp_path / "plots")
+    bare = make_plots(read_records([make_run(labels=("standard", "topk"), evaluated=False)], print), tmp_path / "plots")
     assert {path.stem for path in bare} == ALL - {
         "activation_patterns",
         "composition_patterns",
@@ -150,7 +150,8 @@ def test_what_a_run_lacks_is_not_drawn(make_run, tmp_path):
         "transition_matrix",
     }
     unlogged = make_plots(
-        read_records([make_run("run_2", ("standard", "topk"), evaluated=False, logged=False)]), tmp_path / "plots"
+        read_records([make_run("run_2", ("standard", "topk"), evaluated=False, logged=False)], print),
+        tmp_path / "plots",
     )
     assert {path.stem for path in unlogged} == {"hyperparameters", "pareto", "training_metrics", "training_progression"}
     assert not (tmp_path / "plots" / "feature_analysis.png").exists()  # of the run before: no longer true
@@ -158,7 +159,7 @@ def test_what_a_run_lacks_is_not_drawn(make_run, tmp_path):
 
 def test_one_sae_by_itself_has_no_bars_and_no_points(make_run):
     """A bar or a point that nothing stands beside says no more than its number."""
-    (record,) = read_records([make_run(labels=("standard",))])
+    (record,) = read_records([make_run(labels=("standard",))], print)
     titles = [axis.get_title() for name in names() if (drawn := draw_of(name)([record])) for axis in drawn.axes]
     assert "Total loss" in titles and "Learning rate over training" in titles
     assert not {"Learning rate", "Final reconstruction", "Training steps completed", "Residual"} & set(titles)
@@ -176,11 +177,11 @@ def test_ticks_have_their_numbers_in_full():
 def test_nothing_to_draw_draws_nothing(tmp_path):
     empty = RunFolder.at(tmp_path / "empty")
     empty.path.mkdir()
-    assert make_plots(read_records([empty]), tmp_path / "plots") == []
+    assert make_plots(read_records([empty], print), tmp_path / "plots") == []
 
 
 def test_panels_are_those_that_the_sae_has_data_for(make_run):
-    records = {record.name: record for record in read_records([make_run()])}
+    records = {record.name: record for record in read_records([make_run()], print)}
     draw = draw_of("training_metrics")
     tiered, temporal = draw([records["tiered"]]), draw([records["temporal"]])
     assert tiered is not None and temporal is not None
@@ -190,7 +191,7 @@ def test_panels_are_those_that_the_sae_has_data_for(make_run):
 
 
 def test_several_runs_share_a_figure_and_names_say_which(make_run):
-    records = read_records([make_run("run_1", ("topk",)), make_run("run_2", ("topk",))])
+    records = read_records([make_run("run_1", ("topk",)), make_run("run_2", ("topk",))], print)
     assert [record.name for record in records] == ["run_1/topk", "run_2/topk"]
     figure = draw_of("training_metrics")(records)
     assert figure is not None
@@ -200,7 +201,7 @@ def test_several_runs_share_a_figure_and_names_say_which(make_run):
 
 
 def test_an_sae_has_one_colour_throughout(make_run):
-    records = read_records([make_run()])
+    records = read_records([make_run()], print)
     figure = draw_of("training_metrics")(records)
     assert figure is not None
     for axis in figure.axes:
@@ -227,7 +228,7 @@ def test_looks_differ_for_as_many_saes_as_anyone_compares():
 def test_hostile_text_is_drawn_as_text(make_run, tmp_path):
     """Formulas that do not parse, glyphs that no font has, control characters: warnings are errors here."""
     run = make_run(name="run_$x$", labels=("attention", "a$\\frac$b_c^d"), token=HOSTILE)
-    assert {path.stem for path in make_plots(read_records([run]), tmp_path / "plots")} == ALL
+    assert {path.stem for path in make_plots(read_records([run], print), tmp_path / "plots")} == ALL
 
 
 def test_whitespace_shows_and_unknown_letters_are_dots():
@@ -247,13 +248,13 @@ def test_tables_and_plots_show_one_explained_variance():
 
 def test_no_global_state_is_touched(make_run):
     before = dict(rcParams)
-    records = read_records([make_run(labels=("standard", "temporal"))])
+    records = read_records([make_run(labels=("standard", "temporal"))], print)
     assert all(draw_of(name)(records) is not None for name in ("training_metrics", "transition_matrix", "pareto"))
     assert dict(rcParams) == before
 
 
 def test_a_log_that_is_being_written_is_read_up_to_its_last_line(make_run):
-    (record,) = read_records([make_run(labels=("standard",))])
+    (record,) = read_records([make_run(labels=("standard",))], print)
     assert len(record.log) == STEPS
     assert record.last("loss") == pytest.approx(line("standard", STEPS - 1)["loss"])
     assert record.last("nothing") is None

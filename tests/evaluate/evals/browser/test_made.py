@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.stored_windows import ordinary_rows
-from saemill.evaluate.errors import BrowserUnwritten, NotApplicable, SettingInvalid
+from saemill.evaluate.errors import BrowserUnwritten, NotApplicable, ResultInvalid, SettingInvalid
 from saemill.evaluate.evals.browser import evaluation, kept_firings, latents, reading, write_pages
 from saemill.evaluate.evals.browser.attended import LEVELS, attended
 from saemill.evaluate.evals.browser.config import Config
@@ -99,6 +99,21 @@ def made(world, builder, open_context):
         parts = [subject.encode(batch) * batch.keep[:, :, None] for batch in read_all(world)]
         acts[subject.label] = torch.cat(parts).numpy()
     return home, acts, results
+
+
+def test_a_result_that_cannot_be_read_costs_no_browser(world, builder, open_context, monkeypatch):
+    home = builder.run(world, "run_1", {"a": builder.make_sae()})
+    path, said = home / "evals/core/a_eval_results.json", []
+    path.parent.mkdir(parents=True)
+    path.write_text('{"eval')
+    context = open_context(world)
+    monkeypatch.setattr(context.watch, "say", said.append)
+    (result,) = make(context, subjects_of(home))
+    assert result.metrics and any(f"left out of pages and plots: {path} is damaged" in line for line in said)
+    (home / "metrics.jsonl").write_text("{\n")
+    monkeypatch.setattr(evaluation, "read", None)
+    with pytest.raises(ResultInvalid, match="metrics.jsonl"):  # before text is read
+        make(context, subjects_of(home))
 
 
 def subjects_of(home):
