@@ -155,9 +155,10 @@ def _choose(task: Task, subject: LoadedSae, ranked: Tensor, letter: int, jump: f
 
 
 def _measure(task: Task, subject: LoadedSae, letter: int, own: tuple[int, ...], found: Tensor) -> LetterResult:
-    places = task.place_again[found]
-    direction = task.probes[subject.layer].probe.weights[letter]
-    x_BD = task.again.x[subject.layer][places]
+    probe, again = task.probes[subject.layer], task.again[subject.layer]
+    places = (probe.found.cumsum(0) - 1)[found]
+    direction = probe.probe.weights[letter]
+    x_BD = again.x[subject.layer][places]
     with torch.no_grad():
-        each = absorption(task.again.acts_of(subject, places), x_BD, subject.sae.W_dec, direction, own)
+        each = absorption(again.acts_of(subject, places), x_BD, subject.sae.W_dec, direction, own)
     return LetterResult(task.classes.names[letter], own, len(found), float(each.fraction.sum()), int(each.full.sum()))

@@ -2,8 +2,8 @@
 
 1. Words of the vocabulary are split, and each gets a prompt with examples of its own half.
 2. A probe for each layer is fitted on the residuals at the training words.
-3. Test words that the probe gets right are asked once more, with examples from all words: there absorption
-   is measured.
+3. Test words that a layer's probe gets right are asked once more, with examples from all words: there absorption
+   is measured. Draws are those of this layer alone, whatever other layers are read.
 Every draw comes from the seed. The official package declares a seed and never applies it.
 
 Words are tokens of the model's vocabulary made of ASCII letters, perhaps after a space.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -171,10 +171,8 @@ class Task:
     train: Half
     test: Half
     probes: dict[int, ClassProbe]  # by layer
-    again: Reading
-    """The test words once more, in new prompts; those that no probe found are not among them."""
-    place_again: Tensor
-    """int64 [test words]: their place in `again`, -1 for those that are not there."""
+    again: dict[int, Reading]
+    """The test words that a layer's probe found once more, in new prompts, where it found any."""
 
     def found_words(self, layer: int, number: int) -> Tensor:
         """Which test words of a class the layer's probe found."""
@@ -199,11 +197,15 @@ def make_task(
         for half, asked in zip(halves, prompts, strict=True)
     )
     probes = {layer: _fit(layer, train, test, len(classes.names), seed) for layer in train.reading.x}
-    is_found = torch.stack([probe.found for probe in probes.values()]).any(0)
-    found: list[int] = is_found.nonzero().view(-1).tolist()
-    fresh = _prompts([test.words[number] for number in found], words, classes, draw)
-    again = reader.read(make_spots(fresh, classes, reader.model), stage("known words", len(fresh)))
-    return Task(classes, train, test, probes, again, torch.where(is_found, is_found.cumsum(0) - 1, -1))
+    fresh, behind = {}, draw.getstate()
+    for layer, probe in probes.items():
+        draw.setstate(behind)
+        found = [test.words[number] for number in probe.found.nonzero().view(-1).tolist()]
+        fresh[layer] = make_spots(_prompts(found, words, classes, draw), classes, reader.model)
+    advance = stage("known words", sum(map(len, fresh.values())))
+    readers = {layer: replace(reader, subjects=[s for s in reader.subjects if s.layer == layer]) for layer in probes}
+    again = {layer: readers[layer].read(spots, advance) for layer, spots in fresh.items() if spots}
+    return Task(classes, train, test, probes, again)
 
 
 def require_examples(halves: Sequence[Sequence[str]], words: int) -> None:

@@ -67,7 +67,7 @@ def planted_task() -> Task:
     half = Half([f"w{i}" for i in range(len(x))], labels, reading)
     probe = Probe(torch.eye(LETTERS, D), torch.full((LETTERS,), -0.5))
     found = torch.ones(len(x), dtype=torch.bool)
-    return Task(CLASSES, half, half, {1: ClassProbe(probe, (1.0, 1.0), found)}, reading, torch.arange(len(x)))
+    return Task(CLASSES, half, half, {1: ClassProbe(probe, (1.0, 1.0), found)}, {1: reading})
 
 
 @pytest.mark.parametrize(("absorbs", "share"), [(True, ABSORBED / WORDS), (False, 0.0)])
@@ -116,10 +116,14 @@ def test_shapes():
     assert len(set(SHAPES)) == 6
 
 
-def run(tiny: LanguageModel, builder, **settings: object) -> list[Result | Failure]:
+def run(tiny: LanguageModel, builder, layers: tuple[int, ...] = (2, 2), **settings: object) -> list[Result | Failure]:
+    """Of an SAE of each of these layers."""
     context = Context(None, model_name="tiny", watch=Watch(is_quiet=True))
     context.use(tiny)
-    saes = [builder.subject(builder.make_sae(k=None, seed=seed), f"sae{seed}") for seed in (0, 1)]
+    saes = [
+        builder.subject(builder.make_sae(k=None, seed=seed), f"sae{seed}", layers=(layer,))
+        for seed, layer in enumerate(layers)
+    ]
     config = absorption.Config(**{"max_words": 60, "llm_batch_size": 16, "k_sparse_probe_num_epochs": 3, **settings})
     return list(absorption.evaluate(context, saes, config))
 
@@ -138,6 +142,18 @@ def test_the_whole_evaluation_repeats_by_its_seed_and_leaks_none(tiny, builder):
     assert len(result.details) >= 1
     other = run(tiny, builder, random_seed=7, **settings)
     assert other[0].extra["absorption"]["probe_f1"] != result.extra["absorption"]["probe_f1"]
+
+
+def test_an_sae_is_asked_the_same_beside_an_sae_of_another_layer(tiny, builder):
+    settings = {"classes": "shape", "min_GT_probe_f1": 0.05, "min_feats_for_eval": 1}
+    (alone,) = run(tiny, builder, layers=(3,), **settings)
+    beside = run(tiny, builder, layers=(3, 0), **settings)[0]
+    assert (alone.metrics, alone.details) == (beside.metrics, beside.details)
+
+
+def test_a_layer_whose_probe_finds_no_word_is_a_reason_not_to_run(tiny, builder, monkeypatch):
+    monkeypatch.setattr(Probe, "scores", lambda self, x: torch.full((len(x), len(self.weights)), -1.0))
+    assert all("are needed" in str(failure.error) for failure in run(tiny, builder))
 
 
 def test_too_few_known_letters_are_a_reason_not_to_run(tiny, builder):
