@@ -180,14 +180,19 @@ def lines_of_each(told: Iterable[tuple[str, tuple[str, Any]]]) -> list[str]:
 
 
 def reach_of(document: Mapping[str, Any], intervals: str | None, metric: str) -> float | None:
-    """From a number to the farther end of its interval; None where there is none, or one of other rows than the
-    number's, which it does not hold."""
+    """From a number to the farther end of its interval, where it has one."""
+    value, interval = metric_of(document, metric), interval_of(document, intervals, metric)
+    return None if value is None or interval is None else max(interval[1] - value, value - interval[0])
+
+
+def interval_of(document: Mapping[str, Any], intervals: str | None, metric: str) -> tuple[float, float] | None:
+    """None where there is none, or one of other rows than the number's, which it does not hold."""
     found = _at(document, f"{intervals}.{metric.rsplit('.', 1)[-1]}") if intervals else None
     value = metric_of(document, metric)
     if value is None or not isinstance(found, list) or not all(isinstance(end, (int, float)) for end in found):
         return None
     low, high = min(found), max(found)
-    return max(high - value, value - low) if low <= value <= high else None
+    return (low, high) if low <= value <= high else None
 
 
 def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:

@@ -5,11 +5,12 @@ It is written with the browser, and anew whenever the run is evaluated or drawn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from ... import evals
+from ...context.results import interval_of
 from ...output.figures.records import CORE, Record, thinned
 from .write_pages import NAME, write_data
 
@@ -25,21 +26,24 @@ class Column:
     meaning: str
     evaluation: str
     path: str
-    interval: str | None = None
-    """Its name among core's intervals."""
     is_fidelity: bool = False
     """Whether it is drawn against sparsity."""
 
 
 COLUMNS = (
-    Column("l0", "L0", "active latents a token, on held-out text", "core", "sparsity.l0", "l0"),
+    Column(
+        "l0",
+        "L0",
+        "active latents a token, on held-out text where that was measured, else in all that was read here",
+        "core",
+        "sparsity.l0",
+    ),
     Column(
         "explained_variance",
         "explained variance",
         "centred; 1 is all of it",
         "core",
         "saemill_metrics.explained_variance",
-        "explained_variance",
         is_fidelity=True,
     ),
     Column(
@@ -48,7 +52,6 @@ COLUMNS = (
         "cross entropy restored: 1 the model's own, 0 as bad as zero ablation",
         "core",
         "model_performance_preservation.ce_loss_score",
-        "ce_loss_score",
         is_fidelity=True,
     ),
     Column(
@@ -57,7 +60,6 @@ COLUMNS = (
         "predictions restored: 1 the model's own, 0 as bad as zero ablation",
         "core",
         "model_behavior_preservation.kl_div_score",
-        "kl_div_score",
         is_fidelity=True,
     ),
     Column(
@@ -100,14 +102,11 @@ def numbers(record: Record) -> dict[str, dict[str, float | None]]:
         is_held_out = CORE.get(column.key) == column.path
         value = record.held_out(column.key) if is_held_out else record.metric(column.evaluation, column.path)
         if value is not None:
-            low, high = interval(record.documents.get(column.evaluation, {}), column.interval)
+            document, intervals = record.documents.get(column.evaluation), evals.load(column.evaluation).intervals
+            interval = None if document is None else interval_of(document, intervals, column.path)
+            low, high = interval or (None, None)
             found[column.key] = {"value": value, "low": low, "high": high}
     return found
-
-
-def interval(document: Mapping[str, Any], name: str | None) -> tuple[float | None, float | None]:
-    found = document.get("saemill_metrics", {}).get("confidence_95", {}).get(name)
-    return (found[0], found[1]) if isinstance(found, list) and len(found) == 2 else (None, None)
 
 
 def curves(record: Record) -> dict[str, tuple[list[float], list[float]]]:

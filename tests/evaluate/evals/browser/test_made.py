@@ -690,6 +690,7 @@ def test_the_overview_has_what_was_measured(made):
         "eval_result_metrics": {"sparsity": {"l0": 4.0}},
         "saemill_metrics": {"explained_variance": 0.5, "confidence_95": {"explained_variance": [0.4, 0.6]}},
     }
+    core["saemill_metrics"]["confidence_95"]["l0"] = [3.0, 3.5]  # of ordinary rows, and the number of all
     log = [{"sae": "a", "step": step, "loss": 1.0 / (step + 1)} for step in range(1000)]
     refresh(home, [Record("a", "run_1", "a", log=log, documents={"core": core})])
     numbers = data_of(home, "numbers")["saes"]["a"]
