@@ -142,11 +142,13 @@ def _require_free(target: Path) -> None:
 
 @contextmanager
 def _whole_or_gone(target: Path) -> Iterator[None]:
-    """Of a folder that was free: a disk that takes no more leaves no part of it, and ends in one line."""
+    """Of a folder that was free: whatever stops the writing leaves no part of it; a full disk ends in one line."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(target, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
         raise RunNotWritten(f"{target} could not be written ({error}): make room, or choose another --out") from error
 
 

@@ -234,9 +234,10 @@ class Adam:
 
 def _dense_part(gradient: Tensor | None, further: list[RowGradient]) -> Tensor | None:
     """What a table's gradient holds beside the entries of one support."""
-    parts = [] if gradient is None else [gradient]
-    parts += [part.table() for part in further]
-    return None if not parts else parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    total = gradient
+    for part in further:  # one table after the other: of a wide dictionary several at once are too many
+        total = part.table() if total is None else total.add_(part.table())
+    return total
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

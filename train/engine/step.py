@@ -138,16 +138,16 @@ class Trainee:
 
     def step(self, batch: Batch) -> Report:
         """Train on one batch."""
+        knobs = self.assembly.knobs_at(self.step_index, self.total_steps)
         if self._looks_late and self.step_index % LOOK_EVERY == 0:
             self.look()
-            self.counters.list_dead(self.assembly.dead_after_tokens, retired_of(self.sae))
+            self.counters.list_dead(self.assembly.dead_after_tokens, retired_of(self.sae, knobs))
         # 1. What the schedules say at this step, and all that terms may see of the batch.
         if self.step_index == 0 and self.assembly.optim.start == "fitted":
             ranks = share_batch(self.ranks, len(batch.x))
             fit_start(self.assembly, batch, self.total_steps, ranks, self._latents)
         lr = self._lr(self.step_index, self.total_steps)
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
-        knobs = self.assembly.knobs_at(self.step_index, self.total_steps)
         ranks = share_batch(self.ranks, batch.x.shape[0])
         self.optimiser.begin(lr)
         measured = self._measured(batch, weights, knobs, ranks)
@@ -323,7 +323,7 @@ class Trainee:
             dead=self.counters.dead(assembly.dead_after_tokens),
             stats=assembly.target_stats,
             generator=assembly.generator,
-            retired=retired_of(self.sae),
+            retired=retired_of(self.sae, side.knobs),
             listed_dead=self.counters.listed if self._looks_late else None,
             residual_by=assembly.residual_by,
             moments=self.optimiser.moments,

@@ -31,5 +31,5 @@ def build_cross_layer(
     b_dec = target_stats.mean.clone() if config.decoder_bias == "mean" else torch.zeros(target_stats.width)
     sae = CrossLayerSae(layers, rows, gate, torch.zeros(config.width), b_dec, config.encoder_product)
     with torch.no_grad():  # of an input that is not centred
-        sae.b_enc.sub_(sae.encoder_rows(torch.arange(config.width)) @ stats.mean.to(torch.float32))
+        sae.b_enc.sub_(sae.encoder_times(stats.mean.to(torch.float32)).sum(1))
     return assemble_mapping(config, sae, d_model, generator, stats, target_stats, WritesOnward())

@@ -207,6 +207,8 @@ def metadata_of(run: Run, member: Member, outcome: SaeOutcome) -> dict[str, Any]
         "training_architecture": member.variant,
         "l0": outcome.l0,
         "explained_variance": outcome.explained_variance,
+        "validation_tokens": outcome.validation_tokens,
+        "validation_massive": outcome.validation_massive,
         NORM_BOUNDS: {_key(layer): bound for layer, bound in bounds_of(run.fleet.stats).items()},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import reduce
 from typing import cast
 
@@ -27,8 +28,8 @@ class Extra(Part):
     def observe(self, view: View) -> None:
         """Called once after each step, without gradient; `view.note` writes numbers to the log."""
 
-    def retired_latents(self) -> Tensor | None:
-        """bool [F], latents that the auxiliary loss leaves alone: they are silent for good, or not for it to wake."""
+    def retired_latents(self, knobs: Mapping[str, float]) -> Tensor | None:
+        """bool [F], latents that auxiliary losses leave alone at this step: silent for good, or not theirs to wake."""
         return None
 
 
@@ -36,7 +37,7 @@ def extras_of(sae: SparseAutoencoder) -> list[Extra]:
     return [cast(Extra, extra) for extra in sae.extras.values()]
 
 
-def retired_of(sae: SparseAutoencoder) -> Tensor | None:
-    """bool [F], the latents that any extra has retired; None where no extra retires any."""
-    found = [retired for extra in extras_of(sae) if (retired := extra.retired_latents()) is not None]
+def retired_of(sae: SparseAutoencoder, knobs: Mapping[str, float]) -> Tensor | None:
+    """bool [F], the latents that any extra retires at this step; None where none retires any."""
+    found = [retired for extra in extras_of(sae) if (retired := extra.retired_latents(knobs)) is not None]
     return reduce(torch.logical_or, found) if found else None

@@ -6,7 +6,7 @@ share of the mean variance are retired: they never fire again, and the auxiliary
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,7 +72,7 @@ class Dynamics(Extra):
         weights = 1.0 / (relative + 0.01) if by_variance else torch.ones_like(relative)
         return torch.where(relative >= self.pruning.floor, weights, 0.0)
 
-    def retired_latents(self) -> Tensor:
+    def retired_latents(self, knobs: Mapping[str, float]) -> Tensor:
         return self.retired
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ def mean_lifetime(view: View) -> Tensor:
     """Mean length in tokens of the stretches over which a latent stays active, within the batch's documents."""
     codes = view.codes
     before = rows_before(view.side, 1)
-    active = codes.values.detach() > 0
+    active = codes.values.detach() != 0
     if codes.support is None:
         continued = active & active[before] & (before >= 0)[:, None]
     else:

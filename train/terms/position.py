@@ -94,10 +94,10 @@ def record_of(mask: Mask | None, width: int, context: int, ranges: int) -> MaskR
 
 
 def mass_by_range(view: View, context: int, ranges: int) -> Tensor:
-    """[R, F], the activation of each latent in each range of positions, summed over rows."""
+    """[R, F], how far each latent is from zero in each range of positions, summed over rows."""
     codes = view.codes
     here = range_of(view.side["position"], context, ranges)
-    values = codes.values.detach()
+    values = codes.values.detach().abs()
     if codes.support is None:
         return index_sum(values, here, ranges)
     flat = here[codes.support.rows] * codes.num_latents + codes.support.latents

@@ -62,7 +62,7 @@ class Composition(Extra):
         for tier in range(1, tiers.num_tiers):
             C = self.matrix(tier, tiers)
             view.note(f"composition/r2_{tier + 1}", 1.0 - errors[tier - 1])
-            view.note(f"composition/sparsity_{tier + 1}", (C <= NEGLIGIBLE).double().mean())
+            view.note(f"composition/sparsity_{tier + 1}", (C <= NEGLIGIBLE).sum() / C.numel())
 
     def _table(self, tier: int) -> nn.Parameter:
         return cast(nn.Parameter, getattr(self, f"C{tier + 1}"))

@@ -12,7 +12,7 @@ it leaves unexplained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -72,6 +72,11 @@ class Tiers(Extra):
         raw = self.weight * learned * on_T
         return raw / raw.sum()
 
+    def retired_latents(self, knobs: Mapping[str, float]) -> Tensor | None:
+        """Latents of a tier that the curriculum has not switched on: they are silent, not dead."""
+        is_off = [knobs.get(switch_name(tier), 1.0) == 0 for tier in range(self.num_tiers)]
+        return numbers(is_off, self.membership).bool()[self.membership] if any(is_off) else None
+
     @torch.no_grad()
     def observe(self, view: View) -> None:
         """Write down activity, size and importance of each tier; tiers count from 1 in the log."""
@@ -94,6 +99,10 @@ def tiers_of(view: View) -> Tiers:
 def switch_name(tier: int) -> str:
     """The knob that says whether a tier takes part; tiers count from 1 in the log."""
     return f"tier_{tier + 1}"
+
+
+def are_all_on(view: View, num_tiers: int) -> bool:
+    return all(view.side.knob(switch_name(tier), 1.0) == 1.0 for tier in range(num_tiers))
 
 
 def switched_on(view: View, num_tiers: int) -> Tensor:

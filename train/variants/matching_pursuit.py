@@ -16,7 +16,6 @@ from ..kit.build import EARLY_DEAD_PART, require_least, require_sparsity, topk_o
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
 from ..sae.gates import TopK
 from ..sae.kernels.codes import Codes
-from ..sae.kernels.linear import linear
 from ..sae.kernels.products_with_gradients import affine, decode_at
 from ..sae.kernels.select_latents import topk_rows
 from ..sae.kernels.sparse_support import support_from_topk
@@ -35,7 +34,7 @@ class Pursuit(SparseAutoencoder):
         left, values, chosen = self.centred(x), [], x.new_empty(len(x), 0, dtype=torch.int64)
         for count in self.counts:
             with torch.no_grad():
-                pre = linear(left, self.W_enc, self.b_enc).scatter_(1, chosen, -torch.inf)
+                pre = self._all_pre(left).scatter_(1, chosen, -torch.inf)
                 latents = topk_rows(pre, count)[1]
             support = support_from_topk(latents, self.num_latents)
             found = affine(left, None, self.W_enc, self.b_enc, support).relu()

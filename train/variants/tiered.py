@@ -76,12 +76,19 @@ class Config(Wrapping):
     def unread(self) -> Mapping[str, str]:
         composes, moves = self.composition_weight > 0, self.moves_every_steps > 0
         return {
+            **read_with("tier_norm=false", not self.tier_norm, "encoder_product"),
             **read_with("boundaries=null", self.boundaries is None, "tier_fractions"),
             **read_with("composition_weight", composes, "composition_l1", "composition_warmup_fraction"),
             **read_with("curriculum", self.curriculum is not None, "curriculum_rise_fraction"),
             **read_with("moves_every_steps", moves, "idle_frequency", "moves_at_once", "tier_drift"),
             **read_with("resample_every_steps", self.resample_every_steps > 0, "resample_until"),
             **read_with("importance, or an earlier of tier_weights,", self._is_nested, "gradient_scaling"),
+            **read_with(
+                "importance, an earlier of tier_weights, or composition_weight,",
+                self._is_nested or composes,
+                "tier_clip_norm",
+                "tier_grad_norms",
+            ),
         }
 
     def needs(self) -> Needs:
@@ -180,6 +187,8 @@ class Config(Wrapping):
         require(min(weights) >= 0 and sum(weights) > 0, f"tier_weights: expected 0 or more, found {weights}")
         learns = self.importance != "fixed"
         require(not learns or min(weights) > 0, f"tier_weights: expected more than 0 to learn from, found {weights}")
+        begins = self.curriculum is None or weights[0] > 0 or not self._is_nested
+        require(begins, f"tier_weights: expected more than 0 where the curriculum begins, found {weights}")
         require_least(self, composition_weight=0, composition_l1=0, moves_every_steps=0, idle_frequency=0, tier_drift=0)
         require_least(self, resample_every_steps=0, resample_until=0)
         require_positive(self, "tier_clip_norm")

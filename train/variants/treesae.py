@@ -11,7 +11,7 @@ Published with an interval between moves that doubles, in place of a steady one,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -107,7 +107,7 @@ class Tree(Extra):
         self.register_buffer("share", torch.zeros(num_latents + 1))
         self.register_buffer("below", torch.arange(num_latents) >= first)
 
-    def retired_latents(self) -> Tensor:
+    def retired_latents(self, knobs: Mapping[str, float]) -> Tensor:
         """The auxiliary loss is the first layer's: that of a child would not know where its parent fires."""
         return cast(Tensor, self.below)
 

@@ -58,6 +58,19 @@ def test_there_and_back(architecture, kind, tmp_path):
     assert largest_difference(plain, read(tmp_path)[0]) < 1e-5
 
 
+def test_an_export_that_was_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"layers": [3], "model_name": "m"})
+
+    def stop(folder, *_):
+        folder.mkdir()
+        (folder / "ae.safetensors").write_bytes(b"a part")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(WRITERS, "dictionary_learning", stop)
+    words = [str(tmp_path / "a"), "--to", "dictionary_learning", "--out", str(tmp_path / "b")]
+    assert CliRunner().invoke(main, words).exit_code and not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, error):
     WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"layers": [3], "model_name": "m"})

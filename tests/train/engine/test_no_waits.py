@@ -137,7 +137,7 @@ def warmed(battery: Any, case: str, device: str = "cpu") -> tuple[Trainee, Batch
     trainee.step(first)
     trainee.step_index = WARM + 1
     trainee.counters.tokens_since_fired[:4] = 10**9
-    trainee.counters.list_dead(10**8, retired_of(trainee.sae))
+    trainee.counters.list_dead(10**8, retired_of(trainee.sae, {}))
     assert len(trainee.counters.listed) > 0  # lists are made, and waited for, at looks
     return trainee, then
 

@@ -294,10 +294,11 @@ def test_norm_is_of_each_row_and_group(rng, shaping):
     shaping.assert_slopes(lambda: reconstruction(views()), sae, rng)
 
 
-def test_retention_is_the_mean_share_inside(rng, shaping):
-    sae = ShapedAutoencoder(shaping.make_sae(rng, TopK(5)), {"gate": gate_mask(rng)})
+@pytest.mark.parametrize("gate", [TopK(5), AbsTopK(5)], ids=["topk", "signed"])
+def test_retention_is_the_mean_share_inside(gate, rng, shaping):
+    sae = ShapedAutoencoder(shaping.make_sae(rng, gate), {"gate": gate_mask(rng)})
     view = shaping.make_views(rng, sae)()
-    acts, here = view.codes.dense().detach(), view.side["position"] * RANGES // CONTEXT
+    acts, here = view.codes.dense().detach().abs(), view.side["position"] * RANGES // CONTEXT
     mass = torch.stack([acts[here == r].sum(0) for r in range(RANGES)])
     torch.testing.assert_close(mass_by_range(view, CONTEXT, RANGES), mass)
     owner = spread_over_ranges(LATENTS, RANGES, 0.75)

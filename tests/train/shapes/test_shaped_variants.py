@@ -109,6 +109,11 @@ REFUSED = [
     ("tiered", {"tier_weights": (0.0, 0.0, 1.0)}, "to learn from"),
     ("tiered", {"composition_weight": -0.1}, "composition_weight: expected 0 or more"),
     ("tiered", {"curriculum": (0.2, 0.1, 0.4)}, "curriculum: expected 3"),
+    (
+        "tiered",
+        {"importance": "fixed", "tier_weights": (0.0, 0.4, 0.6), "curriculum": (0.0, 0.1, 0.2)},
+        "more than 0 where the curriculum begins",
+    ),
     ("tiered", {"moves_live": True}, "moves_live: expected moves_every_steps"),
     ("tiered", {"base": "matryoshka"}, "a single reconstruction"),
     ("tiered", {"base": "crosscoder"}, "found 'crosscoder'"),
@@ -123,6 +128,7 @@ REFUSED = [
     ("positional", {"independent_encoders": True}, "how range_encoders begin"),
     ("positional", {"norm_rectified": True}, "where pre_norm stands"),
     ("positional", {"adapters_on": "features"}, "where adapters stand"),
+    ("positional", {"adapter_from": (0.1, 0.2)}, "when adapters come in"),
     ("positional", {"adapters": True, "adapted_rate": 0.5}, "adapted_rate: expected adapter_from"),
     (
         "positional",

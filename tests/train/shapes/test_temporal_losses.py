@@ -9,7 +9,7 @@ import torch
 
 from saemill.train.kit.registry import config_type, names
 from saemill.train.sae.extra_modules import retired_of
-from saemill.train.sae.gates import Relu, TopK
+from saemill.train.sae.gates import AbsTopK, Relu, TopK
 from saemill.train.sae.side_inputs import Side
 from saemill.train.terms import temporal
 from saemill.train.terms.latent_lifetimes import Dynamics, Pruning, mean_lifetime
@@ -132,9 +132,10 @@ def test_a_scale_draws_its_lags_from_its_range(sae, rng, shaping, monkeypatch):
     assert seen == {2, 3, 4, 5}
 
 
-def test_lifetime_is_the_mean_length_of_active_stretches(sae, rng, shaping):
-    view = shaping.make_views(rng, sae)()
-    active, side, runs = view.codes.dense() > 0, view.side, []
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_lifetime_is_the_mean_length_of_active_stretches(is_signed, sae, rng, shaping):
+    view = shaping.make_views(rng, shaping.make_sae(rng, AbsTopK(5)) if is_signed else sae)()
+    active, side, runs = view.codes.dense() != 0, view.side, []
     for window in range(shaping.WINDOWS):
         for latent in range(shaping.LATENTS):
             length, document = 0, -1
@@ -191,7 +192,7 @@ def test_pruning_a_tree_keeps_what_its_auxiliary_loss_leaves_alone(battery, ever
     sae = battery.train(config, 5)[0].sae
     retired, below = sae.extras["temporal"].retired, sae.extras["tree"].below
     assert retired.any() == (every == 1) and sae.W_enc[~retired].any(dim=1).all() and not sae.W_enc[retired].any()
-    assert torch.equal(retired_of(sae), retired | below)
+    assert torch.equal(retired_of(sae, {}), retired | below)
 
 
 def test_who_is_retired_in_the_last_step_is_silent_too(battery):

@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from saemill.train.engine.step import Trainee
+from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.terms.constraints import GradientNoise, TierGradients
 from saemill.train.terms.structure import Moves, Structure, changes, reallocated, weighted_loss
 from saemill.train.terms.tier_composition import Composition, NonNegative, composition_l1, composition_loss
-from saemill.train.terms.tiers import TieredReconstruction, Tiers, importance_loss, tier_losses
+from saemill.train.terms.tiers import TIERS, TieredReconstruction, Tiers, importance_loss, switch_name, tier_losses
 
 WEIGHTS = (0.2, 0.3, 0.5)
 SIZES = (5, 7, 8)
@@ -250,6 +252,22 @@ def test_noise_is_in_proportion_to_the_gradient(sae, rng, shaping):
     GradientNoise(0.5, rng).before_step(sae)
     assert float((sae.W_dec.grad - 3.0).std()) == pytest.approx(1.5, rel=0.2)
     assert not sae.b_dec.grad.any()
+
+
+def test_a_tier_that_is_still_off_takes_no_latents_and_none_of_the_auxiliary_loss(battery):
+    settings = {"moves_every_steps": 3, "idle_frequency": 0.9, "moves_at_once": 0.05}
+    config = battery.quick("tiered", base="topk", curriculum=(0.0, 0.4, 0.7), **settings)
+    trainee = Trainee("one", config.build(battery.D), battery.STEPS)
+    tiers, before = trainee.sae.extras[TIERS], trainee.sae.extras[TIERS].membership.clone()
+    for step, batch in enumerate(battery.batches(config, battery.STEPS)):
+        knobs = trainee.assembly.knobs_at(step, battery.STEPS)
+        is_off = torch.tensor([knobs.get(switch_name(tier), 1.0) == 0 for tier in range(3)])
+        retired = retired_of(trainee.sae, knobs)
+        assert retired is None if not is_off.any() else torch.equal(retired, is_off[tiers.membership])
+        trainee.step(batch)
+        if min(knobs.get(switch_name(tier), 1.0) for tier in range(3)) < 1:
+            assert torch.equal(tiers.membership, before)
+    assert not torch.equal(tiers.membership, before)
 
 
 def test_a_tier_stays_silent_until_its_time(battery):
