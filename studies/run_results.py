@@ -18,6 +18,7 @@ from ..evaluate.context.results import (
     read_result,
     settings_in,
     settings_of_each,
+    short_name,
 )
 from ..evaluate.output.figures.records import RESULTS, read_log
 from ..evaluate.run.console_table import untrained_traits
@@ -110,7 +111,7 @@ def read_lines(
                 problems.append(f"{eval_id} is left out: its result is of {other}")
                 continue
             found = {metric: metric_of(document, metric) for metric in evals.load(eval_id).summary}
-            values |= {metric.rsplit(".", 1)[-1]: value for metric, value in found.items()}
+            values |= {short_name(metric, found): value for metric, value in found.items()}
             problems += untrained_traits(document)
             remarks += absences(eval_id, document, found)
             if eval_id == CORE:
@@ -155,7 +156,7 @@ def curve_by_label(folder: RunFolder) -> dict[str, list[tuple[float, float]]]:
 
 def absences(eval_id: str, document: Mapping[str, Any], found: Mapping[str, float | None]) -> list[str]:
     """The metrics of a result that are not there, and why as far as it says."""
-    names = [metric.rsplit(".", 1)[-1] for metric, value in found.items() if value is None]
+    names = [short_name(metric, found) for metric, value in found.items() if value is None]
     ours = document.get("saemill", {})
     if not names and ours.get("missing"):
         return [f"{eval_id} is of a part of its data: {ours['missing']}"]

@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..evaluate.context.results import without_nan
-from ..evaluate.run.console_table import heading
+from ..evaluate.context.results import heading, without_nan
 from ..train.config.recipe import Recipe
 from ..train.disk.atomic_files import replace_file
 from .comparisons import Difference, compare
@@ -158,7 +157,7 @@ def _cell(value: float | None) -> str:
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(head):
-        table.add_column(heading(name), justify="left" if number < 2 else "right")
+        table.add_column(heading(name, head), justify="left" if number < 2 else "right")
     for row in rows:
         table.add_row(*row)
     return table

@@ -157,6 +157,17 @@ def _at(place: Any, path: str) -> Any:
     return place
 
 
+def short_name(metric: str, among: Iterable[str] = ()) -> str:
+    """The last part of a dotted name; the whole where others of these end alike."""
+    last = metric.rsplit(".", 1)[-1]
+    return metric if any(other.rsplit(".", 1)[-1] == last for other in among if other != metric) else last
+
+
+def heading(metric: str, among: Iterable[str] = ()) -> str:
+    """Its short name in words that can stand below each other."""
+    return short_name(metric, among).replace(".", " ").replace("_", " ")
+
+
 def is_of_other_codes(document: Mapping[str, Any]) -> bool:
     """Whether its SAE is encoded in another way by now."""
     config = document.get("sae_cfg_dict")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .. import evals
 from ..context.loaded_sae import LoadedSae
-from ..context.results import REACH, Row, lines_of_each, metric_of, ours_in, reach_of, settings_of_each
+from ..context.results import REACH, Row, heading, lines_of_each, metric_of, ours_in, reach_of, settings_of_each
 from ..errors import Incomparable
 
 MISSING = "-"
@@ -106,7 +106,7 @@ def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], *, beside
     table.add_column("SAE", no_wrap=True)
     for eval_id, metric in columns:
         whose = f"{eval_id}: " if len(eval_ids) > 1 else ""
-        table.add_column(whose + heading(metric), justify="right", min_width=NUMBER_WIDTH)
+        table.add_column(whose + heading(metric, evals.load(eval_id).summary), justify="right", min_width=NUMBER_WIDTH)
     for subject in subjects:
         cells = (_cell(found.get((subject, eval_id)), eval_id, metric) for eval_id, metric in columns)
         table.add_row(names_of[subject], *cells)
@@ -129,11 +129,6 @@ def _reaches(row: Row) -> dict[str, float | None]:
     """By metric."""
     evaluation = evals.load(row.eval_id)
     return {metric: reach_of(row.document or {}, evaluation.intervals, metric) for metric in evaluation.summary}
-
-
-def heading(metric: str) -> str:
-    """The last part of a dotted name, in words that can stand below each other."""
-    return metric.rsplit(".", 1)[-1].replace("_", " ")
 
 
 def require_one_store(subjects: Iterable[LoadedSae]) -> None:

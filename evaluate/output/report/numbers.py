@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ... import evals
-from ...context.results import REACH, lines_of_each, reach_of
+from ...context.results import REACH, heading, lines_of_each, reach_of
 from ..figures.records import CORE, Record
 from .markup import Html, element, joined
 
@@ -68,7 +68,7 @@ def summary_columns(records: Sequence[Record]) -> list[Column]:
     shown = {column.evaluation for column in COLUMNS}
     found = dict.fromkeys(name for record in records for name in record.documents if name not in shown)
     return [
-        measured(metric.rsplit(".", 1)[-1].replace("_", " "), name, name, metric)
+        measured(heading(metric, evals.load(name).summary), name, name, metric)
         for name in found
         if name in evals.names()
         for metric in evals.load(name).summary

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.evaluate import evals
+from saemill.evaluate.context.results import heading
 from saemill.evaluate.output.figures.records import Record, read_records
 from saemill.evaluate.output.report import numbers
 from saemill.evaluate.output.report.markup import Html, element, text
@@ -308,7 +309,10 @@ def test_the_page_says_what_its_numbers_are_of():
 def test_an_evaluation_without_a_column_of_its_own_has_those_of_its_summary():
     """One that somebody adds is on the page at once; one that is not installed here is left in its file."""
     for name in evals.names():
-        for metric in evals.load(name).summary:
+        summary = evals.load(name).summary
+        columns = numbers.summary_columns([Record("a", "run", "a", documents={name: {}})])
+        assert len({column.heading for column in columns}) == len(columns)  # of contrast two are a mean
+        for metric in summary:
             group, last = metric.rsplit(".", 1)
             document = {"eval_result_metrics": {}}
             place = document
@@ -317,7 +321,7 @@ def test_an_evaluation_without_a_column_of_its_own_has_those_of_its_summary():
             place[last] = 0.4321
             words = read(page("run", [Record("a", "run", "a", documents={name: document, "gone": document})], {})).words
             if name not in {column.evaluation for column in numbers.COLUMNS}:
-                assert "0.4321" in words and last.replace("_", " ") in words
+                assert "0.4321" in words and heading(metric, summary) in words
 
 
 def test_curves_that_the_page_draws_are_no_pictures_in_it(tmp_path):
