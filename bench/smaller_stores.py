@@ -81,7 +81,7 @@ def bytes_per_token(store: StoredArrays) -> float:
     """Of activations, and of the scales that go with them."""
     sizes = read_index(store.files, store.manifest).bytes
     of_acts = sum(size for path, size in sizes.items() if path.startswith(("resid/", "scales/")))
-    return of_acts / (store.manifest.shards * store.manifest.shard_windows * store.manifest.context)
+    return of_acts / (store.manifest.windows * store.manifest.context)
 
 
 def bench_quality(folder: Path, given: Path | None, tokens: str, seeds: int, words: Sequence[str]) -> list[Row]:
