@@ -32,6 +32,7 @@ from ..context.results import (
     is_of_store,
     is_of_store_now_gone,
     is_whole,
+    ours_in,
     result_path,
     settings_in,
     standing_result,
@@ -75,10 +76,14 @@ def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[
         return Row(subject, eval_id, "kept", reason if is_gone else "", document) if stands else None
     if not is_of_store(document, settings["cache_id"]):
         return None
-    found = describe_differences(document, settings)
+    found, missing = describe_differences(document, settings), ours_in(document).get("missing")
+    if missing and not found:
+        return None  # what has a part of its numbers is done again, as --resume does it
     reason = (
         f"its result is of {found}. Evaluate it again without --compare to have what was asked for" if found else ""
     )
+    if missing:
+        return Row(subject, eval_id, "incomplete", f"{missing}; {reason}", document)
     return Row(subject, eval_id, "kept", reason, document)
 
 

@@ -283,6 +283,23 @@ def test_a_missing_model_leaves_a_part(make_world, builder, sae_eval):
     assert document["saemill"]["missing"] is None
 
 
+def test_what_is_there_in_part_is_no_result_to_compare(run_1, sae_eval):
+    path = result_path(make_subject(run_1 / "small", RunFolder.at(run_1)), "core")
+    sae_eval("run_1", "--no-plots")
+
+    def leave_a_part():
+        document = json.loads(path.read_text())
+        document["saemill"]["missing"] = "the model is not here"
+        path.write_text(json.dumps(document))
+
+    leave_a_part()
+    sae_eval("run_1", "--compare", "--no-plots")
+    assert json.loads(path.read_text())["saemill"]["missing"] is None  # the model is here now
+    leave_a_part()
+    said = sae_eval("run_1/small", "--compare", "--no-plots", "--set", "core.resamples=11", code=3)
+    assert "incomplete: core of run_1/small: the model is not here; its result is of config.resamples 10" in said
+
+
 @pytest.fixture
 def imported(builder):
     """Activations from elsewhere: imported(tokens or None, model) makes a store and gives its address."""
