@@ -33,14 +33,16 @@ def require_layer(subject: LoadedSae, model: LanguageModel) -> None:
 
 
 def split_fitting(
-    subjects: Sequence[LoadedSae], model: LanguageModel, require: Require = require_layer
+    context: Context, subjects: Sequence[LoadedSae], model: LanguageModel, require: Require = require_layer
 ) -> tuple[list[LoadedSae], list[Failure]]:
-    """SAEs that an evaluation can take, and for each other one the reason why not, which `require` raises."""
+    """SAEs that an evaluation can take, and for each other one the reason why not: what `require` raises, or that the
+    attention that it reads cannot come along."""
     fitting: list[LoadedSae] = []
     failures: list[Failure] = []
     for subject in subjects:
         try:
             require(subject, model)
+            attention_of(context, [subject])
         except (NotRun, WidthMismatch) as error:
             failures.append(Failure(subject, error))
         else:

@@ -66,7 +66,7 @@ class _OfModel:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
-    subjects, failures = split_fitting(subjects, context.model, require_reading)
+    subjects, failures = split_fitting(context, subjects, context.model, require_reading)
     yield from failures
     if not subjects:
         return

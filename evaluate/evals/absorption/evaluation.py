@@ -83,7 +83,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         require_template(config.prompt_template)
     if config.max_words is not None and config.max_words < 0:
         raise SettingInvalid(f"absorption.max_words: expected a number of words, found {config.max_words}")
-    fitting, failures = split_fitting(subjects, context.model)
+    fitting, failures = split_fitting(context, subjects, context.model)
     yield from failures
     if not fitting:
         return

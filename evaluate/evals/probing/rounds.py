@@ -167,7 +167,7 @@ def evaluate_able(
     evaluate: Callable[[Context, Sequence[LoadedSae], Source, Settings], Iterator[Result]],
 ) -> Iterator[Result | Failure]:
     """A Failure for each SAE that cannot be evaluated, then the results that `evaluate` gives for the others."""
-    able, unable = split_fitting(subjects, context.model, require_linear)
+    able, unable = split_fitting(context, subjects, context.model, require_linear)
     yield from unable
     if able:
         source = find_source(context, config.data)

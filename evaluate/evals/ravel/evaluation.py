@@ -88,7 +88,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     selection = config.entity_attribute_selection or ({ENTITY_CLASS: ATTRIBUTES} if is_stdlib else OFFICIAL_SELECTION)
     entities = load_identifiers() if is_stdlib else load_facts(tuple(selection))
     require_selectable(selection, entities)
-    fitting, failures = split_fitting(subjects, context.model)
+    fitting, failures = split_fitting(context, subjects, context.model)
     yield from failures
     if not fitting:
         return

@@ -65,7 +65,7 @@ class Config:
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     material = load_material(context, config)
-    fitting, failures = split_fitting(subjects, material.model)
+    fitting, failures = split_fitting(context, subjects, material.model)
     yield from failures
     if not fitting:
         return

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from saemill.evaluate.context import prompt_positions
+from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.prompt_positions import Reader, Spot
 from saemill.evaluate.context.usable_saes import split_fitting
 from saemill.evaluate.errors import NotApplicable, WidthMismatch
@@ -100,6 +101,6 @@ def test_saes_of_other_widths_or_of_several_layers_are_named_with_the_reason(mod
     wide = builder.subject(builder.make_sae(d_in=builder.D + 1), "wide")
     high = builder.subject(builder.make_sae(), "high", layers=(9,))
     cross = builder.subject(builder.make_sae(), "cross", layers=(1,), target_layers=[2])
-    fitting, failures = split_fitting([good, wide, high, cross], model)
+    fitting, failures = split_fitting(Context(None), [good, wide, high, cross], model)
     assert fitting == [good]
     assert [type(failure.error) for failure in failures] == [WidthMismatch, WidthMismatch, NotApplicable]

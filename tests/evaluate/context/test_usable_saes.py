@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM
 
+from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.prompt_positions import Reader, Spot
-from saemill.evaluate.context.usable_saes import attention_of
+from saemill.evaluate.context.usable_saes import attention_of, split_fitting
 from saemill.evaluate.errors import DataMissing
 from saemill.evaluate.evals.probing.pooling import pool_task
 from saemill.evaluate.evals.probing.texts import Task
@@ -87,6 +88,12 @@ def test_averaged_over_a_text(context, subject, stored):
     pool = pool_task(context, [subject], Task("t", texts, texts), tokens.shape[1], batch_size=4)
     expected = acts.sum(1) / (tokens.shape[1] - 1)
     close(pool.whole.latents[subject].toarray(), expected)
+
+
+def test_who_reads_attention_where_there_is_no_store_costs_the_others_nothing(context, subject, builder):
+    plain = builder.subject(builder.make_sae(), "plain")
+    fitting, (failure,) = split_fitting(Context(None), [subject, plain], context.model)
+    assert fitting == [plain] and failure.subject is subject and isinstance(failure.error, DataMissing)
 
 
 def test_a_store_without_attention_is_no_store_for_an_sae_that_reads_it(make_world, open_context, subject):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.usable_saes import split_fitting
 from saemill.evaluate.errors import NotApplicable
 from saemill.evaluate.evals.probing.pooling import (
@@ -157,7 +158,7 @@ def test_only_saes_with_a_plain_decoder_are_perturbed(subject_of):
     late = subject_of(LateOnly(torch.eye(4), torch.eye(4), Relu()), "late")
     squared = subject_of(Squared(torch.eye(4), torch.eye(4), Relu()), "squared")
     model = SimpleNamespace(facts=SimpleNamespace(num_layers=LAYER + 1, d_model=4))
-    able, unable = split_fitting([plain, squared, late], model, require_linear)
+    able, unable = split_fitting(Context(None), [plain, squared, late], model, require_linear)
     assert able == [plain, late]
     assert [failure.subject for failure in unable] == [squared]
     assert isinstance(unable[0].error, NotApplicable)
