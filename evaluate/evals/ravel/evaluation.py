@@ -24,7 +24,7 @@ from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
 from ...errors import SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores
+from .pairs import Pair, Scores, by_first_token, by_kind, draw_pairs, mean_scores, require_labels
 from .prompts import (
     ATTRIBUTES,
     ENTITY_CLASS,
@@ -125,6 +125,7 @@ def study(
 ) -> None:
     """One entity class, attribute by attribute, for all SAEs."""
     prompts = known_prompts(context, entity_class, attributes, config)
+    require_labels(prompts, attributes)
     subjects = tuple(findings)
     batch_size = config.llm_batch_size * GENERATION_FACTOR
     reader = Reader(context.model, subjects, attention_of(context, subjects), batch_size, context.say)

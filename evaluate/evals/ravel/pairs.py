@@ -37,6 +37,17 @@ class Pair:
         return self.source.first_token if self.is_cause else self.base.first_token
 
 
+def require_labels(prompts: Sequence[Prompt], attributes: Sequence[str]) -> None:
+    """Each attribute has two labels that pairs can be drawn of."""
+    for attribute in attributes:
+        labels = {prompt.label for prompt in prompts if prompt.attribute == attribute}
+        if len(labels) < 2:
+            raise NotApplicable(
+                f"RAVEL: of {attribute!r} the model answers prompts with {len(labels)} different labels, "
+                "but swapping needs two. A larger model knows more"
+            )
+
+
 def draw_pairs(
     prompts: Sequence[Prompt], cause: str, others: Sequence[str], number: int, draw: random.Random
 ) -> list[Pair]:
@@ -54,13 +65,7 @@ def _pairs(
 ) -> list[Pair]:
     """Bases drawn without repetition (all of them where there are fewer), each with any source of another label."""
     asking = [prompt for prompt in prompts if prompt.attribute == attribute]
-    labels = sorted({prompt.label for prompt in asking})
-    if len(labels) < 2:
-        raise NotApplicable(
-            f"RAVEL: of {attribute!r} the model answers prompts with {len(labels)} different labels, "
-            "but swapping needs two. A larger model knows more"
-        )
-    sources = {label: [prompt for prompt in asking if prompt.label != label] for label in labels}
+    sources = {label: [one for one in asking if one.label != label] for label in {prompt.label for prompt in asking}}
     bases = asking if len(asking) < number else draw.sample(asking, number)
     return [Pair(base, draw.choice(sources[base.label]), is_cause) for base in bases]
 

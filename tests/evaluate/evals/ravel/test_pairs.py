@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from saemill.evaluate.errors import NotApplicable
-from saemill.evaluate.evals.ravel.pairs import Pair, by_first_token, by_kind, draw_pairs
+from saemill.evaluate.evals.ravel.pairs import Pair, by_first_token, by_kind, draw_pairs, require_labels
 from saemill.evaluate.evals.ravel.prompts import EntityClass, Prompt, answered_prompts, make_prompts
 
 CITIES = EntityClass(
@@ -83,7 +83,7 @@ def test_the_same_seed_draws_the_same_pairs_and_no_global_state_moves():
 def test_one_label_cannot_be_swapped():
     italians = [prompt for prompt in known() if prompt.label != "Germany"]
     with pytest.raises(NotApplicable, match="1 different labels"):
-        draw_pairs(italians, "Country", [], 2, random.Random(0))
+        require_labels(italians, ["Country"])
 
 
 def test_a_cause_pair_with_equal_first_tokens_counts_as_isolation_in_the_protocol_only():

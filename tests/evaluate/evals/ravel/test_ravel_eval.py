@@ -178,6 +178,12 @@ def test_too_few_pairs_for_a_batch_are_a_reason_not_to_run(context, builder, con
         list(ravel.evaluate(context, [builder.subject(aligned_sae(), layers=(2,))], config(llm_batch_size=64)))
 
 
+def test_a_model_that_answers_nothing_right_is_a_reason_not_to_run(context, builder, config, monkeypatch):
+    monkeypatch.setattr(ravel, "known_prompts", lambda *_: [])
+    with pytest.raises(NotApplicable, match="of 'Colour' the model answers prompts with 0 different labels"):
+        list(ravel.evaluate(context, [builder.subject(aligned_sae(), layers=(2,))], config()))
+
+
 def test_prompts_of_the_hub_are_asked_for_by_name(monkeypatch):
     def offline(*_: object, **__: object) -> None:
         raise ConnectionError("no route")
