@@ -12,6 +12,7 @@ The same of the channels of the residual is what to hold it against. N texts, F 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -31,6 +32,7 @@ from .probing.texts import Task
 
 MOST_TEXTS = 400  # of one contrast, where nothing else was asked for: of the hub's data there are thousands
 LATENTS_AT_ONCE = 4096
+NO_LATENTS = "no latent is in as many training texts as one must be to be measured (contrast.least_texts)"
 NO_OTHERS = "every two contrasts share a class: independence is not known"
 
 
@@ -128,7 +130,7 @@ def make_result(
         {"contrast": f"{name}: {one} / {other}", "latent": int(latent), "effect": float(latents.test[row, latent])}
         for row, ((name, one, other), latent) in enumerate(zip(latents.contrasts, best, strict=True))
     ]
-    remark = None if "independence" in own else NO_OTHERS
+    remark = None if "independence" in own else NO_OTHERS if own["measured_share"] else NO_LATENTS
     return Result(
         subject, settings, {"contrast": own, "residual": residual}, details=details, missing=missing, remark=remark
     )
@@ -143,7 +145,7 @@ def summarise(found: Effects, config: Config) -> dict[str, float]:
     measured = np.flatnonzero(found.texts >= config.least_texts)
     metrics["measured_share"] = len(measured) / len(found.texts)
     if len(measured) == 0:
-        return metrics | {"mean": 0.0, "strong_share": 0.0}
+        return metrics | {"mean": math.nan, "strong_share": math.nan}
     own = np.abs(found.train[:, measured]).argmax(0)
     effect_F = signed_CF[own, measured]
     metrics |= {"mean": float(effect_F.mean()), "strong_share": float((effect_F >= config.strong).mean())}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from saemill.evaluate.evals.contrast import Config, effect, effects_of, joined, summarise
+from saemill.evaluate.evals.contrast import NO_LATENTS, Config, effect, effects_of, joined, make_result, summarise
 from saemill.evaluate.evals.probing.features import Features
 
 CLASSES = ("a", "b", "c", "d")
@@ -64,7 +64,10 @@ def test_latents_of_few_texts_are_not_measured_and_none_at_all_is_no_error():
     assert summarise(found, Config())["measured_share"] == 0.5
     assert summarise(found, Config(least_texts=4))["measured_share"] == 1.0
     silent = summarise(of(lambda n, g: np.zeros((TEXTS, 2))), Config())
-    assert silent == {"best": 0.0, "measured_share": 0.0, "mean": 0.0, "strong_share": 0.0}
+    expected = {"best": 0.0, "measured_share": 0.0, "mean": np.nan, "strong_share": np.nan}
+    assert silent == pytest.approx(expected, nan_ok=True)
+    two = effects_of("set", *(Features.of({name: torch.zeros(9, 1) for name in "ab"}),) * 2)
+    assert make_result(None, {}, two, two, Config(), None).remark == NO_LATENTS
 
 
 def test_two_classes_have_no_contrast_apart():
