@@ -69,7 +69,7 @@ class Seen:
         by_token = joined_rows(codes)
         if batch.is_sampled and self._together_entries < SAMPLE_ENTRIES:
             self._together.append(emptied(by_token, ordinary))  # a row stays a token's, as in other SAEs' tables
-            self._together_entries += by_token.nnz
+            self._together_entries += self._together[-1].nnz
         if not ordinary.all():
             by_token, batch = by_token[np.flatnonzero(ordinary)], batch.only(ordinary)
             self.massive += int((~ordinary).sum())

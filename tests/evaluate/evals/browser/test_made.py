@@ -24,7 +24,7 @@ from saemill.cache_schema import Store
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.stored_windows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, NotApplicable, ResultInvalid, SettingInvalid
-from saemill.evaluate.evals.browser import evaluation, kept_firings, latents, reading, write_pages
+from saemill.evaluate.evals.browser import evaluation, firing_counts, kept_firings, latents, reading, write_pages
 from saemill.evaluate.evals.browser.attended import LEVELS, attended
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_of, lower_edges
@@ -288,6 +288,18 @@ def seen_of(dense: np.ndarray, ordinary: np.ndarray, context: int = 16) -> Seen:
     place = Batch(0, (tokens // context).astype(np.int32), (tokens % context).astype(np.uint16), is_sampled=True)
     seen.take([Codes(torch.from_numpy(dense), None, *dense.shape)], place, ordinary)
     return seen
+
+
+def test_what_goes_on_samples_as_many_tokens_as_what_was_never_stopped(monkeypatch):
+    """Where massive rows are left out of the sample."""
+    monkeypatch.setattr(firing_counts, "SAMPLE_ENTRIES", 150)
+    dense, ordinary = np.ones((16, 12), np.float32), np.arange(16) < 8  # 192 that fire, 96 of them kept
+    whole, stopped = seen_of(dense, ordinary), Seen(12, 16, Room(2, 2, 2))
+    stopped.restore(whole.state())
+    place = Batch(1, np.ones(16, np.int32), np.arange(16).astype(np.uint16), is_sampled=True)
+    for seen in (whole, stopped):
+        seen.take([Codes(torch.from_numpy(dense), None, 16, 12)], place, ordinary)
+    assert whole.together.shape == stopped.together.shape
 
 
 def test_saes_are_held_against_each_other_token_by_token():
