@@ -224,7 +224,11 @@ class Session:
                 rows += self._refused(subject, error)
             else:
                 fitting.append(subject)
-        for group in within(room_for_weights(self.device), fitting, lambda subject: subject.num_bytes):
+        groups = list(within(room_for_weights(self.device), fitting, lambda subject: subject.num_bytes))
+        if len(groups) > 1 and BROWSER in self.configs:
+            apart = "; ".join(", ".join(subject.name for subject in group) for group in groups)
+            context.say(f"{BROWSER}: no room for all SAEs at once: counterparts are looked for within {apart}")
+        for group in groups:
             rows += self._run_on_device(context, group)
         return rows
 

@@ -389,6 +389,8 @@ def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run
         assert groups == expected
         for name, found in results(run_1).items():
             assert found["eval_result_metrics"] == together[name]["eval_result_metrics"]
+    said = sae_eval("run_1", "--evals", "browser", "--set", "browser.windows=4", "--no-plots", options=[])
+    assert "browser: no room for all SAEs at once: counterparts are looked for within run_1/large; run_1/small" in said
 
 
 def test_only_what_was_computed_from_tokens_says_so(run_1, sae_eval):
