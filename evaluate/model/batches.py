@@ -39,7 +39,6 @@ class Windows:
     resid: Mapping[int, Tensor] = field(default_factory=dict)  # by layer, [W, T, D] in the model's dtype
     documents: Tensor | None = None  # int64 [W, T]
     attention: Mapping[int, AttentionRows] = field(default_factory=dict)
-    numbers: Tensor | None = None  # int64 [W], the store's numbers of the windows
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -64,7 +63,6 @@ class Windows:
             resid={layer: resid[rows] for layer, resid in self.resid.items()},
             documents=None if self.documents is None else self.documents[rows],
             attention={layer: slice_attention(part, start, stop) for layer, part in self.attention.items()},
-            numbers=None if self.numbers is None else self.numbers[rows],
         )
 
 
@@ -202,7 +200,6 @@ def joined(pieces: Sequence[Windows]) -> Windows:
         resid={layer: torch.cat([piece.resid[layer] for piece in pieces]) for layer in head.resid},
         documents=_cat([piece.documents for piece in pieces]),
         attention={layer: _join_attention([p.attention[layer] for p in pieces]) for layer in head.attention},
-        numbers=_cat([piece.numbers for piece in pieces]),
     )
 
 
@@ -234,7 +231,6 @@ def _windows_of(store: Store, part: ShardArrays, start: int, stop: int, device: 
     rows = slice(start, stop)
     dtype = TORCH_DTYPES[store.manifest.model.dtype]
     tokens = send(torch.from_numpy(part.tokens[rows].astype(np.int64)), device)
-    first = part.span.start
     return Windows(
         tokens=tokens,
         keep=~is_special(tokens, store.manifest.model.special_tokens),
@@ -242,7 +238,6 @@ def _windows_of(store: Store, part: ShardArrays, start: int, stop: int, device: 
         resid={layer: send(_resid_of(part, layer, rows, dtype), device) for layer in part.resid},
         documents=send(torch.from_numpy(part.documents[rows].astype(np.int64)), device),
         attention={layer: attention_rows(csr.slice(start, stop), device) for layer, csr in part.attention.items()},
-        numbers=torch.arange(first + start, first + stop, device=device),
     )
 
 

@@ -3,7 +3,7 @@
 1. `resid` runs the layers 0..L and stops there.
 2. `suffix` runs the layers above L from a residual: the model's own, a reconstruction, an ablation.
 3. `head` gives logits of chosen rows; whoever calls it takes them in chunks.
-4. `hidden` runs the whole model, with residuals replaced on the way.
+4. `hidden` runs the whole model; while `tapped`, with something else put in on the way.
 
 Prefix followed by suffix is the whole model to the bit, because a layer neither knows nor cares who
 called it. Shape suffixes: W windows, T positions, D residual width, V vocabulary, N rows.
@@ -88,7 +88,6 @@ class LanguageModel:
         layers: Sequence[int],
         valid_WT: Tensor | None = None,
         sinks: Sinks | None = None,
-        splice: Mapping[int, Splice] | None = None,
     ) -> dict[int, Tensor]:
         """The residual after each of `layers`; nothing above the highest is run.
 
@@ -101,7 +100,7 @@ class LanguageModel:
             )
         stack = self._part(0, max(wanted) + 1, normed=False)
         sites = [Site(RESID, layer) for layer in layers]
-        with kept(self.stack, self.facts.model_type, sites) as found, self._spliced(splice):
+        with kept(self.stack, self.facts.model_type, sites) as found:
             stack(input_ids=tokens_WT, use_cache=False, sinks=sinks or {}, **_padding(valid_WT))
         return {site.layer: resid for site, resid in found.items()}
 
@@ -112,12 +111,9 @@ class LanguageModel:
         return stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, **_padding(valid_WT)).last_hidden_state
 
     @torch.inference_mode()
-    def hidden(
-        self, tokens_WT: Tensor, splice: Mapping[int, Splice] | None = None, valid_WT: Tensor | None = None
-    ) -> Tensor:
-        """[W, T, D] after the final norm, from tokens; `splice` replaces residuals after its layers."""
-        with self._spliced(splice):
-            return self.stack(input_ids=tokens_WT, use_cache=False, **_padding(valid_WT)).last_hidden_state
+    def hidden(self, tokens_WT: Tensor) -> Tensor:
+        """[W, T, D] after the final norm, from tokens."""
+        return self.stack(input_ids=tokens_WT, use_cache=False).last_hidden_state
 
     def tapped(self, taps: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> AbstractContextManager[None]:
         """While it runs, functions read what passes by at these sites, or put something in its place."""

@@ -20,13 +20,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ....train.sae.model import SparseAutoencoder
 from ...context.context import Context
 from ...context.loaded_sae import LoadedSae
 from ...context.results import Failure, Result
-from ...context.usable_saes import require_layer, split_fitting
-from ...errors import NotApplicable
-from ...model.prefix_suffix import LanguageModel
+from ...context.usable_saes import split_fitting
 from .ablation import Ablatable, Kind, Logits, effects_of_classes, top_effects
 from .features import Draw, Features, Memo, draw_probe, seeded
 from .pooling import Pool, pool_task
@@ -167,20 +164,11 @@ def evaluate_able(
     evaluate: Callable[[Context, Sequence[LoadedSae], Source, Settings], Iterator[Result]],
 ) -> Iterator[Result | Failure]:
     """A Failure for each SAE that cannot be evaluated, then the results that `evaluate` gives for the others."""
-    able, unable = split_fitting(context, subjects, context.model, require_linear)
+    able, unable = split_fitting(context, subjects, context.model)
     yield from unable
     if able:
         source = find_source(context, config.data)
         yield from evaluate(context, able, source, filled(config, source, source.perturbed))
-
-
-def require_linear(subject: LoadedSae, model: LanguageModel) -> None:
-    """Switching latents off by logits rests on a decoder that is one matrix, back into the same layer."""
-    require_layer(subject, model)
-    if type(subject.sae).decode is not SparseAutoencoder.decode:
-        raise NotApplicable(
-            f"{subject.name} decodes by more than one matrix: this evaluation ablates latents by their decoder rows"
-        )
 
 
 def perturb_all(

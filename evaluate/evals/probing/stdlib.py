@@ -13,7 +13,6 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 from ....harvest.pocket.text import stdlib_documents, text_digest
@@ -35,10 +34,10 @@ class Snippet:
 
 
 @cache
-def snippets(root: Path | None = None) -> tuple[Snippet, ...]:
+def snippets() -> tuple[Snippet, ...]:
     """All snippets, each text once, in the order of the modules' names."""
     found: dict[str, Snippet] = {}
-    for name, text in _documents(root):
+    for name, text in _documents():
         for kind, lines in split_lines(text).items():
             cut = list(cut_snippets(lines))
             first_test = len(cut) - int(TEST_SHARE * len(cut))
@@ -48,9 +47,9 @@ def snippets(root: Path | None = None) -> tuple[Snippet, ...]:
 
 
 @cache
-def revision(root: Path | None = None) -> str:
+def revision() -> str:
     """A hash of the text: it differs from one Python to another."""
-    return f"sha256:{text_digest(_documents(root))}"
+    return f"sha256:{text_digest(_documents())}"
 
 
 def split_lines(text: str) -> dict[Kind, list[str]]:
@@ -76,10 +75,8 @@ def cut_snippets(lines: Iterable[str], characters: int = SNIPPET_CHARACTERS) -> 
             held = ""
 
 
-def _documents(root: Path | None) -> list[tuple[str, str]]:
-    return [
-        (name, text) for name, text in stdlib_documents(root) if name.split("/")[0] in LIBRARIES and ":" not in name
-    ]
+def _documents() -> list[tuple[str, str]]:
+    return [(name, text) for name, text in stdlib_documents() if name.split("/")[0] in LIBRARIES and ":" not in name]
 
 
 def _docstring_spans(text: str) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import Module
 
 from saemill.cache_schema import Store
+from saemill.cache_schema.sites import RESID, Site
 from saemill.evaluate.context.results import frame
 from saemill.evaluate.context.stored_windows import mean_of_rows, ordinary_rows
 from saemill.evaluate.errors import ModelMissing, NotApplicable
@@ -311,8 +312,9 @@ def test_massive_rows_keep_theirs_and_do_not_count(make_world, builder, open_con
 def predictions(model, batch, resid=None, layer=0):
     """Log-probabilities [W, T, V] of the whole model, with another residual behind a layer."""
     keep = batch.keep[:, :, None]
-    splice = None if resid is None else {layer: lambda own: torch.where(keep, resid.to(own.dtype), own)}
-    logits = model.head(model.hidden(batch.tokens, splice).flatten(0, 1)).float()
+    put = {} if resid is None else {Site(RESID, layer): lambda own: torch.where(keep, resid.to(own.dtype), own)}
+    with model.tapped(put):
+        logits = model.head(model.hidden(batch.tokens).flatten(0, 1)).float()
     return logits.log_softmax(-1).view(*batch.tokens.shape, -1)
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from saemill.evaluate.context.context import Context
-from saemill.evaluate.context.usable_saes import split_fitting
-from saemill.evaluate.errors import NotApplicable
 from saemill.evaluate.evals.probing.pooling import (
     batch_size_for,
     make_pool,
@@ -21,7 +17,6 @@ from saemill.evaluate.evals.probing.pooling import (
     read_piece,
     valid_positions,
 )
-from saemill.evaluate.evals.probing.rounds import require_linear
 from saemill.evaluate.model.batches import Windows
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
@@ -146,19 +141,3 @@ def test_an_sae_that_reads_more_than_the_residual_gets_it(subject_of):
     expected = x[:, 2:4].sum(1) / 4
     np.testing.assert_allclose(piece.latents[subject].toarray(), expected, atol=1e-6)
     np.testing.assert_allclose(piece.leaky[subject].toarray(), expected, atol=1e-6)
-
-
-class Squared(SparseAutoencoder):
-    def decode(self, acts):
-        return super().decode(acts**2)
-
-
-def test_only_saes_with_a_plain_decoder_are_perturbed(subject_of):
-    plain = subject_of(SparseAutoencoder(torch.eye(4), torch.eye(4), Relu()), "plain")
-    late = subject_of(LateOnly(torch.eye(4), torch.eye(4), Relu()), "late")
-    squared = subject_of(Squared(torch.eye(4), torch.eye(4), Relu()), "squared")
-    model = SimpleNamespace(facts=SimpleNamespace(num_layers=LAYER + 1, d_model=4))
-    able, unable = split_fitting(Context(None), [plain, squared, late], model, require_linear)
-    assert able == [plain, late]
-    assert [failure.subject for failure in unable] == [squared]
-    assert isinstance(unable[0].error, NotApplicable)

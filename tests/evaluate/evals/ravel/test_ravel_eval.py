@@ -219,10 +219,11 @@ def test_last_logits_are_the_models_and_have_the_gradient_of_finite_differences(
     assert resid.grad[0, 4, 3].item() == pytest.approx((up - down).item() / 2e-2, rel=2e-2, abs=1e-3)
 
 
-def by_whole_passes(model, tokens_WT, count, splice, valid_WT):
-    """The next tokens by one pass over all tokens for each; the splice acts on every pass."""
+def by_whole_passes(model, tokens_WT, count, layer, change, valid_WT):
+    """The next tokens by one pass over all tokens for each; the change acts on every pass."""
     for _ in range(count):
-        last_WD = model.hidden(tokens_WT, splice, valid_WT)[:, -1]
+        resid = model.resid(tokens_WT, (layer,), valid_WT)[layer]
+        last_WD = model.suffix(change(resid), layer, valid_WT)[:, -1]
         tokens_WT = torch.cat([tokens_WT, model.head(last_WD).argmax(dim=-1, keepdim=True)], dim=1)
         valid_WT = torch.cat([valid_WT, valid_WT.new_ones(len(valid_WT), 1)], dim=1)
     return tokens_WT[:, -count:]
@@ -240,6 +241,6 @@ def test_completions_with_kept_keys_are_those_of_whole_passes(world, language_mo
         changed[:, 6] += 3 * shift
         return changed
 
-    for splice in ({}, {builder.LAYER: change}):
-        whole = by_whole_passes(model, tokens, 5, splice, valid)
-        assert model.complete(tokens, 5, valid, splice).tolist() == whole.tolist()
+    for given, made in ({}, lambda resid: resid), ({builder.LAYER: change}, change):
+        whole = by_whole_passes(model, tokens, 5, builder.LAYER, made, valid)
+        assert model.complete(tokens, 5, valid, given).tolist() == whole.tolist()
