@@ -53,6 +53,7 @@ class Seen:
     transition_counts: Tensor | None = None
 
     def take(self, acts_WTF: Tensor, batch: Windows, rows_WT: Tensor) -> None:
+        assert batch.documents is not None, "windows of a store have documents"
         segment = segments(rows_WT, batch.documents)
         for name, members in {ALL: slice(None), **self._by_group()}.items():
             found = consistency(acts_WTF[:, :, members], segment)
@@ -138,10 +139,9 @@ def patterns(seen: Seen, config: Config) -> dict[str, Any]:
     }
 
 
-def segments(keep_WT: Tensor, documents_WT: Tensor | None) -> Tensor:
+def segments(keep_WT: Tensor, documents_WT: Tensor) -> Tensor:
     """int64 [W, T]: the document of each token that takes part, -1 elsewhere."""
-    documents = torch.zeros_like(keep_WT, dtype=torch.int64) if documents_WT is None else documents_WT.long()
-    return torch.where(keep_WT, documents, -1)
+    return torch.where(keep_WT, documents_WT.long(), -1)
 
 
 def follows(segment_WT: Tensor) -> Tensor:
@@ -174,7 +174,8 @@ def consistency(acts_WTF: Tensor, segment_WT: Tensor) -> Consistency:
     Shuffling a stretch makes every pair in it as likely as any other, so its expectation is the mean over
     all pairs of the stretch: no dice are thrown. A token on which nothing fires has cosine 0 with all.
     """
-    cosine = functional.normalize(acts_WTF, dim=2) @ functional.normalize(acts_WTF, dim=2).mT
+    unit_WTF = functional.normalize(acts_WTF, dim=2)
+    cosine = unit_WTF @ unit_WTF.mT
     paired = _paired(segment_WT)
     usual = _mean_of_stretch(cosine, paired)
     lag = _lags(segment_WT.shape[1], segment_WT.device)

@@ -185,8 +185,7 @@ def files_of(tokens: int, context: int) -> int:
 def marks_of(batch: Windows, rows: Iterable[Tensor]) -> np.ndarray:
     """uint8 [W, T]: LEFT_OUT and BEGINS."""
     marks = (~reduce(torch.logical_and, rows)).cpu().numpy().astype(np.uint8) * LEFT_OUT
-    if batch.documents is not None:
-        begins = torch.zeros_like(batch.keep)
-        begins[:, 1:] = batch.documents[:, 1:] != batch.documents[:, :-1]
-        marks |= begins.cpu().numpy().astype(np.uint8) * BEGINS
-    return marks
+    assert batch.documents is not None, "windows of a store have documents"
+    begins = torch.zeros_like(batch.keep)
+    begins[:, 1:] = batch.documents[:, 1:] != batch.documents[:, :-1]
+    return marks | begins.cpu().numpy().astype(np.uint8) * BEGINS

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ....cache_schema.in_words import counted
 from ...context.usable_saes import model_name_of
 from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
@@ -114,10 +113,8 @@ def make_result(
 
 
 def measured_on(split: str, sparsity: Sparsity, losses: LossSums | None) -> str:
-    """The second block without massive rows, and the first, where they are spliced as well; a store that names no
-    documents has its tokens."""
-    table = sparsity.documents.table()
-    line = f"{split} split, {said(table) if table else counted(sparsity.ordinary.tokens, 'token')}"
+    """The second block without massive rows, and the first, where they are spliced as well."""
+    line = f"{split} split, {said(sparsity.documents.table())}"
     return line if losses is None else f"{line}; CE and KL on {said(losses.documents.table())}"
 
 

@@ -210,12 +210,12 @@ class Sparsity:
         is_ordinary = ordinary_WT[batch.keep]
         tokens = tokens.where(is_ordinary)
         self.ordinary.add(tokens, x_ND[is_ordinary].double().sum(dim=0))
-        if batch.documents is not None:
-            values = {"tokens": torch.ones_like(tokens.l0), "l0": tokens.l0, "cosine": tokens.cosine}
-            values |= {"error": tokens.error, "square": tokens.square}
-            self.documents.add(
-                batch.documents[ordinary_WT].cpu().numpy(), {k: v.double().cpu().numpy() for k, v in values.items()}
-            )
+        assert batch.documents is not None, "windows of a store have documents"
+        values = {"tokens": torch.ones_like(tokens.l0), "l0": tokens.l0, "cosine": tokens.cosine}
+        values |= {"error": tokens.error, "square": tokens.square}
+        self.documents.add(
+            batch.documents[ordinary_WT].cpu().numpy(), {k: v.double().cpu().numpy() for k, v in values.items()}
+        )
 
 
 def measure_sparsity(context: Context, subjects: Sequence[LoadedSae], block: Block) -> dict[LoadedSae, Sparsity]:

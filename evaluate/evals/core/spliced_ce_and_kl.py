@@ -118,7 +118,9 @@ def _add_batch(
             own = torch.where(ordinary[subject][..., None], resid, batch.resid[splice_layer(subject)])
             hidden.append(baselines.hidden(batch, own))
     clean, losses = baselines.measure(batch, number, hidden)
-    documents, predicts, measured = _documents(batch), next_tokens(batch.tokens, batch.keep) >= 0, iter(losses)
+    assert batch.documents is not None, "windows of a store have documents"
+    documents, predicts = batch.documents[batch.keep].cpu().numpy(), next_tokens(batch.tokens, batch.keep) >= 0
+    measured = iter(losses)
     for subject in subjects:
         whole = next(measured)
         found[subject].add(documents, predicts, clean, whole, next(measured) if massive[subject] else whole)
@@ -131,10 +133,3 @@ def spliced(subject: LoadedSae, batch: Windows, size: PieceSize) -> Tensor:
     pieces = in_pieces(len(batch), size, lambda a, b: encode_kept(subject, batch.slice(a, b)).x_hat)
     resid[batch.keep] = torch.cat(list(pieces)).to(resid.dtype)
     return resid
-
-
-def _documents(batch: Windows) -> np.ndarray:
-    """The document of each kept token; windows stand for documents where nobody knows those."""
-    if batch.documents is not None:
-        return batch.documents[batch.keep].cpu().numpy()
-    return batch.keep.nonzero()[:, 0].cpu().numpy()
