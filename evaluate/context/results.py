@@ -29,6 +29,7 @@ FORMAT = 1  # of our part of a result, which does not say it until there is anot
 UNKNOWN = "Unknown"
 CONFIGS = ("cfg.json", "config.json")  # of an SAE's folder
 DATA = "data_revision"  # among the settings of a result: which text, where neither settings nor store say it
+INTERVALS = "saemill_metrics.confidence_95"  # where core's results have theirs
 REACH = "\N{PLUS-MINUS SIGN}"
 UNMEASURED = -1  # what SAEBench writes where there is no number
 

@@ -200,8 +200,9 @@ def make_task(
     fresh, behind = {}, draw.getstate()
     for layer, probe in probes.items():
         draw.setstate(behind)
-        found = [test.words[number] for number in probe.found.nonzero().view(-1).tolist()]
-        fresh[layer] = make_spots(_prompts(found, words, classes, draw), classes, reader.model)
+        found: list[int] = probe.found.nonzero().view(-1).tolist()
+        asked_again = _prompts([test.words[number] for number in found], words, classes, draw)
+        fresh[layer] = make_spots(asked_again, classes, reader.model)
     advance = stage("known words", sum(map(len, fresh.values())))
     readers = {layer: replace(reader, subjects=[s for s in reader.subjects if s.layer == layer]) for layer in probes}
     again = {layer: readers[layer].read(spots, advance) for layer, spots in fresh.items() if spots}

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ... import evals
-from ...context.results import interval_of
+from ...context.results import INTERVALS, interval_of
 from ...output.figures.records import CORE, Record, thinned
 from .write_pages import NAME, write_data
 
@@ -102,9 +101,8 @@ def numbers(record: Record) -> dict[str, dict[str, float | None]]:
         is_held_out = CORE.get(column.key) == column.path
         value = record.held_out(column.key) if is_held_out else record.metric(column.evaluation, column.path)
         if value is not None:
-            document, intervals = record.documents.get(column.evaluation), evals.load(column.evaluation).intervals
-            interval = None if document is None else interval_of(document, intervals, column.path)
-            low, high = interval or (None, None)
+            document = record.documents.get(column.evaluation)
+            low, high = (document and interval_of(document, INTERVALS, column.path)) or (None, None)
             found[column.key] = {"value": value, "low": low, "high": high}
     return found
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...context.results import INTERVALS
 from ...context.usable_saes import model_name_of
 from ...errors import DataMissing, ModelMissing, NotApplicable, SettingInvalid
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
@@ -144,7 +145,7 @@ EVALUATION = Evaluation(
     Config,
     evaluate,
     needs=Needs(store=True, from_tokens=True),
-    intervals="saemill_metrics.confidence_95",
+    intervals=INTERVALS,
     summary=(
         "sparsity.l0",
         "saemill_metrics.explained_variance",
