@@ -46,8 +46,7 @@ class DocsCorpus:
         """Each different file once, by its hash."""
         found: dict[str, Path] = {}
         for file in sorted(_documentation_in(self._folder)):
-            kind = b"html:" if _is_html(file) else b"text:"
-            found.setdefault(hashlib.sha256(kind + file.read_bytes()).hexdigest(), file)
+            found.setdefault(_digest_of(file), file)
         if not found:
             raise CorpusEmpty(f"{self._folder} holds no documentation ({', '.join(SUFFIXES)}, or these with .gz)")
         return dict(sorted(found.items()))
@@ -80,6 +79,13 @@ def _documentation_in(folder: Path) -> Iterator[Path]:
             is_wanted = plain.endswith(SUFFIXES) and not plain.startswith(NO_DOCUMENTATION)
             if is_wanted and not file.is_symlink() and os.access(file, os.R_OK) and file.is_file():
                 yield file
+
+
+def _digest_of(file: Path) -> str:
+    """Of any size: one that is too long to be text still counts in the revision."""
+    kind = b"html:" if _is_html(file) else b"text:"
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.sha256(kind)).hexdigest()
 
 
 def _is_html(file: Path) -> bool:

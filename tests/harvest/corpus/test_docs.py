@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import tracemalloc
 from pathlib import Path
 
-from saemill.harvest.corpus.docs import DocsCorpus, html_to_text
+from saemill.harvest.corpus.docs import LARGEST_BYTES, DocsCorpus, html_to_text
 
 LONG = "Some words about a command that one may read. " * 10
 
@@ -53,3 +55,14 @@ def test_the_text_does_not_depend_on_where_files_lie(tmp_path: Path):
     assert here.revision == there.revision
     (tmp_path / "there" / "3" / "6.txt").write_text(LONG)
     assert DocsCorpus(tmp_path / "there").revision != here.revision
+
+
+def test_a_file_of_any_size_is_hashed_in_blocks(tmp_path: Path):
+    (tmp_path / "long.txt").write_bytes(b"x" * (2 * LARGEST_BYTES))
+    hashes = hashlib.sha256(b"text:" + b"x" * (2 * LARGEST_BYTES)).hexdigest()
+    tracemalloc.start()
+    try:
+        assert DocsCorpus(tmp_path).revision == f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"
+        assert tracemalloc.get_traced_memory()[1] < LARGEST_BYTES
+    finally:
+        tracemalloc.stop()
