@@ -82,6 +82,11 @@ class HarvestConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingInvalid(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
+        if self.batch_windows is not None and self.batch_windows > self.shard_windows:
+            raise SettingInvalid(
+                f"--batch-windows {self.batch_windows}: expected at most --shard-windows ({self.shard_windows}), as no "
+                "batch is larger than its shard. Lower it or leave it out, or give larger shards"
+            )
         if not 0 < self.attention_mass <= 1:
             raise SettingInvalid(f"--attention-mass: expected more than 0 and at most 1, found {self.attention_mass}")
         if self.attention_topk < 1:
@@ -94,7 +99,7 @@ class HarvestConfig:
 
     def windows_per_batch(self, d_model: int) -> int:
         tokens = SMALL_BATCH_TOKENS if d_model <= SMALL_WIDTH else BATCH_TOKENS
-        return self.batch_windows or max(1, tokens // self.context)
+        return self.batch_windows or max(1, min(tokens // self.context, self.shard_windows))
 
 
 def parse_count(text: str) -> int:

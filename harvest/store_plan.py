@@ -26,6 +26,7 @@ from .spool import PackedCorpus
 
 DEFAULT_TOKENS = 10_000_000
 TEST = "test_per_mille"
+BATCH = "batch_windows"
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:
 
 def corpus_spec(plan: Plan, name: str, revision: str | None, settings: dict[str, Any]) -> CorpusSpec:
     """The corpus with everything that decides windows and batches."""
-    decided = {"tokens": plan.tokens, "batch_windows": plan.windows_per_batch}
+    batch = plan.config.batch_windows or settings.get(BATCH) or plan.windows_per_batch
+    decided = {"tokens": plan.tokens, BATCH: batch}
     return CorpusSpec(name, revision, plan.config.packing, settings | decided)
 
 
@@ -155,7 +157,7 @@ def settings_of_new(plan: Plan, settings: dict[str, Any], part: str | None = Non
 
 def settings_of_begun(settings: dict[str, Any], found: Manifest) -> dict[str, Any]:
     """The corpus's own settings, and what was decided when the store was begun, whatever would be decided today."""
-    return settings | {key: found.corpus.settings[key] for key in (TEST, PART) if key in found.corpus.settings}
+    return settings | {key: found.corpus.settings[key] for key in (TEST, PART, BATCH) if key in found.corpus.settings}
 
 
 def make_manifest(plan: Plan, corpus: CorpusSpec, windows: int, splits: dict[str, tuple[int, int]]) -> Manifest:

@@ -74,6 +74,7 @@ def test_workers_that_are_none(text):
         {"context": 1},
         {"shard_windows": 0},
         {"batch_windows": 0},
+        {"batch_windows": 9, "shard_windows": 8},
         {"attention_mass": 0.0},
         {"attention_mass": 1.1},
         {"attention_topk": 0},

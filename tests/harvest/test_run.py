@@ -414,6 +414,25 @@ def test_a_store_keeps_the_tests_it_was_begun_with(make_config: Make, monkeypatc
             assert store.manifest.corpus.settings.get("test_per_mille", 40) == begun
 
 
+def test_no_batch_is_said_to_be_larger_than_its_shard(make_config: Make, monkeypatch):
+    """A store that says so, as they did, goes on all the same where no other number is asked for."""
+
+    def batch_of(config: HarvestConfig) -> int:
+        watch = Watch(is_quiet=True)
+        with run.begin_store(run.decide(config, watch), Process(torch.device("cpu"), Worker()), watch) as writer:
+            return writer.manifest.corpus.settings["batch_windows"]
+
+    config = make_config(shard_windows=8, batch_windows=None)
+    assert batch_of(config) == 8
+    before = replace(config, out=f"{config.out}_before")
+    with monkeypatch.context() as patch:
+        patch.setattr(HarvestConfig, "windows_per_batch", lambda *_: 64)
+        assert batch_of(before) == 64
+    assert batch_of(before) == 64
+    with pytest.raises(StoreMismatch, match="batch_windows"):
+        batch_of(replace(before, batch_windows=8))
+
+
 def test_a_corpus_that_comes_in_part_is_named_as_one(make_config: Make, text_file, monkeypatch):
     source = DatasetOptions("owner/name")
     corpus = HubCorpus(
