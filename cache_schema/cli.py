@@ -91,7 +91,7 @@ def watch(url: str, every: float) -> None:
             for found in follow(url, every):
                 click.echo(str(found))
             return
-        with Progress(BarColumn(), TextColumn("{task.description}"), console=console) as progress:
+        with Progress(BarColumn(), TextColumn("{task.description}", markup=False), console=console) as progress:
             task = progress.add_task("", total=None)
             for found in follow(url, every):
                 progress.update(task, total=found.shards, completed=found.committed, description=str(found))

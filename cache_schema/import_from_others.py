@@ -106,13 +106,14 @@ def _splits(source: Source, settings: ImportSettings) -> dict[str, tuple[int, in
     if len(starts) <= (validation > 0) + (test > 0):  # too few for all splits: documents are cut
         starts = np.arange(windows)
 
-    def border(left: int, before: int) -> int:
-        """The start of a document that leaves about so many windows behind it, before another border."""
-        here = starts[starts < before]
+    def border(left: int, behind: int, before: int) -> int:
+        """The start of a document that leaves about so many windows behind it, between two others."""
+        here = starts[(starts > behind) & (starts < before)]
         return int(here[np.abs(here - (windows - left)).argmin()]) if len(here) else 0
 
-    seen = border(test, windows) if test else windows
-    train = border(validation + test, seen) if validation else seen
+    first = int(starts[1]) if validation and test else 0  # what is before it is to train on
+    seen = border(test, first, windows) if test else windows
+    train = border(validation + test, 0, seen) if validation else seen
     if train < 1:
         raise ImportInvalid(f"{windows} windows with shares {shares} leave no window to train on")
     return {"train": (0, train), "validation": (train, seen), "test": (seen, windows)}

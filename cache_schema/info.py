@@ -64,6 +64,7 @@ def facts(store: Store) -> dict[str, Any]:
         "tokens_by_split": {name: (stop - start) * manifest.context for name, (start, stop) in manifest.splits.items()},
         "shards": manifest.shards,
         "shards_committed": int(store.committed.sum()),
+        "shards_indexed": int(indexed.sum()),
         "bytes": sum(index.bytes.values()),
         "bytes_per_token": {path: size / max(tokens, 1) for path, size in sorted(index.bytes.items())},
         "attention_kept_mass": {layer: totals.kept_mass for layer, totals in sorted(index.attention.items())},
@@ -121,7 +122,7 @@ def describe_lines(facts: dict[str, Any]) -> dict[str, str]:
     """What it is, in words: a line for each property."""
     revision = f" at {facts['revision']}" if facts["revision"] else ""
     bundled = " (the small bundled model, not Gemma-2-2B)" if facts["model"] == BUNDLED else ""
-    unfinished = facts["shards"] - facts["shards_committed"]
+    unfinished, indexed = facts["shards"] - facts["shards_committed"], facts["shards_indexed"]
     lines = {
         "cache id": facts["cache_id"],
         "model": f"{facts['model']}{bundled}{revision}, {facts['dtype']}, width {facts['d_model']:,}",
@@ -134,7 +135,8 @@ def describe_lines(facts: dict[str, Any]) -> dict[str, str]:
         "tokens": ", ".join(f"{name} {count:,}" for name, count in facts["tokens_by_split"].items()),
         "shards": f"{facts['shards_committed']:,} of {facts['shards']:,} committed"
         + (f" ({unfinished:,} to go: the same harvest goes on)" if unfinished else ""),
-        "size": f"{say_size(facts['bytes'])}, codec {facts['codec']}",
+        "size": f"{say_size(facts['bytes'])}, codec {facts['codec']}"
+        + (f", of the {indexed:,} shards in the index" if indexed < facts["shards_committed"] else ""),
     }
     return lines | ({"computed on": "; ".join(facts["computed_on"])} if facts["computed_on"] else {})
 
@@ -145,7 +147,7 @@ def _size_table(facts: dict[str, Any]) -> list[RenderableType]:
         column.justify = "right"
     total = sum(facts["bytes_per_token"].values())
     for path, size in facts["bytes_per_token"].items():
-        table.add_row(path, f"{size:,.1f}", f"{size / max(total, 1e-9):.1%}")
+        table.add_row(Text(path), f"{size:,.1f}", f"{size / max(total, 1e-9):.1%}")
     table.add_section()
     table.add_row("all", f"{total:,.1f}", "")
     return [table] if facts["bytes_per_token"] else []

@@ -7,7 +7,7 @@ from typing import Any
 
 from .commits import decode_json
 from .disk_and_cloud_files import Files
-from .errors import ManifestInvalid, StoreMissing
+from .errors import ManifestInvalid, StoreMismatch, StoreMissing
 from .identity import cache_id
 from .layout import ROOT, ArrayLayout, array_document_key, arrays_of, parse_array_document
 from .manifest import Manifest, read_manifest
@@ -21,6 +21,25 @@ class Root:
 
     manifest: Manifest
     arrays: dict[str, ArrayLayout | None]
+
+    @property
+    def cut_anew(self) -> list[str]:
+        """Arrays that another tool has given other chunks or codecs."""
+        ours = arrays_of(self.manifest)
+        return [
+            path
+            for path, layout in self.arrays.items()
+            if layout is None or (layout.chunks, layout.codec) != (ours[path].chunks, ours[path].codec)
+        ]
+
+
+def require_writable(url: str, root: Root) -> None:
+    """Shards are written as this package cuts them: nobody could read them beside arrays that are cut otherwise."""
+    if paths := root.cut_anew:
+        raise StoreMismatch(
+            f"{url}: another tool has cut {', '.join(paths)} anew, so that the store can be read but not written. "
+            "Harvest or import into another folder"
+        )
 
 
 def read_root(files: Files) -> Root:

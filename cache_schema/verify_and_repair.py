@@ -14,11 +14,21 @@ from .counts import count_all, read_counts
 from .digest import array_digest, store_digest
 from .disk_and_cloud_files import Files, open_files
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError, StoreUnreachable
-from .layout import BEGINNING, COUNTS, INDEX, SUMMARY, attention_path, documents_of, moments_path, scales_path
+from .layout import (
+    BEGINNING,
+    COUNTS,
+    INDEX,
+    SUMMARY,
+    array_document_key,
+    attention_path,
+    documents_of,
+    moments_path,
+    scales_path,
+)
 from .moments import to_line
 from .reader import Store
 from .request import Request, ShardArrays, Span
-from .root import read_root
+from .root import read_root, require_writable
 from .shard_claims import open_claims
 from .sites import Site
 from .summary import read_summary
@@ -93,7 +103,10 @@ def _is_wrong(read: Callable[[], object], derive: Callable[[], object]) -> bool:
 def repair(url: str, damaged: list[int], wrong: Sequence[str] = ()) -> None:
     """Make damaged shards uncommitted, so that a harvest writes them again, and derive anew what is wrong or lacks."""
     files = open_files(url)
-    manifest = read_root(files).manifest
+    root = read_root(files)
+    manifest = root.manifest
+    if damaged:
+        require_writable(files.url, root)
     claims = open_claims(files)
     try:
         for shard in damaged:
@@ -116,16 +129,17 @@ def repair(url: str, damaged: list[int], wrong: Sequence[str] = ()) -> None:
 def drop_broken_derived(url: str) -> list[str]:
     """Remove index, counts and summary where they cannot be read, rewrite array documents; return what was mended."""
     files = open_files(url)
-    manifest = read_root(files).manifest
-    mended = []
+    root = read_root(files)
+    manifest, mended = root.manifest, []
     for key, read in ((INDEX, read_index), (SUMMARY, read_summary), (COUNTS, read_counts)):
         try:
             read(files, manifest)
         except ManifestInvalid:
             files.remove(key)
             mended.append(key)
+    kept = {array_document_key(path) for path in root.cut_anew}
     for key, data in documents_of(manifest).items():
-        if _content(files, key) != data:
+        if key not in kept and _content(files, key) != data:
             files.replace(key, data)
             mended.append(key)
     return mended

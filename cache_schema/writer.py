@@ -41,7 +41,7 @@ from .layout import BEGINNING, COUNTS, ROOT, ArrayLayout, arrays_of, documents_o
 from .manifest import Manifest, require_same
 from .moments import Moments, merge
 from .reader import Store
-from .root import read_root
+from .root import read_root, require_writable
 from .shard_claims import CREATION, open_claims
 from .sites import RESID, Site
 from .summary import LayerSummary, Summary, read_summary, summarise, write_summary
@@ -80,7 +80,9 @@ class StoreWriter:
     def open(cls, url: str | os.PathLike[str]) -> StoreWriter:
         """Continue a store that was started before."""
         files = open_files(url)
-        return cls(files, read_root(files).manifest)
+        root = read_root(files)
+        require_writable(files.url, root)
+        return cls(files, root.manifest)
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -170,7 +172,9 @@ class StoreWriter:
             )
         try:
             if self.files.exists(ROOT):
-                require_same(self.files.url, read_root(self.files).manifest, self.manifest)
+                root = read_root(self.files)
+                require_same(self.files.url, root.manifest, self.manifest)
+                require_writable(self.files.url, root)
             else:
                 self._write_beginning(tokens, documents)
         finally:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import random
+import re
 import shutil
 import stat
 import tempfile
@@ -39,7 +41,8 @@ from .store_plan import (
     settings_of_new,
 )
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5  # at first; it doubles
+LONGEST_POLL_SECONDS = 30.0
 WAIT_SECONDS = 12 * 3600
 LOCK_FILE = "lock"
 WORTH_TELLING = 10  # per mille of the documents: so many more than needed are for tests
@@ -128,25 +131,40 @@ def require_ours(plan: Plan, found: Manifest, url: str) -> None:
 def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
     """What the corpus of a store must say if it is ours. A remote one stays pinned without being asked for."""
     options, recorded, pinned = plan.corpus, found.corpus, source_of(plan.corpus).pinned
-    if pinned and options.dataset == recorded.id and options.revision in (None, recorded.revision):
+    if pinned and options.dataset == recorded.id and not _names_another_commit(options.revision, recorded.revision):
         return corpus_spec(plan, recorded.id, recorded.revision, settings_of_begun(pinned(options), found))
     corpus = open_corpus(options)
     return corpus_spec(plan, corpus.id, corpus.revision, settings_of_begun(corpus.settings, found))
 
 
+def _names_another_commit(revision: str | None, recorded: str) -> bool:
+    """A branch was looked up when the store was begun: it may have moved since, and there may be no network."""
+    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None and revision != recorded
+
+
 def wait_for_tokens(files: Files, watch: Watch) -> None:
     """Until the first worker has written them all."""
-    if files.exists(ROOT):
+    if _has_root(files):
         return
     watch.say(f"waiting for worker 1 to write the tokens of {files.url}")
-    end = time.monotonic() + WAIT_SECONDS
-    while not files.exists(ROOT):
+    end, pause = time.monotonic() + WAIT_SECONDS, POLL_SECONDS
+    while not _has_root(files):
         if time.monotonic() > end:
             raise TokensMissing(
                 f"waited {WAIT_SECONDS // 3600} hours for the first worker to write the tokens of {files.url}. "
                 "Start worker 1 (or rank 0), then this one again"
             )
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause * random.uniform(0.5, 1.0))  # thousands of workers may wait for one object
+        pause = min(2 * pause, LONGEST_POLL_SECONDS)
+
+
+def _has_root(files: Files) -> bool:
+    """By one request: to ask an object store whether a key exists lists keys as well."""
+    try:
+        files.read(ROOT)
+    except KeyError:
+        return False
+    return True
 
 
 def _spool_folder(files: Files) -> Path:

@@ -22,6 +22,20 @@ HarvestError
 └── ModelDiffers            another model than the one that a store was begun with
 """
 
+from huggingface_hub.errors import StrictDataclassError
+
+# What transformers raises over files whose fields make no model and no tokenizer.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    StrictDataclassError,
+)
+
 
 class HarvestError(Exception):
     """Any condition that ends a harvest with one clear message."""

@@ -46,6 +46,11 @@ def open_process(device: str, worker: Worker) -> Iterator[Process]:
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
+    if device not in ("auto", state.device.type):
+        raise SettingInvalid(
+            f"--device {device}: the launch gave this process {state.device.type}. "
+            "Look at CUDA_VISIBLE_DEVICES and at what was given to the launcher, or take --device auto"
+        )
     index = worker.index * state.num_processes + state.process_index
     try:
         shared = Worker(index, worker.count * state.num_processes)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ...cache_schema.disk_and_cloud_files import FULL_DISK
 from ..errors import CorpusUnavailable, DocumentInvalid, NetworkLost
 from ..network import NETWORK_ERRORS, load_dataset
 from .source import DatasetOptions, Source, State, cell_text
@@ -201,6 +203,8 @@ def _refuse_what_stays(dataset: str, error: Exception, documents: int) -> None:
         _refuse(
             dataset, error, "check the id and the revision, accept its terms on the hub, and log in (`hf auth login`)"
         )
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, *FULL_DISK):
+        _refuse(dataset, error, "files are kept under HF_HOME: make room there, or name a folder that can be written")
     if _is_damage(error):
         raise CorpusUnavailable(
             f"data set {dataset} is damaged after document {documents:,} ({error}). "

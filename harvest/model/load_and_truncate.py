@@ -25,7 +25,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...cache_schema.sites import RESID, Site
-from ..errors import ContextTooLong, DeviceFull, LayerOutOfRange, ModelUnavailable, SettingInvalid, WeightsIncomplete
+from ..errors import (
+    UNREADABLE,
+    ContextTooLong,
+    DeviceFull,
+    LayerOutOfRange,
+    ModelUnavailable,
+    SettingInvalid,
+    WeightsIncomplete,
+)
 from .architectures import Tap, architecture_of, cut, require_parts
 from .attention import ATTENTION, register_attention
 
@@ -209,7 +217,10 @@ def _read_config(folder: Path) -> PretrainedConfig:
     architecture_of(_read_json(folder / CONFIG_FILE).get("model_type"))
     from transformers import AutoConfig  # here: it takes seconds to import
 
-    return AutoConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except UNREADABLE as error:
+        raise ModelUnavailable(f"{folder / CONFIG_FILE} cannot be read ({error}); fetch the model again") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import TokenizerUnsuitable
+from ..errors import UNREADABLE, TokenizerUnsuitable
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def load_encoder(source: str | Path) -> TextEncoder:
             source,
             trust_remote_code=False,  # left open, it asks at a terminal whether to run a folder's code
         )
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise TokenizerUnsuitable(
             f"{source} has no tokenizer that can be loaded ({error}). Save one beside the model "
             "with `tokenizer.save_pretrained`"

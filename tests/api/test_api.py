@@ -27,6 +27,7 @@ from saemill.cache_schema.sources import NumpySource
 from saemill.evaluate.cli import main as sae_eval
 from saemill.evaluate.errors import TargetUnknown
 from saemill.harvest.cli import main as sae_harvest
+from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.train.cli import main as sae_train
 from saemill.train.errors import ConfigInvalid, RunMissing
 
@@ -234,8 +235,9 @@ def test_every_python_snippet_of_the_pages_runs(tmp_path: Path, monkeypatch: pyt
     """On a small part of the text; the one that makes the store first."""
     monkeypatch.chdir(tmp_path)
     found = {code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL)}
-    snippets = sorted(found, key=lambda code: ("harvest(" not in code, "stream(" not in code))
-    assert len(snippets) == 3
+    order = ("harvest(", "stream(", "register_forward_hook(")
+    snippets = sorted(found, key=lambda code: tuple(word not in code for word in order))
+    assert len(snippets) == 4
     small = {
         '"300k"': '"6k"',
         "4096": "512",
@@ -249,10 +251,19 @@ def test_every_python_snippet_of_the_pages_runs(tmp_path: Path, monkeypatch: pyt
         for word, shorter in small.items() if is_first else ():
             assert word in code
             code = code.replace(word, shorter)
-        exec(code, names)
-    made, read, loaded = spaces
+        exec(code.replace("google/gemma-2-2b", str(MODEL_FOLDER)), names)
+    made, read, inside, loaded = spaces
     assert isinstance(made["store"], Store) and made["run"].saes == ("topk",) and len(made["table"].rows) == 1
     assert loaded["x_hat"].shape == (3, 128)
+    seen: list[torch.Tensor] = []
+    inside["model"].model.layers[19].register_forward_hook(lambda module, args, x: seen.append(x))
+    with torch.no_grad():
+        inside["model"](torch.arange(300)[None])
+        inside["handle"].remove()
+        inside["model"](torch.arange(300)[None])
+        fires = loaded["sae"].encode(seen[1])[..., 12] > 0
+    is_changed = (seen[0] != seen[1]).any(-1)  # the model's bfloat16 may swallow what is small
+    assert is_changed.any() and not is_changed[~fires].any()
     for part in made["store"].stream(read["request"]):
         attention = part.attention[17]
         assert attention.to_scipy().nnz == attention.entries

@@ -15,7 +15,7 @@ import pytest
 import zarr
 from scipy.sparse import csr_matrix
 
-from saemill.cache_schema import Request, Site, Store, compression, strict_json
+from saemill.cache_schema import Request, Site, Store, StoreMismatch, StoreWriter, compression, strict_json
 from saemill.cache_schema import layout as layouts
 from saemill.cache_schema import manifest as manifests
 from saemill.cache_schema.chunks import plan_reads, read_chunk
@@ -23,6 +23,7 @@ from saemill.cache_schema.compression import decode, encode
 from saemill.cache_schema.disk_and_cloud_files import open_files
 from saemill.cache_schema.layout import ArrayLayout, arrays_of, is_line
 from saemill.cache_schema.manifest import Codec
+from saemill.cache_schema.verify_and_repair import drop_broken_derived, repair, verify_shards
 
 CODECS = get_args(Codec)
 
@@ -161,6 +162,23 @@ def test_arrays_cut_anew_by_another_tool_are_read_too(synthetic, tmp_path, chunk
         for span in store.spans(request):
             found = store.read(request, span).resid[3]
             np.testing.assert_array_equal(found, corpus.resid[3][span.start : span.stop])
+
+
+def test_arrays_cut_anew_by_another_tool_are_left_as_they_are(synthetic, tmp_path):
+    """Repair finds nothing to mend, and nobody writes shards that would be cut in another way."""
+    manifest = synthetic.make_manifest()
+    corpus = synthetic.write_store(tmp_path, manifest, shards=range(5))
+    rewrite_residuals(tmp_path, corpus.resid[3], 3)
+    assert drop_broken_derived(str(tmp_path)) == []
+    with Store.open(tmp_path) as store:
+        assert not any(report.damage for report in verify_shards(store))
+    for write in (
+        lambda: StoreWriter.open(tmp_path),
+        lambda: StoreWriter.create(tmp_path, manifest, corpus.tokens, corpus.documents),
+        lambda: repair(str(tmp_path), [0]),
+    ):
+        with pytest.raises(StoreMismatch, match=r"cut resid/layer_3 anew, .* can be read but not written"):
+            write()
 
 
 def rewrite_residuals(folder, values: np.ndarray, chunks: int) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -399,6 +400,21 @@ def test_counts_that_are_none_are_damage_though_their_checksum_is_right(store: P
     (store / "stats/summary.json").unlink()
     with Store.open(store) as opened, pytest.raises(ShardCorrupt, match="array stats/layer_4: expected whole"):
         opened.moments(4)
+
+
+@pytest.mark.parametrize("windows", [(970, 10, 10, 10), (97, 2, 1), (1, 1, 98), (50, 50), (100,)])
+def test_an_import_is_split_wherever_documents_allow_it(windows: tuple[int, ...]) -> None:
+    source = SimpleNamespace(document_of=np.repeat(range(len(windows)), windows), windows=sum(windows))
+    splits = import_from_others._splits(source, import_from_others.ImportSettings("m"))
+    starts = [0, *np.cumsum(windows)]
+    for begin, end in splits.values():
+        assert begin < end and (len(windows) < 3 or {begin, end} <= set(starts))
+
+
+def test_sizes_say_of_which_shards_they_are_while_the_index_lags(store: Path) -> None:
+    (store / "commits/index.json").unlink()
+    assert ", of the 0 shards in the index" in " ".join(run("info", store).output.split())
+    assert json.loads(run("info", store, "--json").output)["shards_indexed"] == 0
 
 
 def test_repair_removes_only_what_is_damaged(store: Path) -> None:

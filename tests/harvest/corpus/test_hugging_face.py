@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +68,14 @@ def test_a_network_that_stays_away_stops_resumable(parquet):
     with pytest.raises(NetworkLost, match=r"3 times in a row after 21 documents .*same command again"):
         list(corpus.documents())
     assert network.loads == 3
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_takes_no_files_is_no_lost_network(number, parquet):
+    network = Network(parquet, [21, 21, 21], error=OSError(number, os.strerror(number), "/cache"))
+    with pytest.raises(CorpusUnavailable, match="kept under HF_HOME: make room there"):
+        list(HubCorpus(SOURCE, "c0ffee", network.load, waits=(0, 0)).documents())
+    assert network.loads == 1
 
 
 def test_reading_goes_on_from_a_saved_state(parquet):

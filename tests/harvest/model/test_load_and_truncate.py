@@ -171,6 +171,19 @@ def test_code_that_comes_with_a_tokenizer_is_refused_and_nobody_is_asked(tmp_pat
         load_encoder(tmp_path)
 
 
+def test_files_whose_fields_are_no_model_and_no_tokenizer(tmp_path):
+    config = json.loads((MODEL_FOLDER / "config.json").read_text()) | {"num_hidden_layers": "26"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelUnavailable, match=r"config\.json cannot be read"):
+        read_facts(tmp_path)
+    tokenizer = json.loads((MODEL_FOLDER / "tokenizer.json").read_text())
+    del tokenizer["added_tokens"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "config.json").write_bytes((MODEL_FOLDER / "config.json").read_bytes())
+    with pytest.raises(TokenizerUnsuitable, match="no tokenizer that can be loaded"):
+        load_encoder(tmp_path)
+
+
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(ModelUnavailable, match=r"config\.json is missing; expected the folder"):
         read_facts(tmp_path)
