@@ -59,7 +59,7 @@ NEAR = 0.03  # where a coefficient is sought, the search ends here
 FACTOR = 3.0  # between learning rates
 COEFFICIENTS = {  # where the search for one begins
     "standard": {"ours": 0.2, "sae_lens": 5.0, "dictionary_learning": 0.17},
-    "gated": {"ours": 0.3, "sae_lens": 8.0, "dictionary_learning": 3.0},
+    "gated": {"ours": 0.3, "sae_lens": 8.0, "dictionary_learning": 0.3},
     "p_anneal": {"ours": 0.14, "dictionary_learning": 0.17},
     "jumprelu": {"sae_lens": 2.0},
     CROSS_LAYER: {"clt_forge": 0.2},
