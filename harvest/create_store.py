@@ -25,11 +25,11 @@ from ..cache_schema.layout import ROOT
 from ..cache_schema.manifest import PART, require_same
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests
 from .corpus import open_corpus, source_of
-from .corpus.source import part_of
+from .corpus.source import Corpus, part_of
 from .errors import SettingInvalid, TokensMissing
 from .process import Process
 from .progress import Watch
-from .spool import PackingJob, spool_corpus
+from .spool import PackingJob, spool_corpus, state_of_begun
 from .store_plan import (
     TEST,
     Plan,
@@ -88,20 +88,20 @@ def _require_folder(path: Path, url: str) -> None:
 
 def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
     """Tokenise, pack, and write the beginning of the store."""
-    corpus = open_corpus(plan.corpus)
+    folder = _spool_folder(files)
+    corpus = _corpus_of_begun(plan, folder) or open_corpus(plan.corpus)
     spec = corpus_spec(plan, corpus.id, corpus.revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
     if PART in spec.settings:
         watch.say(f"corpus: {corpus.id} can be streamed only in part ({spec.settings[PART]}); the store says so")
     context, total = plan.config.context, plan.windows * plan.config.context
     job = PackingJob(plan.windows, context, plan.config.packing, spec.settings.get(TEST, PER_MILLE["test"]))
-    folder = _spool_folder(files)
     doing = f"tokenising into {folder}"  # the store names a full disk by itself; this is for what comes before it
     with name_full_disk(doing), _locked(folder), watch.stage("tokenising", total, stays=True) as stage:
 
         def report(windows: int, documents: int) -> None:
             stage.reach(windows * context, f"{documents:,} documents")
 
-        spool, packed = spool_corpus(corpus, plan.encoder, job, folder, report)
+        spool, packed = spool_corpus(corpus, plan.encoder, job, folder, report, watch.say)
         if len(packed.tokens) < plan.windows:
             watch.say(tell_shortage(plan.windows, len(packed.tokens), context, job.test_per_mille))
         require_known_tokens(packed.tokens, plan.facts)
@@ -109,6 +109,14 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
         del packed
         spool.remove()
     return writer
+
+
+def _corpus_of_begun(plan: Plan, folder: Path) -> Corpus | None:
+    """What tokenising was begun with: hours of it would be of no use once a name on the hub means another commit."""
+    if not folder.exists():
+        return None
+    _require_own(folder)
+    return source_of(plan.corpus).open_again(plan.corpus, state_of_begun(folder))
 
 
 def tell_shortage(asked: int, filled: int, context: int, test: int) -> str:
@@ -137,7 +145,7 @@ def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
     return corpus_spec(plan, corpus.id, corpus.revision, settings_of_begun(corpus.settings, found))
 
 
-def _names_another_commit(revision: str | None, recorded: str) -> bool:
+def _names_another_commit(revision: str | None, recorded: str | None) -> bool:
     """A branch was looked up when the store was begun: it may have moved since, and there may be no network."""
     return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None and revision != recorded
 

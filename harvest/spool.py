@@ -26,7 +26,7 @@ import numpy as np
 
 from ..cache_schema.disk_and_cloud_files import sync
 from ..cache_schema.splits import PER_MILLE, share_windows, split_of
-from .corpus.source import Corpus
+from .corpus.source import Corpus, State
 from .cut_windows import Packer, Packing
 from .errors import CorpusEmpty, NetworkLost, SplitEmpty
 from .model.tokenizer import TextEncoder
@@ -34,6 +34,7 @@ from .model.tokenizer import TextEncoder
 BATCH_CHARACTERS = 2_000_000
 CHECKPOINT_SECONDS = 10.0
 ARRAYS = ("tokens", "documents")
+CHECKPOINT = "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Spool:
         self.counts = dict.fromkeys(self.quotas, 0)
         self.documents = 0
         self.has_text = False
+        self.starts_anew = False  # though there is something, of other text or settings
         self._packers = {name: Packer(job.context, bos, job.packing) for name in self.quotas}
         self._fingerprint = fingerprint | asdict(job)
 
@@ -80,6 +82,7 @@ class Spool:
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = self._read_checkpoint()
         if checkpoint is None:
+            self.starts_anew = self._checkpoint.exists()
             # It may be another job's, for whose text these files would pass.
             self._checkpoint.unlink(missing_ok=True)
             sync(self.folder)
@@ -154,7 +157,7 @@ class Spool:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.folder / "checkpoint.json"
+        return self.folder / CHECKPOINT
 
     def _keys(self) -> Iterator[tuple[str, str]]:
         return ((split, array) for split in self.quotas for array in ARRAYS)
@@ -163,20 +166,33 @@ class Spool:
         return self.folder / f"{split}.{array}.u32"
 
 
+def state_of_begun(folder: Path) -> State:
+    """Where the corpus stood at the last checkpoint of a job, whichever; empty where none can be read."""
+    try:
+        state = json.loads((folder / CHECKPOINT).read_text())["corpus"]
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
 def spool_corpus(
     corpus: Corpus,
     encoder: TextEncoder,
     job: PackingJob,
     folder: Path,
     report: Callable[[int, int], None] = lambda windows, documents: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Spool, PackedCorpus]:
-    """Tokenise and pack until all splits are full. `report` hears of windows packed and documents read."""
+    """Tokenise and pack until all splits are full. `report` hears of windows packed and documents read, `say` of what
+    is not gone on with."""
     fingerprint = {
         "corpus": [corpus.id, corpus.revision, corpus.settings],
         "tokenizer": [encoder.digest, encoder.bos_token],
     }
     spool = Spool(folder, job, encoder.bos_token, fingerprint)
     state = spool.resume()
+    if spool.starts_anew:
+        say(f"what was tokenised into {folder} before is of other text or settings: tokenising starts anew")
     report(sum(spool.counts.values()), spool.documents)
     if not spool.is_full:
         try:

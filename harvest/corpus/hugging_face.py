@@ -1,6 +1,7 @@
 """A corpus from the Hugging Face hub, streamed.
 
-1. Pin the revision to a commit, so that the text is the same tomorrow.
+1. Pin the revision to a commit, so that the text is the same tomorrow. A state says which it is, so that what was
+   begun goes on with it.
 2. A repository whose data come by way of a script is read through its parquet conversion instead: nothing
    that was downloaded is ever run.
 3. When the network is lost, wait and go on behind the last document, a bounded number of times. What waiting
@@ -13,7 +14,8 @@ import errno
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 from huggingface_hub.errors import (
@@ -64,9 +66,11 @@ class HubCorpus:
         load: Callable[[], Any],
         waits: Sequence[float] = WAITS_SECONDS,
         part: str | None = None,
+        files: tuple[str, ...] = (),
     ) -> None:
         self.id = source.dataset
         self.part = part
+        self.files = files
         self.revision = commit
         self._source = source
         self._load = load
@@ -85,7 +89,8 @@ class HubCorpus:
             yield self._text(row)
 
     def state(self) -> State:
-        return {"documents": self._read, "stream": self._position}
+        pinned = asdict(Repository(self.id, self.revision, self.files, self.part))
+        return {"documents": self._read, "stream": self._position, "options": asdict(self._source), "pinned": pinned}
 
     def _stream(self) -> Iterator[dict[str, Any]]:
         """Rows from where we are, over any number of broken connections but not too many in a row."""
@@ -141,7 +146,20 @@ def open_hub(source: DatasetOptions) -> HubCorpus:
     except NETWORK_ERRORS as error:
         _refuse_what_stays(source.dataset, error, 0)
         _refuse(source.dataset, error, "check the network, or use a local file or `--dataset stdlib`")
-    return HubCorpus(source, repository.commit, lambda: _load(source, repository), part=repository.part)
+    return _corpus_of(source, repository)
+
+
+def open_again(source: DatasetOptions, state: State) -> HubCorpus | None:
+    """The data set at the commit that a state was taken of, where all that a user says about it is the same."""
+    if state.get("options") != asdict(source):
+        return None
+    kept = state["pinned"]
+    return _corpus_of(source, Repository(**{**kept, "files": tuple(kept["files"])}))
+
+
+def _corpus_of(source: DatasetOptions, repository: Repository) -> HubCorpus:
+    load = partial(_load, source, repository)
+    return HubCorpus(source, repository.commit, load, part=repository.part, files=repository.files)
 
 
 def find_repository(source: DatasetOptions, api: Any = None) -> Repository:
@@ -222,4 +240,11 @@ def _refuse(dataset: str, error: Exception, remedy: str) -> NoReturn:
     raise CorpusUnavailable(f"data set {dataset} cannot be reached ({error}): {remedy}") from error
 
 
-SOURCE = Source(help="a data set's id on the hub", takes=lambda _: True, open=open_hub, rank=2, pinned=settings_of)
+SOURCE = Source(
+    help="a data set's id on the hub",
+    takes=lambda _: True,
+    open=open_hub,
+    rank=2,
+    pinned=settings_of,
+    open_again=open_again,
+)

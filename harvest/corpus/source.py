@@ -97,6 +97,9 @@ class Source:
     """Of what may be said beside --dataset; the rest is refused where a user says it."""
     pinned: Callable[[DatasetOptions], dict[str, Any]] | None = None
     """Of a remote corpus: its `settings` without asking for it, so that a store goes on while it is out of reach."""
+    open_again: Callable[[DatasetOptions, State], Corpus | None] = lambda *_: None
+    """Of a remote corpus: the text that a state was taken of, whatever its name means by now; None where the user asks
+    for another, or no state of it was kept."""
 
 
 def part_of(corpus: Corpus) -> str | None:

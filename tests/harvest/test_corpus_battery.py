@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -118,6 +119,22 @@ def test_it_goes_on_from_its_state(name, options, stop):
     state = json.loads(json.dumps(found.state()))
     rest = open_corpus(options).documents(state if stop else None)
     assert head + list(islice(rest, 10 - stop)) == whole
+
+
+@EACH
+def test_what_was_begun_is_the_same_text_where_it_is_opened_again(name, options):
+    """That only a remote corpus needs; and where another is asked for, it is not what was begun."""
+    found, open_again = open_corpus(options), sources()[name].open_again
+    whole = list(islice(found.documents(), 10))
+    list(islice(found.documents(), 3))
+    state = json.loads(json.dumps(found.state()))
+    again = open_again(options, state)
+    assert (again is None) == (sources()[name].pinned is None)
+    if again is not None:
+        assert list(islice(again.documents(state), 7)) == whole[3:]
+        for attribute in ("id", "revision", "settings", "part", "files"):
+            assert getattr(again, attribute) == getattr(found, attribute)
+    assert open_again(options, {}) is open_again(replace(options, column="body"), found.state()) is None
 
 
 @EACH

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast, get_args
@@ -44,7 +45,8 @@ from saemill.cache_schema.stored_dtypes import SmallDtype
 from saemill.cache_schema.verify_and_repair import digest, repair, verify_shards
 from saemill.harvest import create_store, run, shards, store_plan
 from saemill.harvest.config import HarvestConfig, Worker
-from saemill.harvest.corpus.hugging_face import HubCorpus
+from saemill.harvest.corpus import hugging_face
+from saemill.harvest.corpus.hugging_face import HubCorpus, Repository
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SettingInvalid, SplitEmpty
@@ -868,6 +870,28 @@ def test_a_large_corpus_of_the_hub_is_not_read_for_a_disk_that_cannot_hold_it(ma
     source = DatasetOptions("owner/name")
     with pytest.raises(StoreFull, match="needs 4[0-9]{2}"):
         harvest(make_config(corpus=source, tokens=10**10))
+
+
+def test_a_corpus_of_the_hub_is_pinned_from_the_first_checkpoint(make_config: Make, text_file, monkeypatch, capsys):
+    """The hub's commit is another at each start; who asks for a branch that was not meant begins anew, and is told."""
+    commits = iter(["first", "second", "third"])
+    monkeypatch.setattr(hugging_face, "find_repository", lambda _: Repository("owner/name", next(commits)))
+    rows = partial(load_dataset, "text", data_files=str(text_file), split="train", streaming=True)
+    monkeypatch.setattr(hugging_face, "load_dataset", lambda *_, **__: rows())
+    source = DatasetOptions("owner/name")
+    for again, revision, is_anew in [(source, "first", False), (replace(source, revision="dev"), "third", True)]:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Spool, "join", interrupt)
+            harvest(make_config(corpus=source))
+        run.harvest(make_config(corpus=again))
+        with Store.open(make_config().out) as store:
+            assert store.manifest.corpus.revision == revision
+        assert ("of other text or settings: tokenising starts anew" in capsys.readouterr().err) == is_anew
+        shutil.rmtree(make_config().out)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_corpus_of_the_hub_is_pinned_by_the_store(make_config: Make, text_file, monkeypatch):
