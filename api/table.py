@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..evaluate.context.results import Row
-from ..evaluate.run.console_table import PIPE_WIDTH, document_of, heading, print_results
+from ..evaluate.context.results import Row, heading
+from ..evaluate.run.console_table import PIPE_WIDTH, document_of, print_results
 from . import notebook_html
 
 
@@ -45,4 +45,5 @@ class Table:
         return text.getvalue().rstrip()
 
     def _repr_html_(self) -> str:
-        return notebook_html.table(self.rows, notes=self.notes, heading=heading)
+        columns = dict.fromkeys(column for row in self.rows for column in row)
+        return notebook_html.table(self.rows, notes=self.notes, heading=lambda column: heading(column, columns))

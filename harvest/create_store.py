@@ -61,7 +61,7 @@ def begin_store(plan: Plan, process: Process, watch: Watch) -> StoreWriter:
         writer.close()
         raise
     if process.is_first:
-        _remove_leftover(_spool_folder(files))
+        _remove_leftover(spool_folder(files))
     watch.say(f"going on with the store at {files.url}")
     return writer
 
@@ -72,7 +72,7 @@ def require_place(files: Files) -> None:
         return
     _require_folder(files.root.absolute(), files.url)
     if not files.exists(ROOT):
-        _require_folder(_spool_folder(files), files.url)
+        _require_folder(spool_folder(files), files.url)
 
 
 def _require_folder(path: Path, url: str) -> None:
@@ -88,7 +88,7 @@ def _require_folder(path: Path, url: str) -> None:
 
 def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
     """Tokenise, pack, and write the beginning of the store."""
-    folder = _spool_folder(files)
+    folder = spool_folder(files)
     corpus = _corpus_of_begun(plan, folder) or open_corpus(plan.corpus)
     spec = corpus_spec(plan, corpus.id, corpus.revision, settings_of_new(plan, corpus.settings, part_of(corpus)))
     if PART in spec.settings:
@@ -175,7 +175,7 @@ def _has_root(files: Files) -> bool:
     return True
 
 
-def _spool_folder(files: Files) -> Path:
+def spool_folder(files: Files) -> Path:
     """Beside a local store; in the folder for temporary files where the store is remote."""
     if isinstance(files, LocalFiles):
         root = files.root.absolute()

@@ -46,14 +46,15 @@ def open_process(device: str, worker: Worker) -> Iterator[Process]:
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
-    if device not in ("auto", state.device.type):
-        raise SettingInvalid(
-            f"--device {device}: the launch gave this process {state.device.type}. "
-            "Look at CUDA_VISIBLE_DEVICES and at what was given to the launcher, or take --device auto"
-        )
     index = worker.index * state.num_processes + state.process_index
     try:
+        given = find_device(str(state.device))
+        if device not in ("auto", given.type):
+            raise SettingInvalid(
+                f"--device {device}: the launch gave this process {given.type}. "
+                "Look at CUDA_VISIBLE_DEVICES and at what was given to the launcher, or take --device auto"
+            )
         shared = Worker(index, worker.count * state.num_processes)
-        yield Process(find_device(str(state.device)), shared, speaks=state.process_index == 0, takes_rest=takes_rest)
+        yield Process(given, shared, speaks=state.process_index == 0, takes_rest=takes_rest)
     finally:
         state.destroy_process_group()

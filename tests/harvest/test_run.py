@@ -43,7 +43,8 @@ from saemill.cache_schema.shard_claims import HELD_TRIED, Claims, open_claims
 from saemill.cache_schema.splits import per_mille_for_tests
 from saemill.cache_schema.stored_dtypes import SmallDtype
 from saemill.cache_schema.verify_and_repair import digest, repair, verify_shards
-from saemill.harvest import create_store, run, shards, store_plan
+from saemill.harvest import create_store, estimate_cost, run, shards, store_plan
+from saemill.harvest import dry_run as dry_run_module
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus import hugging_face
 from saemill.harvest.corpus.hugging_face import HubCorpus, Repository
@@ -320,6 +321,14 @@ def test_a_device_by_number_is_not_for_each_process_of_a_launch(make_config: Mak
         harvest(make_config(device="cuda:1"))
 
 
+def test_a_launch_that_gives_another_device_than_was_asked_for_is_refused(make_config: Make, monkeypatch):
+    state = SimpleNamespace(device="cpu", num_processes=2, process_index=0, destroy_process_group=lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: state)
+    with pytest.raises(SettingInvalid, match="--device cuda: the launch gave this process cpu"):
+        harvest(make_config(device="cuda"))
+
+
 @pytest.fixture
 def chosen(model_folder, monkeypatch) -> list[Choice]:
     """What was fetched; every model has the files of the tiny one."""
@@ -571,7 +580,7 @@ def test_a_shard_whose_claim_was_lost_is_another_writers(make_config: Make, monk
 def test_a_folder_for_tokens_that_is_another_users_is_refused(tmp_path, monkeypatch):
     """In the folder for temporary files, where everybody may make one of that name."""
     monkeypatch.setattr(create_store.tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = create_store._spool_folder(open_files(f"memory://{tmp_path.name}"))
+    folder = create_store.spool_folder(open_files(f"memory://{tmp_path.name}"))
     with create_store._locked(folder):
         assert folder.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(create_store.os, "getuid", lambda: folder.stat().st_uid + 1)
@@ -870,6 +879,26 @@ def test_a_large_corpus_of_the_hub_is_not_read_for_a_disk_that_cannot_hold_it(ma
     source = DatasetOptions("owner/name")
     with pytest.raises(StoreFull, match="needs 4[0-9]{2}"):
         harvest(make_config(corpus=source, tokens=10**10))
+
+
+@pytest.mark.parametrize("command", [harvest, partial(dry_run, watch=Watch(is_quiet=True))])
+def test_tokens_of_a_store_elsewhere_are_not_read_for_a_folder_that_cannot_hold_them(
+    command, make_config: Make, tmp_path, monkeypatch
+):
+    """What an earlier start has left there is a part of it."""
+    monkeypatch.setattr(create_store.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(estimate_cost, "free_bytes_at", lambda _: 10**9)
+    for module in (create_store, dry_run_module):
+        monkeypatch.setattr(module, "open_corpus", lambda _: pytest.fail("was read"))
+    config = make_config(out="memory://elsewhere", corpus=DatasetOptions("owner/name"), tokens=10**8)
+    with pytest.raises(StoreFull, match=r"needs 1\.60 GB in .*\.spool, whose disk has 1\.00 GB .* Set TMPDIR"):
+        command(config)
+    folder = create_store.spool_folder(open_files(config.out))
+    folder.mkdir()
+    with (folder / "train.tokens.u32").open("wb") as file:
+        file.truncate(6 * 10**8)
+    with pytest.raises(pytest.fail.Exception, match="was read"):
+        command(config)
 
 
 def test_a_corpus_of_the_hub_is_pinned_from_the_first_checkpoint(make_config: Make, text_file, monkeypatch, capsys):
