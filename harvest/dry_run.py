@@ -27,6 +27,7 @@ from .cut_windows import Packer
 from .errors import CorpusEmpty
 from .estimate_cost import (
     Cost,
+    announce_tokens,
     cost_before,
     least_bytes,
     manifest_before,
@@ -98,6 +99,8 @@ def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
     with open_process(config.device, config.worker) as process:
         plan = decide(config, watch)
         is_begun = files.exists(ROOT)
+        if not is_begun:
+            announce_tokens(plan, files, watch)
         if plan.source.to_download is None:
             work, sample = _rest_of(plan, files) if is_begun else _whole(plan)
             cost = measure_cost(make_harvester(work.manifest, plan.source, process.device), sample)

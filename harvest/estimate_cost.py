@@ -27,14 +27,16 @@ from huggingface_hub import constants
 from ..cache_schema import AttentionSpec, Manifest, StoreFull, StoreWriter
 from ..cache_schema.commits import CommitRecord
 from ..cache_schema.compression import BLOSC_HEADER_BYTES, CHECKSUM_BYTES
-from ..cache_schema.disk_and_cloud_files import Files
+from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, free_bytes_at
 from ..cache_schema.identity import seal
 from ..cache_schema.in_words import say_size, say_time
 from ..cache_schema.layout import arrays_of, is_line
 from .corpus import source_of
+from .create_store import spool_folder
 from .model.load_and_truncate import Wanted, make_random, memory_of, truncate
 from .progress import Watch
 from .shards import Harvester, harvest_shards
+from .spool import BYTES_PER_TOKEN
 from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
 
 TIMED_BATCHES = 3
@@ -137,10 +139,29 @@ def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> No
     if source_of(plan.corpus).pinned:
         require_space(files.url, files.free_bytes(), least_bytes(manifest))
     watch.say(tell(plan, manifest, files.free_bytes()))
+    announce_tokens(plan, files, watch)
     if 12 * plan.facts.d_model**2 * plan.wanted.num_layers * manifest.tokens > LONG_WORK:
         rate = tokens_per_second(plan, manifest, device)
         time_taken = say_time(manifest.tokens / rate)
         watch.say(f"time: about {time_taken} for one process on {device}, by its layers ({rate:,.0f} tokens/s)")
+
+
+def announce_tokens(plan: Plan, files: Files, watch: Watch) -> None:
+    """The same of the tokens of a store that is no folder here: on a disk of this machine they lie until it has them.
+
+    Those of a local store lie beside it, where what they leave is filled with far more.
+    """
+    if isinstance(files, LocalFiles):
+        return
+    folder = spool_folder(files)
+    kept = sum(file.stat().st_size for file in folder.glob("*"))
+    needed, free = BYTES_PER_TOKEN * plan.windows * plan.config.context, kept + free_bytes_at(folder)
+    if source_of(plan.corpus).pinned and needed > free:
+        raise StoreFull(
+            f"tokenising needs {say_size(needed)} in {folder}, whose disk has {say_size(free)} for it. "
+            "Set TMPDIR to a folder on another disk, or ask for fewer --tokens"
+        )
+    watch.say(f"to tokenise: {say_size(needed)} in {folder} until the store has it; {say_size(free)} for it")
 
 
 def cost_before(plan: Plan, manifest: Manifest, device: torch.device) -> Cost:

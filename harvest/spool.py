@@ -35,6 +35,7 @@ BATCH_CHARACTERS = 2_000_000
 CHECKPOINT_SECONDS = 10.0
 ARRAYS = ("tokens", "documents")
 CHECKPOINT = "checkpoint.json"
+BYTES_PER_TOKEN = 2 * 4 * len(ARRAYS)  # of each array the splits, and then all of them joined
 
 
 @dataclass(frozen=True)
