@@ -136,8 +136,11 @@ def digest_command(url: str, is_json: bool) -> None:
     """Print one hash of all content, whatever the host, the path, the codec and the order of work."""
     with _report(), Store.open(url) as store:
         found = digest(store)
+        shards, committed = store.manifest.shards, int(store.committed.sum())
+    if committed < shards:
+        click.echo(f"of {committed} of {shards} shards: the others are not harvested yet", err=True)
     if is_json:
-        print_json({"url": url, "digest": found})
+        print_json({"url": url, "digest": found, "shards": shards, "shards_committed": committed})
     else:
         click.echo(found)
 

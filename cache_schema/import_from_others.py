@@ -22,6 +22,8 @@ from .sources import Source
 from .stored_dtypes import SmallDtype, to_float32
 from .writer import StoreWriter
 
+FINGERPRINT_WINDOWS = 256  # hashed at a time; in the fingerprint of every import, so it never changes
+
 
 @dataclass(frozen=True)
 class ImportSettings:
@@ -51,7 +53,7 @@ def import_store(url: str, source: Source, settings: ImportSettings, on_shard: C
         raise ImportInvalid(f"expected activations [windows, tokens, width] of at least 1 each, found {shape}")
     tokens = source.tokens(0, source.windows)
     documents = np.repeat(source.document_of[:, None], source.context, axis=1)
-    manifest = _manifest(source, settings, _fingerprint(source, tokens, settings.shard_windows))
+    manifest = _manifest(source, settings, _fingerprint(source, tokens))
     with StoreWriter.create(url, manifest, tokens, documents) as writer:
         left = []
         for shard in writer.pending():
@@ -119,11 +121,11 @@ def _splits(source: Source, settings: ImportSettings) -> dict[str, tuple[int, in
     return {"train": (0, train), "validation": (train, seen), "test": (seen, windows)}
 
 
-def _fingerprint(source: Source, tokens: np.ndarray, step: int) -> str:
+def _fingerprint(source: Source, tokens: np.ndarray) -> str:
     """Imported values decide the bytes by themselves, so their digest stands for model run and corpus."""
-    starts = range(0, source.windows, step)
+    starts = range(0, source.windows, FINGERPRINT_WINDOWS)
     parts = [
-        array_digest(_finite_acts(source, site, start, min(start + step, source.windows)))
+        array_digest(_finite_acts(source, site, start, min(start + FINGERPRINT_WINDOWS, source.windows)))
         for site in source.sites
         for start in starts
     ]

@@ -83,9 +83,9 @@ def _devices(store: Store) -> list[str]:
 
 
 def _links(store: Store, layer: int) -> dict[str, float] | None:
-    """A row's links and where its mass goes; None where what is stored is damaged."""
+    """A row's links and where its mass goes, and of how many shards; None where what is stored is damaged."""
     try:
-        return measure_links(store, layer).per_row()
+        return measure_links(store, layer).per_row() | {"shards": min(SHARDS, int(store.committed.sum()))}
     except ShardCorrupt:
         return None
 
@@ -155,6 +155,9 @@ def _size_table(facts: dict[str, Any]) -> list[RenderableType]:
 
 def _attention_table(facts: dict[str, Any]) -> list[RenderableType]:
     title = "Attention kept" + (f", without {' and '.join(left)}" if (left := facts["attention_left_out"]) else "")
+    shards = max((found["shards"] for found in facts["attention_links"].values() if found), default=0)
+    if shards < facts["shards_committed"]:
+        title += f"; links, BOS and self in {counted(shards, 'shard')}"
     columns = ("layer", "kept mass", "entries a row", "links a row", "their mass", "to BOS", "to self")
     table = Table(*columns, title=title, title_justify="left")
     for column in table.columns[1:]:

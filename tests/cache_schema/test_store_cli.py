@@ -29,6 +29,7 @@ from saemill.cache_schema.cli import main
 from saemill.cache_schema.compression import checksum_of
 from saemill.cache_schema.digest import store_digest
 from saemill.cache_schema.info import render
+from saemill.cache_schema.verify_and_repair import repair
 
 
 def run(*args: object) -> Result:
@@ -417,6 +418,22 @@ def test_sizes_say_of_which_shards_they_are_while_the_index_lags(store: Path) ->
     assert json.loads(run("info", store, "--json").output)["shards_indexed"] == 0
 
 
+def test_links_say_in_how_many_shards_they_were_counted(synthetic, tmp_path: Path) -> None:
+    synthetic.write_store(tmp_path, synthetic.make_manifest())
+    facts = json.loads(run("info", tmp_path, "--json").output)
+    assert [found["shards"] for found in facts["attention_links"].values()] == [4, 4] and facts["shards"] == 6
+    assert "; links, BOS and self in 4 shards" in " ".join(run("info", tmp_path).output.split())
+    repair(str(tmp_path), [0, 1])
+    assert "BOS and self in" not in " ".join(run("info", tmp_path).output.split())
+
+
+def test_names_in_a_strangers_index_are_no_markup(store: Path) -> None:
+    index = store / "commits/index.json"
+    found = json.loads(index.read_text())
+    index.write_text(json.dumps(found | {"bytes": {"[/bold]": 1}}))
+    assert "[/bold]" in run("info", store).output
+
+
 def test_repair_removes_only_what_is_damaged(store: Path) -> None:
     flip_byte(store, "resid/layer_4", "c.1.0.0")
     result = run("repair", store)
@@ -497,6 +514,23 @@ def test_digest_is_that_of_the_records_and_free_of_path_and_codec(store: Path, t
         records = [opened.record(shard) for shard in range(3)]
         digests.add(store_digest(opened.manifest, records))
     assert len(digests) == 1
+
+
+def test_digest_of_a_part_says_of_how_many_shards_it_is(store: Path) -> None:
+    whole = run("digest", store)
+    assert whole.stderr == ""
+    flip_byte(store, "resid/layer_4", "c.0.0.0")
+    run("repair", store, "--remove-only")
+    assert "of 2 of 3 shards" in run("digest", store).stderr
+    told = json.loads(run("digest", store, "--json").stdout)
+    assert (told["shards"], told["shards_committed"]) == (3, 2) and told["digest"] != whole.stdout.strip()
+
+
+def test_the_fingerprint_of_an_import_is_of_its_values_and_not_of_its_shards(store: Path, tmp_path: Path) -> None:
+    settings = import_from_others.ImportSettings("somebody/model", special_tokens=(7,), shard_windows=100)
+    made = import_from_others.import_store(str(tmp_path / "s"), importer_source(tmp_path), settings, lambda *_: None)
+    with Store.open(store) as opened:
+        assert made.corpus.revision == opened.manifest.corpus.revision
 
 
 def importer_source(folder: Path) -> import_from_others.Source:
