@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import uuid
 from contextlib import closing
+from functools import partial
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
-from saemill.cache_schema import StoreMissing, StoreWriter
+from saemill.cache_schema import StoreMissing, StoreWriter, cli
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.disk_and_cloud_files import open_files
 from saemill.cache_schema.shard_claims import find_held, open_claims
-from saemill.cache_schema.watch import follow
+from saemill.cache_schema.watch import Progress, follow
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -72,6 +74,12 @@ def test_off_a_terminal_it_prints_lines_and_ends(synthetic, tmp_path):
     done = CliRunner().invoke(main, ["watch", str(tmp_path)])
     assert (done.exit_code, done.output) == (0, "6 of 6 shards are committed: the store is whole\n")
     assert synthetic.tree_of(tmp_path) == before
+
+
+def test_on_a_terminal_a_name_that_looks_like_markup_is_none(monkeypatch):
+    monkeypatch.setattr(cli, "Console", partial(Console, force_terminal=True))
+    monkeypatch.setattr(cli, "follow", lambda *_: iter([Progress(2, 1, {1: "[/bold]"}, None)]))
+    assert "1 held by [/bold]" in CliRunner().invoke(main, ["watch", "store"], catch_exceptions=False).output
 
 
 def test_no_store_is_a_named_error(tmp_path):

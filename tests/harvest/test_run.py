@@ -288,6 +288,22 @@ def test_a_later_worker_waits_for_the_tokens_with_a_bound(make_config: Make, mon
     assert "waiting for worker 1 to write the tokens" in said.getvalue()
 
 
+def test_workers_that_wait_for_tokens_ask_less_and_less_often(monkeypatch):
+    """By one request each time; of 12 hours of two each every half second an object store would be full."""
+    reads: list[str] = []
+
+    def read(key: str) -> bytes:
+        reads.append(key)
+        if len(reads) < 20:
+            raise KeyError(key)
+        return b"{}"
+
+    pauses: list[float] = []
+    monkeypatch.setattr(create_store.time, "sleep", pauses.append)
+    create_store.wait_for_tokens(cast(Any, SimpleNamespace(url="s3://bucket/store", read=read)), Watch(is_quiet=True))
+    assert len(reads) == 20 and 15 <= max(pauses) <= 30 and pauses[0] <= 0.5 and len(set(pauses[-9:])) == 9
+
+
 def test_of_one_launch_the_first_speaks_and_whoever_ends_the_work(make_config: Make, monkeypatch):
     def launched(rank: int) -> Finished:
         process = Process(torch.device("cpu"), Worker(rank, 2), speaks=rank == 0)
@@ -931,6 +947,9 @@ def test_a_corpus_of_the_hub_is_pinned_by_the_store(make_config: Make, text_file
     monkeypatch.setattr(create_store, "open_corpus", lambda _: corpus)
     harvest(make_config(corpus=source))
     monkeypatch.setattr(create_store, "open_corpus", lambda _: pytest.fail("asked the hub"))
-    assert harvest(make_config(corpus=source)).committed == 8
+    for revision in (None, "main", hugging_face.CONVERSION):  # what a branch meant is decided
+        assert harvest(make_config(corpus=replace(source, revision=revision))).committed == 8
+    with pytest.raises(pytest.fail.Exception, match="asked the hub"):
+        harvest(make_config(corpus=replace(source, revision="0123456789" * 4)))
     with pytest.raises(StoreMismatch, match=r"corpus\.settings\.column"):
         harvest(make_config(corpus=replace(source, column="body")))
