@@ -13,6 +13,7 @@ from .csr import AttentionCsr, index_dtype
 from .digest import array_digest
 from .errors import ShardInvalid
 from .layout import (
+    BEGINNING,
     ArrayLayout,
     arrays_of,
     attention_path,
@@ -162,18 +163,24 @@ def make_record(manifest: Manifest, shard: int, content: ShardContent, sizes: Ma
 
 def digests_of(content: ShardContent) -> dict[str, str]:
     """Digest of the values of every array, free of padding and of how they are stored."""
-    digests = {
-        "tokens": array_digest(content.tokens.astype("<u4")),
-        "documents": array_digest(content.documents.astype("<u4")),
-    }
-    digests |= {site.path: array_digest(values) for site, values in content.acts.items()}
-    digests |= {scales_path(site): array_digest(scales) for site, scales in content.scales.items()}
-    moments = content.all_moments.items()
-    digests |= {moments_path(site.layer, site.hook): array_digest(to_line(found)) for site, found in moments}
-    for layer, csr in content.attention.items():
-        parts = {"indptr": csr.indptr, "indices": csr.indices, "data": csr.data, "kept_mass": csr.kept_mass}
-        digests |= {attention_path(layer, name): array_digest(values) for name, values in parts.items()}
-    return digests
+    beginning = {path: getattr(content, path).astype("<u4") for path in BEGINNING}
+    moments = {moments_path(site.layer, site.hook): to_line(found) for site, found in content.all_moments.items()}
+    return digests_by_path(beginning | moments, content.acts, content.scales, content.attention)
+
+
+def digests_by_path(
+    plain: Mapping[str, np.ndarray],
+    acts: Mapping[Site, np.ndarray],
+    scales: Mapping[Site, np.ndarray],
+    attention: Mapping[int, AttentionCsr],
+) -> dict[str, str]:
+    """Path -> digest; `plain` has the paths of its arrays already."""
+    arrays, parts = dict(plain), ("indptr", "indices", "data", "kept_mass")
+    arrays |= {site.path: values for site, values in acts.items()}
+    arrays |= {scales_path(site): values for site, values in scales.items()}
+    for layer, csr in attention.items():
+        arrays |= {attention_path(layer, part): getattr(csr, part) for part in parts}
+    return {path: array_digest(values) for path, values in arrays.items()}
 
 
 def _missing(manifest: Manifest, content: ShardContent) -> list[str]:

@@ -150,16 +150,13 @@ def arrays_of(manifest: Manifest) -> dict[str, ArrayLayout]:
 
 def root_document(manifest: Manifest) -> dict[str, Any]:
     """The root group's zarr.json with the manifest and, inline, the documents of all nodes."""
-    arrays = arrays_of(manifest)
-    nodes = {path: _group_document() for path in _group_paths(arrays)}
-    nodes |= {path: array.document() for path, array in arrays.items()}
     return {
         "attributes": {"saemill": manifest.to_json()},
         "zarr_format": 3,
         "consolidated_metadata": {
             "kind": "inline",
             "must_understand": False,
-            "metadata": dict(sorted(nodes.items())),
+            "metadata": dict(sorted(_nodes(manifest).items())),
         },
         "node_type": "group",
     }
@@ -167,10 +164,14 @@ def root_document(manifest: Manifest) -> dict[str, Any]:
 
 def documents_of(manifest: Manifest) -> dict[str, bytes]:
     """Key -> bytes of every zarr.json below the root."""
+    return {array_document_key(path): encode_json(document) for path, document in _nodes(manifest).items()}
+
+
+def _nodes(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Path -> zarr document of every group and array below the root."""
     arrays = arrays_of(manifest)
-    nodes = {path: _group_document() for path in _group_paths(arrays)}
-    nodes |= {path: array.document() for path, array in arrays.items()}
-    return {array_document_key(path): encode_json(document) for path, document in nodes.items()}
+    groups = {path: _group_document() for path in _group_paths(arrays)}
+    return groups | {path: array.document() for path, array in arrays.items()}
 
 
 def encode_json(value: Any, indent: int | None = 1) -> bytes:

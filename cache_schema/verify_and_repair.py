@@ -9,9 +9,9 @@ import numpy as np
 
 from .buffers import ShardBuffers
 from .commits import AttentionTotals, CommitRecord, derive_index, forget, read_index, read_record
-from .content import totals_of
+from .content import digests_by_path, totals_of
 from .counts import count_all, read_counts
-from .digest import array_digest, store_digest
+from .digest import store_digest
 from .disk_and_cloud_files import Files, open_files
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError, StoreUnreachable
 from .layout import (
@@ -20,17 +20,14 @@ from .layout import (
     INDEX,
     SUMMARY,
     array_document_key,
-    attention_path,
     documents_of,
     moments_path,
-    scales_path,
 )
 from .moments import to_line
 from .reader import Store
 from .request import Request, ShardArrays, Span
 from .root import read_root, require_writable
 from .shard_claims import open_claims
-from .sites import Site
 from .summary import read_summary
 from .writer import derive_summary, refresh
 
@@ -209,21 +206,8 @@ def _read_arrays(store: Store, shard: int, request: Request, buffers: dict[Reque
 
 def _digests(store: Store, shard: int, request: Request, arrays: ShardArrays) -> dict[str, str]:
     """Path -> digest of what one request reads."""
-    found = _digests_of_arrays(arrays)
+    plain = {path: values for path in BEGINNING if (values := getattr(arrays, path)) is not None}
     for hook, layer in request.sites:
-        found[moments_path(layer, hook)] = array_digest(to_line(store.shard_moments(layer, shard, hook)))
-    return found
-
-
-def _digests_of_arrays(arrays: ShardArrays) -> dict[str, str]:
-    found = {}
-    for path in BEGINNING:
-        if (values := getattr(arrays, path)) is not None:
-            found[path] = array_digest(values)
-    for hook, layers in arrays.acts.items():
-        found |= {Site(hook, layer).path: array_digest(values) for layer, values in layers.items()}
-    found |= {scales_path(site): array_digest(scales) for site, scales in arrays.scales.items()}
-    for layer, csr in arrays.attention.items():
-        for part in ("indptr", "indices", "data", "kept_mass"):
-            found[attention_path(layer, part)] = array_digest(getattr(csr, part))
-    return found
+        plain[moments_path(layer, hook)] = to_line(store.shard_moments(layer, shard, hook))
+    acts = {site: arrays.at(site) for site in request.sites}
+    return digests_by_path(plain, acts, arrays.scales, arrays.attention)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from .commits import find_committed
 from .disk_and_cloud_files import open_files
+from .in_words import say_time
 from .root import read_root
 from .shard_claims import find_held
 
@@ -48,7 +49,7 @@ class Progress:
         if not holders:
             parts.append("who is writing is not known" if self.held is None else "nobody is writing")
         if self.rate:
-            parts.append(f"{self.rate * 60:,.1f} a minute, {_say_time(self.seconds_left or 0)} left")
+            parts.append(f"{self.rate * 60:,.1f} a minute, {say_time(self.seconds_left or 0)} left")
         return ", ".join(parts)
 
 
@@ -77,10 +78,3 @@ def follow(
         if progress.is_whole:
             return
         sleep(every)
-
-
-def _say_time(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes >= 60:
-        return f"{minutes // 60:,} h {minutes % 60} min"
-    return f"{minutes} min" if minutes else "under a minute"

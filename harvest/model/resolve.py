@@ -85,15 +85,15 @@ class ModelSource:
     """Bytes of weights that are still on the hub; None: they are here."""
 
 
-def choose(model: str, revision: str | None = None) -> Choice:
+def choose(model: str) -> Choice:
     """Decide which model is meant; only `auto` has a choice, and only `auto` asks the network here."""
     if model != AUTO:
-        return Choice(model, revision)
-    if _cached(FIRST_CHOICE, revision):
-        return Choice(FIRST_CHOICE, revision, _banner(FIRST_CHOICE, "its weights are in the local cache"))
-    obstacle = _ask_in_time(lambda: _obstacle(FIRST_CHOICE, revision))
+        return Choice(model)
+    if _cached(FIRST_CHOICE, None):
+        return Choice(FIRST_CHOICE, None, _banner(FIRST_CHOICE, "its weights are in the local cache"))
+    obstacle = _ask_in_time(lambda: _obstacle(FIRST_CHOICE))
     if obstacle is None:
-        return Choice(FIRST_CHOICE, revision, _banner(FIRST_CHOICE, "it can be downloaded"))
+        return Choice(FIRST_CHOICE, None, _banner(FIRST_CHOICE, "it can be downloaded"))
     return Choice(POCKET, None, _banner(POCKET, f"{FIRST_CHOICE} is not cached and {obstacle}"))
 
 
@@ -193,10 +193,10 @@ def _snapshot(model: str, revision: str | None, **options: Any) -> Any:
         raise ModelUnavailable(f"{model}: {_explain(error, model)}") from error
 
 
-def _obstacle(model: str, revision: str | None) -> str | None:
+def _obstacle(model: str) -> str | None:
     """Why a model cannot be downloaded, by asking for one small file of it; None if it can."""
     try:
-        get_hf_file_metadata(hf_hub_url(model, CONFIG_FILE, revision=revision), timeout=ANSWER_SECONDS)
+        get_hf_file_metadata(hf_hub_url(model, CONFIG_FILE), timeout=ANSWER_SECONDS)
     except NETWORK_ERRORS as error:
         return _explain(error, model)
     return None

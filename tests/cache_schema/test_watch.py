@@ -42,7 +42,7 @@ def test_two_writers_are_followed_until_the_store_is_whole(synthetic, url):
         synthetic.write_pending(two, corpus, [1, 2])
         second = next(looks)
         assert (second.committed, second.held, second.rate, second.seconds_left) == (3, {}, 0.2, 15)
-        assert str(second) == "3 of 6 shards are committed, nobody is writing, 12.0 a minute, under a minute left"
+        assert str(second) == "3 of 6 shards are committed, nobody is writing, 12.0 a minute, 15 seconds left"
         synthetic.write_pending(one, corpus)
         last = next(looks)
         assert last.is_whole and str(last) == "6 of 6 shards are committed: the store is whole"
