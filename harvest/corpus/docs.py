@@ -15,12 +15,11 @@ import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from html.parser import HTMLParser
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorpusEmpty, CorpusUnavailable
-from .source import DatasetOptions, Source, State, checked_text
+from .source import DatasetOptions, InOrder, Source, checked_text
 
 PREFIX = "docs:"
 HTML_SUFFIXES = (".html", ".htm")
@@ -31,7 +30,7 @@ LARGEST_BYTES = 8 << 20  # what is longer is a table that somebody generated
 READING = 1  # of the rules below: others would be another text
 
 
-class DocsCorpus:
+class DocsCorpus(InOrder):
     """Documents of a folder of documentation."""
 
     id = "docs"
@@ -39,7 +38,6 @@ class DocsCorpus:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._read = 0
 
     @cached_property
     def _files(self) -> dict[str, Path]:
@@ -54,15 +52,6 @@ class DocsCorpus:
     @property
     def revision(self) -> str:
         return f"sha256:{hashlib.sha256(''.join(self._files).encode()).hexdigest()}"
-
-    def documents(self, state: State | None = None) -> Iterator[str]:
-        self._read = (state or {}).get("documents", 0)
-        for text in islice(self._texts(), self._read, None):
-            self._read += 1
-            yield text
-
-    def state(self) -> State:
-        return {"documents": self._read}
 
     def _texts(self) -> Iterator[str]:
         for file in self._files.values():

@@ -14,12 +14,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorpusEmpty, CorpusUnavailable, DocumentInvalid, SettingInvalid
-from .source import OPENWEBTEXT, STDLIB, DatasetOptions, Source, State, cell_text
+from .source import OPENWEBTEXT, STDLIB, DatasetOptions, InOrder, Source, cell_text
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -35,7 +34,7 @@ NO_TEXT: dict[str, str] = {
 PARQUET_ROWS = 256
 
 
-class LocalCorpus:
+class LocalCorpus(InOrder):
     """Documents of a file, or of all files under a folder."""
 
     id = "local"
@@ -43,7 +42,6 @@ class LocalCorpus:
     def __init__(self, path: Path, column: str = "text") -> None:
         self._path = path
         self._column = column
-        self._read = 0
 
     @cached_property
     def files(self) -> list[Path]:
@@ -77,16 +75,7 @@ class LocalCorpus:
         kind = "file" if self._path.is_file() else "folder"
         return {"kind": kind} | ({"column": self._column} if has_columns else {})
 
-    def documents(self, state: State | None = None) -> Iterator[str]:
-        self._read = (state or {}).get("documents", 0)
-        for text in islice(self._all(), self._read, None):
-            self._read += 1
-            yield text
-
-    def state(self) -> State:
-        return {"documents": self._read}
-
-    def _all(self) -> Iterator[str]:
+    def _texts(self) -> Iterator[str]:
         for file in self.files:
             suffix = file.suffix.lower()
             if suffix in JSONL_SUFFIXES:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any, Protocol
 
 from ..errors import DocumentInvalid
@@ -77,6 +78,25 @@ class Corpus(Protocol):
     def state(self) -> State:
         """Where the last `documents` has come to."""
         ...
+
+
+class InOrder:
+    """Part of a corpus whose texts are quickly passed over: where it stands is how many documents were given."""
+
+    _read = 0
+
+    def _texts(self) -> Iterator[str]:
+        """All of them."""
+        raise NotImplementedError
+
+    def documents(self, state: State | None = None) -> Iterator[str]:
+        self._read = (state or {}).get("documents", 0)
+        for text in islice(self._texts(), self._read, None):
+            self._read += 1
+            yield text
+
+    def state(self) -> State:
+        return {"documents": self._read}
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
-from .source import SMALL_TOKENS, STDLIB, Source, State
+from .source import SMALL_TOKENS, STDLIB, InOrder, Source
 
 
-class StdlibCorpus:
+class StdlibCorpus(InOrder):
     """The text of the running Python's standard library: every machine has it."""
 
     id = STDLIB
     settings: dict[str, Any] = {}  # noqa: RUF012 (never changed)
-
-    def __init__(self) -> None:
-        self._read = 0
 
     @cached_property
     def _documents(self) -> list[tuple[str, str]]:
@@ -31,14 +27,8 @@ class StdlibCorpus:
 
         return f"sha256:{text_digest(self._documents)}"
 
-    def documents(self, state: State | None = None) -> Iterator[str]:
-        self._read = (state or {}).get("documents", 0)
-        for _, text in islice(self._documents, self._read, None):
-            self._read += 1
-            yield text
-
-    def state(self) -> State:
-        return {"documents": self._read}
+    def _texts(self) -> Iterator[str]:
+        return (text for _, text in self._documents)
 
 
 SOURCE = Source(
