@@ -7,7 +7,6 @@ store exists, its settings must be the ones asked for, and nothing is tokenised 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import random
 import re
@@ -29,7 +28,7 @@ from .corpus.source import Corpus, part_of
 from .errors import SettingInvalid, TokensMissing
 from .process import Process
 from .progress import Watch
-from .spool import PackingJob, spool_corpus, state_of_begun
+from .spool import PackingJob, spool_corpus, spool_folder, state_of_begun
 from .store_plan import (
     TEST,
     Plan,
@@ -173,15 +172,6 @@ def _has_root(files: Files) -> bool:
     except KeyError:
         return False
     return True
-
-
-def spool_folder(files: Files) -> Path:
-    """Beside a local store; in the folder for temporary files where the store is remote."""
-    if isinstance(files, LocalFiles):
-        root = files.root.absolute()
-        return root.with_name(f"{root.name}.spool")
-    name = hashlib.sha256(files.url.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"saemill-{name}.spool"
 
 
 def _require_own(folder: Path) -> None:

@@ -32,11 +32,10 @@ from ..cache_schema.identity import seal
 from ..cache_schema.in_words import say_size, say_time
 from ..cache_schema.layout import arrays_of, is_line
 from .corpus import source_of
-from .create_store import spool_folder
 from .model.load_and_truncate import Wanted, make_random, memory_of, truncate
 from .progress import Watch
 from .shards import Harvester, harvest_shards
-from .spool import BYTES_PER_TOKEN
+from .spool import BYTES_PER_TOKEN, spool_folder
 from .store_plan import Plan, corpus_spec, expected_manifest, settings_of_new
 
 TIMED_BATCHES = 3

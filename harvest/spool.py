@@ -13,9 +13,11 @@ The windows do not depend on the batches, nor on where a run was stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cache_schema.disk_and_cloud_files import sync
+from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, sync
 from ..cache_schema.splits import PER_MILLE, share_windows, split_of
 from .corpus.source import Corpus, State
 from .cut_windows import Packer, Packing
@@ -165,6 +167,15 @@ class Spool:
 
     def _path(self, split: str, array: str) -> Path:
         return self.folder / f"{split}.{array}.u32"
+
+
+def spool_folder(files: Files) -> Path:
+    """Beside a local store; in the folder for temporary files where the store is remote."""
+    if isinstance(files, LocalFiles):
+        root = files.root.absolute()
+        return root.with_name(f"{root.name}.spool")
+    name = hashlib.sha256(files.url.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"saemill-{name}.spool"
 
 
 def state_of_begun(folder: Path) -> State:

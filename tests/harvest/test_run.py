@@ -58,7 +58,7 @@ from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import Finished, reharvest
 from saemill.harvest.shards import describe_device
-from saemill.harvest.spool import Spool
+from saemill.harvest.spool import Spool, spool_folder
 
 Make = Callable[..., HarvestConfig]
 
@@ -596,7 +596,7 @@ def test_a_shard_whose_claim_was_lost_is_another_writers(make_config: Make, monk
 def test_a_folder_for_tokens_that_is_another_users_is_refused(tmp_path, monkeypatch):
     """In the folder for temporary files, where everybody may make one of that name."""
     monkeypatch.setattr(create_store.tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = create_store.spool_folder(open_files(f"memory://{tmp_path.name}"))
+    folder = spool_folder(open_files(f"memory://{tmp_path.name}"))
     with create_store._locked(folder):
         assert folder.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(create_store.os, "getuid", lambda: folder.stat().st_uid + 1)
@@ -909,7 +909,7 @@ def test_tokens_of_a_store_elsewhere_are_not_read_for_a_folder_that_cannot_hold_
     config = make_config(out="memory://elsewhere", corpus=DatasetOptions("owner/name"), tokens=10**8)
     with pytest.raises(StoreFull, match=r"needs 1\.60 GB in .*\.spool, whose disk has 1\.00 GB .* Set TMPDIR"):
         command(config)
-    folder = create_store.spool_folder(open_files(config.out))
+    folder = spool_folder(open_files(config.out))
     folder.mkdir()
     with (folder / "train.tokens.u32").open("wb") as file:
         file.truncate(6 * 10**8)
