@@ -24,7 +24,7 @@ class Root:
 
     @property
     def cut_anew(self) -> list[str]:
-        """Arrays that another tool has given other chunks or codecs."""
+        """Arrays that another tool, or another version, has given other chunks or codecs."""
         ours = arrays_of(self.manifest)
         return [
             path
@@ -37,7 +37,7 @@ def require_writable(url: str, root: Root) -> None:
     """Shards are written as this package cuts them: nobody could read them beside arrays that are cut otherwise."""
     if paths := root.cut_anew:
         raise StoreMismatch(
-            f"{url}: another tool has cut {', '.join(paths)} anew, so that the store can be read but not written. "
+            f"{url}: {', '.join(paths)} is cut or packed otherwise than here: such a store is read, not written. "
             "Harvest or import into another folder"
         )
 

@@ -59,6 +59,9 @@ def begin_store(plan: Plan, process: Process, watch: Watch) -> StoreWriter:
     except BaseException:
         writer.close()
         raise
+    asked, kept = plan.corpus.revision, writer.manifest.corpus.revision
+    if asked and kept and not kept.startswith(asked):
+        watch.say(f"the store keeps commit {kept} of {writer.manifest.corpus.id}, whatever {asked!r} is now")
     if process.is_first:
         _remove_leftover(spool_folder(files))
     watch.say(f"going on with the store at {files.url}")
@@ -146,7 +149,8 @@ def _corpus_of_existing(plan: Plan, found: Manifest) -> CorpusSpec:
 
 def _names_another_commit(revision: str | None, recorded: str | None) -> bool:
     """A branch was looked up when the store was begun: it may have moved since, and there may be no network."""
-    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None and revision != recorded
+    is_commit = revision is not None and re.fullmatch("[0-9a-f]{7,40}", revision) is not None
+    return is_commit and not (recorded or "").startswith(revision or "")
 
 
 def wait_for_tokens(files: Files, watch: Watch) -> None:

@@ -99,8 +99,8 @@ def dry_run(config: HarvestConfig, watch: Watch) -> Estimate:
     with open_process(config.device, config.worker) as process:
         plan = decide(config, watch)
         is_begun = files.exists(ROOT)
-        if not is_begun:
-            announce_tokens(plan, files, watch)
+        if process.is_first and not is_begun:
+            announce_tokens(plan, files, watch, refuses=False)
         if plan.source.to_download is None:
             work, sample = _rest_of(plan, files) if is_begun else _whole(plan)
             cost = measure_cost(make_harvester(work.manifest, plan.source, process.device), sample)

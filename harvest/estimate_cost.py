@@ -145,7 +145,7 @@ def announce(plan: Plan, device: torch.device, files: Files, watch: Watch) -> No
         watch.say(f"time: about {time_taken} for one process on {device}, by its layers ({rate:,.0f} tokens/s)")
 
 
-def announce_tokens(plan: Plan, files: Files, watch: Watch) -> None:
+def announce_tokens(plan: Plan, files: Files, watch: Watch, refuses: bool = True) -> None:
     """The same of the tokens of a store that is no folder here: on a disk of this machine they lie until it has them.
 
     Those of a local store lie beside it, where what they leave is filled with far more.
@@ -155,7 +155,7 @@ def announce_tokens(plan: Plan, files: Files, watch: Watch) -> None:
     folder = spool_folder(files)
     kept = sum(file.stat().st_size for file in folder.glob("*"))
     needed, free = BYTES_PER_TOKEN * plan.windows * plan.config.context, kept + free_bytes_at(folder)
-    if source_of(plan.corpus).pinned and needed > free:
+    if refuses and source_of(plan.corpus).pinned and needed > free:
         raise StoreFull(
             f"tokenising needs {say_size(needed)} in {folder}, whose disk has {say_size(free)} for it. "
             "Set TMPDIR to a folder on another disk, or ask for fewer --tokens"

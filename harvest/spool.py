@@ -204,7 +204,7 @@ def spool_corpus(
     spool = Spool(folder, job, encoder.bos_token, fingerprint)
     state = spool.resume()
     if spool.starts_anew:
-        say(f"what was tokenised into {folder} before is of other text or settings: tokenising starts anew")
+        say(f"tokenising starts anew: {folder} is damaged, or of other text or settings")
     report(sum(spool.counts.values()), spool.documents)
     if not spool.is_full:
         try:

@@ -14,8 +14,8 @@ from ..engine.optim import Optim
 from ..errors import ConfigInvalid
 
 EARLY_DEAD_PART = 30
-"""`dead_part` of variants that bring dead latents back: fewer of them in the end than at a tenth, and no worse
-reconstruction, at every variant tried; a hundredth made half of a matryoshka dictionary die (`bench/quality.py`)."""
+"""`dead_part` of variants that bring dead latents back: fewer of them in the end than at a tenth; in the top-k family
+no worse reconstruction either, and a hundredth made half of a matryoshka dictionary die (`bench/quality.py`)."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -109,7 +109,7 @@ def _measures(sae: Described) -> Iterator[tuple[str, str, str]]:
 
 def _of_training(sae: Described) -> Iterator[tuple[str, Any, Any]]:
     result = sae.result or sae.metadata
-    if "validation_tokens" not in result:  # numbers of another tool, or of what is not known
+    if not result.keys() & {"validation_tokens", "cache_id"}:  # another tool's numbers, of what is not known
         return
     massive = result.get("validation_massive")
     where = "validation split"

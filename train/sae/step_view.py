@@ -100,7 +100,7 @@ class View:
 
     @property
     def dead_and_wanted(self) -> Tensor:
-        """bool [F], the dead latents but for those that were retired, which are past saving."""
+        """bool [F], the dead latents but for those that auxiliary losses leave alone."""
         return self.dead if self.retired is None else self.dead & ~self.retired
 
     @property

@@ -100,8 +100,8 @@ class Frequency:
 def dead_thresholds(view: View) -> Tensor:
     """Sum of the thresholds of the dead latents of a jump gate.
 
-    As published the encoder is moved too: all dead latents along one direction, the mean of x, and so far in a step
-    as Adam's rate allows. At three times our rate that took explained variance from 0.81 to 0.6 (docs/quality.md).
+    As published the encoder is moved too: all dead latents along one direction, the mean of x. At three times our
+    rate and a weight that wakes them, that took explained variance from 0.81 to 0.6 (docs/quality.md).
     """
     assert isinstance(view.sae.gate, JumpRelu)
     return (view.sae.gate.threshold * view.dead_and_wanted).sum()

@@ -73,7 +73,8 @@ class Tiers(Extra):
         return raw / raw.sum()
 
     def retired_latents(self, knobs: Mapping[str, float]) -> Tensor | None:
-        """Latents of a tier that the curriculum has not switched on: they are silent, not dead."""
+        """Latents of a tier that the curriculum has not switched on. From then on they count as dead until they fire,
+        and the auxiliary loss wakes them: left alone while the tier rises, they find fewer of planted children."""
         is_off = [knobs.get(switch_name(tier), 1.0) == 0 for tier in range(self.num_tiers)]
         return numbers(is_off, self.membership).bool()[self.membership] if any(is_off) else None
 

@@ -88,17 +88,11 @@ class Config(Windowed):
 
     def unread(self) -> Mapping[str, str]:
         return {
-            **read_with("no range_encoders, pre_norm or adapters on features", self._is_sparse, "encoder_product"),
             **read_with("mask=soft", self.mask == "soft", "sigma", "mask_cutoff"),
             **read_with("mask=hard or soft", self.mask in ("hard", "soft"), "masked_share"),
             **read_with("range_encoders", self.range_encoders, "range_encoder_share"),
-            **read_with("adapters", self.adapters, "adapter_hidden", "adapter_lr_scale"),
+            **read_with("adapters", self.adapters, "adapter_hidden", "adapter_lr_scale", "adapter_from"),
         }
-
-    @property
-    def _is_sparse(self) -> bool:
-        """Whether pre-activations are the encoder's product."""
-        return not (self.range_encoders or self.pre_norm or (self.adapters and self.adapters_on == "features"))
 
     def needs(self) -> Needs:
         self._require_valid()
@@ -217,8 +211,6 @@ class Config(Windowed):
             self.adapters or self.adapters_on == "input",
             "adapters_on says where adapters stand: set adapters=true, or leave it out",
         )
-        comes = self.adapters or self.adapter_from is None
-        require(comes, "adapter_from says when adapters come in: set adapters=true, or leave it out")
         for name in ("adapted_rate", "unadapted_penalty"):
             phased = self.adapter_from is not None or getattr(self, name) == 1.0
             require(phased, f"{name}: expected adapter_from, found adapters that are there from the start")

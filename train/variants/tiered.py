@@ -76,7 +76,6 @@ class Config(Wrapping):
     def unread(self) -> Mapping[str, str]:
         composes, moves = self.composition_weight > 0, self.moves_every_steps > 0
         return {
-            **read_with("tier_norm=false", not self.tier_norm, "encoder_product"),
             **read_with("boundaries=null", self.boundaries is None, "tier_fractions"),
             **read_with("composition_weight", composes, "composition_l1", "composition_warmup_fraction"),
             **read_with("curriculum", self.curriculum is not None, "curriculum_rise_fraction"),
@@ -116,7 +115,7 @@ class Config(Wrapping):
             assembly = assembly.with_extra(RESAMPLING, resampling).with_knobs(
                 **{RESAMPLING: Switch(self.resample_until)}
             )
-        if not self._is_nested and self.composition_weight == 0:
+        if not self._is_nested and self.composition_weight == 0 and self.curriculum is None:
             return self._with_shapes(assembly)
         tiers = Tiers(self.sizes(), self.tier_weights, self.importance)
         assembly = self._with_composition(self._with_nesting(assembly.with_extra(TIERS, tiers)))

@@ -128,7 +128,6 @@ REFUSED = [
     ("positional", {"independent_encoders": True}, "how range_encoders begin"),
     ("positional", {"norm_rectified": True}, "where pre_norm stands"),
     ("positional", {"adapters_on": "features"}, "where adapters stand"),
-    ("positional", {"adapter_from": (0.1, 0.2)}, "when adapters come in"),
     ("positional", {"adapters": True, "adapted_rate": 0.5}, "adapted_rate: expected adapter_from"),
     (
         "positional",
