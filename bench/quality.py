@@ -335,10 +335,7 @@ def make_fits(first: Fit, seeds: tuple[int, ...], train: Train) -> None:
     best = best_of(replace(first, seed=seeds[0]), train, is_targeted)
     for seed in seeds[1:]:
         there = replace(best, seed=seed)
-        if is_targeted:
-            train(there)
-        else:
-            seek(there, train)
+        train(there if is_targeted else seek(there, train))
 
 
 def contests(variants: tuple[str, ...], width: int, l0: float, d_model: int) -> Iterator[Fit]:

@@ -39,7 +39,7 @@ class Resampling(Extra):
         self._count.add_one(self.steps)
         is_due = self._count.of(self.steps) % self.every_steps == 0
         if is_due and not view.side.knob(RESAMPLING, 0.0):
-            dead = view.still_dead if view.retired is None else view.still_dead & ~view.retired
+            dead = view.still_dead & view.dead_and_wanted
             resample(view, dead)
             self.resampled += dead.sum()
         view.note("resampled", self.resampled)

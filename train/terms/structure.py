@@ -30,7 +30,7 @@ from ..sae.kernels.hardware import StepCount
 from ..sae.kernels.nested_prefixes import Tiering, tier_errors
 from ..sae.kernels.products_with_gradients import affine
 from ..sae.step_view import View
-from .tiers import are_all_on, switched_on, tier_losses, tiers_of
+from .tiers import shares_on, switched_on, tier_losses, tiers_of
 
 Follower = Callable[[View, Tensor, Tensor], None]  # told of the membership before and after
 Group = list[tuple[int, int]]  # latents that move together, each with its new tier
@@ -80,8 +80,8 @@ class Structure(Extra):
     @torch.no_grad()
     def observe(self, view: View) -> None:
         self._measure(view)
-        # A tier that is still off rebuilds nothing and would take them all. Such steps wait for a GPU.
-        if self._count.of(self.steps) % self.moves.every_steps == 0 and are_all_on(view, len(self._sizes)):
+        is_open = min(shares_on(view.side.knobs, len(self._sizes))) == 1  # one still off would take all latents
+        if is_open and self._count.of(self.steps) % self.moves.every_steps == 0:  # these steps wait for a GPU
             tiers = tiers_of(view)
             before = tiers.membership.clone()
             after = self.reassigned(before, view.dead)

@@ -75,7 +75,7 @@ class Tiers(Extra):
     def retired_latents(self, knobs: Mapping[str, float]) -> Tensor | None:
         """Latents of a tier that the curriculum has not switched on. From then on they count as dead until they fire,
         and the auxiliary loss wakes them: left alone while the tier rises, they find fewer of planted children."""
-        is_off = [knobs.get(switch_name(tier), 1.0) == 0 for tier in range(self.num_tiers)]
+        is_off = [on == 0 for on in shares_on(knobs, self.num_tiers)]
         return numbers(is_off, self.membership).bool()[self.membership] if any(is_off) else None
 
     @torch.no_grad()
@@ -102,13 +102,14 @@ def switch_name(tier: int) -> str:
     return f"tier_{tier + 1}"
 
 
-def are_all_on(view: View, num_tiers: int) -> bool:
-    return all(view.side.knob(switch_name(tier), 1.0) == 1.0 for tier in range(num_tiers))
+def shares_on(knobs: Mapping[str, float], num_tiers: int) -> list[float]:
+    """How far each tier takes part, from 0 to 1; a tier that no schedule moves does."""
+    return [knobs.get(switch_name(tier), 1.0) for tier in range(num_tiers)]
 
 
 def switched_on(view: View, num_tiers: int) -> Tensor:
     """[T], 1 for tiers that take part at this step."""
-    return numbers([view.side.knob(switch_name(tier), 1.0) for tier in range(num_tiers)], view.x)
+    return numbers(shares_on(view.side.knobs, num_tiers), view.x)
 
 
 @once
