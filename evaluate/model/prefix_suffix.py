@@ -30,6 +30,7 @@ from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of, require_parts
 from ...harvest.model.attention import ATTENTION, register_attention
 from ...harvest.model.load_and_truncate import ModelFacts, find_weights, kept, read_facts, tapped, without_report
+from ...harvest.model.products import widen_products
 from ...harvest.model.tokenizer import TextEncoder, make_encoder
 from ..errors import MemoryTooSmall, ModelMissing, WidthMismatch
 from .smaller_pieces import is_out_of_memory
@@ -46,6 +47,7 @@ class LanguageModel:
 
     def __init__(self, model: PreTrainedModel, tokenizer: TextEncoder | None, eos: int | None, pad: int | None) -> None:
         register_attention()
+        widen_products(model)
         self.model: Any = model.eval().requires_grad_(False)
         self.stack: Any = model.base_model
         self.stack.set_attn_implementation(ATTENTION)
@@ -129,7 +131,7 @@ class LanguageModel:
 
     def last_logits(self, resid_WTD: Tensor, layer: int, valid_WT: Tensor | None = None) -> Tensor:
         """Logits [W, V] of the last position, from the residual after `layer` and with a gradient to it."""
-        with torch.enable_grad(), self._eager_attention():
+        with torch.enable_grad():
             stack = self._part(layer + 1, self.facts.num_layers, normed=True)
             out = stack(inputs_embeds=resid_WTD.to(self.dtype), use_cache=False, **_padding(valid_WT))
             logits_WV = self._unembed(out.last_hidden_state[:, -1])
@@ -176,15 +178,6 @@ class LanguageModel:
             return change(resid).to(resid.dtype)
 
         return self.tapped({Site(RESID, layer): partial(replace, change) for layer, change in (splice or {}).items()})
-
-    @contextmanager
-    def _eager_attention(self) -> Iterator[None]:
-        """transformers' own attention: ours works in place, which no gradient survives."""
-        self.stack.set_attn_implementation("eager")
-        try:
-            yield
-        finally:
-            self.stack.set_attn_implementation(ATTENTION)
 
     def _part(self, start: int, stop: int, normed: bool) -> Any:
         """The stack with the layers start..stop alone; weights are shared, nothing is copied."""

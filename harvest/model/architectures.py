@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...cache_schema.strict_json import nearest
 from ..errors import HookMissing, UnsupportedArchitecture
+from .products import linear
 
 LAYERS, INPUT_NORM = "layers", "input_layernorm"
 
@@ -105,7 +106,7 @@ class FusedWithoutValues(nn.Module):
         return by_head[:, :2].flatten(0, 2).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        queries_and_keys = nn.functional.linear(x, self.weight, self.bias)
+        queries_and_keys = linear(x, self.weight, self.bias)
         by_head = queries_and_keys.unflatten(-1, (-1, 2 * self.head_width))
         return nn.functional.pad(by_head, (0, self.head_width)).flatten(-2)
 

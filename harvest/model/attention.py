@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .products import matmul
+
 ATTENTION = "saemill"
 
 Sinks = Mapping[int, Callable[[Tensor], None]]
@@ -58,7 +60,7 @@ def attend(
     sink = (sinks or {}).get(module.layer_idx)
     out = query_WHTE.new_empty(windows, context, *((1,) if probs_only else (heads, width)))
     is_padded = attention_mask is not None and len(attention_mask) > 1  # then each row has a mask of its own
-    size = 1 if is_padded else _windows_per_block(query_WHTE)
+    size = _windows_per_block(query_WHTE)
     for start in range(0, windows, size):
         block = slice(start, start + size)
         mask = attention_mask if attention_mask is None or not is_padded else attention_mask[block]
@@ -66,16 +68,18 @@ def attend(
         if sink is not None:
             sink(probs)
         if not probs_only:
-            out[block] = (probs @ _for_all_heads(value_WGTE[block], heads)).transpose(1, 2)
+            out[block] = matmul(probs, _for_all_heads(value_WGTE[block], heads)).transpose(1, 2)
         del probs  # or it would live on while the next block's scores are made
     return out, None
 
 
 def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
-    scores = query @ _for_all_heads(key, query.shape[1]).transpose(2, 3)
+    scores = matmul(query, _for_all_heads(key, query.shape[1]).transpose(2, 3))
     scores.mul_(scaling)
     if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
+        squashed = scores.div_(softcap).tanh_()
+        # A gradient needs what tanh gave.
+        scores = squashed * softcap if scores.requires_grad else squashed.mul_(softcap)
     if mask is not None:
         scores.add_(mask)
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)

@@ -36,6 +36,7 @@ from ..errors import (
 )
 from .architectures import Tap, architecture_of, cut, require_parts
 from .attention import ATTENTION, register_attention
+from .products import widen_products
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -202,6 +203,7 @@ def truncate(model: PreTrainedModel, wanted: Wanted) -> TruncatedModel:
 def _truncated(stack: Any, facts: ModelFacts, wanted: Wanted) -> TruncatedModel:
     attention_only = wanted.whole_layers if wanted.num_layers > wanted.whole_layers else None
     cut(stack, wanted.num_layers, attention_only, architecture_of(facts.model_type))
+    widen_products(stack)
     return TruncatedModel(stack.eval().requires_grad_(False), facts, wanted)
 
 

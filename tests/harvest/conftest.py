@@ -25,6 +25,7 @@ from transformers import (
 from saemill.harvest import run
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus.source import DatasetOptions
+from saemill.harvest.model.products import is_widened
 from saemill.harvest.process import Process
 
 torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
@@ -84,6 +85,19 @@ def _run_whole(model: PreTrainedModel) -> Reference:
     with torch.no_grad():
         attention = whole(ids, output_attentions=True, use_cache=False).attentions
     return Reference(ids, resid, list(attention))
+
+
+@pytest.fixture(scope="session")
+def is_same() -> Callable[[torch.Tensor, torch.Tensor], bool]:
+    """To the bit; where products are made in another type than transformers', to a rounding."""
+
+    def compare(found: torch.Tensor, expected: torch.Tensor) -> bool:
+        if torch.equal(found, expected):
+            return True
+        error = (found.float() - expected.float()).norm() / expected.float().norm()
+        return is_widened("cpu", expected.dtype) and bool(error < 0.004)
+
+    return compare
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,9 @@ def dense_attention(model, ids) -> dict[int, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wanted", [ALL, DEFAULT], ids=["all", "default"])
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_residuals_and_attention_are_those_of_the_eager_model(make_model, run_whole, model_type, wanted, dtype):
+def test_residuals_and_attention_are_those_of_the_eager_model(
+    make_model, run_whole, is_same, model_type, wanted, dtype
+):
     model = make_model(model_type, dtype)
     reference = run_whole(model)
     truncated = truncate(model, wanted)
@@ -42,13 +44,14 @@ def test_residuals_and_attention_are_those_of_the_eager_model(make_model, run_wh
     assert sorted(resid) == list(wanted.resid_layers)
     for layer, found in resid.items():
         assert found.dtype == dtype
-        assert torch.equal(found, reference.resid[layer]), f"residual of layer {layer}"
+        assert is_same(found, reference.resid[layer]), f"residual of layer {layer}"
 
     for layer, found in dense_attention(truncated, reference.ids).items():
         if layer < wanted.whole_layers:
-            assert torch.equal(found, reference.attention[layer]), f"attention of layer {layer}"
+            assert is_same(found, reference.attention[layer]), f"attention of layer {layer}"
         else:  # a projection cut down to queries and keys may add up in another order
-            torch.testing.assert_close(found, reference.attention[layer])
+            one_rounding = {} if dtype == torch.float32 else {"rtol": 0.1, "atol": 1e-3}
+            torch.testing.assert_close(found, reference.attention[layer], **one_rounding)
 
 
 def test_every_supported_architecture_has_a_tiny_model(model_types):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from saemill.cache_schema import AttentionSpec, Request, Site, Store, StoreMismatch, from_float32, writer
@@ -24,6 +23,7 @@ from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.errors import HookMissing, LayerOutOfRange, NonFiniteResidual, SettingInvalid
 from saemill.harvest.model.architectures import ARCHITECTURES
 from saemill.harvest.model.load_and_truncate import Wanted, truncate
+from saemill.harvest.model.products import linear
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import reharvest
 
@@ -84,7 +84,7 @@ def projected(layer: dict, hook: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_hooks_are_what_the_eager_modules_read_and_write(make_model, model_type, dtype):
+def test_hooks_are_what_the_eager_modules_read_and_write(make_model, is_same, model_type, dtype):
     model = make_model(model_type, dtype)
     ids = torch.randint(3, 60, (4, 24), generator=torch.Generator().manual_seed(1))
     layers = seen(model, ids)
@@ -93,8 +93,8 @@ def test_hooks_are_what_the_eager_modules_read_and_write(make_model, model_type,
     assert set(captured.hooks) == {Site(hook, layer) for hook in EVERY for layer in (0, 2)}
     for (hook, layer), found in captured.hooks.items():
         expected = projected(layers[layer], hook) if hook in "qk" else layers[layer][hook]
-        assert found.dtype == dtype and torch.equal(found, expected), f"{hook} of layer {layer}"
-    assert torch.equal(captured.resid[2], layers[2]["after"])
+        assert found.dtype == dtype and is_same(found, expected), f"{hook} of layer {layer}"
+    assert is_same(captured.resid[2], layers[2]["after"])
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "llama"])
