@@ -18,6 +18,7 @@ from torch.nn import functional
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
 from ...harvest.model.load_and_truncate import find_weights, read_facts
+from ...harvest.model.products import matmul
 from ..errors import ModelMissing
 
 TABLES = {True: ("embed_tokens", "embed_in"), False: ("lm_head", "embed_out")}  # by whether input and output share one
@@ -34,7 +35,7 @@ class Head:
     def promotes(self, directions_ND: Tensor) -> Tensor:
         """Logits [N, V] of directions alone, scaled as the norm scales them; what the norm itself adds is taken off."""
         x = directions_ND.to(self.unembedding.dtype)
-        return (self.norm(x) - self.norm(torch.zeros_like(x))) @ self.unembedding.T
+        return matmul(self.norm(x) - self.norm(torch.zeros_like(x)), self.unembedding.T)
 
 
 def head_of(model: Any) -> Head:

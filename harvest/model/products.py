@@ -43,5 +43,5 @@ def is_widened(device_type: str, dtype: torch.dtype) -> bool:
     if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not torch.cpu._is_avx2_supported():
         return False
     if dtype == torch.float16:
-        return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
