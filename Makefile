@@ -51,7 +51,7 @@ STUDY_COURSE := --set data.batch_tokens=2048 --eval-set browser.windows=256 \
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-cluster test-real smollm2 check format lock sbom goldens demo harvest studies decide \
-  bench bench-store bench-exports bench-harvest bench-train bench-small bench-quality bench-eval bench-browser bench-gpu \
+  bench bench-store bench-exports bench-harvest bench-train bench-small bench-quality bench-massive bench-eval bench-browser bench-gpu \
   bench-transcoders bench-claims bench-workers bench-simulate docs measured peers saebench circuit-tracer dashboard clean
 
 help: ## list the verbs
@@ -158,6 +158,10 @@ bench-exports: env peers ## our SAEs opened by SAELens, dictionary_learning and 
 bench-quality: env peers smollm2 ## on SmolLM2: explained variance at equal sparsity, against the peers
 	$(BIN)/sae-harvest --model smollm2 --dataset $(REAL_TEXT) --tokens 1200k --out $(REAL)
 	$(BIN)/python bench/quality.py $(REAL) --peers-python $(PEERS)/bin/python --out $(RESULTS)/quality.json
+
+bench-massive: env peers smollm2 ## on SmolLM2: what rows of massive norm cost whoever trains on them, against the peers
+	$(BIN)/sae-harvest --model smollm2 --dataset $(REAL_TEXT) --tokens 1200k --out $(REAL)
+	$(BIN)/python bench/massive_rows.py $(REAL) --peers-python $(PEERS)/bin/python --out $(RESULTS)/massive_rows.json
 
 bench-claims: env smollm2 ## on SmolLM2: what the published variants are said to do better, beside top-k
 	$(BIN)/sae-harvest --model smollm2 --dataset $(REAL_TEXT) --tokens 1200k --out $(REAL)

@@ -96,7 +96,16 @@ def score(
     test, validation = (load(ask.folder, split) * scale for split in ("test", "validation"))
     came_to = None if threshold is None else place(threshold, encode, validation, ask.l0)
     found = told(*(measure(x, x, encode, lambda _, acts: decode(acts)) for x in (test, validation)))
+    rebuild_windows(ask, encode, decode, scale)
     return found | {"came_to": came_to}
+
+
+@torch.no_grad()
+def rebuild_windows(ask: Ask, encode: Encode, decode: Encode, scale: float) -> None:
+    """Where there are windows to be spliced into the model, they are rebuilt."""
+    if Path(ask.folder, "windows.npy").is_file():
+        parts = [decode(encode(part)) / scale for part in (load(ask.folder, "windows") * scale).split(ROWS)]
+        np.save(Path(ask.folder, "rebuilt.npy"), torch.cat(parts).numpy())
 
 
 @torch.no_grad()

@@ -191,9 +191,9 @@ class Results:
         self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
         self.scores = {fit_of(row): score_of(row) for row in self.rows if row.items() >= self._run.items()}
 
-    def add(self, fit: Fit, score: Score) -> None:
+    def add(self, fit: Fit, score: Score, more: dict[str, float] | None = None) -> None:
         self.scores[fit] = score
-        self.rows.append(row_of(fit, score) | self._run | self._facts)
+        self.rows.append(row_of(fit, score) | (more or {}) | self._run | self._facts)
         write_rows(self.path, "Quality at equal sparsity, on held-out text", self.rows)
 
 

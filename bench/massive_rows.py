@@ -1,0 +1,178 @@
+"""What rows of massive norm cost whoever trains on them, ours and the peers': explained variance and cross entropy.
+
+Everybody trains twice, on all rows but those of special tokens, which is as far as the peers' own settings go
+(`remove_bos`, `exclude_special_tokens`), and on ordinary rows alone, which is our default; each at the best rate of
+the first seed, sought as in `quality.py` by ordinary rows of validation text. Then everybody rebuilds the same windows
+of the test split: the rows are spliced into the model, all of them, and all but the massive ones.
+
+    python bench/massive_rows.py STORE --peers-python PATH
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from quality import CONTESTANTS, FACTOR, SEEDS, Contestants, Fit, Results, best_of, from_to, own_rate, write_rows_of
+from ratios import gather_facts
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+
+from saemill import Store
+from saemill.cache_schema.massive_rows import MULTIPLE, measure_massive
+from saemill.cache_schema.sites import RESID
+from saemill.evaluate.context.context import Context
+from saemill.evaluate.model.batches import Windows, store_batches
+from saemill.evaluate.model.divergence import next_tokens
+from saemill.evaluate.model.prefix_suffix import LanguageModel
+from saemill.harvest.progress import Watch
+
+ALL, ORDINARY = "all rows", "ordinary rows"
+MEASURES = {
+    "explained_variance": "explained variance, ordinary rows",
+    "windows_all": "of the windows, all rows",
+    "ce_all": "CE, all rows spliced",
+    "ce_ordinary": "CE, massive rows as they are",
+}
+
+
+@dataclass(frozen=True)
+class Held:
+    """Windows of the test split, with what the model makes of them."""
+
+    model: LanguageModel
+    layer: int
+    windows: Windows
+    is_massive: Tensor
+
+    @staticmethod
+    def of(store: Store, layer: int, count: int) -> Held:
+        windows = next(store_batches(store, "test", (layer,), batch_windows=count, count=count))
+        bound = measure_massive(store, layer, MULTIPLE).bound
+        norms_WT = windows.resid[layer].float().norm(dim=-1)
+        return Held(Context(store, watch=Watch(is_quiet=True)).model, layer, windows, windows.keep & (norms_WT > bound))
+
+    @property
+    def rows(self) -> Tensor:
+        return self.windows.resid[self.layer].float().flatten(0, 1)
+
+    def measure(self, rebuilt_ND: Tensor) -> dict[str, float]:
+        resid = self.windows.resid[self.layer]
+        rebuilt = rebuilt_ND.view(resid.shape)
+        found = {}
+        for name, chosen in {"all": self.windows.keep, "ordinary": self.windows.keep & ~self.is_massive}.items():
+            x, x_hat = resid.float()[chosen].double(), rebuilt[chosen].double()
+            found[f"windows_{name}"] = float(1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
+            found[f"ce_{name}"] = self.cross_entropy(torch.where(chosen[..., None], rebuilt.to(resid.dtype), resid))
+        return found
+
+    @torch.inference_mode()
+    def cross_entropy(self, resid_WTD: Tensor) -> float:
+        """Of the token after each that is not special."""
+        total, count = 0.0, 0
+        for start in range(0, len(self.windows), 8):
+            part = self.windows.slice(start, start + 8)
+            next_N = next_tokens(part.tokens, part.keep)
+            hidden_ND = self.model.suffix(resid_WTD[start : start + 8], self.layer)[part.keep]
+            logits_NV = self.model.head(hidden_ND[next_N >= 0]).float()
+            total += float(functional.cross_entropy(logits_NV, next_N[next_N >= 0], reduction="sum"))
+            count += len(logits_NV)
+        return total / count
+
+
+def write_rows(store: Store, held: Held, folder: Path) -> None:
+    """What is trained on differs; what chooses a rate and what is told are ordinary rows for all."""
+    for kind in (ALL, ORDINARY):
+        (folder / kind).mkdir()
+        np.save(folder / kind / "windows.npy", held.rows.numpy())
+    write_rows_of(store, (held.layer,), folder / ORDINARY, RESID)
+    for split in ("validation", "test"):
+        shutil.copy(folder / ORDINARY / f"{split}.npy", folder / ALL)
+    how: dict[str, Any] = {"batch_tokens": 512, "shuffle": False, "device": "cpu", "massive_norms": None}
+    rows = [batch.numpy() for batch in store.batches(held.layer, hook=RESID, split="train", **how)]
+    np.save(folder / ALL / "train.npy", np.concatenate(rows))
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="each at its best rate: median of seeds (from to)")
+    for heading in ("variant", "trained on", "contestant", "rate", "dead", *MEASURES.values()):
+        table.add_column(heading)
+    for key in dict.fromkeys((row["variant"], row["trained_on"], row["contestant"]) for row in rows):
+        found = [row for row in rows if (row["variant"], row["trained_on"], row["contestant"]) == key]
+        best = max((row for row in found if row["seed"] == SEEDS[0]), key=lambda row: row["validation"])["lr"]
+        found = [row for row in found if row["lr"] == best]
+        numbers = [
+            f"{median(row[name] for row in found):.3f} ({from_to([row[name] for row in found], '.4f')})"
+            for name in MEASURES
+        ]
+        table.add_row(*key, f"{best:.2g}", from_to([row["dead"] for row in found], ".1%"), *numbers)
+    Console(width=220).print(table)
+
+
+@click.command()
+@click.argument("store")
+@click.option("--peers-python", required=True, help="Python with sae-lens, dictionary-learning, sparsify installed.")
+@click.option("--contestant", "contestants", multiple=True, default=CONTESTANTS, show_default=True)
+@click.option("--variant", "variants", multiple=True, default=("topk",), show_default=True, help="One with a k.")
+@click.option("--width", default=2304, show_default=True)
+@click.option("--l0", default=32.0, show_default=True)
+@click.option("--steps", default=440, show_default=True, help="Of 2,048 tokens.")
+@click.option("--windows", default=128, show_default=True, help="Of the test split, spliced.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench-results/massive_rows.json"))
+def main(
+    store: str,
+    peers_python: str,
+    contestants: tuple[str, ...],
+    variants: tuple[str, ...],
+    width: int,
+    l0: float,
+    steps: int,
+    windows: int,
+    out: Path,
+) -> None:
+    """Train on STORE with its massive rows and without."""
+    with Store.open(store) as opened, tempfile.TemporaryDirectory() as made:
+        manifest, folder = opened.manifest, Path(made)
+        layer = manifest.layers[0]
+        held = Held.of(opened, layer, windows)
+        write_rows(opened, held, folder)
+        untouched = held.cross_entropy(held.windows.resid[layer])
+        facts = gather_facts(peers_python, model=manifest.model.id, layer=layer) | {
+            "windows": windows,
+            "massive": int(held.is_massive.sum()),
+            "ce_clean": untouched,
+        }
+        for kind in (ALL, ORDINARY):
+            results = Results(out, {"steps": steps, "cache_id": manifest.cache_id, "trained_on": kind}, facts)
+            workers = Contestants(folder / kind, steps, peers_python, None)
+
+            def train(fit: Fit, results: Results = results, workers: Contestants = workers, kind: str = kind) -> Any:
+                if fit not in results.scores:
+                    click.echo(f"training on {kind}: {fit}", err=True)
+                    score = workers.train(fit)
+                    rebuilt = torch.from_numpy(np.load(folder / kind / "rebuilt.npy"))
+                    results.add(fit, score, held.measure(rebuilt))
+                    click.echo(f"  {results.rows[-1]['explained_variance']:.4f}", err=True)
+                return results.scores[fit]
+
+            for variant in variants:
+                for contestant in contestants:
+                    rate = own_rate(contestant, variant, width, manifest.model.d_model) * FACTOR
+                    best = best_of(Fit(variant, width, l0, contestant, rate), train, True)
+                    for seed in SEEDS[1:]:
+                        train(replace(best, seed=seed))
+            workers.close()
+    show(results.rows)
+
+
+if __name__ == "__main__":
+    main()
