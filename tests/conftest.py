@@ -28,6 +28,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Of small stores and runs: what `fsync` does for them shows only when the power fails, and costs minutes."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def template() -> Callable[[str], str]:
     """A function from the place of a file to the code of CONTRIBUTING.md whose first line names it."""

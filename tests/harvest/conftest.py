@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -135,12 +134,6 @@ WORDS = [
     "was",
     "not",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a killed process wrote survives it without fsync; only a power cut would tell."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def make_text(seed: int, words: int) -> str:
