@@ -1,15 +1,17 @@
 """What rows of massive norm cost whoever trains on them, ours and the peers': explained variance and cross entropy.
 
 Everybody trains twice, on all rows but those of special tokens, which is as far as the peers' own settings go
-(`remove_bos`, `exclude_special_tokens`), and on ordinary rows alone, which is our default; each at the best rate of
-the first seed, sought as in `quality.py` by ordinary rows of validation text. Then everybody rebuilds the same windows
-of the test split: the rows are spliced into the model, all of them, and all but the massive ones.
+(`remove_bos`, `exclude_special_tokens`), and on ordinary rows alone, which is our default. On ordinary rows each
+takes the rate that `quality.py` found best for it; on all rows the best is sought from there, in the same way and by
+ordinary rows of validation text. Then everybody rebuilds the same windows of the test split: the rows are spliced into
+the model, all of them, and all but the massive ones.
 
     python bench/massive_rows.py STORE --peers-python PATH
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -20,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from quality import CONTESTANTS, FACTOR, SEEDS, Contestants, Fit, Results, best_of, from_to, own_rate, write_rows_of
+from quality import CONTESTANTS, SEEDS, Contestants, Fit, Results, best_of, from_to, last_scores, write_rows_of
 from ratios import gather_facts
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +39,7 @@ from saemill.evaluate.model.prefix_suffix import LanguageModel
 from saemill.harvest.progress import Watch
 
 ALL, ORDINARY = "all rows", "ordinary rows"
+RATES = Path(__file__).parent / "results" / "quality.json"
 MEASURES = {
     "explained_variance": "explained variance, ordinary rows",
     "windows_all": "of the windows, all rows",
@@ -102,6 +105,13 @@ def write_rows(store: Store, held: Held, folder: Path) -> None:
     np.save(folder / ALL / "train.npy", np.concatenate(rows))
 
 
+def best_rates(path: Path) -> dict[tuple[str, str], float]:
+    """By variant and contestant: the best of the first seed."""
+    scores = {fit: score for fit, score in last_scores(json.loads(path.read_text())["rows"]).items() if not fit.seed}
+    rising = sorted(scores, key=lambda fit: scores[fit].worth(fit.l0))
+    return {(fit.variant, fit.contestant): fit.lr for fit in rising}
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table(title="each at its best rate: median of seeds (from to)")
     for heading in ("variant", "trained on", "contestant", "rate", "dead", *MEASURES.values()):
@@ -123,6 +133,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 @click.option("--peers-python", required=True, help="Python with sae-lens, dictionary-learning, sparsify installed.")
 @click.option("--contestant", "contestants", multiple=True, default=CONTESTANTS, show_default=True)
 @click.option("--variant", "variants", multiple=True, default=("topk",), show_default=True, help="One with a k.")
+@click.option("--rates", type=click.Path(path_type=Path), default=RATES, help="What quality.py wrote.")
 @click.option("--width", default=2304, show_default=True)
 @click.option("--l0", default=32.0, show_default=True)
 @click.option("--steps", default=440, show_default=True, help="Of 2,048 tokens.")
@@ -133,6 +144,7 @@ def main(
     peers_python: str,
     contestants: tuple[str, ...],
     variants: tuple[str, ...],
+    rates: Path,
     width: int,
     l0: float,
     steps: int,
@@ -145,6 +157,7 @@ def main(
         layer = manifest.layers[0]
         held = Held.of(opened, layer, windows)
         write_rows(opened, held, folder)
+        found = best_rates(rates)
         untouched = held.cross_entropy(held.windows.resid[layer])
         facts = gather_facts(peers_python, model=manifest.model.id, layer=layer) | {
             "windows": windows,
@@ -166,9 +179,10 @@ def main(
 
             for variant in variants:
                 for contestant in contestants:
-                    rate = own_rate(contestant, variant, width, manifest.model.d_model) * FACTOR
-                    best = best_of(Fit(variant, width, l0, contestant, rate), train, True)
-                    for seed in SEEDS[1:]:
+                    best = Fit(variant, width, l0, contestant, found[variant, contestant])
+                    if kind == ALL:
+                        best = best_of(best, train, True)
+                    for seed in SEEDS:
                         train(replace(best, seed=seed))
             workers.close()
     show(results.rows)
