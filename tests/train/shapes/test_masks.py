@@ -114,16 +114,10 @@ def test_topk_chooses_among_the_latents_that_may_fire(rng, shaping):
 def test_no_gradient_reaches_a_latent_outside_its_range(rng, shaping):
     mask = hard_mask()
     sae = ShapedAutoencoder(shaping.make_sae(rng, Relu()), {"mask": mask})
-    view = shaping.make_views(rng, sae)()
-    weighted = reconstruction(view)
-    outside = torch.ones(LATENTS, dtype=torch.bool)
-    for position in view.side["position"].unique():
-        outside &= (mask.range != range_of(position, CONTEXT, RANGES)) & (mask.range != FREE)
     mask.range[3] = RANGES + 5  # a range that no position has
-    again = shaping.make_views(rng, sae)()
-    (grad,) = torch.autograd.grad(reconstruction(again), sae.W_enc)
+    view = shaping.make_views(rng, sae)()
+    (grad,) = torch.autograd.grad(reconstruction(view), sae.W_enc)
     assert not grad[3].any() and grad[mask.range == FREE].any()
-    assert torch.isfinite(weighted)
 
 
 def test_dead_latents_learn_inside_their_ranges_only(rng, shaping):
