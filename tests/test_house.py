@@ -239,7 +239,7 @@ def test_imports_inside_the_package_are_relative():
         f"{file.relative_to(ROOT)}:{node.lineno}"
         for room in ROOMS
         for file in sources(room)
-        for node in ast.walk(ast.parse(file.read_text()))
+        for node in ast.walk(tree_of(file))
         if (isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "saemill")
         or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "saemill" for alias in node.names))
     ]
@@ -254,7 +254,7 @@ def test_no_frozen_record_is_filled_after_it_was_made():
     """What says that it does not change is read so: containers of such a record are whole when it is made."""
     wrong = []
     for file in (file for room in ROOMS for file in sources(room)):
-        tree = ast.parse(file.read_text())
+        tree = tree_of(file)
         records = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
         frozen = [one for one in records if any("frozen=True" in ast.unparse(mark) for mark in one.decorator_list)]
         fields = [part for one in frozen for part in one.body if isinstance(part, ast.AnnAssign)]
@@ -286,7 +286,7 @@ def test_nothing_stored_is_ever_evaluated():
     wrong = []
     for file in (file for room in ROOMS for file in sources(room)):
         wrong += [f"{file}: {name}" for name in imports_of(file) if name.split(".")[0] in RUNS_WHAT_IT_READS]
-        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+        for call in (node for node in ast.walk(tree_of(file)) if isinstance(node, ast.Call)):
             name = ast.unparse(call.func)
             said = {word.arg: word.value.value for word in call.keywords if isinstance(word.value, ast.Constant)}
             asks = {word.arg for word in call.keywords}
