@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -96,6 +97,18 @@ def parse(command: click.Command, name: str, words: list[str]) -> dict[str, Any]
 @pytest.mark.parametrize(("page", "line"), found_in_pages(), ids=str)
 def test_every_command_of_the_pages_is_understood(page, line):
     check(line)
+
+
+@pytest.mark.parametrize("target", ["demo", "harvest", "studies", "decide"])
+@pytest.mark.parametrize("model", ["auto", "smollm2"])
+def test_every_command_of_a_recipe_of_the_makefile_is_understood(target, model):
+    expanded = subprocess.run(
+        ["make", "-n", target, f"MODEL={model}", "VENV=venv"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.replace("\\\n", " ")
+    lines = re.findall(r"venv/bin/(sae-[^|>;&'\n]*)", expanded.replace("{}", "tiered"))
+    assert lines and {line.split()[0] for line in lines} <= set(BUILD.COMMANDS)
+    for line in lines:
+        check(line)
 
 
 @pytest.mark.parametrize(
