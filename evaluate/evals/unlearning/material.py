@@ -46,8 +46,14 @@ def joined_rows(texts: Sequence[str], encoder: Encodes, eos_text: str, bos: int,
     """int64 [rows, length]. Every chunk starts with BOS, and so does every row, in the place of its first token."""
     whole = eos_text.join(texts)
     size = (len(whole) - 1) // CHUNKS + 1
-    chunks = [whole[start : start + size] for start in range(0, CHUNKS * size, size)]
+    chunks = [whole[start : start + size] for start in range(0, CHUNKS * size, size or 1)]
     ids = [token for chunk in encoder.encode(chunks) for token in (bos, *chunk) if token != pad]
+    if len(ids) < length:
+        raise DataMissing(
+            f"expected text for a row of {length} tokens at least, found {len(ids)}: give more of it (--set "
+            "unlearning.forget_corpus=FILE, or unlearning.topic=NAME of the standard library), or ask for shorter rows "
+            "of WMDP's (unlearning.seq_len=N)"
+        )
     rows = torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length)
     rows[:, 0] = bos
     return rows
@@ -186,7 +192,13 @@ def read_corpus(file: Path) -> list[str]:
         texts = [str(json.loads(line)["text"]) for line in file.read_text(encoding="utf-8").splitlines() if line]
     except (ValueError, KeyError, TypeError) as error:
         raise DataMissing(f"{file}: expected a JSON object with 'text' on each line, found {error!r}") from error
-    return [text for text in texts if len(text) > MIN_CHARACTERS]
+    long_enough = [text for text in texts if len(text) > MIN_CHARACTERS]
+    if not long_enough:
+        raise DataMissing(
+            f"{file}: expected texts of more than {MIN_CHARACTERS} characters, found {len(texts)} texts and none so "
+            "long: give the whole corpus with --set unlearning.forget_corpus=FILE"
+        )
+    return long_enough
 
 
 def read_questions(name: str) -> list[Question]:

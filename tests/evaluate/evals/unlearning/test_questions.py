@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
+from saemill.evaluate.errors import DataMissing
 from saemill.evaluate.evals.unlearning.material import joined_rows, sampled_texts, shuffled_rows
 from saemill.evaluate.evals.unlearning.papers import (
     ALL_ORDERS,
@@ -81,6 +83,12 @@ def test_rows_are_cut_from_the_joined_text_and_start_with_bos():
     stream = [token for chunk in chunks for token in [1, *map(ord, chunk)] if token != ord("b")]
     expected = [[1, *stream[i + 1 : i + 7]] for i in range(0, len(stream) - 6, 7)]
     assert rows.tolist() == expected
+
+
+@pytest.mark.parametrize(("texts", "found"), [(["abcd"], 24), ([], 0)])
+def test_a_text_that_fills_no_row_is_refused(texts, found):
+    with pytest.raises(DataMissing, match=f"a row of 25 tokens at least, found {found}: .*forget_corpus=FILE"):
+        joined_rows(texts, Characters(), eos_text="|", bos=1, pad=0, length=25)
 
 
 def test_draws_use_their_own_generators():

@@ -199,6 +199,18 @@ def test_the_forget_corpus_is_asked_for_by_name(tmp_path):
     assert material_file.read_corpus(tmp_path / "good.jsonl") == ["long " * 20]
 
 
+@pytest.mark.parametrize("text", ["", '{"text": "short"}\n'])
+def test_a_forget_corpus_without_a_long_text_is_refused_before_the_model_is_loaded(text, tmp_path, monkeypatch):
+    corpus, asked = tmp_path / "empty.jsonl", []
+    corpus.write_text(text)
+    monkeypatch.setattr(material_file, "load_rows", lambda *words: asked.append(words) or [])
+    monkeypatch.setattr(material_file, "load_instructed", lambda *words: asked.append(words))
+    config = unlearning.Config(data="wmdp", forget_corpus=str(corpus))
+    with pytest.raises(DataMissing, match="more than 50 characters, found .* none so long: .*forget_corpus=FILE"):
+        unlearning.load_material(Context(None, watch=Watch(is_quiet=True)), config)
+    assert asked == []
+
+
 def test_a_base_model_is_not_asked_questions(context):
     with pytest.raises(NotApplicable, match="not an instruction-tuned Gemma"):
         material_file.load_instructed(context, "google/gemma-2-2b")
