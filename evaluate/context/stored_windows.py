@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...cache_schema.sites import Place
-from ..errors import NotApplicable
+from ..errors import NotApplicable, SettingInvalid
 from ..model.batches import Windows, count_windows, store_batches
 from .context import Context
 from .loaded_sae import LoadedSae, attention_layers_of, is_massive, layers_of
@@ -33,6 +33,7 @@ def read_windows(
 ) -> Iterator[Windows]:
     """The first `windows` windows of a split, batch by batch, with a bar. `layers`: whose residuals come along, where
     it is not just what the SAEs need. `first`: so many of them, whole batches, were read before."""
+    require_some(windows)
     total = min(windows, count_windows(context.store, split))
     if total == 0:
         raise NotApplicable(f"the store's {split} split has no windows: harvest more text")
@@ -47,6 +48,12 @@ def read_windows(
         for batch in batches:
             yield batch
             advance(len(batch) * batch.context)
+
+
+def require_some(windows: int) -> None:
+    """Else it would seem that the store has none."""
+    if windows < 1:
+        raise SettingInvalid(f"windows: expected at least 1 to be read, found {windows}")
 
 
 def sums_of_codes(

@@ -95,7 +95,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     words = Wording(context)
     traced = [subject for subject in subjects if subject.is_single_layer]
     tokens = windows = 0
-    if missing is None and config.trace_windows and traced:
+    if missing is None and config.trace_windows > 0 and traced:
         choose_alone(context, {subject: seen[subject] for subject in traced}, config)
     for batch in read_windows(context, subjects, "tiers", config.windows, config.batch_windows):
         words.read(batch)
@@ -122,7 +122,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
 
 def model_obstacle(context: Context, config: Config) -> str | None:
     """Why nothing can be traced, if so."""
-    if config.trace_windows == 0:
+    if config.trace_windows <= 0:
         return None
     if context.without_tokens:
         return f"causal tracing needs tokens: {context.without_tokens}"

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .... import __version__
@@ -25,6 +26,7 @@ from ....train.run.folder import RunFolder
 from ....train.run.init_source import source_of
 from ....train.sae.kernels.hardware import has_fast_bfloat16
 from ...context.disk_cache import decided_by
+from ...context.stored_windows import require_some
 from ...errors import BrowserUnwritten, ModelMissing, NotApplicable
 from ...model.batches import count_windows
 from ...model.head import Head
@@ -97,8 +99,9 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
 
 def share_out(context: Context, config: Config) -> dict[str, int]:
     """How many windows of which split are read."""
-    left, found = config.windows, {}
-    for split in config.splits:
+    require_some(config.windows)
+    left, found = config.windows, dict[str, int]()
+    for split in dict.fromkeys(config.splits):  # one that is named twice is read once
         found[split] = min(left, count_windows(context.store, split))
         left -= found[split]
     if not any(found.values()):
@@ -131,28 +134,36 @@ def keep_others(
     """SAEs of the run that are not evaluated now go on to be shown, if they were read on the same tokens and are still
     those that were read."""
     before, known = read_data(home / NAME, "run") or {}, {subject.label for subject in subjects}
+
+    def leave_out(saes: Sequence[dict[str, Any]], why: str) -> None:
+        if saes:
+            names = ", ".join(sae["label"] for sae in saes)
+            context.say(f"browser: {names} left out, {why}: name them too to have them shown")
+
     there = [sae for sae in before.get("saes", []) if sae["label"] not in known and (home / sae["label"]).is_dir()]
-    kept = [sae for sae in there if sae.get("sha256") == source_of(home / sae["label"]).sha256]
-    others = [sae["label"] for sae in there if sae not in kept]
-    if others:
-        context.say(
-            f"browser: {', '.join(others)} left out, of other weights than are there now: name them too to have them "
-            "shown"
-        )
-    if not kept:
-        return []
-    labels = [sae["label"] for sae in kept]
+    same = [sae for sae in there if sae.get("sha256") == source_of(home / sae["label"]).sha256]
+    leave_out([sae for sae in there if sae not in same], "of other weights than are there now")
     if _deciding(before) != _deciding(about):
-        context.say(
-            f"browser: {', '.join(labels)} left out, read with other settings: name them too to have them shown"
-        )
+        leave_out(same, "read with other settings")
+        return []
+    ids, data = ids_of_words(home / NAME), home / NAME / "data"
+    kept = [sae for sae in same if ids is not None and (data / sae["folder"]).is_dir()]
+    leave_out([sae for sae in same if sae not in kept], "whose pages are damaged")
+    if ids is None or not kept:
         return []
     for sae in kept:
-        shutil.copytree(home / NAME / "data" / sae["folder"], folder.path / "data" / sae["folder"])
-    keep_exports(home / NAME, folder.path, about["run"], labels)
-    told = read_data(home / NAME, "words") or {}
-    words.meet(unpacked(told["ids"]))
+        shutil.copytree(data / sae["folder"], folder.path / "data" / sae["folder"])
+    keep_exports(home / NAME, folder.path, about["run"], [sae["label"] for sae in kept])
+    words.meet(ids)
     return kept
+
+
+def ids_of_words(folder: Path) -> np.ndarray | None:
+    """The tokens that a browser shows, if its file of them is there and whole."""
+    try:
+        return unpacked((read_data(folder, "words") or {})["ids"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _deciding(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import threading
 import tracemalloc
 from dataclasses import replace
@@ -616,6 +617,16 @@ def test_a_split_that_no_store_has_is_named(world, builder, open_context):
         make(open_context(world), [builder.subject(builder.make_sae())], Config(splits=("tst",)))
 
 
+@pytest.mark.parametrize("windows", [0, -3])
+def test_a_number_of_windows_that_is_none_is_named(windows, world, builder, open_context):
+    with pytest.raises(SettingInvalid, match=f"windows: expected at least 1 to be read, found {windows}"):
+        make(open_context(world), [builder.subject(builder.make_sae())], Config(windows=windows))
+
+
+def test_a_split_that_is_named_twice_is_read_once(world, open_context):
+    assert evaluation.share_out(open_context(world), Config(windows=30, splits=("test", "test"))) == {"test": 20}
+
+
 def listing(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
@@ -673,6 +684,23 @@ def test_saes_of_the_run_that_are_not_evaluated_stay(made, open_context, world):
     assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b"]
     assert [line for line in said if line.startswith("browser: a left out, read with other settings")]
     assert a.home == home and evaluation.is_there(b) and not evaluation.is_there(a)
+
+
+@pytest.mark.parametrize("damage", ["gone", "half", "other", "pages"])
+def test_saes_whose_pages_are_damaged_do_not_stay(damage, made, open_context, world):
+    """Without the file of words nobody knows what the tokens of their pages are."""
+    home, _, _ = made
+    data, context, said = home / "browser" / "data", open_context(world), []
+    if damage == "pages":
+        shutil.rmtree(data / "sae_a")
+    else:
+        whole = (data / "words.js").read_text()
+        left = {"gone": "", "half": whole[:60], "other": 'saemill("words",{"ids":7});\n'}
+        (data / "words.js").write_text(left[damage])
+    context.say = said.append
+    make(context, [one for one in subjects_of(home) if one.label == "b"])
+    assert [sae["label"] for sae in data_of(home, "run")["saes"]] == ["b"]
+    assert "browser: a left out, whose pages are damaged: name them too to have them shown" in said
 
 
 def test_saes_stay_with_their_exports_whatever_is_exported_now(made, open_context, world):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from saemill.cache_schema import Store
 from saemill.cache_schema.sites import RESID, Site
 from saemill.evaluate.context.results import frame
 from saemill.evaluate.context.stored_windows import mean_of_rows, ordinary_rows
-from saemill.evaluate.errors import ModelMissing, NotApplicable
+from saemill.evaluate.errors import ModelMissing, NotApplicable, SettingInvalid
 from saemill.evaluate.evals import attention, position, temporal, tiers
 from saemill.evaluate.evals.measures.assignment import every, groups_of, ranges_of, saved, tiers_of
 from saemill.evaluate.evals.measures.attention import Pairs, choose_pairs, trace_pairs
@@ -476,6 +477,20 @@ def test_a_split_without_windows_is_not_applicable(make_world, builder, open_con
     world = make_world(splits=(20, 40))
     with pytest.raises(NotApplicable, match="test split has no windows"):
         one(temporal, open_context(world), builder.subject(builder.make_sae()))
+
+
+@pytest.mark.parametrize("windows", [0, -3])
+@pytest.mark.parametrize("module", [attention, position, temporal, tiers])
+def test_a_number_of_windows_that_is_none_is_the_settings_fault(module, windows, world, builder, open_context):
+    config, subject = replace(CONFIGS[module], windows=windows), builder.subject(builder.make_sae())
+    with pytest.raises(SettingInvalid, match=f"windows: expected at least 1 to be read, found {windows}"):
+        list(module.evaluate(open_context(world), [subject], config))
+
+
+def test_fewer_than_no_windows_to_trace_are_none(world, builder, open_context):
+    config, subject = replace(CONFIGS[tiers], trace_windows=-1), builder.subject(builder.make_sae())
+    (result,) = tiers.evaluate(open_context(world), [subject], config)
+    assert result.metrics["causal"] == {} and result.missing is None
 
 
 def test_an_assignment_is_found_beside_the_weights_or_in_the_module(builder):
