@@ -15,7 +15,6 @@ from .layout import BLOSC, ArrayLayout
 
 CHECKSUM_BYTES = 4
 BLOSC_HEADER_BYTES = 16
-MAX_PACKED_BYTES: int = blosc.MAX_BUFFERSIZE  # of a chunk that is compressed, before: just below 2 GiB
 _SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 

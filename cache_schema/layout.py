@@ -25,7 +25,7 @@ LOCK = "commits/lock"
 SUMMARY = "stats/summary.json"
 COUNTS = "stats/counts.json"
 BEGINNING = ("tokens", "documents")  # arrays that are whole before the first shard is written
-MAX_CHUNK_BYTES = 2**30  # what is read in part goes through a scratch chunk: no store's chunks may fill the memory
+MAX_CHUNK_BYTES = 2**31 - 17  # more no compressor takes; a chunk read in part goes through memory, which none may fill
 CHUNK_BYTES = 16 * 2**20  # aim for chunks of this size: large enough to stream, small enough to overlap
 
 # Moments of one shard and place stand in one float64 line: these columns, then norm_by_position [T], mean [D].
@@ -146,6 +146,11 @@ def arrays_of(manifest: Manifest) -> dict[str, ArrayLayout]:
     for layer in manifest.attention.layers:
         arrays += _attention_arrays(manifest, layer)
     return {array.path: array for array in arrays}
+
+
+def find_too_large(manifest: Manifest) -> ArrayLayout | None:
+    """An array whose chunks would be so large that nobody could go on with the store."""
+    return next((array for array in arrays_of(manifest).values() if array.chunk_bytes > MAX_CHUNK_BYTES), None)
 
 
 def root_document(manifest: Manifest) -> dict[str, Any]:

@@ -35,9 +35,19 @@ from .compression import CHECKSUM_BYTES, encode
 from .content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .counts import count_all, write_counts
 from .disk_and_cloud_files import Files, open_files
-from .errors import ShardCorrupt, ShardInvalid, StoreBusy
+from .errors import ManifestInvalid, ShardCorrupt, ShardInvalid, StoreBusy
 from .identity import seal
-from .layout import BEGINNING, COUNTS, ROOT, ArrayLayout, arrays_of, documents_of, encode_json, root_document
+from .layout import (
+    BEGINNING,
+    COUNTS,
+    ROOT,
+    ArrayLayout,
+    arrays_of,
+    documents_of,
+    encode_json,
+    find_too_large,
+    root_document,
+)
 from .manifest import Manifest, require_same
 from .moments import Moments, merge
 from .reader import Store
@@ -67,6 +77,11 @@ class StoreWriter:
     ) -> StoreWriter:
         """Begin a store, or go on with one of the same settings."""
         files, manifest = open_files(url), seal(manifest)
+        if array := find_too_large(manifest):
+            raise ManifestInvalid(
+                f"{array.path}: a shard would take {array.chunk_bytes / 2**30:,.2f} GiB in one piece, and chunks of a "
+                f"store are below 2 GiB. Make shards of fewer windows than {manifest.shard_windows}"
+            )
         _validate_tokens(manifest, tokens, documents)
         writer = cls(files, manifest)
         try:

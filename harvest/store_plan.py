@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
-from ..cache_schema.compression import MAX_PACKED_BYTES
 from ..cache_schema.identity import seal
-from ..cache_schema.layout import arrays_of
+from ..cache_schema.layout import find_too_large
 from ..cache_schema.manifest import PART
 from ..cache_schema.sites import RESID
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests, share_windows
@@ -117,15 +116,14 @@ def require_known_tokens(packed: np.ndarray, facts: ModelFacts) -> None:
 
 
 def _require_chunks_that_fit(plan: Plan) -> None:
-    """Else the first shard would find out, when the corpus has been tokenised and the model is loaded."""
+    """Else the writer would find out, when the corpus has been tokenised and the model is loaded."""
     manifest = expected_manifest(plan, corpus_spec(plan, plan.corpus.dataset, None, {}), plan.windows)
-    for path, array in arrays_of(manifest).items():
-        if array.codec != "raw" and array.chunk_bytes > MAX_PACKED_BYTES:
-            topk = f" or --attention-topk ({manifest.attention.topk})" if path.startswith("attention/") else ""
-            raise SettingInvalid(
-                f"{path}: a shard would take {array.chunk_bytes / 2**30:,.2f} GiB in one piece, and what is compressed "
-                f"must be below 2 GiB. Lower --shard-windows ({manifest.shard_windows}){topk}"
-            )
+    if array := find_too_large(manifest):
+        topk = f" or --attention-topk ({manifest.attention.topk})" if array.path.startswith("attention/") else ""
+        raise SettingInvalid(
+            f"{array.path}: a shard would take {array.chunk_bytes / 2**30:,.2f} GiB in one piece, and chunks of a "
+            f"store are below 2 GiB. Lower --shard-windows ({manifest.shard_windows}){topk}"
+        )
 
 
 def wanted_layers(config: HarvestConfig, facts: ModelFacts) -> Wanted:

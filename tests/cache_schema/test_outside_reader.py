@@ -7,20 +7,33 @@ import re
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import pytest
 import zarr
+from numcodecs import blosc
 from scipy.sparse import csr_matrix
 
-from saemill.cache_schema import Request, Site, Store, StoreMismatch, StoreWriter, compression, strict_json
+from saemill.cache_schema import (
+    AttentionSpec,
+    ManifestInvalid,
+    Request,
+    Site,
+    Store,
+    StoreMismatch,
+    StoreWriter,
+    compression,
+    strict_json,
+)
 from saemill.cache_schema import layout as layouts
 from saemill.cache_schema import manifest as manifests
 from saemill.cache_schema.chunks import plan_reads, read_chunk
 from saemill.cache_schema.compression import decode, encode
 from saemill.cache_schema.disk_and_cloud_files import open_files
+from saemill.cache_schema.identity import seal
 from saemill.cache_schema.layout import ArrayLayout, arrays_of, is_line
 from saemill.cache_schema.manifest import Codec
 from saemill.cache_schema.verify_and_repair import drop_broken_derived, repair, verify_shards
@@ -179,6 +192,19 @@ def test_arrays_cut_anew_by_another_tool_are_left_as_they_are(synthetic, tmp_pat
     ):
         with pytest.raises(StoreMismatch, match="resid/layer_3 is cut or packed otherwise than here"):
             write()
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_a_store_of_the_largest_chunks_is_gone_on_with_and_of_larger_ones_none_is_begun(synthetic, tmp_path, codec):
+    """Tokens of 32 bytes a window; of the first store only the root is written, which says how it is cut."""
+    assert layouts.MAX_CHUNK_BYTES <= blosc.MAX_BUFFERSIZE
+    manifest = synthetic.make_manifest(attention=AttentionSpec(), codec=codec, shard_windows=2**26 - 1)
+    (tmp_path / "zarr.json").write_bytes(layouts.encode_json(layouts.root_document(seal(manifest))))
+    StoreWriter.open(tmp_path).close()
+    larger = replace(manifest, shard_windows=2**26)
+    with pytest.raises(ManifestInvalid, match="tokens: .* 2.00 GiB in one piece, .* fewer windows than 67108864"):
+        StoreWriter.create(tmp_path / "new", larger, *np.zeros((2, 22, 8), np.uint32))
+    assert not (tmp_path / "new").exists()
 
 
 def rewrite_residuals(folder, values: np.ndarray, chunks: int) -> None:

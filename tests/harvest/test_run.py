@@ -780,7 +780,7 @@ def test_without_attention(make_config: Make):
             SettingInvalid,
             r"layer_0/data: .* 2.00 GiB .* --shard-windows \(1048576\) or --attention-topk \(32\)",
         ),
-        ({"shard_windows": 2**25, "attention_layers": (), "codec": "lz4"}, SettingInvalid, r"--shard-windows .*\d\)$"),
+        ({"shard_windows": 2**25, "attention_layers": ()}, SettingInvalid, r"tokens: .* --shard-windows .*\d\)$"),
     ],
 )
 def test_what_the_model_cannot_give_is_refused_before_anything_is_written(make_config: Make, changes, error, words):
