@@ -111,12 +111,12 @@ def repair(url: str, damaged: list[int], wrong: Sequence[str] = ()) -> None:
                 raise StoreBusy(
                     f"shard {shard} of {url} is being written right now: let that end, then repair{claims.if_killed}"
                 )
-        with claims.hold_derived(must=bool(damaged)):
+        with claims.hold_derived(must=bool(damaged)) as is_alone:
             for key in wrong:
                 files.remove(key)
             if damaged:
                 forget(files, manifest, damaged)
-            refresh(files, manifest)
+            refresh(files, manifest, is_alone)
     finally:
         for shard in damaged:  # or those of a repair that was refused would be held as a dead writer's are
             claims.release(shard)

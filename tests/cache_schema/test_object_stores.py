@@ -373,6 +373,21 @@ def test_repair_takes_nothing_away_beside_another_that_derives_the_index(synthet
     slow.close()
 
 
+def test_repair_without_the_claim_looks_for_all_records_itself(synthetic, monkeypatch):
+    """The index that it finds may be that of a writer which gave up waiting, with shards that are gone."""
+    url = f"memory://{uuid.uuid4().hex}"
+    synthetic.write_store(url, synthetic.make_manifest())
+    files = open_files(url)
+    slow = make_claims(files)
+    assert slow.take(claims_module.DERIVED)
+    monkeypatch.setattr(claims_module, "DERIVED_SECONDS", 0.1)
+    files.remove(record_key(1))
+    repair(url, [])
+    with Store.open(url) as store:
+        assert np.flatnonzero(~store.committed).tolist() == [1]
+    slow.close()
+
+
 @pytest.mark.parametrize("writes_last", ["writer", "repair"])
 def test_a_writer_that_gave_up_waiting_for_the_index_brings_no_shard_back(synthetic, monkeypatch, writes_last):
     """Whichever of it and repair writes the index last: what repair took away is in it, with no record."""
