@@ -66,6 +66,8 @@ def open_files(url: str | os.PathLike[str]) -> Files:
     # s3fs asks for the size of each object first, where it may get it in several pieces at once
     options = {"max_concurrency": 1} if os.fspath(url).startswith("s3://") else {}
     try:
+        if not os.fspath(url):  # it would be the current folder
+            raise ValueError("an empty name")
         fs, path = fsspec.core.url_to_fs(os.fspath(url), **options)
     except (ImportError, ValueError) as error:
         raise AddressInvalid(

@@ -140,9 +140,10 @@ def html_to_text(page: str) -> str:
 
 
 def open_docs(options: DatasetOptions) -> DocsCorpus:
-    folder = Path(options.dataset.removeprefix(PREFIX)).expanduser()
-    if not folder.is_dir():
-        raise CorpusUnavailable(f"there is no folder {folder}: give --dataset {PREFIX}FOLDER, /usr/share/doc say")
+    name = options.dataset.removeprefix(PREFIX)
+    folder = Path(os.path.expanduser(name))
+    if not name or not folder.is_dir():
+        raise CorpusUnavailable(f"there is no folder {name!r}: give --dataset {PREFIX}FOLDER, /usr/share/doc say")
     return DocsCorpus(folder)
 
 

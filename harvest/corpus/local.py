@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -189,14 +190,14 @@ def is_local(options: DatasetOptions) -> bool:
     """Something is there, or the name can only have been meant as a path."""
     name = options.dataset
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_SUFFIXES
-    return is_path or Path(name).expanduser().exists()
+    return not name or is_path or os.path.exists(os.path.expanduser(name))
 
 
 def open_local(options: DatasetOptions) -> LocalCorpus:
-    path = Path(options.dataset).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(options.dataset))  # a home that nobody has stays a name, and no error of Python
+    if not options.dataset or not path.exists():  # a variable of the shell that is not set is no folder: not this one
         raise CorpusUnavailable(
-            f"there is no file or folder {options.dataset}. Give a text, jsonl or parquet file or a folder of them, "
+            f"there is no file or folder {options.dataset!r}. Give a text, jsonl or parquet file or a folder of them, "
             f"the id of a data set on the hub such as {OPENWEBTEXT}, or `{STDLIB}`"
         )
     if path.is_file() and (remedy := NO_TEXT.get(path.suffix.lower())):

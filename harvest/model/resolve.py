@@ -145,11 +145,11 @@ def _here(choice: Choice) -> ModelSource | None:
         return ModelSource(POCKET, _hash_of(POCKET_FOLDER), POCKET_FOLDER)
     if choice.name == SMOLLM2:
         return _converted(SMOLLM2, find_smollm2())
-    folder = Path(choice.name).expanduser()
+    folder = Path(os.path.expanduser(choice.name))
     if folder.suffix == SUFFIX and not folder.is_dir():
         kept = None if folder.is_file() else find_converted((choice.revision or "").removeprefix(GGUF))
         return ModelSource(folder.name, choice.revision or "", kept) if kept else _converted(folder.name, folder)
-    if folder.is_dir():
+    if choice.name and folder.is_dir():
         return ModelSource(folder.resolve().name, _hash_of(folder), folder)
     snapshot = _cached(choice.name, choice.revision)
     return None if snapshot is None else ModelSource(choice.name, snapshot.name, snapshot)

@@ -566,6 +566,11 @@ def test_an_address_that_cannot_be_opened_is_one_line(monkeypatch: pytest.Monkey
         assert "saemill[s3]" in result.output
 
 
+def test_an_empty_name_is_not_the_current_folder() -> None:
+    """As of a variable of the shell that is not set."""
+    assert run("info", "").output.startswith("AddressInvalid:  cannot be opened (an empty name)")
+
+
 def test_repair_hands_damaged_shards_to_whoever_can_harvest(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[tuple] = []
 

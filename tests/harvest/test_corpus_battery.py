@@ -72,11 +72,15 @@ EXAMPLES = {
 }
 BAD = {  # what to refuse, by which error; stdlib can be asked for nothing else
     "local": [
-        (lambda *_: DatasetOptions("./nothing.txt"), CorpusUnavailable, "no file or folder"),
+        (lambda *_: DatasetOptions("./nothing.txt"), CorpusUnavailable, "no file or folder './nothing.txt'"),
+        (lambda *_: DatasetOptions("~nosuchuser/x"), CorpusUnavailable, "no file or folder '~nosuchuser/x'"),
+        (lambda *_: DatasetOptions(""), CorpusUnavailable, "no file or folder ''"),
         (a_file_that_is_not_text, DocumentInvalid, "line 1: .* unpaired surrogate"),
     ],
     "docs": [
-        (lambda *_: DatasetOptions("docs:./nothing"), CorpusUnavailable, "no folder nothing: give --dataset docs:"),
+        (lambda *_: DatasetOptions("docs:./nothing"), CorpusUnavailable, "no folder './nothing': give --dataset docs:"),
+        (lambda *_: DatasetOptions("docs:~nosuchuser"), CorpusUnavailable, "no folder '~nosuchuser'"),
+        (lambda *_: DatasetOptions("docs:"), CorpusUnavailable, "no folder ''"),
         (a_folder_without_documentation, CorpusEmpty, r"no documentation \(\.html"),
     ],
     "hugging_face": [(a_data_set_that_is_not_there, CorpusUnavailable, "check the id and the revision")],
