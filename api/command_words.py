@@ -72,7 +72,7 @@ def _say(option: click.Option, value: Any) -> list[str]:
         return [f"{name}={_text(value)}"]
     if isinstance(value, Mapping):
         value = [f"{key}={_text(item)}" for key, item in value.items()]
-    return [f"{name}={_text(item)}" for item in ([value] if isinstance(value, str) else value)]
+    return [f"{name}={_text(item)}" for item in (value if _is_list(value) else [value])]
 
 
 def _text(value: Any) -> str:

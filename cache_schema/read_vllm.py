@@ -79,6 +79,8 @@ class VllmSource:
                 "windows of T tokens, and what does not fill one is left out"
             )
         self.context = lengths[0] if context is None else context
+        if self.context < 1:
+            raise ImportInvalid(f"{folder}: expected a --context of at least 1, found {self.context}")
         self._windows = [
             (one, slice(start, start + self.context))
             for one in found
@@ -87,7 +89,7 @@ class VllmSource:
         self.windows = len(self._windows)
         counts = [n // self.context for n in lengths if n >= self.context]
         self.document_of = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
-        if not self.windows or self.context < 1:
+        if not self.windows:
             raise ImportInvalid(
                 f"{folder}: no request fills a window of {self.context} tokens: give a smaller --context"
             )

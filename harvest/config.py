@@ -151,7 +151,7 @@ def parse_hooks(text: str, layer: int | None, layers: tuple[int, ...]) -> dict[s
 
 
 def _parse_layer(text: str, layer: int, whole: str) -> int:
-    found = re.fullmatch(r"([+-]?)(\d+)", text.strip())
+    found = re.fullmatch(r"([+-]?)(\d{1,4})", text.strip())  # a range is filled before it is held against a model
     if found is None:
         raise SettingInvalid(f"{whole!r}: expected layers such as 17,19 or 17..20 or -2..+1 or none, found {text!r}")
     return layer + int(text) if found[1] else int(text)

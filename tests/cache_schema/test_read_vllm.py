@@ -121,6 +121,13 @@ def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path: Path) -> None
         source.acts(Site("resid", 3), 0, 1)
 
 
+@pytest.mark.parametrize("context", [0, -1])
+def test_windows_of_no_tokens_are_refused(tmp_path: Path, context: int) -> None:
+    write_requests(tmp_path, [4])
+    with pytest.raises(ImportInvalid, match=f"expected a --context of at least 1, found {context}"):
+        VllmSource(tmp_path, (3, 19), context)
+
+
 def test_a_context_without_vllm_is_refused(tmp_path: Path) -> None:
     words = ("--resid", tmp_path / "acts.npy", "--layer", 1, "--model", "m", "--context", 4)
     assert "--context goes with --vllm" in run("import", tmp_path / "store", *words, code=2)

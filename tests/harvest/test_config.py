@@ -50,7 +50,7 @@ def test_layers(text, expected):
     assert parse_layers(text, 19) == expected
 
 
-@pytest.mark.parametrize("text", ["", "..", "1..2..3", "+1..-2", "all", "1;2", "1-2"])
+@pytest.mark.parametrize("text", ["", "..", "1..2..3", "+1..-2", "all", "1;2", "1-2", "0..9999999999"])
 def test_layers_that_are_none(text):
     with pytest.raises(SettingInvalid, match="expected"):
         parse_layers(text, 19)
