@@ -60,10 +60,15 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
 
 
 def next_look(rows: Sequence[Row], words: Mapping[str, Any]) -> str | None:
-    """The command that makes pages of the latents, where there are none and nobody has asked for them now."""
+    """The command that makes pages of the latents, where there are none, nobody has asked for them now, and there is
+    a store to make them from."""
+    if any(row.eval_id == BROWSER for row in rows):
+        return None
     subjects = dict.fromkeys(row.subject for row in rows if row.document is not None)
     bare = [one for one in subjects if set(one.hooks) == {RESID} and not (one.home / BROWSER).is_dir()]
-    if not bare or any(row.eval_id == BROWSER for row in rows):
+    are_there = {url: is_store(url) for url in {words["cache"] or one.cache_url for one in bare}}
+    bare = [one for one in bare if are_there[words["cache"] or one.cache_url]]
+    if not bare:
         return None
     places = [] if words["runs"] == RUNS else ["--runs", words["runs"]]
     places += ["--cache", words["cache"]] if words["cache"] else []
@@ -71,6 +76,17 @@ def next_look(rows: Sequence[Row], words: Mapping[str, Any]) -> str | None:
     command = shlex.join(["sae-eval", *words["targets"], *places, "--evals", "browser"])
     megabytes = sum(subject.width for subject in bare) * LATENT_BYTES / 1e6
     return f"next: {command}    # pages to look at all latents, about {max(1, round(megabytes)):,} MB"
+
+
+def is_store(url: str | None) -> bool:
+    """Whether one is there and can be opened."""
+    if url is None:
+        return False
+    try:
+        with Store.open(url):
+            return True
+    except StoreError:
+        return False
 
 
 def is_at_terminal() -> bool:

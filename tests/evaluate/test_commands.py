@@ -185,11 +185,13 @@ def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
     }
 
 
-def test_results_without_pages_of_their_latents_say_how_these_are_made(tmp_path: Path) -> None:
+def test_results_without_pages_of_their_latents_say_how_these_are_made(tmp_path: Path, small: Any) -> None:
     words = {"targets": ("my run",), "runs": "else where", "cache": None, "layer": None}
 
-    def said(hook: str = "resid", eval_id: str = "core", document: Any = ()) -> str | None:
-        subject = Mock(home=tmp_path, width=2048, hooks=(hook, hook))
+    def said(
+        hook: str = "resid", eval_id: str = "core", document: Any = (), store: str | None = small.store
+    ) -> str | None:
+        subject = Mock(home=tmp_path, width=2048, hooks=(hook, hook), cache_url=store)
         return command.next_look([Mock(subject=subject, eval_id=eval_id, document=document)], words)
 
     how = "next: sae-eval 'my run' --runs 'else where' --evals browser    # pages to look at all latents, about 8 MB"
@@ -197,6 +199,9 @@ def test_results_without_pages_of_their_latents_say_how_these_are_made(tmp_path:
     words["layer"] = 0
     assert said() == how.replace(" --evals", " --layer 0 --evals")
     assert said(hook="mlp_in") is said(eval_id="browser") is said(document=None) is None  # no pages; asked for; failed
+    assert said(store=None) is said(store=str(tmp_path / "gone")) is None  # it would end in `give --cache`
+    words["cache"] = small.store
+    assert said(store=None) == how.replace(" --evals", f" --cache {small.store} --layer 0 --evals")
     (tmp_path / "browser").mkdir()
     assert said() is None
 
