@@ -68,11 +68,13 @@ def draw_measures(title: str, values: Families, base: str, looks: Mapping[str, L
 def draw_training(title: str, curves: Curves, looks: Mapping[str, Look]) -> Figure | None:
     figure, (axis,) = new_figure(1, width=8.8, height=4.2)
     for label, seeds in curves.items():
-        smooth = [smoothed(points) for points in seeds if points]
-        if not smooth:
+        drawn = [points for points in seeds if points]
+        if not drawn:
             continue
+        shortest = min(map(len, drawn))  # where a seed ends, its mean would be that of the others
+        smooth = [smoothed(points[:shortest]) for points in drawn]
         steps = [step for step, _ in smooth[0]]
-        at_step = list(zip(*([value for _, value in points] for points in smooth), strict=False))
+        at_step = list(zip(*([value for _, value in points] for points in smooth), strict=True))
         style = looks[label]
         axis.fill_between(
             steps, [min(v) for v in at_step], [max(v) for v in at_step], color=style.colour, alpha=0.3, lw=0

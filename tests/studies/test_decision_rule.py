@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from saemill.evaluate.output.figures.style import look
 from saemill.studies.comparisons import compare
 from saemill.studies.decision_rule import judge, own_controls
-from saemill.studies.seed_plots import draw_bands, smoothed
+from saemill.studies.seed_plots import draw_bands, draw_training, smoothed
 
 NOISE = (-0.02, 0.01, 0.0, 0.03, -0.01)
 AGAINST = ("base", "control")
@@ -165,6 +166,16 @@ def test_pictures_have_every_seed_and_both_kinds(tmp_path):
     assert "<svg" in text and "<b>" not in text
     left = draw_bands("decisive", "a study", values, "base", {}, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in left} and len(left) == 2
+
+
+@pytest.mark.parametrize("lengths", [(100, 60), (60, 100), (41, 40)])
+def test_a_curve_is_drawn_as_far_as_all_seeds_go(lengths):
+    seeds = [[(float(step), step + offset) for step in range(length)] for offset, length in enumerate(lengths)]
+    figure = draw_training("a study", {"base": seeds, "none": [[]]}, {"base": look(0)})
+    assert figure is not None
+    (line,) = figure.axes[0].lines
+    assert line.get_xdata()[-1] < min(lengths)
+    assert [y - x for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)] == [0.5] * len(line.get_xdata())
 
 
 def test_a_long_curve_is_drawn_by_means():
