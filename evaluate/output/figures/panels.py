@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .records import Record
-from .style import INK, Look, caption, is_wide, log_axis, look, new_figure
+from .style import HEIGHT, INK, LINES, WIDTH, Look, caption, is_wide, log_axis, look, new_figure, shades
 
 STEP = "training step"
 LEGEND_LINES, LINE_HEIGHT = 2, 0.17  # lines of a legend that have room in a figure, and inches of every further one
@@ -165,6 +165,34 @@ def looks_of(records: Sequence[Record]) -> dict[str, Look]:
     return {record.name: look(place) for place, record in enumerate(records)}
 
 
+def draw_each(
+    records: Sequence[Record],
+    draw: Callable[[Axes, Record], None],
+    title: str,
+    columns: int = 1,
+    width: float = WIDTH,
+    height: float = HEIGHT,
+) -> Figure | None:
+    """A panel for each SAE; None where there is none."""
+    if not records:
+        return None
+    figure, axes = new_figure(len(records), columns, width, height)
+    for axis, record in zip(axes, records, strict=True):
+        draw(axis, record)
+    figure.suptitle(title, fontsize=12, color=INK)
+    return figure
+
+
+def draw_layers(axis: Axes, record: Record, prefix: str, layers: Sequence[int], y: str) -> None:
+    """What an SAE logged of each layer, over training. A layer looks alike wherever it is drawn among these layers."""
+    colours = dict(zip(layers, shades(len(layers)), strict=True))
+    for layer, name in record.numbered(prefix).items():
+        line = LINES[layers.index(layer) % len(LINES)]
+        axis.plot(*record.series(name), color=colours[layer], ls=line, lw=1.8, label=f"layer {layer}")
+    caption(axis, record.name, STEP, y)
+    axis.legend(fontsize=8, frameon=False)
+
+
 def draw_parts(
     axis: Axes,
     names: Sequence[str],
@@ -181,10 +209,7 @@ def draw_parts(
         if len(parts) * len(names) <= MOST_LABELLED:
             axis.bar_label(bars, [f"{height:.2g}" for height in heights], padding=2, fontsize=7, color=INK)
     is_crowded = len(names) > 4 or max(map(len, names)) > 12
-    axis.set_xticks(
-        range(len(names)), names, fontsize=8, rotation=35 if is_crowded else 0, ha="right" if is_crowded else "center"
-    )
-    for text in axis.get_xticklabels():
-        text.set_parse_math(False)
+    turned = {"rotation": 35, "ha": "right"} if is_crowded else {}
+    axis.set_xticks(range(len(names)), names, fontsize=8, parse_math=False, **turned)
     axis.grid(visible=False, axis="x")
     axis.legend(fontsize=8, frameon=False, ncols=min(len(parts), 4), loc="lower center", bbox_to_anchor=(0.5, 1.0))

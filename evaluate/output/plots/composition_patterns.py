@@ -8,8 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..figures.panels import draw_each
 from ..figures.records import Record
-from ..figures.style import INK, caption, new_figure
+from ..figures.style import INK, caption
 
 MOST = 4  # SAEs in one figure
 LATENTS = 16  # of each
@@ -24,13 +25,7 @@ def patterns_of(record: Record) -> list[dict[str, Any]]:
 
 def draw(records: Sequence[Record]) -> Figure | None:
     seen = [record for record in records if patterns_of(record)][:MOST]
-    if not seen:
-        return None
-    figure, axes = new_figure(len(seen), columns=1, width=WIDTH, height=HEIGHT)
-    for record, axis in zip(seen, axes, strict=True):
-        draw_patterns(axis, record)
-    figure.suptitle("What latents are composed of", fontsize=12, color=INK)
-    return figure
+    return draw_each(seen, draw_patterns, "What latents are composed of", width=WIDTH, height=HEIGHT)
 
 
 def draw_patterns(axis: Axes, record: Record) -> None:

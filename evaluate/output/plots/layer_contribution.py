@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..figures.panels import STEP, draw_parts
+from ..figures.panels import draw_layers, draw_parts
 from ..figures.records import Record
-from ..figures.style import INK, LINES, caption, new_figure, shades
+from ..figures.style import INK, caption, new_figure, shades
 
 LOGGED = "attention/contribution_"
 SHARE, GAIN = "share_", "similarity_gain_"
@@ -45,34 +45,23 @@ def draw(records: Sequence[Record]) -> Figure | None:
     if not panels:
         return None
     layers = sorted({layer for r in records for layer in (*measured_layers(r), *r.numbered(LOGGED))})
-    colours = dict(zip(layers, shades(len(layers)), strict=True))
     width = max(5.0, 1.2 + 0.9 * len(measured))
     figure, axes = new_figure(panels, columns=2 if panels in (2, 4) else 3, width=width, height=3.6)
     if measured:
         for axis, kind in zip(axes, MEASURED, strict=False):
-            draw_measured(axis, kind, measured, colours)
+            draw_measured(axis, kind, measured, layers)
     for axis, record in zip(axes[panels - len(logged) :], logged, strict=True):
-        draw_logged(axis, record, colours)
+        draw_layers(axis, record, LOGGED, layers, "share of guided similarity (sum 1)")
     figure.suptitle("Contribution by layer", fontsize=12, color=INK)
     return figure
 
 
-def draw_measured(axis: Axes, kind: Measured, records: Sequence[Record], colours: Mapping[int, str]) -> None:
+def draw_measured(axis: Axes, kind: Measured, records: Sequence[Record], layers: Sequence[int]) -> None:
     """What the evaluation found, a group of bars per SAE."""
     parts = {
         f"layer {layer}": [record.metric("attention", f"contribution.{kind.metric}{layer}") for record in records]
-        for layer in colours
+        for layer in layers
     }
-    draw_parts(axis, [record.name for record in records], parts, list(colours.values()), kind.factor)
+    draw_parts(axis, [record.name for record in records], parts, shades(len(layers)), kind.factor)
     caption(axis, "", "", kind.unit)
     axis.set_title(kind.title, fontsize=10, color=INK, pad=24)  # above the legend
-
-
-def draw_logged(axis: Axes, record: Record, colours: Mapping[int, str]) -> None:
-    """The parts that the layers had in an SAE's training."""
-    for place, (layer, name) in enumerate(record.numbered(LOGGED).items()):
-        axis.plot(
-            *record.series(name), color=colours[layer], ls=LINES[place % len(LINES)], lw=1.8, label=f"layer {layer}"
-        )
-    caption(axis, record.name, STEP, "share of guided similarity (sum 1)")
-    axis.legend(fontsize=8, frameon=False)

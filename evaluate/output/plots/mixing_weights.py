@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from ..figures.panels import STEP, Lines, looks_of, series_of
+from ..figures.panels import Lines, draw_layers, looks_of, series_of
 from ..figures.records import Record
-from ..figures.style import INK, LINES, caption, new_figure, shades
+from ..figures.style import INK, new_figure
 
 WEIGHT = "mixing/weight_"
 
@@ -18,17 +18,12 @@ def draw(records: Sequence[Record]) -> Figure | None:
     if not mixed:
         return None
     layers = sorted({layer for record in mixed for layer in record.numbered(WEIGHT)})
-    colours = dict(zip(layers, shades(len(layers)), strict=True))
     temperature = Lines("Temperature", "softmax temperature", series_of("mixing/temperature"))
     has_temperature = temperature.finds(mixed)
     figure, axes = new_figure(len(mixed) + has_temperature)
     for record, axis in zip(mixed, axes, strict=False):
-        for layer, name in record.numbered(WEIGHT).items():
-            line = LINES[layers.index(layer) % len(LINES)]
-            axis.plot(*record.series(name), color=colours[layer], ls=line, lw=1.8, label=f"layer {layer}")
         axis.set_ylim(-0.02, 1.02)
-        caption(axis, record.name, STEP, "mixing weight (sum 1)")
-        axis.legend(fontsize=8, frameon=False)
+        draw_layers(axis, record, WEIGHT, layers, "mixing weight (sum 1)")
     if has_temperature:
         temperature.draw(axes[-1], mixed, looks_of(records))
         axes[-1].legend([record.name for record in mixed], fontsize=8, frameon=False)

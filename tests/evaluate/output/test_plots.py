@@ -210,6 +210,23 @@ def test_an_sae_has_one_colour_throughout(make_run):
             assert line_drawn.get_color() == look([r.name for r in records].index("tiered")).colour
 
 
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("layer_contribution", "attention/contribution_"), ("mixing_weights", "mixing/weight_")]
+)
+def test_a_layer_looks_alike_in_every_panel(name, prefix):
+    """Whichever other layers an SAE logged."""
+    logs = ([17, 18, 19], [18], [19, 18])
+    rows = [[{"step": step, **{f"{prefix}{layer}": 0.1 for layer in layers}} for step in (0, 1)] for layers in logs]
+    figure = draw_of(name)([Record(f"sae_{n}", "run", "", log=log) for n, log in enumerate(rows)])
+    assert figure is not None
+    lines = [line for axis in figure.axes for line in axis.lines]
+    looks = {
+        layer: {(one.get_color(), one.get_ls()) for one in lines if one.get_label() == layer}
+        for layer in ("layer 17", "layer 18", "layer 19")
+    }
+    assert [len(found) for found in looks.values()] == [1, 1, 1] and len(set.union(*looks.values())) == 3
+
+
 def test_thirty_names_leave_the_panels_their_height(tmp_path):
     """The legend of a run of six SAEs from five seeds took all of a figure of one panel."""
     outcomes = [{"l0": 32.0 + n, "explained_variance": 0.7} for n in range(30)]
