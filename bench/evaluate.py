@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from talk import Worker
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from saemill.cache_schema import CorpusSpec, Manifest, ModelSpec, ShardContent, StoreWriter
+from saemill.cache_schema import CorpusSpec, Manifest, ModelSpec, ShardContent, Site, StoreWriter
 from saemill.harvest.capture import capture
 from saemill.harvest.model.load_and_truncate import Wanted, load_model, read_facts
 from saemill.harvest.model.resolve import POCKET_FOLDER
@@ -112,7 +112,7 @@ def make_world(folder: Path, model: Path, dtype: str, saes: int, reconstruction:
 def write_store(path: Path, model_folder: Path, layer: int, tokens_WT: np.ndarray, dtype: str) -> None:
     """One window to train on, one to validate on, the others to test on."""
     model = load_model(model_folder, Wanted((layer,)), getattr(torch, dtype))
-    windows = len(tokens_WT)
+    windows, place = len(tokens_WT), Site("resid", layer)
     manifest = Manifest(
         model=ModelSpec("bench", model.facts.d_model, dtype=dtype, bos_token=BOS, special_tokens=SPECIAL),  # pyright: ignore
         corpus=CorpusSpec("random"),
@@ -127,13 +127,11 @@ def write_store(path: Path, model_folder: Path, layer: int, tokens_WT: np.ndarra
         for shard in writer.pending():
             rows = slice(*manifest.shard_range(shard))
             ids = torch.from_numpy(tokens_WT[rows].astype(np.int64))
-            resid = capture(model, ids, manifest.attention).resid[layer]
+            resid = capture(model, ids, manifest.attention).acts[place]
             stored = resid.view(torch.uint16).numpy() if dtype == "bfloat16" else resid.numpy()
             moments = measure(layer, resid, torch.isin(ids, torch.tensor(SPECIAL)))
             with writer.claim(shard):
-                writer.write(
-                    shard, ShardContent(tokens_WT[rows], documents[rows], {layer: stored}, {layer: moments}, {})
-                )
+                writer.write(shard, ShardContent(tokens_WT[rows], documents[rows], {place: stored}, {place: moments}))
 
 
 def make_sae(folder: Path, d_model: int, layer: int, seed: int) -> Path:

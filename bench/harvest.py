@@ -250,7 +250,7 @@ def measure_memory(model: Path, folder: Path, layers: tuple[int, ...]) -> None:
 def num_bytes(content: ShardContent) -> int:
     """Of a shard's arrays as they wait to be written."""
     attention = [getattr(csr, field.name) for csr in content.attention.values() for field in fields(csr)]
-    return sum(array.nbytes for array in (*content.resid.values(), *attention))
+    return sum(array.nbytes for array in (*content.acts.values(), *attention))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -62,9 +62,11 @@ def write_small(exact: Store, folder: Path, kind: SmallDtype) -> None:
     with StoreWriter.create(folder, small, tokens, documents) as writer:
         for part in exact.stream(Request(layers=manifest.layers)):
             rows, shard = slice(part.span.start, part.span.stop), part.span.shard
-            moments = {layer: exact.shard_moments(layer, shard) for layer in manifest.layers}
+            sites = Request(layers=manifest.layers).sites
+            acts = {site: part.at(site) for site in sites}
+            moments = {site: exact.shard_moments(site.layer, shard) for site in sites}
             with writer.claim(shard):
-                writer.write(shard, ShardContent(tokens[rows], documents[rows], part.resid, moments))
+                writer.write(shard, ShardContent(tokens[rows], documents[rows], acts, moments))
 
 
 def measure(context: Context, run: Path) -> list[dict[str, float]]:

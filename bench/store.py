@@ -34,6 +34,7 @@ from saemill.cache_schema import (
     Request,
     ShardBuffers,
     ShardContent,
+    Site,
     Store,
     StoreWriter,
     from_float32,
@@ -47,6 +48,7 @@ from saemill.cache_schema.strict_json import to_json
 from saemill.cache_schema.writer import WRITERS
 
 CONTEXT, WIDTH, LAYER, SHARD_WINDOWS = 128, 2304, 19, 256
+PLACE = Site("resid", LAYER)
 RESID = Request(layers=(LAYER,))
 GB = 1e9
 
@@ -88,7 +90,7 @@ def make_content(shard_WTD: np.ndarray, norm: float = 1.0) -> ShardContent:
     """Moments are the harvest's work: here they are of rows of one norm."""
     tokens = np.zeros((SHARD_WINDOWS, CONTEXT), np.uint32)
     moments = Moments(1, np.zeros(WIDTH), norm, norm**2, SHARD_WINDOWS, np.full(CONTEXT, norm))
-    return ShardContent(tokens, tokens, {LAYER: shard_WTD}, {LAYER: moments})
+    return ShardContent(tokens, tokens, {PLACE: shard_WTD}, {PLACE: moments})
 
 
 def open_writer(folder: Path, manifest: Manifest) -> StoreWriter:

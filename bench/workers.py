@@ -31,7 +31,7 @@ import click
 import fsspec
 import numpy as np
 from ratios import Row, Speeds, compare, conclude, gather_facts, take_turns
-from store import CONTEXT, LAYER, RESID, make_manifest
+from store import CONTEXT, LAYER, PLACE, RESID, make_manifest
 
 from saemill.cache_schema import ShardContent, Store, StoreWriter, from_float32
 from saemill.cache_schema.layout import record_key
@@ -70,7 +70,7 @@ class Bench:
         windows, context, width = resid.shape
         tokens = np.zeros((windows, context), np.uint32)
         moments = Moments(1, np.zeros(width), 1.0, 1.0, windows, np.ones(context))
-        return ShardContent(tokens, tokens, {LAYER: resid}, {LAYER: moments})
+        return ShardContent(tokens, tokens, {PLACE: resid}, {PLACE: moments})
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def write_share(bench: Bench, url: str, worker: int, mark: Mark) -> None:
             if shard in mine:
                 with writer.claim(shard) as is_to_do:
                     if is_to_do:
-                        content.resid[LAYER][:, 0, 0] = shard
+                        content.acts[PLACE][:, 0, 0] = shard
                         writer.write(shard, content)
         mark()
 
@@ -208,7 +208,7 @@ class Jobs:
         with Store.open(self.places[True]) as store:
             self.lost += sum(bool(report.damage) for report in verify_shards(store))
             for part in store.stream(RESID):
-                self.lost += bool((part.resid[LAYER] != self.bench.content(part.span.shard).resid[LAYER]).any())
+                self.lost += bool((part.resid[LAYER] != self.bench.content(part.span.shard).acts[PLACE]).any())
 
     def median(self, name: str, at: int = 0) -> Spent:
         found = [spent[at] for spent in self.spent[name]]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 import numpy as np
 
@@ -25,51 +24,20 @@ from .layout import (
 )
 from .manifest import Manifest
 from .moments import Moments, to_line
-from .sites import RESID, Site
+from .sites import Place, Site, say_place
 from .stored_dtypes import STORED_AS, to_codes
 
 
 @dataclass(frozen=True)
 class ShardContent:
-    """All arrays of one shard, activations as the model computed them. W its windows, T context, D residual width."""
+    """All arrays of one shard, activations as the model computed them. W its windows, T context."""
 
     tokens: np.ndarray  # [W, T]; written with the store's beginning, here for the shard's digest
     documents: np.ndarray  # [W, T]; likewise
-    resid: Mapping[int, np.ndarray]  # layer -> [W, T, D] as stored: bfloat16 as uint16
-    moments: Mapping[int, Moments]  # layer -> moments of its residuals
+    acts: Mapping[Site, np.ndarray]  # [W, T, width] as stored: bfloat16 as uint16
+    moments: Mapping[Site, Moments]
     attention: Mapping[int, AttentionCsr] = field(default_factory=dict)
-    hooks: Mapping[Site, np.ndarray] = field(default_factory=dict)  # beside the residual stream
-    hook_moments: Mapping[Site, Moments] = field(default_factory=dict)
     scales: Mapping[Site, np.ndarray] = field(default_factory=dict)  # [W, T], once `as_stored` made codes of them
-
-    @classmethod
-    def of(
-        cls,
-        tokens: np.ndarray,
-        documents: np.ndarray,
-        acts: Mapping[Site, np.ndarray],
-        moments: Mapping[Site, Moments],
-        attention: Mapping[int, AttentionCsr] | None = None,
-    ) -> Self:
-        """The same from activations and moments by their place."""
-        return cls(
-            tokens,
-            documents,
-            resid={site.layer: values for site, values in acts.items() if site.hook == RESID},
-            moments={site.layer: found for site, found in moments.items() if site.hook == RESID},
-            attention=attention or {},
-            hooks={site: values for site, values in acts.items() if site.hook != RESID},
-            hook_moments={site: found for site, found in moments.items() if site.hook != RESID},
-        )
-
-    @property
-    def acts(self) -> dict[Site, np.ndarray]:
-        """The activations of every place."""
-        return {Site(RESID, layer): values for layer, values in self.resid.items()} | dict(self.hooks)
-
-    @property
-    def all_moments(self) -> dict[Site, Moments]:
-        return {Site(RESID, layer): found for layer, found in self.moments.items()} | dict(self.hook_moments)
 
 
 @dataclass(frozen=True)
@@ -107,8 +75,8 @@ def lay_out(manifest: Manifest, shard: int, content: ShardContent) -> list[Shard
 
     parts = [part(site.path, values) for site, values in content.acts.items()]
     parts += [part(scales_path(site), scales) for site, scales in content.scales.items()]
-    moments = content.all_moments.items()
-    parts += [part(moments_path(site.layer, site.hook), to_line(found)[None]) for site, found in moments]
+    for site, found in content.moments.items():
+        parts.append(part(moments_path(site.layer, site.hook), to_line(found)[None]))
     for layer, csr in content.attention.items():
         lines = _lines(manifest, csr) | {"kept_mass": csr.kept_mass}
         parts += [part(attention_path(layer, name), values) for name, values in lines.items()]
@@ -122,8 +90,7 @@ def as_stored(manifest: Manifest, content: ShardContent) -> ShardContent:
     small = {site: to_codes(acts, manifest.model.dtype, manifest.stored_as) for site, acts in content.acts.items()}
     return replace(
         content,
-        resid={site.layer: codes for site, (codes, _) in small.items() if site.hook == RESID},
-        hooks={site: codes for site, (codes, _) in small.items() if site.hook != RESID},
+        acts={site: codes for site, (codes, _) in small.items()},
         scales={site: scales for site, (_, scales) in small.items()},
     )
 
@@ -164,7 +131,7 @@ def make_record(manifest: Manifest, shard: int, content: ShardContent, sizes: Ma
 def digests_of(content: ShardContent) -> dict[str, str]:
     """Digest of the values of every array, free of padding and of how they are stored."""
     beginning = {path: getattr(content, path).astype("<u4") for path in BEGINNING}
-    moments = {moments_path(site.layer, site.hook): to_line(found) for site, found in content.all_moments.items()}
+    moments = {moments_path(site.layer, site.hook): to_line(found) for site, found in content.moments.items()}
     return digests_by_path(beginning | moments, content.acts, content.scales, content.attention)
 
 
@@ -185,25 +152,24 @@ def digests_by_path(
 
 def _missing(manifest: Manifest, content: ShardContent) -> list[str]:
     wanted = {
-        "residuals": (manifest.layers, content.resid),
-        "moments": (manifest.layers, content.moments),
-        "attention": (manifest.attention.layers, content.attention),
+        "activations": (sorted(manifest.sites), sorted(content.acts)),
+        "moments": (sorted(manifest.sites), sorted(content.moments)),
+        "attention": (sorted(manifest.attention.layers), sorted(content.attention)),
     }
-    problems = [
-        f"expected {name} of layers {sorted(layers)}, found {sorted(found)}"
-        for name, (layers, found) in wanted.items()
-        if set(layers) != set(found)
+    return [
+        f"expected {name} of {_list(places)}, found {_list(found)}"
+        for name, (places, found) in wanted.items()
+        if places != found
     ]
-    hooks = {site for site in manifest.sites if site.hook != RESID}
-    if not hooks == set(content.hooks) == set(content.hook_moments):
-        found = ", ".join(map(str, sorted(set(content.hooks) & set(content.hook_moments)))) or "none"
-        problems.append(f"expected {', '.join(map(str, sorted(hooks))) or 'no hook'} and moments, found {found}")
-    return problems
+
+
+def _list(places: Sequence[Place]) -> str:
+    return ", ".join(map(say_place, places)) or "no layer"
 
 
 def _moments_problems(manifest: Manifest, content: ShardContent) -> list[str]:
     expected = {site: (manifest.context, manifest.width_of(site.hook)) for site in manifest.sites}
-    found = {site: (len(part.norm_by_position), len(part.mean)) for site, part in content.all_moments.items()}
+    found = {site: (len(part.norm_by_position), len(part.mean)) for site, part in content.moments.items()}
     return [
         f"moments, {site}: expected {expected[site]} positions and widths, found {lengths}"
         for site, lengths in found.items()

@@ -150,4 +150,4 @@ def _content(manifest: Manifest, source: Source, shard: int, tokens: np.ndarray,
     special = is_special(tokens[start:stop], manifest.model.special_tokens)
     acts = {site: source.acts(site, start, stop) for site in manifest.sites}
     moments = {site: measure(to_float32(values, manifest.model.dtype), special) for site, values in acts.items()}
-    return ShardContent.of(tokens[start:stop], documents[start:stop], acts, moments)
+    return ShardContent(tokens[start:stop], documents[start:stop], acts, moments)

@@ -5,14 +5,14 @@
 3. The pass ends where the model was cut.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..cache_schema import AttentionSpec
-from ..cache_schema.sites import RESID, Site
+from ..cache_schema.sites import Site
 from .model.attention import Sinks
 from .model.load_and_truncate import TruncatedModel, kept
 from .sparsify_attention import KeptRows, sparsify
@@ -22,15 +22,9 @@ from .sparsify_attention import KeptRows, sparsify
 class Captured:
     """What one batch gave, on the device that computed it."""
 
-    resid: dict[int, Tensor]
-    """By layer: [windows, context, d_model] in the dtype of the model."""
+    acts: dict[Site, Tensor]
+    """[windows, context, width] in the dtype of the model."""
     attention: dict[int, KeptRows]
-    hooks: dict[Site, Tensor] = field(default_factory=dict)
-
-    @property
-    def acts(self) -> dict[Site, Tensor]:
-        """The activations of every place."""
-        return {Site(RESID, layer): resid for layer, resid in self.resid.items()} | self.hooks
 
 
 def capture(model: TruncatedModel, ids_WT: Tensor, spec: AttentionSpec) -> Captured:
@@ -40,16 +34,13 @@ def capture(model: TruncatedModel, ids_WT: Tensor, spec: AttentionSpec) -> Captu
     def keep(layer: int, probs_WHTT: Tensor) -> None:
         blocks[layer].append(sparsify(probs_WHTT, spec))
 
-    sites = [Site(hook, layer) for hook, layers in model.wanted.hooks.items() for layer in layers]
-    with kept(model.stack, model.facts.model_type, sites) as hooks:
-        resid = run(model, ids_WT, {layer: partial(keep, layer) for layer in blocks})
-    return Captured(resid, {layer: KeptRows.concat(parts) for layer, parts in blocks.items()}, hooks)
+    acts = run(model, ids_WT, {layer: partial(keep, layer) for layer in blocks})
+    return Captured(acts, {layer: KeptRows.concat(parts) for layer, parts in blocks.items()})
 
 
 @torch.inference_mode()
-def run(model: TruncatedModel, ids_WT: Tensor, sinks: Sinks) -> dict[int, Tensor]:
-    """The forward pass: residuals by layer; attention probabilities go to the sinks, block by block."""
-    sites = [Site(RESID, layer) for layer in model.wanted.resid_layers]
-    with kept(model.stack, model.facts.model_type, sites) as resid:
+def run(model: TruncatedModel, ids_WT: Tensor, sinks: Sinks) -> dict[Site, Tensor]:
+    """The forward pass: activations by their place; attention probabilities go to the sinks, block by block."""
+    with kept(model.stack, model.facts.model_type, model.wanted.sites) as acts:
         model.stack(input_ids=ids_WT, use_cache=False, sinks=sinks)
-    return {site.layer: found for site, found in resid.items()}
+    return acts

@@ -86,7 +86,7 @@ def compute_shard(
         collector.add(start, tokens_WT[start : start + harvester.batch_windows])
     collector.finish()
     moments = {site: merge(parts) for site, parts in collector.moments.items()}
-    return ShardContent.of(tokens_WT, documents_WT, collector.acts, moments, collector.take_attention())
+    return ShardContent(tokens_WT, documents_WT, collector.acts, moments, collector.take_attention())
 
 
 def _write(

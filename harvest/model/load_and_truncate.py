@@ -99,14 +99,15 @@ class Wanted:
     hooks: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     @property
-    def hook_layers(self) -> tuple[int, ...]:
-        return tuple(sorted({layer for layers in self.hooks.values() for layer in layers}))
+    def sites(self) -> tuple[Site, ...]:
+        """Every place whose activations are captured, residuals first."""
+        hooks = {RESID: self.resid_layers, **self.hooks}
+        return tuple(Site(hook, layer) for hook, layers in hooks.items() for layer in layers)
 
     @property
     def whole_layers(self) -> int:
         """How many layers are computed in full."""
-        whole = (layer + 1 for layer in (*self.resid_layers, *self.hook_layers))
-        return max((*whole, *self.attention_layers), default=0)
+        return max((*(site.layer + 1 for site in self.sites), *self.attention_layers), default=0)
 
     @property
     def num_layers(self) -> int:

@@ -20,6 +20,7 @@ from saemill.cache_schema import (
     Manifest,
     ModelSpec,
     ShardContent,
+    Site,
     StoreWriter,
     from_float32,
     to_float32,
@@ -98,12 +99,12 @@ def make_content(manifest: Manifest, corpus: Corpus, shard: int) -> ShardContent
     start, stop = manifest.shard_range(shard)
     tokens = corpus.tokens[start:stop]
     special = is_special(tokens, manifest.model.special_tokens)
-    resid = {layer: values[start:stop] for layer, values in corpus.resid.items()}
+    acts = {Site("resid", layer): values[start:stop] for layer, values in corpus.resid.items()}
     return ShardContent(
         tokens=tokens,
         documents=corpus.documents[start:stop],
-        resid=resid,
-        moments={layer: measure(to_float32(values, manifest.model.dtype), special) for layer, values in resid.items()},
+        acts=acts,
+        moments={site: measure(to_float32(values, manifest.model.dtype), special) for site, values in acts.items()},
         attention={layer: csr.slice(start, stop) for layer, csr in corpus.attention.items()},
     )
 

@@ -28,6 +28,7 @@ from saemill.cache_schema import (
     RequestInvalid,
     ShardCorrupt,
     ShardInvalid,
+    Site,
     Span,
     Store,
     StoreBusy,
@@ -398,6 +399,9 @@ def test_a_store_being_created_is_busy(synthetic, tmp_path, monkeypatch):
         assert len(writer.pending()) == manifest.shards
 
 
+PLACE = Site("resid", 3)
+
+
 def misfit(content, **changes):
     return dataclasses.replace(content, **changes)
 
@@ -408,15 +412,17 @@ def with_attention(content, **changes):
 
 
 def longer_moments(content):
-    moments: Moments = content.moments[3]
-    return misfit(content, moments={**content.moments, 3: dataclasses.replace(moments, mean=np.zeros(7))})
+    moments: Moments = content.moments[PLACE]
+    return misfit(content, moments={**content.moments, PLACE: dataclasses.replace(moments, mean=np.zeros(7))})
 
 
 MISFITS: dict[str, Callable] = {
-    "a layer is missing": lambda c: misfit(c, resid={3: c.resid[3]}),
-    "a layer too many": lambda c: misfit(c, resid={**c.resid, 9: c.resid[3]}),
-    "residuals of another type": lambda c: misfit(c, resid={**c.resid, 3: c.resid[3].astype(np.float32)}),
-    "residuals of another width": lambda c: misfit(c, resid={**c.resid, 3: c.resid[3][..., :-1]}),
+    "a layer is missing": lambda c: misfit(c, acts={PLACE: c.acts[PLACE]}),
+    "a layer too many": lambda c: misfit(c, acts={**c.acts, Site("resid", 9): c.acts[PLACE]}),
+    "a hook too many": lambda c: misfit(c, acts={**c.acts, Site("q", 3): c.acts[PLACE]}),
+    "a layer without moments": lambda c: misfit(c, moments={PLACE: c.moments[PLACE]}),
+    "residuals of another type": lambda c: misfit(c, acts={**c.acts, PLACE: c.acts[PLACE].astype(np.float32)}),
+    "residuals of another width": lambda c: misfit(c, acts={**c.acts, PLACE: c.acts[PLACE][..., :-1]}),
     "a window too few": lambda c: misfit(c, tokens=c.tokens[:-1]),
     "documents too short": lambda c: misfit(c, documents=c.documents[:, :-1]),
     "moments of another width": longer_moments,

@@ -22,6 +22,7 @@ from saemill.cache_schema import (
     Manifest,
     ModelSpec,
     ShardContent,
+    Site,
     Store,
     StoreWriter,
     from_float32,
@@ -151,7 +152,7 @@ def harvest_rows(
     manifest = Manifest(
         model=ModelSpec(
             model_id or str(model_folder),
-            captured.resid[layers[0]].shape[-1],
+            captured.acts[Site("resid", layers[0])].shape[-1],
             dtype,
             special_tokens=SPECIAL,
             bos_token=BOS,
@@ -165,7 +166,7 @@ def harvest_rows(
         shard_windows=7,
         stored_as=stored_as,
     )
-    plain = {layer: captured.resid[layer].float().numpy() for layer in layers}
+    plain = {layer: captured.acts[Site("resid", layer)].float().numpy() for layer in layers}
     for values in plain.values():
         for place in massive:
             values[place] *= 100
@@ -178,8 +179,11 @@ def harvest_rows(
             content = ShardContent(
                 rows[a:b],
                 documents[a:b].astype(np.uint32),
-                {layer: values[a:b] for layer, values in resid.items()},
-                {layer: measure(to_float32(values[a:b], dtype), special) for layer, values in resid.items()},
+                {Site("resid", layer): values[a:b] for layer, values in resid.items()},
+                {
+                    Site("resid", layer): measure(to_float32(values[a:b], dtype), special)
+                    for layer, values in resid.items()
+                },
                 {layer: csr.slice(a, b) for layer, csr in attention.items()},
             )
             with writer.claim(shard):

@@ -81,16 +81,14 @@ def attention(windows: int) -> AttentionCsr:
 
 def content(manifest: Manifest, shard: int) -> ShardContent:
     start, stop = manifest.shard_range(shard)
-    acts = {site: act(site)[start:stop] for site in manifest.sites if site.hook in manifest.hooks}
+    acts = {site: (act(site) if site.hook in manifest.hooks else resid())[start:stop] for site in manifest.sites}
     special = is_special(tokens()[start:stop], MANIFEST.model.special_tokens)
     return ShardContent(
         tokens=tokens()[start:stop],
         documents=documents()[start:stop],
-        resid={1: from_float32(resid()[start:stop], "bfloat16")},
-        moments={1: measure(resid()[start:stop], special)},
+        acts={site: from_float32(values, "bfloat16") for site, values in acts.items()},
+        moments={site: measure(values, special) for site, values in acts.items()},
         attention={0: attention(stop - start)},
-        hooks={site: from_float32(values, "bfloat16") for site, values in acts.items()},
-        hook_moments={site: measure(values, special) for site, values in acts.items()},
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saemill.cache_schema import AttentionSpec
+from saemill.cache_schema import AttentionSpec, Site
 from saemill.harvest.capture import capture, run
 from saemill.harvest.errors import NonFiniteResidual
 from saemill.harvest.model import attention as attend_module
@@ -40,9 +40,9 @@ def test_residuals_and_attention_are_those_of_the_eager_model(
     reference = run_whole(model)
     truncated = truncate(model, wanted)
 
-    resid = run(truncated, reference.ids, {})
-    assert sorted(resid) == list(wanted.resid_layers)
-    for layer, found in resid.items():
+    acts = run(truncated, reference.ids, {})
+    assert sorted(acts) == [Site("resid", layer) for layer in wanted.resid_layers]
+    for (_, layer), found in acts.items():
         assert found.dtype == dtype
         assert is_same(found, reference.resid[layer]), f"residual of layer {layer}"
 
@@ -70,8 +70,8 @@ def test_what_makes_gemma2_special_shows_in_the_reference(make_model, run_whole,
 def test_neox_with_sequential_residual(make_model, run_whole):
     model = make_model("gpt_neox", use_parallel_residual=False)
     reference = run_whole(model)
-    resid = run(truncate(model, DEFAULT), reference.ids, {})
-    assert torch.equal(resid[3], reference.resid[3])
+    acts = run(truncate(model, DEFAULT), reference.ids, {})
+    assert torch.equal(acts[Site("resid", 3)], reference.resid[3])
 
 
 @pytest.mark.parametrize("averaged", [False, True])
@@ -94,7 +94,7 @@ def test_blocks_of_windows_change_no_bit(make_model, run_whole, monkeypatch):
         monkeypatch.setattr(attend_module, "CPU_BLOCK_BYTES", room)
         captures.append(capture(model, ids, AttentionSpec()))
     for other in captures[1:]:
-        assert torch.equal(other.resid[3], captures[0].resid[3])
+        assert torch.equal(other.acts[Site("resid", 3)], captures[0].acts[Site("resid", 3)])
         for layer, rows in other.attention.items():
             assert torch.equal(rows.packed, captures[0].attention[layer].packed)
             assert torch.equal(rows.kept_mass, captures[0].attention[layer].kept_mass)
@@ -172,11 +172,11 @@ def test_a_model_that_overflows_is_stopped_by_layer(make_model):
     with torch.no_grad():
         model.model.layers[2].post_feedforward_layernorm.weight.fill_(60_000)
     ids = torch.randint(0, 60, (2, 24))
-    resid = run(truncate(model, Wanted(resid_layers=(1, 2))), ids, {})
+    acts = run(truncate(model, Wanted(resid_layers=(1, 2))), ids, {})
     nothing_special = torch.zeros_like(ids, dtype=torch.bool)
-    assert np.isfinite(measure(1, resid[1], nothing_special).mean_norm)
+    assert np.isfinite(measure(1, acts[Site("resid", 1)], nothing_special).mean_norm)
     with pytest.raises(NonFiniteResidual, match=r"layer 2: .* float16"):
-        measure(2, resid[2], nothing_special)
+        measure(2, acts[Site("resid", 2)], nothing_special)
 
 
 def test_registering_twice_is_registering_once():

@@ -90,11 +90,12 @@ def test_hooks_are_what_the_eager_modules_read_and_write(make_model, is_same, mo
     layers = seen(model, ids)
     wanted = Wanted((2,), (1, 2, 3), dict.fromkeys(EVERY, (0, 2)))
     captured = capture(truncate(model, wanted), ids, AttentionSpec())
-    assert set(captured.hooks) == {Site(hook, layer) for hook in EVERY for layer in (0, 2)}
-    for (hook, layer), found in captured.hooks.items():
+    resid = captured.acts.pop(Site("resid", 2))
+    assert set(captured.acts) == {Site(hook, layer) for hook in EVERY for layer in (0, 2)}
+    for (hook, layer), found in captured.acts.items():
         expected = projected(layers[layer], hook) if hook in "qk" else layers[layer][hook]
         assert found.dtype == dtype and is_same(found, expected), f"{hook} of layer {layer}"
-    assert is_same(captured.resid[2], layers[2]["after"])
+    assert is_same(resid, layers[2]["after"])
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "llama"])
@@ -102,9 +103,9 @@ def test_what_the_hooks_hold_adds_up_to_the_residual(make_model, model_type):
     """`mlp_out` and `attn_out` are what is added, after the norms that some families have behind them."""
     model = make_model(model_type)
     ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(1))
-    captured = capture(truncate(model, Wanted((1, 2), (), {"attn_out": (2,), "mlp_out": (2,)})), ids, AttentionSpec())
-    added = captured.resid[1] + captured.hooks[Site("attn_out", 2)] + captured.hooks[Site("mlp_out", 2)]
-    assert torch.equal(added, captured.resid[2])
+    acts = capture(truncate(model, Wanted((1, 2), (), {"attn_out": (2,), "mlp_out": (2,)})), ids, AttentionSpec()).acts
+    added = acts[Site("resid", 1)] + acts[Site("attn_out", 2)] + acts[Site("mlp_out", 2)]
+    assert torch.equal(added, acts[Site("resid", 2)])
 
 
 def test_nothing_is_left_on_the_modules_after_a_pass(make_model):
@@ -257,4 +258,4 @@ def test_a_hook_that_overflows_is_named(make_model):
         model.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
     captured = capture(truncate(model, Wanted(hooks={"mlp_out": (1,)})), torch.randint(3, 60, (2, 24)), AttentionSpec())
     with pytest.raises(NonFiniteResidual, match="layer 1: the mlp_out at window 0"):
-        stats.measure(1, captured.hooks[Site("mlp_out", 1)], torch.zeros(2, 24, dtype=torch.bool), "mlp_out")
+        stats.measure(1, captured.acts[Site("mlp_out", 1)], torch.zeros(2, 24, dtype=torch.bool), "mlp_out")

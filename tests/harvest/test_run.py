@@ -821,7 +821,7 @@ def test_an_overflow_stops_the_run_names_the_layer_and_keeps_what_is_committed(m
         captured = compute(*args)
         calls.append(None)
         if len(calls) > 4:  # two batches a shard: from the third shard on
-            captured = replace(captured, resid={2: captured.resid[2] / 0})
+            captured = replace(captured, acts={site: acts / 0 for site, acts in captured.acts.items()})
         return captured
 
     monkeypatch.setattr(shards, "capture", overflowing)

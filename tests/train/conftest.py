@@ -18,6 +18,7 @@ from saemill.cache_schema import (
     Manifest,
     ModelSpec,
     ShardContent,
+    Site,
     StoreWriter,
     from_float32,
     to_float32,
@@ -215,15 +216,19 @@ def make_store(
     break_at=None,
     measured=False,
     massive=(),
+    alike=(0, 0),
     stored_as=None,
 ):
     """Write a store; return what was written. `break_at` is a (layer, window) whose residuals become NaN, unseen by
-    the moments unless `measured`; `massive` are (layer, window, position) of rows a hundred and fifty times as long."""
+    the moments unless `measured`; `massive` are (layer, window, position) of rows a hundred and fifty times as long;
+    the windows of `alike` hold one row again and again."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(3, 50, (windows, CONTEXT)).astype(np.uint32)
     tokens[:, 0] = SPECIAL
     documents = np.repeat(np.arange(windows) // 2, CONTEXT).reshape(windows, CONTEXT).astype(np.uint32)
     plain = {layer: plant_residuals(rng, tokens) for layer in layers}
+    for values in plain.values():
+        values[slice(*alike)] = values[0, 1]
     for layer, window, position in massive:
         plain[layer][window, position] *= 150
     resid = {layer: from_float32(values, "bfloat16") for layer, values in plain.items()}
@@ -250,9 +255,9 @@ def make_store(
                 content = ShardContent(
                     tokens[start:stop],
                     documents[start:stop],
-                    {layer: resid[layer][start:stop] for layer in layers},
+                    {Site("resid", layer): resid[layer][start:stop] for layer in layers},
                     {
-                        layer: measure(
+                        Site("resid", layer): measure(
                             to_float32((resid if measured else sound)[layer][start:stop], "bfloat16"), special
                         )
                         for layer in layers

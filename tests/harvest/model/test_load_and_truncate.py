@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from saemill.cache_schema import Site
 from saemill.harvest.capture import run
 from saemill.harvest.errors import (
     ContextTooLong,
@@ -26,6 +27,7 @@ from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.pocket import MODEL_FOLDER
 
 IDS = torch.arange(3, 15).view(2, 6)
+PLACE = Site("resid", 2)
 RESID_2 = Wanted(resid_layers=(2,))
 RESID_2_AND_ONE_ABOVE = Wanted(resid_layers=(2,), attention_layers=(0, 1, 2, 3))
 
@@ -73,14 +75,14 @@ def test_how_many_layers_are_needed(resid, attention, whole, loaded):
 @pytest.mark.parametrize("wanted", [RESID_2, RESID_2_AND_ONE_ABOVE], ids=["resid", "attention above"])
 def test_a_loaded_model_computes_what_the_cut_one_does(folder, make_model, wanted):
     cut, loaded = truncate(make_model("gemma2"), wanted), load_model(folder, wanted, torch.float32)
-    assert torch.equal(run(loaded, IDS, {})[2], run(cut, IDS, {})[2])
+    assert torch.equal(run(loaded, IDS, {})[PLACE], run(cut, IDS, {})[PLACE])
     names = [name for name, _ in loaded.stack.named_parameters()]
     assert names == [name for name, _ in cut.stack.named_parameters()]
     assert loaded.facts == cut.facts == read_facts(folder)
 
 
 def test_the_model_runs_in_the_dtype_asked_for(folder):
-    assert run(load_model(folder, RESID_2, torch.bfloat16), IDS, {})[2].dtype == torch.bfloat16
+    assert run(load_model(folder, RESID_2, torch.bfloat16), IDS, {})[PLACE].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from saemill.cache_schema import Site
 from saemill.harvest.capture import run
 from saemill.harvest.model import products
 from saemill.harvest.model.architectures import ARCHITECTURES
@@ -42,7 +43,7 @@ def test_models_give_the_same_to_a_rounding(make_model, run_whole, monkeypatch, 
     assert {type(layer) is products.WidenedLinear for layer in layers} == {is_widened}
     for name, weight in truncated.stack.layers.named_parameters():
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, before[name])
-    found, expected = run(truncated, reference.ids, {})[last], reference.resid[last].float()
+    found, expected = run(truncated, reference.ids, {})[Site("resid", last)], reference.resid[last].float()
     assert found.dtype == torch.bfloat16
     assert (found.float() - expected).norm() < 0.02 * expected.norm()
 

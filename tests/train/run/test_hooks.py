@@ -57,7 +57,7 @@ def planted(tmp_path_factory):
             part = {site: stored(x[rows], "float32") for site, x in acts.items()}
             moments = {site: measure(x, nothing_special) for site, x in part.items()}
             with writer.claim(shard):
-                writer.write(shard, ShardContent.of(tokens[rows], tokens[rows] * 0, part, moments))
+                writer.write(shard, ShardContent(tokens[rows], tokens[rows] * 0, part, moments))
     return str(path), acts, atoms
 
 
