@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from ...cache_schema.strict_json import StrictError, flatten, from_json, nearest, to_json
@@ -50,14 +51,19 @@ def parse_value(text: str) -> Any:
     """JSON where it is JSON, `50M` where it is a number with a unit, a list where there are commas."""
     number = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB])", text)
     if number:
-        return round(float(number[1]) * _UNITS[number[2]])
-    try:
-        return json.loads(text, parse_constant=str)  # NaN and Infinity are words: no setting takes them
-    except json.JSONDecodeError:
+        value = float(number[1]) * _UNITS[number[2]]
+        return round(value) if math.isfinite(value) else text
+    try:  # NaN and Infinity are words, and so is what is too large for a number: no setting takes them
+        return json.loads(text, parse_constant=str, parse_int=_number(int), parse_float=_number(float))
+    except (json.JSONDecodeError, RecursionError):
         pass
     if text in ("None", "True", "False"):
         return {"None": None, "True": True, "False": False}[text]
     return [parse_value(part) for part in text.split(",")] if "," in text else text
+
+
+def _number(kind: Callable[[str], T]) -> Callable[[str], T | str]:
+    return lambda text: kind(text) if math.isfinite(float(text)) else text
 
 
 def with_settings(record: T, settings: Mapping[str, Any], where: str) -> T:

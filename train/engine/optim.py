@@ -7,6 +7,7 @@ run goes on to the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -53,7 +54,7 @@ class Optim:
     def __post_init__(self) -> None:
         for name in ("lr", "epsilon", "clip_norm", "warmup_power"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigInvalid(f"optim.{name}: expected a positive number, found {value}")
         for name in ("weight_decay", "warmup_steps"):
             value = getattr(self, name)

@@ -32,6 +32,12 @@ def test_values(text, value):
     assert parse_value(text) == value and type(parse_value(text)) is type(value)
 
 
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 5000, "9" * 400 + "M", "1e400", "[" * 100_000], ids=len)
+def test_what_no_number_can_hold_is_a_word(text):
+    """Which the setting it is given to refuses."""
+    assert parse_value(text) == text
+
+
 def test_a_grid_is_every_combination():
     points = parse_grid(["k=16,32", "seed=0,1,2", "layers=[1,2],[3]"])
     assert len(points) == 2 * 3 * 2
