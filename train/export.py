@@ -16,12 +16,13 @@ from ..cache_schema.cli import as_json, print_json
 from . import command
 from .command import tell_errors
 from .disk.formats import WRITERS, circuit_tracer, kind_of, read
-from .disk.places import places_told, told_of
+from .disk.places import places_told, require_places, told_of
 from .disk.plain_form import PlainSae, in_raw_units, sae_from_plain, unsigned
 from .disk.sae_folder import is_of_one_place
 from .errors import RunNotWritten, RunTaken, SaeInvalid
 from .run.find_sae import find_sae, find_saes, read_folder
 from .run.push import push
+from .sae.model import SparseAutoencoder
 
 ROWS = 256
 CIRCUIT_TRACER = "circuit_tracer"
@@ -100,11 +101,11 @@ def export(folder: Path, kind: str, target: Path) -> float:
     metadata = _with_place(metadata)
     _require_one_place(metadata, kind)
     plain = plain if kind == "sae_lens" else unsigned(plain)
-    with _whole_or_gone(target):
-        WRITERS[kind](target, plain, metadata)
     # SAELens' form has decoder rows of length one, and codes that take up their lengths.
     coded = in_raw_units(sae_from_plain(plain)) if kind == "sae_lens" else None
-    return largest_difference(plain, read(target)[0], coded)
+    with _whole_or_gone(target):
+        WRITERS[kind](target, plain, metadata)
+        return largest_difference(plain, read(target)[0], coded)
 
 
 @torch.no_grad()
@@ -112,8 +113,14 @@ def export_set(folders: Sequence[Path], target: Path) -> float:
     """Write transcoders, one a layer, or a cross-layer one, for circuit-tracer; the largest difference to them."""
     _require_free(target)
     saes = [read_folder(folder) for folder in folders]
+    for sae in saes:
+        require_places(sae.metadata)
     with _whole_or_gone(target):
         circuit_tracer.write(target, saes)
+        return _difference_of_set(saes, target)
+
+
+def _difference_of_set(saes: Sequence[SparseAutoencoder], target: Path) -> float:
     layers = sum(len(sae.metadata["layers"]) for sae in saes)
     x = torch.randn(ROWS, layers, saes[0].d_in * len(saes) // layers, generator=torch.Generator().manual_seed(0))
     parts = sorted(saes, key=lambda sae: sae.metadata["layers"])
@@ -154,6 +161,7 @@ def _whole_or_gone(target: Path) -> Iterator[None]:
 
 def _with_place(metadata: dict[str, Any]) -> dict[str, Any]:
     """The same with its place under our own names, which writers read, where only another tool's name tells it."""
+    require_places(metadata)
     try:
         told = places_told(metadata)
     except SaeInvalid:  # a place that is unknown here stays as it is named

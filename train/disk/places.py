@@ -41,6 +41,14 @@ def told_of(hook: str, to_hook: str, layer: int) -> dict[str, Any]:
     return {**names, "layers": [layer], "target_layers": [layer], "hook": hook, "target_hook": to_hook}
 
 
+def require_places(metadata: Mapping[str, Any]) -> None:
+    """What says where an SAE reads and writes is lists of layers and known hooks, where it is there at all."""
+    for name in ("layers", "target_layers"):
+        _layers(metadata, name)
+    for name in ("hook", "target_hook"):
+        _hook(metadata, name, RESID)
+
+
 def places_told(metadata: Mapping[str, Any]) -> Told | None:
     """What it reads and what it rebuilds; None where it does not say."""
     layers, targets = (_layers(metadata, name) for name in ("layers", "target_layers"))

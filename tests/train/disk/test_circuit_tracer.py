@@ -87,6 +87,25 @@ def test_a_cross_layer_transcoder(tmp_path):
     torch.testing.assert_close(circuit_tracer.reconstruct(tmp_path / "out", x), x_hat, rtol=1e-4, atol=1e-4)
 
 
+def test_a_cross_layer_transcoder_may_write_another_width_than_it_reads(tmp_path):
+    """As one does that reads the heads' outputs."""
+    config = config_type("clt")(layers=(0, 1), hook="z", to_hook="mlp_out", width=2 * F, k=4)
+    wide = Stats(torch.full((2 * D,), 0.5), torch.zeros(2 * D), float(2 * D))
+    stats, targets = joined_stats([wide, wide]), joined_stats([stats_of(5), stats_of(6)])
+    sae = config.build(2 * D, stats, targets).sae
+    metadata = {"hook": "z", "target_hook": "mlp_out", "layers": [0, 1], "target_layers": [0, 1]}
+    save_sae(tmp_path / "clt", sae, stats, metadata, to_json(config), "clt", targets)
+    assert export_set([tmp_path / "clt"], tmp_path / "out") < 1e-5
+
+
+def test_an_export_that_cannot_be_read_back_leaves_nothing(tmp_path, monkeypatch):
+    folder = trained(tmp_path / "run/clt", "clt", (0, 1), width=2 * F)
+    monkeypatch.setattr(circuit_tracer, "reconstruct", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_set([folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_it_has_no_form_for_is_refused(tmp_path):
     def said(*folders):
         result = CliRunner().invoke(

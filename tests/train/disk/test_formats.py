@@ -124,6 +124,24 @@ def test_a_signed_sae_behind_a_mask_has_no_form_without_signs():
         without_signs(masked)
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ({"layers": 5}, "expected layers as a list of layers, as [5], found 5"),
+        ({"layers": [5], "target_layers": "5"}, "expected target_layers as a list of layers"),
+        ({"layers": [5], "hook": "foo"}, "expected hook of resid"),
+        ({"target_hook": ["foo"]}, "expected target_hook of resid"),
+    ],
+)
+@pytest.mark.parametrize("kind", [*sorted(WRITERS), "circuit_tracer"])
+def test_metadata_of_a_place_that_is_none_are_named(tmp_path, place, said, kind):
+    WRITERS["sae_lens"](tmp_path / "a", make_plain("topk"), {"layers": [3]})
+    config = json.loads((tmp_path / "a/cfg.json").read_text())
+    (tmp_path / "a/cfg.json").write_text(json.dumps(config | {"metadata": place}))
+    result = CliRunner().invoke(main, [str(tmp_path / "a"), "--to", kind, "--out", str(tmp_path / "b")])
+    assert result.exit_code == 1 and said in result.output and not (tmp_path / "b").exists()
+
+
 def test_dictionary_learning_by_its_own_formulas(tmp_path):
     """Its JumpReLU: relu(pre) where pre = x W_enc + b_enc exceeds the threshold, no bias taken off x."""
     plain = make_plain("jumprelu")

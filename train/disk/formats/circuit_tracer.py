@@ -52,22 +52,19 @@ def write(folder: Path, saes: Sequence[SparseAutoencoder]) -> None:
 
 @torch.no_grad()
 def reconstruct(folder: Path, x_BLD: Tensor) -> Tensor:
-    """What the folder's transcoders make of what is read at each layer, by circuit-tracer's formulas: [B, L, D]."""
+    """What the folder's transcoders make of what is read at each layer, by circuit-tracer's formulas: [B, L, D], of the
+    width that is written."""
     if read_json(folder / CONFIG)["model_kind"] == "transcoder_set":
-        return torch.stack([_one(load_file(folder / f"layer_{i}.safetensors"), x) for i, x in _by_layer(x_BLD)], 1)
-    total = torch.zeros_like(x_BLD)
-    for i, x in _by_layer(x_BLD):
-        w = load_file(folder / f"W_enc_{i}.safetensors")
+        parts = enumerate(x_BLD.unbind(1))
+        return torch.stack([_one(load_file(folder / f"layer_{i}.safetensors"), x) for i, x in parts], 1)
+    layers = [load_file(folder / f"W_enc_{i}.safetensors") for i in range(x_BLD.shape[1])]
+    total = torch.stack([w[f"b_dec_{i}"] for i, w in enumerate(layers)]).repeat(len(x_BLD), 1, 1)
+    for i, (x, w) in enumerate(zip(x_BLD.unbind(1), layers, strict=True)):
         pre = x @ w[f"W_enc_{i}"].t() + w[f"b_enc_{i}"]
         acts = pre * (pre > w[f"threshold_{i}"])
         W_dec = load_file(folder / f"W_dec_{i}.safetensors")[f"W_dec_{i}"]
         total[:, i:] += torch.einsum("bf,fld->bld", acts, W_dec)
-        total[:, i] += w[f"b_dec_{i}"]
     return total
-
-
-def _by_layer(x_BLD: Tensor) -> list[tuple[int, Tensor]]:
-    return list(enumerate(x_BLD.unbind(1)))
 
 
 def _one(w: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from .plain import Metadata
 def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:
     sae = sae_from_plain(plain)
     stats = unit_stats(sae.d_in)
-    details = metadata.get("training_architecture_details", {})
+    told = metadata.get("training_architecture_details")
+    details = told if isinstance(told, dict) else {}
     variant = metadata.get("training_architecture", plain.architecture)
     save_sae(folder, sae, stats, metadata, details, variant, unit_stats(sae.d_out))
 
