@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..errors import SaeInvalid
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import NO_SIDE, Side
 
+T = TypeVar("T")
 MODULE, SCALE, TARGET_SCALE = "module.", "scale", "target_scale"
 
 Rebuild = Callable[[str, Mapping[str, Any], int, int], SparseAutoencoder]
@@ -84,6 +85,18 @@ def sae_from_wrapped(wrapped: WrappedSae, inner: SparseAutoencoder, where: str) 
     inner.load_state_dict(_state_of(wrapped), strict=False)
     inner.require_sound(where)
     return RawUnits(inner, wrapped.tensors[SCALE], wrapped.tensors[TARGET_SCALE], wrapped.knobs)
+
+
+def built_of_shapes(build: Callable[[], T]) -> T | None:
+    """What it builds, with shapes and no values, which takes no memory; None of a variant of one's own that needs
+    values to be built."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, TypeError) as error:  # of numpy it is the latter
+        if "meta" not in str(error).lower():
+            raise
+        return None
 
 
 def require_tensors(wrapped: WrappedSae, inner: SparseAutoencoder, where: str) -> None:

@@ -10,7 +10,7 @@ Files are written beside their place and renamed; cfg.json comes last, so a fold
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,16 @@ from ..data.scaling import Stats
 from ..errors import SaeInvalid, TrainError
 from ..sae.model import SparseAutoencoder
 from .atomic_files import replace_written
-from .module_form import SCALE, TARGET_SCALE, Rebuild, WrappedSae, module_form, require_tensors, sae_from_wrapped
+from .module_form import (
+    SCALE,
+    TARGET_SCALE,
+    Rebuild,
+    WrappedSae,
+    built_of_shapes,
+    module_form,
+    require_tensors,
+    sae_from_wrapped,
+)
 from .plain_form import PlainSae, plain_sae, require_shapes, sae_from_plain
 
 CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safetensors"
@@ -183,7 +192,9 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
     d_out = wrapped.tensors[TARGET_SCALE].numel() if TARGET_SCALE in wrapped.tensors else d_in
     built = metadata["training_architecture"], metadata["training_architecture_details"], d_in, d_out
     try:
-        _require_fit(wrapped, lambda: rebuild(*built), str(folder))
+        inner = built_of_shapes(lambda: rebuild(*built))
+        if inner is not None:  # nothing takes memory that the tensors do not fit
+            require_tensors(wrapped, inner, str(folder))
         sae = sae_from_wrapped(wrapped, rebuild(*built), str(folder))
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TrainError):
@@ -192,18 +203,6 @@ def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> Spars
         raise SaeInvalid(f"{folder}: no {built[0]} can be built of its settings ({said}): copy it anew") from None
     sae.metadata = dict(metadata)
     return sae
-
-
-def _require_fit(wrapped: WrappedSae, build: Callable[[], SparseAutoencoder], where: str) -> None:
-    """The tensors are those of what is to be built, by its shapes alone: nothing takes memory that they do not fit."""
-    try:
-        with torch.device("meta"):
-            inner = build()
-    except RuntimeError as error:
-        if "meta" not in str(error).lower():
-            raise
-        return  # of a variant of one's own that needs values to be built: here none does
-    require_tensors(wrapped, inner, where)
 
 
 def _plain_form(plain: PlainSae, variant: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,9 +277,9 @@ def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _fold_norms(plain: PlainSae) -> PlainSae:
-    """The same SAE with codes in multiples of its decoder rows' lengths."""
+    """The same SAE with codes in multiples of its decoder rows' lengths; those of rows of zeros are next to nothing."""
     tensors = dict(plain.tensors)
-    lengths = torch.linalg.vector_norm(tensors["W_dec"], dim=1)
+    lengths = torch.linalg.vector_norm(tensors["W_dec"], dim=1).clamp_min(1e-30)
     tensors["W_enc"] = tensors["W_enc"] * lengths
     tensors["W_dec"] = tensors["W_dec"] / lengths[:, None]
     for name in ("b_enc", "threshold"):

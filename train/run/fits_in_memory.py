@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..config.run_config import Member
+from ..disk.module_form import built_of_shapes
 from ..errors import MemoryTooSmall
 
 Widths = Callable[[str], int]  # of a hook's activations: those of keys are narrower than the residual, and z's wider
@@ -68,13 +69,9 @@ def weight_bytes(member: Member, widths: Widths, parts: int = 1) -> int:
 
 def _beside_tables(member: Member, widths: Widths) -> int:
     """Numbers in the matrices beside encoder and decoder: encoders of ranges, what tiers are composed of."""
-    try:
-        with torch.device("meta"):  # shapes alone
-            assembly = member.config.build(widths(member.config.needs().hook))
-    except (RuntimeError, TypeError) as error:  # of numpy it is the latter
-        if "meta" not in str(error).lower():
-            raise
-        return 0  # of a variant of one's own that needs values to be built
+    assembly = built_of_shapes(lambda: member.config.build(widths(member.config.needs().hook)))
+    if assembly is None:
+        return 0
     named = [pair for part in (assembly.sae, *assembly.extras.values()) for pair in part.named_parameters()]
     return sum(
         tensor.numel() for name, tensor in named if tensor.ndim > 1 and name.split(".")[-1] not in ("W_enc", "W_dec")

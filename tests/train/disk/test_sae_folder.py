@@ -178,13 +178,16 @@ def test_the_batchtopk_threshold_follows_the_folded_scale(tmp_path, battery):
     torch.testing.assert_close(threshold, (sae.gate.threshold / scale).float().expand(WIDTH))
 
 
-def test_topk_scores_scaled_by_decoder_norms_are_folded_on_load(tmp_path, rng, battery):
+@pytest.mark.parametrize("dead", [0, 2])
+def test_topk_scores_scaled_by_decoder_norms_are_folded_on_load(dead, tmp_path, rng, battery):
+    """`dead` rows are all zeros: such latents are never among the k, and write nothing."""
     w = {
         "W_enc": torch.randn(D, WIDTH, generator=rng),
         "b_enc": torch.randn(WIDTH, generator=rng),
         "W_dec": torch.randn(WIDTH, D, generator=rng) * 3,
         "b_dec": torch.randn(D, generator=rng),
     }
+    w["W_dec"][:dead] = 0
     save_file(w, tmp_path / WEIGHTS)
     config = {"architecture": "topk", "k": 5, "rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": True}
     (tmp_path / CONFIG).write_text(json.dumps(config))
@@ -192,7 +195,7 @@ def test_topk_scores_scaled_by_decoder_norms_are_folded_on_load(tmp_path, rng, b
     norms = w["W_dec"].norm(dim=1)
     kept = torch.topk(((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norms, 5)
     acts = torch.zeros(9, WIDTH).scatter(1, kept.indices, kept.values.relu())
-    expected = (acts / norms) @ w["W_dec"] + w["b_dec"]
+    expected = (acts / norms.clamp_min(1e-30)) @ w["W_dec"] + w["b_dec"]
     torch.testing.assert_close(load_plain_sae(tmp_path)(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -245,8 +248,12 @@ def test_what_needs_values_to_be_built_is_loaded_all_the_same(tmp_path, battery)
         assert int(torch.arange(3).sum()) == 3
         return rebuild(*settings)
 
+    def build_by_numpy(*settings):
+        assert torch.arange(3).numpy().sum() == 3
+        return rebuild(*settings)
+
     save(tmp_path, "clt", battery)
-    assert read_sae(tmp_path, build).num_latents == WIDTH
+    assert read_sae(tmp_path, build).num_latents == read_sae(tmp_path, build_by_numpy).num_latents == WIDTH
 
 
 @pytest.mark.parametrize("variant", names())
