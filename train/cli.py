@@ -137,10 +137,10 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
     for column in ("width", "L0", "EV", *(["EV with massive rows"] if has_massive else []), "dead"):
         table.add_column(column, justify="right", no_wrap=True)
     for label, sae in outcome.saes.items():
-        cells = [str(sae.width), f"{sae.l0:.1f}", f"{sae.explained_variance:.4f}"]
+        cells = [str(sae.width), f"{sae.l0:.1f}", share(sae.explained_variance)]
         if has_massive:
             every = sae.explained_variance_with_massive
-            cells.append(f"{sae.explained_variance if every is None else every:.4f}")
+            cells.append(share(sae.explained_variance if every is None else every))
         table.add_row(label, *cells, f"{sae.dead_latents} ({sae.dead_share:.1%})")
     console.print(table)
     console.print("L0 and EV (explained variance) are of the store's validation split")
@@ -163,15 +163,28 @@ def tell(console: Console, outcome: Outcome, plots: bool) -> None:
     console.print(f"next: sae-eval {evaluated_as(outcome)}")
 
 
+def share(value: float | None) -> str:
+    """A share that may not be known."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 def warnings_of(outcome: Outcome) -> list[str]:
     """What must be said and not only stand in the table."""
-    poor = [label for label, sae in outcome.saes.items() if not sae.explained_variance > 0]
-    if not poor:
-        return []
-    return [
-        f"warning: {', '.join(poor)}: activations of the validation split are rebuilt no better than by their mean. "
-        "Train on more --tokens, or with a higher --lr or a smaller --width"
-    ]
+    shares = {label: sae.explained_variance for label, sae in outcome.saes.items()}
+    alike = [label for label, found in shares.items() if found is None]
+    poor = [label for label, found in shares.items() if found is not None and not found > 0]
+    said = []
+    if alike:
+        said.append(
+            f"warning: {', '.join(alike)}: rows of the validation split are all alike: there is no variance of which a "
+            "part could be explained. Measure on more of it by --set course.validation_tokens, or on other text"
+        )
+    if poor:
+        said.append(
+            f"warning: {', '.join(poor)}: activations of the validation split are rebuilt no better than by their mean. "
+            "Train on more --tokens, or with a higher --lr or a smaller --width"
+        )
+    return said
 
 
 def folder_of(outcome: Outcome) -> Path:

@@ -6,6 +6,7 @@ TrainError
 ├── UnknownRecipe (LookupError)         no study or run of that name in train/study_recipes/
 ├── SideInputMissing (LookupError)      a term or a gate read what its variant did not request
 ├── NonFiniteLoss (ArithmeticError)     the loss is not finite; weights are as before the step
+├── TrainingDiverged (ArithmeticError)  what an SAE rebuilds after its last step is not finite
 ├── StoppedElsewhere (RuntimeError)     another process of the run stopped with an error
 ├── SaeInvalid (ValueError)             a folder that does not hold an SAE this package can read
 ├── StateInvalid (ValueError)           a checkpoint's state does not fit this SAE
@@ -61,6 +62,10 @@ class NonFiniteLoss(TrainError, ArithmeticError):
         self.step = step
         self.terms = terms
         self.is_input_finite = is_input_finite  # of the step's batch, where the step has looked
+
+
+class TrainingDiverged(TrainError, ArithmeticError):
+    """What an SAE rebuilds of held-out text is not a finite number."""
 
 
 class StoppedElsewhere(TrainError, RuntimeError):

@@ -20,7 +20,7 @@ from ...cache_schema.sites import Place
 from ..data.batch import Kind
 from ..data.drawn_rows import Draw
 from ..data.scaling import Stats, bounds_of, joined_stats
-from ..errors import ActivationsNotFinite, MemoryTooSmall, NonFiniteLoss, StoppedElsewhere, TrainError
+from ..errors import ActivationsNotFinite, MemoryTooSmall, NonFiniteLoss, StateInvalid, StoppedElsewhere, TrainError
 from ..parallel.ranks import Ranks
 from .assembly import Assembly, Buildable
 from .step import LOOK_EVERY, Report, Trainee
@@ -127,6 +127,12 @@ class Fleet:
             yield
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        missing = [label for label in self.trainees if label not in state]
+        if missing:
+            raise StateInvalid(
+                f"expected a checkpoint with {', '.join(missing)}, found none of that name: an SAE goes on under the "
+                "label that config.json gave it when the run began"
+            )
         for label, trainee in self.trainees.items():
             trainee.load_state(state[label])
 

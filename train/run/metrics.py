@@ -85,12 +85,6 @@ class Watch:
         """Of this process's part of the run, for each SAE."""
         return self._tokens / self._seconds_here if self._seconds_here > 0 else 0.0
 
-    def close(self) -> None:
-        self._progress.close()
-        self._trackers.close()
-        if self.log is not None:
-            self.log.close()
-
     @property
     def _seconds_here(self) -> float:
         now = time.perf_counter() if self._ended is None else self._ended

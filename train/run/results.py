@@ -29,7 +29,8 @@ class SaeOutcome:
     variant: str
     width: int
     l0: float
-    explained_variance: float
+    explained_variance: float | None
+    """None where held-out rows are all alike: there is no variance to explain."""
     dead_latents: int
     dead_share: float
     loss: float | None

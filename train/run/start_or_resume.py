@@ -136,7 +136,8 @@ def _load_checkpoint(folder: RunFolder, fleet: Fleet, process: Process) -> Stand
     for complaint in found.complaints:
         say(f"skipped a damaged checkpoint: {complaint}", style="yellow", markup=False)
     say(f"continuing after step {found.standing.step}")
-    fleet.load_state(found.tensors)
+    with all_or_none(process.group):
+        fleet.load_state(found.tensors)
     return found.standing
 
 
@@ -151,11 +152,10 @@ def _open(
         feed = Feed(store, settled.plan, needs, fleet.stats, process.device, ranks.rank, ranks.size, steps)
         open_things.callback(feed.close)
         with all_or_none(process.group):
-            log, trackers, progress = _open_outlets(settled, process, folder, fleet.steps_taken, standing)
+            log, trackers, progress = _open_outlets(open_things, settled, process, folder, fleet.steps_taken, standing)
         labels, every = [member.label for member in config.members], config.course.metrics_every_steps
         onlookers = Onlookers(folder.path, process.console.print) if process.is_first and process.is_watched else None
         watch = Watch(log, trackers, progress, feed, process, labels, every, steps, onlookers)
-        open_things.callback(watch.close)
         if standing is not None:
             watch.go_on(standing)
         saver = Saver(folder.checkpoints, config.course, fleet, watch, process)
@@ -164,16 +164,25 @@ def _open(
 
 
 def _open_outlets(
-    settled: Settled, process: Process, folder: RunFolder, done: int, standing: Standing | None
+    open_things: ExitStack,
+    settled: Settled,
+    process: Process,
+    folder: RunFolder,
+    done: int,
+    standing: Standing | None,
 ) -> tuple[MetricsLog | None, Trackers, Progress]:
-    """What a run writes to and shows: only rank 0 does either. The log is cut back to the checkpoint."""
+    """What a run writes to and shows: only rank 0 does either. The log comes first, and is cut back to the checkpoint:
+    nothing else may begin for a run that another process trains."""
     labels, steps = [member.label for member in settled.config.members], settled.total_steps
     if not process.is_first:
         return None, Trackers((), folder.path, {}), Progress(process.console, labels, steps, 0, is_quiet=True)
-    trackers = Trackers(settled.config.course.trackers, folder.path, folder.read_config())
-    progress = Progress(process.console, labels, steps, done, is_quiet=False)
     log = MetricsLog(folder.metrics)
+    open_things.callback(log.close)
     log.cut(standing.metrics_bytes if standing else 0)
+    trackers = Trackers(settled.config.course.trackers, folder.path, folder.read_config())
+    open_things.callback(trackers.close)
+    progress = Progress(process.console, labels, steps, done, is_quiet=False)
+    open_things.callback(progress.close)
     return log, trackers, progress
 
 

@@ -5,6 +5,7 @@ B rows, D residual width, F latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -15,7 +16,10 @@ from ..data.batch import Batch
 from ..data.drawn_rows import Draw
 from ..engine.fleet_of_saes import Fleet
 from ..engine.step import Trainee
+from ..errors import TrainingDiverged
 from ..parallel.ranks import Alone
+
+ROUNDING = 1e-12  # share of the squares that a difference of sums in float64 may be wrong by
 
 
 @dataclass
@@ -43,10 +47,10 @@ class Tally:
         return self.active / max(self.tokens, 1)
 
     @property
-    def explained_variance(self) -> float:
-        """1 - E||x - x_hat||^2 / E||x - mean||^2 over all tokens together; not a number without tokens."""
+    def explained_variance(self) -> float | None:
+        """1 - E||x - x_hat||^2 / E||x - mean||^2 over all tokens together; None where they are all alike, or none."""
         variance = self.squares - float(self.total.square().sum()) / max(self.tokens, 1)
-        return 1.0 - self.squared_error / variance if variance > 0 else float("nan")
+        return 1.0 - self.squared_error / variance if variance > ROUNDING * self.squares else None
 
 
 @dataclass
@@ -71,6 +75,12 @@ def validate(fleet: Fleet, draws: Iterable[Draw]) -> dict[str, HeldOut]:
             active, x_hat = _reconstruct(trainee, batch)
             target = batch.x if batch.target is None else batch.target
             found[label].add(target, x_hat, active, draw.ordinary(fleet.needs[label]))
+    for label, measured in found.items():
+        if not math.isfinite(measured.every.squared_error):
+            raise TrainingDiverged(
+                f"{label}: what it rebuilds of held-out text is not finite: training diverged in the last steps. "
+                "Start the run anew with a lower learning rate"
+            )
     return found
 
 

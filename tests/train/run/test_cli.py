@@ -87,6 +87,25 @@ def test_an_sae_that_is_no_better_than_the_mean_is_pointed_out():
     assert warnings_of(replace(outcome, saes={"fair": saes["fair"]})) == []
 
 
+def test_held_out_rows_that_are_all_alike_have_no_variance_to_explain(write_store, sae_train, quick, tmp_path):
+    """The run ends all the same, and says so."""
+    store = write_store(tmp_path / "store", windows=60, layers=(3,), splits=(40, 50), alike=(40, 50))
+    said = sae_train(*TOPK, *quick, "--cache", store["path"], "--tokens", 256, "--k", 3, "--width", 16).output
+    assert "warning: topk: rows of the validation split are all alike" in said and "no better than" not in said
+    sae = json.loads((tmp_path / "runs/run_1/result.json").read_text())["saes"]["topk"]
+    assert sae["explained_variance"] is None and sae["validation_tokens"] == 70
+    cfg = json.loads((tmp_path / "runs/run_1/topk/cfg.json").read_text(), parse_constant=pytest.fail)
+    assert cfg["metadata"]["explained_variance"] is None
+
+
+def test_a_run_whose_last_steps_diverged_is_named_and_leaves_no_sae(big, sae_train, quick, tmp_path):
+    words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 64, "--k", 3, "--width", 16, "--lr", 1e39]
+    for again in (words, ["--resume", "run_1", "--device", "cpu"]):
+        said = sae_train(*again, code=1).output
+        assert "error: topk: what it rebuilds of held-out text is not finite: training diverged" in said
+        assert not (tmp_path / "runs/run_1/result.json").exists() and not (tmp_path / "runs/run_1/topk").exists()
+
+
 def test_runs_get_the_next_free_number(big, sae_train, quick, tmp_path):
     (tmp_path / "runs/run_2").mkdir(parents=True)
     for _ in range(2):

@@ -139,14 +139,26 @@ def test_a_store_that_is_read_in_another_order_is_refused_on_resume(stopped, sae
     assert f"expected a store with 7 windows in a shard, found {found}" in result.output
 
 
-def test_one_process_trains_a_run(stopped, sae_train):
+def test_one_process_trains_a_run(stopped, sae_train, monkeypatch):
     """The other's log would be cut, and its checkpoints removed."""
     log = MetricsLog(stopped / "metrics.jsonl")
     before = (stopped / "metrics.jsonl").read_bytes()
     assert "another process is training" in sae_train("--resume", "run", "--device", "cpu", code=1).output
     assert (stopped / "metrics.jsonl").read_bytes() == before
+    for name in ("Trackers", "Progress"):  # which nobody would close
+        monkeypatch.setattr(f"saemill.train.run.start_or_resume.{name}", pytest.fail)
+    assert "another process is training" in sae_train("--resume", "run", "--device", "cpu", code=1).output
+    monkeypatch.undo()
     log.close()
     sae_train("--resume", "run", "--device", "cpu")
+
+
+def test_an_sae_under_another_label_than_its_checkpoint_s_is_named(stopped, sae_train):
+    config = json.loads((stopped / "config.json").read_text())
+    config["saes"] = {"mine": config["saes"].pop("topk")}
+    (stopped / "config.json").write_text(json.dumps(config))
+    said = sae_train("--resume", "run", "--device", "cpu", code=1).output
+    assert "error: expected a checkpoint with mine, found none of that name" in said
 
 
 def test_a_finished_run_is_not_resumed(straight, sae_train):
