@@ -28,7 +28,7 @@ from store import CONTEXT, make_manifest
 
 from saemill.cache_schema import commits, shard_claims, writer
 from saemill.cache_schema.commits import ArrayRecord, CommitRecord
-from saemill.cache_schema.disk_and_cloud_files import PAGE, RemoteFiles
+from saemill.cache_schema.disk_and_cloud_files import PAGE, RemoteFiles, read_if_there
 from saemill.cache_schema.identity import seal
 from saemill.cache_schema.layout import BEGINNING, COMMITS, INDEX, arrays_of, encode_json, record_key, record_name
 from saemill.cache_schema.manifest import HookSpec, Manifest
@@ -185,7 +185,7 @@ class Harvest:
                     yield 0.0
                     since = files.now
                 if held.take(shard):
-                    if not commits.has_record(files, shard):
+                    if read_if_there(files, record_key(shard)) is None:
                         yield self.paper.shard_s * self.draw.uniform(0.9, 1.1)
                         since = files.now
                         assert held.keeps(shard)  # a lease is longer than a shard's work

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .disk_and_cloud_files import Files
+from .disk_and_cloud_files import Files, read_if_there
 from .errors import ManifestInvalid, StoreUnfinished
 from .layout import COMMITS, INDEX, SUMMARY, device_name, encode_json, record_key, record_name
 from .manifest import Manifest, check_format
@@ -28,6 +28,7 @@ READ_AT_ONCE = 16  # records: an object store answers each after some 30 ms
 HELD = 1024  # records, of 2 kB each
 DEVICES_ASKED = 32  # shards whose devices are looked up, of however many
 RECORD_NAME = re.compile(r"[0-9]{5}[.]json|[1-9][0-9]{5,11}[.]json", re.ASCII)
+MADE_AGAIN = "It can be deleted: `sae-store repair` makes it again"
 
 T = TypeVar("T")
 
@@ -113,11 +114,10 @@ class Index:
 
 def read_index(files: Files, manifest: Manifest) -> Index:
     """The index, or an empty one where none was written yet."""
-    try:
-        raw = files.read(INDEX)
-    except KeyError:
+    raw = read_if_there(files, INDEX)
+    if raw is None:
         return Index(manifest.cache_id, format=manifest.format)
-    where, remedy = f"{files.url}/{INDEX}", "It can be deleted: `sae-store repair` makes it again"
+    where, remedy = f"{files.url}/{INDEX}", MADE_AGAIN
     value = _decode(raw, where, manifest, remedy)
     spans = value.get("committed")
     if isinstance(spans, list) and all(map(_is_span, spans)):  # 100,000 where many workers fill a store: all at once
@@ -139,30 +139,20 @@ def _is_span(value: Any) -> bool:
 
 def read_record(files: Files, manifest: Manifest, shard: int) -> CommitRecord:
     """The record of a committed shard."""
-    try:
-        raw = files.read(record_key(shard))
-    except KeyError:
+    raw = read_if_there(files, record_key(shard))
+    if raw is None:
         raise StoreUnfinished(
             f"shard {shard} of {files.url} has no commit record: it was never finished. "
             "Run the harvest again, it goes on where it stopped"
-        ) from None
-    where = f"{files.url}/{record_key(shard)}"
-    record = _parse(CommitRecord, raw, where, manifest, "`sae-store repair` removes the shard")
+        )
+    where, remedy = f"{files.url}/{record_key(shard)}", "`sae-store repair` removes the shard"
+    record = _read_as(CommitRecord, _decode(raw, where, manifest, remedy), where, remedy)
     if record.shard != shard or record.windows != manifest.shard_range(shard):
         raise ManifestInvalid(
             f"{where}: expected shard {shard} with windows {manifest.shard_range(shard)}, "
-            f"found shard {record.shard} with windows {record.windows}. `sae-store repair` removes the shard"
+            f"found shard {record.shard} with windows {record.windows}. {remedy}"
         )
     return record
-
-
-def has_record(files: Files, shard: int) -> bool:
-    """By reading: of what is not there an object store makes a listing, where it is only looked for."""
-    try:
-        files.read(record_key(shard))
-    except KeyError:
-        return False
-    return True
 
 
 def _read_records(files: Files, manifest: Manifest, shards: np.ndarray) -> Iterator[CommitRecord]:
@@ -272,10 +262,6 @@ def _ranges(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
     return tuple((int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True))
 
 
-def _parse(cls: type[T], raw: bytes, where: str, manifest: Manifest, remedy: str) -> T:
-    return _read_as(cls, _decode(raw, where, manifest, remedy), where, remedy)
-
-
 def _decode(raw: bytes, where: str, manifest: Manifest, remedy: str) -> dict[str, Any]:
     """A record of this store, in a format that is known."""
     value = decode_json(raw, where, remedy)
@@ -295,15 +281,13 @@ def _read_as(cls: type[T], value: dict[str, Any], where: str, remedy: str) -> T:
         raise ManifestInvalid(f"{where}: {error}. {remedy}") from None
 
 
-def read_derived(cls: type[T], files: Files, key: str) -> tuple[T, str, str] | None:
-    """A file that can be made again, where it is, and what to do when it is wrong; None where the store has none."""
-    where, remedy = f"{files.url}/{key}", "It can be deleted: `sae-store repair` makes it again"
-    try:
-        value = decode_json(files.read(key), where, remedy)
-    except KeyError:
+def read_derived(cls: type[T], files: Files, manifest: Manifest, key: str) -> tuple[T, str] | None:
+    """A file that can be made again, and where it is; None where the store has none."""
+    raw = read_if_there(files, key)
+    if raw is None:
         return None
-    check_format(value.get("format"), where)
-    return _read_as(cls, value, where, remedy), where, remedy
+    where = f"{files.url}/{key}"
+    return _read_as(cls, _decode(raw, where, manifest, MADE_AGAIN), where, MADE_AGAIN), where
 
 
 def decode_json(raw: bytes, where: str, remedy: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .commits import read_derived
+from .commits import MADE_AGAIN, read_derived
 from .disk_and_cloud_files import Files
 from .errors import ManifestInvalid
 from .layout import COUNTS, encode_json
@@ -78,19 +78,22 @@ def pair_share(group_sizes: np.ndarray) -> float:
 
 def read_counts(files: Files, manifest: Manifest) -> Counts | None:
     """None where the store has none."""
-    found = read_derived(Counts, files, COUNTS)
+    found = read_derived(Counts, files, manifest, COUNTS)
     if found is None:
         return None
-    counts, where, remedy = found
-    if counts.cache_id != manifest.cache_id or len(counts.trainable) != manifest.windows:
-        raise ManifestInvalid(f"{where} belongs to another store. {remedy}")
+    counts, where = found
+    if len(counts.trainable) != manifest.windows:
+        raise ManifestInvalid(
+            f"{where}: expected {manifest.windows} windows, found {len(counts.trainable)}. {MADE_AGAIN}"
+        )
     if not 0 <= min(counts.trainable, default=0) <= max(counts.trainable, default=0) <= manifest.context:
-        raise ManifestInvalid(f"{where}: expected 0 to {manifest.context} tokens in each window. {remedy}")
+        raise ManifestInvalid(f"{where}: expected 0 to {manifest.context} tokens in each window. {MADE_AGAIN}")
     for split, (start, stop) in manifest.splits.items():
         tokens, total = sum(counts.trainable[start:stop]), counts.splits.get(split)
         if total is None or tokens != total.tokens:
             raise ManifestInvalid(
-                f"{where}: expected {total and total.tokens} tokens in the windows of {split}, found {tokens}. {remedy}"
+                f"{where}: expected {total and total.tokens} tokens in the windows of {split}, found {tokens}. "
+                f"{MADE_AGAIN}"
             )
     return counts
 

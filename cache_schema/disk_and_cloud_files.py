@@ -80,6 +80,15 @@ def open_files(url: str | os.PathLike[str]) -> Files:
     return (S3Files if lists_in_order else RemoteFiles)(fs, path, os.fspath(url))
 
 
+def read_if_there(files: Files, key: str) -> bytes | None:
+    """None where there is no such file. Whether there is one is asked so too: by one request, where an object store
+    that is asked whether a key exists makes a listing as well."""
+    try:
+        return files.read(key)
+    except KeyError:
+        return None
+
+
 class LocalFiles:
     """A folder on a local disk."""
 

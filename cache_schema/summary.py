@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .commits import read_derived
+from .commits import MADE_AGAIN, read_derived
 from .disk_and_cloud_files import Files
 from .errors import ManifestInvalid
 from .layout import SUMMARY, encode_json
@@ -22,7 +22,7 @@ from .strict_json import LATER, to_json
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """Moments of a hook in one layer; see moments.py for what each is over."""
+    """The fields of `Moments` of a hook in one layer, in the order of the file."""
 
     count: int
     mean_norm: float
@@ -49,38 +49,25 @@ class Summary:
         return {Site(hook, layer): found for hook, layers in by_hook.items() for layer, found in layers.items()}
 
     def moments(self, layer: int, hook: str = RESID) -> Moments:
-        found = self.sites[Site(hook, layer)]
-        return Moments(
-            count=found.count,
-            mean=np.array(found.mean),
-            mean_norm=found.mean_norm,
-            mean_square_norm=found.mean_square_norm,
-            windows=found.windows,
-            norm_by_position=np.array(found.norm_by_position),
-        )
+        fields = vars(self.sites[Site(hook, layer)]).items()
+        return Moments(**{name: np.array(it) if isinstance(it, tuple) else it for name, it in fields})
 
 
 def summarise(moments: Moments) -> LayerSummary:
-    return LayerSummary(
-        count=moments.count,
-        mean_norm=moments.mean_norm,
-        mean_square_norm=moments.mean_square_norm,
-        windows=moments.windows,
-        norm_by_position=tuple(moments.norm_by_position.tolist()),
-        mean=tuple(moments.mean.tolist()),
-    )
+    fields = vars(moments).items()
+    return LayerSummary(**{name: tuple(it.tolist()) if isinstance(it, np.ndarray) else it for name, it in fields})
 
 
 def read_summary(files: Files, manifest: Manifest) -> Summary | None:
     """The summary, or None where the store has none."""
-    opened = read_derived(Summary, files, SUMMARY)
+    opened = read_derived(Summary, files, manifest, SUMMARY)
     if opened is None:
         return None
-    summary, where, remedy = opened
+    summary, where = opened
     lengths = {site: (manifest.context, manifest.width_of(site.hook)) for site in manifest.sites}
     found = {site: (len(moments.norm_by_position), len(moments.mean)) for site, moments in summary.sites.items()}
-    if summary.cache_id != manifest.cache_id or found != lengths:
-        raise ManifestInvalid(f"{where} belongs to another store. {remedy}")
+    if found != lengths:
+        raise ManifestInvalid(f"{where}: expected layers, positions and widths of this store. {MADE_AGAIN}")
     return summary
 
 

@@ -12,7 +12,7 @@ from .commits import AttentionTotals, CommitRecord, derive_index, forget, read_i
 from .content import digests_by_path, totals_of
 from .counts import count_all, read_counts
 from .digest import store_digest
-from .disk_and_cloud_files import Files, open_files
+from .disk_and_cloud_files import open_files, read_if_there
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError, StoreUnreachable
 from .layout import (
     BEGINNING,
@@ -136,17 +136,10 @@ def drop_broken_derived(url: str) -> list[str]:
             mended.append(key)
     kept = {array_document_key(path) for path in root.cut_anew}
     for key, data in documents_of(manifest).items():
-        if key not in kept and _content(files, key) != data:
+        if key not in kept and read_if_there(files, key) != data:
             files.replace(key, data)
             mended.append(key)
     return mended
-
-
-def _content(files: Files, key: str) -> bytes | None:
-    try:
-        return files.read(key)
-    except KeyError:
-        return None
 
 
 def _verify_shard(store: Store, shard: int, buffers: dict[Request, ShardBuffers]) -> ShardReport:

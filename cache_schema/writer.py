@@ -27,14 +27,13 @@ from .commits import (
     Index,
     compact,
     find_committed,
-    has_record,
     write_device,
     write_record,
 )
 from .compression import CHECKSUM_BYTES, encode
 from .content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .counts import count_all, write_counts
-from .disk_and_cloud_files import Files, open_files
+from .disk_and_cloud_files import Files, open_files, read_if_there
 from .errors import ManifestInvalid, ShardCorrupt, ShardInvalid, StoreBusy
 from .identity import seal
 from .layout import (
@@ -46,6 +45,7 @@ from .layout import (
     documents_of,
     encode_json,
     find_too_large,
+    record_key,
     root_document,
 )
 from .manifest import Manifest, require_same
@@ -126,7 +126,7 @@ class StoreWriter:
             yield False
             return
         try:
-            yield not has_record(self.files, shard)
+            yield read_if_there(self.files, record_key(shard)) is None
         finally:
             self._claims.release(shard)
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..cache_schema import CorpusSpec, Manifest, StoreBusy, StoreWriter
-from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_disk, open_files
+from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, name_full_disk, open_files, read_if_there
 from ..cache_schema.layout import ROOT
 from ..cache_schema.manifest import PART, require_same
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests
@@ -155,11 +155,11 @@ def _names_another_commit(revision: str | None, recorded: str | None) -> bool:
 
 def wait_for_tokens(files: Files, watch: Watch) -> None:
     """Until the first worker has written them all."""
-    if _has_root(files):
+    if read_if_there(files, ROOT) is not None:
         return
     watch.say(f"waiting for worker 1 to write the tokens of {files.url}")
     end, pause = time.monotonic() + WAIT_SECONDS, POLL_SECONDS
-    while not _has_root(files):
+    while read_if_there(files, ROOT) is None:
         if time.monotonic() > end:
             raise TokensMissing(
                 f"waited {WAIT_SECONDS // 3600} hours for the first worker to write the tokens of {files.url}. "
@@ -167,15 +167,6 @@ def wait_for_tokens(files: Files, watch: Watch) -> None:
             )
         time.sleep(pause * random.uniform(0.5, 1.0))  # thousands of workers may wait for one object
         pause = min(2 * pause, LONGEST_POLL_SECONDS)
-
-
-def _has_root(files: Files) -> bool:
-    """By one request: to ask an object store whether a key exists lists keys as well."""
-    try:
-        files.read(ROOT)
-    except KeyError:
-        return False
-    return True
 
 
 def _require_own(folder: Path) -> None:
