@@ -56,20 +56,6 @@ class AttentionCsr:
             kept_mass=self.kept_mass[start:stop],
         )
 
-    def take(self, windows: np.ndarray) -> AttentionCsr:
-        """The given windows, in the given order; positions or a mask, as numpy takes them."""
-        windows = np.arange(self.windows)[windows]
-        rows = self.heads * self.context
-        lengths = np.diff(self.indptr.astype(np.int64)).reshape(self.windows, rows)[windows]
-        starts = self.indptr[windows * rows].astype(np.int64)
-        entry = _ranges(starts, lengths.sum(axis=1))
-        return AttentionCsr(
-            indptr=_indptr_of(lengths.ravel()),
-            indices=self.indices[entry],
-            data=self.data[entry],
-            kept_mass=self.kept_mass[windows],
-        )
-
     @staticmethod
     def concat(parts: Sequence[AttentionCsr]) -> AttentionCsr:
         """The windows of all parts, one after the other."""
@@ -115,18 +101,6 @@ class AttentionCsr:
 def index_dtype(context: int) -> np.dtype:
     """The smallest type that holds a key position."""
     return np.dtype(np.uint8 if context <= 256 else np.uint16)
-
-
-def _indptr_of(lengths: np.ndarray) -> np.ndarray:
-    indptr = np.zeros(len(lengths) + 1, np.uint32)
-    np.cumsum(lengths, out=indptr[1:])
-    return indptr
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """starts[0], starts[0] + 1, ... for lengths[0], then the same from starts[1], and so on."""
-    ends = np.cumsum(lengths)
-    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
 def _find_problem(csr: AttentionCsr, topk: int | None, causal: bool) -> str | None:

@@ -247,12 +247,10 @@ class _Reading:
             future.result()
         windows, arrays = self.span.windows, self.buffers.arrays
         manifest = self.store.manifest
-        context = manifest.context
         return ShardArrays(
             span=self.span,
             tokens=arrays["tokens"][:windows] if self.request.tokens else None,
             documents=arrays["documents"][:windows] if self.request.documents else None,
-            positions=np.broadcast_to(np.arange(context), (windows, context)) if self.request.positions else None,
             acts={
                 hook: {layer: arrays[Site(hook, layer).path][:windows] for layer in layers}
                 for hook, layers in by_hook(self.request.sites).items()

@@ -28,7 +28,6 @@ class Request:
     attention_layers: tuple[int, ...] = ()
     tokens: bool = False
     documents: bool = False
-    positions: bool = False
     split: str | None = None
     windows: tuple[int, int] | None = None
     hooks: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
@@ -67,7 +66,6 @@ class ShardArrays:
     span: Span
     tokens: np.ndarray | None = None  # uint32 [W, T]
     documents: np.ndarray | None = None  # uint32 [W, T]
-    positions: np.ndarray | None = None  # int64 [W, T], position inside the window
     acts: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)  # hook -> layer -> [W, T, D] as stored
     scales: dict[Site, np.ndarray] = field(default_factory=dict)  # float32 [W, T], where they are stored as codes
     attention: dict[int, AttentionCsr] = field(default_factory=dict)

@@ -68,18 +68,6 @@ def test_slice_is_the_dense_slice(dense, data):
     assert_is(from_dense(dense).slice(start, stop), dense[start:stop])
 
 
-@given(dense_attention(windows=st.integers(1, 5)), st.data())
-def test_take_is_the_dense_take(dense, data):
-    windows = np.array(data.draw(st.lists(st.integers(-len(dense), len(dense) - 1))), dtype=np.int64)
-    assert_is(from_dense(dense).take(windows), dense[windows])
-
-
-@given(dense_attention(windows=st.integers(1, 5)), st.data())
-def test_take_by_mask_is_the_dense_mask(dense, data):
-    mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(dense), max_size=len(dense))))
-    assert_is(from_dense(dense).take(mask), dense[mask])
-
-
 @given(st.lists(dense_attention(heads=2), min_size=1, max_size=4))
 def test_concat_is_the_dense_concatenation(parts):
     assert_is(AttentionCsr.concat([from_dense(part) for part in parts]), np.concatenate(parts))
@@ -99,11 +87,6 @@ def test_row_of_entry_counts_by_row(dense):
     csr = from_dense(dense)
     lengths = [int(np.count_nonzero(row)) for row in dense.reshape(-1, dense.shape[-1])]
     assert csr.row_of_entry().tolist() == [row for row, length in enumerate(lengths) for _ in range(length)]
-
-
-def test_take_beyond_the_last_window_is_refused():
-    with pytest.raises(IndexError):
-        from_dense(np.ones((2, 1, 1, 1), np.float32)).take(np.array([2]))
 
 
 def test_concat_of_nothing_is_refused():

@@ -11,7 +11,7 @@ from saemill.cache_schema import AttentionCsr, Request, ShardBuffers, Span, Stor
 from saemill.cache_schema.manifest import Codec
 from saemill.cache_schema.moments import measure
 
-EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True, positions=True)
+EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
 CODECS = get_args(Codec)
 
 
@@ -19,7 +19,7 @@ def collect(store: Store, request: Request) -> dict[str, np.ndarray]:
     """All that a request yields, joined; attention dense."""
     parts: dict[str, list[np.ndarray]] = {}
     for arrays in store.stream(request):
-        for name in ("tokens", "documents", "positions"):
+        for name in ("tokens", "documents"):
             parts.setdefault(name, []).append(getattr(arrays, name).copy())
         for layer, values in arrays.resid.items():
             parts.setdefault(f"resid {layer}", []).append(values.copy())
@@ -34,7 +34,6 @@ def expect(manifest, corpus, start: int, stop: int) -> dict[str, np.ndarray]:
     return {
         "tokens": corpus.tokens[start:stop],
         "documents": corpus.documents[start:stop],
-        "positions": np.tile(np.arange(manifest.context), (stop - start, 1)),
         **{f"resid {layer}": values[start:stop] for layer, values in corpus.resid.items()},
         **{f"attention {layer}": dense for layer, dense in attention.items()},
         **{f"kept mass {layer}": csr.kept_mass[start:stop] for layer, csr in corpus.attention.items()},
