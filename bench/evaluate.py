@@ -69,7 +69,6 @@ class World:
             "reconstruction": self.reconstruction,
             "sparsity": self.sparsity,
             "special": SPECIAL,
-            "keeps_blocks": True,
             "ablations": ["zero", "mean", "resample"],
         }
         return asked | more

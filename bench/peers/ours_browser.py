@@ -39,7 +39,6 @@ def make(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "tokens": tokens,
-        "l0": result.metrics["firing"]["l0"],
         "densities": (unpacked(columns["fired"]) / tokens).tolist(),
         "bytes": sum(file.stat().st_size for file in browser.rglob("*") if file.is_file()),
         "peak": resident("VmHWM"),

@@ -10,8 +10,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ratios import resident
 from talk import serve
@@ -26,8 +24,7 @@ from saemill.harvest.progress import Watch
 
 
 def evaluate(request: dict[str, Any]) -> dict[str, Any]:
-    if request["keeps_blocks"]:
-        keep_large_blocks()
+    keep_large_blocks()
     before = resident()
     store = Store.open(request["store"])
     context = Context(store, model_name=request["model"], watch=Watch(is_quiet=True))
@@ -38,12 +35,11 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     loaded = resident()
     Path("/proc/self/clear_refs").write_text("5")
     start = perf_counter()
-    results = list(core.evaluate(context, subjects, config))
-    documents = [frame(result, "core", {}) for result in results]
+    for result in core.evaluate(context, subjects, config):
+        frame(result, "core", {})
     seconds = perf_counter() - start
-    scores = [d["eval_result_metrics"]["model_performance_preservation"]["ce_loss_score"] for d in documents]
-    found = {"seconds": seconds, "scores": scores, "weights": weights, "threads": torch.get_num_threads()}
-    return found | {"growth": resident("VmHWM") - before, "work": resident("VmHWM") - loaded}
+    peak = resident("VmHWM")
+    return {"seconds": seconds, "weights": weights, "growth": peak - before, "work": peak - loaded}
 
 
 if __name__ == "__main__":

@@ -108,12 +108,11 @@ def make_saes(folder: Path, resid: torch.Tensor) -> list[Path]:
 
 def run_core(model: object, sae_folder: Path, tokens: torch.Tensor) -> None:
     """The official core evaluation, as `multiple_evals` runs it for one SAE."""
-    from core_flags import FLAGS
     from sae_bench.evals.core import main as core
     from sae_bench.evals.core.eval_config import CoreEvalConfig
     from sae_bench.sae_bench_utils import general_utils
     from sae_lens import SAE
-    from token_rows import TokenRows
+    from saebench_core import FLAGS, TokenRows
 
     sae = SAE.load_from_disk(str(sae_folder), device="cpu")
     _, sae, _ = general_utils.load_and_format_sae("golden", sae, "cpu")
