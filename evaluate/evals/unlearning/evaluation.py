@@ -22,7 +22,7 @@ from ...errors import NotApplicable
 from ..contract import Context, Evaluation, Failure, LoadedSae, Result
 from .material import Material, load_topic, load_wmdp
 from .papers import Exam
-from .passes import SharedPasses, count, remembered_questions
+from .passes import SharedPasses, remembered_questions
 from .sweep import Outcome, Setting, Sweep, make_settings, unlearning_score
 
 
@@ -72,7 +72,7 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     passes = SharedPasses(material.model, fitting, attention_of(context, fitting), config.llm_batch_size, context.say)
     exams = set_exams(material, config)
     settings = choose_settings(context, passes, material, config)
-    with context.watch.stage("unlearning: exams", count(exams), "questions") as advance:
+    with context.watch.stage("unlearning: exams", sum(map(len, exams)), "questions") as advance:
         outcomes = passes.sit(exams, settings, advance)
     for subject in fitting:
         yield make_result(subject, outcomes[subject], material, exams, config)

@@ -19,11 +19,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ....harvest.model.tokenizer import TextEncoder
 from ....harvest.pocket.text import stdlib_documents
 from ...context.context import Context, find_model
 from ...context.evaluation_data_sets import load_rows
@@ -36,13 +36,7 @@ CHUNKS = 20
 """The joined text is cut into so many strings before it is tokenised, wherever the cut falls."""
 
 
-class Encodes(Protocol):
-    """What of a tokenizer is used: ids without BOS, special tokens in the text recognised."""
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-
-def joined_rows(texts: Sequence[str], encoder: Encodes, eos_text: str, bos: int, pad: int, length: int) -> Tensor:
+def joined_rows(texts: Sequence[str], encoder: TextEncoder, eos_text: str, bos: int, pad: int, length: int) -> Tensor:
     """int64 [rows, length]. Every chunk starts with BOS, and so does every row, in the place of its first token."""
     whole = eos_text.join(texts)
     size = (len(whole) - 1) // CHUNKS + 1

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -145,26 +144,6 @@ class Question:
         return order.index(self.answer)
 
 
-class Paper(Protocol):
-    """A set of questions about one subject."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def orders(self) -> int:
-        """How often the trial asks each question."""
-        ...
-
-    def trial(self) -> Exam:
-        """All questions, the orders of each one after the other."""
-        ...
-
-    def exam(self, numbers: Sequence[int]) -> Exam:
-        """The questions of these numbers, once each."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class ChoicePaper:
     """Multiple choice, for a model that follows instructions."""
@@ -174,11 +153,14 @@ class ChoicePaper:
     model: LanguageModel
     batch_size: int
     orders: int = len(ALL_ORDERS)
+    """How often the trial asks each question."""
 
     def trial(self) -> Exam:
+        """All questions, the orders of each one after the other."""
         return self._exam(self.questions, ALL_ORDERS)
 
     def exam(self, numbers: Sequence[int]) -> Exam:
+        """The questions of these numbers, once each."""
         return self._exam([self.questions[number] for number in numbers], (AS_WRITTEN,))
 
     def _exam(self, questions: Sequence[Question], orders: Sequence[Sequence[int]]) -> Exam:
@@ -207,6 +189,10 @@ class TextPaper:
         chosen = torch.zeros(len(whole), dtype=torch.bool)
         chosen[torch.tensor(numbers, dtype=torch.int64)] = True
         return whole.only(chosen.split([len(sheet) for sheet in whole.sheets]))
+
+
+Paper = ChoicePaper | TextPaper
+"""A set of questions about one subject."""
 
 
 def letter_tokens(model: LanguageModel) -> Tensor:

@@ -13,9 +13,9 @@ than all SAEs.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
@@ -36,6 +36,10 @@ from .sweep import Outcome, Setting
 CHUNK = 256
 """Questions whose logits are held at once."""
 Advance = Callable[[int], None]
+Essence = tuple[object, ...]
+"""What an intervention does, whatever chose it."""
+Answered = tuple[LoadedSae, str, Essence]
+"""Whose answers were right, in which exam, under which intervention."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,76 +91,49 @@ class SharedPasses:
         self, exams: Sequence[Exam], settings: Mapping[LoadedSae, Sequence[Setting]], advance: Advance
     ) -> dict[LoadedSae, list[Outcome]]:
         """Every exam under every setting of every SAE; the layers below an SAE run once for all of them."""
-        tally = Tally()
+        right = Counter[Answered]()
         for exam in exams:
             for sheet in (sheet.to(self.model.device) for sheet in exam.sheets):
                 size = PieceSize(len(sheet.tokens), "rows of an exam", self.say)
-                for right in in_pieces(len(sheet.tokens), size, partial(self._answer_part, exam, sheet, settings)):
-                    tally.add(exam, right)
+                for found in in_pieces(len(sheet.tokens), size, partial(self._answer_part, exam, sheet, settings)):
+                    right.update(found)
                 advance(len(sheet))
-        return {subject: tally.outcomes(subject, exams, settings[subject]) for subject in self.subjects}
+
+        def outcome(subject: LoadedSae, setting: Setting) -> Outcome:
+            of_exam = {exam.name: (right[subject, exam.name, _essence(setting)], len(exam)) for exam in exams}
+            return Outcome(setting, of_exam)
+
+        return {subject: [outcome(subject, setting) for setting in settings[subject]] for subject in self.subjects}
 
     def _run(self, tokens_WT: Tensor, valid_WT: Tensor) -> Windows:
         return run_windows(self.model, tokens_WT, valid_WT, layers_of(self.subjects), self.attention)
 
     def _answer_part(
         self, exam: Exam, sheet: Sheet, settings: Mapping[LoadedSae, Sequence[Setting]], start: int, stop: int
-    ) -> list[Right]:
-        part = sheet.part(start, stop)
+    ) -> dict[Answered, int]:
+        """Its own numbers, to be added when it is done: where it runs out of memory, it is tried again."""
+        part, right = sheet.part(start, stop), dict[Answered, int]()
         if not len(part):
-            return []
+            return right
         batch = self._run(part.tokens, valid_tokens(part))
-        return [
-            right for subject in self.subjects for right in self._answers(exam, part, batch, subject, settings[subject])
-        ]
-
-    def _answers(
-        self, exam: Exam, sheet: Sheet, batch: Windows, subject: LoadedSae, settings: Sequence[Setting]
-    ) -> Iterator[Right]:
-        acts_WTF = subject.encode(batch)
-        resid_WTD = batch.resid[subject.layer]
-        for setting in distinct(settings):
-            latents = list(setting.latents)
-            shift_WTD = clamp_shift(acts_WTF[..., latents], subject.sae.W_dec[latents], setting.multiplier)
-            changed_WTD = (resid_WTD.to(torch.float32) + shift_WTD).to(resid_WTD.dtype)
-            hidden_WTD = self.model.suffix(changed_WTD, subject.layer)
-            yield Right(subject, setting, int(right_answers(self.model, hidden_WTD, sheet, exam.choose).sum()))
+        for subject in self.subjects:
+            acts_WTF, resid_WTD = subject.encode(batch), batch.resid[subject.layer]
+            for essence, setting in distinct(settings[subject]).items():
+                latents = list(setting.latents)
+                shift_WTD = clamp_shift(acts_WTF[..., latents], subject.sae.W_dec[latents], setting.multiplier)
+                changed_WTD = (resid_WTD.to(torch.float32) + shift_WTD).to(resid_WTD.dtype)
+                hidden_WTD = self.model.suffix(changed_WTD, subject.layer)
+                answers = right_answers(self.model, hidden_WTD, part, exam.choose)
+                right[subject, exam.name, essence] = int(answers.sum())
+        return right
 
 
-@dataclass(frozen=True)
-class Right:
-    """How many questions of a sheet were answered right under an intervention."""
-
-    subject: LoadedSae
-    setting: Setting
-    count: int
-
-
-@dataclass
-class Tally:
-    """Right answers so far, by SAE, exam and intervention."""
-
-    right: dict[tuple[LoadedSae, str, tuple[object, ...]], int] = field(default_factory=lambda: defaultdict(int))
-
-    def add(self, exam: Exam, answers: Sequence[Right]) -> None:
-        for each in answers:
-            self.right[each.subject, exam.name, _essence(each.setting)] += each.count
-
-    def outcomes(self, subject: LoadedSae, exams: Sequence[Exam], settings: Sequence[Setting]) -> list[Outcome]:
-        return [
-            Outcome(
-                setting, {exam.name: (self.right[subject, exam.name, _essence(setting)], len(exam)) for exam in exams}
-            )
-            for setting in settings
-        ]
-
-
-def distinct(settings: Sequence[Setting]) -> list[Setting]:
+def distinct(settings: Sequence[Setting]) -> dict[Essence, Setting]:
     """One of each intervention: thresholds and numbers often choose the same latents."""
-    return list({_essence(setting): setting for setting in settings}.values())
+    return {_essence(setting): setting for setting in settings}
 
 
-def _essence(setting: Setting) -> tuple[object, ...]:
+def _essence(setting: Setting) -> Essence:
     """What an intervention does; without latents every multiplier does the same, nothing."""
     return (setting.latents, setting.multiplier) if setting.latents else ()
 
@@ -186,10 +163,6 @@ def valid_tokens(sheet: Sheet) -> Tensor:
     """bool [W, T]: positions up to the last question of each row; behind it is padding, or nothing to ask."""
     last = sheet.tokens.new_zeros(len(sheet.tokens)).scatter_reduce_(0, sheet.rows, sheet.positions, "amax")
     return torch.arange(sheet.tokens.shape[1], device=last.device) <= last[:, None]
-
-
-def count(exams: Sequence[Exam]) -> int:
-    return sum(len(exam) for exam in exams)
 
 
 def _trial_answers(model: LanguageModel, exam: Exam) -> Iterator[Tensor]:
