@@ -35,7 +35,7 @@ from .prompts import (
     load_identifiers,
     make_prompts,
 )
-from .swapper import Swapper, Training, complete
+from .swapper import Swapper, complete
 
 GENERATION_FACTOR = 8
 """Completing prompts takes less memory than learning masks: batches are so much larger."""
@@ -63,10 +63,6 @@ class Config:
     n_generated_tokens: int = 6
     llm_batch_size: int = 8
     random_seed: int = 42
-
-    @property
-    def training(self) -> Training:
-        return Training(self.num_epochs, self.learning_rate, self.llm_batch_size)
 
 
 @dataclass
@@ -170,11 +166,11 @@ def swap_attribute(
 ) -> None:
     """Learn and judge the masks of one attribute."""
     cut = int(len(pairs) * config.train_test_split)
-    training, count = config.training, config.n_generated_tokens
-    total = training.epochs * cut + len(pairs) - cut
+    epochs, lr, batch_size = config.num_epochs, config.learning_rate, config.llm_batch_size
+    total = epochs * cut + len(pairs) - cut
     with context.watch.stage(f"ravel: {entity}, {attribute}", total, "pairs") as advance:
-        chosen = swapper.learn(pairs[:cut], training, advance)
-        judged, said = swapper.completions(pairs[cut:], chosen, count, config.llm_batch_size, advance)
+        chosen = swapper.learn(pairs[:cut], epochs, lr, batch_size, advance)
+        judged, said = swapper.completions(pairs[cut:], chosen, config.n_generated_tokens, batch_size, advance)
     for subject, found in findings.items():
         found.add(entity, attribute, judged, said[subject], chosen[subject])
 

@@ -29,15 +29,6 @@ from .prompts import Prompt
 FIRST_TEMPERATURE, LAST_TEMPERATURE = 1.0, 1e-4
 
 
-@dataclass(frozen=True, eq=False)
-class Swap:
-    """Codes at the entities of a batch of pairs, and the token that each is to bring about."""
-
-    base: Tensor  # [B, F]
-    source: Tensor  # [B, F]
-    targets: Tensor  # int64 [B]
-
-
 def temperatures(steps: int, dtype: torch.dtype) -> list[float]:
     """One for each step; rounded to the model's dtype, as SAEBench does."""
     first, last = (math.log10(value) for value in (FIRST_TEMPERATURE, LAST_TEMPERATURE))
@@ -56,12 +47,20 @@ class LatentMask:
         self.values = torch.zeros(width, device=device, requires_grad=True)
         self._optimizer = torch.optim.Adam([self.values], lr=lr)
 
-    def step(self, swap: Swap, temperature: float, predict: Callable[[Tensor], Tensor]) -> float:
-        """One step on a batch; `predict` maps mixed codes [B, F] to logits [B, V]. Returns the loss."""
+    def step(
+        self,
+        base_BF: Tensor,
+        source_BF: Tensor,
+        targets_B: Tensor,
+        temperature: float,
+        predict: Callable[[Tensor], Tensor],
+    ) -> float:
+        """One step on codes at the entities of a batch, and the token that each pair is to bring about; `predict` maps
+        mixed codes [B, F] to logits [B, V]. Returns the loss."""
         with torch.enable_grad():
             share_F = torch.sigmoid(self.values / temperature)
-            logits_BV = predict(mixed(swap.base, swap.source, share_F))
-            loss = functional.cross_entropy(logits_BV.float(), swap.targets)
+            logits_BV = predict(mixed(base_BF, source_BF, share_F))
+            loss = functional.cross_entropy(logits_BV.float(), targets_B)
             self._optimizer.zero_grad()
             loss.backward()
         self._optimizer.step()
@@ -94,15 +93,6 @@ class PairBatch:
         return changed
 
 
-@dataclass(frozen=True, eq=False)
-class Training:
-    """How masks are learned; pairs that do not fill a batch are left out, as in SAEBench."""
-
-    epochs: int
-    lr: float
-    batch_size: int
-
-
 class Swapper:
     """Prompts that the model knows, read once for all SAEs."""
 
@@ -113,12 +103,14 @@ class Swapper:
         spots = [Spot(prompt.tokens, prompt.entity_position) for prompt in prompts]
         self._reading: Reading = reader.read(spots, advance)
 
-    def learn(self, pairs: Sequence[Pair], training: Training, advance: Advance) -> dict[LoadedSae, Tensor]:
+    def learn(
+        self, pairs: Sequence[Pair], epochs: int, lr: float, batch_size: int, advance: Advance
+    ) -> dict[LoadedSae, Tensor]:
         """For each SAE the latents that are swapped: float [F], 0 or 1."""
-        batches = list(self.batches(pairs, training.batch_size))
-        masks = {subject: LatentMask(subject.width, training.lr, self.model.device) for subject in self.subjects}
-        schedule = iter(temperatures(training.epochs * len(batches), self.model.dtype))
-        for _ in range(training.epochs):
+        batches = list(self.batches(pairs, batch_size))
+        masks = {subject: LatentMask(subject.width, lr, self.model.device) for subject in self.subjects}
+        schedule = iter(temperatures(epochs * len(batches), self.model.dtype))
+        for _ in range(epochs):
             for batch in batches:
                 self._step(batch, masks, next(schedule))
                 advance(len(batch.pairs))
@@ -138,7 +130,7 @@ class Swapper:
         return judged, said
 
     def batches(self, pairs: Sequence[Pair], size: int) -> Iterator[PairBatch]:
-        """Whole batches only."""
+        """Whole batches only: pairs that do not fill one are left out, as in SAEBench."""
         if len(pairs) < size:
             raise NotApplicable(
                 f"RAVEL: {len(pairs)} pairs of prompts that the model answers do not fill one batch of {size}. "
@@ -152,8 +144,10 @@ class Swapper:
         rows = [pair.base.tokens for pair in pairs]
         tokens, valid = make_rows(self.model, rows, max(map(len, rows)), "left")
         places = [tokens.shape[1] + pair.base.entity_position for pair in pairs]
-        bases, sources = ([self._numbers[prompt] for prompt in part] for part in zip(*_ends(pairs), strict=True))
-        numbers = (torch.tensor(each, device=device) for each in (places, bases, sources, _targets(pairs)))
+        bases = [self._numbers[pair.base] for pair in pairs]
+        sources = [self._numbers[pair.source] for pair in pairs]
+        targets = [pair.target_token for pair in pairs]
+        numbers = (torch.tensor(each, device=device) for each in (places, bases, sources, targets))
         return PairBatch(pairs, tokens.to(device), valid.to(device), *numbers)
 
     def _step(self, batch: PairBatch, masks: Mapping[LoadedSae, LatentMask], temperature: float) -> None:
@@ -165,7 +159,7 @@ class Swapper:
                 changed = batch.replaced(resid[subject.layer], subject.sae.decode(codes_WF))
                 return self.model.last_logits(changed, subject.layer, batch.valid)
 
-            mask.step(Swap(*self._codes(subject, batch), batch.targets), temperature, predict)
+            mask.step(*self._codes(subject, batch), batch.targets, temperature, predict)
 
     def _say(self, batch: PairBatch, subject: LoadedSae, share_F: Tensor, count: int) -> list[str]:
         x_hat_WD = subject.sae.decode(mixed(*self._codes(subject, batch), share_F))
@@ -194,11 +188,3 @@ def complete(
 def decoded(model: LanguageModel, tokens_WC: Tensor) -> list[str]:
     """As text, special tokens written out."""
     return model.tokenizer.backend.decode_batch(tokens_WC.tolist(), skip_special_tokens=False)
-
-
-def _ends(pairs: Sequence[Pair]) -> list[tuple[Prompt, Prompt]]:
-    return [(pair.base, pair.source) for pair in pairs]
-
-
-def _targets(pairs: Sequence[Pair]) -> list[int]:
-    return [pair.target_token for pair in pairs]

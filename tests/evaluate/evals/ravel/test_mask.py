@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from saemill.evaluate.evals.ravel.swapper import LatentMask, Swap, mixed, temperatures
+from saemill.evaluate.evals.ravel.swapper import LatentMask, mixed, temperatures
 
 # Latents 0-1 say attribute A (values 0, 1), latents 2-3 attribute B (tokens 2, 3), latents 4-5 nothing.
 ATTRIBUTE_A, ATTRIBUTE_B, REST = slice(0, 2), slice(2, 4), slice(4, 6)
@@ -39,7 +39,7 @@ def test_a_planted_subspace_is_found_and_gives_cause_and_isolation_of_one():
         base, source = (torch.randint(2, (2, size), generator=generator) for _ in range(2))
         asks_a = torch.arange(size) % 2 == 0
         targets = torch.where(asks_a, source[0], 2 + base[1])
-        mask.step(Swap(planted_codes(*base), planted_codes(*source), targets), temperature, predict_for(asks_a))
+        mask.step(planted_codes(*base), planted_codes(*source), targets, temperature, predict_for(asks_a))
     assert mask.chosen()[ATTRIBUTE_A].all()
     assert not mask.chosen()[ATTRIBUTE_B].any()
 

@@ -137,7 +137,7 @@ def test_a_selection_that_the_data_do_not_have_is_named(context, builder, config
 class Notes:
     """Stands for a trial: which pairs it learned from, and which it was judged on."""
 
-    def learn(self, pairs, training, advance):
+    def learn(self, pairs, epochs, lr, batch_size, advance):
         self.learned = list(pairs)
         return {}
 
