@@ -30,34 +30,15 @@ DECIMALS = 10
 NAN = float("nan")
 OWN_LOSSES = {"ce_loss_with_sae": "ce_sae", "kl_div_with_sae": "kl_sae"}
 OWN_LOSSES |= {name: name for name in ("ce_loss_score", "kl_div_score")}
-LATENT_KEYS = (
-    "feature_density",
-    "consistent_activation_heuristic",
-    "encoder_bias",
-    "encoder_norm",
-    "encoder_decoder_cosine_sim",
-    "max_decoder_cosine_sim",
-    "max_encoder_cosine_sim",
-)
-MISC_KEYS = (
-    "freq_over_1_percent",
-    "freq_over_10_percent",
-    "normalized_freq_over_1_percent",
-    "normalized_freq_over_10_percent",
-    "average_max_encoder_cosine_sim",
-    "average_max_decoder_cosine_sim",
-    "frac_alive",
-)
 
 
 def latent_metrics(subject: LoadedSae, sparsity: Sparsity) -> dict[str, Tensor]:
     """Of each latent: [F] by SAEBench's names, in its order."""
-    found = {
+    return {
         "feature_density": sparsity.firing.density,
         "consistent_activation_heuristic": sparsity.firing.tokens_per_window,
         **weight_metrics(subject.sae),
     }
-    return {name: found[name] for name in LATENT_KEYS}
 
 
 def official_metrics(
@@ -126,10 +107,10 @@ def losses_and_scores(sums: Mapping[str, Any], ablation: str, sae: str = "sae") 
 
 
 def official_misc(latents: Mapping[str, Tensor]) -> dict[str, float]:
-    found = summarise_density(latents["feature_density"])
-    for part in ("encoder", "decoder"):
-        found[f"average_max_{part}_cosine_sim"] = float(latents[f"max_{part}_cosine_sim"].double().mean())
-    return {name: found[name] for name in MISC_KEYS}
+    density = summarise_density(latents["feature_density"])
+    alive = {"frac_alive": density.pop("frac_alive")}  # the last in SAEBench's order
+    names = ("max_encoder_cosine_sim", "max_decoder_cosine_sim")
+    return density | {f"average_{name}": float(latents[name].double().mean()) for name in names} | alive
 
 
 def latent_details(latents: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -197,24 +178,17 @@ BLOCK = 1024
 
 @torch.inference_mode()
 def weight_metrics(sae: SparseAutoencoder) -> dict[str, Tensor]:
-    """By SAEBench's names, each [F] on the CPU."""
+    """By SAEBench's names and in its order, each [F] on the CPU."""
     comparable = sae.d_in == sae.d_out
     cosine = functional.cosine_similarity(sae.W_dec, sae.W_enc, dim=1) if comparable else sae.W_enc[:, 0] * torch.nan
     found = {
-        "encoder_bias": encoder_bias(sae),
+        "encoder_bias": sae.gate.b_mag if isinstance(sae.gate, Gated) else sae.b_enc,  # gated: of the magnitudes
         "encoder_norm": sae.W_enc.norm(dim=1),
         "encoder_decoder_cosine_sim": cosine,
         "max_decoder_cosine_sim": max_cosine(sae.W_dec),
         "max_encoder_cosine_sim": max_cosine(sae.W_enc),
     }
     return {name: values.float().cpu() for name, values in found.items()}
-
-
-def encoder_bias(sae: SparseAutoencoder) -> Tensor:
-    """Of a gated SAE, the bias of the magnitudes; zeros where there is none."""
-    if isinstance(getattr(sae, "gate", None), Gated):
-        return sae.gate.b_mag  # type: ignore[no-any-return]
-    return getattr(sae, "b_enc", torch.zeros(sae.num_latents))
 
 
 def max_cosine(rows_FD: Tensor, others_FD: Tensor | None = None, block: int = BLOCK) -> Tensor:
