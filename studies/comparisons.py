@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy import stats
 
@@ -79,8 +79,5 @@ def corrected(found: Sequence[Difference]) -> list[Difference]:
     result, highest = list(found), 0.0
     for rank, index in enumerate(order):
         highest = max(highest, min(1.0, (len(found) - rank) * found[index].p))
-        one = found[index]
-        result[index] = Difference(
-            one.label, one.against, one.measure, one.seeds, one.mean, one.half_width, one.p, highest
-        )
+        result[index] = replace(found[index], p_corrected=highest)
     return result

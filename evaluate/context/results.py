@@ -219,11 +219,6 @@ def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
     return document if _places_in(document.get("sae_cfg_dict")) == _places_in(sae_config(subject)) else None
 
 
-def is_of_store(document: Mapping[str, Any], cache_id: str | None) -> bool:
-    """Whether a result, of whatever settings, is of this store (None: of any)."""
-    return cache_id is None or settings_in(document).get("cache_id") == cache_id
-
-
 def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a result is of these very settings and misses nothing."""
     return settings_in(document) == dict(settings) and ours_in(document).get("missing") is None

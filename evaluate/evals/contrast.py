@@ -25,10 +25,9 @@ from ...cache_schema.strict_json import to_json
 from ..context.usable_saes import require_reading, split_fitting
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.features import Features
-from .probing.pooling import Pool, pool_task
+from .probing.pooling import pool_task
 from .probing.settings import DataSettings, filled, of_data
 from .probing.sources import data_revision, find_source, load_all
-from .probing.texts import Task
 
 MOST_TEXTS = 400  # of one contrast, where nothing else was asked for: of the hub's data there are thousands
 LATENTS_AT_ONCE = 4096
@@ -75,7 +74,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         for layers, found in channels.items():
             found.append(effects_of(task.name, *(pool.of_model(layers, part) for part in (task.train, task.test))))
         for subject in subjects:
-            latents[subject].append(_of_latents(pool, subject, task))
+            own = (pool.of_latents(subject, part) for part in (task.train, task.test))
+            latents[subject].append(effects_of(task.name, *own))
     settings = {**to_json(replace(config, dataset_names=tuple(task.name for task in tasks))), **of_data(source)}
     for subject in subjects:
         yield make_result(
@@ -160,10 +160,6 @@ def summarise(found: Effects, config: Config) -> dict[str, float]:
 def _share_nothing(one: tuple[str, str, str], other: tuple[str, str, str]) -> bool:
     """Whether two contrasts have no class in common."""
     return one[0] != other[0] or not set(one[1:]) & set(other[1:])
-
-
-def _of_latents(pool: Pool, subject: LoadedSae, task: Task) -> Effects:
-    return effects_of(task.name, *(pool.of_latents(subject, part) for part in (task.train, task.test)))
 
 
 EVALUATION = Evaluation(

@@ -29,7 +29,6 @@ from ..context.results import (
     Row,
     deciding,
     describe_differences,
-    is_of_store,
     is_of_store_now_gone,
     is_whole,
     ours_in,
@@ -74,7 +73,7 @@ def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[
         stands = (is_whole(document, settings) or is_gone) and evals.load(eval_id).is_there(subject)
         reason = "its result is of a store, and there is none now: without --resume it is evaluated anew"
         return Row(subject, eval_id, "kept", reason if is_gone else "", document) if stands else None
-    if not is_of_store(document, settings["cache_id"]):
+    if settings["cache_id"] not in (None, settings_in(document).get("cache_id")):  # of another store
         return None
     found, missing = describe_differences(document, settings), ours_in(document).get("missing")
     if missing and not found:

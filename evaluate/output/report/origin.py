@@ -20,7 +20,9 @@ def origins(records: Sequence[Record]) -> Html:
 def _origin(run: str, records: Sequence[Record], is_named: bool) -> Html:
     asked = records[0].asked
     cache, course, made = (_part(asked, name) for name in ("cache", "course", "provenance"))
-    line = ", ".join(filter(None, [_model(cache), _sites(records), _text(cache), _length(asked, course)]))
+    model = _together(cache.get("model"), cache.get("model_revision"))
+    text = f"text {cache['corpus']}" if cache.get("corpus") else ""
+    line = ", ".join(filter(None, [model, _sites(records), text, _length(asked, course)]))
     facts = {
         "store": _together(without_password(str(cache.get("url") or "")), cache.get("cache_id")),
         "trained": made.get("date"),
@@ -40,19 +42,11 @@ def _part(asked: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _model(cache: Mapping[str, Any]) -> str:
-    return _together(cache.get("model"), cache.get("model_revision"))
-
-
 def _sites(records: Sequence[Record]) -> str:
     """Where the SAEs read, if all read there."""
     found = {(str(one.settings.get("layer")), str(one.settings.get("hook", RESID))) for one in records}
     layer, hook = next(iter(found))
     return f"layer {layer} ({hook})" if len(found) == 1 and layer != "None" else ""
-
-
-def _text(cache: Mapping[str, Any]) -> str:
-    return f"text {cache['corpus']}" if cache.get("corpus") else ""
 
 
 def _length(asked: Mapping[str, Any], course: Mapping[str, Any]) -> str:

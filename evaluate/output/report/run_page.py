@@ -77,7 +77,8 @@ def _document(name: str, data: Mapping[str, Any], above: Html, below: Html) -> H
         "header", element("span", mark, element("span", name), class_="brand"), element("div", button, class_="tools")
     )
     main = element("main", element("h1", name), above, element("div", id="live"), below, class_="page")
-    scripts = joined([element("script", Html(script_json(data)), type="application/json", id="data"), _script(script)])
+    own = element("script", Html(script))
+    scripts = joined([element("script", Html(script_json(data)), type="application/json", id="data"), own])
     whole = element("html", element("head", head), element("body", top, main, scripts), lang="en")
     return joined([Html("<!doctype html>"), whole, Html("")], between="\n")
 
@@ -87,10 +88,6 @@ def _policy(script: str, data: Mapping[str, Any]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     beside = " 'self' file:" if data["course"] else ""
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{beside}"
-
-
-def _script(script: str) -> Html:
-    return element("script", Html(script))
 
 
 CURVES = ("hyperparameters", "training_metrics", "training_progression")
