@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import fsspec
 import google_crc32c
@@ -29,36 +29,6 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXISTS, CONFLICT = 412, 409  # what S3 answers to "create it": it is there; it is being removed at this moment
 CONFLICT_PAUSES = (0.1, 0.3, 1.0)  # seconds, before trying again
 _BLOCK = 2**20  # checksum what was just read while it is still in the processor's cache
-
-
-class Files(Protocol):
-    """What a store needs of the place it lies in."""
-
-    url: str
-
-    def read(self, key: str) -> bytes: ...
-    def read_into(self, key: str, body: np.ndarray, tail: np.ndarray) -> tuple[int, int]:
-        """Read a file into `body`, then `tail` (both uint8); return the file's size and the crc32c of `body`."""
-        ...
-
-    def size(self, key: str) -> int: ...
-    def exists(self, key: str) -> bool: ...
-    def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
-        """Those of `names` that are in the folder, in the given order."""
-        ...
-
-    def write(self, key: str, buffers: Sequence[np.ndarray]) -> None: ...
-    def settle(self, folders: Iterable[str]) -> None:
-        """Make the names of files written in these folders durable."""
-        ...
-
-    def replace(self, key: str, data: bytes) -> None:
-        """Write a whole file or none of it; the caller makes sure that no one else replaces this key."""
-        ...
-
-    def list(self, folder: str) -> list[str]: ...
-    def remove(self, key: str) -> None: ...
-    def free_bytes(self) -> int | None: ...
 
 
 def open_files(url: str | os.PathLike[str]) -> Files:
@@ -104,6 +74,7 @@ class LocalFiles:
                 raise KeyError(key) from None
 
     def read_into(self, key: str, body: np.ndarray, tail: np.ndarray) -> tuple[int, int]:
+        """Read a file into `body`, then `tail` (both uint8); return the file's size and the crc32c of `body`."""
         with name_failure(f"reading {key} of {self.url}"):
             try:
                 fd = os.open(self.root / key, os.O_RDONLY)
@@ -123,7 +94,9 @@ class LocalFiles:
             return (self.root / key).exists()
 
     def which_exist(self, folder: str, names: Sequence[str]) -> list[str]:
-        """One stat a name: a listing would read every name of a folder that may hold 100,000."""
+        """Those of `names` that are in the folder, in this order.
+
+        One stat a name: a listing would read every name of a folder that may hold 100,000."""
         with name_failure(f"looking into {folder} of {self.url}"):
             try:
                 fd = os.open(self.root / folder, os.O_RDONLY)
@@ -159,11 +132,13 @@ class LocalFiles:
                 )
 
     def settle(self, folders: Iterable[str]) -> None:
+        """Make the names of files written in these folders durable."""
         for folder in folders:
             with self._name_failure(folder):
                 sync(self.root / folder)
 
     def replace(self, key: str, data: bytes) -> None:
+        """Write a whole file or none of it; the caller makes sure that no one else replaces this key."""
         path = self.root / key
         temporary = path.with_name(f".{path.name}.tmp")  # one name a key: what a killed writer left is used again
         with self._name_failure(key):
@@ -294,6 +269,10 @@ class RemoteFiles:
                 "Look at the network, the address and the credentials, then run the same command again: it goes on "
                 "where it stopped",
             ) from error
+
+
+Files = LocalFiles | RemoteFiles
+"""The place that a store lies in."""
 
 
 def _status_of(error: OSError) -> int | None:

@@ -16,9 +16,9 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from .disk_and_cloud_files import Files, LocalFiles, RemoteFiles, make_folder, name_failure
 from .errors import StoreBusy, StoreUnreachable
@@ -33,36 +33,8 @@ HELD_TRIED, FREE_TRIED = 16, 64  # shards that others hold, and that nobody hold
 DERIVED_SECONDS = 60  # the longest that a writer waits for the one that derives index and summary
 
 
-class Claims(Protocol):
-    if_killed: str
-    """What to add for a person who finds a claim taken: when it ends though its writer was killed."""
-
-    def take(self, number: int) -> bool:
-        """Try to claim; False when another writer holds it."""
-        ...
-
-    def keeps(self, number: int) -> bool:
-        """Whether what was taken is still this writer's: who sleeps through a lease may have lost it."""
-        ...
-
-    def release(self, number: int) -> None: ...
-    def worth_trying(self, numbers: list[int]) -> list[int]:
-        """All; where each try costs requests a few, in no order: of what nobody holds, and of what others hold."""
-        ...
-
-    def hold_derived(self, must: bool = False) -> AbstractContextManager[bool]:
-        """Wait for the claim on index and summary, and hold it for a block; False in it where the wait was given up,
-        StoreBusy where one must hold it."""
-        ...
-
-    def close(self) -> None: ...
-
-
 def open_claims(files: Files) -> Claims:
-    if isinstance(files, LocalFiles):
-        return LockClaims(files)
-    assert isinstance(files, RemoteFiles)
-    return LeaseClaims(files)
+    return LockClaims(files) if isinstance(files, LocalFiles) else LeaseClaims(files)
 
 
 def find_held(files: Files, shards: int) -> dict[int, str] | None:
@@ -115,6 +87,7 @@ class LockClaims:
     """Byte-range locks that belong to the open file, so that two writers in one process also exclude each other."""
 
     if_killed = ""
+    """What to add for a person who finds a claim taken: when it ends though its writer was killed."""
 
     def __init__(self, files: LocalFiles) -> None:
         self._path = files.root / LOCK
@@ -124,6 +97,7 @@ class LockClaims:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
     def take(self, number: int) -> bool:
+        """Try to claim; False when another writer holds it."""
         try:
             self._lock(fcntl.F_WRLCK, number)
         except (BlockingIOError, PermissionError):
@@ -131,16 +105,20 @@ class LockClaims:
         return True
 
     def keeps(self, number: int) -> bool:
+        """Whether what was taken is still this writer's: who sleeps through a lease may have lost it."""
         return True  # the kernel takes back none of a process that lives
 
     def release(self, number: int) -> None:
         self._lock(fcntl.F_UNLCK, number)
 
     def worth_trying(self, numbers: list[int]) -> list[int]:
+        """All; where each try costs requests a few, in no order: of what nobody holds, and of what others hold."""
         return numbers  # to try one is a call of the kernel
 
     @contextmanager
     def hold_derived(self, must: bool = False) -> Iterator[bool]:
+        """Wait for the claim on index and summary, and hold it for a block; False in it where the wait was given up,
+        StoreBusy where one must hold it."""
         self._lock(fcntl.F_WRLCK, DERIVED, wait=True)
         try:
             yield True
@@ -314,3 +292,6 @@ class LeaseClaims:
     @staticmethod
     def _key(number: int) -> str:
         return f"claims/{number}.json"
+
+
+Claims = LockClaims | LeaseClaims
