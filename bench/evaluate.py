@@ -25,12 +25,13 @@ import torch
 from ratios import ROUNDS, Row, compare, conclude, gather_facts, speeds_of, take_turns
 from safetensors.torch import save_file
 from talk import Worker
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2ForCausalLM
 
+from harvest import gemma
 from saemill.cache_schema import CorpusSpec, Manifest, ModelSpec, ShardContent, Site, StoreWriter
 from saemill.harvest.capture import capture
 from saemill.harvest.model.load_and_truncate import Wanted, load_model, read_facts
-from saemill.harvest.model.resolve import POCKET_FOLDER
+from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.harvest.stats import measure
 from saemill.train.data.scaling import unit_stats
 from saemill.train.disk.sae_folder import save_sae
@@ -81,17 +82,7 @@ class World:
 def make_random_model(folder: Path, width: int, vocabulary: int, layers: int) -> Path:
     """gemma-2-2b's shape at a quarter of its width."""
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        query_pre_attn_scalar=64,
-    )
-    Gemma2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    Gemma2ForCausalLM(gemma(vocabulary, width, layers)).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -249,7 +240,7 @@ def main(
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 root = Path(place)
                 random = name != "pocket"
-                model = make_random_model(root / "model", width, vocabulary, layers) if random else POCKET_FOLDER
+                model = make_random_model(root / "model", width, vocabulary, layers) if random else MODEL_FOLDER
                 batches = reconstruction or BATCHES[name]
                 world = make_world(root, model, dtype, max(counts), batches, 10 * batches)
                 rows += bench_speed(

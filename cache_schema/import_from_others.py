@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .content import ShardContent
-from .digest import array_digest
+from .content import ShardContent, array_digest
 from .errors import ImportInvalid, StoreBusy
 from .manifest import AttentionSpec, Codec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .massive_rows import KEEP

@@ -45,6 +45,7 @@ def facts(store: Store) -> dict[str, Any]:
     indexed = index.mask(manifest.shards)
     windows = sum(stop - start for start, stop in map(manifest.shard_range, indexed.nonzero()[0].tolist()))
     tokens = windows * manifest.context
+    devices = read_devices(store.files, np.flatnonzero(store.committed).tolist())
     return {
         "url": store.url,
         "cache_id": manifest.cache_id,
@@ -72,14 +73,8 @@ def facts(store: Store) -> dict[str, Any]:
             layer: totals.entries / max(totals.rows, 1) for layer, totals in sorted(index.attention.items())
         },
         "attention_left_out": list(manifest.attention.left_out),
-        "computed_on": _devices(store),
+        "computed_on": sorted(set(map(str, devices.values()))),  # as far as a sample of the shards says
     }
-
-
-def _devices(store: Store) -> list[str]:
-    """What computed the shards, each once, as far as a sample of them says."""
-    found = read_devices(store.files, np.flatnonzero(store.committed).tolist())
-    return sorted({str(device) for device in found.values()})
 
 
 def _links(store: Store, layer: int) -> dict[str, float] | None:

@@ -175,7 +175,8 @@ def documents_of(manifest: Manifest) -> dict[str, bytes]:
 def _nodes(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Path -> zarr document of every group and array below the root."""
     arrays = arrays_of(manifest)
-    groups = {path: _group_document() for path in _group_paths(arrays)}
+    parents = {"/".join(path.split("/")[:depth]) for path in arrays for depth in range(1, path.count("/") + 1)}
+    groups = {path: {"attributes": {}, "zarr_format": 3, "node_type": "group"} for path in sorted(parents)}
     return groups | {path: array.document() for path, array in arrays.items()}
 
 
@@ -304,12 +305,3 @@ def _chunk_windows(shard_windows: int, window_bytes: int) -> int:
     """The largest divisor of a shard whose bytes stay near CHUNK_BYTES."""
     limit = max(1, min(shard_windows, CHUNK_BYTES // window_bytes))
     return next(n for n in range(limit, 0, -1) if shard_windows % n == 0)
-
-
-def _group_paths(arrays: dict[str, ArrayLayout]) -> list[str]:
-    parents = {"/".join(path.split("/")[:depth]) for path in arrays for depth in range(1, path.count("/") + 1)}
-    return sorted(parents)
-
-
-def _group_document() -> dict[str, Any]:
-    return {"attributes": {}, "zarr_format": 3, "node_type": "group"}

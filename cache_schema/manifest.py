@@ -56,7 +56,8 @@ class AttentionSpec:
     topk: int = 16
     mass: float = 0.95
     causal: bool = True
-    left_out: tuple[Sink, ...] = ()  # keys that are not looked at: the window's first token, the query itself
+    left_out: tuple[Sink, ...] = field(default=(), metadata={LATER: True})
+    """Keys that are not looked at: the window's first token, the query itself."""
 
     def __post_init__(self) -> None:
         if list(self.left_out) != sorted(set(self.left_out)):
@@ -142,10 +143,7 @@ class Manifest:
         return start, min(start + self.shard_windows, self.windows)
 
     def to_json(self) -> dict[str, Any]:
-        raw = to_json(self)
-        if not self.attention.left_out:  # as stores of before it: their bytes and cache ids stay
-            del raw["attention"]["left_out"]
-        return raw
+        return to_json(self)
 
 
 def read_manifest(raw: Any, where: str) -> Manifest:

@@ -7,6 +7,7 @@ gets the same bits.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 
@@ -50,12 +51,13 @@ class Summary:
 
     def moments(self, layer: int, hook: str = RESID) -> Moments:
         fields = vars(self.sites[Site(hook, layer)]).items()
-        return Moments(**{name: np.array(it) if isinstance(it, tuple) else it for name, it in fields})
+        found = {name: np.array(it) if isinstance(it, tuple) else it for name, it in fields}
+        return Moments(**cast(dict[str, Any], found))
 
 
 def summarise(moments: Moments) -> LayerSummary:
-    fields = vars(moments).items()
-    return LayerSummary(**{name: tuple(it.tolist()) if isinstance(it, np.ndarray) else it for name, it in fields})
+    found = {name: tuple(it.tolist()) if isinstance(it, np.ndarray) else it for name, it in vars(moments).items()}
+    return LayerSummary(**cast(dict[str, Any], found))
 
 
 def read_summary(files: Files, manifest: Manifest) -> Summary | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +13,6 @@ from .buffers import ShardBuffers
 from .commits import AttentionTotals, CommitRecord, derive_index, forget, read_index, read_record
 from .content import digests_by_path, totals_of
 from .counts import count_all, read_counts
-from .digest import store_digest
 from .disk_and_cloud_files import open_files, read_if_there
 from .errors import ManifestInvalid, ShardCorrupt, StoreBusy, StoreError, StoreUnreachable
 from .layout import (
@@ -23,6 +24,7 @@ from .layout import (
     documents_of,
     moments_path,
 )
+from .manifest import Manifest
 from .moments import to_line
 from .reader import Store
 from .request import Request, ShardArrays, Span
@@ -70,6 +72,18 @@ def digest(store: Store) -> str:
             raise ShardCorrupt(str(report.damage[0]))
         records.append(report.record)
     return store_digest(store.manifest, records)
+
+
+def store_digest(manifest: Manifest, records: Iterable[CommitRecord]) -> str:
+    """One hash of all content: the cache id and, in shard order, every array's digest.
+
+    Codec, shard files, host and path leave no trace; a shard that is not committed does.
+    """
+    state = hashlib.sha256(manifest.cache_id.encode())
+    for record in records:
+        lines = sorted((path, entry.digest) for path, entry in record.arrays.items())
+        state.update(json.dumps([record.windows, lines]).encode())
+    return f"sha256:{state.hexdigest()}"
 
 
 def find_wrong_derived(store: Store) -> list[str]:

@@ -34,7 +34,6 @@ from .store_plan import (
     Plan,
     corpus_spec,
     make_manifest,
-    manifest_of,
     require_known_tokens,
     settings_of_begun,
     settings_of_new,
@@ -107,7 +106,8 @@ def _create(plan: Plan, files: Files, watch: Watch) -> StoreWriter:
         if len(packed.tokens) < plan.windows:
             watch.say(tell_shortage(plan.windows, len(packed.tokens), context, job.test_per_mille))
         require_known_tokens(packed.tokens, plan.facts)
-        writer = StoreWriter.create(plan.config.out, manifest_of(plan, spec, packed), packed.tokens, packed.documents)
+        manifest = make_manifest(plan, spec, len(packed.tokens), packed.splits)
+        writer = StoreWriter.create(plan.config.out, manifest, packed.tokens, packed.documents)
         del packed
         spool.remove()
     return writer

@@ -74,7 +74,9 @@ def harvest(config: HarvestConfig, watch: Watch | None = None) -> Finished:
 
 def decide(config: HarvestConfig, watch: Watch) -> Plan:
     """Which model it is, and whether it can give what is wanted. That is decided once for a store, the commit too."""
-    choice = _begun_with(open_files(config.out), config.model) or choose(config.model)
+    files = open_files(config.out)
+    begun = choose_again(config.model, read_root(files).manifest.model) if files.exists(ROOT) else None
+    choice = begun or choose(config.model)
     watch.say(choice.banner)
     return make_plan(config, look(choice), choice)
 
@@ -84,10 +86,6 @@ def with_weights(plan: Plan) -> Plan:
     if plan.source.to_download is None:
         return plan
     return replace(plan, source=fetch(Choice(plan.source.id, plan.source.revision)))
-
-
-def _begun_with(files: Files, name: str) -> Choice | None:
-    return choose_again(name, read_root(files).manifest.model) if files.exists(ROOT) else None
 
 
 def reharvest(

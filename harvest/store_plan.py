@@ -21,7 +21,6 @@ from .errors import SettingInvalid, TokenizerUnsuitable
 from .model.load_and_truncate import ModelFacts, Wanted, read_facts
 from .model.resolve import POCKET, SMOLLM2, Choice, ModelSource
 from .model.tokenizer import TextEncoder, load_encoder
-from .spool import PackedCorpus
 
 DEFAULT_TOKENS = 10_000_000
 TEST = "test_per_mille"
@@ -174,10 +173,6 @@ def make_manifest(plan: Plan, corpus: CorpusSpec, windows: int, splits: dict[str
         stored_as=plan.config.stored_as,
     )
     return seal(manifest)
-
-
-def manifest_of(plan: Plan, corpus: CorpusSpec, packed: PackedCorpus) -> Manifest:
-    return make_manifest(plan, corpus, len(packed.tokens), packed.splits)
 
 
 def expected_manifest(plan: Plan, corpus: CorpusSpec, windows: int) -> Manifest:

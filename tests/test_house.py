@@ -27,7 +27,7 @@ FLOORS = {  # of every package, from the ground up: its folders, and the modules
         "csr disk_and_cloud_files manifest sources",
         "identity layout read_vllm request",
         "buffers commits compression moments shard_claims",
-        "chunks counts digest root summary",
+        "chunks counts root summary",
         "content reader",
         "massive_rows",
         "info watch writer",

@@ -45,7 +45,6 @@ POCKET = "pocket"
 SMOLLM2 = "smollm2"
 GGUF = "gguf-"  # begins the revision of a model from such a file
 FIRST_CHOICE = "google/gemma-2-2b"
-POCKET_FOLDER = MODEL_FOLDER
 
 DECISION_SECONDS = 8
 ANSWER_SECONDS = 5
@@ -142,7 +141,7 @@ def look(choice: Choice) -> ModelSource:
 def _here(choice: Choice) -> ModelSource | None:
     """A model that is on this machine already, a GGUF file in the form that can be loaded."""
     if choice.name == POCKET:
-        return ModelSource(POCKET, _hash_of(POCKET_FOLDER), POCKET_FOLDER)
+        return ModelSource(POCKET, _hash_of(MODEL_FOLDER), MODEL_FOLDER)
     if choice.name == SMOLLM2:
         return _converted(SMOLLM2, find_smollm2())
     folder = Path(os.path.expanduser(choice.name))

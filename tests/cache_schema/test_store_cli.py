@@ -27,9 +27,8 @@ from saemill.cache_schema import (
 from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.compression import checksum_of
-from saemill.cache_schema.digest import store_digest
 from saemill.cache_schema.info import render
-from saemill.cache_schema.verify_and_repair import repair
+from saemill.cache_schema.verify_and_repair import repair, store_digest
 
 
 def run(*args: object) -> Result:

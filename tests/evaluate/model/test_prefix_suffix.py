@@ -16,7 +16,7 @@ from saemill.evaluate.context.context import Context, find_model
 from saemill.evaluate.errors import MemoryTooSmall, ModelMissing
 from saemill.evaluate.model.batches import joined, make_rows, run_windows, store_batches
 from saemill.evaluate.model.prefix_suffix import load_language_model
-from saemill.harvest.model.resolve import POCKET_FOLDER
+from saemill.harvest.pocket import MODEL_FOLDER
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_no_store_is_said_in_words():
 
 def test_the_pocket_model_knows_nothing_without_its_residual():
     """All tokens equally likely: the loss under zero ablation is the logarithm of the vocabulary."""
-    model = load_language_model(POCKET_FOLDER, torch.bfloat16, torch.device("cpu"))
+    model = load_language_model(MODEL_FOLDER, torch.bfloat16, torch.device("cpu"))
     hidden = model.suffix(torch.zeros(1, 4, model.facts.d_model, dtype=model.dtype), 19)
     assert (model.head(hidden[0]) == 0).all()
     assert model.facts.vocab_size == 4096

@@ -243,7 +243,7 @@ def test_a_folder_without_weights(tmp_path):
 
 def test_the_pocket_model_asks_nobody(hub, monkeypatch, make_model, tmp_path):
     make_model("gemma2").save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(resolve, "POCKET_FOLDER", tmp_path / "model")
+    monkeypatch.setattr(resolve, "MODEL_FOLDER", tmp_path / "model")
     source = fetch(choose("pocket"))
     assert (source.id, source.folder) == ("pocket", tmp_path / "model")
     assert hub.calls == []
