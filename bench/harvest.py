@@ -65,19 +65,23 @@ class Bench:
 def make_model(folder: Path) -> Path:
     """gemma-2-2b's shape at a quarter of its width, with random weights and a tokenizer that nobody asks."""
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=26,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        query_pre_attn_scalar=64,
-    )
-    Gemma2ForCausalLM(config).save_pretrained(folder)
+    Gemma2ForCausalLM(gemma(VOCABULARY, WIDTH)).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def gemma(vocabulary: int, width: int, layers: int = 26, head: int = 64, mlp: int | None = None) -> Gemma2Config:
+    """gemma-2-2b but for these sizes."""
+    return Gemma2Config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp or 4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=head,
+        query_pre_attn_scalar=head,
+    )
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -95,17 +99,27 @@ def make_tokens(windows: int) -> np.ndarray:
 
 
 def make_manifest(tokens_WT: np.ndarray, dtype: str, attention: tuple[int, ...] = ATTENTION) -> Manifest:
-    windows = len(tokens_WT)
+    windows, context = tokens_WT.shape
     return Manifest(
         model=ModelSpec("random", WIDTH, dtype=dtype, bos_token=BOS, special_tokens=(0, 1, BOS)),  # pyright: ignore
         corpus=CorpusSpec("random", settings={"batch_windows": BATCH}),
-        context=CONTEXT,
+        context=context,
         layers=(LAYER,),
         windows=windows,
         splits={"train": (0, windows), "validation": (windows, windows), "test": (windows, windows)},
         attention=AttentionSpec(layers=attention),
         shard_windows=SHARD_WINDOWS,
     )
+
+
+def harvest_once(out: Path, harvester: Harvester, tokens_WT: np.ndarray) -> float:
+    """Seconds from tokens to committed shards; nothing stays."""
+    with StoreWriter.create(out, harvester.manifest, tokens_WT, np.zeros_like(tokens_WT)) as writer:
+        start = perf_counter()
+        harvest_shards(writer, replace(harvester, manifest=writer.manifest), writer.pending(), lambda _: None)
+        seconds = perf_counter() - start
+    shutil.rmtree(out)
+    return seconds
 
 
 class Ours:
@@ -119,14 +133,8 @@ class Ours:
 
     def run(self, tokens: np.ndarray) -> float:
         """Seconds for these windows."""
-        out = self.bench.folder / "store"
         manifest = make_manifest(tokens, self.harvester.manifest.model.dtype)
-        with StoreWriter.create(out, manifest, tokens, np.zeros_like(tokens)) as writer:
-            start = perf_counter()
-            harvest_shards(writer, replace(self.harvester, manifest=writer.manifest), writer.pending(), lambda _: None)
-            seconds = perf_counter() - start
-        shutil.rmtree(out)
-        return seconds
+        return harvest_once(self.bench.folder / "store", replace(self.harvester, manifest=manifest), tokens)
 
 
 class Bare:

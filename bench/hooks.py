@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from ratios import ROUNDS, Row, conclude, gather_facts, speeds_of, take_turns
 
-from harvest import CONTEXT, LAYER, Bare, make_manifest
+from harvest import CONTEXT, LAYER, Bare, harvest_once, make_manifest
 from saemill.cache_schema import HookSpec, Manifest, ShardContent, StoreWriter
 from saemill.cache_schema.keep_freed_memory import SMALLER_THAN_SHARDS, keep_large_blocks
 from saemill.harvest.model.load_and_truncate import Wanted, load_model, read_facts
 from saemill.harvest.pocket import MODEL_FOLDER
-from saemill.harvest.shards import Harvester, compute_shard, harvest_shards
+from saemill.harvest.shards import Harvester, compute_shard
 
 LAYERS = tuple(range(LAYER - 7, LAYER + 1))
 BATCH, VOCABULARY = 4, 4000
@@ -47,9 +47,7 @@ class Harvest:
 
     def run(self) -> None:
         """All of it."""
-        with StoreWriter.create(self.store, self.manifest, self.tokens, self.tokens) as writer:
-            harvest_shards(writer, replace(self.harvester, manifest=writer.manifest), writer.pending(), lambda _: None)
-        shutil.rmtree(self.store)
+        harvest_once(self.store, self.harvester, self.tokens)
 
     @cached_property
     def content(self) -> ShardContent:

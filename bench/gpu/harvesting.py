@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ from limits import wait
 from ratios import take_turns
 from records import record, record_failure, shares, tell
 from talk import WorkerFailed
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2ForCausalLM
 
-from harvest import ATTENTION, BOS, LAYER, Bare, SaeLens, save_tokenizer
-from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec, StoreWriter
+from harvest import ATTENTION, BOS, LAYER, Bare, SaeLens, gemma, harvest_once, make_manifest, save_tokenizer
 from saemill.harvest.capture import run
 from saemill.harvest.model.load_and_truncate import TruncatedModel, Wanted, load_model
-from saemill.harvest.shards import Harvester, compute_shard, harvest_shards
+from saemill.harvest.shards import Harvester, compute_shard
 
 ENOUGH = 24 * 10**9  # bytes that must be free where everything is written
 SLOW_DISK = 2e9  # bytes a second with fsync
@@ -49,18 +49,6 @@ class Shape:
     batch_tokens: int = 8192
     """Of every contestant; SAELens wants the tokens to be a multiple of it."""
 
-    def config(self) -> Gemma2Config:
-        return Gemma2Config(
-            vocab_size=self.vocabulary,
-            hidden_size=self.width,
-            intermediate_size=self.mlp,
-            num_hidden_layers=26,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=self.head,
-            query_pre_attn_scalar=self.head,
-        )
-
     def flops_per_token(self, context: int) -> int:
         """Of layers 0 to 19: two for each weight, and the scores and their products with values."""
         weights = self.width * self.head * (2 * 8 + 2 * 4) + 3 * self.width * self.mlp
@@ -74,7 +62,7 @@ def make_model(folder: Path, shape: Shape, device: torch.device) -> Path:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with device:
-        Gemma2ForCausalLM(shape.config()).save_pretrained(folder)
+        Gemma2ForCausalLM(gemma(shape.vocabulary, shape.width, head=shape.head, mlp=shape.mlp)).save_pretrained(folder)
     torch.set_default_dtype(torch.float32)
     save_tokenizer(folder)
     return folder
@@ -82,28 +70,14 @@ def make_model(folder: Path, shape: Shape, device: torch.device) -> Path:
 
 def make_harvester(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape) -> Harvester:
     """Whose shards are of so many batches."""
-    windows, context = tokens_WT.shape
-    manifest = Manifest(
-        model=ModelSpec("random", shape.width, bos_token=BOS, special_tokens=(0, 1, BOS)),
-        corpus=CorpusSpec("random", settings={"batch_windows": shape.batch_tokens // context}),
-        context=context,
-        layers=(LAYER,),
-        windows=windows,
-        splits={"train": (0, windows), "validation": (windows, windows), "test": (windows, windows)},
-        attention=AttentionSpec(layers=ATTENTION),
+    made, context = make_manifest(tokens_WT, "bfloat16"), tokens_WT.shape[1]
+    manifest = replace(
+        made,
+        model=replace(made.model, d_model=shape.width),
+        corpus=replace(made.corpus, settings={"batch_windows": shape.batch_tokens // context}),
         shard_windows=SHARD * shape.batch_tokens // context,
     )
     return Harvester(model, manifest, next(model.stack.parameters()).device)
-
-
-def harvest_once(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape, folder: Path) -> float:
-    harvester = make_harvester(model, tokens_WT, shape)
-    with StoreWriter.create(folder, harvester.manifest, tokens_WT, np.zeros_like(tokens_WT)) as writer:
-        start = time.perf_counter()
-        harvest_shards(writer, replace(harvester, manifest=writer.manifest), writer.pending(), lambda _: None)
-        seconds = time.perf_counter() - start
-    shutil.rmtree(folder)
-    return seconds
 
 
 def compute_once(model: TruncatedModel, tokens_WT: np.ndarray, shape: Shape) -> float:
@@ -134,7 +108,7 @@ def bench_context(context: int, tokens: int, rounds: int, folder: Path, device: 
     batch = shape.batch_tokens // context
     bare = Bare(folder / "model", "bfloat16", device, batch)
     jobs = {
-        "ours": lambda: harvest_once(model, tokens_WT, shape, folder / "store"),
+        "ours": partial(harvest_once, folder / "store", make_harvester(model, tokens_WT, shape), tokens_WT),
         "our pass, nothing captured": lambda: pass_once(model, tokens_WT, batch),
         "transformers, eager": lambda: bare.run(tokens_WT),
     }
@@ -154,7 +128,9 @@ def bench_peer(
     tokens_WT, model = make_tokens(context, tokens, shape), load_ours(folder, device)
     peer.request["batch"] = shape.batch_tokens // context
     jobs: dict[str, Any] = {
-        "ours, beside SAELens": lambda: harvest_once(model, tokens_WT, shape, folder / "store"),
+        "ours, beside SAELens": partial(
+            harvest_once, folder / "store", make_harvester(model, tokens_WT, shape), tokens_WT
+        ),
         "SAELens, one residual": lambda: peer.run(tokens_WT),
     }
     try:
