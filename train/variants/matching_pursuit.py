@@ -12,15 +12,15 @@ from torch import Tensor
 
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
-from ..kit.build import EARLY_DEAD_PART, require_least, require_sparsity, topk_optim
-from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
-from ..sae.gates import TopK
+from ..kit.build import require_least
+from ..kit.single_layer import settings
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.products_with_gradients import affine, decode_at
 from ..sae.kernels.select_latents import topk_rows
 from ..sae.kernels.sparse_support import support_from_topk
-from ..sae.model import SparseAutoencoder
+from ..sae.model import EncoderProduct, SparseAutoencoder
 from ..sae.side_inputs import NO_SIDE, Side
+from . import topk
 
 
 class Pursuit(SparseAutoencoder):
@@ -49,22 +49,17 @@ class Pursuit(SparseAutoencoder):
 
 
 @settings("layer width k rounds seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")
-class Config(WithAux, SingleLayer):
-    k: int = 64
+class Config(topk.Config):
+    encoder_product: EncoderProduct = "float32"
     rounds: int = 4
     """How often what is left is read again; at most k."""
 
     def step_tables(self) -> float:
         return 2.5
 
-    def dead_part(self) -> int:
-        return EARLY_DEAD_PART
-
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
-        require_sparsity(self.k, self.width)
         require_least(self, rounds=1)
-        rounds, optim = min(self.rounds, self.k), topk_optim(self.optim, self.width, d_model)
-        assembly = build_plain(self, d_model, stats, TopK(self.k), (RECONSTRUCTION, self.aux(d_model)), optim)
+        assembly, rounds = super().build(d_model, stats), min(self.rounds, self.k)
         sae = Pursuit(**assembly.sae.parts())
         sae.counts = tuple(self.k * (r + 1) // rounds - self.k * r // rounds for r in range(rounds))
         return assembly.wrap(lambda _: sae)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
-from ..kit.build import ends_of, require, require_sparsity, topk_optim
-from ..kit.single_layer import build_plain, settings
-from ..sae.gates import BatchTopK
+from ..kit.build import ends_of, require
+from ..kit.single_layer import settings
 from ..terms.reconstruction import NestedReconstruction
 from . import batchtopk
 
@@ -27,12 +26,9 @@ class Config(batchtopk.Config):
         return ends_of("prefix_fractions", self.prefix_fractions, self.width)
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
-        require_sparsity(self.k, self.width)
         widths = self.prefixes()
         weights = self.prefix_weights or (1.0,) * len(widths)
         require(len(weights) == len(widths), f"prefix_weights: expected {len(widths)}, found {len(weights)}")
         nested = NestedReconstruction(widths, weights)
-        reconstruction = Term("reconstruction", nested, Constant(1.0), nested.residual)
-        gate = BatchTopK(self.k, self.threshold_decay)
-        optim = topk_optim(self.optim, self.width, d_model)
-        return build_plain(self, d_model, stats, gate, (reconstruction, self.aux(d_model)), optim)
+        term = Term("reconstruction", nested, Constant(1.0), nested.residual)
+        return super().build(d_model, stats).replacing(term)

@@ -23,18 +23,18 @@ from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Constant
 from ..errors import SaeInvalid
-from ..kit.build import EARLY_DEAD_PART, ends_of, require, require_positive, require_sparsity, topk_optim
-from ..kit.single_layer import SingleLayer, WithAux, build_plain, settings
+from ..kit.build import ends_of, require, require_positive
+from ..kit.single_layer import settings
 from ..sae.extra_modules import Extra
-from ..sae.gates import TopK
 from ..sae.kernels.codes import Codes, codes_from_dense
 from ..sae.kernels.linear import linear
 from ..sae.kernels.select_latents import topk_rows
 from ..sae.kernels.sparse_support import Support, support_from_topk
-from ..sae.model import SparseAutoencoder
+from ..sae.model import EncoderProduct, SparseAutoencoder
 from ..sae.side_inputs import NO_SIDE, Side
 from ..sae.step_view import View
 from ..terms.reconstruction import NestedReconstruction
+from . import topk
 
 TREE = "tree"  # the extra, and the knob that says when latents change parents
 STAY, MOVE, TO_ROOT = 0.0, 1.0, 2.0
@@ -171,8 +171,8 @@ class Moving:
     "layer width k layer_fractions k_shares move_every_fraction move_until_fraction seed aux_weight aux_k "
     "dead_after_tokens decoder_bias encoder_product optim"
 )
-class Config(WithAux, SingleLayer):
-    k: int = 64
+class Config(topk.Config):
+    encoder_product: EncoderProduct = "float32"
     layer_fractions: tuple[float, ...] = (0.25, 1.0)
     """Where each layer of the tree ends, as shares of the dictionary."""
     k_shares: tuple[float, ...] = (0.8125, 0.1875)
@@ -184,9 +184,6 @@ class Config(WithAux, SingleLayer):
 
     def step_tables(self) -> float:
         return 3.0
-
-    def dead_part(self) -> int:
-        return EARLY_DEAD_PART
 
     def ends(self) -> tuple[int, ...]:
         return ends_of("layer_fractions", self.layer_fractions, self.width)
@@ -204,13 +201,11 @@ class Config(WithAux, SingleLayer):
         return counts
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
-        require_sparsity(self.k, self.width)
         require_positive(self, "move_every_fraction", "move_until_fraction", most=1)
         ends, counts = self.ends(), self.counts()
         nested = NestedReconstruction(ends, (1.0,) * len(ends))
-        terms = (Term("reconstruction", nested, Constant(1.0), nested.residual), self.aux(d_model))
-        optim = topk_optim(self.optim, self.width, d_model)
-        assembly = build_plain(self, d_model, stats, TopK(self.k), terms, optim)
+        term = Term("reconstruction", nested, Constant(1.0), nested.residual)
+        assembly = super().build(d_model, stats).replacing(term)
         sae = TreeSae(**assembly.sae.parts())
         sae.ends, sae.counts = ends, counts
         parents = [torch.full((ends[0],), self.width)]
