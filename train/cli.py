@@ -173,18 +173,13 @@ def warnings_of(outcome: Outcome) -> list[str]:
     shares = {label: sae.explained_variance for label, sae in outcome.saes.items()}
     alike = [label for label, found in shares.items() if found is None]
     poor = [label for label, found in shares.items() if found is not None and not found > 0]
-    said = []
-    if alike:
-        said.append(
-            f"warning: {', '.join(alike)}: rows of the validation split are all alike: there is no variance of which a "
-            "part could be explained. Measure on more of it by --set course.validation_tokens, or on other text"
-        )
-    if poor:
-        said.append(
-            f"warning: {', '.join(poor)}: activations of the validation split are rebuilt no better than by their mean. "
-            "Train on more --tokens, or with a higher --lr or a smaller --width"
-        )
-    return said
+    said = {
+        "rows of the validation split are all alike: there is no variance of which a part could be explained. "
+        "Measure on more of it by --set course.validation_tokens, or on other text": alike,
+        "activations of the validation split are rebuilt no better than by their mean. "
+        "Train on more --tokens, or with a higher --lr or a smaller --width": poor,
+    }
+    return [f"warning: {', '.join(labels)}: {what}" for what, labels in said.items() if labels]
 
 
 def folder_of(outcome: Outcome) -> Path:

@@ -14,14 +14,15 @@ from ..cache_schema.in_words import counted
 from ..cache_schema.sites import RESID, say_place
 from .config.run_config import Ask, Member
 from .config.settings import parse_grid, parse_settings
-from .errors import ConfigInvalid
+from .disk.safe_checkpoints import list_checkpoints
+from .errors import ConfigInvalid, MemoryTooSmall, StoppedElsewhere
 from .kit.registry import names
 from .parallel.processes import Solo, join
+from .run.checkpoint_times import catch_signals
 from .run.find_sae import find_sae
 from .run.folder import RunFolder, cache_of
-from .run.loop import train
 from .run.process import Process
-from .run.results import Outcome
+from .run.results import Outcome, conclude
 from .run.run import Run
 from .run.settle_config import settle
 from .run.start_or_resume import begin_run, resume_run
@@ -81,6 +82,34 @@ def _go_on(folder: RunFolder, cache: str | None, process: Process) -> Outcome | 
     url, cache_id = cache_of(folder)
     with Store.open(cache or url, expect_cache_id=cache_id) as store, resume_run(folder, store, process) as run:
         return train(run)
+
+
+def train(run: Run) -> Outcome | None:
+    """From the fleet's step to the last, then the end of the run; rank 0 returns the results.
+
+    1. Draw the step's batch; every SAE of the fleet takes its step on it.
+    2. Measure and show; save when it is time; stop when a signal asks for it.
+    3. After the last step: validate on held-out text, save the SAEs, write the results.
+    """
+    try:
+        run.watch.begin()
+        with catch_signals() as caught:
+            for step in range(run.fleet.steps_taken, run.total_steps):
+                _take_step(run, step)
+                run.saver.save_if_due(step + 1, run.total_steps, caught)
+            run.watch.end()
+        return conclude(run)
+    except (StoppedElsewhere, MemoryTooSmall) as error:
+        saved = f"The last checkpoint is whole: go on with: sae-train --resume {run.folder.path}"
+        if not list_checkpoints(run.folder.checkpoints):
+            saved = "No checkpoint had been written"
+        raise type(error)(f"{error}. {saved}") from error
+
+
+def _take_step(run: Run, step: int) -> None:
+    """What was drawn goes with the step: it holds what the feed is to give back at the end."""
+    draw = run.feed.draw(step)
+    run.watch.observe(step, draw, run.fleet.step(draw))
 
 
 def _introduce(run: Run, remark: str) -> None:

@@ -108,9 +108,7 @@ def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
         if outside:
             raise ConfigInvalid(f"{where}: expected labels of SAEs that are names of folders, found {outside[0]!r}")
         members = [
-            Member(
-                label, sae["variant"], from_json(registry.config_type(sae["variant"]), _as_begun(sae["config"]), label)
-            )
+            Member(label, sae["variant"], from_json(registry.config_type(sae["variant"]), sae["config"], label))
             for label, sae in raw["saes"].items()
         ]
         return RunConfig(
@@ -118,11 +116,6 @@ def read_run_config(raw: Mapping[str, Any], where: str) -> RunConfig:
         )
     except (StrictError, KeyError, TypeError, AttributeError) as error:
         raise ConfigInvalid(f"{where} is not the configuration of a run: {error}") from None
-
-
-def _as_begun(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that names no start is of a run that began from the weights as they were drawn."""
-    return {**config, "optim": {"start": "drawn", **config["optim"]}}
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,7 @@ class Batches(IterableDataset[Tensor]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the same batches; a state of other batches is refused."""
         expected = self._identity
-        state = {"shard_windows": expected["shard_windows"], **state}  # states of before do not have it
-        wrong = [key for key in {"hook": None, **expected} if state.get(key) != expected.get(key)]
+        wrong = [key for key in expected if state.get(key) != expected[key]]
         if wrong or not isinstance(step := state.get("step"), int) or step < 0:
             found = ", ".join(f"{key} {state.get(key)!r} (here {expected.get(key)!r})" for key in wrong or ["step"])
             raise StateInvalid(f"expected a state of these very batches, found {found}: open them as they were before")
@@ -123,7 +122,7 @@ class Batches(IterableDataset[Tensor]):
     def _identity(self) -> dict[str, Any]:
         plan = self._plan
         return {
-            **({} if self._needs.hook == RESID else {"hook": self._needs.hook}),
+            "hook": self._needs.hook,
             "cache_id": self._store.manifest.cache_id,
             "shard_windows": self._store.manifest.shard_windows,  # not in the id, and decides the order
             "split": self._split,
@@ -134,7 +133,6 @@ class Batches(IterableDataset[Tensor]):
             "scaled": self._scaled,
             "rank": self._rank,
             "size": self._size,
-            # Bounds of the norm, by the name that they have in states of before.
             "largest_norms": {str(layer): bound for layer, bound in bounds_of(self._stats).items()},
         }
 

@@ -251,9 +251,7 @@ def _gate_form(sae: SparseAutoencoder, lengths: Tensor) -> tuple[str, dict[str, 
     match sae.gate:
         case Gated() as gate:
             return "gated", {"b_gate": bias, "r_mag": gate.r_mag, "b_mag": gate.b_mag * lengths}
-        case JumpRelu() as gate:
-            return "jumprelu", {"b_enc": bias, "threshold": gate.threshold * lengths}
-        case BatchTopK() as gate:
+        case (JumpRelu() | BatchTopK()) as gate:
             return "jumprelu", {"b_enc": bias, "threshold": gate.threshold * lengths}
         case TopK():
             return "topk", {"b_enc": bias}

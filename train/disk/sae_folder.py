@@ -42,18 +42,18 @@ CONFIG, WEIGHTS, EXTRAS = "cfg.json", "sae_weights.safetensors", "extras.safeten
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".npz")  # of this package and of other tools
 NORM_BOUNDS = "norm_bounds"  # in the metadata: beyond which norm a row of each place did not train
 SAELENS_VERSION = "6.54.12"
-PLAIN = ("standard", "topk", "abstopk", "jumprelu", "gated")
 TRANSCODERS = {  # by the gate they have there; none takes the decoder's bias off its input
     "transcoder": "standard",
     "skip_transcoder": "standard",
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-TENSORS = {
-    "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
-    "topk": ("W_enc", "b_enc", "W_dec", "b_dec"),
-    "abstopk": ("W_enc", "b_enc", "W_dec", "b_dec"),
-    "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+_AFFINE = ("W_enc", "b_enc", "W_dec", "b_dec")
+TENSORS = {  # of each plain architecture
+    "standard": _AFFINE,
+    "topk": _AFFINE,
+    "abstopk": _AFFINE,
+    "jumprelu": (*_AFFINE, "threshold"),
     "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
 }
 
@@ -69,7 +69,6 @@ def save_sae(
     knobs: Mapping[str, float] | None = None,
 ) -> None:
     """Write a trained SAE, its scale folded in and its decoder rows of length one."""
-    folder = Path(folder)
     target_stats = target_stats or stats
     if sae.is_plain:
         plain = plain_sae(sae, stats, target_stats)
@@ -88,27 +87,28 @@ def save_sae(
 
 def read_sae(folder: Path, rebuild: Rebuild) -> SparseAutoencoder:
     """The SAE of a folder, in raw units and float32; its `metadata` is that of cfg.json."""
-    folder = Path(folder)
     config = read_config(folder)
     sae = _wrapped(folder, config, rebuild) if "needs_side" in config else load_plain_sae(folder)
-    sae.extras_tensors = load_tensors(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
+    sae.extras_tensors = read_tensors(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
     return sae
 
 
 def load_plain_sae(folder: Path) -> SparseAutoencoder:
     """The same for a folder whose weights are all there is to it."""
-    folder = Path(folder)
     config = as_said_since_6(read_config(folder), folder)
     named = config.get("architecture")
     architecture = config.get("gate", TRANSCODERS.get(str(named), named))
-    if architecture not in PLAIN:
-        raise SaeInvalid(f"{folder}: expected an architecture of {', '.join(PLAIN)}, found {architecture!r}")
+    if architecture not in TENSORS:
+        raise SaeInvalid(f"{folder}: expected an architecture of {', '.join(TENSORS)}, found {architecture!r}")
     if config.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
         raise SaeInvalid(
             f"{folder}: normalize_activations is {config['normalize_activations']!r}, which cannot be folded into "
             "weights; save the SAE with normalize_activations 'none'"
         )
-    tensors = _read_tensors(folder, TENSORS[architecture])
+    names = TENSORS[architecture]
+    found = read_tensors(folder / WEIGHTS, names)
+    wanted = (*names, "W_skip") if "W_skip" in found else names
+    tensors = {name: found[name].to(torch.float32) for name in wanted}
     centres_input = str(named) not in TRANSCODERS and config.get("apply_b_dec_to_input", True)
     plain = PlainSae(architecture, tensors, config.get("k"), centres_input)
     require_shapes(plain)
@@ -163,7 +163,7 @@ def architecture_of(plain: PlainSae, metadata: Mapping[str, Any]) -> str | None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """cfg.json of an SAE's folder."""
-    path = Path(folder) / CONFIG
+    path = folder / CONFIG
     if not path.is_file():
         raise SaeInvalid(f"{folder}: expected an SAE's folder with {CONFIG} and {WEIGHTS}, found no {CONFIG}")
     try:
@@ -179,7 +179,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _wrapped(folder: Path, config: Mapping[str, Any], rebuild: Rebuild) -> SparseAutoencoder:
-    wrapped = WrappedSae(load_tensors(folder / WEIGHTS), config.get("knobs", {}), tuple(config["needs_side"]))
+    wrapped = WrappedSae(read_tensors(folder / WEIGHTS), config.get("knobs", {}), tuple(config["needs_side"]))
     metadata = config.get("metadata", {})
     for name, kind in (("training_architecture", str), ("training_architecture_details", dict)):
         if not isinstance(metadata.get(name), kind):
@@ -256,24 +256,18 @@ def _config_of(
     }
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file of an SAE's folder."""
+def read_tensors(path: Path, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """All tensors of a file of an SAE's folder, those of these names among them."""
     if not path.is_file():
-        raise SaeInvalid(f"{path.parent}: expected {path.name} beside {CONFIG}, found none")
+        raise SaeInvalid(f"{path.parent}: expected {path.name}, found none: copy or export the SAE again")
     try:
-        return load_file(path)
+        found = load_file(path)
     except SafetensorError as error:
-        raise SaeInvalid(f"{path}: damaged ({error}); copy or export the SAE again") from error
-
-
-def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    tensors = load_tensors(path)
-    missing = [name for name in names if name not in tensors]
+        raise SaeInvalid(f"{path}: damaged ({error}); copy, download or export the SAE again") from None
+    missing = [name for name in names if name not in found]
     if missing:
         raise SaeInvalid(f"{path}: expected tensors {', '.join(names)}, lacks {', '.join(missing)}")
-    wanted = (*names, "W_skip") if "W_skip" in tensors else names
-    return {name: tensors[name].to(torch.float32) for name in wanted}
+    return found
 
 
 def _fold_norms(plain: PlainSae) -> PlainSae:

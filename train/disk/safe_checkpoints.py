@@ -34,7 +34,7 @@ from .atomic_files import read_json, write_json
 KEPT = 2
 FILE_ERRORS = (OSError, SafetensorError)
 NOT_WRITTEN_ELSEWHERE = "another process could not write its part of a checkpoint"
-FORMAT = 2  # 1 had no digest of state.json
+FORMAT = 2
 FILE_NAME = re.compile(r"[\w+-][\w.+-]{0,200}[.]safetensors")
 
 
@@ -58,8 +58,6 @@ class _State:
     digest: str = ""  # of all the rest
 
     def own_digest(self) -> str:
-        if self.format == 1:
-            return ""
         rest = json.dumps(to_json(replace(self, digest="")), sort_keys=True)
         return xxhash.xxh3_128(rest.encode()).hexdigest()
 
@@ -183,8 +181,8 @@ def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[st
         state = from_json(_State, read_json(path / "state.json"))
     except (StrictError, ConfigInvalid, OSError) as error:
         raise CheckpointDamaged(f"{path}: {error}") from None
-    if not 1 <= state.format <= FORMAT:
-        raise CheckpointDamaged(f"{path}: expected format {FORMAT} or before, found {state.format}: update saemill")
+    if state.format != FORMAT:
+        raise CheckpointDamaged(f"{path}: expected format {FORMAT}, found {state.format}: update saemill")
     if state.digest != state.own_digest():
         raise CheckpointDamaged(f"{path / 'state.json'} differs from the file that was written")
     tensors = {}

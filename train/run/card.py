@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..disk.atomic_files import read_json
-from ..disk.sae_folder import PLAIN, TRANSCODERS, read_config
+from ..disk.sae_folder import TENSORS, TRANSCODERS, read_config
 
 LIBRARY, TAGS = "saemill", ("sparse-autoencoder", "saemill")
 LONGEST = 200  # characters of a name
@@ -148,7 +148,7 @@ def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:
     yield from ("```python", "from saemill.train import load_sae", "")
     yield from (f"sae = load_sae({json.dumps(_address(repository, sae))})  # raw activations in" for sae in saes)
     yield "```"
-    known = [sae for sae in saes if sae.config.get("architecture") in (*PLAIN, *TRANSCODERS)]
+    known = [sae for sae in saes if sae.config.get("architecture") in (*TENSORS, *TRANSCODERS)]
     others = [sae for sae in saes if sae not in known]
     if known:
         yield from ("", "In SAELens:", "", "```python")

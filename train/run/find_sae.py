@@ -13,13 +13,12 @@ from ...cache_schema.strict_json import StrictError, from_json
 from ..data.scaling import unit_stats
 from ..disk.formats import FILES, kind_of, read
 from ..disk.plain_form import sae_from_plain
-from ..disk.sae_folder import EXTRAS, read_sae
+from ..disk.sae_folder import EXTRAS, WEIGHTS, read_sae
 from ..errors import RunMissing, SaeInvalid
 from ..kit import registry
 from ..sae.model import SparseAutoencoder
-from .folder import places_of, run_names
+from .folder import is_run, places_of, run_names
 
-WEIGHTS = "sae_weights.safetensors"
 ANSWER_SECONDS = 5.0
 SHOWN = 20  # names of a repository's SAEs: Gemma Scope's have hundreds
 
@@ -92,7 +91,7 @@ def list_saes(folder: Path) -> list[Path]:
 
 
 def no_sae(folder: Path) -> RunMissing:
-    if not (folder / "config.json").is_file():
+    if not is_run(folder):
         return RunMissing(f"{folder} holds no SAE that is known here: give the folder in which the SAE's files lie")
     return RunMissing(f"{folder} holds no trained SAE yet: go on with its run by sae-train --resume {folder}")
 

@@ -181,6 +181,14 @@ def places_of(name: str | os.PathLike[str], root: str | os.PathLike[str]) -> tup
     return Path(root) / name, Path(name)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run was begun there, by its config.json: folders of models and of other tools have one too."""
+    try:
+        return {"cache", "saes"} <= read_json(folder / "config.json").keys()
+    except (ConfigInvalid, OSError):
+        return False
+
+
 def run_names(root: str | os.PathLike[str]) -> list[str]:
     """Runs under a folder."""
     return sorted(path.parent.name for path in Path(root).glob("*/config.json"))

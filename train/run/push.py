@@ -18,7 +18,7 @@ from ..disk.sae_folder import CONFIG, EXTRAS, WEIGHTS
 from ..errors import ConfigInvalid, NotPushed, RunMissing, SaeInvalid
 from .card import describe, write_card
 from .find_sae import ask_hub, list_saes, no_sae
-from .folder import places_of, run_names
+from .folder import is_run, places_of, run_names
 
 CARD = "README.md"
 PLOTS = "plots/"
@@ -57,7 +57,7 @@ def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
     if home is None:
         raise RunMissing(f"no SAE {name!r} here to push: the runs in {runs} are {', '.join(run_names(runs)) or 'none'}")
     folders = list_saes(home)
-    if home not in folders and (home / "config.json").is_file() and not (home / "result.json").is_file():
+    if home not in folders and is_run(home) and not (home / "result.json").is_file():
         raise RunMissing(f"{home} is not finished, and more SAEs may come: first sae-train --resume {home}")
     if not folders:
         raise no_sae(home)

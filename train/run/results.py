@@ -50,19 +50,6 @@ class SaeOutcome:
 
 
 @dataclass(frozen=True)
-class MassiveRows:
-    """What was left out of a layer; of as many tokens as were looked at."""
-
-    multiple: float
-    median_norm: float
-    norm_bound: float
-    """Beyond it a row is massive: `multiple` times `median_norm`."""
-    tokens: int
-    massive: int
-    share_of_squares: float
-
-
-@dataclass(frozen=True)
 class Outcome:
     """The results of a run."""
 
@@ -77,8 +64,8 @@ class Outcome:
     same_document_ideal: float
     same_document_ratio: float
     saes: dict[str, SaeOutcome]
-    massive: dict[str, MassiveRows] = field(default_factory=dict)
-    """By layer; empty where every row counts."""
+    massive: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What was left out of each layer; empty where every row counts."""
 
 
 def conclude(run: Run) -> Outcome | None:
@@ -144,8 +131,15 @@ def _key(place: Place) -> str:
     return place.path if isinstance(place, Site) else str(place)
 
 
-def _massive_rows(found: Massive) -> MassiveRows:
-    return MassiveRows(found.multiple, found.median, found.bound, found.rows, found.massive, found.square_share)
+def _massive_rows(found: Massive) -> dict[str, float]:
+    return {
+        "multiple": found.multiple,
+        "median_norm": found.median,
+        "norm_bound": found.bound,  # beyond it a row is massive
+        "tokens": found.rows,  # that were looked at
+        "massive": found.massive,
+        "share_of_squares": found.square_share,
+    }
 
 
 def _sae_outcome(run: Run, member: Member, found: HeldOut) -> SaeOutcome:

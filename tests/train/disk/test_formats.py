@@ -486,7 +486,7 @@ def test_a_damaged_file_is_named(tmp_path):
     WRITERS["sparsify"](tmp_path, make_plain("topk"), {})
     data = (tmp_path / "sae.safetensors").read_bytes()
     (tmp_path / "sae.safetensors").write_bytes(data[:-50])
-    with pytest.raises(SaeInvalid, match=r"sae\.safetensors is damaged"):
+    with pytest.raises(SaeInvalid, match=r"sae\.safetensors: damaged"):
         read(tmp_path)
 
 
@@ -524,7 +524,10 @@ def test_finding_an_sae(tmp_path):
     (tmp_path / "run_2").mkdir()
     with pytest.raises(RunMissing, match="holds no SAE that is known here"):
         load_sae("run_2", tmp_path)
-    (tmp_path / "run_2/config.json").write_text("{}")
+    (tmp_path / "run_2/config.json").write_text('{"model_type": "llama"}')  # as a model's folder has
+    with pytest.raises(RunMissing, match="holds no SAE that is known here"):
+        load_sae("run_2", tmp_path)
+    (tmp_path / "run_2/config.json").write_text('{"cache": {}, "saes": {}}')
     with pytest.raises(RunMissing, match="holds no trained SAE yet: go on with its run by sae-train --resume"):
         load_sae("run_2", tmp_path)
     with pytest.raises(RunMissing, match=r"no such folder, and the runs in .* are run_2. .* expected owner/name"):

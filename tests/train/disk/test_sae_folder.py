@@ -14,7 +14,7 @@ from saemill.cache_schema.strict_json import to_json
 from saemill.train.data.batch import Batch
 from saemill.train.data.scaling import Stats, joined_stats, unit_stats
 from saemill.train.disk.plain_form import begin_as
-from saemill.train.disk.sae_folder import CONFIG, EXTRAS, PLAIN, WEIGHTS, load_plain_sae, read_sae, save_sae
+from saemill.train.disk.sae_folder import CONFIG, EXTRAS, TENSORS, WEIGHTS, load_plain_sae, read_sae, save_sae
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
 from saemill.train.kit.registry import names
@@ -114,7 +114,7 @@ def test_saved_is_what_was_trained(variant, tmp_path, rng, battery):
 def test_one_layer_variants_have_an_architecture_of_the_format(variant, tmp_path, battery):
     save(tmp_path, variant, battery)
     config = json.loads((tmp_path / CONFIG).read_text())
-    assert config["architecture"] in PLAIN
+    assert config["architecture"] in TENSORS
     assert config["metadata"]["sae_lens_version"] >= "6"
     assert config["metadata"]["training_architecture"] == variant
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]

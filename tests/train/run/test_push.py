@@ -491,9 +491,15 @@ def test_a_repository_that_holds_more_is_another(hub, push):
 
 
 def test_a_run_is_pushed_when_it_is_whole(hub, run, push):
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text('{"cache": {}, "saes": {}}')
     (run / "result.json").unlink()
     assert "is not finished, and more SAEs may come: first sae-train --resume" in push("run_1", code=1)
+
+
+def test_a_config_of_another_tool_makes_no_run_that_is_not_finished(hub, run, push):
+    (run / "config.json").write_text('{"model_type": "llama"}')
+    (run / "result.json").unlink()
+    push("run_1")
 
 
 @pytest.mark.parametrize(

@@ -28,18 +28,18 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from rich.console import Console
 
 from saemill.cache_schema import Store
+from saemill.train import start_runs
 from saemill.train.config.run_config import Ask
 from saemill.train.disk.safe_checkpoints import list_checkpoints
 from saemill.train.errors import ConfigInvalid, RunFinished, RunMissing, RunNotWritten
 from saemill.train.parallel.processes import Solo
 from saemill.train.run import checkpoint_times as checkpoints_module
-from saemill.train.run import loop as loop_module
 from saemill.train.run.folder import RunFolder, cache_of
-from saemill.train.run.loop import train
 from saemill.train.run.metrics import Watch
 from saemill.train.run.run import Process, Run
 from saemill.train.run.settle_config import settle
 from saemill.train.run.start_or_resume import begin_run, resume_run
+from saemill.train.start_runs import train
 
 SETTINGS = {"layer": 3, "width": 8, "data.batch_tokens": 16, "data.pool_tokens": 32, "course.epochs": 1}
 SETTINGS |= {"course.checkpoint_every_steps": 2, "course.metrics_every_steps": 1}
@@ -202,7 +202,7 @@ class RunMachine(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoints_module.Writer, "finish", noting)
             patch.setattr(Watch, "observe", dying)
-            patch.setattr(loop_module, "catch_signals", lambda: nullcontext(checkpoints_module.Caught()))  # of threads
+            patch.setattr(start_runs, "catch_signals", lambda: nullcontext(checkpoints_module.Caught()))  # of threads
             yield
 
     @rule(place=places, end=ends, seed=st.none() | seeds)

@@ -20,7 +20,8 @@ from ...errors import SaeInvalid
 from ..atomic_files import read_json, write_json
 from ..places import told_of
 from ..plain_form import PlainSae
-from .plain import Metadata, centred, make_plain, read_tensors, whole_k, write_tensors
+from ..sae_folder import read_tensors
+from .plain import Metadata, centred, make_plain, whole_k, write_tensors
 
 # What torch raises at anything but plain tensors.
 REFUSED = (torch.serialization.pickle.UnpicklingError,)  # pyright: ignore[reportPrivateImportUsage]
@@ -163,7 +164,7 @@ def _with_threshold(plain: PlainSae, threshold: Tensor) -> PlainSae:
 def _read_any(folder: Path) -> dict[str, Tensor]:
     """ae.safetensors, or else ae.pt as plain tensors."""
     if (folder / "ae.safetensors").is_file():
-        return read_tensors(folder / "ae.safetensors", ())
+        return read_tensors(folder / "ae.safetensors")
     try:
         found = torch.load(folder / "ae.pt", map_location="cpu", weights_only=True)
     except (*REFUSED, RuntimeError, EOFError) as error:

@@ -1,4 +1,4 @@
-"""What the formats share: plain forms from tensors, and tensors in files."""
+"""What the formats share: plain forms from tensors, and tensors into files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import SaeInvalid
@@ -40,17 +39,6 @@ def whole_k(config: Mapping[str, Any], folder: Path) -> int:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise SaeInvalid(f"{folder}: expected k of at least 1 in its configuration, found {k!r}")
     return k
-
-
-def read_tensors(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    try:
-        found = load_file(path)
-    except SafetensorError as error:
-        raise SaeInvalid(f"{path} is damaged ({error}): copy or download it again") from None
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise SaeInvalid(f"{path}: expected tensors {', '.join(names)}, found none called {', '.join(missing)}")
-    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
