@@ -3,7 +3,7 @@
 An `Assembly` is a module, loss terms, constraints and knobs. A `Term` is a pure function of a `View`
 and never sees its own weight or the step; weights and knobs are schedules. A `Constraint` acts on
 the module before and after the optimiser. New behaviour comes from combining these parts:
-`with_terms`, `replacing`, `without_terms`, `with_constraints`, `with_knobs`, `with_extra`, `wrap`.
+`with_terms`, `replacing`, `with_constraints`, `with_knobs`, `with_extra`, `wrap`.
 
 At the end: what of an SAE and its training is cut where a dictionary is split by latents, and which SAEs can be.
 """
@@ -50,7 +50,7 @@ class Term:
 TableUse = Literal["none", "gradients", "unit decoder"]  # the last: only that decoder rows keep length one
 
 
-class Constraint(Protocol):
+class Constraint:
     """Keeps the weights where they belong."""
 
     table_use: ClassVar[TableUse]
@@ -58,11 +58,9 @@ class Constraint(Protocol):
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         """Called when gradients are complete, before the optimiser."""
-        ...
 
     def after_step(self, sae: SparseAutoencoder) -> None:
         """Called after the optimiser."""
-        ...
 
 
 class Buildable(Protocol):
@@ -114,18 +112,9 @@ class Assembly:
 
     def replacing(self, term: Term) -> Assembly:
         """The same with another term in the place of the one of its name, which must exist."""
-        self._require_terms(term.name)
+        if term.name not in (names := [old.name for old in self.terms]):
+            raise ValueError(f"expected a term named {term.name!r}, found {names}")
         return replace(self, terms=tuple(term if old.name == term.name else old for old in self.terms))
-
-    def without_terms(self, *names: str) -> Assembly:
-        """The same without the terms of these names, all of which must exist."""
-        self._require_terms(*names)
-        return replace(self, terms=tuple(term for term in self.terms if term.name not in names))
-
-    def _require_terms(self, *names: str) -> None:
-        missing = set(names) - {term.name for term in self.terms}
-        if missing:
-            raise ValueError(f"expected terms named {sorted(missing)}, found {[t.name for t in self.terms]}")
 
     def with_constraints(self, *constraints: Constraint) -> Assembly:
         return replace(self, constraints=(*self.constraints, *constraints))

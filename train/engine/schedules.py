@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+STEEPNESS = 6.0  # of a sigmoid ramp
+
 
 class Schedule(Protocol):
     """A value for every step of a run."""
@@ -64,16 +66,15 @@ class Switch:
 
 @dataclass(frozen=True)
 class SigmoidRamp:
-    """From exactly 0 to exactly 1 between two fractions of the run, along a sigmoid over +-`steepness`."""
+    """From exactly 0 to exactly 1 between two fractions of the run, along a sigmoid over +-`STEEPNESS`."""
 
     begin_fraction: float
     end_fraction: float
-    steepness: float = 6.0
 
     def __call__(self, step: int, total_steps: int) -> float:
         done = Ramp(0.0, 1.0, self.begin_fraction, self.end_fraction)(step, total_steps)
-        low, high = _sigmoid(-self.steepness), _sigmoid(self.steepness)
-        return (_sigmoid(self.steepness * (2.0 * done - 1.0)) - low) / (high - low)
+        low, high = _sigmoid(-STEEPNESS), _sigmoid(STEEPNESS)
+        return (_sigmoid(STEEPNESS * (2.0 * done - 1.0)) - low) / (high - low)
 
 
 @dataclass(frozen=True)

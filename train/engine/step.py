@@ -30,7 +30,7 @@ from ..data.batch import Batch
 from ..data.device_copies import NotRecordable, fetch, is_recording
 from ..errors import NonFiniteLoss, StateInvalid
 from ..parallel.ranks import Alone, BatchRanks, Ranks, Reduction, share_batch
-from ..parallel.split_latents import AllLatents, Latents, SomeLatents
+from ..parallel.split_latents import Latents, SomeLatents
 from ..sae.extra_modules import Part, extras_of, retired_of
 from ..sae.kernels.hardware import reads_at_once, runs_triton
 from ..sae.model import SparseAutoencoder
@@ -46,7 +46,6 @@ LOOK_EVERY = 16  # steps between two looks at a GPU; a look costs a wait, and th
 RECORDS = {"cuda"}  # kinds of devices whose launches can be recorded
 WIDEST_ROW = 16384  # that is updated row by row: a row is held in the registers of one program
 LOSS, NOTE, LOOKED_AT = "loss of ", "note of ", "looked at: "  # names of what a step tells, before those of terms
-ADDED_LATER = {"latents.listed"}  # entries that older checkpoints may lack
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,18 +109,18 @@ class Trainee:
         self.ranks: Ranks = ranks or Alone()
         self.sae = assembly.sae
         self.sae.extras.update(dict(assembly.extras))
-        self._latents: Latents = AllLatents(self.sae.num_latents)
+        self.latents = Latents(self.sae.num_latents)
         self._split: tuple[str, ...] = ()
         if split is not None and split.size > 1:
             require_splittable(name, assembly)
-            self._latents, self._split = SomeLatents(split, self.sae.num_latents), split_parameters(self.sae)
-            cut(self.sae, self._split, self._latents)
+            self.latents, self._split = SomeLatents(split, self.sae.num_latents), split_parameters(self.sae)
+            cut(self.sae, self._split, self.latents)
         self.sae.to(self.device)
         by_row = self._tables_by_row()
         # The kernel that updates decoder rows keeps them at length one by itself.
         self._constraints = [c for c in assembly.constraints if not (by_row and c.table_use == "unit decoder")]
         self.optimiser = Adam(
-            dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae), by_row, self._latents, self._split
+            dict(self.sae.named_parameters()), assembly.optim, _lr_scales(self.sae), by_row, self.latents, self._split
         )
         self._reduction = Reduction(self.sae.parameters(), self.ranks) if self.ranks.size > 1 else None
         self.counters = LatentCounters(self.sae.num_latents, self.device)
@@ -133,7 +132,7 @@ class Trainee:
         self._random_state = assembly.generator.get_state()  # as this step began
         # Without kernels of our own the host reads what was selected.
         is_recordable = self.device.type in RECORDS and runs_triton(self.sae.b_enc)
-        is_alone = self.ranks.size == 1 and self._latents.is_whole
+        is_alone = self.ranks.size == 1 and self.latents.is_whole
         self.replays = Replays(name, is_recordable and is_alone and not extras_of(self.sae), self._undo)
 
     def step(self, batch: Batch) -> Report:
@@ -143,12 +142,11 @@ class Trainee:
             self.look()
             self.counters.list_dead(self.assembly.dead_after_tokens, retired_of(self.sae, knobs))
         # 1. What the schedules say at this step, and all that terms may see of the batch.
+        ranks = share_batch(self.ranks, batch.x.shape[0])
         if self.step_index == 0 and self.assembly.optim.start == "fitted":
-            ranks = share_batch(self.ranks, len(batch.x))
-            fit_start(self.assembly, batch, self.total_steps, ranks, self._latents)
+            fit_start(self.assembly, batch, self.total_steps, ranks, self.latents)
         lr = self._lr(self.step_index, self.total_steps)
         weights = {term.name: term.weight(self.step_index, self.total_steps) for term in self.assembly.terms}
-        ranks = share_batch(self.ranks, batch.x.shape[0])
         self.optimiser.begin(lr)
         measured = self._measured(batch, weights, knobs, ranks)
         self.step_index += 1
@@ -188,12 +186,12 @@ class Trainee:
         self, batch: Batch, weights: Mapping[str, float], knobs: Mapping[str, float], ranks: BatchRanks
     ) -> Measured:
         """The step from its view on. Where it is recorded, nothing in it is of the host's but what its key holds."""
-        view = self._view(batch, Side(batch.side, knobs, ranks, self._latents))
+        view = self._view(batch, Side(batch.side, knobs, ranks, self.latents))
         # 2. Losses. What is reported is measured here, before the weights move.
         # A term of weight zero is not computed: it costs nothing and draws no random numbers.
         losses = {term.name: term.fn(view) for term in self.assembly.terms if weights[term.name] != 0.0}
         own_loss = loss = _weighted_sum(losses, weights)
-        if not self._latents.is_whole:
+        if not self.latents.is_whole:
             losses = self._add_parts(losses)
             loss = _weighted_sum(losses, weights)
         measured = self._require_finite(view, loss, losses)
@@ -201,8 +199,8 @@ class Trainee:
             residual = view.residual.reshape(-1)
             unexplained = torch.dot(residual, residual) / view.x.shape[0] / view.stats.variance
             measured["explained_variance"] = 1.0 - unexplained
-            measured["dead_share"] = self._latents.sum(view.dead.double().sum()) / self._latents.total
-            measured["l0"] = self._latents.sum(view.codes.l0)
+            measured["dead_share"] = self.latents.sum(view.dead.double().sum()) / self.latents.total
+            measured["l0"] = self.latents.sum(view.codes.l0)
         # 3. Gradients and weights. A rank with more rows counts more; alone the weight is 1 and changes no bit.
         if self._reduction is not None:
             self._reduction.begin()
@@ -232,19 +230,17 @@ class Trainee:
         a collective call, and what each process has its part of goes to the first one, which writes it, alone.
         """
         self.look()
-        whole = ((name, self._whole(name, tensor)) for name, tensor in fetch(self._own_state()).items())
-        return {name: tensor for name, tensor in whole if tensor is not None}
-
-    @property
-    def latents(self) -> Latents:
-        """Those of the SAE that are here."""
-        return self._latents
+        whole = {
+            name: self.latents.whole(tensor) if self._is_part(name) else tensor
+            for name, tensor in fetch(self._own_state()).items()
+        }
+        return {name: tensor for name, tensor in whole.items() if tensor is not None}
 
     @property
     def state_bytes(self) -> int:
         """Of all that `state` gives: of the latents that are here, as many times as there are others."""
         return sum(
-            tensor[:1].numel() * self._latents.total * tensor.element_size()
+            tensor[:1].numel() * self.latents.total * tensor.element_size()
             if self._is_part(name)
             else tensor.numel() * tensor.element_size()
             for name, tensor in self._own_state().items()
@@ -257,7 +253,7 @@ class Trainee:
         parts = {name: parts[name] for name in (*self._split, "counters")} if self._split else {}
         own = {name: tensor.data for name, tensor in parts.items()}
         for tensor in parts.values():
-            whole = self._latents.whole(tensor.data)
+            whole = self.latents.whole(tensor.data)
             if whole is not None:
                 tensor.data = whole.to(self.device)
         try:
@@ -278,10 +274,10 @@ class Trainee:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state()` returned."""
         own = self._own_state()
-        problems = [f"{name} is missing" for name in own.keys() - state.keys() - ADDED_LATER]
+        problems = [f"{name} is missing" for name in own.keys() - state.keys()]
         problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
         shapes = {
-            name: (self._latents.total, *t.shape[1:]) if self._is_part(name) else t.shape for name, t in own.items()
+            name: (self.latents.total, *t.shape[1:]) if self._is_part(name) else t.shape for name, t in own.items()
         }
         problems += [
             f"{name}: expected shape {tuple(shapes[name])}, found {tuple(state[name].shape)}"
@@ -291,8 +287,7 @@ class Trainee:
         if problems:
             raise StateInvalid(f"{self.name}: the saved state does not fit: {'; '.join(sorted(problems))}")
         for name, tensor in own.items():
-            if name in state:
-                tensor.copy_(self._latents.own(state[name]) if self._is_part(name) else state[name])
+            tensor.copy_(self.latents.own(state[name]) if self._is_part(name) else state[name])
         self.counters.after_load()
         self.replays.forget()
         self.assembly.generator.set_state(state["generator"].cpu())
@@ -302,15 +297,12 @@ class Trainee:
         """Whether a tensor of the state is of the latents that are here."""
         return bool(self._split) and name in split_state(self._split)
 
-    def _whole(self, name: str, tensor: Tensor) -> Tensor | None:
-        return self._latents.whole(tensor) if self._is_part(name) else tensor
-
     def _add_parts(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The losses of all latents, to be told: of some each process has a part."""
         parts = [term.name for term in self.assembly.terms if term.name in losses and term.split == "parts"]
         values = {name: loss.detach() for name, loss in losses.items()}
         if parts:
-            values |= dict(zip(parts, self._latents.sum(torch.stack([values[name] for name in parts])), strict=True))
+            values |= dict(zip(parts, self.latents.sum(torch.stack([values[name] for name in parts])), strict=True))
         return values
 
     def _view(self, batch: Batch, side: Side) -> View:

@@ -16,12 +16,11 @@ from ...cache_schema import Manifest
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
-from ..engine.schedules import Constant, ExponentialApproach, Ramp, Schedule
+from ..engine.schedules import Ramp, Schedule
 from ..sae.attention.attention_links import require_head
 from ..sae.attention.controls import LinkKind
 from ..sae.attention.encoder import AttendedSae
-from ..sae.attention.mixing import Mixing
-from ..sae.attention.reading import MIXING, TEMPERATURE, Attention, Noted
+from ..sae.attention.reading import MIXING, TEMPERATURE, Attention, Mixing, Noted
 from ..terms.attention_guidance import Consistency, Guidance, Objective
 from .build import read_with, require, require_least, require_positive
 from .wrapping import Wrapping, base_needs, build_base
@@ -85,20 +84,20 @@ def build_guided(
     d_model: int,
     stats: Stats | None,
     *,
-    mixing: Mixing | None = None,
-    mixing_temperature: Schedule | None = None,
+    mixing: tuple[Mixing, Schedule] | None = None,
     beta: float = 0.0,
     objective: Objective = "divergence",
 ) -> Assembly:
-    """The base with the guidance's terms, on an encoder that reads attention if it should."""
+    """The base with the guidance's terms, on an encoder that reads attention if it should; `mixing` with the schedule
+    of its temperature."""
     assembly = build_base(config, d_model, stats)
     attention = config.attention(layers)
     if config.guidance == "encode":
         # A generator of its own, so that the base's weights are those of the base alone.
         generator = torch.Generator().manual_seed(ENCODER_SEEDS + config.seed)
-        assembly = assembly.wrap(lambda sae: AttendedSae(sae, attention, mixing, config.rank, generator))
+        assembly = assembly.wrap(lambda sae: AttendedSae(sae, attention, mixing and mixing[0], config.rank, generator))
     if mixing is not None:
-        assembly = _with_mixing(assembly, attention, mixing, mixing_temperature or Constant(1.0))
+        assembly = _with_mixing(assembly, attention, *mixing)
     guide = Guidance(attention, config.temperature, config.negatives, objective)
     assembly = assembly.with_terms(Term("guidance", guide, config.weight()))
     if beta > 0:
@@ -113,11 +112,6 @@ def _with_mixing(assembly: Assembly, attention: Attention, mixing: Mixing, tempe
     first, *others = assembly.terms
     noted = replace(first, fn=Noted(first.fn, attention))
     return replace(assembly, terms=(noted, *others)).with_knobs(**{TEMPERATURE: temperature})
-
-
-def anneal(start: float | None, end: float, steps: int) -> Schedule:
-    """From `start` towards `end`, e times nearer every `steps` steps; without a start, `end` throughout."""
-    return Constant(end) if start is None else ExponentialApproach(start, end, steps)
 
 
 def _require_settings(config: Guided) -> None:

@@ -227,17 +227,10 @@ def choose_device(name: str) -> torch.device:
         raise ConfigInvalid(f"expected a device like auto, cpu, cuda or cuda:1, found {name!r}") from None
     if device.type not in COMPUTED_ON:
         raise ConfigInvalid(f"expected --device auto, cpu or a CUDA device, found {name!r}: it is not supported")
-    found = _count_devices(device.type)
+    found = torch.get_device_module(device.type).device_count()
     if (device.index or 0) >= found:
         raise ConfigInvalid(
             f"device {name} was asked for, but torch {torch.__version__} finds {found or 'no'} "
             f"{device.type.upper()} device{'s' * (found > 1)} here: choose another --device, or auto"
         )
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
-def _count_devices(kind: str) -> int:
-    try:
-        return torch.get_device_module(kind).device_count()
-    except RuntimeError:  # a kind without a module, such as meta, computes nothing
-        return 0

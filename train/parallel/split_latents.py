@@ -12,7 +12,7 @@ No table is ever gathered in a step. What goes between the processes:
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,44 +21,8 @@ from torch.autograd.function import once_differentiable
 from .ranks import Ranks
 
 
-class Latents(Protocol):
-    """The latents of this process, of `total` in all: `size` of them from number `first` on."""
-
-    first: int
-    total: int
-    is_whole: bool
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Over all processes, without gradient."""
-        ...
-
-    def count(self, own: int) -> int:
-        """The same of a number on the host."""
-        ...
-
-    def gather(self, tensor: Tensor) -> tuple[list[Tensor], int]:
-        """The tensor of each process, in the order of their latents, and which is this one's; lengths may differ."""
-        ...
-
-    def own(self, table: Tensor) -> Tensor:
-        """This process's rows of a whole table."""
-        ...
-
-    def whole(self, table: Tensor) -> Tensor | None:
-        """All rows of a table of which each process has some, on the first one's host alone; a collective call."""
-        ...
-
-    def join(self, part: Tensor) -> Tensor:
-        """The sum over processes of what all of them go on with alike: the gradient of each part is the sum's."""
-        ...
-
-    def share(self, tensor: Tensor) -> Tensor:
-        """What all hold alike, for this process's latents to read: its gradient is the sum over processes."""
-        ...
-
-
-class AllLatents:
-    """All latents are here."""
+class Latents:
+    """The latents of this process, of `total` in all, from number `first` on: here all of them are."""
 
     first = 0
     is_whole = True
@@ -67,37 +31,45 @@ class AllLatents:
         self.total = total
 
     def sum(self, tensor: Tensor) -> Tensor:
+        """Over all processes, without gradient."""
         return tensor
 
     def count(self, own: int) -> int:
+        """The same of a number on the host."""
         return own
 
     def gather(self, tensor: Tensor) -> tuple[list[Tensor], int]:
+        """The tensor of each process, in the order of their latents, and which is this one's; lengths may differ."""
         return [tensor], 0
 
     def own(self, table: Tensor) -> Tensor:
+        """This process's rows of a whole table."""
         return table
 
     def whole(self, table: Tensor) -> Tensor | None:
+        """All rows of a table of which each process has some, on the first one's host alone; a collective call."""
         return table
 
     def join(self, part: Tensor) -> Tensor:
+        """The sum over processes of what all of them go on with alike: the gradient of each part is the sum's."""
         return part
 
     def share(self, tensor: Tensor) -> Tensor:
+        """What all hold alike, for this process's latents to read: its gradient is the sum over processes."""
         return tensor
 
 
-ALL_LATENTS = AllLatents()
+ALL_LATENTS = Latents()
 
 
-class SomeLatents:
+class SomeLatents(Latents):
     """Some latents are here, the others in other processes."""
 
     is_whole = False
 
     def __init__(self, ranks: Ranks, total: int) -> None:
-        self._ranks, self.total = ranks, total
+        super().__init__(total)
+        self._ranks = ranks
         self._starts = [total * rank // ranks.size for rank in range(ranks.size + 1)]
         self.first, self.stop = self._starts[ranks.rank : ranks.rank + 2]
 
@@ -110,14 +82,6 @@ class SomeLatents:
     def gather(self, tensor: Tensor) -> tuple[list[Tensor], int]:
         return self._ranks.gather(tensor), self._ranks.rank
 
-    def join(self, part: Tensor) -> Tensor:
-        joined: Tensor = _Join.apply(part, self._ranks)
-        return joined
-
-    def share(self, tensor: Tensor) -> Tensor:
-        shared: Tensor = _Share.apply(tensor, self._ranks)
-        return shared
-
     def own(self, table: Tensor) -> Tensor:
         return table[self.first : self.stop]
 
@@ -126,6 +90,14 @@ class SomeLatents:
         own = table.cpu().view(torch.uint8) if is_bool else table.cpu()
         found = self._ranks.bring(own, [stop - start for start, stop in pairwise(self._starts)])
         return found if found is None or not is_bool else found.view(torch.bool)
+
+    def join(self, part: Tensor) -> Tensor:
+        joined: Tensor = _Join.apply(part, self._ranks)
+        return joined
+
+    def share(self, tensor: Tensor) -> Tensor:
+        shared: Tensor = _Share.apply(tensor, self._ranks)
+        return shared
 
 
 class _Join(torch.autograd.Function):

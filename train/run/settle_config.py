@@ -119,7 +119,6 @@ class Budget:
 
     steps: int
     tokens: int
-    epochs: float
     remark: str  # how it came about
 
 
@@ -128,7 +127,7 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> Budget:
     available = plan.steps_in(1)
     _require_steps(available, plan, where)
     if course.tokens is None:
-        epochs = course.epochs or default_epochs(available * plan.batch_tokens)
+        epochs = course.epochs or max(1, min(MOST_EPOCHS, -(-DEFAULT_TOKENS // (available * plan.batch_tokens))))
         said = "" if course.epochs else "no --tokens or --epochs given: "
         return _budget(plan.steps_in(epochs), plan, said)
     epochs = course.epochs or 1
@@ -148,15 +147,10 @@ def settle_budget(course: CourseConfig, plan: Plan, where: str) -> Budget:
     return _budget(min(steps, plan.steps_in(epochs)), plan, "")
 
 
-def default_epochs(epoch_tokens: int) -> int:
-    """Small stores are read several times."""
-    return max(1, min(MOST_EPOCHS, -(-DEFAULT_TOKENS // epoch_tokens)))
-
-
 def _budget(steps: int, plan: Plan, said: str) -> Budget:
     tokens = steps * plan.batch_tokens
     epochs = tokens / plan.sizes.tokens
-    return Budget(steps, tokens, epochs, f"{said}{tokens:,} tokens, {epochs:.2g} epochs of {plan.sizes.tokens:,}")
+    return Budget(steps, tokens, f"{said}{tokens:,} tokens, {epochs:.2g} epochs of {plan.sizes.tokens:,}")
 
 
 def _require_steps(available: int, plan: Plan, where: str) -> None:

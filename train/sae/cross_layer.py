@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from .gates import BatchTopK
-from .kernels.linear import Product, linear, matrix_units, product_on
+from .kernels.linear import Product, linear
 from .kernels.products_with_gradients import affine
-from .kernels.row_gradients import low_copy
 from .kernels.sparse_support import Support, group_offsets
 from .model import EncoderProduct, SparseAutoencoder
-from .side_inputs import NO_SIDE, Side
 
 
 def deal(width: int, layers: int) -> list[int]:
@@ -67,22 +65,11 @@ class CrossLayerSae(SparseAutoencoder):
         table_FD.unflatten(1, (self.num_layers, -1)).mul_((layer >= self.layer_of[:, None])[:, :, None])
         return table_FD
 
-    def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
-        return self.gate.infer(self._by_layer(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
-
-    def _by_layer(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    def _linear(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         """Each layer's product, side by side: [..., F]."""
         layers = x.unflatten(-1, (self.num_layers, -1)).unbind(-2)
         tables = zip(layers, W_enc.split(self.sizes), b_enc.split(self.sizes), strict=True)
         return torch.cat([linear(part, W, b) for part, W, b in tables], dim=-1)
-
-    def _all_pre(self, x_centred: Tensor) -> Tensor:
-        product = product_on(x_centred.device, self.encoder_product)
-        if product != "bfloat16":
-            with matrix_units(product):
-                return self._by_layer(x_centred, self.W_enc, self.b_enc)
-        low = torch.bfloat16
-        return self._by_layer(x_centred.to(low), low_copy(self.W_enc), self.b_enc.to(low))
 
     def _affine(
         self, x: Tensor, center: Tensor | None, support: Support | None, known: Tensor | None, product: Product

@@ -214,12 +214,8 @@ class JumpRelu(Gate):
     def rescale(self, factor: float) -> None:
         self.raw_threshold.mul_(factor)
 
-    def count(self, codes: Codes) -> Tensor:
-        """Mean number of active latents in a row, with straight-through gradient to the threshold."""
-        return self.marks(codes).sum() / codes.num_rows
-
     def marks(self, codes: Codes) -> Tensor:
-        """1 where an entry is active, with the same gradient."""
+        """1 where an entry is active, with straight-through gradient to the threshold."""
         assert codes.pre is not None
         return heaviside_ste(codes.pre, codes.per_latent(self.threshold), self._window)
 

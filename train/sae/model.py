@@ -142,16 +142,6 @@ class SparseAutoencoder(nn.Module):
         """What these latents read of a whole row: [M, D_in]."""
         return self.W_enc[latents]
 
-    def read_by(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Of a constant x: pre-activations of these latents where something else than `encoder_rows` makes them, or
-        what they are made of: the input, the latents' rows and their bias."""
-        pre = self.made_pre(x, side, latents)
-        if pre is not None:
-            return pre
-        with torch.no_grad():
-            read = self.encoder_input(x, side)
-        return read, self.encoder_rows(latents), self.b_enc[latents]
-
     def made_pre(self, x: Tensor, side: Side, latents: Tensor) -> Tensor | None:
         """Pre-activations of these latents [B, M], for a constant x, where `encoder_rows` do not make them.
 
@@ -192,7 +182,7 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
         """Activations [..., F] as the saved SAE computes them."""
-        return self.gate.infer(linear(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
+        return self.gate.infer(self._linear(self.centred(x), self.W_enc, self.b_enc), self.b_enc)
 
     def decode(self, acts: Tensor) -> Tensor:
         """x_hat of dense activations [..., F], without what goes past them."""
@@ -200,6 +190,10 @@ class SparseAutoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.skip(x, self.decode(self.encode(x)))
+
+    def _linear(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+        """The encoder's dense product: [..., F]."""
+        return linear(x, W_enc, b_enc)
 
     def _affine(
         self, x: Tensor, center: Tensor | None, support: Support | None, known: Tensor | None, product: Product
@@ -210,16 +204,16 @@ class SparseAutoencoder(nn.Module):
         product = product_on(x_centred.device, self.encoder_product)
         if product != "bfloat16":
             with matrix_units(product):
-                return linear(x_centred, self.W_enc, self.b_enc)
+                return self._linear(x_centred, self.W_enc, self.b_enc)
         low = torch.bfloat16
-        return linear(x_centred.to(low), low_copy(self.W_enc), self.b_enc.to(low))
+        return self._linear(x_centred.to(low), low_copy(self.W_enc), self.b_enc.to(low))
 
     def _known(self, pre_all: Tensor, support: Support | None) -> Tensor | None:
         if support is None:
             return pre_all.to(self.W_enc.dtype)
         if pre_all.dtype != self.W_enc.dtype:
             return None
-        return pre_all.view(-1)[support.rows.long() * self.num_latents + support.latents]
+        return pre_all.view(-1)[support.flat]
 
 
 def rebuild(codes: Codes, W_dec: Tensor, b_dec: Tensor, side: Side) -> Tensor:
@@ -229,8 +223,7 @@ def rebuild(codes: Codes, W_dec: Tensor, b_dec: Tensor, side: Side) -> Tensor:
     return side.latents.join(codes.decode(W_dec)) + b_dec
 
 
-def tied_weights(num_latents: int, d_in: int, generator: torch.Generator, norm: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Encoder and decoder that start equal, with random rows of length `norm`."""
-    rows = torch.randn(num_latents, d_in, generator=generator)
-    W_dec = norm * functional.normalize(rows, dim=1)
+def tied_weights(num_latents: int, d_in: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Encoder and decoder that start equal, with random rows of length one."""
+    W_dec = functional.normalize(torch.randn(num_latents, d_in, generator=generator), dim=1)
     return W_dec.clone(), W_dec

@@ -55,10 +55,6 @@ def residual_of(view: View) -> Tensor:
     return view.target - view.x_hat.detach()
 
 
-def no_moments(parameter: nn.Parameter) -> tuple[Tensor, ...]:
-    return ()
-
-
 @dataclass(frozen=True, eq=False)
 class View:
     """What the terms of a step see. Everything costly is computed once, when first asked for."""
@@ -73,7 +69,7 @@ class View:
     retired: Tensor | None = None  # bool [F], latents that auxiliary losses leave alone
     listed_dead: Tensor | None = None  # the dead latents that the step has listed; listing them waits for a GPU
     residual_by: Callable[[View], Tensor] = residual_of  # a term that reconstructs its own way has it at no cost
-    moments: Callable[[nn.Parameter], tuple[Tensor, ...]] = no_moments  # the optimiser's, for whoever moves entries
+    moments: Callable[[nn.Parameter], tuple[Tensor, ...]] = lambda _: ()  # the optimiser's, for whoever moves entries
     kept: dict[Any, Any] = field(default_factory=dict)  # what was computed `once`, by what computed it
     notes: dict[str, Tensor] = field(default_factory=dict)
 

@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from ..data.device_copies import send
 from ..sae.attention.attention_links import Links
-from ..sae.attention.mixing import link_weights
-from ..sae.attention.reading import Attention, has_links, mixture, places_of
+from ..sae.attention.reading import Attention, has_links, link_weights, mixture, places_of
 from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.sparse_support import index_sum

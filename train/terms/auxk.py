@@ -50,13 +50,15 @@ class AuxK:
     def _codes(self, view: View, dead: Tensor, count: int) -> Codes:
         """Those of the dead latents that are here, of `count` in all."""
         sae = view.sae
-        read = sae.read_by(view.x, view.side, dead)
-        if isinstance(read, Tensor):
-            codes = self._dense(read, count, view)
-        elif self.k < DENSE_SHARE * count:
-            codes = self._sparse(*read, view)
+        pre = sae.made_pre(view.x, view.side, dead)
+        if pre is not None:
+            codes = self._dense(pre, count, view)
         else:
-            codes = self._dense(_affine(*read, view), count, view)
+            with torch.no_grad():
+                x = sae.encoder_input(view.x, view.side)
+            read = x, sae.encoder_rows(dead), sae.b_enc[dead]
+            is_sparse = self.k < DENSE_SHARE * count
+            codes = self._sparse(*read, view) if is_sparse else self._dense(_affine(*read, view), count, view)
         return sae.shape(codes.map(torch.relu) if self.rectified else codes, view.side, dead)
 
     def _sparse(self, x: Tensor, W_MD: Tensor, b_M: Tensor, view: View) -> Codes:

@@ -7,12 +7,11 @@ each latent (encoder, decoder, encoder bias).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..engine.assembly import TableUse
+from ..engine.assembly import Constraint
 from ..sae.gates import JumpRelu
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.sparse_support import index_sum
@@ -23,7 +22,7 @@ BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True)
-class UnitDecoder:
+class UnitDecoder(Constraint):
     """Decoder rows of length one.
 
     Before the step the part of each row's gradient that points along the row is removed, so that
@@ -31,7 +30,7 @@ class UnitDecoder:
     both by itself, and then leaves this constraint out.
     """
 
-    table_use: ClassVar[TableUse] = "unit decoder"
+    table_use = "unit decoder"
 
     @torch.no_grad()
     def before_step(self, sae: SparseAutoencoder) -> None:
@@ -47,13 +46,10 @@ class UnitDecoder:
 
 
 @dataclass(frozen=True)
-class NonNegativeThreshold:
+class NonNegativeThreshold(Constraint):
     """A jump threshold never falls below zero."""
 
-    table_use: ClassVar[TableUse] = "none"
-
-    def before_step(self, sae: SparseAutoencoder) -> None:
-        pass
+    table_use = "none"
 
     @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:
@@ -62,32 +58,26 @@ class NonNegativeThreshold:
 
 
 @dataclass(frozen=True)
-class Still:
+class Still(Constraint):
     """Parameters that keep their first values."""
 
     names: tuple[str, ...]
-    table_use: ClassVar[TableUse] = "gradients"
+    table_use = "gradients"
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         for name in self.names:
             sae.get_parameter(name).grad = None  # what has none is not moved, nor decayed
 
-    def after_step(self, sae: SparseAutoencoder) -> None:
-        pass
-
 
 @dataclass(frozen=True)
-class WritesOnward:
+class WritesOnward(Constraint):
     """No latent writes to a layer before its own, where it begins at zero."""
 
-    table_use: ClassVar[TableUse] = "gradients"
+    table_use = "gradients"
 
     def before_step(self, sae: SparseAutoencoder) -> None:
         if sae.W_dec.grad is not None:
             sae.clear_unwritten(sae.W_dec.grad)
-
-    def after_step(self, sae: SparseAutoencoder) -> None:
-        pass
 
 
 def _blocks(table: Tensor) -> tuple[Tensor, ...]:
@@ -96,10 +86,10 @@ def _blocks(table: Tensor) -> tuple[Tensor, ...]:
 
 
 @dataclass(frozen=True)
-class TierGradients:
+class TierGradients(Constraint):
     """Notes the norm of each tier's gradient, and scales it down to `clip_norm` where it is larger."""
 
-    table_use: ClassVar[TableUse] = "gradients"
+    table_use = "gradients"
 
     clip_norm: float | None = None
 
@@ -118,15 +108,12 @@ class TierGradients:
         for table in tables:
             table.mul_(factor_F if table.ndim == 1 else factor_F[:, None])
 
-    def after_step(self, sae: SparseAutoencoder) -> None:
-        pass
-
 
 @dataclass(frozen=True, eq=False)
-class GradientNoise:
+class GradientNoise(Constraint):
     """Normal noise of `scale` times the root mean square of each gradient, so that it ends where learning ends."""
 
-    table_use: ClassVar[TableUse] = "gradients"
+    table_use = "gradients"
 
     scale: float
     generator: torch.Generator  # the SAE's own: its state is saved with the rest
@@ -147,9 +134,6 @@ class GradientNoise:
         seed = int(torch.randint(2**62, (), generator=self.generator))
         own = torch.Generator(parameter.device).manual_seed(seed)
         return torch.randn(parameter.shape, generator=own, device=parameter.device, dtype=parameter.dtype)
-
-    def after_step(self, sae: SparseAutoencoder) -> None:
-        pass
 
 
 def _row_squares(table: Tensor) -> Tensor:

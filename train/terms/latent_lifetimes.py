@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..engine.assembly import TableUse
+from ..engine.assembly import Constraint
 from ..sae.extra_modules import Extra
 from ..sae.kernels.hardware import StepCount
 from ..sae.model import SparseAutoencoder
@@ -27,16 +26,6 @@ SCALES = ("short", "medium", "long")
 EPSILON = 1e-6
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """Which latents are retired. Shares are of the mean variance; 0 retires none."""
-
-    every_steps: int
-    share: float
-    floor: float = 0.0
-    """Latents under this share are left out of the temporal losses."""
-
-
 class Dynamics(Extra):
     """Running moments of activations, the groups of latents, and who is retired."""
 
@@ -46,12 +35,16 @@ class Dynamics(Extra):
     square: Tensor
     steps: Tensor
 
-    def __init__(self, group_sizes: Sequence[int], pruning: Pruning) -> None:
+    def __init__(
+        self, group_sizes: Sequence[int], prune_every_steps: int = 1, prune_share: float = 0.0, floor: float = 0.0
+    ) -> None:
+        """Shares are of the mean variance: latents under `prune_share` are retired, those under `floor` left out of
+        the temporal losses."""
         super().__init__()
         groups = torch.arange(len(group_sizes)).repeat_interleave(
             torch.tensor(tuple(group_sizes)), output_size=sum(group_sizes)
         )
-        self.pruning = pruning
+        self.prune_every_steps, self.prune_share, self.floor = prune_every_steps, prune_share, floor
         self.register_buffer("group", groups)
         self.register_buffer("retired", torch.zeros(len(groups), dtype=torch.bool))
         self.register_buffer("mean", torch.zeros(len(groups)))
@@ -70,7 +63,7 @@ class Dynamics(Extra):
             return torch.ones_like(self.mean)
         relative = self.variance / self.variance.mean().clamp_min(EPSILON)
         weights = 1.0 / (relative + 0.01) if by_variance else torch.ones_like(relative)
-        return torch.where(relative >= self.pruning.floor, weights, 0.0)
+        return torch.where(relative >= self.floor, weights, 0.0)
 
     def retired_latents(self, knobs: Mapping[str, float]) -> Tensor:
         return self.retired
@@ -82,9 +75,9 @@ class Dynamics(Extra):
         self.mean.lerp_(mean, weight)
         self.square.lerp_(square, weight)
         self._count.add_one(self.steps)
-        is_due = self._count.of(self.steps) % self.pruning.every_steps == 0
-        if self.pruning.share > 0 and view.side.knob(PRUNE, 0.0) and is_due:
-            self.retired |= self.variance < self.pruning.share * self.variance.mean()
+        is_due = self._count.of(self.steps) % self.prune_every_steps == 0
+        if self.prune_share > 0 and view.side.knob(PRUNE, 0.0) and is_due:
+            self.retired |= self.variance < self.prune_share * self.variance.mean()
             silence(view.sae, self.retired)  # at once: this may be the last step
         view.note("temporal/activation_variance", (square - mean.square()).mean())
         view.note("temporal/lifetime", mean_lifetime(view))
@@ -95,11 +88,11 @@ class Dynamics(Extra):
 
 
 @dataclass(frozen=True)
-class Retire:
+class Retire(Constraint):
     """Latents that were retired here read nothing and stay below zero; what other extras retire is theirs."""
 
     dynamics: Dynamics
-    table_use: ClassVar[TableUse] = "gradients"
+    table_use = "gradients"
 
     @torch.no_grad()
     def before_step(self, sae: SparseAutoencoder) -> None:

@@ -55,7 +55,7 @@ class TargetL0:
     def __call__(self, view: View) -> Tensor:
         gate = view.sae.gate
         assert isinstance(gate, JumpRelu)
-        count = gate.count(view.codes)
+        count = gate.marks(view.codes).sum() / view.codes.num_rows
         # The square is of the global batch's count, the gradient of this rank's.
         others = view.side.ranks.mean(view.side.latents.sum(count.detach())) - count.detach()
         return ((count + others) / self.target - 1.0).square()

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.assembly import TableUse
+from ..engine.assembly import Constraint
 from ..sae.extra_modules import Extra
 from ..sae.model import SparseAutoencoder
 from ..sae.step_view import View, once
@@ -68,13 +68,10 @@ class Composition(Extra):
         return cast(nn.Parameter, getattr(self, f"C{tier + 1}"))
 
 
-class NonNegative:
+class NonNegative(Constraint):
     """C never falls below zero."""
 
-    table_use: ClassVar[TableUse] = "none"
-
-    def before_step(self, sae: SparseAutoencoder) -> None:
-        pass
+    table_use = "none"
 
     @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:

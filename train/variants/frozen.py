@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ..data.batch import Needs
 from ..data.scaling import Stats
-from ..engine.assembly import Assembly, TableUse
+from ..engine.assembly import Assembly, Constraint
 from ..kit.build import read_with, require
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.extra_modules import Extra
@@ -40,14 +40,11 @@ class Anchor(Extra):
 
 
 @dataclass(frozen=True)
-class Near:
+class Near(Constraint):
     """Decoder rows of length one whose cosine with their start is never less than this."""
 
     cosine: float
-    table_use: ClassVar[TableUse] = "gradients"
-
-    def before_step(self, sae: SparseAutoencoder) -> None:
-        pass
+    table_use = "gradients"
 
     @torch.no_grad()
     def after_step(self, sae: SparseAutoencoder) -> None:

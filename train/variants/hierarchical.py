@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
+from ..engine.schedules import Constant, ExponentialApproach, Schedule
 from ..kit.build import read_with, require, require_least, require_positive
-from ..kit.guided import Guided, anneal, build_guided, request_guided
-from ..sae.attention.mixing import Mixing
+from ..kit.guided import Guided, build_guided, request_guided
+from ..sae.attention.reading import Mixing
 from ..terms.attention_guidance import Objective
 
 
@@ -49,18 +50,13 @@ class Config(Guided):
 
     def build(self, d_model: int, stats: Stats | None = None) -> Assembly:
         self.needs()
-        return build_guided(
-            self,
-            self.attention_layers,
-            d_model,
-            stats,
-            mixing=Mixing(self.attention_layers, [self.layer + offset for offset in self.ablated]),
-            mixing_temperature=anneal(
-                self.mixing_temperature_start, self.mixing_temperature, self.mixing_temperature_steps
-            ),
-            beta=self.beta,
-            objective=self.objective,
-        )
+        layers = self.attention_layers
+        mixing = Mixing(layers, [self.layer + offset for offset in self.ablated]), self._temperature()
+        return build_guided(self, layers, d_model, stats, mixing=mixing, beta=self.beta, objective=self.objective)
+
+    def _temperature(self) -> Schedule:
+        start, end = self.mixing_temperature_start, self.mixing_temperature
+        return Constant(end) if start is None else ExponentialApproach(start, end, self.mixing_temperature_steps)
 
     def _require_settings(self) -> None:
         offsets, ablated = set(self.offsets), set(self.ablated)

@@ -17,10 +17,10 @@ from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Complement, Constant, Doubling, HalfLife, Onset, Product, Schedule, Switch
 from ..kit.build import read_with, require, require_least, require_positive
 from ..kit.wrapping import Windowed, base_needs, build_base
-from ..sae.shapes.position_gate import PositionGate
+from ..sae.shapes.masks import PositionGate
 from ..sae.shapes.shaped import ShapedAutoencoder
 from ..terms.constraints import GradientNoise
-from ..terms.latent_lifetimes import PRUNE, SCALES, Dynamics, Pruning, Retire
+from ..terms.latent_lifetimes import PRUNE, SCALES, Dynamics, Retire
 from ..terms.temporal import PIECE, TEMPORAL, Adaptive, Consistency
 
 
@@ -99,8 +99,7 @@ class Config(Windowed):
         assembly = self._with_gate(self._with_terms(assembly))
         if self.gradient_noise > 0:
             assembly = assembly.with_constraints(GradientNoise(self.gradient_noise, assembly.generator))
-        pruning = Pruning(self.prune_every_steps, self.prune_share, self.variance_floor)
-        dynamics = Dynamics(self._group_sizes(), pruning)
+        dynamics = Dynamics(self._group_sizes(), self.prune_every_steps, self.prune_share, self.variance_floor)
         assembly = assembly.with_extra(TEMPORAL, dynamics)
         if self.prune_share > 0:
             assembly = assembly.with_constraints(Retire(dynamics)).with_knobs(**{PRUNE: Switch(self.prune_from)})

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from saemill.train.parallel.ranks import share_batch
-from saemill.train.sae.attention.mixing import Mixing
-from saemill.train.sae.attention.reading import MIXING, TEMPERATURE, Attention
+from saemill.train.sae.attention.reading import MIXING, TEMPERATURE, Attention, Mixing
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.kernels.codes import Codes
 from saemill.train.sae.side_inputs import Side

@@ -18,8 +18,7 @@ from saemill.train.kit.registry import config_type
 from saemill.train.kit.wrapping import build_base
 from saemill.train.sae.attention.controls import LinkKind
 from saemill.train.sae.attention.encoder import AttendedSae
-from saemill.train.sae.attention.mixing import Mixing
-from saemill.train.sae.attention.reading import Attention
+from saemill.train.sae.attention.reading import Attention, Mixing
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import Side

@@ -34,10 +34,11 @@ def test_layers_of_a_request_are_those_of_both_sides():
     assert Needs(inputs=(20, 17), targets=(19,)).layers == (17, 19, 20)
 
 
-def test_terms_are_added_and_dropped_by_name(rng):
+def test_terms_are_added_and_replaced_by_name(rng):
     mean = Term("mean", lambda view: view.codes.mean_over_rows(), Constant(0.1))
-    changed = assembly().without_terms("aux").with_terms(mean)
-    assert [term.name for term in changed.terms] == ["reconstruction", "mean"]
+    none = Term("aux", lambda view: view.x.sum(), Constant(0.0))
+    changed = assembly().replacing(none).with_terms(mean)
+    assert [term.name for term in changed.terms] == ["reconstruction", "aux", "mean"]
     report = Trainee("one", changed, 10).step(Batch(rows(rng)))
     scalars = report.scalars()
     assert scalars["loss"] == pytest.approx(scalars["loss/reconstruction"] + 0.1 * scalars["loss/mean"], rel=1e-5)
@@ -46,8 +47,8 @@ def test_terms_are_added_and_dropped_by_name(rng):
 def test_names_of_terms_must_be_distinct_and_known():
     with pytest.raises(ValueError, match="distinct"):
         assembly().with_terms(Term("aux", lambda view: view.x.sum(), Constant(1.0)))
-    with pytest.raises(ValueError, match=r"found .'reconstruction', 'aux'."):
-        assembly().without_terms("l1")
+    with pytest.raises(ValueError, match=r"'l1', found .'reconstruction', 'aux'."):
+        assembly().replacing(Term("l1", lambda view: view.x.sum(), Constant(1.0)))
 
 
 def test_a_term_of_weight_zero_changes_no_bit_and_is_not_computed(rng):

@@ -41,7 +41,7 @@ def chosen(supports, parts):
 def silence(trainee):
     """Every third latent is dead from the beginning."""
     with torch.no_grad():
-        trainee.sae.b_enc[trainee._latents.own(torch.arange(67)) % 3 == 0] -= 50.0
+        trainee.sae.b_enc[trainee.latents.own(torch.arange(67)) % 3 == 0] -= 50.0
 
 
 def first_of(values, count, dim):

@@ -8,9 +8,8 @@ import torch
 from saemill.train.engine.step import _lr_scales
 from saemill.train.errors import ConfigInvalid
 from saemill.train.sae.gates import AbsTopK, BatchTopK, Gated, JumpRelu, Relu, TopK
-from saemill.train.sae.shapes.masks import FREE, HardMask, SoftMask, range_of, spread_over_ranges
+from saemill.train.sae.shapes.masks import FREE, HardMask, PositionGate, SoftMask, range_of, spread_over_ranges
 from saemill.train.sae.shapes.norms import PreNorm
-from saemill.train.sae.shapes.position_gate import PositionGate
 from saemill.train.sae.shapes.range_encoders import Adapters, FeatureAdapters, RangeEncoders
 from saemill.train.sae.shapes.shaped import ShapedAutoencoder, orthogonal_rows
 from saemill.train.sae.side_inputs import Side

@@ -12,7 +12,7 @@ from saemill.train.sae.extra_modules import retired_of
 from saemill.train.sae.gates import AbsTopK, Relu, TopK
 from saemill.train.sae.side_inputs import Side
 from saemill.train.terms import temporal
-from saemill.train.terms.latent_lifetimes import Dynamics, Pruning, mean_lifetime
+from saemill.train.terms.latent_lifetimes import Dynamics, mean_lifetime
 from saemill.train.terms.temporal import Consistency, gradient_ratio, inconsistency, part_of, past_rows, remembered
 
 START, STOP = 4, 13
@@ -27,7 +27,7 @@ BASES = [  # but the one whose latents no bias keeps closed
 @pytest.fixture(params=["sparse", "dense"])
 def sae(request, rng, shaping):
     made = shaping.make_sae(rng, TopK(5) if request.param == "sparse" else Relu())
-    made.extras["temporal"] = Dynamics((START, STOP - START, 0, shaping.LATENTS - STOP), Pruning(10, 0.0)).double()
+    made.extras["temporal"] = Dynamics((START, STOP - START, 0, shaping.LATENTS - STOP)).double()
     return made
 
 
@@ -160,7 +160,7 @@ def test_running_variance_begins_empty_and_is_of_the_activations(sae, rng, shapi
 
 
 def test_latents_under_the_floor_are_left_out(sae, rng, shaping):
-    dynamics = sae.extras["temporal"] = Dynamics((20,), Pruning(10, 0.0, floor=0.5)).double()
+    dynamics = sae.extras["temporal"] = Dynamics((20,), floor=0.5).double()
     dynamics.steps.fill_(1)
     dynamics.square.copy_(torch.linspace(0, 2, 20))
     assert dynamics.weights(False).tolist() == [0.0] * 5 + [1.0] * 15

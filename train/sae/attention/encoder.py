@@ -16,8 +16,8 @@ from ..kernels.linear import linear
 from ..kernels.products_with_gradients import affine
 from ..model import SparseAutoencoder
 from ..side_inputs import NO_SIDE, Side
-from .mixing import Mixing, link_weights, weights_by_row
-from .reading import Attention, mixing_weights
+from .controls import READ_BESIDE
+from .reading import Attention, Mixing, link_weights, mixing_weights, weights_by_row
 
 
 class AttendedSae(SparseAutoencoder):
@@ -39,7 +39,7 @@ class AttendedSae(SparseAutoencoder):
         self.U = nn.Parameter(torch.zeros(base.num_latents, width))
         self.attention = attention
         self.mixing = mixing
-        self.needs_side = ("attention", "row_of", *attention.own_side)
+        self.needs_side = ("attention", "row_of", *READ_BESIDE[attention.kind])
 
     def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
         center = self.b_dec if self.centres_input else None

@@ -1,27 +1,52 @@
 """The attention that guides an SAE: which layers, how their rows are read, how they are mixed.
 
-L layers, B rows, W windows, T context, E links.
+L layers, B rows, W windows, T context, E links. A layer's attention counts
+w = softmax(theta / tau + log available), theta learned; a row without links of some layers is mixed from the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..extra_modules import Extra
 from ..kernels.windows import Places
 from ..model import SparseAutoencoder
 from ..side_inputs import Side
 from ..step_view import View, once
 from .attention_links import Links, links_of
-from .controls import READ_BESIDE, LinkKind, nearest_links, same_token_links
-from .mixing import Mixing, weights_by_row
+from .controls import LinkKind, nearest_links, same_token_links
 
 MIXING = "mixing"  # the extra that holds the learned weights
 TEMPERATURE = "mixing_temperature"  # the knob that flattens them
+
+
+class Mixing(Extra):
+    """Learned weights over layers, equal at the start; `layers` and the last `weight` are for whoever reads
+    the saved file."""
+
+    lr_scale = 10.0  # a handful of numbers that every token of a batch has a say in
+
+    layers: Tensor
+    available: Tensor
+    weight: Tensor
+
+    def __init__(self, layers: Sequence[int], ablated: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(len(layers)))
+        self.register_buffer("layers", torch.tensor(layers))
+        self.register_buffer("available", torch.tensor([layer not in ablated for layer in layers]))
+        self.register_buffer("weight", torch.zeros(len(layers)))
+
+    def forward(self, temperature: float = 1.0) -> Tensor:
+        """[L], sums to one; exactly zero for ablated layers."""
+        weights = (self.theta / temperature).masked_fill(~self.available, -torch.inf).softmax(0)
+        self.weight.copy_(weights.detach())
+        return weights
 
 
 @dataclass(frozen=True)
@@ -33,11 +58,6 @@ class Attention:
     min_mass: float = 0.05
     apart: bool = False
     kind: LinkKind = "attention"
-
-    @property
-    def own_side(self) -> tuple[str, ...]:
-        """Side inputs that its links take beside the attention."""
-        return READ_BESIDE[self.kind]
 
     def read(self, side: Side, num_rows: int) -> Links:
         """The links of a batch."""
@@ -81,6 +101,18 @@ def mixing_of(sae: SparseAutoencoder) -> Mixing | None:
     if MIXING in sae.extras:
         return cast(Mixing, sae.extras[MIXING])
     return cast(Any, getattr(sae, MIXING, None))
+
+
+def weights_by_row(weights: Tensor, links: Links) -> Tensor:
+    """[L, B]: the weights, shared out anew among the layers that have links for a row; zero where none has."""
+    present = weights[:, None] * links.attends
+    total = present.sum(0)
+    return present / torch.where(total > 0, total, 1.0)
+
+
+def link_weights(by_row: Tensor, links: Links) -> Tensor:
+    """[E]: what each link counts for in A = sum_l w_l A^l."""
+    return by_row[links.layer, links.row] * links.share
 
 
 @once

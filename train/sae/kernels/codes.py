@@ -57,7 +57,7 @@ class Codes:
         if self.support is None:
             return self.values
         flat = self.values.new_zeros(self.num_rows * self.num_latents)
-        return flat.index_put((self._flat,), self.values).view(self.num_rows, self.num_latents)
+        return flat.index_put((self.support.flat,), self.values).view(self.num_rows, self.num_latents)
 
     def sum_over_latents(self, values: Tensor) -> Tensor:
         """[B], the sum over each row of values that lie where those of these codes lie; differentiable."""
@@ -90,15 +90,9 @@ class Codes:
         values = self.values.detach()
         return values.sum(1) if self.support is None else row_sum(self.support, values)
 
-    @property
-    def _flat(self) -> Tensor:
-        assert self.support is not None
-        return self.support.rows.long() * self.num_latents + self.support.latents
-
 
 def codes_from_dense(acts: Tensor, support: Support | None) -> Codes:
     """Codes read from a differentiable dense table [B, F] at the support."""
     if support is None:
         return Codes(acts, None, acts.shape[0], acts.shape[1])
-    flat = support.rows.long() * support.num_latents + support.latents
-    return Codes(acts.reshape(-1)[flat], support, acts.shape[0], acts.shape[1])
+    return Codes(acts.reshape(-1)[support.flat], support, acts.shape[0], acts.shape[1])

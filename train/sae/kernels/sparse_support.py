@@ -32,6 +32,11 @@ class Support:
         rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.offsets.device)
         return rows.repeat_interleave(self.offsets.diff(), output_size=self.latents.numel())
 
+    @property
+    def flat(self) -> Tensor:
+        """int64 [N], where each entry lies in a row-major [rows, num_latents] table."""
+        return self.rows.long() * self.num_latents + self.latents
+
     @cached_property
     def by_latent(self) -> Transposed:
         """The same pairs ordered by latent, then by row."""

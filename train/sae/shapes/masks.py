@@ -1,4 +1,4 @@
-"""Masks over positions: where in a window a latent may fire.
+"""What activations are multiplied by: masks over positions, which say where in a window a latent may fire, and gates.
 
 p position, T context, F latents, c coefficient, R ranges; range r holds the positions r T / R to (r + 1) T / R. m_f(p)
 is
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.codes import Codes
+from ..kernels.hardware import numbers
+from ..kernels.products_with_gradients import affine
 from ..side_inputs import Side
 from .shaped import Shape
 
@@ -95,8 +97,50 @@ class SoftMask(Mask):
         return torch.where(height >= self.cutoff, height, 0.0)
 
 
-def _of(vector_F: Tensor, latents: Tensor | None) -> Tensor:
-    return vector_F if latents is None else vector_F[latents]
+class PositionGate(Shape):
+    """Activations times 2 sigmoid(a_f + u_f . e(p)), of rank r in latents and positions.
+
+    u begins at zero and a at zero, so every factor begins at exactly 1 and the SAE at its base; without the 2 all
+    activations would begin at half their size.
+    """
+
+    needs_side = ("position",)
+    has_factor = True
+
+    def __init__(self, num_latents: int, context: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(num_latents))
+        self.u = nn.Parameter(torch.zeros(num_latents, rank))
+        self.e = nn.Parameter(torch.randn(context, rank, generator=generator))
+
+    def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
+        a, u = _of(self.a, latents), _of(self.u, latents)
+        return 2.0 * affine(self.e[side["position"]], None, u, a, codes.support).sigmoid()
+
+
+class TierGates(Shape):
+    """Of a curriculum: one factor for all latents of a tier, by the knob of its name. Latents of a tier that is not
+    switched on yet stay silent; all factors are 1 in the end."""
+
+    is_plain = True
+    has_factor = True
+    tier: Tensor
+
+    def __init__(self, tier_F: Tensor, knobs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.knobs = knobs
+        self.register_buffer("tier", tier_F.clone())
+
+    def factor(self, codes: Codes, side: Side, latents: Tensor | None = None) -> Tensor:
+        on_T = numbers([side.knob(name, 1.0) for name in self.knobs], codes.values)
+        return codes.per_latent(on_T[_of(self.tier, latents)])
+
+    def follow(self, membership_F: Tensor) -> None:
+        self.tier.copy_(membership_F)
+
+
+def _of(table_F: Tensor, latents: Tensor | None) -> Tensor:
+    return table_F if latents is None else table_F[latents]
 
 
 def range_of(position: Tensor, context: int, ranges: int) -> Tensor:
