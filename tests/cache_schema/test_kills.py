@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saemill.cache_schema import Request, Span, Store, StoreMissing
+from saemill.cache_schema import Request, Site, Span, Store, StoreMissing
 
 KILLED = signal.SIGKILL.value
 
@@ -77,7 +77,7 @@ def require_whole_shards(synthetic, folder: Path, manifest, corpus) -> int:
         order = [Span(shard, *manifest.shard_range(shard)) for shard in committed]
         for arrays in store.stream(everything, order):
             expected = synthetic.make_content(manifest, corpus, arrays.span.shard)
-            np.testing.assert_array_equal(arrays.resid[3], expected.resid[3])
+            np.testing.assert_array_equal(arrays.resid[3], expected.acts[Site("resid", 3)])
             np.testing.assert_array_equal(arrays.attention[2].dense(), expected.attention[2].dense())
             np.testing.assert_array_equal(arrays.tokens, expected.tokens)
             np.testing.assert_array_equal(arrays.documents, expected.documents)

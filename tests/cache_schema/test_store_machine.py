@@ -51,6 +51,7 @@ from saemill.cache_schema.sources import NumpySource
 from saemill.cache_schema.verify_and_repair import drop_broken_derived, repair, verify_shards
 
 SHARDS = 4
+PLACE = Site("resid", 3)
 EVERYTHING = Request(layers=(3,), attention_layers=(2,), tokens=True, documents=True)
 CAN_BE_MENDED = (
     "resid/layer_3",
@@ -413,7 +414,7 @@ class StoreMachine(RuleBasedStateMachine):
         found, expected = store.read(EVERYTHING, span), self.facts.contents[shard]
         assert found.tokens is not None and found.documents is not None
         assert np.array_equal(found.tokens, expected.tokens) and np.array_equal(found.documents, expected.documents)
-        assert np.array_equal(found.resid[3], expected.resid[3])
+        assert np.array_equal(found.at(PLACE), expected.acts[PLACE])
         csr, wanted = found.attention[2], expected.attention[2]
         for part in ("indptr", "indices", "data", "kept_mass"):
             assert np.array_equal(getattr(csr, part), getattr(wanted, part))
