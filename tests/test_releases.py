@@ -86,7 +86,7 @@ def test_runs_checkpoints_and_results_of_a_later_format_are_refused_by_their_num
     assert done.exit_code == 1 and "config.json has format 2; this saemill reads format 1. Update" in done.output
     for state in (runs / "stopped/checkpoints").glob("*/state.json"):
         edit(state, format=3)
-    with pytest.raises(CheckpointDamaged, match="expected format 2 or before, found 3: update saemill"):
+    with pytest.raises(CheckpointDamaged, match="expected format 2, found 3: update saemill"):
         load_checkpoint(runs / "stopped/checkpoints")
     ours = json.loads((runs / RESULT).read_text())["saemill"]
     edit(runs / RESULT, saemill={**ours, "format": 2})

@@ -154,16 +154,6 @@ def test_every_variants_run_is_written_and_read(variant):
     assert read_run_config(config.to_json(), "config.json") == config
 
 
-@pytest.mark.parametrize("variant", registry.names())
-def test_a_run_that_names_no_start_goes_on_from_the_weights_as_they_were_drawn(variant):
-    """So it began, and so it has to begin again where no checkpoint was written."""
-    asked = Ask.of_variants((variant,)).members(lambda _: {})
-    raw = RunConfig(DataConfig(), CourseConfig(), asked).to_json()
-    optim = raw["saes"][variant]["config"]["optim"]
-    assert optim.pop("start") == "fitted"
-    assert read_run_config(raw, "config.json").members[0].config.optim.start == "drawn"
-
-
 def test_a_damaged_record_is_named():
     raw = RunConfig(DataConfig(), CourseConfig(), members([], "topk")).to_json()
     raw["data"]["seedling"] = 1
