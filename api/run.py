@@ -51,7 +51,10 @@ class Run:
         return str(self.path)
 
     def __repr__(self) -> str:
-        saes = "; ".join(f"{r['sae']}: L0 {r['l0']:.1f}, EV {r['explained_variance']:.3f}" for r in self.rows)
+        def number(value: float | None) -> str:
+            return "-" if value is None else f"{value:.3f}"
+
+        saes = "; ".join(f"{r['sae']}: L0 {r['l0']:.1f}, EV {number(r['explained_variance'])}" for r in self.rows)
         return f"Run({str(self.path)!r}): {self.results['steps']:,} steps; {saes}"
 
     def _repr_html_(self) -> str:

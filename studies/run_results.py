@@ -83,7 +83,8 @@ def read_lines(
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
         is_half = at_half.get("steps") == result["steps"] // 2
         if label in at_half["saes"] and is_half:
-            values["growth"] = sae["explained_variance"] - at_half["saes"][label]["explained_variance"]
+            now, then = sae["explained_variance"], at_half["saes"][label]["explained_variance"]
+            values["growth"] = None if now is None or then is None else now - then
         if costs:
             seconds, size = sae.get("step_seconds"), sae.get("state_bytes")
             values["ms_per_step"] = None if seconds is None else 1e3 * seconds
