@@ -25,6 +25,8 @@ from ...train.sae.side_inputs import Side
 from ..errors import NotApplicable
 from ..model.batches import Windows
 
+MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedSae:
@@ -167,6 +169,11 @@ def layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:
 def attention_layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:
     """Every layer whose attention some of these SAEs read, in rising order."""
     return tuple(sorted({layer for sae in saes for layer in sae.attention_layers}))
+
+
+def batch_size_for(saes: Iterable[LoadedSae], context: int, wanted: int) -> int:
+    """As many rows of tokens at once as asked for, but no more than the dense codes of the widest SAE allow."""
+    return max(1, min(wanted, MOST_CODES // (context * max(sae.width for sae in saes))))
 
 
 def make_side(batch: Windows, is_read: Tensor) -> Side:

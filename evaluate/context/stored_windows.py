@@ -15,9 +15,7 @@ from ...cache_schema.sites import Place
 from ..errors import NotApplicable, SettingInvalid
 from ..model.batches import Windows, count_windows, store_batches
 from .context import Context
-from .loaded_sae import LoadedSae, attention_layers_of, is_massive, layers_of
-
-MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
+from .loaded_sae import LoadedSae, attention_layers_of, batch_size_for, is_massive, layers_of
 
 
 def read_windows(
@@ -40,8 +38,7 @@ def read_windows(
     layers = layers_of(subjects) if layers is None else layers
     attention = sorted({*attention_layers, *attention_layers_of(subjects)})
     length, device = context.manifest.context, context.device
-    room = MOST_CODES // (length * max(subject.width for subject in subjects))
-    size = max(1, min(batch_windows, total, room))
+    size = batch_size_for(subjects, length, min(batch_windows, total))
     batches = store_batches(context.store, split, layers, attention, size, first, total - first, device)
     with context.watch.stage(title, total * length) as advance:
         advance.reach(first * length)

@@ -46,15 +46,11 @@ class Config:
 class Seen:
     """What a pass over windows leaves of one SAE."""
 
-    explained: Explained | None = None
+    explained: Explained
     divergence: dict[str, float] = field(default_factory=dict)  # sums over rows, by what replaced the residual
     agreement: dict[str, float] = field(default_factory=dict)
     rows: int = 0
     traced: Traced = field(default_factory=Traced)
-
-    def explain(self, acts_WTF: Tensor, attention_LWTT: Tensor, keep_WT: Tensor, documents_WT: Tensor | None) -> None:
-        found = explain(acts_WTF, attention_LWTT, keep_WT, documents_WT)
-        self.explained = found if self.explained is None else self.explained + found
 
     def compare(self, name: str, stored_WHTT: Tensor, found_WHTT: Tensor, keep_WT: Tensor) -> None:
         """Add the rows of kept queries."""
@@ -69,7 +65,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     layers = context.manifest.attention.layers
     if not layers:
         raise NotApplicable("the store holds no attention: harvest again with --attention-layers")
-    seen, missing = {subject: Seen() for subject in subjects}, obstacles(context, subjects)
+    seen = {subject: Seen(Explained.none(len(layers), context.device)) for subject in subjects}
+    missing = obstacles(context, subjects)
     windows = 0
     for batch in read_windows(
         context, subjects, "attention", config.windows, config.batch_windows, attention_layers=layers
@@ -78,7 +75,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         averaged = torch.stack([stored[layer].mean(1) for layer in layers])
         for subject in subjects:
             acts, x_hat = subject.reconstruct(batch)
-            seen[subject].explain(acts, averaged, ordinary_rows(context, subject, batch), batch.documents)
+            rows = ordinary_rows(context, subject, batch)
+            seen[subject].explained += explain(acts, averaged, rows, batch.documents)
             if missing[subject] is None:
                 replace(context, subject, batch, x_hat, stored[subject.layer + 1], seen[subject])
             share = batch.slice(0, max(0, config.trace_windows - windows))  # however large batches are
@@ -165,7 +163,6 @@ def dense_rows(rows: AttentionRows) -> Tensor:
 
 def contribution(seen: Seen, layers: Sequence[int]) -> dict[str, Any]:
     """R^2 that each layer adds beyond nearness, alone, and how much more alike attended tokens are."""
-    assert seen.explained is not None
     explained = seen.explained
     shares = explained.contributions()
     found: dict[str, Any] = {"nearness": explained.nearness(), "total": sum(shares)}

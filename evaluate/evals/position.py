@@ -30,10 +30,10 @@ from .measures.position import (
     Profile,
     accuracy,
     assign_ranges,
+    equal_shares,
     fidelity,
     hard_mask,
     profile,
-    range_of_position,
     retention,
     soft_mask,
 )
@@ -198,7 +198,7 @@ def order_probes(
 ) -> dict[str, float]:
     """Test accuracy by number of columns (None: all, of the residual); no document is on both sides."""
     positions_WP, (train, test) = torch.cat(sample.positions), sample.sides()
-    bucket = range_of_position(context, config.ranges).to(positions_WP.device)[positions_WP]
+    bucket = equal_shares(context, config.ranges).to(positions_WP.device)[positions_WP]
     tasks = {
         "range": (rows_WPF, bucket, train, test),
         "first": (*came_first(rows_WPF, positions_WP), in_pairs(train), in_pairs(test)),

@@ -27,10 +27,10 @@ from ...harvest.model.architectures import architecture_of
 from ..context.stored_windows import read_windows, without_massive
 from ..errors import DataMissing, NotApplicable, WidthMismatch
 from ..model.batches import Windows
-from ..model.divergence import chunk_rows, compare, logits_of, next_tokens
+from ..model.divergence import chunk_rows, next_tokens
 from ..model.smaller_pieces import PieceSize
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .measures.splice_effects import Effect
+from .measures.splice_effects import Effect, effects_of
 
 
 @dataclass(frozen=True)
@@ -150,14 +150,9 @@ def _add_batch(context: Context, found: dict[LoadedSae, Seen], batch: Windows) -
         if places not in skipped:  # the same for all SAEs of these places
             skipped[places] = _replaced(context, batch, written, torch.zeros_like(y), counts)
         replaced = _replaced(context, batch, written, y_hat.to(y), counts)
-        logits = [logits_of(context.model, x[counts]) for x in (clean, skipped[places], replaced)]
+        hidden = {"skipped": skipped[places][counts], "replaced": replaced[counts]}
         targets = next_tokens(batch.tokens, batch.keep)[counts[batch.keep]]
-        ce, losses = compare(logits[0], logits[1:], targets, rows)
-        effects = {
-            name: Effect.of(part.kl, part.ce, targets)
-            for name, part in zip(("skipped", "replaced"), losses, strict=True)
-        }
-        effects["clean"] = Effect.of(torch.zeros_like(ce), ce, targets)
+        effects = effects_of(context.model, clean[counts], hidden, targets, rows)
         seen.add(effects, acts[counts], y[counts], y_hat[counts])
 
 

@@ -9,7 +9,6 @@ what `corrected` leaves out of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
@@ -20,12 +19,7 @@ from .probing.sources import Source, data_revision, load_all
 from .probing.texts import OPPOSITES, Task, spurious
 
 
-@dataclass(frozen=True)
-class Config(Settings):
-    """Those of all perturbing evaluations."""
-
-
-def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Settings) -> Iterator[Result | Failure]:
     return evaluate_able(context, subjects, config, free_probes)
 
 
@@ -75,7 +69,7 @@ def make_result(
 
 
 EVALUATION = Evaluation(
-    Config,
+    Settings,
     evaluate,
     needs=Needs(model=True),
     summary=("scr_metrics.scr_metric_threshold_10", "scr_metrics.scr_metric_threshold_50"),

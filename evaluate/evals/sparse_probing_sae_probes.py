@@ -18,13 +18,13 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ...cache_schema.strict_json import to_json
+from ..context.loaded_sae import batch_size_for
 from ..context.prompt_positions import Reader, Spot, stacked, to_sparse
 from ..context.usable_saes import attention_of, model_name_of, require_reading, split_fitting
 from ..model.prefix_suffix import LanguageModel
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing import collection, installed
 from .probing.collection import BinarySet
-from .probing.pooling import batch_size_for
 from .probing.regression_of_sae_probes import MOST_ROWS, Penalty, Scores, Split, rank_latents, split_rows, tuned_scores
 from .probing.scores import mean_scores
 from .probing.settings import of_data

@@ -47,10 +47,15 @@ class Seen:
     """What a pass over windows gathers of one SAE."""
 
     groups: Assignment
+    frequent: Tensor  # the latents of the transition matrix
     consistency: dict[str, Consistency] = field(default_factory=dict)
-    persistence: Persistence | None = None
-    frequent: Tensor | None = None  # chosen before the pass
-    transition_counts: Tensor | None = None
+    persistence: Persistence = field(init=False)
+    transition_counts: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        none = torch.zeros(4, len(self.groups.of_latent), dtype=torch.float64, device=self.frequent.device)
+        self.persistence = Persistence(0, *none)
+        self.transition_counts = none.new_zeros(len(self.frequent), len(self.frequent))
 
     def take(self, acts_WTF: Tensor, batch: Windows, rows_WT: Tensor) -> None:
         assert batch.documents is not None, "windows of a store have documents"
@@ -58,11 +63,8 @@ class Seen:
         for name, members in {ALL: slice(None), **self._by_group()}.items():
             found = consistency(acts_WTF[:, :, members], segment)
             self.consistency[name] = self.consistency[name] + found if name in self.consistency else found
-        found = persistence(acts_WTF, segment)
-        self.persistence = found if self.persistence is None else self.persistence + found
-        assert self.frequent is not None
-        counts = transitions(acts_WTF[:, :, self.frequent], segment)
-        self.transition_counts = counts if self.transition_counts is None else self.transition_counts + counts
+        self.persistence += persistence(acts_WTF, segment)
+        self.transition_counts += transitions(acts_WTF[:, :, self.frequent], segment)
 
     def _by_group(self) -> dict[str, Any]:
         """The latents that are to be consistent at each scale."""
@@ -70,8 +72,8 @@ class Seen:
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
-    seen = {subject: Seen(groups_of(subject, len(SCALES) + 1)) for subject in subjects}
-    choose_frequent(context, seen, config)
+    frequent = choose_frequent(context, subjects, config)
+    seen = {subject: Seen(groups_of(subject, len(SCALES) + 1), frequent[subject]) for subject in subjects}
     for batch in read_windows(context, subjects, "temporal", config.windows, config.batch_windows):
         for subject in subjects:
             rows = ordinary_rows(context, subject, batch)
@@ -81,12 +83,13 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         yield Result(subject, to_json(config), metrics, unstructured=patterns(one, config))
 
 
-def choose_frequent(context: Context, seen: Mapping[LoadedSae, Seen], config: Config) -> None:
+def choose_frequent(context: Context, subjects: Sequence[LoadedSae], config: Config) -> dict[LoadedSae, Tensor]:
     """The latents of the transition matrix."""
     count, title = min(config.windows, CHOOSING), "temporal: latents"
-    fired = sums_of_codes(context, list(seen), title, count, config.batch_windows, lambda acts: (acts > 0).sum(0))
-    for subject, one in seen.items():
-        one.frequent = fired[subject].topk(min(config.most_frequent, len(fired[subject]))).indices
+    fired = sums_of_codes(context, subjects, title, count, config.batch_windows, lambda acts: (acts > 0).sum(0))
+    return {
+        subject: fired_F.topk(min(config.most_frequent, len(fired_F))).indices for subject, fired_F in fired.items()
+    }
 
 
 def consistency_scores(seen: Seen) -> dict[str, float]:
@@ -108,7 +111,6 @@ def consistency_scores(seen: Seen) -> dict[str, float]:
 
 def stability(seen: Seen, config: Config) -> dict[str, float]:
     """Over latents that fired often enough; `measured` says how many there are."""
-    assert seen.persistence is not None
     counts = seen.persistence
     often = counts.fired >= config.least_firings
     found: dict[str, float] = {"measured": int(often.sum())}
@@ -126,7 +128,6 @@ def stability(seen: Seen, config: Config) -> dict[str, float]:
 
 def patterns(seen: Seen, config: Config) -> dict[str, Any]:
     """For plots: the transition matrix of the most frequent latents, and every latent's lifetime."""
-    assert seen.persistence is not None and seen.frequent is not None and seen.transition_counts is not None
     counts, often = seen.persistence, seen.persistence.fired >= config.least_firings
     from_M = counts.followed[seen.frequent].clamp_min(1)
     return {

@@ -75,17 +75,20 @@ class Seen:
 
     tiers: Assignment
     composed: Tensor  # bool [F]
-    activity: Activity | None = None
+    activity: Activity = field(init=False)
     dominant: list[Tensor] = field(default_factory=list)
-    strongest: Strongest | None = None
-    alone: tuple[int, ...] | None = None  # latents that are traced one by one
+    strongest: Strongest = field(init=False)
+    alone: tuple[int, ...] = ()  # latents that are traced one by one
+
+    def __post_init__(self) -> None:
+        nothing = self.composed.new_zeros(0, len(self.composed))
+        self.activity = tier_activity(nothing, self.tiers.of_latent, self.tiers.count)
+        self.strongest = Strongest.none(KEPT, len(self.composed), self.composed.device)
 
     def take(self, acts_NF: Tensor, places_N: Tensor) -> None:
-        activity = tier_activity(acts_NF, self.tiers.of_latent, self.tiers.count)
-        self.activity = activity if self.activity is None else self.activity + activity
+        self.activity += tier_activity(acts_NF, self.tiers.of_latent, self.tiers.count)
         self.dominant.append(dominant_latents(acts_NF, self.tiers.of_latent, self.tiers.count).cpu())
-        before = self.strongest or Strongest.none(KEPT, acts_NF.shape[1], acts_NF.device)
-        self.strongest = before.with_batch(acts_NF, places_N)
+        self.strongest = self.strongest.with_batch(acts_NF, places_N)
 
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
@@ -183,7 +186,7 @@ def trace(tracer: Tracer, subject: LoadedSae, acts_WTF: Tensor, seen: Seen) -> d
     every_F = torch.ones_like(seen.composed)
     kept |= {"without_uncomposed": seen.composed, "all": every_F}
     latents = torch.arange(len(every_F), device=every_F.device)
-    kept |= {f"without_latent_{latent}": latents != latent for latent in seen.alone or ()}
+    kept |= {f"without_latent_{latent}": latents != latent for latent in seen.alone}
     parts = {name: partial(_decoded, subject, acts_WTF, members) for name, members in kept.items()}
     return {**tracer.given, **tracer.effects(parts)}
 
@@ -201,7 +204,6 @@ def measure(
     seen: Seen, composition: Mapping[str, float], effects: Mapping[str, Effect], config: Config
 ) -> dict[str, dict[str, Any]]:
     """All numbers of one SAE."""
-    assert seen.activity is not None
     activity = {
         f"{name}_{tier + 1}": value
         for tier in range(seen.tiers.count)
@@ -230,7 +232,6 @@ def information(dominant_NM: Tensor, seed: int) -> dict[str, float]:
 
 def uncomposed(seen: Seen, effects: Mapping[str, Effect]) -> dict[str, float]:
     """What the latents carry that no few of the tier below make up."""
-    assert seen.activity is not None
     others, activity = ~seen.composed, seen.activity
     found = {
         "latents": int(others.sum()),
@@ -271,9 +272,8 @@ def most_active(mass_F: Tensor, tiers: Assignment, count: int) -> tuple[int, ...
 
 def list_traced(seen: Seen, effects: Mapping[str, Effect], words: Wording) -> list[dict[str, Any]]:
     """What predictions lose, in nats a token, by taking out single latents, and on what these fire."""
-    assert seen.activity is not None and seen.strongest is not None
     listed = []
-    for latent in seen.alone or ():
+    for latent in seen.alone:
         effect, every_one = effects[f"without_latent_{latent}"], effects["all"]
         listed.append(
             {
@@ -290,7 +290,6 @@ def list_traced(seen: Seen, effects: Mapping[str, Effect], words: Wording) -> li
 
 def list_uncomposed(seen: Seen, words: Wording, config: Config) -> list[dict[str, Any]]:
     """The most active of them, and their strongest tokens."""
-    assert seen.activity is not None and seen.strongest is not None
     mass = torch.where(seen.composed, 0.0, seen.activity.mass)
     chosen = mass.topk(min(config.listed, len(mass))).indices.tolist()
     return [
@@ -309,7 +308,6 @@ def list_uncomposed(seen: Seen, words: Wording, config: Config) -> list[dict[str
 
 def list_compositions(subject: LoadedSae, seen: Seen, words: Wording, config: Config) -> list[dict[str, Any]]:
     """Of each tier but the first, those of its latents that fire and that few of the tier below make up best."""
-    assert seen.activity is not None and seen.strongest is not None
     W_dec, strongest, listed = subject.sae.W_dec.detach(), seen.strongest, []
     for tier in range(1, seen.tiers.count):
         below = seen.tiers.members(tier - 1).nonzero().view(-1)

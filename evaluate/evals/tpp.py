@@ -8,7 +8,6 @@ has SAEBench's steps and says what `corrected` leaves out of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
@@ -18,12 +17,7 @@ from .probing.settings import Settings, official_config
 from .probing.sources import Source, data_revision, load_all
 
 
-@dataclass(frozen=True)
-class Config(Settings):
-    """Those of all perturbing evaluations."""
-
-
-def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
+def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Settings) -> Iterator[Result | Failure]:
     return evaluate_able(context, subjects, config, disturb_probes)
 
 
@@ -58,7 +52,7 @@ def make_result(
 
 
 EVALUATION = Evaluation(
-    Config,
+    Settings,
     evaluate,
     needs=Needs(model=True),
     summary=("tpp_metrics.tpp_threshold_10_total_metric", "tpp_metrics.tpp_threshold_50_total_metric"),

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ...context.loaded_sae import LoadedSae
-from .position import ANYWHERE, range_of_position
-from .tiers import equal_tiers
+from .position import ANYWHERE, equal_shares
 
 TIERS, RANGES, GROUPS = "tiers.membership", "mask.range", "temporal.group"
 
@@ -72,7 +71,7 @@ def ranges_of(subject: LoadedSae, count: int, context: int) -> Assignment | None
     if centre is None:
         return None
     place = centre.round().long().clamp(0, context - 1)
-    return Assignment(range_of_position(context, count).to(place.device)[place], count, "saved centres")
+    return Assignment(equal_shares(context, count).to(place.device)[place], count, "saved centres")
 
 
 def is_bound(assignment: Assignment) -> Tensor:
@@ -84,7 +83,7 @@ def _saved_or_equal(subject: LoadedSae, name: str, count: int) -> Assignment:
     membership = saved(subject, name)
     if membership is not None:
         return Assignment(membership.long(), max(count, int(membership.max()) + 1), "saved")
-    return Assignment(equal_tiers(subject.width, count).to(subject.sae.W_dec.device), count, "equal shares")
+    return Assignment(equal_shares(subject.width, count).to(subject.sae.W_dec.device), count, "equal shares")
 
 
 def every(members_F: Tensor, most: int) -> Tensor:

@@ -51,6 +51,11 @@ class Explained(Sums):
     usual: Tensor  # float64 [L], sum over the same rows of the plain mean similarity
     rows: Tensor  # float64 [L]
 
+    @staticmethod
+    def none(layers: int, device: torch.device | str = "cpu") -> Explained:
+        zeros = torch.zeros(layers + 2, layers + 2, dtype=torch.float64, device=device)
+        return Explained(zeros, *zeros[:3, 2:])
+
     def nearness(self) -> float:
         """R^2 of nearness alone."""
         return self._r_squared(())

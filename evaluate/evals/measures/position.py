@@ -21,9 +21,9 @@ from ...model.batches import Sums
 ANYWHERE = -1  # the range of a latent that no mask binds
 
 
-def range_of_position(context: int, ranges: int) -> Tensor:
-    """int64 [T]."""
-    return torch.arange(context) * ranges // context
+def equal_shares(length: int, count: int) -> Tensor:
+    """int64 [length]: in which of so many equal shares each place lies."""
+    return torch.arange(length) * count // length
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ def retention(seen: Profile, range_F: Tensor, ranges: int) -> Tensor:
 
 def hard_mask(range_F: Tensor, context: int, ranges: int) -> Tensor:
     """float64 [T, F]: 1 inside a latent's range, everywhere for a latent bound to none."""
-    inside = range_of_position(context, ranges).to(range_F.device)[:, None] == range_F
+    inside = equal_shares(context, ranges).to(range_F.device)[:, None] == range_F
     return (inside | (range_F == ANYWHERE)).double()
 
 
@@ -86,7 +86,7 @@ def fidelity(seen: Profile, mask_TF: Tensor) -> Tensor:
 
 def _by_range(table_TF: Tensor, ranges: int) -> Tensor:
     """[R, F]: mean over the positions of each range."""
-    of_position = range_of_position(len(table_TF), ranges).to(table_TF.device)
+    of_position = equal_shares(len(table_TF), ranges).to(table_TF.device)
     total = table_TF.new_zeros(ranges, table_TF.shape[1]).index_add(0, of_position, table_TF)
     return total / torch.bincount(of_position, minlength=ranges).clamp_min(1)[:, None]
 

@@ -50,6 +50,16 @@ class Effect(Sums):
         return self.loss_sum / max(self.predicting, 1)
 
 
+def effects_of(
+    model: LanguageModel, clean_ND: Tensor, replaced: Mapping[str, Tensor], targets_N: Tensor, rows: PieceSize
+) -> dict[str, Effect]:
+    """Of each [N, D] behind the final norm, and of the model as it is."""
+    clean, *others = (logits_of(model, hidden_ND) for hidden_ND in (clean_ND, *replaced.values()))
+    loss_N, losses = compare(clean, others, targets_N, rows)
+    found = {name: Effect.of(part.kl, part.ce, targets_N) for name, part in zip(replaced, losses, strict=True)}
+    return found | {CLEAN: Effect.of(torch.zeros_like(loss_N), loss_N, targets_N)}
+
+
 class Tracer:
     """Replaces the residual of one batch at one layer, as often as one likes, against one clean pass."""
 
@@ -62,12 +72,12 @@ class Tracer:
     def effects(self, replaced: Mapping[str, Callable[[], Tensor]]) -> dict[str, Effect]:
         """Of each residual [W, T, D], made when its turn comes; and of the model as it is."""
         keep = self._batch.keep[:, :, None]
-        hidden = [self._hidden(torch.where(keep, x_hat().to(self._resid), self._resid)) for x_hat in replaced.values()]
+        hidden = {
+            name: self._hidden(torch.where(keep, x_hat().to(self._resid), self._resid))
+            for name, x_hat in replaced.items()
+        }
         targets = next_tokens(self._batch.tokens, self._batch.keep)
-        clean, *others = (logits_of(self._model, one) for one in (self._clean, *hidden))
-        clean_loss, losses = compare(clean, others, targets, self._rows)
-        found = {name: Effect.of(part.kl, part.ce, targets) for name, part in zip(replaced, losses, strict=True)}
-        return found | {CLEAN: Effect.of(torch.zeros_like(clean_loss), clean_loss, targets)}
+        return effects_of(self._model, self._clean, hidden, targets, self._rows)
 
     def _hidden(self, resid_WTD: Tensor) -> Tensor:
         """[N, D] behind the final norm."""

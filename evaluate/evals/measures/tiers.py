@@ -25,11 +25,6 @@ SILENT = -1  # the label of a token on which no latent of a tier fires
 PERMUTATIONS = 8  # for what two independent labellings of this size would share by chance
 
 
-def equal_tiers(width: int, tiers: int = 3) -> Tensor:
-    """int64 [F]: the tier of each latent when the dictionary is cut into equal shares."""
-    return torch.arange(width) * tiers // width
-
-
 @dataclass(frozen=True, eq=False)
 class Activity(Sums):
     """Sums over tokens; those of two batches add up."""

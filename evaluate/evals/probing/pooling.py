@@ -20,7 +20,7 @@ from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
 from ...context.context import Context
-from ...context.loaded_sae import LoadedSae, layers_of
+from ...context.loaded_sae import LoadedSae, batch_size_for, layers_of
 from ...context.prompt_positions import stacked, to_sparse
 from ...context.usable_saes import attention_of
 from ...model.batches import Windows, make_rows, run_windows
@@ -28,8 +28,6 @@ from ...model.prefix_suffix import LanguageModel
 from ...model.smaller_pieces import PieceSize, in_pieces
 from .features import Features, spans_of
 from .texts import Classes, Task
-
-ACTIVATIONS_AT_ONCE = 2**27  # of one SAE in one batch: half a gigabyte
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +151,3 @@ def by_count(total_WF: Tensor, valid_WT: Tensor) -> Tensor:
 def beside(batch: Windows, layers: Sequence[int]) -> Tensor:
     """The residuals of some layers side by side, in the model's dtype."""
     return torch.cat([batch.resid[layer] for layer in layers], dim=-1)
-
-
-def batch_size_for(subjects: Sequence[LoadedSae], context: int, wanted: int) -> int:
-    """As many texts at once as asked for, but no more than the widest SAE's activations allow."""
-    widest = max(subject.width for subject in subjects)
-    return max(1, min(wanted, ACTIVATIONS_AT_ONCE // (context * widest)))

@@ -16,8 +16,8 @@ from saemill.evaluate.context.results import frame
 from saemill.evaluate.context.stored_windows import mean_of_rows, ordinary_rows
 from saemill.evaluate.errors import ModelMissing, NotApplicable, SettingInvalid
 from saemill.evaluate.evals import attention, position, temporal, tiers
-from saemill.evaluate.evals.measures.assignment import every, groups_of, ranges_of, saved, tiers_of
-from saemill.evaluate.evals.measures.attention import Pairs, choose_pairs, trace_pairs
+from saemill.evaluate.evals.measures.assignment import Assignment, every, groups_of, ranges_of, saved, tiers_of
+from saemill.evaluate.evals.measures.attention import Explained, Pairs, choose_pairs, trace_pairs
 from saemill.evaluate.evals.measures.examples import Wording
 from saemill.evaluate.evals.measures.splice_effects import Effect, make_tracers
 from saemill.evaluate.evals.measures.tiers import tier_activity
@@ -336,7 +336,8 @@ def test_what_a_tier_carries_is_what_is_lost_without_it():
         "restored_by_2": pytest.approx(1 / 7),
     }
     activity = tier_activity(torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 1]), 2)
-    seen = tiers.Seen(None, torch.tensor([True, False]), activity)
+    seen = tiers.Seen(Assignment(torch.tensor([0, 1]), 2, "saved"), torch.tensor([True, False]))
+    seen.activity += activity
     assert tiers.uncomposed(seen, effects) == {
         "latents": 1,
         "l0": 1.0,
@@ -352,7 +353,7 @@ def test_the_favourites_that_stay_are_counted():
     found = stored.clone()
     found[0, 1, 2] = torch.tensor([0.5, 0.3, 0.2])
     found[0, :, 0] = torch.tensor([0.0, 0, 1])
-    seen = attention.Seen()
+    seen = attention.Seen(Explained.none(1))
     seen.compare("sae", stored, found, torch.tensor([[False, True, True]]))
     assert seen.agreement == {"sae": 3.0}
     assert seen.divergence["sae"] == pytest.approx(0.2 * math.log(0.2 / 0.5) + 0.5 * math.log(0.5 / 0.2), rel=1e-5)
@@ -528,14 +529,14 @@ def test_some_of_many_are_spread_evenly():
 
 def test_a_wide_sae_gets_small_batches(world, builder, open_context, monkeypatch):
     subject = builder.subject(builder.make_sae())
-    monkeypatch.setattr("saemill.evaluate.context.stored_windows.MOST_CODES", 2 * builder.CONTEXT * builder.F)
+    monkeypatch.setattr("saemill.evaluate.context.loaded_sae.MOST_CODES", 2 * builder.CONTEXT * builder.F)
     sizes = [len(batch) for batch in tiers.read_windows(open_context(world), [subject], "t", 7, 5)]
     assert sizes == [2, 2, 2, 1]
 
 
 def test_special_tokens_keep_their_residual(world, builder, open_context):
     """What an SAE makes of the attention sink is nobody's business."""
-    context, subject, seen = open_context(world), builder.subject(builder.make_sae()), attention.Seen()
+    context, subject, seen = open_context(world), builder.subject(builder.make_sae()), attention.Seen(Explained.none(1))
     layers = (builder.LAYER + 1,)
     (batch,) = list(tiers.read_windows(context, [subject], "t", 4, 4, attention_layers=layers))
     x_hat = torch.where(batch.keep[:, :, None], batch.x(subject.layers), 99.0)

@@ -79,7 +79,7 @@ def test_a_planted_bell_is_recognised_and_a_flat_profile_has_no_shape():
 
 @given(st.integers(1, 200), st.integers(1, 8))
 def test_ranges_are_even_and_in_order(context, ranges):
-    found = position.range_of_position(context, ranges)
+    found = position.equal_shares(context, ranges)
     assert (found.diff() >= 0).all()
     if context >= ranges:
         assert found.unique().tolist() == list(range(ranges))

@@ -9,6 +9,7 @@ from scipy.optimize import nnls
 from sklearn.metrics import adjusted_mutual_info_score, mutual_info_score, normalized_mutual_info_score
 
 from saemill.evaluate.evals.measures import tiers
+from saemill.evaluate.evals.measures.position import equal_shares
 
 
 def labels(seed: int, count: int, kinds: int) -> torch.Tensor:
@@ -41,7 +42,7 @@ def test_a_tier_that_follows_another_has_information_one():
     pick = torch.randint(0, 4, (400,), generator=torch.Generator().manual_seed(0))
     codes[torch.arange(400), pick] = 1.0
     codes[torch.arange(400), 4 + (pick + 1) % 4] = 2.0
-    first, second = tiers.dominant_latents(codes, tiers.equal_tiers(8, 2), 2).T
+    first, second = tiers.dominant_latents(codes, equal_shares(8, 2), 2).T
     assert tiers.normalised_mutual_information(first, second) == pytest.approx(1.0)
 
 
@@ -58,7 +59,7 @@ def test_a_constant_labelling_shares_nothing():
 
 @given(st.integers(1, 60), st.integers(1, 7))
 def test_equal_tiers_are_nested_and_even(width, count):
-    found = tiers.equal_tiers(width, count)
+    found = equal_shares(width, count)
     assert (found.diff() >= 0).all()
     sizes = torch.bincount(found, minlength=count)
     assert len(sizes) == count
@@ -69,7 +70,7 @@ def test_activity_adds_up_over_batches():
     generator = torch.Generator().manual_seed(0)
     codes = torch.relu(torch.randn(64, 9, generator=generator) - 1)
     codes[:, 8] = 0
-    membership = tiers.equal_tiers(9, 3)
+    membership = equal_shares(9, 3)
     whole = tiers.tier_activity(codes, membership, 3)
     parts = tiers.tier_activity(codes[:20], membership, 3) + tiers.tier_activity(codes[20:], membership, 3)
     for tier in range(3):

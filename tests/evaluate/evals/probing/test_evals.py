@@ -16,6 +16,7 @@ from transformers import Gemma2ForCausalLM
 from saemill.evaluate.errors import DataMissing, NotApplicable, WidthMismatch
 from saemill.evaluate.evals import contrast, scr, sparse_probing, sparse_probing_sae_probes, tpp
 from saemill.evaluate.evals.probing import installed, saebench_texts
+from saemill.evaluate.evals.probing.settings import Settings
 from saemill.evaluate.evals.probing.sources import HUB
 from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts, token_rows
 from saemill.evaluate.model.prefix_suffix import LanguageModel
@@ -31,10 +32,10 @@ SMALL = {
         context_length=16,
         k_values=(1, 5),
     ),
-    "scr": scr.Config(
+    "scr": Settings(
         data="stdlib", train_set_size=48, test_set_size=24, context_length=16, n_values=(2, 5), probe_epochs=3
     ),
-    "tpp": tpp.Config(
+    "tpp": Settings(
         data="stdlib", train_set_size=40, test_set_size=20, context_length=16, n_values=(2, 5), probe_epochs=3
     ),
     "sparse_probing_sae_probes": sparse_probing_sae_probes.Config(
@@ -112,7 +113,7 @@ def test_saes_of_another_model_are_named_and_cost_no_text(module, context, build
     wide = builder.subject(builder.make_sae(d_in=builder.D + 1), "wide")
     high = builder.subject(builder.make_sae(), "high", layers=(9,))
     both = builder.subject(builder.make_sae(), "both", layers=(1, 2))
-    failures = list(module.evaluate(context, [wide, high, both], module.Config(data="stdlib")))
+    failures = list(module.evaluate(context, [wide, high, both], module.EVALUATION.config(data="stdlib")))
     assert [failure.subject for failure in failures] == [wide, high, both]
     of_one_layer = module in (scr, tpp)
     assert [type(failure.error) for failure in failures[:2]] == [WidthMismatch, WidthMismatch]
@@ -171,7 +172,7 @@ def test_no_data_at_all_is_not_run(run, monkeypatch):
     saebench_texts._table.cache_clear()
     monkeypatch.setattr(saebench_texts, "load_dataset", away)
     monkeypatch.setattr(saebench_texts, "find_repository", away)
-    rows = run("tpp", tpp.Config(data="hub"))
+    rows = run("tpp", Settings(data="hub"))
     assert [row.status for row in rows] == ["not run", "not run"]
     assert "hf auth login" in rows[0].reason
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from saemill.evaluate.context.loaded_sae import batch_size_for
 from saemill.evaluate.evals.probing.pooling import (
-    batch_size_for,
     make_pool,
     masked,
     mean_latents,
