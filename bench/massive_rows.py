@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from saemill import Store
-from saemill.cache_schema.massive_rows import MULTIPLE, measure_massive
 from saemill.cache_schema.sites import RESID
 from saemill.evaluate.context.context import Context
+from saemill.evaluate.context.stored_windows import without_massive
 from saemill.evaluate.model.batches import Windows, store_batches
 from saemill.evaluate.model.divergence import next_tokens
 from saemill.evaluate.model.prefix_suffix import LanguageModel
@@ -55,14 +55,13 @@ class Held:
     model: LanguageModel
     layer: int
     windows: Windows
-    is_massive: Tensor
+    is_ordinary: Tensor
 
     @staticmethod
     def of(store: Store, layer: int, count: int) -> Held:
         windows = next(store_batches(store, "test", (layer,), batch_windows=count, count=count))
-        bound = measure_massive(store, layer, MULTIPLE).bound
-        norms_WT = windows.resid[layer].float().norm(dim=-1)
-        return Held(Context(store, watch=Watch(is_quiet=True)).model, layer, windows, windows.keep & (norms_WT > bound))
+        context = Context(store, watch=Watch(is_quiet=True))
+        return Held(context.model, layer, windows, without_massive(context, windows.keep, windows.resid))
 
     @property
     def rows(self) -> Tensor:
@@ -72,7 +71,7 @@ class Held:
         resid = self.windows.resid[self.layer]
         rebuilt = rebuilt_ND.view(resid.shape)
         found = {}
-        for name, chosen in {"all": self.windows.keep, "ordinary": self.windows.keep & ~self.is_massive}.items():
+        for name, chosen in {"all": self.windows.keep, "ordinary": self.is_ordinary}.items():
             x, x_hat = resid.float()[chosen].double(), rebuilt[chosen].double()
             found[f"windows_{name}"] = float(1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
             found[f"ce_{name}"] = self.cross_entropy(torch.where(chosen[..., None], rebuilt.to(resid.dtype), resid))
@@ -161,7 +160,7 @@ def main(
         untouched = held.cross_entropy(held.windows.resid[layer])
         facts = gather_facts(peers_python, model=manifest.model.id, layer=layer) | {
             "windows": windows,
-            "massive": int(held.is_massive.sum()),
+            "massive": int((held.windows.keep & ~held.is_ordinary).sum()),
             "ce_clean": untouched,
         }
         for kind in (ALL, ORDINARY):
