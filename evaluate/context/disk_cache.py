@@ -18,12 +18,16 @@ def decided_by(**facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def remembered(folder: Path, name: str, decided: str, compute: Callable[[], Any]) -> Any:
+def remembered(folder: str | Path, name: str, decided: str, compute: Callable[[], Any]) -> Any:
     """What `compute` returned when it was first asked for under this name; it must fit into JSON.
 
-    A damaged file is none, and a disk that takes no file costs no result: it is computed again next time.
+    A damaged file is none, and a disk that takes no file costs no result: it is computed again next time. Nor does a
+    user without a home, as in containers.
     """
-    file = folder / f"{name}-{decided}.json"
+    try:
+        file = Path(folder).expanduser() / f"{name}-{decided}.json"
+    except RuntimeError:
+        return compute()
     with suppress(OSError, ValueError, RecursionError):
         return json.loads(file.read_bytes())
     found = compute()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -144,8 +143,7 @@ def known_prompts(
     else:
         name, texts = entity_class.name, [prompt.text for prompt in prompts]
         decided = decided_by(model=model_print(model), tokens=config.n_generated_tokens, prompts=texts)
-        folder = Path(config.cache).expanduser()
-        first, said = remembered(folder, name, decided, lambda: ask(context, name, prompts, config))
+        first, said = remembered(config.cache, name, decided, lambda: ask(context, name, prompts, config))
     return answered_prompts(prompts, first, said, config.top_n_entities)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from ...context.evaluation_data_sets import library_revision
@@ -95,8 +94,7 @@ def load_material(context: Context, config: Config) -> Material:
 
 def set_exams(material: Material, config: Config) -> list[Exam]:
     """Of each paper the questions that the undisturbed model answers right."""
-    folder = Path(config.cache).expanduser()
-    exams = [paper.exam(remembered_questions(material.model, paper, folder)) for paper in material.papers]
+    exams = [paper.exam(remembered_questions(material.model, paper, config.cache)) for paper in material.papers]
     for papers, kind in ((material.forget, "to forget"), (material.retain, "to retain")):
         if not any(len(exam) for exam in exams if exam.name in {paper.name for paper in papers}):
             raise NotApplicable(f"the model answers no question about what it is {kind}: there is nothing to measure")

@@ -15,6 +15,7 @@ prompt format; only Gemma's is known. The forget corpus is given out on request,
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def load_wmdp(
     context: Context, model_name: str, corpus: str, names: Sequence[str], size: int, length: int, batch: int, seed: int
 ) -> Material:
     """All of it; what needs no download is looked at first, so that a missing file is said at once."""
-    forget_texts = read_corpus(Path(corpus).expanduser())
+    forget_texts = read_corpus(Path(os.path.expanduser(corpus)))
     retain_texts = [row["text"] for row in load_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
     questions = {name: read_questions(name) for name in names}
     model = load_instructed(context, model_name)

@@ -170,7 +170,7 @@ def _trial_answers(model: LanguageModel, exam: Exam) -> Iterator[Tensor]:
         yield right_answers(model, model.hidden(sheet.tokens), sheet, exam.choose)
 
 
-def remembered_questions(model: LanguageModel, paper: Paper, folder: Path) -> list[int]:
+def remembered_questions(model: LanguageModel, paper: Paper, folder: str | Path) -> list[int]:
     """The numbers of the questions that the model knows, of multiple choice computed at most once."""
     if not isinstance(paper, ChoicePaper):
         return known_questions(model, paper)

@@ -34,6 +34,13 @@ def test_a_place_that_cannot_be_written_costs_no_result(tmp_path: Path, monkeypa
     assert remembered(tmp_path, "task", "abc", lambda: [1, 2]) == [1, 2]
 
 
+def test_a_user_without_a_home_is_computed_for_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert remembered("~nobody-here/kept", "task", "abc", lambda: [1, 2]) == [1, 2]
+    assert remembered("~nobody-here/kept", "task", "abc", lambda: [3]) == [3]
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_the_computation_itself_raises_is_told(tmp_path: Path) -> None:
     def breaks() -> None:
         raise OSError("planted")

@@ -211,6 +211,12 @@ def test_a_forget_corpus_without_a_long_text_is_refused_before_the_model_is_load
     assert asked == []
 
 
+def test_a_forget_corpus_at_a_home_that_nobody_has_is_not_there():
+    config = unlearning.Config(data="wmdp", forget_corpus="~nobody-here/corpus.jsonl")
+    with pytest.raises(DataMissing, match="not at ~nobody-here/corpus.jsonl"):
+        unlearning.load_material(Context(None, watch=Watch(is_quiet=True)), config)
+
+
 def test_a_base_model_is_not_asked_questions(context):
     with pytest.raises(NotApplicable, match="not an instruction-tuned Gemma"):
         material_file.load_instructed(context, "google/gemma-2-2b")
