@@ -92,7 +92,7 @@ def measure(runs: Iterable[Run], batches: list[Tensor]) -> list[dict[str, Any]]:
     variance = float((rows - rows.mean(0)).double().square().sum(1).mean())
     found = []
     for run in runs:
-        saes = RunFolder.at(run.path).read_config()["saes"]
+        saes = RunFolder(run.path).read_config()["saes"]
         for label in run.saes:
             variant, config, ended = saes[label]["variant"], saes[label]["config"], run.results["saes"][label]
             sae, trained_at = run.load(label), round(config["k"])
@@ -134,7 +134,7 @@ def run_of(folder: Path, words: Mapping[str, Any]) -> Run:
 def require_of(runs: Iterable[Run], cache_id: str, width: int, tokens: int) -> None:
     """Runs that were there already are told as if they had been asked for now, so they have to be what is asked for."""
     for run in runs:
-        config = RunFolder.at(run.path).read_config()
+        config = RunFolder(run.path).read_config()
         found = (config["cache"]["cache_id"], {sae["config"]["width"] for sae in config["saes"].values()})
         least = tokens - config["data"]["batch_tokens"]
         if found != (cache_id, {width}) or not least < run.results["tokens"] <= tokens:

@@ -67,7 +67,7 @@ def read_lines(
 ) -> list[Line]:
     """What a finished run came to: of its result and of its evaluations, if these are of the settings `asked` for."""
     result = read_json(folder.path / "result.json")
-    half = RunFolder.at(folder.path.with_name(folder.name + HALF))
+    half = RunFolder(folder.path.with_name(folder.name + HALF))
     at_half = read_json(half.path / "result.json") if half.is_finished else {"saes": {}}
     lines = []
     documents = {

@@ -177,7 +177,7 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
         words = [*runs, *place, "--evals", ",".join(eval_ids), "--resume"]
         words += settings_of(course.evaluation, eval_ids)
         call(sae_eval, "sae-eval", words, console, may_end=(0, 1, 3))  # the table says line by line what failed
-    folders = {recipe.name: RunFolder.at(course.out / recipe.name) for recipe in recipes}
+    folders = {recipe.name: RunFolder(course.out / recipe.name) for recipe in recipes}
     all_evals = list(dict.fromkeys(eval_id for recipe in recipes for eval_id in recipe.evals))
     asked = make_configs(",".join(all_evals), settings_of(course.evaluation, all_evals)[1::2]) if all_evals else {}
     results = [(recipe, read_lines(folders[recipe.name], recipe.evals, recipe.costs, asked)) for recipe in recipes]
@@ -281,7 +281,7 @@ def _says_length(option: str, value: str) -> bool:
 
 def _training_words(recipe: Recipe, course: Course, options: Sequence[str], beside: bool) -> list[str]:
     name = recipe.name
-    folder = RunFolder.at(course.out / name)
+    folder = RunFolder(course.out / name)
     if folder.is_finished:
         return []
     if (folder.path / "config.json").is_file():

@@ -111,7 +111,7 @@ def use_sae(folder: Path) -> None:
 
 
 def read_run(folder: Path) -> None:
-    run = RunFolder.at(folder)
+    run = RunFolder(folder)
     read_run_config(run.read_config(), str(folder))
     cache_of(run)
 

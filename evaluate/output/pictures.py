@@ -37,10 +37,10 @@ def joint_name(names: Sequence[str]) -> str:
 
 def after_run(folder: Path, say: Say, pause: float = 0.0) -> None:
     """What training calls when a run has ended; and before, every so many seconds, while it is on its way."""
-    if RunFolder.at(folder).is_finished:
+    if RunFolder(folder).is_finished:
         _draw([folder], folder / "plots", say)
     else:
-        _draw_live(RunFolder.at(folder), say, pause)
+        _draw_live(RunFolder(folder), say, pause)
 
 
 def _draw_live(run: RunFolder, say: Say, pause: float) -> None:
@@ -59,7 +59,7 @@ def _draw(homes: Sequence[Path], folder: Path, say: Say, known: Documents | None
     from .plots import make_plots
     from .report.run_page import write_page  # loads matplotlib, which nobody waits for who asks for no pictures
 
-    runs = [RunFolder.at(home) for home in homes]
+    runs = [RunFolder(home) for home in homes]
     try:
         records = read_records(runs, say, known)
         drawn = make_plots(records, folder)

@@ -19,7 +19,7 @@ from ...train.disk.plain_form import with_unit_rows, without_signs
 from ...train.disk.sae_folder import CONFIG, WEIGHTS, as_said_since_6, read_config
 from ...train.errors import RunMissing, SaeInvalid, TrainError
 from ...train.run.find_sae import find_sae, is_of_hub, list_saes, read_folder
-from ...train.run.folder import RunFolder, cache_of, places_of, run_names
+from ...train.run.folder import RunFolder, cache_of, is_run, places_of, run_names
 from ...train.study_recipes import runs_of, studies
 from ..context.loaded_sae import LoadedSae
 from ..errors import EvalError, RunUnfinished, SettingInvalid, TargetUnknown
@@ -71,8 +71,8 @@ def find_places(target: str, runs: Path, cache: str | None = None) -> list[tuple
         folder = find_sae(target, runs)
     except RunMissing as error:
         raise TargetUnknown(_explain_missing(target, runs, cache, error)) from error
-    parent = RunFolder.at(folder.resolve().parent)
-    return [(folder, parent if _is_run(parent) else None)]
+    parent = folder.resolve().parent
+    return [(folder, RunFolder(parent) if is_run(parent) else None)]
 
 
 def make_subject(folder: Path, run: RunFolder | None, layer: int | None = None, home: Path | None = None) -> LoadedSae:
@@ -108,14 +108,9 @@ def _config_of(folder: Path) -> dict[str, Any]:
 def _run_of(target: str, runs: Path) -> RunFolder | None:
     """The run of this name or path."""
     for path in places_of(target, runs):
-        if _is_run(RunFolder.at(path)) and list_saes(path) != [path]:
-            return RunFolder.at(path)
+        if is_run(path) and list_saes(path) != [path]:
+            return RunFolder(path)
     return None
-
-
-def _is_run(folder: RunFolder) -> bool:
-    """Whether the config.json there is of a run of ours: models and other tools' runs have one too."""
-    return (folder.path / "config.json").is_file() and {"saes", "cache"} <= folder.read_config().keys()
 
 
 def _saes_of(run: RunFolder) -> list[Path]:

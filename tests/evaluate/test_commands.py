@@ -114,9 +114,10 @@ def test_completion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: list[str], incomplete: str, expected: set[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for run in ("runs/mine", "elsewhere/other"):
+    begun = '{"cache": {}, "saes": {}}'
+    for run, config in {"runs/mine": begun, "runs/mixtral": "{}", "elsewhere/other": begun}.items():
         (tmp_path / run).mkdir(parents=True)
-        (tmp_path / run / "config.json").write_text("{}")
+        (tmp_path / run / "config.json").write_text(config)
     found = ShellComplete(main_of(name), {}, name, "_X_COMPLETE").get_completions(words, incomplete)
     assert {item.value for item in found} == expected
 

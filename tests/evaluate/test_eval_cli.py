@@ -284,7 +284,7 @@ def test_a_missing_model_leaves_a_part(make_world, builder, sae_eval):
 
 
 def test_what_is_there_in_part_is_no_result_to_compare(run_1, sae_eval):
-    path = result_path(make_subject(run_1 / "small", RunFolder.at(run_1)), "core")
+    path = result_path(make_subject(run_1 / "small", RunFolder(run_1)), "core")
     sae_eval("run_1", "--no-plots")
 
     def leave_a_part():

@@ -54,7 +54,7 @@ def write_run(folder, steps=100, labels=("one",), **scores):
     (folder / "result.json").write_text(json.dumps({"steps": steps, "saes": saes}))
     for label in labels:
         (folder / "evals/core" / f"{label}_eval_results.json").write_text(json.dumps(document(**scores)))
-    return RunFolder.at(folder)
+    return RunFolder(folder)
 
 
 CACHE_ID = "0" * 32

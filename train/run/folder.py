@@ -38,8 +38,8 @@ _PACKAGES = ("saemill", "torch", "numpy", "safetensors", "accelerate", "zarr")
 class RunFolder:
     """One run on disk."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
 
     @classmethod
     def create(cls, root: str | os.PathLike[str], name: str | None) -> RunFolder:
@@ -68,15 +68,11 @@ class RunFolder:
     def open(cls, root: str | os.PathLike[str], name: str) -> RunFolder:
         """A run by its name under `root`, or by its path."""
         for path in places_of(name, root):
-            if (path / "config.json").is_file():
+            if is_run(path):
                 return cls(path)
         known = ", ".join(run_names(root))
         held = f"which has {known}: give one of these" if known else "which has no runs: train one without --resume"
         raise RunMissing(f"no run {name!r} in {root}, {held}, or say by --out where the run is kept")
-
-    @classmethod
-    def at(cls, path: str | os.PathLike[str]) -> RunFolder:
-        return cls(Path(path))
 
     @property
     def name(self) -> str:
@@ -182,16 +178,20 @@ def places_of(name: str | os.PathLike[str], root: str | os.PathLike[str]) -> tup
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was begun there, by its config.json: folders of models and of other tools have one too."""
+    """Whether a run was begun there, by its config.json: folders of models and of other tools have one too. One that
+    cannot be read counts, so that whoever reads it next says what is wrong with it."""
+    file = folder / "config.json"
     try:
-        return {"cache", "saes"} <= read_json(folder / "config.json").keys()
-    except (ConfigInvalid, OSError):
+        return file.is_file() and {"cache", "saes"} <= read_json(file).keys()
+    except ConfigInvalid:
+        return True
+    except OSError:
         return False
 
 
 def run_names(root: str | os.PathLike[str]) -> list[str]:
     """Runs under a folder."""
-    return sorted(path.parent.name for path in Path(root).glob("*/config.json"))
+    return sorted(path.parent.name for path in Path(root).glob("*/config.json") if is_run(path.parent))
 
 
 def provenance() -> dict[str, Any]:

@@ -53,7 +53,7 @@ def begin_run(settled: Settled, store: Store, process: Process, out: str, name: 
             folder = _make_folder(settled, out, name)
             folder.write_config(settled.describe(store))
             path = str(folder.path)
-    folder = RunFolder.at(process.group.texts(path)[0])
+    folder = RunFolder(process.group.texts(path)[0])
     try:
         with _tell_memory(process), _open(settled, store, process, folder, fleet, None) as run:
             yield run

@@ -59,7 +59,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     head, missing = find_head(context)
     words = Vocabulary(context)
     about = describe(context, home, config, windows, words, missing)
-    records = read_records([RunFolder.at(home)], context.say)  # before all text is read: the log may be damaged
+    records = read_records([RunFolder(home)], context.say)  # before all text is read: the log may be damaged
     weights = {subject: source_of(subject.folder).sha256 for subject in subjects}
     saes = [[subject.label, sha256] for subject, sha256 in weights.items()]
     # What computes the same numbers to the bit: sums of two are not joined.

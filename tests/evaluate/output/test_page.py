@@ -107,7 +107,7 @@ def test_only_our_own_markup_goes_in_as_it_is():
 
 
 def test_the_page_runs_its_own_script_and_fetches_nothing(tmp_path):
-    run = RunFolder.at(tmp_path / "run_1")
+    run = RunFolder(tmp_path / "run_1")
     run.path.mkdir()
     run.write_config({"saes": {"topk": {"variant": "topk", "config": {}}}})
     run.write_result({"steps": 3, "saes": {"topk": {"l0": 16.0, "explained_variance": 0.6}}})
@@ -178,7 +178,7 @@ def test_a_long_log_is_thinned_to_its_last_line_and_what_is_no_number_is_left_ou
 @pytest.fixture
 def live(tmp_path):
     """A run in training: two seeds of one SAE, and another."""
-    run = RunFolder.at(tmp_path / "run_1")
+    run = RunFolder(tmp_path / "run_1")
     run.path.mkdir()
     settings = {"topk_seed0": {"seed": 0}, "topk_seed1": {"seed": 1}, "wide": {"width": 9, "seed": 0}}
     members = {label: {"variant": "topk", "config": config} for label, config in settings.items()}

@@ -72,7 +72,7 @@ def make_run(tmp_path):
     """A finished run with all that plots read, or part of it."""
 
     def make(name="run_1", labels=("standard", *NOTES), evaluated=True, logged=True, token="the") -> RunFolder:
-        run = RunFolder.at(tmp_path / name)
+        run = RunFolder(tmp_path / name)
         run.path.mkdir(parents=True)
         members = {label: {"variant": label, "config": {"k": 32, "penalty": 0.04}} for label in labels}
         run.write_config({"saes": members})
@@ -175,7 +175,7 @@ def test_ticks_have_their_numbers_in_full():
 
 
 def test_nothing_to_draw_draws_nothing(tmp_path):
-    empty = RunFolder.at(tmp_path / "empty")
+    empty = RunFolder(tmp_path / "empty")
     empty.path.mkdir()
     assert make_plots(read_records([empty], print), tmp_path / "plots") == []
 

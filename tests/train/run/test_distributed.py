@@ -305,7 +305,7 @@ def test_processes_that_found_other_checkpoints_stop(big, sae_train, quick, rewi
     rewind(tmp_path / "runs/begun")
     process = Process(Unequal(), Solo(), torch.device("cpu"), Console(file=io.StringIO()))
     with Store.open(big["path"]) as store, pytest.raises(CheckpointDamaged, match="found those after steps 15, 100"):
-        resume_run(RunFolder.at(tmp_path / "runs/begun"), store, process).__enter__()
+        resume_run(RunFolder(tmp_path / "runs/begun"), store, process).__enter__()
 
 
 def test_who_writes_no_checkpoint_copies_none(monkeypatch):
