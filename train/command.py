@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 from ..cache_schema import StoreError
 from .errors import RunInterrupted, TrainError
 from .kit.registry import names
-from .run.folder import run_names
+from .run.folder import RUNS, run_names
 from .study_recipes import runs_of, studies
 
 
@@ -29,10 +29,6 @@ def tell_errors() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-RUNS = "runs"
-"""Where runs are kept if nothing is said."""
 
 
 def beginning_with(incomplete: str, words: Iterable[str]) -> list[CompletionItem]:

@@ -129,6 +129,19 @@ def test_a_run_has_rows_and_saes(run: Any, path: Path) -> None:
     assert config["cache"]["url"] == str(path) and config["data"]["batch_tokens"] == 256
 
 
+def test_a_run_beside_the_folder_of_runs_is_itself(run: Any, path: Path) -> None:
+    """Others look under `runs` first, where another has its name."""
+    other = train(cache=path, variant="topk", k=3, tokens="1k", out=".", name=run.name, **QUICK)
+    assert other.load("topk").gate.k == 3 and evaluate(other, evals="decoder_cosine", plots=False).rows[0]["sae"]
+    assert Path(os.fspath(other)) == Path("run_1").absolute() and type(run)("run_1").path == other.path
+
+
+def test_a_run_that_has_not_ended_says_so(run: Any) -> None:
+    (run.path / "result.json").unlink()
+    with pytest.raises(RunMissing, match=r"has not ended: go on with train\(resume='runs/run_1'\)"):
+        type(run)(run.path)
+
+
 def test_a_table_has_a_row_for_each_sae(run: Any) -> None:
     table = evaluate(run, evals=["decoder_cosine", "core"], plots=False, device="cpu")
     assert [row["sae"] for row in table.rows] == ["run_1/topk_k2", "run_1/topk_k4"]

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,8 +18,12 @@ from saemill.cache_schema import Store
 from saemill.train.cli import count, warnings_of
 from saemill.train.data.prefetch import Loader
 from saemill.train.engine.step import Trainee
+from saemill.train.errors import NothingToTrain, resume
 from saemill.train.run import after_run as onlooking
 from saemill.train.run import results
+from saemill.train.run.checkpoint_times import catch_signals
+from saemill.train.run.folder import RunFolder
+from saemill.train.run.preflight import layer_stats
 from saemill.train.run.results import Outcome, SaeOutcome
 
 TOPK = ["--variant", "topk"]
@@ -106,6 +111,18 @@ def test_a_run_whose_last_steps_diverged_is_named_and_leaves_no_sae(big, sae_tra
         assert not (tmp_path / "runs/run_1/result.json").exists() and not (tmp_path / "runs/run_1/topk").exists()
 
 
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As Ctrl-C is by what a shell starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with catch_signals() as caught:
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGTERM)
+        assert caught.signal == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_runs_get_the_next_free_number(big, sae_train, quick, tmp_path):
     (tmp_path / "runs/run_2").mkdir(parents=True)
     for _ in range(2):
@@ -133,6 +150,15 @@ def test_what_a_run_holds_of_the_store_is_gone_when_held_out_text_is_read(big, s
     sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640)
 
 
+def test_a_run_beside_the_folder_of_runs_is_told_by_its_whole_path(big, sae_train, quick, tmp_path, monkeypatch):
+    """Commands look under `runs` first, where another has its name."""
+    monkeypatch.chdir(tmp_path)
+    words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640]
+    sae_train(*words, out="runs")
+    assert sae_train(*words, out=".").output.rstrip().endswith(f"next: sae-eval {tmp_path / 'run_1'}")
+    assert str(RunFolder("run_1").path) == str(tmp_path / "run_1") and str(RunFolder("runs/run_1").path) == "runs/run_1"
+
+
 def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
     (tmp_path / "runs/mine").mkdir(parents=True)
     words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--name", "mine"]
@@ -145,6 +171,14 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
     assert "or continue it with --resume mine" in sae_train(*words, code=1).output
 
 
+def test_what_is_to_be_pasted_keeps_a_path_with_spaces_whole(big, sae_train, quick, tmp_path):
+    words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--name", "my run"]
+    assert f"next: sae-eval '{tmp_path}/runs/my run'" in sae_train(*words).output
+    assert "or continue it with --resume 'my run'" in sae_train(*words, code=1).output
+    assert f"with: sae-eval '{tmp_path}/runs/my run'" in sae_train("--resume", "my run", code=1).output
+    assert resume(tmp_path / "my run") == f"sae-train --resume '{tmp_path}/my run'"
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -154,12 +188,15 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
         ([*TOPK, "--set", "optim.beta=0"], "did you mean 'optim.beta"),
         ([*TOPK, "--set", "k"], "expected a setting like"),
         ([*TOPK, "--set", "k=three"], "topk.k: expected int, found 'three'"),
-        ([*TOPK, "--k", "99", "--width", "32"], "at most width = 32, found 99"),
+        ([*TOPK, "--k", "99", "--width", "32"], "topk: k: expected more than 0 and at most width = 32, found 99"),
         ([*TOPK, "--grid", "data.batch_tokens=1,2"], "--grid is of SAEs that share data"),
         ([*TOPK, "--grid", "seed=0,1", "--grid", "seed=2,3"], "expected seed once in a grid"),
         ([*TOPK, "--grid", "lr=1e-3,1e-4", "--grid", "optim.lr=1,2"], "expected optim.lr once in a grid"),
-        ([*TOPK, "--grid", "layer=3,4"], "expected layer in --grid alone, found 3 by an option"),
-        ([*TOPK, "--grid", "lr=1,2", "--set", "optim.lr=3"], "expected optim.lr in --grid alone, found 3 by an option"),
+        ([*TOPK, "--grid", "layer=3,4"], "expected layer in --grid alone, found layer=3 by an option"),
+        (
+            [*TOPK, "--grid", "lr=1,2", "--set", "optim.lr=3"],
+            "expected optim.lr in --grid alone, found optim.lr=3 by an option",
+        ),
         ([*TOPK, "--tokens", "10"], "less than one batch of 64"),
         ([*TOPK, "--tokens", "1M"], "give --epochs 157 to read it again"),
         ([*TOPK, "--tokens", "1M", "--epochs", "2"], "in an epoch, 12,880 in 2"),
@@ -318,6 +355,16 @@ def test_a_device_without_room_for_the_run_is_told_before_there_is_one(big, sae_
         assert not list(tmp_path.glob("runs/*"))
 
 
+def test_a_run_whose_store_has_moved_asks_for_it(big, sae_train, quick, tmp_path):
+    shutil.copytree(big["path"], tmp_path / "store")
+    sae_train(*TOPK, *quick, "--cache", tmp_path / "store", "--tokens", 640)
+    (tmp_path / "runs/run_1/result.json").unlink()
+    shutil.move(tmp_path / "store", tmp_path / "moved")
+    said = sae_train("--resume", "run_1", "--device", "cpu", code=1).output
+    assert f"was begun on the store {tmp_path / 'store'}, which is not there: say with --cache where it lies" in said
+    sae_train("--resume", "run_1", "--device", "cpu", "--cache", tmp_path / "moved")
+
+
 def test_a_place_where_no_run_can_be_kept(big, sae_train, quick, tmp_path):
     (tmp_path / "file").touch()
     result = sae_train(*TOPK, *quick, "--cache", big["path"], "--epochs", 2, out=tmp_path / "file", code=1)
@@ -341,6 +388,15 @@ def test_activations_that_are_no_numbers_name_their_place(write_store, sae_train
     result = sae_train(*TOPK, *quick, "--cache", tmp_path / "store", "--epochs", 1, code=1)
     assert "not finite numbers: shard 2, windows 70." in result.output
     assert not list(tmp_path.glob("runs/*/result.json"))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_a_layer_of_one_row_again_and_again_is_refused(write_store, sae_train, quick, tmp_path, scale):
+    store = write_store(tmp_path / "store", alike=(0, 300), scale=scale)
+    said = sae_train(*TOPK, *quick, "--cache", store["path"], code=1).output
+    assert "layer 3 of" in said and "found 2,100 rows that are all alike: nothing to train" in said
+    with Store.open(store["path"]) as opened, pytest.raises(NothingToTrain, match="layer 3 of .* all alike"):
+        layer_stats(opened, 3, None)
 
 
 def test_statistics_that_are_no_numbers_name_their_shard(write_store, sae_train, quick, tmp_path):

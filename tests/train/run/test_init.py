@@ -167,6 +167,9 @@ def test_what_does_not_go_with_it_is_told(big, sae_train, quick, tmp_path):
     sae_train(*first, "--tokens", 640, "--name", "first")
     result = sae_train(*first, "--tokens", 640, "--init", "first", "--with-baselines", code=1)
     assert "a baseline begins at random" in result.output and not (tmp_path / "runs/run_1").exists()
+    for start in (("--set", "topk.optim.start=fitted"), ("--grid", "optim.start=fitted,drawn")):
+        result = sae_train(*first, "--tokens", 640, "--init", "first", *start, code=1)
+        assert "optim.start: SAEs that begin as --init have no start of their own" in result.output
 
 
 @pytest.mark.parametrize(
