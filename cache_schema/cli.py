@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ def verify(url: str, is_json: bool) -> None:
         with _report():
             _refuse_if_tokens_are_gone(damage)
     if damage or wrong:
-        click.echo(f"Mend them with: sae-store repair {url}")
+        click.echo(f"Mend them with: sae-store repair {shlex.quote(url)}")
         sys.exit(1)
     click.echo(f"{counted(shards - missing, 'shard')} read, every one is what was committed")
 
@@ -256,7 +257,7 @@ def import_command(
             manifest = import_store(url, source, settings, lambda _, total: advance(total))
     held = ", ".join(map(str, manifest.sites))
     click.echo(f"{counted(manifest.windows, 'window')} of {counted(manifest.context, 'token')}, {held}: {url}")
-    click.echo(f"next: sae-store info {url}")
+    click.echo(f"next: sae-store info {shlex.quote(url)}")
 
 
 def _open_source(

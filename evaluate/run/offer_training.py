@@ -6,7 +6,9 @@ what makes the run.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -48,6 +50,8 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str) -> None:
     """Say what the training is and how long it takes; do it if that is wanted."""
     console = make_console(is_stderr=True)
     ask = Ask.of_recipe(find_recipes(recipe)[0])
+    words = {"--recipe": recipe, "--cache": cache, "--out": str(runs), "--name": name}
+    command = shlex.join(["sae-train", *chain.from_iterable(words.items())])
     try:
         store = Store.open(cache)
     except StoreMissing:
@@ -58,14 +62,13 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str) -> None:
         seconds = estimate_seconds(settled, store, process)
         epoch = settled.plan.steps_in(1)
         if seconds > LONG_SECONDS and epoch < settled.total_steps:
-            shorter = f"sae-train --recipe {recipe} --cache {cache} --out {runs} --name {name} --epochs 1"
-            console.print(f"one epoch of it takes {about(seconds * epoch / settled.total_steps)}: {shorter}")
+            console.print(f"one epoch of it takes {about(seconds * epoch / settled.total_steps)}: {command} --epochs 1")
         saes = len(settled.config.members)
         what = f"{saes} SAE{'s' * (saes > 1)} side by side, {settled.total_steps:,} steps, {about(seconds)}"
         if not click.confirm(f"Train it now, then go on? {what}", default=True, err=True):
             return
     with open_process(device, console, is_watched=True) as process:
-        console.print(f"$ sae-train --recipe {recipe} --cache {cache} --out {runs} --name {name}", style="bold")
+        console.print(f"$ {command}", style="bold")
         outcome = start(ask, cache, str(runs), name, process)
     if outcome is not None:
         after_run(runs / name, console.print)
