@@ -257,6 +257,16 @@ def import_command(
             manifest = import_store(url, source, settings, lambda _, total: advance(total))
     held = ", ".join(map(str, manifest.sites))
     click.echo(f"{counted(manifest.windows, 'window')} of {counted(manifest.context, 'token')}, {held}: {url}")
+    sizes = {name: stop - start for name, (start, stop) in manifest.splits.items()}
+    click.echo(f"windows: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}")
+    for name, asked in (("validation", validation), ("test", test)):
+        if sizes[name] > 2 * asked * manifest.windows:
+            click.echo(
+                f"warning: {sizes[name] / manifest.windows:.0%} of the windows are for {name}, and {asked:.0%} were "
+                "asked for: no document is in two splits, and some of the last ones are long. Import them into another "
+                f"folder, with long documents first in the order of their files, or with another --{name}",
+                err=True,
+            )
     click.echo(f"next: sae-store info {shlex.quote(url)}")
 
 
