@@ -20,13 +20,14 @@ import saemill
 from saemill import Store, evaluate, harvest, load_sae, train
 from saemill.api import store as store_module
 from saemill.api.command_words import words_of
-from saemill.cache_schema import StoreMissing
+from saemill.cache_schema import StoreMissing, info
 from saemill.cache_schema.import_from_others import ImportSettings, import_store
 from saemill.cache_schema.sites import RESID, Site
 from saemill.cache_schema.sources import NumpySource
 from saemill.evaluate.cli import main as sae_eval
 from saemill.evaluate.errors import TargetUnknown
 from saemill.harvest.cli import main as sae_harvest
+from saemill.harvest.cli import make_config
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.train.cli import main as sae_train
 from saemill.train.errors import ConfigInvalid, RunMissing
@@ -160,6 +161,8 @@ def test_words_may_be_numbers_of_numpy_and_lists_of_any_kind() -> None:
     assert (read["k"], read["lr"]) == (16, 0.5)
     assert read["grid"] == ("seed=0,1,2", "layers=[0, 1],[3]", "optim.lr=0.5")
     assert words_of("harvest", (), {"attention_layers": range(17, 20)})["attention_layers"] == "17,18,19"
+    assert words_of("harvest", (), {"attention_layers": (), "device": torch.device("cuda:1")})["device"] == "cuda:1"
+    assert make_config(words_of("harvest", (), {"resid_layers": (), "attention_layers": []})).attention_layers == "none"
 
 
 def test_a_thread_can_train(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +174,7 @@ def test_a_thread_can_train(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_store_of_the_bundled_model_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store(path) as store:
-        found = store_module.facts(store) | {"model": "pocket"}
+        found = store_module.facts(store) | {"model": "pocket", "revision": info.BUNDLED[1]}
         monkeypatch.setattr(store_module, "facts", lambda _: found)
         assert "pocket (the small bundled model, not Gemma-2-2B)" in store._repr_html_()
 
@@ -217,6 +220,9 @@ def test_batches_of_the_store_are_those_of_training(path: Path) -> None:
         (lambda path: train(varient="topk"), TypeError, "did you mean 'variant'"),
         (lambda path: train(variant="topk", cache=path, tokens="many"), ValueError, "expected a number like 50M"),
         (lambda path: train("topk"), TypeError, "positional"),
+        (lambda path: train(variant="topk", cache=path, k=object()), TypeError, "a number or a list of them, found <o"),
+        (lambda path: harvest(model="pocket", tokens=""), ValueError, "'' is not a number of tokens"),
+        (lambda path: harvest(model="pocket", attention_layers=""), ValueError, "'': expected layers such as"),
         (
             lambda path: train(variant="topk", cache=path, k=[16, 32]),
             ValueError,
