@@ -120,10 +120,10 @@ def make_config(options: dict[str, Any]) -> HarvestConfig:
     same = ("model", "attention_mass", "attention_topk", "attention_heads", "context", "packing", "dtype", "codec")
     also = ("stored_as", "shard_windows", "batch_windows", "device", "out", "layer", "attention_layers", "hooks")
     return HarvestConfig(
-        resid_layers=options["resid_layers"] or "",
+        resid_layers="none" if options["resid_layers"] is None else options["resid_layers"],
         corpus=_corpus(options),
         leave_out=parse_sinks(options["leave_out"]),
-        tokens=parse_count(options["tokens"]) if options["tokens"] else None,
+        tokens=None if options["tokens"] is None else parse_count(options["tokens"]),
         worker=parse_worker(options["worker"]),
         **{name: options[name] for name in (*same, *also)},
     )

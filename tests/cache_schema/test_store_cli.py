@@ -27,7 +27,7 @@ from saemill.cache_schema import (
 from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.compression import checksum_of
-from saemill.cache_schema.info import render
+from saemill.cache_schema.info import BUNDLED, render
 from saemill.cache_schema.verify_and_repair import repair, store_digest
 
 
@@ -326,9 +326,10 @@ def test_info_tells_a_person_and_a_program_the_same(store: Path) -> None:
 
 def test_info_says_names_as_they_are_and_which_model_is_the_bundled_one(store: Path) -> None:
     facts = json.loads(run("info", store, "--json").output)
-    for model, said in (("me/[/b]m", "me/[/b]m, "), ("pocket", "pocket (the small bundled model, not Gemma-2-2B), ")):
+    bundled = "pocket (the small bundled model, not Gemma-2-2B) at sha256-"
+    for *model, said in (("me/[/b]m", "1", "me/[/b]m at 1, "), ("pocket", "1", "pocket at 1, "), (*BUNDLED, bundled)):
         console = Console(file=io.StringIO(), width=200)
-        console.print(render(facts | {"model": model}))
+        console.print(render(facts | dict(zip(("model", "revision"), model, strict=True))))
         assert said in console.file.getvalue()  # pyright: ignore
 
 

@@ -87,9 +87,22 @@ def test_settings_out_of_range_name_their_option(changes):
 
 
 @pytest.mark.parametrize("name", ["resid_layers", "attention_layers"])
-def test_layers_are_read_before_a_model_is_looked_for(name):
-    with pytest.raises(SettingInvalid, match="'all': expected layers such as"):
-        HarvestConfig(out="store", **{name: "all"})
+@pytest.mark.parametrize("text", ["all", ""])
+def test_layers_are_read_before_a_model_is_looked_for(name, text):
+    """Those of an unset variable of the shell too."""
+    with pytest.raises(SettingInvalid, match=f"'{text}': expected layers such as"):
+        HarvestConfig(out="store", **{name: text})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attention_mass": 0.9}, {"attention_topk": 8}, {"attention_heads": "all"}, {"leave_out": ("bos",)}]
+)
+def test_what_is_said_of_attention_that_is_not_kept_is_refused(changes):
+    option = next(iter(changes)).replace("_", "-")
+    for none in ((), "none"):
+        with pytest.raises(SettingInvalid, match=f"--{option}: no --attention-layers are asked for"):
+            HarvestConfig("store", attention_layers=none, **changes)
+    HarvestConfig("store", **changes)
 
 
 def test_a_range_from_a_number_to_a_distance_is_read_by_the_models_layer():

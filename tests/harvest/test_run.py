@@ -48,7 +48,7 @@ from saemill.harvest import dry_run as dry_run_module
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus import hugging_face
 from saemill.harvest.corpus.hugging_face import HubCorpus, Repository
-from saemill.harvest.corpus.source import DatasetOptions
+from saemill.harvest.corpus.source import OPENWEBTEXT, DatasetOptions
 from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SettingInvalid, SplitEmpty
 from saemill.harvest.estimate_cost import RESERVE_BYTES, least_bytes
@@ -370,6 +370,15 @@ def test_auto_is_decided_once_for_a_store(make_config: Make, chosen, monkeypatch
     dry_run(config, Watch(is_quiet=True))
     assert [(choice.name, choice.revision) for choice in chosen[1:]] == [(name, "c0ffee")] * 2
     assert said.getvalue().startswith(f"model: {name}, because the store at --out was begun with it\nto insist: ")
+
+
+@pytest.mark.parametrize("name", ["pocket", "smollm2"])
+def test_a_folder_that_is_called_as_a_model_of_ours_is_not_taken_for_it(
+    make_config: Make, model_folder, tmp_path, name
+):
+    shutil.copytree(model_folder, tmp_path / name)
+    plan = run.decide(make_config(model=str(tmp_path / name), corpus=None, tokens=None), Watch(is_quiet=True))
+    assert (plan.source.id, plan.corpus.dataset, plan.tokens) == (name, OPENWEBTEXT, store_plan.DEFAULT_TOKENS)
 
 
 @pytest.mark.usefixtures("share_only")
