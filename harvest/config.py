@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..cache_schema.cli import digits_of
+from ..cache_schema.cli import read_count
 from ..cache_schema.manifest import Codec, Sink
 from ..cache_schema.sites import HOOKS, RESID, Site, by_hook
 from ..cache_schema.stored_dtypes import SmallDtype
@@ -108,11 +108,10 @@ class HarvestConfig:
 
 def parse_count(text: str) -> int:
     """`10M`, `1.5B`, `200k` or plain digits."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbBgG]?)", digits_of(text))
-    if found is None:
+    count = read_count(text)
+    if count is None:
         raise SettingInvalid(f"{text!r} is not a number of tokens: expected for example 200k, 10M or 1.5B")
-    scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[found[2].lower()]
-    return round(float(found[1]) * scale)
+    return count
 
 
 def read_layers(layers: tuple[int, ...] | str, layer: int | None) -> tuple[int, ...]:

@@ -20,6 +20,8 @@ from saemill.harvest.store_plan import wanted_layers
         (" 2m ", 2 * 10**6),
         ("10,000", 10_000),
         ("4.1M", 4_100_000),
+        ("1e6", 10**6),
+        ("1000000.0", 10**6),
     ],
 )
 def test_counts(text, expected):
@@ -27,7 +29,7 @@ def test_counts(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "M", "ten", "-5", "1e6", "10MB", "1.2.3", "16,32", "1,5M", "1024,2048", "10,000k"]
+    "text", ["", "M", "ten", "-5", "2.5", "1e999", "10MB", "1.2.3", "16,32", "1,5M", "1024,2048", "10,000k"]
 )
 def test_counts_that_are_none(text):
     with pytest.raises(SettingInvalid, match="for example"):
