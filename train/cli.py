@@ -187,7 +187,7 @@ def folder_of(outcome: Outcome) -> Path:
 def evaluated_as(outcome: Outcome) -> str:
     """What to call the run at the next command: its name where that looks, else its path."""
     folder = folder_of(outcome)
-    return outcome.run if folder == Path(command.RUNS, outcome.run) else shlex.quote(str(folder))
+    return shlex.quote(outcome.run if folder == Path(command.RUNS, outcome.run) else str(folder))
 
 
 if __name__ == "__main__":

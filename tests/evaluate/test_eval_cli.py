@@ -202,7 +202,7 @@ def test_what_is_wrong_with_one_target_does_not_stop_the_others(run_1, sae_eval)
     (run_1 / "large" / "cfg.json").write_text("{")
     output = sae_eval("nowhere", "run_1", code=1)
     assert "no run 'nowhere'" in output
-    assert "expected JSON" in output
+    assert "is not JSON" in output
     assert set(results(run_1)) == {"small_eval_results.json"}
 
 

@@ -171,9 +171,10 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
     assert "or continue it with --resume mine" in sae_train(*words, code=1).output
 
 
-def test_what_is_to_be_pasted_keeps_a_path_with_spaces_whole(big, sae_train, quick, tmp_path):
+def test_what_is_to_be_pasted_keeps_a_path_with_spaces_whole(big, sae_train, quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--name", "my run"]
-    assert f"next: sae-eval '{tmp_path}/runs/my run'" in sae_train(*words).output
+    assert "next: sae-eval 'my run'" in sae_train(*words, out="runs").output
     assert "or continue it with --resume 'my run'" in sae_train(*words, code=1).output
     assert f"with: sae-eval '{tmp_path}/runs/my run'" in sae_train("--resume", "my run", code=1).output
     assert resume(tmp_path / "my run") == f"sae-train --resume '{tmp_path}/my run'"
