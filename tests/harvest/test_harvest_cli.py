@@ -346,8 +346,3 @@ def test_two_launched_processes_give_the_same_store(words, type_: Type, tmp_path
     assert b"next: sae-train" in ended.stdout  # by whichever ended the work
     assert type_(f"--out={tmp_path / 'straight'}").exit_code == 0
     assert digest_of(tmp_path / "store") == digest_of(tmp_path / "straight")
-
-
-def test_help_does_not_wait_for_torch():
-    code = "import sys, saemill.harvest.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
