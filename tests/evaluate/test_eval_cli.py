@@ -207,7 +207,7 @@ def test_what_is_wrong_with_one_target_does_not_stop_the_others(run_1, sae_eval)
 
 
 def test_a_store_that_is_gone(make_world, builder, sae_eval):
-    world = make_world()
+    world = make_world(fresh=True)
     run = builder.run(world, "run_1", {"sae": builder.make_sae()})
     shutil.rmtree(world.store)
     output = sae_eval("run_1", code=1)
@@ -217,7 +217,7 @@ def test_a_store_that_is_gone(make_world, builder, sae_eval):
 
 
 def test_what_needs_no_store_goes_on_without_one(make_world, builder, sae_eval):
-    world = make_world()
+    world = make_world(fresh=True)
     run = builder.run(world, "run_1", {"sae": builder.make_sae()})
     shutil.rmtree(world.store)
     output = sae_eval("run_1", "--evals", "core,decoder_cosine", code=1)
@@ -232,7 +232,7 @@ def test_nothing_goes_on_without_a_store_that_was_asked_for(run_1, sae_eval):
 
 
 def test_resume_leaves_a_result_of_a_store_that_is_gone(make_world, builder, sae_eval):
-    world = make_world()
+    world = make_world(fresh=True)
     run = builder.run(world, "run_1", {"sae": builder.make_sae()})
     words = ("run_1", "--evals", "decoder_cosine")
     sae_eval(*words, options=[])

@@ -479,7 +479,7 @@ def test_hostile_notes_change_nothing_and_lock_nobody_out(site, open_page, tmp_p
 
 
 def test_hostile_text_is_text(site, open_page):
-    """All hostile tokens are in the texts of this latent: written out, cut where it is endless, turned as its script turns."""
+    """All hostile tokens stand on this page: written out, cut where it is endless, turned as its script turns."""
     page = open_page(site.home, "#/sae/second/0")
     page.wait_for_selector("#detail[data-latent='0']")
     seen = page.evaluate(
