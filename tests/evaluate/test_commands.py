@@ -22,6 +22,7 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
+from saemill.evaluate.output import plots
 from saemill.evaluate.run import command, offer_training
 from saemill.studies import study
 from saemill.train.config.recipe import Recipe, Sae
@@ -176,6 +177,7 @@ def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
     assert exported["written"] == {"folder": "again", "kind": "sparsify"} and exported["difference"] < 1e-5
     recipe = Recipe("run_0", "", (Sae("standard", "standard"),), evals=("decoder_cosine",), study="tiered")
     monkeypatch.setattr(study, "runs_of", lambda _: (recipe,))
+    monkeypatch.setattr(plots, "make_plots", lambda *_: [])  # most of a short study's time
     result = plain("sae-study", "tiered", "--cache", small.store, *SHORT[:-2], "--json")
     assert result.stderr.startswith("$ sae-train --recipe tiered/run_0")
     (found,) = json.loads(result.stdout)["studies"]
