@@ -120,14 +120,14 @@ def test_windows_behind_the_last_checkpoint_are_cut_off(tmp_path, monkeypatch):
         written(spool, state)
         monkeypatch.setattr(spool_module, "CHECKPOINT_SECONDS", 1e9)
 
-    straight = pack(ListCorpus(make_texts(800)), tmp_path / "straight", 2000)
+    straight = pack(ListCorpus(make_texts(250)), tmp_path / "straight", 600)
     monkeypatch.setattr(Spool, "checkpoint", checkpoint)
     with pytest.raises(KeyboardInterrupt):
-        pack(ListCorpus(make_texts(800), 431), tmp_path / "stopped", 2000)
+        pack(ListCorpus(make_texts(250), 130), tmp_path / "stopped", 600)
     counted = checkpoint_of(tmp_path / "stopped")["counts"]
     bytes_of = {split: (tmp_path / "stopped" / f"{split}.tokens.u32").stat().st_size for split in counted}
     assert all(bytes_of[split] > counted[split] * CONTEXT * 4 for split in counted)
-    resumed = pack(ListCorpus(make_texts(800)), tmp_path / "stopped", 2000)
+    resumed = pack(ListCorpus(make_texts(250)), tmp_path / "stopped", 600)
     assert resumed.splits == straight.splits
     assert np.array_equal(straight.tokens, resumed.tokens)
     assert np.array_equal(straight.documents, resumed.documents)
@@ -136,33 +136,33 @@ def test_windows_behind_the_last_checkpoint_are_cut_off(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("small_batches")
 def test_resuming_reads_on_and_not_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        pack(ListCorpus(make_texts(800), 300), tmp_path, 2000)
-    corpus = ListCorpus(make_texts(800))
-    corpus.texts[:200] = ["never read"] * 200
-    resumed = pack(corpus, tmp_path, 2000)
-    assert np.array_equal(resumed.tokens, pack(ListCorpus(make_texts(800)), tmp_path / "straight", 2000).tokens)
+        pack(ListCorpus(make_texts(250), 90), tmp_path, 600)
+    corpus = ListCorpus(make_texts(250))
+    corpus.texts[:60] = ["never read"] * 60
+    resumed = pack(corpus, tmp_path, 600)
+    assert np.array_equal(resumed.tokens, pack(ListCorpus(make_texts(250)), tmp_path / "straight", 600).tokens)
 
 
 @pytest.mark.usefixtures("small_batches")
 def test_another_job_starts_anew(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        pack(ListCorpus(make_texts(800), 300), tmp_path, 2000)
-    changed = ListCorpus(make_texts(800)[100:], revision="2")
-    expected = pack(ListCorpus(make_texts(800)[100:], revision="2"), tmp_path / "straight", 2000)
-    assert np.array_equal(pack(changed, tmp_path, 2000).tokens, expected.tokens)
+        pack(ListCorpus(make_texts(250), 90), tmp_path, 600)
+    changed = ListCorpus(make_texts(250)[30:], revision="2")
+    expected = pack(ListCorpus(make_texts(250)[30:], revision="2"), tmp_path / "straight", 600)
+    assert np.array_equal(pack(changed, tmp_path, 600).tokens, expected.tokens)
 
 
 @pytest.mark.usefixtures("small_batches")
 def test_a_job_that_comes_back_after_another_takes_none_of_its_text(tmp_path, monkeypatch):
     """The other is stopped before its first checkpoint, with more windows than the first one counted."""
-    texts, others = make_texts(800), [text.upper() for text in make_texts(800)]
-    expected = pack(ListCorpus(texts), tmp_path / "straight", 2000)
+    texts, others = make_texts(250), [text.upper() for text in make_texts(250)]
+    expected = pack(ListCorpus(texts), tmp_path / "straight", 600)
     with pytest.raises(KeyboardInterrupt):
-        pack(ListCorpus(texts, 200), tmp_path / "stopped", 2000)
+        pack(ListCorpus(texts, 60), tmp_path / "stopped", 600)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Spool, "checkpoint", lambda *_: None)
-        pack(ListCorpus(others, 600, revision="2"), tmp_path / "stopped", 2000)
-    again = pack(ListCorpus(texts), tmp_path / "stopped", 2000)
+        pack(ListCorpus(others, 190, revision="2"), tmp_path / "stopped", 600)
+    again = pack(ListCorpus(texts), tmp_path / "stopped", 600)
     assert np.array_equal(again.tokens, expected.tokens)
     assert np.array_equal(again.documents, expected.documents)
 
