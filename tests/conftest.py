@@ -5,6 +5,7 @@ Tests that do harm on purpose tell what they did; `pytest -s -m faults` prints i
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -26,6 +27,12 @@ settings.register_profile("at any speed", deadline=None)  # on a busy machine an
 settings.load_profile("at any speed")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A run collects garbage first, which through all that was imported and collected takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -146,7 +146,7 @@ def train(
     config: Any, count: int = STEPS, trainee: Trainee | None = None, start: int = 0
 ) -> tuple[Trainee, list[Report]]:
     trainee = trainee or Trainee("one", config.build(D), STEPS)
-    return trainee, [trainee.step(batch) for batch in batches(config, STEPS)[start : start + count]]
+    return trainee, [trainee.step(batch) for batch in batches(config, start + count)[start:]]
 
 
 def recovered(config: Any, rows: Tensor, directions: Tensor, steps: int = 600) -> float:

@@ -19,6 +19,7 @@ from saemill.train.config.settings import parse_settings
 from saemill.train.disk.safe_checkpoints import list_checkpoints
 
 QUICK = ["--layer", "3", "--device", "cpu", "--set", "data.batch_tokens=64", "--set", "data.pool_tokens=600"]
+QUICK += ["--no-plots"]
 TIMING = ("tokens_per_second", "waiting_share")
 
 

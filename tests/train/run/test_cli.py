@@ -245,7 +245,7 @@ def test_the_stores_only_layer_is_taken(write_store, sae_train, quick, tmp_path)
     """Whoever harvested layer 5 need not say so again; whoever asks for another is refused."""
     store = write_store(tmp_path / "store", layers=(5,), windows=400, splits=(360, 380))
     words = [*TOPK, "--cache", store["path"], "--tokens", 640, *quick[2:]]
-    assert "topk: layer 5, " in sae_train(*words, "--no-plots").output
+    assert "topk: layer 5, " in sae_train(*words).output
     assert "residuals of layers [19] (it has [5])" in sae_train(*words, "--layer", 19, code=1).output
 
 
@@ -260,7 +260,7 @@ def test_the_stores_only_layer_is_taken(write_store, sae_train, quick, tmp_path)
     ],
 )
 def test_where_the_store_holds_several_layers_the_choices_are_named(big, sae_train, quick, words, said):
-    options = ["--no-plots", "--cache", big["path"], "--tokens", 640, *quick[2:]]
+    options = ["--cache", big["path"], "--tokens", 640, *quick[2:]]
     result = sae_train(*words, *options, code=0 if said is None else 1)
     assert said is None or said in result.output
 
