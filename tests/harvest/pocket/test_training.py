@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saemill.harvest.pocket import pocket_model
 from saemill.harvest.pocket import trainer as trainer_module
 from saemill.harvest.pocket.pocket_model import load_checkpoint, save_checkpoint
 from saemill.harvest.pocket.process_team import Team, working_team
@@ -101,7 +102,8 @@ def test_checkpoint_round_trip_and_absence(tmp_path: Path) -> None:
 
 @pytest.fixture
 def corpus(monkeypatch: pytest.MonkeyPatch) -> Corpus:
-    monkeypatch.setattr(trainer_module, "TOKENS_PER_STEP", 1024)
+    monkeypatch.setattr(trainer_module, "TOKENS_PER_STEP", 256)
+    monkeypatch.setattr(pocket_model, "LAYERS", 3)
     tokens = np.random.default_rng(0).integers(3, 4096, 9000)
     return Corpus("digest", tokens, tokens[:2048])
 
