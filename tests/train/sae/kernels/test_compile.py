@@ -74,7 +74,7 @@ for width, k, dtypes in selections:
         exact_top_k.top_of_batch(pre, 2 * k)
 support = support_from_topk(torch.arange(6).view(2, 3), 11)
 turned, values = support.by_latent, torch.zeros(6)
-for width in (5, 2304, *((1, 64, 768, 4096, 9216, 16384) if is_long else ())):
+for width in (2304, *((1, 5, 64, 768, 4096, 9216, 16384) if is_long else ())):
     x, W = torch.zeros(2, width), torch.zeros(11, width)
     bag_sums.bag_sum(W, support.latents, support.offsets, values)
     bag_sums.pair_dots(W, turned.latents, x, turned.rows, turned.order)
@@ -88,7 +88,7 @@ for width in (5, 2304, *((1, 64, 768, 4096, 9216, 16384) if is_long else ())):
     bag_sums.pair_dots(W, turned.latents, read, turned.rows, turned.order)
     row_update.update_rows(W, moments, (*entries[:4], read), adam, low=copy)
     row_update.update_rows(W, moments, (*entries[:4], read), adam, unit=True)
-    row_update.update_rows(W, moments, entries, adam, dense=torch.zeros_like(W), low=copy, unit=width == 5)
+    row_update.update_rows(W, moments, entries, adam, dense=torch.zeros_like(W), low=copy, unit=width == 2304)
 print(len(compiled), sorted(set(compiled.values())))
 """
 
