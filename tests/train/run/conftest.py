@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,12 @@ def rewind(monkeypatch):
     return back
 
 
-@pytest.fixture
-def spawn(tmp_path):
-    """Start the command in a process of its own."""
+@pytest.fixture(scope="module")
+def spawn_in():
+    """Start the command in a process of its own: `spawn_in(out, "--variant", "topk", ...)`."""
     processes = []
 
-    def start(*words, out=tmp_path / "runs", code="from saemill.train.cli import main; main()", **environment):
+    def start(out, *words, code="from saemill.train.cli import main; main()", **environment):
         roots = os.pathsep.join(path for path in sys.path if path)
         env = {**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
         command = [sys.executable, "-c", code, "--out", str(out), *map(str, words)]
@@ -73,6 +74,11 @@ def spawn(tmp_path):
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def spawn(spawn_in, tmp_path):
+    return partial(spawn_in, tmp_path / "runs")
 
 
 @pytest.fixture(scope="session")
@@ -105,10 +111,10 @@ def same_bits(bits):
     return check
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quick():
     """Options of a run of a few seconds."""
-    return list(QUICK)
+    return QUICK
 
 
 @pytest.fixture

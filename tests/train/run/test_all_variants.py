@@ -22,7 +22,8 @@ def fleet(big, tmp_path_factory):
         for key, value in (("layer", "3"), ("to_layer", "4"), ("layers", "[3,4]"), ("offsets", "[0,1]")):
             if hasattr(config_type(name)(), key):
                 words += ["--set", f"{name}.{key}={value}"]
-    words += ["--cache", big["path"], "--device", "cpu", "--set", "data.batch_tokens=128", "--epochs", "3"]
+    words += ["--cache", big["path"], "--device", "cpu", "--no-plots"]
+    words += ["--set", "data.batch_tokens=64", "--epochs", "1"]
     result = CliRunner().invoke(main, [*words, "--out", str(out)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return out / "run_1"

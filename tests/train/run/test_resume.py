@@ -10,9 +10,10 @@ import time
 import pytest
 
 from saemill.train.disk.safe_checkpoints import list_checkpoints
+from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.run.folder import MetricsLog
 
-COURSE = ["--variant", "topk", "--epochs", "4", "--set", "course.metrics_every_steps=1"]
+COURSE = ["--variant", "topk", "--epochs", "2", "--set", "course.metrics_every_steps=1"]
 COURSE += ["--set", "course.checkpoint_every_steps=7"]
 
 
@@ -30,22 +31,21 @@ def wait_for_step(run, step, process, seconds=120):
 
 
 @pytest.fixture(scope="module")
-def straight(big, tmp_path_factory):
+def straight(big, quick, tmp_path_factory):
     """A run that nobody disturbed."""
     from click.testing import CliRunner
 
     from saemill.train.cli import main
 
     out = tmp_path_factory.mktemp("straight")
-    words = [*COURSE, "--cache", big["path"], "--layer", "3", "--device", "cpu"]
-    words += ["--set", "data.batch_tokens=64", "--set", "data.pool_tokens=600", "--out", str(out), "--name", "run"]
+    words = [*COURSE, *quick, "--cache", big["path"], "--out", str(out), "--name", "run"]
     assert CliRunner().invoke(main, words, catch_exceptions=False).exit_code == 0
     return out / "run"
 
 
 def test_killed_without_warning(big, spawn, sae_train, quick, tmp_path, straight, same_bits):
     """kill -9 at a random step."""
-    step = random.randrange(20, 250)
+    step = random.randrange(20, 100)
     process = spawn(*COURSE, *quick, "--cache", big["path"], "--name", "run")
     wait_for_step(tmp_path / "runs/run", step, process)
     os.kill(process.pid, signal.SIGKILL)
@@ -57,15 +57,26 @@ def test_killed_without_warning(big, spawn, sae_train, quick, tmp_path, straight
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop(big, spawn, sae_train, quick, tmp_path, straight, same_bits, number):
-    """Ctrl-C and kill -TERM save at the step they came in."""
-    process = spawn(
-        *COURSE, *quick, "--cache", big["path"], "--name", "run", "--set", "course.checkpoint_every_steps=9999"
-    )
-    wait_for_step(tmp_path / "runs/run", random.randrange(20, 250), process)
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+def test_asked_to_stop(big, spawn, sae_train, quick, tmp_path, straight, same_bits, number, monkeypatch):
+    """Ctrl-C, here, and kill -TERM of a process save at the step they came in."""
+    words = [*COURSE, *quick, "--cache", big["path"], "--name", "run", "--set", "course.checkpoint_every_steps=9999"]
+    if number == signal.SIGINT:
+        step = Fleet.step
+
+        def press_at_40(fleet, draw):
+            if fleet.steps_taken == 40:
+                signal.raise_signal(number)
+            return step(fleet, draw)
+
+        monkeypatch.setattr(Fleet, "step", press_at_40)
+        said = sae_train(*words, code=128 + number).output
+        monkeypatch.undo()
+    else:
+        process = spawn(*words)
+        wait_for_step(tmp_path / "runs/run", random.randrange(20, 100), process)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
     assert "go on with: sae-train --resume" in said
     assert len(list((tmp_path / "runs/run/checkpoints").iterdir())) == 1
     sae_train("--resume", "run", "--device", "cpu")
@@ -91,14 +102,21 @@ def test_killed_again_and_again(big, spawn, quick, tmp_path, straight, same_bits
     same_bits(tmp_path / "runs/run", straight)
 
 
-@pytest.fixture
-def stopped(big, spawn, quick, tmp_path):
+@pytest.fixture(scope="module")
+def killed(big, spawn_in, quick, tmp_path_factory):
     """A run with two checkpoints that was killed."""
-    process = spawn(*COURSE, *quick, "--cache", big["path"], "--name", "run")
-    wait_for_step(tmp_path / "runs/run", 40, process)
+    out = tmp_path_factory.mktemp("killed")
+    process = spawn_in(out, *COURSE, *quick, "--cache", big["path"], "--name", "run")
+    wait_for_step(out / "run", 40, process)
     process.kill()
     process.wait()
-    return tmp_path / "runs/run"
+    return out / "run"
+
+
+@pytest.fixture
+def stopped(killed, tmp_path):
+    """A copy of it, to go on from or to damage."""
+    return shutil.copytree(killed, tmp_path / "runs/run")
 
 
 def test_a_damaged_checkpoint_falls_back(stopped, sae_train, straight, same_bits, tmp_path):
@@ -124,10 +142,10 @@ def test_a_damaged_checkpoint_falls_back(stopped, sae_train, straight, same_bits
 
 def test_another_store_is_refused_on_resume(stopped, write_store, sae_train, tmp_path):
     write_store(tmp_path / "other", windows=300, seed=9)
-    before = sorted(path.stat().st_mtime_ns for path in stopped.rglob("*"))
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
     result = sae_train("--resume", "run", "--cache", tmp_path / "other", code=1)
     assert "expected the store with cache id" in result.output
-    assert sorted(path.stat().st_mtime_ns for path in stopped.rglob("*")) == before
+    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
 
 
 def test_a_store_that_is_read_in_another_order_is_refused_on_resume(stopped, sae_train):
