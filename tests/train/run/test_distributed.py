@@ -41,35 +41,42 @@ def launch(spawn, words, codes=(0, 0), **options):
     return said
 
 
-@pytest.mark.parametrize("variant", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)])
-def test_two_processes_train_as_one(big, spawn, sae_train, quick, tmp_path, variant):
-    """Weights agree within rounding, and only rank 0 speaks and writes."""
-    words = ["--variant", variant, *quick, "--cache", big["path"], "--tokens", 64 * 30]
-    words += ["--set", "encoder_product=float32"]
-    sae_train(*words, "--name", "one")
-    first, second = launch(spawn, [*words, "--name", "two"])
-    assert f"next: sae-eval {tmp_path / 'runs/two'}" in first and second.strip() == ""
-    one, two = (load_file(tmp_path / f"runs/{name}/{variant}/sae_weights.safetensors") for name in ("one", "two"))
-    for key in one:
-        assert torch.allclose(one[key], two[key], rtol=1e-3, atol=1e-4), key
-    start, end = (json.loads((tmp_path / f"runs/{name}/result.json").read_text()) for name in ("one", "two"))
-    assert end["tokens"] == start["tokens"]
-    assert end["saes"][variant]["l0"] == pytest.approx(start["saes"][variant]["l0"], rel=1e-2)
+TWICE = """
+from saemill.train import start_runs
+from saemill.train.cli import main
+
+train_all = start_runs.train_all
+
+def twice(words, process):
+    yield from train_all({**words, "name": "two"}, process)
+    yield from train_all({**words, "name": "split", "set": (*words["set"], "course.shard_width=true")}, process)
+
+start_runs.train_all = twice
+main()
+"""
 
 
-@pytest.mark.parametrize("variant", ["topk", pytest.param("jumprelu", marks=pytest.mark.slow)])
-def test_a_split_dictionary_trains_as_a_whole_one(big, spawn, sae_train, quick, tmp_path, variant):
-    """Latents dealt out over two processes: the same weights within rounding, and a whole checkpoint."""
+@pytest.mark.parametrize(
+    "variant", ["topk", *(pytest.param(n, marks=pytest.mark.slow) for n in ("batchtopk", "jumprelu"))]
+)
+def test_two_processes_train_as_one_on_shares_of_rows_and_of_latents(big, spawn, sae_train, quick, tmp_path, variant):
+    """Weights and checkpoints agree within rounding, and are whole; only rank 0 speaks and writes."""
     words = ["--variant", variant, *quick, "--cache", big["path"], "--tokens", 64 * 20, "--width", 61]
     words += ["--set", "encoder_product=float32"]
     sae_train(*words, "--name", "one")
-    launch(spawn, [*words, "--name", "two", "--set", "course.shard_width=true"])
-    for file in (f"{variant}/sae_weights.safetensors", f"checkpoints/step_000000020/{variant}.safetensors"):
-        one, two = (load_file(tmp_path / "runs" / name / file) for name in ("one", "two"))
-        assert one.keys() == two.keys()
-        for key in one:
-            assert one[key].shape == two[key].shape
-            assert torch.allclose(one[key].double(), two[key].double(), rtol=1e-3, atol=1e-4), key
+    first, second = launch(spawn, words, code=TWICE)
+    start = json.loads((tmp_path / "runs/one/result.json").read_text())
+    for name in ("two", "split"):
+        assert f"next: sae-eval {tmp_path / 'runs' / name}" in first and second.strip() == ""
+        for file in (f"{variant}/sae_weights.safetensors", f"checkpoints/step_000000020/{variant}.safetensors"):
+            one, other = (load_file(tmp_path / "runs" / run / file) for run in ("one", name))
+            assert one.keys() == other.keys()
+            for key in one:
+                assert one[key].shape == other[key].shape
+                assert torch.allclose(one[key].double(), other[key].double(), rtol=1e-3, atol=1e-4), (name, key)
+        end = json.loads((tmp_path / "runs" / name / "result.json").read_text())
+        assert end["tokens"] == start["tokens"]
+        assert end["saes"][variant]["l0"] == pytest.approx(start["saes"][variant]["l0"], rel=1e-2)
 
 
 @pytest.mark.slow
@@ -265,30 +272,47 @@ def test_spread_saes_go_on_in_any_number_of_processes(big, spawn, sae_train, qui
     assert not (tmp_path / "runs/four").exists()
 
 
-def test_what_one_process_is_refused_ends_both(big, spawn, quick, tmp_path):
-    """Rank 0 alone makes the folder; the other does not wait for it."""
-    (tmp_path / "runs/mine").mkdir(parents=True)
-    words = ["--variant", "topk", *quick, "--cache", big["path"], "--tokens", 640, "--name", "mine"]
-    first, second = launch(spawn, words, codes=(1, 1))
-    assert "exists already" in first and "another process of the run" in second
-    assert "Traceback" not in first + second
+REFUSED = """
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from rich.console import Console
+from saemill.train.cli import main
+from saemill.train.command import tell_errors
+from saemill.train.parallel.processes import Solo
+from saemill.train.start_runs import open_process, train_all
+
+words = main.make_context("sae-train", sys.argv[1:]).params
+resumed = main.make_context("sae-train", ["--resume", "begun", "--out", words["out"]]).params
+with open_process("cpu", Console(soft_wrap=True)) as process:
+    with suppress(SystemExit), tell_errors():
+        list(train_all({**words, "name": "mine"}, process))
+    with suppress(SystemExit), tell_errors():
+        split = (*words["set"], "course.shard_width=true")
+        list(train_all({**words, "variant": ("tiered",), "set": split}, process))
+    with tell_errors():
+        list(train_all(resumed, replace(process, team=Solo())))
+"""
 
 
-def test_what_cannot_be_split_is_told_before_a_folder_is_made(big, spawn, quick, tmp_path):
-    words = ["--variant", "tiered", *quick, "--cache", big["path"], "--tokens", 640]
-    for said in launch(spawn, [*words, "--set", "course.shard_width=true"], codes=(1, 1)):
-        assert "course.shard_width is for SAEs of which no part needs all latents" in said
-    assert not list(tmp_path.glob("runs/*"))
-
-
-def test_a_run_that_is_being_trained_keeps_out_all_that_would_go_on(big, spawn, sae_train, quick, rewind, tmp_path):
-    """The first alone asks for the log; the other does not wait for it."""
-    sae_train(*FLEET, *quick, "--cache", big["path"], "--tokens", 64 * 20, "--name", "begun")
+def test_what_one_process_is_refused_ends_both(big, spawn, sae_train, quick, rewind, tmp_path):
+    """Rank 0 alone makes the folder, and alone asks for the log of a run that may be trained already; the other does
+    not wait for it. What cannot be split is told before a folder is made."""
+    words = ["--variant", "topk", *quick, "--cache", big["path"], "--tokens", 640]
+    sae_train(*words, "--variant", "batchtopk", "--name", "begun", "--set", "course.checkpoint_every_steps=5")
     rewind(tmp_path / "runs/begun")
+    (tmp_path / "runs/mine").mkdir()
     log = MetricsLog(tmp_path / "runs/begun/metrics.jsonl")
-    first, second = launch(spawn, ["--resume", "begun", "--spread", "--device", "cpu"], codes=(1, 1))
+    first, second = launch(spawn, words, codes=(1, 1), code=REFUSED)
     log.close()
-    assert "another process is training" in first and "another process of the run" in second
+    (taken, unsplit, trained), told = (
+        [line for line in said.splitlines() if line.startswith("error: ")] for said in (first, second)
+    )
+    assert "exists already" in taken and "another process is training" in trained
+    assert "course.shard_width is for SAEs of which no part needs all latents" in unsplit
+    assert told[1] == unsplit and all("another process of the run" in told[place] for place in (0, 2))
+    assert "Traceback" not in first + second
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"mine", "begun"}
 
 
 class Unequal(Solo):
