@@ -126,7 +126,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 def test_runs_get_the_next_free_number(big, sae_train, quick, tmp_path):
     (tmp_path / "runs/run_2").mkdir(parents=True)
     for _ in range(2):
-        sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640)
+        sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 64)
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"run_1", "run_2", "run_3"}
     assert "which has run_1, run_3: give one of these" in sae_train("--resume", "run_4", code=1).output
 

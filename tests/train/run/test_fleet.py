@@ -13,7 +13,7 @@ def final_state(run, label):
 
 def test_members_are_as_if_alone(big, sae_train, quick, tmp_path):
     """Two variants, two sparsities, two seeds: eight SAEs, each equal to its solo run."""
-    common = [*quick, "--cache", big["path"], "--tokens", 3200]
+    common = [*quick, "--cache", big["path"], "--tokens", 1280]
     sae_train("--variant", "topk", "--variant", "batchtopk", "--grid", "k=2,4", "--grid", "seed=0,1", *common)
     fleet = tmp_path / "runs/run_1"
     labels = sorted(path.parent.name for path in fleet.glob("*/cfg.json"))
@@ -48,7 +48,7 @@ def test_a_fleet_reads_the_store_once(big, sae_train, quick, monkeypatch):
         return read(self, request, span, out)
 
     monkeypatch.setattr(Store, "read", counting)
-    common = [*quick, "--cache", big["path"], "--tokens", 3200]
+    common = [*quick, "--cache", big["path"], "--tokens", 1280]
     sae_train("--variant", "topk", *common)
     alone = len(reads)
     sae_train("--variant", "topk", "--grid", "k=1,2,3,4", *common)

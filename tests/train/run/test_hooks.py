@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,8 +135,7 @@ def test_a_resumed_run_on_hooks_is_the_same(planted, sae_train, same_bits, tmp_p
     words = ["--variant", "transcoder", "--set", "hook=mlp_in", "--set", "width=32", "--set", "k=2", "--tokens", 2560]
     words += ["--cache", planted[0], "--set", "course.checkpoint_every_steps=7", *WORDS]
     sae_train(*words, "--name", "straight")
-    sae_train(*words, "--name", "again")
-    again = tmp_path / "runs/again"
+    again = shutil.copytree(tmp_path / "runs/straight", tmp_path / "runs/again")
     rewind(again)
     sae_train("--resume", "again")
     same_bits(again, tmp_path / "runs/straight")
@@ -173,7 +173,7 @@ def test_old_settings_of_a_transcoder_mean_what_they_meant():
 
 
 def test_evaluations_say_not_run_and_never_a_wrong_number(planted, sae_train, tmp_path):
-    words = ["--variant", "topk", "--set", "hook=mlp_out", "--set", "width=32", "--set", "k=2", "--tokens", 1280]
+    words = ["--variant", "topk", "--set", "hook=mlp_out", "--set", "width=32", "--set", "k=2", "--tokens", 256]
     sae_train(*words, "--cache", planted[0], *WORDS)
     run = Path(tmp_path / "runs/run_1")
     asked = [str(run), "--evals", "core,unlearning,decoder_cosine", "--no-plots", "--device", "cpu"]
