@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from saemill.cache_schema import (
@@ -25,6 +28,7 @@ from saemill.cache_schema import (
 )
 from saemill.cache_schema.moments import is_special, measure
 from saemill.train.data.batch import AttentionRows, Batch, Needs
+from saemill.train.disk.sae_folder import CONFIG, WEIGHTS
 from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Report, Trainee
 from saemill.train.kit.registry import config_type
@@ -78,7 +82,7 @@ def config_of(variant: str, **changes: Any) -> Any:
     return cls(**wanted)
 
 
-def quick(variant: str, lr: float = 1e-3, start: str = "fitted", **changes: Any) -> Any:
+def quick(variant: str, lr: float = 1e-3, start: str = "drawn", **changes: Any) -> Any:
     """A config with a learning rate for tests of tens of steps."""
     config = config_of(variant, **changes)
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr, warmup_steps=0, start=start))
@@ -149,6 +153,56 @@ def train(
     return trainee, [trainee.step(batch) for batch in batches(config, start + count)[start:]]
 
 
+def changed_by_going_on(config: Any, steps: int) -> list[str]:
+    """Names of tensors that differ between a run and one that was stopped half way and went on."""
+    straight, _ = train(config, steps)
+    stopped, _ = train(config, steps // 2)
+    state = {name: tensor.clone() for name, tensor in stopped.state().items()}
+    resumed = Trainee("one", config.build(D), STEPS)
+    resumed.load_state(state)
+    train(config, steps - steps // 2, resumed, start=steps // 2)
+    expected, found = straight.state(), resumed.state()
+    return [name for name in expected if not torch.equal(expected[name], found[name])]
+
+
+def learn(config: Any, batches: list[Batch]) -> Trainee:
+    """What a run of all the batches gives, from the start that runs have."""
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, start="fitted"))
+    trainee = Trainee("one", config.build(D), len(batches))
+    for batch in batches:
+        trainee.step(batch)
+    return trainee
+
+
+def draw_unit(rng: torch.Generator, count: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(count, D, generator=rng), dim=1)
+
+
+def scaled(rows: Tensor) -> Tensor:
+    return rows * (rows.shape[1] ** 0.5 / rows.norm(dim=1).mean())
+
+
+def official(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations and reconstruction by the format's own formulas."""
+    config, w = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    pre = (x - w["b_dec"] * config["apply_b_dec_to_input"]) @ w["W_enc"]
+    match config.get("gate", config["architecture"]):
+        case "standard":
+            acts = torch.relu(pre + w["b_enc"])
+        case "topk":
+            kept = torch.topk(pre + w["b_enc"], config["k"], dim=-1)
+            acts = torch.zeros_like(pre).scatter(-1, kept.indices, kept.values.relu())
+        case "abstopk":
+            kept = torch.topk((pre + w["b_enc"]).abs(), config["k"], dim=-1).indices
+            acts = torch.zeros_like(pre).scatter(-1, kept, (pre + w["b_enc"]).gather(-1, kept))
+        case "jumprelu":
+            acts = torch.relu(pre + w["b_enc"]) * (pre + w["b_enc"] > w["threshold"])
+        case "gated":
+            magnitude = torch.relu(pre * w["r_mag"].exp() + w["b_mag"])
+            acts = magnitude * (pre + w["b_gate"] > 0)
+    return acts, acts @ w["W_dec"] + w["b_dec"]
+
+
 def recovered(config: Any, rows: Tensor, directions: Tensor, steps: int = 600) -> float:
     """Share of the planted directions that training finds a decoder row for; looked for until they are found."""
     trainee = Trainee("one", config.build(D), steps)
@@ -179,6 +233,8 @@ class Battery:
     view_of = staticmethod(view_of)
     attention_of = staticmethod(attention_of)
     train = staticmethod(train)
+    changed_by_going_on = staticmethod(changed_by_going_on)
+    official = staticmethod(official)
     recovered = staticmethod(recovered)
 
 

@@ -139,9 +139,7 @@ class Topics:
 
 def found_topics(battery: Any, topics: Topics, steps: int = 400, **changes: Any) -> float:
     """Mean over topics of the correlation with the latent that tells it best."""
-    config = battery.quick("attention", lr=3e-3, penalty=0.4, width=36, seed=1, **changes)
-    # As drawn: this penalty was chosen for SAEs that begin with half of their latents on.
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, start="drawn"))
+    config = battery.quick("attention", lr=3e-3, penalty=0.4, width=36, seed=1, **changes)  # of a start as drawn
     trainee = Trainee("x", config.build(topics.WIDTH), steps)
     for _ in range(steps):
         trainee.step(topics.batch(config.attention_layers)[0])

@@ -18,7 +18,6 @@ from saemill.train.disk.sae_folder import CONFIG, EXTRAS, TENSORS, WEIGHTS, load
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
 from saemill.train.kit.registry import names
-from saemill.train.parallel.ranks import Alone
 from saemill.train.run.find_sae import rebuild
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import NO_SIDE, Side
@@ -67,49 +66,6 @@ def save(folder: Path, variant: str, battery):
     return sae, assembly
 
 
-def official(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations and reconstruction by the format's own formulas."""
-    config, w = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-    pre = (x - w["b_dec"] * config["apply_b_dec_to_input"]) @ w["W_enc"]
-    match config.get("gate", config["architecture"]):
-        case "standard":
-            acts = torch.relu(pre + w["b_enc"])
-        case "topk":
-            kept = torch.topk(pre + w["b_enc"], config["k"], dim=-1)
-            acts = torch.zeros_like(pre).scatter(-1, kept.indices, kept.values.relu())
-        case "abstopk":
-            kept = torch.topk((pre + w["b_enc"]).abs(), config["k"], dim=-1).indices
-            acts = torch.zeros_like(pre).scatter(-1, kept, (pre + w["b_enc"]).gather(-1, kept))
-        case "jumprelu":
-            acts = torch.relu(pre + w["b_enc"]) * (pre + w["b_enc"] > w["threshold"])
-        case "gated":
-            magnitude = torch.relu(pre * w["r_mag"].exp() + w["b_mag"])
-            acts = magnitude * (pre + w["b_gate"] > 0)
-    return acts, acts @ w["W_dec"] + w["b_dec"]
-
-
-@pytest.mark.parametrize("variant", names())
-def test_saved_is_what_was_trained(variant, tmp_path, rng, battery):
-    sae, assembly = save(tmp_path, variant, battery)
-    scale, target_scale = assembly.input_stats.scale, assembly.target_stats.scale
-    raw = (torch.randn(64, sae.d_in, generator=rng) + assembly.input_stats.mean) / scale
-    side = battery.side_of(battery.config_of(variant).needs(), 64, rng)
-    loaded = read_sae(tmp_path, rebuild)
-    with torch.no_grad():
-        acts = sae.encode(raw * scale, assembly.side(side, 10, 10, Alone()))
-        x_hat = sae.decode(acts) / target_scale
-        loaded_acts = loaded.encode(raw, Side(side))
-        forms = [(loaded_acts, loaded.decode(loaded_acts))] + ([official(tmp_path, raw)] if sae.is_plain else [])
-    for found_acts, found_x_hat in forms:
-        assert torch.equal(found_acts.sign(), acts.sign())
-        tolerance = 1e-5 * float(x_hat.abs().amax())
-        torch.testing.assert_close(found_x_hat, x_hat, rtol=1e-5, atol=tolerance)
-    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(WIDTH))
-    assert bool((acts > 0).any())
-    assert loaded.extras_tensors.keys() == sae.extras.state_dict().keys()
-    assert loaded.needs_side == sae.needs_side
-
-
 @pytest.mark.parametrize("variant", IN_THE_FORMAT)
 def test_one_layer_variants_have_an_architecture_of_the_format(variant, tmp_path, battery):
     save(tmp_path, variant, battery)
@@ -149,7 +105,7 @@ def test_a_skip_transcoder_is_what_sae_lens_makes_of_it(tmp_path, rng, battery):
         "apply_b_dec_to_input": False,
     }
     raw = torch.randn(64, D, generator=rng) / assembly.input_stats.scale
-    found = official(tmp_path, raw)[1] + raw @ w["W_skip"].T
+    found = battery.official(tmp_path, raw)[1] + raw @ w["W_skip"].T
     trained_on = sae(raw * assembly.input_stats.scale).detach() / assembly.target_stats.scale
     torch.testing.assert_close(found, trained_on, rtol=1e-4, atol=1e-4)
     loaded = load_plain_sae(tmp_path)

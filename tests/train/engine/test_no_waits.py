@@ -7,7 +7,6 @@ generator draws lies on the host, and may be read there. With one, CUDA itself r
 from __future__ import annotations
 
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +130,6 @@ def warmed(battery: Any, case: str, device: str = "cpu") -> tuple[Trainee, Batch
     settings = ON_A_GPU[case]
     config = battery.quick(case.split()[0], width=24, k=3, target_l0=3.0, **settings)
     assert all(getattr(config, name) == value for name, value in settings.items())
-    # A fitted start looks at its first batch forty times, before the first step: minutes with interpreted kernels.
-    config = replace(config, optim=replace(config.optim, start="drawn"))
     trainee = Trainee(case, config.build(battery.D), battery.STEPS, device)
     first, then = (
         Batch(on_device(b.x, device), on_device(b.target, device), on_device(b.side, device))

@@ -137,7 +137,6 @@ def test_a_split_dictionary_begins_as_a_whole_one(battery, threads, rng, variant
     """Each process has its rows of the source, in the units of its store: the first step rebuilds what it does."""
     changes = {"gate": "batchtopk"} if variant == "skip_transcoder" else {}
     config = battery.quick(variant, encoder_product="float32", width=67, k=2, **changes)
-    config = replace(config, optim=replace(config.optim, start="drawn"))
     source = config.build(battery.D).sae
     with torch.no_grad():
         for name, parameter in source.named_parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import count
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from saemill.cache_schema.strict_json import StrictError, flatten, from_json, to_json
 from saemill.train.config.run_config import Ask
 from saemill.train.config.settings import with_settings
-from saemill.train.data.scaling import unit_stats
+from saemill.train.data.scaling import joined_stats, unit_stats
 from saemill.train.disk.sae_folder import read_sae, save_sae
 from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
@@ -74,9 +75,8 @@ def test_shapes(battery, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_lowers_a_finite_loss(battery, variant):
-    config = battery.quick(variant)
-    if config.needs().targets is not None:  # rows that begin on a batch as small as these know that one best
-        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, start="drawn"))
+    maps = battery.config_of(variant).needs().targets is not None
+    config = battery.quick(variant, start="drawn" if maps else "fitted")  # fitted rows know a small first batch best
     _, reports = battery.train(config)
     losses = [float(report.terms["reconstruction"]) for report in reports]
     assert all(torch.isfinite(report.loss) for report in reports)
@@ -124,22 +124,18 @@ def _another(name, value):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stopping_and_going_on_changes_no_bit(battery, variant):
-    config = battery.quick(variant)
-    straight, _ = battery.train(config, 10)
-    stopped, _ = battery.train(config, 5)
-    state = {name: tensor.clone() for name, tensor in stopped.state().items()}
-    resumed = Trainee("one", config.build(battery.D), battery.STEPS)
-    resumed.load_state(state)
-    battery.train(config, 5, resumed, start=5)
-    expected, found = straight.state(), resumed.state()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert battery.changed_by_going_on(battery.quick(variant, start="fitted"), 10) == []
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_saved_sae_has_the_codes_that_were_trained(battery, variant, tmp_path):
     config = battery.quick(variant)
-    units = [unit_stats(battery.D * len(one)) for one in (config.needs().inputs, config.needs().targets) if one]
-    stats = [dataclasses.replace(one, scale=one.scale / 2 ** (place + 1)) for place, one in enumerate(units)]
+    unit, halvings = unit_stats(battery.D), count(1)
+    stats = [
+        joined_stats([dataclasses.replace(unit, scale=unit.scale / 2 ** next(halvings)) for _ in layers])
+        for layers in (config.needs().inputs, config.needs().targets)
+        if layers
+    ]
     assembly = config.build(battery.D, *stats)
     trainee, _ = battery.train(config, 5, Trainee("one", assembly, battery.STEPS))
     knobs = assembly.knobs_at(battery.STEPS // 2, battery.STEPS)
@@ -147,10 +143,15 @@ def test_a_saved_sae_has_the_codes_that_were_trained(battery, variant, tmp_path)
     loaded, (batch,) = read_sae(tmp_path, rebuild), battery.batches(config, 1)
     with torch.no_grad():
         acts = trainee.sae.encode(batch.x, battery.side_for(assembly, batch))
-        found = loaded.encode(batch.x / stats[0].scale, Side(batch.side))
-        x_hat, found_x_hat = trainee.sae.decode(acts) / stats[-1].scale, loaded.decode(found)
-    assert torch.equal(found.sign(), acts.sign()) and bool(acts.any())
-    torch.testing.assert_close(found_x_hat, x_hat, rtol=1e-5, atol=1e-5 * float(x_hat.abs().amax()))
+        x_hat, raw = trainee.sae.decode(acts) / stats[-1].scale, batch.x / stats[0].scale
+        found = loaded.encode(raw, Side(batch.side))
+        forms = [(found, loaded.decode(found)), *([battery.official(tmp_path, raw)] if trainee.sae.is_plain else [])]
+    for found, found_x_hat in forms:
+        assert torch.equal(found.sign(), acts.sign()) and bool(acts.any())
+        torch.testing.assert_close(found_x_hat, x_hat, rtol=1e-5, atol=1e-5 * float(x_hat.abs().amax()))
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(96))
+    assert loaded.extras_tensors.keys() == trainee.sae.extras.state_dict().keys()
+    assert loaded.needs_side == trainee.sae.needs_side
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -197,7 +198,7 @@ def test_a_planted_dictionary_is_recovered(battery, variant, planted):
     shares = []
     for penalty in penalties:
         chosen = {} if penalty is None else {"penalty": penalty}
-        config = battery.quick(variant, lr=3e-3, k=3, target_l0=3.0, dead_after_tokens=20_000, **chosen)
+        config = battery.quick(variant, lr=3e-3, k=3, target_l0=3.0, dead_after_tokens=20_000, start="fitted", **chosen)
         shares.append(battery.recovered(config, *planted))
         if shares[-1] >= battery.FOUND:
             break

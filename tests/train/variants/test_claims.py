@@ -16,28 +16,15 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import SaeInvalid
 from saemill.train.variants import ortsae, treesae
 
+from ..conftest import draw_unit, learn, scaled
+
 D, ROWS = 32, 512
-
-
-def draw_unit(rng: torch.Generator, count: int) -> Tensor:
-    return functional.normalize(torch.randn(count, D, generator=rng), dim=1)
 
 
 def draw_codes(rng: torch.Generator, rows: int, atoms: int, active: int) -> Tensor:
     """Each row has `active` of the atoms, of sizes 1 to 2."""
     chosen = torch.rand(rows, atoms, generator=rng).topk(active, dim=1).indices
     return torch.zeros(rows, atoms).scatter_(1, chosen, 1 + torch.rand(rows, active, generator=rng))
-
-
-def scaled(rows: Tensor) -> Tensor:
-    return rows * (rows.shape[1] ** 0.5 / rows.norm(dim=1).mean())
-
-
-def train(config, batches: list[Batch]) -> Trainee:
-    trainee = Trainee("one", config.build(D), len(batches))
-    for batch in batches:
-        trainee.step(batch)
-    return trainee
 
 
 def left_over(x_hat: Tensor, target: Tensor) -> float:
@@ -58,14 +45,14 @@ def test_a_skip_explains_what_is_linear_and_leaves_the_latents_the_rest(battery,
     left = {}
     for variant in ("transcoder", "skip_transcoder"):
         config = battery.quick(variant, lr=1e-2, width=64, k=3, gate="batchtopk", dead_after_tokens=20_000)
-        left[variant] = left_over(train(config, batches).sae(held_out.x), held_out.target)
+        left[variant] = left_over(learn(config, batches).sae(held_out.x), held_out.target)
     assert left["skip_transcoder"] < 0.5 * left["transcoder"]
 
 
 def test_no_chunk_of_rows_is_larger_than_asked(battery, rng, monkeypatch):
     sizes, nearest = [], ortsae._nearest_cosine
     monkeypatch.setattr(ortsae, "_nearest_cosine", lambda rows: sizes.append(len(rows)) or nearest(rows))
-    train(battery.quick("ortsae", width=13, k=3, chunk=8, every_steps=1), [Batch(torch.randn(ROWS, D, generator=rng))])
+    learn(battery.quick("ortsae", width=13, k=3, chunk=8, every_steps=1), [Batch(torch.randn(ROWS, D, generator=rng))])
     assert sizes == [7, 6]
 
 
@@ -83,7 +70,7 @@ def test_orthogonal_rows_do_not_absorb_what_fires_with_them(battery, rng):
     batches, held_out, absorbed, left = [Batch(rows(ROWS)) for _ in range(300)], rows(4 * ROWS), {}, {}
     for variant, changes in (("batchtopk", {}), ("ortsae", {"overlap_weight": 1.0})):
         config = battery.quick(variant, lr=3e-3, width=40, k=3, dead_after_tokens=20_000, **changes)
-        sae = train(config, batches).sae
+        sae = learn(config, batches).sae
         of_child = sae.W_dec.detach()[(children @ sae.W_dec.detach().T).argmax(1)]
         absorbed[variant] = float(torch.linalg.vecdot(of_child, parents.repeat_interleave(3, 0)).mean())
         left[variant] = left_over(sae(held_out), held_out)
@@ -178,7 +165,7 @@ def test_one_dictionary_is_good_at_every_k(battery, rng):
 
     batches, held_out, left = [Batch(rows(ROWS)) for _ in range(150)], rows(4 * ROWS), {}
     for variant, k in (("topk", 2), ("topk", 8), ("hierarchical_topk", 8)):
-        sae = train(battery.quick(variant, lr=3e-3, width=96, k=k, dead_after_tokens=20_000), batches).sae
+        sae = learn(battery.quick(variant, lr=3e-3, width=96, k=k, dead_after_tokens=20_000), batches).sae
         for asked in (2, 8):
             sae.gate.k = asked
             left[variant, k, asked] = left_over(sae(held_out), held_out)
@@ -196,7 +183,7 @@ def test_a_signed_latent_stands_for_a_direction_and_its_opposite(battery, rng):
 
     batches, held_out, left = [Batch(rows(ROWS)) for _ in range(200)], rows(4 * ROWS), {}
     for variant in ("topk", "abstopk"):
-        sae = train(battery.quick(variant, lr=3e-3, width=48, k=3, dead_after_tokens=20_000), batches).sae
+        sae = learn(battery.quick(variant, lr=3e-3, width=48, k=3, dead_after_tokens=20_000), batches).sae
         left[variant] = left_over(sae(held_out), held_out)
     assert left["abstopk"] < 0.6 * left["topk"]
 
@@ -213,14 +200,14 @@ def test_a_cross_layer_latent_writes_what_comes_later(battery, rng):
 
     batches, held_out = [batch(ROWS) for _ in range(120)], batch(4 * ROWS)
     shared = {"layers": (1, 2, 3), "hook": "mlp_in", "width": 96, "k": 6, "dead_after_tokens": 20_000}
-    sae = train(battery.quick("clt", lr=1e-2, **shared), batches).sae
+    sae = learn(battery.quick("clt", lr=1e-2, **shared), batches).sae
     W_dec = sae.W_dec.detach().view(96, 3, D)
     assert all(float(W_dec[sae.layer_of == own, :own].abs().sum()) == 0 for own in range(3))
     last = slice(2 * D, 3 * D)
     left = left_over(sae(held_out.x)[:, last], held_out.target[:, last])
     alone = battery.quick("transcoder", lr=1e-2, width=32, k=6, dead_after_tokens=20_000)
     of_last = [Batch(one.x[:, last].contiguous(), one.target[:, last].contiguous()) for one in (*batches, held_out)]
-    assert left < 0.4 * left_over(train(alone, of_last[:-1]).sae(of_last[-1].x), of_last[-1].target)
+    assert left < 0.4 * left_over(learn(alone, of_last[:-1]).sae(of_last[-1].x), of_last[-1].target)
 
 
 def test_a_crosscoder_has_one_latent_for_what_is_in_every_layer(battery, rng):
@@ -233,7 +220,7 @@ def test_a_crosscoder_has_one_latent_for_what_is_in_every_layer(battery, rng):
         )
 
     config = battery.quick("crosscoder", lr=1e-2, layers=(1, 2, 3), width=32, k=3, dead_after_tokens=20_000)
-    sae = train(config, [batch() for _ in range(100)]).sae
+    sae = learn(config, [batch() for _ in range(100)]).sae
     written = functional.normalize(sae.W_dec.detach().view(-1, 3, D), dim=2)
     cosines = torch.einsum("fld,ald->afl", written, atoms)
     of_first = cosines[:, :, 0].argmax(1)
@@ -266,7 +253,9 @@ def test_the_smooth_l0_of_jumprelu_has_a_gradient_to_every_parameter(battery, sp
 
 @pytest.mark.parametrize("penalty", [0.0, 3e-3])
 def test_a_threshold_of_jumprelu_that_nothing_reaches_comes_down(battery, rng, penalty):
-    config = battery.quick("jumprelu", lr=3e-3, width=96, target_l0=4.0, dead_penalty=penalty, dead_after_tokens=ROWS)
+    config = battery.quick(
+        "jumprelu", lr=3e-3, width=96, target_l0=4.0, dead_penalty=penalty, dead_after_tokens=ROWS, start="fitted"
+    )
     trainee, atoms = Trainee("one", config.build(D), 100), draw_unit(rng, 48)
     for step in range(100):
         x = scaled(draw_codes(rng, ROWS, 48, 3) @ atoms)
@@ -290,7 +279,7 @@ def test_a_penalty_on_frequency_keeps_latents_from_firing_everywhere(battery, rn
     batches, held_out, most = [Batch(rows(ROWS)) for _ in range(200)], rows(4 * ROWS), {}
     for weight in (0.0, 0.1):
         config = battery.quick("jumprelu", lr=3e-3, width=96, target_l0=4.0, frequency_penalty=weight)
-        fires = train(config, batches).sae.encode(held_out) > 0
+        fires = learn(config, batches).sae.encode(held_out) > 0
         most[weight] = float(fires.double().mean(0).amax())
         assert float(fires.sum(1).double().mean()) == pytest.approx(4.0, rel=0.08)
     assert most[0.1] < 0.4 * most[0.0]
