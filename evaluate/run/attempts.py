@@ -37,7 +37,7 @@ from ..context.results import (
     standing_result,
     write_result,
 )
-from ..errors import EvalError, NotRun, ResultInvalid
+from ..errors import EvalError, NotRun, ResultFromLater, ResultInvalid
 
 EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
 
@@ -64,7 +64,10 @@ def run_evals(
 
 def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
     """A result that is taken as it is; the reason says where it was measured with other settings."""
-    document = None if keep == "none" else _standing(context, subject, eval_id)
+    try:
+        document = None if keep == "none" else _standing(context, subject, eval_id)
+    except ResultFromLater as error:
+        return Row(subject, eval_id, "failed", str(error))
     if document is None:
         return None
     settings = _comparable(settings, document)
@@ -182,7 +185,12 @@ class _Attempts:
                 return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
         item = replace(item, remark="; ".join(filter(None, (item.remark, self._remark_of_store()))) or None)
-        document = write_result(item, self._eval_id, self._settings)
+        try:
+            document = write_result(item, self._eval_id, self._settings)
+        except OSError as error:  # of the disk, and no reason to measure anything again
+            place = result_path(item.subject, self._eval_id)
+            said = f"its result could not be written to {place} ({error}): make room, then --resume"
+            return Row(item.subject, self._eval_id, "failed", said)
         crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # of an earlier time
         self._context.say(f"{self._eval_id}: {item.subject.name} done")
         if item.missing:

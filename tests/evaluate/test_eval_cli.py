@@ -21,6 +21,7 @@ from saemill import evaluate
 from saemill.api.table import Table
 from saemill.cache_schema import Store
 from saemill.cache_schema.cli import main as store_main
+from saemill.cache_schema.strict_json import to_json
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
 from saemill.evaluate.context.context import Context
@@ -34,8 +35,11 @@ from saemill.evaluate.run import command
 from saemill.evaluate.run.attempts import settings_of
 from saemill.evaluate.run.console_table import require_comparable
 from saemill.evaluate.run.find_saes import find_places, find_subjects, make_subject
+from saemill.train.data.scaling import unit_stats
+from saemill.train.disk.sae_folder import save_sae
 from saemill.train.run.find_sae import find_sae
 from saemill.train.run.folder import RunFolder
+from saemill.train.variants import clt
 
 QUICK = ["--set", "core.batch_size_prompts=4", "--set", "core.resamples=10"]
 
@@ -345,6 +349,25 @@ def test_a_crosscoder_is_done_and_says_what_it_cannot_have(make_world, builder, 
     assert "done: core of cross: cross writes layers [1, 2]" in sae_eval(sae, "--cache", world.store)
 
 
+def test_an_sae_whose_latents_read_one_layer_of_several_is_measured(make_world, builder, sae_eval):
+    """Its encoder and decoder have rows of other lengths, as wide as what it reads and writes is."""
+    config = clt.Config(width=24, layers=(1, 2), k=4)
+    sae = config.build(builder.D).sae
+    folder = builder.root / "cross"
+    details = {"training_architecture": "clt", "training_architecture_details": to_json(config)}
+    save_sae(
+        folder,
+        sae,
+        unit_stats(2 * builder.D),
+        {"layers": [1, 2], **details},
+        details["training_architecture_details"],
+        "clt",
+        unit_stats(2 * builder.D),
+    )
+    world = make_world(layers=(1, 2))
+    assert "done: core of cross: cross writes layers [1, 2]" in sae_eval(folder, "--cache", world.store)
+
+
 def test_fewer_ablations(run_1, sae_eval):
     sae_eval("run_1/small", "--set", 'core.ablations=["zero"]')
     (document,) = results(run_1).values()
@@ -432,14 +455,17 @@ def test_a_damaged_result_is_named_and_measured_anew(run_1, sae_eval, keep):
     assert after[damaged.name]["eval_result_metrics"] == before[damaged.name]["eval_result_metrics"]
 
 
-def test_a_result_of_a_later_saemill_is_not_written_over(run_1, sae_eval):
-    sae_eval("run_1", "--no-plots")
+@pytest.mark.parametrize("keep", ["--resume", "--compare"])
+def test_a_result_of_a_later_saemill_is_not_written_over_and_costs_no_other_its_own(run_1, sae_eval, keep):
+    sae_eval("run_1/small", "--no-plots")
     path = run_1 / "evals" / "core" / "small_eval_results.json"
     document = json.loads(path.read_text())
     document["saemill"]["format"] = 99
     path.write_text(json.dumps(document))
-    assert "was written by a later saemill" in sae_eval("run_1", "--resume", "--no-plots", code=1)
+    output = sae_eval("run_1", keep, "--no-plots", code=1)
+    assert "failed: core of run_1/small" in output and "was written by a later saemill" in output
     assert json.loads(path.read_text())["saemill"]["format"] == 99
+    assert "large_eval_results.json" in results(run_1)
 
 
 def test_compare_is_one_table_and_evaluates_only_what_is_missing(world, run_1, builder, sae_eval):
@@ -681,6 +707,21 @@ def test_results_before_a_crash_are_kept(run_1, sae_eval, second_eval):
     second_eval.evaluate = evaluate
     sae_eval("run_1", "--evals", "second", code=1, options=[])
     assert set(results(run_1, "second")) == {"large_eval_results.json"}
+
+
+def test_a_disk_that_takes_no_result_costs_the_measuring_once(run_1, sae_eval, second_eval):
+    asked = []
+
+    def evaluate(context, subjects, config):
+        asked.append([subject.label for subject in subjects])
+        yield from (core.Result(subject, {}, {"group": {"value": 1.0}}) for subject in subjects)
+
+    second_eval.evaluate = evaluate
+    (run_1 / "evals").mkdir()
+    (run_1 / "evals/second").write_text("in the way")
+    output = sae_eval("run_1", "--evals", "second", "--no-plots", code=1, options=[])
+    assert output.count("could not be written to") == 2 and "then --resume" in output
+    assert asked == [["large", "small"]]
 
 
 def test_an_evaluation_that_forgets_an_sae_is_told(run_1, sae_eval, second_eval):

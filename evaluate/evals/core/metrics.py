@@ -179,7 +179,7 @@ BLOCK = 1024
 @torch.inference_mode()
 def weight_metrics(sae: SparseAutoencoder) -> dict[str, Tensor]:
     """By SAEBench's names and in its order, each [F] on the CPU."""
-    comparable = sae.d_in == sae.d_out
+    comparable = sae.W_enc.shape == sae.W_dec.shape
     cosine = functional.cosine_similarity(sae.W_dec, sae.W_enc, dim=1) if comparable else sae.W_enc[:, 0] * torch.nan
     found = {
         "encoder_bias": sae.gate.b_mag if isinstance(sae.gate, Gated) else sae.b_enc,  # gated: of the magnitudes
