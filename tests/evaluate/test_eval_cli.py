@@ -352,18 +352,9 @@ def test_a_crosscoder_is_done_and_says_what_it_cannot_have(make_world, builder, 
 def test_an_sae_whose_latents_read_one_layer_of_several_is_measured(make_world, builder, sae_eval):
     """Its encoder and decoder have rows of other lengths, as wide as what it reads and writes is."""
     config = clt.Config(width=24, layers=(1, 2), k=4)
-    sae = config.build(builder.D).sae
-    folder = builder.root / "cross"
-    details = {"training_architecture": "clt", "training_architecture_details": to_json(config)}
-    save_sae(
-        folder,
-        sae,
-        unit_stats(2 * builder.D),
-        {"layers": [1, 2], **details},
-        details["training_architecture_details"],
-        "clt",
-        unit_stats(2 * builder.D),
-    )
+    folder, scale, settings = builder.root / "cross", unit_stats(2 * builder.D), to_json(config)
+    told = {"layers": [1, 2], "training_architecture": "clt", "training_architecture_details": settings}
+    save_sae(folder, config.build(builder.D).sae, scale, told, settings, "clt", scale)
     world = make_world(layers=(1, 2))
     assert "done: core of cross: cross writes layers [1, 2]" in sae_eval(folder, "--cache", world.store)
 
