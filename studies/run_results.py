@@ -11,16 +11,17 @@ from typing import Any
 from ..cache_schema.strict_json import to_json
 from ..evaluate import evals
 from ..evaluate.context.results import (
+    RESULTS,
     deciding,
     describe_differences,
-    is_of_other_codes,
     metric_of,
     read_result,
     settings_in,
     settings_of_each,
     short_name,
+    still_stands,
 )
-from ..evaluate.output.figures.records import RESULTS, read_log
+from ..evaluate.output.figures.records import read_log
 from ..evaluate.run.console_table import untrained_traits
 from ..train.config.recipe import HALF, Recipe
 from ..train.disk.atomic_files import read_json
@@ -105,8 +106,8 @@ def read_lines(
             if uneven[eval_id]:
                 problems.append(f"{eval_id} is left out: results of this run differ in {uneven[eval_id]}")
                 continue
-            if is_of_other_codes(document):
-                problems.append(f"{eval_id} is left out: its result is of codes that the SAE no longer has")
+            if not still_stands(document, folder.path / "evals" / eval_id / (label + RESULTS)):
+                problems.append(f"{eval_id} is left out: its result is of weights or codes that the SAE no longer has")
                 continue
             if other := of_other_settings(eval_id, document, (asked or {}).get(eval_id)):
                 problems.append(f"{eval_id} is left out: its result is of {other}")

@@ -21,10 +21,12 @@ from ...cache_schema.sites import SAE_LENS_NAMES
 from ...cache_schema.strict_json import flatten
 from ...train.disk.atomic_files import replace_file
 from ...train.disk.sae_folder import SAELENS_VERSION, WEIGHT_SUFFIXES
+from ...train.run.find_sae import list_saes
 from ...train.run.folder import provenance
 from ..errors import ResultFromLater, ResultInvalid
 from .loaded_sae import LoadedSae, encoding_of
 
+RESULTS = "_eval_results.json"  # after an SAE's label
 FORMAT = 1  # of our part of a result, which does not say it until there is another
 UNKNOWN = "Unknown"
 CONFIGS = ("cfg.json", "config.json")  # of an SAE's folder
@@ -62,7 +64,7 @@ class Failure:
 
 
 def result_path(subject: LoadedSae, eval_id: str) -> Path:
-    return subject.home / "evals" / eval_id / f"{subject.label}_eval_results.json"
+    return subject.home / "evals" / eval_id / f"{subject.label}{RESULTS}"
 
 
 def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,15 +210,21 @@ def interval_of(document: Mapping[str, Any], intervals: str | None, metric: str)
 
 
 def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
-    """The result on disk, if it is not older than the SAE, of the layers and hooks that it has now, and of codes as
-    they are made now."""
+    """The result on disk, if it still stands and is of the layers and hooks that the SAE has now: one that says none
+    has those that it is given."""
     path = result_path(subject, eval_id)
-    if not path.is_file() or _is_older(path, subject.folder):
-        return None
-    document = read_result(path)
-    if is_of_other_codes(document):
+    document = read_result(path) if path.is_file() else None
+    if document is None or not still_stands(document, path, subject.folder):
         return None
     return document if _places_in(document.get("sae_cfg_dict")) == _places_in(sae_config(subject)) else None
+
+
+def still_stands(document: Mapping[str, Any], path: Path, folder: Path | None = None) -> bool:
+    """Whether a result is of the SAE that is there now: not older, and of codes as they are made now. Without a folder
+    it is the one that the result's place says."""
+    home, label = path.parents[2], path.name.removesuffix(RESULTS)
+    folder = folder or (home if list_saes(home) == [home] else home / label)
+    return not _is_older(path, folder) and not is_of_other_codes(document)
 
 
 def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +146,15 @@ def test_results_left_standing_by_an_evaluation_that_failed_are_not_those_that_w
         left_out = ["core is left out: its result is of config.split 'validation' (asked for: 'test')"]
         assert line.problems == ([] if split == "test" else left_out)
         assert ("l0" in line.values) == (split == "test")
+
+
+def test_results_of_an_earlier_sae_are_left_out(tmp_path):
+    folder, sae, ahead = write_run(tmp_path / "run_0"), tmp_path / "run_0/one", time.time() + 60
+    sae.mkdir(exist_ok=True)
+    (sae / "cfg.json").write_text("{}")
+    os.utime(sae / "cfg.json", (ahead, ahead))
+    (line,) = read_lines(folder, ["core"])
+    assert line.problems == ["core is left out: its result is of weights or codes that the SAE no longer has"]
 
 
 def test_results_that_do_not_name_their_text_pass_for_the_same(tmp_path):

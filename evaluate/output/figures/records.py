@@ -12,10 +12,9 @@ from typing import Any
 
 from ....train.disk.atomic_files import read_json
 from ....train.run.folder import RunFolder
-from ...context.results import is_of_other_codes, metric_of, ours_in, read_result
+from ...context.results import RESULTS, metric_of, ours_in, read_result, still_stands
 from ...errors import EvalError, ResultInvalid
 
-RESULTS = "_eval_results.json"
 CURVE_POINTS = 200
 Documents = Mapping[Path, Mapping[str, Any]]
 Say = Callable[[str], object]
@@ -152,6 +151,6 @@ def read_documents(folder: Path, say: Say, known: Documents) -> dict[str, dict[s
         except (EvalError, OSError) as error:
             say(f"left out of pages and plots: {error}")
             continue
-        if not is_of_other_codes(document):
+        if still_stands(document, path):
             found.setdefault(path.name.removesuffix(RESULTS), {})[path.parent.name] = document
     return found

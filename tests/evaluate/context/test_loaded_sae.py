@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -121,6 +123,17 @@ def test_results_of_other_codes_do_not_stand(builder, tmp_path, config, stands):
     path.write_text(json.dumps(document))
     assert (standing_result(subject, "core") is not None) == stands
     assert bool(read_documents(tmp_path / "evals", print, {})) == stands
+
+
+@pytest.mark.parametrize("home", [".", "sae"], ids=["of a run", "of its own"])
+def test_results_of_an_earlier_sae_do_not_stand(builder, tmp_path, home):
+    """Neither for --resume nor on the page."""
+    subject = replace(builder.subject(builder.make_sae()), home=tmp_path / home)
+    write_result(Result(subject, {}, {}), "core", {})
+    evals, ahead = tmp_path / home / "evals", time.time() + 60
+    assert standing_result(subject, "core") is not None and read_documents(evals, print, {})
+    os.utime(subject.folder / "cfg.json", (ahead, ahead))
+    assert standing_result(subject, "core") is None and not read_documents(evals, print, {})
 
 
 def test_several_layers_lie_side_by_side(batch, builder):
