@@ -323,14 +323,21 @@ def imported(builder):
     return make
 
 
-@pytest.mark.parametrize(("tokens", "reason"), [(False, "import it again with --tokens"), (True, "--model")])
-def test_an_imported_store_without_tokens_or_model(imported, builder, sae_eval, tokens, reason):
-    sae = builder.save(builder.root / "sae", builder.make_sae())
-    output = sae_eval(sae, "--cache", imported(tokens, "nobody/has-this"), code=3)
+@pytest.mark.parametrize(
+    ("tokens", "status", "reason", "code"),
+    [(False, "done", "import it again with --tokens", 0), (True, "incomplete", "--model", 3)],
+)
+def test_an_imported_store_without_tokens_or_model(imported, builder, sae_eval, tokens, status, reason, code):
+    """The model may come; a store with tokens is another one, so that without them nothing is left to be done."""
+    sae, store = builder.save(builder.root / "sae", builder.make_sae()), imported(tokens, "nobody/has-this")
+    output = sae_eval(sae, "--cache", store, code=code)
     assert reason in output
-    assert "incomplete: core of sae" in output
-    (document,) = results(sae).values()
+    assert f"{status}: core of sae" in output
+    before = results(sae)
+    (document,) = before.values()
     assert document["eval_result_metrics"]["sparsity"]["l0"] == 4.0
+    sae_eval(sae, "--cache", store, "--resume", code=code)
+    assert (results(sae) == before) == (code == 0)
 
 
 def test_an_imported_store_with_its_model(imported, world, builder, sae_eval):
