@@ -234,9 +234,9 @@ def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
 
 def is_of_store_now_gone(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a whole result is of a store, and these settings are the same with none, and with what follows of that:
-    another number type, a model by its name."""
+    another number type, a model by its name, no bound of its own for massive rows."""
     found = settings_in(document)
-    of_store = {"cache_id", "dtype"} | ({"model"} - found.keys())
+    of_store = {"cache_id", "dtype"} | ({"model"} - found.keys()) | ({"massive_norms"} - settings.keys())
     asked = {name: value for name, value in settings.items() if name not in of_store}
     asked |= {name: found[name] for name in of_store & found.keys()}
     return settings["cache_id"] is None and found.get("cache_id") is not None and is_whole(document, asked)

@@ -52,7 +52,7 @@ def run_evals(
     rows: list[Row] = []
     for eval_id, config in configs.items():
         settings = settings_of(context, eval_id, config)
-        kept = {subject: row for subject in subjects if (row := _kept(context, subject, eval_id, settings, keep))}
+        kept = _all_kept(context, subjects, eval_id, settings, keep)
         rows += kept.values()
         pending = [subject for subject in subjects if subject not in kept]
         if pending:
@@ -60,6 +60,18 @@ def run_evals(
                 context.say(f"{eval_id}: --from-tokens changes nothing here, and its results say so")
             rows += _Attempts(context, eval_id, config, settings).run(pending)
     return rows
+
+
+def standing_rows(context: Context, subjects: Sequence[LoadedSae], configs: Mapping[str, Any], keep: Keep) -> list[Row]:
+    """The results that are taken as they are, and nothing else."""
+    each = ((eval_id, settings_of(context, eval_id, config)) for eval_id, config in configs.items())
+    return [row for eval_id, of in each for row in _all_kept(context, subjects, eval_id, of, keep).values()]
+
+
+def _all_kept(
+    context: Context, subjects: Sequence[LoadedSae], eval_id: str, settings: Mapping[str, Any], keep: Keep
+) -> dict[LoadedSae, Row]:
+    return {subject: row for subject in subjects if (row := _kept(context, subject, eval_id, settings, keep))}
 
 
 def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
@@ -70,14 +82,14 @@ def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[
         return Row(subject, eval_id, "failed", str(error))
     if document is None:
         return None
-    settings = _comparable(settings, document)
-    if keep == "same":
-        is_gone = is_of_store_now_gone(document, settings)
-        stands = (is_whole(document, settings) or is_gone) and evals.load(eval_id).is_there(subject)
-        reason = "its result is of a store, and there is none now: without --resume it is evaluated anew"
-        return Row(subject, eval_id, "kept", reason if is_gone else "", document) if stands else None
-    if settings["cache_id"] not in (None, settings_in(document).get("cache_id")):  # of another store
+    settings, store = _comparable(settings, document), settings_in(document).get("cache_id")
+    if settings["cache_id"] not in (None, store) or (store and subject.cache_id not in (None, store)):  # of another one
         return None
+    is_gone = is_of_store_now_gone(document, settings)
+    if keep == "same" or is_gone:
+        stands = (is_whole(document, settings) or is_gone) and evals.load(eval_id).is_there(subject)
+        reason = "its result is of a store, and there is none now" if is_gone else ""
+        return Row(subject, eval_id, "kept", reason, document) if stands else None
     found, missing = describe_differences(document, settings), ours_in(document).get("missing")
     if missing and not found:
         return None  # what has a part of its numbers is done again, as --resume does it
@@ -109,7 +121,7 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
     }
     if evaluation.revision != 1:  # results of before there were any are of the first
         settings["revision"] = evaluation.revision
-    if context.opened is not None and evaluation.needs.store:
+    if evaluation.needs.store and (context.opened is not None or context.massive_norms != "store's"):
         settings["massive_norms"] = context.massive_multiple
     data = evaluation.data_revision(context, config)
     if data is not None:

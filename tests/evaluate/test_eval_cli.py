@@ -249,6 +249,22 @@ def test_resume_leaves_a_result_of_a_store_that_is_gone(make_world, builder, sae
     assert results(run, "decoder_cosine") != before
 
 
+@pytest.mark.parametrize("keep", ["--resume", "--compare"])
+def test_results_on_a_store_that_is_gone_are_taken_and_the_rest_is_refused(make_world, builder, sae_eval, keep):
+    world = make_world()
+    run = builder.run(world, "run_1", {"one": builder.make_sae(), "two": builder.make_sae(seed=1)})
+    sae_eval("run_1/one", "--no-plots")
+    before = results(run)
+    shutil.rmtree(world.store)
+    output = sae_eval("run_1", keep, "--no-plots", code=1)
+    assert "ce loss score" in output and results(run) == before
+    assert "kept: core of run_1/one: its result is of a store, and there is none now" in output
+    assert "failed: core of run_1/two: the store of run_1/one was at" in output
+    assert "kept" not in sae_eval("run_1", keep, "--cache", world.store, "--no-plots", code=1)
+    if keep == "--resume":  # of other settings
+        assert "kept" not in sae_eval("run_1", keep, "--massive-norms", "5", "--no-plots", code=1)
+
+
 def test_a_store_with_another_id_costs_the_other_runs_nothing(world, make_world, builder, sae_eval):
     other = make_world(dtype="float32")
     run_1, run_2 = (builder.run(w, n, {"sae": builder.make_sae()}) for w, n in ((world, "run_1"), (other, "run_2")))
