@@ -181,6 +181,7 @@ class _Attempts:
         """Rows as far as they came, and what ended them early."""
         rows: list[Row] = []
         try:
+            self._evaluation.require(self._config)
             self._evaluation.needs.require(self._context)
             for item in self._evaluation.evaluate(self._context, subjects, self._config):
                 rows.append(self._take(item))

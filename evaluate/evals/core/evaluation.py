@@ -46,8 +46,6 @@ class Config:
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     """All SAEs side by side; those that no model can be spliced with get the measures that need none."""
     require_ablations(config.ablations)
-    if config.resamples < 0:
-        raise SettingInvalid(f"resamples: expected a number, 0 for no intervals, found {config.resamples}")
     rows = rows_of(
         context,
         config.split,
@@ -148,6 +146,7 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(store=True, from_tokens=True),
     intervals=INTERVALS,
+    least={"batch_size_prompts": 1, "resamples": 0},
     summary=(
         "sparsity.l0",
         "saemill_metrics.explained_variance",

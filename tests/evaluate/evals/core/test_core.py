@@ -194,10 +194,9 @@ def test_without_resamples_there_are_no_intervals(world, open_context, builder):
 
 
 @pytest.mark.parametrize("config", [core.Config(batch_size_prompts=0), core.Config(resamples=-1)])
-def test_what_makes_no_sense_is_said_before_any_work(world, open_context, builder, monkeypatch, config):
-    monkeypatch.setattr(core, "measure_sparsity", None)
+def test_what_makes_no_sense_is_said_before_any_work(config):
     with pytest.raises(SettingInvalid, match=r"(batch_size_prompts|resamples): expected .*, found (0|-1)"):
-        run(open_context(world), [builder.subject(builder.make_sae())], config)
+        core.EVALUATION.require(config)
 
 
 def test_scores_have_one_formula():
