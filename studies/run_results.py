@@ -14,10 +14,10 @@ from ..evaluate.context.results import (
     RESULTS,
     deciding,
     describe_differences,
+    differing,
     metric_of,
     read_result,
     settings_in,
-    settings_of_each,
     short_name,
     still_stands,
 )
@@ -79,7 +79,7 @@ def read_lines(
         }
         for eval_id in eval_ids
     }
-    uneven = {eval_id: differing(list(found.values())) for eval_id, found in documents.items()}
+    uneven = {eval_id: differing(found.values()) for eval_id, found in documents.items()}
     for label, sae in result["saes"].items():
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
         is_half = at_half.get("steps") == result["steps"] // 2
@@ -123,13 +123,6 @@ def read_lines(
         problems += [f"{name} is not a number" for name, value in values.items() if not math.isfinite(value or 0.0)]
         lines.append(Line(folder.name, label, values, problems, remarks, model))
     return lines
-
-
-def differing(documents: Sequence[Mapping[str, Any]]) -> str:
-    """The settings in which results of one evaluation differ: none of them can be told to be the one that was meant."""
-    all_of = settings_of_each(documents)
-    keys = sorted({key for one in all_of for key in one})
-    return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
 
 
 def of_other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | None) -> str:

@@ -257,6 +257,13 @@ def settings_of_each(documents: Iterable[Mapping[str, Any]]) -> list[dict[str, A
     return [{key: value for key, value in one.items() if key != DATA} for one in found]
 
 
+def differing(documents: Iterable[Mapping[str, Any]]) -> str:
+    """The settings in which results of one evaluation differ: none of them can be told to be the one that was meant."""
+    all_of = settings_of_each(documents)
+    keys = sorted({key for one in all_of for key in one})
+    return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
+
+
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of an evaluation that can change a number: all but the folder in which it remembers."""
     return {name: value for name, value in config.items() if name != "cache"}

@@ -10,6 +10,7 @@ import torch
 from ..errors import MemoryTooSmall
 
 T = TypeVar("T")
+NO_ROOM = "Free some memory, or evaluate narrower SAEs or on another --device"
 WEIGHTS_SHARE = 4  # of a device's free memory, one part in so many is for weights of SAEs: a model and batches follow
 
 
@@ -24,7 +25,7 @@ class PieceSize:
         if self.size == 1:
             raise MemoryTooSmall(
                 f"not even one of the {self._what} at a time fits into memory ({str(error).partition(chr(10))[0]}). "
-                "Free some memory, or evaluate narrower SAEs or on another --device"
+                + NO_ROOM
             ) from error
         self.size //= 2
         self._say(f"out of memory: going on with {self.size} {self._what} at a time")

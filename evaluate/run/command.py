@@ -27,10 +27,10 @@ from .. import evals
 from ..context.context import Context, DtypeName, open_context
 from ..context.loaded_sae import LoadedSae, layers_of
 from ..context.results import Row
-from ..errors import CacheIdMismatch, EvalError, SettingInvalid, StoreGone, WidthMismatch
+from ..errors import CacheIdMismatch, EvalError, MemoryTooSmall, SettingInvalid, StoreGone, WidthMismatch
 from ..evals.browser.write_pages import LATENT_BYTES
 from ..evals.browser.write_pages import NAME as BROWSER
-from ..model.smaller_pieces import room_for_weights, within
+from ..model.smaller_pieces import NO_ROOM, is_out_of_memory, room_for_weights, within
 from ..output.pictures import draw
 from .attempts import Keep, run_evals, standing_rows
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store
@@ -259,11 +259,21 @@ class Session:
         return rows
 
     def _run_on_device(self, context: Context, subjects: Sequence[LoadedSae]) -> list[Row]:
-        """SAEs that have room on the device together; they leave it in the end."""
+        """SAEs that have room on the device together; they leave it in the end. One that has none costs the others
+        nothing."""
+        rows: list[Row] = []
         try:
             for subject in subjects:
-                subject.to(self.device)
-            return run_evals(context, subjects, self.configs, self.keep)
+                try:
+                    subject.to(self.device)
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    subject.to(torch.device("cpu"))
+                    rows += self._refused(subject, MemoryTooSmall(f"it does not fit on {self.device}. {NO_ROOM}"))
+            refused = {row.subject for row in rows}
+            there = [subject for subject in subjects if subject not in refused]
+            return rows + (run_evals(context, there, self.configs, self.keep) if there else [])
         finally:
             for subject in subjects:
                 subject.to(torch.device("cpu"))

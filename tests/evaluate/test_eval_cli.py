@@ -25,6 +25,7 @@ from saemill.cache_schema.strict_json import to_json
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
 from saemill.evaluate.context.context import Context
+from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.results import Row, result_path, sae_config
 from saemill.evaluate.errors import Incomparable, WidthMismatch
 from saemill.evaluate.evals.core import evaluation as core
@@ -428,6 +429,19 @@ def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run
             assert found["eval_result_metrics"] == together[name]["eval_result_metrics"]
     said = sae_eval("run_1", "--evals", "browser", "--set", "browser.windows=4", "--no-plots", options=[])
     assert "browser: no room for all SAEs at once: counterparts are looked for within run_1/large; run_1/small" in said
+
+
+def test_an_sae_that_has_no_room_costs_the_others_nothing(run_1, sae_eval, monkeypatch):
+    moved = LoadedSae.to
+
+    def to(subject, device):
+        monkeypatch.setattr(LoadedSae, "to", moved)  # the first time alone, and large is the first
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(LoadedSae, "to", to)
+    output = sae_eval("run_1", "--no-plots", code=1)
+    assert "failed: core of run_1/large: it does not fit on cpu. Free some memory" in output
+    assert set(results(run_1)) == {"small_eval_results.json"}
 
 
 def test_only_what_was_computed_from_tokens_says_so(run_1, sae_eval):

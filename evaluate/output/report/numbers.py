@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ... import evals
-from ...context.results import REACH, heading, lines_of_each, reach_of
+from ...context.results import REACH, differing, heading, lines_of_each, reach_of
 from ..figures.records import CORE, Record
 from .markup import Html, element, joined
 
@@ -100,6 +100,9 @@ def notes(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
     told = [f"{line}." for line in lines_of_each((one.name, line) for one in records for line in one.measured_on)]
     if any(column.reach(one) is not None for column in columns for one in records):
         told.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents.")
+    for name in dict.fromkeys(column.evaluation for column in columns if column.evaluation):
+        if uneven := differing(one.documents[name] for one in records if name in one.documents):
+            told.append(f"{name}: these numbers do not compare, results differ in {uneven}.")
     others = (one for one in records if one.outcome and one.metric("core", CORE["explained_variance"]) is None)
     by_training = [one.name for one in others]
     if by_training:
