@@ -105,6 +105,7 @@ def test_the_table_says_how_much_text_it_is_of_and_how_far_that_is_sure(run_1, s
     assert f"{value:.4g} ± {max(high - value, value - low):.2g}" in output
     tokens, documents = ours["massive"]["of_tokens"], ours["documents"]["sparsity"]
     assert f"core: test split, {tokens:,} tokens of {documents} documents; CE and KL on " in output
+    assert f"{ours['documents']['losses']} documents" in output.split("CE and KL on ")[1].partition("\n")[0]
     assert "95 % interval over documents" in output
     bare = sae_eval("run_1/large", "--set", "core.resamples=0")
     assert "±" not in bare and "core: test split" in bare
