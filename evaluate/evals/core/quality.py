@@ -238,7 +238,7 @@ def measure_sparsity(context: Context, subjects: Sequence[LoadedSae], block: Blo
 def piece_size(context: Context, subject: LoadedSae, batch_windows: int) -> PieceSize:
     """As many windows as have activations of `PIECE_BYTES`."""
     room = PIECE_BYTES // (4 * context.manifest.context * subject.width)
-    return PieceSize(min(max(1, room), batch_windows), "windows", context.say)
+    return PieceSize(min(room, batch_windows), "windows", context.say, subject.together)
 
 
 @torch.inference_mode()
