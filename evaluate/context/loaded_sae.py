@@ -19,6 +19,7 @@ from ...cache_schema.sites import RESID, Site
 from ...cache_schema.strict_json import from_json
 from ...train.disk.sae_folder import NORM_BOUNDS
 from ...train.kit import registry
+from ...train.run.init_source import source_of
 from ...train.sae.kernels.second_look import Affine
 from ...train.sae.model import SparseAutoencoder
 from ...train.sae.side_inputs import Side
@@ -73,6 +74,11 @@ class LoadedSae:
     def encoder(self) -> Affine:
         """What `sae` multiplies its input with; where it is looked at twice, half of `W_enc` more is held."""
         return Affine(self.sae.W_enc.detach(), self.sae.b_enc.detach())
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all its files."""
+        return source_of(self.folder).sha256
 
     @cached_property
     def needs(self) -> frozenset[str]:

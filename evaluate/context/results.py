@@ -23,6 +23,7 @@ from ...train.disk.atomic_files import replace_file
 from ...train.disk.sae_folder import SAELENS_VERSION, WEIGHT_SUFFIXES
 from ...train.run.find_sae import list_saes
 from ...train.run.folder import provenance
+from ...train.run.init_source import source_of
 from ..errors import ResultFromLater, ResultInvalid
 from .loaded_sae import LoadedSae, encoding_of
 
@@ -101,6 +102,7 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
             "label": subject.label,
             "variant": subject.variant,
             **({} if encoding == 1 else {"encoding": encoding}),
+            "sha256": subject.sha256,
             "missing": result.missing,
             "remark": result.remark,
             "measured_on": result.measured_on,
@@ -220,11 +222,11 @@ def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
 
 
 def still_stands(document: Mapping[str, Any], path: Path, folder: Path | None = None) -> bool:
-    """Whether a result is of the SAE that is there now: not older, and of codes as they are made now. Without a folder
-    it is the one that the result's place says."""
+    """Whether a result is of the SAE that is there now, and of codes as they are made now. Without a folder it is the
+    one that the result's place says."""
     home, label = path.parents[2], path.name.removesuffix(RESULTS)
     folder = folder or (home if list_saes(home) == [home] else home / label)
-    return not _is_older(path, folder) and not is_of_other_codes(document)
+    return not _is_of_other_files(document, path, folder) and not is_of_other_codes(document)
 
 
 def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
@@ -285,10 +287,15 @@ def _places_in(config: Any) -> list[Any]:
     return [found.get("hook_layer"), found.get("hook_name"), *(told.get(name) for name in names)]
 
 
-def _is_older(path: Path, folder: Path) -> bool:
-    """Whether an SAE's files were written after the result: another one has taken the place of the one measured."""
-    files = [found for found in folder.glob("*") if found.suffix in WEIGHT_SUFFIXES or found.name in CONFIGS]
-    return any(found.stat().st_mtime > path.stat().st_mtime for found in files)
+def _is_of_other_files(document: Mapping[str, Any], path: Path, folder: Path) -> bool:
+    """Whether another SAE has taken the place of the one measured. They are read for it only where something there was
+    written, moved or copied since; of results of before, which say no digest, times alone tell."""
+    files = [found.stat() for found in folder.glob("*") if found.suffix in WEIGHT_SUFFIXES or found.name in CONFIGS]
+    measured, told = path.stat().st_mtime, ours_in(document).get("sha256")
+    if told is None or not files:
+        return any(file.st_mtime > measured for file in files)
+    is_touched = any(max(file.st_mtime, file.st_ctime) > measured for file in (folder.stat(), *files))
+    return is_touched and source_of(folder).sha256 != told
 
 
 def without_nan(value: Any, instead: Any) -> Any:

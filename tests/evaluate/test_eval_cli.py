@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from traceback import walk_stack
@@ -555,10 +553,10 @@ def test_compare_names_results_of_other_settings_than_were_asked_for(run_1, sae_
     assert "kept:" not in sae_eval("run_1", "--compare", "--set", "core.n_eval_reconstruction_batches=1")
 
 
-def test_compare_takes_no_result_of_an_earlier_sae(run_1, sae_eval):
+def test_compare_takes_no_result_of_an_earlier_sae(run_1, builder, sae_eval):
     sae_eval("run_1")
-    before, ahead = results(run_1), time.time() + 60
-    os.utime(run_1 / "small/sae_weights.safetensors", (ahead, ahead))
+    before = results(run_1)
+    builder.save(run_1 / "small", builder.make_sae(seed=9))
     sae_eval("run_1", "--compare")
     assert {name for name, found in results(run_1).items() if found != before[name]} == {"small_eval_results.json"}
 
@@ -585,11 +583,10 @@ def test_an_sae_that_knows_no_store_compares_with_those_of_the_store_it_is_given
     assert "run_1/small" in output and "elsewhere" in output
 
 
-def test_an_sae_that_was_written_after_its_result_is_evaluated_again(run_1, sae_eval):
+def test_an_sae_that_was_written_after_its_result_is_evaluated_again(run_1, builder, sae_eval):
     sae_eval("run_1/small")
     before = results(run_1)
-    weights, ahead = run_1 / "small/sae_weights.safetensors", time.time() + 60
-    os.utime(weights, (ahead, ahead))
+    builder.save(run_1 / "small", builder.make_sae(seed=9))
     sae_eval("run_1/small", "--resume")
     assert results(run_1) != before
 
@@ -626,7 +623,7 @@ def test_a_crash_whose_traceback_cannot_be_kept_is_told(run_1, sae_eval, monkeyp
 def second_eval(monkeypatch):
     """An evaluation beside core, of which a test decides what it does."""
     core_is = core.EVALUATION
-    second = SimpleNamespace(**vars(core_is) | {"summary": ()})
+    second = SimpleNamespace(**vars(core_is) | {"summary": (), "require": lambda config: None})
     known = evals.load
     monkeypatch.setattr(evals, "names", lambda: ("core", "second"))
     monkeypatch.setattr(evals, "load", lambda name: second if name == "second" else known(name))
@@ -856,8 +853,8 @@ def test_a_result_of_another_layer_is_no_result(told, builder, make_world, sae_e
         found += results(words[0]).values()
     assert [document["sae_cfg_dict"]["hook_layer"] for document in found] == [1, 2, 2]
     assert found[1] == found[2]
-    ahead = time.time() + 60
-    os.utime(words[0] / "cfg.json", (ahead, ahead))
+    with (words[0] / "cfg.json").open("a") as file:
+        file.write("\n")
     sae_eval(*words, 2)
     assert found[2] not in results(words[0]).values()
 

@@ -60,8 +60,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     head, missing = find_head(context)
     words = Vocabulary(context)
     about = describe(context, home, config, windows, words, missing)
-    weights = {subject: source_of(subject.folder).sha256 for subject in subjects}
-    saes = [[subject.label, sha256] for subject, sha256 in weights.items()]
+    saes = [[subject.label, subject.sha256] for subject in subjects]
     # What computes the same numbers to the bit: sums of two are not joined.
     programs = [__version__, torch.__version__, torch.get_num_threads(), has_fast_bfloat16("cpu")]
     inputs = decided_by(
@@ -84,7 +83,7 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
                 of = (about["model"], about["corpus"], about["run"])
                 exported = Exported(one, tokens, texts, promotes[one], near[one]["by_direction"], *of)
                 write_exports(folder.path, config.exports, exported)
-            own = [summary_of(one) | {"sha256": weights[one.subject]} for one in shown]
+            own = [summary_of(one) | {"sha256": one.subject.sha256} for one in shown]
             folder.write("run", about | {"saes": [*own, *kept]})
             write_numbers(folder.path, records)
             write_page(folder.path, about["build"])
