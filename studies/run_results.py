@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from ..evaluate.context.results import (
     short_name,
     still_stands,
 )
-from ..evaluate.output.figures.records import read_log
+from ..evaluate.output.figures.records import SEED, read_log
 from ..evaluate.run.console_table import untrained_traits
 from ..train.config.recipe import HALF, Recipe
 from ..train.disk.atomic_files import read_json
@@ -32,7 +31,6 @@ CORE = "core"
 LOGGED = "explained_variance"
 ASKS_FOR_MATERIAL = ("unlearning",)
 """WMDP's text is given on request only, and is about one model: a study is whole without."""
-SEED = re.compile(r"_seed(\d+)(?=$|_frozen_)")
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,11 @@ def test_commands_start_what_is_missing_go_on_with_what_stopped_and_leave_what_e
     ]
 
 
+def test_a_seed_is_found_wherever_it_stands_in_a_label():
+    found = [Line("run", label, {}, []) for label in ("topk_seed3", "topk_seed3_wide", "topk_seeded")]
+    assert [(one.family, one.seed) for one in found] == [("topk", 3), ("topk_wide", 3), ("topk_seeded", 0)]
+
+
 def test_seeds_of_one_sae_become_one_row():
     lines = [Line("headline", f"base_seed{n}", {"l0": value}, []) for n, value in enumerate((1.0, 2.0, 3.0))]
     lines.append(Line("headline", "other_seed0", {}, []))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,13 @@ from ...errors import EvalError, ResultInvalid
 CURVE_POINTS = 200
 Documents = Mapping[Path, Mapping[str, Any]]
 Say = Callable[[str], object]
-CORE = {  # the names of a run's own held-out numbers in core's results; SAEBench's explained variance is another one
+SEED = re.compile(r"_seed(\d+)(?=_|$)")  # in an SAE's label
+CORE = {  # where core's results have what pages show; SAEBench's explained variance is another one
     "l0": "sparsity.l0",
     "explained_variance": "saemill_metrics.explained_variance",
     "explained_variance_with_massive": "saemill_metrics.explained_variance_with_massive",
+    "ce_score": "model_performance_preservation.ce_loss_score",
+    "kl_score": "model_behavior_preservation.kl_div_score",
 }
 
 
