@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 
 from ..cache_schema import Store
 from ..cache_schema.strict_json import nearest
@@ -69,7 +70,7 @@ def _say(option: click.Option, value: Any) -> list[str]:
         if _is_list(value) and option.name not in LISTS:
             advice = "train() takes several values of a setting as grid={'k': [16, 32]}"
             raise click.BadParameter(f"expected one value, found {value!r}: {advice}", param=option)
-        return [f"{name}={_text(value)}"]
+        return [f"{name}={_text(value) or ('none' if _is_list(value) else '')}"]
     if isinstance(value, Mapping):
         value = [f"{key}={_text(item)}" for key, item in value.items()]
     return [f"{name}={_text(item)}" for item in (value if _is_list(value) else [value])]
@@ -81,6 +82,8 @@ def _text(value: Any) -> str:
         return value.url
     if isinstance(value, (str, os.PathLike)):
         return os.fspath(value)
+    if isinstance(value, torch.device):
+        return str(value)
     if _is_list(value):
         return ",".join(json.dumps(item, default=_plain) if _is_list(item) else _text(item) for item in value)
     return json.dumps(value, default=_plain)
@@ -93,4 +96,8 @@ def _is_list(value: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     """What JSON has no word for: NumPy's numbers, and lists of other kinds."""
-    return value.item() if isinstance(value, np.generic) else list(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if _is_list(value):
+        return list(value)
+    raise TypeError(f"expected text, a path, a number or a list of them, found {value!r}")

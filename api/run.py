@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ..train.disk.atomic_files import read_json
 from ..train.errors import RunMissing
 from ..train.run.find_sae import load_sae
+from ..train.run.folder import is_run, own_path
 from ..train.sae.model import SparseAutoencoder
 from . import notebook_html
 
@@ -18,7 +18,9 @@ class Run:
     """A run that has ended. Wherever a run is asked for, it stands for its folder."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = own_path(path)
+        if is_run(self.path) and not (self.path / "result.json").exists():
+            raise RunMissing(f"{path} has not ended: go on with train(resume={str(self.path)!r})")
         self.results = read_json(self.path / "result.json")
         """All of result.json."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -52,10 +54,17 @@ def as_json(
     return click.option("--json", "is_json", is_flag=True, help=help)
 
 
-def digits_of(text: str) -> str:
-    """A number without what sets its thousands apart. Other commas stay: who reads the number refuses them."""
+def read_count(text: str) -> int | None:
+    """How many, of `10M`, `1.5B`, `200k`, `1e6`, `10,000` or plain digits; None where it says none. Commas that set
+    no thousands apart are none of a number."""
     plain = text.strip().replace("_", "")
-    return plain.replace(",", "") if re.fullmatch(r"\d{1,3}(,\d{3})+", plain) else plain
+    plain = plain.replace(",", "") if re.fullmatch(r"\d{1,3}(,\d{3})+", plain) else plain.lower()
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)(e\d{1,2}|[kmbg]?)", plain)
+    if found is None:
+        return None
+    powers = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9}
+    value = Decimal(found[1]).scaleb(powers[found[2]] if found[2] in powers else int(found[2][1:]))
+    return int(value) if value == int(value) else None
 
 
 def example(words: str) -> str:
@@ -124,7 +133,7 @@ def verify(url: str, is_json: bool) -> None:
         with _report():
             _refuse_if_tokens_are_gone(damage)
     if damage or wrong:
-        click.echo(f"Mend them with: sae-store repair {url}")
+        click.echo(f"Mend them with: sae-store repair {shlex.quote(url)}")
         sys.exit(1)
     click.echo(f"{counted(shards - missing, 'shard')} read, every one is what was committed")
 
@@ -256,7 +265,17 @@ def import_command(
             manifest = import_store(url, source, settings, lambda _, total: advance(total))
     held = ", ".join(map(str, manifest.sites))
     click.echo(f"{counted(manifest.windows, 'window')} of {counted(manifest.context, 'token')}, {held}: {url}")
-    click.echo(f"next: sae-store info {url}")
+    sizes = {name: stop - start for name, (start, stop) in manifest.splits.items()}
+    click.echo(f"windows: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}")
+    for name, asked in (("validation", validation), ("test", test)):
+        if sizes[name] > 2 * asked * manifest.windows:
+            click.echo(
+                f"warning: {sizes[name] / manifest.windows:.0%} of the windows are for {name}, and {asked:.0%} were "
+                "asked for: no document is in two splits, and some of the last ones are long. Import them into another "
+                f"folder, with long documents first in the order of their files, or with another --{name}",
+                err=True,
+            )
+    click.echo(f"next: sae-store info {shlex.quote(url)}")
 
 
 def _open_source(
@@ -325,9 +344,23 @@ def _reharvest(
 def _report() -> Iterator[None]:
     """An error of the store is one line for a person, not a traceback."""
     try:
-        yield
+        with tell_files():
+            yield
     except StoreError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)
+
+
+@contextmanager
+def tell_files() -> Iterator[None]:
+    """A file that the disk does not give ends a command in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        said = (error.strerror or type(error).__name__).lower()
+        click.echo(f"{said}: {error.filename}. Change its permissions, or name another", err=True)
         sys.exit(1)
 
 

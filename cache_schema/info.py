@@ -26,7 +26,7 @@ from .reader import Store
 from .request import Request
 
 SHARDS = 4
-BUNDLED = "pocket"  # what MODEL=auto takes where the real one is out of reach
+BUNDLED = ("pocket", "sha256-00b9ddea572b327b")  # what MODEL=auto takes where the real one is out of reach
 
 
 def describe(store: Store) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def render(facts: dict[str, Any]) -> RenderableType:
 def describe_lines(facts: dict[str, Any]) -> dict[str, str]:
     """What it is, in words: a line for each property."""
     revision = f" at {facts['revision']}" if facts["revision"] else ""
-    bundled = " (the small bundled model, not Gemma-2-2B)" if facts["model"] == BUNDLED else ""
+    bundled = " (the small bundled model, not Gemma-2-2B)" if (facts["model"], facts["revision"]) == BUNDLED else ""
     unfinished, indexed = facts["shards"] - facts["shards_committed"], facts["shards_indexed"]
     lines = {
         "cache id": facts["cache_id"],

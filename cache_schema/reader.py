@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -203,10 +204,9 @@ class Store:
             raise self._damage(shard, path, error) from None
 
     def _damage(self, shard: int, path: str, error: ShardCorrupt) -> ShardCorrupt:
-        mend = GONE if path in BEGINNING else f"`sae-store repair {self.url}` mends it"
-        return type(error)(
-            f"shard {shard}, array {path}: {error}. `sae-store verify {self.url}` lists all damage. {mend}"
-        )
+        url = shlex.quote(self.url)
+        mend = GONE if path in BEGINNING else f"`sae-store repair {url}` mends it"
+        return type(error)(f"shard {shard}, array {path}: {error}. `sae-store verify {url}` lists all damage. {mend}")
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:
@@ -223,7 +223,7 @@ class Store:
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ManifestInvalid(
                 f"zarr cannot open array {path} of {self.url} ({error!r}). Restore its zarr.json: "
-                f"`sae-store repair {self.url}` writes it anew"
+                f"`sae-store repair {shlex.quote(self.url)}` writes it anew"
             ) from None
         if not isinstance(found, zarr.Array):
             raise ManifestInvalid(f"expected {path} of {self.url} to be an array, found a group. Restore its zarr.json")

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from ..cache_schema import Store, StoreError, StoreMissing
-from ..cache_schema.cli import as_json, print_json
+from ..cache_schema.cli import as_json, print_json, tell_files
 from ..cache_schema.info import describe
 from ..cache_schema.info import render as render_store
 from ..cache_schema.manifest import Codec
@@ -120,10 +120,10 @@ def make_config(options: dict[str, Any]) -> HarvestConfig:
     same = ("model", "attention_mass", "attention_topk", "attention_heads", "context", "packing", "dtype", "codec")
     also = ("stored_as", "shard_windows", "batch_windows", "device", "out", "layer", "attention_layers", "hooks")
     return HarvestConfig(
-        resid_layers=options["resid_layers"] or "",
+        resid_layers="none" if options["resid_layers"] is None else options["resid_layers"],
         corpus=_corpus(options),
         leave_out=parse_sinks(options["leave_out"]),
-        tokens=parse_count(options["tokens"]) if options["tokens"] else None,
+        tokens=None if options["tokens"] is None else parse_count(options["tokens"]),
         worker=parse_worker(options["worker"]),
         **{name: options[name] for name in (*same, *also)},
     )
@@ -188,15 +188,10 @@ def _reported(url: str) -> Iterator[None]:
     """An expected error is one line for a person; an interruption says what is safe."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        yield
+        with tell_files():
+            yield
     except (HarvestError, StoreError) as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(1)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        said = (error.strerror or type(error).__name__).lower()
-        click.echo(f"{said}: {error.filename}. Change its permissions, or name another", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo(f"stopped. {_what_is_safe(url)}; the same command continues from there", err=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..cache_schema.cli import digits_of
+from ..cache_schema.cli import read_count
 from ..cache_schema.manifest import Codec, Sink
 from ..cache_schema.sites import HOOKS, RESID, Site, by_hook
 from ..cache_schema.stored_dtypes import SmallDtype
@@ -46,7 +46,7 @@ class HarvestConfig:
     out: str
     model: str = "auto"
     layer: int | None = None
-    resid_layers: tuple[int, ...] | str = ""
+    resid_layers: tuple[int, ...] | str = "none"
     """As text: layers beside `layer`, in the words of `parse_layers`."""
     attention_layers: tuple[int, ...] | str = ATTENTION_AROUND
     hooks: Mapping[str, tuple[int, ...]] | str = field(default_factory=dict)
@@ -68,10 +68,10 @@ class HarvestConfig:
     worker: Worker = Worker()
 
     def __post_init__(self) -> None:
-        for layers in (self.resid_layers, self.attention_layers):
-            read_layers(layers, None)  # what cannot be read is refused before a model is looked for
+        # what cannot be read is refused before a model is looked for
+        resid, attention = (read_layers(layers, None) for layers in (self.resid_layers, self.attention_layers))
         kept = read_hooks(self.hooks, None, (ANY_LAYER,)).get(RESID, ())
-        if self.resid_layers and ANY_LAYER not in kept:
+        if resid and ANY_LAYER not in kept:
             found = "those of other layers: leave out one of the two" if kept else f"none: add {RESID}"
             raise SettingInvalid(f"--resid-layers asks for residuals, --hooks {self.hooks} for {found}")
         if self.corpus is not None:
@@ -87,6 +87,10 @@ class HarvestConfig:
                 f"--batch-windows {self.batch_windows}: expected at most --shard-windows ({self.shard_windows}), as no "
                 "batch is larger than its shard. Lower it or leave it out, or give larger shards"
             )
+        for name in () if attention else ("attention_mass", "attention_topk", "attention_heads", "leave_out"):
+            if getattr(self, name) != getattr(HarvestConfig, name):
+                option = name.replace("_", "-")
+                raise SettingInvalid(f"--{option}: no --attention-layers are asked for: name some, or leave it out")
         if not 0 < self.attention_mass <= 1:
             raise SettingInvalid(f"--attention-mass: expected more than 0 and at most 1, found {self.attention_mass}")
         if self.attention_topk < 1:
@@ -104,16 +108,15 @@ class HarvestConfig:
 
 def parse_count(text: str) -> int:
     """`10M`, `1.5B`, `200k` or plain digits."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbBgG]?)", digits_of(text))
-    if found is None:
+    count = read_count(text)
+    if count is None:
         raise SettingInvalid(f"{text!r} is not a number of tokens: expected for example 200k, 10M or 1.5B")
-    scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[found[2].lower()]
-    return round(float(found[1]) * scale)
+    return count
 
 
 def read_layers(layers: tuple[int, ...] | str, layer: int | None) -> tuple[int, ...]:
     """Rising layers, given as numbers or in the words of the command line: their order makes no other store."""
-    return tuple(sorted(set(layers))) if isinstance(layers, tuple) else parse_layers(layers or "none", layer)
+    return tuple(sorted(set(layers))) if isinstance(layers, tuple) else parse_layers(layers, layer)
 
 
 def read_hooks(

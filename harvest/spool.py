@@ -123,10 +123,7 @@ class Spool:
             "rows": rows,
             "corpus": corpus_state,
         }
-        temporary = self._checkpoint.with_suffix(".tmp")
-        temporary.write_text(json.dumps(document))
-        sync(temporary)
-        temporary.replace(self._checkpoint)
+        LocalFiles(self.folder).replace(CHECKPOINT, json.dumps(document).encode())
 
     def join(self) -> PackedCorpus:
         """All splits in a row, read from disk as they are needed."""

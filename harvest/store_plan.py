@@ -40,13 +40,18 @@ class Plan:
     """How the model came to be taken, where it was not found in a store."""
 
     @property
+    def _name(self) -> str:
+        """What was asked for: a folder may be called as the model of this package is."""
+        return self.choice.name if self.choice else ""
+
+    @property
     def corpus(self) -> DatasetOptions:
-        return self.config.corpus or DatasetOptions(STDLIB if self.source.id in (POCKET, SMOLLM2) else OPENWEBTEXT)
+        return self.config.corpus or DatasetOptions(STDLIB if self._name in (POCKET, SMOLLM2) else OPENWEBTEXT)
 
     @property
     def tokens(self) -> int:
         """How many are asked for; a corpus may hold less."""
-        suits_model = SMALL_TOKENS if self.source.id == POCKET else DEFAULT_TOKENS
+        suits_model = SMALL_TOKENS if self._name == POCKET else DEFAULT_TOKENS
         return self.config.tokens or source_of(self.corpus).tokens or suits_model
 
     @property

@@ -152,16 +152,19 @@ def test_a_requeued_run_goes_on_as_it_was_launched_and_ends(stubs, tmp_path):
     assert begin_recipe("train.sbatch", stubs | {"FINISHED": "1"}, tmp_path, *words).wait() == 0
     assert begin_recipe("train.sbatch", stubs | {"FINISHED": "1"}, tmp_path, "--k=4").wait() == 0
     resumed = "train --out runs --resume wide"
+    (tmp_path / "runs/wide/result.json").touch()
+    assert begin_recipe("train.sbatch", stubs, tmp_path, *words).wait() == 0
     assert log_of(tmp_path) == [f"{resumed} --spread --device cuda --no-plots", resumed]
 
 
 def test_tasks_of_any_array_are_workers_from_one_on_and_evaluations_keep_what_is_done(stubs, tmp_path):
     for label in ("a", "b"):
-        (tmp_path / "runs/wide" / label).mkdir(parents=True)
-        (tmp_path / "runs/wide" / label / "cfg.json").touch()
+        (tmp_path / "my runs/wide" / label).mkdir(parents=True)
+        (tmp_path / "my runs/wide" / label / "cfg.json").touch()
+    stubs["RUNS"] = "my runs"
     assert begin_recipe("harvest.sbatch", stubs, tmp_path, "--tokens=1M").wait() == 0
     assert begin_recipe("evaluate.sbatch", stubs | {"SLURM_ARRAY_TASK_ID": "2"}, tmp_path).wait() == 0
-    assert log_of(tmp_path) == ["harvest --worker 3/4 --out store --tokens=1M", "eval wide/b --resume --runs runs"]
+    assert log_of(tmp_path) == ["harvest --worker 3/4 --out store --tokens=1M", "eval wide/b --resume --runs my runs"]
 
 
 class Cluster:

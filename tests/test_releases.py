@@ -58,7 +58,7 @@ def runs(tmp_path) -> Path:
 
 def test_a_run_of_format_1_goes_on_and_ends(runs):
     words = ["--resume", "stopped", "--out", str(runs), "--cache", str(runs.parent / "store"), "--device", "cpu"]
-    done = CliRunner().invoke(sae_train, words, catch_exceptions=False)
+    done = CliRunner().invoke(sae_train, [*words, "--no-plots"], catch_exceptions=False)
     assert done.exit_code == 0 and "continuing after step 6" in done.output, done.output
     found, ended = (json.loads((runs / name / "result.json").read_text()) for name in ("stopped", "ended"))
     assert found["steps"] == ended["steps"] == 10

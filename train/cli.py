@@ -10,12 +10,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..cache_schema.cli import as_json, digits_of, print_json
+from ..cache_schema.cli import as_json, print_json, read_count
 from ..cache_schema.in_words import counted
 from ..cache_schema.strict_json import to_json
 from . import command
 from .command import tell_errors
-from .config.settings import parse_value
 from .kit.registry import names
 from .study_recipes import studies
 
@@ -39,10 +38,8 @@ def count(_: click.Context | None, option: click.Parameter, text: str | None) ->
     if text is None:
         return None
     may_be_fleet = option.name != "tokens" and "," in text  # `--k 16,128` is two wishes, not 16 thousand latents
-    value = None if may_be_fleet else parse_value(digits_of(text))
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if type(value) is not int:
+    value = None if may_be_fleet else read_count(text)
+    if value is None:
         advice = f": a fleet is --grid {option.name}={text}" if may_be_fleet else ""
         raise click.BadParameter(f"expected a number like 50M, 16k or 4096, found {text!r}{advice}")
     return value
@@ -190,7 +187,7 @@ def folder_of(outcome: Outcome) -> Path:
 def evaluated_as(outcome: Outcome) -> str:
     """What to call the run at the next command: its name where that looks, else its path."""
     folder = folder_of(outcome)
-    return outcome.run if folder == Path(command.RUNS, outcome.run) else shlex.quote(str(folder))
+    return shlex.quote(outcome.run if folder == Path(command.RUNS, outcome.run) else str(folder))
 
 
 if __name__ == "__main__":

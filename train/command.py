@@ -10,9 +10,10 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..cache_schema import StoreError
+from ..cache_schema.cli import tell_files
 from .errors import RunInterrupted, TrainError
 from .kit.registry import names
-from .run.folder import run_names
+from .run.folder import RUNS, run_names
 from .study_recipes import runs_of, studies
 
 
@@ -20,7 +21,8 @@ from .study_recipes import runs_of, studies
 def tell_errors() -> Iterator[None]:
     """Expected errors end in one message and an exit code, not in a traceback."""
     try:
-        yield
+        with tell_files():
+            yield
     except RunInterrupted as stop:
         click.echo(str(stop), err=True)
         sys.exit(128 + stop.signal)
@@ -29,10 +31,6 @@ def tell_errors() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-RUNS = "runs"
-"""Where runs are kept if nothing is said."""
 
 
 def beginning_with(incomplete: str, words: Iterable[str]) -> list[CompletionItem]:

@@ -26,6 +26,16 @@ TrainError
 
 from __future__ import annotations
 
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def resume(folder: str | os.PathLike[str]) -> str:
+    """The command that goes on with a run, for messages: to be pasted into a shell."""
+    return shlex.join(["sae-train", "--resume", os.fspath(folder)])
+
 
 class TrainError(Exception):
     """Base of every error that training raises on purpose."""
@@ -33,6 +43,15 @@ class TrainError(Exception):
 
 class ConfigInvalid(TrainError, ValueError):
     """A setting is out of range, or two settings contradict each other."""
+
+
+@contextmanager
+def name_sae(label: str) -> Iterator[None]:
+    """Of which SAE of a run a setting is refused."""
+    try:
+        yield
+    except ConfigInvalid as error:
+        raise ConfigInvalid(f"{label}: {error}") from None
 
 
 class UnknownVariant(TrainError, LookupError):

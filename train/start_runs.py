@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from ..cache_schema import Store
+from ..cache_schema import Store, StoreMissing
 from ..cache_schema.in_words import counted
 from ..cache_schema.sites import RESID, say_place
 from .config.run_config import Ask, Member
 from .config.settings import parse_grid, parse_settings
 from .disk.safe_checkpoints import list_checkpoints
-from .errors import ConfigInvalid, MemoryTooSmall, StoppedElsewhere
+from .errors import ConfigInvalid, MemoryTooSmall, StoppedElsewhere, resume
 from .kit.registry import names
 from .parallel.processes import Solo, join
 from .run.checkpoint_times import catch_signals
@@ -80,7 +80,15 @@ def start(ask: Ask, cache: str, out: str, name: str | None, process: Process) ->
 
 def _go_on(folder: RunFolder, cache: str | None, process: Process) -> Outcome | None:
     url, cache_id = cache_of(folder)
-    with Store.open(cache or url, expect_cache_id=cache_id) as store, resume_run(folder, store, process) as run:
+    try:
+        store = Store.open(cache or url, expect_cache_id=cache_id)
+    except StoreMissing:
+        if cache is not None:
+            raise
+        raise ConfigInvalid(
+            f"{folder.path} was begun on the store {url}, which is not there: say with --cache where it lies now"
+        ) from None
+    with store, resume_run(folder, store, process) as run:
         return train(run)
 
 
@@ -100,7 +108,7 @@ def train(run: Run) -> Outcome | None:
             run.watch.end()
         return conclude(run)
     except (StoppedElsewhere, MemoryTooSmall) as error:
-        saved = f"The last checkpoint is whole: go on with: sae-train --resume {run.folder.path}"
+        saved = f"The last checkpoint is whole: go on with: {resume(run.folder.path)}"
         if not list_checkpoints(run.folder.checkpoints):
             saved = "No checkpoint had been written"
         raise type(error)(f"{error}. {saved}") from error

@@ -45,7 +45,7 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
     """Evaluate, print, draw; the exit status. What is wrong with one target does not stop the others."""
     with errors_told(complain):
         if is_at_terminal():
-            offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"])
+            offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"], words["plots"])
         rows, problems = measure(words, lambda problem: complain(f"error: {problem}"))
         console = make_console(is_stderr=words["is_json"])
         print_results(console, rows, beside_untrained=words["beside_untrained"])

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ...cache_schema.sites import RESID
 from ...train.disk.places import UNTOLD, Told, places_told
 from ...train.disk.plain_form import with_unit_rows, without_signs
 from ...train.disk.sae_folder import CONFIG, WEIGHTS, as_said_since_6, read_config
-from ...train.errors import RunMissing, SaeInvalid, TrainError
+from ...train.errors import RunMissing, SaeInvalid, TrainError, resume
 from ...train.run.find_sae import find_sae, is_of_hub, list_saes, read_folder
 from ...train.run.folder import RunFolder, cache_of, is_run, places_of, run_names
 from ...train.study_recipes import runs_of, studies
@@ -115,9 +116,7 @@ def _run_of(target: str, runs: Path) -> RunFolder | None:
 
 def _saes_of(run: RunFolder) -> list[Path]:
     if not run.is_finished:
-        raise RunUnfinished(
-            f"{run.path} has not ended: it has no result.json. Go on with it: sae-train --resume {run.path}"
-        )
+        raise RunUnfinished(f"{run.path} has not ended: it has no result.json. Go on with it: {resume(run.path)}")
     found = list_saes(run.path)
     if not found:
         raise RunUnfinished(f"{run.path} holds no saved SAE: they were removed. Train it again")
@@ -141,7 +140,7 @@ def how_to_make(target: str, cache: str | None = None) -> str | None:
     others = f" (also in the studies {', '.join(found[1:])})" if len(found) > 1 else ""
     store = cache or known_store()
     first = "" if store else "; first `make harvest`, as there is no store here yet"
-    command = f"sae-train --recipe {found[0]}/{target} --cache {store or STORES[0]}"
+    command = f"sae-train --recipe {found[0]}/{target} --cache {shlex.quote(store or STORES[0])}"
     return f"`{command}` makes that of the study {found[0]}{others}{first}"
 
 

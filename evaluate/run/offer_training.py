@@ -6,7 +6,9 @@ what makes the run.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -26,12 +28,12 @@ from .find_saes import find_places, known_store, studies_with
 LONG_SECONDS = 600
 
 
-def offer_training(targets: Sequence[str], runs: Path, cache: str | None, device: str) -> None:
+def offer_training(targets: Sequence[str], runs: Path, cache: str | None, device: str, plots: bool) -> None:
     """Train what is missing, has a recipe and is wanted."""
     store = cache or known_store()
     for target in dict.fromkeys(targets):
         if store and _is_missing(target, runs) and (found := studies_with(target)):
-            _offer(f"{found[0]}/{target}", target, runs, store, device)
+            _offer(f"{found[0]}/{target}", target, runs, store, device, plots)
 
 
 def _is_missing(target: str, runs: Path) -> bool:
@@ -44,10 +46,12 @@ def _is_missing(target: str, runs: Path) -> bool:
     return False
 
 
-def _offer(recipe: str, name: str, runs: Path, cache: str, device: str) -> None:
+def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: bool) -> None:
     """Say what the training is and how long it takes; do it if that is wanted."""
     console = make_console(is_stderr=True)
     ask = Ask.of_recipe(find_recipes(recipe)[0])
+    words = {"--recipe": recipe, "--cache": cache, "--out": str(runs), "--name": name}
+    command = shlex.join(["sae-train", *chain.from_iterable(words.items()), *([] if plots else ["--no-plots"])])
     try:
         store = Store.open(cache)
     except StoreMissing:
@@ -58,16 +62,15 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str) -> None:
         seconds = estimate_seconds(settled, store, process)
         epoch = settled.plan.steps_in(1)
         if seconds > LONG_SECONDS and epoch < settled.total_steps:
-            shorter = f"sae-train --recipe {recipe} --cache {cache} --out {runs} --name {name} --epochs 1"
-            console.print(f"one epoch of it takes {about(seconds * epoch / settled.total_steps)}: {shorter}")
+            console.print(f"one epoch of it takes {about(seconds * epoch / settled.total_steps)}: {command} --epochs 1")
         saes = len(settled.config.members)
         what = f"{saes} SAE{'s' * (saes > 1)} side by side, {settled.total_steps:,} steps, {about(seconds)}"
         if not click.confirm(f"Train it now, then go on? {what}", default=True, err=True):
             return
-    with open_process(device, console, is_watched=True) as process:
-        console.print(f"$ sae-train --recipe {recipe} --cache {cache} --out {runs} --name {name}", style="bold")
+    with open_process(device, console, is_watched=plots) as process:
+        console.print(f"$ {command}", style="bold")
         outcome = start(ask, cache, str(runs), name, process)
-    if outcome is not None:
+    if outcome is not None and plots:
         after_run(runs / name, console.print)
 
 

@@ -184,8 +184,12 @@ def find_weights(folder: Path) -> list[Path]:
     """The safetensors files of a model, or none where one is missing; of two sets, that which transformers loads."""
     files = [folder / WEIGHTS_FILE]
     if not files[0].is_file() and (folder / WEIGHTS_INDEX).is_file():
-        shards = _read_json(folder / WEIGHTS_INDEX)["weight_map"].values()
-        files = [folder / shard for shard in sorted(set(shards))]
+        shards = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ModelUnavailable(
+                f"{folder / WEIGHTS_INDEX} is damaged (no weight_map of files); fetch the model again"
+            )
+        files = [folder / shard for shard in sorted(set(shards.values()))]
     return files if all(file.is_file() for file in files) else []
 
 
@@ -228,7 +232,9 @@ def _read_config(folder: Path) -> PretrainedConfig:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        if isinstance(found := json.loads(file.read_text()), dict):
+            return found
+        reason = f"is damaged (expected an object, found {found!r:.40}); fetch the model again"
     except FileNotFoundError:
         reason = "is missing; expected the folder of a transformers model"
     except ValueError as error:  # what is not JSON, or not text at all

@@ -20,13 +20,14 @@ import saemill
 from saemill import Store, evaluate, harvest, load_sae, train
 from saemill.api import store as store_module
 from saemill.api.command_words import words_of
-from saemill.cache_schema import StoreMissing
+from saemill.cache_schema import StoreMissing, info
 from saemill.cache_schema.import_from_others import ImportSettings, import_store
 from saemill.cache_schema.sites import RESID, Site
 from saemill.cache_schema.sources import NumpySource
 from saemill.evaluate.cli import main as sae_eval
 from saemill.evaluate.errors import TargetUnknown
 from saemill.harvest.cli import main as sae_harvest
+from saemill.harvest.cli import make_config
 from saemill.harvest.pocket import MODEL_FOLDER
 from saemill.train.cli import main as sae_train
 from saemill.train.errors import ConfigInvalid, RunMissing
@@ -129,6 +130,19 @@ def test_a_run_has_rows_and_saes(run: Any, path: Path) -> None:
     assert config["cache"]["url"] == str(path) and config["data"]["batch_tokens"] == 256
 
 
+def test_a_run_beside_the_folder_of_runs_is_itself(run: Any, path: Path) -> None:
+    """Others look under `runs` first, where another has its name."""
+    other = train(cache=path, variant="topk", k=3, tokens="1k", out=".", name=run.name, **QUICK)
+    assert other.load("topk").gate.k == 3 and evaluate(other, evals="decoder_cosine", plots=False).rows[0]["sae"]
+    assert Path(os.fspath(other)) == Path("run_1").absolute() and type(run)("run_1").path == other.path
+
+
+def test_a_run_that_has_not_ended_says_so(run: Any) -> None:
+    (run.path / "result.json").unlink()
+    with pytest.raises(RunMissing, match=r"has not ended: go on with train\(resume='runs/run_1'\)"):
+        type(run)(run.path)
+
+
 def test_a_table_has_a_row_for_each_sae(run: Any) -> None:
     table = evaluate(run, evals=["decoder_cosine", "core"], plots=False, device="cpu")
     assert [row["sae"] for row in table.rows] == ["run_1/topk_k2", "run_1/topk_k4"]
@@ -147,6 +161,8 @@ def test_words_may_be_numbers_of_numpy_and_lists_of_any_kind() -> None:
     assert (read["k"], read["lr"]) == (16, 0.5)
     assert read["grid"] == ("seed=0,1,2", "layers=[0, 1],[3]", "optim.lr=0.5")
     assert words_of("harvest", (), {"attention_layers": range(17, 20)})["attention_layers"] == "17,18,19"
+    assert words_of("harvest", (), {"attention_layers": (), "device": torch.device("cuda:1")})["device"] == "cuda:1"
+    assert make_config(words_of("harvest", (), {"resid_layers": (), "attention_layers": []})).attention_layers == "none"
 
 
 def test_a_thread_can_train(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +174,7 @@ def test_a_thread_can_train(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_store_of_the_bundled_model_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store(path) as store:
-        found = store_module.facts(store) | {"model": "pocket"}
+        found = store_module.facts(store) | {"model": "pocket", "revision": info.BUNDLED[1]}
         monkeypatch.setattr(store_module, "facts", lambda _: found)
         assert "pocket (the small bundled model, not Gemma-2-2B)" in store._repr_html_()
 
@@ -204,6 +220,9 @@ def test_batches_of_the_store_are_those_of_training(path: Path) -> None:
         (lambda path: train(varient="topk"), TypeError, "did you mean 'variant'"),
         (lambda path: train(variant="topk", cache=path, tokens="many"), ValueError, "expected a number like 50M"),
         (lambda path: train("topk"), TypeError, "positional"),
+        (lambda path: train(variant="topk", cache=path, k=object()), TypeError, "a number or a list of them, found <o"),
+        (lambda path: harvest(model="pocket", tokens=""), ValueError, "'' is not a number of tokens"),
+        (lambda path: harvest(model="pocket", attention_layers=""), ValueError, "'': expected layers such as"),
         (
             lambda path: train(variant="topk", cache=path, k=[16, 32]),
             ValueError,
@@ -260,9 +279,9 @@ def test_every_python_snippet_of_the_pages_runs(tmp_path: Path, monkeypatch: pyt
     seen: list[torch.Tensor] = []
     inside["model"].model.layers[19].register_forward_hook(lambda module, args, x: seen.append(x))
     with torch.no_grad():
-        inside["model"](torch.arange(300)[None])
+        inside["model"](torch.arange(40)[None])
         inside["handle"].remove()
-        inside["model"](torch.arange(300)[None])
+        inside["model"](torch.arange(40)[None])
         fires = loaded["sae"].encode(seen[1])[..., 12] > 0
     is_changed = (seen[0] != seen[1]).any(-1)  # the model's bfloat16 may swallow what is small
     assert is_changed.any() and not is_changed[~fires].any()

@@ -1,12 +1,18 @@
-"""Fixtures of the store's tests: small stores that any process can make again."""
+"""Fixtures of the store's tests: small stores that any process can make again, and a server of S3's protocol."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -35,3 +41,34 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of a server that speaks the real protocol."""
+    command = [sys.executable, Path(__file__).with_name("s3_server.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().decode().strip()
+
+
+@contextmanager
+def s3_at(address: str) -> Iterator[None]:
+    """With a bucket called mill; found through the environment, as a user's would be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", address)
+        patch.setenv("AWS_ACCESS_KEY_ID", "anybody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        forget_instances()
+        fsspec.filesystem("s3").makedirs("mill", exist_ok=True)
+        yield
+        forget_instances()
+
+
+def forget_instances() -> None:
+    """Now, and not in whichever test collects them: what they leave open is told by their sessions' `__del__`."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 
 from saemill.cache_schema import (
@@ -134,3 +135,10 @@ def tree_of(folder: Path) -> dict[str, str]:
     """Name -> hash of every file, hidden ones included."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def objects_of(url: str) -> dict[str, str]:
+    """Key -> hash of every object below a URL."""
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.invalidate_cache()
+    return {name.removeprefix(path).lstrip("/"): hashlib.sha256(fs.cat(name)).hexdigest() for name in fs.find(path)}

@@ -8,21 +8,17 @@ error has its name and says what to do.
 from __future__ import annotations
 
 import errno
-import gc
 import os
-import subprocess
 import sys
 import threading
 import time
 import uuid
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 
@@ -34,48 +30,30 @@ from saemill.cache_schema.disk_and_cloud_files import LocalFiles, RemoteFiles, o
 from saemill.cache_schema.layout import arrays_of
 from saemill.cache_schema.shard_claims import LeaseClaims
 
+from .conftest import forget_instances, s3_at
+
 s3fs = pytest.importorskip("s3fs")
 botocore = pytest.importorskip("botocore")
 
 EVERYTHING = Request(layers=(3,), attention_layers=(2,), tokens=True, documents=True)
 
 
-def forget_instances():
-    """Now, and not in whichever test collects them: what they leave open is told by their sessions' `__del__`."""
-    s3fs.S3FileSystem.clear_instance_cache()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gc.collect()
-
-
 @pytest.fixture(scope="module")
-def proxy() -> Iterator[Any]:
-    """Found through the environment; s3fs tries again quickly here, and not for long."""
+def proxy(s3_server: str) -> Iterator[Any]:
+    """s3fs tries again quickly here, and not for long."""
     sys.path.insert(0, str(Path(__file__).parent))
     try:
         from faulty_proxy import FaultyProxy
     finally:
         sys.path.pop(0)
-    script = Path(__file__).with_name("s3_server.py")
-    server = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert server.stdin is not None and server.stdout is not None
+    proxy = FaultyProxy(s3_server)
     with pytest.MonkeyPatch.context() as patch:
-        proxy = FaultyProxy(server.stdout.readline().decode().strip())
-        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        patch.setenv("AWS_ACCESS_KEY_ID", "anybody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
-        forget_instances()
         patch.setattr(s3fs.S3FileSystem, "retries", 2)
-        fsspec.filesystem("s3").mkdir("mill")
-        yield proxy
-        forget_instances()
+        with s3_at(proxy.url):
+            yield proxy
     proxy.shutdown()
     proxy.server_close()
-    server.stdin.close()
-    server.stdout.close()
-    server.wait()
 
 
 @pytest.fixture
@@ -143,14 +121,12 @@ def side_by_side(work: Callable[[], None], writers: int = 2) -> None:
         thread.join()
 
 
-def objects_of(synthetic: Any, url: str, folder: Path) -> dict[str, str]:
-    fs, path = fsspec.core.url_to_fs(url)
-    fs.invalidate_cache()
-    fs.get(path, str(folder), recursive=True)
-    return {name: found for name, found in synthetic.tree_of(folder).items() if not name.startswith("claims/")}
+def stored(synthetic: Any, url: str) -> dict[str, str]:
+    """All but claims, which one may have left whose answers were lost."""
+    return {name: found for name, found in synthetic.objects_of(url).items() if not name.startswith("claims/")}
 
 
-def write_and_read_badly(synthetic, proxy, material, tmp_path, share: float, seed: int) -> Tries:
+def write_and_read_badly(synthetic, proxy, material, share: float, seed: int) -> Tries:
     """Write by two, then read all as often as it takes; what is read is right, or it is not read."""
     url, tries = f"s3://mill/{uuid.uuid4().hex}", Tries()
     proxy.draw.seed(seed)
@@ -174,7 +150,7 @@ def write_and_read_badly(synthetic, proxy, material, tmp_path, share: float, see
             tries.unnamed.append(error)
     proxy.share = 0.0
     assert not tries.unnamed, tries.unnamed
-    assert objects_of(synthetic, url, tmp_path / str(seed)) == expected
+    assert stored(synthetic, url) == expected
     return tries
 
 
@@ -182,11 +158,11 @@ def write_and_read_badly(synthetic, proxy, material, tmp_path, share: float, see
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("short_leases")
-def test_two_writers_behind_a_bad_network(synthetic, proxy, material, tmp_path, tell):
+def test_two_writers_behind_a_bad_network(synthetic, proxy, material, tell):
     proxy.requests, errors, runs = 0, 0, 0
     proxy.faults.clear()
     for seed in range(1, 21):
-        tries = write_and_read_badly(synthetic, proxy, material, tmp_path, share=0.02 * (seed % 5 + 1), seed=seed)
+        tries = write_and_read_badly(synthetic, proxy, material, share=0.02 * (seed % 5 + 1), seed=seed)
         runs, errors = runs + tries.runs, errors + tries.errors
     tell(f"20 stores on S3, {runs:,} commands, {proxy.requests:,} requests, {errors:,} named errors", proxy.faults)
 
@@ -241,7 +217,7 @@ def test_a_claim_that_is_just_being_removed_is_tried_again(monkeypatch, conflict
 
 @pytest.mark.faults
 @pytest.mark.usefixtures("short_leases")
-def test_two_writers_that_see_one_lapsed_lease(synthetic, material, tmp_path, monkeypatch, tell):
+def test_two_writers_that_see_one_lapsed_lease(synthetic, material, monkeypatch, tell):
     """Both may take it, in the moment between a look and a removal: they write the same bytes, and one record."""
     manifest, corpus, expected = material
     url = f"memory://{uuid.uuid4().hex}"
@@ -277,7 +253,7 @@ def test_two_writers_that_see_one_lapsed_lease(synthetic, material, tmp_path, mo
         assert store.committed.all()
         for part in store.stream(EVERYTHING):
             assert np.array_equal(part.resid[3], corpus.resid[3][part.span.start : part.span.stop])
-    assert objects_of(synthetic, url, tmp_path / "copy") == expected
+    assert stored(synthetic, url) == expected
     tell("1 store by two writers", {"lapsed lease that both saw": 1})
 
 
@@ -333,7 +309,7 @@ def test_a_claim_of_a_wrong_clock_lapses(until):
 
 
 @pytest.mark.faults
-def test_stale_listings_hide_shards_and_lose_none(synthetic, material, monkeypatch, tmp_path, tell):
+def test_stale_listings_hide_shards_and_lose_none(synthetic, material, monkeypatch, tell):
     """A listing of some time ago: what is committed meanwhile is not written again, and is found later."""
     manifest, corpus, expected = material
     url = f"memory://{uuid.uuid4().hex}"
@@ -361,20 +337,20 @@ def test_stale_listings_hide_shards_and_lose_none(synthetic, material, monkeypat
     monkeypatch.setattr(RemoteFiles, "list", listing)
     synthetic.write_store(url, manifest, corpus)
     assert sorted(set(written)) == sorted(written)
-    assert objects_of(synthetic, url, tmp_path / "copy") == expected
+    assert stored(synthetic, url) == expected
     assert any(stale_ones)
     tell("1 store by two writers", {"listing of before": sum(stale_ones)})
 
 
 @pytest.mark.faults
-def test_a_server_that_hangs_is_named_and_nothing_is_lost(synthetic, proxy, material, tmp_path, monkeypatch, tell):
-    """Nobody waits for ever: s3fs gives up after 15 s, here after half a second, and tries again."""
+def test_a_server_that_hangs_is_named_and_nothing_is_lost(synthetic, proxy, material, monkeypatch, tell):
+    """Nobody waits for ever: s3fs gives up after 15 s, here after a fifth of one, and tries again."""
     manifest, corpus, expected = material
     url, kinds = f"s3://mill/{uuid.uuid4().hex}", proxy.kinds
     synthetic.write_store(url, manifest, corpus, shards=[0])
     before = proxy.faults["hanging"]
     with monkeypatch.context() as patch:
-        patch.setattr(s3fs.S3FileSystem, "read_timeout", 0.5)
+        patch.setattr(s3fs.S3FileSystem, "read_timeout", 0.2)
         patch.setattr(s3fs.S3FileSystem, "cachable", False)  # or what is there already would wait its own time
         proxy.kinds, proxy.share = ("hanging",), 1.0
         try:
@@ -384,7 +360,7 @@ def test_a_server_that_hangs_is_named_and_nothing_is_lost(synthetic, proxy, mate
             proxy.kinds, proxy.share = kinds, 0.0
     forget_instances()
     synthetic.write_store(url, manifest, corpus)
-    assert objects_of(synthetic, url, tmp_path / "copy") == expected
+    assert stored(synthetic, url) == expected
     tell("1 store on S3", {"request that nobody answers": proxy.faults["hanging"] - before})
 
 

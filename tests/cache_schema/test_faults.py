@@ -60,12 +60,15 @@ ARRAYS = (
 )
 
 
-@pytest.fixture(params=["raw", "zstd"])
+@pytest.fixture
 def finished(request, synthetic, tmp_path):
     """A finished store in a folder, and its manifest."""
-    manifest = synthetic.make_manifest(codec=request.param)
+    manifest = synthetic.make_manifest(codec=getattr(request, "param", "raw"))
     synthetic.write_store(tmp_path / "store", manifest)
     return tmp_path / "store", manifest
+
+
+in_both_codecs = pytest.mark.parametrize("finished", ["raw", "zstd"], indirect=True)
 
 
 def chunk_of(folder: Path, manifest, path: str) -> Path:
@@ -95,6 +98,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[StoreError]]] = {
 }
 
 
+@in_both_codecs
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_chunks_are_named_and_the_other_shards_stay(finished, damage):
     folder, manifest = finished
@@ -124,6 +128,7 @@ def require_named(folder: Path, path: str, error: type[StoreError]) -> None:
                 assert word in str(caught.value)
 
 
+@in_both_codecs
 @pytest.mark.parametrize("damage", ["a byte in the middle flipped", "half of it lost", "missing"])
 def test_the_slow_way_finds_the_same_damage(finished, damage):
     folder, manifest = finished
@@ -134,6 +139,7 @@ def test_the_slow_way_finds_the_same_damage(finished, damage):
         store.read(Request(layers=(3,)), span)
 
 
+@in_both_codecs
 def test_verify_and_repair_handle_exactly_what_is_damaged(finished):
     folder, manifest = finished
     flip(chunk_of(folder, manifest, "resid/layer_5"), 7)
@@ -201,6 +207,7 @@ CSR_DAMAGE: dict[str, tuple[str, Callable[[np.ndarray], None], str]] = {
 }
 
 
+@in_both_codecs
 @pytest.mark.parametrize("damage", CSR_DAMAGE)
 def test_rows_that_break_a_rule_are_found_behind_right_checksums(finished, damage):
     folder, manifest = finished

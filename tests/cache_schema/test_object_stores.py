@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import subprocess
@@ -44,28 +43,17 @@ from saemill.cache_schema.shard_claims import LeaseClaims
 from saemill.cache_schema.verify_and_repair import repair
 from saemill.cache_schema.writer import compacts_after
 
+from .conftest import s3_at
+
 s3fs = pytest.importorskip("s3fs")  # a machine without a network may lack it
 
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)
 
 
 @pytest.fixture(scope="module")
-def bucket():
-    """s3://... on a server that speaks the real protocol; found through the environment, as a user's would be."""
-    with pytest.MonkeyPatch.context() as patch:
-        process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("s3_server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None and process.stdin is not None
-        patch.setenv("AWS_ENDPOINT_URL", process.stdout.readline().decode().strip())
-        patch.setenv("AWS_ACCESS_KEY_ID", "anybody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.filesystem("s3").mkdir("mill")
+def bucket(s3_server):
+    with s3_at(s3_server):
         yield "s3://mill"
-        process.stdin.close()
-        process.stdout.close()
-        process.wait()
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -74,20 +62,13 @@ def url(request):
     return f"memory://{name}" if request.param == "memory" else f"{request.getfixturevalue('bucket')}/{name}"
 
 
-def objects_of(url: str) -> dict[str, str]:
-    """Key -> hash of every object below a URL."""
-    fs, path = fsspec.core.url_to_fs(url)
-    fs.invalidate_cache()
-    return {name.removeprefix(path).lstrip("/"): hashlib.sha256(fs.cat(name)).hexdigest() for name in fs.find(path)}
-
-
 def test_the_same_store_as_on_a_disk(synthetic, tmp_path, url):
     manifest = synthetic.make_manifest()
     corpus = synthetic.write_store(url, manifest)
     synthetic.write_store(tmp_path, manifest, corpus)
     on_disk = synthetic.tree_of(tmp_path)
     del on_disk["commits/lock"]  # claims are objects there, and gone when they are released
-    assert objects_of(url) == on_disk
+    assert synthetic.objects_of(url) == on_disk
 
 
 @pytest.mark.parametrize("via_zarr", [False, True], ids=["direct", "via_zarr"])
@@ -142,7 +123,7 @@ def test_processes_side_by_side_make_the_store_of_one(synthetic, bucket, tmp_pat
         assert ask(wait=ask(start=str(tmp_path), shards=4)) == 0
     on_disk = synthetic.tree_of(tmp_path)
     del on_disk["commits/lock"]
-    assert objects_of(url) == on_disk
+    assert synthetic.objects_of(url) == on_disk
     with Store.open(url) as store:
         assert store.committed.all()
 

@@ -134,19 +134,24 @@ def test_a_context_without_vllm_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "splits"),
+    ("lengths", "splits", "large"),
     [
-        ([80] * 10, [(0, 160), (160, 180), (180, 200)]),
-        ([400] * 3, [(0, 100), (100, 200), (200, 300)]),
-        ([400], [(0, 90), (90, 95), (95, 100)]),
+        ([80] * 10, [(0, 160), (160, 180), (180, 200)], []),
+        (
+            [400] * 3,
+            [(0, 100), (100, 200), (200, 300)],
+            ["33% of the windows are for validation", "33% of the windows"],
+        ),
+        ([400], [(0, 90), (90, 95), (95, 100)], []),
+        ([4, 4, 392], [(0, 1), (1, 2), (2, 100)], ["98% of the windows are for test, and 5% were asked for"]),
     ],
 )
-def test_every_split_that_is_asked_for_has_windows(tmp_path: Path, lengths: list[int], splits: list[tuple]) -> None:
-    """Of few requests, each in one split; one alone is cut."""
+def test_every_split_that_is_asked_for_has_windows(tmp_path: Path, lengths: list, splits: list, large: list) -> None:
+    """Of few requests, each in one split; one alone is cut. One that is far too large for its share is told."""
     write_requests(tmp_path / "states", lengths)
-    run(
+    said = run(
         "import",
-        tmp_path / "store",
+        tmp_path / "a store",
         "--vllm",
         tmp_path / "states",
         "--layer",
@@ -158,5 +163,9 @@ def test_every_split_that_is_asked_for_has_windows(tmp_path: Path, lengths: list
         "--model",
         "m",
     )
-    with Store.open(tmp_path / "store") as store:
+    with Store.open(tmp_path / "a store") as store:
         assert list(store.manifest.splits.values()) == splits
+    assert said.count("warning: ") == len(large) and all(words in said for words in large)
+    train, validation, test = (stop - start for start, stop in splits)
+    assert f"windows: train {train}, validation {validation}, test {test}\n" in said
+    assert f"next: sae-store info '{tmp_path / 'a store'}'" in said

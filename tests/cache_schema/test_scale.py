@@ -20,12 +20,12 @@ SHARDS = 100_000
 
 
 @pytest.fixture(scope="module")
-def many_shards(synthetic, tmp_path_factory):
+def many_shards(synthetic, memory_folder):
     """Records alone, no chunks, of every fifth shard: asking for one costs the same whether it is there or not."""
-    folder = tmp_path_factory.mktemp("many")
+    folder = memory_folder / "many"
     manifest = seal(synthetic.make_manifest(windows=SHARDS, shard_windows=1))
     committed = np.arange(SHARDS) % 5 == 0
-    (folder / "commits").mkdir()
+    (folder / "commits").mkdir(parents=True)
     (folder / ROOT).write_bytes(encode_json(root_document(manifest)))
     for shard in np.flatnonzero(committed).tolist():
         os.mknod(f"{folder}/{record_key(shard)}")

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from saemill.cache_schema import (
 from saemill.cache_schema import verify_and_repair as verify_module
 from saemill.cache_schema.cli import main
 from saemill.cache_schema.compression import checksum_of
-from saemill.cache_schema.info import render
+from saemill.cache_schema.info import BUNDLED, render
 from saemill.cache_schema.verify_and_repair import repair, store_digest
 
 
@@ -35,26 +36,29 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
 
 
-@pytest.fixture
-def arrays(tmp_path: Path) -> dict[str, np.ndarray]:
-    """Residuals and tokens of 600 short windows: three shards, saved as .npy files beside the store."""
-    rng = np.random.default_rng(0)
-    arrays = {
-        "resid": rng.standard_normal((600, 8, 16)).astype(np.float32),
-        "tokens": rng.integers(0, 50, (600, 8)).astype(np.int64),
-    }
-    for name, array in arrays.items():
-        np.save(tmp_path / f"{name}.npy", array)
-    return arrays
-
-
-@pytest.fixture
-def store(tmp_path: Path, arrays: dict[str, np.ndarray]) -> Path:
-    url = tmp_path / "store"
-    files = ["--resid", tmp_path / "resid.npy", "--tokens", tmp_path / "tokens.npy", "--layer", 4]
-    result = run("import", url, *files, "--model", "somebody/model", "--special-token", 7)
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Residuals and tokens of 600 short windows as .npy files, and beside them their store of three shards."""
+    folder, rng = tmp_path_factory.mktemp("imported"), np.random.default_rng(0)
+    np.save(folder / "resid.npy", rng.standard_normal((600, 8, 16)).astype(np.float32))
+    np.save(folder / "tokens.npy", rng.integers(0, 50, (600, 8)).astype(np.int64))
+    files = ["--resid", folder / "resid.npy", "--tokens", folder / "tokens.npy", "--layer", 4]
+    result = run("import", folder / "store", *files, "--model", "somebody/model", "--special-token", 7)
     assert result.exit_code == 0, result.output
-    return url
+    return folder
+
+
+@pytest.fixture
+def arrays(imported: Path, tmp_path: Path) -> dict[str, np.ndarray]:
+    """Copies of the files, and what is in them."""
+    files = {name: Path(shutil.copy(imported / f"{name}.npy", tmp_path)) for name in ("resid", "tokens")}
+    return {name: np.load(file) for name, file in files.items()}
+
+
+@pytest.fixture
+def store(imported: Path, arrays: dict[str, np.ndarray], tmp_path: Path) -> Path:
+    """A copy, beside copies of the files."""
+    return Path(shutil.copytree(imported / "store", tmp_path / "store"))
 
 
 def flip_byte(store: Path, array: str, chunk: str) -> None:
@@ -326,9 +330,10 @@ def test_info_tells_a_person_and_a_program_the_same(store: Path) -> None:
 
 def test_info_says_names_as_they_are_and_which_model_is_the_bundled_one(store: Path) -> None:
     facts = json.loads(run("info", store, "--json").output)
-    for model, said in (("me/[/b]m", "me/[/b]m, "), ("pocket", "pocket (the small bundled model, not Gemma-2-2B), ")):
+    bundled = "pocket (the small bundled model, not Gemma-2-2B) at sha256-"
+    for *model, said in (("me/[/b]m", "1", "me/[/b]m at 1, "), ("pocket", "1", "pocket at 1, "), (*BUNDLED, bundled)):
         console = Console(file=io.StringIO(), width=200)
-        console.print(render(facts | {"model": model}))
+        console.print(render(facts | dict(zip(("model", "revision"), model, strict=True))))
         assert said in console.file.getvalue()  # pyright: ignore
 
 
@@ -386,8 +391,7 @@ def test_verify_finds_values_that_were_rewritten_with_a_right_checksum(store: Pa
     assert "shard 2: array resid/layer_4: the record says xxh3_128:" in result.output
 
 
-@pytest.mark.parametrize("at", [0, 3])
-@pytest.mark.parametrize("number", [np.nan, np.inf, -1.0, 2.5])
+@pytest.mark.parametrize(("at", "number"), [(0, np.nan), (3, np.inf), (0, -1.0), (3, 2.5)])
 def test_counts_that_are_none_are_damage_though_their_checksum_is_right(store: Path, at: int, number: float) -> None:
     """Of tokens and of windows, in a line of moments."""
     chunk = store / "stats/layer_4/c.1.0"

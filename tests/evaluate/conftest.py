@@ -210,14 +210,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="session")
-def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., World]:
-    """Further stores: make_world(dtype=..., tokens=..., splits=..., layers=..., attention_layers=..., model=folder)."""
+def make_world(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., World]:
+    """Further stores: make_world(dtype=..., tokens=..., splits=..., layers=..., attention_layers=..., model=folder).
+    One for all who ask for the same; who harms it, or counts what lies beside it, says fresh=True."""
+    made: dict[str, World] = {}
 
-    def make(model: Path | None = None, tokens: Tensor | None = None, splits: Any = SPLITS, **settings: Any) -> World:
-        root = tmp_path_factory.mktemp("world")
-        folder = model or make_model_folder(root / "model")
+    def make(
+        model: Path = world.model, tokens: Tensor | None = None, splits: Any = SPLITS, fresh: bool = False, **how: Any
+    ) -> World:
+        asked = json.dumps([str(model), splits, how], sort_keys=True, default=np.ndarray.tolist)
+        is_shared = tokens is None and not fresh
+        if is_shared and asked in made:
+            return made[asked]
         rows = make_tokens() if tokens is None else tokens
-        return World(folder, harvest_rows(root / "store", folder, rows, splits, **settings), rows, torch.empty(0))
+        store = harvest_rows(tmp_path_factory.mktemp("world") / "store", model, rows, splits, **how)
+        found = World(model, store, rows, torch.empty(0))
+        if is_shared:
+            made[asked] = found
+        return found
 
     return make
 

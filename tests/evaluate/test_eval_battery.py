@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from saemill.evaluate import evals
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.errors import EvaluationInvalid, SettingInvalid
 from saemill.evaluate.evals.contract import Evaluation
+from saemill.evaluate.evals.probing import installed
+from saemill.evaluate.evals.unlearning import material
 from saemill.evaluate.model.prefix_suffix import load_language_model
 from saemill.evaluate.run.attempts import run_evals
 from saemill.harvest.pocket import MODEL_FOLDER
@@ -31,7 +34,7 @@ from saemill.harvest.progress import Watch
 MEASURES = (Path(evaluate.__file__).parent / "MEASURES.md").read_text()
 PAGE = (Path(evaluate.__file__).parent.parent / "docs" / "evaluate.md").read_text()
 EVALS = evals.names()
-LAYER = 19
+RUN_WHOLE = ("ravel", "unlearning")
 PROBES = {"context_length": 8}
 SMALL = {
     "core": {"batch_size_prompts": 4, "resamples": 10},
@@ -43,7 +46,7 @@ SMALL = {
     "browser": {"windows": 8, "batch_windows": 8},
     "ravel": {"num_pairs_per_attribute": 12, "num_epochs": 1, "n_generated_tokens": 2, "llm_batch_size": 4},
     "unlearning": {"retain_thresholds": (1.0,), "n_features_list": (2,), "multipliers": (1.0,)},
-    "absorption": {"max_words": 200, "k_sparse_probe_num_epochs": 2, "min_GT_probe_f1": 0.1, "min_feats_for_eval": 1},
+    "absorption": {"max_words": 120, "k_sparse_probe_num_epochs": 2, "min_GT_probe_f1": 0.1, "min_feats_for_eval": 1},
     "sparse_probing": PROBES
     | {"dataset_names": ("stdlib/kind",), "probe_train_set_size": 24, "probe_test_set_size": 12, "k_values": (1, 5)},
     "contrast": PROBES | {"dataset_names": ("stdlib/library",), "train_set_size": 24, "test_set_size": 12},
@@ -73,7 +76,15 @@ def stored(make_world):
 
 @pytest.fixture(scope="module")
 def pocket():
-    return load_language_model(MODEL_FOLDER, torch.bfloat16, torch.device("cpu"))
+    """pocket(dtype), loaded once."""
+    return cache(lambda dtype: load_language_model(MODEL_FOLDER, dtype, torch.device("cpu")))
+
+
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch):
+    monkeypatch.setattr(material, "TEXT_ROWS", 12)
+    monkeypatch.setattr(material, "EXAM_ROWS", 6)
+    monkeypatch.setattr(installed, "BINARY_ROWS", 140)
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +93,11 @@ def run(stored, pocket, new_builder):
 
     def documents(name, seeds):
         builder, subjects = new_builder(), []
+        layer, dtype = (19, torch.float32) if name in RUN_WHOLE else (3, torch.bfloat16)  # each the quicker way
         for seed in (0, 1):  # both lie side by side on disk, whoever is evaluated
             if is_about_text(name):
-                sae = builder.make_sae(width=32, d_in=pocket.facts.d_model, k=8, seed=seed)
-                subjects.append(builder.subject(sae, f"sae_{seed}", layers=(LAYER,)))
+                sae = builder.make_sae(width=32, d_in=pocket(dtype).facts.d_model, k=8, seed=seed)
+                subjects.append(builder.subject(sae, f"sae_{seed}", layers=(layer,)))
             else:
                 sae = builder.make_sae(k=None, seed=seed)
                 subjects.append(builder.subject(sae, f"sae_{seed}", config={"seed": seed}))
@@ -95,7 +107,7 @@ def run(stored, pocket, new_builder):
         watch = Watch(is_quiet=True)
         if is_about_text(name):
             context = Context(None, model_name="pocket", watch=watch)
-            context.use(pocket)
+            context.use(pocket(dtype))
             rows = run_evals(context, subjects, {name: settings_of(name)})
         else:
             with Store.open(stored.store) as store:

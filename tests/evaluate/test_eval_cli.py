@@ -45,10 +45,10 @@ QUICK = ["--set", "core.batch_size_prompts=4", "--set", "core.resamples=10"]
 
 @pytest.fixture
 def sae_eval(builder):
-    """Run the command: `sae_eval("run_1")` gives its output; `code` is the exit status to expect."""
+    """Run the command without pictures: `sae_eval("run_1")` gives its output; `code` is the exit status to expect."""
 
     def call(*words, code=0, options=QUICK):
-        words = ["--runs", builder.root / "runs", "--device", "cpu", *options, *words]
+        words = ["--runs", builder.root / "runs", "--device", "cpu", "--no-plots", *options, *words]
         result = CliRunner().invoke(main, [str(word) for word in words])
         assert result.exit_code == code, result.output + repr(result.exception)
         return result.output
@@ -120,7 +120,7 @@ def test_the_way_from_the_command_to_a_cross_entropy_is_short(run_1, sae_eval, m
         return cross_entropy(*args)
 
     monkeypatch.setattr(divergence, "_cross_entropy", noted)
-    sae_eval("run_1/small", "--no-plots")
+    sae_eval("run_1/small")
     assert ways[0][0] == "evaluate/cli.py" and ways[0][-2:] == [
         "evaluate/model/divergence.py",
         "evaluate/model/smaller_pieces.py",
@@ -206,12 +206,12 @@ def test_what_is_wrong_with_one_target_does_not_stop_the_others(run_1, sae_eval)
     (run_1 / "large" / "cfg.json").write_text("{")
     output = sae_eval("nowhere", "run_1", code=1)
     assert "no run 'nowhere'" in output
-    assert "expected JSON" in output
+    assert "is not JSON" in output
     assert set(results(run_1)) == {"small_eval_results.json"}
 
 
 def test_a_store_that_is_gone(make_world, builder, sae_eval):
-    world = make_world()
+    world = make_world(fresh=True)
     run = builder.run(world, "run_1", {"sae": builder.make_sae()})
     shutil.rmtree(world.store)
     output = sae_eval("run_1", code=1)
@@ -221,7 +221,7 @@ def test_a_store_that_is_gone(make_world, builder, sae_eval):
 
 
 def test_what_needs_no_store_goes_on_without_one(make_world, builder, sae_eval):
-    world = make_world()
+    world = make_world(fresh=True)
     run = builder.run(world, "run_1", {"sae": builder.make_sae()})
     shutil.rmtree(world.store)
     output = sae_eval("run_1", "--evals", "core,decoder_cosine", code=1)
@@ -236,7 +236,7 @@ def test_nothing_goes_on_without_a_store_that_was_asked_for(run_1, sae_eval):
 
 
 def test_resume_leaves_a_result_of_a_store_that_is_gone(make_world, builder, sae_eval):
-    world = make_world()
+    world = make_world(fresh=True)
     run = builder.run(world, "run_1", {"sae": builder.make_sae()})
     words = ("run_1", "--evals", "decoder_cosine")
     sae_eval(*words, options=[])
@@ -253,16 +253,16 @@ def test_resume_leaves_a_result_of_a_store_that_is_gone(make_world, builder, sae
 def test_results_on_a_store_that_is_gone_are_taken_and_the_rest_is_refused(make_world, builder, sae_eval, keep):
     world = make_world()
     run = builder.run(world, "run_1", {"one": builder.make_sae(), "two": builder.make_sae(seed=1)})
-    sae_eval("run_1/one", "--no-plots")
+    sae_eval("run_1/one")
     before = results(run)
     shutil.rmtree(world.store)
-    output = sae_eval("run_1", keep, "--no-plots", code=1)
+    output = sae_eval("run_1", keep, code=1)
     assert "ce loss score" in output and results(run) == before
     assert "kept: core of run_1/one: its result is of a store, and there is none now" in output
     assert "failed: core of run_1/two: the store of run_1/one was at" in output
-    assert "kept" not in sae_eval("run_1", keep, "--cache", world.store, "--no-plots", code=1)
+    assert "kept" not in sae_eval("run_1", keep, "--cache", world.store, code=1)
     if keep == "--resume":  # of other settings
-        assert "kept" not in sae_eval("run_1", keep, "--massive-norms", "5", "--no-plots", code=1)
+        assert "kept" not in sae_eval("run_1", keep, "--massive-norms", "5", code=1)
 
 
 def test_a_store_with_another_id_costs_the_other_runs_nothing(world, make_world, builder, sae_eval):
@@ -305,7 +305,7 @@ def test_a_missing_model_leaves_a_part(make_world, builder, sae_eval):
 
 def test_what_is_there_in_part_is_no_result_to_compare(run_1, sae_eval):
     path = result_path(make_subject(run_1 / "small", RunFolder(run_1)), "core")
-    sae_eval("run_1", "--no-plots")
+    sae_eval("run_1")
 
     def leave_a_part():
         document = json.loads(path.read_text())
@@ -313,10 +313,10 @@ def test_what_is_there_in_part_is_no_result_to_compare(run_1, sae_eval):
         path.write_text(json.dumps(document))
 
     leave_a_part()
-    sae_eval("run_1", "--compare", "--no-plots")
+    sae_eval("run_1", "--compare")
     assert json.loads(path.read_text())["saemill"]["missing"] is None  # the model is here now
     leave_a_part()
-    said = sae_eval("run_1/small", "--compare", "--no-plots", "--set", "core.resamples=11", code=3)
+    said = sae_eval("run_1/small", "--compare", "--set", "core.resamples=11", code=3)
     assert "incomplete: core of run_1/small: the model is not here; its result is of config.resamples 10" in said
 
 
@@ -400,7 +400,7 @@ def test_resume_skips_what_is_done_with_the_same_settings(run_1, sae_eval):
 
 
 def test_resume_makes_a_browser_that_is_gone(run_1, sae_eval):
-    words = ("run_1/small", "--evals", "browser", "--set", "browser.windows=4", "--resume", "--no-plots")
+    words = ("run_1/small", "--evals", "browser", "--set", "browser.windows=4", "--resume")
     sae_eval(*words, options=[])
     made = (run_1 / "browser/index.html").stat().st_mtime_ns
     sae_eval(*words, options=[])
@@ -426,7 +426,7 @@ def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run
         assert groups == expected
         for name, found in results(run_1).items():
             assert found["eval_result_metrics"] == together[name]["eval_result_metrics"]
-    said = sae_eval("run_1", "--evals", "browser", "--set", "browser.windows=4", "--no-plots", options=[])
+    said = sae_eval("run_1", "--evals", "browser", "--set", "browser.windows=4", options=[])
     assert "browser: no room for all SAEs at once: counterparts are looked for within run_1/large; run_1/small" in said
 
 
@@ -438,13 +438,13 @@ def test_an_sae_that_has_no_room_costs_the_others_nothing(run_1, sae_eval, monke
         raise torch.OutOfMemoryError("planted")
 
     monkeypatch.setattr(LoadedSae, "to", to)
-    output = sae_eval("run_1", "--no-plots", code=1)
+    output = sae_eval("run_1", code=1)
     assert "failed: core of run_1/large: it does not fit on cpu. Free some memory" in output
     assert set(results(run_1)) == {"small_eval_results.json"}
 
 
 def test_only_what_was_computed_from_tokens_says_so(run_1, sae_eval):
-    words = ("run_1/small", "--evals", "core,temporal", "--set", "temporal.windows=4", "--from-tokens", "--no-plots")
+    words = ("run_1/small", "--evals", "core,temporal", "--set", "temporal.windows=4", "--from-tokens")
     output = sae_eval(*words)
     assert output.count("--from-tokens changes nothing here") == 1 and "temporal: --from-tokens" in output
     said = [results(run_1, name)["small_eval_results.json"]["saemill"]["settings"] for name in ("core", "temporal")]
@@ -456,7 +456,7 @@ def test_the_device_that_was_asked_for_is_the_one_that_the_thread_works_on(run_1
     taken = []
     monkeypatch.setattr(command, "take_device", taken.append)
     monkeypatch.setattr(command, "find_device", lambda name: torch.device("cpu", 0))
-    sae_eval("run_1/small", "--no-plots", "--evals", "decoder_cosine", options=[])
+    sae_eval("run_1/small", "--evals", "decoder_cosine", options=[])
     assert taken == [torch.device("cpu", 0)]
 
 
@@ -472,10 +472,10 @@ def test_without_resume_everything_is_done_anew(run_1, sae_eval):
 @pytest.mark.parametrize("keep", ["--resume", "--compare"])
 def test_a_damaged_result_is_named_and_measured_anew(run_1, sae_eval, keep):
     """It costs the others nothing."""
-    sae_eval("run_1", "--no-plots")
+    sae_eval("run_1")
     before, damaged = results(run_1), run_1 / "evals" / "core" / "small_eval_results.json"
     damaged.write_text("{")
-    output = " ".join(sae_eval("run_1", keep, "--no-plots").split())
+    output = " ".join(sae_eval("run_1", keep).split())
     assert "is damaged" in output and "Here it is done anew, for run_1/small" in output
     after = results(run_1)
     assert after["large_eval_results.json"] == before["large_eval_results.json"]
@@ -484,12 +484,12 @@ def test_a_damaged_result_is_named_and_measured_anew(run_1, sae_eval, keep):
 
 @pytest.mark.parametrize("keep", ["--resume", "--compare"])
 def test_a_result_of_a_later_saemill_is_not_written_over_and_costs_no_other_its_own(run_1, sae_eval, keep):
-    sae_eval("run_1/small", "--no-plots")
+    sae_eval("run_1/small")
     path = run_1 / "evals" / "core" / "small_eval_results.json"
     document = json.loads(path.read_text())
     document["saemill"]["format"] = 99
     path.write_text(json.dumps(document))
-    output = sae_eval("run_1", keep, "--no-plots", code=1)
+    output = sae_eval("run_1", keep, code=1)
     assert "failed: core of run_1/small" in output and "was written by a later saemill" in output
     assert json.loads(path.read_text())["saemill"]["format"] == 99
     assert "large_eval_results.json" in results(run_1)
@@ -506,7 +506,7 @@ def test_compare_is_one_table_and_evaluates_only_what_is_missing(world, run_1, b
 
 
 def test_a_kept_result_is_read_once_for_table_comparison_and_pictures(run_1, sae_eval, monkeypatch):
-    sae_eval("run_1", "--no-plots")
+    sae_eval("run_1")
     read, read_bytes = [], Path.read_bytes
 
     def counted(path):
@@ -517,7 +517,7 @@ def test_a_kept_result_is_read_once_for_table_comparison_and_pictures(run_1, sae
     monkeypatch.setattr(Path, "read_text", lambda path, *_, **__: counted(path).decode())
     for words in (["--resume"], ["--compare"]):
         read.clear()
-        sae_eval("run_1", *words)
+        sae_eval("run_1", "--plots", *words)
         assert [read.count(f"{label}_eval_results.json") for label in ("small", "large")] == [1, 1]
 
 
@@ -616,7 +616,7 @@ def test_a_crash_whose_traceback_cannot_be_kept_is_told(run_1, sae_eval, monkeyp
 
     monkeypatch.setattr(core, "measure_sparsity", breaks)
     (run_1 / "evals").write_text("in the way")
-    assert "planted (its traceback cannot be kept" in sae_eval("run_1", "--no-plots", code=1)
+    assert "planted (its traceback cannot be kept" in sae_eval("run_1", code=1)
 
 
 @pytest.fixture
@@ -647,7 +647,7 @@ def test_where_an_evaluation_remembers_is_no_other_evaluation(run_1, sae_eval, s
         yield from (core.Result(subject, {}, {"group": {"value": 1.0}}) for subject in subjects)
 
     second_eval.config, second_eval.evaluate = Remembering, evaluate
-    call = ("--evals", "second", "--no-plots")
+    call = ("--evals", "second")
     sae_eval("run_1", *call, options=[])
     assert results(run_1, "second")["small_eval_results.json"]["saemill"]["settings"]["config"] == {"pairs": 5}
     path = run_1 / "evals" / "second" / "small_eval_results.json"
@@ -673,7 +673,7 @@ def test_a_result_of_an_earlier_revision_is_done_again(run_1, sae_eval, second_e
     second_eval.evaluate = evaluate
     for revision in (1, 1, 2, 2):
         second_eval.revision = revision
-        sae_eval("run_1", "--evals", "second", "--no-plots", "--resume", options=[])
+        sae_eval("run_1", "--evals", "second", "--resume", options=[])
         settings = results(run_1, "second")["small_eval_results.json"]["saemill"]["settings"]
         assert settings.get("revision", 1) == revision and ("revision" in settings) == (revision > 1)
     assert asked == [1, 2]
@@ -688,7 +688,7 @@ def test_a_result_of_other_text_is_done_again(run_1, sae_eval, second_eval):
         yield from (core.Result(subject, {}, {"group": {"value": 1.0}}) for subject in subjects)
 
     second_eval.evaluate = evaluate
-    call = ("--evals", "second", "--no-plots")
+    call = ("--evals", "second")
     for text in (None, "sha256:old", "sha256:old"):
         second_eval.data_revision = lambda context, config, text=text: text
         sae_eval("run_1", *call, "--resume", options=[])
@@ -745,7 +745,7 @@ def test_a_disk_that_takes_no_result_costs_the_measuring_once(run_1, sae_eval, s
     second_eval.evaluate = evaluate
     (run_1 / "evals").mkdir()
     (run_1 / "evals/second").write_text("in the way")
-    output = sae_eval("run_1", "--evals", "second", "--no-plots", code=1, options=[])
+    output = sae_eval("run_1", "--evals", "second", code=1, options=[])
     assert output.count("could not be written to") == 2 and "then --resume" in output
     assert asked == [["large", "small"]]
 

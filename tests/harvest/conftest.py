@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,11 +22,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from saemill.cache_schema import Store
+from saemill.cache_schema.verify_and_repair import digest, verify_shards
 from saemill.harvest import run
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus.source import DatasetOptions
 from saemill.harvest.model.products import is_widened
 from saemill.harvest.process import Process
+from saemill.harvest.progress import Watch
 
 torch.set_num_threads(1)  # tiny models are slower on more, above all on a busy machine
 
@@ -190,12 +194,15 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_config(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., HarvestConfig]:
+def make_config(settings_of: Callable[..., HarvestConfig], tmp_path: Path) -> Callable[..., HarvestConfig]:
     """Settings of a harvest that takes a second: 125 windows in 8 shards."""
+    return lambda **changes: settings_of(**{"out": str(tmp_path / "store")} | changes)
 
+
+@pytest.fixture(scope="session")
+def settings_of(model_folder: Path, text_file: Path) -> Callable[..., HarvestConfig]:
     def make(**changes: Any) -> HarvestConfig:
         settings: dict[str, Any] = {
-            "out": str(tmp_path / "store"),
             "model": str(model_folder),
             "resid_layers": (2,),
             "attention_layers": (0, 1, 2, 3),
@@ -209,6 +216,27 @@ def make_config(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable
         return HarvestConfig(**settings | changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def straight(settings_of: Callable[..., HarvestConfig], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The store of `make_config()`, harvested in one go by one process: to compare with, and to read."""
+    return run.harvest(settings_of(out=str(tmp_path_factory.mktemp("straight") / "store")), Watch(is_quiet=True)).url
+
+
+@pytest.fixture
+def harvested(straight: str, make_config: Callable[..., HarvestConfig]) -> HarvestConfig:
+    """`make_config()`, whose harvest has ended: its store is a copy."""
+    shutil.copytree(straight, make_config().out)
+    return make_config()
+
+
+def digest_of(url: str | Path) -> str:
+    """Of a store that is whole."""
+    with Store.open(url) as store:
+        assert store.committed.all()
+        assert not [item for report in verify_shards(store) for item in report.damage]
+        return digest(store)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from saemill.harvest.store_plan import wanted_layers
         (" 2m ", 2 * 10**6),
         ("10,000", 10_000),
         ("4.1M", 4_100_000),
+        ("1e6", 10**6),
+        ("1000000.0", 10**6),
     ],
 )
 def test_counts(text, expected):
@@ -27,7 +29,7 @@ def test_counts(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "M", "ten", "-5", "1e6", "10MB", "1.2.3", "16,32", "1,5M", "1024,2048", "10,000k"]
+    "text", ["", "M", "ten", "-5", "2.5", "1e999", "10MB", "1.2.3", "16,32", "1,5M", "1024,2048", "10,000k"]
 )
 def test_counts_that_are_none(text):
     with pytest.raises(SettingInvalid, match="for example"):
@@ -87,9 +89,22 @@ def test_settings_out_of_range_name_their_option(changes):
 
 
 @pytest.mark.parametrize("name", ["resid_layers", "attention_layers"])
-def test_layers_are_read_before_a_model_is_looked_for(name):
-    with pytest.raises(SettingInvalid, match="'all': expected layers such as"):
-        HarvestConfig(out="store", **{name: "all"})
+@pytest.mark.parametrize("text", ["all", ""])
+def test_layers_are_read_before_a_model_is_looked_for(name, text):
+    """Those of an unset variable of the shell too."""
+    with pytest.raises(SettingInvalid, match=f"'{text}': expected layers such as"):
+        HarvestConfig(out="store", **{name: text})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attention_mass": 0.9}, {"attention_topk": 8}, {"attention_heads": "all"}, {"leave_out": ("bos",)}]
+)
+def test_what_is_said_of_attention_that_is_not_kept_is_refused(changes):
+    option = next(iter(changes)).replace("_", "-")
+    for none in ((), "none"):
+        with pytest.raises(SettingInvalid, match=f"--{option}: no --attention-layers are asked for"):
+            HarvestConfig("store", attention_layers=none, **changes)
+    HarvestConfig("store", **changes)
 
 
 def test_a_range_from_a_number_to_a_distance_is_read_by_the_models_layer():

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from saemill.cache_schema import AttentionSpec, Request, Site, Store, StoreMismatch, from_float32, writer
 from saemill.cache_schema.moments import is_special, measure
-from saemill.cache_schema.verify_and_repair import digest, repair, verify_shards
+from saemill.cache_schema.verify_and_repair import repair, verify_shards
 from saemill.harvest import run, stats
 from saemill.harvest.capture import capture
 from saemill.harvest.cli import main
@@ -27,6 +27,8 @@ from saemill.harvest.model.products import linear
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import reharvest
 
+from .conftest import digest_of
+
 Make = Callable[..., HarvestConfig]
 
 EVERY = ("mlp_in", "mlp_out", "attn_out", "q", "k", "z")
@@ -36,13 +38,6 @@ BOTH = {"mlp_in": (1, 2), "mlp_out": (1, 2)}
 def harvest(config: HarvestConfig) -> str:
     run.harvest(config, Watch(is_quiet=True))
     return config.out
-
-
-def digest_of(url: str) -> str:
-    with Store.open(url) as store:
-        assert store.committed.all()
-        assert not [item for report in verify_shards(store) for item in report.damage]
-        return digest(store)
 
 
 def seen(model, ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:

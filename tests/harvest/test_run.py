@@ -42,13 +42,13 @@ from saemill.cache_schema.moments import is_special
 from saemill.cache_schema.shard_claims import HELD_TRIED, Claims, open_claims
 from saemill.cache_schema.splits import per_mille_for_tests
 from saemill.cache_schema.stored_dtypes import SmallDtype
-from saemill.cache_schema.verify_and_repair import digest, repair, verify_shards
+from saemill.cache_schema.verify_and_repair import repair, verify_shards
 from saemill.harvest import create_store, estimate_cost, run, shards, store_plan
 from saemill.harvest import dry_run as dry_run_module
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus import hugging_face
 from saemill.harvest.corpus.hugging_face import HubCorpus, Repository
-from saemill.harvest.corpus.source import DatasetOptions
+from saemill.harvest.corpus.source import OPENWEBTEXT, DatasetOptions
 from saemill.harvest.dry_run import dry_run
 from saemill.harvest.errors import ContextTooLong, LayerOutOfRange, NonFiniteResidual, SettingInvalid, SplitEmpty
 from saemill.harvest.estimate_cost import RESERVE_BYTES, least_bytes
@@ -60,17 +60,13 @@ from saemill.harvest.run import Finished, reharvest
 from saemill.harvest.shards import describe_device
 from saemill.harvest.spool import Spool, spool_folder
 
+from .conftest import digest_of
+
 Make = Callable[..., HarvestConfig]
 
 
 def harvest(config: HarvestConfig) -> Finished:
     return run.harvest(config, Watch(is_quiet=True))
-
-
-def digest_of(url: str) -> str:
-    with Store.open(url) as store:
-        assert store.committed.all()
-        return digest(store)
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +154,8 @@ def test_no_scratch_files_are_left_beside_the_store(reference):
     assert [path.name for path in reference.parent.iterdir()] == ["store"]
 
 
-def test_residuals_stay_in_the_dtype_of_the_model(make_config: Make, model_folder):
-    config = make_config()
-    harvest(config)
-    with Store.open(config.out) as store:
+def test_residuals_stay_in_the_dtype_of_the_model(straight, model_folder):
+    with Store.open(straight) as store:
         found = read_all(store)
     assert found["resid 2"].dtype == np.uint16
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16, attn_implementation="eager")
@@ -172,9 +166,7 @@ def test_residuals_stay_in_the_dtype_of_the_model(make_config: Make, model_folde
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 5])
-def test_an_interrupted_harvest_goes_on_to_the_same_store(make_config: Make, tmp_path, monkeypatch, stop_after):
-    straight = make_config(out=str(tmp_path / "straight"))
-    harvest(straight)
+def test_an_interrupted_harvest_goes_on_to_the_same_store(make_config: Make, straight, monkeypatch, stop_after):
     compute, calls = shards.compute_shard, []
 
     def interrupted(*args):
@@ -190,29 +182,24 @@ def test_an_interrupted_harvest_goes_on_to_the_same_store(make_config: Make, tmp
         assert store.committed.tolist() == [True] * stop_after + [False] * (8 - stop_after)
     monkeypatch.undo()
     harvest(make_config())
-    assert digest_of(make_config().out) == digest_of(straight.out)
+    assert digest_of(make_config().out) == digest_of(straight)
 
 
-def test_a_second_start_does_not_tokenise_again(make_config: Make, monkeypatch):
-    harvest(make_config())
+def test_a_second_start_does_not_tokenise_again(harvested, monkeypatch):
     monkeypatch.setattr(create_store, "spool_corpus", lambda *_: pytest.fail("tokenised again"))
     monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("loaded the model for nothing"))
-    assert harvest(make_config()).committed == 8
+    assert harvest(harvested).committed == 8
 
 
 @pytest.mark.usefixtures("share_only")
-def test_workers_in_any_order_give_the_same_store(make_config: Make, tmp_path):
-    straight = make_config(out=str(tmp_path / "straight"))
-    harvest(straight)
+def test_workers_in_any_order_give_the_same_store(make_config: Make, straight):
     finished = [harvest(make_config(worker=Worker(index, 3))) for index in (0, 2, 1)]
     assert [item.committed for item in finished] == [3, 5, 8]
     assert all(item.speaks for item in finished)  # each in a terminal of its own
-    assert digest_of(make_config().out) == digest_of(straight.out)
+    assert digest_of(make_config().out) == digest_of(straight)
 
 
-def test_workers_take_the_shares_of_those_that_never_come(make_config: Make, tmp_path, monkeypatch):
-    straight = make_config(out=str(tmp_path / "straight"))
-    harvest(straight)
+def test_workers_take_the_shares_of_those_that_never_come(make_config: Make, straight, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(run, "_harvest_share", lambda *_: 0)
         harvest(make_config())  # tokens alone
@@ -220,7 +207,7 @@ def test_workers_take_the_shares_of_those_that_never_come(make_config: Make, tmp
         assert mine and another
         assert harvest(make_config(worker=Worker(1, 3))).committed == 6
     assert harvest(make_config(worker=Worker(0, 3))).committed == 8  # its own share is done
-    assert digest_of(make_config().out) == digest_of(straight.out)
+    assert digest_of(make_config().out) == digest_of(straight)
 
 
 @pytest.fixture
@@ -370,6 +357,15 @@ def test_auto_is_decided_once_for_a_store(make_config: Make, chosen, monkeypatch
     dry_run(config, Watch(is_quiet=True))
     assert [(choice.name, choice.revision) for choice in chosen[1:]] == [(name, "c0ffee")] * 2
     assert said.getvalue().startswith(f"model: {name}, because the store at --out was begun with it\nto insist: ")
+
+
+@pytest.mark.parametrize("name", ["pocket", "smollm2"])
+def test_a_folder_that_is_called_as_a_model_of_ours_is_not_taken_for_it(
+    make_config: Make, model_folder, tmp_path, name
+):
+    shutil.copytree(model_folder, tmp_path / name)
+    plan = run.decide(make_config(model=str(tmp_path / name), corpus=None, tokens=None), Watch(is_quiet=True))
+    assert (plan.source.id, plan.corpus.dataset, plan.tokens) == (name, OPENWEBTEXT, store_plan.DEFAULT_TOKENS)
 
 
 @pytest.mark.usefixtures("share_only")
@@ -531,33 +527,28 @@ def leave_spool(out: str) -> Path:
     return folder
 
 
-def test_a_scratch_folder_that_was_left_behind_is_removed(make_config: Make):
-    config = make_config()
-    harvest(config)
-    folder = leave_spool(config.out)
-    harvest(replace(config, worker=Worker(1, 2)))
+def test_a_scratch_folder_that_was_left_behind_is_removed(harvested):
+    folder = leave_spool(harvested.out)
+    harvest(replace(harvested, worker=Worker(1, 2)))
     with create_store._locked(folder):
-        harvest(config)
+        harvest(harvested)
     assert (folder / "tokens.u32").exists()
-    harvest(config)
+    harvest(harvested)
     assert not folder.exists()
 
 
-def test_a_folder_of_that_name_that_is_no_scratch_folder_stays(make_config: Make):
-    config = make_config()
-    harvest(config)
-    folder = leave_spool(config.out)
+def test_a_folder_of_that_name_that_is_no_scratch_folder_stays(harvested):
+    folder = leave_spool(harvested.out)
     (folder / "lock").unlink()
-    harvest(config)
+    harvest(harvested)
     assert folder.exists()
 
 
-def test_other_settings_are_refused_with_their_differences(make_config: Make):
-    harvest(make_config())
-    before = digest_of(make_config().out)
+def test_other_settings_are_refused_with_their_differences(harvested):
+    before = digest_of(harvested.out)
     with pytest.raises(StoreMismatch, match=r"(?s)settings.tokens: .*4000, .*5000.*attention.topk: .*16, .*8\n"):
-        harvest(make_config(tokens=5000, attention_topk=8))
-    assert digest_of(make_config().out) == before
+        harvest(replace(harvested, tokens=5000, attention_topk=8))
+    assert digest_of(harvested.out) == before
 
 
 def test_a_changed_corpus_is_refused(make_config: Make, tmp_path):
@@ -634,29 +625,27 @@ def test_repair_harvests_damaged_shards_again(make_config: Make, model_folder, m
         assert not [item for report in verify_shards(store) for item in report.damage]
 
 
-def test_a_shard_says_what_computed_it_and_another_device_is_warned_of(make_config: Make, model_folder, capsys):
+def test_a_shard_says_what_computed_it_and_another_device_is_warned_of(harvested, model_folder, capsys):
     """In no id and no digest: a store that says nothing of it, as those of before, has the same digest."""
-    config = make_config()
-    harvest(config)
-    files, before = open_files(config.out), digest_of(config.out)
+    files, before = open_files(harvested.out), digest_of(harvested.out)
     recorded = read_devices(files, range(10))
     here = describe_device(torch.device("cpu"))
     assert recorded and set(recorded.values()) == {here} and here.torch == torch.__version__
-    with Store.open(config.out) as store:
+    with Store.open(harvested.out) as store:
         assert describe(store)["computed_on"] == [str(here)]
     write_device(files, 2, replace(here, type="cuda", name="NVIDIA H100", float32_products="tf32"))
-    repair(config.out, [1, 2])
-    (Path(config.out) / "commits/00003.device.json").write_text("[" * 100_000)
-    (Path(config.out) / "commits/00004.device.json").unlink()
-    reharvest(config.out, [1, 2], model=str(model_folder))
+    repair(harvested.out, [1, 2])
+    (Path(harvested.out) / "commits/00003.device.json").write_text("[" * 100_000)
+    (Path(harvested.out) / "commits/00004.device.json").unlink()
+    reharvest(harvested.out, [1, 2], model=str(model_folder))
     said = capsys.readouterr().err
     assert f"warning: shard 2 was computed on cuda (NVIDIA H100), torch {here.torch}, float32 products tf32" in said
     assert f"here it is {here}" in said and "last digits" in said
-    assert digest_of(config.out) == before
+    assert digest_of(harvested.out) == before
     assert read_devices(files, range(10)) == {shard: here for shard in recorded if shard not in (3, 4)}
     write_device(files, 0, replace(here, torch="1.0"))
-    repair(config.out, [2])
-    run.harvest(config, Watch())
+    repair(harvested.out, [2])
+    run.harvest(harvested, Watch())
     assert "warning: shard 0 was computed on" in capsys.readouterr().err
 
 
@@ -708,35 +697,33 @@ def test_a_store_that_leaves_nothing_out_says_nothing_of_it(reference):
     assert "left_out" not in manifest["attention"]
 
 
-def test_repair_refuses_another_model(make_config: Make, model_folder, tmp_path):
-    config = make_config()
-    harvest(config)
+def test_repair_refuses_another_model(harvested, model_folder, tmp_path):
     other = tmp_path / "tiny"
     shutil.copytree(model_folder, other)
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     with pytest.raises(StoreError, match=r"expected tiny at sha256-.*same harvest"):
-        reharvest(config.out, [0], model=str(other))
+        reharvest(harvested.out, [0], model=str(other))
 
 
-def test_repair_without_the_model_removes_nothing(make_config: Make, model_folder, tmp_path, monkeypatch):
+def test_repair_without_the_model_removes_nothing(harvested, model_folder, tmp_path, monkeypatch):
     """A split that lacks one shard cannot be read at all."""
-    config = make_config()
-    harvest(config)
-    before = digest_of(config.out)
-    with StoreWriter.open(config.out) as writer:
-        chunk = Path(config.out) / writer.arrays["resid/layer_2"].chunk_key(2)
+    before = digest_of(harvested.out)
+    with StoreWriter.open(harvested.out) as writer:
+        chunk = Path(harvested.out) / writer.arrays["resid/layer_2"].chunk_key(2)
     chunk.write_bytes(chunk.read_bytes()[:-1])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for more in ([], ["--model", str(tmp_path / "gone")], ["--device", "abacus", "--model", str(model_folder)]):
-        result = CliRunner().invoke(store_command, ["repair", config.out, *more])
+        result = CliRunner().invoke(store_command, ["repair", harvested.out, *more])
         said = result.output.splitlines()
         assert result.exit_code == 1 and said[-1].startswith("StoreError: ") and "No shard was removed" in said[-1]
-        with Store.open(config.out) as store:
+        with Store.open(harvested.out) as store:
             assert store.committed.all() and store.record(2)
-    result = CliRunner().invoke(store_command, ["repair", config.out, "--model", str(model_folder), "--device", "cpu"])
+    result = CliRunner().invoke(
+        store_command, ["repair", harvested.out, "--model", str(model_folder), "--device", "cpu"]
+    )
     assert result.exit_code == 0 and "1 shard harvested again: [2]" in result.output, result.output
-    assert digest_of(config.out) == before
+    assert digest_of(harvested.out) == before
 
 
 def test_a_host_that_locks_no_more_pages_computes_all_the_same(monkeypatch):
@@ -748,10 +735,9 @@ def test_a_host_that_locks_no_more_pages_computes_all_the_same(monkeypatch):
     assert shards._pinned(ids) is ids
 
 
-def test_repair_leaves_committed_shards_alone(make_config: Make, model_folder):
-    harvest(make_config())
+def test_repair_leaves_committed_shards_alone(harvested, model_folder):
     with pytest.raises(StoreBusy, match=r"shards \[0\]"):
-        reharvest(make_config().out, [0], model=str(model_folder))
+        reharvest(harvested.out, [0], model=str(model_folder))
 
 
 def test_packing_by_documents(make_config: Make):

@@ -98,16 +98,17 @@ def test_a_corpus_that_ends_early_gives_what_it_has(tmp_path):
 
 
 @pytest.mark.usefixtures("small_batches")
-@pytest.mark.parametrize("stop_at", [1, 17, 200, 431])
 @pytest.mark.parametrize("packing", ["concat", "documents"])
-def test_an_interrupted_run_goes_on_to_the_same_windows(tmp_path, stop_at, packing):
-    straight = pack(ListCorpus(make_texts(800)), tmp_path / "straight", 2000, packing)
-    with pytest.raises(KeyboardInterrupt):
-        pack(ListCorpus(make_texts(800), stop_at), tmp_path / "stopped", 2000, packing)
-    second = ListCorpus(make_texts(800))
-    resumed = pack(second, tmp_path / "stopped", 2000, packing)
-    assert np.array_equal(straight.tokens, resumed.tokens)
-    assert np.array_equal(straight.documents, resumed.documents)
+def test_an_interrupted_run_goes_on_to_the_same_windows(tmp_path, packing):
+    texts = make_texts(250)
+    straight = pack(ListCorpus(texts), tmp_path / "straight", 600, packing)
+    for stop_at in (1, 17, 60, 130):
+        folder = tmp_path / f"stopped at {stop_at}"
+        with pytest.raises(KeyboardInterrupt):
+            pack(ListCorpus(texts, stop_at), folder, 600, packing)
+        resumed = pack(ListCorpus(texts), folder, 600, packing)
+        assert np.array_equal(straight.tokens, resumed.tokens)
+        assert np.array_equal(straight.documents, resumed.documents)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -119,14 +120,14 @@ def test_windows_behind_the_last_checkpoint_are_cut_off(tmp_path, monkeypatch):
         written(spool, state)
         monkeypatch.setattr(spool_module, "CHECKPOINT_SECONDS", 1e9)
 
-    straight = pack(ListCorpus(make_texts(800)), tmp_path / "straight", 2000)
+    straight = pack(ListCorpus(make_texts(250)), tmp_path / "straight", 600)
     monkeypatch.setattr(Spool, "checkpoint", checkpoint)
     with pytest.raises(KeyboardInterrupt):
-        pack(ListCorpus(make_texts(800), 431), tmp_path / "stopped", 2000)
+        pack(ListCorpus(make_texts(250), 130), tmp_path / "stopped", 600)
     counted = checkpoint_of(tmp_path / "stopped")["counts"]
     bytes_of = {split: (tmp_path / "stopped" / f"{split}.tokens.u32").stat().st_size for split in counted}
     assert all(bytes_of[split] > counted[split] * CONTEXT * 4 for split in counted)
-    resumed = pack(ListCorpus(make_texts(800)), tmp_path / "stopped", 2000)
+    resumed = pack(ListCorpus(make_texts(250)), tmp_path / "stopped", 600)
     assert resumed.splits == straight.splits
     assert np.array_equal(straight.tokens, resumed.tokens)
     assert np.array_equal(straight.documents, resumed.documents)
@@ -135,33 +136,33 @@ def test_windows_behind_the_last_checkpoint_are_cut_off(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("small_batches")
 def test_resuming_reads_on_and_not_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        pack(ListCorpus(make_texts(800), 300), tmp_path, 2000)
-    corpus = ListCorpus(make_texts(800))
-    corpus.texts[:200] = ["never read"] * 200
-    resumed = pack(corpus, tmp_path, 2000)
-    assert np.array_equal(resumed.tokens, pack(ListCorpus(make_texts(800)), tmp_path / "straight", 2000).tokens)
+        pack(ListCorpus(make_texts(250), 90), tmp_path, 600)
+    corpus = ListCorpus(make_texts(250))
+    corpus.texts[:60] = ["never read"] * 60
+    resumed = pack(corpus, tmp_path, 600)
+    assert np.array_equal(resumed.tokens, pack(ListCorpus(make_texts(250)), tmp_path / "straight", 600).tokens)
 
 
 @pytest.mark.usefixtures("small_batches")
 def test_another_job_starts_anew(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        pack(ListCorpus(make_texts(800), 300), tmp_path, 2000)
-    changed = ListCorpus(make_texts(800)[100:], revision="2")
-    expected = pack(ListCorpus(make_texts(800)[100:], revision="2"), tmp_path / "straight", 2000)
-    assert np.array_equal(pack(changed, tmp_path, 2000).tokens, expected.tokens)
+        pack(ListCorpus(make_texts(250), 90), tmp_path, 600)
+    changed = ListCorpus(make_texts(250)[30:], revision="2")
+    expected = pack(ListCorpus(make_texts(250)[30:], revision="2"), tmp_path / "straight", 600)
+    assert np.array_equal(pack(changed, tmp_path, 600).tokens, expected.tokens)
 
 
 @pytest.mark.usefixtures("small_batches")
 def test_a_job_that_comes_back_after_another_takes_none_of_its_text(tmp_path, monkeypatch):
     """The other is stopped before its first checkpoint, with more windows than the first one counted."""
-    texts, others = make_texts(800), [text.upper() for text in make_texts(800)]
-    expected = pack(ListCorpus(texts), tmp_path / "straight", 2000)
+    texts, others = make_texts(250), [text.upper() for text in make_texts(250)]
+    expected = pack(ListCorpus(texts), tmp_path / "straight", 600)
     with pytest.raises(KeyboardInterrupt):
-        pack(ListCorpus(texts, 200), tmp_path / "stopped", 2000)
+        pack(ListCorpus(texts, 60), tmp_path / "stopped", 600)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Spool, "checkpoint", lambda *_: None)
-        pack(ListCorpus(others, 600, revision="2"), tmp_path / "stopped", 2000)
-    again = pack(ListCorpus(texts), tmp_path / "stopped", 2000)
+        pack(ListCorpus(others, 190, revision="2"), tmp_path / "stopped", 600)
+    again = pack(ListCorpus(texts), tmp_path / "stopped", 600)
     assert np.array_equal(again.tokens, expected.tokens)
     assert np.array_equal(again.documents, expected.documents)
 

@@ -217,11 +217,12 @@ def make_store(
     measured=False,
     massive=(),
     alike=(0, 0),
+    scale=1.0,
     stored_as=None,
 ):
     """Write a store; return what was written. `break_at` is a (layer, window) whose residuals become NaN, unseen by
     the moments unless `measured`; `massive` are (layer, window, position) of rows a hundred and fifty times as long;
-    the windows of `alike` hold one row again and again."""
+    the windows of `alike` hold one row again and again; all is `scale` times as long."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(3, 50, (windows, CONTEXT)).astype(np.uint32)
     tokens[:, 0] = SPECIAL
@@ -229,6 +230,7 @@ def make_store(
     plain = {layer: plant_residuals(rng, tokens) for layer in layers}
     for values in plain.values():
         values[slice(*alike)] = values[0, 1]
+        values *= scale
     for layer, window, position in massive:
         plain[layer][window, position] *= 150
     resid = {layer: from_float32(values, "bfloat16") for layer, values in plain.items()}

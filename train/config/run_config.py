@@ -7,6 +7,7 @@ a variant in front (`topk.k`) is for the SAEs of that variant alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 from ...cache_schema.sites import RESID
 from ...cache_schema.strict_json import StrictError, flatten, from_json, nearest, to_json
 from ..data.batch import Needs
-from ..errors import ConfigInvalid
+from ..errors import ConfigInvalid, name_sae
 from ..kit import registry
 from ..kit.build import require, require_bounds, require_least
 from ..kit.contract import Variant
@@ -168,10 +169,9 @@ class Ask:
                 f"--grid is of SAEs that share data and course, found {misplaced[0]}: set it by --set, and "
                 "start a run for each value"
             )
-        single = [key for key in spread if key in self.settings]
-        if single:
+        for key, said in ((key, said) for key in spread for said in self.settings if self._decides(key, said)):
             raise ConfigInvalid(
-                f"expected {single[0]} in --grid alone, found {self.settings[single[0]]} by an option or --set too: "
+                f"expected {key} in --grid alone, found {said}={self.settings[said]} by an option or --set too: "
                 "leave out one of the two"
             )
         self._require_known([*self.settings, *spread])
@@ -187,7 +187,30 @@ class Ask:
                     f"two SAEs of the run would both be called {member.label}: give one of them a run of its own"
                 )
         self._require_read(tuple(members.values()), spread)
+        self._require_apart(members)
         return tuple(members.values())
+
+    def _decides(self, key: str, said: str) -> bool:
+        """Whether a key of the grid leaves a setting without an SAE that would read it."""
+        variants = {sae.variant for sae in self.saes}
+        own, other = (rest if head in variants else whole for whole in (key, said) for head, rest in [split_key(whole)])
+        return own == other and (key in (said, own) or len(variants) == 1)
+
+    def _require_apart(self, members: Mapping[str, Member]) -> None:
+        """Refuse a setting that takes from two SAEs of a recipe all that sets them apart."""
+        for point in self.grid:
+            asked = {**self.settings, **point}
+            for one, other in itertools.combinations(self.saes, 2):
+                known = _keys(registry.config_type(one.variant)())
+                over = [
+                    key for key in _own(asked, one.variant, known) if one.settings.get(key) != other.settings.get(key)
+                ]
+                first, second = (members[_label(sae.label, _own(point, sae.variant, known))] for sae in (one, other))
+                if over and (first.variant, first.config) == (second.variant, second.config):
+                    raise ConfigInvalid(
+                        f"{first.label} and {second.label} differ in {over[0]} by the recipe, and would be the same "
+                        f"SAE twice: leave {over[0]} to the recipe"
+                    )
 
     def _require_read(self, members: Sequence[Member], spread: Sequence[str]) -> None:
         """Refuse what is said of SAEs of which none reads it."""
@@ -214,7 +237,8 @@ class Ask:
         if held:
             instead |= stored_layer(draft, asked, held)
         config = with_settings(draft, instead, sae.label)
-        require_bounds(config)
+        with name_sae(sae.label):
+            require_bounds(config)
         return Member(_label(sae.label, spread), sae.variant, config)
 
     def _of_recipe(self, sae: Sae, known: set[str]) -> dict[str, Any]:

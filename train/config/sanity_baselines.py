@@ -7,6 +7,7 @@ latents that the run asks for gets as many principal components. Of a recipe tha
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
@@ -83,5 +84,9 @@ def _components(member: Member, limits: Limits) -> Iterator[Member]:
     hook = config.needs().hook
     pca = config_type(layer=layer, k=max(1, round(wanted)), hook=hook)
     made = dataclasses.replace(pca, width=int(limits(pca)["width"]))
+    if made.k > made.width:
+        said = f"--with-baselines: {member.label} has no {PCA} beside it"
+        warnings.warn(f"{said}: {made.k} components are wanted, and at most {made.width} can be had", stacklevel=2)
+        return
     place = f"layer{layer}" if hook == RESID else f"{hook}{layer}"
     yield Member(f"{PCA}_k{made.k}_{place}", PCA, made)

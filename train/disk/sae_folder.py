@@ -23,9 +23,9 @@ from torch import Tensor
 from ...cache_schema.disk_and_cloud_files import make_folder
 from ...cache_schema.sites import RESID
 from ..data.scaling import Stats
-from ..errors import SaeInvalid, TrainError
+from ..errors import ConfigInvalid, SaeInvalid, TrainError
 from ..sae.model import SparseAutoencoder
-from .atomic_files import replace_written
+from .atomic_files import read_json, replace_written
 from .module_form import (
     SCALE,
     TARGET_SCALE,
@@ -167,11 +167,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SaeInvalid(f"{folder}: expected an SAE's folder with {CONFIG} and {WEIGHTS}, found no {CONFIG}")
     try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise SaeInvalid(f"{path}: expected JSON, found {error}; copy or export the SAE again") from error
-    if not isinstance(config, dict):
-        raise SaeInvalid(f"{path}: expected a JSON object, found {type(config).__name__}")
+        config = read_json(path)
+    except ConfigInvalid as error:
+        raise SaeInvalid(f"{error}, or export the SAE again") from error
     for name, kind in (("metadata", dict), ("knobs", dict), ("needs_side", list)):
         if not isinstance(config.get(name, kind()), kind):
             raise SaeInvalid(f"{path}: expected {name} as a {kind.__name__}, found {config[name]!r:.60}")

@@ -224,12 +224,13 @@ class Adam:
         """The gradients' norm, and what the fused update is to divide them by."""
         if self.settings.clip_norm is None:
             return None, None
-        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
         if not self._latents.is_whole:
-            is_split = norms.new_tensor([name in self._split for name in moving])
-            squares = norms.square()
-            norms = (self._latents.sum(squares * is_split) + squares * (1 - is_split)).sqrt()
-        norm = torch.linalg.vector_norm(norms)
+            is_split = [name in self._split for name in moving]
+            squares = [norm.square() * split for norm, split in zip(norms, is_split, strict=True)]
+            totals = self._latents.sum(torch.stack(squares)).sqrt()
+            norms = [total if split else norm for norm, total, split in zip(norms, totals, is_split, strict=True)]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         return norm, (norm / self.settings.clip_norm).clamp_min(1.0)
 
 

@@ -36,6 +36,7 @@ class Kind:
 
     seen: int = 0
     served: int = 0
+    is_recordable: bool = True
     recording: Recording | None = None
 
 
@@ -56,8 +57,8 @@ class Replays:
             return work(batch)
         kind = self._kind((key, *(None if x is None else (x.shape, x.dtype, x.stride()) for x in _given(batch))))
         kind.seen += 1
-        if kind.recording is None and kind.seen > self._patience:
-            kind.recording = self._record(batch, work)
+        if kind.recording is None and kind.is_recordable and kind.seen > self._patience:
+            kind.recording = self._record(kind, batch, work)
         if kind.recording is None:
             return work(batch)
         kind.served += 1
@@ -81,21 +82,20 @@ class Replays:
                 self._patience = self._patience * 2 if oldest.served < SERVED_WELL else SETTLED
         return kind
 
-    def _record(self, batch: Batch, work: Work) -> Recording | None:
+    def _record(self, kind: Kind, batch: Batch, work: Work) -> Recording | None:
         failed = None
         try:
             self._memory = memory_of(batch.x.device)
             self._memory.require_room()
             return record(batch, work, self._memory)
-        except NotRecordable:
-            pass  # as it should be: what it draws or counts must be drawn and counted in each step
+        except NotRecordable:  # as it should be: what it draws or counts must be drawn and counted in each step
+            kind.is_recordable = False
         except RuntimeError as error:  # CUDA refuses by one, and so does a full device
             failed = str(error).partition("\n")[0]
-        # Outside: the error holds what was recorded so far.
-        self.is_possible, self._memory = False, None
-        self.forget()
         self._undo()
-        if failed is not None:
+        if failed is not None:  # outside: the error holds what was recorded so far
+            self.is_possible, self._memory = False, None
+            self.forget()
             warnings.warn(f"{self._name}: its steps are launched one by one, which is slower: {failed}", stacklevel=2)
         return None
 
@@ -159,8 +159,8 @@ class Memory:
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
             # Other threads copy and allocate meanwhile, as a feed does; only what this one does is recorded.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 told = work()
             except BaseException:
                 self._end(graph)
@@ -170,12 +170,16 @@ class Memory:
         return graph.replay, told
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Of what cannot be recorded: the allocator must not go on as if it were."""
+        """Of what cannot be recorded: neither the allocator nor the random numbers may go on as if it were."""
         try:
             graph.capture_end()
-        except RuntimeError:  # CUDA has broken it off, and torch then leaves its allocator behind
+        except RuntimeError:  # CUDA has broken it off, and torch leaves both as they were in the middle of it
+            here = self._stream.device_index
             with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+                torch._C._cuda_endAllocateToPool(here, self._pool)
+            # Whoever draws from the device's own generator, a notebook say: a copy of its state is in no recording.
+            generator = torch.cuda.default_generators[here]
+            generator.graphsafe_set_state(generator.clone_state())
 
 
 _memories: WeakValueDictionary[torch.device, Memory] = WeakValueDictionary()

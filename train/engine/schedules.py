@@ -49,8 +49,9 @@ class Ramp:
     power: float = 1.0
 
     def __call__(self, step: int, total_steps: int) -> float:
+        begin = self.begin_fraction * total_steps
         span = (self.end_fraction - self.begin_fraction) * total_steps
-        done = _clip01((step - self.begin_fraction * total_steps) / span) if span > 0 else 1.0
+        done = _clip01((step - begin) / span) if span > 0 else float(step >= begin)
         return self.start + (self.end - self.start) * done**self.power
 
 

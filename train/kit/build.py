@@ -17,6 +17,9 @@ EARLY_DEAD_PART = 30
 """`dead_part` of variants that bring dead latents back: fewer of them in the end than at a tenth; in the top-k family
 no worse reconstruction either, and a hundredth made half of a matryoshka dictionary die (`bench/quality.py`)."""
 
+MOST_SEED = 2**40
+"""Generators take 2**64, and some seeds lie above those of weights (`ENCODER_SEEDS`, `SCATTER_SEEDS`)."""
+
 
 def require(condition: bool, message: str) -> None:
     """Refuse a setting that cannot be satisfied."""
@@ -54,6 +57,8 @@ def require_bounds(config: Any) -> None:
                 require(0 <= value <= 1, f"{name}: expected a share of the run from 0 to 1, found {value}")
             elif name.endswith(("_weight", "_weights", "penalty")):
                 require(value >= 0, f"{name}: expected 0 or more, found {value}")
+            elif name == "seed":
+                require(0 <= value < MOST_SEED, f"seed: expected a number from 0 to below 2**40, found {value}")
             elif name.endswith("_decay"):
                 require(0 <= value < 1, f"{name}: expected 0 or more and less than 1, found {value}")
 

@@ -14,7 +14,7 @@ from types import FrameType
 from ..config.run_config import CourseConfig
 from ..disk.safe_checkpoints import Standing, Writer
 from ..engine.fleet_of_saes import Fleet
-from ..errors import RunInterrupted
+from ..errors import RunInterrupted, resume
 from .metrics import Watch
 from .process import Process
 
@@ -31,7 +31,7 @@ class Caught:
 @contextmanager
 def catch_signals() -> Iterator[Caught]:
     """Ctrl-C and SIGTERM let the step end first; the same signal again stops at once. They reach the main thread, and
-    no other may catch them."""
+    no other may catch them; what is ignored, as Ctrl-C by what a shell starts behind it, stays so."""
     caught = Caught()
 
     def catch(number: int, _: FrameType | None) -> None:
@@ -40,6 +40,7 @@ def catch_signals() -> Iterator[Caught]:
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {int(number): signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, catch)
     try:
@@ -70,7 +71,7 @@ class Saver:
             self._group.any(False)  # whoever leaves first has the launcher end the others, and one may still write
             raise RunInterrupted(
                 caught.signal or signal.SIGTERM,
-                f"stopped after step {steps} of {total_steps}; go on with: sae-train --resume {self._folder.parent}",
+                f"stopped after step {steps} of {total_steps}; go on with: {resume(self._folder.parent)}",
             )
 
     def save(self, steps: int) -> None:

@@ -14,7 +14,7 @@ from ..data.scaling import unit_stats
 from ..disk.formats import FILES, kind_of, read
 from ..disk.plain_form import sae_from_plain
 from ..disk.sae_folder import EXTRAS, WEIGHTS, read_sae
-from ..errors import RunMissing, SaeInvalid
+from ..errors import RunMissing, SaeInvalid, resume
 from ..kit import registry
 from ..sae.model import SparseAutoencoder
 from .folder import is_run, places_of, run_names
@@ -76,7 +76,7 @@ def find_saes(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs
 
 def is_of_hub(name: str | os.PathLike[str], runs: str | os.PathLike[str]) -> bool:
     """Whether a name is for the Hub to know: it has the form, and neither such a folder nor such a run is here."""
-    text = os.fspath(name)
+    text = os.fspath(name).rstrip("/")
     has_form = text.count("/") > 0 and not text.startswith((".", "/", "~"))
     owner = text.partition("/")[0]
     is_ours = Path(runs, owner).is_dir() or Path(owner) == Path(runs)
@@ -93,7 +93,7 @@ def list_saes(folder: Path) -> list[Path]:
 def no_sae(folder: Path) -> RunMissing:
     if not is_run(folder):
         return RunMissing(f"{folder} holds no SAE that is known here: give the folder in which the SAE's files lie")
-    return RunMissing(f"{folder} holds no trained SAE yet: go on with its run by sae-train --resume {folder}")
+    return RunMissing(f"{folder} holds no trained SAE yet: go on with its run by {resume(folder)}")
 
 
 def _only_sae(folder: Path) -> Path:

@@ -10,7 +10,7 @@ import torch
 
 from ..config.run_config import Member
 from ..disk.module_form import built_of_shapes
-from ..errors import MemoryTooSmall
+from ..errors import MemoryTooSmall, name_sae
 
 Widths = Callable[[str], int]  # of a hook's activations: those of keys are narrower than the residual, and z's wider
 COPIES = 4  # weights, gradients, two moments, all in float32
@@ -69,7 +69,8 @@ def weight_bytes(member: Member, widths: Widths, parts: int = 1) -> int:
 
 def _beside_tables(member: Member, widths: Widths) -> int:
     """Numbers in the matrices beside encoder and decoder: encoders of ranges, what tiers are composed of."""
-    assembly = built_of_shapes(lambda: member.config.build(widths(member.config.needs().hook)))
+    with name_sae(member.label):  # nothing is built before: what its config refuses, it refuses here
+        assembly = built_of_shapes(lambda: member.config.build(widths(member.config.needs().hook)))
     if assembly is None:
         return 0
     named = [pair for part in (assembly.sae, *assembly.extras.values()) for pair in part.named_parameters()]

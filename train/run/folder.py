@@ -29,8 +29,10 @@ from safetensors import SafetensorError
 
 from ...cache_schema.disk_and_cloud_files import make_folder, sync
 from ..disk.atomic_files import encode_line, read_json, write_json
-from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken
+from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken, resume
 
+RUNS = "runs"
+"""Where runs are kept if nothing is said."""
 LEFT_SECONDS = 60.0
 _PACKAGES = ("saemill", "torch", "numpy", "safetensors", "accelerate", "zarr")
 
@@ -39,7 +41,7 @@ class RunFolder:
     """One run on disk."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = own_path(path)
 
     @classmethod
     def create(cls, root: str | os.PathLike[str], name: str | None) -> RunFolder:
@@ -54,7 +56,11 @@ class RunFolder:
                 (root / name).mkdir()
         except FileExistsError:
             if not _was_left_empty(root / name):
-                remedy = f", or continue it with --resume {name}" if (root / name / "config.json").is_file() else ""
+                remedy = (
+                    f", or continue it with --resume {shlex.quote(name)}"
+                    if (root / name / "config.json").is_file()
+                    else ""
+                )
                 raise RunTaken(f"{root / name} exists already: choose another --name{remedy}") from None
         return cls(root / name)
 
@@ -168,13 +174,20 @@ def name_failure(folder: Path, what: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise RunNotWritten(
             f"{what} could not be written to {folder} ({error}). Make room there, or mend what the disk says. What was "
-            f"saved before is whole: where there is a checkpoint, go on with: sae-train --resume {folder}"
+            f"saved before is whole: where there is a checkpoint, go on with: {resume(folder)}"
         ) from error
 
 
 def places_of(name: str | os.PathLike[str], root: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Where a name may lie: first under the folder of runs, then as a path of its own."""
     return Path(root) / name, Path(name)
+
+
+def own_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a run by which every command finds it: they look under `runs` first, where another may have its
+    name."""
+    path = Path(path)
+    return path.absolute() if len(path.parts) < 2 or Path(RUNS, path).exists() else path
 
 
 def is_run(folder: Path) -> bool:

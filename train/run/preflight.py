@@ -16,11 +16,12 @@ from ...cache_schema.stored_dtypes import STORED_AS
 from ..config.run_config import Member
 from ..data.feed import joint_request
 from ..data.scaling import Stats, bounds_of, stats_from_moments, stats_of_ordinary
-from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain
+from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, name_sae
 from .fits_in_memory import require_room
 from .settle_config import Settled
 from .trackers import require_trackers
 
+ALIKE = 1e-12  # share of the mean square that rounding leaves of the variance of rows that are all the same
 LEAST_HELD_OUT = 2  # tokens: one has no variance of which a part could be explained
 
 
@@ -34,7 +35,8 @@ def check(
     config, manifest = settled.config, store.manifest
     require_trackers(config.course.trackers)
     for member in config.members:
-        member.config.check(manifest)
+        with name_sae(member.label):
+            member.config.check(manifest)
     request = joint_request(config.requests().values(), "train")
     validate_request(manifest, request)
     store.spans(request)
@@ -132,7 +134,13 @@ def _ordinary_stats(store: Store, layer: Place, massive_norms: float) -> Stats:
 def layer_stats(store: Store, layer: Place, massive_norms: float | None) -> Stats:
     """A layer's statistics; activations that are not finite end here, with their shard."""
     site = site_of(layer)
-    stats = stats_from_moments(store.moments(site.layer, site.hook))
+    moments = store.moments(site.layer, site.hook)
+    if moments.mean_norm == 0 or moments.total_variance <= ALIKE * moments.mean_square_norm:
+        raise NothingToTrain(
+            f"{say_place(layer)} of {store.url}: expected activations that differ, found {moments.count:,} rows that "
+            "are all alike: nothing to train. Harvest or import another layer"
+        )
+    stats = stats_from_moments(moments)
     if bool(stats.scale.isfinite().all() and stats.mean.isfinite().all()):
         return stats if massive_norms is None else _ordinary_stats(store, layer, massive_norms)
     shards = range(store.manifest.shards)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from ..disk.formats import kind_of
 from ..disk.sae_folder import CONFIG, EXTRAS, WEIGHTS
-from ..errors import ConfigInvalid, NotPushed, RunMissing, SaeInvalid
+from ..errors import ConfigInvalid, NotPushed, RunMissing, SaeInvalid, resume
 from .card import describe, write_card
 from .find_sae import ask_hub, list_saes, no_sae
 from .folder import is_run, places_of, run_names
@@ -58,14 +59,13 @@ def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
         raise RunMissing(f"no SAE {name!r} here to push: the runs in {runs} are {', '.join(run_names(runs)) or 'none'}")
     folders = list_saes(home)
     if home not in folders and is_run(home) and not (home / "result.json").is_file():
-        raise RunMissing(f"{home} is not finished, and more SAEs may come: first sae-train --resume {home}")
+        raise RunMissing(f"{home} is not finished, and more SAEs may come: first {resume(home)}")
     if not folders:
         raise no_sae(home)
     for folder in folders:
         if kind_of(folder) != "sae_lens":
-            raise SaeInvalid(
-                f"{folder} is of {kind_of(folder)}: convert it first, sae-export {folder} --to sae_lens --out FOLDER"
-            )
+            command = f"sae-export {shlex.quote(str(folder))} --to sae_lens --out FOLDER"
+            raise SaeInvalid(f"{folder} is of {kind_of(folder)}: convert it first, {command}")
     return [folder.resolve() for folder in folders]
 
 

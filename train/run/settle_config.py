@@ -77,6 +77,10 @@ def settle(ask: Ask, store: Store) -> Settled:
     members = tuple(replace(member, config=member.config.fill(manifest)) for member in asked)
     init = None if ask.init is None else source_of(Path(ask.init))
     if init is not None:
+        for key in (key for words in (ask.settings, *ask.grid) for key in words if key.endswith("optim.start")):
+            raise ConfigInvalid(
+                f"{key}: SAEs that begin as --init have no start of their own: leave out one of the two"
+            )
         members = tuple(map(without_start, members))
     config = RunConfig(data, replace(ask.length(), tokens=budget.tokens), members)
     return Settled(config, plan, budget.steps, budget.remark, ask.recipe, init)

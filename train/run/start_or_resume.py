@@ -11,6 +11,7 @@ each block from process to process, would hold all layers, and its end would be 
 from __future__ import annotations
 
 import gc
+import shlex
 import shutil
 import statistics
 import time
@@ -67,7 +68,8 @@ def begin_run(settled: Settled, store: Store, process: Process, out: str, name: 
 def resume_run(folder: RunFolder, store: Store, process: Process) -> Iterator[Run]:
     """A run from its last whole checkpoint."""
     if folder.is_finished:
-        raise RunFinished(f"{folder.path} is finished: nothing to resume. Evaluate it with: sae-eval {folder.path}")
+        command = shlex.join(["sae-eval", str(folder.path)])
+        raise RunFinished(f"{folder.path} is finished: nothing to resume. Evaluate it with: {command}")
     settled = settle_again(folder, store)
     fleet = make_fleet(settled, store, process)
     standing = _load_checkpoint(folder, fleet, process)

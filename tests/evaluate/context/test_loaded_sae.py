@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
 import time
@@ -11,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saemill.evaluate import errors
 from saemill.evaluate.context.loaded_sae import make_side
 from saemill.evaluate.context.results import Result, result_path, standing_result, write_result
 from saemill.evaluate.errors import NotApplicable
@@ -170,18 +168,3 @@ def test_what_encodes_moves_with_its_sae(builder):
     assert subject.encoder is before
     subject.to(torch.device("cpu"))
     assert subject.encoder is not before
-
-
-def test_the_drawn_tree_of_errors_is_the_tree():
-    drawn = [line for line in errors.__doc__.splitlines() if "──" in line]
-    parents, seen = {0: errors.EvalError}, {"EvalError"}
-    for line in drawn:
-        depth = line.index("──") // 4
-        name, *rest = line.split("── ")[1].split()
-        error = getattr(errors, name)
-        parents[depth + 1] = error
-        seen.add(name)
-        assert error.__bases__[0] is parents[depth], name
-        if rest[0].startswith("("):
-            assert error.__bases__[1] is getattr(builtins, rest[0].strip("()")), name
-    assert seen == {name for name, value in vars(errors).items() if isinstance(value, type)}

@@ -141,7 +141,7 @@ def test_the_tokenizer_is_the_models(tiny, tokenizer, text_file):
 
 
 def test_a_store_names_the_file_and_goes_on_from_it(tiny, make_config):
-    config = make_config(model=str(tiny), layer=None, resid_layers="", attention_layers="-2..+1", dtype="float32")
+    config = make_config(model=str(tiny), layer=None, resid_layers="none", attention_layers="-2..+1", dtype="float32")
     harvest(config)
     with Store.open(config.out) as store:
         assert (store.manifest.model.id, store.manifest.layers) == ("tiny.gguf", (2,))

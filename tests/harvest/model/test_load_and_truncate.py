@@ -191,11 +191,20 @@ def test_a_folder_without_a_model(tmp_path):
         read_facts(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b'{"model_type": "gem', b"\xff\xfe\x00"], ids=["cut off", "not text"])
+@pytest.mark.parametrize(
+    "content", [b'{"model_type": "gem', b"\xff\xfe\x00", b"[]"], ids=["cut off", "not text", "no object"]
+)
 def test_a_damaged_configuration(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ModelUnavailable, match=r"config\.json is damaged"):
         read_facts(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "3"])
+def test_a_damaged_index(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelUnavailable, match=r"model\.safetensors\.index\.json is damaged"):
+        find_weights(tmp_path)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from saemill.cache_schema import ModelSpec
+from saemill.cache_schema.info import BUNDLED
 from saemill.harvest.errors import ModelUnavailable
 from saemill.harvest.model import resolve
 from saemill.harvest.model.resolve import FIRST_CHOICE, Choice, choose, choose_again, fetch, look
@@ -243,6 +244,8 @@ def test_a_folder_without_weights(tmp_path):
 
 def test_the_pocket_model_asks_nobody(hub, monkeypatch, make_model, tmp_path):
     make_model("gemma2").save_pretrained(tmp_path / "model")
+    bundled = fetch(choose("pocket"))
+    assert (bundled.id, bundled.revision) == BUNDLED
     monkeypatch.setattr(resolve, "MODEL_FOLDER", tmp_path / "model")
     source = fetch(choose("pocket"))
     assert (source.id, source.folder) == ("pocket", tmp_path / "model")

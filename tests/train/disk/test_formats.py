@@ -530,8 +530,9 @@ def test_finding_an_sae(tmp_path):
     (tmp_path / "run_2/config.json").write_text('{"cache": {}, "saes": {}}')
     with pytest.raises(RunMissing, match="holds no trained SAE yet: go on with its run by sae-train --resume"):
         load_sae("run_2", tmp_path)
-    with pytest.raises(RunMissing, match=r"no such folder, and the runs in .* are run_2. .* expected owner/name"):
-        load_sae("run_9", tmp_path)
+    for name in ("run_9", "run_9/"):
+        with pytest.raises(RunMissing, match=r"no such folder, and the runs in .* are run_2. .* expected owner/name"):
+            load_sae(name, tmp_path)
 
 
 def test_the_hub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):

@@ -33,8 +33,10 @@ def test_ramp_bends_with_its_power():
     assert Ramp(0.0, 8.0, power=3.0)(50, 100) == 1.0
 
 
-def test_ramp_without_length_has_its_end_from_the_start():
+def test_ramp_without_length_has_its_end_from_where_it_begins():
     assert Ramp(0.0, 1.0, end_fraction=0.0)(0, 100) == 1.0
+    assert [Ramp(1.0, 0.25, 0.5, 0.5)(step, 100) for step in (49, 50)] == [1.0, 0.25]
+    assert [Ramp(1.0, 0.2, begin_fraction=1.0)(step, 100) for step in (0, 99)] == [1.0, 1.0]
 
 
 def test_warm_up_never_is_zero_and_ends_at_its_value():

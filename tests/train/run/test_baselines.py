@@ -34,6 +34,12 @@ def test_an_sae_gets_three_frozen_ones_at_its_own_settings_and_its_principal_com
     assert (members["pca_k12_layer19"].config.k, members["pca_k12_layer19"].config.width) == (12, 256)
 
 
+def test_more_components_than_there_can_be_are_left_out_and_it_is_said():
+    with pytest.warns(UserWarning, match="topk has no pca beside it: 257 components are wanted, and at most 256 can"):
+        labels = [member.label for member in fleet("topk", words=["k=257"])]
+    assert labels == ["topk", "topk_frozen_decoder", "topk_frozen_soft_decoder", "topk_frozen_encoder"]
+
+
 def test_what_two_saes_share_is_there_once():
     labels = [member.label for member in fleet("topk", "attention", words=["attention.base=topk", "k=12", "width=64"])]
     assert [label for label in labels if label.startswith("pca")] == ["pca_k12_layer19"]

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,8 +18,12 @@ from saemill.cache_schema import Store
 from saemill.train.cli import count, warnings_of
 from saemill.train.data.prefetch import Loader
 from saemill.train.engine.step import Trainee
+from saemill.train.errors import NothingToTrain, resume
 from saemill.train.run import after_run as onlooking
 from saemill.train.run import results
+from saemill.train.run.checkpoint_times import catch_signals
+from saemill.train.run.folder import RunFolder
+from saemill.train.run.preflight import layer_stats
 from saemill.train.run.results import Outcome, SaeOutcome
 
 TOPK = ["--variant", "topk"]
@@ -106,6 +111,18 @@ def test_a_run_whose_last_steps_diverged_is_named_and_leaves_no_sae(big, sae_tra
         assert not (tmp_path / "runs/run_1/result.json").exists() and not (tmp_path / "runs/run_1/topk").exists()
 
 
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As Ctrl-C is by what a shell starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with catch_signals() as caught:
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGTERM)
+        assert caught.signal == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_runs_get_the_next_free_number(big, sae_train, quick, tmp_path):
     (tmp_path / "runs/run_2").mkdir(parents=True)
     for _ in range(2):
@@ -133,6 +150,15 @@ def test_what_a_run_holds_of_the_store_is_gone_when_held_out_text_is_read(big, s
     sae_train(*TOPK, *quick, "--cache", big["path"], "--tokens", 640)
 
 
+def test_a_run_beside_the_folder_of_runs_is_told_by_its_whole_path(big, sae_train, quick, tmp_path, monkeypatch):
+    """Commands look under `runs` first, where another has its name."""
+    monkeypatch.chdir(tmp_path)
+    words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640]
+    sae_train(*words, out="runs")
+    assert sae_train(*words, out=".").output.rstrip().endswith(f"next: sae-eval {tmp_path / 'run_1'}")
+    assert str(RunFolder("run_1").path) == str(tmp_path / "run_1") and str(RunFolder("runs/run_1").path) == "runs/run_1"
+
+
 def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
     (tmp_path / "runs/mine").mkdir(parents=True)
     words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--name", "mine"]
@@ -145,6 +171,15 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
     assert "or continue it with --resume mine" in sae_train(*words, code=1).output
 
 
+def test_what_is_to_be_pasted_keeps_a_path_with_spaces_whole(big, sae_train, quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*TOPK, *quick, "--cache", big["path"], "--tokens", 640, "--name", "my run"]
+    assert "next: sae-eval 'my run'" in sae_train(*words, out="runs").output
+    assert "or continue it with --resume 'my run'" in sae_train(*words, code=1).output
+    assert f"with: sae-eval '{tmp_path}/runs/my run'" in sae_train("--resume", "my run", code=1).output
+    assert resume(tmp_path / "my run") == f"sae-train --resume '{tmp_path}/my run'"
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -154,12 +189,15 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
         ([*TOPK, "--set", "optim.beta=0"], "did you mean 'optim.beta"),
         ([*TOPK, "--set", "k"], "expected a setting like"),
         ([*TOPK, "--set", "k=three"], "topk.k: expected int, found 'three'"),
-        ([*TOPK, "--k", "99", "--width", "32"], "at most width = 32, found 99"),
+        ([*TOPK, "--k", "99", "--width", "32"], "topk: k: expected more than 0 and at most width = 32, found 99"),
         ([*TOPK, "--grid", "data.batch_tokens=1,2"], "--grid is of SAEs that share data"),
         ([*TOPK, "--grid", "seed=0,1", "--grid", "seed=2,3"], "expected seed once in a grid"),
         ([*TOPK, "--grid", "lr=1e-3,1e-4", "--grid", "optim.lr=1,2"], "expected optim.lr once in a grid"),
-        ([*TOPK, "--grid", "layer=3,4"], "expected layer in --grid alone, found 3 by an option"),
-        ([*TOPK, "--grid", "lr=1,2", "--set", "optim.lr=3"], "expected optim.lr in --grid alone, found 3 by an option"),
+        ([*TOPK, "--grid", "layer=3,4"], "expected layer in --grid alone, found layer=3 by an option"),
+        (
+            [*TOPK, "--grid", "lr=1,2", "--set", "optim.lr=3"],
+            "expected optim.lr in --grid alone, found optim.lr=3 by an option",
+        ),
         ([*TOPK, "--tokens", "10"], "less than one batch of 64"),
         ([*TOPK, "--tokens", "1M"], "give --epochs 157 to read it again"),
         ([*TOPK, "--tokens", "1M", "--epochs", "2"], "in an epoch, 12,880 in 2"),
@@ -167,7 +205,7 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
         ([*TOPK, "--width", "1B"], "GiB of memory on cpu"),
         ([*TOPK, "--device", "nonsense"], "expected a device like auto"),
         ([*TOPK, "--device", "vulkan"], "found 'vulkan': it is not supported"),
-        ([*TOPK, "--tokens", "-5"], "tokens: expected 1 or more, found -5"),
+        ([*TOPK, "--tokens", "0"], "tokens: expected 1 or more, found 0"),
         ([*TOPK, "--set", "course.epochs=-3"], "epochs: expected 1 or more, found -3"),
         ([*TOPK, "--set", "course.checkpoint_every_seconds=NaN"], "expected float, found 'NaN'"),
         ([*TOPK, "--set", "course.metrics_every_steps=0"], "metrics_every_steps: expected 1 or more, found 0"),
@@ -190,7 +228,7 @@ def test_a_name_that_is_taken_is_refused(big, sae_train, quick, tmp_path):
         ([*TOPK, "--set", "optim.clip_norm=0"], "optim.clip_norm: expected a positive number, found 0"),
         (["--variant", "tiered", "--set", "tier_clip_norm=-5"], "tier_clip_norm: expected more than 0, found -5"),
         (["--variant", "standard", "--width", "0"], "width: expected 1 or more, found 0"),
-        (["--variant", "gated", "--width", "-4"], "width: expected 1 or more, found -4"),
+        (["--variant", "gated", "--set", "width=-4"], "width: expected 1 or more, found -4"),
         ([*TOPK, "--set", "data.pool_tokens=10"], "pool_tokens 10 for batch_tokens 64"),
         ([*TOPK, "--set", 'course.trackers=["nosuch"]', "--tokens", "640"], "expected trackers among"),
         (["--resume", "nothing"], "which has no runs: train one without --resume, or say by --out where"),
@@ -227,7 +265,7 @@ def test_where_the_store_holds_several_layers_the_choices_are_named(big, sae_tra
     assert said is None or said in result.output
 
 
-@pytest.mark.parametrize("tokens", ["NaN", "Infinity", "1e999", "2.5", "many"])
+@pytest.mark.parametrize("tokens", ["NaN", "Infinity", "1e999", "2.5", "-5", "many"])
 def test_a_number_of_tokens_is_a_whole_one(sae_train, tokens):
     assert "expected a number like 50M" in sae_train(*TOPK, "--tokens", tokens, code=2).output
 
@@ -249,7 +287,7 @@ def test_what_may_be_a_list_is_no_number(sae_train, option, text):
     assert (f"a fleet is --grid {option[2:]}={text}" in output) == (option != "--tokens")
 
 
-@pytest.mark.parametrize(("text", "tokens"), [("10,000", 10_000), ("1,000,000", 10**6), ("4.1M", 4_100_000)])
+@pytest.mark.parametrize(("text", "tokens"), [("10,000", 10_000), ("1,000,000", 10**6), ("4.1m", 4_100_000)])
 def test_a_comma_sets_thousands_of_tokens_apart(text, tokens):
     assert count(None, click.Option(["--tokens"]), text) == tokens
 
@@ -318,6 +356,16 @@ def test_a_device_without_room_for_the_run_is_told_before_there_is_one(big, sae_
         assert not list(tmp_path.glob("runs/*"))
 
 
+def test_a_run_whose_store_has_moved_asks_for_it(big, sae_train, quick, tmp_path):
+    shutil.copytree(big["path"], tmp_path / "store")
+    sae_train(*TOPK, *quick, "--cache", tmp_path / "store", "--tokens", 640)
+    (tmp_path / "runs/run_1/result.json").unlink()
+    shutil.move(tmp_path / "store", tmp_path / "moved")
+    said = sae_train("--resume", "run_1", "--device", "cpu", code=1).output
+    assert f"was begun on the store {tmp_path / 'store'}, which is not there: say with --cache where it lies" in said
+    sae_train("--resume", "run_1", "--device", "cpu", "--cache", tmp_path / "moved")
+
+
 def test_a_place_where_no_run_can_be_kept(big, sae_train, quick, tmp_path):
     (tmp_path / "file").touch()
     result = sae_train(*TOPK, *quick, "--cache", big["path"], "--epochs", 2, out=tmp_path / "file", code=1)
@@ -341,6 +389,15 @@ def test_activations_that_are_no_numbers_name_their_place(write_store, sae_train
     result = sae_train(*TOPK, *quick, "--cache", tmp_path / "store", "--epochs", 1, code=1)
     assert "not finite numbers: shard 2, windows 70." in result.output
     assert not list(tmp_path.glob("runs/*/result.json"))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_a_layer_of_one_row_again_and_again_is_refused(write_store, sae_train, quick, tmp_path, scale):
+    store = write_store(tmp_path / "store", alike=(0, 300), scale=scale)
+    said = sae_train(*TOPK, *quick, "--cache", store["path"], code=1).output
+    assert "layer 3 of" in said and "found 2,100 rows that are all alike: nothing to train" in said
+    with Store.open(store["path"]) as opened, pytest.raises(NothingToTrain, match="layer 3 of .* all alike"):
+        layer_stats(opened, 3, None)
 
 
 def test_statistics_that_are_no_numbers_name_their_shard(write_store, sae_train, quick, tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -167,6 +169,9 @@ def test_what_does_not_go_with_it_is_told(big, sae_train, quick, tmp_path):
     sae_train(*first, "--tokens", 640, "--name", "first")
     result = sae_train(*first, "--tokens", 640, "--init", "first", "--with-baselines", code=1)
     assert "a baseline begins at random" in result.output and not (tmp_path / "runs/run_1").exists()
+    for start in (("--set", "topk.optim.start=fitted"), ("--grid", "optim.start=fitted,drawn")):
+        result = sae_train(*first, "--tokens", 640, "--init", "first", *start, code=1)
+        assert "optim.start: SAEs that begin as --init have no start of their own" in result.output
 
 
 @pytest.mark.parametrize(
@@ -216,6 +221,15 @@ def test_a_source_of_another_model_is_refused_where_names_tell(tmp_path):
 def test_names_that_are_no_sae_end_the_command(big, sae_train, quick):
     result = sae_train("--variant", "topk", "--cache", big["path"], *quick, "--init", "no_such", code=1)
     assert "no SAE 'no_such'" in result.output
+
+
+def test_a_source_that_cannot_be_read_ends_the_command(big, sae_train, quick, tmp_path, monkeypatch):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/sae_weights.safetensors").touch()
+    refused = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "one/cfg.json"))
+    monkeypatch.setattr("saemill.train.run.init_source._digest", Mock(side_effect=refused))  # root may read all
+    result = sae_train("--variant", "topk", "--cache", big["path"], *quick, "--init", tmp_path / "one", code=1)
+    assert f"permission denied: {tmp_path}/one/cfg.json. Change its permissions, or name another" in result.output
 
 
 def test_other_weights_of_gemma_scope_are_another_source(tmp_path):

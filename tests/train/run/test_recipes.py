@@ -8,7 +8,7 @@ from saemill.train import study_recipes
 from saemill.train.config.recipe import Recipe, Sae
 from saemill.train.config.run_config import Ask, DataConfig
 from saemill.train.config.settings import parse_grid, parse_settings
-from saemill.train.errors import UnknownRecipe
+from saemill.train.errors import ConfigInvalid, UnknownRecipe
 
 PROBE = """
 from saemill.train.config.recipe import Recipe, Sae
@@ -52,6 +52,14 @@ def test_recipes_bow_to_the_store_and_to_the_command_line_which_bows_to_nobody()
     assert (found["few"].k, found["few"].width, found["dense"].width) == (1, 256, 256)
     found = members(TWO, ["k=5", "standard.width=999"], limits=limits)
     assert (found["few"].k, found["few"].width, found["dense"].width) == (5, 256, 999)
+
+
+@pytest.mark.parametrize("word", ["alpha=0.3", "attention.alpha=0.3"])
+def test_a_setting_that_makes_a_control_of_a_recipe_its_treatment_is_refused(word):
+    (recipe,) = study_recipes.find_recipes("attention/run_1")
+    for words, grid in (([word], ()), ([], [f"{word},0.5"])):
+        with pytest.raises(ConfigInvalid, match="base.* and guided.* differ in alpha by the recipe, and would be the"):
+            members(recipe, words, grid)
 
 
 def test_a_grid_repeats_every_sae():

@@ -138,8 +138,17 @@ def test_lists_of_a_grid_have_labels_of_their_own():
 
 
 def test_a_grid_that_a_setting_gives_too_is_refused():
-    with pytest.raises(ConfigInvalid, match="expected k in --grid alone, found 5 by an option or --set too"):
-        members(["k=5"], "topk", grid=["k=2,4"])
+    for said, spread in (("k", "k"), ("topk.k", "k"), ("k", "topk.k")):
+        with pytest.raises(ConfigInvalid, match=f"expected {spread} in --grid alone, found {said}=5 by an option"):
+            members([f"{said}=5"], "topk", grid=[f"{spread}=2,4"])
+    found = members(["k=5"], "topk", "batchtopk", grid=["topk.k=2,4"])
+    assert [member.config.k for member in found] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**40, 2**64])
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    with pytest.raises(ConfigInvalid, match=f"topk: seed: expected a number from 0 to below 2\\*\\*40, found {seed}"):
+        members([f"seed={seed}"], "topk")
 
 
 def test_two_saes_of_one_label_are_refused():

@@ -25,7 +25,7 @@ SMALL = core.Config(batch_size_prompts=4, n_eval_reconstruction_batches=2, resam
 @pytest.fixture
 def fresh(make_world):
     """A store with nothing beside it."""
-    return make_world()
+    return make_world(fresh=True)
 
 
 @pytest.fixture

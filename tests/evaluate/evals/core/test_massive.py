@@ -24,7 +24,7 @@ def core_of(context, subject):
     return found
 
 
-def test_saebench_is_of_all_tokens_and_ours_is_without_massive_ones(spiked, make_world, open_context, builder):
+def test_saebench_is_of_all_tokens_and_ours_is_without_massive_ones(spiked, world, open_context, builder):
     subject = builder.subject(builder.make_sae())
     found = core_of(open_context(spiked), subject)
     every = core_of(open_context(spiked, massive_norms=None), subject)
@@ -38,7 +38,7 @@ def test_saebench_is_of_all_tokens_and_ours_is_without_massive_ones(spiked, make
     assert theirs["explained_variance_with_massive"] == theirs["explained_variance"]
     low, high = ours["confidence_95"]["explained_variance"]
     assert low <= ours["explained_variance"] <= high
-    plain = core_of(open_context(make_world(model=spiked.model)), subject).extra["saemill_metrics"]
+    plain = core_of(open_context(world), subject).extra["saemill_metrics"]
     assert ours["explained_variance"] == pytest.approx(plain["explained_variance"], abs=0.02)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,16 @@ from saemill.train.sae.model import SparseAutoencoder
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 LAYER = 3
+
+
+@pytest.fixture
+def global_random_state_stays():
+    torch.manual_seed(99)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    yield
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    assert before[2] == np.random.get_state()[1].tolist()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import zlib
 from types import SimpleNamespace
 
@@ -22,6 +21,8 @@ from saemill.evaluate.evals.sparse_probing_sae_probes import read_prompts, token
 from saemill.evaluate.model.prefix_suffix import LanguageModel
 from saemill.evaluate.run.attempts import run_evals
 from saemill.harvest.model.tokenizer import TextEncoder
+
+pytestmark = pytest.mark.usefixtures("global_random_state_stays")
 
 SMALL = {
     "sparse_probing": sparse_probing.Config(
@@ -59,16 +60,6 @@ def context(world, open_context):
     model = Gemma2ForCausalLM.from_pretrained(world.model, dtype=torch.bfloat16)
     made.use(LanguageModel(model, TextEncoder(Words(), 2, (0, 1, 2)), eos=1, pad=0))
     return made
-
-
-@pytest.fixture(autouse=True)
-def _global_random_state_stays():
-    torch.manual_seed(99)
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    yield
-    assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1] == random.getstate()
-    assert before[2] == np.random.get_state()[1].tolist()
 
 
 def documents(rows):

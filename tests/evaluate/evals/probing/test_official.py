@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -16,18 +14,10 @@ from saemill.evaluate.evals.probing.rounds import OfModel, Outcome, Setup, pertu
 from saemill.evaluate.evals.probing.texts import OPPOSITES, Table, balanced, by_class, spurious
 from saemill.evaluate.evals.probing.train_probes import Training
 
+pytestmark = pytest.mark.usefixtures("global_random_state_stays")
+
 SEED = 42
 PROBES = Training(batch_size=16, epochs=20, lr=1e-3, patience=20, l1_penalty=1e-3)
-
-
-@pytest.fixture(autouse=True)
-def _global_random_state_stays():
-    torch.manual_seed(99)
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    yield
-    assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1] == random.getstate()
-    assert before[2] == np.random.get_state()[1].tolist()
 
 
 def test_pooled_features(official):
