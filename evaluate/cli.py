@@ -52,7 +52,9 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
 )
 @click.option("--model", metavar="NAME", help="pocket, a folder or an id.  [default: the one that made the store]")
 @click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="The model's.  [default: the store's]"
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="The model's.  [default: the store's; without a store bfloat16]",
 )
 @click.option(
     "--from-tokens", is_flag=True, help="core: run the whole model, not only what is above the store's layer."
@@ -60,7 +62,8 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
 @click.option(
     "--massive-norms",
     metavar="X",
-    help="Leave out rows whose norm is beyond X times the median, or inf.  [default: 10]",
+    help="Leave out rows whose norm is beyond X times the median, or inf.  "
+    "[default: 10; inf if imported with --keep-massive]",
 )
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
 @click.option("--compare", is_flag=True, help="One table of results; evaluates only what has none yet.")

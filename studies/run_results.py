@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,16 +10,17 @@ from typing import Any
 from ..cache_schema.strict_json import to_json
 from ..evaluate import evals
 from ..evaluate.context.results import (
+    RESULTS,
     deciding,
     describe_differences,
-    is_of_other_codes,
+    differing,
     metric_of,
     read_result,
     settings_in,
-    settings_of_each,
     short_name,
+    still_stands,
 )
-from ..evaluate.output.figures.records import RESULTS, read_log
+from ..evaluate.output.figures.records import SEED, read_log
 from ..evaluate.run.console_table import untrained_traits
 from ..train.config.recipe import HALF, Recipe
 from ..train.disk.atomic_files import read_json
@@ -31,7 +31,6 @@ CORE = "core"
 LOGGED = "explained_variance"
 ASKS_FOR_MATERIAL = ("unlearning",)
 """WMDP's text is given on request only, and is about one model: a study is whole without."""
-SEED = re.compile(r"_seed(\d+)(?=$|_frozen_)")
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def read_lines(
         }
         for eval_id in eval_ids
     }
-    uneven = {eval_id: differing(list(found.values())) for eval_id, found in documents.items()}
+    uneven = {eval_id: differing(found.values()) for eval_id, found in documents.items()}
     for label, sae in result["saes"].items():
         values: dict[str, float | None] = {"steps": result["steps"], "dead": sae["dead_share"]}
         is_half = at_half.get("steps") == result["steps"] // 2
@@ -105,8 +104,8 @@ def read_lines(
             if uneven[eval_id]:
                 problems.append(f"{eval_id} is left out: results of this run differ in {uneven[eval_id]}")
                 continue
-            if is_of_other_codes(document):
-                problems.append(f"{eval_id} is left out: its result is of codes that the SAE no longer has")
+            if not still_stands(document, folder.path / "evals" / eval_id / (label + RESULTS)):
+                problems.append(f"{eval_id} is left out: its result is of weights or codes that the SAE no longer has")
                 continue
             if other := of_other_settings(eval_id, document, (asked or {}).get(eval_id)):
                 problems.append(f"{eval_id} is left out: its result is of {other}")
@@ -122,13 +121,6 @@ def read_lines(
         problems += [f"{name} is not a number" for name, value in values.items() if not math.isfinite(value or 0.0)]
         lines.append(Line(folder.name, label, values, problems, remarks, model))
     return lines
-
-
-def differing(documents: Sequence[Mapping[str, Any]]) -> str:
-    """The settings in which results of one evaluation differ: none of them can be told to be the one that was meant."""
-    all_of = settings_of_each(documents)
-    keys = sorted({key for one in all_of for key in one})
-    return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
 
 
 def of_other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | None) -> str:

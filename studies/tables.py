@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..evaluate.context.results import heading, without_nan
+from ..evaluate.output.figures.records import SEED
 from ..train.config.recipe import Recipe
 from ..train.disk.atomic_files import replace_file
 from .comparisons import Difference, compare
 from .decision_rule import DECISIVE, Finding, is_baseline, judge, methods_of, why_outside
-from .run_results import SEED, Line, Results, families
+from .run_results import Line, Results, families
 
 MEASURES = (
     "explained_variance",

@@ -33,7 +33,7 @@ class Context:
     model_name: str | None = None
     """A folder, `pocket` or an id that the user insists on; None: the one that the store says."""
     dtype_name: DtypeName | None = None
-    """None: the store's."""
+    """None: the store's; without one bfloat16."""
     from_tokens: bool = False
     """Run the whole model from tokens where the store's residuals would do."""
     massive_norms: float | Literal["store's"] | None = "store's"

@@ -6,7 +6,7 @@ W windows, T positions, B rows, D_in and D_out widths, F latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +19,15 @@ from ...cache_schema.sites import RESID, Site
 from ...cache_schema.strict_json import from_json
 from ...train.disk.sae_folder import NORM_BOUNDS
 from ...train.kit import registry
+from ...train.run.init_source import source_of
 from ...train.sae.kernels.second_look import Affine
 from ...train.sae.model import SparseAutoencoder
 from ...train.sae.side_inputs import Side
 from ..errors import NotApplicable
 from ..model.batches import Windows
+from ..model.smaller_pieces import whole
 
+READS_THE_OTHER = 3  # of `encoding_of`
 MOST_CODES = 1 << 27  # elements of dense codes at once: 512 MiB
 
 
@@ -73,6 +76,11 @@ class LoadedSae:
         return Affine(self.sae.W_enc.detach(), self.sae.b_enc.detach())
 
     @cached_property
+    def sha256(self) -> str:
+        """Of all its files."""
+        return source_of(self.folder).sha256
+
+    @cached_property
     def needs(self) -> frozenset[str]:
         """Side inputs that the SAE reads at inference: position, attention, ..."""
         return frozenset(self.sae.needs_side)
@@ -110,9 +118,18 @@ class LoadedSae:
         """Of the weights."""
         return sum(table.numel() * table.element_size() for table in (*self.sae.parameters(), *self.sae.buffers()))
 
+    @property
+    def together(self) -> int:
+        """How many windows are encoded at once at least: two by the control, which reads the other one's attention."""
+        return 2 if encoding_of(self.config) == READS_THE_OTHER else 1
+
     @torch.inference_mode()
     def encode(self, batch: Windows) -> Tensor:
-        """Activations [W, T, F]; zero at special tokens where the SAE needs side inputs, which those do not have."""
+        """Activations [W, T, F]; zero at special tokens where the SAE needs side inputs, which those do not have. The
+        control takes windows two by two, so that its numbers are the same however large batches are; a last one by
+        itself reads nobody's attention."""
+        if 1 < self.together < len(batch):
+            return torch.cat([self.encode(batch.slice(start, start + 2)) for start in range(0, len(batch), 2)])
         x_WTD = batch.x(self.layers)
         if not self.needs:
             return self.sae.encode(x_WTD.flatten(0, 1)).unflatten(0, x_WTD.shape[:2])
@@ -149,9 +166,15 @@ def is_massive(norms: Tensor, bounds: Tensor | float) -> Tensor:
 
 
 def encoding_of(config: Mapping[str, Any]) -> int:
-    """Raised where the same weights give other codes than before: 2 reads no massive rows along attention."""
-    needs = config.get("needs_side")
-    return 2 if isinstance(needs, list) and "row_of" in needs and bounds_in(config) else 1
+    """Raised where the same weights give other codes than before: 2 reads no massive rows along attention, 3 is the
+    control that reads the attention of the window beside."""
+    needs, metadata = config.get("needs_side"), config.get("metadata")
+    if not isinstance(needs, list) or "row_of" not in needs:
+        return 1
+    told = metadata.get("training_architecture_details") if isinstance(metadata, Mapping) else None
+    if isinstance(told, Mapping) and told.get("shuffle_attention") and "attention" in needs:
+        return READS_THE_OTHER
+    return 2 if bounds_in(config) else 1
 
 
 def bounds_in(config: Mapping[str, Any]) -> Mapping[str, float]:
@@ -171,9 +194,15 @@ def attention_layers_of(saes: Iterable[LoadedSae]) -> tuple[int, ...]:
     return tuple(sorted({layer for sae in saes for layer in sae.attention_layers}))
 
 
-def batch_size_for(saes: Iterable[LoadedSae], context: int, wanted: int) -> int:
-    """As many rows of tokens at once as asked for, but no more than the dense codes of the widest SAE allow."""
-    return max(1, min(wanted, MOST_CODES // (context * max(sae.width for sae in saes))))
+def batch_size_for(saes: Collection[LoadedSae], context: int, wanted: int) -> int:
+    """As many rows of tokens at once as asked for, but no more than the dense codes of the widest SAE allow; whole
+    pairs where there is a control that reads those."""
+    return whole(min(wanted, MOST_CODES // (context * max(sae.width for sae in saes))), together(saes))
+
+
+def together(saes: Iterable[LoadedSae]) -> int:
+    """How many windows all of these SAEs are given at least."""
+    return max(sae.together for sae in saes)
 
 
 def make_side(batch: Windows, is_read: Tensor) -> Side:

@@ -18,7 +18,7 @@ from ...cache_schema import AttentionSpec
 from ..model.batches import Windows, make_rows, run_windows
 from ..model.prefix_suffix import LanguageModel
 from ..model.smaller_pieces import PieceSize, in_pieces
-from .loaded_sae import LoadedSae, layers_of
+from .loaded_sae import LoadedSae, layers_of, together
 
 CHUNK_BYTES = 64 << 20
 """Of dense activations held at once."""
@@ -83,7 +83,7 @@ class Reader:
 
     def read(self, spots: Sequence[Spot], advance: Callable[[int], None]) -> Reading:
         """Prompts that do not fit into memory together are read in smaller batches."""
-        size = PieceSize(self.batch_size, "prompts", self.say)
+        size = PieceSize(self.batch_size, "prompts", self.say, together(self.subjects))
         parts = []
         for part in in_pieces(len(spots), size, lambda start, stop: self._read(spots[start:stop])):
             parts.append(part)

@@ -21,10 +21,13 @@ from ...cache_schema.sites import SAE_LENS_NAMES
 from ...cache_schema.strict_json import flatten
 from ...train.disk.atomic_files import replace_file
 from ...train.disk.sae_folder import SAELENS_VERSION, WEIGHT_SUFFIXES
+from ...train.run.find_sae import list_saes
 from ...train.run.folder import provenance
+from ...train.run.init_source import source_of
 from ..errors import ResultFromLater, ResultInvalid
 from .loaded_sae import LoadedSae, encoding_of
 
+RESULTS = "_eval_results.json"  # after an SAE's label
 FORMAT = 1  # of our part of a result, which does not say it until there is another
 UNKNOWN = "Unknown"
 CONFIGS = ("cfg.json", "config.json")  # of an SAE's folder
@@ -62,7 +65,7 @@ class Failure:
 
 
 def result_path(subject: LoadedSae, eval_id: str) -> Path:
-    return subject.home / "evals" / eval_id / f"{subject.label}_eval_results.json"
+    return subject.home / "evals" / eval_id / f"{subject.label}{RESULTS}"
 
 
 def write_result(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,6 +102,7 @@ def frame(result: Result, eval_id: str, settings: Mapping[str, Any]) -> dict[str
             "label": subject.label,
             "variant": subject.variant,
             **({} if encoding == 1 else {"encoding": encoding}),
+            "sha256": subject.sha256,
             "missing": result.missing,
             "remark": result.remark,
             "measured_on": result.measured_on,
@@ -208,15 +212,21 @@ def interval_of(document: Mapping[str, Any], intervals: str | None, metric: str)
 
 
 def standing_result(subject: LoadedSae, eval_id: str) -> dict[str, Any] | None:
-    """The result on disk, if it is not older than the SAE, of the layers and hooks that it has now, and of codes as
-    they are made now."""
+    """The result on disk, if it still stands and is of the layers and hooks that the SAE has now: one that says none
+    has those that it is given."""
     path = result_path(subject, eval_id)
-    if not path.is_file() or _is_older(path, subject.folder):
-        return None
-    document = read_result(path)
-    if is_of_other_codes(document):
+    document = read_result(path) if path.is_file() else None
+    if document is None or not still_stands(document, path, subject.folder):
         return None
     return document if _places_in(document.get("sae_cfg_dict")) == _places_in(sae_config(subject)) else None
+
+
+def still_stands(document: Mapping[str, Any], path: Path, folder: Path | None = None) -> bool:
+    """Whether a result is of the SAE that is there now, and of codes as they are made now. Without a folder it is the
+    one that the result's place says."""
+    home, label = path.parents[2], path.name.removesuffix(RESULTS)
+    folder = folder or (home if list_saes(home) == [home] else home / label)
+    return not _is_of_other_files(document, path, folder) and not is_of_other_codes(document)
 
 
 def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
@@ -226,9 +236,9 @@ def is_whole(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
 
 def is_of_store_now_gone(document: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a whole result is of a store, and these settings are the same with none, and with what follows of that:
-    another number type, a model by its name."""
+    another number type, a model by its name, no bound of its own for massive rows."""
     found = settings_in(document)
-    of_store = {"cache_id", "dtype"} | ({"model"} - found.keys())
+    of_store = {"cache_id", "dtype"} | ({"model"} - found.keys()) | ({"massive_norms"} - settings.keys())
     asked = {name: value for name, value in settings.items() if name not in of_store}
     asked |= {name: found[name] for name in of_store & found.keys()}
     return settings["cache_id"] is None and found.get("cache_id") is not None and is_whole(document, asked)
@@ -247,6 +257,13 @@ def settings_of_each(documents: Iterable[Mapping[str, Any]]) -> list[dict[str, A
     if all(DATA in one for one in found):
         return found
     return [{key: value for key, value in one.items() if key != DATA} for one in found]
+
+
+def differing(documents: Iterable[Mapping[str, Any]]) -> str:
+    """The settings in which results of one evaluation differ: none of them can be told to be the one that was meant."""
+    all_of = settings_of_each(documents)
+    keys = sorted({key for one in all_of for key in one})
+    return ", ".join(key for key in keys if any(one.get(key) != all_of[0].get(key) for one in all_of))
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,10 +287,15 @@ def _places_in(config: Any) -> list[Any]:
     return [found.get("hook_layer"), found.get("hook_name"), *(told.get(name) for name in names)]
 
 
-def _is_older(path: Path, folder: Path) -> bool:
-    """Whether an SAE's files were written after the result: another one has taken the place of the one measured."""
-    files = [found for found in folder.glob("*") if found.suffix in WEIGHT_SUFFIXES or found.name in CONFIGS]
-    return any(found.stat().st_mtime > path.stat().st_mtime for found in files)
+def _is_of_other_files(document: Mapping[str, Any], path: Path, folder: Path) -> bool:
+    """Whether another SAE has taken the place of the one measured. They are read for it only where something there was
+    written, moved or copied since; of results of before, which say no digest, times alone tell."""
+    files = [found.stat() for found in folder.glob("*") if found.suffix in WEIGHT_SUFFIXES or found.name in CONFIGS]
+    measured, told = path.stat().st_mtime, ours_in(document).get("sha256")
+    if told is None or not files:
+        return any(file.st_mtime > measured for file in files)
+    is_touched = any(max(file.st_mtime, file.st_ctime) > measured for file in (folder.stat(), *files))
+    return is_touched and source_of(folder).sha256 != told
 
 
 def without_nan(value: Any, instead: Any) -> Any:

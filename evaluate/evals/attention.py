@@ -66,7 +66,8 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     if not layers:
         raise NotApplicable("the store holds no attention: harvest again with --attention-layers")
     seen = {subject: Seen(Explained.none(len(layers), context.device)) for subject in subjects}
-    missing = obstacles(context, subjects)
+    never, missing = obstacles(context, subjects)
+    able = {subject for subject in subjects if missing is None and subject not in never}
     windows = 0
     for batch in read_windows(
         context, subjects, "attention", config.windows, config.batch_windows, attention_layers=layers
@@ -77,43 +78,37 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             acts, x_hat = subject.reconstruct(batch)
             rows = ordinary_rows(context, subject, batch)
             seen[subject].explained += explain(acts, averaged, rows, batch.documents)
-            if missing[subject] is None:
+            if subject in able:
                 replace(context, subject, batch, x_hat, stored[subject.layer + 1], seen[subject])
             share = batch.slice(0, max(0, config.trace_windows - windows))  # however large batches are
-            if missing[subject] is None and len(share):
+            if subject in able and len(share):
                 links = stored[subject.layer + 1][: len(share)]
                 seen[subject].traced += trace(context, subject, share, acts[: len(share)], links, config)
         windows += len(batch)
     for subject in subjects:
         metrics = {"contribution": contribution(seen[subject], layers), "fidelity": fidelity(seen[subject])}
-        metrics["tracing"] = seen[subject].traced.metrics() if missing[subject] is None else {}
-        if not subject.is_single_layer:
-            yield Result(subject, to_json(config), metrics, remark=ONE_LAYER)
-        elif missing[subject] == TOP_LAYER:
-            yield Result(subject, to_json(config), metrics, remark=TOP_LAYER)
-        else:
-            yield Result(subject, to_json(config), metrics, missing=missing[subject])
+        metrics["tracing"] = seen[subject].traced.metrics() if subject in able else {}
+        remark = never.get(subject)
+        yield Result(subject, to_json(config), metrics, remark=remark, missing=None if remark else missing)
 
 
-def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str | None]:
-    """Why an SAE's attention fidelity cannot be measured; None where it can."""
-    stored = context.manifest.attention.layers
+def obstacles(context: Context, subjects: Sequence[LoadedSae]) -> tuple[dict[LoadedSae, str], str | None]:
+    """Why an SAE's attention fidelity can never be measured on this store, and what is missing for that of others."""
+    stored, depth, missing = context.manifest.attention.layers, context.manifest.model.num_layers, None
     try:
-        context.require_model()
+        depth = context.model.facts.num_layers
     except ModelMissing as error:
-        return dict.fromkeys(subjects, f"attention fidelity needs the model: {error}")
-    found: dict[LoadedSae, str | None] = {}
+        missing = f"attention fidelity needs the model: {error}"
+    never = {}
     for subject in subjects:
         if not subject.is_single_layer:
-            found[subject] = ONE_LAYER
-        elif subject.layer + 1 >= context.model.facts.num_layers:
-            found[subject] = TOP_LAYER
+            never[subject] = ONE_LAYER
+        elif depth is not None and subject.layer + 1 >= depth:
+            never[subject] = TOP_LAYER
         elif subject.layer + 1 not in stored:
             held = ", ".join(map(str, stored))
-            found[subject] = f"attention fidelity needs layer {subject.layer + 1}; the store holds layers {held}"
-        else:
-            found[subject] = None
-    return found
+            never[subject] = f"attention fidelity needs layer {subject.layer + 1}; the store holds layers {held}"
+    return never, missing
 
 
 def replace(

@@ -23,14 +23,14 @@ context/stored_windows.py says which, `sums_of_codes` adds up over them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
 from ..context.context import Context
 from ..context.loaded_sae import LoadedSae
 from ..context.results import Failure, Result
-from ..errors import EvaluationInvalid
+from ..errors import EvaluationInvalid, SettingInvalid
 
 __all__ = ["Context", "Evaluation", "Failure", "LoadedSae", "Needs", "Result"]
 
@@ -74,6 +74,8 @@ class Evaluation(Generic[C]):
     `Result.extra`."""
     intervals: str | None = None
     """Path into `Result.extra` of [low, high] of 95 % by the last name of a metric; those of `summary` are shown."""
+    least: Mapping[str, int] = field(default_factory=dict)
+    """Of numbers among the settings, and of each in a list: what is below is refused before anything is read."""
     is_there: Callable[[LoadedSae], bool] = lambda _: True
     """Whether what it leaves beside its result is there still: where it is not, `--resume` does it again."""
     revision: int = 1
@@ -92,3 +94,11 @@ class Evaluation(Generic[C]):
             raise EvaluationInvalid(
                 f"{settings.__module__}: expected a summary of paths like group.metric, found {wrong}"
             )
+
+    def require(self, config: C) -> None:
+        """Refuse settings below what they make sense from; one that is None is open."""
+        for name, bound in self.least.items():
+            given = getattr(config, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if value is not None and value < bound:
+                    raise SettingInvalid(f"{name}: expected {bound} or more, found {value}")

@@ -26,7 +26,7 @@ from ..context.usable_saes import require_reading, split_fitting
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.features import Features
 from .probing.pooling import pool_task
-from .probing.settings import DataSettings, filled, of_data
+from .probing.settings import LEAST, DataSettings, filled, of_data
 from .probing.sources import data_revision, find_source, load_all
 
 MOST_TEXTS = 400  # of one contrast, where nothing else was asked for: of the hub's data there are thousands
@@ -167,5 +167,6 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("contrast.mean", "contrast.strong_share", "contrast.independence", "residual.mean"),
+    least=LEAST,
     data_revision=data_revision,
 )

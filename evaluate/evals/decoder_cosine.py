@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from ...cache_schema.strict_json import to_json
 from ...train.disk.plain_form import without_signs
 from ...train.disk.sae_folder import read_config
+from ...train.errors import TrainError
 from ...train.run.find_sae import list_saes, read_folder
 from .contract import Context, Evaluation, LoadedSae, Needs, Result
 from .core.metrics import max_cosine
@@ -42,10 +42,10 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
     for subject in subjects:
         rows_FD = subject.sae.W_dec.detach().float()
         metrics = {"decoder_cosine": within(rows_FD, config)} if len(rows_FD) > 1 else {}
-        others = [without_signs(read_folder(folder)).W_dec.detach().to(rows_FD) for folder in other_seeds(subject)]
+        others, remarks = other_seeds(subject)
         if others:
             metrics["across_seeds"] = across(rows_FD, others, config)
-        remarks = [] if len(rows_FD) > 1 else [ALONE]
+        remarks += [] if len(rows_FD) > 1 else [ALONE]
         remarks += [] if others else [ONE_SEED]
         yield Result(subject, to_json(config), metrics, remark="; ".join(remarks) or None)
 
@@ -73,13 +73,17 @@ def across(rows_FD: Tensor, others: Sequence[Tensor], config: Config) -> dict[st
     }
 
 
-def other_seeds(subject: LoadedSae) -> list[Path]:
-    """The SAEs beside this one that were trained alike from another seed."""
-    own = _all_but_seed(subject.config)
-    if own is None:
-        return []
-    found = [folder for folder in list_saes(subject.folder.resolve().parent) if folder != subject.folder.resolve()]
-    return [folder for folder in found if _all_but_seed(read_config(folder)) == own]
+def other_seeds(subject: LoadedSae) -> tuple[list[Tensor], list[str]]:
+    """Decoder rows of the SAEs beside this one that were trained alike from another seed, and which beside it cannot
+    be read."""
+    own, found, remarks = _all_but_seed(subject.config), list[Tensor](), list[str]()
+    for folder in list_saes(subject.folder.resolve().parent) if own is not None else ():
+        try:
+            if folder != subject.folder.resolve() and _all_but_seed(read_config(folder)) == own:
+                found.append(without_signs(read_folder(folder)).W_dec.detach().to(subject.sae.W_dec))
+        except (TrainError, OSError) as error:
+            remarks.append(f"without {folder.name}, which cannot be read: {error}")
+    return found, remarks
 
 
 def _all_but_seed(config: Mapping[str, Any]) -> tuple[Any, ...] | None:

@@ -24,12 +24,14 @@ from ...cache_schema.sites import RESID, Site, place_of
 from ...cache_schema.strict_json import to_json
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of
+from ...train.run.validation import Tally
 from ..context.stored_windows import read_windows, without_massive
 from ..errors import DataMissing, NotApplicable, WidthMismatch
 from ..model.batches import Windows
 from ..model.divergence import chunk_rows, next_tokens
 from ..model.smaller_pieces import PieceSize
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
+from .core.quality import NAN, ratio
 from .measures.splice_effects import Effect, effects_of
 
 
@@ -45,35 +47,26 @@ class Seen:
     """Sums over the tokens that count for one SAE."""
 
     effects: dict[str, Effect] = field(default_factory=dict)
-    active: float = 0.0
-    error: float = 0.0
-    square: float = 0.0
-    total: Tensor | float = 0.0  # [D]
-    tokens: int = 0
+    tally: Tally = field(default_factory=Tally)
 
     def add(self, effects: dict[str, Effect], acts_NF: Tensor, y_ND: Tensor, y_hat_ND: Tensor) -> None:
         self.effects = {name: self.effects.get(name, Effect()) + found for name, found in effects.items()}
-        y_ND, tokens = y_ND.double(), len(y_ND)
-        self.active += float((acts_NF != 0).sum())
-        self.error += float((y_ND - y_hat_ND).square().sum())
-        self.square += float(y_ND.square().sum())
-        self.total, self.tokens = self.total + y_ND.sum(dim=0), self.tokens + tokens
+        self.tally.add(y_ND, y_hat_ND, (acts_NF != 0).sum(dim=1))
 
     def metrics(self) -> dict[str, float]:
         clean, skipped, replaced = (self.effects[name] for name in ("clean", "skipped", "replaced"))
-        total = torch.as_tensor(self.total)
-        spread = self.square - float(total @ total) / max(self.tokens, 1)
+        explained = self.tally.explained_variance
         return {
             "ce_clean": clean.loss,
             "ce_replaced": replaced.loss,
             "ce_skipped": skipped.loss,
-            "ce_score": _ratio(skipped.loss - replaced.loss, skipped.loss - clean.loss),
+            "ce_score": ratio(skipped.loss - replaced.loss, skipped.loss - clean.loss),
             "kl_replaced": replaced.kl,
             "kl_skipped": skipped.kl,
-            "kl_score": _ratio(skipped.kl - replaced.kl, skipped.kl),
-            "explained_variance": 1 - _ratio(self.error, spread),
-            "l0": self.active / max(self.tokens, 1),
-            "tokens": self.tokens,
+            "kl_score": ratio(skipped.kl - replaced.kl, skipped.kl),
+            "explained_variance": NAN if explained is None else explained,
+            "l0": self.tally.l0,
+            "tokens": self.tally.tokens,
         }
 
 
@@ -169,10 +162,6 @@ def _replaced(context: Context, batch: Windows, sites: Sequence[Site], instead: 
     parts = instead.split(instead.shape[-1] // len(sites), dim=-1)
     with context.model.tapped({site: partial(put, part) for site, part in zip(sites, parts, strict=True)}):
         return context.model.hidden(batch.tokens)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")
 
 
 EVALUATION = Evaluation(

@@ -14,7 +14,7 @@ from typing import Any
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.rounds import Outcome, evaluate_able, perturb_all
 from .probing.scores import mean_scores, scr_scores
-from .probing.settings import Settings, official_config
+from .probing.settings import LEAST_PERTURBED, Settings, official_config
 from .probing.sources import Source, data_revision, load_all
 from .probing.texts import OPPOSITES, Task, spurious
 
@@ -73,5 +73,6 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("scr_metrics.scr_metric_threshold_10", "scr_metrics.scr_metric_threshold_50"),
+    least=LEAST_PERTURBED,
     data_revision=data_revision,
 )

@@ -207,5 +207,6 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("sae.sae_top_1_test_accuracy", "sae.sae_top_5_test_accuracy", "llm.llm_top_5_test_accuracy"),
+    least={"probe_train_set_size": 4, "probe_test_set_size": 4, "context_length": 2, "k_values": 1},
     data_revision=data_revision,
 )

@@ -204,5 +204,6 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("sae.sae_top_1_test_auc", "sae.sae_top_5_test_auc", "llm.llm_test_auc"),
+    least={"ks": 1},
     data_revision=data_revision,
 )

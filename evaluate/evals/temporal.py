@@ -269,4 +269,5 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(store=True),
     summary=("consistency.tcs_short", "consistency.tcs_long", "stability.fsm_median", "stability.lifetime_mean"),
+    least={"most_frequent": 1},
 )

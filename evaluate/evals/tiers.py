@@ -94,16 +94,17 @@ class Seen:
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     composition = {subject: compose(subject, config) for subject in subjects}
     seen = {subject: Seen(tiers_of(subject, config.tiers), composed) for subject, (_, composed) in composition.items()}
-    effects, missing = {subject: dict[str, Effect]() for subject in subjects}, model_obstacle(context, config)
+    effects: dict[LoadedSae, dict[str, Effect]] = {subject: {} for subject in subjects}
+    never, missing = obstacles(context, config)
     words = Wording(context)
-    traced = [subject for subject in subjects if subject.is_single_layer]
+    traced = [subject for subject in subjects if subject.is_single_layer and not (never or missing)]
     tokens = windows = 0
-    if missing is None and config.trace_windows > 0 and traced:
+    if config.trace_windows > 0 and traced:
         choose_alone(context, {subject: seen[subject] for subject in traced}, config)
     for batch in read_windows(context, subjects, "tiers", config.windows, config.batch_windows):
         words.read(batch)
         share = batch.slice(0, max(0, config.trace_windows - windows))  # however large batches are
-        tracers = make_tracers(context, share, traced) if missing is None and len(share) else {}
+        tracers = make_tracers(context, share, traced) if traced and len(share) else {}
         for subject in subjects:
             acts = subject.encode(batch)
             rows = ordinary_rows(context, subject, batch)
@@ -117,23 +118,22 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         listed = {"tiers": seen[subject].tiers.source, "uncomposed": list_uncomposed(seen[subject], words, config)}
         listed["compositions"] = list_compositions(subject, seen[subject], words, config)
         listed["traced"] = list_traced(seen[subject], effects[subject], words)
-        if subject.is_single_layer:
-            yield Result(subject, to_json(config), metrics, unstructured=listed, missing=missing)
-        else:
-            yield Result(subject, to_json(config), metrics, unstructured=listed, remark=UNTRACED)
+        remark = never if subject.is_single_layer else UNTRACED
+        lacks = None if remark else missing
+        yield Result(subject, to_json(config), metrics, unstructured=listed, remark=remark, missing=lacks)
 
 
-def model_obstacle(context: Context, config: Config) -> str | None:
-    """Why nothing can be traced, if so."""
+def obstacles(context: Context, config: Config) -> tuple[str | None, str | None]:
+    """Why nothing can ever be traced on this store, and what is missing."""
     if config.trace_windows <= 0:
-        return None
+        return None, None
     if context.without_tokens:
-        return f"causal tracing needs tokens: {context.without_tokens}"
+        return f"causal tracing needs tokens: {context.without_tokens}", None
     try:
         context.require_model()
     except ModelMissing as error:
-        return f"causal tracing needs the model: {error}"
-    return None
+        return None, f"causal tracing needs the model: {error}"
+    return None, None
 
 
 def choose_alone(context: Context, seen: Mapping[LoadedSae, Seen], config: Config) -> None:
@@ -352,5 +352,6 @@ EVALUATION = Evaluation(
         "causal.loss_increase_without_1",
         "causal.loss_increase_without_3",
     ),
+    least={"tiers": 1, "trace_latents": 0, "parts": 1, "fitted_rows": 1, "listed": 0},
     revision=3,  # 2: massive rows keep theirs, and do not count; 3: as many windows are traced as were asked for
 )

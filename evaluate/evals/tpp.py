@@ -13,7 +13,7 @@ from typing import Any
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .probing.rounds import Outcome, evaluate_able, perturb_all
 from .probing.scores import mean_scores, tpp_scores
-from .probing.settings import Settings, official_config
+from .probing.settings import LEAST_PERTURBED, Settings, official_config
 from .probing.sources import Source, data_revision, load_all
 
 
@@ -56,5 +56,6 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("tpp_metrics.tpp_threshold_10_total_metric", "tpp_metrics.tpp_threshold_50_total_metric"),
+    least=LEAST_PERTURBED,
     data_revision=data_revision,
 )

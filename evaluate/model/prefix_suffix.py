@@ -31,7 +31,7 @@ from ...harvest.model.architectures import architecture_of, require_parts
 from ...harvest.model.attention import ATTENTION, register_attention
 from ...harvest.model.load_and_truncate import ModelFacts, find_weights, kept, read_facts, tapped, without_report
 from ...harvest.model.products import widen_products
-from ...harvest.model.tokenizer import TextEncoder, make_encoder
+from ...harvest.model.tokenizer import TextEncoder, load_tokenizer, make_encoder
 from ..errors import MemoryTooSmall, ModelMissing, WidthMismatch
 from .smaller_pieces import is_out_of_memory
 
@@ -45,7 +45,14 @@ Sinks = Mapping[int, Callable[[Tensor], None]]
 class LanguageModel:
     """A model in memory, cut wherever an evaluation wants it cut."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: TextEncoder | None, eos: int | None, pad: int | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: TextEncoder | None,
+        eos: int | None,
+        pad: int | None,
+        obstacle: str | None = None,
+    ) -> None:
         register_attention()
         widen_products(model)
         self.model: Any = model.eval().requires_grad_(False)
@@ -53,7 +60,7 @@ class LanguageModel:
         self.stack.set_attn_implementation(ATTENTION)
         self.facts = ModelFacts.of(model.config)
         self.dtype: torch.dtype = model.dtype
-        self.encoder = tokenizer
+        self.encoder, self._obstacle = tokenizer, obstacle
         self.eos = eos
         self.pad = pad if pad is not None else (eos if eos is not None else 0)
         self._architecture = architecture_of(self.facts.model_type)
@@ -69,7 +76,8 @@ class LanguageModel:
     def tokenizer(self) -> TextEncoder:
         """The harvest's encoder of this model's tokens."""
         if self.encoder is None:
-            raise ModelMissing("this model was made without a tokenizer: evaluations of text need one beside it")
+            said = "this model was made without a tokenizer: evaluations of text need one beside it"
+            raise ModelMissing(self._obstacle or said)
         return self.encoder
 
     @property
@@ -237,22 +245,17 @@ def _room_for(folder: Path) -> Iterator[None]:
 
 def make_language_model(model: PreTrainedModel, source: str | Path | None) -> LanguageModel:
     """A model that is in memory, with the tokenizer of `source` where there is one."""
-    if source is None:
-        return _without_tokenizer(model)
-    from transformers import AutoTokenizer
-
+    obstacle = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)  # left open, it may ask to run some
-        encoder = make_encoder(tokenizer, str(source))
-    except (HarvestError, OSError, ValueError):
-        return _without_tokenizer(model)
-    return LanguageModel(model, encoder, tokenizer.eos_token_id, tokenizer.pad_token_id)
-
-
-def _without_tokenizer(model: PreTrainedModel) -> LanguageModel:
-    """What tokens mean is unknown; which are special, the configuration says."""
+        if source is not None:
+            tokenizer = load_tokenizer(source)
+            encoder = make_encoder(tokenizer, str(source))
+            return LanguageModel(model, encoder, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    except HarvestError as error:  # said where text is asked for: activations need none
+        obstacle = str(error)
+    # What tokens mean is unknown; which are special, the configuration says.
     eos = model.config.eos_token_id
-    return LanguageModel(model, None, eos if isinstance(eos, int) else None, model.config.pad_token_id)
+    return LanguageModel(model, None, eos if isinstance(eos, int) else None, model.config.pad_token_id, obstacle)
 
 
 def _padding(valid_WT: Tensor | None) -> dict[str, Tensor]:

@@ -10,24 +10,31 @@ import torch
 from ..errors import MemoryTooSmall
 
 T = TypeVar("T")
+NO_ROOM = "Free some memory, or evaluate narrower SAEs or on another --device"
 WEIGHTS_SHARE = 4  # of a device's free memory, one part in so many is for weights of SAEs: a model and batches follow
 
 
 class PieceSize:
-    """How many items go in at once. Halved when memory runs out, never raised again."""
+    """How many items go in at once, in whole numbers of those that belong together. Halved when memory runs out, never
+    raised again."""
 
-    def __init__(self, size: int, what: str, say: Callable[[str], None]) -> None:
-        self.size = max(1, size)
-        self._what, self._say = what, say
+    def __init__(self, size: int, what: str, say: Callable[[str], None], together: int = 1) -> None:
+        self.size = whole(size, together)
+        self._what, self._say, self._together = what, say, together
 
     def halve(self, error: BaseException) -> None:
-        if self.size == 1:
+        if self.size == self._together:
             raise MemoryTooSmall(
                 f"not even one of the {self._what} at a time fits into memory ({str(error).partition(chr(10))[0]}). "
-                "Free some memory, or evaluate narrower SAEs or on another --device"
+                + NO_ROOM
             ) from error
-        self.size //= 2
+        self.size = whole(self.size // 2, self._together)
         self._say(f"out of memory: going on with {self.size} {self._what} at a time")
+
+
+def whole(size: int, together: int) -> int:
+    """As many of what belongs together as go into a size, and one at least."""
+    return max(together, size - size % together)
 
 
 def in_pieces(total: int, size: PieceSize, work: Callable[[int, int], T]) -> Iterator[T]:

@@ -23,7 +23,7 @@ def draw(rows: Sequence[Row], compares: bool, say: Say) -> None:
         _draw([home], home / "plots", say, known)
     homes = list(dict.fromkeys(row.subject.home for row in rows if row.document is not None))
     if compares and len(homes) > 1:
-        _draw(homes, homes[0].parent / "compare" / joint_name([home.name for home in homes]), say, known)
+        _draw(homes, homes[0].parent / "compare" / joint_name([home.name for home in homes]), say, known, True)
 
 
 def joint_name(names: Sequence[str]) -> str:
@@ -53,7 +53,9 @@ def _draw_live(run: RunFolder, say: Say, pause: float) -> None:
         say(f"no page of {run.path} while it trains: {type(error).__name__}: {error}")
 
 
-def _draw(homes: Sequence[Path], folder: Path, say: Say, known: Documents | None = None) -> None:
+def _draw(
+    homes: Sequence[Path], folder: Path, say: Say, known: Documents | None = None, only_known: bool = False
+) -> None:
     from ..evals.browser.overview import refresh
     from .figures.records import read_records
     from .plots import make_plots
@@ -61,7 +63,7 @@ def _draw(homes: Sequence[Path], folder: Path, say: Say, known: Documents | None
 
     runs = [RunFolder(home) for home in homes]
     try:
-        records = read_records(runs, say, known)
+        records = read_records(runs, say, known, only_known)
         drawn = make_plots(records, folder)
         page = write_page(homes[0] if len(homes) == 1 else folder, records, folder)
         if len(homes) == 1:

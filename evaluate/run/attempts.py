@@ -37,7 +37,7 @@ from ..context.results import (
     standing_result,
     write_result,
 )
-from ..errors import EvalError, NotRun, ResultInvalid
+from ..errors import EvalError, NotRun, ResultFromLater, ResultInvalid
 
 EXPECTED = (EvalError, StoreError, TrainError, HarvestError)
 
@@ -52,7 +52,7 @@ def run_evals(
     rows: list[Row] = []
     for eval_id, config in configs.items():
         settings = settings_of(context, eval_id, config)
-        kept = {subject: row for subject in subjects if (row := _kept(context, subject, eval_id, settings, keep))}
+        kept = _all_kept(context, subjects, eval_id, settings, keep)
         rows += kept.values()
         pending = [subject for subject in subjects if subject not in kept]
         if pending:
@@ -62,19 +62,34 @@ def run_evals(
     return rows
 
 
+def standing_rows(context: Context, subjects: Sequence[LoadedSae], configs: Mapping[str, Any], keep: Keep) -> list[Row]:
+    """The results that are taken as they are, and nothing else."""
+    each = ((eval_id, settings_of(context, eval_id, config)) for eval_id, config in configs.items())
+    return [row for eval_id, of in each for row in _all_kept(context, subjects, eval_id, of, keep).values()]
+
+
+def _all_kept(
+    context: Context, subjects: Sequence[LoadedSae], eval_id: str, settings: Mapping[str, Any], keep: Keep
+) -> dict[LoadedSae, Row]:
+    return {subject: row for subject in subjects if (row := _kept(context, subject, eval_id, settings, keep))}
+
+
 def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[str, Any], keep: Keep) -> Row | None:
     """A result that is taken as it is; the reason says where it was measured with other settings."""
-    document = None if keep == "none" else _standing(context, subject, eval_id)
+    try:
+        document = None if keep == "none" else _standing(context, subject, eval_id)
+    except ResultFromLater as error:
+        return Row(subject, eval_id, "failed", str(error))
     if document is None:
         return None
-    settings = _comparable(settings, document)
-    if keep == "same":
-        is_gone = is_of_store_now_gone(document, settings)
-        stands = (is_whole(document, settings) or is_gone) and evals.load(eval_id).is_there(subject)
-        reason = "its result is of a store, and there is none now: without --resume it is evaluated anew"
-        return Row(subject, eval_id, "kept", reason if is_gone else "", document) if stands else None
-    if settings["cache_id"] not in (None, settings_in(document).get("cache_id")):  # of another store
+    settings, store = _comparable(settings, document), settings_in(document).get("cache_id")
+    if settings["cache_id"] not in (None, store) or (store and subject.cache_id not in (None, store)):  # of another one
         return None
+    is_gone = is_of_store_now_gone(document, settings)
+    if keep == "same" or is_gone:
+        stands = (is_whole(document, settings) or is_gone) and evals.load(eval_id).is_there(subject)
+        reason = "its result is of a store, and there is none now" if is_gone else ""
+        return Row(subject, eval_id, "kept", reason, document) if stands else None
     found, missing = describe_differences(document, settings), ours_in(document).get("missing")
     if missing and not found:
         return None  # what has a part of its numbers is done again, as --resume does it
@@ -106,7 +121,7 @@ def settings_of(context: Context, eval_id: str, config: Any) -> dict[str, Any]:
     }
     if evaluation.revision != 1:  # results of before there were any are of the first
         settings["revision"] = evaluation.revision
-    if context.opened is not None and evaluation.needs.store:
+    if evaluation.needs.store and (context.opened is not None or context.massive_norms != "store's"):
         settings["massive_norms"] = context.massive_multiple
     data = evaluation.data_revision(context, config)
     if data is not None:
@@ -166,6 +181,7 @@ class _Attempts:
         """Rows as far as they came, and what ended them early."""
         rows: list[Row] = []
         try:
+            self._evaluation.require(self._config)
             self._evaluation.needs.require(self._context)
             for item in self._evaluation.evaluate(self._context, subjects, self._config):
                 rows.append(self._take(item))
@@ -182,7 +198,12 @@ class _Attempts:
                 return self._not_run(item.subject, str(item.error))
             return self._failed(item.subject, item.error)
         item = replace(item, remark="; ".join(filter(None, (item.remark, self._remark_of_store()))) or None)
-        document = write_result(item, self._eval_id, self._settings)
+        try:
+            document = write_result(item, self._eval_id, self._settings)
+        except OSError as error:  # of the disk, and no reason to measure anything again
+            place = result_path(item.subject, self._eval_id)
+            said = f"its result could not be written to {place} ({error}): make room, then --resume"
+            return Row(item.subject, self._eval_id, "failed", said)
         crash_path(item.subject, self._eval_id).unlink(missing_ok=True)  # of an earlier time
         self._context.say(f"{self._eval_id}: {item.subject.name} done")
         if item.missing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,12 +27,12 @@ from .. import evals
 from ..context.context import Context, DtypeName, open_context
 from ..context.loaded_sae import LoadedSae, layers_of
 from ..context.results import Row
-from ..errors import CacheIdMismatch, EvalError, SettingInvalid, StoreGone, WidthMismatch
+from ..errors import CacheIdMismatch, EvalError, MemoryTooSmall, SettingInvalid, StoreGone, WidthMismatch
 from ..evals.browser.write_pages import LATENT_BYTES
 from ..evals.browser.write_pages import NAME as BROWSER
-from ..model.smaller_pieces import room_for_weights, within
+from ..model.smaller_pieces import NO_ROOM, is_out_of_memory, room_for_weights, within
 from ..output.pictures import draw
-from .attempts import Keep, run_evals
+from .attempts import Keep, run_evals, standing_rows
 from .console_table import document_of, make_console, print_results, require_comparable, require_one_store
 from .find_saes import Problem, find_all
 from .offer_training import offer_training
@@ -209,7 +209,11 @@ class Session:
             store = open_store(url, subjects)
         except (EvalError, StoreError) as error:
             return self._run_without_store(subjects, error)
-        with open_context(
+        with self._context(store) as context:
+            return self._run_fitting(context, subjects)
+
+    def _context(self, store: Store | None) -> AbstractContextManager[Context]:
+        return open_context(
             store,
             model_name=self.model,
             dtype_name=self.dtype,
@@ -217,13 +221,19 @@ class Session:
             massive_norms=self.massive_norms,
             device=self.device,
             watch=self.watch,
-        ) as context:
-            return self._run_fitting(context, subjects)
+        )
 
     def _run_without_store(self, subjects: Sequence[LoadedSae], error: Exception) -> list[Row]:
-        """What needs none goes on, but where a store was asked for."""
+        """What needs none goes on, and what was measured on it before stands, but where a store was asked for."""
         others = {n: c for n, c in self.configs.items() if self.cache is None and not evals.load(n).needs.store}
-        rows = [row for subject in subjects for row in self._refused(subject, error) if row.eval_id not in others]
+        rows: list[Row] = []
+        if self.cache is None:
+            with self._context(None) as context:
+                on_store = {name: config for name, config in self.configs.items() if name not in others}
+                rows = standing_rows(context, subjects, on_store, self.keep)
+        done = {*others, *((row.subject, row.eval_id) for row in rows)}
+        refused = [row for subject in subjects for row in self._refused(subject, error)]
+        rows += [row for row in refused if not {row.eval_id, (row.subject, row.eval_id)} & done]
         if others:
             self.watch.say(str(error))
             rows += replace(self, configs=others)._run_group(None, subjects)
@@ -249,11 +259,21 @@ class Session:
         return rows
 
     def _run_on_device(self, context: Context, subjects: Sequence[LoadedSae]) -> list[Row]:
-        """SAEs that have room on the device together; they leave it in the end."""
+        """SAEs that have room on the device together; they leave it in the end. One that has none costs the others
+        nothing."""
+        rows: list[Row] = []
         try:
             for subject in subjects:
-                subject.to(self.device)
-            return run_evals(context, subjects, self.configs, self.keep)
+                try:
+                    subject.to(self.device)
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    subject.to(torch.device("cpu"))
+                    rows += self._refused(subject, MemoryTooSmall(f"it does not fit on {self.device}. {NO_ROOM}"))
+            refused = {row.subject for row in rows}
+            there = [subject for subject in subjects if subject not in refused]
+            return rows + (run_evals(context, there, self.configs, self.keep) if there else [])
         finally:
             for subject in subjects:
                 subject.to(torch.device("cpu"))

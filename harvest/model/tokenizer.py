@@ -36,10 +36,15 @@ class TextEncoder:
 
 def load_encoder(source: str | Path) -> TextEncoder:
     """The encoder of a model's folder or hub id."""
+    return make_encoder(load_tokenizer(source), str(source))
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of transformers."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             source,
             trust_remote_code=False,  # left open, it asks at a terminal whether to run a folder's code
         )
@@ -48,7 +53,6 @@ def load_encoder(source: str | Path) -> TextEncoder:
             f"{source} has no tokenizer that can be loaded ({error}). Save one beside the model "
             "with `tokenizer.save_pretrained`"
         ) from error
-    return make_encoder(tokenizer, str(source))
 
 
 def make_encoder(tokenizer: Any, name: str) -> TextEncoder:

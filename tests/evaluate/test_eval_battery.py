@@ -22,7 +22,7 @@ from saemill.cache_schema import Store
 from saemill.cache_schema.strict_json import StrictError, from_json, to_json
 from saemill.evaluate import evals
 from saemill.evaluate.context.context import Context
-from saemill.evaluate.errors import EvaluationInvalid
+from saemill.evaluate.errors import EvaluationInvalid, SettingInvalid
 from saemill.evaluate.evals.contract import Evaluation
 from saemill.evaluate.evals.probing import installed
 from saemill.evaluate.evals.unlearning import material
@@ -168,6 +168,16 @@ def documented(name):
     rows = re.findall(r"^\| (\w+) \| (`.*?`) \|", section, re.MULTILINE)
     written = [f"{group}.{metric}" for group, cell in rows for metric in re.findall(r"`(\w+)`", cell)]
     return {metric: re.compile(IN_SMALL.sub(r"_\\d+", metric.replace(".", r"\."))) for metric in written}
+
+
+@pytest.mark.parametrize("name", EVALS)
+def test_numbers_that_make_no_sense_are_refused_and_the_least_that_do_are_taken(name):
+    evaluation = evals.load(name)
+    for key, least in evaluation.least.items():
+        kind = tuple if isinstance(getattr(evaluation.config(), key), tuple) else lambda value: value[0]
+        evaluation.require(evaluation.config(**{key: kind([least])}))
+        with pytest.raises(SettingInvalid, match=f"{key}: expected {least} or more, found {least - 1}"):
+            evaluation.require(evaluation.config(**{key: kind([least - 1])}))
 
 
 @dataclass

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from traceback import walk_stack
@@ -21,9 +19,11 @@ from saemill import evaluate
 from saemill.api.table import Table
 from saemill.cache_schema import Store
 from saemill.cache_schema.cli import main as store_main
+from saemill.cache_schema.strict_json import to_json
 from saemill.evaluate import evals
 from saemill.evaluate.cli import main
 from saemill.evaluate.context.context import Context
+from saemill.evaluate.context.loaded_sae import LoadedSae
 from saemill.evaluate.context.results import Row, result_path, sae_config
 from saemill.evaluate.errors import Incomparable, WidthMismatch
 from saemill.evaluate.evals.core import evaluation as core
@@ -34,8 +34,11 @@ from saemill.evaluate.run import command
 from saemill.evaluate.run.attempts import settings_of
 from saemill.evaluate.run.console_table import require_comparable
 from saemill.evaluate.run.find_saes import find_places, find_subjects, make_subject
+from saemill.train.data.scaling import unit_stats
+from saemill.train.disk.sae_folder import save_sae
 from saemill.train.run.find_sae import find_sae
 from saemill.train.run.folder import RunFolder
+from saemill.train.variants import clt
 
 QUICK = ["--set", "core.batch_size_prompts=4", "--set", "core.resamples=10"]
 
@@ -100,6 +103,7 @@ def test_the_table_says_how_much_text_it_is_of_and_how_far_that_is_sure(run_1, s
     assert f"{value:.4g} ± {max(high - value, value - low):.2g}" in output
     tokens, documents = ours["massive"]["of_tokens"], ours["documents"]["sparsity"]
     assert f"core: test split, {tokens:,} tokens of {documents} documents; CE and KL on " in output
+    assert f"{ours['documents']['losses']} documents" in output.split("CE and KL on ")[1].partition("\n")[0]
     assert "95 % interval over documents" in output
     bare = sae_eval("run_1/large", "--set", "core.resamples=0")
     assert "±" not in bare and "core: test split" in bare
@@ -245,6 +249,22 @@ def test_resume_leaves_a_result_of_a_store_that_is_gone(make_world, builder, sae
     assert results(run, "decoder_cosine") != before
 
 
+@pytest.mark.parametrize("keep", ["--resume", "--compare"])
+def test_results_on_a_store_that_is_gone_are_taken_and_the_rest_is_refused(make_world, builder, sae_eval, keep):
+    world = make_world()
+    run = builder.run(world, "run_1", {"one": builder.make_sae(), "two": builder.make_sae(seed=1)})
+    sae_eval("run_1/one")
+    before = results(run)
+    shutil.rmtree(world.store)
+    output = sae_eval("run_1", keep, code=1)
+    assert "ce loss score" in output and results(run) == before
+    assert "kept: core of run_1/one: its result is of a store, and there is none now" in output
+    assert "failed: core of run_1/two: the store of run_1/one was at" in output
+    assert "kept" not in sae_eval("run_1", keep, "--cache", world.store, code=1)
+    if keep == "--resume":  # of other settings
+        assert "kept" not in sae_eval("run_1", keep, "--massive-norms", "5", code=1)
+
+
 def test_a_store_with_another_id_costs_the_other_runs_nothing(world, make_world, builder, sae_eval):
     other = make_world(dtype="float32")
     run_1, run_2 = (builder.run(w, n, {"sae": builder.make_sae()}) for w, n in ((world, "run_1"), (other, "run_2")))
@@ -319,14 +339,21 @@ def imported(builder):
     return make
 
 
-@pytest.mark.parametrize(("tokens", "reason"), [(False, "import it again with --tokens"), (True, "--model")])
-def test_an_imported_store_without_tokens_or_model(imported, builder, sae_eval, tokens, reason):
-    sae = builder.save(builder.root / "sae", builder.make_sae())
-    output = sae_eval(sae, "--cache", imported(tokens, "nobody/has-this"), code=3)
+@pytest.mark.parametrize(
+    ("tokens", "status", "reason", "code"),
+    [(False, "done", "import it again with --tokens", 0), (True, "incomplete", "--model", 3)],
+)
+def test_an_imported_store_without_tokens_or_model(imported, builder, sae_eval, tokens, status, reason, code):
+    """The model may come; a store with tokens is another one, so that without them nothing is left to be done."""
+    sae, store = builder.save(builder.root / "sae", builder.make_sae()), imported(tokens, "nobody/has-this")
+    output = sae_eval(sae, "--cache", store, code=code)
     assert reason in output
-    assert "incomplete: core of sae" in output
-    (document,) = results(sae).values()
+    assert f"{status}: core of sae" in output
+    before = results(sae)
+    (document,) = before.values()
     assert document["eval_result_metrics"]["sparsity"]["l0"] == 4.0
+    sae_eval(sae, "--cache", store, "--resume", code=code)
+    assert (results(sae) == before) == (code == 0)
 
 
 def test_an_imported_store_with_its_model(imported, world, builder, sae_eval):
@@ -343,6 +370,16 @@ def test_a_crosscoder_is_done_and_says_what_it_cannot_have(make_world, builder, 
     world = make_world(layers=(1, 2))
     sae = builder.save(builder.root / "cross", builder.make_sae(d_in=2 * builder.D), layers=(1, 2))
     assert "done: core of cross: cross writes layers [1, 2]" in sae_eval(sae, "--cache", world.store)
+
+
+def test_an_sae_whose_latents_read_one_layer_of_several_is_measured(make_world, builder, sae_eval):
+    """Its encoder and decoder have rows of other lengths, as wide as what it reads and writes is."""
+    config = clt.Config(width=24, layers=(1, 2), k=4)
+    folder, scale, settings = builder.root / "cross", unit_stats(2 * builder.D), to_json(config)
+    told = {"layers": [1, 2], "training_architecture": "clt", "training_architecture_details": settings}
+    save_sae(folder, config.build(builder.D).sae, scale, told, settings, "clt", scale)
+    world = make_world(layers=(1, 2))
+    assert "done: core of cross: cross writes layers [1, 2]" in sae_eval(folder, "--cache", world.store)
 
 
 def test_fewer_ablations(run_1, sae_eval):
@@ -393,6 +430,19 @@ def test_saes_share_the_device_as_far_as_there_is_room_with_the_same_results(run
     assert "browser: no room for all SAEs at once: counterparts are looked for within run_1/large; run_1/small" in said
 
 
+def test_an_sae_that_has_no_room_costs_the_others_nothing(run_1, sae_eval, monkeypatch):
+    moved = LoadedSae.to
+
+    def to(subject, device):
+        monkeypatch.setattr(LoadedSae, "to", moved)  # the first time alone, and large is the first
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(LoadedSae, "to", to)
+    output = sae_eval("run_1", code=1)
+    assert "failed: core of run_1/large: it does not fit on cpu. Free some memory" in output
+    assert set(results(run_1)) == {"small_eval_results.json"}
+
+
 def test_only_what_was_computed_from_tokens_says_so(run_1, sae_eval):
     words = ("run_1/small", "--evals", "core,temporal", "--set", "temporal.windows=4", "--from-tokens")
     output = sae_eval(*words)
@@ -432,14 +482,17 @@ def test_a_damaged_result_is_named_and_measured_anew(run_1, sae_eval, keep):
     assert after[damaged.name]["eval_result_metrics"] == before[damaged.name]["eval_result_metrics"]
 
 
-def test_a_result_of_a_later_saemill_is_not_written_over(run_1, sae_eval):
-    sae_eval("run_1")
+@pytest.mark.parametrize("keep", ["--resume", "--compare"])
+def test_a_result_of_a_later_saemill_is_not_written_over_and_costs_no_other_its_own(run_1, sae_eval, keep):
+    sae_eval("run_1/small")
     path = run_1 / "evals" / "core" / "small_eval_results.json"
     document = json.loads(path.read_text())
     document["saemill"]["format"] = 99
     path.write_text(json.dumps(document))
-    assert "was written by a later saemill" in sae_eval("run_1", "--resume", code=1)
+    output = sae_eval("run_1", keep, code=1)
+    assert "failed: core of run_1/small" in output and "was written by a later saemill" in output
     assert json.loads(path.read_text())["saemill"]["format"] == 99
+    assert "large_eval_results.json" in results(run_1)
 
 
 def test_compare_is_one_table_and_evaluates_only_what_is_missing(world, run_1, builder, sae_eval):
@@ -500,10 +553,10 @@ def test_compare_names_results_of_other_settings_than_were_asked_for(run_1, sae_
     assert "kept:" not in sae_eval("run_1", "--compare", "--set", "core.n_eval_reconstruction_batches=1")
 
 
-def test_compare_takes_no_result_of_an_earlier_sae(run_1, sae_eval):
+def test_compare_takes_no_result_of_an_earlier_sae(run_1, builder, sae_eval):
     sae_eval("run_1")
-    before, ahead = results(run_1), time.time() + 60
-    os.utime(run_1 / "small/sae_weights.safetensors", (ahead, ahead))
+    before = results(run_1)
+    builder.save(run_1 / "small", builder.make_sae(seed=9))
     sae_eval("run_1", "--compare")
     assert {name for name, found in results(run_1).items() if found != before[name]} == {"small_eval_results.json"}
 
@@ -530,11 +583,10 @@ def test_an_sae_that_knows_no_store_compares_with_those_of_the_store_it_is_given
     assert "run_1/small" in output and "elsewhere" in output
 
 
-def test_an_sae_that_was_written_after_its_result_is_evaluated_again(run_1, sae_eval):
+def test_an_sae_that_was_written_after_its_result_is_evaluated_again(run_1, builder, sae_eval):
     sae_eval("run_1/small")
     before = results(run_1)
-    weights, ahead = run_1 / "small/sae_weights.safetensors", time.time() + 60
-    os.utime(weights, (ahead, ahead))
+    builder.save(run_1 / "small", builder.make_sae(seed=9))
     sae_eval("run_1/small", "--resume")
     assert results(run_1) != before
 
@@ -571,7 +623,7 @@ def test_a_crash_whose_traceback_cannot_be_kept_is_told(run_1, sae_eval, monkeyp
 def second_eval(monkeypatch):
     """An evaluation beside core, of which a test decides what it does."""
     core_is = core.EVALUATION
-    second = SimpleNamespace(**vars(core_is) | {"summary": ()})
+    second = SimpleNamespace(**vars(core_is) | {"summary": (), "require": lambda config: None})
     known = evals.load
     monkeypatch.setattr(evals, "names", lambda: ("core", "second"))
     monkeypatch.setattr(evals, "load", lambda name: second if name == "second" else known(name))
@@ -683,6 +735,21 @@ def test_results_before_a_crash_are_kept(run_1, sae_eval, second_eval):
     assert set(results(run_1, "second")) == {"large_eval_results.json"}
 
 
+def test_a_disk_that_takes_no_result_costs_the_measuring_once(run_1, sae_eval, second_eval):
+    asked = []
+
+    def evaluate(context, subjects, config):
+        asked.append([subject.label for subject in subjects])
+        yield from (core.Result(subject, {}, {"group": {"value": 1.0}}) for subject in subjects)
+
+    second_eval.evaluate = evaluate
+    (run_1 / "evals").mkdir()
+    (run_1 / "evals/second").write_text("in the way")
+    output = sae_eval("run_1", "--evals", "second", code=1, options=[])
+    assert output.count("could not be written to") == 2 and "then --resume" in output
+    assert asked == [["large", "small"]]
+
+
 def test_an_evaluation_that_forgets_an_sae_is_told(run_1, sae_eval, second_eval):
     second_eval.evaluate = lambda context, subjects, config: iter(())
     assert "gave no result" in sae_eval("run_1", "--evals", "second", code=3, options=[])
@@ -786,8 +853,8 @@ def test_a_result_of_another_layer_is_no_result(told, builder, make_world, sae_e
         found += results(words[0]).values()
     assert [document["sae_cfg_dict"]["hook_layer"] for document in found] == [1, 2, 2]
     assert found[1] == found[2]
-    ahead = time.time() + 60
-    os.utime(words[0] / "cfg.json", (ahead, ahead))
+    with (words[0] / "cfg.json").open("a") as file:
+        file.write("\n")
     sae_eval(*words, 2)
     assert found[2] not in results(words[0]).values()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +148,15 @@ def test_results_left_standing_by_an_evaluation_that_failed_are_not_those_that_w
         assert ("l0" in line.values) == (split == "test")
 
 
+def test_results_of_an_earlier_sae_are_left_out(tmp_path):
+    folder, sae, ahead = write_run(tmp_path / "run_0"), tmp_path / "run_0/one", time.time() + 60
+    sae.mkdir(exist_ok=True)
+    (sae / "cfg.json").write_text("{}")
+    os.utime(sae / "cfg.json", (ahead, ahead))
+    (line,) = read_lines(folder, ["core"])
+    assert line.problems == ["core is left out: its result is of weights or codes that the SAE no longer has"]
+
+
 def test_results_that_do_not_name_their_text_pass_for_the_same(tmp_path):
     """Those of before; where all name it, it must be one."""
     folder = write_run(tmp_path / "run_0", labels=("one", "two"))
@@ -220,6 +231,11 @@ def test_commands_start_what_is_missing_go_on_with_what_stopped_and_leave_what_e
         ["--recipe", "attention/run_2", *start, "run_2", "--tokens", "1M"],
         ["--recipe", "attention/headline", *start, "headline", "--tokens", "1M", "--grid", "seed=0,1,2"],
     ]
+
+
+def test_a_seed_is_found_wherever_it_stands_in_a_label():
+    found = [Line("run", label, {}, []) for label in ("topk_seed3", "topk_seed3_wide", "topk_seeded")]
+    assert [(one.family, one.seed) for one in found] == [("topk", 3), ("topk_wide", 3), ("topk_seeded", 0)]
 
 
 def test_seeds_of_one_sae_become_one_row():

@@ -17,7 +17,7 @@ import torch
 
 from ...context.prompt_positions import Reader
 from ...context.usable_saes import attention_of, model_name_of, split_fitting
-from ...errors import NotApplicable, SettingInvalid
+from ...errors import NotApplicable
 from ...model.prefix_suffix import LanguageModel
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .letters import LetterResult, Sparse, mean_metrics, measure_letters
@@ -81,8 +81,6 @@ class Config:
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     if config.prompt_template:
         require_template(config.prompt_template)
-    if config.max_words is not None and config.max_words < 0:
-        raise SettingInvalid(f"absorption.max_words: expected a number of words, found {config.max_words}")
     fitting, failures = split_fitting(context, subjects, context.model)
     yield from failures
     if not fitting:
@@ -189,4 +187,5 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(model=True),
     summary=("mean.mean_absorption_fraction_score", "mean.mean_full_absorption_score"),
+    least=dict.fromkeys(("max_words", "min_feats_for_eval", "max_k_value", "k_sparse_probe_batch_size"), 1),
 )

@@ -22,12 +22,13 @@ import torch
 from .... import __version__
 from ....cache_schema.errors import StoreError
 from ....cache_schema.strict_json import to_json
+from ....train.errors import TrainError
 from ....train.run.folder import RunFolder
 from ....train.run.init_source import source_of
 from ....train.sae.kernels.hardware import has_fast_bfloat16
 from ...context.disk_cache import decided_by
 from ...context.stored_windows import require_some
-from ...errors import BrowserUnwritten, ModelMissing, NotApplicable
+from ...errors import BrowserUnwritten, ModelMissing, NotApplicable, ResultInvalid
 from ...model.batches import count_windows
 from ...model.head import Head
 from ...output.figures.records import read_records
@@ -59,15 +60,14 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
     head, missing = find_head(context)
     words = Vocabulary(context)
     about = describe(context, home, config, windows, words, missing)
-    records = read_records([RunFolder(home)], context.say)  # before all text is read: the log may be damaged
-    weights = {subject: source_of(subject.folder).sha256 for subject in subjects}
-    saes = [[subject.label, sha256] for subject, sha256 in weights.items()]
+    saes = [[subject.label, subject.sha256] for subject in subjects]
     # What computes the same numbers to the bit: sums of two are not joined.
     programs = [__version__, torch.__version__, torch.get_num_threads(), has_fast_bfloat16("cpu")]
     inputs = decided_by(
         **{key: about[key] for key in SAME}, saes=saes, saved=SAVED, device=str(context.device), programs=programs
     )
     try:
+        records = read_records([RunFolder(home)], context.say)  # before all text is read: the log may be damaged
         with making(home, size_of(context, subjects, sum(windows.values())), inputs) as folder:
             seen, tokens = read(context, subjects, config, windows, folder, words)
             shown = [Shown(f"sae_{subject.label}", subject, seen[subject]) for subject in subjects]
@@ -83,11 +83,11 @@ def browse(context: Context, home: Path, subjects: Sequence[LoadedSae], config: 
                 of = (about["model"], about["corpus"], about["run"])
                 exported = Exported(one, tokens, texts, promotes[one], near[one]["by_direction"], *of)
                 write_exports(folder.path, config.exports, exported)
-            own = [summary_of(one) | {"sha256": weights[one.subject]} for one in shown]
+            own = [summary_of(one) | {"sha256": one.subject.sha256} for one in shown]
             folder.write("run", about | {"saes": [*own, *kept]})
             write_numbers(folder.path, records)
             write_page(folder.path, about["build"])
-    except (BrowserUnwritten, StoreError) as error:
+    except (BrowserUnwritten, ResultInvalid, StoreError, TrainError) as error:  # of this run alone
         yield from (Failure(subject, error) for subject in subjects)
         return
     context.say(f"browser: {home / 'browser' / 'index.html'}")

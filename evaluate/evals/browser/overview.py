@@ -35,14 +35,14 @@ COLUMNS = (
         "L0",
         "active latents a token, on held-out text where that was measured, else in all that was read here",
         "core",
-        "sparsity.l0",
+        CORE["l0"],
     ),
     Column(
         "explained_variance",
         "explained variance",
         "centred; 1 is all of it",
         "core",
-        "saemill_metrics.explained_variance",
+        CORE["explained_variance"],
         is_fidelity=True,
     ),
     Column(
@@ -50,7 +50,7 @@ COLUMNS = (
         "CE score",
         "cross entropy restored: 1 the model's own, 0 as bad as zero ablation",
         "core",
-        "model_performance_preservation.ce_loss_score",
+        CORE["ce_score"],
         is_fidelity=True,
     ),
     Column(
@@ -58,7 +58,7 @@ COLUMNS = (
         "KL score",
         "predictions restored: 1 the model's own, 0 as bad as zero ablation",
         "core",
-        "model_behavior_preservation.kl_div_score",
+        CORE["kl_score"],
         is_fidelity=True,
     ),
     Column(

@@ -46,8 +46,6 @@ class Rows:
 
 def choose_rows(windows: int, split: str, batch_windows: int, reconstruction: int | None, sparsity: int | None) -> Rows:
     """The blocks asked for, or those that the split has room for."""
-    if batch_windows < 1:
-        raise SettingInvalid(f"batch_size_prompts: expected at least 1 window in a batch, found {batch_windows}")
     if windows < 2:
         raise NotApplicable(
             f"the {split} split has {windows} windows, and the two blocks of rows need one each: harvest more "

@@ -46,8 +46,6 @@ class Config:
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     """All SAEs side by side; those that no model can be spliced with get the measures that need none."""
     require_ablations(config.ablations)
-    if config.resamples < 0:
-        raise SettingInvalid(f"resamples: expected a number, 0 for no intervals, found {config.resamples}")
     rows = rows_of(
         context,
         config.split,
@@ -55,8 +53,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         config.n_eval_reconstruction_batches,
         config.n_eval_sparsity_variance_batches,
     )
-    reasons, missing = unspliceable(subjects), missing_model(context)
+    reasons = unspliceable(context, subjects)
     able = [subject for subject in subjects if subject not in reasons]
+    missing = missing_model(context) if able else None
     sparsity = measure_sparsity(context, subjects, rows.sparsity)
     losses = {} if missing else measure_losses(context, able, rows.reconstruction, config.ablations)
     for subject in subjects:
@@ -71,8 +70,13 @@ def require_ablations(ablations: Sequence[str]) -> None:
         raise SettingInvalid(f"ablations: expected zero and others of {', '.join(ABLATIONS)}, found {list(ablations)}")
 
 
-def unspliceable(subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str]:
-    """SAEs whose output has no single place in the model, and why."""
+def unspliceable(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str]:
+    """SAEs whose output has no single place in the model, and why; on a store without tokens, which has no text for the
+    model, all. With --from-tokens nothing can be measured there."""
+    if context.without_tokens and context.from_tokens:
+        raise DataMissing(f"{context.without_tokens}, or leave out --from-tokens")
+    if context.without_tokens:
+        return dict.fromkeys(subjects, f"{context.without_tokens} for the model's losses")
     reasons = {}
     for subject in subjects:
         try:
@@ -84,10 +88,6 @@ def unspliceable(subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str]:
 
 def missing_model(context: Context) -> str | None:
     """Why the losses of the model cannot be measured; None where they can. With --from-tokens nothing can."""
-    if context.without_tokens and context.from_tokens:
-        raise DataMissing(f"{context.without_tokens}, or leave out --from-tokens")
-    if context.without_tokens:
-        return f"{context.without_tokens} for the model's losses"
     try:
         context.require_model()
     except ModelMissing as error:
@@ -146,6 +146,7 @@ EVALUATION = Evaluation(
     evaluate,
     needs=Needs(store=True, from_tokens=True),
     intervals=INTERVALS,
+    least={"batch_size_prompts": 1, "resamples": 0},
     summary=(
         "sparsity.l0",
         "saemill_metrics.explained_variance",

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,11 +22,10 @@ from ....train.sae.model import SparseAutoencoder
 from ...context.loaded_sae import LoadedSae
 from .blocks import Rows
 from .bootstrap import Statistic, intervals
-from .quality import Sparsity, explained_variance_of, summarise_density
+from .quality import NAN, Sparsity, explained_variance_of, ratio, summarise_density
 from .spliced_ce_and_kl import LossSums
 
 DECIMALS = 10
-NAN = float("nan")
 OWN_LOSSES = {"ce_loss_with_sae": "ce_sae", "kl_div_with_sae": "kl_sae"}
 OWN_LOSSES |= {name: name for name in ("ce_loss_score", "kl_div_score")}
 
@@ -137,12 +135,15 @@ def own_metrics(
     ours: dict[str, Any] = {"explained_variance": sparsity.ordinary.explained_variance}
     ours["explained_variance_with_massive"] = sparsity.tally.explained_variance
     ours["massive"] = massive_metrics(sparsity)
+    documents = {"sparsity": len(table["tokens"])}
     if losses is not None:
         kept = losses_and_scores(losses.totals(), "zero", "sae_ordinary")
         ours["massive_kept"] = {name: kept[key] for name, key in OWN_LOSSES.items()} | {"tokens": losses.massive}
         ours["ablations"] = {name: against(losses.totals(), name) for name in ablations}
-        confidence |= intervals(losses.documents.table(), loss_statistics(), resamples)
-    return ours | {"confidence_95": confidence, "documents": {"sparsity": len(next(iter(table.values()), ()))}}
+        table = losses.documents.table()
+        confidence |= intervals(table, loss_statistics(), resamples)
+        documents["losses"] = len(table["tokens"])
+    return ours | {"confidence_95": confidence, "documents": documents}
 
 
 def massive_metrics(sparsity: Sparsity) -> dict[str, float]:
@@ -168,18 +169,13 @@ def loss_statistics() -> dict[str, Statistic]:
     return {name: lambda sums, key=key: losses_and_scores(sums, "zero")[key] for name, key in OWN_LOSSES.items()}
 
 
-def ratio(numerator: Any, denominator: Any) -> Any:
-    """Of numbers, NaN where there is nothing to divide by; or of arrays, as numpy has it."""
-    return numerator / denominator if isinstance(denominator, np.ndarray) or denominator != 0 else NAN
-
-
 BLOCK = 1024
 
 
 @torch.inference_mode()
 def weight_metrics(sae: SparseAutoencoder) -> dict[str, Tensor]:
     """By SAEBench's names and in its order, each [F] on the CPU."""
-    comparable = sae.d_in == sae.d_out
+    comparable = sae.W_enc.shape == sae.W_dec.shape
     cosine = functional.cosine_similarity(sae.W_dec, sae.W_enc, dim=1) if comparable else sae.W_enc[:, 0] * torch.nan
     found = {
         "encoder_bias": sae.gate.b_mag if isinstance(sae.gate, Gated) else sae.b_enc,  # gated: of the magnitudes

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from .blocks import Block, read_block
 from .bootstrap import DocumentSums
 from .encoding import encode_kept
 
+NAN = float("nan")
 SMALL_NORM = 1e-4  # below it SAEBench divides by one
 
 
@@ -140,18 +142,18 @@ class Tally:
         self.tokens += count
 
     def mean(self, name: str) -> float:
-        return self.sums[name] / self.tokens if self.tokens else float("nan")
+        return self.sums[name] / self.tokens if self.tokens else NAN
 
     @property
     def explained_variance_published(self) -> float:
         """SAEBench 0.6.0: subtracts the square of a mean square instead of the squared norm of the mean."""
         error, square = (float(np.mean(self.batch_means[name])) for name in ("error", "square"))
-        return _one_minus(error, square - float(np.mean(self.mean_squares)) ** 2)
+        return 1 - ratio(error, square - float(np.mean(self.mean_squares)) ** 2)
 
     @property
     def explained_variance(self) -> float:
         """1 - E||x - x_hat||^2 / E||x - mean||^2 over all tokens together."""
-        return _one_minus(self.sums["error"], self.sums["square"] - self.tokens * self.square_of_mean)
+        return explained_variance_of({**self.sums, "tokens": self.tokens}, self.square_of_mean)
 
     @property
     def square_of_mean(self) -> float:
@@ -183,13 +185,14 @@ def summarise_density(density_F: Tensor) -> dict[str, float]:
     }
 
 
-def explained_variance_of(sums: Mapping[str, np.ndarray], square_of_mean: float) -> np.ndarray:
-    """The explained variance of resampled documents, about the mean of all of them."""
-    return 1 - sums["error"] / (sums["square"] - sums["tokens"] * square_of_mean)
+def explained_variance_of(sums: Mapping[str, Any], square_of_mean: float) -> Any:
+    """The explained variance; of resampled documents, about the mean of all of them."""
+    return 1 - ratio(sums["error"], sums["square"] - sums["tokens"] * square_of_mean)
 
 
-def _one_minus(numerator: float, denominator: float) -> float:
-    return 1 - numerator / denominator if denominator != 0 else float("nan")
+def ratio(numerator: Any, denominator: Any) -> Any:
+    """Of numbers, NaN where there is nothing to divide by; or of arrays, as numpy has it."""
+    return numerator / denominator if isinstance(denominator, np.ndarray) or denominator != 0 else NAN
 
 
 PIECE_BYTES = 1 << 27  # of activations at once
@@ -235,7 +238,7 @@ def measure_sparsity(context: Context, subjects: Sequence[LoadedSae], block: Blo
 def piece_size(context: Context, subject: LoadedSae, batch_windows: int) -> PieceSize:
     """As many windows as have activations of `PIECE_BYTES`."""
     room = PIECE_BYTES // (4 * context.manifest.context * subject.width)
-    return PieceSize(min(max(1, room), batch_windows), "windows", context.say)
+    return PieceSize(min(room, batch_windows), "windows", context.say, subject.together)
 
 
 @torch.inference_mode()

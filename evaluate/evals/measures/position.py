@@ -52,7 +52,7 @@ def profile(acts_WTF: Tensor, keep_WT: Tensor) -> Profile:
 
 def assign_ranges(seen: Profile, ranges: int) -> Tensor:
     """int64 [F]: for each latent the range where its mean activation is highest."""
-    return _by_range(seen.mean, ranges).argmax(0)
+    return _by_range(seen, ranges).argmax(0)
 
 
 def retention(seen: Profile, range_F: Tensor, ranges: int) -> Tensor:
@@ -60,7 +60,7 @@ def retention(seen: Profile, range_F: Tensor, ranges: int) -> Tensor:
 
     Of mean activation by position, so that windows that end early do not favour the first ranges.
     """
-    share = _by_range(seen.mean, ranges)
+    share = _by_range(seen, ranges)
     share = share / share.sum(0).clamp_min(1e-30)
     inside = share.gather(0, range_F.clamp_min(0)[None])[0]
     return torch.where(range_F == ANYWHERE, 1.0, inside)
@@ -84,11 +84,11 @@ def fidelity(seen: Profile, mask_TF: Tensor) -> Tensor:
     return _correlation(seen.mean[there], mask_TF[there])
 
 
-def _by_range(table_TF: Tensor, ranges: int) -> Tensor:
-    """[R, F]: mean over the positions of each range."""
-    of_position = equal_shares(len(table_TF), ranges).to(table_TF.device)
-    total = table_TF.new_zeros(ranges, table_TF.shape[1]).index_add(0, of_position, table_TF)
-    return total / torch.bincount(of_position, minlength=ranges).clamp_min(1)[:, None]
+def _by_range(seen: Profile, ranges: int) -> Tensor:
+    """[R, F]: mean over the positions of each range that have tokens: that of BOS has none."""
+    of_position = equal_shares(len(seen.tokens), ranges).to(seen.mass.device)
+    total = seen.mass.new_zeros(ranges, seen.mass.shape[1]).index_add(0, of_position, seen.mean)
+    return total / torch.bincount(of_position[seen.tokens > 0], minlength=ranges).clamp_min(1)[:, None]
 
 
 def _correlation(first_TF: Tensor, second_TF: Tensor) -> Tensor:

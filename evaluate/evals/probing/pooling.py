@@ -20,7 +20,7 @@ from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
 from ...context.context import Context
-from ...context.loaded_sae import LoadedSae, batch_size_for, layers_of
+from ...context.loaded_sae import LoadedSae, batch_size_for, layers_of, together
 from ...context.prompt_positions import stacked, to_sparse
 from ...context.usable_saes import attention_of
 from ...model.batches import Windows, make_rows, run_windows
@@ -73,7 +73,7 @@ def pool_task(
     """Pool every text of a task, each once however often it is used."""
     texts = list(dict.fromkeys(text for part in (task.train, task.test) for each in part.values() for text in each))
     layers, attention = layers_of(subjects), attention_of(context, subjects)
-    size = PieceSize(batch_size_for(subjects, length, batch_size), "texts", context.say)
+    size = PieceSize(batch_size_for(subjects, length, batch_size), "texts", context.say, together(subjects))
 
     with context.watch.stage(f"{task.name}: texts", len(texts), "texts") as advance:
 

@@ -15,7 +15,9 @@ from .train_probes import Training
 
 ALL_N = (2, 5, 10, 20, 50, 100, 500)
 TEST_BATCH = 500  # SAEBench's, of no effect: reported for its schema
-
+LEAST = {"train_set_size": 4, "test_set_size": 4, "context_length": 2}
+"""A text of each class with each value of the other label, and a token behind BOS."""
+LEAST_PERTURBED = LEAST | {"n_values": 1, "probe_train_batch_size": 1, "probe_epochs": 1}
 
 S = TypeVar("S", bound="DataSettings")
 

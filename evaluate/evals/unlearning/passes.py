@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ....cache_schema import AttentionSpec
 from ...context.disk_cache import decided_by, model_print, remembered
-from ...context.loaded_sae import LoadedSae, layers_of
+from ...context.loaded_sae import LoadedSae, layers_of, together
 from ...model.batches import Sums, Windows, run_windows
 from ...model.prefix_suffix import LanguageModel
 from ...model.smaller_pieces import PieceSize, in_pieces
@@ -83,7 +83,8 @@ class SharedPasses:
             advance(tokens_WT.numel())
             return [FiringCounts.of(subject.encode(batch), batch.keep) for subject in self.subjects]
 
-        parts = list(in_pieces(len(rows_WT), PieceSize(self.batch_size, "rows", self.say), count))
+        size = PieceSize(self.batch_size, "rows", self.say, together(self.subjects))
+        parts = list(in_pieces(len(rows_WT), size, count))
         totals = [reduce(add, counts) for counts in zip(*parts, strict=True)]
         return {subject: total.shares() for subject, total in zip(self.subjects, totals, strict=True)}
 
@@ -94,7 +95,7 @@ class SharedPasses:
         right = Counter[Answered]()
         for exam in exams:
             for sheet in (sheet.to(self.model.device) for sheet in exam.sheets):
-                size = PieceSize(len(sheet.tokens), "rows of an exam", self.say)
+                size = PieceSize(len(sheet.tokens), "rows of an exam", self.say, together(self.subjects))
                 for found in in_pieces(len(sheet.tokens), size, partial(self._answer_part, exam, sheet, settings)):
                     right.update(found)
                 advance(len(sheet))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,17 +13,19 @@ from typing import Any
 
 from ....train.disk.atomic_files import read_json
 from ....train.run.folder import RunFolder
-from ...context.results import is_of_other_codes, metric_of, ours_in, read_result
+from ...context.results import RESULTS, metric_of, ours_in, read_result, still_stands
 from ...errors import EvalError, ResultInvalid
 
-RESULTS = "_eval_results.json"
 CURVE_POINTS = 200
 Documents = Mapping[Path, Mapping[str, Any]]
 Say = Callable[[str], object]
-CORE = {  # the names of a run's own held-out numbers in core's results; SAEBench's explained variance is another one
+SEED = re.compile(r"_seed(\d+)(?=_|$)")  # in an SAE's label
+CORE = {  # where core's results have what pages show; SAEBench's explained variance is another one
     "l0": "sparsity.l0",
     "explained_variance": "saemill_metrics.explained_variance",
     "explained_variance_with_massive": "saemill_metrics.explained_variance_with_massive",
+    "ce_score": "model_performance_preservation.ce_loss_score",
+    "kl_score": "model_behavior_preservation.kl_div_score",
 }
 
 
@@ -92,24 +95,30 @@ class Record:
         return self.documents.get(evaluation, {}).get("eval_result_unstructured") or {}
 
 
-def read_records(runs: Sequence[RunFolder], say: Say, known: Documents | None = None) -> list[Record]:
+def read_records(
+    runs: Sequence[RunFolder], say: Say, known: Documents | None = None, only_known: bool = False
+) -> list[Record]:
     """The SAEs of some runs in a fixed order; names carry the run where there are several, and its path where several
     runs have one name.
 
-    `known` are results that are in memory already, by their place on disk.
+    `known` are results that are in memory already, by their place on disk; with `only_known` nobody has others, and
+    who has none is left out: of others nobody has looked whether they compare.
     """
     times = Counter(run.name for run in runs)
     names = [run.name if times[run.name] == 1 else str(run.path) for run in runs]
-    pairs = zip(runs, names, strict=True)
-    return [record for run, name in pairs for record in _records_of(run, name, len(runs) == 1, say, known or {})]
+    pairs, known = zip(runs, names, strict=True), known or {}
+    found = [record for run, name in pairs for record in _records_of(run, name, len(runs) == 1, say, known, only_known)]
+    return [record for record in found if record.documents or not only_known]
 
 
-def _records_of(run: RunFolder, name: str, is_alone: bool, say: Say, known: Documents) -> Iterator[Record]:
+def _records_of(
+    run: RunFolder, name: str, is_alone: bool, say: Say, known: Documents, only_known: bool
+) -> Iterator[Record]:
     config = run.read_config() if (run.path / "config.json").is_file() else {}
     result = read_json(run.path / "result.json") if run.is_finished else {}
     members, outcomes = config.get("saes", {}), result.get("saes", {})
     log = read_log(run.metrics)
-    documents = read_documents(run.path / "evals", say, known)
+    documents = read_documents(run.path / "evals", say, known, only_known)
     for label in sorted({*members, *outcomes, *documents}):
         member = members.get(label, {})
         yield Record(
@@ -143,15 +152,19 @@ def read_log(path: Path) -> list[Mapping[str, Any]]:
         raise ResultInvalid(f"{path} is damaged ({error}): remove the line, or copy the file anew") from None
 
 
-def read_documents(folder: Path, say: Say, known: Documents) -> dict[str, dict[str, Mapping[str, Any]]]:
+def read_documents(
+    folder: Path, say: Say, known: Documents, only_known: bool = False
+) -> dict[str, dict[str, Mapping[str, Any]]]:
     """Results by label and evaluation, those that still hold; one that cannot be read costs the others nothing."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for path in sorted(folder.glob(f"*/*{RESULTS}")):
+        if only_known and path not in known:
+            continue
         try:
             document = known.get(path) or read_result(path)
         except (EvalError, OSError) as error:
             say(f"left out of pages and plots: {error}")
             continue
-        if not is_of_other_codes(document):
+        if still_stands(document, path):
             found.setdefault(path.name.removesuffix(RESULTS), {})[path.parent.name] = document
     return found

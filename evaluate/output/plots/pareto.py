@@ -50,12 +50,12 @@ PANELS = (
     Points(
         "Loss of the model",
         "CE score (1 clean, 0 ablated)",
-        lambda r: r.metric("core", "model_performance_preservation.ce_loss_score"),
+        lambda r: r.held_out("ce_score"),
     ),
     Points(
         "Predictions of the model",
         "KL score (1 clean, 0 ablated)",
-        lambda r: r.metric("core", "model_behavior_preservation.kl_div_score"),
+        lambda r: r.held_out("kl_score"),
     ),
 )
 

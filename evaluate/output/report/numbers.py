@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ... import evals
-from ...context.results import REACH, heading, lines_of_each, reach_of
+from ...context.results import REACH, differing, heading, lines_of_each, reach_of
 from ..figures.records import CORE, Record
 from .markup import Html, element, joined
 
@@ -49,8 +49,8 @@ COLUMNS = (
     held_out("L0", "active latents per token", "l0"),
     held_out("explained variance", "of held-out residuals", "explained_variance"),
     held_out("with massive rows", "the same of all rows", "explained_variance_with_massive"),
-    measured("CE score", "1 clean, 0 ablated", "core", "model_performance_preservation.ce_loss_score"),
-    measured("KL score", "1 clean, 0 ablated", "core", "model_behavior_preservation.kl_div_score"),
+    held_out("CE score", "1 clean, 0 ablated", "ce_score"),
+    held_out("KL score", "1 clean, 0 ablated", "kl_score"),
     Column("dead", "share of latents", lambda r: r.outcome.get("dead_share")),
     measured("probing", "test accuracy, k = 5", "sparse_probing", "sae.sae_top_5_test_accuracy"),
     measured("tier information", "adjusted, tiers 1 and 2", "tiers", "tier_information.adjusted_nmi_1_2"),
@@ -100,6 +100,9 @@ def notes(records: Sequence[Record], columns: Sequence[Column]) -> list[Html]:
     told = [f"{line}." for line in lines_of_each((one.name, line) for one in records for line in one.measured_on)]
     if any(column.reach(one) is not None for column in columns for one in records):
         told.append(f"{REACH} is the distance to the farther end of the 95 % interval over documents.")
+    for name in dict.fromkeys(column.evaluation for column in columns if column.evaluation):
+        if uneven := differing(one.documents[name] for one in records if name in one.documents):
+            told.append(f"{name}: these numbers do not compare, results differ in {uneven}.")
     others = (one for one in records if one.outcome and one.metric("core", CORE["explained_variance"]) is None)
     by_training = [one.name for one in others]
     if by_training:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..figures.records import Record, thinned
+from ..figures.records import SEED, Record, thinned
 
-SEED = re.compile(r"_?seed_?\d+")
 DIGITS = 5
 SHARED = ("sae", "step")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -119,6 +121,30 @@ def test_results_of_other_codes_do_not_stand(builder, tmp_path, config, stands):
     path.write_text(json.dumps(document))
     assert (standing_result(subject, "core") is not None) == stands
     assert bool(read_documents(tmp_path / "evals", print, {})) == stands
+
+
+@pytest.mark.parametrize("home", [".", "sae"], ids=["of a run", "of its own"])
+def test_results_of_an_earlier_sae_do_not_stand(builder, tmp_path, home):
+    """Neither for --resume nor on the page, whatever the times of files say: a copy has its own, or those of before."""
+    subject = replace(builder.subject(builder.make_sae()), home=tmp_path / home)
+    document, path = write_result(Result(subject, {}, {}), "core", {}), result_path(subject, "core")
+    evals, weights, now = tmp_path / home / "evals", subject.folder / "sae_weights.safetensors", time.time()
+
+    def stands():
+        found = {standing_result(subject, "core") is not None, bool(read_documents(evals, print, {}))}
+        assert len(found) == 1
+        return found.pop()
+
+    os.utime(weights, (now + 60, now + 60))
+    assert stands()
+    document["saemill"].pop("sha256")  # as results of before are
+    path.write_text(json.dumps(document))
+    assert not stands()
+    write_result(Result(subject, {}, {}), "core", {})
+    time.sleep(0.05)  # longer than two times of files need to differ
+    builder.save(subject.folder, builder.make_sae(seed=9))
+    os.utime(weights, (now - 60, now - 60))
+    assert not stands()
 
 
 def test_several_layers_lie_side_by_side(batch, builder):

@@ -42,7 +42,7 @@ def test_each_spot_is_read_as_if_it_were_alone(model, builder):
 class FiresByPosition:
     """Stands for an SAE with side inputs: its activation is the position."""
 
-    needs, width = frozenset({"position"}), 2
+    needs, width, together = frozenset({"position"}), 2, 1
 
     def __init__(self, layer):
         self.layer, self.layers, self.target_layers = layer, (layer,), (layer,)

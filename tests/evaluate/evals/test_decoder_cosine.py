@@ -41,6 +41,15 @@ def test_latents_that_another_seed_has_are_counted(measure):
         assert result.metrics["across_seeds"]["mean_chance"] < 0.8
 
 
+def test_a_damaged_sae_costs_the_others_nothing(measure, builder):
+    tables, damaged = [torch.eye(8)] * 2, builder.root / "damaged"
+    builder.subject(builder.make_sae(), "damaged")
+    (damaged / "cfg.json").write_text("{")
+    for result in measure(*tables):
+        assert result.metrics["across_seeds"]["seeds"] == 2
+        assert result.remark.startswith("without damaged, which cannot be read")
+
+
 def test_only_saes_that_were_trained_alike_are_compared(measure):
     table = torch.eye(8)
     settings = [{"k": 2, "seed": 0}, {"k": 4, "seed": 1}, {}]

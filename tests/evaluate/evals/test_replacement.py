@@ -89,6 +89,13 @@ def test_a_broken_sae_has_no_losses(world, builder, open_context):
     assert found["ce_clean"] > 0 and found["ce_skipped"] > 0
 
 
+def test_what_is_the_same_on_every_token_has_no_variance_to_explain():
+    """Sums in float64 differ by rounding, and a share of that is no number."""
+    seen, y = replacement.Seen(), torch.full((1000, 3), 0.1)
+    seen.add(dict.fromkeys(("clean", "skipped", "replaced"), replacement.Effect()), y, y, 0.9 * y)
+    assert math.isnan(seen.metrics()["explained_variance"]) and seen.metrics()["l0"] == 3
+
+
 def test_tokens_that_are_made_up_are_not_run(make_world, builder, open_context):
     with pytest.raises(DataMissing, match="imported without tokens: import it again with --tokens"):
         measure(open_context(make_world(has_tokens=False)), builder.subject(builder.make_sae()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -230,3 +231,14 @@ def test_the_pocket_model_knows_nothing_without_its_residual():
     assert (model.head(hidden[0]) == 0).all()
     assert model.facts.vocab_size == 4096
     assert model.tokenizer.encode(["def f(x):"])[0]
+
+
+def test_a_tokenizer_that_cannot_be_taken_says_what_to_do(world, tmp_path):
+    folder = shutil.copytree(world.model, tmp_path / "model")
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    fast.save_pretrained(folder)
+    with pytest.raises(ModelMissing, match="Set `bos_token` in its tokenizer_config.json"):
+        _ = load_language_model(folder, torch.float32, torch.device("cpu")).tokenizer
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelMissing, match="has no tokenizer that can be loaded"):
+        _ = load_language_model(folder, torch.float32, torch.device("cpu")).tokenizer

@@ -333,3 +333,14 @@ def test_curves_that_the_page_draws_are_no_pictures_in_it(tmp_path):
     of_two = read(page("run", [record("a"), record("b")], paths))
     assert [tag for tag, _ in of_two.tags].count("img") == 2  # these have bars as well
     assert {"plots/pareto.png", "plots/training_metrics.png"} <= {a.get("href") for tag, a in reader.tags if tag == "a"}
+
+
+def test_results_of_other_settings_in_one_table_are_told():
+    def measured(label, settings):
+        core = {"eval_result_metrics": {"sparsity": {"l0": 32.0}}, "saemill": {"settings": settings}}
+        return Record(label, "run", label, documents={"core": core})
+
+    first = measured("a", {"config": {"split": "test"}})
+    for split, is_told in (("test", False), ("validation", True)):
+        shown = "".join(read(page("run", [first, measured("b", {"config": {"split": split}})], {})).words)
+        assert ("core: these numbers do not compare, results differ in config.split." in shown) == is_told

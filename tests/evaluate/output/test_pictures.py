@@ -49,6 +49,20 @@ def test_compared_runs_share_their_figures(world, builder, invoke):
     assert (together / "transition_matrix.png").is_file()
 
 
+def test_a_page_of_compared_runs_has_what_was_compared_and_nothing_else(world, builder, invoke):
+    """Of other SAEs and evaluations that lie there nobody has looked whether they are of the same settings."""
+    for name in ("run_1", "run_2"):
+        builder.run(world, name, {"a": builder.make_sae(), "b": builder.make_sae(seed=1)})
+    assert invoke("run_1", "--no-plots").exit_code == 0
+    other = builder.root / "runs/run_1/evals/attention/a_eval_results.json"
+    other.parent.mkdir()
+    other.write_text('{"eval_result_metrics": {"fidelity": {"score": 0.5}}}')
+    assert invoke("run_1/a", "run_2/a", "--compare").exit_code == 0
+    page = (builder.root / "runs/compare/run_1+run_2/report.html").read_text()
+    assert "run_1/a" in page and "run_2/a" in page and "TCS short" in page
+    assert "run_1/b" not in page and "attention fidelity" not in page
+
+
 def test_the_folder_of_many_runs_has_a_name_that_a_file_system_takes(tmp_path):
     many = [f"run_{number:03d}_ü" for number in range(60)]
     name, other = joint_name(many), joint_name([*many[:-1], "run_1"])

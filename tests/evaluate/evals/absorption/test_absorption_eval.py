@@ -172,5 +172,3 @@ def test_words_that_are_too_few_for_a_prompt_are_a_reason_not_to_run(tiny, build
     with pytest.raises(NotApplicable, match=r"of 50 words 10 are in one half, and a prompt shows 10 others"):
         run(tiny, builder, max_words=50)
     assert "are needed" in str(run(tiny, builder, max_words=51)[0].error)
-    with pytest.raises(SettingInvalid, match="max_words"):
-        run(tiny, builder, max_words=-5)

@@ -113,8 +113,20 @@ def test_a_result_that_cannot_be_read_costs_no_browser(world, builder, open_cont
     assert result.metrics and any(f"left out of pages and plots: {path} is damaged" in line for line in said)
     (home / "metrics.jsonl").write_text("{\n")
     monkeypatch.setattr(evaluation, "read", None)
-    with pytest.raises(ResultInvalid, match="metrics.jsonl"):  # before text is read
-        make(context, subjects_of(home))
+    (failure,) = make(context, subjects_of(home))  # before text is read
+    assert isinstance(failure.error, ResultInvalid) and "metrics.jsonl" in str(failure.error)
+
+
+@pytest.mark.parametrize("damaged", ["metrics.jsonl", "result.json"])
+def test_a_run_whose_browser_cannot_be_begun_costs_the_others_none(world, builder, open_context, damaged):
+    """Nor their counterparts, which SAEs have that are read together."""
+    runs = [builder.run(world, name, {"a": builder.make_sae(), "b": builder.make_sae(seed=1)}) for name in "pq"]
+    subjects = [subject for run in runs for subject in subjects_of(run)]
+    (runs[0] / damaged).write_text("{\n")
+    found = make(open_context(world), subjects)
+    assert all(damaged in str(failure.error) for failure in found[:2])
+    assert [result.subject.name for result in found[2:]] == ["q/a", "q/b"] and found[2].metrics
+    assert [sae["label"] for sae in read_data(runs[1] / "browser", "run")["saes"]] == ["a", "b"]
 
 
 def subjects_of(home):

@@ -38,11 +38,16 @@ def test_planted_ranges_are_assigned_and_a_leak_is_measured():
     assert position.retention(seen, range_F, RANGES).mean() == pytest.approx(1 / 1.3, abs=0.03)
 
 
-def test_a_latent_that_does_not_care_retains_its_share():
+@pytest.mark.parametrize("special", [0, 1])
+def test_a_latent_that_does_not_care_retains_its_share(special):
+    """Also in the first range, which has the place of BOS."""
     codes = torch.rand(400, CONTEXT, 4, generator=torch.Generator().manual_seed(0))
-    first, second = (position.profile(part, all_of(part)) for part in codes.split(200))
+    keep = all_of(codes)
+    keep[:, :special] = False
+    first, second = (position.profile(*part) for part in zip(codes.split(200), keep.split(200), strict=True))
     found = position.retention(second, position.assign_ranges(first, RANGES), RANGES)
     assert found.mean() == pytest.approx(1 / RANGES, abs=0.01)
+    assert position.retention(second, torch.zeros(4, dtype=int), RANGES).mean() == pytest.approx(1 / RANGES, abs=0.01)
 
 
 def test_short_windows_do_not_favour_the_first_range():
