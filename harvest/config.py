@@ -107,10 +107,10 @@ class HarvestConfig:
 
 
 def parse_count(text: str) -> int:
-    """`10M`, `1.5B`, `200k` or plain digits."""
+    """A number in the words of `read_count`."""
     count = read_count(text)
     if count is None:
-        raise SettingInvalid(f"{text!r} is not a number of tokens: expected for example 200k, 10M or 1.5B")
+        raise SettingInvalid(f"{text!r} is not a whole number of tokens: expected for example 200k, 10M or 1.5B")
     return count
 
 

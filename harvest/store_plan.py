@@ -37,7 +37,7 @@ class Plan:
     wanted: Wanted
     encoder: TextEncoder
     choice: Choice | None = None
-    """How the model came to be taken, where it was not found in a store."""
+    """How the model came to be taken."""
 
     @property
     def _name(self) -> str:

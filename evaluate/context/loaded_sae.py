@@ -77,7 +77,7 @@ class LoadedSae:
 
     @cached_property
     def sha256(self) -> str:
-        """Of all its files."""
+        """Of its weights and settings on disk."""
         return source_of(self.folder).sha256
 
     @cached_property

@@ -20,17 +20,16 @@ from typing import Any, Literal
 from ...cache_schema.sites import SAE_LENS_NAMES
 from ...cache_schema.strict_json import flatten
 from ...train.disk.atomic_files import replace_file
-from ...train.disk.sae_folder import SAELENS_VERSION, WEIGHT_SUFFIXES
+from ...train.disk.sae_folder import SAELENS_VERSION
 from ...train.run.find_sae import list_saes
 from ...train.run.folder import provenance
-from ...train.run.init_source import source_of
+from ...train.run.init_source import files_of, source_of
 from ..errors import ResultFromLater, ResultInvalid
 from .loaded_sae import LoadedSae, encoding_of
 
 RESULTS = "_eval_results.json"  # after an SAE's label
 FORMAT = 1  # of our part of a result, which does not say it until there is another
 UNKNOWN = "Unknown"
-CONFIGS = ("cfg.json", "config.json")  # of an SAE's folder
 DATA = "data_revision"  # among the settings of a result: which text, where neither settings nor store say it
 INTERVALS = "saemill_metrics.confidence_95"  # where core's results have theirs
 REACH = "\N{PLUS-MINUS SIGN}"
@@ -288,13 +287,13 @@ def _places_in(config: Any) -> list[Any]:
 
 
 def _is_of_other_files(document: Mapping[str, Any], path: Path, folder: Path) -> bool:
-    """Whether another SAE has taken the place of the one measured. They are read for it only where something there was
-    written, moved or copied since; of results of before, which say no digest, times alone tell."""
-    files = [found.stat() for found in folder.glob("*") if found.suffix in WEIGHT_SUFFIXES or found.name in CONFIGS]
+    """Whether another SAE has taken the place of the one measured. They are read for it only where one was written,
+    moved or copied since; of results of before, which say no digest, times alone tell."""
+    files = [file.stat() for file in files_of(folder)]
     measured, told = path.stat().st_mtime, ours_in(document).get("sha256")
-    if told is None or not files:
+    if told is None:
         return any(file.st_mtime > measured for file in files)
-    is_touched = any(max(file.st_mtime, file.st_ctime) > measured for file in (folder.stat(), *files))
+    is_touched = any(max(file.st_mtime, file.st_ctime) > measured for file in files)
     return is_touched and source_of(folder).sha256 != told
 
 

@@ -24,9 +24,9 @@ class PieceSize:
 
     def halve(self, error: BaseException) -> None:
         if self.size == self._together:
+            few, said = "one" if self._together == 1 else "two", str(error).partition("\n")[0]
             raise MemoryTooSmall(
-                f"not even one of the {self._what} at a time fits into memory ({str(error).partition(chr(10))[0]}). "
-                + NO_ROOM
+                f"not even {few} of the {self._what} at a time fits into memory ({said}). {NO_ROOM}"
             ) from error
         self.size = whole(self.size // 2, self._together)
         self._say(f"out of memory: going on with {self.size} {self._what} at a time")

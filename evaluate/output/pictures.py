@@ -17,7 +17,7 @@ LONGEST_NAME = 255  # bytes, of a file system
 
 def draw(rows: Sequence[Row], compares: bool, say: Say) -> None:
     """Plots and the page of every run; where runs are compared, of those with a new result, and of all together."""
-    known = {row.path: row.document for row in rows if row.document is not None}
+    known = {row.path.absolute(): row.document for row in rows if row.document is not None}
     new = [row for row in rows if row.document is not None and not (compares and row.status == "kept")]
     for home in dict.fromkeys(row.subject.home for row in new):
         _draw([home], home / "plots", say, known)

@@ -88,7 +88,7 @@ def _kept(context: Context, subject: LoadedSae, eval_id: str, settings: Mapping[
     is_gone = is_of_store_now_gone(document, settings)
     if keep == "same" or is_gone:
         stands = (is_whole(document, settings) or is_gone) and evals.load(eval_id).is_there(subject)
-        reason = "its result is of a store, and there is none now" if is_gone else ""
+        reason = "its result is of a store, and none is read now" if is_gone else ""
         return Row(subject, eval_id, "kept", reason, document) if stands else None
     found, missing = describe_differences(document, settings), ours_in(document).get("missing")
     if missing and not found:
@@ -183,6 +183,8 @@ class _Attempts:
         try:
             self._evaluation.require(self._config)
             self._evaluation.needs.require(self._context)
+            for subject in subjects:
+                subject.sha256  # noqa: B018  of what was loaded, whatever lies there when a result is written
             for item in self._evaluation.evaluate(self._context, subjects, self._config):
                 rows.append(self._take(item))
         except NotRun as reason:

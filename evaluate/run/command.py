@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from ...cache_schema import Store, StoreError, StoreMissing
-from ...cache_schema.cli import print_json
+from ...cache_schema.cli import print_json, tell_files
 from ...cache_schema.keep_freed_memory import keep_large_blocks
 from ...cache_schema.sites import RESID
 from ...harvest.errors import HarvestError
@@ -164,7 +164,8 @@ def exit_code(rows: Sequence[Row]) -> int:
 def errors_told(complain: Complain) -> Iterator[None]:
     """Expected errors end in one message, not in a traceback."""
     try:
-        yield
+        with tell_files():
+            yield
     except RunInterrupted as stop:  # of a run that was trained on the way
         complain(str(stop))
         sys.exit(128 + stop.signal)
@@ -234,8 +235,9 @@ class Session:
         done = {*others, *((row.subject, row.eval_id) for row in rows)}
         refused = [row for subject in subjects for row in self._refused(subject, error)]
         rows += [row for row in refused if not {row.eval_id, (row.subject, row.eval_id)} & done]
-        if others:
+        if others or any(row.is_good for row in rows):
             self.watch.say(str(error))
+        if others:
             rows += replace(self, configs=others)._run_group(None, subjects)
         return rows
 

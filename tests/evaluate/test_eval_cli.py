@@ -243,7 +243,7 @@ def test_resume_leaves_a_result_of_a_store_that_is_gone(make_world, builder, sae
     before = results(run, "decoder_cosine")
     shutil.rmtree(world.store)
     said = sae_eval(*words, "--resume", options=[])
-    assert "kept: decoder_cosine of run_1/sae: its result is of a store, and there is none now" in said
+    assert "kept: decoder_cosine of run_1/sae: its result is of a store, and none is read now" in said
     assert results(run, "decoder_cosine") == before
     sae_eval(*words, "--resume", "--set", "decoder_cosine.threshold=0.5", options=[])
     assert results(run, "decoder_cosine") != before
@@ -251,14 +251,14 @@ def test_resume_leaves_a_result_of_a_store_that_is_gone(make_world, builder, sae
 
 @pytest.mark.parametrize("keep", ["--resume", "--compare"])
 def test_results_on_a_store_that_is_gone_are_taken_and_the_rest_is_refused(make_world, builder, sae_eval, keep):
-    world = make_world()
+    world = make_world(fresh=True)
     run = builder.run(world, "run_1", {"one": builder.make_sae(), "two": builder.make_sae(seed=1)})
     sae_eval("run_1/one")
     before = results(run)
     shutil.rmtree(world.store)
     output = sae_eval("run_1", keep, code=1)
     assert "ce loss score" in output and results(run) == before
-    assert "kept: core of run_1/one: its result is of a store, and there is none now" in output
+    assert "kept: core of run_1/one: its result is of a store, and none is read now" in output
     assert "failed: core of run_1/two: the store of run_1/one was at" in output
     assert "kept" not in sae_eval("run_1", keep, "--cache", world.store, code=1)
     if keep == "--resume":  # of other settings
@@ -589,6 +589,12 @@ def test_an_sae_that_was_written_after_its_result_is_evaluated_again(run_1, buil
     builder.save(run_1 / "small", builder.make_sae(seed=9))
     sae_eval("run_1/small", "--resume")
     assert results(run_1) != before
+
+
+def test_a_number_that_makes_no_sense_is_refused_before_anything_is_read(run_1, sae_eval, monkeypatch):
+    monkeypatch.setattr(core, "measure_sparsity", None)
+    said = sae_eval("run_1", "--set", "core.resamples=-1", options=[], code=1)
+    assert "resamples: expected 0 or more, found -1" in said
 
 
 def test_a_crash_in_one_sae_costs_no_other_its_result(run_1, sae_eval, monkeypatch):

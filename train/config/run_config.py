@@ -201,12 +201,14 @@ class Ask:
         for point in self.grid:
             asked = {**self.settings, **point}
             for one, other in itertools.combinations(self.saes, 2):
+                if one.variant != other.variant:
+                    continue
                 known = _keys(registry.config_type(one.variant)())
                 over = [
                     key for key in _own(asked, one.variant, known) if one.settings.get(key) != other.settings.get(key)
                 ]
                 first, second = (members[_label(sae.label, _own(point, sae.variant, known))] for sae in (one, other))
-                if over and (first.variant, first.config) == (second.variant, second.config):
+                if over and first.config == second.config:
                     raise ConfigInvalid(
                         f"{first.label} and {second.label} differ in {over[0]} by the recipe, and would be the same "
                         f"SAE twice: leave {over[0]} to the recipe"

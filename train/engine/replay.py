@@ -4,8 +4,8 @@ At 16,384 latents the host takes as long to launch a step's kernels, some two hu
 graph is one launch. It does again exactly what was recorded, on the same memory, so a step is recorded only where the
 host decides nothing but what its key holds: shapes, weights of terms, knobs, where weights and dead latents are
 listed. A term is a function of its view, so what else could differ is what the host draws or counts, and that is
-refused. Steps are launched one by one of an SAE that does so, that has extras or reads side inputs, or that shares its
-rows or latents with other processes.
+refused: such steps are launched one by one, and so are all of an SAE that has extras or reads side inputs, or that
+shares its rows or latents with other processes.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class Replays:
             return record(batch, work, self._memory)
         except NotRecordable:  # as it should be: what it draws or counts must be drawn and counted in each step
             kind.is_recordable = False
+            self._patience *= 2
         except RuntimeError as error:  # CUDA refuses by one, and so does a full device
             failed = str(error).partition("\n")[0]
         self._undo()

@@ -31,7 +31,7 @@ class Caught:
 @contextmanager
 def catch_signals() -> Iterator[Caught]:
     """Ctrl-C and SIGTERM let the step end first; the same signal again stops at once. They reach the main thread, and
-    no other may catch them; what is ignored, as Ctrl-C by what a shell starts behind it, stays so."""
+    no other may catch them; what is ignored, as Ctrl-C is by what a shell runs in the background, stays so."""
     caught = Caught()
 
     def catch(number: int, _: FrameType | None) -> None:

@@ -195,11 +195,9 @@ def is_run(folder: Path) -> bool:
     cannot be read counts, so that whoever reads it next says what is wrong with it."""
     file = folder / "config.json"
     try:
-        return file.is_file() and {"cache", "saes"} <= read_json(file).keys()
-    except ConfigInvalid:
+        return os.path.isfile(file) and {"cache", "saes"} <= read_json(file).keys()
+    except (ConfigInvalid, OSError):
         return True
-    except OSError:
-        return False
 
 
 def run_names(root: str | os.PathLike[str]) -> list[str]:

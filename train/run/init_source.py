@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..errors import ConfigInvalid, SaeInvalid
 from ..kit.build import require
 from .find_sae import read_folder
 
+SETTINGS = ("cfg.json", "config.json")
 COMMIT = re.compile("[0-9a-f]{40}")  # the revision of a model of the Hub, whose name says which one it is
 
 
@@ -35,7 +37,7 @@ class Source:
 
     folder: str
     sha256: str
-    """Of all its files."""
+    """Of its weights and settings."""
 
 
 def source_of(folder: Path) -> Source:
@@ -91,9 +93,23 @@ def _require_place(metadata: Mapping[str, Any], needs: Needs) -> None:
         raise SaeInvalid(f"it goes from {found}, and here from {asked}: choose the --layer and hook that it has")
 
 
+def files_of(folder: Path) -> list[Path]:
+    """Those that an SAE is: its weights and its settings, under the names that tools give them."""
+    return sorted(path for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES or path.name in SETTINGS)
+
+
 def _digest(folder: Path) -> str:
+    known = ((file, file.stat()) for file in files_of(folder))
+    return _digest_of(tuple((file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in known))
+
+
+@cache
+def _digest_of(files: tuple[tuple[Path, int, int, int], ...]) -> str:
+    """Of files as they are: the same are read once."""
     found = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.suffix in {".json", *WEIGHT_SUFFIXES}):
-        found.update(file.name.encode())
-        found.update(file.read_bytes())
+    for path, *_ in files:
+        found.update(path.name.encode())
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                found.update(part)
     return found.hexdigest()

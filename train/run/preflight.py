@@ -10,7 +10,7 @@ import torch
 from ...cache_schema import Store
 from ...cache_schema.csr import index_dtype
 from ...cache_schema.massive_rows import count_ordinary, measure_massive
-from ...cache_schema.request import validate_request
+from ...cache_schema.request import Request, validate_request
 from ...cache_schema.sites import Place, place_of, say_place, site_of
 from ...cache_schema.stored_dtypes import STORED_AS
 from ..config.run_config import Member
@@ -45,8 +45,19 @@ def check(
     _require_memory(settled, store, members, processes, parts, device)
     places = [place_of(*site) for site in request.sites]
     stats = {place: layer_stats(store, place, config.data.massive_norms) for place in places}
+    _require_unlike(store, request)
     _require_ordinary_held_out(settled, store, bounds_of(stats))
     return stats
+
+
+def _require_unlike(store: Store, request: Request) -> None:
+    for site in request.sites:
+        moments = store.moments(site.layer, site.hook)
+        if moments.total_variance <= ALIKE * moments.mean_square_norm:
+            raise NothingToTrain(
+                f"{say_place(place_of(*site))} of {store.url}: expected activations that differ, found "
+                f"{moments.count:,} rows that are all alike: nothing to train. Harvest or import another layer"
+            )
 
 
 def _require_held_out(settled: Settled, store: Store) -> None:
@@ -135,10 +146,10 @@ def layer_stats(store: Store, layer: Place, massive_norms: float | None) -> Stat
     """A layer's statistics; activations that are not finite end here, with their shard."""
     site = site_of(layer)
     moments = store.moments(site.layer, site.hook)
-    if moments.mean_norm == 0 or moments.total_variance <= ALIKE * moments.mean_square_norm:
+    if moments.mean_norm == 0:
         raise NothingToTrain(
-            f"{say_place(layer)} of {store.url}: expected activations that differ, found {moments.count:,} rows that "
-            "are all alike: nothing to train. Harvest or import another layer"
+            f"{say_place(layer)} of {store.url}: expected rows that are not zero, found none among {moments.count:,}. "
+            "Harvest or import another layer"
         )
     stats = stats_from_moments(moments)
     if bool(stats.scale.isfinite().all() and stats.mean.isfinite().all()):

@@ -158,10 +158,10 @@ def read_documents(
     """Results by label and evaluation, those that still hold; one that cannot be read costs the others nothing."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for path in sorted(folder.glob(f"*/*{RESULTS}")):
-        if only_known and path not in known:
+        if only_known and path.absolute() not in known:
             continue
         try:
-            document = known.get(path) or read_result(path)
+            document = known.get(path.absolute()) or read_result(path)
         except (EvalError, OSError) as error:
             say(f"left out of pages and plots: {error}")
             continue

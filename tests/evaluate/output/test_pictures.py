@@ -63,6 +63,15 @@ def test_a_page_of_compared_runs_has_what_was_compared_and_nothing_else(world, b
     assert "run_1/b" not in page and "attention fidelity" not in page
 
 
+def test_saes_without_a_run_are_compared_where_they_lie(world, builder, invoke, monkeypatch):
+    monkeypatch.chdir(builder.root)
+    for name in ("one", "two"):
+        builder.save(builder.root / name, builder.make_sae())
+    assert invoke("one", "two", "--compare", "--cache", world.store).exit_code == 0
+    page = (builder.root / "compare/one+two/report.html").read_text()
+    assert "one" in page and "two" in page and "TCS short" in page
+
+
 def test_the_folder_of_many_runs_has_a_name_that_a_file_system_takes(tmp_path):
     many = [f"run_{number:03d}_ü" for number in range(60)]
     name, other = joint_name(many), joint_name([*many[:-1], "run_1"])

@@ -60,7 +60,7 @@ def test_whole_windows_need_not_be_shared_out_evenly(battery, threads):
 @pytest.mark.parametrize("cuts", [HALVES, UNEVEN], ids=["halves", "uneven"])
 @pytest.mark.parametrize("variant", TOKENWISE)
 def test_two_ranks_train_as_one(battery, threads, variant, cuts):
-    config = battery.quick(variant, dead_after_tokens=1000, encoder_product="float32")
+    config = battery.quick(variant, start="fitted", dead_after_tokens=1000, encoder_product="float32")
     all_batches = battery.batches(config, 6)
     alone = Trainee("one", config.build(battery.D), battery.STEPS)
     told = [alone.step(batch) for batch in all_batches]

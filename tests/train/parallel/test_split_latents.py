@@ -75,7 +75,8 @@ def test_a_process_with_none_to_choose_from_offers_none():
 def test_latents_in_several_processes_train_as_in_one(battery, threads, variant, size):
     """The same losses and weights within the rounding of sums that are added in another order; no part is gathered."""
     changes = {"aux_k": 1} if size == 3 else {}  # of the dead latents: chosen by a support, or in a dense table
-    config = battery.quick(variant, dead_after_tokens=32, encoder_product="float32", width=67, k=2, **changes)
+    changes |= {"start": "fitted", "encoder_product": "float32"}
+    config = battery.quick(variant, dead_after_tokens=32, width=67, k=2, **changes)
     if variant == "jumprelu" and size == 2:
         config = replace(config, sparsity="tanh", frequency_penalty=0.1)
     if size == 2:

@@ -20,9 +20,9 @@ from saemill.train.data.prefetch import Loader
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import NothingToTrain, resume
 from saemill.train.run import after_run as onlooking
-from saemill.train.run import results
+from saemill.train.run import folder, results
 from saemill.train.run.checkpoint_times import catch_signals
-from saemill.train.run.folder import RunFolder
+from saemill.train.run.folder import RunFolder, is_run
 from saemill.train.run.preflight import layer_stats
 from saemill.train.run.results import Outcome, SaeOutcome
 
@@ -109,6 +109,17 @@ def test_a_run_whose_last_steps_diverged_is_named_and_leaves_no_sae(big, sae_tra
         said = sae_train(*again, code=1).output
         assert "error: topk: what it rebuilds of held-out text is not finite: training diverged" in said
         assert not (tmp_path / "runs/run_1/result.json").exists() and not (tmp_path / "runs/run_1/topk").exists()
+
+
+def test_a_run_whose_configuration_may_not_be_read_is_one(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    assert not is_run(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(folder, "read_json", refuse)
+    assert is_run(tmp_path)
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

@@ -66,6 +66,10 @@ def test_a_grid_repeats_every_sae():
     assert list(members(TWO, grid=["seed=0,1"])) == ["few_seed0", "few_seed1", "dense_seed0", "dense_seed1"]
 
 
+def test_a_grid_of_a_setting_that_some_variants_lack_repeats_the_others():
+    assert list(members(TWO, grid=["k=2,4"])) == ["few_k2", "few_k4", "dense"]
+
+
 def test_the_course_and_the_stream_are_the_recipes_unless_told_otherwise():
     recipe = Recipe("r", "", TWO.saes, {"course.tokens": 7, "course.epochs": 2, "data.seed": 3})
     ask = Ask.of_recipe(recipe, parse_settings(["course.tokens=9"]))

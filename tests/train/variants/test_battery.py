@@ -130,12 +130,14 @@ def test_stopping_and_going_on_changes_no_bit(battery, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_saved_sae_has_the_codes_that_were_trained(battery, variant, tmp_path):
     config = battery.quick(variant)
-    unit, halvings = unit_stats(battery.D), count(1)
-    stats = [
-        joined_stats([dataclasses.replace(unit, scale=unit.scale / 2 ** next(halvings)) for _ in layers])
-        for layers in (config.needs().inputs, config.needs().targets)
-        if layers
-    ]
+    unit, generator, number = unit_stats(battery.D), torch.Generator().manual_seed(4), count(1)
+
+    def of_a_layer():
+        mean = torch.randn(battery.D, generator=generator)
+        return dataclasses.replace(unit, mean=mean, scale=unit.scale * 0.37 * next(number))
+
+    places = filter(None, (config.needs().inputs, config.needs().targets))
+    stats = [joined_stats([of_a_layer() for _ in layers]) for layers in places]
     assembly = config.build(battery.D, *stats)
     trainee, _ = battery.train(config, 5, Trainee("one", assembly, battery.STEPS))
     knobs = assembly.knobs_at(battery.STEPS // 2, battery.STEPS)
