@@ -126,8 +126,8 @@ class LoadedSae:
     @torch.inference_mode()
     def encode(self, batch: Windows) -> Tensor:
         """Activations [W, T, F]; zero at special tokens where the SAE needs side inputs, which those do not have. The
-        control takes windows two by two, so that its numbers are the same however large batches are; a last one by
-        itself reads nobody's attention."""
+        control takes windows two by two, so that its numbers are the same however large batches are, but for those of
+        an odd number: their last one reads nobody's attention."""
         if 1 < self.together < len(batch):
             return torch.cat([self.encode(batch.slice(start, start + 2)) for start in range(0, len(batch), 2)])
         x_WTD = batch.x(self.layers)
