@@ -69,7 +69,9 @@ def test_asked_to_stop(big, spawn, sae_train, quick, tmp_path, straight, same_bi
             return step(fleet, draw)
 
         monkeypatch.setattr(Fleet, "step", press_at_40)
+        before = signal.signal(number, signal.default_int_handler)  # these tests may run in the background of a shell
         said = sae_train(*words, code=128 + number).output
+        signal.signal(number, before)
         monkeypatch.undo()
     else:
         process = spawn(*words)
