@@ -232,9 +232,9 @@ class Session:
             with self._context(None) as context:
                 on_store = {name: config for name, config in self.configs.items() if name not in others}
                 rows = standing_rows(context, subjects, on_store, self.keep)
-        done = {*others, *((row.subject, row.eval_id) for row in rows)}
-        refused = [row for subject in subjects for row in self._refused(subject, error)]
-        rows += [row for row in refused if not {row.eval_id, (row.subject, row.eval_id)} & done]
+        stands = {(row.subject, row.eval_id) for row in rows}
+        refused = [row for subject in subjects for row in self._refused(subject, error) if row.eval_id not in others]
+        rows += [row for row in refused if (row.subject, row.eval_id) not in stands]
         if others or any(row.is_good for row in rows):
             self.watch.say(str(error))
         if others:

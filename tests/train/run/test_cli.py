@@ -402,12 +402,23 @@ def test_activations_that_are_no_numbers_name_their_place(write_store, sae_train
     assert not list(tmp_path.glob("runs/*/result.json"))
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0])
-def test_a_layer_of_one_row_again_and_again_is_refused(write_store, sae_train, quick, tmp_path, scale):
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [(0.0, "that are not zero, found none among 2,100"), (1.0, "that differ, found 2,100 rows that are all alike")],
+)
+def test_a_layer_of_one_row_again_and_again_is_refused(write_store, sae_train, quick, tmp_path, scale, expected):
     store = write_store(tmp_path / "store", alike=(0, 300), scale=scale)
     said = sae_train(*TOPK, *quick, "--cache", store["path"], code=1).output
-    assert "layer 3 of" in said and "found 2,100 rows that are all alike: nothing to train" in said
-    with Store.open(store["path"]) as opened, pytest.raises(NothingToTrain, match="layer 3 of .* all alike"):
+    assert "layer 3 of" in said and expected in said
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_rows_that_are_all_alike_are_given_to_whoever_asks_for_them_and_zeros_are_not(write_store, tmp_path):
+    """Scaled they are numbers, which zeros would not be."""
+    with Store.open(write_store(tmp_path / "alike", alike=(0, 300))["path"]) as opened:
+        assert layer_stats(opened, 3, None).scale.isfinite().all()
+    zeros = write_store(tmp_path / "zeros", alike=(0, 300), scale=0.0)["path"]
+    with Store.open(zeros) as opened, pytest.raises(NothingToTrain, match="layer 3 of .* found none among"):
         layer_stats(opened, 3, None)
 
 
