@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def resume(folder: str | os.PathLike[str]) -> str:
+def resume_command(folder: str | os.PathLike[str]) -> str:
     """The command that goes on with a run, for messages: to be pasted into a shell."""
     return shlex.join(["sae-train", "--resume", os.fspath(folder)])
 

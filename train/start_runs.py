@@ -15,7 +15,7 @@ from ..cache_schema.sites import RESID, say_place
 from .config.run_config import Ask, Member
 from .config.settings import parse_grid, parse_settings
 from .disk.safe_checkpoints import list_checkpoints
-from .errors import ConfigInvalid, MemoryTooSmall, StoppedElsewhere, resume
+from .errors import ConfigInvalid, MemoryTooSmall, StoppedElsewhere, resume_command
 from .kit.registry import names
 from .parallel.processes import Solo, join
 from .run.checkpoint_times import catch_signals
@@ -108,7 +108,7 @@ def train(run: Run) -> Outcome | None:
             run.watch.end()
         return conclude(run)
     except (StoppedElsewhere, MemoryTooSmall) as error:
-        saved = f"The last checkpoint is whole: go on with: {resume(run.folder.path)}"
+        saved = f"The last checkpoint is whole: go on with: {resume_command(run.folder.path)}"
         if not list_checkpoints(run.folder.checkpoints):
             saved = "No checkpoint had been written"
         raise type(error)(f"{error}. {saved}") from error

@@ -18,7 +18,7 @@ from ...cache_schema.sites import RESID
 from ...train.disk.places import UNTOLD, Told, places_told
 from ...train.disk.plain_form import with_unit_rows, without_signs
 from ...train.disk.sae_folder import CONFIG, WEIGHTS, as_said_since_6, read_config
-from ...train.errors import RunMissing, SaeInvalid, TrainError, resume
+from ...train.errors import RunMissing, SaeInvalid, TrainError, resume_command
 from ...train.run.find_sae import find_sae, is_of_hub, list_saes, read_folder
 from ...train.run.folder import RunFolder, cache_of, is_run, places_of, run_names
 from ...train.study_recipes import runs_of, studies
@@ -116,7 +116,9 @@ def _run_of(target: str, runs: Path) -> RunFolder | None:
 
 def _saes_of(run: RunFolder) -> list[Path]:
     if not run.is_finished:
-        raise RunUnfinished(f"{run.path} has not ended: it has no result.json. Go on with it: {resume(run.path)}")
+        raise RunUnfinished(
+            f"{run.path} has not ended: it has no result.json. Go on with it: {resume_command(run.path)}"
+        )
     found = list_saes(run.path)
     if not found:
         raise RunUnfinished(f"{run.path} holds no saved SAE: they were removed. Train it again")

@@ -175,8 +175,9 @@ class Ask:
                 "leave out one of the two"
             )
         self._require_known([*self.settings, *spread])
+        made = [(sae, point, self._member(sae, point, limits, held or {})) for sae in self.saes for point in self.grid]
         members: dict[str, Member] = {}
-        for member in (self._member(sae, point, limits, held or {}) for sae in self.saes for point in self.grid):
+        for _, _, member in made:
             if len(member.label) > LONGEST_LABEL:
                 raise ConfigInvalid(
                     f"{member.label:.60}...: expected a name of at most {LONGEST_LABEL} characters, which files bear, "
@@ -187,7 +188,7 @@ class Ask:
                     f"two SAEs of the run would both be called {member.label}: give one of them a run of its own"
                 )
         self._require_read(tuple(members.values()), spread)
-        self._require_apart(members)
+        self._require_apart(made)
         return tuple(members.values())
 
     def _decides(self, key: str, said: str) -> bool:
@@ -196,23 +197,19 @@ class Ask:
         own, other = (rest if head in variants else whole for whole in (key, said) for head, rest in [split_key(whole)])
         return own == other and (key in (said, own) or len(variants) == 1)
 
-    def _require_apart(self, members: Mapping[str, Member]) -> None:
+    def _require_apart(self, made: Sequence[tuple[Sae, Mapping[str, Any], Member]]) -> None:
         """Refuse a setting that takes from two SAEs of a recipe all that sets them apart."""
-        for point in self.grid:
-            asked = {**self.settings, **point}
-            for one, other in itertools.combinations(self.saes, 2):
-                if one.variant != other.variant:
-                    continue
-                known = _keys(registry.config_type(one.variant)())
-                over = [
-                    key for key in _own(asked, one.variant, known) if one.settings.get(key) != other.settings.get(key)
-                ]
-                first, second = (members[_label(sae.label, _own(point, sae.variant, known))] for sae in (one, other))
-                if over and first.config == second.config:
-                    raise ConfigInvalid(
-                        f"{first.label} and {second.label} differ in {over[0]} by the recipe, and would be the same "
-                        f"SAE twice: leave {over[0]} to the recipe"
-                    )
+        for (one, point, first), (other, there, second) in itertools.combinations(made, 2):
+            if point != there or first.config != second.config:
+                continue
+            known = _keys(registry.config_type(one.variant)())
+            asked = _own({**self.settings, **point}, one.variant, known)
+            over = [key for key in asked if one.settings.get(key) != other.settings.get(key)]
+            if over:
+                raise ConfigInvalid(
+                    f"{first.label} and {second.label} differ in {over[0]} by the recipe, and would be the same "
+                    f"SAE twice: leave {over[0]} to the recipe"
+                )
 
     def _require_read(self, members: Sequence[Member], spread: Sequence[str]) -> None:
         """Refuse what is said of SAEs of which none reads it."""

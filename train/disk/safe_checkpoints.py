@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...cache_schema.disk_and_cloud_files import make_folder, sync
 from ...cache_schema.strict_json import StrictError, from_json, to_json
-from ..errors import CheckpointDamaged, ConfigInvalid, RunNotWritten, resume
+from ..errors import CheckpointDamaged, ConfigInvalid, RunNotWritten, resume_command
 from ..parallel.processes import Group, Solo, all_or_none
 from .atomic_files import read_json, write_json
 
@@ -137,9 +137,10 @@ class Writer:
         try:
             written.result()
         except FILE_ERRORS as error:
+            command = resume_command(self._folder.parent)
             raise RunNotWritten(
                 f"the checkpoint of step {step} could not be written to {self._folder} ({error}). The one before is "
-                f"whole: make room there, or mend what the disk says, then go on with: {resume(self._folder.parent)}"
+                f"whole: make room there, or mend what the disk says, then go on with: {command}"
             ) from error
         finally:
             if written.done():

@@ -14,7 +14,7 @@ from types import FrameType
 from ..config.run_config import CourseConfig
 from ..disk.safe_checkpoints import Standing, Writer
 from ..engine.fleet_of_saes import Fleet
-from ..errors import RunInterrupted, resume
+from ..errors import RunInterrupted, resume_command
 from .metrics import Watch
 from .process import Process
 
@@ -71,7 +71,7 @@ class Saver:
             self._group.any(False)  # whoever leaves first has the launcher end the others, and one may still write
             raise RunInterrupted(
                 caught.signal or signal.SIGTERM,
-                f"stopped after step {steps} of {total_steps}; go on with: {resume(self._folder.parent)}",
+                f"stopped after step {steps} of {total_steps}; go on with: {resume_command(self._folder.parent)}",
             )
 
     def save(self, steps: int) -> None:

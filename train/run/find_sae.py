@@ -14,7 +14,7 @@ from ..data.scaling import unit_stats
 from ..disk.formats import FILES, kind_of, read
 from ..disk.plain_form import sae_from_plain
 from ..disk.sae_folder import EXTRAS, WEIGHTS, read_sae
-from ..errors import RunMissing, SaeInvalid, resume
+from ..errors import RunMissing, SaeInvalid, resume_command
 from ..kit import registry
 from ..sae.model import SparseAutoencoder
 from .folder import is_run, places_of, run_names
@@ -93,7 +93,7 @@ def list_saes(folder: Path) -> list[Path]:
 def no_sae(folder: Path) -> RunMissing:
     if not is_run(folder):
         return RunMissing(f"{folder} holds no SAE that is known here: give the folder in which the SAE's files lie")
-    return RunMissing(f"{folder} holds no trained SAE yet: go on with its run by {resume(folder)}")
+    return RunMissing(f"{folder} holds no trained SAE yet: go on with its run by {resume_command(folder)}")
 
 
 def _only_sae(folder: Path) -> Path:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 
 from ...cache_schema.disk_and_cloud_files import make_folder, sync
 from ..disk.atomic_files import encode_line, read_json, write_json
-from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken, resume
+from ..errors import ConfigInvalid, RunMissing, RunNotWritten, RunTaken, resume_command
 
 RUNS = "runs"
 """Where runs are kept if nothing is said."""
@@ -56,11 +56,7 @@ class RunFolder:
                 (root / name).mkdir()
         except FileExistsError:
             if not _was_left_empty(root / name):
-                remedy = (
-                    f", or continue it with --resume {shlex.quote(name)}"
-                    if (root / name / "config.json").is_file()
-                    else ""
-                )
+                remedy = f", or continue it with --resume {shlex.quote(name)}" if is_run(root / name) else ""
                 raise RunTaken(f"{root / name} exists already: choose another --name{remedy}") from None
         return cls(root / name)
 
@@ -174,7 +170,7 @@ def name_failure(folder: Path, what: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise RunNotWritten(
             f"{what} could not be written to {folder} ({error}). Make room there, or mend what the disk says. What was "
-            f"saved before is whole: where there is a checkpoint, go on with: {resume(folder)}"
+            f"saved before is whole: where there is a checkpoint, go on with: {resume_command(folder)}"
         ) from error
 
 

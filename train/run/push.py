@@ -16,7 +16,7 @@ from typing import Any
 
 from ..disk.formats import kind_of
 from ..disk.sae_folder import CONFIG, EXTRAS, WEIGHTS
-from ..errors import ConfigInvalid, NotPushed, RunMissing, SaeInvalid, resume
+from ..errors import ConfigInvalid, NotPushed, RunMissing, SaeInvalid, resume_command
 from .card import describe, write_card
 from .find_sae import ask_hub, list_saes, no_sae
 from .folder import is_run, places_of, run_names
@@ -59,7 +59,7 @@ def _local_saes(name: str, runs: str | os.PathLike[str]) -> list[Path]:
         raise RunMissing(f"no SAE {name!r} here to push: the runs in {runs} are {', '.join(run_names(runs)) or 'none'}")
     folders = list_saes(home)
     if home not in folders and is_run(home) and not (home / "result.json").is_file():
-        raise RunMissing(f"{home} is not finished, and more SAEs may come: first {resume(home)}")
+        raise RunMissing(f"{home} is not finished, and more SAEs may come: first {resume_command(home)}")
     if not folders:
         raise no_sae(home)
     for folder in folders:

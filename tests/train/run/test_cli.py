@@ -18,7 +18,7 @@ from saemill.cache_schema import Store
 from saemill.train.cli import count, warnings_of
 from saemill.train.data.prefetch import Loader
 from saemill.train.engine.step import Trainee
-from saemill.train.errors import NothingToTrain, resume
+from saemill.train.errors import NothingToTrain, resume_command
 from saemill.train.run import after_run as onlooking
 from saemill.train.run import folder, results
 from saemill.train.run.checkpoint_times import catch_signals
@@ -188,7 +188,7 @@ def test_what_is_to_be_pasted_keeps_a_path_with_spaces_whole(big, sae_train, qui
     assert "next: sae-eval 'my run'" in sae_train(*words, out="runs").output
     assert "or continue it with --resume 'my run'" in sae_train(*words, code=1).output
     assert f"with: sae-eval '{tmp_path}/runs/my run'" in sae_train("--resume", "my run", code=1).output
-    assert resume(tmp_path / "my run") == f"sae-train --resume '{tmp_path}/my run'"
+    assert resume_command(tmp_path / "my run") == f"sae-train --resume '{tmp_path}/my run'"
 
 
 @pytest.mark.parametrize(
