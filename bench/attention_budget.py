@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from saemill.cache_schema import AttentionCsr, AttentionSpec, Request, ShardContent, Store
-from saemill.cache_schema.compression import encode
+from saemill.cache_schema.chunk_codec import encode
 from saemill.cache_schema.content import lay_out
 from saemill.cache_schema.info import LinkCounts, count_links
 from saemill.cache_schema.manifest import Manifest

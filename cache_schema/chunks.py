@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import zarr
 
-from .compression import CHECKSUM_BYTES, as_bytes, check, decode
+from .chunk_codec import CHECKSUM_BYTES, as_bytes, check, decode
 from .disk_and_cloud_files import Files
 from .errors import ChunkMissing, ShardCorrupt
 from .layout import ArrayLayout

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import xxhash
 
+from .chunk_codec import as_bytes
 from .commits import ArrayRecord, AttentionTotals, CommitRecord
-from .compression import as_bytes
 from .csr import AttentionCsr, index_dtype
 from .errors import ShardInvalid
 from .layout import (

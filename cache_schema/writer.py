@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
+from .chunk_codec import CHECKSUM_BYTES, encode
 from .commits import (
     READ_AT_ONCE,
     CommitRecord,
@@ -30,7 +31,6 @@ from .commits import (
     write_device,
     write_record,
 )
-from .compression import CHECKSUM_BYTES, encode
 from .content import ShardContent, ShardPart, as_stored, lay_out, make_record, validate_content
 from .counts import count_all, write_counts
 from .disk_and_cloud_files import Files, open_files, read_if_there

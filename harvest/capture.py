@@ -14,7 +14,8 @@ from torch import Tensor
 from ..cache_schema import AttentionSpec
 from ..cache_schema.sites import Site
 from .model.attention import Sinks
-from .model.load_and_truncate import TruncatedModel, kept
+from .model.hooks import kept
+from .model.load_and_truncate import TruncatedModel
 from .sparsify_attention import KeptRows, sparsify
 
 

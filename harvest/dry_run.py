@@ -22,7 +22,7 @@ from ..cache_schema.layout import ROOT
 from .config import HarvestConfig
 from .corpus import open_corpus
 from .corpus.source import Corpus, part_of
-from .create_store import require_ours, require_place
+from .create_or_resume_store import require_ours, require_place
 from .cut_windows import Packer
 from .errors import CorpusEmpty
 from .estimate_cost import (

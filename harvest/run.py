@@ -26,7 +26,7 @@ from ..cache_schema.keep_freed_memory import SMALLER_THAN_SHARDS, keep_large_blo
 from ..cache_schema.layout import ROOT
 from ..cache_schema.root import read_root
 from .config import HarvestConfig
-from .create_store import begin_store, require_place, wait_for_tokens
+from .create_or_resume_store import begin_store, require_place, wait_for_tokens
 from .errors import HarvestError, ModelDiffers, ModelUnavailable
 from .estimate_cost import announce, is_bound_to_fit, measure_cost, needed_bytes, require_space, sizes_of, tokens_in
 from .model.load_and_truncate import Wanted, find_device, load_model

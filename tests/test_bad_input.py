@@ -34,11 +34,11 @@ from saemill.evaluate.errors import EvalError
 from saemill.evaluate.output.figures.records import read_log
 from saemill.train.config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
 from saemill.train.data.scaling import unit_stats
-from saemill.train.disk import safe_checkpoints
+from saemill.train.disk import write_and_load_checkpoints
 from saemill.train.disk.formats import WRITERS
 from saemill.train.disk.plain_form import plain_sae
 from saemill.train.disk.sae_folder import read_config, save_sae
-from saemill.train.disk.safe_checkpoints import Standing, load_checkpoint, save_checkpoint
+from saemill.train.disk.write_and_load_checkpoints import Standing, load_checkpoint, save_checkpoint
 from saemill.train.errors import TrainError
 from saemill.train.kit.registry import config_type
 from saemill.train.run.find_sae import read_folder
@@ -78,7 +78,7 @@ def seal_root(document: Any) -> None:
 def seal_state(document: Any) -> None:
     """Nor the digest of where a run stands."""
     try:
-        found = from_json(safe_checkpoints._State, document)
+        found = from_json(write_and_load_checkpoints._State, document)
         document["digest"] = found.own_digest()
     except (StrictError, TypeError, ValueError, RecursionError):
         return

@@ -19,7 +19,7 @@ from huggingface_hub.cli.hf import app as hf
 from saemill.evaluate import evals
 from saemill.evaluate.run.command import make_configs
 from saemill.harvest.cli import make_config
-from saemill.train.config.settings import parse_grid, parse_settings
+from saemill.train.config.parse_settings import parse_grid, parse_settings
 from saemill.train.kit import registry
 from saemill.train.start_runs import find_asks
 

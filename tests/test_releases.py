@@ -30,7 +30,7 @@ from saemill.evaluate.context.results import metric_of, read_result
 from saemill.evaluate.errors import ResultFromLater
 from saemill.train import load_sae
 from saemill.train.cli import main as sae_train
-from saemill.train.disk.safe_checkpoints import load_checkpoint
+from saemill.train.disk.write_and_load_checkpoints import load_checkpoint
 from saemill.train.errors import CheckpointDamaged
 
 ROOT = Path(__file__).parent.parent

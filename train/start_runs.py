@@ -12,9 +12,9 @@ from rich.console import Console
 from ..cache_schema import Store, StoreMissing
 from ..cache_schema.in_words import counted
 from ..cache_schema.sites import RESID, say_place
+from .config.parse_settings import parse_grid, parse_settings
 from .config.run_config import Ask, Member
-from .config.settings import parse_grid, parse_settings
-from .disk.safe_checkpoints import list_checkpoints
+from .disk.write_and_load_checkpoints import list_checkpoints
 from .errors import ConfigInvalid, MemoryTooSmall, StoppedElsewhere, resume_command
 from .kit.registry import names
 from .parallel.processes import Solo, join

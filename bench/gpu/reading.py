@@ -21,8 +21,8 @@ from records import record
 
 from saemill.cache_schema import Request, Store
 from saemill.train.data.mixing_order import Plan, measure_split
-from saemill.train.data.pool import PIECES_IN_FLIGHT
 from saemill.train.data.prefetch import Loader
+from saemill.train.data.read_into_pool import PIECES_IN_FLIGHT
 
 LAYER = 19
 

@@ -23,7 +23,7 @@ from ...train.disk.atomic_files import replace_file
 from ...train.disk.sae_folder import SAELENS_VERSION
 from ...train.run.find_sae import list_saes
 from ...train.run.folder import provenance
-from ...train.run.init_source import files_of, source_of
+from ...train.run.init_from_trained_sae import files_of, source_of
 from ..errors import ResultFromLater, ResultInvalid
 from .loaded_sae import LoadedSae, encoding_of
 

@@ -29,7 +29,8 @@ from ...cache_schema.sites import RESID, Site
 from ...harvest.errors import HarvestError
 from ...harvest.model.architectures import architecture_of, require_parts
 from ...harvest.model.attention import ATTENTION, register_attention
-from ...harvest.model.load_and_truncate import ModelFacts, find_weights, kept, read_facts, tapped, without_report
+from ...harvest.model.hooks import kept, tapped
+from ...harvest.model.load_and_truncate import ModelFacts, find_weights, read_facts, without_report
 from ...harvest.model.products import widen_products
 from ...harvest.model.tokenizer import TextEncoder, load_tokenizer, make_encoder
 from ..errors import MemoryTooSmall, ModelMissing, WidthMismatch

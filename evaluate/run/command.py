@@ -20,7 +20,7 @@ from ...harvest.errors import HarvestError
 from ...harvest.model.load_and_truncate import find_device
 from ...harvest.progress import Watch
 from ...train.command import RUNS
-from ...train.config.settings import parse_settings, split_key, with_settings
+from ...train.config.parse_settings import parse_settings, split_key, with_settings
 from ...train.data.device_copies import take_device
 from ...train.errors import RunInterrupted, TrainError
 from .. import evals

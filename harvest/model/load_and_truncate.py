@@ -6,23 +6,20 @@
 3. Where the attention of a layer is wanted but not its residual, leave of that layer its input norm and the
    projections to queries and keys.
 
-Forward hooks read residuals, or change them, while a model runs. All that runs is transformers' own code;
-`architectures` says where its parts are found.
+All that runs is transformers' own code; `architectures` says where its parts are found, `hooks` reads them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from ...cache_schema.sites import RESID, Site
 from ..errors import (
@@ -34,7 +31,7 @@ from ..errors import (
     SettingInvalid,
     WeightsIncomplete,
 )
-from .architectures import Tap, architecture_of, cut, require_parts
+from .architectures import architecture_of, cut, require_parts
 from .attention import ATTENTION, register_attention
 from .products import widen_products
 
@@ -293,46 +290,6 @@ def validate_report(report: dict[str, Any], folder: Path) -> None:
             f"{folder}: {len(absent)} weights are missing or of another shape, the first is {absent[0]}; "
             "fetch the model again"
         )
-
-
-@contextmanager
-def kept(stack: Any, model_type: str, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
-    """Collects the activations of these sites while a model runs; nothing is copied."""
-    found: dict[Site, Tensor] = {}
-    with tapped(stack, model_type, {site: partial(found.__setitem__, site) for site in sites}):
-        yield found
-
-
-@contextmanager
-def tapped(stack: Any, model_type: str, taps: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """Each function is given the activations of its site while a model runs; what it gives back takes their place."""
-    handles = []
-
-    def before(tap: Tap, function: Callable[[Tensor], Tensor | None], layer: Any, _module: object, args: Any) -> Any:
-        found = function(args[0] if tap.take is None else tap.take(layer, args[0]))
-        return None if found is None else (found, *args[1:])
-
-    def behind(
-        tap: Tap, function: Callable[[Tensor], Tensor | None], layer: Any, _module: object, _args: object, output: Any
-    ) -> Any:
-        """A module may return several things: the first is the activation."""
-        first = output[0] if isinstance(output, tuple) else output
-        found = function(first if tap.take is None else tap.take(layer, first))
-        return found if found is None or not isinstance(output, tuple) else (found, *output[1:])
-
-    for site, function in taps.items():
-        tap = Tap("") if site.hook == RESID else architecture_of(model_type).tap(site.hook)
-        layer = stack.layers[site.layer]
-        module = layer.get_submodule(tap.module)
-        if tap.of_input:
-            handles.append(module.register_forward_pre_hook(partial(before, tap, function, layer)))
-        else:
-            handles.append(module.register_forward_hook(partial(behind, tap, function, layer)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def find_device(name: str) -> torch.device:

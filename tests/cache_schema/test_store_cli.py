@@ -26,8 +26,8 @@ from saemill.cache_schema import (
     to_float32,
 )
 from saemill.cache_schema import verify_and_repair as verify_module
+from saemill.cache_schema.chunk_codec import checksum_of
 from saemill.cache_schema.cli import main
-from saemill.cache_schema.compression import checksum_of
 from saemill.cache_schema.info import BUNDLED, render
 from saemill.cache_schema.verify_and_repair import repair, store_digest
 

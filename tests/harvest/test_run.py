@@ -43,7 +43,7 @@ from saemill.cache_schema.shard_claims import HELD_TRIED, Claims, open_claims
 from saemill.cache_schema.splits import per_mille_for_tests
 from saemill.cache_schema.stored_dtypes import SmallDtype
 from saemill.cache_schema.verify_and_repair import repair, verify_shards
-from saemill.harvest import create_store, estimate_cost, run, shards, store_plan
+from saemill.harvest import create_or_resume_store, estimate_cost, run, shards, store_plan
 from saemill.harvest import dry_run as dry_run_module
 from saemill.harvest.config import HarvestConfig, Worker
 from saemill.harvest.corpus import hugging_face
@@ -58,7 +58,7 @@ from saemill.harvest.process import Process
 from saemill.harvest.progress import Watch
 from saemill.harvest.run import Finished, reharvest
 from saemill.harvest.shards import describe_device
-from saemill.harvest.spool import Spool, spool_folder
+from saemill.harvest.tokenise_corpus import Spool, spool_folder
 
 from .conftest import digest_of
 
@@ -186,7 +186,7 @@ def test_an_interrupted_harvest_goes_on_to_the_same_store(make_config: Make, str
 
 
 def test_a_second_start_does_not_tokenise_again(harvested, monkeypatch):
-    monkeypatch.setattr(create_store, "spool_corpus", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(create_or_resume_store, "spool_corpus", lambda *_: pytest.fail("tokenised again"))
     monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("loaded the model for nothing"))
     assert harvest(harvested).committed == 8
 
@@ -267,8 +267,8 @@ def test_a_worker_whose_whole_share_is_held_takes_what_is_free(share_of):
 
 
 def test_a_later_worker_waits_for_the_tokens_with_a_bound(make_config: Make, monkeypatch):
-    monkeypatch.setattr(create_store, "WAIT_SECONDS", 0)
-    monkeypatch.setattr(create_store, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(create_or_resume_store, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(create_or_resume_store, "POLL_SECONDS", 0.01)
     said = io.StringIO()
     with pytest.raises(TimeoutError, match="first worker"):
         run.harvest(make_config(worker=Worker(1, 2)), Watch(Console(file=said)))
@@ -286,8 +286,10 @@ def test_workers_that_wait_for_tokens_ask_less_and_less_often(monkeypatch):
         return b"{}"
 
     pauses: list[float] = []
-    monkeypatch.setattr(create_store.time, "sleep", pauses.append)
-    create_store.wait_for_tokens(cast(Any, SimpleNamespace(url="s3://bucket/store", read=read)), Watch(is_quiet=True))
+    monkeypatch.setattr(create_or_resume_store.time, "sleep", pauses.append)
+    create_or_resume_store.wait_for_tokens(
+        cast(Any, SimpleNamespace(url="s3://bucket/store", read=read)), Watch(is_quiet=True)
+    )
     assert len(reads) == 20 and 15 <= max(pauses) <= 30 and pauses[0] <= 0.5 and len(set(pauses[-9:])) == 9
 
 
@@ -464,7 +466,7 @@ def test_a_corpus_that_comes_in_part_is_named_as_one(make_config: Make, text_fil
         lambda: load_dataset("text", data_files=str(text_file), split="train", streaming=True),
         part="partial-train",
     )
-    monkeypatch.setattr(create_store, "open_corpus", lambda _: corpus)
+    monkeypatch.setattr(create_or_resume_store, "open_corpus", lambda _: corpus)
     said = io.StringIO()
     run.harvest(make_config(corpus=source), Watch(Console(file=said, width=200)))
     assert "owner/name can be streamed only in part (partial-train)" in said.getvalue()
@@ -483,15 +485,15 @@ def test_auto_chooses_where_the_store_is_of_a_model_it_never_means(make_config: 
 
 
 def test_under_auto_a_later_worker_waits_for_the_first_ones_decision(make_config: Make, monkeypatch):
-    monkeypatch.setattr(create_store, "WAIT_SECONDS", 0)
-    monkeypatch.setattr(create_store, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(create_or_resume_store, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(create_or_resume_store, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(run, "choose", lambda _: pytest.fail("decided by itself"))
     with pytest.raises(TimeoutError, match="first worker"):
         harvest(make_config(model="auto", worker=Worker(1, 2)))
 
 
 def test_a_dry_run_waits_for_nobody(make_config: Make, chosen, monkeypatch):
-    monkeypatch.setattr(create_store, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(create_or_resume_store, "WAIT_SECONDS", 0)
     monkeypatch.setattr(run, "choose", lambda _: Choice("pocket"))
     dry_run(make_config(model="auto", worker=Worker(1, 2)), Watch(is_quiet=True))
     assert not Path(make_config().out).exists()
@@ -530,7 +532,7 @@ def leave_spool(out: str) -> Path:
 def test_a_scratch_folder_that_was_left_behind_is_removed(harvested):
     folder = leave_spool(harvested.out)
     harvest(replace(harvested, worker=Worker(1, 2)))
-    with create_store._locked(folder):
+    with create_or_resume_store._locked(folder):
         harvest(harvested)
     assert (folder / "tokens.u32").exists()
     harvest(harvested)
@@ -586,23 +588,26 @@ def test_a_shard_whose_claim_was_lost_is_another_writers(make_config: Make, monk
 
 def test_a_folder_for_tokens_that_is_another_users_is_refused(tmp_path, monkeypatch):
     """In the folder for temporary files, where everybody may make one of that name."""
-    monkeypatch.setattr(create_store.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(create_or_resume_store.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = spool_folder(open_files(f"memory://{tmp_path.name}"))
-    with create_store._locked(folder):
+    with create_or_resume_store._locked(folder):
         assert folder.stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr(create_store.os, "getuid", lambda: folder.stat().st_uid + 1)
-    with pytest.raises(SettingInvalid, match="another user's"), create_store._locked(folder):
+    monkeypatch.setattr(create_or_resume_store.os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(SettingInvalid, match="another user's"), create_or_resume_store._locked(folder):
         pass
     monkeypatch.undo()
-    monkeypatch.setattr(create_store.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(create_or_resume_store.tempfile, "gettempdir", lambda: str(tmp_path))
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SettingInvalid, match="no folder"), create_store._locked(folder):
+    with pytest.raises(SettingInvalid, match="no folder"), create_or_resume_store._locked(folder):
         pass
 
 
 def test_two_cannot_tokenise_for_one_store(make_config: Make):
-    with create_store._locked(Path(make_config().out + ".spool")), pytest.raises(StoreBusy, match="tokenising"):
+    with (
+        create_or_resume_store._locked(Path(make_config().out + ".spool")),
+        pytest.raises(StoreBusy, match="tokenising"),
+    ):
         harvest(make_config())
 
 
@@ -827,13 +832,13 @@ def test_an_overflow_stops_the_run_names_the_layer_and_keeps_what_is_committed(m
     ],
 )
 def test_a_corpus_that_ends_early_says_what_its_tests_cost(asked, filled, told):
-    said = create_store.tell_shortage(asked, filled, 128, per_mille_for_tests(asked * 128))
+    said = create_or_resume_store.tell_shortage(asked, filled, 128, per_mille_for_tests(asked * 128))
     assert re.fullmatch(f"the corpus fills {filled:,} windows of the {asked:,} asked for{told}", said)
 
 
 def test_a_short_corpus_is_told(make_config: Make, monkeypatch):
     said = io.StringIO()
-    monkeypatch.setattr(create_store, "tell_shortage", lambda *numbers: f"short: {numbers}")
+    monkeypatch.setattr(create_or_resume_store, "tell_shortage", lambda *numbers: f"short: {numbers}")
     run.harvest(make_config(tokens=10**6), Watch(Console(file=said, width=200)))
     with Store.open(make_config().out) as store:
         assert f"short: ({10**6 // 32}, {store.manifest.windows}, 32, 40)" in said.getvalue()
@@ -876,7 +881,7 @@ def test_a_disk_without_space_for_a_folder_is_named(make_config: Make, monkeypat
 def test_a_large_corpus_of_the_hub_is_not_read_for_a_disk_that_cannot_hold_it(make_config: Make, monkeypatch):
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _: 10**9)
     monkeypatch.setattr(
-        create_store, "open_corpus", lambda _: HubCorpus(source, "c0ffee", lambda: pytest.fail("was read"))
+        create_or_resume_store, "open_corpus", lambda _: HubCorpus(source, "c0ffee", lambda: pytest.fail("was read"))
     )
     source = DatasetOptions("owner/name")
     with pytest.raises(StoreFull, match="needs 4[0-9]{2}"):
@@ -887,9 +892,9 @@ def test_tokens_of_a_store_elsewhere_are_not_read_for_a_folder_that_cannot_hold_
     make_config: Make, tmp_path, monkeypatch
 ):
     """What an earlier start has left there is a part of it. A dry run says it and goes on."""
-    monkeypatch.setattr(create_store.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(create_or_resume_store.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(estimate_cost, "free_bytes_at", lambda _: 10**9)
-    for module in (create_store, dry_run_module):
+    for module in (create_or_resume_store, dry_run_module):
         monkeypatch.setattr(module, "open_corpus", lambda _: pytest.fail("was read"))
     config = make_config(out="memory://elsewhere", corpus=DatasetOptions("owner/name"), tokens=10**8)
     with pytest.raises(StoreFull, match=r"needs 1\.60 GB in .*\.spool, whose disk has 1\.00 GB .* Set TMPDIR"):
@@ -933,9 +938,9 @@ def test_a_corpus_of_the_hub_is_pinned_by_the_store(make_config: Make, text_file
     corpus = HubCorpus(
         source, "c0ffee", lambda: load_dataset("text", data_files=str(text_file), split="train", streaming=True)
     )
-    monkeypatch.setattr(create_store, "open_corpus", lambda _: corpus)
+    monkeypatch.setattr(create_or_resume_store, "open_corpus", lambda _: corpus)
     harvest(make_config(corpus=source))
-    monkeypatch.setattr(create_store, "open_corpus", lambda _: pytest.fail("asked the hub"))
+    monkeypatch.setattr(create_or_resume_store, "open_corpus", lambda _: pytest.fail("asked the hub"))
     for revision in (None, "main", hugging_face.CONVERSION):  # what a branch meant is decided
         assert harvest(make_config(corpus=replace(source, revision=revision))).committed == 8
     with pytest.raises(pytest.fail.Exception, match="asked the hub"):

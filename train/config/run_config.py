@@ -21,8 +21,8 @@ from ..errors import ConfigInvalid, name_sae
 from ..kit import registry
 from ..kit.build import require, require_bounds, require_least
 from ..kit.contract import Variant
+from .parse_settings import split_key, with_settings
 from .recipe import Recipe, Sae
-from .settings import split_key, with_settings
 
 LONGEST_LABEL = 180  # checkpoints read 200 characters back, and baselines add some to a name
 Limits = Callable[[Variant], Mapping[str, Any]]

@@ -16,7 +16,7 @@ from ...cache_schema import Request, Store
 from ...cache_schema.sites import Place
 from .block import Block
 from .mixing_order import BlockPlan, Plan
-from .pool import PIECES_IN_FLIGHT, Pool
+from .read_into_pool import PIECES_IN_FLIGHT, Pool
 
 
 class Loader:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..config.run_config import CourseConfig
-from ..disk.safe_checkpoints import Standing, Writer
+from ..disk.write_and_load_checkpoints import Standing, Writer
 from ..engine.fleet_of_saes import Fleet
 from ..errors import RunInterrupted, resume_command
 from .metrics import Watch

@@ -10,7 +10,7 @@ import torch
 from ..data.drawn_rows import Draw
 from ..data.feed import Feed
 from ..data.shuffle_quality import ShuffleQuality
-from ..disk.safe_checkpoints import Standing
+from ..disk.write_and_load_checkpoints import Standing
 from ..engine.step import Report
 from .after_run import Onlookers
 from .folder import MetricsLog

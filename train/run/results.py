@@ -14,7 +14,7 @@ from ..data.batch import Needs
 from ..data.feed import held_out
 from ..data.scaling import bounds_of
 from ..disk.sae_folder import NORM_BOUNDS, save_sae
-from ..disk.safe_checkpoints import keep_newest
+from ..disk.write_and_load_checkpoints import keep_newest
 from ..parallel.processes import all_or_none
 from .folder import name_failure
 from .run import Run

@@ -21,7 +21,7 @@ from ..data.mixing_order import Plan, measure_split
 from ..errors import ConfigInvalid, NothingToTrain, StoreTooShort
 from ..kit.contract import Variant
 from .folder import RunFolder, provenance
-from .init_source import Source, source_of, without_start
+from .init_from_trained_sae import Source, source_of, without_start
 
 DEFAULT_TOKENS = 8_000_000  # if no epochs are given, a smaller store is read several times
 MOST_EPOCHS = 16

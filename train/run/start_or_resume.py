@@ -26,7 +26,7 @@ from ..config.run_config import Member, RunConfig
 from ..data.device_copies import take_device
 from ..data.feed import Feed
 from ..data.mixing_order import Plan
-from ..disk.safe_checkpoints import Standing, list_checkpoints, load_checkpoint
+from ..disk.write_and_load_checkpoints import Standing, list_checkpoints, load_checkpoint
 from ..engine.fleet_of_saes import Fleet, out_of_memory
 from ..errors import CheckpointDamaged, ConfigInvalid, MemoryTooSmall, RunFinished
 from ..parallel.processes import Solo, all_or_none
@@ -34,7 +34,7 @@ from .after_run import Onlookers
 from .checkpoint_times import Saver
 from .fits_in_memory import weight_bytes
 from .folder import MetricsLog, RunFolder
-from .init_source import begin_fleet_as, require_unchanged
+from .init_from_trained_sae import begin_fleet_as, require_unchanged
 from .metrics import Watch
 from .preflight import check
 from .process import Process

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.codes import Codes
-from .kernels.products_with_gradients import heaviside_ste, jump_ste
 from .kernels.select_latents import marked, positive, support_of_batch, support_topk, topk_batch
 from .kernels.sparse_support import Support, support_from_flat
+from .kernels.straight_through import heaviside_ste, jump_ste
 from .side_inputs import Side
 from .split_select import split_batch, split_topk
 

@@ -2,7 +2,8 @@
 
 1. A = sum_l w_l A^l with w = softmax(theta / tau); a layer that is ablated has weight zero.
 2. The contrastive term of `attention`, with A.
-3. A consistency term: what the layers bring to a token should agree (`terms/attention_guidance.py`).
+3. A consistency term: what the layers bring to a token should agree.
+Both terms are in `terms/attention_guidance.py`.
 """
 
 from __future__ import annotations

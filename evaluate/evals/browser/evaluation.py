@@ -24,7 +24,7 @@ from ....cache_schema.errors import StoreError
 from ....cache_schema.strict_json import to_json
 from ....train.errors import TrainError
 from ....train.run.folder import RunFolder
-from ....train.run.init_source import source_of
+from ....train.run.init_from_trained_sae import source_of
 from ....train.sae.kernels.hardware import has_fast_bfloat16
 from ...context.disk_cache import decided_by
 from ...context.stored_windows import require_some

@@ -24,9 +24,9 @@ import numpy as np
 
 from ...errors import SettingInvalid
 from .firing_counts import lower_edges
-from .kept_firings import SAMPLE, TOP
 from .latents import RANDOM, Shown, parts_of
 from .related import Near
+from .top_firings import SAMPLE, TOP
 
 BATCH = 128  # latents of a file
 BUCKETS = 4  # of a sample, from the highest quarter to the lowest

@@ -15,7 +15,7 @@ import torch
 
 from ....train.sae.kernels.codes import Codes
 from ...model.batches import Windows
-from .kept_firings import Firings, Keeper, Room
+from .top_firings import Firings, Keeper, Room
 
 Table = Any  # a sparse matrix of scipy, whose stubs lose its kind at every step
 BINS = 128  # of activation: four to an octave, from 2^LOWEST up

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from .firing_counts import Seen
-from .kept_firings import TOP, Firings
 from .token_text import Vocabulary
+from .top_firings import TOP, Firings
 
 LATENTS, CONTEXTS, LEAST_FIRINGS = 24, 6, 5
 BEFORE, AFTER = 16, 8  # tokens of a context

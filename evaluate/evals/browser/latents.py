@@ -21,9 +21,9 @@ from ...model.head import Head
 from ..measures.assignment import GROUPS, RANGES, TIERS, saved, saved_composition
 from .config import Config
 from .firing_counts import BINS, Seen
-from .kept_firings import SAMPLE, TOP, Firings, largest, ranges
 from .related import Near, by_direction, by_firing
 from .token_text import Vocabulary
+from .top_firings import SAMPLE, TOP, Firings, largest, ranges
 from .write_pages import Folder
 
 FILE_LATENTS = 32

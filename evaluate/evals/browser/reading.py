@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ....train.data.device_copies import take_device
-from ....train.disk.safe_checkpoints import Standing, list_checkpoints, load_checkpoint, save_checkpoint
+from ....train.disk.write_and_load_checkpoints import Standing, list_checkpoints, load_checkpoint, save_checkpoint
 from ....train.errors import CheckpointDamaged
 from ....train.sae.kernels.codes import Codes
 from ...context.stored_windows import ordinary_rows, read_windows
@@ -31,8 +31,8 @@ from ..core.encoding import encode_codes
 from .attended import attended
 from .config import Config
 from .firing_counts import Batch, Seen
-from .kept_firings import Room
 from .token_text import Vocabulary
+from .top_firings import Room
 from .write_pages import ATTENTION, TEXT, Folder, Pieces
 
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file

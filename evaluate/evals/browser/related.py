@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ....train.sae.kernels.second_look import Affine, largest_products
 from .firing_counts import Table
-from .kept_firings import largest
+from .top_firings import largest
 
 BLOCK = 1024
 LEAST_TOGETHER = 3  # tokens on which both fire, below which it may be chance

@@ -265,7 +265,7 @@ def test_damage_is_named(write_store, tmp_path):
 
 
 def test_nothing_is_read_for_steps_that_the_run_does_not_take(store, monkeypatch):
-    from saemill.train.data.pool import Pool
+    from saemill.train.data.read_into_pool import Pool
 
     filled = []
     fill = Pool.fill

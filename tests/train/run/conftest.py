@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from saemill.train.cli import main
-from saemill.train.config.settings import parse_settings
-from saemill.train.disk.safe_checkpoints import list_checkpoints
+from saemill.train.config.parse_settings import parse_settings
+from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 
 QUICK = ["--layer", "3", "--device", "cpu", "--set", "data.batch_tokens=64", "--set", "data.pool_tokens=600"]
 QUICK += ["--no-plots"]

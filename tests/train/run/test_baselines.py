@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from saemill.train.config.parse_settings import parse_grid, parse_settings
 from saemill.train.config.run_config import Ask
 from saemill.train.config.sanity_baselines import with_baselines
-from saemill.train.config.settings import parse_grid, parse_settings
 from saemill.train.errors import ConfigInvalid
 
 LIMITS = {"width": 512}

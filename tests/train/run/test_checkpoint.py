@@ -7,8 +7,14 @@ import threading
 import pytest
 import torch
 
-from saemill.train.disk import safe_checkpoints
-from saemill.train.disk.safe_checkpoints import Standing, Writer, list_checkpoints, load_checkpoint, save_checkpoint
+from saemill.train.disk import write_and_load_checkpoints
+from saemill.train.disk.write_and_load_checkpoints import (
+    Standing,
+    Writer,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from saemill.train.errors import CheckpointDamaged, RunNotWritten
 from saemill.train.run.folder import MetricsLog
 
@@ -90,7 +96,10 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    for step in ("saemill.train.disk.safe_checkpoints.write_json", "saemill.train.disk.safe_checkpoints.os.rename"):
+    for step in (
+        "saemill.train.disk.write_and_load_checkpoints.write_json",
+        "saemill.train.disk.write_and_load_checkpoints.os.rename",
+    ):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(step, killed)
             save_checkpoint(tmp_path, standing(20), state(20))
@@ -131,13 +140,13 @@ def writer(tmp_path):
 @pytest.fixture
 def gate(monkeypatch):
     """A disk that writes no file until it is told to."""
-    opened, sync = threading.Event(), safe_checkpoints.sync
+    opened, sync = threading.Event(), write_and_load_checkpoints.sync
 
     def slow(path):
         assert opened.wait(60)
         sync(path)
 
-    monkeypatch.setattr(safe_checkpoints, "sync", slow)
+    monkeypatch.setattr(write_and_load_checkpoints, "sync", slow)
     yield opened
     opened.set()
 
@@ -173,7 +182,7 @@ def test_a_full_disk_is_told_by_the_next_call(writer, tmp_path, monkeypatch, cal
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(safe_checkpoints, "sync", full)
+        patch.setattr(write_and_load_checkpoints, "sync", full)
         writer.begin(standing(20), state(20))
         writer._writing[1].exception(60)
     words = (standing(30), state(30)) if call == "begin" else ()
@@ -184,7 +193,7 @@ def test_a_full_disk_is_told_by_the_next_call(writer, tmp_path, monkeypatch, cal
 
 
 def test_an_error_of_a_run_does_not_hide_behind_its_checkpoint(writer, monkeypatch):
-    monkeypatch.setattr(safe_checkpoints, "sync", lambda path: 1 / 0)
+    monkeypatch.setattr(write_and_load_checkpoints, "sync", lambda path: 1 / 0)
     writer.begin(standing(10), state(10))
     writer.close()
 
@@ -193,7 +202,7 @@ def test_a_run_whose_disk_is_full_ends_in_one_line(big, sae_train, quick, tmp_pa
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safe_checkpoints, "sync", full)
+    monkeypatch.setattr(write_and_load_checkpoints, "sync", full)
     words = ["--variant", "topk", *quick, "--cache", big["path"], "--name", "run"]
     result = sae_train(*words, "--set", "course.checkpoint_every_steps=3", code=1)
     assert "error: the checkpoint of step 3 could not be written" in result.output

@@ -96,7 +96,7 @@ import os, sys, torch, torch.distributed as dist
 from pathlib import Path
 from saemill.train.errors import NonFiniteLoss
 from saemill.train.data.batch import Batch
-from saemill.train.disk.safe_checkpoints import Standing, load_checkpoint, save_checkpoint
+from saemill.train.disk.write_and_load_checkpoints import Standing, load_checkpoint, save_checkpoint
 from saemill.train.parallel.processes import Processes
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
+from saemill.train.config.parse_settings import parse_settings
 from saemill.train.config.run_config import Ask
-from saemill.train.config.settings import parse_settings
 from saemill.train.data.batch import Batch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import MemoryTooSmall

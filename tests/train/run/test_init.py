@@ -22,7 +22,7 @@ from saemill.train.disk.plain_form import begin_as, plain_sae
 from saemill.train.disk.sae_folder import load_plain_sae, save_sae
 from saemill.train.errors import ConfigInvalid, SaeInvalid
 from saemill.train.run.find_sae import read_folder
-from saemill.train.run.init_source import require_model, require_unchanged, source_of
+from saemill.train.run.init_from_trained_sae import require_model, require_unchanged, source_of
 
 D, F = 32, 96
 PLAIN = ("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka")
@@ -227,7 +227,8 @@ def test_a_source_that_cannot_be_read_ends_the_command(big, sae_train, quick, tm
     (tmp_path / "one").mkdir()
     (tmp_path / "one/sae_weights.safetensors").touch()
     refused = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "one/cfg.json"))
-    monkeypatch.setattr("saemill.train.run.init_source._digest", Mock(side_effect=refused))  # root may read all
+    # Root may read all.
+    monkeypatch.setattr("saemill.train.run.init_from_trained_sae._digest", Mock(side_effect=refused))
     result = sae_train("--variant", "topk", "--cache", big["path"], *quick, "--init", tmp_path / "one", code=1)
     assert f"permission denied: {tmp_path}/one/cfg.json. Change its permissions, or name another" in result.output
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from saemill.train import study_recipes
+from saemill.train.config.parse_settings import parse_grid, parse_settings
 from saemill.train.config.recipe import Recipe, Sae
 from saemill.train.config.run_config import Ask, DataConfig
-from saemill.train.config.settings import parse_grid, parse_settings
 from saemill.train.errors import ConfigInvalid, UnknownRecipe
 
 PROBE = """

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from saemill.train.disk.safe_checkpoints import list_checkpoints
+from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.engine.fleet_of_saes import Fleet
 from saemill.train.run.folder import MetricsLog
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from saemill.cache_schema import Store
 from saemill.train import start_runs
 from saemill.train.config.run_config import Ask
-from saemill.train.disk.safe_checkpoints import list_checkpoints
+from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 from saemill.train.errors import ConfigInvalid, RunFinished, RunMissing, RunNotWritten
 from saemill.train.parallel.processes import Solo
 from saemill.train.run import checkpoint_times as checkpoints_module

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from saemill.train.config.parse_settings import parse_grid, parse_settings, parse_value, with_settings
 from saemill.train.config.recipe import Sae
 from saemill.train.config.run_config import Ask, CourseConfig, DataConfig, RunConfig, read_run_config
-from saemill.train.config.settings import parse_grid, parse_settings, parse_value, with_settings
 from saemill.train.errors import ConfigInvalid
 from saemill.train.kit import registry
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from saemill.cache_schema.strict_json import StrictError, flatten, from_json, to_json
+from saemill.train.config.parse_settings import with_settings
 from saemill.train.config.run_config import Ask
-from saemill.train.config.settings import with_settings
 from saemill.train.data.scaling import joined_stats, unit_stats
 from saemill.train.disk.sae_folder import read_sae, save_sae
 from saemill.train.engine.assembly import Assembly

@@ -1,4 +1,4 @@
-"""SAELens: cfg.json and sae_weights.safetensors, the layout of this package's own SAEs."""
+"""SAELens: cfg.json and sae_weights.safetensors, the layout of this package's own SAEs, written by `sae_folder`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sparse products with gradients, and the derivatives of a learned threshold.
+"""The sparse products with gradients.
 
 1. `affine`: pre = x W_enc^T + b_enc at the pairs of a support; the choice of pairs has no gradient.
 2. `decode_at`: x_hat = f W_dec for values f at the support.
@@ -9,11 +9,6 @@
 
 Every backward costs k / F of the dense one. Gradients equal autograd's on the dense formula; where the encoder's
 product is in bfloat16, a GPU's kernels gather the batch's rows in it for them, half the bytes.
-
-A learned threshold has straight-through derivatives (rectangular window of width `bandwidth`):
-jump(z, theta) = z where z > theta, else 0; its derivative by theta is -theta / bandwidth inside the
-window around theta. heaviside(z, theta) = 1 where z > theta, else 0; its derivative by theta is
--1 / bandwidth inside the window. Neither passes a gradient of the window on to z.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
@@ -251,50 +246,4 @@ def sum_rows(values: Tensor, support: Support) -> Tensor:
 def squared_error(x_hat: Tensor, residual: Tensor) -> Tensor:
     """Mean over rows of ||residual||^2, where `residual` = target - x_hat is known and the target constant."""
     result: Tensor = _SquaredError.apply(x_hat, residual.detach())
-    return result
-
-
-class _Jump(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(z, theta)
-        ctx.bandwidth = bandwidth
-        return torch.where(z > theta, z, 0.0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        z, theta = ctx.saved_tensors
-        grad_theta = torch.where(_in_window(z, theta, ctx.bandwidth), grad * theta, 0.0) / -ctx.bandwidth
-        return torch.where(z > theta, grad, 0.0), grad_theta.sum_to_size(theta.shape), None
-
-
-class _Heaviside(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(z, theta)
-        ctx.bandwidth = bandwidth
-        return (z > theta).to(z.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        z, theta = ctx.saved_tensors
-        grad_theta = torch.where(_in_window(z, theta, ctx.bandwidth), grad, 0.0) / -ctx.bandwidth
-        return None, grad_theta.sum_to_size(theta.shape), None
-
-
-def _in_window(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
-    return (z - theta).abs() < 0.5 * bandwidth
-
-
-def jump_ste(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
-    """z where it exceeds theta, with the straight-through derivative by theta."""
-    result: Tensor = _Jump.apply(z, theta, bandwidth)
-    return result
-
-
-def heaviside_ste(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
-    """1 where z exceeds theta, with the straight-through derivative by theta."""
-    result: Tensor = _Heaviside.apply(z, theta, bandwidth)
     return result

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 
 from saemill.cache_schema import StoreUnreachable
 from saemill.evaluate.errors import BrowserUnwritten
-from saemill.evaluate.evals.browser import evaluation, kept_firings, reading, write_pages
+from saemill.evaluate.evals.browser import evaluation, reading, top_firings, write_pages
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.run.find_saes import find_subjects
-from saemill.train.run.init_source import source_of
+from saemill.train.run.init_from_trained_sae import source_of
 
 CONFIG = Config(windows=30, batch_windows=5, top=2, sample=3, low=1, promoted=4, together_tokens=120)
 BATCHES = 4 + 1 + 2  # of 20 windows of test, 4 of validation, 6 of train
@@ -97,7 +97,7 @@ def bench(world, builder, open_context, monkeypatch):
     monkeypatch.setattr(reading, "SHARE", 0)
     monkeypatch.setattr(reading, "TEXT_TOKENS", 5 * builder.CONTEXT)
     monkeypatch.setattr(reading, "ATTENTION_TOKENS", 4 * builder.CONTEXT)
-    monkeypatch.setattr(kept_firings, "WAITING", 40)
+    monkeypatch.setattr(top_firings, "WAITING", 40)
     run = builder.run(world, "run_1", {"a": builder.make_sae(k=4, seed=1), "b": builder.make_sae(k=None, seed=2)})
     yield Bench(run, open_context, world, monkeypatch)
     torch.set_num_threads(threads)

@@ -28,7 +28,6 @@ from .corpus.source import Corpus, part_of
 from .errors import SettingInvalid, TokensMissing
 from .process import Process
 from .progress import Watch
-from .spool import PackingJob, spool_corpus, spool_folder, state_of_begun
 from .store_plan import (
     TEST,
     Plan,
@@ -38,6 +37,7 @@ from .store_plan import (
     settings_of_begun,
     settings_of_new,
 )
+from .tokenise_corpus import PackingJob, spool_corpus, spool_folder, state_of_begun
 
 POLL_SECONDS = 0.5  # at first; it doubles
 LONGEST_POLL_SECONDS = 30.0

@@ -1,0 +1,53 @@
+"""Forward hooks that read activations, or change them, while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ...cache_schema.sites import RESID, Site
+from .architectures import Tap, architecture_of
+
+
+@contextmanager
+def kept(stack: Any, model_type: str, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Collects the activations of these sites while a model runs; nothing is copied."""
+    found: dict[Site, Tensor] = {}
+    with tapped(stack, model_type, {site: partial(found.__setitem__, site) for site in sites}):
+        yield found
+
+
+@contextmanager
+def tapped(stack: Any, model_type: str, taps: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Each function is given the activations of its site while a model runs; what it gives back takes their place."""
+    handles = []
+
+    def before(tap: Tap, function: Callable[[Tensor], Tensor | None], layer: Any, _module: object, args: Any) -> Any:
+        found = function(args[0] if tap.take is None else tap.take(layer, args[0]))
+        return None if found is None else (found, *args[1:])
+
+    def behind(
+        tap: Tap, function: Callable[[Tensor], Tensor | None], layer: Any, _module: object, _args: object, output: Any
+    ) -> Any:
+        """A module may return several things: the first is the activation."""
+        first = output[0] if isinstance(output, tuple) else output
+        found = function(first if tap.take is None else tap.take(layer, first))
+        return found if found is None or not isinstance(output, tuple) else (found, *output[1:])
+
+    for site, function in taps.items():
+        tap = Tap("") if site.hook == RESID else architecture_of(model_type).tap(site.hook)
+        layer = stack.layers[site.layer]
+        module = layer.get_submodule(tap.module)
+        if tap.of_input:
+            handles.append(module.register_forward_pre_hook(partial(before, tap, function, layer)))
+        else:
+            handles.append(module.register_forward_hook(partial(behind, tap, function, layer)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
