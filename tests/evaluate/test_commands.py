@@ -273,7 +273,7 @@ def test_who_declines_or_has_no_store_is_told_the_command(
 def test_the_store_that_the_demo_leaves_is_found_and_named(
     small: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """README's first command is `make demo`, and its third `sae-eval run_4`."""
+    """README's third command is `sae-eval run_4`, and `make demo` may be all that was run before."""
     recipe_of_one(monkeypatch)
     assert "no store here yet" in type_("sae-eval", "run_4", code=1).stderr
     Path("demo").mkdir()
