@@ -22,7 +22,7 @@ Examples:
   sae-eval run_1
   sae-eval run_1 --evals core,browser
   sae-eval run_1 --evals core,sparse_probing --set core.ablations=zero,mean
-  sae-eval run_1 run_4 --compare
+  sae-eval run_1 run_2 --compare
   sae-eval run_1/topk --evals all --resume
   sae-eval ./some/saelens/folder --cache ./store --layer 19
   sae-eval run_1 --json | jq '.results[].metrics'
