@@ -15,7 +15,7 @@ from ..kit.build import require_layers, require_sparsity, write_hook
 from ..kit.cross_layer import build_cross_layer
 from ..kit.single_layer import Dictionary, WithAux, settings
 from ..sae.gates import BatchTopK
-from ..sae.model import EncoderProduct
+from ..sae.kernels.linear import Product
 
 
 @settings("layers width k seed aux_weight aux_k threshold_decay dead_after_tokens decoder_bias encoder_product optim")
@@ -23,7 +23,7 @@ class Config(WithAux, Dictionary):
     layers: tuple[int, ...] = (17, 18, 19, 20)
     k: float = 64.0
     threshold_decay: float = 0.99
-    encoder_product: EncoderProduct = "bfloat16"
+    encoder_product: Product = "bfloat16"
     hook: str = RESID
     to_hook: str | None = None
     """None: mlp_out where the hook is mlp_in, else the same hook."""

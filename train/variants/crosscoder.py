@@ -19,7 +19,7 @@ from ..kit.build import read_with, require, require_hook, require_layers, requir
 from ..kit.cross_layer import build_cross_layer
 from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain, settings
 from ..sae.gates import BatchTopK, Relu
-from ..sae.model import EncoderProduct
+from ..sae.kernels.linear import Product
 from ..terms.sparsity import LayerNormsL1
 
 
@@ -36,7 +36,7 @@ class Config(WithPenalty, WithAux, Dictionary):
     penalty: float = 0.04
     """Of the L1 norm (relu)."""
     threshold_decay: float = 0.99
-    encoder_product: EncoderProduct = "bfloat16"
+    encoder_product: Product = "bfloat16"
     causal: bool = False
     """Weakly causal: each latent reads one layer, and writes to it and to later ones (batchtopk)."""
 
