@@ -98,6 +98,8 @@ def make_fleet(settled: Settled, store: Store, process: Process) -> Fleet:
     gc.collect()  # what an earlier run of this process has left, which a check of free memory would count
     if process.device.type == "cuda":
         torch.cuda.empty_cache()
+        # By the largest amount since then, a recording of steps tells what they need.
+        torch.cuda.reset_peak_memory_stats(process.device)
     is_split = settled.config.course.shard_width and process.group.size > 1
     rows, split = (Solo(), process.team) if is_split else (process.team, None)
     with all_or_none(process.group), _tell_memory(process):

@@ -72,6 +72,12 @@ for width, k, dtypes in selections:
         pre = torch.zeros(2, width, dtype=dtype)
         exact_top_k.top_latents(pre, k)
         exact_top_k.top_of_batch(pre, 2 * k)
+exact_top_k.top_latents(torch.zeros(2, 20001), 64)
+known = len(compiled)
+for dead in (19999, 20003):  # AuxK chooses among as many latents as are dead, which changes every few steps
+    exact_top_k.top_latents(torch.zeros(2, dead), 64)
+if len(compiled) > known:
+    raise SystemExit("another number of latents is compiled by itself")
 support = support_from_topk(torch.arange(6).view(2, 3), 11)
 turned, values = support.by_latent, torch.zeros(6)
 for width in (2304, *((1, 5, 64, 768, 4096, 9216, 16384) if is_long else ())):

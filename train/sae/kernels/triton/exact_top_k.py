@@ -60,7 +60,7 @@ def _kth(keys, k, BITS: tl.constexpr):
 
 
 @triton.jit
-def _largest_of_groups(pre, row, F: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr):
+def _largest_of_groups(pre, row, F, BITS: tl.constexpr, GROUPS: tl.constexpr):
     """uint32 [GROUPS]: group g holds latents g, g + GROUPS, g + 2 GROUPS, ..."""
     largest = tl.zeros((GROUPS,), tl.uint32)
     for start in range(0, F, GROUPS):
@@ -72,7 +72,7 @@ def _largest_of_groups(pre, row, F: tl.constexpr, BITS: tl.constexpr, GROUPS: tl
 
 
 @triton.jit
-def _row_floors(pre, floors, k, F: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr):
+def _row_floors(pre, floors, k, F, BITS: tl.constexpr, GROUPS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     tl.store(floors + row, _kth(_largest_of_groups(pre, row, F, BITS, GROUPS), k, BITS).to(tl.int64))
 
@@ -85,7 +85,7 @@ def _batch_groups(pre, out, F: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.cons
 
 
 @triton.jit
-def _offer(pre, floors, floor_stride, offered, counts, room, F: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr):
+def _offer(pre, floors, floor_stride, offered, counts, room, F, BITS: tl.constexpr, CHUNK: tl.constexpr):
     """offered[row, :]: the latents that reach the row's floor, in rising order, as many as there is room for."""
     row = tl.program_id(0).to(tl.int64)
     floor = tl.load(floors + row * floor_stride).to(tl.uint32)
@@ -102,7 +102,7 @@ def _offer(pre, floors, floor_stride, offered, counts, room, F: tl.constexpr, BI
 
 
 @triton.jit
-def _load_offered(pre, offered, row, count, room, start, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _load_offered(pre, offered, row, count, room, start, F, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Latents, whether they are any, and keys, from `start` on: of what the row offers, or of all that it holds."""
     places = start + tl.arange(0, BLOCK)
     if count <= room:
@@ -116,7 +116,7 @@ def _load_offered(pre, offered, row, count, room, start, F: tl.constexpr, BITS: 
 
 
 @triton.jit
-def _write(pre, offered, row, count, room, lowest, ties, out, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _write(pre, offered, row, count, room, lowest, ties, out, F, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """To `out` the latents above the lowest key and the first `ties` of those equal to it."""
     stop = tl.where(count <= room, count, F)
     start = tl.zeros((), tl.int32)
@@ -133,7 +133,7 @@ def _write(pre, offered, row, count, room, lowest, ties, out, F: tl.constexpr, B
 
 
 @triton.jit
-def _top_of_row(pre, offered, counts, out, k, room, F: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _top_of_row(pre, offered, counts, out, k, room, F, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """out[row, :k], in rising order."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + row)
@@ -229,10 +229,12 @@ def top_latents(pre: Tensor, k: int) -> Tensor:
     groups = _groups(width, k)
     if groups is not None:
         floors = torch.empty(rows, dtype=torch.int64, device=pre.device)
-        _row_floors[(rows,)](pre, floors, k, F=width, BITS=bits, GROUPS=groups, num_warps=_warps(groups))
+        _row_floors[(rows,)](pre, floors, k, F=_built_in(width), BITS=bits, GROUPS=groups, num_warps=_warps(groups))
         offered, offers, room = _offered(pre, floors, 1, ROOM * k)
     block = min(CHUNK, triton.next_power_of_2(width if groups is None else room))
-    _top_of_row[(rows,)](pre, offered, offers, out, k, room, F=width, BITS=bits, BLOCK=block, num_warps=_warps(block))
+    _top_of_row[(rows,)](
+        pre, offered, offers, out, k, room, F=_built_in(width), BITS=bits, BLOCK=block, num_warps=_warps(block)
+    )
     return out
 
 
@@ -286,7 +288,9 @@ def _offered(pre: Tensor, floors: Tensor, stride: int, room: int) -> tuple[Tenso
     rows, width = pre.shape
     offered = torch.empty(rows, room, dtype=torch.int32, device=pre.device)
     offers = torch.empty(rows, dtype=torch.int32, device=pre.device)
-    _offer[(rows,)](pre, floors, stride, offered, offers, room, F=width, BITS=BITS[pre.dtype], CHUNK=CHUNK, num_warps=4)
+    _offer[(rows,)](
+        pre, floors, stride, offered, offers, room, F=_built_in(width), BITS=BITS[pre.dtype], CHUNK=CHUNK, num_warps=4
+    )
     return offered, offers, room
 
 
@@ -305,6 +309,13 @@ def _with_digit(lowest: Tensor, counts: Tensor, count: int, shift: int) -> Tenso
     """The key with its next digit: the largest that `count` keys still reach. Digit 0 all reach that are left."""
     enough = (counts.sum(0, dtype=torch.int64) >= count)[1:].sum()
     return lowest + (enough << shift)
+
+
+def _built_in(width: int) -> int | tl.constexpr:
+    """A dictionary's width is part of what is compiled. The number of dead latents, among which AuxK chooses, changes
+    every few steps: it is an argument, or each number would be compiled by itself, for seconds. (The interpreter takes
+    no argument as the end of a range.)"""
+    return tl.constexpr(width) if width % 1024 == 0 or triton.knobs.runtime.interpret else width
 
 
 def _warps(block: int) -> int:
