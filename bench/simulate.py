@@ -29,9 +29,8 @@ from store import CONTEXT, make_manifest
 from saemill.cache_schema import commits, shard_claims, writer
 from saemill.cache_schema.commits import ArrayRecord, CommitRecord
 from saemill.cache_schema.disk_and_cloud_files import PAGE, RemoteFiles, read_if_there
-from saemill.cache_schema.identity import seal
 from saemill.cache_schema.layout import BEGINNING, COMMITS, INDEX, arrays_of, encode_json, record_key, record_name
-from saemill.cache_schema.manifest import HookSpec, Manifest
+from saemill.cache_schema.manifest import HookSpec, Manifest, seal
 from saemill.cache_schema.request import Span
 from saemill.cache_schema.shard_claims import LeaseClaims
 from saemill.cache_schema.strict_json import to_json
