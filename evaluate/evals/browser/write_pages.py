@@ -23,7 +23,7 @@ import numpy as np
 from ....cache_schema.disk_and_cloud_files import free_bytes_at, sync
 from ....cache_schema.errors import StoreError
 from ...errors import BrowserUnwritten
-from ...output.figures.web import FILES, script_json
+from ...output.figures.records import FILES, script_json
 
 NAME = "browser"
 LATENT_BYTES = 4000  # on disk, about
