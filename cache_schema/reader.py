@@ -110,7 +110,8 @@ class Store:
     ) -> Iterator[ShardArrays]:
         """The arrays of many spans. Each is valid until the next is asked for: its memory is used again."""
         spans = deque(self.spans(request) if order is None else order)
-        free = [shard_memory(self.manifest, request) for _ in range(min(in_flight, len(spans)) + 1)]
+        room = min(in_flight, len(spans)) + 1
+        free: list[Mapping[str, np.ndarray]] = [shard_memory(self.manifest, request) for _ in range(room)]
         running: deque[_Reading] = deque()
         try:
             while spans or running:
