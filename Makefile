@@ -118,8 +118,7 @@ demo: env ## the whole path on the bundled pocket model: harvest, train four SAE
 	$(BIN)/sae-store verify $(DEMO)/store
 	test -f $(DEMO)/runs/demo/result.json || $(BIN)/sae-train --cache $(DEMO)/store --out $(DEMO)/runs --name demo \
 	  --variant standard --variant topk --variant attention --variant hierarchical --width 512 --epochs 8
-	$(BIN)/sae-eval demo --runs $(DEMO)/runs --evals core,sparse_probing,browser --set browser.windows=1024 \
-	  --beside-untrained
+	$(BIN)/sae-eval demo --runs $(DEMO)/runs --evals core,sparse_probing,browser --set browser.windows=1024
 	@echo "next: open $(DEMO)/runs/demo/browser/index.html and look at latents; sae-eval run_4 offers to train the ablation of the attention study on this store. Then harvest for yourself: make harvest, or make harvest MODEL=smollm2"
 
 studies: env $(if $(filter smollm2,$(MODEL)),smollm2) ## all runs of the five studies, their tables and plots [MODEL=pocket or smollm2]

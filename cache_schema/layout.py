@@ -138,11 +138,11 @@ def packed_codec(codec: Codec) -> Codec:
 
 def arrays_of(manifest: Manifest) -> dict[str, ArrayLayout]:
     """Every array of the store, by path."""
-    arrays = [*_token_arrays(manifest)]
+    arrays = [_token_array(manifest, path, "<u4", 2**32 - 1) for path in BEGINNING]
     for site in manifest.sites:
         arrays += [_site_array(manifest, site), _moments_array(manifest, site)]
         if manifest.stored_as:
-            arrays.append(_scales_array(manifest, site))
+            arrays.append(_token_array(manifest, scales_path(site), "<f4", float("nan")))
     for layer in manifest.attention.layers:
         arrays += _attention_arrays(manifest, layer)
     return {array.path: array for array in arrays}
@@ -204,11 +204,10 @@ def parse_array_document(expected: ArrayLayout, document: dict[str, Any]) -> Arr
     return found if found.chunk_bytes <= MAX_CHUNK_BYTES else None
 
 
-def _token_arrays(manifest: Manifest) -> list[ArrayLayout]:
-    shape = (manifest.windows, manifest.context)
-    chunks = (manifest.shard_windows, manifest.context)
-    dims, dtype = ("window", "token"), np.dtype("<u4")
-    return [ArrayLayout(path, shape, chunks, dtype, 2**32 - 1, manifest.codec, dims) for path in BEGINNING]
+def _token_array(manifest: Manifest, path: str, dtype: str, fill: float) -> ArrayLayout:
+    """One number of each token."""
+    shape, chunks = (manifest.windows, manifest.context), (manifest.shard_windows, manifest.context)
+    return ArrayLayout(path, shape, chunks, np.dtype(dtype), fill, manifest.codec, ("window", "token"))
 
 
 def _site_array(manifest: Manifest, site: Site) -> ArrayLayout:
@@ -225,18 +224,6 @@ def _site_array(manifest: Manifest, site: Site) -> ArrayLayout:
         dims=("window", "token", "width"),
         attributes={"dtype": {"fp8": "float8_e4m3fn"}.get(manifest.stored_dtype, manifest.stored_dtype)}
         | ({"scales": scales_path(site)} if manifest.stored_as else {}),
-    )
-
-
-def _scales_array(manifest: Manifest, site: Site) -> ArrayLayout:
-    return ArrayLayout(
-        path=scales_path(site),
-        shape=(manifest.windows, manifest.context),
-        chunks=(manifest.shard_windows, manifest.context),
-        dtype=np.dtype("<f4"),
-        fill=float("nan"),
-        codec=manifest.codec,
-        dims=("window", "token"),
     )
 
 

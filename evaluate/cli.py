@@ -22,7 +22,7 @@ Examples:
   sae-eval run_1
   sae-eval run_1 --evals core,browser
   sae-eval run_1 --evals core,sparse_probing --set core.ablations=zero,mean
-  sae-eval run_1 run_4 --compare
+  sae-eval run_1 run_2 --compare
   sae-eval run_1/topk --evals all --resume
   sae-eval ./some/saelens/folder --cache ./store --layer 19
   sae-eval run_1 --json | jq '.results[].metrics'
@@ -68,7 +68,6 @@ def complete_evals(_: click.Context, __: click.Parameter, incomplete: str) -> li
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1.")
 @click.option("--compare", is_flag=True, help="One table of results; evaluates only what has none yet.")
 @click.option("--resume", is_flag=True, help="Skip what is done with the same settings.")
-@click.option("--beside-untrained", is_flag=True, help="Also show what was recorded of an SAE that was never trained.")
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Pictures beside the results.")
 @click.option("--set", multiple=True, metavar="EVAL.KEY=V", help="A setting: core.split=validation; a list as a,b.")
 @as_json()

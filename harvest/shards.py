@@ -170,7 +170,8 @@ class _Collector:
         rows, first = slice(batch.start, batch.start + len(batch.ids)), self.first + batch.start
         for site, acts in batch.captured.acts.items():
             self.moments[site].append(measure(site.layer, acts, special, site.hook, first))
-            torch.from_numpy(self.acts[site])[rows].copy_(_as_stored(acts), non_blocking=True)
+            stored = acts.view(torch.uint16) if acts.dtype == torch.bfloat16 else acts
+            torch.from_numpy(self.acts[site])[rows].copy_(stored, non_blocking=True)
         for layer, kept in batch.captured.attention.items():
             self.attention[layer].append(to_csr(layer, kept, first))
 
@@ -190,10 +191,6 @@ def _pinned(ids: Tensor) -> Tensor:
         return ids.pin_memory()
     except RuntimeError:  # likewise
         return ids
-
-
-def _as_stored(resid: Tensor) -> Tensor:
-    return resid.view(torch.uint16) if resid.dtype == torch.bfloat16 else resid
 
 
 def describe_device(device: torch.device) -> DeviceRecord:

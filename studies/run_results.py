@@ -134,8 +134,7 @@ def of_other_settings(eval_id: str, document: Mapping[str, Any], asked: Any | No
 
 
 def model_of(document: Mapping[str, Any]) -> str | None:
-    name: str | None = document.get("sae_cfg_dict", {}).get("model_name")
-    return name
+    return document.get("sae_cfg_dict", {}).get("model_name")
 
 
 def curve_by_label(folder: RunFolder) -> dict[str, list[tuple[float, float]]]:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 from rich.console import Console
 
 from ..cache_schema.cli import as_json, print_json
@@ -71,12 +70,10 @@ Examples:
 """
 
 
-def complete_studies(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return beginning_with(incomplete, studies())
-
-
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("names", nargs=-1, metavar="[STUDY]...", shell_complete=complete_studies)
+@click.argument(
+    "names", nargs=-1, metavar="[STUDY]...", shell_complete=lambda _, __, word: beginning_with(word, studies())
+)
 @click.option("--cache", required=True, metavar="URL", help="The store, with attention of layers L-2..L+1.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("study_runs"), show_default=True, metavar="DIR")
 @click.option("--tokens", metavar="N", help="Tokens for each run, such as 1M.  [default: the recipe's]")
@@ -109,7 +106,8 @@ def main(
     options = [word for name, value in given.items() if value is not None for word in (name, value)]
     options += [word for setting in settings for word in ("--set", setting)]
     words = tuple(word for setting in evaluation for word in ("--set", setting))
-    require_settings(evaluation)
+    with errors_told(lambda message: refuse(f"--eval-set: {message.removeprefix('error: ')}")):
+        make_configs(evals.ALL, evaluation)  # refuses what no evaluation has, before anything is trained
     told = []
     with errors_told(refuse), redirect_stdout(sys.stderr) if is_json else nullcontext():  # of what it runs, too
         chosen = {study: restrict(choose(study, wanted), few) for study in names or studies()}
@@ -184,12 +182,6 @@ def carry_out(recipes: Sequence[Recipe], course: Course, console: Console) -> li
     write_tables(results, course.out, console)
     draw_pictures(results, folders, course.out / "plots", console)
     return [line for _, lines in results for line in lines]
-
-
-def require_settings(evaluation: Sequence[str]) -> None:
-    """Refuse what no evaluation has, before anything is trained."""
-    with errors_told(lambda message: refuse(f"--eval-set: {message.removeprefix('error: ')}")):
-        make_configs(evals.ALL, evaluation)
 
 
 def settings_of(words: Sequence[str], eval_ids: Sequence[str]) -> list[str]:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   sae-train --variant topk --cache ./store
-  sae-train --variant topk --variant jumprelu --cache ./store --tokens 50M
+  sae-train --variant topk --variant jumprelu --cache ./store --epochs 2
   sae-train --variant topk --grid k=16,32,64 --cache ./store --epochs 2
   sae-train --variant crosscoder --set layers=18,19 --cache ./store
-  sae-train --recipe attention/run_4 --cache ./store
+  sae-train --recipe attention/run_4 --cache ./store --name attention_run_4
   sae-train --resume run_1
   torchrun --nproc-per-node 8 --no-python sae-train --spread --variant topk --grid k=16,32,64 --cache ./store
 """

@@ -30,8 +30,8 @@ CIRCUIT_TRACER = "circuit_tracer"
 
 EXAMPLES = """\b
 Examples:
-  sae-export run_1 --to sparsify --out ./exported
-  sae-export run_4/guided --to dictionary_learning --out ./exported
+  sae-export run_1/topk --to sparsify --out ./exported
+  sae-export run_1/topk --to dictionary_learning --out ./exported_dl
   sae-export ./sparsify/folder --to sae_lens --out ./exported
   sae-export run_7 --to circuit_tracer --out ./exported    # all transcoders of the run, or its cross-layer one
   sae-export run_1 --push-to-hub me/my-saes --license mit --private

@@ -84,8 +84,7 @@ class Context:
     def dtype(self) -> torch.dtype:
         """The model's dtype is the store's, so that a stored residual is exactly what the model computes."""
         name = self.dtype_name or (self.opened.manifest.model.dtype if self.opened else "bfloat16")
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
+        return getattr(torch, name)
 
     @property
     def model(self) -> LanguageModel:
@@ -149,9 +148,9 @@ class Context:
         """Whether `data`, as an evaluation's setting says it, means text of this Python's library."""
         return data == "stdlib" or (data == "auto" and self.is_pocket)
 
-    def use(self, model: LanguageModel, identity: str | None = None) -> None:
-        """Take a model that is in memory already. Without an identity nothing it computes is kept."""
-        self._model, self.model_identity = model, identity
+    def use(self, model: LanguageModel) -> None:
+        """Take a model that is in memory already. Nobody knows which it is, so nothing it computes is kept."""
+        self._model, self.model_identity = model, None
 
     def say(self, text: str) -> None:
         self.watch.say(text)

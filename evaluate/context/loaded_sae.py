@@ -91,8 +91,7 @@ class LoadedSae:
         if "attention" not in self.needs:
             return ()
         settings = self.metadata["training_architecture_details"]
-        layers: tuple[int, ...] = from_json(registry.config_type(self.variant), settings).needs().attention_layers
-        return layers
+        return from_json(registry.config_type(self.variant), settings).needs().attention_layers
 
     @property
     def is_single_layer(self) -> bool:

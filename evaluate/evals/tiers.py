@@ -111,8 +111,9 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
             rows = ordinary_rows(context, subject, batch)
             seen[subject].take(acts[rows], tokens + rows[batch.keep].nonzero().view(-1))
             if tracers and subject.is_single_layer:
-                found = trace(tracers[subject.layer], subject, acts[: len(share)], seen[subject])
-                add_effects(effects[subject], found)
+                total = effects[subject]
+                for name, effect in trace(tracers[subject.layer], subject, acts[: len(share)], seen[subject]).items():
+                    total[name] = total.get(name, Effect()) + effect
         tokens, windows = tokens + int(batch.keep.sum()), windows + len(batch)
     for subject in subjects:
         metrics = measure(seen[subject], composition[subject][0], effects[subject], config)
@@ -194,11 +195,6 @@ def trace(tracer: Tracer, subject: LoadedSae, acts_WTF: Tensor, seen: Seen) -> d
 
 def _decoded(subject: LoadedSae, acts_WTF: Tensor, members_F: Tensor) -> Tensor:
     return subject.decode(acts_WTF * members_F)
-
-
-def add_effects(total: dict[str, Effect], batch: Mapping[str, Effect]) -> None:
-    for name, effect in batch.items():
-        total[name] = total.get(name, Effect()) + effect
 
 
 def measure(

@@ -14,6 +14,7 @@ import torch
 
 from ...cache_schema import Store, StoreError, StoreMissing
 from ...cache_schema.cli import print_json, tell_files
+from ...cache_schema.in_words import say_size
 from ...cache_schema.keep_freed_memory import keep_large_blocks
 from ...cache_schema.sites import RESID
 from ...harvest.errors import HarvestError
@@ -48,7 +49,7 @@ def run(words: Mapping[str, Any], complain: Complain) -> int:
             offer_training(words["targets"], Path(words["runs"]), words["cache"], words["device"], words["plots"])
         rows, problems = measure(words, lambda problem: complain(f"error: {problem}"))
         console = make_console(is_stderr=words["is_json"])
-        print_results(console, rows, beside_untrained=words["beside_untrained"])
+        print_results(console, rows)
         if words["plots"]:
             draw(rows, words["compare"], Watch().say)
         if line := next_look(rows, words):
@@ -74,8 +75,8 @@ def next_look(rows: Sequence[Row], words: Mapping[str, Any]) -> str | None:
     places += ["--cache", words["cache"]] if words["cache"] else []
     places += ["--layer", str(words["layer"])] if words["layer"] is not None else []
     command = shlex.join(["sae-eval", *words["targets"], *places, "--evals", "browser"])
-    megabytes = sum(subject.width for subject in bare) * LATENT_BYTES / 1e6
-    return f"next: {command}    # pages to look at all latents, about {max(1, round(megabytes)):,} MB"
+    size = say_size(sum(subject.width for subject in bare) * LATENT_BYTES)
+    return f"next: {command}    # pages to look at all latents, about {size}"
 
 
 def is_store(url: str | None) -> bool:

@@ -26,7 +26,6 @@ UNTRAINED: Mapping[
     "misc_metrics.frac_alive": 0.0,
     "sae.sae_top_5_test_accuracy": 0.5,  # of layer 5
 }
-NAME, RECORDED = "never trained", "what a study recorded for gemma-2-2b, layer 19, after no training step"
 NUMBER_WIDTH = 9  # of a number in four digits; a heading may take several lines instead
 
 
@@ -38,16 +37,14 @@ def make_console(*, is_stderr: bool = False) -> Console:
     return console
 
 
-def print_results(console: Console, rows: Sequence[Row], *, beside_untrained: bool = False) -> None:
+def print_results(console: Console, rows: Sequence[Row]) -> None:
     """The table, what in it cannot be right, then everything that is not in it and why."""
     good = [row for row in rows if row.document is not None]
     names_of = shown_names(row.subject for row in rows)
     if good:
-        console.print(make_table(good, names_of, beside_untrained=beside_untrained))
+        console.print(make_table(good, names_of))
         for line in measured_on(good, names_of):
             console.print(line, style="dim", markup=False, soft_wrap=True)
-    if beside_untrained:
-        console.print(f"{NAME}: {RECORDED}", style="dim", markup=False, soft_wrap=True)
     for row in good:
         for trait in untrained_traits(row.document or {}):
             console.print(f"warning: {names_of[row.subject]} did not learn: {trait}", markup=False, soft_wrap=True)
@@ -96,7 +93,7 @@ def _metrics_of(row: Row) -> dict[str, float | None]:
     return {metric: metric_of(row.document, metric) for metric in evals.load(row.eval_id).summary}
 
 
-def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], *, beside_untrained: bool = False) -> Table:
+def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str]) -> Table:
     """One line for each SAE, one column for each metric in the evaluations' summaries."""
     found = {(row.subject, row.eval_id): row.document for row in rows}
     subjects = list(dict.fromkeys(row.subject for row in rows))
@@ -110,9 +107,6 @@ def make_table(rows: Sequence[Row], names_of: Mapping[LoadedSae, str], *, beside
     for subject in subjects:
         cells = (_cell(found.get((subject, eval_id)), eval_id, metric) for eval_id, metric in columns)
         table.add_row(names_of[subject], *cells)
-    if beside_untrained:
-        recorded = (UNTRAINED.get(metric) for _, metric in columns)
-        table.add_row(NAME, *(MISSING if value is None else f"{value:g}" for value in recorded), style="dim")
     return table
 
 

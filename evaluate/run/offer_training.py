@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from ...cache_schema import Store, StoreMissing
+from ...cache_schema.in_words import say_time
 from ...train.config.run_config import Ask
 from ...train.errors import TrainError
 from ...train.run.settle_config import settle
@@ -62,9 +63,10 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
         seconds = estimate_seconds(settled, store, process)
         epoch = settled.plan.steps_in(1)
         if seconds > LONG_SECONDS and epoch < settled.total_steps:
-            console.print(f"one epoch of it takes {about(seconds * epoch / settled.total_steps)}: {command} --epochs 1")
+            of_one = say_time(seconds * epoch / settled.total_steps)
+            console.print(f"one epoch of it takes about {of_one}: {command} --epochs 1")
         saes = len(settled.config.members)
-        what = f"{saes} SAE{'s' * (saes > 1)} side by side, {settled.total_steps:,} steps, {about(seconds)}"
+        what = f"{saes} SAE{'s' * (saes > 1)} side by side, {settled.total_steps:,} steps, about {say_time(seconds)}"
         if not click.confirm(f"Train it now, then go on? {what}", default=True, err=True):
             return
     with open_process(device, console, is_watched=plots) as process:
@@ -72,12 +74,3 @@ def _offer(recipe: str, name: str, runs: Path, cache: str, device: str, plots: b
         outcome = start(ask, cache, str(runs), name, process)
     if outcome is not None and plots:
         after_run(runs / name, console.print)
-
-
-def about(seconds: float) -> str:
-    """A duration as one says it."""
-    if seconds < 5:
-        return "a few seconds"
-    if seconds < 90:
-        return f"about {seconds:.0f} seconds"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"

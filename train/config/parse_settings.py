@@ -43,7 +43,8 @@ def parse_grid(words: Iterable[str]) -> list[dict[str, Any]]:
         key, equals, values = word.partition("=")
         if not equals or not values:
             raise ConfigInvalid(f"expected a grid like k=16,32,64, found {word!r}")
-        axes.append([(key.strip(), parse_value(value)) for value in _split_values(values)])
+        outside_brackets = re.split(r",(?![^\[]*\])", values)
+        axes.append([(key.strip(), parse_value(value.strip())) for value in outside_brackets])
     return [dict(point) for point in itertools.product(*axes)]
 
 
@@ -80,11 +81,6 @@ def with_settings(record: T, settings: Mapping[str, Any], where: str) -> T:
         return from_json(type(record), raw, where)
     except StrictError as error:
         raise ConfigInvalid(str(error)) from None
-
-
-def _split_values(text: str) -> list[str]:
-    """Commas outside brackets."""
-    return [part.strip() for part in re.split(r",(?![^\[]*\])", text)]
 
 
 def _assign(raw: dict[str, Any], path: list[str], value: Any) -> bool:

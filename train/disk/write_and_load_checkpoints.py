@@ -11,6 +11,7 @@ A GPU's run goes on while its checkpoint is written (`Writer`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -202,8 +203,5 @@ def _read(path: Path, labels: Collection[str] | None) -> tuple[Standing, dict[st
 
 def _digest(path: Path) -> str:
     """Of a file's bytes, read back."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

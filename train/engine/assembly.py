@@ -43,8 +43,7 @@ class Term:
     @property
     def split(self) -> Split | None:
         """What a process finds of it that holds some of the latents; None: it needs all of them."""
-        found: Split | None = getattr(self.fn, "split", None)
-        return found
+        return getattr(self.fn, "split", None)
 
 
 TableUse = Literal["none", "gradients", "unit decoder"]  # the last: only that decoder rows keep length one

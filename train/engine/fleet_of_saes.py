@@ -140,12 +140,8 @@ class Fleet:
 def _build(config: Buildable, stats: Mapping[Place, Stats]) -> Assembly:
     needs = config.needs()
     sides = (needs.input_places,) if needs.targets is None else (needs.input_places, needs.target_places)
-    return config.build(stats[needs.input_places[0]].width, *(_side_stats(layers, stats) for layers in sides))
-
-
-def _side_stats(layers: tuple[Place, ...], stats: Mapping[Place, Stats]) -> Stats:
-    """Statistics of the layers side by side."""
-    return stats[layers[0]] if len(layers) == 1 else joined_stats([stats[layer] for layer in layers])
+    joined = (joined_stats([stats[layer] for layer in layers]) for layers in sides)
+    return config.build(stats[needs.input_places[0]].width, *joined)
 
 
 def _locate(label: str, error: NonFiniteLoss, draw: Draw, kind: Kind, ranks: Ranks) -> TrainError:

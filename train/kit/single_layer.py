@@ -16,7 +16,8 @@ from ..engine.assembly import Assembly, Constraint, Term
 from ..engine.optim import Optim
 from ..engine.schedules import Constant, Ramp, Schedule
 from ..sae.gates import Gate
-from ..sae.model import EncoderProduct, SparseAutoencoder, tied_weights
+from ..sae.kernels.linear import Product
+from ..sae.model import SparseAutoencoder, tied_weights
 from ..sae.step_view import View
 from ..terms.auxk import AuxK
 from ..terms.constraints import UnitDecoder
@@ -39,7 +40,7 @@ class Dictionary(Variant):
     dead_after_tokens: int = 10_000_000
     decoder_bias: DecoderBias = "mean"
     """Where the decoder's bias starts: at the mean of the activations, or at zero."""
-    encoder_product: EncoderProduct = "float32"
+    encoder_product: Product = "float32"
     """The precision in which latents are chosen; their values are float32 in both."""
     optim: Optim = field(default_factory=Optim)
 

@@ -16,7 +16,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
 from ..engine.optim import Optim
-from ..sae.model import EncoderProduct
+from ..sae.kernels.linear import Product
 from . import registry
 from .build import require
 from .contract import Variant, most_active
@@ -42,7 +42,7 @@ class Wrapping(Variant):
     aux_k: int | None = None
     seed: int = 0
     dead_after_tokens: int = 10_000_000
-    encoder_product: EncoderProduct = "float32"
+    encoder_product: Product = "float32"
     optim: Optim = field(default_factory=Optim)
 
     def step_tables(self) -> float:

@@ -92,12 +92,10 @@ class SomeLatents(Latents):
         return found if found is None or not is_bool else found.view(torch.bool)
 
     def join(self, part: Tensor) -> Tensor:
-        joined: Tensor = _Join.apply(part, self._ranks)
-        return joined
+        return _Join.apply(part, self._ranks)
 
     def share(self, tensor: Tensor) -> Tensor:
-        shared: Tensor = _Share.apply(tensor, self._ranks)
-        return shared
+        return _Share.apply(tensor, self._ranks)
 
 
 class _Join(torch.autograd.Function):

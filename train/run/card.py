@@ -77,14 +77,15 @@ def _body(repository: str, saes: Sequence[Described]) -> Iterator[str]:
 def _facts(sae: Described) -> Iterator[tuple[str, Any]]:
     """What it is, and what it was trained on."""
     config, metadata = sae.config, sae.metadata
+    layers, rebuilt = metadata.get("layers"), metadata.get("target_layers")
     details = _object(metadata, "training_architecture_details")
     named = {
         "variant": metadata.get("training_architecture", config.get("architecture")),
         "base": details.get("base"),
         "architecture": config.get("architecture"),
-        "layers": _listed(metadata.get("layers")),
+        "layers": _listed(layers),
         "reads": metadata.get("hook_name"),
-        "rebuilds layers": _listed(_other(metadata, "target_layers", "layers")),
+        "rebuilds layers": _listed(rebuilt) if rebuilt != layers else None,
         "writes to": metadata.get("hook_name_out"),
         "input width": config.get("d_in"),
         "width": config.get("d_sae"),
@@ -146,7 +147,9 @@ def _of_split(core: Mapping[str, Any]) -> str:
 def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:
     """In this package, and in SAELens for those that its architectures express."""
     yield from ("```python", "from saemill.train import load_sae", "")
-    yield from (f"sae = load_sae({json.dumps(_address(repository, sae))})  # raw activations in" for sae in saes)
+    for sae in saes:
+        address = f"{repository}/{sae.place}" if sae.place else repository
+        yield f"sae = load_sae({json.dumps(address)})  # raw activations in"
     yield "```"
     known = [sae for sae in saes if sae.config.get("architecture") in (*TENSORS, *TRANSCODERS)]
     others = [sae for sae in saes if sae not in known]
@@ -161,10 +164,6 @@ def _loading(repository: str, saes: Sequence[Described]) -> Iterator[str]:
     if others:
         names = ", ".join(plain(sae.place) for sae in others if sae.place) or "this one"
         yield from ("", f"SAELens has no architecture for {names}.")
-
-
-def _address(repository: str, sae: Described) -> str:
-    return f"{repository}/{sae.place}" if sae.place else repository
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -186,10 +185,6 @@ def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _listed(values: Any) -> str:
     return ", ".join(map(str, values)) if isinstance(values, list) else ""
-
-
-def _other(metadata: Mapping[str, Any], name: str, usual: str) -> Any:
-    return metadata.get(name) if metadata.get(name) != metadata.get(usual) else None
 
 
 def _is_number(value: Any) -> bool:

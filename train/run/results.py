@@ -87,17 +87,7 @@ def conclude(run: Run) -> Outcome | None:
 
 def _measure_and_save(run: Run) -> dict[str, SaeOutcome]:
     """The SAEs of this process."""
-    found, outcomes = validate(run.fleet, _held_out(run)), {}
-    for member in run.config.members:
-        if member.label in found:
-            outcomes[member.label] = _sae_outcome(run, member, found[member.label])
-            with name_failure(run.folder.path, member.label):
-                _save(run, member, outcomes[member.label])
-    return outcomes
-
-
-def _held_out(run: Run) -> Any:
-    return held_out(
+    batches = held_out(
         run.store,
         run.fleet.needs.values(),
         run.fleet.stats,
@@ -105,6 +95,13 @@ def _held_out(run: Run) -> Any:
         tokens=run.config.course.validation_tokens,
         batch_tokens=run.config.data.batch_tokens,
     )
+    found, outcomes = validate(run.fleet, batches), {}
+    for member in run.config.members:
+        if member.label in found:
+            outcomes[member.label] = _sae_outcome(run, member, found[member.label])
+            with name_failure(run.folder.path, member.label):
+                _save(run, member, outcomes[member.label])
+    return outcomes
 
 
 def _outcome(run: Run, saes: dict[str, SaeOutcome]) -> Outcome:

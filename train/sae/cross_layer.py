@@ -17,7 +17,7 @@ from .gates import BatchTopK
 from .kernels.linear import Product, linear
 from .kernels.products_with_gradients import affine
 from .kernels.sparse_support import Support, group_offsets
-from .model import EncoderProduct, SparseAutoencoder
+from .model import SparseAutoencoder
 
 
 def deal(width: int, layers: int) -> list[int]:
@@ -38,7 +38,7 @@ class CrossLayerSae(SparseAutoencoder):
         gate: BatchTopK,
         b_enc: Tensor,
         b_dec: Tensor,
-        encoder_product: EncoderProduct,
+        encoder_product: Product,
     ) -> None:
         """`rows` [F, D_in] are both what each latent reads and, where it can be, what it writes to its own layer."""
         self.num_layers, self.sizes = layers, deal(len(rows), layers)

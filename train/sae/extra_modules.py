@@ -9,8 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..data.device_copies import refuse_recording
 from .model import SparseAutoencoder
 from .step_view import View
+
+DECAY = 0.99  # of running means
 
 
 class Part(nn.Module):
@@ -31,6 +34,38 @@ class Extra(Part):
     def retired_latents(self, knobs: Mapping[str, float]) -> Tensor | None:
         """bool [F], latents that auxiliary losses leave alone at this step: silent for good, or not theirs to wake."""
         return None
+
+
+class StepCounter(Extra):
+    """Counts steps in a buffer, whose value the host knows.
+
+    A GPU is asked only after someone else has written to the buffer, as loading a state does.
+    """
+
+    steps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._seen: tuple[Tensor, int, int] | None = None  # the buffer, its version, its value
+
+    @property
+    def steps_seen(self) -> int:
+        refuse_recording("it counts steps on the host")
+        steps = self.steps
+        if self._seen is None or self._seen[0] is not steps or self._seen[1] != steps._version:
+            self._seen = steps, steps._version, int(steps)
+        return self._seen[2]
+
+    @property
+    def weight_of_step(self) -> float:
+        """In running means: at first as much as each step before, so that they do not begin at zero."""
+        return max(1.0 - DECAY, 1.0 / (self.steps_seen + 1))
+
+    def add_step(self) -> None:
+        count = self.steps_seen + 1
+        self.steps += 1
+        self._seen = self.steps, self.steps._version, count
 
 
 def extras_of(sae: SparseAutoencoder) -> list[Extra]:

@@ -31,7 +31,6 @@ from .kernels.row_gradients import low_copy
 from .kernels.sparse_support import Support
 from .side_inputs import NO_SIDE, Side
 
-EncoderProduct = Product
 Choose = Callable[[Tensor, Side], Support | None]
 
 
@@ -53,7 +52,7 @@ class SparseAutoencoder(nn.Module):
         b_dec: Tensor | None = None,
         b_enc: Tensor | None = None,
         centres_input: bool = True,
-        encoder_product: EncoderProduct = "float32",
+        encoder_product: Product = "float32",
         W_skip: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -65,7 +64,7 @@ class SparseAutoencoder(nn.Module):
         self.gate = gate
         self.is_plain = type(self).is_plain and type(gate) in PLAIN_GATES
         self.centres_input = centres_input
-        self.encoder_product: EncoderProduct = encoder_product
+        self.encoder_product: Product = encoder_product
         self.extras = nn.ModuleDict()  # what trains along but no activation needs; the trainer puts it here
         self.extras_tensors: dict[str, Tensor] = {}  # the same of a loaded SAE, by name
         self.metadata: dict[str, Any] = {}  # where a loaded SAE belongs

@@ -24,8 +24,7 @@ def runs_of(study: str) -> tuple[Recipe, ...]:
 
 def own_evals(study: str) -> tuple[str, ...]:
     """Evaluations that measure what the study's SAEs are trained on."""
-    found: tuple[str, ...] = getattr(import_file(__name__, study), "EVALS", ())
-    return found
+    return getattr(import_file(__name__, study), "EVALS", ())
 
 
 def find_recipes(name: str) -> tuple[Recipe, ...]:

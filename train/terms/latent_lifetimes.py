@@ -13,27 +13,24 @@ import torch
 from torch import Tensor
 
 from ..engine.assembly import Constraint
-from ..sae.extra_modules import Extra
-from ..sae.kernels.hardware import StepCount
+from ..sae.extra_modules import StepCounter
 from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import Side
 from ..sae.step_view import View
 
-DECAY = 0.99  # of the running moments
 SILENT = -1.0  # encoder bias of a retired latent, whose encoder row is zero
 PRUNE = "prune"
 SCALES = ("short", "medium", "long")
 EPSILON = 1e-6
 
 
-class Dynamics(Extra):
+class Dynamics(StepCounter):
     """Running moments of activations, the groups of latents, and who is retired."""
 
     group: Tensor
     retired: Tensor
     mean: Tensor
     square: Tensor
-    steps: Tensor
 
     def __init__(
         self, group_sizes: Sequence[int], prune_every_steps: int = 1, prune_share: float = 0.0, floor: float = 0.0
@@ -49,8 +46,6 @@ class Dynamics(Extra):
         self.register_buffer("retired", torch.zeros(len(groups), dtype=torch.bool))
         self.register_buffer("mean", torch.zeros(len(groups)))
         self.register_buffer("square", torch.zeros(len(groups)))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._count = StepCount()
 
     @property
     def variance(self) -> Tensor:
@@ -59,7 +54,7 @@ class Dynamics(Extra):
 
     def weights(self, by_variance: bool) -> Tensor:
         """[F], what each latent counts in a cosine: 1, or 1 / variance; 0 under the floor."""
-        if self._count.of(self.steps) == 0:
+        if self.steps_seen == 0:
             return torch.ones_like(self.mean)
         relative = self.variance / self.variance.mean().clamp_min(EPSILON)
         weights = 1.0 / (relative + 0.01) if by_variance else torch.ones_like(relative)
@@ -71,11 +66,11 @@ class Dynamics(Extra):
     @torch.no_grad()
     def observe(self, view: View) -> None:
         mean, square = _moments(view)
-        weight = max(1.0 - DECAY, 1.0 / (self._count.of(self.steps) + 1))
+        weight = self.weight_of_step
         self.mean.lerp_(mean, weight)
         self.square.lerp_(square, weight)
-        self._count.add_one(self.steps)
-        is_due = self._count.of(self.steps) % self.prune_every_steps == 0
+        self.add_step()
+        is_due = self.steps_seen % self.prune_every_steps == 0
         if self.prune_share > 0 and view.side.knob(PRUNE, 0.0) and is_due:
             self.retired |= self.variance < self.prune_share * self.variance.mean()
             silence(view.sae, self.retired)  # at once: this may be the last step

@@ -13,31 +13,27 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..data.device_copies import send
-from ..sae.extra_modules import Extra
-from ..sae.kernels.hardware import StepCount
+from ..sae.extra_modules import StepCounter
 from ..sae.step_view import View
 
 RESAMPLING = "resampling"  # the extra, and the knob that says whether it is over: 1 from there on
 SHARE = 0.2
 
 
-class Resampling(Extra):
+class Resampling(StepCounter):
     """Counts steps, and gives dead latents new weights when it is time."""
 
-    steps: Tensor
     resampled: Tensor
 
     def __init__(self, every_steps: int) -> None:
         super().__init__()
         self.every_steps = every_steps
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("resampled", torch.zeros((), dtype=torch.int64))
-        self._count = StepCount()
 
     @torch.no_grad()
     def observe(self, view: View) -> None:
-        self._count.add_one(self.steps)
-        is_due = self._count.of(self.steps) % self.every_steps == 0
+        self.add_step()
+        is_due = self.steps_seen % self.every_steps == 0
         if is_due and not view.side.knob(RESAMPLING, 0.0):
             dead = view.still_dead & view.dead_and_wanted
             resample(view, dead)

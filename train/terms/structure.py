@@ -25,8 +25,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..sae.extra_modules import Extra
-from ..sae.kernels.hardware import StepCount
+from ..sae.extra_modules import StepCounter
 from ..sae.kernels.nested_prefixes import Tiering, tier_errors
 from ..sae.kernels.products_with_gradients import affine
 from ..sae.step_view import View
@@ -34,7 +33,6 @@ from .tiers import shares_on, switched_on, tier_losses, tiers_of
 
 Follower = Callable[[View, Tensor, Tensor], None]  # told of the membership before and after
 Group = list[tuple[int, int]]  # latents that move together, each with its new tier
-DECAY = 0.99  # of the running means
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,11 @@ class Moves:
         return tuple(size - int(self.drift * size) for size in sizes)
 
 
-class Structure(Extra):
+class Structure(StepCounter):
     """Running means of frequencies and losses, and the moves that follow from them."""
 
     frequency: Tensor
     losses: Tensor
-    steps: Tensor
     moved: Tensor
 
     def __init__(self, moves: Moves, sizes: Sequence[int], followers: Sequence[Follower]):
@@ -73,15 +70,13 @@ class Structure(Extra):
         self.moves, self._sizes, self._followers = moves, tuple(sizes), tuple(followers)
         self.register_buffer("frequency", torch.zeros(sum(sizes)))
         self.register_buffer("losses", torch.zeros(len(sizes)))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("moved", torch.zeros((), dtype=torch.int64))
-        self._count = StepCount()
 
     @torch.no_grad()
     def observe(self, view: View) -> None:
         self._measure(view)
         is_open = min(shares_on(view.side.knobs, len(self._sizes))) == 1  # one still off would take all latents
-        if is_open and self._count.of(self.steps) % self.moves.every_steps == 0:  # these steps wait for a GPU
+        if is_open and self.steps_seen % self.moves.every_steps == 0:  # these steps wait for a GPU
             tiers = tiers_of(view)
             before = tiers.membership.clone()
             after = self.reassigned(before, view.dead)
@@ -110,10 +105,10 @@ class Structure(Extra):
         ranks = view.side.ranks
         fired = view.fired / ranks.rows(view.x.shape[0])
         losses = ranks.mean(tier_losses(view).detach())
-        weight = max(1.0 - DECAY, 1.0 / (self._count.of(self.steps) + 1))
+        weight = self.weight_of_step
         self.frequency.lerp_(fired.to(self.frequency.dtype), weight)
         self.losses.lerp_(losses.to(self.losses.dtype), weight)
-        self._count.add_one(self.steps)
+        self.add_step()
 
     def _spare(self, membership: Tensor) -> list[int]:
         """How many latents each tier may lose."""

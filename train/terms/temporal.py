@@ -23,7 +23,7 @@ from ..sae.kernels.codes import Codes
 from ..sae.kernels.hardware import reads_at_once
 from ..sae.kernels.products_with_gradients import affine
 from ..sae.kernels.sparse_support import Support, starts
-from ..sae.kernels.windows import other_window
+from ..sae.kernels.windows import Places, other_window
 from ..sae.side_inputs import Side
 from ..sae.step_view import View, once
 from .latent_lifetimes import Dynamics, rows_before
@@ -68,11 +68,7 @@ class Consistency:
 
     def _weights(self, view: View) -> Tensor:
         """[F_g], what each latent counts in the cosine."""
-        return dynamics_of(view).weights(self.adaptive == "variance")[self.start : self.stop]
-
-
-def dynamics_of(view: View) -> Dynamics:
-    return cast(Dynamics, view.sae.extras[TEMPORAL])
+        return cast(Dynamics, view.sae.extras[TEMPORAL]).weights(self.adaptive == "variance")[self.start : self.stop]
 
 
 def part_of(codes: Codes, start: int, stop: int) -> Codes:
@@ -130,8 +126,7 @@ def past_rows(side: Side, lag: int) -> Tensor:
 def rows_apart(side: Side, lag: int) -> Tensor:
     """int64 [B], the row `lag` tokens before each row's position in another window, or -1."""
     window = other_window(side["window"], side["position"], side["row_of"].shape[0], "other_windows")
-    row: Tensor = side["row_of"][window, (side["position"] - lag).clamp_min(0)]
-    return row
+    return side["row_of"][window, (side["position"] - lag).clamp_min(0)]
 
 
 def read_rows(table_BF: Tensor, part: Codes, rows_B: Tensor) -> Tensor:
@@ -145,20 +140,18 @@ def remembered(side: Side, acts_BF: Tensor, mixing: float, start_F: Tensor | Non
     """[B, F_g], the running mean of the document's past up to and with each row, from where it starts."""
     if mixing == 1.0:
         return acts_BF
-    row_of, window, position = side["row_of"], side["window"], side["position"]
-    context = row_of.shape[1]
-    spread = acts_BF.new_zeros(*row_of.shape, acts_BF.shape[1])
-    spread[window, position] = acts_BF
+    places = Places(side["window"], side["position"], side["row_of"])
+    context = places.row_of.shape[1]
     place = torch.arange(context, device=acts_BF.device)
     age = place[:, None] - place
     length = int(side.knob(PIECE, context))
     within = (age >= 0) & (place[:, None] // length == place // length) & _in_one_document(side)
     decay = torch.where(within, mixing * (1.0 - mixing) ** age.clamp_min(0), 0.0).to(acts_BF.dtype)
-    total, weight = decay @ spread, decay.sum(dim=2, keepdim=True)
+    total, weight = decay @ places.spread(acts_BF), decay.sum(dim=2, keepdim=True)
     if start_F is not None:
         fading = ((1.0 - mixing) ** within.sum(dim=2, keepdim=True)).to(acts_BF.dtype)
         total, weight = total + fading * start_F, weight + fading
-    return (total / weight.clamp_min(TINY))[window, position]
+    return places.collect(total / weight.clamp_min(TINY))
 
 
 def _in_one_document(side: Side) -> Tensor:

@@ -7,7 +7,7 @@ from ..engine.assembly import Assembly
 from ..kit.build import EARLY_DEAD_PART, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
 from ..sae.gates import BatchTopK
-from ..sae.model import EncoderProduct
+from ..sae.kernels.linear import Product
 
 
 @settings("layer width k threshold_decay seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")
@@ -16,7 +16,7 @@ class Config(WithAux, SingleLayer):
     """Mean number of active latents per token."""
     threshold_decay: float = 0.99
     """Of the running mean of the smallest kept activation."""
-    encoder_product: EncoderProduct = "bfloat16"
+    encoder_product: Product = "bfloat16"
 
     def dead_part(self) -> int:
         return EARLY_DEAD_PART

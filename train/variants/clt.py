@@ -17,7 +17,8 @@ from ..kit.build import require, require_layers, require_sparsity, stats_or_unit
 from ..kit.single_layer import Dictionary, WithAux, assemble_mapping, settings
 from ..sae.cross_layer import CrossLayerSae
 from ..sae.gates import BatchTopK
-from ..sae.model import EncoderProduct, tied_weights
+from ..sae.kernels.linear import Product
+from ..sae.model import tied_weights
 from ..terms.constraints import WritesOnward
 
 
@@ -26,7 +27,7 @@ class Config(WithAux, Dictionary):
     layers: tuple[int, ...] = (17, 18, 19, 20)
     k: float = 64.0
     threshold_decay: float = 0.99
-    encoder_product: EncoderProduct = "bfloat16"
+    encoder_product: Product = "bfloat16"
     hook: str = RESID
     to_hook: str | None = None
     """None: mlp_out where the hook is mlp_in, else the same hook."""

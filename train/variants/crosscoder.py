@@ -18,7 +18,7 @@ from ..engine.assembly import Assembly
 from ..kit.build import read_with, require, require_hook, require_layers, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain, settings
 from ..sae.gates import BatchTopK, Relu
-from ..sae.model import EncoderProduct
+from ..sae.kernels.linear import Product
 from ..terms.sparsity import LayerNormsL1
 from .clt import build_cross_layer
 
@@ -36,7 +36,7 @@ class Config(WithPenalty, WithAux, Dictionary):
     penalty: float = 0.04
     """Of the L1 norm (relu)."""
     threshold_decay: float = 0.99
-    encoder_product: EncoderProduct = "bfloat16"
+    encoder_product: Product = "bfloat16"
     causal: bool = False
     """Weakly causal: each latent reads one layer, and writes to it and to later ones (batchtopk)."""
 

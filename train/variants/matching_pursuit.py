@@ -15,10 +15,11 @@ from ..engine.assembly import Assembly
 from ..kit.build import require_least
 from ..kit.single_layer import settings
 from ..sae.kernels.codes import Codes
+from ..sae.kernels.linear import Product
 from ..sae.kernels.products_with_gradients import affine, decode_at
 from ..sae.kernels.select_latents import topk_rows
 from ..sae.kernels.sparse_support import support_from_topk
-from ..sae.model import EncoderProduct, SparseAutoencoder
+from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import NO_SIDE, Side
 from . import topk
 
@@ -50,7 +51,7 @@ class Pursuit(SparseAutoencoder):
 
 @settings("layer width k rounds seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")
 class Config(topk.Config):
-    encoder_product: EncoderProduct = "float32"
+    encoder_product: Product = "float32"
     rounds: int = 4
     """How often what is left is read again; at most k."""
 

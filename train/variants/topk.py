@@ -7,13 +7,13 @@ from ..engine.assembly import Assembly
 from ..kit.build import EARLY_DEAD_PART, require_sparsity, topk_optim
 from ..kit.single_layer import RECONSTRUCTION, SingleLayer, WithAux, build_plain, settings
 from ..sae.gates import TopK
-from ..sae.model import EncoderProduct
+from ..sae.kernels.linear import Product
 
 
 @settings("layer width k seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")
 class Config(WithAux, SingleLayer):
     k: int = 64
-    encoder_product: EncoderProduct = "bfloat16"
+    encoder_product: Product = "bfloat16"
 
     def dead_part(self) -> int:
         return EARLY_DEAD_PART

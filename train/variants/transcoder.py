@@ -21,7 +21,8 @@ from ..kit.build import require, require_sparsity, stats_or_unit, write_hook
 from ..kit.contract import Variant
 from ..kit.single_layer import WithAux, assemble_mapping, settings
 from ..sae.gates import BatchTopK, TopK
-from ..sae.model import EncoderProduct, SparseAutoencoder, tied_weights
+from ..sae.kernels.linear import Product
+from ..sae.model import SparseAutoencoder, tied_weights
 
 RESID_TO_LAYER = 20
 
@@ -35,7 +36,7 @@ class Config(WithAux, Variant):
     k: int = 64
     seed: int = 0
     dead_after_tokens: int = 10_000_000
-    encoder_product: EncoderProduct = "bfloat16"
+    encoder_product: Product = "bfloat16"
     optim: Optim = field(default_factory=Optim)
     hook: str = RESID
     to_hook: str | None = None

@@ -27,10 +27,10 @@ from ..kit.build import ends_of, require, require_positive
 from ..kit.single_layer import settings
 from ..sae.extra_modules import Extra
 from ..sae.kernels.codes import Codes, codes_from_dense
-from ..sae.kernels.linear import linear
+from ..sae.kernels.linear import Product, linear
 from ..sae.kernels.select_latents import topk_rows
 from ..sae.kernels.sparse_support import Support, support_from_topk
-from ..sae.model import EncoderProduct, SparseAutoencoder
+from ..sae.model import SparseAutoencoder
 from ..sae.side_inputs import NO_SIDE, Side
 from ..sae.step_view import View
 from ..terms.reconstruction import NestedReconstruction
@@ -172,7 +172,7 @@ class Moving:
     "dead_after_tokens decoder_bias encoder_product optim"
 )
 class Config(topk.Config):
-    encoder_product: EncoderProduct = "float32"
+    encoder_product: Product = "float32"
     layer_fractions: tuple[float, ...] = (0.25, 1.0)
     """Where each layer of the tree ends, as shares of the dictionary."""
     k_shares: tuple[float, ...] = (0.8125, 0.1875)

@@ -30,7 +30,7 @@ from .top_firings import SAMPLE, TOP
 
 BATCH = 128  # latents of a file
 BUCKETS = 4  # of a sample, from the highest quarter to the lowest
-TOP_BIN, OTHER_BIN = (-1.0, -1.0), (0.0, 0.0)  # lower end and share, where a group of examples is not an interval
+TOP_BIN = (-1.0, -1.0)  # lower end and share, where a group of examples is not an interval
 UNUSED = (
     *(f"neuron_alignment_{name}" for name in ("indices", "values", "l1")),
     *(f"correlated_{what}_{name}" for what in ("neurons", "features") for name in ("indices", "l1", "pearson")),

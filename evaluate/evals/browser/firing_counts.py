@@ -178,8 +178,7 @@ def emptied(by_token: Table, kept: np.ndarray) -> Table:
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    found: np.ndarray = tensor.detach().cpu().numpy()
-    return found
+    return tensor.detach().cpu().numpy()
 
 
 def bin_of(value: np.ndarray) -> np.ndarray:

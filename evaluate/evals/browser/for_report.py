@@ -43,13 +43,12 @@ def contexts(
     return listed
 
 
-def spread_by_frequency(fired_F: np.ndarray, count: int = LATENTS, least: int = LEAST_FIRINGS) -> list[int]:
+def spread_by_frequency(fired_F: np.ndarray) -> list[int]:
     """Latents that fired at least so often, evenly spaced in their order of frequency."""
     order = np.argsort(fired_F, kind="stable")
-    order = order[fired_F[order] >= least]
-    chosen = order if len(order) <= count else order[np.linspace(0, len(order) - 1, count).astype(int)]
-    found: list[int] = chosen.tolist()
-    return found
+    order = order[fired_F[order] >= LEAST_FIRINGS]
+    chosen = order if len(order) <= LATENTS else order[np.linspace(0, len(order) - 1, LATENTS).astype(int)]
+    return chosen.tolist()
 
 
 def pattern(seen: Seen, tokens_WT: np.ndarray, words: Vocabulary) -> dict[str, Any]:

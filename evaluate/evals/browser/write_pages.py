@@ -22,6 +22,7 @@ import numpy as np
 
 from ....cache_schema.disk_and_cloud_files import free_bytes_at, sync
 from ....cache_schema.errors import StoreError
+from ....cache_schema.in_words import say_size
 from ...errors import BrowserUnwritten
 from ...output.figures.records import FILES, script_json
 
@@ -99,7 +100,7 @@ def _making(home: Path, least_bytes: int, inputs: str) -> Iterator[Folder]:
     except OSError as error:
         goes_on = ". What was read is kept: the same command goes on from there" if _goes_on(made_in, inputs) else ""
         raise BrowserUnwritten(
-            f"{home / NAME} cannot be written: {error.strerror or error}. It needs about {megabytes(least_bytes)}"
+            f"{home / NAME} cannot be written: {error.strerror or error}. It needs about {say_size(least_bytes)}"
             f"{goes_on}"
         ) from error
     finally:
@@ -134,13 +135,9 @@ def require_space(home: Path, least_bytes: int) -> None:
     free = free_bytes_at(home)
     if free < least_bytes:
         raise BrowserUnwritten(
-            f"{home / NAME} needs about {megabytes(least_bytes)}, what is saved on the way not counted, and "
-            f"{megabytes(free)} are free there: free some, or read fewer windows (--set browser.windows=...)"
+            f"{home / NAME} needs about {say_size(least_bytes)}, what is saved on the way not counted, and "
+            f"{say_size(free)} are free there: free some, or read fewer windows (--set browser.windows=...)"
         )
-
-
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"
 
 
 def write_page(path: Path, build: str) -> None:

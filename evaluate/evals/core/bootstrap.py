@@ -52,21 +52,21 @@ def said(table: Sums) -> str:
 
 
 def intervals(
-    table: Sums, statistics: Mapping[str, Statistic], resamples: int = RESAMPLES, seed: int = 0
+    table: Sums, statistics: Mapping[str, Statistic], resamples: int = RESAMPLES
 ) -> dict[str, list[float] | None]:
     """[low, high] of each statistic at `LEVEL`; None with fewer than two documents, without resamples, or where one is
     no number."""
     count = len(next(iter(table.values()), ()))
     if count < 2 or resamples < 1:
         return dict.fromkeys(statistics)
-    sums = resampled(table, resamples, seed)
+    sums = resampled(table, resamples)
     edges = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {name: np.quantile(statistic(sums), edges) for name, statistic in statistics.items()}
     return {name: None if np.isnan(at).any() else [float(edge) for edge in at] for name, at in found.items()}
 
 
-def resampled(table: Sums, resamples: int, seed: int) -> dict[str, np.ndarray]:
+def resampled(table: Sums, resamples: int, seed: int = 0) -> dict[str, np.ndarray]:
     """The sums [S] of each resample."""
     values_RK = np.stack([np.asarray(column, np.float64) for column in table.values()], axis=1)
     sums_SK = np.concatenate([drawn_SR @ values_RK for drawn_SR in draws(len(values_RK), resamples, seed)])

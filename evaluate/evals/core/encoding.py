@@ -39,7 +39,7 @@ class Encoded:
     @property
     def l0(self) -> Tensor:
         """Entries that are not zero, by token: float32 [N]."""
-        return torch.cat([codes.map(_is_active).row_totals() for codes in self.codes])
+        return torch.cat([codes.map(lambda values: (values != 0).float()).row_totals() for codes in self.codes])
 
     @property
     def l1(self) -> Tensor:
@@ -105,10 +105,6 @@ def _sparse(acts_NF: Tensor) -> Codes:
     if support is None:
         return Codes(acts_NF, None, rows, width)
     return Codes(acts_NF[support.rows.long(), support.latents.long()], support, rows, width)
-
-
-def _is_active(values: Tensor) -> Tensor:
-    return (values != 0).float()
 
 
 def _active_pairs(codes: Codes) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,10 @@ class Config:
 
 def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) -> Iterator[Result | Failure]:
     """All SAEs side by side; those that no model can be spliced with get the measures that need none."""
-    require_ablations(config.ablations)
+    if "zero" not in config.ablations or set(config.ablations) - set(ABLATIONS):  # SAEBench's scores are about zero
+        raise SettingInvalid(
+            f"ablations: expected zero and others of {', '.join(ABLATIONS)}, found {list(config.ablations)}"
+        )
     rows = rows_of(
         context,
         config.split,
@@ -62,12 +65,6 @@ def evaluate(context: Context, subjects: Sequence[LoadedSae], config: Config) ->
         result = make_result(context, subject, config, rows, sparsity[subject], losses.get(subject))
         remark = reasons.get(subject)
         yield replace(result, remark=remark, missing=None if remark else missing)
-
-
-def require_ablations(ablations: Sequence[str]) -> None:
-    """Known ones, and the one that SAEBench's scores are about."""
-    if "zero" not in ablations or set(ablations) - set(ABLATIONS):
-        raise SettingInvalid(f"ablations: expected zero and others of {', '.join(ABLATIONS)}, found {list(ablations)}")
 
 
 def unspliceable(context: Context, subjects: Sequence[LoadedSae]) -> dict[LoadedSae, str]:

@@ -46,8 +46,7 @@ class Vocabulary:
         """Text of some tokens in a row."""
         if self._backend is None:
             return " ".join(f"<{token}>" for token in ids)
-        text: str = self._backend.decode(ids.tolist(), skip_special_tokens=False)
-        return text
+        return self._backend.decode(ids.tolist(), skip_special_tokens=False)
 
     def _texts(self, ids: list[int]) -> list[str]:
         if self._backend is None:

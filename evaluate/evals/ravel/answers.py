@@ -67,35 +67,27 @@ def _names_the_union(answer: Answer) -> bool:
     return given.startswith((expected, "England"))
 
 
-def _names_korea(answer: Answer) -> bool:
-    return answer.lower.startswith(("korea", "south korea"))
-
-
-def _names_north_america(answer: Answer) -> bool:
-    return answer.lower_label in answer.lower or answer.lower == "na" or answer.lower.startswith("america")
-
-
-def _names_mandarin(answer: Answer) -> bool:
-    return answer.lower in answer.lower_label or answer.lower == "chinese"
-
-
-def _names_one_of_the_languages(answer: Answer) -> bool:
-    return any(language in answer.lower for language in answer.lower_label.split(","))
-
-
-def _names_the_offset(answer: Answer) -> bool:
-    return is_offset_of(answer.label, answer.lower)
-
-
 Applies = Callable[[Answer], bool]
 RULES: tuple[tuple[Applies, Applies], ...] = (
     (lambda answer: any(word in answer.text for word in COORDINATES), _near),
     (lambda answer: "United States" in answer.label or "United Kingdom" in answer.label, _names_the_union),
-    (lambda answer: "South Korea" in answer.label, _names_korea),
-    (lambda answer: "North America" in answer.label, _names_north_america),
-    (lambda answer: "Mandarin" in answer.label, _names_mandarin),
-    (lambda answer: "language" in answer.text and "," in answer.label, _names_one_of_the_languages),
-    (lambda answer: "UTC" in answer.text and "/" in answer.label, _names_the_offset),
+    (lambda answer: "South Korea" in answer.label, lambda answer: answer.lower.startswith(("korea", "south korea"))),
+    (
+        lambda answer: "North America" in answer.label,
+        lambda answer: answer.lower_label in answer.lower or answer.lower == "na" or answer.lower.startswith("america"),
+    ),
+    (
+        lambda answer: "Mandarin" in answer.label,
+        lambda answer: answer.lower in answer.lower_label or answer.lower == "chinese",
+    ),
+    (
+        lambda answer: "language" in answer.text and "," in answer.label,
+        lambda answer: any(language in answer.lower for language in answer.lower_label.split(",")),
+    ),
+    (
+        lambda answer: "UTC" in answer.text and "/" in answer.label,
+        lambda answer: is_offset_of(answer.label, answer.lower),
+    ),
 )
 
 

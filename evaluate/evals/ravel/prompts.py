@@ -139,16 +139,16 @@ def load_identifiers() -> list[EntityClass]:
     return [count_identifiers([text for _, text in stdlib_documents()])]
 
 
-def count_identifiers(texts: Iterable[str], num_entities: int = NUM_ENTITIES) -> EntityClass:
+def count_identifiers(texts: Iterable[str]) -> EntityClass:
     """The most frequent identifiers of each attribute; many have one attribute alone."""
     facts: dict[str, dict[str, str]] = defaultdict(dict)
     for attribute, pattern in FACTS.items():
-        for name, label in _favourites(texts, pattern, num_entities):
+        for name, label in _favourites(texts, pattern):
             facts[name][attribute] = label
     return EntityClass(ENTITY_CLASS, dict(facts), TEMPLATES)
 
 
-def _favourites(texts: Iterable[str], pattern: re.Pattern[str], number: int) -> list[tuple[str, str]]:
+def _favourites(texts: Iterable[str], pattern: re.Pattern[str]) -> list[tuple[str, str]]:
     """The most frequent names, each with what most often follows it: the first seen of equals."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for text in texts:
@@ -157,4 +157,4 @@ def _favourites(texts: Iterable[str], pattern: re.Pattern[str], number: int) -> 
     common = {name: each.most_common(1)[0] for name, each in counts.items()}
     known = [name for name, (_, count) in common.items() if count >= MIN_COUNT]
     known.sort(key=lambda name: -counts[name].total())
-    return [(name, common[name][0]) for name in known[:number]]
+    return [(name, common[name][0]) for name in known[:NUM_ENTITIES]]

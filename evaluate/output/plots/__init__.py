@@ -28,8 +28,7 @@ def names() -> tuple[str, ...]:
 
 def draw_of(name: str) -> Draw:
     """The function of a plot."""
-    draw: Draw = import_file(__name__, name).draw
-    return draw
+    return import_file(__name__, name).draw
 
 
 def make_plots(records: Sequence[Record], out: Path) -> list[Path]:

@@ -9,16 +9,10 @@ from matplotlib.figure import Figure
 from ..figures.panels import Bars, Lines, draw_panels, first_series, series_of
 from ..figures.records import Record
 
-
-def peak_rate(record: Record) -> float | None:
-    """The highest learning rate of the run."""
-    return max(record.series("lr")[1], default=None)
-
-
 PENALTIES = ("weight/l1", "weight/lp", "weight/l0", "weight/gate_l1")
 
 PANELS = (
-    Bars("Learning rate", "peak of its schedule", peak_rate, "{:.2e}"),
+    Bars("Learning rate", "peak of its schedule", lambda r: max(r.series("lr")[1], default=None), "{:.2e}"),
     Bars("Sparsity penalty", "coefficient", lambda r: r.setting("penalty")),
     Bars("Sparsity target", "active latents per token", lambda r: r.asked_l0),
     Lines("Learning rate over training", "learning rate", series_of("lr")),

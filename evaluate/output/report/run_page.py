@@ -97,14 +97,14 @@ def figures(pictures: Mapping[str, Path], is_alone: bool) -> Html:
     """Every picture under its name, and the files of it for papers; where an SAE is alone, the files alone of what
     stands above."""
     left_out = CURVES if is_alone else ()
-    drawn = [_figure(*found) for found in pictures.items() if found[1].stem not in left_out]
+    drawn = [
+        element("figure", image(path, path.stem), element("figcaption", _links(address, path)))
+        for address, path in pictures.items()
+        if path.stem not in left_out
+    ]
     of_curves = [_links(*found) for found in pictures.items() if found[1].stem in left_out]
     as_files = [element("p", "The curves above, for papers: ", joined(of_curves, between=", "))] if of_curves else []
     return joined([element("h2", "Pictures"), *drawn, *as_files]) if pictures else Html("")
-
-
-def _figure(address: str, path: Path) -> Html:
-    return element("figure", image(path, path.stem), element("figcaption", _links(address, path)))
 
 
 def _links(address: str, path: Path) -> Html:

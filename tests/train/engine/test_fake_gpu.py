@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from saemill.train.engine.optim import Adam
 from saemill.train.engine.step import Trainee, _lr_scales
+from saemill.train.sae.extra_modules import StepCounter
 from saemill.train.sae.kernels import hardware, linear
-from saemill.train.sae.kernels.hardware import StepCount
 from saemill.train.terms.constraints import GradientNoise
 from saemill.train.terms.tiers import Tiers
 
@@ -118,10 +118,8 @@ class Move:
         """What `Module.to` moves, and what steps have kept of it."""
         for own in (module._parameters, module._buffers):
             own.update({name: self(tensor) for name, tensor in own.items()})
-        for kept in vars(module).values():
-            if isinstance(kept, StepCount) and kept._seen is not None:
-                steps = self(kept._seen[0])
-                kept._seen = steps, steps._version, kept._seen[2]
+        if isinstance(module, StepCounter) and module._seen is not None:
+            module._seen = module.steps, module.steps._version, module._seen[2]
         if isinstance(module, Tiers) and module._tiering is not None:
             tiering = module._tiering[1]
             for name, part in vars(tiering).items():

@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from ...data.device_copies import page_locked, refuse_recording, send
+from ...data.device_copies import page_locked, send
 
 
 @lru_cache
@@ -52,27 +52,6 @@ def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -
 def write_numbers(there: Tensor, values: Sequence[Sequence[float]]) -> None:
     """Overwrite a tensor with numbers that the host knows; a GPU's queue is not waited for."""
     there.copy_(page_locked(torch.tensor(values, dtype=there.dtype), there.device), non_blocking=True)
-
-
-class StepCount:
-    """The step count that lies in a module's buffer, as the host knows it.
-
-    A GPU is asked only after someone else has written to the buffer, as loading a state does.
-    """
-
-    def __init__(self) -> None:
-        self._seen: tuple[Tensor, int, int] | None = None  # the buffer, its version, its value
-
-    def of(self, steps: Tensor) -> int:
-        refuse_recording("it counts steps on the host")
-        if self._seen is None or self._seen[0] is not steps or self._seen[1] != steps._version:
-            self._seen = steps, steps._version, int(steps)
-        return self._seen[2]
-
-    def add_one(self, steps: Tensor) -> None:
-        count = self.of(steps) + 1
-        steps += 1
-        self._seen = steps, steps._version, count
 
 
 def runs_triton(tensor: Tensor) -> bool:

@@ -31,8 +31,7 @@ def packed(W: Tensor) -> Tensor:
     """A bfloat16 W on a processor as `linear_packed` takes it, laid out once and not at each product."""
     if not has_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return W
-    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(W, None)
-    return result
+    return torch.ops.mkldnn._reorder_linear_weight(W, None)
 
 
 def linear_packed(x: Tensor, packed_W: Tensor, b: Tensor) -> Tensor:
@@ -43,8 +42,7 @@ def linear_packed(x: Tensor, packed_W: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_onednn(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
-    return result
+    return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
 
 
 def _is_for_onednn(x: Tensor, W: Tensor) -> bool:

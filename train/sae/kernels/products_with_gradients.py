@@ -201,16 +201,13 @@ def affine(
     with one what rows are rounded to for the gradients alone.
     """
     if support is None:
-        dense: Tensor = _AffineDense.apply(x, center, W, b, known, product)
-        return dense
-    sparse: Tensor = _AffineAt.apply(x, center, W, b, support, known, product)
-    return sparse
+        return _AffineDense.apply(x, center, W, b, known, product)
+    return _AffineAt.apply(x, center, W, b, support, known, product)
 
 
 def decode_at(values: Tensor, W: Tensor, b: Tensor | None, support: Support, product: Product = "float32") -> Tensor:
     """Sum of decoder rows weighted by `values` [N], plus a bias: [B, D]. `product`: as that of `affine`."""
-    result: Tensor = _DecodeAt.apply(values, W, b, support, product)
-    return result
+    return _DecodeAt.apply(values, W, b, support, product)
 
 
 def decode_dense(values: Tensor, W: Tensor, b: Tensor | None, product: Product) -> Tensor:
@@ -227,23 +224,19 @@ def _factor(W: Tensor, product: Product) -> Tensor:
 
 def spread_latents(vector: Tensor, support: Support) -> Tensor:
     """vector[latent] for every pair of the support: [N]."""
-    result: Tensor = _SpreadLatents.apply(vector, support)
-    return result
+    return _SpreadLatents.apply(vector, support)
 
 
 def spread_rows(vector: Tensor, support: Support) -> Tensor:
     """vector[row] for every pair of the support: [N]."""
-    result: Tensor = _SpreadRows.apply(vector, support)
-    return result
+    return _SpreadRows.apply(vector, support)
 
 
 def sum_rows(values: Tensor, support: Support) -> Tensor:
     """Each row's sum of the values [N] at the support: [B]."""
-    result: Tensor = _SumRows.apply(values, support)
-    return result
+    return _SumRows.apply(values, support)
 
 
 def squared_error(x_hat: Tensor, residual: Tensor) -> Tensor:
     """Mean over rows of ||residual||^2, where `residual` = target - x_hat is known and the target constant."""
-    result: Tensor = _SquaredError.apply(x_hat, residual.detach())
-    return result
+    return _SquaredError.apply(x_hat, residual.detach())

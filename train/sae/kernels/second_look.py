@@ -115,5 +115,4 @@ def lowest_beside(reached: Tensor, wrong: Tensor) -> Tensor:
 
 def bits(positive: Tensor) -> np.ndarray:
     """int16, those of the next bfloat16 that is not above: who is not below it is not when it is rounded either."""
-    found: np.ndarray = (positive.view(torch.int32) >> 16).to(torch.int16).numpy()
-    return found
+    return (positive.view(torch.int32) >> 16).to(torch.int16).numpy()

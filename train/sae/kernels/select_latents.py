@@ -55,8 +55,7 @@ def has_groups(width: int, k: int) -> bool:
 def most_of_groups(scores: Tensor, k: int) -> np.ndarray:
     """[B, k], the largest maxima of groups, the least of them first: few more than k entries of a row reach it."""
     groups = scores.shape[1] // GROUP
-    found: np.ndarray = np.partition(scores.view(-1, GROUP, groups).amax(1).numpy(), groups - k)[:, groups - k :]
-    return found
+    return np.partition(scores.view(-1, GROUP, groups).amax(1).numpy(), groups - k)[:, groups - k :]
 
 
 def best_of(support: Support, values: Tensor, k: int) -> tuple[Tensor, Tensor]:

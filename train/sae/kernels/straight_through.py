@@ -53,11 +53,9 @@ def _in_window(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
 
 def jump_ste(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
     """z where it exceeds theta, with the straight-through derivative by theta."""
-    result: Tensor = _Jump.apply(z, theta, bandwidth)
-    return result
+    return _Jump.apply(z, theta, bandwidth)
 
 
 def heaviside_ste(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
     """1 where z exceeds theta, with the straight-through derivative by theta."""
-    result: Tensor = _Heaviside.apply(z, theta, bandwidth)
-    return result
+    return _Heaviside.apply(z, theta, bandwidth)

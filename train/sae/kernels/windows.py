@@ -63,10 +63,8 @@ def other_window(window: Tensor, position: Tensor, windows: int, setting: str) -
 def window_gram(codes: Codes, places: Places) -> Tensor:
     """[B, T]: <f_i, f_j> for the token j at each position of i's window; zero where no row is."""
     if codes.support is None:
-        dense: Tensor = _DenseGram.apply(codes.values, places)
-        return dense
-    gram: Tensor = _SparseGram.apply(codes.values, codes.support, places)
-    return gram
+        return _DenseGram.apply(codes.values, places)
+    return _SparseGram.apply(codes.values, codes.support, places)
 
 
 @dataclass(frozen=True, eq=False)
