@@ -32,17 +32,17 @@ from saemill.cache_schema import (
     Manifest,
     ModelSpec,
     Request,
-    ShardBuffers,
     ShardContent,
     Site,
     Store,
     StoreWriter,
     from_float32,
+    shard_memory,
     to_float32,
 )
 from saemill.cache_schema.commits import Index
-from saemill.cache_schema.identity import seal
 from saemill.cache_schema.layout import INDEX, ROOT, encode_json, root_document
+from saemill.cache_schema.manifest import seal
 from saemill.cache_schema.moments import Moments
 from saemill.cache_schema.strict_json import to_json
 from saemill.cache_schema.writer import WRITERS
@@ -182,14 +182,14 @@ def bench_codecs(bench: Bench) -> list[Row]:
 def open_readers(bench: Bench, folders: dict[str, Path]) -> Iterator[dict[str, Callable[[], object]]]:
     """Every way to read all residuals once."""
     stores = {codec: Store.open(folder) for codec, folder in folders.items()}
-    buffers = ShardBuffers(stores["raw"].manifest, RESID)
+    memory_of_shard = shard_memory(stores["raw"].manifest, RESID)
     array = zarr.open_array(folders["raw"] / f"resid/layer_{LAYER}", mode="r")
     files = chunk_files(folders["raw"])
     memory = bytearray(files[0].stat().st_size)
 
     def read(store: Store) -> None:
         for span in store.spans(RESID):
-            store.read(RESID, span, buffers)
+            store.read(RESID, span, memory_of_shard)
 
     def read_into() -> None:
         for file in files:
@@ -265,10 +265,12 @@ def bench_memory(bench: Bench) -> list[Row]:
     code = """
 import sys
 from ratios import resident
-from saemill.cache_schema import Request, ShardBuffers, Store
+from saemill.cache_schema import Request, Store, shard_memory
 request = Request(layers=(19,))
 with Store.open(sys.argv[1]) as store:
-    before, buffers = resident("VmHWM"), 2 * ShardBuffers(store.manifest, request).nbytes
+    before, shard = resident("VmHWM"), shard_memory(store.manifest, request)
+    buffers = 2 * sum(array.nbytes for array in shard.values())
+    del shard
     for arrays in store.stream(request, in_flight=1):
         pass
     print(resident("VmHWM") - before, buffers)  # not ru_maxrss: a new process inherits that of its parent

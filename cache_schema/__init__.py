@@ -1,6 +1,5 @@
 """The store: what is on disk, who may write it, and what a reader may ask. Imports numpy and zarr, never torch."""
 
-from .buffers import ShardBuffers
 from .content import ShardContent
 from .csr import AttentionCsr
 from .errors import (
@@ -23,7 +22,7 @@ from .errors import (
 )
 from .manifest import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from .moments import Moments
-from .reader import Store
+from .reader import Store, shard_memory
 from .request import Request, ShardArrays, Span
 from .sites import Site
 from .stored_dtypes import from_float32, to_float32
@@ -46,7 +45,6 @@ __all__ = [
     "Request",
     "RequestInvalid",
     "ShardArrays",
-    "ShardBuffers",
     "ShardContent",
     "ShardCorrupt",
     "ShardInvalid",
@@ -62,5 +60,6 @@ __all__ = [
     "StoreUnreachable",
     "StoreWriter",
     "from_float32",
+    "shard_memory",
     "to_float32",
 ]

@@ -1,24 +1,4 @@
-"""Everything that can be wrong with a store, drawn as one tree.
-
-    StoreError
-    ├── AddressInvalid      (ValueError)         an address that nothing installed here can open
-    ├── StoreMissing        (FileNotFoundError)  no store at this address
-    ├── StoreMismatch       (ValueError)         a store with other settings exists, or another was expected
-    ├── StoreBusy           (BlockingIOError)    another writer holds what is wanted
-    ├── StoreUnfinished     (LookupError)        a shard or split that was asked for is not there (yet)
-    ├── StoreFull           (OSError)            the disk cannot hold what is to be written
-    ├── StoreUnreachable    (OSError)            the disk, or the object store, fails or does not answer
-    ├── ManifestInvalid     (ValueError)         metadata that do not say what FORMAT.md says
-    │   └── FormatTooNew                         written by a later saemill
-    ├── RequestInvalid      (ValueError)         the store does not hold what was asked for
-    ├── ShardInvalid        (ValueError)         arrays handed to the writer that do not fit the manifest
-    ├── ShardCorrupt        (ValueError)         bytes that are not the bytes that were committed
-    │   ├── ChunkMissing                         a committed chunk is not there
-    │   └── CsrInvalid                           attention rows that are not a CSR matrix
-    └── ImportInvalid       (ValueError)         somebody else's activations that cannot become a store
-
-A message says what was expected, what was found and what to do next.
-"""
+"""Everything that can be wrong with a store. A message says what was expected, what was found and what to do next."""
 
 
 class StoreError(Exception):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .errors import FormatTooNew, ManifestInvalid, StoreMismatch
@@ -10,11 +12,12 @@ from .sites import HOOKS, RESID, Site
 from .stored_dtypes import SmallDtype
 from .strict_json import LATER, StrictError, flatten, from_json, nearest, to_json
 
-FORMAT = 3  # the highest that is read; `identity.seal` says which a store is written in
+FORMAT = 3  # the highest that is read; `seal` says which a store is written in
 SPLITS = ("train", "validation", "test")
 Codec = Literal["raw", "lz4", "zstd"]
 Sink = Literal["bos", "self"]
 MOST_SHARDS = 10**8  # readers keep a byte for each
+NOT_IDENTITY = ("cache_id", "codec", "shard_windows")  # how values are laid out says nothing of the values
 PART = "part"  # among a corpus's settings: of what its id names only this was read
 
 
@@ -144,6 +147,22 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         return to_json(self)
+
+
+def cache_id(manifest: Manifest) -> str:
+    """32 hexadecimal digits of SHA-256 over the canonical JSON of what decides the stored values.
+
+    Left out on purpose: codec and shard size, and anything about the machine, the path or the date.
+    """
+    fields = {key: value for key, value in manifest.to_json().items() if key not in NOT_IDENTITY}
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+def seal(manifest: Manifest) -> Manifest:
+    """The manifest with what follows from it filled in: the lowest format that can say it, and its cache id."""
+    manifest = replace(manifest, format=3 if manifest.stored_as else 2 if manifest.hooks else 1)
+    return replace(manifest, cache_id=cache_id(manifest))
 
 
 def read_manifest(raw: Any, where: str) -> Manifest:

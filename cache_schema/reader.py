@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,14 +20,14 @@ from functools import cached_property, partial
 import numpy as np
 import zarr
 
-from .buffers import ShardBuffers
 from .chunks import plan_reads, read_chunk, read_with_zarr
 from .commits import CommitRecord, find_committed, read_record
 from .counts import Counts, SplitCounts, count_split, read_counts
 from .csr import AttentionCsr
 from .disk_and_cloud_files import Files, LocalFiles, open_files
 from .errors import CsrInvalid, ManifestInvalid, ShardCorrupt, StoreMismatch, StoreUnfinished
-from .layout import BEGINNING, attention_path, is_line, moments_length, moments_path, scales_path
+from .layout import BEGINNING, arrays_of, attention_path, is_line, moments_length, moments_path, scales_path
+from .manifest import Manifest
 from .moments import Moments, from_line, merge
 from .request import Request, ShardArrays, Span, spans_of, validate_request, validate_span
 from .root import read_root
@@ -40,6 +40,20 @@ GONE = (
     "restore their files from a copy, or harvest the corpus into a new store"
 )
 REMOTE_READERS = 16  # an object store answers slowly but many at once
+
+
+def shard_memory(manifest: Manifest, request: Request) -> dict[str, np.ndarray]:
+    """Memory for each array that a request names, by path, large enough for any span of a shard: to be used again."""
+    validate_request(manifest, request)
+    paths = [path for path, wanted in zip(BEGINNING, (request.tokens, request.documents), strict=True) if wanted]
+    paths += [site.path for site in request.sites]
+    if manifest.stored_as:
+        paths += [scales_path(site) for site in request.sites]
+    parts = ("indptr", "indices", "data", "kept_mass")
+    paths += [attention_path(layer, part) for layer in request.attention_layers for part in parts]
+    layouts, windows = arrays_of(manifest), manifest.shard_windows
+    shapes = {path: (1 if is_line(path) else windows, *layouts[path].shape[1:]) for path in paths}
+    return {path: np.empty(shape, layouts[path].dtype) for path, shape in shapes.items()}
 
 
 class Store:
@@ -87,16 +101,17 @@ class Store:
         self._require_committed(spans)
         return spans
 
-    def read(self, request: Request, span: Span, out: ShardBuffers | None = None) -> ShardArrays:
-        """The arrays of one span; views into `out`, or into fresh memory."""
-        return self._begin(request, span, out or ShardBuffers(self.manifest, request)).finish()
+    def read(self, request: Request, span: Span, out: Mapping[str, np.ndarray] | None = None) -> ShardArrays:
+        """The arrays of one span; views into `out` (see `shard_memory`), or into fresh memory."""
+        return self._begin(request, span, shard_memory(self.manifest, request) if out is None else out).finish()
 
     def stream(
         self, request: Request, order: Sequence[Span] | None = None, in_flight: int = 2
     ) -> Iterator[ShardArrays]:
         """The arrays of many spans. Each is valid until the next is asked for: its memory is used again."""
         spans = deque(self.spans(request) if order is None else order)
-        free = [ShardBuffers(self.manifest, request) for _ in range(min(in_flight, len(spans)) + 1)]
+        room = min(in_flight, len(spans)) + 1
+        free: list[Mapping[str, np.ndarray]] = [shard_memory(self.manifest, request) for _ in range(room)]
         running: deque[_Reading] = deque()
         try:
             while spans or running:
@@ -104,7 +119,7 @@ class Store:
                     running.append(self._begin(request, spans.popleft(), free.pop()))
                 reading = running.popleft()
                 yield reading.finish()
-                free.append(reading.buffers)
+                free.append(reading.memory)
         finally:
             for reading in running:
                 reading.cancel()
@@ -177,17 +192,17 @@ class Store:
                 f"(the first is shard {missing[0]}). Finish the harvest: the same command goes on where it stopped"
             )
 
-    def _begin(self, request: Request, span: Span, buffers: ShardBuffers) -> _Reading:
+    def _begin(self, request: Request, span: Span, memory: Mapping[str, np.ndarray]) -> _Reading:
         """Put every chunk of a span into flight."""
         validate_request(self.manifest, request)
         validate_span(self.manifest, span)
         self._require_committed([span])
         futures = []
-        for path, array in buffers.arrays.items():
+        for path, array in memory.items():
             start, stop = (span.shard, span.shard + 1) if is_line(path) else (span.start, span.stop)
             for job in self._jobs(path, start, stop, array[: stop - start]):
                 futures.append(self._executor().submit(self._run, job, span.shard, path))
-        return _Reading(self, request, span, buffers, futures)
+        return _Reading(self, request, span, memory, futures)
 
     def _jobs(self, path: str, start: int, stop: int, out: np.ndarray) -> list[Callable[[], None]]:
         """One call a chunk; each fills its part of `out`."""
@@ -237,7 +252,7 @@ class _Reading:
     store: Store
     request: Request
     span: Span
-    buffers: ShardBuffers
+    memory: Mapping[str, np.ndarray]
     futures: list[Future[None]]
 
     def finish(self) -> ShardArrays:
@@ -245,7 +260,7 @@ class _Reading:
         wait(self.futures)
         for future in self.futures:
             future.result()
-        windows, arrays = self.span.windows, self.buffers.arrays
+        windows, arrays = self.span.windows, self.memory
         manifest = self.store.manifest
         return ShardArrays(
             span=self.span,
@@ -267,7 +282,7 @@ class _Reading:
 
     def _attention(self, layer: int) -> AttentionCsr:
         """The span's rows of a shard's lines, checked against the rules of the layout."""
-        arrays, manifest = self.buffers.arrays, self.store.manifest
+        arrays, manifest = self.memory, self.store.manifest
         indptr, indices, data = (arrays[attention_path(layer, part)][0] for part in ("indptr", "indices", "data"))
         first_window = self.span.start - self.span.shard * manifest.shard_windows
         rows = manifest.attention.heads * manifest.context

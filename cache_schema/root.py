@@ -8,9 +8,8 @@ from typing import Any
 from .commits import decode_json
 from .disk_and_cloud_files import Files
 from .errors import ManifestInvalid, StoreMismatch, StoreMissing
-from .identity import cache_id
 from .layout import ROOT, ArrayLayout, array_document_key, arrays_of, parse_array_document
-from .manifest import Manifest, read_manifest
+from .manifest import Manifest, cache_id, read_manifest
 
 _REMEDY = "Restore the file, or harvest the store again"
 

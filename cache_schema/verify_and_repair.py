@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .buffers import ShardBuffers
 from .commits import AttentionTotals, CommitRecord, derive_index, forget, read_index, read_record
 from .content import digests_by_path, totals_of
 from .counts import count_all, read_counts
@@ -26,12 +25,14 @@ from .layout import (
 )
 from .manifest import Manifest
 from .moments import to_line
-from .reader import Store
+from .reader import Store, shard_memory
 from .request import Request, ShardArrays, Span
 from .root import read_root, require_writable
 from .shard_claims import open_claims
 from .summary import read_summary
 from .writer import derive_summary, refresh
+
+Memory = dict[Request, dict[str, np.ndarray]]  # used again for shard after shard
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,17 @@ class ShardReport:
 
 def verify_shards(store: Store) -> Iterator[ShardReport]:
     """Read every shard, in order, and report on each: of one that is not committed, what it will be made from."""
-    buffers: dict[Request, ShardBuffers] = {}
+    memory: Memory = {}
     for shard in range(store.manifest.shards):
-        yield _verify_shard(store, shard, buffers) if store.committed[shard] else _verify_beginning(store, shard)
+        yield _verify_shard(store, shard, memory) if store.committed[shard] else _verify_beginning(store, shard)
 
 
 def digest(store: Store) -> str:
     """One hash of all that is committed, from the bytes on disk and not from what the records claim."""
     records = []
-    buffers: dict[Request, ShardBuffers] = {}
+    memory: Memory = {}
     for shard in np.flatnonzero(store.committed).tolist():
-        report = _verify_shard(store, shard, buffers)
+        report = _verify_shard(store, shard, memory)
         if report.damage:
             raise ShardCorrupt(str(report.damage[0]))
         records.append(report.record)
@@ -156,7 +157,7 @@ def drop_broken_derived(url: str) -> list[str]:
     return mended
 
 
-def _verify_shard(store: Store, shard: int, buffers: dict[Request, ShardBuffers]) -> ShardReport:
+def _verify_shard(store: Store, shard: int, memory: Memory) -> ShardReport:
     try:
         record = read_record(store.files, store.manifest, shard)
     except StoreUnreachable:
@@ -168,7 +169,7 @@ def _verify_shard(store: Store, shard: int, buffers: dict[Request, ShardBuffers]
     sums: dict[int, AttentionTotals] = {}
     for name, request in _single_requests(store).items():
         try:
-            arrays = _read_arrays(store, shard, request, buffers)
+            arrays = _read_arrays(store, shard, request, memory)
             found |= _digests(store, shard, request, arrays)
             sums |= {layer: totals_of(csr) for layer, csr in arrays.attention.items()}
         except ShardCorrupt as error:
@@ -205,10 +206,10 @@ def _single_requests(store: Store) -> dict[str, Request]:
     }
 
 
-def _read_arrays(store: Store, shard: int, request: Request, buffers: dict[Request, ShardBuffers]) -> ShardArrays:
-    if request not in buffers:
-        buffers[request] = ShardBuffers(store.manifest, request)
-    return store.read(request, Span(shard, *store.manifest.shard_range(shard)), buffers[request])
+def _read_arrays(store: Store, shard: int, request: Request, memory: Memory) -> ShardArrays:
+    if request not in memory:
+        memory[request] = shard_memory(store.manifest, request)
+    return store.read(request, Span(shard, *store.manifest.shard_range(shard)), memory[request])
 
 
 def _digests(store: Store, shard: int, request: Request, arrays: ShardArrays) -> dict[str, str]:

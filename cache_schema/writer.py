@@ -35,7 +35,6 @@ from .content import ShardContent, ShardPart, as_stored, lay_out, make_record, v
 from .counts import count_all, write_counts
 from .disk_and_cloud_files import Files, open_files, read_if_there
 from .errors import ManifestInvalid, ShardCorrupt, ShardInvalid, StoreBusy
-from .identity import seal
 from .layout import (
     BEGINNING,
     COUNTS,
@@ -48,7 +47,7 @@ from .layout import (
     record_key,
     root_document,
 )
-from .manifest import Manifest, require_same
+from .manifest import Manifest, require_same, seal
 from .moments import Moments, merge
 from .reader import Store
 from .root import read_root, require_writable

@@ -1,24 +1,4 @@
-"""Everything that an evaluation can refuse, by name.
-
-EvalError
-├── SettingInvalid (ValueError)         an option or a setting that cannot be read
-├── UnknownEval (LookupError)           no file of that name in evaluate/evals/
-├── EvaluationInvalid (TypeError)       a file in evaluate/evals/ that breaks the contract of evaluations
-├── TargetUnknown (FileNotFoundError)   no run, and no SAE, of the name that was given
-├── RunUnfinished (ValueError)          a run that has saved no SAE yet
-├── StoreGone (FileNotFoundError)       the store of a run is not where it was
-├── CacheIdMismatch (ValueError)        another store than the one that the SAE was trained on
-├── WidthMismatch (ValueError)          an SAE for activations of another width
-├── ResultInvalid (ValueError)          a file of results that cannot be read
-├── ResultFromLater (ValueError)        a file of results that a later saemill wrote
-├── Incomparable (ValueError)           results of other stores or settings in one table
-├── MemoryTooSmall (MemoryError)        not even one window at a time fits
-├── BrowserUnwritten (OSError)          the disk has no room for a browser, or refuses it
-└── NotRun                              what an eval needs is not there; the others go on
-    ├── ModelMissing (FileNotFoundError)    the language model cannot be loaded
-    ├── DataMissing (FileNotFoundError)     a data set cannot be loaded
-    └── NotApplicable (TypeError)           the question makes no sense for this SAE
-"""
+"""Everything that an evaluation can refuse, by name."""
 
 from __future__ import annotations
 

@@ -1,26 +1,4 @@
-"""What can go wrong in a harvest, one class per condition.
-
-HarvestError
-├── ModelUnavailable        the weights are neither in the cache nor on the hub
-├── WeightsIncomplete       a checkpoint lacks weights that the wanted layers need
-├── UnsupportedArchitecture a model type that this package cannot truncate
-├── LayerOutOfRange         a layer that the model does not have
-├── HookMissing             a hook that the model does not have
-├── ContextTooLong          windows longer than the model, or than the attention format, allows
-├── NonFiniteResidual       the model overflowed: infinities or NaN in a residual stream
-├── NonFiniteAttention      the same in attention probabilities
-├── SettingInvalid          an option that cannot be read, or that contradicts another
-├── SourceInvalid           a file in harvest/corpus/ that breaks the contract of corpus sources
-├── CorpusUnavailable       no such file, data set, split or column, or one whose bytes are damaged
-├── CorpusEmpty             a corpus without one token of text
-├── SplitEmpty              too little text to fill train, validation and test
-├── DocumentInvalid         a document that is not UTF-8 text
-├── NetworkLost             the connection was lost too often in a row
-├── TokenizerUnsuitable     a tokenizer without BOS, or without its fast form
-├── TokensMissing           the worker that writes the tokens never did
-├── DeviceFull              the device has no memory left for the model, or for a batch
-└── ModelDiffers            another model than the one that a store was begun with
-"""
+"""What can go wrong in a harvest, one class per condition."""
 
 from huggingface_hub.errors import StrictDataclassError
 

@@ -28,9 +28,9 @@ from ..cache_schema import AttentionSpec, Manifest, StoreFull, StoreWriter
 from ..cache_schema.chunk_codec import BLOSC_HEADER_BYTES, CHECKSUM_BYTES
 from ..cache_schema.commits import CommitRecord
 from ..cache_schema.disk_and_cloud_files import Files, LocalFiles, free_bytes_at
-from ..cache_schema.identity import seal
 from ..cache_schema.in_words import say_size, say_time
 from ..cache_schema.layout import arrays_of, is_line
+from ..cache_schema.manifest import seal
 from .corpus import source_of
 from .model.load_and_truncate import Wanted, make_random, memory_of, truncate
 from .progress import Watch

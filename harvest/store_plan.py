@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
-from ..cache_schema.identity import seal
 from ..cache_schema.layout import find_too_large
-from ..cache_schema.manifest import PART
+from ..cache_schema.manifest import PART, seal
 from ..cache_schema.sites import RESID
 from ..cache_schema.splits import PER_MILLE, per_mille_for_tests, share_windows
 from .config import HarvestConfig, read_hooks, read_layers

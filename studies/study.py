@@ -213,11 +213,7 @@ def keep_course(course: Course) -> None:
     if begun:
         require_one_store(course, begun)
     if begun and path.is_file():
-        kept = {"baselines": False, **read_json(path)}
-        # Kept until 2026-11: what another call may say otherwise, and a place from which a store may have moved.
-        found = {name: value for name, value in kept.items() if name not in ("evaluation", "cache")}
-        if "cache" in kept and found.get("seeds") == 3 and course.seeds is None:  # what was written if none was said
-            found["seeds"] = None
+        found = read_json(path)
         if found != wanted:
             raise click.ClickException(
                 f"{course.out} was begun with {json.dumps(found)}, found {json.dumps(wanted)}: "

@@ -24,8 +24,7 @@ import torch
 from saemill.cache_schema import StoreError
 from saemill.cache_schema.commits import read_index, read_record
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
-from saemill.cache_schema.identity import seal
-from saemill.cache_schema.manifest import read_manifest
+from saemill.cache_schema.manifest import read_manifest, seal
 from saemill.cache_schema.root import read_root
 from saemill.cache_schema.strict_json import StrictError, from_json, to_json
 from saemill.cache_schema.summary import read_summary

@@ -1,28 +1,4 @@
-"""Everything that training can refuse, by name.
-
-TrainError
-├── ConfigInvalid (ValueError)          a setting that no run can satisfy
-├── UnknownVariant (LookupError)        no file of that name in train/variants/
-├── UnknownRecipe (LookupError)         no study or run of that name in train/study_recipes/
-├── SideInputMissing (LookupError)      a term or a gate read what its variant did not request
-├── NonFiniteLoss (ArithmeticError)     the loss is not finite; weights are as before the step
-├── TrainingDiverged (ArithmeticError)  what an SAE rebuilds after its last step is not finite
-├── StoppedElsewhere (RuntimeError)     another process of the run stopped with an error
-├── SaeInvalid (ValueError)             a folder that does not hold an SAE this package can read
-├── StateInvalid (ValueError)           a checkpoint's state does not fit this SAE
-├── NothingToTrain (ValueError)         no step to take, no token to take it on, or none to measure it on
-├── StoreTooShort (ValueError)          fewer tokens than the budget, and no request to read them again
-├── MemoryTooSmall (MemoryError)        the run does not fit
-├── ActivationsNotFinite (ArithmeticError)  the store holds values that are not finite
-├── RunMissing (FileNotFoundError)      no run, or no SAE in it, of this name
-├── RunTaken (FileExistsError)          the name of a new run is taken
-├── RunFinished (ValueError)            nothing is left to resume
-├── CheckpointDamaged (ValueError)      no checkpoint is complete
-├── RunNotWritten (OSError)             the run's disk is full, or takes no files
-├── NotPushed (OSError)                  the Hub does not take an SAE
-├── TrackerMissing (ImportError)        a tracker's package is not installed
-└── RunInterrupted                      a signal ended the run; its state is saved
-"""
+"""Everything that training can refuse, by name."""
 
 from __future__ import annotations
 

@@ -23,9 +23,8 @@ from .run.find_sae import find_sae
 from .run.folder import RunFolder, cache_of
 from .run.process import Process
 from .run.results import Outcome, conclude
-from .run.run import Run
 from .run.settle_config import settle
-from .run.start_or_resume import begin_run, resume_run
+from .run.start_or_resume import Run, begin_run, resume_run
 from .study_recipes import find_recipes, studies
 
 _OPTIONS = {"layer": "layer", "width": "width", "k": "k", "lr": "optim.lr", "seed": "seed"}

@@ -25,11 +25,12 @@ from ..context.stored_windows import ordinary_rows, read_windows, sums_of_codes
 from ..errors import ModelMissing
 from .contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
 from .measures.assignment import Assignment, every, saved_composition, tiers_of
-from .measures.examples import Strongest, Wording
 from .measures.splice_effects import Effect, Tracer, make_tracers
 from .measures.tiers import (
     EXPLAINED,
     Activity,
+    Strongest,
+    Wording,
     adjusted_mutual_information,
     dominant_latents,
     explained,

@@ -18,12 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import click
-import torch
 from rich.console import Console
 
 from .pocket_model import load_checkpoint, save_checkpoint
-from .process_team import Team, working_team
-from .trainer import EVALUATION_CONTEXT, TOKENS_PER_STEP, Corpus, Trainer, context_of, learning_rate, read_corpus
+from .trainer import EVALUATION_CONTEXT, TOKENS_PER_STEP, Trainer, context_of, learning_rate, read_corpus
 
 LONGEST_STEP = 15.0  # seconds; what goes beyond is a pause
 STEPS_PER_LINE = 10
@@ -45,13 +43,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for."""
+    """What the command line asks for: how long, and where to."""
 
     out: Path
     minutes: float
     save_every: float
-    seed: int
-    is_compiled: bool
 
 
 class Interrupt:
@@ -69,33 +65,23 @@ class Interrupt:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for checkpoints.")
 @click.option("--minutes", default=75.0, show_default=True, help="Training time in all.")
 @click.option("--save-every", default=3.0, show_default=True, help="Minutes between checkpoints.")
-@click.option("--processes", default=2, show_default=True, help="One-thread processes that share the work.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--compile/--no-compile", "is_compiled", default=True, help="Compile the layers (needs a C++ compiler).")
-def main(out: Path, minutes: float, save_every: float, processes: int, seed: int, is_compiled: bool) -> None:
-    torch.set_num_threads(1)
+def main(out: Path, minutes: float, save_every: float, seed: int, is_compiled: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     corpus = read_corpus(out / "tokenizer.json")
-    plan = Plan(out, minutes, save_every, seed, is_compiled)
-    with working_team(processes, out / "meeting", work, plan, corpus) as team:
-        work(team, plan, corpus)
-
-
-def work(team: Team, plan: Plan, corpus: Corpus) -> None:
-    """One process of the team, from a fresh model or a checkpoint to the last step."""
     interrupt = Interrupt()
-    trainer = Trainer(team, corpus, plan.seed, plan.is_compiled)
-    progress = _resume(trainer, Progress(corpus.digest), plan.out)
-    train(trainer, progress, plan, interrupt)
+    trainer = Trainer(corpus, seed, is_compiled)
+    train(trainer, _resume(trainer, Progress(corpus.digest), out), Plan(out, minutes, save_every), interrupt)
 
 
 def train(trainer: Trainer, progress: Progress, plan: Plan, interrupt: Interrupt) -> None:
-    """Go on from `progress` until the planned time is used; process 0 keeps time, prints and saves."""
-    console = Console(quiet=trainer.team.rank > 0)
+    """Go on from `progress` until the planned time is used."""
+    console = Console()
     budget = 60 * plan.minutes
     saved = progress
     losses: list[float] = []
-    while (done := trainer.team.agree(1.0 if interrupt.is_asked else progress.seconds / budget)) < 1:
+    while (done := 1.0 if interrupt.is_asked else progress.seconds / budget) < 1:
         began = time.monotonic()
         loss = trainer.advance(progress.step, learning_rate(progress.step, done))
         took = min(time.monotonic() - began, LONGEST_STEP)
@@ -104,10 +90,10 @@ def train(trainer: Trainer, progress: Progress, plan: Plan, interrupt: Interrupt
         progress = progress.after_step(took)
         if progress.step % STEPS_PER_LINE == 0:
             _say(console, progress, loss, took, budget)
-        if trainer.team.rank == 0 and progress.seconds > saved.seconds + 60 * plan.save_every:
+        if progress.seconds > saved.seconds + 60 * plan.save_every:
             saved = progress = _save(trainer, progress, losses, plan.out, console)
             losses = []
-    if trainer.team.rank == 0 and progress.step > saved.step:
+    if progress.step > saved.step:
         _save(trainer, progress, losses, plan.out, console)
 
 

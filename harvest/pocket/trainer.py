@@ -1,4 +1,4 @@
-"""One process's share of the pocket model's training: its text, its optimizer, its model, one step.
+"""The pocket model's training: its text, its optimizer, its model, one step.
 
 Shapes: B windows, T tokens in a window.
 
@@ -29,7 +29,6 @@ from torch import Tensor
 
 from .make_tokenizer import BOS, train_tokenizer
 from .pocket_model import make_model
-from .process_team import Team
 from .quality import join_documents, measure
 from .text import is_held_out, stdlib_documents, text_digest
 
@@ -75,10 +74,9 @@ def learning_rate(step: int, done: float) -> float:
 class Trainer:
     """A model, its optimizer and its batches."""
 
-    def __init__(self, team: Team, corpus: Corpus, seed: int, is_compiled: bool) -> None:
-        self.team = team
+    def __init__(self, corpus: Corpus, seed: int, is_compiled: bool) -> None:
         self.model: Any = make_model(seed)
-        self.optimizer: Optimizer = make_optimizer(self.model, team)
+        self.optimizer: Optimizer = make_optimizer(self.model)
         self.batches = Batches(corpus.train, BOS, TOKENS_PER_STEP, seed)
         self.held_out = _sample(corpus.held_out)
         self.loss: Any = _loss
@@ -86,8 +84,8 @@ class Trainer:
             self._compile()
 
     def advance(self, step: int, rate: float) -> float:
-        """One step at `rate` times the full learning rates; returns this process's loss."""
-        inputs_BT, targets_BT = (self._share(part) for part in self.batches.batch(step))
+        """One step at `rate` times the full learning rates; returns the loss."""
+        inputs_BT, targets_BT = map(torch.from_numpy, self.batches.batch(step))
         hidden = self.model.model(input_ids=inputs_BT, use_cache=False).last_hidden_state
         softcap = self.model.config.final_logit_softcapping
         loss = self.loss(hidden, self.model.lm_head.weight, targets_BT, softcap)
@@ -97,11 +95,8 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Cross-entropy on a sample of the held-out text."""
-        batch = TOKENS_PER_STEP // EVALUATION_CONTEXT // self.team.size
+        batch = TOKENS_PER_STEP // EVALUATION_CONTEXT
         return measure(self.model, self.held_out, BOS, EVALUATION_CONTEXT, batch).cross_entropy
-
-    def _share(self, windows: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(windows[self.team.rank :: self.team.size].copy())
 
     def _compile(self) -> None:
         """Layer by layer: 26 equal layers compile once, a whole model would take minutes."""
@@ -167,7 +162,6 @@ def _earlier(step: int, context: int) -> int:
 class Optimizer:
     """Master weights by name, and the two optimizers that move them."""
 
-    team: Team
     model: torch.nn.Module
     masters: dict[str, Tensor]
     muon: torch.optim.Optimizer
@@ -185,14 +179,10 @@ class Optimizer:
         return norm.item()
 
     def _collect_gradients(self) -> None:
-        """Move the model's gradients to the masters, averaged over the team."""
-        weights = dict(self.model.named_parameters())
-        gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
-        flat = torch.cat([gradient.float().flatten() for gradient in gradients])
-        self.team.average_(flat)
-        sizes = [weight.numel() for weight in weights.values()]
-        for (name, weight), part in zip(weights.items(), flat.split(sizes), strict=True):
-            self.masters[name].grad = part.view_as(weight)
+        """Move the model's gradients to the masters."""
+        for name, weight in self.model.named_parameters():
+            assert weight.grad is not None, name
+            self.masters[name].grad = weight.grad.float()
             weight.grad = None
 
     @torch.no_grad()
@@ -222,7 +212,7 @@ class Optimizer:
         self.write_back()
 
 
-def make_optimizer(model: torch.nn.Module, team: Team) -> Optimizer:
+def make_optimizer(model: torch.nn.Module) -> Optimizer:
     """Takes a float32 model, and leaves it in bfloat16."""
     masters = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
     model.to(torch.bfloat16)
@@ -240,4 +230,4 @@ def make_optimizer(model: torch.nn.Module, team: Team) -> Optimizer:
         betas=(0.9, 0.95),
         fused=True,
     )
-    return Optimizer(team, model, masters, muon, adam)
+    return Optimizer(model, masters, muon, adam)

@@ -10,9 +10,8 @@ import pytest
 from saemill.cache_schema import AttentionSpec, CorpusSpec, HookSpec, Manifest, ModelSpec
 from saemill.cache_schema import layout as layout_module
 from saemill.cache_schema.commits import CommitRecord, Index
-from saemill.cache_schema.identity import NOT_IDENTITY
 from saemill.cache_schema.layout import arrays_of, codec_documents, packed_codec
-from saemill.cache_schema.manifest import FORMAT, Codec
+from saemill.cache_schema.manifest import FORMAT, NOT_IDENTITY, Codec
 from saemill.cache_schema.sites import HOOKS
 from saemill.cache_schema.stored_dtypes import STORED_AS, SmallDtype
 

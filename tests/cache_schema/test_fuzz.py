@@ -15,10 +15,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from saemill.cache_schema import ManifestInvalid, Request, Store, StoreError
-from saemill.cache_schema.identity import cache_id, seal
 from saemill.cache_schema.info import describe, render
 from saemill.cache_schema.layout import encode_json, root_document
-from saemill.cache_schema.manifest import read_manifest
+from saemill.cache_schema.manifest import cache_id, read_manifest, seal
 from saemill.cache_schema.verify_and_repair import verify_shards
 
 EVERYTHING = Request(layers=(3, 5), attention_layers=(2, 3), tokens=True, documents=True)

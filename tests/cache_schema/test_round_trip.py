@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from saemill.cache_schema import AttentionCsr, Request, ShardBuffers, Span, Store, to_float32
+from saemill.cache_schema import AttentionCsr, Request, Span, Store, shard_memory, to_float32
 from saemill.cache_schema.manifest import Codec
 from saemill.cache_schema.moments import measure
 
@@ -90,15 +90,15 @@ def test_buffers_are_filled_in_place_and_used_again(synthetic, tmp_path):
     manifest = synthetic.make_manifest()
     corpus = synthetic.write_store(tmp_path, manifest)
     with Store.open(tmp_path) as store:
-        out = ShardBuffers(manifest, EVERYTHING)
+        out = shard_memory(manifest, EVERYTHING)
         for span in reversed(store.spans(EVERYTHING)):  # the half full shard first: what it left must not be seen
             arrays = store.read(EVERYTHING, span, out)
             np.testing.assert_array_equal(arrays.resid[3], corpus.resid[3][span.start : span.stop])
             np.testing.assert_array_equal(
                 arrays.attention[2].dense(), corpus.attention[2].slice(span.start, span.stop).dense()
             )
-            assert np.shares_memory(arrays.resid[3], out.arrays["resid/layer_3"])
-            assert np.shares_memory(arrays.tokens, out.arrays["tokens"])
+            assert np.shares_memory(arrays.resid[3], out["resid/layer_3"])
+            assert np.shares_memory(arrays.tokens, out["tokens"])
 
 
 @pytest.mark.parametrize("in_flight", [0, 1, 2, 5, 50])
@@ -120,12 +120,11 @@ def test_stream_holds_no_more_memory_than_is_in_flight(synthetic, tmp_path, monk
     synthetic.write_store(tmp_path, manifest)
     made = []
 
-    class Counted(ShardBuffers):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self)
+    def counted(*args):
+        made.append(shard_memory(*args))
+        return made[-1]
 
-    monkeypatch.setattr("saemill.cache_schema.reader.ShardBuffers", Counted)
+    monkeypatch.setattr("saemill.cache_schema.reader.shard_memory", counted)
     with Store.open(tmp_path) as store:
         assert sum(1 for _ in store.stream(EVERYTHING, in_flight=2)) == 25
     assert len(made) == 3

@@ -12,8 +12,8 @@ import pytest
 
 from saemill.cache_schema import Request, Store, StoreWriter
 from saemill.cache_schema.commits import AttentionTotals, Index, encode_index
-from saemill.cache_schema.identity import seal
 from saemill.cache_schema.layout import INDEX, ROOT, encode_json, record_key, root_document
+from saemill.cache_schema.manifest import seal
 from saemill.cache_schema.strict_json import to_json
 
 SHARDS = 100_000

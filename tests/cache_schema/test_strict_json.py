@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from saemill.cache_schema import AttentionSpec, CorpusSpec, Manifest, ModelSpec
 from saemill.cache_schema.commits import ArrayRecord, AttentionTotals, CommitRecord, Index
-from saemill.cache_schema.identity import cache_id, seal
+from saemill.cache_schema.manifest import cache_id, seal
 from saemill.cache_schema.strict_json import StrictError, from_json, nearest, to_json
 
 

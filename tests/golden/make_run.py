@@ -20,9 +20,8 @@ from saemill.train.config.run_config import Ask
 from saemill.train.parallel.processes import Solo
 from saemill.train.run.metrics import Watch
 from saemill.train.run.process import Process
-from saemill.train.run.run import Run
 from saemill.train.run.settle_config import settle
-from saemill.train.run.start_or_resume import begin_run
+from saemill.train.run.start_or_resume import Run, begin_run
 from saemill.train.start_runs import train
 
 FOLDER = Path(__file__).parent / "runs_1"

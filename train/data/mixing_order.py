@@ -11,7 +11,7 @@
 What is left of a block after its last whole batch is left out for this epoch, another part in each.
 
 `SplitSizes` says what a split holds before anything trains: counts of trainable tokens fix the order, shares say how
-often two tokens or windows of an ideal batch would share a document (`shuffle_quality.py`). Special tokens are in
+often two tokens or windows of an ideal batch would share a document (`ShuffleQuality`). Special tokens are in
 neither.
 """
 
@@ -243,3 +243,38 @@ def _tokens_of(sizes: SplitSizes, pieces: list[Span]) -> np.ndarray:
     start = np.array([piece.start for piece in pieces], np.int64) - sizes.first_window
     stop = np.array([piece.stop for piece in pieces], np.int64) - sizes.first_window
     return ends[stop] - ends[start]
+
+
+def count_pairs(labels: np.ndarray) -> tuple[int, int]:
+    """Pairs with equal labels, and all pairs."""
+    counts = np.unique(labels, return_counts=True)[1].astype(np.int64)
+    return int((counts * (counts - 1)).sum()) // 2, len(labels) * (len(labels) - 1) // 2
+
+
+@dataclass(frozen=True)
+class ShuffleQuality:
+    """How well batches are shuffled: pairs from one document counted so far, and their ideal share.
+
+    The ideal is a batch drawn at random from the whole split. A ratio near 1 means that the pool is as good as
+    shuffling everything; at 5, two tokens of a batch share a document five times as often as they should.
+    """
+
+    ideal: float
+    same: int = 0
+    pairs: int = 0
+
+    def with_batch(self, labels: np.ndarray) -> ShuffleQuality:
+        same, pairs = count_pairs(labels)
+        return ShuffleQuality(self.ideal, self.same + same, self.pairs + pairs)
+
+    @property
+    def share(self) -> float:
+        """The share of pairs from one document."""
+        return self.same / self.pairs if self.pairs else 0.0
+
+    @property
+    def ratio(self) -> float:
+        """Measured over ideal: 1 is perfect. 1 as well where no pair could share a document and none does."""
+        if self.ideal == 0.0:
+            return 1.0 if self.same == 0 else float("inf")
+        return self.share / self.ideal

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cache_schema import AttentionCsr, Manifest, Request, ShardBuffers, Span, Store
+from ...cache_schema import AttentionCsr, Manifest, Request, Span, Store, shard_memory
 from ...cache_schema.counts import trainable
 from ...cache_schema.massive_rows import is_massive, row_norms
 from ...cache_schema.sites import Place, place_of, site_of
@@ -24,13 +24,6 @@ from .block import TORCH_DTYPES, Attention, Block, StoredRows, as_stored, joined
 from .device_copies import take_device
 
 PIECES_IN_FLIGHT = 4
-
-
-class PlacedBuffers(ShardBuffers):
-    """Buffers over memory that is there already."""
-
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        self.arrays = arrays
 
 
 class Pool:
@@ -111,7 +104,7 @@ class Pool:
             resid = {layer: one.windows(rows) for layer, one in self._resid.items()}
             places = {path: place for layer, one in resid.items() for path, place in one.by_path(layer).items()}
             host = {"tokens": self._tokens[rows], "documents": self._documents[rows]}
-            found = self._store.read(self._request, piece, stage.buffers(host, places))
+            found = self._store.read(self._request, piece, stage.targets(host, places))
             stage.copy(places, (self._ids_there[:, rows], self._ids[:, rows]))
             for layer, bound in self._bounds.items():
                 self._massive[layer][rows] = is_massive(stage.norms(resid[layer]), bound)
@@ -124,16 +117,15 @@ class Stage:
     """Memory that a piece passes through: attention on its way, and residuals on their way to a GPU."""
 
     def __init__(self, manifest: Manifest, request: Request, device: torch.device) -> None:
-        self._attention = ShardBuffers(manifest, Request(attention_layers=request.attention_layers)).arrays
+        self._attention = shard_memory(manifest, Request(attention_layers=request.attention_layers))
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pinned: dict[str, Tensor] = {}
         self._dtype = manifest.stored_dtype
 
-    def buffers(self, host: dict[str, np.ndarray], places: dict[str, Tensor]) -> ShardBuffers:
+    def targets(self, host: dict[str, np.ndarray], places: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Where the store shall read a piece to, by the path of each array."""
         targets = places if self._stream is None else self._pinned_like(places)
-        resid = {path: as_stored(target) for path, target in targets.items()}
-        return PlacedBuffers({**host, **resid, **self._attention})
+        return {**host, **{path: as_stored(target) for path, target in targets.items()}, **self._attention}
 
     def copy(self, places: dict[str, Tensor], ids: tuple[Tensor, Tensor]) -> None:
         """Bring residuals, tokens and documents to the device, where reading has not put them already."""

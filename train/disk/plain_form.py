@@ -4,15 +4,19 @@ D width, F latents, s the activation scale, n the lengths of decoder rows. Train
 1. W_enc *= s, W_dec /= s, b_dec /= s: the same SAE on x. A skip *= s and /= the target's.
 2. codes in multiples of n: W_enc, b_enc, thresholds and magnitudes *= n, W_dec /= n. Of a top-k SAE n is one number,
    the mean: the k largest of a row must stay the k largest. Rows of ours have one length; sparsify's have several.
-A batch top-k becomes a jump threshold, the same for all latents. `begin_as` goes the other way.
+A batch top-k becomes a jump threshold, the same for all latents. `begin_as` goes the other way. At the end stands what
+the formats of others share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.scaling import Stats, unit_stats
@@ -21,6 +25,7 @@ from ..parallel.split_latents import ALL_LATENTS, Latents
 from ..sae.gates import AbsTopK, BatchTopK, Gate, Gated, JumpRelu, Relu, TopK
 from ..sae.model import SparseAutoencoder
 
+Metadata = dict[str, Any]
 FAR = 4.0  # times the mean length
 ALMOST_ONE = 1e-5  # what a length may differ by from one, as in SAEBench
 
@@ -261,3 +266,33 @@ def _gate_form(sae: SparseAutoencoder, lengths: Tensor) -> tuple[str, dict[str, 
             return "standard", {"b_enc": bias}
         case other:
             raise SaeInvalid(f"no plain form for the gate {type(other).__name__}")
+
+
+def centred(plain: PlainSae, wanted: bool) -> PlainSae:
+    """The same SAE with, or without, the decoder bias taken off its input: the encoder's biases make up for it."""
+    if plain.centres_input == wanted:
+        return plain
+    tensors = dict(plain.tensors)
+    shift = tensors["b_dec"] @ tensors["W_enc"] * (1.0 if wanted else -1.0)
+    if plain.architecture == "gated":
+        tensors["b_gate"] = tensors["b_gate"] + shift
+        tensors["b_mag"] = tensors["b_mag"] + shift * tensors["r_mag"].exp()
+    else:
+        tensors["b_enc"] = tensors["b_enc"] + shift
+    return replace(plain, tensors=tensors, centres_input=wanted)
+
+
+def make_plain(architecture: str, tensors: Mapping[str, Tensor], k: int | None, centres_input: bool) -> PlainSae:
+    return PlainSae(architecture, {n: t.float().contiguous() for n, t in tensors.items()}, k, centres_input)
+
+
+def whole_k(config: Mapping[str, Any], folder: Path) -> int:
+    k = config.get("k")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise SaeInvalid(f"{folder}: expected k of at least 1 in its configuration, found {k!r}")
+    return k
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)

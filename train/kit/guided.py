@@ -17,8 +17,7 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly, Term
 from ..engine.schedules import Ramp, Schedule
-from ..sae.attention.attention_links import require_head
-from ..sae.attention.controls import LinkKind
+from ..sae.attention.attention_links import LinkKind, require_head
 from ..sae.attention.encoder import AttendedSae
 from ..sae.attention.reading import MIXING, TEMPERATURE, Attention, Mixing, Noted
 from ..terms.attention_guidance import Consistency, Guidance, Objective

@@ -9,14 +9,13 @@ import torch
 
 from ..data.drawn_rows import Draw
 from ..data.feed import Feed
-from ..data.shuffle_quality import ShuffleQuality
+from ..data.mixing_order import ShuffleQuality
 from ..disk.write_and_load_checkpoints import Standing
 from ..engine.step import Report
 from .after_run import Onlookers
 from .folder import MetricsLog
 from .process import Process
-from .progress import Progress
-from .trackers import Trackers
+from .progress import Progress, Trackers
 
 
 class Watch:

@@ -18,8 +18,8 @@ from ..data.feed import joint_request
 from ..data.scaling import Stats, bounds_of, stats_from_moments, stats_of_ordinary
 from ..errors import ActivationsNotFinite, ConfigInvalid, NothingToTrain, name_sae
 from .fits_in_memory import require_room
+from .progress import require_trackers
 from .settle_config import Settled
-from .trackers import require_trackers
 
 ALIKE = 1e-12  # share of the mean square that rounding leaves of the variance of rows that are all the same
 LEAST_HELD_OUT = 2  # tokens: one has no variance of which a part could be explained

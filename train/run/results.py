@@ -17,7 +17,7 @@ from ..disk.sae_folder import NORM_BOUNDS, save_sae
 from ..disk.write_and_load_checkpoints import keep_newest
 from ..parallel.processes import all_or_none
 from .folder import name_failure
-from .run import Run
+from .start_or_resume import Run
 from .validation import HeldOut, validate
 
 

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -38,10 +39,28 @@ from .init_from_trained_sae import begin_fleet_as, require_unchanged
 from .metrics import Watch
 from .preflight import check
 from .process import Process
-from .progress import Progress
-from .run import Run
+from .progress import Progress, Trackers
 from .settle_config import Settled, settle_again
-from .trackers import Trackers
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run at work, everything that takes part in it: one stream, one fleet, one folder."""
+
+    folder: RunFolder
+    config: RunConfig
+    total_steps: int
+    store: Store
+    feed: Feed
+    fleet: Fleet
+    watch: Watch
+    saver: Saver
+    process: Process
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All SAEs of the run; the fleet holds those of this process."""
+        return tuple(member.label for member in self.config.members)
 
 
 @contextmanager

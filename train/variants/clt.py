@@ -7,15 +7,19 @@ batch. With the same hook on both sides it is the weakly causal crosscoder.
 
 from __future__ import annotations
 
+import torch
+
 from ...cache_schema.sites import RESID
 from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
-from ..kit.build import require_layers, require_sparsity, write_hook
-from ..kit.cross_layer import build_cross_layer
-from ..kit.single_layer import Dictionary, WithAux, settings
+from ..kit.build import require, require_layers, require_sparsity, stats_or_unit, write_hook
+from ..kit.single_layer import Dictionary, WithAux, assemble_mapping, settings
+from ..sae.cross_layer import CrossLayerSae
 from ..sae.gates import BatchTopK
 from ..sae.kernels.linear import Product
+from ..sae.model import tied_weights
+from ..terms.constraints import WritesOnward
 
 
 @settings("layers width k seed aux_weight aux_k threshold_decay dead_after_tokens decoder_bias encoder_product optim")
@@ -41,3 +45,24 @@ class Config(WithAux, Dictionary):
         require_sparsity(self.k, self.width)
         gate = BatchTopK(self.k, self.threshold_decay)
         return build_cross_layer(self, gate, d_model, len(self.layers), stats, target_stats)
+
+
+def build_cross_layer(
+    config: Dictionary,
+    gate: BatchTopK,
+    d_model: int,
+    layers: int,
+    stats: Stats | None,
+    target_stats: Stats | None = None,
+) -> Assembly:
+    """Latents that begin as those of an SAE of each layer, and learn what they write to later ones."""
+    require(config.width >= layers, f"width: expected a latent for each of {layers} layers, found {config.width}")
+    stats = stats_or_unit(stats, d_model * layers)
+    target_stats = stats if target_stats is None else target_stats
+    generator = torch.Generator().manual_seed(config.seed)
+    rows, _ = tied_weights(config.width, d_model, generator)
+    b_dec = target_stats.mean.clone() if config.decoder_bias == "mean" else torch.zeros(target_stats.width)
+    sae = CrossLayerSae(layers, rows, gate, torch.zeros(config.width), b_dec, config.encoder_product)
+    with torch.no_grad():  # of an input that is not centred
+        sae.b_enc.sub_(sae.encoder_times(stats.mean.to(torch.float32)).sum(1))
+    return assemble_mapping(config, sae, d_model, generator, stats, target_stats, WritesOnward())

@@ -16,11 +16,11 @@ from ..data.batch import Needs
 from ..data.scaling import Stats
 from ..engine.assembly import Assembly
 from ..kit.build import read_with, require, require_hook, require_layers, require_sparsity, topk_optim
-from ..kit.cross_layer import build_cross_layer
 from ..kit.single_layer import RECONSTRUCTION, Dictionary, WithAux, WithPenalty, build_plain, settings
 from ..sae.gates import BatchTopK, Relu
 from ..sae.kernels.linear import Product
 from ..terms.sparsity import LayerNormsL1
+from .clt import build_cross_layer
 
 
 @settings(

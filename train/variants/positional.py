@@ -34,9 +34,8 @@ from ..sae.shapes.masks import (
     spread_over_positions,
     spread_over_ranges,
 )
-from ..sae.shapes.norms import PreNorm
 from ..sae.shapes.range_encoders import ADAPTER, Adapters, FeatureAdapters, RangeEncoders
-from ..sae.shapes.shaped import Init, Shape, ShapedAutoencoder, initialise, orthogonal_rows
+from ..sae.shapes.shaped import Init, PreNorm, Shape, ShapedAutoencoder, initialise, orthogonal_rows
 from ..terms.position import l1_before_mask, record_of
 from ..terms.sparsity import l1
 

@@ -20,8 +20,7 @@ from ..engine.schedules import Constant, Ramp, Switch
 from ..kit.build import read_with, require, require_least, require_positive
 from ..kit.wrapping import Wrapping, base_needs, build_base
 from ..sae.shapes.masks import TierGates
-from ..sae.shapes.norms import PreNorm
-from ..sae.shapes.shaped import Init, Shape, ShapedAutoencoder, initialise
+from ..sae.shapes.shaped import Init, PreNorm, Shape, ShapedAutoencoder, initialise
 from ..terms.constraints import TierGradients
 from ..terms.reconstruction import reconstruction
 from ..terms.resampling import RESAMPLING, Resampling

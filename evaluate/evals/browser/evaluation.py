@@ -33,15 +33,14 @@ from ...model.batches import count_windows
 from ...model.head import Head
 from ...output.figures.records import read_records
 from ..contract import Context, Evaluation, Failure, LoadedSae, Needs, Result
-from .attended import LEVELS
+from ..measures.token_text import Vocabulary
 from .config import Config
 from .exports import Exported, keep_exports, require_known, write_exports
 from .firing_counts import lower_edges
 from .for_report import report_of
 from .latents import FILE_LATENTS, Shown, neighbours, promoted, summary_of, write_latents
 from .overview import write_numbers
-from .reading import ATTENTION_TOKENS, SAVED, TEXT_TOKENS, files_of, read
-from .token_text import Vocabulary
+from .reading import ATTENTION_TOKENS, LEVELS, SAVED, TEXT_TOKENS, files_of, read
 from .write_pages import LATENT_BYTES, NAME, Folder, making, read_data, unpacked, write_page
 
 FORMAT = 1

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ..measures.token_text import Vocabulary
 from .firing_counts import Seen
-from .token_text import Vocabulary
 from .top_firings import TOP, Firings
 
 LATENTS, CONTEXTS, LEAST_FIRINGS = 24, 6, 5

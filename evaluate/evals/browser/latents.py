@@ -19,10 +19,10 @@ from ....harvest.progress import Watch
 from ...context.loaded_sae import LoadedSae
 from ...model.head import Head
 from ..measures.assignment import GROUPS, RANGES, TIERS, saved, saved_composition
+from ..measures.token_text import Vocabulary
 from .config import Config
 from .firing_counts import BINS, Seen
 from .related import Near, by_direction, by_firing
-from .token_text import Vocabulary
 from .top_firings import SAMPLE, TOP, Firings, largest, ranges
 from .write_pages import Folder
 

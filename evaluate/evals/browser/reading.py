@@ -2,7 +2,7 @@
 
 Batches are encoded side by side, each by its share of the cores: products that all cores share would wait for the one
 that sorts, each time. What was read is saved now and then, between two batches: a build that was stopped goes on from
-there to the same bytes. W windows, T context.
+there to the same bytes. W windows, T context, L layers, K keys.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ....train.data.batch import AttentionRows
 from ....train.data.device_copies import take_device
 from ....train.disk.write_and_load_checkpoints import Standing, list_checkpoints, load_checkpoint, save_checkpoint
 from ....train.errors import CheckpointDamaged
@@ -28,14 +29,14 @@ from ...context.stored_windows import ordinary_rows, read_windows
 from ...model.batches import Windows
 from ..contract import Context, LoadedSae
 from ..core.encoding import encode_codes
-from .attended import attended
+from ..measures.token_text import Vocabulary
 from .config import Config
 from .firing_counts import Batch, Seen
-from .token_text import Vocabulary
 from .top_firings import Room
 from .write_pages import ATTENTION, TEXT, Folder, Pieces
 
 TEXT_TOKENS, ATTENTION_TOKENS = 1 << 15, 1 << 10  # in a file
+LEVELS = 255  # of a weight of attention
 SAVED = 2  # the format of what is saved
 WORKERS = 2  # at the most: each holds a batch with its codes
 EVERY, SHARE = 30, 20  # seconds from one save to the next at the least, and how many times what the last one took
@@ -189,3 +190,28 @@ def marks_of(batch: Windows, rows: Iterable[Tensor]) -> np.ndarray:
     begins = torch.zeros_like(batch.keep)
     begins[:, 1:] = batch.documents[:, 1:] != batch.documents[:, :-1]
     return marks | begins.cpu().numpy().astype(np.uint8) * BEGINS
+
+
+def attended(batch: Windows, layers: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which earlier tokens the model attended to: of every token the strongest keys of each stored layer.
+
+    Positions and weights [W, T, L, K], uint16 and uint8 in steps of 1 / LEVELS; weight 0 where there is no more. Heads
+    are averaged. The token itself and special tokens, above all the first, say nothing and are left out.
+    """
+    found = [strongest_keys(batch.attention[layer], batch.keep, count) for layer in layers]
+    positions = torch.stack([position for position, _ in found], 2).cpu().numpy().astype(np.uint16)
+    weights = torch.stack([weight for _, weight in found], 2)
+    return positions, (weights * LEVELS).round().clamp(0, LEVELS).to(torch.uint8).cpu().numpy()
+
+
+def strongest_keys(rows: AttentionRows, keep_WT: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Positions and weights [W, T, K]."""
+    windows, heads, context = rows.kept_mass.shape
+    row = torch.repeat_interleave(torch.arange(windows * heads * context, device=rows.data.device), rows.indptr.diff())
+    query = row // (heads * context) * context + row % context
+    mean = rows.data.new_zeros(windows * context * context)
+    mean.index_add_(0, query * context + rows.indices, rows.data / heads)
+    mean_WTT = mean.view(windows, context, context) * keep_WT[:, None, :]
+    mean_WTT.diagonal(dim1=1, dim2=2).zero_()
+    weights, positions = mean_WTT.topk(min(count, context), dim=2)
+    return positions, weights

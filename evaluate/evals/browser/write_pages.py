@@ -24,7 +24,7 @@ from ....cache_schema.disk_and_cloud_files import free_bytes_at, sync
 from ....cache_schema.errors import StoreError
 from ....cache_schema.in_words import say_size
 from ...errors import BrowserUnwritten
-from ...output.figures.web import FILES, script_json
+from ...output.figures.records import FILES, script_json
 
 NAME = "browser"
 LATENT_BYTES = 4000  # on disk, about

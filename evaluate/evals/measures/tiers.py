@@ -1,6 +1,6 @@
 """How tiers of a dictionary fire, what the firing of one says about another's, and what they are composed of.
 
-N tokens, F latents, M tiers, F_t latents of tier t. A tier is a set of latents; an SAE without tiers gets
+N tokens, F latents, K kept, M tiers, F_t latents of tier t. A tier is a set of latents; an SAE without tiers gets
 equal shares of its dictionary in the order of its latents.
 
 Composition: is a decoder row a sum of decoder rows of the tier below? R rows, A atoms, D width, P parts. C >= 0
@@ -15,11 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...model.batches import Sums
+from ...model.batches import Sums, Windows
+from ..contract import Context
+from .token_text import Vocabulary
 
 SILENT = -1  # the label of a token on which no latent of a tier fires
 PERMUTATIONS = 8  # for what two independent labellings of this size would share by chance
@@ -52,6 +56,55 @@ def tier_activity(acts_NF: Tensor, membership_F: Tensor, tiers: int) -> Activity
     fired = acts_NF > 0
     awake = torch.stack([fired[:, membership_F == tier].any(1).sum() for tier in range(tiers)])
     return Activity(len(acts_NF), fired.sum(0).double(), acts_NF.double().sum(0), awake.double())
+
+
+@dataclass(frozen=True, eq=False)
+class Strongest:
+    """The K largest activations of each latent, and on which tokens they were; 0 at -1 where it fired less often."""
+
+    values: Tensor  # float32
+    places: Tensor  # int64, numbers of tokens as they were given
+
+    @staticmethod
+    def none(kept: int, latents: int, device: torch.device | str = "cpu") -> Strongest:
+        return Strongest(
+            torch.zeros(kept, latents, device=device),
+            torch.full((kept, latents), -1, dtype=torch.int64, device=device),
+        )
+
+    def with_batch(self, acts_NF: Tensor, places_N: Tensor) -> Strongest:
+        """The same after more tokens."""
+        kept = len(self.values)
+        values, rows = acts_NF.topk(min(kept, len(acts_NF)), dim=0)
+        places = torch.where(values > 0, places_N[rows], -1)
+        values, chosen = torch.cat([self.values, values.clamp_min(0)]).topk(kept, dim=0)
+        return Strongest(values, torch.cat([self.places, places]).gather(0, chosen))
+
+    def of(self, latent: int) -> list[tuple[float, int]]:
+        """(activation, token) of one latent, strongest first."""
+        pairs = zip(self.values[:, latent].tolist(), self.places[:, latent].tolist(), strict=True)
+        return [(value, place) for value, place in pairs if place >= 0]
+
+
+class Wording:
+    """The kept tokens of a pass: a token is known by its number, which counts them in the order they were read."""
+
+    def __init__(self, context: Context) -> None:
+        self._vocabulary = Vocabulary(context)
+        self._batches: list[Tensor] = []
+
+    def read(self, batch: Windows) -> None:
+        """The next batch of the pass."""
+        self._batches.append(batch.tokens[batch.keep].cpu())
+
+    def token(self, number: int) -> str:
+        """A token's text."""
+        return self._vocabulary.write(self._tokens[number : number + 1])
+
+    @cached_property
+    def _tokens(self) -> np.ndarray:
+        """int64 [N]; asked for when the pass is over."""
+        return torch.cat(self._batches).numpy()
 
 
 def dominant_latents(acts_NF: Tensor, membership_F: Tensor, tiers: int) -> Tensor:

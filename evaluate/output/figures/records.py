@@ -1,4 +1,7 @@
-"""What plots and pages know of an SAE: its run's log, its settings, how it ended, and its evaluations."""
+"""What plots and pages know of an SAE: its run's log, its settings, how it ended, and its evaluations.
+
+At the end: what all pages share, and how data reach their scripts.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from ...context.results import RESULTS, metric_of, ours_in, read_result, still_s
 from ...errors import EvalError, ResultInvalid
 
 CURVE_POINTS = 200
+FILES = Path(__file__).parent / "web_files"  # the look and the charts that pages share
 Documents = Mapping[Path, Mapping[str, Any]]
 Say = Callable[[str], object]
 SEED = re.compile(r"_seed(\d+)(?=_|$)")  # in an SAE's label
@@ -168,3 +172,12 @@ def read_documents(
         if still_stands(document, path):
             found.setdefault(path.name.removesuffix(RESULTS), {})[path.parent.name] = document
     return found
+
+
+def web_file(name: str) -> str:
+    return (FILES / name).read_text(encoding="utf-8")
+
+
+def script_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON that may stand in a script: ASCII, and `<` is escaped: text of a corpus cannot end a script or begin one."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":"), default=default).replace("<", "\\u003c")

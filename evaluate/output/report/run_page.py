@@ -16,8 +16,7 @@ from urllib.parse import quote
 
 from ....train.disk.atomic_files import replace_file
 from ....train.run.folder import RunFolder
-from ..figures.records import Record
-from ..figures.web import script_json, web_file
+from ..figures.records import Record, script_json, web_file
 from .markup import Html, element, image, joined, text
 from .numbers import numbers_table
 from .origin import origins

@@ -1,4 +1,4 @@
-"""The parts of the training: batches, learning rate, team, checkpoint and resume."""
+"""The parts of the training: batches, learning rate, checkpoint and resume."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from saemill.harvest.pocket import pocket_model
 from saemill.harvest.pocket import trainer as trainer_module
 from saemill.harvest.pocket.pocket_model import load_checkpoint, save_checkpoint
-from saemill.harvest.pocket.process_team import Team, working_team
 from saemill.harvest.pocket.trainer import (
     CYCLE,
     DECAY_FROM,
@@ -72,22 +71,6 @@ def test_learning_rate_rises_stays_and_ends_at_nothing() -> None:
     assert learning_rate(10_000, 1.0) == learning_rate(10_000, 1.5) == 0
 
 
-def test_a_team_of_one_changes_nothing() -> None:
-    values = torch.tensor([1.0, 2.0])
-    Team().average_(values)
-    assert values.tolist() == [1, 2]
-    assert Team().agree(0.25) == 0.25
-
-
-def test_a_team_of_two_averages(tmp_path: Path) -> None:
-    (tmp_path / "meeting").write_bytes(b"left by a killed run")
-    values = torch.zeros(3)
-    with working_team(2, tmp_path / "meeting", Team.average_, torch.full((3,), 2.0)) as team:
-        team.average_(values)
-    assert values.tolist() == [1, 1, 1]
-    assert not (tmp_path / "meeting").exists()
-
-
 def test_checkpoint_round_trip_and_absence(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path) is None
     tensors = {"a/b": torch.arange(6.0).view(2, 3).t(), "c": torch.ones((), dtype=torch.bfloat16)}
@@ -109,15 +92,15 @@ def corpus(monkeypatch: pytest.MonkeyPatch) -> Corpus:
 
 
 def test_two_steps_and_two_more_are_four(tmp_path: Path, corpus: Corpus) -> None:
-    straight = Trainer(Team(), corpus, seed=3, is_compiled=False)
+    straight = Trainer(corpus, seed=3, is_compiled=False)
     losses = [straight.advance(step, 0.5) for step in range(4)]
-    first = Trainer(Team(), corpus, seed=3, is_compiled=False)
+    first = Trainer(corpus, seed=3, is_compiled=False)
     for step in range(2):
         first.advance(step, 0.5)
     save_checkpoint(tmp_path, first.optimizer.state(), {})
     found = load_checkpoint(tmp_path)
     assert found is not None
-    second = Trainer(Team(), corpus, seed=3, is_compiled=False)
+    second = Trainer(corpus, seed=3, is_compiled=False)
     second.optimizer.load_state(found[0])
     assert [second.advance(step, 0.5) for step in (2, 3)] == losses[2:]
     assert all(
@@ -126,7 +109,7 @@ def test_two_steps_and_two_more_are_four(tmp_path: Path, corpus: Corpus) -> None
 
 
 def test_a_step_moves_every_weight(corpus: Corpus) -> None:
-    trainer = Trainer(Team(), corpus, seed=3, is_compiled=False)
+    trainer = Trainer(corpus, seed=3, is_compiled=False)
     before = {name: tensor.clone() for name, tensor in trainer.optimizer.masters.items()}
     trainer.advance(0, 1.0)
     assert [name for name, old in before.items() if torch.equal(old, trainer.optimizer.masters[name])] == []

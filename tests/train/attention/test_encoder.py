@@ -16,7 +16,7 @@ from saemill.train.engine.assembly import Assembly
 from saemill.train.engine.step import Trainee
 from saemill.train.kit.registry import config_type
 from saemill.train.kit.wrapping import build_base
-from saemill.train.sae.attention.controls import LinkKind
+from saemill.train.sae.attention.attention_links import LinkKind
 from saemill.train.sae.attention.encoder import AttendedSae
 from saemill.train.sae.attention.reading import Attention, Mixing
 from saemill.train.sae.gates import Relu

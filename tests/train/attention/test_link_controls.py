@@ -10,8 +10,7 @@ import torch
 from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid
 from saemill.train.parallel.ranks import Alone
-from saemill.train.sae.attention.attention_links import links_of
-from saemill.train.sae.attention.controls import nearest_links, same_token_links
+from saemill.train.sae.attention.attention_links import links_of, nearest_links, same_token_links
 
 ROWS = 96
 

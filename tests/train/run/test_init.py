@@ -17,8 +17,7 @@ from saemill.cache_schema import ModelSpec
 from saemill.train import load_sae
 from saemill.train.data.scaling import Stats, unit_stats
 from saemill.train.disk.formats import WRITERS
-from saemill.train.disk.formats.plain import centred
-from saemill.train.disk.plain_form import begin_as, plain_sae
+from saemill.train.disk.plain_form import begin_as, centred, plain_sae
 from saemill.train.disk.sae_folder import load_plain_sae, save_sae
 from saemill.train.errors import ConfigInvalid, SaeInvalid
 from saemill.train.run.find_sae import read_folder

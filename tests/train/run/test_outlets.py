@@ -15,8 +15,7 @@ from saemill.train.errors import ConfigInvalid, TrackerMissing
 from saemill.train.parallel.processes import Solo, choose_device
 from saemill.train.run.folder import MetricsLog
 from saemill.train.run.metrics import Watch
-from saemill.train.run.progress import Progress
-from saemill.train.run.trackers import Trackers, require_trackers
+from saemill.train.run.progress import Progress, Trackers, require_trackers
 from saemill.train.run.validation import Tally
 from saemill.train.start_runs import open_process
 

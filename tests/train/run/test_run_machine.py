@@ -36,9 +36,9 @@ from saemill.train.parallel.processes import Solo
 from saemill.train.run import checkpoint_times as checkpoints_module
 from saemill.train.run.folder import RunFolder, cache_of
 from saemill.train.run.metrics import Watch
-from saemill.train.run.run import Process, Run
+from saemill.train.run.process import Process
 from saemill.train.run.settle_config import settle
-from saemill.train.run.start_or_resume import begin_run, resume_run
+from saemill.train.run.start_or_resume import Run, begin_run, resume_run
 from saemill.train.start_runs import train
 
 SETTINGS = {"layer": 3, "width": 8, "data.batch_tokens": 16, "data.pool_tokens": 32, "course.epochs": 1}

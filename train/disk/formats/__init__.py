@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import SaeInvalid, TrainError
-from ..plain_form import PlainSae
+from ..plain_form import Metadata, PlainSae
 from . import dictionary_learning, gemma_scope, sae_lens, sparsify
-from .plain import Metadata
 
 READERS: dict[str, Callable[[Path], tuple[PlainSae, Metadata]]] = {
     "sae_lens": sae_lens.read,

@@ -25,7 +25,7 @@ from ...sae.gates import BatchTopK, Gate, JumpRelu, Relu
 from ...sae.model import SparseAutoencoder
 from ..atomic_files import read_json, write_json
 from ..module_form import RawUnits
-from .plain import write_tensors
+from ..plain_form import write_tensors
 
 CONFIG = "config.yaml"
 THRESHOLD = "activation_function.threshold"

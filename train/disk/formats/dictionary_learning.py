@@ -19,9 +19,8 @@ from ....cache_schema.sites import HOOKS, RESID
 from ...errors import SaeInvalid
 from ..atomic_files import read_json, write_json
 from ..places import told_of
-from ..plain_form import PlainSae
+from ..plain_form import Metadata, PlainSae, centred, make_plain, whole_k, write_tensors
 from ..sae_folder import read_tensors
-from .plain import Metadata, centred, make_plain, whole_k, write_tensors
 
 # What torch raises at anything but plain tensors.
 REFUSED = (torch.serialization.pickle.UnpicklingError,)  # pyright: ignore[reportPrivateImportUsage]

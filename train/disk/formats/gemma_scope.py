@@ -22,8 +22,7 @@ from ....cache_schema.sites import HOOKS, RESID
 from ...errors import SaeInvalid
 from ..atomic_files import read_json
 from ..places import told_of
-from ..plain_form import PlainSae
-from .plain import Metadata, make_plain
+from ..plain_form import Metadata, PlainSae, make_plain
 
 PARAMS, PLACE = "params.npz", "cfg.json"
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")

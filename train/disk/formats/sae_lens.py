@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...data.scaling import unit_stats
-from ..plain_form import PlainSae, in_raw_units, sae_from_plain
+from ..plain_form import Metadata, PlainSae, in_raw_units, sae_from_plain
 from ..sae_folder import load_plain_sae, save_sae
-from .plain import Metadata
 
 
 def write(folder: Path, plain: PlainSae, metadata: Metadata) -> None:

@@ -16,7 +16,7 @@ from ..kernels.linear import linear
 from ..kernels.products_with_gradients import affine
 from ..model import SparseAutoencoder
 from ..side_inputs import NO_SIDE, Side
-from .controls import READ_BESIDE
+from .attention_links import READ_BESIDE
 from .reading import Attention, Mixing, link_weights, mixing_weights, weights_by_row
 
 

@@ -18,8 +18,7 @@ from ..kernels.windows import Places
 from ..model import SparseAutoencoder
 from ..side_inputs import Side
 from ..step_view import View, once
-from .attention_links import Links, links_of
-from .controls import LinkKind, nearest_links, same_token_links
+from .attention_links import LinkKind, Links, links_of, nearest_links, same_token_links
 
 MIXING = "mixing"  # the extra that holds the learned weights
 TEMPERATURE = "mixing_temperature"  # the knob that flattens them

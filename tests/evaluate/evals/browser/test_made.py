@@ -26,17 +26,16 @@ from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.stored_windows import ordinary_rows
 from saemill.evaluate.errors import BrowserUnwritten, NotApplicable, ResultInvalid, SettingInvalid
 from saemill.evaluate.evals.browser import evaluation, firing_counts, latents, reading, top_firings, write_pages
-from saemill.evaluate.evals.browser.attended import LEVELS, attended
 from saemill.evaluate.evals.browser.config import Config
 from saemill.evaluate.evals.browser.firing_counts import BINS, Batch, Seen, bin_of, lower_edges
 from saemill.evaluate.evals.browser.for_report import pattern
 from saemill.evaluate.evals.browser.latents import RANDOM, STEPS
 from saemill.evaluate.evals.browser.overview import refresh
-from saemill.evaluate.evals.browser.reading import LEFT_OUT, WORKERS, side_by_side
+from saemill.evaluate.evals.browser.reading import LEFT_OUT, LEVELS, WORKERS, attended, side_by_side
 from saemill.evaluate.evals.browser.related import by_direction, by_firing
-from saemill.evaluate.evals.browser.token_text import Vocabulary, text_of
 from saemill.evaluate.evals.browser.top_firings import LOW, SAMPLE, TOP, Firings, Keeper, Room, largest
 from saemill.evaluate.evals.browser.write_pages import read_data, unpacked, write_data
+from saemill.evaluate.evals.measures.token_text import Vocabulary, text_of
 from saemill.evaluate.model.batches import store_batches
 from saemill.evaluate.model.head import head_of, load_head
 from saemill.evaluate.model.prefix_suffix import load_language_model

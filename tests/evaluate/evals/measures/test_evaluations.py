@@ -18,9 +18,8 @@ from saemill.evaluate.errors import ModelMissing, NotApplicable, SettingInvalid
 from saemill.evaluate.evals import attention, position, temporal, tiers
 from saemill.evaluate.evals.measures.assignment import Assignment, every, groups_of, ranges_of, saved, tiers_of
 from saemill.evaluate.evals.measures.attention import Explained, Pairs, choose_pairs, trace_pairs
-from saemill.evaluate.evals.measures.examples import Wording
 from saemill.evaluate.evals.measures.splice_effects import Effect, make_tracers
-from saemill.evaluate.evals.measures.tiers import tier_activity
+from saemill.evaluate.evals.measures.tiers import Wording, tier_activity
 from saemill.evaluate.model.batches import Windows, store_batches
 from saemill.train.sae.gates import AbsTopK, Relu
 from saemill.train.sae.model import SparseAutoencoder

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saemill.evaluate.evals.measures.examples import Strongest
 from saemill.evaluate.evals.measures.position import accuracy, best_latents
+from saemill.evaluate.evals.measures.tiers import Strongest
 
 
 @given(st.integers(0, 1000), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 6))

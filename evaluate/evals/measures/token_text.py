@@ -1,4 +1,4 @@
-"""Tokens as a page shows them: the distinct ones of what was read and of what latents promote.
+"""Tokens as pages and results show them: for a page the distinct ones of what was read and of what latents promote.
 
 A token that is not text by itself, such as a part of a character, is shown by its bytes.
 """
