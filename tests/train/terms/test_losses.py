@@ -85,7 +85,9 @@ def test_the_l0_window_sees_pre_activations_below_the_threshold():
     """One row just below the threshold: the gated activation is zero, the derivative is not."""
     gate, x = JumpRelu(1, 1.0, 0.5), torch.tensor([[0.9]])
     sae = SparseAutoencoder(torch.ones(1, 1), torch.ones(1, 1), gate)
-    TargetL0(1.0)(View(x, x, Side(), sae, torch.zeros(1, dtype=torch.bool), unit_stats(1), torch.Generator())).backward()
+    TargetL0(1.0)(
+        View(x, x, Side(), sae, torch.zeros(1, dtype=torch.bool), unit_stats(1), torch.Generator())
+    ).backward()
     assert float(gate.raw_threshold.grad) == 4.0  # d (count - 1)^2 / d theta = 2 (0 - 1) * (-1 / 0.5)
 
 
