@@ -40,7 +40,8 @@ def batches(count: int, device: str = "cpu") -> list[Batch]:
 
 @pytest.mark.parametrize("variant", ["topk", "batchtopk", "matryoshka"])
 def test_it_trains_as_on_a_cpu(as_on_gpu, monkeypatch, request, variant):
-    """Dead latents too: after one batch without them, so that the auxiliary loss takes part from the second step on. Lists are of each step."""
+    """Dead latents too: after one batch, so that the auxiliary loss takes part from the second step on. Lists are of
+    each step."""
     if variant == "matryoshka" and DEVICE == "cpu":  # which selects as batchtopk does
         request.getfixturevalue("quick_selection")
     monkeypatch.setattr(step, "LOOK_EVERY", 1)
