@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import importlib.util
 import os
 import re
 import sys
@@ -22,6 +21,8 @@ import torch
 from hypothesis import settings
 
 from saemill.harvest.corpus import sources
+
+from . import thread_ranks
 
 settings.register_profile("at any speed", deadline=None)  # on a busy machine an example takes what it takes
 settings.load_profile("at any speed")
@@ -90,25 +91,6 @@ def copied(
         sys.modules.pop(name, None)
 
 
-def load_helper(name: str) -> ModuleType:
-    """A module beside this one: tests are no package, so it is loaded by its path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def shaky_disk() -> ModuleType:
-    return load_helper("shaky_disk")
-
-
-@pytest.fixture(scope="session")
-def mutations() -> ModuleType:
-    return load_helper("mutations")
-
-
 @pytest.fixture
 def tell(record_property: Callable[[str, object], None]) -> Callable[[str, Mapping[str, int]], None]:
     """`tell("3 stores", {"EIO": 5})`: what was tried, and what was done to it. A test that finds a loss fails."""
@@ -134,7 +116,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.fixture(scope="session")
 def threads() -> Callable[[int], Any]:
     """`threads(n)`: n ranks, and a function that gives what `work(rank)` returns in each."""
-    return load_helper("thread_ranks").make
+    return thread_ranks.make
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ import torch
 from saemill.cache_schema import StoreError
 from saemill.cache_schema.commits import read_index, read_record
 from saemill.cache_schema.disk_and_cloud_files import LocalFiles
-from saemill.cache_schema.manifest import read_manifest, seal
 from saemill.cache_schema.root import read_root
 from saemill.cache_schema.strict_json import StrictError, from_json, to_json
 from saemill.cache_schema.summary import read_summary
@@ -42,6 +41,8 @@ from saemill.train.errors import TrainError
 from saemill.train.kit.registry import config_type
 from saemill.train.run.find_sae import read_folder
 from saemill.train.run.folder import RunFolder, cache_of
+
+from . import mutations
 
 GOLDEN = Path(__file__).parent / "golden" / "store_raw"
 NAMED = (StoreError, TrainError, EvalError)
@@ -65,17 +66,8 @@ class Target:
     kind: str = "json"
 
 
-def seal_root(document: Any) -> None:
-    """The identity check must not be what hides every later one."""
-    try:
-        found = document["attributes"]["saemill"]
-        found["cache_id"] = seal(read_manifest(found, "")).cache_id
-    except (KeyError, TypeError, StoreError):
-        return
-
-
 def seal_state(document: Any) -> None:
-    """Nor the digest of where a run stands."""
+    """The digest of where a run stands must not be what hides every later check."""
     try:
         found = from_json(write_and_load_checkpoints._State, document)
         document["digest"] = found.own_digest()
@@ -127,7 +119,7 @@ def targets_in(home: Path) -> dict[str, Target]:
     files = LocalFiles(home / "store")
     manifest = read_root(files).manifest
     found = {
-        "root": Target(home / "store/zarr.json", lambda: read_root(files), seal_root),
+        "root": Target(home / "store/zarr.json", lambda: read_root(files), mutations.reseal_store),
         "index": Target(home / "store/commits/index.json", lambda: read_index(files, manifest)),
         "record": Target(home / "store/commits/00001.json", lambda: read_record(files, manifest, 1)),
         "summary": Target(home / "store/stats/summary.json", lambda: read_summary(files, manifest)),
@@ -168,7 +160,7 @@ def targets(memory_folder) -> dict[str, Target]:
     return found
 
 
-def try_input(mutations: Any, target: Target, whole: bytes, seed: str) -> bool:
+def try_input(target: Target, whole: bytes, seed: str) -> bool:
     """Whether the input was read; refused by name is the other good end."""
     choose = random.Random(seed)
     if target.kind == "safetensors":
@@ -186,7 +178,7 @@ def try_input(mutations: Any, target: Target, whole: bytes, seed: str) -> bool:
     return True
 
 
-def try_many(mutations: Any, targets: dict[str, Target], tell: Any, inputs: int, first: int) -> None:
+def try_many(targets: dict[str, Target], tell: Any, inputs: int, first: int) -> None:
     began, read, each = time.perf_counter(), 0, -(-inputs // len(targets))
     with mutations.bounded_memory(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's and torch's, of odd numbers
@@ -194,7 +186,7 @@ def try_many(mutations: Any, targets: dict[str, Target], tell: Any, inputs: int,
             whole = target.file.read_bytes()
             try:
                 for number in range(first, first + each):
-                    read += try_input(mutations, target, whole, f"{name} {number}")
+                    read += try_input(target, whole, f"{name} {number}")
             finally:
                 target.file.write_bytes(whole)
     total, seconds = each * len(targets), time.perf_counter() - began
@@ -202,12 +194,12 @@ def try_many(mutations: Any, targets: dict[str, Target], tell: Any, inputs: int,
     tell(said, {"damaged file": total})
 
 
-def test_mutated_files_are_read_or_refused_by_name(mutations, targets, tell):
-    try_many(mutations, targets, tell, inputs=400, first=0)
+def test_mutated_files_are_read_or_refused_by_name(targets, tell):
+    try_many(targets, tell, inputs=400, first=0)
 
 
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.timeout(6 * 3600)
-def test_mutated_files_are_read_or_refused_by_name_for_long(mutations, targets, tell):
-    try_many(mutations, targets, tell, inputs=LONG, first=random.randrange(10**9))
+def test_mutated_files_are_read_or_refused_by_name_for_long(targets, tell):
+    try_many(targets, tell, inputs=LONG, first=random.randrange(10**9))

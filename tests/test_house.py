@@ -318,18 +318,23 @@ print(json.dumps([threading.active_count(), sorted(sys.modules)]))
     assert not {"torch", "transformers", "datasets", "pandas", "s3fs", "click"} & set(modules)
 
 
-def test_importing_all_of_evaluate_brings_no_transformers():
-    """Seconds that --help and what only looks at weights have no use for."""
+def test_importing_all_of_train_and_evaluate_starts_nothing_and_brings_none_of_what_they_have_no_use_for():
+    """Seconds that --help and what only looks at weights would wait for."""
     code = """
 import json, pkgutil, sys, threading
-import saemill.evaluate as room
-for module in pkgutil.walk_packages(room.__path__, "saemill.evaluate."):
-    __import__(module.name)
-print(json.dumps([threading.active_count(), sorted(sys.modules)]))
+for room in ("train", "evaluate"):
+    package = __import__(f"saemill.{room}", fromlist=["__path__"])
+    for module in pkgutil.walk_packages(package.__path__, f"saemill.{room}."):
+        __import__(module.name)
+    import torch
+    assert not torch.cuda.is_initialized()
+    print(json.dumps([threading.active_count(), sorted(sys.modules)]))
 """
-    threads, modules = json.loads(run_python(code))
-    assert threads == 1
-    assert not {"transformers", "wandb", "datasets"} & set(modules)
+    found = [json.loads(line) for line in run_python(code).splitlines()]
+    assert [threads for threads, _ in found] == [1, 1]
+    of_train, of_evaluate = (set(modules) for _, modules in found)
+    assert not {"transformers", "wandb", "datasets", "tensorboard", "accelerate", "huggingface_hub"} & of_train
+    assert not {"transformers", "wandb", "datasets"} & of_evaluate
 
 
 def test_every_command_is_also_a_module_and_its_help_does_not_wait_for_torch():

@@ -7,7 +7,6 @@ wheel, the lock and the bill of materials.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -33,26 +32,20 @@ from saemill.train.cli import main as sae_train
 from saemill.train.disk.write_and_load_checkpoints import load_checkpoint
 from saemill.train.errors import CheckpointDamaged
 
+from .golden.make_run import STORE
+from .train.conftest import make_store
+
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "tests" / "golden" / "runs_1"
 LINE = re.compile(r"([a-z0-9.-]+)==(\S+) --hash=sha256:[0-9a-f]{64}")
 RESULT = "ended/evals/decoder_cosine/topk_eval_results.json"
 
 
-def load(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def runs(tmp_path) -> Path:
     """A copy of the golden runs, with the store that they were trained on made anew."""
     shutil.copytree(RUNS, tmp_path / "runs")
-    made = load(ROOT / "tests" / "golden" / "make_run.py").STORE
-    load(ROOT / "tests" / "train" / "conftest.py").make_store(tmp_path / "store", **made)
+    make_store(tmp_path / "store", **STORE)
     return tmp_path / "runs"
 
 

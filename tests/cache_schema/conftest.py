@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import subprocess
 import sys
 import warnings
@@ -16,20 +15,12 @@ import fsspec
 import numpy as np
 import pytest
 
-
-def _load(name: str) -> ModuleType:
-    """A helper module that lies beside the tests: they are no package, so it is loaded by its path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+from . import synthetic as synthetic_stores
 
 
 @pytest.fixture(scope="session")
 def synthetic() -> ModuleType:
-    return _load("synthetic")
+    return synthetic_stores
 
 
 @pytest.fixture

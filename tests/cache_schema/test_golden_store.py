@@ -1,6 +1,5 @@
 """Stores written once must be readable forever, and must not be written differently without a word."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,9 @@ from saemill.cache_schema import FormatTooNew, Request, Site, Store, StoreWriter
 from saemill.cache_schema import manifest as manifest_module
 from saemill.cache_schema.verify_and_repair import digest, find_wrong_derived
 
+from ..golden import make_store
+
 GOLDEN = Path(__file__).parent.parent / "golden"
-spec = importlib.util.spec_from_file_location("make_store", GOLDEN / "make_store.py")
-make_store = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make_store)
 
 DIGEST = "sha256:faaabfbb68a694202f208fb3247f9a6701df8f6bfc4a66c3c3e1c89f34c68c37"
 DIGEST_OF_HOOKS = "sha256:5e486b0cac1b8d5a5944cbe69e40bd9aa16411fd47f46aac38b403bebf5631e8"

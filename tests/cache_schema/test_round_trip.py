@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from saemill.cache_schema import AttentionCsr, Request, Span, Store, shard_memory, to_float32
+from saemill.cache_schema import Request, Span, Store, shard_memory, to_float32
 from saemill.cache_schema.manifest import Codec
 from saemill.cache_schema.moments import measure
 
@@ -165,17 +165,6 @@ def test_moments_are_the_same_bits_without_the_summary(synthetic, tmp_path):
         merged = store.moments(5)
     for name in vars(merged):
         np.testing.assert_array_equal(getattr(merged, name), getattr(summarised, name), err_msg=name)
-
-
-def test_concatenated_spans_are_the_whole(synthetic, tmp_path):
-    manifest = synthetic.make_manifest()
-    corpus = synthetic.write_store(tmp_path, manifest)
-    request = Request(attention_layers=(3,))
-    with Store.open(tmp_path) as store:
-        parts = [store.read(request, span).attention[3] for span in store.spans(request)]
-    whole = AttentionCsr.concat(parts)
-    for name in vars(whole):
-        np.testing.assert_array_equal(getattr(whole, name), getattr(corpus.attention[3], name), err_msg=name)
 
 
 def test_measure_ignores_special_tokens_only_where_it_says(synthetic):

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +49,9 @@ from saemill.cache_schema.layout import INDEX, SUMMARY, arrays_of, record_key
 from saemill.cache_schema.sources import NumpySource
 from saemill.cache_schema.verify_and_repair import drop_broken_derived, repair, verify_shards
 
+from .. import shaky_disk
+from . import synthetic
+
 SHARDS = 4
 PLACE = Site("resid", 3)
 EVERYTHING = Request(layers=(3,), attention_layers=(2,), tokens=True, documents=True)
@@ -65,8 +67,8 @@ slots, shards, calls, seeds = st.integers(0, 1), st.integers(0, SHARDS - 1), st.
 class Facts:
     """What all machines share: the corpus, what each shard holds, the bytes of stores that nobody disturbed."""
 
-    def __init__(self, synthetic: Any, shaky_disk: Any, home: Path) -> None:
-        self.synthetic, self.shaky_disk, self.home = synthetic, shaky_disk, home
+    def __init__(self, home: Path) -> None:
+        self.home = home
         manifest = synthetic.make_manifest(windows=2 * SHARDS - 1, context=4, width=3, shard_windows=2, layers=(3,))
         self.manifest = synthetic.replace(manifest, attention=synthetic.replace(manifest.attention, layers=(2,)))
         self.corpus = synthetic.make_corpus(self.manifest)
@@ -87,7 +89,7 @@ class Facts:
 
     def tree(self, place: Path) -> dict[str, str]:
         """All but what a killed writer may leave and nobody reads."""
-        return {name: found for name, found in self.synthetic.tree_of(place).items() if not name.endswith(".tmp")}
+        return {name: found for name, found in synthetic.tree_of(place).items() if not name.endswith(".tmp")}
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -97,7 +99,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.home = facts.home / uuid.uuid4().hex
         self.home.mkdir()
         self.place = self.home / "store"
-        self.disk = facts.shaky_disk.ShakyDisk(self.home)
+        self.disk = shaky_disk.ShakyDisk(self.home)
         self.writers: list[StoreWriter | None] = [None, None]
         self.held: list[dict[int, ExitStack]] = [{}, {}]
         self.exists = self.has_imported = False
@@ -171,7 +173,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.disk.die(at)
         try:
             self.writer(0)
-        except self.facts.shaky_disk.Killed:
+        except shaky_disk.Killed:
             self.lose_all(seed)
             self.look(0)
         self.disk.be_well()
@@ -214,7 +216,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.disk.die(at)
         try:
             self.write(slot, shard)
-        except self.facts.shaky_disk.Killed:
+        except shaky_disk.Killed:
             self.disk.be_well()
             self.lose(slot)
             if seed is not None:
@@ -261,7 +263,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.disk.die(at)
         try:
             self.close(slot)
-        except self.facts.shaky_disk.Killed:
+        except shaky_disk.Killed:
             self.lose_all(seed)
         self.disk.be_well()
 
@@ -273,7 +275,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.close(slot)
         with StoreWriter.open(self.place) as writer:
             assert set(writer.pending()) == set(range(SHARDS)) - self.committed
-            self.facts.synthetic.write_pending(writer, self.facts.corpus)
+            synthetic.write_pending(writer, self.facts.corpus)
         self.committed = set(range(SHARDS))
         assert self.facts.tree(self.place) == self.facts.straight
 
@@ -317,7 +319,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.disk.die(at)
         try:
             repair(str(self.place), hurt)
-        except self.facts.shaky_disk.Killed:
+        except shaky_disk.Killed:
             self.lose_all(seed)
             for shard in hurt:
                 self.look(shard)
@@ -366,13 +368,13 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.exists)
     def read_by_an_older_version(self) -> None:
         """It refuses by the number, and changes nothing."""
-        before = self.facts.synthetic.tree_of(self.place)
+        before = synthetic.tree_of(self.place)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(manifest_module, "FORMAT", 0)
             for use in (Store.open, StoreWriter.open, drop_broken_derived, lambda place: repair(str(place), [0])):
                 with pytest.raises(FormatTooNew, match="Update saemill"):
                     use(self.place)  # type: ignore[operator]
-        assert self.facts.synthetic.tree_of(self.place) == before
+        assert synthetic.tree_of(self.place) == before
 
     @rule(at=calls, seed=st.none() | seeds)
     @precondition(lambda self: not self.has_imported and not any(self.writers))
@@ -382,7 +384,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.disk.die(at)
         try:
             self.facts.importing(place)
-        except self.facts.shaky_disk.Killed:
+        except shaky_disk.Killed:
             self.lose_all(seed)
         self.disk.be_well()
         self.facts.importing(place)
@@ -421,13 +423,13 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 @pytest.fixture(scope="module")
-def facts(synthetic, shaky_disk, memory_folder) -> Facts:
-    return Facts(synthetic, shaky_disk, memory_folder)
+def facts(memory_folder) -> Facts:
+    return Facts(memory_folder)
 
 
 def run(facts: Facts, tell: Callable[..., None], examples: int, steps: int, derandomize: bool) -> None:
     facts.count()
-    course = facts.shaky_disk.course(examples, steps, derandomize)
+    course = shaky_disk.course(examples, steps, derandomize)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer_module, "WRITERS", 1)  # the same events lead to the same state: Hypothesis insists on that
         run_state_machine_as_test(lambda: StoreMachine(facts), settings=course)

@@ -21,14 +21,10 @@ from saemill.cache_schema import (
     CorpusSpec,
     Manifest,
     ModelSpec,
-    ShardContent,
     Site,
     Store,
-    StoreWriter,
     from_float32,
-    to_float32,
 )
-from saemill.cache_schema.moments import is_special, measure
 from saemill.evaluate.context import context as context_module
 from saemill.evaluate.context.context import Context
 from saemill.evaluate.context.loaded_sae import LoadedSae
@@ -45,6 +41,8 @@ from saemill.train.disk.atomic_files import write_json
 from saemill.train.disk.sae_folder import save_sae
 from saemill.train.sae.gates import Relu, TopK
 from saemill.train.sae.model import SparseAutoencoder
+
+from ..write_shards import write_shards
 
 torch.set_num_threads(1)
 
@@ -170,25 +168,9 @@ def harvest_rows(
     for values in plain.values():
         for place in massive:
             values[place] *= 100
-    resid = {layer: from_float32(values, dtype) for layer, values in plain.items()}
+    resid = {Site("resid", layer): from_float32(values, dtype) for layer, values in plain.items()}
     attention = {layer: to_csr(layer, kept) for layer, kept in captured.attention.items()}
-    with StoreWriter.create(path, manifest, rows, documents.astype(np.uint32)) as writer:
-        for shard in writer.pending():
-            a, b = manifest.shard_range(shard)
-            special = is_special(rows[a:b], SPECIAL)
-            content = ShardContent(
-                rows[a:b],
-                documents[a:b].astype(np.uint32),
-                {Site("resid", layer): values[a:b] for layer, values in resid.items()},
-                {
-                    Site("resid", layer): measure(to_float32(values[a:b], dtype), special)
-                    for layer, values in resid.items()
-                },
-                {layer: csr.slice(a, b) for layer, csr in attention.items()},
-            )
-            with writer.claim(shard):
-                writer.write(shard, content)
-    return str(path)
+    return write_shards(path, manifest, rows, documents.astype(np.uint32), resid, attention)
 
 
 def make_tokens(windows: int = WINDOWS, seed: int = 0) -> Tensor:

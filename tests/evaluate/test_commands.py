@@ -309,15 +309,14 @@ def test_a_long_run_has_a_shorter_one_beside_it(
 def test_a_real_terminal_is_asked(small: Any, tmp_path: Path) -> None:
     """Without one the same words end with the command: `test_a_run_of_a_recipe_says_how_it_is_made`."""
     words = [sys.executable, "-m", "saemill.evaluate.cli", "run_0", "--cache", small.store, "--device", "cpu"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    seen, status = at_a_terminal(words, tmp_path, env, "n")
+    seen, status = at_a_terminal(words, tmp_path, "n")
     assert status == 1 and "[Y/n]" in seen and "sae-train --recipe attention/run_0" in seen
 
 
-def at_a_terminal(words: list[str], folder: Path, env: dict[str, str], answer: str) -> tuple[str, int]:
+def at_a_terminal(words: list[str], folder: Path, answer: str) -> tuple[str, int]:
     """What a person sees who gives this answer to the question."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=env)
+    process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder)
     os.close(theirs)
     seen, deadline = b"", time.monotonic() + 120
     try:

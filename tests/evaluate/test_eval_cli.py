@@ -210,22 +210,20 @@ def test_what_is_wrong_with_one_target_does_not_stop_the_others(run_1, sae_eval)
     assert set(results(run_1)) == {"small_eval_results.json"}
 
 
-def test_a_store_that_is_gone(make_world, builder, sae_eval):
-    world = make_world(fresh=True)
-    run = builder.run(world, "run_1", {"sae": builder.make_sae()})
-    shutil.rmtree(world.store)
-    output = sae_eval("run_1", code=1)
-    assert "there is none now" in output
-    assert "--cache" in output
-    assert not results(run)
+@pytest.fixture
+def movable(world, builder):
+    """A run on a store of its own, and that store, which a test may take away."""
+    store = shutil.copytree(world.store, builder.root / "store")
+    saes = {"one": builder.make_sae(), "two": builder.make_sae(seed=1)}
+    return builder.run(replace(world, store=str(store)), "run_1", saes), store
 
 
-def test_what_needs_no_store_goes_on_without_one(make_world, builder, sae_eval):
-    world = make_world(fresh=True)
-    run = builder.run(world, "run_1", {"sae": builder.make_sae()})
-    shutil.rmtree(world.store)
-    output = sae_eval("run_1", "--evals", "core,decoder_cosine", code=1)
-    assert "failed: core of run_1/sae: the store of run_1/sae was at" in output and "failed: decoder" not in output
+def test_what_needs_no_store_goes_on_without_one(movable, sae_eval):
+    run, store = movable
+    shutil.rmtree(store)
+    output = sae_eval("run_1/one", "--evals", "core,decoder_cosine", code=1)
+    assert "failed: core of run_1/one: the store of run_1/one was at" in output and "failed: decoder" not in output
+    assert "there is none now" in output and "--cache" in output
     assert results(run, "decoder_cosine") and not results(run)
 
 
@@ -235,32 +233,30 @@ def test_nothing_goes_on_without_a_store_that_was_asked_for(run_1, sae_eval):
     assert not results(run_1, "decoder_cosine")
 
 
-def test_resume_leaves_a_result_of_a_store_that_is_gone(make_world, builder, sae_eval):
-    world = make_world(fresh=True)
-    run = builder.run(world, "run_1", {"sae": builder.make_sae()})
-    words = ("run_1", "--evals", "decoder_cosine")
+def test_resume_leaves_a_result_of_a_store_that_is_gone(movable, sae_eval):
+    run, store = movable
+    words = ("run_1/one", "--evals", "decoder_cosine")
     sae_eval(*words, options=[])
     before = results(run, "decoder_cosine")
-    shutil.rmtree(world.store)
+    shutil.rmtree(store)
     said = sae_eval(*words, "--resume", options=[])
-    assert "kept: decoder_cosine of run_1/sae: its result is of a store, and none is read now" in said
+    assert "kept: decoder_cosine of run_1/one: its result is of a store, and none is read now" in said
     assert results(run, "decoder_cosine") == before
     sae_eval(*words, "--resume", "--set", "decoder_cosine.threshold=0.5", options=[])
     assert results(run, "decoder_cosine") != before
 
 
 @pytest.mark.parametrize("keep", ["--resume", "--compare"])
-def test_results_on_a_store_that_is_gone_are_taken_and_the_rest_is_refused(make_world, builder, sae_eval, keep):
-    world = make_world(fresh=True)
-    run = builder.run(world, "run_1", {"one": builder.make_sae(), "two": builder.make_sae(seed=1)})
+def test_results_on_a_store_that_is_gone_are_taken_and_the_rest_is_refused(movable, sae_eval, keep):
+    run, store = movable
     sae_eval("run_1/one")
     before = results(run)
-    shutil.rmtree(world.store)
+    shutil.rmtree(store)
     output = sae_eval("run_1", keep, code=1)
     assert "ce loss score" in output and results(run) == before
     assert "kept: core of run_1/one: its result is of a store, and none is read now" in output
     assert "failed: core of run_1/two: the store of run_1/one was at" in output
-    assert "kept" not in sae_eval("run_1", keep, "--cache", world.store, code=1)
+    assert "kept" not in sae_eval("run_1", keep, "--cache", store, code=1)
     if keep == "--resume":  # of other settings
         assert "kept" not in sae_eval("run_1", keep, "--massive-norms", "5", code=1)
 
@@ -553,11 +549,12 @@ def test_compare_names_results_of_other_settings_than_were_asked_for(run_1, sae_
     assert "kept:" not in sae_eval("run_1", "--compare", "--set", "core.n_eval_reconstruction_batches=1")
 
 
-def test_compare_takes_no_result_of_an_earlier_sae(run_1, builder, sae_eval):
+@pytest.mark.parametrize("keep", ["--resume", "--compare"])
+def test_a_result_of_an_earlier_sae_is_done_again(run_1, builder, sae_eval, keep):
     sae_eval("run_1")
     before = results(run_1)
     builder.save(run_1 / "small", builder.make_sae(seed=9))
-    sae_eval("run_1", "--compare")
+    sae_eval("run_1", keep)
     assert {name for name, found in results(run_1).items() if found != before[name]} == {"small_eval_results.json"}
 
 
@@ -581,14 +578,6 @@ def test_an_sae_that_knows_no_store_compares_with_those_of_the_store_it_is_given
     folder = builder.subject(builder.make_sae(seed=5), "elsewhere").folder
     output = sae_eval("run_1", str(folder), "--compare", "--cache", world.store, "--layer", str(builder.LAYER))
     assert "run_1/small" in output and "elsewhere" in output
-
-
-def test_an_sae_that_was_written_after_its_result_is_evaluated_again(run_1, builder, sae_eval):
-    sae_eval("run_1/small")
-    before = results(run_1)
-    builder.save(run_1 / "small", builder.make_sae(seed=9))
-    sae_eval("run_1/small", "--resume")
-    assert results(run_1) != before
 
 
 def test_a_number_that_makes_no_sense_is_refused_before_anything_is_read(run_1, sae_eval, monkeypatch):
@@ -627,10 +616,14 @@ def test_a_crash_whose_traceback_cannot_be_kept_is_told(run_1, sae_eval, monkeyp
 
 @pytest.fixture
 def second_eval(monkeypatch):
-    """An evaluation beside core, of which a test decides what it does."""
-    core_is = core.EVALUATION
-    second = SimpleNamespace(**vars(core_is) | {"summary": (), "require": lambda config: None})
-    known = evals.load
+    """An evaluation beside core, of which a test may decide what it does, and which SAEs it was asked for."""
+    second = SimpleNamespace(**vars(core.EVALUATION) | {"summary": (), "require": lambda config: None, "asked": []})
+
+    def evaluate(context, subjects, config):
+        second.asked.append([subject.label for subject in subjects])
+        yield from (core.Result(subject, {}, {"group": {"value": 1.0}}) for subject in subjects)
+
+    second.evaluate, known = evaluate, evals.load
     monkeypatch.setattr(evals, "names", lambda: ("core", "second"))
     monkeypatch.setattr(evals, "load", lambda name: second if name == "second" else known(name))
     return second
@@ -646,13 +639,7 @@ class Remembering:
 
 def test_where_an_evaluation_remembers_is_no_other_evaluation(run_1, sae_eval, second_eval):
     assert all("cache" in [field.name for field in fields(module.Config)] for module in (ravel, unlearning))
-    asked = []
-
-    def evaluate(context, subjects, config):
-        asked.append([subject.label for subject in subjects])
-        yield from (core.Result(subject, {}, {"group": {"value": 1.0}}) for subject in subjects)
-
-    second_eval.config, second_eval.evaluate = Remembering, evaluate
+    second_eval.config = Remembering
     call = ("--evals", "second")
     sae_eval("run_1", *call, options=[])
     assert results(run_1, "second")["small_eval_results.json"]["saemill"]["settings"]["config"] == {"pairs": 5}
@@ -663,47 +650,33 @@ def test_where_an_evaluation_remembers_is_no_other_evaluation(run_1, sae_eval, s
     elsewhere = ("--set", 'second.cache="/else/where"')
     sae_eval("run_1", *call, *elsewhere, "--resume", options=[])
     assert "its result is of" not in sae_eval("run_1", *call, *elsewhere, "--compare", options=[])
-    assert len(asked) == 1
+    assert len(second_eval.asked) == 1
     sae_eval("run_1", *call, "--set", "second.pairs=6", "--resume", options=[])
-    assert len(asked) == 2
+    assert len(second_eval.asked) == 2
 
 
 def test_a_result_of_an_earlier_revision_is_done_again(run_1, sae_eval, second_eval):
     """The first one is in no settings: results of before count."""
-    asked = []
-
-    def evaluate(context, subjects, config):
-        asked.append(second_eval.revision)
-        yield from (core.Result(subject, {}, {"group": {"value": 1.0}}) for subject in subjects)
-
-    second_eval.evaluate = evaluate
-    for revision in (1, 1, 2, 2):
+    for revision, times in ((1, 1), (1, 1), (2, 2), (2, 2)):
         second_eval.revision = revision
         sae_eval("run_1", "--evals", "second", "--resume", options=[])
         settings = results(run_1, "second")["small_eval_results.json"]["saemill"]["settings"]
         assert settings.get("revision", 1) == revision and ("revision" in settings) == (revision > 1)
-    assert asked == [1, 2]
+        assert len(second_eval.asked) == times
 
 
 def test_a_result_of_other_text_is_done_again(run_1, sae_eval, second_eval):
     """Results of before name no text, and count."""
-    asked = []
-
-    def evaluate(context, subjects, config):
-        asked.append(second_eval.data_revision(context, config))
-        yield from (core.Result(subject, {}, {"group": {"value": 1.0}}) for subject in subjects)
-
-    second_eval.evaluate = evaluate
     call = ("--evals", "second")
     for text in (None, "sha256:old", "sha256:old"):
         second_eval.data_revision = lambda context, config, text=text: text
         sae_eval("run_1", *call, "--resume", options=[])
-    assert asked == [None]
+    assert len(second_eval.asked) == 1
     sae_eval("run_1", *call, options=[])
-    for text in ("sha256:old", "sha256:new", "sha256:new", None):
+    for text, times in (("sha256:old", 2), ("sha256:new", 3), ("sha256:new", 3), (None, 3)):
         second_eval.data_revision = lambda context, config, text=text: text
         sae_eval("run_1", *call, "--resume", options=[])
-    assert asked == [None, "sha256:old", "sha256:new"]
+        assert len(second_eval.asked) == times
     second_eval.data_revision = lambda context, config: "sha256:newer"
     assert "data_revision 'sha256:new' (asked for: 'sha256:newer')" in " ".join(
         sae_eval("run_1", *call, "--compare", options=[]).split()
@@ -742,18 +715,11 @@ def test_results_before_a_crash_are_kept(run_1, sae_eval, second_eval):
 
 
 def test_a_disk_that_takes_no_result_costs_the_measuring_once(run_1, sae_eval, second_eval):
-    asked = []
-
-    def evaluate(context, subjects, config):
-        asked.append([subject.label for subject in subjects])
-        yield from (core.Result(subject, {}, {"group": {"value": 1.0}}) for subject in subjects)
-
-    second_eval.evaluate = evaluate
     (run_1 / "evals").mkdir()
     (run_1 / "evals/second").write_text("in the way")
     output = sae_eval("run_1", "--evals", "second", code=1, options=[])
     assert output.count("could not be written to") == 2 and "then --resume" in output
-    assert asked == [["large", "small"]]
+    assert second_eval.asked == [["large", "small"]]
 
 
 def test_an_evaluation_that_forgets_an_sae_is_told(run_1, sae_eval, second_eval):
@@ -774,20 +740,6 @@ def test_more_batches_than_the_split_has(run_1, sae_eval):
     assert "the test split has 5" in sae_eval("run_1", "--set", "core.n_eval_reconstruction_batches=9", code=1)
 
 
-@pytest.mark.parametrize(
-    ("hook", "layer"),
-    [("blocks.3.hook_resid_post", 3), ("blocks.3.hook_resid_pre", 2), ("model.layers.7", 7), ("layer_12", 12)],
-)
-def test_the_layer_that_a_hook_means(golden, builder, hook, layer):
-    folder = golden.subject("topk", builder.root).folder
-    config = json.loads((folder / "cfg.json").read_text())
-    config["metadata"]["hook_name"] = hook
-    (folder / "cfg.json").write_text(json.dumps(config))
-    (subject,) = find_subjects([str(folder)], builder.root)
-    assert subject.layers == subject.target_layers == (layer,)
-    assert result_path(subject, "core").parent == folder / "evals" / "core"
-
-
 @pytest.fixture
 def told(golden, builder):
     """The folder of an SAE from elsewhere with other metadata: told(hook_name=...)."""
@@ -800,6 +752,17 @@ def told(golden, builder):
         return folder
 
     return write
+
+
+@pytest.mark.parametrize(
+    ("hook", "layer"),
+    [("blocks.3.hook_resid_post", 3), ("blocks.3.hook_resid_pre", 2), ("model.layers.7", 7), ("layer_12", 12)],
+)
+def test_the_layer_that_a_hook_means(told, builder, hook, layer):
+    folder = told(hook_name=hook)
+    (subject,) = find_subjects([str(folder)], builder.root)
+    assert subject.layers == subject.target_layers == (layer,)
+    assert result_path(subject, "core").parent == folder / "evals" / "core"
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ if __name__ == "__main__":
     import subprocess
     import sys
 
-    sys.path.insert(0, str(FOLDER.parents[1] / "train"))
-    from conftest import make_store
+    sys.path.insert(0, str(FOLDER.parents[2]))
+    from tests.train.conftest import make_store
 
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()

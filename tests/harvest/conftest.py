@@ -120,24 +120,8 @@ def run_whole() -> Callable[[PreTrainedModel], Reference]:
     return _run_whole
 
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "under",
-    "mat",
-    "tree",
-    "river",
-    "and",
-    "then",
-    "it",
-    "was",
-    "not",
-]
+SENTENCE = "the a cat dog sat ran on under mat tree river and then it was not"
+WORDS = SENTENCE.split()
 
 
 def make_text(seed: int, words: int) -> str:

@@ -84,8 +84,7 @@ def type_(words: list[str]) -> Type:
 
 
 def environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[3])
-    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def test_a_harvest_ends_with_a_summary_and_the_next_command(type_: Type, tmp_path):

@@ -20,13 +20,9 @@ from saemill.cache_schema import (
     CorpusSpec,
     Manifest,
     ModelSpec,
-    ShardContent,
     Site,
-    StoreWriter,
     from_float32,
-    to_float32,
 )
-from saemill.cache_schema.moments import is_special, measure
 from saemill.train.data.batch import AttentionRows, Batch, Needs
 from saemill.train.disk.sae_folder import CONFIG, WEIGHTS
 from saemill.train.engine.assembly import Assembly
@@ -37,6 +33,8 @@ from saemill.train.parallel.ranks import Alone
 from saemill.train.sae.gates import AbsTopK
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
+
+from ..write_shards import write_shards
 
 D, ROWS, STEPS = 32, 512, 40
 FOUND = 0.9  # of a planted dictionary
@@ -305,24 +303,9 @@ def make_store(
         shard_windows=shard_windows,
         stored_as=stored_as,
     )
-    with StoreWriter.create(path, manifest, tokens, documents) as writer:
-        for shard in writer.pending():
-            start, stop = manifest.shard_range(shard)
-            special = is_special(tokens[start:stop], (SPECIAL,))
-            with writer.claim(shard):
-                content = ShardContent(
-                    tokens[start:stop],
-                    documents[start:stop],
-                    {Site("resid", layer): resid[layer][start:stop] for layer in layers},
-                    {
-                        Site("resid", layer): measure(
-                            to_float32((resid if measured else sound)[layer][start:stop], "bfloat16"), special
-                        )
-                        for layer in layers
-                    },
-                    {layer: attention.slice(start, stop) for layer in layers},
-                )
-                writer.write(shard, content)
+    stored, seen = ({Site("resid", layer): x for layer, x in rows.items()} for rows in (resid, sound))
+    kept = dict.fromkeys(layers, attention)
+    write_shards(path, manifest, tokens, documents, stored, kept, stored if measured else seen)
     return {"path": str(path), "tokens": tokens, "documents": documents, "resid": resid, "attention": attention}
 
 

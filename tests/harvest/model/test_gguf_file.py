@@ -28,6 +28,8 @@ from saemill.harvest.model.resolve import Choice, fetch
 from saemill.harvest.model.tokenizer import load_encoder
 from saemill.harvest.run import harvest, reharvest
 
+from ... import mutations
+
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install gguf")
 
 Write = Callable[..., dict[str, torch.Tensor]]
@@ -262,7 +264,7 @@ def test_what_cannot_be_converted_is_refused_before_it_is(tiny, tmp_path, monkey
     assert not kept.exists()
 
 
-def try_headers(mutations: Any, tiny: Path, inputs: int, first: int) -> None:
+def try_headers(tiny: Path, inputs: int, first: int) -> None:
     """Read, or refused by name; the weights behind the header stay as they are."""
     whole, file = tiny.read_bytes(), tiny.with_name("mutated.gguf")
     header = whole.index(b"blk.3.ffn_norm.weight")  # among the last names of tensors
@@ -281,14 +283,14 @@ def try_headers(mutations: Any, tiny: Path, inputs: int, first: int) -> None:
     file.unlink()
 
 
-def test_mutated_headers_are_read_or_refused_by_name(mutations, tiny):
-    try_headers(mutations, tiny, inputs=25, first=0)
+def test_mutated_headers_are_read_or_refused_by_name(tiny):
+    try_headers(tiny, inputs=25, first=0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_mutated_headers_are_read_or_refused_by_name_for_long(mutations, tiny):
-    try_headers(mutations, tiny, inputs=2000, first=random.randrange(10**9))
+def test_mutated_headers_are_read_or_refused_by_name_for_long(tiny):
+    try_headers(tiny, inputs=2000, first=random.randrange(10**9))
 
 
 @pytest.mark.parametrize("changes", [{"fields": {"split.count": 2}}, {"extra": 4}], ids=["a part", "scaled rotary"])

@@ -62,8 +62,7 @@ def spawn_in():
     processes = []
 
     def start(out, *words, code="from saemill.train.cli import main; main()", **environment):
-        roots = os.pathsep.join(path for path in sys.path if path)
-        env = {**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
+        env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
         command = [sys.executable, "-c", code, "--out", str(out), *map(str, words)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
         processes.append(process)

@@ -13,15 +13,15 @@ import torch
 from click.testing import CliRunner
 
 from saemill import Store
-from saemill.cache_schema import CorpusSpec, HookSpec, Manifest, ModelSpec, ShardContent, Site, StoreWriter
-from saemill.cache_schema import from_float32 as stored
-from saemill.cache_schema.moments import measure
+from saemill.cache_schema import CorpusSpec, HookSpec, Manifest, ModelSpec, Site
 from saemill.evaluate.cli import main as sae_eval
 from saemill.train import load_sae
 from saemill.train.disk.sae_folder import is_of_one_place, read_config
 from saemill.train.errors import StateInvalid
 from saemill.train.export import main as sae_export
 from saemill.train.kit import registry
+
+from ...write_shards import write_shards
 
 WINDOWS, CONTEXT, WIDTH, ATOMS, LAYER = 600, 8, 12, 24, 5
 WORDS = ["--device", "cpu", "--set", "data.batch_tokens=128", "--set", "course.validation_tokens=512", "--no-plots"]
@@ -50,16 +50,8 @@ def planted(tmp_path_factory):
         shard_windows=50,
         hooks={hook: HookSpec((LAYER,), width) for hook, width in (("mlp_in", 12), ("mlp_out", 12), ("q", 24))},
     )
-    path = tmp_path_factory.mktemp("stores") / "hooks"
-    nothing_special = np.zeros((50, CONTEXT), bool)
-    with StoreWriter.create(path, manifest, tokens, tokens * 0) as writer:
-        for shard in writer.pending():
-            rows = slice(*manifest.shard_range(shard))
-            part = {site: stored(x[rows], "float32") for site, x in acts.items()}
-            moments = {site: measure(x, nothing_special) for site, x in part.items()}
-            with writer.claim(shard):
-                writer.write(shard, ShardContent(tokens[rows], tokens[rows] * 0, part, moments))
-    return str(path), acts, atoms
+    path = write_shards(tmp_path_factory.mktemp("stores") / "hooks", manifest, tokens, tokens * 0, acts)
+    return path, acts, atoms
 
 
 @pytest.mark.parametrize("hook", ["mlp_in", "q"])

@@ -565,12 +565,7 @@ def test_options_that_do_not_go_together(words):
 
 
 def test_the_endpoint_of_the_environment_is_taken(hub, run, tmp_path):
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-    }
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     words = ["run_1/topk", "--push-to-hub", "me/saes", "--runs", str(run.parent)]
     done = subprocess.run(
         [sys.executable, "-m", "saemill.train.export", *words], env=env, capture_output=True, text=True

@@ -41,6 +41,9 @@ from saemill.train.run.settle_config import settle
 from saemill.train.run.start_or_resume import Run, begin_run, resume_run
 from saemill.train.start_runs import train
 
+from ... import shaky_disk
+from ...thread_ranks import make as make_ranks
+
 SETTINGS = {"layer": 3, "width": 8, "data.batch_tokens": 16, "data.pool_tokens": 32, "course.epochs": 1}
 SETTINGS |= {"course.checkpoint_every_steps": 2, "course.metrics_every_steps": 1}
 MEMBERS = [{"k": 2}, {"k": 3}]
@@ -56,10 +59,8 @@ places = st.sampled_from(["alone", "an SAE each", "half a batch each"])
 class Facts:
     """What all machines share: a store, and the bits of a run that nobody disturbed."""
 
-    def __init__(
-        self, home: Path, store: Path, shaky_disk: Any, bits: Callable[[Path], Any], threads: Callable[[int], Any]
-    ) -> None:
-        self.home, self.store, self.shaky_disk, self.bits, self.threads = home, store, shaky_disk, bits, threads
+    def __init__(self, home: Path, store: Path, bits: Callable[[Path], Any]) -> None:
+        self.home, self.store, self.bits = home, store, bits
         self.count()
         self.begin("alone", home, store)
         self.straight = bits(home / "run")
@@ -98,7 +99,7 @@ class Facts:
             alone = Solo()
             work(Process(alone, alone, cpu, console))
             return
-        ranks, run = self.threads(2)
+        ranks, run = make_ranks(2)
         is_spread = place == "an SAE each"
         run(lambda at: work(Process(ranks[at], Solo() if is_spread else ranks[at], cpu, console)))
 
@@ -113,7 +114,7 @@ class RunMachine(RuleBasedStateMachine):
         self.has_halved = False
         self.saved: list[int] = []  # steps of checkpoints whose saving has returned
         self.damaged: set[int] = set()
-        self.disk = facts.shaky_disk.ShakyDisk(self.home)
+        self.disk = shaky_disk.ShakyDisk(self.home)
         self.disk.flush_all()
         self.disk.install()
 
@@ -153,7 +154,7 @@ class RunMachine(RuleBasedStateMachine):
                     self.has_halved = place == "half a batch each"
                     shutil.rmtree(self.folder, ignore_errors=True)  # what died before it had a configuration
                     self.facts.begin(place, self.runs, self.cache, self.look)
-        except self.facts.shaky_disk.Killed:
+        except shaky_disk.Killed:
             self.disk.be_well()
             if seed is not None:
                 self.disk.power_cut(seed)
@@ -196,7 +197,7 @@ class RunMachine(RuleBasedStateMachine):
         def dying(watch: Any, step: int, *rest: Any) -> None:
             if step == die_before and watch._process.group.rank == watch._process.group.size - 1:
                 self.facts.faults["killed"] += 1
-                raise self.facts.shaky_disk.Killed
+                raise shaky_disk.Killed
             observe(watch, step, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -266,14 +267,14 @@ class RunMachine(RuleBasedStateMachine):
 
 
 @pytest.fixture(scope="module")
-def facts(write_store, memory_folder, shaky_disk, bits, threads) -> Facts:
+def facts(write_store, memory_folder, bits) -> Facts:
     write_store(memory_folder / "store", windows=40, shard_windows=8, layers=(3,), splits=WINDOWS)
-    return Facts(memory_folder, memory_folder / "store", shaky_disk, bits, threads)
+    return Facts(memory_folder, memory_folder / "store", bits)
 
 
 def run(facts: Facts, tell: Callable[..., None], examples: int, steps: int, derandomize: bool) -> None:
     facts.count()
-    course = facts.shaky_disk.course(examples, steps, derandomize)
+    course = shaky_disk.course(examples, steps, derandomize)
     run_state_machine_as_test(lambda: RunMachine(facts), settings=course)
     places = ", ".join(f"{count:,} {place}" for place, count in sorted(facts.places.items()))
     tell(f"{facts.rules:,} events of {examples:,} runs; begun or resumed {places}", facts.faults)

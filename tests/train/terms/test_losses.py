@@ -81,6 +81,16 @@ def test_target_l0_counts_what_is_active(rng):
     torch.testing.assert_close(TargetL0(4.0)(view).double(), (active / 4.0 - 1.0) ** 2)
 
 
+def test_the_l0_window_sees_pre_activations_below_the_threshold():
+    """One row just below the threshold: the gated activation is zero, the derivative is not."""
+    gate, x = JumpRelu(1, 1.0, 0.5), torch.tensor([[0.9]])
+    sae = SparseAutoencoder(torch.ones(1, 1), torch.ones(1, 1), gate)
+    TargetL0(1.0)(
+        View(x, x, Side(), sae, torch.zeros(1, dtype=torch.bool), unit_stats(1), torch.Generator())
+    ).backward()
+    assert float(gate.raw_threshold.grad) == 4.0  # d (count - 1)^2 / d theta = 2 (0 - 1) * (-1 / 0.5)
+
+
 def test_thresholds_of_dead_latents_are_brought_down_and_nothing_else_is_moved(rng):
     dead = torch.zeros(LATENTS, dtype=torch.bool)
     dead[[2, 7, 11]] = True
@@ -149,6 +159,25 @@ def test_auxk_chooses_by_the_product_of_the_encoder_and_computes_in_float32(rng,
     chosen = codes.support.latents.view(ROWS, 5).long()
     assert torch.equal(low.gather(1, chosen).amin(1), low.topk(5, dim=1).values.amin(1))
     torch.testing.assert_close(codes.values.view(ROWS, 5), exact.gather(1, chosen), rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_auxk_reaches_encoder_rows_of_dead_latents_alone(rng):
+    dead = torch.arange(LATENTS) == 5
+    view = view_of(TopK(3), rng, dead)
+    AuxK(4)(view).backward()
+    rows = view.sae.W_enc.grad.abs().sum(1)
+    assert rows[5] > 0 and not rows[~dead].any()
+
+
+def test_the_target_of_auxk_is_free_of_the_decoder_bias(rng):
+    """Dead latents that already write the residual exactly leave nothing over, whatever the bias is."""
+    W = torch.eye(4)
+    sae = SparseAutoencoder(W.clone(), W.clone(), BatchTopK(0.5), b_dec=torch.tensor([5.0, -3.0, 2.0, 1.0]))
+    x = sae.b_dec.detach() + torch.rand(32, 4, generator=rng) * torch.tensor([10.0, 1.0, 1.0, 1.0])
+    dead = torch.tensor([False, True, True, True])
+    left = (x - sae.b_dec.detach()) * dead  # by the living latent
+    view = View(x, x, Side(), sae, dead, unit_stats(4), torch.Generator(), residual_by=lambda _: left)
+    assert float(AuxK(4)(view).detach()) < 1e-10
 
 
 def test_auxk_is_zero_while_nothing_is_dead(rng):

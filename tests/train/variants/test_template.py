@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +13,12 @@ from saemill.train.errors import ConfigInvalid
 from saemill.train.kit import registry
 from saemill.train.sae.side_inputs import NO_SIDE
 
+from . import test_battery
+
 NAME = "of_contributing"
 
 
-def battery_checks():
-    """The battery's tests by name."""
-    spec = importlib.util.spec_from_file_location("battery", Path(__file__).with_name("test_battery.py"))
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return {name: check for name, check in vars(module).items() if name.startswith("test_")}
-
-
-CHECKS = battery_checks()
+CHECKS = {name: check for name, check in vars(test_battery).items() if name.startswith("test_")}
 
 
 @pytest.fixture

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,8 @@ from saemill.evaluate.evals.probing.texts import Task
 from saemill.evaluate.model.batches import Windows
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
+
+from ....golden import make_saebench_probes as maker
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 LAYER = 3
@@ -79,7 +79,6 @@ def make_subject(sae: SparseAutoencoder, label: str = "sae") -> LoadedSae:
 
 @dataclass(frozen=True)
 class Official:
-    maker: ModuleType
     outputs: dict[str, Any]
     subject: LoadedSae
     probing: dict[str, Made]
@@ -88,25 +87,15 @@ class Official:
 
 @pytest.fixture(scope="session")
 def official() -> Official:
-    maker = load_maker()
     made = maker.inputs()
     weights = {name: torch.from_numpy(array) for name, array in made["sae"].items()}
     weights["W_enc"] = weights["W_enc"].T.contiguous()
     return Official(
-        maker,
         json.loads((GOLDEN / "saebench_probes" / "official.json").read_text()),
         make_subject(SparseAutoencoder(gate=Relu(), **weights)),
         {name: make_task(name, parts) for name, parts in made["probing"].items()},
         make_task("scr", made["scr"]),
     )
-
-
-def load_maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_saebench_probes", GOLDEN / "make_saebench_probes.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from saemill.evaluate.evals.probing.train_probes import Training, fresh_probe
 from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 
+from ....golden import make_saebench_probes as maker
+
 PROBES = Training(batch_size=16, epochs=20, lr=1e-2, patience=20, l1_penalty=1e-3)
 
 
@@ -155,7 +157,7 @@ def test_means_are_over_the_parts_that_have_a_score():
 
 def test_corrected_scores_compare_the_same_rows(official):
     """Nothing switched off must change nothing; the protocol's fresh rows make it look as if it did."""
-    made = official.probing[official.maker.PROBING[0]]
+    made = official.probing[maker.PROBING[0]]
     setup = Setup("positive", list(made.task.train), (0,), PROBES, 0)
     pool = made.pool(official.subject, leaky=True)
     official_way = perturb(pool, official.subject, made.task, setup, seeded(42), OfModel())

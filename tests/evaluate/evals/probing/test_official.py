@@ -14,6 +14,8 @@ from saemill.evaluate.evals.probing.rounds import OfModel, Outcome, Setup, pertu
 from saemill.evaluate.evals.probing.texts import OPPOSITES, Table, balanced, by_class, spurious
 from saemill.evaluate.evals.probing.train_probes import Training
 
+from ....golden import make_saebench_probes as maker
+
 pytestmark = pytest.mark.usefixtures("global_random_state_stays")
 
 SEED = 42
@@ -21,7 +23,7 @@ PROBES = Training(batch_size=16, epochs=20, lr=1e-3, patience=20, l1_penalty=1e-
 
 
 def test_pooled_features(official):
-    name = official.maker.PROBING[0]
+    name = maker.PROBING[0]
     made = official.probing[name]
     pool = made.pool(official.subject)
     for found, expected in (
@@ -34,7 +36,7 @@ def test_pooled_features(official):
 
 
 def test_sparse_probing(official):
-    config = sparse_probing.Config(random_seed=SEED, k_values=tuple(official.maker.K_VALUES))
+    config = sparse_probing.Config(random_seed=SEED, k_values=tuple(maker.K_VALUES))
     generator, found = seeded(SEED), {}
     for name, made in official.probing.items():
         shared = sparse_probing._OfModel()
@@ -60,8 +62,8 @@ def perturbed(official, made, setup):
 
 
 def test_tpp(official):
-    made = official.probing[official.maker.PROBING[0]]
-    setup = Setup("positive", list(made.task.train), official.maker.N_VALUES, PROBES, SEED)
+    made = official.probing[maker.PROBING[0]]
+    setup = Setup("positive", list(made.task.train), maker.N_VALUES, PROBES, SEED)
     result = tpp.make_result(official.subject, {}, perturbed(official, made, setup), None)
     expected = official.outputs["tpp"]
     overall = {key: value for key, value in expected["results"].items() if not isinstance(value, dict)}
@@ -74,7 +76,7 @@ def test_tpp(official):
 
 
 def test_scr(official):
-    setup = Setup("absolute", list(OPPOSITES), official.maker.N_VALUES, PROBES, SEED)
+    setup = Setup("absolute", list(OPPOSITES), maker.N_VALUES, PROBES, SEED)
     result = scr.make_result(official.subject, {}, perturbed(official, official.scr, setup), None)
     overall = {key: value for key, value in official.outputs["scr"]["results"].items() if not isinstance(value, dict)}
     assert result.metrics["scr_metrics"] == pytest.approx(overall, abs=1e-5)
@@ -82,7 +84,7 @@ def test_scr(official):
 
 
 def test_samples_of_tables(official):
-    rows = official.maker.table()
+    rows = maker.table()
     table, expected = Table(rows["text"], rows["one"], rows["two"]), official.outputs["samples"]
     assert balanced(table, [0, 1, 2, 13, 21], 30, SEED) == {
         name: expected["balanced"][name] for name in ("0", "1", "2", "13", "21")
@@ -93,14 +95,12 @@ def test_samples_of_tables(official):
 
 def test_samples_of_streams(official):
     classes = saebench_texts.CLASSES[saebench_texts.GITHUB]
-    cut = saebench_texts.split_shuffled(saebench_texts.collect_files(official.maker.files(), 40), classes, 30, 10, SEED)
+    cut = saebench_texts.split_shuffled(saebench_texts.collect_files(maker.files(), 40), classes, 30, 10, SEED)
     assert [
         {name: [[file[:6], len(file)] for file in files] for name, files in part.items()} for part in cut
     ] == official.outputs["samples"]["files"]
     speeches = {
-        language: saebench_texts.take_more_than(
-            30, (row["translation"][language] for row in official.maker.speeches(pair))
-        )
+        language: saebench_texts.take_more_than(30, (row["translation"][language] for row in maker.speeches(pair)))
         for language, pair in saebench_texts.SPEECHES.items()
     }
     cut = saebench_texts.split_shuffled(speeches, saebench_texts.CLASSES[saebench_texts.EUROPARL], 20, 10, SEED)
@@ -110,7 +110,7 @@ def test_samples_of_streams(official):
 def test_sae_probes(official):
     from scipy.sparse import csr_matrix
 
-    made, expected = official.maker.binary(), official.outputs["sae_probes"]
+    made, expected = maker.binary(), official.outputs["sae_probes"]
     labels, latents = made["labels"], made["latents"]
     split = split_rows(labels, SEED)
     assert split.train.tolist() == expected["train"]

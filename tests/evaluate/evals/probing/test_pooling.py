@@ -22,6 +22,8 @@ from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import NO_SIDE
 
+from ....golden import make_saebench_probes as maker
+
 LAYER = 3
 
 
@@ -77,7 +79,7 @@ def test_how_texts_are_batched_makes_no_difference(official):
 
 
 def test_a_text_used_in_several_classes_is_one_row(official):
-    made = official.probing[official.maker.PROBING[0]]
+    made = official.probing[maker.PROBING[0]]
     pool = made.pool(official.subject)
     first = made.task.train["0"][:4]
     twice = pool.of_latents(official.subject, {"a": first, "b": first[::-1]})
