@@ -166,7 +166,7 @@ class SparseAutoencoder(nn.Module):
 
     def skip(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """x_hat with what goes past the codes of x."""
-        return x_hat if self.W_skip is None else x_hat + x @ self.W_skip.t()
+        return x_hat if self.W_skip is None else x_hat + x.to(self.W_skip.dtype) @ self.W_skip.t()
 
     def lower(self, amount: float) -> None:
         """Take this much from every pre-activation; without gradient, as `scale`."""

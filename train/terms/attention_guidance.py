@@ -22,6 +22,7 @@ from ..sae.kernels.windows import window_gram
 from ..sae.step_view import View, once
 
 Objective = Literal["divergence", "cross_entropy"]
+TINY = 1e-12
 FAR_BELOW = -1e9  # a logit that no softmax sees, and that is not infinity times zero
 
 
@@ -98,10 +99,10 @@ def window_products(view: View) -> Tensor:
 
 @once
 def inverse_norms(view: View) -> Tensor:
-    """[B]: 1 / ||f_i||."""
+    """[B]: 1 / ||f_i||, 0 of a silent row, which so passes no gradient on."""
     products = window_products(view)
     squares = products[torch.arange(len(products), device=products.device), places_of(view).position]
-    return squares.clamp_min(1e-12).rsqrt()
+    return torch.where(squares > TINY, squares.clamp_min(TINY).rsqrt(), 0.0)
 
 
 def window_cosines(view: View) -> Tensor:

@@ -26,6 +26,8 @@ from ..sae.kernels.select_latents import support_topk
 from ..sae.split_select import lowest_of_topk, split_topk
 from ..sae.step_view import View, split
 
+LEAST_SPREAD = 1e-3  # of the squared error: one vector in all rows has no spread to divide by
+
 
 @split("alike")
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def _product(view: View) -> Product:
 
 
 def _spread(error: Tensor, view: View) -> Tensor:
-    """E||e - mean(e)||^2 over the global batch."""
+    """E||e - mean(e)||^2 over the global batch; of equal rows, or a single one, a small share of E||e||^2."""
     ranks = view.side.ranks
     mean = ranks.mean(error.mean(0))
     total = ranks.mean(error.square().sum() / error.shape[0])
-    return (total - mean @ mean).clamp_min(torch.finfo(error.dtype).tiny)
+    return torch.maximum(total - mean @ mean, LEAST_SPREAD * total).clamp_min(torch.finfo(error.dtype).tiny)

@@ -18,6 +18,8 @@ from ..sae.step_view import View
 
 RESAMPLING = "resampling"  # the extra, and the knob that says whether it is over: 1 from there on
 SHARE = 0.2
+FINEST = 2.0**40  # parts of the largest chance: a million rows of it are within 63 bits
+SMALLEST = 1e-300
 
 
 class Resampling(StepCounter):
@@ -58,6 +60,9 @@ def resample(view: View, dead_F: Tensor) -> None:
 
 def drawn_rows(view: View, count: int) -> Tensor:
     """int64 [count], rows of the batch, each drawn with a chance in proportion to its squared loss."""
-    chances = view.residual.square().sum(1).square().cumsum(0)
-    dice = send(torch.rand(count, generator=view.generator), chances.device)
-    return torch.searchsorted(chances, dice.to(chances.dtype) * chances[-1]).clamp_max(len(chances) - 1)
+    chances = view.residual.square().sum(1).square().double()
+    # Summed as whole numbers: a GPU adds the floats of a vector in an order that changes from run to run, and so may
+    # the row at the end of a sum, which a run that was resumed must draw again.
+    ends = (chances / chances.max().clamp_min(SMALLEST) * FINEST).long().cumsum(0)
+    dice = send(torch.rand(count, generator=view.generator), ends.device)
+    return torch.searchsorted(ends, (dice.double() * ends[-1]).long(), right=True).clamp_max(len(ends) - 1)

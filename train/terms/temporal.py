@@ -111,7 +111,8 @@ def inconsistency(
     norms = part.sum_over_latents(weight * values.square())
     dots = part.sum_over_latents(weight * values * read_rows(then_BF, part, past))
     either = held & ((norms.detach() > TINY) | (norms_then**2 > TINY))
-    cosine = dots / (norms.clamp_min(TINY).sqrt() * norms_then)
+    # A silent row passes no gradient on: divided by next to nothing it would drown all others'.
+    cosine = torch.where(norms > TINY, dots, 0.0) / (norms.clamp_min(TINY).sqrt() * norms_then)
     return torch.where(either, 1.0 - cosine, 0.0).sum() / view.side.ranks.share(either.sum())
 
 
@@ -162,10 +163,9 @@ def _in_one_document(side: Side) -> Tensor:
 
 
 def gradient_ratio(view: View, loss: Tensor) -> Tensor:
-    """Norm of reconstruction's gradient over that of the loss, both on the codes; no gradient."""
+    """Norm of reconstruction's gradient over that of the loss, both on the codes that are not zero; no gradient."""
     (own,) = torch.autograd.grad(loss, view.codes.values, retain_graph=True)
-    ranks = view.side.ranks
-    ratio = (_reconstruction_square(view) / ranks.mean(own.square().sum()).clamp_min(TINY)).sqrt()
+    ratio = (_reconstruction_square(view) / _global_square(view, own).clamp_min(TINY)).sqrt()
     return ratio.clamp_max(MAX_RATIO)
 
 
@@ -176,4 +176,11 @@ def _reconstruction_square(view: View) -> Tensor:
     scale = 2.0 / (view.x.shape[0] * view.stats.variance)
     zero = view.sae.b_enc.new_zeros(view.sae.num_latents)
     gradient = affine(view.residual, None, view.sae.W_dec, zero, view.codes.support)
-    return view.side.ranks.mean((scale * gradient).square().sum())
+    return _global_square(view, scale * gradient)
+
+
+def _global_square(view: View, gradient: Tensor) -> Tensor:
+    """Squared norm, over all ranks, of a gradient of the codes; a rank's own lacks the rank's weight."""
+    ranks = view.side.ranks
+    shared = torch.where(view.codes.values != 0, ranks.weight / ranks.size * gradient, 0.0)
+    return ranks.sum(shared.square().sum())

@@ -7,6 +7,8 @@ k rounds of one latent are the published form; each round costs a dense product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,10 +34,18 @@ class Pursuit(SparseAutoencoder):
     """Latents that each round takes."""
 
     def codes(self, x: Tensor, side: Side = NO_SIDE) -> Codes:
+        return self._pursue(x, self._all_pre)
+
+    def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
+        rows = x.reshape(-1, self.d_in)
+        codes = self._pursue(rows, lambda left: self._linear(left, self.W_enc, self.b_enc))
+        return codes.dense().view(*x.shape[:-1], self.num_latents)
+
+    def _pursue(self, x: Tensor, all_pre: Callable[[Tensor], Tensor]) -> Codes:
         left, values, chosen = self.centred(x), [], x.new_empty(len(x), 0, dtype=torch.int64)
         for count in self.counts:
             with torch.no_grad():
-                pre = self._all_pre(left).scatter_(1, chosen, -torch.inf)
+                pre = all_pre(left).scatter_(1, chosen, -torch.inf)
                 latents = topk_rows(pre, count)[1]
             support = support_from_topk(latents, self.num_latents)
             found = affine(left, None, self.W_enc, self.b_enc, support).relu()
@@ -44,9 +54,6 @@ class Pursuit(SparseAutoencoder):
             chosen = torch.cat([chosen, latents], dim=1)
         support = support_from_topk(chosen, self.num_latents)
         return Codes(torch.cat(values, dim=1).reshape(-1), support, len(x), self.num_latents)
-
-    def encode(self, x: Tensor, side: Side = NO_SIDE) -> Tensor:
-        return self.codes(x.reshape(-1, self.d_in)).dense().view(*x.shape[:-1], self.num_latents)
 
 
 @settings("layer width k rounds seed aux_weight aux_k dead_after_tokens decoder_bias encoder_product optim")

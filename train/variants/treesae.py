@@ -67,7 +67,8 @@ class TreeSae(SparseAutoencoder):
     def open(self, pre: Codes, side: Side) -> Codes:
         """Where a layer has too few latents with a parent that fires, its others were chosen and are zero."""
         assert pre.support is not None
-        latents, values = (part.view(pre.num_rows, -1) for part in (pre.support.latents.long(), pre.values.relu()))
+        shape = pre.num_rows, sum(self.counts)
+        latents, values = pre.support.latents.long().view(shape), pre.values.relu().view(shape)
         fires, kept = self._none_but_the_root(values), []
         for own, found in zip(latents.split(self.counts, 1), values.split(self.counts, 1), strict=True):
             kept.append((found > 0) & fires.gather(1, self.parent[own]))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saemill.train.parallel.ranks import share_batch
 from saemill.train.sae.attention.reading import MIXING, TEMPERATURE, Attention, Mixing
-from saemill.train.sae.gates import Relu, TopK
+from saemill.train.sae.gates import JumpRelu, Relu, TopK
 from saemill.train.sae.kernels.codes import Codes
 from saemill.train.sae.side_inputs import Side
 from saemill.train.sae.step_view import View
@@ -183,6 +183,15 @@ def test_codes_that_are_all_zero_have_finite_gradients(guidance, rng):
     loss = Guidance(Attention(guidance.LAYERS), 0.3, 4)(fresh) + Consistency(Attention(guidance.LAYERS))(fresh)
     loss.backward()
     assert math.isfinite(float(loss.detach())) and bool(values.grad.isfinite().all())
+
+
+def test_silent_rows_leave_thresholds_alone(guidance, rng):
+    """Entries just below a threshold are zero, and yet pass a gradient to it."""
+    view, _ = guided_view(guidance, rng, JumpRelu(guidance.LATENTS, 6.0, 4.0).double())
+    is_silent = ~view.codes.dense().any(dim=1)
+    assert 0.1 < is_silent.double().mean() < 0.9
+    loss = Guidance(Attention(guidance.LAYERS), 0.3, 4)(view) + Consistency(Attention(guidance.LAYERS))(view)
+    assert 0 < float(torch.autograd.grad(loss, view.sae.gate.raw_threshold)[0].abs().max()) < 10.0
 
 
 def test_what_is_noted_for_the_log(guidance, rng):

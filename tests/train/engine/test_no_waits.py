@@ -1,4 +1,5 @@
 """No step of any variant waits for a GPU: it reads nothing on the host and takes no shape from values.
+Nor does it add the floats of a vector one after the other, which a GPU does in another order each time.
 
 Without a GPU a step runs with the GPU's branches on CPU tensors, and every operation is looked at. What the SAE's
 generator draws lies on the host, and may be read there. With one, CUDA itself refuses to wait.
@@ -100,6 +101,8 @@ class NoWaits(TorchDispatchMode):
         if name.startswith(("aten.index.Tensor", "aten.index_put")):
             masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
             return "indexes by a mask" if masks else None
+        if name.startswith("aten.cumsum") and args[0].ndim == 1 and args[0].is_floating_point():
+            return "is not of the same bits each time"
         if "repeat_interleave" in name and kwargs.get("output_size") is None:
             return "has no output_size"
         if name.startswith(UPLOADS) and not any("hardware.py" in frame.filename for frame in _frames()):
@@ -181,6 +184,7 @@ def test_no_step_waits_for_the_gpu(battery, case):
         (lambda x: x[x > 0], "mask"),
         (lambda x: torch.bincount(x.long().clamp_min(0)), "bincount"),
         (lambda x: torch.tensor([1.0]), "lift_fresh"),
+        (lambda x: x.cumsum(0), "same bits"),
         (lambda x: x.repeat_interleave(torch.ones(4, dtype=torch.int64)), "output_size"),
     ],
 )

@@ -57,6 +57,21 @@ def test_whole_windows_need_not_be_shared_out_evenly(battery, threads):
         assert float((first[name] - expected[name]).norm()) <= 1e-3 * float(expected[name].norm()), name
 
 
+def test_adaptive_weights_are_those_of_one_process_in_uneven_ranks(battery, threads):
+    config = battery.quick("temporal", base="topk", adaptive="gradient", warmup_steps=0)
+    (batch,) = battery.batches(config, 1)
+    batch.x[:160] *= 3.0  # the first windows are unlike the others
+    alone = Trainee("one", config.build(battery.D), battery.STEPS).step(batch)
+    ranks, in_both = threads(2)
+    pair = [Trainee("one", config.build(battery.D), battery.STEPS, ranks=one) for one in ranks]
+    cuts = (slice(0, 3), slice(3, 16))
+    first, _ = in_both(lambda rank: pair[rank].step(windows_part(batch, cuts[rank], 32)))
+    weights = [name for name in alone.notes if name.startswith("temporal/weight_")]
+    assert weights
+    for name in weights:
+        assert 0 < float(alone.notes[name]) == pytest.approx(float(first.notes[name]), rel=1e-4), name
+
+
 @pytest.mark.parametrize("cuts", [HALVES, UNEVEN], ids=["halves", "uneven"])
 @pytest.mark.parametrize("variant", TOKENWISE)
 def test_two_ranks_train_as_one(battery, threads, variant, cuts):

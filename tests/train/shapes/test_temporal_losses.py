@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from saemill.train.kit.registry import config_type, names
+from saemill.train.sae import gates
 from saemill.train.sae.extra_modules import retired_of
-from saemill.train.sae.gates import AbsTopK, Relu, TopK
+from saemill.train.sae.gates import AbsTopK, JumpRelu, Relu, TopK
 from saemill.train.sae.side_inputs import Side
 from saemill.train.terms import temporal
 from saemill.train.terms.latent_lifetimes import Dynamics, mean_lifetime
@@ -120,8 +121,36 @@ def test_adaptive_weights_are_shares_of_reconstructions_gradient(sae, rng, shapi
     loss = inconsistency(view, part_of(view.codes, START, STOP), weights(rng), 1)
     values = view.codes.values
     share = (view.x - view.codes.decode(sae.W_dec, sae.b_dec)).square().sum() / len(view.x) / view.stats.variance
-    own, other = (torch.autograd.grad(each, values, retain_graph=True)[0].norm() for each in (loss, share))
+    gradients = (torch.autograd.grad(each, values, retain_graph=True)[0] for each in (loss, share))
+    own, other = (gradient[values != 0].norm() for gradient in gradients)
     assert float(gradient_ratio(view, loss)) == pytest.approx(min(100.0, float(other / own)))
+
+
+def test_silent_rows_do_not_switch_adaptive_weights_off(rng, shaping, monkeypatch):
+    """And dense codes, most of which are zeros, have the ratio of sparse ones."""
+    sae = shaping.make_sae(rng, Relu())
+    sae.b_enc.data[START:STOP] -= 5.0
+    views, weight, found = shaping.make_views(rng, sae), weights(rng), []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(gates, "DENSE_SHARE", share)
+        view = views()
+        assert (view.codes.support is None) == (share == 0.0)
+        is_silent = ~view.codes.dense()[:, START:STOP].any(dim=1)
+        assert 0.1 < is_silent.double().mean() < 0.9
+        loss = inconsistency(view, part_of(view.codes, START, STOP), weight, 1)
+        assert float(torch.autograd.grad(loss, view.codes.values, retain_graph=True)[0].abs().max()) < 10.0
+        found.append(float(gradient_ratio(view, loss)))
+    assert found[0] == pytest.approx(found[1]) and found[0] > 1e-2
+
+
+def test_silent_rows_leave_thresholds_alone(rng, shaping):
+    """Entries just below a threshold are zero, and yet pass a gradient to it."""
+    sae = shaping.make_sae(rng, JumpRelu(shaping.LATENTS, 6.0, 4.0).double())
+    view = shaping.make_views(rng, sae)()
+    is_silent = ~view.codes.dense()[:, START:STOP].any(dim=1)
+    assert 0.1 < is_silent.double().mean() < 0.9
+    loss = inconsistency(view, part_of(view.codes, START, STOP), weights(rng), 1)
+    assert 0 < float(torch.autograd.grad(loss, sae.gate.raw_threshold)[0].abs().max()) < 10.0
 
 
 def test_a_scale_draws_its_lags_from_its_range(sae, rng, shaping, monkeypatch):

@@ -145,6 +145,15 @@ def test_auxk_reconstructs_the_residual_by_the_largest_dead_latents(k, share, re
     assert_same(view, AuxK(k, rectified)(view), left.square().sum(1).mean() / spread)
 
 
+def test_the_auxiliary_loss_of_a_single_row_is_finite(rng):
+    """It has no spread."""
+    view = view_of(TopK(3), rng, torch.arange(LATENTS) < 6)
+    one = dataclasses.replace(view, x=view.x[:1], target=view.x[:1], kept={}, notes={})
+    loss = AuxK(2)(one)
+    assert 0 < float(loss.detach()) < 1e5
+    assert all(gradient.isfinite().all() for gradient in gradients(one, loss).values())
+
+
 def test_auxk_chooses_by_the_product_of_the_encoder_and_computes_in_float32(rng, monkeypatch):
     """As on a GPU, where a dense product in float32 over many dead latents would be half of a step."""
     monkeypatch.setattr("saemill.train.terms.auxk.DENSE_SHARE", 1.0)

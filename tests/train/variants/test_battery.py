@@ -19,6 +19,7 @@ from saemill.train.engine.step import Trainee
 from saemill.train.errors import ConfigInvalid, NonFiniteLoss, StateInvalid
 from saemill.train.kit.registry import config_type, names
 from saemill.train.run.find_sae import rebuild
+from saemill.train.sae.kernels import linear
 from saemill.train.sae.side_inputs import Side
 
 VARIANTS = names()
@@ -71,6 +72,33 @@ def test_shapes(battery, variant):
     x_hat = assembly.sae.reconstruct(codes, side)
     assert x_hat.shape == target.shape
     torch.testing.assert_close(x_hat, assembly.sae.decode(codes.dense()))
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_number_of_rows_in_half_precision_is_encoded_and_rebuilt(battery, variant, rows):
+    config = battery.config_of(variant)
+    batch, sae = battery.batches(config, 1)[0], config.build(battery.D).sae
+    target = batch.x if batch.target is None else batch.target
+    side = Side({name: batch.side[name][:rows] for name in sae.needs_side})
+    for dtype in (torch.float32, torch.bfloat16):
+        x = batch.x[:rows].to(dtype)
+        acts = sae.encode(x, side)
+        x_hat = sae.skip(x, sae.decode(acts))
+        assert acts.shape == (rows, 96) and x_hat.shape == (rows, target.shape[1])
+        assert acts.dtype == x_hat.dtype == torch.float32
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if hasattr(config_type(name)(), "encoder_product")])
+def test_a_saved_sae_has_the_same_codes_on_every_processor(battery, variant, monkeypatch):
+    """Training may choose in bfloat16 where there are units for it; `encode` does not."""
+    found = []
+    for has_units in (False, True):
+        monkeypatch.setattr(linear, "has_fast_bfloat16", lambda device_type, has_units=has_units: has_units)
+        config = battery.config_of(variant, encoder_product="bfloat16")
+        batch, sae = battery.batches(config, 1)[0], config.build(battery.D).sae
+        found.append(sae.encode(batch.x, Side({name: batch.side[name] for name in sae.needs_side})))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
