@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from saemill.cache_schema import StoreError
-from saemill.cache_schema.identity import seal
-from saemill.cache_schema.manifest import read_manifest
+from saemill.cache_schema.manifest import read_manifest, seal
 
 SPARE_BYTES = 512 * 2**20  # what a store or file of some kilobytes may take, at the very most
 
