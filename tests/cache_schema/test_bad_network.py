@@ -400,7 +400,7 @@ def test_a_disk_that_hangs_holds_up_one_writer_and_one_shard(synthetic, material
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
-def test_a_disk_that_fails_while_it_is_read_is_named(synthetic, material, tmp_path, monkeypatch, number, tell):
+def test_a_disk_that_fails_while_it_is_read_is_named(material, tmp_path, monkeypatch, number, tell):
     """In any call of a reader; a read that is short is read on."""
     _, corpus, _ = material
     faults: Counter[str] = Counter()

@@ -97,7 +97,7 @@ def test_a_changed_file_is_refused_and_mended(corpus, tmp_path, change, said):
     assert path.read_bytes() == before
 
 
-def test_an_unfinished_split_is_refused_as_before(synthetic, corpus, tmp_path):
+def test_an_unfinished_split_is_refused_as_before(corpus, tmp_path):
     (tmp_path / "commits/00001.json").unlink()
     (tmp_path / "commits/index.json").unlink()
     with Store(tmp_path) as store, pytest.raises(Exception, match="not committed"):

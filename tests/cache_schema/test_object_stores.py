@@ -510,7 +510,7 @@ def test_a_store_that_is_being_created_says_when_to_come_back(synthetic, url):
     claims.close()
 
 
-def test_who_takes_a_lapsed_claim_looks_whether_it_kept_it(synthetic, monkeypatch):
+def test_who_takes_a_lapsed_claim_looks_whether_it_kept_it(monkeypatch):
     """Another saw it lapse too, and removed what the first had just made in its place."""
     files = open_files(f"memory://{uuid.uuid4().hex}")
     assert isinstance(files, RemoteFiles)
@@ -525,7 +525,7 @@ def test_who_takes_a_lapsed_claim_looks_whether_it_kept_it(synthetic, monkeypatc
 
 
 @pytest.mark.parametrize("lease", [b"", b"[]", b"{", b'{"until": "tomorrow"}', b"\xff"])
-def test_a_claim_that_nobody_can_read_has_lapsed(synthetic, lease):
+def test_a_claim_that_nobody_can_read_has_lapsed(lease):
     """It can only be half of something: holding a shard for ever because of it would help nobody."""
     files = open_files(f"memory://{uuid.uuid4().hex}")
     assert isinstance(files, RemoteFiles)

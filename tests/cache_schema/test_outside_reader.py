@@ -154,7 +154,7 @@ def test_our_chunks_are_decoded_by_zarr(synthetic, tmp_path):
         np.testing.assert_array_equal(group[path][:], out, err_msg=path)
 
 
-def test_documents_are_those_that_zarr_would_write(synthetic, tmp_path):
+def test_documents_are_those_that_zarr_would_write(synthetic):
     """zarr reads each document and gives it back unchanged: no field is missing, superfluous or misspelt."""
     for layout in arrays_of(synthetic.make_manifest(codec="lz4")).values():
         document = layout.document()

@@ -167,7 +167,7 @@ def test_moments_are_the_same_bits_without_the_summary(synthetic, tmp_path):
         np.testing.assert_array_equal(getattr(merged, name), getattr(summarised, name), err_msg=name)
 
 
-def test_measure_ignores_special_tokens_only_where_it_says(synthetic):
+def test_measure_ignores_special_tokens_only_where_it_says():
     resid = np.ones((1, 2, 4), np.float32)
     resid[0, 1] = 100
     found = measure(resid, np.array([[False, True]]))

@@ -137,7 +137,7 @@ sys.exit("torch" in sys.modules)
 
 
 def test_every_command_is_plain_in_a_pipe_and_json_is_one_document(
-    small: Any, type_: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Any, type_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plain(*words: object, **how: Any) -> Result:
         result = type_(*words, **how)

@@ -147,7 +147,7 @@ def test_a_run_comes_before_a_folder_of_its_name(world, builder, monkeypatch):
     assert make_subject(Path("run_1/one"), None).width == 32
 
 
-def test_an_sae_from_elsewhere_on_a_store_that_is_named(golden, world, builder, sae_eval, make_world):
+def test_an_sae_from_elsewhere_on_a_store_that_is_named(golden, builder, sae_eval):
     """A SAELens folder that knows no store of ours."""
     subject = golden.subject("jumprelu", builder.root)
     options = ["--set", "core.batch_size_prompts=3", "--dtype", "float32"]
@@ -568,7 +568,7 @@ def test_compare_takes_no_result_of_another_store(world, make_world, builder, sa
     assert found[1] == found[2]
 
 
-def test_compare_refuses_other_stores(world, make_world, run_1, builder, sae_eval):
+def test_compare_refuses_other_stores(make_world, run_1, builder, sae_eval):
     builder.run(make_world(dtype="float32"), "run_2", {"other": builder.make_sae()})
     assert "SAEs of one store" in sae_eval("run_1", "run_2", "--compare", code=1)
     assert not results(run_1)
@@ -813,7 +813,7 @@ def test_metadata_written_by_hand_cost_the_other_targets_nothing(told, run_1, sa
 
 
 @pytest.mark.parametrize("way", ["--resume", "--compare"])
-def test_a_result_of_another_layer_is_no_result(told, builder, make_world, sae_eval, way):
+def test_a_result_of_another_layer_is_no_result(told, make_world, sae_eval, way):
     store = make_world(layers=(1, 2)).store
     words = [told(hook_name=""), "--cache", store, way, "--layer"]
     found = []

@@ -87,7 +87,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def test_a_harvest_ends_with_a_summary_and_the_next_command(type_: Type, tmp_path):
+def test_a_harvest_ends_with_a_summary_and_the_next_command(type_: Type):
     result = type_()
     assert result.exit_code == 0, result.output
     assert re.search(r"[\x00-\x08\x0b-\x1f\x7f]", result.output) is None  # nobody looks: no bars
@@ -137,7 +137,7 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would_cost(type_: Type, tmp_p
 
 
 @pytest.mark.usefixtures("share_only")
-def test_json_is_one_document_of_what_a_harvest_would_cost_and_of_what_it_made(type_: Type, tmp_path):
+def test_json_is_one_document_of_what_a_harvest_would_cost_and_of_what_it_made(type_: Type):
     estimate = json.loads(type_("--dry-run", "--json").stdout)
     assert estimate["tokens"] == estimate["tokens_to_go"] == 4000 and estimate["seconds"] > 0
     assert estimate["bytes_per_token"]["tokens"] > 0 and estimate["bytes_to_download"] is None

@@ -177,7 +177,7 @@ def test_another_revision_is_another_model(world):
         find_model(None, None)
 
 
-def test_a_model_that_cannot_be_had_is_asked_for_once(make_world, open_context, monkeypatch):
+def test_a_model_that_cannot_be_had_is_asked_for_once(make_world, open_context):
     context = open_context(make_world(model_id="nobody/has-this"))
     for _ in range(2):
         with pytest.raises(ModelMissing, match="--model"):

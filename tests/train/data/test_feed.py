@@ -222,7 +222,7 @@ def test_a_split_that_fits_is_read_once(store):
     feed.close()
 
 
-def test_the_held_out_split_comes_in_order(store, written):
+def test_the_held_out_split_comes_in_order(store):
     drawn = list(
         held_out(store, [TOKENS], {3: stats_from_moments(store.moments(3))}, CPU, tokens=10**6, batch_tokens=64)
     )

@@ -265,7 +265,7 @@ def test_recordings_that_move_other_tables_take_turns():
 
 
 @pytest.mark.gpu
-def test_a_step_that_a_gpu_cannot_record_leaves_it_whole(monkeypatch):
+def test_a_step_that_a_gpu_cannot_record_leaves_it_whole():
     """A number is read on the host in the middle of it: CUDA breaks the recording off."""
     torch.cuda.init()
     ours, other = make("topk", "cuda", k=4), make("topk", "cuda", k=4)

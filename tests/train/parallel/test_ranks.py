@@ -15,7 +15,6 @@ from saemill.train.parallel.ranks import share_batch
 from saemill.train.sae.gates import BatchTopK
 from saemill.train.sae.side_inputs import NO_SIDE, Side
 
-CPU = torch.device("cpu")
 TOKENWISE = [name for name in names() if not config_type(name)().needs().windows]
 
 

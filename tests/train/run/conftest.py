@@ -16,7 +16,6 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from saemill.train.cli import main
-from saemill.train.config.parse_settings import parse_settings
 from saemill.train.disk.write_and_load_checkpoints import list_checkpoints
 
 QUICK = ["--layer", "3", "--device", "cpu", "--set", "data.batch_tokens=64", "--set", "data.pool_tokens=600"]
@@ -114,8 +113,3 @@ def same_bits(bits):
 def quick():
     """Options of a run of a few seconds."""
     return QUICK
-
-
-@pytest.fixture
-def settings_of():
-    return parse_settings

@@ -198,7 +198,7 @@ def test_an_error_of_a_run_does_not_hide_behind_its_checkpoint(writer, monkeypat
     writer.close()
 
 
-def test_a_run_whose_disk_is_full_ends_in_one_line(big, sae_train, quick, tmp_path, monkeypatch):
+def test_a_run_whose_disk_is_full_ends_in_one_line(big, sae_train, quick, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -324,7 +324,7 @@ class Unequal(Solo):
         return [value, "100"]
 
 
-def test_processes_that_found_other_checkpoints_stop(big, sae_train, quick, rewind, tmp_path, monkeypatch):
+def test_processes_that_found_other_checkpoints_stop(big, sae_train, quick, rewind, tmp_path):
     sae_train(*FLEET, *quick, "--cache", big["path"], "--tokens", 64 * 20, "--name", "begun")
     rewind(tmp_path / "runs/begun")
     process = Process(Unequal(), Solo(), torch.device("cpu"), Console(file=io.StringIO()))
@@ -332,7 +332,7 @@ def test_processes_that_found_other_checkpoints_stop(big, sae_train, quick, rewi
         resume_run(RunFolder(tmp_path / "runs/begun"), store, process).__enter__()
 
 
-def test_who_writes_no_checkpoint_copies_none(monkeypatch):
+def test_who_writes_no_checkpoint_copies_none():
     """Processes that share rows have the same weights; a copy in each is as much host memory again."""
     asked = []
     fleet = SimpleNamespace(state=lambda: asked.append("state"), look=lambda: asked.append("look"), lends_state=True)

@@ -158,6 +158,6 @@ def norms_of_mostly_nothing(stored):
 
 
 @pytest.mark.parametrize("value", ["0.5", "-3", "many"])
-def test_a_multiple_that_is_none_is_refused(spiked, sae_train, quick, tmp_path, value):
+def test_a_multiple_that_is_none_is_refused(spiked, sae_train, quick, value):
     words = [*TOPK, *quick, "--cache", spiked["path"], "--set", f"data.massive_norms={value}"]
     assert "massive_norms" in sae_train(*words, code=1).output

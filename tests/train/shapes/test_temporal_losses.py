@@ -188,7 +188,7 @@ def test_running_variance_begins_empty_and_is_of_the_activations(sae, rng, shapi
     torch.testing.assert_close(dynamics.weights(True), 1 / (expected / expected.mean() + 0.01), rtol=1e-4, atol=1e-4)
 
 
-def test_latents_under_the_floor_are_left_out(sae, rng, shaping):
+def test_latents_under_the_floor_are_left_out(sae, shaping):
     dynamics = sae.extras["temporal"] = Dynamics((20,), floor=0.5).double()
     dynamics.steps.fill_(1)
     dynamics.square.copy_(torch.linspace(0, 2, 20))

@@ -24,7 +24,7 @@ def test_unit_decoder_removes_what_is_parallel_and_normalises(rng):
     torch.testing.assert_close(sae.W_dec.detach(), rows)
 
 
-def test_unit_decoder_survives_a_row_of_zeros_and_no_gradient(rng):
+def test_unit_decoder_survives_a_row_of_zeros_and_no_gradient():
     sae = SparseAutoencoder(torch.zeros(2, 3), torch.zeros(2, 3), Relu())
     UnitDecoder().before_step(sae)
     UnitDecoder().after_step(sae)

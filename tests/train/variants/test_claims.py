@@ -228,7 +228,7 @@ def test_a_crosscoder_has_one_latent_for_what_is_in_every_layer(battery, rng):
     assert (whole > 0.9).double().mean() > 0.8
 
 
-def test_a_causal_crosscoder_reads_one_layer(battery, rng):
+def test_a_causal_crosscoder_reads_one_layer(battery):
     config = battery.quick("crosscoder", causal=True, layers=(1, 2, 3))
     (batch,) = battery.batches(config, 1)
     sae = battery.train(config, 5)[0].sae

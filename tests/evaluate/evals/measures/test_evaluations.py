@@ -201,7 +201,7 @@ def test_nothing_is_traced_on_tokens_that_are_made_up(make_world, builder, open_
     assert result.metrics["tier_activity"] and not result.metrics["causal"]
 
 
-def test_the_tokenizer_of_another_model_is_not_taken(world, builder, open_context):
+def test_the_tokenizer_of_another_model_is_not_taken(world, open_context):
     with pytest.raises(ModelMissing, match="not the one that made the store"):
         _ = open_context(world, model_name="pocket").tokenizer
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,13 +95,3 @@ def official() -> Official:
         {name: make_task(name, parts) for name, parts in made["probing"].items()},
         make_task("scr", made["scr"]),
     )
-
-
-@pytest.fixture
-def task_of() -> Callable[..., Made]:
-    return make_task
-
-
-@pytest.fixture
-def subject_of() -> Callable[..., LoadedSae]:
-    return make_subject

@@ -16,6 +16,7 @@ from saemill.train.sae.gates import Relu
 from saemill.train.sae.model import SparseAutoencoder
 
 from ....golden import make_saebench_probes as maker
+from .conftest import make_subject, make_task
 
 PROBES = Training(batch_size=16, epochs=20, lr=1e-2, patience=20, l1_penalty=1e-3)
 
@@ -98,11 +99,11 @@ def planted(rng: np.random.RandomState, directions: np.ndarray, rows: int) -> np
     return (acts + 0.5 * rng.randn(rows, 4, directions.shape[-1])).astype(np.float32)
 
 
-def test_tpp_finds_the_one_latent_of_each_class(task_of, subject_of):
+def test_tpp_finds_the_one_latent_of_each_class():
     rng, width = np.random.RandomState(0), 8
     axes = 2.5 * np.eye(width)
     parts = {p: {name: planted(rng, axes[i], 80) for i, name in enumerate("abc")} for p in ("train", "test")}
-    made, subject = task_of("planted", parts), subject_of(identity_sae(width))
+    made, subject = make_task("planted", parts), make_subject(identity_sae(width))
     pool = made.pool(subject, leaky=True)
     setup = Setup("positive", list("abc"), (2,), PROBES, 0)
     for outcome in (
@@ -115,7 +116,7 @@ def test_tpp_finds_the_one_latent_of_each_class(task_of, subject_of):
         assert set(by_class) == set("abc")
 
 
-def test_scr_frees_a_probe_of_the_attribute(task_of, subject_of):
+def test_scr_frees_a_probe_of_the_attribute():
     rng, width = np.random.RandomState(1), 6
     concept, attribute = 0.9 * np.eye(width)[0], 2.0 * np.eye(width)[1]
 
@@ -134,7 +135,7 @@ def test_scr_frees_a_probe_of_the_attribute(task_of, subject_of):
         names = [name for pair in OPPOSITES.items() for name in pair]
         return {name: group(*each) for name, each in zip(names, members, strict=True)}
 
-    made, subject = task_of("planted", {"train": groups(), "test": groups()}), subject_of(identity_sae(width))
+    made, subject = make_task("planted", {"train": groups(), "test": groups()}), make_subject(identity_sae(width))
     setup = Setup("absolute", list(OPPOSITES), (2,), PROBES, 0)
     outcome = perturb_corrected(made.pool(subject), subject, made.task, setup, OfModel())
     scores = scr_scores(outcome.ablated, outcome.clean)

@@ -133,7 +133,7 @@ def test_the_model_reads_every_text_once_for_all_saes(run, context, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["scr", "tpp"])
-def test_an_sae_of_several_layers_is_not_run_and_costs_no_other_its_result(run, builder, make_world, name):
+def test_an_sae_of_several_layers_is_not_run_and_costs_no_other_its_result(run, builder, name):
     able = builder.subject(builder.make_sae(), "able")
     wide = builder.subject(builder.make_sae(d_in=2 * builder.D), "wide", layers=(1, 2))
     statuses = {row.subject.label: row for row in run(name, subjects=[wide, able])}

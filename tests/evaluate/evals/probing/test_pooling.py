@@ -23,6 +23,7 @@ from saemill.train.sae.model import SparseAutoencoder
 from saemill.train.sae.side_inputs import NO_SIDE
 
 from ....golden import make_saebench_probes as maker
+from .conftest import make_subject
 
 LAYER = 3
 
@@ -99,16 +100,16 @@ def test_special_positions_are_zeroed_for_model_and_sae():
     assert torch.equal(found.keep, keep)
 
 
-def test_saes_of_several_layers_read_them_side_by_side(subject_of):
+def test_saes_of_several_layers_read_them_side_by_side():
     generator = torch.Generator().manual_seed(0)
     x = {layer: torch.randn(3, 4, 5, generator=generator) for layer in (LAYER, LAYER + 1)}
     valid = torch.ones(3, 4, dtype=torch.bool)
     batch = Windows(tokens=torch.zeros(3, 4, dtype=torch.int64), keep=valid, valid=valid, resid=x)
     wide = torch.randn(7, 10, generator=generator)
     both = dataclasses.replace(
-        subject_of(SparseAutoencoder(wide, wide.clone(), Relu()), "both"), layers=(LAYER, LAYER + 1)
+        make_subject(SparseAutoencoder(wide, wide.clone(), Relu()), "both"), layers=(LAYER, LAYER + 1)
     )
-    narrow = subject_of(SparseAutoencoder(wide[:, :5].clone(), wide[:, :5].clone(), Relu()), "one")
+    narrow = make_subject(SparseAutoencoder(wide[:, :5].clone(), wide[:, :5].clone(), Relu()), "one")
     piece = read_piece(batch, [both, narrow], leaky=False)
     assert piece.model[both.layers].shape == (3, 10)
     assert piece.model[narrow.layers].shape == (3, 5)
@@ -117,9 +118,9 @@ def test_saes_of_several_layers_read_them_side_by_side(subject_of):
 
 
 @pytest.mark.parametrize(("width", "expected"), [(100, 32), (2**20, 1), (2**16, 16)])
-def test_wide_saes_take_fewer_texts_at_once(subject_of, width, expected):
+def test_wide_saes_take_fewer_texts_at_once(width, expected):
     sae = SparseAutoencoder(torch.zeros(1, 1).expand(width, 1), torch.zeros(1, 1).expand(width, 1), Relu())
-    assert batch_size_for([subject_of(sae)], context=128, wanted=32) == expected
+    assert batch_size_for([make_subject(sae)], context=128, wanted=32) == expected
 
 
 class LateOnly(SparseAutoencoder):
@@ -132,11 +133,11 @@ class LateOnly(SparseAutoencoder):
         return super().encode(x) * (side["position"] >= 2)[:, None]
 
 
-def test_an_sae_that_reads_more_than_the_residual_gets_it(subject_of):
+def test_an_sae_that_reads_more_than_the_residual_gets_it():
     x = torch.rand(3, 5, 4)
     valid = torch.ones(3, 5, dtype=torch.bool)
     batch = Windows(tokens=torch.zeros(3, 5, dtype=torch.int64), keep=valid, valid=valid, resid={LAYER: x})
-    subject = subject_of(LateOnly(torch.eye(4), torch.eye(4), Relu()))
+    subject = make_subject(LateOnly(torch.eye(4), torch.eye(4), Relu()))
     keep = valid.clone()
     keep[:, 4] = False  # as if padded
     piece = read_piece(masked(batch, keep), [subject], leaky=True)

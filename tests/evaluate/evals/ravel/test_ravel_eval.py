@@ -21,7 +21,6 @@ from saemill.train.sae.model import SparseAutoencoder
 BOS, ASK_COLOUR, ASK_SIZE, FIRST_ENTITY = 1, 2, 3, 4
 ANSWERS = ("red", "blue", "big", "small")
 FIRST_ANSWER = 40
-VOCAB = FIRST_ANSWER + len(ANSWERS)
 D = 6
 """Two directions for the colour, two for the size, two for what is asked."""
 ENTITIES = {f"e{i}": {"Colour": ANSWERS[i % 2], "Size": ANSWERS[2 + i // 2 % 2]} for i in range(32)}
